@@ -1,0 +1,3 @@
+"""APT: one-shot post-training pruning of language models."""
+
+__version__ = "0.1.0"

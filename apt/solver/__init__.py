@@ -1,0 +1,31 @@
+"""The layer-wise pruning problem: tensors in, tensors out.
+
+A linear layer computes ``Y = X Wᵀ``. Pruning seeks ``V`` with a given zero pattern that minimises
+``‖X Wᵀ − X Vᵀ‖²``. Everything here works on the weight ``W`` of shape (out, in) and on the Gram
+matrix ``XᵀX`` of shape (in, in); nothing here knows models, adapters or files.
+"""
+
+from apt.solver.gram import DampedGram, Gram, SolverError
+from apt.solver.joint import joint_weights
+from apt.solver.loss import relative_layer_error
+from apt.solver.patterns import NM, Pattern, Unstructured, parse_pattern
+from apt.solver.removal import MAX_REMOVAL_SETS, Solution, SolverOptions, mm, ms, sm, ss
+
+__all__ = [
+    "MAX_REMOVAL_SETS",
+    "NM",
+    "DampedGram",
+    "Gram",
+    "Pattern",
+    "Solution",
+    "SolverError",
+    "SolverOptions",
+    "Unstructured",
+    "joint_weights",
+    "mm",
+    "ms",
+    "parse_pattern",
+    "relative_layer_error",
+    "sm",
+    "ss",
+]

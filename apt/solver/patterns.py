@@ -1,0 +1,117 @@
+"""Sparsity patterns, and selections that meet them to the last weight."""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Granularity = Literal["row", "layer"]
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """A share of the weights is pruned, anywhere.
+
+    Args:
+        sparsity: the share of weights pruned, strictly between 0 and 1.
+        per: where the share is counted: over each output row or over the whole layer;
+            None leaves it to the method.
+    """
+
+    sparsity: float
+    per: Granularity | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sparsity < 1:
+            raise ValueError(f"sparsity {self.sparsity:g} is outside (0, 1)")
+
+    def __str__(self) -> str:
+        return f"{self.sparsity:g}"
+
+    def count(self, weights: int) -> int:
+        """How many of ``weights`` are pruned: the share, rounded half up."""
+        return math.floor(self.sparsity * weights + 0.5)
+
+
+@dataclass(frozen=True)
+class NM:
+    """At most ``n`` of every ``m`` consecutive input weights are kept (2:4 keeps two of four)."""
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.n < self.m:
+            raise ValueError(
+                f"pattern {self.n}:{self.m} keeps {self.n} of {self.m}; N:M needs 0 < N < M"
+            )
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+    @property
+    def sparsity(self) -> float:
+        """The share of weights pruned."""
+        return 1 - self.n / self.m
+
+
+Pattern = Unstructured | NM
+
+
+def parse_pattern(text: str) -> Pattern:
+    """Read ``0.5``, ``50%`` or ``2:4``.
+
+    Raises:
+        ValueError: the text is neither, or is out of range.
+    """
+    text = text.strip()
+    if found := re.fullmatch(r"(\d+):(\d+)", text):
+        return NM(int(found[1]), int(found[2]))
+    try:
+        share = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        raise ValueError(
+            f"'{text}' is neither a sparsity such as 0.5 nor a pattern such as 2:4"
+        ) from None
+    return Unstructured(share)
+
+
+def lowest(scores: Tensor, pattern: Pattern, per: Granularity = "layer", offset: int = 0) -> Tensor:
+    """The mask (True = pruned) of the lowest ``scores`` (rows, columns) that meets ``pattern``.
+
+    The count is exact whatever the ties. ``per`` says how an unstructured pattern is counted
+    where it does not say so itself. Scores of consecutive windows of columns, each given its
+    ``offset``, add up to the exact count of the whole.
+    """
+    rows, columns = scores.shape
+    if isinstance(pattern, NM):
+        groups = scores.reshape(-1, pattern.m)
+        return lowest_k(groups, pattern.m - pattern.n).view_as(scores)
+    end = offset + columns
+    if (pattern.per or per) == "row":
+        return lowest_k(scores, pattern.count(end) - pattern.count(offset))
+    count = pattern.count(rows * end) - pattern.count(rows * offset)
+    return lowest_k(scores.reshape(1, -1), count).view_as(scores)
+
+
+def lowest_k(scores: Tensor, k: int) -> Tensor:
+    """The mask of the ``k`` lowest entries of each row of ``scores`` (rows, columns)."""
+    mask = torch.zeros_like(scores, dtype=torch.bool)
+    chosen = scores.topk(k, dim=1, largest=False, sorted=False).indices
+    return mask.scatter_(1, chosen, True)
+
+
+def meets(weight: Tensor, pattern: Pattern, per: Granularity = "layer") -> bool:
+    """Whether ``weight`` (out, in) has at least the zeros that ``pattern`` asks for."""
+    zeros = weight == 0
+    if isinstance(pattern, NM):
+        if weight.shape[1] % pattern.m:
+            return False
+        kept = (~zeros).view(weight.shape[0], -1, pattern.m).sum(-1)
+        return bool((kept <= pattern.n).all())
+    if (pattern.per or per) == "row":
+        return bool((zeros.sum(1) >= pattern.count(weight.shape[1])).all())
+    return int(zeros.sum()) >= pattern.count(weight.numel())

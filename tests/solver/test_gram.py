@@ -1,0 +1,95 @@
+"""Gram matrices: accumulation, damping, escalation."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from apt.solver import Gram, SolverError
+from apt.solver.gram import inverse_factor
+from tests.solver.problems import problem, seeds
+
+
+@settings(deadline=None, max_examples=20)
+@given(seeds, st.integers(1, 12))
+def test_the_factor_inverts_every_trailing_submatrix(seed, width):
+    matrix = problem(seed, 1, width)[1].damped(0.01).matrix
+    factor = inverse_factor(matrix)
+    for start in range(width):
+        part = factor[start:, start:]
+        eye = torch.eye(width - start, dtype=torch.float64)
+        torch.testing.assert_close(part.T @ part @ matrix[start:, start:], eye, atol=1e-7, rtol=0)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=5))
+def test_batch_composition_does_not_change_the_sum(sizes):
+    inputs = torch.randn(sum(sizes), 6, dtype=torch.float64)
+    gram = Gram(6, dtype=torch.float64)
+    for part in inputs.split(sizes):
+        gram.add(part)
+    assert gram.tokens == len(inputs)
+    torch.testing.assert_close(gram.matrix, inputs.T @ inputs)
+
+
+def test_half_precision_inputs_are_summed_in_fp32():
+    inputs = torch.randn(512, 8).bfloat16()
+    gram = Gram.of(inputs)
+    assert gram.matrix.dtype == torch.float32
+    torch.testing.assert_close(gram.matrix, inputs.float().T @ inputs.float())
+
+
+def test_damping_is_a_share_of_the_mean_diagonal():
+    inputs = torch.randn(100, 5, dtype=torch.float64)
+    found = Gram.of(inputs).damped(0.1).matrix
+    mean = inputs.T @ inputs / 100
+    expected = mean + 0.1 * mean.diagonal().mean() * torch.eye(5, dtype=torch.float64)
+    torch.testing.assert_close(found, expected)
+
+
+def test_damping_escalates_until_the_factorisation_holds():
+    gram = Gram(4)
+    gram.matrix, gram.tokens = torch.diag(torch.tensor([1.0, 1.0, 1.0, -0.05])), 1
+    damped = gram.damped(0.01)
+    assert damped.damping == pytest.approx(0.1)
+    assert torch.linalg.eigvalsh(damped.matrix).min() > 0
+
+
+def test_what_no_damping_mends_fails():
+    gram = Gram(2)
+    gram.matrix, gram.tokens = torch.tensor([[1.0, 50.0], [50.0, 1.0]]), 1
+    with pytest.raises(SolverError, match="not positive definite, even with damping 10 in fp64"):
+        gram.damped(0.01)
+
+
+def test_fp64_is_the_last_resort(monkeypatch):
+    attempts = []
+
+    def refuse_fp32(matrix):
+        attempts.append(matrix.dtype)
+        return None if matrix.dtype == torch.float32 else inverse_factor(matrix)
+
+    monkeypatch.setattr("apt.solver.gram.inverse_factor", refuse_fp32)
+    damped = Gram.of(torch.randn(32, 4)).damped(0.01)
+    assert attempts == [torch.float32] * 4 + [torch.float64]
+    assert (damped.matrix.dtype, damped.damping) == (torch.float64, 0.01)
+
+
+def test_dead_inputs_are_not_singular():
+    inputs = torch.randn(64, 6)
+    inputs[:, 2] = 0
+    damped = Gram.of(inputs).damped(0.01)
+    assert damped.damping == 0.01
+    assert damped.matrix[2, 2] > 0
+
+
+@pytest.mark.parametrize("gram", [Gram(4), Gram.of(torch.zeros(8, 4))], ids=["empty", "zero"])
+def test_no_signal_is_an_error_never_a_zeroed_matrix(gram):
+    with pytest.raises(SolverError, match="zero on all calibration tokens"):
+        gram.damped(0.01)
+
+
+def test_inputs_that_are_not_finite_are_an_error():
+    inputs = torch.randn(8, 4)
+    inputs[3, 1] = float("nan")
+    with pytest.raises(SolverError, match="not finite"):
+        Gram.of(inputs).damped(0.01)
