@@ -1,0 +1,30 @@
+"""BLOOM: fused query_key_value, ALiBi, and blocks that return tuples."""
+
+from typing import Any
+
+from apt.adapter import DecoderAdapter, Input
+from apt.errors import AptError
+
+
+class BloomAdapter(DecoderAdapter):
+    """``BloomForCausalLM``."""
+
+    blocks_path = "transformer.h"
+    inputs = (
+        Input("attention", ("self_attention.query_key_value",)),
+        Input("heads", ("self_attention.dense",), residual=True),
+        Input("mlp", ("mlp.dense_h_to_4h",)),
+        Input("neurons", ("mlp.dense_4h_to_h",), residual=True),
+    )
+
+    def check(self, config: Any) -> None:
+        """Refuse the mode that multiplies by slices of a weight: no whole input ever exists."""
+        if config.slow_but_exact and config.pretraining_tp > 1:
+            raise AptError(
+                "this BLOOM config has slow_but_exact with pretraining_tp > 1",
+                "set slow_but_exact to false in its config.json; the results agree but for rounding",
+            )
+
+    def positions(self, config: Any) -> int | None:
+        """The length that it was trained on, where the configuration tells; ALiBi has no limit."""
+        return getattr(config, "seq_length", None)

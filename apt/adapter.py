@@ -1,0 +1,243 @@
+"""What an adapter is: how one model family is traversed, and what flows into each of its weights.
+
+The core hands an adapter the model and asks for its blocks, the sites of a block, the inputs of
+every block, one step through a block, and the capture of what multiplies each site's weight. What
+flows between blocks (`State`) is the adapter's own business: a tensor for most families, more
+where a residual is threaded beside it.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from apt.errors import AptError
+from apt.tap import WeightTap
+
+State = Any
+Sink = Callable[["Site", Tensor], None]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A weight that can be pruned.
+
+    Args:
+        name: its place within the block, for instance ``self_attn.q_proj``; also its kind.
+        parameter: the path of the parameter within the block.
+        input: the name of the input that it multiplies. Sites of a block with the same input share
+            one Gram matrix and one factorisation.
+        order: sites of a lower order feed those of a higher one.
+        residual: whether its product is added to the residual stream.
+        transposed: whether it is stored (in, out) instead of (out, in).
+    """
+
+    name: str
+    parameter: str
+    input: str
+    order: int = 0
+    residual: bool = False
+    transposed: bool = False
+
+    def weight(self, block: nn.Module) -> nn.Parameter:
+        """The parameter in ``block``."""
+        return block.get_parameter(self.parameter)
+
+    def oriented(self, weight: Tensor) -> Tensor:
+        """``weight`` as (out, in); a view."""
+        return weight.T if self.transposed else weight
+
+
+@dataclass(frozen=True)
+class Call:
+    """How a model called a block: everything but the state.
+
+    Args:
+        args, kwargs: the block's own arguments.
+        keyword: the name under which the state was passed; None where it came first.
+    """
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    keyword: str | None = None
+
+    def replay(self, block: nn.Module, state: Tensor) -> Any:
+        """Call ``block`` as the model did, on another state."""
+        if self.keyword is None:
+            return block(state, *self.args, **self.kwargs)
+        return block(*self.args, **{self.keyword: state}, **self.kwargs)
+
+
+class Adapter(Protocol):
+    """What the core asks of a model family."""
+
+    def check(self, config: Any) -> None:
+        """Raise `AptError` where a configuration of the family cannot be served."""
+
+    def positions(self, config: Any) -> int | None:
+        """The longest sequence that a configuration allows; None where there is no limit."""
+
+    def blocks(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        """The blocks in order, with their full names.
+
+        Raises:
+            AptError: the model is not of this family.
+        """
+
+    def sites(self, block: nn.Module) -> list[Site]:
+        """The sites of a block.
+
+        Raises:
+            AptError: a declared site is missing, or the block has a Linear that is not declared.
+        """
+
+    def enter(self, model: nn.Module, tokens: Tensor) -> tuple[State, list[Call]]:
+        """The state before the first block, and how each block is called, for one batch.
+
+        Args:
+            model: the whole model.
+            tokens: token ids (samples, seqlen).
+        """
+
+    def step(self, block: nn.Module, state: State, call: Call) -> State:
+        """Run one block."""
+
+    def capture(
+        self, block: nn.Module, sites: Sequence[Site], sink: Sink
+    ) -> AbstractContextManager[None]:
+        """While entered, hand every input (..., in) that a site's weight multiplies to ``sink``."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """An input of a block and the Linears that multiply it, for `DecoderAdapter.inputs`.
+
+    Args:
+        name: the input's name.
+        linears: the paths of the Linears within the block.
+        residual: whether their products are added to the residual stream.
+    """
+
+    name: str
+    linears: tuple[str, ...]
+    residual: bool = False
+
+
+class DecoderAdapter:
+    """A decoder of Linears, declared by where its blocks are and what their Linears multiply.
+
+    Attributes:
+        blocks_path: the path of the ``ModuleList`` of blocks.
+        inputs: the inputs of a block in the order of the forward pass.
+    """
+
+    blocks_path: ClassVar[str]
+    inputs: ClassVar[tuple[Input, ...]]
+
+    def check(self, config: Any) -> None:
+        """Accept every configuration."""
+
+    def positions(self, config: Any) -> int | None:
+        """``max_position_embeddings``."""
+        return getattr(config, "max_position_embeddings", None)
+
+    def blocks(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        """The modules in ``blocks_path``."""
+        try:
+            layers = model.get_submodule(self.blocks_path)
+        except AttributeError:
+            raise AptError(
+                f"adapter {type(self).__name__} does not fit {type(model).__name__}: "
+                f"it has no '{self.blocks_path}'",
+                "choose the model's own adapter, see: apt adapters",
+            ) from None
+        return [(f"{self.blocks_path}.{name}", block) for name, block in layers.named_children()]
+
+    def sites(self, block: nn.Module) -> list[Site]:
+        """The Linears in ``inputs``, held against the module tree."""
+        declared = [
+            Site(linear, f"{linear}.weight", entry.name, order, entry.residual)
+            for order, entry in enumerate(self.inputs)
+            for linear in entry.linears
+        ]
+        present = {name for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+        names = {site.name for site in declared}
+        if names != present:
+            missing, extra = sorted(names - present), sorted(present - names)
+            gap = f"no {missing[0]}" if missing else f"{extra[0]}, which is not declared"
+            raise AptError(
+                f"adapter {type(self).__name__} does not fit {type(block).__name__}: it has {gap}",
+                "choose the model's own adapter, see: apt adapters",
+            )
+        return declared
+
+    def enter(self, model: nn.Module, tokens: Tensor) -> tuple[State, list[Call]]:
+        """Record every block's own call by one run of the model over stubs."""
+        return record_calls(model, [block for _, block in self.blocks(model)], tokens)
+
+    def step(self, block: nn.Module, state: State, call: Call) -> State:
+        """Replay the block's call; where it returns a tuple, the state comes first."""
+        result = call.replay(block, state)
+        return result[0] if isinstance(result, tuple) else result
+
+    def capture(
+        self, block: nn.Module, sites: Sequence[Site], sink: Sink
+    ) -> AbstractContextManager[None]:
+        """Watch every product with a site's weight, whether or not its module is called."""
+        return WeightTap({site: site.weight(block) for site in sites}, sink)
+
+
+class _LastBlock(Exception):
+    """Ends a recording run: what comes after the blocks is not needed."""
+
+
+def record_calls(
+    model: nn.Module, blocks: Sequence[nn.Module], tokens: Tensor
+) -> tuple[Tensor, list[Call]]:
+    """Run ``model`` once with every block stubbed, recording each block's own call.
+
+    A stub passes its input on in a tuple: a model whose blocks return tuples takes it out, any
+    other hands the tuple to the next stub, which takes it out there. So no stub needs to know what
+    its block returns, and blocks of different kinds get their own masks and positions.
+
+    Args:
+        model: a transformers model.
+        blocks: its blocks, in the order in which it calls them.
+        tokens: token ids (samples, seqlen).
+
+    Returns:
+        The state before the first block (samples, seqlen, hidden) and one call for each block.
+    """
+    states: list[Tensor] = []
+    calls: list[Call] = []
+
+    def stub(*args: Any, **kwargs: Any) -> tuple[Tensor]:
+        keyword = None if args else "hidden_states"
+        state = kwargs.pop(keyword) if keyword else args[0]
+        state = state[0] if isinstance(state, tuple) else state
+        states.append(state)
+        calls.append(Call(args[1:], kwargs, keyword))
+        if len(calls) == len(blocks):
+            raise _LastBlock
+        return (state,)
+
+    with _stubbed(blocks, stub), torch.no_grad():
+        try:
+            model.base_model(tokens, use_cache=False)
+        except _LastBlock:
+            return states[0], calls
+    raise AptError(f"{type(model).__name__} called {len(calls)} of its {len(blocks)} blocks")
+
+
+@contextmanager
+def _stubbed(blocks: Sequence[nn.Module], stub: Callable[..., Any]) -> Iterator[None]:
+    for block in blocks:
+        block.forward = stub  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward

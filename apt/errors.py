@@ -1,0 +1,31 @@
+"""The one exception for what a user can mend."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class AptError(Exception):
+    """Something that the user can mend.
+
+    Args:
+        message: one line that says what is wrong and where.
+        hint: what to do about it.
+    """
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        self.message, self.hint = message, hint
+        super().__init__(f"{message}; {hint}" if hint else message)
+
+
+def unknown(kind: str, name: str, known: Iterable[str], where: str = "") -> AptError:
+    """The error for a name that nothing answers to, with the closest one that something does."""
+    names = sorted(known)
+    close = get_close_matches(name.lower(), names, n=1, cutoff=0.5)
+    hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(names) or 'none'}"
+    return AptError(f"no {kind} '{name}'", hint + where)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's text, for use inside a one-line message."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(". ") if lines else type(error).__name__

@@ -1,0 +1,225 @@
+"""From a reference (directory, hub name, GGUF file, ``zoo:NAME``) to a model and its adapter."""
+
+import hashlib
+import os
+import pickle
+import warnings
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from apt.adapter import Adapter
+from apt.errors import AptError, first_line
+from apt.plugins import Registry
+from apt.specs import AdapterSpec
+
+ZOO = "zoo:"
+# All that the loaders raise where a checkpoint is damaged, missing, or not what it says it is.
+_LOAD_ERRORS = (
+    OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, EOFError,
+    SafetensorError, pickle.UnpicklingError,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model is read from.
+
+    Attributes:
+        reference: what the user wrote.
+        location: a directory or a hub name.
+        gguf: the file within the directory, for GGUF.
+        trust_remote_code: whether code that comes with the checkpoint may run.
+    """
+
+    reference: str
+    location: str
+    gguf: str | None = None
+    trust_remote_code: bool = False
+
+    @property
+    def name(self) -> str:
+        """A short name, for a folder."""
+        if self.gguf:
+            return Path(self.gguf).stem
+        return Path(self.reference.removeprefix(ZOO)).resolve().name
+
+    def options(self) -> dict[str, Any]:
+        """What every ``from_pretrained`` is told."""
+        gguf = {"gguf_file": self.gguf} if self.gguf else {}
+        return {"trust_remote_code": self.trust_remote_code, **gguf}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded model with what is needed to prune it."""
+
+    source: Source
+    module: nn.Module
+    config: Any
+    spec: AdapterSpec
+    adapter: Adapter
+
+
+def find(reference: str, registry: Registry, *, trust_remote_code: bool = False) -> Source:
+    """Say where ``reference`` is to be read from.
+
+    Raises:
+        AptError: it names something local that is not there or is no checkpoint.
+    """
+    if reference.startswith(ZOO):
+        spec = registry.adapters.get(reference.removeprefix(ZOO))
+        folder = spec.zoo_path()
+        if folder is None:
+            raise AptError(f"adapter '{spec.name}' has no embedded model")
+        return Source(reference, str(folder), None, trust_remote_code)
+    path = Path(reference).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise AptError(f"{reference} is a file, but no .gguf", "give the model's directory")
+        return Source(reference, str(path.parent), path.name, trust_remote_code)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise AptError(f"{reference} has no config.json", "give a Hugging Face directory")
+        return Source(reference, str(path), None, trust_remote_code)
+    if path.suffix == ".gguf" or reference.startswith((".", "/", "~")) or reference.count("/") > 1:
+        raise AptError(f"no such model: {reference} does not exist", _nearby(path))
+    return Source(reference, reference, None, trust_remote_code)
+
+
+def _nearby(path: Path) -> str:
+    siblings = os.listdir(path.parent) if path.parent.is_dir() else []
+    close = get_close_matches(path.name, siblings, n=1)
+    return f"did you mean '{path.parent / close[0]}'?" if close else "check the path"
+
+
+def read_config(source: Source) -> Any:
+    """The model's configuration."""
+    try:
+        return AutoConfig.from_pretrained(source.location, **source.options())
+    except _LOAD_ERRORS as error:
+        raise _load_error(source, error) from error
+
+
+def skeleton(source: Source, registry: Registry, adapter: str | None = None) -> Model:
+    """The model on the meta device: modules and shapes, no weights."""
+    config = read_config(source)
+    spec = registry.adapters.get(adapter) if adapter else registry.adapter_for(config.model_type)
+    instance: Adapter = spec.load()()
+    instance.check(config)
+    try:
+        with torch.device("meta"):
+            module = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=source.trust_remote_code
+            )
+    except _LOAD_ERRORS as error:
+        raise _load_error(source, error) from error
+    return Model(source, module.eval(), config, spec, instance)
+
+
+def load(shell: Model, dtype: torch.dtype | None = None, device: str = "cpu") -> Model:
+    """Read the weights of a `skeleton`.
+
+    Args:
+        shell: the model on the meta device.
+        dtype: the precision to hold it in; None keeps the checkpoint's (fp32 for GGUF).
+        device: where to put it.
+
+    Raises:
+        AptError: the checkpoint is damaged, incomplete, or holds weights that are not finite.
+    """
+    source = shell.source
+    wanted = dtype or (torch.float32 if source.gguf else "auto")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            module, info = AutoModelForCausalLM.from_pretrained(
+                source.location, dtype=wanted, output_loading_info=True, **source.options()
+            )
+    except _LOAD_ERRORS as error:
+        raise _load_error(source, error) from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise AptError(
+            f"{source.reference} lacks {len(missing)} weights of {type(module).__name__}, "
+            f"such as {missing[0]}",
+            "is the checkpoint complete and in the format of transformers?",
+        )
+    if source.gguf:
+        module = _plain(module)
+    check_finite(module, source.reference)
+    return Model(source, module.to(device).eval(), module.config, shell.spec, shell.adapter)
+
+
+def _plain(module: nn.Module) -> nn.Module:
+    """The same model, no longer flagged as quantized: GGUF weights are plain once they are read.
+
+    The flag makes transformers refuse to cast and to save the model.
+    """
+    config = type(module.config).from_dict(
+        {k: v for k, v in module.config.to_dict().items() if k != "quantization_config"}
+    )
+    fresh = type(module)(config).to(next(module.parameters()).dtype)
+    fresh.load_state_dict(module.state_dict())
+    fresh.generation_config = module.generation_config
+    return fresh
+
+
+def check_finite(module: nn.Module, reference: str) -> None:
+    """Raise where a weight is NaN or infinite, naming it."""
+    for name, parameter in module.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise AptError(
+                f"{name} of {reference} holds values that are not finite",
+                "the checkpoint is damaged; get it again",
+            )
+
+
+def load_tokenizer(source: Source) -> Any:
+    """The model's tokenizer."""
+    try:
+        return AutoTokenizer.from_pretrained(source.location, **source.options())
+    except _LOAD_ERRORS as error:
+        raise AptError(
+            f"{source.reference} has no tokenizer that loads: {first_line(error)}",
+            "put the tokenizer's files beside the weights",
+        ) from error
+
+
+def fingerprint(module: nn.Module) -> str:
+    """SHA-256 over the names, shapes, dtypes and bytes of all parameters."""
+    digest = hashlib.sha256()
+    for name, parameter in module.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
+        raw = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(memoryview(raw.numpy()))
+    return digest.hexdigest()
+
+
+def _load_error(source: Source, error: Exception) -> AptError:
+    """One line for whatever the loaders raise."""
+    text = str(error)
+    if "trust_remote_code" in text:
+        return AptError(
+            f"{source.reference} needs code of its own, which is not run unless asked",
+            "read that code, then pass --trust-remote-code",
+        )
+    if isinstance(error, pickle.UnpicklingError) or "weights_only" in text.lower():
+        return AptError(
+            f"{source.reference} is pickled and holds more than tensors; it is not loaded",
+            "get a safetensors version of it",
+        )
+    if not Path(source.location).exists():
+        return AptError(
+            f"no such model: '{source.reference}' is neither a directory here nor to be had from "
+            "the hub",
+            "check the name and the network; embedded models: zoo:llama and others, see "
+            "apt adapters",
+        )
+    return AptError(f"{source.reference} does not load: {first_line(error)}", "is it complete?")

@@ -1,0 +1,121 @@
+"""What a run will do to each site, decided and checked before any work is done."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from apt.adapter import Adapter, Site
+from apt.errors import AptError
+from apt.solver import NM, Pattern
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which sites are pruned, and how; globs match full names such as ``model.layers.3.mlp.*``.
+
+    Args:
+        only: where given, sites that match none of these are left dense.
+        skip: sites that match one of these are left dense.
+        overrides: a pattern of its own for the sites that match; the last match counts.
+    """
+
+    only: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
+    overrides: tuple[tuple[str, Pattern], ...] = ()
+
+    def pattern(self, name: str, default: Pattern) -> Pattern | None:
+        """The pattern for the site of that full name; None leaves it dense."""
+        if self.only and not _matches(name, self.only) or _matches(name, self.skip):
+            return None
+        return next((p for glob, p in reversed(self.overrides) if _matches(name, [glob])), default)
+
+    def globs(self) -> list[str]:
+        """All globs."""
+        return [*self.only, *self.skip, *(glob for glob, _ in self.overrides)]
+
+
+def _matches(name: str, globs: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, glob) for glob in globs)
+
+
+@dataclass(frozen=True)
+class PlannedSite:
+    """A site and its pattern; None leaves it dense."""
+
+    name: str
+    site: Site
+    shape: tuple[int, int]
+    pattern: Pattern | None
+
+    @property
+    def size(self) -> int:
+        """The number of weights."""
+        return self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True)
+class PlannedBlock:
+    """A block and its sites."""
+
+    name: str
+    sites: tuple[PlannedSite, ...]
+
+    @property
+    def pruned(self) -> list[PlannedSite]:
+        """The sites that are not left dense."""
+        return [site for site in self.sites if site.pattern is not None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All blocks of a model."""
+
+    blocks: tuple[PlannedBlock, ...]
+
+    @property
+    def sites(self) -> list[PlannedSite]:
+        """The sites of all blocks."""
+        return [site for block in self.blocks for site in block.sites]
+
+
+def make_plan(
+    model: nn.Module, adapter: Adapter, pattern: Pattern, selection: Selection | None = None
+) -> Plan:
+    """Plan a run; the model may lie on the meta device.
+
+    Raises:
+        AptError: the adapter does not fit the model, a pattern does not fit a site, a glob matches
+            no site, or nothing is left to prune.
+    """
+    selection = selection or Selection()
+    blocks = [
+        PlannedBlock(name, tuple(_planned(adapter, name, block, pattern, selection)))
+        for name, block in adapter.blocks(model)
+    ]
+    plan = Plan(tuple(blocks))
+    for glob in selection.globs():
+        if not any(_matches(site.name, [glob]) for site in plan.sites):
+            example = plan.sites[0].name
+            raise AptError(f"'{glob}' matches no site", f"names look like {example}")
+    if not any(block.pruned for block in plan.blocks):
+        raise AptError("no site is left to prune", "loosen --only or --skip")
+    return plan
+
+
+def _planned(
+    adapter: Adapter, prefix: str, block: nn.Module, default: Pattern, selection: Selection
+) -> list[PlannedSite]:
+    planned = []
+    for site in adapter.sites(block):
+        out, width = site.oriented(site.weight(block)).shape
+        name = f"{prefix}.{site.name}"
+        pattern = selection.pattern(name, default)
+        if isinstance(pattern, NM) and width % pattern.m:
+            raise AptError(
+                f"{name} has {width} inputs, not a multiple of {pattern.m} as {pattern} needs",
+                f"leave it out with --skip '*.{site.name}'",
+            )
+        planned.append(PlannedSite(name, site, (out, width), pattern))
+    return planned

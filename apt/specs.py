@@ -1,0 +1,73 @@
+"""What plugins declare: frozen descriptions, cheap to import, with the code behind a name."""
+
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A named thing that a plugin offers.
+
+    Args:
+        name: what users type.
+        summary: one line, shown in listings.
+        target: ``"module:attribute"``, imported only when it is used.
+    """
+
+    name: str
+    summary: str
+    target: str
+
+    def load(self) -> Any:
+        """Import the target."""
+        return resolve_name(self.target)
+
+
+@dataclass(frozen=True)
+class AdapterSpec(Spec):
+    """An adapter; its target is a class whose instances are `apt.adapter.Adapter`.
+
+    Args:
+        model_types: the ``model_type`` of the configurations that it serves.
+        zoo: ``"package:folder"`` of a checkpoint that ships with the adapter, for ``zoo:NAME``.
+    """
+
+    model_types: tuple[str, ...] = ()
+    zoo: str | None = None
+
+    def zoo_path(self) -> Path | None:
+        """The folder of the embedded checkpoint, if there is one."""
+        if self.zoo is None:
+            return None
+        package, folder = self.zoo.split(":")
+        return Path(str(files(package))) / folder
+
+
+@dataclass(frozen=True)
+class MethodSpec(Spec):
+    """A pruning method; its target is a function `apt.pipeline.Method`.
+
+    Args:
+        rank: its place by measured accuracy; the method of the highest rank is the default.
+        source: the paper that it comes from.
+    """
+
+    rank: int = 0
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class CalibrationSpec(Spec):
+    """A text source; its target is a function from a split to documents.
+
+    The function takes ``"calibration"`` or ``"evaluation"`` and yields strings; the two splits
+    must not share text.
+
+    Args:
+        source: where the text comes from, and its licence.
+    """
+
+    source: str = ""

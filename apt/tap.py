@@ -1,0 +1,84 @@
+"""The weight tap: seeing what a weight is multiplied by, however the product is written.
+
+A forward hook fires only where a Linear is called as a module. Mamba multiplies by ``dt_proj``'s
+weight directly, and fused kernels by others too; a hook sees no input there. The tap watches the
+product itself.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+K = TypeVar("K")
+
+# Where the two factors of a product stand among a function's arguments.
+_FACTORS: dict[Any, tuple[int, int]] = {
+    torch.nn.functional.linear: (0, 1),
+    torch.matmul: (0, 1),
+    torch.mm: (0, 1),
+    torch.addmm: (1, 2),
+    Tensor.matmul: (0, 1),
+    Tensor.__matmul__: (0, 1),
+    Tensor.__rmatmul__: (1, 0),
+    Tensor.mm: (0, 1),
+    Tensor.addmm: (1, 2),
+}
+_NAMES = ("weight", "mat2", "other")
+
+
+class WeightTap(TorchFunctionMode, Generic[K]):
+    """While entered, hand the other factor of every product with a watched weight to ``sink``.
+
+    A watched weight is recognised by its storage, so views and transposes of it count too. The
+    factor is handed over as (..., in), whichever side of the product it stood on. What copies the
+    weight first (autocast, parametrizations, ``torch.compile``) escapes the tap; callers must
+    assert that every weight was seen.
+
+    Args:
+        weights: the 2-D weights to watch, by key.
+        sink: called with the key and the other factor, before the product is taken.
+    """
+
+    def __init__(self, weights: Mapping[K, Tensor], sink: Callable[[K, Tensor], None]) -> None:
+        super().__init__()
+        self._sink = sink
+        self._weights = {weight.data_ptr(): (key, weight) for key, weight in weights.items()}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Look at the factors of a product, then let it happen."""
+        kwargs = kwargs or {}
+        if func in _FACTORS:
+            self._look(*_factors(func, args, kwargs))
+        return func(*args, **kwargs)
+
+    def _look(self, left: Any, right: Any) -> None:
+        if (key := self._find(right)) is not None:
+            self._sink(key, left)
+        elif (key := self._find(left)) is not None:
+            self._sink(key, right.transpose(-1, -2))
+
+    def _find(self, factor: Any) -> K | None:
+        """The key of the weight that ``factor`` is, as stored or transposed."""
+        if not isinstance(factor, Tensor) or factor.ndim != 2:
+            return None
+        key, weight = self._weights.get(factor.data_ptr(), (None, None))
+        if weight is None or factor.numel() != weight.numel():
+            return None
+        same = (factor.shape, factor.stride()) == (weight.shape, weight.stride())
+        flipped = (factor.shape, factor.stride()) == (weight.T.shape, weight.T.stride())
+        return key if same or flipped else None
+
+
+def _factors(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """The left and right factor, wherever the caller put them."""
+    left, right = _FACTORS[func]
+    given = list(args)
+    for name in ("input", "self", "mat1", *_NAMES):
+        if name in kwargs and len(given) <= max(left, right):
+            given.append(kwargs[name])
+    return (given[left], given[right]) if len(given) > max(left, right) else (None, None)

@@ -1,0 +1,42 @@
+"""The methods and text sources that ship with APT."""
+
+from apt.hookspecs import hookimpl
+from apt.specs import CalibrationSpec, MethodSpec
+
+_APT = "arXiv 2410.15567"
+
+
+@hookimpl
+def apt_methods() -> list[MethodSpec]:
+    """The paper's four methods, and the two baselines that all are compared with."""
+    return [
+        MethodSpec(
+            "ss", "mask and weights by single removal: SparseGPT", "apt.solver:ss", 30,
+            "arXiv 2301.00774",
+        ),
+        MethodSpec("sm", "SparseGPT's mask, weights solved jointly", "apt.solver:sm", 60, _APT),
+        MethodSpec("ms", "mask of joint removal (n:m), weights column by column", "apt.solver:ms",
+                   40, _APT),
+        MethodSpec("mm", "mask of joint removal (n:m), weights solved jointly", "apt.solver:mm",
+                   50, _APT),
+        MethodSpec("magnitude", "the smallest |w|, no update", "apt_plugins.baselines:magnitude",
+                   10, "arXiv 1506.02626"),
+        MethodSpec("wanda", "the smallest |w|·‖x‖, no update", "apt_plugins.baselines:wanda", 20,
+                   "arXiv 2306.11695"),
+    ]  # fmt: skip
+
+
+@hookimpl
+def apt_calibrations() -> list[CalibrationSpec]:
+    """The embedded corpus and the three data sets that papers use."""
+    return [
+        CalibrationSpec(
+            "builtin", "summaries of Wikipedia articles, embedded", "apt_plugins.texts:builtin",
+            "Wikipedia, CC BY-SA 4.0",
+        ),
+        CalibrationSpec("wikitext2", "WikiText-2, raw", "apt_plugins.texts:wikitext2",
+                        "hub: Salesforce/wikitext"),
+        CalibrationSpec("ptb", "Penn Treebank", "apt_plugins.texts:ptb",
+                        "hub: ptb-text-only/ptb_text_only"),
+        CalibrationSpec("c4", "C4, English", "apt_plugins.texts:c4", "hub: allenai/c4"),
+    ]  # fmt: skip

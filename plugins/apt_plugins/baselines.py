@@ -1,0 +1,22 @@
+"""Magnitude and Wanda: masks without compensation."""
+
+from torch import Tensor
+
+from apt.solver import Gram, Pattern, Solution, SolverOptions
+from apt.solver.patterns import Granularity, lowest
+
+
+def magnitude(weight: Tensor, gram: Gram, pattern: Pattern, options: SolverOptions) -> Solution:
+    """Prune the smallest ``|w|`` of the layer."""
+    return _prune(weight, weight.abs(), pattern, "layer")
+
+
+def wanda(weight: Tensor, gram: Gram, pattern: Pattern, options: SolverOptions) -> Solution:
+    """Prune the smallest ``|w| · ‖x_j‖₂`` of each output row (arXiv 2306.11695, section 3)."""
+    norms = gram.matrix.diagonal().sqrt().to(weight.dtype)
+    return _prune(weight, weight.abs() * norms, pattern, "row")
+
+
+def _prune(weight: Tensor, scores: Tensor, pattern: Pattern, per: Granularity) -> Solution:
+    mask = lowest(scores, pattern, per)
+    return Solution(weight.masked_fill(mask, 0), mask)

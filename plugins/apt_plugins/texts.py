@@ -1,0 +1,31 @@
+"""The text sources that ship with APT."""
+
+from collections.abc import Iterator
+from importlib.resources import as_file, files
+
+from apt.text import Split, hub_documents, read_file
+
+
+def builtin(split: Split) -> Iterator[str]:
+    """The embedded corpus; its two parts come from different articles."""
+    with as_file(files("apt_plugins") / "data" / f"{split}.txt.gz") as path:
+        yield from read_file(path)
+
+
+def wikitext2(split: Split) -> Iterator[str]:
+    """WikiText-2, raw: train and test."""
+    return hub_documents("Salesforce/wikitext", "wikitext-2-raw-v1", split)
+
+
+def ptb(split: Split) -> Iterator[str]:
+    """Penn Treebank: train and test."""
+    return hub_documents("ptb-text-only/ptb_text_only", "penn_treebank", split)
+
+
+def c4(split: Split) -> Iterator[str]:
+    """The first shard of C4's train part, and of its validation part."""
+    shards = {
+        "train": "hf://datasets/allenai/c4/en/c4-train.00000-of-01024.json.gz",
+        "validation": "hf://datasets/allenai/c4/en/c4-validation.00000-of-00008.json.gz",
+    }
+    return hub_documents("json", None, split, files=shards)
