@@ -1,3 +1,24 @@
-"""APT: one-shot post-training pruning of language models."""
+"""APT: one-shot post-training pruning of language models.
 
+``apt.prune`` prunes an in-memory model; `apt.solver` works on plain tensors; the command line is
+in `apt.cli`. Importing this package does not import torch.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from apt.errors import AptError
+
+if TYPE_CHECKING:
+    from apt.api import prune
+
+__all__ = ["AptError", "__version__", "prune"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Import ``prune``, and torch with it, when it is first asked for (PEP 562)."""
+    if name != "prune":
+        raise AttributeError(f"module 'apt' has no attribute '{name}'")
+    from apt.api import prune
+
+    return prune

@@ -1,0 +1,71 @@
+"""Pruning an in-memory model from a program."""
+
+import time
+from typing import Any
+
+from torch import Tensor, nn
+
+from apt.errors import AptError
+from apt.pipeline import Observer, prune_blocks
+from apt.plan import Selection, make_plan
+from apt.plugins import registry
+from apt.report import Report
+from apt.solver import Pattern, SolverOptions, parse_pattern
+from apt.text import digest
+
+
+def prune(
+    model: nn.Module | Any,
+    tokens: Tensor,
+    *,
+    pattern: Pattern | str,
+    adapter: str | None = None,
+    method: str | None = None,
+    selection: Selection | None = None,
+    options: SolverOptions | None = None,
+    ordered: bool = False,
+    observe: Observer = lambda event: None,
+) -> Report:
+    """Prune a causal language model of transformers in place.
+
+    Args:
+        model: the model.
+        tokens: calibration token ids (samples, seqlen), without padding.
+        pattern: ``"2:4"``, ``"0.5"``, or a pattern of `apt.solver`.
+        adapter: the adapter's name; by default the only one that serves the model's type.
+        method: the method's name; by default the most accurate.
+        selection: which sites are pruned, and overrides; all by default.
+        options: damping and block sizes.
+        ordered: solve the sites of a block in their order of execution, each on inputs that the
+            pruned ones before it give.
+        observe: called with every `BlockStarted` and `SitePruned` event.
+
+    Returns:
+        The record of the run; ``report.sites`` has one entry for each pruned site.
+
+    Raises:
+        AptError: a name is unknown, the pattern does not fit, or the model cannot be pruned.
+            Blocks pruned before the error stay pruned: work on a copy where that matters.
+    """
+    started = time.perf_counter()
+    try:
+        wanted = parse_pattern(pattern) if isinstance(pattern, str) else pattern
+    except ValueError as error:
+        raise AptError(str(error)) from error
+    shelf = registry()
+    spec = shelf.adapters.get(adapter) if adapter else shelf.adapter_for(model.config.model_type)
+    chosen = shelf.methods.get(method) if method else shelf.default_method()
+    instance = spec.load()()
+    instance.check(model.config)
+    plan = make_plan(model, instance, wanted, selection)
+    sites = prune_blocks(
+        model, instance, plan, tokens, chosen.load(), options, ordered=ordered, observe=observe
+    )
+    return Report(
+        options={"pattern": str(wanted), "method": chosen.name, "ordered": ordered},
+        model={"type": model.config.model_type, "adapter": spec.name},
+        tokens={"shape": list(tokens.shape), "sha256": digest(tokens.cpu())},
+        sites=sites,
+        skipped=[site.name for site in plan.sites if site.pattern is None],
+        seconds=time.perf_counter() - started,
+    )

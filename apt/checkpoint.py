@@ -1,0 +1,83 @@
+"""Writing a Hugging Face directory that appears only when it is whole."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from apt.errors import AptError, first_line
+
+
+def check_output(directory: Path, overwrite: bool) -> None:
+    """Raise where an output directory cannot be used, before any work is done."""
+    if directory.is_file():
+        raise AptError(f"{directory} is a file", "choose another --output")
+    if directory.is_dir() and any(directory.iterdir()) and not overwrite:
+        raise AptError(
+            f"{directory} exists and is not empty", "pass --overwrite or another --output"
+        )
+    parent = directory.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise AptError(f"{parent} is no directory", "choose another --output")
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise AptError(
+            f"cannot write in {parent}: {error.strerror}", "choose another --output"
+        ) from error
+
+
+@contextmanager
+def whole_directory(directory: Path) -> Iterator[Path]:
+    """A directory to write into that takes the place of ``directory`` at the end, or vanishes.
+
+    Raises:
+        AptError: the disk is full or not writable.
+    """
+    directory = directory.absolute()
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    except OSError as error:
+        raise AptError(f"cannot write {directory}: {first_line(error)}") from error
+    try:
+        yield partial
+        partial.chmod(0o777 & ~_umask())
+        _replace(partial, directory)
+    except OSError as error:
+        raise AptError(f"cannot write {directory}: {first_line(error)}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _replace(partial: Path, directory: Path) -> None:
+    """Move ``partial`` to ``directory``; what was there is gone only after that."""
+    if not directory.exists():
+        partial.rename(directory)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{directory.name}-old-", dir=directory.parent))
+    directory.rename(old / "old")
+    partial.rename(directory)
+    shutil.rmtree(old)
+
+
+def _umask() -> int:
+    import os
+
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def save_model(model: nn.Module | Any, tokenizer: Any, directory: Path) -> None:
+    """Write weights as safetensors, configuration and tokenizer."""
+    model.save_pretrained(directory)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)

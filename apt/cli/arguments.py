@@ -1,0 +1,72 @@
+"""Options that several subcommands take, and how their text is read."""
+
+from typing import TYPE_CHECKING
+
+import typer
+
+from apt.errors import AptError
+
+if TYPE_CHECKING:
+    from apt.plan import Selection
+    from apt.solver import Pattern
+
+ADAPTER = typer.Option(None, "--adapter", metavar="NAME", help="Adapter; by default by model type.")
+SPARSITY = typer.Option(None, "--sparsity", metavar="S", help="Share of weights to prune, as 0.5.")
+PATTERN = typer.Option(None, "--pattern", metavar="N:M", help="Keep N of every M inputs, as 2:4.")
+PER = typer.Option(None, "--per", metavar="row|layer", help="Where --sparsity is counted.")
+ONLY = typer.Option(None, "--only", metavar="GLOB", help="Prune only sites that match; repeatable.")
+SKIP = typer.Option(None, "--skip", metavar="GLOB", help="Leave matching sites dense; repeatable.")
+OVERRIDE = typer.Option(
+    None, "--override", metavar="GLOB=S|N:M", help="Another pattern where GLOB matches; repeatable."
+)
+REMOTE = typer.Option(
+    False, "--trust-remote-code", help="Run code that comes with the checkpoint."
+)
+DEVICE = typer.Option("auto", "--device", help="cpu, cuda, …; auto takes a GPU if there is one.")
+DTYPE = typer.Option(
+    "auto", "--dtype", help="float32, bfloat16 or float16; auto keeps the checkpoint's."
+)
+
+
+def read_pattern(sparsity: str | None, pattern: str | None, per: str | None) -> "Pattern | None":
+    """The pattern of ``--sparsity`` or ``--pattern``; None where neither is given."""
+    from apt.solver import NM, Unstructured
+
+    if sparsity is not None and pattern is not None:
+        raise AptError("--sparsity and --pattern are both given", "choose one")
+    if per not in (None, "row", "layer"):
+        raise AptError(f"--per {per} is neither row nor layer")
+    text = sparsity if sparsity is not None else pattern
+    if text is None:
+        return None
+    found = parse(text)
+    if sparsity is not None and isinstance(found, NM):
+        raise AptError(f"--sparsity {text} is a pattern", f"use --pattern {text}")
+    if isinstance(found, Unstructured) and per is not None:
+        return Unstructured(found.sparsity, per)  # type: ignore[arg-type]
+    return found
+
+
+def parse(text: str) -> "Pattern":
+    """`parse_pattern` with errors for users."""
+    from apt.solver import parse_pattern
+
+    try:
+        return parse_pattern(text)
+    except ValueError as error:
+        raise AptError(str(error)) from error
+
+
+def read_selection(
+    only: list[str] | None, skip: list[str] | None, overrides: list[str] | None = None
+) -> "Selection":
+    """The selection of ``--only``, ``--skip`` and ``--override``."""
+    from apt.plan import Selection
+
+    pairs = []
+    for text in overrides or []:
+        glob, equals, pattern = text.rpartition("=")
+        if not equals or not glob:
+            raise AptError(f"--override {text} has no GLOB=PATTERN", "write '*.q_proj=0.4'")
+        pairs.append((glob, parse(pattern)))
+    return Selection(tuple(only or ()), tuple(skip or ()), tuple(pairs))

@@ -1,0 +1,81 @@
+"""``apt inspect``."""
+
+from typing import TYPE_CHECKING
+
+import typer
+
+from apt.cli import arguments as args
+
+if TYPE_CHECKING:
+    from apt.models import Model
+    from apt.plan import Plan
+
+
+def inspect(
+    model: str = typer.Argument(help="Directory, hub name, .gguf file or zoo:NAME."),
+    adapter: str | None = args.ADAPTER,
+    sparsity: str | None = args.SPARSITY,
+    pattern: str | None = args.PATTERN,
+    only: list[str] | None = args.ONLY,
+    skip: list[str] | None = args.SKIP,
+    override: list[str] | None = args.OVERRIDE,
+    samples: int = typer.Option(128, "--samples", help="Calibration samples to plan for."),
+    seqlen: int = typer.Option(2048, "--seqlen", help="Tokens a sample to plan for."),
+    device: str = args.DEVICE,
+    trust_remote_code: bool = args.REMOTE,
+) -> None:
+    """Show a model's blocks and sites, and what pruning it will need; reads no weights."""
+    from apt.cli.output import notice
+    from apt.models import find, skeleton
+    from apt.plan import make_plan
+    from apt.plugins import registry
+    from apt.run import capped, choose_device
+
+    source = find(model, registry(), trust_remote_code=trust_remote_code)
+    shell = skeleton(source, registry(), adapter)
+    wanted = args.read_pattern(sparsity, pattern, None) or args.parse("2:4")
+    selection = args.read_selection(only, skip, override)
+    plan = make_plan(shell.module, shell.adapter, wanted, selection)
+    show_plan(shell, plan, samples, capped(seqlen, shell, notice), choose_device(device))
+
+
+def show_plan(shell: "Model", plan: "Plan", samples: int, seqlen: int, device: str) -> None:
+    """The sites of equal blocks in one table, and the estimate."""
+    from itertools import groupby
+
+    import torch
+
+    from apt.cli.output import duration, out, size, table
+    from apt.estimate import estimate
+
+    parameters = sum(p.numel() for p in shell.module.parameters())
+    in_sites = sum(site.size for site in plan.sites)
+    out.print(
+        f"{shell.source.reference}: {type(shell.module).__name__}, adapter {shell.spec.name}, "
+        f"{parameters:,} parameters, {in_sites:,} of them in {len(plan.sites)} sites of "
+        f"{len(plan.blocks)} blocks",
+        markup=False,
+    )
+    made = table("blocks", "site", ">out", ">in", "input", "pattern")
+    names = [block.name for block in plan.blocks]
+    likeness = [
+        [(s.site, s.shape, str(s.pattern or "dense")) for s in block.sites] for block in plan.blocks
+    ]
+    for rows, group in groupby(range(len(names)), key=lambda index: likeness[index]):
+        indices = list(group)
+        label = names[indices[0]]
+        if len(indices) > 1:
+            label += f" … {names[indices[-1]].rpartition('.')[2]}"
+        for site, (rows_out, width), pattern in rows:
+            made.add_row(label, site.name, str(rows_out), str(width), site.input, pattern)
+            label = ""
+    out.print(made)
+    dtype = getattr(shell.config, "dtype", None) or torch.float32
+    needs = estimate(shell.module, shell.config, plan, samples * seqlen, dtype, device)
+    out.print(
+        f"calibration {samples} × {seqlen} tokens: about {size(needs.memory)} of memory "
+        f"(weights {size(needs.weights)}, activations {size(needs.activations)}, Gram matrices "
+        f"{size(needs.grams)}, working {size(needs.working)}) and at least "
+        f"{duration(needs.seconds)} on {device}",
+        markup=False,
+    )

@@ -1,0 +1,180 @@
+"""``apt prune``."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from apt.cli import arguments as args
+from apt.errors import AptError
+
+if TYPE_CHECKING:
+    from apt.report import Report
+    from apt.run import Prepared, RunOptions
+
+_DEFAULT_PATTERN = "2:4"
+
+
+def prune(
+    model: str | None = typer.Argument(
+        None, help="Directory, hub name, .gguf file or zoo:NAME; by default the adapter's own."
+    ),
+    adapter: str | None = args.ADAPTER,
+    method: str | None = typer.Option(
+        None, "--method", metavar="NAME", help="See: apt methods. By default the most accurate."
+    ),
+    sparsity: str | None = args.SPARSITY,
+    pattern: str | None = args.PATTERN,
+    per: str | None = args.PER,
+    calibration: str | None = typer.Option(
+        None, "--calibration", metavar="SRC",
+        help="builtin, wikitext2, ptb, c4, a hub data set, or a .txt, .jsonl or .parquet file.",
+    ),
+    samples: int = typer.Option(128, "--samples", help="Calibration samples."),
+    seqlen: int = typer.Option(2048, "--seqlen", help="Tokens a sample; at most the positions."),
+    output: Path | None = typer.Option(None, "--output", "-o", help="Directory to write."),
+    evaluation: str | None = typer.Option(
+        None, "--eval", metavar="SRC", help="Measure perplexity on this text before and after."
+    ),
+    only: list[str] | None = args.ONLY,
+    skip: list[str] | None = args.SKIP,
+    override: list[str] | None = args.OVERRIDE,
+    ordered: bool = typer.Option(
+        False, "--ordered", help="Within a block, prune in order of execution; slower."
+    ),
+    damping: float = typer.Option(0.01, "--damping", help="Share of the mean Gram diagonal."),
+    block_size: int | None = typer.Option(
+        None, "--block-size", help="Columns of one joint compensation; by default all."
+    ),
+    device: str = args.DEVICE,
+    dtype: str = args.DTYPE,
+    seed: int = typer.Option(0, "--seed", help="Draws the calibration samples."),
+    overwrite: bool = typer.Option(False, "--overwrite", help="Replace a non-empty output."),
+    trust_remote_code: bool = args.REMOTE,
+    dry_run: bool = typer.Option(False, "--dry-run", help="Show the plan and write nothing."),
+) -> None:  # fmt: skip
+    """Prune a model and write a Hugging Face directory.
+
+    For example: apt prune --adapter llama
+    """
+    from apt.cli.output import notice
+    from apt.plugins import registry
+    from apt.run import RunOptions, prepare
+    from apt.solver import SolverOptions
+
+    if damping < 0:
+        raise AptError(f"--damping {damping:g} is negative")
+    if block_size is not None and block_size < 1:
+        raise AptError(f"--block-size {block_size} is not positive")
+    shelf = registry()
+    model = model or _embedded(adapter)
+    wanted = args.read_pattern(sparsity, pattern, per)
+    if wanted is None:
+        wanted = args.read_pattern(None, _DEFAULT_PATTERN, per)
+        assert wanted is not None
+        notice(f"pattern: {wanted} (default)")
+    if method is None:
+        spec = shelf.default_method()
+        notice(f"method: {spec.name}, {spec.summary} (default)")
+        method = spec.name
+    if calibration is None:
+        calibration = "builtin"
+        notice("calibration: builtin (default)")
+    chosen = shelf.methods.get(method).name
+    if output is None:
+        output = _output(model, f"{str(wanted).replace(':', 'of')}-{chosen}")
+    prepared = prepare(
+        RunOptions(
+            model=model,
+            pattern=wanted,
+            output=output,
+            adapter=adapter,
+            method=chosen,
+            calibration=calibration,
+            evaluation=evaluation,
+            samples=samples,
+            seqlen=seqlen,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            ordered=ordered,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+            selection=args.read_selection(only, skip, override),
+            solver=SolverOptions(damping=damping, block_size=block_size),
+        ),
+        shelf,
+        notice,
+    )
+    if dry_run:
+        _show_plan(prepared)
+    else:
+        _run(prepared)
+
+
+def _embedded(adapter: str | None) -> str:
+    from apt.cli.output import notice
+    from apt.plugins import registry
+
+    if adapter is None:
+        raise AptError("no MODEL is given", "name one, or --adapter NAME for its embedded model")
+    model = f"zoo:{registry().adapters.get(adapter).name}"
+    notice(f"model: {model} (default)")
+    return model
+
+
+def _output(model: str, rest: str) -> Path:
+    from apt.cli.output import notice
+    from apt.models import Source
+
+    gguf = model if model.endswith(".gguf") else None
+    output = Path(f"{Source(model, model, gguf).name}-{rest}")
+    notice(f"output: {output} (default)")
+    return output
+
+
+def _show_plan(prepared: "Prepared") -> None:
+    from apt.cli.inspect import show_plan
+
+    options = prepared.options
+    show_plan(prepared.shell, prepared.plan, options.samples, options.seqlen, prepared.device)
+
+
+def _run(prepared: "Prepared") -> None:
+    from apt.cli.progress import RunProgress
+    from apt.run import execute
+
+    with RunProgress(prepared.plan) as progress:
+        report = execute(prepared, progress.observe, progress.status)
+    show_report(report, prepared.options)
+
+
+def show_report(report: "Report", options: "RunOptions") -> None:
+    """The closing table and where the result lies."""
+    from apt.cli.output import duration, out, size, table
+    from apt.report import by_kind, peak_memory
+
+    made = table("site", ">sites", ">weights", ">sparsity", ">mean error", ">worst", ">solve s")
+    for kind in by_kind(report.sites):
+        made.add_row(
+            kind.kind,
+            str(kind.sites),
+            f"{kind.weights:,}",
+            f"{kind.sparsity:.4f}",
+            f"{kind.mean_error:.4f}",
+            f"{kind.max_error:.4f}",
+            f"{kind.seconds:.2f}",
+        )
+    out.print(made)
+    for event in report.sites:
+        if event.damping is not None and event.damping > options.solver.damping:
+            out.print(f"{event.name} needed damping {event.damping:g}", markup=False)
+    if report.perplexity:
+        before, after = report.perplexity["before"], report.perplexity["after"]
+        out.print(f"perplexity on {options.evaluation}: {before:.2f} → {after:.2f}", markup=False)
+    out.print(
+        f"{options.output}: {report.sparsity:.2%} zeros in the pruned sites, verified on disk; "
+        f"mean relative layer error {report.relative_error:.4f}; {duration(report.seconds)}, "
+        f"peak memory {size(sum(peak_memory().values()))}",
+        markup=False,
+    )

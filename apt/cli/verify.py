@@ -1,0 +1,58 @@
+"""``apt verify``."""
+
+from pathlib import Path
+
+import typer
+
+from apt.cli import arguments as args
+from apt.errors import AptError
+
+
+def verify(
+    directory: Path = typer.Argument(help="The model's directory."),
+    sparsity: str | None = args.SPARSITY,
+    pattern: str | None = args.PATTERN,
+    per: str | None = args.PER,
+    adapter: str | None = args.ADAPTER,
+    only: list[str] | None = args.ONLY,
+    skip: list[str] | None = args.SKIP,
+    override: list[str] | None = args.OVERRIDE,
+    trust_remote_code: bool = args.REMOTE,
+) -> None:
+    """Count the zeros on disk; exit status 1 where a site has too few.
+
+    Sites that the run's report lists as left dense on request are not counted, and are named.
+    """
+    from dataclasses import replace
+
+    from apt.cli.output import notice, out
+    from apt.models import find, load, skeleton
+    from apt.plan import make_plan
+    from apt.plugins import registry
+    from apt.report import read_report
+    from apt.verify import failures
+    from apt.verify import verify as count
+
+    if not directory.is_dir():
+        raise AptError(f"no such directory: {directory}")
+    wanted = args.read_pattern(sparsity, pattern, per)
+    if wanted is None:
+        raise AptError("nothing to hold the model against", "give --sparsity S or --pattern N:M")
+    source = find(f"{directory.resolve()}", registry(), trust_remote_code=trust_remote_code)
+    model = load(skeleton(replace(source, reference=str(directory)), registry(), adapter))
+    selection = args.read_selection(only, skip, override)
+    report = read_report(directory)
+    if report and report["skipped"]:
+        dense = [str(name) for name in report["skipped"]]
+        notice(f"left dense on request: {', '.join(dense)}")
+        selection = replace(selection, skip=(*selection.skip, *dense))
+    verdicts = count(model.module, model.adapter, make_plan(model.module, model.adapter, wanted,
+                                                             selection))
+    failed = failures(verdicts)
+    for verdict in failed:
+        out.print(f"{verdict.name}: {verdict.detail}", markup=False)
+    zeros, size = sum(v.zeros for v in verdicts), sum(v.size for v in verdicts)
+    held = f"{len(verdicts) - len(failed)} of {len(verdicts)} sites meet {wanted}"
+    out.print(f"{directory}: {held}; {zeros / size:.4%} of their weights are zero", markup=False)
+    if failed:
+        raise typer.Exit(1)

@@ -1,0 +1,85 @@
+"""What a run will need: memory and time, from shapes alone."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from apt.pipeline import TOKENS_PER_BATCH
+from apt.plan import Plan, PlannedBlock
+
+_FP32 = 4
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of memory and seconds.
+
+    Attributes:
+        weights: the model's weights.
+        activations: the calibration activations between two blocks.
+        grams: the Gram matrices of the largest block, with their factors.
+        working: one batch's activations inside a block, and one site's solve.
+        seconds: the time of a run with joint compensation; forwards of attention and scans that
+            are not products of weights are not counted.
+    """
+
+    weights: int
+    activations: int
+    grams: int
+    working: int
+    seconds: float
+
+    @property
+    def memory(self) -> int:
+        """All of it."""
+        return self.weights + self.activations + self.grams + self.working
+
+
+def estimate(
+    module: nn.Module, config: Any, plan: Plan, tokens: int, dtype: torch.dtype, device: str
+) -> Estimate:
+    """Estimate a run of ``plan`` on ``tokens`` calibration tokens."""
+    bytes_each = torch.empty((), dtype=dtype).element_size()
+    parameters = sum(p.numel() for p in module.parameters())
+    widest = max(sum(site.shape) for site in plan.sites)
+    largest = max(site.size for site in plan.sites)
+    return Estimate(
+        weights=parameters * bytes_each,
+        activations=tokens * config.hidden_size * bytes_each,
+        grams=max(_gram_bytes(block) for block in plan.blocks),
+        working=4 * min(tokens, TOKENS_PER_BATCH) * widest * bytes_each + 8 * largest * _FP32,
+        seconds=_operations(plan, tokens) / _throughput(device),
+    )
+
+
+def _inputs(block: PlannedBlock) -> dict[str, int]:
+    """The width of each distinct input of the pruned sites."""
+    return {entry.site.input: entry.shape[1] for entry in block.pruned}
+
+
+def _gram_bytes(block: PlannedBlock) -> int:
+    return sum(3 * width**2 * _FP32 for width in _inputs(block).values())
+
+
+def _operations(plan: Plan, tokens: int) -> float:
+    """Floating-point operations: two forwards, the Gram products, factorisations and solves."""
+    total = 0.0
+    for block in plan.blocks:
+        total += sum(2 * 2 * tokens * site.size for site in block.sites)
+        total += sum(2 * tokens * w**2 + w**3 for w in _inputs(block).values())
+        total += sum(2 * 20 * site.size * site.shape[1] for site in block.pruned)
+    return total
+
+
+def _throughput(device: str) -> float:
+    """Operations a second of an fp32 product on this machine, now."""
+    x = torch.randn(1024, 1024, device=device)
+    x @ x
+    started, rounds = time.perf_counter(), 8
+    for _ in range(rounds):
+        y = x @ x
+    float(y[0, 0])
+    return rounds * 2 * 1024**3 / (time.perf_counter() - started)

@@ -1,0 +1,149 @@
+"""What a run did: the record that goes beside the pruned model."""
+
+import json
+import platform
+import resource
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+import apt
+from apt.errors import AptError
+from apt.pipeline import SitePruned
+
+FILE = "apt_report.json"
+_PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "datasets")
+
+
+@dataclass(frozen=True)
+class Report:
+    """A run's record, written as `FILE`.
+
+    Attributes:
+        options: what the run was told, defaults included.
+        model: where the model came from, its type, adapter and the SHA-256 of its weights.
+        tokens: the calibration text, the shape of its tokens and their SHA-256.
+        sites: what was done to each pruned site.
+        skipped: the sites left dense on request.
+        seconds: the time of the whole run.
+        perplexity: before and after, where it was measured.
+    """
+
+    options: dict[str, Any]
+    model: dict[str, Any]
+    tokens: dict[str, Any]
+    sites: list[SitePruned]
+    skipped: list[str]
+    seconds: float
+    perplexity: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def sparsity(self) -> float:
+        """The share of zeros over all pruned sites."""
+        return sum(site.zeros for site in self.sites) / sum(site.size for site in self.sites)
+
+    @property
+    def relative_error(self) -> float:
+        """The mean relative layer error."""
+        return fmean(site.relative_error for site in self.sites)
+
+    def write(self, directory: Path) -> None:
+        """Write the record into ``directory``."""
+        record = {
+            "apt": apt.__version__,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "versions": versions(),
+            "options": self.options,
+            "model": self.model,
+            "calibration": self.tokens,
+            "sparsity": self.sparsity,
+            "relative_layer_error": self.relative_error,
+            "perplexity": self.perplexity,
+            "seconds": round(self.seconds, 3),
+            "peak_memory_bytes": peak_memory(),
+            "sites": [_entry(site) for site in self.sites],
+            "skipped": self.skipped,
+        }
+        text = json.dumps(record, indent=2, allow_nan=False) + "\n"
+        (directory / FILE).write_text(text, encoding="utf-8")
+
+
+def _entry(site: SitePruned) -> dict[str, Any]:
+    return {**asdict(site), "sparsity": site.zeros / site.size}
+
+
+def versions() -> dict[str, str]:
+    """The versions that can change a result."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def peak_memory() -> dict[str, int]:
+    """The process's highest resident memory, and the device's, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = {"cpu": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if torch.cuda.is_available():
+        peak["cuda"] = torch.cuda.max_memory_allocated()
+    return peak
+
+
+def read_report(directory: Path) -> dict[str, Any] | None:
+    """The record in ``directory``, if there is one.
+
+    Raises:
+        AptError: there is one, but it is damaged.
+    """
+    path = directory / FILE
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(record, dict) or not isinstance(record.get("skipped"), list):
+            raise ValueError("it is no report")
+    except (OSError, ValueError) as error:
+        raise AptError(f"{path} is damaged: {error}", "delete it to verify without it") from error
+    return record
+
+
+@dataclass(frozen=True)
+class KindSummary:
+    """The sites of one kind, taken together."""
+
+    kind: str
+    sites: int
+    weights: int
+    sparsity: float
+    mean_error: float
+    max_error: float
+    seconds: float
+
+
+def by_kind(sites: Sequence[SitePruned]) -> list[KindSummary]:
+    """One summary for each kind of site, in the order in which they were pruned."""
+    kinds: dict[str, list[SitePruned]] = defaultdict(list)
+    for site in sites:
+        kinds[site.kind].append(site)
+    return [_summary(kind, group) for kind, group in kinds.items()]
+
+
+def _summary(kind: str, group: Sequence[SitePruned]) -> KindSummary:
+    errors = [site.relative_error for site in group]
+    weights = sum(site.size for site in group)
+    zeros = sum(site.zeros for site in group)
+    seconds = sum(site.seconds for site in group)
+    return KindSummary(
+        kind, len(group), weights, zeros / weights, fmean(errors), max(errors), seconds
+    )

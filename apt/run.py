@@ -1,0 +1,244 @@
+"""A whole run, from references to a directory on disk; what ``apt prune`` does."""
+
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apt.checkpoint import check_output, save_model, whole_directory
+from apt.errors import AptError
+from apt.evaluate import perplexity
+from apt.models import Model, find, fingerprint, load, load_tokenizer, skeleton
+from apt.pipeline import Observer, SitePruned, prune_blocks
+from apt.plan import Plan, Selection, make_plan
+from apt.plugins import Registry
+from apt.report import Report
+from apt.solver import Pattern, SolverOptions
+from apt.specs import MethodSpec
+from apt.text import calibration_tokens, digest, documents, evaluation_tokens
+from apt.verify import failures, verify
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What a run is told; every default that depends on the model is already filled in."""
+
+    model: str
+    pattern: Pattern
+    output: Path
+    adapter: str | None = None
+    method: str | None = None
+    calibration: str = "builtin"
+    evaluation: str | None = None
+    samples: int = 128
+    seqlen: int = 2048
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+    ordered: bool = False
+    overwrite: bool = False
+    trust_remote_code: bool = False
+    selection: Selection = Selection()
+    solver: SolverOptions = SolverOptions()
+
+    def record(self) -> dict[str, Any]:
+        """The options as plain values, for the report."""
+        selection = {
+            "only": self.selection.only,
+            "skip": self.selection.skip,
+            "overrides": {glob: str(pattern) for glob, pattern in self.selection.overrides},
+        }
+        per = getattr(self.pattern, "per", None)
+        plain = {k: v for k, v in vars(self).items() if k not in ("selection", "solver")}
+        return {
+            **plain,
+            "pattern": str(self.pattern),
+            "per": per,
+            "output": str(self.output),
+            **selection,
+            **asdict(self.solver),
+        }
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that has been checked as far as that goes without reading weights or text."""
+
+    options: RunOptions
+    registry: Registry
+    shell: Model
+    plan: Plan
+    method: MethodSpec
+    device: str
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The precision asked for; None keeps the checkpoint's."""
+        return DTYPES.get(self.options.dtype)
+
+
+def choose_device(name: str) -> str:
+    """The device for ``auto``, or the one named if this machine has it."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise AptError(f"device '{name}' is not available here", "use --device cpu") from error
+    return name
+
+
+def prepare(
+    options: RunOptions, registry: Registry, notice: Callable[[str], None] = lambda line: None
+) -> Prepared:
+    """Check everything that can be checked before the work begins.
+
+    Args:
+        options: the run's options.
+        registry: the plugins.
+        notice: told, in a line, what was changed to fit the model.
+
+    Raises:
+        AptError: an option does not fit the model, the machine or the disk.
+    """
+    if options.dtype not in ("auto", *DTYPES):
+        raise AptError(f"no dtype '{options.dtype}'", f"use auto, {', '.join(DTYPES)}")
+    if options.samples < 1 or options.seqlen < 2:
+        raise AptError("--samples must be at least 1 and --seqlen at least 2")
+    method = registry.methods.get(options.method) if options.method else registry.default_method()
+    check_output(options.output, options.overwrite)
+    source = find(options.model, registry, trust_remote_code=options.trust_remote_code)
+    shell = skeleton(source, registry, options.adapter)
+    plan = make_plan(shell.module, shell.adapter, options.pattern, options.selection)
+    seqlen = capped(options.seqlen, shell, notice)
+    options = replace(options, method=method.name, adapter=shell.spec.name, seqlen=seqlen)
+    return Prepared(options, registry, shell, plan, method, choose_device(options.device))
+
+
+def capped(seqlen: int, model: Model, notice: Callable[[str], None]) -> int:
+    """``seqlen``, cut to the positions that the model has."""
+    positions = model.adapter.positions(model.config)
+    if positions is None or seqlen <= positions:
+        return seqlen
+    notice(f"seqlen: {positions}, all the positions that the model has (not {seqlen})")
+    return positions
+
+
+def execute(prepared: Prepared, observe: Observer, status: Callable[[str], None]) -> Report:
+    """Load, prune, save and verify.
+
+    Args:
+        prepared: the checked run.
+        observe: called with the pipeline's events.
+        status: told what is being done outside the pipeline.
+
+    Raises:
+        AptError: the checkpoint, the text or the disk is at fault; nothing is written then.
+    """
+    started, options = time.perf_counter(), prepared.options
+    status("reading text")
+    tokenizer = load_tokenizer(prepared.shell.source)
+    tokens, held_out = _texts(prepared, tokenizer)
+    status("loading the model")
+    model = load(prepared.shell, prepared.dtype, prepared.device)
+    _check_vocabulary(tokens, model)
+    origin = {
+        "reference": options.model,
+        "type": model.config.model_type,
+        "adapter": model.spec.name,
+        "sha256": fingerprint(model.module),
+    }
+    scores = _scores(options, model, held_out, "before", status)
+    sites = _prune(prepared, model, tokens, observe)
+    scores |= _scores(options, model, held_out, "after", status)
+    report = Report(
+        options.record(),
+        origin,
+        {"source": options.calibration, "shape": list(tokens.shape), "sha256": digest(tokens)},
+        sites,
+        [site.name for site in prepared.plan.sites if site.pattern is None],
+        time.perf_counter() - started,
+        scores,
+    )
+    status("saving and verifying")
+    with whole_directory(options.output) as directory:
+        save_model(model.module, tokenizer, directory)
+        report.write(directory)
+        del model
+        gc.collect()
+        _verify_saved(prepared, directory)
+    return report
+
+
+def _texts(prepared: Prepared, tokenizer: Any) -> tuple[Tensor, Tensor | None]:
+    options, registry = prepared.options, prepared.registry
+    texts = documents(options.calibration, "calibration", registry)
+    tokens = calibration_tokens(
+        tokenizer, texts, options.samples, options.seqlen, options.seed, options.calibration
+    )
+    if options.evaluation is None:
+        return tokens, None
+    texts = documents(options.evaluation, "evaluation", registry)
+    held_out = evaluation_tokens(tokenizer, texts, None, options.seqlen, options.evaluation)
+    return tokens, held_out[: options.samples]
+
+
+def _check_vocabulary(tokens: Tensor, model: Model) -> None:
+    vocabulary = model.module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    if int(tokens.max()) >= vocabulary:
+        raise AptError(
+            f"the tokenizer of {model.source.reference} gives ids up to {int(tokens.max())}, "
+            f"but the model has {vocabulary} embeddings",
+            "the tokenizer belongs to another model",
+        )
+
+
+def _scores(
+    options: RunOptions,
+    model: Model,
+    held_out: Tensor | None,
+    when: str,
+    status: Callable[[str], None],
+) -> dict[str, Any]:
+    if held_out is None:
+        return {}
+    status(f"measuring perplexity {when} pruning")
+    return {
+        "source": options.evaluation,
+        "shape": list(held_out.shape),
+        when: perplexity(model.module, held_out),
+    }
+
+
+def _prune(prepared: Prepared, model: Model, tokens: Tensor, observe: Observer) -> list[SitePruned]:
+    options = prepared.options
+    return prune_blocks(
+        model.module,
+        model.adapter,
+        prepared.plan,
+        tokens,
+        prepared.method.load(),
+        options.solver,
+        ordered=options.ordered,
+        observe=observe,
+    )
+
+
+def _verify_saved(prepared: Prepared, directory: Path) -> None:
+    """Open what was written as anybody would, and hold it against the plan."""
+    shell = prepared.shell
+    source = replace(shell.source, location=str(directory), gguf=None)
+    saved = load(replace(shell, source=source))
+    if failed := failures(verify(saved.module, shell.adapter, prepared.plan)):
+        raise RuntimeError(f"{failed[0].name} as written: {failed[0].detail}")

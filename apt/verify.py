@@ -1,0 +1,64 @@
+"""An exact check of the zeros in a model."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from apt.adapter import Adapter
+from apt.plan import Plan, PlannedSite
+from apt.solver import NM, Pattern
+from apt.solver.patterns import meets
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether one site meets its pattern.
+
+    Attributes:
+        name: the site's full name.
+        holds: whether it does.
+        zeros, size: the zeros and weights counted.
+        detail: where it fails, in words; empty where it holds.
+    """
+
+    name: str
+    holds: bool
+    zeros: int
+    size: int
+    detail: str = ""
+
+
+def verify(model: nn.Module, adapter: Adapter, plan: Plan) -> list[Verdict]:
+    """Count the zeros of every planned site, for unstructured patterns over the whole layer."""
+    modules = dict(adapter.blocks(model))
+    return [
+        _verdict(site, modules[block.name]) for block in plan.blocks for site in block.pruned
+    ]
+
+
+def _verdict(planned: PlannedSite, block: nn.Module) -> Verdict:
+    assert planned.pattern is not None
+    weight = planned.site.oriented(planned.site.weight(block).detach())
+    zeros = int((weight == 0).sum())
+    if meets(weight, planned.pattern):
+        return Verdict(planned.name, True, zeros, weight.numel())
+    return Verdict(planned.name, False, zeros, weight.numel(), _detail(weight, planned.pattern))
+
+
+def _detail(weight: Tensor, pattern: Pattern) -> str:
+    if not isinstance(pattern, NM):
+        wanted = pattern.count(weight.numel())
+        return f"{int((weight == 0).sum()):,} zeros, {wanted:,} needed"
+    kept = (weight != 0).reshape(weight.shape[0], -1, pattern.m).sum(-1)
+    row, group = (kept > pattern.n).nonzero()[0].tolist()
+    start = group * pattern.m
+    return (
+        f"row {row} keeps {int(kept[row, group])} of inputs {start} to {start + pattern.m - 1}; "
+        f"{int((kept > pattern.n).sum()):,} of {kept.numel():,} groups fail"
+    )
+
+
+def failures(verdicts: Iterable[Verdict]) -> list[Verdict]:
+    """Those that do not hold."""
+    return [verdict for verdict in verdicts if not verdict.holds]
