@@ -57,7 +57,7 @@ def prune(
     chosen = shelf.methods.get(method) if method else shelf.default_method()
     instance = spec.load()()
     instance.check(model.config)
-    plan = make_plan(model, instance, wanted, selection)
+    plan = make_plan(model, instance, wanted, selection, chosen.per)
     sites = prune_blocks(
         model, instance, plan, tokens, chosen.load(), options, ordered=ordered, observe=observe
     )

@@ -8,7 +8,8 @@ from torch import nn
 
 from apt.adapter import Adapter, Site
 from apt.errors import AptError
-from apt.solver import NM, Pattern
+from apt.solver import NM, Pattern, Unstructured
+from apt.solver.patterns import Granularity
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,20 @@ class Plan:
 
 
 def make_plan(
-    model: nn.Module, adapter: Adapter, pattern: Pattern, selection: Selection | None = None
+    model: nn.Module,
+    adapter: Adapter,
+    pattern: Pattern,
+    selection: Selection | None = None,
+    per: Granularity = "layer",
 ) -> Plan:
     """Plan a run; the model may lie on the meta device.
+
+    Args:
+        model: the model.
+        adapter: the adapter of its family.
+        pattern: the pattern of every site that is selected and has none of its own.
+        selection: the sites to prune; all by default.
+        per: where unstructured patterns that do not say so are counted.
 
     Raises:
         AptError: the adapter does not fit the model, a pattern does not fit a site, a glob matches
@@ -91,7 +103,7 @@ def make_plan(
     """
     selection = selection or Selection()
     blocks = [
-        PlannedBlock(name, tuple(_planned(adapter, name, block, pattern, selection)))
+        PlannedBlock(name, tuple(_planned(adapter, name, block, pattern, selection, per)))
         for name, block in adapter.blocks(model)
     ]
     plan = Plan(tuple(blocks))
@@ -105,7 +117,12 @@ def make_plan(
 
 
 def _planned(
-    adapter: Adapter, prefix: str, block: nn.Module, default: Pattern, selection: Selection
+    adapter: Adapter,
+    prefix: str,
+    block: nn.Module,
+    default: Pattern,
+    selection: Selection,
+    per: Granularity,
 ) -> list[PlannedSite]:
     planned = []
     for site in adapter.sites(block):
@@ -117,5 +134,7 @@ def _planned(
                 f"{name} has {width} inputs, not a multiple of {pattern.m} as {pattern} needs",
                 f"leave it out with --skip '*.{site.name}'",
             )
+        if isinstance(pattern, Unstructured):
+            pattern = pattern.counted(per)
         planned.append(PlannedSite(name, site, (out, width), pattern))
     return planned

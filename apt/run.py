@@ -18,7 +18,7 @@ from apt.pipeline import Observer, SitePruned, prune_blocks
 from apt.plan import Plan, Selection, make_plan
 from apt.plugins import Registry
 from apt.report import Report
-from apt.solver import Pattern, SolverOptions
+from apt.solver import Pattern, SolverOptions, Unstructured
 from apt.specs import MethodSpec
 from apt.text import calibration_tokens, digest, documents, evaluation_tokens
 from apt.verify import failures, verify
@@ -59,12 +59,11 @@ class RunOptions:
             "skip": self.selection.skip,
             "overrides": {glob: str(pattern) for glob, pattern in self.selection.overrides},
         }
-        per = getattr(self.pattern, "per", None)
         plain = {k: v for k, v in vars(self).items() if k not in ("selection", "solver")}
         return {
             **plain,
             "pattern": str(self.pattern),
-            "per": per,
+            "per": getattr(self.pattern, "per", None),
             "output": str(self.output),
             **selection,
             **asdict(self.solver),
@@ -120,9 +119,14 @@ def prepare(
     check_output(options.output, options.overwrite)
     source = find(options.model, registry, trust_remote_code=options.trust_remote_code)
     shell = skeleton(source, registry, options.adapter)
-    plan = make_plan(shell.module, shell.adapter, options.pattern, options.selection)
+    plan = make_plan(
+        shell.module, shell.adapter, options.pattern, options.selection, method.per
+    )
     seqlen = capped(options.seqlen, shell, notice)
-    options = replace(options, method=method.name, adapter=shell.spec.name, seqlen=seqlen)
+    pattern = options.pattern
+    if isinstance(pattern, Unstructured):
+        pattern = pattern.counted(method.per)
+    options = replace(options, pattern=pattern, method=method.name, adapter=shell.spec.name, seqlen=seqlen)
     return Prepared(options, registry, shell, plan, method, choose_device(options.device))
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,12 @@ class MethodSpec(Spec):
     Args:
         rank: its place by measured accuracy; the method of the highest rank is the default.
         source: the paper that it comes from.
+        per: where it counts an unstructured sparsity unless told otherwise.
     """
 
     rank: int = 0
     source: str = ""
+    per: Literal["row", "layer"] = "layer"
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ class Verdict:
 
 
 def verify(model: nn.Module, adapter: Adapter, plan: Plan) -> list[Verdict]:
-    """Count the zeros of every planned site, for unstructured patterns over the whole layer."""
+    """Count the zeros of every planned site."""
     modules = dict(adapter.blocks(model))
     return [
         _verdict(site, modules[block.name]) for block in plan.blocks for site in block.pruned
@@ -48,8 +48,12 @@ def _verdict(planned: PlannedSite, block: nn.Module) -> Verdict:
 
 def _detail(weight: Tensor, pattern: Pattern) -> str:
     if not isinstance(pattern, NM):
-        wanted = pattern.count(weight.numel())
-        return f"{int((weight == 0).sum()):,} zeros, {wanted:,} needed"
+        zeros, size = (weight == 0).sum(1), weight.numel()
+        if pattern.per == "row":
+            row = int(zeros.argmin())
+            wanted = pattern.count(weight.shape[1])
+            return f"row {row} has {int(zeros[row]):,} zeros, {wanted:,} needed in each"
+        return f"{int(zeros.sum()):,} zeros, {pattern.count(size):,} needed"
     kept = (weight != 0).reshape(weight.shape[0], -1, pattern.m).sum(-1)
     row, group = (kept > pattern.n).nonzero()[0].tolist()
     start = group * pattern.m

@@ -21,7 +21,8 @@ def verify(
 ) -> None:
     """Count the zeros on disk; exit status 1 where a site has too few.
 
-    Sites that the run's report lists as left dense on request are not counted, and are named.
+    Where the run's report is there, sites that it lists as left dense on request are named and not
+    counted, and --per is the run's own.
     """
     from dataclasses import replace
 
@@ -41,13 +42,14 @@ def verify(
     source = find(f"{directory.resolve()}", registry(), trust_remote_code=trust_remote_code)
     model = load(skeleton(replace(source, reference=str(directory)), registry(), adapter))
     selection = args.read_selection(only, skip, override)
-    report = read_report(directory)
-    if report and report["skipped"]:
+    report = read_report(directory) or {}
+    if report.get("skipped"):
         dense = [str(name) for name in report["skipped"]]
         notice(f"left dense on request: {', '.join(dense)}")
         selection = replace(selection, skip=(*selection.skip, *dense))
-    verdicts = count(model.module, model.adapter, make_plan(model.module, model.adapter, wanted,
-                                                             selection))
+    counted = report.get("options", {}).get("per") or "layer"
+    plan = make_plan(model.module, model.adapter, wanted, selection, counted)
+    verdicts = count(model.module, model.adapter, plan)
     failed = failures(verdicts)
     for verdict in failed:
         out.print(f"{verdict.name}: {verdict.detail}", markup=False)

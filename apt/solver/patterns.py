@@ -2,7 +2,7 @@
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -34,6 +34,10 @@ class Unstructured:
     def count(self, weights: int) -> int:
         """How many of ``weights`` are pruned: the share, rounded half up."""
         return math.floor(self.sparsity * weights + 0.5)
+
+    def counted(self, per: Granularity) -> "Unstructured":
+        """The same, counted over ``per`` where it does not say so itself."""
+        return self if self.per else replace(self, per=per)
 
 
 @dataclass(frozen=True)
@@ -104,14 +108,17 @@ def lowest_k(scores: Tensor, k: int) -> Tensor:
     return mask.scatter_(1, chosen, True)
 
 
-def meets(weight: Tensor, pattern: Pattern, per: Granularity = "layer") -> bool:
-    """Whether ``weight`` (out, in) has at least the zeros that ``pattern`` asks for."""
+def meets(weight: Tensor, pattern: Pattern) -> bool:
+    """Whether ``weight`` (out, in) has at least the zeros that ``pattern`` asks for.
+
+    An unstructured pattern is counted over the layer unless it says otherwise.
+    """
     zeros = weight == 0
     if isinstance(pattern, NM):
         if weight.shape[1] % pattern.m:
             return False
         kept = (~zeros).view(weight.shape[0], -1, pattern.m).sum(-1)
         return bool((kept <= pattern.n).all())
-    if (pattern.per or per) == "row":
+    if pattern.per == "row":
         return bool((zeros.sum(1) >= pattern.count(weight.shape[1])).all())
     return int(zeros.sum()) >= pattern.count(weight.numel())

@@ -22,7 +22,7 @@ def apt_methods() -> list[MethodSpec]:
         MethodSpec("magnitude", "the smallest |w|, no update", "apt_plugins.baselines:magnitude",
                    10, "arXiv 1506.02626"),
         MethodSpec("wanda", "the smallest |w|·‖x‖, no update", "apt_plugins.baselines:wanda", 20,
-                   "arXiv 2306.11695"),
+                   "arXiv 2306.11695", per="row"),
     ]  # fmt: skip
 
 

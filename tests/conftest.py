@@ -1,0 +1,57 @@
+"""Fixtures: adapters, checkpoints on disk, the command line in process."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+from transformers import AutoTokenizer
+
+from apt.cli import main
+from apt.plugins import registry
+from tests.families import random_model
+
+
+@pytest.fixture
+def adapter_of():
+    """The adapter for a model."""
+    return lambda model: registry().adapter_for(model.config.model_type).load()()
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """The zoo's tokenizer."""
+    return AutoTokenizer.from_pretrained(registry().adapters.get("llama").zoo_path())
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory, tokenizer):
+    """A function that writes a random model of a variant, and returns its directory."""
+    made = {}
+
+    def write(variant, **options):
+        key = (variant, *sorted(options.items()))
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp(variant)
+            random_model(variant, **options).save_pretrained(made[key])
+            tokenizer.save_pretrained(made[key])
+        return made[key]
+
+    return write
+
+
+@pytest.fixture
+def apt(monkeypatch, capsys, tmp_path):
+    """Run the command line in a directory of its own: ``apt("prune", …)`` → code, out, err."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["apt", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        out, err = capsys.readouterr()
+        return SimpleNamespace(code=code, out=out, err=err)
+
+    return run

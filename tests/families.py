@@ -1,0 +1,58 @@
+"""Tiny random models of every family, as variants that adapters must get right."""
+
+import copy
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    FalconMambaConfig,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    OPTConfig,
+)
+
+VOCABULARY = 2048  # that of the zoo's tokenizer
+_SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3}
+_IDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+_HEADS = {"num_attention_heads": 4, "max_position_embeddings": 128}
+_MAMBA = {"state_size": 8, "time_step_rank": 4, **_SMALL, **_IDS}
+
+CONFIGS = {
+    "llama": LlamaConfig(intermediate_size=64, num_key_value_heads=4, **_SMALL, **_HEADS, **_IDS),
+    "llama-grouped-tied": LlamaConfig(
+        intermediate_size=64, num_key_value_heads=2, tie_word_embeddings=True,
+        **_SMALL, **_HEADS, **_IDS,
+    ),
+    "mistral": MistralConfig(
+        intermediate_size=64, num_key_value_heads=2, sliding_window=8, **_SMALL, **_HEADS, **_IDS
+    ),
+    "opt": OPTConfig(ffn_dim=64, word_embed_proj_dim=32, **_SMALL, **_HEADS, **_IDS),
+    "opt-350m": OPTConfig(
+        ffn_dim=64, word_embed_proj_dim=16, do_layer_norm_before=False, **_SMALL, **_HEADS, **_IDS
+    ),
+    "bloom": BloomConfig(n_layer=3, n_head=4, vocab_size=VOCABULARY, hidden_size=32, **_IDS),
+    "mamba": MambaConfig(**_MAMBA),
+    "mamba-no-fp32-residual": MambaConfig(residual_in_fp32=False, **_MAMBA),
+    "falcon-mamba": FalconMambaConfig(**_MAMBA),
+}  # fmt: skip
+ATTENTION = [name for name in CONFIGS if "mamba" not in name]
+FAMILIES = {"llama": "llama-grouped-tied", "opt": "opt", "bloom": "bloom", "mamba": "mamba"}
+
+
+def random_model(variant, dtype=torch.float32, attention=None):
+    """A random model whose weights are large enough for every path to matter."""
+    torch.manual_seed(0)
+    options = {"attn_implementation": attention} if attention else {}
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[variant]), **options)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2 and "A_log" not in name:
+            torch.nn.init.normal_(parameter, std=0.3 if "x_proj" not in name else 0.6)
+    return model.to(dtype).eval()
+
+
+def random_tokens(samples=4, seqlen=24, seed=0):
+    """Token ids (samples, seqlen)."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(1, VOCABULARY, (samples, seqlen), generator=generator)

@@ -1,0 +1,60 @@
+"""Output directories appear whole or not at all."""
+
+import os
+
+import pytest
+
+from apt.checkpoint import check_output, whole_directory
+from apt.errors import AptError
+
+
+def test_a_directory_appears_at_the_end(tmp_path):
+    target = tmp_path / "deep" / "out"
+    with whole_directory(target) as partial:
+        (partial / "a").write_text("x")
+        assert not target.exists()
+    assert (target / "a").read_text() == "x"
+    assert [p.name for p in target.parent.iterdir()] == ["out"]
+
+
+def test_nothing_is_left_after_an_error(tmp_path):
+    with pytest.raises(KeyError), whole_directory(tmp_path / "out") as partial:
+        (partial / "a").write_text("x")
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_old_directory_stays_until_the_new_one_is_whole(tmp_path):
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "old").write_text("old")
+    with pytest.raises(KeyError), whole_directory(target):
+        raise KeyError
+    assert (target / "old").read_text() == "old"
+    with whole_directory(target) as partial:
+        (partial / "new").write_text("new")
+    assert [p.name for p in target.iterdir()] == ["new"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_full_disk_is_an_error_for_the_user(tmp_path):
+    with pytest.raises(AptError, match="cannot write .*No space left"):
+        with whole_directory(tmp_path / "out"):
+            raise OSError(28, os.strerror(28))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_outputs_are_checked_early(tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("x")
+    (tmp_path / "empty").mkdir()
+    check_output(tmp_path / "empty", False)
+    check_output(tmp_path / "full", True)
+    check_output(tmp_path / "new" / "deep", False)
+    with pytest.raises(AptError, match="is a file"):
+        check_output(tmp_path / "file", True)
+    with pytest.raises(AptError, match="pass --overwrite"):
+        check_output(tmp_path / "full", False)
+    with pytest.raises(AptError, match="no directory"):
+        check_output(tmp_path / "file" / "out", False)

@@ -1,0 +1,20 @@
+"""Perplexity against its definition."""
+
+import math
+
+import pytest
+import torch
+
+from apt.evaluate import perplexity
+from tests.families import random_model, random_tokens
+
+
+@torch.no_grad()
+def test_perplexity_is_the_mean_over_all_predicted_tokens(monkeypatch):
+    monkeypatch.setattr("apt.evaluate._TOKENS_PER_BATCH", 50)
+    model, tokens = random_model("llama"), random_tokens(samples=5, seqlen=20)
+    total = 0.0
+    for row in tokens:
+        logits = model(row[None]).logits[0].double().log_softmax(-1)
+        total -= sum(float(logits[i, row[i + 1]]) for i in range(19))
+    assert perplexity(model, tokens) == pytest.approx(math.exp(total / (5 * 19)), rel=1e-4)

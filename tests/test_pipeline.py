@@ -1,0 +1,222 @@
+"""The loop over blocks: what is pruned, what is left alone, what the next block sees."""
+
+import copy
+
+import pytest
+import torch
+
+import apt as library
+from apt.errors import AptError
+from apt.pipeline import BlockStarted, SitePruned, prune_blocks
+from apt.plan import Selection, make_plan
+from apt.plugins import registry
+from apt.solver import NM, Gram, Solution, SolverOptions, Unstructured, sm, ss
+from apt.solver.patterns import meets
+from tests.families import CONFIGS, FAMILIES, random_model, random_tokens
+
+METHODS = list(registry().methods.specs)
+TOKENS = random_tokens(samples=6)
+
+
+def site_parameters(model, adapter):
+    return {
+        f"{name}.{site.parameter}"
+        for name, block in adapter.blocks(model)
+        for site in adapter.sites(block)
+    }
+
+
+@pytest.mark.parametrize("pattern", ["0.5", "2:4"])
+@pytest.mark.parametrize("variant", CONFIGS)
+def test_sites_are_pruned_and_nothing_else_changes(variant, pattern, adapter_of):
+    model = random_model(variant)
+    before = copy.deepcopy(model.state_dict())
+    report = library.prune(model, TOKENS, pattern=pattern)
+    sites = site_parameters(model, adapter_of(model))
+    assert len(report.sites) == len(sites)
+    for name, value in model.state_dict().items():
+        if name in sites:
+            assert meets(value, NM(2, 4) if pattern == "2:4" else Unstructured(0.5))
+            assert not torch.equal(value, before[name])
+        else:
+            assert torch.equal(value, before[name]), name
+    assert report.sparsity == pytest.approx(0.5)
+    assert 0 < report.relative_error < 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("variant", FAMILIES.values())
+def test_zeros_survive_the_cast_back(variant, dtype):
+    model = random_model(variant, dtype)
+    report = library.prune(model, TOKENS, pattern="2:4")
+    assert all(site.zeros >= site.size // 2 for site in report.sites)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("pattern", ["1:4", "3:4", "0.7"])
+def test_every_method_meets_every_pattern(method, pattern):
+    model = random_model("llama")
+    report = library.prune(model, TOKENS, pattern=pattern, method=method.upper())
+    expected = {"1:4": 0.75, "3:4": 0.25, "0.7": 0.7}[pattern]
+    # Wanda counts in each row, where 0.7 of 32 inputs is 22.4: one weight in a row is .03.
+    assert report.sparsity == pytest.approx(expected, abs=0.02 if method == "wanda" else 1e-3)
+
+
+def test_the_next_block_sees_what_the_pruned_one_gives(adapter_of):
+    model, tokens = random_model("llama"), random_tokens()
+    adapter, seen = adapter_of(model), []
+
+    def spy(weight, gram, pattern, options):
+        seen.append(gram.matrix.clone())
+        return ss(weight, gram, pattern, options)
+
+    plan = make_plan(model, adapter, NM(2, 4), Selection(only=("*q_proj",)))
+    prune_blocks(model, adapter, plan, tokens, spy)
+    inputs = []
+    handle = model.model.layers[1].self_attn.q_proj.register_forward_pre_hook(
+        lambda module, args: inputs.append(args[0])
+    )
+    model(tokens)
+    handle.remove()
+    torch.testing.assert_close(seen[1], Gram.of(inputs[0]).matrix)
+
+
+def test_in_order_later_sites_see_pruned_earlier_ones(adapter_of):
+    tokens, found = random_tokens(), {}
+    for ordered in (False, True):
+        model = random_model("opt")
+        adapter = adapter_of(model)
+        model.model.decoder.layers = model.model.decoder.layers[:1]
+        plan = make_plan(model, adapter, NM(2, 4))
+
+        def spy(weight, gram, pattern, options, ordered=ordered):
+            found.setdefault(ordered, []).append(gram.matrix.clone())
+            return ss(weight, gram, pattern, options)
+
+        prune_blocks(model, adapter, plan, tokens, spy, ordered=ordered)
+        inputs = []
+        fc2 = model.model.decoder.layers[0].fc2
+        handle = fc2.register_forward_pre_hook(lambda m, args, inputs=inputs: inputs.append(args[0]))
+        model(tokens)
+        handle.remove()
+        same = torch.allclose(found[ordered][-1], Gram.of(inputs[0]).matrix, rtol=1e-4)
+        assert same == ordered
+    assert torch.equal(found[False][0], found[True][0])
+
+
+def test_overrides_and_skips_hold():
+    model = random_model("llama")
+    selection = Selection(
+        skip=("model.layers.0.*",),
+        overrides=(("*.down_proj", Unstructured(0.25)), ("*.2.*.q_proj", NM(1, 4))),
+    )
+    report = library.prune(model, TOKENS, pattern="2:4", selection=selection)
+    shares = {site.name: site.zeros / site.size for site in report.sites}
+    assert len(report.skipped) == 7
+    assert not any(name.startswith("model.layers.0.") for name in shares)
+    assert shares["model.layers.1.mlp.down_proj"] == 0.25
+    assert shares["model.layers.2.self_attn.q_proj"] == 0.75
+    assert shares["model.layers.1.self_attn.q_proj"] == 0.5
+
+
+def test_events_tell_the_whole_story():
+    events = []
+    library.prune(random_model("bloom"), TOKENS, pattern="2:4", observe=events.append)
+    blocks = [event for event in events if isinstance(event, BlockStarted)]
+    sites = [event for event in events if isinstance(event, SitePruned)]
+    assert [(b.index, b.blocks) for b in blocks] == [(0, 3), (1, 3), (2, 3)]
+    assert len(sites) == 12
+    assert all(site.tokens == TOKENS.numel() and site.damping == 0.01 for site in sites)
+
+
+def test_the_reported_error_is_the_measured_one(adapter_of):
+    model = random_model("opt")
+    dense = copy.deepcopy(model)
+    selection = Selection(only=("model.decoder.layers.0.fc1",))
+    report = library.prune(model, TOKENS, pattern="2:4", selection=selection)
+    inputs = []
+    layer = dense.model.decoder.layers[0].fc1
+    layer.register_forward_pre_hook(lambda module, args: inputs.append(args[0].double()))
+    with torch.no_grad():
+        dense(TOKENS)
+    pruned = model.model.decoder.layers[0].fc1
+    whole = inputs[0] @ layer.weight.double().T
+    lost = whole - inputs[0] @ pruned.weight.double().T
+    expected = float((lost.square().sum() / whole.square().sum()).detach())
+    assert report.relative_error == pytest.approx(expected, rel=1e-4)
+
+
+def test_same_inputs_same_bytes():
+    results = [random_model("mamba") for _ in range(2)]
+    for model in results:
+        library.prune(model, TOKENS, pattern="0.6")
+    first, second = (model.state_dict() for model in results)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_training_mode_is_restored():
+    model = random_model("opt").train()
+    library.prune(model, TOKENS, pattern="2:4", method="magnitude")
+    assert model.training
+
+
+def test_a_method_that_misses_the_pattern_is_a_bug(adapter_of):
+    model = random_model("llama")
+
+    def lazy(weight, gram, pattern, options):
+        return Solution(weight, torch.zeros_like(weight, dtype=torch.bool))
+
+    plan = make_plan(model, adapter_of(model), NM(2, 4))
+    with pytest.raises(RuntimeError, match="did not meet 2:4"):
+        prune_blocks(model, adapter_of(model), plan, TOKENS, lazy)
+
+
+def test_dead_inputs_are_named(adapter_of):
+    model = random_model("opt")
+    torch.nn.init.zeros_(model.model.decoder.layers[1].fc1.weight)
+    torch.nn.init.constant_(model.model.decoder.layers[1].fc1.bias, -1)
+    with pytest.raises(AptError, match=r"layers\.1\.fc2 cannot be pruned: .* zero"):
+        library.prune(model, TOKENS, pattern="2:4", selection=Selection(only=("*.1.fc2",)))
+
+
+def test_activations_that_are_not_finite_are_named():
+    model = random_model("llama")
+    with torch.no_grad():
+        model.model.layers[0].input_layernorm.weight[3] = float("nan")
+    with pytest.raises(AptError, match="layers.0.*not finite"):
+        library.prune(model, TOKENS, pattern="2:4")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pattern": "4:2"}, "4:2"),
+        ({"pattern": "1.5"}, "outside"),
+        ({"pattern": "3:5"}, "not a multiple of 5"),
+        ({"pattern": "2:4", "method": "wandaa"}, "did you mean 'wanda'"),
+        ({"pattern": "2:4", "adapter": "lama"}, "did you mean 'llama'"),
+        ({"pattern": "2:4", "adapter": "mamba"}, "does not fit"),
+        ({"pattern": "2:4", "selection": Selection(only=("*.nothing",))}, "matches no site"),
+        ({"pattern": "2:4", "selection": Selection(skip=("*",))}, "no site is left"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_does_not_fit_is_refused_before_any_weight_changes(options, message):
+    model = random_model("llama")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(AptError, match=message):
+        library.prune(model, TOKENS, **options)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_joint_compensation_lowers_the_error_of_the_first_block(adapter_of):
+    errors = {}
+    for method in (ss, sm):
+        model = random_model("llama")
+        plan = make_plan(model, adapter_of(model), NM(2, 4), Selection(only=("model.layers.0.*",)))
+        sites = prune_blocks(
+            model, adapter_of(model), plan, TOKENS, method, SolverOptions(damping=1e-4)
+        )
+        errors[method] = [site.relative_error for site in sites]
+    assert all(m < s for m, s in zip(errors[sm], errors[ss], strict=True))

@@ -1,0 +1,122 @@
+"""Loading plugins: one by one, and with errors that name the distribution."""
+
+import sys
+from importlib.metadata import Distribution, EntryPoint, entry_points
+from types import ModuleType
+
+import pytest
+
+from apt.errors import AptError
+from apt.hookspecs import hookimpl
+from apt.plugins import load_registry, registry
+from apt.specs import AdapterSpec, MethodSpec
+
+
+class Fake(Distribution):
+    def __init__(self, name):
+        self._name = name
+
+    def read_text(self, filename):
+        return f"Name: {self._name}\nVersion: 1.2\n" if filename == "METADATA" else None
+
+    def locate_file(self, path):
+        raise AssertionError
+
+
+@pytest.fixture
+def entry(monkeypatch):
+    """Make an entry point of a distribution of that name, for a module with these hooks."""
+
+    def make(distribution, error=None, **hooks):
+        module = ModuleType(f"plugin_{distribution}")
+        for name, function in hooks.items():
+            function.__name__ = name
+            setattr(module, name, hookimpl(function))
+        if error is None:
+            monkeypatch.setitem(sys.modules, module.__name__, module)
+        point = EntryPoint("main", module.__name__, "apt")
+        vars(point)["dist"] = Fake(distribution)
+        return point
+
+    return make
+
+
+def adapters(*names):
+    return lambda: [AdapterSpec(name, "", "x:y", model_types=(name,)) for name in names]
+
+
+def test_builtins_come_through_entry_points():
+    assert set(registry().adapters.specs) >= {"llama", "opt", "bloom", "mamba"}
+    assert set(registry().methods.specs) >= {"ss", "sm", "ms", "mm", "magnitude", "wanda"}
+    assert registry().adapters.origins["llama"].startswith("apt-prune ")
+
+
+def test_every_target_imports():
+    shelf = registry()
+    for group in (shelf.adapters, shelf.methods, shelf.calibrations):
+        for spec in group.specs.values():
+            assert callable(spec.load())
+
+
+def test_a_plugin_adds_to_the_builtins(entry):
+    found = load_registry(
+        [*entry_points(group="apt"), entry("mine", apt_adapters=adapters("mine"))]
+    )
+    assert found.adapters.get("MINE").name == "mine"
+    assert found.adapters.origins["mine"] == "mine 1.2"
+    assert "llama" in found.adapters.specs
+
+
+def test_a_broken_plugin_is_a_warning_and_the_rest_works(entry):
+    broken = entry("broken", error=True)
+    with pytest.warns(UserWarning, match=r"broken 1\.2: ModuleNotFoundError"):
+        found = load_registry([broken, entry("mine", apt_adapters=adapters("mine"))])
+    assert found.adapters.get("mine")
+    with pytest.raises(AptError, match=r"no adapter 'theirs'.*failed to load: broken 1\.2"):
+        found.adapters.get("theirs")
+
+
+def test_a_hook_that_raises_or_returns_rubbish_is_a_warning(entry):
+    def rubbish():
+        return ["llama"]
+
+    def raising():
+        raise OSError("no such thing")
+
+    with pytest.warns(UserWarning) as caught:
+        load_registry([entry("a", apt_adapters=rubbish), entry("b", apt_methods=raising)])
+    assert {str(w.message) for w in caught} == {
+        "plugin failed to load: a 1.2: TypeError: 'llama' is no AdapterSpec",
+        "plugin failed to load: b 1.2: OSError: no such thing",
+    }
+
+
+def test_two_plugins_with_one_name_are_an_error_that_names_both(entry):
+    twice = [entry(name, apt_adapters=adapters("mine")) for name in ("one", "two")]
+    with pytest.raises(AptError, match=r"adapter 'mine' comes from one 1\.2 and two 1\.2"):
+        load_registry(twice)
+
+
+def test_a_misspelled_hook_is_an_error(entry):
+    with pytest.raises(AptError, match="apt_adaptors"):
+        load_registry([entry("mine", apt_adaptors=adapters("mine"))])
+
+
+def test_two_adapters_for_one_type_must_be_chosen_from(entry):
+    def both():
+        return [AdapterSpec(name, "", "x:y", model_types=("t",)) for name in ("one", "two")]
+
+    found = load_registry([entry("mine", apt_adapters=both)])
+    with pytest.raises(AptError, match=r"'one' and 'two' all serve 't'; choose one"):
+        found.adapter_for("t")
+    with pytest.raises(AptError, match="no adapter serves models of type 'other'"):
+        found.adapter_for("other")
+
+
+def test_the_default_method_has_the_highest_rank(entry):
+    def methods():
+        return [MethodSpec("best", "", "x:y", rank=1000), MethodSpec("worst", "", "x:y", rank=1)]
+
+    found = load_registry([*entry_points(group="apt"), entry("mine", apt_methods=methods)])
+    assert found.default_method().name == "best"
+    assert registry().default_method().name == "sm"

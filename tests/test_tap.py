@@ -1,0 +1,63 @@
+"""The weight tap sees every way of writing a product, and changes none."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from apt.tap import WeightTap
+
+W = torch.randn(6, 4)  # (out, in)
+STORED_IN_OUT = W.T.contiguous()
+X = torch.randn(2, 5, 4)
+ROWS = X.reshape(-1, 4)
+
+PRODUCTS = {
+    "linear": (W, lambda: F.linear(X, W)),
+    "linear-keywords": (W, lambda: F.linear(X, weight=W, bias=torch.zeros(6))),
+    "linear-all-keywords": (W, lambda: F.linear(input=X, weight=W)),
+    "at-transposed": (W, lambda: X @ W.T),
+    "at-left": (W, lambda: W @ X.transpose(1, 2)),
+    "matmul": (W, lambda: torch.matmul(X, W.t())),
+    "matmul-keyword": (W, lambda: torch.matmul(X, other=W.t())),
+    "method": (W, lambda: X.matmul(W.T)),
+    "mm": (W, lambda: torch.mm(ROWS, W.T)),
+    "mm-method": (W, lambda: W.mm(ROWS.T)),
+    "addmm": (STORED_IN_OUT, lambda: torch.addmm(torch.zeros(6), ROWS, STORED_IN_OUT)),
+    "module": (W, lambda: _linear()(X)),
+    "view": (W, lambda: F.linear(X, W.view(6, 4))),
+}
+
+
+def _linear():
+    module = torch.nn.Linear(4, 6, bias=False)
+    module.weight = torch.nn.Parameter(W)
+    return module
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_a_product_is_seen_once(name):
+    weight, product = PRODUCTS[name]
+    seen = []
+    plain = product()
+    with WeightTap({"w": weight}, lambda key, x: seen.append((key, x))):
+        tapped = product()
+    assert torch.equal(plain, tapped)
+    assert [key for key, _ in seen] == ["w"]
+    assert torch.equal(seen[0][1].reshape(-1, 4), ROWS)
+
+
+def test_other_products_are_not_seen():
+    other = torch.randn(6, 4)
+    part = W[:4]
+    with WeightTap({"w": W}, lambda key, x: pytest.fail("seen")):
+        F.linear(X, other)
+        X @ part.T
+        X @ W.clone().T
+
+
+def test_nothing_is_seen_after_an_exception():
+    seen = []
+    with pytest.raises(RuntimeError), WeightTap({"w": W}, lambda key, x: seen.append(key)):
+        raise RuntimeError
+    F.linear(X, W)
+    assert seen == []
