@@ -4,6 +4,7 @@ import hashlib
 import os
 import pickle
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -185,7 +186,7 @@ def load_tokenizer(source: Source) -> Any:
     """The model's tokenizer."""
     try:
         return AutoTokenizer.from_pretrained(source.location, **source.options())
-    except _LOAD_ERRORS as error:
+    except Exception as error:  # `tokenizers` raises bare exceptions
         raise AptError(
             f"{source.reference} has no tokenizer that loads: {first_line(error)}",
             "put the tokenizer's files beside the weights",
@@ -202,6 +203,13 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception and all that led to it."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
 def _load_error(source: Source, error: Exception) -> AptError:
     """One line for whatever the loaders raise."""
     text = str(error)
@@ -210,7 +218,7 @@ def _load_error(source: Source, error: Exception) -> AptError:
             f"{source.reference} needs code of its own, which is not run unless asked",
             "read that code, then pass --trust-remote-code",
         )
-    if isinstance(error, pickle.UnpicklingError) or "weights_only" in text.lower():
+    if any(isinstance(cause, pickle.UnpicklingError) for cause in _chain(error)):
         return AptError(
             f"{source.reference} is pickled and holds more than tensors; it is not loaded",
             "get a safetensors version of it",

@@ -1,6 +1,7 @@
 """Every family: blocks chained by the adapter are the model, and every weight's input is seen."""
 
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -190,13 +191,14 @@ def test_an_input_that_is_not_shared_is_named():
 
 
 @contextmanager
-def module_hooks(block, sites, sink):
-    """The capture of pruners that know hooks only."""
+def hooks_but(block, sites, sink, missed=None):
+    """The capture of pruners that know hooks only, which some weights escape."""
     handles = [
         block.get_submodule(site.name).register_forward_pre_hook(
             lambda module, args, site=site: sink(site, args[0])
         )
         for site in sites
+        if site.name != missed
     ]
     yield
     for handle in handles:
@@ -206,7 +208,7 @@ def module_hooks(block, sites, sink):
 def test_a_weight_that_hooks_miss_is_an_error_that_names_it(adapter_of):
     model = random_model("mamba")
     with pytest.raises(AptError, match="mixer.dt_proj saw 0 of 96 calibration tokens"):
-        captured(adapter_of(model), model, module_hooks)
+        captured(adapter_of(model), model, partial(hooks_but, missed="mixer.dt_proj"))
 
 
 def test_tokens_counted_twice_are_an_error(adapter_of):
@@ -218,7 +220,7 @@ def test_tokens_counted_twice_are_an_error(adapter_of):
             sink(site, inputs)
             sink(site, inputs)
 
-        with module_hooks(block, sites, both):
+        with hooks_but(block, sites, both):
             yield
 
     with pytest.raises(AptError, match="saw 192 of 96"):

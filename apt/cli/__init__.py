@@ -18,7 +18,6 @@ _PACKAGE_MANAGER = (
 app = typer.Typer(
     name="apt",
     help="Prune language models after training, in one shot.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -52,8 +51,8 @@ def options(
 
 def main() -> None:
     """Run the command line: exit status 2 for what the user can mend, 130 for Ctrl-C."""
-    arguments = sys.argv[1:]
-    if arguments and arguments[0] in _PACKAGE_MANAGER:
+    arguments = sys.argv[1:] or ["--help"]
+    if arguments[0] in _PACKAGE_MANAGER:
         _fail(
             f"this is APT, which prunes language models; for packages, run "
             f"/usr/bin/apt {arguments[0]}"
