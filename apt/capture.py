@@ -25,10 +25,10 @@ class InputGram:
 
     def add(self, site: Site, inputs: Tensor) -> None:
         """Take ``inputs`` (..., in) of one product with the weight of ``site``."""
-        if inputs.shape[-1] != len(self.gram.matrix):
+        if inputs.shape[-1] != self.gram.width:
             raise AptError(
                 f"{site.name} multiplies inputs of width {inputs.shape[-1]}, not "
-                f"{len(self.gram.matrix)}: is it declared transposed the wrong way round?"
+                f"{self.gram.width}: is it declared transposed the wrong way round?"
             )
         self.tokens[site] = self.tokens.get(site, 0) + inputs.numel() // inputs.shape[-1]
         if self._current is None or site in self._seen:

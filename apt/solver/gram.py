@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 
 
+_PANEL = 192  # columns summed together: the product is symmetric, so what is below them is not
+
+
 class SolverError(ValueError):
     """A layer cannot be solved as asked; the message says why."""
 
@@ -24,8 +27,9 @@ class Gram:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.matrix = torch.zeros(width, width, device=device, dtype=dtype)
         self.tokens = 0
+        self._sum = torch.zeros(width, width, device=device, dtype=dtype)
+        self._mirrored = True
         self._damped: dict[float, DampedGram] = {}
 
     @classmethod
@@ -36,12 +40,35 @@ class Gram:
         gram.add(inputs)
         return gram
 
+    @classmethod
+    def from_sum(cls, matrix: Tensor, tokens: int) -> "Gram":
+        """A Gram matrix that was summed elsewhere: ``XᵀX`` (in, in) over ``tokens`` tokens."""
+        gram = cls(len(matrix), matrix.device, matrix.dtype)
+        gram._sum, gram.tokens = matrix.clone(), tokens
+        return gram
+
     def add(self, inputs: Tensor) -> None:
         """Add the tokens ``inputs`` (..., in)."""
-        rows = inputs.reshape(-1, inputs.shape[-1]).to(self.matrix.dtype)
-        self.matrix.addmm_(rows.T, rows)
+        rows = inputs.reshape(-1, inputs.shape[-1]).to(self._sum.dtype)
+        for start in range(0, self.width, _PANEL):
+            here, above = slice(start, start + _PANEL), slice(0, start + _PANEL)
+            self._sum[above, here].addmm_(rows[:, above].T, rows[:, here])
         self.tokens += rows.shape[0]
+        self._mirrored = False
         self._damped.clear()
+
+    @property
+    def width(self) -> int:
+        """The number of input features."""
+        return len(self._sum)
+
+    @property
+    def matrix(self) -> Tensor:
+        """``XᵀX`` (in, in)."""
+        if not self._mirrored:
+            self._sum.triu_().add_(self._sum.triu(1).T)
+            self._mirrored = True
+        return self._sum
 
     def damped(self, damping: float) -> "DampedGram":
         """``H = XᵀX / tokens + λI``, factorised; computed once for each ``damping``.
