@@ -3,7 +3,7 @@
 import time
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from apt.errors import AptError
 from apt.pipeline import Observer, prune_blocks
@@ -15,7 +15,7 @@ from apt.text import digest
 
 
 def prune(
-    model: nn.Module | Any,
+    model: Any,
     tokens: Tensor,
     *,
     pattern: Pattern | str,

@@ -49,11 +49,7 @@ def _same(left: Tensor, right: Tensor) -> bool:
 
 
 def capture_grams(
-    adapter: Adapter,
-    block: nn.Module,
-    sites: Sequence[Site],
-    run: Callable[[], None],
-    tokens: int,
+    adapter: Adapter, block: nn.Module, sites: Sequence[Site], run: Callable[[], None], tokens: int
 ) -> dict[str, Gram]:
     """Run a block while the inputs of ``sites`` are summed into Gram matrices.
 

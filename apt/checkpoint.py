@@ -1,13 +1,12 @@
 """Writing a Hugging Face directory that appears only when it is whole."""
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from torch import nn
 
 from apt.errors import AptError, first_line
 
@@ -69,14 +68,12 @@ def _replace(partial: Path, directory: Path) -> None:
 
 
 def _umask() -> int:
-    import os
-
     mask = os.umask(0)
     os.umask(mask)
     return mask
 
 
-def save_model(model: nn.Module | Any, tokenizer: Any, directory: Path) -> None:
+def save_model(model: Any, tokenizer: Any, directory: Path) -> None:
     """Write weights as safetensors, configuration and tokenizer."""
     model.save_pretrained(directory)
     if tokenizer is not None:

@@ -1,7 +1,6 @@
 """Perplexity, as the field measures it."""
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +9,7 @@ _TOKENS_PER_BATCH = 2048
 
 
 @torch.no_grad()
-def perplexity(model: nn.Module | Any, tokens: Tensor) -> float:
+def perplexity(model: nn.Module, tokens: Tensor) -> float:
     """The exponential of the mean negative log-likelihood of the tokens of separate windows.
 
     Windows do not overlap and share no context (a stride of one window), and the first token of
@@ -24,7 +23,7 @@ def perplexity(model: nn.Module | Any, tokens: Tensor) -> float:
     model.eval()
     device = next(model.parameters()).device
     total = 0.0
-    for batch in tokens.split(max(1, _TOKENS_PER_BATCH // tokens.shape[1])):
+    for batch in torch.split(tokens, max(1, _TOKENS_PER_BATCH // tokens.shape[1])):
         batch = batch.to(device)
         logits = model(batch, use_cache=False).logits[:, :-1]
         losses = nn.functional.cross_entropy(

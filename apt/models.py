@@ -158,7 +158,7 @@ def load(shell: Model, dtype: torch.dtype | None = None, device: str = "cpu") ->
     return Model(source, module.to(device).eval(), module.config, shell.spec, shell.adapter)
 
 
-def _plain(module: nn.Module) -> nn.Module:
+def _plain(module: Any) -> nn.Module:
     """The same model, no longer flagged as quantized: GGUF weights are plain once they are read.
 
     The flag makes transformers refuse to cast and to save the model.
@@ -166,10 +166,11 @@ def _plain(module: nn.Module) -> nn.Module:
     config = type(module.config).from_dict(
         {k: v for k, v in module.config.to_dict().items() if k != "quantization_config"}
     )
-    fresh = type(module)(config).to(next(module.parameters()).dtype)
+    fresh: Any = type(module)(config).to(next(module.parameters()).dtype)
     fresh.load_state_dict(module.state_dict())
     fresh.generation_config = module.generation_config
-    return fresh
+    plain: nn.Module = fresh
+    return plain
 
 
 def check_finite(module: nn.Module, reference: str) -> None:
@@ -199,7 +200,7 @@ def fingerprint(module: nn.Module) -> str:
     for name, parameter in module.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
         raw = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(memoryview(raw.numpy()))
+        digest.update(raw.numpy().data)
     return digest.hexdigest()
 
 

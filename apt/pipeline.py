@@ -13,14 +13,7 @@ from apt.adapter import Adapter, Call, Site, State
 from apt.capture import capture_grams
 from apt.errors import AptError
 from apt.plan import Plan, PlannedBlock, PlannedSite
-from apt.solver import (
-    Gram,
-    Pattern,
-    Solution,
-    SolverError,
-    SolverOptions,
-    relative_layer_error,
-)
+from apt.solver import Gram, Pattern, Solution, SolverError, SolverOptions, relative_layer_error
 from apt.solver.patterns import meets
 
 TOKENS_PER_BATCH = 4096
@@ -236,11 +229,13 @@ def enter(adapter: Adapter, model: nn.Module, tokens: Tensor) -> list[Batch]:
     device = next(model.parameters()).device
     pool: list[Tensor] = []
     batches = []
-    for part in tokens.split(max(1, TOKENS_PER_BATCH // tokens.shape[1])):
+    for part in torch.split(tokens, max(1, TOKENS_PER_BATCH // tokens.shape[1])):
         state, calls = adapter.enter(model, part.to(device))
         memo: dict[int, Tensor] = {}
-        shared = [Call(_pooled(c.args, pool, memo), _pooled(c.kwargs, pool, memo), c.keyword)
-                  for c in calls]
+        shared = [
+            Call(_pooled(c.args, pool, memo), _pooled(c.kwargs, pool, memo), c.keyword)
+            for c in calls
+        ]
         batches.append(Batch(state, shared))
     return batches
 

@@ -28,7 +28,7 @@ class Selection:
 
     def pattern(self, name: str, default: Pattern) -> Pattern | None:
         """The pattern for the site of that full name; None leaves it dense."""
-        if self.only and not _matches(name, self.only) or _matches(name, self.skip):
+        if (self.only and not _matches(name, self.only)) or _matches(name, self.skip):
             return None
         return next((p for glob, p in reversed(self.overrides) if _matches(name, [glob])), default)
 

@@ -97,7 +97,8 @@ class _Loader:
 
     def _call(self, implementation: pluggy.HookImpl, origin: str, of: type[S]) -> list[S]:
         try:
-            found = list(implementation.function())
+            declared: Iterable[S] = implementation.function()  # type: ignore[assignment]
+            found = list(declared)
             if wrong := [spec for spec in found if not isinstance(spec, of)]:
                 raise TypeError(f"{wrong[0]!r} is no {of.__name__}")
         except Exception as error:

@@ -15,12 +15,11 @@ from typing import Any
 
 import torch
 
-import apt
 from apt.errors import AptError
 from apt.pipeline import SitePruned
 
 FILE = "apt_report.json"
-_PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "datasets")
+_PACKAGES = ("apt-prune", "torch", "transformers", "safetensors", "tokenizers", "datasets")
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,6 @@ class Report:
     def write(self, directory: Path) -> None:
         """Write the record into ``directory``."""
         record = {
-            "apt": apt.__version__,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "versions": versions(),
             "options": self.options,

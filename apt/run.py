@@ -3,7 +3,7 @@
 import gc
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,7 @@ from apt.specs import MethodSpec
 from apt.text import calibration_tokens, digest, documents, evaluation_tokens
 from apt.verify import failures, verify
 
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -49,8 +45,8 @@ class RunOptions:
     ordered: bool = False
     overwrite: bool = False
     trust_remote_code: bool = False
-    selection: Selection = Selection()
-    solver: SolverOptions = SolverOptions()
+    selection: Selection = field(default_factory=Selection)
+    solver: SolverOptions = field(default_factory=SolverOptions)
 
     def record(self) -> dict[str, Any]:
         """The options as plain values, for the report."""
@@ -119,14 +115,14 @@ def prepare(
     check_output(options.output, options.overwrite)
     source = find(options.model, registry, trust_remote_code=options.trust_remote_code)
     shell = skeleton(source, registry, options.adapter)
-    plan = make_plan(
-        shell.module, shell.adapter, options.pattern, options.selection, method.per
-    )
+    plan = make_plan(shell.module, shell.adapter, options.pattern, options.selection, method.per)
     seqlen = capped(options.seqlen, shell, notice)
     pattern = options.pattern
     if isinstance(pattern, Unstructured):
         pattern = pattern.counted(method.per)
-    options = replace(options, pattern=pattern, method=method.name, adapter=shell.spec.name, seqlen=seqlen)
+    options = replace(
+        options, pattern=pattern, method=method.name, adapter=shell.spec.name, seqlen=seqlen
+    )
     return Prepared(options, registry, shell, plan, method, choose_device(options.device))
 
 

@@ -32,9 +32,7 @@ class Verdict:
 def verify(model: nn.Module, adapter: Adapter, plan: Plan) -> list[Verdict]:
     """Count the zeros of every planned site."""
     modules = dict(adapter.blocks(model))
-    return [
-        _verdict(site, modules[block.name]) for block in plan.blocks for site in block.pruned
-    ]
+    return [_verdict(site, modules[block.name]) for block in plan.blocks for site in block.pruned]
 
 
 def _verdict(planned: PlannedSite, block: nn.Module) -> Verdict:

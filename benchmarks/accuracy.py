@@ -82,12 +82,10 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, object]]:
         windows(tokenize(tokenizer, texts, count * options.seqlen), count, options.seqlen, "text")
         for texts, count in zip(parts, (options.samples, options.eval_samples), strict=True)
     )
-    calibration, evaluation = calibration[: options.samples], evaluation[: options.eval_samples]
+    calibration, evaluation = (calibration[: options.samples], evaluation[: options.eval_samples])
     yield {"method": "dense", "perplexity": perplexity(model.module, evaluation)}
     solver = SolverOptions(
-        mask_window=options.mask_window,
-        block_size=options.block_size,
-        tolerance=options.tolerance,
+        mask_window=options.mask_window, block_size=options.block_size, tolerance=options.tolerance
     )
     for pattern in options.patterns:
         for name in options.methods:

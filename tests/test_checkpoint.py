@@ -8,6 +8,12 @@ from apt.checkpoint import check_output, whole_directory
 from apt.errors import AptError
 
 
+def write_and_fail(target, error):
+    with whole_directory(target) as partial:
+        (partial / "a").write_text("x")
+        raise error
+
+
 def test_a_directory_appears_at_the_end(tmp_path):
     target = tmp_path / "deep" / "out"
     with whole_directory(target) as partial:
@@ -18,9 +24,8 @@ def test_a_directory_appears_at_the_end(tmp_path):
 
 
 def test_nothing_is_left_after_an_error(tmp_path):
-    with pytest.raises(KeyError), whole_directory(tmp_path / "out") as partial:
-        (partial / "a").write_text("x")
-        raise KeyError
+    with pytest.raises(KeyError):
+        write_and_fail(tmp_path / "out", KeyError())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -28,8 +33,8 @@ def test_the_old_directory_stays_until_the_new_one_is_whole(tmp_path):
     target = tmp_path / "out"
     target.mkdir()
     (target / "old").write_text("old")
-    with pytest.raises(KeyError), whole_directory(target):
-        raise KeyError
+    with pytest.raises(KeyError):
+        write_and_fail(target, KeyError())
     assert (target / "old").read_text() == "old"
     with whole_directory(target) as partial:
         (partial / "new").write_text("new")
@@ -39,8 +44,7 @@ def test_the_old_directory_stays_until_the_new_one_is_whole(tmp_path):
 
 def test_a_full_disk_is_an_error_for_the_user(tmp_path):
     with pytest.raises(AptError, match="cannot write .*No space left"):
-        with whole_directory(tmp_path / "out"):
-            raise OSError(28, os.strerror(28))
+        write_and_fail(tmp_path / "out", OSError(28, os.strerror(28)))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -121,9 +121,7 @@ def test_eval_prints_perplexity_and_json(apt):
     run = apt("eval", "zoo:llama", "--samples", 8, "--seqlen", 128)
     assert run.code == 0
     assert "zoo:llama: perplexity" in run.out
-    record = json.loads(
-        apt("eval", "zoo:llama", "--samples", 8, "--seqlen", 128, "--json").out
-    )
+    record = json.loads(apt("eval", "zoo:llama", "--samples", 8, "--seqlen", 128, "--json").out)
     assert record["windows"] == 8
     assert f"{record['perplexity']:.3f}" in run.out
 
@@ -199,7 +197,9 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), BAD, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
+@pytest.mark.parametrize(
+    ("arguments", "message"), BAD, ids=lambda v: " ".join(v) if isinstance(v, list) else ""
+)
 def test_bad_input_is_one_line_and_nothing_is_written(apt, arguments, message):
     Path("full").mkdir()
     Path("full/x").write_text("x")

@@ -97,7 +97,9 @@ def test_in_order_later_sites_see_pruned_earlier_ones(adapter_of):
         prune_blocks(model, adapter, plan, tokens, spy, ordered=ordered)
         inputs = []
         fc2 = model.model.decoder.layers[0].fc2
-        handle = fc2.register_forward_pre_hook(lambda m, args, inputs=inputs: inputs.append(args[0]))
+        handle = fc2.register_forward_pre_hook(
+            lambda m, args, inputs=inputs: inputs.append(args[0])
+        )
         model(tokens)
         handle.remove()
         same = torch.allclose(found[ordered][-1], Gram.of(inputs[0]).matrix, rtol=1e-4)

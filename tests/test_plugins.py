@@ -83,7 +83,7 @@ def test_a_hook_that_raises_or_returns_rubbish_is_a_warning(entry):
     def raising():
         raise OSError("no such thing")
 
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="failed to load") as caught:
         load_registry([entry("a", apt_adapters=rubbish), entry("b", apt_methods=raising)])
     assert {str(w.message) for w in caught} == {
         "plugin failed to load: a 1.2: TypeError: 'llama' is no AdapterSpec",

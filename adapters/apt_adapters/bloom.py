@@ -22,7 +22,7 @@ class BloomAdapter(DecoderAdapter):
         if config.slow_but_exact and config.pretraining_tp > 1:
             raise AptError(
                 "this BLOOM config has slow_but_exact with pretraining_tp > 1",
-                "set slow_but_exact to false in its config.json; the results agree but for rounding",
+                "set slow_but_exact to false in its config.json; results agree but for rounding",
             )
 
     def positions(self, config: Any) -> int | None:

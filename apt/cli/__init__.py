@@ -10,10 +10,28 @@ from apt.cli import adapters, evaluate, inspect, methods, prune, verify
 from apt.errors import AptError
 
 # What people mean by `apt` on Debian and its relatives.
-_PACKAGE_MANAGER = (
-    "install remove purge autoremove update upgrade full-upgrade dist-upgrade search show list "
-    "policy edit-sources source build-dep download changelog clean autoclean satisfy"
-).split()
+_PACKAGE_MANAGER = [
+    "install",
+    "remove",
+    "purge",
+    "autoremove",
+    "update",
+    "upgrade",
+    "full-upgrade",
+    "dist-upgrade",
+    "search",
+    "show",
+    "list",
+    "policy",
+    "edit-sources",
+    "source",
+    "build-dep",
+    "download",
+    "changelog",
+    "clean",
+    "autoclean",
+    "satisfy",
+]
 
 app = typer.Typer(
     name="apt",
@@ -84,8 +102,4 @@ def _quiet() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")
     warnings.simplefilter("ignore")
     warnings.filterwarnings("always", message="plugin failed to load")
-    warnings.showwarning = _show_warning
-
-
-def _show_warning(message: Warning | str, *rest: object) -> None:
-    typer.echo(f"apt: warning: {message}", err=True)
+    warnings.formatwarning = lambda message, *rest, **more: f"apt: warning: {message}\n"

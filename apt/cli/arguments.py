@@ -19,9 +19,7 @@ SKIP = typer.Option(None, "--skip", metavar="GLOB", help="Leave matching sites d
 OVERRIDE = typer.Option(
     None, "--override", metavar="GLOB=S|N:M", help="Another pattern where GLOB matches; repeatable."
 )
-REMOTE = typer.Option(
-    False, "--trust-remote-code", help="Run code that comes with the checkpoint."
-)
+REMOTE = typer.Option(False, "--trust-remote-code", help="Run code that comes with the checkpoint.")
 DEVICE = typer.Option("auto", "--device", help="cpu, cuda, …; auto takes a GPU if there is one.")
 DTYPE = typer.Option(
     "auto", "--dtype", help="float32, bfloat16 or float16; auto keeps the checkpoint's."

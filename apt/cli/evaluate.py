@@ -31,7 +31,7 @@ def evaluate(
 
     if dtype not in ("auto", *DTYPES):
         raise AptError(f"no dtype '{dtype}'", f"use auto, {', '.join(DTYPES)}")
-    if samples is not None and samples < 1 or seqlen < 2:
+    if (samples is not None and samples < 1) or seqlen < 2:
         raise AptError("--samples must be at least 1 and --seqlen at least 2")
     source = find(model, registry(), trust_remote_code=trust_remote_code)
     shell = skeleton(source, registry(), adapter)

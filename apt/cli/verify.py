@@ -47,8 +47,8 @@ def verify(
         dense = [str(name) for name in report["skipped"]]
         notice(f"left dense on request: {', '.join(dense)}")
         selection = replace(selection, skip=(*selection.skip, *dense))
-    counted = report.get("options", {}).get("per") or "layer"
-    plan = make_plan(model.module, model.adapter, wanted, selection, counted)
+    by_row = report.get("options", {}).get("per") == "row"
+    plan = make_plan(model.module, model.adapter, wanted, selection, "row" if by_row else "layer")
     verdicts = count(model.module, model.adapter, plan)
     failed = failures(verdicts)
     for verdict in failed:

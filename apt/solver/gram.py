@@ -5,7 +5,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-
 _PANEL = 192  # columns summed together: the product is symmetric, so what is below them is not
 
 
@@ -22,10 +21,7 @@ class Gram:
     """
 
     def __init__(
-        self,
-        width: int,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        self, width: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> None:
         self.tokens = 0
         self._sum = torch.zeros(width, width, device=device, dtype=dtype)

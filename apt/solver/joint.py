@@ -1,6 +1,5 @@
 """The multiple removal problem for all columns at once: the best weights for a given mask."""
 
-import torch
 from torch import Tensor
 
 
@@ -56,9 +55,9 @@ def joint_weights(
 
 def _dot(left: Tensor, right: Tensor) -> Tensor:
     """Row-wise inner products (out, 1)."""
-    return torch.linalg.vecdot(left, right).unsqueeze(1)
+    return (left * right).sum(1, keepdim=True)
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
     """The quotient, 0 where a row has converged and both vanish."""
-    return torch.where(denominator > 0, numerator / denominator, 0)
+    return (numerator / denominator).where(denominator > 0, numerator.new_zeros(()))

@@ -155,7 +155,7 @@ class _Sweep:
             assert isinstance(self.pattern, Unstructured)
             mask.copy_(lowest(scores.square_().T, self.pattern, offset=offset).T)
         for start in range(0, len(columns), self.strip):
-            here, rest = slice(start, start + self.strip), slice(start + self.strip, None)
+            here, rest = (slice(start, start + self.strip), slice(start + self.strip, None))
             if self.choose is not None:
                 mask[here] = self.choose(columns[here], factor[here, here])
             _single(columns[here], factor[here, here], mask[here], coefficients[here])
@@ -195,7 +195,7 @@ def _set_mask(pattern: NM) -> Callable[[Tensor, Tensor], Tensor]:
         inverse = factor.T @ factor
         joint = torch.linalg.inv(inverse[indices[:, :, None], indices[:, None, :]])
         rows = max(1, _CHUNK // (indices.numel()))
-        best = torch.cat([_best_set(part, indices, joint) for part in columns.T.split(rows)])
+        best = torch.cat([_best_set(part, indices, joint) for part in torch.split(columns.T, rows)])
         return torch.zeros_like(columns, dtype=torch.bool).scatter_(0, best.T, True)
 
     return choose
@@ -234,7 +234,7 @@ def _joint_coefficients(weight: Tensor, factor: Tensor, mask: Tensor) -> Tensor:
     """
     inverse = factor.T @ factor
     rows = max(1, _CHUNK // inverse.numel())
-    parts = zip(weight.split(rows), mask.to(weight.dtype).split(rows), strict=True)
+    parts = zip(torch.split(weight, rows), torch.split(mask.to(weight.dtype), rows), strict=True)
     return torch.cat([_multipliers(part, inverse, pruned) for part, pruned in parts]) @ factor.T
 
 

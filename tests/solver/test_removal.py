@@ -64,7 +64,7 @@ def test_ss_is_column_by_column_obs_unstructured(seed, out, sparsity, window):
     def choose(scores):
         nonlocal pruned, columns
         columns += scores.shape[1]
-        count, pruned = pattern.count(out * columns) - pruned, pattern.count(out * columns)
+        count, pruned = (pattern.count(out * columns) - pruned, pattern.count(out * columns))
         mask = torch.zeros(scores.numel(), dtype=torch.bool)
         mask[scores.flatten().argsort()[:count]] = True
         return mask.view_as(scores)
