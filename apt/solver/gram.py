@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from apt.solver.precision import full_precision
+
 _PANEL = 192  # columns summed together: the product is symmetric, so what is below them is not
 
 
@@ -43,6 +45,7 @@ class Gram:
         gram._sum, gram.tokens = matrix.clone(), tokens
         return gram
 
+    @full_precision()
     def add(self, inputs: Tensor) -> None:
         """Add the tokens ``inputs`` (..., in)."""
         rows = inputs.reshape(-1, inputs.shape[-1]).to(self._sum.dtype)
@@ -92,6 +95,7 @@ class DampedGram:
         self.matrix, self.factor, self.damping = matrix, factor, damping
 
     @classmethod
+    @full_precision()
     def factorise(cls, gram: Gram, damping: float) -> "DampedGram":
         """Factorise with the least damping and precision that works; see `Gram.damped`."""
         mean = gram.matrix / max(gram.tokens, 1)

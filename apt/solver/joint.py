@@ -1,21 +1,25 @@
 """The multiple removal problem for all columns at once: the best weights for a given mask."""
 
+import torch
 from torch import Tensor
 
+from apt.solver.precision import full_precision
 
+
+@full_precision()
 def joint_weights(
     weight: Tensor,
     matrix: Tensor,
     mask: Tensor,
     start: Tensor | None = None,
-    tolerance: float = 1e-3,
+    tolerance: float = 5e-4,
     max_steps: int = 200,
 ) -> Tensor:
     """The least-squares weights on the kept columns: ``V_K H_KK = (W H)_K`` in every row.
 
     This is the closed form of the multiple removal problem (arXiv 2410.15567, its equation for
     ``δ``) with the whole row as one block. All rows are solved together by conjugate gradients
-    restricted to the kept weights and preconditioned by the diagonal of ``H``; a step costs one
+    restricted to the kept weights, on the matrix scaled to a unit diagonal; a step costs one
     product of (out, in) by (in, in). Each step lowers the loss of every row, so the result is
     never worse than ``start``.
 
@@ -25,37 +29,40 @@ def joint_weights(
         mask: True where a weight is pruned (out, in).
         start: weights (out, in) to start from, for instance those of the sequential sweep; their
             pruned entries are ignored. The kept entries of ``weight`` by default.
-        tolerance: stop when ``‖((W−V)H)_K‖`` has fallen to this share of ``‖((W−W_K)H)_K‖``, the
-            residual before any compensation.
+        tolerance: stop when a step lowers the layer's loss ``½ tr((V−W) H (V−W)ᵀ)`` by less than
+            this share of it.
         max_steps: stop after this many steps in any case.
 
     Returns:
         ``V`` (out, in), exactly zero where ``mask`` is True.
     """
     keep = (~mask).to(weight.dtype)
-    inverse_diagonal = keep / matrix.diagonal()
-    solution = (weight if start is None else start) * keep
-    residual = ((weight - solution) @ matrix).mul_(keep)
-    goal = tolerance * float((((weight * mask) @ matrix) * keep).norm())
-    scaled = residual * inverse_diagonal
-    direction = scaled
-    power = _dot(residual, scaled)
+    scale = matrix.diagonal().sqrt()
+    unit = matrix / scale / scale.unsqueeze(1)
+    solution = (weight if start is None else start) * keep * scale
+    missing = weight * scale - solution
+    residual = missing @ unit
+    loss = 0.5 * float(_dot(missing, residual).sum())
+    direction = residual.mul_(keep).clone()
+    power = _dot(residual, residual)
     for _ in range(max_steps):
-        if float(residual.norm()) <= goal:
-            break
-        image = (direction @ matrix).mul_(keep)
+        image = (direction @ unit).mul_(keep)
         step = _ratio(power, _dot(direction, image))
         solution.addcmul_(step, direction)
         residual.addcmul_(step, image, value=-1)
-        scaled = residual * inverse_diagonal
-        previous, power = power, _dot(residual, scaled)
-        direction = scaled.addcmul_(_ratio(power, previous), direction)
-    return solution
+        lowered = 0.5 * float((step * power).sum())
+        loss -= lowered
+        if lowered <= tolerance * max(loss, 0.0):
+            break
+        previous, power = power, _dot(residual, residual)
+        direction.mul_(_ratio(power, previous)).add_(residual)
+    return solution.div_(scale)
 
 
 def _dot(left: Tensor, right: Tensor) -> Tensor:
     """Row-wise inner products (out, 1)."""
-    return (left * right).sum(1, keepdim=True)
+    products: Tensor = torch.linalg.vecdot(left, right)
+    return products.unsqueeze(1)
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:

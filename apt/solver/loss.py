@@ -4,7 +4,10 @@ import math
 
 from torch import Tensor
 
+from apt.solver.precision import full_precision
 
+
+@full_precision()
 def relative_layer_error(dense: Tensor, pruned: Tensor, gram: Tensor) -> float:
     """``tr((V−W) G (V−W)ᵀ) / tr(W G Wᵀ)``: the share of the output's energy that is lost.
 

@@ -30,6 +30,7 @@ from torch import Tensor
 from apt.solver.gram import DampedGram, Gram, SolverError
 from apt.solver.joint import joint_weights
 from apt.solver.patterns import NM, Pattern, Unstructured, lowest, lowest_k
+from apt.solver.precision import full_precision
 
 MAX_REMOVAL_SETS = 20_000
 """The most removal sets a group that mask M enumerates; C(16, 8) = 12,870 is within."""
@@ -47,13 +48,13 @@ class SolverOptions:
         damping: λ as a share of the mean diagonal of the Gram matrix.
         block_size: the columns B of one joint compensation; None takes all columns.
         mask_window: the columns over which the unstructured mask S is selected at a time.
-        tolerance: the relative residual at which the joint solve for all columns stops.
+        tolerance: where the joint solve for all columns stops, see `joint_weights`.
     """
 
     damping: float = 0.01
     block_size: int | None = None
     mask_window: int = _WINDOW
-    tolerance: float = 1e-3
+    tolerance: float = 5e-4
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ def mm(weight: Tensor, gram: Gram, pattern: Pattern, options: SolverOptions) -> 
     return _solve(weight, gram, pattern, options, multiple_mask=True, multiple=True)
 
 
+@full_precision()
 def _solve(
     weight: Tensor,
     gram: Gram,

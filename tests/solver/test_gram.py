@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apt.solver import Gram, SolverError
+from apt.solver import NM, Gram, SolverError, SolverOptions, sm
 from apt.solver.gram import inverse_factor
 from tests.solver.problems import problem, seeds
 
@@ -93,3 +93,16 @@ def test_inputs_that_are_not_finite_are_an_error():
     inputs[3, 1] = float("nan")
     with pytest.raises(SolverError, match="not finite"):
         Gram.of(inputs).damped(0.01)
+
+
+def test_low_precision_products_do_not_reach_the_solver():
+    """Where fp32 products may be taken in bf16, the result is the same and so is the setting."""
+    weight, inputs = torch.randn(64, 256), torch.randn(512, 256)
+    plain = sm(weight, Gram.of(inputs), NM(2, 4), SolverOptions())
+    torch.set_float32_matmul_precision("medium")
+    try:
+        found = sm(weight, Gram.of(inputs), NM(2, 4), SolverOptions())
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(plain.weight, found.weight)

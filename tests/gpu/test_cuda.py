@@ -1,0 +1,50 @@
+"""The same results on a GPU; skipped, with the reason, where there is none."""
+
+import pytest
+import torch
+
+import apt as library
+from apt.solver import NM, Gram, SolverOptions, Unstructured, mm, sm, ss
+from apt.solver.patterns import meets
+from tests.families import FAMILIES, random_model, random_tokens
+from tests.solver.problems import problem
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.mark.parametrize("method", [ss, sm, mm])
+@pytest.mark.parametrize("pattern", [NM(2, 4), Unstructured(0.5)], ids=str)
+def test_layers_are_solved_as_on_the_cpu(method, pattern):
+    weight, gram = problem(0, 64, 128)
+    there = Gram.from_sum(gram.matrix.cuda(), gram.tokens)
+    here = method(weight, gram, pattern, SolverOptions())
+    found = method(weight.cuda(), there, pattern, SolverOptions())
+    assert torch.equal(found.mask.cpu(), here.mask)
+    torch.testing.assert_close(found.weight.cpu(), here.weight, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("variant", FAMILIES.values())
+def test_models_are_pruned_as_on_the_cpu(variant, dtype):
+    tokens, errors = random_tokens(samples=8), []
+    for device in ("cpu", "cuda"):
+        model = random_model(variant, dtype).to(device)
+        report = library.prune(model, tokens, pattern="2:4")
+        errors.append(report.relative_error)
+        for name, parameter in model.named_parameters():
+            if f"{name.removesuffix('.weight')}" in {site.name for site in report.sites}:
+                assert meets(parameter, NM(2, 4))
+    assert errors[0] == pytest.approx(errors[1], rel=0.05)
+
+
+def test_tf32_does_not_reach_the_solver():
+    weight, gram = problem(1, 64, 128)
+    weight, matrix = weight.float().cuda(), gram.matrix.float().cuda()
+    plain = sm(weight, Gram.from_sum(matrix, gram.tokens), NM(2, 4), SolverOptions())
+    torch.set_float32_matmul_precision("high")
+    try:
+        found = sm(weight, Gram.from_sum(matrix, gram.tokens), NM(2, 4), SolverOptions())
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(plain.weight, found.weight)
