@@ -48,7 +48,7 @@ def whole_directory(directory: Path) -> Iterator[Path]:
         raise AptError(f"cannot write {directory}: {first_line(error)}") from error
     try:
         yield partial
-        partial.chmod(0o777 & ~_umask())
+        _open_up(partial)
         _replace(partial, directory)
     except OSError as error:
         raise AptError(f"cannot write {directory}: {first_line(error)}") from error
@@ -65,6 +65,14 @@ def _replace(partial: Path, directory: Path) -> None:
     directory.rename(old / "old")
     partial.rename(directory)
     shutil.rmtree(old)
+
+
+def _open_up(partial: Path) -> None:
+    """Give the usual permissions: temporary directories and safetensors files are private."""
+    mask = _umask()
+    partial.chmod(0o777 & ~mask)
+    for path in partial.rglob("*"):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def _umask() -> int:

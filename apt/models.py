@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from apt.adapter import Adapter
 from apt.errors import AptError, first_line
-from apt.plugins import Registry
+from apt.plugins import Registry, registry
 from apt.specs import AdapterSpec
 
 ZOO = "zoo:"
@@ -204,6 +204,14 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def _hub_hint(reference: str) -> str:
+    embedded = [spec.name for spec in registry().adapters.specs.values() if spec.zoo]
+    close = get_close_matches(reference.lower(), embedded, n=1)
+    if close:
+        return f"did you mean '{ZOO}{close[0]}', the embedded model?"
+    return f"check the name and the network; embedded: {', '.join(ZOO + e for e in embedded)}"
+
+
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
     """An exception and all that led to it."""
     while error is not None:
@@ -228,7 +236,6 @@ def _load_error(source: Source, error: Exception) -> AptError:
         return AptError(
             f"no such model: '{source.reference}' is neither a directory here nor to be had from "
             "the hub",
-            "check the name and the network; embedded models: zoo:llama and others, see "
-            "apt adapters",
+            _hub_hint(source.reference),
         )
     return AptError(f"{source.reference} does not load: {first_line(error)}", "is it complete?")

@@ -16,10 +16,15 @@ def write_and_fail(target, error):
 
 def test_a_directory_appears_at_the_end(tmp_path):
     target = tmp_path / "deep" / "out"
+    umask = os.umask(0o022)
+    os.umask(umask)
     with whole_directory(target) as partial:
         (partial / "a").write_text("x")
+        (partial / "a").chmod(0o600)
         assert not target.exists()
     assert (target / "a").read_text() == "x"
+    assert (target / "a").stat().st_mode & 0o444 == 0o444 & ~umask
+    assert target.stat().st_mode & 0o555 == 0o555 & ~umask
     assert [p.name for p in target.parent.iterdir()] == ["out"]
 
 

@@ -99,6 +99,7 @@ def _quiet() -> None:
     """Keep libraries' own chatter off the terminal; plugin failures are shown in one line each."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
     warnings.simplefilter("ignore")
     warnings.filterwarnings("always", message="plugin failed to load")
