@@ -1,6 +1,7 @@
 """A whole run, from references to a directory on disk; what ``apt prune`` does."""
 
 import gc
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -77,11 +78,6 @@ class Prepared:
     method: MethodSpec
     device: str
 
-    @property
-    def dtype(self) -> torch.dtype | None:
-        """The precision asked for; None keeps the checkpoint's."""
-        return DTYPES.get(self.options.dtype)
-
 
 def choose_device(name: str) -> str:
     """The device for ``auto``, or the one named if this machine has it."""
@@ -107,10 +103,7 @@ def prepare(
     Raises:
         AptError: an option does not fit the model, the machine or the disk.
     """
-    if options.dtype not in ("auto", *DTYPES):
-        raise AptError(f"no dtype '{options.dtype}'", f"use auto, {', '.join(DTYPES)}")
-    if options.samples < 1 or options.seqlen < 2:
-        raise AptError("--samples must be at least 1 and --seqlen at least 2")
+    _check_numbers(options)
     method = registry.methods.get(options.method) if options.method else registry.default_method()
     check_output(options.output, options.overwrite)
     source = find(options.model, registry, trust_remote_code=options.trust_remote_code)
@@ -124,6 +117,24 @@ def prepare(
         options, pattern=pattern, method=method.name, adapter=shell.spec.name, seqlen=seqlen
     )
     return Prepared(options, registry, shell, plan, method, choose_device(options.device))
+
+
+def _check_numbers(options: RunOptions) -> None:
+    solver = options.solver
+    if options.samples < 1 or options.seqlen < 2:
+        raise AptError("--samples must be at least 1 and --seqlen at least 2")
+    if not 0 <= solver.damping < math.inf:
+        raise AptError(f"--damping {solver.damping:g} is not a number from 0 up")
+    if solver.block_size is not None and solver.block_size < 1:
+        raise AptError(f"--block-size {solver.block_size} is not positive")
+    read_dtype(options.dtype)
+
+
+def read_dtype(name: str) -> torch.dtype | None:
+    """The precision of that name; None for ``auto``, which keeps the checkpoint's."""
+    if name not in ("auto", *DTYPES):
+        raise AptError(f"no dtype '{name}'", f"use auto, {', '.join(DTYPES)}")
+    return DTYPES.get(name)
 
 
 def capped(seqlen: int, model: Model, notice: Callable[[str], None]) -> int:
@@ -151,7 +162,7 @@ def execute(prepared: Prepared, observe: Observer, status: Callable[[str], None]
     tokenizer = load_tokenizer(prepared.shell.source)
     tokens, held_out = _texts(prepared, tokenizer)
     status("loading the model")
-    model = load(prepared.shell, prepared.dtype, prepared.device)
+    model = load(prepared.shell, read_dtype(options.dtype), prepared.device)
     _check_vocabulary(tokens, model)
     origin = {
         "reference": options.model,

@@ -181,7 +181,7 @@ BAD = [
     (["prune", "zoo:llama", "--dtype", "int8"], "no dtype 'int8'"),
     (["prune", "zoo:llama", "--device", "tpu"], "device 'tpu' is not available"),
     (["prune", "zoo:llama", "--device", "cuda:99"], "device 'cuda:99' is not available"),
-    (["prune", "zoo:llama", "--damping=-1"], "--damping -1 is negative"),
+    (["prune", "zoo:llama", "--damping=-1"], "--damping -1 is not a number from 0 up"),
     (["prune", "zoo:llama", "--block-size", "6"], "block size 6 is not a multiple of 4"),
     (["prune", "zoo:llama", "--only", "*.fc1"], "'*.fc1' matches no site"),
     (["prune", "zoo:llama", "--skip", "*"], "no site is left to prune"),
@@ -233,6 +233,7 @@ def test_ctrl_c_is_130(apt, monkeypatch):
     monkeypatch.setattr("apt.run.execute", interrupt)
     run = apt("prune", "zoo:llama", *SMALL)
     assert run.code == 130
+    assert run.err.endswith("apt: interrupted; nothing was written\n")
     assert list(Path().iterdir()) == []
 
 

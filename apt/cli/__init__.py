@@ -83,11 +83,6 @@ def main() -> None:
         if debug:
             raise
         _fail(str(error))
-    except KeyboardInterrupt:
-        if debug:
-            raise
-        typer.echo("apt: interrupted; nothing was written", err=True)
-        raise SystemExit(130) from None
 
 
 def _fail(line: str) -> None:

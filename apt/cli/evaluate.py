@@ -26,11 +26,10 @@ def evaluate(
     from apt.evaluate import perplexity
     from apt.models import find, load, load_tokenizer, skeleton
     from apt.plugins import registry
-    from apt.run import DTYPES, capped, choose_device
+    from apt.run import capped, choose_device, read_dtype
     from apt.text import digest, documents, evaluation_tokens
 
-    if dtype not in ("auto", *DTYPES):
-        raise AptError(f"no dtype '{dtype}'", f"use auto, {', '.join(DTYPES)}")
+    precision = read_dtype(dtype)
     if (samples is not None and samples < 1) or seqlen < 2:
         raise AptError("--samples must be at least 1 and --seqlen at least 2")
     source = find(model, registry(), trust_remote_code=trust_remote_code)
@@ -39,7 +38,7 @@ def evaluate(
     texts = documents(data, "evaluation", registry())
     tokens = evaluation_tokens(load_tokenizer(source), texts, samples, seqlen, data)
     with err.status("loading the model") as status:
-        loaded = load(shell, DTYPES.get(dtype), choose_device(device))
+        loaded = load(shell, precision, choose_device(device))
         status.update(f"measuring perplexity on {tokens.numel():,} tokens")
         value = perplexity(loaded.module, tokens)
     windows = tokens.shape[0]

@@ -1,7 +1,7 @@
 """``apt prune``."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import typer
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from apt.report import Report
     from apt.run import Prepared, RunOptions
 
-_DEFAULT_PATTERN = "2:4"
+T = TypeVar("T")
 
 
 def prune(
@@ -62,75 +62,58 @@ def prune(
     from apt.run import RunOptions, prepare
     from apt.solver import SolverOptions
 
-    if damping < 0:
-        raise AptError(f"--damping {damping:g} is negative")
-    if block_size is not None and block_size < 1:
-        raise AptError(f"--block-size {block_size} is not positive")
     shelf = registry()
-    model = model or _embedded(adapter)
-    wanted = args.read_pattern(sparsity, pattern, per)
-    if wanted is None:
-        wanted = args.read_pattern(None, _DEFAULT_PATTERN, per)
-        assert wanted is not None
-        notice(f"pattern: {wanted} (default)")
-    if method is None:
-        spec = shelf.default_method()
-        notice(f"method: {spec.name}, {spec.summary} (default)")
-        method = spec.name
-    if calibration is None:
-        calibration = "builtin"
-        notice("calibration: builtin (default)")
-    chosen = shelf.methods.get(method).name
-    if output is None:
-        output = _output(model, f"{str(wanted).replace(':', 'of')}-{chosen}")
-    prepared = prepare(
-        RunOptions(
-            model=model,
-            pattern=wanted,
-            output=output,
-            adapter=adapter,
-            method=chosen,
-            calibration=calibration,
-            evaluation=evaluation,
-            samples=samples,
-            seqlen=seqlen,
-            seed=seed,
-            device=device,
-            dtype=dtype,
-            ordered=ordered,
-            overwrite=overwrite,
-            trust_remote_code=trust_remote_code,
-            selection=args.read_selection(only, skip, override),
-            solver=SolverOptions(damping=damping, block_size=block_size),
-        ),
-        shelf,
-        notice,
+    model = model or _default("model", _embedded(adapter))
+    wanted = args.read_pattern(sparsity, pattern, per) or _default("pattern", args.parse("2:4"))
+    chosen = shelf.methods.get(method or _default("method", shelf.default_method().name))
+    options = RunOptions(
+        model=model,
+        pattern=wanted,
+        output=output or _default("output", _folder(model, str(wanted), chosen.name)),
+        adapter=adapter,
+        method=chosen.name,
+        calibration=calibration or _default("calibration", "builtin"),
+        evaluation=evaluation,
+        samples=samples,
+        seqlen=seqlen,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        ordered=ordered,
+        overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
+        selection=args.read_selection(only, skip, override),
+        solver=SolverOptions(damping=damping, block_size=block_size),
     )
+    prepared = prepare(options, shelf, notice)
     if dry_run:
         _show_plan(prepared)
     else:
         _run(prepared)
 
 
-def _embedded(adapter: str | None) -> str:
+def _default(name: str, value: T) -> T:
+    """``value``, said in a line."""
     from apt.cli.output import notice
+
+    notice(f"{name}: {value} (default)")
+    return value
+
+
+def _embedded(adapter: str | None) -> str:
     from apt.plugins import registry
 
     if adapter is None:
         raise AptError("no MODEL is given", "name one, or --adapter NAME for its embedded model")
-    model = f"zoo:{registry().adapters.get(adapter).name}"
-    notice(f"model: {model} (default)")
-    return model
+    return f"zoo:{registry().adapters.get(adapter).name}"
 
 
-def _output(model: str, rest: str) -> Path:
-    from apt.cli.output import notice
+def _folder(model: str, pattern: str, method: str) -> Path:
+    """A folder named after model, pattern and method."""
     from apt.models import Source
 
     gguf = model if model.endswith(".gguf") else None
-    output = Path(f"{Source(model, model, gguf).name}-{rest}")
-    notice(f"output: {output} (default)")
-    return output
+    return Path(f"{Source(model, model, gguf).name}-{pattern.replace(':', 'of')}-{method}")
 
 
 def _show_plan(prepared: "Prepared") -> None:
@@ -144,8 +127,12 @@ def _run(prepared: "Prepared") -> None:
     from apt.cli.progress import RunProgress
     from apt.run import execute
 
-    with RunProgress(prepared.plan) as progress:
-        report = execute(prepared, progress.observe, progress.status)
+    try:
+        with RunProgress(prepared.plan) as progress:
+            report = execute(prepared, progress.observe, progress.status)
+    except KeyboardInterrupt:
+        typer.echo("apt: interrupted; nothing was written", err=True)
+        raise typer.Exit(130) from None
     show_report(report, prepared.options)
 
 
