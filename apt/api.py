@@ -1,6 +1,7 @@
 """Pruning an in-memory model from a program."""
 
 import time
+from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
@@ -62,7 +63,12 @@ def prune(
         model, instance, plan, tokens, chosen.load(), options, ordered=ordered, observe=observe
     )
     return Report(
-        options={"pattern": str(wanted), "method": chosen.name, "ordered": ordered},
+        options={
+            "pattern": str(wanted),
+            "method": chosen.name,
+            "ordered": ordered,
+            **asdict(options or SolverOptions()),
+        },
         model={"type": model.config.model_type, "adapter": spec.name},
         tokens={"shape": list(tokens.shape), "sha256": digest(tokens.cpu())},
         sites=sites,

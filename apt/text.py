@@ -94,7 +94,11 @@ def _text_of(row: Any, where: str) -> str:
 
 
 def hub_documents(
-    name: str, config: str | None, split: Split, files: dict[str, str] | None = None
+    name: str,
+    config: str | None,
+    split: Split,
+    files: dict[str, str] | None = None,
+    revision: str | None = None,
 ) -> Iterator[str]:
     """The documents of a data set that `datasets` loads, streamed.
 
@@ -103,12 +107,15 @@ def hub_documents(
         config: the data set's configuration.
         split: calibration reads ``train``; evaluation reads ``test``, else ``validation``.
         files: the files to read for each of the data set's splits.
+        revision: a branch of its repository.
     """
     import datasets
 
     wanted = ("train",) if split == "calibration" else ("test", "validation")
     try:
-        loaded = datasets.load_dataset(name, config, data_files=files, streaming=True)
+        loaded = datasets.load_dataset(
+            name, config, data_files=files, revision=revision, streaming=True
+        )
         part = next((loaded[key] for key in wanted if key in loaded), None)
         if part is None:
             raise ValueError(f"it has no split {' or '.join(wanted)}")

@@ -18,8 +18,12 @@ def wikitext2(split: Split) -> Iterator[str]:
 
 
 def ptb(split: Split) -> Iterator[str]:
-    """Penn Treebank: train and test."""
-    return hub_documents("ptb-text-only/ptb_text_only", "penn_treebank", split)
+    """Penn Treebank: train and test, from the hub's Parquet export.
+
+    The repository itself is a loading script, which `datasets` 4 no longer runs.
+    """
+    name, export = "ptb-text-only/ptb_text_only", "refs/convert/parquet"
+    return hub_documents(name, None, split, revision=export)
 
 
 def c4(split: Split) -> Iterator[str]:
