@@ -212,6 +212,12 @@ def test_what_does_not_fit_is_refused_before_any_weight_changes(options, message
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("shape", [(8,), (0, 8), (2, 2, 2)], ids=str)
+def test_tokens_of_another_shape_are_refused(shape):
+    with pytest.raises(AptError, match="give .samples, seqlen"):
+        library.prune(random_model("opt"), torch.ones(shape, dtype=torch.long), pattern="2:4")
+
+
 def test_joint_compensation_lowers_the_error_of_the_first_block(adapter_of):
     errors = {}
     for method in (ss, sm):
