@@ -66,13 +66,14 @@ def prune(
     model = model or _default("model", _embedded(adapter))
     wanted = args.read_pattern(sparsity, pattern, per) or _default("pattern", args.parse("2:4"))
     chosen = shelf.methods.get(method or _default("method", shelf.default_method().name))
+    calibration = calibration or _default("calibration", "builtin")
     options = RunOptions(
         model=model,
         pattern=wanted,
         output=output or _default("output", _folder(model, str(wanted), chosen.name)),
         adapter=adapter,
         method=chosen.name,
-        calibration=calibration or _default("calibration", "builtin"),
+        calibration=calibration,
         evaluation=evaluation,
         samples=samples,
         seqlen=seqlen,
