@@ -109,11 +109,14 @@ def read_report(directory: Path) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(record, dict) or not isinstance(record.get("skipped"), list):
+        fields: dict[str, Any] = record if isinstance(record, dict) else {}
+        if not isinstance(fields.get("skipped"), list) or not isinstance(
+            fields.get("options"), dict
+        ):
             raise ValueError("it is no report")
     except (OSError, ValueError) as error:
         raise AptError(f"{path} is damaged: {error}", "delete it to verify without it") from error
-    return record
+    return fields
 
 
 @dataclass(frozen=True)

@@ -201,8 +201,10 @@ def _texts(prepared: Prepared, tokenizer: Any) -> tuple[Tensor, Tensor | None]:
     if options.evaluation is None:
         return tokens, None
     texts = documents(options.evaluation, "evaluation", registry)
-    held_out = evaluation_tokens(tokenizer, texts, None, options.seqlen, options.evaluation)
-    return tokens, held_out[: options.samples]
+    held_out = evaluation_tokens(
+        tokenizer, texts, options.samples, options.seqlen, options.evaluation, fewer=True
+    )
+    return tokens, held_out
 
 
 def _check_vocabulary(tokens: Tensor, model: Model) -> None:

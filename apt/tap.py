@@ -26,7 +26,7 @@ _FACTORS: dict[Any, tuple[int, int]] = {
     Tensor.mm: (0, 1),
     Tensor.addmm: (1, 2),
 }
-_NAMES = ("weight", "mat2", "other")
+_KEYWORDS = ("input", "self", "mat1", "weight", "mat2", "other")  # in the order of positions
 
 
 class WeightTap(TorchFunctionMode, Generic[K]):
@@ -78,7 +78,7 @@ def _factors(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
     """The left and right factor, wherever the caller put them."""
     left, right = _FACTORS[func]
     given = list(args)
-    for name in ("input", "self", "mat1", *_NAMES):
+    for name in _KEYWORDS:
         if name in kwargs and len(given) <= max(left, right):
             given.append(kwargs[name])
     return (given[left], given[right]) if len(given) > max(left, right) else (None, None)

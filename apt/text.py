@@ -175,11 +175,21 @@ def calibration_tokens(
 
 
 def evaluation_tokens(
-    tokenizer: Any, texts: Iterable[str], samples: int | None, seqlen: int, source: str
+    tokenizer: Any,
+    texts: Iterable[str],
+    samples: int | None,
+    seqlen: int,
+    source: str,
+    *,
+    fewer: bool = False,
 ) -> Tensor:
-    """The first ``samples`` windows (samples, seqlen), or all."""
+    """The first ``samples`` windows (samples, seqlen), or all; no more text is read than needed.
+
+    Where the text has not as many, that is an error, unless ``fewer`` will do.
+    """
     limit = samples * seqlen if samples else None
-    return windows(tokenize(tokenizer, texts, limit), samples, seqlen, source)[:samples]
+    needed = None if fewer else samples
+    return windows(tokenize(tokenizer, texts, limit), needed, seqlen, source)[:samples]
 
 
 def digest(tokens: Tensor) -> str:

@@ -111,6 +111,15 @@ def test_verify_leaves_out_what_the_run_was_told_to(apt):
     assert "left dense on request: transformer.h.0.self_attention.dense" in run.err
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"skipped": [], "options": null}'])
+def test_a_damaged_report_is_one_line(apt, checkpoint, tmp_path, text):
+    path = Path(shutil.copytree(checkpoint("opt"), tmp_path / "model"))
+    (path / "apt_report.json").write_text(text)
+    run = apt("verify", path, "--pattern", "2:4")
+    assert run.code == 2
+    assert "apt_report.json is damaged" in run.err
+
+
 def test_wanda_is_verified_by_row(apt):
     apt("prune", "zoo:opt", *SMALL, "-o", "out", "--method", "wanda", "--sparsity", "0.37")
     assert apt("verify", "out", "--sparsity", "0.37").code == 0

@@ -144,6 +144,21 @@ def test_calibration_samples_are_drawn_by_seed_without_overlap(tokenizer):
     assert len({tuple(row) for row in drawn[0].tolist()}) == 8
 
 
+def test_fewer_windows_will_do_only_where_that_is_said(tokenizer):
+    texts = TEXTS * 20
+    assert 0 < len(evaluation_tokens(tokenizer, texts, 1000, 16, "x", fewer=True)) < 1000
+    with pytest.raises(AptError, match="too little text"):
+        evaluation_tokens(tokenizer, texts, 1000, 16, "x")
+
+
+def test_evaluation_reads_no_more_text_than_it_needs(tokenizer):
+    def endless():
+        while True:
+            yield TEXTS[0]
+
+    assert evaluation_tokens(tokenizer, endless(), 3, 16, "x", fewer=True).shape == (3, 16)
+
+
 def test_evaluation_takes_the_first_windows(tokenizer):
     texts = list(documents("builtin", "evaluation", registry()))
     ids = tokenize(tokenizer, texts)

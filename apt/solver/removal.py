@@ -157,7 +157,7 @@ class _Sweep:
             assert isinstance(self.pattern, Unstructured)
             mask.copy_(lowest(scores.square_().T, self.pattern, offset=offset).T)
         for start in range(0, len(columns), self.strip):
-            here, rest = (slice(start, start + self.strip), slice(start + self.strip, None))
+            here, rest = slice(start, start + self.strip), slice(start + self.strip, None)
             if self.choose is not None:
                 mask[here] = self.choose(columns[here], factor[here, here])
             _single(columns[here], factor[here, here], mask[here], coefficients[here])
