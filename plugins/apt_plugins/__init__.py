@@ -8,7 +8,7 @@ _APT = "arXiv 2410.15567"
 
 @hookimpl
 def apt_methods() -> list[MethodSpec]:
-    """The paper's four methods, and the two baselines that all are compared with."""
+    """The paper's four methods, and the baselines that they are compared with."""
     return [
         MethodSpec(
             "ss", "mask and weights by single removal: SparseGPT", "apt.solver:ss", 30,
@@ -23,6 +23,10 @@ def apt_methods() -> list[MethodSpec]:
                    10, "arXiv 1506.02626"),
         MethodSpec("wanda", "the smallest |w|·‖x‖, no update", "apt_plugins.baselines:wanda", 20,
                    "arXiv 2306.11695", per="row"),
+        MethodSpec("sparseswaps", "Wanda's mask, improved by single swaps; no update",
+                   "apt_plugins.sparseswaps:sparseswaps", 25, "arXiv 2512.10922", per="row"),
+        MethodSpec("alps", "mask by ADMM, a few steps of joint weights", "apt_plugins.alps:alps",
+                   55, "arXiv 2406.07831"),
     ]  # fmt: skip
 
 
