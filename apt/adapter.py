@@ -105,6 +105,9 @@ class Adapter(Protocol):
     def step(self, block: nn.Module, state: State, call: Call) -> State:
         """Run one block."""
 
+    def residual(self, state: State) -> Tensor:
+        """The residual stream (samples, seqlen, hidden) in a state, as blocks begin with it."""
+
     def capture(
         self, block: nn.Module, sites: Sequence[Site], sink: Sink
     ) -> AbstractContextManager[None]:
@@ -182,6 +185,11 @@ class DecoderAdapter:
         """Replay the block's call; where it returns a tuple, the state comes first."""
         result = call.replay(block, state)
         return result[0] if isinstance(result, tuple) else result
+
+    def residual(self, state: State) -> Tensor:
+        """The state itself."""
+        stream: Tensor = state
+        return stream
 
     def capture(
         self, block: nn.Module, sites: Sequence[Site], sink: Sink

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from apt.errors import AptError
+from apt.mode import choose_mode
 from apt.pipeline import Observer, prune_blocks
 from apt.plan import Selection, make_plan
 from apt.plugins import registry
@@ -24,7 +25,8 @@ def prune(
     method: str | None = None,
     selection: Selection | None = None,
     options: SolverOptions | None = None,
-    ordered: bool = False,
+    error_aware: bool | None = None,
+    ordered: bool | None = None,
     observe: Observer = lambda event: None,
 ) -> Report:
     """Prune a causal language model of transformers in place.
@@ -36,9 +38,11 @@ def prune(
         adapter: the adapter's name; by default the only one that serves the model's type.
         method: the method's name; by default the most accurate.
         selection: which sites are pruned, and overrides; all by default.
-        options: damping and block sizes.
+        options: effort, damping and block sizes.
+        error_aware: whether each site makes up for a part of the error of those before it
+            (`apt.targets`); by default as the method declares.
         ordered: solve the sites of a block in their order of execution, each on inputs that the
-            pruned ones before it give.
+            pruned ones before it give; by default where the run is error-aware.
         observe: called with every `BlockStarted` and `SitePruned` event.
 
     Returns:
@@ -59,14 +63,15 @@ def prune(
     instance = spec.load()()
     instance.check(model.config)
     plan = make_plan(model, instance, wanted, selection, chosen.per)
+    mode = choose_mode(chosen, options or SolverOptions(), error_aware, ordered)
     sites = prune_blocks(
-        model, instance, plan, tokens, chosen.load(), options, ordered=ordered, observe=observe
+        model, instance, plan, tokens, chosen.load(), options, **vars(mode), observe=observe
     )
     return Report(
         options={
             "pattern": str(wanted),
             "method": chosen.name,
-            "ordered": ordered,
+            **mode.record(),
             **asdict(options or SolverOptions()),
         },
         model={"type": model.config.model_type, "adapter": spec.name},

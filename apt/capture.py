@@ -1,45 +1,166 @@
-"""What flows into each weight, gathered into Gram matrices, with coverage asserted."""
+"""What flows into each weight, summed over the calibration tokens, with coverage asserted."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from apt.adapter import Adapter, Site
+from apt.adapter import Adapter, Site, State
+from apt.batches import Batch, Reference
 from apt.errors import AptError
 from apt.solver import Gram
+from apt.solver.precision import full_precision
 
 
-class InputGram:
-    """The Gram matrix of one input, and the sites that multiply it.
+@dataclass
+class Sums:
+    """Sums over the tokens of one input ``X`` (tokens, in) of the pruned stream.
+
+    Attributes:
+        gram: ``XᵀX``.
+        cross: ``(X_dense − X)ᵀ X`` (in, in), where there is a dense stream.
+        drift: ``Δᵀ X`` (out, in) of each site that writes to the residual stream, with ``Δ`` how
+            far the stream has drifted right before the site's product is added.
+
+    Beside a dense stream, the tokens of sites that write to the residual stream are weighted: the
+    stream is normalised wherever it is read, so that an error counts relative to the token's own
+    size. Unweighted, a few tokens with activations a hundred times larger would be all that counts.
+    """
+
+    gram: Gram
+    cross: Tensor | None = None
+    drift: dict[Site, Tensor] = field(default_factory=dict)
+
+
+class _AllSeen(Exception):
+    """Ends a run of the block: what comes after the last watched site is not needed."""
+
+
+class Capture:
+    """Takes the inputs of ``sites`` while their block runs, batch by batch.
 
     The sites of one input are fed the same tensor in turn; it is summed for the first of them and
     checked, by identity or by value, for the others.
+
+    Args:
+        block: the block.
+        sites: the sites whose inputs are summed.
+        earlier: sites that write to the residual stream before those, with their dense weights:
+            what has become of their outputs adds to the drift.
+        reference: whether there is a dense stream.
     """
 
-    def __init__(self, width: int, device: torch.device) -> None:
-        self.gram = Gram(width, device)
-        self.tokens: dict[Site, int] = {}
-        self._current: Tensor | None = None
-        self._seen: set[Site] = set()
+    def __init__(
+        self,
+        block: nn.Module,
+        sites: Sequence[Site],
+        earlier: dict[Site, Tensor] | None = None,
+        *,
+        reference: bool = False,
+    ) -> None:
+        self.sites, self.earlier = list(sites), earlier or {}
+        self.weights = {s: s.oriented(s.weight(block).data) for s in [*sites, *self.earlier]}
+        self.sums: dict[str, Sums] = {}
+        for site in sites:
+            width, device = self.weights[site].shape[1], self.weights[site].device
+            cross = torch.zeros(width, width, device=device) if reference else None
+            self.sums.setdefault(site.input, Sums(Gram(width, device), cross))
+        self.tokens = dict.fromkeys(sites, 0)
+        self._seen: dict[Site, int] = {}
+        self._current: dict[str, Tensor] = {}
+        self._expected = 0
+        self._reference: Reference | None = None
+        self._drift: Tensor | None = None
 
-    def add(self, site: Site, inputs: Tensor) -> None:
+    def run(self, adapter: Adapter, block: nn.Module, index: int, batches: list[Batch]) -> None:
+        """Run the block on all batches, as far as the last site."""
+        with adapter.capture(block, list(self.weights), self._take):
+            for batch in batches:
+                self._seen = dict.fromkeys(self.weights, 0)
+                self._current.clear()
+                self._expected, self._reference = batch.tokens, batch.reference
+                self._drift = batch.reference.drift if batch.reference else None
+                with suppress(_AllSeen):
+                    adapter.step(block, batch.state, batch.calls[index])
+        self._assert_coverage(sum(batch.tokens for batch in batches))
+
+    def _take(self, site: Site, inputs: Tensor) -> None:
         """Take ``inputs`` (..., in) of one product with the weight of ``site``."""
-        if inputs.shape[-1] != self.gram.width:
+        width = self.weights[site].shape[1]
+        if inputs.shape[-1] != width:
             raise AptError(
                 f"{site.name} multiplies inputs of width {inputs.shape[-1]}, not "
-                f"{self.gram.width}: is it declared transposed the wrong way round?"
+                f"{width}: is it declared transposed the wrong way round?"
             )
-        self.tokens[site] = self.tokens.get(site, 0) + inputs.numel() // inputs.shape[-1]
-        if self._current is None or site in self._seen:
-            self.gram.add(inputs)
-            self._current = inputs
-            self._seen.clear()
-        elif not _same(self._current, inputs):
+        rows = inputs.reshape(-1, width)
+        if site in self.tokens:
+            self._sum(site, rows)
+        if site in self.earlier and self._reference is not None:
+            self._follow(site, rows, self._reference)
+        self._seen[site] += len(rows)
+        if all(seen == self._expected for seen in self._seen.values()):
+            raise _AllSeen
+
+    def _sum(self, site: Site, rows: Tensor) -> None:
+        sums, again = self.sums[site.input], self._seen[site] > 0
+        self.tokens[site] += len(rows)
+        known = self._current.get(site.input)
+        if known is None or again:
+            self._current[site.input] = rows
+            if self._reference is None:
+                sums.gram.add(rows)
+            else:
+                self._sum_both(site, rows, sums, self._reference)
+        elif not _same(known, rows):
             raise AptError(
                 f"{site.name} is declared to share the input '{site.input}', but gets another one"
             )
-        self._seen.add(site)
+        if site.residual and self._reference is not None:
+            self._sum_drift(site, rows, sums, self._reference)
+
+    @full_precision()
+    def _sum_both(self, site: Site, rows: Tensor, sums: Sums, reference: Reference) -> None:
+        """Sum a batch of both streams; tokens weighted where the site writes to the stream."""
+        dense = reference.inputs[site.input]
+        if dense.shape != rows.shape:
+            raise AptError(
+                f"{site.name} is multiplied in parts: the dense and the pruned stream "
+                "cannot be held against each other",
+                "prune it with --layer-wise",
+            )
+        pruned = rows.float()
+        lost = dense.float() - pruned
+        if any(other.residual for other in self.sites if other.input == site.input):
+            assert reference.scale is not None
+            pruned, lost = pruned / reference.scale, lost / reference.scale
+        assert sums.cross is not None
+        sums.gram.add(pruned)
+        sums.cross.addmm_(lost.T, pruned)
+
+    @full_precision()
+    def _sum_drift(self, site: Site, rows: Tensor, sums: Sums, reference: Reference) -> None:
+        assert self._drift is not None
+        assert reference.scale is not None
+        pull = (self._drift / reference.scale.square()).T @ rows.float()
+        sums.drift[site] = sums.drift[site].add_(pull) if site in sums.drift else pull
+
+    def _follow(self, site: Site, rows: Tensor, reference: Reference) -> None:
+        """Add to the drift what the site's output differs by between the two streams."""
+        assert self._drift is not None
+        dense = reference.inputs[site.input] @ self.earlier[site].T
+        pruned = rows @ self.weights[site].T
+        self._drift = self._drift + (dense - pruned).float()
+
+    def _assert_coverage(self, tokens: int) -> None:
+        for site, seen in self.tokens.items():
+            if seen != tokens:
+                raise AptError(
+                    f"{site.name} saw {seen:,} of {tokens:,} calibration tokens: "
+                    f"the adapter's capture misses {'some of' if seen else ''} its inputs"
+                )
 
 
 def _same(left: Tensor, right: Tensor) -> bool:
@@ -48,35 +169,35 @@ def _same(left: Tensor, right: Tensor) -> bool:
     return left.shape == right.shape and torch.equal(left, right)
 
 
-def capture_grams(
-    adapter: Adapter, block: nn.Module, sites: Sequence[Site], run: Callable[[], None], tokens: int
-) -> dict[str, Gram]:
-    """Run a block while the inputs of ``sites`` are summed into Gram matrices.
+def advance_reference(
+    adapter: Adapter, block: nn.Module, index: int, batches: list[Batch], sites: Sequence[Site]
+) -> None:
+    """Run the block, its weights still dense, on the dense stream; keep its sites' inputs."""
+    energy = 0.0
+    for batch in batches:
+        reference = batch.reference
+        assert reference is not None
+        dense = _stream(adapter, reference.state)
+        reference.drift = dense - _stream(adapter, batch.state)
+        squares = dense.square().mean(1, keepdim=True)
+        reference.scale = squares.clamp(min=torch.finfo(squares.dtype).tiny).sqrt()
+        energy += float(squares.reciprocal().nan_to_num(posinf=0.0).sum())
+        inputs: dict[str, Tensor] = {}
 
-    Args:
-        adapter: the block's adapter.
-        block: the block.
-        sites: the sites to capture.
-        run: runs the block over all calibration tokens.
-        tokens: how many those are.
+        def keep(site: Site, rows: Tensor, inputs: dict[str, Tensor] = inputs) -> None:
+            inputs.setdefault(site.input, rows.reshape(-1, rows.shape[-1]))
 
-    Returns:
-        The Gram matrix of each input name.
+        with adapter.capture(block, sites, keep):
+            reference.state = adapter.step(block, reference.state, batch.calls[index])
+        reference.inputs = inputs
+    mean = math.sqrt(sum(batch.tokens for batch in batches) / energy) if energy else 1.0
+    for batch in batches:
+        assert batch.reference is not None
+        assert batch.reference.scale is not None
+        batch.reference.scale /= mean
 
-    Raises:
-        AptError: a site saw no tokens, or not exactly those that were run.
-    """
-    inputs: dict[str, InputGram] = {}
-    for site in sites:
-        weight = site.oriented(site.weight(block))
-        inputs.setdefault(site.input, InputGram(weight.shape[1], weight.device))
-    with adapter.capture(block, sites, lambda site, x: inputs[site.input].add(site, x)):
-        run()
-    for site in sites:
-        seen = inputs[site.input].tokens.get(site, 0)
-        if seen != tokens:
-            raise AptError(
-                f"{site.name} saw {seen:,} of {tokens:,} calibration tokens: "
-                f"the adapter's capture misses {'some of' if seen else ''} its inputs"
-            )
-    return {name: group.gram for name, group in inputs.items()}
+
+def _stream(adapter: Adapter, state: State) -> Tensor:
+    """The residual stream (tokens, hidden) in fp32."""
+    stream = adapter.residual(state)
+    return stream.float().reshape(-1, stream.shape[-1])

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from apt.pipeline import TOKENS_PER_BATCH
+from apt.batches import TOKENS_PER_BATCH
 from apt.plan import Plan, PlannedBlock
 
 _FP32 = 4

@@ -4,19 +4,20 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from apt.adapter import Adapter, Call, Site, State
-from apt.capture import capture_grams
+from apt.adapter import Adapter, Site
+from apt.batches import TOKENS_PER_BATCH, Batch, enter
+from apt.capture import Capture, Sums, advance_reference
 from apt.errors import AptError
 from apt.plan import Plan, PlannedBlock, PlannedSite
+from apt.reconstruct import Reconstruction, reconstruct
 from apt.solver import Gram, Pattern, Solution, SolverError, SolverOptions, relative_layer_error
 from apt.solver.patterns import meets
-
-TOKENS_PER_BATCH = 4096
+from apt.targets import Targets
 
 
 class Method(Protocol):
@@ -49,6 +50,7 @@ class SitePruned:
         zeros: the zeros now in the weight.
         relative_error: the relative layer error of the weight as written, in its own dtype.
         damping: the damping used; None where the method uses none.
+        residual: what a joint solve left of its normal equations, see `apt.solver.Joint`.
         tokens: the calibration tokens in its Gram matrix.
         seconds: the time of the solve.
     """
@@ -60,6 +62,7 @@ class SitePruned:
     zeros: int
     relative_error: float
     damping: float | None
+    residual: float | None
     tokens: int
     seconds: float
 
@@ -69,16 +72,23 @@ class SitePruned:
         return self.shape[0] * self.shape[1]
 
 
-Event = BlockStarted | SitePruned
+@dataclass(frozen=True)
+class BlockTuned:
+    """A block's kept weights have been tuned.
+
+    Attributes:
+        name: the block.
+        before, after: the error of its output on the samples held back, see
+            `apt.reconstruct.Tuned`.
+    """
+
+    name: str
+    before: float
+    after: float
+
+
+Event = BlockStarted | SitePruned | BlockTuned
 Observer = Callable[[Event], None]
-
-
-@dataclass
-class Batch:
-    """The activations of some samples on their way through the blocks."""
-
-    state: State
-    calls: list[Call]
 
 
 @torch.no_grad()
@@ -90,6 +100,8 @@ def prune_blocks(
     method: Method,
     options: SolverOptions | None = None,
     *,
+    targets: Targets | None = None,
+    reconstruction: Reconstruction | None = None,
     ordered: bool = False,
     observe: Observer = lambda event: None,
 ) -> list[SitePruned]:
@@ -97,6 +109,7 @@ def prune_blocks(
 
     Every block is run with its dense weights on what the pruned blocks before it give, its sites
     are solved from the Gram matrices of their inputs and written back, and it is run again.
+    With ``targets``, the untouched model's activations are carried along beside the pruned one's.
 
     Args:
         model: the model, in eval mode while this runs.
@@ -105,6 +118,10 @@ def prune_blocks(
         tokens: calibration token ids (samples, seqlen).
         method: the pruning method.
         options: the solver's options.
+        targets: how much of the error so far each site makes up for; None prunes strictly layer by
+            layer.
+        reconstruction: how the kept weights of a block are tuned once its sites are solved, if at
+            all; needs ``targets``.
         ordered: within a block, solve the sites in their order of execution and capture each
             group's inputs anew, after the groups before it have been pruned.
         observe: called with each event as it happens.
@@ -118,7 +135,9 @@ def prune_blocks(
     training = model.training
     model.eval()
     try:
-        run = _Run(adapter, tokens.numel(), method, options or SolverOptions(), ordered, observe)
+        run = _Run(
+            adapter, method, options or SolverOptions(), targets, reconstruction, ordered, observe
+        )
         return run.all(model, plan, tokens)
     finally:
         model.train(training)
@@ -127,15 +146,17 @@ def prune_blocks(
 @dataclass
 class _Run:
     adapter: Adapter
-    tokens: int
     method: Method
     options: SolverOptions
+    targets: Targets | None
+    reconstruction: Reconstruction | None
     ordered: bool
     observe: Observer
 
     def all(self, model: nn.Module, plan: Plan, tokens: Tensor) -> list[SitePruned]:
         modules = dict(self.adapter.blocks(model))
-        batches = enter(self.adapter, model, tokens)
+        step = self.reconstruction.tokens_per_batch if self.reconstruction else TOKENS_PER_BATCH
+        batches = enter(self.adapter, model, tokens, step, reference=self.targets is not None)
         done: list[SitePruned] = []
         for index, planned in enumerate(plan.blocks):
             self.observe(BlockStarted(planned.name, index, len(plan.blocks)))
@@ -147,19 +168,51 @@ class _Run:
     def block(
         self, block: nn.Module, planned: PlannedBlock, index: int, batches: list[Batch]
     ) -> list[SitePruned]:
-        def run() -> None:
-            for batch in batches:
-                self.adapter.step(block, batch.state, batch.calls[index])
+        sites = self.adapter.sites(block)
+        dense = {s: s.oriented(s.weight(block).data).clone() for s in sites if s.residual}
+        solved: list[_Solved] = []
+        done: list[SitePruned] = []
+        try:
+            if self.targets is not None:
+                advance_reference(self.adapter, block, index, batches, sites)
+            for group in self.groups(planned.pruned):
+                sums = self.capture(block, [entry.site for entry in group], dense, index, batches)
+                for entry in group:
+                    solved.append(self.solve(block, entry, sums[entry.site.input]))
+                    if self.reconstruction is None:
+                        done.append(self.finish(block, solved.pop()))
+        except AptError as error:
+            raise AptError(f"in {planned.name}: {error.message}", error.hint) from error
+        if self.reconstruction is not None and solved:
+            self.tune(block, planned, index, batches)
+        return done + [self.finish(block, entry) for entry in solved]
 
-        done = []
-        for group in self.groups(planned.pruned):
-            sites: list[Site] = [entry.site for entry in group]
-            try:
-                grams = capture_grams(self.adapter, block, sites, run, self.tokens)
-            except AptError as error:
-                raise AptError(f"in {planned.name}: {error.message}", error.hint) from error
-            done += [self.site(block, entry, grams[entry.site.input]) for entry in group]
-        return done
+    def tune(
+        self, block: nn.Module, planned: PlannedBlock, index: int, batches: list[Batch]
+    ) -> None:
+        """Tune the block's kept weights."""
+        assert self.reconstruction is not None
+        sites = [entry.site for entry in planned.pruned]
+        tuned = reconstruct(self.adapter, block, index, batches, sites, self.reconstruction)
+        if tuned is not None:
+            self.observe(BlockTuned(planned.name, tuned.before, tuned.after))
+
+    def capture(
+        self,
+        block: nn.Module,
+        sites: list[Site],
+        dense: dict[Site, Tensor],
+        index: int,
+        batches: list[Batch],
+    ) -> dict[str, Sums]:
+        """The sums of the inputs of ``sites``, by the inputs' names."""
+        earlier = {}
+        if self.targets is not None:
+            last = max(site.order for site in sites)
+            earlier = {site: weight for site, weight in dense.items() if site.order < last}
+        capture = Capture(block, sites, earlier, reference=self.targets is not None)
+        capture.run(self.adapter, block, index, batches)
+        return capture.sums
 
     def groups(self, sites: Sequence[PlannedSite]) -> Iterable[list[PlannedSite]]:
         """The sites that are solved from one run of the block."""
@@ -168,19 +221,29 @@ class _Run:
         by_order = sorted(sites, key=lambda entry: entry.site.order)
         return [list(group) for _, group in groupby(by_order, key=lambda entry: entry.site.order)]
 
-    def site(self, block: nn.Module, planned: PlannedSite, gram: Gram) -> SitePruned:
+    def solve(self, block: nn.Module, planned: PlannedSite, sums: Sums) -> "_Solved":
         """Solve one site and write it back in place."""
         assert planned.pattern is not None
-        started = time.perf_counter()
+        started, gram = time.perf_counter(), sums.gram
         weight = planned.site.oriented(planned.site.weight(block).data)
         dense = weight.to(torch.float32, copy=True)
         try:
-            solution = self.method(dense, gram, planned.pattern, self.options)
+            target = dense
+            if self.targets is not None:
+                damped = gram.damped(self.options.damping)
+                target = self.targets.weight(dense, planned.site, sums, damped)
+            solution = self.method(target, gram, planned.pattern, self.options)
         except SolverError as error:
             raise AptError(f"{planned.name} cannot be pruned: {error}") from error
         _synchronise(weight.device)
         seconds = time.perf_counter() - started
         weight.copy_(solution.weight)
+        return _Solved(planned, dense, gram, solution, seconds)
+
+    def finish(self, block: nn.Module, solved: "_Solved") -> SitePruned:
+        """Measure a site as it is written, and tell."""
+        planned, solution = solved.planned, solved.solution
+        weight = planned.site.oriented(planned.site.weight(block).data)
         _check(planned, weight, solution.mask)
         pruned = SitePruned(
             planned.name,
@@ -188,10 +251,11 @@ class _Run:
             planned.shape,
             str(planned.pattern),
             int((weight == 0).sum()),
-            relative_layer_error(dense, weight.float(), gram.matrix),
+            relative_layer_error(solved.dense, weight.float(), solved.gram.matrix),
             solution.damping,
-            gram.tokens,
-            seconds,
+            solution.residual,
+            solved.gram.tokens,
+            solved.seconds,
         )
         self.observe(pruned)
         return pruned
@@ -205,6 +269,17 @@ class _Run:
                     f"the activations after {name} are not finite",
                     "try --dtype float32, or bfloat16 instead of float16",
                 )
+
+
+@dataclass(frozen=True)
+class _Solved:
+    """A site that is solved and written, but may still be tuned."""
+
+    planned: PlannedSite
+    dense: Tensor
+    gram: Gram
+    solution: Solution
+    seconds: float
 
 
 def _check(planned: PlannedSite, weight: Tensor, mask: Tensor) -> None:
@@ -222,43 +297,3 @@ def _check(planned: PlannedSite, weight: Tensor, mask: Tensor) -> None:
 def _synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def enter(adapter: Adapter, model: nn.Module, tokens: Tensor) -> list[Batch]:
-    """The states before the first block, in batches of about `TOKENS_PER_BATCH` tokens.
-
-    Masks and positions that are equal in all batches are kept once.
-    """
-    device = next(model.parameters()).device
-    pool: list[Tensor] = []
-    batches = []
-    for part in torch.split(tokens, max(1, TOKENS_PER_BATCH // tokens.shape[1])):
-        state, calls = adapter.enter(model, part.to(device))
-        memo: dict[int, Tensor] = {}
-        shared = [
-            Call(_pooled(c.args, pool, memo), _pooled(c.kwargs, pool, memo), c.keyword)
-            for c in calls
-        ]
-        batches.append(Batch(state, shared))
-    return batches
-
-
-def _pooled(value: Any, pool: list[Tensor], memo: dict[int, Tensor]) -> Any:
-    """``value`` with every tensor in it replaced by an equal one from the pool, if there is one."""
-    if isinstance(value, dict):
-        return {key: _pooled(item, pool, memo) for key, item in value.items()}
-    if isinstance(value, tuple):
-        return tuple(_pooled(item, pool, memo) for item in value)
-    if not isinstance(value, Tensor):
-        return value
-    if id(value) not in memo:
-        memo[id(value)] = _from_pool(value, pool)
-    return memo[id(value)]
-
-
-def _from_pool(tensor: Tensor, pool: list[Tensor]) -> Tensor:
-    for known in pool:
-        if known.dtype == tensor.dtype and torch.equal(known, tensor):
-            return known
-    pool.append(tensor)
-    return tensor

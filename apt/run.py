@@ -14,12 +14,13 @@ from torch import Tensor
 from apt.checkpoint import check_output, save_model, whole_directory
 from apt.errors import AptError
 from apt.evaluate import perplexity
+from apt.mode import Mode, choose_mode
 from apt.models import Model, find, fingerprint, load, load_tokenizer, skeleton
 from apt.pipeline import Observer, SitePruned, prune_blocks
 from apt.plan import Plan, Selection, make_plan
 from apt.plugins import Registry
 from apt.report import Report
-from apt.solver import Pattern, SolverOptions, Unstructured
+from apt.solver import EFFORTS, Pattern, SolverOptions, Unstructured
 from apt.specs import MethodSpec
 from apt.text import calibration_tokens, digest, documents, evaluation_tokens
 from apt.verify import failures, verify
@@ -43,7 +44,8 @@ class RunOptions:
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"
-    ordered: bool = False
+    error_aware: bool | None = None
+    ordered: bool | None = None
     overwrite: bool = False
     trust_remote_code: bool = False
     selection: Selection = field(default_factory=Selection)
@@ -76,6 +78,7 @@ class Prepared:
     shell: Model
     plan: Plan
     method: MethodSpec
+    mode: Mode
     device: str
 
 
@@ -116,7 +119,8 @@ def prepare(
     options = replace(
         options, pattern=pattern, method=method.name, adapter=shell.spec.name, seqlen=seqlen
     )
-    return Prepared(options, registry, shell, plan, method, choose_device(options.device))
+    mode = choose_mode(method, options.solver, options.error_aware, options.ordered)
+    return Prepared(options, registry, shell, plan, method, mode, choose_device(options.device))
 
 
 def _check_numbers(options: RunOptions) -> None:
@@ -127,6 +131,8 @@ def _check_numbers(options: RunOptions) -> None:
         raise AptError(f"--damping {solver.damping:g} is not a number from 0 up")
     if solver.block_size is not None and solver.block_size < 1:
         raise AptError(f"--block-size {solver.block_size} is not positive")
+    if solver.effort not in EFFORTS:
+        raise AptError(f"--effort {solver.effort} is none of {', '.join(EFFORTS)}")
     read_dtype(options.dtype)
 
 
@@ -174,7 +180,7 @@ def execute(prepared: Prepared, observe: Observer, status: Callable[[str], None]
     sites = _prune(prepared, model, tokens, observe)
     scores |= _scores(options, model, held_out, "after", status)
     report = Report(
-        options.record(),
+        options.record() | prepared.mode.record(),
         origin,
         {"source": options.calibration, "shape": list(tokens.shape), "sha256": digest(tokens)},
         sites,
@@ -235,15 +241,14 @@ def _scores(
 
 
 def _prune(prepared: Prepared, model: Model, tokens: Tensor, observe: Observer) -> list[SitePruned]:
-    options = prepared.options
     return prune_blocks(
         model.module,
         model.adapter,
         prepared.plan,
         tokens,
         prepared.method.load(),
-        options.solver,
-        ordered=options.ordered,
+        prepared.options.solver,
+        **vars(prepared.mode),
         observe=observe,
     )
 

@@ -54,11 +54,15 @@ class MethodSpec(Spec):
         rank: its place by measured accuracy; the method of the highest rank is the default.
         source: the paper that it comes from.
         per: where it counts an unstructured sparsity unless told otherwise.
+        error_aware: whether it is given error-aware targets (`apt.targets`) unless told otherwise.
+        efforts: whether it heeds ``SolverOptions.effort``.
     """
 
     rank: int = 0
     source: str = ""
     per: Literal["row", "layer"] = "layer"
+    error_aware: bool = False
+    efforts: bool = False
 
 
 @dataclass(frozen=True)

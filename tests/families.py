@@ -13,6 +13,10 @@ from transformers import (
     OPTConfig,
 )
 
+from apt.models import find, load, load_tokenizer, skeleton
+from apt.plugins import registry
+from apt.text import calibration_tokens, documents
+
 VOCABULARY = 2048  # that of the zoo's tokenizer
 _SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3}
 _IDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
@@ -56,3 +60,16 @@ def random_tokens(samples=4, seqlen=24, seed=0):
     """Token ids (samples, seqlen)."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(1, VOCABULARY, (samples, seqlen), generator=generator)
+
+
+def zoo_model(name, samples, seqlen):
+    """An embedded model with calibration and evaluation tokens (samples, seqlen)."""
+    source = find(f"zoo:{name}", registry())
+    tokenizer = load_tokenizer(source)
+    tokens = [
+        calibration_tokens(
+            tokenizer, documents("builtin", split, registry()), samples, seqlen, 0, "builtin"
+        )
+        for split in ("calibration", "evaluation")
+    ]
+    return load(skeleton(source, registry())), *tokens

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from apt.adapter import DecoderAdapter, Input
-from apt.capture import capture_grams
+from apt.batches import Batch, enter
+from apt.capture import Capture
 from apt.errors import AptError
-from apt.pipeline import enter
 from tests.families import ATTENTION, CONFIGS, random_model, random_tokens
 
 VARIANTS = [
@@ -75,6 +75,12 @@ def test_chained_blocks_are_the_model(variant, attention, adapter_of):
         state = adapter.step(block, state, call)
 
 
+def captured_grams(adapter, block, sites, batch):
+    capture = Capture(block, sites)
+    capture.run(adapter, block, 0, [batch])
+    return {name: sums.gram for name, sums in capture.sums.items()}
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(("variant", "attention"), VARIANTS)
 def test_every_linear_is_captured_exactly(variant, attention, adapter_of):
@@ -85,15 +91,11 @@ def test_every_linear_is_captured_exactly(variant, attention, adapter_of):
     sites = adapter.sites(block)
     linears = {name for name, m in block.named_modules() if isinstance(m, nn.Linear)}
     assert {site.name for site in sites} == linears
-    plain = adapter.step(block, state, calls[0])
-    outputs = []
-
-    def run():
-        outputs.append(adapter.step(block, state, calls[0]))
-
     with linear_inputs(block) as oracle:
-        grams = capture_grams(adapter, block, sites, run, tokens.numel())
-    assert torch.equal(plain, outputs[0])
+        plain = adapter.step(block, state, calls[0])
+    with adapter.capture(block, sites, lambda site, inputs: None):
+        assert torch.equal(adapter.step(block, state, calls[0]), plain)
+    grams = captured_grams(adapter, block, sites, Batch(state, calls, tokens.numel()))
     assert set(oracle) == linears
     for site in sites:
         rows = oracle[site.name].reshape(-1, oracle[site.name].shape[-1]).double()
@@ -135,10 +137,9 @@ def test_stubs_are_removed_when_the_model_fails(adapter_of):
 
 
 @torch.no_grad()
-def test_equal_masks_and_positions_are_kept_once(adapter_of, monkeypatch):
-    monkeypatch.setattr("apt.pipeline.TOKENS_PER_BATCH", 48)
+def test_equal_masks_and_positions_are_kept_once(adapter_of):
     model = random_model("llama", attention="eager")
-    batches = enter(adapter_of(model), model, random_tokens(samples=6))
+    batches = enter(adapter_of(model), model, random_tokens(samples=6), 48)
     assert [len(batch.state) for batch in batches] == [2, 2, 2]
     masks = {id(c.kwargs["attention_mask"]) for batch in batches for c in batch.calls}
     assert len(masks) == 1
@@ -180,9 +181,7 @@ def captured(adapter, model, capture=None):
         sites = adapter.sites(block)
         if capture:
             adapter.capture = lambda block, sites, sink: capture(block, sites, sink)
-        return capture_grams(
-            adapter, block, sites, lambda: adapter.step(block, state, calls[0]), tokens.numel()
-        )
+        return captured_grams(adapter, block, sites, Batch(state, calls, tokens.numel()))
 
 
 def test_an_input_that_is_not_shared_is_named():

@@ -1,8 +1,11 @@
 """BLOOM: fused query_key_value, ALiBi, and blocks that return tuples."""
 
+from dataclasses import replace
 from typing import Any
 
-from apt.adapter import DecoderAdapter, Input
+from torch import nn
+
+from apt.adapter import DecoderAdapter, Input, Site
 from apt.errors import AptError
 
 
@@ -28,3 +31,10 @@ class BloomAdapter(DecoderAdapter):
     def positions(self, config: Any) -> int | None:
         """The length that it was trained on, where the configuration tells; ALiBi has no limit."""
         return getattr(config, "seq_length", None)
+
+    def sites(self, block: nn.Module) -> list[Site]:
+        """As declared; some configurations add to the normalised stream, not to the block's own."""
+        sites = super().sites(block)
+        if block.apply_residual_connection_post_layernorm:
+            return [replace(site, residual=False) for site in sites]
+        return sites

@@ -1,6 +1,10 @@
 """OPT: separate q, k and v, a plain MLP; 350m normalises after each sublayer."""
 
-from apt.adapter import DecoderAdapter, Input
+from dataclasses import replace
+
+from torch import nn
+
+from apt.adapter import DecoderAdapter, Input, Site
 
 
 class OptAdapter(DecoderAdapter):
@@ -13,3 +17,10 @@ class OptAdapter(DecoderAdapter):
         Input("mlp", ("fc1",)),
         Input("neurons", ("fc2",), residual=True),
     )
+
+    def sites(self, block: nn.Module) -> list[Site]:
+        """As declared; a post-norm block adds ``fc2`` to another stream than it began with."""
+        sites = super().sites(block)
+        if block.do_layer_norm_before:
+            return sites
+        return [replace(site, residual=site.residual and site.name != "fc2") for site in sites]

@@ -6,7 +6,7 @@ from types import TracebackType
 from rich.progress import BarColumn, Progress, TextColumn
 
 from apt.cli.output import duration, err
-from apt.pipeline import BlockStarted, Event
+from apt.pipeline import BlockStarted, BlockTuned, Event
 from apt.plan import Plan
 
 
@@ -48,6 +48,10 @@ class RunProgress:
                 self._started = time.perf_counter()
             self._block = f"block {event.index + 1}/{event.blocks}"
             self._progress.update(self._task, description=self._block, left=self._left())
+            return
+        if isinstance(event, BlockTuned):
+            text = f"{self._block}  tuned  error {event.before:.4f} → {event.after:.4f}"
+            self._progress.update(self._task, description=text)
             return
         self._done += event.size
         text = f"{self._block}  {event.kind}  error {event.relative_error:.4f}"

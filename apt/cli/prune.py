@@ -39,8 +39,18 @@ def prune(
     only: list[str] | None = args.ONLY,
     skip: list[str] | None = args.SKIP,
     override: list[str] | None = args.OVERRIDE,
-    ordered: bool = typer.Option(
-        False, "--ordered", help="Within a block, prune in order of execution; slower."
+    effort: str = typer.Option(
+        "default", "--effort", metavar="LEVEL",
+        help="fast, default, or best, which also tunes each block by gradient.",
+    ),
+    error_aware: bool | None = typer.Option(
+        None, "--error-aware/--layer-wise",
+        help="Whether a site makes up for the error of those before it. By default as the method.",
+    ),
+    ordered: bool | None = typer.Option(
+        None, "--ordered/--at-once",
+        help="Prune a block's sites in order of execution, or from one pass. By default in order "
+        "where error-aware.",
     ),
     damping: float = typer.Option(0.01, "--damping", help="Share of the mean Gram diagonal."),
     block_size: int | None = typer.Option(
@@ -80,11 +90,16 @@ def prune(
         seed=seed,
         device=device,
         dtype=dtype,
+        error_aware=error_aware,
         ordered=ordered,
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
         selection=args.read_selection(only, skip, override),
-        solver=SolverOptions(damping=damping, block_size=block_size),
+        solver=SolverOptions(
+            damping=damping,
+            effort=effort,  # type: ignore[arg-type]
+            block_size=block_size,
+        ),
     )
     prepared = prepare(options, shelf, notice)
     if dry_run:

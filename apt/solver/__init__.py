@@ -6,21 +6,27 @@ matrix ``XᵀX`` of shape (in, in); nothing here knows models, adapters or files
 """
 
 from apt.solver.gram import DampedGram, Gram, SolverError
-from apt.solver.joint import joint_weights
+from apt.solver.joint import Joint, joint_weights
 from apt.solver.loss import relative_layer_error
+from apt.solver.options import EFFORTS, Effort, Solution, SolverOptions
 from apt.solver.patterns import NM, Pattern, Unstructured, parse_pattern
-from apt.solver.removal import MAX_REMOVAL_SETS, Solution, SolverOptions, mm, ms, sm, ss
+from apt.solver.removal import MAX_REMOVAL_SETS, mm, ms, sm, ss
+from apt.solver.search import admm
 
 __all__ = [
+    "EFFORTS",
     "MAX_REMOVAL_SETS",
     "NM",
     "DampedGram",
+    "Effort",
     "Gram",
+    "Joint",
     "Pattern",
     "Solution",
     "SolverError",
     "SolverOptions",
     "Unstructured",
+    "admm",
     "joint_weights",
     "mm",
     "ms",

@@ -1,12 +1,16 @@
 """Gram matrices of a layer's input, damped and factorised."""
 
 from collections.abc import Iterator
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from apt.solver.precision import full_precision
 
+OUTLIERS = 16  # directions in which activations are far larger than elsewhere
+
+_CACHE = 2**26  # elements of the inverses kept for each Gram matrix: 256 MiB in fp32
 _PANEL = 192  # columns summed together: the product is symmetric, so what is below them is not
 
 
@@ -82,17 +86,51 @@ class Gram:
 
 
 class DampedGram:
-    """``H = XᵀX / tokens + λI`` with ``λ = damping · mean(diag XᵀX / tokens)``, and its factor.
+    """``H = XᵀX / tokens + λI`` with ``λ = damping · mean(diag XᵀX / tokens)``, factorised.
 
     Attributes:
         matrix: ``H`` (in, in).
-        factor: the upper triangular ``U`` (in, in) with ``UᵀU = H⁻¹``. For the columns
-            F = {i, i+1, …} not yet frozen, ``[H_FF]⁻¹ = U_FFᵀ U_FF``.
         damping: the damping that was needed, at least the one asked for.
     """
 
-    def __init__(self, matrix: Tensor, factor: Tensor, damping: float) -> None:
-        self.matrix, self.factor, self.damping = matrix, factor, damping
+    def __init__(self, matrix: Tensor, root: Tensor, damping: float) -> None:
+        self.matrix, self.damping = matrix, damping
+        self._root = root
+
+    @cached_property
+    def factor(self) -> Tensor:
+        """The upper triangular ``U`` (in, in) with ``UᵀU = H⁻¹``.
+
+        For the columns F = {i, i+1, …} not yet frozen, ``[H_FF]⁻¹ = U_FFᵀ U_FF``. It is the inverse
+        of the upper triangular ``R`` with ``H = R Rᵀ``: one factorisation, where inverting first
+        and factorising the inverse takes two.
+        """
+        eye = torch.eye(len(self.matrix), dtype=self.matrix.dtype, device=self.matrix.device)
+        inverse: Tensor = torch.linalg.solve_triangular(self._root, eye, upper=True)
+        return inverse
+
+    @cached_property
+    def unit(self) -> "Scaled":
+        """``H`` scaled to a unit diagonal, on which conjugate gradients converge fastest."""
+        return Scaled.by(self.matrix, self.matrix.diagonal().sqrt())
+
+    @cached_property
+    def balanced(self) -> "Scaled":
+        """``H`` scaled halfway between a unit diagonal and a unit diagonal of its inverse.
+
+        With the first, a weight's magnitude is its loss if nothing makes up for it; with the
+        second, its loss if all other weights do. With a mask some do, so that magnitudes in
+        between rank weights best.
+        """
+        inverse = self.factor.square().sum(0)
+        return Scaled.by(self.matrix, (self.matrix.diagonal() / inverse).pow(0.25))
+
+    @full_precision()
+    def solve(self, rows: Tensor) -> Tensor:
+        """``rows H⁻¹`` for ``rows`` (n, in)."""
+        half = torch.linalg.solve_triangular(self._root, rows.T, upper=True)
+        whole: Tensor = torch.linalg.solve_triangular(self._root.T, half, upper=False)
+        return whole.T
 
     @classmethod
     @full_precision()
@@ -107,12 +145,61 @@ class DampedGram:
         for dtype, level in _attempts(mean.dtype, damping):
             matrix = mean.to(dtype, copy=True)
             matrix.diagonal().add_(level * scale)
-            factor = inverse_factor(matrix)
-            if factor is not None:
-                return cls(matrix, factor, level)
+            root = upper_root(matrix)
+            if root is not None:
+                return cls(matrix, root, level)
         raise SolverError(
             f"the Gram matrix is not positive definite, even with damping {level:g} in fp64"
         )
+
+
+class Scaled:
+    """``S⁻¹ H S⁻¹`` for a diagonal ``S``, divided by its mean diagonal.
+
+    Attributes:
+        scale: the diagonal of ``S`` (in,), with the mean taken in; weights scale as ``W S``.
+        matrix: the scaled matrix (in, in).
+    """
+
+    def __init__(self, scale: Tensor, matrix: Tensor) -> None:
+        self.scale, self.matrix = scale, matrix
+        self._proximal: dict[float, Tensor] = {}
+
+    @classmethod
+    def by(cls, matrix: Tensor, scale: Tensor) -> "Scaled":
+        """``matrix`` scaled by ``scale``."""
+        mean = (matrix.diagonal() / scale.square()).mean().sqrt()
+        scale = scale * mean
+        return cls(scale, matrix / scale / scale.unsqueeze(1))
+
+    @cached_property
+    def outliers(self) -> tuple[Tensor, Tensor]:
+        """About the largest eigenvalues (count,) and their eigenvectors (in, count).
+
+        By subspace iteration; the count is `OUTLIERS`, or less where the matrix is small.
+        """
+        count = max(1, min(OUTLIERS, len(self.matrix) // 8))
+        generator = torch.Generator().manual_seed(0)
+        basis = torch.randn(len(self.matrix), count, generator=generator).to(self.matrix)
+        for _ in range(5):
+            basis = torch.linalg.qr(self.matrix @ basis).Q
+        values, rotation = torch.linalg.eigh(basis.T @ self.matrix @ basis)
+        return values, basis @ rotation
+
+    @full_precision()
+    def proximal(self, penalty: float) -> Tensor:
+        """``ρ (H + ρI)⁻¹`` of the scaled matrix (in, in), with ``ρ`` the penalty.
+
+        Sites of one input ask for the same ones: as many as fit `_CACHE` are kept.
+        """
+        if penalty in self._proximal:
+            return self._proximal[penalty]
+        shifted = self.matrix.clone()
+        shifted.diagonal().add_(penalty)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(shifted)).mul_(penalty)
+        if (len(self._proximal) + 1) * inverse.numel() <= _CACHE:
+            self._proximal[penalty] = inverse
+        return inverse
 
 
 def _attempts(dtype: torch.dtype, damping: float) -> Iterator[tuple[torch.dtype, float]]:
@@ -122,16 +209,11 @@ def _attempts(dtype: torch.dtype, damping: float) -> Iterator[tuple[torch.dtype,
         yield from ((precision, level) for level in levels)
 
 
-def inverse_factor(matrix: Tensor) -> Tensor | None:
-    """The upper triangular ``U`` with ``UᵀU = matrix⁻¹``, or None where there is none.
+def upper_root(matrix: Tensor) -> Tensor | None:
+    """The upper triangular ``R`` with ``matrix = R Rᵀ``, or None where there is none.
 
-    Reversing the order of rows and columns turns the lower Cholesky factor into an upper one:
-    ``matrix = R Rᵀ`` with ``R`` upper triangular, hence ``matrix⁻¹ = R⁻ᵀ R⁻¹`` and ``U = R⁻¹``.
-    That takes one factorisation where inverting first and factorising the inverse takes two.
+    It is the lower Cholesky factor of the matrix with rows and columns reversed.
     """
     lower, info = torch.linalg.cholesky_ex(matrix.flip(0, 1))
-    if int(info):
-        return None
-    eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-    factor = torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
-    return factor if bool(torch.isfinite(factor).all()) else None
+    safe = float(lower.diagonal().min()) > torch.finfo(matrix.dtype).tiny ** 0.5
+    return lower.flip(0, 1) if not int(info) and safe else None

@@ -1,111 +1,152 @@
 """The multiple removal problem for all columns at once: the best weights for a given mask."""
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from apt.solver.gram import DampedGram, Scaled
 from apt.solver.precision import full_precision
 
-_OUTLIERS = 16  # directions in which inputs are far larger than elsewhere
+_DIRECT = 96  # columns up to which a factorisation for every row beats iterating
+_CHUNK = 2**25  # elements of the largest temporary: 128 MiB in fp32
+
+
+@dataclass(frozen=True)
+class Joint:
+    """Weights solved jointly for a mask.
+
+    Attributes:
+        weight: ``V`` (out, in), exactly zero where pruned.
+        mask: True where pruned (out, in).
+        loss: ``½ (v−w) H (v−w)ᵀ`` of every row (out,).
+        residual: the certificate: the norm of what is left of the normal equations,
+            ``((W−V) H)_K`` on the scale of a unit diagonal, relative to the root of twice the
+            loss. The share of the loss that further steps could remove is at most its square
+            over the least eigenvalue of the scaled ``H``.
+    """
+
+    weight: Tensor
+    mask: Tensor
+    loss: Tensor
+    residual: float
 
 
 @full_precision()
 def joint_weights(
     weight: Tensor,
-    matrix: Tensor,
+    damped: DampedGram,
     mask: Tensor,
     start: Tensor | None = None,
     tolerance: float = 1e-3,
     max_steps: int = 200,
-) -> Tensor:
+) -> Joint:
     """The least-squares weights on the kept columns: ``V_K H_KK = (W H)_K`` in every row.
 
     This is the closed form of the multiple removal problem (arXiv 2410.15567, its equation for
-    ``δ``) with the whole row as one block. All rows are solved together by conjugate gradients
-    restricted to the kept weights, on the matrix scaled to a unit diagonal; a step costs one
-    product of (out, in) by (in, in). Each step lowers the loss of every row, so the result is
-    never worse than ``start``.
+    ``δ``) with the whole row as one block. Narrow layers are solved directly, by one factorisation
+    for every row. Wide ones are solved by conjugate gradients restricted to the kept weights, all
+    rows together, on the matrix scaled to a unit diagonal; a step costs one product of (out, in)
+    by (in, in). Each step lowers the loss of every row, so the result is never worse than
+    ``start``.
 
     Args:
         weight: the dense ``W`` (out, in).
-        matrix: the damped Gram matrix ``H`` (in, in), symmetric positive definite.
+        damped: the damped Gram matrix ``H`` (in, in).
         mask: True where a weight is pruned (out, in).
         start: weights (out, in) to start from, for instance those of the sequential sweep; their
             pruned entries are ignored. The kept entries of ``weight`` by default.
         tolerance: stop when a step lowers the layer's loss ``½ tr((V−W) H (V−W)ᵀ)`` by less than
             this share of it.
         max_steps: stop after this many steps in any case.
-
-    Returns:
-        ``V`` (out, in), exactly zero where ``mask`` is True.
     """
     keep = (~mask).to(weight.dtype)
-    scale = matrix.diagonal().sqrt()
-    unit = matrix / scale / scale.unsqueeze(1)
+    unit = damped.unit
+    dense = weight * unit.scale
+    if weight.shape[1] <= _DIRECT:
+        solution, loss, left = _direct(dense, unit.matrix, keep)
+    else:
+        first = dense if start is None else start * unit.scale
+        solution, loss, left = _iterate(dense, unit, keep, first * keep, tolerance, max_steps)
+    energy = 2 * float(loss.sum())
+    residual = float(left.norm()) / math.sqrt(energy) if energy > 0 else 0.0
+    return Joint(solution.div_(unit.scale), mask, loss, residual)
+
+
+def _direct(dense: Tensor, matrix: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Every row's normal equations by Cholesky, padded by the identity where pruned.
+
+    Returns:
+        The solution (out, in), the loss of every row (out,), and the residual (out, in).
+    """
+    right = (dense @ matrix).mul_(keep)
+    rows = max(1, _CHUNK // matrix.numel())
+    parts = []
+    for kept, b in zip(torch.split(keep, rows), torch.split(right, rows), strict=True):
+        padded = matrix * kept.unsqueeze(2) * kept.unsqueeze(1)
+        padded.diagonal(dim1=1, dim2=2).add_(1 - kept)
+        parts.append(torch.cholesky_solve(b.unsqueeze(2), torch.linalg.cholesky(padded)))
+    solution = torch.cat(parts).squeeze(2)
+    missing = dense - solution
+    residual = missing @ matrix
+    return solution, torch.linalg.vecdot(missing, residual) / 2, residual.mul_(keep)
+
+
+def _iterate(
+    dense: Tensor, unit: Scaled, keep: Tensor, solution: Tensor, tolerance: float, max_steps: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Conjugate gradients from ``solution`` on, in place; returns what `_direct` does."""
     precondition = _deflation(unit, keep)
-    solution = (weight if start is None else start) * keep * scale
-    missing = weight * scale - solution
-    residual = missing @ unit
-    loss = 0.5 * float(_dot(missing, residual).sum())
+    missing = dense - solution
+    residual = missing @ unit.matrix
+    loss = _dot(missing, residual).div_(2)
     direction = precondition(residual.mul_(keep))
     power = _dot(residual, direction)
     for _ in range(max_steps):
-        image = (direction @ unit).mul_(keep)
+        image = (direction @ unit.matrix).mul_(keep)
         step = _ratio(power, _dot(direction, image))
         solution.addcmul_(step, direction)
         residual.addcmul_(step, image, value=-1)
-        lowered = 0.5 * float((step * power).sum())
-        loss -= lowered
-        if lowered <= tolerance * max(loss, 0.0):
+        lowered = (step * power).div_(2)
+        loss.sub_(lowered)
+        if float(lowered.sum()) <= tolerance * max(float(loss.sum()), 0.0):
             break
         scaled = precondition(residual)
         previous, power = power, _dot(residual, scaled)
         direction = scaled.addcmul_(_ratio(power, previous), direction)
-    return solution.div_(scale)
+    return solution, loss.squeeze(1), residual
 
 
-def _deflation(unit: Tensor, keep: Tensor) -> Callable[[Tensor], Tensor]:
+def _deflation(unit: Scaled, keep: Tensor) -> Callable[[Tensor], Tensor]:
     """A preconditioner that takes a few outlier directions off the conjugate gradients' hands.
 
     Activations of language models are far larger in a few directions than elsewhere, and each
-    such direction costs a step. ``unit`` is about ``μI + Q (Λ − μI) Qᵀ`` with its largest
+    such direction costs a step. The matrix is about ``μI + Q (Λ − μI) Qᵀ`` with its largest
     eigenvalues Λ; the same restricted to a row's kept weights is inverted by Woodbury's identity
     at the cost of a few percent of a step. An approximate Q is as good: the result is symmetric
     positive definite whatever Q is.
 
     Args:
-        unit: a symmetric positive definite matrix of unit diagonal (in, in).
+        unit: a matrix of unit diagonal (in, in).
         keep: 1 where a weight is kept, else 0 (out, in).
 
     Returns:
         A function from residuals (out, in), zero where pruned, to preconditioned ones.
     """
-    width = len(unit)
-    count = min(_OUTLIERS, width // 8)
-    if count == 0:
-        return Tensor.clone
-    values, basis = _largest(unit, count)
-    bulk = (width - values.sum()).clamp(min=1e-3 * width) / (width - count)
+    width = len(unit.matrix)
+    values, basis = unit.outliers
+    bulk = (width - values.sum()).clamp(min=1e-3 * width) / max(1, width - len(values))
     inner = torch.diag(bulk / (values - bulk).clamp(min=1e-3 * bulk))
     pairs = (basis.unsqueeze(2) * basis.unsqueeze(1)).flatten(1)
-    inverse = torch.linalg.inv((keep @ pairs).view(-1, count, count) + inner)
+    inverse = torch.linalg.inv((keep @ pairs).view(-1, len(values), len(values)) + inner)
 
     def precondition(residual: Tensor) -> Tensor:
         inside = (residual @ basis).unsqueeze(1) @ inverse
         return torch.addcmul(residual, inside.squeeze(1) @ basis.T, keep, value=-1)
 
     return precondition
-
-
-def _largest(unit: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """About the ``count`` largest eigenvalues (count,) and eigenvectors (in, count)."""
-    generator = torch.Generator().manual_seed(0)
-    basis = torch.randn(len(unit), count, generator=generator).to(unit)
-    for _ in range(5):
-        basis = torch.linalg.qr(unit @ basis).Q
-    values, rotation = torch.linalg.eigh(basis.T @ unit @ basis)
-    return values, basis @ rotation
 
 
 def _dot(left: Tensor, right: Tensor) -> Tensor:

@@ -21,7 +21,6 @@ later group's M mask does), it is the one that a sweep with single compensation 
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import combinations
 
 import torch
@@ -29,6 +28,7 @@ from torch import Tensor
 
 from apt.solver.gram import DampedGram, Gram, SolverError
 from apt.solver.joint import joint_weights
+from apt.solver.options import Solution, SolverOptions
 from apt.solver.patterns import NM, Pattern, Unstructured, lowest, lowest_k
 from apt.solver.precision import full_precision
 
@@ -38,38 +38,6 @@ MAX_REMOVAL_SETS = 20_000
 _WINDOW = 128  # columns updated together, as SparseGPT does
 _STRIP = 32  # columns of a window updated one by one before the rest of it follows
 _CHUNK = 2**25  # elements of the largest temporary: 128 MiB in fp32
-
-
-@dataclass(frozen=True)
-class SolverOptions:
-    """What the methods can be told.
-
-    Args:
-        damping: λ as a share of the mean diagonal of the Gram matrix.
-        block_size: the columns B of one joint compensation; None takes all columns.
-        mask_window: the columns over which the unstructured mask S is selected at a time.
-        tolerance: where the joint solve for all columns stops, see `joint_weights`.
-    """
-
-    damping: float = 0.01
-    block_size: int | None = None
-    mask_window: int = _WINDOW
-    tolerance: float = 1e-3
-
-
-@dataclass(frozen=True)
-class Solution:
-    """A solved layer.
-
-    Attributes:
-        weight: ``V`` (out, in), exactly zero where pruned.
-        mask: True where pruned (out, in).
-        damping: the damping used; None where the method uses none.
-    """
-
-    weight: Tensor
-    mask: Tensor
-    damping: float | None = None
 
 
 def ss(weight: Tensor, gram: Gram, pattern: Pattern, options: SolverOptions) -> Solution:
@@ -110,7 +78,8 @@ def _solve(
         pruned, mask = sweep.run(dense, damped.factor)
     elif options.block_size is None or options.block_size >= width:
         start, mask = sweep.run(dense, damped.factor)
-        pruned = joint_weights(dense, damped.matrix, mask, start, options.tolerance)
+        joint = joint_weights(dense, damped, mask, start, options.tolerance)
+        return Solution(joint.weight.to(weight.dtype), mask, damped.damping, joint.residual)
     else:
         pruned, mask = _blockwise(dense, damped, sweep, options.block_size)
     return Solution(pruned.to(weight.dtype), mask, damped.damping)

@@ -11,6 +11,11 @@ def apt_methods() -> list[MethodSpec]:
     """The paper's four methods, and the baselines that they are compared with."""
     return [
         MethodSpec(
+            "admm", "mask by over-relaxed ADMM with restarts, weights solved jointly",
+            "apt.solver:admm", 100, "after arXiv 2410.15567 and 2406.07831",
+            error_aware=True, efforts=True,
+        ),
+        MethodSpec(
             "ss", "mask and weights by single removal: SparseGPT", "apt.solver:ss", 30,
             "arXiv 2301.00774",
         ),

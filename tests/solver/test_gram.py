@@ -6,15 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apt.solver import NM, Gram, SolverError, SolverOptions, sm
-from apt.solver.gram import inverse_factor
+from apt.solver.gram import upper_root
 from tests.solver.problems import problem, seeds
 
 
 @settings(deadline=None, max_examples=20)
 @given(seeds, st.integers(1, 12))
 def test_the_factor_inverts_every_trailing_submatrix(seed, width):
-    matrix = problem(seed, 1, width)[1].damped(0.01).matrix
-    factor = inverse_factor(matrix)
+    damped = problem(seed, 1, width)[1].damped(0.01)
+    matrix, factor = damped.matrix, damped.factor
     for start in range(width):
         part = factor[start:, start:]
         eye = torch.eye(width - start, dtype=torch.float64)
@@ -66,9 +66,9 @@ def test_fp64_is_the_last_resort(monkeypatch):
 
     def refuse_fp32(matrix):
         attempts.append(matrix.dtype)
-        return None if matrix.dtype == torch.float32 else inverse_factor(matrix)
+        return None if matrix.dtype == torch.float32 else upper_root(matrix)
 
-    monkeypatch.setattr("apt.solver.gram.inverse_factor", refuse_fp32)
+    monkeypatch.setattr("apt.solver.gram.upper_root", refuse_fp32)
     damped = Gram.of(torch.randn(32, 4)).damped(0.01)
     assert attempts == [torch.float32] * 4 + [torch.float64]
     assert (damped.matrix.dtype, damped.damping) == (torch.float64, 0.01)
@@ -106,3 +106,25 @@ def test_low_precision_products_do_not_reach_the_solver():
     finally:
         torch.set_float32_matmul_precision("highest")
     assert torch.equal(plain.weight, found.weight)
+
+
+@settings(deadline=None, max_examples=20)
+@given(seeds, st.integers(1, 20), st.integers(1, 5))
+def test_solve_is_multiplication_by_the_inverse(seed, width, rows):
+    damped = problem(seed, 1, width)[1].damped(0.01)
+    right = torch.randn(rows, width, dtype=torch.float64)
+    torch.testing.assert_close(damped.solve(right) @ damped.matrix, right, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("which", ["unit", "balanced"])
+def test_scaling_leaves_the_problem_as_it_is(which):
+    weight, gram = problem(3, 4, 30)
+    damped = gram.damped(0.01)
+    scaled = getattr(damped, which)
+    rows = weight * scaled.scale
+    torch.testing.assert_close(
+        ((rows @ scaled.matrix) * rows).sum(1), ((weight @ damped.matrix) * weight).sum(1)
+    )
+    assert float(scaled.matrix.diagonal().mean()) == pytest.approx(1)
+    expected = 0.3 * torch.linalg.inv(scaled.matrix + 0.3 * torch.eye(30, dtype=torch.float64))
+    torch.testing.assert_close(scaled.proximal(0.3), expected)

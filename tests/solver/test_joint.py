@@ -1,5 +1,6 @@
 """The joint solve: exact, monotone, quick where a few directions dominate, safe at the edges."""
 
+import importlib
 import itertools
 
 import pytest
@@ -7,9 +8,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apt.solver import joint_weights
-from apt.solver.joint import _deflation
+from apt.solver import Gram, joint_weights
 from tests.solver.problems import least_squares, problem, quadratic_loss, seeds
+
+joint = importlib.import_module("apt.solver.joint")
+
+
+@pytest.fixture
+def iterative(monkeypatch):
+    """Iterate whatever the width."""
+    monkeypatch.setattr(joint, "_DIRECT", 0)
 
 
 def random_mask(seed, shape, share=0.5):
@@ -17,24 +25,28 @@ def random_mask(seed, shape, share=0.5):
 
 
 @settings(deadline=None, max_examples=25)
-@given(seeds, st.integers(1, 5), st.integers(1, 40), st.floats(0, 1))
-def test_it_is_least_squares_on_the_kept_columns(seed, out, width, share):
+@given(seeds, st.integers(1, 5), st.integers(1, 40), st.floats(0, 1), st.booleans())
+def test_it_is_least_squares_on_the_kept_columns(seed, out, width, share, direct):
     weight, gram = problem(seed, out, width)
-    matrix = gram.damped(0.01).matrix
-    mask = random_mask(seed, weight.shape, share)
-    found = joint_weights(weight, matrix, mask, tolerance=1e-13)
-    torch.testing.assert_close(found, least_squares(weight, matrix, mask), rtol=1e-5, atol=1e-7)
-    assert torch.equal(found[mask], torch.zeros_like(found[mask]))
+    damped, mask = gram.damped(0.01), random_mask(seed, (out, width), share)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(joint, "_DIRECT", width if direct else 0)
+        found = joint_weights(weight, damped, mask, tolerance=1e-13)
+    expected = least_squares(weight, damped.matrix, mask)
+    torch.testing.assert_close(found.weight, expected, rtol=1e-5, atol=1e-7)
+    assert torch.equal(found.weight[mask], torch.zeros_like(found.weight[mask]))
+    torch.testing.assert_close(
+        found.loss, quadratic_loss(weight, found.weight, damped.matrix), rtol=1e-5, atol=1e-9
+    )
 
 
 @settings(deadline=None, max_examples=15)
 @given(seeds, st.integers(1, 6))
 def test_every_step_lowers_every_row(seed, steps):
-    weight, gram = problem(seed, 6, 64)
-    matrix, mask = gram.damped(0.01).matrix, random_mask(seed, (6, 64))
+    weight, gram = problem(seed, 6, 128)
+    damped, mask = gram.damped(0.01), random_mask(seed, (6, 128))
     losses = [
-        quadratic_loss(weight, joint_weights(weight, matrix, mask, max_steps=count), matrix)
-        for count in range(steps + 1)
+        joint_weights(weight, damped, mask, max_steps=count).loss for count in range(steps + 1)
     ]
     for before, after in itertools.pairwise(losses):
         assert (after <= before * (1 + 1e-9)).all()
@@ -42,16 +54,31 @@ def test_every_step_lowers_every_row(seed, steps):
 
 def test_the_default_tolerance_is_within_half_a_percent_of_the_optimum():
     weight, gram = problem(5, 64, 256)
-    matrix, mask = gram.damped(0.01).matrix, random_mask(5, (64, 256))
-    best = quadratic_loss(weight, least_squares(weight, matrix, mask), matrix).sum()
-    found = quadratic_loss(weight, joint_weights(weight, matrix, mask), matrix).sum()
+    damped, mask = gram.damped(0.01), random_mask(5, (64, 256))
+    best = quadratic_loss(weight, least_squares(weight, damped.matrix, mask), damped.matrix).sum()
+    found = joint_weights(weight, damped, mask).loss.sum()
     assert best <= found < 1.005 * best
 
 
-def test_rows_with_nothing_or_everything_pruned_are_left_alone():
+def test_the_certificate_bounds_what_is_left_to_gain(iterative):
+    weight, gram = problem(9, 16, 96)
+    damped, mask = gram.damped(0.01), random_mask(9, (16, 96))
+    optimum = least_squares(weight, damped.matrix, mask)
+    best = float(quadratic_loss(weight, optimum, damped.matrix).sum())
+    least = float(torch.linalg.eigvalsh(damped.unit.matrix).min())
+    certificates = []
+    for steps in (1, 4, 16, 64):
+        found = joint_weights(weight, damped, mask, tolerance=0, max_steps=steps)
+        loss = float(found.loss.sum())
+        assert loss - best <= loss * (found.residual**2 / least + 1e-12)
+        certificates.append(found.residual)
+    assert certificates[-1] < 1e-6 < certificates[0]
+
+
+def test_rows_with_nothing_or_everything_pruned_are_left_alone(iterative):
     weight, gram = problem(6, 2, 16)
     mask = torch.tensor([[False], [True]]).expand(2, 16)
-    found = joint_weights(weight, gram.damped(0.01).matrix, mask, tolerance=1e-12)
+    found = joint_weights(weight, gram.damped(0.01), mask, tolerance=1e-12).weight
     torch.testing.assert_close(found[0], weight[0])
     assert not found[1].any()
 
@@ -59,10 +86,8 @@ def test_rows_with_nothing_or_everything_pruned_are_left_alone():
 @pytest.mark.parametrize("width", [8, 64, 200])
 def test_the_preconditioner_is_positive_definite(width):
     _, gram = problem(7, 1, width)
-    matrix = gram.damped(0.01).matrix
-    scale = matrix.diagonal().sqrt()
     keep = (~random_mask(7, (1, width))).double()
-    precondition = _deflation(matrix / scale / scale[:, None], keep)
+    precondition = joint._deflation(gram.damped(0.01).unit, keep)
     columns = torch.stack([precondition(row * keep)[0] for row in torch.eye(width).double()])
     kept = keep[0].bool()
     inside = columns[kept][:, kept]
@@ -77,10 +102,8 @@ def test_outlier_directions_do_not_slow_it_down():
     inputs = torch.randn(2048, 256, generator=generator, dtype=torch.float64)
     strong = torch.randn(12, 256, generator=generator, dtype=torch.float64)
     inputs += 10 * torch.randn(2048, 12, generator=generator, dtype=torch.float64) @ strong / 16
-    matrix = inputs.T @ inputs / 2048
-    matrix.diagonal().add_(0.01 * matrix.diagonal().mean())
+    damped = Gram.of(inputs).damped(0.01)
     weight = torch.randn(8, 256, generator=generator, dtype=torch.float64)
     mask = random_mask(8, weight.shape)
-    best = quadratic_loss(weight, least_squares(weight, matrix, mask), matrix).sum()
-    found = quadratic_loss(weight, joint_weights(weight, matrix, mask, max_steps=8), matrix).sum()
-    assert found < 1.01 * best
+    best = quadratic_loss(weight, least_squares(weight, damped.matrix, mask), damped.matrix).sum()
+    assert joint_weights(weight, damped, mask, max_steps=8).loss.sum() < 1.01 * best

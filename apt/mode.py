@@ -1,0 +1,46 @@
+"""How a run goes about its blocks: error-aware or strictly layer-wise, in order, tuned or not."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from apt.reconstruct import Reconstruction
+from apt.solver import SolverOptions
+from apt.specs import MethodSpec
+from apt.targets import Targets
+
+
+@dataclass(frozen=True)
+class Mode:
+    """What `apt.pipeline.prune_blocks` takes beside the method and its options."""
+
+    targets: Targets | None
+    reconstruction: Reconstruction | None
+    ordered: bool
+
+    def record(self) -> dict[str, Any]:
+        """Plain values, for the report."""
+        return {
+            "targets": vars(self.targets) if self.targets else None,
+            "reconstruction": vars(self.reconstruction) if self.reconstruction else None,
+            "ordered": self.ordered,
+        }
+
+
+def choose_mode(
+    method: MethodSpec,
+    options: SolverOptions,
+    error_aware: bool | None = None,
+    ordered: bool | None = None,
+) -> Mode:
+    """The mode where something is left to choose (None).
+
+    A run is error-aware where the method declares it, and goes in order where it is error-aware;
+    an error-aware run of the highest effort tunes its blocks as well.
+    """
+    aware = method.error_aware if error_aware is None else error_aware
+    tuned = aware and method.efforts and options.effort == "best"
+    return Mode(
+        Targets() if aware else None,
+        Reconstruction() if tuned else None,
+        aware if ordered is None else ordered,
+    )

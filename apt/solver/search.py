@@ -1,0 +1,126 @@
+"""Mask and weights together: ADMM searches the mask, a joint solve gives the weights.
+
+The layer-wise problem is split by the alternating direction method of multipliers, as ALPS does
+(arXiv 2406.07831, section 3.1): ``B`` minimises the loss, ``D`` meets the pattern, and the scaled
+dual ``Y`` drives them together while the penalty ρ grows::
+
+    B = W + ρ (H + ρI)⁻¹ (D − Y − W),   B ← ωB + (1 − ω) D,   Z = B + Y
+    D = the largest of Z that the pattern keeps,   Y = Z − D
+
+Three things make it good in a few steps, on a matrix scaled half way between a unit diagonal and
+one of its inverse (`DampedGram.balanced`): over-relaxation ω near 2; few penalties with several
+steps each, since only a new penalty costs a factorisation; and restarts. At a fixed point
+``ρY = (W − D) H`` outside the mask, so that any solved mask is a warm start: a round begins at the
+weights of the round before, and its result is kept where it is better. More rounds, hence more
+effort, never return a worse layer.
+
+A step costs one product of (in, in) by (in, out) and an estimated threshold; only a round's last
+mask is counted exactly.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from apt.solver.gram import DampedGram, Gram, SolverError
+from apt.solver.joint import Joint, joint_weights
+from apt.solver.options import Effort, Solution, SolverOptions
+from apt.solver.patterns import NM, Pattern, about_highest, lowest
+from apt.solver.precision import full_precision
+
+
+@dataclass(frozen=True)
+class Round:
+    """One descent from small penalties to large ones.
+
+    Args:
+        penalties: ρ, relative to a mean diagonal of 1.
+        steps: the steps at each penalty.
+        relaxation: ω, between 1 (none) and 2.
+        tolerance: where the joint solve that ends the round stops, at the earliest.
+    """
+
+    penalties: tuple[float, ...]
+    steps: int
+    relaxation: float
+    tolerance: float = 1e-3
+
+
+_FIRST = Round((0.25, 0.75), 3, 1.7, 4e-3)
+_SECOND = Round((0.45, 0.7, 1.0, 1.5), 3, 1.5)
+_LONG = Round((0.4, 0.6, 0.9, 1.3, 2.0), 6, 1.3)
+ROUNDS: dict[Effort, tuple[Round, ...]] = {
+    "fast": (_FIRST,),
+    "default": (_FIRST, _SECOND),
+    "best": (_FIRST, _SECOND, _LONG, _LONG),
+}
+
+
+@full_precision()
+def admm(weight: Tensor, gram: Gram, pattern: Pattern, options: SolverOptions) -> Solution:
+    """Search the mask by rounds of ADMM, as many as ``options.effort`` allows; see the module."""
+    if isinstance(pattern, NM) and weight.shape[1] % pattern.m:
+        raise SolverError(f"the input width {weight.shape[1]} is not a multiple of {pattern.m}")
+    damped = gram.damped(options.damping)
+    dense = weight.to(damped.matrix.dtype)
+    best: Joint | None = None
+    for part in ROUNDS[options.effort]:
+        mask, start = _search(dense, damped, pattern, part, best)
+        tolerance = max(options.tolerance, part.tolerance)
+        found = joint_weights(dense, damped, mask, start, tolerance)
+        best = found if best is None else _better(best, found, pattern)
+    assert best is not None
+    weight = best.weight.to(weight.dtype)
+    return Solution(weight, best.mask, damped.damping, best.residual)
+
+
+def _search(
+    dense: Tensor, damped: DampedGram, pattern: Pattern, part: Round, best: Joint | None
+) -> tuple[Tensor, Tensor]:
+    """One round: its mask, and weights to start the joint solve from, both (out, in).
+
+    All is held transposed, (in, out): a group of n:m is then a few contiguous rows.
+    """
+    scaled = damped.balanced
+    target = (dense * scaled.scale).T.contiguous()
+    if best is None:
+        kept, dual = _keep(target, pattern), torch.zeros_like(target)
+    else:
+        kept = (best.weight * scaled.scale).T.contiguous()
+        dual = scaled.matrix @ (target - kept)
+        dual.mul_(kept == 0).div_(part.penalties[0])
+    penalty, mixed = part.penalties[0], target
+    for following in part.penalties:
+        proximal = scaled.proximal(following)
+        dual.mul_(penalty / following)
+        penalty = following
+        for _ in range(part.steps):
+            mixed = torch.addmm(target, proximal, kept - dual - target)
+            mixed.mul_(part.relaxation).add_(kept, alpha=1 - part.relaxation).add_(dual)
+            kept = _keep(mixed, pattern)
+            dual = mixed - kept
+    return lowest(mixed.T.abs(), pattern), (kept.T / scaled.scale)
+
+
+def _keep(values: Tensor, pattern: Pattern) -> Tensor:
+    """``values`` (in, out), zero but where they are about the largest that the pattern keeps."""
+    magnitudes = values.abs()
+    threshold = about_highest(magnitudes, pattern)
+    size = pattern.m if isinstance(pattern, NM) else len(values)
+    kept = magnitudes.view(-1, size, values.shape[1]) >= threshold
+    return values * kept.view_as(values)
+
+
+def _better(best: Joint, found: Joint, pattern: Pattern) -> Joint:
+    """The better of two solutions: row by row where every row meets the pattern by itself."""
+    gained = found.loss < best.loss
+    if not isinstance(pattern, NM) and pattern.per != "row":
+        return found if float(found.loss.sum()) < float(best.loss.sum()) else best
+    rows = gained.unsqueeze(1)
+    return Joint(
+        torch.where(rows, found.weight, best.weight),
+        torch.where(rows, found.mask, best.mask),
+        torch.minimum(found.loss, best.loss),
+        max(found.residual, best.residual),
+    )

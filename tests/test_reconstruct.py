@@ -1,0 +1,90 @@
+"""Local reconstruction: zeros stay, the held-back error never rises, half precision is served."""
+
+import copy
+
+import pytest
+import torch
+
+import apt as library
+from apt.batches import enter
+from apt.capture import advance_reference
+from apt.pipeline import BlockTuned
+from apt.reconstruct import Reconstruction, reconstruct
+from apt.solver import SolverOptions
+from apt.solver.patterns import NM, meets
+from tests.families import FAMILIES, random_model, random_tokens, zoo_model
+
+BEST = SolverOptions(effort="best")
+
+
+def pruned_block(adapter, model, batches):
+    """The first block with every fourth column zeroed, behind its dense reference."""
+    block = adapter.blocks(model)[0][1]
+    sites = adapter.sites(block)
+    with torch.no_grad():
+        advance_reference(adapter, block, 0, batches, sites)
+        for site in sites:
+            site.weight(block)[:, ::4] = 0
+    return block, sites
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_it_lowers_the_error_on_what_was_held_back(name, dtype):
+    loaded, tokens, _ = zoo_model(name, samples=12, seqlen=48)
+    model, adapter = loaded.module.to(dtype), loaded.adapter
+    batches = enter(adapter, model, tokens, 48, reference=True)
+    block, sites = pruned_block(adapter, model, batches)
+    before = {name: value.clone() for name, value in block.named_parameters()}
+    tuned = reconstruct(adapter, block, 0, batches, sites, Reconstruction(rate=0.02))
+    assert tuned is not None
+    assert tuned.after < tuned.before
+    names = {site.parameter for site in sites}
+    for name, value in block.named_parameters():
+        if name in names:
+            assert not value[before[name] == 0].any()
+            assert not torch.equal(value, before[name])
+            assert value.dtype == dtype
+        else:
+            assert torch.equal(value, before[name])
+
+
+def test_where_nothing_is_gained_the_start_stays(adapter_of):
+    model = random_model("llama")
+    adapter = adapter_of(model)
+    batches = enter(adapter, model, random_tokens(samples=6), 24, reference=True)
+    block, sites = pruned_block(adapter, model, batches)
+    before = copy.deepcopy(block.state_dict())
+    tuned = reconstruct(adapter, block, 0, batches, sites, Reconstruction(rate=1e3))
+    assert tuned is not None
+    assert tuned.after == tuned.before
+    for name, value in block.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_one_batch_cannot_be_held_back(adapter_of):
+    model = random_model("llama")
+    adapter = adapter_of(model)
+    batches = enter(adapter, model, random_tokens(), reference=True)
+    block, sites = pruned_block(adapter, model, batches)
+    assert reconstruct(adapter, block, 0, batches, sites, Reconstruction()) is None
+
+
+def test_best_effort_tunes_every_block_and_reports_what_was_written():
+    model, events = random_model("llama"), []
+    report = library.prune(
+        model, random_tokens(samples=64), pattern="2:4", options=BEST, observe=events.append
+    )
+    tuned = [event for event in events if isinstance(event, BlockTuned)]
+    assert len(tuned) == 3
+    assert all(event.after <= event.before for event in tuned)
+    assert report.options["reconstruction"]["epochs"] == Reconstruction().epochs
+    for site in report.sites:
+        assert meets(model.get_parameter(f"{site.name}.weight"), NM(2, 4))
+
+
+def test_a_strictly_layer_wise_run_is_not_tuned():
+    events = []
+    library.prune(random_model("llama"), random_tokens(samples=64), pattern="2:4", options=BEST,
+                  error_aware=False, observe=events.append)  # fmt: skip
+    assert not any(isinstance(event, BlockTuned) for event in events)

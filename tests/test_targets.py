@@ -1,0 +1,188 @@
+"""Error-aware targets: the sums they are made of, the equations they solve, their use."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import apt as library
+from apt.batches import enter
+from apt.capture import Capture, advance_reference
+from apt.errors import AptError
+from apt.pipeline import prune_blocks
+from apt.plan import make_plan
+from apt.solver import NM, Gram, SolverOptions, ss
+from apt.targets import Targets
+from tests.families import CONFIGS, FAMILIES, random_model, random_tokens, zoo_model
+
+
+def inputs_of(model, names, tokens):
+    """What each module multiplies (tokens, in), by hooks on the whole model."""
+    seen = {}
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda module, args, name=name: seen.update(
+                {name: args[0].detach().reshape(-1, args[0].shape[-1])}
+            )
+        )
+        for name in names
+    ]
+    with torch.no_grad():
+        model(tokens)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def disturbed(model, share=0.2):
+    """A copy whose first block is another: what follows has drifted."""
+    other, generator = copy.deepcopy(model), torch.Generator().manual_seed(0)
+    for parameter in other.model.layers[0].parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.data += share * parameter.data.std(unbiased=False) * noise
+    return other
+
+
+def test_the_sums_are_those_of_both_streams(adapter_of):
+    """Block 1 of a LLaMA behind a disturbed block 0, against hooks on the two whole models."""
+    dense = random_model("llama")
+    pruned, tokens = disturbed(dense), random_tokens()
+    adapter = adapter_of(dense)
+    batches = enter(adapter, dense, tokens, reference=True)
+    block = pruned.model.layers[1]
+    with torch.no_grad():
+        for batch in batches:
+            batch.reference.state = adapter.step(dense.model.layers[0], batch.state, batch.calls[0])
+            batch.state = adapter.step(pruned.model.layers[0], batch.state, batch.calls[0])
+        sites = adapter.sites(block)
+        advance_reference(adapter, block, 1, batches, sites)
+        block.self_attn.o_proj.weight.data *= 0.9  # pruned by now, and down_proj must see it
+        earlier = {s: dense.model.layers[1].self_attn.o_proj.weight for s in sites if s.order == 1}
+        capture = Capture(block, sites, earlier, reference=True)
+        capture.run(adapter, block, 1, batches)
+    names = [f"model.layers.1.{site.name}" for site in sites]
+    names += ["model.layers.1.input_layernorm", "model.layers.1.post_attention_layernorm"]
+    ours, theirs = inputs_of(pruned, names, tokens), inputs_of(dense, names, tokens)
+    size = theirs["model.layers.1.input_layernorm"].square().mean(1)
+    weights = (1 / size) / (1 / size).mean()
+    streams = {"self_attn.o_proj": "input_layernorm", "mlp.down_proj": "post_attention_layernorm"}
+    for site in sites:
+        name = f"model.layers.1.{site.name}"
+        x, lost = ours[name], theirs[name] - ours[name]
+        weighted = x * weights[:, None] if site.residual else x
+        sums = capture.sums[site.input]
+        torch.testing.assert_close(sums.gram.matrix, weighted.T @ x, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(sums.cross, lost.T @ weighted, rtol=1e-3, atol=1e-4)
+        if site.residual:
+            stream = f"model.layers.1.{streams[site.name]}"
+            drift = (theirs[stream] - ours[stream]).T @ weighted
+            torch.testing.assert_close(sums.drift[site], drift, rtol=1e-3, atol=1e-4)
+    assert {site.name for sums in capture.sums.values() for site in sums.drift} == set(streams)
+
+
+def test_the_target_solves_its_normal_equations():
+    generator = torch.Generator().manual_seed(3)
+    draw = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64)  # noqa: E731
+    weight, pruned, dense, drift = draw(4, 10), draw(80, 10), draw(80, 10), draw(80, 4)
+    from apt.adapter import Site
+    from apt.capture import Sums
+
+    site = Site("out", "out.weight", "x", residual=True)
+    sums = Sums(Gram.of(pruned), (dense - pruned).T @ pruned, {site: drift.T @ pruned})
+    damped = sums.gram.damped(0.01)
+    found = Targets(0.3, 0.6).weight(weight, site, sums, damped)
+    wanted = pruned @ weight.T + 0.3 * (dense - pruned) @ weight.T + 0.6 * drift
+    ridge = damped.matrix - pruned.T @ pruned / 80
+    expected = (wanted.T @ pruned / 80 + weight @ ridge) @ torch.linalg.inv(damped.matrix)
+    torch.testing.assert_close(found, expected)
+    assert Targets(0, 0).weight(weight, site, sums, damped) is weight
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", FAMILIES.values())
+def test_in_no_strength_at_all_targets_change_nothing(variant, adapter_of):
+    """Only sites that write to the stream differ then, by the weighting of tokens."""
+    plain, aware = random_model(variant), random_model(variant)
+    adapter, tokens = adapter_of(plain), random_tokens(samples=6)
+    kinds = {s.name for s in adapter.sites(adapter.blocks(plain)[0][1]) if not s.residual}
+    for model, targets in ((plain, None), (aware, Targets(0, 0))):
+        plan = make_plan(model, adapter, NM(2, 4))
+        prune_blocks(model, adapter, plan, tokens, ss, targets=targets)
+    first, second = (adapter.blocks(model)[0][1] for model in (plain, aware))
+    for kind in kinds:
+        torch.testing.assert_close(
+            first.get_submodule(kind).weight, second.get_submodule(kind).weight
+        )
+
+
+def drift_after(model, dense, adapter, tokens):
+    """How far the last hidden state is from the dense model's, relative to it, mean of tokens."""
+    with torch.no_grad():
+        ours, theirs = (
+            m(tokens, output_hidden_states=True).hidden_states[-1].float() for m in (model, dense)
+        )
+    return float(((ours - theirs).square().sum(-1) / theirs.square().sum(-1)).mean())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_pruned_zoo_models_end_nearer_to_the_dense_ones(name):
+    """On tokens that had no part in pruning, for each trained checkpoint."""
+    dense, *parts = zoo_model(name, samples=16, seqlen=128)
+    drifts = []
+    for aware in (False, True):
+        model = copy.deepcopy(dense.module)
+        library.prune(
+            model, parts[0], pattern="2:4", error_aware=aware, options=SolverOptions(effort="fast")
+        )
+        drifts.append(drift_after(model, dense.module, dense.adapter, parts[1]))
+    assert drifts[1] < drifts[0]
+
+
+@pytest.mark.parametrize("variant", CONFIGS)
+def test_every_configuration_takes_targets(variant, adapter_of):
+    model = random_model(variant)
+    report = library.prune(model, random_tokens(samples=6), pattern="0.5", method="ss",
+                           error_aware=True)  # fmt: skip
+    assert report.options["targets"] == {"inputs": 0.25, "stream": 0.25}
+    assert report.sparsity == pytest.approx(0.5, abs=1e-3)
+
+
+def test_a_weight_multiplied_in_parts_is_named(adapter_of):
+    """A capture that hands over half of the tokens at a time, in one of the two streams only."""
+    model = random_model("llama")
+    adapter = adapter_of(model)
+    calls = []
+
+    from contextlib import contextmanager
+
+    whole = type(adapter).capture
+
+    @contextmanager
+    def capture(block, sites, sink):
+        calls.append(block)
+
+        def halves(site, rows):
+            flat = rows.reshape(-1, rows.shape[-1])
+            parts = flat.split(len(flat) // 2) if len(calls) == 2 else [flat]
+            for part in parts:
+                sink(site, part)
+
+        with whole(adapter, block, sites, halves):
+            yield
+
+    adapter.capture = capture
+    plan = make_plan(model, adapter, NM(2, 4))
+    with pytest.raises(AptError, match="multiplied in parts"):
+        prune_blocks(model, adapter, plan, random_tokens(), ss, targets=Targets())
+
+
+def test_sites_that_do_not_write_to_the_blocks_own_stream_are_not_declared_so(adapter_of):
+    post_norm = random_model("opt-350m")
+    sites = adapter_of(post_norm).sites(post_norm.model.decoder.layers[0])
+    assert [site.name for site in sites if site.residual] == ["self_attn.out_proj"]
+    bloom = random_model("bloom")
+    block = bloom.transformer.h[0]
+    assert isinstance(block, nn.Module)
+    block.apply_residual_connection_post_layernorm = True
+    assert not any(site.residual for site in adapter_of(bloom).sites(block))
