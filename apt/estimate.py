@@ -11,6 +11,8 @@ from apt.batches import TOKENS_PER_BATCH
 from apt.plan import Plan, PlannedBlock
 
 _FP32 = 4
+_FORWARDS = 3.5  # of the dense stream, of the pruned one, and in parts for each group of sites
+_SOLVE_STEPS = 40  # products of (out, in) by (in, in) that two rounds and their joint solves take
 
 
 @dataclass(frozen=True)
@@ -19,11 +21,12 @@ class Estimate:
 
     Attributes:
         weights: the model's weights.
-        activations: the calibration activations between two blocks.
-        grams: the Gram matrices of the largest block, with their factors.
+        activations: the calibration activations between two blocks, of the pruned and of the dense
+            stream, and the dense stream's inputs of one block.
+        grams: the Gram and cross matrices of the largest block, with their factors.
         working: one batch's activations inside a block, and one site's solve.
-        seconds: the time of a run with joint compensation; forwards of attention and scans that
-            are not products of weights are not counted.
+        seconds: the time of an error-aware run of default effort; forwards of attention and scans
+            that are not products of weights are not counted.
     """
 
     weights: int
@@ -48,7 +51,7 @@ def estimate(
     largest = max(site.size for site in plan.sites)
     return Estimate(
         weights=parameters * bytes_each,
-        activations=tokens * config.hidden_size * bytes_each,
+        activations=tokens * max(_activations(block, config, bytes_each) for block in plan.blocks),
         grams=max(_gram_bytes(block) for block in plan.blocks),
         working=4 * min(tokens, TOKENS_PER_BATCH) * widest * bytes_each + 8 * largest * _FP32,
         seconds=_operations(plan, tokens) / _throughput(device),
@@ -60,17 +63,24 @@ def _inputs(block: PlannedBlock) -> dict[str, int]:
     return {entry.site.input: entry.shape[1] for entry in block.pruned}
 
 
+def _activations(block: PlannedBlock, config: Any, bytes_each: int) -> int:
+    """Bytes for each token: two streams, the dense inputs, and the drift in fp32."""
+    kept = 2 * config.hidden_size + sum(_inputs(block).values())
+    total: int = kept * bytes_each + config.hidden_size * _FP32
+    return total
+
+
 def _gram_bytes(block: PlannedBlock) -> int:
-    return sum(3 * width**2 * _FP32 for width in _inputs(block).values())
+    return sum(6 * width**2 * _FP32 for width in _inputs(block).values())
 
 
 def _operations(plan: Plan, tokens: int) -> float:
-    """Floating-point operations: two forwards, the Gram products, factorisations and solves."""
+    """Floating-point operations: forwards, Gram and cross products, factorisations and solves."""
     total = 0.0
     for block in plan.blocks:
-        total += sum(2 * 2 * tokens * site.size for site in block.sites)
-        total += sum(2 * tokens * w**2 + w**3 for w in _inputs(block).values())
-        total += sum(2 * 20 * site.size * site.shape[1] for site in block.pruned)
+        total += sum(_FORWARDS * 2 * tokens * site.size for site in block.sites)
+        total += sum(3 * tokens * w**2 + 6 * w**3 for w in _inputs(block).values())
+        total += sum(_SOLVE_STEPS * 2 * site.size * site.shape[1] for site in block.pruned)
     return total
 
 

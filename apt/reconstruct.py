@@ -31,7 +31,7 @@ class Reconstruction:
         tokens_per_batch: about as many tokens make a step.
     """
 
-    rate: float = 2e-3
+    rate: float = 5e-3
     epochs: int = 8
     held_back: float = 0.125
     tokens_per_batch: int = 1024

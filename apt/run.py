@@ -108,6 +108,7 @@ def prepare(
     """
     _check_numbers(options)
     method = registry.methods.get(options.method) if options.method else registry.default_method()
+    _check_heeded(options, method, registry)
     check_output(options.output, options.overwrite)
     source = find(options.model, registry, trust_remote_code=options.trust_remote_code)
     shell = skeleton(source, registry, options.adapter)
@@ -134,6 +135,17 @@ def _check_numbers(options: RunOptions) -> None:
     if solver.effort not in EFFORTS:
         raise AptError(f"--effort {solver.effort} is none of {', '.join(EFFORTS)}")
     read_dtype(options.dtype)
+
+
+def _check_heeded(options: RunOptions, method: MethodSpec, registry: Registry) -> None:
+    """Refuse options that the method would not look at."""
+    known = registry.methods.specs.values()
+    if options.solver.effort != "default" and not method.efforts:
+        others = ", ".join(spec.name for spec in known if spec.efforts)
+        raise AptError(f"{method.name} knows no --effort", f"these do: {others}")
+    if options.solver.block_size is not None and not method.blocks:
+        others = ", ".join(spec.name for spec in known if spec.blocks)
+        raise AptError(f"{method.name} knows no --block-size", f"these do: {others}")
 
 
 def read_dtype(name: str) -> torch.dtype | None:

@@ -56,6 +56,7 @@ class MethodSpec(Spec):
         per: where it counts an unstructured sparsity unless told otherwise.
         error_aware: whether it is given error-aware targets (`apt.targets`) unless told otherwise.
         efforts: whether it heeds ``SolverOptions.effort``.
+        blocks: whether it heeds ``SolverOptions.block_size``.
     """
 
     rank: int = 0
@@ -63,6 +64,7 @@ class MethodSpec(Spec):
     per: Literal["row", "layer"] = "layer"
     error_aware: bool = False
     efforts: bool = False
+    blocks: bool = False
 
 
 @dataclass(frozen=True)

@@ -65,11 +65,11 @@ def open_model(reference: str | None = None) -> tuple[Model, Any]:
     return load(skeleton(source, registry())), load_tokenizer(source)
 
 
-def sample(tokenizer: Any, texts: list[str], samples: int, seqlen: int) -> Tensor:
-    """The first windows of the texts as token ids (samples, seqlen)."""
-    return windows(tokenize(tokenizer, texts, samples * seqlen), samples, seqlen, "the text")[
-        :samples
-    ]
+def sample(tokenizer: Any, texts: list[str], samples: int, seqlen: int, skip: int = 0) -> Tensor:
+    """Windows of the texts as token ids (samples, seqlen), after the first ``skip``."""
+    count = samples + skip
+    tokens = windows(tokenize(tokenizer, texts, count * seqlen), count, seqlen, "the text")
+    return tokens[skip:count]
 
 
 def save(path: Path | None, rows: list[dict[str, Any]]) -> None:

@@ -62,7 +62,7 @@ def test_each_default_is_said_in_one_line(apt):
         "model", "pattern", "method", "calibration", "output",
     ]  # fmt: skip
     assert "seqlen: 512, all the positions that the model has (not 2048)" in run.err
-    assert Path("opt-2of4-sm/model.safetensors").is_file()
+    assert Path("opt-2of4-admm/model.safetensors").is_file()
     assert "perplexity on builtin:" in run.out
     assert "verified on disk" in run.out
 
@@ -118,6 +118,32 @@ def test_a_damaged_report_is_one_line(apt, checkpoint, tmp_path, text):
     run = apt("verify", path, "--pattern", "2:4")
     assert run.code == 2
     assert "apt_report.json is damaged" in run.err
+
+
+@pytest.mark.parametrize(
+    ("options", "targets", "ordered"),
+    [
+        ((), {"inputs": 0.25, "stream": 0.25}, True),
+        (("--layer-wise",), None, False),
+        (("--at-once",), {"inputs": 0.25, "stream": 0.25}, False),
+        (("--method", "ss"), None, False),
+        (("--method", "ss", "--error-aware"), {"inputs": 0.25, "stream": 0.25}, True),
+    ],
+    ids=str,
+)
+def test_the_mode_is_the_methods_unless_told(apt, options, targets, ordered):
+    run = apt("prune", "zoo:llama", *SMALL, "-o", "out", "--effort", "fast", *options)
+    assert run.code == 0
+    chosen = json.loads(Path("out/apt_report.json").read_text())["options"]
+    assert (chosen["targets"], chosen["ordered"]) == (targets, ordered)
+    assert (chosen["effort"], chosen["reconstruction"]) == ("fast", None)
+
+
+def test_best_effort_says_how_blocks_were_tuned(apt):
+    run = apt("prune", "zoo:llama", *SMALL, "-o", "out", "--effort", "best")
+    assert run.code == 0
+    chosen = json.loads(Path("out/apt_report.json").read_text())["options"]
+    assert chosen["reconstruction"]["held_back"] == 0.125
 
 
 def test_wanda_is_verified_by_row(apt):
@@ -190,8 +216,14 @@ BAD = [
     (["prune", "zoo:llama", "--dtype", "int8"], "no dtype 'int8'"),
     (["prune", "zoo:llama", "--device", "tpu"], "device 'tpu' is not available"),
     (["prune", "zoo:llama", "--device", "cuda:99"], "device 'cuda:99' is not available"),
+    (["prune", "zoo:llama", "--block-size", "64"], "admm knows no --block-size; these do: sm, mm"),
+    (["prune", "zoo:llama", "--effort", "fast", "--method", "ss"], "ss knows no --effort"),
+    (["prune", "zoo:llama", "--effort", "most"], "--effort most is none of fast, default, best"),
     (["prune", "zoo:llama", "--damping=-1"], "--damping -1 is not a number from 0 up"),
-    (["prune", "zoo:llama", "--block-size", "6"], "block size 6 is not a multiple of 4"),
+    (
+        ["prune", "zoo:llama", "--block-size", "6", "--method", "sm"],
+        "block size 6 is not a multiple of 4",
+    ),
     (["prune", "zoo:llama", "--only", "*.fc1"], "'*.fc1' matches no site"),
     (["prune", "zoo:llama", "--skip", "*"], "no site is left to prune"),
     (["prune", "zoo:llama", "--override", "x"], "has no GLOB=PATTERN"),

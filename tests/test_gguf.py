@@ -72,7 +72,7 @@ def test_a_gguf_file_is_pruned_to_a_plain_directory(apt, file):
     sample = random_tokens(samples=2)
     run = apt("prune", path, "--samples", 4, "--seqlen", 32, "--dtype", "float32")
     assert run.code == 0, run.err
-    pruned = AutoModelForCausalLM.from_pretrained("tiny-2of4-sm")
+    pruned = AutoModelForCausalLM.from_pretrained("tiny-2of4-admm")
     assert not getattr(pruned.config, "quantization_config", None)
     assert torch.equal(pruned.model.embed_tokens.weight, original.model.embed_tokens.weight)
     with torch.no_grad():

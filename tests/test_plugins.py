@@ -119,4 +119,4 @@ def test_the_default_method_has_the_highest_rank(entry):
 
     found = load_registry([*entry_points(group="apt"), entry("mine", apt_methods=methods)])
     assert found.default_method().name == "best"
-    assert registry().default_method().name == "sm"
+    assert registry().default_method().name == "admm"

@@ -23,11 +23,15 @@ def test_pruning_costs_perplexity_and_methods_can_be_ranked(family):
     dense = perplexity(model.module, held_out)
     assert dense < 80
     errors, scores = [], []
-    for method in ("sm", "ss", "wanda", "magnitude"):
+    for method in ("admm", "sm", "ss", "wanda", "magnitude"):
         pruned = copy.deepcopy(model.module)
-        report = library.prune(pruned, tokens, pattern="2:4", method=method)
+        report = library.prune(
+            pruned, tokens, pattern="2:4", method=method, error_aware=False, ordered=False
+        )
         errors.append(report.relative_error)
         scores.append(perplexity(pruned, held_out))
     assert errors == sorted(errors)
-    assert scores[0] < scores[-1]
+    pruned = copy.deepcopy(model.module)
+    library.prune(pruned, tokens, pattern="2:4")
+    assert perplexity(pruned, held_out) < min(scores)
     assert scores[-1] > 1.05 * dense

@@ -19,11 +19,12 @@ def apt_methods() -> list[MethodSpec]:
             "ss", "mask and weights by single removal: SparseGPT", "apt.solver:ss", 30,
             "arXiv 2301.00774",
         ),
-        MethodSpec("sm", "SparseGPT's mask, weights solved jointly", "apt.solver:sm", 60, _APT),
+        MethodSpec("sm", "SparseGPT's mask, weights solved jointly", "apt.solver:sm", 60, _APT,
+                   blocks=True),
         MethodSpec("ms", "mask of joint removal (n:m), weights column by column", "apt.solver:ms",
                    40, _APT),
         MethodSpec("mm", "mask of joint removal (n:m), weights solved jointly", "apt.solver:mm",
-                   50, _APT),
+                   50, _APT, blocks=True),
         MethodSpec("magnitude", "the smallest |w|, no update", "apt_plugins.baselines:magnitude",
                    10, "arXiv 1506.02626"),
         MethodSpec("wanda", "the smallest |w|·‖x‖, no update", "apt_plugins.baselines:wanda", 20,
@@ -31,7 +32,7 @@ def apt_methods() -> list[MethodSpec]:
         MethodSpec("sparseswaps", "Wanda's mask, improved by single swaps; no update",
                    "apt_plugins.sparseswaps:sparseswaps", 25, "arXiv 2512.10922", per="row"),
         MethodSpec("alps", "mask by ADMM, a few steps of joint weights", "apt_plugins.alps:alps",
-                   55, "arXiv 2406.07831"),
+                   70, "arXiv 2406.07831"),
     ]  # fmt: skip
 
 

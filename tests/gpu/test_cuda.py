@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import apt as library
-from apt.solver import NM, Gram, SolverOptions, Unstructured, mm, sm, ss
+from apt.solver import NM, Gram, SolverOptions, Unstructured, admm, mm, relative_layer_error, sm, ss
 from apt.solver.patterns import meets
 from tests.families import FAMILIES, random_model, random_tokens
 from tests.solver.problems import problem
@@ -21,6 +21,19 @@ def test_layers_are_solved_as_on_the_cpu(method, pattern):
     found = method(weight.cuda(), there, pattern, SolverOptions())
     assert torch.equal(found.mask.cpu(), here.mask)
     torch.testing.assert_close(found.weight.cpu(), here.weight, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("pattern", [NM(2, 4), Unstructured(0.5)], ids=str)
+def test_masks_are_searched_as_well_as_on_the_cpu(pattern):
+    weight, gram = problem(2, 64, 128)
+    there = Gram.from_sum(gram.matrix.cuda(), gram.tokens)
+    here = admm(weight, gram, pattern, SolverOptions())
+    found = admm(weight.cuda(), there, pattern, SolverOptions())
+    errors = [
+        relative_layer_error(weight, solution.weight.cpu(), gram.matrix)
+        for solution in (here, found)
+    ]
+    assert errors[1] == pytest.approx(errors[0], rel=0.02)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
