@@ -21,7 +21,8 @@ class Reference:
         drift: how far the pruned model's residual stream (tokens, hidden) has drifted from the
             dense one's where the block begins: dense minus pruned.
         scale: of every token (tokens, 1), what its error on the stream is divided by: the root
-            mean square of the dense stream before the block, relative to that of all tokens.
+            mean square of the dense stream before the block, in units in which the inverse squares
+            average 1.
     """
 
     state: State

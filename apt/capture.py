@@ -179,9 +179,9 @@ def advance_reference(
         assert reference is not None
         dense = _stream(adapter, reference.state)
         reference.drift = dense - _stream(adapter, batch.state)
-        squares = dense.square().mean(1, keepdim=True)
-        reference.scale = squares.clamp(min=torch.finfo(squares.dtype).tiny).sqrt()
-        energy += float(squares.reciprocal().nan_to_num(posinf=0.0).sum())
+        squares = _sizes(dense)
+        reference.scale = squares.sqrt()
+        energy += float(squares.reciprocal().sum())
         inputs: dict[str, Tensor] = {}
 
         def keep(site: Site, rows: Tensor, inputs: dict[str, Tensor] = inputs) -> None:
@@ -190,11 +190,18 @@ def advance_reference(
         with adapter.capture(block, sites, keep):
             reference.state = adapter.step(block, reference.state, batch.calls[index])
         reference.inputs = inputs
-    mean = math.sqrt(sum(batch.tokens for batch in batches) / energy) if energy else 1.0
+    mean = math.sqrt(sum(batch.tokens for batch in batches) / energy)
     for batch in batches:
         assert batch.reference is not None
         assert batch.reference.scale is not None
         batch.reference.scale /= mean
+
+
+def _sizes(stream: Tensor) -> Tensor:
+    """The mean square of every token (tokens, 1), so bounded that none outweighs all others."""
+    squares = stream.square().mean(1, keepdim=True)
+    least = max(float(squares.median()) / 16, torch.finfo(squares.dtype).tiny)
+    return squares.clamp(min=least)
 
 
 def _stream(adapter: Adapter, state: State) -> Tensor:

@@ -183,6 +183,9 @@ class _Run:
                         done.append(self.finish(block, solved.pop()))
         except AptError as error:
             raise AptError(f"in {planned.name}: {error.message}", error.hint) from error
+        for batch in batches:
+            if batch.reference is not None:
+                batch.reference.inputs.clear()
         if self.reconstruction is not None and solved:
             self.tune(block, planned, index, batches)
         return done + [self.finish(block, entry) for entry in solved]

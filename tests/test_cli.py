@@ -132,11 +132,11 @@ def test_a_damaged_report_is_one_line(apt, checkpoint, tmp_path, text):
     ids=str,
 )
 def test_the_mode_is_the_methods_unless_told(apt, options, targets, ordered):
-    run = apt("prune", "zoo:llama", *SMALL, "-o", "out", "--effort", "fast", *options)
+    run = apt("prune", "zoo:llama", *SMALL, "-o", "out", *options)
     assert run.code == 0
     chosen = json.loads(Path("out/apt_report.json").read_text())["options"]
     assert (chosen["targets"], chosen["ordered"]) == (targets, ordered)
-    assert (chosen["effort"], chosen["reconstruction"]) == ("fast", None)
+    assert (chosen["effort"], chosen["reconstruction"]) == ("default", None)
 
 
 def test_best_effort_says_how_blocks_were_tuned(apt):

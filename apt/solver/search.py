@@ -58,21 +58,38 @@ ROUNDS: dict[Effort, tuple[Round, ...]] = {
 
 
 @full_precision()
-def admm(weight: Tensor, gram: Gram, pattern: Pattern, options: SolverOptions) -> Solution:
-    """Search the mask by rounds of ADMM, as many as ``options.effort`` allows; see the module."""
+def admm(
+    weight: Tensor,
+    gram: Gram,
+    pattern: Pattern,
+    options: SolverOptions,
+    start: Tensor | None = None,
+) -> Solution:
+    """Search the mask by rounds of ADMM, as many as ``options.effort`` allows; see the module.
+
+    Args:
+        weight: the dense ``W`` (out, in).
+        gram: the Gram matrix of its inputs.
+        pattern: what the mask must meet.
+        options: effort, damping and tolerance.
+        start: a mask (out, in) that meets the pattern, from wherever: the result is never worse
+            than the best weights for it.
+
+    Raises:
+        SolverError: the pattern does not divide the width, or the Gram matrix is unusable.
+    """
     if isinstance(pattern, NM) and weight.shape[1] % pattern.m:
         raise SolverError(f"the input width {weight.shape[1]} is not a multiple of {pattern.m}")
     damped = gram.damped(options.damping)
     dense = weight.to(damped.matrix.dtype)
-    best: Joint | None = None
+    best = None if start is None else joint_weights(dense, damped, start, None, options.tolerance)
     for part in ROUNDS[options.effort]:
         mask, start = _search(dense, damped, pattern, part, best)
         tolerance = max(options.tolerance, part.tolerance)
         found = joint_weights(dense, damped, mask, start, tolerance)
         best = found if best is None else _better(best, found, pattern)
     assert best is not None
-    weight = best.weight.to(weight.dtype)
-    return Solution(weight, best.mask, damped.damping, best.residual)
+    return Solution(best.weight.to(weight.dtype), best.mask, damped.damping, best.residual)
 
 
 def _search(

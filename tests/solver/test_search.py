@@ -19,8 +19,15 @@ from apt.solver import (
     relative_layer_error,
     sm,
 )
-from apt.solver.patterns import meets
-from tests.solver.problems import group_patterns, problem, quadratic_loss, removal_sets, seeds
+from apt.solver.patterns import lowest, meets
+from tests.solver.problems import (
+    group_patterns,
+    least_squares,
+    problem,
+    quadratic_loss,
+    removal_sets,
+    seeds,
+)
 
 
 def error(weight, gram, solution):
@@ -75,6 +82,20 @@ def test_more_effort_never_gives_a_worse_layer(seed, pattern):
         assert float(more.sum()) <= float(less.sum()) * (1 + 1e-9)
         if ":" in pattern:
             assert (more <= less * (1 + 1e-9)).all()
+
+
+@settings(deadline=None, max_examples=10)
+@given(seeds, st.sampled_from(["0.6", "2:4"]))
+def test_a_warm_start_is_never_made_worse(seed, pattern):
+    weight, gram = problem(seed, 12, 40)
+    wanted, options = parse_pattern(pattern), SolverOptions(effort="fast")
+    matrix = gram.damped(0.01).matrix
+    given_mask = lowest(weight.abs(), wanted)
+    before = quadratic_loss(weight, least_squares(weight, matrix, given_mask), matrix)
+    solution = admm(weight, gram, wanted, options, given_mask)
+    after = quadratic_loss(weight, solution.weight, matrix)
+    assert float(after.sum()) <= float(before.sum()) * (1 + 1e-9)
+    assert meets(solution.weight, wanted)
 
 
 def test_it_comes_near_the_best_of_all_masks():
