@@ -39,16 +39,19 @@ class Round:
         steps: the steps at each penalty.
         relaxation: ω, between 1 (none) and 2.
         tolerance: where the joint solve that ends the round stops, at the earliest.
+        decay: what the dual is multiplied by after each step. Below 1 it lets a round of a single
+            penalty, hence of a single factorisation, settle as a growing penalty does.
     """
 
     penalties: tuple[float, ...]
     steps: int
     relaxation: float
     tolerance: float = 1e-3
+    decay: float = 1.0
 
 
-_FIRST = Round((0.25, 0.75), 3, 1.7, 4e-3)
-_SECOND = Round((0.45, 0.7, 1.0, 1.5), 3, 1.5)
+_FIRST = Round((0.7,), 4, 1.8, 1e-2, decay=0.8)
+_SECOND = Round((0.4, 0.6, 0.9, 1.35), 5, 1.4)
 _LONG = Round((0.4, 0.6, 0.9, 1.3, 2.0), 6, 1.3)
 ROUNDS: dict[Effort, tuple[Round, ...]] = {
     "fast": (_FIRST,),
@@ -116,7 +119,7 @@ def _search(
             mixed = torch.addmm(target, proximal, kept - dual - target)
             mixed.mul_(part.relaxation).add_(kept, alpha=1 - part.relaxation).add_(dual)
             kept = _keep(mixed, pattern)
-            dual = mixed - kept
+            dual = (mixed - kept).mul_(part.decay)
     return lowest(mixed.T.abs(), pattern), (kept.T / scaled.scale)
 
 
