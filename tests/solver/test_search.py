@@ -99,7 +99,7 @@ def test_a_warm_start_is_never_made_worse(seed, pattern):
 
 
 def test_it_comes_near_the_best_of_all_masks():
-    """Every mask of every row tried, at 2:4 with three groups."""
+    """Every mask of every row tried, at 2:4 with three groups: most of the way from SM's there."""
     weight, gram = problem(12, 40, 12)
     matrix = gram.damped(0.01).matrix
     solution = admm(weight, gram, NM(2, 4), SolverOptions(effort="best"))
@@ -115,7 +115,9 @@ def test_it_comes_near_the_best_of_all_masks():
         joint = torch.linalg.inv(inverse[mask][:, mask])
         best = torch.minimum(best, 0.5 * ((pruned @ joint) * pruned).sum(1))
     assert (found >= best * (1 - 1e-9)).all()
-    assert float(found.sum()) < 1.1 * float(best.sum())
+    sequential = quadratic_loss(weight, sm(weight, gram, NM(2, 4), SolverOptions()).weight, matrix)
+    excess, reference = (float((loss - best).sum()) for loss in (found, sequential))
+    assert excess < 0.5 * reference
 
 
 def test_half_precision_weights_come_back_as_they_were():
