@@ -63,7 +63,7 @@ def limit(model: Model, module: nn.Module, tokens: Tensor) -> dict[str, float]:
             batch.state = adapter.step(block, batch.state, batch.calls[index])
             spent["forward"] += time.perf_counter() - started
             for name, x in inputs.items():
-                rows = x.reshape(-1, x.shape[-1])
+                rows = x.reshape(-1, x.shape[-1]).float()
                 width = rows.shape[1]
                 gram, cross = grams.setdefault(name, (Gram(width), torch.zeros(width, width)))
                 started = time.perf_counter()
