@@ -24,7 +24,6 @@ from apt.plugins import registry
 from apt.solver import Gram, SolverOptions, parse_pattern, relative_layer_error
 
 METHODS = ["wanda", "ss", "sm", "alps", "admm:fast", "admm:default", "admm:best"]
-Layer = tuple[str, torch.Tensor, str]
 
 
 def arguments() -> argparse.Namespace:

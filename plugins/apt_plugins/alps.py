@@ -31,8 +31,7 @@ def alps(weight: Tensor, gram: Gram, pattern: Pattern, options: SolverOptions) -
         SolverError: the Gram matrix cannot be factorised, see `Gram.damped`.
     """
     damped = gram.damped(options.damping)
-    scale = damped.matrix.diagonal().sqrt()
-    unit = damped.matrix / scale / scale.unsqueeze(1)
+    scale, unit = damped.unit.scale, damped.unit.matrix
     dense = weight.to(unit.dtype) * scale
     start, mask = _admm(dense, unit, pattern)
     solved = _conjugate_gradients(dense, unit, mask, start).div_(scale)
