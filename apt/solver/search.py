@@ -79,10 +79,13 @@ def admm(
             than the best weights for it.
 
     Raises:
-        SolverError: the pattern does not divide the width, or the Gram matrix is unusable.
+        SolverError: the pattern does not divide the width, the effort is unknown, or the Gram
+            matrix is unusable.
     """
     if isinstance(pattern, NM) and weight.shape[1] % pattern.m:
         raise SolverError(f"the input width {weight.shape[1]} is not a multiple of {pattern.m}")
+    if options.effort not in ROUNDS:
+        raise SolverError(f"effort '{options.effort}' is none of {', '.join(ROUNDS)}")
     damped = gram.damped(options.damping)
     dense = weight.to(damped.matrix.dtype)
     best = None if start is None else joint_weights(dense, damped, start, None, options.tolerance)

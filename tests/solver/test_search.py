@@ -131,3 +131,9 @@ def test_a_width_that_groups_do_not_divide_is_an_error():
     weight, gram = problem(1, 2, 6)
     with pytest.raises(SolverError, match="not a multiple of 4"):
         admm(weight, gram, NM(2, 4), SolverOptions())
+
+
+def test_an_unknown_effort_is_an_error():
+    weight, gram = problem(1, 2, 8)
+    with pytest.raises(SolverError, match="'most' is none of fast, default, best"):
+        admm(weight, gram, NM(2, 4), SolverOptions(effort="most"))
