@@ -1,7 +1,6 @@
 """Pruning an in-memory model from a program."""
 
 import time
-from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
@@ -65,14 +64,13 @@ def prune(
     plan = make_plan(model, instance, wanted, selection, chosen.per)
     mode = choose_mode(chosen, options or SolverOptions(), error_aware, ordered)
     sites = prune_blocks(
-        model, instance, plan, tokens, chosen.load(), options, **vars(mode), observe=observe
+        model, instance, plan, tokens, chosen.load(), **vars(mode), observe=observe
     )
     return Report(
         options={
             "pattern": str(wanted),
             "method": chosen.name,
             **mode.record(),
-            **asdict(options or SolverOptions()),
         },
         model={"type": model.config.model_type, "adapter": spec.name},
         tokens={"shape": list(tokens.shape), "sha256": digest(tokens.cpu())},

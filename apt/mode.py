@@ -1,18 +1,22 @@
 """How a run goes about its blocks: error-aware or strictly layer-wise, in order, tuned or not."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from apt.reconstruct import Reconstruction
 from apt.solver import SolverOptions
+from apt.solver.gram import DAMPING
 from apt.specs import MethodSpec
 from apt.targets import Targets
+
+DAMPING_ERROR_AWARE = 0.05
 
 
 @dataclass(frozen=True)
 class Mode:
-    """What `apt.pipeline.prune_blocks` takes beside the method and its options."""
+    """What `apt.pipeline.prune_blocks` takes beside the method."""
 
+    options: SolverOptions
     targets: Targets | None
     reconstruction: Reconstruction | None
     ordered: bool
@@ -23,6 +27,7 @@ class Mode:
             "targets": vars(self.targets) if self.targets else None,
             "reconstruction": vars(self.reconstruction) if self.reconstruction else None,
             "ordered": self.ordered,
+            **asdict(self.options),
         }
 
 
@@ -35,11 +40,15 @@ def choose_mode(
     """The mode where something is left to choose (None).
 
     A run is error-aware where the method declares it, and goes in order where it is error-aware;
-    an error-aware run of the highest effort tunes its blocks as well.
+    an error-aware run of the highest effort tunes its blocks as well. An error-aware run damps
+    more: it is after text of any kind, a strictly layer-wise one after the least layer error.
     """
     aware = method.error_aware if error_aware is None else error_aware
     tuned = aware and method.efforts and options.effort == "best"
+    if options.damping is None:
+        options = replace(options, damping=DAMPING_ERROR_AWARE if aware else DAMPING)
     return Mode(
+        options,
         Targets() if aware else None,
         Reconstruction() if tuned else None,
         aware if ordered is None else ordered,

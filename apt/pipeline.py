@@ -117,7 +117,7 @@ def prune_blocks(
         plan: what to do to each site, from `apt.plan.make_plan`.
         tokens: calibration token ids (samples, seqlen).
         method: the pruning method.
-        options: the solver's options.
+        options: the solver's options; see `apt.mode.choose_mode` for what suits a mode.
         targets: how much of the error so far each site makes up for; None prunes strictly layer by
             layer.
         reconstruction: how the kept weights of a block are tuned once its sites are solved, if at

@@ -94,46 +94,60 @@ def reconstruct(
     held = max(1, round(options.held_back * len(batches)))
     if len(batches) <= held:
         return None
-    step = _Step(adapter, block, index)
-    parameters = [site.weight(block) for site in sites]
-    names = [f"block.{site.parameter}" for site in sites]
-    masters = [p.detach().float().clone().requires_grad_() for p in parameters]
-    masks = [(p != 0).float() for p in masters]
-
-    def weights() -> dict[str, Tensor]:
-        return {
-            name: master.to(p.dtype)
-            for name, master, p in zip(names, masters, parameters, strict=True)
-        }
-
-    def held_back() -> float:
-        with torch.no_grad():
-            return sum(float(step.error(weights(), b)) for b in batches[-held:]) / held
-
-    rates = [options.rate * float(m.detach()[m != 0].square().mean().sqrt()) for m in masters]
-    adam = torch.optim.Adam(
-        [{"params": [m], "lr": rate} for m, rate in zip(masters, rates, strict=True)],
-        betas=(0.9, 0.95),
-    )
-    total = options.epochs * (len(batches) - held)
+    tuning = _Tuning(_Step(adapter, block, index), block, sites, options.rate)
+    before = lowest = tuning.error(batches[-held:])
+    best = tuning.snapshot()
+    steps = options.epochs * (len(batches) - held)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        adam, lambda n: (1 + math.cos(math.pi * min(n / total, 1))) / 2
+        tuning.adam, lambda n: (1 + math.cos(math.pi * min(n / steps, 1))) / 2
     )
-    before = lowest = held_back()
-    best = [m.detach().clone() for m in masters]
     for _ in range(options.epochs):
         for batch in batches[:-held]:
-            with torch.enable_grad():
-                loss = step.error(weights(), batch)
-            for master, gradient, mask in zip(
-                masters, torch.autograd.grad(loss, masters), masks, strict=True
-            ):
-                master.grad = gradient.mul_(mask)
-            adam.step()
+            tuning.descend(batch)
             schedule.step()
-        error = held_back()
+        error = tuning.error(batches[-held:])
         if error < lowest:
-            lowest, best = error, [m.detach().clone() for m in masters]
-    for parameter, value in zip(parameters, best, strict=True):
-        parameter.data.copy_(value)
+            lowest, best = error, tuning.snapshot()
+    for site, value in zip(sites, best, strict=True):
+        site.weight(block).data.copy_(value)
     return Tuned(before, lowest)
+
+
+class _Tuning:
+    """The kept weights of a block, in fp32, while Adam moves them."""
+
+    def __init__(self, step: _Step, block: nn.Module, sites: Sequence[Site], rate: float) -> None:
+        self._step = step
+        parameters = [site.weight(block) for site in sites]
+        self._names = [f"block.{site.parameter}" for site in sites]
+        self._dtypes = [p.dtype for p in parameters]
+        self._masters = [p.detach().float().clone().requires_grad_() for p in parameters]
+        self._masks = [(m.detach() != 0).float() for m in self._masters]
+        sizes = [float(m.detach()[m != 0].square().mean().sqrt()) for m in self._masters]
+        groups = [
+            {"params": [master], "lr": rate * size}
+            for master, size in zip(self._masters, sizes, strict=True)
+        ]
+        self.adam = torch.optim.Adam(groups, betas=(0.9, 0.95))
+
+    def _weights(self) -> dict[str, Tensor]:
+        parts = zip(self._names, self._masters, self._dtypes, strict=True)
+        return {name: master.to(dtype) for name, master, dtype in parts}
+
+    def snapshot(self) -> list[Tensor]:
+        """A copy of the weights."""
+        return [master.detach().clone() for master in self._masters]
+
+    def error(self, batches: list[Batch]) -> float:
+        """The mean error on ``batches``."""
+        with torch.no_grad():
+            return sum(float(self._step.error(self._weights(), b)) for b in batches) / len(batches)
+
+    def descend(self, batch: Batch) -> None:
+        """One step on a batch; what is pruned stays zero."""
+        with torch.enable_grad():
+            loss = self._step.error(self._weights(), batch)
+        gradients = torch.autograd.grad(loss, self._masters)
+        for master, gradient, mask in zip(self._masters, gradients, self._masks, strict=True):
+            master.grad = gradient.mul_(mask)
+        self.adam.step()

@@ -4,7 +4,7 @@ import gc
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,6 @@ class RunOptions:
             "per": getattr(self.pattern, "per", None),
             "output": str(self.output),
             **selection,
-            **asdict(self.solver),
         }
 
 
@@ -121,6 +120,7 @@ def prepare(
         options, pattern=pattern, method=method.name, adapter=shell.spec.name, seqlen=seqlen
     )
     mode = choose_mode(method, options.solver, options.error_aware, options.ordered)
+    options = replace(options, solver=mode.options)
     return Prepared(options, registry, shell, plan, method, mode, choose_device(options.device))
 
 
@@ -128,7 +128,7 @@ def _check_numbers(options: RunOptions) -> None:
     solver = options.solver
     if options.samples < 1 or options.seqlen < 2:
         raise AptError("--samples must be at least 1 and --seqlen at least 2")
-    if not 0 <= solver.damping < math.inf:
+    if solver.damping is not None and not 0 <= solver.damping < math.inf:
         raise AptError(f"--damping {solver.damping:g} is not a number from 0 up")
     if solver.block_size is not None and solver.block_size < 1:
         raise AptError(f"--block-size {solver.block_size} is not positive")
@@ -259,7 +259,6 @@ def _prune(prepared: Prepared, model: Model, tokens: Tensor, observe: Observer) 
         prepared.plan,
         tokens,
         prepared.method.load(),
-        prepared.options.solver,
         **vars(prepared.mode),
         observe=observe,
     )

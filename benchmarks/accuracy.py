@@ -81,7 +81,7 @@ def prune(model: Model, name: str, pattern: str, tokens: Tensor) -> tuple[nn.Mod
     module = copy.deepcopy(model.module)
     plan = make_plan(module, model.adapter, parse_pattern(pattern), per=spec.per)
     started = time.perf_counter()
-    sites = prune_blocks(module, model.adapter, plan, tokens, spec.load(), solver, **vars(mode))
+    sites = prune_blocks(module, model.adapter, plan, tokens, spec.load(), **vars(mode))
     return module, {
         "error": fmean(site.relative_error for site in sites),
         "solve": sum(site.seconds for site in sites),

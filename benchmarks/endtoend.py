@@ -84,7 +84,7 @@ def run(
     solver = SolverOptions(effort=effort)  # type: ignore[arg-type]
     mode = choose_mode(spec, solver, aware)
     started = time.perf_counter()
-    sites = prune_blocks(pruned, model.adapter, plan, tokens, spec.load(), solver, **vars(mode))
+    sites = prune_blocks(pruned, model.adapter, plan, tokens, spec.load(), **vars(mode))
     return time.perf_counter() - started, sum(site.seconds for site in sites)
 
 

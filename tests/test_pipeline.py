@@ -130,7 +130,18 @@ def test_events_tell_the_whole_story():
     sites = [event for event in events if isinstance(event, SitePruned)]
     assert [(b.index, b.blocks) for b in blocks] == [(0, 3), (1, 3), (2, 3)]
     assert len(sites) == 12
-    assert all(site.tokens == TOKENS.numel() and site.damping == 0.01 for site in sites)
+    assert all(site.tokens == TOKENS.numel() and site.damping == 0.05 for site in sites)
+
+
+@pytest.mark.parametrize(
+    ("aware", "options", "damping"),
+    [(True, None, 0.05), (False, None, 0.01), (True, SolverOptions(damping=0.02), 0.02)],
+)
+def test_damping_follows_the_mode_unless_it_is_given(aware, options, damping):
+    report = library.prune(
+        random_model("opt"), TOKENS, pattern="2:4", error_aware=aware, options=options
+    )
+    assert {site.damping for site in report.sites} == {damping} == {report.options["damping"]}
 
 
 def test_the_reported_error_is_the_measured_one(adapter_of):

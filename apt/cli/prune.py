@@ -52,7 +52,10 @@ def prune(
         help="Prune a block's sites in order of execution, or from one pass. By default in order "
         "where error-aware.",
     ),
-    damping: float = typer.Option(0.01, "--damping", help="Share of the mean Gram diagonal."),
+    damping: float | None = typer.Option(
+        None, "--damping",
+        help="Share of the mean Gram diagonal: by default 0.05 where error-aware, else 0.01.",
+    ),
     block_size: int | None = typer.Option(
         None, "--block-size", help="Columns of one joint compensation; by default all."
     ),
@@ -170,7 +173,8 @@ def show_report(report: "Report", options: "RunOptions") -> None:
         )
     out.print(made)
     for event in report.sites:
-        if event.damping is not None and event.damping > options.solver.damping:
+        asked = options.solver.damping
+        if asked is not None and event.damping is not None and event.damping > asked:
             out.print(f"{event.name} needed damping {event.damping:g}", markup=False)
     if report.perplexity:
         before, after = report.perplexity["before"], report.perplexity["after"]

@@ -8,9 +8,11 @@ from torch import Tensor
 
 from apt.solver.precision import full_precision
 
-OUTLIERS = 16  # directions in which activations are far larger than elsewhere
+DAMPING = 0.01
+OUTLIERS = 8  # directions in which activations are far larger than elsewhere
 
 _CACHE = 2**26  # elements of the inverses kept for each Gram matrix: 256 MiB in fp32
+_PROBES = 64  # random vectors that estimate the diagonal of an inverse
 _PANEL = 192  # columns summed together: the product is symmetric, so what is below them is not
 
 
@@ -73,13 +75,17 @@ class Gram:
             self._mirrored = True
         return self._sum
 
-    def damped(self, damping: float) -> "DampedGram":
+    def damped(self, damping: float | None = None) -> "DampedGram":
         """``H = XᵀX / tokens + λI``, factorised; computed once for each ``damping``.
+
+        Args:
+            damping: λ as a share of the mean diagonal; `DAMPING` by default.
 
         Raises:
             SolverError: no token was added, all inputs are zero, some are not finite, or no
                 damping made the matrix positive definite.
         """
+        damping = DAMPING if damping is None else damping
         if damping not in self._damped:
             self._damped[damping] = DampedGram.factorise(self, damping)
         return self._damped[damping]
@@ -120,9 +126,13 @@ class DampedGram:
 
         With the first, a weight's magnitude is its loss if nothing makes up for it; with the
         second, its loss if all other weights do. With a mask some do, so that magnitudes in
-        between rank weights best.
+        between rank weights best. The diagonal of the inverse is ``E (R⁻ᵀz)²`` over random ``z``:
+        64 of them give its fourth root to 4 %, at a fraction of the price of the factor.
         """
-        inverse = self.factor.square().sum(0)
+        generator = torch.Generator().manual_seed(0)
+        probes = torch.randn(len(self.matrix), _PROBES, generator=generator).to(self.matrix)
+        solved = torch.linalg.solve_triangular(self._root.T, probes, upper=False)
+        inverse = solved.square().mean(1)
         return Scaled.by(self.matrix, (self.matrix.diagonal() / inverse).pow(0.25))
 
     @full_precision()

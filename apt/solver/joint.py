@@ -102,10 +102,11 @@ def _iterate(
     missing = dense - solution
     residual = missing @ unit.matrix
     loss = _dot(missing, residual).div_(2)
-    direction = precondition(residual.mul_(keep))
+    direction, scaled, image = residual.mul_(keep).clone(), missing, torch.empty_like(missing)
+    precondition(residual, direction)
     power = _dot(residual, direction)
     for _ in range(max_steps):
-        image = (direction @ unit.matrix).mul_(keep)
+        torch.mm(direction, unit.matrix, out=image).mul_(keep)
         step = _ratio(power, _dot(direction, image))
         solution.addcmul_(step, direction)
         residual.addcmul_(step, image, value=-1)
@@ -113,13 +114,13 @@ def _iterate(
         loss.sub_(lowered)
         if float(lowered.sum()) <= tolerance * max(float(loss.sum()), 0.0):
             break
-        scaled = precondition(residual)
+        precondition(residual, scaled)
         previous, power = power, _dot(residual, scaled)
-        direction = scaled.addcmul_(_ratio(power, previous), direction)
+        direction.mul_(_ratio(power, previous)).add_(scaled)
     return solution, loss.squeeze(1), residual
 
 
-def _deflation(unit: Scaled, keep: Tensor) -> Callable[[Tensor], Tensor]:
+def _deflation(unit: Scaled, keep: Tensor) -> Callable[[Tensor, Tensor], None]:
     """A preconditioner that takes a few outlier directions off the conjugate gradients' hands.
 
     Activations of language models are far larger in a few directions than elsewhere, and each
@@ -133,7 +134,8 @@ def _deflation(unit: Scaled, keep: Tensor) -> Callable[[Tensor], Tensor]:
         keep: 1 where a weight is kept, else 0 (out, in).
 
     Returns:
-        A function from residuals (out, in), zero where pruned, to preconditioned ones.
+        A function that takes residuals (out, in), zero where pruned, and writes preconditioned ones
+        to its second argument.
     """
     width = len(unit.matrix)
     values, basis = unit.outliers
@@ -142,9 +144,10 @@ def _deflation(unit: Scaled, keep: Tensor) -> Callable[[Tensor], Tensor]:
     pairs = (basis.unsqueeze(2) * basis.unsqueeze(1)).flatten(1)
     inverse = torch.linalg.inv((keep @ pairs).view(-1, len(values), len(values)) + inner)
 
-    def precondition(residual: Tensor) -> Tensor:
+    def precondition(residual: Tensor, result: Tensor) -> None:
         inside = (residual @ basis).unsqueeze(1) @ inverse
-        return torch.addcmul(residual, inside.squeeze(1) @ basis.T, keep, value=-1)
+        torch.mm(inside.squeeze(1), basis.T, out=result).mul_(keep)
+        torch.sub(residual, result, out=result)
 
     return precondition
 

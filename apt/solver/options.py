@@ -14,14 +14,15 @@ class SolverOptions:
     """What the methods can be told.
 
     Args:
-        damping: λ as a share of the mean diagonal of the Gram matrix.
+        damping: λ as a share of the mean diagonal of the Gram matrix; None leaves it to what
+            solves: `apt.solver.Gram.damped` takes 0.01.
         effort: how long a mask is searched for, by the methods that search.
         block_size: the columns B of one joint compensation; None takes all columns.
         mask_window: the columns over which the unstructured mask S is selected at a time.
         tolerance: where the joint solve for all columns stops, see `apt.solver.joint_weights`.
     """
 
-    damping: float = 0.01
+    damping: float | None = None
     effort: Effort = "default"
     block_size: int | None = None
     mask_window: int = 128

@@ -39,18 +39,19 @@ class Round:
         steps: the steps at each penalty.
         relaxation: ω, between 1 (none) and 2.
         tolerance: where the joint solve that ends the round stops, at the earliest.
-        decay: what the dual is multiplied by after each step. Below 1 it lets a round of a single
-            penalty, hence of a single factorisation, settle as a growing penalty does.
     """
 
     penalties: tuple[float, ...]
     steps: int
     relaxation: float
     tolerance: float = 1e-3
-    decay: float = 1.0
 
 
-_FIRST = Round((0.7,), 4, 1.8, 1e-2, decay=0.8)
+_FIRST_DUAL = 0.5
+"""What the first dual is, of what was pruned: a part of the fixed point's with the identity for H,
+worth half a step and nearly free."""
+
+_FIRST = Round((0.7,), 2, 1.95, 0.1)
 _SECOND = Round((0.4, 0.6, 0.9, 1.35), 5, 1.4)
 _LONG = Round((0.4, 0.6, 0.9, 1.3, 2.0), 6, 1.3)
 ROUNDS: dict[Effort, tuple[Round, ...]] = {
@@ -108,31 +109,40 @@ def _search(
     scaled = damped.balanced
     target = (dense * scaled.scale).T.contiguous()
     if best is None:
-        kept, dual = _keep(target, pattern), torch.zeros_like(target)
+        kept, spare = torch.empty_like(target), torch.empty_like(target)
+        _keep(target, pattern, kept, spare)
+        dual = (target - kept).mul_(_FIRST_DUAL)
     else:
         kept = (best.weight * scaled.scale).T.contiguous()
-        dual = scaled.matrix @ (target - kept)
+        spare = target - kept
+        dual = scaled.matrix @ spare
         dual.mul_(kept == 0).div_(part.penalties[0])
-    penalty, mixed = part.penalties[0], target
+    penalty, mixed = part.penalties[0], torch.empty_like(target)
     for following in part.penalties:
         proximal = scaled.proximal(following)
         dual.mul_(penalty / following)
         penalty = following
         for _ in range(part.steps):
-            mixed = torch.addmm(target, proximal, kept - dual - target)
+            torch.sub(kept, dual, out=spare).sub_(target)
+            torch.addmm(target, proximal, spare, out=mixed)
             mixed.mul_(part.relaxation).add_(kept, alpha=1 - part.relaxation).add_(dual)
-            kept = _keep(mixed, pattern)
-            dual = (mixed - kept).mul_(part.decay)
-    return lowest(mixed.T.abs(), pattern), (kept.T / scaled.scale)
+            _keep(mixed, pattern, kept, spare)
+            torch.sub(mixed, kept, out=dual)
+    magnitudes, start = mixed.T.contiguous().abs_(), kept.T.contiguous()
+    return lowest(magnitudes, pattern), start.div_(scaled.scale)
 
 
-def _keep(values: Tensor, pattern: Pattern) -> Tensor:
-    """``values`` (in, out), zero but where they are about the largest that the pattern keeps."""
-    magnitudes = values.abs()
+def _keep(values: Tensor, pattern: Pattern, kept: Tensor, spare: Tensor) -> None:
+    """To ``kept`` goes ``values`` (in, out), zero but where about the largest of the pattern are.
+
+    ``spare`` (in, out) is written over: pages of large new tensors cost more than what is done
+    with them.
+    """
+    magnitudes = torch.abs(values, out=spare)
     threshold = about_highest(magnitudes, pattern)
     size = pattern.m if isinstance(pattern, NM) else len(values)
-    kept = magnitudes.view(-1, size, values.shape[1]) >= threshold
-    return values * kept.view_as(values)
+    magnitudes.view(-1, size, values.shape[1]).ge_(threshold)
+    torch.mul(values, magnitudes, out=kept)
 
 
 def _better(best: Joint, found: Joint, pattern: Pattern) -> Joint:

@@ -88,7 +88,9 @@ def test_the_preconditioner_is_positive_definite(width):
     _, gram = problem(7, 1, width)
     keep = (~random_mask(7, (1, width))).double()
     precondition = joint._deflation(gram.damped(0.01).unit, keep)
-    columns = torch.stack([precondition(row * keep)[0] for row in torch.eye(width).double()])
+    columns = torch.empty(width, width).double()
+    for row, column in zip(torch.eye(width).double(), columns, strict=True):
+        precondition(row * keep, column.unsqueeze(0))
     kept = keep[0].bool()
     inside = columns[kept][:, kept]
     torch.testing.assert_close(inside, inside.T)
@@ -97,11 +99,11 @@ def test_the_preconditioner_is_positive_definite(width):
 
 
 def test_outlier_directions_do_not_slow_it_down():
-    """A dozen directions a hundred times larger: as few steps as without them, and a bit."""
+    """Half a dozen directions a hundred times larger: as few steps as without them, and a bit."""
     generator = torch.Generator().manual_seed(8)
     inputs = torch.randn(2048, 256, generator=generator, dtype=torch.float64)
-    strong = torch.randn(12, 256, generator=generator, dtype=torch.float64)
-    inputs += 10 * torch.randn(2048, 12, generator=generator, dtype=torch.float64) @ strong / 16
+    strong = torch.randn(6, 256, generator=generator, dtype=torch.float64)
+    inputs += 10 * torch.randn(2048, 6, generator=generator, dtype=torch.float64) @ strong / 16
     damped = Gram.of(inputs).damped(0.01)
     weight = torch.randn(8, 256, generator=generator, dtype=torch.float64)
     mask = random_mask(8, weight.shape)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apt.solver import NM, Unstructured
-from apt.solver.patterns import _nth_largest, about_highest, lowest_k
+from apt.solver.patterns import _nth_largest, about_highest, lowest, lowest_k
 from tests.solver.problems import seeds
 
 LONG = 100_003
@@ -47,6 +47,17 @@ def test_the_nth_largest_of_a_group(m):
     ordered = values.sort(0, descending=True).values
     for n in range(1, m):
         assert torch.equal(_nth_largest(list(values), n), ordered[n - 1])
+
+
+@settings(deadline=None, max_examples=20)
+@given(seeds, st.sampled_from([(2, 4), (1, 4), (4, 8), (2, 3)]))
+def test_groups_with_equal_scores_are_selected_exactly(seed, pattern):
+    n, m = pattern
+    scores = torch.randint(0, 3, (5, 6 * m), generator=torch.Generator().manual_seed(seed)).float()
+    groups, mask = scores.view(-1, m), lowest(scores, NM(n, m)).view(-1, m)
+    assert (mask.sum(1) == m - n).all()
+    highest_pruned = groups.where(mask, torch.tensor(-1.0)).amax(1)
+    assert (highest_pruned <= groups.where(~mask, torch.tensor(9.0)).amin(1)).all()
 
 
 @settings(deadline=None, max_examples=20)
