@@ -7,7 +7,7 @@ from torch import Tensor
 
 from apt.errors import AptError
 from apt.mode import choose_mode
-from apt.pipeline import Observer, prune_blocks
+from apt.pipeline import Observer, prune_blocks, telling
 from apt.plan import Selection, make_plan
 from apt.plugins import registry
 from apt.report import Report
@@ -63,9 +63,8 @@ def prune(
     instance.check(model.config)
     plan = make_plan(model, instance, wanted, selection, chosen.per)
     mode = choose_mode(chosen, options or SolverOptions(), error_aware, ordered)
-    sites = prune_blocks(
-        model, instance, plan, tokens, chosen.load(), **vars(mode), observe=observe
-    )
+    tell = telling(observe, shelf.site_pruned)
+    sites = prune_blocks(model, instance, plan, tokens, chosen.load(), **vars(mode), observe=tell)
     return Report(
         options={
             "pattern": str(wanted),

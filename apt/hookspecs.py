@@ -11,12 +11,24 @@ Built-ins come through the same door. Example::
 """
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import pluggy
 
 from apt.specs import AdapterSpec, CalibrationSpec, MethodSpec
 
+if TYPE_CHECKING:
+    from apt.pipeline import SitePruned
+
 PROJECT = "apt"
+
+API = 1
+"""The version of this surface. A plugin module that says ``APT_API = 1`` is loaded by every APT
+that serves that version; one that says nothing takes what it gets."""
+
+OLDEST_API = 1
+"""The oldest version that is still served. A hook or a field that is to go is kept, with a warning,
+for two minor releases of APT; then ``API`` rises, and one minor release later ``OLDEST_API``."""
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
@@ -35,3 +47,11 @@ def apt_methods() -> Iterable[MethodSpec]:  # type: ignore[empty-body]
 @hookspec
 def apt_calibrations() -> Iterable[CalibrationSpec]:  # type: ignore[empty-body]
     """The text sources that this plugin offers."""
+
+
+@hookspec
+def apt_site_pruned(event: "SitePruned") -> None:
+    """Called after every site that is pruned, from the thread that prunes.
+
+    An observer that raises is told of in a warning and not called again.
+    """

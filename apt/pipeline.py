@@ -91,6 +91,17 @@ Event = BlockStarted | SitePruned | BlockTuned
 Observer = Callable[[Event], None]
 
 
+def telling(observe: Observer, tell: Callable[[SitePruned], None]) -> Observer:
+    """``observe``, with ``tell`` called as well for every site that is pruned."""
+
+    def both(event: Event) -> None:
+        observe(event)
+        if isinstance(event, SitePruned):
+            tell(event)
+
+    return both
+
+
 @torch.no_grad()
 def prune_blocks(
     model: nn.Module,

@@ -16,7 +16,7 @@ from apt.errors import AptError
 from apt.evaluate import perplexity
 from apt.mode import Mode, choose_mode
 from apt.models import Model, find, fingerprint, load, load_tokenizer, skeleton
-from apt.pipeline import Observer, SitePruned, prune_blocks
+from apt.pipeline import Observer, SitePruned, prune_blocks, telling
 from apt.plan import Plan, Selection, make_plan
 from apt.plugins import Registry
 from apt.report import Report
@@ -260,7 +260,7 @@ def _prune(prepared: Prepared, model: Model, tokens: Tensor, observe: Observer) 
         tokens,
         prepared.method.load(),
         **vars(prepared.mode),
-        observe=observe,
+        observe=telling(observe, prepared.registry.site_pruned),
     )
 
 

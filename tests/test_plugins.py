@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 
 from apt.errors import AptError
-from apt.hookspecs import hookimpl
+from apt.hookspecs import API, OLDEST_API, hookimpl
 from apt.plugins import load_registry, registry
 from apt.specs import AdapterSpec, MethodSpec
 
@@ -48,7 +48,7 @@ def adapters(*names):
 def test_builtins_come_through_entry_points():
     assert set(registry().adapters.specs) >= {"llama", "opt", "bloom", "mamba"}
     assert set(registry().methods.specs) >= {"ss", "sm", "ms", "mm", "magnitude", "wanda"}
-    assert registry().adapters.origins["llama"].startswith("apt-prune ")
+    assert registry().adapters.origins["llama"].distribution.startswith("apt-prune ")
 
 
 def test_every_target_imports():
@@ -63,7 +63,7 @@ def test_a_plugin_adds_to_the_builtins(entry):
         [*entry_points(group="apt"), entry("mine", apt_adapters=adapters("mine"))]
     )
     assert found.adapters.get("MINE").name == "mine"
-    assert found.adapters.origins["mine"] == "mine 1.2"
+    assert found.adapters.origins["mine"].distribution == "mine 1.2"
     assert "llama" in found.adapters.specs
 
 
@@ -120,3 +120,87 @@ def test_the_default_method_has_the_highest_rank(entry):
     found = load_registry([*entry_points(group="apt"), entry("mine", apt_methods=methods)])
     assert found.default_method().name == "best"
     assert registry().default_method().name == "admm"
+
+
+def test_all_problems_are_told_whichever_hook_they_came_from(entry):
+    def raising():
+        raise OSError("no such thing")
+
+    with pytest.warns(UserWarning, match="failed to load"):
+        found = load_registry([entry("late", apt_calibrations=raising)])
+    with pytest.raises(
+        AptError, match=r"no adapter 'x'.*failed to load: late 1\.2: OSError: no such"
+    ):
+        found.adapters.get("x")
+
+
+@pytest.mark.parametrize(
+    ("version", "said"),
+    [
+        (API + 1, rf"needs version {API + 1} of the hooks, this APT has {API}: upgrade apt-prune"),
+        (OLDEST_API - 1, rf"serves {OLDEST_API} and up: upgrade the plugin"),
+        ("1", "APT_API is '1', not a whole number"),
+    ],
+)
+def test_a_plugin_for_other_hooks_is_a_warning_that_says_what_to_upgrade(entry, version, said):
+    other = entry("other", apt_adapters=adapters("other"))
+    sys.modules["plugin_other"].APT_API = version
+    with pytest.warns(UserWarning, match=rf"other 1\.2: \w+: .*{said}"):
+        found = load_registry([other, entry("mine", apt_adapters=adapters("mine"))])
+    assert list(found.adapters.specs) == ["mine"]
+
+
+def test_a_plugin_may_say_for_which_hooks_it_is(entry):
+    mine = entry("mine", apt_adapters=adapters("mine"))
+    sys.modules["plugin_mine"].APT_API = API
+    assert load_registry([mine]).adapters.get("mine")
+
+
+@pytest.mark.parametrize("disable", ["mine", "other, MINE", "main", "*"])
+def test_plugins_can_be_left_out(entry, disable):
+    mine = entry("mine", apt_adapters=adapters("mine"))
+    broken = entry("broken", error=True)
+    found = load_registry([*entry_points(group="apt"), mine, broken], f"broken {disable}")
+    assert "llama" in found.adapters.specs
+    assert [p.distribution for p in found.plugins.values() if p.disabled] == [
+        "mine 1.2",
+        "broken 1.2",
+    ]
+    with pytest.raises(AptError, match=r"APT_DISABLE_PLUGINS leaves out mine 1\.2, broken 1\.2"):
+        found.adapters.get("mine")
+
+
+def test_what_a_plugin_offers(entry):
+    found = load_registry(
+        [entry("mine", apt_adapters=adapters("a", "b"), apt_site_pruned=lambda event: None)]
+    )
+    (plugin,) = found.plugins.values()
+    assert found.offers(plugin) == ["a", "b", "an observer"]
+
+
+def test_observers_are_told_and_one_that_raises_is_left_out(entry):
+    seen = []
+
+    def good(event):
+        seen.append(event)
+
+    def careless():
+        seen.append("told")
+
+    def bad(event):
+        raise KeyError(event)
+
+    found = load_registry(
+        [
+            entry("bad", apt_site_pruned=bad),
+            entry("good", apt_site_pruned=good),
+            entry("careless", apt_site_pruned=careless),
+        ]
+    )
+    with pytest.warns(
+        UserWarning, match=r"observer failed and is left out: bad 1\.2:main: KeyError"
+    ):
+        found.site_pruned(1)
+    found.site_pruned(2)
+    assert [x for x in seen if x != "told"] == [1, 2]
+    assert seen.count("told") == 2

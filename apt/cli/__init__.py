@@ -6,7 +6,7 @@ import warnings
 
 import typer
 
-from apt.cli import adapters, evaluate, inspect, methods, prune, verify
+from apt.cli import adapters, evaluate, inspect, methods, plugins, prune, verify
 from apt.errors import AptError
 
 # What people mean by `apt` on Debian and its relatives.
@@ -47,6 +47,7 @@ app.command("inspect")(inspect.inspect)
 app.command("verify")(verify.verify)
 app.command("adapters")(adapters.adapters)
 app.command("methods")(methods.methods)
+app.command("plugins")(plugins.plugins)
 
 
 def _version(show: bool) -> None:
@@ -97,5 +98,6 @@ def _quiet() -> None:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
     warnings.simplefilter("ignore")
-    warnings.filterwarnings("always", message="plugin failed to load")
+    for kept in ("plugin failed to load", "observer failed"):
+        warnings.filterwarnings("always", message=kept)
     warnings.formatwarning = lambda message, *rest, **more: f"apt: warning: {message}\n"

@@ -10,5 +10,11 @@ def adapters() -> None:
     made = table("adapter", "model types", "embedded", "from", "summary")
     for name, spec in sorted(shelf.specs.items()):
         embedded = f"zoo:{name}" if spec.zoo else ""
-        made.add_row(name, ", ".join(spec.model_types), embedded, shelf.origins[name], spec.summary)
+        made.add_row(
+            name,
+            ", ".join(spec.model_types),
+            embedded,
+            shelf.origins[name].distribution,
+            spec.summary,
+        )
     out.print(made)

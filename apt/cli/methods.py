@@ -11,5 +11,5 @@ def methods() -> None:
     default = registry().default_method().name
     for spec in sorted(shelf.specs.values(), key=lambda spec: -spec.rank):
         summary = f"{spec.summary} (default)" if spec.name == default else spec.summary
-        made.add_row(spec.name, spec.source, shelf.origins[spec.name], summary)
+        made.add_row(spec.name, spec.source, shelf.origins[spec.name].distribution, summary)
     out.print(made)
