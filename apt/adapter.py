@@ -8,7 +8,7 @@ where a residual is threaded beside it.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -33,6 +33,11 @@ class Site:
         order: sites of a lower order feed those of a higher one.
         residual: whether its product is added to the residual stream.
         transposed: whether it is stored (in, out) instead of (out, in).
+        expert: its place in the first dimension of a stacked parameter (experts, …); None where the
+            parameter is the weight.
+        routed: whether a router decides which tokens it sees. Such a weight has an input of its
+            own, is pruned strictly layer by layer, and is not counted on to see every token.
+        calls: how often a forward multiplies it with every token: twice where two modules share it.
     """
 
     name: str
@@ -41,10 +46,18 @@ class Site:
     order: int = 0
     residual: bool = False
     transposed: bool = False
+    expert: int | None = None
+    routed: bool = False
+    calls: int = 1
 
-    def weight(self, block: nn.Module) -> nn.Parameter:
-        """The parameter in ``block``."""
-        return block.get_parameter(self.parameter)
+    def __post_init__(self) -> None:
+        if self.routed and self.residual:
+            raise ValueError(f"{self.name} is routed: declare residual=False")
+
+    def weight(self, block: nn.Module) -> Tensor:
+        """The weight in ``block`` as stored: the parameter, or a view of its slice."""
+        parameter = block.get_parameter(self.parameter)
+        return parameter if self.expert is None else parameter[self.expert]
 
     def oriented(self, weight: Tensor) -> Tensor:
         """``weight`` as (out, in); a view."""
@@ -135,10 +148,14 @@ class DecoderAdapter:
     Attributes:
         blocks_path: the path of the ``ModuleList`` of blocks.
         inputs: the inputs of a block in the order of the forward pass.
+        left_dense: paths of Linears within a block that are no sites, for instance a router.
+        transposed: types of module, beside Linear, whose weight is stored (in, out).
     """
 
     blocks_path: ClassVar[str]
     inputs: ClassVar[tuple[Input, ...]]
+    left_dense: ClassVar[tuple[str, ...]] = ()
+    transposed: ClassVar[tuple[type[nn.Module], ...]] = ()
 
     def check(self, config: Any) -> None:
         """Accept every configuration."""
@@ -159,23 +176,43 @@ class DecoderAdapter:
             ) from None
         return [(f"{self.blocks_path}.{name}", block) for name, block in layers.named_children()]
 
+    def inputs_of(self, block: nn.Module) -> tuple[Input, ...]:
+        """``inputs``; override where blocks are of several kinds."""
+        return self.inputs
+
     def sites(self, block: nn.Module) -> list[Site]:
-        """The Linears in ``inputs``, held against the module tree."""
-        declared = [
-            Site(linear, f"{linear}.weight", entry.name, order, entry.residual)
-            for order, entry in enumerate(self.inputs)
-            for linear in entry.linears
-        ]
-        present = {name for name, module in block.named_modules() if isinstance(module, nn.Linear)}
-        names = {site.name for site in declared}
-        if names != present:
-            missing, extra = sorted(names - present), sorted(present - names)
+        """The Linears that are declared, held against the module tree."""
+        present = {
+            name: module
+            for name, module in block.named_modules()
+            if isinstance(module, (nn.Linear, *self.transposed)) and name not in self.left_dense
+        }
+        inputs = self.inputs_of(block)
+        names = {linear for entry in inputs for linear in entry.linears}
+        if names != set(present):
+            missing, extra = sorted(names - set(present)), sorted(set(present) - names)
             gap = f"no {missing[0]}" if missing else f"{extra[0]}, which is not declared"
             raise AptError(
                 f"adapter {type(self).__name__} does not fit {type(block).__name__}: it has {gap}",
                 "choose the model's own adapter, see: apt adapters",
             )
-        return declared
+        declared: dict[nn.Parameter, Site] = {}
+        for order, entry in enumerate(inputs):
+            for linear in entry.linears:
+                parameter = block.get_parameter(f"{linear}.weight")
+                if parameter in declared:  # shared with a module that runs before
+                    first = declared[parameter]
+                    declared[parameter] = replace(first, calls=first.calls + 1)
+                    continue
+                declared[parameter] = Site(
+                    linear,
+                    f"{linear}.weight",
+                    entry.name,
+                    order,
+                    entry.residual,
+                    isinstance(present[linear], self.transposed),
+                )
+        return list(declared.values())
 
     def enter(self, model: nn.Module, tokens: Tensor) -> tuple[State, list[Call]]:
         """Record every block's own call by one run of the model over stubs."""

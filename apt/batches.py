@@ -17,7 +17,8 @@ class Reference:
 
     Attributes:
         state: what flows into the block.
-        inputs: of the block at hand, the inputs (tokens, in) by name.
+        inputs: of the block at hand, the inputs (tokens, in) by name; in several parts where they
+            are multiplied so.
         drift: how far the pruned model's residual stream (tokens, hidden) has drifted from the
             dense one's where the block begins: dense minus pruned.
         scale: of every token (tokens, 1), what its error on the stream is divided by: the root
@@ -26,7 +27,7 @@ class Reference:
     """
 
     state: State
-    inputs: dict[str, Tensor] = field(default_factory=dict)
+    inputs: dict[str, list[Tensor]] = field(default_factory=dict)
     drift: Tensor | None = None
     scale: Tensor | None = None
 

@@ -42,8 +42,9 @@ class _AllSeen(Exception):
 class Capture:
     """Takes the inputs of ``sites`` while their block runs, batch by batch.
 
-    The sites of one input are fed the same tensor in turn; it is summed for the first of them and
-    checked, by identity or by value, for the others.
+    The sites of one input are fed the same tensor in turn, or the same parts of it, in the order of
+    the tokens; it is summed for the first of them and checked, by identity or by value, for the
+    others.
 
     Args:
         block: the block.
@@ -66,11 +67,14 @@ class Capture:
         self.sums: dict[str, Sums] = {}
         for site in sites:
             width, device = self.weights[site].shape[1], self.weights[site].device
-            cross = torch.zeros(width, width, device=device) if reference else None
+            both = reference and not site.routed
+            cross = torch.zeros(width, width, device=device) if both else None
             self.sums.setdefault(site.input, Sums(Gram(width, device), cross))
         self.tokens = dict.fromkeys(sites, 0)
         self._seen: dict[Site, int] = {}
-        self._current: dict[str, Tensor] = {}
+        self._parts: dict[Site, int] = {}
+        self._owners: dict[str, Site] = {}
+        self._current: dict[str, list[Tensor]] = {}
         self._expected = 0
         self._reference: Reference | None = None
         self._drift: Tensor | None = None
@@ -80,9 +84,12 @@ class Capture:
         with adapter.capture(block, list(self.weights), self._take):
             for batch in batches:
                 self._seen = dict.fromkeys(self.weights, 0)
+                self._parts = dict.fromkeys(self.weights, 0)
+                self._owners.clear()
                 self._current.clear()
                 self._expected, self._reference = batch.tokens, batch.reference
-                self._drift = batch.reference.drift if batch.reference else None
+                drift = batch.reference.drift if batch.reference else None
+                self._drift = drift.clone() if drift is not None and self.earlier else drift
                 with suppress(_AllSeen):
                     adapter.step(block, batch.state, batch.calls[index])
         self._assert_coverage(sum(batch.tokens for batch in batches))
@@ -101,65 +108,92 @@ class Capture:
         if site in self.earlier and self._reference is not None:
             self._follow(site, rows, self._reference)
         self._seen[site] += len(rows)
-        if all(seen == self._expected for seen in self._seen.values()):
+        self._parts[site] += 1
+        if all(self._done(s) for s in self.weights):
             raise _AllSeen
 
+    def _done(self, site: Site) -> bool:
+        """Whether it has seen all of a batch; of a routed site that is not known before the end."""
+        return not site.routed and self._seen[site] == site.calls * self._expected
+
     def _sum(self, site: Site, rows: Tensor) -> None:
-        sums, again = self.sums[site.input], self._seen[site] > 0
+        sums = self.sums[site.input]
         self.tokens[site] += len(rows)
-        known = self._current.get(site.input)
-        if known is None or again:
-            self._current[site.input] = rows
-            if self._reference is None:
+        if self._owners.setdefault(site.input, site) == site:
+            self._current.setdefault(site.input, []).append(rows)
+            if self._reference is None or site.routed:
                 sums.gram.add(rows)
             else:
                 self._sum_both(site, rows, sums, self._reference)
-        elif not _same(known, rows):
+        elif not self._shared(site, rows):
             raise AptError(
                 f"{site.name} is declared to share the input '{site.input}', but gets another one"
             )
         if site.residual and self._reference is not None:
             self._sum_drift(site, rows, sums, self._reference)
 
+    def _shared(self, site: Site, rows: Tensor) -> bool:
+        """Whether the first site of the input was given the same."""
+        parts, index = self._current[site.input], self._parts[site]
+        return index < len(parts) and _same(parts[index], rows)
+
+    def _here(self, site: Site, rows: Tensor) -> slice:
+        """Which of the batch's tokens ``rows`` are."""
+        start = self._seen[site] % self._expected
+        return slice(start, start + len(rows))
+
     @full_precision()
     def _sum_both(self, site: Site, rows: Tensor, sums: Sums, reference: Reference) -> None:
         """Sum a batch of both streams; tokens weighted where the site writes to the stream."""
-        dense = reference.inputs[site.input]
-        if dense.shape != rows.shape:
-            raise AptError(
-                f"{site.name} is multiplied in parts: the dense and the pruned stream "
-                "cannot be held against each other",
-                "prune it with --layer-wise",
-            )
-        pruned = rows.float()
+        dense, pruned = self._dense(site, rows, reference), rows.float()
         lost = dense.float() - pruned
         if any(other.residual for other in self.sites if other.input == site.input):
             assert reference.scale is not None
-            pruned, lost = pruned / reference.scale, lost / reference.scale
+            scale = reference.scale[self._here(site, rows)]
+            pruned, lost = pruned / scale, lost / scale
         assert sums.cross is not None
         sums.gram.add(pruned)
         sums.cross.addmm_(lost.T, pruned)
+
+    def _dense(self, site: Site, rows: Tensor, reference: Reference) -> Tensor:
+        """What the site's weight is multiplied by in the dense stream where it is by ``rows``."""
+        parts, index = reference.inputs[site.input], self._parts[site]
+        if index >= len(parts) or parts[index].shape != rows.shape:
+            raise AptError(
+                f"{site.name} is multiplied by other tokens in the pruned stream than in the dense "
+                "one: they cannot be held against each other",
+                "prune with --layer-wise, or let the adapter declare it routed",
+            )
+        return parts[index]
 
     @full_precision()
     def _sum_drift(self, site: Site, rows: Tensor, sums: Sums, reference: Reference) -> None:
         assert self._drift is not None
         assert reference.scale is not None
-        pull = (self._drift / reference.scale.square()).T @ rows.float()
+        here = self._here(site, rows)
+        pull = (self._drift[here] / reference.scale[here].square()).T @ rows.float()
         sums.drift[site] = sums.drift[site].add_(pull) if site in sums.drift else pull
 
     def _follow(self, site: Site, rows: Tensor, reference: Reference) -> None:
         """Add to the drift what the site's output differs by between the two streams."""
         assert self._drift is not None
-        dense = reference.inputs[site.input] @ self.earlier[site].T
+        dense = self._dense(site, rows, reference) @ self.earlier[site].T
         pruned = rows @ self.weights[site].T
-        self._drift = self._drift + (dense - pruned).float()
+        self._drift[self._here(site, rows)] += (dense - pruned).float()
 
     def _assert_coverage(self, tokens: int) -> None:
         for site, seen in self.tokens.items():
-            if seen != tokens:
+            if not site.routed and seen != site.calls * tokens:
                 raise AptError(
-                    f"{site.name} saw {seen:,} of {tokens:,} calibration tokens: "
-                    f"the adapter's capture misses {'some of' if seen else ''} its inputs"
+                    f"{site.name} saw {seen:,} of {site.calls * tokens:,} calibration tokens: "
+                    f"the adapter's capture misses {'some of ' if seen else ''}its inputs"
+                )
+        for order in {site.order for site in self.tokens if site.routed}:
+            routed = sum(n for s, n in self.tokens.items() if s.routed and s.order == order)
+            if not routed or routed % tokens:
+                raise AptError(
+                    f"the routed sites of order {order} saw {routed:,} tokens, no multiple of "
+                    f"{tokens:,}: the adapter's capture misses some of their inputs"
                 )
 
 
@@ -167,6 +201,19 @@ def _same(left: Tensor, right: Tensor) -> bool:
     if left.data_ptr() == right.data_ptr() and left.shape == right.shape:
         return True
     return left.shape == right.shape and torch.equal(left, right)
+
+
+class _Inputs:
+    """Keeps the inputs of a block's sites, each once."""
+
+    def __init__(self) -> None:
+        self.inputs: dict[str, list[Tensor]] = {}
+        self._owners: dict[str, Site] = {}
+
+    def keep(self, site: Site, rows: Tensor) -> None:
+        """Keep what the first site of each input is given."""
+        if self._owners.setdefault(site.input, site) == site:
+            self.inputs.setdefault(site.input, []).append(rows.reshape(-1, rows.shape[-1]))
 
 
 def advance_reference(
@@ -182,14 +229,10 @@ def advance_reference(
         squares = _sizes(dense)
         reference.scale = squares.sqrt()
         energy += float(squares.reciprocal().sum())
-        inputs: dict[str, Tensor] = {}
-
-        def keep(site: Site, rows: Tensor, inputs: dict[str, Tensor] = inputs) -> None:
-            inputs.setdefault(site.input, rows.reshape(-1, rows.shape[-1]))
-
-        with adapter.capture(block, sites, keep):
+        kept = _Inputs()
+        with adapter.capture(block, [site for site in sites if not site.routed], kept.keep):
             reference.state = adapter.step(block, reference.state, batch.calls[index])
-        reference.inputs = inputs
+        reference.inputs = kept.inputs
     mean = math.sqrt(sum(batch.tokens for batch in batches) / energy)
     for batch in batches:
         assert batch.reference is not None

@@ -51,7 +51,7 @@ class SitePruned:
         relative_error: the relative layer error of the weight as written, in its own dtype.
         damping: the damping used; None where the method uses none.
         residual: what a joint solve left of its normal equations, see `apt.solver.Joint`.
-        tokens: the calibration tokens in its Gram matrix.
+        tokens: the calibration tokens that it saw.
         seconds: the time of the solve.
     """
 
@@ -70,6 +70,14 @@ class SitePruned:
     def size(self) -> int:
         """The number of weights."""
         return self.shape[0] * self.shape[1]
+
+    @property
+    def starved(self) -> bool:
+        """Whether it saw fewer tokens than it has inputs, as an expert may.
+
+        Its mask and weights then rest on magnitude more than on activations.
+        """
+        return self.tokens < self.shape[1]
 
 
 @dataclass(frozen=True)
@@ -188,8 +196,9 @@ class _Run:
                 advance_reference(self.adapter, block, index, batches, sites)
             for group in self.groups(planned.pruned):
                 sums = self.capture(block, [entry.site for entry in group], dense, index, batches)
+                mean = _mean_square(sums[s.site.input].gram for s in group if s.site.routed)
                 for entry in group:
-                    solved.append(self.solve(block, entry, sums[entry.site.input]))
+                    solved.append(self.solve(block, entry, sums[entry.site.input], mean))
                     if self.reconstruction is None:
                         done.append(self.finish(block, solved.pop()))
         except AptError as error:
@@ -235,15 +244,18 @@ class _Run:
         by_order = sorted(sites, key=lambda entry: entry.site.order)
         return [list(group) for _, group in groupby(by_order, key=lambda entry: entry.site.order)]
 
-    def solve(self, block: nn.Module, planned: PlannedSite, sums: Sums) -> "_Solved":
-        """Solve one site and write it back in place."""
+    def solve(self, block: nn.Module, planned: PlannedSite, sums: Sums, mean: float) -> "_Solved":
+        """Solve one site and write it back in place; ``mean`` backs a routed one of few tokens."""
         assert planned.pattern is not None
         started, gram = time.perf_counter(), sums.gram
+        tokens = gram.tokens
+        if planned.site.routed:
+            gram = gram.backed(mean)
         weight = planned.site.oriented(planned.site.weight(block).data)
         dense = weight.to(torch.float32, copy=True)
         try:
             target = dense
-            if self.targets is not None:
+            if self.targets is not None and not planned.site.routed:
                 damped = gram.damped(self.options.damping)
                 target = self.targets.weight(dense, planned.site, sums, damped)
             solution = self.method(target, gram, planned.pattern, self.options)
@@ -252,7 +264,7 @@ class _Run:
         _synchronise(weight.device)
         seconds = time.perf_counter() - started
         weight.copy_(solution.weight)
-        return _Solved(planned, dense, gram, solution, seconds)
+        return _Solved(planned, dense, gram, tokens, solution, seconds)
 
     def finish(self, block: nn.Module, solved: "_Solved") -> SitePruned:
         """Measure a site as it is written, and tell."""
@@ -268,7 +280,7 @@ class _Run:
             relative_layer_error(solved.dense, weight.float(), solved.gram.matrix),
             solution.damping,
             solution.residual,
-            solved.gram.tokens,
+            solved.tokens,
             solved.seconds,
         )
         self.observe(pruned)
@@ -292,8 +304,16 @@ class _Solved:
     planned: PlannedSite
     dense: Tensor
     gram: Gram
+    tokens: int
     solution: Solution
     seconds: float
+
+
+def _mean_square(grams: Iterable[Gram]) -> float:
+    """The mean square of an activation over all tokens of ``grams``; 1 where there is none."""
+    sums = [(float(gram.matrix.diagonal().mean()), gram.tokens) for gram in grams]
+    tokens = sum(count for _, count in sums)
+    return sum(total for total, _ in sums) / tokens if tokens else 1.0
 
 
 def _check(planned: PlannedSite, weight: Tensor, mask: Tensor) -> None:

@@ -108,8 +108,7 @@ def reconstruct(
         error = tuning.error(batches[-held:])
         if error < lowest:
             lowest, best = error, tuning.snapshot()
-    for site, value in zip(sites, best, strict=True):
-        site.weight(block).data.copy_(value)
+    tuning.write(best)
     return Tuned(before, lowest)
 
 
@@ -118,12 +117,20 @@ class _Tuning:
 
     def __init__(self, step: _Step, block: nn.Module, sites: Sequence[Site], rate: float) -> None:
         self._step = step
-        parameters = [site.weight(block) for site in sites]
-        self._names = [f"block.{site.parameter}" for site in sites]
-        self._dtypes = [p.dtype for p in parameters]
-        self._masters = [p.detach().float().clone().requires_grad_() for p in parameters]
-        self._masks = [(m.detach() != 0).float() for m in self._masters]
-        sizes = [float(m.detach()[m != 0].square().mean().sqrt()) for m in self._masters]
+        names = dict.fromkeys(site.parameter for site in sites)  # experts are slices of one
+        self._parameters = {name: block.get_parameter(name).detach() for name in names}
+        masters = {name: p.float().clone() for name, p in self._parameters.items()}
+        masks = {name: torch.zeros_like(master) for name, master in masters.items()}
+        for site in sites:
+            kept = masks[site.parameter]
+            kept = kept if site.expert is None else kept[site.expert]
+            kept.copy_(site.weight(block) != 0)
+        sizes = [
+            float(master[mask != 0].square().mean().sqrt())
+            for master, mask in zip(masters.values(), masks.values(), strict=True)
+        ]
+        self._masks = list(masks.values())
+        self._masters = [master.requires_grad_() for master in masters.values()]
         groups = [
             {"params": [master], "lr": rate * size}
             for master, size in zip(self._masters, sizes, strict=True)
@@ -131,12 +138,17 @@ class _Tuning:
         self.adam = torch.optim.Adam(groups, betas=(0.9, 0.95))
 
     def _weights(self) -> dict[str, Tensor]:
-        parts = zip(self._names, self._masters, self._dtypes, strict=True)
-        return {name: master.to(dtype) for name, master, dtype in parts}
+        parts = zip(self._parameters.items(), self._masters, strict=True)
+        return {f"block.{name}": master.to(p.dtype) for (name, p), master in parts}
 
     def snapshot(self) -> list[Tensor]:
         """A copy of the weights."""
         return [master.detach().clone() for master in self._masters]
+
+    def write(self, snapshot: list[Tensor]) -> None:
+        """Put a snapshot into the block."""
+        for parameter, value in zip(self._parameters.values(), snapshot, strict=True):
+            parameter.copy_(value)
 
     def error(self, batches: list[Batch]) -> float:
         """The mean error on ``batches``."""

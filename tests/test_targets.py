@@ -1,6 +1,7 @@
 """Error-aware targets: the sums they are made of, the equations they solve, their use."""
 
 import copy
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -148,32 +149,47 @@ def test_every_configuration_takes_targets(variant, adapter_of):
     assert report.sparsity == pytest.approx(0.5, abs=1e-3)
 
 
-def test_a_weight_multiplied_in_parts_is_named(adapter_of):
-    """A capture that hands over half of the tokens at a time, in one of the two streams only."""
+@contextmanager
+def in_halves(adapter, block, sites, sink, whole):
+    """A capture that hands over half of the tokens at a time."""
+
+    def halves(site, rows):
+        flat = rows.reshape(-1, rows.shape[-1])
+        for part in flat.split(len(flat) // 2):
+            sink(site, part)
+
+    with whole(adapter, block, sites, halves):
+        yield
+
+
+def test_a_weight_multiplied_in_parts_is_the_same_as_in_one(adapter_of):
+    weights = []
+    for halved in (False, True):
+        model = random_model("llama")
+        adapter = adapter_of(model)
+        if halved:
+            whole = type(adapter).capture
+            adapter.capture = lambda *args, a=adapter, w=whole: in_halves(a, *args, w)
+        plan = make_plan(model, adapter, NM(2, 4))
+        prune_blocks(model, adapter, plan, random_tokens(), ss, targets=Targets(), ordered=True)
+        weights.append(model.model.layers[-1].mlp.down_proj.weight)
+    torch.testing.assert_close(weights[1], weights[0], rtol=1e-3, atol=1e-4)
+
+
+def test_streams_that_multiply_other_tokens_cannot_be_compared(adapter_of):
     model = random_model("llama")
     adapter = adapter_of(model)
-    calls = []
+    calls, whole = [], type(adapter).capture
 
-    from contextlib import contextmanager
-
-    whole = type(adapter).capture
-
-    @contextmanager
     def capture(block, sites, sink):
         calls.append(block)
-
-        def halves(site, rows):
-            flat = rows.reshape(-1, rows.shape[-1])
-            parts = flat.split(len(flat) // 2) if len(calls) == 2 else [flat]
-            for part in parts:
-                sink(site, part)
-
-        with whole(adapter, block, sites, halves):
-            yield
+        if len(calls) == 2:
+            return in_halves(adapter, block, sites, sink, whole)
+        return whole(adapter, block, sites, sink)
 
     adapter.capture = capture
     plan = make_plan(model, adapter, NM(2, 4))
-    with pytest.raises(AptError, match="multiplied in parts"):
+    with pytest.raises(AptError, match=r"q_proj is multiplied by other tokens .*--layer-wise"):
         prune_blocks(model, adapter, plan, random_tokens(), ss, targets=Targets())
 
 

@@ -62,6 +62,17 @@ class Gram:
         self._mirrored = False
         self._damped.clear()
 
+    def backed(self, mean: float) -> "Gram":
+        """As if at least as many tokens as inputs had been seen.
+
+        What is missing is made up by tokens without structure: with their mean square, ``mean``, in
+        every direction. A weight that saw no token at all is then pruned by magnitude.
+        """
+        missing = max(0, self.width - self.tokens)
+        matrix = self.matrix.clone()
+        matrix.diagonal().add_(missing * mean)
+        return Gram.from_sum(matrix, self.tokens + missing)
+
     @property
     def width(self) -> int:
         """The number of input features."""
