@@ -33,10 +33,18 @@ class AdapterSpec(Spec):
     Args:
         model_types: the ``model_type`` of the configurations that it serves.
         zoo: ``"package:folder"`` of a checkpoint that ships with the adapter, for ``zoo:NAME``.
+        example: ``"module:function"`` that makes a small random model of the family, by which
+            ``apt check`` checks the adapter.
     """
 
     model_types: tuple[str, ...] = ()
     zoo: str | None = None
+    example: str | None = None
+
+    def load_example(self) -> Any:
+        """Make the example."""
+        assert self.example is not None
+        return resolve_name(self.example)()
 
     def zoo_path(self) -> Path | None:
         """The folder of the embedded checkpoint, if there is one."""

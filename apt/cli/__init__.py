@@ -6,7 +6,7 @@ import warnings
 
 import typer
 
-from apt.cli import adapters, evaluate, inspect, methods, plugins, prune, verify
+from apt.cli import adapters, check, evaluate, inspect, methods, plugins, prune, verify
 from apt.errors import AptError
 
 # What people mean by `apt` on Debian and its relatives.
@@ -45,6 +45,7 @@ app.command("prune")(prune.prune)
 app.command("eval")(evaluate.evaluate)
 app.command("inspect")(inspect.inspect)
 app.command("verify")(verify.verify)
+app.command("check")(check.check)
 app.command("adapters")(adapters.adapters)
 app.command("methods")(methods.methods)
 app.command("plugins")(plugins.plugins)

@@ -8,8 +8,8 @@ dual ``Y`` drives them together while the penalty ρ grows::
     D = the largest of Z that the pattern keeps,   Y = Z − D
 
 Three things make it good in a few steps, on a matrix scaled half way between a unit diagonal and
-one of its inverse (`DampedGram.balanced`): over-relaxation ω near 2; few penalties with several
-steps each, since only a new penalty costs a factorisation; and restarts. At a fixed point
+one of its inverse (`DampedGram.balanced`): over-relaxation ω near 2 where steps are few; few
+penalties with several steps each, since only a new penalty costs a factorisation; and restarts. At a fixed point
 ``ρY = (W − D) H`` outside the mask, so that any solved mask is a warm start: a round begins at the
 weights of the round before, and its result is kept where it is better. More rounds, hence more
 effort, never return a worse layer.
@@ -43,7 +43,7 @@ class Round:
 
     penalties: tuple[float, ...]
     steps: int
-    relaxation: float
+    relaxation: float = 1.0
     tolerance: float = 1e-3
 
 
@@ -52,8 +52,8 @@ _FIRST_DUAL = 0.5
 worth half a step and nearly free."""
 
 _FIRST = Round((0.7,), 2, 1.95, 0.1)
-_SECOND = Round((0.4, 0.6, 0.9, 1.35), 5, 1.4)
-_LONG = Round((0.4, 0.6, 0.9, 1.3, 2.0), 6, 1.3)
+_SECOND = Round((0.3, 0.4, 0.5, 0.65), 5)
+_LONG = Round((0.2, 0.27, 0.35, 0.42, 0.5), 6)
 ROUNDS: dict[Effort, tuple[Round, ...]] = {
     "fast": (_FIRST,),
     "default": (_FIRST, _SECOND),

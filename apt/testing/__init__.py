@@ -1,0 +1,18 @@
+"""The conformance kit: what proves that an adapter is right.
+
+As functions, `check_adapter` or the single checks in `apt.testing.checks`; under pytest, subclass
+`AdapterConformance`; at a shell, ``apt check ADAPTER``.
+"""
+
+from apt.testing.checks import CHECKS, Nonconformance, Outcome, Subject, check_adapter
+from apt.testing.suite import AdapterConformance, random_tokens
+
+__all__ = [
+    "CHECKS",
+    "AdapterConformance",
+    "Nonconformance",
+    "Outcome",
+    "Subject",
+    "check_adapter",
+    "random_tokens",
+]

@@ -1,0 +1,55 @@
+"""The conformance checks as a class of tests."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apt.adapter import Adapter
+from apt.testing.checks import CHECKS, Check, Subject
+
+
+def random_tokens(vocabulary: int, samples: int = 4, seqlen: int = 24) -> Tensor:
+    """Token ids (samples, seqlen), the same each time."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(vocabulary, (samples, seqlen), generator=generator)
+
+
+class AdapterConformance(ABC):
+    """Subclass it in a test module, as ``TestMyAdapter``, and pytest runs one test for each check.
+
+    >>> class TestMine(AdapterConformance):
+    ...     def adapter(self):
+    ...         return MyAdapter()
+    ...
+    ...     def model(self):
+    ...         return MyModelForCausalLM(MyConfig(hidden_size=32, num_hidden_layers=2))
+    """
+
+    @abstractmethod
+    def adapter(self) -> Adapter:
+        """The adapter."""
+
+    @abstractmethod
+    def model(self) -> nn.Module:
+        """A model of its family; random and tiny is enough."""
+
+    def tokens(self, model: nn.Module) -> Tensor:
+        """Token ids (samples, seqlen)."""
+        config: Any = model.config
+        return random_tokens(config.vocab_size)
+
+
+def _test(check: Check) -> Callable[[AdapterConformance], None]:
+    def test(self: AdapterConformance) -> None:
+        model = self.model().eval()
+        check(Subject(self.adapter(), model, self.tokens(model)))
+
+    test.__doc__ = check.__doc__
+    return test
+
+
+for _name, _check in CHECKS.items():
+    setattr(AdapterConformance, f"test_{_name}", _test(_check))
