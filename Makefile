@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+FAMILIES = $(addprefix -e ,$(wildcard plugins/apt-*))  # as anybody's packages
 OLDEST = transformers==4.57.1
 
 .PHONY: demo test lint check matrix clean
@@ -24,7 +25,7 @@ check: lint test
 matrix: test
 	$(PYTHON) -m venv $(VENV)-oldest
 	$(VENV)-oldest/bin/pip install --quiet -e '.[test]' '$(OLDEST)'
-	$(VENV)-oldest/bin/python -m pytest
+	$(VENV)-oldest/bin/python -m pytest tests
 
 $(VENV)/.runtime: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -33,7 +34,7 @@ $(VENV)/.runtime: pyproject.toml
 
 $(VENV)/.development: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -e '.[dev]'
+	$(BIN)/pip install --quiet -e '.[dev]' $(FAMILIES)
 	touch $@
 
 clean:

@@ -12,6 +12,8 @@ from apt.cli import main
 from apt.plugins import registry
 from tests.families import random_model
 
+pytest_plugins = ["pytester"]
+
 # CI repeats the same examples: a red run is a change's doing. Elsewhere they are drawn anew.
 settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):

@@ -129,7 +129,8 @@ class DampedGram:
     @cached_property
     def unit(self) -> "Scaled":
         """``H`` scaled to a unit diagonal, on which conjugate gradients converge fastest."""
-        return Scaled.by(self.matrix, self.matrix.diagonal().sqrt())
+        scale = self.matrix.diagonal().sqrt()
+        return Scaled(scale, self.matrix / scale / scale.unsqueeze(1))
 
     @cached_property
     def balanced(self) -> "Scaled":
@@ -137,14 +138,18 @@ class DampedGram:
 
         With the first, a weight's magnitude is its loss if nothing makes up for it; with the
         second, its loss if all other weights do. With a mask some do, so that magnitudes in
-        between rank weights best. The diagonal of the inverse is ``E (R⁻ᵀz)²`` over random ``z``:
-        64 of them give its fourth root to 4 %, at a fraction of the price of the factor.
+        between rank weights best. The determinant is 1, so that 1 is the natural unit of a penalty
+        on nearly independent inputs and on those of an attention's output, which depend on each
+        other far more. The diagonal of the inverse is ``E (R⁻ᵀz)²`` over random ``z``: 64 of them
+        give its fourth root to 4 %, at a fraction of the price of the factor.
         """
         generator = torch.Generator().manual_seed(0)
         probes = torch.randn(len(self.matrix), _PROBES, generator=generator).to(self.matrix)
         solved = torch.linalg.solve_triangular(self._root.T, probes, upper=False)
         inverse = solved.square().mean(1)
-        return Scaled.by(self.matrix, (self.matrix.diagonal() / inverse).pow(0.25))
+        scale = (self.matrix.diagonal() / inverse).pow(0.25)
+        scale *= (self._root.diagonal().log().mean() - scale.log().mean()).exp()
+        return Scaled(scale, self.matrix / scale / scale.unsqueeze(1))
 
     @full_precision()
     def solve(self, rows: Tensor) -> Tensor:
@@ -175,23 +180,16 @@ class DampedGram:
 
 
 class Scaled:
-    """``S⁻¹ H S⁻¹`` for a diagonal ``S``, divided by its mean diagonal.
+    """``S⁻¹ H S⁻¹`` for a diagonal ``S``.
 
     Attributes:
-        scale: the diagonal of ``S`` (in,), with the mean taken in; weights scale as ``W S``.
+        scale: the diagonal of ``S`` (in,); weights scale as ``W S``.
         matrix: the scaled matrix (in, in).
     """
 
     def __init__(self, scale: Tensor, matrix: Tensor) -> None:
         self.scale, self.matrix = scale, matrix
         self._proximal: dict[float, Tensor] = {}
-
-    @classmethod
-    def by(cls, matrix: Tensor, scale: Tensor) -> "Scaled":
-        """``matrix`` scaled by ``scale``."""
-        mean = (matrix.diagonal() / scale.square()).mean().sqrt()
-        scale = scale * mean
-        return cls(scale, matrix / scale / scale.unsqueeze(1))
 
     @cached_property
     def outliers(self) -> tuple[Tensor, Tensor]:

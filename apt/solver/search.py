@@ -9,10 +9,10 @@ dual ``Y`` drives them together while the penalty ρ grows::
 
 Three things make it good in a few steps, on a matrix scaled half way between a unit diagonal and
 one of its inverse (`DampedGram.balanced`): over-relaxation ω near 2 where steps are few; few
-penalties with several steps each, since only a new penalty costs a factorisation; and restarts. At a fixed point
-``ρY = (W − D) H`` outside the mask, so that any solved mask is a warm start: a round begins at the
-weights of the round before, and its result is kept where it is better. More rounds, hence more
-effort, never return a worse layer.
+penalties with several steps each, since only a new penalty costs a factorisation; and restarts. At
+a fixed point ``ρY = (W − D) H`` outside the mask, so that any solved mask is a warm start: a round
+begins at the weights of the round before, and its result is kept where it is better. More rounds,
+hence more effort, never return a worse layer.
 
 A step costs one product of (in, in) by (in, out) and an estimated threshold; only a round's last
 mask is counted exactly.
@@ -35,7 +35,7 @@ class Round:
     """One descent from small penalties to large ones.
 
     Args:
-        penalties: ρ, relative to a mean diagonal of 1.
+        penalties: ρ, where the eigenvalues have a geometric mean of 1.
         steps: the steps at each penalty.
         relaxation: ω, between 1 (none) and 2.
         tolerance: where the joint solve that ends the round stops, at the earliest.
@@ -51,9 +51,9 @@ _FIRST_DUAL = 0.5
 """What the first dual is, of what was pruned: a part of the fixed point's with the identity for H,
 worth half a step and nearly free."""
 
-_FIRST = Round((0.7,), 2, 1.95, 0.1)
-_SECOND = Round((0.3, 0.4, 0.5, 0.65), 5)
-_LONG = Round((0.2, 0.27, 0.35, 0.42, 0.5), 6)
+_FIRST = Round((1.2,), 2, 1.95, 0.1)
+_SECOND = Round((0.5, 0.63, 0.78, 0.95, 1.15, 1.4), 4)
+_LONG = Round((0.5, 0.6, 0.7, 0.8, 0.95, 1.1, 1.3), 6)
 ROUNDS: dict[Effort, tuple[Round, ...]] = {
     "fast": (_FIRST,),
     "default": (_FIRST, _SECOND),

@@ -1,0 +1,89 @@
+"""Qwen3-MoE: stacked experts, each pruned on the tokens that the router sends it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from apt.adapter import Call, DecoderAdapter, Input, Site, State
+from apt.hookspecs import hookimpl
+from apt.specs import AdapterSpec
+
+APT_API = 1
+
+_ATTENTION = (
+    Input("attention", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+    Input("heads", ("self_attn.o_proj",), residual=True),
+)
+_DENSE = (
+    Input("mlp", ("mlp.gate_proj", "mlp.up_proj")),
+    Input("neurons", ("mlp.down_proj",), residual=True),
+)
+
+
+class Qwen3MoeAdapter(DecoderAdapter):
+    """``Qwen3MoeForCausalLM``. The router is left dense."""
+
+    blocks_path = "model.layers"
+    left_dense = ("mlp.gate",)
+
+    def inputs_of(self, block: nn.Module) -> tuple[Input, ...]:
+        """Some blocks may have a plain MLP."""
+        return _ATTENTION if hasattr(block.mlp, "experts") else _ATTENTION + _DENSE
+
+    def sites(self, block: nn.Module) -> list[Site]:
+        """The Linears, and two slices for each expert."""
+        sites = super().sites(block)
+        if hasattr(block.mlp, "experts"):
+            for expert in range(block.mlp.experts.num_experts):
+                for order, name in ((2, "gate_up_proj"), (3, "down_proj")):
+                    path = f"mlp.experts.{name}"
+                    given = f"{name} of {expert}"
+                    sites.append(
+                        Site(f"{path}.{expert}", path, given, order, expert=expert, routed=True)
+                    )
+        return sites
+
+    def step(self, block: nn.Module, state: State, call: Call) -> State:
+        """Expert by expert: grouped kernels multiply all slices at once, where no tap sees them."""
+        with _one_by_one(block):
+            return super().step(block, state, call)
+
+
+@contextmanager
+def _one_by_one(block: nn.Module) -> Iterator[None]:
+    if not hasattr(block.mlp, "experts"):
+        yield
+        return
+    config: Any = block.mlp.experts.config
+    before = config._experts_implementation
+    config._experts_implementation = "eager"
+    try:
+        yield
+    finally:
+        config._experts_implementation = before
+
+
+def example(**options: Any) -> Any:
+    """A small random Qwen3-MoE whose second block has a plain MLP."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(**{
+        "vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_experts": 4,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_only_layers": [1],
+        "max_position_embeddings": 64, **options,
+    })  # fmt: skip
+    return Qwen3MoeForCausalLM._from_config(config, experts_implementation="eager")
+
+
+@hookimpl
+def apt_adapters() -> list[AdapterSpec]:
+    """Qwen3-MoE."""
+    return [
+        AdapterSpec(
+            "qwen3-moe", "Qwen3-MoE, every expert on its own tokens", "apt_moe:Qwen3MoeAdapter",
+            model_types=("qwen3_moe",), example="apt_moe:example",
+        )
+    ]  # fmt: skip

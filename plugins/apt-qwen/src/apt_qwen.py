@@ -1,0 +1,44 @@
+"""Qwen2 and Qwen3: LLaMA's modules, with biases on q, k and v or with norms on q and k."""
+
+from typing import Any
+
+from apt.adapter import DecoderAdapter, Input
+from apt.hookspecs import hookimpl
+from apt.specs import AdapterSpec
+
+APT_API = 1
+
+
+class QwenAdapter(DecoderAdapter):
+    """``Qwen2ForCausalLM`` and ``Qwen3ForCausalLM``."""
+
+    blocks_path = "model.layers"
+    inputs = (
+        Input("attention", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        Input("heads", ("self_attn.o_proj",), residual=True),
+        Input("mlp", ("mlp.gate_proj", "mlp.up_proj")),
+        Input("neurons", ("mlp.down_proj",), residual=True),
+    )
+
+
+def example() -> Any:
+    """A small random Qwen3."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=8,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+        )
+    )  # fmt: skip
+
+
+@hookimpl
+def apt_adapters() -> list[AdapterSpec]:
+    """Qwen2 and Qwen3."""
+    return [
+        AdapterSpec(
+            "qwen", "Qwen2 and Qwen3, dense", "apt_qwen:QwenAdapter",
+            model_types=("qwen2", "qwen3"), example="apt_qwen:example",
+        )
+    ]  # fmt: skip

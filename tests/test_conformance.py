@@ -1,0 +1,188 @@
+"""The conformance kit: right adapters pass, and each kind of wrong one fails by name."""
+
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from apt.adapter import DecoderAdapter, Input
+from apt.plugins import registry
+from apt.testing import CHECKS, AdapterConformance, check_adapter
+from tests.families import CONFIGS, random_model, random_tokens
+
+LLAMA = registry().adapters.get("llama").load()
+TOKENS = random_tokens(2, 16)
+
+
+@pytest.mark.parametrize("variant", CONFIGS)
+def test_the_adapters_that_ship_conform(variant, adapter_of):
+    model = random_model(variant)
+    problems = {o.name: o.problem for o in check_adapter(adapter_of(model), model, TOKENS)}
+    assert problems == dict.fromkeys(CHECKS, "")
+
+
+def altered(**changes):
+    """Sites of LLaMA of which some are altered: ``o_proj={…}`` replaces fields, None drops it."""
+
+    class Altered(LLAMA):
+        def sites(self, block):
+            kept = []
+            for site in super().sites(block):
+                change = changes.get(site.name.rpartition(".")[2], {})
+                if change is not None:
+                    kept.append(replace(site, **change))
+            return kept
+
+    return Altered
+
+
+class WrongInput(LLAMA):
+    def capture(self, block, sites, sink):
+        return super().capture(block, sites, lambda site, rows: sink(site, rows.roll(1, -1)))
+
+
+class Doubled(LLAMA):
+    def capture(self, block, sites, sink):
+        def twice(site, rows):
+            sink(site, rows)
+            sink(site, rows)
+
+        return super().capture(block, sites, twice)
+
+
+class Leaking(LLAMA):
+    @contextmanager
+    def capture(self, block, sites, sink):
+        block.register_forward_hook(lambda module, args, output: None)
+        with super().capture(block, sites, sink):
+            yield
+
+
+class LeakingOnError(LLAMA):
+    @contextmanager
+    def capture(self, block, sites, sink):
+        handle = block.register_forward_hook(lambda module, args, output: None)
+        with super().capture(block, sites, sink):
+            yield
+        handle.remove()
+
+
+class Swallowing(LLAMA):
+    @contextmanager
+    def capture(self, block, sites, sink):
+        def quiet(site, rows):
+            with suppress(Exception):
+                sink(site, rows)
+
+        with super().capture(block, sites, quiet):
+            yield
+
+
+class Disturbing(LLAMA):
+    @contextmanager
+    def capture(self, block, sites, sink):
+        handle = block.register_forward_hook(lambda module, args, output: output * 1.001)
+        with super().capture(block, sites, sink):
+            yield
+        handle.remove()
+
+
+class WrongStep(LLAMA):
+    def step(self, block, state, call):
+        return super().step(block, state, call) * (1 + 1e-6)
+
+
+class WrongEnter(LLAMA):
+    def enter(self, model, tokens):
+        state, calls = super().enter(model, tokens)
+        return state + 1e-6, calls
+
+
+MUTANTS = [
+    (altered(o_proj=None), "sites", "self_attn.o_proj.weight is multiplied, but is no site"),
+    (altered(o_proj={"transposed": True}), "orientation",
+     r"o_proj is stored \(out, in\), but declared transposed=True"),
+    (WrongInput, "capture", "what is captured is not what its weight multiplies"),
+    (Doubled, "capture", "saw 64 of 32 calibration tokens"),
+    (altered(down_proj={"order": 0}), "order", "is multiplied before .*down_proj of order 0"),
+    (altered(v_proj={"residual": True}), "residual", "v_proj is declared residual, but"),
+    (WrongEnter, "blocks", r"layers\.0: the state before it is not what the model gives it"),
+    (WrongStep, "blocks", r"layers\.0: the state after it is not what it gives in the model"),
+    (Leaking, "untouched", r"capture leaves a hook on model\.layers\.0"),
+    (Disturbing, "untouched", "capture changes what it gives"),
+    (LeakingOnError, "exception", "behind when an exception ends it"),
+    (Swallowing, "exception", "does not come through"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("mutant", "check", "said"), MUTANTS, ids=[f"{m.__name__}-{c}" for m, c, _ in MUTANTS]
+)
+def test_each_mutant_is_caught_by_a_message_that_names_the_fault(mutant, check, said):
+    model = random_model("llama")
+    problems = {o.name: o.problem for o in check_adapter(mutant(), model, TOKENS)}
+    with pytest.raises(AssertionError, match=said):
+        raise AssertionError(problems[check])
+
+
+class SquareBlock(nn.Module):
+    """A block that multiplies by one weight twice, by a router it leaves dense, and in parts."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(32, 32)
+        self.second = nn.Linear(32, 32)
+        self.second.weight = self.first.weight
+        self.router = nn.Linear(32, 4)
+
+    def forward(self, state):
+        gate = self.router(state).softmax(-1)[..., :1]
+        return state + gate * self.second(torch.tanh(self.first(state)))
+
+
+class Undeclared(DecoderAdapter):
+    inputs = (Input("state", ("first",)), Input("hidden", ("second",)))
+
+
+def test_a_shared_weight_is_one_site_that_sees_both_inputs():
+    class Shared(Undeclared):
+        left_dense = ("router",)
+
+    (site,) = Shared().sites(SquareBlock())
+    assert (site.name, site.calls, site.input) == ("first", 2, "state")
+
+
+class TestLlamaAsAClass(AdapterConformance):
+    def adapter(self):
+        return LLAMA()
+
+    def model(self):
+        return random_model("llama-grouped-tied")
+
+
+def test_the_class_has_a_test_for_every_check():
+    assert {n for n in dir(TestLlamaAsAClass) if n.startswith("test_")} == {
+        f"test_{name}" for name in CHECKS
+    }
+
+
+def test_the_command_line(apt):
+    done = apt("check", "opt")
+    assert done.code == 0
+    assert f"opt: {len(CHECKS)} of {len(CHECKS)} checks hold" in done.out
+
+
+def test_the_command_line_on_the_wrong_model(apt, checkpoint):
+    done = apt("check", "opt", checkpoint("llama"))
+    assert done.code == 2
+    assert "OptAdapter does not fit" in done.err
+
+
+def test_the_pytest_plugin(pytester):
+    done = pytester.runpytest_subprocess("--apt-adapter", "mamba", "-v")
+    done.assert_outcomes(passed=len(CHECKS))
+    done = pytester.runpytest_subprocess("--apt-adapter", "llamo")
+    done.assert_outcomes(failed=len(CHECKS))
+    done.stdout.fnmatch_lines(["*did you mean 'llama'?*"])
