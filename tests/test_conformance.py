@@ -108,6 +108,8 @@ MUTANTS = [
     (Doubled, "capture", "saw 64 of 32 calibration tokens"),
     (altered(down_proj={"order": 0}), "order", "is multiplied before .*down_proj of order 0"),
     (altered(v_proj={"residual": True}), "residual", "v_proj is declared residual, but"),
+    (altered(down_proj={"residual": False}), "residual",
+     "down_proj adds its product to the residual stream, but is not declared"),
     (WrongEnter, "blocks", r"layers\.0: the state before it is not what the model gives it"),
     (WrongStep, "blocks", r"layers\.0: the state after it is not what it gives in the model"),
     (Leaking, "untouched", r"capture leaves a hook on model\.layers\.0"),

@@ -21,7 +21,7 @@ def subject(registry: Registry, adapter: str, model: str | None = None) -> Subje
             its embedded checkpoint.
 
     Raises:
-        AptError: the adapter is unknown, cannot be imported, or has neither.
+        AptError: the adapter is unknown, cannot be imported, has neither, or is for other models.
     """
     spec = registry.adapters.get(adapter)
     if model is None and spec.example is None and spec.zoo is None:
@@ -30,9 +30,12 @@ def subject(registry: Registry, adapter: str, model: str | None = None) -> Subje
         )
     if model is None and spec.example is not None:
         module: Any = spec.load_example()
-        return Subject(spec.load()(), module.eval(), _tokens(module))
-    found = load(skeleton(find(model or f"zoo:{spec.name}", registry), registry, spec.name))
-    return Subject(found.adapter, found.module, _tokens(found.module))
+        made = Subject(spec.load()(), module.eval(), _tokens(module))
+    else:
+        found = load(skeleton(find(model or f"zoo:{spec.name}", registry), registry, spec.name))
+        made = Subject(found.adapter, found.module, _tokens(found.module))
+    made.blocks()
+    return made
 
 
 def _tokens(module: Any) -> Tensor:

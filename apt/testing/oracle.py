@@ -22,6 +22,8 @@ _PRODUCTS: dict[Any, tuple[int, int]] = {
     _aten.addmm.default: (1, 2),
     _aten.baddbmm.default: (1, 2),
 }
+_SUMS = (_aten.add.Tensor, _aten.add_.Tensor)
+_COPIES = (_aten.clone.default, _aten._to_copy.default)
 
 
 @dataclass
@@ -83,6 +85,61 @@ class Oracle(TorchDispatchMode, Generic[K]):  # type: ignore[no-untyped-call]
             seen.stored.append(turned.stride(-1) == 1)  # (in, out), and contiguous along out
         else:
             seen.stored.append(None)
+
+
+class Stream(TorchDispatchMode, Generic[K]):  # type: ignore[no-untyped-call]
+    """While entered, follows a residual stream through the additions of a block.
+
+    Attributes:
+        added: the keys of the ``weights`` whose products were added to the stream as they are.
+    """
+
+    def __init__(self, weights: Mapping[K, Tensor], stream: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.added: set[K] = set()
+        self._weights = {_place(weight): key for key, weight in weights.items()}
+        self._stream = {_storage(stream)}
+        self._products: dict[int, set[K]] = {}
+        self._alive: list[Tensor] = [stream]  # so that no storage's place is taken by another
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Let it happen, and say what its result is: a product, the stream, or neither."""
+        result = func(*args, **(kwargs or {}))
+        if not isinstance(result, Tensor):
+            return result
+        self._alive.append(result)
+        tensors = [x for x in args if isinstance(x, Tensor)]
+        if func in _PRODUCTS:
+            factors = (args[place] for place in _PRODUCTS[func])
+            keys = {self._weights[p] for p in map(_place, factors) if p in self._weights}
+            self._products[_storage(result)] = keys
+        elif func in _SUMS and len(tensors) == 2 and not kwargs:
+            self._sum(result, *tensors)
+        elif func in _COPIES:
+            self._same(result, tensors[0])
+        return result
+
+    def _sum(self, result: Tensor, left: Tensor, right: Tensor) -> None:
+        products = self._of(left) | self._of(right)
+        if {_storage(left), _storage(right)} & self._stream:
+            self.added |= products
+            self._stream.add(_storage(result))
+        elif products:  # a bias, or another product
+            self._products[_storage(result)] = products
+
+    def _same(self, result: Tensor, source: Tensor) -> None:
+        self._products[_storage(result)] = self._of(source)
+        if _storage(source) in self._stream:
+            self._stream.add(_storage(result))
+
+    def _of(self, tensor: Tensor) -> set[K]:
+        return self._products.get(_storage(tensor), set())
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _place(tensor: Tensor) -> tuple[int, int]:
