@@ -26,7 +26,8 @@ class Site:
     """A weight that can be pruned.
 
     Args:
-        name: its place within the block, for instance ``self_attn.q_proj``; also its kind.
+        name: its place within the block, for instance ``self_attn.q_proj``; experts of a stack end
+            in ``.{expert}``.
         parameter: the path of the parameter within the block.
         input: the name of the input that it multiplies. Sites of a block with the same input share
             one Gram matrix and one factorisation.
@@ -53,6 +54,11 @@ class Site:
     def __post_init__(self) -> None:
         if self.routed and self.residual:
             raise ValueError(f"{self.name} is routed: declare residual=False")
+
+    @property
+    def kind(self) -> str:
+        """Its name, which the experts of a stack have in common."""
+        return self.name if self.expert is None else self.name.removesuffix(f".{self.expert}")
 
     def weight(self, block: nn.Module) -> Tensor:
         """The weight in ``block`` as stored: the parameter, or a view of its slice."""

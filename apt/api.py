@@ -1,7 +1,8 @@
 """Pruning an in-memory model from a program."""
 
+import copy
 import time
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -13,6 +14,18 @@ from apt.plugins import registry
 from apt.report import Report
 from apt.solver import Pattern, SolverOptions, parse_pattern
 from apt.text import digest
+
+M = TypeVar("M")
+
+
+def prune_copy(model: M, tokens: Tensor, **options: Any) -> tuple[M, Report]:
+    """Prune a copy, and leave the model as it is; what `prune` takes otherwise.
+
+    Returns:
+        The pruned copy, and the record of the run.
+    """
+    pruned = copy.deepcopy(model)
+    return pruned, prune(pruned, tokens, **options)
 
 
 def prune(
@@ -42,7 +55,9 @@ def prune(
             (`apt.targets`); by default as the method declares.
         ordered: solve the sites of a block in their order of execution, each on inputs that the
             pruned ones before it give; by default where the run is error-aware.
-        observe: called with every `BlockStarted` and `SitePruned` event.
+        observe: called with every `BlockStarted`, `SitePruned` and `BlockTuned` event, from the
+            thread that prunes. What it raises ends the run, and comes through: so a run is
+            cancelled.
 
     Returns:
         The record of the run; ``report.sites`` has one entry for each pruned site.

@@ -65,7 +65,8 @@ def _inputs(block: PlannedBlock) -> dict[str, int]:
 
 def _activations(block: PlannedBlock, config: Any, bytes_each: int) -> int:
     """Bytes for each token: two streams, the dense inputs, and the drift in fp32."""
-    kept = 2 * config.hidden_size + sum(_inputs(block).values())
+    inputs = {entry.site.input: entry.shape[1] for entry in block.pruned if not entry.site.routed}
+    kept = 2 * config.hidden_size + sum(inputs.values())
     total: int = kept * bytes_each + config.hidden_size * _FP32
     return total
 

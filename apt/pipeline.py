@@ -44,7 +44,7 @@ class SitePruned:
 
     Attributes:
         name: its full name.
-        kind: its name within the block.
+        kind: its name within the block, which experts have in common.
         shape: (out, in).
         pattern: the pattern asked for.
         zeros: the zeros now in the weight.
@@ -73,10 +73,7 @@ class SitePruned:
 
     @property
     def starved(self) -> bool:
-        """Whether it saw fewer tokens than it has inputs, as an expert may.
-
-        Its mask and weights then rest on magnitude more than on activations.
-        """
+        """Whether it saw fewer tokens than it has inputs, as an expert may."""
         return self.tokens < self.shape[1]
 
 
@@ -273,7 +270,7 @@ class _Run:
         _check(planned, weight, solution.mask)
         pruned = SitePruned(
             planned.name,
-            planned.site.name,
+            planned.site.kind,
             planned.shape,
             str(planned.pattern),
             int((weight == 0).sum()),

@@ -7,8 +7,13 @@ import typer
 from apt.cli import arguments as args
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from apt.adapter import Site
     from apt.models import Model
     from apt.plan import Plan
+
+    Row = tuple[Site, tuple[int, int], str]
 
 
 def inspect(
@@ -66,8 +71,10 @@ def show_plan(shell: "Model", plan: "Plan", samples: int, seqlen: int, device: s
         label = names[indices[0]]
         if len(indices) > 1:
             label += f" … {names[indices[-1]].rpartition('.')[2]}"
-        for site, (rows_out, width), pattern in rows:
-            made.add_row(label, site.name, str(rows_out), str(width), site.input, pattern)
+        for (kind, (rows_out, width), pattern), alike in _alike(rows):
+            first, more = alike[0], f" × {len(alike)}" if len(alike) > 1 else ""
+            given = first.input if len(alike) == 1 else "each its own"
+            made.add_row(label, kind + more, str(rows_out), str(width), given, pattern)
             label = ""
     out.print(made)
     dtype = getattr(shell.config, "dtype", None) or torch.float32
@@ -79,3 +86,11 @@ def show_plan(shell: "Model", plan: "Plan", samples: int, seqlen: int, device: s
         f"{duration(needs.seconds)} on {device}",
         markup=False,
     )
+
+
+def _alike(rows: "list[Row]") -> "Iterable[tuple[tuple[str, tuple[int, int], str], list[Site]]]":
+    """Sites by kind, shape and pattern: experts of a stack take one line together."""
+    groups: dict[tuple[str, tuple[int, int], str], list[Site]] = {}
+    for site, shape, pattern in rows:
+        groups.setdefault((site.kind, shape, pattern), []).append(site)
+    return groups.items()

@@ -176,6 +176,13 @@ def show_report(report: "Report", options: "RunOptions") -> None:
         asked = options.solver.damping
         if asked is not None and event.damping is not None and event.damping > asked:
             out.print(f"{event.name} needed damping {event.damping:g}", markup=False)
+    if starved := [site for site in report.sites if site.starved]:
+        first = starved[0]
+        out.print(
+            f"{len(starved)} sites saw fewer tokens than they have inputs ({first.name}: "
+            f"{first.tokens:,} of {first.shape[1]:,}); more --samples would serve them better",
+            markup=False,
+        )
     if report.perplexity:
         before, after = report.perplexity["before"], report.perplexity["after"]
         out.print(f"perplexity on {options.evaluation}: {before:.2f} → {after:.2f}", markup=False)
