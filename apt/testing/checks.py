@@ -102,16 +102,14 @@ def check_orientation(subject: Subject) -> None:
 def check_capture(subject: Subject) -> None:
     """The Gram matrix of every site is that of what its weight really multiplies."""
     for name, block, sites, state, calls, index in subject.steps():
-        oracle = Oracle({site: site.weight(block).data for site in sites})
-        with oracle:
-            subject.adapter.step(block, state, calls[index])
+        products = _seen(subject, block, sites, state, calls[index])
         capture = Capture(block, sites)
         try:
             tokens = subject.tokens.numel()
             capture.run(subject.adapter, block, index, [Batch(state, calls, tokens)])
         except AptError as error:
             raise Nonconformance(f"{name}: {error.message}") from error
-        for site, seen in oracle.seen.items():
+        for site, seen in products.items():
             gram = capture.sums[site.input].gram
             if seen.gram.shape != gram.matrix.shape or not _near(gram.matrix, seen.gram):
                 raise Nonconformance(
@@ -126,10 +124,8 @@ def check_capture(subject: Subject) -> None:
 def check_order(subject: Subject) -> None:
     """Sites of a lower order are multiplied before those of a higher one."""
     for name, block, sites, state, calls, index in subject.steps():
-        oracle = Oracle({site: site.weight(block).data for site in sites})
-        with oracle:
-            subject.adapter.step(block, state, calls[index])
-        ordered = sorted(oracle.seen, key=lambda site: oracle.seen[site].first)
+        products = _seen(subject, block, sites, state, calls[index])
+        ordered = sorted(products, key=lambda site: products[site].first)
         for before, after in pairwise(ordered):
             if before.order > after.order and not (before.routed and after.routed):
                 raise Nonconformance(
@@ -325,13 +321,21 @@ def _slice(expert: int | None) -> str:
     return "" if expert is None else f"[{expert}]"
 
 
+def _seen(
+    subject: Subject, block: nn.Module, sites: list[Site], state: State, call: Call
+) -> dict[Site, Seen]:
+    """What the sites of a block are multiplied by in one step, as the oracle sees it."""
+    oracle = Oracle({site: site.weight(block).data for site in sites})
+    with oracle:
+        subject.adapter.step(block, state, call)
+    return oracle.seen
+
+
 def _products(subject: Subject) -> Iterator[tuple[str, nn.Module, Site, Seen]]:
     """Every site that is multiplied, with what the oracle sees."""
     for name, block, sites, state, calls, index in subject.steps():
-        oracle = Oracle({site: site.weight(block).data for site in sites})
-        with oracle:
-            subject.adapter.step(block, state, calls[index])
-        for site, seen in oracle.seen.items():
+        products = _seen(subject, block, sites, state, calls[index])
+        for site, seen in products.items():
             yield name, block, site, seen
 
 
