@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from apt.adapter import DecoderAdapter, Input
+from apt.adapter import Call, DecoderAdapter, Input
+from apt.batches import Batch
+from apt.capture import Capture
 from apt.plugins import registry
 from apt.testing import CHECKS, AdapterConformance, check_adapter
 from tests.families import CONFIGS, random_model, random_tokens
@@ -130,7 +132,7 @@ def test_each_mutant_is_caught_by_a_message_that_names_the_fault(mutant, check, 
 
 
 class SquareBlock(nn.Module):
-    """A block that multiplies by one weight twice, by a router it leaves dense, and in parts."""
+    """A block that multiplies by one weight twice, and by a router that is left dense."""
 
     def __init__(self):
         super().__init__()
@@ -144,16 +146,21 @@ class SquareBlock(nn.Module):
         return state + gate * self.second(torch.tanh(self.first(state)))
 
 
-class Undeclared(DecoderAdapter):
-    inputs = (Input("state", ("first",)), Input("hidden", ("second",)))
-
-
 def test_a_shared_weight_is_one_site_that_sees_both_inputs():
-    class Shared(Undeclared):
+    class Shared(DecoderAdapter):
+        inputs = (Input("state", ("first",)), Input("hidden", ("second",)))
         left_dense = ("router",)
 
-    (site,) = Shared().sites(SquareBlock())
+    adapter, block = Shared(), SquareBlock()
+    (site,) = adapter.sites(block)
     assert (site.name, site.calls, site.input) == ("first", 2, "state")
+    state = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
+    capture = Capture(block, [site])
+    with torch.no_grad():
+        capture.run(adapter, block, 0, [Batch(state, [Call()], 10)])
+        rows = torch.cat([state, torch.tanh(block.first(state))]).flatten(0, 1)
+    torch.testing.assert_close(capture.sums["state"].gram.matrix, rows.T @ rows)
+    assert capture.sums["state"].gram.tokens == 20
 
 
 class TestLlamaAsAClass(AdapterConformance):
