@@ -99,7 +99,7 @@ def make_plan(
 
     Raises:
         AptError: the adapter does not fit the model, a pattern does not fit a site, a glob matches
-            no site, or nothing is left to prune.
+            no site, nothing is left to prune, or blocks share a weight.
     """
     selection = selection or Selection()
     blocks = [
@@ -113,7 +113,19 @@ def make_plan(
             raise AptError(f"'{glob}' matches no site", f"names look like {example}")
     if not any(block.pruned for block in plan.blocks):
         raise AptError("no site is left to prune", "loosen --only or --skip")
+    _refuse_shared(dict(adapter.blocks(model)), plan)
     return plan
+
+
+def _refuse_shared(modules: dict[str, nn.Module], plan: Plan) -> None:
+    """Refuse a weight that several blocks share: each would prune it for itself."""
+    owners: dict[tuple[nn.Parameter, int | None], str] = {}
+    for block in plan.blocks:
+        for entry in block.pruned:
+            parameter = modules[block.name].get_parameter(entry.site.parameter)
+            first = owners.setdefault((parameter, entry.site.expert), entry.name)
+            if first != entry.name:
+                raise AptError(f"{first} and {entry.name} are one weight", "leave both out: --skip")
 
 
 def _planned(
