@@ -130,7 +130,12 @@ class Adapter(Protocol):
     def capture(
         self, block: nn.Module, sites: Sequence[Site], sink: Sink
     ) -> AbstractContextManager[None]:
-        """While entered, hand every input (..., in) that a site's weight multiplies to ``sink``."""
+        """While entered, hand every input (..., in) that a site's weight multiplies to ``sink``.
+
+        Before the product is taken: the weight may be changed by then. Captures of several batches
+        are entered at once, each in a thread of its own, of which one runs at a time; what a
+        capture sees of another thread is ignored.
+        """
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """What flows into each weight, summed over the calibration tokens, with coverage asserted."""
 
 import math
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -39,125 +40,56 @@ class _AllSeen(Exception):
     """Ends a run of the block: what comes after the last watched site is not needed."""
 
 
-class Capture:
-    """Takes the inputs of ``sites`` while their block runs, batch by batch.
+class Passing:
+    """One batch on its way through a block, product by product.
 
-    The sites of one input are fed the same tensor in turn, or the same parts of it, in the order of
-    the tokens; it is summed for the first of them and checked, by identity or by value, for the
-    others.
-
-    Args:
-        block: the block.
-        sites: the sites whose inputs are summed.
-        earlier: sites that write to the residual stream before those, with their dense weights:
-            what has become of their outputs adds to the drift.
-        reference: whether there is a dense stream.
+    Attributes:
+        tokens: the batch's tokens.
+        reference: the dense stream beside it.
+        drift: how far the residual stream (tokens, hidden) has drifted by now.
+        seen: the tokens that each site's weight has been multiplied by, and in how many ``parts``.
     """
 
-    def __init__(
-        self,
-        block: nn.Module,
-        sites: Sequence[Site],
-        earlier: dict[Site, Tensor] | None = None,
-        *,
-        reference: bool = False,
-    ) -> None:
-        self.sites, self.earlier = list(sites), earlier or {}
-        self.weights = {s: s.oriented(s.weight(block).data) for s in [*sites, *self.earlier]}
-        self.sums: dict[str, Sums] = {}
-        for site in sites:
-            width, device = self.weights[site].shape[1], self.weights[site].device
-            both = reference and not site.routed
-            cross = torch.zeros(width, width, device=device) if both else None
-            self.sums.setdefault(site.input, Sums(Gram(width, device), cross))
-        self.tokens = dict.fromkeys(sites, 0)
-        self._seen: dict[Site, int] = {}
-        self._parts: dict[Site, int] = {}
+    def __init__(self, batch: Batch) -> None:
+        self.tokens, self.reference = batch.tokens, batch.reference
+        drift = batch.reference.drift if batch.reference else None
+        self.drift = drift.clone() if drift is not None else None
+        self.seen: dict[Site, int] = defaultdict(int)
+        self.parts: dict[Site, int] = defaultdict(int)
         self._owners: dict[str, Site] = {}
-        self._current: dict[str, list[Tensor]] = {}
-        self._expected = 0
-        self._reference: Reference | None = None
-        self._drift: Tensor | None = None
+        self._current: dict[str, list[Tensor]] = defaultdict(list)
 
-    def run(self, adapter: Adapter, block: nn.Module, index: int, batches: list[Batch]) -> None:
-        """Run the block on all batches, as far as the last site."""
-        with adapter.capture(block, list(self.weights), self._take):
-            for batch in batches:
-                self._seen = dict.fromkeys(self.weights, 0)
-                self._parts = dict.fromkeys(self.weights, 0)
-                self._owners.clear()
-                self._current.clear()
-                self._expected, self._reference = batch.tokens, batch.reference
-                drift = batch.reference.drift if batch.reference else None
-                self._drift = drift.clone() if drift is not None and self.earlier else drift
-                with suppress(_AllSeen):
-                    adapter.step(block, batch.state, batch.calls[index])
-        self._assert_coverage(sum(batch.tokens for batch in batches))
+    def owns(self, site: Site) -> bool:
+        """Whether it is the first site that its input is given to."""
+        return self._owners.setdefault(site.input, site) == site
 
-    def _take(self, site: Site, inputs: Tensor) -> None:
-        """Take ``inputs`` (..., in) of one product with the weight of ``site``."""
-        width = self.weights[site].shape[1]
-        if inputs.shape[-1] != width:
-            raise AptError(
-                f"{site.name} multiplies inputs of width {inputs.shape[-1]}, not "
-                f"{width}: is it declared transposed the wrong way round?"
-            )
-        rows = inputs.reshape(-1, width)
-        if site in self.tokens:
-            self._sum(site, rows)
-        if site in self.earlier and self._reference is not None:
-            self._follow(site, rows, self._reference)
-        self._seen[site] += len(rows)
-        self._parts[site] += 1
-        if all(self._done(s) for s in self.weights):
-            raise _AllSeen
+    def keep(self, site: Site, rows: Tensor) -> None:
+        """Keep what the first site of an input is given, to hold the others' against."""
+        self._current[site.input].append(rows)
 
-    def _done(self, site: Site) -> bool:
-        """Whether it has seen all of a batch; of a routed site that is not known before the end."""
-        return not site.routed and self._seen[site] == site.calls * self._expected
-
-    def _sum(self, site: Site, rows: Tensor) -> None:
-        sums = self.sums[site.input]
-        self.tokens[site] += len(rows)
-        if self._owners.setdefault(site.input, site) == site:
-            self._current.setdefault(site.input, []).append(rows)
-            if self._reference is None or site.routed:
-                sums.gram.add(rows)
-            else:
-                self._sum_both(site, rows, sums, self._reference)
-        elif not self._shared(site, rows):
-            raise AptError(
-                f"{site.name} is declared to share the input '{site.input}', but gets another one"
-            )
-        if site.residual and self._reference is not None:
-            self._sum_drift(site, rows, sums, self._reference)
-
-    def _shared(self, site: Site, rows: Tensor) -> bool:
+    def kept(self, site: Site, rows: Tensor) -> bool:
         """Whether the first site of the input was given the same."""
-        parts, index = self._current[site.input], self._parts[site]
+        parts, index = self._current[site.input], self.parts[site]
         return index < len(parts) and _same(parts[index], rows)
 
-    def _here(self, site: Site, rows: Tensor) -> slice:
+    def here(self, site: Site, rows: Tensor) -> slice:
         """Which of the batch's tokens ``rows`` are."""
-        start = self._seen[site] % self._expected
+        start = self.seen[site] % self.tokens
         return slice(start, start + len(rows))
 
-    @full_precision()
-    def _sum_both(self, site: Site, rows: Tensor, sums: Sums, reference: Reference) -> None:
-        """Sum a batch of both streams; tokens weighted where the site writes to the stream."""
-        dense, pruned = self._dense(site, rows, reference), rows.float()
-        lost = dense.float() - pruned
-        if any(other.residual for other in self.sites if other.input == site.input):
-            assert reference.scale is not None
-            scale = reference.scale[self._here(site, rows)]
-            pruned, lost = pruned / scale, lost / scale
-        assert sums.cross is not None
-        sums.gram.add(pruned)
-        sums.cross.addmm_(lost.T, pruned)
+    def count(self, site: Site, rows: Tensor) -> None:
+        """Count a product."""
+        self.seen[site] += len(rows)
+        self.parts[site] += 1
 
-    def _dense(self, site: Site, rows: Tensor, reference: Reference) -> Tensor:
+    def done(self, site: Site) -> bool:
+        """Whether it has seen all of a batch; of a routed site that is not known before the end."""
+        return not site.routed and self.seen[site] == site.calls * self.tokens
+
+    def dense(self, site: Site, rows: Tensor) -> Tensor:
         """What the site's weight is multiplied by in the dense stream where it is by ``rows``."""
-        parts, index = reference.inputs[site.input], self._parts[site]
+        assert self.reference is not None
+        parts, index = self.reference.inputs[site.input], self.parts[site]
         if index >= len(parts) or parts[index].shape != rows.shape:
             raise AptError(
                 f"{site.name} is multiplied by other tokens in the pruned stream than in the dense "
@@ -167,21 +99,118 @@ class Capture:
         return parts[index]
 
     @full_precision()
-    def _sum_drift(self, site: Site, rows: Tensor, sums: Sums, reference: Reference) -> None:
-        assert self._drift is not None
-        assert reference.scale is not None
-        here = self._here(site, rows)
-        pull = (self._drift[here] / reference.scale[here].square()).T @ rows.float()
-        sums.drift[site] = sums.drift[site].add_(pull) if site in sums.drift else pull
+    def follow(self, site: Site, rows: Tensor, weight: Tensor, dense: Tensor) -> None:
+        """Add to the drift what the site's product differs by between the two streams.
 
-    def _follow(self, site: Site, rows: Tensor, reference: Reference) -> None:
-        """Add to the drift what the site's output differs by between the two streams."""
-        assert self._drift is not None
-        dense = self._dense(site, rows, reference) @ self.earlier[site].T
-        pruned = rows @ self.weights[site].T
-        self._drift[self._here(site, rows)] += (dense - pruned).float()
+        Args:
+            site: a site that writes to the residual stream.
+            rows: its input (tokens, in).
+            weight, dense: its weight (out, in), pruned and dense.
+        """
+        assert self.drift is not None
+        here = self.drift[self.here(site, rows)]
+        here += (self.dense(site, rows) @ dense.T).float()
+        here -= (rows @ weight.T).float()
 
-    def _assert_coverage(self, tokens: int) -> None:
+
+class Capture:
+    """Sums the inputs of ``sites``, batch by batch.
+
+    The sites of one input are fed the same tensor in turn, or the same parts of it, in the order of
+    the tokens; it is summed for the first of them and checked, by identity or by value, for the
+    others.
+
+    Args:
+        block: the block.
+        sites: the sites whose inputs are summed.
+        reference: whether there is a dense stream.
+    """
+
+    def __init__(self, block: nn.Module, sites: Sequence[Site], *, reference: bool = False) -> None:
+        self.sites = list(sites)
+        self.sums: dict[str, Sums] = {}
+        self.tokens = dict.fromkeys(sites, 0)
+        for site in sites:
+            weight = site.oriented(site.weight(block))
+            width, device = weight.shape[1], weight.device
+            both = reference and not site.routed
+            cross = torch.zeros(width, width, device=device) if both else None
+            self.sums.setdefault(site.input, Sums(Gram(width, device), cross))
+
+    def run(
+        self,
+        adapter: Adapter,
+        block: nn.Module,
+        index: int,
+        batches: list[Batch],
+        dense: Mapping[Site, Tensor] | None = None,
+    ) -> None:
+        """Run the block on all batches, as far as the last site.
+
+        Args:
+            adapter: the block's adapter.
+            block, index: the block and its place among the blocks.
+            batches: the batches before the block.
+            dense: of sites that write to the residual stream before ``sites`` do, the dense
+                weights (out, in): what has become of their products adds to the drift.
+        """
+        dense = dense or {}
+        weights = {s: s.oriented(s.weight(block).data) for s in [*self.sites, *dense]}
+        passing: Passing
+
+        def take(site: Site, inputs: Tensor) -> None:
+            rows = as_rows(site, inputs, weights[site])
+            if site in self.tokens:
+                self.take(passing, site, rows)
+            if site in dense and passing.reference is not None:
+                passing.follow(site, rows, weights[site], dense[site])
+            passing.count(site, rows)
+            if all(passing.done(s) for s in weights):
+                raise _AllSeen
+
+        with adapter.capture(block, list(weights), take):
+            for batch in batches:
+                passing = Passing(batch)
+                with suppress(_AllSeen):
+                    adapter.step(block, batch.state, batch.calls[index])
+        self.assert_coverage(sum(batch.tokens for batch in batches))
+
+    def take(self, passing: Passing, site: Site, rows: Tensor) -> None:
+        """Take what a site's weight is about to be multiplied by: ``rows`` (tokens, in)."""
+        sums = self.sums[site.input]
+        self.tokens[site] += len(rows)
+        if passing.owns(site):
+            passing.keep(site, rows)
+            if passing.reference is None or site.routed:
+                sums.gram.add(rows)
+            else:
+                self._sum_both(passing, site, rows, passing.reference)
+        elif not passing.kept(site, rows):
+            raise AptError(
+                f"{site.name} is declared to share the input '{site.input}', but gets another one"
+            )
+
+    @full_precision()
+    def _sum_both(self, passing: Passing, site: Site, rows: Tensor, reference: Reference) -> None:
+        """Sum a batch of both streams; tokens weighted where a site writes to the stream."""
+        sums, pruned = self.sums[site.input], rows.float()
+        lost = passing.dense(site, rows).float() - pruned
+        writers = [s for s in self.sites if s.input == site.input and s.residual]
+        if writers:
+            assert reference.scale is not None
+            assert passing.drift is not None
+            here = passing.here(site, rows)
+            scale = reference.scale[here]
+            pruned, lost = pruned / scale, lost / scale
+            pull = (passing.drift[here] / scale).T @ pruned
+            for writer in writers:
+                sums.drift[writer] = sums.drift[writer] + pull if writer in sums.drift else pull
+        assert sums.cross is not None
+        sums.gram.add(pruned)
+        sums.cross.addmm_(lost.T, pruned)
+
+    def assert_coverage(self, tokens: int) -> None:
+        """Raise where a site has not seen every one of ``tokens`` as often as it should."""
         for site, seen in self.tokens.items():
             if not site.routed and seen != site.calls * tokens:
                 raise AptError(
@@ -195,6 +224,17 @@ class Capture:
                     f"the routed sites of order {order} saw {routed:,} tokens, no multiple of "
                     f"{tokens:,}: the adapter's capture misses some of their inputs"
                 )
+
+
+def as_rows(site: Site, inputs: Tensor, weight: Tensor) -> Tensor:
+    """``inputs`` (..., in) of a site with ``weight`` (out, in) as (tokens, in)."""
+    width = weight.shape[1]
+    if inputs.shape[-1] != width:
+        raise AptError(
+            f"{site.name} multiplies inputs of width {inputs.shape[-1]}, not "
+            f"{width}: is it declared transposed the wrong way round?"
+        )
+    return inputs.reshape(-1, width)
 
 
 def _same(left: Tensor, right: Tensor) -> bool:

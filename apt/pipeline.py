@@ -1,7 +1,8 @@
 """The loop over blocks: capture, solve, write back, propagate."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Protocol
@@ -18,6 +19,7 @@ from apt.reconstruct import Reconstruction, reconstruct
 from apt.solver import Gram, Pattern, Solution, SolverError, SolverOptions, relative_layer_error
 from apt.solver.patterns import meets
 from apt.targets import Targets
+from apt.walk import InParts, Walk
 
 
 class Method(Protocol):
@@ -124,7 +126,8 @@ def prune_blocks(
     """Prune ``model`` in place, one block after the other.
 
     Every block is run with its dense weights on what the pruned blocks before it give, its sites
-    are solved from the Gram matrices of their inputs and written back, and it is run again.
+    are solved from the Gram matrices of their inputs and written back, and it is run again. In
+    order, both is one run, that waits while the weights are solved which it comes to.
     With ``targets``, the untouched model's activations are carried along beside the pruned one's.
 
     Args:
@@ -138,8 +141,8 @@ def prune_blocks(
             layer.
         reconstruction: how the kept weights of a block are tuned once its sites are solved, if at
             all; needs ``targets``.
-        ordered: within a block, solve the sites in their order of execution and capture each
-            group's inputs anew, after the groups before it have been pruned.
+        ordered: within a block, solve the sites in their order of execution, each on what the
+            pruned ones before it give.
         observe: called with each event as it happens.
 
     Raises:
@@ -176,62 +179,68 @@ class _Run:
         done: list[SitePruned] = []
         for index, planned in enumerate(plan.blocks):
             self.observe(BlockStarted(planned.name, index, len(plan.blocks)))
-            done += self.block(modules[planned.name], planned, index, batches)
-            if index + 1 < len(plan.blocks):
-                self.propagate(modules[planned.name], index, batches, planned.name)
+            at = _Block(self.adapter, modules[planned.name], planned, index, batches)
+            try:
+                done += self.block(at)
+                if index + 1 < len(plan.blocks):
+                    self.leave(at)
+            except AptError as error:
+                raise AptError(f"in {planned.name}: {error.message}", error.hint) from error
         return done
 
-    def block(
-        self, block: nn.Module, planned: PlannedBlock, index: int, batches: list[Batch]
-    ) -> list[SitePruned]:
-        sites = self.adapter.sites(block)
-        dense = {s: s.oriented(s.weight(block).data).clone() for s in sites if s.residual}
-        solved: list[_Solved] = []
+    def block(self, at: "_Block") -> list[SitePruned]:
+        """Prune a block."""
+        if self.targets is not None:
+            advance_reference(self.adapter, at.module, at.index, at.batches, at.sites)
         done: list[SitePruned] = []
-        try:
-            if self.targets is not None:
-                advance_reference(self.adapter, block, index, batches, sites)
-            for group in self.groups(planned.pruned):
-                sums = self.capture(block, [entry.site for entry in group], dense, index, batches)
-                mean = _mean_square(sums[s.site.input].gram for s in group if s.site.routed)
+        solved: list[_Solved] = []
+        with closing(self.captured(at)) as groups:
+            for group, sums in groups:
+                mean = _mean_square(sums[e.site.input].gram for e in group if e.site.routed)
                 for entry in group:
-                    solved.append(self.solve(block, entry, sums[entry.site.input], mean))
+                    solved.append(self.solve(at.module, entry, sums[entry.site.input], mean))
                     if self.reconstruction is None:
-                        done.append(self.finish(block, solved.pop()))
-        except AptError as error:
-            raise AptError(f"in {planned.name}: {error.message}", error.hint) from error
-        for batch in batches:
+                        done.append(self.finish(at.module, solved.pop()))
+        for batch in at.batches:
             if batch.reference is not None:
                 batch.reference.inputs.clear()
         if self.reconstruction is not None and solved:
-            self.tune(block, planned, index, batches)
-        return done + [self.finish(block, entry) for entry in solved]
+            self.tune(at, self.reconstruction)
+        return done + [self.finish(at.module, entry) for entry in solved]
 
-    def tune(
-        self, block: nn.Module, planned: PlannedBlock, index: int, batches: list[Batch]
-    ) -> None:
+    def captured(self, at: "_Block") -> Generator[tuple[list[PlannedSite], dict[str, Sums]]]:
+        """The sites to solve in turn, with the sums of their inputs.
+
+        In order, a single walk through the block gives all, where inputs come whole.
+        """
+        left = list(at.planned.pruned)
+        if self.ordered and not any(site.routed or site.calls > 1 for site in at.sites):
+            with suppress(InParts), at.walk() as walk:
+                while (name := walk.next_input()) is not None:
+                    sums = walk.capture(name)
+                    group = [entry for entry in left if entry.site.input == name]
+                    left = [entry for entry in left if entry.site.input != name]
+                    yield group, {name: sums}
+                walk.finish(leave=self.reconstruction is None)
+                at.left = self.reconstruction is None
+        for group in self.groups(left):
+            yield group, self.capture(at, [entry.site for entry in group])
+
+    def tune(self, at: "_Block", how: Reconstruction) -> None:
         """Tune the block's kept weights."""
-        assert self.reconstruction is not None
-        sites = [entry.site for entry in planned.pruned]
-        tuned = reconstruct(self.adapter, block, index, batches, sites, self.reconstruction)
+        sites = [entry.site for entry in at.planned.pruned]
+        tuned = reconstruct(self.adapter, at.module, at.index, at.batches, sites, how)
         if tuned is not None:
-            self.observe(BlockTuned(planned.name, tuned.before, tuned.after))
+            self.observe(BlockTuned(at.planned.name, tuned.before, tuned.after))
 
-    def capture(
-        self,
-        block: nn.Module,
-        sites: list[Site],
-        dense: dict[Site, Tensor],
-        index: int,
-        batches: list[Batch],
-    ) -> dict[str, Sums]:
-        """The sums of the inputs of ``sites``, by the inputs' names."""
+    def capture(self, at: "_Block", sites: list[Site]) -> dict[str, Sums]:
+        """The sums of the inputs of ``sites``, by the inputs' names, from a run of its own."""
         earlier = {}
         if self.targets is not None:
             last = max(site.order for site in sites)
-            earlier = {site: weight for site, weight in dense.items() if site.order < last}
-        capture = Capture(block, sites, earlier, reference=self.targets is not None)
-        capture.run(self.adapter, block, index, batches)
+            earlier = {site: weight for site, weight in at.dense.items() if site.order < last}
+        capture = Capture(at.module, sites, reference=self.targets is not None)
+        capture.run(self.adapter, at.module, at.index, at.batches, earlier)
         return capture.sums
 
     def groups(self, sites: Sequence[PlannedSite]) -> Iterable[list[PlannedSite]]:
@@ -283,15 +292,46 @@ class _Run:
         self.observe(pruned)
         return pruned
 
-    def propagate(self, block: nn.Module, index: int, batches: list[Batch], name: str) -> None:
+    def leave(self, at: "_Block") -> None:
         """Replace every batch's state by what the pruned block makes of it."""
-        for batch in batches:
-            batch.state = self.adapter.step(block, batch.state, batch.calls[index])
+        for batch in at.batches:
+            if not at.left:
+                batch.state = self.adapter.step(at.module, batch.state, batch.calls[at.index])
             if isinstance(batch.state, Tensor) and not torch.isfinite(batch.state).all():
                 raise AptError(
-                    f"the activations after {name} are not finite",
+                    "the activations after it are not finite",
                     "try --dtype float32, or bfloat16 instead of float16",
                 )
+
+
+@dataclass
+class _Block:
+    """A block whose turn has come.
+
+    Attributes:
+        sites: all its sites.
+        dense: the dense weights (out, in) of those that write to the residual stream.
+        left: whether the batches are behind it already.
+    """
+
+    adapter: Adapter
+    module: nn.Module
+    planned: PlannedBlock
+    index: int
+    batches: list[Batch]
+    left: bool = False
+
+    def __post_init__(self) -> None:
+        self.sites = self.adapter.sites(self.module)
+        writers = (site for site in self.sites if site.residual)
+        self.dense = {s: s.oriented(s.weight(self.module).data).clone() for s in writers}
+
+    def walk(self) -> Walk:
+        """A walk of all batches through it."""
+        ahead = [entry.site for entry in self.planned.pruned]
+        return Walk(
+            self.adapter, self.module, self.index, self.batches, self.sites, ahead, self.dense
+        )
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,24 @@ class LeakingOnError(LLAMA):
         handle.remove()
 
 
+class Late(LLAMA):
+    """Hands inputs over after their products."""
+
+    @contextmanager
+    def capture(self, block, sites, sink):
+        handles = [
+            block.get_submodule(site.name).register_forward_hook(
+                lambda module, args, output, site=site: sink(site, args[0])
+            )
+            for site in sites
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
 class Swallowing(LLAMA):
     @contextmanager
     def capture(self, block, sites, sink):
@@ -118,6 +136,7 @@ MUTANTS = [
     (Disturbing, "untouched", "capture changes what it gives"),
     (LeakingOnError, "exception", "behind when an exception ends it"),
     (Swallowing, "exception", "does not come through"),
+    (Late, "in_time", "an input is handed over too late"),
 ]  # fmt: skip
 
 

@@ -60,8 +60,8 @@ def test_the_sums_are_those_of_both_streams(adapter_of):
         advance_reference(adapter, block, 1, batches, sites)
         block.self_attn.o_proj.weight.data *= 0.9  # pruned by now, and down_proj must see it
         earlier = {s: dense.model.layers[1].self_attn.o_proj.weight for s in sites if s.order == 1}
-        capture = Capture(block, sites, earlier, reference=True)
-        capture.run(adapter, block, 1, batches)
+        capture = Capture(block, sites, reference=True)
+        capture.run(adapter, block, 1, batches, earlier)
     names = [f"model.layers.1.{site.name}" for site in sites]
     names += ["model.layers.1.input_layernorm", "model.layers.1.post_attention_layernorm"]
     ours, theirs = inputs_of(pruned, names, tokens), inputs_of(dense, names, tokens)

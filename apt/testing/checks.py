@@ -8,6 +8,7 @@ that run (`apt.testing.oracle`). A small random model is enough.
 import copy
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -25,6 +26,7 @@ from apt.plan import make_plan
 from apt.solver import NM, Pattern, Unstructured, ss
 from apt.solver.patterns import meets
 from apt.testing.oracle import Oracle, Seen, Stream
+from apt.walk import InParts, Walk
 
 
 class Nonconformance(AssertionError):
@@ -223,6 +225,34 @@ def check_exception(subject: Subject) -> None:
         raise Nonconformance("the model gives other logits after an exception in capture")
 
 
+def check_in_time(subject: Subject) -> None:
+    """A weight that is changed when its input is handed over is used as changed, in every batch."""
+    hooks = _leftovers(subject.model)
+    for name, original, _, state, calls, index in subject.steps():
+        block = copy.deepcopy(original)
+        sites = subject.adapter.sites(block)
+        if any(site.routed or site.calls > 1 for site in sites):
+            continue
+        batches = [Batch(state, calls, subject.tokens.numel()) for _ in range(2)]
+        with (
+            suppress(InParts),
+            Walk(subject.adapter, block, index, batches, sites, sites, {}) as walk,
+        ):
+            while (given := walk.next_input()) is not None:
+                walk.capture(given)
+                for site in sites:
+                    if site.input == given:
+                        site.weight(block).data.mul_(-0.5)
+            walk.finish(leave=True)
+            after = _first(subject.adapter.step(block, state, calls[index]))
+            if not all(_near(_first(batch.state), after) for batch in batches):
+                raise Nonconformance(
+                    f"{name}: an input is handed over too late: its weight has been used before"
+                )
+    if left := sorted(_leftovers(subject.model) - hooks):
+        raise Nonconformance(f"captures of two batches at once leave {left[0]} behind")
+
+
 def check_identity(subject: Subject) -> None:
     """Pruning no weight changes no bit."""
     pruned = _pruned(subject, Unstructured(1e-12))
@@ -264,7 +294,8 @@ CHECKS: dict[str, Check] = {
     function.__name__.removeprefix("check_"): function
     for function in (
         check_sites, check_orientation, check_capture, check_order, check_residual, check_blocks,
-        check_untouched, check_exception, check_identity, check_pruning, check_saving,
+        check_untouched, check_exception, check_in_time, check_identity, check_pruning,
+        check_saving,
     )
 }  # fmt: skip
 """All checks by name, in the order in which they help most to find a fault."""

@@ -1,0 +1,174 @@
+"""One forward of a block that waits before every product with a site's weight.
+
+A weight can then be solved from what it is about to be multiplied by, and the forward goes on with
+the solved one. So the sites are solved in their order of execution, each on what the pruned ones
+before it give, and what the pruned block gives is there at the end: all for a single forward.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from apt.adapter import Adapter, Site, State
+from apt.batches import Batch
+from apt.capture import Capture, Passing, Sums, as_rows
+from apt.suspend import Suspended
+
+_Product = tuple[Site, Tensor]
+
+
+class InParts(Exception):
+    """An input does not come whole before its first product: the block has to be run again."""
+
+
+class _Lane:
+    """A batch's forward, and the product before which it waits."""
+
+    def __init__(self, batch: Batch, products: Suspended[_Product, State]) -> None:
+        self.batch, self.products = batch, products
+        self.passing = Passing(batch)
+        self._started = False
+        self._at: _Product | None = None
+
+    @property
+    def at(self) -> _Product | None:
+        """The site whose product is next and its input (tokens, in); None at the end."""
+        if not self._started:
+            self.go_on()
+        return self._at
+
+    def go_on(self) -> None:
+        """Go on to the next product."""
+        self._started = True
+        self._at = next(self.products, None)
+
+
+class Walk:
+    """A walk of all batches through a block; a context manager.
+
+    Args:
+        adapter: the block's adapter.
+        block, index: the block and its place among the blocks.
+        batches: the batches before the block.
+        sites: all sites of the block, none of which is routed or multiplied more than once.
+        ahead: the sites among them that are to be captured.
+        dense: the dense weights (out, in) of those that write to the residual stream.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        block: nn.Module,
+        index: int,
+        batches: Sequence[Batch],
+        sites: Sequence[Site],
+        ahead: Sequence[Site],
+        dense: Mapping[Site, Tensor],
+    ) -> None:
+        self._block, self._dense = block, dense
+        self._weights = {site: site.oriented(site.weight(block).data) for site in sites}
+        self._ahead: dict[str, list[Site]] = {}
+        for site in ahead:
+            self._ahead.setdefault(site.input, []).append(site)
+        self._captures: dict[str, Capture] = {}
+        self._tokens = sum(batch.tokens for batch in batches)
+        self._lanes = [
+            _Lane(batch, Suspended(self._forward(adapter, index, batch))) for batch in batches
+        ]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for lane in self._lanes:
+            lane.products.close()
+
+    def next_input(self) -> str | None:
+        """Go on to the next input that is to be captured; None when all have been.
+
+        Raises:
+            AptError: the forward ends before it comes to one.
+        """
+        first = self._lanes[0]
+        self._go(first, self._ahead)
+        if first.at is not None:
+            return first.at[0].input
+        for sites in self._ahead.values():
+            Capture(self._block, sites).assert_coverage(self._tokens)
+        return None
+
+    def capture(self, name: str) -> Sums:
+        """Go on to an input in all batches, and sum it.
+
+        Raises:
+            InParts: it does not come whole.
+        """
+        reached = []
+        for lane in self._lanes:
+            self._go(lane, (name,))
+            if lane.at is None or len(lane.at[1]) != lane.passing.tokens:
+                raise InParts
+            reached.append((lane.passing, *lane.at))
+        reference = self._lanes[0].passing.reference is not None
+        capture = Capture(self._block, self._ahead.pop(name), reference=reference)
+        for passing, site, rows in reached:
+            capture.take(passing, site, rows)
+        self._captures[name] = capture
+        return capture.sums[name]
+
+    def finish(self, *, leave: bool) -> None:
+        """Go on to the end, with the weights as they are now.
+
+        Args:
+            leave: whether the batches' states become those after the block.
+
+        Raises:
+            AptError: a site was not given every token, or not what it is declared to share.
+        """
+        for lane in self._lanes:
+            self._go(lane, ())
+            if leave:
+                lane.batch.state = lane.products.result
+        for capture in self._captures.values():
+            capture.assert_coverage(self._tokens)
+
+    def _forward(
+        self, adapter: Adapter, index: int, batch: Batch
+    ) -> Callable[[Callable[[_Product], None]], State]:
+        def run(wait: Callable[[_Product], None]) -> State:
+            def take(site: Site, inputs: Tensor) -> None:
+                wait((site, as_rows(site, inputs, self._weights[site])))
+
+            with (
+                torch.no_grad(),
+                torch.cuda.device_of(next(iter(self._weights.values()))),  # type: ignore[no-untyped-call]
+                adapter.capture(self._block, list(self._weights), take),
+            ):
+                return adapter.step(self._block, batch.state, batch.calls[index])
+
+        return run
+
+    def _go(self, lane: _Lane, until: Collection[str]) -> None:
+        """Let products happen until one of an input of these is next."""
+        while lane.at is not None and lane.at[0].input not in until:
+            site, rows = lane.at
+            capture = self._captures.get(site.input)
+            if capture is not None and not lane.passing.owns(site):
+                capture.take(lane.passing, site, rows)
+            if site in self._dense and self._drift_matters(lane):
+                lane.passing.follow(site, rows, self._weights[site], self._dense[site])
+            lane.passing.count(site, rows)
+            lane.go_on()
+
+    def _drift_matters(self, lane: _Lane) -> bool:
+        """Whether a site is to be captured yet that is asked to make up for the drift."""
+        ahead = (site for sites in self._ahead.values() for site in sites)
+        return lane.passing.reference is not None and any(site.residual for site in ahead)

@@ -1,0 +1,169 @@
+"""A forward that waits before each product: the same as running the block anew for every input."""
+
+import threading
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+import apt.pipeline
+from apt.batches import enter
+from apt.capture import Capture
+from apt.errors import AptError
+from apt.pipeline import prune_blocks
+from apt.plan import Selection, make_plan
+from apt.solver import NM, ss
+from apt.suspend import Suspended
+from apt.targets import Targets
+from apt.walk import InParts, Walk
+from tests.families import CONFIGS, random_model, random_tokens
+
+
+def test_what_waits_goes_on_when_it_is_asked_to():
+    said = []
+
+    def work(wait):
+        for number in range(3):
+            said.append(number)
+            wait(number)
+        return "done"
+
+    counting = Suspended(work)
+    assert not said
+    assert next(counting) == 0
+    assert said == [0]
+    assert list(counting) == [1, 2]
+    assert counting.result == "done"
+    assert next(counting, None) is None
+    counting.close()
+
+
+def test_what_waits_can_fail_and_be_closed():
+    before = threading.active_count()
+
+    def fail(wait):
+        wait(1)
+        raise KeyError("x")
+
+    failing = Suspended(fail)
+    next(failing)
+    with pytest.raises(KeyError, match="x"):
+        next(failing)
+
+    unwound = []
+
+    def endless(wait):
+        try:
+            while True:
+                wait(1)
+        finally:
+            unwound.append(True)
+
+    waiting = Suspended(endless)
+    next(waiting)
+    waiting.close()
+    waiting.close()
+    assert unwound == [True]
+    assert next(waiting, None) is None
+    Suspended(endless).close()
+    assert threading.active_count() == before
+
+
+def test_a_callback_from_another_thread_is_ignored():
+    callbacks = []
+
+    def work(wait):
+        callbacks.append(wait)
+        wait(1)
+
+    first = Suspended(work)
+    next(first)
+    callbacks[0]("not for you")
+    assert list(first) == []
+
+
+@pytest.mark.parametrize("aware", [True, False])
+@pytest.mark.parametrize("variant", CONFIGS)
+def test_a_walk_gives_what_runs_anew_give(variant, aware, adapter_of, monkeypatch):
+    models, threads = [], threading.active_count()
+    for walks in (True, False):
+        model = random_model(variant)
+        adapter = adapter_of(model)
+        if not walks:
+            monkeypatch.setattr(Walk, "next_input", raise_in_parts)
+        monkeypatch.setattr(apt.pipeline, "TOKENS_PER_BATCH", 64)  # several batches at once
+        name, block = adapter.blocks(model)[1]
+        dense = next(site for site in adapter.sites(block) if site.residual)
+        plan = make_plan(model, adapter, NM(2, 4), Selection(skip=(f"{name}.{dense.name}",)))
+        targets = Targets() if aware else None
+        prune_blocks(
+            model, adapter, plan, random_tokens(samples=8), ss, targets=targets, ordered=True
+        )
+        models.append(model.state_dict())
+    assert threading.active_count() == threads
+    for name, value in models[1].items():
+        torch.testing.assert_close(models[0][name], value, rtol=1e-2, atol=1e-3, msg=name)
+
+
+def raise_in_parts(walk):
+    raise InParts
+
+
+@torch.no_grad()
+def test_a_walk_through_a_block_runs_it_once(adapter_of):
+    model, tokens = random_model("opt"), random_tokens(samples=2)
+    adapter, count = adapter_of(model), []
+    block = model.model.decoder.layers[0]
+    batches = enter(adapter, model, tokens, 1)
+    handle = block.register_forward_pre_hook(lambda module, args: count.append(1))
+    sites = adapter.sites(block)
+    with Walk(adapter, block, 0, batches, sites, sites, {}) as walk:
+        names = []
+        while (name := walk.next_input()) is not None:
+            names.append(name)
+            alone = Capture(block, [site for site in sites if site.input == name])
+            sums = walk.capture(name)
+            seen = len(count)
+            alone.run(adapter, block, 0, batches)
+            del count[seen:]
+            torch.testing.assert_close(sums.gram.matrix, alone.sums[name].gram.matrix)
+            for site in sites:
+                if site.input == name:
+                    site.weight(block).mul_(0.5)
+        states = [adapter.step(block, b.state, b.calls[0]) for b in batches]
+        del count[-len(states) :]
+        walk.finish(leave=True)
+    handle.remove()
+    assert len(count) == len(batches) == 2
+    assert names == list(dict.fromkeys(site.input for site in sites))
+    for batch, state in zip(batches, states, strict=True):
+        torch.testing.assert_close(batch.state, state)
+
+
+def test_what_shares_no_input_and_what_is_never_reached_are_named(adapter_of):
+    model = random_model("llama")
+    adapter, whole = adapter_of(model), type(adapter_of(model)).capture
+    threads = threading.active_count()
+
+    @contextmanager
+    def altered(block, sites, sink):
+        with whole(adapter, block, sites, lambda site, rows: alter(site, rows, sink)):
+            yield
+
+    adapter.capture = altered
+    cases = {
+        "k_proj is declared to share the input": lambda site, rows, sink: sink(
+            site, rows * (2 if site.name.endswith("k_proj") else 1)
+        ),
+        "down_proj saw 0 of": lambda site, rows, sink: (
+            None if site.name.endswith("down_proj") else sink(site, rows)
+        ),
+        "v_proj saw 0 of": lambda site, rows, sink: (
+            None if site.name.endswith("v_proj") else sink(site, rows)
+        ),
+    }
+    for message, alter in cases.items():  # noqa: B007
+        plan = make_plan(model, adapter, NM(2, 4))
+        with pytest.raises(AptError, match=message):
+            prune_blocks(model, adapter, plan, random_tokens(), ss, ordered=True)
+    assert threading.active_count() == threads
