@@ -80,6 +80,21 @@ class Plan:
         """The sites of all blocks."""
         return [site for block in self.blocks for site in block.sites]
 
+    def outline(self) -> str:
+        """In a line: how many blocks of which make there are, and what each input feeds."""
+        makes: dict[str, list[str]] = {}
+        for block in self.blocks:
+            makes.setdefault(_outline(block), []).append(block.name)
+        return ". ".join(f"{len(n)} × {n[0]}: {made}" for made, n in makes.items())
+
+
+def _outline(block: PlannedBlock) -> str:
+    """The sites of a block by their inputs; those that write to the stream have a plus."""
+    fed: dict[str, dict[str, None]] = {}
+    for site in (entry.site for entry in block.sites):
+        fed.setdefault(site.input, {})[site.kind + "+" * site.residual] = None
+    return "; ".join(", ".join(kinds) for kinds in fed.values())
+
 
 def make_plan(
     model: nn.Module,

@@ -105,9 +105,11 @@ class Registry:
             return claims[0]
         if not claims:
             served = sorted(t for s in self.adapters.specs.values() for t in s.model_types)
+            general = [s.name for s in self.adapters.specs.values() if not s.model_types]
+            others = f", or try --adapter {general[0]}" if general else ""
             raise AptError(
                 f"no adapter serves models of type '{model_type}'",
-                f"install a package with one, or try --adapter; served: {', '.join(served)}",
+                f"install a package with one{others}; served: {', '.join(served)}",
             )
         names = " and ".join(f"'{spec.name}'" for spec in claims)
         raise AptError(f"adapters {names} all serve '{model_type}'", "choose one with --adapter")

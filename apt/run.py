@@ -112,6 +112,8 @@ def prepare(
     source = find(options.model, registry, trust_remote_code=options.trust_remote_code)
     shell = skeleton(source, registry, options.adapter)
     plan = make_plan(shell.module, shell.adapter, options.pattern, options.selection, method.per)
+    if shell.config.model_type not in shell.spec.model_types:
+        notice(f"adapter {shell.spec.name}: {plan.outline()}")
     seqlen = capped(options.seqlen, shell, notice)
     pattern = options.pattern
     if isinstance(pattern, Unstructured):

@@ -31,7 +31,8 @@ class AdapterSpec(Spec):
     """An adapter; its target is a class whose instances are `apt.adapter.Adapter`.
 
     Args:
-        model_types: the ``model_type`` of the configurations that it serves.
+        model_types: the ``model_type`` of the configurations that it serves; none where it serves
+            whatever it fits, and is chosen by name only.
         zoo: ``"package:folder"`` of a checkpoint that ships with the adapter, for ``zoo:NAME``.
         example: ``"module:function"`` that makes a small random model of the family, by which
             ``apt check`` checks the adapter.

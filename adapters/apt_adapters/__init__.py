@@ -6,7 +6,7 @@ from apt.specs import AdapterSpec
 
 @hookimpl
 def apt_adapters() -> list[AdapterSpec]:
-    """LLaMA, OPT, BLOOM and Mamba."""
+    """LLaMA, OPT, BLOOM and Mamba, and one for what has none."""
     return [
         AdapterSpec(
             "llama",
@@ -35,5 +35,10 @@ def apt_adapters() -> list[AdapterSpec]:
             "apt_adapters.mamba:MambaAdapter",
             model_types=("mamba", "falcon_mamba"),
             zoo="apt_adapters:zoo/mamba",
+        ),
+        AdapterSpec(
+            "auto",
+            "Any causal language model of transformers, found by running it; ask for it by name",
+            "apt_adapters.auto:AutoAdapter",
         ),
     ]

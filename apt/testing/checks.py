@@ -124,11 +124,13 @@ def check_capture(subject: Subject) -> None:
 
 
 def check_order(subject: Subject) -> None:
-    """Sites of a lower order are multiplied before those of a higher one."""
+    """Inputs of sites of a lower order are multiplied before those of a higher one."""
     for name, block, sites, state, calls, index in subject.steps():
         products = _seen(subject, block, sites, state, calls[index])
-        ordered = sorted(products, key=lambda site: products[site].first)
-        for before, after in pairwise(ordered):
+        firsts: dict[str, Site] = {}  # of the sites of one input, the one that comes first
+        for site in sorted(products, key=lambda site: products[site].first):
+            firsts.setdefault(site.input, site)
+        for before, after in pairwise(firsts.values()):
             if before.order > after.order and not (before.routed and after.routed):
                 raise Nonconformance(
                     f"{name}.{before.name} of order {before.order} is multiplied before "

@@ -76,6 +76,8 @@ class Oracle(TorchDispatchMode, Generic[K]):  # type: ignore[no-untyped-call]
     def _look(self, factor: Tensor, other: Tensor, rows: Callable[[Tensor], Tensor]) -> None:
         """Whether ``factor`` is a watched weight; ``rows`` turns both factors to ``X Wᵀ``."""
         key, weight = self._weights.get(_place(factor), (None, None))
+        if factor.ndim == 3 and factor.stride(0) == 0:
+            factor = factor[0]  # one matrix for all samples
         if key is None or weight is None or factor.numel() != weight.numel():
             return
         inputs, turned = rows(other), rows(factor)

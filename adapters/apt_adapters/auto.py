@@ -1,0 +1,275 @@
+"""A model without an adapter of its own: one run of it says what an adapter would declare.
+
+A few tokens are run through a block of each make, with an eye on every operator: which matrices
+multiply the tokens, which of them multiply the same tensor, and whose products are added to the
+residual stream as they are. Nothing is guessed from names. What cannot be told is refused, and so
+is a model of which the conformance checks find that the capture misses something.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakSet
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from apt.adapter import Call, DecoderAdapter, Site, State, record_calls
+from apt.errors import AptError
+
+_HINT = "it needs an adapter of its own, see docs/adapters.md"
+_CHECKS = ("sites", "orientation", "capture", "order", "blocks", "untouched", "in_time")
+
+_aten = torch.ops.aten
+_PRODUCTS: dict[Any, tuple[int, int]] = {
+    _aten.mm.default: (0, 1),
+    _aten.bmm.default: (0, 1),
+    _aten.addmm.default: (1, 2),
+    _aten.baddbmm.default: (1, 2),
+}
+_SUMS = (_aten.add.Tensor, _aten.add_.Tensor)
+_COPIES = (_aten.clone.default, _aten._to_copy.default)
+
+Place = tuple[int, int]
+
+
+class AutoAdapter(DecoderAdapter):
+    """Any causal language model of transformers whose blocks are called one after the other."""
+
+    def __init__(self) -> None:
+        self._found: dict[Any, list[Site]] = {}
+        self._proven: WeakSet[nn.Module] = WeakSet()
+
+    def blocks(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        """The list of modules that holds most of the model's parameters."""
+        path, layers = _largest_list(model)
+        blocks = [(f"{path}.{name}", block) for name, block in layers.named_children()]
+        if any(_likeness(block) not in self._found for _, block in blocks):
+            with _evaluating(model):
+                self._look(_with_values(model), path)
+        return blocks
+
+    def sites(self, block: nn.Module) -> list[Site]:
+        """What was found for blocks like this one."""
+        if _likeness(block) not in self._found:
+            raise AptError(f"{type(block).__name__} is not a block of a model that was looked at")
+        return self._found[_likeness(block)]
+
+    def enter(self, model: nn.Module, tokens: Tensor) -> tuple[State, list[Call]]:
+        """Record every block's own call; the first time, put what was found to the proof."""
+        if model not in self._proven:
+            self._proven.add(model)
+            self._prove(model, tokens[:2, :16])
+        return super().enter(model, tokens)
+
+    @torch.no_grad()
+    def _look(self, model: nn.Module, path: str) -> None:
+        """Run every kind of block once on a few tokens."""
+        blocks = dict(model.get_submodule(path).named_children())
+        device = next(model.parameters()).device
+        tokens = torch.arange(16, device=device).view(2, 8)
+        with _explained(type(model).__name__):
+            state, calls = record_calls(model, list(blocks.values()), tokens)
+        for (name, block), call in zip(blocks.items(), calls, strict=True):
+            if _likeness(block) in self._found:
+                continue
+            trace = _Trace(block, state)
+            with _explained(f"{path}.{name}"), trace:
+                self.step(block, state, call)
+            sites = trace.sites(tokens.numel())
+            _assert_most(f"{path}.{name}", block, sites)
+            self._found[_likeness(block)] = sites
+
+    def _prove(self, model: nn.Module, tokens: Tensor) -> None:
+        from apt.testing.checks import CHECKS, Nonconformance, Subject
+
+        with _evaluating(model), _explained(type(model).__name__):
+            for name in _CHECKS:
+                try:
+                    CHECKS[name](Subject(self, model, tokens))
+                except Nonconformance as error:
+                    raise AptError(f"adapter auto does not fit: {error}", _HINT) from error
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Turn whatever a model raises into one line."""
+    try:
+        yield
+    except AptError as error:
+        raise AptError(error.message, error.hint or _HINT) from error
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise AptError(f"adapter auto cannot run {what}: {reason}", _HINT) from error
+
+
+def _with_values(model: nn.Module) -> nn.Module:
+    """The model, or where it lies on the meta device one of zeros; what is not read takes no room.
+
+    What a model computes may depend on values, if only to look whether a mask is needed.
+    """
+    if next(model.parameters()).device.type != "meta":
+        return model
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            module.register_parameter(name, nn.Parameter(_zeros(parameter), requires_grad=False))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, _zeros(buffer))
+    return model
+
+
+def _zeros(like: Tensor) -> Tensor:
+    """Zeros of which the operating system makes pages only when they are written."""
+    size = max(1, like.numel() * like.element_size())
+    untouched = torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(like.dtype)
+    return untouched[: like.numel()].view(like.shape)
+
+
+def _assert_most(name: str, block: nn.Module, sites: list[Site]) -> None:
+    """Raise where most of a block's weights are no site, as with stacked or routed experts."""
+    found = {site.parameter for site in sites}
+    sizes = {n: p.numel() for n, p in block.named_parameters() if p.ndim > 1}
+    left = {n: size for n, size in sizes.items() if n not in found}
+    if not found or sum(left.values()) > sum(sizes.values()) / 2:
+        largest = max(left, key=lambda n: left[n], default="a matrix")
+        raise AptError(
+            f"adapter auto cannot tell what multiplies {name}.{largest}, which makes up much of "
+            "the block",
+            _HINT,
+        )
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _largest_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    sizes = {
+        name: sum(p.numel() for p in module.parameters())
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+    }
+    if not sizes:
+        raise AptError(f"adapter auto finds no list of blocks in {type(model).__name__}", _HINT)
+    path = max(sizes, key=lambda name: sizes[name])
+    layers = model.get_submodule(path)
+    assert isinstance(layers, nn.ModuleList)
+    return path, layers
+
+
+def _likeness(block: nn.Module) -> Any:
+    """Equal for blocks of the same make."""
+    shapes = tuple((name, tuple(p.shape)) for name, p in block.named_parameters())
+    return type(block), shapes
+
+
+@dataclass
+class _Use:
+    """The products with one matrix: their inputs, and whether it is stored (in, out)."""
+
+    inputs: list[tuple[Any, ...]] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+    transposed: bool = False
+
+
+class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Watches the products and sums of a block."""
+
+    def __init__(self, block: nn.Module, stream: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._names: dict[Place, str] = {}
+        self._matrices: dict[Place, Tensor] = {}
+        for name, parameter in block.named_parameters():
+            if parameter.ndim == 2:
+                self._names.setdefault(_place(parameter), name)
+                self._matrices[_place(parameter)] = parameter
+        self._uses: dict[str, _Use] = {}
+        self._stream = {_storage(stream)}
+        self._products: dict[int, set[str]] = {}
+        self._added: set[str] = set()
+        self._alive: list[Any] = [stream]  # so that no storage's place is taken by another
+
+    def sites(self, tokens: int) -> list[Site]:
+        """The matrices that multiply all ``tokens``, once or more often, as sites."""
+        inputs: dict[tuple[Any, ...], tuple[str, int]] = {}
+        found = []
+        for name, use in self._uses.items():
+            if any(rows != tokens for rows in use.rows):
+                continue  # it multiplies something else, a table of positions for instance
+            short = name.removesuffix(".weight")
+            given, order = inputs.setdefault(use.inputs[0], (short, len(inputs)))
+            found.append(
+                Site(
+                    short,
+                    name,
+                    given,
+                    order,
+                    name in self._added,
+                    use.transposed,
+                    calls=len(use.rows),
+                )
+            )
+        return found
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Let it happen, and note what it was."""
+        result = func(*args, **(kwargs or {}))
+        self._alive.append((args, result))
+        if not isinstance(result, Tensor):
+            return result
+        tensors = [x for x in args if isinstance(x, Tensor)]
+        if func in _PRODUCTS:
+            self._product(result, *(args[place] for place in _PRODUCTS[func]))
+        elif func in _SUMS and len(tensors) == 2 and not kwargs:
+            self._sum(result, *tensors)
+        elif func in _COPIES:
+            self._products[_storage(result)] = self._of(tensors[0])
+            if _storage(tensors[0]) in self._stream:
+                self._stream.add(_storage(result))
+        return result
+
+    def _product(self, result: Tensor, left: Tensor, right: Tensor) -> None:
+        for factor, other, turned in ((right, left, False), (left, right, True)):
+            name, matrix = self._names.get(_place(factor)), self._matrices.get(_place(factor))
+            if factor.ndim == 3 and factor.stride(0) == 0:
+                factor = factor[0]  # one matrix for all samples
+            if name is None or matrix is None or factor.numel() != matrix.numel():
+                continue
+            weight = factor.transpose(-1, -2) if turned else factor  # as in X Wᵀ: (in, out)
+            use = self._uses.setdefault(name, _Use())
+            use.inputs.append((*_place(other), other.numel()))
+            use.rows.append(other.numel() // weight.shape[-2])
+            use.transposed = weight.stride(-1) == 1 and weight.shape[-1] > 1
+            self._products[_storage(result)] = {name}
+
+    def _sum(self, result: Tensor, left: Tensor, right: Tensor) -> None:
+        products = self._of(left) | self._of(right)
+        if {_storage(left), _storage(right)} & self._stream:
+            self._added |= products
+            self._stream.add(_storage(result))
+        elif products:  # a bias, or another product
+            self._products[_storage(result)] = products
+
+    def _of(self, tensor: Tensor) -> set[str]:
+        return self._products.get(_storage(tensor), set())
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _place(tensor: Tensor) -> Place:
+    return _storage(tensor), int(tensor.storage_offset())
