@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 FAMILIES = $(addprefix -e ,$(wildcard plugins/apt-*))  # as anybody's packages
 OLDEST = transformers==4.57.1
 
-.PHONY: demo test lint check matrix clean
+.PHONY: demo test lint check template matrix clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/apt prune --adapter llama --eval builtin --output out/llama-2of4 --overwrite
@@ -20,6 +20,10 @@ lint: $(VENV)/.development
 	$(BIN)/lint-imports
 
 check: lint test
+
+# A package made from the template, beside a wheel, in an environment of its own.
+template: $(VENV)/.development
+	.ci/template $(BIN)
 
 # The tests on the oldest and the newest transformers of the declared range.
 matrix: test
