@@ -1,0 +1,66 @@
+"""What the documents say about adapters and hooks is what happens."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, PhiConfig
+
+from apt.adapter import DecoderAdapter, Input
+from apt.testing import check_adapter, random_tokens
+
+ROOT = Path(__file__).parent.parent
+GUIDE = (ROOT / "docs/first-adapter.md").read_text()
+PYTHON = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
+SAID = [text.strip() for text in re.findall(r"```text\n(.*?)```", GUIDE, re.DOTALL)]
+
+
+def phi():
+    config = PhiConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=64, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config)
+
+
+def problems(inputs):
+    adapter = type("Adapter", (DecoderAdapter,), {"blocks_path": "model.layers", "inputs": inputs})
+    outcomes = check_adapter(adapter(), phi(), random_tokens(128))
+    return [outcome.problem for outcome in outcomes if outcome.problem]
+
+
+def declared(source):
+    scope = {"Input": Input}
+    exec(source, scope)
+    return scope["inputs"]
+
+
+@pytest.mark.parametrize("source", PYTHON)
+def test_both_declarations_of_the_guide_conform(source):
+    assert problems(declared(source)) == []
+
+
+def test_the_mistakes_of_the_guide_say_what_it_says():
+    good = declared(PYTHON[1])
+    template = (ROOT / "template/src/{{ module }}.py.jinja").read_text()
+    llama = re.search(r"    (inputs = \(\n.*?\n    \))", template, re.DOTALL).group(1)
+    wrong = [
+        declared(llama),
+        (good[0], Input("heads", ("self_attn.dense", "mlp.fc2"), residual=True)),
+        (*good[:2], Input("neurons", ("mlp.fc2",))),
+    ]
+    assert len(SAID) == len(wrong)
+    for inputs, said in zip(wrong, SAID, strict=True):
+        assert any(said in problem for problem in problems(inputs)), problems(inputs)
+
+
+def test_the_hook_reference_is_that_of_the_code():
+    made = subprocess.run(
+        [sys.executable, "docs/make_hooks.py"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert (ROOT / "docs/hooks.md").read_text() == made.stdout, (
+        "python docs/make_hooks.py > docs/hooks.md"
+    )
