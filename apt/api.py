@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from apt.allocate import UNIFORM, allocated, check_allocation
 from apt.errors import AptError
 from apt.mode import choose_mode
 from apt.pipeline import Observer, prune_blocks, telling
@@ -39,6 +40,7 @@ def prune(
     options: SolverOptions | None = None,
     error_aware: bool | None = None,
     ordered: bool | None = None,
+    allocation: str = UNIFORM,
     observe: Observer = lambda event: None,
 ) -> Report:
     """Prune a causal language model of transformers in place.
@@ -55,6 +57,7 @@ def prune(
             (`apt.targets`); by default as the method declares.
         ordered: solve the sites of a block in their order of execution, each on inputs that the
             pruned ones before it give; by default where the run is error-aware.
+        allocation: how an unstructured sparsity is shared out among sites, by name.
         observe: called with every `BlockStarted`, `SitePruned` and `BlockTuned` event, from the
             thread that prunes. What it raises ends the run, and comes through: so a run is
             cancelled.
@@ -77,6 +80,9 @@ def prune(
     instance = spec.load()()
     instance.check(model.config)
     plan = make_plan(model, instance, wanted, selection, chosen.per)
+    check_allocation(allocation, plan)
+    if allocation != UNIFORM:
+        plan = allocated(plan, shelf.allocations.get(allocation), model, instance, tokens)
     mode = choose_mode(chosen, options or SolverOptions(), error_aware, ordered)
     tell = telling(observe, shelf.site_pruned)
     sites = prune_blocks(model, instance, plan, tokens, chosen.load(), **vars(mode), observe=tell)
@@ -84,6 +90,7 @@ def prune(
         options={
             "pattern": str(wanted),
             "method": chosen.name,
+            "allocation": allocation,
             **mode.record(),
         },
         model={"type": model.config.model_type, "adapter": spec.name},

@@ -1,6 +1,7 @@
-"""Perplexity, as the field measures it."""
+"""What a model is worth on text: perplexity, as the field measures it, and accuracy."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -19,17 +20,32 @@ def perplexity(model: nn.Module, tokens: Tensor) -> float:
         model: a causal language model of transformers.
         tokens: token ids (windows, seqlen).
     """
-    training = model.training
+
+    def losses(logits: Tensor, following: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(logits.float(), following, reduction="sum")
+
+    return math.exp(min(_mean(model, tokens, losses), 700.0))
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, tokens: Tensor) -> float:
+    """The share of tokens, the first of each window left out, that the model ranks first.
+
+    Args:
+        model: a causal language model of transformers.
+        tokens: token ids (windows, seqlen).
+    """
+    return _mean(model, tokens, lambda logits, following: (logits.argmax(-1) == following).sum())
+
+
+def _mean(model: nn.Module, tokens: Tensor, measure: Callable[[Tensor, Tensor], Tensor]) -> float:
+    """The mean of ``measure``, which is given logits (n, vocabulary) and the tokens that follow."""
+    training, device = model.training, next(model.parameters()).device
     model.eval()
-    device = next(model.parameters()).device
     total = 0.0
     for batch in torch.split(tokens, max(1, _TOKENS_PER_BATCH // tokens.shape[1])):
         batch = batch.to(device)
         logits = model(batch, use_cache=False).logits[:, :-1]
-        losses = nn.functional.cross_entropy(
-            logits.float().flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"
-        )
-        total += float(losses)
+        total += float(measure(logits.flatten(0, 1), batch[:, 1:].flatten()))
     model.train(training)
-    predicted = tokens.shape[0] * (tokens.shape[1] - 1)
-    return math.exp(min(total / predicted, 700.0))
+    return total / (tokens.shape[0] * (tokens.shape[1] - 1))

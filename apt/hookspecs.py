@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING
 
 import pluggy
 
-from apt.specs import AdapterSpec, CalibrationSpec, MethodSpec
+from apt.specs import (
+    AdapterSpec,
+    AllocationSpec,
+    CalibrationSpec,
+    EvaluatorSpec,
+    MethodSpec,
+)
 
 if TYPE_CHECKING:
     from apt.pipeline import SitePruned
@@ -42,6 +48,16 @@ def apt_adapters() -> Iterable[AdapterSpec]:  # type: ignore[empty-body]
 @hookspec
 def apt_methods() -> Iterable[MethodSpec]:  # type: ignore[empty-body]
     """The pruning methods that this plugin offers."""
+
+
+@hookspec
+def apt_allocations() -> Iterable[AllocationSpec]:  # type: ignore[empty-body]
+    """The ways to share out a sparsity that this plugin offers."""
+
+
+@hookspec
+def apt_evaluators() -> Iterable[EvaluatorSpec]:  # type: ignore[empty-body]
+    """The measures of a model that this plugin offers."""
 
 
 @hookspec

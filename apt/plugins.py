@@ -12,7 +12,14 @@ import pluggy
 
 from apt import hookspecs
 from apt.errors import AptError, first_line, unknown
-from apt.specs import AdapterSpec, CalibrationSpec, MethodSpec, Spec
+from apt.specs import (
+    AdapterSpec,
+    AllocationSpec,
+    CalibrationSpec,
+    EvaluatorSpec,
+    MethodSpec,
+    Spec,
+)
 
 S = TypeVar("S", bound=Spec)
 
@@ -69,13 +76,17 @@ class Registry:
 
     adapters: Shelf[AdapterSpec]
     methods: Shelf[MethodSpec]
+    allocations: Shelf[AllocationSpec]
     calibrations: Shelf[CalibrationSpec]
+    evaluators: Shelf[EvaluatorSpec]
     plugins: Mapping[str, Plugin]
     observers: dict[str, pluggy.HookImpl]
 
     def offers(self, plugin: Plugin) -> list[str]:
         """The names of what ``plugin`` offers."""
-        shelves = (self.adapters, self.methods, self.calibrations)
+        shelves = (
+            self.adapters, self.methods, self.allocations, self.calibrations, self.evaluators
+        )  # fmt: skip
         names = [
             name
             for shelf in shelves
@@ -219,9 +230,13 @@ def load_registry(entries: Iterable[EntryPoint], disable: str = "") -> Registry:
     hook = loader.manager.hook
     adapters = loader.shelf("adapter", hook.apt_adapters, AdapterSpec)
     methods = loader.shelf("method", hook.apt_methods, MethodSpec)
+    allocations = loader.shelf("allocation", hook.apt_allocations, AllocationSpec)
     calibrations = loader.shelf("data set", hook.apt_calibrations, CalibrationSpec)
+    evaluators = loader.shelf("metric", hook.apt_evaluators, EvaluatorSpec)
     observers = {impl.plugin_name: impl for impl in hook.apt_site_pruned.get_hookimpls()}
-    return Registry(adapters, methods, calibrations, loader.plugins, observers)
+    return Registry(
+        adapters, methods, allocations, calibrations, evaluators, loader.plugins, observers
+    )
 
 
 @cache

@@ -33,7 +33,7 @@ class Report:
         sites: what was done to each pruned site.
         skipped: the sites left dense on request.
         seconds: the time of the whole run.
-        perplexity: before and after, where it was measured.
+        scores: the text, and each measure before and after, where they were taken.
     """
 
     options: dict[str, Any]
@@ -42,7 +42,7 @@ class Report:
     sites: list[SitePruned]
     skipped: list[str]
     seconds: float
-    perplexity: dict[str, Any] = field(default_factory=dict)
+    scores: dict[str, Any] = field(default_factory=dict)
 
     @property
     def sparsity(self) -> float:
@@ -64,7 +64,7 @@ class Report:
             "calibration": self.tokens,
             "sparsity": self.sparsity,
             "relative_layer_error": self.relative_error,
-            "perplexity": self.perplexity,
+            "scores": self.scores,
             "seconds": round(self.seconds, 3),
             "peak_memory_bytes": peak_memory(),
             "sites": [_entry(site) for site in self.sites],

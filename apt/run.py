@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apt.allocate import UNIFORM, allocated, check_allocation
 from apt.checkpoint import check_output, save_model, whole_directory
 from apt.errors import AptError
-from apt.evaluate import perplexity
 from apt.mode import Mode, choose_mode
 from apt.models import Model, find, fingerprint, load, load_tokenizer, skeleton
 from apt.pipeline import Observer, SitePruned, prune_blocks, telling
@@ -39,6 +39,8 @@ class RunOptions:
     method: str | None = None
     calibration: str = "builtin"
     evaluation: str | None = None
+    metrics: tuple[str, ...] = ("perplexity",)
+    allocation: str = "uniform"
     samples: int = 128
     seqlen: int = 2048
     seed: int = 0
@@ -114,6 +116,7 @@ def prepare(
     plan = make_plan(shell.module, shell.adapter, options.pattern, options.selection, method.per)
     if shell.config.model_type not in shell.spec.model_types:
         notice(f"adapter {shell.spec.name}: {plan.outline()}")
+    check_allocation(options.allocation, plan)
     seqlen = capped(options.seqlen, shell, notice)
     pattern = options.pattern
     if isinstance(pattern, Unstructured):
@@ -190,9 +193,12 @@ def execute(prepared: Prepared, observe: Observer, status: Callable[[str], None]
         "adapter": model.spec.name,
         "sha256": fingerprint(model.module),
     }
-    scores = _scores(options, model, held_out, "before", status)
+    if options.allocation != UNIFORM:
+        status(f"sharing out the sparsity ({options.allocation})")
+        prepared = _allocated(prepared, model, tokens)
+    scores = _scores(prepared, model, held_out, "before", status)
     sites = _prune(prepared, model, tokens, observe)
-    scores |= _scores(options, model, held_out, "after", status)
+    scores |= _scores(prepared, model, held_out, "after", status)
     report = Report(
         options.record() | prepared.mode.record(),
         origin,
@@ -237,8 +243,14 @@ def _check_vocabulary(tokens: Tensor, model: Model) -> None:
         )
 
 
+def _allocated(prepared: Prepared, model: Model, tokens: Tensor) -> Prepared:
+    share_out = prepared.registry.allocations.get(prepared.options.allocation)
+    plan = allocated(prepared.plan, share_out, model.module, model.adapter, tokens)
+    return replace(prepared, plan=plan)
+
+
 def _scores(
-    options: RunOptions,
+    prepared: Prepared,
     model: Model,
     held_out: Tensor | None,
     when: str,
@@ -246,12 +258,13 @@ def _scores(
 ) -> dict[str, Any]:
     if held_out is None:
         return {}
-    status(f"measuring perplexity {when} pruning")
-    return {
-        "source": options.evaluation,
-        "shape": list(held_out.shape),
-        when: perplexity(model.module, held_out),
-    }
+    options, measured = prepared.options, {}
+    for name in options.metrics:
+        status(f"measuring {name} {when} pruning")
+        measured[name] = float(
+            prepared.registry.evaluators.get(name).load()(model.module, held_out)
+        )
+    return {"source": options.evaluation, "shape": list(held_out.shape), when: measured}
 
 
 def _prune(prepared: Prepared, model: Model, tokens: Tensor, observe: Observer) -> list[SitePruned]:

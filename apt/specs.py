@@ -77,6 +77,31 @@ class MethodSpec(Spec):
 
 
 @dataclass(frozen=True)
+class AllocationSpec(Spec):
+    """How a sparsity is shared out among sites; its target is a function `apt.allocate.Allocation`.
+
+    Args:
+        source: the paper that it comes from.
+    """
+
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class EvaluatorSpec(Spec):
+    """A measure of a model; its target is a function from model and tokens to a number.
+
+    The function takes a causal language model of transformers and token ids (windows, seqlen) of
+    separate windows.
+
+    Args:
+        better: whether lower or higher is better.
+    """
+
+    better: Literal["lower", "higher"] = "lower"
+
+
+@dataclass(frozen=True)
 class CalibrationSpec(Spec):
     """A text source; its target is a function from a split to documents.
 

@@ -6,7 +6,10 @@ from typing import Any
 
 from apt import adapter, hookspecs, pipeline, specs
 
-SPECS = (specs.AdapterSpec, specs.MethodSpec, specs.CalibrationSpec)
+SPECS = (
+    specs.AdapterSpec, specs.MethodSpec, specs.AllocationSpec, specs.CalibrationSpec,
+    specs.EvaluatorSpec,
+)  # fmt: skip
 TARGETS = (adapter.Adapter, adapter.Site, adapter.Input, adapter.DecoderAdapter)
 
 

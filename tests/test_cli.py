@@ -232,6 +232,9 @@ BAD = [
     (["verify", "nowhere", "--pattern", "2:4"], "no such directory"),
     (["verify", "full", "--pattern", "2:4"], "has no config.json"),
     (["verify", "full"], "nothing to hold the model against"),
+    (["eval", "zoo:llama", "--metric", "accuracy1"], "did you mean 'accuracy'"),
+    (["prune", "zoo:llama", "--sparsity", "0.5", "--allocation", "owll"], "did you mean 'owl'"),
+    (["prune", "zoo:llama", "--pattern", "2:4", "--allocation", "owl"], "nothing to share out"),
     (["inspect", "full"], "has no config.json"),
     (["install", "vim"], "this is APT, which prunes language models"),
     (["update"], "for packages, run /usr/bin/apt update"),
@@ -291,3 +294,20 @@ def test_the_module_runs_as_a_program():
         [sys.executable, "-m", "apt", "--version"], capture_output=True, text=True
     )
     assert done.stdout.startswith("apt 0.")
+
+
+def test_a_run_with_owl_and_two_metrics_is_verified_by_its_own_report(apt):
+    run = apt("prune", "zoo:llama", "--sparsity", 0.6, "--allocation", "owl", "--method", "wanda",
+              "--samples", 4, "--seqlen", 64, "--eval", "builtin", "--metric", "perplexity",
+              "--metric", "accuracy", "-o", "out")  # fmt: skip
+    assert run.code == 0, run.err
+    assert "perplexity on builtin:" in run.out
+    assert "accuracy on builtin: 0." in run.out
+    report = json.loads(Path("out/apt_report.json").read_text())
+    assert len({site["pattern"] for site in report["sites"]}) > 1
+    assert report["scores"]["after"]["perplexity"] > report["scores"]["before"]["perplexity"]
+    run = apt("verify", "out")
+    assert run.code == 0, run.out
+    assert "sites meet their pattern in the report (0.6)" in " ".join(run.out.split())
+    assert apt("verify", "out", "--override", "*=0.7").code == 1
+    assert apt("verify", "out", "--sparsity", 0.6, "--per", "row").code == 1

@@ -19,6 +19,9 @@ SKIP = typer.Option(None, "--skip", metavar="GLOB", help="Leave matching sites d
 OVERRIDE = typer.Option(
     None, "--override", metavar="GLOB=S|N:M", help="Another pattern where GLOB matches; repeatable."
 )
+METRIC = typer.Option(
+    ["perplexity"], "--metric", metavar="NAME", help="perplexity or accuracy; repeatable."
+)
 REMOTE = typer.Option(False, "--trust-remote-code", help="Run code that comes with the checkpoint.")
 DEVICE = typer.Option("auto", "--device", help="cpu, cuda, …; auto takes a GPU if there is one.")
 DTYPE = typer.Option(

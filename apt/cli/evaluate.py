@@ -11,6 +11,7 @@ def evaluate(
     data: str = typer.Option(
         "builtin", "--data", metavar="SRC", help="As --calibration of apt prune."
     ),
+    metric: list[str] = args.METRIC,
     samples: int | None = typer.Option(None, "--samples", help="Windows; by default all."),
     seqlen: int = typer.Option(2048, "--seqlen", help="Tokens a window; at most the positions."),
     adapter: str | None = args.ADAPTER,
@@ -19,17 +20,17 @@ def evaluate(
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
     trust_remote_code: bool = args.REMOTE,
 ) -> None:
-    """Measure perplexity over consecutive windows of text."""
+    """Measure a model over consecutive windows of text."""
     import json
 
     from apt.cli.output import err, notice, out
-    from apt.evaluate import perplexity
     from apt.models import find, load, load_tokenizer, skeleton
     from apt.plugins import registry
     from apt.run import capped, choose_device, read_dtype
     from apt.text import digest, documents, evaluation_tokens
 
     precision = read_dtype(dtype)
+    measures = [registry().evaluators.get(name) for name in metric]
     if (samples is not None and samples < 1) or seqlen < 2:
         raise AptError("--samples must be at least 1 and --seqlen at least 2")
     source = find(model, registry(), trust_remote_code=trust_remote_code)
@@ -39,13 +40,15 @@ def evaluate(
     tokens = evaluation_tokens(load_tokenizer(source), texts, samples, seqlen, data)
     with err.status("loading the model") as status:
         loaded = load(shell, precision, choose_device(device))
-        status.update(f"measuring perplexity on {tokens.numel():,} tokens")
-        value = perplexity(loaded.module, tokens)
+        values = {}
+        for spec in measures:
+            status.update(f"measuring {spec.name} on {tokens.numel():,} tokens")
+            values[spec.name] = float(spec.load()(loaded.module, tokens))
     windows = tokens.shape[0]
     if as_json:
-        record = {"model": model, "data": data, "perplexity": value, "windows": windows,
+        record = {"model": model, "data": data, **values, "windows": windows,
                   "seqlen": seqlen, "tokens_sha256": digest(tokens)}  # fmt: skip
         out.print(json.dumps(record), markup=False)
     else:
-        out.print(f"{model}: perplexity {value:.3f} on {data}, {windows} × {seqlen} tokens",
-                  markup=False)  # fmt: skip
+        told = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
+        out.print(f"{model}: {told} on {data}, {windows} × {seqlen} tokens", markup=False)

@@ -34,7 +34,12 @@ def prune(
     seqlen: int = typer.Option(2048, "--seqlen", help="Tokens a sample; at most the positions."),
     output: Path | None = typer.Option(None, "--output", "-o", help="Directory to write."),
     evaluation: str | None = typer.Option(
-        None, "--eval", metavar="SRC", help="Measure perplexity on this text before and after."
+        None, "--eval", metavar="SRC", help="Measure on this text before and after."
+    ),
+    metric: list[str] = args.METRIC,
+    allocation: str = typer.Option(
+        "uniform", "--allocation", metavar="NAME",
+        help="How --sparsity is shared out among sites: uniform, or owl.",
     ),
     only: list[str] | None = args.ONLY,
     skip: list[str] | None = args.SKIP,
@@ -88,6 +93,8 @@ def prune(
         method=chosen.name,
         calibration=calibration,
         evaluation=evaluation,
+        metrics=tuple(shelf.evaluators.get(name).name for name in metric),
+        allocation=shelf.allocations.get(allocation).name,
         samples=samples,
         seqlen=seqlen,
         seed=seed,
@@ -183,9 +190,9 @@ def show_report(report: "Report", options: "RunOptions") -> None:
             f"{first.tokens:,} of {first.shape[1]:,}); more --samples would serve them better",
             markup=False,
         )
-    if report.perplexity:
-        before, after = report.perplexity["before"], report.perplexity["after"]
-        out.print(f"perplexity on {options.evaluation}: {before:.2f} → {after:.2f}", markup=False)
+    for metric in options.metrics if report.scores else ():
+        before, after = report.scores["before"][metric], report.scores["after"][metric]
+        out.print(f"{metric} on {options.evaluation}: {before:.4g} → {after:.4g}", markup=False)
     out.print(
         f"{options.output}: {report.sparsity:.2%} zeros in the pruned sites, verified on disk; "
         f"mean relative layer error {report.relative_error:.4f}; {duration(report.seconds)}, "

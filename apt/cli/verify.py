@@ -1,6 +1,7 @@
 """``apt verify``."""
 
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -21,8 +22,9 @@ def verify(
 ) -> None:
     """Count the zeros on disk; exit status 1 where a site has too few.
 
-    Where the run's report is there, sites that it lists as left dense on request are named and not
-    counted, and --per is the run's own.
+    Without a pattern, every site is held against the one that the run's report gives it. With one,
+    sites that the report lists as left dense on request are named and not counted, and --per is
+    the run's own.
     """
     from dataclasses import replace
 
@@ -36,13 +38,15 @@ def verify(
 
     if not directory.is_dir():
         raise AptError(f"no such directory: {directory}")
-    wanted = args.read_pattern(sparsity, pattern, per)
-    if wanted is None:
-        raise AptError("nothing to hold the model against", "give --sparsity S or --pattern N:M")
+    report = read_report(directory) or {}
+    given = args.read_pattern(sparsity, pattern, per)
+    wanted = given or args.parse(str(_recorded(report, "options").get("pattern")))
+    selection = args.read_selection(only, skip, override)
+    if given is None:
+        own = tuple((str(s["name"]), args.parse(str(s["pattern"]))) for s in _sites(report))
+        selection = replace(selection, overrides=(*own, *selection.overrides))
     source = find(f"{directory.resolve()}", registry(), trust_remote_code=trust_remote_code)
     model = load(skeleton(replace(source, reference=str(directory)), registry(), adapter))
-    selection = args.read_selection(only, skip, override)
-    report = read_report(directory) or {}
     if report.get("skipped"):
         dense = [str(name) for name in report["skipped"]]
         notice(f"left dense on request: {', '.join(dense)}")
@@ -54,7 +58,24 @@ def verify(
     for verdict in failed:
         out.print(f"{verdict.name}: {verdict.detail}", markup=False)
     zeros, size = sum(v.zeros for v in verdicts), sum(v.size for v in verdicts)
-    held = f"{len(verdicts) - len(failed)} of {len(verdicts)} sites meet {wanted}"
+    asked = wanted if given else f"their pattern in the report ({wanted})"
+    held = f"{len(verdicts) - len(failed)} of {len(verdicts)} sites meet {asked}"
     out.print(f"{directory}: {held}; {zeros / size:.4%} of their weights are zero", markup=False)
     if failed:
         raise typer.Exit(1)
+
+
+def _recorded(report: dict[str, Any], key: str) -> Any:
+    """An entry of the report, to hold a model against."""
+    if not report.get(key):
+        raise AptError("nothing to hold the model against", "give --sparsity S or --pattern N:M")
+    return report[key]
+
+
+def _sites(report: dict[str, Any]) -> list[dict[str, Any]]:
+    sites = _recorded(report, "sites")
+    if not isinstance(sites, list) or not all(
+        isinstance(site, dict) and {"name", "pattern"} <= site.keys() for site in sites
+    ):
+        raise AptError("the report's sites are damaged", "give --sparsity S or --pattern N:M")
+    return sites

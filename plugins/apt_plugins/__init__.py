@@ -1,7 +1,7 @@
-"""The methods and text sources that ship with APT."""
+"""The methods, allocations, text sources and measures that ship with APT."""
 
 from apt.hookspecs import hookimpl
-from apt.specs import CalibrationSpec, MethodSpec
+from apt.specs import AllocationSpec, CalibrationSpec, EvaluatorSpec, MethodSpec
 
 _APT = "arXiv 2410.15567"
 
@@ -33,6 +33,26 @@ def apt_methods() -> list[MethodSpec]:
                    "apt_plugins.sparseswaps:sparseswaps", 25, "arXiv 2512.10922", per="row"),
         MethodSpec("alps", "mask by ADMM, a few steps of joint weights", "apt_plugins.alps:alps",
                    70, "arXiv 2406.07831"),
+    ]  # fmt: skip
+
+
+@hookimpl
+def apt_allocations() -> list[AllocationSpec]:
+    """All sites alike, or by how many outliers a block has."""
+    return [
+        AllocationSpec("uniform", "every site the same", "apt_plugins.allocations:uniform"),
+        AllocationSpec("owl", "less for blocks with more outliers", "apt_plugins.allocations:owl",
+                       "arXiv 2310.05175"),
+    ]  # fmt: skip
+
+
+@hookimpl
+def apt_evaluators() -> list[EvaluatorSpec]:
+    """Perplexity and accuracy."""
+    return [
+        EvaluatorSpec("perplexity", "exp of the mean loss of a token", "apt.evaluate:perplexity"),
+        EvaluatorSpec("accuracy", "share of tokens that are ranked first", "apt.evaluate:accuracy",
+                      "higher"),
     ]  # fmt: skip
 
 

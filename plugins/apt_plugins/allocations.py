@@ -1,0 +1,79 @@
+"""How a sparsity is shared out: evenly, or by outliers (OWL, arXiv 2310.05175)."""
+
+import torch
+from torch import Tensor, nn
+
+from apt.adapter import Adapter, Site
+from apt.allocate import unstructured
+from apt.batches import enter
+from apt.plan import Plan, PlannedBlock
+from apt.solver import Unstructured
+
+OUTLIER = 5.0  # M: what a score is compared with, in means of its block
+REACH = 0.08  # λ: how far a block's sparsity goes from the mean, at most
+
+
+def uniform(model: nn.Module, adapter: Adapter, plan: Plan, tokens: Tensor) -> dict[str, float]:
+    """What the plan says."""
+    patterns = {site.name: site.pattern for site in unstructured(plan)}
+    return {n: p.sparsity for n, p in patterns.items() if isinstance(p, Unstructured)}
+
+
+@torch.no_grad()
+def owl(model: nn.Module, adapter: Adapter, plan: Plan, tokens: Tensor) -> dict[str, float]:
+    """Blocks with more outliers among their scores ``|w| ‖x‖`` lose fewer weights.
+
+    A block's sparsity is the planned one, plus a shift that falls linearly with the share of its
+    scores above `OUTLIER` times their mean, within `REACH`; weighted by size, shifts are 0 in all.
+    """
+    shares = uniform(model, adapter, plan, tokens)
+    outliers = _outliers(model, adapter, plan, tokens)
+    low, high = min(outliers), max(outliers)
+    shifts = [REACH * (1 - 2 * (x - low) / (high - low)) if high > low else 0.0 for x in outliers]
+    sizes = [sum(s.size for s in block.sites if s.name in shares) for block in plan.blocks]
+    mean = sum(s * n for s, n in zip(shifts, sizes, strict=True)) / sum(sizes)
+    for block, shift in zip(plan.blocks, shifts, strict=True):
+        for site in block.sites:
+            if site.name in shares:
+                shares[site.name] += shift - mean
+    return shares
+
+
+def _outliers(model: nn.Module, adapter: Adapter, plan: Plan, tokens: Tensor) -> list[float]:
+    """For each block, the share of its scores that are outliers."""
+    training = model.training
+    model.eval()
+    modules = dict(adapter.blocks(model))
+    batches = enter(adapter, model, tokens)
+    found = []
+    for index, planned in enumerate(plan.blocks):
+        block, squares = modules[planned.name], _Squares()
+        with adapter.capture(block, [entry.site for entry in planned.sites], squares.add):
+            for batch in batches:
+                batch.state = adapter.step(block, batch.state, batch.calls[index])
+        found.append(_share(block, planned, squares.sums))
+    model.train(training)
+    return found
+
+
+class _Squares:
+    """The sums of squares of every site's inputs (in,)."""
+
+    def __init__(self) -> None:
+        self.sums: dict[Site, Tensor] = {}
+
+    def add(self, site: Site, inputs: Tensor) -> None:
+        """Add inputs (..., in)."""
+        rows = inputs.reshape(-1, inputs.shape[-1]).float()
+        self.sums[site] = self.sums.get(site, 0) + rows.square().sum(0)
+
+
+def _share(block: nn.Module, planned: PlannedBlock, sums: dict[Site, Tensor]) -> float:
+    scores = torch.cat(
+        [
+            (site.oriented(site.weight(block)).float().abs() * sums[site].sqrt()).flatten()
+            for site in (entry.site for entry in planned.sites)
+            if site in sums
+        ]
+    )
+    return float((scores > OUTLIER * scores.mean()).float().mean())
