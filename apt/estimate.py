@@ -11,7 +11,9 @@ from apt.batches import TOKENS_PER_BATCH
 from apt.plan import Plan, PlannedBlock
 
 _FP32 = 4
-_FORWARDS = 3.5  # of the dense stream, of the pruned one, and in parts for each group of sites
+_FORWARDS = 4  # of the dense stream, of the pruned one after tuning and before, and of the drift
+_TUNING = 3.5  # a forward and its backward, and what is held back
+_TUNED = 3 * 2**12  # tokens, see `apt.mode.RECONSTRUCTION`
 _SOLVE_STEPS = 40  # products of (out, in) by (in, in) that two rounds and their joint solves take
 
 
@@ -24,7 +26,8 @@ class Estimate:
         activations: the calibration activations between two blocks, of the pruned and of the dense
             stream, and the dense stream's inputs of one block.
         grams: the Gram and cross matrices of the largest block, with their factors.
-        working: one batch's activations inside a block, and one site's solve.
+        working: one batch's activations inside a block, and one site's solve or, if that is more,
+            the block's weights, gradients and moments while it is tuned.
         seconds: the time of an error-aware run of default effort; forwards of attention and scans
             that are not products of weights are not counted.
     """
@@ -49,11 +52,13 @@ def estimate(
     parameters = sum(p.numel() for p in module.parameters())
     widest = max(sum(site.shape) for site in plan.sites)
     largest = max(site.size for site in plan.sites)
+    tuned = max(sum(entry.size for entry in block.pruned) for block in plan.blocks)
     return Estimate(
         weights=parameters * bytes_each,
         activations=tokens * max(_activations(block, config, bytes_each) for block in plan.blocks),
         grams=max(_gram_bytes(block) for block in plan.blocks),
-        working=4 * min(tokens, TOKENS_PER_BATCH) * widest * bytes_each + 8 * largest * _FP32,
+        working=4 * min(tokens, TOKENS_PER_BATCH) * widest * bytes_each
+        + max(8 * largest, 5 * tuned) * _FP32,
         seconds=_operations(plan, tokens) / _throughput(device),
     )
 
@@ -79,7 +84,8 @@ def _operations(plan: Plan, tokens: int) -> float:
     """Floating-point operations: forwards, Gram and cross products, factorisations and solves."""
     total = 0.0
     for block in plan.blocks:
-        total += sum(_FORWARDS * 2 * tokens * site.size for site in block.sites)
+        passes = _FORWARDS * tokens + _TUNING * min(tokens, _TUNED)
+        total += sum(passes * 2 * site.size for site in block.sites)
         total += sum(3 * tokens * w**2 + 6 * w**3 for w in _inputs(block).values())
         total += sum(_SOLVE_STEPS * 2 * site.size * site.shape[1] for site in block.pruned)
     return total

@@ -4,12 +4,19 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from apt.reconstruct import Reconstruction
-from apt.solver import SolverOptions
+from apt.solver import Effort, SolverOptions
 from apt.solver.gram import DAMPING
 from apt.specs import MethodSpec
 from apt.targets import Targets
 
 DAMPING_ERROR_AWARE = 0.05
+RECONSTRUCTION: dict[Effort, Reconstruction | None] = {
+    "fast": None,
+    "default": Reconstruction(rate=1e-2, epochs=1, tokens=3 * 2**12),
+    "best": Reconstruction(),
+}
+"""How the blocks of an error-aware run are tuned, by effort; by default at a cost that does not
+grow with the tokens."""
 
 
 @dataclass(frozen=True)
@@ -40,16 +47,17 @@ def choose_mode(
     """The mode where something is left to choose (None).
 
     A run is error-aware where the method declares it, and goes in order where it is error-aware;
-    an error-aware run of the highest effort tunes its blocks as well. An error-aware run damps
-    more: it is after text of any kind, a strictly layer-wise one after the least layer error.
+    an error-aware run of a method with efforts tunes its blocks as well, but for the least effort.
+    An error-aware run damps more: it is after text of any kind, a strictly layer-wise one after the
+    least layer error.
     """
     aware = method.error_aware if error_aware is None else error_aware
-    tuned = aware and method.efforts and options.effort == "best"
+    tuned = RECONSTRUCTION.get(options.effort) if aware and method.efforts else None
     if options.damping is None:
         options = replace(options, damping=DAMPING_ERROR_AWARE if aware else DAMPING)
     return Mode(
         options,
         Targets() if aware else None,
-        Reconstruction() if tuned else None,
+        tuned,
         aware if ordered is None else ordered,
     )

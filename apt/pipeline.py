@@ -270,7 +270,7 @@ class _Run:
         _synchronise(weight.device)
         seconds = time.perf_counter() - started
         weight.copy_(solution.weight)
-        return _Solved(planned, dense, gram, tokens, solution, seconds)
+        return _Solved(planned, dense, gram.matrix, tokens, solution, seconds)
 
     def finish(self, block: nn.Module, solved: "_Solved") -> SitePruned:
         """Measure a site as it is written, and tell."""
@@ -283,7 +283,7 @@ class _Run:
             planned.shape,
             str(planned.pattern),
             int((weight == 0).sum()),
-            relative_layer_error(solved.dense, weight.float(), solved.gram.matrix),
+            relative_layer_error(solved.dense, weight.float(), solved.matrix),
             solution.damping,
             solution.residual,
             solved.tokens,
@@ -340,7 +340,7 @@ class _Solved:
 
     planned: PlannedSite
     dense: Tensor
-    gram: Gram
+    matrix: Tensor
     tokens: int
     solution: Solution
     seconds: float

@@ -29,12 +29,14 @@ class Reconstruction:
         epochs: how often the batches are passed, at most.
         held_back: the share of the batches that is held back, at least one.
         tokens_per_batch: about as many tokens make a step.
+        tokens: at most about as many are passed, of samples evenly spread; None passes all.
     """
 
     rate: float = 5e-3
     epochs: int = 8
     held_back: float = 0.125
     tokens_per_batch: int = 1024
+    tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ def reconstruct(
     Returns:
         The errors before and after; None where there are too few batches to hold one back.
     """
+    batches = _spread(batches, options.tokens)
     held = max(1, round(options.held_back * len(batches)))
     if len(batches) <= held:
         return None
@@ -110,6 +113,15 @@ def reconstruct(
             lowest, best = error, tuning.snapshot()
     tuning.write(best)
     return Tuned(before, lowest)
+
+
+def _spread(batches: list[Batch], tokens: int | None) -> list[Batch]:
+    """Batches of at most about that many tokens, evenly spread."""
+    total = sum(batch.tokens for batch in batches)
+    if tokens is None or total <= tokens:
+        return batches
+    count = max(1, len(batches) * tokens // total)
+    return [batches[index * len(batches) // count] for index in range(count)]
 
 
 class _Tuning:

@@ -8,8 +8,10 @@ import torch
 import apt as library
 from apt.batches import enter
 from apt.capture import advance_reference
+from apt.mode import choose_mode
 from apt.pipeline import BlockTuned
-from apt.reconstruct import Reconstruction, reconstruct
+from apt.plugins import registry
+from apt.reconstruct import Reconstruction, _spread, reconstruct
 from apt.solver import SolverOptions
 from apt.solver.patterns import NM, meets
 from tests.families import FAMILIES, random_model, random_tokens, zoo_model
@@ -88,3 +90,28 @@ def test_a_strictly_layer_wise_run_is_not_tuned():
     library.prune(random_model("llama"), random_tokens(samples=64), pattern="2:4", options=BEST,
                   error_aware=False, observe=events.append)  # fmt: skip
     assert not any(isinstance(event, BlockTuned) for event in events)
+
+
+def test_a_part_of_the_tokens_is_spread_over_all(adapter_of):
+    model = random_model("llama")
+    batches = enter(adapter_of(model), model, random_tokens(samples=20), 24, reference=True)
+    part = _spread(batches, 24 * 5)
+    assert [next(i for i, b in enumerate(batches) if b is batch) for batch in part] == [
+        0,
+        4,
+        8,
+        12,
+        16,
+    ]
+    assert _spread(batches, 24 * 20) is batches
+    assert _spread(batches, None) is batches
+
+
+@pytest.mark.parametrize(
+    ("effort", "aware", "epochs"),
+    [("fast", True, None), ("default", True, 1), ("best", True, 8), ("default", False, None)],
+)
+def test_more_effort_tunes_longer(effort, aware, epochs):
+    mode = choose_mode(registry().methods.get("admm"), SolverOptions(effort=effort), aware)
+    assert (mode.reconstruction.epochs if mode.reconstruction else None) == epochs
+    assert choose_mode(registry().methods.get("ss"), SolverOptions(), True).reconstruction is None

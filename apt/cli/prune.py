@@ -46,7 +46,8 @@ def prune(
     override: list[str] | None = args.OVERRIDE,
     effort: str = typer.Option(
         "default", "--effort", metavar="LEVEL",
-        help="fast, default, or best, which also tunes each block by gradient.",
+        help="How long masks are searched and blocks tuned by gradient: fast (not tuned), default "
+        "or best.",
     ),
     error_aware: bool | None = typer.Option(
         None, "--error-aware/--layer-wise",
@@ -54,8 +55,8 @@ def prune(
     ),
     ordered: bool | None = typer.Option(
         None, "--ordered/--at-once",
-        help="Prune a block's sites in order of execution, or from one pass. By default in order "
-        "where error-aware.",
+        help="Solve each of a block's sites on what the pruned ones before it give, or all on what "
+        "the dense ones do. By default in order where error-aware.",
     ),
     damping: float | None = typer.Option(
         None, "--damping",
