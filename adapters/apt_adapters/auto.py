@@ -118,7 +118,8 @@ def _with_values(model: nn.Module) -> nn.Module:
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             module.register_parameter(name, nn.Parameter(_zeros(parameter), requires_grad=False))
-        for name, buffer in module.named_buffers(recurse=False):
+        plain = {name: x for name, x in vars(module).items() if isinstance(x, Tensor)}
+        for name, buffer in [*module.named_buffers(recurse=False), *plain.items()]:
             setattr(module, name, _zeros(buffer))
     return model
 
