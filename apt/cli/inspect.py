@@ -61,7 +61,7 @@ def show_plan(shell: "Model", plan: "Plan", samples: int, seqlen: int, device: s
         f"{len(plan.blocks)} blocks",
         markup=False,
     )
-    made = table("blocks", "site", ">out", ">in", "input", "pattern")
+    made = table("blocks", "site", ">out", ">in", "input", "to stream", "pattern")
     names = [block.name for block in plan.blocks]
     likeness = [
         [(s.site, s.shape, str(s.pattern or "dense")) for s in block.sites] for block in plan.blocks
@@ -74,7 +74,8 @@ def show_plan(shell: "Model", plan: "Plan", samples: int, seqlen: int, device: s
         for (kind, (rows_out, width), pattern), alike in _alike(rows):
             first, more = alike[0], f" × {len(alike)}" if len(alike) > 1 else ""
             given = first.input if len(alike) == 1 else "each its own"
-            made.add_row(label, kind + more, str(rows_out), str(width), given, pattern)
+            added = "yes" if first.residual else ""
+            made.add_row(label, kind + more, str(rows_out), str(width), given, added, pattern)
             label = ""
     out.print(made)
     dtype = getattr(shell.config, "dtype", None) or torch.float32
