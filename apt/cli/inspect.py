@@ -58,10 +58,10 @@ def show_plan(shell: "Model", plan: "Plan", samples: int, seqlen: int, device: s
     out.print(
         f"{shell.source.reference}: {type(shell.module).__name__}, adapter {shell.spec.name}, "
         f"{parameters:,} parameters, {in_sites:,} of them in {len(plan.sites)} sites of "
-        f"{len(plan.blocks)} blocks",
+        f"{len(plan.blocks)} blocks; + marks what is added to the residual stream",
         markup=False,
     )
-    made = table("blocks", "site", ">out", ">in", "input", "to stream", "pattern")
+    made = table("blocks", "site", ">out", ">in", "input", "pattern")
     names = [block.name for block in plan.blocks]
     likeness = [
         [(s.site, s.shape, str(s.pattern or "dense")) for s in block.sites] for block in plan.blocks
@@ -74,8 +74,8 @@ def show_plan(shell: "Model", plan: "Plan", samples: int, seqlen: int, device: s
         for (kind, (rows_out, width), pattern), alike in _alike(rows):
             first, more = alike[0], f" × {len(alike)}" if len(alike) > 1 else ""
             given = first.input if len(alike) == 1 else "each its own"
-            added = "yes" if first.residual else ""
-            made.add_row(label, kind + more, str(rows_out), str(width), given, added, pattern)
+            name = kind + "+" * first.residual + more
+            made.add_row(label, name, str(rows_out), str(width), given, pattern)
             label = ""
     out.print(made)
     dtype = getattr(shell.config, "dtype", None) or torch.float32
