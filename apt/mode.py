@@ -12,7 +12,7 @@ from apt.targets import Targets
 DAMPING_ERROR_AWARE = 0.05
 RECONSTRUCTION: dict[Effort, Reconstruction | None] = {
     "fast": None,
-    "default": Reconstruction(rate=1e-2, epochs=1, tokens=3 * 2**12),
+    "default": Reconstruction(rate=0.05, epochs=1, tokens=3 * 2**12),
     "best": Reconstruction(),
 }
 """How the blocks of an error-aware run are tuned, by effort; by default at a cost that does not

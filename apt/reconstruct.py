@@ -24,15 +24,16 @@ class Reconstruction:
     """How a block is tuned.
 
     Args:
-        rate: the first learning rate of Adam, as a share of each weight's root mean square; it
-            falls to zero along a cosine.
+        rate: the first learning rate of Adam, as a share of each weight's root mean square, where
+            the error is 1: it goes with the root of the error, as what there is to make up for
+            does. It falls to zero along a cosine.
         epochs: how often the batches are passed, at most.
         held_back: the share of the batches that is held back, at least one.
         tokens_per_batch: about as many tokens make a step.
         tokens: at most about as many are passed, of samples evenly spread; None passes all.
     """
 
-    rate: float = 5e-3
+    rate: float = 0.025
     epochs: int = 8
     held_back: float = 0.125
     tokens_per_batch: int = 1024
@@ -97,8 +98,10 @@ def reconstruct(
     held = max(1, round(options.held_back * len(batches)))
     if len(batches) <= held:
         return None
-    tuning = _Tuning(_Step(adapter, block, index), block, sites, options.rate)
+    tuning = _Tuning(_Step(adapter, block, index), block, sites)
     before = lowest = tuning.error(batches[-held:])
+    for group in tuning.adam.param_groups:
+        group["lr"] *= options.rate * math.sqrt(before)
     best = tuning.snapshot()
     steps = options.epochs * (len(batches) - held)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -127,7 +130,7 @@ def _spread(batches: list[Batch], tokens: int | None) -> list[Batch]:
 class _Tuning:
     """The kept weights of a block, in fp32, while Adam moves them."""
 
-    def __init__(self, step: _Step, block: nn.Module, sites: Sequence[Site], rate: float) -> None:
+    def __init__(self, step: _Step, block: nn.Module, sites: Sequence[Site]) -> None:
         self._step = step
         names = dict.fromkeys(site.parameter for site in sites)  # experts are slices of one
         self._parameters = {name: block.get_parameter(name).detach() for name in names}
@@ -144,7 +147,7 @@ class _Tuning:
         self._masks = list(masks.values())
         self._masters = [master.requires_grad_() for master in masters.values()]
         groups = [
-            {"params": [master], "lr": rate * size}
+            {"params": [master], "lr": size}
             for master, size in zip(self._masters, sizes, strict=True)
         ]
         self.adam = torch.optim.Adam(groups, betas=(0.9, 0.95))

@@ -38,7 +38,7 @@ def test_it_lowers_the_error_on_what_was_held_back(name, dtype):
     batches = enter(adapter, model, tokens, 48, reference=True)
     block, sites = pruned_block(adapter, model, batches)
     before = {name: value.clone() for name, value in block.named_parameters()}
-    tuned = reconstruct(adapter, block, 0, batches, sites, Reconstruction(rate=0.02))
+    tuned = reconstruct(adapter, block, 0, batches, sites, Reconstruction(rate=0.1))
     assert tuned is not None
     assert tuned.after < tuned.before
     names = {site.parameter for site in sites}
@@ -57,7 +57,7 @@ def test_where_nothing_is_gained_the_start_stays(adapter_of):
     batches = enter(adapter, model, random_tokens(samples=6), 24, reference=True)
     block, sites = pruned_block(adapter, model, batches)
     before = copy.deepcopy(block.state_dict())
-    tuned = reconstruct(adapter, block, 0, batches, sites, Reconstruction(rate=1e3))
+    tuned = reconstruct(adapter, block, 0, batches, sites, Reconstruction(rate=1e4))
     assert tuned is not None
     assert tuned.after == tuned.before
     for name, value in block.state_dict().items():
