@@ -24,7 +24,7 @@ class Estimate:
     Attributes:
         weights: the model's weights.
         activations: the calibration activations between two blocks, of the pruned and of the dense
-            stream, and the dense stream's inputs of one block.
+            stream, and within one: the dense stream's inputs, and what waits before a product.
         grams: the Gram and cross matrices of the largest block, with their factors.
         working: one batch's activations inside a block, and one site's solve or, if that is more,
             the block's weights, gradients and moments while it is tuned.
@@ -69,9 +69,10 @@ def _inputs(block: PlannedBlock) -> dict[str, int]:
 
 
 def _activations(block: PlannedBlock, config: Any, bytes_each: int) -> int:
-    """Bytes for each token: two streams, the dense inputs, and the drift in fp32."""
+    """Bytes for each token: two streams, the dense inputs, what waits in a block, and the drift."""
     inputs = {entry.site.input: entry.shape[1] for entry in block.pruned if not entry.site.routed}
-    kept = 2 * config.hidden_size + sum(inputs.values())
+    waiting = config.hidden_size + max(inputs.values(), default=0)
+    kept = 2 * config.hidden_size + sum(inputs.values()) + waiting
     total: int = kept * bytes_each + config.hidden_size * _FP32
     return total
 
