@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from apt.batches import TOKENS_PER_BATCH
+from apt.mode import TUNED_TOKENS
 from apt.plan import Plan, PlannedBlock
 
 _FP32 = 4
 _FORWARDS = 4  # of the dense stream, of the pruned one after tuning and before, and of the drift
 _TUNING = 3.5  # a forward and its backward, and what is held back
-_TUNED = 3 * 2**12  # tokens, see `apt.mode.RECONSTRUCTION`
 _SOLVE_STEPS = 40  # products of (out, in) by (in, in) that two rounds and their joint solves take
 
 
@@ -85,7 +85,7 @@ def _operations(plan: Plan, tokens: int) -> float:
     """Floating-point operations: forwards, Gram and cross products, factorisations and solves."""
     total = 0.0
     for block in plan.blocks:
-        passes = _FORWARDS * tokens + _TUNING * min(tokens, _TUNED)
+        passes = _FORWARDS * tokens + _TUNING * min(tokens, TUNED_TOKENS)
         total += sum(passes * 2 * site.size for site in block.sites)
         total += sum(3 * tokens * w**2 + 6 * w**3 for w in _inputs(block).values())
         total += sum(_SOLVE_STEPS * 2 * site.size * site.shape[1] for site in block.pruned)

@@ -10,9 +10,10 @@ from apt.specs import MethodSpec
 from apt.targets import Targets
 
 DAMPING_ERROR_AWARE = 0.05
+TUNED_TOKENS = 3 * 2**12
 RECONSTRUCTION: dict[Effort, Reconstruction | None] = {
     "fast": None,
-    "default": Reconstruction(rate=0.05, epochs=1, tokens=3 * 2**12),
+    "default": Reconstruction(rate=0.05, epochs=1, tokens=TUNED_TOKENS),
     "best": Reconstruction(),
 }
 """How the blocks of an error-aware run are tuned, by effort; by default at a cost that does not

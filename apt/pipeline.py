@@ -214,7 +214,8 @@ class _Run:
         In order, a single walk through the block gives all, where inputs come whole.
         """
         left = list(at.planned.pruned)
-        if self.ordered and not any(site.routed or site.calls > 1 for site in at.sites):
+        whole = not any(site.routed or site.calls > 1 for site in at.sites)
+        if self.ordered and whole and left:
             with suppress(InParts), at.walk() as walk:
                 while (name := walk.next_input()) is not None:
                     sums = walk.capture(name)

@@ -167,3 +167,12 @@ def test_what_shares_no_input_and_what_is_never_reached_are_named(adapter_of):
         with pytest.raises(AptError, match=message):
             prune_blocks(model, adapter, plan, random_tokens(), ss, ordered=True)
     assert threading.active_count() == threads
+
+
+def test_a_block_that_is_left_dense_is_only_run(adapter_of):
+    model = random_model("llama")
+    plan = make_plan(model, adapter_of(model), NM(2, 4), Selection(skip=("model.layers.1.*",)))
+    done = prune_blocks(
+        model, adapter_of(model), plan, random_tokens(), ss, targets=Targets(), ordered=True
+    )
+    assert len(done) == 14

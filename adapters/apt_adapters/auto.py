@@ -16,25 +16,14 @@ from weakref import WeakSet
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from apt.adapter import Call, DecoderAdapter, Site, State, record_calls
 from apt.errors import AptError
+from apt.testing.checks import CHECKS, Nonconformance, Subject
+from apt.testing.oracle import PRODUCTS, Stream, place_of
 
 _HINT = "it needs an adapter of its own, see docs/adapters.md"
 _CHECKS = ("sites", "orientation", "capture", "order", "blocks", "untouched", "in_time")
-
-_aten = torch.ops.aten
-_PRODUCTS: dict[Any, tuple[int, int]] = {
-    _aten.mm.default: (0, 1),
-    _aten.bmm.default: (0, 1),
-    _aten.addmm.default: (1, 2),
-    _aten.baddbmm.default: (1, 2),
-}
-_SUMS = (_aten.add.Tensor, _aten.add_.Tensor)
-_COPIES = (_aten.clone.default, _aten._to_copy.default)
-
-Place = tuple[int, int]
 
 
 class AutoAdapter(DecoderAdapter):
@@ -85,8 +74,6 @@ class AutoAdapter(DecoderAdapter):
             self._found[_likeness(block)] = sites
 
     def _prove(self, model: nn.Module, tokens: Tensor) -> None:
-        from apt.testing.checks import CHECKS, Nonconformance, Subject
-
         with _evaluating(model), _explained(type(model).__name__):
             for name in _CHECKS:
                 try:
@@ -184,22 +171,14 @@ class _Use:
     transposed: bool = False
 
 
-class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Watches the products and sums of a block."""
+class _Trace(Stream[str]):  # type: ignore[no-untyped-call]
+    """Watches what multiplies the matrices of a block, beside what is added to the stream."""
 
     def __init__(self, block: nn.Module, stream: Tensor) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._names: dict[Place, str] = {}
-        self._matrices: dict[Place, Tensor] = {}
-        for name, parameter in block.named_parameters():
-            if parameter.ndim == 2:
-                self._names.setdefault(_place(parameter), name)
-                self._matrices[_place(parameter)] = parameter
+        matrices = {name: p for name, p in block.named_parameters() if p.ndim == 2}
+        super().__init__(matrices, stream)
+        self._matrices = {place_of(p): (name, p) for name, p in matrices.items()}
         self._uses: dict[str, _Use] = {}
-        self._stream = {_storage(stream)}
-        self._products: dict[int, set[str]] = {}
-        self._added: set[str] = set()
-        self._alive: list[Any] = [stream]  # so that no storage's place is taken by another
 
     def sites(self, tokens: int) -> list[Site]:
         """The matrices that multiply all ``tokens``, once or more often, as sites."""
@@ -216,7 +195,7 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     name,
                     given,
                     order,
-                    name in self._added,
+                    name in self.added,
                     use.transposed,
                     calls=len(use.rows),
                 )
@@ -226,51 +205,22 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Let it happen, and note what it was."""
-        result = func(*args, **(kwargs or {}))
-        self._alive.append((args, result))
-        if not isinstance(result, Tensor):
-            return result
-        tensors = [x for x in args if isinstance(x, Tensor)]
-        if func in _PRODUCTS:
-            self._product(result, *(args[place] for place in _PRODUCTS[func]))
-        elif func in _SUMS and len(tensors) == 2 and not kwargs:
-            self._sum(result, *tensors)
-        elif func in _COPIES:
-            self._products[_storage(result)] = self._of(tensors[0])
-            if _storage(tensors[0]) in self._stream:
-                self._stream.add(_storage(result))
+        """Let it happen, and note the factors of a product."""
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if func in PRODUCTS:
+            left, right = (args[place] for place in PRODUCTS[func])
+            self._use(right, left, turned=False)
+            self._use(left, right, turned=True)
         return result
 
-    def _product(self, result: Tensor, left: Tensor, right: Tensor) -> None:
-        for factor, other, turned in ((right, left, False), (left, right, True)):
-            name, matrix = self._names.get(_place(factor)), self._matrices.get(_place(factor))
-            if factor.ndim == 3 and factor.stride(0) == 0:
-                factor = factor[0]  # one matrix for all samples
-            if name is None or matrix is None or factor.numel() != matrix.numel():
-                continue
-            weight = factor.transpose(-1, -2) if turned else factor  # as in X Wᵀ: (in, out)
-            use = self._uses.setdefault(name, _Use())
-            use.inputs.append((*_place(other), other.numel()))
-            use.rows.append(other.numel() // weight.shape[-2])
-            use.transposed = weight.stride(-1) == 1 and weight.shape[-1] > 1
-            self._products[_storage(result)] = {name}
-
-    def _sum(self, result: Tensor, left: Tensor, right: Tensor) -> None:
-        products = self._of(left) | self._of(right)
-        if {_storage(left), _storage(right)} & self._stream:
-            self._added |= products
-            self._stream.add(_storage(result))
-        elif products:  # a bias, or another product
-            self._products[_storage(result)] = products
-
-    def _of(self, tensor: Tensor) -> set[str]:
-        return self._products.get(_storage(tensor), set())
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
-
-
-def _place(tensor: Tensor) -> Place:
-    return _storage(tensor), int(tensor.storage_offset())
+    def _use(self, factor: Tensor, other: Tensor, *, turned: bool) -> None:
+        name, matrix = self._matrices.get(place_of(factor), (None, None))
+        if factor.ndim == 3 and factor.stride(0) == 0:
+            factor = factor[0]  # one matrix for all samples
+        if name is None or matrix is None or factor.numel() != matrix.numel():
+            return
+        weight = factor.transpose(-1, -2) if turned else factor  # as in X Wᵀ: (in, out)
+        use = self._uses.setdefault(name, _Use())
+        use.inputs.append((*place_of(other), other.numel()))
+        use.rows.append(other.numel() // weight.shape[-2])
+        use.transposed = weight.stride(-1) == 1 and weight.shape[-1] > 1

@@ -16,7 +16,7 @@ K = TypeVar("K", bound=Hashable)
 
 _aten = torch.ops.aten
 # The operators, and where their two factors stand.
-_PRODUCTS: dict[Any, tuple[int, int]] = {
+PRODUCTS: dict[Any, tuple[int, int]] = {
     _aten.mm.default: (0, 1),
     _aten.bmm.default: (0, 1),
     _aten.addmm.default: (1, 2),
@@ -59,15 +59,15 @@ class Oracle(TorchDispatchMode, Generic[K]):  # type: ignore[no-untyped-call]
     def __init__(self, weights: Mapping[K, Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.seen: dict[K, Seen] = {}
-        self._weights = {_place(weight): (key, weight) for key, weight in weights.items()}
+        self._weights = {place_of(weight): (key, weight) for key, weight in weights.items()}
         self._products = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Look at the factors of a product, then let it happen."""
-        if func in _PRODUCTS:
-            left, right = (args[place] for place in _PRODUCTS[func])
+        if func in PRODUCTS:
+            left, right = (args[place] for place in PRODUCTS[func])
             self._products += 1
             self._look(right, left, lambda x: x)
             self._look(left, right, lambda x: x.transpose(-1, -2))
@@ -75,7 +75,7 @@ class Oracle(TorchDispatchMode, Generic[K]):  # type: ignore[no-untyped-call]
 
     def _look(self, factor: Tensor, other: Tensor, rows: Callable[[Tensor], Tensor]) -> None:
         """Whether ``factor`` is a watched weight; ``rows`` turns both factors to ``X Wᵀ``."""
-        key, weight = self._weights.get(_place(factor), (None, None))
+        key, weight = self._weights.get(place_of(factor), (None, None))
         if factor.ndim == 3 and factor.stride(0) == 0:
             factor = factor[0]  # one matrix for all samples
         if key is None or weight is None or factor.numel() != weight.numel():
@@ -99,7 +99,7 @@ class Stream(TorchDispatchMode, Generic[K]):  # type: ignore[no-untyped-call]
     def __init__(self, weights: Mapping[K, Tensor], stream: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.added: set[K] = set()
-        self._weights = {_place(weight): key for key, weight in weights.items()}
+        self._weights = {place_of(weight): key for key, weight in weights.items()}
         self._stream = {_storage(stream)}
         self._products: dict[int, set[K]] = {}
         self._alive: list[Tensor] = [stream]  # so that no storage's place is taken by another
@@ -113,9 +113,9 @@ class Stream(TorchDispatchMode, Generic[K]):  # type: ignore[no-untyped-call]
             return result
         self._alive.append(result)
         tensors = [x for x in args if isinstance(x, Tensor)]
-        if func in _PRODUCTS:
-            factors = (args[place] for place in _PRODUCTS[func])
-            keys = {self._weights[p] for p in map(_place, factors) if p in self._weights}
+        if func in PRODUCTS:
+            factors = (args[place] for place in PRODUCTS[func])
+            keys = {self._weights[p] for p in map(place_of, factors) if p in self._weights}
             self._products[_storage(result)] = keys
         elif func in _SUMS and len(tensors) == 2 and not kwargs:
             self._sum(result, *tensors)
@@ -144,5 +144,6 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def _place(tensor: Tensor) -> tuple[int, int]:
+def place_of(tensor: Tensor) -> tuple[int, int]:
+    """Where a tensor's values lie: what tells weights apart, whoever views them."""
     return tensor.untyped_storage().data_ptr(), int(tensor.storage_offset())
