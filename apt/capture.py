@@ -201,7 +201,7 @@ class Capture:
             assert passing.drift is not None
             here = passing.here(site, rows)
             scale = reference.scale[here]
-            pruned, lost = pruned / scale, lost / scale
+            pruned, lost = pruned / scale, lost.div_(scale)
             pull = (passing.drift[here] / scale).T @ pruned
             for writer in writers:
                 sums.drift[writer] = sums.drift[writer] + pull if writer in sums.drift else pull

@@ -6,6 +6,8 @@ from queue import SimpleQueue
 from threading import Thread, current_thread
 from typing import Generic, TypeVar
 
+from apt.openmp import release_team
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -20,8 +22,7 @@ class Suspended(Iterator[T], Generic[T, R]):
     Only one thread runs at a time. What the function raises, the iterator raises.
 
     Args:
-        work: called with the callback. A call of it from another thread is not meant for this
-            function, and ignored.
+        work: called with the callback, which is for the function's own thread alone: see `here`.
 
     Attributes:
         result: what the function returned; there once the iterator has ended.
@@ -34,7 +35,13 @@ class Suspended(Iterator[T], Generic[T, R]):
         self._happened: SimpleQueue[Callable[[], T]] = SimpleQueue()
         self._thread = Thread(target=copy_context().run, args=(self._run, work), daemon=True)
 
+    @property
+    def here(self) -> bool:
+        """Whether the calling thread is the function's."""
+        return current_thread() is self._thread
+
     def __next__(self) -> T:
+        release_team()
         if self._thread.ident is None:
             self._thread.start()
         elif self._thread.is_alive():
@@ -60,8 +67,7 @@ class Suspended(Iterator[T], Generic[T, R]):
             self._end(StopIteration())
 
     def _call_back(self, item: T) -> None:
-        if current_thread() is not self._thread:
-            return
+        release_team()
         self._happened.put(lambda: item)
         if not self._go_on.get():
             raise _Closed

@@ -6,6 +6,7 @@ before it give, and what the pruned block gives is there at the end: all for a s
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -27,21 +28,23 @@ class InParts(Exception):
 class _Lane:
     """A batch's forward, and the product before which it waits."""
 
-    def __init__(self, batch: Batch, products: Suspended[_Product, State]) -> None:
-        self.batch, self.products = batch, products
-        self.passing = Passing(batch)
+    def __init__(
+        self, batch: Batch, run: Callable[["_Lane", Callable[[_Product], None]], State]
+    ) -> None:
+        self.batch, self.passing = batch, Passing(batch)
+        self.products = Suspended[_Product, State](partial(run, self))
         self._started = False
         self._at: _Product | None = None
 
     @property
     def at(self) -> _Product | None:
-        """The site whose product is next and its input (tokens, in); None at the end."""
+        """The site whose product it waits before and its input (tokens, in); None at the end."""
         if not self._started:
             self.go_on()
         return self._at
 
     def go_on(self) -> None:
-        """Go on to the next product."""
+        """Go on to the next product that is waited before."""
         self._started = True
         self._at = next(self.products, None)
 
@@ -75,9 +78,7 @@ class Walk:
             self._ahead.setdefault(site.input, []).append(site)
         self._captures: dict[str, Capture] = {}
         self._tokens = sum(batch.tokens for batch in batches)
-        self._lanes = [
-            _Lane(batch, Suspended(self._forward(adapter, index, batch))) for batch in batches
-        ]
+        self._lanes = [_Lane(batch, partial(self._forward, adapter, index)) for batch in batches]
 
     def __enter__(self) -> Self:
         return self
@@ -141,34 +142,40 @@ class Walk:
             capture.assert_coverage(self._tokens)
 
     def _forward(
-        self, adapter: Adapter, index: int, batch: Batch
-    ) -> Callable[[Callable[[_Product], None]], State]:
-        def run(wait: Callable[[_Product], None]) -> State:
-            def take(site: Site, inputs: Tensor) -> None:
-                wait((site, as_rows(site, inputs, self._weights[site])))
+        self, adapter: Adapter, index: int, lane: _Lane, wait: Callable[[_Product], None]
+    ) -> State:
+        """A lane's forward, in a thread of its own."""
 
-            with (
-                torch.no_grad(),
-                torch.cuda.device_of(next(iter(self._weights.values()))),  # type: ignore[no-untyped-call]
-                adapter.capture(self._block, list(self._weights), take),
-            ):
-                return adapter.step(self._block, batch.state, batch.calls[index])
+        def take(site: Site, inputs: Tensor) -> None:
+            if not lane.products.here:  # a hook on the block is called in every lane
+                return
+            rows = as_rows(site, inputs, self._weights[site])
+            if site.input in self._ahead:
+                wait((site, rows))
+            self._pass(lane.passing, site, rows)
 
-        return run
+        with (
+            torch.no_grad(),
+            torch.cuda.device_of(next(iter(self._weights.values()))),  # type: ignore[no-untyped-call]
+            adapter.capture(self._block, list(self._weights), take),
+        ):
+            return adapter.step(self._block, lane.batch.state, lane.batch.calls[index])
+
+    def _pass(self, passing: Passing, site: Site, rows: Tensor) -> None:
+        """Let a product happen."""
+        capture = self._captures.get(site.input)
+        if capture is not None and not passing.owns(site):
+            capture.take(passing, site, rows)
+        if site in self._dense and self._drift_matters(passing):
+            passing.follow(site, rows, self._weights[site], self._dense[site])
+        passing.count(site, rows)
 
     def _go(self, lane: _Lane, until: Collection[str]) -> None:
         """Let products happen until one of an input of these is next."""
         while lane.at is not None and lane.at[0].input not in until:
-            site, rows = lane.at
-            capture = self._captures.get(site.input)
-            if capture is not None and not lane.passing.owns(site):
-                capture.take(lane.passing, site, rows)
-            if site in self._dense and self._drift_matters(lane):
-                lane.passing.follow(site, rows, self._weights[site], self._dense[site])
-            lane.passing.count(site, rows)
             lane.go_on()
 
-    def _drift_matters(self, lane: _Lane) -> bool:
+    def _drift_matters(self, passing: Passing) -> bool:
         """Whether a site is to be captured yet that is asked to make up for the drift."""
         ahead = (site for sites in self._ahead.values() for site in sites)
-        return lane.passing.reference is not None and any(site.residual for site in ahead)
+        return passing.reference is not None and any(site.residual for site in ahead)

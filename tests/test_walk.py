@@ -1,7 +1,9 @@
 """A forward that waits before each product: the same as running the block anew for every input."""
 
 import threading
+import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import apt.pipeline
 from apt.batches import enter
 from apt.capture import Capture
 from apt.errors import AptError
+from apt.openmp import release_team
 from apt.pipeline import prune_blocks
 from apt.plan import Selection, make_plan
 from apt.solver import NM, ss
@@ -69,17 +72,41 @@ def test_what_waits_can_fail_and_be_closed():
     assert threading.active_count() == before
 
 
-def test_a_callback_from_another_thread_is_ignored():
-    callbacks = []
-
+def test_what_waits_knows_its_own_thread():
     def work(wait):
-        callbacks.append(wait)
-        wait(1)
+        wait(first.here)
 
     first = Suspended(work)
-    next(first)
-    callbacks[0]("not for you")
-    assert list(first) == []
+    assert list(first) == [True]
+    assert not first.here
+
+
+TASKS = Path("/proc/self/task")  # the threads of this process, those of libraries as well
+
+
+@pytest.mark.skipif(not TASKS.is_dir(), reason="counts threads where Linux lists them")
+@pytest.mark.skipif(torch.get_num_threads() == 1, reason="one processor: OpenMP makes no threads")
+def test_who_waits_keeps_no_openmp_threads():
+    def work(wait):
+        compute()
+        wait(None)
+
+    compute()
+    release_team()
+    at_rest = len(list(TASKS.iterdir()))
+    waiting = [Suspended(work) for _ in range(3)]
+    for one in waiting:
+        next(one)
+    deadline = time.monotonic() + 10  # a thread that was told to end takes a moment
+    while len(list(TASKS.iterdir())) > at_rest + len(waiting) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(list(TASKS.iterdir())) == at_rest + len(waiting)
+    for one in waiting:
+        one.close()
+
+
+def compute():
+    return torch.ones(500, 500) @ torch.ones(500, 500)
 
 
 @pytest.mark.parametrize("aware", [True, False])

@@ -14,6 +14,7 @@ OUTLIERS = 8  # directions in which activations are far larger than elsewhere
 _CACHE = 2**26  # elements of the inverses kept for each Gram matrix: 256 MiB in fp32
 _PROBES = 64  # random vectors that estimate the diagonal of an inverse
 _PANEL = 192  # columns summed together: the product is symmetric, so what is below them is not
+_LEAF = 128  # smaller matrices are inverted whole
 
 
 class SolverError(ValueError):
@@ -216,7 +217,7 @@ class Scaled:
             return self._proximal[penalty]
         shifted = self.matrix.clone()
         shifted.diagonal().add_(penalty)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(shifted)).mul_(penalty)
+        inverse = positive_inverse(shifted).mul_(penalty)
         if (len(self._proximal) + 1) * inverse.numel() <= _CACHE:
             self._proximal[penalty] = inverse
         return inverse
@@ -227,6 +228,29 @@ def _attempts(dtype: torch.dtype, damping: float) -> Iterator[tuple[torch.dtype,
     levels = [damping, *(max(damping, 1e-3) * 10**power for power in (1, 2, 3))]
     for precision in dict.fromkeys((dtype, torch.float64)):
         yield from ((precision, level) for level in levels)
+
+
+def positive_inverse(matrix: Tensor) -> Tensor:
+    """The inverse of a positive definite matrix (n, n).
+
+    Half by half, by the Schur complement: most of the work is then in products, which run at twice
+    the speed of LAPACK's inversion.
+
+    Raises:
+        torch.linalg.LinAlgError: it is not positive definite.
+    """
+    half = len(matrix) // 2
+    if half < _LEAF:
+        return torch.cholesky_inverse(torch.linalg.cholesky(matrix))
+    corner, side = positive_inverse(matrix[:half, :half]), matrix[half:, :half]
+    ratio = side @ corner
+    last = positive_inverse(torch.addmm(matrix[half:, half:], ratio, side.T, alpha=-1))
+    inverse, across = torch.empty_like(matrix), last @ ratio
+    torch.addmm(corner, ratio.T, across, out=inverse[:half, :half])
+    torch.neg(across, out=inverse[half:, :half])
+    torch.neg(across.T, out=inverse[:half, half:])
+    inverse[half:, half:] = last
+    return inverse
 
 
 def upper_root(matrix: Tensor) -> Tensor | None:

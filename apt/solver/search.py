@@ -52,7 +52,7 @@ _FIRST_DUAL = 0.5
 worth half a step and nearly free."""
 
 _FIRST = Round((1.2,), 2, 1.95, 0.1)
-_SECOND = Round((0.5, 0.63, 0.78, 0.95, 1.15, 1.4), 4)
+_SECOND = Round((0.5, 0.66, 0.86, 1.1, 1.4), 4)
 _LONG = Round((0.5, 0.6, 0.7, 0.8, 0.95, 1.1, 1.3), 6)
 ROUNDS: dict[Effort, tuple[Round, ...]] = {
     "fast": (_FIRST,),
