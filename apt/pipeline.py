@@ -171,11 +171,11 @@ class _Run:
     reconstruction: Reconstruction | None
     ordered: bool
     observe: Observer
+    tuned: int = 0  # how many of the batches, from the first, are tuned on
 
     def all(self, model: nn.Module, plan: Plan, tokens: Tensor) -> list[SitePruned]:
         modules = dict(self.adapter.blocks(model))
-        step = self.reconstruction.tokens_per_batch if self.reconstruction else TOKENS_PER_BATCH
-        batches = enter(self.adapter, model, tokens, step, reference=self.targets is not None)
+        batches = self.enter(model, tokens)
         done: list[SitePruned] = []
         for index, planned in enumerate(plan.blocks):
             self.observe(BlockStarted(planned.name, index, len(plan.blocks)))
@@ -187,6 +187,19 @@ class _Run:
             except AptError as error:
                 raise AptError(f"in {planned.name}: {error.message}", error.hint) from error
         return done
+
+    def enter(self, model: nn.Module, tokens: Tensor) -> list[Batch]:
+        """The batches before the first block; those to tune on are small, and come first."""
+        aware, how = self.targets is not None, self.reconstruction
+        if how is None:
+            return enter(self.adapter, model, tokens, TOKENS_PER_BATCH, reference=aware)
+        chosen = how.chosen(*tokens.shape)
+        tuned = enter(self.adapter, model, tokens[chosen], how.tokens_per_batch, reference=aware)
+        self.tuned = len(tuned)
+        if chosen.all():
+            return tuned
+        rest = enter(self.adapter, model, tokens[~chosen], TOKENS_PER_BATCH, reference=aware)
+        return tuned + rest
 
     def block(self, at: "_Block") -> list[SitePruned]:
         """Prune a block."""
@@ -230,7 +243,8 @@ class _Run:
     def tune(self, at: "_Block", how: Reconstruction) -> None:
         """Tune the block's kept weights."""
         sites = [entry.site for entry in at.planned.pruned]
-        tuned = reconstruct(self.adapter, at.module, at.index, at.batches, sites, how)
+        batches = at.batches[: self.tuned]
+        tuned = reconstruct(self.adapter, at.module, at.index, batches, sites, how)
         if tuned is not None:
             self.observe(BlockTuned(at.planned.name, tuned.before, tuned.after))
 

@@ -10,6 +10,7 @@ none does better than the start, the start stays.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,9 @@ class Reconstruction:
         held_back: the share of the batches that is held back, at least one.
         tokens_per_batch: about as many tokens make a step.
         tokens: at most about as many are passed, of samples evenly spread; None passes all.
+
+    Of fp32 weights, the products of forward and backward are bf16 where the machine has them; what
+    is held back is measured in fp32.
     """
 
     rate: float = 0.025
@@ -38,6 +42,13 @@ class Reconstruction:
     held_back: float = 0.125
     tokens_per_batch: int = 1024
     tokens: int | None = None
+
+    def chosen(self, samples: int, seqlen: int) -> Tensor:
+        """True for each of the samples (samples,) that is passed."""
+        count = samples if self.tokens is None else min(samples, max(1, self.tokens // seqlen))
+        chosen = torch.zeros(samples, dtype=torch.bool)
+        chosen[torch.arange(count) * samples // count] = True
+        return chosen
 
 
 @dataclass(frozen=True)
@@ -87,14 +98,14 @@ def reconstruct(
         adapter: the block's adapter.
         block: the pruned block.
         index: its place among the blocks.
-        batches: the states before the block, and in their references those after the dense one.
+        batches: the states before the block, and in their references those after the dense one;
+            the last of them are held back.
         sites: the sites to tune.
         options: how.
 
     Returns:
         The errors before and after; None where there are too few batches to hold one back.
     """
-    batches = _spread(batches, options.tokens)
     held = max(1, round(options.held_back * len(batches)))
     if len(batches) <= held:
         return None
@@ -118,13 +129,16 @@ def reconstruct(
     return Tuned(before, lowest)
 
 
-def _spread(batches: list[Batch], tokens: int | None) -> list[Batch]:
-    """Batches of at most about that many tokens, evenly spread."""
-    total = sum(batch.tokens for batch in batches)
-    if tokens is None or total <= tokens:
-        return batches
-    count = max(1, len(batches) * tokens // total)
-    return [batches[index * len(batches) // count] for index in range(count)]
+def _mixed(weights: Sequence[Tensor]) -> torch.autocast:
+    """bf16 products, where all weights are fp32 and the machine has them."""
+    device = weights[0].device.type
+    if device == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch
+        native = device == "cpu" and bool(has.get("avx512_bf16") or has.get("amx_bf16"))
+    whole = all(weight.dtype == torch.float32 for weight in weights)
+    return torch.autocast(device, torch.bfloat16, enabled=native and whole)
 
 
 class _Tuning:
@@ -144,6 +158,7 @@ class _Tuning:
             float(master[mask != 0].square().mean().sqrt())
             for master, mask in zip(masters.values(), masks.values(), strict=True)
         ]
+        self._mixed = _mixed(list(self._parameters.values()))
         self._masks = list(masks.values())
         self._masters = [master.requires_grad_() for master in masters.values()]
         groups = [
@@ -172,7 +187,7 @@ class _Tuning:
 
     def descend(self, batch: Batch) -> None:
         """One step on a batch; what is pruned stays zero."""
-        with torch.enable_grad():
+        with torch.enable_grad(), self._mixed:
             loss = self._step.error(self._weights(), batch)
         gradients = torch.autograd.grad(loss, self._masters)
         for master, gradient, mask in zip(self._masters, gradients, self._masks, strict=True):

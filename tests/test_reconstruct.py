@@ -1,6 +1,7 @@
 """Local reconstruction: zeros stay, the held-back error never rises, half precision is served."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -8,10 +9,10 @@ import torch
 import apt as library
 from apt.batches import enter
 from apt.capture import advance_reference
-from apt.mode import choose_mode
+from apt.mode import RECONSTRUCTION, choose_mode
 from apt.pipeline import BlockTuned
 from apt.plugins import registry
-from apt.reconstruct import Reconstruction, _spread, reconstruct
+from apt.reconstruct import Reconstruction, reconstruct
 from apt.solver import SolverOptions
 from apt.solver.patterns import NM, meets
 from tests.families import FAMILIES, random_model, random_tokens, zoo_model
@@ -92,19 +93,45 @@ def test_a_strictly_layer_wise_run_is_not_tuned():
     assert not any(isinstance(event, BlockTuned) for event in events)
 
 
-def test_a_part_of_the_tokens_is_spread_over_all(adapter_of):
-    model = random_model("llama")
-    batches = enter(adapter_of(model), model, random_tokens(samples=20), 24, reference=True)
-    part = _spread(batches, 24 * 5)
-    assert [next(i for i, b in enumerate(batches) if b is batch) for batch in part] == [
-        0,
-        4,
-        8,
-        12,
-        16,
-    ]
-    assert _spread(batches, 24 * 20) is batches
-    assert _spread(batches, None) is batches
+def test_a_part_of_the_samples_is_spread_over_all():
+    chosen = Reconstruction(tokens=24 * 5).chosen(20, 24)
+    assert chosen.nonzero().flatten().tolist() == [0, 4, 8, 12, 16]
+    assert Reconstruction(tokens=24 * 20).chosen(20, 24).all()
+    assert Reconstruction(tokens=None).chosen(20, 24).all()
+    assert Reconstruction(tokens=10).chosen(20, 24).sum() == 1
+
+
+def test_a_run_tunes_on_the_chosen_samples_and_prunes_on_all(monkeypatch):
+    seen = []
+
+    def spy(adapter, block, index, batches, *rest):
+        seen.append(sum(batch.tokens for batch in batches))
+        return reconstruct(adapter, block, index, batches, *rest)
+
+    monkeypatch.setattr("apt.pipeline.reconstruct", spy)
+    monkeypatch.setitem(RECONSTRUCTION, "best", Reconstruction(tokens=24 * 10, tokens_per_batch=48))
+    report = library.prune(
+        random_model("llama"), random_tokens(samples=32), pattern="2:4", options=BEST
+    )
+    assert set(seen) == {24 * 10}
+    assert {site.tokens for site in report.sites} == {24 * 32}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_tuning_in_mixed_precision_ends_where_full_precision_does(name, monkeypatch):
+    loaded, tokens, _ = zoo_model(name, samples=8, seqlen=48)
+    after = []
+    for native in (False, True):
+        mixed = partial(torch.autocast, "cpu", torch.bfloat16, native)
+        monkeypatch.setattr("apt.reconstruct._mixed", lambda weights, mixed=mixed: mixed())
+        model, adapter = copy.deepcopy(loaded.module).float(), loaded.adapter
+        batches = enter(adapter, model, tokens, 48, reference=True)
+        block, sites = pruned_block(adapter, model, batches)
+        tuned = reconstruct(adapter, block, 0, batches, sites, Reconstruction(rate=0.1))
+        assert tuned is not None
+        after.append(tuned.after / tuned.before)
+    assert after[0] < 1
+    assert after[1] == pytest.approx(after[0], rel=0.02)
 
 
 @pytest.mark.parametrize(
