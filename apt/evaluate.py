@@ -6,6 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from apt.evaluating import evaluating
+
 _TOKENS_PER_BATCH = 2048
 
 
@@ -40,12 +42,10 @@ def accuracy(model: nn.Module, tokens: Tensor) -> float:
 
 def _mean(model: nn.Module, tokens: Tensor, measure: Callable[[Tensor, Tensor], Tensor]) -> float:
     """The mean of ``measure``, which is given logits (n, vocabulary) and the tokens that follow."""
-    training, device = model.training, next(model.parameters()).device
-    model.eval()
-    total = 0.0
-    for batch in torch.split(tokens, max(1, _TOKENS_PER_BATCH // tokens.shape[1])):
-        batch = batch.to(device)
-        logits = model(batch, use_cache=False).logits[:, :-1]
-        total += float(measure(logits.flatten(0, 1), batch[:, 1:].flatten()))
-    model.train(training)
+    device, total = next(model.parameters()).device, 0.0
+    with evaluating(model):
+        for batch in torch.split(tokens, max(1, _TOKENS_PER_BATCH // tokens.shape[1])):
+            batch = batch.to(device)
+            logits = model(batch, use_cache=False).logits[:, :-1]
+            total += float(measure(logits.flatten(0, 1), batch[:, 1:].flatten()))
     return total / (tokens.shape[0] * (tokens.shape[1] - 1))

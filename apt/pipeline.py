@@ -14,6 +14,7 @@ from apt.adapter import Adapter, Site
 from apt.batches import TOKENS_PER_BATCH, Batch, enter
 from apt.capture import Capture, Sums, advance_reference
 from apt.errors import AptError
+from apt.evaluating import evaluating
 from apt.plan import Plan, PlannedBlock, PlannedSite
 from apt.reconstruct import Reconstruction, reconstruct
 from apt.solver import Gram, Pattern, Solution, SolverError, SolverOptions, relative_layer_error
@@ -151,15 +152,11 @@ def prune_blocks(
     """
     if tokens.ndim != 2 or not tokens.numel():
         raise AptError(f"tokens have shape {tuple(tokens.shape)}", "give (samples, seqlen)")
-    training = model.training
-    model.eval()
-    try:
-        run = _Run(
-            adapter, method, options or SolverOptions(), targets, reconstruction, ordered, observe
-        )
+    run = _Run(
+        adapter, method, options or SolverOptions(), targets, reconstruction, ordered, observe
+    )
+    with evaluating(model):
         return run.all(model, plan, tokens)
-    finally:
-        model.train(training)
 
 
 @dataclass

@@ -13,6 +13,7 @@ import argparse
 import copy
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,9 @@ from apt.report import peak_memory
 from apt.solver import Gram, SolverOptions, parse_pattern
 
 
+MODES = {"layer-wise": False, "error-aware": True}
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="a model reference; SmolLM2 by default")
@@ -39,6 +43,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--efforts", nargs="+", default=["fast", "default"])
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
+    parser.add_argument("--blocks", type=int, help="cut the model to its first blocks")
     parser.add_argument("--scaling", action="store_true")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
@@ -92,17 +98,25 @@ def against_limit(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One row for each mode and effort."""
     model, tokenizer = open_model(options.model)
     tokens = sample(tokenizer, wiki()[0], options.samples, options.seqlen)
+    with cut(model, options.blocks):
+        yield from _against_limit(options, model, tokens)
+
+
+def _against_limit(
+    options: argparse.Namespace, model: Model, tokens: Tensor
+) -> Iterator[dict[str, Any]]:
     parts = limit(model, model.module, tokens)
     limits = {
         False: 2 * parts["forward"] + parts["gram"],
         True: 3 * parts["forward"] + parts["gram"] + parts["cross"],
     }
     yield {"tokens": tokens.numel(), **parts}
-    for aware in (False, True):
+    for mode in options.modes:
+        aware = MODES[mode]
         for effort in options.efforts:
             seconds, solve = run(model, model.module, tokens, options.pattern, effort, aware)
             yield {
-                "mode": "error-aware" if aware else "layer-wise",
+                "mode": mode,
                 "effort": effort,
                 "seconds": seconds,
                 "solve": solve,
@@ -123,16 +137,23 @@ def scaling(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield _scaled(model, tokens[: options.samples // share], len(names) // 4, options.pattern)
 
 
-def _scaled(model: Model, tokens: Tensor, blocks: int, pattern: str) -> dict[str, Any]:
-    """A run of the model cut to its first blocks."""
+@contextmanager
+def cut(model: Model, blocks: int | None) -> Iterator[None]:
+    """The model with its first blocks alone."""
     path, _, _ = model.adapter.blocks(model.module)[0][0].rpartition(".")
     whole = model.module.get_submodule(path)
     parent, _, leaf = path.rpartition(".")
     setattr(model.module.get_submodule(parent), leaf, whole[:blocks])
     try:
-        seconds, solve = run(model, model.module, tokens, pattern, "default", True)
+        yield
     finally:
         setattr(model.module.get_submodule(parent), leaf, whole)
+
+
+def _scaled(model: Model, tokens: Tensor, blocks: int, pattern: str) -> dict[str, Any]:
+    """A run of the model cut to its first blocks."""
+    with cut(model, blocks):
+        seconds, solve = run(model, model.module, tokens, pattern, "default", True)
     return {
         "blocks": blocks,
         "tokens": tokens.numel(),

@@ -169,10 +169,13 @@ def test_same_inputs_same_bytes():
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_training_mode_is_restored():
+def test_every_module_is_left_in_its_own_mode():
     model = random_model("opt").train()
+    model.model.decoder.layers[0].eval()
+    modes = {name: module.training for name, module in model.named_modules()}
     library.prune(model, TOKENS, pattern="2:4", method="magnitude")
-    assert model.training
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert set(modes.values()) == {True, False}
 
 
 def test_a_method_that_misses_the_pattern_is_a_bug(adapter_of):

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from apt.adapter import Adapter, Site
 from apt.allocate import unstructured
 from apt.batches import enter
+from apt.evaluating import evaluating
 from apt.plan import Plan, PlannedBlock
 from apt.solver import Unstructured
 
@@ -41,18 +42,16 @@ def owl(model: nn.Module, adapter: Adapter, plan: Plan, tokens: Tensor) -> dict[
 
 def _outliers(model: nn.Module, adapter: Adapter, plan: Plan, tokens: Tensor) -> list[float]:
     """For each block, the share of its scores that are outliers."""
-    training = model.training
-    model.eval()
     modules = dict(adapter.blocks(model))
-    batches = enter(adapter, model, tokens)
     found = []
-    for index, planned in enumerate(plan.blocks):
-        block, squares = modules[planned.name], _Squares()
-        with adapter.capture(block, [entry.site for entry in planned.sites], squares.add):
-            for batch in batches:
-                batch.state = adapter.step(block, batch.state, batch.calls[index])
-        found.append(_share(block, planned, squares.sums))
-    model.train(training)
+    with evaluating(model):
+        batches = enter(adapter, model, tokens)
+        for index, planned in enumerate(plan.blocks):
+            block, squares = modules[planned.name], _Squares()
+            with adapter.capture(block, [entry.site for entry in planned.sites], squares.add):
+                for batch in batches:
+                    batch.state = adapter.step(block, batch.state, batch.calls[index])
+            found.append(_share(block, planned, squares.sums))
     return found
 
 
