@@ -32,7 +32,6 @@ from apt.plugins import registry
 from apt.report import peak_memory
 from apt.solver import Gram, SolverOptions, parse_pattern
 
-
 MODES = {"layer-wise": False, "error-aware": True}
 
 
