@@ -10,7 +10,7 @@ from apt.specs import MethodSpec
 from apt.targets import Targets
 
 DAMPING_ERROR_AWARE = 0.05
-TUNED_TOKENS = 2**14
+TUNED_TOKENS = 3 * 2**12
 RECONSTRUCTION: dict[Effort, Reconstruction | None] = {
     "fast": None,
     "default": Reconstruction(rate=0.05, epochs=1, tokens=TUNED_TOKENS),
