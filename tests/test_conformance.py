@@ -6,11 +6,20 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 from apt.adapter import Call, DecoderAdapter, Input
 from apt.batches import Batch
 from apt.capture import Capture
+from apt.pipeline import prune_blocks
+from apt.plan import make_plan
 from apt.plugins import registry
+from apt.solver import NM, ss
 from apt.testing import CHECKS, AdapterConformance, check_adapter
 from tests.families import CONFIGS, random_model, random_tokens
 
@@ -214,3 +223,27 @@ def test_the_pytest_plugin(pytester):
     done = pytester.runpytest_subprocess("--apt-adapter", "llamo")
     done.assert_outcomes(failed=len(CHECKS))
     done.stdout.fnmatch_lines(["*did you mean 'llama'?*"])
+
+
+def test_a_tower_beside_the_decoder_is_left_alone():
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        image_size=16, patch_size=8, projection_dim=16,
+    )  # fmt: skip
+    text = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=int(TOKENS.max()) + 1,
+    )  # fmt: skip
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=text.vocab_size)
+
+    class Llava(LLAMA):
+        blocks_path = "model.language_model.layers"
+
+    model = LlavaForConditionalGeneration(config).eval()
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    assert not [o for o in check_adapter(Llava(), model, TOKENS) if o.problem]
+    plan = make_plan(model, Llava(), NM(2, 4))
+    prune_blocks(model, Llava(), plan, TOKENS, ss)
+    changed = {n for n, value in model.named_parameters() if not torch.equal(value, before[n])}
+    assert changed == {f"{site.name}.weight" for site in plan.sites}
+    assert len(changed) == 14
