@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from apt.evaluating import evaluating
+from apt.eval_mode import eval_mode
 
 _TOKENS_PER_BATCH = 2048
 
@@ -43,7 +43,7 @@ def accuracy(model: nn.Module, tokens: Tensor) -> float:
 def _mean(model: nn.Module, tokens: Tensor, measure: Callable[[Tensor, Tensor], Tensor]) -> float:
     """The mean of ``measure``, which is given logits (n, vocabulary) and the tokens that follow."""
     device, total = next(model.parameters()).device, 0.0
-    with evaluating(model):
+    with eval_mode(model):
         for batch in torch.split(tokens, max(1, _TOKENS_PER_BATCH // tokens.shape[1])):
             batch = batch.to(device)
             logits = model(batch, use_cache=False).logits[:, :-1]

@@ -14,7 +14,7 @@ from apt.adapter import Adapter, Site
 from apt.batches import TOKENS_PER_BATCH, Batch, enter
 from apt.capture import Capture, Sums, advance_reference
 from apt.errors import AptError
-from apt.evaluating import evaluating
+from apt.eval_mode import eval_mode
 from apt.plan import Plan, PlannedBlock, PlannedSite
 from apt.reconstruct import Reconstruction, reconstruct
 from apt.solver import Gram, Pattern, Solution, SolverError, SolverOptions, relative_layer_error
@@ -155,7 +155,7 @@ def prune_blocks(
     run = _Run(
         adapter, method, options or SolverOptions(), targets, reconstruction, ordered, observe
     )
-    with evaluating(model):
+    with eval_mode(model):
         return run.all(model, plan, tokens)
 
 

@@ -31,7 +31,8 @@ class Reconstruction:
         epochs: how often the batches are passed, at most.
         held_back: the share of the batches that is held back, at least one.
         tokens_per_batch: about as many tokens make a step.
-        tokens: at most about as many are passed, of samples evenly spread; None passes all.
+        tokens: at most about as many are passed, of samples evenly spread, but two samples at
+            least, so that one can be held back; None passes all.
 
     Of fp32 weights, the products of forward and backward are bf16 where the machine has them; what
     is held back is measured in fp32.
@@ -45,7 +46,7 @@ class Reconstruction:
 
     def chosen(self, samples: int, seqlen: int) -> Tensor:
         """True for each of the samples (samples,) that is passed."""
-        count = samples if self.tokens is None else min(samples, max(1, self.tokens // seqlen))
+        count = samples if self.tokens is None else min(samples, max(2, self.tokens // seqlen))
         chosen = torch.zeros(samples, dtype=torch.bool)
         chosen[torch.arange(count) * samples // count] = True
         return chosen

@@ -1,7 +1,6 @@
 """Local reconstruction: zeros stay, the held-back error never rises, half precision is served."""
 
 import copy
-from functools import partial
 
 import pytest
 import torch
@@ -98,7 +97,8 @@ def test_a_part_of_the_samples_is_spread_over_all():
     assert chosen.nonzero().flatten().tolist() == [0, 4, 8, 12, 16]
     assert Reconstruction(tokens=24 * 20).chosen(20, 24).all()
     assert Reconstruction(tokens=None).chosen(20, 24).all()
-    assert Reconstruction(tokens=10).chosen(20, 24).sum() == 1
+    assert Reconstruction(tokens=10).chosen(20, 24).sum() == 2
+    assert Reconstruction(tokens=10).chosen(1, 24).sum() == 1
 
 
 def test_a_run_tunes_on_the_chosen_samples_and_prunes_on_all(monkeypatch):
@@ -122,8 +122,8 @@ def test_tuning_in_mixed_precision_ends_where_full_precision_does(name, monkeypa
     loaded, tokens, _ = zoo_model(name, samples=8, seqlen=48)
     after = []
     for native in (False, True):
-        mixed = partial(torch.autocast, "cpu", torch.bfloat16, native)
-        monkeypatch.setattr("apt.reconstruct._mixed", lambda weights, mixed=mixed: mixed())
+        mixed = torch.autocast("cpu", torch.bfloat16, native)
+        monkeypatch.setattr("apt.reconstruct._mixed", lambda weights, mixed=mixed: mixed)
         model, adapter = copy.deepcopy(loaded.module).float(), loaded.adapter
         batches = enter(adapter, model, tokens, 48, reference=True)
         block, sites = pruned_block(adapter, model, batches)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from apt.adapter import Call, DecoderAdapter, Site, State, record_calls
 from apt.errors import AptError
-from apt.evaluating import evaluating
+from apt.eval_mode import eval_mode
 from apt.testing.checks import CHECKS, Nonconformance, Subject
 from apt.testing.oracle import PRODUCTS, Stream, place_of
 
@@ -39,7 +39,7 @@ class AutoAdapter(DecoderAdapter):
         path, layers = _largest_list(model)
         blocks = [(f"{path}.{name}", block) for name, block in layers.named_children()]
         if any(_likeness(block) not in self._found for _, block in blocks):
-            with evaluating(model):
+            with eval_mode(model):
                 self._look(_with_values(model), path)
         return blocks
 
@@ -75,7 +75,7 @@ class AutoAdapter(DecoderAdapter):
             self._found[_likeness(block)] = sites
 
     def _prove(self, model: nn.Module, tokens: Tensor) -> None:
-        with evaluating(model), _explained(type(model).__name__):
+        with eval_mode(model), _explained(type(model).__name__):
             for name in _CHECKS:
                 try:
                     CHECKS[name](Subject(self, model, tokens))

@@ -21,7 +21,7 @@ from apt.adapter import Adapter, Call, Site, State
 from apt.batches import Batch
 from apt.capture import Capture
 from apt.errors import AptError
-from apt.evaluating import evaluating
+from apt.eval_mode import eval_mode
 from apt.pipeline import prune_blocks
 from apt.plan import make_plan
 from apt.solver import NM, Pattern, Unstructured, ss
@@ -322,7 +322,7 @@ def check_adapter(adapter: Adapter, model: nn.Module, tokens: Tensor) -> list[Ou
         model: a model of its family; see `Subject`.
         tokens: token ids (samples, seqlen).
     """
-    with evaluating(model):
+    with eval_mode(model):
         subject = Subject(adapter, model, tokens)
         return [_outcome(name, check, subject) for name, check in CHECKS.items()]
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from apt.adapter import Adapter, Site
 from apt.allocate import unstructured
 from apt.batches import enter
-from apt.evaluating import evaluating
+from apt.eval_mode import eval_mode
 from apt.plan import Plan, PlannedBlock
 from apt.solver import Unstructured
 
@@ -44,7 +44,7 @@ def _outliers(model: nn.Module, adapter: Adapter, plan: Plan, tokens: Tensor) ->
     """For each block, the share of its scores that are outliers."""
     modules = dict(adapter.blocks(model))
     found = []
-    with evaluating(model):
+    with eval_mode(model):
         batches = enter(adapter, model, tokens)
         for index, planned in enumerate(plan.blocks):
             block, squares = modules[planned.name], _Squares()

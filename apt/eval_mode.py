@@ -7,12 +7,12 @@ from torch import nn
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """The model in eval mode while this is entered; then every module is in its own mode again."""
     training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        yield model
+        yield
     finally:
         for module, was in training:
             module.training = was
