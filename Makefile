@@ -4,8 +4,10 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 FAMILIES = $(addprefix -e ,$(wildcard plugins/apt-*))  # as anybody's packages
 OLDEST = transformers==4.57.1
+# What mamba_ssm brings without a compiler for GPUs: its Python, and kernels in Triton.
+KERNELS = causal-conv1d==1.7.0 mamba-ssm==2.3.2.post1 triton==3.7.1
 
-.PHONY: demo test lint check template matrix clean
+.PHONY: demo test lint check kernels template matrix clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/apt prune --adapter llama --eval builtin --output out/llama-2of4 --overwrite
@@ -20,6 +22,10 @@ lint: $(VENV)/.development
 	$(BIN)/lint-imports
 
 check: lint test
+
+# What runs only beside mamba_ssm, with its own Python over stand-ins for what it compiles.
+kernels: $(VENV)/.kernels
+	PYTHONPATH=$(VENV)/kernels $(BIN)/python -m pytest tests/kernels
 
 # A package made from the template, beside a wheel, in an environment of its own.
 template: $(VENV)/.development
@@ -39,6 +45,13 @@ $(VENV)/.runtime: pyproject.toml
 $(VENV)/.development: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -e '.[dev]' $(FAMILIES)
+	touch $@
+
+$(VENV)/.kernels: $(VENV)/.development
+	$(BIN)/pip install --quiet wheel einops ninja packaging setuptools
+	CAUSAL_CONV1D_SKIP_CUDA_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE \
+	MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE \
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --target $(VENV)/kernels $(KERNELS)
 	touch $@
 
 clean:

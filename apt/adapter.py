@@ -7,7 +7,7 @@ where a residual is threaded beside it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
@@ -99,6 +99,9 @@ class Adapter(Protocol):
     def positions(self, config: Any) -> int | None:
         """The longest sequence that a configuration allows; None where there is no limit."""
 
+    def running(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Entered around everything that is run of a model: what its family needs meanwhile."""
+
     def blocks(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         """The blocks in order, with their full names.
 
@@ -174,6 +177,10 @@ class DecoderAdapter:
     def positions(self, config: Any) -> int | None:
         """``max_position_embeddings``."""
         return getattr(config, "max_position_embeddings", None)
+
+    def running(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Nothing is needed."""
+        return nullcontext()
 
     def blocks(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         """The modules in ``blocks_path``."""

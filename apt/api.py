@@ -75,7 +75,8 @@ def prune(
     except ValueError as error:
         raise AptError(str(error)) from error
     shelf = registry()
-    spec = shelf.adapters.get(adapter) if adapter else shelf.adapter_for(model.config.model_type)
+    kind = getattr(model.config, "model_type", type(model).__name__)
+    spec = shelf.adapters.get(adapter) if adapter else shelf.adapter_for(kind)
     chosen = shelf.methods.get(method) if method else shelf.default_method()
     instance = spec.load()()
     instance.check(model.config)
@@ -93,7 +94,7 @@ def prune(
             "allocation": allocation,
             **mode.record(),
         },
-        model={"type": model.config.model_type, "adapter": spec.name},
+        model={"type": kind, "adapter": spec.name},
         tokens={"shape": list(tokens.shape), "sha256": digest(tokens.cpu())},
         sites=sites,
         skipped=[site.name for site in plan.sites if site.pattern is None],

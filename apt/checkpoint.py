@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from apt.errors import AptError, first_line
+from apt.formats import Checkpoint
 
 
 def check_output(directory: Path, overwrite: bool) -> None:
@@ -81,8 +82,21 @@ def _umask() -> int:
     return mask
 
 
-def save_model(model: Any, tokenizer: Any, directory: Path) -> None:
-    """Write weights as safetensors, configuration and tokenizer."""
-    model.save_pretrained(directory)
+def save_model(
+    model: Any, tokenizer: Any, directory: Path, checkpoint: Checkpoint | None = None
+) -> None:
+    """Write weights, configuration and tokenizer.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer, if there is one.
+        directory: where to.
+        checkpoint: what it was read from, if not from transformers' own format, to write it so;
+            None writes safetensors as transformers does.
+    """
+    if checkpoint is None:
+        model.save_pretrained(directory)
+    else:
+        checkpoint.write(model.state_dict(), directory)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)

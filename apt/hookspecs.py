@@ -20,6 +20,7 @@ from apt.specs import (
     AllocationSpec,
     CalibrationSpec,
     EvaluatorSpec,
+    FormatSpec,
     MethodSpec,
 )
 
@@ -43,6 +44,11 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 @hookspec
 def apt_adapters() -> Iterable[AdapterSpec]:  # type: ignore[empty-body]
     """The model families that this plugin serves."""
+
+
+@hookspec
+def apt_formats() -> Iterable[FormatSpec]:  # type: ignore[empty-body]
+    """The formats of checkpoints, beside that of transformers, that this plugin reads."""
 
 
 @hookspec

@@ -5,7 +5,7 @@ import os
 import pickle
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from apt.adapter import Adapter
 from apt.errors import AptError, first_line
+from apt.formats import Checkpoint, open_checkpoint
 from apt.plugins import Registry, registry
 from apt.specs import AdapterSpec
 
@@ -59,13 +60,21 @@ class Source:
 
 @dataclass(frozen=True)
 class Model:
-    """A loaded model with what is needed to prune it."""
+    """A loaded model with what is needed to prune it.
+
+    Attributes:
+        source: where it is read from.
+        module, config: the model and its configuration, as transformers has them.
+        spec, adapter: the adapter of its family.
+        checkpoint: what reads and writes it where it is not in transformers' own format.
+    """
 
     source: Source
     module: nn.Module
     config: Any
     spec: AdapterSpec
     adapter: Adapter
+    checkpoint: Checkpoint | None = None
 
 
 def find(reference: str, registry: Registry, *, trust_remote_code: bool = False) -> Source:
@@ -110,18 +119,25 @@ def read_config(source: Source) -> Any:
 
 def skeleton(source: Source, registry: Registry, adapter: str | None = None) -> Model:
     """The model on the meta device: modules and shapes, no weights."""
-    config = read_config(source)
+    checkpoint = None if source.gguf else open_checkpoint(source.location, registry)
+    config = checkpoint.config if checkpoint else read_config(source)
     spec = registry.adapters.get(adapter) if adapter else registry.adapter_for(config.model_type)
     instance: Adapter = spec.load()()
     instance.check(config)
+    module = _empty(source, config)
+    return Model(source, module, config, spec, instance, checkpoint)
+
+
+def _empty(source: Source, config: Any) -> nn.Module:
+    """A model without weights, in eval mode."""
     try:
         with torch.device("meta"):
-            module = AutoModelForCausalLM.from_config(
+            module: nn.Module = AutoModelForCausalLM.from_config(
                 config, trust_remote_code=source.trust_remote_code
             )
     except _LOAD_ERRORS as error:
         raise _load_error(source, error) from error
-    return Model(source, module.eval(), config, spec, instance)
+    return module.eval()
 
 
 def load(shell: Model, dtype: torch.dtype | None = None, device: str = "cpu") -> Model:
@@ -136,6 +152,22 @@ def load(shell: Model, dtype: torch.dtype | None = None, device: str = "cpu") ->
         AptError: the checkpoint is damaged, incomplete, or holds weights that are not finite.
     """
     source = shell.source
+    if shell.checkpoint is None:
+        module, missing = _from_pretrained(source, dtype)
+    else:
+        module, missing = _from_checkpoint(source, shell.checkpoint, dtype)
+    if missing:
+        raise AptError(
+            f"{source.reference} lacks {len(missing)} weights of {type(module).__name__}, "
+            f"such as {missing[0]}",
+            "is the checkpoint complete and in the format of transformers?",
+        )
+    check_finite(module, source.reference)
+    return replace(shell, module=module.to(device).eval(), config=module.config)
+
+
+def _from_pretrained(source: Source, dtype: torch.dtype | None) -> tuple[Any, list[str]]:
+    """The model as transformers reads it, and the names of weights that are not there."""
     wanted = dtype or (torch.float32 if source.gguf else "auto")
     try:
         with warnings.catch_warnings():
@@ -145,17 +177,31 @@ def load(shell: Model, dtype: torch.dtype | None = None, device: str = "cpu") ->
             )
     except _LOAD_ERRORS as error:
         raise _load_error(source, error) from error
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
+    missing = sorted(info["missing_keys"])
+    return (_plain(module) if source.gguf and not missing else module), missing
+
+
+def _from_checkpoint(
+    source: Source, checkpoint: Checkpoint, dtype: torch.dtype | None
+) -> tuple[Any, list[str]]:
+    """The model as a plugin reads it, every weight in its own dtype unless told otherwise."""
+    module: Any = _empty(source, checkpoint.config)
+    try:
+        found = module.load_state_dict(checkpoint.read(), strict=False, assign=True)
+    except _LOAD_ERRORS as error:
+        raise _load_error(source, error) from error
+    module.tie_weights()
+    empty = [name for name, tensor in module.state_dict().items() if tensor.is_meta]
+    if found.unexpected_keys:
         raise AptError(
-            f"{source.reference} lacks {len(missing)} weights of {type(module).__name__}, "
-            f"such as {missing[0]}",
-            "is the checkpoint complete and in the format of transformers?",
+            f"{source.reference} has {found.unexpected_keys[0]}, of which "
+            f"{type(module).__name__} knows nothing",
+            "is its config.json the right one?",
         )
-    if source.gguf:
-        module = _plain(module)
-    check_finite(module, source.reference)
-    return Model(source, module.to(device).eval(), module.config, shell.spec, shell.adapter)
+    if empty:
+        return module, empty
+    module.config.dtype = dtype or module.get_input_embeddings().weight.dtype
+    return (module.to(dtype) if dtype else module), []
 
 
 def _plain(module: Any) -> nn.Module:
@@ -183,14 +229,15 @@ def check_finite(module: nn.Module, reference: str) -> None:
             )
 
 
-def load_tokenizer(source: Source) -> Any:
-    """The model's tokenizer."""
+def load_tokenizer(source: Source, other: str | None = None) -> Any:
+    """The model's tokenizer, or that of the directory or hub name ``other``."""
+    options = source.options() if other is None else {}
     try:
-        return AutoTokenizer.from_pretrained(source.location, **source.options())
+        return AutoTokenizer.from_pretrained(other or source.location, **options)
     except Exception as error:  # `tokenizers` raises bare exceptions
         raise AptError(
-            f"{source.reference} has no tokenizer that loads: {first_line(error)}",
-            "put the tokenizer's files beside the weights",
+            f"{other or source.reference} has no tokenizer that loads: {first_line(error)}",
+            "put the tokenizer's files beside the weights, or name one with --tokenizer",
         ) from error
 
 

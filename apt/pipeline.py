@@ -155,7 +155,7 @@ def prune_blocks(
     run = _Run(
         adapter, method, options or SolverOptions(), targets, reconstruction, ordered, observe
     )
-    with eval_mode(model):
+    with eval_mode(model), adapter.running(model):
         return run.all(model, plan, tokens)
 
 

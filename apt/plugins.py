@@ -17,6 +17,7 @@ from apt.specs import (
     AllocationSpec,
     CalibrationSpec,
     EvaluatorSpec,
+    FormatSpec,
     MethodSpec,
     Spec,
 )
@@ -75,6 +76,7 @@ class Registry:
     """What all plugins offer."""
 
     adapters: Shelf[AdapterSpec]
+    formats: Shelf[FormatSpec]
     methods: Shelf[MethodSpec]
     allocations: Shelf[AllocationSpec]
     calibrations: Shelf[CalibrationSpec]
@@ -85,7 +87,8 @@ class Registry:
     def offers(self, plugin: Plugin) -> list[str]:
         """The names of what ``plugin`` offers."""
         shelves = (
-            self.adapters, self.methods, self.allocations, self.calibrations, self.evaluators
+            self.adapters, self.formats, self.methods, self.allocations, self.calibrations,
+            self.evaluators,
         )  # fmt: skip
         names = [
             name
@@ -229,13 +232,14 @@ def load_registry(entries: Iterable[EntryPoint], disable: str = "") -> Registry:
         raise AptError(first_line(error), hint) from error
     hook = loader.manager.hook
     adapters = loader.shelf("adapter", hook.apt_adapters, AdapterSpec)
+    formats = loader.shelf("format", hook.apt_formats, FormatSpec)
     methods = loader.shelf("method", hook.apt_methods, MethodSpec)
     allocations = loader.shelf("allocation", hook.apt_allocations, AllocationSpec)
     calibrations = loader.shelf("data set", hook.apt_calibrations, CalibrationSpec)
     evaluators = loader.shelf("metric", hook.apt_evaluators, EvaluatorSpec)
     observers = {impl.plugin_name: impl for impl in hook.apt_site_pruned.get_hookimpls()}
     return Registry(
-        adapters, methods, allocations, calibrations, evaluators, loader.plugins, observers
+        adapters, formats, methods, allocations, calibrations, evaluators, loader.plugins, observers
     )
 
 

@@ -49,6 +49,7 @@ class RunOptions:
     error_aware: bool | None = None
     ordered: bool | None = None
     overwrite: bool = False
+    tokenizer: str | None = None
     trust_remote_code: bool = False
     selection: Selection = field(default_factory=Selection)
     solver: SolverOptions = field(default_factory=SolverOptions)
@@ -182,7 +183,7 @@ def execute(prepared: Prepared, observe: Observer, status: Callable[[str], None]
     """
     started, options = time.perf_counter(), prepared.options
     status("reading text")
-    tokenizer = load_tokenizer(prepared.shell.source)
+    tokenizer = load_tokenizer(prepared.shell.source, options.tokenizer)
     tokens, held_out = _texts(prepared, tokenizer)
     status("loading the model")
     model = load(prepared.shell, read_dtype(options.dtype), prepared.device)
@@ -210,7 +211,7 @@ def execute(prepared: Prepared, observe: Observer, status: Callable[[str], None]
     )
     status("saving and verifying")
     with whole_directory(options.output) as directory:
-        save_model(model.module, tokenizer, directory)
+        save_model(model.module, tokenizer, directory, model.checkpoint)
         report.write(directory)
         del model
         gc.collect()
@@ -261,9 +262,9 @@ def _scores(
     options, measured = prepared.options, {}
     for name in options.metrics:
         status(f"measuring {name} {when} pruning")
-        measured[name] = float(
-            prepared.registry.evaluators.get(name).load()(model.module, held_out)
-        )
+        measure = prepared.registry.evaluators.get(name).load()
+        with model.adapter.running(model.module):
+            measured[name] = float(measure(model.module, held_out))
     return {"source": options.evaluation, "shape": list(held_out.shape), when: measured}
 
 
@@ -283,6 +284,6 @@ def _verify_saved(prepared: Prepared, directory: Path) -> None:
     """Open what was written as anybody would, and hold it against the plan."""
     shell = prepared.shell
     source = replace(shell.source, location=str(directory), gguf=None)
-    saved = load(replace(shell, source=source))
+    saved = load(skeleton(source, prepared.registry, shell.spec.name))
     if failed := failures(verify(saved.module, shell.adapter, prepared.plan)):
         raise RuntimeError(f"{failed[0].name} as written: {failed[0].detail}")

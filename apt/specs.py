@@ -56,6 +56,16 @@ class AdapterSpec(Spec):
 
 
 @dataclass(frozen=True)
+class FormatSpec(Spec):
+    """A format of checkpoints that is not transformers' own.
+
+    Its target is a function from where a checkpoint lies (a directory or a name on the hub) and
+    its ``config.json``, one without a ``model_type``, to an `apt.formats.Checkpoint`, or None where
+    that is not one of the format's.
+    """
+
+
+@dataclass(frozen=True)
 class MethodSpec(Spec):
     """A pruning method; its target is a function `apt.pipeline.Method`.
 

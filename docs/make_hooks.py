@@ -4,11 +4,11 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
-from apt import adapter, hookspecs, pipeline, specs
+from apt import adapter, formats, hookspecs, pipeline, specs
 
 SPECS = (
-    specs.AdapterSpec, specs.MethodSpec, specs.AllocationSpec, specs.CalibrationSpec,
-    specs.EvaluatorSpec,
+    specs.AdapterSpec, specs.FormatSpec, specs.MethodSpec, specs.AllocationSpec,
+    specs.CalibrationSpec, specs.EvaluatorSpec,
 )  # fmt: skip
 TARGETS = (adapter.Adapter, adapter.Site, adapter.Input, adapter.DecoderAdapter)
 
@@ -48,6 +48,8 @@ def main() -> None:
     print(entry(adapter.Adapter))
     print("\n".join(members(adapter.Adapter)))
     print("\n".join(entry(thing) for thing in TARGETS[1:]))
+    print(entry(formats.Checkpoint))
+    print("\n".join(members(formats.Checkpoint)))
     print(entry(pipeline.Method.__call__).replace("`__call__`", "A method"), end="")
 
 

@@ -6,8 +6,11 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    FalconH1Config,
     FalconMambaConfig,
+    JambaConfig,
     LlamaConfig,
+    Mamba2Config,
     MambaConfig,
     MistralConfig,
     OPTConfig,
@@ -21,6 +24,7 @@ VOCABULARY = 2048  # that of the zoo's tokenizer
 _SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3}
 _IDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 _HEADS = {"num_attention_heads": 4, "max_position_embeddings": 128}
+_GROUPED = {"intermediate_size": 64, "num_key_value_heads": 2}
 _MAMBA = {"state_size": 8, "time_step_rank": 4, **_SMALL, **_IDS}
 
 CONFIGS = {
@@ -40,8 +44,23 @@ CONFIGS = {
     "mamba": MambaConfig(**_MAMBA),
     "mamba-no-fp32-residual": MambaConfig(residual_in_fp32=False, **_MAMBA),
     "falcon-mamba": FalconMambaConfig(**_MAMBA),
+    "mamba2": Mamba2Config(
+        state_size=8, num_heads=4, head_dim=16, n_groups=2, chunk_size=8, **_SMALL, **_IDS
+    ),
+    "jamba": JambaConfig(
+        attn_layer_period=3, attn_layer_offset=1, expert_layer_period=3, expert_layer_offset=2,
+        num_experts=4, num_experts_per_tok=2, mamba_d_state=8, mamba_dt_rank=4,
+        use_mamba_kernels=False, **_GROUPED, **_SMALL, **_HEADS, **_IDS,
+    ),
+    "falcon-h1": FalconH1Config(
+        head_dim=8, mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_n_groups=1,
+        mamba_d_state=8, mamba_chunk_size=8, ssm_in_multiplier=1.25, ssm_out_multiplier=0.5,
+        attention_in_multiplier=0.75, attention_out_multiplier=0.5, mlp_multipliers=[0.5, 0.25],
+        **_GROUPED, **_SMALL, **_HEADS, **_IDS,
+    ),
 }  # fmt: skip
-ATTENTION = [name for name in CONFIGS if "mamba" not in name]
+SCANS = ["mamba", "mamba-no-fp32-residual", "falcon-mamba", "mamba2", "jamba", "falcon-h1"]
+ATTENTION = [name for name in CONFIGS if name not in SCANS]
 FAMILIES = {"llama": "llama-grouped-tied", "opt": "opt", "bloom": "bloom", "mamba": "mamba"}
 
 

@@ -46,15 +46,22 @@ def linear_inputs(block):
                     lambda module, args, name=name: seen.setdefault(name, args[0])
                 )
             )
-    if hasattr(block, "mixer"):
-        mixer = block.mixer
+    place = next((name for name in ("mixer", "mamba") if hasattr(block, name)), None)
+    mixer = getattr(block, place) if place else None
+    if hasattr(mixer, "dt_layernorm"):  # Jamba's own
+
+        def normed(module, args, output):
+            seen[f"{place}.dt_proj"] = output
+
+        handles.append(mixer.dt_layernorm.register_forward_hook(normed))
+    elif hasattr(mixer, "dt_proj"):
 
         def time_step(module, args, output):
             rank_part = output[..., : mixer.time_step_rank]
             if hasattr(mixer, "rms_eps"):  # FalconMamba normalises it first
                 square = rank_part.pow(2).mean(-1, keepdim=True)
                 rank_part = rank_part * torch.rsqrt(square + mixer.rms_eps)
-            seen["mixer.dt_proj"] = rank_part
+            seen[f"{place}.dt_proj"] = rank_part
 
         handles.append(mixer.x_proj.register_forward_hook(time_step))
     yield seen

@@ -1,4 +1,4 @@
-"""Train one tiny checkpoint of the zoo: ``python zoo/train.py llama|opt|bloom|mamba``.
+"""Train one tiny checkpoint of the zoo: ``python zoo/train.py llama|opt|bloom|mamba|mamba2``.
 
 A checkpoint is a model of about two million parameters and its own tokenizer, both trained from
 scratch on the training documents of ``corpus.py``. One processor core is enough.
@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import corpus
-import scan
 import torch
 import torch.nn.functional as F
+from apt_adapters.processor import on_processor
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -96,7 +96,13 @@ class Recipe(NamedTuple):
     embedding_scale: float = 1.0
 
 
-NAMES = {"llama": "LLaMA", "opt": "OPT", "bloom": "BLOOM", "mamba": "Mamba"}
+NAMES = {
+    "llama": "LLaMA",
+    "opt": "OPT",
+    "bloom": "BLOOM",
+    "mamba": "Mamba",
+    "mamba2": "Mamba2",
+}
 
 # Hidden sizes, feed-forward sizes and ranks are multiples of 8, so that the input width of every
 # linear layer can be cut into the groups of 4 or 8 of semi-structured sparsity.
@@ -164,6 +170,25 @@ RECIPES = {
         },
         window=256,
         steps=1000,
+        learning_rate=4e-3,
+    ),
+    "mamba2": Recipe(
+        {
+            "hidden_size": 192,
+            "num_hidden_layers": 6,
+            "state_size": 64,
+            "expand": 2,
+            "num_heads": 8,
+            "head_dim": 48,
+            "n_groups": 1,
+            # The scan of transformers takes memory and time in proportion to it.
+            "chunk_size": 32,
+            "residual_in_fp32": True,
+            "initializer_range": 0.02,
+            "max_position_embeddings": CONTEXT,
+        },
+        window=256,
+        steps=1400,
         learning_rate=4e-3,
     ),
 }
@@ -377,13 +402,13 @@ def main() -> None:
     recipe = RECIPES[arguments.family]
     if arguments.steps:
         recipe = recipe._replace(steps=arguments.steps)
-    scan.install()
     training = corpus.load_split().training
     tokenizer = train_tokenizer(training)
     ids = training_stream(tokenizer, training)
     held_out = encode(tokenizer, corpus.evaluation_text())
     model = build_model(arguments.family, recipe)
-    train(model, recipe, ids, held_out)
+    with on_processor(model):
+        train(model, recipe, ids, held_out)
     exact = perplexity(model, held_out)
     rounded = perplexity(model.to(torch.bfloat16), held_out)
     print(f"perplexity {exact:.2f} in float32, {rounded:.2f} in bfloat16")

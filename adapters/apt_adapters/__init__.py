@@ -1,12 +1,12 @@
 """The model families that ship with APT, one file each."""
 
 from apt.hookspecs import hookimpl
-from apt.specs import AdapterSpec
+from apt.specs import AdapterSpec, FormatSpec
 
 
 @hookimpl
 def apt_adapters() -> list[AdapterSpec]:
-    """LLaMA, OPT, BLOOM and Mamba, and one for what has none."""
+    """LLaMA, OPT, BLOOM, the Mambas and hybrids of them, and one for what has none."""
     return [
         AdapterSpec(
             "llama",
@@ -37,8 +37,47 @@ def apt_adapters() -> list[AdapterSpec]:
             zoo="apt_adapters:zoo/mamba",
         ),
         AdapterSpec(
+            "mamba2",
+            "Mamba2",
+            "apt_adapters.mamba:Mamba2Adapter",
+            model_types=("mamba2",),
+            zoo="apt_adapters:zoo/mamba2",
+        ),
+        AdapterSpec(
+            "jamba",
+            "Jamba: attention, Mamba and experts by turns",
+            "apt_adapters.hybrid:JambaAdapter",
+            model_types=("jamba",),
+            example="apt_adapters.examples:jamba",
+        ),
+        AdapterSpec(
+            "falcon-h1",
+            "Falcon-H1: attention and Mamba2 side by side",
+            "apt_adapters.hybrid:FalconH1Adapter",
+            model_types=("falcon_h1",),
+            example="apt_adapters.examples:falcon_h1",
+        ),
+        AdapterSpec(
+            "mamba-ssm",
+            "Models of the package mamba_ssm, from a program",
+            "apt_adapters.native_mamba:NativeMambaAdapter",
+            model_types=("MambaLMHeadModel",),
+        ),
+        AdapterSpec(
             "auto",
             "Any causal language model of transformers, found by running it; ask for it by name",
             "apt_adapters.auto:AutoAdapter",
         ),
+    ]
+
+
+@hookimpl
+def apt_formats() -> list[FormatSpec]:
+    """mamba_ssm's."""
+    return [
+        FormatSpec(
+            "mamba-ssm",
+            "Checkpoints as mamba_ssm writes them (state-spaces/mamba-130m)",
+            "apt_adapters.native_checkpoint:native_checkpoint",
+        )
     ]

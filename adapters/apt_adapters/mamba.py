@@ -1,11 +1,16 @@
-"""Mamba and FalconMamba.
+"""Mamba, FalconMamba and Mamba2.
 
 ``dt_proj`` is never called as a module: its weight is multiplied directly, and with fused kernels
 other projections are as well. The weight tap, which is every adapter's default capture, sees these
 products; nothing here depends on which path the forward takes.
 """
 
+from contextlib import AbstractContextManager
+
+from torch import nn
+
 from apt.adapter import DecoderAdapter, Input
+from apt_adapters.processor import on_processor
 
 
 class MambaAdapter(DecoderAdapter):
@@ -16,5 +21,18 @@ class MambaAdapter(DecoderAdapter):
         Input("mixer", ("mixer.in_proj",)),
         Input("convolved", ("mixer.x_proj",)),
         Input("time_step", ("mixer.dt_proj",)),
+        Input("scanned", ("mixer.out_proj",), residual=True),
+    )
+
+    def running(self, model: nn.Module) -> AbstractContextManager[None]:
+        """On a processor, with a scan that is made for it."""
+        return on_processor(model)
+
+
+class Mamba2Adapter(MambaAdapter):
+    """``Mamba2ForCausalLM``; B, C and the time step come out of ``in_proj``."""
+
+    inputs = (
+        Input("mixer", ("mixer.in_proj",)),
         Input("scanned", ("mixer.out_proj",), residual=True),
     )

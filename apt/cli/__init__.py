@@ -6,7 +6,7 @@ import warnings
 
 import typer
 
-from apt.cli import adapters, check, evaluate, inspect, methods, plugins, prune, verify
+from apt.cli import adapters, check, convert, evaluate, inspect, methods, plugins, prune, verify
 from apt.errors import AptError
 
 # What people mean by `apt` on Debian and its relatives.
@@ -46,6 +46,7 @@ app.command("eval")(evaluate.evaluate)
 app.command("inspect")(inspect.inspect)
 app.command("verify")(verify.verify)
 app.command("check")(check.check)
+app.command("convert")(convert.convert)
 app.command("adapters")(adapters.adapters)
 app.command("methods")(methods.methods)
 app.command("plugins")(plugins.plugins)

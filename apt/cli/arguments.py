@@ -22,6 +22,9 @@ OVERRIDE = typer.Option(
 METRIC = typer.Option(
     ["perplexity"], "--metric", metavar="NAME", help="perplexity or accuracy; repeatable."
 )
+TOKENIZER = typer.Option(
+    None, "--tokenizer", metavar="NAME", help="Directory or hub name; by default the model's own."
+)
 REMOTE = typer.Option(False, "--trust-remote-code", help="Run code that comes with the checkpoint.")
 DEVICE = typer.Option("auto", "--device", help="cpu, cuda, …; auto takes a GPU if there is one.")
 DTYPE = typer.Option(

@@ -17,6 +17,7 @@ def evaluate(
     adapter: str | None = args.ADAPTER,
     device: str = args.DEVICE,
     dtype: str = args.DTYPE,
+    tokenizer: str | None = args.TOKENIZER,
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
     trust_remote_code: bool = args.REMOTE,
 ) -> None:
@@ -37,13 +38,14 @@ def evaluate(
     shell = skeleton(source, registry(), adapter)
     seqlen = capped(seqlen, shell, notice)
     texts = documents(data, "evaluation", registry())
-    tokens = evaluation_tokens(load_tokenizer(source), texts, samples, seqlen, data)
+    tokens = evaluation_tokens(load_tokenizer(source, tokenizer), texts, samples, seqlen, data)
     with err.status("loading the model") as status:
         loaded = load(shell, precision, choose_device(device))
         values = {}
         for spec in measures:
             status.update(f"measuring {spec.name} on {tokens.numel():,} tokens")
-            values[spec.name] = float(spec.load()(loaded.module, tokens))
+            with loaded.adapter.running(loaded.module):
+                values[spec.name] = float(spec.load()(loaded.module, tokens))
     windows = tokens.shape[0]
     if as_json:
         record = {"model": model, "data": data, **values, "windows": windows,

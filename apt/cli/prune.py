@@ -69,6 +69,7 @@ def prune(
     dtype: str = args.DTYPE,
     seed: int = typer.Option(0, "--seed", help="Draws the calibration samples."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace a non-empty output."),
+    tokenizer: str | None = args.TOKENIZER,
     trust_remote_code: bool = args.REMOTE,
     dry_run: bool = typer.Option(False, "--dry-run", help="Show the plan and write nothing."),
 ) -> None:  # fmt: skip
@@ -104,6 +105,7 @@ def prune(
         error_aware=error_aware,
         ordered=ordered,
         overwrite=overwrite,
+        tokenizer=tokenizer,
         trust_remote_code=trust_remote_code,
         selection=args.read_selection(only, skip, override),
         solver=SolverOptions(

@@ -322,7 +322,7 @@ def check_adapter(adapter: Adapter, model: nn.Module, tokens: Tensor) -> list[Ou
         model: a model of its family; see `Subject`.
         tokens: token ids (samples, seqlen).
     """
-    with eval_mode(model):
+    with eval_mode(model), adapter.running(model):
         subject = Subject(adapter, model, tokens)
         return [_outcome(name, check, subject) for name, check in CHECKS.items()]
 

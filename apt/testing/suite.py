@@ -44,8 +44,9 @@ class AdapterConformance(ABC):
 
 def _test(check: Check) -> Callable[[AdapterConformance], None]:
     def test(self: AdapterConformance) -> None:
-        model = self.model().eval()
-        check(Subject(self.adapter(), model, self.tokens(model)))
+        adapter, model = self.adapter(), self.model().eval()
+        with adapter.running(model):
+            check(Subject(adapter, model, self.tokens(model)))
 
     test.__doc__ = check.__doc__
     return test

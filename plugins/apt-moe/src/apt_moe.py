@@ -1,12 +1,11 @@
 """Qwen3-MoE: stacked experts, each pruned on the tokens that the router sends it."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
 from apt.adapter import Call, DecoderAdapter, Input, Site, State
+from apt.experts import expert_sites, one_by_one
 from apt.hookspecs import hookimpl
 from apt.specs import AdapterSpec
 
@@ -34,35 +33,16 @@ class Qwen3MoeAdapter(DecoderAdapter):
 
     def sites(self, block: nn.Module) -> list[Site]:
         """The Linears, and two slices for each expert."""
-        sites = super().sites(block)
-        if hasattr(block.mlp, "experts"):
-            for expert in range(block.mlp.experts.num_experts):
-                for order, name in ((2, "gate_up_proj"), (3, "down_proj")):
-                    path = f"mlp.experts.{name}"
-                    given = f"{name} of {expert}"
-                    sites.append(
-                        Site(f"{path}.{expert}", path, given, order, expert=expert, routed=True)
-                    )
+        sites, experts = super().sites(block), getattr(block.mlp, "experts", None)
+        if experts is not None:
+            names = ("gate_up_proj", "down_proj")
+            sites += expert_sites("mlp.experts", experts.num_experts, names, order=2)
         return sites
 
     def step(self, block: nn.Module, state: State, call: Call) -> State:
-        """Expert by expert: grouped kernels multiply all slices at once, where no tap sees them."""
-        with _one_by_one(block):
+        """Expert by expert."""
+        with one_by_one(getattr(block.mlp, "experts", None)):
             return super().step(block, state, call)
-
-
-@contextmanager
-def _one_by_one(block: nn.Module) -> Iterator[None]:
-    if not hasattr(block.mlp, "experts"):
-        yield
-        return
-    config: Any = block.mlp.experts.config
-    before = config._experts_implementation
-    config._experts_implementation = "eager"
-    try:
-        yield
-    finally:
-        config._experts_implementation = before
 
 
 def example(**options: Any) -> Any:

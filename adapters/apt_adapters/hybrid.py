@@ -1,0 +1,86 @@
+"""Hybrids of attention and state-space mixers: Jamba and Falcon-H1."""
+
+from contextlib import AbstractContextManager
+
+from torch import nn
+
+from apt.adapter import Call, DecoderAdapter, Input, Site, State
+from apt.experts import expert_sites, one_by_one
+from apt_adapters.processor import on_processor
+
+_ATTENTION = (
+    Input("attention", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+    Input("heads", ("self_attn.o_proj",), residual=True),
+)
+_MIXER = (
+    Input("mixer", ("mamba.in_proj",)),
+    Input("convolved", ("mamba.x_proj",)),
+    Input("time_step", ("mamba.dt_proj",)),
+    Input("scanned", ("mamba.out_proj",), residual=True),
+)
+_MLP = (
+    Input("mlp", ("feed_forward.gate_proj", "feed_forward.up_proj")),
+    Input("neurons", ("feed_forward.down_proj",), residual=True),
+)
+
+
+class JambaAdapter(DecoderAdapter):
+    """``JambaForCausalLM``: blocks of attention or of Mamba, with an MLP or routed experts.
+
+    The router is left dense.
+    """
+
+    blocks_path = "model.layers"
+    left_dense = ("feed_forward.router",)
+
+    def positions(self, config: object) -> None:
+        """No limit: there are no position embeddings."""
+
+    def running(self, model: nn.Module) -> AbstractContextManager[None]:
+        """On a processor, with a scan that is made for it."""
+        return on_processor(model)
+
+    def inputs_of(self, block: nn.Module) -> tuple[Input, ...]:
+        """Four kinds of block."""
+        inputs = _MIXER if hasattr(block, "mamba") else _ATTENTION
+        return inputs if _experts(block) else inputs + _MLP
+
+    def sites(self, block: nn.Module) -> list[Site]:
+        """The Linears, and two slices for each expert."""
+        sites, experts = super().sites(block), _experts(block)
+        if experts is not None:
+            order, names = len(self.inputs_of(block)), ("gate_up_proj", "down_proj")
+            count = experts.get_parameter("down_proj").shape[0]
+            sites += expert_sites("feed_forward.experts", count, names, order)
+        return sites
+
+    def step(self, block: nn.Module, state: State, call: Call) -> State:
+        """Expert by expert."""
+        with one_by_one(_experts(block)):
+            return super().step(block, state, call)
+
+
+def _experts(block: nn.Module) -> nn.Module | None:
+    return getattr(block.feed_forward, "experts", None)
+
+
+class FalconH1Adapter(DecoderAdapter):
+    """``FalconH1ForCausalLM``: attention and Mamba2 side by side, then an MLP.
+
+    Products are multiplied by constants before they are added to the residual stream, so that none
+    is declared to write to it.
+    """
+
+    blocks_path = "model.layers"
+    inputs = (
+        Input("mixer", ("mamba.in_proj",)),
+        Input("scanned", ("mamba.out_proj",)),
+        Input("attention", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        Input("heads", ("self_attn.o_proj",)),
+        Input("mlp", ("feed_forward.gate_proj", "feed_forward.up_proj")),
+        Input("neurons", ("feed_forward.down_proj",)),
+    )
+
+    def running(self, model: nn.Module) -> AbstractContextManager[None]:
+        """On a processor, with functions that run there."""
+        return on_processor(model)

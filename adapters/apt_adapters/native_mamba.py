@@ -1,0 +1,62 @@
+"""Models of the package mamba_ssm: ``MambaLMHeadModel`` of Mamba 1 and 2, with MLPs and attention.
+
+A block takes the residual stream in two parts that it adds first, and gives two parts back. Here
+the state is their sum, and a block is given zeros beside it: the sum is the same to the bit.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apt.adapter import Call, DecoderAdapter, Input, State
+from apt.errors import AptError
+
+_MAMBA = (
+    Input("mixer", ("mixer.in_proj",)),
+    Input("convolved", ("mixer.x_proj",)),
+    Input("time_step", ("mixer.dt_proj",)),
+    Input("scanned", ("mixer.out_proj",), residual=True),
+)
+_MAMBA2_OR_ATTENTION = (
+    Input("mixer", ("mixer.in_proj",)),
+    Input("scanned", ("mixer.out_proj",), residual=True),
+)
+_MLP = (Input("mlp", ("mlp.fc1",)), Input("neurons", ("mlp.fc2",), residual=True))
+
+
+class NativeMambaAdapter(DecoderAdapter):
+    """``MambaLMHeadModel`` of mamba_ssm."""
+
+    blocks_path = "backbone.layers"
+
+    def blocks(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        """The layers; transformers' models have layers of the same name, but other ones."""
+        if not hasattr(model, "allocate_inference_cache"):
+            raise AptError(
+                f"adapter NativeMambaAdapter does not fit {type(model).__name__}: it is no model "
+                "of mamba_ssm",
+                "choose the model's own adapter, see: apt adapters",
+            )
+        return super().blocks(model)
+
+    def inputs_of(self, block: nn.Module) -> tuple[Input, ...]:
+        """By the kind of mixer, and whether there is an MLP."""
+        mixer: Any = block.mixer
+        inputs = _MAMBA if hasattr(mixer, "x_proj") else _MAMBA2_OR_ATTENTION
+        return inputs if block.mlp is None else inputs + _MLP
+
+    def enter(self, model: nn.Module, tokens: Tensor) -> tuple[State, list[Call]]:
+        """The embeddings; blocks take no arguments but the state."""
+        backbone: Any = model.get_submodule("backbone")
+        with torch.no_grad():
+            state = backbone.embedding(tokens)
+        if backbone.residual_in_fp32:
+            state = state.float()
+        return state, [Call() for _ in backbone.layers]
+
+    def step(self, block: nn.Module, state: State, call: Call) -> State:
+        """Run a block on the stream, beside zeros in the precision of its weights."""
+        weight: Tensor = block.get_parameter("norm.weight")
+        product, residual = block(torch.zeros_like(state, dtype=weight.dtype), state)
+        return residual + product

@@ -1,0 +1,140 @@
+"""The selective scan of Mamba on a processor: chunk by chunk, with a gradient of its own.
+
+The scan of transformers that needs no kernels forms tensors of (batch, length, channels, state) and
+slices them at every time step; the gradient of each slice is a tensor as large as the whole, so
+that a backward pass takes time quadratic in the length. Here a few time steps are worked on at
+once, in a space that stays in the processor's cache; the gradient runs over the same chunks
+backwards, and makes their states again from the one that each began with.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Numbers in one chunk of states: 4 MiB in fp32, twice which is in use at a time.
+_CHUNK = 2**20
+
+# Shapes: L is the length, B the batch, D the channels and N the size of the state. Time comes first
+# and channels last, so that every operation runs over contiguous rows of channels.
+
+
+def _chunks(length: int, size: int) -> Iterator[slice]:
+    """Slices of time, of so many steps that a chunk of states (T, ``size``) stays in cache."""
+    steps = max(1, min(length, _CHUNK // size))
+    return (slice(start, min(start + steps, length)) for start in range(0, length, steps))
+
+
+def _states(
+    start: Tensor, step: Tensor, drive: Tensor, a: Tensor, b: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The states (T, B, N, D) of a chunk after the state ``start``, and the decay of each step."""
+    decay = (a * step.unsqueeze(2)).exp_()
+    states = b.unsqueeze(3) * drive.unsqueeze(2)
+    for state, decayed in zip(states.unbind(), decay.unbind(), strict=True):
+        start = state.addcmul_(decayed, start)
+    return states, decay
+
+
+class _Scan(torch.autograd.Function):
+    """``h[t] = exp(a step[t]) h[t-1] + b[t] drive[t]``, of which ``y[t] = c[t] h[t]``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, step: Tensor, drive: Tensor, a: Tensor, b: Tensor, c: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return y (L, B, D) and the last state (B, N, D).
+
+        Args:
+            ctx: what is kept for the gradient.
+            step, drive: (L, B, D).
+            a: (N, D).
+            b, c: (L, B, N).
+        """
+        length, batch, width = step.shape
+        state = step.new_zeros(batch, a.shape[0], width)
+        y, starts = torch.empty_like(step), []
+        for part in _chunks(length, state.numel()):
+            starts.append(state)
+            states, _ = _states(state, step[part], drive[part], a, b[part])
+            y[part] = (c[part].unsqueeze(2) @ states).squeeze(2)
+            state = states[-1].clone()
+        ctx.save_for_backward(step, drive, a, b, c, torch.stack(starts))
+        ctx.mark_non_differentiable(state)
+        return y, state
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor, _: Tensor) -> tuple[Tensor, ...]:
+        """Carry the gradient of the state from the last time step to the first."""
+        step, drive, a, b, c, starts = ctx.saved_tensors
+        grads = [torch.empty_like(x) for x in (step, drive, b, c)]
+        grad_step, grad_drive, grad_b, grad_c = grads
+        grad_a, carried = torch.zeros_like(a), torch.zeros_like(starts[0])
+        parts = list(_chunks(len(step), carried.numel()))
+        for start, part in reversed(list(zip(starts, parts, strict=True))):
+            states, decay = _states(start, step[part], drive[part], a, b[part])
+            grad_c[part] = (states @ grad_y[part].unsqueeze(3)).squeeze(3)
+            flow = c[part].unsqueeze(3) * grad_y[part].unsqueeze(2)
+            backwards = zip(reversed(flow.unbind()), reversed(decay.unbind()), strict=True)
+            for gradient, decayed in backwards:
+                carried = gradient.add_(carried).mul(decayed)
+            grad_drive[part] = (b[part].unsqueeze(2) @ flow).squeeze(2)
+            grad_b[part] = (flow @ drive[part].unsqueeze(3)).squeeze(3)
+            # What the exponent gets; the state before the first step of a chunk is its start.
+            flow[1:].mul_(states[:-1])
+            flow[0].mul_(start)
+            flow.mul_(decay)
+            grad_step[part] = (flow * a).sum(2)
+            grad_a += (flow * step[part].unsqueeze(2)).sum((0, 1))
+        return grad_step, grad_drive, grad_a, grad_b, grad_c
+
+
+def selective_scan(
+    hidden_states: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+    **_: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The scan as transformers and mamba_ssm call it, in fp32 or fp64.
+
+    Args:
+        hidden_states, dt: (batch, channels, length).
+        A: (channels, state).
+        B, C: (batch, state, length).
+        D: the weight of the skip (channels,).
+        z: the gate (batch, channels, length).
+        delta_bias: added to ``dt`` (channels,).
+        delta_softplus: whether ``dt`` goes through a softplus.
+        return_last_state: whether the last state is returned as well.
+
+    Returns:
+        (batch, channels, length) in the dtype of ``hidden_states``, and if asked for the last state
+        (batch, channels, state).
+    """
+    dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        time_first = (x.to(dtype).permute(2, 0, 1).contiguous() for x in (hidden_states, dt, B, C))
+        inputs, step, b, c = time_first
+        if delta_bias is not None:
+            step = step + delta_bias
+        if delta_softplus:
+            step = F.softplus(step)
+        y, state = _Scan.apply(step, step * inputs, A.to(dtype).t().contiguous(), b, c)  # type: ignore[no-untyped-call]
+        if D is not None:
+            y = y + inputs * D
+        y = y.permute(1, 2, 0)
+        if z is not None:
+            y = y * F.silu(z.to(dtype))
+    y = y.to(hidden_states.dtype)
+    return (y, state.transpose(1, 2)) if return_last_state else y
