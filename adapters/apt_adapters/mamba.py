@@ -6,6 +6,7 @@ products; nothing here depends on which path the forward takes.
 """
 
 from contextlib import AbstractContextManager
+from typing import ClassVar
 
 from torch import nn
 
@@ -17,7 +18,7 @@ class MambaAdapter(DecoderAdapter):
     """``MambaForCausalLM`` and ``FalconMambaForCausalLM``."""
 
     blocks_path = "backbone.layers"
-    inputs = (
+    inputs: ClassVar[tuple[Input, ...]] = (
         Input("mixer", ("mixer.in_proj",)),
         Input("convolved", ("mixer.x_proj",)),
         Input("time_step", ("mixer.dt_proj",)),

@@ -1,4 +1,4 @@
-"""Every path through a mixer: each weight's Gram matrix, and an output that capture leaves alone."""
+"""Every path through a mixer: each weight's Gram matrix, and an output left as it was."""
 
 from types import SimpleNamespace
 
