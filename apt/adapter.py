@@ -9,7 +9,7 @@ where a residual is threaded beside it.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from apt.tap import WeightTap
 
 State = Any
 Sink = Callable[["Site", Tensor], None]
+Effects = Callable[["Extra", Tensor, float], None]
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,29 @@ class Site:
 
 
 @dataclass(frozen=True)
+class Extra:
+    """A parameter beyond the sites that is pruned on request, channel by channel.
+
+    Args:
+        kind: what users ask for it by: ``conv1d``.
+        name: its place within the block.
+        parameter: the path of the parameter within the block; its first dimension is the channels.
+        removal: what is lost where weights become zero. ``"product"``: what they multiply, and
+            what is kept can make up for it; ``"effect"``: something that only running it tells.
+    """
+
+    kind: str
+    name: str
+    parameter: str
+    removal: Literal["product", "effect"] = "product"
+
+    def weight(self, block: nn.Module) -> Tensor:
+        """The weights (channels, k); a view."""
+        parameter = block.get_parameter(self.parameter)
+        return parameter.view(parameter.shape[0], -1)
+
+
+@dataclass(frozen=True)
 class Call:
     """How a model called a block: everything but the state.
 
@@ -114,6 +138,19 @@ class Adapter(Protocol):
 
         Raises:
             AptError: a declared site is missing, or the block has a Linear that is not declared.
+        """
+
+    def extras(self, block: nn.Module) -> list[Extra]:
+        """What can be pruned beside the sites, on request, in the order of execution."""
+
+    def effects(
+        self, block: nn.Module, extras: Sequence[Extra], sink: Effects
+    ) -> AbstractContextManager[None]:
+        """While entered, hand what an extra's weights do in each forward to ``sink``.
+
+        That is, of each channel, the Gram matrix (channels, k, k) of what its weights multiply, or,
+        for ``"effect"``, of what the removal of each changes in the block's product; and the energy
+        of that product, which the loss is a share of.
         """
 
     def enter(self, model: nn.Module, tokens: Tensor) -> tuple[State, list[Call]]:
@@ -231,6 +268,16 @@ class DecoderAdapter:
                     isinstance(present[linear], self.transposed),
                 )
         return list(declared.values())
+
+    def extras(self, block: nn.Module) -> list[Extra]:
+        """None."""
+        return []
+
+    def effects(
+        self, block: nn.Module, extras: Sequence[Extra], sink: Effects
+    ) -> AbstractContextManager[None]:
+        """Nothing is handed over."""
+        return nullcontext()
 
     def enter(self, model: nn.Module, tokens: Tensor) -> tuple[State, list[Call]]:
         """Record every block's own call by one run of the model over stubs."""

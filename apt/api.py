@@ -2,6 +2,7 @@
 
 import copy
 import time
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -41,6 +42,7 @@ def prune(
     error_aware: bool | None = None,
     ordered: bool | None = None,
     allocation: str = UNIFORM,
+    also: Sequence[str] = (),
     observe: Observer = lambda event: None,
 ) -> Report:
     """Prune a causal language model of transformers in place.
@@ -58,6 +60,7 @@ def prune(
         ordered: solve the sites of a block in their order of execution, each on inputs that the
             pruned ones before it give; by default where the run is error-aware.
         allocation: how an unstructured sparsity is shared out among sites, by name.
+        also: kinds of parameters beyond the Linears that are pruned too, as the adapter has them.
         observe: called with every `BlockStarted`, `SitePruned` and `BlockTuned` event, from the
             thread that prunes. What it raises ends the run, and comes through: so a run is
             cancelled.
@@ -80,7 +83,7 @@ def prune(
     chosen = shelf.methods.get(method) if method else shelf.default_method()
     instance = spec.load()()
     instance.check(model.config)
-    plan = make_plan(model, instance, wanted, selection, chosen.per)
+    plan = make_plan(model, instance, wanted, selection, chosen.per, also)
     check_allocation(allocation, plan)
     if allocation != UNIFORM:
         plan = allocated(plan, shelf.allocations.get(allocation), model, instance, tokens)
@@ -92,6 +95,7 @@ def prune(
             "pattern": str(wanted),
             "method": chosen.name,
             "allocation": allocation,
+            "also": list(also),
             **mode.record(),
         },
         model={"type": kind, "adapter": spec.name},

@@ -15,6 +15,7 @@ from apt.batches import TOKENS_PER_BATCH, Batch, enter
 from apt.capture import Capture, Sums, advance_reference
 from apt.errors import AptError
 from apt.eval_mode import eval_mode
+from apt.extras import prune_extras
 from apt.plan import Plan, PlannedBlock, PlannedSite
 from apt.reconstruct import Reconstruction, reconstruct
 from apt.solver import Gram, Pattern, Solution, SolverError, SolverOptions, relative_layer_error
@@ -202,7 +203,7 @@ class _Run:
         """Prune a block."""
         if self.targets is not None:
             advance_reference(self.adapter, at.module, at.index, at.batches, at.sites)
-        done: list[SitePruned] = []
+        done = self.extras(at)
         solved: list[_Solved] = []
         with closing(self.captured(at)) as groups:
             for group, sums in groups:
@@ -217,6 +218,29 @@ class _Run:
         if self.reconstruction is not None and solved:
             self.tune(at, self.reconstruction)
         return done + [self.finish(at.module, entry) for entry in solved]
+
+    def extras(self, at: "_Block") -> list[SitePruned]:
+        """Prune what is asked for beside the sites."""
+        planned, done = at.planned.extras, []
+        if not planned:
+            return []
+        args = (self.adapter, at.module, at.index, at.batches, planned, self.options)
+        for extra in prune_extras(*args):
+            pruned = SitePruned(
+                extra.planned.name,
+                extra.planned.extra.name,
+                extra.planned.shape,
+                str(extra.planned.pattern),
+                extra.zeros,
+                extra.relative_error,
+                extra.damping,
+                None,
+                extra.tokens,
+                extra.seconds,
+            )
+            self.observe(pruned)
+            done.append(pruned)
+        return done
 
     def captured(self, at: "_Block") -> Generator[tuple[list[PlannedSite], dict[str, Sums]]]:
         """The sites to solve in turn, with the sums of their inputs.

@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from apt.adapter import Adapter, Site
+from apt.adapter import Adapter, Extra, Site
 from apt.errors import AptError
 from apt.solver import NM, Pattern, Unstructured
 from apt.solver.patterns import Granularity
@@ -57,11 +57,22 @@ class PlannedSite:
 
 
 @dataclass(frozen=True)
+class PlannedExtra:
+    """A parameter beyond the sites that is to be pruned; its shape is (channels, k)."""
+
+    name: str
+    extra: Extra
+    shape: tuple[int, int]
+    pattern: Pattern
+
+
+@dataclass(frozen=True)
 class PlannedBlock:
-    """A block and its sites."""
+    """A block, its sites, and what else of it is to be pruned."""
 
     name: str
     sites: tuple[PlannedSite, ...]
+    extras: tuple[PlannedExtra, ...] = ()
 
     @property
     def pruned(self) -> list[PlannedSite]:
@@ -102,6 +113,7 @@ def make_plan(
     pattern: Pattern,
     selection: Selection | None = None,
     per: Granularity = "layer",
+    also: Sequence[str] = (),
 ) -> Plan:
     """Plan a run; the model may lie on the meta device.
 
@@ -111,19 +123,26 @@ def make_plan(
         pattern: the pattern of every site that is selected and has none of its own.
         selection: the sites to prune; all by default.
         per: where unstructured patterns that do not say so are counted.
+        also: the kinds of extras that are pruned beside the sites.
 
     Raises:
         AptError: the adapter does not fit the model, a pattern does not fit a site, a glob matches
-            no site, nothing is left to prune, or blocks share a weight.
+            no site, nothing is left to prune, blocks share a weight, or there is no such extra.
     """
     selection = selection or Selection()
     blocks = [
-        PlannedBlock(name, tuple(_planned(adapter, name, block, pattern, selection, per)))
+        PlannedBlock(
+            name,
+            tuple(_planned(adapter, name, block, pattern, selection, per)),
+            tuple(_extras(adapter, name, block, pattern, selection, also)),
+        )
         for name, block in adapter.blocks(model)
     ]
     plan = Plan(tuple(blocks))
+    _check_extras(adapter, model, also)
+    names = [site.name for site in plan.sites] + [e.name for b in plan.blocks for e in b.extras]
     for glob in selection.globs():
-        if not any(_matches(site.name, [glob]) for site in plan.sites):
+        if not any(_matches(name, [glob]) for name in names):
             example = plan.sites[0].name
             raise AptError(f"'{glob}' matches no site", f"names look like {example}")
     if not any(block.pruned for block in plan.blocks):
@@ -165,3 +184,39 @@ def _planned(
             pattern = pattern.counted(per)
         planned.append(PlannedSite(name, site, (out, width), pattern))
     return planned
+
+
+def _extras(
+    adapter: Adapter,
+    prefix: str,
+    block: nn.Module,
+    default: Pattern,
+    selection: Selection,
+    also: Sequence[str],
+) -> list[PlannedExtra]:
+    planned = []
+    for extra in (extra for extra in adapter.extras(block) if extra.kind in also):
+        name = f"{prefix}.{extra.name}"
+        channels, width = extra.weight(block).shape
+        pattern = selection.pattern(name, default)
+        if pattern is None:
+            continue
+        if isinstance(pattern, NM) and width % pattern.m:
+            raise AptError(
+                f"{name} has {width} weights a channel, not a multiple of {pattern.m} as "
+                f"{pattern} needs",
+                f"give it a sparsity with --override '*.{extra.name}=0.5'",
+            )
+        if isinstance(pattern, Unstructured):
+            pattern = pattern.counted("layer")
+        planned.append(PlannedExtra(name, extra, (channels, width), pattern))
+    return planned
+
+
+def _check_extras(adapter: Adapter, model: nn.Module, also: Sequence[str]) -> None:
+    """Raise where a kind of extra is asked for that no block has."""
+    kinds = {extra.kind for _, block in adapter.blocks(model) for extra in adapter.extras(block)}
+    for kind in also:
+        if kind not in kinds:
+            known = ", ".join(sorted(kinds)) or "nothing but its sites"
+            raise AptError(f"no '{kind}' can be pruned in this model", f"it has: {known}")

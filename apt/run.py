@@ -49,6 +49,7 @@ class RunOptions:
     error_aware: bool | None = None
     ordered: bool | None = None
     overwrite: bool = False
+    also: tuple[str, ...] = ()
     tokenizer: str | None = None
     trust_remote_code: bool = False
     selection: Selection = field(default_factory=Selection)
@@ -114,7 +115,9 @@ def prepare(
     check_output(options.output, options.overwrite)
     source = find(options.model, registry, trust_remote_code=options.trust_remote_code)
     shell = skeleton(source, registry, options.adapter)
-    plan = make_plan(shell.module, shell.adapter, options.pattern, options.selection, method.per)
+    plan = make_plan(
+        shell.module, shell.adapter, options.pattern, options.selection, method.per, options.also
+    )
     if shell.config.model_type not in shell.spec.model_types:
         notice(f"adapter {shell.spec.name}: {plan.outline()}")
     check_allocation(options.allocation, plan)

@@ -1,12 +1,12 @@
 """An exact check of the zeros in a model."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from apt.adapter import Adapter
-from apt.plan import Plan, PlannedSite
+from apt.plan import Plan, PlannedBlock
 from apt.solver import NM, Pattern
 from apt.solver.patterns import meets
 
@@ -32,16 +32,23 @@ class Verdict:
 def verify(model: nn.Module, adapter: Adapter, plan: Plan) -> list[Verdict]:
     """Count the zeros of every planned site."""
     modules = dict(adapter.blocks(model))
-    return [_verdict(site, modules[block.name]) for block in plan.blocks for site in block.pruned]
+    return [verdict for b in plan.blocks for verdict in _verdicts(b, modules[b.name])]
 
 
-def _verdict(planned: PlannedSite, block: nn.Module) -> Verdict:
-    assert planned.pattern is not None
-    weight = planned.site.oriented(planned.site.weight(block).detach())
+def _verdicts(planned: PlannedBlock, block: nn.Module) -> Iterator[Verdict]:
+    for entry in planned.pruned:
+        assert entry.pattern is not None
+        weight = entry.site.oriented(entry.site.weight(block).detach())
+        yield _verdict(entry.name, weight, entry.pattern)
+    for extra in planned.extras:
+        yield _verdict(extra.name, extra.extra.weight(block).detach(), extra.pattern)
+
+
+def _verdict(name: str, weight: Tensor, pattern: Pattern) -> Verdict:
     zeros = int((weight == 0).sum())
-    if meets(weight, planned.pattern):
-        return Verdict(planned.name, True, zeros, weight.numel())
-    return Verdict(planned.name, False, zeros, weight.numel(), _detail(weight, planned.pattern))
+    if meets(weight, pattern):
+        return Verdict(name, True, zeros, weight.numel())
+    return Verdict(name, False, zeros, weight.numel(), _detail(weight, pattern))
 
 
 def _detail(weight: Tensor, pattern: Pattern) -> str:

@@ -5,12 +5,14 @@ other projections are as well. The weight tap, which is every adapter's default 
 products; nothing here depends on which path the forward takes.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import ClassVar
 
 from torch import nn
 
-from apt.adapter import DecoderAdapter, Input
+from apt.adapter import DecoderAdapter, Effects, Extra, Input
+from apt_adapters.effects import effects_of, extras_of
 from apt_adapters.processor import on_processor
 
 
@@ -28,6 +30,16 @@ class MambaAdapter(DecoderAdapter):
     def running(self, model: nn.Module) -> AbstractContextManager[None]:
         """On a processor, with a scan that is made for it."""
         return on_processor(model)
+
+    def extras(self, block: nn.Module) -> list[Extra]:
+        """The convolution, the decays and the skip."""
+        return extras_of("mixer", block)
+
+    def effects(
+        self, block: nn.Module, extras: Sequence[Extra], sink: Effects
+    ) -> AbstractContextManager[None]:
+        """Watch the mixer's functions."""
+        return effects_of(block.get_submodule("mixer"), extras, sink)
 
 
 class Mamba2Adapter(MambaAdapter):

@@ -138,3 +138,30 @@ def selective_scan(
             y = y * F.silu(z.to(dtype))
     y = y.to(hidden_states.dtype)
     return (y, state.transpose(1, 2)) if return_last_state else y
+
+
+@torch.no_grad()
+def both_scans(
+    step: Tensor, drive: Tensor, a: Tensor, b: Tensor, c: Tensor
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """A scan beside the one in which every decay is ``exp(-step)``, in parts.
+
+    Args:
+        step, drive: (batch, channels, length), in fp32.
+        a: (channels, state).
+        b, c: (batch, state, length).
+
+    Yields:
+        A slice of time, the output (T, batch, channels), and by how much every state's part of it
+        differs (T, batch, state, channels).
+    """
+    step, drive, b, c = (x.permute(2, 0, 1).contiguous() for x in (step, drive, b, c))
+    decays = a.t().contiguous()
+    state = step.new_zeros(step.shape[1], *decays.shape)
+    plain = state
+    for part in _chunks(len(step), 2 * state.numel()):
+        states, _ = _states(state, step[part], drive[part], decays, b[part])
+        plains, _ = _states(plain, step[part], drive[part], torch.full_like(decays, -1.0), b[part])
+        y = (c[part].unsqueeze(2) @ states).squeeze(2)
+        yield part, y, (states - plains) * c[part].unsqueeze(3)
+        state, plain = states[-1].clone(), plains[-1].clone()

@@ -14,6 +14,10 @@ ADAPTER = typer.Option(None, "--adapter", metavar="NAME", help="Adapter; by defa
 SPARSITY = typer.Option(None, "--sparsity", metavar="S", help="Share of weights to prune, as 0.5.")
 PATTERN = typer.Option(None, "--pattern", metavar="N:M", help="Keep N of every M inputs, as 2:4.")
 PER = typer.Option(None, "--per", metavar="row|layer", help="Where --sparsity is counted.")
+ALSO = typer.Option(
+    [], "--also", metavar="KIND",
+    help="Prune this beside the Linears: of Mamba conv1d, A_log or D; repeatable.",
+)  # fmt: skip
 ONLY = typer.Option(None, "--only", metavar="GLOB", help="Prune only sites that match; repeatable.")
 SKIP = typer.Option(None, "--skip", metavar="GLOB", help="Leave matching sites dense; repeatable.")
 OVERRIDE = typer.Option(

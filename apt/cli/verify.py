@@ -52,7 +52,10 @@ def verify(
         notice(f"left dense on request: {', '.join(dense)}")
         selection = replace(selection, skip=(*selection.skip, *dense))
     by_row = report.get("options", {}).get("per") == "row"
-    plan = make_plan(model.module, model.adapter, wanted, selection, "row" if by_row else "layer")
+    also = [] if given else [str(kind) for kind in report.get("options", {}).get("also", ())]
+    plan = make_plan(
+        model.module, model.adapter, wanted, selection, "row" if by_row else "layer", also
+    )
     verdicts = count(model.module, model.adapter, plan)
     failed = failures(verdicts)
     for verdict in failed:

@@ -1,0 +1,110 @@
+"""Channel by channel: the best sets, held against trying everything."""
+
+from itertools import combinations, product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from apt.solver import NM, Unstructured
+from apt.solver.channels import prune_channels
+from apt.solver.patterns import meets
+
+
+def problem(seed, channels, width):
+    """Weights and Gram matrices of correlated inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(channels, width, width, generator=generator, dtype=torch.float64)
+    inputs = torch.randn(channels, 40, width, generator=generator, dtype=torch.float64) @ mix
+    weight = torch.randn(channels, width, generator=generator, dtype=torch.float64)
+    return weight, inputs.mT @ inputs
+
+
+def loss_of(weight, gram, removed, compensated):
+    """What is lost in one channel, from first principles."""
+    pruned = weight.clone()
+    pruned[removed] = 0
+    kept = [j for j in range(len(weight)) if j not in removed]
+    if compensated and kept:
+        pruned[kept] = torch.linalg.solve(gram[kept][:, kept], (gram @ weight)[kept])
+    return float((pruned - weight) @ gram @ (pruned - weight)), pruned
+
+
+def total(weight, gram, solution):
+    lost = solution.weight - weight
+    return float(torch.einsum("ck,ckl,cl->", lost, gram, lost))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.booleans(), st.sampled_from([NM(2, 4), NM(1, 4), NM(1, 2)]))
+def test_groups_are_the_best_there_are(seed, compensated, pattern):
+    weight, gram = problem(seed, 3, pattern.m)
+    found = prune_channels(weight, gram, pattern, compensated=compensated, damping=0.0)
+    assert meets(found.weight, pattern)
+    for channel in range(3):
+        losses = [
+            loss_of(weight[channel], gram[channel], list(removed), compensated)
+            for removed in combinations(range(pattern.m), pattern.m - pattern.n)
+        ]
+        pruned = min(losses, key=lambda pair: pair[0])[1]
+        torch.testing.assert_close(found.weight[channel], pruned, rtol=1e-5, atol=1e-6)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 10**6), st.booleans())
+def test_sizes_are_shared_out_as_well_as_can_be_where_losses_are_convex(seed, compensated):
+    weight, gram = problem(seed, 3, 3)
+    found = prune_channels(weight, gram, Unstructured(4 / 9), compensated=compensated, damping=0.0)
+    assert int(found.mask.sum()) == 4
+    subsets = [s for size in range(4) for s in combinations(range(3), size)]
+    losses = [
+        {s: loss_of(weight[c], gram[c], list(s), compensated)[0] for s in subsets} for c in range(3)
+    ]
+    curves = [
+        [min(x for s, x in table.items() if len(s) == n) for n in range(4)] for table in losses
+    ]
+    best = min(
+        sum(table[s] for table, s in zip(losses, choice, strict=True))
+        for choice in product(subsets, repeat=3)
+        if sum(map(len, choice)) == 4
+    )
+    convex = all(c[0] - 2 * c[1] + c[2] >= 0 and c[1] - 2 * c[2] + c[3] >= 0 for c in curves)
+    if convex:
+        assert total(weight, gram, found) == pytest.approx(best, rel=1e-5)
+    assert total(weight, gram, found) >= best * (1 - 1e-6)
+
+
+def test_every_row_may_be_asked_for_the_same():
+    weight, gram = problem(0, 5, 4)
+    found = prune_channels(weight, gram, Unstructured(0.5, "row"))
+    assert found.mask.sum(1).tolist() == [2] * 5
+
+
+def test_long_channels_grow_their_sets_better_than_by_magnitude():
+    weight, gram = problem(1, 6, 16)
+    found = prune_channels(weight, gram, Unstructured(0.5), compensated=False)
+    assert int(found.mask.sum()) == 48
+    assert torch.equal(found.weight, weight.masked_fill(found.mask, 0))
+    own = weight.square() * gram.diagonal(dim1=1, dim2=2)
+    naive = torch.zeros_like(found.mask).view(-1)
+    naive[own.view(-1).topk(48, largest=False).indices] = True
+    lost = weight * naive.view_as(weight)
+    assert total(weight, gram, found) < float(torch.einsum("ck,ckl,cl->", lost, gram, lost))
+
+
+def test_dead_channels_are_pruned_first_and_nothing_breaks():
+    weight, gram = problem(2, 4, 4)
+    gram[1] = 0
+    found = prune_channels(weight, gram, Unstructured(0.25))
+    assert found.mask[1].all()
+    assert found.weight.isfinite().all()
+
+
+def test_one_weight_a_channel_is_a_ranking():
+    weight, gram = problem(3, 10, 1)
+    found = prune_channels(weight, gram, Unstructured(0.3))
+    losses = (weight.square() * gram[:, :, 0]).view(-1)
+    assert set(found.mask.view(-1).nonzero().view(-1).tolist()) == set(
+        losses.topk(3, largest=False).indices.tolist()
+    )
