@@ -36,16 +36,24 @@ class AdapterSpec(Spec):
         zoo: ``"package:folder"`` of a checkpoint that ships with the adapter, for ``zoo:NAME``.
         example: ``"module:function"`` that makes a small random model of the family, by which
             ``apt check`` checks the adapter.
+        doctor: ``"module:function"`` that says what this machine will run the family with, as a
+            list of `apt.doctor.Finding`, for ``apt doctor``; none where that is plain torch.
     """
 
     model_types: tuple[str, ...] = ()
     zoo: str | None = None
     example: str | None = None
+    doctor: str | None = None
 
     def load_example(self) -> Any:
         """Make the example."""
         assert self.example is not None
         return resolve_name(self.example)()
+
+    def examine(self) -> Any:
+        """Ask the family's doctor."""
+        assert self.doctor is not None
+        return resolve_name(self.doctor)()
 
     def zoo_path(self) -> Path | None:
         """The folder of the embedded checkpoint, if there is one."""

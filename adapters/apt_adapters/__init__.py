@@ -35,6 +35,7 @@ def apt_adapters() -> list[AdapterSpec]:
             "apt_adapters.mamba:MambaAdapter",
             model_types=("mamba", "falcon_mamba"),
             zoo="apt_adapters:zoo/mamba",
+            doctor="apt_adapters.kernels:mamba",
         ),
         AdapterSpec(
             "mamba2",
@@ -42,6 +43,7 @@ def apt_adapters() -> list[AdapterSpec]:
             "apt_adapters.mamba:Mamba2Adapter",
             model_types=("mamba2",),
             zoo="apt_adapters:zoo/mamba2",
+            doctor="apt_adapters.kernels:mamba2",
         ),
         AdapterSpec(
             "jamba",
@@ -49,6 +51,7 @@ def apt_adapters() -> list[AdapterSpec]:
             "apt_adapters.hybrid:JambaAdapter",
             model_types=("jamba",),
             example="apt_adapters.examples:jamba",
+            doctor="apt_adapters.kernels:jamba",
         ),
         AdapterSpec(
             "falcon-h1",
@@ -56,12 +59,14 @@ def apt_adapters() -> list[AdapterSpec]:
             "apt_adapters.hybrid:FalconH1Adapter",
             model_types=("falcon_h1",),
             example="apt_adapters.examples:falcon_h1",
+            doctor="apt_adapters.kernels:falcon_h1",
         ),
         AdapterSpec(
             "mamba-ssm",
             "Models of the package mamba_ssm, from a program",
             "apt_adapters.native_mamba:NativeMambaAdapter",
             model_types=("MambaLMHeadModel",),
+            doctor="apt_adapters.kernels:native",
         ),
         AdapterSpec(
             "auto",

@@ -32,15 +32,22 @@ _before: dict[str, dict[str, Any]] = {}
 
 @contextmanager
 def on_processor(model: nn.Module) -> Iterator[None]:
-    """Run ``model`` with functions for a processor while this is entered, if it lies on one.
+    """Run ``model`` with functions for a processor while this is entered, if it lies on one."""
+    if next(model.parameters()).device.type != "cpu":
+        yield
+        return
+    with without_kernels(model):
+        yield
+
+
+@contextmanager
+def without_kernels(model: nn.Module) -> Iterator[None]:
+    """Run ``model`` in plain torch while this is entered, wherever it lies.
 
     The last one out, of all threads, restores the functions of the model's module. Releases of
     transformers that keep the scan inside the mixer are left as they are.
     """
     module = sys.modules[type(model).__module__]
-    if next(model.parameters()).device.type != "cpu":
-        yield
-        return
     _enter(module)
     try:
         yield

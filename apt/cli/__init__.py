@@ -6,7 +6,18 @@ import warnings
 
 import typer
 
-from apt.cli import adapters, check, convert, evaluate, inspect, methods, plugins, prune, verify
+from apt.cli import (
+    adapters,
+    check,
+    convert,
+    doctor,
+    evaluate,
+    inspect,
+    methods,
+    plugins,
+    prune,
+    verify,
+)
 from apt.errors import AptError
 
 # What people mean by `apt` on Debian and its relatives.
@@ -47,6 +58,7 @@ app.command("inspect")(inspect.inspect)
 app.command("verify")(verify.verify)
 app.command("check")(check.check)
 app.command("convert")(convert.convert)
+app.command("doctor")(doctor.doctor)
 app.command("adapters")(adapters.adapters)
 app.command("methods")(methods.methods)
 app.command("plugins")(plugins.plugins)

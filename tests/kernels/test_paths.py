@@ -242,3 +242,16 @@ def test_a_decoding_step_is_captured(kind):
     assert seen.keys() == expected.keys()
     for name, rows in seen.items():
         assert_near(rows.reshape(2, -1).double(), expected[name][:, -1])
+
+
+def test_the_doctor_tells_kernels_that_are_right_from_those_that_are_not(monkeypatch):
+    import selective_scan_cuda
+    from apt_adapters import kernels
+
+    assert kernels.scan_differs("cpu") < 1e-5
+    assert kernels.convolution_differs("cpu") < 1e-6
+    assert kernels.chunk_scan_differs("cpu") < 1e-4
+    monkeypatch.setattr(
+        selective_scan_cuda, "fwd", lambda u, dt, *rest: stubs.scan_fwd(u, 1.05 * dt, *rest)
+    )
+    assert kernels.scan_differs("cpu") > 1e-2

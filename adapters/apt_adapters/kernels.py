@@ -1,0 +1,130 @@
+"""Whether the kernels of mamba_ssm and causal_conv1d are there, and really run."""
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+
+from apt.doctor import Finding, try_import
+from apt.errors import first_line
+from apt_adapters.scan import selective_scan
+
+INSTALL = (
+    "pip install --no-build-isolation 'apt-prune[mamba]' (needs nvcc of CUDA "
+    f"{torch.version.cuda or '12 or 13'}, and wheel, ninja, packaging)"
+)
+
+
+def scan_differs(device: str = "cuda") -> float:
+    """By how much the kernel's scan differs from ours."""
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    torch.manual_seed(0)
+    u, dt = (torch.randn(2, 8, 32, device=device) for _ in range(2))
+    b, c = (torch.randn(2, 4, 32, device=device) for _ in range(2))
+    a = -torch.rand(8, 4, device=device)
+    found = selective_scan_fn(u, dt, a, b, c, delta_softplus=True)
+    ours = selective_scan(u, dt, a, b, c, delta_softplus=True)
+    assert isinstance(ours, torch.Tensor)
+    return float((found - ours).abs().max())
+
+
+def chunk_scan_differs(device: str = "cuda") -> float:
+    """By how much the kernel's scan of Mamba 2 differs from Mamba 1's with its numbers."""
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 32, 4, 16, device=device)
+    dt = torch.rand(2, 32, 4, device=device)
+    b, c = (torch.randn(2, 32, 1, 16, device=device) for _ in range(2))
+    a = -torch.rand(4, device=device)
+    found = mamba_chunk_scan_combined(x, dt, a, b, c, chunk_size=16)
+    flat = x.flatten(2).transpose(1, 2)
+    steps = dt.repeat_interleave(16, 2).transpose(1, 2)
+    rates = a.repeat_interleave(16)[:, None].expand(-1, 16)
+    ours = selective_scan(flat, steps, rates, b[:, :, 0].mT, c[:, :, 0].mT)
+    assert isinstance(ours, torch.Tensor)
+    return float((found.flatten(2).transpose(1, 2) - ours).abs().max())
+
+
+def convolution_differs(device: str = "cuda") -> float:
+    """By how much the kernel's convolution differs from torch's."""
+    from causal_conv1d import causal_conv1d_fn
+
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 8, 32, device=device), torch.randn(8, 4, device=device)
+    found = causal_conv1d_fn(x, weight, None, activation="silu")
+    ours = F.silu(F.conv1d(F.pad(x, (3, 0)), weight[:, None], groups=8))
+    return float((found - ours).abs().max())
+
+
+def _check(name: str, module: str, runs: Callable[[], float]) -> Finding:
+    found = try_import(name, module)
+    if found is None:
+        return Finding(name, "not installed: the slow path in torch is used", INSTALL)
+    if found.broken:
+        return Finding(name, found.state, f"rebuild it: {INSTALL}", broken=True)
+    try:
+        difference = runs()
+    except Exception as error:
+        state = f"{found.state}, does not run: {type(error).__name__}: {first_line(error)}"
+        return Finding(name, state, f"rebuild it: {INSTALL}", broken=True)
+    if difference > 1e-2:  # Mamba 2's kernels multiply in TF32
+        state = f"{found.state}, runs, but is off by {difference:.1g}"
+        return Finding(name, state, f"rebuild it: {INSTALL}", broken=True)
+    return Finding(name, f"{found.state}, runs, within {difference:.0e} of torch")
+
+
+@cache
+def _on_gpu(second: bool) -> list[Finding]:
+    runs = chunk_scan_differs if second else scan_differs
+    return [
+        _check("mamba-ssm", "mamba_ssm", runs),
+        _check("causal-conv1d", "causal_conv1d", convolution_differs),
+    ]
+
+
+def _examine(family: str, second: bool, processor: str) -> list[Finding]:
+    if not torch.cuda.is_available():
+        return [Finding(family, f"{processor} on the processor")]
+    found = _on_gpu(second)
+    wanting = [finding for finding in found if finding.remedy]
+    if not wanting:
+        states = ", ".join(f"{finding.what} {finding.state}" for finding in found)
+        return [Finding(family, f"kernels on the GPU: {states}")]
+    states = "; ".join(f"{finding.what} {finding.state}" for finding in wanting)
+    broken = any(finding.broken for finding in wanting)
+    return [Finding(family, f"torch on the GPU, slowly: {states}", wanting[0].remedy, broken)]
+
+
+def mamba() -> list[Finding]:
+    """Mamba and FalconMamba."""
+    return _examine("mamba", False, "APT's own scan")
+
+
+def jamba() -> list[Finding]:
+    """Jamba."""
+    return _examine("jamba", False, "APT's own scan")
+
+
+def mamba2() -> list[Finding]:
+    """Mamba 2."""
+    return _examine("mamba2", True, "transformers' scan in torch")
+
+
+def falcon_h1() -> list[Finding]:
+    """Falcon-H1."""
+    return _examine("falcon-h1", True, "transformers' scan in torch")
+
+
+def native() -> list[Finding]:
+    """Models of mamba_ssm itself."""
+    if not torch.cuda.is_available():
+        return [
+            Finding(
+                "mamba-ssm",
+                "needs a GPU; its checkpoints are pruned on the processor as transformers' models",
+            )
+        ]
+    return _examine("mamba-ssm", False, "")
