@@ -52,7 +52,7 @@ def essentials(sites: list[Site]):
     return sorted(sorted(group) for group in inputs.values())
 
 
-@pytest.mark.parametrize("variant", CONFIGS)
+@pytest.mark.parametrize("variant", [name for name in CONFIGS if name != "jamba"])  # experts
 def test_it_finds_what_the_shipped_adapters_declare(variant, adapter_of):
     model, auto = random_model(variant), AUTO()
     theirs = adapter_of(model)
