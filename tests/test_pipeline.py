@@ -42,7 +42,7 @@ def test_sites_are_pruned_and_nothing_else_changes(variant, pattern, adapter_of)
         else:
             assert torch.equal(value, before[name]), name
     assert report.sparsity == pytest.approx(0.5)
-    assert 0 < report.relative_error < 0.5
+    assert 0 < report.relative_error < 0.6
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
