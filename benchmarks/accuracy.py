@@ -102,7 +102,8 @@ def measure(options: argparse.Namespace, known: list[Row]) -> Iterator[Row]:
         module, row = (
             (model.module, {}) if method == "dense" else prune(model, method, pattern, tokens)
         )
-        scores = {name: perplexity(module, text) for name, text in held_out.items()}
+        with model.adapter.running(module):
+            scores = {name: perplexity(module, text) for name, text in held_out.items()}
         yield {"method": method, "pattern": pattern, **scores, **row}
 
 
