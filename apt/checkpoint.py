@@ -49,15 +49,15 @@ def whole_directory(directory: Path) -> Iterator[Path]:
         raise AptError(f"cannot write {directory}: {first_line(error)}") from error
     try:
         yield partial
-        _open_up(partial)
-        _replace(partial, directory)
+        open_up(partial)
+        replace_directory(partial, directory)
     except OSError as error:
         raise AptError(f"cannot write {directory}: {first_line(error)}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _replace(partial: Path, directory: Path) -> None:
+def replace_directory(partial: Path, directory: Path) -> None:
     """Move ``partial`` to ``directory``; what was there is gone only after that."""
     if not directory.exists():
         partial.rename(directory)
@@ -68,7 +68,7 @@ def _replace(partial: Path, directory: Path) -> None:
     shutil.rmtree(old)
 
 
-def _open_up(partial: Path) -> None:
+def open_up(partial: Path) -> None:
     """Give the usual permissions: temporary directories and safetensors files are private."""
     mask = _umask()
     partial.chmod(0o777 & ~mask)

@@ -18,6 +18,7 @@ from apt.eval_mode import eval_mode
 from apt.extras import prune_extras
 from apt.plan import Plan, PlannedBlock, PlannedSite
 from apt.reconstruct import Reconstruction, reconstruct
+from apt.residency import InMemory, Residency
 from apt.solver import Gram, Pattern, Solution, SolverError, SolverOptions, relative_layer_error
 from apt.solver.patterns import meets
 from apt.targets import Targets
@@ -123,6 +124,7 @@ def prune_blocks(
     targets: Targets | None = None,
     reconstruction: Reconstruction | None = None,
     ordered: bool = False,
+    resident: Residency | None = None,
     observe: Observer = lambda event: None,
 ) -> list[SitePruned]:
     """Prune ``model`` in place, one block after the other.
@@ -145,6 +147,7 @@ def prune_blocks(
             all; needs ``targets``.
         ordered: within a block, solve the sites in their order of execution, each on what the
             pruned ones before it give.
+        resident: where blocks are while they have no turn; None where all are in memory.
         observe: called with each event as it happens.
 
     Raises:
@@ -154,8 +157,9 @@ def prune_blocks(
     if tokens.ndim != 2 or not tokens.numel():
         raise AptError(f"tokens have shape {tuple(tokens.shape)}", "give (samples, seqlen)")
     run = _Run(
-        adapter, method, options or SolverOptions(), targets, reconstruction, ordered, observe
-    )
+        adapter, method, options or SolverOptions(), targets, reconstruction, ordered,
+        resident or InMemory(), observe,
+    )  # fmt: skip
     with eval_mode(model), adapter.running(model):
         return run.all(model, plan, tokens)
 
@@ -168,6 +172,7 @@ class _Run:
     targets: Targets | None
     reconstruction: Reconstruction | None
     ordered: bool
+    resident: Residency
     observe: Observer
     tuned: int = 0  # how many of the batches, from the first, are tuned on
 
@@ -177,14 +182,32 @@ class _Run:
         done: list[SitePruned] = []
         for index, planned in enumerate(plan.blocks):
             self.observe(BlockStarted(planned.name, index, len(plan.blocks)))
-            at = _Block(self.adapter, modules[planned.name], planned, index, batches)
-            try:
-                done += self.block(at)
-                if index + 1 < len(plan.blocks):
-                    self.leave(at)
-            except AptError as error:
-                raise AptError(f"in {planned.name}: {error.message}", error.hint) from error
+            module = modules[planned.name]
+            with self.resident.open(planned.name, module):
+                at = _Block(self.adapter, module, planned, index, batches)
+                try:
+                    done += self.turn(at)
+                    if index + 1 < len(plan.blocks):
+                        self.leave(at)
+                except AptError as error:
+                    raise AptError(f"in {planned.name}: {error.message}", error.hint) from error
         return done
+
+    def turn(self, at: "_Block") -> list[SitePruned]:
+        """Prune a block, or take it as an earlier run has left it."""
+        name = at.planned.name
+        if (known := self.resident.pruned(name)) is None:
+            known = self.block(at)
+            self.resident.keep(name, at.module, known)
+            return known
+        for batch in at.batches:
+            if batch.reference is not None:
+                call = batch.calls[at.index]
+                batch.reference.state = self.adapter.step(at.module, batch.reference.state, call)
+        self.resident.restore(name, at.module)
+        for site in known:
+            self.observe(site)
+        return known
 
     def enter(self, model: nn.Module, tokens: Tensor) -> list[Batch]:
         """The batches before the first block; those to tune on are small, and come first."""
@@ -256,8 +279,8 @@ class _Run:
                     group = [entry for entry in left if entry.site.input == name]
                     left = [entry for entry in left if entry.site.input != name]
                     yield group, {name: sums}
-                walk.finish(leave=self.reconstruction is None)
-                at.left = self.reconstruction is None
+                at.left = self.reconstruction is None and not self.resident.repeatable
+                walk.finish(leave=at.left)
         for group in self.groups(left):
             yield group, self.capture(at, [entry.site for entry in group])
 

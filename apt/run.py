@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from apt.allocate import UNIFORM, allocated, check_allocation
 from apt.checkpoint import check_output, save_model, whole_directory
@@ -50,6 +50,8 @@ class RunOptions:
     ordered: bool | None = None
     overwrite: bool = False
     also: tuple[str, ...] = ()
+    stream: bool = False
+    resume: bool = False
     tokenizer: str | None = None
     trust_remote_code: bool = False
     selection: Selection = field(default_factory=Selection)
@@ -187,10 +189,10 @@ def execute(prepared: Prepared, observe: Observer, status: Callable[[str], None]
     started, options = time.perf_counter(), prepared.options
     status("reading text")
     tokenizer = load_tokenizer(prepared.shell.source, options.tokenizer)
-    tokens, held_out = _texts(prepared, tokenizer)
+    tokens, held_out = texts(prepared, tokenizer)
     status("loading the model")
     model = load(prepared.shell, read_dtype(options.dtype), prepared.device)
-    _check_vocabulary(tokens, model)
+    check_vocabulary(tokens, model.module, model.source.reference)
     origin = {
         "reference": options.model,
         "type": model.config.model_type,
@@ -222,26 +224,28 @@ def execute(prepared: Prepared, observe: Observer, status: Callable[[str], None]
     return report
 
 
-def _texts(prepared: Prepared, tokenizer: Any) -> tuple[Tensor, Tensor | None]:
+def texts(prepared: Prepared, tokenizer: Any) -> tuple[Tensor, Tensor | None]:
+    """The tokens to calibrate on, and those to measure on where that is asked for."""
     options, registry = prepared.options, prepared.registry
-    texts = documents(options.calibration, "calibration", registry)
+    found = documents(options.calibration, "calibration", registry)
     tokens = calibration_tokens(
-        tokenizer, texts, options.samples, options.seqlen, options.seed, options.calibration
+        tokenizer, found, options.samples, options.seqlen, options.seed, options.calibration
     )
     if options.evaluation is None:
         return tokens, None
-    texts = documents(options.evaluation, "evaluation", registry)
+    found = documents(options.evaluation, "evaluation", registry)
     held_out = evaluation_tokens(
-        tokenizer, texts, options.samples, options.seqlen, options.evaluation, fewer=True
+        tokenizer, found, options.samples, options.seqlen, options.evaluation, fewer=True
     )
     return tokens, held_out
 
 
-def _check_vocabulary(tokens: Tensor, model: Model) -> None:
-    vocabulary = model.module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+def check_vocabulary(tokens: Tensor, module: nn.Module, reference: str) -> None:
+    """Raise where a token has no embedding."""
+    vocabulary = module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     if int(tokens.max()) >= vocabulary:
         raise AptError(
-            f"the tokenizer of {model.source.reference} gives ids up to {int(tokens.max())}, "
+            f"the tokenizer of {reference} gives ids up to {int(tokens.max())}, "
             f"but the model has {vocabulary} embeddings",
             "the tokenizer belongs to another model",
         )

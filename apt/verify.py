@@ -32,10 +32,11 @@ class Verdict:
 def verify(model: nn.Module, adapter: Adapter, plan: Plan) -> list[Verdict]:
     """Count the zeros of every planned site."""
     modules = dict(adapter.blocks(model))
-    return [verdict for b in plan.blocks for verdict in _verdicts(b, modules[b.name])]
+    return [verdict for b in plan.blocks for verdict in block_verdicts(b, modules[b.name])]
 
 
-def _verdicts(planned: PlannedBlock, block: nn.Module) -> Iterator[Verdict]:
+def block_verdicts(planned: PlannedBlock, block: nn.Module) -> Iterator[Verdict]:
+    """Count the zeros of a block."""
     for entry in planned.pruned:
         assert entry.pattern is not None
         weight = entry.site.oriented(entry.site.weight(block).detach())

@@ -71,6 +71,12 @@ def prune(
     seed: int = typer.Option(0, "--seed", help="Draws the calibration samples."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace a non-empty output."),
     tokenizer: str | None = args.TOKENIZER,
+    stream: bool = typer.Option(
+        False, "--stream", help="Read and write block by block; never more than one in memory."
+    ),
+    resume: bool = typer.Option(
+        False, "--resume", help="Go on with an interrupted --stream run of the same command."
+    ),
     trust_remote_code: bool = args.REMOTE,
     dry_run: bool = typer.Option(False, "--dry-run", help="Show the plan and write nothing."),
 ) -> None:  # fmt: skip
@@ -108,6 +114,8 @@ def prune(
         ordered=ordered,
         overwrite=overwrite,
         tokenizer=tokenizer,
+        stream=stream or resume,
+        resume=resume,
         trust_remote_code=trust_remote_code,
         selection=args.read_selection(only, skip, override),
         solver=SolverOptions(
@@ -117,6 +125,10 @@ def prune(
         ),
     )
     prepared = prepare(options, shelf, notice)
+    if options.stream:
+        from apt.stream import check_streamable
+
+        check_streamable(prepared)
     if dry_run:
         _show_plan(prepared)
     else:
@@ -157,12 +169,22 @@ def _show_plan(prepared: "Prepared") -> None:
 def _run(prepared: "Prepared") -> None:
     from apt.cli.progress import RunProgress
     from apt.run import execute
+    from apt.stream import execute_streamed
 
+    options = prepared.options
     try:
         with RunProgress(prepared.plan) as progress:
-            report = execute(prepared, progress.observe, progress.status)
+            if options.stream:
+                report = execute_streamed(
+                    prepared, progress.observe, progress.status, resume=options.resume
+                )
+            else:
+                report = execute(prepared, progress.observe, progress.status)
     except KeyboardInterrupt:
-        typer.echo("apt: interrupted; nothing was written", err=True)
+        left = "nothing was written"
+        if options.stream:
+            left = "to go on, give the same command with --resume"
+        typer.echo(f"apt: interrupted; {left}", err=True)
         raise typer.Exit(130) from None
     show_report(report, prepared.options)
 

@@ -1,0 +1,364 @@
+"""Pruning a checkpoint on disk block by block: no more of a model in memory than one block.
+
+The output begins as a copy of the checkpoint, and what is pruned is written over its own bytes; so
+shards, dtypes, metadata and every other file stay as they were. Dense weights are always read from
+the input: a block that was cut short is pruned again from the start, with the same result.
+"""
+
+import copy
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from apt.allocate import UNIFORM
+from apt.checkpoint import open_up
+from apt.errors import AptError, first_line
+from apt.formats import find_file
+from apt.journal import Workplace
+from apt.models import Model, load_tokenizer
+from apt.pipeline import Observer, SitePruned, prune_blocks, telling
+from apt.plan import Plan
+from apt.report import FILE, Report, versions
+from apt.run import Prepared, check_vocabulary, texts
+from apt.shards import Shards
+from apt.text import digest
+from apt.verify import block_verdicts, failures
+
+# Weights in other formats would be dense ones beside the pruned.
+_LEFT_BEHIND = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
+_PIECE = 2**24
+
+
+def execute_streamed(
+    prepared: Prepared, observe: Observer, status: Callable[[str], None], *, resume: bool
+) -> Report:
+    """Prune block by block from disk to disk; see `apt.run.execute`.
+
+    Args:
+        prepared: the checked run.
+        observe: called with the pipeline's events.
+        status: told what is being done outside the pipeline.
+        resume: go on with an interrupted run of the same command.
+
+    Raises:
+        AptError: the checkpoint cannot be streamed, or it, the text or the disk is at fault.
+    """
+    started, options, shell = time.perf_counter(), prepared.options, prepared.shell
+    source = _directory(prepared)
+    shards = Shards(source)
+    names = _names(shell, shards)
+    work = Workplace(options.output)
+    if not resume:
+        _check_space(source, work.output.parent)
+    status("reading text")
+    tokens, _ = texts(prepared, load_tokenizer(shell.source, options.tokenizer))
+    status("hashing the model")
+    origin = {
+        "reference": options.model,
+        "type": shell.config.model_type,
+        "adapter": shell.spec.name,
+        "sha256": _hash(shards),
+    }
+    calibration = {
+        "source": options.calibration, "shape": list(tokens.shape), "sha256": digest(tokens)
+    }  # fmt: skip
+    record = options.record() | prepared.mode.record()
+    asked = {k: v for k, v in record.items() if k not in ("overwrite", "resume")}
+    fingerprint = {
+        "model": origin, "calibration": calibration, "options": asked, "versions": versions(),
+        "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    with _told(options.output), work.entered(fingerprint, resume):
+        if not work.has("copied"):
+            status("copying the checkpoint")
+            _copy(source, work.out, shards)
+            work.add({"copied": True})
+        if work.has("finished"):
+            sites = [site for line in work.lines for site in _sites(line)]
+        else:
+            status("loading what is not in blocks")
+            module = _assembled(shell, shards, names, prepared.device)
+            check_vocabulary(tokens, module, shell.source.reference)
+            disk = _OnDisk(prepared, names, shards, Shards(work.out), work)
+            sites = _prune(prepared, module, tokens, disk, observe)
+        skipped = [site.name for site in prepared.plan.sites if site.pattern is None]
+        seconds = time.perf_counter() - started
+        report = Report(record, origin, calibration, sites, skipped, seconds)
+        if not work.has("finished"):
+            status("verifying")
+            disk.verify(dict(shell.adapter.blocks(module)))
+            report.write(work.out)
+            open_up(work.out)
+        work.finish()
+    return report
+
+
+@contextmanager
+def _told(output: Path) -> Iterator[None]:
+    """Say what to do where the disk is full or fails."""
+    try:
+        yield
+    except OSError as error:
+        raise AptError(
+            f"cannot write {output}: {first_line(error)}",
+            "mend that, then give the same command with --resume",
+        ) from error
+
+
+def _prune(
+    prepared: Prepared, module: nn.Module, tokens: Tensor, disk: "_OnDisk", observe: Observer
+) -> list[SitePruned]:
+    return prune_blocks(
+        module,
+        prepared.shell.adapter,
+        prepared.plan,
+        tokens,
+        prepared.method.load(),
+        **vars(prepared.mode),
+        resident=disk,
+        observe=telling(observe, prepared.registry.site_pruned),
+    )
+
+
+def _sites(line: dict[str, Any]) -> list[SitePruned]:
+    """What a line of the journal says was pruned."""
+    return [SitePruned(**{**s, "shape": tuple(s["shape"])}) for s in line.get("sites", ())]
+
+
+def check_streamable(prepared: Prepared) -> None:
+    """Raise where a run cannot be streamed, before any work is done."""
+    options, shell = prepared.options, prepared.shell
+    if shell.checkpoint is not None or shell.source.gguf:
+        raise AptError("only checkpoints of transformers can be streamed", "apt convert it first")
+    for given, what in (
+        (options.evaluation is not None, "--eval"),
+        (options.allocation != UNIFORM, "--allocation"),
+        (options.dtype != "auto", "--dtype"),
+    ):
+        if given:
+            raise AptError(f"{what} needs the whole model in memory", "leave out --stream or it")
+    _names(shell, Shards(_directory(prepared)))
+
+
+def _directory(prepared: Prepared) -> Path:
+    """Where the checkpoint lies on this machine."""
+    location = prepared.shell.source.location
+    found = find_file(location, "config.json")
+    if found is None:
+        raise AptError(f"{location} has no config.json", "is the checkpoint complete?")
+    if not Path(location).is_dir():
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(location))
+    return found.parent
+
+
+def _names(shell: Model, shards: Shards) -> dict[str, str]:
+    """From the model's weights to the checkpoint's, where that has them."""
+    prefix = f"{getattr(shell.module, 'base_model_prefix', '')}."
+    names = {}
+    for name in shell.module.state_dict():
+        for known in (name, name.removeprefix(prefix)):
+            if known in shards:
+                names[name] = known
+                break
+    for block, module in shell.adapter.blocks(shell.module):
+        for name, parameter in module.named_parameters():
+            key = names.get(f"{block}.{name}")
+            if key is None or shards.entries[key].shape != tuple(parameter.shape):
+                raise AptError(
+                    f"{shell.source.reference} cannot be streamed: it does not hold {block}.{name} "
+                    "as the model has it",
+                    "prune it without --stream",
+                )
+    return names
+
+
+def _check_space(source: Path, parent: Path) -> None:
+    while not parent.exists():
+        parent = parent.parent
+    needed = sum(path.stat().st_size for path in _files(source))
+    free = shutil.disk_usage(parent).free
+    if free < needed * 1.01 + 2**20:
+        raise AptError(
+            f"{parent} has {free / 2**30:.1f} GiB left, but the output needs {needed / 2**30:.1f}",
+            "choose another --output",
+        )
+
+
+def _files(source: Path) -> Iterator[Path]:
+    """The files that the output has as well."""
+    for folder, _, names in os.walk(source):
+        for name in names:
+            path = Path(folder) / name
+            if path.suffix in _LEFT_BEHIND or name == FILE or not path.is_file():
+                continue
+            yield path
+
+
+def _copy(source: Path, target: Path, shards: Shards) -> None:
+    """Copy the checkpoint; of safetensors files, those that its index names."""
+    weights = {entry.file for entry in shards.entries.values()}
+    for path in _files(source):
+        if path.suffix == ".safetensors" and path not in weights:
+            continue
+        into = target / path.relative_to(source)
+        into.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, into)
+        with into.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def _hash(shards: Shards) -> str:
+    """SHA-256 over the files of the weights."""
+    found = hashlib.sha256()
+    for path in sorted({entry.file for entry in shards.entries.values()}):
+        found.update(f"{path.name}\n".encode())
+        with path.open("rb") as file:
+            while piece := file.read(_PIECE):
+                found.update(piece)
+    return found.hexdigest()
+
+
+def _assembled(shell: Model, shards: Shards, names: dict[str, str], device: str) -> nn.Module:
+    """The model with its blocks on the meta device and everything else in memory.
+
+    What a model makes for itself, tables of positions for instance, comes from one of a single
+    block, whose list of blocks is then replaced.
+    """
+    blocks = shell.adapter.blocks(shell.module)
+    parent = blocks[0][0].rpartition(".")[0]
+    single: Any = AutoModelForCausalLM.from_config(
+        _of_one_block(shell.config), trust_remote_code=shell.source.trust_remote_code
+    ).eval()
+    made = dict(shell.adapter.blocks(single)[0][1].named_buffers())
+    outer = {
+        n: names[n] for n in single.state_dict() if n in names and not n.startswith(f"{parent}.")
+    }
+    single.set_submodule(parent, nn.ModuleList())
+    vars(single.config).update(vars(shell.config))
+    single.load_state_dict(
+        {n: shards.read(key) for n, key in outer.items()}, strict=False, assign=True
+    )
+    single.tie_weights()
+    _check_whole(shell, single, outer)
+    single.to(device)
+    single.set_submodule(parent, shell.module.get_submodule(parent))
+    for name, block in blocks:
+        _give_buffers(shell, name, block, made)
+    module: nn.Module = single
+    return module
+
+
+def _of_one_block(config: Any) -> Any:
+    short = copy.deepcopy(config)
+    short.num_hidden_layers = 1
+    for name, value in vars(config).items():
+        if isinstance(value, list) and len(value) == config.num_hidden_layers:
+            setattr(short, name, value[:1])
+    return short
+
+
+def _give_buffers(shell: Model, name: str, block: nn.Module, made: dict[str, Tensor]) -> None:
+    """Buffers that a checkpoint does not hold are what a block makes for itself."""
+    for path, buffer in list(block.named_buffers()):
+        if not buffer.is_meta:
+            continue
+        if path not in made or made[path].shape != buffer.shape:
+            raise AptError(
+                f"{shell.source.reference} cannot be streamed: nothing says what {name}.{path} is",
+                "prune it without --stream",
+            )
+        owner, _, own = path.rpartition(".")
+        block.get_submodule(owner).register_buffer(own, made[path].clone(), persistent=False)
+
+
+def _check_whole(shell: Model, module: nn.Module, given: Collection[str]) -> None:
+    """Raise where a weight outside the blocks came neither from the checkpoint nor from a tie."""
+    tied = {p.data_ptr() for n, p in module.state_dict().items() if n in given}
+    for name, tensor in module.state_dict().items():
+        if name not in given and tensor.data_ptr() not in tied:
+            raise AptError(f"{shell.source.reference} lacks {name}", "is the checkpoint complete?")
+
+
+class _OnDisk:
+    """Blocks read from one checkpoint and written into another, see `apt.residency.Residency`."""
+
+    repeatable = True
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        names: dict[str, str],
+        source: Shards,
+        target: Shards,
+        work: Workplace,
+    ) -> None:
+        self._plan: Plan = prepared.plan
+        self._device = prepared.device
+        self._names, self._source, self._target, self._work = names, source, target, work
+        self._done = {line["block"]: line for line in work.lines if "block" in line}
+
+    @contextmanager
+    def open(self, name: str, block: nn.Module) -> Iterator[None]:
+        """The block as the input has it; then on the meta device again."""
+        self._load(name, block, self._source)
+        try:
+            yield
+        finally:
+            for path, parameter in list(block.named_parameters()):
+                owner, _, own = path.rpartition(".")
+                empty = nn.Parameter(
+                    torch.empty_like(parameter, device="meta"), requires_grad=False
+                )
+                setattr(block.get_submodule(owner), own, empty)
+
+    def _load(self, name: str, block: nn.Module, shards: Shards) -> None:
+        for path, _ in list(block.named_parameters()):
+            key = self._names[f"{name}.{path}"]
+            tensor = shards.read(key)
+            if not torch.isfinite(tensor).all():
+                raise AptError(
+                    f"{key} holds values that are not finite",
+                    "the checkpoint is damaged; get it again",
+                )
+            owner, _, own = path.rpartition(".")
+            parameter = nn.Parameter(tensor.to(self._device), requires_grad=False)
+            setattr(block.get_submodule(owner), own, parameter)
+
+    def pruned(self, name: str) -> list[SitePruned] | None:
+        """As the journal has it."""
+        return _sites(self._done[name]) if name in self._done else None
+
+    def restore(self, name: str, block: nn.Module) -> None:
+        """Read the block from the output."""
+        self._load(name, block, self._target)
+
+    def keep(self, name: str, block: nn.Module, sites: Sequence[SitePruned]) -> None:
+        """Write what was pruned, and say so in the journal."""
+        planned = next(entry for entry in self._plan.blocks if entry.name == name)
+        paths = dict.fromkeys(
+            [entry.site.parameter for entry in planned.pruned]
+            + [entry.extra.parameter for entry in planned.extras]
+        )
+        self._target.write((self._names[f"{name}.{p}"], block.get_parameter(p)) for p in paths)
+        self._work.add({"block": name, "sites": [asdict(site) for site in sites]})
+
+    def verify(self, blocks: dict[str, nn.Module]) -> None:
+        """Hold what was written against the plan."""
+        for planned in self._plan.blocks:
+            block = blocks[planned.name]
+            with self.open(planned.name, block):
+                self._load(planned.name, block, self._target)
+                if failed := failures(block_verdicts(planned, block)):
+                    raise RuntimeError(f"{failed[0].name} as written: {failed[0].detail}")

@@ -1,0 +1,144 @@
+"""Safetensors files read and written in place, and what strangers may put into them."""
+
+import json
+import struct
+from contextlib import suppress
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from apt.errors import AptError
+from apt.shards import Shards, read_header
+
+TENSORS = {
+    "a.weight": torch.randn(4, 8).bfloat16(),
+    "b.weight": torch.randn(3, 5),
+    "b.bias": torch.randn(3).half(),
+    "count": torch.tensor(7),
+    "none": torch.empty(0, 4),
+}
+
+
+@pytest.fixture
+def directory(tmp_path):
+    save_file(TENSORS, tmp_path / "model.safetensors", metadata={"format": "pt", "note": "kept"})
+    return tmp_path
+
+
+def test_tensors_are_read_as_safetensors_reads_them(directory):
+    shards = Shards(directory)
+    assert shards.entries.keys() == TENSORS.keys()
+    for name, tensor in TENSORS.items():
+        assert torch.equal(shards.read(name), tensor)
+
+
+def test_tensors_are_written_over_themselves_and_nothing_else_changes(directory):
+    size = (directory / "model.safetensors").stat().st_size
+    changed = torch.zeros_like(TENSORS["b.weight"])
+    Shards(directory).write([("b.weight", changed)])
+    loaded = load_file(directory / "model.safetensors")
+    for name, tensor in TENSORS.items():
+        assert torch.equal(loaded[name], changed if name == "b.weight" else tensor)
+    assert (directory / "model.safetensors").stat().st_size == size
+    with safe_open(directory / "model.safetensors", "pt") as file:
+        assert file.metadata()["note"] == "kept"
+    with pytest.raises(ValueError, match=r"b\.bias is"):
+        Shards(directory).write([("b.bias", changed)])
+
+
+def index(directory, weights):
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
+
+
+def test_several_files_are_one_checkpoint(directory):
+    save_file({"c": torch.ones(2)}, directory / "second.safetensors")
+    index(directory, dict.fromkeys(TENSORS, "model.safetensors") | {"c": "second.safetensors"})
+    shards = Shards(directory)
+    assert torch.equal(shards.read("c"), torch.ones(2))
+    assert torch.equal(shards.read("b.bias"), TENSORS["b.bias"])
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "x/y", "..", "", "a\\b"])
+def test_files_outside_the_directory_are_refused(directory, name):
+    index(directory, {"a": name})
+    with pytest.raises(AptError, match="outside its directory"):
+        Shards(directory)
+
+
+def test_what_is_missing_or_twice_there_is_told(directory, tmp_path):
+    index(directory, {"a": "third.safetensors"})
+    with pytest.raises(AptError, match=r"lacks third\.safetensors"):
+        Shards(directory)
+    save_file(TENSORS, directory / "second.safetensors")
+    index(directory, {"a": "second.safetensors", "b": "model.safetensors"})
+    with pytest.raises(AptError, match=r"is in model\.safetensors and in second"):
+        Shards(directory)
+    (directory / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(AptError, match="is damaged"):
+        Shards(directory)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(AptError, match="only safetensors can be streamed"):
+        Shards(tmp_path / "empty")
+
+
+def test_a_file_that_ends_early_is_told(directory):
+    shards = Shards(directory)
+    path = directory / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(AptError, match="ends within"):
+        [shards.read(name) for name in TENSORS]
+    with pytest.raises(AptError, match="is damaged"):
+        Shards(directory)
+
+
+headers = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["dtype", "shape", "data_offsets", "x"]), inner, max_size=4
+        )
+    ),
+    max_leaves=8,
+)
+entries = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from(["F32", "BF16", "F8", 3]),
+        "shape": st.lists(st.integers(-2, 2**40), max_size=3),
+        "data_offsets": st.lists(st.integers(-4, 2**66), max_size=3),
+    }
+)
+
+
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    raw=st.binary(max_size=64)
+    | headers.map(lambda h: json.dumps(h).encode())
+    | st.dictionaries(st.text(max_size=3), entries, max_size=3).map(
+        lambda h: json.dumps(h).encode()
+    ),
+    size=st.none() | st.integers(0, 2**64 - 1),
+    rest=st.binary(max_size=32),
+)
+def test_no_header_breaks_the_reader(tmp_path, raw, size, rest):
+    path = tmp_path / "any.safetensors"
+    path.write_bytes(struct.pack("<Q", len(raw) if size is None else size) + raw + rest)
+    with suppress(AptError):
+        for entry in read_header(path).values():
+            assert entry.start + entry.size <= path.stat().st_size
+
+
+@settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(raw=st.binary(max_size=64) | headers.map(lambda h: json.dumps({"weight_map": h}).encode()))
+def test_no_index_breaks_the_reader(directory, raw):
+    (directory / "model.safetensors.index.json").write_bytes(raw)
+    with pytest.raises(AptError):
+        Shards(directory)

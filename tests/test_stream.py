@@ -1,0 +1,229 @@
+"""Block by block from disk to disk: the same bytes as in memory, also when a run is cut short."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import apt.journal
+import apt.shards
+from apt.shards import Shards
+from tests.families import FAMILIES, random_model
+
+SMALL = ("--samples", 4, "--seqlen", 24, "--pattern", "2:4")
+
+
+class KilledError(BaseException):
+    """Stands in for a process that is gone: nothing catches it."""
+
+
+def weights(folder):
+    """Everything in an output but the times that its report has."""
+    files = {p.name: p.read_bytes() for p in Path(folder).iterdir() if p.name != "apt_report.json"}
+    report = json.loads((Path(folder) / "apt_report.json").read_text())
+    return files, [(s["name"], s["zeros"], s["relative_error"]) for s in report["sites"]]
+
+
+@pytest.fixture
+def sharded(tmp_path, tokenizer):
+    """A LLaMA in several files, with a few more beside them."""
+    folder = tmp_path / "sharded"
+    random_model("llama", torch.bfloat16).save_pretrained(folder, max_shard_size="60KB")
+    tokenizer.save_pretrained(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"dense")
+    (folder / "notes").mkdir()
+    (folder / "notes" / "card.md").write_text("kept")
+    assert len(list(folder.glob("*.safetensors"))) > 3
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("variant", "effort"),
+    [*((variant, "fast") for variant in FAMILIES.values()), ("llama", "default"),
+     ("mamba2", "default"), ("opt-350m", "fast")],
+)  # fmt: skip
+def test_a_streamed_run_gives_what_one_in_memory_gives(variant, effort, checkpoint, apt):
+    model = checkpoint(variant)
+    for name, options in (("memory", []), ("disk", ["--stream"])):
+        result = apt("prune", model, *SMALL, "--effort", effort, "-o", name, *options)
+        assert result.code == 0, result.err
+    memory, disk = (Shards(Path(name)) for name in ("memory", "disk"))
+    assert memory.entries.keys() == disk.entries.keys()
+    for name in memory.entries:
+        torch.testing.assert_close(memory.read(name), disk.read(name), rtol=1e-3, atol=1e-5)
+    assert apt("verify", "disk").code == 0
+    assert not list(Path().glob(".disk*"))
+
+
+def test_layout_and_every_other_file_stay(sharded, apt):
+    result = apt("prune", sharded, *SMALL, "--stream", "-o", "out")
+    assert result.code == 0, result.err
+    before, after = Shards(sharded), Shards(Path("out"))
+    assert {n: e.file.name for n, e in before.entries.items()} == {
+        n: e.file.name for n, e in after.entries.items()
+    }
+    for name, entry in before.entries.items():
+        assert (entry.dtype, entry.start) == (after.entries[name].dtype, after.entries[name].start)
+        same = torch.equal(before.read(name), after.read(name))
+        assert same == (not name.endswith("_proj.weight"))
+    assert Path("out/notes/card.md").read_text() == "kept"
+    assert Path("out/config.json").read_bytes() == (sharded / "config.json").read_bytes()
+    assert not Path("out/pytorch_model.bin").exists()
+
+
+def cut(monkeypatch, place, count, error):
+    """Let the ``count``-th call of a function of the journal or the shards fail."""
+    owner, name = place
+    original, calls = getattr(owner, name), []
+
+    def failing(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == count:
+            raise error
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, failing)
+
+
+PLACES = {
+    "write": (apt.shards.os, "pwrite"),
+    "journal": (apt.journal.Workplace, "add"),
+    "appear": (apt.journal, "replace_directory"),
+}
+
+
+@pytest.mark.parametrize(
+    ("place", "count", "effort"),
+    [("write", 1, "default"), ("write", 9, "default"), ("write", 9, "fast"),
+     ("journal", 1, "fast"), ("journal", 5, "default"), ("journal", 6, "fast"),
+     ("appear", 1, "fast")],
+)  # fmt: skip
+def test_a_run_that_is_cut_short_goes_on_to_the_same_bytes(
+    place, count, effort, checkpoint, apt, monkeypatch
+):
+    command = ("prune", checkpoint("llama"), *SMALL, "--stream", "--effort", effort)
+    assert apt(*command, "-o", "whole").code == 0
+    with monkeypatch.context() as patch:
+        cut(patch, PLACES[place], count, KilledError())
+        with pytest.raises(KilledError):
+            apt(*command, "-o", "out")
+    assert not Path("out").exists()
+    if count > 1:
+        refused = apt(*command, "-o", "out")
+        assert refused.code == 2
+        assert "pass --resume" in refused.err
+    result = apt(*command, "-o", "out", "--resume")
+    assert result.code == 0, result.err
+    assert weights("out") == weights("whole")
+    assert not list(Path().glob(".out*"))
+
+
+def test_a_full_disk_loses_nothing(checkpoint, apt, monkeypatch):
+    command = ("prune", checkpoint("llama"), *SMALL, "--stream")
+    assert apt(*command, "-o", "whole").code == 0
+    with monkeypatch.context() as patch:
+        cut(patch, PLACES["write"], 9, OSError(errno.ENOSPC, "No space left on device"))
+        result = apt(*command, "-o", "out")
+    assert result.code == 2
+    assert "No space left on device" in result.err
+    assert "--resume" in result.err
+    assert apt(*command, "-o", "out", "--resume").code == 0
+    assert weights("out") == weights("whole")
+
+
+def test_another_command_is_not_gone_on_with(checkpoint, apt, monkeypatch):
+    command = (
+        "prune",
+        checkpoint("llama"),
+        "--samples",
+        4,
+        "--seqlen",
+        24,
+        "--stream",
+        "-o",
+        "out",
+    )
+    with monkeypatch.context() as patch:
+        cut(patch, PLACES["journal"], 4, KilledError())
+        with pytest.raises(KilledError):
+            apt(*command, "--pattern", "2:4")
+    other = apt(*command, "--pattern", "4:8", "--resume")
+    assert other.code == 2
+    assert "its options differ" in other.err
+    assert apt(*command, "--pattern", "2:4", "--resume").code == 0
+
+
+def test_a_journal_cut_within_a_line_is_read_as_far_as_it_is_whole(checkpoint, apt, monkeypatch):
+    command = ("prune", checkpoint("llama"), *SMALL, "--stream")
+    assert apt(*command, "-o", "whole").code == 0
+    with monkeypatch.context() as patch:
+        cut(patch, PLACES["journal"], 5, KilledError())
+        with pytest.raises(KilledError):
+            apt(*command, "-o", "out")
+    journal = Path(".out.apt/journal.jsonl")
+    journal.write_bytes(journal.read_bytes()[:-30])
+    assert apt(*command, "-o", "out", "--resume").code == 0
+    assert weights("out") == weights("whole")
+
+
+def test_two_runs_do_not_write_one_output(checkpoint, apt):
+    from apt.journal import Workplace
+
+    with Workplace(Path("out")).entered({"a": 1}, resume=False):
+        result = apt("prune", checkpoint("llama"), *SMALL, "--stream", "-o", "out", "--resume")
+    assert result.code == 2
+    assert "another run is writing" in result.err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--eval", "builtin"], "--eval needs the whole model"),
+        (["--dtype", "float32"], "--dtype needs the whole model"),
+    ],
+)
+def test_what_cannot_be_streamed_is_told_first(options, said, checkpoint, apt):
+    result = apt("prune", checkpoint("llama"), *SMALL, "--stream", "-o", "out", *options)
+    assert result.code == 2
+    assert said in result.err
+    assert not list(Path().iterdir())
+
+
+def test_a_disk_too_small_is_told_first(checkpoint, apt, monkeypatch):
+    from collections import namedtuple
+
+    monkeypatch.setattr("apt.stream.shutil.disk_usage", lambda _: namedtuple("U", "free")(1000))
+    result = apt("prune", checkpoint("llama"), *SMALL, "--stream", "-o", "out")
+    assert result.code == 2
+    assert "GiB left" in result.err
+
+
+def test_a_process_that_is_killed_is_gone_on_with(checkpoint, tmp_path):
+    model = str(checkpoint("llama"))
+    command = [sys.executable, "-m", "apt", "prune", model, *map(str, SMALL), "--stream"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def run(*options):
+        return subprocess.Popen(
+            [*command, *options], cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    assert run("-o", "whole").wait() == 0
+    process, journal = run("-o", "out"), tmp_path / ".out.apt" / "journal.jsonl"
+    for _ in range(3000):  # until two blocks are on disk
+        if journal.is_file() and journal.read_bytes().count(b"\n") >= 4:
+            break
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    if journal.is_file():
+        assert run("-o", "out", "--resume").wait() == 0
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
