@@ -12,8 +12,9 @@ KERNELS = causal-conv1d==1.7.0 mamba-ssm==2.3.2.post1 triton==3.7.1
 demo: $(VENV)/.runtime
 	$(BIN)/apt prune --adapter llama --eval builtin --output out/llama-2of4 --overwrite
 
+# Two processes of one thread each: small tests gain more from that than from two threads.
 test: $(VENV)/.development
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/.development
 	$(BIN)/ruff check .
@@ -25,7 +26,7 @@ check: lint test
 
 # What runs only beside mamba_ssm, with its own Python over stand-ins for what it compiles.
 kernels: $(VENV)/.kernels
-	PYTHONPATH=$(VENV)/kernels $(BIN)/python -m pytest tests/kernels
+	PYTHONPATH=$(VENV)/kernels OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/kernels
 
 # A package made from the template, beside a wheel, in an environment of its own.
 template: $(VENV)/.development
@@ -35,7 +36,7 @@ template: $(VENV)/.development
 matrix: test
 	$(PYTHON) -m venv $(VENV)-oldest
 	$(VENV)-oldest/bin/pip install --quiet -e '.[test]' '$(OLDEST)'
-	$(VENV)-oldest/bin/python -m pytest tests
+	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n 2 tests
 
 $(VENV)/.runtime: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -81,11 +81,20 @@ def test_what_waits_knows_its_own_thread():
     assert not first.here
 
 
+@pytest.fixture
+def two_threads():
+    """OpenMP with a team, however many processors there are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 TASKS = Path("/proc/self/task")  # the threads of this process, those of libraries as well
 
 
 @pytest.mark.skipif(not TASKS.is_dir(), reason="counts threads where Linux lists them")
-@pytest.mark.skipif(torch.get_num_threads() == 1, reason="one processor: OpenMP makes no threads")
+@pytest.mark.usefixtures("two_threads")
 def test_who_waits_keeps_no_openmp_threads():
     def work(wait):
         compute()
