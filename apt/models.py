@@ -119,13 +119,25 @@ def read_config(source: Source) -> Any:
 
 def skeleton(source: Source, registry: Registry, adapter: str | None = None) -> Model:
     """The model on the meta device: modules and shapes, no weights."""
-    checkpoint = None if source.gguf else open_checkpoint(source.location, registry)
-    config = checkpoint.config if checkpoint else read_config(source)
+    checkpoint, config = _configured(source, registry)
     spec = registry.adapters.get(adapter) if adapter else registry.adapter_for(config.model_type)
     instance: Adapter = spec.load()()
     instance.check(config)
     module = _empty(source, config)
     return Model(source, module, config, spec, instance, checkpoint)
+
+
+def _configured(source: Source, registry: Registry) -> tuple[Checkpoint | None, Any]:
+    """The checkpoint where it is of another format, and the configuration."""
+    try:
+        return None, read_config(source)
+    except AptError as error:
+        if source.gguf or isinstance(error.__cause__, OSError):  # no such thing, or no network
+            raise
+        checkpoint = open_checkpoint(source.location, registry)
+        if checkpoint is None:
+            raise
+        return checkpoint, checkpoint.config
 
 
 def _empty(source: Source, config: Any) -> nn.Module:

@@ -1,0 +1,74 @@
+"""Models of transformers beside mamba_ssm: with its kernels kept on, and without them."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from apt_adapters.mamba import MambaAdapter
+from apt_adapters.processor import on_processor
+
+import apt as library
+from apt.testing import CHECKS, Subject
+from tests.families import random_model, random_tokens
+
+TOKENS = random_tokens(2, 8)
+# Those that need few forwards: Triton's interpreter, which Mamba 2 runs in, is slow.
+FEW = ("sites", "capture", "residual", "blocks", "in_time")
+
+
+def counted(monkeypatch, module, name):
+    """Count the calls of a compiled function."""
+    calls, original = [], getattr(module, name)
+
+    def counting(*args, **kwargs):
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, counting)
+    return calls
+
+
+@pytest.mark.parametrize("variant", ["mamba", "falcon-mamba", "jamba", "mamba2"])
+def test_adapters_conform_with_the_kernels_kept_on(variant, adapter_of, monkeypatch):
+    import causal_conv1d_cuda
+
+    calls = counted(monkeypatch, causal_conv1d_cuda, "causal_conv1d_fwd")
+    model = random_model(variant)
+    for name in CHECKS if variant != "mamba2" else FEW:
+        CHECKS[name](Subject(adapter_of(model), model, TOKENS))
+    assert calls
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", ["mamba", "falcon-mamba", "jamba", "mamba2", "falcon-h1"])
+def test_on_a_processor_no_kernel_is_called(variant, monkeypatch):
+    import causal_conv1d_cuda
+    import selective_scan_cuda
+
+    model, tokens, found = random_model(variant), TOKENS, []
+    convolutions = counted(monkeypatch, causal_conv1d_cuda, "causal_conv1d_fwd")
+    scans = counted(monkeypatch, selective_scan_cuda, "fwd")
+    found.append(model(tokens, use_cache=False).logits)
+    before = len(convolutions), len(scans)
+    assert convolutions
+    with on_processor(model):
+        found.append(model(tokens, use_cache=False).logits)
+    assert (len(convolutions), len(scans)) == before
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-3)
+
+
+def test_tuning_goes_through_the_kernels_own_gradient(monkeypatch):
+    import selective_scan_cuda
+
+    calls, models = counted(monkeypatch, selective_scan_cuda, "bwd"), []
+    for kept in (True, False):
+        model = random_model("mamba")
+        with monkeypatch.context() as patch:
+            if kept:
+                patch.setattr(MambaAdapter, "running", lambda self, model: nullcontext())
+            library.prune(model, random_tokens(20, 128), pattern="2:4")  # so that one is held back
+        models.append(model.state_dict())
+        assert bool(calls) == kept
+        calls.clear()
+    for name, value in models[1].items():
+        torch.testing.assert_close(models[0][name], value, rtol=2e-2, atol=2e-2, msg=name)
