@@ -44,9 +44,13 @@ def scan_bwd(u, delta, A, B, C, D, z, delta_bias, grad, kept, out, dz, softplus,
 
 
 def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
-    width = weight.shape[-1]
-    result = F.conv1d(F.pad(x, (width - 1, 0)), weight[:, None], bias, groups=x.shape[1])
-    return F.silu(result) if silu else result
+    # The kernel takes inputs and weights of different precision, and sums in fp32.
+    padded, bias = (
+        F.pad(x.float(), (weight.shape[-1] - 1, 0)),
+        None if bias is None else bias.float(),
+    )
+    result = F.conv1d(padded, weight.float()[:, None], bias, groups=x.shape[1])
+    return (F.silu(result) if silu else result).to(x.dtype)
 
 
 def conv_fwd(x, weight, bias, seq_idx, initial, out, final, silu):
@@ -56,14 +60,20 @@ def conv_fwd(x, weight, bias, seq_idx, initial, out, final, silu):
 
 
 def conv_bwd(x, weight, bias, grad, seq_idx, initial, dfinal, dx, dweight, dbias, dinitial, silu):
-    """As ``causal_conv1d_cuda.causal_conv1d_bwd``."""
-    leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
-    with torch.enable_grad():
-        result = _convolved(*leaves, silu)
-    for into, found in zip(
-        (dx, dweight, dbias), torch.autograd.grad(result, leaves, grad), strict=True
-    ):
-        into.copy_(found)
+    """As ``causal_conv1d_cuda.causal_conv1d_bwd``; called below autograd, so written out."""
+    width, length = weight.shape[-1], x.shape[-1]
+    padded, grad, taps = F.pad(x.float(), (width - 1, 0)), grad.float(), weight.float()
+    lags = [padded[..., k : k + length] for k in range(width)]
+    if silu:
+        before = _convolved(x.float(), weight, bias, False)
+        share = before.sigmoid()
+        grad = grad * share * (1 + before * (1 - share))
+    spread = torch.zeros_like(padded)
+    for k, lag in enumerate(lags):
+        dweight[:, k] = (grad * lag).sum((0, 2))
+        spread[..., k : k + length] += grad * taps[:, k, None]
+    dbias.copy_(grad.sum((0, 2)))
+    dx.copy_(spread[..., width - 1 :])
 
 
 def conv_update(x, state, weight, bias, out, silu, lengths, indices):
