@@ -1,0 +1,105 @@
+"""What streaming costs in time, and what memory it takes, by the operating system's own account.
+
+Each run is a process of its own. With a model, runs in memory and streamed ones by turns; with
+``--blocks``, streamed runs of random LLaMA-shaped checkpoints of so many blocks::
+
+    python benchmarks/stream.py ./smollm2 --rounds 2
+    python benchmarks/stream.py --blocks 2 4 8 16 32 --hidden 1024
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from common import save
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from apt.plugins import registry
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", nargs="?", help="a directory to prune in memory and streamed")
+    parser.add_argument("--blocks", type=int, nargs="*", default=[])
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--method", default="admm")
+    parser.add_argument("--effort", default="default")
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args()
+
+
+def checkpoint(folder: Path, blocks: int, hidden: int) -> Path:
+    """A random model in bf16, in files of 200 MB."""
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(registry().adapters.get("llama").zoo_path())
+    config = LlamaConfig(
+        hidden_size=hidden, intermediate_size=hidden * 11 // 4, num_hidden_layers=blocks,
+        num_attention_heads=hidden // 64, num_key_value_heads=hidden // 64, vocab_size=2048,
+    )  # fmt: skip
+    target = folder / f"llama-{blocks}"
+    LlamaForCausalLM(config).bfloat16().save_pretrained(target, max_shard_size="200MB")
+    tokenizer.save_pretrained(target)
+    return target
+
+
+def run(model: Path, output: Path, options: argparse.Namespace, *more: str) -> dict[str, Any]:
+    """Seconds and peak resident memory of one ``apt prune``."""
+    command = [
+        sys.executable, "-m", "apt", "prune", str(model), "--pattern", "2:4", "-o", str(output),
+        "--samples", str(options.samples), "--seqlen", str(options.seqlen),
+        "--method", options.method, *more,
+    ]  # fmt: skip
+    if options.method == "admm":
+        command += ["--effort", options.effort]
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{' '.join(command)} failed")
+    shutil.rmtree(output)
+    return {"seconds": time.perf_counter() - started, "peak": used.ru_maxrss * 1024}
+
+
+def main() -> None:
+    options, console = arguments(), Console()
+    folder, rows = Path(tempfile.mkdtemp(prefix="apt-stream-")), []
+    table = Table("model", "run", "seconds", "peak memory", "weights")
+    if options.model:
+        ways: dict[str, list[dict[str, Any]]] = {"in memory": [], "streamed": []}
+        for _ in range(options.rounds):
+            for name, found in ways.items():
+                more = ["--stream"] if name == "streamed" else []
+                found.append(run(Path(options.model), folder / "out", options, *more))
+        for name, found in ways.items():
+            seconds, peak = (median(one[key] for one in found) for key in ("seconds", "peak"))
+            rows.append({"model": options.model, "run": name, "seconds": seconds, "peak": peak})
+    for blocks in options.blocks:
+        model = checkpoint(folder, blocks, options.hidden)
+        size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+        row = {"model": f"{blocks} blocks", "run": "streamed", "weights": size}
+        rows.append({**row, **run(model, folder / "out", options, "--stream")})
+        shutil.rmtree(model)
+    for row in rows:
+        weights = f"{row['weights'] / 2**20:,.0f} MiB" if "weights" in row else ""
+        peak = f"{row['peak'] / 2**20:,.0f} MiB"
+        table.add_row(row["model"], row["run"], f"{row['seconds']:.1f}", peak, weights)
+    console.print(table)
+    save(options.json, rows)
+    shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
