@@ -6,6 +6,7 @@ import resource
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -91,11 +92,19 @@ def versions() -> dict[str, str]:
 
 def peak_memory() -> dict[str, int]:
     """The process's highest resident memory, and the device's, in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = {"cpu": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    peak = {"cpu": _peak_resident()}
     if torch.cuda.is_available():
         peak["cuda"] = torch.cuda.max_memory_allocated()
     return peak
+
+
+def _peak_resident() -> int:
+    # What getrusage says on Linux counts the process that started this one, up to that moment.
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def read_report(directory: Path) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""What streaming costs in time, and what memory it takes, by the operating system's own account.
+"""What streaming costs in time, and what memory it takes: the high-water mark that Linux keeps.
 
 Each run is a process of its own. With a model, runs in memory and streamed ones by turns; with
 ``--blocks``, streamed runs of random LLaMA-shaped checkpoints of so many blocks::
@@ -8,7 +8,7 @@ Each run is a process of its own. With a model, runs in memory and streamed ones
 """
 
 import argparse
-import os
+import json
 import shutil
 import subprocess
 import sys
@@ -25,6 +25,7 @@ from rich.table import Table
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from apt.plugins import registry
+from apt.report import FILE
 
 
 def arguments() -> argparse.Namespace:
@@ -66,11 +67,12 @@ def run(model: Path, output: Path, options: argparse.Namespace, *more: str) -> d
         command += ["--effort", options.effort]
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, used = os.wait4(process.pid, 0)
-    if status:
+    if process.wait():
         raise SystemExit(f"{' '.join(command)} failed")
+    seconds = time.perf_counter() - started
+    report = json.loads((output / FILE).read_text())
     shutil.rmtree(output)
-    return {"seconds": time.perf_counter() - started, "peak": used.ru_maxrss * 1024}
+    return {"seconds": seconds, "peak": report["peak_memory_bytes"]["cpu"]}
 
 
 def main() -> None:

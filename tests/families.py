@@ -3,6 +3,7 @@
 import copy
 
 import torch
+import transformers
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -59,6 +60,8 @@ CONFIGS = {
         **_GROUPED, **_SMALL, **_HEADS, **_IDS,
     ),
 }  # fmt: skip
+if int(transformers.__version__.split(".")[0]) < 5:  # experts are modules there, not stacked
+    del CONFIGS["jamba"]
 SCANS = ["mamba", "mamba-no-fp32-residual", "falcon-mamba", "mamba2", "jamba", "falcon-h1"]
 ATTENTION = [name for name in CONFIGS if name not in SCANS]
 FAMILIES = {"llama": "llama-grouped-tied", "opt": "opt", "bloom": "bloom", "mamba": "mamba"}

@@ -384,6 +384,11 @@ def save(
     settings = json.loads(path.read_text(encoding="utf-8"))
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    # transformers 4 does not read infinity as 5 writes it; this one is Mamba 2's default.
+    path = directory / "config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings.pop("time_step_limit", None)
+    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     (directory / "README.md").write_text(card, encoding="utf-8")
 
 
