@@ -1,0 +1,169 @@
+"""Pruning Mamba beyond its Linears: perplexity, nothing else pruned.
+
+Against the same share by magnitude and, for ``A_log``, by what SparseSSM (arXiv 2506.09613) ranks
+entries by: ``A_log²`` times the states' squares, summed over samples; the lowest of every time step
+are counted (``count``), or all steps are summed (``sum``)::
+
+    python benchmarks/extras.py zoo:mamba --kinds A_log conv1d D
+"""
+
+import argparse
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from apt_adapters import scan
+from common import open_model, sample
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from transformers.models.mamba import modeling_mamba
+
+from apt.adapter import Extra
+from apt.batches import Batch, enter
+from apt.evaluate import perplexity
+from apt.models import Model
+from apt.pipeline import prune_blocks
+from apt.plan import make_plan
+from apt.plugins import registry
+from apt.solver import parse_pattern, sm
+from apt.text import documents
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", nargs="?", default="zoo:mamba")
+    parser.add_argument("--kinds", nargs="+", default=["A_log", "conv1d", "D"])
+    parser.add_argument("--sparsities", nargs="+", default=["0.5", "0.7"])
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--seqlen", type=int, default=256)
+    return parser.parse_args()
+
+
+def ours(model: Model, module: nn.Module, kind: str, sparsity: str, tokens: Tensor) -> None:
+    """As ``apt prune --also`` does it, every site left dense."""
+    plan = make_plan(module, model.adapter, parse_pattern(sparsity), also=[kind])
+    dense = [
+        replace(block, sites=tuple(replace(site, pattern=None) for site in block.sites))
+        for block in plan.blocks
+    ]
+    prune_blocks(module, model.adapter, replace(plan, blocks=tuple(dense)), tokens, sm)
+
+
+def by_score(
+    model: Model,
+    module: nn.Module,
+    kind: str,
+    sparsity: str,
+    tokens: Tensor,
+    score: Callable[[Tensor, int, list[Tensor]], Tensor],
+) -> None:
+    """Zero the entries of least score, block by block; ``score`` is given a mixer's states."""
+    with torch.no_grad(), model.adapter.running(module):
+        batches = enter(model.adapter, module, tokens)
+        for index, (_, block) in enumerate(model.adapter.blocks(module)):
+            extra = next(e for e in model.adapter.extras(block) if e.kind == kind)
+            prune_block(model, block, index, batches, extra, sparsity, score)
+
+
+def prune_block(
+    model: Model,
+    block: nn.Module,
+    index: int,
+    batches: list[Batch],
+    extra: Extra,
+    sparsity: str,
+    score: Callable[[Tensor, int, list[Tensor]], Tensor],
+) -> None:
+    with states_seen() as states:
+        for batch in batches:
+            model.adapter.step(block, batch.state, batch.calls[index])
+    weight = extra.weight(block).data
+    count = int(float(sparsity) * weight.numel() + 0.5)
+    lowest = score(weight.float(), count, states).flatten().topk(count, largest=False).indices
+    mask = torch.zeros(weight.numel(), dtype=torch.bool)
+    mask[lowest] = True
+    weight.masked_fill_(mask.view_as(weight), 0)
+    for batch in batches:
+        batch.state = model.adapter.step(block, batch.state, batch.calls[index])
+
+
+@contextmanager
+def states_seen() -> Iterator[list[Tensor]]:
+    """The squares of the states before every step (L, D, N), summed over each batch's samples."""
+    seen: list[Tensor] = []
+    before = getattr(modeling_mamba, "mamba_selective_scan", None)
+
+    def watched(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, **rest: Any) -> Any:
+        step = F.softplus(dt.float() + rest["delta_bias"][:, None])
+        given = (y.float().permute(2, 0, 1).contiguous() for y in (step, step * x.float(), B))
+        states, _ = scan._states(x.new_zeros(len(x), *A.t().shape).float(), *_order(*given, A))
+        shifted = torch.cat([torch.zeros_like(states[:1]), states[:-1]])
+        seen.append(shifted.square().sum(1).transpose(1, 2))
+        return scan.selective_scan(x, dt, A, B, C, **rest)
+
+    modeling_mamba.mamba_selective_scan = watched
+    try:
+        yield seen
+    finally:
+        modeling_mamba.mamba_selective_scan = before
+
+
+def _order(step: Tensor, drive: Tensor, b: Tensor, A: Tensor) -> tuple[Tensor, ...]:
+    return step, drive, A.float().t().contiguous(), b
+
+
+def magnitude(weight: Tensor, count: int, states: list[Tensor]) -> Tensor:
+    return weight.abs()
+
+
+def summed(weight: Tensor, count: int, states: list[Tensor]) -> Tensor:
+    return weight.square() * torch.stack(states).sum((0, 1))
+
+
+def counted(weight: Tensor, count: int, states: list[Tensor]) -> Tensor:
+    by_step = (weight.square() * torch.stack(states).sum(0)).flatten(1)
+    lowest = by_step.topk(count, largest=False).indices.flatten()
+    return -torch.zeros(weight.numel()).scatter_add_(0, lowest, torch.ones(len(lowest)))
+
+
+def main() -> None:
+    options, console = arguments(), Console()
+    model, tokenizer = open_model(options.model)
+    tokens, held_out = (
+        sample(
+            tokenizer,
+            list(documents("builtin", split, registry())),
+            options.samples,
+            options.seqlen,
+        )
+        for split in ("calibration", "evaluation")
+    )
+    with model.adapter.running(model.module):
+        dense = perplexity(model.module, held_out)
+    table = Table("pruned", "ours", "magnitude", "SparseSSM, sum", "SparseSSM, count")
+    table.add_row("dense", f"{dense:.2f}")
+    for kind in options.kinds:
+        for sparsity in options.sparsities:
+            scores: list[Any] = [magnitude]
+            if kind == "A_log" and model.config.model_type == "mamba":
+                scores += [summed, counted]
+            cells = []
+            for score in (None, *scores):
+                module = copy.deepcopy(model.module)
+                if score is None:
+                    ours(model, module, kind, sparsity, tokens)
+                else:
+                    by_score(model, module, kind, sparsity, tokens, score)
+                with model.adapter.running(module):
+                    cells.append(f"{perplexity(module, held_out):.2f}")
+            table.add_row(f"{kind} {sparsity}", *cells)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
