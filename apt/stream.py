@@ -72,12 +72,7 @@ def execute_streamed(
     calibration = {
         "source": options.calibration, "shape": list(tokens.shape), "sha256": digest(tokens)
     }  # fmt: skip
-    record = options.record() | prepared.mode.record()
-    asked = {k: v for k, v in record.items() if k not in ("overwrite", "resume")}
-    fingerprint = {
-        "model": origin, "calibration": calibration, "options": asked, "versions": versions(),
-        "threads": torch.get_num_threads(),
-    }  # fmt: skip
+    fingerprint = _fingerprint(prepared, origin, calibration)
     with _told(options.output), work.entered(fingerprint, resume):
         if not work.has("copied"):
             status("copying the checkpoint")
@@ -93,6 +88,7 @@ def execute_streamed(
             sites = _prune(prepared, module, tokens, disk, observe)
         skipped = [site.name for site in prepared.plan.sites if site.pattern is None]
         seconds = time.perf_counter() - started
+        record = options.record() | prepared.mode.record()
         report = Report(record, origin, calibration, sites, skipped, seconds)
         if not work.has("finished"):
             status("verifying")
@@ -101,6 +97,20 @@ def execute_streamed(
             open_up(work.out)
         work.finish()
     return report
+
+
+def _fingerprint(
+    prepared: Prepared, origin: dict[str, Any], calibration: dict[str, Any]
+) -> dict[str, Any]:
+    """All that the result depends on."""
+    record = prepared.options.record() | prepared.mode.record()
+    return {
+        "model": origin,
+        "calibration": calibration,
+        "options": {k: v for k, v in record.items() if k not in ("overwrite", "resume")},
+        "versions": versions(),
+        "threads": torch.get_num_threads(),
+    }
 
 
 @contextmanager
