@@ -19,8 +19,14 @@ from apt.errors import AptError
 Line = dict[str, Any]
 
 
+def workplace(output: Path) -> Path:
+    """The folder ``.NAME.apt`` beside an output directory ``NAME``."""
+    output = output.absolute()
+    return output.parent / f".{output.name}.apt"
+
+
 class Workplace:
-    """The folder ``.NAME.apt`` beside an output directory ``NAME``.
+    """What lies in the `workplace` of an output directory.
 
     Attributes:
         lines: the journal's lines so far.
@@ -29,7 +35,7 @@ class Workplace:
 
     def __init__(self, output: Path) -> None:
         self.output = output.absolute()
-        self.folder = self.output.parent / f".{self.output.name}.apt"
+        self.folder = workplace(output)
         self.out = self.folder / "out"
         self.lines: list[Line] = []
         self._path = self.folder / "journal.jsonl"

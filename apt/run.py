@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from apt.allocate import UNIFORM, allocated, check_allocation
 from apt.checkpoint import check_output, save_model, whole_directory
 from apt.errors import AptError
+from apt.journal import workplace
 from apt.mode import Mode, choose_mode
 from apt.models import Model, find, fingerprint, load, load_tokenizer, skeleton
 from apt.pipeline import Observer, SitePruned, prune_blocks, telling
@@ -114,7 +115,8 @@ def prepare(
     _check_numbers(options)
     method = registry.methods.get(options.method) if options.method else registry.default_method()
     _check_heeded(options, method, registry)
-    check_output(options.output, options.overwrite)
+    going_on = options.resume and workplace(options.output).is_dir()
+    check_output(options.output, options.overwrite or going_on)
     source = find(options.model, registry, trust_remote_code=options.trust_remote_code)
     shell = skeleton(source, registry, options.adapter)
     plan = make_plan(

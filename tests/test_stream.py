@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import apt.journal
+import apt.journal as apt_journal
 import apt.shards
 from apt.shards import Shards
 from tests.families import FAMILIES, random_model
@@ -94,8 +94,8 @@ def cut(monkeypatch, place, count, error):
 
 PLACES = {
     "write": (apt.shards.os, "pwrite"),
-    "journal": (apt.journal.Workplace, "add"),
-    "appear": (apt.journal, "replace_directory"),
+    "journal": (apt_journal.Workplace, "add"),
+    "appear": (apt_journal, "replace_directory"),
 }
 
 
@@ -119,6 +119,28 @@ def test_a_run_that_is_cut_short_goes_on_to_the_same_bytes(
         refused = apt(*command, "-o", "out")
         assert refused.code == 2
         assert "pass --resume" in refused.err
+    result = apt(*command, "-o", "out", "--resume")
+    assert result.code == 0, result.err
+    assert weights("out") == weights("whole")
+    assert not list(Path().glob(".out*"))
+
+
+def test_a_run_that_is_cut_short_once_its_output_is_there_is_done(checkpoint, apt, monkeypatch):
+    command = ("prune", checkpoint("llama"), *SMALL, "--stream", "--effort", "fast")
+    assert apt(*command, "-o", "whole").code == 0
+    original = apt_journal.shutil.rmtree
+
+    def failing(path, *args, **kwargs):
+        if Path(path).name == ".out.apt":
+            raise KilledError
+        original(path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(apt_journal.shutil, "rmtree", failing)
+        with pytest.raises(KilledError):
+            apt(*command, "-o", "out")
+    assert Path("out").exists()
+    assert "exists and is not empty" in apt(*command, "-o", "out").err
     result = apt(*command, "-o", "out", "--resume")
     assert result.code == 0, result.err
     assert weights("out") == weights("whole")
