@@ -59,7 +59,7 @@ def execute_streamed(
     names = _names(shell, shards)
     work = Workplace(options.output)
     if not resume:
-        _check_space(source, work.output.parent)
+        _check_space(source, shards, work.output.parent)
     status("reading text")
     tokens, _ = texts(prepared, load_tokenizer(shell.source, options.tokenizer))
     status("hashing the model")
@@ -194,10 +194,10 @@ def _names(shell: Model, shards: Shards) -> dict[str, str]:
     return names
 
 
-def _check_space(source: Path, parent: Path) -> None:
+def _check_space(source: Path, shards: Shards, parent: Path) -> None:
     while not parent.exists():
         parent = parent.parent
-    needed = sum(path.stat().st_size for path in _files(source))
+    needed = sum(path.stat().st_size for path in _files(source, shards))
     free = shutil.disk_usage(parent).free
     if free < needed * 1.01 + 2**20:
         raise AptError(
@@ -206,22 +206,21 @@ def _check_space(source: Path, parent: Path) -> None:
         )
 
 
-def _files(source: Path) -> Iterator[Path]:
-    """The files that the output has as well."""
+def _files(source: Path, shards: Shards) -> Iterator[Path]:
+    """The files that the output has as well; of safetensors files, those that the index names."""
+    weights = {entry.file for entry in shards.entries.values()}
     for folder, _, names in os.walk(source):
         for name in names:
             path = Path(folder) / name
             if path.suffix in _LEFT_BEHIND or name == FILE or not path.is_file():
                 continue
-            yield path
+            if path.suffix != ".safetensors" or path in weights:
+                yield path
 
 
 def _copy(source: Path, target: Path, shards: Shards) -> None:
-    """Copy the checkpoint; of safetensors files, those that its index names."""
-    weights = {entry.file for entry in shards.entries.values()}
-    for path in _files(source):
-        if path.suffix == ".safetensors" and path not in weights:
-            continue
+    """Copy the checkpoint."""
+    for path in _files(source, shards):
         into = target / path.relative_to(source)
         into.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, into)
@@ -251,7 +250,7 @@ def _assembled(shell: Model, shards: Shards, names: dict[str, str], device: str)
     single: Any = AutoModelForCausalLM.from_config(
         _of_one_block(shell.config), trust_remote_code=shell.source.trust_remote_code
     ).eval()
-    made = dict(shell.adapter.blocks(single)[0][1].named_buffers())
+    made = {n: b.to(device) for n, b in shell.adapter.blocks(single)[0][1].named_buffers()}
     outer = {
         n: names[n] for n in single.state_dict() if n in names and not n.startswith(f"{parent}.")
     }
@@ -322,7 +321,12 @@ class _OnDisk:
     @contextmanager
     def open(self, name: str, block: nn.Module) -> Iterator[None]:
         """The block as the input has it; then on the meta device again."""
-        self._load(name, block, self._source)
+        with self._loaded(name, block, self._source):
+            yield
+
+    @contextmanager
+    def _loaded(self, name: str, block: nn.Module, shards: Shards) -> Iterator[None]:
+        self._load(name, block, shards)
         try:
             yield
         finally:
@@ -368,7 +372,6 @@ class _OnDisk:
         """Hold what was written against the plan."""
         for planned in self._plan.blocks:
             block = blocks[planned.name]
-            with self.open(planned.name, block):
-                self._load(planned.name, block, self._target)
+            with self._loaded(planned.name, block, self._target):
                 if failed := failures(block_verdicts(planned, block)):
                     raise RuntimeError(f"{failed[0].name} as written: {failed[0].detail}")

@@ -25,6 +25,7 @@ from apt.errors import AptError
 from apt_adapters.scan import both_scans, selective_scan
 
 _lock = Lock()  # functions of a module are replaced: one run at a time
+_WATCHED = ("causal_conv1d_fn", "mamba_selective_scan", "mamba2_chunk_scan")
 _Take = Callable[[str, Tensor, float], None]
 
 
@@ -56,15 +57,15 @@ def effects_of(mixer: nn.Module, extras: Sequence[Extra], sink: Effects) -> Iter
             sink(wanted[kind], gram, energy)
 
     with _lock:
+        before = {name: getattr(module, name) for name in _WATCHED if hasattr(module, name)}
+        if len(before) < 2:
+            raise AptError("--also needs transformers 5.24 or newer for this model", "upgrade it")
         heads = _Heads(mixer, take)
         watched = {
             "causal_conv1d_fn": lambda plain: _conv(plain, take),
             "mamba_selective_scan": lambda plain: _scan(take),
             "mamba2_chunk_scan": heads.scan,
         }
-        before = {name: getattr(module, name) for name in watched if hasattr(module, name)}
-        if len(before) < 2:
-            raise AptError("--also needs transformers 5.24 or newer for this model", "upgrade it")
         vars(module).update(
             {n: watched[n](getattr(f, "__wrapped__", f)) for n, f in before.items()}
         )

@@ -1,14 +1,10 @@
 """Hybrids of attention and state-space mixers: Jamba and Falcon-H1."""
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-
 from torch import nn
 
-from apt.adapter import Call, DecoderAdapter, Effects, Extra, Input, Site, State
+from apt.adapter import Call, Input, Site, State
 from apt.experts import expert_sites, one_by_one
-from apt_adapters.effects import effects_of, extras_of
-from apt_adapters.processor import on_processor
+from apt_adapters.mamba import StateSpaceAdapter
 
 _ATTENTION = (
     Input("attention", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
@@ -26,33 +22,14 @@ _MLP = (
 )
 
 
-class _HybridAdapter(DecoderAdapter):
-    """Blocks of which some have a mixer named ``mamba``."""
-
-    blocks_path = "model.layers"
-
-    def running(self, model: nn.Module) -> AbstractContextManager[None]:
-        """On a processor, with functions that are made for it."""
-        return on_processor(model)
-
-    def extras(self, block: nn.Module) -> list[Extra]:
-        """The mixer's convolution, decays and skip."""
-        return extras_of("mamba", block)
-
-    def effects(
-        self, block: nn.Module, extras: Sequence[Extra], sink: Effects
-    ) -> AbstractContextManager[None]:
-        """Watch the mixer's functions, where there is one."""
-        mixer = getattr(block, "mamba", None)
-        return nullcontext() if mixer is None else effects_of(mixer, extras, sink)
-
-
-class JambaAdapter(_HybridAdapter):
+class JambaAdapter(StateSpaceAdapter):
     """``JambaForCausalLM``: blocks of attention or of Mamba, with an MLP or routed experts.
 
     The router is left dense.
     """
 
+    blocks_path = "model.layers"
+    mixer = "mamba"
     left_dense = ("feed_forward.router",)
 
     def positions(self, config: object) -> None:
@@ -82,13 +59,15 @@ def _experts(block: nn.Module) -> nn.Module | None:
     return getattr(block.feed_forward, "experts", None)
 
 
-class FalconH1Adapter(_HybridAdapter):
+class FalconH1Adapter(StateSpaceAdapter):
     """``FalconH1ForCausalLM``: attention and Mamba2 side by side, then an MLP.
 
     Products are multiplied by constants before they are added to the residual stream, so that none
     is declared to write to it.
     """
 
+    blocks_path = "model.layers"
+    mixer = "mamba"
     inputs = (
         Input("mixer", ("mamba.in_proj",)),
         Input("scanned", ("mamba.out_proj",)),

@@ -6,7 +6,7 @@ products; nothing here depends on which path the forward takes.
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar
 
 from torch import nn
@@ -16,7 +16,32 @@ from apt_adapters.effects import effects_of, extras_of
 from apt_adapters.processor import on_processor
 
 
-class MambaAdapter(DecoderAdapter):
+class StateSpaceAdapter(DecoderAdapter):
+    """A family of which some blocks, or all, have a state-space mixer.
+
+    Attributes:
+        mixer: the mixer's name in such a block.
+    """
+
+    mixer: ClassVar[str] = "mixer"
+
+    def running(self, model: nn.Module) -> AbstractContextManager[None]:
+        """On a processor, with functions that are made for it."""
+        return on_processor(model)
+
+    def extras(self, block: nn.Module) -> list[Extra]:
+        """The mixer's convolution, decays and skip."""
+        return extras_of(self.mixer, block)
+
+    def effects(
+        self, block: nn.Module, extras: Sequence[Extra], sink: Effects
+    ) -> AbstractContextManager[None]:
+        """Watch the mixer's functions, where there is one."""
+        mixer = getattr(block, self.mixer, None)
+        return nullcontext() if mixer is None else effects_of(mixer, extras, sink)
+
+
+class MambaAdapter(StateSpaceAdapter):
     """``MambaForCausalLM`` and ``FalconMambaForCausalLM``."""
 
     blocks_path = "backbone.layers"
@@ -26,20 +51,6 @@ class MambaAdapter(DecoderAdapter):
         Input("time_step", ("mixer.dt_proj",)),
         Input("scanned", ("mixer.out_proj",), residual=True),
     )
-
-    def running(self, model: nn.Module) -> AbstractContextManager[None]:
-        """On a processor, with a scan that is made for it."""
-        return on_processor(model)
-
-    def extras(self, block: nn.Module) -> list[Extra]:
-        """The convolution, the decays and the skip."""
-        return extras_of("mixer", block)
-
-    def effects(
-        self, block: nn.Module, extras: Sequence[Extra], sink: Effects
-    ) -> AbstractContextManager[None]:
-        """Watch the mixer's functions."""
-        return effects_of(block.get_submodule("mixer"), extras, sink)
 
 
 class Mamba2Adapter(MambaAdapter):

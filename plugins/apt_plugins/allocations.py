@@ -44,7 +44,7 @@ def _outliers(model: nn.Module, adapter: Adapter, plan: Plan, tokens: Tensor) ->
     """For each block, the share of its scores that are outliers."""
     modules = dict(adapter.blocks(model))
     found = []
-    with eval_mode(model):
+    with eval_mode(model), adapter.running(model):
         batches = enter(adapter, model, tokens)
         for index, planned in enumerate(plan.blocks):
             block, squares = modules[planned.name], _Squares()
