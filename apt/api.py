@@ -13,6 +13,7 @@ from apt.mode import choose_mode
 from apt.pipeline import Observer, prune_blocks, telling
 from apt.plan import Selection, make_plan
 from apt.plugins import registry
+from apt.ranks import Ranks
 from apt.report import Report
 from apt.solver import Pattern, SolverOptions, parse_pattern
 from apt.text import digest
@@ -43,6 +44,7 @@ def prune(
     ordered: bool | None = None,
     allocation: str = UNIFORM,
     also: Sequence[str] = (),
+    ranks: Ranks | None = None,
     observe: Observer = lambda event: None,
 ) -> Report:
     """Prune a causal language model of transformers in place.
@@ -61,6 +63,9 @@ def prune(
             pruned ones before it give; by default where the run is error-aware.
         allocation: how an unstructured sparsity is shared out among sites, by name.
         also: kinds of parameters beyond the Linears that are pruned too, as the adapter has them.
+        ranks: the processes of torch.distributed that prune together, `apt.Ranks` of their group:
+            each calls this with an equal model and the same arguments, and is left with the same
+            weights. None prunes alone, whatever process group there is.
         observe: called with every `BlockStarted`, `SitePruned` and `BlockTuned` event, from the
             thread that prunes. What it raises ends the run, and comes through: so a run is
             cancelled.
@@ -87,9 +92,13 @@ def prune(
     check_allocation(allocation, plan)
     if allocation != UNIFORM:
         plan = allocated(plan, shelf.allocations.get(allocation), model, instance, tokens)
+        plan = ranks.share(plan) if ranks else plan
     mode = choose_mode(chosen, options or SolverOptions(), error_aware, ordered)
     tell = telling(observe, shelf.site_pruned)
-    sites = prune_blocks(model, instance, plan, tokens, chosen.load(), **vars(mode), observe=tell)
+    ranks = ranks or Ranks()
+    sites = prune_blocks(
+        model, instance, plan, tokens, chosen.load(), **vars(mode), ranks=ranks, observe=tell
+    )
     return Report(
         options={
             "pattern": str(wanted),
@@ -103,4 +112,5 @@ def prune(
         sites=sites,
         skipped=[site.name for site in plan.sites if site.pattern is None],
         seconds=time.perf_counter() - started,
+        ranks=ranks.gather(ranks.work),
     )

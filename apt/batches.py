@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from apt.adapter import Adapter, Call, State
+from apt.ranks import Ranks
 
 TOKENS_PER_BATCH = 4096
 
@@ -56,6 +57,7 @@ def enter(
     tokens_per_batch: int = TOKENS_PER_BATCH,
     *,
     reference: bool = False,
+    ranks: Ranks | None = None,
 ) -> list[Batch]:
     """The states before the first block, in batches of some samples.
 
@@ -67,11 +69,13 @@ def enter(
         tokens: token ids (samples, seqlen).
         tokens_per_batch: about how many tokens make a batch, which is one sample at least.
         reference: whether a dense stream begins beside each batch.
+        ranks: those that the batches are dealt out to in turn.
     """
     device = next(model.parameters()).device
     pool: list[Tensor] = []
     batches = []
-    for part in torch.split(tokens, max(1, tokens_per_batch // tokens.shape[1])):
+    parts = torch.split(tokens, max(1, tokens_per_batch // tokens.shape[1]))
+    for part in (ranks or Ranks()).mine(parts):
         state, calls = adapter.enter(model, part.to(device))
         memo: dict[int, Tensor] = {}
         shared = [

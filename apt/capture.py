@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from apt.adapter import Adapter, Site, State
 from apt.batches import Batch, Reference
 from apt.errors import AptError
+from apt.ranks import Ranks
 from apt.solver import Gram
 from apt.solver.precision import full_precision
 
@@ -34,6 +35,14 @@ class Sums:
     gram: Gram
     cross: Tensor | None = None
     drift: dict[Site, Tensor] = field(default_factory=dict)
+
+    def add_up(self, ranks: Ranks) -> None:
+        """Add to them what the other ranks have summed."""
+        if ranks.size == 1:
+            return
+        matrix = self.gram.matrix
+        ranks.add(matrix, *([] if self.cross is None else [self.cross]), *self.drift.values())
+        self.gram = Gram.from_sum(matrix, round(ranks.sum(self.gram.tokens)))
 
 
 class _AllSeen(Exception):
@@ -257,10 +266,15 @@ class _Inputs:
 
 
 def advance_reference(
-    adapter: Adapter, block: nn.Module, index: int, batches: list[Batch], sites: Sequence[Site]
+    adapter: Adapter,
+    block: nn.Module,
+    index: int,
+    batches: list[Batch],
+    sites: Sequence[Site],
+    ranks: Ranks | None = None,
 ) -> None:
     """Run the block, its weights still dense, on the dense stream; keep its sites' inputs."""
-    energy = 0.0
+    energy, ranks = 0.0, ranks or Ranks()
     for batch in batches:
         reference = batch.reference
         assert reference is not None
@@ -273,7 +287,8 @@ def advance_reference(
         with adapter.capture(block, [site for site in sites if not site.routed], kept.keep):
             reference.state = adapter.step(block, reference.state, batch.calls[index])
         reference.inputs = kept.inputs
-    mean = math.sqrt(sum(batch.tokens for batch in batches) / energy)
+    tokens = ranks.sum(sum(batch.tokens for batch in batches))
+    mean = math.sqrt(tokens / ranks.sum(energy))
     for batch in batches:
         assert batch.reference is not None
         assert batch.reference.scale is not None

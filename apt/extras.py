@@ -12,6 +12,7 @@ from apt.adapter import Adapter, Extra
 from apt.batches import Batch
 from apt.errors import AptError
 from apt.plan import PlannedExtra
+from apt.ranks import Ranks
 from apt.solver import SolverOptions
 from apt.solver.channels import prune_channels
 from apt.solver.gram import DAMPING
@@ -42,6 +43,7 @@ def prune_extras(
     batches: list[Batch],
     planned: Sequence[PlannedExtra],
     options: SolverOptions,
+    ranks: Ranks | None = None,
 ) -> Iterator[PrunedExtra]:
     """Prune ``planned`` in place, from one run of the block on all batches.
 
@@ -51,6 +53,7 @@ def prune_extras(
         AptError: the adapter's ``effects`` hand nothing over for one of them.
     """
     found: dict[Extra, _Effect] = {}
+    ranks = ranks or Ranks()
 
     def take(extra: Extra, gram: Tensor, energy: float) -> None:
         known = found.setdefault(extra, _Effect(torch.zeros_like(gram), 0.0))
@@ -60,11 +63,16 @@ def prune_extras(
     with adapter.effects(block, [entry.extra for entry in planned], take):
         for batch in batches:
             adapter.step(block, batch.state, batch.calls[index])
-    tokens = sum(batch.tokens for batch in batches)
+    tokens = round(ranks.sum(sum(batch.tokens for batch in batches)))
     for entry in planned:
         if entry.extra not in found:
             raise AptError(f"{entry.name} was not seen at work: its effects cannot be told")
-        yield _prune(block, entry, found[entry.extra], tokens, options)
+        effect = found[entry.extra]
+        ranks.add(effect.gram)
+        effect.energy = ranks.sum(effect.energy)
+        pruned = _prune(block, entry, effect, tokens, options)
+        ranks.send(entry.extra.weight(block).data, 0)
+        yield pruned
 
 
 def _prune(

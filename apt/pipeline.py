@@ -1,10 +1,12 @@
 """The loop over blocks: capture, solve, write back, propagate."""
 
+import math
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from itertools import groupby
+from operator import itemgetter
 from typing import Protocol
 
 import torch
@@ -17,6 +19,7 @@ from apt.errors import AptError
 from apt.eval_mode import eval_mode
 from apt.extras import prune_extras
 from apt.plan import Plan, PlannedBlock, PlannedSite
+from apt.ranks import Ranks
 from apt.reconstruct import Reconstruction, reconstruct
 from apt.residency import InMemory, Residency
 from apt.solver import Gram, Pattern, Solution, SolverError, SolverOptions, relative_layer_error
@@ -125,6 +128,7 @@ def prune_blocks(
     reconstruction: Reconstruction | None = None,
     ordered: bool = False,
     resident: Residency | None = None,
+    ranks: Ranks | None = None,
     observe: Observer = lambda event: None,
 ) -> list[SitePruned]:
     """Prune ``model`` in place, one block after the other.
@@ -148,6 +152,8 @@ def prune_blocks(
         ordered: within a block, solve the sites in their order of execution, each on what the
             pruned ones before it give.
         resident: where blocks are while they have no turn; None where all are in memory.
+        ranks: the processes that prune together, each of which calls this with the same arguments
+            and is left with the same model; None for a single one.
         observe: called with each event as it happens.
 
     Raises:
@@ -158,7 +164,7 @@ def prune_blocks(
         raise AptError(f"tokens have shape {tuple(tokens.shape)}", "give (samples, seqlen)")
     run = _Run(
         adapter, method, options or SolverOptions(), targets, reconstruction, ordered,
-        resident or InMemory(), observe,
+        resident or InMemory(), ranks or Ranks(), observe,
     )  # fmt: skip
     with eval_mode(model), adapter.running(model):
         return run.all(model, plan, tokens)
@@ -173,6 +179,7 @@ class _Run:
     reconstruction: Reconstruction | None
     ordered: bool
     resident: Residency
+    ranks: Ranks
     observe: Observer
     tuned: int = 0  # how many of the batches, from the first, are tuned on
 
@@ -210,37 +217,68 @@ class _Run:
         return known
 
     def enter(self, model: nn.Module, tokens: Tensor) -> list[Batch]:
-        """The batches before the first block; those to tune on are small, and come first."""
-        aware, how = self.targets is not None, self.reconstruction
-        if how is None:
-            return enter(self.adapter, model, tokens, TOKENS_PER_BATCH, reference=aware)
-        chosen = how.chosen(*tokens.shape)
-        tuned = enter(self.adapter, model, tokens[chosen], how.tokens_per_batch, reference=aware)
-        self.tuned = len(tuned)
-        if chosen.all():
-            return tuned
-        rest = enter(self.adapter, model, tokens[~chosen], TOKENS_PER_BATCH, reference=aware)
-        return tuned + rest
+        """This rank's batches before the first block; those to tune on are small, and come first.
+
+        Raises:
+            AptError: a rank is left without any.
+        """
+        how, batches, rest = self.reconstruction, list[Batch](), tokens
+        if how is not None:
+            chosen = how.chosen(*tokens.shape)
+            batches = self.batches(model, tokens[chosen], how.tokens_per_batch)
+            self.tuned, rest = len(batches), tokens[~chosen]
+        if len(rest):
+            batches += self.batches(model, rest, TOKENS_PER_BATCH)
+        if self.ranks.sum(not batches):
+            raise AptError(
+                f"{len(tokens)} samples leave some of {self.ranks.size} ranks without any",
+                "give more --samples, or start fewer ranks",
+            )
+        self.ranks.work.tokens = sum(batch.tokens for batch in batches)
+        return batches
+
+    def batches(self, model: nn.Module, tokens: Tensor, size: int) -> list[Batch]:
+        """This rank's batches of about ``size`` of ``tokens`` (samples, seqlen)."""
+        aware = self.targets is not None
+        size = min(size, math.ceil(len(tokens) / self.ranks.size) * tokens.shape[1])
+        return enter(self.adapter, model, tokens, size, reference=aware, ranks=self.ranks)
 
     def block(self, at: "_Block") -> list[SitePruned]:
         """Prune a block."""
         if self.targets is not None:
-            advance_reference(self.adapter, at.module, at.index, at.batches, at.sites)
-        done = self.extras(at)
+            advance_reference(self.adapter, at.module, at.index, at.batches, at.sites, self.ranks)
+        done = self.ranks.share(self.extras(at))
         solved: list[_Solved] = []
         with closing(self.captured(at)) as groups:
             for group, sums in groups:
+                for each in sums.values():
+                    each.add_up(self.ranks)
                 mean = _mean_square(sums[e.site.input].gram for e in group if e.site.routed)
-                for entry in group:
-                    solved.append(self.solve(at.module, entry, sums[entry.site.input], mean))
+                for turns in self.ranks.rounds(group):
+                    solved += self.solve_round(at.module, turns, sums, mean)
                     if self.reconstruction is None:
-                        done.append(self.finish(at.module, solved.pop()))
+                        done += self.finish(at.module, solved)
+                        solved.clear()
         for batch in at.batches:
             if batch.reference is not None:
                 batch.reference.inputs.clear()
-        if self.reconstruction is not None and solved:
+        if self.reconstruction is not None and at.planned.pruned:
             self.tune(at, self.reconstruction)
-        return done + [self.finish(at.module, entry) for entry in solved]
+            done += self.finish(at.module, solved)
+        return done
+
+    def solve_round(
+        self, block: nn.Module, turns: dict[int, PlannedSite], sums: dict[str, Sums], mean: float
+    ) -> list["_Solved"]:
+        """Solve this rank's of some sites, by turn, and take over what the others solve."""
+        own = [
+            self.solve(block, turn, entry, sums[entry.site.input], mean)
+            for turn, entry in turns.items()
+            if self.ranks.owner(turn) == self.ranks.rank
+        ]
+        for turn, entry in turns.items():
+            self.ranks.send(entry.site.weight(block).data, self.ranks.owner(turn))
+        return own
 
     def extras(self, at: "_Block") -> list[SitePruned]:
         """Prune what is asked for beside the sites."""
@@ -248,7 +286,7 @@ class _Run:
         if not planned:
             return []
         args = (self.adapter, at.module, at.index, at.batches, planned, self.options)
-        for extra in prune_extras(*args):
+        for extra in prune_extras(*args, self.ranks):
             pruned = SitePruned(
                 extra.planned.name,
                 extra.planned.extra.name,
@@ -288,7 +326,7 @@ class _Run:
         """Tune the block's kept weights."""
         sites = [entry.site for entry in at.planned.pruned]
         batches = at.batches[: self.tuned]
-        tuned = reconstruct(self.adapter, at.module, at.index, batches, sites, how)
+        tuned = reconstruct(self.adapter, at.module, at.index, batches, sites, how, self.ranks)
         if tuned is not None:
             self.observe(BlockTuned(at.planned.name, tuned.before, tuned.after))
 
@@ -309,7 +347,9 @@ class _Run:
         by_order = sorted(sites, key=lambda entry: entry.site.order)
         return [list(group) for _, group in groupby(by_order, key=lambda entry: entry.site.order)]
 
-    def solve(self, block: nn.Module, planned: PlannedSite, sums: Sums, mean: float) -> "_Solved":
+    def solve(
+        self, block: nn.Module, turn: int, planned: PlannedSite, sums: Sums, mean: float
+    ) -> "_Solved":
         """Solve one site and write it back in place; ``mean`` backs a routed one of few tokens."""
         assert planned.pattern is not None
         started, gram = time.perf_counter(), sums.gram
@@ -329,27 +369,18 @@ class _Run:
         _synchronise(weight.device)
         seconds = time.perf_counter() - started
         weight.copy_(solution.weight)
-        return _Solved(planned, dense, gram.matrix, tokens, solution, seconds)
+        self.ranks.work.solves += 1
+        self.ranks.work.solve_seconds += seconds
+        return _Solved(turn, planned, dense, gram.matrix, tokens, solution, seconds)
 
-    def finish(self, block: nn.Module, solved: "_Solved") -> SitePruned:
-        """Measure a site as it is written, and tell."""
-        planned, solution = solved.planned, solved.solution
-        weight = planned.site.oriented(planned.site.weight(block).data)
-        _check(planned, weight, solution.mask)
-        pruned = SitePruned(
-            planned.name,
-            planned.site.kind,
-            planned.shape,
-            str(planned.pattern),
-            int((weight == 0).sum()),
-            relative_layer_error(solved.dense, weight.float(), solved.matrix),
-            solution.damping,
-            solution.residual,
-            solved.tokens,
-            solved.seconds,
-        )
-        self.observe(pruned)
-        return pruned
+    def finish(self, block: nn.Module, solved: Sequence["_Solved"]) -> list[SitePruned]:
+        """Measure sites as they are written, each where it was solved, and tell of all."""
+        own = [(each.turn, _measured(block, each)) for each in solved]
+        turns = [pair for part in self.ranks.gather(own) for pair in part]
+        done = [site for _, site in sorted(turns, key=itemgetter(0))]
+        for site in done:
+            self.observe(site)
+        return done
 
     def leave(self, at: "_Block") -> None:
         """Replace every batch's state by what the pruned block makes of it."""
@@ -397,12 +428,32 @@ class _Block:
 class _Solved:
     """A site that is solved and written, but may still be tuned."""
 
+    turn: int
     planned: PlannedSite
     dense: Tensor
     matrix: Tensor
     tokens: int
     solution: Solution
     seconds: float
+
+
+def _measured(block: nn.Module, solved: _Solved) -> SitePruned:
+    """What was done to a site, as it is written."""
+    planned, solution = solved.planned, solved.solution
+    weight = planned.site.oriented(planned.site.weight(block).data)
+    _check(planned, weight, solution.mask)
+    return SitePruned(
+        planned.name,
+        planned.site.kind,
+        planned.shape,
+        str(planned.pattern),
+        int((weight == 0).sum()),
+        relative_layer_error(solved.dense, weight.float(), solved.matrix),
+        solution.damping,
+        solution.residual,
+        solved.tokens,
+        solved.seconds,
+    )
 
 
 def _mean_square(grams: Iterable[Gram]) -> float:

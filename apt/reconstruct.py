@@ -18,6 +18,7 @@ from torch.func import functional_call
 
 from apt.adapter import Adapter, Site, State
 from apt.batches import Batch
+from apt.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -92,38 +93,47 @@ def reconstruct(
     batches: list[Batch],
     sites: Sequence[Site],
     options: Reconstruction,
+    ranks: Ranks | None = None,
 ) -> Tuned | None:
     """Tune the kept weights of ``sites`` in place.
+
+    The steps are the same however many ranks there are: each is taken by all of them, along the
+    gradient of the one that has its batch.
 
     Args:
         adapter: the block's adapter.
         block: the pruned block.
         index: its place among the blocks.
         batches: the states before the block, and in their references those after the dense one;
-            the last of them are held back.
+            of several ranks, those that were dealt to this one. The last of all are held back.
         sites: the sites to tune.
         options: how.
+        ranks: the processes that tune together; None for a single one.
 
     Returns:
         The errors before and after; None where there are too few batches to hold one back.
     """
-    held = max(1, round(options.held_back * len(batches)))
-    if len(batches) <= held:
+    ranks = ranks or Ranks()
+    count = round(ranks.sum(len(batches)))
+    held = max(1, round(options.held_back * count))
+    if count <= held:
         return None
-    tuning = _Tuning(_Step(adapter, block, index), block, sites)
-    before = lowest = tuning.error(batches[-held:])
+    passed = len(ranks.mine(range(count - held)))
+    tuning = _Tuning(_Step(adapter, block, index), block, sites, ranks)
+    before = lowest = tuning.error(batches[passed:], held)
     for group in tuning.adam.param_groups:
         group["lr"] *= options.rate * math.sqrt(before)
     best = tuning.snapshot()
-    steps = options.epochs * (len(batches) - held)
+    steps = options.epochs * (count - held)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         tuning.adam, lambda n: (1 + math.cos(math.pi * min(n / steps, 1))) / 2
     )
     for _ in range(options.epochs):
-        for batch in batches[:-held]:
-            tuning.descend(batch)
+        for turn in range(count - held):
+            place, owner = turn // ranks.size, ranks.owner(turn)
+            tuning.descend(batches[place] if owner == ranks.rank else None, owner)
             schedule.step()
-        error = tuning.error(batches[-held:])
+        error = tuning.error(batches[passed:], held)
         if error < lowest:
             lowest, best = error, tuning.snapshot()
     tuning.write(best)
@@ -145,8 +155,8 @@ def _mixed(weights: Sequence[Tensor]) -> torch.autocast:
 class _Tuning:
     """The kept weights of a block, in fp32, while Adam moves them."""
 
-    def __init__(self, step: _Step, block: nn.Module, sites: Sequence[Site]) -> None:
-        self._step = step
+    def __init__(self, step: _Step, block: nn.Module, sites: Sequence[Site], ranks: Ranks) -> None:
+        self._step, self._ranks = step, ranks
         names = dict.fromkeys(site.parameter for site in sites)  # experts are slices of one
         self._parameters = {name: block.get_parameter(name).detach() for name in names}
         masters = {name: p.float().clone() for name, p in self._parameters.items()}
@@ -177,20 +187,29 @@ class _Tuning:
         return [master.detach().clone() for master in self._masters]
 
     def write(self, snapshot: list[Tensor]) -> None:
-        """Put a snapshot into the block."""
+        """Put a snapshot into the block; the first rank's, should others have rounded otherwise."""
         for parameter, value in zip(self._parameters.values(), snapshot, strict=True):
             parameter.copy_(value)
+            self._ranks.send(parameter.data, 0)
 
-    def error(self, batches: list[Batch]) -> float:
-        """The mean error on ``batches``."""
+    def error(self, batches: list[Batch], count: int) -> float:
+        """The mean error on ``batches`` and those of other ranks, ``count`` in all."""
         with torch.no_grad():
-            return sum(float(self._step.error(self._weights(), b)) for b in batches) / len(batches)
+            own = sum(float(self._step.error(self._weights(), batch)) for batch in batches)
+        return self._ranks.sum(own) / count
 
-    def descend(self, batch: Batch) -> None:
-        """One step on a batch; what is pruned stays zero."""
+    def descend(self, batch: Batch | None, owner: int) -> None:
+        """One step on the ``owner``'s batch; what is pruned stays zero."""
+        for master, gradient in zip(self._masters, self._gradients(batch), strict=True):
+            self._ranks.send(gradient, owner)
+            master.grad = gradient
+        self.adam.step()
+
+    def _gradients(self, batch: Batch | None) -> list[Tensor]:
+        """Of the error on a batch; of another rank's, room for them."""
+        if batch is None:
+            return [torch.empty_like(master) for master in self._masters]
         with torch.enable_grad(), self._mixed:
             loss = self._step.error(self._weights(), batch)
         gradients = torch.autograd.grad(loss, self._masters)
-        for master, gradient, mask in zip(self._masters, gradients, self._masks, strict=True):
-            master.grad = gradient.mul_(mask)
-        self.adam.step()
+        return [g.mul_(mask) for g, mask in zip(gradients, self._masks, strict=True)]

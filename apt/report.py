@@ -18,6 +18,7 @@ import torch
 
 from apt.errors import AptError
 from apt.pipeline import SitePruned
+from apt.ranks import Work
 
 FILE = "apt_report.json"
 _PACKAGES = ("apt-prune", "torch", "transformers", "safetensors", "tokenizers", "datasets")
@@ -35,6 +36,7 @@ class Report:
         skipped: the sites left dense on request.
         seconds: the time of the whole run.
         scores: the text, and each measure before and after, where they were taken.
+        ranks: what each of the processes did that pruned together.
     """
 
     options: dict[str, Any]
@@ -44,6 +46,7 @@ class Report:
     skipped: list[str]
     seconds: float
     scores: dict[str, Any] = field(default_factory=dict)
+    ranks: list[Work] = field(default_factory=list)
 
     @property
     def sparsity(self) -> float:
@@ -68,6 +71,7 @@ class Report:
             "scores": self.scores,
             "seconds": round(self.seconds, 3),
             "peak_memory_bytes": peak_memory(),
+            "ranks": [asdict(work) for work in self.ranks],
             "sites": [_entry(site) for site in self.sites],
             "skipped": self.skipped,
         }

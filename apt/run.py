@@ -20,6 +20,7 @@ from apt.models import Model, find, fingerprint, load, load_tokenizer, skeleton
 from apt.pipeline import Observer, SitePruned, prune_blocks, telling
 from apt.plan import Plan, Selection, make_plan
 from apt.plugins import Registry
+from apt.ranks import Ranks
 from apt.report import Report
 from apt.solver import EFFORTS, Pattern, SolverOptions, Unstructured
 from apt.specs import MethodSpec
@@ -177,21 +178,29 @@ def capped(seqlen: int, model: Model, notice: Callable[[str], None]) -> int:
     return positions
 
 
-def execute(prepared: Prepared, observe: Observer, status: Callable[[str], None]) -> Report:
+def execute(
+    prepared: Prepared,
+    observe: Observer,
+    status: Callable[[str], None],
+    *,
+    ranks: Ranks | None = None,
+) -> Report:
     """Load, prune, save and verify.
 
     Args:
         prepared: the checked run.
         observe: called with the pipeline's events.
         status: told what is being done outside the pipeline.
+        ranks: the processes that do this together, the first of which measures and writes.
 
     Raises:
         AptError: the checkpoint, the text or the disk is at fault; nothing is written then.
     """
-    started, options = time.perf_counter(), prepared.options
+    started, options, ranks = time.perf_counter(), prepared.options, ranks or Ranks()
     status("reading text")
     tokenizer = load_tokenizer(prepared.shell.source, options.tokenizer)
     tokens, held_out = texts(prepared, tokenizer)
+    held_out = held_out if ranks.first else None
     status("loading the model")
     model = load(prepared.shell, read_dtype(options.dtype), prepared.device)
     check_vocabulary(tokens, model.module, model.source.reference)
@@ -203,9 +212,10 @@ def execute(prepared: Prepared, observe: Observer, status: Callable[[str], None]
     }
     if options.allocation != UNIFORM:
         status(f"sharing out the sparsity ({options.allocation})")
-        prepared = _allocated(prepared, model, tokens)
+        plan = _allocated(prepared, model, tokens)
+        prepared = replace(prepared, plan=ranks.share(plan))
     scores = _scores(prepared, model, held_out, "before", status)
-    sites = _prune(prepared, model, tokens, observe)
+    sites = _prune(prepared, model, tokens, observe, ranks)
     scores |= _scores(prepared, model, held_out, "after", status)
     report = Report(
         options.record() | prepared.mode.record(),
@@ -215,7 +225,10 @@ def execute(prepared: Prepared, observe: Observer, status: Callable[[str], None]
         [site.name for site in prepared.plan.sites if site.pattern is None],
         time.perf_counter() - started,
         scores,
+        ranks.gather(ranks.work),
     )
+    if not ranks.first:
+        return report
     status("saving and verifying")
     with whole_directory(options.output) as directory:
         save_model(model.module, tokenizer, directory, model.checkpoint)
@@ -253,10 +266,9 @@ def check_vocabulary(tokens: Tensor, module: nn.Module, reference: str) -> None:
         )
 
 
-def _allocated(prepared: Prepared, model: Model, tokens: Tensor) -> Prepared:
+def _allocated(prepared: Prepared, model: Model, tokens: Tensor) -> Plan:
     share_out = prepared.registry.allocations.get(prepared.options.allocation)
-    plan = allocated(prepared.plan, share_out, model.module, model.adapter, tokens)
-    return replace(prepared, plan=plan)
+    return allocated(prepared.plan, share_out, model.module, model.adapter, tokens)
 
 
 def _scores(
@@ -277,7 +289,9 @@ def _scores(
     return {"source": options.evaluation, "shape": list(held_out.shape), when: measured}
 
 
-def _prune(prepared: Prepared, model: Model, tokens: Tensor, observe: Observer) -> list[SitePruned]:
+def _prune(
+    prepared: Prepared, model: Model, tokens: Tensor, observe: Observer, ranks: Ranks
+) -> list[SitePruned]:
     return prune_blocks(
         model.module,
         model.adapter,
@@ -285,6 +299,7 @@ def _prune(prepared: Prepared, model: Model, tokens: Tensor, observe: Observer) 
         tokens,
         prepared.method.load(),
         **vars(prepared.mode),
+        ranks=ranks,
         observe=telling(observe, prepared.registry.site_pruned),
     )
 

@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from apt.journal import Workplace
 from apt.models import Model, load_tokenizer
 from apt.pipeline import Observer, SitePruned, prune_blocks, telling
 from apt.plan import Plan
+from apt.ranks import Ranks
 from apt.report import FILE, Report, versions
 from apt.run import Prepared, check_vocabulary, texts
 from apt.shards import Shards
@@ -40,7 +41,12 @@ _PIECE = 2**24
 
 
 def execute_streamed(
-    prepared: Prepared, observe: Observer, status: Callable[[str], None], *, resume: bool
+    prepared: Prepared,
+    observe: Observer,
+    status: Callable[[str], None],
+    *,
+    resume: bool,
+    ranks: Ranks | None = None,
 ) -> Report:
     """Prune block by block from disk to disk; see `apt.run.execute`.
 
@@ -49,16 +55,18 @@ def execute_streamed(
         observe: called with the pipeline's events.
         status: told what is being done outside the pipeline.
         resume: go on with an interrupted run of the same command.
+        ranks: the processes that do this together. The first keeps the journal and writes; all
+            read, so that the output lies where every one of them can read it.
 
     Raises:
         AptError: the checkpoint cannot be streamed, or it, the text or the disk is at fault.
     """
     started, options, shell = time.perf_counter(), prepared.options, prepared.shell
-    source = _directory(prepared)
+    ranks, source = ranks or Ranks(), _directory(prepared)
     shards = Shards(source)
     names = _names(shell, shards)
     work = Workplace(options.output)
-    if not resume:
+    if ranks.first and not resume:
         _check_space(source, shards, work.output.parent)
     status("reading text")
     tokens, _ = texts(prepared, load_tokenizer(shell.source, options.tokenizer))
@@ -72,24 +80,29 @@ def execute_streamed(
     calibration = {
         "source": options.calibration, "shape": list(tokens.shape), "sha256": digest(tokens)
     }  # fmt: skip
-    fingerprint = _fingerprint(prepared, origin, calibration)
-    with _told(options.output), work.entered(fingerprint, resume):
-        if not work.has("copied"):
+    fingerprint = _fingerprint(prepared, origin, calibration) | {"ranks": ranks.size}
+    with _told(options.output), _entered(work, fingerprint, resume, ranks):
+        if ranks.first and not work.has("copied"):
             status("copying the checkpoint")
             _copy(source, work.out, shards)
             work.add({"copied": True})
+        ranks.wait()
         if work.has("finished"):
             sites = [site for line in work.lines for site in _sites(line)]
         else:
             status("loading what is not in blocks")
             module = _assembled(shell, shards, names, prepared.device)
             check_vocabulary(tokens, module, shell.source.reference)
-            disk = _OnDisk(prepared, names, shards, Shards(work.out), work)
-            sites = _prune(prepared, module, tokens, disk, observe)
+            disk = _OnDisk(prepared, names, shards, Shards(work.out), work, ranks)
+            sites = _prune(prepared, module, tokens, disk, observe, ranks)
         skipped = [site.name for site in prepared.plan.sites if site.pattern is None]
         seconds = time.perf_counter() - started
         record = options.record() | prepared.mode.record()
-        report = Report(record, origin, calibration, sites, skipped, seconds)
+        report = Report(
+            record, origin, calibration, sites, skipped, seconds, ranks=ranks.gather(ranks.work)
+        )
+        if not ranks.first:
+            return report
         if not work.has("finished"):
             status("verifying")
             disk.verify(dict(shell.adapter.blocks(module)))
@@ -114,6 +127,16 @@ def _fingerprint(
 
 
 @contextmanager
+def _entered(
+    work: Workplace, fingerprint: dict[str, Any], resume: bool, ranks: Ranks
+) -> Iterator[None]:
+    """The first rank holds the workplace; the others know what its journal says."""
+    with work.entered(fingerprint, resume) if ranks.first else nullcontext():
+        work.lines = ranks.share(work.lines)
+        yield
+
+
+@contextmanager
 def _told(output: Path) -> Iterator[None]:
     """Say what to do where the disk is full or fails."""
     try:
@@ -126,7 +149,12 @@ def _told(output: Path) -> Iterator[None]:
 
 
 def _prune(
-    prepared: Prepared, module: nn.Module, tokens: Tensor, disk: "_OnDisk", observe: Observer
+    prepared: Prepared,
+    module: nn.Module,
+    tokens: Tensor,
+    disk: "_OnDisk",
+    observe: Observer,
+    ranks: Ranks,
 ) -> list[SitePruned]:
     return prune_blocks(
         module,
@@ -136,6 +164,7 @@ def _prune(
         prepared.method.load(),
         **vars(prepared.mode),
         resident=disk,
+        ranks=ranks,
         observe=telling(observe, prepared.registry.site_pruned),
     )
 
@@ -312,10 +341,12 @@ class _OnDisk:
         source: Shards,
         target: Shards,
         work: Workplace,
+        ranks: Ranks,
     ) -> None:
         self._plan: Plan = prepared.plan
         self._device = prepared.device
         self._names, self._source, self._target, self._work = names, source, target, work
+        self._ranks = ranks
         self._done = {line["block"]: line for line in work.lines if "block" in line}
 
     @contextmanager
@@ -360,6 +391,8 @@ class _OnDisk:
 
     def keep(self, name: str, block: nn.Module, sites: Sequence[SitePruned]) -> None:
         """Write what was pruned, and say so in the journal."""
+        if not self._ranks.first:
+            return
         planned = next(entry for entry in self._plan.blocks if entry.name == name)
         paths = dict.fromkeys(
             [entry.site.parameter for entry in planned.pruned]

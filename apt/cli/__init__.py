@@ -97,7 +97,8 @@ def main() -> None:
     except AptError as error:
         if debug:
             raise
-        _fail(str(error))
+        rank = os.environ.get("RANK", "0")  # of the processes that torchrun starts
+        _fail(f"rank {rank}: {error}" if rank != "0" else str(error))
 
 
 def _fail(line: str) -> None:

@@ -1,10 +1,14 @@
 """What the subcommands share: consoles, notices, tables."""
 
+import os
+
 from rich.console import Console
 from rich.table import Table
 
-out = Console(highlight=False, soft_wrap=True, emoji=False)
-err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+# Of the processes that torchrun starts, the first speaks for all.
+_QUIET = os.environ.get("RANK", "0") != "0"
+out = Console(highlight=False, soft_wrap=True, emoji=False, quiet=_QUIET)
+err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False, quiet=_QUIET)
 
 
 def notice(line: str) -> None:

@@ -9,6 +9,7 @@ from apt.cli import arguments as args
 from apt.errors import AptError
 
 if TYPE_CHECKING:
+    from apt.ranks import Ranks
     from apt.report import Report
     from apt.run import Prepared, RunOptions
 
@@ -86,6 +87,7 @@ def prune(
     """
     from apt.cli.output import notice
     from apt.plugins import registry
+    from apt.ranks import joined
     from apt.run import RunOptions, prepare
     from apt.solver import SolverOptions
 
@@ -124,15 +126,16 @@ def prune(
             block_size=block_size,
         ),
     )
-    prepared = prepare(options, shelf, notice)
-    if options.stream:
-        from apt.stream import check_streamable
+    with joined() as ranks:
+        prepared = prepare(options, shelf, notice)
+        if options.stream:
+            from apt.stream import check_streamable
 
-        check_streamable(prepared)
-    if dry_run:
-        _show_plan(prepared)
-    else:
-        _run(prepared)
+            check_streamable(prepared)
+        if dry_run:
+            _show_plan(prepared)
+        else:
+            _run(prepared, ranks)
 
 
 def _default(name: str, value: T) -> T:
@@ -166,7 +169,7 @@ def _show_plan(prepared: "Prepared") -> None:
     show_plan(prepared.shell, prepared.plan, options.samples, options.seqlen, prepared.device)
 
 
-def _run(prepared: "Prepared") -> None:
+def _run(prepared: "Prepared", ranks: "Ranks") -> None:
     from apt.cli.progress import RunProgress
     from apt.run import execute
     from apt.stream import execute_streamed
@@ -176,15 +179,20 @@ def _run(prepared: "Prepared") -> None:
         with RunProgress(prepared.plan) as progress:
             if options.stream:
                 report = execute_streamed(
-                    prepared, progress.observe, progress.status, resume=options.resume
+                    prepared,
+                    progress.observe,
+                    progress.status,
+                    resume=options.resume,
+                    ranks=ranks,
                 )
             else:
-                report = execute(prepared, progress.observe, progress.status)
+                report = execute(prepared, progress.observe, progress.status, ranks=ranks)
     except KeyboardInterrupt:
         left = "nothing was written"
         if options.stream:
             left = "to go on, give the same command with --resume"
-        typer.echo(f"apt: interrupted; {left}", err=True)
+        if ranks.first:
+            typer.echo(f"apt: interrupted; {left}", err=True)
         raise typer.Exit(130) from None
     show_report(report, prepared.options)
 

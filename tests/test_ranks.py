@@ -1,0 +1,163 @@
+"""Several processes that prune together, over gloo: one result, and each does a part."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+
+import apt
+from apt.ranks import Ranks
+from apt.solver import SolverOptions
+from tests.families import CONFIGS, random_model, random_tokens
+from tests.test_stream import weights
+
+TOKENS = random_tokens(samples=8)
+RUNS = {
+    "wanda": {"method": "wanda"},
+    "layer-wise": {"error_aware": False},
+    "at once": {"options": SolverOptions(effort="fast"), "ordered": False},
+    "default": {},
+}
+CASES = [("llama-grouped-tied", run) for run in RUNS] + [
+    (variant, "wanda") for variant in ("opt", "bloom", "mamba2", "jamba") if variant in CONFIGS
+]
+
+
+def pruned(variant, run, tokens=TOKENS, ranks=None):
+    """A model's weights and the report of a run."""
+    model = random_model(variant)
+    also = ("conv1d",) if variant == "mamba2" else ()
+    report = apt.prune(model, tokens, pattern="2:4", also=also, ranks=ranks, **RUNS[run])
+    return model.state_dict(), report
+
+
+def as_a_rank(rank, size, folder):
+    """What each process does."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    for variant, run in CASES:
+        state, report = pruned(variant, run, ranks=Ranks(dist.group.WORLD))
+        sites = [asdict(site) for site in report.sites]
+        work = [asdict(work) for work in report.ranks]
+        torch.save((state, sites, work), f"{folder}/{variant}-{run}-{rank}")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def together(request, tmp_path_factory):
+    """All cases on that many ranks: a function of a case gives what each rank has."""
+    folder, size = tmp_path_factory.mktemp("ranks"), request.param
+    multiprocessing.start_processes(as_a_rank, (size, str(folder)), size, start_method="spawn")
+    return lambda variant, run: [
+        torch.load(folder / f"{variant}-{run}-{rank}", weights_only=True) for rank in range(size)
+    ]
+
+
+def differing(left, right):
+    """The share of weights that are zero in one of two models only."""
+    zeros = [((left[name] == 0) != (right[name] == 0)).float().mean() for name in left]
+    return float(torch.stack(zeros).mean())
+
+
+@pytest.mark.parametrize(("variant", "run"), CASES)
+def test_ranks_together_do_what_one_does_alone(variant, run, together):
+    (state, sites, work), *others = together(variant, run)
+    for other, same_sites, _ in others:
+        assert all(torch.equal(state[name], other[name]) for name in state)
+        assert same_sites == sites
+    alone, report = pruned(variant, run)
+    assert [site["name"] for site in sites] == [site.name for site in report.sites]
+    assert sum(part["tokens"] for part in work) == TOKENS.numel()
+    assert len({part["tokens"] for part in work}) == 1
+    solves = [part["solves"] for part in work]
+    extras = sum(site.kind.endswith("conv1d") for site in report.sites)
+    assert sum(solves) + extras == len(sites)
+    assert max(solves) - min(solves) <= 1
+    assert {site["tokens"] for site in sites} == {site.tokens for site in report.sites}
+    assert differing(state, alone) < (0.002 if run == "wanda" else 0.05)
+    errors = torch.tensor([site["relative_error"] for site in sites])
+    expected = torch.tensor([site.relative_error for site in report.sites])
+    torch.testing.assert_close(errors, expected, rtol=0.02, atol=1e-4)
+
+
+def test_a_part_of_the_tokens_would_be_noticed():
+    alone, _ = pruned("opt", "wanda")
+    part, _ = pruned("opt", "wanda", TOKENS[::2])
+    assert differing(alone, part) > 0.01
+
+
+COMMAND = ["--samples", "16", "--seqlen", "24", "--pattern", "2:4", "--stream"]
+
+
+def torchrun(folder, model, *options, ranks=2):
+    """``apt prune`` on some ranks, as a process."""
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return subprocess.Popen(
+        [*run, f"--nproc-per-node={ranks}", "-m", "apt", "prune", str(model), *COMMAND, *options],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def children(process):
+    """The processes that ``torchrun`` started, by rank."""
+    path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    found = {}
+    for pid in path.read_text().split():
+        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        ranks = [line for line in environment if line.startswith(b"RANK=")]
+        found |= {int(line[5:]): int(pid) for line in ranks}
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks' processes in /proc")
+def test_a_rank_that_dies_ends_the_job_and_the_run_is_gone_on_with(checkpoint, tmp_path):
+    model = checkpoint("llama")
+    whole = torchrun(tmp_path, model, "-o", "whole")
+    said, _ = whole.communicate()
+    assert whole.returncode == 0, said
+    assert said.count("verified on disk") == 1
+    report = json.loads((tmp_path / "whole" / "apt_report.json").read_text())
+    assert [part["solves"] for part in report["ranks"]] == [11, 10]
+
+    cut, journal = torchrun(tmp_path, model, "-o", "out"), tmp_path / ".out.apt/journal.jsonl"
+    while cut.poll() is None and not (journal.is_file() and journal.read_text().count("\n") > 2):
+        time.sleep(0.01)
+    os.kill(children(cut)[1], signal.SIGKILL)
+    said, _ = cut.communicate()
+    assert cut.returncode != 0
+    assert "Signal 9 (SIGKILL) received by PID" in said
+    assert not (tmp_path / "out").exists()
+
+    alone = subprocess.run(
+        [sys.executable, "-m", "apt", "prune", str(model), *COMMAND, "-o", "out", "--resume"],
+        cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert alone.returncode == 2
+    assert "its ranks differ" in alone.stderr
+    again = torchrun(tmp_path, model, "-o", "out", "--resume")
+    said, _ = again.communicate()
+    assert again.returncode == 0, said
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
+def test_more_ranks_than_samples_are_refused(checkpoint, tmp_path):
+    process = torchrun(tmp_path, checkpoint("llama"), "--samples", "2", "-o", "out", ranks=3)
+    said, _ = process.communicate()
+    assert process.returncode != 0
+    assert "apt: 2 samples leave some of 3 ranks without any; give more --samples" in said
+    assert "Traceback" not in said.split("failed (exitcode")[0]
+    assert not (tmp_path / "out").exists()
