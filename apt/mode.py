@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from apt.importance import Importance
 from apt.reconstruct import Reconstruction
 from apt.solver import Effort, SolverOptions
 from apt.solver.gram import DAMPING
@@ -26,6 +27,7 @@ class Mode:
 
     options: SolverOptions
     targets: Targets | None
+    importance: Importance | None
     reconstruction: Reconstruction | None
     ordered: bool
 
@@ -33,6 +35,7 @@ class Mode:
         """Plain values, for the report."""
         return {
             "targets": vars(self.targets) if self.targets else None,
+            "importance": vars(self.importance) if self.importance else None,
             "reconstruction": vars(self.reconstruction) if self.reconstruction else None,
             "ordered": self.ordered,
             **asdict(self.options),
@@ -59,6 +62,7 @@ def choose_mode(
     return Mode(
         options,
         Targets() if aware else None,
+        Importance() if aware else None,
         tuned,
         aware if ordered is None else ordered,
     )

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from operator import itemgetter
 from typing import Protocol
@@ -18,6 +18,7 @@ from apt.capture import Capture, Sums, advance_reference
 from apt.errors import AptError
 from apt.eval_mode import eval_mode
 from apt.extras import prune_extras
+from apt.importance import Importance
 from apt.plan import Plan, PlannedBlock, PlannedSite
 from apt.ranks import Ranks
 from apt.reconstruct import Reconstruction, reconstruct
@@ -125,6 +126,7 @@ def prune_blocks(
     options: SolverOptions | None = None,
     *,
     targets: Targets | None = None,
+    importance: Importance | None = None,
     reconstruction: Reconstruction | None = None,
     ordered: bool = False,
     resident: Residency | None = None,
@@ -147,6 +149,8 @@ def prune_blocks(
         options: the solver's options; see `apt.mode.choose_mode` for what suits a mode.
         targets: how much of the error so far each site makes up for; None prunes strictly layer by
             layer.
+        importance: how rows are weighted in the choice of masks, if at all; heeded with
+            ``targets``.
         reconstruction: how the kept weights of a block are tuned once its sites are solved, if at
             all; needs ``targets``.
         ordered: within a block, solve the sites in their order of execution, each on what the
@@ -163,8 +167,8 @@ def prune_blocks(
     if tokens.ndim != 2 or not tokens.numel():
         raise AptError(f"tokens have shape {tuple(tokens.shape)}", "give (samples, seqlen)")
     run = _Run(
-        adapter, method, options or SolverOptions(), targets, reconstruction, ordered,
-        resident or InMemory(), ranks or Ranks(), observe,
+        adapter, method, options or SolverOptions(), targets, importance, reconstruction,
+        ordered, resident or InMemory(), ranks or Ranks(), observe,
     )  # fmt: skip
     with eval_mode(model), adapter.running(model):
         return run.all(model, plan, tokens)
@@ -176,6 +180,7 @@ class _Run:
     method: Method
     options: SolverOptions
     targets: Targets | None
+    importance: Importance | None
     reconstruction: Reconstruction | None
     ordered: bool
     resident: Residency
@@ -245,8 +250,7 @@ class _Run:
 
     def block(self, at: "_Block") -> list[SitePruned]:
         """Prune a block."""
-        if self.targets is not None:
-            advance_reference(self.adapter, at.module, at.index, at.batches, at.sites, self.ranks)
+        at.scales = self.advance(at)
         done = self.ranks.share(self.extras(at))
         solved: list[_Solved] = []
         with closing(self.captured(at)) as groups:
@@ -255,7 +259,7 @@ class _Run:
                     each.add_up(self.ranks)
                 mean = _mean_square(sums[e.site.input].gram for e in group if e.site.routed)
                 for turns in self.ranks.rounds(group):
-                    solved += self.solve_round(at.module, turns, sums, mean)
+                    solved += self.solve_round(at, turns, sums, mean)
                     if self.reconstruction is None:
                         done += self.finish(at.module, solved)
                         solved.clear()
@@ -267,17 +271,32 @@ class _Run:
             done += self.finish(at.module, solved)
         return done
 
+    def advance(self, at: "_Block") -> dict[Site, Tensor]:
+        """Take the dense stream through the block, and weigh the rows of what gains by it."""
+        if self.targets is None:
+            return {}
+        how, first = self.importance, list[Batch]()
+        if how is not None:
+            wanted = [e.site for e in at.planned.pruned if how.serves(e.site, e.pattern)]
+            first = at.first(how.tokens / self.ranks.size) if wanted else []
+        starts = [batch.reference.state for batch in first if batch.reference]
+        advance_reference(self.adapter, at.module, at.index, at.batches, at.sites, self.ranks)
+        if how is None or not first:
+            return {}
+        block = (self.adapter, at.module, at.index)
+        return how.scales(*block, first, starts, wanted, self.ranks)
+
     def solve_round(
-        self, block: nn.Module, turns: dict[int, PlannedSite], sums: dict[str, Sums], mean: float
+        self, at: "_Block", turns: dict[int, PlannedSite], sums: dict[str, Sums], mean: float
     ) -> list["_Solved"]:
         """Solve this rank's of some sites, by turn, and take over what the others solve."""
         own = [
-            self.solve(block, turn, entry, sums[entry.site.input], mean)
+            self.solve(at, turn, entry, sums[entry.site.input], mean)
             for turn, entry in turns.items()
             if self.ranks.owner(turn) == self.ranks.rank
         ]
         for turn, entry in turns.items():
-            self.ranks.send(entry.site.weight(block).data, self.ranks.owner(turn))
+            self.ranks.send(entry.site.weight(at.module).data, self.ranks.owner(turn))
         return own
 
     def extras(self, at: "_Block") -> list[SitePruned]:
@@ -348,7 +367,7 @@ class _Run:
         return [list(group) for _, group in groupby(by_order, key=lambda entry: entry.site.order)]
 
     def solve(
-        self, block: nn.Module, turn: int, planned: PlannedSite, sums: Sums, mean: float
+        self, at: "_Block", turn: int, planned: PlannedSite, sums: Sums, mean: float
     ) -> "_Solved":
         """Solve one site and write it back in place; ``mean`` backs a routed one of few tokens."""
         assert planned.pattern is not None
@@ -356,19 +375,20 @@ class _Run:
         tokens = gram.tokens
         if planned.site.routed:
             gram = gram.backed(mean)
-        weight = planned.site.oriented(planned.site.weight(block).data)
+        weight = planned.site.oriented(planned.site.weight(at.module).data)
         dense = weight.to(torch.float32, copy=True)
+        scale = at.scales.get(planned.site, dense.new_ones(()))
         try:
             target = dense
             if self.targets is not None and not planned.site.routed:
                 damped = gram.damped(self.options.damping)
                 target = self.targets.weight(dense, planned.site, sums, damped)
-            solution = self.method(target, gram, planned.pattern, self.options)
+            solution = self.method(target * scale, gram, planned.pattern, self.options)
         except SolverError as error:
             raise AptError(f"{planned.name} cannot be pruned: {error}") from error
         _synchronise(weight.device)
         seconds = time.perf_counter() - started
-        weight.copy_(solution.weight)
+        weight.copy_(solution.weight / scale)
         self.ranks.work.solves += 1
         self.ranks.work.solve_seconds += seconds
         return _Solved(turn, planned, dense, gram.matrix, tokens, solution, seconds)
@@ -401,6 +421,8 @@ class _Block:
     Attributes:
         sites: all its sites.
         dense: the dense weights (out, in) of those that write to the residual stream.
+        scales: by how much more each row (out, 1) of a site matters than others, where that is
+            weighed.
         left: whether the batches are behind it already.
     """
 
@@ -409,12 +431,18 @@ class _Block:
     planned: PlannedBlock
     index: int
     batches: list[Batch]
+    scales: dict[Site, Tensor] = field(default_factory=dict)
     left: bool = False
 
     def __post_init__(self) -> None:
         self.sites = self.adapter.sites(self.module)
         writers = (site for site in self.sites if site.residual)
         self.dense = {s: s.oriented(s.weight(self.module).data).clone() for s in writers}
+
+    def first(self, tokens: float) -> list[Batch]:
+        """As many batches, from the first, as have about so many tokens; one at least."""
+        count = 1 + int((tokens - 1) // self.batches[0].tokens)
+        return self.batches[:count]
 
     def walk(self) -> Walk:
         """A walk of all batches through it."""

@@ -10,14 +10,13 @@ none does better than the start, the start stays.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from apt.adapter import Adapter, Site, State
+from apt.adapter import Adapter, Site
 from apt.batches import Batch
+from apt.functional import mixed_precision, stream_after
 from apt.ranks import Ranks
 
 
@@ -64,28 +63,6 @@ class Tuned:
     after: float
 
 
-class _Step(nn.Module):
-    """One step through a block as a module, so that its weights can be substituted."""
-
-    def __init__(self, adapter: Adapter, block: nn.Module, index: int) -> None:
-        super().__init__()
-        self.block = block
-        self._adapter, self._index = adapter, index
-
-    def forward(self, batch: Batch) -> State:
-        """The residual stream after the block."""
-        state = self._adapter.step(self.block, batch.state, batch.calls[self._index])
-        return self._adapter.residual(state)
-
-    def error(self, weights: dict[str, Tensor], batch: Batch) -> Tensor:
-        """See `Tuned`."""
-        assert batch.reference is not None
-        dense = self._adapter.residual(batch.reference.state).float()
-        given = functional_call(self, weights, (batch,)).float()
-        error: Tensor = ((given - dense).square().sum(-1) / dense.square().sum(-1)).mean()
-        return error
-
-
 def reconstruct(
     adapter: Adapter,
     block: nn.Module,
@@ -119,7 +96,7 @@ def reconstruct(
     if count <= held:
         return None
     passed = len(ranks.mine(range(count - held)))
-    tuning = _Tuning(_Step(adapter, block, index), block, sites, ranks)
+    tuning = _Tuning(adapter, block, index, sites, ranks)
     before = lowest = tuning.error(batches[passed:], held)
     for group in tuning.adam.param_groups:
         group["lr"] *= options.rate * math.sqrt(before)
@@ -140,23 +117,13 @@ def reconstruct(
     return Tuned(before, lowest)
 
 
-def _mixed(weights: Sequence[Tensor]) -> torch.autocast:
-    """bf16 products, where all weights are fp32 and the machine has them."""
-    device = weights[0].device.type
-    if device == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        has: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch
-        native = device == "cpu" and bool(has.get("avx512_bf16") or has.get("amx_bf16"))
-    whole = all(weight.dtype == torch.float32 for weight in weights)
-    return torch.autocast(device, torch.bfloat16, enabled=native and whole)
-
-
 class _Tuning:
     """The kept weights of a block, in fp32, while Adam moves them."""
 
-    def __init__(self, step: _Step, block: nn.Module, sites: Sequence[Site], ranks: Ranks) -> None:
-        self._step, self._ranks = step, ranks
+    def __init__(
+        self, adapter: Adapter, block: nn.Module, index: int, sites: Sequence[Site], ranks: Ranks
+    ) -> None:
+        self._adapter, self._block, self._index, self._ranks = adapter, block, index, ranks
         names = dict.fromkeys(site.parameter for site in sites)  # experts are slices of one
         self._parameters = {name: block.get_parameter(name).detach() for name in names}
         masters = {name: p.float().clone() for name, p in self._parameters.items()}
@@ -169,7 +136,7 @@ class _Tuning:
             float(master[mask != 0].square().mean().sqrt())
             for master, mask in zip(masters.values(), masks.values(), strict=True)
         ]
-        self._mixed = _mixed(list(self._parameters.values()))
+        self._mixed = mixed_precision(list(self._parameters.values()))
         self._masks = list(masks.values())
         self._masters = [master.requires_grad_() for master in masters.values()]
         groups = [
@@ -180,7 +147,7 @@ class _Tuning:
 
     def _weights(self) -> dict[str, Tensor]:
         parts = zip(self._parameters.items(), self._masters, strict=True)
-        return {f"block.{name}": master.to(p.dtype) for (name, p), master in parts}
+        return {name: master.to(p.dtype) for (name, p), master in parts}
 
     def snapshot(self) -> list[Tensor]:
         """A copy of the weights."""
@@ -195,8 +162,17 @@ class _Tuning:
     def error(self, batches: list[Batch], count: int) -> float:
         """The mean error on ``batches`` and those of other ranks, ``count`` in all."""
         with torch.no_grad():
-            own = sum(float(self._step.error(self._weights(), batch)) for batch in batches)
+            own = sum(float(self._error(batch)) for batch in batches)
         return self._ranks.sum(own) / count
+
+    def _error(self, batch: Batch) -> Tensor:
+        """See `Tuned`."""
+        assert batch.reference is not None
+        call = batch.calls[self._index]
+        given = stream_after(self._adapter, self._block, self._weights(), batch.state, call).float()
+        dense = self._adapter.residual(batch.reference.state).float()
+        error: Tensor = ((given - dense).square().sum(-1) / dense.square().sum(-1)).mean()
+        return error
 
     def descend(self, batch: Batch | None, owner: int) -> None:
         """One step on the ``owner``'s batch; what is pruned stays zero."""
@@ -210,6 +186,6 @@ class _Tuning:
         if batch is None:
             return [torch.empty_like(master) for master in self._masters]
         with torch.enable_grad(), self._mixed:
-            loss = self._step.error(self._weights(), batch)
+            loss = self._error(batch)
         gradients = torch.autograd.grad(loss, self._masters)
         return [g.mul_(mask) for g, mask in zip(gradients, self._masks, strict=True)]

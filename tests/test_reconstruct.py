@@ -123,7 +123,7 @@ def test_tuning_in_mixed_precision_ends_where_full_precision_does(name, monkeypa
     after = []
     for native in (False, True):
         mixed = torch.autocast("cpu", torch.bfloat16, native)
-        monkeypatch.setattr("apt.reconstruct._mixed", lambda weights, mixed=mixed: mixed)
+        monkeypatch.setattr("apt.reconstruct.mixed_precision", lambda weights, mixed=mixed: mixed)
         model, adapter = copy.deepcopy(loaded.module).float(), loaded.adapter
         batches = enter(adapter, model, tokens, 48, reference=True)
         block, sites = pruned_block(adapter, model, batches)

@@ -1,0 +1,42 @@
+"""One step through a block, with other weights in place of its own, for gradients of them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from apt.adapter import Adapter, Call, State
+
+
+class _Step(nn.Module):
+    def __init__(self, adapter: Adapter, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+        self._adapter = adapter
+
+    def forward(self, state: State, call: Call) -> Tensor:
+        return self._adapter.residual(self._adapter.step(self.block, state, call))
+
+
+def stream_after(
+    adapter: Adapter, block: nn.Module, weights: dict[str, Tensor], state: State, call: Call
+) -> Tensor:
+    """The residual stream (..., hidden) after ``block``, run with ``weights``, by parameter."""
+    given = {f"block.{name}": weight for name, weight in weights.items()}
+    stream: Any = functional_call(_Step(adapter, block), given, (state, call))
+    assert isinstance(stream, Tensor)
+    return stream
+
+
+def mixed_precision(weights: Sequence[Tensor]) -> torch.autocast:
+    """bf16 products, where all weights are fp32 and the machine has them."""
+    device = weights[0].device.type
+    if device == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch
+        native = device == "cpu" and bool(has.get("avx512_bf16") or has.get("amx_bf16"))
+    whole = all(weight.dtype == torch.float32 for weight in weights)
+    return torch.autocast(device, torch.bfloat16, enabled=native and whole)
