@@ -81,6 +81,12 @@ class Passing:
         parts, index = self._current[site.input], self.parts[site]
         return index < len(parts) and _same(parts[index], rows)
 
+    def release(self, sites: Sequence[Site]) -> None:
+        """Let go of the inputs that all of ``sites`` that share them have been given."""
+        for name in [name for name in self._current if name in {site.input for site in sites}]:
+            if all(self.done(site) for site in sites if site.input == name):
+                del self._current[name]
+
     def here(self, site: Site, rows: Tensor) -> slice:
         """Which of the batch's tokens ``rows`` are."""
         start = self.seen[site] % self.tokens
@@ -174,6 +180,7 @@ class Capture:
             if site in dense and passing.reference is not None:
                 passing.follow(site, rows, weights[site], dense[site])
             passing.count(site, rows)
+            passing.release(self.sites)
             if all(passing.done(s) for s in weights):
                 raise _AllSeen
 

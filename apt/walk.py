@@ -169,6 +169,8 @@ class Walk:
         if site in self._dense and self._drift_matters(passing):
             passing.follow(site, rows, self._weights[site], self._dense[site])
         passing.count(site, rows)
+        if capture is not None:
+            passing.release(capture.sites)
 
     def _go(self, lane: _Lane, until: Collection[str]) -> None:
         """Let products happen until one of an input of these is next."""

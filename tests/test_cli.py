@@ -267,6 +267,15 @@ def test_weights_that_are_not_finite_are_named(apt, nan_model):
     assert "Traceback" not in run.err
 
 
+def test_cells_of_tables_are_no_markup(capsys):
+    from apt.cli.output import out, table
+
+    made = table("a")
+    made.add_row("pip install 'apt-prune[gguf]'")
+    out.print(made)
+    assert "'apt-prune[gguf]'" in capsys.readouterr().out
+
+
 def test_debug_shows_the_traceback(apt):
     from apt.errors import AptError
 

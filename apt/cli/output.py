@@ -4,6 +4,7 @@ import os
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 # Of the processes that torchrun starts, the first speaks for all.
 _QUIET = os.environ.get("RANK", "0") != "0"
@@ -16,9 +17,16 @@ def notice(line: str) -> None:
     err.print(line, markup=False)
 
 
+class _Table(Table):
+    """A table whose cells are what they say: ``apt-prune[gguf]`` is no markup."""
+
+    def add_row(self, *cells: str) -> None:  # type: ignore[override]
+        super().add_row(*map(Text, cells))
+
+
 def table(*columns: str, title: str | None = None) -> Table:
     """A plain table; columns whose name starts with ``>`` are right-aligned."""
-    made = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    made = _Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in columns:
         right = column.startswith(">")
         made.add_column(column.lstrip(">"), justify="right" if right else "left")

@@ -170,10 +170,12 @@ def _show_plan(prepared: "Prepared") -> None:
 
 
 def _run(prepared: "Prepared", ranks: "Ranks") -> None:
+    from apt.arena import share_arena
     from apt.cli.progress import RunProgress
     from apt.run import execute
     from apt.stream import execute_streamed
 
+    share_arena()
     options = prepared.options
     try:
         with RunProgress(prepared.plan) as progress:
