@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from apt.errors import AptError, first_line
 from apt.formats import Checkpoint
 
@@ -34,6 +36,20 @@ def check_output(directory: Path, overwrite: bool) -> None:
         ) from error
 
 
+def check_space(directory: Path, needed: int) -> None:
+    """Raise where the disk of an output directory has no ``needed`` bytes left."""
+    parent = directory.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    needed, free = needed + needed // 100 + 2**20, shutil.disk_usage(parent).free
+    if free < needed:
+        raise AptError(
+            f"{parent} has {free / 2**20:,.0f} MiB left, but the output needs "
+            f"{needed / 2**20:,.0f} MiB",
+            "choose another --output",
+        )
+
+
 @contextmanager
 def whole_directory(directory: Path) -> Iterator[Path]:
     """A directory to write into that takes the place of ``directory`` at the end, or vanishes.
@@ -51,7 +67,7 @@ def whole_directory(directory: Path) -> Iterator[Path]:
         yield partial
         open_up(partial)
         replace_directory(partial, directory)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise AptError(f"cannot write {directory}: {first_line(error)}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from apt.adapter import Adapter, Site
+from apt.adapter import Adapter, Site, State
 from apt.batches import TOKENS_PER_BATCH, Batch, enter
 from apt.capture import Capture, Sums, advance_reference
 from apt.errors import AptError
@@ -281,6 +281,9 @@ class _Run:
             first = at.first(how.tokens / self.ranks.size) if wanted else []
         starts = [batch.reference.state for batch in first if batch.reference]
         advance_reference(self.adapter, at.module, at.index, at.batches, at.sites, self.ranks)
+        for batch in at.batches:
+            assert batch.reference is not None
+            _check_finite(batch.reference.state)
         if how is None or not first:
             return {}
         block = (self.adapter, at.module, at.index)
@@ -386,6 +389,9 @@ class _Run:
             solution = self.method(target * scale, gram, planned.pattern, self.options)
         except SolverError as error:
             raise AptError(f"{planned.name} cannot be pruned: {error}") from error
+        except Exception as error:
+            error.add_note(f"while {planned.name} was pruned")
+            raise
         _synchronise(weight.device)
         seconds = time.perf_counter() - started
         weight.copy_(solution.weight / scale)
@@ -407,11 +413,7 @@ class _Run:
         for batch in at.batches:
             if not at.left:
                 batch.state = self.adapter.step(at.module, batch.state, batch.calls[at.index])
-            if isinstance(batch.state, Tensor) and not torch.isfinite(batch.state).all():
-                raise AptError(
-                    "the activations after it are not finite",
-                    "try --dtype float32, or bfloat16 instead of float16",
-                )
+            _check_finite(batch.state)
 
 
 @dataclass
@@ -489,6 +491,15 @@ def _mean_square(grams: Iterable[Gram]) -> float:
     sums = [(float(gram.matrix.diagonal().mean()), gram.tokens) for gram in grams]
     tokens = sum(count for _, count in sums)
     return sum(total for total, _ in sums) / tokens if tokens else 1.0
+
+
+def _check_finite(state: State) -> None:
+    """Raise where a block has made of its input what is not a number."""
+    if isinstance(state, Tensor) and not torch.isfinite(state).all():
+        raise AptError(
+            "the activations after it are not finite",
+            "try --dtype float32, or bfloat16 instead of float16",
+        )
 
 
 def _check(planned: PlannedSite, weight: Tensor, mask: Tensor) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from apt.allocate import UNIFORM, allocated, check_allocation
-from apt.checkpoint import check_output, save_model, whole_directory
+from apt.checkpoint import check_output, check_space, save_model, whole_directory
 from apt.errors import AptError
 from apt.journal import workplace
 from apt.mode import Mode, choose_mode
@@ -197,6 +197,7 @@ def execute(
         AptError: the checkpoint, the text or the disk is at fault; nothing is written then.
     """
     started, options, ranks = time.perf_counter(), prepared.options, ranks or Ranks()
+    check_space(options.output, _bytes(prepared))
     status("reading text")
     tokenizer = load_tokenizer(prepared.shell.source, options.tokenizer)
     tokens, held_out = texts(prepared, tokenizer)
@@ -237,6 +238,14 @@ def execute(
         gc.collect()
         _verify_saved(prepared, directory)
     return report
+
+
+def _bytes(prepared: Prepared) -> int:
+    """How large the weights will be on disk."""
+    shell, chosen = prepared.shell, read_dtype(prepared.options.dtype)
+    dtype = chosen or getattr(shell.config, "dtype", None) or torch.float32
+    each = torch.empty((), dtype=dtype).element_size()
+    return sum(parameter.numel() for parameter in shell.module.parameters()) * each
 
 
 def texts(prepared: Prepared, tokenizer: Any) -> tuple[Tensor, Tensor | None]:

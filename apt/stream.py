@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from apt.allocate import UNIFORM
-from apt.checkpoint import open_up
+from apt.checkpoint import check_space, open_up
 from apt.errors import AptError, first_line
 from apt.formats import find_file
 from apt.journal import Workplace
@@ -67,7 +67,7 @@ def execute_streamed(
     names = _names(shell, shards)
     work = Workplace(options.output)
     if ranks.first and not resume:
-        _check_space(source, shards, work.output.parent)
+        check_space(work.output, sum(path.stat().st_size for path in _files(source, shards)))
     status("reading text")
     tokens, _ = texts(prepared, load_tokenizer(shell.source, options.tokenizer))
     status("hashing the model")
@@ -221,18 +221,6 @@ def _names(shell: Model, shards: Shards) -> dict[str, str]:
                     "prune it without --stream",
                 )
     return names
-
-
-def _check_space(source: Path, shards: Shards, parent: Path) -> None:
-    while not parent.exists():
-        parent = parent.parent
-    needed = sum(path.stat().st_size for path in _files(source, shards))
-    free = shutil.disk_usage(parent).free
-    if free < needed * 1.01 + 2**20:
-        raise AptError(
-            f"{parent} has {free / 2**30:.1f} GiB left, but the output needs {needed / 2**30:.1f}",
-            "choose another --output",
-        )
 
 
 def _files(source: Path, shards: Shards) -> Iterator[Path]:

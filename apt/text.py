@@ -1,8 +1,6 @@
 """Text in, tokens out: data sources, packing, sampling."""
 
-import gzip
 import hashlib
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -12,10 +10,10 @@ from torch import Tensor
 
 from apt.errors import AptError, first_line, unknown
 from apt.plugins import Registry
+from apt.textfiles import SUFFIXES, read_file, text_of
 
 Split = Literal["calibration", "evaluation"]
 _CHARACTERS_PER_TOKEN = 32  # far above any tokenizer's mean, so that a cut text still has enough
-_SUFFIXES = ".txt, .jsonl or .parquet"
 
 
 def documents(source: str, split: Split, registry: Registry) -> Iterator[str]:
@@ -36,61 +34,11 @@ def documents(source: str, split: Split, registry: Registry) -> Iterator[str]:
     if path.is_file():
         return read_file(path)
     if path.exists() or path.suffix or source.startswith((".", "/", "~")):
-        raise AptError(f"no such data set: {source} is no file", f"give {_SUFFIXES}")
+        raise AptError(f"no such data set: {source} is no file", f"give {SUFFIXES}")
     if "/" not in source:
         raise unknown("data set", source, registry.calibrations.specs)
     name, _, config = source.partition(":")
     return hub_documents(name, config or None, split)
-
-
-def read_file(path: Path) -> Iterator[str]:
-    """The documents of a local file: the text, or one for each line or row."""
-    readers = {".txt": _read_text, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
-    if suffix not in readers:
-        raise AptError(f"{path} has an unknown format", f"give {_SUFFIXES}")
-    try:
-        yield from readers[suffix](path)
-    except (OSError, ValueError, EOFError) as error:
-        raise AptError(f"{path} cannot be read: {first_line(error)}") from error
-
-
-def _open(path: Path) -> Any:
-    opener = gzip.open if path.suffix == ".gz" else open
-    return opener(path, "rt", encoding="utf-8")
-
-
-def _read_text(path: Path) -> Iterator[str]:
-    with _open(path) as file:
-        yield file.read()
-
-
-def _read_jsonl(path: Path) -> Iterator[str]:
-    with _open(path) as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield _text_of(json.loads(line), f"line {number}")
-
-
-def _read_parquet(path: Path) -> Iterator[str]:
-    from pyarrow import parquet
-
-    with parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=256):
-            for row in batch.to_pylist():
-                yield _text_of(row, "its first row")
-
-
-def _text_of(row: Any, where: str) -> str:
-    """A row's text: a bare string, its ``text`` field, or its only string field."""
-    if isinstance(row, str):
-        return row
-    fields = {k: v for k, v in row.items() if isinstance(v, str)} if isinstance(row, dict) else {}
-    if "text" in fields:
-        return fields["text"]
-    if len(fields) != 1:
-        raise ValueError(f"{where} has no field 'text'")
-    return next(iter(fields.values()))
 
 
 def hub_documents(
@@ -120,7 +68,7 @@ def hub_documents(
         if part is None:
             raise ValueError(f"it has no split {' or '.join(wanted)}")
         for row in part:
-            yield _text_of(row, "its first row")
+            yield text_of(row, "its first row")
     except Exception as error:  # `datasets` has no base class for what it raises
         raise AptError(
             f"data set '{name}' cannot be read: {first_line(error)}",

@@ -16,10 +16,10 @@ from apt.text import (
     documents,
     evaluation_tokens,
     hub_documents,
-    read_file,
     tokenize,
     windows,
 )
+from apt.textfiles import read_file
 
 TEXTS = ["The first text.", "The second,\nof two lines.", "The third: naïve café."]
 

@@ -189,6 +189,11 @@ def _run(prepared: "Prepared", ranks: "Ranks") -> None:
                 )
             else:
                 report = execute(prepared, progress.observe, progress.status, ranks=ranks)
+    except AptError:
+        raise
+    except Exception as error:
+        error.add_note(_whose(prepared))
+        raise
     except KeyboardInterrupt:
         left = "nothing was written"
         if options.stream:
@@ -197,6 +202,17 @@ def _run(prepared: "Prepared", ranks: "Ranks") -> None:
             typer.echo(f"apt: interrupted; {left}", err=True)
         raise typer.Exit(130) from None
     show_report(report, prepared.options)
+
+
+def _whose(prepared: "Prepared") -> str:
+    """Where the code comes from that took part in a run, for those who read its traceback."""
+    method, adapter = prepared.method.name, prepared.shell.spec.name
+    found = prepared.registry.methods.origins[method], prepared.registry.adapters.origins[adapter]
+    note = f"method {method} comes from {found[0].distribution}, adapter {adapter} from "
+    note += found[1].distribution
+    if prepared.options.stream:
+        note += "; blocks that were done are on disk: once it is mended, go on with --resume"
+    return note
 
 
 def show_report(report: "Report", options: "RunOptions") -> None:

@@ -1,0 +1,111 @@
+"""Text files of any content: whole when they are sound, one line when they are not."""
+
+import gzip
+import json
+from contextlib import suppress
+
+import pyarrow
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from apt import textfiles
+from apt.errors import AptError
+from apt.textfiles import read_file
+
+SUFFIXES = [".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet"]
+anything = settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@anything
+@given(suffix=st.sampled_from(SUFFIXES), raw=st.binary(max_size=200), packed=st.booleans())
+def test_no_bytes_break_the_reader(tmp_path, suffix, raw, packed):
+    path = tmp_path / f"any{suffix}"
+    path.write_bytes(gzip.compress(raw) if packed else raw)
+    with suppress(AptError):
+        assert all(isinstance(text, str) for text in read_file(path))
+
+
+@anything
+@given(cut=st.integers(0, 400), at=st.integers(0, 400), byte=st.integers(0, 255))
+@pytest.mark.parametrize("suffix", [".txt.gz", ".parquet"])
+def test_no_damage_breaks_the_reader(tmp_path, suffix, cut, at, byte):
+    path = tmp_path / f"sound{suffix}"
+    if suffix == ".parquet":
+        parquet.write_table(pyarrow.table({"text": ["one", "two"] * 20}), path)
+    else:
+        path.write_bytes(gzip.compress(b"some words\n\nand more of them " * 20))
+    raw = bytearray(path.read_bytes())
+    raw[at % len(raw)] = byte
+    path.write_bytes(raw[: len(raw) - cut])
+    with suppress(AptError):
+        list(read_file(path))
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner),
+    max_leaves=6,
+)
+
+
+@anything
+@given(values=st.lists(json_values, max_size=4))
+def test_no_rows_break_the_reader(tmp_path, values):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, values)))
+    with suppress(AptError):
+        assert all(isinstance(text, str) for text in read_file(path))
+
+
+@anything
+@given(text=st.text(alphabet="ab\n", max_size=80))
+def test_a_text_in_pieces_is_the_text(tmp_path, text):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(textfiles, "_PIECE", 7)
+        (tmp_path / "a.txt").write_text(text)
+        assert "\n\n".join(read_file(tmp_path / "a.txt")) == text
+
+
+def test_a_long_text_comes_in_pieces(tmp_path):
+    text = "\n\n".join(f"paragraph {n} " * 50 for n in range(5000))
+    (tmp_path / "a.txt").write_text(text)
+    pieces = list(read_file(tmp_path / "a.txt"))
+    assert len(pieces) > 2
+    assert "\n\n".join(pieces) == text
+
+
+def _bomb(path, suffix):
+    """A small file that unpacks to far more than any text has."""
+    size = 2**27
+    if suffix == ".parquet":
+        dictionary = pyarrow.DictionaryArray.from_arrays([0] * 4, ["a" * size])
+        parquet.write_table(pyarrow.table({"text": dictionary}), path, compression="zstd")
+    else:
+        with gzip.open(path, "wb", compresslevel=1) as file:
+            file.write(b'"' + b"a" * size + b'"')
+    assert path.stat().st_size < size / 50
+
+
+@pytest.mark.parametrize(
+    ("suffix", "said"),
+    [
+        (".txt.gz", "a paragraph has more than 67,108,864 characters"),
+        (".jsonl.gz", "line 1 has more than 67,108,864 characters"),
+        (".parquet", "a row has more than 67,108,864 characters"),
+    ],
+)
+def test_what_unpacks_to_far_more_is_refused(tmp_path, suffix, said):
+    path = tmp_path / f"bomb{suffix}"
+    _bomb(path, suffix)
+    with pytest.raises(AptError, match=said):
+        list(read_file(path))
+
+
+def test_deep_json_is_refused(tmp_path):
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
+    with pytest.raises(AptError, match="cannot be read"):
+        list(read_file(tmp_path / "deep.jsonl"))
