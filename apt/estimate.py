@@ -9,7 +9,9 @@ from torch import nn
 
 from apt.batches import TOKENS_PER_BATCH
 from apt.mode import TUNED_TOKENS
+from apt.models import Model
 from apt.plan import Plan, PlannedBlock
+from apt.report import peak_memory
 
 _FP32 = 4
 _FORWARDS = 4  # of the dense stream, of the pruned one after tuning and before, and of the drift
@@ -22,7 +24,8 @@ class Estimate:
     """Bytes of memory and seconds.
 
     Attributes:
-        weights: the model's weights.
+        process: Python and its libraries, as they are in this process now.
+        weights: the model's weights; streamed, of its largest block and of what is not in blocks.
         activations: the calibration activations between two blocks, of the pruned and of the dense
             stream, and within one: the dense stream's inputs, and what waits before a product.
         grams: the Gram and cross matrices of the largest block, with their factors.
@@ -32,6 +35,7 @@ class Estimate:
             that are not products of weights are not counted.
     """
 
+    process: int
     weights: int
     activations: int
     grams: int
@@ -41,26 +45,44 @@ class Estimate:
     @property
     def memory(self) -> int:
         """All of it."""
-        return self.weights + self.activations + self.grams + self.working
+        return self.process + self.weights + self.activations + self.grams + self.working
 
 
 def estimate(
-    module: nn.Module, config: Any, plan: Plan, tokens: int, dtype: torch.dtype, device: str
+    shell: Model, plan: Plan, tokens: int, dtype: torch.dtype, device: str, *, streamed: bool
 ) -> Estimate:
-    """Estimate a run of ``plan`` on ``tokens`` calibration tokens."""
+    """Estimate an error-aware run of ``plan`` on ``tokens`` calibration tokens.
+
+    Args:
+        shell: the model, without weights.
+        plan: what to do to each site.
+        tokens: how many are calibrated on.
+        dtype: of weights and activations.
+        device: where it runs.
+        streamed: whether no more than one block is in memory.
+    """
     bytes_each = torch.empty((), dtype=dtype).element_size()
-    parameters = sum(p.numel() for p in module.parameters())
+    blocks = [module for _, module in shell.adapter.blocks(shell.module)]
+    parameters, in_blocks = _parameters(shell.module), [_parameters(block) for block in blocks]
+    if streamed:
+        parameters += max(in_blocks) - sum(in_blocks)
     widest = max(sum(site.shape) for site in plan.sites)
     largest = max(site.size for site in plan.sites)
     tuned = max(sum(entry.size for entry in block.pruned) for block in plan.blocks)
     return Estimate(
+        process=peak_memory()["cpu"],
         weights=parameters * bytes_each,
-        activations=tokens * max(_activations(block, config, bytes_each) for block in plan.blocks),
+        activations=tokens
+        * max(_activations(block, shell.config, bytes_each) for block in plan.blocks),
         grams=max(_gram_bytes(block) for block in plan.blocks),
         working=4 * min(tokens, TOKENS_PER_BATCH) * widest * bytes_each
         + max(8 * largest, 5 * tuned) * _FP32,
         seconds=_operations(plan, tokens) / _throughput(device),
     )
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _inputs(block: PlannedBlock) -> dict[str, int]:
@@ -69,11 +91,14 @@ def _inputs(block: PlannedBlock) -> dict[str, int]:
 
 
 def _activations(block: PlannedBlock, config: Any, bytes_each: int) -> int:
-    """Bytes for each token: two streams, the dense inputs, what waits in a block, and the drift."""
+    """Bytes for each token: two streams, the dense inputs, what waits in a block, and the drift.
+
+    Before the last product wait its input, what is normalised and what is added to it.
+    """
     inputs = {entry.site.input: entry.shape[1] for entry in block.pruned if not entry.site.routed}
-    waiting = config.hidden_size + max(inputs.values(), default=0)
+    waiting = 2 * config.hidden_size + max(inputs.values(), default=0)
     kept = 2 * config.hidden_size + sum(inputs.values()) + waiting
-    total: int = kept * bytes_each + config.hidden_size * _FP32
+    total: int = kept * bytes_each + 2 * config.hidden_size * _FP32
     return total
 
 

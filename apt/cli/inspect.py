@@ -27,6 +27,7 @@ def inspect(
     samples: int = typer.Option(128, "--samples", help="Calibration samples to plan for."),
     seqlen: int = typer.Option(2048, "--seqlen", help="Tokens a sample to plan for."),
     device: str = args.DEVICE,
+    stream: bool = typer.Option(False, "--stream", help="Plan for a run block by block."),
     trust_remote_code: bool = args.REMOTE,
 ) -> None:
     """Show a model's blocks and sites, and what pruning it will need; reads no weights."""
@@ -41,10 +42,13 @@ def inspect(
     wanted = args.read_pattern(sparsity, pattern, None) or args.parse("2:4")
     selection = args.read_selection(only, skip, override)
     plan = make_plan(shell.module, shell.adapter, wanted, selection)
-    show_plan(shell, plan, samples, capped(seqlen, shell, notice), choose_device(device))
+    seqlen = capped(seqlen, shell, notice)
+    show_plan(shell, plan, samples, seqlen, choose_device(device), streamed=stream)
 
 
-def show_plan(shell: "Model", plan: "Plan", samples: int, seqlen: int, device: str) -> None:
+def show_plan(
+    shell: "Model", plan: "Plan", samples: int, seqlen: int, device: str, *, streamed: bool
+) -> None:
     """The sites of equal blocks in one table, and the estimate."""
     from itertools import groupby
 
@@ -79,12 +83,12 @@ def show_plan(shell: "Model", plan: "Plan", samples: int, seqlen: int, device: s
             label = ""
     out.print(made)
     dtype = getattr(shell.config, "dtype", None) or torch.float32
-    needs = estimate(shell.module, shell.config, plan, samples * seqlen, dtype, device)
+    needs = estimate(shell, plan, samples * seqlen, dtype, device, streamed=streamed)
     out.print(
         f"calibration {samples} × {seqlen} tokens: about {size(needs.memory)} of memory "
-        f"(weights {size(needs.weights)}, activations {size(needs.activations)}, Gram matrices "
-        f"{size(needs.grams)}, working {size(needs.working)}) and at least "
-        f"{duration(needs.seconds)} on {device}",
+        f"(process {size(needs.process)}, weights {size(needs.weights)}, "
+        f"activations {size(needs.activations)}, Gram matrices {size(needs.grams)}, "
+        f"working {size(needs.working)}) and at least {duration(needs.seconds)} on {device}",
         markup=False,
     )
 

@@ -166,7 +166,14 @@ def _show_plan(prepared: "Prepared") -> None:
     from apt.cli.inspect import show_plan
 
     options = prepared.options
-    show_plan(prepared.shell, prepared.plan, options.samples, options.seqlen, prepared.device)
+    show_plan(
+        prepared.shell,
+        prepared.plan,
+        options.samples,
+        options.seqlen,
+        prepared.device,
+        streamed=options.stream,
+    )
 
 
 def _run(prepared: "Prepared", ranks: "Ranks") -> None:
