@@ -16,6 +16,8 @@ from apt.report import peak_memory
 _FP32 = 4
 _FORWARDS = 4  # of the dense stream, of the pruned one after tuning and before, and of the drift
 _TUNING = 3.5  # a forward and its backward, and what is held back
+_TEXT = 150 * 2**20  # what reading and tokenising leaves behind
+_READING = 140 * 2**20  # and what it takes for a moment
 _SOLVE_STEPS = 40  # products of (out, in) by (in, in) that two rounds and their joint solves take
 
 
@@ -24,7 +26,7 @@ class Estimate:
     """Bytes of memory and seconds.
 
     Attributes:
-        process: Python and its libraries, as they are in this process now.
+        process: Python and its libraries: this process now, and what reading text will add.
         weights: the model's weights; streamed, of its largest block and of what is not in blocks.
         activations: the calibration activations between two blocks, of the pruned and of the dense
             stream, and within one: the dense stream's inputs, and what waits before a product.
@@ -44,8 +46,9 @@ class Estimate:
 
     @property
     def memory(self) -> int:
-        """All of it."""
-        return self.process + self.weights + self.activations + self.grams + self.working
+        """The peak: all of it, or that of reading text where a model is tiny."""
+        run = self.weights + self.activations + self.grams + self.working
+        return self.process + max(run, _READING)
 
 
 def estimate(
@@ -70,7 +73,7 @@ def estimate(
     largest = max(site.size for site in plan.sites)
     tuned = max(sum(entry.size for entry in block.pruned) for block in plan.blocks)
     return Estimate(
-        process=peak_memory()["cpu"],
+        process=peak_memory()["cpu"] + _TEXT,
         weights=parameters * bytes_each,
         activations=tokens
         * max(_activations(block, shell.config, bytes_each) for block in plan.blocks),

@@ -5,6 +5,8 @@ Each run is a process of its own. With a model, runs in memory and streamed ones
 
     python benchmarks/stream.py ./smollm2 --rounds 2
     python benchmarks/stream.py --blocks 2 4 8 16 32 --hidden 1024
+    python benchmarks/stream.py --blocks 2 32 --hidden 4096 --intermediate 11008 \\
+        --vocabulary 32000 --samples 2 --seqlen 64 --method wanda        # LLaMA 7B's shape
 """
 
 import argparse
@@ -14,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,6 +25,8 @@ import torch
 from common import save
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import save_file
+from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from apt.plugins import registry
@@ -33,6 +38,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("model", nargs="?", help="a directory to prune in memory and streamed")
     parser.add_argument("--blocks", type=int, nargs="*", default=[])
     parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--intermediate", type=int, help="11/4 of the hidden size by default")
+    parser.add_argument("--vocabulary", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=512)
@@ -42,18 +49,37 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def checkpoint(folder: Path, blocks: int, hidden: int) -> Path:
-    """A random model in bf16, in files of 200 MB."""
-    torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(registry().adapters.get("llama").zoo_path())
+def checkpoint(folder: Path, blocks: int, options: argparse.Namespace) -> Path:
+    """A random LLaMA in bf16, written block by block, a file each."""
+    hidden = options.hidden
     config = LlamaConfig(
-        hidden_size=hidden, intermediate_size=hidden * 11 // 4, num_hidden_layers=blocks,
-        num_attention_heads=hidden // 64, num_key_value_heads=hidden // 64, vocab_size=2048,
+        hidden_size=hidden, intermediate_size=options.intermediate or hidden * 11 // 4,
+        num_hidden_layers=blocks, num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 64, vocab_size=options.vocabulary, dtype=torch.bfloat16,
+        architectures=["LlamaForCausalLM"],
     )  # fmt: skip
     target = folder / f"llama-{blocks}"
-    LlamaForCausalLM(config).bfloat16().save_pretrained(target, max_shard_size="200MB")
-    tokenizer.save_pretrained(target)
+    config.save_pretrained(target)
+    zoo = registry().adapters.get("llama").zoo_path()
+    AutoTokenizer.from_pretrained(zoo).save_pretrained(target)
+    with torch.device("meta"):
+        shapes = LlamaForCausalLM(config).state_dict()
+    draw, files = torch.Generator().manual_seed(0), defaultdict(dict)
+    for name, tensor in shapes.items():
+        files["-".join(name.split(".")[1:3]) if ".layers." in name else "rest"][name] = tensor.shape
+    for file, group in files.items():
+        weights = {name: _random(shape, draw) for name, shape in group.items()}
+        save_file(weights, target / f"{file}.safetensors", {"format": "pt"})
+    where = {name: f"{file}.safetensors" for file, group in files.items() for name in group}
+    index = json.dumps({"metadata": {}, "weight_map": where})
+    (target / "model.safetensors.index.json").write_text(index)
     return target
+
+
+def _random(shape: torch.Size, draw: torch.Generator) -> Tensor:
+    if len(shape) == 1:
+        return torch.ones(shape, dtype=torch.bfloat16)
+    return torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02, generator=draw)
 
 
 def run(model: Path, output: Path, options: argparse.Namespace, *more: str) -> dict[str, Any]:
@@ -89,10 +115,11 @@ def main() -> None:
             seconds, peak = (median(one[key] for one in found) for key in ("seconds", "peak"))
             rows.append({"model": options.model, "run": name, "seconds": seconds, "peak": peak})
     for blocks in options.blocks:
-        model = checkpoint(folder, blocks, options.hidden)
+        model = checkpoint(folder, blocks, options)
         size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
         row = {"model": f"{blocks} blocks", "run": "streamed", "weights": size}
         rows.append({**row, **run(model, folder / "out", options, "--stream")})
+        console.print(rows[-1])
         shutil.rmtree(model)
     for row in rows:
         weights = f"{row['weights'] / 2**20:,.0f} MiB" if "weights" in row else ""
