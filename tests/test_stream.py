@@ -224,7 +224,7 @@ def test_a_disk_too_small_is_told_first(checkpoint, apt, monkeypatch):
     monkeypatch.setattr("apt.stream.shutil.disk_usage", lambda _: namedtuple("U", "free")(1000))
     result = apt("prune", checkpoint("llama"), *SMALL, "--stream", "-o", "out")
     assert result.code == 2
-    assert "GiB left" in result.err
+    assert "MiB left" in result.err
 
 
 def test_a_process_that_is_killed_is_gone_on_with(checkpoint, tmp_path):
