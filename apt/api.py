@@ -77,7 +77,7 @@ def prune(
         AptError: a name is unknown, the pattern does not fit, or the model cannot be pruned.
             Blocks pruned before the error stay pruned: work on a copy where that matters.
     """
-    started = time.perf_counter()
+    started, ranks = time.perf_counter(), ranks or Ranks()
     try:
         wanted = parse_pattern(pattern) if isinstance(pattern, str) else pattern
     except ValueError as error:
@@ -91,11 +91,10 @@ def prune(
     plan = make_plan(model, instance, wanted, selection, chosen.per, also)
     check_allocation(allocation, plan)
     if allocation != UNIFORM:
-        plan = allocated(plan, shelf.allocations.get(allocation), model, instance, tokens)
-        plan = ranks.share(plan) if ranks else plan
+        share_out = shelf.allocations.get(allocation)
+        plan = ranks.share(allocated(plan, share_out, model, instance, tokens))
     mode = choose_mode(chosen, options or SolverOptions(), error_aware, ordered)
     tell = telling(observe, shelf.site_pruned)
-    ranks = ranks or Ranks()
     sites = prune_blocks(
         model, instance, plan, tokens, chosen.load(), **vars(mode), ranks=ranks, observe=tell
     )

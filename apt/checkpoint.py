@@ -22,9 +22,7 @@ def check_output(directory: Path, overwrite: bool) -> None:
         raise AptError(
             f"{directory} exists and is not empty", "pass --overwrite or another --output"
         )
-    parent = directory.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
+    parent = _existing_parent(directory)
     if not parent.is_dir():
         raise AptError(f"{parent} is no directory", "choose another --output")
     try:
@@ -38,9 +36,7 @@ def check_output(directory: Path, overwrite: bool) -> None:
 
 def check_space(directory: Path, needed: int) -> None:
     """Raise where the disk of an output directory has no ``needed`` bytes left."""
-    parent = directory.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
+    parent = _existing_parent(directory)
     needed, free = needed + needed // 100 + 2**20, shutil.disk_usage(parent).free
     if free < needed:
         raise AptError(
@@ -48,6 +44,10 @@ def check_space(directory: Path, needed: int) -> None:
             f"{needed / 2**20:,.0f} MiB",
             "choose another --output",
         )
+
+
+def _existing_parent(directory: Path) -> Path:
+    return next(parent for parent in directory.absolute().parents if parent.exists())
 
 
 @contextmanager

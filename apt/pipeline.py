@@ -275,16 +275,15 @@ class _Run:
         """Take the dense stream through the block, and weigh the rows of what gains by it."""
         if self.targets is None:
             return {}
-        how, first = self.importance, list[Batch]()
-        if how is not None:
-            wanted = [e.site for e in at.planned.pruned if how.serves(e.site, e.pattern)]
-            first = at.first(how.tokens / self.ranks.size) if wanted else []
+        how = self.importance
+        wanted = [e.site for e in at.planned.pruned if how and how.serves(e.site, e.pattern)]
+        first = at.first(how.tokens / self.ranks.size) if how and wanted else []
         starts = [batch.reference.state for batch in first if batch.reference]
         advance_reference(self.adapter, at.module, at.index, at.batches, at.sites, self.ranks)
         for batch in at.batches:
             assert batch.reference is not None
             _check_finite(batch.reference.state)
-        if how is None or not first:
+        if how is None or not wanted:
             return {}
         block = (self.adapter, at.module, at.index)
         return how.scales(*block, first, starts, wanted, self.ranks)
