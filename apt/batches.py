@@ -1,18 +1,18 @@
 """The calibration activations on their way through the blocks, in batches."""
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from apt.activations import MemoryStore, Store, Stored, mapped
 from apt.adapter import Adapter, Call, State
 from apt.ranks import Ranks
 
 TOKENS_PER_BATCH = 4096
 
 
-@dataclass
 class Reference:
     """The same samples on their way through the dense model.
 
@@ -25,15 +25,44 @@ class Reference:
         scale: of every token (tokens, 1), what its error on the stream is divided by: the root
             mean square of the dense stream before the block, in units in which the inverse squares
             average 1.
+        store: where all but the last lie.
     """
 
-    state: State
-    inputs: dict[str, list[Tensor]] = field(default_factory=dict)
-    drift: Tensor | None = None
-    scale: Tensor | None = None
+    state = Stored[State]()
+    drift = Stored[Tensor | None]()
+
+    def __init__(self, state: State, store: Store | None = None) -> None:
+        self.store = store or MemoryStore()
+        self.state, self.drift = state, None
+        self.inputs = Inputs(self.store)
+        self.scale: Tensor | None = None
 
 
-@dataclass
+class Inputs(Mapping[str, list[Tensor]]):
+    """What a block's sites are fed with, by name, in parts that lie in a ``store``."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._parts: dict[str, list[Any]] = {}
+
+    def add(self, name: str, part: Tensor) -> None:
+        """Take one more part of an input."""
+        self._parts.setdefault(name, []).append(self._store.put(part))
+
+    def clear(self) -> None:
+        """Let go of all."""
+        self._parts.clear()
+
+    def __getitem__(self, name: str) -> list[Tensor]:
+        return [self._store.get(part) for part in self._parts[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+
 class Batch:
     """The activations of some samples.
 
@@ -42,12 +71,21 @@ class Batch:
         calls: how every block is called.
         tokens: the number of tokens.
         reference: the dense stream beside it, where there is one.
+        store: where the state lies.
     """
 
-    state: State
-    calls: list[Call]
-    tokens: int
-    reference: Reference | None = None
+    state = Stored[State]()
+
+    def __init__(
+        self,
+        state: State,
+        calls: list[Call],
+        tokens: int,
+        reference: Reference | None = None,
+        store: Store | None = None,
+    ) -> None:
+        self.store = store or MemoryStore()
+        self.state, self.calls, self.tokens, self.reference = state, calls, tokens, reference
 
 
 def enter(
@@ -58,6 +96,7 @@ def enter(
     *,
     reference: bool = False,
     ranks: Ranks | None = None,
+    store: Store | None = None,
 ) -> list[Batch]:
     """The states before the first block, in batches of some samples.
 
@@ -70,6 +109,7 @@ def enter(
         tokens_per_batch: about how many tokens make a batch, which is one sample at least.
         reference: whether a dense stream begins beside each batch.
         ranks: those that the batches are dealt out to in turn.
+        store: where the activations lie while no block is run on them; None for in memory.
     """
     device = next(model.parameters()).device
     pool: list[Tensor] = []
@@ -78,25 +118,19 @@ def enter(
     for part in (ranks or Ranks()).mine(parts):
         state, calls = adapter.enter(model, part.to(device))
         memo: dict[int, Tensor] = {}
+
+        def pooled(tensor: Tensor, memo: dict[int, Tensor] = memo) -> Tensor:
+            if id(tensor) not in memo:
+                memo[id(tensor)] = _from_pool(tensor, pool)
+            return memo[id(tensor)]
+
         shared = [
-            Call(_pooled(c.args, pool, memo), _pooled(c.kwargs, pool, memo), c.keyword)
+            Call(mapped(c.args, Tensor, pooled), mapped(c.kwargs, Tensor, pooled), c.keyword)
             for c in calls
         ]
-        batches.append(Batch(state, shared, part.numel(), Reference(state) if reference else None))
+        beside = Reference(state, store) if reference else None
+        batches.append(Batch(state, shared, part.numel(), beside, store))
     return batches
-
-
-def _pooled(value: Any, pool: list[Tensor], memo: dict[int, Tensor]) -> Any:
-    """``value`` with every tensor in it replaced by an equal one from the pool, if there is one."""
-    if isinstance(value, dict):
-        return {key: _pooled(item, pool, memo) for key, item in value.items()}
-    if isinstance(value, tuple):
-        return tuple(_pooled(item, pool, memo) for item in value)
-    if not isinstance(value, Tensor):
-        return value
-    if id(value) not in memo:
-        memo[id(value)] = _from_pool(value, pool)
-    return memo[id(value)]
 
 
 def _from_pool(tensor: Tensor, pool: list[Tensor]) -> Tensor:

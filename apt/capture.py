@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from apt.adapter import Adapter, Site, State
-from apt.batches import Batch, Reference
+from apt.batches import Batch, Inputs, Reference
 from apt.errors import AptError
 from apt.ranks import Ranks
 from apt.solver import Gram
@@ -61,7 +61,7 @@ class Passing:
 
     def __init__(self, batch: Batch) -> None:
         self.tokens, self.reference = batch.tokens, batch.reference
-        drift = batch.reference.drift if batch.reference else None
+        drift = batch.reference.drift if batch.reference is not None else None
         self.drift = drift.clone() if drift is not None else None
         self.seen: dict[Site, int] = defaultdict(int)
         self.parts: dict[Site, int] = defaultdict(int)
@@ -259,17 +259,17 @@ def _same(left: Tensor, right: Tensor) -> bool:
     return left.shape == right.shape and torch.equal(left, right)
 
 
-class _Inputs:
+class _Keeper:
     """Keeps the inputs of a block's sites, each once."""
 
-    def __init__(self) -> None:
-        self.inputs: dict[str, list[Tensor]] = {}
+    def __init__(self, inputs: Inputs) -> None:
+        self._inputs = inputs
         self._owners: dict[str, Site] = {}
 
     def keep(self, site: Site, rows: Tensor) -> None:
         """Keep what the first site of each input is given."""
         if self._owners.setdefault(site.input, site) == site:
-            self.inputs.setdefault(site.input, []).append(rows.reshape(-1, rows.shape[-1]))
+            self._inputs.add(site.input, rows.reshape(-1, rows.shape[-1]))
 
 
 def advance_reference(
@@ -290,10 +290,10 @@ def advance_reference(
         squares = _sizes(dense)
         reference.scale = squares.sqrt()
         energy += float(squares.reciprocal().sum())
-        kept = _Inputs()
-        with adapter.capture(block, [site for site in sites if not site.routed], kept.keep):
+        reference.inputs.clear()
+        keep = _Keeper(reference.inputs).keep
+        with adapter.capture(block, [site for site in sites if not site.routed], keep):
             reference.state = adapter.step(block, reference.state, batch.calls[index])
-        reference.inputs = kept.inputs
     tokens = ranks.sum(sum(batch.tokens for batch in batches))
     mean = math.sqrt(tokens / ranks.sum(energy))
     for batch in batches:

@@ -31,6 +31,7 @@ class Estimate:
         activations: the calibration activations between two blocks, of the pruned and of the dense
             stream, and within one: the dense stream's inputs, and what waits before a product.
         grams: the Gram and cross matrices of the largest block, with their factors.
+        disk: of the activations, what lies there.
         working: one batch's activations inside a block, and one site's solve or, if that is more,
             the block's weights, gradients and moments while it is tuned.
         seconds: the time of an error-aware run of default effort; forwards of attention and scans
@@ -40,6 +41,7 @@ class Estimate:
     process: int
     weights: int
     activations: int
+    disk: int
     grams: int
     working: int
     seconds: float
@@ -52,7 +54,14 @@ class Estimate:
 
 
 def estimate(
-    shell: Model, plan: Plan, tokens: int, dtype: torch.dtype, device: str, *, streamed: bool
+    shell: Model,
+    plan: Plan,
+    tokens: int,
+    dtype: torch.dtype,
+    device: str,
+    *,
+    streamed: bool,
+    on_disk: bool = False,
 ) -> Estimate:
     """Estimate an error-aware run of ``plan`` on ``tokens`` calibration tokens.
 
@@ -63,6 +72,7 @@ def estimate(
         dtype: of weights and activations.
         device: where it runs.
         streamed: whether no more than one block is in memory.
+        on_disk: whether no more than one batch of activations is.
     """
     bytes_each = torch.empty((), dtype=dtype).element_size()
     blocks = [module for _, module in shell.adapter.blocks(shell.module)]
@@ -75,13 +85,21 @@ def estimate(
     return Estimate(
         process=peak_memory()["cpu"] + _TEXT,
         weights=parameters * bytes_each,
-        activations=tokens
+        activations=(min(tokens, TOKENS_PER_BATCH) if on_disk else tokens)
         * max(_activations(block, shell.config, bytes_each) for block in plan.blocks),
+        disk=activations_on_disk(shell, plan, tokens, dtype) if on_disk else 0,
         grams=max(_gram_bytes(block) for block in plan.blocks),
         working=4 * min(tokens, TOKENS_PER_BATCH) * widest * bytes_each
         + max(8 * largest, 5 * tuned) * _FP32,
         seconds=_operations(plan, tokens) / _throughput(device),
     )
+
+
+def activations_on_disk(shell: Model, plan: Plan, tokens: int, dtype: torch.dtype) -> int:
+    """Bytes of what an error-aware run has on disk of its calibration activations."""
+    kept = max(_kept(block, shell.config, dtype.itemsize) for block in plan.blocks)
+    drift: int = shell.config.hidden_size * _FP32
+    return tokens * (kept + drift)
 
 
 def _parameters(module: nn.Module) -> int:
@@ -94,15 +112,25 @@ def _inputs(block: PlannedBlock) -> dict[str, int]:
 
 
 def _activations(block: PlannedBlock, config: Any, bytes_each: int) -> int:
-    """Bytes for each token: two streams, the dense inputs, what waits in a block, and the drift.
+    """Bytes for each token: what is kept, what waits in a block, and the drift.
 
     Before the last product wait its input, what is normalised and what is added to it.
     """
-    inputs = {entry.site.input: entry.shape[1] for entry in block.pruned if not entry.site.routed}
-    waiting = 2 * config.hidden_size + max(inputs.values(), default=0)
-    kept = 2 * config.hidden_size + sum(inputs.values()) + waiting
-    total: int = kept * bytes_each + 2 * config.hidden_size * _FP32
+    waiting = 2 * config.hidden_size + max(_shared_inputs(block).values(), default=0)
+    kept = _kept(block, config, bytes_each)
+    total: int = kept + waiting * bytes_each + 2 * config.hidden_size * _FP32
     return total
+
+
+def _kept(block: PlannedBlock, config: Any, bytes_each: int) -> int:
+    """Bytes for each token: two streams, and the dense inputs."""
+    total: int = (2 * config.hidden_size + sum(_shared_inputs(block).values())) * bytes_each
+    return total
+
+
+def _shared_inputs(block: PlannedBlock) -> dict[str, int]:
+    """The width of each input that is every token's."""
+    return {entry.site.input: entry.shape[1] for entry in block.pruned if not entry.site.routed}
 
 
 def _gram_bytes(block: PlannedBlock) -> int:

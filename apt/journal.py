@@ -31,12 +31,14 @@ class Workplace:
     Attributes:
         lines: the journal's lines so far.
         out: what will be the output directory.
+        activations: a folder for what no other run goes on with; empty at the start.
     """
 
     def __init__(self, output: Path) -> None:
         self.output = output.absolute()
         self.folder = workplace(output)
         self.out = self.folder / "out"
+        self.activations = self.folder / "activations"
         self.lines: list[Line] = []
         self._path = self.folder / "journal.jsonl"
 
@@ -54,6 +56,8 @@ class Workplace:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise AptError(f"another run is writing {self.output}", "wait for it") from error
+            shutil.rmtree(self.activations, ignore_errors=True)
+            self.activations.mkdir()
             self._begin(json.loads(json.dumps(fingerprint)), resume)
             yield
 

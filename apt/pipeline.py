@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from apt.activations import MemoryStore, Store
 from apt.adapter import Adapter, Site, State
 from apt.batches import TOKENS_PER_BATCH, Batch, enter
 from apt.capture import Capture, Sums, advance_reference
@@ -130,6 +131,7 @@ def prune_blocks(
     reconstruction: Reconstruction | None = None,
     ordered: bool = False,
     resident: Residency | None = None,
+    store: Store | None = None,
     ranks: Ranks | None = None,
     observe: Observer = lambda event: None,
 ) -> list[SitePruned]:
@@ -156,6 +158,9 @@ def prune_blocks(
         ordered: within a block, solve the sites in their order of execution, each on what the
             pruned ones before it give.
         resident: where blocks are while they have no turn; None where all are in memory.
+        store: where the activations are while no block is run on them; None for in memory. On disk
+            they do not wait inside a block either, which is run again for each of its sites that
+            ``ordered`` solves by themselves.
         ranks: the processes that prune together, each of which calls this with the same arguments
             and is left with the same model; None for a single one.
         observe: called with each event as it happens.
@@ -168,7 +173,7 @@ def prune_blocks(
         raise AptError(f"tokens have shape {tuple(tokens.shape)}", "give (samples, seqlen)")
     run = _Run(
         adapter, method, options or SolverOptions(), targets, importance, reconstruction,
-        ordered, resident or InMemory(), ranks or Ranks(), observe,
+        ordered, resident or InMemory(), store or MemoryStore(), ranks or Ranks(), observe,
     )  # fmt: skip
     with eval_mode(model), adapter.running(model):
         return run.all(model, plan, tokens)
@@ -184,6 +189,7 @@ class _Run:
     reconstruction: Reconstruction | None
     ordered: bool
     resident: Residency
+    store: Store
     ranks: Ranks
     observe: Observer
     tuned: int = 0  # how many of the batches, from the first, are tuned on
@@ -246,7 +252,9 @@ class _Run:
         """This rank's batches of about ``size`` of ``tokens`` (samples, seqlen)."""
         aware = self.targets is not None
         size = min(size, math.ceil(len(tokens) / self.ranks.size) * tokens.shape[1])
-        return enter(self.adapter, model, tokens, size, reference=aware, ranks=self.ranks)
+        return enter(
+            self.adapter, model, tokens, size, reference=aware, ranks=self.ranks, store=self.store
+        )
 
     def block(self, at: "_Block") -> list[SitePruned]:
         """Prune a block."""
@@ -331,7 +339,7 @@ class _Run:
         """
         left = list(at.planned.pruned)
         whole = not any(site.routed or site.calls > 1 for site in at.sites)
-        if self.ordered and whole and left:
+        if self.ordered and self.store.in_memory and whole and left:
             with suppress(InParts), at.walk() as walk:
                 while (name := walk.next_input()) is not None:
                     sums = walk.capture(name)

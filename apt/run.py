@@ -27,6 +27,7 @@ from apt.specs import MethodSpec
 from apt.text import calibration_tokens, digest, documents, evaluation_tokens
 from apt.verify import failures, verify
 
+ACTIVATIONS = ("memory", "disk")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -54,6 +55,7 @@ class RunOptions:
     also: tuple[str, ...] = ()
     stream: bool = False
     resume: bool = False
+    activations: str = "memory"
     tokenizer: str | None = None
     trust_remote_code: bool = False
     selection: Selection = field(default_factory=Selection)
@@ -149,6 +151,15 @@ def _check_numbers(options: RunOptions) -> None:
     if solver.effort not in EFFORTS:
         raise AptError(f"--effort {solver.effort} is none of {', '.join(EFFORTS)}")
     read_dtype(options.dtype)
+    check_activations(options.activations, streamed=options.stream)
+
+
+def check_activations(where: str, *, streamed: bool) -> None:
+    """Raise where activations cannot be kept in a place of that name."""
+    if where not in ACTIVATIONS:
+        raise AptError(f"--activations {where} is none of {', '.join(ACTIVATIONS)}")
+    if where != "memory" and not streamed:
+        raise AptError(f"--activations {where} is for streamed runs", "pass --stream as well")
 
 
 def _check_heeded(options: RunOptions, method: MethodSpec, registry: Registry) -> None:

@@ -20,9 +20,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from apt.activations import DiskStore
 from apt.allocate import UNIFORM
 from apt.checkpoint import check_space, open_up
 from apt.errors import AptError, first_line
+from apt.estimate import activations_on_disk
 from apt.formats import find_file
 from apt.journal import Workplace
 from apt.models import Model, load_tokenizer
@@ -67,7 +69,8 @@ def execute_streamed(
     names = _names(shell, shards)
     work = Workplace(options.output)
     if ranks.first and not resume:
-        check_space(work.output, sum(path.stat().st_size for path in _files(source, shards)))
+        weights = sum(path.stat().st_size for path in _files(source, shards))
+        check_space(work.output, weights + _shelved(prepared))
     status("reading text")
     tokens, _ = texts(prepared, load_tokenizer(shell.source, options.tokenizer))
     status("hashing the model")
@@ -94,7 +97,8 @@ def execute_streamed(
             module = _assembled(shell, shards, names, prepared.device)
             check_vocabulary(tokens, module, shell.source.reference)
             disk = _OnDisk(prepared, names, shards, Shards(work.out), work, ranks)
-            sites = _prune(prepared, module, tokens, disk, observe, ranks)
+            store = DiskStore(work.activations) if options.activations == "disk" else None
+            sites = _prune(prepared, module, tokens, disk, store, observe, ranks)
         skipped = [site.name for site in prepared.plan.sites if site.pattern is None]
         seconds = time.perf_counter() - started
         record = options.record() | prepared.mode.record()
@@ -126,6 +130,16 @@ def _fingerprint(
     }
 
 
+def _shelved(prepared: Prepared) -> int:
+    """Bytes of the activations that will be on disk."""
+    options, shell = prepared.options, prepared.shell
+    if options.activations != "disk":
+        return 0
+    dtype = getattr(shell.config, "dtype", None) or torch.float32
+    tokens = options.samples * options.seqlen
+    return activations_on_disk(shell, prepared.plan, tokens, dtype)
+
+
 @contextmanager
 def _entered(
     work: Workplace, fingerprint: dict[str, Any], resume: bool, ranks: Ranks
@@ -153,6 +167,7 @@ def _prune(
     module: nn.Module,
     tokens: Tensor,
     disk: "_OnDisk",
+    store: DiskStore | None,
     observe: Observer,
     ranks: Ranks,
 ) -> list[SitePruned]:
@@ -164,6 +179,7 @@ def _prune(
         prepared.method.load(),
         **vars(prepared.mode),
         resident=disk,
+        store=store,
         ranks=ranks,
         observe=telling(observe, prepared.registry.site_pruned),
     )

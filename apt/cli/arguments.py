@@ -29,6 +29,10 @@ METRIC = typer.Option(
 TOKENIZER = typer.Option(
     None, "--tokenizer", metavar="NAME", help="Directory or hub name; by default the model's own."
 )
+ACTIVATIONS = typer.Option(
+    "memory", "--activations", metavar="WHERE",
+    help="Where a --stream run keeps the calibration activations: memory, or disk.",
+)  # fmt: skip
 REMOTE = typer.Option(False, "--trust-remote-code", help="Run code that comes with the checkpoint.")
 DEVICE = typer.Option("auto", "--device", help="cpu, cuda, …; auto takes a GPU if there is one.")
 DTYPE = typer.Option(

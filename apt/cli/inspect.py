@@ -28,6 +28,7 @@ def inspect(
     seqlen: int = typer.Option(2048, "--seqlen", help="Tokens a sample to plan for."),
     device: str = args.DEVICE,
     stream: bool = typer.Option(False, "--stream", help="Plan for a run block by block."),
+    activations: str = args.ACTIVATIONS,
     trust_remote_code: bool = args.REMOTE,
 ) -> None:
     """Show a model's blocks and sites, and what pruning it will need; reads no weights."""
@@ -35,7 +36,9 @@ def inspect(
     from apt.models import find, skeleton
     from apt.plan import make_plan
     from apt.plugins import registry
-    from apt.run import capped, choose_device
+    from apt.run import capped, check_activations, choose_device
+
+    check_activations(activations, streamed=stream)
 
     source = find(model, registry(), trust_remote_code=trust_remote_code)
     shell = skeleton(source, registry(), adapter)
@@ -43,11 +46,19 @@ def inspect(
     selection = args.read_selection(only, skip, override)
     plan = make_plan(shell.module, shell.adapter, wanted, selection)
     seqlen = capped(seqlen, shell, notice)
-    show_plan(shell, plan, samples, seqlen, choose_device(device), streamed=stream)
+    device, on_disk = choose_device(device), activations == "disk"
+    show_plan(shell, plan, samples, seqlen, device, streamed=stream, on_disk=on_disk)
 
 
 def show_plan(
-    shell: "Model", plan: "Plan", samples: int, seqlen: int, device: str, *, streamed: bool
+    shell: "Model",
+    plan: "Plan",
+    samples: int,
+    seqlen: int,
+    device: str,
+    *,
+    streamed: bool,
+    on_disk: bool,
 ) -> None:
     """The sites of equal blocks in one table, and the estimate."""
     from itertools import groupby
@@ -83,12 +94,14 @@ def show_plan(
             label = ""
     out.print(made)
     dtype = getattr(shell.config, "dtype", None) or torch.float32
-    needs = estimate(shell, plan, samples * seqlen, dtype, device, streamed=streamed)
+    where = {"streamed": streamed, "on_disk": on_disk}
+    needs = estimate(shell, plan, samples * seqlen, dtype, device, **where)
+    disk = f", {size(needs.disk)} of disk" if on_disk else ""
     out.print(
         f"calibration {samples} × {seqlen} tokens: about {size(needs.memory)} of memory "
         f"(process {size(needs.process)}, weights {size(needs.weights)}, "
         f"activations {size(needs.activations)}, Gram matrices {size(needs.grams)}, "
-        f"working {size(needs.working)}) and at least {duration(needs.seconds)} on {device}",
+        f"working {size(needs.working)}){disk} and at least {duration(needs.seconds)} on {device}",
         markup=False,
     )
 

@@ -78,6 +78,7 @@ def prune(
     resume: bool = typer.Option(
         False, "--resume", help="Go on with an interrupted --stream run of the same command."
     ),
+    activations: str = args.ACTIVATIONS,
     trust_remote_code: bool = args.REMOTE,
     dry_run: bool = typer.Option(False, "--dry-run", help="Show the plan and write nothing."),
 ) -> None:  # fmt: skip
@@ -118,6 +119,7 @@ def prune(
         tokenizer=tokenizer,
         stream=stream or resume,
         resume=resume,
+        activations=activations,
         trust_remote_code=trust_remote_code,
         selection=args.read_selection(only, skip, override),
         solver=SolverOptions(
@@ -173,6 +175,7 @@ def _show_plan(prepared: "Prepared") -> None:
         options.seqlen,
         prepared.device,
         streamed=options.stream,
+        on_disk=options.activations == "disk",
     )
 
 
