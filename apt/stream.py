@@ -10,9 +10,8 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +22,18 @@ from transformers import AutoModelForCausalLM
 from apt.activations import DiskStore
 from apt.allocate import UNIFORM
 from apt.checkpoint import check_space, open_up
+from apt.disk import OnDisk, sites_of
 from apt.errors import AptError, first_line
 from apt.estimate import activations_on_disk
 from apt.formats import find_file
 from apt.journal import Workplace
 from apt.models import Model, load_tokenizer
 from apt.pipeline import Observer, SitePruned, prune_blocks, telling
-from apt.plan import Plan
 from apt.ranks import Ranks
 from apt.report import FILE, Report, versions
 from apt.run import Prepared, check_vocabulary, texts
 from apt.shards import Shards
 from apt.text import digest
-from apt.verify import block_verdicts, failures
 
 # Weights in other formats would be dense ones beside the pruned.
 _LEFT_BEHIND = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
@@ -91,12 +89,15 @@ def execute_streamed(
             work.add({"copied": True})
         ranks.wait()
         if work.has("finished"):
-            sites = [site for line in work.lines for site in _sites(line)]
+            sites = [site for line in work.lines for site in sites_of(line)]
         else:
             status("loading what is not in blocks")
             module = _assembled(shell, shards, names, prepared.device)
             check_vocabulary(tokens, module, shell.source.reference)
-            disk = _OnDisk(prepared, names, shards, Shards(work.out), work, ranks)
+            blocks = dict(shell.adapter.blocks(module))
+            disk = OnDisk(
+                prepared.plan, blocks, prepared.device, names, shards, Shards(work.out), work, ranks
+            )
             store = DiskStore(work.activations) if options.activations == "disk" else None
             sites = _prune(prepared, module, tokens, disk, store, observe, ranks)
         skipped = [site.name for site in prepared.plan.sites if site.pattern is None]
@@ -109,7 +110,7 @@ def execute_streamed(
             return report
         if not work.has("finished"):
             status("verifying")
-            disk.verify(dict(shell.adapter.blocks(module)))
+            disk.verify()
             report.write(work.out)
             open_up(work.out)
         work.finish()
@@ -166,7 +167,7 @@ def _prune(
     prepared: Prepared,
     module: nn.Module,
     tokens: Tensor,
-    disk: "_OnDisk",
+    disk: OnDisk,
     store: DiskStore | None,
     observe: Observer,
     ranks: Ranks,
@@ -183,11 +184,6 @@ def _prune(
         ranks=ranks,
         observe=telling(observe, prepared.registry.site_pruned),
     )
-
-
-def _sites(line: dict[str, Any]) -> list[SitePruned]:
-    """What a line of the journal says was pruned."""
-    return [SitePruned(**{**s, "shape": tuple(s["shape"])}) for s in line.get("sites", ())]
 
 
 def check_streamable(prepared: Prepared) -> None:
@@ -331,84 +327,3 @@ def _check_whole(shell: Model, module: nn.Module, given: Collection[str]) -> Non
     for name, tensor in module.state_dict().items():
         if name not in given and tensor.data_ptr() not in tied:
             raise AptError(f"{shell.source.reference} lacks {name}", "is the checkpoint complete?")
-
-
-class _OnDisk:
-    """Blocks read from one checkpoint and written into another, see `apt.residency.Residency`."""
-
-    repeatable = True
-
-    def __init__(
-        self,
-        prepared: Prepared,
-        names: dict[str, str],
-        source: Shards,
-        target: Shards,
-        work: Workplace,
-        ranks: Ranks,
-    ) -> None:
-        self._plan: Plan = prepared.plan
-        self._device = prepared.device
-        self._names, self._source, self._target, self._work = names, source, target, work
-        self._ranks = ranks
-        self._done = {line["block"]: line for line in work.lines if "block" in line}
-
-    @contextmanager
-    def open(self, name: str, block: nn.Module) -> Iterator[None]:
-        """The block as the input has it; then on the meta device again."""
-        with self._loaded(name, block, self._source):
-            yield
-
-    @contextmanager
-    def _loaded(self, name: str, block: nn.Module, shards: Shards) -> Iterator[None]:
-        self._load(name, block, shards)
-        try:
-            yield
-        finally:
-            for path, parameter in list(block.named_parameters()):
-                owner, _, own = path.rpartition(".")
-                empty = nn.Parameter(
-                    torch.empty_like(parameter, device="meta"), requires_grad=False
-                )
-                setattr(block.get_submodule(owner), own, empty)
-
-    def _load(self, name: str, block: nn.Module, shards: Shards) -> None:
-        for path, _ in list(block.named_parameters()):
-            key = self._names[f"{name}.{path}"]
-            tensor = shards.read(key)
-            if not torch.isfinite(tensor).all():
-                raise AptError(
-                    f"{key} holds values that are not finite",
-                    "the checkpoint is damaged; get it again",
-                )
-            owner, _, own = path.rpartition(".")
-            parameter = nn.Parameter(tensor.to(self._device), requires_grad=False)
-            setattr(block.get_submodule(owner), own, parameter)
-
-    def pruned(self, name: str) -> list[SitePruned] | None:
-        """As the journal has it."""
-        return _sites(self._done[name]) if name in self._done else None
-
-    def restore(self, name: str, block: nn.Module) -> None:
-        """Read the block from the output."""
-        self._load(name, block, self._target)
-
-    def keep(self, name: str, block: nn.Module, sites: Sequence[SitePruned]) -> None:
-        """Write what was pruned, and say so in the journal."""
-        if not self._ranks.first:
-            return
-        planned = next(entry for entry in self._plan.blocks if entry.name == name)
-        paths = dict.fromkeys(
-            [entry.site.parameter for entry in planned.pruned]
-            + [entry.extra.parameter for entry in planned.extras]
-        )
-        self._target.write((self._names[f"{name}.{p}"], block.get_parameter(p)) for p in paths)
-        self._work.add({"block": name, "sites": [asdict(site) for site in sites]})
-
-    def verify(self, blocks: dict[str, nn.Module]) -> None:
-        """Hold what was written against the plan."""
-        for planned in self._plan.blocks:
-            block = blocks[planned.name]
-            with self._loaded(planned.name, block, self._target):
-                if failed := failures(block_verdicts(planned, block)):
-                    raise RuntimeError(f"{failed[0].name} as written: {failed[0].detail}")

@@ -93,7 +93,7 @@ def test_a_run_that_was_killed_leaves_no_activations_behind(command, apt, monkey
     assert apt(*command, "-o", "whole").code == 0
     with monkeypatch.context() as patch:
         patch.setattr("apt.activations.weakref.finalize", lambda *args: None)
-        patch.setattr("apt.stream._OnDisk.keep", killed)
+        patch.setattr("apt.disk.OnDisk.keep", killed)
         with pytest.raises(KilledError):
             apt(*command, "-o", "out")
     assert list(Path(".out.apt/activations").iterdir())

@@ -3,9 +3,11 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -249,3 +251,37 @@ def test_a_process_that_is_killed_is_gone_on_with(checkpoint, tmp_path):
     if journal.is_file():
         assert run("-o", "out", "--resume").wait() == 0
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
+def test_the_next_block_is_read_while_one_has_its_turn(checkpoint, apt, monkeypatch):
+    command = ("prune", checkpoint("llama"), *SMALL, "--stream")
+    assert apt(*command, "-o", "whole").code == 0
+    readers, original = [], Shards.read
+
+    def read(self, name):
+        readers.append((name, threading.current_thread() is threading.main_thread()))
+        return original(self, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("apt.disk.reads_ahead", lambda device: True)
+        patch.setattr(Shards, "read", read)
+        cut(patch, PLACES["journal"], 5, KilledError())
+        with pytest.raises(KilledError):
+            apt(*command, "-o", "out")
+        assert apt(*command, "-o", "out", "--resume").code == 0
+    in_main = {name for name, main in readers if main}
+    ahead = {name for name, main in readers if not main}
+    assert any(".layers.0." in name for name in in_main - ahead)
+    assert any(".layers.1." in name for name in ahead)
+    assert weights("out") == weights("whole")
+
+
+def test_a_damaged_block_that_is_read_ahead_is_told_in_its_turn(checkpoint, apt, monkeypatch):
+    model = Path(shutil.copytree(checkpoint("llama"), "damaged"))
+    name = "model.layers.1.mlp.up_proj.weight"
+    shards = Shards(model)
+    shards.write([(name, torch.full(shards.entries[name].shape, float("nan")))])
+    monkeypatch.setattr("apt.disk.reads_ahead", lambda device: True)
+    result = apt("prune", model, *SMALL, "--stream", "-o", "out")
+    assert result.code == 2
+    assert f"{name} holds values that are not finite" in result.err
