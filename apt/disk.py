@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apt.errors import AptError
+from apt.errors import AptError, first_line
 from apt.journal import Workplace
 from apt.pipeline import SitePruned
 from apt.plan import Plan
@@ -47,7 +47,7 @@ class OnDisk:
     ) -> None:
         self._plan, self._blocks, self._device, self._names = plan, blocks, device, names
         self._source, self._target, self._work, self._ranks = source, target, work, ranks
-        self._done = {line["block"]: line for line in work.lines if "block" in line}
+        self._done = {str(line["block"]): line for line in work.lines if "block" in line}
         order = [planned.name for planned in plan.blocks]
         self._next = dict(itertools.pairwise(order))
         self._ahead: dict[str, Future[dict[str, Tensor]]] = {}
@@ -116,8 +116,18 @@ def reads_ahead(device: str) -> bool:
 
 
 def sites_of(line: dict[str, Any]) -> list[SitePruned]:
-    """What a line of the journal says was pruned."""
-    return [SitePruned(**{**s, "shape": tuple(s["shape"])}) for s in line.get("sites", ())]
+    """What a line of the journal says was pruned.
+
+    Raises:
+        AptError: no run has written such a line.
+    """
+    try:
+        return [SitePruned(**{**s, "shape": tuple(s["shape"])}) for s in line.get("sites", ())]
+    except (KeyError, TypeError) as error:
+        raise AptError(
+            f"the journal of the interrupted run is damaged: {first_line(error)}",
+            "delete the folder .NAME.apt beside the output NAME and begin again",
+        ) from error
 
 
 @contextmanager

@@ -27,5 +27,8 @@ def unknown(kind: str, name: str, known: Iterable[str], where: str = "") -> AptE
 
 def first_line(error: BaseException) -> str:
     """The first line of an exception's text, for use inside a one-line message."""
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(". ") if lines else type(error).__name__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    said = 2 if lines[0].endswith(":") else 1
+    return " ".join(lines[:said]).rstrip(".: ")

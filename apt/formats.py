@@ -44,7 +44,7 @@ def open_checkpoint(location: str, registry: Registry) -> Checkpoint | None:
         return None
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(config, dict) or "model_type" in config:
         return None

@@ -48,7 +48,7 @@ class Workplace:
 
         Raises:
             AptError: another run is at work here, there is something to go on with and ``resume``
-                is not given, or what is there is another run's.
+                is not given, or what is there is another run's or no run's.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "lock").open("a") as lock:
@@ -75,12 +75,18 @@ class Workplace:
                 f"pass --resume, or delete {self.folder}",
             )
         known = self.lines[0]["fingerprint"]
+        if not isinstance(known, dict):
+            raise self.damaged()
         if other := [key for key in fingerprint if known.get(key) != fingerprint[key]]:
             raise AptError(
                 f"the interrupted run of {self.output} was another one: its {', '.join(other)} "
                 "differ",
                 f"give the same command, or delete {self.folder}",
             )
+
+    def damaged(self) -> AptError:
+        """What to say of a journal that no run has written."""
+        return AptError(f"{self._path} is damaged", f"delete {self.folder} and begin again")
 
     def _read(self) -> list[Line]:
         """The journal's whole lines; what comes after them is cut off."""

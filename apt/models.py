@@ -5,13 +5,13 @@ import os
 import pickle
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -22,11 +22,6 @@ from apt.plugins import Registry, registry
 from apt.specs import AdapterSpec
 
 ZOO = "zoo:"
-# All that the loaders raise where a checkpoint is damaged, missing, or not what it says it is.
-_LOAD_ERRORS = (
-    OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, EOFError,
-    SafetensorError, pickle.UnpicklingError,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -111,10 +106,8 @@ def _nearby(path: Path) -> str:
 
 def read_config(source: Source) -> Any:
     """The model's configuration."""
-    try:
+    with _loading(source):
         return AutoConfig.from_pretrained(source.location, **source.options())
-    except _LOAD_ERRORS as error:
-        raise _load_error(source, error) from error
 
 
 def skeleton(source: Source, registry: Registry, adapter: str | None = None) -> Model:
@@ -142,13 +135,10 @@ def _configured(source: Source, registry: Registry) -> tuple[Checkpoint | None, 
 
 def _empty(source: Source, config: Any) -> nn.Module:
     """A model without weights, in eval mode."""
-    try:
-        with torch.device("meta"):
-            module: nn.Module = AutoModelForCausalLM.from_config(
-                config, trust_remote_code=source.trust_remote_code
-            )
-    except _LOAD_ERRORS as error:
-        raise _load_error(source, error) from error
+    with _loading(source), torch.device("meta"):
+        module: nn.Module = AutoModelForCausalLM.from_config(
+            config, trust_remote_code=source.trust_remote_code
+        )
     return module.eval()
 
 
@@ -181,14 +171,11 @@ def load(shell: Model, dtype: torch.dtype | None = None, device: str = "cpu") ->
 def _from_pretrained(source: Source, dtype: torch.dtype | None) -> tuple[Any, list[str]]:
     """The model as transformers reads it, and the names of weights that are not there."""
     wanted = dtype or (torch.float32 if source.gguf else "auto")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            module, info = AutoModelForCausalLM.from_pretrained(
-                source.location, dtype=wanted, output_loading_info=True, **source.options()
-            )
-    except _LOAD_ERRORS as error:
-        raise _load_error(source, error) from error
+    with _loading(source), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module, info = AutoModelForCausalLM.from_pretrained(
+            source.location, dtype=wanted, output_loading_info=True, **source.options()
+        )
     missing = sorted(info["missing_keys"])
     return (_plain(module) if source.gguf and not missing else module), missing
 
@@ -198,10 +185,8 @@ def _from_checkpoint(
 ) -> tuple[Any, list[str]]:
     """The model as a plugin reads it, every weight in its own dtype unless told otherwise."""
     module: Any = _empty(source, checkpoint.config)
-    try:
+    with _loading(source):
         found = module.load_state_dict(checkpoint.read(), strict=False, assign=True)
-    except _LOAD_ERRORS as error:
-        raise _load_error(source, error) from error
     module.tie_weights()
     empty = [name for name, tensor in module.state_dict().items() if tensor.is_meta]
     if found.unexpected_keys:
@@ -276,6 +261,17 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
+
+
+@contextmanager
+def _loading(source: Source) -> Iterator[None]:
+    """Make one line of whatever is raised: loaders have errors of many kinds for damaged files."""
+    try:
+        yield
+    except AptError:
+        raise
+    except Exception as error:
+        raise _load_error(source, error) from error
 
 
 def _load_error(source: Source, error: Exception) -> AptError:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import Mamba2Config, MambaConfig, PretrainedConfig
 
-from apt.errors import AptError
+from apt.errors import AptError, first_line
 from apt.formats import find_file
 
 _WEIGHTS = "pytorch_model.bin"
@@ -31,7 +31,15 @@ class NativeCheckpoint:
 
     def __init__(self, location: str, native: dict[str, Any]) -> None:
         self._location, self._native = location, native
-        self.config = _config(location, native)
+        try:
+            self.config = _config(location, native)
+        except AptError:
+            raise
+        except Exception as error:  # transformers' checks of a configuration have their own
+            raise AptError(
+                f"the config.json of {location} is none of mamba_ssm's: {first_line(error)}",
+                "get the checkpoint again",
+            ) from error
 
     def read(self) -> dict[str, Tensor]:
         """Read the weights; pickled objects other than tensors are refused."""
