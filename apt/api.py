@@ -9,8 +9,9 @@ from torch import Tensor
 
 from apt.allocate import UNIFORM, allocated, check_allocation
 from apt.errors import AptError
+from apt.events import Observer, telling
 from apt.mode import choose_mode
-from apt.pipeline import Observer, prune_blocks, telling
+from apt.pipeline import prune_blocks
 from apt.plan import Selection, make_plan
 from apt.plugins import registry
 from apt.ranks import Ranks

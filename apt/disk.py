@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from apt.errors import AptError, first_line
+from apt.events import SitePruned
 from apt.journal import Workplace
-from apt.pipeline import SitePruned
 from apt.plan import Plan
 from apt.ranks import Ranks
 from apt.shards import Shards

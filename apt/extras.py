@@ -20,7 +20,7 @@ from apt.solver.gram import DAMPING
 
 @dataclass(frozen=True)
 class PrunedExtra:
-    """What was done to an extra: see `apt.pipeline.SitePruned`."""
+    """What was done to an extra: see `apt.events.SitePruned`."""
 
     planned: PlannedExtra
     zeros: int

@@ -25,7 +25,7 @@ from apt.specs import (
 )
 
 if TYPE_CHECKING:
-    from apt.pipeline import SitePruned
+    from apt.events import SitePruned
 
 PROJECT = "apt"
 

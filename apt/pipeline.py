@@ -1,13 +1,11 @@
 """The loop over blocks: capture, solve, write back, propagate."""
 
 import math
-import time
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from itertools import groupby
 from operator import itemgetter
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,103 +16,17 @@ from apt.batches import TOKENS_PER_BATCH, Batch, enter
 from apt.capture import Capture, Sums, advance_reference
 from apt.errors import AptError
 from apt.eval_mode import eval_mode
+from apt.events import BlockStarted, BlockTuned, Observer, SitePruned
 from apt.extras import prune_extras
 from apt.importance import Importance
 from apt.plan import Plan, PlannedBlock, PlannedSite
 from apt.ranks import Ranks
 from apt.reconstruct import Reconstruction, reconstruct
 from apt.residency import InMemory, Residency
-from apt.solver import Gram, Pattern, Solution, SolverError, SolverOptions, relative_layer_error
-from apt.solver.patterns import meets
+from apt.solver import SolverOptions
+from apt.solving import Method, Solved, Solver, mean_square, measured
 from apt.targets import Targets
 from apt.walk import InParts, Walk
-
-
-class Method(Protocol):
-    """A pruning method: a weight (out, in) in fp32, its Gram matrix and a pattern to a solution."""
-
-    def __call__(
-        self, weight: Tensor, gram: Gram, pattern: Pattern, options: SolverOptions, /
-    ) -> Solution:
-        """Prune one layer."""
-
-
-@dataclass(frozen=True)
-class BlockStarted:
-    """A block's turn has come; ``index`` counts from 0."""
-
-    name: str
-    index: int
-    blocks: int
-
-
-@dataclass(frozen=True)
-class SitePruned:
-    """What was done to one site.
-
-    Attributes:
-        name: its full name.
-        kind: its name within the block, which experts have in common.
-        shape: (out, in).
-        pattern: the pattern asked for.
-        zeros: the zeros now in the weight.
-        relative_error: the relative layer error of the weight as written, in its own dtype.
-        damping: the damping used; None where the method uses none.
-        residual: what a joint solve left of its normal equations, see `apt.solver.Joint`.
-        tokens: the calibration tokens that it saw.
-        seconds: the time of the solve.
-    """
-
-    name: str
-    kind: str
-    shape: tuple[int, int]
-    pattern: str
-    zeros: int
-    relative_error: float
-    damping: float | None
-    residual: float | None
-    tokens: int
-    seconds: float
-
-    @property
-    def size(self) -> int:
-        """The number of weights."""
-        return self.shape[0] * self.shape[1]
-
-    @property
-    def starved(self) -> bool:
-        """Whether it saw fewer tokens than it has inputs, as an expert may."""
-        return self.tokens < self.shape[1]
-
-
-@dataclass(frozen=True)
-class BlockTuned:
-    """A block's kept weights have been tuned.
-
-    Attributes:
-        name: the block.
-        before, after: the error of its output on the samples held back, see
-            `apt.reconstruct.Tuned`.
-    """
-
-    name: str
-    before: float
-    after: float
-
-
-Event = BlockStarted | SitePruned | BlockTuned
-Observer = Callable[[Event], None]
-
-
-def telling(observe: Observer, tell: Callable[[SitePruned], None]) -> Observer:
-    """``observe``, with ``tell`` called as well for every site that is pruned."""
-
-    def both(event: Event) -> None:
-        observe(event)
-        if isinstance(event, SitePruned):
-            tell(event)
-
-    return both
 
 
 @torch.no_grad()
@@ -172,19 +84,20 @@ def prune_blocks(
     if tokens.ndim != 2 or not tokens.numel():
         raise AptError(f"tokens have shape {tuple(tokens.shape)}", "give (samples, seqlen)")
     run = _Run(
-        adapter, method, options or SolverOptions(), targets, importance, reconstruction,
+        adapter, Solver(method, options or SolverOptions(), targets), importance, reconstruction,
         ordered, resident or InMemory(), store or MemoryStore(), ranks or Ranks(), observe,
     )  # fmt: skip
     with eval_mode(model), adapter.running(model):
         return run.all(model, plan, tokens)
 
 
+_Turn = tuple[int, Solved]  # a site by the turn that it is solved in, by whichever rank
+
+
 @dataclass
 class _Run:
     adapter: Adapter
-    method: Method
-    options: SolverOptions
-    targets: Targets | None
+    solver: Solver
     importance: Importance | None
     reconstruction: Reconstruction | None
     ordered: bool
@@ -193,6 +106,11 @@ class _Run:
     ranks: Ranks
     observe: Observer
     tuned: int = 0  # how many of the batches, from the first, are tuned on
+
+    @property
+    def aware(self) -> bool:
+        """Whether the dense stream goes along."""
+        return self.solver.targets is not None
 
     def all(self, model: nn.Module, plan: Plan, tokens: Tensor) -> list[SitePruned]:
         modules = dict(self.adapter.blocks(model))
@@ -250,22 +168,27 @@ class _Run:
 
     def batches(self, model: nn.Module, tokens: Tensor, size: int) -> list[Batch]:
         """This rank's batches of about ``size`` of ``tokens`` (samples, seqlen)."""
-        aware = self.targets is not None
         size = min(size, math.ceil(len(tokens) / self.ranks.size) * tokens.shape[1])
         return enter(
-            self.adapter, model, tokens, size, reference=aware, ranks=self.ranks, store=self.store
+            self.adapter,
+            model,
+            tokens,
+            size,
+            reference=self.aware,
+            ranks=self.ranks,
+            store=self.store,
         )
 
     def block(self, at: "_Block") -> list[SitePruned]:
         """Prune a block."""
         at.scales = self.advance(at)
         done = self.ranks.share(self.extras(at))
-        solved: list[_Solved] = []
+        solved: list[_Turn] = []
         with closing(self.captured(at)) as groups:
             for group, sums in groups:
                 for each in sums.values():
                     each.add_up(self.ranks)
-                mean = _mean_square(sums[e.site.input].gram for e in group if e.site.routed)
+                mean = mean_square(sums[e.site.input].gram for e in group if e.site.routed)
                 for turns in self.ranks.rounds(group):
                     solved += self.solve_round(at, turns, sums, mean)
                     if self.reconstruction is None:
@@ -281,7 +204,7 @@ class _Run:
 
     def advance(self, at: "_Block") -> dict[Site, Tensor]:
         """Take the dense stream through the block, and weigh the rows of what gains by it."""
-        if self.targets is None:
+        if not self.aware:
             return {}
         how = self.importance
         wanted = [e.site for e in at.planned.pruned if how and how.serves(e.site, e.pattern)]
@@ -298,13 +221,16 @@ class _Run:
 
     def solve_round(
         self, at: "_Block", turns: dict[int, PlannedSite], sums: dict[str, Sums], mean: float
-    ) -> list["_Solved"]:
+    ) -> list[_Turn]:
         """Solve this rank's of some sites, by turn, and take over what the others solve."""
-        own = [
-            self.solve(at, turn, entry, sums[entry.site.input], mean)
-            for turn, entry in turns.items()
-            if self.ranks.owner(turn) == self.ranks.rank
-        ]
+        own = []
+        for turn, entry in turns.items():
+            if self.ranks.owner(turn) == self.ranks.rank:
+                given, scale = sums[entry.site.input], at.scales.get(entry.site)
+                solved = self.solver.solve(at.module, entry, given, mean=mean, scale=scale)
+                self.ranks.work.solves += 1
+                self.ranks.work.solve_seconds += solved.seconds
+                own.append((turn, solved))
         for turn, entry in turns.items():
             self.ranks.send(entry.site.weight(at.module).data, self.ranks.owner(turn))
         return own
@@ -314,7 +240,7 @@ class _Run:
         planned, done = at.planned.extras, []
         if not planned:
             return []
-        args = (self.adapter, at.module, at.index, at.batches, planned, self.options)
+        args = (self.adapter, at.module, at.index, at.batches, planned, self.solver.options)
         for extra in prune_extras(*args, self.ranks):
             pruned = SitePruned(
                 extra.planned.name,
@@ -362,10 +288,10 @@ class _Run:
     def capture(self, at: "_Block", sites: list[Site]) -> dict[str, Sums]:
         """The sums of the inputs of ``sites``, by the inputs' names, from a run of its own."""
         earlier = {}
-        if self.targets is not None:
+        if self.aware:
             last = max(site.order for site in sites)
             earlier = {site: weight for site, weight in at.dense.items() if site.order < last}
-        capture = Capture(at.module, sites, reference=self.targets is not None)
+        capture = Capture(at.module, sites, reference=self.aware)
         capture.run(self.adapter, at.module, at.index, at.batches, earlier)
         return capture.sums
 
@@ -376,39 +302,9 @@ class _Run:
         by_order = sorted(sites, key=lambda entry: entry.site.order)
         return [list(group) for _, group in groupby(by_order, key=lambda entry: entry.site.order)]
 
-    def solve(
-        self, at: "_Block", turn: int, planned: PlannedSite, sums: Sums, mean: float
-    ) -> "_Solved":
-        """Solve one site and write it back in place; ``mean`` backs a routed one of few tokens."""
-        assert planned.pattern is not None
-        started, gram = time.perf_counter(), sums.gram
-        tokens = gram.tokens
-        if planned.site.routed:
-            gram = gram.backed(mean)
-        weight = planned.site.oriented(planned.site.weight(at.module).data)
-        dense = weight.to(torch.float32, copy=True)
-        scale = at.scales.get(planned.site, dense.new_ones(()))
-        try:
-            target = dense
-            if self.targets is not None and not planned.site.routed:
-                damped = gram.damped(self.options.damping)
-                target = self.targets.weight(dense, planned.site, sums, damped)
-            solution = self.method(target * scale, gram, planned.pattern, self.options)
-        except SolverError as error:
-            raise AptError(f"{planned.name} cannot be pruned: {error}") from error
-        except Exception as error:
-            error.add_note(f"while {planned.name} was pruned")
-            raise
-        _synchronise(weight.device)
-        seconds = time.perf_counter() - started
-        weight.copy_(solution.weight / scale)
-        self.ranks.work.solves += 1
-        self.ranks.work.solve_seconds += seconds
-        return _Solved(turn, planned, dense, gram.matrix, tokens, solution, seconds)
-
-    def finish(self, block: nn.Module, solved: Sequence["_Solved"]) -> list[SitePruned]:
+    def finish(self, block: nn.Module, solved: Sequence[_Turn]) -> list[SitePruned]:
         """Measure sites as they are written, each where it was solved, and tell of all."""
-        own = [(each.turn, _measured(block, each)) for each in solved]
+        own = [(turn, measured(block, each)) for turn, each in solved]
         turns = [pair for part in self.ranks.gather(own) for pair in part]
         done = [site for _, site in sorted(turns, key=itemgetter(0))]
         for site in done:
@@ -461,45 +357,6 @@ class _Block:
         )
 
 
-@dataclass(frozen=True)
-class _Solved:
-    """A site that is solved and written, but may still be tuned."""
-
-    turn: int
-    planned: PlannedSite
-    dense: Tensor
-    matrix: Tensor
-    tokens: int
-    solution: Solution
-    seconds: float
-
-
-def _measured(block: nn.Module, solved: _Solved) -> SitePruned:
-    """What was done to a site, as it is written."""
-    planned, solution = solved.planned, solved.solution
-    weight = planned.site.oriented(planned.site.weight(block).data)
-    _check(planned, weight, solution.mask)
-    return SitePruned(
-        planned.name,
-        planned.site.kind,
-        planned.shape,
-        str(planned.pattern),
-        int((weight == 0).sum()),
-        relative_layer_error(solved.dense, weight.float(), solved.matrix),
-        solution.damping,
-        solution.residual,
-        solved.tokens,
-        solved.seconds,
-    )
-
-
-def _mean_square(grams: Iterable[Gram]) -> float:
-    """The mean square of an activation over all tokens of ``grams``; 1 where there is none."""
-    sums = [(float(gram.matrix.diagonal().mean()), gram.tokens) for gram in grams]
-    tokens = sum(count for _, count in sums)
-    return sum(total for total, _ in sums) / tokens if tokens else 1.0
-
-
 def _check_finite(state: State) -> None:
     """Raise where a block has made of its input what is not a number."""
     if isinstance(state, Tensor) and not torch.isfinite(state).all():
@@ -507,20 +364,3 @@ def _check_finite(state: State) -> None:
             "the activations after it are not finite",
             "try --dtype float32, or bfloat16 instead of float16",
         )
-
-
-def _check(planned: PlannedSite, weight: Tensor, mask: Tensor) -> None:
-    """Hold the weight as written against the mask and the pattern."""
-    if not torch.isfinite(weight).all():
-        raise AptError(
-            f"the pruned weight of {planned.name} is not finite in {weight.dtype}",
-            "try --dtype float32, or more --damping",
-        )
-    assert planned.pattern is not None
-    if bool(weight[mask].any()) or not meets(weight, planned.pattern):
-        raise RuntimeError(f"{planned.name}: the method did not meet {planned.pattern}")
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

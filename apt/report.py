@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from apt.errors import AptError
-from apt.pipeline import SitePruned
+from apt.events import SitePruned
 from apt.ranks import Work
 
 FILE = "apt_report.json"

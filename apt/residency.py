@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 from torch import nn
 
 if TYPE_CHECKING:
-    from apt.pipeline import SitePruned
+    from apt.events import SitePruned
 
 
 class Residency(Protocol):

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from apt.allocate import UNIFORM, allocated, check_allocation
 from apt.checkpoint import check_output, check_space, save_model, whole_directory
 from apt.errors import AptError
+from apt.events import Observer, SitePruned, telling
 from apt.journal import workplace
 from apt.mode import Mode, choose_mode
 from apt.models import Model, find, fingerprint, load, load_tokenizer, skeleton
-from apt.pipeline import Observer, SitePruned, prune_blocks, telling
+from apt.pipeline import prune_blocks
 from apt.plan import Plan, Selection, make_plan
 from apt.plugins import Registry
 from apt.ranks import Ranks

@@ -75,7 +75,7 @@ class FormatSpec(Spec):
 
 @dataclass(frozen=True)
 class MethodSpec(Spec):
-    """A pruning method; its target is a function `apt.pipeline.Method`.
+    """A pruning method; its target is a function `apt.solving.Method`.
 
     Args:
         rank: its place by measured accuracy; the method of the highest rank is the default.

@@ -25,10 +25,11 @@ from apt.checkpoint import check_space, open_up
 from apt.disk import OnDisk, sites_of
 from apt.errors import AptError, first_line
 from apt.estimate import activations_on_disk
+from apt.events import Observer, SitePruned, telling
 from apt.formats import find_file
 from apt.journal import Workplace
 from apt.models import Model, load_tokenizer
-from apt.pipeline import Observer, SitePruned, prune_blocks, telling
+from apt.pipeline import prune_blocks
 from apt.ranks import Ranks
 from apt.report import FILE, Report, versions
 from apt.run import Prepared, check_vocabulary, texts

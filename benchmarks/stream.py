@@ -1,7 +1,8 @@
 """What streaming costs in time, and what memory it takes: the high-water mark that Linux keeps.
 
-Each run is a process of its own. With a model, runs in memory and streamed ones by turns; with
-``--blocks``, streamed runs of random LLaMA-shaped checkpoints of so many blocks::
+Each run is a process of its own. With a model, runs in memory, streamed, and streamed with
+activations on disk, by turns; with ``--blocks``, streamed runs of random LLaMA-shaped checkpoints
+of so many blocks::
 
     python benchmarks/stream.py ./smollm2 --rounds 2
     python benchmarks/stream.py --blocks 2 4 8 16 32 --hidden 1024
@@ -31,6 +32,12 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from apt.plugins import registry
 from apt.report import FILE
+
+WAYS = {
+    "in memory": (),
+    "streamed": ("--stream",),
+    "activations on disk": ("--stream", "--activations", "disk"),
+}
 
 
 def arguments() -> argparse.Namespace:
@@ -106,12 +113,11 @@ def main() -> None:
     folder, rows = Path(tempfile.mkdtemp(prefix="apt-stream-")), []
     table = Table("model", "run", "seconds", "peak memory", "weights")
     if options.model:
-        ways: dict[str, list[dict[str, Any]]] = {"in memory": [], "streamed": []}
+        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in WAYS}
         for _ in range(options.rounds):
-            for name, found in ways.items():
-                more = ["--stream"] if name == "streamed" else []
-                found.append(run(Path(options.model), folder / "out", options, *more))
-        for name, found in ways.items():
+            for name, found in runs.items():
+                found.append(run(Path(options.model), folder / "out", options, *WAYS[name]))
+        for name, found in runs.items():
             seconds, peak = (median(one[key] for one in found) for key in ("seconds", "peak"))
             rows.append({"model": options.model, "run": name, "seconds": seconds, "peak": peak})
     for blocks in options.blocks:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import apt as library
-from apt.pipeline import SitePruned
+from apt.events import SitePruned
 from tests.families import random_model, random_tokens
 
 DOCS = Path(__file__).parents[1] / "docs"

@@ -7,7 +7,8 @@ import torch
 
 import apt as library
 from apt.errors import AptError
-from apt.pipeline import BlockStarted, SitePruned, prune_blocks
+from apt.events import BlockStarted, SitePruned
+from apt.pipeline import prune_blocks
 from apt.plan import Selection, make_plan
 from apt.plugins import registry
 from apt.solver import NM, Gram, Solution, SolverOptions, Unstructured, sm, ss

@@ -8,8 +8,8 @@ import torch
 import apt as library
 from apt.batches import enter
 from apt.capture import advance_reference
+from apt.events import BlockTuned
 from apt.mode import RECONSTRUCTION, choose_mode
-from apt.pipeline import BlockTuned
 from apt.plugins import registry
 from apt.reconstruct import Reconstruction, reconstruct
 from apt.solver import SolverOptions

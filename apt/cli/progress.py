@@ -6,7 +6,7 @@ from types import TracebackType
 from rich.progress import BarColumn, Progress, TextColumn
 
 from apt.cli.output import duration, err
-from apt.pipeline import BlockStarted, BlockTuned, Event
+from apt.events import BlockStarted, BlockTuned, Event
 from apt.plan import Plan
 
 

@@ -8,7 +8,7 @@ from apt_adapters.mamba import MambaAdapter
 from apt_adapters.processor import on_processor
 
 import apt as library
-from apt.pipeline import BlockTuned
+from apt.events import BlockTuned
 from apt.testing import CHECKS, Subject
 from tests.families import random_model, random_tokens
 
