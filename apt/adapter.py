@@ -123,6 +123,10 @@ class Adapter(Protocol):
     def positions(self, config: Any) -> int | None:
         """The longest sequence that a configuration allows; None where there is no limit."""
 
+    def held(self, config: Any, seqlen: int) -> int:
+        """How many values for each token a block's forward holds while a product waits, beside
+        its inputs and the residual stream: matrices of attention, where it makes them."""
+
     def running(self, model: nn.Module) -> AbstractContextManager[None]:
         """Entered around everything that is run of a model: what its family needs meanwhile."""
 
@@ -214,6 +218,12 @@ class DecoderAdapter:
     def positions(self, config: Any) -> int | None:
         """``max_position_embeddings``."""
         return getattr(config, "max_position_embeddings", None)
+
+    def held(self, config: Any, seqlen: int) -> int:
+        """One matrix of attention for each head, where no fused kernel does without."""
+        heads: int = getattr(config, "num_attention_heads", None) or 0
+        fused = getattr(config, "_attn_implementation", None) != "eager"
+        return 0 if fused else heads * seqlen
 
     def running(self, model: nn.Module) -> AbstractContextManager[None]:
         """Nothing is needed."""

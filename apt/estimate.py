@@ -12,6 +12,7 @@ from apt.mode import TUNED_TOKENS
 from apt.models import Model
 from apt.plan import Plan, PlannedBlock
 from apt.report import peak_memory
+from apt.walk import may_wait
 
 _FP32 = 4
 _FORWARDS = 4  # of the dense stream, of the pruned one after tuning and before, and of the drift
@@ -56,25 +57,28 @@ class Estimate:
 def estimate(
     shell: Model,
     plan: Plan,
-    tokens: int,
+    samples: int,
+    seqlen: int,
     dtype: torch.dtype,
     device: str,
     *,
     streamed: bool,
     on_disk: bool = False,
 ) -> Estimate:
-    """Estimate an error-aware run of ``plan`` on ``tokens`` calibration tokens.
+    """Estimate an error-aware run of ``plan`` on ``samples`` of ``seqlen`` tokens.
 
     Args:
         shell: the model, without weights.
         plan: what to do to each site.
-        tokens: how many are calibrated on.
+        samples, seqlen: how much is calibrated on.
         dtype: of weights and activations.
         device: where it runs.
         streamed: whether no more than one block is in memory.
         on_disk: whether no more than one batch of activations is.
     """
-    bytes_each = torch.empty((), dtype=dtype).element_size()
+    bytes_each, tokens, config = dtype.itemsize, samples * seqlen, shell.config
+    held = shell.adapter.held(config, seqlen)
+    waits = not on_disk and may_wait(shell.adapter, config, seqlen, config.hidden_size)
     blocks = [module for _, module in shell.adapter.blocks(shell.module)]
     parameters, in_blocks = _parameters(shell.module), [_parameters(block) for block in blocks]
     if streamed:
@@ -86,10 +90,10 @@ def estimate(
         process=peak_memory()["cpu"] + _TEXT,
         weights=parameters * bytes_each,
         activations=(min(tokens, TOKENS_PER_BATCH) if on_disk else tokens)
-        * max(_activations(block, shell.config, bytes_each) for block in plan.blocks),
+        * max(_activations(b, config, bytes_each, held if waits else 0) for b in plan.blocks),
         disk=activations_on_disk(shell, plan, tokens, dtype) if on_disk else 0,
         grams=max(_gram_bytes(block) for block in plan.blocks),
-        working=4 * min(tokens, TOKENS_PER_BATCH) * widest * bytes_each
+        working=min(tokens, TOKENS_PER_BATCH) * (4 * widest + held) * bytes_each
         + max(8 * largest, 5 * tuned) * _FP32,
         seconds=_operations(plan, tokens) / _throughput(device),
     )
@@ -111,12 +115,14 @@ def _inputs(block: PlannedBlock) -> dict[str, int]:
     return {entry.site.input: entry.shape[1] for entry in block.pruned}
 
 
-def _activations(block: PlannedBlock, config: Any, bytes_each: int) -> int:
+def _activations(block: PlannedBlock, config: Any, bytes_each: int, held: int) -> int:
     """Bytes for each token: what is kept, what waits in a block, and the drift.
 
-    Before the last product wait its input, what is normalised and what is added to it.
+    Before the last product wait its input, what is normalised and what is added to it; before that
+    of attention, what it ``held`` may be more.
     """
-    waiting = 2 * config.hidden_size + max(_shared_inputs(block).values(), default=0)
+    last = max(_shared_inputs(block).values(), default=0)
+    waiting = 2 * config.hidden_size + max(last, held)
     kept = _kept(block, config, bytes_each)
     total: int = kept + waiting * bytes_each + 2 * config.hidden_size * _FP32
     return total

@@ -26,7 +26,7 @@ from apt.residency import InMemory, Residency
 from apt.solver import SolverOptions
 from apt.solving import Method, Solved, Solver, mean_square, measured
 from apt.targets import Targets
-from apt.walk import InParts, Walk
+from apt.walk import InParts, Walk, may_wait
 
 
 @torch.no_grad()
@@ -106,6 +106,7 @@ class _Run:
     ranks: Ranks
     observe: Observer
     tuned: int = 0  # how many of the batches, from the first, are tuned on
+    waits: bool = False  # whether batches may wait within a block
 
     @property
     def aware(self) -> bool:
@@ -115,6 +116,9 @@ class _Run:
     def all(self, model: nn.Module, plan: Plan, tokens: Tensor) -> list[SitePruned]:
         modules = dict(self.adapter.blocks(model))
         batches = self.enter(model, tokens)
+        width = self.adapter.residual(batches[0].state).shape[-1]
+        config = getattr(model, "config", None)
+        self.waits = self.store.in_memory and may_wait(self.adapter, config, tokens.shape[1], width)
         done: list[SitePruned] = []
         for index, planned in enumerate(plan.blocks):
             self.observe(BlockStarted(planned.name, index, len(plan.blocks)))
@@ -261,11 +265,12 @@ class _Run:
     def captured(self, at: "_Block") -> Generator[tuple[list[PlannedSite], dict[str, Sums]]]:
         """The sites to solve in turn, with the sums of their inputs.
 
-        In order, a single walk through the block gives all, where inputs come whole.
+        In order, a single walk through the block gives all, where inputs come whole and it may
+        wait.
         """
         left = list(at.planned.pruned)
         whole = not any(site.routed or site.calls > 1 for site in at.sites)
-        if self.ordered and self.store.in_memory and whole and left:
+        if self.ordered and self.waits and whole and left:
             with suppress(InParts), at.walk() as walk:
                 while (name := walk.next_input()) is not None:
                     sums = walk.capture(name)

@@ -8,7 +8,7 @@ before it give, and what the pruned block gives is there at the end: all for a s
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,24 @@ _Product = tuple[Site, Tensor]
 
 class InParts(Exception):
     """An input does not come whole before its first product: the block has to be run again."""
+
+
+_HELD = 32  # times the width of the residual stream
+
+
+def may_wait(adapter: Adapter, config: Any, seqlen: int, width: int) -> bool:
+    """Whether batches may wait within a block.
+
+    What a forward holds for itself, all of them hold at once. That is about as much as the
+    activations take that a run keeps anyway, unless it has matrices of attention of long samples.
+
+    Args:
+        adapter: the model's adapter.
+        config: its configuration.
+        seqlen: the tokens of a sample.
+        width: that of the residual stream.
+    """
+    return adapter.held(config, seqlen) <= _HELD * width
 
 
 class _Lane:

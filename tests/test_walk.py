@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import apt.pipeline
+import apt.walk
 from apt.batches import enter
 from apt.capture import Capture
 from apt.errors import AptError
@@ -140,6 +141,30 @@ def test_a_walk_gives_what_runs_anew_give(variant, aware, adapter_of, monkeypatc
     assert threading.active_count() == threads
     for name, value in models[1].items():
         torch.testing.assert_close(models[0][name], value, rtol=1e-2, atol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize(("variant", "walks"), [("bloom", False), ("llama", True), ("mamba", True)])
+def test_matrices_of_attention_are_not_held_for_all_batches(
+    variant, walks, adapter_of, monkeypatch
+):
+    model, began = random_model(variant), []
+    adapter = adapter_of(model)
+    monkeypatch.setattr(apt.walk, "_HELD", 1)
+    monkeypatch.setattr(Walk, "__enter__", lambda walk: began.append(walk) or walk)
+    plan = make_plan(model, adapter, NM(2, 4))
+    prune_blocks(model, adapter, plan, random_tokens(samples=2), ss, ordered=True)
+    assert bool(began) == walks
+
+
+def test_how_much_a_forward_holds(adapter_of):
+    for variant, matrices in (("bloom", 3), ("llama", 0), ("opt", 0), ("mamba", 0)):
+        model = random_model(variant)
+        held = adapter_of(model).held(model.config, 50)
+        assert held == matrices * 50 * getattr(model.config, "num_attention_heads", 0)
+    model = random_model("llama")
+    model.set_attn_implementation("eager")
+    heads = model.config.num_attention_heads
+    assert adapter_of(model).held(model.config, 50) == heads * 50
 
 
 def raise_in_parts(walk):

@@ -32,6 +32,10 @@ class BloomAdapter(DecoderAdapter):
         """The length that it was trained on, where the configuration tells; ALiBi has no limit."""
         return getattr(config, "seq_length", None)
 
+    def held(self, config: Any, seqlen: int) -> int:
+        """Scores, what they are with the mask added, and probabilities."""
+        return 3 * super().held(config, seqlen)
+
     def sites(self, block: nn.Module) -> list[Site]:
         """As declared; some configurations add to the normalised stream, not to the block's own."""
         sites = super().sites(block)

@@ -95,7 +95,7 @@ def show_plan(
     out.print(made)
     dtype = getattr(shell.config, "dtype", None) or torch.float32
     where = {"streamed": streamed, "on_disk": on_disk}
-    needs = estimate(shell, plan, samples * seqlen, dtype, device, **where)
+    needs = estimate(shell, plan, samples, seqlen, dtype, device, **where)
     disk = f", {size(needs.disk)} of disk" if on_disk else ""
     out.print(
         f"calibration {samples} × {seqlen} tokens: about {size(needs.memory)} of memory "
