@@ -1,5 +1,8 @@
 """The same results on a GPU; skipped, with the reason, where there is none."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -48,6 +51,20 @@ def test_models_are_pruned_as_on_the_cpu(variant, dtype):
             if f"{name.removesuffix('.weight')}" in {site.name for site in report.sites}:
                 assert meets(parameter, NM(2, 4))
     assert errors[0] == pytest.approx(errors[1], rel=0.05)
+
+
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_a_streamed_run_reads_ahead_and_prunes_as_on_the_cpu(where, checkpoint, apt):
+    command = ("prune", checkpoint("llama"), "--samples", 4, "--seqlen", 24, "--pattern", "2:4")
+    errors = []
+    for device in ("cpu", "cuda"):
+        options = ("--stream", "--activations", where, "--device", device, "-o", device)
+        result = apt(*command, *options)
+        assert result.code == 0, result.err
+        report = json.loads((Path(device) / "apt_report.json").read_text())
+        errors.append(sum(site["relative_error"] for site in report["sites"]))
+    assert errors[0] == pytest.approx(errors[1], rel=0.05)
+    assert apt("verify", "cuda").code == 0
 
 
 def test_tf32_does_not_reach_the_solver():
