@@ -25,8 +25,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("model")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("rest", nargs="*", help="further options of apt prune, after --")
-    return parser.parse_args()
+    parser.epilog = "What comes after -- are further options of apt prune."
+    given = [*sys.argv[1:], "--"]
+    cut = given.index("--")
+    return parser.parse_args(given[:cut], argparse.Namespace(rest=given[cut + 1 : -1]))
 
 
 def content(folder: Path) -> dict[str, bytes]:
