@@ -1,6 +1,7 @@
 """Tiny random models of every family, as variants that adapters must get right."""
 
 import copy
+from pathlib import Path
 
 import torch
 import transformers
@@ -22,6 +23,7 @@ from apt.plugins import registry
 from apt.text import calibration_tokens, documents
 
 VOCABULARY = 2048  # that of the zoo's tokenizer
+TEXT = Path(__file__).with_name("text.txt")  # the embedded text takes a second to tokenise
 _SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3}
 _IDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 _HEADS = {"num_attention_heads": 4, "max_position_embeddings": 128}

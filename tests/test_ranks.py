@@ -17,7 +17,7 @@ import torch.multiprocessing as multiprocessing
 import apt
 from apt.ranks import Ranks
 from apt.solver import SolverOptions
-from tests.families import CONFIGS, random_model, random_tokens
+from tests.families import CONFIGS, TEXT, random_model, random_tokens
 from tests.test_stream import weights
 
 TOKENS = random_tokens(samples=8)
@@ -96,7 +96,8 @@ def test_a_part_of_the_tokens_would_be_noticed():
     assert differing(alone, part) > 0.01
 
 
-COMMAND = ["--samples", "16", "--seqlen", "24", "--pattern", "2:4", "--stream"]
+COMMAND = ["--samples", "16", "--seqlen", "24", "--pattern", "2:4", "--stream",
+           "--calibration", str(TEXT)]  # fmt: skip
 
 
 def torchrun(folder, model, *options, ranks=2):
