@@ -149,17 +149,22 @@ def test_a_run_that_is_cut_short_once_its_output_is_there_is_done(checkpoint, ap
     assert not list(Path().glob(".out*"))
 
 
+def check_full_disk(result, command, apt):
+    """A run that a full disk has ended says so, and can be gone on with."""
+    assert result.code == 2
+    assert "No space left on device" in result.err
+    assert "--resume" in result.err
+    assert apt(*command, "-o", "out", "--resume").code == 0
+    assert weights("out") == weights("whole")
+
+
 def test_a_full_disk_loses_nothing(checkpoint, apt, monkeypatch):
     command = ("prune", checkpoint("llama"), *SMALL, "--stream")
     assert apt(*command, "-o", "whole").code == 0
     with monkeypatch.context() as patch:
         cut(patch, PLACES["write"], 9, OSError(errno.ENOSPC, "No space left on device"))
         result = apt(*command, "-o", "out")
-    assert result.code == 2
-    assert "No space left on device" in result.err
-    assert "--resume" in result.err
-    assert apt(*command, "-o", "out", "--resume").code == 0
-    assert weights("out") == weights("whole")
+    check_full_disk(result, command, apt)
 
 
 def test_another_command_is_not_gone_on_with(checkpoint, apt, monkeypatch):
