@@ -310,6 +310,9 @@ class DecoderAdapter:
         return WeightTap({site: site.weight(block) for site in sites}, sink)
 
 
+_STATE = "hidden_states"
+
+
 class _LastBlock(Exception):
     """Ends a recording run: what comes after the blocks is not needed."""
 
@@ -319,9 +322,7 @@ def record_calls(
 ) -> tuple[Tensor, list[Call]]:
     """Run ``model`` once with every block stubbed, recording each block's own call.
 
-    A stub passes its input on in a tuple: a model whose blocks return tuples takes it out, any
-    other hands the tuple to the next stub, which takes it out there. So no stub needs to know what
-    its block returns, and blocks of different kinds get their own masks and positions.
+    So blocks of different kinds get their own masks and positions.
 
     Args:
         model: a transformers model.
@@ -335,16 +336,15 @@ def record_calls(
     calls: list[Call] = []
 
     def stub(*args: Any, **kwargs: Any) -> tuple[Tensor]:
-        keyword = None if args else "hidden_states"
-        state = kwargs.pop(keyword) if keyword else args[0]
-        state = state[0] if isinstance(state, tuple) else state
+        (state,) = passed = passed_on(args, kwargs)
         states.append(state)
-        calls.append(Call(args[1:], kwargs, keyword))
+        given = {name: value for name, value in kwargs.items() if args or name != _STATE}
+        calls.append(Call(args[1:], given, None if args else _STATE))
         if len(calls) == len(blocks):
             raise _LastBlock
-        return (state,)
+        return passed
 
-    with _stubbed(blocks, stub), torch.no_grad():
+    with stubbed(blocks, stub), torch.no_grad():
         try:
             base: Any = model.base_model
             base(tokens, use_cache=False)
@@ -353,8 +353,19 @@ def record_calls(
     raise AptError(f"{type(model).__name__} called {len(calls)} of its {len(blocks)} blocks")
 
 
+def passed_on(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor]:
+    """What a block's stub returns that was called so: its input, in a tuple.
+
+    A model whose blocks return tuples takes it out, any other hands the tuple to the next stub,
+    which takes it out there. So no stub needs to know what its block returns.
+    """
+    state = args[0] if args else kwargs[_STATE]
+    return (state[0] if isinstance(state, tuple) else state,)
+
+
 @contextmanager
-def _stubbed(blocks: Sequence[nn.Module], stub: Callable[..., Any]) -> Iterator[None]:
+def stubbed(blocks: Sequence[nn.Module], stub: Callable[..., Any]) -> Iterator[None]:
+    """While entered, ``stub`` is called in place of each of the blocks."""
     for block in blocks:
         block.forward = stub
     try:

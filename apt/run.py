@@ -227,9 +227,14 @@ def execute(
         status(f"sharing out the sparsity ({options.allocation})")
         plan = _allocated(prepared, model, tokens)
         prepared = replace(prepared, plan=ranks.share(plan))
-    scores = _scores(prepared, model, held_out, "before", status)
+    scores: dict[str, Any] = {}
+    if held_out is not None:
+        with model.adapter.running(model.module):
+            scores["before"] = measure(prepared, model.module, held_out, "before", status)
     sites = _prune(prepared, model, tokens, observe, ranks)
-    scores |= _scores(prepared, model, held_out, "after", status)
+    if held_out is not None:
+        with model.adapter.running(model.module):
+            scores["after"] = measure(prepared, model.module, held_out, "after", status)
     report = Report(
         options.record() | prepared.mode.record(),
         origin,
@@ -237,7 +242,7 @@ def execute(
         sites,
         [site.name for site in prepared.plan.sites if site.pattern is None],
         time.perf_counter() - started,
-        scores,
+        scored(prepared, held_out, scores),
         ranks.gather(ranks.work),
     )
     if not ranks.first:
@@ -292,22 +297,26 @@ def _allocated(prepared: Prepared, model: Model, tokens: Tensor) -> Plan:
     return allocated(prepared.plan, share_out, model.module, model.adapter, tokens)
 
 
-def _scores(
+def measure(
     prepared: Prepared,
-    model: Model,
-    held_out: Tensor | None,
+    module: nn.Module,
+    held_out: Tensor,
     when: str,
     status: Callable[[str], None],
-) -> dict[str, Any]:
-    if held_out is None:
-        return {}
-    options, measured = prepared.options, {}
-    for name in options.metrics:
+) -> dict[str, float]:
+    """Each of the run's metrics, of a model that is `Adapter.running`."""
+    measured = {}
+    for name in prepared.options.metrics:
         status(f"measuring {name} {when} pruning")
-        measure = prepared.registry.evaluators.get(name).load()
-        with model.adapter.running(model.module):
-            measured[name] = float(measure(model.module, held_out))
-    return {"source": options.evaluation, "shape": list(held_out.shape), when: measured}
+        measured[name] = float(prepared.registry.evaluators.get(name).load()(module, held_out))
+    return measured
+
+
+def scored(prepared: Prepared, held_out: Tensor | None, found: dict[str, Any]) -> dict[str, Any]:
+    """What was measured before and after, if anything was, with the text, for the report."""
+    if held_out is None or not found:
+        return {}
+    return {"source": prepared.options.evaluation, "shape": list(held_out.shape), **found}
 
 
 def _prune(

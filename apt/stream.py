@@ -5,34 +5,34 @@ shards, dtypes, metadata and every other file stay as they were. Dense weights a
 the input: a block that was cut short is pruned again from the start, with the same result.
 """
 
-import copy
 import hashlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
-from apt.activations import DiskStore
+from apt.activations import DiskStore, MemoryStore, Store
 from apt.allocate import UNIFORM
+from apt.carried import carried
 from apt.checkpoint import check_space, open_up
 from apt.disk import OnDisk, sites_of
 from apt.errors import AptError, first_line
 from apt.estimate import activations_on_disk
 from apt.events import Observer, SitePruned, telling
-from apt.formats import find_file
+from apt.hollow import Shelf, assemble, check_hollow, directory, names_in
 from apt.journal import Workplace
-from apt.models import Model, load_tokenizer
+from apt.models import load_tokenizer
 from apt.pipeline import prune_blocks
 from apt.ranks import Ranks
 from apt.report import FILE, Report, versions
-from apt.run import Prepared, check_vocabulary, texts
+from apt.run import Prepared, check_vocabulary, measure, scored, texts
 from apt.shards import Shards
 from apt.text import digest
 
@@ -62,73 +62,135 @@ def execute_streamed(
     Raises:
         AptError: the checkpoint cannot be streamed, or it, the text or the disk is at fault.
     """
-    started, options, shell = time.perf_counter(), prepared.options, prepared.shell
-    ranks, source = ranks or Ranks(), _directory(prepared)
+    started, options, ranks = time.perf_counter(), prepared.options, ranks or Ranks()
+    source, work = directory(prepared.shell), Workplace(options.output)
     shards = Shards(source)
-    names = _names(shell, shards)
-    work = Workplace(options.output)
     if ranks.first and not resume:
         weights = sum(path.stat().st_size for path in _files(source, shards))
         check_space(work.output, weights + _shelved(prepared))
     status("reading text")
-    tokens, _ = texts(prepared, load_tokenizer(shell.source, options.tokenizer))
+    tokens, held_out = texts(prepared, load_tokenizer(prepared.shell.source, options.tokenizer))
     status("hashing the model")
-    origin = {
-        "reference": options.model,
-        "type": shell.config.model_type,
-        "adapter": shell.spec.name,
-        "sha256": _hash(shards),
-    }
-    calibration = {
-        "source": options.calibration, "shape": list(tokens.shape), "sha256": digest(tokens)
-    }  # fmt: skip
-    fingerprint = _fingerprint(prepared, origin, calibration) | {"ranks": ranks.size}
+    report = _unfinished(prepared, tokens, _hash(shards))
+    fingerprint = _fingerprint(report, held_out, ranks)
     with _told(options.output), _entered(work, fingerprint, resume, ranks):
         if ranks.first and not work.has("copied"):
             status("copying the checkpoint")
             _copy(source, work.out, shards)
             work.add({"copied": True})
         ranks.wait()
-        if work.has("finished"):
-            sites = [site for line in work.lines for site in sites_of(line)]
-        else:
-            status("loading what is not in blocks")
-            module = _assembled(shell, shards, names, prepared.device)
-            check_vocabulary(tokens, module, shell.source.reference)
-            blocks = dict(shell.adapter.blocks(module))
-            disk = OnDisk(
-                prepared.plan, blocks, prepared.device, names, shards, Shards(work.out), work, ranks
-            )
-            store = DiskStore(work.activations) if options.activations == "disk" else None
-            sites = _prune(prepared, module, tokens, disk, store, observe, ranks)
-        skipped = [site.name for site in prepared.plan.sites if site.pattern is None]
-        seconds = time.perf_counter() - started
-        record = options.record() | prepared.mode.record()
-        report = Report(
-            record, origin, calibration, sites, skipped, seconds, ranks=ranks.gather(ranks.work)
+        run = _Run(prepared, shards, work, ranks, status)
+        report = replace(
+            report,
+            sites=run.sites(tokens, held_out, observe),
+            scores=scored(prepared, held_out, run.scores()),
+            seconds=time.perf_counter() - started,
+            ranks=ranks.gather(ranks.work),
         )
-        if not ranks.first:
-            return report
-        if not work.has("finished"):
-            status("verifying")
-            disk.verify()
-            report.write(work.out)
-            open_up(work.out)
-        work.finish()
+        if ranks.first:
+            if not work.has("finished"):
+                report.write(work.out)
+                open_up(work.out)
+            work.finish()
     return report
 
 
-def _fingerprint(
-    prepared: Prepared, origin: dict[str, Any], calibration: dict[str, Any]
-) -> dict[str, Any]:
+@dataclass
+class _Run:
+    """The blocks' part of a streamed run, of which the journal knows what is done."""
+
+    prepared: Prepared
+    shards: Shards
+    work: Workplace
+    ranks: Ranks
+    status: Callable[[str], None]
+
+    def sites(self, tokens: Tensor, held_out: Tensor | None, observe: Observer) -> list[SitePruned]:
+        """Prune, measure before and after, and verify what is left to do of that."""
+        if self.work.has("finished"):
+            return [site for line in self.work.lines for site in sites_of(line)]
+        prepared, shell = self.prepared, self.prepared.shell
+        self.status("loading what is not in blocks")
+        names = names_in(shell, self.shards)
+        module = assemble(shell, self.shards, names, prepared.device)
+        check_vocabulary(tokens, module, shell.source.reference)
+        blocks = dict(shell.adapter.blocks(module))
+        dense, pruned = (
+            Shelf(shards, names, blocks, prepared.device)
+            for shards in (self.shards, Shards(self.work.out))
+        )
+        on_disk = prepared.options.activations == "disk"
+        store = DiskStore(self.work.activations) if on_disk else MemoryStore()
+        disk = OnDisk(prepared.plan, dense, pruned, prepared.device, self.work, self.ranks)
+        self.score(module, held_out, dense, store, "before")
+        sites = prune_blocks(
+            module,
+            shell.adapter,
+            prepared.plan,
+            tokens,
+            prepared.method.load(),
+            **vars(prepared.mode),
+            resident=disk,
+            store=store,
+            ranks=self.ranks,
+            observe=telling(observe, prepared.registry.site_pruned),
+        )
+        self.score(module, held_out, pruned, store, "after")
+        if self.ranks.first:
+            self.status("verifying")
+            disk.verify()
+        return sites
+
+    def score(
+        self, module: nn.Module, held_out: Tensor | None, shelf: Shelf, store: Store, when: str
+    ) -> None:
+        """Measure the model with the blocks of ``shelf``, unless that has been done."""
+        if held_out is None or when in self.scores() or not self.ranks.first:
+            return
+        adapter = self.prepared.shell.adapter
+        with carried(module, adapter, held_out, shelf, store):
+            found = measure(self.prepared, module, held_out, when, self.status)
+        self.work.add({"scores": {when: found}})
+
+    def scores(self) -> dict[str, Any]:
+        """What has been measured, as the journal has it."""
+        found: dict[str, Any] = {}
+        try:
+            for line in self.work.lines:
+                found |= line.get("scores", {})
+        except (TypeError, ValueError) as error:
+            raise self.work.damaged() from error
+        return found
+
+
+def _unfinished(prepared: Prepared, tokens: Tensor, sha256: str) -> Report:
+    """The report of a run that has not begun."""
+    options, shell = prepared.options, prepared.shell
+    return Report(
+        options.record() | prepared.mode.record(),
+        {
+            "reference": options.model,
+            "type": shell.config.model_type,
+            "adapter": shell.spec.name,
+            "sha256": sha256,
+        },
+        {"source": options.calibration, "shape": list(tokens.shape), "sha256": digest(tokens)},
+        [],
+        [site.name for site in prepared.plan.sites if site.pattern is None],
+        0.0,
+    )
+
+
+def _fingerprint(report: Report, held_out: Tensor | None, ranks: Ranks) -> dict[str, Any]:
     """All that the result depends on."""
-    record = prepared.options.record() | prepared.mode.record()
     return {
-        "model": origin,
-        "calibration": calibration,
-        "options": {k: v for k, v in record.items() if k not in ("overwrite", "resume")},
+        "model": report.model,
+        "calibration": report.tokens,
+        "evaluation": None if held_out is None else digest(held_out),
+        "options": {k: v for k, v in report.options.items() if k not in ("overwrite", "resume")},
         "versions": versions(),
         "threads": torch.get_num_threads(),
+        "ranks": ranks.size,
     }
 
 
@@ -164,76 +226,16 @@ def _told(output: Path) -> Iterator[None]:
         ) from error
 
 
-def _prune(
-    prepared: Prepared,
-    module: nn.Module,
-    tokens: Tensor,
-    disk: OnDisk,
-    store: DiskStore | None,
-    observe: Observer,
-    ranks: Ranks,
-) -> list[SitePruned]:
-    return prune_blocks(
-        module,
-        prepared.shell.adapter,
-        prepared.plan,
-        tokens,
-        prepared.method.load(),
-        **vars(prepared.mode),
-        resident=disk,
-        store=store,
-        ranks=ranks,
-        observe=telling(observe, prepared.registry.site_pruned),
-    )
-
-
 def check_streamable(prepared: Prepared) -> None:
     """Raise where a run cannot be streamed, before any work is done."""
-    options, shell = prepared.options, prepared.shell
-    if shell.checkpoint is not None or shell.source.gguf:
-        raise AptError("only checkpoints of transformers can be streamed", "apt convert it first")
+    options = prepared.options
+    check_hollow(prepared.shell)
     for given, what in (
-        (options.evaluation is not None, "--eval"),
         (options.allocation != UNIFORM, "--allocation"),
         (options.dtype != "auto", "--dtype"),
     ):
         if given:
             raise AptError(f"{what} needs the whole model in memory", "leave out --stream or it")
-    _names(shell, Shards(_directory(prepared)))
-
-
-def _directory(prepared: Prepared) -> Path:
-    """Where the checkpoint lies on this machine."""
-    location = prepared.shell.source.location
-    found = find_file(location, "config.json")
-    if found is None:
-        raise AptError(f"{location} has no config.json", "is the checkpoint complete?")
-    if not Path(location).is_dir():
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(location))
-    return found.parent
-
-
-def _names(shell: Model, shards: Shards) -> dict[str, str]:
-    """From the model's weights to the checkpoint's, where that has them."""
-    prefix = f"{getattr(shell.module, 'base_model_prefix', '')}."
-    names = {}
-    for name in shell.module.state_dict():
-        for known in (name, name.removeprefix(prefix)):
-            if known in shards:
-                names[name] = known
-                break
-    for block, module in shell.adapter.blocks(shell.module):
-        for name, parameter in module.named_parameters():
-            key = names.get(f"{block}.{name}")
-            if key is None or shards.entries[key].shape != tuple(parameter.shape):
-                raise AptError(
-                    f"{shell.source.reference} cannot be streamed: it does not hold {block}.{name} "
-                    "as the model has it",
-                    "prune it without --stream",
-                )
-    return names
 
 
 def _files(source: Path, shards: Shards) -> Iterator[Path]:
@@ -267,64 +269,3 @@ def _hash(shards: Shards) -> str:
             while piece := file.read(_PIECE):
                 found.update(piece)
     return found.hexdigest()
-
-
-def _assembled(shell: Model, shards: Shards, names: dict[str, str], device: str) -> nn.Module:
-    """The model with its blocks on the meta device and everything else in memory.
-
-    What a model makes for itself, tables of positions for instance, comes from one of a single
-    block, whose list of blocks is then replaced.
-    """
-    blocks = shell.adapter.blocks(shell.module)
-    parent = blocks[0][0].rpartition(".")[0]
-    single: Any = AutoModelForCausalLM.from_config(
-        _of_one_block(shell.config), trust_remote_code=shell.source.trust_remote_code
-    ).eval()
-    made = {n: b.to(device) for n, b in shell.adapter.blocks(single)[0][1].named_buffers()}
-    outer = {
-        n: names[n] for n in single.state_dict() if n in names and not n.startswith(f"{parent}.")
-    }
-    single.set_submodule(parent, nn.ModuleList())
-    vars(single.config).update(vars(shell.config))
-    single.load_state_dict(
-        {n: shards.read(key) for n, key in outer.items()}, strict=False, assign=True
-    )
-    single.tie_weights()
-    _check_whole(shell, single, outer)
-    single.to(device)
-    single.set_submodule(parent, shell.module.get_submodule(parent))
-    for name, block in blocks:
-        _give_buffers(shell, name, block, made)
-    module: nn.Module = single
-    return module
-
-
-def _of_one_block(config: Any) -> Any:
-    short = copy.deepcopy(config)
-    short.num_hidden_layers = 1
-    for name, value in vars(config).items():
-        if isinstance(value, list) and len(value) == config.num_hidden_layers:
-            setattr(short, name, value[:1])
-    return short
-
-
-def _give_buffers(shell: Model, name: str, block: nn.Module, made: dict[str, Tensor]) -> None:
-    """Buffers that a checkpoint does not hold are what a block makes for itself."""
-    for path, buffer in list(block.named_buffers()):
-        if not buffer.is_meta:
-            continue
-        if path not in made or made[path].shape != buffer.shape:
-            raise AptError(
-                f"{shell.source.reference} cannot be streamed: nothing says what {name}.{path} is",
-                "prune it without --stream",
-            )
-        owner, _, own = path.rpartition(".")
-        block.get_submodule(owner).register_buffer(own, made[path].clone(), persistent=False)
-
-
-def _check_whole(shell: Model, module: nn.Module, given: Collection[str]) -> None:
-    """Raise where a weight outside the blocks came neither from the checkpoint nor from a tie."""
-    tied = {p.data_ptr() for n, p in module.state_dict().items() if n in given}
-    for name, tensor in module.state_dict().items():
-        if name not in given and tensor.data_ptr() not in tied:
-            raise AptError(f"{shell.source.reference} lacks {name}", "is the checkpoint complete?")

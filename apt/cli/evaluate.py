@@ -1,9 +1,20 @@
 """``apt eval``."""
 
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
 import typer
 
 from apt.cli import arguments as args
 from apt.errors import AptError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+    from torch import Tensor, nn
+
+    from apt.models import Model
 
 
 def evaluate(
@@ -18,6 +29,9 @@ def evaluate(
     device: str = args.DEVICE,
     dtype: str = args.DTYPE,
     tokenizer: str | None = args.TOKENIZER,
+    stream: bool = typer.Option(
+        False, "--stream", help="Read block by block; never more than one in memory."
+    ),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
     trust_remote_code: bool = args.REMOTE,
 ) -> None:
@@ -25,7 +39,7 @@ def evaluate(
     import json
 
     from apt.cli.output import err, notice, out
-    from apt.models import find, load, load_tokenizer, skeleton
+    from apt.models import find, load_tokenizer, skeleton
     from apt.plugins import registry
     from apt.run import capped, choose_device, read_dtype
     from apt.text import digest, documents, evaluation_tokens
@@ -34,18 +48,19 @@ def evaluate(
     measures = [registry().evaluators.get(name) for name in metric]
     if (samples is not None and samples < 1) or seqlen < 2:
         raise AptError("--samples must be at least 1 and --seqlen at least 2")
+    if stream and precision is not None:
+        raise AptError("--dtype needs the whole model in memory", "leave out --stream or it")
     source = find(model, registry(), trust_remote_code=trust_remote_code)
     shell = skeleton(source, registry(), adapter)
     seqlen = capped(seqlen, shell, notice)
     texts = documents(data, "evaluation", registry())
     tokens = evaluation_tokens(load_tokenizer(source, tokenizer), texts, samples, seqlen, data)
     with err.status("loading the model") as status:
-        loaded = load(shell, precision, choose_device(device))
         values = {}
-        for spec in measures:
-            status.update(f"measuring {spec.name} on {tokens.numel():,} tokens")
-            with loaded.adapter.running(loaded.module):
-                values[spec.name] = float(spec.load()(loaded.module, tokens))
+        with _runnable(shell, tokens, precision, choose_device(device), stream) as module:
+            for spec in measures:
+                status.update(f"measuring {spec.name} on {tokens.numel():,} tokens")
+                values[spec.name] = float(spec.load()(module, tokens))
     windows = tokens.shape[0]
     if as_json:
         record = {"model": model, "data": data, **values, "windows": windows,
@@ -54,3 +69,22 @@ def evaluate(
     else:
         told = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
         out.print(f"{model}: {told} on {data}, {windows} × {seqlen} tokens", markup=False)
+
+
+@contextmanager
+def _runnable(
+    shell: "Model", tokens: "Tensor", dtype: "torch.dtype | None", device: str, stream: bool
+) -> "Iterator[nn.Module]":
+    """The model, to be run on ``tokens``."""
+    from apt.carried import streamed
+    from apt.hollow import check_hollow
+    from apt.models import load
+
+    if stream:
+        check_hollow(shell)
+        with streamed(shell, tokens, device) as module:
+            yield module
+    else:
+        loaded = load(shell, dtype, device)
+        with loaded.adapter.running(loaded.module):
+            yield loaded.module

@@ -1,0 +1,185 @@
+"""A model with its blocks in its checkpoint and everything else in memory."""
+
+import copy
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from apt.errors import AptError
+from apt.formats import find_file
+from apt.models import Model
+from apt.shards import Shards
+
+
+class Shelf:
+    """Blocks as they lie in a checkpoint.
+
+    Args:
+        shards: the checkpoint.
+        names: from the model's weights to the checkpoint's.
+        blocks: the modules by name, on the meta device.
+        device: where a block is loaded to.
+    """
+
+    def __init__(
+        self,
+        shards: Shards,
+        names: Mapping[str, str],
+        blocks: Mapping[str, nn.Module],
+        device: str,
+    ) -> None:
+        self._shards, self._names, self._blocks, self._device = shards, names, blocks, device
+
+    @contextmanager
+    def open(self, name: str, dense: dict[str, Tensor] | None = None) -> Iterator[nn.Module]:
+        """A block in memory, from the tensors that have been read of it where they have been; then
+        on the meta device again."""
+        block = self._blocks[name]
+        _put(block, self.read(name) if dense is None else dense, self._device)
+        try:
+            yield block
+        finally:
+            empty = {n: torch.empty_like(p, device="meta") for n, p in block.named_parameters()}
+            _put(block, empty, "meta")
+
+    def read(self, name: str) -> dict[str, Tensor]:
+        """The parameters of a block.
+
+        Raises:
+            AptError: a value is not finite.
+        """
+        read = {}
+        for path, _ in self._blocks[name].named_parameters():
+            tensor = self._shards.read(key := self._names[f"{name}.{path}"])
+            if not torch.isfinite(tensor).all():
+                raise AptError(
+                    f"{key} holds values that are not finite",
+                    "the checkpoint is damaged; get it again",
+                )
+            pinned = self._device.startswith("cuda")
+            read[path] = tensor.pin_memory() if pinned else tensor
+        return read
+
+    def restore(self, name: str) -> None:
+        """Put a block that is in memory back to how it lies here."""
+        _put(self._blocks[name], self.read(name), self._device)
+
+    def write(self, name: str, paths: Iterable[str]) -> None:
+        """Write these parameters of a block that is in memory over what lies here."""
+        block = self._blocks[name]
+        self._shards.write((self._names[f"{name}.{p}"], block.get_parameter(p)) for p in paths)
+
+
+def _put(block: nn.Module, tensors: dict[str, Tensor], device: str) -> None:
+    """Give a block its parameters, and keep none of them here."""
+    for path in list(tensors):
+        owner, _, own = path.rpartition(".")
+        tensor = tensors.pop(path).to(device, non_blocking=True)
+        setattr(block.get_submodule(owner), own, nn.Parameter(tensor, requires_grad=False))
+
+
+def check_hollow(shell: Model) -> None:
+    """Raise where a model's blocks cannot stay in its checkpoint."""
+    if shell.checkpoint is not None or shell.source.gguf:
+        raise AptError("only checkpoints of transformers can be streamed", "apt convert it first")
+    names_in(shell, Shards(directory(shell)))
+
+
+def directory(shell: Model) -> Path:
+    """Where the checkpoint of a model lies on this machine."""
+    location = shell.source.location
+    found = find_file(location, "config.json")
+    if found is None:
+        raise AptError(f"{location} has no config.json", "is the checkpoint complete?")
+    if not Path(location).is_dir():
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(location))
+    return found.parent
+
+
+def names_in(shell: Model, shards: Shards) -> dict[str, str]:
+    """From the model's weights to the checkpoint's, where that has them."""
+    prefix = f"{getattr(shell.module, 'base_model_prefix', '')}."
+    names = {}
+    for name in shell.module.state_dict():
+        for known in (name, name.removeprefix(prefix)):
+            if known in shards:
+                names[name] = known
+                break
+    for block, module in shell.adapter.blocks(shell.module):
+        for name, parameter in module.named_parameters():
+            key = names.get(f"{block}.{name}")
+            if key is None or shards.entries[key].shape != tuple(parameter.shape):
+                raise AptError(
+                    f"{shell.source.reference} cannot be streamed: it does not hold {block}.{name} "
+                    "as the model has it",
+                    "leave out --stream",
+                )
+    return names
+
+
+def assemble(shell: Model, shards: Shards, names: dict[str, str], device: str) -> nn.Module:
+    """The model with its blocks on the meta device and everything else in memory.
+
+    What a model makes for itself, tables of positions for instance, comes from one of a single
+    block, whose list of blocks is then replaced.
+    """
+    blocks = shell.adapter.blocks(shell.module)
+    parent = blocks[0][0].rpartition(".")[0]
+    single: Any = AutoModelForCausalLM.from_config(
+        _of_one_block(shell.config), trust_remote_code=shell.source.trust_remote_code
+    ).eval()
+    made = {n: b.to(device) for n, b in shell.adapter.blocks(single)[0][1].named_buffers()}
+    outer = {
+        n: names[n] for n in single.state_dict() if n in names and not n.startswith(f"{parent}.")
+    }
+    single.set_submodule(parent, nn.ModuleList())
+    vars(single.config).update(vars(shell.config))
+    single.load_state_dict(
+        {n: shards.read(key) for n, key in outer.items()}, strict=False, assign=True
+    )
+    single.tie_weights()
+    _check_whole(shell, single, outer)
+    single.to(device)
+    single.set_submodule(parent, shell.module.get_submodule(parent))
+    for name, block in blocks:
+        _give_buffers(shell, name, block, made)
+    module: nn.Module = single
+    return module
+
+
+def _of_one_block(config: Any) -> Any:
+    short = copy.deepcopy(config)
+    short.num_hidden_layers = 1
+    for name, value in vars(config).items():
+        if isinstance(value, list) and len(value) == config.num_hidden_layers:
+            setattr(short, name, value[:1])
+    return short
+
+
+def _give_buffers(shell: Model, name: str, block: nn.Module, made: dict[str, Tensor]) -> None:
+    """Buffers that a checkpoint does not hold are what a block makes for itself."""
+    for path, buffer in list(block.named_buffers()):
+        if not buffer.is_meta:
+            continue
+        if path not in made or made[path].shape != buffer.shape:
+            raise AptError(
+                f"{shell.source.reference} cannot be streamed: nothing says what {name}.{path} is",
+                "leave out --stream",
+            )
+        owner, _, own = path.rpartition(".")
+        block.get_submodule(owner).register_buffer(own, made[path].clone(), persistent=False)
+
+
+def _check_whole(shell: Model, module: nn.Module, given: Collection[str]) -> None:
+    """Raise where a weight outside the blocks came neither from the checkpoint nor from a tie."""
+    tied = {p.data_ptr() for n, p in module.state_dict().items() if n in given}
+    for name, tensor in module.state_dict().items():
+        if name not in given and tensor.data_ptr() not in tied:
+            raise AptError(f"{shell.source.reference} lacks {name}", "is the checkpoint complete?")
