@@ -71,6 +71,11 @@ class Model:
     adapter: Adapter
     checkpoint: Checkpoint | None = None
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the checkpoint's weights, as far as its configuration says."""
+        return getattr(self.config, "dtype", None) or torch.float32
+
 
 def find(reference: str, registry: Registry, *, trust_remote_code: bool = False) -> Source:
     """Say where ``reference`` is to be read from.

@@ -259,10 +259,9 @@ def execute(
 
 def _bytes(prepared: Prepared) -> int:
     """How large the weights will be on disk."""
-    shell, chosen = prepared.shell, read_dtype(prepared.options.dtype)
-    dtype = chosen or getattr(shell.config, "dtype", None) or torch.float32
-    each = torch.empty((), dtype=dtype).element_size()
-    return sum(parameter.numel() for parameter in shell.module.parameters()) * each
+    shell = prepared.shell
+    dtype = read_dtype(prepared.options.dtype) or shell.dtype
+    return sum(parameter.numel() for parameter in shell.module.parameters()) * dtype.itemsize
 
 
 def texts(prepared: Prepared, tokenizer: Any) -> tuple[Tensor, Tensor | None]:

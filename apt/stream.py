@@ -199,9 +199,8 @@ def _shelved(prepared: Prepared) -> int:
     options, shell = prepared.options, prepared.shell
     if options.activations != "disk":
         return 0
-    dtype = getattr(shell.config, "dtype", None) or torch.float32
     tokens = options.samples * options.seqlen
-    return activations_on_disk(shell, prepared.plan, tokens, dtype)
+    return activations_on_disk(shell, prepared.plan, tokens, shell.dtype)
 
 
 @contextmanager

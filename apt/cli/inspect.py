@@ -63,8 +63,6 @@ def show_plan(
     """The sites of equal blocks in one table, and the estimate."""
     from itertools import groupby
 
-    import torch
-
     from apt.cli.output import duration, out, size, table
     from apt.estimate import estimate
 
@@ -93,9 +91,8 @@ def show_plan(
             made.add_row(label, name, str(rows_out), str(width), given, pattern)
             label = ""
     out.print(made)
-    dtype = getattr(shell.config, "dtype", None) or torch.float32
     where = {"streamed": streamed, "on_disk": on_disk}
-    needs = estimate(shell, plan, samples, seqlen, dtype, device, **where)
+    needs = estimate(shell, plan, samples, seqlen, shell.dtype, device, **where)
     disk = f", {size(needs.disk)} of disk" if on_disk else ""
     out.print(
         f"calibration {samples} × {seqlen} tokens: about {size(needs.memory)} of memory "
