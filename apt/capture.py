@@ -15,6 +15,7 @@ from apt.errors import AptError
 from apt.ranks import Ranks
 from apt.solver import Gram
 from apt.solver.precision import full_precision
+from apt.targets import Targets
 
 
 @dataclass
@@ -23,9 +24,10 @@ class Sums:
 
     Attributes:
         gram: ``XᵀX``.
-        cross: ``(X_dense − X)ᵀ X`` (in, in), where there is a dense stream.
-        drift: ``Δᵀ X`` (out, in) of each site that writes to the residual stream, with ``Δ`` how
-            far the stream has drifted right before the site's product is added.
+        cross: ``(X_dense − X)ᵀ X`` (in, in), where there is a dense stream and that is the cheaper
+            way to what the sites have lost by their inputs.
+        pull: ``Eᵀ X`` (out, in) by site, where ``E`` (tokens, out) is what it is to make up for
+            beside that; see `apt.targets.Targets.error`.
 
     Beside a dense stream, the tokens of sites that write to the residual stream are weighted: the
     stream is normalised wherever it is read, so that an error counts relative to the token's own
@@ -34,14 +36,14 @@ class Sums:
 
     gram: Gram
     cross: Tensor | None = None
-    drift: dict[Site, Tensor] = field(default_factory=dict)
+    pull: dict[Site, Tensor] = field(default_factory=dict)
 
     def add_up(self, ranks: Ranks) -> None:
         """Add to them what the other ranks have summed."""
         if ranks.size == 1:
             return
         matrix = self.gram.matrix
-        ranks.add(matrix, *([] if self.cross is None else [self.cross]), *self.drift.values())
+        ranks.add(matrix, *([] if self.cross is None else [self.cross]), *self.pull.values())
         self.gram = Gram.from_sum(matrix, round(ranks.sum(self.gram.tokens)))
 
 
@@ -66,6 +68,7 @@ class Passing:
         self.seen: dict[Site, int] = defaultdict(int)
         self.parts: dict[Site, int] = defaultdict(int)
         self._owners: dict[str, Site] = {}
+        self._anticipated: set[Site] = set()
         self._current: dict[str, list[Tensor]] = defaultdict(list)
 
     def owns(self, site: Site) -> bool:
@@ -113,6 +116,18 @@ class Passing:
             )
         return parts[index]
 
+    def anticipate(self, site: Site, here: slice, lost: Tensor) -> None:
+        """Add to the drift what the product of a site would differ by with its weight dense.
+
+        Args:
+            site: a site that writes to the residual stream, and that is to be followed.
+            here: the tokens.
+            lost: ``(X_dense − X) Wᵀ`` (tokens, out).
+        """
+        assert self.drift is not None
+        self.drift[here] += lost
+        self._anticipated.add(site)
+
     @full_precision()
     def follow(self, site: Site, rows: Tensor, weight: Tensor, dense: Tensor) -> None:
         """Add to the drift what the site's product differs by between the two streams.
@@ -124,8 +139,11 @@ class Passing:
         """
         assert self.drift is not None
         here = self.drift[self.here(site, rows)]
-        here += (self.dense(site, rows) @ dense.T).float()
-        here -= (rows @ weight.T).float()
+        if site in self._anticipated:
+            here += (rows @ (dense - weight).T).float()
+        else:
+            here += (self.dense(site, rows) @ dense.T).float()
+            here -= (rows @ weight.T).float()
 
 
 class Capture:
@@ -137,20 +155,40 @@ class Capture:
 
     Args:
         block: the block.
-        sites: the sites whose inputs are summed.
-        reference: whether there is a dense stream.
+        sites: the sites whose inputs are summed, their weights still dense.
+        targets: how much of the error so far they make up for; None where there is no dense stream.
     """
 
-    def __init__(self, block: nn.Module, sites: Sequence[Site], *, reference: bool = False) -> None:
+    def __init__(
+        self, block: nn.Module, sites: Sequence[Site], targets: Targets | None = None
+    ) -> None:
         self.sites = list(sites)
         self.sums: dict[str, Sums] = {}
         self.tokens = dict.fromkeys(sites, 0)
+        self._targets = targets or Targets(0, 0)
+        self._weights = {site: site.oriented(site.weight(block).data) for site in sites}
+        self._sharing: dict[str, list[Site]] = defaultdict(list)
         for site in sites:
-            weight = site.oriented(site.weight(block))
-            width, device = weight.shape[1], weight.device
-            both = reference and not site.routed
-            cross = torch.zeros(width, width, device=device) if both else None
-            self.sums.setdefault(site.input, Sums(Gram(width, device), cross))
+            self._sharing[site.input].append(site)
+        for name, sharing in self._sharing.items():
+            width, device = self._weights[sharing[0]].shape[1], self._weights[sharing[0]].device
+            self.sums[name] = sums = Sums(Gram(width, device))
+            if targets is None or sharing[0].routed:
+                continue
+            if self._crossed(sharing):
+                sums.cross = torch.zeros(width, width, device=device)
+            for site in sharing:
+                if site.residual or sums.cross is None:
+                    sums.pull[site] = torch.zeros(self._weights[site].shape, device=device)
+
+    def _crossed(self, sharing: Sequence[Site]) -> bool:
+        """Whether what sites have lost by a shared input is cheaper to sum once for all of them.
+
+        Site by site it takes two products of (out, in) for each token, of which one is that of the
+        drift where a site writes to the stream; the other way one of (in, in).
+        """
+        width = self._weights[sharing[0]].shape[1]
+        return width < sum(len(self._weights[site]) * (2 - site.residual) for site in sharing)
 
     def run(
         self,
@@ -209,21 +247,23 @@ class Capture:
     @full_precision()
     def _sum_both(self, passing: Passing, site: Site, rows: Tensor, reference: Reference) -> None:
         """Sum a batch of both streams; tokens weighted where a site writes to the stream."""
-        sums, pruned = self.sums[site.input], rows.float()
-        lost = passing.dense(site, rows).float() - pruned
-        writers = [s for s in self.sites if s.input == site.input and s.residual]
-        if writers:
-            assert reference.scale is not None
-            assert passing.drift is not None
-            here = passing.here(site, rows)
-            scale = reference.scale[here]
-            pruned, lost = pruned / scale, lost.div_(scale)
-            pull = (passing.drift[here] / scale).T @ pruned
-            for writer in writers:
-                sums.drift[writer] = sums.drift[writer] + pull if writer in sums.drift else pull
-        assert sums.cross is not None
-        sums.gram.add(pruned)
-        sums.cross.addmm_(lost.T, pruned)
+        assert reference.scale is not None
+        assert passing.drift is not None
+        sums, pruned, here = self.sums[site.input], rows.float(), passing.here(site, rows)
+        lost, drift = passing.dense(site, rows).float() - pruned, passing.drift[here]
+        writes = any(s.residual for s in self._sharing[site.input])
+        scale = reference.scale[here] if writes else pruned.new_ones(())
+        weighted = pruned / scale.square() if writes else pruned
+        sums.gram.add(pruned / scale if writes else pruned)
+        if sums.cross is not None:
+            sums.cross.addmm_(lost.T, weighted)
+        own = {s: lost @ self._weights[s].float().T for s in sums.pull if sums.cross is None}
+        for each, pull in sums.pull.items():
+            error = self._targets.error(own.get(each), drift if each.residual else None)
+            pull.addmm_(error.T, weighted)
+        for each in own:
+            if each.residual:
+                passing.anticipate(each, here, own[each])
 
     def assert_coverage(self, tokens: int) -> None:
         """Raise where a site has not seen every one of ``tokens`` as often as it should."""

@@ -140,7 +140,11 @@ def _shared_inputs(block: PlannedBlock) -> dict[str, int]:
 
 
 def _gram_bytes(block: PlannedBlock) -> int:
-    return sum(6 * width**2 * _FP32 for width in _inputs(block).values())
+    total = 0
+    for name, width in _inputs(block).items():
+        made = sum(entry.shape[0] for entry in block.pruned if entry.site.input == name)
+        total += (5 * width + min(width, made)) * width * _FP32
+    return total
 
 
 def _operations(plan: Plan, tokens: int) -> float:

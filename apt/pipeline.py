@@ -271,7 +271,7 @@ class _Run:
         left = list(at.planned.pruned)
         whole = not any(site.routed or site.calls > 1 for site in at.sites)
         if self.ordered and self.waits and whole and left:
-            with suppress(InParts), at.walk() as walk:
+            with suppress(InParts), at.walk(self.solver.targets) as walk:
                 while (name := walk.next_input()) is not None:
                     sums = walk.capture(name)
                     group = [entry for entry in left if entry.site.input == name]
@@ -296,7 +296,7 @@ class _Run:
         if self.aware:
             last = max(site.order for site in sites)
             earlier = {site: weight for site, weight in at.dense.items() if site.order < last}
-        capture = Capture(at.module, sites, reference=self.aware)
+        capture = Capture(at.module, sites, self.solver.targets)
         capture.run(self.adapter, at.module, at.index, at.batches, earlier)
         return capture.sums
 
@@ -354,12 +354,11 @@ class _Block:
         count = 1 + int((tokens - 1) // self.batches[0].tokens)
         return self.batches[:count]
 
-    def walk(self) -> Walk:
+    def walk(self, targets: Targets | None) -> Walk:
         """A walk of all batches through it."""
         ahead = [entry.site for entry in self.planned.pruned]
-        return Walk(
-            self.adapter, self.module, self.index, self.batches, self.sites, ahead, self.dense
-        )
+        block = (self.adapter, self.module, self.index)
+        return Walk(*block, self.batches, self.sites, ahead, self.dense, targets)
 
 
 def _check_finite(state: State) -> None:

@@ -16,13 +16,16 @@ shrinks whatever the pruned ones tell little about, and does so block after bloc
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from apt.adapter import Site
-from apt.capture import Sums
 from apt.solver import DampedGram
 from apt.solver.precision import full_precision
+
+if TYPE_CHECKING:
+    from apt.capture import Sums
 
 
 @dataclass(frozen=True)
@@ -37,14 +40,26 @@ class Targets:
     inputs: float = 0.25
     stream: float = 0.25
 
+    def error(self, lost: Tensor | None, drift: Tensor | None) -> Tensor:
+        """What a site is to make up for (tokens, out).
+
+        Args:
+            lost: ``(X_dense − X) Wᵀ`` (tokens, out), where that is not summed otherwise.
+            drift: ``Δ`` (tokens, out), where its product is added to the stream.
+        """
+        if lost is None:
+            assert drift is not None
+            return drift * self.stream
+        lost = lost * self.inputs
+        return lost if drift is None else lost.add_(drift, alpha=self.stream)
+
     @full_precision()
-    def weight(self, dense: Tensor, site: Site, sums: Sums, damped: DampedGram) -> Tensor:
+    def weight(self, dense: Tensor, site: Site, sums: "Sums", damped: DampedGram) -> Tensor:
         """``T`` (out, in), to be pruned in place of the dense weight ``W`` (out, in)."""
-        pull = dense.new_zeros(())
-        if self.inputs and sums.cross is not None:
-            pull = dense @ sums.cross * self.inputs
-        if self.stream and site in sums.drift:
-            pull = pull + sums.drift[site] * self.stream
-        if not pull.ndim:
+        pull = sums.pull.get(site)
+        if sums.cross is not None:
+            lost = dense @ sums.cross * self.inputs
+            pull = lost if pull is None else lost.add_(pull)
+        if pull is None or not (self.inputs or self.stream):
             return dense
         return dense + damped.solve(pull.to(damped.matrix.dtype) / sums.gram.tokens).to(dense)

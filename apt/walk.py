@@ -17,6 +17,7 @@ from apt.adapter import Adapter, Site, State
 from apt.batches import Batch
 from apt.capture import Capture, Passing, Sums, as_rows
 from apt.suspend import Suspended
+from apt.targets import Targets
 
 _Product = tuple[Site, Tensor]
 
@@ -77,6 +78,7 @@ class Walk:
         sites: all sites of the block, none of which is routed or multiplied more than once.
         ahead: the sites among them that are to be captured.
         dense: the dense weights (out, in) of those that write to the residual stream.
+        targets: how much of the error so far they make up for; None where there is no dense stream.
     """
 
     def __init__(
@@ -88,8 +90,9 @@ class Walk:
         sites: Sequence[Site],
         ahead: Sequence[Site],
         dense: Mapping[Site, Tensor],
+        targets: Targets | None = None,
     ) -> None:
-        self._block, self._dense = block, dense
+        self._block, self._dense, self._targets = block, dense, targets
         self._weights = {site: site.oriented(site.weight(block).data) for site in sites}
         self._ahead: dict[str, list[Site]] = {}
         for site in ahead:
@@ -136,8 +139,7 @@ class Walk:
             if lane.at is None or len(lane.at[1]) != lane.passing.tokens:
                 raise InParts
             reached.append((lane.passing, *lane.at))
-        reference = self._lanes[0].passing.reference is not None
-        capture = Capture(self._block, self._ahead.pop(name), reference=reference)
+        capture = Capture(self._block, self._ahead.pop(name), self._targets)
         for passing, site, rows in reached:
             capture.take(passing, site, rows)
         self._captures[name] = capture

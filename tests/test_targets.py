@@ -15,6 +15,7 @@ from apt.pipeline import prune_blocks
 from apt.plan import make_plan
 from apt.solver import NM, Gram, SolverOptions, ss
 from apt.targets import Targets
+from apt.walk import Walk
 from tests.families import CONFIGS, FAMILIES, random_model, random_tokens, zoo_model
 
 
@@ -45,41 +46,88 @@ def disturbed(model, share=0.2):
     return other
 
 
-def test_the_sums_are_those_of_both_streams(adapter_of):
-    """Block 1 of a LLaMA behind a disturbed block 0, against hooks on the two whole models."""
+@pytest.fixture
+def behind(adapter_of):
+    """Block 1 of a LLaMA behind a disturbed block 0: both models, the adapter, and its batches."""
     dense = random_model("llama")
-    pruned, tokens = disturbed(dense), random_tokens()
-    adapter = adapter_of(dense)
-    batches = enter(adapter, dense, tokens, reference=True)
+    pruned, adapter = disturbed(dense), adapter_of(dense)
+    batches = enter(adapter, dense, random_tokens(), reference=True)
     block = pruned.model.layers[1]
     with torch.no_grad():
         for batch in batches:
             batch.reference.state = adapter.step(dense.model.layers[0], batch.state, batch.calls[0])
             batch.state = adapter.step(pruned.model.layers[0], batch.state, batch.calls[0])
-        sites = adapter.sites(block)
-        advance_reference(adapter, block, 1, batches, sites)
-        block.self_attn.o_proj.weight.data *= 0.9  # pruned by now, and down_proj must see it
-        earlier = {s: dense.model.layers[1].self_attn.o_proj.weight for s in sites if s.order == 1}
-        capture = Capture(block, sites, reference=True)
-        capture.run(adapter, block, 1, batches, earlier)
+        advance_reference(adapter, block, 1, batches, adapter.sites(block))
+    return dense, pruned, adapter, batches
+
+
+def by_order(sites):
+    """Sites in groups, in the order of execution."""
+    return [[s for s in sites if s.order == order] for order in sorted({s.order for s in sites})]
+
+
+def test_the_sums_are_those_of_both_streams(behind):
+    """Against hooks on the two whole models."""
+    dense, pruned, adapter, batches = behind
+    block, targets, sums = pruned.model.layers[1], Targets(0.3, 0.6), {}
+    sites, earlier = adapter.sites(block), {}
+    with torch.no_grad():
+        for group in by_order(sites):
+            capture = Capture(block, group, targets)
+            capture.run(adapter, block, 1, batches, earlier)
+            sums |= capture.sums
+            if group[0].name == "self_attn.o_proj":
+                earlier = {group[0]: group[0].weight(block).clone()}
+                group[0].weight(block).mul_(0.9)  # pruned by now, and down_proj must see it
     names = [f"model.layers.1.{site.name}" for site in sites]
     names += ["model.layers.1.input_layernorm", "model.layers.1.post_attention_layernorm"]
-    ours, theirs = inputs_of(pruned, names, tokens), inputs_of(dense, names, tokens)
+    ours, theirs = (inputs_of(model, names, random_tokens()) for model in (pruned, dense))
     size = theirs["model.layers.1.input_layernorm"].square().mean(1)
     weights = (1 / size) / (1 / size).mean()
     streams = {"self_attn.o_proj": "input_layernorm", "mlp.down_proj": "post_attention_layernorm"}
     for site in sites:
         name = f"model.layers.1.{site.name}"
-        x, lost = ours[name], theirs[name] - ours[name]
+        weight = dense.get_submodule(name).weight
+        x, error = ours[name], 0.3 * (theirs[name] - ours[name]) @ weight.T
         weighted = x * weights[:, None] if site.residual else x
-        sums = capture.sums[site.input]
-        torch.testing.assert_close(sums.gram.matrix, weighted.T @ x, rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(sums.cross, lost.T @ weighted, rtol=1e-3, atol=1e-4)
         if site.residual:
             stream = f"model.layers.1.{streams[site.name]}"
-            drift = (theirs[stream] - ours[stream]).T @ weighted
-            torch.testing.assert_close(sums.drift[site], drift, rtol=1e-3, atol=1e-4)
-    assert {site.name for sums in capture.sums.values() for site in sums.drift} == set(streams)
+            error += 0.6 * (theirs[stream] - ours[stream])
+        own = sums[site.input]
+        torch.testing.assert_close(own.gram.matrix, weighted.T @ x, rtol=1e-3, atol=1e-4)
+        damped = own.gram.damped(0.01)
+        expected = weight + damped.solve(error.T @ weighted / len(x))
+        found = targets.weight(weight, site, own, damped)
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    crossed = {name for name, own in sums.items() if own.cross is not None}
+    assert crossed == {"attention", "mlp"}  # narrower than all that is made of them
+
+
+def test_a_walk_sums_what_runs_of_the_block_do(behind):
+    _, pruned, adapter, batches = behind
+    block, targets, earlier = pruned.model.layers[1], Targets(0.3, 0.6), {}
+    sites = adapter.sites(block)
+    dense = {site: site.weight(block).clone() for site in sites if site.residual}
+    compared = []
+    with torch.no_grad(), Walk(adapter, block, 1, batches, sites, sites, dense, targets) as walk:
+        while (name := walk.next_input()) is not None:
+            alone = Capture(block, group := [s for s in sites if s.input == name], targets)
+            sums = walk.capture(name)
+            alone.run(adapter, block, 1, batches, earlier)
+            for site in group:
+                for both in zip(
+                    [sums.cross, sums.pull.get(site)],
+                    [alone.sums[name].cross, alone.sums[name].pull.get(site)],
+                    strict=True,
+                ):
+                    assert (both[0] is None) == (both[1] is None)
+                    if both[0] is not None:
+                        torch.testing.assert_close(*both, rtol=1e-3, atol=1e-3)
+                        compared.append(site.name)
+                site.weight(block).mul_(0.8)
+                earlier |= {site: dense[site]} if site.residual else {}
+        walk.finish(leave=False)
+    assert set(compared) == {site.name for site in sites}
 
 
 def test_the_target_solves_its_normal_equations():
@@ -90,7 +138,7 @@ def test_the_target_solves_its_normal_equations():
     from apt.capture import Sums
 
     site = Site("out", "out.weight", "x", residual=True)
-    sums = Sums(Gram.of(pruned), (dense - pruned).T @ pruned, {site: drift.T @ pruned})
+    sums = Sums(Gram.of(pruned), (dense - pruned).T @ pruned, {site: 0.6 * drift.T @ pruned})
     damped = sums.gram.damped(0.01)
     found = Targets(0.3, 0.6).weight(weight, site, sums, damped)
     wanted = pruned @ weight.T + 0.3 * (dense - pruned) @ weight.T + 0.6 * drift
