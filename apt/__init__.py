@@ -1,7 +1,8 @@
 """APT: one-shot post-training pruning of language models.
 
 ``apt.prune`` prunes an in-memory model, ``apt.prune_copy`` a copy of it, with ``apt.Ranks`` on
-several processes together; `apt.solver` works on plain tensors; the command line is in `apt.cli`.
+several processes together; ``apt.own_text`` is text to calibrate on that a model writes itself.
+`apt.solver` works on plain tensors; the command line is in `apt.cli`.
 Importing this package does not import torch.
 """
 
@@ -13,10 +14,16 @@ from apt.errors import AptError
 if TYPE_CHECKING:
     from apt.api import prune, prune_copy
     from apt.ranks import Ranks
+    from apt.self_calibration import own_text
 
-__all__ = ["AptError", "Ranks", "__version__", "prune", "prune_copy"]
+__all__ = ["AptError", "Ranks", "__version__", "own_text", "prune", "prune_copy"]
 __version__ = "0.1.0"
-_LAZY = {"prune": "apt.api", "prune_copy": "apt.api", "Ranks": "apt.ranks"}
+_LAZY = {
+    "prune": "apt.api",
+    "prune_copy": "apt.api",
+    "Ranks": "apt.ranks",
+    "own_text": "apt.self_calibration",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,6 @@
 """How a run goes about its blocks: error-aware or strictly layer-wise, in order, tuned or not."""
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -19,6 +20,10 @@ RECONSTRUCTION: dict[Effort, Reconstruction | None] = {
 }
 """How the blocks of an error-aware run are tuned, by effort; by default at a cost that does not
 grow with the tokens."""
+
+
+SELF_CALIBRATION: dict[Effort, float] = {"best": 0.25}
+"""Samples that the model writes for each that is given, in an error-aware run, by effort."""
 
 
 @dataclass(frozen=True)
@@ -66,3 +71,10 @@ def choose_mode(
         tuned,
         aware if ordered is None else ordered,
     )
+
+
+def choose_own_samples(method: MethodSpec, mode: Mode, samples: int) -> int:
+    """How many samples the model writes beside those that are given, where it is not said."""
+    aware = mode.targets is not None and method.efforts
+    share = SELF_CALIBRATION.get(mode.options.effort, 0.0) if aware else 0.0
+    return math.ceil(share * samples)

@@ -16,13 +16,14 @@ from apt.checkpoint import check_output, check_space, save_model, whole_director
 from apt.errors import AptError
 from apt.events import Observer, SitePruned, telling
 from apt.journal import workplace
-from apt.mode import Mode, choose_mode
+from apt.mode import Mode, choose_mode, choose_own_samples
 from apt.models import Model, find, fingerprint, load, load_tokenizer, skeleton
 from apt.pipeline import prune_blocks
 from apt.plan import Plan, Selection, make_plan
 from apt.plugins import Registry
 from apt.ranks import Ranks
 from apt.report import Report
+from apt.self_calibration import mixed, own_text
 from apt.solver import EFFORTS, Pattern, SolverOptions, Unstructured
 from apt.specs import MethodSpec
 from apt.text import calibration_tokens, digest, documents, evaluation_tokens
@@ -48,6 +49,7 @@ class RunOptions:
     samples: int = 128
     seqlen: int = 2048
     seed: int = 0
+    own_samples: int | None = None
     device: str = "auto"
     dtype: str = "auto"
     error_aware: bool | None = None
@@ -137,14 +139,30 @@ def prepare(
         options, pattern=pattern, method=method.name, adapter=shell.spec.name, seqlen=seqlen
     )
     mode = choose_mode(method, options.solver, options.error_aware, options.ordered)
-    options = replace(options, solver=mode.options)
+    own = _own_samples(options, method, mode, notice)
+    options = replace(options, solver=mode.options, own_samples=own)
     return Prepared(options, registry, shell, plan, method, mode, choose_device(options.device))
+
+
+def _own_samples(
+    options: RunOptions, method: MethodSpec, mode: Mode, notice: Callable[[str], None]
+) -> int:
+    """How many samples the model writes itself."""
+    if options.own_samples is not None:
+        return options.own_samples
+    count = choose_own_samples(method, mode, options.samples)
+    if count and options.stream:
+        notice(f"own samples: 0 (not {count}: a model that is streamed writes no text)")
+        return 0
+    return count
 
 
 def _check_numbers(options: RunOptions) -> None:
     solver = options.solver
-    if options.samples < 1 or options.seqlen < 2:
-        raise AptError("--samples must be at least 1 and --seqlen at least 2")
+    if min(options.samples, options.own_samples or 0) < 0 or options.seqlen < 2:
+        raise AptError("--samples and --own-samples must not be negative, --seqlen at least 2")
+    if not options.samples and not options.own_samples:
+        raise AptError("--samples must be at least 1", "or let the model write --own-samples")
     if solver.damping is not None and not 0 <= solver.damping < math.inf:
         raise AptError(f"--damping {solver.damping:g} is not a number from 0 up")
     if solver.block_size is not None and solver.block_size < 1:
@@ -217,6 +235,10 @@ def execute(
     status("loading the model")
     model = load(prepared.shell, read_dtype(options.dtype), prepared.device)
     check_vocabulary(tokens, model.module, model.source.reference)
+    if options.own_samples:
+        status("writing text to calibrate on")
+        own = own_text(model.module, options.own_samples, options.seqlen, options.seed)
+        tokens = ranks.share(mixed(tokens, own, options.seed))
     origin = {
         "reference": options.model,
         "type": model.config.model_type,
@@ -238,7 +260,12 @@ def execute(
     report = Report(
         options.record() | prepared.mode.record(),
         origin,
-        {"source": options.calibration, "shape": list(tokens.shape), "sha256": digest(tokens)},
+        {
+            "source": options.calibration,
+            "own_samples": options.own_samples,
+            "shape": list(tokens.shape),
+            "sha256": digest(tokens),
+        },
         sites,
         [site.name for site in prepared.plan.sites if site.pattern is None],
         time.perf_counter() - started,
@@ -265,17 +292,18 @@ def _bytes(prepared: Prepared) -> int:
 
 
 def texts(prepared: Prepared, tokenizer: Any) -> tuple[Tensor, Tensor | None]:
-    """The tokens to calibrate on, and those to measure on where that is asked for."""
+    """The tokens to calibrate on that are given, and those to measure on if any are asked for."""
     options, registry = prepared.options, prepared.registry
-    found = documents(options.calibration, "calibration", registry)
+    found = documents(options.calibration, "calibration", registry) if options.samples else ()
     tokens = calibration_tokens(
         tokenizer, found, options.samples, options.seqlen, options.seed, options.calibration
     )
     if options.evaluation is None:
         return tokens, None
     found = documents(options.evaluation, "evaluation", registry)
+    most = options.samples or options.own_samples
     held_out = evaluation_tokens(
-        tokenizer, found, options.samples, options.seqlen, options.evaluation, fewer=True
+        tokenizer, found, most, options.seqlen, options.evaluation, fewer=True
     )
     return tokens, held_out
 
@@ -283,7 +311,7 @@ def texts(prepared: Prepared, tokenizer: Any) -> tuple[Tensor, Tensor | None]:
 def check_vocabulary(tokens: Tensor, module: nn.Module, reference: str) -> None:
     """Raise where a token has no embedding."""
     vocabulary = module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    if int(tokens.max()) >= vocabulary:
+    if tokens.numel() and int(tokens.max()) >= vocabulary:
         raise AptError(
             f"the tokenizer of {reference} gives ids up to {int(tokens.max())}, "
             f"but the model has {vocabulary} embeddings",

@@ -174,7 +174,12 @@ def _unfinished(prepared: Prepared, tokens: Tensor, sha256: str) -> Report:
             "adapter": shell.spec.name,
             "sha256": sha256,
         },
-        {"source": options.calibration, "shape": list(tokens.shape), "sha256": digest(tokens)},
+        {
+            "source": options.calibration,
+            "own_samples": 0,
+            "shape": list(tokens.shape),
+            "sha256": digest(tokens),
+        },
         [],
         [site.name for site in prepared.plan.sites if site.pattern is None],
         0.0,
@@ -232,6 +237,7 @@ def check_streamable(prepared: Prepared) -> None:
     for given, what in (
         (options.allocation != UNIFORM, "--allocation"),
         (options.dtype != "auto", "--dtype"),
+        (bool(options.own_samples), "--own-samples"),
     ):
         if given:
             raise AptError(f"{what} needs the whole model in memory", "leave out --stream or it")

@@ -115,6 +115,8 @@ def calibration_tokens(
     tokenizer: Any, texts: Iterable[str], samples: int, seqlen: int, seed: int, source: str
 ) -> Tensor:
     """``samples`` windows (samples, seqlen), drawn without overlap by ``seed``."""
+    if not samples:
+        return torch.empty(0, seqlen, dtype=torch.long)
     # Four times as many windows as are drawn, so that a seed matters on a large source.
     tokens = tokenize(tokenizer, texts, limit=4 * samples * seqlen)
     cut = windows(tokens, samples, seqlen, source)

@@ -33,6 +33,11 @@ def prune(
     ),
     samples: int = typer.Option(128, "--samples", help="Calibration samples."),
     seqlen: int = typer.Option(2048, "--seqlen", help="Tokens a sample; at most the positions."),
+    own_samples: int | None = typer.Option(
+        None, "--own-samples", metavar="N",
+        help="Samples more that the model writes itself: by default a fourth of --samples with "
+        "--effort best, else none.",
+    ),
     output: Path | None = typer.Option(None, "--output", "-o", help="Directory to write."),
     evaluation: str | None = typer.Option(
         None, "--eval", metavar="SRC", help="Measure on this text before and after."
@@ -111,6 +116,7 @@ def prune(
         samples=samples,
         seqlen=seqlen,
         seed=seed,
+        own_samples=own_samples,
         device=device,
         dtype=dtype,
         error_aware=error_aware,
@@ -171,7 +177,7 @@ def _show_plan(prepared: "Prepared") -> None:
     show_plan(
         prepared.shell,
         prepared.plan,
-        options.samples,
+        options.samples + (options.own_samples or 0),
         options.seqlen,
         prepared.device,
         streamed=options.stream,

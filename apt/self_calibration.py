@@ -1,0 +1,68 @@
+"""Text to calibrate on that the model writes itself.
+
+Weights that are fitted to one kind of text lose more on others. What a model writes, begun with
+tokens drawn at random, is spread over all that it was trained on, and needs no data: that is
+self-calibration (Williams et al., arXiv 2410.17170), here beside text that is given, or alone.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from apt.errors import AptError
+from apt.eval_mode import eval_mode
+
+_PIECE = 512  # tokens that are written in one go; a longer sample is several
+_AT_ONCE = 16  # pieces
+
+
+@torch.no_grad()
+def own_text(model: nn.Module, samples: int, seqlen: int, seed: int = 0) -> Tensor:
+    """Token ids (samples, seqlen) as the model draws them, without a bias to likely ones.
+
+    A sample is one piece of text or, where it is long, several; each begins with any token.
+
+    Args:
+        model: a causal language model of transformers.
+        samples, seqlen: how much.
+        seed: draws it: the same text on the same machine.
+
+    Raises:
+        AptError: the model cannot generate.
+    """
+    generate = getattr(model, "generate", None)
+    if generate is None:
+        raise AptError(
+            f"{type(model).__name__} cannot write text to calibrate on",
+            "use --own-samples 0",
+        )
+    device, vocabulary = next(model.parameters()).device, _vocabulary(model)
+    piece = min(seqlen, _PIECE)
+    count = math.ceil(samples * seqlen / piece)
+    draw = torch.Generator().manual_seed(seed)
+    starts = torch.randint(vocabulary, (count, 1), generator=draw).to(device)
+    how = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+        max_new_tokens=piece - 1, min_new_tokens=piece - 1, pad_token_id=0,
+    )  # fmt: skip
+    devices = [device] if device.type == "cuda" else []
+    with eval_mode(model), torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        parts = [
+            generate(part, attention_mask=torch.ones_like(part), generation_config=how)
+            for part in torch.split(starts, _AT_ONCE)
+        ]
+    return torch.cat(parts).cpu().flatten()[: samples * seqlen].view(samples, seqlen)
+
+
+def mixed(given: Tensor, own: Tensor, seed: int = 0) -> Tensor:
+    """Both, (samples, seqlen), in an order drawn by ``seed``."""
+    both = torch.cat([given, own])
+    return both[torch.randperm(len(both), generator=torch.Generator().manual_seed(seed))]
+
+
+def _vocabulary(model: nn.Module) -> int:
+    embeddings: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
+    return min(len(embeddings), getattr(model.config, "vocab_size", None) or len(embeddings))
