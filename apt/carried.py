@@ -12,7 +12,8 @@ from apt.adapter import Adapter, passed_on, stubbed
 from apt.batches import Batch, enter
 from apt.errors import AptError
 from apt.eval_mode import eval_mode
-from apt.hollow import Shelf, assemble, directory, names_in
+from apt.hollow import Shelf, assemble, directory
+from apt.layout import layout_of
 from apt.models import Model
 from apt.shards import Shards
 
@@ -27,9 +28,9 @@ def streamed(shell: Model, tokens: Tensor, device: str) -> Iterator[nn.Module]:
         device: where it is run.
     """
     shards = Shards(directory(shell))
-    names = names_in(shell, shards)
-    module = assemble(shell, shards, names, device)
-    shelf = Shelf(shards, names, dict(shell.adapter.blocks(module)), device)
+    layout = layout_of(shell, shards)
+    module = assemble(shell, shards, layout, device)
+    shelf = Shelf(shards, layout, dict(shell.adapter.blocks(module)), device)
     with carried(module, shell.adapter, tokens, shelf):
         yield module
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from apt.errors import AptError
 from apt.formats import find_file
+from apt.layout import Layout, layout_of
 from apt.models import Model
 from apt.shards import Shards
 
@@ -21,7 +22,7 @@ class Shelf:
 
     Args:
         shards: the checkpoint.
-        names: from the model's weights to the checkpoint's.
+        layout: what the model's parameters are made of there.
         blocks: the modules by name, on the meta device.
         device: where a block is loaded to.
     """
@@ -29,11 +30,11 @@ class Shelf:
     def __init__(
         self,
         shards: Shards,
-        names: Mapping[str, str],
+        layout: Layout,
         blocks: Mapping[str, nn.Module],
         device: str,
     ) -> None:
-        self._shards, self._names, self._blocks, self._device = shards, names, blocks, device
+        self._shards, self._layout, self._blocks, self._device = shards, layout, blocks, device
 
     @contextmanager
     def open(self, name: str, dense: dict[str, Tensor] | None = None) -> Iterator[nn.Module]:
@@ -53,17 +54,31 @@ class Shelf:
         Raises:
             AptError: a value is not finite.
         """
-        read = {}
-        for path, _ in self._blocks[name].named_parameters():
-            tensor = self._shards.read(key := self._names[f"{name}.{path}"])
-            if not torch.isfinite(tensor).all():
-                raise AptError(
-                    f"{key} holds values that are not finite",
-                    "the checkpoint is damaged; get it again",
-                )
-            pinned = self._device.startswith("cuda")
+        pinned, read = self._device.startswith("cuda"), {}
+        for path, parameter in self._blocks[name].named_parameters():
+            tensor = self._parameter(f"{name}.{path}", parameter.shape)
             read[path] = tensor.pin_memory() if pinned else tensor
         return read
+
+    def _parameter(self, name: str, shape: torch.Size) -> Tensor:
+        """A parameter, put together from its pieces."""
+        pieces = self._layout[name]
+        if len(pieces) == 1:
+            return self._finite(pieces[0].key)
+        whole = torch.empty(shape, dtype=self._shards.entries[pieces[0].key].dtype)
+        for piece in pieces:
+            whole[piece.part] = self._finite(piece.key)
+        return whole
+
+    def _finite(self, key: str) -> Tensor:
+        """A tensor of the checkpoint."""
+        tensor = self._shards.read(key)
+        if not torch.isfinite(tensor).all():
+            raise AptError(
+                f"{key} holds values that are not finite",
+                "the checkpoint is damaged; get it again",
+            )
+        return tensor
 
     def restore(self, name: str) -> None:
         """Put a block that is in memory back to how it lies here."""
@@ -71,8 +86,12 @@ class Shelf:
 
     def write(self, name: str, paths: Iterable[str]) -> None:
         """Write these parameters of a block that is in memory over what lies here."""
-        block = self._blocks[name]
-        self._shards.write((self._names[f"{name}.{p}"], block.get_parameter(p)) for p in paths)
+        parameters = {path: self._blocks[name].get_parameter(path) for path in paths}
+        self._shards.write(
+            (piece.key, parameter[piece.part])
+            for path, parameter in parameters.items()
+            for piece in self._layout[f"{name}.{path}"]
+        )
 
 
 def _put(block: nn.Module, tensors: dict[str, Tensor], device: str) -> None:
@@ -87,7 +106,7 @@ def check_hollow(shell: Model) -> None:
     """Raise where a model's blocks cannot stay in its checkpoint."""
     if shell.checkpoint is not None or shell.source.gguf:
         raise AptError("only checkpoints of transformers can be streamed", "apt convert it first")
-    names_in(shell, Shards(directory(shell)))
+    layout_of(shell, Shards(directory(shell)))
 
 
 def directory(shell: Model) -> Path:
@@ -103,28 +122,7 @@ def directory(shell: Model) -> Path:
     return found.parent
 
 
-def names_in(shell: Model, shards: Shards) -> dict[str, str]:
-    """From the model's weights to the checkpoint's, where that has them."""
-    prefix = f"{getattr(shell.module, 'base_model_prefix', '')}."
-    names = {}
-    for name in shell.module.state_dict():
-        for known in (name, name.removeprefix(prefix)):
-            if known in shards:
-                names[name] = known
-                break
-    for block, module in shell.adapter.blocks(shell.module):
-        for name, parameter in module.named_parameters():
-            key = names.get(f"{block}.{name}")
-            if key is None or shards.entries[key].shape != tuple(parameter.shape):
-                raise AptError(
-                    f"{shell.source.reference} cannot be streamed: it does not hold {block}.{name} "
-                    "as the model has it",
-                    "leave out --stream",
-                )
-    return names
-
-
-def assemble(shell: Model, shards: Shards, names: dict[str, str], device: str) -> nn.Module:
+def assemble(shell: Model, shards: Shards, layout: Layout, device: str) -> nn.Module:
     """The model with its blocks on the meta device and everything else in memory.
 
     What a model makes for itself, tables of positions for instance, comes from one of a single
@@ -137,7 +135,9 @@ def assemble(shell: Model, shards: Shards, names: dict[str, str], device: str) -
     ).eval()
     made = {n: b.to(device) for n, b in shell.adapter.blocks(single)[0][1].named_buffers()}
     outer = {
-        n: names[n] for n in single.state_dict() if n in names and not n.startswith(f"{parent}.")
+        name: layout[name][0].key
+        for name in single.state_dict()
+        if name in layout and not name.startswith(f"{parent}.")
     }
     single.set_submodule(parent, nn.ModuleList())
     vars(single.config).update(vars(shell.config))

@@ -26,8 +26,9 @@ from apt.disk import OnDisk, sites_of
 from apt.errors import AptError, first_line
 from apt.estimate import activations_on_disk
 from apt.events import Observer, SitePruned, telling
-from apt.hollow import Shelf, assemble, check_hollow, directory, names_in
+from apt.hollow import Shelf, assemble, check_hollow, directory
 from apt.journal import Workplace
+from apt.layout import layout_of
 from apt.models import load_tokenizer
 from apt.pipeline import prune_blocks
 from apt.ranks import Ranks
@@ -111,12 +112,12 @@ class _Run:
             return [site for line in self.work.lines for site in sites_of(line)]
         prepared, shell = self.prepared, self.prepared.shell
         self.status("loading what is not in blocks")
-        names = names_in(shell, self.shards)
-        module = assemble(shell, self.shards, names, prepared.device)
+        layout = layout_of(shell, self.shards)
+        module = assemble(shell, self.shards, layout, prepared.device)
         check_vocabulary(tokens, module, shell.source.reference)
         blocks = dict(shell.adapter.blocks(module))
         dense, pruned = (
-            Shelf(shards, names, blocks, prepared.device)
+            Shelf(shards, layout, blocks, prepared.device)
             for shards in (self.shards, Shards(self.work.out))
         )
         on_disk = prepared.options.activations == "disk"

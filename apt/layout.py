@@ -1,0 +1,77 @@
+"""Which tensors of a checkpoint the parameters of a model are made of."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from apt.errors import AptError
+from apt.models import Model
+from apt.shards import Shards
+
+_STACKED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+"""Parameters that stack what checkpoints hold expert by expert, and the parts of each slice."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor of a checkpoint.
+
+    Args:
+        key: its name there.
+        part: which part of the parameter it is; all of it by default.
+    """
+
+    key: str
+    part: tuple[int | slice, ...] = ()
+
+
+Layout = Mapping[str, Sequence[Piece]]
+
+
+def layout_of(shell: Model, shards: Shards) -> Layout:
+    """The pieces of all parameters that a checkpoint holds.
+
+    Raises:
+        AptError: it does not hold one of those in blocks, or in another shape.
+    """
+    prefix = f"{getattr(shell.module, 'base_model_prefix', '')}."
+    found = {}
+    for name, tensor in shell.module.state_dict().items():
+        for known in (name, name.removeprefix(prefix)):
+            if pieces := _pieces(known, tuple(tensor.shape), shards):
+                found[name] = pieces
+                break
+    for block, module in shell.adapter.blocks(shell.module):
+        for name, parameter in module.named_parameters():
+            pieces = found.get(f"{block}.{name}", [])
+            if not pieces or not _fit(pieces, parameter, shards):
+                raise AptError(
+                    f"{shell.source.reference} cannot be streamed: it does not hold {block}.{name} "
+                    "as the model has it",
+                    "leave out --stream",
+                )
+    return found
+
+
+def _pieces(name: str, shape: tuple[int, ...], shards: Shards) -> list[Piece]:
+    """What a parameter is made of; nothing where it is not there."""
+    if name in shards:
+        return [Piece(name)]
+    owner, _, own = name.rpartition(".")
+    kinds = _STACKED.get(own, ()) if len(shape) == 3 else ()
+    pieces = []
+    for expert in range(shape[0] if kinds else 0):
+        rows = shape[1] // len(kinds)
+        for place, kind in enumerate(kinds):
+            here = slice(place * rows, (place + 1) * rows)
+            pieces.append(Piece(f"{owner}.{expert}.{kind}.weight", (expert, here)))
+    return pieces if all(piece.key in shards for piece in pieces) else []
+
+
+def _fit(pieces: Sequence[Piece], parameter: torch.Tensor, shards: Shards) -> bool:
+    """Whether every piece has the shape and all have the precision that they should."""
+    entries = [shards.entries[piece.key] for piece in pieces]
+    shapes = [tuple(parameter[piece.part].shape) for piece in pieces]
+    same = len({entry.dtype for entry in entries}) == 1
+    return same and [entry.shape for entry in entries] == shapes
