@@ -22,6 +22,7 @@ from apt.plugins import Registry, registry
 from apt.specs import AdapterSpec
 
 ZOO = "zoo:"
+_MOST_LAYERS = 10_000
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,12 @@ def _configured(source: Source, registry: Registry) -> tuple[Checkpoint | None, 
 
 def _empty(source: Source, config: Any) -> nn.Module:
     """A model without weights, in eval mode."""
+    layers = getattr(config, "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > _MOST_LAYERS:  # each is a module, also without weights
+        raise AptError(
+            f"{source.reference} does not load: it would have {layers:,} layers",
+            "is its config.json damaged?",
+        )
     with _loading(source), torch.device("meta"):
         module: nn.Module = AutoModelForCausalLM.from_config(
             config, trust_remote_code=source.trust_remote_code

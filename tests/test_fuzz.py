@@ -60,7 +60,8 @@ def test_a_configuration_of_mamba_ssm(tmp_path, config, width):
 FIELDS = ["hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size", "hidden_act",
           "intermediate_size", "rope_theta", "rope_parameters", "head_dim", "model_type",
           "max_position_embeddings", "tie_word_embeddings", "dtype", "architectures", "auto_map",
-          "pad_token_id", "rms_norm_eps", "layer_types", "use_cache"]  # fmt: skip
+          "pad_token_id", "rms_norm_eps", "layer_types", "use_cache",
+          "num_hidden_layers"]  # fmt: skip
 
 
 @anything
@@ -71,6 +72,7 @@ FIELDS = ["hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_si
 )
 @example(variant="llama", field="hidden_size", value="abc")
 @example(variant="llama", field="num_attention_heads", value=0)
+@example(variant="llama", field="num_hidden_layers", value=2**70)
 @example(variant="bloom", field="model_type", value=None)
 def test_a_configuration_of_transformers(tmp_path, variant, field, value):
     config = random_model(variant).config.to_dict() | {field: value}
