@@ -67,6 +67,21 @@ def test_a_streamed_run_reads_ahead_and_prunes_as_on_the_cpu(where, checkpoint, 
     assert apt("verify", "cuda").code == 0
 
 
+def test_a_model_writes_the_same_text_again():
+    model = random_model("llama").cuda()
+    first, again = (library.own_text(model, 3, 40, seed=1) for _ in range(2))
+    assert first.device.type == "cpu"
+    assert torch.equal(first, again)
+    assert int(first.max()) < model.config.vocab_size
+
+
+def test_metrics_are_measured_block_by_block_as_on_the_cpu(checkpoint, apt):
+    command = ("eval", checkpoint("llama"), "--samples", 4, "--seqlen", 24, "--json")
+    known = json.loads(apt(*command, "--device", "cpu").out)
+    found = json.loads(apt(*command, "--device", "cuda", "--stream").out)
+    assert found["perplexity"] == pytest.approx(known["perplexity"], rel=1e-3)
+
+
 def test_tf32_does_not_reach_the_solver():
     weight, gram = problem(1, 64, 128)
     weight, matrix = weight.float().cuda(), gram.matrix.float().cuda()
