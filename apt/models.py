@@ -242,7 +242,10 @@ def load_tokenizer(source: Source, other: str | None = None) -> Any:
     """The model's tokenizer, or that of the directory or hub name ``other``."""
     options = source.options() if other is None else {}
     try:
-        return AutoTokenizer.from_pretrained(other or source.location, **options)
+        found = AutoTokenizer.from_pretrained(other or source.location, **options)
+        if len(found) <= len(found.all_special_tokens):  # made from no file, for some families
+            raise ValueError("there is no file with a vocabulary")
+        return found
     except Exception as error:  # `tokenizers` raises bare exceptions
         raise AptError(
             f"{other or source.reference} has no tokenizer that loads: {first_line(error)}",

@@ -133,6 +133,14 @@ def test_configs_that_are_none(damaged, text):
     assert "\n" not in str(caught.value)
 
 
+def test_a_missing_tokenizer_of_a_family_that_makes_an_empty_one(checkpoint, tmp_path):
+    shutil.copytree(checkpoint("mamba"), tmp_path, dirs_exist_ok=True)
+    for file in tmp_path.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(AptError, match="no tokenizer that loads"):
+        load_tokenizer(find(str(tmp_path), registry()))
+
+
 def test_a_missing_tokenizer_is_one_line(damaged):
     for file in damaged.glob("tokenizer*"):
         file.unlink()

@@ -39,6 +39,7 @@ def evaluate(
     import json
 
     from apt.cli.output import err, notice, out
+    from apt.hollow import check_hollow
     from apt.models import find, load_tokenizer, skeleton
     from apt.plugins import registry
     from apt.run import capped, choose_device, read_dtype
@@ -52,6 +53,8 @@ def evaluate(
         raise AptError("--dtype needs the whole model in memory", "leave out --stream or it")
     source = find(model, registry(), trust_remote_code=trust_remote_code)
     shell = skeleton(source, registry(), adapter)
+    if stream:
+        check_hollow(shell)
     seqlen = capped(seqlen, shell, notice)
     texts = documents(data, "evaluation", registry())
     tokens = evaluation_tokens(load_tokenizer(source, tokenizer), texts, samples, seqlen, data)
@@ -77,11 +80,9 @@ def _runnable(
 ) -> "Iterator[nn.Module]":
     """The model, to be run on ``tokens``."""
     from apt.carried import streamed
-    from apt.hollow import check_hollow
     from apt.models import load
 
     if stream:
-        check_hollow(shell)
         with streamed(shell, tokens, device) as module:
             yield module
     else:
