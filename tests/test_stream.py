@@ -49,7 +49,8 @@ def sharded(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("variant", "effort"),
     [*((variant, "fast") for variant in FAMILIES.values()), ("llama", "default"),
-     ("mamba2", "default"), ("opt-350m", "fast"), *((name, "default") for name in CONFIGS if name == "jamba")],
+     ("mamba2", "default"), ("opt-350m", "fast"),
+     *((name, "default") for name in CONFIGS if name == "jamba")],
 )  # fmt: skip
 def test_a_streamed_run_gives_what_one_in_memory_gives(variant, effort, checkpoint, apt):
     model = checkpoint(variant)
