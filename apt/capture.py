@@ -163,32 +163,37 @@ class Capture:
         self, block: nn.Module, sites: Sequence[Site], targets: Targets | None = None
     ) -> None:
         self.sites = list(sites)
-        self.sums: dict[str, Sums] = {}
         self.tokens = dict.fromkeys(sites, 0)
         self._targets = targets or Targets(0, 0)
         self._weights = {site: site.oriented(site.weight(block).data) for site in sites}
         self._sharing: dict[str, list[Site]] = defaultdict(list)
         for site in sites:
             self._sharing[site.input].append(site)
-        for name, sharing in self._sharing.items():
-            width, device = self._weights[sharing[0]].shape[1], self._weights[sharing[0]].device
-            self.sums[name] = sums = Sums(Gram(width, device))
-            if targets is None or sharing[0].routed:
-                continue
-            if self._crossed(sharing):
-                sums.cross = torch.zeros(width, width, device=device)
-            for site in sharing:
-                if site.residual or sums.cross is None:
-                    sums.pull[site] = torch.zeros(self._weights[site].shape, device=device)
+        self.sums = {
+            name: self._empty(sharing, both=targets is not None and not sharing[0].routed)
+            for name, sharing in self._sharing.items()
+        }
 
-    def _crossed(self, sharing: Sequence[Site]) -> bool:
-        """Whether what sites have lost by a shared input is cheaper to sum once for all of them.
+    def _empty(self, sharing: Sequence[Site], *, both: bool) -> Sums:
+        """The sums of an input, of one stream or both, before any token.
 
-        Site by site it takes two products of (out, in) for each token, of which one is that of the
-        drift where a site writes to the stream; the other way one of (in, in).
+        What its sites have lost is summed once for all, at one product of (in, in) for each token,
+        or site by site, at two of (out, in); where a site writes to the stream, one of these is
+        needed in any case, for the drift.
         """
-        width = self._weights[sharing[0]].shape[1]
-        return width < sum(len(self._weights[site]) * (2 - site.residual) for site in sharing)
+        first = self._weights[sharing[0]]
+        width, device = first.shape[1], first.device
+        sums = Sums(Gram(width, device))
+        if not both:
+            return sums
+        if width < sum(len(self._weights[site]) * (2 - site.residual) for site in sharing):
+            sums.cross = torch.zeros(width, width, device=device)
+        sums.pull = {
+            site: torch.zeros(self._weights[site].shape, device=device)
+            for site in sharing
+            if site.residual or sums.cross is None
+        }
+        return sums
 
     def run(
         self,
@@ -251,10 +256,11 @@ class Capture:
         assert passing.drift is not None
         sums, pruned, here = self.sums[site.input], rows.float(), passing.here(site, rows)
         lost, drift = passing.dense(site, rows).float() - pruned, passing.drift[here]
-        writes = any(s.residual for s in self._sharing[site.input])
-        scale = reference.scale[here] if writes else pruned.new_ones(())
-        weighted = pruned / scale.square() if writes else pruned
-        sums.gram.add(pruned / scale if writes else pruned)
+        root = weighted = pruned
+        if any(s.residual for s in self._sharing[site.input]):
+            root = pruned / reference.scale[here]
+            weighted = root / reference.scale[here]
+        sums.gram.add(root)
         if sums.cross is not None:
             sums.cross.addmm_(lost.T, weighted)
         own = {s: lost @ self._weights[s].float().T for s in sums.pull if sums.cross is None}
