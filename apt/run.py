@@ -237,8 +237,10 @@ def execute(
     check_vocabulary(tokens, model.module, model.source.reference)
     if options.own_samples:
         status("writing text to calibrate on")
-        own = own_text(model.module, options.own_samples, options.seqlen, options.seed)
-        tokens = ranks.share(mixed(tokens, own, options.seed))
+        if ranks.first:
+            own = own_text(model.module, options.own_samples, options.seqlen, options.seed)
+            tokens = mixed(tokens, own, options.seed)
+        tokens = ranks.share(tokens)
     origin = {
         "reference": options.model,
         "type": model.config.model_type,
