@@ -241,16 +241,11 @@ def execute(
             own = own_text(model.module, options.own_samples, options.seqlen, options.seed)
             tokens = mixed(tokens, own, options.seed)
         tokens = ranks.share(tokens)
-    origin = {
-        "reference": options.model,
-        "type": model.config.model_type,
-        "adapter": model.spec.name,
-        "sha256": fingerprint(model.module),
-    }
     if options.allocation != UNIFORM:
         status(f"sharing out the sparsity ({options.allocation})")
         plan = _allocated(prepared, model, tokens)
         prepared = replace(prepared, plan=ranks.share(plan))
+    report = unfinished(prepared, tokens, fingerprint(model.module))
     scores: dict[str, Any] = {}
     if held_out is not None:
         with model.adapter.running(model.module):
@@ -259,20 +254,12 @@ def execute(
     if held_out is not None:
         with model.adapter.running(model.module):
             scores["after"] = measure(prepared, model.module, held_out, "after", status)
-    report = Report(
-        options.record() | prepared.mode.record(),
-        origin,
-        {
-            "source": options.calibration,
-            "own_samples": options.own_samples,
-            "shape": list(tokens.shape),
-            "sha256": digest(tokens),
-        },
-        sites,
-        [site.name for site in prepared.plan.sites if site.pattern is None],
-        time.perf_counter() - started,
-        scored(prepared, held_out, scores),
-        ranks.gather(ranks.work),
+    report = replace(
+        report,
+        sites=sites,
+        scores=scored(prepared, held_out, scores),
+        seconds=time.perf_counter() - started,
+        ranks=ranks.gather(ranks.work),
     )
     if not ranks.first:
         return report
@@ -284,6 +271,29 @@ def execute(
         gc.collect()
         _verify_saved(prepared, directory)
     return report
+
+
+def unfinished(prepared: Prepared, tokens: Tensor, sha256: str) -> Report:
+    """The report of a run that has not begun."""
+    options, shell = prepared.options, prepared.shell
+    return Report(
+        options.record() | prepared.mode.record(),
+        {
+            "reference": options.model,
+            "type": shell.config.model_type,
+            "adapter": shell.spec.name,
+            "sha256": sha256,
+        },
+        {
+            "source": options.calibration,
+            "own_samples": options.own_samples,
+            "shape": list(tokens.shape),
+            "sha256": digest(tokens),
+        },
+        [],
+        [site.name for site in prepared.plan.sites if site.pattern is None],
+        0.0,
+    )
 
 
 def _bytes(prepared: Prepared) -> int:

@@ -33,7 +33,7 @@ from apt.models import load_tokenizer
 from apt.pipeline import prune_blocks
 from apt.ranks import Ranks
 from apt.report import FILE, Report, versions
-from apt.run import Prepared, check_vocabulary, measure, scored, texts
+from apt.run import Prepared, check_vocabulary, measure, scored, texts, unfinished
 from apt.shards import Shards
 from apt.text import digest
 
@@ -72,7 +72,7 @@ def execute_streamed(
     status("reading text")
     tokens, held_out = texts(prepared, load_tokenizer(prepared.shell.source, options.tokenizer))
     status("hashing the model")
-    report = _unfinished(prepared, tokens, _hash(shards))
+    report = unfinished(prepared, tokens, _hash(shards))
     fingerprint = _fingerprint(report, held_out, ranks)
     with _told(options.output), _entered(work, fingerprint, resume, ranks):
         if ranks.first and not work.has("copied"):
@@ -162,29 +162,6 @@ class _Run:
         except (TypeError, ValueError) as error:
             raise self.work.damaged() from error
         return found
-
-
-def _unfinished(prepared: Prepared, tokens: Tensor, sha256: str) -> Report:
-    """The report of a run that has not begun."""
-    options, shell = prepared.options, prepared.shell
-    return Report(
-        options.record() | prepared.mode.record(),
-        {
-            "reference": options.model,
-            "type": shell.config.model_type,
-            "adapter": shell.spec.name,
-            "sha256": sha256,
-        },
-        {
-            "source": options.calibration,
-            "own_samples": 0,
-            "shape": list(tokens.shape),
-            "sha256": digest(tokens),
-        },
-        [],
-        [site.name for site in prepared.plan.sites if site.pattern is None],
-        0.0,
-    )
 
 
 def _fingerprint(report: Report, held_out: Tensor | None, ranks: Ranks) -> dict[str, Any]:
