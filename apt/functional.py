@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from apt.adapter import Adapter, Call, State
+from apt.solver.precision import multiplies_bf16
 
 
 class _Step(nn.Module):
@@ -32,11 +33,6 @@ def stream_after(
 
 def mixed_precision(weights: Sequence[Tensor]) -> torch.autocast:
     """bf16 products, where all weights are fp32 and the machine has them."""
-    device = weights[0].device.type
-    if device == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        has: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch
-        native = device == "cpu" and bool(has.get("avx512_bf16") or has.get("amx_bf16"))
+    device = weights[0].device
     whole = all(weight.dtype == torch.float32 for weight in weights)
-    return torch.autocast(device, torch.bfloat16, enabled=native and whole)
+    return torch.autocast(device.type, torch.bfloat16, enabled=whole and multiplies_bf16(device))

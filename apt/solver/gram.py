@@ -6,7 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from apt.solver.precision import full_precision
+from apt.solver.precision import full_precision, multiplies_bf16
 
 DAMPING = 0.01
 OUTLIERS = 8  # directions in which activations are far larger than elsewhere
@@ -211,13 +211,17 @@ class Scaled:
     def proximal(self, penalty: float) -> Tensor:
         """``ρ (H + ρI)⁻¹`` of the scaled matrix (in, in), with ``ρ`` the penalty.
 
-        Sites of one input ask for the same ones: as many as fit `_CACHE` are kept.
+        Its eigenvalues are between 0 and 1, so that it may be multiplied with in few bits: it is
+        bf16 where the machine multiplies that faster, unless the matrix is fp64. Sites of one input
+        ask for the same ones: as many as fit `_CACHE` are kept.
         """
         if penalty in self._proximal:
             return self._proximal[penalty]
         shifted = self.matrix.clone()
         shifted.diagonal().add_(penalty)
         inverse = positive_inverse(shifted).mul_(penalty)
+        if inverse.dtype == torch.float32 and multiplies_bf16(inverse.device):
+            inverse = inverse.bfloat16()
         if (len(self._proximal) + 1) * inverse.numel() <= _CACHE:
             self._proximal[penalty] = inverse
         return inverse

@@ -84,6 +84,23 @@ def test_more_effort_never_gives_a_worse_layer(seed, pattern):
             assert (more <= less * (1 + 1e-9)).all()
 
 
+@pytest.mark.parametrize("effort", EFFORTS)
+@pytest.mark.parametrize("pattern", ["0.5", "0.7", "2:4"])
+def test_products_of_few_bits_find_as_good_a_mask(pattern, effort, monkeypatch):
+    weight, exact = problem(13, 96, 256, tokens=1024)
+    errors, options = [], SolverOptions(effort=effort)
+    for few in (False, True):
+        monkeypatch.setattr("apt.solver.gram.multiplies_bf16", lambda device, few=few: few)
+        gram = Gram.from_sum(exact.matrix.float(), exact.tokens)
+        proximal = gram.damped(0.01).balanced.proximal(0.5)
+        assert proximal.dtype == (torch.bfloat16 if few else torch.float32)
+        solution = admm(weight.float(), gram, parse_pattern(pattern), options)
+        errors.append(error(weight.float(), gram, solution))
+    assert errors[0] != errors[1]
+    assert errors[1] < 1.003 * errors[0]
+    assert exact.damped(0.01).balanced.proximal(0.5).dtype == torch.float64
+
+
 @settings(deadline=None, max_examples=10)
 @given(seeds, st.sampled_from(["0.6", "2:4"]))
 def test_a_warm_start_is_never_made_worse(seed, pattern):
