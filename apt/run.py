@@ -23,7 +23,7 @@ from apt.plan import Plan, Selection, make_plan
 from apt.plugins import Registry
 from apt.ranks import Ranks
 from apt.report import Report
-from apt.self_calibration import mixed, own_text
+from apt.self_calibration import mixed, own_text, writes
 from apt.solver import EFFORTS, Pattern, SolverOptions, Unstructured
 from apt.specs import MethodSpec
 from apt.text import calibration_tokens, digest, documents, evaluation_tokens
@@ -139,22 +139,27 @@ def prepare(
         options, pattern=pattern, method=method.name, adapter=shell.spec.name, seqlen=seqlen
     )
     mode = choose_mode(method, options.solver, options.error_aware, options.ordered)
-    own = _own_samples(options, method, mode, notice)
+    own = _own_samples(options, method, mode, shell.module, notice)
     options = replace(options, solver=mode.options, own_samples=own)
     return Prepared(options, registry, shell, plan, method, mode, choose_device(options.device))
 
 
 def _own_samples(
-    options: RunOptions, method: MethodSpec, mode: Mode, notice: Callable[[str], None]
+    options: RunOptions,
+    method: MethodSpec,
+    mode: Mode,
+    module: nn.Module,
+    notice: Callable[[str], None],
 ) -> int:
-    """How many samples the model writes itself."""
+    """How many samples the model writes itself: of those that nobody has asked for, if it can."""
     if options.own_samples is not None:
         return options.own_samples
     count = choose_own_samples(method, mode, options.samples)
-    if count and options.stream:
-        notice(f"own samples: 0 (not {count}: a model that is streamed writes no text)")
-        return 0
-    return count
+    if not count or (writes(module) and not options.stream):
+        return count
+    what = "a model that is streamed" if options.stream else type(module).__name__
+    notice(f"own samples: 0 (not {count}: {what} writes no text)")
+    return 0
 
 
 def _check_numbers(options: RunOptions) -> None:

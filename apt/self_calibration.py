@@ -9,13 +9,19 @@ import math
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, GenerationMixin
 
 from apt.errors import AptError
 from apt.eval_mode import eval_mode
+from apt.functional import mixed_precision
 
-_PIECE = 512  # tokens that are written in one go; a longer sample is several
-_AT_ONCE = 16  # pieces
+_PIECE = 256  # tokens that are written in one go; a longer sample is several
+_AT_ONCE = 32  # pieces
+
+
+def writes(model: nn.Module) -> bool:
+    """Whether it can write text: whether transformers knows how to generate with it."""
+    return isinstance(model, GenerationMixin)
 
 
 @torch.no_grad()
@@ -32,8 +38,7 @@ def own_text(model: nn.Module, samples: int, seqlen: int, seed: int = 0) -> Tens
     Raises:
         AptError: the model cannot generate.
     """
-    generate = getattr(model, "generate", None)
-    if generate is None:
+    if not isinstance(model, GenerationMixin):
         raise AptError(
             f"{type(model).__name__} cannot write text to calibrate on",
             "use --own-samples 0",
@@ -46,12 +51,14 @@ def own_text(model: nn.Module, samples: int, seqlen: int, seed: int = 0) -> Tens
     how = GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
         max_new_tokens=piece - 1, min_new_tokens=piece - 1, pad_token_id=0,
+        remove_invalid_values=True,  # it is for the pruning to say where they come from
     )  # fmt: skip
     devices = [device] if device.type == "cuda" else []
-    with eval_mode(model), torch.random.fork_rng(devices):
+    few_bits = mixed_precision(list(model.parameters()))
+    with eval_mode(model), torch.random.fork_rng(devices), few_bits:
         torch.manual_seed(seed)
         parts = [
-            generate(part, attention_mask=torch.ones_like(part), generation_config=how)
+            model.generate(part, attention_mask=torch.ones_like(part), generation_config=how)
             for part in torch.split(starts, _AT_ONCE)
         ]
     return torch.cat(parts).cpu().flatten()[: samples * seqlen].view(samples, seqlen)

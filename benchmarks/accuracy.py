@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from common import FORTUNES, fortunes, open_model, sample, save, wiki
+from common import FORTUNES, dictionary, fortunes, open_model, sample, save, wiki
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -54,6 +54,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--eval-samples", type=int, default=32)
     parser.add_argument("--text", help="a data source in place of the wiki summaries")
     parser.add_argument("--fortunes", type=Path, default=FORTUNES, help="folder of the second text")
+    parser.add_argument("--dictionary", type=Path, help="a third text: foldoc.dict.dz")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     return parser.parse_args()
@@ -68,6 +69,8 @@ def texts(options: argparse.Namespace, tokenizer: Any) -> tuple[Tensor, dict[str
             for split in ("calibration", "evaluation")
         )
     held_out = {"wiki": evaluation, "fortunes": fortunes(options.fortunes)}
+    if options.dictionary:
+        held_out["dictionary"] = dictionary(options.dictionary)
     return sample(tokenizer, calibration, options.samples, options.seqlen), {
         name: sample(tokenizer, text, options.eval_samples, options.seqlen, TUNED_ON)
         for name, text in held_out.items()
@@ -118,9 +121,10 @@ def plot(path: Path, rows: list[Row]) -> None:
     import matplotlib.pyplot as plt
 
     patterns = list(dict.fromkeys(row["pattern"] for row in rows if row["pattern"]))
-    shape = {"figsize": (3.2 * len(patterns), 7), "squeeze": False}
-    figure, axes = plt.subplots(2, len(patterns), **shape)
-    for line, text in zip(axes, ("wiki", "fortunes"), strict=True):
+    held_out = [name for name in ("wiki", "fortunes", "dictionary") if name in rows[0]]
+    shape = {"figsize": (3.2 * len(patterns), 3.5 * len(held_out)), "squeeze": False}
+    figure, axes = plt.subplots(len(held_out), len(patterns), **shape)
+    for line, text in zip(axes, held_out, strict=True):
         for panel, pattern in zip(line, patterns, strict=True):
             chosen = [row for row in rows if row["pattern"] == pattern]
             panel.barh([row["method"] for row in chosen], [row[text] for row in chosen])
@@ -136,7 +140,8 @@ def main() -> None:
     known, rows = [], []
     if options.json and options.json.is_file():
         known = json.loads(options.json.read_text())["rows"]
-    columns = ["wiki", "fortunes", "error", "solve", "seconds"]
+    held_out = ["wiki", "fortunes", *(["dictionary"] if options.dictionary else [])]
+    columns = [*held_out, "error", "solve", "seconds"]
     table = Table("method", "pattern", *columns)
     for row in measure(options, known):
         rows.append(row)

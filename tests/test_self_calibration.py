@@ -64,6 +64,7 @@ def test_pruning_on_it_is_far_better_than_on_any_tokens():
     [
         (("--samples", 6), 0, [6, 32]),
         (("--samples", 6, "--effort", "best"), 2, [8, 32]),
+        (("--samples", 6, "--effort", "best", "--own-samples", 0), 0, [6, 32]),
         (("--samples", 6, "--effort", "best", "--layer-wise"), 0, [6, 32]),
         (("--samples", 6, "--effort", "fast", "--own-samples", 3), 3, [9, 32]),
         (("--samples", 0, "--own-samples", 3, "--method", "ss", "--eval", TEXT), 3, [3, 32]),
@@ -106,6 +107,22 @@ def test_what_cannot_be_is_told_first(options, said, apt):
     assert result.code == 2
     assert said in result.err
     assert not Path("out").exists()
+
+
+def test_a_model_that_cannot_write_does_without_unless_asked(apt, monkeypatch):
+    monkeypatch.setattr("apt.run.writes", lambda module: False)
+    result = apt(*COMMAND, "--samples", 6, "--effort", "best", "-o", "out")
+    assert result.code == 0, result.err
+    assert "own samples: 0 (not 2: LlamaForCausalLM writes no text)" in result.err
+    with pytest.raises(library.AptError, match="Linear cannot write text") as raised:
+        library.own_text(torch.nn.Linear(4, 4), 1, 8)
+    assert raised.value.hint == "use --own-samples 0"
+
+
+def test_logits_that_are_no_numbers_are_left_to_the_pruning_to_tell():
+    model, *_ = zoo_model("llama", samples=1, seqlen=8)
+    model.module.get_output_embeddings().weight.data[3] = torch.nan
+    assert library.own_text(model.module, 2, 16).shape == (2, 16)
 
 
 def test_a_streamed_run_does_without_and_says_so(apt):
