@@ -13,7 +13,6 @@ from transformers import GenerationConfig, GenerationMixin
 
 from apt.errors import AptError
 from apt.eval_mode import eval_mode
-from apt.functional import mixed_precision
 
 _PIECE = 256  # tokens that are written in one go; a longer sample is several
 _AT_ONCE = 32  # pieces
@@ -54,8 +53,7 @@ def own_text(model: nn.Module, samples: int, seqlen: int, seed: int = 0) -> Tens
         remove_invalid_values=True,  # it is for the pruning to say where they come from
     )  # fmt: skip
     devices = [device] if device.type == "cuda" else []
-    few_bits = mixed_precision(list(model.parameters()))
-    with eval_mode(model), torch.random.fork_rng(devices), few_bits:
+    with eval_mode(model), torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         parts = [
             model.generate(part, attention_mask=torch.ones_like(part), generation_config=how)
