@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 import apt
+from apt.mode import RECONSTRUCTION
 from apt.ranks import Ranks
 from apt.solver import SolverOptions
 from tests.families import CONFIGS, TEXT, random_model, random_tokens
@@ -33,10 +34,13 @@ CASES = [("llama-grouped-tied", run) for run in RUNS] + [
 
 
 def pruned(variant, run, tokens=TOKENS, ranks=None):
-    """A model's weights and the report of a run."""
+    """A model's weights and the report of a run, tuned in steps of a sample whatever the ranks."""
     model = random_model(variant)
     also = ("conv1d",) if variant == "mamba2" else ()
-    report = apt.prune(model, tokens, pattern="2:4", also=also, ranks=ranks, **RUNS[run])
+    step = replace(RECONSTRUCTION["default"], tokens_per_batch=tokens.shape[1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(RECONSTRUCTION, "default", step)
+        report = apt.prune(model, tokens, pattern="2:4", also=also, ranks=ranks, **RUNS[run])
     return model.state_dict(), report
 
 

@@ -15,6 +15,7 @@ _CACHE = 2**26  # elements of the inverses kept for each Gram matrix: 256 MiB in
 _PROBES = 64  # random vectors that estimate the diagonal of an inverse
 _PANEL = 192  # columns summed together: the product is symmetric, so what is below them is not
 _LEAF = 128  # smaller matrices are inverted whole
+_FEW_BITS = 512  # inputs from which products in bf16 are worth what they make of a sum's last bits
 
 
 class SolverError(ValueError):
@@ -212,15 +213,16 @@ class Scaled:
         """``ρ (H + ρI)⁻¹`` of the scaled matrix (in, in), with ``ρ`` the penalty.
 
         Its eigenvalues are between 0 and 1, so that it may be multiplied with in few bits: it is
-        bf16 where the machine multiplies that faster, unless the matrix is fp64. Sites of one input
-        ask for the same ones: as many as fit `_CACHE` are kept.
+        bf16 where the machine multiplies that faster and there is much to multiply, unless the
+        matrix is fp64. Sites of one input ask for the same ones: as many as fit `_CACHE` are kept.
         """
         if penalty in self._proximal:
             return self._proximal[penalty]
         shifted = self.matrix.clone()
         shifted.diagonal().add_(penalty)
         inverse = positive_inverse(shifted).mul_(penalty)
-        if inverse.dtype == torch.float32 and multiplies_bf16(inverse.device):
+        wide = len(inverse) >= _FEW_BITS and inverse.dtype == torch.float32
+        if wide and multiplies_bf16(inverse.device):
             inverse = inverse.bfloat16()
         if (len(self._proximal) + 1) * inverse.numel() <= _CACHE:
             self._proximal[penalty] = inverse
