@@ -1,6 +1,7 @@
 """The loop over blocks: what is pruned, what is left alone, what the next block sees."""
 
 import copy
+from statistics import median
 
 import pytest
 import torch
@@ -43,7 +44,9 @@ def test_sites_are_pruned_and_nothing_else_changes(variant, pattern, adapter_of)
         else:
             assert torch.equal(value, before[name]), name
     assert report.sparsity == pytest.approx(0.5)
-    assert 0 < report.relative_error < 0.6
+    errors = [site.relative_error for site in report.sites]
+    assert min(errors) > 0  # one site's output may be next to nothing beside the stream it mends
+    assert median(errors) < 0.3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
