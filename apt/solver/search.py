@@ -15,8 +15,8 @@ at the weights of the round before, and its result is kept where it is better. M
 more effort, never return a worse layer.
 
 A step costs one product of (in, in) by (in, out) and an estimated threshold; only a round's last
-mask is counted exactly. The product is bf16 where the machine has it: the search forgives what the
-joint solve would not, and its error is the same to four digits.
+mask is counted exactly. The product is bf16 where that pays (`Scaled.proximal`): the search
+forgives what the joint solve would not.
 """
 
 from dataclasses import dataclass
