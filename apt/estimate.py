@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from apt.batches import TOKENS_PER_BATCH
-from apt.mode import TUNED_TOKENS
+from apt.mode import REPLACED, TUNED_TOKENS
 from apt.models import Model
 from apt.plan import Plan, PlannedBlock
 from apt.report import peak_memory
@@ -70,13 +70,14 @@ def estimate(
     Args:
         shell: the model, without weights.
         plan: what to do to each site.
-        samples, seqlen: how much is calibrated on.
+        samples, seqlen: how much is given to calibrate on.
         dtype: of weights and activations.
         device: where it runs.
         streamed: whether no more than one block is in memory.
         on_disk: whether no more than one batch of activations is.
     """
-    bytes_each, tokens, config = dtype.itemsize, samples * seqlen, shell.config
+    bytes_each, config = dtype.itemsize, shell.config
+    tokens = (samples + REPLACED["default"].samples(samples, seqlen)) * seqlen
     held = shell.adapter.held(config, seqlen)
     waits = not on_disk and may_wait(shell.adapter, config, seqlen, config.hidden_size)
     blocks = [module for _, module in shell.adapter.blocks(shell.module)]

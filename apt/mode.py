@@ -6,6 +6,7 @@ from typing import Any
 
 from apt.importance import Importance
 from apt.reconstruct import Reconstruction
+from apt.replaced import Replaced
 from apt.solver import Effort, SolverOptions
 from apt.solver.gram import DAMPING
 from apt.specs import MethodSpec
@@ -21,6 +22,9 @@ RECONSTRUCTION: dict[Effort, Reconstruction | None] = {
 """How the blocks of an error-aware run are tuned, by effort; by default at a cost that does not
 grow with the tokens."""
 
+REPLACED: dict[Effort, Replaced] = {"default": Replaced()}
+"""Samples with random tokens in place of some, beside those given to an error-aware run, by effort.
+With ``best`` the model writes text, which does more; with ``fast`` they would cost too much."""
 
 SELF_CALIBRATION: dict[Effort, float] = {"best": 0.25}
 """Samples that the model writes for each that is given, in an error-aware run, by effort."""
@@ -34,6 +38,7 @@ class Mode:
     targets: Targets | None
     importance: Importance | None
     reconstruction: Reconstruction | None
+    replaced: Replaced | None
     ordered: bool
 
     def record(self) -> dict[str, Any]:
@@ -42,6 +47,7 @@ class Mode:
             "targets": vars(self.targets) if self.targets else None,
             "importance": vars(self.importance) if self.importance else None,
             "reconstruction": vars(self.reconstruction) if self.reconstruction else None,
+            "replaced": vars(self.replaced) if self.replaced else None,
             "ordered": self.ordered,
             **asdict(self.options),
         }
@@ -56,19 +62,21 @@ def choose_mode(
     """The mode where something is left to choose (None).
 
     A run is error-aware where the method declares it, and goes in order where it is error-aware;
-    an error-aware run of a method with efforts tunes its blocks as well, but for the least effort.
+    an error-aware run of a method with efforts tunes its blocks as well, but for the least effort,
+    and by default takes samples beside those given in which tokens are replaced.
     An error-aware run damps more: it is after text of any kind, a strictly layer-wise one after the
     least layer error.
     """
     aware = method.error_aware if error_aware is None else error_aware
-    tuned = RECONSTRUCTION.get(options.effort) if aware and method.efforts else None
+    effort = options.effort if aware and method.efforts else None
     if options.damping is None:
         options = replace(options, damping=DAMPING_ERROR_AWARE if aware else DAMPING)
     return Mode(
         options,
         Targets() if aware else None,
         Importance() if aware else None,
-        tuned,
+        RECONSTRUCTION.get(effort) if effort else None,
+        REPLACED.get(effort) if effort else None,
         aware if ordered is None else ordered,
     )
 

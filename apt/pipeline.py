@@ -22,7 +22,9 @@ from apt.importance import Importance
 from apt.plan import Plan, PlannedBlock, PlannedSite
 from apt.ranks import Ranks
 from apt.reconstruct import Reconstruction, reconstruct
+from apt.replaced import Replaced
 from apt.residency import InMemory, Residency
+from apt.samples import vocabulary
 from apt.solver import SolverOptions
 from apt.solving import Method, Solved, Solver, mean_square, measured
 from apt.targets import Targets
@@ -41,6 +43,7 @@ def prune_blocks(
     targets: Targets | None = None,
     importance: Importance | None = None,
     reconstruction: Reconstruction | None = None,
+    replaced: Replaced | None = None,
     ordered: bool = False,
     resident: Residency | None = None,
     store: Store | None = None,
@@ -67,6 +70,8 @@ def prune_blocks(
             ``targets``.
         reconstruction: how the kept weights of a block are tuned once its sites are solved, if at
             all; needs ``targets``.
+        replaced: how many samples with random tokens in place of some are calibrated on beside
+            ``tokens``, if any.
         ordered: within a block, solve the sites in their order of execution, each on what the
             pruned ones before it give.
         resident: where blocks are while they have no turn; None where all are in memory.
@@ -87,6 +92,8 @@ def prune_blocks(
         adapter, Solver(method, options or SolverOptions(), targets), importance, reconstruction,
         ordered, resident or InMemory(), store or MemoryStore(), ranks or Ranks(), observe,
     )  # fmt: skip
+    if replaced is not None:
+        tokens = replaced.beside(tokens, vocabulary(model))
     with eval_mode(model), adapter.running(model):
         return run.all(model, plan, tokens)
 

@@ -23,7 +23,8 @@ from apt.plan import Plan, Selection, make_plan
 from apt.plugins import Registry
 from apt.ranks import Ranks
 from apt.report import Report
-from apt.self_calibration import mixed, own_text, writes
+from apt.samples import mixed
+from apt.self_calibration import own_text, writes
 from apt.solver import EFFORTS, Pattern, SolverOptions, Unstructured
 from apt.specs import MethodSpec
 from apt.text import calibration_tokens, digest, documents, evaluation_tokens

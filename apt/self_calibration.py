@@ -13,6 +13,7 @@ from transformers import GenerationConfig, GenerationMixin
 
 from apt.errors import AptError
 from apt.eval_mode import eval_mode
+from apt.samples import vocabulary
 
 _PIECE = 256  # tokens that are written in one go; a longer sample is several
 _AT_ONCE = 32  # pieces
@@ -42,11 +43,11 @@ def own_text(model: nn.Module, samples: int, seqlen: int, seed: int = 0) -> Tens
             f"{type(model).__name__} cannot write text to calibrate on",
             "use --own-samples 0",
         )
-    device, vocabulary = next(model.parameters()).device, _vocabulary(model)
+    device, tokens = next(model.parameters()).device, vocabulary(model)
     piece = min(seqlen, _PIECE)
     count = math.ceil(samples * seqlen / piece)
     draw = torch.Generator().manual_seed(seed)
-    starts = torch.randint(vocabulary, (count, 1), generator=draw).to(device)
+    starts = torch.randint(tokens, (count, 1), generator=draw).to(device)
     how = GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
         max_new_tokens=piece - 1, min_new_tokens=piece - 1, pad_token_id=0,
@@ -60,14 +61,3 @@ def own_text(model: nn.Module, samples: int, seqlen: int, seed: int = 0) -> Tens
             for part in torch.split(starts, _AT_ONCE)
         ]
     return torch.cat(parts).cpu().flatten()[: samples * seqlen].view(samples, seqlen)
-
-
-def mixed(given: Tensor, own: Tensor, seed: int = 0) -> Tensor:
-    """Both, (samples, seqlen), in an order drawn by ``seed``."""
-    both = torch.cat([given, own])
-    return both[torch.randperm(len(both), generator=torch.Generator().manual_seed(seed))]
-
-
-def _vocabulary(model: nn.Module) -> int:
-    embeddings: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
-    return min(len(embeddings), getattr(model.config, "vocab_size", None) or len(embeddings))

@@ -182,7 +182,10 @@ def _shelved(prepared: Prepared) -> int:
     options, shell = prepared.options, prepared.shell
     if options.activations != "disk":
         return 0
-    tokens = options.samples * options.seqlen
+    samples, replaced = options.samples, prepared.mode.replaced
+    if replaced is not None:
+        samples += replaced.samples(samples, options.seqlen)
+    tokens = samples * options.seqlen
     return activations_on_disk(shell, prepared.plan, tokens, shell.dtype)
 
 

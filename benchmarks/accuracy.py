@@ -31,7 +31,8 @@ from apt.models import Model
 from apt.pipeline import prune_blocks
 from apt.plan import make_plan
 from apt.plugins import registry
-from apt.self_calibration import mixed, own_text
+from apt.samples import mixed
+from apt.self_calibration import own_text
 from apt.solver import SolverOptions, parse_pattern
 from apt.text import documents
 

@@ -84,7 +84,7 @@ def test_given_text_stays_whole(apt, monkeypatch):
         seen.append((given, mixed(given, own, seed)))
         return seen[-1][1]
 
-    from apt.self_calibration import mixed
+    from apt.samples import mixed
 
     monkeypatch.setattr("apt.run.mixed", watched)
     assert apt(*COMMAND, "--samples", 6, "--own-samples", 2, "--method", "ss").code == 0
