@@ -171,7 +171,7 @@ class _Run:
             batches += self.batches(model, rest, TOKENS_PER_BATCH)
         if self.ranks.sum(not batches):
             raise AptError(
-                f"{len(tokens)} samples leave some of {self.ranks.size} ranks without any",
+                f"too few samples: some of {self.ranks.size} ranks are left without any",
                 "give more --samples, or start fewer ranks",
             )
         self.ranks.work.tokens = sum(batch.tokens for batch in batches)
