@@ -30,7 +30,8 @@ def test_a_fourth_as_many_and_about_4096_tokens_at_most(given, seqlen):
 def test_they_are_copies_with_a_share_of_the_tokens_replaced():
     tokens = samples(40)
     both = Replaced(share=0.5).beside(tokens, VOCABULARY)
-    assert both.shape == (50, SEQLEN) and both.dtype == tokens.dtype
+    assert both.shape == (50, SEQLEN)
+    assert both.dtype == tokens.dtype
     kept = (both[:, None] == tokens).sum(2).max(1).values
     assert (kept == SEQLEN).sum() == 40  # all that are given are still there, in another order
     copies = kept[kept < SEQLEN].float()
@@ -48,7 +49,8 @@ def test_the_same_seed_draws_the_same():
 
 def test_nothing_replaced_is_a_copy():
     both = Replaced(share=0.0).beside(samples(4), VOCABULARY)
-    assert len(both) == 5 and len(both.unique(dim=0)) == 4
+    assert len(both) == 5
+    assert len(both.unique(dim=0)) == 4
 
 
 @pytest.mark.parametrize("name", FAMILIES)
