@@ -31,7 +31,11 @@ def prune(
         None, "--calibration", metavar="SRC",
         help="builtin, wikitext2, ptb, c4, a hub data set, or a .txt, .jsonl or .parquet file.",
     ),
-    samples: int = typer.Option(128, "--samples", help="Calibration samples."),
+    samples: int = typer.Option(
+        128, "--samples",
+        help="Calibration samples; an error-aware run of default effort adds copies of some with "
+        "random tokens in them.",
+    ),
     seqlen: int = typer.Option(2048, "--seqlen", help="Tokens a sample; at most the positions."),
     own_samples: int | None = typer.Option(
         None, "--own-samples", metavar="N",
