@@ -12,10 +12,9 @@ from apt.adapter import Adapter, passed_on, stubbed
 from apt.batches import Batch, enter
 from apt.errors import AptError
 from apt.eval_mode import eval_mode
-from apt.hollow import Shelf, assemble, directory
-from apt.layout import layout_of
+from apt.hollow import Shelf, assemble
 from apt.models import Model
-from apt.shards import Shards
+from apt.stored import open_stored
 
 
 @contextmanager
@@ -23,14 +22,15 @@ def streamed(shell: Model, tokens: Tensor, device: str) -> Iterator[nn.Module]:
     """A model that can be run on the windows of ``tokens``, its blocks read one by one.
 
     Args:
-        shell: the model without weights; see `apt.hollow.check_hollow` for which will do.
+        shell: the model without weights; see `apt.stored.open_stored` for which will do.
         tokens: token ids (windows, seqlen).
         device: where it is run.
     """
-    shards = Shards(directory(shell))
-    layout = layout_of(shell, shards)
-    module = assemble(shell, shards, layout, device)
-    shelf = Shelf(shards, layout, dict(shell.adapter.blocks(module)), device)
+    stored = open_stored(shell)
+    dtype = stored.dtype(shell)
+    parts = (stored.shards, stored.layout)
+    module = assemble(shell, *parts, device, dtype)
+    shelf = Shelf(*parts, dict(shell.adapter.blocks(module)), device, dtype)
     with carried(module, shell.adapter, tokens, shelf):
         yield module
 

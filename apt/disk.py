@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from apt.errors import AptError, first_line
 from apt.events import SitePruned
 from apt.hollow import Shelf
-from apt.journal import Workplace
+from apt.layout import pruned_parameters
 from apt.plan import Plan
 from apt.ranks import Ranks
 from apt.verify import block_verdicts, failures
+from apt.workplace import Workplace
 
 
 class OnDisk:
@@ -36,7 +37,7 @@ class OnDisk:
     ) -> None:
         self._plan, self._source, self._target = plan, source, target
         self._work, self._ranks = work, ranks
-        self._done = {str(line["block"]): line for line in work.lines if "block" in line}
+        self._done = {str(line["block"]): line for line in work.journal.lines if "block" in line}
         order = [planned.name for planned in plan.blocks]
         self._next = dict(itertools.pairwise(order))
         self._ahead: dict[str, Future[dict[str, Tensor]]] = {}
@@ -66,10 +67,20 @@ class OnDisk:
         if not self._ranks.first:
             return
         planned = next(entry for entry in self._plan.blocks if entry.name == name)
-        sites_at = [entry.site.parameter for entry in planned.pruned]
-        extras_at = [entry.extra.parameter for entry in planned.extras]
-        self._target.write(name, dict.fromkeys(sites_at + extras_at))
-        self._work.add({"block": name, "sites": [asdict(site) for site in sites]})
+        self._target.write(name, pruned_parameters(planned))
+        line = {"block": name, "sites": [asdict(site) for site in sites]}
+        self._work.journal.add(line | {"digest": self._target.digest(planned)})
+
+    def check(self) -> None:
+        """Hold the blocks that an earlier run wrote against their checksums in the journal.
+
+        Raises:
+            AptError: one was changed since.
+        """
+        for planned in self._plan.blocks:
+            line = self._done.get(planned.name)
+            if line is not None and line.get("digest") != self._target.digest(planned):
+                raise self._work.damaged(f"{planned.name} was changed")
 
     def verify(self) -> None:
         """Hold what was written against the plan."""

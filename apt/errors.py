@@ -16,6 +16,11 @@ class AptError(Exception):
         self.message, self.hint = message, hint
         super().__init__(f"{message}; {hint}" if hint else message)
 
+    def add_hint(self, hint: str) -> None:
+        """Say one thing more."""
+        self.hint = f"{self.hint}; {hint}" if self.hint else hint
+        self.args = (f"{self.message}; {self.hint}",)
+
 
 def unknown(kind: str, name: str, known: Iterable[str], where: str = "") -> AptError:
     """The error for a name that nothing answers to, with the closest one that something does."""

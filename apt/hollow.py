@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +10,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from apt.errors import AptError
-from apt.formats import find_file
-from apt.layout import Layout, layout_of
+from apt.layout import Layout, pruned_of
 from apt.models import Model
+from apt.plan import PlannedBlock
 from apt.shards import Shards
 
 
@@ -25,6 +24,7 @@ class Shelf:
         layout: what the model's parameters are made of there.
         blocks: the modules by name, on the meta device.
         device: where a block is loaded to.
+        dtype: the precision that it is held in there; None for that of each tensor.
     """
 
     def __init__(
@@ -33,8 +33,10 @@ class Shelf:
         layout: Layout,
         blocks: Mapping[str, nn.Module],
         device: str,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        self._shards, self._layout, self._blocks, self._device = shards, layout, blocks, device
+        self._shards, self._layout, self._blocks = shards, layout, blocks
+        self._device, self._dtype = device, dtype
 
     @contextmanager
     def open(self, name: str, dense: dict[str, Tensor] | None = None) -> Iterator[nn.Module]:
@@ -64,34 +66,40 @@ class Shelf:
         """A parameter, put together from its pieces."""
         pieces = self._layout[name]
         if len(pieces) == 1:
-            return self._finite(pieces[0].key)
+            return in_precision(self._shards.read_finite(pieces[0].key), self._dtype)
         whole = torch.empty(shape, dtype=self._shards.entries[pieces[0].key].dtype)
         for piece in pieces:
-            whole[piece.part] = self._finite(piece.key)
-        return whole
-
-    def _finite(self, key: str) -> Tensor:
-        """A tensor of the checkpoint."""
-        tensor = self._shards.read(key)
-        if not torch.isfinite(tensor).all():
-            raise AptError(
-                f"{key} holds values that are not finite",
-                "the checkpoint is damaged; get it again",
-            )
-        return tensor
+            whole[piece.part] = self._shards.read_finite(piece.key)
+        return in_precision(whole, self._dtype)
 
     def restore(self, name: str) -> None:
         """Put a block that is in memory back to how it lies here."""
         _put(self._blocks[name], self.read(name), self._device)
 
     def write(self, name: str, paths: Iterable[str]) -> None:
-        """Write these parameters of a block that is in memory over what lies here."""
+        """Write these parameters of a block that is in memory over what lies here.
+
+        The block then holds what was written, which is rounded where it is stored in fewer bits.
+        """
         parameters = {path: self._blocks[name].get_parameter(path) for path in paths}
         self._shards.write(
             (piece.key, parameter[piece.part])
             for path, parameter in parameters.items()
             for piece in self._layout[f"{name}.{path}"]
         )
+        for path, parameter in parameters.items():
+            stored = self._shards.entries[self._layout[f"{name}.{path}"][0].key].dtype
+            if stored != parameter.dtype:
+                parameter.data.copy_(parameter.data.to(stored))
+
+    def digest(self, block: PlannedBlock) -> str:
+        """A checksum of what lies here of a block's pruned parameters."""
+        return self._shards.digest(pruned_of(block, self._layout))
+
+
+def in_precision(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A tensor in that precision, if it holds floating-point numbers and one is given."""
+    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
 
 def _put(block: nn.Module, tensors: dict[str, Tensor], device: str) -> None:
@@ -102,27 +110,9 @@ def _put(block: nn.Module, tensors: dict[str, Tensor], device: str) -> None:
         setattr(block.get_submodule(owner), own, nn.Parameter(tensor, requires_grad=False))
 
 
-def check_hollow(shell: Model) -> None:
-    """Raise where a model's blocks cannot stay in its checkpoint."""
-    if shell.checkpoint is not None or shell.source.gguf:
-        raise AptError("only checkpoints of transformers can be streamed", "apt convert it first")
-    layout_of(shell, Shards(directory(shell)))
-
-
-def directory(shell: Model) -> Path:
-    """Where the checkpoint of a model lies on this machine."""
-    location = shell.source.location
-    found = find_file(location, "config.json")
-    if found is None:
-        raise AptError(f"{location} has no config.json", "is the checkpoint complete?")
-    if not Path(location).is_dir():
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(location))
-    return found.parent
-
-
-def assemble(shell: Model, shards: Shards, layout: Layout, device: str) -> nn.Module:
+def assemble(
+    shell: Model, shards: Shards, layout: Layout, device: str, dtype: torch.dtype | None = None
+) -> nn.Module:
     """The model with its blocks on the meta device and everything else in memory.
 
     What a model makes for itself, tables of positions for instance, comes from one of a single
@@ -142,7 +132,9 @@ def assemble(shell: Model, shards: Shards, layout: Layout, device: str) -> nn.Mo
     single.set_submodule(parent, nn.ModuleList())
     vars(single.config).update(vars(shell.config))
     single.load_state_dict(
-        {n: shards.read(key) for n, key in outer.items()}, strict=False, assign=True
+        {n: in_precision(shards.read_finite(key), dtype) for n, key in outer.items()},
+        strict=False,
+        assign=True,
     )
     single.tie_weights()
     _check_whole(shell, single, outer)

@@ -1,126 +1,95 @@
-"""The workplace of a run that can be gone on with: a lock, a journal, and the output so far.
+"""The journal of a run that can be gone on with: lines on disk, each sealed by a checksum.
 
-It lies beside the output directory and is gone once the output is whole. A line of the journal is
-written when what it says is on disk; a line cut short by a power cut counts for nothing.
+A line is written when what it says is on disk. Its checksum covers all lines before it, so that a
+line that was changed, added or taken out is seen. A last line that was cut short counts for
+nothing.
 """
 
-import fcntl
+import hashlib
 import json
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import stat
 from pathlib import Path
 from typing import Any
 
-from apt.checkpoint import replace_directory
 from apt.errors import AptError
 
 Line = dict[str, Any]
+_SEAL = "checksum"
 
 
-def workplace(output: Path) -> Path:
-    """The folder ``.NAME.apt`` beside an output directory ``NAME``."""
-    output = output.absolute()
-    return output.parent / f".{output.name}.apt"
-
-
-class Workplace:
-    """What lies in the `workplace` of an output directory.
+class Journal:
+    """The lines of a file, which need not be there yet.
 
     Attributes:
-        lines: the journal's lines so far.
-        out: what will be the output directory.
-        activations: a folder for what no other run goes on with; empty at the start.
+        lines: the lines, without their checksums.
     """
 
-    def __init__(self, output: Path) -> None:
-        self.output = output.absolute()
-        self.folder = workplace(output)
-        self.out = self.folder / "out"
-        self.activations = self.folder / "activations"
-        self.lines: list[Line] = []
-        self._path = self.folder / "journal.jsonl"
+    def __init__(self, path: Path) -> None:
+        self.path, self.lines = path, list[Line]()
+        self._seal = ""
 
-    @contextmanager
-    def entered(self, fingerprint: Line, resume: bool) -> Iterator[None]:
-        """Hold the lock; begin a journal, or go on with one that has the same ``fingerprint``.
+    def read(self) -> None:
+        """Read the whole lines; what the last one lacks to be whole is cut off.
 
         Raises:
-            AptError: another run is at work here, there is something to go on with and ``resume``
-                is not given, or what is there is another run's or no run's.
+            AptError: a line before the last is none that a run has written.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "lock").open("a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise AptError(f"another run is writing {self.output}", "wait for it") from error
-            shutil.rmtree(self.activations, ignore_errors=True)
-            self.activations.mkdir()
-            self._begin(json.loads(json.dumps(fingerprint)), resume)
-            yield
+        self.lines, self._seal = [], ""
+        with open(_open(self.path), "r+b") as file:
+            raw_lines, whole = file.read().splitlines(keepends=True), 0
+            for number, raw in enumerate(raw_lines, 1):
+                line = self._checked(raw)
+                if line is None:
+                    if number < len(raw_lines):
+                        raise AptError(
+                            f"line {number} of {self.path} was changed",
+                            f"delete {self.path.parent} and begin again",
+                        )
+                    file.truncate(whole)
+                    return
+                self.lines.append(line)
+                whole += len(raw)
 
-    def _begin(self, fingerprint: Line, resume: bool) -> None:
-        self.lines = self._read()
-        if not self.lines:
-            shutil.rmtree(self.out, ignore_errors=True)
-            self._path.unlink(missing_ok=True)
-            self.out.mkdir()
-            self.add({"fingerprint": fingerprint})
-            return
-        if not resume:
-            raise AptError(
-                f"an interrupted run of {self.output} is there to go on with",
-                f"pass --resume, or delete {self.folder}",
-            )
-        known = self.lines[0]["fingerprint"]
-        if not isinstance(known, dict):
-            raise self.damaged()
-        if other := [key for key in fingerprint if known.get(key) != fingerprint[key]]:
-            raise AptError(
-                f"the interrupted run of {self.output} was another one: its {', '.join(other)} "
-                "differ",
-                f"give the same command, or delete {self.folder}",
-            )
+    def _checked(self, raw: bytes) -> Line | None:
+        """A line, if it is whole and its checksum is right."""
+        try:
+            line = json.loads(raw)
+            seal = line.pop(_SEAL)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return None
+        if not raw.endswith(b"\n") or seal != self._sealed(line):
+            return None
+        self._seal = seal
+        return dict(line)
 
-    def damaged(self) -> AptError:
-        """What to say of a journal that no run has written."""
-        return AptError(f"{self._path} is damaged", f"delete {self.folder} and begin again")
-
-    def _read(self) -> list[Line]:
-        """The journal's whole lines; what comes after them is cut off."""
-        if not self._path.is_file():
-            return []
-        lines, whole = [], 0
-        for raw in self._path.read_bytes().splitlines(keepends=True):
-            try:
-                line = json.loads(raw)
-            except ValueError:
-                break
-            if not raw.endswith(b"\n") or not isinstance(line, dict):
-                break
-            lines.append(line)
-            whole += len(raw)
-        os.truncate(self._path, whole)
-        return lines if lines and "fingerprint" in lines[0] else []
+    def _sealed(self, line: Line) -> str:
+        """The checksum of a line that comes next."""
+        return hashlib.blake2b((self._seal + json.dumps(line)).encode(), digest_size=16).hexdigest()
 
     def add(self, line: Line) -> None:
         """Write a line, and wait until the disk has it."""
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        seal = self._sealed(line)
+        with open(_open(self.path), "ab") as file:
+            file.write(f"{json.dumps({**line, _SEAL: seal})}\n".encode())
             file.flush()
             os.fsync(file.fileno())
         self.lines.append(line)
+        self._seal = seal
 
     def has(self, key: str) -> bool:
         """Whether a line says ``key``."""
         return any(key in line for line in self.lines)
 
-    def finish(self) -> None:
-        """Let the output appear, and leave nothing else."""
-        if not self.has("finished"):
-            self.add({"finished": True})
-        if self.out.is_dir():
-            replace_directory(self.out, self.output)
-        shutil.rmtree(self.folder)
+
+def _open(path: Path) -> int:
+    """A file to read and to add to, which must not be a link: what that leads to is not ours."""
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise AptError(f"{path} cannot be opened: {error.strerror}") from error
+    found = os.fstat(file)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        os.close(file)
+        raise AptError(f"{path} is a link or no file")
+    return file

@@ -2,12 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from apt.errors import AptError
-from apt.models import Model
+from apt.plan import Plan, PlannedBlock
 from apt.shards import Shards
+
+if TYPE_CHECKING:
+    from apt.models import Model
 
 _STACKED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 """Parameters that stack what checkpoints hold expert by expert, and the parts of each slice."""
@@ -29,7 +33,7 @@ class Piece:
 Layout = Mapping[str, Sequence[Piece]]
 
 
-def layout_of(shell: Model, shards: Shards) -> Layout:
+def layout_of(shell: "Model", shards: Shards) -> Layout:
     """The pieces of all parameters that a checkpoint holds.
 
     Raises:
@@ -75,3 +79,21 @@ def _fit(pieces: Sequence[Piece], parameter: torch.Tensor, shards: Shards) -> bo
     shapes = [tuple(parameter[piece.part].shape) for piece in pieces]
     same = len({entry.dtype for entry in entries}) == 1
     return same and [entry.shape for entry in entries] == shapes
+
+
+def pruned_tensors(plan: Plan, layout: Layout) -> list[str]:
+    """The names, in the checkpoint, of the tensors that pruning changes."""
+    return [key for block in plan.blocks for key in pruned_of(block, layout)]
+
+
+def pruned_of(block: PlannedBlock, layout: Layout) -> list[str]:
+    """`pruned_tensors` of one block."""
+    return [
+        piece.key for path in pruned_parameters(block) for piece in layout[f"{block.name}.{path}"]
+    ]
+
+
+def pruned_parameters(block: PlannedBlock) -> list[str]:
+    """The paths within a block of the parameters that pruning changes."""
+    sites = [entry.site.parameter for entry in block.pruned]
+    return list(dict.fromkeys(sites + [entry.extra.parameter for entry in block.extras]))

@@ -19,7 +19,9 @@ from apt.adapter import Adapter
 from apt.errors import AptError, first_line
 from apt.formats import Checkpoint, open_checkpoint
 from apt.plugins import Registry, registry
+from apt.shards import check_files
 from apt.specs import AdapterSpec
+from apt.stored import find_stored
 
 ZOO = "zoo:"
 _MOST_LAYERS = 10_000
@@ -47,6 +49,11 @@ class Source:
         if self.gguf:
             return Path(self.gguf).stem
         return Path(self.reference.removeprefix(ZOO)).resolve().name
+
+    def files(self) -> list[Path]:
+        """The file or directory of this machine that is read; none for a hub name."""
+        path = Path(self.location) / (self.gguf or "")
+        return [path] if path.exists() else []
 
     def options(self) -> dict[str, Any]:
         """What every ``from_pretrained`` is told."""
@@ -159,15 +166,18 @@ def load(shell: Model, dtype: torch.dtype | None = None, device: str = "cpu") ->
 
     Args:
         shell: the model on the meta device.
-        dtype: the precision to hold it in; None keeps the checkpoint's (fp32 for GGUF).
+        dtype: the precision to hold it in; None keeps that of the checkpoint's sites (fp32 for
+            GGUF), see `apt.stored.Stored.dtype`.
         device: where to put it.
 
     Raises:
         AptError: the checkpoint is damaged, incomplete, or holds weights that are not finite.
     """
     source = shell.source
+    if os.path.isdir(source.location) and not source.gguf:
+        check_files(Path(source.location))
     if shell.checkpoint is None:
-        module, missing = _from_pretrained(source, dtype)
+        module, missing = _from_pretrained(source, dtype or _stored_dtype(shell))
     else:
         module, missing = _from_checkpoint(source, shell.checkpoint, dtype)
     if missing:
@@ -178,6 +188,12 @@ def load(shell: Model, dtype: torch.dtype | None = None, device: str = "cpu") ->
         )
     check_finite(module, source.reference)
     return replace(shell, module=module.to(device).eval(), config=module.config)
+
+
+def _stored_dtype(shell: Model) -> torch.dtype | None:
+    """The precision of the checkpoint's sites, where its tensors can be read one by one."""
+    stored = find_stored(shell)
+    return stored.dtype(shell) if stored else None
 
 
 def _from_pretrained(source: Source, dtype: torch.dtype | None) -> tuple[Any, list[str]]:

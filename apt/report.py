@@ -1,11 +1,12 @@
 """What a run did: the record that goes beside the pruned model."""
 
 import json
+import math
 import platform
 import resource
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -37,6 +38,7 @@ class Report:
         seconds: the time of the whole run.
         scores: the text, and each measure before and after, where they were taken.
         ranks: what each of the processes did that pruned together.
+        problems: what could not be measured, and why.
     """
 
     options: dict[str, Any]
@@ -47,6 +49,7 @@ class Report:
     seconds: float
     scores: dict[str, Any] = field(default_factory=dict)
     ranks: list[Work] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
 
     @property
     def sparsity(self) -> float:
@@ -59,7 +62,10 @@ class Report:
         return fmean(site.relative_error for site in self.sites)
 
     def write(self, directory: Path) -> None:
-        """Write the record into ``directory``."""
+        """Write the record into ``directory``, with the names of all files that are there.
+
+        A number that is not finite is written as ``"NaN"``, ``"Infinity"`` or ``"-Infinity"``.
+        """
         record = {
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "versions": versions(),
@@ -74,13 +80,48 @@ class Report:
             "ranks": [asdict(work) for work in self.ranks],
             "sites": [_entry(site) for site in self.sites],
             "skipped": self.skipped,
+            "problems": self.problems,
+            "files": sorted(
+                path.relative_to(directory).as_posix()
+                for path in directory.rglob("*")
+                if path.is_file() and path.name != FILE
+            ),
         }
-        text = json.dumps(record, indent=2, allow_nan=False) + "\n"
-        (directory / FILE).write_text(text, encoding="utf-8")
+        text = json.dumps(plain(record), indent=2, allow_nan=False) + "\n"
+        partial = directory / f".{FILE}"
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(directory / FILE)
 
 
 def _entry(site: SitePruned) -> dict[str, Any]:
     return {**asdict(site), "sparsity": site.zeros / site.size}
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON can say it: numbers that are not finite become strings."""
+    if isinstance(value, dict):
+        return {key: plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else f"{'-' if value < 0 else ''}Infinity"
+    return value
+
+
+def differences(known: dict[str, Any], now: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """The dotted names of the entries that differ."""
+    for key in {**known, **now}:
+        left, right = known.get(key), now.get(key)
+        if isinstance(left, dict) and isinstance(right, dict):
+            yield from differences(left, right, f"{prefix}{key}.")
+        elif left != right:
+            yield f"{prefix}{key}"
+
+
+def portable(reference: str) -> str:
+    """What a user named a model or a text, without the folders of this machine around it."""
+    path = Path(reference).expanduser()
+    return path.resolve().name if path.is_absolute() or path.exists() else reference
 
 
 def versions() -> dict[str, str]:
@@ -127,7 +168,7 @@ def read_report(directory: Path) -> dict[str, Any] | None:
             fields.get("options"), dict
         ):
             raise ValueError("it is no report")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AptError(f"{path} is damaged: {error}", "delete it to verify without it") from error
     return fields
 

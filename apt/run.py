@@ -1,9 +1,11 @@
 """A whole run, from references to a directory on disk; what ``apt prune`` does."""
 
 import gc
+import json
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,24 +14,29 @@ import torch
 from torch import Tensor, nn
 
 from apt.allocate import UNIFORM, allocated, check_allocation
-from apt.checkpoint import check_output, check_space, save_model, whole_directory
-from apt.errors import AptError
+from apt.card import write_card
+from apt.checkpoint import keep_side_files, save_model
+from apt.copies import copied_size, links_outside
+from apt.errors import AptError, first_line
 from apt.events import Observer, SitePruned, telling
-from apt.journal import workplace
 from apt.mode import Mode, choose_mode, choose_own_samples
-from apt.models import Model, find, fingerprint, load, load_tokenizer, skeleton
+from apt.models import Model, Source, find, fingerprint, load, load_tokenizer, skeleton
+from apt.outputs import check_output, check_space
 from apt.pipeline import prune_blocks
 from apt.plan import Plan, Selection, make_plan
 from apt.plugins import Registry
 from apt.ranks import Ranks
-from apt.report import Report
+from apt.report import Report, differences, plain, portable, read_report
 from apt.samples import mixed
 from apt.self_calibration import own_text, writes
 from apt.solver import EFFORTS, Pattern, SolverOptions, Unstructured
 from apt.specs import MethodSpec
+from apt.stored import Stored, find_stored, local_directory
 from apt.text import calibration_tokens, digest, documents, evaluation_tokens
 from apt.verify import failures, verify
+from apt.workplace import resumable, whole_directory, writing
 
+_HOW = ("overwrite", "resume", "stream", "activations")  # options that change no byte of a result
 ACTIVATIONS = ("memory", "disk")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -56,6 +63,7 @@ class RunOptions:
     error_aware: bool | None = None
     ordered: bool | None = None
     overwrite: bool = False
+    max_shard_size: str | None = None
     also: tuple[str, ...] = ()
     stream: bool = False
     resume: bool = False
@@ -73,11 +81,13 @@ class RunOptions:
             "overrides": {glob: str(pattern) for glob, pattern in self.selection.overrides},
         }
         plain = {k: v for k, v in vars(self).items() if k not in ("selection", "solver")}
+        paths = ("model", "calibration", "evaluation", "tokenizer")
         return {
             **plain,
+            **{name: portable(plain[name]) if plain[name] else None for name in paths},
             "pattern": str(self.pattern),
             "per": getattr(self.pattern, "per", None),
-            "output": str(self.output),
+            "output": self.output.name,
             **selection,
         }
 
@@ -122,9 +132,8 @@ def prepare(
     _check_numbers(options)
     method = registry.methods.get(options.method) if options.method else registry.default_method()
     _check_heeded(options, method, registry)
-    going_on = options.resume and workplace(options.output).is_dir()
-    check_output(options.output, options.overwrite or going_on)
     source = find(options.model, registry, trust_remote_code=options.trust_remote_code)
+    _check_output(options, source, notice)
     shell = skeleton(source, registry, options.adapter)
     plan = make_plan(
         shell.module, shell.adapter, options.pattern, options.selection, method.per, options.also
@@ -143,6 +152,39 @@ def prepare(
     own = _own_samples(options, method, mode, shell.module, notice)
     options = replace(options, solver=mode.options, own_samples=own)
     return Prepared(options, registry, shell, plan, method, mode, choose_device(options.device))
+
+
+def _check_output(options: RunOptions, source: Source, notice: Callable[[str], None]) -> None:
+    """Check where the output lies, and say what it replaces."""
+    if options.resume and (resumable(options.output) or read_report(options.output)):
+        return
+    given = (options.calibration, options.evaluation, options.tokenizer)
+    texts = [path for name in given if name and (path := Path(name).expanduser()).exists()]
+    inputs = [*source.files(), *texts]
+    for link in [] if source.gguf else links_outside(Path(source.location)):
+        notice(f"left out: {link} is a link to a file outside the checkpoint")
+    if lost := check_output(options.output, options.overwrite, inputs):
+        notice(f"replaces {lost}")
+
+
+def already_complete(prepared: Prepared) -> bool:
+    """Whether ``--resume`` is asked for where an earlier run of the same options was finished.
+
+    Raises:
+        AptError: the output is that of another run.
+    """
+    options = prepared.options
+    if not options.resume or resumable(options.output):
+        return False
+    if (report := read_report(options.output)) is None:
+        return False
+    now = json.loads(json.dumps(plain(options.record() | prepared.mode.record())))
+    if other := sorted(k for k in differences(report["options"], now) if k not in _HOW):
+        raise AptError(
+            f"{options.output} is the result of another run: {', '.join(other)} differ",
+            "choose another --output, or leave out --resume and pass --overwrite",
+        )
+    return True
 
 
 def _own_samples(
@@ -233,14 +275,48 @@ def execute(
         AptError: the checkpoint, the text or the disk is at fault; nothing is written then.
     """
     started, options, ranks = time.perf_counter(), prepared.options, ranks or Ranks()
-    check_space(options.output, _bytes(prepared))
-    status("reading text")
-    tokenizer = load_tokenizer(prepared.shell.source, options.tokenizer)
-    tokens, held_out = texts(prepared, tokenizer)
-    held_out = held_out if ranks.first else None
-    status("loading the model")
-    model = load(prepared.shell, read_dtype(options.dtype), prepared.device)
-    check_vocabulary(tokens, model.module, model.source.reference)
+    stored = find_stored(prepared.shell) if options.dtype == "auto" else None
+    check_space(options.output, _bytes(prepared, stored))
+    place = whole_directory(options.output, options.overwrite) if ranks.first else nullcontext()
+    with place as work:
+        status("reading text")
+        tokenizer = load_tokenizer(prepared.shell.source, options.tokenizer)
+        tokens, held_out = texts(prepared, tokenizer)
+        held_out = held_out if ranks.first else None
+        status("loading the model")
+        dtype = stored.dtype(prepared.shell, prepared.plan) if stored else None
+        model = load(prepared.shell, read_dtype(options.dtype) or dtype, prepared.device)
+        stored = stored if stored and _copied(stored, model) else None
+        report = _pruned(prepared, model, tokens, held_out, observe, status, ranks)
+        if work is None:
+            return report
+        status("saving and verifying")
+        with writing(options.output):
+            _save(prepared, model, stored, tokenizer, work.out)
+        del model
+        gc.collect()
+        saved = _verified(prepared, work.out, read_dtype(options.dtype) or dtype)
+        report = replace(report, seconds=time.perf_counter() - started)
+        _record(report, work.out, prepared)
+    if held_out is not None:
+        report = _measured_after(prepared, saved, held_out, report, started, status)
+    return report
+
+
+def _pruned(
+    prepared: Prepared,
+    model: Model,
+    tokens: Tensor,
+    held_out: Tensor | None,
+    observe: Observer,
+    status: Callable[[str], None],
+    ranks: Ranks,
+) -> Report:
+    """Prune a model that is loaded, and measure it before where there is text for that."""
+    options = prepared.options
+    for given in (tokens, held_out):
+        if given is not None:
+            check_vocabulary(given, model.module, model.source.reference)
     if options.own_samples:
         status("writing text to calibrate on")
         if ranks.first:
@@ -257,26 +333,80 @@ def execute(
         with model.adapter.running(model.module):
             scores["before"] = measure(prepared, model.module, held_out, "before", status)
     sites = _prune(prepared, model, tokens, observe, ranks)
-    if held_out is not None:
-        with model.adapter.running(model.module):
-            scores["after"] = measure(prepared, model.module, held_out, "after", status)
-    report = replace(
-        report,
-        sites=sites,
-        scores=scored(prepared, held_out, scores),
-        seconds=time.perf_counter() - started,
-        ranks=ranks.gather(ranks.work),
-    )
-    if not ranks.first:
-        return report
-    status("saving and verifying")
-    with whole_directory(options.output) as directory:
-        save_model(model.module, tokenizer, directory, model.checkpoint)
-        report.write(directory)
-        del model
-        gc.collect()
-        _verify_saved(prepared, directory)
+    scores = scored(prepared, held_out, scores)
+    return replace(report, sites=sites, scores=scores, ranks=ranks.gather(ranks.work))
+
+
+def _copied(stored: Stored, model: Model) -> bool:
+    """Whether the model's blocks are what is stored, so that a copy of that can be written over."""
+    names = [
+        f"{name}.{path}"
+        for name, block in model.adapter.blocks(model.module)
+        for path, _ in block.named_parameters()
+    ]
+    return stored.holds(model.module, names)
+
+
+def _save(
+    prepared: Prepared, model: Model, stored: Stored | None, tokenizer: Any, directory: Path
+) -> None:
+    """Write a pruned model: as a copy of its checkpoint where that is possible."""
+    largest = prepared.options.max_shard_size
+    if stored is not None:
+        stored.copy(directory, tokenizer if prepared.options.tokenizer else None, largest)
+        stored.write(model.module, prepared.plan, directory)
+        return
+    save_model(model.module, tokenizer, directory, model.checkpoint, largest)
+    if not model.source.gguf:
+        keep_side_files(local_directory(model), directory)
+
+
+def _measured_after(
+    prepared: Prepared,
+    saved: Model,
+    held_out: Tensor,
+    report: Report,
+    started: float,
+    status: Callable[[str], None],
+) -> Report:
+    """Measure the model as it was written, which is in its place, and complete the report.
+
+    Raises:
+        Unmeasured: a measure failed.
+    """
+    problem = None
+    try:
+        with saved.adapter.running(saved.module):
+            after = measure(prepared, saved.module, held_out, "after", status)
+        report = replace(report, scores=report.scores | {"after": after})
+    except Exception as error:  # a measure that fails must not lose what it measures
+        problem = Unmeasured(prepared.options.output, error)
+        report = replace(report, problems=[str(problem)])
+    report = replace(report, seconds=time.perf_counter() - started)
+    _record(report, prepared.options.output, prepared)
+    if problem is not None:
+        raise problem
     return report
+
+
+def _record(report: Report, directory: Path, prepared: Prepared) -> None:
+    """Write the model card and the report."""
+    source = prepared.shell.source
+    with writing(prepared.options.output):
+        write_card(directory, report, None if source.gguf else local_directory(prepared.shell))
+        report.write(directory)
+
+
+class Unmeasured(AptError):
+    """A pruned model is written and verified, but a measure of it failed."""
+
+    def __init__(self, output: Path, error: Exception) -> None:
+        what = f"{type(error).__name__}: {first_line(error)}"
+        super().__init__(
+            f"{output} is written and verified, but measuring it failed: {what}",
+            f"measure it with: apt-prune eval {output}",
+        )
+        self.__cause__ = error
 
 
 def unfinished(prepared: Prepared, tokens: Tensor, sha256: str) -> Report:
@@ -285,13 +415,13 @@ def unfinished(prepared: Prepared, tokens: Tensor, sha256: str) -> Report:
     return Report(
         options.record() | prepared.mode.record(),
         {
-            "reference": options.model,
+            "reference": portable(options.model),
             "type": shell.config.model_type,
             "adapter": shell.spec.name,
             "sha256": sha256,
         },
         {
-            "source": options.calibration,
+            "source": portable(options.calibration),
             "own_samples": options.own_samples,
             "shape": list(tokens.shape),
             "sha256": digest(tokens),
@@ -302,9 +432,11 @@ def unfinished(prepared: Prepared, tokens: Tensor, sha256: str) -> Report:
     )
 
 
-def _bytes(prepared: Prepared) -> int:
-    """How large the weights will be on disk."""
+def _bytes(prepared: Prepared, stored: Stored | None) -> int:
+    """How large the output will be on disk."""
     shell = prepared.shell
+    if stored is not None:
+        return copied_size(stored.directory, stored.shards)
     dtype = read_dtype(prepared.options.dtype) or shell.dtype
     return sum(parameter.numel() for parameter in shell.module.parameters()) * dtype.itemsize
 
@@ -361,7 +493,8 @@ def scored(prepared: Prepared, held_out: Tensor | None, found: dict[str, Any]) -
     """What was measured before and after, if anything was, with the text, for the report."""
     if held_out is None or not found:
         return {}
-    return {"source": prepared.options.evaluation, "shape": list(held_out.shape), **found}
+    source = portable(str(prepared.options.evaluation))
+    return {"source": source, "shape": list(held_out.shape), **found}
 
 
 def _prune(
@@ -379,10 +512,11 @@ def _prune(
     )
 
 
-def _verify_saved(prepared: Prepared, directory: Path) -> None:
+def _verified(prepared: Prepared, directory: Path, dtype: torch.dtype | None) -> Model:
     """Open what was written as anybody would, and hold it against the plan."""
     shell = prepared.shell
     source = replace(shell.source, location=str(directory), gguf=None)
-    saved = load(skeleton(source, prepared.registry, shell.spec.name))
+    saved = load(skeleton(source, prepared.registry, shell.spec.name), dtype, prepared.device)
     if failed := failures(verify(saved.module, shell.adapter, prepared.plan)):
         raise RuntimeError(f"{failed[0].name} as written: {failed[0].detail}")
+    return saved

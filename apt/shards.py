@@ -4,6 +4,7 @@ A tensor is written over its own bytes: layout, dtypes and metadata of a copied 
 they were. Files come from strangers, so nothing in them is believed before it is checked.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -18,6 +19,8 @@ from torch import Tensor
 from apt.errors import AptError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+_PICKLED_INDEX = "pytorch_model.bin.index.json"
+_POINTER = b"version https://git-lfs"
 _LARGEST_HEADER = 100_000_000  # bytes, as safetensors itself has it
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -45,11 +48,16 @@ class Shards:
 
     Raises:
         AptError: there is neither, or a file is not what it should be.
+
+    Attributes:
+        entries: where each tensor lies.
+        files: the files, sorted.
     """
 
     def __init__(self, directory: Path) -> None:
         self.entries: dict[str, Entry] = {}
-        for path in _files(directory):
+        self.files = _files(directory)
+        for path in self.files:
             for name, entry in read_header(path).items():
                 if name in self.entries:
                     raise AptError(
@@ -74,17 +82,41 @@ class Shards:
                 done += count
         return raw.view(entry.dtype).view(entry.shape)
 
+    def read_finite(self, name: str) -> Tensor:
+        """A tensor whose values are all finite."""
+        tensor = self.read(name)
+        if not torch.isfinite(tensor).all():
+            raise AptError(
+                f"{name} in {self.entries[name].file} holds values that are not finite",
+                "the checkpoint is damaged; get it again",
+            )
+        return tensor
+
+    def digest(self, names: Iterable[str]) -> str:
+        """A checksum over tensors as they lie on disk."""
+        found = hashlib.blake2b(digest_size=16)
+        for name in names:
+            raw = self.read(name).reshape(-1).view(torch.uint8)
+            found.update(f"{name}\n".encode())
+            found.update(_bytes(raw))
+        return found.hexdigest()
+
     def write(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Write tensors over their own bytes, and wait until the disk has them."""
+        """Write tensors over their own bytes, each in its own dtype, until the disk has them.
+
+        Raises:
+            AptError: a file has become a link: what it leads to is not the output's.
+        """
         files: dict[Path, int] = {}
         try:
             for name, tensor in tensors:
                 entry = self.entries[name]
-                if tensor.dtype != entry.dtype or tuple(tensor.shape) != entry.shape:
-                    raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}")
+                if tuple(tensor.shape) != entry.shape:
+                    raise ValueError(f"{name} is {tuple(tensor.shape)}, not {entry.shape}")
                 if entry.file not in files:
-                    files[entry.file] = os.open(entry.file, os.O_WRONLY)
-                raw = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+                    files[entry.file] = os.open(entry.file, os.O_WRONLY | os.O_NOFOLLOW)
+                stored = tensor.detach().cpu().to(entry.dtype).contiguous()
+                raw = stored.view(-1).view(torch.uint8)
                 view, done = _bytes(raw), 0
                 while done < entry.size:
                     done += os.pwrite(files[entry.file], view[done:], entry.start + done)
@@ -107,13 +139,29 @@ def _files(directory: Path) -> list[Path]:
         if not (directory / SINGLE).is_file():
             raise AptError(f"{directory} has no {SINGLE}", "only safetensors can be streamed")
         return [directory / SINGLE]
+    return _indexed(index)
+
+
+def check_files(directory: Path) -> None:
+    """Raise where the weights of a directory, of whatever format, are not what they should be.
+
+    Their headers are read, and no index may name a file outside the directory: libraries follow it.
+    """
+    if (directory / INDEX).is_file() or (directory / SINGLE).is_file():
+        Shards(directory)
+    elif (directory / _PICKLED_INDEX).is_file():
+        _indexed(directory / _PICKLED_INDEX)
+
+
+def _indexed(index: Path) -> list[Path]:
+    """The files that an index names, which lie beside it."""
     names = sorted(set(_read_index(index).values()))
     for name in names:
         if name != os.path.basename(name) or name in ("", ".", "..") or "\\" in name:
             raise AptError(f"{index} names a file outside its directory: {name!r}", "do not use it")
-        if not (directory / name).is_file():
-            raise AptError(f"{directory} lacks {name}", "is the checkpoint complete?")
-    return [directory / name for name in names]
+        if not index.with_name(name).is_file():
+            raise AptError(f"{index.parent} lacks {name}", "is the checkpoint complete?")
+    return [index.with_name(name) for name in names]
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -128,24 +176,49 @@ def _read_index(path: Path) -> dict[str, str]:
     return dict(weights)
 
 
+def write_index(directory: Path, metadata: dict[str, Any], files: dict[str, str]) -> None:
+    """Write which file holds which tensor."""
+    text = json.dumps({"metadata": metadata, "weight_map": files}, indent=2, sort_keys=True)
+    (directory / INDEX).write_text(text + "\n", encoding="utf-8")
+
+
 def read_header(path: Path) -> dict[str, Entry]:
     """What tensors a safetensors file holds.
 
     Raises:
-        AptError: its header is not one, or points outside of the file.
+        AptError: its header is not one, points outside of the file, or has tensors that overlap or
+            leave room between them, which safetensors refuses as well.
     """
     length = path.stat().st_size
     with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
+        start = file.read(len(_POINTER))
+        if start == _POINTER:
+            raise AptError(f"{path} is a pointer of Git LFS, not the file", "run: git lfs pull")
+        size = int.from_bytes(start[:8], "little")
         if length < 8 or size > min(_LARGEST_HEADER, length - 8):
             raise _damaged(path, f"its header would have {size:,} of {length:,} bytes")
+        file.seek(8)
         raw = file.read(size)
     try:
         header = json.loads(raw)
         header.pop("__metadata__", None)
-        return {name: _entry(path, item, 8 + size, length) for name, item in header.items()}
+        _check_dtypes(path, header)
+        entries = {name: _entry(path, item, 8 + size, length) for name, item in header.items()}
+        _check_order(entries, 8 + size, length)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(path, f"{type(error).__name__}: {error}") from error
+    return entries
+
+
+def _check_dtypes(path: Path, header: dict[str, Any]) -> None:
+    """Raise where a tensor is of a kind that no weight to prune has: of 8 bits or fewer, mostly."""
+    for name, item in header.items():
+        kind = item["dtype"]
+        if isinstance(kind, str) and kind.startswith(("F8", "F6", "F4")):
+            raise AptError(
+                f"{name} in {path} is stored as {kind}: the checkpoint is quantised",
+                "prune the original, and quantise the result",
+            )
 
 
 def _entry(path: Path, item: Any, base: int, length: int) -> Entry:
@@ -157,6 +230,16 @@ def _entry(path: Path, item: Any, base: int, length: int) -> Entry:
     if end - begin != size or base + end > length:
         raise ValueError(f"{shape} in bytes {begin:,} to {end:,} of {length - base:,}")
     return Entry(path, dtype, shape, base + begin, size)
+
+
+def _check_order(entries: dict[str, Entry], start: int, length: int) -> None:
+    """Raise where tensors overlap, or bytes are left that belong to none."""
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].size)):
+        if entry.start != start:
+            raise ValueError(f"{name} begins at byte {entry.start:,}, not at {start:,}")
+        start += entry.size
+    if start != length:
+        raise ValueError(f"the tensors end at byte {start:,} of {length:,}")
 
 
 def _damaged(path: Path, how: str) -> AptError:

@@ -6,13 +6,11 @@ the input: a block that was cut short is pruned again from the start, with the s
 """
 
 import hashlib
-import os
-import shutil
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,25 +18,26 @@ from torch import Tensor, nn
 
 from apt.activations import DiskStore, MemoryStore, Store
 from apt.allocate import UNIFORM
+from apt.card import write_card
 from apt.carried import carried
-from apt.checkpoint import check_space, open_up
+from apt.copies import check_copy, checksums, copied_size
 from apt.disk import OnDisk, sites_of
 from apt.errors import AptError, first_line
 from apt.estimate import activations_on_disk
 from apt.events import Observer, SitePruned, telling
-from apt.hollow import Shelf, assemble, check_hollow, directory
-from apt.journal import Workplace
-from apt.layout import layout_of
+from apt.hollow import Shelf, assemble
+from apt.layout import pruned_tensors
 from apt.models import load_tokenizer
+from apt.outputs import check_space
 from apt.pipeline import prune_blocks
 from apt.ranks import Ranks
-from apt.report import FILE, Report, versions
-from apt.run import Prepared, check_vocabulary, measure, scored, texts, unfinished
+from apt.report import Report, versions
+from apt.run import Prepared, Unmeasured, check_vocabulary, measure, scored, texts, unfinished
 from apt.shards import Shards
+from apt.stored import Stored, open_stored
 from apt.text import digest
+from apt.workplace import Workplace, writing
 
-# Weights in other formats would be dense ones beside the pruned.
-_LEFT_BEHIND = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 _PIECE = 2**24
 
 
@@ -64,35 +63,35 @@ def execute_streamed(
         AptError: the checkpoint cannot be streamed, or it, the text or the disk is at fault.
     """
     started, options, ranks = time.perf_counter(), prepared.options, ranks or Ranks()
-    source, work = directory(prepared.shell), Workplace(options.output)
-    shards = Shards(source)
+    stored = open_stored(prepared.shell)
+    work = Workplace(options.output, options.overwrite)
     if ranks.first and not resume:
-        weights = sum(path.stat().st_size for path in _files(source, shards))
-        check_space(work.output, weights + _shelved(prepared))
+        needed = copied_size(stored.directory, stored.shards) + _shelved(prepared)
+        check_space(options.output, needed)
     status("reading text")
-    tokens, held_out = texts(prepared, load_tokenizer(prepared.shell.source, options.tokenizer))
-    status("hashing the model")
-    report = unfinished(prepared, tokens, _hash(shards))
-    fingerprint = _fingerprint(report, held_out, ranks)
-    with _told(options.output), _entered(work, fingerprint, resume, ranks):
-        if ranks.first and not work.has("copied"):
-            status("copying the checkpoint")
-            _copy(source, work.out, shards)
-            work.add({"copied": True})
-        ranks.wait()
-        run = _Run(prepared, shards, work, ranks, status)
+    tokenizer = load_tokenizer(prepared.shell.source, options.tokenizer)
+    tokens, held_out = texts(prepared, tokenizer)
+    status("checking and hashing the weights")
+    stored.check_finite()
+    report = unfinished(prepared, tokens, _hash(stored.shards))
+    run = _Run(prepared, stored, work, ranks, status)
+    with _resumable(work), work.locked() if ranks.first else nullcontext():
+        if ranks.first:
+            other = tokenizer if options.tokenizer else None
+            run.begin(_fingerprint(report, held_out, ranks), resume, other)
+        work.journal.lines = ranks.share(work.journal.lines)
         report = replace(
             report,
             sites=run.sites(tokens, held_out, observe),
             scores=scored(prepared, held_out, run.scores()),
+            problems=[str(problem) for problem in run.problems],
             seconds=time.perf_counter() - started,
             ranks=ranks.gather(ranks.work),
         )
         if ranks.first:
-            if not work.has("finished"):
-                report.write(work.out)
-                open_up(work.out)
-            work.finish()
+            run.finish(report)
+    if run.problems:
+        raise run.problems[0]
     return report
 
 
@@ -101,28 +100,58 @@ class _Run:
     """The blocks' part of a streamed run, of which the journal knows what is done."""
 
     prepared: Prepared
-    shards: Shards
+    stored: Stored
     work: Workplace
     ranks: Ranks
     status: Callable[[str], None]
+    problems: list[Unmeasured] = field(default_factory=list)
+
+    def begin(self, fingerprint: dict[str, Any], resume: bool, tokenizer: Any) -> None:
+        """Go on with what an earlier run left, once it is held against what that wrote; or copy.
+
+        Raises:
+            AptError: the earlier run was another one, or what it left was changed.
+        """
+        work, fingerprint = self.work, json.loads(json.dumps(fingerprint))
+        if resume:
+            work.journal.read()
+        if not (resume and work.journal.has("block")):
+            work.begin()
+            self.status("copying the checkpoint")
+            self.stored.copy(work.out, tokenizer, self.prepared.options.max_shard_size)
+            work.journal.add({"fingerprint": fingerprint})
+            work.journal.add({"copied": checksums(work.out, headers=True)})
+            return
+        work.go_on(fingerprint)
+        if work.appeared():
+            return
+        self.status("checking what the interrupted run left")
+        pruned = pruned_tensors(self.prepared.plan, self.stored.layout)
+        try:
+            copied = dict(next(line["copied"] for line in work.journal.lines if "copied" in line))
+            check_copy(self.stored.shards, work.out, copied, pruned)
+        except (AptError, OSError, StopIteration, TypeError, ValueError) as error:
+            raise work.damaged(getattr(error, "message", first_line(error))) from error
 
     def sites(self, tokens: Tensor, held_out: Tensor | None, observe: Observer) -> list[SitePruned]:
         """Prune, measure before and after, and verify what is left to do of that."""
-        if self.work.has("finished"):
-            return [site for line in self.work.lines for site in sites_of(line)]
+        if self.work.journal.has("finished") and self.work.appeared():
+            return [site for line in self.work.journal.lines for site in sites_of(line)]
         prepared, shell = self.prepared, self.prepared.shell
         self.status("loading what is not in blocks")
-        layout = layout_of(shell, self.shards)
-        module = assemble(shell, self.shards, layout, prepared.device)
+        parts = (self.stored.shards, self.stored.layout)
+        dtype = self.stored.dtype(shell, prepared.plan)
+        module = assemble(shell, *parts, prepared.device, dtype)
         check_vocabulary(tokens, module, shell.source.reference)
         blocks = dict(shell.adapter.blocks(module))
         dense, pruned = (
-            Shelf(shards, layout, blocks, prepared.device)
-            for shards in (self.shards, Shards(self.work.out))
+            Shelf(shards, self.stored.layout, blocks, prepared.device, dtype)
+            for shards in (self.stored.shards, Shards(self.work.out))
         )
         on_disk = prepared.options.activations == "disk"
         store = DiskStore(self.work.activations) if on_disk else MemoryStore()
         disk = OnDisk(prepared.plan, dense, pruned, prepared.device, self.work, self.ranks)
+        disk.check()
         self.score(module, held_out, dense, store, "before")
         sites = prune_blocks(
             module,
@@ -136,7 +165,10 @@ class _Run:
             ranks=self.ranks,
             observe=telling(observe, prepared.registry.site_pruned),
         )
-        self.score(module, held_out, pruned, store, "after")
+        try:
+            self.score(module, held_out, pruned, store, "after")
+        except Exception as error:  # a measure that fails must not lose what it measures
+            self.problems.append(Unmeasured(prepared.options.output, error))
         if self.ranks.first:
             self.status("verifying")
             disk.verify()
@@ -151,17 +183,24 @@ class _Run:
         adapter = self.prepared.shell.adapter
         with carried(module, adapter, held_out, shelf, store):
             found = measure(self.prepared, module, held_out, when, self.status)
-        self.work.add({"scores": {when: found}})
+        self.work.journal.add({"scores": {when: found}})
 
     def scores(self) -> dict[str, Any]:
         """What has been measured, as the journal has it."""
         found: dict[str, Any] = {}
         try:
-            for line in self.work.lines:
+            for line in self.work.journal.lines:
                 found |= line.get("scores", {})
         except (TypeError, ValueError) as error:
-            raise self.work.damaged() from error
+            raise self.work.damaged("its journal has no scores") from error
         return found
+
+    def finish(self, report: Report) -> None:
+        """Write the report, and let the output appear."""
+        if not self.work.appeared():
+            write_card(self.work.out, report, self.stored.directory)
+            report.write(self.work.out)
+        self.work.finish()
 
 
 def _fingerprint(report: Report, held_out: Tensor | None, ranks: Ranks) -> dict[str, Any]:
@@ -190,31 +229,21 @@ def _shelved(prepared: Prepared) -> int:
 
 
 @contextmanager
-def _entered(
-    work: Workplace, fingerprint: dict[str, Any], resume: bool, ranks: Ranks
-) -> Iterator[None]:
-    """The first rank holds the workplace; the others know what its journal says."""
-    with work.entered(fingerprint, resume) if ranks.first else nullcontext():
-        work.lines = ranks.share(work.lines)
-        yield
-
-
-@contextmanager
-def _told(output: Path) -> Iterator[None]:
-    """Say what to do where the disk is full or fails."""
+def _resumable(work: Workplace) -> Iterator[None]:
+    """Say, of whatever ends a run early, that it can be gone on with, where it can."""
     try:
-        yield
-    except OSError as error:
-        raise AptError(
-            f"cannot write {output}: {first_line(error)}",
-            "mend that, then give the same command with --resume",
-        ) from error
+        with writing(work.name, "mend that, then give the same command with --resume"):
+            yield
+    except AptError as error:
+        if work.kept and "--resume" not in error.hint:
+            error.add_hint(f"what is done is kept in {work.folder.name}, for --resume")
+        raise
 
 
 def check_streamable(prepared: Prepared) -> None:
     """Raise where a run cannot be streamed, before any work is done."""
     options = prepared.options
-    check_hollow(prepared.shell)
+    open_stored(prepared.shell)
     for given, what in (
         (options.allocation != UNIFORM, "--allocation"),
         (options.dtype != "auto", "--dtype"),
@@ -224,32 +253,10 @@ def check_streamable(prepared: Prepared) -> None:
             raise AptError(f"{what} needs the whole model in memory", "leave out --stream or it")
 
 
-def _files(source: Path, shards: Shards) -> Iterator[Path]:
-    """The files that the output has as well; of safetensors files, those that the index names."""
-    weights = {entry.file for entry in shards.entries.values()}
-    for folder, _, names in os.walk(source):
-        for name in names:
-            path = Path(folder) / name
-            if path.suffix in _LEFT_BEHIND or name == FILE or not path.is_file():
-                continue
-            if path.suffix != ".safetensors" or path in weights:
-                yield path
-
-
-def _copy(source: Path, target: Path, shards: Shards) -> None:
-    """Copy the checkpoint."""
-    for path in _files(source, shards):
-        into = target / path.relative_to(source)
-        into.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, into)
-        with into.open("rb") as file:
-            os.fsync(file.fileno())
-
-
 def _hash(shards: Shards) -> str:
     """SHA-256 over the files of the weights."""
     found = hashlib.sha256()
-    for path in sorted({entry.file for entry in shards.entries.values()}):
+    for path in shards.files:
         found.update(f"{path.name}\n".encode())
         with path.open("rb") as file:
             while piece := file.read(_PIECE):

@@ -4,13 +4,14 @@ import os
 
 import pytest
 
-from apt.checkpoint import check_output, whole_directory
 from apt.errors import AptError
+from apt.outputs import check_output
+from apt.workplace import whole_directory, writing
 
 
 def write_and_fail(target, error):
-    with whole_directory(target) as partial:
-        (partial / "a").write_text("x")
+    with whole_directory(target) as work, writing(target):
+        (work.out / "a").write_text("x")
         raise error
 
 
@@ -18,9 +19,9 @@ def test_a_directory_appears_at_the_end(tmp_path):
     target = tmp_path / "deep" / "out"
     umask = os.umask(0o022)
     os.umask(umask)
-    with whole_directory(target) as partial:
-        (partial / "a").write_text("x")
-        (partial / "a").chmod(0o600)
+    with whole_directory(target) as work:
+        (work.out / "a").write_text("x")
+        (work.out / "a").chmod(0o600)
         assert not target.exists()
     assert (target / "a").read_text() == "x"
     assert (target / "a").stat().st_mode & 0o444 == 0o444 & ~umask
@@ -38,11 +39,12 @@ def test_the_old_directory_stays_until_the_new_one_is_whole(tmp_path):
     target = tmp_path / "out"
     target.mkdir()
     (target / "old").write_text("old")
+    (target / "apt_report.json").write_text('{"skipped": [], "options": {}}')
     with pytest.raises(KeyError):
         write_and_fail(target, KeyError())
     assert (target / "old").read_text() == "old"
-    with whole_directory(target) as partial:
-        (partial / "new").write_text("new")
+    with whole_directory(target, overwrite=True) as work:
+        (work.out / "new").write_text("new")
     assert [p.name for p in target.iterdir()] == ["new"]
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
@@ -56,12 +58,12 @@ def test_a_full_disk_is_an_error_for_the_user(tmp_path):
 def test_outputs_are_checked_early(tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "x").write_text("x")
+    (tmp_path / "full" / "apt_report.json").write_text('{"skipped": [], "options": {}}')
     (tmp_path / "empty").mkdir()
     check_output(tmp_path / "empty", False)
     check_output(tmp_path / "full", True)
     check_output(tmp_path / "new" / "deep", False)
-    with pytest.raises(AptError, match="is a file"):
+    with pytest.raises(AptError, match="exists and is no directory"):
         check_output(tmp_path / "file", True)
     with pytest.raises(AptError, match="pass --overwrite"):
         check_output(tmp_path / "full", False)

@@ -12,6 +12,7 @@ import pytest
 
 import apt as library
 from apt.errors import AptError
+from apt.journal import Journal
 from apt.plugins import registry
 from tests.families import random_model, random_tokens
 from tests.test_stream import SMALL, weights
@@ -164,3 +165,36 @@ def test_links_out_of_the_output_are_not_followed(apt, checkpoint, tmp_path):
     assert (outside / "kept").read_text() == "kept"
     assert run.code in (0, 2)
     assert sorted(p.name for p in outside.iterdir()) == ["kept"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_asked_to_end(apt, checkpoint, monkeypatch, number):
+    command = ("prune", checkpoint("llama"), *SMALL, "--method", "wanda", "-o", "out")
+    monkeypatch.setattr("apt.run.write_card", lambda *arguments: os.kill(os.getpid(), number))
+    run = apt(*command)
+    assert run.code == (143 if number == signal.SIGTERM else 130)
+    assert "interrupted; nothing was written" in run.err
+    assert not list(Path().iterdir())
+    original, calls = Journal.add, []
+
+    def add(self, line):
+        original(self, line)
+        calls.append(line)
+        if len(calls) == 4:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(Journal, "add", add)
+    run = apt(*command, "--stream")
+    assert run.code == (143 if number == signal.SIGTERM else 130)
+    assert "give the same command with --resume" in run.err
+    assert [p.name for p in Path().iterdir()] == [".out.apt"]
+    assert apt(*command, "--stream", "--resume").code == 0
+    assert [p.name for p in Path().iterdir()] == ["out"]
+
+
+def test_a_stream_that_is_refused_leaves_nothing(apt, checkpoint, monkeypatch):
+    error = AptError("no", "such")
+    monkeypatch.setattr("apt.stream.assemble", lambda *arguments: (_ for _ in ()).throw(error))
+    run = apt("prune", checkpoint("llama"), *SMALL, "-o", "out", "--stream")
+    assert run.code == 2
+    assert not list(Path().iterdir())

@@ -2,7 +2,6 @@
 
 import json
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,11 +10,11 @@ from hypothesis import strategies as st
 
 from apt.disk import sites_of
 from apt.errors import AptError
-from apt.journal import Workplace
 from apt.models import find, load, skeleton
 from apt.plan import make_plan
 from apt.plugins import registry
 from apt.solver import parse_pattern
+from apt.workplace import Workplace
 from tests.families import random_model
 
 anything = settings(
@@ -112,12 +111,23 @@ lines = st.one_of(
 
 
 @anything
-@given(given=st.lists(lines, max_size=4), tail=st.binary(max_size=20))
-def test_a_journal(tmp_path, given, tail):
+@given(given=st.lists(lines, max_size=4), tail=st.binary(max_size=20), sealed=st.booleans())
+def test_a_journal(tmp_path, given, tail, sealed):
     work = Workplace(tmp_path / "out")
     work.folder.mkdir(exist_ok=True)
-    raw = "".join(json.dumps(line) + "\n" for line in given).encode()
-    Path(work.folder / "journal.jsonl").write_bytes(raw + tail)
-    with one_line(), work.entered({"model": 1}, resume=True):
-        for line in work.lines:
+    work.journal.path.unlink(missing_ok=True)
+    if sealed:
+        for line in given:
+            if isinstance(line, dict):
+                work.journal.add(line)
+    else:
+        raw = "".join(json.dumps(line) + "\n" for line in given).encode()
+        work.journal.path.write_bytes(raw + tail)
+    work = Workplace(tmp_path / "out")
+    with one_line(), work.locked():
+        work.journal.read()
+        for line in work.journal.lines:
             sites_of(line)
+        if work.journal.has("block"):
+            work.go_on({"model": 1})
+        assert not work.appeared()

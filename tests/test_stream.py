@@ -15,7 +15,8 @@ import pytest
 import torch
 
 import apt.journal as apt_journal
-import apt.shards
+import apt.shards as apt_shards
+import apt.workplace as apt_workplace
 from apt.shards import Shards
 from tests.families import CONFIGS, FAMILIES, TEXT, random_model
 
@@ -96,9 +97,9 @@ def cut(monkeypatch, place, count, error):
 
 
 PLACES = {
-    "write": (apt.shards.os, "pwrite"),
-    "journal": (apt_journal.Workplace, "add"),
-    "appear": (apt_journal, "replace_directory"),
+    "write": (apt_shards.os, "pwrite"),
+    "journal": (apt_journal.Journal, "add"),
+    "appear": (apt_workplace, "rename_new"),
 }
 
 
@@ -118,7 +119,7 @@ def test_a_run_that_is_cut_short_goes_on_to_the_same_bytes(
         with pytest.raises(KilledError):
             apt(*command, "-o", "out")
     assert not Path("out").exists()
-    if count > 1:
+    if count > 1 or place == "appear":
         refused = apt(*command, "-o", "out")
         assert refused.code == 2
         assert "pass --resume" in refused.err
@@ -131,7 +132,7 @@ def test_a_run_that_is_cut_short_goes_on_to_the_same_bytes(
 def test_a_run_that_is_cut_short_once_its_output_is_there_is_done(checkpoint, apt, monkeypatch):
     command = ("prune", checkpoint("llama"), *SMALL, "--stream", "--effort", "fast")
     assert apt(*command, "-o", "whole").code == 0
-    original = apt_journal.shutil.rmtree
+    original = shutil.rmtree
 
     def failing(path, *args, **kwargs):
         if Path(path).name == ".out.apt":
@@ -139,7 +140,7 @@ def test_a_run_that_is_cut_short_once_its_output_is_there_is_done(checkpoint, ap
         original(path, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(apt_journal.shutil, "rmtree", failing)
+        patch.setattr(shutil, "rmtree", failing)
         with pytest.raises(KilledError):
             apt(*command, "-o", "out")
     assert Path("out").exists()
@@ -176,7 +177,7 @@ def test_another_command_is_not_gone_on_with(checkpoint, apt, monkeypatch):
             apt(*command)
     other = apt(*command, "--seed", 1, "--resume")
     assert other.code == 2
-    assert "its calibration, options differ" in other.err
+    assert "was another one: calibration.sha256, options.seed differ" in other.err
     assert apt(*command, "--resume").code == 0
 
 
@@ -194,12 +195,11 @@ def test_a_journal_cut_within_a_line_is_read_as_far_as_it_is_whole(checkpoint, a
 
 
 def test_two_runs_do_not_write_one_output(checkpoint, apt):
-    from apt.journal import Workplace
-
-    with Workplace(Path("out")).entered({"a": 1}, resume=False):
-        result = apt("prune", checkpoint("llama"), *SMALL, "--stream", "-o", "out", "--resume")
-    assert result.code == 2
-    assert "another run is writing" in result.err
+    for options in (["--stream"], ["--stream", "--resume"], []):
+        with apt_workplace.Workplace(Path("out")).locked():
+            result = apt("prune", checkpoint("llama"), *SMALL, *options, "-o", "out")
+        assert result.code == 2
+        assert "another run is writing" in result.err
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_what_cannot_be_streamed_is_told_first(options, said, checkpoint, apt):
 def test_a_disk_too_small_is_told_first(checkpoint, apt, monkeypatch):
     from collections import namedtuple
 
-    monkeypatch.setattr("apt.stream.shutil.disk_usage", lambda _: namedtuple("U", "free")(1000))
+    monkeypatch.setattr("apt.outputs.shutil.disk_usage", lambda _: namedtuple("U", "free")(1000))
     result = apt("prune", checkpoint("llama"), *SMALL, "--stream", "-o", "out")
     assert result.code == 2
     assert "MiB left" in result.err
@@ -278,7 +278,14 @@ def test_a_damaged_block_that_is_read_ahead_is_told_in_its_turn(checkpoint, apt,
     name = "model.layers.1.mlp.up_proj.weight"
     shards = Shards(model)
     shards.write([(name, torch.full(shards.entries[name].shape, float("nan")))])
-    monkeypatch.setattr("apt.disk.reads_ahead", lambda device: True)
+    said = f"{name} in {model}/model.safetensors holds values that are not finite"
     result = apt("prune", model, *SMALL, "--stream", "-o", "out")
     assert result.code == 2
-    assert f"{name} holds values that are not finite" in result.err
+    assert said in result.err
+    assert not Path(".out.apt").exists()
+    monkeypatch.setattr("apt.disk.reads_ahead", lambda device: True)
+    monkeypatch.setattr("apt.stored.Stored.check_finite", lambda self: None)  # damaged since
+    result = apt("prune", model, *SMALL, "--stream", "-o", "out")
+    assert result.code == 2
+    assert said in result.err
+    assert "kept in .out.apt, for --resume" in result.err

@@ -22,15 +22,19 @@ def convert(
     """
     from shutil import copyfile
 
-    from apt.checkpoint import check_output, save_model, whole_directory
+    from apt.checkpoint import keep_side_files, save_model
     from apt.cli.output import err, notice, out
     from apt.models import find, load, load_tokenizer, skeleton
+    from apt.outputs import check_output
     from apt.plugins import registry
     from apt.report import FILE
     from apt.run import read_dtype
+    from apt.stored import local_directory
+    from apt.workplace import whole_directory, writing
 
-    check_output(output, overwrite)
     source = find(model, registry(), trust_remote_code=trust_remote_code)
+    if lost := check_output(output, overwrite, source.files()):
+        notice(f"replaces {lost}")
     shell = skeleton(source, registry())
     try:
         found = load_tokenizer(source, tokenizer)
@@ -41,8 +45,10 @@ def convert(
         found = None
     with err.status("converting"):
         loaded = load(shell, read_dtype(dtype))
-        with whole_directory(output) as directory:
-            save_model(loaded.module, found, directory)
+        with whole_directory(output, overwrite) as work, writing(output):
+            save_model(loaded.module, found, work.out)
+            if not source.gguf:
+                keep_side_files(local_directory(loaded), work.out)
             if (report := Path(source.location) / FILE).is_file():
-                copyfile(report, directory / FILE)
+                copyfile(report, work.out / FILE)
     out.print(f"{output}: {type(loaded.module).__name__}", markup=False)

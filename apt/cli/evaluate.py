@@ -39,10 +39,10 @@ def evaluate(
     import json
 
     from apt.cli.output import err, notice, out
-    from apt.hollow import check_hollow
     from apt.models import find, load_tokenizer, skeleton
     from apt.plugins import registry
     from apt.run import capped, choose_device, read_dtype
+    from apt.stored import open_stored
     from apt.text import digest, documents, evaluation_tokens
 
     precision = read_dtype(dtype)
@@ -54,7 +54,7 @@ def evaluate(
     source = find(model, registry(), trust_remote_code=trust_remote_code)
     shell = skeleton(source, registry(), adapter)
     if stream:
-        check_hollow(shell)
+        open_stored(shell)
     seqlen = capped(seqlen, shell, notice)
     texts = documents(data, "evaluation", registry())
     tokens = evaluation_tokens(load_tokenizer(source, tokenizer), texts, samples, seqlen, data)

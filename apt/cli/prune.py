@@ -1,5 +1,8 @@
 """``apt prune``."""
 
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -80,6 +83,10 @@ def prune(
     dtype: str = args.DTYPE,
     seed: int = typer.Option(0, "--seed", help="Draws the calibration samples."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace a non-empty output."),
+    max_shard_size: str | None = typer.Option(
+        None, "--max-shard-size", metavar="SIZE",
+        help="Largest file of weights, as 5GB; by default the files are the checkpoint's.",
+    ),
     tokenizer: str | None = args.TOKENIZER,
     stream: bool = typer.Option(
         False, "--stream", help="Read and write block by block; never more than one in memory."
@@ -126,6 +133,7 @@ def prune(
         error_aware=error_aware,
         ordered=ordered,
         overwrite=overwrite,
+        max_shard_size=max_shard_size,
         tokenizer=tokenizer,
         stream=stream or resume,
         resume=resume,
@@ -191,14 +199,18 @@ def _show_plan(prepared: "Prepared") -> None:
 
 def _run(prepared: "Prepared", ranks: "Ranks") -> None:
     from apt.arena import share_arena
+    from apt.cli.output import out
     from apt.cli.progress import RunProgress
-    from apt.run import execute
+    from apt.run import already_complete, execute
     from apt.stream import execute_streamed
 
     share_arena()
     options = prepared.options
+    if already_complete(prepared):
+        out.print(f"{options.output}: already complete", markup=False)
+        return
     try:
-        with RunProgress(prepared.plan) as progress:
+        with _terminable(), RunProgress(prepared.plan) as progress:
             if options.stream:
                 report = execute_streamed(
                     prepared,
@@ -214,23 +226,50 @@ def _run(prepared: "Prepared", ranks: "Ranks") -> None:
     except Exception as error:
         error.add_note(_whose(prepared))
         raise
-    except KeyboardInterrupt:
-        left = "nothing was written"
-        if options.stream:
-            left = "to go on, give the same command with --resume"
+    except KeyboardInterrupt as error:
         if ranks.first:
-            typer.echo(f"apt: interrupted; {left}", err=True)
-        raise typer.Exit(130) from None
+            typer.echo(f"apt: interrupted; {_left(options)}", err=True)
+        raise typer.Exit(143 if isinstance(error, _TerminatedError) else 130) from None
     show_report(report, prepared.options)
+
+
+class _TerminatedError(KeyboardInterrupt):
+    """The process was asked to end (SIGTERM): it clears up as after Ctrl-C."""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """While entered, SIGTERM raises an exception, so that nothing is left lying about."""
+
+    def stop(number: int, frame: object) -> None:
+        raise _TerminatedError
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _left(options: "RunOptions") -> str:
+    """What an interrupted run has left."""
+    from apt.workplace import resumable
+
+    if options.stream and resumable(options.output):
+        return "to go on, give the same command with --resume"
+    written = (options.output / "apt_report.json").is_file()
+    return f"{options.output} is whole" if written else "nothing was written"
 
 
 def _whose(prepared: "Prepared") -> str:
     """Where the code comes from that took part in a run, for those who read its traceback."""
+    from apt.workplace import resumable
+
     method, adapter = prepared.method.name, prepared.shell.spec.name
     found = prepared.registry.methods.origins[method], prepared.registry.adapters.origins[adapter]
     note = f"method {method} comes from {found[0].distribution}, adapter {adapter} from "
     note += found[1].distribution
-    if prepared.options.stream:
+    if prepared.options.stream and resumable(prepared.options.output):
         note += "; blocks that were done are on disk: once it is mended, go on with --resume"
     return note
 

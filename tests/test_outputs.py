@@ -1,0 +1,242 @@
+"""Where an output may lie: nothing that is there is lost, whatever path is given, in any mode."""
+
+import os
+import shutil
+import socket
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from apt import renaming
+from apt import workplace as workplaces
+from apt.errors import AptError
+from apt.outputs import check_output, workplace
+from apt.renaming import exchange, rename_new
+from apt.workplace import Workplace, whole_directory
+
+QUICK = ("--samples", 2, "--seqlen", 16, "--pattern", "2:4", "--method", "wanda")
+TEXT = Path(__file__).with_name("text.txt")
+MODES = {"memory": (), "stream": ("--stream",), "overwrite": ("--overwrite",),
+         "stream-overwrite": ("--stream", "--overwrite")}  # fmt: skip
+
+
+def snapshot(folder):
+    """Everything below a folder: kinds, modes, links, and the bytes of files."""
+    found = {}
+    for parent, folders, names in os.walk(folder):
+        for name in (*folders, *names):
+            path = Path(parent) / name
+            status = path.lstat()
+            content = path.read_bytes() if stat.S_ISREG(status.st_mode) else b""
+            target = os.readlink(path) if path.is_symlink() else ""
+            key = path.relative_to(folder).as_posix()
+            found[key] = (status.st_mode, status.st_rdev, target, content)
+    return found
+
+
+@pytest.fixture
+def house(checkpoint, tmp_path, monkeypatch):
+    """A home with a model, a foreign folder, and things that are no folders."""
+    home = tmp_path / "home"
+    models = home / "models"
+    shutil.copytree(checkpoint("llama"), models / "in")
+    (home / "work").mkdir()
+    (home / "foreign").mkdir()
+    (home / "foreign" / "thesis.txt").write_text("years of work")
+    (home / "file").write_text("x")
+    (home / "dangling").symlink_to(home / "nowhere")
+    (home / "loop").symlink_to(home / "loop")
+    (home / "to-foreign").symlink_to(home / "foreign")
+    (home / "to-file").symlink_to(home / "file")
+    os.mkfifo(home / "fifo")
+    with socket.socket(socket.AF_UNIX) as bound:
+        monkeypatch.chdir(home)
+        bound.bind("socket")
+    if not os.geteuid():
+        os.mknod(home / "device", stat.S_IFCHR | 0o666, os.makedev(1, 3))
+    monkeypatch.setenv("HOME", str(home))
+    return home
+
+
+REFUSED = {
+    "": "is the working directory",
+    ".": "is the working directory",
+    "..": "holds the working directory",
+    "/": "holds the working directory",
+    "~HOME": "holds the working directory",
+    "../models/in": "is what the run reads",
+    "../models": "holds what the run reads",
+    "../models/in/sub": "lies inside what the run reads",
+    "../models/in/deep/er": "lies inside what the run reads",
+    "../foreign": "holds what APT did not write there: thesis.txt",
+    "../to-foreign": "holds what APT did not write there: thesis.txt",
+    "../file": "exists and is no directory",
+    "../to-file": "exists and is no directory",
+    "../file/out": "",
+    "../fifo": "exists and is no directory",
+    "../socket": "exists and is no directory",
+    "../device": "exists and is no directory",
+    "../dangling": "is a link that leads nowhere",
+    "../dangling/out": "is a link that leads nowhere",
+    "../loop": "",
+    "x" * 251: "of the output is longer than 250 bytes",
+    "x" * 300: "",
+    "/".join(["x" * 200] * 30): "",
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_places_that_are_refused_stay_as_they_are(house, apt, monkeypatch, mode):
+    for place, said in REFUSED.items():
+        if place == "../device" and os.geteuid():
+            continue
+        monkeypatch.chdir(house)  # what the fixture `apt` has changed
+        before = snapshot(house)
+        monkeypatch.chdir(house / "work")
+        output = str(house) if place == "~HOME" else place
+        run = apt(
+            "prune", "../models/in", *QUICK, "--calibration", TEXT, "-o", output, *MODES[mode]
+        )
+        assert run.code == 2, (place, run.err)
+        assert said in run.err, (place, run.err)
+        line = run.err.splitlines()[-1]
+        assert line.startswith("apt"), line
+        assert snapshot(house) == before, place
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_places_that_are_taken(house, apt, monkeypatch, mode):
+    monkeypatch.chdir(house / "work")
+    (house / "empty").mkdir()
+    (house / "to-empty").symlink_to(house / "empty")
+    outside = snapshot(house / "foreign"), snapshot(house / "models")
+    for place in ("new", "deep/er/new", "../to-empty"):
+        command = ("prune", "../models/in", *QUICK, "--calibration", TEXT, "-o", place)
+        run = apt(*command, *MODES[mode])
+        assert run.code == 0, run.err
+        assert (Path(place) / "apt_report.json").is_file()
+        again = apt(*command, *MODES[mode])
+        assert (again.code == 0) == ("overwrite" in mode), again.err
+        assert ("replaces" in again.err) == ("overwrite" in mode)
+        (Path(place) / "notes.txt").write_text("mine")
+        kept = snapshot(place)
+        last = apt(*command, *MODES[mode])
+        assert last.code == 2
+        assert "what APT did not write there: notes.txt" in last.err
+        assert snapshot(place) == kept
+    assert (house / "to-empty").is_symlink()
+    assert (snapshot(house / "foreign"), snapshot(house / "models")) == outside
+    assert not [p for p in house.rglob("*") if p.name.endswith(".apt")]
+
+
+def test_a_mount_point_is_refused(house, tmp_path):
+    folder = tmp_path / "mount"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "tmpfs", str(folder)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a file system can be mounted by root only")
+    try:
+        with pytest.raises(AptError, match="is a mount point"):
+            check_output(folder, overwrite=True)
+        check_output(folder / "out", overwrite=True)
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("options", [(), ("--stream",), ("--overwrite",)], ids=str)
+def test_what_appears_during_the_run_is_left_alone(checkpoint, apt, monkeypatch, options):
+    original = workplaces.open_up
+
+    def appear(partial):
+        original(partial)
+        Path("out").mkdir()
+        Path("out/thesis.txt").write_text("years of work")
+
+    monkeypatch.setattr("apt.workplace.open_up", appear)
+    run = apt("prune", checkpoint("llama"), *QUICK, "--calibration", TEXT, "-o", "out", *options)
+    assert run.code == 2
+    assert "left alone; the result is whole, in out-1" in run.err
+    assert [p.name for p in Path("out").iterdir()] == ["thesis.txt"]
+    monkeypatch.setattr("apt.workplace.open_up", original)
+    assert apt("verify", "out-1").code == 0
+    assert sorted(p.name for p in Path().iterdir()) == ["out", "out-1"]
+
+
+def write(place, overwrite=False):
+    with whole_directory(place, overwrite) as work:
+        (work.out / "weights").write_text("new")
+        (work.out / "apt_report.json").write_text('{"skipped": [], "options": {}}')
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_an_old_result_is_there_until_the_new_one_is(tmp_path, monkeypatch, exchanges):
+    if not exchanges:  # as on a system without the call
+        monkeypatch.setattr(renaming, "_system_rename", lambda *arguments: False)
+    write(tmp_path / "out")
+    with pytest.raises(AptError, match="pass --overwrite"):
+        check_output(tmp_path / "out", overwrite=False)
+    write(tmp_path / "out", overwrite=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_run_that_is_killed_between_two_renames_leaves_the_old_result(tmp_path, monkeypatch):
+    write(tmp_path / "out")
+    before = snapshot(tmp_path / "out")
+    monkeypatch.setattr(renaming, "_system_rename", lambda *arguments: False)
+    work = Workplace(tmp_path / "out", overwrite=True)
+    work.out.mkdir(parents=True)
+    work.output.rename(work.folder / "old")
+    with Workplace(tmp_path / "out").locked():
+        assert snapshot(tmp_path / "out") == before
+
+
+def test_renames_that_lose_nothing(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "is").write_text(name)
+    with pytest.raises(FileExistsError):
+        rename_new(tmp_path / "a", tmp_path / "b")
+    exchange(tmp_path / "a", tmp_path / "b", tmp_path / "spare")
+    assert (tmp_path / "a" / "is").read_text() == "b"
+    assert (tmp_path / "b" / "is").read_text() == "a"
+
+
+@pytest.mark.parametrize("kind", ["link", "file", "foreign"])
+def test_a_workplace_that_is_not_ours_is_refused(tmp_path, kind):
+    folder, outside = workplace(tmp_path / "out"), tmp_path / "outside"
+    (outside / "out").mkdir(parents=True)
+    (outside / "out" / "kept").write_text("kept")
+    if kind == "link":
+        folder.symlink_to(outside)
+    elif kind == "file":
+        folder.write_text("x")
+    elif os.geteuid():
+        pytest.skip("only root can give folders to others")
+    else:
+        folder.mkdir()
+        os.chown(folder, 12345, 12345)
+    before = snapshot(tmp_path)
+    with pytest.raises(AptError, match="is not a folder of yours"):
+        write(tmp_path / "out")
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["journal.jsonl", "lock", "out", "out/model.safetensors"])
+@pytest.mark.parametrize("hard", [False, True], ids=["symbolic", "hard"])
+def test_links_in_a_workplace_are_not_followed(tmp_path, name, hard):
+    if hard and name == "out":
+        pytest.skip("folders have no hard links")
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "kept").write_text("kept")
+    link = workplace(tmp_path / "out") / name
+    link.parent.mkdir(parents=True)
+    if hard:
+        os.link(outside / "kept", link)
+    else:
+        link.symlink_to(outside if name == "out" else outside / "kept")
+    with pytest.raises(AptError, match="is a link|cannot be opened"):
+        write(tmp_path / "out")
+    assert snapshot(outside) == {"kept": (outside.joinpath("kept").lstat().st_mode, 0, "", b"kept")}
