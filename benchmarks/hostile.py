@@ -1,0 +1,156 @@
+"""Hostile use: hundreds of commands that a clumsy or a malicious user might give.
+
+Every case runs the command line on damaged checkpoints, texts, options, paths or environments in a
+folder of its own, and is judged by the same rules, whatever it is about:
+
+- the exit status is 0, 1 (a check that does not hold), 2 (something the user can mend) or that of
+  the signal that was sent;
+- an error is one line, with no traceback;
+- no file changes but the output, which verifies where the run says that it succeeded.
+
+::
+
+    python benchmarks/hostile.py            # all of it, with a count at the end
+    python benchmarks/hostile.py --only texts --verbose
+"""
+
+import argparse
+import contextlib
+import io
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hostile_cases import GROUPS, Case
+
+from apt.cli import main as command_line
+from apt.plugins import registry
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class Result:
+    """What came of a command."""
+
+    code: int
+    out: str
+    err: str
+
+
+def here(case: Case, folder: Path) -> Result:
+    """Run in this process, which is quick."""
+    out, err = io.StringIO(), io.StringIO()
+    before, arguments, code = os.getcwd(), sys.argv, 0
+    os.chdir(folder)
+    sys.argv = ["apt-prune", *case.arguments]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            command_line()
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(bool(stop.code))
+    except BaseException as error:
+        err.write(f"Traceback: {type(error).__name__}: {error}")
+        code = 1
+    finally:
+        os.chdir(before)
+        sys.argv = arguments
+    return Result(code, out.getvalue(), err.getvalue())
+
+
+def apart(case: Case, folder: Path) -> Result:
+    """Run in a process of its own."""
+    words = [sys.executable, "-P", "-c", "from apt.cli import main; main()", *case.arguments]
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "adapters", ROOT / "plugins")))
+    environment = {**os.environ, "PYTHONPATH": paths, **case.environment}
+    command = ["bash", "-o", "pipefail", "-c", f"exec 3>&1; {shlex.join(words)} {case.shell}"]
+    process = subprocess.Popen(command if case.shell else words, cwd=folder, env=environment,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               errors="replace")  # fmt: skip
+    if case.signal:
+        time.sleep(case.seconds)
+        process.send_signal(case.signal)
+    out, err = process.communicate(timeout=300)
+    return Result(process.returncode, out, err)
+
+
+def content(folder: Path) -> dict[str, bytes | None]:
+    """All below a folder but outputs and workplaces."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def judge(case: Case, result: Result, before: dict[str, Any], folder: Path) -> str:
+    """What is wrong; empty where all is well."""
+    if "Traceback" in result.err:
+        return f"traceback: {result.err.strip().splitlines()[-1][:150]}"
+    if result.code not in (0, 2, *case.may):
+        return f"exit status {result.code}: {result.err.strip()[-150:]}"
+    if result.code == 2 and not result.err.strip():
+        return "no word about what is wrong"
+    if "pwned" in os.listdir(folder):
+        return "code of the checkpoint was run"
+    after = content(folder)
+    if lost := [name for name in before if name not in after or after[name] != before[name]]:
+        return f"{lost[0]} was lost or changed"
+    added = {name.split("/")[0] for name in after.keys() - before.keys()}
+    if result.code == 2 and (left := [n for n in added if not n.endswith(".apt")]):
+        return f"failed, but {left[0]} is there"
+    if result.code == 2 and case.group != "signals" and (left := sorted(added)):
+        return f"failed, but {left[0]} is left"
+    return ""
+
+
+def run(case: Case, model: Path) -> tuple[Result, str]:
+    """Run a case, and judge it."""
+    with tempfile.TemporaryDirectory(prefix="hostile-") as name:
+        folder = Path(name)
+        shutil.copytree(model, folder / "m")
+        shutil.copyfile(ROOT / "tests/text.txt", folder / "t.txt")
+        case.prepare(folder)
+        if case.arguments[:1] == ["prune"] and "--calibration" not in case.arguments:
+            case.arguments += ["--calibration", "t.txt"]
+        before = content(folder)
+        separate = case.environment or case.shell or case.signal
+        result = (apart if separate else here)(case, folder)
+        return result, judge(case, result, before, folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=GROUPS, action="append")
+    parser.add_argument("--verbose", action="store_true", help="show what every case says")
+    given = parser.parse_args()
+    path = registry().adapters.get("llama").zoo_path()
+    assert path is not None
+    counts: dict[str, Counter[str]] = {}
+    for group in given.only or GROUPS:
+        counts[group] = Counter()
+        for case in GROUPS[group]():
+            result, wrong = run(case, path)
+            counts[group][f"exit {result.code}"] += 1
+            counts[group]["wrong"] += bool(wrong)
+            if wrong or given.verbose:
+                last = (result.err.strip() or result.out.strip() or "-").splitlines()[-1]
+                print(f"{'WRONG ' + wrong if wrong else 'right'} | {group} | {case.name} | "
+                      f"{result.code} | {last[:200]}", flush=True)  # fmt: skip
+    for group, found in counts.items():
+        print(f"{group}: {dict(sorted(found.items()))}")
+    total = sum(found["wrong"] for found in counts.values())
+    cases = sum(sum(found.values()) - found["wrong"] for found in counts.values())
+    print(f"{cases} cases, {total} wrong")
+    raise SystemExit(bool(total))
+
+
+if __name__ == "__main__":
+    main()
