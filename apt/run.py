@@ -26,6 +26,7 @@ from apt.report import Report
 from apt.samples import mixed
 from apt.self_calibration import own_text, writes
 from apt.solver import EFFORTS, Pattern, SolverOptions, Unstructured
+from apt.specials import bos_of, special_ids
 from apt.specs import MethodSpec
 from apt.text import calibration_tokens, digest, documents, evaluation_tokens
 from apt.verify import failures, verify
@@ -62,6 +63,7 @@ class RunOptions:
     activations: str = "memory"
     tokenizer: str | None = None
     trust_remote_code: bool = False
+    bos: bool = True
     selection: Selection = field(default_factory=Selection)
     solver: SolverOptions = field(default_factory=SolverOptions)
 
@@ -236,6 +238,7 @@ def execute(
     check_space(options.output, _bytes(prepared))
     status("reading text")
     tokenizer = load_tokenizer(prepared.shell.source, options.tokenizer)
+    prepared, bos = sparing(prepared, tokenizer), chosen_bos(prepared.options, tokenizer)
     tokens, held_out = texts(prepared, tokenizer)
     held_out = held_out if ranks.first else None
     status("loading the model")
@@ -244,14 +247,21 @@ def execute(
     if options.own_samples:
         status("writing text to calibrate on")
         if ranks.first:
-            own = own_text(model.module, options.own_samples, options.seqlen, options.seed)
+            own = own_text(
+                model.module,
+                options.own_samples,
+                options.seqlen,
+                options.seed,
+                bos=bos,
+                special=special_ids(tokenizer),
+            )
             tokens = mixed(tokens, own, options.seed)
         tokens = ranks.share(tokens)
     if options.allocation != UNIFORM:
         status(f"sharing out the sparsity ({options.allocation})")
         plan = _allocated(prepared, model, tokens)
         prepared = replace(prepared, plan=ranks.share(plan))
-    report = unfinished(prepared, tokens, fingerprint(model.module))
+    report = unfinished(prepared, tokens, fingerprint(model.module), bos)
     scores: dict[str, Any] = {}
     if held_out is not None:
         with model.adapter.running(model.module):
@@ -279,7 +289,17 @@ def execute(
     return report
 
 
-def unfinished(prepared: Prepared, tokens: Tensor, sha256: str) -> Report:
+def sparing(prepared: Prepared, tokenizer: Any) -> Prepared:
+    """The run, in which no token drawn at random is a special one of the tokenizer."""
+    return replace(prepared, mode=prepared.mode.sparing(special_ids(tokenizer)))
+
+
+def chosen_bos(options: RunOptions, tokenizer: Any) -> int | None:
+    """What every sample and window begins with; None where there is no such token, or by option."""
+    return bos_of(tokenizer) if options.bos else None
+
+
+def unfinished(prepared: Prepared, tokens: Tensor, sha256: str, bos: int | None) -> Report:
     """The report of a run that has not begun."""
     options, shell = prepared.options, prepared.shell
     return Report(
@@ -293,6 +313,7 @@ def unfinished(prepared: Prepared, tokens: Tensor, sha256: str) -> Report:
         {
             "source": options.calibration,
             "own_samples": options.own_samples,
+            "bos": bos,
             "shape": list(tokens.shape),
             "sha256": digest(tokens),
         },
@@ -312,16 +333,17 @@ def _bytes(prepared: Prepared) -> int:
 def texts(prepared: Prepared, tokenizer: Any) -> tuple[Tensor, Tensor | None]:
     """The tokens to calibrate on that are given, and those to measure on if any are asked for."""
     options, registry = prepared.options, prepared.registry
+    seqlen, bos = options.seqlen, chosen_bos(options, tokenizer)
     found = documents(options.calibration, "calibration", registry) if options.samples else ()
     tokens = calibration_tokens(
-        tokenizer, found, options.samples, options.seqlen, options.seed, options.calibration
+        tokenizer, found, options.samples, seqlen, options.seed, options.calibration, bos
     )
     if options.evaluation is None:
         return tokens, None
     found = documents(options.evaluation, "evaluation", registry)
     most = options.samples or options.own_samples
     held_out = evaluation_tokens(
-        tokenizer, found, most, options.seqlen, options.evaluation, fewer=True
+        tokenizer, found, most, seqlen, options.evaluation, bos, fewer=True
     )
     return tokens, held_out
 

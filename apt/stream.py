@@ -33,7 +33,16 @@ from apt.models import load_tokenizer
 from apt.pipeline import prune_blocks
 from apt.ranks import Ranks
 from apt.report import FILE, Report, versions
-from apt.run import Prepared, check_vocabulary, measure, scored, texts, unfinished
+from apt.run import (
+    Prepared,
+    check_vocabulary,
+    chosen_bos,
+    measure,
+    scored,
+    sparing,
+    texts,
+    unfinished,
+)
 from apt.shards import Shards
 from apt.text import digest
 
@@ -70,9 +79,11 @@ def execute_streamed(
         weights = sum(path.stat().st_size for path in _files(source, shards))
         check_space(work.output, weights + _shelved(prepared))
     status("reading text")
-    tokens, held_out = texts(prepared, load_tokenizer(prepared.shell.source, options.tokenizer))
+    tokenizer = load_tokenizer(prepared.shell.source, options.tokenizer)
+    prepared, bos = sparing(prepared, tokenizer), chosen_bos(options, tokenizer)
+    tokens, held_out = texts(prepared, tokenizer)
     status("hashing the model")
-    report = unfinished(prepared, tokens, _hash(shards))
+    report = unfinished(prepared, tokens, _hash(shards), bos)
     fingerprint = _fingerprint(report, held_out, ranks)
     with _told(options.output), _entered(work, fingerprint, resume, ranks):
         if ranks.first and not work.has("copied"):

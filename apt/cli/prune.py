@@ -81,6 +81,7 @@ def prune(
     seed: int = typer.Option(0, "--seed", help="Draws the calibration samples."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace a non-empty output."),
     tokenizer: str | None = args.TOKENIZER,
+    no_bos: bool = args.NO_BOS,
     stream: bool = typer.Option(
         False, "--stream", help="Read and write block by block; never more than one in memory."
     ),
@@ -131,6 +132,7 @@ def prune(
         resume=resume,
         activations=activations,
         trust_remote_code=trust_remote_code,
+        bos=not no_bos,
         selection=args.read_selection(only, skip, override),
         solver=SolverOptions(
             damping=damping,
