@@ -22,6 +22,16 @@ _PIECE = 256  # tokens that are written in one go; a longer sample is several
 _AT_ONCE = 32  # pieces
 
 
+def cached_tokens(seqlen: int) -> int:
+    """Of how many tokens a model keeps keys and values while it writes samples of ``seqlen``."""
+    return _AT_ONCE * min(seqlen, _PIECE)
+
+
+def logits_at_once() -> int:
+    """For how many tokens it makes logits at a time."""
+    return _AT_ONCE
+
+
 def writes(model: nn.Module) -> bool:
     """Whether it can write text: whether transformers knows how to generate with it."""
     return isinstance(model, GenerationMixin)

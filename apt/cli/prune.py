@@ -188,6 +188,7 @@ def _show_plan(prepared: "Prepared") -> None:
         prepared.device,
         streamed=options.stream,
         on_disk=options.activations == "disk",
+        writing=bool(options.own_samples),
     )
 
 
