@@ -17,6 +17,7 @@ from apt.plugins import registry
 from apt.ranks import Ranks
 from apt.report import Report
 from apt.solver import Pattern, SolverOptions, parse_pattern
+from apt.specials import named_ids
 from apt.text import digest
 
 M = TypeVar("M")
@@ -45,6 +46,7 @@ def prune(
     ordered: bool | None = None,
     allocation: str = UNIFORM,
     also: Sequence[str] = (),
+    special: Sequence[int] | None = None,
     ranks: Ranks | None = None,
     observe: Observer = lambda event: None,
 ) -> Report:
@@ -52,7 +54,8 @@ def prune(
 
     Args:
         model: the model.
-        tokens: calibration token ids (samples, seqlen), without padding.
+        tokens: calibration token ids (samples, seqlen), without padding. Where the model's
+            tokenizer begins a text with a token of its own, so should every sample.
         pattern: ``"2:4"``, ``"0.5"``, or a pattern of `apt.solver`.
         adapter: the adapter's name; by default the only one that serves the model's type.
         method: the method's name; by default the most accurate.
@@ -64,6 +67,9 @@ def prune(
             pruned ones before it give; by default where the run is error-aware.
         allocation: how an unstructured sparsity is shared out among sites, by name.
         also: kinds of parameters beyond the Linears that are pruned too, as the adapter has them.
+        special: tokens that are no text, which never stand among random ones; by default those
+            that the model's configurations name. `apt.specials.special_ids` of its tokenizer are
+            what ``apt prune`` leaves out.
         ranks: the processes of torch.distributed that prune together, `apt.Ranks` of their group:
             each calls this with an equal model and the same arguments, and is left with the same
             weights. None prunes alone, whatever process group there is.
@@ -95,6 +101,7 @@ def prune(
         share_out = shelf.allocations.get(allocation)
         plan = ranks.share(allocated(plan, share_out, model, instance, tokens))
     mode = choose_mode(chosen, options or SolverOptions(), error_aware, ordered)
+    mode = mode.sparing(named_ids(model) if special is None else special)
     tell = telling(observe, shelf.site_pruned)
     sites = prune_blocks(
         model, instance, plan, tokens, chosen.load(), **vars(mode), ranks=ranks, observe=tell

@@ -157,13 +157,19 @@ class Capture:
         block: the block.
         sites: the sites whose inputs are summed, their weights still dense.
         targets: how much of the error so far they make up for; None where there is no dense stream.
+        routed: the block's routed sites that stay dense. Their tokens are counted where ``sites``
+            of the same order are routed: only all together are known to see every token.
     """
 
     def __init__(
-        self, block: nn.Module, sites: Sequence[Site], targets: Targets | None = None
+        self,
+        block: nn.Module,
+        sites: Sequence[Site],
+        targets: Targets | None = None,
+        routed: Sequence[Site] = (),
     ) -> None:
         self.sites = list(sites)
-        self.tokens = dict.fromkeys(sites, 0)
+        self.tokens = dict.fromkeys([*sites, *self._beside(sites, routed)], 0)
         self._targets = targets or Targets(0, 0)
         self._weights = {site: site.oriented(site.weight(block).data) for site in sites}
         self._sharing: dict[str, list[Site]] = defaultdict(list)
@@ -173,6 +179,16 @@ class Capture:
             name: self._empty(sharing, both=targets is not None and not sharing[0].routed)
             for name, sharing in self._sharing.items()
         }
+
+    def sums_up(self, site: Site) -> bool:
+        """Whether the inputs of a site are among those that are summed."""
+        return site in self._weights
+
+    @staticmethod
+    def _beside(sites: Sequence[Site], routed: Sequence[Site]) -> list[Site]:
+        """Those of ``routed`` that share an order with a routed one of ``sites``."""
+        orders = {site.order for site in sites if site.routed}
+        return [site for site in routed if site.order in orders]
 
     def _empty(self, sharing: Sequence[Site], *, both: bool) -> Sums:
         """The sums of an input, of one stream or both, before any token.
@@ -213,13 +229,15 @@ class Capture:
                 weights (out, in): what has become of their products adds to the drift.
         """
         dense = dense or {}
-        weights = {s: s.oriented(s.weight(block).data) for s in [*self.sites, *dense]}
+        weights = {s: s.oriented(s.weight(block).data) for s in [*self.tokens, *dense]}
         passing: Passing
 
         def take(site: Site, inputs: Tensor) -> None:
             rows = as_rows(site, inputs, weights[site])
-            if site in self.tokens:
+            if self.sums_up(site):
                 self.take(passing, site, rows)
+            elif site in self.tokens:
+                self.tokens[site] += len(rows)
             if site in dense and passing.reference is not None:
                 passing.follow(site, rows, weights[site], dense[site])
             passing.count(site, rows)

@@ -8,10 +8,14 @@ import torch
 from torch import nn
 
 from apt.batches import TOKENS_PER_BATCH
+from apt.evaluate import windows_at_once
+from apt.logits import part_bytes
 from apt.mode import REPLACED, TUNED_TOKENS
 from apt.models import Model
 from apt.plan import Plan, PlannedBlock
 from apt.report import peak_memory
+from apt.samples import vocabulary
+from apt.self_calibration import cached_tokens, logits_at_once
 from apt.walk import may_wait
 
 _FP32 = 4
@@ -35,6 +39,8 @@ class Estimate:
         disk: of the activations, what lies there.
         working: one batch's activations inside a block, and one site's solve or, if that is more,
             the block's weights, gradients and moments while it is tuned.
+        predicting: the logits, and what is made with them, where the model is measured or writes
+            text to calibrate on: before and after all of the above but the weights.
         seconds: the time of an error-aware run of default effort; forwards of attention and scans
             that are not products of weights are not counted.
     """
@@ -45,13 +51,14 @@ class Estimate:
     disk: int
     grams: int
     working: int
+    predicting: int
     seconds: float
 
     @property
     def memory(self) -> int:
         """The peak: all of it, or that of reading text where a model is tiny."""
-        run = self.weights + self.activations + self.grams + self.working
-        return self.process + max(run, _READING)
+        run = max(self.activations + self.grams + self.working, self.predicting)
+        return self.process + max(self.weights + run, _READING)
 
 
 def estimate(
@@ -64,6 +71,7 @@ def estimate(
     *,
     streamed: bool,
     on_disk: bool = False,
+    writing: bool = False,
 ) -> Estimate:
     """Estimate an error-aware run of ``plan`` on ``samples`` of ``seqlen`` tokens.
 
@@ -75,6 +83,7 @@ def estimate(
         device: where it runs.
         streamed: whether no more than one block is in memory.
         on_disk: whether no more than one batch of activations is.
+        writing: whether the model writes text to calibrate on.
     """
     bytes_each, config = dtype.itemsize, shell.config
     tokens = (samples + REPLACED["default"].samples(samples, seqlen)) * seqlen
@@ -96,8 +105,28 @@ def estimate(
         grams=max(_gram_bytes(block) for block in plan.blocks),
         working=min(tokens, TOKENS_PER_BATCH) * (4 * widest + held) * bytes_each
         + max(8 * largest, 5 * tuned) * _FP32,
+        predicting=max(
+            _measuring(shell, seqlen, (4 * widest + held) * bytes_each),
+            _writing(shell, len(blocks), seqlen, bytes_each) if writing else 0,
+        ),
         seconds=_operations(plan, tokens) / _throughput(device),
     )
+
+
+def _measuring(shell: Model, seqlen: int, each: int) -> int:
+    """Bytes of a part of the logits, and of ``each`` of the tokens of some windows in a block."""
+    windows = windows_at_once(seqlen)
+    return part_bytes(vocabulary(shell.module), windows, seqlen) + windows * seqlen * each
+
+
+def _writing(shell: Model, blocks: int, seqlen: int, bytes_each: int) -> int:
+    """Bytes of the logits of the next tokens, and of the keys and values of those written."""
+    config, known = shell.config, cached_tokens(seqlen)
+    heads = getattr(config, "num_attention_heads", None) or 1
+    width = config.hidden_size * (getattr(config, "num_key_value_heads", None) or heads) // heads
+    logits = part_bytes(vocabulary(shell.module), logits_at_once(), 1)
+    written: int = known * blocks * 2 * width * bytes_each
+    return logits + written
 
 
 def activations_on_disk(shell: Model, plan: Plan, tokens: int, dtype: torch.dtype) -> int:

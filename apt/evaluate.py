@@ -7,8 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from apt.eval_mode import eval_mode
+from apt.logits import parts_of_logits
 
 _TOKENS_PER_BATCH = 2048
+
+
+def windows_at_once(seqlen: int) -> int:
+    """How many windows of ``seqlen`` tokens a model is run on at a time."""
+    return max(1, _TOKENS_PER_BATCH // seqlen)
 
 
 @torch.no_grad()
@@ -41,11 +47,23 @@ def accuracy(model: nn.Module, tokens: Tensor) -> float:
 
 
 def _mean(model: nn.Module, tokens: Tensor, measure: Callable[[Tensor, Tensor], Tensor]) -> float:
-    """The mean of ``measure``, which is given logits (n, vocabulary) and the tokens that follow."""
+    """The mean of ``measure``, a sum, which is given logits (n, vocabulary) and what follows.
+
+    Of the logits, no more than a part is in memory, see `apt.logits`.
+    """
     device, total = next(model.parameters()).device, 0.0
     with eval_mode(model):
-        for batch in torch.split(tokens, max(1, _TOKENS_PER_BATCH // tokens.shape[1])):
-            batch = batch.to(device)
-            logits = model(batch, use_cache=False).logits[:, :-1]
-            total += float(measure(logits.flatten(0, 1), batch[:, 1:].flatten()))
+        for batch in torch.split(tokens, windows_at_once(tokens.shape[1])):
+            total += _total(model, batch.to(device), measure)
     return total / (tokens.shape[0] * (tokens.shape[1] - 1))
+
+
+def _total(model: nn.Module, batch: Tensor, measure: Callable[[Tensor, Tensor], Tensor]) -> float:
+    """The sum of ``measure`` over the windows of a batch (windows, seqlen)."""
+    total, place = 0.0, 1
+    for logits in parts_of_logits(model, batch):
+        following = batch[:, place : place + logits.shape[1]]
+        place += logits.shape[1]
+        seen = logits[:, : following.shape[1]]
+        total += float(measure(seen.flatten(0, 1), following.flatten()))
+    return total

@@ -1,6 +1,7 @@
 """How a run goes about its blocks: error-aware or strictly layer-wise, in order, tuned or not."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -40,6 +41,12 @@ class Mode:
     reconstruction: Reconstruction | None
     replaced: Replaced | None
     ordered: bool
+
+    def sparing(self, special: Sequence[int]) -> "Mode":
+        """The same, but that no token drawn at random is one of ``special``."""
+        if self.replaced is None:
+            return self
+        return replace(self, replaced=replace(self.replaced, special=tuple(special)))
 
     def record(self) -> dict[str, Any]:
         """Plain values, for the report."""

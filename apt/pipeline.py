@@ -303,7 +303,9 @@ class _Run:
         if self.aware:
             last = max(site.order for site in sites)
             earlier = {site: weight for site, weight in at.dense.items() if site.order < last}
-        capture = Capture(at.module, sites, self.solver.targets)
+        dense = [entry.site for entry in at.planned.sites if entry.pattern is None]
+        routed = [site for site in dense if site.routed]
+        capture = Capture(at.module, sites, self.solver.targets, routed)
         capture.run(self.adapter, at.module, at.index, at.batches, earlier)
         return capture.sums
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from apt.samples import mixed
+from apt.samples import drawn, mixed
 
 
 @dataclass(frozen=True)
@@ -21,16 +21,18 @@ class Replaced:
     """How many samples of that kind there are beside those that are given.
 
     Args:
-        share: of the tokens of a copy that are replaced; the first, which attention may rest on,
-            stays.
+        share: of the tokens of a copy that are replaced; the first, which attention may rest on
+            and which may say that a sequence begins, stays.
         copies: for each sample that is given.
         tokens: at most about as many in all, but a sample at least: with more text given, less of
             it is missing.
+        special: tokens that are no text, and are never drawn.
     """
 
     share: float = 0.5
     copies: float = 0.25
     tokens: int = 4096
+    special: tuple[int, ...] = ()
 
     def samples(self, given: int, seqlen: int) -> int:
         """How many samples of ``seqlen`` tokens there are beside ``given`` ones."""
@@ -47,7 +49,7 @@ class Replaced:
         given, seqlen = tokens.shape
         count, draw = self.samples(given, seqlen), torch.Generator().manual_seed(seed)
         copies = tokens[torch.arange(count) * given // count].cpu()
-        drawn = torch.randint(vocabulary, copies.shape, generator=draw)
+        random = drawn(vocabulary, tuple(copies.shape), draw, self.special)
         replaced = torch.rand(copies.shape, generator=draw) < self.share
         replaced[:, 0] = False
-        return mixed(tokens, torch.where(replaced, drawn, copies).to(tokens), seed)
+        return mixed(tokens, torch.where(replaced, random, copies).to(tokens), seed)

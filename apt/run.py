@@ -30,13 +30,15 @@ from apt.report import Report, differences, plain, portable, read_report
 from apt.samples import mixed
 from apt.self_calibration import own_text, writes
 from apt.solver import EFFORTS, Pattern, SolverOptions, Unstructured
+from apt.specials import bos_of, special_ids
 from apt.specs import MethodSpec
 from apt.stored import Stored, find_stored, local_directory
 from apt.text import calibration_tokens, digest, documents, evaluation_tokens
 from apt.verify import failures, verify
 from apt.workplace import resumable, whole_directory, writing
 
-_HOW = ("overwrite", "resume", "stream", "activations")  # options that change no byte of a result
+# Options that change no byte of a result, or follow from others and the tokenizer.
+_HOW = ("overwrite", "resume", "stream", "activations", "replaced")
 ACTIVATIONS = ("memory", "disk")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -70,6 +72,7 @@ class RunOptions:
     activations: str = "memory"
     tokenizer: str | None = None
     trust_remote_code: bool = False
+    bos: bool = True
     selection: Selection = field(default_factory=Selection)
     solver: SolverOptions = field(default_factory=SolverOptions)
 
@@ -179,7 +182,8 @@ def already_complete(prepared: Prepared) -> bool:
     if (report := read_report(options.output)) is None:
         return False
     now = json.loads(json.dumps(plain(options.record() | prepared.mode.record())))
-    if other := sorted(k for k in differences(report["options"], now) if k not in _HOW):
+    other = sorted(differences(report["options"], now))
+    if other := [key for key in other if key.partition(".")[0] not in _HOW]:
         raise AptError(
             f"{options.output} is the result of another run: {', '.join(other)} differ",
             "choose another --output, or leave out --resume and pass --overwrite",
@@ -281,13 +285,14 @@ def execute(
     with place as work:
         status("reading text")
         tokenizer = load_tokenizer(prepared.shell.source, options.tokenizer)
+        prepared = sparing(prepared, tokenizer)
         tokens, held_out = texts(prepared, tokenizer)
         held_out = held_out if ranks.first else None
         status("loading the model")
         dtype = stored.dtype(prepared.shell, prepared.plan) if stored else None
         model = load(prepared.shell, read_dtype(options.dtype) or dtype, prepared.device)
         stored = stored if stored and _copied(stored, model) else None
-        report = _pruned(prepared, model, tokens, held_out, observe, status, ranks)
+        report = _pruned(prepared, model, tokenizer, tokens, held_out, observe, status, ranks)
         if work is None:
             return report
         status("saving and verifying")
@@ -306,6 +311,7 @@ def execute(
 def _pruned(
     prepared: Prepared,
     model: Model,
+    tokenizer: Any,
     tokens: Tensor,
     held_out: Tensor | None,
     observe: Observer,
@@ -313,21 +319,28 @@ def _pruned(
     ranks: Ranks,
 ) -> Report:
     """Prune a model that is loaded, and measure it before where there is text for that."""
-    options = prepared.options
+    options, bos = prepared.options, chosen_bos(prepared.options, tokenizer)
     for given in (tokens, held_out):
         if given is not None:
             check_vocabulary(given, model.module, model.source.reference)
     if options.own_samples:
         status("writing text to calibrate on")
         if ranks.first:
-            own = own_text(model.module, options.own_samples, options.seqlen, options.seed)
+            own = own_text(
+                model.module,
+                options.own_samples,
+                options.seqlen,
+                options.seed,
+                bos=bos,
+                special=special_ids(tokenizer),
+            )
             tokens = mixed(tokens, own, options.seed)
         tokens = ranks.share(tokens)
     if options.allocation != UNIFORM:
         status(f"sharing out the sparsity ({options.allocation})")
         plan = _allocated(prepared, model, tokens)
         prepared = replace(prepared, plan=ranks.share(plan))
-    report = unfinished(prepared, tokens, fingerprint(model.module))
+    report = unfinished(prepared, tokens, fingerprint(model.module), bos)
     scores: dict[str, Any] = {}
     if held_out is not None:
         with model.adapter.running(model.module):
@@ -409,7 +422,17 @@ class Unmeasured(AptError):
         self.__cause__ = error
 
 
-def unfinished(prepared: Prepared, tokens: Tensor, sha256: str) -> Report:
+def sparing(prepared: Prepared, tokenizer: Any) -> Prepared:
+    """The run, in which no token drawn at random is a special one of the tokenizer."""
+    return replace(prepared, mode=prepared.mode.sparing(special_ids(tokenizer)))
+
+
+def chosen_bos(options: RunOptions, tokenizer: Any) -> int | None:
+    """What every sample and window begins with; None where there is no such token, or by option."""
+    return bos_of(tokenizer) if options.bos else None
+
+
+def unfinished(prepared: Prepared, tokens: Tensor, sha256: str, bos: int | None) -> Report:
     """The report of a run that has not begun."""
     options, shell = prepared.options, prepared.shell
     return Report(
@@ -423,6 +446,7 @@ def unfinished(prepared: Prepared, tokens: Tensor, sha256: str) -> Report:
         {
             "source": portable(options.calibration),
             "own_samples": options.own_samples,
+            "bos": bos,
             "shape": list(tokens.shape),
             "sha256": digest(tokens),
         },
@@ -444,16 +468,17 @@ def _bytes(prepared: Prepared, stored: Stored | None) -> int:
 def texts(prepared: Prepared, tokenizer: Any) -> tuple[Tensor, Tensor | None]:
     """The tokens to calibrate on that are given, and those to measure on if any are asked for."""
     options, registry = prepared.options, prepared.registry
+    seqlen, bos = options.seqlen, chosen_bos(options, tokenizer)
     found = documents(options.calibration, "calibration", registry) if options.samples else ()
     tokens = calibration_tokens(
-        tokenizer, found, options.samples, options.seqlen, options.seed, options.calibration
+        tokenizer, found, options.samples, seqlen, options.seed, options.calibration, bos
     )
     if options.evaluation is None:
         return tokens, None
     found = documents(options.evaluation, "evaluation", registry)
     most = options.samples or options.own_samples
     held_out = evaluation_tokens(
-        tokenizer, found, most, options.seqlen, options.evaluation, fewer=True
+        tokenizer, found, most, seqlen, options.evaluation, bos, fewer=True
     )
     return tokens, held_out
 

@@ -1,5 +1,7 @@
 """Calibration samples: token ids (samples, seqlen)."""
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
 
@@ -8,6 +10,23 @@ def mixed(given: Tensor, more: Tensor, seed: int = 0) -> Tensor:
     """Both, (samples, seqlen), in an order drawn by ``seed``."""
     both = torch.cat([given, more])
     return both[torch.randperm(len(both), generator=torch.Generator().manual_seed(seed))]
+
+
+def drawn(
+    vocabulary: int, shape: tuple[int, ...], draw: torch.Generator, special: Collection[int] = ()
+) -> Tensor:
+    """Token ids of that shape, of which none is ``special``.
+
+    Those that would be are drawn again, and the generator goes on as if none had been.
+    """
+    found = torch.randint(vocabulary, shape, generator=draw)
+    barred = torch.isin(torch.arange(vocabulary), torch.tensor(list(special), dtype=torch.long))
+    again, plain = barred[found], torch.arange(vocabulary)[~barred]
+    if again.any() and len(plain):
+        state = draw.get_state()
+        found[again] = plain[torch.randint(len(plain), (int(again.sum()),), generator=draw)]
+        draw.set_state(state)
+    return found
 
 
 def vocabulary(model: nn.Module) -> int:

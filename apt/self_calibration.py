@@ -6,6 +6,7 @@ self-calibration (Williams et al., arXiv 2410.17170), here beside text that is g
 """
 
 import math
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +14,22 @@ from transformers import GenerationConfig, GenerationMixin
 
 from apt.errors import AptError
 from apt.eval_mode import eval_mode
-from apt.samples import vocabulary
+from apt.samples import drawn, vocabulary
+from apt.specials import named_ids
+from apt.text import begun, text_width
 
 _PIECE = 256  # tokens that are written in one go; a longer sample is several
 _AT_ONCE = 32  # pieces
+
+
+def cached_tokens(seqlen: int) -> int:
+    """Of how many tokens a model keeps keys and values while it writes samples of ``seqlen``."""
+    return _AT_ONCE * min(seqlen, _PIECE)
+
+
+def logits_at_once() -> int:
+    """For how many tokens it makes logits at a time."""
+    return _AT_ONCE
 
 
 def writes(model: nn.Module) -> bool:
@@ -25,7 +38,15 @@ def writes(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def own_text(model: nn.Module, samples: int, seqlen: int, seed: int = 0) -> Tensor:
+def own_text(
+    model: nn.Module,
+    samples: int,
+    seqlen: int,
+    seed: int = 0,
+    *,
+    bos: int | None = None,
+    special: Collection[int] | None = None,
+) -> Tensor:
     """Token ids (samples, seqlen) as the model draws them, without a bias to likely ones.
 
     A sample is one piece of text or, where it is long, several; each begins with any token.
@@ -34,6 +55,10 @@ def own_text(model: nn.Module, samples: int, seqlen: int, seed: int = 0) -> Tens
         model: a causal language model of transformers.
         samples, seqlen: how much.
         seed: draws it: the same text on the same machine.
+        bos: what each sample begins with, and what the model is given before each piece: the token
+            that its tokenizer begins a text with, see `apt.specials.bos_of`. None for none.
+        special: tokens that are no text, and with which no piece begins; by default those that the
+            model's configurations name.
 
     Raises:
         AptError: the model cannot generate.
@@ -43,11 +68,12 @@ def own_text(model: nn.Module, samples: int, seqlen: int, seed: int = 0) -> Tens
             f"{type(model).__name__} cannot write text to calibrate on",
             "use --own-samples 0",
         )
-    device, tokens = next(model.parameters()).device, vocabulary(model)
-    piece = min(seqlen, _PIECE)
-    count = math.ceil(samples * seqlen / piece)
+    device, width = next(model.parameters()).device, text_width(seqlen, bos)
+    piece = min(width, _PIECE)
+    count = math.ceil(samples * width / piece)
     draw = torch.Generator().manual_seed(seed)
-    starts = torch.randint(tokens, (count, 1), generator=draw).to(device)
+    special = named_ids(model) if special is None else special
+    starts = begun(drawn(vocabulary(model), (count, 1), draw, special), bos).to(device)
     how = GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
         max_new_tokens=piece - 1, min_new_tokens=piece - 1, pad_token_id=0,
@@ -60,4 +86,5 @@ def own_text(model: nn.Module, samples: int, seqlen: int, seed: int = 0) -> Tens
             model.generate(part, attention_mask=torch.ones_like(part), generation_config=how)
             for part in torch.split(starts, _AT_ONCE)
         ]
-    return torch.cat(parts).cpu().flatten()[: samples * seqlen].view(samples, seqlen)
+    text = torch.cat(parts).cpu()[:, starts.shape[1] - 1 :].flatten()
+    return begun(text[: samples * width].view(samples, width), bos)

@@ -32,7 +32,17 @@ from apt.outputs import check_space
 from apt.pipeline import prune_blocks
 from apt.ranks import Ranks
 from apt.report import Report, versions
-from apt.run import Prepared, Unmeasured, check_vocabulary, measure, scored, texts, unfinished
+from apt.run import (
+    Prepared,
+    Unmeasured,
+    check_vocabulary,
+    chosen_bos,
+    measure,
+    scored,
+    sparing,
+    texts,
+    unfinished,
+)
 from apt.shards import Shards
 from apt.stored import Stored, open_stored
 from apt.text import digest
@@ -70,10 +80,11 @@ def execute_streamed(
         check_space(options.output, needed)
     status("reading text")
     tokenizer = load_tokenizer(prepared.shell.source, options.tokenizer)
+    prepared, bos = sparing(prepared, tokenizer), chosen_bos(options, tokenizer)
     tokens, held_out = texts(prepared, tokenizer)
     status("checking and hashing the weights")
     stored.check_finite()
-    report = unfinished(prepared, tokens, _hash(stored.shards))
+    report = unfinished(prepared, tokens, _hash(stored.shards), bos)
     run = _Run(prepared, stored, work, ranks, status)
     with _resumable(work), work.locked() if ranks.first else nullcontext():
         if ranks.first:

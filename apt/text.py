@@ -10,6 +10,7 @@ from torch import Tensor
 
 from apt.errors import AptError, first_line, unknown
 from apt.plugins import Registry
+from apt.specials import bos_of
 from apt.textfiles import SUFFIXES, read_file, text_of
 
 Split = Literal["calibration", "evaluation"]
@@ -77,7 +78,7 @@ def hub_documents(
 
 
 def tokenize(tokenizer: Any, texts: Iterable[str], limit: int | None = None) -> Tensor:
-    """One row of token ids of the documents joined by blank lines.
+    """One row of token ids of the documents joined by blank lines; no token is added.
 
     Args:
         tokenizer: the model's tokenizer.
@@ -90,17 +91,29 @@ def tokenize(tokenizer: Any, texts: Iterable[str], limit: int | None = None) -> 
         size += len(text)
         if limit is not None and size >= limit * _CHARACTERS_PER_TOKEN:
             break
-    ids = tokenizer("\n\n".join(parts), verbose=False)["input_ids"]
+    ids = tokenizer("\n\n".join(parts), add_special_tokens=False, verbose=False)["input_ids"]
+    if ids[:1] == [bos_of(tokenizer)]:  # some add it all the same
+        ids = ids[1:]
     return torch.tensor(ids, dtype=torch.long)
 
 
-def windows(tokens: Tensor, samples: int | None, seqlen: int, source: str) -> Tensor:
+def windows(
+    tokens: Tensor, samples: int | None, seqlen: int, source: str, bos: int | None = None
+) -> Tensor:
     """Cut a row of tokens into consecutive windows (windows, seqlen), at least ``samples``.
+
+    Args:
+        tokens: the text.
+        samples: how many are needed; None for one.
+        seqlen: the tokens of each.
+        source: where the text comes from.
+        bos: what each begins with, before ``seqlen - 1`` tokens of text; None for text alone.
 
     Raises:
         AptError: there are fewer.
     """
-    count = len(tokens) // seqlen
+    width = text_width(seqlen, bos)
+    count = len(tokens) // width
     if count < (samples or 1):
         advice = f"use --samples {count}, a smaller --seqlen" if count else "use a smaller --seqlen"
         raise AptError(
@@ -108,18 +121,36 @@ def windows(tokens: Tensor, samples: int | None, seqlen: int, source: str) -> Te
             f"and {samples or 1} are needed",
             f"{advice} or more text",
         )
-    return tokens[: count * seqlen].view(count, seqlen)
+    return begun(tokens[: count * width].view(count, width), bos)
+
+
+def text_width(seqlen: int, bos: int | None) -> int:
+    """How many of the tokens of a window are text."""
+    return seqlen if bos is None else seqlen - 1
+
+
+def begun(texts: Tensor, bos: int | None) -> Tensor:
+    """``texts`` (samples, width) with ``bos`` before each (samples, width + 1), if it is one."""
+    if bos is None:
+        return texts
+    return torch.cat([texts.new_full((len(texts), 1), bos), texts], dim=1)
 
 
 def calibration_tokens(
-    tokenizer: Any, texts: Iterable[str], samples: int, seqlen: int, seed: int, source: str
+    tokenizer: Any,
+    texts: Iterable[str],
+    samples: int,
+    seqlen: int,
+    seed: int,
+    source: str,
+    bos: int | None = None,
 ) -> Tensor:
-    """``samples`` windows (samples, seqlen), drawn without overlap by ``seed``."""
+    """``samples`` windows (samples, seqlen), drawn without overlap by ``seed``; see `windows`."""
     if not samples:
         return torch.empty(0, seqlen, dtype=torch.long)
     # Four times as many windows as are drawn, so that a seed matters on a large source.
-    tokens = tokenize(tokenizer, texts, limit=4 * samples * seqlen)
-    cut = windows(tokens, samples, seqlen, source)
+    tokens = tokenize(tokenizer, texts, limit=4 * samples * text_width(seqlen, bos))
+    cut = windows(tokens, samples, seqlen, source, bos)
     generator = torch.Generator().manual_seed(seed)
     return cut[torch.randperm(len(cut), generator=generator)[:samples]]
 
@@ -130,16 +161,17 @@ def evaluation_tokens(
     samples: int | None,
     seqlen: int,
     source: str,
+    bos: int | None = None,
     *,
     fewer: bool = False,
 ) -> Tensor:
     """The first ``samples`` windows (samples, seqlen), or all; no more text is read than needed.
 
-    Where the text has not as many, that is an error, unless ``fewer`` will do.
+    Where the text has not as many, that is an error, unless ``fewer`` will do. See `windows`.
     """
-    limit = samples * seqlen if samples else None
+    limit = samples * text_width(seqlen, bos) if samples else None
     needed = None if fewer else samples
-    return windows(tokenize(tokenizer, texts, limit), needed, seqlen, source)[:samples]
+    return windows(tokenize(tokenizer, texts, limit), needed, seqlen, source, bos)[:samples]
 
 
 def digest(tokens: Tensor) -> str:

@@ -76,7 +76,7 @@ class Walk:
         block, index: the block and its place among the blocks.
         batches: the batches before the block.
         sites: all sites of the block, none of which is routed or multiplied more than once.
-        ahead: the sites among them that are to be captured.
+        ahead: the sites among them that are to be captured; others of the same inputs stay dense.
         dense: the dense weights (out, in) of those that write to the residual stream.
         targets: how much of the error so far they make up for; None where there is no dense stream.
     """
@@ -164,13 +164,16 @@ class Walk:
     def _forward(
         self, adapter: Adapter, index: int, lane: _Lane, wait: Callable[[_Product], None]
     ) -> State:
-        """A lane's forward, in a thread of its own."""
+        """A lane's forward, in a thread of its own; it waits before sites that are to be captured.
+
+        Sites that stay dense may share their input: their products happen like any other.
+        """
 
         def take(site: Site, inputs: Tensor) -> None:
             if not lane.products.here:  # a hook on the block is called in every lane
                 return
             rows = as_rows(site, inputs, self._weights[site])
-            if site.input in self._ahead:
+            if site in self._ahead.get(site.input, ()):
                 wait((site, rows))
             self._pass(lane.passing, site, rows)
 
@@ -184,7 +187,7 @@ class Walk:
     def _pass(self, passing: Passing, site: Site, rows: Tensor) -> None:
         """Let a product happen."""
         capture = self._captures.get(site.input)
-        if capture is not None and not passing.owns(site):
+        if capture is not None and capture.sums_up(site) and not passing.owns(site):
             capture.take(passing, site, rows)
         if site in self._dense and self._drift_matters(passing):
             passing.follow(site, rows, self._weights[site], self._dense[site])

@@ -29,6 +29,10 @@ METRIC = typer.Option(
 TOKENIZER = typer.Option(
     None, "--tokenizer", metavar="NAME", help="Directory or hub name; by default the model's own."
 )
+NO_BOS = typer.Option(
+    False, "--no-bos",
+    help="Leave out the token that begins each sample and window where the tokenizer adds one.",
+)  # fmt: skip
 ACTIVATIONS = typer.Option(
     "memory", "--activations", metavar="WHERE",
     help="Where a --stream run keeps the calibration activations: memory, or disk.",

@@ -29,6 +29,7 @@ def evaluate(
     device: str = args.DEVICE,
     dtype: str = args.DTYPE,
     tokenizer: str | None = args.TOKENIZER,
+    no_bos: bool = args.NO_BOS,
     stream: bool = typer.Option(
         False, "--stream", help="Read block by block; never more than one in memory."
     ),
@@ -42,6 +43,7 @@ def evaluate(
     from apt.models import find, load_tokenizer, skeleton
     from apt.plugins import registry
     from apt.run import capped, choose_device, read_dtype
+    from apt.specials import bos_of
     from apt.stored import open_stored
     from apt.text import digest, documents, evaluation_tokens
 
@@ -57,7 +59,9 @@ def evaluate(
         open_stored(shell)
     seqlen = capped(seqlen, shell, notice)
     texts = documents(data, "evaluation", registry())
-    tokens = evaluation_tokens(load_tokenizer(source, tokenizer), texts, samples, seqlen, data)
+    reader = load_tokenizer(source, tokenizer)
+    bos = None if no_bos else bos_of(reader)
+    tokens = evaluation_tokens(reader, texts, samples, seqlen, data, bos)
     with err.status("loading the model") as status:
         values = {}
         with _runnable(shell, tokens, precision, choose_device(device), stream) as module:
@@ -67,11 +71,12 @@ def evaluate(
     windows = tokens.shape[0]
     if as_json:
         record = {"model": model, "data": data, **values, "windows": windows,
-                  "seqlen": seqlen, "tokens_sha256": digest(tokens)}  # fmt: skip
+                  "seqlen": seqlen, "bos": bos, "tokens_sha256": digest(tokens)}  # fmt: skip
         out.print(json.dumps(record), markup=False)
     else:
         told = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
-        out.print(f"{model}: {told} on {data}, {windows} × {seqlen} tokens", markup=False)
+        begin = "" if bos is None else f", each with {reader.bos_token} first"
+        out.print(f"{model}: {told} on {data}, {windows} × {seqlen} tokens{begin}", markup=False)
 
 
 @contextmanager

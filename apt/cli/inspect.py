@@ -59,6 +59,7 @@ def show_plan(
     *,
     streamed: bool,
     on_disk: bool,
+    writing: bool = False,
 ) -> None:
     """The sites of equal blocks in one table, and the estimate."""
     from itertools import groupby
@@ -91,14 +92,15 @@ def show_plan(
             made.add_row(label, name, str(rows_out), str(width), given, pattern)
             label = ""
     out.print(made)
-    where = {"streamed": streamed, "on_disk": on_disk}
+    where = {"streamed": streamed, "on_disk": on_disk, "writing": writing}
     needs = estimate(shell, plan, samples, seqlen, shell.dtype, device, **where)
     disk = f", {size(needs.disk)} of disk" if on_disk else ""
     out.print(
         f"calibration {samples} × {seqlen} tokens: about {size(needs.memory)} of memory "
         f"(process {size(needs.process)}, weights {size(needs.weights)}, "
         f"activations {size(needs.activations)}, Gram matrices {size(needs.grams)}, "
-        f"working {size(needs.working)}){disk} and at least {duration(needs.seconds)} on {device}",
+        f"working {size(needs.working)}; or, while it is measured, weights and "
+        f"{size(needs.predicting)}){disk} and at least {duration(needs.seconds)} on {device}",
         markup=False,
     )
 

@@ -88,6 +88,7 @@ def prune(
         help="Largest file of weights, as 5GB; by default the files are the checkpoint's.",
     ),
     tokenizer: str | None = args.TOKENIZER,
+    no_bos: bool = args.NO_BOS,
     stream: bool = typer.Option(
         False, "--stream", help="Read and write block by block; never more than one in memory."
     ),
@@ -139,6 +140,7 @@ def prune(
         resume=resume,
         activations=activations,
         trust_remote_code=trust_remote_code,
+        bos=not no_bos,
         selection=args.read_selection(only, skip, override),
         solver=SolverOptions(
             damping=damping,
@@ -194,6 +196,7 @@ def _show_plan(prepared: "Prepared") -> None:
         prepared.device,
         streamed=options.stream,
         on_disk=options.activations == "disk",
+        writing=bool(options.own_samples),
     )
 
 

@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 
+from apt.solver.fp32 import Allowed, require_full, restore
+
 _lock = Lock()
 _inside = (
     0  # how many are entered, in all threads: what torch allows is the process', not a thread's
 )
-_allowed = "highest"
+_allowed: Allowed
 
 
 @contextmanager
@@ -42,8 +44,7 @@ def _enter() -> None:
     global _inside, _allowed
     with _lock:
         if not _inside:
-            _allowed = torch.get_float32_matmul_precision()
-            torch.set_float32_matmul_precision("highest")
+            _allowed = require_full()
         _inside += 1
 
 
@@ -52,4 +53,4 @@ def _leave() -> None:
     with _lock:
         _inside -= 1
         if not _inside:
-            torch.set_float32_matmul_precision(_allowed)
+            restore(_allowed)
