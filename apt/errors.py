@@ -22,6 +22,10 @@ class AptError(Exception):
         self.args = (f"{self.message}; {self.hint}",)
 
 
+class NotStoredError(AptError):
+    """A checkpoint's tensors cannot be read one by one as the parameters of the model."""
+
+
 def unknown(kind: str, name: str, known: Iterable[str], where: str = "") -> AptError:
     """The error for a name that nothing answers to, with the closest one that something does."""
     names = sorted(known)

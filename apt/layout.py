@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from apt.errors import AptError
+from apt.errors import AptError, NotStoredError
 from apt.plan import Plan, PlannedBlock
 from apt.shards import Shards
 
@@ -37,25 +37,44 @@ def layout_of(shell: "Model", shards: Shards) -> Layout:
     """The pieces of all parameters that a checkpoint holds.
 
     Raises:
-        AptError: it does not hold one of those in blocks, or in another shape.
+        NotStoredError: it does not hold one of those in blocks, or holds one in another shape.
+        AptError: it holds one as whole numbers.
     """
     prefix = f"{getattr(shell.module, 'base_model_prefix', '')}."
     found = {}
     for name, tensor in shell.module.state_dict().items():
         for known in (name, name.removeprefix(prefix)):
             if pieces := _pieces(known, tuple(tensor.shape), shards):
+                _check_kinds(name, tensor, pieces, shards)
                 found[name] = pieces
                 break
     for block, module in shell.adapter.blocks(shell.module):
         for name, parameter in module.named_parameters():
             pieces = found.get(f"{block}.{name}", [])
             if not pieces or not _fit(pieces, parameter, shards):
-                raise AptError(
+                raise NotStoredError(
                     f"{shell.source.reference} cannot be streamed: it does not hold {block}.{name} "
                     "as the model has it",
                     "leave out --stream",
                 )
     return found
+
+
+def _check_kinds(name: str, tensor: torch.Tensor, pieces: Sequence[Piece], shards: Shards) -> None:
+    """Raise where a parameter is stored in another shape, or as whole numbers."""
+    if len(pieces) == 1 and shards.entries[pieces[0].key].shape != tuple(tensor.shape):
+        raise NotStoredError(
+            f"{name} has shape {shards.entries[pieces[0].key].shape} in the checkpoint, "
+            f"{tuple(tensor.shape)} by its configuration",
+            "is config.json that of another checkpoint?",
+        )
+    if tensor.is_floating_point() and any(
+        not shards.entries[piece.key].dtype.is_floating_point for piece in pieces
+    ):
+        raise AptError(
+            f"{name} is stored as whole numbers: the checkpoint is quantised",
+            "prune the original, and quantise the result",
+        )
 
 
 def _pieces(name: str, shape: tuple[int, ...], shards: Shards) -> list[Piece]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apt.errors import AptError
+from apt.errors import AptError, NotStoredError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _PICKLED_INDEX = "pytorch_model.bin.index.json"
@@ -137,7 +137,7 @@ def _files(directory: Path) -> list[Path]:
     index = directory / INDEX
     if not index.is_file():
         if not (directory / SINGLE).is_file():
-            raise AptError(f"{directory} has no {SINGLE}", "only safetensors can be streamed")
+            raise NotStoredError(f"{directory} has no {SINGLE}", "only safetensors can be streamed")
         return [directory / SINGLE]
     return _indexed(index)
 

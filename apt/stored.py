@@ -15,7 +15,7 @@ from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
 from apt.copies import OTHER_WEIGHTS, copy_files, copy_weights, side_files
-from apt.errors import AptError
+from apt.errors import AptError, NotStoredError
 from apt.formats import find_file
 from apt.layout import Layout, layout_of, pruned_parameters
 from apt.plan import Plan
@@ -112,10 +112,12 @@ def open_stored(shell: "Model") -> Stored:
         AptError: it is not transformers' own format, or transformers renames its tensors.
     """
     if shell.checkpoint is not None or shell.source.gguf:
-        raise AptError("only checkpoints of transformers can be streamed", "apt convert it first")
+        raise NotStoredError(
+            "only checkpoints of transformers can be streamed", "apt-prune convert it first"
+        )
     directory = local_directory(shell)
     if directory / "config.json" not in side_files(directory):
-        raise AptError(
+        raise NotStoredError(
             f"{directory / 'config.json'} is a link to a file outside the checkpoint",
             "copy that file into the checkpoint",
         )
@@ -127,7 +129,7 @@ def find_stored(shell: "Model") -> Stored | None:
     """The same; None where there is none."""
     try:
         return open_stored(shell)
-    except AptError:
+    except NotStoredError:
         return None
 
 

@@ -139,7 +139,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "m/model.safetensors")
 
 
-def rewrite(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path], None]:
+def rewrite(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
     def prepare(folder: Path) -> None:
         found = tensors(folder)
         change(found)
@@ -197,7 +197,7 @@ def checkpoints() -> Iterator[Case]:
         "one byte more": raw(lambda b: b + b"x"),
         "LFS pointer": raw(lambda b: b"version https://git-lfs.github.com/spec/v1\noid sha256:1"),
         "no weights": lambda f: (f / "m/model.safetensors").unlink(),
-        "missing tensor": rewrite(lambda t: t.pop(first) and None),
+        "missing tensor": rewrite(lambda t: t.pop(first)),
         "more tensors": rewrite(lambda t: t.update(more=torch.ones(2))),
         "other shape": rewrite(lambda t: t.update({first: t[first][:-1].clone()})),
         "NaN site": rewrite(lambda t: t.update({first: t[first] * nan})),

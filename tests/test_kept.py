@@ -248,3 +248,15 @@ def test_a_measure_that_fails_at_the_end_loses_nothing(checkpoint, prune, apt, m
     assert "no room for logits" in report["problems"][0]
     assert report["scores"].keys() == {"source", "shape", "before"}
     assert not Path(".out.apt").exists()
+
+
+def test_weights_of_whole_numbers_and_of_another_shape(checkpoint, prune):
+    site, table = "model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight"
+    for name, change in ((site, lambda x: x.to(torch.int8)), (table, lambda x: x[:100].clone())):
+        model = Path(shutil.copytree(checkpoint("llama"), "model"))
+        rewritten(model, lambda key, x, n=name, c=change: c(x) if key == n else x)
+        run = prune(model, *WANDA)
+        assert run.code == 2, run.err
+        assert name in run.err or "does not load" in run.err
+        assert not Path("out").exists()
+        shutil.rmtree(model)
