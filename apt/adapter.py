@@ -22,6 +22,18 @@ Sink = Callable[["Site", Tensor], None]
 Effects = Callable[["Extra", Tensor, float], None]
 
 
+_SITE_TYPES: dict[str, tuple[type, ...]] = {
+    "name": (str,), "parameter": (str,), "input": (str,), "order": (int,), "residual": (bool,),
+    "transposed": (bool,), "expert": (int, type(None)), "routed": (bool,), "calls": (int,),
+}  # fmt: skip
+
+
+def _check_type(what: str, name: Any, field_name: str, value: Any, kinds: tuple[type, ...]) -> None:
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+        raise TypeError(f"{what} {name!r}: {field_name} is {value!r}, not {wanted}")
+
+
 @dataclass(frozen=True)
 class Site:
     """A weight that can be pruned.
@@ -53,6 +65,8 @@ class Site:
     calls: int = 1
 
     def __post_init__(self) -> None:
+        for field_name, kind in _SITE_TYPES.items():
+            _check_type("Site", self.name, field_name, getattr(self, field_name), kind)
         if self.routed and self.residual:
             raise ValueError(f"{self.name} is routed: declare residual=False")
 
@@ -195,6 +209,18 @@ class Input:
     name: str
     linears: tuple[str, ...]
     residual: bool = False
+
+    def __post_init__(self) -> None:
+        _check_type("Input", self.name, "name", self.name, (str,))
+        _check_type("Input", self.name, "residual", self.residual, (bool,))
+        linears: Any = self.linears
+        if not isinstance(linears, tuple):
+            right = f"({linears!r},)" if isinstance(linears, str) else f"tuple({linears!r})"
+            raise TypeError(
+                f"Input {self.name!r}: linears is {linears!r}, not a tuple of paths: write {right}"
+            )
+        for path in linears:
+            _check_type("Input", self.name, "a path in linears", path, (str,))
 
 
 class DecoderAdapter:

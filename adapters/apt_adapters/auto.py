@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from apt.adapter import Call, DecoderAdapter, Site, State, record_calls
-from apt.errors import AptError
+from apt.errors import AptError, first_line
 from apt.eval_mode import eval_mode
 from apt.testing.checks import CHECKS, Nonconformance, Subject
 from apt.testing.oracle import PRODUCTS, Stream, place_of
@@ -48,6 +48,11 @@ class AutoAdapter(DecoderAdapter):
         if _likeness(block) not in self._found:
             raise AptError(f"{type(block).__name__} is not a block of a model that was looked at")
         return self._found[_likeness(block)]
+
+    def left_dense_of(self, block: nn.Module) -> tuple[str, ...]:
+        """Whatever of such a block no product with the tokens was seen of."""
+        sites = {site.parameter for site in self.sites(block)}
+        return tuple(name for name, _ in block.named_parameters() if name not in sites)
 
     def enter(self, model: nn.Module, tokens: Tensor) -> tuple[State, list[Call]]:
         """Record every block's own call; the first time, put what was found to the proof."""
@@ -80,7 +85,8 @@ class AutoAdapter(DecoderAdapter):
                 try:
                     CHECKS[name](Subject(self, model, tokens))
                 except Nonconformance as error:
-                    raise AptError(f"adapter auto does not fit: {error}", _HINT) from error
+                    line = f"adapter auto does not fit: {first_line(error)}"
+                    raise AptError(line, _HINT) from error
 
 
 @contextmanager

@@ -29,6 +29,7 @@ class NativeMambaAdapter(DecoderAdapter):
     """``MambaLMHeadModel`` of mamba_ssm."""
 
     blocks_path = "backbone.layers"
+    left_dense = ("mixer.conv1d", "mixer.A_log")
 
     def blocks(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         """The layers; transformers' models have layers of the same name, but other ones."""

@@ -1,6 +1,12 @@
 """``apt check``."""
 
+import warnings
+from typing import TYPE_CHECKING
+
 import typer
+
+if TYPE_CHECKING:
+    from apt.testing import Subject
 
 
 def check(
@@ -9,24 +15,38 @@ def check(
         None, help="A model to check it with; by default its own example or embedded model."
     ),
 ) -> None:
-    """Check that an adapter is right; exit status 1 where it is not.
+    """Check that an adapter is right.
+
+    Exit status 1 where a check fails, 2 where there is nothing to check: the adapter or its example
+    cannot be made, or the model is none for it.
 
     For example: apt check llama
     """
     from apt.cli.output import out, table
+    from apt.testing.outcomes import outcomes, told
+
+    found = list(outcomes(_subject(adapter, model)))
+    made = table("check", "", "what it looks at")
+    for outcome in found:
+        state = "not run" if outcome.kept_by else "failed" if outcome.problem else "ok"
+        made.add_row(outcome.name, state, outcome.summary)
+    out.print(made)
+    for line in told(found):
+        out.print(line, markup=False)
+    holding = sum(not outcome.problem for outcome in found)
+    out.print(f"{adapter}: {holding} of {len(found)} checks hold")
+    if holding < len(found):
+        raise typer.Exit(1)
+
+
+def _subject(adapter: str, model: str | None) -> "Subject":
+    """What to check; of plugins that do not load, the error says more than their warnings."""
     from apt.plugins import registry
-    from apt.testing.checks import check_adapter
     from apt.testing.example import subject
 
-    found = subject(registry(), adapter, model)
-    outcomes = check_adapter(found.adapter, found.model, found.tokens)
-    made = table("check", "", "what it looks at")
-    for outcome in outcomes:
-        made.add_row(outcome.name, "failed" if outcome.problem else "ok", outcome.summary)
-    out.print(made)
-    failed = [outcome for outcome in outcomes if outcome.problem]
-    for outcome in failed:
-        out.print(f"{outcome.name}: {outcome.problem}", markup=False)
-    out.print(f"{adapter}: {len(outcomes) - len(failed)} of {len(outcomes)} checks hold")
-    if failed:
-        raise typer.Exit(1)
+    with warnings.catch_warnings(record=True) as told:
+        found = registry()
+    made = subject(found, adapter, model)
+    for warning in told:
+        warnings.warn(warning.message, warning.category, stacklevel=1)
+    return made

@@ -4,7 +4,8 @@ As functions, `check_adapter` or the single checks in `apt.testing.checks`; unde
 `AdapterConformance`; at a shell, ``apt check ADAPTER``.
 """
 
-from apt.testing.checks import CHECKS, Nonconformance, Outcome, Subject, check_adapter
+from apt.testing.checks import CHECKS, Nonconformance, Subject
+from apt.testing.outcomes import Outcome, check_adapter
 from apt.testing.suite import AdapterConformance, random_tokens
 
 __all__ = [

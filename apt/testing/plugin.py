@@ -1,6 +1,6 @@
 """The pytest plugin: ``pytest --apt-adapter NAME`` adds an adapter's conformance checks."""
 
-from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import pytest
@@ -30,40 +30,47 @@ def pytest_collection_modifyitems(
 
 
 class _Checks(pytest.Collector):
+    """The checks of one adapter; a fault that several run into is told of once."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._seen: dict[str, str] = {}
+
     def collect(self) -> list[pytest.Item]:
         from apt.testing.checks import CHECKS
 
-        return list(self._items(CHECKS))
+        return [_Item.from_parent(self, name=name) for name in CHECKS]
 
-    def _items(self, checks: dict[str, Any]) -> Iterator[pytest.Item]:
-        for name, check in checks.items():
-            yield _Item.from_parent(self, name=name, check=check)
-
+    @cached_property
     def subject(self) -> Any:
+        """What is checked, or the `AptError` that says why there is nothing."""
+        from apt.errors import AptError
         from apt.plugins import registry
         from apt.testing.example import subject
 
-        if not hasattr(self, "_subject"):
-            self._subject = subject(registry(), self.nodeid, self.config.getoption("apt_model"))
-        return self._subject
+        try:
+            return subject(registry(), self.nodeid, self.config.getoption("apt_model"))
+        except AptError as error:
+            return error
+
+    def outcome(self, name: str) -> Any:
+        """What comes of the check of that name."""
+        from apt.testing.outcomes import Outcome, once, outcome
+
+        if isinstance(self.subject, Exception):
+            problem = "\n".join(getattr(self.subject, "lines", [str(self.subject)]))
+            return once(Outcome(name, "", problem), self._seen)
+        return once(outcome(name, self.subject), self._seen)
 
 
 class _Item(pytest.Item):
-    def __init__(self, *, check: Any, **options: Any) -> None:
-        super().__init__(**options)
-        self._check = check
-
     def runtest(self) -> None:
         assert isinstance(self.parent, _Checks)
-        self._check(self.parent.subject())
-
-    def repr_failure(self, excinfo: Any, style: Any = None) -> Any:
-        from apt.errors import AptError
-        from apt.testing.checks import Nonconformance
-
-        if isinstance(excinfo.value, (Nonconformance, AptError)):
-            return str(excinfo.value)
-        return super().repr_failure(excinfo, style)
+        found = self.parent.outcome(self.name)
+        if found.kept_by:
+            pytest.skip(f"what '{found.kept_by}' has found keeps it from running")
+        if found.problem:
+            pytest.fail(found.problem, pytrace=False)
 
     def reportinfo(self) -> tuple[Any, int | None, str]:
         return self.path, None, f"{self.parent.name if self.parent else ''}: {self.name}"

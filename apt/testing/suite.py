@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from apt.adapter import Adapter
-from apt.testing.checks import CHECKS, Check, Subject
+from apt.testing.checks import CHECKS, Subject
+from apt.testing.outcomes import outcome, spec_of
 
 
 def random_tokens(vocabulary: int, samples: int = 4, seqlen: int = 24) -> Tensor:
@@ -42,15 +43,16 @@ class AdapterConformance(ABC):
         return random_tokens(config.vocab_size)
 
 
-def _test(check: Check) -> Callable[[AdapterConformance], None]:
+def _test(name: str) -> Callable[[AdapterConformance], None]:
     def test(self: AdapterConformance) -> None:
-        adapter, model = self.adapter(), self.model().eval()
-        with adapter.running(model):
-            check(Subject(adapter, model, self.tokens(model)))
+        adapter, model = self.adapter(), self.model()
+        subject = Subject(adapter, model, self.tokens(model), spec_of(adapter))
+        if problem := outcome(name, subject).problem:
+            raise AssertionError(problem)
 
-    test.__doc__ = check.__doc__
+    test.__doc__ = CHECKS[name].__doc__
     return test
 
 
-for _name, _check in CHECKS.items():
-    setattr(AdapterConformance, f"test_{_name}", _test(_check))
+for _name in CHECKS:
+    setattr(AdapterConformance, f"test_{_name}", _test(_name))

@@ -1,0 +1,29 @@
+"""Conformance checks: plain functions that each say in a line what is wrong with an adapter.
+
+A check takes a `Subject` and raises `Nonconformance`. Each looks at one promise of
+`apt.adapter.Adapter`, by means that owe nothing to the adapter: the module tree, and the operators
+that run (`apt.testing.oracle`). A small random model is enough.
+"""
+
+from apt.testing.checks.blocks import check_batches, check_blocks, check_logits, check_stream
+from apt.testing.checks.declared import check_declaration, check_kinds, check_model_types
+from apt.testing.checks.flow import check_capture, check_in_time, check_order, check_residual
+from apt.testing.checks.gradients import check_gradients
+from apt.testing.checks.promise import Check, Fault, Nonconformance, promise
+from apt.testing.checks.pruning import check_identity, check_pruning, check_saving
+from apt.testing.checks.sites import check_names, check_orientation, check_sites
+from apt.testing.checks.subject import Subject
+from apt.testing.checks.tidy import check_exception, check_repeat, check_running, check_untouched
+
+CHECKS: dict[str, Check] = {
+    function.__name__.removeprefix("check_"): function
+    for function in (
+        check_declaration, check_model_types, check_kinds, check_running, check_names, check_blocks,
+        check_batches, check_stream, check_logits, check_repeat, check_sites, check_orientation,
+        check_capture, check_order, check_residual, check_gradients, check_untouched,
+        check_exception, check_in_time, check_identity, check_pruning, check_saving,
+    )
+}  # fmt: skip
+"""All checks by name, in the order in which they help most to find a fault."""
+
+__all__ = ["CHECKS", "Check", "Fault", "Nonconformance", "Subject", "promise"]

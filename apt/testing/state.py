@@ -1,0 +1,138 @@
+"""What an adapter must leave as it was: the model, and what a process has but once.
+
+A snapshot is a mapping from the name of a thing to something that is equal while the thing is
+unchanged. Values of parameters are not kept, which would double a model, but whether somebody has
+written to them is.
+"""
+
+import pickle
+import random
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as modules
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+Snapshot = dict[str, Any]
+
+_HOOKS = {
+    "_forward_hooks": "a hook",
+    "_forward_pre_hooks": "a hook",
+    "_backward_hooks": "a backward hook",
+    "_backward_pre_hooks": "a backward hook",
+    "_state_dict_hooks": "a state_dict hook",
+    "_load_state_dict_pre_hooks": "a state_dict hook",
+}
+_GLOBAL_HOOKS = {
+    "_global_forward_hooks": "a global forward hook",
+    "_global_forward_pre_hooks": "a global forward hook",
+    "_global_backward_hooks": "a global backward hook",
+    "_global_backward_pre_hooks": "a global backward hook",
+    "_global_parameter_registration_hooks": "a global registration hook",
+    "_global_module_registration_hooks": "a global registration hook",
+    "_global_buffer_registration_hooks": "a global registration hook",
+}
+_PLAIN = (bool, int, float, str, type(None))
+_GENERAL = {"training", "_is_full_backward_hook"}
+
+
+def snapshot(model: nn.Module) -> Snapshot:
+    """All that is to be as it was."""
+    parts = (_hooks(model), _modules(model), _tensors(model), _code(model))
+    return process() | {name: value for part in parts for name, value in part}
+
+
+def process() -> Snapshot:
+    """What there is one of in a process, or in a thread."""
+    return dict(_process())
+
+
+def changes(before: Snapshot, after: Snapshot) -> list[str]:
+    """What was left behind, changed, or taken away, in words."""
+    found = [f"leaves {name} behind" for name in after if name not in before]
+    found += [f"takes {name} away" for name in before if name not in after]
+    both = before.keys() & after.keys()
+    found += [f"changes {n}" for n in before if n in both and not _equal(before[n], after[n])]
+    return found
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+    return bool(one == other)
+
+
+def _process() -> Iterator[tuple[str, Any]]:
+    yield "torch's random state", torch.get_rng_state()
+    yield "the random state of Python", random.getstate()
+    yield "the random state of numpy", pickle.dumps(np.random.get_state())
+    yield "torch's default dtype", torch.get_default_dtype()
+    yield "torch's default device", torch.get_default_device()
+    yield "torch's gradient mode", torch.is_grad_enabled()
+    yield "torch's inference mode", torch.is_inference_mode_enabled()
+    yield "torch's autocast", (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
+    yield "torch's number of threads", torch.get_num_threads()
+    yield "whether torch is deterministic", torch.are_deterministic_algorithms_enabled()
+    yield "the filters of warnings", list(warnings.filters)
+    for index, _ in enumerate(_get_current_function_mode_stack()):  # type: ignore[no-untyped-call]
+        yield f"a torch function mode ({index})", True
+    for index, _ in enumerate(_get_current_dispatch_mode_stack()):
+        yield f"a torch dispatch mode ({index})", True
+    for attribute, kind in _GLOBAL_HOOKS.items():
+        for key in getattr(modules, attribute):
+            yield f"{kind} ({key})", True
+
+
+def _hooks(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, module in model.named_modules():
+        for attribute, kind in _HOOKS.items():
+            for key in getattr(module, attribute):
+                yield f"{kind} on {name or 'the model'} ({key})", True
+    for name, parameter in model.named_parameters():
+        hooks = getattr(parameter, "_backward_hooks", None) or {}
+        later = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
+        for key in [*hooks, *later]:
+            yield f"a hook on the parameter {name} ({key})", True
+
+
+def _modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The modules' attributes: which there are, and the values of the plain ones."""
+    for name, module in model.named_modules():
+        where = name or "the model"
+        yield f"the training mode of {where}", module.training
+        for attribute, value in vars(module).items():
+            if attribute not in _GENERAL and not attribute.startswith("__"):
+                kept = value if isinstance(value, _PLAIN) else type(value)
+                yield f"the attribute {attribute} of {where}", kept
+    config = getattr(model, "config", None)
+    for attribute, value in (vars(config) if config is not None else {}).items():
+        kept = value if isinstance(value, _PLAIN) else str(value)
+        yield f"{attribute} of the model's configuration", kept
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        yield f"the parameter {name}", (parameter.data_ptr(), parameter.dtype, parameter.shape)
+        yield f"the values of {name}", None if parameter.is_inference() else parameter._version
+        yield f"requires_grad of {name}", parameter.requires_grad
+        yield f"the gradient of {name}", parameter.grad is None
+    for name, buffer in model.named_buffers():
+        yield f"the buffer {name}", buffer.clone()
+
+
+def _code(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Functions that somebody may have put others in place of."""
+    for module in (sys.modules[type(model).__module__], torch.nn.functional):
+        for name, value in vars(module).items():
+            if callable(value):
+                yield f"{name} of {module.__name__}", id(value)
+    for owner in (type(model), Tensor):
+        for name, value in vars(owner).items():
+            if callable(value) and not name.startswith("_"):
+                yield f"{owner.__name__}.{name}", id(value)

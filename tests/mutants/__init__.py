@@ -1,0 +1,179 @@
+"""Wrong adapters: each is a right one but for one thing, that the conformance kit has to find."""
+
+from dataclasses import dataclass
+
+from tests.mutants.capturing import (
+    Disturbing,
+    Doubled,
+    Late,
+    Leaking,
+    LeakingOnError,
+    Swallowing,
+    WrongInput,
+)
+from tests.mutants.declared import (
+    ExpertsForgotten,
+    FirstForgotten,
+    KindForgotten,
+    LastForgotten,
+    OneKind,
+    SomeExpertsForgotten,
+    altered,
+    swapped,
+)
+from tests.mutants.entering import (
+    ByShape,
+    Cut,
+    Detached,
+    DetachedBefore,
+    DoubledStream,
+    FirstMasks,
+    FlatStream,
+    InInference,
+    LiveCache,
+    MixerCache,
+    NoStream,
+    TransposedStream,
+    WithoutGradient,
+    WrongEnter,
+    WrongStep,
+)
+from tests.mutants.models import JAMBA, RIGHT
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A wrong adapter.
+
+    Attributes:
+        adapter: its class.
+        check: the check that finds it.
+        said: what that says, a regular expression.
+        model: the model that it is checked with, of `MODELS`.
+    """
+
+    adapter: type
+    check: str
+    said: str
+    model: str = "llama"
+
+
+MUTANTS: dict[str, Mutant] = {
+    "last block forgotten": Mutant(
+        LastForgotten, "logits", r"model\.layers\.2 runs beside the blocks, but blocks\(\) leaves"
+    ),
+    "first block forgotten": Mutant(
+        FirstForgotten, "logits", r"model\.layers\.0 runs beside the blocks, but blocks\(\) leaves"
+    ),
+    "a kind of block forgotten": Mutant(
+        KindForgotten, "logits", r"model\.layers\.1 runs beside the blocks", "gemma"
+    ),
+    "first block's rotary for all": Mutant(
+        OneKind, "blocks", r"model\.layers\.1: the state after it is not", "gemma"
+    ),
+    "example of one kind": Mutant(
+        OneKind, "kinds", "no layer of kind 'full_attention'", "gemma, one kind"
+    ),
+    "experts forgotten": Mutant(
+        ExpertsForgotten, "sites",
+        r"feed_forward\.experts\.gate_up_proj is no site, no extra, and not left dense by name",
+        "jamba",
+    ),
+    "an expert forgotten": Mutant(
+        SomeExpertsForgotten, "sites", r"experts\.gate_up_proj\[3\] is no site", "jamba"
+    ),
+    "down_proj of experts at order 0": Mutant(
+        altered(JAMBA, feed_forward_experts_down_proj={"order": 0}), "order",
+        r"is multiplied before .*experts\.down_proj\.\d of order 0", "jamba",
+    ),
+    "step without gradient": Mutant(
+        WithoutGradient, "gradients", r"model\.layers\.0: what step gives has no gradient"
+    ),
+    "step detached": Mutant(Detached, "gradients", r"layers\.0: what step gives has no gradient"),
+    "state detached": Mutant(
+        DetachedBefore, "gradients", r"layers\.0: no gradient flows from what step gives to the"
+    ),
+    "step in inference mode": Mutant(
+        InInference, "gradients", r"layers\.0: what step gives has no gradient"
+    ),
+    "entered by shape": Mutant(
+        ByShape, "batches", r"layers\.0: the state before it is not .* second batch of 2 × 16"
+    ),
+    "first batch's masks": Mutant(
+        FirstMasks, "batches", r"layers\.0: .*on another length, 1 × 48 tokens", "eager"
+    ),
+    "cut to 32 tokens": Mutant(
+        Cut, "batches", r"layers\.0: the state before it .*another length, 1 × 48 tokens"
+    ),
+    "live cache": Mutant(
+        LiveCache, "repeat", r"layers\.0: a step changes its state or its call: .*a live cache"
+    ),
+    "live cache of a mixer": Mutant(
+        MixerCache, "repeat", r"layers\.0: a step changes its state or its call", "mamba"
+    ),
+    "stream doubled": Mutant(
+        DoubledStream, "stream", r"model\.layers\.0: residual\(\) is not the stream"
+    ),
+    "stream zero": Mutant(NoStream, "stream", r"layers\.0: residual\(\) is not the stream"),
+    "stream transposed": Mutant(
+        TransposedStream, "stream", r"residual\(\) is of shape \(16, 2, 32\), not \(2, 16, 32\)"
+    ),
+    "stream flat": Mutant(
+        FlatStream, "stream", r"residual\(\) is of shape \(32, 32\), not \(2, 16, 32\)"
+    ),
+    "k and v swapped": Mutant(
+        swapped("k_proj", "v_proj"), "names",
+        r"model\.layers\.0: the site of self_attn\.k_proj\.weight is named self_attn\.v_proj",
+    ),
+    "gate and up swapped": Mutant(
+        swapped("gate_proj", "up_proj"), "names",
+        r"the site of mlp\.gate_proj\.weight is named mlp\.up_proj",
+    ),
+    "experts swapped": Mutant(
+        swapped("0", "1", JAMBA), "names",
+        r"gate_up_proj\[0\] is named feed_forward\.experts\.gate_up_proj\.1", "jamba",
+    ),
+    "a name twice": Mutant(
+        altered(v_proj={"name": "self_attn.k_proj"}), "names",
+        r"the site of self_attn\.v_proj\.weight is named self_attn\.k_proj",
+    ),
+    "a Linear forgotten": Mutant(
+        altered(o_proj=None), "sites", r"layers\.0\.self_attn\.o_proj\.weight is no site, no extra"
+    ),
+    "the wrong way round": Mutant(
+        altered(o_proj={"transposed": True}), "orientation",
+        r"o_proj is stored \(out, in\), but declared transposed=True",
+    ),
+    "another input": Mutant(
+        WrongInput, "capture", "what is captured is not what its weight multiplies"
+    ),
+    "an input twice": Mutant(Doubled, "capture", "saw 64 of 32 calibration tokens"),
+    "down_proj at order 0": Mutant(
+        altered(down_proj={"order": 0}), "order", r"is multiplied before .*down_proj of order 0"
+    ),
+    "not residual": Mutant(
+        altered(v_proj={"residual": True}), "residual", "v_proj is declared residual, but"
+    ),
+    "residual": Mutant(
+        altered(down_proj={"residual": False}), "residual",
+        "down_proj adds its product to the residual stream, but is not declared",
+    ),
+    "another state": Mutant(
+        WrongEnter, "blocks", r"layers\.0: the state before it is not what the model gives it"
+    ),
+    "another step": Mutant(
+        WrongStep, "blocks", r"layers\.0: the state after it is not what it gives in the model"
+    ),
+    "capture leaves a hook": Mutant(
+        Leaking, "untouched", r"capture leaves a hook on model\.layers\.0"
+    ),
+    "capture disturbs": Mutant(Disturbing, "untouched", "capture changes what it gives"),
+    "capture leaves a hook on an error": Mutant(
+        LeakingOnError, "exception", "behind when an exception ends it"
+    ),
+    "capture swallows": Mutant(Swallowing, "exception", "does not come through"),
+    "capture is late": Mutant(Late, "in_time", "an input is handed over too late"),
+}  # fmt: skip
+
+if "jamba" not in RIGHT:
+    MUTANTS = {name: mutant for name, mutant in MUTANTS.items() if mutant.model != "jamba"}

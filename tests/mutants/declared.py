@@ -1,0 +1,80 @@
+"""Wrong in what they declare: of a site, of all blocks, of experts."""
+
+from dataclasses import replace
+
+from apt.adapter import DecoderAdapter
+from tests.mutants.models import JAMBA, LLAMA, Gemma
+
+
+def altered(base=LLAMA, **changes):
+    """Sites of which some are altered: ``o_proj={…}`` replaces fields, None drops the site."""
+
+    class Altered(base):
+        def sites(self, block):
+            kept = []
+            for site in super().sites(block):
+                names = (site.kind.rpartition(".")[2], site.kind.replace(".", "_"))
+                change = next((changes[name] for name in names if name in changes), {})
+                if change is not None:
+                    kept.append(replace(site, **change))
+            return kept
+
+    return Altered
+
+
+def swapped(one, other, base=LLAMA):
+    """Each of two sites has the other's name."""
+
+    class Swapped(base):
+        def sites(self, block):
+            def name(text):
+                return {one: other, other: one}.get(text, text)
+
+            def of(site):
+                start, _, last = site.name.rpartition(".")
+                kind, _, expert = start.rpartition(".") if site.expert is not None else ("", "", "")
+                return f"{start}.{name(last)}" if not kind else f"{kind}.{expert}.{name(last)}"
+
+            return [replace(site, name=of(site)) for site in super().sites(block)]
+
+    return Swapped
+
+
+class LastForgotten(LLAMA):
+    def blocks(self, model):
+        return super().blocks(model)[:-1]
+
+
+class FirstForgotten(LLAMA):
+    def blocks(self, model):
+        return super().blocks(model)[1:]
+
+
+class KindForgotten(Gemma):
+    """Knows the blocks with a window only."""
+
+    def blocks(self, model):
+        return [b for b in super().blocks(model) if b[1].self_attn.is_sliding]
+
+
+class OneKind(Gemma):
+    """The first block's masks and rotary embeddings for all blocks."""
+
+    def enter(self, model, tokens):
+        state, calls = super().enter(model, tokens)
+        return state, [calls[0]] * len(calls)
+
+
+class ExpertsForgotten(JAMBA):
+    """The Linears only; experts are multiplied all at once, where they are no matrices."""
+
+    def sites(self, block):
+        return [site for site in super().sites(block) if site.expert is None]
+
+    def step(self, block, state, call):
+        return DecoderAdapter.step(self, block, state, call)
+
+
+class SomeExpertsForgotten(JAMBA):
+    def sites(self, block):
+        return [site for site in super().sites(block) if site.expert != 3]

@@ -1,0 +1,48 @@
+"""Right adapters, and the small models on which wrong ones are told from them."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, Gemma3TextConfig
+
+from apt.adapter import DecoderAdapter
+from apt.plugins import registry
+from tests.families import _HEADS, _IDS, _SMALL, CONFIGS, random_model
+
+LLAMA = registry().adapters.get("llama").load()
+MAMBA = registry().adapters.get("mamba").load()
+JAMBA = registry().adapters.get("jamba").load()
+
+
+class Gemma(DecoderAdapter):
+    """A right one: Gemma 3, whose norms lie between the products and the stream."""
+
+    blocks_path = "model.layers"
+    inputs = tuple(replace(entry, residual=False) for entry in LLAMA.inputs)
+
+
+def gemma(kinds=("sliding_attention", "full_attention")):
+    """A model with a block of each of the ``kinds``, each with rotary embeddings of its own."""
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        **{**_SMALL, **_HEADS, **_IDS, "num_hidden_layers": len(kinds)}, intermediate_size=64,
+        num_key_value_heads=2, head_dim=8, sliding_window=8, layer_types=list(kinds),
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "llama": lambda: random_model("llama"),
+    "eager": lambda: random_model("llama", attention="eager"),
+    "gemma": gemma,
+    "gemma, one kind": lambda: gemma(["sliding_attention"] * 2),
+    "mamba": lambda: random_model("mamba"),
+    "jamba": lambda: random_model("jamba"),
+}
+RIGHT = {"llama": LLAMA, "eager": LLAMA, "gemma": Gemma, "mamba": MAMBA, "jamba": JAMBA}
+"""The right adapters of the models."""
+
+if "jamba" not in CONFIGS:  # experts are modules in transformers 4
+    del RIGHT["jamba"]
