@@ -41,6 +41,7 @@ def check(
 
 def _subject(adapter: str, model: str | None) -> "Subject":
     """What to check; of plugins that do not load, the error says more than their warnings."""
+    from apt.cli.output import notice
     from apt.plugins import registry
     from apt.testing.example import subject
 
@@ -48,5 +49,5 @@ def _subject(adapter: str, model: str | None) -> "Subject":
         found = registry()
     made = subject(found, adapter, model)
     for warning in told:
-        warnings.warn(warning.message, warning.category, stacklevel=1)
+        notice(f"apt: warning: {warning.message}")
     return made

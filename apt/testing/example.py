@@ -102,8 +102,7 @@ def _adapter(spec: AdapterSpec, origin: Plugin) -> Any:
     try:
         return kind()
     except Exception as error:
-        owner = place_of(kind) if not isinstance(kind, type) else ""
-        raise NotBegun([f"adapter '{spec.name}': {explained(error)}{owner}"]) from error
+        raise NotBegun([f"adapter '{spec.name}': {explained(error, kind)}"]) from error
 
 
 def _example(spec: AdapterSpec, origin: Plugin) -> nn.Module:

@@ -30,13 +30,13 @@ def explained(error: BaseException, owner: Any = None) -> str:
         return error.message + (_own_frame(error) or place_of(owner))
     if isinstance(error, AttributeError) and owner is not None and error.obj is owner:
         return f"{type(owner).__name__} has no '{error.name}'{place_of(owner)}"
-    said = first_line(error)
+    said = str(error.msg) if isinstance(error, SyntaxError) else first_line(error)
     said = said if said == type(error).__name__ else f"{type(error).__name__}: {said}"
     return said + (_own_frame(error) or place_of(owner))
 
 
 def place_of(owner: Any, method: str = "") -> str:
-    """The file and line of an adapter's method, or of its class; or of a function.
+    """The file and line of an adapter's method, or of its class; or of a class or function.
 
     A method that is APT's own is not the author's: there, and where ``method`` is none, it is the
     class.
@@ -50,9 +50,10 @@ def place_of(owner: Any, method: str = "") -> str:
     code = getattr(function, "__code__", None)
     if code is not None and _is_own(code.co_filename):
         return at(code.co_filename, code.co_firstlineno)
+    kind = owner if isinstance(owner, type) else type(owner)
     try:
-        _, first = inspect.getsourcelines(type(owner))
-        file = inspect.getsourcefile(type(owner)) or ""
+        _, first = inspect.getsourcelines(kind)
+        file = inspect.getsourcefile(kind) or ""
     except (OSError, TypeError):  # a class made without a file
         return ""
     return at(file, first)

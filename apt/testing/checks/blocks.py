@@ -1,6 +1,7 @@
 """Blocks chained by the adapter are the model: on every batch, for every block, to the logits."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +23,9 @@ def check_blocks(subject: Subject) -> Iterator[Fault]:
 @promise
 def check_batches(subject: Subject) -> Iterator[Fault]:
     """So they are on a second batch, and on another length, entered after the first."""
-    subject.adapter.enter(subject.model, subject.tokens)
+    if wrong := list(_chained(subject, subject.tokens)):
+        yield from wrong  # which says all
+        return
     for which, tokens in subject.others().items():
         place = ""
         try:
@@ -84,24 +87,30 @@ def check_stream(subject: Subject) -> Iterator[Fault]:
 
 
 @promise
-@torch.no_grad()
 def check_logits(subject: Subject) -> Iterator[Fault]:
     """No block is left out, and what the last one gives makes the model's logits."""
     blocks = [block for _, block, _ in subject.blocks()]
     for name in _beside(subject, blocks):
         yield Fault(name, " runs beside the blocks, but blocks() leaves it out", "blocks")
     for tokens in (subject.tokens, *subject.others().values()):
-        state, calls = subject.adapter.enter(subject.model, tokens)
-        for block, call in zip(blocks, calls, strict=True):
-            state = subject.adapter.step(block, state, call)
-        there = Subject(subject.adapter, subject.model, tokens)
-        if (stream := subject.adapter.residual(state)).shape[:2] != tokens.shape:
-            return  # see `check_stream`
-        with _ending_in(blocks[-1], stream):
-            found = there.logits()
-        if not same(found, there.logits()):
-            yield Fault("", "the last state does not make the model's logits", "blocks")
+        if not _makes_logits(replace(subject, tokens=tokens), blocks):
+            before = list(_chained(subject, tokens))
+            yield from before or [Fault("", "the last state does not make the model's logits")]
             return
+
+
+@torch.no_grad()
+def _makes_logits(subject: Subject, blocks: list[nn.Module]) -> bool:
+    """Whether the model goes on to its own logits from the last state."""
+    state, calls = subject.adapter.enter(subject.model, subject.tokens)
+    for block, call in zip(blocks, calls, strict=True):
+        state = subject.adapter.step(block, state, call)
+    stream = subject.adapter.residual(state)
+    if stream.shape[:2] != subject.tokens.shape:
+        return True  # that is what `check_stream` is for
+    with _ending_in(blocks[-1], stream):
+        found = subject.logits()
+    return same(found, subject.logits())
 
 
 def _ending_in(last: nn.Module, stream: Tensor) -> Any:
