@@ -5,6 +5,7 @@ As functions, `check_adapter` or the single checks in `apt.testing.checks`; unde
 """
 
 from apt.testing.checks import CHECKS, Nonconformance, Subject
+from apt.testing.kinds import every_kind
 from apt.testing.outcomes import Outcome, check_adapter
 from apt.testing.suite import AdapterConformance, random_tokens
 
@@ -15,5 +16,6 @@ __all__ = [
     "Outcome",
     "Subject",
     "check_adapter",
+    "every_kind",
     "random_tokens",
 ]

@@ -15,6 +15,7 @@ from apt.plugins import registry
 from apt.solver import NM
 from apt.solver.patterns import meets
 from apt.testing import CHECKS, Subject
+from apt.testing.outcomes import outcome
 from tests.families import random_tokens
 
 MIXERS = {
@@ -73,11 +74,13 @@ def assert_near(found, expected, dtype):
 def test_native_models_conform(kind, fused, mlp):
     model = native(kind, fused_add_norm=fused, d_intermediate=mlp, n_layer=1)
     adapter = registry().adapter_for("MambaLMHeadModel").load()()
-    # A block is given both parts of the stream as one, and mamba_ssm saves in its own way; fused
-    # norms add to the stream below what can be followed.
-    left_out = {"blocks", "saving", *(["residual"] if fused else [])}
-    for name in CHECKS.keys() - left_out:
-        CHECKS[name](Subject(adapter, model, random_tokens(2, 8)))
+    # mamba_ssm saves in its own way, and gradients of its norms need a GPU; fused norms add to the
+    # stream below what can be followed; Triton's interpreter is slow on more tokens.
+    left_out = {"saving", "gradients"} | ({"residual"} if fused else set())
+    left_out |= {"batches", "logits"} if kind == "mamba2" else set()
+    subject = Subject(adapter, model, random_tokens(2, 8))
+    problems = {name: outcome(name, subject).problem for name in CHECKS if name not in left_out}
+    assert problems == dict.fromkeys(problems, "")
 
 
 @torch.no_grad()

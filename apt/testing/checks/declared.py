@@ -9,9 +9,9 @@ from apt.plugins import registry
 from apt.specs import AdapterSpec
 from apt.testing.checks.promise import Fault, promise
 from apt.testing.checks.subject import Subject
+from apt.testing.kinds import default_kinds, kinds
 
 _METHODS = [name for name in vars(Adapter) if not name.startswith("_")]
-_KINDS = ("layer_types", "layers_block_type")
 # Of a `DecoderAdapter`: what an attribute is to be made of, and the methods that read it.
 _DECLARED = {
     "blocks_path": (str, ("blocks",)),
@@ -102,25 +102,14 @@ def _claimed(spec: AdapterSpec) -> Iterator[Fault]:
 
 @promise
 def check_kinds(subject: Subject) -> Iterator[Fault]:
-    """The model has a block of each kind that its configuration's class has by default."""
+    """The model has a layer of each kind that its configuration's class has by default."""
     config: Any = getattr(subject.model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    for missing in sorted(_kinds(_default(text)) - _kinds(text)):
-        said = (
-            f"the model has no layer of kind '{missing}', as {type(text).__name__} has by default: "
-            "a mistake in those would not show"
-        )
-        yield Fault("", said)
-
-
-def _default(config: Any) -> Any:
-    try:
-        return type(config)()
-    except Exception:  # it cannot be made without arguments
-        return None
-
-
-def _kinds(config: Any) -> set[str]:
-    """The kinds of layers that a configuration lists, where it does."""
-    listed = next((found for name in _KINDS if (found := getattr(config, name, None))), None)
-    return set(listed) if isinstance(listed, list | tuple) else set()
+    there = kinds(text)
+    for missing in default_kinds(type(text)):
+        if missing not in there:
+            said = (
+                f"the model has no layer of kind '{missing}', as {type(text).__name__} has by "
+                "default: a mistake in those would not show"
+            )
+            yield Fault("", said)

@@ -1,0 +1,57 @@
+"""The template's package conforms as it is, and its example has a layer of every kind."""
+
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from jinja2 import Template
+from transformers import JambaConfig, LlamaConfig
+
+from apt.testing import CHECKS, check_adapter, every_kind, random_tokens
+
+SOURCE = Path(__file__).parent.parent / "template/src/{{ module }}.py.jinja"
+ANSWERS = {
+    "olmo": {"adapter": "olmo", "family": "OLMo", "config_class": "OlmoConfig"},
+    "gemma3_text": {"adapter": "gemma", "family": "Gemma 3", "config_class": "Gemma3TextConfig"},
+}
+
+
+def package(model_type):
+    """The module that copier makes."""
+    answers = {**ANSWERS[model_type], "model_type": model_type, "module": "mine"}
+    module = ModuleType("mine")
+    exec(Template(SOURCE.read_text()).render(answers), vars(module))
+    return module
+
+
+def problems(adapter, module):
+    (spec,) = module.apt_adapters()
+    found = check_adapter(adapter, module.example().eval(), random_tokens(128), spec)
+    return {outcome.name: outcome.problem for outcome in found if outcome.problem}
+
+
+def test_as_it_is_it_conforms():
+    module = package("olmo")
+    assert problems(module.Adapter(), module) == {}
+
+
+def test_of_a_family_with_two_kinds_of_layers_the_example_has_both():
+    module = package("gemma3_text")
+    assert set(module.example().config.layer_types) == {"sliding_attention", "full_attention"}
+    assert set(problems(module.Adapter(), module)) == {"residual"}  # norms lie in between
+
+    class OneKind(module.Adapter):
+        def enter(self, model, tokens):
+            state, calls = super().enter(model, tokens)
+            return state, [calls[0]] * len(calls)
+
+    assert "model.layers.1: the state after it" in problems(OneKind(), module)["blocks"]
+
+
+@pytest.mark.parametrize("config_class", [LlamaConfig, JambaConfig])
+def test_a_configuration_that_takes_no_kinds_is_given_none(config_class):
+    assert every_kind(config_class) == {"num_hidden_layers": 2}
+
+
+def test_every_check_has_a_line_that_says_what_it_looks_at():
+    assert all(check.__doc__.endswith(".") for check in CHECKS.values())
