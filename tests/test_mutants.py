@@ -35,9 +35,15 @@ def test_each_mutant_is_caught_by_a_line_that_names_the_fault_and_its_place(name
     assert all(re.search(r"tests/mutants/\w+\.py:\d+\)$", line) for line in lines), lines
 
 
-WHERE = {("running", False): "running", ("running", True): "running",
-         ("enter", False): "untouched", ("enter", True): "exception",
-         ("capture", False): "untouched", ("capture", True): "exception"}  # fmt: skip
+WHERE = {
+    ("running", False): "running",
+    ("running", True): "running",
+    ("enter", False): "untouched",
+    ("enter", True): "exception",
+    ("step", False): "repeat",
+    ("capture", False): "untouched",
+    ("capture", True): "exception",
+}
 
 
 @pytest.mark.parametrize("leak", LEAKS, ids=lambda leak: leak.__name__)

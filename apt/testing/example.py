@@ -85,7 +85,9 @@ def _spec(registry: Registry, adapter: str) -> AdapterSpec:
         if not failed:
             raise NotBegun([str(error)]) from error
         lines = [f"plugin {plugin.distribution} does not load: {_why(plugin)}" for plugin in failed]
-        raise NotBegun([f"no adapter '{adapter}'", *lines]) from error
+        close = get_close_matches(adapter, registry.adapters.specs, n=1, cutoff=0.8)
+        meant = f"; did you mean '{close[0]}'?" if close else ""
+        raise NotBegun([f"no adapter '{adapter}'{meant}", *lines]) from error
 
 
 def _why(plugin: Plugin) -> str:

@@ -5,6 +5,7 @@ unchanged. Values of parameters are not kept, which would double a model, but wh
 written to them is.
 """
 
+import os
 import pickle
 import random
 import sys
@@ -38,7 +39,7 @@ _GLOBAL_HOOKS = {
     "_global_module_registration_hooks": "a global registration hook",
     "_global_buffer_registration_hooks": "a global registration hook",
 }
-_PLAIN = (bool, int, float, str, type(None))
+_PLAIN = (bool, int, float, str)
 _GENERAL = {"training", "_is_full_backward_hook"}
 
 
@@ -79,6 +80,7 @@ def _process() -> Iterator[tuple[str, Any]]:
     yield "torch's autocast", (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
     yield "torch's number of threads", torch.get_num_threads()
     yield "whether torch is deterministic", torch.are_deterministic_algorithms_enabled()
+    yield "the environment", dict(os.environ)
     yield "the filters of warnings", list(warnings.filters)
     for index, _ in enumerate(_get_current_function_mode_stack()):  # type: ignore[no-untyped-call]
         yield f"a torch function mode ({index})", True
@@ -108,12 +110,18 @@ def _modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
         yield f"the training mode of {where}", module.training
         for attribute, value in vars(module).items():
             if attribute not in _GENERAL and not attribute.startswith("__"):
-                kept = value if isinstance(value, _PLAIN) else type(value)
-                yield f"the attribute {attribute} of {where}", kept
+                yield f"the attribute {attribute} of {where}", _kept(value)
     config = getattr(model, "config", None)
     for attribute, value in (vars(config) if config is not None else {}).items():
-        kept = value if isinstance(value, _PLAIN) else str(value)
+        kept = value if isinstance(value, (*_PLAIN, type(None))) else str(value)
         yield f"{attribute} of the model's configuration", kept
+
+
+def _kept(value: Any) -> Any:
+    """What is compared of an attribute: plain values, but not whether a recurrent state is set."""
+    if value is None or isinstance(value, Tensor):
+        return "a state"
+    return value if isinstance(value, _PLAIN) else type(value)
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Any]]:

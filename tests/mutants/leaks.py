@@ -124,6 +124,10 @@ def leaking(leak: Callable[[Any], None], where: str, on_error: bool) -> type:
             leak(model)
 
     class Leaking(LLAMA):
+        def step(self, block, state, call):
+            with leaks("step", self.model):
+                return super().step(block, state, call)
+
         @contextmanager
         def running(self, model):
             with leaks("running", model):

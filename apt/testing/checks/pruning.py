@@ -52,15 +52,15 @@ def check_saving(subject: Subject) -> Iterator[Fault]:
     with tempfile.TemporaryDirectory() as folder:
         pruned.save_pretrained(folder)
         # transformers 4 loads fp32 unless told otherwise; kernels of attention differ in rounding
-        same = {"dtype": "auto", "attn_implementation": _attention(pruned)}
-        loaded = type(pruned).from_pretrained(folder, **same).eval()
+        loaded = type(pruned).from_pretrained(folder, dtype="auto", **_attention(pruned)).eval()
         subject.adapter.check(loaded.config)
         if not torch.equal(subject.logits(loaded), subject.logits(pruned)):
             yield Fault("", "the model gives other logits once saved and loaded")
 
 
-def _attention(model: Any) -> str | None:
-    return getattr(model.config, "_attn_implementation", None)
+def _attention(model: Any) -> dict[str, str]:
+    kernel = getattr(model.config, "_attn_implementation", None)
+    return {"attn_implementation": kernel} if kernel else {}
 
 
 def _pattern(subject: Subject) -> NM:

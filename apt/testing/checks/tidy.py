@@ -71,16 +71,19 @@ def check_exception(subject: Subject) -> Iterator[Fault]:
 
 @promise
 def check_repeat(subject: Subject) -> Iterator[Fault]:
-    """A step gives the same however often it is taken, and changes neither its state nor call."""
+    """A step gives the same each time, and changes nothing: its state, its call, the model."""
+    before = snapshot(subject.model)
     for step in subject.steps():
-        held = _held([step.state, step.call])
+        held, around = _held([step.state, step.call]), process()
         first = first_tensor(subject.step(step)).clone()
+        yield from _changed("step", changes(around, process()))
         if _held([step.state, step.call]) != held:
             said = ": a step changes its state or its call: does that carry a live cache?"
             yield Fault(step.name, said, "enter")
             continue
         if not same(first_tensor(subject.step(step)), first):
             yield Fault(step.name, ": a step gives something else the second time", "step")
+    yield from _left("step", before, subject.model)
 
 
 def _swallows(context: AbstractContextManager[None]) -> bool:
