@@ -5,7 +5,7 @@ from types import ModuleType
 
 import pytest
 from jinja2 import Template
-from transformers import JambaConfig, LlamaConfig
+from transformers import JambaConfig, LlamaConfig, MistralConfig
 
 from apt.testing import CHECKS, check_adapter, every_kind, random_tokens
 
@@ -37,7 +37,9 @@ def test_as_it_is_it_conforms():
 
 def test_of_a_family_with_two_kinds_of_layers_the_example_has_both():
     module = package("gemma3_text")
-    assert set(module.example().config.layer_types) == {"sliding_attention", "full_attention"}
+    config = module.example().config
+    assert set(config.layer_types) == {"sliding_attention", "full_attention"}
+    assert config.sliding_window == 8
     assert set(problems(module.Adapter(), module)) == {"residual"}  # norms lie in between
 
     class OneKind(module.Adapter):
@@ -48,9 +50,12 @@ def test_of_a_family_with_two_kinds_of_layers_the_example_has_both():
     assert "model.layers.1: the state after it" in problems(OneKind(), module)["blocks"]
 
 
-@pytest.mark.parametrize("config_class", [LlamaConfig, JambaConfig])
-def test_a_configuration_that_takes_no_kinds_is_given_none(config_class):
-    assert every_kind(config_class) == {"num_hidden_layers": 2}
+@pytest.mark.parametrize(
+    ("config_class", "window"),
+    [(LlamaConfig, {}), (JambaConfig, {}), (MistralConfig, {"sliding_window": 8})],
+)
+def test_a_configuration_that_takes_no_kinds_is_given_none(config_class, window):
+    assert every_kind(config_class) == {"num_hidden_layers": 2, **window}
 
 
 def test_every_check_has_a_line_that_says_what_it_looks_at():

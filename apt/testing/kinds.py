@@ -2,6 +2,7 @@
 
 from typing import Any
 
+_WINDOW = 8
 _LISTED = ("layer_types", "layers_block_type")
 
 
@@ -29,9 +30,11 @@ def every_kind(config_class: Any) -> dict[str, Any]:
     For the example of an adapter: ``Gemma3TextConfig(hidden_size=32, **every_kind(…))``.
 
     Returns:
-        ``num_hidden_layers``, and ``layer_types`` where the class takes it and has several kinds.
+        ``num_hidden_layers``; ``layer_types`` where the class takes it and has several kinds; and
+        ``sliding_window``, shorter than the samples of the checks, where the class has one.
     """
-    found = default_kinds(config_class)
-    if len(found) < 2 or "layer_types" not in config_class().to_dict():
-        return {"num_hidden_layers": 2}
-    return {"num_hidden_layers": len(found), "layer_types": found}
+    found, fields = default_kinds(config_class), config_class().to_dict()
+    window = {"sliding_window": _WINDOW} if fields.get("sliding_window") else {}
+    if len(found) < 2 or "layer_types" not in fields:
+        return {"num_hidden_layers": 2, **window}
+    return {"num_hidden_layers": len(found), "layer_types": found, **window}
