@@ -10,7 +10,7 @@ import pickle
 import random
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,23 +22,6 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 Snapshot = dict[str, Any]
 
-_HOOKS = {
-    "_forward_hooks": "a hook",
-    "_forward_pre_hooks": "a hook",
-    "_backward_hooks": "a backward hook",
-    "_backward_pre_hooks": "a backward hook",
-    "_state_dict_hooks": "a state_dict hook",
-    "_load_state_dict_pre_hooks": "a state_dict hook",
-}
-_GLOBAL_HOOKS = {
-    "_global_forward_hooks": "a global forward hook",
-    "_global_forward_pre_hooks": "a global forward hook",
-    "_global_backward_hooks": "a global backward hook",
-    "_global_backward_pre_hooks": "a global backward hook",
-    "_global_parameter_registration_hooks": "a global registration hook",
-    "_global_module_registration_hooks": "a global registration hook",
-    "_global_buffer_registration_hooks": "a global registration hook",
-}
 _PLAIN = (bool, int, float, str)
 _GENERAL = {"training", "_is_full_backward_hook"}
 
@@ -73,6 +56,8 @@ def _process() -> Iterator[tuple[str, Any]]:
     yield "torch's random state", torch.get_rng_state()
     yield "the random state of Python", random.getstate()
     yield "the random state of numpy", pickle.dumps(np.random.get_state())
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        yield "the random state of a GPU", torch.cuda.get_rng_state()
     yield "torch's default dtype", torch.get_default_dtype()
     yield "torch's default device", torch.get_default_device()
     yield "torch's gradient mode", torch.is_grad_enabled()
@@ -86,21 +71,27 @@ def _process() -> Iterator[tuple[str, Any]]:
         yield f"a torch function mode ({index})", True
     for index, _ in enumerate(_get_current_dispatch_mode_stack()):
         yield f"a torch dispatch mode ({index})", True
-    for attribute, kind in _GLOBAL_HOOKS.items():
-        for key in getattr(modules, attribute):
-            yield f"{kind} ({key})", True
+    for kind, key in _hooks_in(vars(modules), "_global_"):
+        yield f"a global {kind} ({key})", True
 
 
 def _hooks(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
-        for attribute, kind in _HOOKS.items():
-            for key in getattr(module, attribute):
-                yield f"{kind} on {name or 'the model'} ({key})", True
+        for kind, key in _hooks_in(vars(module), "_"):
+            yield f"a {kind} on {name or 'the model'} ({key})", True
     for name, parameter in model.named_parameters():
         hooks = getattr(parameter, "_backward_hooks", None) or {}
         later = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
         for key in [*hooks, *later]:
             yield f"a hook on the parameter {name} ({key})", True
+
+
+def _hooks_in(attributes: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    """Every hook, with its kind as torch names it: ``forward hook``."""
+    for attribute, hooks in attributes.items():
+        if attribute.startswith(prefix) and attribute.endswith("_hooks"):
+            kind = attribute.removeprefix(prefix).removesuffix("s").replace("_", " ")
+            yield from ((kind, key) for key in hooks or ())
 
 
 def _modules(model: nn.Module) -> Iterator[tuple[str, Any]]:

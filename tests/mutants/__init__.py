@@ -16,8 +16,12 @@ from tests.mutants.declared import (
     FirstForgotten,
     KindForgotten,
     LastForgotten,
+    MiddleForgotten,
+    NoParameter,
     OneKind,
+    Renamed,
     SomeExpertsForgotten,
+    TooLong,
     altered,
     swapped,
 )
@@ -64,6 +68,18 @@ MUTANTS: dict[str, Mutant] = {
     ),
     "first block forgotten": Mutant(
         FirstForgotten, "logits", r"model\.layers\.0 runs beside the blocks, but blocks\(\) leaves"
+    ),
+    "every other block forgotten": Mutant(
+        MiddleForgotten, "logits", r"model\.layers\.1 runs beside the blocks, but blocks\(\) leaves"
+    ),
+    "blocks with other names": Mutant(
+        Renamed, "names", r"^layers\.0: the block of this name is no module of the model's"
+    ),
+    "more positions than there are": Mutant(
+        TooLong, "batches", r"the model does not take 48 tokens, but positions\(\) is None", "short"
+    ),
+    "an extra without parameter": Mutant(
+        NoParameter, "names", r"layers\.0: there is no parameter mixer\.conv1d\.weights", "mamba"
     ),
     "a kind of block forgotten": Mutant(
         KindForgotten, "logits", r"model\.layers\.1 runs beside the blocks", "gemma"
@@ -165,7 +181,7 @@ MUTANTS: dict[str, Mutant] = {
         WrongStep, "blocks", r"layers\.0: the state after it is not what it gives in the model"
     ),
     "capture leaves a hook": Mutant(
-        Leaking, "untouched", r"capture leaves a hook on model\.layers\.0"
+        Leaking, "untouched", r"capture leaves a forward hook on model\.layers\.0"
     ),
     "capture disturbs": Mutant(Disturbing, "untouched", "capture changes what it gives"),
     "capture leaves a hook on an error": Mutant(

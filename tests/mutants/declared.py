@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from apt.adapter import DecoderAdapter
-from tests.mutants.models import JAMBA, LLAMA, Gemma
+from tests.mutants.models import JAMBA, LLAMA, MAMBA, OPT, Gemma
 
 
 def altered(base=LLAMA, **changes):
@@ -48,6 +48,28 @@ class LastForgotten(LLAMA):
 class FirstForgotten(LLAMA):
     def blocks(self, model):
         return super().blocks(model)[1:]
+
+
+class MiddleForgotten(LLAMA):
+    def blocks(self, model):
+        return super().blocks(model)[::2]
+
+
+class Renamed(LLAMA):
+    def blocks(self, model):
+        return [(name.removeprefix("model."), block) for name, block in super().blocks(model)]
+
+
+class TooLong(OPT):
+    """On a model whose positions are a table of 32 rows."""
+
+    def positions(self, config):
+        return None
+
+
+class NoParameter(MAMBA):
+    def extras(self, block):
+        return [replace(e, parameter=f"{e.parameter}s") for e in super().extras(block)]
 
 
 class KindForgotten(Gemma):

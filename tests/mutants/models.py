@@ -5,13 +5,14 @@ from dataclasses import replace
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, Gemma3TextConfig
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, OPTConfig
 
 from apt.adapter import DecoderAdapter
 from apt.plugins import registry
 from tests.families import _HEADS, _IDS, _SMALL, CONFIGS, random_model
 
 LLAMA = registry().adapters.get("llama").load()
+OPT = registry().adapters.get("opt").load()
 MAMBA = registry().adapters.get("mamba").load()
 JAMBA = registry().adapters.get("jamba").load()
 
@@ -33,15 +34,31 @@ def gemma(kinds=("sliding_attention", "full_attention")):
     return AutoModelForCausalLM.from_config(config).eval()
 
 
+def short():
+    """A model with a table of 32 positions."""
+    torch.manual_seed(0)
+    options = {**_SMALL, **_HEADS, **_IDS, "max_position_embeddings": 32}
+    config = OPTConfig(ffn_dim=64, word_embed_proj_dim=32, **options)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "llama": lambda: random_model("llama"),
     "eager": lambda: random_model("llama", attention="eager"),
     "gemma": gemma,
     "gemma, one kind": lambda: gemma(["sliding_attention"] * 2),
+    "short": short,
     "mamba": lambda: random_model("mamba"),
     "jamba": lambda: random_model("jamba"),
 }
-RIGHT = {"llama": LLAMA, "eager": LLAMA, "gemma": Gemma, "mamba": MAMBA, "jamba": JAMBA}
+RIGHT = {
+    "llama": LLAMA,
+    "eager": LLAMA,
+    "gemma": Gemma,
+    "short": OPT,
+    "mamba": MAMBA,
+    "jamba": JAMBA,
+}
 """The right adapters of the models."""
 
 if "jamba" not in CONFIGS:  # experts are modules in transformers 4

@@ -5,10 +5,11 @@ A check takes a `Subject` and raises `Nonconformance`. Each looks at one promise
 that run (`apt.testing.oracle`). A small random model is enough.
 """
 
-from apt.testing.checks.blocks import check_batches, check_blocks, check_logits, check_stream
+from apt.testing.checks.blocks import check_batches, check_blocks, check_stream
 from apt.testing.checks.declared import check_declaration, check_kinds, check_model_types
 from apt.testing.checks.flow import check_capture, check_in_time, check_order, check_residual
 from apt.testing.checks.gradients import check_gradients
+from apt.testing.checks.logits import check_logits
 from apt.testing.checks.promise import Check, Fault, Nonconformance, promise
 from apt.testing.checks.pruning import check_identity, check_pruning, check_saving
 from apt.testing.checks.sites import check_names, check_orientation, check_sites

@@ -15,8 +15,18 @@ _UNDECLARED = " is no site, no extra, and not left dense by name"
 
 @promise
 def check_names(subject: Subject) -> Iterator[Fault]:
-    """A site is named by the path of its parameter's module, each name once in a block."""
-    for name, _, sites in subject.blocks():
+    """Blocks and sites are named by their paths in the model, each name once in a block."""
+    paths = dict(subject.model.named_modules(remove_duplicate=False))
+    for name, block, sites in subject.blocks():
+        if paths.get(name) is not block:
+            yield Fault(name, ": the block of this name is no module of the model's", "blocks")
+        parameters = dict(block.named_parameters(remove_duplicate=False))
+        declared = dict.fromkeys((site.parameter for site in sites), "sites")
+        extras = subject.adapter.extras(block)
+        declared |= dict.fromkeys((extra.parameter for extra in extras), "extras")
+        for parameter, method in declared.items():
+            if parameter not in parameters:
+                yield Fault(name, f": there is no parameter {parameter}", method)
         for site in sites:
             path = site.parameter.removesuffix(".weight")
             expected = path if site.expert is None else f"{path}.{site.expert}"

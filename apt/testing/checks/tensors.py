@@ -12,10 +12,18 @@ def near(found: Tensor, expected: Tensor, share: float = 1e-4) -> bool:
 
 
 def first_tensor(value: Any) -> Tensor:
-    """The first tensor in a state, a tuple or a mapping."""
-    while not isinstance(value, Tensor):
-        value = next(iter(value.values() if isinstance(value, dict) else value))
-    return value
+    """The first tensor in a state, a tuple or a mapping.
+
+    Raises:
+        TypeError: there is none.
+    """
+    held = value
+    while not isinstance(held, Tensor):
+        try:
+            held = next(iter(held.values() if isinstance(held, dict) else held))
+        except (TypeError, StopIteration):
+            raise TypeError(f"no tensor in a state that is {value!r}") from None
+    return held
 
 
 def same(found: Tensor, expected: Tensor) -> bool:
