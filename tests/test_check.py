@@ -137,7 +137,7 @@ BEGINNINGS = {
 FAILURES = {
     "inputs missing": (
         {INPUTS: ""},
-        ["declaration: Mine has no 'inputs'{class Mine}; keeps from running: names, blocks, {*}"],
+        ["declaration: Mine has no 'inputs'{class Mine}; keeps from running: names, {*}"],
     ),
     "nothing declared": (
         {INPUTS: "    pass\n", '    blocks_path = "model.layers"\n': ""},
@@ -146,14 +146,14 @@ FAILURES = {
     ),
     "enter raises": (
         {"    # more\n": ENTER},
-        ["blocks: ValueError: no masks today{raise ValueError}; keeps from running: batches, "
-         "stream, logits, repeat, sites, orientation, capture, order, residual, gradients, "
-         "untouched, exception, in_time, identity, pruning, saving"],
+        ["untouched: ValueError: no masks today{raise ValueError}; keeps from running: exception, "
+         "repeat, blocks, batches, stream, logits, sites, orientation, capture, order, residual, "
+         "gradients, in_time, identity, pruning, saving"],
     ),
     "enter takes nothing": (
         {"    # more\n": "    def enter(self):\n        return None\n"},
-        ["blocks: TypeError: Mine.enter() takes 1 positional argument but 3 were given{class Mine}"
-         "; keeps from running: {*}"],
+        ["untouched: TypeError: Mine.enter() takes 1 positional argument but 3 were given"
+         "{class Mine}; keeps from running: {*}"],
     ),
     "a Linear with another name": (
         {"mlp.down_proj": "mlp.fc2"},

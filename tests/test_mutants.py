@@ -10,7 +10,7 @@ from apt.testing import CHECKS, Subject, check_adapter
 from apt.testing.outcomes import outcome
 from tests.families import random_model, random_tokens
 from tests.mutants import MUTANTS
-from tests.mutants.leaks import LEAKS, leaking, process_kept
+from tests.mutants.leaks import LEAKS, ONCE, leaking, process_kept, several
 from tests.mutants.models import LLAMA, MODELS, RIGHT
 
 TOKENS = random_tokens(2, 16)
@@ -40,7 +40,7 @@ WHERE = {
     ("running", True): "running",
     ("enter", False): "untouched",
     ("enter", True): "exception",
-    ("step", False): "repeat",
+    ("step", False): "untouched",
     ("capture", False): "untouched",
     ("capture", True): "exception",
 }
@@ -54,6 +54,16 @@ def test_what_is_left_behind_is_named(where, on_error, leak):
         said = problem(WHERE[where, on_error], adapter, model)
     when = " when an exception ends it" if on_error else ""
     assert re.search(f"^{where} {LEAKS[leak]}{when} ", said, re.MULTILINE), said
+
+
+@pytest.mark.parametrize(("where", "on_error"), WHERE)
+def test_what_is_left_behind_by_every_call_is_named_in_a_whole_run(where, on_error):
+    adapter, model = leaking(several, where, on_error)(), random_model("llama")
+    with process_kept():
+        found = {o.name: o.problem for o in check_adapter(adapter, model, TOKENS)}
+    said = found[WHERE[where, on_error]]
+    for leak in ONCE:
+        assert re.search(f"^{where} {LEAKS[leak]}", said, re.MULTILINE), (leak, said)
 
 
 MINE = {"name": "mine", "summary": "Mine", "target": "mine:Mine", "example": "mine:example"}

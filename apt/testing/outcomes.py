@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
@@ -11,8 +11,9 @@ from apt.adapter import Adapter
 from apt.eval_mode import eval_mode
 from apt.plugins import registry
 from apt.specs import AdapterSpec
-from apt.testing.checks import CHECKS, Check, Nonconformance, Subject
+from apt.testing.checks import ALONE, CHECKS, Check, Nonconformance, Subject
 from apt.testing.places import explained, place_of
+from apt.testing.state import preserved
 
 
 @dataclass(frozen=True)
@@ -100,13 +101,14 @@ def outcome(name: str, subject: Subject) -> Outcome:
 
 
 def run(check: Check, subject: Subject) -> None:
-    """Run a check on a model in eval mode and, as runs do, within `Adapter.running`."""
-    if check in (CHECKS["declaration"], CHECKS["running"]):
-        within: AbstractContextManager[None] = nullcontext()
-    else:
-        within = subject.adapter.running(subject.model)
-    with eval_mode(subject.model), within:
-        check(subject)
+    """Run a check on a model in eval mode and, as runs do, within `Adapter.running`.
+
+    What it leaves behind in the process, be it found or not, is put back for the next.
+    """
+    with preserved(), eval_mode(subject.model):
+        within = nullcontext() if check in ALONE else subject.adapter.running(subject.model)
+        with within:
+            check(subject)
 
 
 def spec_of(adapter: Adapter) -> AdapterSpec | None:

@@ -11,13 +11,14 @@ import random
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as modules
-from torch.overrides import _get_current_function_mode_stack
+from torch.overrides import _get_current_function_mode_stack, _pop_mode
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 Snapshot = dict[str, Any]
@@ -30,6 +31,33 @@ def snapshot(model: nn.Module) -> Snapshot:
     """All that is to be as it was."""
     parts = (_hooks(model), _modules(model), _tensors(model), _code(model))
     return process() | {name: value for part in parts for name, value in part}
+
+
+@contextmanager
+def preserved() -> Iterator[None]:
+    """Put back in the end what there is one of in a process, as far as that can be done."""
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    dtype, gradients = torch.get_default_dtype(), torch.is_grad_enabled()
+    hooks = {name: dict(value) for name, value in vars(modules).items() if _is_global(name)}
+    modes = len(_get_current_function_mode_stack())  # type: ignore[no-untyped-call]
+    with warnings.catch_warnings():
+        try:
+            yield
+        finally:
+            while len(_get_current_function_mode_stack()) > modes:  # type: ignore[no-untyped-call]
+                _pop_mode()  # type: ignore[no-untyped-call]
+            torch.set_rng_state(states[0])
+            random.setstate(states[1])
+            np.random.set_state(states[2])
+            torch.set_default_dtype(dtype)
+            torch.set_grad_enabled(gradients)
+            for name, before in hooks.items():
+                getattr(modules, name).clear()
+                getattr(modules, name).update(before)
+
+
+def _is_global(name: str) -> bool:
+    return name.startswith("_global_") and name.endswith("_hooks")
 
 
 def process() -> Snapshot:

@@ -16,15 +16,19 @@ from apt.testing.checks.sites import check_names, check_orientation, check_sites
 from apt.testing.checks.subject import Subject
 from apt.testing.checks.tidy import check_exception, check_repeat, check_running, check_untouched
 
+# A method is first called where what it leaves behind is looked for: later that is there already.
 CHECKS: dict[str, Check] = {
     function.__name__.removeprefix("check_"): function
     for function in (
-        check_declaration, check_model_types, check_kinds, check_running, check_names, check_blocks,
-        check_batches, check_stream, check_logits, check_repeat, check_sites, check_orientation,
-        check_capture, check_order, check_residual, check_gradients, check_untouched,
-        check_exception, check_in_time, check_identity, check_pruning, check_saving,
+        check_declaration, check_model_types, check_kinds, check_running, check_names,
+        check_untouched, check_exception, check_repeat, check_blocks, check_batches, check_stream,
+        check_logits, check_sites, check_orientation, check_capture, check_order, check_residual,
+        check_gradients, check_in_time, check_identity, check_pruning, check_saving,
     )
 }  # fmt: skip
-"""All checks by name, in the order in which they help most to find a fault."""
+"""All checks by name, in the order in which they are run."""
 
-__all__ = ["CHECKS", "Check", "Fault", "Nonconformance", "Subject", "promise"]
+ALONE = [CHECKS[name] for name in ("declaration", "model_types", "kinds", "running")]
+"""Those that are not run within `Adapter.running`."""
+
+__all__ = ["ALONE", "CHECKS", "Check", "Fault", "Nonconformance", "Subject", "promise"]

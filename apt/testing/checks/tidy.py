@@ -36,11 +36,17 @@ def check_running(subject: Subject) -> Iterator[Fault]:
 
 @promise
 def check_untouched(subject: Subject) -> Iterator[Fault]:
-    """Entering and capturing change nothing: the same logits bit for bit, nothing left behind."""
+    """Entering, steps and captures change nothing: no bit of the logits, nothing left behind."""
     logits, model = subject.logits(), subject.model
     before = snapshot(model)
     subject.adapter.enter(model, subject.tokens)
     yield from _left("enter", before, model)
+    before = snapshot(model)
+    for step in subject.steps():
+        around = process()
+        subject.step(step)
+        yield from _changed("step", changes(around, process()))
+    yield from _left("step", before, model)
     before = snapshot(model)
     for step in subject.steps():
         plain = first_tensor(subject.step(step))
@@ -71,19 +77,16 @@ def check_exception(subject: Subject) -> Iterator[Fault]:
 
 @promise
 def check_repeat(subject: Subject) -> Iterator[Fault]:
-    """A step gives the same each time, and changes nothing: its state, its call, the model."""
-    before = snapshot(subject.model)
+    """A step gives the same however often it is taken, and changes neither its state nor call."""
     for step in subject.steps():
-        held, around = _held([step.state, step.call]), process()
+        held = _held([step.state, step.call])
         first = first_tensor(subject.step(step)).clone()
-        yield from _changed("step", changes(around, process()))
         if _held([step.state, step.call]) != held:
             said = ": a step changes its state or its call: does that carry a live cache?"
             yield Fault(step.name, said, "enter")
             continue
         if not same(first_tensor(subject.step(step)), first):
             yield Fault(step.name, ": a step gives something else the second time", "step")
-    yield from _left("step", before, subject.model)
 
 
 def _swallows(context: AbstractContextManager[None]) -> bool:
