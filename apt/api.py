@@ -73,16 +73,20 @@ def prune(
         ranks: the processes of torch.distributed that prune together, `apt.Ranks` of their group:
             each calls this with an equal model and the same arguments, and is left with the same
             weights. None prunes alone, whatever process group there is.
-        observe: called with every `BlockStarted`, `SitePruned` and `BlockTuned` event, from the
-            thread that prunes. What it raises ends the run, and comes through: so a run is
-            cancelled.
+        observe: called with every event of `apt.events`, from the thread that prunes. What it
+            raises ends the run, and comes through: so a run is cancelled. It is called after each
+            solve, each step of tuning and each batch that is run through a block.
 
     Returns:
         The record of the run; ``report.sites`` has one entry for each pruned site.
 
     Raises:
         AptError: a name is unknown, the pattern does not fit, or the model cannot be pruned.
-            Blocks pruned before the error stay pruned: work on a copy where that matters.
+
+    However a run ends early, by an error, an observer or Ctrl-C, nothing is left on the model but
+    weights: blocks before the one at hand are pruned and tuned, those after it are dense, and of
+    its own sites each is either dense or meets its pattern, the latter not tuned yet or tuned. Work
+    on a copy where that matters.
     """
     started, ranks = time.perf_counter(), ranks or Ranks()
     try:
