@@ -10,7 +10,7 @@ from torch import Tensor
 from apt.allocate import UNIFORM, allocated, check_allocation
 from apt.errors import AptError
 from apt.events import Observer, telling
-from apt.mode import choose_mode
+from apt.mode import check_options, choose_mode
 from apt.pipeline import prune_blocks
 from apt.plan import Selection, make_plan
 from apt.plugins import registry
@@ -81,7 +81,8 @@ def prune(
         The record of the run; ``report.sites`` has one entry for each pruned site.
 
     Raises:
-        AptError: a name is unknown, the pattern does not fit, or the model cannot be pruned.
+        AptError: a name is unknown, an option is out of range, the pattern does not fit, or the
+            model cannot be pruned.
 
     However a run ends early, by an error, an observer or Ctrl-C, nothing is left on the model but
     weights: blocks before the one at hand are pruned and tuned, those after it are dense, and of
@@ -89,6 +90,8 @@ def prune(
     on a copy where that matters.
     """
     started, ranks = time.perf_counter(), ranks or Ranks()
+    options = options or SolverOptions()
+    check_options(options)
     try:
         wanted = parse_pattern(pattern) if isinstance(pattern, str) else pattern
     except ValueError as error:
@@ -104,7 +107,7 @@ def prune(
     if allocation != UNIFORM:
         share_out = shelf.allocations.get(allocation)
         plan = ranks.share(allocated(plan, share_out, model, instance, tokens))
-    mode = choose_mode(chosen, options or SolverOptions(), error_aware, ordered)
+    mode = choose_mode(chosen, options, error_aware, ordered)
     mode = mode.sparing(named_ids(model) if special is None else special)
     tell = telling(observe, shelf.site_pruned)
     sites = prune_blocks(
