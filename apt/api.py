@@ -52,6 +52,11 @@ def prune(
 ) -> Report:
     """Prune a causal language model of transformers in place.
 
+    However a run ends early, by an error, an observer or Ctrl-C, no hook, thread, mode or precision
+    setting is left behind. Blocks before the one at hand are pruned and tuned, those after it are
+    dense; of its own sites each is either dense or meets its pattern. Work on a copy where that
+    matters.
+
     Args:
         model: the model.
         tokens: calibration token ids (samples, seqlen), without padding. Where the model's
@@ -83,11 +88,6 @@ def prune(
     Raises:
         AptError: a name is unknown, an option is out of range, the pattern does not fit, or the
             model cannot be pruned.
-
-    However a run ends early, by an error, an observer or Ctrl-C, nothing is left on the model but
-    weights: blocks before the one at hand are pruned and tuned, those after it are dense, and of
-    its own sites each is either dense or meets its pattern, the latter not tuned yet or tuned. Work
-    on a copy where that matters.
     """
     started, ranks = time.perf_counter(), ranks or Ranks()
     options = options or SolverOptions()
