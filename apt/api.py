@@ -10,7 +10,7 @@ from torch import Tensor
 from apt.allocate import UNIFORM, allocated, check_allocation
 from apt.errors import AptError
 from apt.events import Observer, telling
-from apt.mode import choose_mode
+from apt.mode import check_options, choose_mode
 from apt.pipeline import prune_blocks
 from apt.plan import Selection, make_plan
 from apt.plugins import registry
@@ -52,6 +52,11 @@ def prune(
 ) -> Report:
     """Prune a causal language model of transformers in place.
 
+    However a run ends early, by an error, an observer or Ctrl-C, no hook, thread, mode or precision
+    setting is left behind. Blocks before the one at hand are pruned and tuned, those after it are
+    dense; of its own sites each is either dense or meets its pattern. Work on a copy where that
+    matters.
+
     Args:
         model: the model.
         tokens: calibration token ids (samples, seqlen), without padding. Where the model's
@@ -73,18 +78,20 @@ def prune(
         ranks: the processes of torch.distributed that prune together, `apt.Ranks` of their group:
             each calls this with an equal model and the same arguments, and is left with the same
             weights. None prunes alone, whatever process group there is.
-        observe: called with every `BlockStarted`, `SitePruned` and `BlockTuned` event, from the
-            thread that prunes. What it raises ends the run, and comes through: so a run is
-            cancelled.
+        observe: called with every event of `apt.events`, from the thread that prunes. What it
+            raises ends the run, and comes through: so a run is cancelled. It is called after each
+            solve, each step of tuning and each batch that is run through a block.
 
     Returns:
         The record of the run; ``report.sites`` has one entry for each pruned site.
 
     Raises:
-        AptError: a name is unknown, the pattern does not fit, or the model cannot be pruned.
-            Blocks pruned before the error stay pruned: work on a copy where that matters.
+        AptError: a name is unknown, an option is out of range, the pattern does not fit, or the
+            model cannot be pruned.
     """
     started, ranks = time.perf_counter(), ranks or Ranks()
+    options = options or SolverOptions()
+    check_options(options)
     try:
         wanted = parse_pattern(pattern) if isinstance(pattern, str) else pattern
     except ValueError as error:
@@ -100,7 +107,7 @@ def prune(
     if allocation != UNIFORM:
         share_out = shelf.allocations.get(allocation)
         plan = ranks.share(allocated(plan, share_out, model, instance, tokens))
-    mode = choose_mode(chosen, options or SolverOptions(), error_aware, ordered)
+    mode = choose_mode(chosen, options, error_aware, ordered)
     mode = mode.sparing(named_ids(model) if special is None else special)
     tell = telling(observe, shelf.site_pruned)
     sites = prune_blocks(

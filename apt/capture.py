@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -218,6 +218,7 @@ class Capture:
         index: int,
         batches: list[Batch],
         dense: Mapping[Site, Tensor] | None = None,
+        tell: Callable[[], None] = lambda: None,
     ) -> None:
         """Run the block on all batches, as far as the last site.
 
@@ -227,6 +228,7 @@ class Capture:
             batches: the batches before the block.
             dense: of sites that write to the residual stream before ``sites`` do, the dense
                 weights (out, in): what has become of their products adds to the drift.
+            tell: called after each batch.
         """
         dense = dense or {}
         weights = {s: s.oriented(s.weight(block).data) for s in [*self.tokens, *dense]}
@@ -250,6 +252,7 @@ class Capture:
                 passing = Passing(batch)
                 with suppress(_AllSeen):
                     adapter.step(block, batch.state, batch.calls[index])
+                tell()
         self.assert_coverage(sum(batch.tokens for batch in batches))
 
     def take(self, passing: Passing, site: Site, rows: Tensor) -> None:
@@ -343,8 +346,12 @@ def advance_reference(
     batches: list[Batch],
     sites: Sequence[Site],
     ranks: Ranks | None = None,
+    tell: Callable[[], None] = lambda: None,
 ) -> None:
-    """Run the block, its weights still dense, on the dense stream; keep its sites' inputs."""
+    """Run the block, its weights still dense, on the dense stream; keep its sites' inputs.
+
+    Told after each batch.
+    """
     energy, ranks = 0.0, ranks or Ranks()
     for batch in batches:
         reference = batch.reference
@@ -358,6 +365,7 @@ def advance_reference(
         keep = _Keeper(reference.inputs).keep
         with adapter.capture(block, [site for site in sites if not site.routed], keep):
             reference.state = adapter.step(block, reference.state, batch.calls[index])
+        tell()
     tokens = ranks.sum(sum(batch.tokens for batch in batches))
     mean = math.sqrt(tokens / ranks.sum(energy))
     for batch in batches:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,23 @@ class BlockTuned:
     after: float
 
 
-Event = BlockStarted | SitePruned | BlockTuned
+@dataclass(frozen=True)
+class Working:
+    """Within a block, one more batch was run, one more site solved or one more tuning step taken.
+
+    Between two of them no more happens than one of these, so that an observer that raises is soon
+    heeded.
+
+    Attributes:
+        name: the block.
+        doing: what there was one more of.
+    """
+
+    name: str
+    doing: Literal["running", "solving", "tuning"]
+
+
+Event = BlockStarted | Working | SitePruned | BlockTuned
 Observer = Callable[[Event], None]
 
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from apt.errors import AptError
 from apt.layout import Layout, pruned_of
 from apt.models import Model
 from apt.plan import PlannedBlock
 from apt.shards import Shards
+from apt.weightless import weightless
 
 
 class Shelf:
@@ -113,60 +113,43 @@ def _put(block: nn.Module, tensors: dict[str, Tensor], device: str) -> None:
 def assemble(
     shell: Model, shards: Shards, layout: Layout, device: str, dtype: torch.dtype | None = None
 ) -> nn.Module:
-    """The model with its blocks on the meta device and everything else in memory.
+    """The model with the parameters of its blocks on the meta device and all else in memory.
 
-    What a model makes for itself, tables of positions for instance, comes from one of a single
-    block, whose list of blocks is then replaced.
+    Raises:
+        AptError: the checkpoint lacks something that is not in a block.
     """
-    blocks = shell.adapter.blocks(shell.module)
-    parent = blocks[0][0].rpartition(".")[0]
-    single: Any = AutoModelForCausalLM.from_config(
-        _of_one_block(shell.config), trust_remote_code=shell.source.trust_remote_code
-    ).eval()
-    made = {n: b.to(device) for n, b in shell.adapter.blocks(single)[0][1].named_buffers()}
-    outer = {
-        name: layout[name][0].key
-        for name in single.state_dict()
-        if name in layout and not name.startswith(f"{parent}.")
-    }
-    single.set_submodule(parent, nn.ModuleList())
-    vars(single.config).update(vars(shell.config))
-    single.load_state_dict(
-        {n: in_precision(shards.read_finite(key), dtype) for n, key in outer.items()},
-        strict=False,
-        assign=True,
+    source = shell.source
+    module: Any = weightless(
+        copy.deepcopy(shell.config), trust_remote_code=source.trust_remote_code
     )
-    single.tie_weights()
-    _check_whole(shell, single, outer)
-    single.to(device)
-    single.set_submodule(parent, shell.module.get_submodule(parent))
-    for name, block in blocks:
-        _give_buffers(shell, name, block, made)
-    module: nn.Module = single
-    return module
+    blocks = shell.adapter.blocks(module)
+    held = {f"{name}.{path}" for name, block in blocks for path, _ in block.named_parameters()}
+    given = {n: layout[n][0].key for n in module.state_dict() if n in layout and n not in held}
+    tensors = {n: in_precision(shards.read_finite(key), dtype) for n, key in given.items()}
+    module.load_state_dict(tensors, strict=False, assign=True)
+    module.tie_weights()
+    with _without(module, blocks[0][0].rpartition(".")[0]):
+        _check_whole(shell, module, given)
+        module.to(device)
+    for _, block in blocks:
+        _move_buffers(block, device)
+    whole: nn.Module = module
+    return whole
 
 
-def _of_one_block(config: Any) -> Any:
-    short = copy.deepcopy(config)
-    short.num_hidden_layers = 1
-    for name, value in vars(config).items():
-        if isinstance(value, list) and len(value) == config.num_hidden_layers:
-            setattr(short, name, value[:1])
-    return short
+@contextmanager
+def _without(module: nn.Module, path: str) -> Iterator[None]:
+    """The model without its blocks, which `nn.Module.to` would refuse to move, while entered."""
+    blocks = module.get_submodule(path)
+    module.set_submodule(path, nn.ModuleList())
+    yield
+    module.set_submodule(path, blocks)
 
 
-def _give_buffers(shell: Model, name: str, block: nn.Module, made: dict[str, Tensor]) -> None:
-    """Buffers that a checkpoint does not hold are what a block makes for itself."""
-    for path, buffer in list(block.named_buffers()):
-        if not buffer.is_meta:
-            continue
-        if path not in made or made[path].shape != buffer.shape:
-            raise AptError(
-                f"{shell.source.reference} cannot be streamed: nothing says what {name}.{path} is",
-                "leave out --stream",
-            )
-        owner, _, own = path.rpartition(".")
-        block.get_submodule(owner).register_buffer(own, made[path].clone(), persistent=False)
+def _move_buffers(block: nn.Module, device: str) -> None:
+    for owner in block.modules():
+        for name, buffer in owner.named_buffers(recurse=False):
+            setattr(owner, name, buffer.to(device))
 
 
 def _check_whole(shell: Model, module: nn.Module, given: Collection[str]) -> None:

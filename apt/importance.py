@@ -14,7 +14,7 @@ a pattern that is counted over the whole layer gains by it. A small p is robust:
 matters on the calibration text is another thing on text of another kind.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +56,7 @@ class Importance:
         starts: Sequence[State],
         sites: Sequence[Site],
         ranks: Ranks,
+        tell: Callable[[], None] = lambda: None,
     ) -> dict[Site, Tensor]:
         """What to multiply the rows of each site's weight by, (out, 1).
 
@@ -67,6 +68,7 @@ class Importance:
             starts: the state of the dense stream before the block, of each.
             sites: the sites.
             ranks: the processes that have other batches.
+            tell: called after each batch.
         """
         sizes = {site.input: _squares(batches, site.input) for site in sites}
         ranks.add(*sizes.values())
@@ -84,6 +86,7 @@ class Importance:
             for site in sites:
                 squares = site.oriented(gradients[site.parameter]).float().square()
                 rows[site] = rows[site] + (squares / sizes[site.input]).sum(1, keepdim=True)
+            tell()
         ranks.add(*rows.values())
         return {site: self._scale(row) for site, row in rows.items()}
 

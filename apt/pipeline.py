@@ -1,9 +1,10 @@
 """The loop over blocks: capture, solve, write back, propagate."""
 
 import math
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from operator import itemgetter
 
@@ -16,7 +17,7 @@ from apt.batches import TOKENS_PER_BATCH, Batch, enter
 from apt.capture import Capture, Sums, advance_reference
 from apt.errors import AptError
 from apt.eval_mode import eval_mode
-from apt.events import BlockStarted, BlockTuned, Observer, SitePruned
+from apt.events import BlockStarted, BlockTuned, Observer, SitePruned, Working
 from apt.extras import prune_extras
 from apt.importance import Importance
 from apt.plan import Plan, PlannedBlock, PlannedSite
@@ -151,6 +152,7 @@ class _Run:
             if batch.reference is not None:
                 call = batch.calls[at.index]
                 batch.reference.state = self.adapter.step(at.module, batch.reference.state, call)
+                self.tell(at)
         self.resident.restore(name, at.module)
         for site in known:
             self.observe(site)
@@ -221,14 +223,14 @@ class _Run:
         wanted = [e.site for e in at.planned.pruned if how and how.serves(e.site, e.pattern)]
         first = at.first(how.tokens / self.ranks.size) if how and wanted else []
         starts = [batch.reference.state for batch in first if batch.reference]
-        advance_reference(self.adapter, at.module, at.index, at.batches, at.sites, self.ranks)
+        block = (self.adapter, at.module, at.index)
+        advance_reference(*block, at.batches, at.sites, self.ranks, partial(self.tell, at))
         for batch in at.batches:
             assert batch.reference is not None
             _check_finite(batch.reference.state)
         if how is None or not wanted:
             return {}
-        block = (self.adapter, at.module, at.index)
-        return how.scales(*block, first, starts, wanted, self.ranks)
+        return how.scales(*block, first, starts, wanted, self.ranks, partial(self.tell, at))
 
     def solve_round(
         self, at: "_Block", turns: dict[int, PlannedSite], sums: dict[str, Sums], mean: float
@@ -242,6 +244,7 @@ class _Run:
                 self.ranks.work.solves += 1
                 self.ranks.work.solve_seconds += solved.seconds
                 own.append((turn, solved))
+                self.observe(Working(at.planned.name, "solving"))
         for turn, entry in turns.items():
             self.ranks.send(entry.site.weight(at.module).data, self.ranks.owner(turn))
         return own
@@ -278,7 +281,8 @@ class _Run:
         left = list(at.planned.pruned)
         whole = not any(site.routed or site.calls > 1 for site in at.sites)
         if self.ordered and self.waits and whole and left:
-            with suppress(InParts), at.walk(self.solver.targets) as walk:
+            tell = partial(self.tell, at)
+            with suppress(InParts), at.walk(self.solver.targets, tell) as walk:
                 while (name := walk.next_input()) is not None:
                     sums = walk.capture(name)
                     group = [entry for entry in left if entry.site.input == name]
@@ -293,7 +297,9 @@ class _Run:
         """Tune the block's kept weights."""
         sites = [entry.site for entry in at.planned.pruned]
         batches = at.batches[: self.tuned]
-        tuned = reconstruct(self.adapter, at.module, at.index, batches, sites, how, self.ranks)
+        block = (self.adapter, at.module, at.index)
+        tell = partial(self.observe, Working(at.planned.name, "tuning"))
+        tuned = reconstruct(*block, batches, sites, how, self.ranks, tell)
         if tuned is not None:
             self.observe(BlockTuned(at.planned.name, tuned.before, tuned.after))
 
@@ -306,7 +312,8 @@ class _Run:
         dense = [entry.site for entry in at.planned.sites if entry.pattern is None]
         routed = [site for site in dense if site.routed]
         capture = Capture(at.module, sites, self.solver.targets, routed)
-        capture.run(self.adapter, at.module, at.index, at.batches, earlier)
+        block = (self.adapter, at.module, at.index)
+        capture.run(*block, at.batches, earlier, partial(self.tell, at))
         return capture.sums
 
     def groups(self, sites: Sequence[PlannedSite]) -> Iterable[list[PlannedSite]]:
@@ -325,11 +332,16 @@ class _Run:
             self.observe(site)
         return done
 
+    def tell(self, at: "_Block") -> None:
+        """Tell that one more batch was run through a block."""
+        self.observe(Working(at.planned.name, "running"))
+
     def leave(self, at: "_Block") -> None:
         """Replace every batch's state by what the pruned block makes of it."""
         for batch in at.batches:
             if not at.left:
                 batch.state = self.adapter.step(at.module, batch.state, batch.calls[at.index])
+                self.tell(at)
             _check_finite(batch.state)
 
 
@@ -363,11 +375,11 @@ class _Block:
         count = 1 + int((tokens - 1) // self.batches[0].tokens)
         return self.batches[:count]
 
-    def walk(self, targets: Targets | None) -> Walk:
+    def walk(self, targets: Targets | None, tell: Callable[[], None]) -> Walk:
         """A walk of all batches through it."""
         ahead = [entry.site for entry in self.planned.pruned]
         block = (self.adapter, self.module, self.index)
-        return Walk(*block, self.batches, self.sites, ahead, self.dense, targets)
+        return Walk(*block, self.batches, self.sites, ahead, self.dense, targets, tell)
 
 
 def _check_finite(state: State) -> None:

@@ -8,7 +8,7 @@ none does better than the start, the start stays.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -71,8 +71,9 @@ def reconstruct(
     sites: Sequence[Site],
     options: Reconstruction,
     ranks: Ranks | None = None,
+    tell: Callable[[], None] = lambda: None,
 ) -> Tuned | None:
-    """Tune the kept weights of ``sites`` in place.
+    """Tune the kept weights of ``sites`` in place; they change at the end alone.
 
     The steps are the same however many ranks there are: each is taken by all of them, along the
     gradient of the one that has its batch.
@@ -86,6 +87,7 @@ def reconstruct(
         sites: the sites to tune.
         options: how.
         ranks: the processes that tune together; None for a single one.
+        tell: called after each step, and after each batch on which the error is measured.
 
     Returns:
         The errors before and after; None where there are too few batches to hold one back.
@@ -96,7 +98,7 @@ def reconstruct(
     if count <= held:
         return None
     passed = len(ranks.mine(range(count - held)))
-    tuning = _Tuning(adapter, block, index, sites, ranks)
+    tuning = _Tuning(adapter, block, index, sites, ranks, tell)
     before = lowest = tuning.error(batches[passed:], held)
     for group in tuning.adam.param_groups:
         group["lr"] *= options.rate * math.sqrt(before)
@@ -110,6 +112,7 @@ def reconstruct(
             place, owner = turn // ranks.size, ranks.owner(turn)
             tuning.descend(batches[place] if owner == ranks.rank else None, owner)
             schedule.step()
+            tell()
         error = tuning.error(batches[passed:], held)
         if error < lowest:
             lowest, best = error, tuning.snapshot()
@@ -121,9 +124,16 @@ class _Tuning:
     """The kept weights of a block, in fp32, while Adam moves them."""
 
     def __init__(
-        self, adapter: Adapter, block: nn.Module, index: int, sites: Sequence[Site], ranks: Ranks
+        self,
+        adapter: Adapter,
+        block: nn.Module,
+        index: int,
+        sites: Sequence[Site],
+        ranks: Ranks,
+        tell: Callable[[], None],
     ) -> None:
-        self._adapter, self._block, self._index, self._ranks = adapter, block, index, ranks
+        self._adapter, self._block, self._index = adapter, block, index
+        self._ranks, self._tell = ranks, tell
         names = dict.fromkeys(site.parameter for site in sites)  # experts are slices of one
         self._parameters = {name: block.get_parameter(name).detach() for name in names}
         masters = {name: p.float().clone() for name, p in self._parameters.items()}
@@ -161,8 +171,11 @@ class _Tuning:
 
     def error(self, batches: list[Batch], count: int) -> float:
         """The mean error on ``batches`` and those of other ranks, ``count`` in all."""
-        with torch.no_grad():
-            own = sum(float(self._error(batch)) for batch in batches)
+        own = 0.0
+        for batch in batches:
+            with torch.no_grad():
+                own += float(self._error(batch))
+            self._tell()
         return self._ranks.sum(own) / count
 
     def _error(self, batch: Batch) -> Tensor:

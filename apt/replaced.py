@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from apt.samples import drawn, mixed
+from apt.samples import drawn, generator, mixed
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Replaced:
             seed: draws tokens, places and order.
         """
         given, seqlen = tokens.shape
-        count, draw = self.samples(given, seqlen), torch.Generator().manual_seed(seed)
+        count, draw = self.samples(given, seqlen), generator(seed)
         copies = tokens[torch.arange(count) * given // count].cpu()
         random = drawn(vocabulary, tuple(copies.shape), draw, self.special)
         replaced = torch.rand(copies.shape, generator=draw) < self.share

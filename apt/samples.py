@@ -5,11 +5,27 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 
+from apt.errors import AptError
+
+
+def generator(seed: int) -> torch.Generator:
+    """What draws by that seed.
+
+    Raises:
+        AptError: torch takes no such seed.
+    """
+    try:
+        return torch.Generator().manual_seed(seed)
+    except (OverflowError, RuntimeError, TypeError, ValueError) as error:  # by releases of torch
+        raise AptError(
+            f"seed {seed} is out of range", "give a whole number from 0 to 2**64 - 1"
+        ) from error
+
 
 def mixed(given: Tensor, more: Tensor, seed: int = 0) -> Tensor:
     """Both, (samples, seqlen), in an order drawn by ``seed``."""
     both = torch.cat([given, more])
-    return both[torch.randperm(len(both), generator=torch.Generator().manual_seed(seed))]
+    return both[torch.randperm(len(both), generator=generator(seed))]
 
 
 def drawn(

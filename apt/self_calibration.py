@@ -7,6 +7,7 @@ self-calibration (Williams et al., arXiv 2410.17170), here beside text that is g
 
 import math
 from collections.abc import Collection
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from transformers import GenerationConfig, GenerationMixin
 
 from apt.errors import AptError
 from apt.eval_mode import eval_mode
-from apt.samples import drawn, vocabulary
+from apt.samples import drawn, generator, vocabulary
 from apt.specials import named_ids
 from apt.text import begun, text_width
 
@@ -61,8 +62,13 @@ def own_text(
             model's configurations name.
 
     Raises:
-        AptError: the model cannot generate.
+        AptError: the model cannot generate, or there is no such amount of text, or no such seed.
     """
+    if samples < 0 or seqlen < 2:
+        raise AptError(
+            f"{samples} samples of {seqlen} tokens cannot be written",
+            "give 0 or more samples of at least 2 tokens",
+        )
     if not isinstance(model, GenerationMixin):
         raise AptError(
             f"{type(model).__name__} cannot write text to calibrate on",
@@ -71,20 +77,27 @@ def own_text(
     device, width = next(model.parameters()).device, text_width(seqlen, bos)
     piece = min(width, _PIECE)
     count = math.ceil(samples * width / piece)
-    draw = torch.Generator().manual_seed(seed)
+    draw = generator(seed)
     special = named_ids(model) if special is None else special
     starts = begun(drawn(vocabulary(model), (count, 1), draw, special), bos).to(device)
+    text = _gone_on(model, starts, piece - 1, seed)[:, starts.shape[1] - 1 :].cpu().flatten()
+    return begun(text[: samples * width].view(samples, width), bos)
+
+
+def _gone_on(model: GenerationMixin, starts: Tensor, more: int, seed: int) -> Tensor:
+    """``starts`` (pieces, n) with so many tokens more (pieces, n + more)."""
+    if not more or not len(starts):
+        return starts
     how = GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-        max_new_tokens=piece - 1, min_new_tokens=piece - 1, pad_token_id=0,
+        max_new_tokens=more, min_new_tokens=more, pad_token_id=0,
         remove_invalid_values=True,  # it is for the pruning to say where they come from
     )  # fmt: skip
-    devices = [device] if device.type == "cuda" else []
-    with eval_mode(model), torch.random.fork_rng(devices):
+    devices = [starts.device] if starts.device.type == "cuda" else []
+    with eval_mode(cast(nn.Module, model)), torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         parts = [
             model.generate(part, attention_mask=torch.ones_like(part), generation_config=how)
             for part in torch.split(starts, _AT_ONCE)
         ]
-    text = torch.cat(parts).cpu()[:, starts.shape[1] - 1 :].flatten()
-    return begun(text[: samples * width].view(samples, width), bos)
+    return torch.cat(parts)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from apt.errors import AptError, first_line, unknown
 from apt.plugins import Registry
+from apt.samples import generator
 from apt.specials import bos_of
 from apt.textfiles import SUFFIXES, read_file, text_of
 
@@ -151,8 +152,7 @@ def calibration_tokens(
     # Four times as many windows as are drawn, so that a seed matters on a large source.
     tokens = tokenize(tokenizer, texts, limit=4 * samples * text_width(seqlen, bos))
     cut = windows(tokens, samples, seqlen, source, bos)
-    generator = torch.Generator().manual_seed(seed)
-    return cut[torch.randperm(len(cut), generator=generator)[:samples]]
+    return cut[torch.randperm(len(cut), generator=generator(seed))[:samples]]
 
 
 def evaluation_tokens(

@@ -79,6 +79,7 @@ class Walk:
         ahead: the sites among them that are to be captured; others of the same inputs stay dense.
         dense: the dense weights (out, in) of those that write to the residual stream.
         targets: how much of the error so far they make up for; None where there is no dense stream.
+        tell: called whenever a batch has come to where it waits, or to the end.
     """
 
     def __init__(
@@ -91,7 +92,9 @@ class Walk:
         ahead: Sequence[Site],
         dense: Mapping[Site, Tensor],
         targets: Targets | None = None,
+        tell: Callable[[], None] = lambda: None,
     ) -> None:
+        self._tell = tell
         self._block, self._dense, self._targets = block, dense, targets
         self._weights = {site: site.oriented(site.weight(block).data) for site in sites}
         self._ahead: dict[str, list[Site]] = {}
@@ -199,6 +202,7 @@ class Walk:
         """Let products happen until one of an input of these is next."""
         while lane.at is not None and lane.at[0].input not in until:
             lane.go_on()
+        self._tell()
 
     def _drift_matters(self, passing: Passing) -> bool:
         """Whether a site is to be captured yet that is asked to make up for the drift."""

@@ -131,3 +131,16 @@ def test_the_command_line_says_what_was_chosen(tmp_path):
     assert "3 × model.layers.0: self_attn.q_proj, self_attn.k_proj, self_attn.v_proj;" in told
     verified = run(app, ["verify", str(tmp_path / "out"), "--adapter", "auto", "--pattern", "2:4"])
     assert verified.exit_code == 0, verified.output
+
+
+@pytest.mark.parametrize("name", ["StableLm", "Phi", "GPT2"])
+def test_where_the_blocks_weights_lie_on_disk_it_is_proven_on_others(name, monkeypatch):
+    model = of(name)
+    path = AUTO().blocks(model)[0][0].rpartition(".")[0]
+    model.set_submodule(path, model.get_submodule(path).to("meta"))
+    proven = AUTO()
+    assert proven.enter(model, TOKENS)[0].shape[:2] == TOKENS.shape
+    assert all(p.is_meta for _, block in proven.blocks(model) for p in block.parameters())
+    monkeypatch.setattr("apt.tap.WeightTap._look", lambda self, left, right: None)
+    with pytest.raises(AptError, match="adapter auto does not fit"):
+        AUTO().enter(model, TOKENS)

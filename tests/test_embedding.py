@@ -9,6 +9,7 @@ import torch
 
 import apt as library
 from apt.events import SitePruned
+from apt.solver import SolverOptions
 from tests.families import random_model, random_tokens
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -82,3 +83,37 @@ def test_two_threads_give_what_one_gives_and_restore_what_was_allowed():
     for variant in variants:
         for name, value in expected[variant].items():
             torch.testing.assert_close(found[variant][name], value, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"damping": 1e308}, "damping 1e+308 is not a number from 0 to 1e+06"),
+        ({"damping": float("nan")}, "damping nan is not"),
+        ({"damping": -1.0}, "damping -1 is not"),
+        ({"block_size": 0}, "block_size 0 is not positive"),
+        ({"effort": "most"}, "effort 'most' is none of fast, default, best"),
+    ],
+)
+def test_options_out_of_range_are_refused_before_any_weight_changes(options, message):
+    model = random_model("llama")
+    with pytest.raises(library.AptError, match=re.escape(message)):
+        library.prune(model, TOKENS, pattern="2:4", options=SolverOptions(**options))
+    dense = random_model("llama").state_dict()
+    assert all(torch.equal(dense[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("seed", [10**23, 2**64, -(2**63) - 1, 1.5])
+def test_a_seed_that_torch_does_not_take_is_refused(seed):
+    with pytest.raises(library.AptError, match="out of range; give a whole number"):
+        library.own_text(random_model("llama"), 1, 8, seed=seed)
+
+
+@pytest.mark.parametrize("bos", [None, 0])
+def test_as_much_text_as_asked_for_is_written(bos):
+    model = random_model("llama")
+    for shape in ((0, 4), (2, 2), (2, 3)):
+        assert library.own_text(model, *shape, bos=bos).shape == shape
+    for shape in ((-1, 4), (2, 1)):
+        with pytest.raises(library.AptError, match="cannot be written"):
+            library.own_text(model, *shape, bos=bos)

@@ -12,16 +12,13 @@ from transformers import (
 )
 
 import apt.logits
-from apt.carried import carried
+from apt.carried import streamed
 from apt.estimate import estimate
 from apt.evaluate import accuracy, perplexity
-from apt.hollow import Shelf, assemble, directory
-from apt.layout import layout_of
 from apt.logits import parts_of_logits
 from apt.models import find, skeleton
 from apt.plan import make_plan
 from apt.plugins import registry
-from apt.shards import Shards
 from apt.solver import NM
 from tests.families import CONFIGS, VOCABULARY, random_model, random_tokens
 
@@ -124,18 +121,13 @@ def test_a_body_that_is_wrapped_stays_wrapped_where_the_model_fails():
 @pytest.mark.parametrize("variant", ["llama", "opt", "bloom", "mamba"])
 def test_a_streamed_model_is_measured_so(variant, checkpoint, monkeypatch):
     shell = skeleton(find(str(checkpoint(variant)), registry()), registry())
-    shards = Shards(directory(shell))
-    layout = layout_of(shell, shards)
-    module = assemble(shell, shards, layout, "cpu")
-    shelf = Shelf(shards, layout, dict(shell.adapter.blocks(module)), "cpu")
     monkeypatch.setattr("apt.logits.PART", 2 * 4 * VOCABULARY * SAMPLES)
     heads = []
-    handle = module.get_output_embeddings().register_forward_hook(
-        lambda head, args, logits: heads.append(logits.shape[1])
-    )
-    with carried(module, shell.adapter, TOKENS, shelf):
+    with streamed(shell, TOKENS, "cpu") as module:
+        module.get_output_embeddings().register_forward_hook(
+            lambda head, args, logits: heads.append(logits.shape[1])
+        )
         found = perplexity(module, TOKENS)
-    handle.remove()
     assert max(heads) == 2
     assert found == pytest.approx(perplexity(random_model(variant), TOKENS), rel=1e-5)
 

@@ -7,7 +7,7 @@ is a model of which the conformance checks find that the capture misses somethin
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +24,7 @@ from apt.testing.checks import CHECKS, Nonconformance, Subject
 from apt.testing.oracle import PRODUCTS, Stream, place_of
 
 _HINT = "it needs an adapter of its own, see docs/adapters.md"
+_SPREAD = 0.05  # of values that stand in for weights
 _CHECKS = ("sites", "orientation", "capture", "order", "blocks", "untouched", "in_time")
 
 
@@ -80,6 +81,8 @@ class AutoAdapter(DecoderAdapter):
             self._found[_likeness(block)] = sites
 
     def _prove(self, model: nn.Module, tokens: Tensor) -> None:
+        model = _with_telling_values(model, [block for _, block in self.blocks(model)])
+        tokens = tokens.to(next(model.parameters()).device)
         with eval_mode(model), _explained(type(model).__name__):
             for name in _CHECKS:
                 try:
@@ -102,20 +105,38 @@ def _explained(what: str) -> Iterator[None]:
 
 
 def _with_values(model: nn.Module) -> nn.Module:
-    """The model, or where it lies on the meta device one of zeros; what is not read takes no room.
+    """The model, or where a part of it lies on the meta device a copy with zeros there, on the CPU.
 
-    What a model computes may depend on values, if only to look whether a mask is needed.
+    What is not read takes no room. What a model computes may depend on values, if only to look
+    whether a mask is needed.
     """
-    if next(model.parameters()).device.type != "meta":
+    if not any(parameter.is_meta for parameter in model.parameters()):
         return model
-    model = copy.deepcopy(model)
+    values: dict[int, Any] = {}
     for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            module.register_parameter(name, nn.Parameter(_zeros(parameter), requires_grad=False))
-        plain = {name: x for name, x in vars(module).items() if isinstance(x, Tensor)}
-        for name, buffer in [*module.named_buffers(recurse=False), *plain.items()]:
-            setattr(module, name, _zeros(buffer))
-    return model
+        plain = (value for value in vars(module).values() if isinstance(value, Tensor))
+        own = (*module.parameters(recurse=False), *module.buffers(recurse=False), *plain)
+        values |= {id(tensor): _valued(tensor) for tensor in own}
+    return copy.deepcopy(model, values)
+
+
+def _valued(tensor: Tensor) -> Tensor:
+    """Zeros of the same kind for a tensor without values, else what it is, on the CPU."""
+    found = _zeros(tensor) if tensor.is_meta else tensor.detach().cpu()
+    return nn.Parameter(found, requires_grad=False) if isinstance(tensor, nn.Parameter) else found
+
+
+def _with_telling_values(model: nn.Module, blocks: Sequence[nn.Module]) -> nn.Module:
+    """The same; of each make of blocks, the first has values that tell one from another."""
+    filled = _with_values(model)
+    if filled is model:
+        return model
+    draw, names = torch.Generator().manual_seed(0), {m: n for n, m in model.named_modules()}
+    for block in {_likeness(block): block for block in reversed(blocks)}.values():
+        for parameter in filled.get_submodule(names[block]).parameters():
+            spread = torch.randn(parameter.shape, generator=draw) * _SPREAD
+            parameter.data.copy_(spread if parameter.ndim > 1 else spread + 1)
+    return filled
 
 
 def _zeros(like: Tensor) -> Tensor:

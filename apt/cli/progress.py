@@ -6,7 +6,7 @@ from types import TracebackType
 from rich.progress import BarColumn, Progress, TextColumn
 
 from apt.cli.output import duration, err
-from apt.events import BlockStarted, BlockTuned, Event
+from apt.events import BlockStarted, BlockTuned, Event, Working
 from apt.plan import Plan
 
 
@@ -48,6 +48,9 @@ class RunProgress:
                 self._started = time.perf_counter()
             self._block = f"block {event.index + 1}/{event.blocks}"
             self._progress.update(self._task, description=self._block, left=self._left())
+            return
+        if isinstance(event, Working):
+            self._progress.update(self._task, description=f"{self._block}  {event.doing}")
             return
         if isinstance(event, BlockTuned):
             text = f"{self._block}  tuned  error {event.before:.4f} → {event.after:.4f}"

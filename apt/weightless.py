@@ -1,0 +1,45 @@
+"""A model that has made everything but its weights."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import get_ident
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from transformers import AutoModelForCausalLM
+
+
+def weightless(config: Any, *, trust_remote_code: bool) -> nn.Module:
+    """A causal language model, in eval mode, with its parameters on the meta device.
+
+    What it makes for itself, buffers and tables of positions for instance, is on the CPU. At no
+    time is more than one parameter in memory, of which no page is written.
+
+    Args:
+        config: the model's configuration.
+        trust_remote_code: whether code that comes with the checkpoint is run.
+    """
+    with _parameters_on_meta():
+        module: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    whole: nn.Module = module.eval()
+    return whole
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """While entered, the modules that this thread makes have theirs there."""
+    here = get_ident()
+
+    def moved(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
+        if get_ident() != here or parameter is None or parameter.is_meta:
+            return None
+        empty = torch.empty_like(parameter, device="meta")
+        return nn.Parameter(empty, requires_grad=parameter.requires_grad)
+
+    handle = register_module_parameter_registration_hook(moved)
+    try:
+        yield
+    finally:
+        handle.remove()
