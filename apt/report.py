@@ -19,6 +19,7 @@ import torch
 
 from apt.errors import AptError
 from apt.events import SitePruned
+from apt.places import mendable
 from apt.ranks import Work
 
 FILE = "apt_report.json"
@@ -168,7 +169,11 @@ def read_report(directory: Path) -> dict[str, Any] | None:
             fields.get("options"), dict
         ):
             raise ValueError("it is no report")
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise mendable(error) or error from error
+    except RecursionError as error:
+        raise AptError(f"{path} is nested too deeply", "delete it to verify without it") from error
+    except ValueError as error:
         raise AptError(f"{path} is damaged: {error}", "delete it to verify without it") from error
     return fields
 

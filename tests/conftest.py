@@ -1,7 +1,10 @@
 """Fixtures: adapters, checkpoints on disk, the command line in process."""
 
+import json
 import os
+import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -64,3 +67,16 @@ def apt(monkeypatch, capsys, tmp_path):
         return SimpleNamespace(code=code, out=out, err=err)
 
     return run
+
+
+@pytest.fixture
+def edited(checkpoint, tmp_path):
+    """A function that copies a variant's checkpoint and changes its ``config.json``."""
+
+    def write(variant, **fields):
+        path = Path(shutil.copytree(checkpoint(variant), tmp_path / "edited"))
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps({**config, **fields}))
+        return path
+
+    return write

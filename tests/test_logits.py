@@ -18,11 +18,12 @@ from apt.evaluate import accuracy, perplexity
 from apt.hollow import Shelf, assemble, directory
 from apt.layout import layout_of
 from apt.logits import parts_of_logits
-from apt.models import find, skeleton
+from apt.models import skeleton
 from apt.plan import make_plan
 from apt.plugins import registry
 from apt.shards import Shards
 from apt.solver import NM
+from apt.source import find
 from tests.families import CONFIGS, VOCABULARY, random_model, random_tokens
 
 SAMPLES, SEQLEN = 3, 11

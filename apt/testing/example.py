@@ -5,8 +5,9 @@ from typing import Any
 from torch import Tensor
 
 from apt.errors import AptError
-from apt.models import find, load, skeleton
+from apt.models import load, skeleton
 from apt.plugins import Registry
+from apt.source import find
 from apt.testing.checks import Subject
 from apt.testing.suite import random_tokens
 
