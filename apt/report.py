@@ -1,7 +1,6 @@
 """What a run did: the record that goes beside the pruned model."""
 
 import json
-import math
 import platform
 import resource
 import sys
@@ -20,6 +19,7 @@ import torch
 from apt.errors import AptError
 from apt.events import SitePruned
 from apt.places import mendable
+from apt.plain import plain
 from apt.ranks import Work
 
 FILE = "apt_report.json"
@@ -96,17 +96,6 @@ class Report:
 
 def _entry(site: SitePruned) -> dict[str, Any]:
     return {**asdict(site), "sparsity": site.zeros / site.size}
-
-
-def plain(value: Any) -> Any:
-    """A value as JSON can say it: numbers that are not finite become strings."""
-    if isinstance(value, dict):
-        return {key: plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(entry) for entry in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else f"{'-' if value < 0 else ''}Infinity"
-    return value
 
 
 def differences(known: dict[str, Any], now: dict[str, Any], prefix: str = "") -> Iterator[str]:

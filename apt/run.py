@@ -32,10 +32,11 @@ from apt.mode import Mode, choose_mode, choose_own_samples
 from apt.models import Model, fingerprint, load, load_tokenizer, skeleton
 from apt.outputs import check_output, check_space
 from apt.pipeline import prune_blocks
+from apt.plain import plain
 from apt.plan import Plan, Selection, make_plan
 from apt.plugins import Registry
 from apt.ranks import Ranks
-from apt.report import Report, differences, plain, portable, read_report
+from apt.report import Report, differences, portable, read_report
 from apt.rounding import check_rounding
 from apt.samples import mixed
 from apt.self_calibration import own_text, writes
