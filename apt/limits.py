@@ -1,6 +1,7 @@
 """What plain option values may be. Nothing here imports torch, so that it is checked at once."""
 
 import os
+import re
 
 from apt.errors import AptError
 
@@ -42,6 +43,15 @@ def check_solver(damping: float | None, block_size: int | None, effort: str) -> 
         raise AptError(f"--block-size {block_size} is not positive")
     if effort not in EFFORTS:
         raise AptError(f"--effort {effort} is none of {', '.join(EFFORTS)}")
+
+
+def check_shard_size(size: str | None) -> None:
+    """Raise where the size of a file has no number or no unit."""
+    if size is None:
+        return
+    found = re.fullmatch(r"(\d+) ?[KMGT]B", size.strip().upper())
+    if found is None or not int(found[1]):
+        raise AptError(f"--max-shard-size {size} is no size of a file", "write 5GB or 500MB")
 
 
 def check_dtype(name: str) -> None:

@@ -1,4 +1,4 @@
-"""A whole run, from references to a directory on disk; what ``apt prune`` does."""
+"""A whole run, from references to a directory on disk; what ``apt-prune prune`` does."""
 
 import gc
 import json
@@ -24,6 +24,7 @@ from apt.limits import (
     check_amount,
     check_dtype,
     check_seed,
+    check_shard_size,
     check_solver,
     whole_number,
 )
@@ -230,6 +231,7 @@ def _check_numbers(options: RunOptions) -> None:
     check_seed(options.seed)
     check_solver(solver.damping, solver.block_size, solver.effort)
     check_dtype(options.dtype)
+    check_shard_size(options.max_shard_size)
     check_activations(options.activations, streamed=options.stream)
 
 

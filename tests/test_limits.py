@@ -24,6 +24,8 @@ REFUSED = [
     (("prune", "zoo:llama", "--per", "row"), "there is no --sparsity"),
     (("prune", "zoo:llama", "--per", "row", "--pattern", "2:4"), "an n:m pattern is the same in"),
     (("prune", "zoo:llama", "--activations", "tape"), "is none of memory, disk"),
+    (("prune", "zoo:llama", "--max-shard-size", "5"), "--max-shard-size 5 is no size of a file"),
+    (("prune", "zoo:llama", "--max-shard-size", "0GB"), "--max-shard-size 0GB is no size"),
     (("inspect", "zoo:llama", "--samples", "0"), "--samples must be at least 1"),
     (("inspect", "zoo:llama", "--samples", "-2"), "--samples must be at least 1"),
     (("inspect", "zoo:llama", "--seqlen", "1"), "--seqlen at least 2"),

@@ -15,7 +15,7 @@ import apt.logits
 from apt.carried import carried
 from apt.estimate import estimate
 from apt.evaluate import accuracy, perplexity
-from apt.hollow import Shelf, assemble, directory
+from apt.hollow import Shelf, assemble
 from apt.layout import layout_of
 from apt.logits import parts_of_logits
 from apt.models import skeleton
@@ -24,6 +24,7 @@ from apt.plugins import registry
 from apt.shards import Shards
 from apt.solver import NM
 from apt.source import find
+from apt.stored import local_directory
 from tests.families import CONFIGS, VOCABULARY, random_model, random_tokens
 
 SAMPLES, SEQLEN = 3, 11
@@ -125,7 +126,7 @@ def test_a_body_that_is_wrapped_stays_wrapped_where_the_model_fails():
 @pytest.mark.parametrize("variant", ["llama", "opt", "bloom", "mamba"])
 def test_a_streamed_model_is_measured_so(variant, checkpoint, monkeypatch):
     shell = skeleton(find(str(checkpoint(variant)), registry()), registry())
-    shards = Shards(directory(shell))
+    shards = Shards(local_directory(shell))
     layout = layout_of(shell, shards)
     module = assemble(shell, shards, layout, "cpu")
     shelf = Shelf(shards, layout, dict(shell.adapter.blocks(module)), "cpu")

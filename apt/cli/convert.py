@@ -23,7 +23,7 @@ def convert(
 ) -> None:
     """Write a model in the format of transformers, whatever format it is read from.
 
-    For example: apt convert ./mamba-130m-pruned --output ./mamba-130m-pruned-hf
+    For example: apt-prune convert ./mamba-130m-pruned --output ./mamba-130m-pruned-hf
     """
     check_dtype(dtype)
     from shutil import copyfile

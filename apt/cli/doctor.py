@@ -1,4 +1,4 @@
-"""``apt doctor``."""
+"""``apt-prune doctor``."""
 
 import typer
 

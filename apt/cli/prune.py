@@ -14,6 +14,7 @@ from apt.limits import (
     check_dtype,
     check_pattern_options,
     check_seed,
+    check_shard_size,
     check_solver,
 )
 
@@ -27,7 +28,8 @@ def prune(
     ),
     adapter: str | None = args.ADAPTER,
     method: str | None = typer.Option(
-        None, "--method", metavar="NAME", help="See: apt methods. By default the most accurate."
+        None, "--method", metavar="NAME",
+        help="See: apt-prune methods. By default the most accurate.",
     ),
     sparsity: str | None = args.SPARSITY,
     pattern: str | None = args.PATTERN,
@@ -116,12 +118,13 @@ def prune(
 ) -> None:  # fmt: skip
     """Prune a model and write a Hugging Face directory.
 
-    For example: apt prune --adapter llama
+    For example: apt-prune prune --adapter llama
     """
     check_amount(samples, seqlen, own_samples)
     check_seed(seed)
     check_solver(damping, block_size, effort)
     check_dtype(dtype)
+    check_shard_size(max_shard_size)
     check_activations(activations, streamed=stream or resume)
     check_pattern_options(sparsity, pattern, per)
     from apt.plugins import registry
