@@ -215,7 +215,10 @@ BAD = [
     (["prune", "zoo:llama", "--per", "column"], "neither row nor layer"),
     (["prune", "zoo:llama", "--samples", "10000"], "too little text: builtin gives"),
     (["prune", "zoo:llama", "--samples", "0"], "--samples must be at least 1"),
-    (["prune", "zoo:llama", "--output", "full"], "full exists and holds what APT did not write there: x"),
+    (
+        ["prune", "zoo:llama", "--output", "full"],
+        "full exists and holds what APT did not write there: x",
+    ),
     (["prune", "zoo:llama", "--output", "full/x"], "full/x exists and is no directory"),
     (["prune", "zoo:llama", "--dtype", "int8"], "no dtype 'int8'"),
     (["prune", "zoo:llama", "--device", "tpu"], "device 'tpu' is not available"),

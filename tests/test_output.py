@@ -7,21 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from apt.cli import app
 from apt.cli.output import show_json
 
 SMALL = ("--samples", 4, "--seqlen", 64)
 RUN = ("prune", "zoo:llama", *SMALL, "--method", "wanda", "--pattern", "2:4", "-o", "out")
-
-
-@pytest.fixture(autouse=True)
-def no_bars():
-    """The command line says so to libraries before it imports them, which these tests have."""
-    disable_progress_bar()
-    yield
-    enable_progress_bar()
 
 
 def test_each_block_is_a_line_where_nobody_sees_a_display(apt):
