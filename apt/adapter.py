@@ -263,7 +263,7 @@ class DecoderAdapter:
             raise AptError(
                 f"adapter {type(self).__name__} does not fit {type(model).__name__}: "
                 f"it has no '{self.blocks_path}'",
-                "choose the model's own adapter, see: apt adapters",
+                "choose the model's own adapter, see: apt-prune adapters",
             ) from None
         return [(f"{self.blocks_path}.{name}", block) for name, block in layers.named_children()]
 
@@ -285,7 +285,7 @@ class DecoderAdapter:
             gap = f"no {missing[0]}" if missing else f"{extra[0]}, which is not declared"
             raise AptError(
                 f"adapter {type(self).__name__} does not fit {type(block).__name__}: it has {gap}",
-                "choose the model's own adapter, see: apt adapters",
+                "choose the model's own adapter, see: apt-prune adapters",
             )
         declared: dict[nn.Parameter, Site] = {}
         for order, entry in enumerate(inputs):

@@ -74,7 +74,7 @@ def prune(
         also: kinds of parameters beyond the Linears that are pruned too, as the adapter has them.
         special: tokens that are no text, which never stand among random ones; by default those
             that the model's configurations name. `apt.specials.special_ids` of its tokenizer are
-            what ``apt prune`` leaves out.
+            what ``apt-prune prune`` leaves out.
         ranks: the processes of torch.distributed that prune together, `apt.Ranks` of their group:
             each calls this with an equal model and the same arguments, and is left with the same
             weights. None prunes alone, whatever process group there is.

@@ -34,6 +34,16 @@ def unknown(kind: str, name: str, known: Iterable[str], where: str = "") -> AptE
     return AptError(f"no {kind} '{name}'", hint + where)
 
 
+_LONGEST = 100  # characters of a name within a message
+
+
+def shortened(name: str) -> str:
+    """A name for use inside a message: a long one has its middle left out."""
+    if len(name) <= _LONGEST:
+        return name
+    return f"{name[:48]}…{name[-48:]}"
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an exception's text, for use inside a one-line message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -41,3 +51,19 @@ def first_line(error: BaseException) -> str:
         return type(error).__name__
     said = 2 if lines[0].endswith(":") else 1
     return " ".join(lines[:said]).rstrip(".: ")
+
+
+def described(error: BaseException) -> str:
+    """`first_line`, with the kind of an exception whose text alone says nothing to a reader.
+
+    A KeyError's text is the key alone, and that of a TypeError is written for programmers.
+    """
+    said = first_line(error)
+    if isinstance(error, RecursionError):
+        return "a JSON file of it is nested too deeply"
+    if "unhashable type" in said:  # a loader looks a value up by what should be a name
+        return "one of its JSON files has a list or an object where a single value belongs"
+    if isinstance(error, KeyError):
+        return f"{said} is missing or unknown"
+    plain = isinstance(error, TypeError | AttributeError | IndexError | AssertionError)
+    return f"{type(error).__name__}: {said}" if plain and said != type(error).__name__ else said

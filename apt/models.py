@@ -1,13 +1,10 @@
-"""From a reference (directory, hub name, GGUF file, ``zoo:NAME``) to a model and its adapter."""
+"""From a source (directory, hub name, GGUF file) to a model and its adapter."""
 
 import hashlib
-import os
-import pickle
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -16,49 +13,20 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from apt.adapter import Adapter
-from apt.errors import AptError, first_line
+from apt.errors import AptError, shortened
 from apt.formats import Checkpoint, open_checkpoint
-from apt.plugins import Registry, registry
+from apt.hub import Hub
+from apt.kinds import check_kind
+from apt.load_errors import load_error, tokenizer_error
+from apt.places import kind_at
+from apt.plugins import Registry
 from apt.shards import check_files
+from apt.source import Source
 from apt.specs import AdapterSpec
 from apt.stored import find_stored
 
-ZOO = "zoo:"
 _MOST_LAYERS = 10_000
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a model is read from.
-
-    Attributes:
-        reference: what the user wrote.
-        location: a directory or a hub name.
-        gguf: the file within the directory, for GGUF.
-        trust_remote_code: whether code that comes with the checkpoint may run.
-    """
-
-    reference: str
-    location: str
-    gguf: str | None = None
-    trust_remote_code: bool = False
-
-    @property
-    def name(self) -> str:
-        """A short name, for a folder."""
-        if self.gguf:
-            return Path(self.gguf).stem
-        return Path(self.reference.removeprefix(ZOO)).resolve().name
-
-    def files(self) -> list[Path]:
-        """The file or directory of this machine that is read; none for a hub name."""
-        path = Path(self.location) / (self.gguf or "")
-        return [path] if path.exists() else []
-
-    def options(self) -> dict[str, Any]:
-        """What every ``from_pretrained`` is told."""
-        gguf = {"gguf_file": self.gguf} if self.gguf else {}
-        return {"trust_remote_code": self.trust_remote_code, **gguf}
+_DAMAGED = "is its config.json damaged?"
 
 
 @dataclass(frozen=True)
@@ -85,47 +53,17 @@ class Model:
         return getattr(self.config, "dtype", None) or torch.float32
 
 
-def find(reference: str, registry: Registry, *, trust_remote_code: bool = False) -> Source:
-    """Say where ``reference`` is to be read from.
-
-    Raises:
-        AptError: it names something local that is not there or is no checkpoint.
-    """
-    if reference.startswith(ZOO):
-        spec = registry.adapters.get(reference.removeprefix(ZOO))
-        folder = spec.zoo_path()
-        if folder is None:
-            raise AptError(f"adapter '{spec.name}' has no embedded model")
-        return Source(reference, str(folder), None, trust_remote_code)
-    path = Path(reference).expanduser()
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise AptError(f"{reference} is a file, but no .gguf", "give the model's directory")
-        return Source(reference, str(path.parent), path.name, trust_remote_code)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise AptError(f"{reference} has no config.json", "give a Hugging Face directory")
-        return Source(reference, str(path), None, trust_remote_code)
-    if path.suffix == ".gguf" or reference.startswith((".", "/", "~")) or reference.count("/") > 1:
-        raise AptError(f"no such model: {reference} does not exist", _nearby(path))
-    return Source(reference, reference, None, trust_remote_code)
-
-
-def _nearby(path: Path) -> str:
-    siblings = os.listdir(path.parent) if path.parent.is_dir() else []
-    close = get_close_matches(path.name, siblings, n=1)
-    return f"did you mean '{path.parent / close[0]}'?" if close else "check the path"
-
-
 def read_config(source: Source) -> Any:
     """The model's configuration."""
-    with _loading(source):
+    with _loading(source, _DAMAGED):
         return AutoConfig.from_pretrained(source.location, **source.options())
 
 
 def skeleton(source: Source, registry: Registry, adapter: str | None = None) -> Model:
     """The model on the meta device: modules and shapes, no weights."""
     checkpoint, config = _configured(source, registry)
+    if source.gguf is None:  # those are read as plain weights, whatever they are stored as
+        check_kind(source.reference, config)
     spec = registry.adapters.get(adapter) if adapter else registry.adapter_for(config.model_type)
     instance: Adapter = spec.load()()
     instance.check(config)
@@ -140,7 +78,7 @@ def _configured(source: Source, registry: Registry) -> tuple[Checkpoint | None, 
     except AptError as error:
         if source.gguf or isinstance(error.__cause__, OSError):  # no such thing, or no network
             raise
-        checkpoint = open_checkpoint(source.location, registry)
+        checkpoint = open_checkpoint(source, registry)
         if checkpoint is None:
             raise
         return checkpoint, checkpoint.config
@@ -152,9 +90,9 @@ def _empty(source: Source, config: Any) -> nn.Module:
     if isinstance(layers, int) and layers > _MOST_LAYERS:  # each is a module, also without weights
         raise AptError(
             f"{source.reference} does not load: it would have {layers:,} layers",
-            "is its config.json damaged?",
+            _DAMAGED,
         )
-    with _loading(source), torch.device("meta"):
+    with _loading(source, _DAMAGED), torch.device("meta"):
         module: nn.Module = AutoModelForCausalLM.from_config(
             config, trust_remote_code=source.trust_remote_code
         )
@@ -174,7 +112,7 @@ def load(shell: Model, dtype: torch.dtype | None = None, device: str = "cpu") ->
         AptError: the checkpoint is damaged, incomplete, or holds weights that are not finite.
     """
     source = shell.source
-    if os.path.isdir(source.location) and not source.gguf:
+    if not source.on_hub and not source.gguf:
         check_files(Path(source.location))
     if shell.checkpoint is None:
         module, missing = _from_pretrained(source, dtype or _stored_dtype(shell))
@@ -186,7 +124,7 @@ def load(shell: Model, dtype: torch.dtype | None = None, device: str = "cpu") ->
             f"such as {missing[0]}",
             "is the checkpoint complete and in the format of transformers?",
         )
-    check_finite(module, source.reference)
+    check_finite(module, source.reference, dtype)
     return replace(shell, module=module.to(device).eval(), config=module.config)
 
 
@@ -202,7 +140,15 @@ def _from_pretrained(source: Source, dtype: torch.dtype | None) -> tuple[Any, li
     with _loading(source), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         module, info = AutoModelForCausalLM.from_pretrained(
-            source.location, dtype=wanted, output_loading_info=True, **source.options()
+            source.location, dtype=wanted, output_loading_info=True,
+            ignore_mismatched_sizes=True,  # what is to be said of them is said here
+            **source.options(),
+        )  # fmt: skip
+    for name, stored, expected in info.get("mismatched_keys", ()):
+        raise AptError(
+            f"{name} of {source.reference} is {tuple(stored)}, but {tuple(expected)} by its "
+            "configuration",
+            "is its config.json the right one?",
         )
     missing = sorted(info["missing_keys"])
     return (_plain(module) if source.gguf and not missing else module), missing
@@ -244,29 +190,50 @@ def _plain(module: Any) -> nn.Module:
     return plain
 
 
-def check_finite(module: nn.Module, reference: str) -> None:
-    """Raise where a weight is NaN or infinite, naming it."""
+def check_finite(module: nn.Module, reference: str, cast: torch.dtype | None = None) -> None:
+    """Raise where a weight is NaN or infinite, naming it.
+
+    Args:
+        module: the model.
+        reference: what the user calls it.
+        cast: the precision that its weights were cast to, if they were.
+    """
     for name, parameter in module.named_parameters():
-        if not torch.isfinite(parameter).all():
+        if torch.isfinite(parameter).all():
+            continue
+        if cast is torch.float16 and not parameter.isnan().any():
             raise AptError(
-                f"{name} of {reference} holds values that are not finite",
-                "the checkpoint is damaged; get it again",
+                f"{name} of {reference} has values beyond 65,504, the largest of float16",
+                "use --dtype bfloat16 or float32",
             )
+        raise AptError(
+            f"{name} of {reference} holds values that are not finite",
+            "the checkpoint is damaged; get it again",
+        )
 
 
 def load_tokenizer(source: Source, other: str | None = None) -> Any:
     """The model's tokenizer, or that of the directory or hub name ``other``."""
-    options = source.options() if other is None else {}
+    hub, options = source.hub, source.options()
+    if other is not None:
+        hub = _hub_of_another(source, other)
+        options = hub.options()
     try:
         found = AutoTokenizer.from_pretrained(other or source.location, **options)
         if len(found) <= len(found.all_special_tokens):  # made from no file, for some families
             raise ValueError("there is no file with a vocabulary")
         return found
     except Exception as error:  # `tokenizers` raises bare exceptions
-        raise AptError(
-            f"{other or source.reference} has no tokenizer that loads: {first_line(error)}",
-            "put the tokenizer's files beside the weights, or name one with --tokenizer",
-        ) from error
+        raise tokenizer_error(other or source.reference, error, hub) from error
+
+
+def _hub_of_another(source: Source, name: str) -> Hub:
+    """How the hub is asked for a tokenizer that is not the model's own."""
+    if kind_at(Path(name)) == "directory":
+        return Hub()
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise AptError(f"no such tokenizer: {shortened(name)} is no directory", "check the path")
+    return source.hub.for_another().reached()
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -279,49 +246,12 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _hub_hint(reference: str) -> str:
-    embedded = [spec.name for spec in registry().adapters.specs.values() if spec.zoo]
-    close = get_close_matches(reference.lower(), embedded, n=1)
-    if close:
-        return f"did you mean '{ZOO}{close[0]}', the embedded model?"
-    return f"check the name and the network; embedded: {', '.join(ZOO + e for e in embedded)}"
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An exception and all that led to it."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
 @contextmanager
-def _loading(source: Source) -> Iterator[None]:
+def _loading(source: Source, hint: str = "is it complete?") -> Iterator[None]:
     """Make one line of whatever is raised: loaders have errors of many kinds for damaged files."""
     try:
         yield
     except AptError:
         raise
     except Exception as error:
-        raise _load_error(source, error) from error
-
-
-def _load_error(source: Source, error: Exception) -> AptError:
-    """One line for whatever the loaders raise."""
-    text = str(error)
-    if "trust_remote_code" in text:
-        return AptError(
-            f"{source.reference} needs code of its own, which is not run unless asked",
-            "read that code, then pass --trust-remote-code",
-        )
-    if any(isinstance(cause, pickle.UnpicklingError) for cause in _chain(error)):
-        return AptError(
-            f"{source.reference} is pickled and holds more than tensors; it is not loaded",
-            "get a safetensors version of it",
-        )
-    if not Path(source.location).exists():
-        return AptError(
-            f"no such model: '{source.reference}' is neither a directory here nor to be had from "
-            "the hub",
-            _hub_hint(source.reference),
-        )
-    return AptError(f"{source.reference} does not load: {first_line(error)}", "is it complete?")
+        raise load_error(source, error, hint) from error

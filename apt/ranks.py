@@ -17,11 +17,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from apt.errors import AptError
+from apt.limits import whole_number
 
 T = TypeVar("T")
 
 # A solve may take long, and torchrun ends the job where a rank has died.
 _PATIENCE = timedelta(hours=6)
+_RENDEZVOUS = ("RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass
@@ -126,10 +128,15 @@ def joined() -> Iterator[Ranks]:
 
     Tensors on processors go through gloo, those on CUDA devices through NCCL, and each rank takes
     the device of its place on its machine.
+
+    Raises:
+        AptError: the variables that ``torchrun`` sets hold something else.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    size = whole_number("WORLD_SIZE", 1, least=1)
+    if size == 1:
         yield Ranks()
         return
+    _check_rendezvous(size)
     backend = "cpu:gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(_own_device())
@@ -141,8 +148,21 @@ def joined() -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
+def _check_rendezvous(size: int) -> None:
+    """Raise where the ranks cannot find each other by the environment."""
+    missing = [name for name in _RENDEZVOUS if not os.environ.get(name)]
+    if missing:
+        raise AptError(
+            f"WORLD_SIZE is {size}, but {missing[0]} is not set",
+            "start several processes with torchrun, or unset WORLD_SIZE",
+        )
+    whole_number("MASTER_PORT", 0)
+    if (rank := whole_number("RANK", 0)) >= size:
+        raise AptError(f"RANK is {rank}, but WORLD_SIZE is {size}", "ranks count from 0")
+
+
 def _own_device() -> int:
-    place, devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    place, devices = whole_number("LOCAL_RANK", 0), torch.cuda.device_count()
     if place >= devices:
         raise AptError(
             f"there are {devices} CUDA devices here for rank {place} of this machine",

@@ -1,7 +1,6 @@
 """What a run did: the record that goes beside the pruned model."""
 
 import json
-import math
 import platform
 import resource
 import sys
@@ -19,6 +18,8 @@ import torch
 
 from apt.errors import AptError
 from apt.events import SitePruned
+from apt.places import mendable
+from apt.plain import plain
 from apt.ranks import Work
 
 FILE = "apt_report.json"
@@ -97,17 +98,6 @@ def _entry(site: SitePruned) -> dict[str, Any]:
     return {**asdict(site), "sparsity": site.zeros / site.size}
 
 
-def plain(value: Any) -> Any:
-    """A value as JSON can say it: numbers that are not finite become strings."""
-    if isinstance(value, dict):
-        return {key: plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(entry) for entry in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else f"{'-' if value < 0 else ''}Infinity"
-    return value
-
-
 def differences(known: dict[str, Any], now: dict[str, Any], prefix: str = "") -> Iterator[str]:
     """The dotted names of the entries that differ."""
     for key in {**known, **now}:
@@ -168,7 +158,11 @@ def read_report(directory: Path) -> dict[str, Any] | None:
             fields.get("options"), dict
         ):
             raise ValueError("it is no report")
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise mendable(error) or error from error
+    except RecursionError as error:
+        raise AptError(f"{path} is nested too deeply", "delete it to verify without it") from error
+    except ValueError as error:
         raise AptError(f"{path} is damaged: {error}", "delete it to verify without it") from error
     return fields
 

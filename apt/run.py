@@ -1,10 +1,9 @@
-"""A whole run, from references to a directory on disk; what ``apt prune`` does."""
+"""A whole run, from references to a directory on disk; what ``apt-prune prune`` does."""
 
 import gc
 import json
-import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,17 +18,31 @@ from apt.checkpoint import keep_side_files, save_model
 from apt.copies import copied_size, links_outside
 from apt.errors import AptError, first_line
 from apt.events import Observer, SitePruned, telling
+from apt.hub import Hub
+from apt.limits import (
+    check_activations,
+    check_amount,
+    check_dtype,
+    check_seed,
+    check_shard_size,
+    check_solver,
+    whole_number,
+)
+from apt.machine import check_tokens, choose_device, read_dtype
 from apt.mode import Mode, choose_mode, choose_own_samples
-from apt.models import Model, Source, find, fingerprint, load, load_tokenizer, skeleton
+from apt.models import Model, fingerprint, load, load_tokenizer, skeleton
 from apt.outputs import check_output, check_space
 from apt.pipeline import prune_blocks
+from apt.plain import plain
 from apt.plan import Plan, Selection, make_plan
 from apt.plugins import Registry
 from apt.ranks import Ranks
-from apt.report import Report, differences, plain, portable, read_report
+from apt.report import Report, differences, portable, read_report
+from apt.rounding import check_rounding
 from apt.samples import mixed
 from apt.self_calibration import own_text, writes
-from apt.solver import EFFORTS, Pattern, SolverOptions, Unstructured
+from apt.solver import Pattern, SolverOptions, Unstructured
+from apt.source import Source, find
 from apt.specials import bos_of, special_ids
 from apt.specs import MethodSpec
 from apt.stored import Stored, find_stored, local_directory
@@ -39,8 +52,6 @@ from apt.workplace import resumable, whole_directory, writing
 
 # Options that change no byte of a result, or follow from others and the tokenizer.
 _HOW = ("overwrite", "resume", "stream", "activations", "replaced")
-ACTIVATIONS = ("memory", "disk")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -73,6 +84,7 @@ class RunOptions:
     tokenizer: str | None = None
     trust_remote_code: bool = False
     bos: bool = True
+    hub: Hub = field(default_factory=Hub)
     selection: Selection = field(default_factory=Selection)
     solver: SolverOptions = field(default_factory=SolverOptions)
 
@@ -83,11 +95,13 @@ class RunOptions:
             "skip": self.selection.skip,
             "overrides": {glob: str(pattern) for glob, pattern in self.selection.overrides},
         }
-        plain = {k: v for k, v in vars(self).items() if k not in ("selection", "solver")}
+        apart = ("selection", "solver", "hub")  # the hub's token is nobody's business
+        plain = {k: v for k, v in vars(self).items() if k not in apart}
         paths = ("model", "calibration", "evaluation", "tokenizer")
         return {
             **plain,
             **{name: portable(plain[name]) if plain[name] else None for name in paths},
+            "revision": self.hub.revision,
             "pattern": str(self.pattern),
             "per": getattr(self.pattern, "per", None),
             "output": self.output.name,
@@ -108,17 +122,6 @@ class Prepared:
     device: str
 
 
-def choose_device(name: str) -> str:
-    """The device for ``auto``, or the one named if this machine has it."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise AptError(f"device '{name}' is not available here", "use --device cpu") from error
-    return name
-
-
 def prepare(
     options: RunOptions, registry: Registry, notice: Callable[[str], None] = lambda line: None
 ) -> Prepared:
@@ -135,7 +138,9 @@ def prepare(
     _check_numbers(options)
     method = registry.methods.get(options.method) if options.method else registry.default_method()
     _check_heeded(options, method, registry)
-    source = find(options.model, registry, trust_remote_code=options.trust_remote_code)
+    source = find(
+        options.model, registry, trust_remote_code=options.trust_remote_code, hub=options.hub
+    )
     _check_output(options, source, notice)
     shell = skeleton(source, registry, options.adapter)
     plan = make_plan(
@@ -143,6 +148,7 @@ def prepare(
     )
     if shell.config.model_type not in shell.spec.model_types:
         notice(f"adapter {shell.spec.name}: {plan.outline()}")
+    check_rounding(plan, notice)
     check_allocation(options.allocation, plan)
     seqlen = capped(options.seqlen, shell, notice)
     pattern = options.pattern
@@ -154,7 +160,17 @@ def prepare(
     mode = choose_mode(method, options.solver, options.error_aware, options.ordered)
     own = _own_samples(options, method, mode, shell.module, notice)
     options = replace(options, solver=mode.options, own_samples=own)
-    return Prepared(options, registry, shell, plan, method, mode, choose_device(options.device))
+    device = choose_device(options.device)
+    _check_memory(options, shell, device)
+    return Prepared(options, registry, shell, plan, method, mode, device)
+
+
+def _check_memory(options: RunOptions, shell: Model, device: str) -> None:
+    """Raise where the samples alone, with one stream of their activations, fit into no memory."""
+    held = 0 if options.activations == "disk" else shell.config.hidden_size * shell.dtype.itemsize
+    samples = options.samples + (options.own_samples or 0)
+    ranks = whole_number("WORLD_SIZE", 1, least=1)
+    check_tokens(samples, options.seqlen, torch.long.itemsize + held, device, ranks)
 
 
 def _check_output(options: RunOptions, source: Source, notice: Callable[[str], None]) -> None:
@@ -211,26 +227,12 @@ def _own_samples(
 
 def _check_numbers(options: RunOptions) -> None:
     solver = options.solver
-    if min(options.samples, options.own_samples or 0) < 0 or options.seqlen < 2:
-        raise AptError("--samples and --own-samples must not be negative, --seqlen at least 2")
-    if not options.samples and not options.own_samples:
-        raise AptError("--samples must be at least 1", "or let the model write --own-samples")
-    if solver.damping is not None and not 0 <= solver.damping < math.inf:
-        raise AptError(f"--damping {solver.damping:g} is not a number from 0 up")
-    if solver.block_size is not None and solver.block_size < 1:
-        raise AptError(f"--block-size {solver.block_size} is not positive")
-    if solver.effort not in EFFORTS:
-        raise AptError(f"--effort {solver.effort} is none of {', '.join(EFFORTS)}")
-    read_dtype(options.dtype)
+    check_amount(options.samples, options.seqlen, options.own_samples)
+    check_seed(options.seed)
+    check_solver(solver.damping, solver.block_size, solver.effort)
+    check_dtype(options.dtype)
+    check_shard_size(options.max_shard_size)
     check_activations(options.activations, streamed=options.stream)
-
-
-def check_activations(where: str, *, streamed: bool) -> None:
-    """Raise where activations cannot be kept in a place of that name."""
-    if where not in ACTIVATIONS:
-        raise AptError(f"--activations {where} is none of {', '.join(ACTIVATIONS)}")
-    if where != "memory" and not streamed:
-        raise AptError(f"--activations {where} is for streamed runs", "pass --stream as well")
 
 
 def _check_heeded(options: RunOptions, method: MethodSpec, registry: Registry) -> None:
@@ -244,16 +246,18 @@ def _check_heeded(options: RunOptions, method: MethodSpec, registry: Registry) -
         raise AptError(f"{method.name} knows no --block-size", f"these do: {others}")
 
 
-def read_dtype(name: str) -> torch.dtype | None:
-    """The precision of that name; None for ``auto``, which keeps the checkpoint's."""
-    if name not in ("auto", *DTYPES):
-        raise AptError(f"no dtype '{name}'", f"use auto, {', '.join(DTYPES)}")
-    return DTYPES.get(name)
-
-
 def capped(seqlen: int, model: Model, notice: Callable[[str], None]) -> int:
-    """``seqlen``, cut to the positions that the model has."""
+    """``seqlen``, cut to the positions that the model has.
+
+    Raises:
+        AptError: it has fewer than two.
+    """
     positions = model.adapter.positions(model.config)
+    if positions is not None and positions < 2:
+        raise AptError(
+            f"{model.source.reference} has {positions} positions, and a sample needs 2 at least",
+            "is its config.json damaged?",
+        )
     if positions is None or seqlen <= positions:
         return seqlen
     notice(f"seqlen: {positions}, all the positions that the model has (not {seqlen})")
@@ -469,13 +473,16 @@ def texts(prepared: Prepared, tokenizer: Any) -> tuple[Tensor, Tensor | None]:
     """The tokens to calibrate on that are given, and those to measure on if any are asked for."""
     options, registry = prepared.options, prepared.registry
     seqlen, bos = options.seqlen, chosen_bos(options, tokenizer)
-    found = documents(options.calibration, "calibration", registry) if options.samples else ()
+    token = options.hub.token
+    found: Iterable[str] = ()
+    if options.samples:
+        found = documents(options.calibration, "calibration", registry, token)
     tokens = calibration_tokens(
         tokenizer, found, options.samples, seqlen, options.seed, options.calibration, bos
     )
     if options.evaluation is None:
         return tokens, None
-    found = documents(options.evaluation, "evaluation", registry)
+    found = documents(options.evaluation, "evaluation", registry, token)
     most = options.samples or options.own_samples
     held_out = evaluation_tokens(
         tokenizer, found, most, seqlen, options.evaluation, bos, fewer=True

@@ -35,9 +35,9 @@ class AdapterSpec(Spec):
             whatever it fits, and is chosen by name only.
         zoo: ``"package:folder"`` of a checkpoint that ships with the adapter, for ``zoo:NAME``.
         example: ``"module:function"`` that makes a small random model of the family, by which
-            ``apt check`` checks the adapter.
+            ``apt-prune check`` checks the adapter.
         doctor: ``"module:function"`` that says what this machine will run the family with, as a
-            list of `apt.doctor.Finding`, for ``apt doctor``; none where that is plain torch.
+            list of `apt.doctor.Finding`, for ``apt-prune doctor``; none where that is plain torch.
     """
 
     model_types: tuple[str, ...] = ()

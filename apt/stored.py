@@ -4,19 +4,17 @@ Most outputs are copies of such a checkpoint in which the pruned tensors are wri
 other tensor and file stays as it is.
 """
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
 from apt.copies import OTHER_WEIGHTS, copy_files, copy_weights, side_files
 from apt.errors import AptError, NotStoredError
-from apt.formats import find_file
+from apt.formats import find_file, local_copy
 from apt.layout import Layout, layout_of, pruned_parameters
 from apt.plan import Plan
 from apt.shards import Shards
@@ -135,13 +133,13 @@ def find_stored(shell: "Model") -> Stored | None:
 
 def local_directory(shell: "Model") -> Path:
     """Where the checkpoint of a model lies on this machine."""
-    location = shell.source.location
-    found = find_file(location, "config.json")
+    source = shell.source
+    found = find_file(source.location, "config.json", source.hub)
     if found is None:
-        raise AptError(f"{location} has no config.json", "is the checkpoint complete?")
-    if os.path.isdir(location):
+        raise AptError(f"{source.location} has no config.json", "is the checkpoint complete?")
+    if not source.on_hub:
         return found.parent
     try:
-        return Path(snapshot_download(location, ignore_patterns=_UNREAD))
+        return local_copy(source, _UNREAD)
     except OSError:  # no network: what has been loaded before is there
         return found.parent

@@ -8,7 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from apt.errors import AptError, first_line, unknown
+from apt.errors import AptError, first_line, shortened, unknown
+from apt.hub import offline, reachable, unreachable
+from apt.places import kind_at
 from apt.plugins import Registry
 from apt.samples import generator
 from apt.specials import bos_of
@@ -18,7 +20,9 @@ Split = Literal["calibration", "evaluation"]
 _CHARACTERS_PER_TOKEN = 32  # far above any tokenizer's mean, so that a cut text still has enough
 
 
-def documents(source: str, split: Split, registry: Registry) -> Iterator[str]:
+def documents(
+    source: str, split: Split, registry: Registry, token: str | None = None
+) -> Iterator[str]:
     """The documents of a data source.
 
     Args:
@@ -26,6 +30,7 @@ def documents(source: str, split: Split, registry: Registry) -> Iterator[str]:
             .parquet file, or a hub data set, ``NAME`` or ``NAME:CONFIG``.
         split: which part of it; a local file has one part for both.
         registry: the plugins.
+        token: for a data set of the hub that is not given to everybody.
 
     Raises:
         AptError: there is no such source, or it cannot be read.
@@ -33,14 +38,15 @@ def documents(source: str, split: Split, registry: Registry) -> Iterator[str]:
     if source.lower() in registry.calibrations.specs:
         return iter(registry.calibrations.get(source).load()(split))
     path = Path(source).expanduser()
-    if path.is_file():
+    kind = kind_at(path) if source else None
+    if kind == "file":
         return read_file(path)
-    if path.exists() or path.suffix or source.startswith((".", "/", "~")):
-        raise AptError(f"no such data set: {source} is no file", f"give {SUFFIXES}")
+    if kind or path.suffix or source.startswith((".", "/", "~")):
+        raise AptError(f"no such data set: {shortened(source)} is no file", f"give {SUFFIXES}")
     if "/" not in source:
         raise unknown("data set", source, registry.calibrations.specs)
     name, _, config = source.partition(":")
-    return hub_documents(name, config or None, split)
+    return hub_documents(name, config or None, split, token=token)
 
 
 def hub_documents(
@@ -49,6 +55,8 @@ def hub_documents(
     split: Split,
     files: dict[str, str] | None = None,
     revision: str | None = None,
+    token: str | None = None,
+    called: str | None = None,
 ) -> Iterator[str]:
     """The documents of a data set that `datasets` loads, streamed.
 
@@ -58,22 +66,34 @@ def hub_documents(
         split: calibration reads ``train``; evaluation reads ``test``, else ``validation``.
         files: the files to read for each of the data set's splits.
         revision: a branch of its repository.
+        token: what proves who asks.
+        called: what the user calls it, where that is not ``name``.
+
+    Raises:
+        AptError: the hub does not answer, or it cannot be read.
     """
+    called = called or name
+    remote = "/" in name or any("://" in path for path in (files or {}).values())
+    if remote and not offline() and not reachable():
+        raise AptError(
+            f"data set '{called}' is on the hub, and {unreachable()}",
+            "check the network, or give a local file",
+        )
     import datasets
 
     wanted = ("train",) if split == "calibration" else ("test", "validation")
     try:
         loaded = datasets.load_dataset(
-            name, config, data_files=files, revision=revision, streaming=True
+            name, config, data_files=files, revision=revision, token=token, streaming=True
         )
         part = next((loaded[key] for key in wanted if key in loaded), None)
         if part is None:
             raise ValueError(f"it has no split {' or '.join(wanted)}")
-        for row in part:
-            yield text_of(row, "its first row")
+        for number, row in enumerate(part, 1):
+            yield text_of(row, f"row {number}")
     except Exception as error:  # `datasets` has no base class for what it raises
         raise AptError(
-            f"data set '{name}' cannot be read: {first_line(error)}",
+            f"data set '{called}' cannot be read: {first_line(error)}",
             "check the name and the network, or give a local file",
         ) from error
 

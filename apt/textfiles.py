@@ -30,7 +30,9 @@ def read_file(path: Path) -> Iterator[str]:
         raise AptError(f"{path} has an unknown format", f"give {SUFFIXES}")
     try:
         yield from readers[suffix](path)
-    except (OSError, ValueError, EOFError, RecursionError, zlib.error) as error:
+    except RecursionError as error:
+        raise AptError(f"{path} cannot be read: its JSON is nested too deeply") from error
+    except (OSError, ValueError, EOFError, zlib.error) as error:
         raise AptError(f"{path} cannot be read: {first_line(error)}") from error
 
 
@@ -73,24 +75,45 @@ def _read_parquet(path: Path) -> Iterator[str]:
             size = file.metadata.row_group(group).total_byte_size
             if size > _LARGEST:
                 raise ValueError(f"a group of its rows unpacks to {size:,} bytes")
+        number = 0
         for batch in file.iter_batches(batch_size=_ROWS):
             if batch.nbytes > _LARGEST:
                 raise ValueError(f"{batch.num_rows} of its rows have {batch.nbytes:,} bytes")
             for index in range(batch.num_rows):  # one at a time: equal ones are kept once
+                number += 1
                 row = {name: batch.column(name)[index].as_py() for name in batch.schema.names}
-                text = text_of(row, "its first row")
+                text = text_of(row, f"row {number}")
                 if len(text) > _LONGEST:
-                    raise ValueError(f"a row has more than {_LONGEST:,} characters")
+                    raise ValueError(f"row {number} has more than {_LONGEST:,} characters")
                 yield text
 
 
 def text_of(row: Any, where: str) -> str:
-    """A row's text: a bare string, its ``text`` field, or its only string field."""
-    if isinstance(row, str):
-        return row
-    fields = {k: v for k, v in row.items() if isinstance(v, str)} if isinstance(row, dict) else {}
+    """A row's text: a bare string, its ``text`` field, or its only string field.
+
+    Args:
+        row: what was read.
+        where: which row or line it is, for messages.
+
+    Raises:
+        ValueError: there is no text in it, or half a character.
+    """
+    text = row if isinstance(row, str) else _field_of(row, where)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where} has half of a surrogate pair, {text[error.start]!a}") from error
+    return text
+
+
+def _field_of(row: Any, where: str) -> str:
+    fields = row if isinstance(row, dict) else {}
+    texts = [value for value in fields.values() if isinstance(value, str)]
+    if "text" in fields and not isinstance(fields["text"], str):
+        found = "null" if fields["text"] is None else type(fields["text"]).__name__
+        raise ValueError(f"{where} has {found} for a text in its field 'text'")
     if "text" in fields:
-        return fields["text"]
-    if len(fields) != 1:
+        return str(fields["text"])
+    if len(texts) != 1:
         raise ValueError(f"{where} has no field 'text'")
-    return next(iter(fields.values()))
+    return texts[0]

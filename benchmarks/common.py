@@ -22,8 +22,9 @@ import transformers
 from torch import Tensor
 
 import apt
-from apt.models import Model, find, load, load_tokenizer, skeleton
+from apt.models import Model, load, load_tokenizer, skeleton
 from apt.plugins import registry
+from apt.source import find
 from apt.text import tokenize, windows
 
 FORTUNES = Path("/usr/share/games/fortunes")

@@ -45,7 +45,7 @@ def arguments() -> argparse.Namespace:
 
 
 def ours(model: Model, module: nn.Module, kind: str, sparsity: str, tokens: Tensor) -> None:
-    """As ``apt prune --also`` does it, every site left dense."""
+    """As ``apt-prune prune --also`` does it, every site left dense."""
     plan = make_plan(module, model.adapter, parse_pattern(sparsity), also=[kind])
     dense = [
         replace(block, sites=tuple(replace(site, pattern=None) for site in block.sites))

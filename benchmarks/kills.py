@@ -1,8 +1,8 @@
 """Streamed runs killed at random instants and gone on with: are the results the same bytes?
 
-Each round starts ``apt prune --stream``, kills it with SIGKILL after a random part of the time that
-a whole run takes, goes on with ``--resume``, kills that in one round of three too, and holds
-the output against that of a run that was never cut short::
+Each round starts ``apt-prune prune --stream``, kills it with SIGKILL after a random part of the
+time that a whole run takes, goes on with ``--resume``, kills that in one round of three too, and
+holds the output against that of a run that was never cut short::
 
     python benchmarks/kills.py zoo:llama --rounds 30
     python benchmarks/kills.py ./smollm2 --rounds 30 -- --samples 4 --seqlen 128 --effort fast
@@ -25,7 +25,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("model")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
-    parser.epilog = "What comes after -- are further options of apt prune."
+    parser.epilog = "What comes after -- are further options of apt-prune prune."
     given = [*sys.argv[1:], "--"]
     cut = given.index("--")
     return parser.parse_args(given[:cut], argparse.Namespace(rest=given[cut + 1 : -1]))

@@ -28,7 +28,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--seqlen", type=int, default=256)
-    parser.add_argument("rest", nargs="*", help="further options of apt prune, after --")
+    parser.add_argument("rest", nargs="*", help="further options of apt-prune prune, after --")
     return parser.parse_args()
 
 

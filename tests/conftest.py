@@ -1,16 +1,22 @@
 """Fixtures: adapters, checkpoints on disk, the command line in process."""
 
+import json
 import os
+import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from hypothesis import settings
 from transformers import AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from apt.cli import main
 from apt.plugins import registry
 from tests.families import random_model
+
+disable_progress_bar()  # the command line does that before it imports transformers
 
 pytest_plugins = ["pytester"]
 
@@ -64,3 +70,16 @@ def apt(monkeypatch, capsys, tmp_path):
         return SimpleNamespace(code=code, out=out, err=err)
 
     return run
+
+
+@pytest.fixture
+def edited(checkpoint, tmp_path):
+    """A function that copies a variant's checkpoint and changes its ``config.json``."""
+
+    def write(variant, **fields):
+        path = Path(shutil.copytree(checkpoint(variant), tmp_path / "edited"))
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps({**config, **fields}))
+        return path
+
+    return write

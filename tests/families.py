@@ -18,8 +18,9 @@ from transformers import (
     OPTConfig,
 )
 
-from apt.models import find, load, load_tokenizer, skeleton
+from apt.models import load, load_tokenizer, skeleton
 from apt.plugins import registry
+from apt.source import find
 from apt.text import calibration_tokens, documents
 
 VOCABULARY = 2048  # that of the zoo's tokenizer

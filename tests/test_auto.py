@@ -118,7 +118,8 @@ def unseen(x, weight, bias=None):
 
 def test_the_command_line_says_what_was_chosen(tmp_path):
     of("StableLm").save_pretrained(tmp_path / "model")
-    from apt.models import find, load_tokenizer
+    from apt.models import load_tokenizer
+    from apt.source import find
 
     load_tokenizer(find("zoo:llama", registry())).save_pretrained(tmp_path / "model")
     run = CliRunner().invoke

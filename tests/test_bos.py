@@ -10,10 +10,11 @@ from tokenizers.processors import TemplateProcessing
 
 import apt as library
 from apt.evaluate import perplexity
-from apt.models import find, load, skeleton
+from apt.models import load, skeleton
 from apt.plugins import registry
 from apt.replaced import Replaced
 from apt.samples import drawn
+from apt.source import find
 from apt.specials import bos_of, named_ids, special_ids
 from apt.text import calibration_tokens, evaluation_tokens, tokenize, windows
 from tests.families import TEXT, random_model, random_tokens

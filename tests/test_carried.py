@@ -9,8 +9,9 @@ import torch
 
 from apt.carried import streamed
 from apt.errors import AptError
-from apt.models import find, load, skeleton
+from apt.models import load, skeleton
 from apt.plugins import registry
+from apt.source import find
 from tests.families import CONFIGS, TEXT, random_tokens
 
 MEASURED = ("--eval", TEXT, "--metric", "perplexity", "--metric", "accuracy")

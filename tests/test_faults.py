@@ -44,7 +44,7 @@ def test_a_file_that_cannot_grow(checkpoint, tmp_path, stream):
         preexec_fn=limited(100_000),
     )  # fmt: skip
     assert run.returncode == 2, run.stderr
-    (line,) = (text for text in run.stderr.splitlines() if text.startswith("apt: "))
+    (line,) = (text for text in run.stderr.splitlines() if text.startswith("apt-prune: "))
     assert "cannot write" in line
     assert "File too large" in line
     assert ("--resume" in line) == stream

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from apt.disk import sites_of
 from apt.errors import AptError
-from apt.models import find, load, skeleton
+from apt.models import load, skeleton
 from apt.plan import make_plan
 from apt.plugins import registry
 from apt.solver import parse_pattern
+from apt.source import find
 from apt.workplace import Workplace
 from tests.families import random_model
 

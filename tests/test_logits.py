@@ -16,10 +16,11 @@ from apt.carried import streamed
 from apt.estimate import estimate
 from apt.evaluate import accuracy, perplexity
 from apt.logits import parts_of_logits
-from apt.models import find, skeleton
+from apt.models import skeleton
 from apt.plan import make_plan
 from apt.plugins import registry
 from apt.solver import NM
+from apt.source import find
 from tests.families import CONFIGS, VOCABULARY, random_model, random_tokens
 
 SAMPLES, SEQLEN = 3, 11

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from apt.errors import AptError
-from apt.models import find, fingerprint, load, load_tokenizer, skeleton
+from apt.models import fingerprint, load, load_tokenizer, skeleton
 from apt.plugins import registry
+from apt.source import find
 from tests.families import FAMILIES
 
 
@@ -155,3 +156,64 @@ def test_a_fingerprint_changes_with_any_weight(damaged):
     with torch.no_grad():
         model.model.norm.weight[0] += 1
     assert fingerprint(model) != before
+
+
+def test_a_shape_that_is_not_the_configurations_is_named(damaged):
+    weights = load_file(damaged / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    weights[name] = weights[name][:-3].contiguous()
+    save_file(weights, damaged / "model.safetensors", {"format": "pt"})
+    with pytest.raises(AptError, match=rf"{name} of .* is \(61, 32\), but \(64, 32\) by its conf"):
+        loaded(damaged)
+
+
+def test_weights_beyond_float16_are_told_from_damage(damaged):
+    weights = load_file(damaged / "model.safetensors")
+    weights["model.layers.2.mlp.down_proj.weight"][1, 2] = 1e9
+    save_file(weights, damaged / "model.safetensors", {"format": "pt"})
+    assert loaded(damaged).dtype == torch.float32
+    with pytest.raises(AptError, match=r"down_proj\.weight .* beyond 65,504, the largest of float"):
+        loaded(damaged, dtype=torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"model_type": ["llama"]}, "a list or an object where a single value belongs"),
+        ({"hidden_act": "sillu"}, "'sillu' is missing or unknown"),
+        ({"rope_parameters": {"rope_type": ["x"]}}, "a list or an object where a single value"),
+        ({"num_attention_heads": 0}, "integer modulo by zero"),
+        ({"dtype": "float99"}, "AttributeError: module 'torch' has no attribute 'float99'"),
+    ],
+    ids=str,
+)
+def test_damaged_configurations_are_told_by_what_is_wrong(edited, fields, said):
+    with pytest.raises(AptError) as caught:
+        loaded(edited("llama", **fields))
+    assert said in str(caught.value)
+    assert str(caught.value).endswith("is its config.json damaged?")
+
+
+@pytest.mark.parametrize("lacking", ["weight_map", "metadata"])
+def test_an_index_that_lacks_an_entry_is_named(damaged, lacking):
+    (damaged / "model.safetensors").rename(damaged / "model-00001-of-00001.safetensors")
+    names = dict.fromkeys(load_file(damaged / "model-00001-of-00001.safetensors"), "model-00001")
+    index = {"metadata": {}, "weight_map": names}
+    del index[lacking]
+    (damaged / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(AptError, match=rf"index\.json has no '{lacking}'"):
+        loaded(damaged)
+
+
+def test_a_configuration_that_is_nested_too_deeply_is_one_line(damaged):
+    (damaged / "config.json").write_text('{"a":' + "[" * 100_000 + "]" * 100_000 + "}")
+    with pytest.raises(AptError, match="a JSON file of it is nested too deeply"):
+        loaded(damaged)
+
+
+def test_a_tokenizer_with_code_of_its_own_is_told(damaged):
+    path = damaged / "tokenizer_config.json"
+    code = {"auto_map": {"AutoTokenizer": ["theirs.Tokenizer", None]}, "tokenizer_class": "Theirs"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | code))
+    with pytest.raises(AptError, match=r"the tokenizer of .* needs code .*--trust-remote-code"):
+        load_tokenizer(find(str(damaged), registry()))

@@ -154,7 +154,7 @@ def test_a_rank_that_dies_ends_the_job_and_the_run_is_gone_on_with(checkpoint, t
         cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert alone.returncode == 2
-    assert "its ranks differ" in alone.stderr
+    assert ": ranks differ" in alone.stderr
     again = torchrun(tmp_path, model, "-o", "out", "--resume")
     said, _ = again.communicate()
     assert again.returncode == 0, said
@@ -166,6 +166,6 @@ def test_more_ranks_than_samples_are_refused(checkpoint, tmp_path):
     process = torchrun(tmp_path, checkpoint("llama"), *few, ranks=3)
     said, _ = process.communicate()
     assert process.returncode != 0
-    assert "apt: too few samples: some of 3 ranks are left without any; give more --samples" in said
+    assert "too few samples: some of 3 ranks are left without any; give more --samples" in said
     assert "Traceback" not in said.split("failed (exitcode")[0]
     assert not (tmp_path / "out").exists()

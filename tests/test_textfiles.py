@@ -95,7 +95,7 @@ def _bomb(path, suffix):
     [
         (".txt.gz", "a paragraph has more than 67,108,864 characters"),
         (".jsonl.gz", "line 1 has more than 67,108,864 characters"),
-        (".parquet", "a row has more than 67,108,864 characters"),
+        (".parquet", "row 1 has more than 67,108,864 characters"),
     ],
 )
 def test_what_unpacks_to_far_more_is_refused(tmp_path, suffix, said):
@@ -109,3 +109,29 @@ def test_deep_json_is_refused(tmp_path):
     (tmp_path / "deep.jsonl").write_text("[" * 100_000)
     with pytest.raises(AptError, match="cannot be read"):
         list(read_file(tmp_path / "deep.jsonl"))
+
+
+def test_half_a_character_is_named_by_its_line(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "sound"}\n{"text": "a \\ud800 b"}\n')
+    with pytest.raises(AptError, match=r"line 2 has half of a surrogate pair, '\\ud800'"):
+        list(read_file(path))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_a_row_without_text_is_named_by_its_number(tmp_path, suffix):
+    path, texts = tmp_path / f"a{suffix}", ["word"] * 50 + [None, "word"]
+    if suffix == ".jsonl":
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    else:
+        parquet.write_table(pyarrow.table({"text": texts}), path)
+    where = "line 51" if suffix == ".jsonl" else "row 51"
+    with pytest.raises(AptError, match=f"{where} has null for a text in its field 'text'"):
+        list(read_file(path))
+
+
+def test_json_that_is_nested_too_deeply_is_one_line(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("[" * 100_000 + "\n")
+    with pytest.raises(AptError, match="its JSON is nested too deeply"):
+        list(read_file(path))

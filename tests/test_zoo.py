@@ -6,8 +6,9 @@ import pytest
 
 import apt as library
 from apt.evaluate import perplexity
-from apt.models import find, load, load_tokenizer, skeleton
+from apt.models import load, load_tokenizer, skeleton
 from apt.plugins import registry
+from apt.source import find
 from apt.text import calibration_tokens, documents, evaluation_tokens
 from tests.families import FAMILIES
 

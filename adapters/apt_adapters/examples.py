@@ -1,4 +1,4 @@
-"""Small random models of the families that have no embedded checkpoint, for ``apt check``."""
+"""Small random models of the families that have no embedded checkpoint, for ``apt-prune check``."""
 
 from typing import Any
 

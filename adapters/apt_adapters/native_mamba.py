@@ -37,7 +37,7 @@ class NativeMambaAdapter(DecoderAdapter):
             raise AptError(
                 f"adapter NativeMambaAdapter does not fit {type(model).__name__}: it is no model "
                 "of mamba_ssm",
-                "choose the model's own adapter, see: apt adapters",
+                "choose the model's own adapter, see: apt-prune adapters",
             )
         return super().blocks(model)
 

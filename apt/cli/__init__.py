@@ -3,6 +3,7 @@
 import os
 import sys
 import warnings
+from pathlib import Path
 
 import typer
 
@@ -18,7 +19,9 @@ from apt.cli import (
     prune,
     verify,
 )
+from apt.cli.streams import guarded, program
 from apt.errors import AptError
+from apt.places import mendable
 
 # What people mean by `apt` on Debian and its relatives.
 _PACKAGE_MANAGER = [
@@ -44,10 +47,12 @@ _PACKAGE_MANAGER = [
     "satisfy",
 ]
 
+_EPILOG = "Every command also takes the options above, anywhere on the line."
+
 app = typer.Typer(
-    name="apt",
+    name="apt-prune",
     help="Prune language models after training, in one shot.",
-    add_completion=False,
+    epilog=_EPILOG,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -63,6 +68,9 @@ app.command("adapters")(adapters.adapters)
 app.command("methods")(methods.methods)
 app.command("plugins")(plugins.plugins)
 
+_FLAGS = ("--debug", "--quiet", "-q", "--verbose", "-v")
+_WITH_VALUE = "--log-file"
+
 
 def _version(show: bool) -> None:
     if show:
@@ -77,36 +85,87 @@ def options(
     version: bool = typer.Option(
         False, "--version", callback=_version, is_eager=True, help="Show the version and exit."
     ),
+    quiet: bool = typer.Option(
+        False, "--quiet", "-q", help="Print results and errors only: no notices, no progress."
+    ),
+    verbose: bool = typer.Option(
+        False, "--verbose", "-v", help="Also print a line for each step and each pruned weight."
+    ),
+    log_file: Path | None = typer.Option(
+        None, "--log-file", metavar="FILE", help="Append all that is said to FILE, with the time."
+    ),
     debug: bool = typer.Option(False, "--debug", help="Show the traceback of every error."),
 ) -> None:
     """Prune language models after training, in one shot."""
+    from apt.cli.output import Level, set_up
+
+    if quiet and verbose:
+        raise AptError("--quiet and --verbose are both given", "choose one")
+    set_up(Level.QUIET if quiet else Level.VERBOSE if verbose else Level.NORMAL, log_file)
 
 
 def main() -> None:
     """Run the command line: exit status 2 for what the user can mend, 130 for Ctrl-C."""
-    arguments = sys.argv[1:] or ["--help"]
+    with guarded():
+        _run(sys.argv[1:] or ["--help"])
+
+
+def _run(arguments: list[str]) -> None:
     if arguments[0] in _PACKAGE_MANAGER:
         _fail(
             f"this is APT, which prunes language models; for packages, run "
             f"/usr/bin/apt {arguments[0]}"
         )
-    debug = "--debug" in arguments
-    _quiet()
+    arguments = _globals_first(arguments)
+    _chatter_off()
     try:
-        app(args=[word for word in arguments if word != "--debug"], prog_name="apt")
-    except AptError as error:
-        if debug:
+        _check_working_directory()
+        app(args=[word for word in arguments if word != "--debug"], prog_name=program())
+    except (AptError, OSError) as error:
+        if "--debug" in arguments:
             raise
-        rank = os.environ.get("RANK", "0")  # of the processes that torchrun starts
-        _fail(f"rank {rank}: {error}" if rank != "0" else str(error))
+        told = error if isinstance(error, AptError) else mendable(error)
+        if told is None:
+            raise
+        _fail(str(told))
+
+
+def _check_working_directory() -> None:
+    """Raise where it has been deleted: torch then ends the process without a traceback."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise AptError("the working directory is gone", "change to one that exists") from error
+
+
+def _globals_first(arguments: list[str]) -> list[str]:
+    """The same words, with the options of every command before the command."""
+    first: list[str] = []
+    rest: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        if word == "--":
+            return [*first, *rest, word, *words]
+        if word in _FLAGS or word.startswith(f"{_WITH_VALUE}="):
+            first.append(word)
+        elif word == _WITH_VALUE:
+            first += [word, *([value] if (value := next(words, None)) is not None else [])]
+        else:
+            rest.append(word)
+    return first + rest
 
 
 def _fail(line: str) -> None:
-    typer.echo(f"apt: {line}", err=True)
+    from apt.cli.output import log
+
+    rank = os.environ.get("RANK", "0")  # of the processes that torchrun starts
+    line = " ".join(line.split())
+    log.error(line)
+    typer.echo(f"{program()}: " + (f"rank {rank}: {line}" if rank != "0" else line), err=True)
     raise SystemExit(2)
 
 
-def _quiet() -> None:
+def _chatter_off() -> None:
     """Keep libraries' own chatter off the terminal; plugin failures are shown in one line each."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -115,4 +174,11 @@ def _quiet() -> None:
     warnings.simplefilter("ignore")
     for kept in ("plugin failed to load", "observer failed"):
         warnings.filterwarnings("always", message=kept)
-    warnings.formatwarning = lambda message, *rest, **more: f"apt: warning: {message}\n"
+    warnings.showwarning = _warn
+
+
+def _warn(message: Warning | str, *place: object, **more: object) -> None:
+    from apt.cli.output import log, notice
+
+    log.warning(message)
+    notice(f"{program()}: warning: {message}")

@@ -1,20 +1,22 @@
-"""``apt adapters``."""
+"""``apt-prune adapters``."""
+
+from apt.cli import arguments as args
 
 
-def adapters() -> None:
+def adapters(as_json: bool = args.JSON) -> None:
     """List the model families that are served."""
-    from apt.cli.output import out, table
+    from apt.cli.listing import show_rows
     from apt.plugins import registry
 
     shelf = registry().adapters
-    made = table("adapter", "model types", "embedded", "from", "summary")
-    for name, spec in sorted(shelf.specs.items()):
-        embedded = f"zoo:{name}" if spec.zoo else ""
-        made.add_row(
-            name,
-            ", ".join(spec.model_types),
-            embedded,
-            shelf.origins[name].distribution,
-            spec.summary,
-        )
-    out.print(made)
+    rows = [
+        {
+            "adapter": name,
+            "model types": ", ".join(spec.model_types),
+            "embedded": f"zoo:{name}" if spec.zoo else "",
+            "from": shelf.origins[name].distribution,
+            "summary": spec.summary,
+        }
+        for name, spec in sorted(shelf.specs.items())
+    ]
+    show_rows(rows, as_json=as_json)

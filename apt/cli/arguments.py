@@ -5,10 +5,14 @@ from typing import TYPE_CHECKING
 import typer
 
 from apt.errors import AptError
+from apt.hub import Hub
+from apt.limits import check_pattern_options
 
 if TYPE_CHECKING:
     from apt.plan import Selection
+    from apt.plugins import Registry
     from apt.solver import Pattern
+    from apt.source import Source
 
 ADAPTER = typer.Option(None, "--adapter", metavar="NAME", help="Adapter; by default by model type.")
 SPARSITY = typer.Option(None, "--sparsity", metavar="S", help="Share of weights to prune, as 0.5.")
@@ -37,6 +41,17 @@ ACTIVATIONS = typer.Option(
     "memory", "--activations", metavar="WHERE",
     help="Where a --stream run keeps the calibration activations: memory, or disk.",
 )  # fmt: skip
+REVISION = typer.Option(
+    None, "--revision", metavar="REV", help="Branch, tag or commit of a model on the hub."
+)
+TOKEN = typer.Option(
+    None, "--token", metavar="TOKEN",
+    help="Token for the hub; by default the one of HF_TOKEN, or that `hf auth login` has stored.",
+)  # fmt: skip
+CACHE_DIR = typer.Option(
+    None, "--cache-dir", metavar="DIR", help="Where downloads from the hub are kept."
+)
+JSON = typer.Option(False, "--json", help="Print one JSON object.")
 REMOTE = typer.Option(False, "--trust-remote-code", help="Run code that comes with the checkpoint.")
 DEVICE = typer.Option("auto", "--device", help="cpu, cuda, …; auto takes a GPU if there is one.")
 DTYPE = typer.Option(
@@ -46,12 +61,9 @@ DTYPE = typer.Option(
 
 def read_pattern(sparsity: str | None, pattern: str | None, per: str | None) -> "Pattern | None":
     """The pattern of ``--sparsity`` or ``--pattern``; None where neither is given."""
+    check_pattern_options(sparsity, pattern, per)
     from apt.solver import NM, Unstructured
 
-    if sparsity is not None and pattern is not None:
-        raise AptError("--sparsity and --pattern are both given", "choose one")
-    if per not in (None, "row", "layer"):
-        raise AptError(f"--per {per} is neither row nor layer")
     text = sparsity if sparsity is not None else pattern
     if text is None:
         return None
@@ -71,6 +83,24 @@ def parse(text: str) -> "Pattern":
         return parse_pattern(text)
     except ValueError as error:
         raise AptError(str(error)) from error
+
+
+def read_hub(
+    revision: str | None = None, token: str | None = None, cache_dir: str | None = None
+) -> Hub:
+    """How the hub is asked, by ``--revision``, ``--token`` and ``--cache-dir``."""
+    return Hub(revision, token, cache_dir)
+
+
+def find_model(
+    reference: str, registry: "Registry", hub: Hub, *, trust_remote_code: bool = False
+) -> "Source":
+    """Where the model is; for one on the hub, after a look whether the hub answers."""
+    from apt.cli.output import working
+    from apt.source import find
+
+    with working(f"looking for {reference}"):
+        return find(reference, registry, trust_remote_code=trust_remote_code, hub=hub)
 
 
 def read_selection(

@@ -1,4 +1,4 @@
-"""``apt convert``."""
+"""``apt-prune convert``."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ import typer
 
 from apt.cli import arguments as args
 from apt.errors import AptError
+from apt.limits import check_dtype
 
 
 def convert(
@@ -14,25 +15,33 @@ def convert(
     tokenizer: str | None = args.TOKENIZER,
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace a non-empty output."),
     dtype: str = args.DTYPE,
+    as_json: bool = args.JSON,
     trust_remote_code: bool = args.REMOTE,
+    revision: str | None = args.REVISION,
+    token: str | None = args.TOKEN,
+    cache_dir: str | None = args.CACHE_DIR,
 ) -> None:
     """Write a model in the format of transformers, whatever format it is read from.
 
-    For example: apt convert ./mamba-130m-pruned --output ./mamba-130m-pruned-hf
+    For example: apt-prune convert ./mamba-130m-pruned --output ./mamba-130m-pruned-hf
     """
+    check_dtype(dtype)
     from shutil import copyfile
 
-    from apt.checkpoint import keep_side_files, save_model
-    from apt.cli.output import err, notice, out
-    from apt.models import find, load, load_tokenizer, skeleton
-    from apt.outputs import check_output
+    from apt.cli.output import notice, out, show_json, working
     from apt.plugins import registry
+
+    hub = args.read_hub(revision, token, cache_dir)
+    source = args.find_model(model, registry(), hub, trust_remote_code=trust_remote_code)
+
+    from apt.checkpoint import keep_side_files, save_model
+    from apt.machine import read_dtype
+    from apt.models import load, load_tokenizer, skeleton
+    from apt.outputs import check_output
     from apt.report import FILE
-    from apt.run import read_dtype
     from apt.stored import local_directory
     from apt.workplace import whole_directory, writing
 
-    source = find(model, registry(), trust_remote_code=trust_remote_code)
     if lost := check_output(output, overwrite, source.files()):
         notice(f"replaces {lost}")
     shell = skeleton(source, registry())
@@ -43,7 +52,7 @@ def convert(
             raise
         notice(f"without a tokenizer: {error.message}")
         found = None
-    with err.status("converting"):
+    with working("converting"):
         loaded = load(shell, read_dtype(dtype))
         with whole_directory(output, overwrite) as work, writing(output):
             save_model(loaded.module, found, work.out)
@@ -51,4 +60,8 @@ def convert(
                 keep_side_files(local_directory(loaded), work.out)
             if (report := Path(source.location) / FILE).is_file():
                 copyfile(report, work.out / FILE)
-    out.print(f"{output}: {type(loaded.module).__name__}", markup=False)
+    kind = type(loaded.module).__name__
+    if as_json:
+        show_json({"output": str(output), "class": kind, "tokenizer": found is not None})
+    else:
+        out.print(f"{output}: {kind}", markup=False)

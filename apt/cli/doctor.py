@@ -1,17 +1,18 @@
-"""``apt doctor``."""
+"""``apt-prune doctor``."""
 
 import typer
 
+from apt.cli import arguments as args
 
-def doctor(as_json: bool = typer.Option(False, "--json", help="Print one JSON object.")) -> None:
+
+def doctor(as_json: bool = args.JSON) -> None:
     """Say what this machine has, what it will run each family with, and what is missing.
 
     Exit status 1 where something is installed, but does not work.
     """
-    import json
     from dataclasses import asdict
 
-    from apt.cli.output import out, table
+    from apt.cli.output import show, show_json, table
     from apt.doctor import families, machine, packages, plugins
     from apt.plugins import registry
 
@@ -23,14 +24,13 @@ def doctor(as_json: bool = typer.Option(False, "--json", help="Print one JSON ob
         "families": list(families(shelf)),
     }
     if as_json:
-        record = {name: [asdict(f) for f in found] for name, found in sections.items()}
-        out.print(json.dumps(record), markup=False)
+        show_json({name: [asdict(f) for f in found] for name, found in sections.items()})
     else:
         for name, found in sections.items():
             if found:
                 made = table(name, "", "to better it")
                 for finding in found:
                     made.add_row(finding.what, finding.state, finding.remedy)
-                out.print(made)
+                show(made)
     if any(finding.broken for found in sections.values() for finding in found):
         raise typer.Exit(1)

@@ -1,5 +1,7 @@
-"""``apt eval``."""
+"""``apt-prune eval``."""
 
+import math
+from collections.abc import Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -7,6 +9,7 @@ import typer
 
 from apt.cli import arguments as args
 from apt.errors import AptError
+from apt.limits import check_dtype, check_windows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,7 +23,7 @@ if TYPE_CHECKING:
 def evaluate(
     model: str = typer.Argument(help="Directory, hub name, .gguf file or zoo:NAME."),
     data: str = typer.Option(
-        "builtin", "--data", metavar="SRC", help="As --calibration of apt prune."
+        "builtin", "--data", metavar="SRC", help="As --calibration of apt-prune prune."
     ),
     metric: list[str] = args.METRIC,
     samples: int | None = typer.Option(None, "--samples", help="Windows; by default all."),
@@ -33,50 +36,75 @@ def evaluate(
     stream: bool = typer.Option(
         False, "--stream", help="Read block by block; never more than one in memory."
     ),
-    as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
+    as_json: bool = args.JSON,
     trust_remote_code: bool = args.REMOTE,
+    revision: str | None = args.REVISION,
+    token: str | None = args.TOKEN,
+    cache_dir: str | None = args.CACHE_DIR,
 ) -> None:
-    """Measure a model over consecutive windows of text."""
-    import json
+    """Measure a model over consecutive windows of text.
 
-    from apt.cli.output import err, notice, out
-    from apt.models import find, load_tokenizer, skeleton
+    Exit status 1 where a measure is not a finite number.
+    """
+    check_windows(samples, seqlen)
+    check_dtype(dtype)
+    if stream and dtype != "auto":
+        raise AptError("--dtype needs the whole model in memory", "leave out --stream or it")
+    from apt.cli.output import notice, out, show_json, working
     from apt.plugins import registry
-    from apt.run import capped, choose_device, read_dtype
+
+    measures = [registry().evaluators.get(name) for name in metric]
+    hub = args.read_hub(revision, token, cache_dir)
+    source = args.find_model(model, registry(), hub, trust_remote_code=trust_remote_code)
+
+    from apt.machine import choose_device, read_dtype
+    from apt.models import load_tokenizer, skeleton
+    from apt.run import capped, check_vocabulary
     from apt.specials import bos_of
     from apt.stored import open_stored
     from apt.text import digest, documents, evaluation_tokens
 
-    precision = read_dtype(dtype)
-    measures = [registry().evaluators.get(name) for name in metric]
-    if (samples is not None and samples < 1) or seqlen < 2:
-        raise AptError("--samples must be at least 1 and --seqlen at least 2")
-    if stream and precision is not None:
-        raise AptError("--dtype needs the whole model in memory", "leave out --stream or it")
-    source = find(model, registry(), trust_remote_code=trust_remote_code)
+    device = choose_device(device)
     shell = skeleton(source, registry(), adapter)
+    if adapter is not None:
+        for _, block in shell.adapter.blocks(shell.module):
+            shell.adapter.sites(block)  # raises where the adapter is for another family
     if stream:
         open_stored(shell)
-    seqlen = capped(seqlen, shell, notice)
-    texts = documents(data, "evaluation", registry())
+    notices: list[str] = []
+    seqlen = capped(seqlen, shell, notices.append)
+    texts = documents(data, "evaluation", registry(), token)
     reader = load_tokenizer(source, tokenizer)
     bos = None if no_bos else bos_of(reader)
     tokens = evaluation_tokens(reader, texts, samples, seqlen, data, bos)
-    with err.status("loading the model") as status:
+    check_vocabulary(tokens, shell.module, model)
+    for line in notices:
+        notice(line)
+    with working("loading the model") as status:
         values = {}
-        with _runnable(shell, tokens, precision, choose_device(device), stream) as module:
+        with _runnable(shell, tokens, read_dtype(dtype), device, stream) as module:
             for spec in measures:
                 status.update(f"measuring {spec.name} on {tokens.numel():,} tokens")
                 values[spec.name] = float(spec.load()(module, tokens))
     windows = tokens.shape[0]
     if as_json:
-        record = {"model": model, "data": data, **values, "windows": windows,
-                  "seqlen": seqlen, "bos": bos, "tokens_sha256": digest(tokens)}  # fmt: skip
-        out.print(json.dumps(record), markup=False)
+        show_json({"model": model, "data": data, **values, "windows": windows,
+                   "seqlen": seqlen, "bos": bos, "tokens_sha256": digest(tokens)})  # fmt: skip
     else:
         told = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
         begin = "" if bos is None else f", each with {reader.bos_token} first"
         out.print(f"{model}: {told} on {data}, {windows} × {seqlen} tokens{begin}", markup=False)
+    _check_finite(values, model, data)
+
+
+def _check_finite(values: Mapping[str, float], model: str, data: str) -> None:
+    """End with status 1 where a measure is no number."""
+    from apt.cli.output import complaint
+
+    wrong = [name for name, value in values.items() if not math.isfinite(value)]
+    if wrong:
+        complaint(f"{model} has no {wrong[0]} on {data}: its outputs there are not finite")
+        raise typer.Exit(1)
 
 
 @contextmanager

@@ -1,15 +1,21 @@
-"""``apt methods``."""
+"""``apt-prune methods``."""
+
+from apt.cli import arguments as args
 
 
-def methods() -> None:
+def methods(as_json: bool = args.JSON) -> None:
     """List the pruning methods, the most accurate first."""
-    from apt.cli.output import out, table
+    from apt.cli.listing import show_rows
     from apt.plugins import registry
 
-    shelf = registry().methods
-    made = table("method", "source", "from", "summary")
-    default = registry().default_method().name
-    for spec in sorted(shelf.specs.values(), key=lambda spec: -spec.rank):
-        summary = f"{spec.summary} (default)" if spec.name == default else spec.summary
-        made.add_row(spec.name, spec.source, shelf.origins[spec.name].distribution, summary)
-    out.print(made)
+    shelf, default = registry().methods, registry().default_method().name
+    rows = [
+        {
+            "method": spec.name,
+            "source": spec.source,
+            "from": shelf.origins[spec.name].distribution,
+            "summary": f"{spec.summary} (default)" if spec.name == default else spec.summary,
+        }
+        for spec in sorted(shelf.specs.values(), key=lambda spec: -spec.rank)
+    ]
+    show_rows(rows, as_json=as_json)

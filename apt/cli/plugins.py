@@ -1,15 +1,21 @@
-"""``apt plugins``."""
+"""``apt-prune plugins``."""
+
+from apt.cli import arguments as args
 
 
-def plugins() -> None:
+def plugins(as_json: bool = args.JSON) -> None:
     """List the installed plugins: what loaded, from where, and what failed and why."""
-    from apt.cli.output import out, table
+    from apt.cli.listing import show_rows
     from apt.plugins import registry
 
     shelf = registry()
-    made = table("distribution", "entry point", "offers", "state")
-    for plugin in shelf.plugins.values():
-        state = "disabled" if plugin.disabled else plugin.problem or "loaded"
-        offers = ", ".join(shelf.offers(plugin)) or "–"
-        made.add_row(plugin.distribution, f"{plugin.name} = {plugin.module}", offers, state)
-    out.print(made)
+    rows = [
+        {
+            "distribution": plugin.distribution,
+            "entry point": f"{plugin.name} = {plugin.module}",
+            "offers": ", ".join(shelf.offers(plugin)) or "–",
+            "state": "disabled" if plugin.disabled else plugin.problem or "loaded",
+        }
+        for plugin in shelf.plugins.values()
+    ]
+    show_rows(rows, as_json=as_json)

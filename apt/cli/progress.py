@@ -1,27 +1,38 @@
-"""The live display of a run."""
+"""What a run shows while it goes on."""
 
 import time
+from statistics import fmean
 from types import TracebackType
 
 from rich.progress import BarColumn, Progress, TextColumn
 
-from apt.cli.output import duration, err
+from apt.cli.output import animated, detail, duration, err, log, notice
 from apt.events import BlockStarted, BlockTuned, Event, Working
 from apt.plan import Plan
 
 
 class RunProgress:
-    """Shows block, site, relative layer error and the time left, on standard error."""
+    """Block, site, relative layer error and the time left, on standard error.
 
-    def __init__(self, plan: Plan) -> None:
+    A display that changes for who sits at a terminal; elsewhere a line for each block.
+
+    Args:
+        plan: what is to be done.
+        notices: lines that are said once the run has read what it was given, and goes on.
+    """
+
+    def __init__(self, plan: Plan, notices: list[str]) -> None:
         self._total = sum(site.size for block in plan.blocks for site in block.pruned)
         self._done, self._block, self._started = 0, "", time.perf_counter()
+        self._notices, self._steps = notices, 0
+        self._errors: list[float] = []
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn("{task.fields[left]}"),
             console=err,
             transient=True,
+            disable=not animated(),
         )
         self._task = self._progress.add_task("", total=self._total, left="")
 
@@ -39,29 +50,57 @@ class RunProgress:
 
     def status(self, text: str) -> None:
         """Show what is being done before and after the blocks."""
+        self._end_block()
+        self._steps += 1
+        if self._steps > 1:  # the first step reads the text, which may not do
+            self._say_notices()
+        detail(text)
         self._progress.update(self._task, description=text, left="")
 
     def observe(self, event: Event) -> None:
         """Show an event of the pipeline."""
         if isinstance(event, BlockStarted):
-            if event.index == 0:
-                self._started = time.perf_counter()
-            self._block = f"block {event.index + 1}/{event.blocks}"
-            self._progress.update(self._task, description=self._block, left=self._left())
+            self._begin_block(event)
             return
         if isinstance(event, Working):
-            self._progress.update(self._task, description=f"{self._block}  {event.doing}")
+            self._show(event.doing)
             return
         if isinstance(event, BlockTuned):
-            text = f"{self._block}  tuned  error {event.before:.4f} → {event.after:.4f}"
-            self._progress.update(self._task, description=text)
+            self._show(f"tuned  error {event.before:.4f} → {event.after:.4f}")
             return
         self._done += event.size
-        text = f"{self._block}  {event.kind}  error {event.relative_error:.4f}"
-        self._progress.update(self._task, description=text, completed=self._done)
+        self._show(f"{event.kind}  error {event.relative_error:.4f}")
+        self._errors.append(event.relative_error)
+        detail(f"{event.name}  error {event.relative_error:.4f}  {duration(event.seconds)}")
+
+    def _begin_block(self, event: BlockStarted) -> None:
+        self._say_notices()
+        self._end_block()
+        if event.index == 0:
+            self._started = time.perf_counter()
+        self._block = f"block {event.index + 1}/{event.blocks}"
+        self._progress.update(self._task, description=self._block, left=self._left())
+
+    def _show(self, text: str) -> None:
+        self._progress.update(
+            self._task, description=f"{self._block}  {text}", completed=self._done
+        )
+
+    def _end_block(self) -> None:
+        """A line for the block that is done, where there is no display."""
+        if self._block:
+            error = f"mean error {fmean(self._errors):.4f}" if self._errors else ""
+            line = "  ".join(part for part in (self._block, error, self._left()) if part)
+            (log.info if animated() else notice)(line)
+        self._block, self._errors = "", []
+
+    def _say_notices(self) -> None:
+        for line in self._notices:
+            notice(line)
+        self._notices.clear()
 
     def _left(self) -> str:
-        if not self._done:
+        if not 0 < self._done < self._total:
             return ""
         elapsed = time.perf_counter() - self._started
         return f"{duration(elapsed * (self._total / self._done - 1))} left"

@@ -1,31 +1,35 @@
-"""``apt prune``."""
+"""``apt-prune prune``."""
 
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import Any, TypeVar
 
 import typer
 
 from apt.cli import arguments as args
+from apt.cli.settings import load, save
 from apt.errors import AptError
-
-if TYPE_CHECKING:
-    from apt.ranks import Ranks
-    from apt.report import Report
-    from apt.run import Prepared, RunOptions
+from apt.limits import (
+    check_activations,
+    check_amount,
+    check_dtype,
+    check_pattern_options,
+    check_seed,
+    check_shard_size,
+    check_solver,
+)
 
 T = TypeVar("T")
 
 
 def prune(
+    context: typer.Context,
     model: str | None = typer.Argument(
         None, help="Directory, hub name, .gguf file or zoo:NAME; by default the adapter's own."
     ),
     adapter: str | None = args.ADAPTER,
     method: str | None = typer.Option(
-        None, "--method", metavar="NAME", help="See: apt methods. By default the most accurate."
+        None, "--method", metavar="NAME",
+        help="See: apt-prune methods. By default the most accurate.",
     ),
     sparsity: str | None = args.SPARSITY,
     pattern: str | None = args.PATTERN,
@@ -97,33 +101,60 @@ def prune(
     ),
     activations: str = args.ACTIVATIONS,
     trust_remote_code: bool = args.REMOTE,
+    revision: str | None = args.REVISION,
+    token: str | None = args.TOKEN,
+    cache_dir: str | None = args.CACHE_DIR,
+    config: Path | None = typer.Option(
+        None, "--config", metavar="FILE", is_eager=True, callback=load,
+        help="Take options from a TOML file, such as: pattern = \"2:4\". Those on the command line "
+        "count more.",
+    ),
+    save_config: Path | None = typer.Option(
+        None, "--save-config", metavar="FILE",
+        help="Write the options of this command to a TOML file for --config.",
+    ),
+    as_json: bool = args.JSON,
     dry_run: bool = typer.Option(False, "--dry-run", help="Show the plan and write nothing."),
 ) -> None:  # fmt: skip
     """Prune a model and write a Hugging Face directory.
 
-    For example: apt prune --adapter llama
+    For example: apt-prune prune --adapter llama
     """
-    from apt.cli.output import notice
+    check_amount(samples, seqlen, own_samples)
+    check_seed(seed)
+    check_solver(damping, block_size, effort)
+    check_dtype(dtype)
+    check_shard_size(max_shard_size)
+    check_activations(activations, streamed=stream or resume)
+    check_pattern_options(sparsity, pattern, per)
     from apt.plugins import registry
+
+    shelf, defaults = registry(), _Defaults()
+    model = model or defaults.choose("model", _embedded(adapter))
+    chosen = shelf.methods.get(method or shelf.default_method().name)
+    metrics = tuple(shelf.evaluators.get(name).name for name in metric)
+    sharing = shelf.allocations.get(allocation).name
+    hub = args.read_hub(revision, token, cache_dir)
+    args.find_model(model, shelf, hub, trust_remote_code=trust_remote_code)
+
     from apt.ranks import joined
     from apt.run import RunOptions, prepare
     from apt.solver import SolverOptions
 
-    shelf = registry()
-    model = model or _default("model", _embedded(adapter))
-    wanted = args.read_pattern(sparsity, pattern, per) or _default("pattern", args.parse("2:4"))
-    chosen = shelf.methods.get(method or _default("method", shelf.default_method().name))
-    calibration = calibration or _default("calibration", "builtin")
+    wanted = args.read_pattern(sparsity, pattern, per)
+    wanted = wanted or defaults.choose("pattern", args.parse("2:4"))
+    if method is None:
+        defaults.choose("method", chosen.name)
     options = RunOptions(
         model=model,
         pattern=wanted,
-        output=output or _default("output", _folder(model, str(wanted), chosen.name)),
+        calibration=calibration or defaults.choose("calibration", "builtin"),
+        output=output or defaults.choose("output", _folder(model, str(wanted), chosen.name)),
         adapter=adapter,
         method=chosen.name,
-        calibration=calibration,
         evaluation=evaluation,
-        metrics=tuple(shelf.evaluators.get(name).name for name in metric),
-        allocation=shelf.allocations.get(allocation).name,
+        metrics=metrics,
+        allocation=sharing,
         also=tuple(also),
         samples=samples,
         seqlen=seqlen,
@@ -141,6 +172,7 @@ def prune(
         activations=activations,
         trust_remote_code=trust_remote_code,
         bos=not no_bos,
+        hub=hub,
         selection=args.read_selection(only, skip, override),
         solver=SolverOptions(
             damping=damping,
@@ -149,23 +181,38 @@ def prune(
         ),
     )
     with joined() as ranks:
-        prepared = prepare(options, shelf, notice)
+        prepared = prepare(options, shelf, defaults.lines.append)
         if options.stream:
             from apt.stream import check_streamable
 
             check_streamable(prepared)
+        if save_config is not None and ranks.first:
+            save(context, save_config, defaults.values)
+        from apt.cli import pruning
+
         if dry_run:
-            _show_plan(prepared)
+            pruning.show_planned(prepared, defaults.lines, as_json=as_json)
         else:
-            _run(prepared, ranks)
+            pruning.run(prepared, ranks, defaults.lines, as_json=as_json)
 
 
-def _default(name: str, value: T) -> T:
-    """``value``, said in a line."""
-    from apt.cli.output import notice
+class _Defaults:
+    """What was chosen for the user.
 
-    notice(f"{name}: {value} (default)")
-    return value
+    Attributes:
+        values: by parameter.
+        lines: what is said of them, once it is certain that the run can begin.
+    """
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+        self.lines: list[str] = []
+
+    def choose(self, name: str, value: T) -> T:
+        """Take note of ``value``, and return it."""
+        self.values[name] = str(value)
+        self.lines.append(f"{name}: {value} (default)")
+        return value
 
 
 def _embedded(adapter: str | None) -> str:
@@ -178,139 +225,7 @@ def _embedded(adapter: str | None) -> str:
 
 def _folder(model: str, pattern: str, method: str) -> Path:
     """A folder named after model, pattern and method."""
-    from apt.models import Source
+    from apt.source import Source
 
     gguf = model if model.endswith(".gguf") else None
     return Path(f"{Source(model, model, gguf).name}-{pattern.replace(':', 'of')}-{method}")
-
-
-def _show_plan(prepared: "Prepared") -> None:
-    from apt.cli.inspect import show_plan
-
-    options = prepared.options
-    show_plan(
-        prepared.shell,
-        prepared.plan,
-        options.samples + (options.own_samples or 0),
-        options.seqlen,
-        prepared.device,
-        streamed=options.stream,
-        on_disk=options.activations == "disk",
-        writing=bool(options.own_samples),
-    )
-
-
-def _run(prepared: "Prepared", ranks: "Ranks") -> None:
-    from apt.arena import share_arena
-    from apt.cli.output import out
-    from apt.cli.progress import RunProgress
-    from apt.run import already_complete, execute
-    from apt.stream import execute_streamed
-
-    share_arena()
-    options = prepared.options
-    if already_complete(prepared):
-        out.print(f"{options.output}: already complete", markup=False)
-        return
-    try:
-        with _terminable(), RunProgress(prepared.plan) as progress:
-            if options.stream:
-                report = execute_streamed(
-                    prepared,
-                    progress.observe,
-                    progress.status,
-                    resume=options.resume,
-                    ranks=ranks,
-                )
-            else:
-                report = execute(prepared, progress.observe, progress.status, ranks=ranks)
-    except AptError:
-        raise
-    except Exception as error:
-        error.add_note(_whose(prepared))
-        raise
-    except KeyboardInterrupt as error:
-        if ranks.first:
-            typer.echo(f"apt: interrupted; {_left(options)}", err=True)
-        raise typer.Exit(143 if isinstance(error, _TerminatedError) else 130) from None
-    show_report(report, prepared.options)
-
-
-class _TerminatedError(KeyboardInterrupt):
-    """The process was asked to end (SIGTERM): it clears up as after Ctrl-C."""
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """While entered, SIGTERM raises an exception, so that nothing is left lying about."""
-
-    def stop(number: int, frame: object) -> None:
-        raise _TerminatedError
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _left(options: "RunOptions") -> str:
-    """What an interrupted run has left."""
-    from apt.workplace import resumable
-
-    if options.stream and resumable(options.output):
-        return "to go on, give the same command with --resume"
-    written = (options.output / "apt_report.json").is_file()
-    return f"{options.output} is whole" if written else "nothing was written"
-
-
-def _whose(prepared: "Prepared") -> str:
-    """Where the code comes from that took part in a run, for those who read its traceback."""
-    from apt.workplace import resumable
-
-    method, adapter = prepared.method.name, prepared.shell.spec.name
-    found = prepared.registry.methods.origins[method], prepared.registry.adapters.origins[adapter]
-    note = f"method {method} comes from {found[0].distribution}, adapter {adapter} from "
-    note += found[1].distribution
-    if prepared.options.stream and resumable(prepared.options.output):
-        note += "; blocks that were done are on disk: once it is mended, go on with --resume"
-    return note
-
-
-def show_report(report: "Report", options: "RunOptions") -> None:
-    """The closing table and where the result lies."""
-    from apt.cli.output import duration, out, size, table
-    from apt.report import by_kind, peak_memory
-
-    made = table("site", ">sites", ">weights", ">sparsity", ">mean error", ">worst", ">solve s")
-    for kind in by_kind(report.sites):
-        made.add_row(
-            kind.kind,
-            str(kind.sites),
-            f"{kind.weights:,}",
-            f"{kind.sparsity:.4f}",
-            f"{kind.mean_error:.4f}",
-            f"{kind.max_error:.4f}",
-            f"{kind.seconds:.2f}",
-        )
-    out.print(made)
-    for event in report.sites:
-        asked = options.solver.damping
-        if asked is not None and event.damping is not None and event.damping > asked:
-            out.print(f"{event.name} needed damping {event.damping:g}", markup=False)
-    if starved := [site for site in report.sites if site.starved]:
-        first = starved[0]
-        out.print(
-            f"{len(starved)} sites saw fewer tokens than they have inputs ({first.name}: "
-            f"{first.tokens:,} of {first.shape[1]:,}); more --samples would serve them better",
-            markup=False,
-        )
-    for metric in options.metrics if report.scores else ():
-        before, after = report.scores["before"][metric], report.scores["after"][metric]
-        out.print(f"{metric} on {options.evaluation}: {before:.4g} → {after:.4g}", markup=False)
-    out.print(
-        f"{options.output}: {report.sparsity:.2%} zeros in the pruned sites, verified on disk; "
-        f"mean relative layer error {report.relative_error:.4f}; {duration(report.seconds)}, "
-        f"peak memory {size(sum(peak_memory().values()))}",
-        markup=False,
-    )

@@ -1,4 +1,4 @@
-"""``apt verify``."""
+"""``apt-prune verify``."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,9 @@ from typing import Any
 import typer
 
 from apt.cli import arguments as args
-from apt.errors import AptError
+from apt.errors import AptError, shortened
+from apt.limits import check_pattern_options
+from apt.places import kind_at
 
 
 def verify(
@@ -18,6 +20,7 @@ def verify(
     only: list[str] | None = args.ONLY,
     skip: list[str] | None = args.SKIP,
     override: list[str] | None = args.OVERRIDE,
+    as_json: bool = args.JSON,
     trust_remote_code: bool = args.REMOTE,
 ) -> None:
     """Count the zeros on disk; exit status 1 where a site has too few.
@@ -26,18 +29,22 @@ def verify(
     sites that the report lists as left dense on request are named and not counted, and --per is
     the run's own.
     """
+    check_pattern_options(sparsity, pattern, per)
+    if kind_at(directory) != "directory":
+        raise AptError(f"no such directory: {shortened(str(directory))}")
+
     from dataclasses import replace
 
-    from apt.cli.output import notice, out
-    from apt.models import find, load, skeleton
+    from apt.cli.output import notice, out, show_json
+    from apt.models import load, skeleton
     from apt.plan import make_plan
     from apt.plugins import registry
     from apt.report import read_report
+    from apt.rounding import check_rounding
+    from apt.source import find
     from apt.verify import failures
     from apt.verify import verify as count
 
-    if not directory.is_dir():
-        raise AptError(f"no such directory: {directory}")
     report = read_report(directory) or {}
     given = args.read_pattern(sparsity, pattern, per)
     wanted = given or args.parse(str(_recorded(report, "options").get("pattern")))
@@ -56,14 +63,21 @@ def verify(
     plan = make_plan(
         model.module, model.adapter, wanted, selection, "row" if by_row else "layer", also
     )
+    check_rounding(plan, notice)
     verdicts = count(model.module, model.adapter, plan)
     failed = failures(verdicts)
-    for verdict in failed:
-        out.print(f"{verdict.name}: {verdict.detail}", markup=False)
     zeros, size = sum(v.zeros for v in verdicts), sum(v.size for v in verdicts)
     asked = wanted if given else f"their pattern in the report ({wanted})"
     held = f"{len(verdicts) - len(failed)} of {len(verdicts)} sites meet {asked}"
-    out.print(f"{directory}: {held}; {zeros / size:.4%} of their weights are zero", markup=False)
+    if as_json:
+        found = [{"name": v.name, "detail": v.detail} for v in failed]
+        show_json({"directory": str(directory), "pattern": str(wanted), "sites": len(verdicts),
+                   "zeros": zeros, "weights": size, "failed": found})  # fmt: skip
+    else:
+        for verdict in failed:
+            out.print(f"{verdict.name}: {verdict.detail}", markup=False)
+        zero = f"{zeros / size:.4%} of their weights are zero"
+        out.print(f"{directory}: {held}; {zero}", markup=False)
     if failed:
         raise typer.Exit(1)
 

@@ -10,8 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from apt.errors import AptError
-from apt.models import find, load, skeleton
+from apt.models import load, skeleton
 from apt.plugins import Plugin, Registry
+from apt.source import find
 from apt.specs import AdapterSpec
 from apt.testing.checks import Subject
 from apt.testing.places import at, explained, place_of

@@ -15,7 +15,7 @@ def builtin(split: Split) -> Iterator[str]:
 
 def wikitext2(split: Split) -> Iterator[str]:
     """WikiText-2, raw: train and test."""
-    return hub_documents("Salesforce/wikitext", "wikitext-2-raw-v1", split)
+    return hub_documents("Salesforce/wikitext", "wikitext-2-raw-v1", split, called="wikitext2")
 
 
 def ptb(split: Split) -> Iterator[str]:
@@ -24,7 +24,7 @@ def ptb(split: Split) -> Iterator[str]:
     The repository itself is a loading script, which `datasets` 4 no longer runs.
     """
     name, export = "ptb-text-only/ptb_text_only", "refs/convert/parquet"
-    return hub_documents(name, None, split, revision=export)
+    return hub_documents(name, None, split, revision=export, called="ptb")
 
 
 def c4(split: Split) -> Iterator[str]:
@@ -33,4 +33,4 @@ def c4(split: Split) -> Iterator[str]:
         "train": "hf://datasets/allenai/c4/en/c4-train.00000-of-01024.json.gz",
         "validation": "hf://datasets/allenai/c4/en/c4-validation.00000-of-00008.json.gz",
     }
-    return hub_documents("json", None, split, files=shards)
+    return hub_documents("json", None, split, files=shards, called="c4")

@@ -104,7 +104,8 @@ def test_native_models_are_pruned_in_memory_as_their_conversions_are(kind, writt
     model, folder = written(kind)
     report = library.prune(model, TOKENS, pattern="2:4", method="sm")
     assert report.model == {"type": "MambaLMHeadModel", "adapter": "mamba-ssm"}
-    from apt.models import find, load, skeleton
+    from apt.models import load, skeleton
+    from apt.source import find
 
     converted = load(skeleton(find(str(folder), registry()), registry())).module
     library.prune(converted, TOKENS, pattern="2:4", method="sm")

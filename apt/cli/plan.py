@@ -1,0 +1,139 @@
+"""A plan as a table, or as data."""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from typing import Any
+
+from apt.adapter import Site
+from apt.cli.output import duration, out, show, show_json, size, table
+from apt.estimate import Estimate, estimate
+from apt.models import Model
+from apt.plan import Plan
+
+_Row = tuple[Site, tuple[int, int], str]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What is to be done to a model, on how much text, and where.
+
+    Attributes:
+        shell: the model, without weights.
+        plan: what is done to each site.
+        samples, seqlen: how much there is to calibrate on.
+        device: where it runs.
+        streamed: whether no more than one block is in memory.
+        on_disk: whether no more than one batch of activations is.
+        writing: whether the model writes text itself.
+    """
+
+    shell: Model
+    plan: Plan
+    samples: int
+    seqlen: int
+    device: str
+    streamed: bool = False
+    on_disk: bool = False
+    writing: bool = False
+
+    @property
+    def parameters(self) -> int:
+        """The number of parameters of the whole model."""
+        return sum(p.numel() for p in self.shell.module.parameters())
+
+    def needs(self) -> Estimate:
+        """The memory and time that it will take."""
+        return estimate(
+            self.shell, self.plan, self.samples, self.seqlen, self.shell.dtype, self.device,
+            streamed=self.streamed, on_disk=self.on_disk, writing=self.writing,
+        )  # fmt: skip
+
+
+def show_plan(planned: Planned, *, as_json: bool) -> None:
+    """Print a plan and what it needs."""
+    if as_json:
+        show_json(_record(planned))
+    else:
+        _show_outline(planned)
+        _show_sites(planned.plan)
+        _show_needs(planned)
+
+
+def _record(planned: Planned) -> dict[str, Any]:
+    shell, needs = planned.shell, planned.needs()
+    return {
+        "model": shell.source.reference,
+        "class": type(shell.module).__name__,
+        "adapter": shell.spec.name,
+        "parameters": planned.parameters,
+        "blocks": [block.name for block in planned.plan.blocks],
+        "sites": [
+            {
+                "name": entry.name,
+                "shape": list(entry.shape),
+                "input": entry.site.input,
+                "residual": entry.site.residual,
+                "pattern": str(entry.pattern) if entry.pattern else None,
+            }
+            for entry in planned.plan.sites
+        ],
+        "samples": planned.samples,
+        "seqlen": planned.seqlen,
+        "device": planned.device,
+        "needs": {**asdict(needs), "memory": needs.memory},
+    }
+
+
+def _show_outline(planned: Planned) -> None:
+    shell, plan = planned.shell, planned.plan
+    in_sites = sum(site.size for site in plan.sites)
+    out.print(
+        f"{shell.source.reference}: {type(shell.module).__name__}, adapter {shell.spec.name}, "
+        f"{planned.parameters:,} parameters, {in_sites:,} of them in {len(plan.sites)} sites of "
+        f"{len(plan.blocks)} blocks; + marks what is added to the residual stream",
+        markup=False,
+    )
+
+
+def _show_sites(plan: Plan) -> None:
+    """The sites of equal blocks in one table."""
+    made = table("blocks", "site", ">out", ">in", "input", "pattern")
+    names = [block.name for block in plan.blocks]
+    likeness = [
+        [(s.site, s.shape, str(s.pattern or "dense")) for s in block.sites] for block in plan.blocks
+    ]
+    for rows, group in groupby(range(len(names)), key=lambda index: likeness[index]):
+        indices = list(group)
+        label = names[indices[0]]
+        if len(indices) > 1:
+            label += f" … {names[indices[-1]].rpartition('.')[2]}"
+        for (kind, (rows_out, width), pattern), alike in _alike(rows):
+            first, more = alike[0], f" × {len(alike)}" if len(alike) > 1 else ""
+            given = first.input if len(alike) == 1 else "each its own"
+            name = kind + "+" * first.residual + more
+            made.add_row(label, name, str(rows_out), str(width), given, pattern)
+            label = ""
+    show(made)
+
+
+def _alike(rows: list[_Row]) -> Iterable[tuple[tuple[str, tuple[int, int], str], list[Site]]]:
+    """Sites by kind, shape and pattern: experts of a stack take one line together."""
+    groups: dict[tuple[str, tuple[int, int], str], list[Site]] = {}
+    for site, shape, pattern in rows:
+        groups.setdefault((site.kind, shape, pattern), []).append(site)
+    return groups.items()
+
+
+def _show_needs(planned: Planned) -> None:
+    needs = planned.needs()
+    disk = f", {size(needs.disk)} of disk" if planned.on_disk else ""
+    out.print(
+        f"calibration {planned.samples} × {planned.seqlen} tokens: about {size(needs.memory)} of "
+        f"memory (process {size(needs.process)}, weights {size(needs.weights)}, "
+        f"activations {size(needs.activations)}, Gram matrices {size(needs.grams)}, "
+        f"working {size(needs.working)}; or, while it is measured, weights and "
+        f"{size(needs.predicting)}){disk} and at least {duration(needs.seconds)} on "
+        f"{planned.device}",
+        markup=False,
+    )

@@ -1,0 +1,82 @@
+"""What a run has done: the closing table and lines, or the same as data."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from apt.cli.output import duration, out, show, show_json, size, table
+from apt.report import Report, by_kind, peak_memory
+from apt.run import RunOptions
+
+
+def show_report(report: Report, options: RunOptions, *, as_json: bool) -> None:
+    """Print what a run has done, and where the result lies."""
+    if as_json:
+        show_json(_record(report, options))
+        return
+    _show_kinds(report)
+    _show_doubts(report, options)
+    for metric in options.metrics if report.scores else ():
+        before, after = report.scores["before"][metric], report.scores["after"][metric]
+        out.print(f"{metric} on {options.evaluation}: {before:.4g} → {after:.4g}", markup=False)
+    out.print(
+        f"{options.output}: {report.sparsity:.2%} zeros in the pruned sites, verified on disk; "
+        f"mean relative layer error {report.relative_error:.4f}; {duration(report.seconds)}, "
+        f"peak memory {size(sum(peak_memory().values()))}",
+        markup=False,
+    )
+
+
+def _record(report: Report, options: RunOptions) -> dict[str, Any]:
+    return {
+        "output": str(options.output),
+        "model": options.model,
+        "pattern": str(options.pattern),
+        "method": options.method,
+        "sparsity": report.sparsity,
+        "relative_layer_error": report.relative_error,
+        "scores": report.scores,
+        "seconds": round(report.seconds, 3),
+        "peak_memory_bytes": peak_memory(),
+        "kinds": [asdict(kind) for kind in by_kind(report.sites)],
+    }
+
+
+def _show_kinds(report: Report) -> None:
+    made = table("site", ">sites", ">weights", ">sparsity", ">mean error", ">worst", ">solve s")
+    for kind in by_kind(report.sites):
+        made.add_row(
+            kind.kind,
+            str(kind.sites),
+            f"{kind.weights:,}",
+            f"{kind.sparsity:.4f}",
+            f"{kind.mean_error:.4f}",
+            f"{kind.max_error:.4f}",
+            f"{kind.seconds:.2f}",
+        )
+    show(made)
+
+
+def _show_doubts(report: Report, options: RunOptions) -> None:
+    """Lines about what did not go as well as it could."""
+    asked = options.solver.damping
+    for event in report.sites:
+        if asked is not None and event.damping is not None and event.damping > asked:
+            out.print(f"{event.name} needed damping {event.damping:g}", markup=False)
+    if starved := [site for site in report.sites if site.starved]:
+        first = starved[0]
+        out.print(
+            f"{len(starved)} sites saw fewer tokens than they have inputs ({first.name}: "
+            f"{first.tokens:,} of {first.shape[1]:,}); more --samples would serve them better",
+            markup=False,
+        )
+
+
+def without_value(scores: Mapping[str, Any], metrics: tuple[str, ...]) -> str | None:
+    """The first measure that is not a finite number, and when; None where all are."""
+    for when in ("before", "after"):
+        for metric in metrics if scores else ():
+            if not math.isfinite(float(scores[when][metric])):
+                return f"{metric} {when} pruning"
+    return None

@@ -1,0 +1,75 @@
+"""Models that cannot be pruned are refused by their configuration, with the reason."""
+
+import json
+
+import pytest
+import transformers
+
+from apt.errors import AptError
+from apt.models import skeleton
+from apt.plugins import registry
+from apt.source import find
+
+ENCODER_DECODERS = ["T5Config", "BartConfig", "WhisperConfig", "MT5Config", "PegasusConfig"]
+ENCODERS = ["BertConfig", "RobertaConfig", "XLMConfig", "ElectraConfig", "ModernBertConfig"]
+OTHERS = ["ViTConfig", "CLIPConfig", "LlavaConfig", "Wav2Vec2Config"]
+
+
+def refusal(path, adapter=None):
+    with pytest.raises(AptError) as caught:
+        skeleton(find(str(path), registry()), registry(), adapter)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("adapter", [None, "auto"])
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        *((name, "is an encoder-decoder model (type '") for name in ENCODER_DECODERS),
+        *((name, "is an encoder (type '") for name in ENCODERS),
+        *((name, "transformers has no causal language model of type '") for name in OTHERS),
+    ],
+)
+def test_what_is_no_causal_language_model_is_told(tmp_path, name, said, adapter):
+    getattr(transformers, name)().save_pretrained(tmp_path)
+    assert said in refusal(tmp_path, adapter)
+    assert "APT prunes causal language models" in refusal(tmp_path, adapter)
+
+
+@pytest.mark.parametrize(
+    ("settings", "method"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        ({"quant_method": "awq", "bits": 4}, "awq"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8"),
+        ({"quant_method": "compressed-tensors"}, "compressed-tensors"),
+        ({"quant_method": "mxfp4"}, "mxfp4"),
+        ({"bits": 4}, "a method that is not named"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("command", ["prune", "inspect"])
+def test_quantised_checkpoints_are_refused(apt, edited, settings, method, command):
+    run = apt(command, edited("llama", quantization_config=settings))
+    assert run.code == 2
+    assert f"is quantised with {method}, and its weights cannot be pruned" in run.err
+    assert "prune the original model" in run.err
+    assert len(run.err.splitlines()) == 1
+
+
+def test_decoders_made_of_encoders_are_let_through(tmp_path):
+    config = transformers.BertConfig(
+        is_decoder=True, vocab_size=64, hidden_size=32, num_hidden_layers=2,
+        num_attention_heads=4, intermediate_size=64,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    assert "no adapter serves models of type 'bert'" in refusal(tmp_path)
+
+
+def test_code_of_its_own_may_be_a_causal_language_model(tmp_path):
+    auto = {"AutoModelForCausalLM": "theirs.Model"}
+    config = transformers.ViTConfig().to_dict() | {"auto_map": auto}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert "no adapter serves models of type 'vit'" in refusal(tmp_path)
