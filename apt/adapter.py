@@ -229,7 +229,8 @@ class DecoderAdapter:
     Attributes:
         blocks_path: the path of the ``ModuleList`` of blocks.
         inputs: the inputs of a block in the order of the forward pass.
-        left_dense: paths of Linears within a block that are no sites, for instance a router.
+        left_dense: paths within a block of parameters, or of modules with a weight, that are
+            neither site nor extra, for instance a router.
         transposed: types of module, beside Linear, whose weight is stored (in, out).
     """
 

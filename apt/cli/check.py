@@ -1,4 +1,4 @@
-"""``apt check``."""
+"""``apt-prune check``."""
 
 import warnings
 from typing import TYPE_CHECKING
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def check(
-    adapter: str = typer.Argument(help="The adapter's name, as in: apt adapters."),
+    adapter: str = typer.Argument(help="The adapter's name, as in: apt-prune adapters."),
     model: str | None = typer.Argument(
         None, help="A model to check it with; by default its own example or embedded model."
     ),
@@ -20,7 +20,7 @@ def check(
     Exit status 1 where a check fails, 2 where there is nothing to check: the adapter or its example
     cannot be made, or the model is none for it.
 
-    For example: apt check llama
+    For example: apt-prune check llama
     """
     from apt.cli.output import out, table
     from apt.testing.outcomes import outcomes, told

@@ -1,7 +1,7 @@
 """The conformance kit: what proves that an adapter is right.
 
 As functions, `check_adapter` or the single checks in `apt.testing.checks`; under pytest, subclass
-`AdapterConformance`; at a shell, ``apt check ADAPTER``.
+`AdapterConformance`; at a shell, ``apt-prune check ADAPTER``.
 """
 
 from apt.testing.checks import CHECKS, Nonconformance, Subject
