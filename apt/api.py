@@ -10,7 +10,8 @@ from torch import Tensor
 from apt.allocate import UNIFORM, allocated, check_allocation
 from apt.errors import AptError
 from apt.events import Observer, telling
-from apt.mode import check_options, choose_mode
+from apt.limits import check_solver
+from apt.mode import choose_mode
 from apt.pipeline import prune_blocks
 from apt.plan import Selection, make_plan
 from apt.plugins import registry
@@ -91,7 +92,7 @@ def prune(
     """
     started, ranks = time.perf_counter(), ranks or Ranks()
     options = options or SolverOptions()
-    check_options(options)
+    check_solver(options.damping, options.block_size, options.effort)
     try:
         wanted = parse_pattern(pattern) if isinstance(pattern, str) else pattern
     except ValueError as error:

@@ -36,13 +36,13 @@ def check_solver(damping: float | None, block_size: int | None, effort: str) -> 
     """Raise for what no method can be told."""
     if damping is not None and not 0 <= damping <= MOST_DAMPING:
         raise AptError(
-            f"--damping {damping:g} is not a number from 0 to {MOST_DAMPING:g}",
+            f"damping {damping:g} is not a number from 0 to {MOST_DAMPING:g}",
             "it is a share of the mean diagonal, such as 0.05",
         )
     if block_size is not None and block_size < 1:
-        raise AptError(f"--block-size {block_size} is not positive")
+        raise AptError(f"block size {block_size} is not positive")
     if effort not in EFFORTS:
-        raise AptError(f"--effort {effort} is none of {', '.join(EFFORTS)}")
+        raise AptError(f"effort '{effort}' is none of {', '.join(EFFORTS)}")
 
 
 def check_shard_size(size: str | None) -> None:

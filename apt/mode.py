@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from apt.errors import AptError
 from apt.importance import Importance
 from apt.reconstruct import Reconstruction
 from apt.replaced import Replaced
-from apt.solver import EFFORTS, Effort, SolverOptions
+from apt.solver import Effort, SolverOptions
 from apt.solver.gram import DAMPING
 from apt.specs import MethodSpec
 from apt.targets import Targets
@@ -32,22 +31,7 @@ SELF_CALIBRATION: dict[Effort, float] = {"best": 0.25}
 """Samples that the model writes for each that is given, in an error-aware run, by effort."""
 
 
-MOST_DAMPING = 1e6
 """Of the mean diagonal; beyond it the Gram matrix counts for nothing, and fp32 overflows."""
-
-
-def check_options(options: SolverOptions) -> None:
-    """Raise `AptError` for what no method can be told."""
-    damping, block_size = options.damping, options.block_size
-    if damping is not None and not 0 <= damping <= MOST_DAMPING:
-        raise AptError(
-            f"damping {damping:g} is not a number from 0 to {MOST_DAMPING:g}",
-            "it is a share of the mean diagonal, such as 0.05",
-        )
-    if block_size is not None and block_size < 1:
-        raise AptError(f"block_size {block_size} is not positive")
-    if options.effort not in EFFORTS:
-        raise AptError(f"effort '{options.effort}' is none of {', '.join(EFFORTS)}")
 
 
 @dataclass(frozen=True)

@@ -225,8 +225,8 @@ BAD = [
     (["prune", "zoo:llama", "--device", "cuda:99"], "device 'cuda:99' is not available"),
     (["prune", "zoo:llama", "--block-size", "64"], "admm knows no --block-size; these do: sm, mm"),
     (["prune", "zoo:llama", "--effort", "fast", "--method", "ss"], "ss knows no --effort"),
-    (["prune", "zoo:llama", "--effort", "most"], "--effort most is none of fast, default, best"),
-    (["prune", "zoo:llama", "--damping=-1"], "--damping -1 is not a number from 0 to"),
+    (["prune", "zoo:llama", "--effort", "most"], "effort 'most' is none of fast, default, best"),
+    (["prune", "zoo:llama", "--damping=-1"], "damping -1 is not a number from 0 to"),
     (
         ["prune", "zoo:llama", "--block-size", "6", "--method", "sm"],
         "block size 6 is not a multiple of 4",

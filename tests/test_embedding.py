@@ -91,7 +91,7 @@ def test_two_threads_give_what_one_gives_and_restore_what_was_allowed():
         ({"damping": 1e308}, "damping 1e+308 is not a number from 0 to 1e+06"),
         ({"damping": float("nan")}, "damping nan is not"),
         ({"damping": -1.0}, "damping -1 is not"),
-        ({"block_size": 0}, "block_size 0 is not positive"),
+        ({"block_size": 0}, "block size 0 is not positive"),
         ({"effort": "most"}, "effort 'most' is none of fast, default, best"),
     ],
 )

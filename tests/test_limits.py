@@ -18,8 +18,8 @@ Q = ("--samples", 4, "--seqlen", 64, "--method", "wanda")
 
 REFUSED = [
     (("prune", "zoo:llama", "--seed", "1" + "0" * 23), "--seed 1" + "0" * 23 + " is out of range"),
-    (("prune", "zoo:llama", "--damping", "1e308"), "--damping 1e+308 is not a number from 0 to"),
-    (("prune", "zoo:llama", "--damping", "nan"), "--damping nan is not a number from 0 to"),
+    (("prune", "zoo:llama", "--damping", "1e308"), "damping 1e+308 is not a number from 0 to"),
+    (("prune", "zoo:llama", "--damping", "nan"), "damping nan is not a number from 0 to"),
     (("prune", "zoo:llama", "--samples", "-1"), "must not be negative"),
     (("prune", "zoo:llama", "--per", "row"), "there is no --sparsity"),
     (("prune", "zoo:llama", "--per", "row", "--pattern", "2:4"), "an n:m pattern is the same in"),
