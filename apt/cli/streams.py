@@ -102,7 +102,7 @@ def _leave(lost: LostOutput) -> NoReturn:
     if lost.error.errno == errno.EPIPE:
         raise SystemExit(_BROKEN_PIPE) from None
     sys.stderr.write(f"{program()}: {lost}; write it to a place that has room\n")
-    raise SystemExit(2) from None
+    raise SystemExit(1) from None  # not 2: what was to be done has been done
 
 
 def _sound(stream: Any) -> Any:
