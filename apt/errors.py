@@ -16,6 +16,11 @@ class AptError(Exception):
         self.message, self.hint = message, hint
         super().__init__(f"{message}; {hint}" if hint else message)
 
+    @property
+    def faults(self) -> list[str]:
+        """A line for each thing that is wrong: one, but for errors that collect several."""
+        return [str(self)]
+
     def add_hint(self, hint: str) -> None:
         """Say one thing more."""
         self.hint = f"{self.hint}; {hint}" if self.hint else hint

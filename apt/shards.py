@@ -168,6 +168,8 @@ def _read_index(path: Path) -> dict[str, str]:
     """From tensor to file."""
     try:
         found: Any = json.loads(path.read_bytes())
+        if isinstance(found, dict) and "weight_map" not in found:
+            raise AptError(f"{path} has no 'weight_map'", "get the checkpoint again")
         weights = found["weight_map"]
         if not weights or not all(isinstance(v, str) for v in weights.values()):
             raise ValueError("no map of weights")

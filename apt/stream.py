@@ -30,10 +30,11 @@ from apt.layout import pruned_tensors
 from apt.models import load_tokenizer
 from apt.outputs import check_space
 from apt.pipeline import prune_blocks
+from apt.prepare import Prepared
 from apt.ranks import Ranks
 from apt.report import Report, versions
-from apt.run import (
-    Prepared,
+from apt.shards import Shards
+from apt.steps import (
     Unmeasured,
     check_vocabulary,
     chosen_bos,
@@ -43,7 +44,6 @@ from apt.run import (
     texts,
     unfinished,
 )
-from apt.shards import Shards
 from apt.stored import Stored, open_stored
 from apt.text import digest
 from apt.workplace import Workplace, writing

@@ -12,7 +12,7 @@ from apt.activations import DiskStore, MemoryStore
 from apt.batches import Batch, Reference, enter
 from apt.shards import Shards
 from tests.families import FAMILIES, random_model
-from tests.test_stream import SMALL, KilledError, check_full_disk, weights
+from tests.test_stream import PLACES, SMALL, KilledError, check_full_disk, cut, weights
 
 Pair = namedtuple("Pair", "left right")
 
@@ -87,16 +87,16 @@ def command(checkpoint):
 
 
 def test_a_run_that_was_killed_leaves_no_activations_behind(command, apt, monkeypatch):
-    def killed(*args):
-        raise KilledError
-
     assert apt(*command, "-o", "whole").code == 0
     with monkeypatch.context() as patch:
         patch.setattr("apt.activations.weakref.finalize", lambda *args: None)
-        patch.setattr("apt.disk.OnDisk.keep", killed)
+        cut(patch, PLACES["journal"], 4, KilledError())
         with pytest.raises(KilledError):
             apt(*command, "-o", "out")
-    assert list(Path(".out.apt/activations").iterdir())
+    activations = Path(".out.apt/activations")
+    assert not activations.exists()
+    activations.mkdir()  # SIGKILL leaves them
+    (activations / "0").write_bytes(b"activations")
     assert apt(*command, "-o", "out", "--resume").code == 0
     assert weights("out") == weights("whole")
     assert not list(Path().glob(".out*"))

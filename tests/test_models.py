@@ -74,7 +74,7 @@ def test_a_directory_without_a_config_is_no_model(tmp_path):
 def test_a_truncated_checkpoint_is_one_line(damaged):
     weights = damaged / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
-    with pytest.raises(AptError, match="does not load") as caught:
+    with pytest.raises(AptError, match="is damaged") as caught:
         loaded(damaged)
     assert "\n" not in str(caught.value)
 
@@ -196,8 +196,9 @@ def test_damaged_configurations_are_told_by_what_is_wrong(edited, fields, said):
 
 @pytest.mark.parametrize("lacking", ["weight_map", "metadata"])
 def test_an_index_that_lacks_an_entry_is_named(damaged, lacking):
-    (damaged / "model.safetensors").rename(damaged / "model-00001-of-00001.safetensors")
-    names = dict.fromkeys(load_file(damaged / "model-00001-of-00001.safetensors"), "model-00001")
+    name = "model-00001-of-00001.safetensors"
+    (damaged / "model.safetensors").rename(damaged / name)
+    names = dict.fromkeys(load_file(damaged / name), name)
     index = {"metadata": {}, "weight_map": names}
     del index[lacking]
     (damaged / "model.safetensors.index.json").write_text(json.dumps(index))

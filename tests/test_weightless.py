@@ -13,9 +13,10 @@ from apt.adapter import DecoderAdapter
 from apt.errors import AptError
 from apt.evaluate import perplexity
 from apt.hollow import assemble
-from apt.models import find, skeleton
+from apt.models import skeleton
 from apt.plugins import registry
 from apt.shards import Shards
+from apt.source import find
 from apt.stored import open_stored
 from apt.weightless import weightless
 from tests.families import CONFIGS, TEXT, VOCABULARY

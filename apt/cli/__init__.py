@@ -127,7 +127,7 @@ def _run(arguments: list[str]) -> None:
         told = error if isinstance(error, AptError) else mendable(error)
         if told is None:
             raise
-        _fail(str(told))
+        _fail(*told.faults)
 
 
 def _check_working_directory() -> None:
@@ -155,13 +155,13 @@ def _globals_first(arguments: list[str]) -> list[str]:
     return first + rest
 
 
-def _fail(line: str) -> None:
+def _fail(*lines: str) -> None:
     from apt.cli.output import log
 
     rank = os.environ.get("RANK", "0")  # of the processes that torchrun starts
-    line = " ".join(line.split())
-    log.error(line)
-    typer.echo(f"{program()}: " + (f"rank {rank}: {line}" if rank != "0" else line), err=True)
+    for line in (" ".join(line.split()) for line in lines):
+        log.error(line)
+        typer.echo(f"{program()}: " + (f"rank {rank}: {line}" if rank != "0" else line), err=True)
     raise SystemExit(2)
 
 

@@ -59,8 +59,9 @@ def evaluate(
 
     from apt.machine import choose_device, read_dtype
     from apt.models import load_tokenizer, skeleton
-    from apt.run import capped, check_vocabulary
+    from apt.prepare import capped
     from apt.specials import bos_of
+    from apt.steps import check_vocabulary
     from apt.stored import open_stored
     from apt.text import digest, documents, evaluation_tokens
 

@@ -39,8 +39,8 @@ def inspect(
     from apt.machine import choose_device
     from apt.models import skeleton
     from apt.plan import make_plan
+    from apt.prepare import capped
     from apt.rounding import check_rounding
-    from apt.run import capped
 
     wanted = args.read_pattern(sparsity, pattern, None) or args.parse("2:4")
     device, on_disk = choose_device(device), activations == "disk"

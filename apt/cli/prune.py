@@ -137,8 +137,8 @@ def prune(
     hub = args.read_hub(revision, token, cache_dir)
     args.find_model(model, shelf, hub, trust_remote_code=trust_remote_code)
 
+    from apt.prepare import RunOptions, prepare
     from apt.ranks import joined
-    from apt.run import RunOptions, prepare
     from apt.solver import SolverOptions
 
     wanted = args.read_pattern(sparsity, pattern, per)

@@ -13,9 +13,10 @@ from apt.cli.progress import RunProgress
 from apt.cli.streams import program
 from apt.cli.summary import show_report, without_value
 from apt.errors import AptError
+from apt.prepare import Prepared, RunOptions, already_complete
 from apt.ranks import Ranks
 from apt.report import FILE, Report
-from apt.run import Prepared, RunOptions, already_complete, execute
+from apt.run import execute
 from apt.stream import execute_streamed
 from apt.workplace import resumable
 

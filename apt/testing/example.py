@@ -20,15 +20,16 @@ from apt.testing.suite import random_tokens
 
 
 class NotBegun(AptError):
-    """There is nothing that can be checked.
+    """There is nothing that can be checked, for each of some reasons."""
 
-    Attributes:
-        lines: every reason, in a line.
-    """
+    def __init__(self, reasons: list[str]) -> None:
+        self._reasons = list(dict.fromkeys(reasons))
+        super().__init__("\n".join(self._reasons))
 
-    def __init__(self, lines: list[str]) -> None:
-        self.lines = list(dict.fromkeys(lines))
-        super().__init__("\napt: ".join(self.lines))
+    @property
+    def faults(self) -> list[str]:
+        """Every reason."""
+        return self._reasons
 
 
 def subject(registry: Registry, adapter: str, model: str | None = None) -> Subject:
@@ -74,7 +75,7 @@ def _collected(faults: list[str]) -> Iterator[None]:
     try:
         yield
     except NotBegun as error:
-        faults += error.lines
+        faults += error.faults
 
 
 def _spec(registry: Registry, adapter: str) -> AdapterSpec:
