@@ -1,5 +1,6 @@
 """``apt check`` on authors' mistakes: a line for each, with its place in the author's own file."""
 
+import json
 import os
 import re
 import sys
@@ -267,3 +268,14 @@ def test_inputs_and_sites_refuse_wrong_types(name):
     make, said = WRONG[name]
     with pytest.raises(TypeError, match=re.escape(said)):
         make()
+
+
+def test_outcomes_as_json(package, apt):
+    package(FAILURES["enter raises"][0])
+    done = apt("check", "mine", "--json")
+    assert done.code == 1
+    record = json.loads(done.out)
+    assert record["checks"]["untouched"] == "failed"
+    assert record["checks"]["logits"] == "not run"
+    assert record["holding"] == list(record["checks"].values()).count("ok")
+    assert "no masks today" in record["problems"][0]

@@ -5,8 +5,10 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from apt.cli import arguments as args
+
 if TYPE_CHECKING:
-    from apt.testing import Subject
+    from apt.testing import Outcome, Subject
 
 
 def check(
@@ -14,6 +16,7 @@ def check(
     model: str | None = typer.Argument(
         None, help="A model to check it with; by default its own example or embedded model."
     ),
+    as_json: bool = args.JSON,
 ) -> None:
     """Check that an adapter is right.
 
@@ -22,26 +25,42 @@ def check(
 
     For example: apt-prune check llama
     """
-    from apt.cli.output import out, table
-    from apt.testing.outcomes import outcomes, told
+    from apt.testing.outcomes import outcomes
 
     found = list(outcomes(_subject(adapter, model)))
+    _show(adapter, found, as_json=as_json)
+    if any(outcome.problem for outcome in found):
+        raise typer.Exit(1)
+
+
+def _show(adapter: str, found: "list[Outcome]", *, as_json: bool) -> None:
+    """Print what came of every check."""
+    from apt.cli.output import out, show, show_json, table
+    from apt.testing.outcomes import told
+
+    states = {
+        outcome.name: "not run" if outcome.kept_by else "failed" if outcome.problem else "ok"
+        for outcome in found
+    }
+    holding = list(states.values()).count("ok")
+    if as_json:
+        show_json(
+            {"adapter": adapter, "checks": states, "problems": told(found), "holding": holding}
+        )
+        return
     made = table("check", "", "what it looks at")
     for outcome in found:
-        state = "not run" if outcome.kept_by else "failed" if outcome.problem else "ok"
-        made.add_row(outcome.name, state, outcome.summary)
-    out.print(made)
+        made.add_row(outcome.name, states[outcome.name], outcome.summary)
+    show(made)
     for line in told(found):
         out.print(line, markup=False)
-    holding = sum(not outcome.problem for outcome in found)
     out.print(f"{adapter}: {holding} of {len(found)} checks hold")
-    if holding < len(found):
-        raise typer.Exit(1)
 
 
 def _subject(adapter: str, model: str | None) -> "Subject":
     """What to check; of plugins that do not load, the error says more than their warnings."""
     from apt.cli.output import notice
+    from apt.cli.streams import program
     from apt.plugins import registry
     from apt.testing.example import subject
 
@@ -49,5 +68,5 @@ def _subject(adapter: str, model: str | None) -> "Subject":
         found = registry()
     made = subject(found, adapter, model)
     for warning in told:
-        notice(f"apt: warning: {warning.message}")
+        notice(f"{program()}: warning: {warning.message}")
     return made
