@@ -246,7 +246,7 @@ def _resumable(work: Workplace) -> Iterator[None]:
         with writing(work.name, "mend that, then give the same command with --resume"):
             yield
     except AptError as error:
-        if work.kept and "--resume" not in error.hint:
+        if work.kept and not any(word in error.hint for word in ("--resume", "delete")):
             error.add_hint(f"what is done is kept in {work.folder.name}, for --resume")
         raise
 
