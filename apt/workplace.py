@@ -55,7 +55,7 @@ class Workplace:
         Raises:
             AptError: another run holds it, or the folder is not this user's own.
         """
-        with _locked(self):
+        with _made_parents(self.folder), _locked(self):
             self._check_own()
             self._restore_old()
             self._found = self.journal.path.exists() or self.whole
@@ -202,6 +202,18 @@ def _locked(work: Workplace) -> Iterator[None]:
                 continue  # its last holder removed it in between
             yield
             return
+
+
+@contextmanager
+def _made_parents(folder: Path) -> Iterator[None]:
+    """Remove, at the end, the folders above one that were made meanwhile and are empty."""
+    made = [parent for parent in folder.parents if not parent.exists()]
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            for parent in made:
+                parent.rmdir()
 
 
 def _make_folder(folder: Path) -> None:

@@ -240,3 +240,12 @@ def test_links_in_a_workplace_are_not_followed(tmp_path, name, hard):
     with pytest.raises(AptError, match="is a link|cannot be opened"):
         write(tmp_path / "out")
     assert snapshot(outside) == {"kept": (outside.joinpath("kept").lstat().st_mode, 0, "", b"kept")}
+
+
+def test_folders_that_were_made_for_nothing_are_gone_again(tmp_path):
+    (tmp_path / "there").mkdir()
+    with pytest.raises(KeyError), whole_directory(tmp_path / "there/deep/er/out"):
+        raise KeyError
+    assert snapshot(tmp_path).keys() == {"there"}
+    write(tmp_path / "there/deep/er/out")
+    assert (tmp_path / "there/deep/er/out/weights").is_file()
