@@ -34,6 +34,7 @@ from apt.plugins import registry
 from apt.samples import mixed
 from apt.self_calibration import own_text
 from apt.solver import SolverOptions, parse_pattern
+from apt.specials import special_ids
 from apt.text import documents
 
 METHODS = [
@@ -78,19 +79,21 @@ def texts(options: argparse.Namespace, tokenizer: Any) -> tuple[Tensor, dict[str
     }
 
 
-def prune(model: Model, name: str, pattern: str, tokens: Tensor) -> tuple[nn.Module, Row]:
-    """A pruned copy, and what was measured on the way."""
+def prune(
+    model: Model, name: str, pattern: str, tokens: Tensor, special: tuple[int, ...]
+) -> tuple[nn.Module, Row]:
+    """A pruned copy, and what was measured on the way; ``special`` tokens are never random ones."""
     name, own, _ = name.partition("+own")
     name, _, mode_name = name.partition("/")
     method, _, effort = name.partition(":")
     spec, solver = registry().methods.get(method), SolverOptions(effort=effort or "default")
-    mode = choose_mode(spec, solver, False if mode_name == "layer-wise" else None)
+    mode = choose_mode(spec, solver, False if mode_name == "layer-wise" else None).sparing(special)
     share = choose_own_samples(spec, mode, len(tokens))
     module = copy.deepcopy(model.module)
     plan = make_plan(module, model.adapter, parse_pattern(pattern), per=spec.per)
     started = time.perf_counter()
     if count := share or (len(tokens) // 4 if own else 0):
-        tokens = mixed(tokens, own_text(module, count, tokens.shape[1]))
+        tokens = mixed(tokens, own_text(module, count, tokens.shape[1], special=special))
     sites = prune_blocks(module, model.adapter, plan, tokens, spec.load(), **vars(mode))
     return module, {
         "error": fmean(site.relative_error for site in sites),
@@ -109,9 +112,9 @@ def measure(options: argparse.Namespace, known: list[Row]) -> Iterator[Row]:
         if (method, pattern) in have:
             yield have[method, pattern]
             continue
-        module, row = (
-            (model.module, {}) if method == "dense" else prune(model, method, pattern, tokens)
-        )
+        module, row = model.module, dict[str, Any]()
+        if method != "dense":
+            module, row = prune(model, method, pattern, tokens, special_ids(tokenizer))
         with model.adapter.running(module):
             scores = {name: perplexity(module, text) for name, text in held_out.items()}
         yield {"method": method, "pattern": pattern, **scores, **row}
