@@ -144,14 +144,22 @@ def _from_pretrained(source: Source, dtype: torch.dtype | None) -> tuple[Any, li
             ignore_mismatched_sizes=True,  # what is to be said of them is said here
             **source.options(),
         )  # fmt: skip
-    for name, stored, expected in info.get("mismatched_keys", ()):
-        raise AptError(
-            f"{name} of {source.reference} is {tuple(stored)}, but {tuple(expected)} by its "
-            "configuration",
-            "is its config.json the right one?",
-        )
+    for mismatch in info.get("mismatched_keys", ()):
+        raise _mismatched(source, module, mismatch)
     missing = sorted(info["missing_keys"])
     return (_plain(module) if source.gguf and not missing else module), missing
+
+
+def _mismatched(source: Source, module: Any, mismatch: Any) -> AptError:
+    """The error for a tensor of another shape; transformers 4 gives its name alone."""
+    name, *shapes = (mismatch,) if isinstance(mismatch, str) else mismatch
+    stored = f"is {tuple(shapes[0])}" if shapes else "has another shape"
+    expected = module.state_dict().get(name)
+    wanted = "another" if expected is None else tuple(expected.shape)
+    return AptError(
+        f"{name} of {source.reference} {stored}, but {wanted} by its configuration",
+        "is its config.json the right one?",
+    )
 
 
 def _from_checkpoint(
