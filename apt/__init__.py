@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Any
 from apt.errors import AptError
 
 if TYPE_CHECKING:
-    from apt.api import prune, prune_copy
-    from apt.ranks import Ranks
-    from apt.self_calibration import own_text
+    from apt.distributed.ranks import Ranks
+    from apt.runs.api import prune, prune_copy
+    from apt.text.self_generated import own_text
 
 __all__ = ["AptError", "Ranks", "__version__", "own_text", "prune", "prune_copy"]
 __version__ = "0.1.0"
 _LAZY = {
-    "prune": "apt.api",
-    "prune_copy": "apt.api",
-    "Ranks": "apt.ranks",
-    "own_text": "apt.self_calibration",
+    "prune": "apt.runs.api",
+    "prune_copy": "apt.runs.api",
+    "Ranks": "apt.distributed.ranks",
+    "own_text": "apt.text.self_generated",
 }
 
 

@@ -60,7 +60,7 @@ class BlockTuned:
     Attributes:
         name: the block.
         before, after: the error of its output on the samples held back, see
-            `apt.reconstruct.Tuned`.
+            `apt.tuning.reconstruct.Tuned`.
     """
 
     name: str

@@ -25,17 +25,17 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from apt.evaluate import perplexity
-from apt.mode import choose_mode, choose_own_samples
-from apt.models import Model
-from apt.pipeline import prune_blocks
-from apt.plan import make_plan
-from apt.plugins import registry
-from apt.samples import mixed
-from apt.self_calibration import own_text
+from apt.checkpoints.model import Model
+from apt.evaluation.metrics import perplexity
+from apt.planning.plan import make_plan
+from apt.plugin.registry import registry
+from apt.pruning.config import choose_mode, choose_own_samples
+from apt.pruning.pipeline import prune_blocks
 from apt.solver import SolverOptions, parse_pattern
-from apt.specials import special_ids
-from apt.text import documents
+from apt.text.datasets import documents
+from apt.text.sampling import mixed
+from apt.text.self_generated import own_text
+from apt.text.special_tokens import special_ids
 
 METHODS = [
     "magnitude", "wanda", "sparseswaps", "ss", "sm", "alps",

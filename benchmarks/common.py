@@ -22,10 +22,11 @@ import transformers
 from torch import Tensor
 
 import apt
-from apt.models import Model, load, load_tokenizer, skeleton
-from apt.plugins import registry
-from apt.source import find
-from apt.text import tokenize, windows
+from apt.checkpoints.load import load, load_tokenizer, skeleton
+from apt.checkpoints.model import Model
+from apt.locations.model_source import find
+from apt.plugin.registry import registry
+from apt.text.datasets import tokenize, windows
 
 FORTUNES = Path("/usr/share/games/fortunes")
 

@@ -23,13 +23,13 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from apt.adapter import Site
-from apt.batches import enter
-from apt.mode import choose_mode
-from apt.models import Model
-from apt.pipeline import prune_blocks
-from apt.plan import make_plan
-from apt.plugins import registry
-from apt.report import peak_memory
+from apt.calibration.batches import enter
+from apt.checkpoints.model import Model
+from apt.output.report import peak_memory
+from apt.planning.plan import make_plan
+from apt.plugin.registry import registry
+from apt.pruning.config import choose_mode
+from apt.pruning.pipeline import prune_blocks
 from apt.solver import Gram, SolverOptions, parse_pattern
 
 MODES = {"layer-wise": False, "error-aware": True}

@@ -24,14 +24,14 @@ from torch import Tensor, nn
 from transformers.models.mamba import modeling_mamba
 
 from apt.adapter import Extra
-from apt.batches import Batch, enter
-from apt.evaluate import perplexity
-from apt.models import Model
-from apt.pipeline import prune_blocks
-from apt.plan import make_plan
-from apt.plugins import registry
+from apt.calibration.batches import Batch, enter
+from apt.checkpoints.model import Model
+from apt.evaluation.metrics import perplexity
+from apt.planning.plan import make_plan
+from apt.plugin.registry import registry
+from apt.pruning.pipeline import prune_blocks
 from apt.solver import parse_pattern, sm
-from apt.text import documents
+from apt.text.datasets import documents
 
 
 def arguments() -> argparse.Namespace:

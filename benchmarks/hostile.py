@@ -32,7 +32,7 @@ from typing import Any
 from hostile_cases import GROUPS, Case
 
 from apt.cli import main as command_line
-from apt.plugins import registry
+from apt.plugin.registry import registry
 
 ROOT = Path(__file__).resolve().parent.parent
 

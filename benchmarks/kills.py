@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from apt.report import FILE
+from apt.checkpoints.copies import REPORT
 
 
 def arguments() -> argparse.Namespace:
@@ -33,7 +33,7 @@ def arguments() -> argparse.Namespace:
 
 def content(folder: Path) -> dict[str, bytes]:
     """Every file but the report, which has times in it."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != FILE)
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != REPORT)
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 

@@ -23,9 +23,9 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from apt.batches import Batch, enter
-from apt.capture import Capture
-from apt.plugins import registry
+from apt.calibration.batches import Batch, enter
+from apt.calibration.capture import Capture
+from apt.plugin.registry import registry
 
 
 def arguments() -> argparse.Namespace:

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 
-from apt.report import FILE
+from apt.checkpoints.copies import REPORT
 
 
 def arguments() -> argparse.Namespace:
@@ -51,7 +51,7 @@ def run(options: argparse.Namespace, folder: Path, ranks: int, threads: int) -> 
     weights = {}
     for file in folder.glob("*.safetensors"):
         weights |= load_file(file)
-    return {"weights": weights, "wall": seconds, **json.loads((folder / FILE).read_text())}
+    return {"weights": weights, "wall": seconds, **json.loads((folder / REPORT).read_text())}
 
 
 def differing(one: dict[str, Any], other: dict[str, Any]) -> float:

@@ -18,9 +18,9 @@ from common import open_model, sample, save, wiki
 from rich.console import Console
 from rich.table import Table
 
-from apt.batches import enter
-from apt.capture import Capture
-from apt.plugins import registry
+from apt.calibration.batches import enter
+from apt.calibration.capture import Capture
+from apt.plugin.registry import registry
 from apt.solver import Gram, SolverOptions, parse_pattern, relative_layer_error
 
 METHODS = ["wanda", "ss", "sm", "alps", "admm:fast", "admm:default", "admm:best"]

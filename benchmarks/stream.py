@@ -30,8 +30,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from apt.plugins import registry
-from apt.report import FILE
+from apt.checkpoints.copies import REPORT
+from apt.plugin.registry import registry
 
 WAYS = {
     "in memory": (),
@@ -103,7 +103,7 @@ def run(model: Path, output: Path, options: argparse.Namespace, *more: str) -> d
     if process.wait():
         raise SystemExit(f"{' '.join(command)} failed")
     seconds = time.perf_counter() - started
-    report = json.loads((output / FILE).read_text())
+    report = json.loads((output / REPORT).read_text())
     shutil.rmtree(output)
     return {"seconds": seconds, "peak": report["peak_memory_bytes"]["cpu"]}
 

@@ -4,7 +4,10 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
-from apt import adapter, formats, hookspecs, pipeline, specs
+from apt import adapter
+from apt.checkpoints import formats
+from apt.plugin import hookspecs, specs
+from apt.pruning import layer
 
 SPECS = (
     specs.AdapterSpec, specs.FormatSpec, specs.MethodSpec, specs.AllocationSpec,
@@ -22,7 +25,9 @@ def hooks() -> Iterator[Any]:
 
 def entry(thing: Any, level: str = "###") -> str:
     """A heading, the signature, and the docstring as it is written."""
-    signature = str(inspect.signature(thing)).replace("apt.specs.", "").replace("typing.", "")
+    signature = (
+        str(inspect.signature(thing)).replace("apt.plugin.specs.", "").replace("typing.", "")
+    )
     text = inspect.getdoc(thing) or ""
     return f"{level} `{thing.__name__}`\n\n```text\n{thing.__name__}{signature}\n\n{text}\n```\n"
 
@@ -50,7 +55,7 @@ def main() -> None:
     print("\n".join(entry(thing) for thing in TARGETS[1:]))
     print(entry(formats.Checkpoint))
     print("\n".join(members(formats.Checkpoint)))
-    print(entry(pipeline.Method.__call__).replace("`__call__`", "A method"), end="")
+    print(entry(layer.Method.__call__).replace("`__call__`", "A method"), end="")
 
 
 if __name__ == "__main__":

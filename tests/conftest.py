@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from apt.cli import main
-from apt.plugins import registry
+from apt.plugin.registry import registry
 from tests.families import random_model
 
 disable_progress_bar()  # the command line does that before it imports transformers

@@ -18,10 +18,10 @@ from transformers import (
     OPTConfig,
 )
 
-from apt.models import load, load_tokenizer, skeleton
-from apt.plugins import registry
-from apt.source import find
-from apt.text import calibration_tokens, documents
+from apt.checkpoints.load import load, load_tokenizer, skeleton
+from apt.locations.model_source import find
+from apt.plugin.registry import registry
+from apt.text.datasets import calibration_tokens, documents
 
 VOCABULARY = 2048  # that of the zoo's tokenizer
 TEXT = Path(__file__).with_name("text.txt")  # the embedded text takes a second to tokenise

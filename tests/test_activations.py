@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from apt.activations import DiskStore, MemoryStore
-from apt.batches import Batch, Reference, enter
-from apt.shards import Shards
+from apt.calibration.batches import Batch, Reference, enter
+from apt.calibration.storage import DiskStore, MemoryStore
+from apt.checkpoints.safetensors_io import Shards
 from tests.families import FAMILIES, random_model
 from tests.test_stream import PLACES, SMALL, KilledError, check_full_disk, cut, weights
 
@@ -89,7 +89,7 @@ def command(checkpoint):
 def test_a_run_that_was_killed_leaves_no_activations_behind(command, apt, monkeypatch):
     assert apt(*command, "-o", "whole").code == 0
     with monkeypatch.context() as patch:
-        patch.setattr("apt.activations.weakref.finalize", lambda *args: None)
+        patch.setattr("apt.calibration.storage.weakref.finalize", lambda *args: None)
         cut(patch, PLACES["journal"], 4, KilledError())
         with pytest.raises(KilledError):
             apt(*command, "-o", "out")

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from apt.adapter import DecoderAdapter, Input
-from apt.batches import Batch, enter
-from apt.capture import Capture
+from apt.calibration.batches import Batch, enter
+from apt.calibration.capture import Capture
 from apt.errors import AptError
 from tests.families import ATTENTION, CONFIGS, random_model, random_tokens
 

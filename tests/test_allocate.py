@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import apt as library
-from apt.allocate import allocated
 from apt.errors import AptError
-from apt.plan import Selection, make_plan
-from apt.plugins import registry
+from apt.hookspecs import AllocationSpec
+from apt.planning.allocation import allocated
+from apt.planning.plan import Selection, make_plan
+from apt.plugin.registry import registry
 from apt.solver import NM, Unstructured
-from apt.specs import AllocationSpec
 from tests.families import FAMILIES, random_model, random_tokens
 
 TOKENS = random_tokens(samples=6)

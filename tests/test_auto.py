@@ -12,7 +12,7 @@ import apt as library
 from apt.adapter import Site
 from apt.cli import app
 from apt.errors import AptError
-from apt.plugins import registry
+from apt.plugin.registry import registry
 from apt.testing import CHECKS, check_adapter
 from tests.families import _HEADS, _IDS, _SMALL, CONFIGS, random_model, random_tokens
 
@@ -118,8 +118,8 @@ def unseen(x, weight, bias=None):
 
 def test_the_command_line_says_what_was_chosen(tmp_path):
     of("StableLm").save_pretrained(tmp_path / "model")
-    from apt.models import load_tokenizer
-    from apt.source import find
+    from apt.checkpoints.load import load_tokenizer
+    from apt.locations.model_source import find
 
     load_tokenizer(find("zoo:llama", registry())).save_pretrained(tmp_path / "model")
     run = CliRunner().invoke
@@ -142,6 +142,6 @@ def test_where_the_blocks_weights_lie_on_disk_it_is_proven_on_others(name, monke
     proven = AUTO()
     assert proven.enter(model, TOKENS)[0].shape[:2] == TOKENS.shape
     assert all(p.is_meta for _, block in proven.blocks(model) for p in block.parameters())
-    monkeypatch.setattr("apt.tap.WeightTap._look", lambda self, left, right: None)
+    monkeypatch.setattr("apt.adapter.weight_tap.WeightTap._look", lambda self, left, right: None)
     with pytest.raises(AptError, match="adapter auto does not fit"):
         AUTO().enter(model, TOKENS)

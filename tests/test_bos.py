@@ -9,14 +9,14 @@ import torch
 from tokenizers.processors import TemplateProcessing
 
 import apt as library
-from apt.evaluate import perplexity
-from apt.models import load, skeleton
-from apt.plugins import registry
-from apt.replaced import Replaced
-from apt.samples import drawn
-from apt.source import find
-from apt.specials import bos_of, named_ids, special_ids
-from apt.text import calibration_tokens, evaluation_tokens, tokenize, windows
+from apt.checkpoints.load import load, skeleton
+from apt.evaluation.metrics import perplexity
+from apt.locations.model_source import find
+from apt.plugin.registry import registry
+from apt.text.datasets import calibration_tokens, evaluation_tokens, tokenize, windows
+from apt.text.random_tokens import Replaced
+from apt.text.sampling import drawn
+from apt.text.special_tokens import bos_of, named_ids, special_ids
 from tests.families import TEXT, random_model, random_tokens
 
 BOS, SEQLEN = 0, 32
@@ -105,7 +105,7 @@ def test_a_run_begins_samples_and_windows_with_it_and_says_so(
     stream, given, bos, with_bos, beginning, apt, monkeypatch
 ):
     seen = []
-    monkeypatch.setattr("apt.steps.digest", lambda tokens: seen.append(tokens) or "0" * 64)
+    monkeypatch.setattr("apt.runs.steps.digest", lambda tokens: seen.append(tokens) or "0" * 64)
     result = apt("prune", with_bos, *COMMAND, *stream, *given, "-o", "out")
     assert result.code == 0, result.err
     report = json.loads(Path("out/apt_report.json").read_text())
@@ -144,7 +144,7 @@ def test_the_library_gives_what_the_shell_gives(with_bos, beginning, apt):
 
 @pytest.mark.parametrize("seqlen", [12, 40])
 def test_own_text_begins_with_it(seqlen, monkeypatch):
-    monkeypatch.setattr("apt.self_calibration._PIECE", 16)
+    monkeypatch.setattr("apt.text.self_generated._PIECE", 16)
     model = random_model("llama")
     special = range(1000)
     own = library.own_text(model, 3, seqlen, bos=BOS, special=special)
@@ -156,7 +156,7 @@ def test_own_text_begins_with_it(seqlen, monkeypatch):
 
 def test_own_samples_begin_with_it(with_bos, apt, monkeypatch):
     seen = []
-    monkeypatch.setattr("apt.steps.digest", lambda tokens: seen.append(tokens) or "0" * 64)
+    monkeypatch.setattr("apt.runs.steps.digest", lambda tokens: seen.append(tokens) or "0" * 64)
     options = ("--own-samples", 2, "--method", "wanda", "-o", "out")
     assert apt("prune", with_bos, *COMMAND, *options).code == 0
     assert seen[0].shape == (6, SEQLEN)

@@ -12,17 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import apt as library
-import apt.mode
-import apt.reconstruct
+import apt.pruning.config
 import apt.solver.precision
+import apt.tuning.reconstruct
 from apt.events import BlockStarted, SitePruned, Working
-from apt.mode import choose_mode
-from apt.pipeline import prune_blocks
-from apt.plan import make_plan
-from apt.plugins import registry
-from apt.reconstruct import Reconstruction
+from apt.planning.plan import make_plan
+from apt.plugin.registry import registry
+from apt.pruning.config import choose_mode
+from apt.pruning.pipeline import prune_blocks
 from apt.solver import NM, SolverOptions, Unstructured
 from apt.solver.patterns import meets
+from apt.tuning.reconstruct import Reconstruction
 from tests.families import CONFIGS, random_model, random_tokens
 
 TOKENS, PATTERN = random_tokens(6, 12), NM(2, 4)
@@ -37,7 +37,7 @@ class Enough(Exception):
 def tuned_on_little(monkeypatch):
     """Tuning in steps of two samples, so that there are some."""
     how = Reconstruction(rate=0.05, epochs=1, tokens_per_batch=24)
-    monkeypatch.setitem(apt.mode.RECONSTRUCTION, "default", how)
+    monkeypatch.setitem(apt.pruning.config.RECONSTRUCTION, "default", how)
 
 
 @cache
@@ -109,7 +109,7 @@ def test_every_block_is_in_the_state_that_is_documented(variant, ordered):
 @pytest.mark.parametrize(("ordered", "effort"), [(True, "default"), (False, "fast")])
 def test_no_more_than_one_step_goes_by_between_two_events(pattern, ordered, effort, monkeypatch):
     """Solves, steps of tuning and batches that are run through a block, counted as they happen."""
-    monkeypatch.setattr("apt.pipeline.TOKENS_PER_BATCH", 24)
+    monkeypatch.setattr("apt.pruning.pipeline.TOKENS_PER_BATCH", 24)
     model, happened = random_model("llama"), []
     adapter, method = registry().adapter_for("llama").load()(), registry().default_method()
 
@@ -120,8 +120,8 @@ def test_no_more_than_one_step_goes_by_between_two_events(pattern, ordered, effo
 
         return called
 
-    descend = apt.reconstruct._Tuning.descend
-    monkeypatch.setattr("apt.reconstruct._Tuning.descend", counted("tuning", descend))
+    descend = apt.tuning.reconstruct._Tuning.descend
+    monkeypatch.setattr("apt.tuning.reconstruct._Tuning.descend", counted("tuning", descend))
     monkeypatch.setattr(adapter, "step", counted("running", adapter.step))
     mode = choose_mode(method, SolverOptions(effort=effort), True, ordered)
     plan = make_plan(model, adapter, pattern)

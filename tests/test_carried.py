@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from apt.carried import streamed
+from apt.checkpoints.load import load, skeleton
 from apt.errors import AptError
-from apt.models import load, skeleton
-from apt.plugins import registry
-from apt.source import find
+from apt.evaluation.blockwise import streamed
+from apt.locations.model_source import find
+from apt.plugin.registry import registry
 from tests.families import CONFIGS, TEXT, random_tokens
 
 MEASURED = ("--eval", TEXT, "--metric", "perplexity", "--metric", "accuracy")
@@ -82,7 +82,7 @@ def test_what_was_measured_is_not_measured_again(checkpoint, apt, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("apt.disk.OnDisk.verify", failing)
+        patch.setattr("apt.runs.disk_blocks.OnDisk.verify", failing)
         assert apt(*command, "-o", "out").code == 130
     assert sum("measuring" in line for line in statuses) == 4
     statuses.clear()
@@ -97,7 +97,7 @@ def test_another_text_to_measure_on_is_another_run(checkpoint, apt, monkeypatch)
     command = ["prune", checkpoint("llama"), *COMMAND, "--stream", "-o", "out"]
     command[command.index("--eval") + 1] = text
     with monkeypatch.context() as patch:
-        patch.setattr("apt.disk.OnDisk.verify", lambda self: 1 / 0)
+        patch.setattr("apt.runs.disk_blocks.OnDisk.verify", lambda self: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             apt(*command)
     text.write_text(TEXT.read_text()[::-1])

@@ -9,13 +9,13 @@ import pytest
 from torch import nn
 
 from apt.adapter import Input, Site
-from apt.plugins import registry
+from apt.plugin.registry import registry
 from apt.testing import CHECKS
 
 RIGHT = """
 from apt.adapter import DecoderAdapter, Input
 from apt.hookspecs import hookimpl
-from apt.specs import AdapterSpec
+from apt.hookspecs import AdapterSpec
 
 
 class Mine(DecoderAdapter):

@@ -5,8 +5,8 @@ import os
 import pytest
 
 from apt.errors import AptError
-from apt.outputs import check_output
-from apt.workplace import whole_directory, writing
+from apt.output.location import check_output
+from apt.output.workplace import whole_directory, writing
 
 
 def write_and_fail(target, error):

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from apt.plugins import registry
+from apt.plugin.registry import registry
 from tests.families import FAMILIES
 
 SMALL = ("--samples", 4, "--seqlen", 64)

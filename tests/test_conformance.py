@@ -11,11 +11,11 @@ from transformers import (
 )
 
 from apt.adapter import Call, DecoderAdapter, Input
-from apt.batches import Batch
-from apt.capture import Capture
-from apt.pipeline import prune_blocks
-from apt.plan import make_plan
-from apt.plugins import registry
+from apt.calibration.batches import Batch
+from apt.calibration.capture import Capture
+from apt.planning.plan import make_plan
+from apt.plugin.registry import registry
+from apt.pruning.pipeline import prune_blocks
 from apt.solver import NM, ss
 from apt.testing import CHECKS, AdapterConformance, check_adapter
 from tests.families import CONFIGS, random_model, random_tokens

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 from apt_adapters import kernels
 
-from apt import doctor
-from apt.plugins import Plugin, registry
+from apt.plugin import doctor
+from apt.plugin.registry import Plugin, registry
 
 
 def test_every_family_and_package_has_a_line(apt):

@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 
-from apt.evaluate import accuracy, perplexity
+from apt.evaluation.metrics import accuracy, perplexity
 from tests.families import random_model, random_tokens
 
 
 @torch.no_grad()
 def test_perplexity_is_the_mean_over_all_predicted_tokens(monkeypatch):
-    monkeypatch.setattr("apt.evaluate._TOKENS_PER_BATCH", 50)
+    monkeypatch.setattr("apt.evaluation.metrics._TOKENS_PER_BATCH", 50)
     model, tokens = random_model("llama"), random_tokens(samples=5, seqlen=20)
     total = 0.0
     for row in tokens:
@@ -22,7 +22,7 @@ def test_perplexity_is_the_mean_over_all_predicted_tokens(monkeypatch):
 
 @torch.no_grad()
 def test_accuracy_is_the_share_of_tokens_ranked_first(monkeypatch):
-    monkeypatch.setattr("apt.evaluate._TOKENS_PER_BATCH", 50)
+    monkeypatch.setattr("apt.evaluation.metrics._TOKENS_PER_BATCH", 50)
     model, tokens = random_model("llama"), random_tokens(samples=5, seqlen=20)
     for place in range(1, 20, 2):  # right for every other token, or more
         tokens[:, place] = model(tokens[:, :place]).logits[:, -1].argmax(-1)

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 
 import apt as library
-from apt.batches import Batch
+from apt.calibration.batches import Batch
 from apt.errors import AptError
-from apt.evaluate import perplexity
-from apt.extras import prune_extras
-from apt.plan import Selection, make_plan
+from apt.evaluation.metrics import perplexity
+from apt.planning.plan import Selection, make_plan
+from apt.pruning.ssm_parameters import prune_extras
 from apt.solver import NM, SolverOptions, Unstructured
 from apt.solver.patterns import meets
 from tests.families import random_model, random_tokens, zoo_model

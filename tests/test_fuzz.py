@@ -8,14 +8,14 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from apt.disk import sites_of
+from apt.checkpoints.load import load, skeleton
 from apt.errors import AptError
-from apt.models import load, skeleton
-from apt.plan import make_plan
-from apt.plugins import registry
+from apt.locations.model_source import find
+from apt.output.workplace import Workplace
+from apt.planning.plan import make_plan
+from apt.plugin.registry import registry
+from apt.runs.disk_blocks import sites_of
 from apt.solver import parse_pattern
-from apt.source import find
-from apt.workplace import Workplace
 from tests.families import random_model
 
 anything = settings(

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from apt import hub
 from apt.errors import AptError
-from apt.hub import Hub
-from apt.plugins import registry
-from apt.source import find
-from apt.text import documents
+from apt.locations import hub
+from apt.locations.hub import Hub
+from apt.locations.model_source import find
+from apt.plugin.registry import registry
+from apt.text.datasets import documents
 
 COMMIT = "a" * 40
 

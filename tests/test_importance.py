@@ -3,16 +3,16 @@
 import pytest
 import torch
 
-from apt.batches import enter
-from apt.capture import advance_reference
-from apt.functional import stream_after
-from apt.importance import Importance
-from apt.mode import choose_mode
-from apt.pipeline import prune_blocks
-from apt.plan import make_plan
-from apt.plugins import registry
-from apt.ranks import Ranks
+from apt.calibration.batches import enter
+from apt.calibration.dense_activations import advance_reference
+from apt.distributed.ranks import Ranks
+from apt.planning.plan import make_plan
+from apt.plugin.registry import registry
+from apt.pruning.config import choose_mode
+from apt.pruning.pipeline import prune_blocks
 from apt.solver import NM, SolverOptions, Unstructured, parse_pattern
+from apt.tuning.block_forward import stream_after
+from apt.tuning.row_importance import Importance
 from tests.families import random_model, random_tokens
 
 TOKENS = random_tokens(samples=2, seqlen=8)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from apt.shards import INDEX, Shards
+from apt.checkpoints.safetensors_io import INDEX, Shards
 from tests.families import TEXT, random_model
 
 QUICK = ("--samples", 2, "--seqlen", 16, "--pattern", "2:4", "--calibration", TEXT)
@@ -229,7 +229,7 @@ def test_a_weight_of_zeros_and_a_report_with_infinity(checkpoint, prune, apt):
 
 
 def test_a_measure_that_fails_at_the_end_loses_nothing(checkpoint, prune, apt, monkeypatch):
-    from apt.plugins import registry
+    from apt.plugin.registry import registry
 
     spec, calls = registry().evaluators.get("perplexity"), []
     original = spec.load()

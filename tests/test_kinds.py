@@ -5,10 +5,10 @@ import json
 import pytest
 import transformers
 
+from apt.checkpoints.load import skeleton
 from apt.errors import AptError
-from apt.models import skeleton
-from apt.plugins import registry
-from apt.source import find
+from apt.locations.model_source import find
+from apt.plugin.registry import registry
 
 ENCODER_DECODERS = ["T5Config", "BartConfig", "WhisperConfig", "MT5Config", "PegasusConfig"]
 ENCODERS = ["BertConfig", "RobertaConfig", "XLMConfig", "ElectraConfig", "ModernBertConfig"]

@@ -7,10 +7,10 @@ import typing
 import pytest
 import torch
 
-from apt import limits
+from apt.distributed.launch import joined
 from apt.errors import AptError
-from apt.machine import check_tokens, choose_device, memory
-from apt.ranks import joined
+from apt.runs import limits
+from apt.runs.machine import check_tokens, choose_device, memory
 from apt.solver import EFFORTS
 from apt.solver.options import Effort
 

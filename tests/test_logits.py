@@ -11,16 +11,16 @@ from transformers import (
     GraniteConfig,
 )
 
-import apt.logits
-from apt.carried import streamed
-from apt.estimate import estimate
-from apt.evaluate import accuracy, perplexity
-from apt.logits import parts_of_logits
-from apt.models import skeleton
-from apt.plan import make_plan
-from apt.plugins import registry
+import apt.evaluation.logits
+from apt.checkpoints.load import skeleton
+from apt.evaluation.blockwise import streamed
+from apt.evaluation.logits import parts_of_logits
+from apt.evaluation.metrics import accuracy, perplexity
+from apt.locations.model_source import find
+from apt.planning.plan import make_plan
+from apt.plugin.registry import registry
+from apt.runs.estimate import estimate
 from apt.solver import NM
-from apt.source import find
 from tests.families import CONFIGS, VOCABULARY, random_model, random_tokens
 
 SAMPLES, SEQLEN = 3, 11
@@ -41,7 +41,7 @@ SCALED = {
 @pytest.fixture
 def of_two_tokens(monkeypatch):
     """Parts of two tokens of each sample, with how many samples come at a time."""
-    monkeypatch.setattr("apt.logits.PART", 2 * 4 * VOCABULARY * SAMPLES)
+    monkeypatch.setattr("apt.evaluation.logits.PART", 2 * 4 * VOCABULARY * SAMPLES)
 
 
 def scaled(name):
@@ -77,7 +77,7 @@ def test_what_fits_comes_whole_and_to_the_bit():
 def test_measures_are_the_same(measure, monkeypatch):
     model = random_model("llama")
     found = measure(model, TOKENS)
-    monkeypatch.setattr("apt.logits.PART", 2**40)
+    monkeypatch.setattr("apt.evaluation.logits.PART", 2**40)
     assert found == pytest.approx(measure(model, TOKENS), rel=1e-5)
 
 
@@ -122,7 +122,7 @@ def test_a_body_that_is_wrapped_stays_wrapped_where_the_model_fails():
 @pytest.mark.parametrize("variant", ["llama", "opt", "bloom", "mamba"])
 def test_a_streamed_model_is_measured_so(variant, checkpoint, monkeypatch):
     shell = skeleton(find(str(checkpoint(variant)), registry()), registry())
-    monkeypatch.setattr("apt.logits.PART", 2 * 4 * VOCABULARY * SAMPLES)
+    monkeypatch.setattr("apt.evaluation.logits.PART", 2 * 4 * VOCABULARY * SAMPLES)
     heads = []
     with streamed(shell, TOKENS, "cpu") as module:
         module.get_output_embeddings().register_forward_hook(
@@ -134,9 +134,9 @@ def test_a_streamed_model_is_measured_so(variant, checkpoint, monkeypatch):
 
 
 def test_how_much_a_part_takes_is_bounded():
-    assert apt.logits.part_bytes(2048, samples=4, seqlen=8) == 4 * 4 * 2048 * 32
-    assert apt.logits.part_bytes(2**18, samples=8, seqlen=256) == 4 * 2**26
-    assert apt.logits.part_bytes(2**20, samples=32, seqlen=1) == 4 * 4 * 2**25
+    assert apt.evaluation.logits.part_bytes(2048, samples=4, seqlen=8) == 4 * 4 * 2048 * 32
+    assert apt.evaluation.logits.part_bytes(2**18, samples=8, seqlen=256) == 4 * 2**26
+    assert apt.evaluation.logits.part_bytes(2**20, samples=32, seqlen=1) == 4 * 4 * 2**25
 
 
 def test_the_estimate_counts_measuring_and_writing(monkeypatch):
@@ -148,7 +148,7 @@ def test_the_estimate_counts_measuring_and_writing(monkeypatch):
 
     small = needs()
     assert needs(writing=True).predicting >= small.predicting
-    monkeypatch.setattr("apt.estimate.vocabulary", lambda model: 2**22)
+    monkeypatch.setattr("apt.runs.estimate.vocabulary", lambda model: 2**22)
     large = needs()
     assert large.predicting > 2**30
     assert large.memory > large.process + large.weights + 2**30

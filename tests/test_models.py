@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from apt.checkpoints.load import fingerprint, load, load_tokenizer, skeleton
 from apt.errors import AptError
-from apt.models import fingerprint, load, load_tokenizer, skeleton
-from apt.plugins import registry
-from apt.source import find
+from apt.locations.model_source import find
+from apt.plugin.registry import registry
 from tests.families import FAMILIES
 
 

@@ -4,10 +4,10 @@ import re
 
 import pytest
 
-from apt.plugins import registry
-from apt.specs import AdapterSpec
+from apt.conformance.outcomes import outcome
+from apt.hookspecs import AdapterSpec
+from apt.plugin.registry import registry
 from apt.testing import CHECKS, Subject, check_adapter
-from apt.testing.outcomes import outcome
 from tests.families import random_model, random_tokens
 from tests.mutants import MUTANTS
 from tests.mutants.leaks import LEAKS, ONCE, leaking, process_kept, several

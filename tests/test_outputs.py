@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from apt import renaming
-from apt import workplace as workplaces
 from apt.errors import AptError
-from apt.outputs import check_output, workplace
-from apt.renaming import exchange, rename_new
-from apt.workplace import Workplace, whole_directory
+from apt.output import renaming
+from apt.output import workplace as workplaces
+from apt.output.location import check_output, workplace
+from apt.output.renaming import exchange, rename_new
+from apt.output.workplace import Workplace, whole_directory
 
 QUICK = ("--samples", 2, "--seqlen", 16, "--pattern", "2:4", "--method", "wanda")
 TEXT = Path(__file__).with_name("text.txt")
@@ -154,12 +154,12 @@ def test_what_appears_during_the_run_is_left_alone(checkpoint, apt, monkeypatch,
         Path("out").mkdir()
         Path("out/thesis.txt").write_text("years of work")
 
-    monkeypatch.setattr("apt.workplace.open_up", appear)
+    monkeypatch.setattr("apt.output.workplace.open_up", appear)
     run = apt("prune", checkpoint("llama"), *QUICK, "--calibration", TEXT, "-o", "out", *options)
     assert run.code == 2
     assert "left alone; the result is whole, in out-1" in run.err
     assert [p.name for p in Path("out").iterdir()] == ["thesis.txt"]
-    monkeypatch.setattr("apt.workplace.open_up", original)
+    monkeypatch.setattr("apt.output.workplace.open_up", original)
     assert apt("verify", "out-1").code == 0
     assert sorted(p.name for p in Path().iterdir()) == ["out", "out-1"]
 

@@ -9,9 +9,9 @@ import torch
 import apt as library
 from apt.errors import AptError
 from apt.events import BlockStarted, SitePruned
-from apt.pipeline import prune_blocks
-from apt.plan import Selection, make_plan
-from apt.plugins import registry
+from apt.planning.plan import Selection, make_plan
+from apt.plugin.registry import registry
+from apt.pruning.pipeline import prune_blocks
 from apt.solver import NM, Gram, Solution, SolverOptions, Unstructured, sm, ss
 from apt.solver.patterns import meets
 from tests.families import CONFIGS, FAMILIES, random_model, random_tokens

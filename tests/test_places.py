@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from apt.errors import AptError
-from apt.places import kind_at
+from apt.locations.paths import kind_at
 
 LONG = "x" * 300
 NOBODY = 65534
-LOADED = "import apt.cli.pruning, apt.cli.plan, apt.hollow, datasets, transformers"
+LOADED = "import apt.cli.pruning, apt.cli.plan, apt.checkpoints.offload, datasets, transformers"
 
 
 @pytest.fixture

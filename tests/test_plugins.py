@@ -7,9 +7,8 @@ from types import ModuleType
 import pytest
 
 from apt.errors import AptError
-from apt.hookspecs import API, OLDEST_API, hookimpl
-from apt.plugins import load_registry, registry
-from apt.specs import AdapterSpec, MethodSpec
+from apt.hookspecs import API, OLDEST_API, AdapterSpec, MethodSpec, hookimpl
+from apt.plugin.registry import load_registry, registry
 
 
 class Fake(Distribution):

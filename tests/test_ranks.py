@@ -15,8 +15,8 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 import apt
-from apt.mode import RECONSTRUCTION
-from apt.ranks import Ranks
+from apt.distributed.ranks import Ranks
+from apt.pruning.config import RECONSTRUCTION
 from apt.solver import SolverOptions
 from tests.families import CONFIGS, TEXT, random_model, random_tokens
 from tests.test_stream import weights

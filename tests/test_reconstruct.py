@@ -6,14 +6,14 @@ import pytest
 import torch
 
 import apt as library
-from apt.batches import enter
-from apt.capture import advance_reference
+from apt.calibration.batches import enter
+from apt.calibration.dense_activations import advance_reference
 from apt.events import BlockTuned
-from apt.mode import RECONSTRUCTION, choose_mode
-from apt.plugins import registry
-from apt.reconstruct import Reconstruction, reconstruct
+from apt.plugin.registry import registry
+from apt.pruning.config import RECONSTRUCTION, choose_mode
 from apt.solver import SolverOptions
 from apt.solver.patterns import NM, meets
+from apt.tuning.reconstruct import Reconstruction, reconstruct
 from tests.families import FAMILIES, random_model, random_tokens, zoo_model
 
 BEST = SolverOptions(effort="best")
@@ -108,7 +108,7 @@ def test_a_run_tunes_on_the_chosen_samples_and_prunes_on_all(monkeypatch):
         seen.append(sum(batch.tokens for batch in batches))
         return reconstruct(adapter, block, index, batches, *rest)
 
-    monkeypatch.setattr("apt.pipeline.reconstruct", spy)
+    monkeypatch.setattr("apt.pruning.pipeline.reconstruct", spy)
     monkeypatch.setitem(RECONSTRUCTION, "best", Reconstruction(tokens=24 * 10, tokens_per_batch=48))
     report = library.prune(
         random_model("llama"), random_tokens(samples=32), pattern="2:4", options=BEST
@@ -123,7 +123,9 @@ def test_tuning_in_mixed_precision_ends_where_full_precision_does(name, monkeypa
     after = []
     for native in (False, True):
         mixed = torch.autocast("cpu", torch.bfloat16, native)
-        monkeypatch.setattr("apt.reconstruct.mixed_precision", lambda weights, mixed=mixed: mixed)
+        monkeypatch.setattr(
+            "apt.tuning.reconstruct.mixed_precision", lambda weights, mixed=mixed: mixed
+        )
         model, adapter = copy.deepcopy(loaded.module).float(), loaded.adapter
         batches = enter(adapter, model, tokens, 48, reference=True)
         block, sites = pruned_block(adapter, model, batches)

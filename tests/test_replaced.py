@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import apt as library
-from apt.mode import choose_mode
-from apt.plugins import registry
-from apt.replaced import Replaced
+from apt.plugin.registry import registry
+from apt.pruning.config import choose_mode
 from apt.solver import SolverOptions
+from apt.text.random_tokens import Replaced
 from tests.families import FAMILIES, zoo_model
 
 SEQLEN, VOCABULARY = 16, 1000

@@ -8,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apt.activations import DiskStore
-from apt.mode import choose_mode
-from apt.pipeline import prune_blocks
-from apt.plan import Selection, make_plan
-from apt.plugins import registry
+from apt.calibration.storage import DiskStore
+from apt.planning.plan import Selection, make_plan
+from apt.plugin.registry import registry
+from apt.pruning.config import choose_mode
+from apt.pruning.pipeline import prune_blocks
 from apt.solver import NM, SolverOptions
 from apt.solver.patterns import meets
 from tests.families import CONFIGS, random_model, random_tokens

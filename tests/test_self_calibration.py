@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import apt as library
-from apt.evaluate import perplexity
+from apt.evaluation.metrics import perplexity
 from tests.families import FAMILIES, TEXT, zoo_model
 
 COMMAND = ("prune", "zoo:llama", "--pattern", "2:4", "--seqlen", 32, "--calibration", TEXT)
@@ -30,8 +30,8 @@ def test_the_same_seed_writes_the_same_text(name):
 
 
 def test_a_long_sample_is_several_pieces(monkeypatch):
-    monkeypatch.setattr("apt.self_calibration._PIECE", 16)
-    monkeypatch.setattr("apt.self_calibration._AT_ONCE", 2)
+    monkeypatch.setattr("apt.text.self_generated._PIECE", 16)
+    monkeypatch.setattr("apt.text.self_generated._AT_ONCE", 2)
     model, *_ = zoo_model("llama", samples=1, seqlen=8)
     tokens = library.own_text(model.module, 2, 40)
     assert tokens.shape == (2, 40)
@@ -84,9 +84,9 @@ def test_given_text_stays_whole(apt, monkeypatch):
         seen.append((given, mixed(given, own, seed)))
         return seen[-1][1]
 
-    from apt.samples import mixed
+    from apt.text.sampling import mixed
 
-    monkeypatch.setattr("apt.run.mixed", watched)
+    monkeypatch.setattr("apt.runs.run.mixed", watched)
     assert apt(*COMMAND, "--samples", 6, "--own-samples", 2, "--method", "ss").code == 0
     [(given, both)] = seen
     rows = both.tolist()
@@ -110,7 +110,7 @@ def test_what_cannot_be_is_told_first(options, said, apt):
 
 
 def test_a_model_that_cannot_write_does_without_unless_asked(apt, monkeypatch):
-    monkeypatch.setattr("apt.prepare.writes", lambda module: False)
+    monkeypatch.setattr("apt.runs.prepare.writes", lambda module: False)
     result = apt(*COMMAND, "--samples", 6, "--effort", "best", "-o", "out")
     assert result.code == 0, result.err
     assert "own samples: 0 (not 2: LlamaForCausalLM writes no text)" in result.err

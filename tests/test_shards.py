@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from apt.checkpoints.safetensors_io import Shards, read_header
 from apt.errors import AptError
-from apt.shards import Shards, read_header
 
 TENSORS = {
     "a.weight": torch.randn(4, 8).bfloat16(),

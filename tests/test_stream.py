@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import apt.journal as apt_journal
-import apt.shards as apt_shards
-import apt.workplace as apt_workplace
-from apt.shards import Shards
+import apt.checkpoints.safetensors_io as apt_shards
+import apt.output.journal as apt_journal
+import apt.output.workplace as apt_workplace
+from apt.checkpoints.safetensors_io import Shards
 from tests.families import CONFIGS, FAMILIES, TEXT, random_model
 
 SMALL = ("--samples", 4, "--seqlen", 24, "--pattern", "2:4", "--calibration", TEXT)
@@ -220,7 +220,9 @@ def test_what_cannot_be_streamed_is_told_first(options, said, checkpoint, apt):
 def test_a_disk_too_small_is_told_first(checkpoint, apt, monkeypatch):
     from collections import namedtuple
 
-    monkeypatch.setattr("apt.outputs.shutil.disk_usage", lambda _: namedtuple("U", "free")(1000))
+    monkeypatch.setattr(
+        "apt.output.location.shutil.disk_usage", lambda _: namedtuple("U", "free")(1000)
+    )
     result = apt("prune", checkpoint("llama"), *SMALL, "--stream", "-o", "out")
     assert result.code == 2
     assert "MiB left" in result.err
@@ -260,7 +262,7 @@ def test_the_next_block_is_read_while_one_has_its_turn(checkpoint, apt, monkeypa
         return original(self, name)
 
     with monkeypatch.context() as patch:
-        patch.setattr("apt.disk.reads_ahead", lambda device: True)
+        patch.setattr("apt.runs.disk_blocks.reads_ahead", lambda device: True)
         patch.setattr(Shards, "read", read)
         cut(patch, PLACES["journal"], 5, KilledError())
         with pytest.raises(KilledError):
@@ -283,8 +285,10 @@ def test_a_damaged_block_that_is_read_ahead_is_told_in_its_turn(checkpoint, apt,
     assert result.code == 2
     assert said in result.err
     assert not Path(".out.apt").exists()
-    monkeypatch.setattr("apt.disk.reads_ahead", lambda device: True)
-    monkeypatch.setattr("apt.stored.Stored.check_finite", lambda self: None)  # damaged since
+    monkeypatch.setattr("apt.runs.disk_blocks.reads_ahead", lambda device: True)
+    monkeypatch.setattr(
+        "apt.checkpoints.stored.Stored.check_finite", lambda self: None
+    )  # damaged since
     result = apt("prune", model, *SMALL, "--stream", "-o", "out")
     assert result.code == 2
     assert said in result.err

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from apt.journal import Journal
-from apt.shards import Shards
+from apt.checkpoints.safetensors_io import Shards
+from apt.output.journal import Journal
 from tests.families import TEXT
 from tests.test_stream import PLACES, KilledError, cut, weights
 

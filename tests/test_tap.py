@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from apt.tap import WeightTap
+from apt.adapter.weight_tap import WeightTap
 
 W = torch.randn(6, 4)  # (out, in)
 STORED_IN_OUT = W.T.contiguous()

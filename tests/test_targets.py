@@ -8,14 +8,15 @@ import torch
 from torch import nn
 
 import apt as library
-from apt.batches import enter
-from apt.capture import Capture, advance_reference
+from apt.calibration.batches import enter
+from apt.calibration.capture import Capture
+from apt.calibration.dense_activations import advance_reference
+from apt.calibration.targets import Targets
 from apt.errors import AptError
-from apt.pipeline import prune_blocks
-from apt.plan import make_plan
+from apt.planning.plan import make_plan
+from apt.pruning.paused_forward import Walk
+from apt.pruning.pipeline import prune_blocks
 from apt.solver import NM, Gram, SolverOptions, ss
-from apt.targets import Targets
-from apt.walk import Walk
 from tests.families import CONFIGS, FAMILIES, random_model, random_tokens, zoo_model
 
 
@@ -135,7 +136,7 @@ def test_the_target_solves_its_normal_equations():
     draw = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64)  # noqa: E731
     weight, pruned, dense, drift = draw(4, 10), draw(80, 10), draw(80, 10), draw(80, 4)
     from apt.adapter import Site
-    from apt.capture import Sums
+    from apt.calibration.sums import Sums
 
     site = Site("out", "out.weight", "x", residual=True)
     sums = Sums(Gram.of(pruned), (dense - pruned).T @ pruned, {site: 0.6 * drift.T @ pruned})

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from apt.errors import AptError
-from apt.plugins import registry
-from apt.text import (
+from apt.plugin.registry import registry
+from apt.text.datasets import (
     calibration_tokens,
     digest,
     documents,
@@ -19,7 +19,7 @@ from apt.text import (
     tokenize,
     windows,
 )
-from apt.textfiles import read_file
+from apt.text.files import read_file
 
 TEXTS = ["The first text.", "The second,\nof two lines.", "The third: naïve café."]
 

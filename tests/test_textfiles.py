@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from apt import textfiles
 from apt.errors import AptError
-from apt.textfiles import read_file
+from apt.text import files as textfiles
+from apt.text.files import read_file
 
 SUFFIXES = [".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet"]
 anything = settings(

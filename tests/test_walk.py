@@ -8,18 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
-import apt.pipeline
-import apt.walk
-from apt.batches import enter
-from apt.capture import Capture
+import apt.pruning.paused_forward
+import apt.pruning.pipeline
+from apt.calibration.batches import enter
+from apt.calibration.capture import Capture
+from apt.calibration.targets import Targets
 from apt.errors import AptError
-from apt.openmp import release_team
-from apt.pipeline import prune_blocks
-from apt.plan import Selection, make_plan
+from apt.planning.plan import Selection, make_plan
+from apt.pruning.openmp import release_team
+from apt.pruning.paused_forward import InParts, Walk
+from apt.pruning.pipeline import prune_blocks
+from apt.pruning.suspended import Suspended
 from apt.solver import NM, ss
-from apt.suspend import Suspended
-from apt.targets import Targets
-from apt.walk import InParts, Walk
 from tests.families import CONFIGS, random_model, random_tokens
 
 
@@ -128,7 +128,7 @@ def test_a_walk_gives_what_runs_anew_give(variant, aware, adapter_of, monkeypatc
         adapter = adapter_of(model)
         if not walks:
             monkeypatch.setattr(Walk, "next_input", raise_in_parts)
-        monkeypatch.setattr(apt.pipeline, "TOKENS_PER_BATCH", 64)  # several batches at once
+        monkeypatch.setattr(apt.pruning.pipeline, "TOKENS_PER_BATCH", 64)  # several batches at once
         name, block = adapter.blocks(model)[1]
         sites = adapter.sites(block)
         dense = next((site for site in sites if site.residual), sites[1])
@@ -149,7 +149,7 @@ def test_matrices_of_attention_are_not_held_for_all_batches(
 ):
     model, began = random_model(variant), []
     adapter = adapter_of(model)
-    monkeypatch.setattr(apt.walk, "_HELD", 1)
+    monkeypatch.setattr(apt.pruning.paused_forward, "_HELD", 1)
     monkeypatch.setattr(Walk, "__enter__", lambda walk: began.append(walk) or walk)
     plan = make_plan(model, adapter, NM(2, 4))
     prune_blocks(model, adapter, plan, random_tokens(samples=2), ss, ordered=True)

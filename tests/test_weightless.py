@@ -10,15 +10,15 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, RwkvConfig
 
 from apt.adapter import DecoderAdapter
+from apt.checkpoints.empty_model import weightless
+from apt.checkpoints.load import skeleton
+from apt.checkpoints.offload import assemble
+from apt.checkpoints.safetensors_io import Shards
+from apt.checkpoints.stored import open_stored
 from apt.errors import AptError
-from apt.evaluate import perplexity
-from apt.hollow import assemble
-from apt.models import skeleton
-from apt.plugins import registry
-from apt.shards import Shards
-from apt.source import find
-from apt.stored import open_stored
-from apt.weightless import weightless
+from apt.evaluation.metrics import perplexity
+from apt.locations.model_source import find
+from apt.plugin.registry import registry
 from tests.families import CONFIGS, TEXT, VOCABULARY
 
 IDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
@@ -83,7 +83,7 @@ def test_what_another_thread_makes_has_its_weights(monkeypatch):
         thread.join()
         return torch.nn.Linear(2, 2)
 
-    monkeypatch.setattr("apt.weightless.AutoModelForCausalLM.from_config", elsewhere)
+    monkeypatch.setattr("apt.checkpoints.empty_model.AutoModelForCausalLM.from_config", elsewhere)
     assert weightless(Config(), trust_remote_code=False).weight.is_meta
     assert not made[0].weight.is_meta
     assert not torch.nn.Linear(2, 2).weight.is_meta

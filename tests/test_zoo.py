@@ -5,11 +5,11 @@ import copy
 import pytest
 
 import apt as library
-from apt.evaluate import perplexity
-from apt.models import load, load_tokenizer, skeleton
-from apt.plugins import registry
-from apt.source import find
-from apt.text import calibration_tokens, documents, evaluation_tokens
+from apt.checkpoints.load import load, load_tokenizer, skeleton
+from apt.evaluation.metrics import perplexity
+from apt.locations.model_source import find
+from apt.plugin.registry import registry
+from apt.text.datasets import calibration_tokens, documents, evaluation_tokens
 from tests.families import FAMILIES
 
 

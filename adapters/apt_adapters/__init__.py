@@ -1,7 +1,6 @@
 """The model families that ship with APT, one file each."""
 
-from apt.hookspecs import hookimpl
-from apt.specs import AdapterSpec, FormatSpec
+from apt.hookspecs import AdapterSpec, FormatSpec, hookimpl
 
 
 @hookimpl

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from apt.adapter import Call, DecoderAdapter, Site, State, record_calls
+from apt.adapter.eval_mode import eval_mode
+from apt.conformance.checks import CHECKS, Nonconformance, Subject
+from apt.conformance.oracle import PRODUCTS, Stream, place_of
 from apt.errors import AptError, first_line
-from apt.eval_mode import eval_mode
-from apt.testing.checks import CHECKS, Nonconformance, Subject
-from apt.testing.oracle import PRODUCTS, Stream, place_of
 
 _HINT = "it needs an adapter of its own, see docs/adapters.md"
 _SPREAD = 0.05  # of values that stand in for weights

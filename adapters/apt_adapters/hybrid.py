@@ -3,7 +3,7 @@
 from torch import nn
 
 from apt.adapter import Call, Input, Site, State
-from apt.experts import expert_sites, one_by_one
+from apt.adapter.experts import expert_sites, one_by_one
 from apt_adapters.mamba import StateSpaceAdapter
 
 _ATTENTION = (

@@ -6,8 +6,8 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-from apt.doctor import Finding, try_import
 from apt.errors import first_line
+from apt.plugin.doctor import Finding, try_import
 from apt_adapters.scan import selective_scan
 
 INSTALL = (

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import Mamba2Config, MambaConfig, PretrainedConfig
 
+from apt.checkpoints.formats import find_file
 from apt.errors import AptError, first_line
-from apt.formats import find_file
 
 _WEIGHTS = "pytorch_model.bin"
 _THEIRS, _TRANSFORMERS = "backbone.embedding.weight", "backbone.embeddings.weight"
@@ -27,7 +27,7 @@ _FIXED_MIXER: dict[str, Any] = {
 
 
 class NativeCheckpoint:
-    """A checkpoint of mamba_ssm, see `apt.formats.Checkpoint`."""
+    """A checkpoint of mamba_ssm, see `apt.checkpoints.formats.Checkpoint`."""
 
     def __init__(self, location: str, native: dict[str, Any]) -> None:
         self._location, self._native = location, native

@@ -21,7 +21,7 @@ from apt.cli import (
 )
 from apt.cli.streams import guarded, program
 from apt.errors import AptError
-from apt.places import mendable
+from apt.locations.paths import mendable
 
 # What people mean by `apt` on Debian and its relatives.
 _PACKAGE_MANAGER = [

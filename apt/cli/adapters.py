@@ -6,7 +6,7 @@ from apt.cli import arguments as args
 def adapters(as_json: bool = args.JSON) -> None:
     """List the model families that are served."""
     from apt.cli.listing import show_rows
-    from apt.plugins import registry
+    from apt.plugin.registry import registry
 
     shelf = registry().adapters
     rows = [

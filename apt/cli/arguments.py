@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING
 import typer
 
 from apt.errors import AptError
-from apt.hub import Hub
-from apt.limits import check_pattern_options
+from apt.locations.hub import Hub
+from apt.runs.limits import check_pattern_options
 
 if TYPE_CHECKING:
-    from apt.plan import Selection
-    from apt.plugins import Registry
+    from apt.locations.model_source import Source
+    from apt.planning.plan import Selection
+    from apt.plugin.registry import Registry
     from apt.solver import Pattern
-    from apt.source import Source
 
 ADAPTER = typer.Option(None, "--adapter", metavar="NAME", help="Adapter; by default by model type.")
 SPARSITY = typer.Option(None, "--sparsity", metavar="S", help="Share of weights to prune, as 0.5.")
@@ -97,7 +97,7 @@ def find_model(
 ) -> "Source":
     """Where the model is; for one on the hub, after a look whether the hub answers."""
     from apt.cli.output import working
-    from apt.source import find
+    from apt.locations.model_source import find
 
     with working(f"looking for {reference}"):
         return find(reference, registry, trust_remote_code=trust_remote_code, hub=hub)
@@ -107,7 +107,7 @@ def read_selection(
     only: list[str] | None, skip: list[str] | None, overrides: list[str] | None = None
 ) -> "Selection":
     """The selection of ``--only``, ``--skip`` and ``--override``."""
-    from apt.plan import Selection
+    from apt.planning.plan import Selection
 
     pairs = []
     for text in overrides or []:

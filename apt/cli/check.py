@@ -25,7 +25,7 @@ def check(
 
     For example: apt-prune check llama
     """
-    from apt.testing.outcomes import outcomes
+    from apt.conformance.outcomes import outcomes
 
     found = list(outcomes(_subject(adapter, model)))
     _show(adapter, found, as_json=as_json)
@@ -36,7 +36,7 @@ def check(
 def _show(adapter: str, found: "list[Outcome]", *, as_json: bool) -> None:
     """Print what came of every check."""
     from apt.cli.output import out, show, show_json, table
-    from apt.testing.outcomes import told
+    from apt.conformance.outcomes import told
 
     states = {
         outcome.name: "not run" if outcome.kept_by else "failed" if outcome.problem else "ok"
@@ -61,7 +61,7 @@ def _subject(adapter: str, model: str | None) -> "Subject":
     """What to check; of plugins that do not load, the error says more than their warnings."""
     from apt.cli.output import notice
     from apt.cli.streams import program
-    from apt.plugins import registry
+    from apt.plugin.registry import registry
     from apt.testing.example import subject
 
     with warnings.catch_warnings(record=True) as told:

@@ -6,7 +6,7 @@ import typer
 
 from apt.cli import arguments as args
 from apt.errors import AptError
-from apt.limits import check_dtype
+from apt.runs.limits import check_dtype
 
 
 def convert(
@@ -29,18 +29,18 @@ def convert(
     from shutil import copyfile
 
     from apt.cli.output import notice, out, show_json, working
-    from apt.plugins import registry
+    from apt.plugin.registry import registry
 
     hub = args.read_hub(revision, token, cache_dir)
     source = args.find_model(model, registry(), hub, trust_remote_code=trust_remote_code)
 
-    from apt.checkpoint import keep_side_files, save_model
-    from apt.machine import read_dtype
-    from apt.models import load, load_tokenizer, skeleton
-    from apt.outputs import check_output
-    from apt.report import FILE
-    from apt.stored import local_directory
-    from apt.workplace import whole_directory, writing
+    from apt.checkpoints.copies import REPORT
+    from apt.checkpoints.load import load, load_tokenizer, skeleton
+    from apt.checkpoints.save import keep_side_files, save_model
+    from apt.checkpoints.stored import local_directory
+    from apt.output.location import check_output
+    from apt.output.workplace import whole_directory, writing
+    from apt.runs.machine import read_dtype
 
     if lost := check_output(output, overwrite, source.files()):
         notice(f"replaces {lost}")
@@ -58,8 +58,8 @@ def convert(
             save_model(loaded.module, found, work.out)
             if not source.gguf:
                 keep_side_files(local_directory(loaded), work.out)
-            if (report := Path(source.location) / FILE).is_file():
-                copyfile(report, work.out / FILE)
+            if (report := Path(source.location) / REPORT).is_file():
+                copyfile(report, work.out / REPORT)
     kind = type(loaded.module).__name__
     if as_json:
         show_json({"output": str(output), "class": kind, "tokenizer": found is not None})

@@ -13,8 +13,8 @@ def doctor(as_json: bool = args.JSON) -> None:
     from dataclasses import asdict
 
     from apt.cli.output import show, show_json, table
-    from apt.doctor import families, machine, packages, plugins
-    from apt.plugins import registry
+    from apt.plugin.doctor import families, machine, packages, plugins
+    from apt.plugin.registry import registry
 
     shelf = registry()
     sections = {

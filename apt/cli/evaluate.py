@@ -9,7 +9,7 @@ import typer
 
 from apt.cli import arguments as args
 from apt.errors import AptError
-from apt.limits import check_dtype, check_windows
+from apt.runs.limits import check_dtype, check_windows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from apt.models import Model
+    from apt.checkpoints.model import Model
 
 
 def evaluate(
@@ -51,19 +51,19 @@ def evaluate(
     if stream and dtype != "auto":
         raise AptError("--dtype needs the whole model in memory", "leave out --stream or it")
     from apt.cli.output import notice, out, show_json, working
-    from apt.plugins import registry
+    from apt.plugin.registry import registry
 
     measures = [registry().evaluators.get(name) for name in metric]
     hub = args.read_hub(revision, token, cache_dir)
     source = args.find_model(model, registry(), hub, trust_remote_code=trust_remote_code)
 
-    from apt.machine import choose_device, read_dtype
-    from apt.models import load_tokenizer, skeleton
-    from apt.prepare import capped
-    from apt.specials import bos_of
-    from apt.steps import check_vocabulary
-    from apt.stored import open_stored
-    from apt.text import digest, documents, evaluation_tokens
+    from apt.checkpoints.load import load_tokenizer, skeleton
+    from apt.checkpoints.stored import open_stored
+    from apt.runs.machine import choose_device, read_dtype
+    from apt.runs.prepare import capped
+    from apt.runs.steps import check_vocabulary
+    from apt.text.datasets import digest, documents, evaluation_tokens
+    from apt.text.special_tokens import bos_of
 
     device = choose_device(device)
     shell = skeleton(source, registry(), adapter)
@@ -113,8 +113,8 @@ def _runnable(
     shell: "Model", tokens: "Tensor", dtype: "torch.dtype | None", device: str, stream: bool
 ) -> "Iterator[nn.Module]":
     """The model, to be run on ``tokens``."""
-    from apt.carried import streamed
-    from apt.models import load
+    from apt.checkpoints.load import load
+    from apt.evaluation.blockwise import streamed
 
     if stream:
         with streamed(shell, tokens, device) as module:

@@ -3,7 +3,7 @@
 import typer
 
 from apt.cli import arguments as args
-from apt.limits import check_activations, check_pattern_options, check_windows
+from apt.runs.limits import check_activations, check_pattern_options, check_windows
 
 
 def inspect(
@@ -30,17 +30,17 @@ def inspect(
     check_activations(activations, streamed=stream)
     check_pattern_options(sparsity, pattern, None)
     from apt.cli.output import notice
-    from apt.plugins import registry
+    from apt.plugin.registry import registry
 
     hub = args.read_hub(revision, token, cache_dir)
     source = args.find_model(model, registry(), hub, trust_remote_code=trust_remote_code)
 
+    from apt.checkpoints.load import skeleton
     from apt.cli.plan import Planned, show_plan
-    from apt.machine import choose_device
-    from apt.models import skeleton
-    from apt.plan import make_plan
-    from apt.prepare import capped
-    from apt.rounding import check_rounding
+    from apt.planning.plan import make_plan
+    from apt.planning.rounding import check_rounding
+    from apt.runs.machine import choose_device
+    from apt.runs.prepare import capped
 
     wanted = args.read_pattern(sparsity, pattern, None) or args.parse("2:4")
     device, on_disk = choose_device(device), activations == "disk"

@@ -6,7 +6,7 @@ from apt.cli import arguments as args
 def methods(as_json: bool = args.JSON) -> None:
     """List the pruning methods, the most accurate first."""
     from apt.cli.listing import show_rows
-    from apt.plugins import registry
+    from apt.plugin.registry import registry
 
     shelf, default = registry().methods, registry().default_method().name
     rows = [

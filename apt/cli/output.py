@@ -15,7 +15,7 @@ from rich.text import Text
 
 from apt.cli.streams import program
 from apt.errors import AptError
-from apt.plain import plain
+from apt.output.json_values import plain
 
 
 class Level(IntEnum):

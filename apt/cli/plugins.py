@@ -6,7 +6,7 @@ from apt.cli import arguments as args
 def plugins(as_json: bool = args.JSON) -> None:
     """List the installed plugins: what loaded, from where, and what failed and why."""
     from apt.cli.listing import show_rows
-    from apt.plugins import registry
+    from apt.plugin.registry import registry
 
     shelf = registry()
     rows = [

@@ -8,7 +8,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from apt.cli.output import animated, detail, duration, err, log, notice
 from apt.events import BlockStarted, BlockTuned, Event, Working
-from apt.plan import Plan
+from apt.planning.plan import Plan
 
 
 class RunProgress:

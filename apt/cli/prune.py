@@ -8,7 +8,7 @@ import typer
 from apt.cli import arguments as args
 from apt.cli.settings import load, save
 from apt.errors import AptError
-from apt.limits import (
+from apt.runs.limits import (
     check_activations,
     check_amount,
     check_dtype,
@@ -127,7 +127,7 @@ def prune(
     check_shard_size(max_shard_size)
     check_activations(activations, streamed=stream or resume)
     check_pattern_options(sparsity, pattern, per)
-    from apt.plugins import registry
+    from apt.plugin.registry import registry
 
     shelf, defaults = registry(), _Defaults()
     model = model or defaults.choose("model", _embedded(adapter))
@@ -137,8 +137,8 @@ def prune(
     hub = args.read_hub(revision, token, cache_dir)
     args.find_model(model, shelf, hub, trust_remote_code=trust_remote_code)
 
-    from apt.prepare import RunOptions, prepare
-    from apt.ranks import joined
+    from apt.distributed.launch import joined
+    from apt.runs.prepare import RunOptions, prepare
     from apt.solver import SolverOptions
 
     wanted = args.read_pattern(sparsity, pattern, per)
@@ -183,7 +183,7 @@ def prune(
     with joined() as ranks:
         prepared = prepare(options, shelf, defaults.lines.append)
         if options.stream:
-            from apt.stream import check_streamable
+            from apt.runs.stream import check_streamable
 
             check_streamable(prepared)
         if save_config is not None and ranks.first:
@@ -216,7 +216,7 @@ class _Defaults:
 
 
 def _embedded(adapter: str | None) -> str:
-    from apt.plugins import registry
+    from apt.plugin.registry import registry
 
     if adapter is None:
         raise AptError("no MODEL is given", "name one, or --adapter NAME for its embedded model")
@@ -225,7 +225,7 @@ def _embedded(adapter: str | None) -> str:
 
 def _folder(model: str, pattern: str, method: str) -> Path:
     """A folder named after model, pattern and method."""
-    from apt.source import Source
+    from apt.locations.model_source import Source
 
     gguf = model if model.endswith(".gguf") else None
     return Path(f"{Source(model, model, gguf).name}-{pattern.replace(':', 'of')}-{method}")

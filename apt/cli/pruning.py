@@ -6,19 +6,20 @@ from contextlib import contextmanager
 
 import typer
 
-from apt.arena import share_arena
+from apt.checkpoints.copies import REPORT
 from apt.cli.output import complaint, notice, out, show_json
 from apt.cli.plan import Planned, show_plan
 from apt.cli.progress import RunProgress
 from apt.cli.streams import program
 from apt.cli.summary import show_report, without_value
+from apt.distributed.ranks import Ranks
 from apt.errors import AptError
-from apt.prepare import Prepared, RunOptions, already_complete
-from apt.ranks import Ranks
-from apt.report import FILE, Report
-from apt.run import execute
-from apt.stream import execute_streamed
-from apt.workplace import resumable
+from apt.output.report import Report
+from apt.output.workplace import resumable
+from apt.pruning.arena import share_arena
+from apt.runs.prepare import Prepared, RunOptions, already_complete
+from apt.runs.run import execute
+from apt.runs.stream import execute_streamed
 
 
 def plan_of(prepared: Prepared) -> Planned:
@@ -113,7 +114,7 @@ def _left(options: RunOptions) -> str:
     """What an interrupted run has left."""
     if options.stream and resumable(options.output):
         return "to go on, give the same command with --resume"
-    written = (options.output / FILE).is_file()
+    written = (options.output / REPORT).is_file()
     return f"{options.output} is whole" if written else "nothing was written"
 
 

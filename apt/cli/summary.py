@@ -6,8 +6,8 @@ from dataclasses import asdict
 from typing import Any
 
 from apt.cli.output import duration, out, show, show_json, size, table
-from apt.prepare import RunOptions
-from apt.report import Report, by_kind, peak_memory
+from apt.output.report import Report, by_kind, peak_memory
+from apt.runs.prepare import RunOptions
 
 
 def show_report(report: Report, options: RunOptions, *, as_json: bool) -> None:

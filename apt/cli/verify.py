@@ -7,8 +7,8 @@ import typer
 
 from apt.cli import arguments as args
 from apt.errors import AptError, shortened
-from apt.limits import check_pattern_options
-from apt.places import kind_at
+from apt.locations.paths import kind_at
+from apt.runs.limits import check_pattern_options
 
 
 def verify(
@@ -35,15 +35,15 @@ def verify(
 
     from dataclasses import replace
 
+    from apt.checkpoints.load import load, skeleton
+    from apt.checkpoints.verify import failures
+    from apt.checkpoints.verify import verify as count
     from apt.cli.output import notice, out, show_json
-    from apt.models import load, skeleton
-    from apt.plan import make_plan
-    from apt.plugins import registry
-    from apt.report import read_report
-    from apt.rounding import check_rounding
-    from apt.source import find
-    from apt.verify import failures
-    from apt.verify import verify as count
+    from apt.locations.model_source import find
+    from apt.output.report import read_report
+    from apt.planning.plan import make_plan
+    from apt.planning.rounding import check_rounding
+    from apt.plugin.registry import registry
 
     report = read_report(directory) or {}
     given = args.read_pattern(sparsity, pattern, per)

@@ -5,13 +5,13 @@ A linear layer computes ``Y = X Wᵀ``. Pruning seeks ``V`` with a given zero pa
 matrix ``XᵀX`` of shape (in, in); nothing here knows models, adapters or files.
 """
 
+from apt.solver.admm_search import admm
 from apt.solver.gram import DampedGram, Gram, SolverError
-from apt.solver.joint import Joint, joint_weights
+from apt.solver.least_squares import Joint, joint_weights
 from apt.solver.loss import relative_layer_error
 from apt.solver.options import EFFORTS, Effort, Solution, SolverOptions
 from apt.solver.patterns import NM, Pattern, Unstructured, parse_pattern
-from apt.solver.removal import MAX_REMOVAL_SETS, mm, ms, sm, ss
-from apt.solver.search import admm
+from apt.solver.sparsegpt import MAX_REMOVAL_SETS, mm, ms, sm, ss
 
 __all__ = [
     "EFFORTS",

@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from apt.checkpoints.load import load, skeleton
+from apt.conformance.checks import Subject
+from apt.conformance.error_location import at, explained, place_of
 from apt.errors import AptError
-from apt.models import load, skeleton
-from apt.plugins import Plugin, Registry
-from apt.source import find
-from apt.specs import AdapterSpec
-from apt.testing.checks import Subject
-from apt.testing.places import at, explained, place_of
+from apt.locations.model_source import find
+from apt.plugin.registry import Plugin, Registry
+from apt.plugin.specs import AdapterSpec
 from apt.testing.suite import random_tokens
 
 

@@ -37,7 +37,7 @@ class _Checks(pytest.Collector):
         self._seen: dict[str, str] = {}
 
     def collect(self) -> list[pytest.Item]:
-        from apt.testing.checks import CHECKS
+        from apt.conformance.checks import CHECKS
 
         return [_Item.from_parent(self, name=name) for name in CHECKS]
 
@@ -45,7 +45,7 @@ class _Checks(pytest.Collector):
     def subject(self) -> Any:
         """What is checked, or the `AptError` that says why there is nothing."""
         from apt.errors import AptError
-        from apt.plugins import registry
+        from apt.plugin.registry import registry
         from apt.testing.example import subject
 
         try:
@@ -55,7 +55,7 @@ class _Checks(pytest.Collector):
 
     def outcome(self, name: str) -> Any:
         """What comes of the check of that name."""
-        from apt.testing.outcomes import Outcome, once, outcome
+        from apt.conformance.outcomes import Outcome, once, outcome
 
         if isinstance(self.subject, Exception):
             problem = "\n".join(getattr(self.subject, "lines", [str(self.subject)]))

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from apt.adapter import Adapter
-from apt.testing.checks import CHECKS, Subject
-from apt.testing.outcomes import outcome, spec_of
+from apt.conformance.checks import CHECKS, Subject
+from apt.conformance.outcomes import outcome, spec_of
 
 
 def random_tokens(vocabulary: int, samples: int = 4, seqlen: int = 24) -> Tensor:

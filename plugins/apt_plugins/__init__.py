@@ -1,7 +1,6 @@
 """The methods, allocations, text sources and measures that ship with APT."""
 
-from apt.hookspecs import hookimpl
-from apt.specs import AllocationSpec, CalibrationSpec, EvaluatorSpec, MethodSpec
+from apt.hookspecs import AllocationSpec, CalibrationSpec, EvaluatorSpec, MethodSpec, hookimpl
 
 _APT = "arXiv 2410.15567"
 
@@ -50,9 +49,10 @@ def apt_allocations() -> list[AllocationSpec]:
 def apt_evaluators() -> list[EvaluatorSpec]:
     """Perplexity and accuracy."""
     return [
-        EvaluatorSpec("perplexity", "exp of the mean loss of a token", "apt.evaluate:perplexity"),
-        EvaluatorSpec("accuracy", "share of tokens that are ranked first", "apt.evaluate:accuracy",
-                      "higher"),
+        EvaluatorSpec("perplexity", "exp of the mean loss of a token", "apt.evaluation:perplexity"),
+        EvaluatorSpec(
+            "accuracy", "share of tokens that are ranked first", "apt.evaluation:accuracy", "higher"
+        ),
     ]  # fmt: skip
 
 

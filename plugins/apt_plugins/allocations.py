@@ -4,10 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from apt.adapter import Adapter, Site
-from apt.allocate import unstructured
-from apt.batches import enter
-from apt.eval_mode import eval_mode
-from apt.plan import Plan, PlannedBlock
+from apt.adapter.eval_mode import eval_mode
+from apt.calibration.batches import enter
+from apt.planning.allocation import unstructured
+from apt.planning.plan import Plan, PlannedBlock
 from apt.solver import Unstructured
 
 OUTLIER = 5.0  # M: what a score is compared with, in means of its block

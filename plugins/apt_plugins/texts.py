@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from importlib.resources import as_file, files
 
-from apt.text import Split, hub_documents
-from apt.textfiles import read_file
+from apt.text.datasets import Split, hub_documents
+from apt.text.files import read_file
 
 
 def builtin(split: Split) -> Iterator[str]:

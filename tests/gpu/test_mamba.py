@@ -9,9 +9,9 @@ from apt_adapters.processor import without_kernels
 
 import apt as library
 from apt.adapter import DecoderAdapter
+from apt.conformance.oracle import Oracle
 from apt.solver import NM
 from apt.solver.patterns import meets
-from apt.testing.oracle import Oracle
 from tests.families import random_model, random_tokens
 
 if not torch.cuda.is_available():

@@ -10,12 +10,12 @@ from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
 from transformers import AutoModelForCausalLM
 
 import apt as library
-from apt.evaluate import perplexity
-from apt.plugins import registry
+from apt.conformance.outcomes import outcome
+from apt.evaluation.metrics import perplexity
+from apt.plugin.registry import registry
 from apt.solver import NM
 from apt.solver.patterns import meets
 from apt.testing import CHECKS, Subject
-from apt.testing.outcomes import outcome
 from tests.families import random_tokens
 
 MIXERS = {
@@ -104,8 +104,8 @@ def test_native_models_are_pruned_in_memory_as_their_conversions_are(kind, writt
     model, folder = written(kind)
     report = library.prune(model, TOKENS, pattern="2:4", method="sm")
     assert report.model == {"type": "MambaLMHeadModel", "adapter": "mamba-ssm"}
-    from apt.models import load, skeleton
-    from apt.source import find
+    from apt.checkpoints.load import load, skeleton
+    from apt.locations.model_source import find
 
     converted = load(skeleton(find(str(folder), registry()), registry())).module
     library.prune(converted, TOKENS, pattern="2:4", method="sm")

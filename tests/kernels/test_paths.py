@@ -12,8 +12,8 @@ from transformers.models.falcon_mamba import modeling_falcon_mamba
 from transformers.models.mamba import modeling_mamba
 from transformers.models.mamba2 import modeling_mamba2
 
-from apt.tap import WeightTap
-from apt.testing.oracle import Oracle
+from apt.adapter.weight_tap import WeightTap
+from apt.conformance.oracle import Oracle
 from tests.kernels import mixers, stubs
 
 HIDDEN, RANK, STATE, HEADS, WIDTH, GROUPS, LENGTH = 32, 4, 8, 4, 16, 2, 16

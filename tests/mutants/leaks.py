@@ -12,7 +12,7 @@ import torch
 from torch.nn.modules import module as modules
 from torch.overrides import BaseTorchFunctionMode
 
-from apt.testing.state import preserved
+from apt.conformance.snapshot import preserved
 from tests.mutants.models import LLAMA
 
 _MODELING = "transformers.models.llama.modeling_llama"

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, OPTConfig
 
 from apt.adapter import DecoderAdapter
-from apt.plugins import registry
+from apt.plugin.registry import registry
 from tests.families import _HEADS, _IDS, _SMALL, CONFIGS, random_model
 
 LLAMA = registry().adapters.get("llama").load()

@@ -5,8 +5,7 @@ from typing import Any
 from transformers.pytorch_utils import Conv1D
 
 from apt.adapter import DecoderAdapter, Input
-from apt.hookspecs import hookimpl
-from apt.specs import AdapterSpec
+from apt.hookspecs import AdapterSpec, hookimpl
 
 APT_API = 1
 

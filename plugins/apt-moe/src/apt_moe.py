@@ -5,9 +5,8 @@ from typing import Any
 from torch import nn
 
 from apt.adapter import Call, DecoderAdapter, Input, Site, State
-from apt.experts import expert_sites, one_by_one
-from apt.hookspecs import hookimpl
-from apt.specs import AdapterSpec
+from apt.adapter.experts import expert_sites, one_by_one
+from apt.hookspecs import AdapterSpec, hookimpl
 
 APT_API = 1
 

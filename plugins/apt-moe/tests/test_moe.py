@@ -43,7 +43,7 @@ def test_an_expert_is_solved_on_the_tokens_that_it_gets():
     model(TOKENS)
     rows = given[0].reshape(-1, 32)
     chosen = (rows @ block.mlp.gate.weight.T).topk(2, dim=-1).indices
-    only = apt.plan.Selection(only=("*.0.mlp.experts.*",))
+    only = apt.planning.plan.Selection(only=("*.0.mlp.experts.*",))
     report = apt.prune(model, TOKENS, pattern="2:4", method="ss", selection=only)
     for expert in range(4):
         mine = rows[(chosen == expert).any(-1)]

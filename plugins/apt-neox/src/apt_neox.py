@@ -3,8 +3,7 @@
 from typing import Any
 
 from apt.adapter import DecoderAdapter, Input
-from apt.hookspecs import hookimpl
-from apt.specs import AdapterSpec
+from apt.hookspecs import AdapterSpec, hookimpl
 
 APT_API = 1
 

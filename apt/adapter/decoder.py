@@ -1,0 +1,154 @@
+"""Adapters by declaration: a decoder of Linears, told by its paths."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from apt.adapter.recording import record_calls
+from apt.adapter.sites import Call, Effects, Extra, Sink, Site, State, check_type
+from apt.adapter.weight_tap import WeightTap
+from apt.errors import AptError
+
+
+@dataclass(frozen=True)
+class Input:
+    """An input of a block and the Linears that multiply it, for `DecoderAdapter.inputs`.
+
+    Args:
+        name: the input's name.
+        linears: the paths of the Linears within the block.
+        residual: whether their products are added to the residual stream.
+    """
+
+    name: str
+    linears: tuple[str, ...]
+    residual: bool = False
+
+    def __post_init__(self) -> None:
+        check_type("Input", self.name, "name", self.name, (str,))
+        check_type("Input", self.name, "residual", self.residual, (bool,))
+        linears: Any = self.linears
+        if not isinstance(linears, tuple):
+            right = f"({linears!r},)" if isinstance(linears, str) else f"tuple({linears!r})"
+            raise TypeError(
+                f"Input {self.name!r}: linears is {linears!r}, not a tuple of paths: write {right}"
+            )
+        for path in linears:
+            check_type("Input", self.name, "a path in linears", path, (str,))
+
+
+class DecoderAdapter:
+    """A decoder of Linears, declared by where its blocks are and what their Linears multiply.
+
+    Attributes:
+        blocks_path: the path of the ``ModuleList`` of blocks.
+        inputs: the inputs of a block in the order of the forward pass.
+        left_dense: paths within a block of parameters, or of modules with a weight, that are
+            neither site nor extra, for instance a router.
+        transposed: types of module, beside Linear, whose weight is stored (in, out).
+    """
+
+    blocks_path: ClassVar[str]
+    inputs: ClassVar[tuple[Input, ...]]
+    left_dense: ClassVar[tuple[str, ...]] = ()
+    transposed: ClassVar[tuple[type[nn.Module], ...]] = ()
+
+    def check(self, config: Any) -> None:
+        """Accept every configuration."""
+
+    def positions(self, config: Any) -> int | None:
+        """``max_position_embeddings``."""
+        return getattr(config, "max_position_embeddings", None)
+
+    def held(self, config: Any, seqlen: int) -> int:
+        """One matrix of attention for each head, where no fused kernel does without."""
+        heads: int = getattr(config, "num_attention_heads", None) or 0
+        fused = getattr(config, "_attn_implementation", None) != "eager"
+        return 0 if fused else heads * seqlen
+
+    def running(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Nothing is needed."""
+        return nullcontext()
+
+    def blocks(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        """The modules in ``blocks_path``."""
+        try:
+            layers = model.get_submodule(self.blocks_path)
+        except AttributeError:
+            raise AptError(
+                f"adapter {type(self).__name__} does not fit {type(model).__name__}: "
+                f"it has no '{self.blocks_path}'",
+                "choose the model's own adapter, see: apt-prune adapters",
+            ) from None
+        return [(f"{self.blocks_path}.{name}", block) for name, block in layers.named_children()]
+
+    def inputs_of(self, block: nn.Module) -> tuple[Input, ...]:
+        """``inputs``; override where blocks are of several kinds."""
+        return self.inputs
+
+    def sites(self, block: nn.Module) -> list[Site]:
+        """The Linears that are declared, held against the module tree."""
+        present = {
+            name: module
+            for name, module in block.named_modules()
+            if isinstance(module, (nn.Linear, *self.transposed)) and name not in self.left_dense
+        }
+        inputs = self.inputs_of(block)
+        names = {linear for entry in inputs for linear in entry.linears}
+        if names != set(present):
+            missing, extra = sorted(names - set(present)), sorted(set(present) - names)
+            gap = f"no {missing[0]}" if missing else f"{extra[0]}, which is not declared"
+            raise AptError(
+                f"adapter {type(self).__name__} does not fit {type(block).__name__}: it has {gap}",
+                "choose the model's own adapter, see: apt-prune adapters",
+            )
+        declared: dict[nn.Parameter, Site] = {}
+        for order, entry in enumerate(inputs):
+            for linear in entry.linears:
+                parameter = block.get_parameter(f"{linear}.weight")
+                if parameter in declared:  # shared with a module that runs before
+                    first = declared[parameter]
+                    declared[parameter] = replace(first, calls=first.calls + 1)
+                    continue
+                declared[parameter] = Site(
+                    linear,
+                    f"{linear}.weight",
+                    entry.name,
+                    order,
+                    entry.residual,
+                    isinstance(present[linear], self.transposed),
+                )
+        return list(declared.values())
+
+    def extras(self, block: nn.Module) -> list[Extra]:
+        """None."""
+        return []
+
+    def effects(
+        self, block: nn.Module, extras: Sequence[Extra], sink: Effects
+    ) -> AbstractContextManager[None]:
+        """Nothing is handed over."""
+        return nullcontext()
+
+    def enter(self, model: nn.Module, tokens: Tensor) -> tuple[State, list[Call]]:
+        """Record every block's own call by one run of the model over stubs."""
+        return record_calls(model, [block for _, block in self.blocks(model)], tokens)
+
+    def step(self, block: nn.Module, state: State, call: Call) -> State:
+        """Replay the block's call; where it returns a tuple, the state comes first."""
+        result = call.replay(block, state)
+        return result[0] if isinstance(result, tuple) else result
+
+    def residual(self, state: State) -> Tensor:
+        """The state itself."""
+        stream: Tensor = state
+        return stream
+
+    def capture(
+        self, block: nn.Module, sites: Sequence[Site], sink: Sink
+    ) -> AbstractContextManager[None]:
+        """Watch every product with a site's weight, whether or not its module is called."""
+        return WeightTap({site: site.weight(block) for site in sites}, sink)

@@ -1,0 +1,1 @@
+"""Calibration tokens to activations and sums: batches, capture, error-aware targets."""

@@ -1,0 +1,1 @@
+"""Models on disk: how they are found, read, copied, written and verified."""

@@ -1,0 +1,75 @@
+"""Checkpoints that are not laid out as transformers does it."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+from transformers.utils.hub import cached_file
+
+from apt.locations.hub import Hub
+from apt.locations.model_source import Source
+from apt.plugin.registry import Registry
+
+
+class Checkpoint(Protocol):
+    """A checkpoint in a format of its own, of a model that transformers has too.
+
+    Attributes:
+        config: the configuration as transformers has it.
+    """
+
+    config: Any
+
+    def read(self) -> dict[str, Tensor]:
+        """The weights by transformers' names, each in the dtype that it is stored in."""
+
+    def write(self, weights: Mapping[str, Tensor], directory: Path) -> None:
+        """Write weights, by transformers' names, with the configuration in the checkpoint's own
+        format."""
+
+
+def find_file(location: str, name: str, hub: Hub | None = None) -> Path | None:
+    """A file of a directory here or of a repository on the hub; None where it is not there."""
+    how = {"_raise_exceptions_for_missing_entries": False, **(hub or Hub()).options()}
+    try:
+        found = cached_file(location, name, **how)
+    except (OSError, ValueError):
+        return None
+    return Path(found) if found else None
+
+
+def local_copy(source: Source, ignored: Sequence[str] = ()) -> Path:
+    """The directory of a checkpoint, downloaded where it is on the hub.
+
+    Args:
+        source: the checkpoint.
+        ignored: patterns of files that are not needed.
+    """
+    if not source.on_hub:
+        return Path(source.location)
+    from huggingface_hub import snapshot_download
+
+    how = source.hub.options()
+    return Path(snapshot_download(source.location, ignore_patterns=list(ignored), **how))
+
+
+def open_checkpoint(source: Source, registry: Registry) -> Checkpoint | None:
+    """The checkpoint, if it is in a format that a plugin reads; None leaves it to transformers."""
+    path = find_file(source.location, "config.json", source.hub)
+    if path is None:
+        return None
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(config, dict) or "model_type" in config:
+        return None
+    # Plugins ask the hub in the usual way; what is to be had in another one is downloaded first.
+    location = str(local_copy(source)) if source.hub != Hub() else source.location
+    for spec in registry.formats.specs.values():
+        checkpoint: Checkpoint | None = spec.load()(location, config)
+        if checkpoint is not None:
+            return checkpoint
+    return None

@@ -1,0 +1,241 @@
+"""From a source (directory, hub name, GGUF file) to a model and its adapter."""
+
+import hashlib
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from apt.adapter import Adapter
+from apt.checkpoints.architecture import check_kind
+from apt.checkpoints.formats import Checkpoint, open_checkpoint
+from apt.checkpoints.load_errors import load_error, tokenizer_error
+from apt.checkpoints.model import Model
+from apt.checkpoints.safetensors_io import check_files
+from apt.checkpoints.stored import find_stored
+from apt.errors import AptError, shortened
+from apt.locations.hub import Hub
+from apt.locations.model_source import Source
+from apt.locations.paths import kind_at
+from apt.plugin.registry import Registry
+
+_MOST_LAYERS = 10_000
+_DAMAGED = "is its config.json damaged?"
+
+
+def read_config(source: Source) -> Any:
+    """The model's configuration."""
+    with _loading(source, _DAMAGED):
+        return AutoConfig.from_pretrained(source.location, **source.options())
+
+
+def skeleton(source: Source, registry: Registry, adapter: str | None = None) -> Model:
+    """The model on the meta device: modules and shapes, no weights."""
+    checkpoint, config = _configured(source, registry)
+    if source.gguf is None:  # those are read as plain weights, whatever they are stored as
+        check_kind(source.reference, config)
+    spec = registry.adapters.get(adapter) if adapter else registry.adapter_for(config.model_type)
+    instance: Adapter = spec.load()()
+    instance.check(config)
+    module = _empty(source, config)
+    return Model(source, module, config, spec, instance, checkpoint)
+
+
+def _configured(source: Source, registry: Registry) -> tuple[Checkpoint | None, Any]:
+    """The checkpoint where it is of another format, and the configuration."""
+    try:
+        return None, read_config(source)
+    except AptError as error:
+        if source.gguf or isinstance(error.__cause__, OSError):  # no such thing, or no network
+            raise
+        checkpoint = open_checkpoint(source, registry)
+        if checkpoint is None:
+            raise
+        return checkpoint, checkpoint.config
+
+
+def _empty(source: Source, config: Any) -> nn.Module:
+    """A model without weights, in eval mode."""
+    layers = getattr(config, "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > _MOST_LAYERS:  # each is a module, also without weights
+        raise AptError(
+            f"{source.reference} does not load: it would have {layers:,} layers",
+            _DAMAGED,
+        )
+    with _loading(source, _DAMAGED), torch.device("meta"):
+        module: nn.Module = AutoModelForCausalLM.from_config(
+            config, trust_remote_code=source.trust_remote_code
+        )
+    return module.eval()
+
+
+def load(shell: Model, dtype: torch.dtype | None = None, device: str = "cpu") -> Model:
+    """Read the weights of a `skeleton`.
+
+    Args:
+        shell: the model on the meta device.
+        dtype: the precision to hold it in; None keeps that of the checkpoint's sites (fp32 for
+            GGUF), see `apt.checkpoints.stored.Stored.dtype`.
+        device: where to put it.
+
+    Raises:
+        AptError: the checkpoint is damaged, incomplete, or holds weights that are not finite.
+    """
+    source = shell.source
+    if not source.on_hub and not source.gguf:
+        check_files(Path(source.location))
+    if shell.checkpoint is None:
+        module, missing = _from_pretrained(source, dtype or _stored_dtype(shell))
+    else:
+        module, missing = _from_checkpoint(source, shell.checkpoint, dtype)
+    if missing:
+        raise AptError(
+            f"{source.reference} lacks {len(missing)} weights of {type(module).__name__}, "
+            f"such as {missing[0]}",
+            "is the checkpoint complete and in the format of transformers?",
+        )
+    check_finite(module, source.reference, dtype)
+    return replace(shell, module=module.to(device).eval(), config=module.config)
+
+
+def _stored_dtype(shell: Model) -> torch.dtype | None:
+    """The precision of the checkpoint's sites, where its tensors can be read one by one."""
+    stored = find_stored(shell)
+    return stored.dtype(shell) if stored else None
+
+
+def _from_pretrained(source: Source, dtype: torch.dtype | None) -> tuple[Any, list[str]]:
+    """The model as transformers reads it, and the names of weights that are not there."""
+    wanted = dtype or (torch.float32 if source.gguf else "auto")
+    with _loading(source), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module, info = AutoModelForCausalLM.from_pretrained(
+            source.location, dtype=wanted, output_loading_info=True,
+            ignore_mismatched_sizes=True,  # what is to be said of them is said here
+            **source.options(),
+        )  # fmt: skip
+    for mismatch in info.get("mismatched_keys", ()):
+        raise _mismatched(source, module, mismatch)
+    missing = sorted(info["missing_keys"])
+    return (_plain(module) if source.gguf and not missing else module), missing
+
+
+def _mismatched(source: Source, module: Any, mismatch: Any) -> AptError:
+    """The error for a tensor of another shape; transformers 4 gives its name alone."""
+    name, *shapes = (mismatch,) if isinstance(mismatch, str) else mismatch
+    stored = f"is {tuple(shapes[0])}" if shapes else "has another shape"
+    expected = module.state_dict().get(name)
+    wanted = "another" if expected is None else tuple(expected.shape)
+    return AptError(
+        f"{name} of {source.reference} {stored}, but {wanted} by its configuration",
+        "is its config.json the right one?",
+    )
+
+
+def _from_checkpoint(
+    source: Source, checkpoint: Checkpoint, dtype: torch.dtype | None
+) -> tuple[Any, list[str]]:
+    """The model as a plugin reads it, every weight in its own dtype unless told otherwise."""
+    module: Any = _empty(source, checkpoint.config)
+    with _loading(source):
+        found = module.load_state_dict(checkpoint.read(), strict=False, assign=True)
+    module.tie_weights()
+    empty = [name for name, tensor in module.state_dict().items() if tensor.is_meta]
+    if found.unexpected_keys:
+        raise AptError(
+            f"{source.reference} has {found.unexpected_keys[0]}, of which "
+            f"{type(module).__name__} knows nothing",
+            "is its config.json the right one?",
+        )
+    if empty:
+        return module, empty
+    module.config.dtype = dtype or module.get_input_embeddings().weight.dtype
+    return (module.to(dtype) if dtype else module), []
+
+
+def _plain(module: Any) -> nn.Module:
+    """The same model, no longer flagged as quantized: GGUF weights are plain once they are read.
+
+    The flag makes transformers refuse to cast and to save the model.
+    """
+    config = type(module.config).from_dict(
+        {k: v for k, v in module.config.to_dict().items() if k != "quantization_config"}
+    )
+    fresh: Any = type(module)(config).to(next(module.parameters()).dtype)
+    fresh.load_state_dict(module.state_dict())
+    fresh.generation_config = module.generation_config
+    plain: nn.Module = fresh
+    return plain
+
+
+def check_finite(module: nn.Module, reference: str, cast: torch.dtype | None = None) -> None:
+    """Raise where a weight is NaN or infinite, naming it.
+
+    Args:
+        module: the model.
+        reference: what the user calls it.
+        cast: the precision that its weights were cast to, if they were.
+    """
+    for name, parameter in module.named_parameters():
+        if torch.isfinite(parameter).all():
+            continue
+        if cast is torch.float16 and not parameter.isnan().any():
+            raise AptError(
+                f"{name} of {reference} has values beyond 65,504, the largest of float16",
+                "use --dtype bfloat16 or float32",
+            )
+        raise AptError(
+            f"{name} of {reference} holds values that are not finite",
+            "the checkpoint is damaged; get it again",
+        )
+
+
+def load_tokenizer(source: Source, other: str | None = None) -> Any:
+    """The model's tokenizer, or that of the directory or hub name ``other``."""
+    hub, options = source.hub, source.options()
+    if other is not None:
+        hub = _hub_of_another(source, other)
+        options = hub.options()
+    try:
+        found = AutoTokenizer.from_pretrained(other or source.location, **options)
+        if len(found) <= len(found.all_special_tokens):  # made from no file, for some families
+            raise ValueError("there is no file with a vocabulary")
+        return found
+    except Exception as error:  # `tokenizers` raises bare exceptions
+        raise tokenizer_error(other or source.reference, error, hub) from error
+
+
+def _hub_of_another(source: Source, name: str) -> Hub:
+    """How the hub is asked for a tokenizer that is not the model's own."""
+    if kind_at(Path(name)) == "directory":
+        return Hub()
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise AptError(f"no such tokenizer: {shortened(name)} is no directory", "check the path")
+    return source.hub.for_another().reached()
+
+
+def fingerprint(module: nn.Module) -> str:
+    """SHA-256 over the names, shapes, dtypes and bytes of all parameters."""
+    digest = hashlib.sha256()
+    for name, parameter in module.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
+        raw = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(raw.numpy().data)
+    return digest.hexdigest()
+
+
+@contextmanager
+def _loading(source: Source, hint: str = "is it complete?") -> Iterator[None]:
+    """Make one line of whatever is raised: loaders have errors of many kinds for damaged files."""
+    try:
+        yield
+    except AptError:
+        raise
+    except Exception as error:
+        raise load_error(source, error, hint) from error

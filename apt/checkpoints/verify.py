@@ -1,0 +1,74 @@
+"""An exact check of the zeros in a model."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from apt.adapter import Adapter
+from apt.planning.plan import Plan, PlannedBlock
+from apt.solver import NM, Pattern
+from apt.solver.patterns import meets
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether one site meets its pattern.
+
+    Attributes:
+        name: the site's full name.
+        holds: whether it does.
+        zeros, size: the zeros and weights counted.
+        detail: where it fails, in words; empty where it holds.
+    """
+
+    name: str
+    holds: bool
+    zeros: int
+    size: int
+    detail: str = ""
+
+
+def verify(model: nn.Module, adapter: Adapter, plan: Plan) -> list[Verdict]:
+    """Count the zeros of every planned site."""
+    modules = dict(adapter.blocks(model))
+    return [verdict for b in plan.blocks for verdict in block_verdicts(b, modules[b.name])]
+
+
+def block_verdicts(planned: PlannedBlock, block: nn.Module) -> Iterator[Verdict]:
+    """Count the zeros of a block."""
+    for entry in planned.pruned:
+        assert entry.pattern is not None
+        weight = entry.site.oriented(entry.site.weight(block).detach())
+        yield _verdict(entry.name, weight, entry.pattern)
+    for extra in planned.extras:
+        yield _verdict(extra.name, extra.extra.weight(block).detach(), extra.pattern)
+
+
+def _verdict(name: str, weight: Tensor, pattern: Pattern) -> Verdict:
+    zeros = int((weight == 0).sum())
+    if meets(weight, pattern):
+        return Verdict(name, True, zeros, weight.numel())
+    return Verdict(name, False, zeros, weight.numel(), _detail(weight, pattern))
+
+
+def _detail(weight: Tensor, pattern: Pattern) -> str:
+    if not isinstance(pattern, NM):
+        zeros, size = (weight == 0).sum(1), weight.numel()
+        if pattern.per == "row":
+            row = int(zeros.argmin())
+            wanted = pattern.count(weight.shape[1])
+            return f"row {row} has {int(zeros[row]):,} zeros, {wanted:,} needed in each"
+        return f"{int(zeros.sum()):,} zeros, {pattern.count(size):,} needed"
+    kept = (weight != 0).reshape(weight.shape[0], -1, pattern.m).sum(-1)
+    row, group = (kept > pattern.n).nonzero()[0].tolist()
+    start = group * pattern.m
+    return (
+        f"row {row} keeps {int(kept[row, group])} of inputs {start} to {start + pattern.m - 1}; "
+        f"{int((kept > pattern.n).sum()):,} of {kept.numel():,} groups fail"
+    )
+
+
+def failures(verdicts: Iterable[Verdict]) -> list[Verdict]:
+    """Those that do not hold."""
+    return [verdict for verdict in verdicts if not verdict.holds]

@@ -1,0 +1,39 @@
+"""Conformance checks: plain functions that each say in a line what is wrong with an adapter.
+
+A check takes a `Subject` and raises `Nonconformance`. Each looks at one promise of
+`apt.adapter.Adapter`, by means that owe nothing to the adapter: the module tree, and the operators
+that run (`apt.conformance.oracle`). A small random model is enough.
+"""
+
+from apt.conformance.checks.blocks import check_batches, check_blocks, check_stream
+from apt.conformance.checks.declared import check_declaration, check_kinds, check_model_types
+from apt.conformance.checks.flow import check_capture, check_in_time, check_order, check_residual
+from apt.conformance.checks.gradients import check_gradients
+from apt.conformance.checks.logits import check_logits
+from apt.conformance.checks.promise import Check, Fault, Nonconformance, promise
+from apt.conformance.checks.pruning import check_identity, check_pruning, check_saving
+from apt.conformance.checks.sites import check_names, check_orientation, check_sites
+from apt.conformance.checks.subject import Subject
+from apt.conformance.checks.tidy import (
+    check_exception,
+    check_repeat,
+    check_running,
+    check_untouched,
+)
+
+# A method is first called where what it leaves behind is looked for: later that is there already.
+CHECKS: dict[str, Check] = {
+    function.__name__.removeprefix("check_"): function
+    for function in (
+        check_declaration, check_model_types, check_kinds, check_running, check_names,
+        check_untouched, check_exception, check_repeat, check_blocks, check_batches, check_stream,
+        check_logits, check_sites, check_orientation, check_capture, check_order, check_residual,
+        check_gradients, check_in_time, check_identity, check_pruning, check_saving,
+    )
+}  # fmt: skip
+"""All checks by name, in the order in which they are run."""
+
+ALONE = [CHECKS[name] for name in ("declaration", "model_types", "kinds", "running")]
+"""Those that are not run within `Adapter.running`."""
+
+__all__ = ["ALONE", "CHECKS", "Check", "Fault", "Nonconformance", "Subject", "promise"]

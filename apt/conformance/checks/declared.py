@@ -1,0 +1,115 @@
+"""What is declared of an adapter as a whole: its attributes, its models, its example."""
+
+from collections.abc import Iterator
+from difflib import get_close_matches
+from typing import Any
+
+from apt.adapter import Adapter, DecoderAdapter, Input
+from apt.conformance.checks.promise import Fault, promise
+from apt.conformance.checks.subject import Subject
+from apt.conformance.layer_kinds import default_kinds, kinds
+from apt.plugin.registry import registry
+from apt.plugin.specs import AdapterSpec
+
+_METHODS = [name for name in vars(Adapter) if not name.startswith("_")]
+# Of a `DecoderAdapter`: what an attribute is to be made of, and the methods that read it.
+_DECLARED = {
+    "blocks_path": (str, ("blocks",)),
+    "inputs": (Input, ("inputs_of", "sites")),
+    "left_dense": (str, ()),
+    "transposed": (type, ()),
+}
+
+
+@promise
+def check_declaration(subject: Subject) -> Iterator[Fault]:
+    """The adapter has every method, and what it declares is of the right types."""
+    adapter = subject.adapter
+    for method in _METHODS:
+        if not callable(getattr(adapter, method, None)):
+            yield Fault("", lacks(adapter, method))
+    if isinstance(adapter, DecoderAdapter):
+        for name, (kind, readers) in _DECLARED.items():
+            read = all(getattr(type(adapter), r) is getattr(DecoderAdapter, r) for r in readers)
+            yield from _attribute(adapter, name, kind, needed=read)
+
+
+def lacks(adapter: Adapter, name: str) -> str:
+    """The line for an adapter that has no such attribute."""
+    return f"{type(adapter).__name__} has no '{name}'"
+
+
+def _attribute(adapter: Adapter, name: str, kind: type, *, needed: bool) -> Iterator[Fault]:
+    if not hasattr(adapter, name):
+        if needed:
+            yield Fault("", lacks(adapter, name))
+        return
+    value = getattr(adapter, name)
+    if name == "blocks_path":
+        if not isinstance(value, str):
+            yield Fault("", f"blocks_path is {value!r}, not the path of the list of blocks")
+    elif not isinstance(value, tuple):
+        yield Fault("", f"{name} is {_shown(value)}, not a tuple: write ({_shown(value)},)")
+    else:
+        for part in value:
+            if not isinstance(part, kind):
+                yield Fault("", f"{name} holds {_shown(part)}, which is no {kind.__name__}")
+
+
+def _shown(value: Any) -> str:
+    return f"Input({value.name!r}, …)" if isinstance(value, Input) else repr(value)
+
+
+@promise
+def check_model_types(subject: Subject) -> Iterator[Fault]:
+    """The spec's ``model_types`` name the family of the example, and no other adapter does."""
+    spec, config = subject.spec, getattr(subject.model, "config", None)
+    kind = getattr(config, "model_type", None) or type(subject.model).__name__
+    if spec is None:
+        return
+    if not spec.model_types:
+        if spec.example is not None or spec.zoo is not None:
+            said = f"model_types of adapter '{spec.name}' is empty, its example is a '{kind}'"
+            yield Fault("", said)
+        return
+    if kind not in spec.model_types:
+        named = ", ".join(map(repr, spec.model_types))
+        said = f"model_types of adapter '{spec.name}' name {named}, its example is a '{kind}'"
+        yield Fault("", said)
+    yield from _unknown(spec, kind)
+    yield from _claimed(spec)
+
+
+def _unknown(spec: AdapterSpec, kind: str) -> Iterator[Fault]:
+    """Types that transformers does not know, where they look like one that it does."""
+    from transformers import CONFIG_MAPPING
+
+    known = set(CONFIG_MAPPING.keys())
+    for name in set(spec.model_types) - known - {kind}:
+        close = get_close_matches(name, known - set(spec.model_types), n=1, cutoff=0.8)
+        if close:
+            said = f"no model of transformers is of type '{name}': did you mean '{close[0]}'?"
+            yield Fault("", said)
+
+
+def _claimed(spec: AdapterSpec) -> Iterator[Fault]:
+    for other in registry().adapters.specs.values():
+        for name in spec.model_types if other.name != spec.name else ():
+            if name in other.model_types:
+                said = f"model type '{name}' is claimed by adapter '{other.name}' as well"
+                yield Fault("", said)
+
+
+@promise
+def check_kinds(subject: Subject) -> Iterator[Fault]:
+    """The model has a layer of each kind that its configuration's class has by default."""
+    config: Any = getattr(subject.model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    there = kinds(text)
+    for missing in default_kinds(type(text)):
+        if missing not in there:
+            said = (
+                f"the model has no layer of kind '{missing}', as {type(text).__name__} has by "
+                "default: a mistake in those would not show"
+            )
+            yield Fault("", said)

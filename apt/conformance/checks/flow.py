@@ -1,0 +1,129 @@
+"""What flows into each weight: the same as is captured, in order, in time, and on to the stream."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import combinations
+
+from apt.adapter import Site
+from apt.calibration.batches import Batch
+from apt.calibration.capture import Capture
+from apt.conformance.checks.promise import Fault, promise
+from apt.conformance.checks.seen import products
+from apt.conformance.checks.subject import Step, Subject
+from apt.conformance.checks.tensors import first_tensor, near
+from apt.conformance.oracle import Seen, Stream
+from apt.conformance.snapshot import changes, snapshot
+from apt.errors import AptError
+from apt.pruning.paused_forward import InParts, Walk
+
+
+@promise
+def check_capture(subject: Subject) -> Iterator[Fault]:
+    """The Gram matrix of every site is that of what its weight really multiplies."""
+    for step in subject.steps():
+        capture = Capture(step.block, step.sites)
+        batch = Batch(step.state, step.calls, subject.tokens.numel())
+        try:
+            capture.run(subject.adapter, step.block, step.index, [batch])
+        except AptError as error:
+            yield Fault(step.name, f": {error.message}", "capture")
+            continue
+        for site, seen in products(subject, step).items():
+            if wrong := _miscaptured(capture, site, seen):
+                yield Fault(step.name, f".{site.name}{wrong}", "capture")
+
+
+def _miscaptured(capture: Capture, site: Site, seen: Seen) -> str:
+    gram = capture.sums[site.input].gram
+    if seen.gram.shape != gram.matrix.shape or not near(gram.matrix, seen.gram):
+        return ": what is captured is not what its weight multiplies"
+    if gram.tokens != seen.tokens:
+        return f" multiplies {seen.tokens} tokens, {gram.tokens} are counted"
+    return ""
+
+
+@promise
+def check_order(subject: Subject) -> Iterator[Fault]:
+    """Inputs of sites of a lower order are multiplied before those of a higher one."""
+    for step in subject.steps():
+        seen = products(subject, step)
+        firsts: dict[str, Site] = {}  # of the sites of one input, the one that comes first
+        for site in sorted(seen, key=lambda site: seen[site].first):
+            firsts.setdefault(site.input, site)
+        for before, after in combinations(firsts.values(), 2):
+            if before.order > after.order and not _side_by_side(before, after):
+                said = (
+                    f".{before.name} of order {before.order} is multiplied before {after.name} "
+                    f"of order {after.order}"
+                )
+                yield Fault(step.name, said, "sites")
+                break
+
+
+def _side_by_side(one: Site, other: Site) -> bool:
+    """Whether they belong to two experts, which are run one after the other but do not meet."""
+    return one.routed and other.routed and _expert(one) != _expert(other)
+
+
+def _expert(site: Site) -> tuple[str, int | None]:
+    """The module that a routed site belongs to, and which expert of a stack it is there."""
+    path = site.parameter if site.expert is not None else site.parameter.removesuffix(".weight")
+    return path.rpartition(".")[0], site.expert
+
+
+@promise
+def check_residual(subject: Subject) -> Iterator[Fault]:
+    """Sites are declared residual where their product is added to the residual stream as it is."""
+    whole = copy.deepcopy(subject.model).float()
+    subject = Subject(subject.adapter, whole, subject.tokens)
+    for step in subject.steps():
+        weights = {site: site.weight(step.block).data for site in step.sites}
+        stream = Stream(weights, first_tensor(step.state))
+        with stream:
+            subject.step(step)
+        for site in step.sites:
+            added = site in stream.added
+            if site.residual and not added:
+                said = (
+                    " is declared residual, but its product is not what is added to the stream "
+                    "that the block begins with"
+                )
+            elif added and not site.residual and not site.routed:
+                said = " adds its product to the residual stream, but is not declared residual"
+            else:
+                continue
+            yield Fault(step.name, f".{site.name}{said}", "sites")
+
+
+@promise
+def check_in_time(subject: Subject) -> Iterator[Fault]:
+    """A weight that is changed when its input is handed over is used as changed, in every batch."""
+    before = snapshot(subject.model)
+    for step in subject.steps():
+        if any(site.routed or site.calls > 1 for site in step.sites):
+            continue
+        if not _in_time(subject, step):
+            said = ": an input is handed over too late: its weight has been used before"
+            yield Fault(step.name, said, "capture")
+    for change in changes(before, snapshot(subject.model)):
+        yield Fault("", f"capture of two batches at once {change}", "capture")
+
+
+def _in_time(subject: Subject, step: Step) -> bool:
+    block = copy.deepcopy(step.block)
+    sites = subject.adapter.sites(block)
+    batches = [Batch(step.state, step.calls, subject.tokens.numel()) for _ in range(2)]
+    with (
+        suppress(InParts),
+        Walk(subject.adapter, block, step.index, batches, sites, sites, {}) as walk,
+    ):
+        while (given := walk.next_input()) is not None:
+            walk.capture(given)
+            for site in sites:
+                if site.input == given:
+                    site.weight(block).data.mul_(-0.5)
+        walk.finish(leave=True)
+        after = first_tensor(subject.adapter.step(block, step.state, step.call))
+        return all(near(first_tensor(batch.state), after) for batch in batches)
+    return True

@@ -1,0 +1,56 @@
+"""Gradients through a step, as the tuning of blocks takes them."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from apt.calibration.storage import mapped
+from apt.conformance.checks.promise import Fault, promise
+from apt.conformance.checks.subject import Step, Subject
+from apt.tuning.block_forward import stream_after
+
+
+@promise
+def check_gradients(subject: Subject) -> Iterator[Fault]:
+    """Gradients flow from what a step gives to the state before it and to every site's weight."""
+    for step in subject.steps():
+        yield from _without_gradient(subject, step)
+
+
+def _without_gradient(subject: Subject, step: Step) -> Iterator[Fault]:
+    """Where none arrives; the experts that a router has left out need none."""
+    names = dict.fromkeys(site.parameter for site in step.sites)
+    weights = {name: _leaf(step.block.get_parameter(name)) for name in names}
+    states: list[Tensor] = []
+    with torch.enable_grad():
+        state = mapped(step.state, Tensor, lambda tensor: _counted(tensor, states))
+        stream = stream_after(subject.adapter, step.block, weights, state, step.call)
+        # Not the plain sum, which a norm keeps as it is.
+        loss = (stream.flatten() * torch.linspace(-1, 1, stream.numel()).to(stream)).sum()
+    if not stream.requires_grad:
+        yield Fault(step.name, ": what step gives has no gradient: is it detached?", "step")
+        return
+    leaves = [*states, *weights.values()]
+    gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+    if not any(_flows(gradient) for gradient in gradients[: len(states)]):
+        said = ": no gradient flows from what step gives to the state before it"
+        yield Fault(step.name, said, "step")
+    for name, gradient in zip(weights, gradients[len(states) :], strict=True):
+        if not _flows(gradient):
+            yield Fault(step.name, f".{name}: no gradient flows to it from what step gives", "step")
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_()
+
+
+def _counted(tensor: Tensor, leaves: list[Tensor]) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    leaves.append(_leaf(tensor))
+    return leaves[-1]
+
+
+def _flows(gradient: Tensor | None) -> bool:
+    return gradient is not None and bool(gradient.any())

@@ -1,0 +1,89 @@
+"""A pruned model is what it should be: sites are pruned, nothing else, and it is saved whole."""
+
+import copy
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from apt.conformance.checks.promise import Fault, promise
+from apt.conformance.checks.seen import products
+from apt.conformance.checks.subject import Subject
+from apt.planning.plan import make_plan
+from apt.pruning.pipeline import prune_blocks
+from apt.solver import NM, Pattern, Unstructured, ss
+from apt.solver.patterns import meets
+
+
+@promise
+def check_identity(subject: Subject) -> Iterator[Fault]:
+    """Pruning no weight changes no bit."""
+    pruned = _pruned(subject, Unstructured(1e-12)).state_dict()
+    for name, value in subject.model.state_dict().items():
+        if not torch.equal(pruned[name], value):
+            yield Fault("", f"{name} changes where nothing is pruned")
+
+
+@promise
+def check_pruning(subject: Subject) -> Iterator[Fault]:
+    """Sites, and sites only, are pruned; along their inputs; shared parameters stay shared."""
+    pruned = _pruned(subject, pattern := _pattern(subject))
+    there = Subject(subject.adapter, pruned, subject.tokens)
+    for step in there.steps():
+        for site, seen in products(there, step).items():
+            weight = site.weight(step.block).detach()
+            if not meets(weight.T if any(seen.stored) else weight, pattern):
+                yield Fault(step.name, f".{site.name} is not {pattern} along its inputs", "sites")
+    weights = dict(pruned.named_parameters())
+    touched = {f"{name}.{site.parameter}" for name, _, sites in subject.blocks() for site in sites}
+    for name, value in subject.model.named_parameters():
+        if name not in touched and not torch.equal(weights[name], value):
+            yield Fault("", f"{name} is no site, but pruning changes it")
+    if _sharing(pruned) != _sharing(subject.model):
+        yield Fault("", "parameters that were shared are not after pruning")
+
+
+@promise
+def check_saving(subject: Subject) -> Iterator[Fault]:
+    """Saved as transformers does and loaded again, a pruned model gives the same logits."""
+    pruned: Any = _pruned(subject, _pattern(subject))
+    with tempfile.TemporaryDirectory() as folder:
+        pruned.save_pretrained(folder)
+        # transformers 4 loads fp32 unless told otherwise; kernels of attention differ in rounding
+        loaded = type(pruned).from_pretrained(folder, dtype="auto", **_attention(pruned)).eval()
+        subject.adapter.check(loaded.config)
+        if not torch.equal(subject.logits(loaded), subject.logits(pruned)):
+            yield Fault("", "the model gives other logits once saved and loaded")
+
+
+def _attention(model: Any) -> dict[str, str]:
+    kernel = getattr(model.config, "_attn_implementation", None)
+    return {"attn_implementation": kernel} if kernel else {}
+
+
+def _pattern(subject: Subject) -> NM:
+    """2:4, or 1:2 where an input is too narrow."""
+    widths = [
+        site.oriented(site.weight(block)).shape[1]
+        for _, block, sites in subject.blocks()
+        for site in sites
+    ]
+    return NM(2, 4) if all(width % 4 == 0 for width in widths) else NM(1, 2)
+
+
+def _pruned(subject: Subject, pattern: Pattern) -> nn.Module:
+    """A copy of the model, pruned by SparseGPT's method, layer by layer."""
+    model = copy.deepcopy(subject.model)
+    plan = make_plan(model, subject.adapter, pattern)
+    prune_blocks(model, subject.adapter, plan, subject.tokens, ss)
+    return model
+
+
+def _sharing(model: nn.Module) -> list[list[str]]:
+    """The names of parameters that are one."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter.data_ptr(), []).append(name)
+    return sorted(group for group in names.values() if len(group) > 1)

@@ -1,0 +1,73 @@
+"""What a model itself gives its blocks and takes from them, seen by hooks in a plain forward."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apt.conformance.checks.tensors import first_tensor, same
+
+
+@dataclass(frozen=True)
+class Passed:
+    """What passes between the model and a block: a stream in one tensor, or in two parts.
+
+    Attributes:
+        first: the first tensor.
+        whole: the sum of the two parts, where there may be two.
+    """
+
+    first: Tensor
+    whole: Tensor | None = None
+
+    def is_stream(self, found: Tensor) -> bool:
+        """Whether ``found`` is the residual stream that passes."""
+        parts = (self.first, self.whole)
+        return any(same(found, part) for part in parts if part is not None)
+
+
+@dataclass
+class Recording:
+    """Of every block, in the order of the blocks, what it is given and what it gives."""
+
+    inputs: list[Passed] = field(default_factory=list)
+    outputs: list[Passed] = field(default_factory=list)
+
+
+@torch.no_grad()
+def record(model: nn.Module, blocks: Sequence[nn.Module], tokens: Tensor) -> Recording:
+    """Run ``model`` on ``tokens`` (samples, seqlen) and see what passes its ``blocks``."""
+    found = Recording()
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.inputs.append(_passed(args or tuple(kwargs.values())))
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        found.outputs.append(_passed(output))
+
+    handles = [b.register_forward_pre_hook(before, with_kwargs=True) for b in blocks]
+    handles += [b.register_forward_hook(after) for b in blocks]
+    with removed(handles):
+        model(tokens)
+    return found
+
+
+@contextmanager
+def removed(handles: Sequence[Any]) -> Iterator[None]:
+    """Remove hooks in the end."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _passed(value: Any) -> Passed:
+    first = first_tensor(value).clone()
+    second = value[1] if isinstance(value, tuple) and len(value) > 1 else None
+    if isinstance(second, Tensor) and second.shape == first.shape:
+        return Passed(first, first + second)
+    return Passed(first)

@@ -1,0 +1,102 @@
+"""What is declared of a block's weights: their names, how they are stored, and none forgotten."""
+
+from collections import Counter
+from collections.abc import Iterator
+
+from torch import nn
+
+from apt.adapter import Adapter, Site
+from apt.conformance.checks.promise import Fault, promise
+from apt.conformance.checks.seen import products
+from apt.conformance.checks.subject import Subject
+
+_UNDECLARED = " is no site, no extra, and not left dense by name"
+
+
+@promise
+def check_names(subject: Subject) -> Iterator[Fault]:
+    """Blocks and sites are named by their paths in the model, each name once in a block."""
+    paths = dict(subject.model.named_modules(remove_duplicate=False))
+    for name, block, sites in subject.blocks():
+        if paths.get(name) is not block:
+            yield Fault(name, ": the block of this name is no module of the model's", "blocks")
+        parameters = dict(block.named_parameters(remove_duplicate=False))
+        declared = dict.fromkeys((site.parameter for site in sites), "sites")
+        extras = subject.adapter.extras(block)
+        declared |= dict.fromkeys((extra.parameter for extra in extras), "extras")
+        for parameter, method in declared.items():
+            if parameter not in parameters:
+                yield Fault(name, f": there is no parameter {parameter}", method)
+        for site in sites:
+            path = site.parameter.removesuffix(".weight")
+            expected = path if site.expert is None else f"{path}.{site.expert}"
+            if site.name != expected:
+                which = f"{site.parameter}{_slice(site.expert)}"
+                said = f": the site of {which} is named {site.name}, not {expected}"
+                yield Fault(name, said, "sites")
+        for twice in [n for n, count in Counter(s.name for s in sites).items() if count > 1]:
+            yield Fault(name, f": two sites are named {twice}", "sites")
+
+
+@promise
+def check_sites(subject: Subject) -> Iterator[Fault]:
+    """Every weight of a block is a site, an extra, or left dense by name; every site is there."""
+    for name, block, sites in subject.blocks():
+        weights = Counter((site.parameter, site.expert) for site in sites)
+        for (parameter, expert), count in weights.items():
+            if count > 1:
+                said = f".{parameter}{_slice(expert)} is {count} sites, of one weight"
+                yield Fault(name, said, "sites")
+        for weight in _undeclared(subject.adapter, block, sites):
+            yield Fault(name, f".{weight}{_UNDECLARED}", "sites")
+    for step in subject.steps():
+        seen = products(subject, step)
+        for site in step.sites:
+            if site not in seen and not site.routed:
+                said = f".{site.name} is a site, but is never multiplied"
+                yield Fault(step.name, said, "sites")
+
+
+@promise
+def check_orientation(subject: Subject) -> Iterator[Fault]:
+    """Each site is declared transposed where its weight is stored (in, out), and only there."""
+    for step in subject.steps():
+        for site, seen in products(subject, step).items():
+            stored = next((s for s in seen.stored if s is not None), site.transposed)
+            if stored != site.transposed:
+                truth = "(in, out)" if stored else "(out, in)"
+                declared = f"but declared transposed={site.transposed}"
+                yield Fault(step.name, f".{site.name} is stored {truth}, {declared}", "sites")
+
+
+def _undeclared(adapter: Adapter, block: nn.Module, sites: list[Site]) -> list[str]:
+    """Parameters of two or more dimensions, and slices of them, of which nothing is said."""
+    whole = {site.parameter for site in sites if site.expert is None}
+    whole |= {extra.parameter for extra in adapter.extras(block)}
+    slices = {(site.parameter, site.expert) for site in sites}
+    stacked = {site.parameter for site in sites if site.expert is not None}
+    dense = set(left_dense(adapter, block))
+    found = []
+    for name, parameter in block.named_parameters():
+        if parameter.ndim < 2 or name in whole or _is_left(name, dense):
+            continue
+        missing = [i for i in range(len(parameter)) if (name, i) not in slices]
+        found += [f"{name}[{i}]" for i in missing] if name in stacked else [name]
+    return found
+
+
+def left_dense(adapter: Adapter, block: nn.Module) -> tuple[str, ...]:
+    """What ``adapter`` leaves dense of a block: ``left_dense``, or what ``left_dense_of`` says.
+
+    Paths of parameters within the block, or of modules that have them.
+    """
+    of = getattr(adapter, "left_dense_of", None)
+    return tuple(of(block)) if of is not None else getattr(adapter, "left_dense", ())
+
+
+def _is_left(name: str, dense: set[str]) -> bool:
+    return name in dense or name.rpartition(".")[0] in dense
+
+
+def _slice(expert: int | None) -> str:
+    return "" if expert is None else f"[{expert}]"

@@ -1,0 +1,148 @@
+"""An adapter leaves everything as it was: the model and the process, also after an exception."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apt.adapter import Site
+from apt.conformance.checks.promise import Fault, promise
+from apt.conformance.checks.recording import removed
+from apt.conformance.checks.subject import Subject
+from apt.conformance.checks.tensors import first_tensor, same
+from apt.conformance.snapshot import changes, process, snapshot
+
+
+class StopError(Exception):
+    """Raised where an adapter does not expect it."""
+
+
+@promise
+def check_running(subject: Subject) -> Iterator[Fault]:
+    """What is entered to run the model leaves nothing behind, also when an exception ends it."""
+    adapter, model = subject.adapter, subject.model
+    subject.logits()  # what a model itself makes when it is first run
+    before = snapshot(model)
+    with adapter.running(model):
+        pass
+    yield from _left("running", before, model)
+    before = snapshot(model)
+    if _swallows(adapter.running(model)):
+        yield Fault("", "running swallows an exception", "running")
+    yield from _left("running", before, model, " when an exception ends it")
+
+
+@promise
+def check_untouched(subject: Subject) -> Iterator[Fault]:
+    """Entering, steps and captures change nothing: no bit of the logits, nothing left behind."""
+    logits, model = subject.logits(), subject.model
+    before = snapshot(model)
+    subject.adapter.enter(model, subject.tokens)
+    yield from _left("enter", before, model)
+    before = snapshot(model)
+    for step in subject.steps():
+        around = process()
+        subject.step(step)
+        yield from _changed("step", changes(around, process()))
+    yield from _left("step", before, model)
+    before = snapshot(model)
+    for step in subject.steps():
+        plain = first_tensor(subject.step(step))
+        around = process()
+        with subject.adapter.capture(step.block, step.sites, lambda site, rows: None):
+            watched = first_tensor(subject.step(step))
+        yield from _changed("capture", changes(around, process()))
+        if not torch.equal(plain, watched):
+            yield Fault(step.name, ": capture changes what it gives", "capture")
+    yield from _left("capture", before, model)
+    if not torch.equal(subject.logits(), logits):
+        yield Fault("", "the model gives other logits after capture", "capture")
+
+
+@promise
+def check_exception(subject: Subject) -> Iterator[Fault]:
+    """Entering and capturing leave nothing behind when an exception ends them."""
+    logits, model = subject.logits(), subject.model
+    before = snapshot(model)
+    _enter_stopped(subject)
+    yield from _left("enter", before, model, " when an exception ends it")
+    before = snapshot(model)
+    yield from _capture_stopped(subject)
+    yield from _left("capture", before, model, " when an exception ends it")
+    if not torch.equal(subject.logits(), logits):
+        yield Fault("", "the model gives other logits after an exception", "capture")
+
+
+@promise
+def check_repeat(subject: Subject) -> Iterator[Fault]:
+    """A step gives the same however often it is taken, and changes neither its state nor call."""
+    for step in subject.steps():
+        held = _held([step.state, step.call])
+        first = first_tensor(subject.step(step)).clone()
+        if _held([step.state, step.call]) != held:
+            said = ": a step changes its state or its call: does that carry a live cache?"
+            yield Fault(step.name, said, "enter")
+            continue
+        if not same(first_tensor(subject.step(step)), first):
+            yield Fault(step.name, ": a step gives something else the second time", "step")
+
+
+def _swallows(context: AbstractContextManager[None]) -> bool:
+    """Whether an exception that ends it does not come through."""
+    through = False
+    try:
+        with context:
+            raise StopError
+    except StopError:
+        through = True
+    return not through
+
+
+def _left(what: str, before: Any, model: nn.Module, when: str = "") -> Iterator[Fault]:
+    return _changed(what, changes(before, snapshot(model)), when)
+
+
+def _changed(what: str, found: list[str], when: str = "") -> Iterator[Fault]:
+    return (Fault("", f"{what} {change}{when}", what) for change in found)
+
+
+def _enter_stopped(subject: Subject) -> None:
+    """Enter, and let the last block raise when it is called, be it stubbed or not."""
+
+    def stop(module: nn.Module, args: Any) -> None:
+        raise StopError
+
+    last = subject.adapter.blocks(subject.model)[-1][1]
+    with removed([last.register_forward_pre_hook(stop)]), suppress(StopError):
+        subject.adapter.enter(subject.model, subject.tokens)
+
+
+def _capture_stopped(subject: Subject) -> Iterator[Fault]:
+    def stop(site: Site, rows: Tensor) -> None:
+        raise StopError
+
+    step = next(subject.steps())
+    try:
+        with subject.adapter.capture(step.block, step.sites, stop):
+            subject.step(step)
+    except StopError:
+        return
+    yield Fault(step.name, ": an exception of the sink does not come through", "capture")
+
+
+def _held(value: Any, depth: int = 8) -> list[tuple[Any, ...]]:
+    """The tensors that ``value`` holds, however deep, as they are now."""
+    if isinstance(value, Tensor):
+        version = None if value.is_inference() else value._version
+        return [(tuple(value.shape), value.data_ptr(), version)]
+    if depth == 0 or isinstance(value, nn.Module | type):
+        return []
+    if isinstance(value, dict):
+        parts = list(value.values())
+    elif isinstance(value, list | tuple):
+        parts = list(value)
+    else:
+        parts = list(getattr(value, "__dict__", {}).values())
+    return [found for part in parts for found in _held(part, depth - 1)]

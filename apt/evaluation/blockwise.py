@@ -1,0 +1,113 @@
+"""Running a whole model on known windows of text while no more than a block of it is in memory."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apt.adapter import Adapter, passed_on, stubbed
+from apt.adapter.eval_mode import eval_mode
+from apt.calibration.batches import Batch, enter
+from apt.calibration.storage import Store
+from apt.checkpoints.model import Model
+from apt.checkpoints.offload import Shelf, assemble
+from apt.checkpoints.stored import open_stored
+from apt.errors import AptError
+
+
+@contextmanager
+def streamed(shell: Model, tokens: Tensor, device: str) -> Iterator[nn.Module]:
+    """A model that can be run on the windows of ``tokens``, its blocks read one by one.
+
+    Args:
+        shell: the model without weights; see `open_stored` for which will do.
+        tokens: token ids (windows, seqlen).
+        device: where it is run.
+    """
+    stored = open_stored(shell)
+    dtype = stored.dtype(shell)
+    parts = (stored.shards, stored.layout)
+    module = assemble(shell, *parts, device, dtype)
+    shelf = Shelf(*parts, dict(shell.adapter.blocks(module)), device, dtype)
+    with carried(module, shell.adapter, tokens, shelf):
+        yield module
+
+
+@contextmanager
+def carried(
+    model: nn.Module, adapter: Adapter, tokens: Tensor, shelf: Shelf, store: Store | None = None
+) -> Iterator[None]:
+    """While entered, ``model`` can be run on any of the windows, in batches of any size.
+
+    All of them are carried through the blocks first, one block after the other, up to the last.
+    Whoever runs the model then has those blocks pass on what they get, and the last one, which
+    alone is in memory, given what was carried to it.
+
+    Args:
+        model: the model, its blocks on the meta device.
+        adapter: the adapter of its family; the model's states must be tensors.
+        tokens: token ids (windows, seqlen).
+        shelf: the model's blocks.
+        store: where the windows' states lie; None for in memory.
+
+    Raises:
+        AptError: the model is run on what is none of the windows.
+    """
+    *names, last = (name for name, _ in adapter.blocks(model))
+    passing = [model.get_submodule(name) for name in names]
+    with eval_mode(model), adapter.running(model), ExitStack() as stack:
+        windows = _Windows(_carry(model, adapter, tokens, shelf, names, store), tokens)
+        block = stack.enter_context(shelf.open(last))
+        stack.enter_context(stubbed(passing, lambda *args, **kwargs: passed_on(args, kwargs)))
+        for module, hook in ((model, windows.asked), (block, windows.given)):
+            handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+            stack.callback(handle.remove)
+        yield
+
+
+@torch.no_grad()
+def _carry(
+    model: nn.Module,
+    adapter: Adapter,
+    tokens: Tensor,
+    shelf: Shelf,
+    names: Sequence[str],
+    store: Store | None,
+) -> list[Batch]:
+    """The windows where the block after those of these names begins."""
+    batches = enter(adapter, model, tokens, store=store)
+    for index, name in enumerate(names):
+        with shelf.open(name) as block:
+            for batch in batches:
+                batch.state = adapter.step(block, batch.state, batch.calls[index])
+    return batches
+
+
+class _Windows:
+    """Finds the states of the windows that a model is run on."""
+
+    def __init__(self, batches: Sequence[Batch], tokens: Tensor) -> None:
+        places = [(batch, row) for batch in batches for row in range(len(batch.state))]
+        keys = (tuple(window) for window in tokens.tolist())
+        self._places = dict(zip(keys, places, strict=True))
+        self._asked: list[tuple[Batch, int]] = []
+
+    def asked(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the model: which windows they are."""
+        try:
+            ids: Tensor = args[0] if args else kwargs["input_ids"]
+            self._asked = [self._places[tuple(window)] for window in ids.tolist()]
+        except (AttributeError, KeyError, TypeError):
+            raise AptError(
+                "the metric runs the model on other tokens than the windows that it was given",
+                "leave out --stream, or choose another --metric",
+            ) from None
+
+    def given(
+        self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Before the last block: what it begins with."""
+        state = torch.stack([batch.state[row] for batch, row in self._asked])
+        return ((state, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": state})

@@ -1,0 +1,69 @@
+"""What a model is worth on text: perplexity, as the field measures it, and accuracy."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from apt.adapter.eval_mode import eval_mode
+from apt.evaluation.logits import parts_of_logits
+
+_TOKENS_PER_BATCH = 2048
+
+
+def windows_at_once(seqlen: int) -> int:
+    """How many windows of ``seqlen`` tokens a model is run on at a time."""
+    return max(1, _TOKENS_PER_BATCH // seqlen)
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, tokens: Tensor) -> float:
+    """The exponential of the mean negative log-likelihood of the tokens of separate windows.
+
+    Windows do not overlap and share no context (a stride of one window), and the first token of
+    each is not predicted: the protocol of the GPTQ, SparseGPT and Wanda papers.
+
+    Args:
+        model: a causal language model of transformers.
+        tokens: token ids (windows, seqlen).
+    """
+
+    def losses(logits: Tensor, following: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(logits.float(), following, reduction="sum")
+
+    return math.exp(min(_mean(model, tokens, losses), 700.0))
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, tokens: Tensor) -> float:
+    """The share of tokens, the first of each window left out, that the model ranks first.
+
+    Args:
+        model: a causal language model of transformers.
+        tokens: token ids (windows, seqlen).
+    """
+    return _mean(model, tokens, lambda logits, following: (logits.argmax(-1) == following).sum())
+
+
+def _mean(model: nn.Module, tokens: Tensor, measure: Callable[[Tensor, Tensor], Tensor]) -> float:
+    """The mean of ``measure``, a sum, which is given logits (n, vocabulary) and what follows.
+
+    Of the logits, no more than a part is in memory, see `apt.evaluation.logits`.
+    """
+    device, total = next(model.parameters()).device, 0.0
+    with eval_mode(model):
+        for batch in torch.split(tokens, windows_at_once(tokens.shape[1])):
+            total += _total(model, batch.to(device), measure)
+    return total / (tokens.shape[0] * (tokens.shape[1] - 1))
+
+
+def _total(model: nn.Module, batch: Tensor, measure: Callable[[Tensor, Tensor], Tensor]) -> float:
+    """The sum of ``measure`` over the windows of a batch (windows, seqlen)."""
+    total, place = 0.0, 1
+    for logits in parts_of_logits(model, batch):
+        following = batch[:, place : place + logits.shape[1]]
+        place += logits.shape[1]
+        seen = logits[:, : following.shape[1]]
+        total += float(measure(seen.flatten(0, 1), following.flatten()))
+    return total

@@ -1,0 +1,1 @@
+"""Places that users name: local paths, the Hugging Face Hub, embedded models."""

@@ -1,0 +1,128 @@
+"""Where a model is read from: what the user wrote, looked up without reading a weight.
+
+Nothing here imports torch, so that a mistyped path is told of at once.
+"""
+
+import os
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from apt.errors import AptError, shortened
+from apt.locations.hub import Hub
+from apt.locations.paths import kind_at
+from apt.plugin.registry import Registry
+
+ZOO = "zoo:"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model is read from.
+
+    Attributes:
+        reference: what the user wrote.
+        location: a directory or a hub name.
+        gguf: the file within the directory, for GGUF.
+        trust_remote_code: whether code that comes with the checkpoint may run.
+        hub: how the hub is asked, where ``location`` is a hub name.
+    """
+
+    reference: str
+    location: str
+    gguf: str | None = None
+    trust_remote_code: bool = False
+    hub: Hub = field(default_factory=Hub)
+
+    @property
+    def name(self) -> str:
+        """A short name, for a folder."""
+        if self.gguf:
+            return Path(self.gguf).stem
+        return Path(self.reference.removeprefix(ZOO)).resolve().name
+
+    @property
+    def on_hub(self) -> bool:
+        """Whether it is no directory of this machine."""
+        return kind_at(Path(self.location)) != "directory"
+
+    def files(self) -> list[Path]:
+        """The file or directory of this machine that is read; none for a hub name."""
+        path = Path(self.location) / (self.gguf or "")
+        return [path] if path.exists() else []
+
+    def options(self) -> dict[str, Any]:
+        """What every ``from_pretrained`` is told."""
+        gguf = {"gguf_file": self.gguf} if self.gguf else {}
+        hub = self.hub.options() if self.on_hub else {}
+        return {"trust_remote_code": self.trust_remote_code, **gguf, **hub}
+
+
+def find(
+    reference: str,
+    registry: Registry,
+    *,
+    trust_remote_code: bool = False,
+    hub: Hub | None = None,
+) -> Source:
+    """Say where ``reference`` is to be read from.
+
+    Args:
+        reference: a directory, a ``.gguf`` file, ``zoo:NAME``, or a name on the hub.
+        registry: the plugins.
+        trust_remote_code: whether code that comes with the checkpoint may run.
+        hub: how the hub is asked, which is looked up: where it does not answer, only what has been
+            downloaded is read.
+
+    Raises:
+        AptError: it names something local that is not there or is no checkpoint, or a revision of
+            something that is not on the hub.
+    """
+    hub = hub or Hub()
+    source = _find(reference, registry, trust_remote_code)
+    if source.on_hub:
+        return replace(source, hub=hub.reached())
+    if hub.revision is not None:
+        raise AptError(
+            f"--revision is for models of the hub, and {reference} is on this machine",
+            "leave it out",
+        )
+    return source
+
+
+def _find(reference: str, registry: Registry, trust_remote_code: bool) -> Source:
+    if reference.startswith(ZOO):
+        spec = registry.adapters.get(reference.removeprefix(ZOO))
+        folder = spec.zoo_path()
+        if folder is None:
+            raise AptError(f"adapter '{spec.name}' has no embedded model")
+        return Source(reference, str(folder), None, trust_remote_code)
+    path = Path(reference).expanduser()
+    kind = kind_at(path) if reference else None
+    if kind == "file":
+        if path.suffix != ".gguf":
+            raise AptError(f"{reference} is a file, but no .gguf", "give the model's directory")
+        return Source(reference, str(path.parent), path.name, trust_remote_code)
+    if kind == "directory":
+        if kind_at(path / "config.json") != "file":
+            raise AptError(f"{reference} has no config.json", "give a Hugging Face directory")
+        return Source(reference, str(path), None, trust_remote_code)
+    if not _hub_name(reference):
+        raise AptError(f"no such model: {shortened(reference)!r} does not exist", _nearby(path))
+    return Source(reference, reference, None, trust_remote_code)
+
+
+def _hub_name(reference: str) -> bool:
+    """Whether it may name a repository of the hub: ``OWNER/NAME``, or ``NAME`` of old ones."""
+    local = reference.startswith((".", "/", "~")) or reference.endswith(".gguf")
+    return bool(reference.strip()) and not local and reference.count("/") <= 1
+
+
+def _nearby(path: Path) -> str:
+    try:
+        siblings = os.listdir(path.parent)
+    except OSError:
+        siblings = []
+    close = get_close_matches(path.name, siblings, n=1)
+    return f"did you mean '{path.parent / close[0]}'?" if close else "check the path"

@@ -1,0 +1,87 @@
+"""The model card of a pruned model: what it is, for those who find it on the hub."""
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from apt.checkpoints.copies import CARD, REPORT
+from apt.output.report import Report
+
+_TAGS = ("apt-prune", "pruned")
+
+
+def write_card(directory: Path, report: Report, source: Path | None = None) -> None:
+    """Write ``README.md``: what was pruned and how, then the original's card.
+
+    Args:
+        directory: the pruned model.
+        report: the run's record.
+        source: the directory of the original, whose card is kept with its licence and languages.
+    """
+    original = _original(source)
+    data: dict[str, Any] = vars(original.data).copy() if original else {}
+    data = {key: value for key, value in data.items() if value is not None}
+    data["tags"] = [*dict.fromkeys([*_as_list(data.get("tags")), *_TAGS])]
+    data.setdefault("library_name", "transformers")
+    data.setdefault("pipeline_tag", "text-generation")
+    reference = str(report.model["reference"])
+    if reference.count("/") == 1:  # a name on the hub
+        data["base_model"] = reference
+    parts = [f"---\n{ModelCardData(**data)}\n---\n", _about(report, reference)]
+    if original is not None and original.text.strip():
+        parts.append(f"## Card of the original\n\n{original.text.strip()}\n")
+    (directory / CARD).write_text("\n".join(parts), encoding="utf-8")
+
+
+def _original(source: Path | None) -> ModelCard | None:
+    """The card of the original, if there is one that can be read."""
+    if source is None or not (source / CARD).is_file():
+        return None
+    try:
+        card: ModelCard = ModelCard.load(source / CARD, ignore_metadata_errors=True)
+    except (OSError, ValueError):
+        return None
+    return card
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value] if value else []
+
+
+def _about(report: Report, reference: str) -> str:
+    options = report.options
+    lines = [
+        f"# {reference}, pruned",
+        "",
+        f"[APT](https://arxiv.org/abs/2410.15567) pruned this model after training: "
+        f"{report.sparsity:.2%} of the weights in {len(report.sites)} matrices are zero.",
+        "",
+        "| | |",
+        "| --- | --- |",
+        f"| original | {reference} |",
+        f"| pattern | {options['pattern']} |",
+        f"| method | {options['method']} |",
+        f"| calibration | {report.tokens['source']}, {_shape(report.tokens['shape'])} tokens |",
+        f"| mean relative layer error | {report.relative_error:.4f} |",
+        *_scores(report),
+        "",
+        f"Zeros alone make a model neither smaller nor faster: that takes a runtime which knows "
+        f"the pattern. `{REPORT}` has all options and what was done to each matrix.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _shape(shape: list[int]) -> str:
+    return " × ".join(map(str, shape))
+
+
+def _scores(report: Report) -> list[str]:
+    """A row for each measure that was taken before and after."""
+    before, after = report.scores.get("before", {}), report.scores.get("after", {})
+    where = f"on {report.scores.get('source')}"
+    return [
+        f"| {name} {where} | {before[name]:.4g}, now {after[name]:.4g} |"
+        for name in before
+        if name in after
+    ]

@@ -1,0 +1,168 @@
+"""Where an output directory may lie, and what it may replace.
+
+A run replaces an empty directory, or one that APT wrote and nobody added to, and nothing else.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from apt.checkpoints.copies import REPORT
+from apt.errors import AptError, first_line
+from apt.output.report import read_report
+
+_CHOOSE = "choose another --output"
+_FOLDER = ".{}.apt"
+
+
+def workplace(output: Path) -> Path:
+    """The folder ``.NAME.apt`` beside an output directory ``NAME``, where a run does its work."""
+    output = Path(os.path.realpath(output))
+    return output.parent / _FOLDER.format(output.name)
+
+
+def check_output(directory: Path, overwrite: bool, inputs: Sequence[Path] = ()) -> str:
+    """Raise where an output directory cannot be used, before any work is done.
+
+    Args:
+        directory: the directory; a link is followed.
+        overwrite: whether a directory that APT wrote may be replaced.
+        inputs: files and directories that the run reads.
+
+    Returns:
+        What of an earlier run will be replaced, in words; empty where nothing is.
+
+    Raises:
+        AptError: it exists and is no directory, it is not empty and was not written by APT, it is
+            or holds a place that must stay, it is inside an input, or it cannot be written.
+    """
+    try:
+        _check_links(directory)
+        target = Path(os.path.realpath(directory))
+        _check_place(directory, target, inputs)
+        _check_name(target)
+        lost = check_replaceable(target, overwrite, str(directory))
+        _check_writable(target)
+    except OSError as error:
+        raise AptError(f"cannot write {directory}: {error.strerror}", _CHOOSE) from error
+    return lost
+
+
+def check_replaceable(target: Path, overwrite: bool, name: str) -> str:
+    """Raise where what is at ``target`` may not be replaced; see `check_output`."""
+    if not os.path.lexists(target):
+        return ""
+    if not target.is_dir():
+        raise AptError(f"{name} exists and is no directory", _CHOOSE)
+    entries = set(contents(target))
+    if not entries:
+        return ""
+    foreign = sorted(entries - _written(target, entries))
+    if foreign:
+        shown = ", ".join(foreign[:3]) + (", …" if len(foreign) > 3 else "")
+        raise AptError(
+            f"{name} exists and holds what APT did not write there: {shown}",
+            f"--overwrite does not replace that; {_CHOOSE}",
+        )
+    if not overwrite:
+        raise AptError(f"{name} exists and is not empty", "pass --overwrite or another --output")
+    return f"{name}, the result of an earlier run, with its {len(entries)} files"
+
+
+def contents(directory: Path) -> list[str]:
+    """All that is in a directory, folders that hold something left out, as relative paths."""
+    found = []
+    for folder, folders, names in os.walk(directory):
+        here = Path(folder)
+        links = [name for name in folders if (here / name).is_symlink()]
+        empty = [""] if not folders and not names and here != directory else []
+        found += [(here / n).relative_to(directory).as_posix() for n in (*names, *links, *empty)]
+    return sorted(found)
+
+
+def _written(target: Path, entries: set[str]) -> set[str]:
+    """Those of a directory's entries that APT wrote: all that its report lists."""
+    report = None if (target / REPORT).is_symlink() else read_report(target)
+    if report is None:
+        return set()
+    listed = report.get("files", sorted(entries))  # reports of before have no list
+    return {REPORT, *map(str, listed)} if isinstance(listed, list) else {REPORT}
+
+
+def _check_links(directory: Path) -> None:
+    """Raise where the path leads through a link to nowhere."""
+    for path in (directory, *directory.parents):
+        if path.is_symlink() and not path.exists():
+            raise AptError(f"{path} is a link that leads nowhere", _CHOOSE)
+
+
+def _check_name(target: Path) -> None:
+    longest = os.pathconf(_existing_parent(target), "PC_NAME_MAX")
+    if len(os.fsencode(_FOLDER.format(target.name))) > longest:
+        room = longest - len(_FOLDER.format(""))
+        raise AptError(
+            f"the name {target.name[:20]}… of the output is longer than {room} bytes", _CHOOSE
+        )
+
+
+def _check_place(directory: Path, target: Path, inputs: Sequence[Path]) -> None:
+    """Raise where the target is a place that must stay, holds one, or lies inside an input."""
+    for what, place in _kept(inputs):
+        if target == place:
+            raise AptError(f"{directory} is {what}", _CHOOSE)
+        if target in place.parents:
+            raise AptError(f"{directory} holds {what}, {place}", _CHOOSE)
+        if what == _INPUT and place in target.parents:
+            raise AptError(f"{directory} lies inside {what}, {place}", _CHOOSE)
+    if target.is_mount():
+        raise AptError(f"{directory} is a mount point", "choose a directory in it as --output")
+
+
+_INPUT = "what the run reads"
+
+
+def _kept(inputs: Sequence[Path]) -> Iterator[tuple[str, Path]]:
+    """Places that no output replaces, with what they are."""
+    try:
+        yield "the working directory", Path.cwd()
+    except OSError as error:
+        raise AptError("the working directory no longer exists", "change to another") from error
+    yield "the home directory", Path(os.path.realpath(Path.home()))
+    for path in inputs:
+        yield _INPUT, Path(os.path.realpath(path))
+
+
+def _check_writable(target: Path) -> None:
+    parent = _existing_parent(target)
+    if not parent.is_dir():
+        raise AptError(f"{parent} is no directory", _CHOOSE)
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise AptError(f"cannot write in {parent}: {error.strerror}", _CHOOSE) from error
+    if target.is_dir() and not os.access(target, os.W_OK | os.X_OK):
+        raise AptError(f"cannot write in {target}: Permission denied", _CHOOSE)
+
+
+def check_space(directory: Path, needed: int) -> None:
+    """Raise where the disk of an output directory has no ``needed`` bytes left."""
+    parent = _existing_parent(Path(os.path.realpath(directory)))
+    needed, free = needed + needed // 100 + 2**20, shutil.disk_usage(parent).free
+    if free < needed:
+        raise AptError(
+            f"{parent} has {free / 2**20:,.0f} MiB left, but the output needs "
+            f"{needed / 2**20:,.0f} MiB",
+            _CHOOSE,
+        )
+
+
+def _existing_parent(directory: Path) -> Path:
+    return next(parent for parent in directory.absolute().parents if parent.exists())
+
+
+def cannot_write(output: Path, error: BaseException, hint: str = "") -> AptError:
+    """The error for an output that the disk does not take."""
+    return AptError(f"cannot write {output}: {first_line(error)}", hint)

@@ -1,0 +1,1 @@
+"""The plan of a run: which sites are pruned, and to which pattern."""

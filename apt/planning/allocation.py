@@ -1,0 +1,86 @@
+"""Sharing out a sparsity among sites, before any of them is pruned."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from apt.adapter import Adapter
+from apt.errors import AptError
+from apt.planning.plan import Plan, PlannedSite
+from apt.plugin.specs import AllocationSpec
+from apt.solver import Unstructured
+
+UNIFORM = "uniform"
+_DIGITS = 4
+_SLACK = 1e-3
+
+
+class Allocation(Protocol):
+    """From the untouched model to a sparsity for each unstructured site, by its full name.
+
+    The zeros in all must stay as many as the plan asks for.
+    """
+
+    def __call__(
+        self, model: nn.Module, adapter: Adapter, plan: Plan, tokens: Tensor, /
+    ) -> Mapping[str, float]:
+        """Share out ``plan``; ``tokens`` are those of calibration (samples, seqlen)."""
+
+
+def unstructured(plan: Plan) -> list[PlannedSite]:
+    """The sites whose sparsity can be shared out."""
+    return [site for site in plan.sites if isinstance(site.pattern, Unstructured)]
+
+
+def check_allocation(name: str, plan: Plan) -> None:
+    """Raise where there is nothing to share out."""
+    if name != UNIFORM and not unstructured(plan):
+        raise AptError(
+            f"--allocation {name} has nothing to share out: n:m fixes the sparsity of every site",
+            "give --sparsity",
+        )
+
+
+def allocated(
+    plan: Plan, spec: AllocationSpec, model: nn.Module, adapter: Adapter, tokens: Tensor
+) -> Plan:
+    """``plan`` with the sparsities that an allocation gives to its unstructured sites.
+
+    Raises:
+        AptError: it leaves a site out, gives one that is not between 0 and 1, or changes the zeros
+            in all by more than a thousandth of the weights.
+    """
+    shares = spec.load()(model, adapter, plan, tokens)
+    sites = unstructured(plan)
+    for site in sites:
+        if not 0 < round(shares.get(site.name, 0.0), _DIGITS) < 1:
+            given = f"{shares[site.name]:g}" if site.name in shares else "nothing"
+            raise AptError(f"allocation {spec.name} gives {site.name} {given} for a sparsity")
+    whole = Plan(
+        tuple(
+            replace(block, sites=tuple(_with(shares, site) for site in block.sites))
+            for block in plan.blocks
+        )
+    )
+    size = sum(site.size for site in sites)
+    drift = (_zeros(whole) - _zeros(plan)) / max(size, 1)
+    if abs(drift) > _SLACK:
+        raise AptError(f"allocation {spec.name} changes the sparsity in all by {drift:+.2%}")
+    return whole
+
+
+def _with(shares: Mapping[str, float], site: PlannedSite) -> PlannedSite:
+    if not isinstance(site.pattern, Unstructured):
+        return site
+    share = round(shares[site.name], _DIGITS)
+    return replace(site, pattern=replace(site.pattern, sparsity=share))
+
+
+def _zeros(plan: Plan) -> int:
+    return sum(
+        site.pattern.count(site.size)
+        for site in unstructured(plan)
+        if isinstance(site.pattern, Unstructured)
+    )

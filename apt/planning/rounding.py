@@ -1,0 +1,41 @@
+"""Sparsities so small that they round to no weight at all."""
+
+from collections.abc import Callable
+
+from apt.errors import AptError
+from apt.planning.plan import Plan, PlannedSite
+from apt.solver import NM
+
+
+def check_rounding(plan: Plan, notice: Callable[[str], None] = lambda line: None) -> None:
+    """Raise where a plan prunes no weight; where some sites lose none, say so.
+
+    Args:
+        plan: what is to be done.
+        notice: told, in a line, how many sites stay whole.
+    """
+    pruned = [site for block in plan.blocks for site in block.pruned]
+    whole = [site for site in pruned if not _lost(site)]
+    if not whole:
+        return
+    first = whole[0]
+    said = f"{first.pattern} of the weights of {first.name} {_counted(first)} rounds to none"
+    if len(whole) == len(pruned):
+        raise AptError(f"nothing would be pruned: {said}", "give a larger --sparsity")
+    notice(f"{len(whole)} of {len(pruned)} sites lose no weight: {said}")
+
+
+def _lost(site: PlannedSite) -> int:
+    """How many weights a site will lose."""
+    pattern, (rows, width) = site.pattern, site.shape
+    if pattern is None:
+        return 0
+    if isinstance(pattern, NM):
+        return rows * (width // pattern.m) * (pattern.m - pattern.n)
+    return rows * pattern.count(width) if pattern.per == "row" else pattern.count(site.size)
+
+
+def _counted(site: PlannedSite) -> str:
+    if getattr(site.pattern, "per", None) == "row":
+        return f"({site.shape[1]:,} in each row)"
+    return f"({site.size:,})"

@@ -1,0 +1,249 @@
+"""Loading plugins, and finding by name what they offer."""
+
+import os
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Generic, TypeVar
+
+import pluggy
+
+from apt.errors import AptError, first_line, unknown
+from apt.plugin import hookspecs
+from apt.plugin.specs import (
+    AdapterSpec,
+    AllocationSpec,
+    CalibrationSpec,
+    EvaluatorSpec,
+    FormatSpec,
+    MethodSpec,
+    Spec,
+)
+
+S = TypeVar("S", bound=Spec)
+
+OURS = "apt-prune"
+
+DISABLE = "APT_DISABLE_PLUGINS"
+"""The environment variable that names distributions or entry points to leave out, separated by
+commas or blanks; ``*`` leaves out all but APT's own."""
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """An entry point, and what became of it.
+
+    Attributes:
+        distribution: the distribution that declares it, with its version.
+        name, module: the entry point.
+        problem: why it, or a part of it, could not be loaded.
+        disabled: whether `DISABLE` names it.
+    """
+
+    distribution: str
+    name: str
+    module: str
+    problem: str = ""
+    disabled: bool = False
+
+    @property
+    def key(self) -> str:
+        """What it is registered under."""
+        return f"{self.distribution}:{self.name}"
+
+
+@dataclass(frozen=True)
+class Shelf(Generic[S]):
+    """All specs of one kind, by name, with the plugin that each comes from, and all plugins."""
+
+    kind: str
+    specs: Mapping[str, S]
+    origins: Mapping[str, Plugin]
+    plugins: Mapping[str, Plugin]
+
+    def get(self, name: str) -> S:
+        """The spec of that name, in any case; an `AptError` suggests the closest otherwise."""
+        by_case = {known.lower(): spec for known, spec in self.specs.items()}
+        if name.lower() not in by_case:
+            raise unknown(self.kind, name, self.specs, _absent(self.plugins.values()))
+        return by_case[name.lower()]
+
+
+@dataclass(frozen=True)
+class Registry:
+    """What all plugins offer."""
+
+    adapters: Shelf[AdapterSpec]
+    formats: Shelf[FormatSpec]
+    methods: Shelf[MethodSpec]
+    allocations: Shelf[AllocationSpec]
+    calibrations: Shelf[CalibrationSpec]
+    evaluators: Shelf[EvaluatorSpec]
+    plugins: Mapping[str, Plugin]
+    observers: dict[str, pluggy.HookImpl]
+
+    def offers(self, plugin: Plugin) -> list[str]:
+        """The names of what ``plugin`` offers."""
+        shelves = (
+            self.adapters, self.formats, self.methods, self.allocations, self.calibrations,
+            self.evaluators,
+        )  # fmt: skip
+        names = [
+            name
+            for shelf in shelves
+            for name, origin in shelf.origins.items()
+            if origin.key == plugin.key
+        ]
+        return names + ["an observer"] * (plugin.key in self.observers)
+
+    def site_pruned(self, event: Any) -> None:
+        """Tell every observer; one that raises is told of in a warning and not called again."""
+        for name, observer in list(self.observers.items()):
+            try:
+                observer.function(*[event for _ in observer.argnames])
+            except Exception as error:
+                del self.observers[name]
+                problem = f"{name}: {type(error).__name__}: {first_line(error)}"
+                warnings.warn(f"observer failed and is left out: {problem}", stacklevel=2)
+
+    def default_method(self) -> MethodSpec:
+        """The most accurate method there is."""
+        return max(self.methods.specs.values(), key=lambda spec: spec.rank)
+
+    def adapter_for(self, model_type: str) -> AdapterSpec:
+        """The only adapter that claims ``model_type``."""
+        claims = [s for s in self.adapters.specs.values() if model_type in s.model_types]
+        if len(claims) == 1:
+            return claims[0]
+        if not claims:
+            served = sorted(t for s in self.adapters.specs.values() for t in s.model_types)
+            general = [s.name for s in self.adapters.specs.values() if not s.model_types]
+            others = f", or try --adapter {general[0]}" if general else ""
+            raise AptError(
+                f"no adapter serves models of type '{model_type}'",
+                f"install a package with one{others}; served: {', '.join(served)}",
+            )
+        names = " and ".join(f"'{spec.name}'" for spec in claims)
+        raise AptError(f"adapters {names} all serve '{model_type}'", "choose one with --adapter")
+
+
+class _Loader:
+    def __init__(self, disable: str) -> None:
+        self.manager = pluggy.PluginManager(hookspecs.PROJECT)
+        self.manager.add_hookspecs(hookspecs)
+        self.plugins: dict[str, Plugin] = {}
+        self._disable = {word.lower() for word in disable.replace(",", " ").split()}
+
+    def load(self, entry: EntryPoint) -> None:
+        """Register one entry point; a broken one is a warning that names its distribution."""
+        origin = f"{entry.dist.name} {entry.dist.version}" if entry.dist else entry.value
+        plugin = Plugin(origin, entry.name, entry.value)
+        self.plugins[plugin.key] = plugin
+        if self._disabled(entry):
+            self.plugins[plugin.key] = replace(plugin, disabled=True)
+            return
+        try:
+            module = entry.load()
+            _check_version(getattr(module, "APT_API", hookspecs.API))
+            self.manager.register(module, name=plugin.key)
+        except Exception as error:
+            self.note(plugin.key, error)
+
+    def _disabled(self, entry: EntryPoint) -> bool:
+        distribution = entry.dist.name if entry.dist else ""
+        everybody = "*" in self._disable and distribution != OURS
+        return everybody or not self._disable.isdisjoint({distribution.lower(), entry.name.lower()})
+
+    def note(self, key: str, error: Exception) -> None:
+        problem = f"{type(error).__name__}: {first_line(error)}"
+        self.plugins[key] = replace(self.plugins[key], problem=problem)
+        warnings.warn(
+            f"plugin failed to load: {self.plugins[key].distribution}: {problem}", stacklevel=2
+        )
+
+    def shelf(self, kind: str, hook: pluggy.HookCaller, of: type[S]) -> Shelf[S]:
+        """Call ``hook`` on every plugin and collect the specs; a name claimed twice is an error."""
+        specs: dict[str, S] = {}
+        origins: dict[str, Plugin] = {}
+        for implementation in hook.get_hookimpls():
+            origin = self.plugins[implementation.plugin_name]
+            for spec in self._call(implementation, of):
+                if spec.name in specs:
+                    pair = (origins[spec.name], origin)
+                    both = " and ".join(sorted({plugin.distribution for plugin in pair}))
+                    raise AptError(f"{kind} '{spec.name}' comes from {both}", "uninstall one")
+                specs[spec.name], origins[spec.name] = spec, origin
+        return Shelf(kind, specs, origins, self.plugins)
+
+    def _call(self, implementation: pluggy.HookImpl, of: type[S]) -> list[S]:
+        try:
+            declared: Iterable[S] = implementation.function()  # type: ignore[assignment]
+            found = list(declared)
+            if wrong := [spec for spec in found if not isinstance(spec, of)]:
+                raise TypeError(f"{wrong[0]!r} is no {of.__name__}")
+        except Exception as error:
+            self.note(implementation.plugin_name, error)
+            return []
+        return found
+
+
+def _absent(plugins: Iterable[Plugin]) -> str:
+    """What is not there to be found by name, for the end of a message."""
+    failed = [f"{p.distribution}: {p.problem}" for p in plugins if p.problem]
+    disabled = [p.distribution for p in plugins if p.disabled]
+    text = f" (plugins that failed to load: {'; '.join(failed)})" if failed else ""
+    return text + (f" ({DISABLE} leaves out {', '.join(disabled)})" if disabled else "")
+
+
+def _check_version(wanted: object) -> None:
+    """Refuse a plugin that was written for another version of the hooks."""
+    if not isinstance(wanted, int):
+        raise TypeError(f"APT_API is {wanted!r}, not a whole number")
+    if wanted > hookspecs.API:
+        raise RuntimeError(
+            f"needs version {wanted} of the hooks, this APT has {hookspecs.API}: upgrade {OURS}"
+        )
+    if wanted < hookspecs.OLDEST_API:
+        raise RuntimeError(
+            f"speaks version {wanted} of the hooks, this APT serves {hookspecs.OLDEST_API} and up: "
+            "upgrade the plugin"
+        )
+
+
+def load_registry(entries: Iterable[EntryPoint], disable: str = "") -> Registry:
+    """Load the plugins of ``entries``, one by one.
+
+    Args:
+        entries: the entry points.
+        disable: distributions or entry points to leave out, see `DISABLE`.
+
+    Raises:
+        AptError: two plugins claim one name, or a plugin implements a hook that does not exist.
+    """
+    loader = _Loader(disable)
+    for entry in entries:
+        loader.load(entry)
+    try:
+        loader.manager.check_pending()
+    except pluggy.PluginValidationError as error:
+        hint = f"correct the hook's name, or leave the plugin out with {DISABLE}"
+        raise AptError(first_line(error), hint) from error
+    hook = loader.manager.hook
+    adapters = loader.shelf("adapter", hook.apt_adapters, AdapterSpec)
+    formats = loader.shelf("format", hook.apt_formats, FormatSpec)
+    methods = loader.shelf("method", hook.apt_methods, MethodSpec)
+    allocations = loader.shelf("allocation", hook.apt_allocations, AllocationSpec)
+    calibrations = loader.shelf("data set", hook.apt_calibrations, CalibrationSpec)
+    evaluators = loader.shelf("metric", hook.apt_evaluators, EvaluatorSpec)
+    observers = {impl.plugin_name: impl for impl in hook.apt_site_pruned.get_hookimpls()}
+    return Registry(
+        adapters, formats, methods, allocations, calibrations, evaluators, loader.plugins, observers
+    )
+
+
+@cache
+def registry() -> Registry:
+    """What the installed packages offer; read once in a process."""
+    return load_registry(entry_points(group=hookspecs.PROJECT), os.environ.get(DISABLE, ""))

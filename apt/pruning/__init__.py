@@ -1,0 +1,1 @@
+"""The loop over blocks: capture, solve, write back, tune, propagate."""

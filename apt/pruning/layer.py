@@ -1,0 +1,150 @@
+"""One site: the method on its target and its Gram matrix, and what is written measured."""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from apt.calibration.sums import Sums
+from apt.calibration.targets import Targets
+from apt.errors import AptError
+from apt.events import SitePruned
+from apt.planning.plan import PlannedSite
+from apt.solver import Gram, Pattern, Solution, SolverError, SolverOptions, relative_layer_error
+from apt.solver.patterns import meets
+
+
+class Method(Protocol):
+    """A pruning method: a weight (out, in) in fp32, its Gram matrix and a pattern to a solution."""
+
+    def __call__(
+        self, weight: Tensor, gram: Gram, pattern: Pattern, options: SolverOptions, /
+    ) -> Solution:
+        """Prune one layer."""
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A site that is solved and written, but may still be tuned.
+
+    Attributes:
+        planned: the site.
+        dense: its dense weight (out, in), in fp32.
+        matrix: the Gram matrix (in, in) of its inputs.
+        tokens: how many of them there were.
+        solution: what the method has found.
+        seconds: the time that it took.
+    """
+
+    planned: PlannedSite
+    dense: Tensor
+    matrix: Tensor
+    tokens: int
+    solution: Solution
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Solver:
+    """How a run solves its sites.
+
+    Args:
+        method: the pruning method.
+        options: its options.
+        targets: how much of the error so far each site makes up for, if any.
+    """
+
+    method: Method
+    options: SolverOptions
+    targets: Targets | None
+
+    def solve(
+        self,
+        block: nn.Module,
+        planned: PlannedSite,
+        sums: Sums,
+        *,
+        mean: float,
+        scale: Tensor | None,
+    ) -> Solved:
+        """Solve one site and write it back in place.
+
+        Args:
+            block: its block.
+            planned: the site.
+            sums: those of its input.
+            mean: what backs the Gram matrix of a routed site that saw few tokens.
+            scale: by how much more each of its rows (out, 1) matters; None for all the same.
+
+        Raises:
+            AptError: there is no solution.
+        """
+        assert planned.pattern is not None
+        started, gram = time.perf_counter(), sums.gram
+        tokens = gram.tokens
+        if planned.site.routed:
+            gram = gram.backed(mean)
+        weight = planned.site.oriented(planned.site.weight(block).data)
+        dense = weight.to(torch.float32, copy=True)
+        scale = dense.new_ones(()) if scale is None else scale
+        try:
+            target = dense
+            if self.targets is not None and not planned.site.routed:
+                damped = gram.damped(self.options.damping)
+                target = self.targets.weight(dense, planned.site, sums, damped)
+            solution = self.method(target * scale, gram, planned.pattern, self.options)
+        except SolverError as error:
+            raise AptError(f"{planned.name} cannot be pruned: {error}") from error
+        except Exception as error:
+            error.add_note(f"while {planned.name} was pruned")
+            raise
+        _synchronise(weight.device)
+        seconds = time.perf_counter() - started
+        weight.copy_(solution.weight / scale)
+        return Solved(planned, dense, gram.matrix, tokens, solution, seconds)
+
+
+def measured(block: nn.Module, solved: Solved) -> SitePruned:
+    """What was done to a site, as it is written."""
+    planned, solution = solved.planned, solved.solution
+    weight = planned.site.oriented(planned.site.weight(block).data)
+    _check(planned, weight, solution.mask)
+    return SitePruned(
+        planned.name,
+        planned.site.kind,
+        planned.shape,
+        str(planned.pattern),
+        int((weight == 0).sum()),
+        relative_layer_error(solved.dense, weight.float(), solved.matrix),
+        solution.damping,
+        solution.residual,
+        solved.tokens,
+        solved.seconds,
+    )
+
+
+def mean_square(grams: Iterable[Gram]) -> float:
+    """The mean square of an activation over all tokens of ``grams``; 1 where there is none."""
+    sums = [(float(gram.matrix.diagonal().mean()), gram.tokens) for gram in grams]
+    tokens = sum(count for _, count in sums)
+    return sum(total for total, _ in sums) / tokens if tokens else 1.0
+
+
+def _check(planned: PlannedSite, weight: Tensor, mask: Tensor) -> None:
+    """Hold the weight as written against the mask and the pattern."""
+    if not torch.isfinite(weight).all():
+        raise AptError(
+            f"the pruned weight of {planned.name} is not finite in {weight.dtype}",
+            "try --dtype float32, or more --damping",
+        )
+    assert planned.pattern is not None
+    if bool(weight[mask].any()) or not meets(weight, planned.pattern):
+        raise RuntimeError(f"{planned.name}: the method did not meet {planned.pattern}")
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,99 @@
+"""Pruning what a block has beside its sites, before they are solved."""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from apt.adapter import Adapter, Extra
+from apt.calibration.batches import Batch
+from apt.distributed.ranks import Ranks
+from apt.errors import AptError
+from apt.planning.plan import PlannedExtra
+from apt.solver import SolverOptions
+from apt.solver.channels import prune_channels
+from apt.solver.gram import DAMPING
+
+
+@dataclass(frozen=True)
+class PrunedExtra:
+    """What was done to an extra: see `apt.events.SitePruned`."""
+
+    planned: PlannedExtra
+    zeros: int
+    relative_error: float
+    damping: float | None
+    tokens: int
+    seconds: float
+
+
+@dataclass
+class _Effect:
+    gram: Tensor
+    energy: float
+
+
+def prune_extras(
+    adapter: Adapter,
+    block: nn.Module,
+    index: int,
+    batches: list[Batch],
+    planned: Sequence[PlannedExtra],
+    options: SolverOptions,
+    ranks: Ranks | None = None,
+) -> Iterator[PrunedExtra]:
+    """Prune ``planned`` in place, from one run of the block on all batches.
+
+    They go before the sites, which then see and make up for what is left of them.
+
+    Raises:
+        AptError: the adapter's ``effects`` hand nothing over for one of them.
+    """
+    found: dict[Extra, _Effect] = {}
+    ranks = ranks or Ranks()
+
+    def take(extra: Extra, gram: Tensor, energy: float) -> None:
+        known = found.setdefault(extra, _Effect(torch.zeros_like(gram), 0.0))
+        known.gram += gram
+        known.energy += energy
+
+    with adapter.effects(block, [entry.extra for entry in planned], take):
+        for batch in batches:
+            adapter.step(block, batch.state, batch.calls[index])
+    tokens = round(ranks.sum(sum(batch.tokens for batch in batches)))
+    for entry in planned:
+        if entry.extra not in found:
+            raise AptError(f"{entry.name} was not seen at work: its effects cannot be told")
+        effect = found[entry.extra]
+        ranks.add(effect.gram)
+        effect.energy = ranks.sum(effect.energy)
+        pruned = _prune(block, entry, effect, tokens, options)
+        ranks.send(entry.extra.weight(block).data, 0)
+        yield pruned
+
+
+def _prune(
+    block: nn.Module, planned: PlannedExtra, effect: _Effect, tokens: int, options: SolverOptions
+) -> PrunedExtra:
+    started, extra = time.perf_counter(), planned.extra
+    weight = extra.weight(block).data
+    multiplies = extra.removal == "product"
+    acting = weight.double() if multiplies else torch.ones_like(weight, dtype=torch.float64)
+    damping = DAMPING if options.damping is None else options.damping
+    solution = prune_channels(
+        acting, effect.gram, planned.pattern, compensated=multiplies, damping=damping
+    )
+    weight.copy_(solution.weight if multiplies else weight.masked_fill(solution.mask, 0))
+    lost = (weight.double() if multiplies else solution.weight) - acting
+    loss = float(torch.einsum("ck,ckl,cl->", lost, effect.gram.double(), lost))
+    return PrunedExtra(
+        planned,
+        int((weight == 0).sum()),
+        loss / effect.energy if effect.energy else (math.inf if loss else 0.0),
+        solution.damping,
+        tokens,
+        time.perf_counter() - started,
+    )

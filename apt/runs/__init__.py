@@ -1,0 +1,1 @@
+"""A whole run: options, checks before the work, orchestration in memory or streamed."""

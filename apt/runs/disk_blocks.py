@@ -1,0 +1,113 @@
+"""Blocks that are on disk while they have no turn, read from one checkpoint, written to another."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+from torch import Tensor, nn
+
+from apt.checkpoints.offload import Shelf
+from apt.checkpoints.tensor_map import pruned_parameters
+from apt.checkpoints.verify import block_verdicts, failures
+from apt.distributed.ranks import Ranks
+from apt.errors import AptError, first_line
+from apt.events import SitePruned
+from apt.output.workplace import Workplace
+from apt.planning.plan import Plan
+
+
+class OnDisk:
+    """See `apt.pruning.block_storage.Residency`.
+
+    Args:
+        plan: what is pruned.
+        source, target: the checkpoint's blocks, and what is becoming of their copies.
+        device: where a block has its turn. On a GPU, the next one is read meanwhile.
+        work: the journal.
+        ranks: the processes that do this together, the first of which writes.
+    """
+
+    repeatable = True
+
+    def __init__(
+        self, plan: Plan, source: Shelf, target: Shelf, device: str, work: Workplace, ranks: Ranks
+    ) -> None:
+        self._plan, self._source, self._target = plan, source, target
+        self._work, self._ranks = work, ranks
+        self._done = {str(line["block"]): line for line in work.journal.lines if "block" in line}
+        order = [planned.name for planned in plan.blocks]
+        self._next = dict(itertools.pairwise(order))
+        self._ahead: dict[str, Future[dict[str, Tensor]]] = {}
+        self._reader = ThreadPoolExecutor(1) if reads_ahead(device) else None
+
+    @contextmanager
+    def open(self, name: str, block: nn.Module) -> Iterator[None]:
+        """The block as the input has it; then on the meta device again."""
+        coming = self._ahead.pop(name, None)
+        dense = coming.result() if coming else self._source.read(name)
+        following = self._next.get(name)
+        if self._reader is not None and following is not None:
+            self._ahead[following] = self._reader.submit(self._source.read, following)
+        with self._source.open(name, dense):
+            yield
+
+    def pruned(self, name: str) -> list[SitePruned] | None:
+        """As the journal has it."""
+        return sites_of(self._done[name]) if name in self._done else None
+
+    def restore(self, name: str, block: nn.Module) -> None:
+        """Read the block from the output."""
+        self._target.restore(name)
+
+    def keep(self, name: str, block: nn.Module, sites: Sequence[SitePruned]) -> None:
+        """Write what was pruned, and say so in the journal."""
+        if not self._ranks.first:
+            return
+        planned = next(entry for entry in self._plan.blocks if entry.name == name)
+        self._target.write(name, pruned_parameters(planned))
+        line = {"block": name, "sites": [asdict(site) for site in sites]}
+        self._work.journal.add(line | {"digest": self._target.digest(planned)})
+
+    def check(self) -> None:
+        """Hold the blocks that an earlier run wrote against their checksums in the journal.
+
+        Raises:
+            AptError: one was changed since.
+        """
+        for planned in self._plan.blocks:
+            line = self._done.get(planned.name)
+            if line is not None and line.get("digest") != self._target.digest(planned):
+                raise self._work.damaged(f"{planned.name} was changed")
+
+    def verify(self) -> None:
+        """Hold what was written against the plan."""
+        for planned in self._plan.blocks:
+            with self._target.open(planned.name) as block:
+                if failed := failures(block_verdicts(planned, block)):
+                    raise RuntimeError(f"{failed[0].name} as written: {failed[0].detail}")
+
+
+def reads_ahead(device: str) -> bool:
+    """Whether a block is read while another has its turn.
+
+    On a processor that would take memory for a second block and win little: the kernel reads ahead.
+    """
+    return device.startswith("cuda")
+
+
+def sites_of(line: dict[str, Any]) -> list[SitePruned]:
+    """What a line of the journal says was pruned.
+
+    Raises:
+        AptError: no run has written such a line.
+    """
+    try:
+        return [SitePruned(**{**s, "shape": tuple(s["shape"])}) for s in line.get("sites", ())]
+    except (KeyError, TypeError) as error:
+        raise AptError(
+            f"the journal of the interrupted run is damaged: {first_line(error)}",
+            "delete the folder .NAME.apt beside the output NAME and begin again",
+        ) from error

@@ -1,0 +1,80 @@
+"""What plain option values may be. Nothing here imports torch, so that it is checked at once."""
+
+import re
+
+from apt.errors import AptError
+
+ACTIVATIONS = ("memory", "disk")
+DTYPES = ("float32", "bfloat16", "float16")
+EFFORTS = ("fast", "default", "best")
+MOST_DAMPING = 1e6
+_SEEDS = (-(2**63), 2**64 - 1)  # of torch's generators
+
+
+def check_amount(samples: int | None, seqlen: int, own_samples: int | None = None) -> None:
+    """Raise where there is nothing to calibrate or measure on; ``samples`` None is all there is."""
+    if min(samples or 0, own_samples or 0) < 0 or seqlen < 2:
+        raise AptError("--samples and --own-samples must not be negative, --seqlen at least 2")
+    if samples == 0 and not own_samples:
+        raise AptError("--samples must be at least 1", "or let the model write --own-samples")
+
+
+def check_windows(samples: int | None, seqlen: int) -> None:
+    """Raise where there are no windows to measure or plan for; None is all there are."""
+    if (samples is not None and samples < 1) or seqlen < 2:
+        raise AptError("--samples must be at least 1 and --seqlen at least 2")
+
+
+def check_seed(seed: int) -> None:
+    """Raise for a seed that no generator of torch takes."""
+    if not _SEEDS[0] <= seed <= _SEEDS[1]:
+        raise AptError(f"--seed {seed} is out of range", "give a whole number from 0 to 2**64 - 1")
+
+
+def check_solver(damping: float | None, block_size: int | None, effort: str) -> None:
+    """Raise for what no method can be told."""
+    if damping is not None and not 0 <= damping <= MOST_DAMPING:
+        raise AptError(
+            f"damping {damping:g} is not a number from 0 to {MOST_DAMPING:g}",
+            "it is a share of the mean diagonal, such as 0.05",
+        )
+    if block_size is not None and block_size < 1:
+        raise AptError(f"block size {block_size} is not positive")
+    if effort not in EFFORTS:
+        raise AptError(f"effort '{effort}' is none of {', '.join(EFFORTS)}")
+
+
+def check_shard_size(size: str | None) -> None:
+    """Raise where the size of a file has no number or no unit."""
+    if size is None:
+        return
+    found = re.fullmatch(r"(\d+) ?[KMGT]B", size.strip().upper())
+    if found is None or not int(found[1]):
+        raise AptError(f"--max-shard-size {size} is no size of a file", "write 5GB or 500MB")
+
+
+def check_dtype(name: str) -> None:
+    """Raise for the name of no precision."""
+    if name not in ("auto", *DTYPES):
+        raise AptError(f"no dtype '{name}'", f"use auto, {', '.join(DTYPES)}")
+
+
+def check_activations(where: str, *, streamed: bool) -> None:
+    """Raise where activations cannot be kept in a place of that name."""
+    if where not in ACTIVATIONS:
+        raise AptError(f"--activations {where} is none of {', '.join(ACTIVATIONS)}")
+    if where != "memory" and not streamed:
+        raise AptError(f"--activations {where} is for streamed runs", "pass --stream as well")
+
+
+def check_pattern_options(sparsity: str | None, pattern: str | None, per: str | None) -> None:
+    """Raise where the options that make up a pattern contradict each other."""
+    if sparsity is not None and pattern is not None:
+        raise AptError("--sparsity and --pattern are both given", "choose one")
+    if per not in (None, "row", "layer"):
+        raise AptError(f"--per {per} is neither row nor layer")
+    if per is not None and sparsity is None:
+        raise AptError(
+            f"--per {per} says where --sparsity is counted, and there is no --sparsity",
+            "an n:m pattern is the same in every row: leave out --per",
+        )

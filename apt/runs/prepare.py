@@ -1,0 +1,252 @@
+"""What a run is told, held against the model, the machine and the disk before the work begins."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from apt.checkpoints.copies import links_outside
+from apt.checkpoints.load import skeleton
+from apt.checkpoints.model import Model
+from apt.distributed.launch import whole_number
+from apt.errors import AptError
+from apt.locations.hub import Hub
+from apt.locations.model_source import Source, find
+from apt.output.json_values import plain
+from apt.output.location import check_output
+from apt.output.report import differences, portable, read_report
+from apt.output.workplace import resumable
+from apt.planning.allocation import check_allocation
+from apt.planning.plan import Plan, Selection, make_plan
+from apt.planning.rounding import check_rounding
+from apt.plugin.registry import Registry
+from apt.plugin.specs import MethodSpec
+from apt.pruning.config import Mode, choose_mode, choose_own_samples
+from apt.runs.limits import (
+    check_activations,
+    check_amount,
+    check_dtype,
+    check_seed,
+    check_shard_size,
+    check_solver,
+)
+from apt.runs.machine import check_tokens, choose_device
+from apt.solver import Pattern, SolverOptions, Unstructured
+from apt.text.self_generated import writes
+
+# Options that change no byte of a result, or follow from others and the tokenizer.
+_HOW = ("overwrite", "resume", "stream", "activations", "replaced")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What a run is told; every default that depends on the model is already filled in."""
+
+    model: str
+    pattern: Pattern
+    output: Path
+    adapter: str | None = None
+    method: str | None = None
+    calibration: str = "builtin"
+    evaluation: str | None = None
+    metrics: tuple[str, ...] = ("perplexity",)
+    allocation: str = "uniform"
+    samples: int = 128
+    seqlen: int = 2048
+    seed: int = 0
+    own_samples: int | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    error_aware: bool | None = None
+    ordered: bool | None = None
+    overwrite: bool = False
+    max_shard_size: str | None = None
+    also: tuple[str, ...] = ()
+    stream: bool = False
+    resume: bool = False
+    activations: str = "memory"
+    tokenizer: str | None = None
+    trust_remote_code: bool = False
+    bos: bool = True
+    hub: Hub = field(default_factory=Hub)
+    selection: Selection = field(default_factory=Selection)
+    solver: SolverOptions = field(default_factory=SolverOptions)
+
+    def record(self) -> dict[str, Any]:
+        """The options as plain values, for the report."""
+        selection = {
+            "only": self.selection.only,
+            "skip": self.selection.skip,
+            "overrides": {glob: str(pattern) for glob, pattern in self.selection.overrides},
+        }
+        apart = ("selection", "solver", "hub")  # the hub's token is nobody's business
+        plain = {k: v for k, v in vars(self).items() if k not in apart}
+        paths = ("model", "calibration", "evaluation", "tokenizer")
+        return {
+            **plain,
+            **{name: portable(plain[name]) if plain[name] else None for name in paths},
+            "revision": self.hub.revision,
+            "pattern": str(self.pattern),
+            "per": getattr(self.pattern, "per", None),
+            "output": self.output.name,
+            **selection,
+        }
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that has been checked as far as that goes without reading weights or text."""
+
+    options: RunOptions
+    registry: Registry
+    shell: Model
+    plan: Plan
+    method: MethodSpec
+    mode: Mode
+    device: str
+
+
+def prepare(
+    options: RunOptions, registry: Registry, notice: Callable[[str], None] = lambda line: None
+) -> Prepared:
+    """Check everything that can be checked before the work begins.
+
+    Args:
+        options: the run's options.
+        registry: the plugins.
+        notice: told, in a line, what was changed to fit the model.
+
+    Raises:
+        AptError: an option does not fit the model, the machine or the disk.
+    """
+    _check_numbers(options)
+    method = registry.methods.get(options.method) if options.method else registry.default_method()
+    _check_heeded(options, method, registry)
+    source = find(
+        options.model, registry, trust_remote_code=options.trust_remote_code, hub=options.hub
+    )
+    _check_output(options, source, notice)
+    shell = skeleton(source, registry, options.adapter)
+    plan = make_plan(
+        shell.module, shell.adapter, options.pattern, options.selection, method.per, options.also
+    )
+    if shell.config.model_type not in shell.spec.model_types:
+        notice(f"adapter {shell.spec.name}: {plan.outline()}")
+    check_rounding(plan, notice)
+    check_allocation(options.allocation, plan)
+    seqlen = capped(options.seqlen, shell, notice)
+    pattern = options.pattern
+    if isinstance(pattern, Unstructured):
+        pattern = pattern.counted(method.per)
+    options = replace(
+        options, pattern=pattern, method=method.name, adapter=shell.spec.name, seqlen=seqlen
+    )
+    mode = choose_mode(method, options.solver, options.error_aware, options.ordered)
+    own = _own_samples(options, method, mode, shell.module, notice)
+    options = replace(options, solver=mode.options, own_samples=own)
+    device = choose_device(options.device)
+    _check_memory(options, shell, device)
+    return Prepared(options, registry, shell, plan, method, mode, device)
+
+
+def _check_memory(options: RunOptions, shell: Model, device: str) -> None:
+    """Raise where the samples alone, with one stream of their activations, fit into no memory."""
+    held = 0 if options.activations == "disk" else shell.config.hidden_size * shell.dtype.itemsize
+    samples = options.samples + (options.own_samples or 0)
+    ranks = whole_number("WORLD_SIZE", 1, least=1)
+    check_tokens(samples, options.seqlen, torch.long.itemsize + held, device, ranks)
+
+
+def _check_output(options: RunOptions, source: Source, notice: Callable[[str], None]) -> None:
+    """Check where the output lies, and say what it replaces."""
+    if options.resume and (resumable(options.output) or read_report(options.output)):
+        return
+    given = (options.calibration, options.evaluation, options.tokenizer)
+    texts = [path for name in given if name and (path := Path(name).expanduser()).exists()]
+    inputs = [*source.files(), *texts]
+    for link in [] if source.gguf else links_outside(Path(source.location)):
+        notice(f"left out: {link} is a link to a file outside the checkpoint")
+    if lost := check_output(options.output, options.overwrite, inputs):
+        notice(f"replaces {lost}")
+
+
+def already_complete(prepared: Prepared) -> bool:
+    """Whether ``--resume`` is asked for where an earlier run of the same options was finished.
+
+    Raises:
+        AptError: the output is that of another run.
+    """
+    options = prepared.options
+    if not options.resume or resumable(options.output):
+        return False
+    if (report := read_report(options.output)) is None:
+        return False
+    now = json.loads(json.dumps(plain(options.record() | prepared.mode.record())))
+    other = sorted(differences(report["options"], now))
+    if other := [key for key in other if key.partition(".")[0] not in _HOW]:
+        raise AptError(
+            f"{options.output} is the result of another run: {', '.join(other)} differ",
+            "choose another --output, or leave out --resume and pass --overwrite",
+        )
+    return True
+
+
+def _own_samples(
+    options: RunOptions,
+    method: MethodSpec,
+    mode: Mode,
+    module: nn.Module,
+    notice: Callable[[str], None],
+) -> int:
+    """How many samples the model writes itself: of those that nobody has asked for, if it can."""
+    if options.own_samples is not None:
+        return options.own_samples
+    count = choose_own_samples(method, mode, options.samples)
+    if not count or (writes(module) and not options.stream):
+        return count
+    what = "a model that is streamed" if options.stream else type(module).__name__
+    notice(f"own samples: 0 (not {count}: {what} writes no text)")
+    return 0
+
+
+def _check_numbers(options: RunOptions) -> None:
+    solver = options.solver
+    check_amount(options.samples, options.seqlen, options.own_samples)
+    check_seed(options.seed)
+    check_solver(solver.damping, solver.block_size, solver.effort)
+    check_dtype(options.dtype)
+    check_shard_size(options.max_shard_size)
+    check_activations(options.activations, streamed=options.stream)
+
+
+def _check_heeded(options: RunOptions, method: MethodSpec, registry: Registry) -> None:
+    """Refuse options that the method would not look at."""
+    known = registry.methods.specs.values()
+    if options.solver.effort != "default" and not method.efforts:
+        others = ", ".join(spec.name for spec in known if spec.efforts)
+        raise AptError(f"{method.name} knows no --effort", f"these do: {others}")
+    if options.solver.block_size is not None and not method.blocks:
+        others = ", ".join(spec.name for spec in known if spec.blocks)
+        raise AptError(f"{method.name} knows no --block-size", f"these do: {others}")
+
+
+def capped(seqlen: int, model: Model, notice: Callable[[str], None]) -> int:
+    """``seqlen``, cut to the positions that the model has.
+
+    Raises:
+        AptError: it has fewer than two.
+    """
+    positions = model.adapter.positions(model.config)
+    if positions is not None and positions < 2:
+        raise AptError(
+            f"{model.source.reference} has {positions} positions, and a sample needs 2 at least",
+            "is its config.json damaged?",
+        )
+    if positions is None or seqlen <= positions:
+        return seqlen
+    notice(f"seqlen: {positions}, all the positions that the model has (not {seqlen})")
+    return positions

@@ -1,0 +1,1 @@
+"""Documents to calibration tokens: data sources, files, sampling, augmentation."""

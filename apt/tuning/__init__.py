@@ -1,0 +1,1 @@
+"""The parts of pruning that take gradients: row importance and block reconstruction."""
