@@ -1,8 +1,9 @@
 """APT: one-shot post-training pruning of language models.
 
-``apt.prune`` prunes an in-memory model, ``apt.prune_copy`` a copy of it, with ``apt.Ranks`` on
-several processes together; ``apt.own_text`` is text to calibrate on that a model writes itself.
-`apt.solver` works on plain tensors; the command line is in `apt.cli`.
+`prune` prunes a model in memory, and `prune_copy` a copy of it, on the text of `calibration_tokens`
+or `own_text`; `PruneOptions` has the options, and with `Ranks` several processes do it together.
+`apt.solver` works on plain tensors, `apt.adapter` and `apt.hookspecs` are for plugins, and
+`apt.testing` checks adapters. The command line is in `apt.cli`.
 Importing this package does not import torch.
 """
 
@@ -13,16 +14,39 @@ from apt.errors import AptError
 
 if TYPE_CHECKING:
     from apt.distributed.ranks import Ranks
-    from apt.runs.api import prune, prune_copy
+    from apt.evaluation.metrics import accuracy, perplexity
+    from apt.output.report import Report
+    from apt.planning.plan import Selection
+    from apt.runs.api import calibration_tokens, prune, prune_copy
+    from apt.runs.prune_options import PruneOptions
     from apt.text.self_generated import own_text
 
-__all__ = ["AptError", "Ranks", "__version__", "own_text", "prune", "prune_copy"]
+__all__ = [
+    "AptError",
+    "PruneOptions",
+    "Ranks",
+    "Report",
+    "Selection",
+    "__version__",
+    "accuracy",
+    "calibration_tokens",
+    "own_text",
+    "perplexity",
+    "prune",
+    "prune_copy",
+]
 __version__ = "0.1.0"
 _LAZY = {
+    "PruneOptions": "apt.runs.prune_options",
+    "Ranks": "apt.distributed.ranks",
+    "Report": "apt.output.report",
+    "Selection": "apt.planning.plan",
+    "accuracy": "apt.evaluation.metrics",
+    "calibration_tokens": "apt.runs.api",
+    "own_text": "apt.text.self_generated",
+    "perplexity": "apt.evaluation.metrics",
     "prune": "apt.runs.api",
     "prune_copy": "apt.runs.api",
-    "Ranks": "apt.distributed.ranks",
-    "own_text": "apt.text.self_generated",
 }
 
 

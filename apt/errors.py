@@ -10,10 +10,12 @@ class AptError(Exception):
     Args:
         message: one line that says what is wrong and where.
         hint: what to do about it.
+        options: the names of the options that the hint speaks of, as programs know them:
+            ``"own_samples"``. The command line adds its flags for them.
     """
 
-    def __init__(self, message: str, hint: str = "") -> None:
-        self.message, self.hint = message, hint
+    def __init__(self, message: str, hint: str = "", options: Iterable[str] = ()) -> None:
+        self.message, self.hint, self.options = message, hint, tuple(options)
         super().__init__(f"{message}; {hint}" if hint else message)
 
     @property

@@ -48,6 +48,11 @@ class SitePruned:
         return self.shape[0] * self.shape[1]
 
     @property
+    def sparsity(self) -> float:
+        """The share of zeros."""
+        return self.zeros / self.size
+
+    @property
     def starved(self) -> bool:
         """Whether it saw fewer tokens than it has inputs, as an expert may."""
         return self.tokens < self.shape[1]

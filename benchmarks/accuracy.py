@@ -6,18 +6,16 @@ summaries of Wikipedia articles, evaluated on other summaries and on quotations 
     python benchmarks/accuracy.py --methods ss alps admm --patterns 2:4 0.5 \\
         --json out/accuracy.json --plot out/accuracy.png
 
-A method is NAME, NAME:EFFORT, or either with ``/layer-wise``; with ``+own``, or with the effort
-best, it is calibrated on a fourth as many samples more that the model writes itself. Rows are added
-to the JSON file as they are measured, and a row that it has already is not measured again.
+A method is NAME or NAME:EFFORT, followed by options of ``apt.PruneOptions``: ``/layer-wise``,
+``/at-once``, ``/alpha=0``, ``/tuning_epochs=0``, ``/random_tokens=0.5``, ``/own_samples=8``. Rows are
+added to the JSON file as they are measured, and a row that is there already is not measured again.
 """
 
 import argparse
-import copy
 import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from common import FORTUNES, dictionary, fortunes, open_model, sample, save, wiki
@@ -25,23 +23,18 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+import apt
 from apt.checkpoints.model import Model
 from apt.evaluation.metrics import perplexity
-from apt.planning.plan import make_plan
 from apt.plugin.registry import registry
-from apt.pruning.config import choose_mode, choose_own_samples
-from apt.pruning.pipeline import prune_blocks
-from apt.solver import SolverOptions, parse_pattern
 from apt.text.datasets import documents
-from apt.text.sampling import mixed
-from apt.text.self_generated import own_text
-from apt.text.special_tokens import special_ids
 
 METHODS = [
     "magnitude", "wanda", "sparseswaps", "ss", "sm", "alps",
     "admm:fast/layer-wise", "admm/layer-wise", "admm:best/layer-wise",
     "admm:fast", "admm", "admm:best",
 ]  # fmt: skip
+SWITCHES = {"layer-wise": {"error_aware": False}, "at-once": {"ordered": False}}
 TUNED_ON = 16  # windows of each evaluation text on which APT's defaults were chosen: not reported
 Row = dict[str, Any]
 
@@ -79,25 +72,35 @@ def texts(options: argparse.Namespace, tokenizer: Any) -> tuple[Tensor, dict[str
     }
 
 
-def prune(
-    model: Model, name: str, pattern: str, tokens: Tensor, special: tuple[int, ...]
-) -> tuple[nn.Module, Row]:
-    """A pruned copy, and what was measured on the way; ``special`` tokens are never random ones."""
-    name, own, _ = name.partition("+own")
-    name, _, mode_name = name.partition("/")
+def read_method(name: str) -> tuple[str, apt.PruneOptions]:
+    """A method and its options, as ``admm:fast/layer-wise`` or ``admm/alpha=0/tuning_epochs=0``."""
+    name, *words = name.split("/")
     method, _, effort = name.partition(":")
-    spec, solver = registry().methods.get(method), SolverOptions(effort=effort or "default")
-    mode = choose_mode(spec, solver, False if mode_name == "layer-wise" else None).sparing(special)
-    share = choose_own_samples(spec, mode, len(tokens))
-    module = copy.deepcopy(model.module)
-    plan = make_plan(module, model.adapter, parse_pattern(pattern), per=spec.per)
+    values: dict[str, Any] = {"effort": effort or "default"}
+    for word in words:
+        option, _, value = word.partition("=")
+        values |= SWITCHES[option] if option in SWITCHES else {option: json.loads(value)}
+    return method, apt.PruneOptions(**values)
+
+
+def prune(
+    model: Model, name: str, pattern: str, tokens: Tensor, tokenizer: Any
+) -> tuple[nn.Module, Row]:
+    """A pruned copy, and its layer error and times."""
+    method, options = read_method(name)
     started = time.perf_counter()
-    if count := share or (len(tokens) // 4 if own else 0):
-        tokens = mixed(tokens, own_text(module, count, tokens.shape[1], special=special))
-    sites = prune_blocks(module, model.adapter, plan, tokens, spec.load(), **vars(mode))
+    module, report = apt.prune_copy(
+        model.module,
+        tokens,
+        pattern=pattern,
+        adapter=model.spec.name,
+        method=method,
+        options=options,
+        tokenizer=tokenizer,
+    )
     return module, {
-        "error": fmean(site.relative_error for site in sites),
-        "solve": sum(site.seconds for site in sites),
+        "error": report.relative_layer_error,
+        "solve": sum(site.seconds for site in report.sites),
         "seconds": time.perf_counter() - started,
     }
 
@@ -114,7 +117,7 @@ def measure(options: argparse.Namespace, known: list[Row]) -> Iterator[Row]:
             continue
         module, row = model.module, dict[str, Any]()
         if method != "dense":
-            module, row = prune(model, method, pattern, tokens, special_ids(tokenizer))
+            module, row = prune(model, method, pattern, tokens, tokenizer)
         with model.adapter.running(module):
             scores = {name: perplexity(module, text) for name, text in held_out.items()}
         yield {"method": method, "pattern": pattern, **scores, **row}

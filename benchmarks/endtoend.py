@@ -28,9 +28,9 @@ from apt.checkpoints.model import Model
 from apt.output.report import peak_memory
 from apt.planning.plan import make_plan
 from apt.plugin.registry import registry
-from apt.pruning.config import choose_mode
 from apt.pruning.pipeline import prune_blocks
-from apt.solver import Gram, SolverOptions, parse_pattern
+from apt.runs.prune_options import PruneOptions
+from apt.solver import Gram, parse_pattern
 
 MODES = {"layer-wise": False, "error-aware": True}
 
@@ -86,10 +86,12 @@ def run(
     """Seconds of a whole run, and those of its solves."""
     pruned, spec = copy.deepcopy(module), registry().methods.get("admm")
     plan = make_plan(pruned, model.adapter, parse_pattern(pattern), per=spec.per)
-    solver = SolverOptions(effort=effort)  # type: ignore[arg-type]
-    mode = choose_mode(spec, solver, aware)
+    options = PruneOptions(effort=effort, error_aware=aware)  # type: ignore[arg-type]
+    augmentation = options.augmentation(spec, len(tokens))
     started = time.perf_counter()
-    sites = prune_blocks(pruned, model.adapter, plan, tokens, spec.load(), **vars(mode))
+    tokens = augmentation.with_random_tokens(pruned, augmentation.with_own_text(pruned, tokens))
+    recipe = options.recipe(spec)
+    sites = prune_blocks(pruned, model.adapter, plan, tokens, spec.load(), recipe)
     return time.perf_counter() - started, sum(site.seconds for site in sites)
 
 

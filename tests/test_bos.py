@@ -14,9 +14,9 @@ from apt.evaluation.metrics import perplexity
 from apt.locations.model_source import find
 from apt.plugin.registry import registry
 from apt.text.datasets import calibration_tokens, evaluation_tokens, tokenize, windows
-from apt.text.random_tokens import Replaced
+from apt.text.random_tokens import RandomTokens
 from apt.text.sampling import drawn
-from apt.text.special_tokens import bos_of, named_ids, special_ids
+from apt.text.special_tokens import bos_of, named_ids
 from tests.families import TEXT, random_model, random_tokens
 
 BOS, SEQLEN = 0, 32
@@ -93,6 +93,11 @@ def test_the_same_targets_are_predicted_and_its_own_loss_is_not_counted(tokenize
     assert perplexity(model, found) == pytest.approx(float(loss.exp()), rel=1e-5)
 
 
+def noting(seen):
+    """`digest` that keeps what it is given."""
+    return lambda tokens: seen.append(tokens) or "0" * 64
+
+
 def test_too_little_text_counts_it():
     assert windows(torch.arange(18), 2, 10, "x", BOS).shape == (2, 10)
     with pytest.raises(library.AptError, match="use --samples 1"):
@@ -105,13 +110,14 @@ def test_a_run_begins_samples_and_windows_with_it_and_says_so(
     stream, given, bos, with_bos, beginning, apt, monkeypatch
 ):
     seen = []
-    monkeypatch.setattr("apt.runs.steps.digest", lambda tokens: seen.append(tokens) or "0" * 64)
+    monkeypatch.setattr(
+        "apt.runs.new_report.digest", lambda tokens: seen.append(tokens) or "0" * 64
+    )
     result = apt("prune", with_bos, *COMMAND, *stream, *given, "-o", "out")
     assert result.code == 0, result.err
     report = json.loads(Path("out/apt_report.json").read_text())
     assert report["calibration"]["bos"] == bos
     assert report["options"]["bos"] == (bos is not None)
-    assert report["options"]["replaced"]["special"] == [0, 1]
     reader, texts = beginning(), [TEXT.read_text()]
     assert torch.equal(seen[0], calibration_tokens(reader, texts, 4, SEQLEN, 0, "x", bos))
     held_out = evaluation_tokens(reader, texts, 4, SEQLEN, "x", bos)
@@ -137,7 +143,7 @@ def test_the_library_gives_what_the_shell_gives(with_bos, beginning, apt):
     assert result.code == 0, result.err
     model = load(skeleton(find(str(with_bos), registry()), registry())).module
     tokens = calibration_tokens(beginning(), [TEXT.read_text()], 4, SEQLEN, 0, "x", BOS)
-    library.prune(model, tokens, pattern="2:4", special=special_ids(beginning()))
+    library.prune(model, tokens, pattern="2:4", tokenizer=beginning())
     pruned = load(skeleton(find("out", registry()), registry())).module.state_dict()
     assert all(torch.equal(pruned[name], value) for name, value in model.state_dict().items())
 
@@ -156,11 +162,13 @@ def test_own_text_begins_with_it(seqlen, monkeypatch):
 
 def test_own_samples_begin_with_it(with_bos, apt, monkeypatch):
     seen = []
-    monkeypatch.setattr("apt.runs.steps.digest", lambda tokens: seen.append(tokens) or "0" * 64)
+    monkeypatch.setattr(
+        "apt.runs.new_report.digest", lambda tokens: seen.append(tokens) or "0" * 64
+    )
     options = ("--own-samples", 2, "--method", "wanda", "-o", "out")
     assert apt("prune", with_bos, *COMMAND, *options).code == 0
-    assert seen[0].shape == (6, SEQLEN)
-    assert (seen[0][:, 0] == BOS).all()
+    assert seen[-1].shape == (6, SEQLEN)
+    assert (seen[-1][:, 0] == BOS).all()
 
 
 def test_random_tokens_are_never_special_and_the_others_stay():
@@ -178,16 +186,27 @@ def test_random_tokens_are_never_special_and_the_others_stay():
 def test_copies_keep_it_and_get_no_special_token():
     tokens = random_tokens(8, 64).clamp_min(3)
     tokens[:, 0] = BOS
-    both = Replaced(share=1.0, special=(0, 1, 2)).beside(tokens, 64)
+    both = RandomTokens(share=1.0).beside(tokens, 64, (0, 1, 2))
     assert len(both) == 10
     assert (both[:, 0] == BOS).all()
     assert int(both[:, 1:].min()) >= 3
 
 
-def test_programs_spare_what_the_configurations_name():
+def spy(seen):
+    """`drawn` that notes which tokens are special."""
+
+    def watched(vocabulary, shape, draw, special=()):
+        seen.append(tuple(special))
+        return drawn(vocabulary, shape, draw, special)
+
+    return watched
+
+
+def test_programs_spare_what_the_configurations_name(monkeypatch):
     model = random_model("llama")
     model.generation_config.eos_token_id = [0, 7]
     assert named_ids(model) == (0, 7)
-    tokens = random_tokens()
-    report = library.prune(model, tokens, pattern="2:4")
-    assert report.options["replaced"]["special"] == (0, 7)
+    seen = []
+    monkeypatch.setattr("apt.text.random_tokens.drawn", spy(seen))
+    library.prune(model, random_tokens(), pattern="2:4")
+    assert seen == [(0, 7)]

@@ -3,7 +3,7 @@
 import copy
 import signal
 import threading
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 
 import pytest
@@ -12,15 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import apt as library
-import apt.pruning.config
 import apt.solver.precision
 import apt.tuning.reconstruct
 from apt.events import BlockStarted, SitePruned, Working
 from apt.planning.plan import make_plan
 from apt.plugin.registry import registry
-from apt.pruning.config import choose_mode
 from apt.pruning.pipeline import prune_blocks
-from apt.solver import NM, SolverOptions, Unstructured
+from apt.runs.prune_options import PruneOptions
+from apt.solver import NM, Unstructured
 from apt.solver.patterns import meets
 from apt.tuning.reconstruct import Reconstruction
 from tests.families import CONFIGS, random_model, random_tokens
@@ -36,8 +35,8 @@ class Enough(Exception):
 @pytest.fixture(autouse=True)
 def tuned_on_little(monkeypatch):
     """Tuning in steps of two samples, so that there are some."""
-    how = Reconstruction(rate=0.05, epochs=1, tokens_per_batch=24)
-    monkeypatch.setitem(apt.pruning.config.RECONSTRUCTION, "default", how)
+    small_steps = partial(Reconstruction, tokens_per_batch=24)
+    monkeypatch.setattr("apt.runs.prune_options.Reconstruction", small_steps)
 
 
 @cache
@@ -54,7 +53,13 @@ def events_of(variant, ordered):
 
 def run(variant, ordered, observe):
     model = copy.deepcopy(dense_model(variant))
-    library.prune(model, TOKENS, pattern=PATTERN, ordered=ordered, observe=observe)
+    library.prune(
+        model,
+        TOKENS,
+        pattern=PATTERN,
+        options=library.PruneOptions(ordered=ordered),
+        observe=observe,
+    )
     return model
 
 
@@ -91,7 +96,13 @@ def test_every_block_is_in_the_state_that_is_documented(variant, ordered):
                 raise Enough
 
         with pytest.raises(Enough):
-            library.prune(model, TOKENS, pattern=PATTERN, ordered=ordered, observe=observe)
+            library.prune(
+                model,
+                TOKENS,
+                pattern=PATTERN,
+                options=library.PruneOptions(ordered=ordered),
+                observe=observe,
+            )
         assert left_behind(model) == before
         at = max(event.index for event in seen if isinstance(event, BlockStarted))
         blocks = zip(adapter.blocks(model), adapter.blocks(dense), strict=True)
@@ -123,10 +134,11 @@ def test_no_more_than_one_step_goes_by_between_two_events(pattern, ordered, effo
     descend = apt.tuning.reconstruct._Tuning.descend
     monkeypatch.setattr("apt.tuning.reconstruct._Tuning.descend", counted("tuning", descend))
     monkeypatch.setattr(adapter, "step", counted("running", adapter.step))
-    mode = choose_mode(method, SolverOptions(effort=effort), True, ordered)
+    options = PruneOptions(effort=effort, error_aware=True, ordered=ordered)
+    recipe = options.recipe(method)
     plan = make_plan(model, adapter, pattern)
     solve = counted("solving", method.load())
-    prune_blocks(model, adapter, plan, TOKENS, solve, **vars(mode), observe=happened.append)
+    prune_blocks(model, adapter, plan, TOKENS, solve, recipe, observe=happened.append)
     steps = [index for index, what in enumerate(happened) if isinstance(what, str)]
     assert {happened[index] for index in steps} >= {"solving", "running"}
     for index, after in pairwise(steps):

@@ -121,33 +121,49 @@ def test_a_damaged_report_is_one_line(apt, checkpoint, tmp_path, text):
 
 
 @pytest.mark.parametrize(
-    ("options", "targets", "ordered"),
+    ("options", "alpha", "ordered"),
     [
-        ((), {"inputs": 0.25, "stream": 0.25}, True),
-        (("--layer-wise",), None, False),
-        (("--at-once",), {"inputs": 0.25, "stream": 0.25}, False),
-        (("--method", "ss"), None, False),
-        (("--method", "ss", "--error-aware"), {"inputs": 0.25, "stream": 0.25}, True),
+        ((), 0.25, True),
+        (("--layer-wise",), 0.0, False),
+        (("--at-once",), 0.25, False),
+        (("--method", "ss"), 0.0, False),
+        (("--method", "ss", "--error-aware"), 0.25, True),
     ],
     ids=str,
 )
-def test_the_mode_is_the_methods_unless_told(apt, options, targets, ordered):
+def test_the_mode_is_the_methods_unless_told(apt, options, alpha, ordered):
     run = apt("prune", "zoo:llama", *SMALL, "-o", "out", *options)
     assert run.code == 0
     chosen = json.loads(Path("out/apt_report.json").read_text())["options"]
-    assert (chosen["targets"], chosen["ordered"]) == (targets, ordered)
+    assert (chosen["alpha"], chosen["beta"], chosen["ordered"]) == (alpha, alpha, ordered)
+    assert chosen["error_aware"] is bool(alpha)
     assert chosen["effort"] == "default"
-    assert (chosen["reconstruction"] or {}).get("epochs") == (
-        1 if targets and "ss" not in options else None
-    )
+    assert chosen["tuning_epochs"] == (1 if alpha and "ss" not in options else 0)
 
 
-@pytest.mark.parametrize(("effort", "epochs"), [("fast", None), ("best", 8)])
+@pytest.mark.parametrize(("effort", "epochs"), [("fast", 0), ("best", 8)])
 def test_the_effort_says_how_blocks_are_tuned(apt, effort, epochs):
     run = apt("prune", "zoo:llama", *SMALL, "-o", "out", "--effort", effort)
     assert run.code == 0
     chosen = json.loads(Path("out/apt_report.json").read_text())["options"]
-    assert (chosen["reconstruction"] or {}).get("epochs") == epochs
+    assert chosen["tuning_epochs"] == epochs
+
+
+def test_each_ingredient_has_an_option(apt):
+    options = {
+        "alpha": 0.5, "beta": 0, "row_importance": 0, "tuning_epochs": 2, "tuning_rate": 0.01,
+        "tuning_tokens": 0, "random_tokens": 1, "own_samples": 1,
+    }  # fmt: skip
+    given = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    assert apt("prune", "zoo:llama", *SMALL, "-o", "out", *given).code == 0
+    chosen = json.loads(Path("out/apt_report.json").read_text())["options"]
+    assert {name: chosen[name] for name in options} == options
+
+
+def test_an_ingredient_of_error_aware_runs_is_refused_in_others(apt):
+    run = apt("prune", "zoo:llama", *SMALL, "--layer-wise", "--alpha", 0.5)
+    assert run.code == 2
+    assert "alpha has no effect in a layer-wise run" in run.err
 
 
 def test_wanda_is_verified_by_row(apt):

@@ -9,7 +9,6 @@ import torch
 
 import apt as library
 from apt.events import SitePruned
-from apt.solver import SolverOptions
 from tests.families import random_model, random_tokens
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -99,12 +98,15 @@ def test_two_threads_restore_what_was_allowed():
         ({"damping": -1.0}, "damping -1 is not"),
         ({"block_size": 0}, "block size 0 is not positive"),
         ({"effort": "most"}, "effort 'most' is none of fast, default, best"),
+        ({"alpha": 1.5}, "alpha 1.5 is not a number from 0 to 1"),
+        ({"tuning_epochs": -1}, "tuning_epochs -1 is not"),
+        ({"error_aware": False, "beta": 0.5}, "beta has no effect in a layer-wise run"),
     ],
 )
 def test_options_out_of_range_are_refused_before_any_weight_changes(options, message):
     model = random_model("llama")
     with pytest.raises(library.AptError, match=re.escape(message)):
-        library.prune(model, TOKENS, pattern="2:4", options=SolverOptions(**options))
+        library.prune(model, TOKENS, pattern="2:4", options=library.PruneOptions(**options))
     dense = random_model("llama").state_dict()
     assert all(torch.equal(dense[name], value) for name, value in model.state_dict().items())
 

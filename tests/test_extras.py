@@ -124,7 +124,7 @@ def test_they_are_pruned_and_reported_beside_the_sites(variant):
     module = __import__(type(model).__module__, fromlist=["_"])
     functions = dict(vars(module))
     report = library.prune(
-        model, TOKENS, pattern="0.5", also=KINDS, options=SolverOptions(effort="fast")
+        model, TOKENS, pattern="0.5", also=KINDS, options=library.PruneOptions(effort="fast")
     )
     assert all(vars(module)[name] is value for name, value in functions.items())
     extras = [

@@ -101,7 +101,9 @@ def test_one_activation_that_is_not_finite(where, error_aware):
 
     model.model.layers[1].get_submodule(where).register_forward_hook(spoil)
     with pytest.raises(AptError, match=r"in model\.layers\.1: .*not finite") as caught:
-        library.prune(model, TOKENS, pattern="2:4", error_aware=error_aware)
+        library.prune(
+            model, TOKENS, pattern="2:4", options=library.PruneOptions(error_aware=error_aware)
+        )
     assert "\n" not in str(caught.value)
 
 

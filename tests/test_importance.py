@@ -1,5 +1,7 @@
 """How much rows matter: against exact derivatives, and in the masks that come of it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -8,11 +10,11 @@ from apt.calibration.dense_activations import advance_reference
 from apt.distributed.ranks import Ranks
 from apt.planning.plan import make_plan
 from apt.plugin.registry import registry
-from apt.pruning.config import choose_mode
 from apt.pruning.pipeline import prune_blocks
-from apt.solver import NM, SolverOptions, Unstructured, parse_pattern
+from apt.runs.prune_options import PruneOptions
+from apt.solver import NM, Unstructured, parse_pattern
 from apt.tuning.block_forward import stream_after
-from apt.tuning.row_importance import Importance
+from apt.tuning.row_importance import RowImportance
 from tests.families import random_model, random_tokens
 
 TOKENS = random_tokens(samples=2, seqlen=8)
@@ -52,7 +54,7 @@ def test_the_estimate_is_that_of_the_whole_jacobian(variant):
     model, adapter, block, batches, starts, sites = prepared(variant)
     draws, told_apart = 300, 0
     with adapter.running(model):
-        found = Importance(power=2).scales(
+        found = RowImportance(power=2).scales(
             adapter, block, 1, batches * draws, starts * draws, sites, Ranks()
         )
         for site in sites:
@@ -72,17 +74,17 @@ def masks(variant, importance, pattern="0.5", unread=None):
     if unread is not None:
         for _, block in adapter.blocks(model):
             block.mlp.down_proj.weight.data[:, unread] *= 1e-3
-    mode = choose_mode(registry().methods.get("admm"), SolverOptions(effort="fast"))
-    given = vars(mode) | {"importance": importance}
+    spec = registry().methods.get("admm")
+    recipe = replace(PruneOptions(effort="fast").recipe(spec), row_importance=importance)
     plan = make_plan(model, adapter, parse_pattern(pattern), per="layer")
-    prune_blocks(model, adapter, plan, TOKENS, registry().methods.get("admm").load(), **given)
+    prune_blocks(model, adapter, plan, TOKENS, spec.load(), recipe)
     block = adapter.blocks(model)[0][1]
     return {s.name: s.weight(block).detach() for s in adapter.sites(block)}
 
 
 def test_rows_that_the_block_hardly_reads_are_pruned_first():
     unread = torch.arange(0, 64, 4)
-    with_it, without = (masks("llama", how, unread=unread) for how in (Importance(), None))
+    with_it, without = (masks("llama", how, unread=unread) for how in (RowImportance(), None))
     for name in ("mlp.gate_proj", "mlp.up_proj"):
         for weights in (with_it, without):
             assert int((weights[name] == 0).sum()) == weights[name].numel() // 2
@@ -94,16 +96,16 @@ def test_rows_that_the_block_hardly_reads_are_pruned_first():
 
 def test_patterns_of_every_row_are_left_alone():
     for pattern in ("2:4",):
-        with_it, without = (masks("llama", how, pattern) for how in (Importance(), None))
+        with_it, without = (masks("llama", how, pattern) for how in (RowImportance(), None))
         assert all(torch.equal(with_it[name], without[name]) for name in with_it)
     site = prepared("llama")[-1][0]
-    assert not Importance().serves(site, Unstructured(0.5, "row"))
-    assert not Importance().serves(site, NM(2, 4))
-    assert not Importance().serves(site, None)
-    assert Importance().serves(site, Unstructured(0.5, "layer"))
+    assert not RowImportance().serves(site, Unstructured(0.5, "row"))
+    assert not RowImportance().serves(site, NM(2, 4))
+    assert not RowImportance().serves(site, None)
+    assert RowImportance().serves(site, Unstructured(0.5, "layer"))
 
 
 def test_a_layer_wise_run_weighs_nothing():
     spec = registry().methods.get("admm")
-    assert choose_mode(spec, SolverOptions(), error_aware=False).importance is None
-    assert choose_mode(spec, SolverOptions()).importance == Importance()
+    assert PruneOptions(error_aware=False).recipe(spec).row_importance is None
+    assert PruneOptions().recipe(spec).row_importance == RowImportance()

@@ -12,12 +12,14 @@ from apt.events import BlockStarted, SitePruned
 from apt.planning.plan import Selection, make_plan
 from apt.plugin.registry import registry
 from apt.pruning.pipeline import prune_blocks
+from apt.pruning.recipe import Recipe
 from apt.solver import NM, Gram, Solution, SolverOptions, Unstructured, sm, ss
 from apt.solver.patterns import meets
 from tests.families import CONFIGS, FAMILIES, random_model, random_tokens
 
 METHODS = list(registry().methods.specs)
 TOKENS = random_tokens(samples=6)
+LAYER_WISE = library.PruneOptions(error_aware=False)
 
 
 def site_parameters(model, adapter):
@@ -100,7 +102,7 @@ def test_in_order_later_sites_see_pruned_earlier_ones(adapter_of):
             found.setdefault(ordered, []).append(gram.matrix.clone())
             return ss(weight, gram, pattern, options)
 
-        prune_blocks(model, adapter, plan, tokens, spy, ordered=ordered)
+        prune_blocks(model, adapter, plan, tokens, spy, Recipe(ordered=ordered))
         inputs = []
         fc2 = model.model.decoder.layers[0].fc2
         handle = fc2.register_forward_pre_hook(
@@ -140,13 +142,12 @@ def test_events_tell_the_whole_story():
 
 
 @pytest.mark.parametrize(
-    ("aware", "options", "damping"),
-    [(True, None, 0.05), (False, None, 0.01), (True, SolverOptions(damping=0.02), 0.02)],
+    ("aware", "given", "damping"),
+    [(True, None, 0.05), (False, None, 0.01), (True, 0.02, 0.02)],
 )
-def test_damping_follows_the_mode_unless_it_is_given(aware, options, damping):
-    report = library.prune(
-        random_model("opt"), TOKENS, pattern="2:4", error_aware=aware, options=options
-    )
+def test_damping_follows_the_mode_unless_it_is_given(aware, given, damping):
+    options = library.PruneOptions(error_aware=aware, damping=given)
+    report = library.prune(random_model("opt"), TOKENS, pattern="2:4", options=options)
     assert {site.damping for site in report.sites} == {damping} == {report.options["damping"]}
 
 
@@ -154,7 +155,7 @@ def test_the_reported_error_is_the_measured_one(adapter_of):
     model = random_model("opt")
     dense = copy.deepcopy(model)
     selection = Selection(only=("model.decoder.layers.0.fc1",))
-    how = {"pattern": "2:4", "selection": selection, "error_aware": False}
+    how = {"pattern": "2:4", "selection": selection, "options": LAYER_WISE}
     report = library.prune(model, TOKENS, **how)
     inputs = []
     layer = dense.model.decoder.layers[0].fc1
@@ -165,7 +166,7 @@ def test_the_reported_error_is_the_measured_one(adapter_of):
     whole = inputs[0] @ layer.weight.double().T
     lost = whole - inputs[0] @ pruned.weight.double().T
     expected = float((lost.square().sum() / whole.square().sum()).detach())
-    assert report.relative_error == pytest.approx(expected, rel=1e-4)
+    assert report.relative_layer_error == pytest.approx(expected, rel=1e-4)
 
 
 def test_same_inputs_same_bytes():
@@ -246,7 +247,7 @@ def test_joint_compensation_lowers_the_error_of_the_first_block(adapter_of):
         model = random_model("llama")
         plan = make_plan(model, adapter_of(model), NM(2, 4), Selection(only=("model.layers.0.*",)))
         sites = prune_blocks(
-            model, adapter_of(model), plan, TOKENS, method, SolverOptions(damping=1e-4)
+            model, adapter_of(model), plan, TOKENS, method, Recipe(SolverOptions(damping=1e-4))
         )
         errors[method] = [site.relative_error for site in sites]
     assert all(m < s for m, s in zip(errors[sm], errors[ss], strict=True))

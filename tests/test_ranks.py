@@ -6,7 +6,8 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,16 +17,15 @@ import torch.multiprocessing as multiprocessing
 
 import apt
 from apt.distributed.ranks import Ranks
-from apt.pruning.config import RECONSTRUCTION
-from apt.solver import SolverOptions
+from apt.tuning.reconstruct import Reconstruction
 from tests.families import CONFIGS, TEXT, random_model, random_tokens
 from tests.test_stream import weights
 
 TOKENS = random_tokens(samples=8)
 RUNS = {
     "wanda": {"method": "wanda"},
-    "layer-wise": {"error_aware": False},
-    "at once": {"options": SolverOptions(effort="fast"), "ordered": False},
+    "layer-wise": {"options": apt.PruneOptions(error_aware=False)},
+    "at once": {"options": apt.PruneOptions(effort="fast", ordered=False)},
     "default": {},
 }
 CASES = [("llama-grouped-tied", run) for run in RUNS] + [
@@ -37,9 +37,9 @@ def pruned(variant, run, tokens=TOKENS, ranks=None):
     """A model's weights and the report of a run, tuned in steps of a sample whatever the ranks."""
     model = random_model(variant)
     also = ("conv1d",) if variant == "mamba2" else ()
-    step = replace(RECONSTRUCTION["default"], tokens_per_batch=tokens.shape[1])
+    small_steps = partial(Reconstruction, tokens_per_batch=tokens.shape[1])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(RECONSTRUCTION, "default", step)
+        patch.setattr("apt.runs.prune_options.Reconstruction", small_steps)
         report = apt.prune(model, tokens, pattern="2:4", also=also, ranks=ranks, **RUNS[run])
     return model.state_dict(), report
 

@@ -1,6 +1,8 @@
 """Local reconstruction: zeros stay, the held-back error never rises, half precision is served."""
 
 import copy
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -10,13 +12,12 @@ from apt.calibration.batches import enter
 from apt.calibration.dense_activations import advance_reference
 from apt.events import BlockTuned
 from apt.plugin.registry import registry
-from apt.pruning.config import RECONSTRUCTION, choose_mode
-from apt.solver import SolverOptions
+from apt.runs.prune_options import PruneOptions
 from apt.solver.patterns import NM, meets
 from apt.tuning.reconstruct import Reconstruction, reconstruct
 from tests.families import FAMILIES, random_model, random_tokens, zoo_model
 
-BEST = SolverOptions(effort="best")
+BEST = PruneOptions(effort="best", own_samples=0)
 
 
 def pruned_block(adapter, model, batches):
@@ -80,15 +81,16 @@ def test_best_effort_tunes_every_block_and_reports_what_was_written():
     tuned = [event for event in events if isinstance(event, BlockTuned)]
     assert len(tuned) == 3
     assert all(event.after <= event.before for event in tuned)
-    assert report.options["reconstruction"]["epochs"] == Reconstruction().epochs
+    assert report.options["tuning_epochs"] == 8
     for site in report.sites:
         assert meets(model.get_parameter(f"{site.name}.weight"), NM(2, 4))
 
 
 def test_a_strictly_layer_wise_run_is_not_tuned():
     events = []
-    library.prune(random_model("llama"), random_tokens(samples=64), pattern="2:4", options=BEST,
-                  error_aware=False, observe=events.append)  # fmt: skip
+    options = replace(BEST, error_aware=False)
+    library.prune(random_model("llama"), random_tokens(samples=64), pattern="2:4", options=options,
+                  observe=events.append)  # fmt: skip
     assert not any(isinstance(event, BlockTuned) for event in events)
 
 
@@ -109,9 +111,11 @@ def test_a_run_tunes_on_the_chosen_samples_and_prunes_on_all(monkeypatch):
         return reconstruct(adapter, block, index, batches, *rest)
 
     monkeypatch.setattr("apt.pruning.pipeline.reconstruct", spy)
-    monkeypatch.setitem(RECONSTRUCTION, "best", Reconstruction(tokens=24 * 10, tokens_per_batch=48))
+    small_steps = partial(Reconstruction, tokens_per_batch=48)
+    monkeypatch.setattr("apt.runs.prune_options.Reconstruction", small_steps)
+    options = replace(BEST, tuning_tokens=24 * 10)
     report = library.prune(
-        random_model("llama"), random_tokens(samples=32), pattern="2:4", options=BEST
+        random_model("llama"), random_tokens(samples=32), pattern="2:4", options=options
     )
     assert set(seen) == {24 * 10}
     assert {site.tokens for site in report.sites} == {24 * 32}
@@ -141,6 +145,7 @@ def test_tuning_in_mixed_precision_ends_where_full_precision_does(name, monkeypa
     [("fast", True, None), ("default", True, 1), ("best", True, 8), ("default", False, None)],
 )
 def test_more_effort_tunes_longer(effort, aware, epochs):
-    mode = choose_mode(registry().methods.get("admm"), SolverOptions(effort=effort), aware)
-    assert (mode.reconstruction.epochs if mode.reconstruction else None) == epochs
-    assert choose_mode(registry().methods.get("ss"), SolverOptions(), True).reconstruction is None
+    options = PruneOptions(effort=effort, error_aware=aware)
+    recipe = options.recipe(registry().methods.get("admm"))
+    assert (recipe.reconstruction.epochs if recipe.reconstruction else None) == epochs
+    assert options.recipe(registry().methods.get("ss")).reconstruction is None

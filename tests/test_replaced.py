@@ -7,9 +7,8 @@ from hypothesis import strategies as st
 
 import apt as library
 from apt.plugin.registry import registry
-from apt.pruning.config import choose_mode
-from apt.solver import SolverOptions
-from apt.text.random_tokens import Replaced
+from apt.runs.prune_options import PruneOptions
+from apt.text.random_tokens import RandomTokens
 from tests.families import FAMILIES, zoo_model
 
 SEQLEN, VOCABULARY = 16, 1000
@@ -22,14 +21,14 @@ def samples(count):
 
 @given(given=st.integers(1, 200), seqlen=st.integers(1, 9000))
 def test_a_fourth_as_many_and_about_4096_tokens_at_most(given, seqlen):
-    count = Replaced().samples(given, seqlen)
+    count = RandomTokens().samples(given, seqlen)
     assert 1 <= count <= max(1, given / 4 + 1)
     assert count == 1 or count * seqlen <= 4096
 
 
 def test_they_are_copies_with_a_share_of_the_tokens_replaced():
     tokens = samples(40)
-    both = Replaced(share=0.5).beside(tokens, VOCABULARY)
+    both = RandomTokens(share=0.5).beside(tokens, VOCABULARY)
     assert both.shape == (50, SEQLEN)
     assert both.dtype == tokens.dtype
     kept = (both[:, None] == tokens).sum(2).max(1).values
@@ -42,13 +41,13 @@ def test_they_are_copies_with_a_share_of_the_tokens_replaced():
 
 
 def test_the_same_seed_draws_the_same():
-    first, again = (Replaced().beside(samples(8), VOCABULARY) for _ in range(2))
+    first, again = (RandomTokens().beside(samples(8), VOCABULARY) for _ in range(2))
     assert torch.equal(first, again)
-    assert not torch.equal(first, Replaced().beside(samples(8), VOCABULARY, seed=1))
+    assert not torch.equal(first, RandomTokens().beside(samples(8), VOCABULARY, seed=1))
 
 
 def test_nothing_replaced_is_a_copy():
-    both = Replaced(share=0.0).beside(samples(4), VOCABULARY)
+    both = RandomTokens(share=0.0).beside(samples(4), VOCABULARY)
     assert len(both) == 5
     assert len(both.unique(dim=0)) == 4
 
@@ -58,14 +57,14 @@ def test_a_default_run_of_every_family_sees_them(name):
     model, tokens, _ = zoo_model(name, samples=6, seqlen=32)
     _, report = library.prune_copy(model.module, tokens, pattern="2:4")
     assert {site.tokens for site in report.sites} == {8 * 32}
-    assert report.options["replaced"] == vars(Replaced(special=(0, 1)))
-    assert report.tokens["shape"] == [6, 32]
+    assert report.options["random_tokens"] == 0.25
+    assert report.calibration["shape"] == [6, 32]
 
 
 @pytest.mark.parametrize(
     ("method", "effort", "aware", "expected"),
     [
-        ("admm", "default", None, Replaced()),
+        ("admm", "default", None, RandomTokens()),
         ("admm", "fast", None, None),
         ("admm", "best", None, None),
         ("admm", "default", False, None),
@@ -73,5 +72,5 @@ def test_a_default_run_of_every_family_sees_them(name):
     ],
 )
 def test_who_gets_them(method, effort, aware, expected):
-    spec, options = registry().methods.get(method), SolverOptions(effort=effort)
-    assert choose_mode(spec, options, aware).replaced == expected
+    spec, options = registry().methods.get(method), PruneOptions(effort=effort, error_aware=aware)
+    assert options.augmentation(spec, 6).random_tokens == expected

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from apt.calibration.storage import DiskStore
 from apt.planning.plan import Selection, make_plan
 from apt.plugin.registry import registry
-from apt.pruning.config import choose_mode
 from apt.pruning.pipeline import prune_blocks
-from apt.solver import NM, SolverOptions
+from apt.runs.prune_options import PruneOptions
+from apt.solver import NM
 from apt.solver.patterns import meets
 from tests.families import CONFIGS, random_model, random_tokens
 
@@ -42,10 +42,10 @@ def selections(draw, variant):
 def prune(model, only, folder, *, aware, ordered, effort, on_disk):
     method, adapter = registry().default_method(), adapter_of(model)
     plan = make_plan(model, adapter, PATTERN, Selection(only=tuple(only)))
-    mode = choose_mode(method, SolverOptions(effort=effort), aware, ordered)
+    options = PruneOptions(effort=effort, error_aware=aware, ordered=ordered)
     store = DiskStore(folder) if on_disk else None
     return plan, prune_blocks(
-        model, adapter, plan, TOKENS, method.load(), **vars(mode), store=store
+        model, adapter, plan, TOKENS, method.load(), options.recipe(method), store=store
     )
 
 
@@ -79,7 +79,9 @@ def test_the_selected_sites_are_pruned_and_nothing_else_changes(variant, tmp_pat
     holds()
 
 
-@pytest.mark.parametrize("options", [{}, {"method": "sm", "error_aware": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"method": "sm", "options": PruneOptions(error_aware=True)}], ids=str
+)
 @pytest.mark.parametrize("dense", ["q_proj", "k_proj", "v_proj", "gate_proj"])
 def test_one_site_of_an_input_that_is_shared_stays_dense(dense, options):
     import apt

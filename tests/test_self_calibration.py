@@ -86,7 +86,7 @@ def test_given_text_stays_whole(apt, monkeypatch):
 
     from apt.text.sampling import mixed
 
-    monkeypatch.setattr("apt.runs.run.mixed", watched)
+    monkeypatch.setattr("apt.text.augmentation.mixed", watched)
     assert apt(*COMMAND, "--samples", 6, "--own-samples", 2, "--method", "ss").code == 0
     [(given, both)] = seen
     rows = both.tolist()
@@ -99,7 +99,6 @@ def test_given_text_stays_whole(apt, monkeypatch):
     [
         (("--own-samples", -1), "must not be negative"),
         (("--samples", 0), "--samples must be at least 1; or let the model write --own-samples"),
-        (("--own-samples", 2, "--stream"), "--own-samples needs the whole model in memory"),
     ],
 )
 def test_what_cannot_be_is_told_first(options, said, apt):

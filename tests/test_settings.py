@@ -31,7 +31,7 @@ def test_what_is_saved_repeats_the_command(apt):
     report = json.loads(Path("out/apt_report.json").read_text())["options"]
     assert (report["pattern"], report["per"], report["damping"]) == ("0.6", "row", 0.02)
     assert report["overrides"] == {"*.q_proj": "0.4"}
-    assert report["targets"] is None
+    assert report["error_aware"] is False
 
 
 def test_defaults_that_were_chosen_are_saved(apt):
@@ -63,7 +63,7 @@ def test_options_of_two_names(apt, line, mode):
     Path("run.toml").write_text(f'{line}\noutput = "out"\n')
     assert apt("prune", "zoo:llama", *SMALL, "--config", "run.toml").code == 0
     report = json.loads(Path("out/apt_report.json").read_text())["options"]
-    assert (report["targets"] is not None) is bool(mode)
+    assert report["error_aware"] is bool(mode)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from apt.errors import AptError
 from apt.planning.plan import make_plan
 from apt.pruning.paused_forward import Walk
 from apt.pruning.pipeline import prune_blocks
-from apt.solver import NM, Gram, SolverOptions, ss
+from apt.pruning.recipe import Recipe
+from apt.solver import NM, Gram, ss
 from tests.families import CONFIGS, FAMILIES, random_model, random_tokens, zoo_model
 
 
@@ -158,7 +159,7 @@ def test_in_no_strength_at_all_targets_change_nothing(variant, adapter_of):
     kinds = {s.name for s in adapter.sites(adapter.blocks(plain)[0][1]) if not s.residual}
     for model, targets in ((plain, None), (aware, Targets(0, 0))):
         plan = make_plan(model, adapter, NM(2, 4))
-        prune_blocks(model, adapter, plan, tokens, ss, targets=targets)
+        prune_blocks(model, adapter, plan, tokens, ss, Recipe(targets=targets))
     first, second = (adapter.blocks(model)[0][1] for model in (plain, aware))
     for kind in kinds:
         torch.testing.assert_close(
@@ -183,7 +184,10 @@ def test_the_pruned_zoo_models_end_nearer_to_the_dense_ones(name):
     for aware in (False, True):
         model = copy.deepcopy(dense.module)
         library.prune(
-            model, parts[0], pattern="2:4", error_aware=aware, options=SolverOptions(effort="fast")
+            model,
+            parts[0],
+            pattern="2:4",
+            options=library.PruneOptions(effort="fast", error_aware=aware),
         )
         drifts.append(drift_after(model, dense.module, dense.adapter, parts[1]))
     assert drifts[1] < drifts[0]
@@ -193,8 +197,8 @@ def test_the_pruned_zoo_models_end_nearer_to_the_dense_ones(name):
 def test_every_configuration_takes_targets(variant, adapter_of):
     model = random_model(variant)
     report = library.prune(model, random_tokens(samples=6), pattern="0.5", method="ss",
-                           error_aware=True)  # fmt: skip
-    assert report.options["targets"] == {"inputs": 0.25, "stream": 0.25}
+                           options=library.PruneOptions(error_aware=True))  # fmt: skip
+    assert (report.options["alpha"], report.options["beta"]) == (0.25, 0.25)
     assert report.sparsity == pytest.approx(0.5, abs=1e-3)
 
 
@@ -220,7 +224,9 @@ def test_a_weight_multiplied_in_parts_is_the_same_as_in_one(adapter_of):
             whole = type(adapter).capture
             adapter.capture = lambda *args, a=adapter, w=whole: in_halves(a, *args, w)
         plan = make_plan(model, adapter, NM(2, 4))
-        prune_blocks(model, adapter, plan, random_tokens(), ss, targets=Targets(), ordered=True)
+        prune_blocks(
+            model, adapter, plan, random_tokens(), ss, Recipe(targets=Targets(), ordered=True)
+        )
         weights.append(model.model.layers[-1].mlp.down_proj.weight)
     torch.testing.assert_close(weights[1], weights[0], rtol=1e-3, atol=1e-4)
 
@@ -239,7 +245,7 @@ def test_streams_that_multiply_other_tokens_cannot_be_compared(adapter_of):
     adapter.capture = capture
     plan = make_plan(model, adapter, NM(2, 4))
     with pytest.raises(AptError, match=r"q_proj is multiplied by other tokens .*--layer-wise"):
-        prune_blocks(model, adapter, plan, random_tokens(), ss, targets=Targets())
+        prune_blocks(model, adapter, plan, random_tokens(), ss, Recipe(targets=Targets()))
 
 
 def test_sites_that_do_not_write_to_the_blocks_own_stream_are_not_declared_so(adapter_of):

@@ -18,6 +18,7 @@ from apt.planning.plan import Selection, make_plan
 from apt.pruning.openmp import release_team
 from apt.pruning.paused_forward import InParts, Walk
 from apt.pruning.pipeline import prune_blocks
+from apt.pruning.recipe import Recipe
 from apt.pruning.suspended import Suspended
 from apt.solver import NM, ss
 from tests.families import CONFIGS, random_model, random_tokens
@@ -135,7 +136,12 @@ def test_a_walk_gives_what_runs_anew_give(variant, aware, adapter_of, monkeypatc
         plan = make_plan(model, adapter, NM(2, 4), Selection(skip=(f"{name}.{dense.name}",)))
         targets = Targets() if aware else None
         prune_blocks(
-            model, adapter, plan, random_tokens(samples=8), ss, targets=targets, ordered=True
+            model,
+            adapter,
+            plan,
+            random_tokens(samples=8),
+            ss,
+            Recipe(targets=targets, ordered=True),
         )
         models.append(model.state_dict())
     assert not set(threading.enumerate()) - threads
@@ -152,7 +158,7 @@ def test_matrices_of_attention_are_not_held_for_all_batches(
     monkeypatch.setattr(apt.pruning.paused_forward, "_HELD", 1)
     monkeypatch.setattr(Walk, "__enter__", lambda walk: began.append(walk) or walk)
     plan = make_plan(model, adapter, NM(2, 4))
-    prune_blocks(model, adapter, plan, random_tokens(samples=2), ss, ordered=True)
+    prune_blocks(model, adapter, plan, random_tokens(samples=2), ss, Recipe(ordered=True))
     assert bool(began) == walks
 
 
@@ -227,7 +233,7 @@ def test_what_shares_no_input_and_what_is_never_reached_are_named(adapter_of):
     for message, alter in cases.items():  # noqa: B007
         plan = make_plan(model, adapter, NM(2, 4))
         with pytest.raises(AptError, match=message):
-            prune_blocks(model, adapter, plan, random_tokens(), ss, ordered=True)
+            prune_blocks(model, adapter, plan, random_tokens(), ss, Recipe(ordered=True))
     assert not set(threading.enumerate()) - threads
 
 
@@ -235,6 +241,6 @@ def test_a_block_that_is_left_dense_is_only_run(adapter_of):
     model = random_model("llama")
     plan = make_plan(model, adapter_of(model), NM(2, 4), Selection(skip=("model.layers.1.*",)))
     done = prune_blocks(
-        model, adapter_of(model), plan, random_tokens(), ss, targets=Targets(), ordered=True
+        model, adapter_of(model), plan, random_tokens(), ss, Recipe(targets=Targets(), ordered=True)
     )
     assert len(done) == 14

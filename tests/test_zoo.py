@@ -9,6 +9,7 @@ from apt.checkpoints.load import load, load_tokenizer, skeleton
 from apt.evaluation.metrics import perplexity
 from apt.locations.model_source import find
 from apt.plugin.registry import registry
+from apt.runs.prune_options import PruneOptions
 from apt.text.datasets import calibration_tokens, documents, evaluation_tokens
 from tests.families import FAMILIES
 
@@ -32,9 +33,13 @@ def test_pruning_costs_perplexity_and_methods_can_be_ranked(family):
     for method in ("admm", "sm", "ss", "wanda", "magnitude"):
         pruned = copy.deepcopy(model.module)
         report = library.prune(
-            pruned, tokens, pattern="2:4", method=method, error_aware=False, ordered=False
+            pruned,
+            tokens,
+            pattern="2:4",
+            method=method,
+            options=PruneOptions(error_aware=False, ordered=False),
         )
-        errors.append(report.relative_error)
+        errors.append(report.relative_layer_error)
         scores.append(score(pruned))
     assert errors == sorted(errors)
     pruned = copy.deepcopy(model.module)

@@ -1,8 +1,8 @@
-"""Where the calibration activations lie while no block is run on them: in memory, or on disk.
+"""Where the calibration activations are while no block is run on them.
 
-On disk, each tensor is a file of its own, that is mapped into memory when it is asked for and gone
-once nobody holds it. What is mapped is no one's but the reader's: written over, it leaves the file
-as it is.
+They stay with the model, move to CPU memory beside a model on a GPU, or move to disk. On disk, each
+tensor is a file of its own. It is mapped into memory when it is asked for, and deleted when nothing
+refers to it any more. The mapping is private: a write to it does not change the file.
 """
 
 import os
@@ -22,10 +22,11 @@ class Store(Protocol):
     """Takes what a run will ask for again.
 
     Attributes:
-        in_memory: whether it is as large in memory as ever.
+        with_model: whether everything stays on the device of the model, so that a batch may wait
+            inside a block.
     """
 
-    in_memory: bool
+    with_model: bool
 
     def put(self, value: Any) -> Any:
         """Something to `get` back ``value`` with: a tensor, or containers that hold tensors."""
@@ -37,7 +38,7 @@ class Store(Protocol):
 class MemoryStore:
     """Everything stays where it is."""
 
-    in_memory = True
+    with_model = True
 
     def put(self, value: Any) -> Any:
         """The value."""
@@ -48,6 +49,31 @@ class MemoryStore:
         return held
 
 
+class CpuStore:
+    """Tensors are copied to CPU memory, and back to their device when they are asked for."""
+
+    with_model = False
+
+    def put(self, value: Any) -> Any:
+        """Copy every tensor to the CPU."""
+        return mapped(value, Tensor, _OnCpu)
+
+    def get(self, held: Any) -> Any:
+        """Copy every tensor back."""
+        return mapped(held, _OnCpu, _OnCpu.read)
+
+
+class _OnCpu:
+    """A tensor's copy in CPU memory."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._copy, self._device = tensor.detach().cpu(), tensor.device
+
+    def read(self) -> Tensor:
+        """The tensor on its own device."""
+        return self._copy.to(self._device)
+
+
 class DiskStore:
     """Tensors are files in ``folder`` for as long as somebody holds what `put` gave for them.
 
@@ -55,7 +81,7 @@ class DiskStore:
         OSError: a file cannot be written.
     """
 
-    in_memory = False
+    with_model = False
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

@@ -30,12 +30,12 @@ class Targets:
     """How much of the error so far each weight makes up for.
 
     Args:
-        inputs: α, of what its own inputs have lost.
-        stream: β, of the residual stream's drift, for weights that write to it.
+        alpha: α, the share of the error of the weight's own inputs.
+        beta: β, the share of the drift of the residual stream, for weights that write to it.
     """
 
-    inputs: float = 0.25
-    stream: float = 0.25
+    alpha: float = 0.25
+    beta: float = 0.25
 
     def error(self, lost: Tensor | None, drift: Tensor | None) -> Tensor:
         """What a site is to make up for (tokens, out).
@@ -46,17 +46,17 @@ class Targets:
         """
         if lost is None:
             assert drift is not None
-            return drift * self.stream
-        lost = lost * self.inputs
-        return lost if drift is None else lost.add_(drift, alpha=self.stream)
+            return drift * self.beta
+        lost = lost * self.alpha
+        return lost if drift is None else lost.add_(drift, alpha=self.beta)
 
     @full_precision()
     def weight(self, dense: Tensor, site: Site, sums: Sums, damped: DampedGram) -> Tensor:
         """``T`` (out, in), to be pruned in place of the dense weight ``W`` (out, in)."""
         pull = sums.pull.get(site)
         if sums.cross is not None:
-            lost = dense @ sums.cross * self.inputs
+            lost = dense @ sums.cross * self.alpha
             pull = lost if pull is None else lost.add_(pull)
-        if pull is None or not (self.inputs or self.stream):
+        if pull is None or not (self.alpha or self.beta):
             return dense
         return dense + damped.solve(pull.to(damped.matrix.dtype) / sums.gram.tokens).to(dense)

@@ -2,7 +2,8 @@
 
 import copy
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,8 +48,23 @@ class Shelf:
         try:
             yield block
         finally:
-            empty = {n: torch.empty_like(p, device="meta") for n, p in block.named_parameters()}
-            _put(block, empty, "meta")
+            _empty(block)
+
+    @contextmanager
+    def read_on_call(self) -> Iterator[None]:
+        """While entered, the whole model runs: each block is read for every call of it."""
+        with ExitStack() as stack:
+            for name, block in self._blocks.items():
+                read = partial(self._read_for_call, name)
+                for handle in (
+                    block.register_forward_pre_hook(read),
+                    block.register_forward_hook(_drop_after_call, always_call=True),
+                ):
+                    stack.callback(handle.remove)
+            yield
+
+    def _read_for_call(self, name: str, block: nn.Module, args: Any) -> None:
+        _put(block, self.read(name), self._device)
 
     def read(self, name: str) -> dict[str, Tensor]:
         """The parameters of a block.
@@ -100,6 +116,16 @@ class Shelf:
 def in_precision(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     """A tensor in that precision, if it holds floating-point numbers and one is given."""
     return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+
+
+def _drop_after_call(block: nn.Module, args: Any, result: Any) -> None:
+    _empty(block)
+
+
+def _empty(block: nn.Module) -> None:
+    """Put a block on the meta device."""
+    empty = {n: torch.empty_like(p, device="meta") for n, p in block.named_parameters()}
+    _put(block, empty, "meta")
 
 
 def _put(block: nn.Module, tensors: dict[str, Tensor], device: str) -> None:

@@ -19,6 +19,8 @@ from apt.cli import (
     prune,
     verify,
 )
+from apt.cli.flags import flags_of
+from apt.cli.grouped_help import GroupedHelp
 from apt.cli.streams import guarded, program
 from apt.errors import AptError
 from apt.locations.paths import mendable
@@ -57,7 +59,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("prune")(prune.prune)
+app.command("prune", cls=GroupedHelp)(prune.prune)
 app.command("eval")(evaluate.evaluate)
 app.command("inspect")(inspect.inspect)
 app.command("verify")(verify.verify)
@@ -127,7 +129,8 @@ def _run(arguments: list[str]) -> None:
         told = error if isinstance(error, AptError) else mendable(error)
         if told is None:
             raise
-        _fail(*told.faults)
+        *lines, last = told.faults
+        _fail(*lines, last + flags_of(told.options))
 
 
 def _check_working_directory() -> None:

@@ -14,49 +14,82 @@ if TYPE_CHECKING:
     from apt.plugin.registry import Registry
     from apt.solver import Pattern
 
-ADAPTER = typer.Option(None, "--adapter", metavar="NAME", help="Adapter; by default by model type.")
-SPARSITY = typer.Option(None, "--sparsity", metavar="S", help="Share of weights to prune, as 0.5.")
-PATTERN = typer.Option(None, "--pattern", metavar="N:M", help="Keep N of every M inputs, as 2:4.")
-PER = typer.Option(None, "--per", metavar="row|layer", help="Where --sparsity is counted.")
-ALSO = typer.Option(
-    [], "--also", metavar="KIND",
-    help="Prune this beside the Linears: of Mamba conv1d, A_log or D; repeatable.",
+MODEL, PATTERN_GROUP, RUNNING = "Model", "Pattern and selection", "Running"
+
+ADAPTER = typer.Option(
+    None, "--adapter", metavar="NAME", rich_help_panel=MODEL,
+    help="Adapter; by default by model type.",
 )  # fmt: skip
-ONLY = typer.Option(None, "--only", metavar="GLOB", help="Prune only sites that match; repeatable.")
-SKIP = typer.Option(None, "--skip", metavar="GLOB", help="Leave matching sites dense; repeatable.")
-OVERRIDE = typer.Option(
-    None, "--override", metavar="GLOB=S|N:M", help="Another pattern where GLOB matches; repeatable."
-)
-METRIC = typer.Option(
-    ["perplexity"], "--metric", metavar="NAME", help="perplexity or accuracy; repeatable."
-)
 TOKENIZER = typer.Option(
-    None, "--tokenizer", metavar="NAME", help="Directory or hub name; by default the model's own."
-)
-NO_BOS = typer.Option(
-    False, "--no-bos",
-    help="Leave out the token that begins each sample and window where the tokenizer adds one.",
+    None, "--tokenizer", metavar="NAME", rich_help_panel=MODEL,
+    help="Directory or hub name; by default the model's own.",
 )  # fmt: skip
-ACTIVATIONS = typer.Option(
-    "memory", "--activations", metavar="WHERE",
-    help="Where a --stream run keeps the calibration activations: memory, or disk.",
+REMOTE = typer.Option(
+    False, "--trust-remote-code", rich_help_panel=MODEL,
+    help="Run code that comes with the checkpoint.",
 )  # fmt: skip
 REVISION = typer.Option(
-    None, "--revision", metavar="REV", help="Branch, tag or commit of a model on the hub."
-)
+    None, "--revision", metavar="REV", rich_help_panel=MODEL,
+    help="Branch, tag or commit of a model on the hub.",
+)  # fmt: skip
 TOKEN = typer.Option(
-    None, "--token", metavar="TOKEN",
+    None, "--token", metavar="TOKEN", rich_help_panel=MODEL,
     help="Token for the hub; by default the one of HF_TOKEN, or that `hf auth login` has stored.",
 )  # fmt: skip
 CACHE_DIR = typer.Option(
-    None, "--cache-dir", metavar="DIR", help="Where downloads from the hub are kept."
-)
-JSON = typer.Option(False, "--json", help="Print one JSON object.")
-REMOTE = typer.Option(False, "--trust-remote-code", help="Run code that comes with the checkpoint.")
-DEVICE = typer.Option("auto", "--device", help="cpu, cuda, …; auto takes a GPU if there is one.")
+    None, "--cache-dir", metavar="DIR", rich_help_panel=MODEL,
+    help="Directory for downloads from the hub.",
+)  # fmt: skip
+SPARSITY = typer.Option(
+    None, "--sparsity", metavar="S", rich_help_panel=PATTERN_GROUP,
+    help="Share of weights to prune, as 0.5.",
+)  # fmt: skip
+PATTERN = typer.Option(
+    None, "--pattern", metavar="N:M", rich_help_panel=PATTERN_GROUP,
+    help="Keep N of every M inputs, as 2:4.",
+)  # fmt: skip
+PER = typer.Option(
+    None, "--per", metavar="row|layer", rich_help_panel=PATTERN_GROUP,
+    help="Where --sparsity is counted.",
+)  # fmt: skip
+ONLY = typer.Option(
+    None, "--only", metavar="GLOB", rich_help_panel=PATTERN_GROUP,
+    help="Prune only sites that match; repeatable.",
+)  # fmt: skip
+SKIP = typer.Option(
+    None, "--skip", metavar="GLOB", rich_help_panel=PATTERN_GROUP,
+    help="Leave matching sites dense; repeatable.",
+)  # fmt: skip
+OVERRIDE = typer.Option(
+    None, "--override", metavar="GLOB=S|N:M", rich_help_panel=PATTERN_GROUP,
+    help="Another pattern where GLOB matches; repeatable.",
+)  # fmt: skip
+ALSO = typer.Option(
+    [], "--also", metavar="KIND", rich_help_panel=PATTERN_GROUP,
+    help="Prune this beside the Linears: of Mamba conv1d, A_log or D; repeatable.",
+)  # fmt: skip
+METRIC = typer.Option(
+    ["perplexity"], "--metric", metavar="NAME", rich_help_panel="Calibration and measuring",
+    help="perplexity or accuracy; repeatable.",
+)  # fmt: skip
+NO_BOS = typer.Option(
+    False, "--no-bos", rich_help_panel="Calibration and measuring",
+    help="Leave out the token that begins each sample and window where the tokenizer adds one.",
+)  # fmt: skip
+DEVICE = typer.Option(
+    "auto", "--device", rich_help_panel=RUNNING,
+    help="cpu, cuda, …; auto takes a GPU if there is one.",
+)  # fmt: skip
 DTYPE = typer.Option(
-    "auto", "--dtype", help="float32, bfloat16 or float16; auto keeps the checkpoint's."
-)
+    "auto", "--dtype", rich_help_panel=RUNNING,
+    help="float32, bfloat16 or float16; auto keeps the checkpoint's.",
+)  # fmt: skip
+ACTIVATIONS = typer.Option(
+    "memory", "--activations", metavar="WHERE", rich_help_panel=RUNNING,
+    help="Where calibration activations are kept: memory (with the model), cpu (beside a GPU), or "
+    "disk (with --stream).",
+)  # fmt: skip
+JSON = typer.Option(False, "--json", rich_help_panel="Output", help="Print one JSON object.")
 
 
 def read_pattern(sparsity: str | None, pattern: str | None, per: str | None) -> "Pattern | None":

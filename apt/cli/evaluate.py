@@ -61,7 +61,7 @@ def evaluate(
     from apt.checkpoints.stored import open_stored
     from apt.runs.machine import choose_device, read_dtype
     from apt.runs.prepare import capped
-    from apt.runs.steps import check_vocabulary
+    from apt.runs.text import check_vocabulary
     from apt.text.datasets import digest, documents, evaluation_tokens
     from apt.text.special_tokens import bos_of
 

@@ -41,6 +41,7 @@ def inspect(
     from apt.planning.rounding import check_rounding
     from apt.runs.machine import choose_device
     from apt.runs.prepare import capped
+    from apt.runs.prune_options import PruneOptions
 
     wanted = args.read_pattern(sparsity, pattern, None) or args.parse("2:4")
     device, on_disk = choose_device(device), activations == "disk"
@@ -49,5 +50,7 @@ def inspect(
     plan = make_plan(shell.module, shell.adapter, wanted, selection)
     seqlen = capped(seqlen, shell, notice)
     check_rounding(plan, notice)
-    planned = Planned(shell, plan, samples, seqlen, device, streamed=stream, on_disk=on_disk)
+    usual = PruneOptions().augmentation(registry().default_method(), samples)
+    count = usual.samples(samples, seqlen)
+    planned = Planned(shell, plan, count, seqlen, device, streamed=stream, on_disk=on_disk)
     show_plan(planned, as_json=as_json)

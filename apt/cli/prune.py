@@ -15,10 +15,12 @@ from apt.runs.limits import (
     check_pattern_options,
     check_seed,
     check_shard_size,
-    check_solver,
 )
 
 T = TypeVar("T")
+
+
+_CALIBRATION, _ACCURACY, _OUTPUT = "Calibration and measuring", "Accuracy", "Output"
 
 
 def prune(
@@ -27,94 +29,144 @@ def prune(
         None, help="Directory, hub name, .gguf file or zoo:NAME; by default the adapter's own."
     ),
     adapter: str | None = args.ADAPTER,
-    method: str | None = typer.Option(
-        None, "--method", metavar="NAME",
-        help="See: apt-prune methods. By default the most accurate.",
-    ),
-    sparsity: str | None = args.SPARSITY,
-    pattern: str | None = args.PATTERN,
-    per: str | None = args.PER,
-    calibration: str | None = typer.Option(
-        None, "--calibration", metavar="SRC",
-        help="builtin, wikitext2, ptb, c4, a hub data set, or a .txt, .jsonl or .parquet file.",
-    ),
-    samples: int = typer.Option(
-        128, "--samples",
-        help="Calibration samples; an error-aware run of default effort adds copies of some with "
-        "random tokens in them.",
-    ),
-    seqlen: int = typer.Option(2048, "--seqlen", help="Tokens a sample; at most the positions."),
-    own_samples: int | None = typer.Option(
-        None, "--own-samples", metavar="N",
-        help="Samples more that the model writes itself: by default a fourth of --samples with "
-        "--effort best, else none.",
-    ),
-    output: Path | None = typer.Option(None, "--output", "-o", help="Directory to write."),
-    evaluation: str | None = typer.Option(
-        None, "--eval", metavar="SRC", help="Measure on this text before and after."
-    ),
-    metric: list[str] = args.METRIC,
-    allocation: str = typer.Option(
-        "uniform", "--allocation", metavar="NAME",
-        help="How --sparsity is shared out among sites: uniform, or owl.",
-    ),
-    also: list[str] = args.ALSO,
-    only: list[str] | None = args.ONLY,
-    skip: list[str] | None = args.SKIP,
-    override: list[str] | None = args.OVERRIDE,
-    effort: str = typer.Option(
-        "default", "--effort", metavar="LEVEL",
-        help="How long masks are searched and blocks tuned by gradient: fast (not tuned), default "
-        "or best.",
-    ),
-    error_aware: bool | None = typer.Option(
-        None, "--error-aware/--layer-wise",
-        help="Whether a site makes up for the error of those before it. By default as the method.",
-    ),
-    ordered: bool | None = typer.Option(
-        None, "--ordered/--at-once",
-        help="Solve each of a block's sites on what the pruned ones before it give, or all on what "
-        "the dense ones do. By default in order where error-aware.",
-    ),
-    damping: float | None = typer.Option(
-        None, "--damping",
-        help="Share of the mean Gram diagonal: by default 0.05 where error-aware, else 0.01.",
-    ),
-    block_size: int | None = typer.Option(
-        None, "--block-size", help="Columns of one joint compensation; by default all."
-    ),
-    device: str = args.DEVICE,
-    dtype: str = args.DTYPE,
-    seed: int = typer.Option(0, "--seed", help="Draws the calibration samples."),
-    overwrite: bool = typer.Option(False, "--overwrite", help="Replace a non-empty output."),
-    max_shard_size: str | None = typer.Option(
-        None, "--max-shard-size", metavar="SIZE",
-        help="Largest file of weights, as 5GB; by default the files are the checkpoint's.",
-    ),
     tokenizer: str | None = args.TOKENIZER,
-    no_bos: bool = args.NO_BOS,
-    stream: bool = typer.Option(
-        False, "--stream", help="Read and write block by block; never more than one in memory."
-    ),
-    resume: bool = typer.Option(
-        False, "--resume", help="Go on with an interrupted --stream run of the same command."
-    ),
-    activations: str = args.ACTIVATIONS,
     trust_remote_code: bool = args.REMOTE,
     revision: str | None = args.REVISION,
     token: str | None = args.TOKEN,
     cache_dir: str | None = args.CACHE_DIR,
+    sparsity: str | None = args.SPARSITY,
+    pattern: str | None = args.PATTERN,
+    per: str | None = args.PER,
+    allocation: str = typer.Option(
+        "uniform", "--allocation", metavar="NAME", rich_help_panel=args.PATTERN_GROUP,
+        help="How --sparsity is shared out among sites: uniform, or owl.",
+    ),
+    only: list[str] | None = args.ONLY,
+    skip: list[str] | None = args.SKIP,
+    override: list[str] | None = args.OVERRIDE,
+    also: list[str] = args.ALSO,
+    calibration: str | None = typer.Option(
+        None, "--calibration", metavar="SRC", rich_help_panel=_CALIBRATION,
+        help="builtin, wikitext2, ptb, c4, a hub data set, or a .txt, .jsonl or .parquet file.",
+    ),
+    samples: int = typer.Option(
+        128, "--samples", rich_help_panel=_CALIBRATION,
+        help="Calibration samples drawn from it.",
+    ),
+    seqlen: int = typer.Option(
+        2048, "--seqlen", rich_help_panel=_CALIBRATION,
+        help="Tokens of a sample; at most the model's positions.",
+    ),
+    own_samples: int | None = typer.Option(
+        None, "--own-samples", metavar="N", rich_help_panel=_CALIBRATION,
+        help="Samples that the model writes itself, beside --samples. By default a fourth of "
+        "--samples with --effort best, else 0.",
+    ),
+    random_tokens: float | None = typer.Option(
+        None, "--random-tokens", metavar="R", rich_help_panel=_CALIBRATION,
+        help="Copies with random tokens for each sample. By default 0.25 with --effort default "
+        "of an error-aware run, else 0.",
+    ),
+    no_bos: bool = args.NO_BOS,
+    seed: int = typer.Option(
+        0, "--seed", rich_help_panel=_CALIBRATION,
+        help="Seed of the draw of samples and of the model's own text.",
+    ),
+    evaluation: str | None = typer.Option(
+        None, "--eval", metavar="SRC", rich_help_panel=_CALIBRATION,
+        help="Measure on this text before and after.",
+    ),
+    metric: list[str] = args.METRIC,
+    method: str | None = typer.Option(
+        None, "--method", metavar="NAME", rich_help_panel=_ACCURACY,
+        help="See: apt-prune methods. By default the most accurate.",
+    ),
+    effort: str = typer.Option(
+        "default", "--effort", metavar="LEVEL", rich_help_panel=_ACCURACY,
+        help="fast, default or best: how long masks are searched, and the defaults of tuning, "
+        "random tokens and own samples.",
+    ),
+    error_aware: bool | None = typer.Option(
+        None, "--error-aware/--layer-wise", rich_help_panel=_ACCURACY,
+        help="Whether a site makes up for a part of the error of the sites before it. By default "
+        "as the method declares.",
+    ),
+    alpha: float | None = typer.Option(
+        None, "--alpha", metavar="A", rich_help_panel=_ACCURACY,
+        help="Share of the error of its inputs that a site makes up for. By default 0.25.",
+    ),
+    beta: float | None = typer.Option(
+        None, "--beta", metavar="B", rich_help_panel=_ACCURACY,
+        help="Share of the drift of the residual stream that is made up for. By default 0.25.",
+    ),
+    row_importance: float | None = typer.Option(
+        None, "--row-importance", metavar="P", rich_help_panel=_ACCURACY,
+        help="Power by which rows that matter more keep more weights; 0 turns it off. By default "
+        "0.35.",
+    ),
+    ordered: bool | None = typer.Option(
+        None, "--ordered/--at-once", rich_help_panel=_ACCURACY,
+        help="Solve the sites of a block one after the other (true-sequential), or all on the "
+        "inputs of the dense block. By default ordered where error-aware.",
+    ),
+    tuning_epochs: int | None = typer.Option(
+        None, "--tuning-epochs", metavar="N", rich_help_panel=_ACCURACY,
+        help="Passes of block tuning by gradient; 0 turns it off. By effort 0, 1 or 8.",
+    ),
+    tuning_rate: float | None = typer.Option(
+        None, "--tuning-rate", metavar="R", rich_help_panel=_ACCURACY,
+        help="Its first learning rate, as a share of a weight's size. By default 0.05, with "
+        "--effort best 0.025.",
+    ),
+    tuning_tokens: int | None = typer.Option(
+        None, "--tuning-tokens", metavar="N", rich_help_panel=_ACCURACY,
+        help="Calibration tokens that it uses; 0 uses all. By default 12288, with --effort best "
+        "all.",
+    ),
+    damping: float | None = typer.Option(
+        None, "--damping", rich_help_panel=_ACCURACY,
+        help="Share of the mean diagonal of the Gram matrix (Hessian) that is added to it. By "
+        "default 0.05 where error-aware, else 0.01.",
+    ),
+    block_size: int | None = typer.Option(
+        None, "--block-size", rich_help_panel=_ACCURACY,
+        help="Columns of one joint compensation; by default all.",
+    ),
+    device: str = args.DEVICE,
+    dtype: str = args.DTYPE,
+    stream: bool = typer.Option(
+        False, "--stream", rich_help_panel=args.RUNNING,
+        help="Read and write block by block, with one block in memory at a time.",
+    ),
+    resume: bool = typer.Option(
+        False, "--resume", rich_help_panel=args.RUNNING,
+        help="Continue an interrupted --stream run of the same command.",
+    ),
+    activations: str = args.ACTIVATIONS,
+    dry_run: bool = typer.Option(
+        False, "--dry-run", rich_help_panel=args.RUNNING, help="Show the plan and write nothing."
+    ),
     config: Path | None = typer.Option(
         None, "--config", metavar="FILE", is_eager=True, callback=load,
-        help="Take options from a TOML file, such as: pattern = \"2:4\". Those on the command line "
-        "count more.",
+        rich_help_panel=args.RUNNING,
+        help="Take options from a TOML file with lines such as pattern = \"2:4\". Options on the "
+        "command line take precedence.",
     ),
     save_config: Path | None = typer.Option(
-        None, "--save-config", metavar="FILE",
+        None, "--save-config", metavar="FILE", rich_help_panel=args.RUNNING,
         help="Write the options of this command to a TOML file for --config.",
     ),
+    output: Path | None = typer.Option(
+        None, "--output", "-o", rich_help_panel=_OUTPUT, help="Directory to write."
+    ),
+    overwrite: bool = typer.Option(
+        False, "--overwrite", rich_help_panel=_OUTPUT, help="Replace the output of an earlier run."
+    ),
+    max_shard_size: str | None = typer.Option(
+        None, "--max-shard-size", metavar="SIZE", rich_help_panel=_OUTPUT,
+        help="Largest file of weights, as 5GB; by default the files are those of the checkpoint.",
+    ),
     as_json: bool = args.JSON,
-    dry_run: bool = typer.Option(False, "--dry-run", help="Show the plan and write nothing."),
 ) -> None:  # fmt: skip
     """Prune a model and write a Hugging Face directory.
 
@@ -122,7 +174,6 @@ def prune(
     """
     check_amount(samples, seqlen, own_samples)
     check_seed(seed)
-    check_solver(damping, block_size, effort)
     check_dtype(dtype)
     check_shard_size(max_shard_size)
     check_activations(activations, streamed=stream or resume)
@@ -138,8 +189,9 @@ def prune(
     args.find_model(model, shelf, hub, trust_remote_code=trust_remote_code)
 
     from apt.distributed.launch import joined
-    from apt.runs.prepare import RunOptions, prepare
-    from apt.solver import SolverOptions
+    from apt.runs.options import RunOptions
+    from apt.runs.prepare import prepare
+    from apt.runs.prune_options import PruneOptions
 
     wanted = args.read_pattern(sparsity, pattern, per)
     wanted = wanted or defaults.choose("pattern", args.parse("2:4"))
@@ -159,11 +211,8 @@ def prune(
         samples=samples,
         seqlen=seqlen,
         seed=seed,
-        own_samples=own_samples,
         device=device,
         dtype=dtype,
-        error_aware=error_aware,
-        ordered=ordered,
         overwrite=overwrite,
         max_shard_size=max_shard_size,
         tokenizer=tokenizer,
@@ -174,16 +223,26 @@ def prune(
         bos=not no_bos,
         hub=hub,
         selection=args.read_selection(only, skip, override),
-        solver=SolverOptions(
-            damping=damping,
+        prune=PruneOptions(
             effort=effort,  # type: ignore[arg-type]
+            error_aware=error_aware,
+            alpha=alpha,
+            beta=beta,
+            row_importance=row_importance,
+            ordered=ordered,
+            tuning_epochs=tuning_epochs,
+            tuning_rate=tuning_rate,
+            tuning_tokens=tuning_tokens,
+            random_tokens=random_tokens,
+            own_samples=own_samples,
+            damping=damping,
             block_size=block_size,
         ),
     )
     with joined() as ranks:
         prepared = prepare(options, shelf, defaults.lines.append)
         if options.stream:
-            from apt.runs.stream import check_streamable
+            from apt.runs.streamed import check_streamable
 
             check_streamable(prepared)
         if save_config is not None and ranks.first:

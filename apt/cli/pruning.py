@@ -14,12 +14,11 @@ from apt.cli.streams import program
 from apt.cli.summary import show_report, without_value
 from apt.distributed.ranks import Ranks
 from apt.errors import AptError
-from apt.output.report import Report
 from apt.output.workplace import resumable
 from apt.pruning.arena import share_arena
-from apt.runs.prepare import Prepared, RunOptions, already_complete
+from apt.runs.options import RunOptions
+from apt.runs.prepare import Prepared, already_complete
 from apt.runs.run import execute
-from apt.runs.stream import execute_streamed
 
 
 def plan_of(prepared: Prepared) -> Planned:
@@ -28,12 +27,12 @@ def plan_of(prepared: Prepared) -> Planned:
     return Planned(
         prepared.shell,
         prepared.plan,
-        options.samples + (options.own_samples or 0),
+        prepared.samples,
         options.seqlen,
         prepared.device,
         streamed=options.stream,
         on_disk=options.activations == "disk",
-        writing=bool(options.own_samples),
+        writing=bool(prepared.augmentation.own_samples),
     )
 
 
@@ -59,7 +58,7 @@ def run(prepared: Prepared, ranks: Ranks, notices: list[str], *, as_json: bool) 
         return
     try:
         with _terminable(), RunProgress(prepared.plan, notices) as progress:
-            report = _pruned(prepared, ranks, progress)
+            report = execute(prepared, progress.observe, progress.status, ranks=ranks)
     except AptError:
         raise
     except Exception as error:
@@ -73,15 +72,6 @@ def run(prepared: Prepared, ranks: Ranks, notices: list[str], *, as_json: bool) 
     if wrong := without_value(report.scores, prepared.options.metrics):
         complaint(f"the {wrong} is not a finite number: the model's outputs are not")
         raise typer.Exit(1)
-
-
-def _pruned(prepared: Prepared, ranks: Ranks, progress: RunProgress) -> Report:
-    options = prepared.options
-    if not options.stream:
-        return execute(prepared, progress.observe, progress.status, ranks=ranks)
-    return execute_streamed(
-        prepared, progress.observe, progress.status, resume=options.resume, ranks=ranks
-    )
 
 
 def _show_complete(prepared: Prepared, *, as_json: bool) -> None:

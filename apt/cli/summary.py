@@ -7,7 +7,7 @@ from typing import Any
 
 from apt.cli.output import duration, out, show, show_json, size, table
 from apt.output.report import Report, by_kind, peak_memory
-from apt.runs.prepare import RunOptions
+from apt.runs.options import RunOptions
 
 
 def show_report(report: Report, options: RunOptions, *, as_json: bool) -> None:
@@ -16,13 +16,13 @@ def show_report(report: Report, options: RunOptions, *, as_json: bool) -> None:
         show_json(_record(report, options))
         return
     _show_kinds(report)
-    _show_doubts(report, options)
+    _show_doubts(report)
     for metric in options.metrics if report.scores else ():
         before, after = report.scores["before"][metric], report.scores["after"][metric]
         out.print(f"{metric} on {options.evaluation}: {before:.4g} → {after:.4g}", markup=False)
     out.print(
         f"{options.output}: {report.sparsity:.2%} zeros in the pruned sites, verified on disk; "
-        f"mean relative layer error {report.relative_error:.4f}; {duration(report.seconds)}, "
+        f"mean relative layer error {report.relative_layer_error:.4f}; {duration(report.seconds)}, "
         f"peak memory {size(sum(peak_memory().values()))}",
         markup=False,
     )
@@ -35,7 +35,7 @@ def _record(report: Report, options: RunOptions) -> dict[str, Any]:
         "pattern": str(options.pattern),
         "method": options.method,
         "sparsity": report.sparsity,
-        "relative_layer_error": report.relative_error,
+        "relative_layer_error": report.relative_layer_error,
         "scores": report.scores,
         "seconds": round(report.seconds, 3),
         "peak_memory_bytes": peak_memory(),
@@ -58,9 +58,9 @@ def _show_kinds(report: Report) -> None:
     show(made)
 
 
-def _show_doubts(report: Report, options: RunOptions) -> None:
+def _show_doubts(report: Report) -> None:
     """Lines about what did not go as well as it could."""
-    asked = options.solver.damping
+    asked = report.options["damping"]
     for event in report.sites:
         if asked is not None and event.damping is not None and event.damping > asked:
             out.print(f"{event.name} needed damping {event.damping:g}", markup=False)

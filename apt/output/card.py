@@ -50,7 +50,7 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _about(report: Report, reference: str) -> str:
-    options = report.options
+    options, text = report.options, report.calibration
     lines = [
         f"# {reference}, pruned",
         "",
@@ -62,8 +62,8 @@ def _about(report: Report, reference: str) -> str:
         f"| original | {reference} |",
         f"| pattern | {options['pattern']} |",
         f"| method | {options['method']} |",
-        f"| calibration | {report.tokens['source']}, {_shape(report.tokens['shape'])} tokens |",
-        f"| mean relative layer error | {report.relative_error:.4f} |",
+        f"| calibration | {text['source']}, {_shape(text['shape'])} tokens |",
+        f"| mean relative layer error | {report.relative_layer_error:.4f} |",
         *_scores(report),
         "",
         f"Zeros alone make a model neither smaller nor faster: that takes a runtime which knows "

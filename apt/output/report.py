@@ -7,7 +7,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 
 from apt.checkpoints.copies import REPORT
 from apt.distributed.ranks import Work
-from apt.errors import AptError
+from apt.errors import AptError, first_line
 from apt.events import SitePruned
 from apt.locations.paths import mendable
 from apt.output.json_values import plain
@@ -26,31 +26,50 @@ from apt.output.json_values import plain
 _PACKAGES = ("apt-prune", "torch", "transformers", "safetensors", "tokenizers", "datasets")
 
 
+SCHEMA = 1
+"""The version of the report: it rises when an entry is renamed, removed, or changes its meaning."""
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
 @dataclass(frozen=True)
 class Report:
-    """A run's record, written as `REPORT`.
+    """The record of a run; its attributes are the entries of the file `REPORT`.
 
     Attributes:
-        options: what the run was told, defaults included.
-        model: where the model came from, its type, adapter and the SHA-256 of its weights.
-        tokens: the calibration text, the shape of its tokens and their SHA-256.
-        sites: what was done to each pruned site.
-        skipped: the sites left dense on request.
+        options: the options of the run, defaults filled in.
+        model: ``reference``, ``type``, ``adapter`` and ``sha256`` of the model's weights.
+        calibration: ``source``, ``own_samples``, ``bos``, and ``shape`` and ``sha256`` of the
+            calibration tokens; samples with random tokens come on top of these.
+        sites: the record of each pruned site.
+        skipped: the names of the sites that are left dense on request.
         seconds: the time of the whole run.
-        scores: the text, and each measure before and after, where they were taken.
-        ranks: what each of the processes did that pruned together.
+        scores: the text, and each metric before and after, where they were measured.
+        ranks: the work of each process.
         problems: what could not be measured, and why.
+        peak_memory_bytes: the highest memory of the process, ``cpu``, and of a GPU, ``cuda``.
+        files: the files of the output by their relative paths, the report left out.
+        created: the time at which the run began, in UTC (ISO 8601).
+        versions: of Python, the platform and the packages that can change a result.
+        schema: the version of this record, `SCHEMA`.
     """
 
     options: dict[str, Any]
     model: dict[str, Any]
-    tokens: dict[str, Any]
-    sites: list[SitePruned]
-    skipped: list[str]
-    seconds: float
+    calibration: dict[str, Any]
+    sites: list[SitePruned] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    seconds: float = 0.0
     scores: dict[str, Any] = field(default_factory=dict)
     ranks: list[Work] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    peak_memory_bytes: dict[str, int] = field(default_factory=dict)
+    files: list[str] = field(default_factory=list)
+    created: str = field(default_factory=_now)
+    versions: dict[str, str] = field(default_factory=lambda: versions())
+    schema: int = SCHEMA
 
     @property
     def sparsity(self) -> float:
@@ -58,44 +77,83 @@ class Report:
         return sum(site.zeros for site in self.sites) / sum(site.size for site in self.sites)
 
     @property
-    def relative_error(self) -> float:
-        """The mean relative layer error."""
+    def relative_layer_error(self) -> float:
+        """The mean relative layer error of the pruned sites."""
         return fmean(site.relative_error for site in self.sites)
 
-    def write(self, directory: Path) -> None:
-        """Write the record into ``directory``, with the names of all files that are there.
+    def timed(self, seconds: float) -> "Report":
+        """The report at the end of a run that took so long."""
+        return replace(self, seconds=round(seconds, 3), peak_memory_bytes=peak_memory())
 
-        A number that is not finite is written as ``"NaN"``, ``"Infinity"`` or ``"-Infinity"``.
-        """
-        record = {
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "versions": versions(),
-            "options": self.options,
-            "model": self.model,
-            "calibration": self.tokens,
+    def to_dict(self) -> dict[str, Any]:
+        """Values as JSON has them: a number that is not finite is a string, ``"Infinity"``."""
+        record = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        record |= {
             "sparsity": self.sparsity,
-            "relative_layer_error": self.relative_error,
-            "scores": self.scores,
-            "seconds": round(self.seconds, 3),
-            "peak_memory_bytes": peak_memory(),
+            "relative_layer_error": self.relative_layer_error,
             "ranks": [asdict(work) for work in self.ranks],
-            "sites": [_entry(site) for site in self.sites],
-            "skipped": self.skipped,
-            "problems": self.problems,
-            "files": sorted(
-                path.relative_to(directory).as_posix()
-                for path in directory.rglob("*")
-                if path.is_file() and path.name != REPORT
-            ),
+            "sites": [{**asdict(site), "sparsity": site.sparsity} for site in self.sites],
         }
-        text = json.dumps(plain(record), indent=2, allow_nan=False) + "\n"
+        found: dict[str, Any] = plain(record)
+        return {name: found[name] for name in _ORDER}
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> "Report":
+        """The report of a record that `to_dict` made.
+
+        Raises:
+            AptError: the record has another schema, or is none.
+        """
+        if record.get("schema") != SCHEMA:
+            raise AptError(f"the report has schema {record.get('schema')}, not {SCHEMA}")
+        try:
+            known = {entry.name: record[entry.name] for entry in fields(cls)}
+            known["ranks"] = [Work(**work) for work in known["ranks"]]
+            known["sites"] = [_site(site) for site in known["sites"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise AptError(f"the report is damaged: {first_line(error)}") from error
+        return cls(**known)
+
+    @classmethod
+    def read(cls, directory: Path) -> "Report":
+        """The report in ``directory``.
+
+        Raises:
+            AptError: there is none, or it cannot be read.
+        """
+        record = read_report(directory)
+        if record is None:
+            raise AptError(f"{directory} has no {REPORT}", "a run of APT writes it")
+        return cls.from_dict(record)
+
+    def write(self, directory: Path) -> "Report":
+        """Write the report into ``directory``, with the names of all files that are there."""
+        files = sorted(
+            path.relative_to(directory).as_posix()
+            for path in directory.rglob("*")
+            if path.is_file() and path.name != REPORT
+        )
+        written = replace(self, files=files)
+        text = json.dumps(written.to_dict(), indent=2, allow_nan=False) + "\n"
         partial = directory / f".{REPORT}"
         partial.write_text(text, encoding="utf-8")
         partial.replace(directory / REPORT)
+        return written
 
 
-def _entry(site: SitePruned) -> dict[str, Any]:
-    return {**asdict(site), "sparsity": site.zeros / site.size}
+_ORDER = (
+    "schema", "created", "versions", "options", "model", "calibration", "sparsity",
+    "relative_layer_error", "scores", "seconds", "peak_memory_bytes", "ranks", "sites", "skipped",
+    "problems", "files",
+)  # fmt: skip
+
+
+def _site(entry: dict[str, Any]) -> SitePruned:
+    """A site's record; numbers that JSON can't say come back from strings."""
+    known = {name: entry[name] for name in SitePruned.__dataclass_fields__}
+    numbers = {name: float(known[name]) for name in ("relative_error", "seconds")}
+    residual = None if known["residual"] is None else float(known["residual"])
+    return SitePruned(**known | numbers | {"residual": residual, "shape": tuple(known["shape"])})
 
 
 def differences(known: dict[str, Any], now: dict[str, Any], prefix: str = "") -> Iterator[str]:

@@ -37,6 +37,7 @@ class Workplace:
         folder: the workplace.
         out: what will be the output directory.
         activations: a folder for what no other run goes on with.
+        tokens: the text that a model has written to calibrate on.
         journal: what a streamed run has done so far.
     """
 
@@ -45,6 +46,7 @@ class Workplace:
         self.output, self.folder = Path(os.path.realpath(output)), workplace(output)
         self.out, self._old = self.folder / "out", self.folder / "old"
         self.activations = self.folder / "activations"
+        self.tokens = self.folder / "tokens.safetensors"
         self.journal = Journal(self.folder / _JOURNAL)
         self._found = False  # whether an earlier run left something that is not cleared yet
 

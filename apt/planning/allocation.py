@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from apt.adapter import Adapter
 from apt.errors import AptError
 from apt.planning.plan import Plan, PlannedSite
-from apt.plugin.specs import AllocationSpec
 from apt.solver import Unstructured
 
 UNIFORM = "uniform"
@@ -44,20 +43,25 @@ def check_allocation(name: str, plan: Plan) -> None:
 
 
 def allocated(
-    plan: Plan, spec: AllocationSpec, model: nn.Module, adapter: Adapter, tokens: Tensor
+    plan: Plan,
+    name: str,
+    allocation: Allocation,
+    model: nn.Module,
+    adapter: Adapter,
+    tokens: Tensor,
 ) -> Plan:
-    """``plan`` with the sparsities that an allocation gives to its unstructured sites.
+    """``plan`` with the sparsities that the allocation ``name`` gives to its unstructured sites.
 
     Raises:
         AptError: it leaves a site out, gives one that is not between 0 and 1, or changes the zeros
             in all by more than a thousandth of the weights.
     """
-    shares = spec.load()(model, adapter, plan, tokens)
+    shares = allocation(model, adapter, plan, tokens)
     sites = unstructured(plan)
     for site in sites:
         if not 0 < round(shares.get(site.name, 0.0), _DIGITS) < 1:
             given = f"{shares[site.name]:g}" if site.name in shares else "nothing"
-            raise AptError(f"allocation {spec.name} gives {site.name} {given} for a sparsity")
+            raise AptError(f"allocation {name} gives {site.name} {given} for a sparsity")
     whole = Plan(
         tuple(
             replace(block, sites=tuple(_with(shares, site) for site in block.sites))
@@ -67,7 +71,7 @@ def allocated(
     size = sum(site.size for site in sites)
     drift = (_zeros(whole) - _zeros(plan)) / max(size, 1)
     if abs(drift) > _SLACK:
-        raise AptError(f"allocation {spec.name} changes the sparsity in all by {drift:+.2%}")
+        raise AptError(f"allocation {name} changes the sparsity in all by {drift:+.2%}")
     return whole
 
 

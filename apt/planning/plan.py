@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
@@ -31,6 +32,11 @@ class Selection:
         if (self.only and not _matches(name, self.only)) or _matches(name, self.skip):
             return None
         return next((p for glob, p in reversed(self.overrides) if _matches(name, [glob])), default)
+
+    def record(self) -> dict[str, Any]:
+        """Plain values, for the report."""
+        overrides = {glob: str(pattern) for glob, pattern in self.overrides}
+        return {"only": self.only, "skip": self.skip, "overrides": overrides}
 
     def globs(self) -> list[str]:
         """All globs."""

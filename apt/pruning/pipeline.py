@@ -26,12 +26,9 @@ from apt.planning.plan import Plan, PlannedBlock, PlannedSite
 from apt.pruning.block_storage import InMemory, Residency
 from apt.pruning.layer import Method, Solved, Solver, mean_square, measured
 from apt.pruning.paused_forward import InParts, Walk, may_wait
+from apt.pruning.recipe import Recipe
 from apt.pruning.ssm_parameters import prune_extras
-from apt.solver import SolverOptions
-from apt.text.random_tokens import Replaced
-from apt.text.sampling import vocabulary
 from apt.tuning.reconstruct import Reconstruction, reconstruct
-from apt.tuning.row_importance import Importance
 
 
 @torch.no_grad()
@@ -41,13 +38,8 @@ def prune_blocks(
     plan: Plan,
     tokens: Tensor,
     method: Method,
-    options: SolverOptions | None = None,
+    recipe: Recipe | None = None,
     *,
-    targets: Targets | None = None,
-    importance: Importance | None = None,
-    reconstruction: Reconstruction | None = None,
-    replaced: Replaced | None = None,
-    ordered: bool = False,
     resident: Residency | None = None,
     store: Store | None = None,
     ranks: Ranks | None = None,
@@ -58,7 +50,8 @@ def prune_blocks(
     Every block is run with its dense weights on what the pruned blocks before it give, its sites
     are solved from the Gram matrices of their inputs and written back, and it is run again. In
     order, both is one run, that waits while the weights are solved which it comes to.
-    With ``targets``, the untouched model's activations are carried along beside the pruned one's.
+    With error-aware targets, the activations of the dense model are carried along beside those of
+    the pruned one.
 
     Args:
         model: the model, in eval mode while this runs.
@@ -66,21 +59,11 @@ def prune_blocks(
         plan: what to do to each site, from `apt.planning.plan.make_plan`.
         tokens: calibration token ids (samples, seqlen).
         method: the pruning method.
-        options: the solver's options; see `apt.pruning.config.choose_mode` for what suits a mode.
-        targets: how much of the error so far each site makes up for; None prunes strictly layer by
-            layer.
-        importance: how rows are weighted in the choice of masks, if at all; heeded with
-            ``targets``.
-        reconstruction: how the kept weights of a block are tuned once its sites are solved, if at
-            all; needs ``targets``.
-        replaced: how many samples with random tokens in place of some are calibrated on beside
-            ``tokens``, if any.
-        ordered: within a block, solve the sites in their order of execution, each on what the
-            pruned ones before it give.
+        recipe: how it is applied; by default strictly layer-wise.
         resident: where blocks are while they have no turn; None where all are in memory.
         store: where the activations are while no block is run on them; None for in memory. On disk
             they do not wait inside a block either, which is run again for each of its sites that
-            ``ordered`` solves by themselves.
+            are solved in order.
         ranks: the processes that prune together, each of which calls this with the same arguments
             and is left with the same model; None for a single one.
         observe: called with each event as it happens.
@@ -91,12 +74,11 @@ def prune_blocks(
     """
     if tokens.ndim != 2 or not tokens.numel():
         raise AptError(f"tokens have shape {tuple(tokens.shape)}", "give (samples, seqlen)")
+    recipe = recipe or Recipe()
     run = _Run(
-        adapter, Solver(method, options or SolverOptions(), targets), importance, reconstruction,
-        ordered, resident or InMemory(), store or MemoryStore(), ranks or Ranks(), observe,
+        adapter, Solver(method, recipe.solver, recipe.targets), recipe, resident or InMemory(),
+        store or MemoryStore(), ranks or Ranks(), observe,
     )  # fmt: skip
-    if replaced is not None:
-        tokens = replaced.beside(tokens, vocabulary(model))
     with eval_mode(model), adapter.running(model):
         return run.all(model, plan, tokens)
 
@@ -108,9 +90,7 @@ _Turn = tuple[int, Solved]  # a site by the turn that it is solved in, by whiche
 class _Run:
     adapter: Adapter
     solver: Solver
-    importance: Importance | None
-    reconstruction: Reconstruction | None
-    ordered: bool
+    recipe: Recipe
     resident: Residency
     store: Store
     ranks: Ranks
@@ -128,7 +108,9 @@ class _Run:
         batches = self.enter(model, tokens)
         width = self.adapter.residual(batches[0].state).shape[-1]
         config = getattr(model, "config", None)
-        self.waits = self.store.in_memory and may_wait(self.adapter, config, tokens.shape[1], width)
+        self.waits = self.store.with_model and may_wait(
+            self.adapter, config, tokens.shape[1], width
+        )
         done: list[SitePruned] = []
         for index, planned in enumerate(plan.blocks):
             self.observe(BlockStarted(planned.name, index, len(plan.blocks)))
@@ -166,7 +148,7 @@ class _Run:
         Raises:
             AptError: a rank is left without any.
         """
-        how, batches, rest = self.reconstruction, list[Batch](), tokens
+        how, batches, rest = self.recipe.reconstruction, list[Batch](), tokens
         if how is not None:
             chosen = how.chosen(*tokens.shape)
             batches = self.batches(model, tokens[chosen], how.tokens_per_batch)
@@ -206,14 +188,14 @@ class _Run:
                 mean = mean_square(sums[e.site.input].gram for e in group if e.site.routed)
                 for turns in self.ranks.rounds(group):
                     solved += self.solve_round(at, turns, sums, mean)
-                    if self.reconstruction is None:
+                    if self.recipe.reconstruction is None:
                         done += self.finish(at.module, solved)
                         solved.clear()
         for batch in at.batches:
             if batch.reference is not None:
                 batch.reference.inputs.clear()
-        if self.reconstruction is not None and at.planned.pruned:
-            self.tune(at, self.reconstruction)
+        if self.recipe.reconstruction is not None and at.planned.pruned:
+            self.tune(at, self.recipe.reconstruction)
             done += self.finish(at.module, solved)
         return done
 
@@ -221,7 +203,7 @@ class _Run:
         """Take the dense stream through the block, and weigh the rows of what gains by it."""
         if not self.aware:
             return {}
-        how = self.importance
+        how = self.recipe.row_importance
         wanted = [e.site for e in at.planned.pruned if how and how.serves(e.site, e.pattern)]
         first = at.first(how.tokens / self.ranks.size) if how and wanted else []
         starts = [batch.reference.state for batch in first if batch.reference]
@@ -282,7 +264,7 @@ class _Run:
         """
         left = list(at.planned.pruned)
         whole = not any(site.routed or site.calls > 1 for site in at.sites)
-        if self.ordered and self.waits and whole and left:
+        if self.recipe.ordered and self.waits and whole and left:
             tell = partial(self.tell, at)
             with suppress(InParts), at.walk(self.solver.targets, tell) as walk:
                 while (name := walk.next_input()) is not None:
@@ -290,7 +272,7 @@ class _Run:
                     group = [entry for entry in left if entry.site.input == name]
                     left = [entry for entry in left if entry.site.input != name]
                     yield group, {name: sums}
-                at.left = self.reconstruction is None and not self.resident.repeatable
+                at.left = self.recipe.reconstruction is None and not self.resident.repeatable
                 walk.finish(leave=at.left)
         for group in self.groups(left):
             yield group, self.capture(at, [entry.site for entry in group])
@@ -320,7 +302,7 @@ class _Run:
 
     def groups(self, sites: Sequence[PlannedSite]) -> Iterable[list[PlannedSite]]:
         """The sites that are solved from one run of the block."""
-        if not self.ordered:
+        if not self.recipe.ordered:
             return [list(sites)] if sites else []
         by_order = sorted(sites, key=lambda entry: entry.site.order)
         return [list(group) for _, group in groupby(by_order, key=lambda entry: entry.site.order)]

@@ -3,85 +3,111 @@
 import copy
 import time
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import Any, TypedDict, TypeVar, Unpack
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from apt.adapter import Adapter
+from apt.checkpoints.load import fingerprint
 from apt.distributed.ranks import Ranks
 from apt.errors import AptError
 from apt.events import Observer, telling
-from apt.output.report import Report
-from apt.planning.allocation import UNIFORM, allocated, check_allocation
+from apt.output.report import Report, portable
+from apt.planning.allocation import UNIFORM, Allocation, check_allocation
 from apt.planning.plan import Selection, make_plan
-from apt.plugin.registry import registry
-from apt.pruning.config import choose_mode
-from apt.pruning.pipeline import prune_blocks
-from apt.runs.limits import check_solver
-from apt.solver import Pattern, SolverOptions, parse_pattern
-from apt.text.datasets import digest
-from apt.text.special_tokens import named_ids
+from apt.plugin.registry import Registry, registry
+from apt.plugin.specs import MethodSpec
+from apt.pruning.layer import Method
+from apt.runs.new_report import calibration_of
+from apt.runs.prune_model import Job, prune_model
+from apt.runs.prune_options import PruneOptions, record
+from apt.solver import Pattern, parse_pattern
+from apt.text import datasets
+from apt.text.special_tokens import bos_of, named_ids, special_ids
 
-M = TypeVar("M")
+M = TypeVar("M", bound=nn.Module)
 
 
-def prune_copy(model: M, tokens: Tensor, **options: Any) -> tuple[M, Report]:
-    """Prune a copy, and leave the model as it is; what `prune` takes otherwise.
+class PruneArguments(TypedDict, total=False):
+    """The keyword arguments of `prune`."""
+
+    pattern: Pattern | str
+    adapter: str | Adapter | None
+    method: str | Method | None
+    selection: Selection | None
+    options: PruneOptions | None
+    allocation: str | Allocation
+    also: Sequence[str]
+    tokenizer: Any
+    seed: int
+    ranks: Ranks | None
+    observe: Observer
+
+
+def prune_copy(model: M, tokens: Tensor, **arguments: Unpack[PruneArguments]) -> tuple[M, Report]:
+    """Prune a copy, and leave the model as it is.
+
+    Args:
+        model: the model.
+        tokens: calibration token ids (samples, seqlen).
+        arguments: those of `prune`.
 
     Returns:
         The pruned copy, and the record of the run.
     """
     pruned = copy.deepcopy(model)
-    return pruned, prune(pruned, tokens, **options)
+    return pruned, prune(pruned, tokens, **arguments)
 
 
 def prune(
-    model: Any,
+    model: nn.Module,
     tokens: Tensor,
     *,
     pattern: Pattern | str,
-    adapter: str | None = None,
-    method: str | None = None,
+    adapter: str | Adapter | None = None,
+    method: str | Method | None = None,
     selection: Selection | None = None,
-    options: SolverOptions | None = None,
-    error_aware: bool | None = None,
-    ordered: bool | None = None,
-    allocation: str = UNIFORM,
+    options: PruneOptions | None = None,
+    allocation: str | Allocation = UNIFORM,
     also: Sequence[str] = (),
-    special: Sequence[int] | None = None,
+    tokenizer: Any = None,
+    seed: int = 0,
     ranks: Ranks | None = None,
     observe: Observer = lambda event: None,
 ) -> Report:
     """Prune a causal language model of transformers in place.
 
     However a run ends early, by an error, an observer or Ctrl-C, no hook, thread, mode or precision
-    setting is left behind. Blocks before the one at hand are pruned and tuned, those after it are
+    setting is left behind. Blocks before the current one are pruned and tuned, those after it are
     dense; of its own sites each is either dense or meets its pattern. Work on a copy where that
     matters.
 
     Args:
         model: the model.
-        tokens: calibration token ids (samples, seqlen), without padding. Where the model's
-            tokenizer begins a text with a token of its own, so should every sample.
+        tokens: calibration token ids (samples, seqlen), without padding; see
+            `apt.calibration_tokens`. Where the model's tokenizer begins a text with a token of its
+            own, so should every sample.
         pattern: ``"2:4"``, ``"0.5"``, or a pattern of `apt.solver`.
-        adapter: the adapter's name; by default the only one that serves the model's type.
-        method: the method's name; by default the most accurate.
-        selection: which sites are pruned, and overrides; all by default.
-        options: effort, damping and block sizes.
-        error_aware: whether each site makes up for a part of the error of those before it
-            (`apt.calibration.targets`); by default as the method declares.
-        ordered: solve the sites of a block in their order of execution, each on inputs that the
-            pruned ones before it give; by default where the run is error-aware.
-        allocation: how an unstructured sparsity is shared out among sites, by name.
+        adapter: the name of an adapter, or an adapter; by default the one that serves the model's
+            type.
+        method: the name of a method, or a function `apt.pruning.layer.Method`; by default the most
+            accurate one.
+        selection: the sites to prune, and patterns of their own; all by default.
+        options: the options that the weights depend on; see `apt.PruneOptions`.
+        allocation: how an unstructured sparsity is shared out among sites: a name, or a function
+            `apt.planning.allocation.Allocation`.
         also: kinds of parameters beyond the Linears that are pruned too, as the adapter has them.
-        special: tokens that are no text, which never stand among random ones; by default those
-            that the model's configurations name. `special_ids` of its tokenizer are what
-            ``apt-prune prune`` leaves out.
+        tokenizer: the model's tokenizer. It says which tokens are no text, so that they never
+            stand among random tokens, and how the text that the model writes begins. Without it
+            those are left out that the model's configurations name.
+        seed: draws the text that the model writes.
         ranks: the processes of torch.distributed that prune together, `apt.Ranks` of their group:
             each calls this with an equal model and the same arguments, and is left with the same
             weights. None prunes alone, whatever process group there is.
-        observe: called with every event of `apt.events`, from the thread that prunes. What it
-            raises ends the run, and comes through: so a run is cancelled. It is called after each
-            solve, each step of tuning and each batch that is run through a block.
+        observe: called with every event of `apt.events`, from the thread that prunes: after each
+            solve, each step of tuning and each batch that is run through a block. An exception
+            that it raises ends the run and reaches the caller, which cancels the run.
 
     Returns:
         The record of the run; ``report.sites`` has one entry for each pruned site.
@@ -91,41 +117,138 @@ def prune(
             model cannot be pruned.
     """
     started, ranks = time.perf_counter(), ranks or Ranks()
-    options = options or SolverOptions()
-    check_solver(options.damping, options.block_size, options.effort)
-    try:
-        wanted = parse_pattern(pattern) if isinstance(pattern, str) else pattern
-    except ValueError as error:
-        raise AptError(str(error)) from error
-    shelf = registry()
-    kind = getattr(model.config, "model_type", type(model).__name__)
-    spec = shelf.adapters.get(adapter) if adapter else shelf.adapter_for(kind)
-    chosen = shelf.methods.get(method) if method else shelf.default_method()
-    instance = spec.load()()
-    instance.check(model.config)
-    plan = make_plan(model, instance, wanted, selection, chosen.per, also)
-    check_allocation(allocation, plan)
-    if allocation != UNIFORM:
-        share_out = shelf.allocations.get(allocation)
-        plan = ranks.share(allocated(plan, share_out, model, instance, tokens))
-    mode = choose_mode(chosen, options, error_aware, ordered)
-    mode = mode.sparing(named_ids(model) if special is None else special)
-    tell = telling(observe, shelf.site_pruned)
-    sites = prune_blocks(
-        model, instance, plan, tokens, chosen.load(), **vars(mode), ranks=ranks, observe=tell
-    )
-    return Report(
+    installed, options = registry(), options or PruneOptions()
+    spec = method_spec(method, installed)
+    adapter_name, instance = find_adapter(adapter, model, installed)
+    recipe, augmentation = options.recipe(spec), options.augmentation(spec, len(tokens))
+    wanted = _pattern(pattern)
+    plan = make_plan(model, instance, wanted, selection, spec.per, also)
+    shared_out = _allocation(allocation, installed)
+    check_allocation(shared_out[0] if shared_out else UNIFORM, plan)
+    report = Report(
         options={
             "pattern": str(wanted),
-            "method": chosen.name,
-            "allocation": allocation,
+            "method": spec.name,
+            "allocation": shared_out[0] if shared_out else UNIFORM,
             "also": list(also),
-            **mode.record(),
+            "seed": seed,
+            **(selection or Selection()).record(),
+            **record(recipe, augmentation),
         },
-        model={"type": kind, "adapter": spec.name},
-        tokens={"shape": list(tokens.shape), "sha256": digest(tokens.cpu())},
-        sites=sites,
+        model={
+            "reference": _reference(model),
+            "type": model_type(model),
+            "adapter": adapter_name,
+            "sha256": fingerprint(model),
+        },
+        calibration={"source": "", "own_samples": augmentation.own_samples},
         skipped=[site.name for site in plan.sites if site.pattern is None],
-        seconds=time.perf_counter() - started,
+    )
+    job = Job(
+        instance, plan, spec.load() if method is None or isinstance(method, str) else method,
+        recipe, augmentation, shared_out, seed,
+        bos_of(tokenizer) if tokenizer else None,
+        special_ids(tokenizer) if tokenizer else named_ids(model),
+    )  # fmt: skip
+    tokens = job.with_own_text(model, tokens, ranks)
+    tell = telling(observe, installed.site_pruned)
+    _, sites = prune_model(model, tokens, job, ranks=ranks, observe=tell)
+    report = replace(
+        report,
+        calibration=report.calibration | {"bos": job.bos} | calibration_of(tokens),
+        sites=sites,
         ranks=ranks.gather(ranks.work),
     )
+    return report.timed(time.perf_counter() - started)
+
+
+def calibration_tokens(
+    tokenizer: Any,
+    source: str = "builtin",
+    *,
+    samples: int = 128,
+    seqlen: int = 2048,
+    seed: int = 0,
+) -> Tensor:
+    """Calibration samples of a data source, as ``apt-prune prune`` draws them.
+
+    Args:
+        tokenizer: the model's tokenizer. Where it begins a text with a token of its own, so does
+            every sample.
+        source: ``builtin``, the name of a data set, or a .txt, .jsonl or .parquet file.
+        samples: how many.
+        seqlen: tokens of a sample.
+        seed: draws the samples, without overlap.
+
+    Returns:
+        Token ids (samples, seqlen).
+
+    Raises:
+        AptError: the source cannot be read, or has too little text.
+    """
+    found = datasets.documents(source, "calibration", registry())
+    bos = bos_of(tokenizer)
+    return datasets.calibration_tokens(tokenizer, found, samples, seqlen, seed, source, bos)
+
+
+def find_adapter(
+    adapter: str | Adapter | None, model: nn.Module, installed: Registry
+) -> tuple[str, Adapter]:
+    """The adapter for a model and its name.
+
+    Raises:
+        AptError: no adapter serves the model's type, or it has no configuration to tell it by.
+    """
+    if adapter is not None and not isinstance(adapter, str):
+        name, instance = type(adapter).__name__, adapter
+    elif adapter is None and getattr(model, "config", None) is None:
+        raise AptError(
+            f"{type(model).__name__} has no config, so that its family is not known",
+            "choose an adapter",
+            ("adapter",),
+        )
+    else:
+        spec = (
+            installed.adapters.get(adapter) if adapter else installed.adapter_for(model_type(model))
+        )
+        name, instance = spec.name, spec.load()()
+    if (config := getattr(model, "config", None)) is not None:
+        instance.check(config)
+    return name, instance
+
+
+def model_type(model: nn.Module) -> str:
+    """The ``model_type`` of a model's configuration, or else the name of its class."""
+    return str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
+
+
+def method_spec(method: str | Method | None, installed: Registry) -> MethodSpec:
+    """The spec of a method by name; of a function, one without claims."""
+    if method is None:
+        return installed.default_method()
+    if isinstance(method, str):
+        return installed.methods.get(method)
+    name = getattr(method, "__name__", type(method).__name__)
+    return MethodSpec(name, "a function of the caller", "")
+
+
+def _allocation(allocation: str | Allocation, installed: Registry) -> tuple[str, Allocation] | None:
+    if not isinstance(allocation, str):
+        return getattr(allocation, "__name__", type(allocation).__name__), allocation
+    if allocation == UNIFORM:
+        return None
+    spec = installed.allocations.get(allocation)
+    return spec.name, spec.load()
+
+
+def _pattern(pattern: Pattern | str) -> Pattern:
+    try:
+        return parse_pattern(pattern) if isinstance(pattern, str) else pattern
+    except ValueError as error:
+        raise AptError(str(error)) from error
+
+
+def _reference(model: nn.Module) -> str:
+    """The name that the model was loaded by, as far as its configuration has kept it."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+    return portable(str(name))

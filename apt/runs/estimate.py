@@ -13,8 +13,8 @@ from apt.evaluation.logits import part_bytes
 from apt.evaluation.metrics import windows_at_once
 from apt.output.report import peak_memory
 from apt.planning.plan import Plan, PlannedBlock
-from apt.pruning.config import REPLACED, TUNED_TOKENS
 from apt.pruning.paused_forward import may_wait
+from apt.runs.prune_options import PRESETS
 from apt.text.sampling import vocabulary
 from apt.text.self_generated import cached_tokens, logits_at_once
 
@@ -78,7 +78,7 @@ def estimate(
     Args:
         shell: the model, without weights.
         plan: what to do to each site.
-        samples, seqlen: how much is given to calibrate on.
+        samples, seqlen: the calibration samples in all, and the tokens of each.
         dtype: of weights and activations.
         device: where it runs.
         streamed: whether no more than one block is in memory.
@@ -86,7 +86,7 @@ def estimate(
         writing: whether the model writes text to calibrate on.
     """
     bytes_each, config = dtype.itemsize, shell.config
-    tokens = (samples + REPLACED["default"].samples(samples, seqlen)) * seqlen
+    tokens = samples * seqlen
     held = shell.adapter.held(config, seqlen)
     waits = not on_disk and may_wait(shell.adapter, config, seqlen, config.hidden_size)
     blocks = [module for _, module in shell.adapter.blocks(shell.module)]
@@ -181,7 +181,7 @@ def _operations(plan: Plan, tokens: int) -> float:
     """Floating-point operations: forwards, Gram and cross products, factorisations and solves."""
     total = 0.0
     for block in plan.blocks:
-        passes = _FORWARDS * tokens + _TUNING * min(tokens, TUNED_TOKENS)
+        passes = _FORWARDS * tokens + _TUNING * min(tokens, PRESETS["default"].tuning_tokens)
         total += sum(passes * 2 * site.size for site in block.sites)
         total += sum(3 * tokens * w**2 + 6 * w**3 for w in _inputs(block).values())
         total += sum(_SOLVE_STEPS * 2 * site.size * site.shape[1] for site in block.pruned)

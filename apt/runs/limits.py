@@ -4,10 +4,8 @@ import re
 
 from apt.errors import AptError
 
-ACTIVATIONS = ("memory", "disk")
+ACTIVATIONS = ("memory", "cpu", "disk")
 DTYPES = ("float32", "bfloat16", "float16")
-EFFORTS = ("fast", "default", "best")
-MOST_DAMPING = 1e6
 _SEEDS = (-(2**63), 2**64 - 1)  # of torch's generators
 
 
@@ -31,19 +29,6 @@ def check_seed(seed: int) -> None:
         raise AptError(f"--seed {seed} is out of range", "give a whole number from 0 to 2**64 - 1")
 
 
-def check_solver(damping: float | None, block_size: int | None, effort: str) -> None:
-    """Raise for what no method can be told."""
-    if damping is not None and not 0 <= damping <= MOST_DAMPING:
-        raise AptError(
-            f"damping {damping:g} is not a number from 0 to {MOST_DAMPING:g}",
-            "it is a share of the mean diagonal, such as 0.05",
-        )
-    if block_size is not None and block_size < 1:
-        raise AptError(f"block size {block_size} is not positive")
-    if effort not in EFFORTS:
-        raise AptError(f"effort '{effort}' is none of {', '.join(EFFORTS)}")
-
-
 def check_shard_size(size: str | None) -> None:
     """Raise where the size of a file has no number or no unit."""
     if size is None:
@@ -63,7 +48,7 @@ def check_activations(where: str, *, streamed: bool) -> None:
     """Raise where activations cannot be kept in a place of that name."""
     if where not in ACTIVATIONS:
         raise AptError(f"--activations {where} is none of {', '.join(ACTIVATIONS)}")
-    if where != "memory" and not streamed:
+    if where == "disk" and not streamed:
         raise AptError(f"--activations {where} is for streamed runs", "pass --stream as well")
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from apt.calibration.storage import CpuStore, MemoryStore, Store
 from apt.errors import AptError
 from apt.runs.limits import DTYPES, check_dtype
 
@@ -63,3 +64,8 @@ def check_tokens(samples: int, seqlen: int, bytes_each: int, device: str, proces
             f"memory, and there are {there / 2**30:,.0f} GiB",
             "use fewer --samples and --own-samples, or a smaller --seqlen",
         )
+
+
+def activation_store(where: str) -> Store:
+    """Where calibration activations are kept: ``"memory"``, with the model, or ``"cpu"``."""
+    return CpuStore() if where == "cpu" else MemoryStore()

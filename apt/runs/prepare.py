@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,87 +14,33 @@ from apt.checkpoints.load import skeleton
 from apt.checkpoints.model import Model
 from apt.distributed.launch import whole_number
 from apt.errors import AptError
-from apt.locations.hub import Hub
 from apt.locations.model_source import Source, find
 from apt.output.json_values import plain
 from apt.output.location import check_output
-from apt.output.report import differences, portable, read_report
+from apt.output.report import differences, read_report
 from apt.output.workplace import resumable
 from apt.planning.allocation import check_allocation
-from apt.planning.plan import Plan, Selection, make_plan
+from apt.planning.plan import Plan, make_plan
 from apt.planning.rounding import check_rounding
 from apt.plugin.registry import Registry
 from apt.plugin.specs import MethodSpec
-from apt.pruning.config import Mode, choose_mode, choose_own_samples
+from apt.pruning.recipe import Recipe
 from apt.runs.limits import (
     check_activations,
     check_amount,
     check_dtype,
     check_seed,
     check_shard_size,
-    check_solver,
 )
 from apt.runs.machine import check_tokens, choose_device
-from apt.solver import Pattern, SolverOptions, Unstructured
+from apt.runs.options import RunOptions
+from apt.runs.prune_options import record
+from apt.solver import Unstructured
+from apt.text.augmentation import Augmentation
 from apt.text.self_generated import writes
 
-# Options that change no byte of a result, or follow from others and the tokenizer.
-_HOW = ("overwrite", "resume", "stream", "activations", "replaced")
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """What a run is told; every default that depends on the model is already filled in."""
-
-    model: str
-    pattern: Pattern
-    output: Path
-    adapter: str | None = None
-    method: str | None = None
-    calibration: str = "builtin"
-    evaluation: str | None = None
-    metrics: tuple[str, ...] = ("perplexity",)
-    allocation: str = "uniform"
-    samples: int = 128
-    seqlen: int = 2048
-    seed: int = 0
-    own_samples: int | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-    error_aware: bool | None = None
-    ordered: bool | None = None
-    overwrite: bool = False
-    max_shard_size: str | None = None
-    also: tuple[str, ...] = ()
-    stream: bool = False
-    resume: bool = False
-    activations: str = "memory"
-    tokenizer: str | None = None
-    trust_remote_code: bool = False
-    bos: bool = True
-    hub: Hub = field(default_factory=Hub)
-    selection: Selection = field(default_factory=Selection)
-    solver: SolverOptions = field(default_factory=SolverOptions)
-
-    def record(self) -> dict[str, Any]:
-        """The options as plain values, for the report."""
-        selection = {
-            "only": self.selection.only,
-            "skip": self.selection.skip,
-            "overrides": {glob: str(pattern) for glob, pattern in self.selection.overrides},
-        }
-        apart = ("selection", "solver", "hub")  # the hub's token is nobody's business
-        plain = {k: v for k, v in vars(self).items() if k not in apart}
-        paths = ("model", "calibration", "evaluation", "tokenizer")
-        return {
-            **plain,
-            **{name: portable(plain[name]) if plain[name] else None for name in paths},
-            "revision": self.hub.revision,
-            "pattern": str(self.pattern),
-            "per": getattr(self.pattern, "per", None),
-            "output": self.output.name,
-            **selection,
-        }
+# Options that change no byte of a result.
+_HOW = ("overwrite", "resume", "stream", "activations")
 
 
 @dataclass(frozen=True)
@@ -106,8 +52,18 @@ class Prepared:
     shell: Model
     plan: Plan
     method: MethodSpec
-    mode: Mode
+    recipe: Recipe
+    augmentation: Augmentation
     device: str
+
+    @property
+    def samples(self) -> int:
+        """How many calibration samples there are in all."""
+        return self.augmentation.samples(self.options.samples, self.options.seqlen)
+
+    def record(self) -> dict[str, Any]:
+        """All options as plain values, defaults filled in, for the report."""
+        return self.options.record() | record(self.recipe, self.augmentation)
 
 
 def prepare(
@@ -145,20 +101,23 @@ def prepare(
     options = replace(
         options, pattern=pattern, method=method.name, adapter=shell.spec.name, seqlen=seqlen
     )
-    mode = choose_mode(method, options.solver, options.error_aware, options.ordered)
-    own = _own_samples(options, method, mode, shell.module, notice)
-    options = replace(options, solver=mode.options, own_samples=own)
+    recipe = options.prune.recipe(method)
+    augmentation = options.prune.augmentation(method, options.samples)
+    augmentation = _written(augmentation, options, shell.module, notice)
     device = choose_device(options.device)
-    _check_memory(options, shell, device)
-    return Prepared(options, registry, shell, plan, method, mode, device)
+    prepared = Prepared(options, registry, shell, plan, method, recipe, augmentation, device)
+    _check_memory(prepared)
+    return prepared
 
 
-def _check_memory(options: RunOptions, shell: Model, device: str) -> None:
+def _check_memory(prepared: Prepared) -> None:
     """Raise where the samples alone, with one stream of their activations, fit into no memory."""
+    options, shell = prepared.options, prepared.shell
     held = 0 if options.activations == "disk" else shell.config.hidden_size * shell.dtype.itemsize
-    samples = options.samples + (options.own_samples or 0)
     ranks = whole_number("WORLD_SIZE", 1, least=1)
-    check_tokens(samples, options.seqlen, torch.long.itemsize + held, device, ranks)
+    samples = prepared.augmentation.written(options.samples)
+    each = torch.long.itemsize + held
+    check_tokens(samples, options.seqlen, each, prepared.device, ranks)
 
 
 def _check_output(options: RunOptions, source: Source, notice: Callable[[str], None]) -> None:
@@ -185,7 +144,7 @@ def already_complete(prepared: Prepared) -> bool:
         return False
     if (report := read_report(options.output)) is None:
         return False
-    now = json.loads(json.dumps(plain(options.record() | prepared.mode.record())))
+    now = json.loads(json.dumps(plain(prepared.record())))
     other = sorted(differences(report["options"], now))
     if other := [key for key in other if key.partition(".")[0] not in _HOW]:
         raise AptError(
@@ -195,29 +154,24 @@ def already_complete(prepared: Prepared) -> bool:
     return True
 
 
-def _own_samples(
+def _written(
+    augmentation: Augmentation,
     options: RunOptions,
-    method: MethodSpec,
-    mode: Mode,
     module: nn.Module,
     notice: Callable[[str], None],
-) -> int:
-    """How many samples the model writes itself: of those that nobody has asked for, if it can."""
-    if options.own_samples is not None:
-        return options.own_samples
-    count = choose_own_samples(method, mode, options.samples)
-    if not count or (writes(module) and not options.stream):
-        return count
-    what = "a model that is streamed" if options.stream else type(module).__name__
-    notice(f"own samples: 0 (not {count}: {what} writes no text)")
-    return 0
+) -> Augmentation:
+    """The augmentation without text of the model's own, where nobody asked for it and it can't."""
+    count = augmentation.own_samples
+    if options.prune.own_samples is not None or not count or writes(module):
+        return augmentation
+    notice(f"own samples: 0 (not {count}: {type(module).__name__} writes no text)")
+    return replace(augmentation, own_samples=0)
 
 
 def _check_numbers(options: RunOptions) -> None:
-    solver = options.solver
-    check_amount(options.samples, options.seqlen, options.own_samples)
+    check_amount(options.samples, options.seqlen, options.prune.own_samples)
     check_seed(options.seed)
-    check_solver(solver.damping, solver.block_size, solver.effort)
+    options.prune.check()
     check_dtype(options.dtype)
     check_shard_size(options.max_shard_size)
     check_activations(options.activations, streamed=options.stream)
@@ -226,10 +180,10 @@ def _check_numbers(options: RunOptions) -> None:
 def _check_heeded(options: RunOptions, method: MethodSpec, registry: Registry) -> None:
     """Refuse options that the method would not look at."""
     known = registry.methods.specs.values()
-    if options.solver.effort != "default" and not method.efforts:
+    if options.prune.effort != "default" and not method.efforts:
         others = ", ".join(spec.name for spec in known if spec.efforts)
         raise AptError(f"{method.name} knows no --effort", f"these do: {others}")
-    if options.solver.block_size is not None and not method.blocks:
+    if options.prune.block_size is not None and not method.blocks:
         others = ", ".join(spec.name for spec in known if spec.blocks)
         raise AptError(f"{method.name} knows no --block-size", f"these do: {others}")
 

@@ -8,6 +8,7 @@ Zou, arXiv 1901.11196) shows them more of it, needs no other text and costs noth
 """
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -17,39 +18,40 @@ from apt.text.sampling import drawn, generator, mixed
 
 
 @dataclass(frozen=True)
-class Replaced:
-    """How many samples of that kind there are beside those that are given.
+class RandomTokens:
+    """How many samples with random tokens there are beside the given ones.
 
     Args:
-        share: of the tokens of a copy that are replaced; the first, which attention may rest on
-            and which may say that a sequence begins, stays.
         copies: for each sample that is given.
-        tokens: at most about as many in all, but a sample at least: with more text given, less of
-            it is missing.
-        special: tokens that are no text, and are never drawn.
+        share: of the tokens of a copy that are replaced. The first token stays: attention may rest
+            on it, and it may say that a sequence begins.
+        tokens: an upper bound of about so many tokens in all copies, but one sample at least. The
+            more text is given, the less of the vocabulary is missing.
     """
 
-    share: float = 0.5
     copies: float = 0.25
+    share: float = 0.5
     tokens: int = 4096
-    special: tuple[int, ...] = ()
 
     def samples(self, given: int, seqlen: int) -> int:
         """How many samples of ``seqlen`` tokens there are beside ``given`` ones."""
         return min(math.ceil(self.copies * given), max(1, self.tokens // seqlen))
 
-    def beside(self, tokens: Tensor, vocabulary: int, seed: int = 0) -> Tensor:
+    def beside(
+        self, tokens: Tensor, vocabulary: int, special: Collection[int] = (), seed: int = 0
+    ) -> Tensor:
         """The given tokens (samples, seqlen) and the copies, in an order drawn by ``seed``.
 
         Args:
             tokens: the given token ids.
             vocabulary: how many tokens there are to draw from.
+            special: tokens that are no text, and are never drawn.
             seed: draws tokens, places and order.
         """
         given, seqlen = tokens.shape
         count, draw = self.samples(given, seqlen), generator(seed)
         copies = tokens[torch.arange(count) * given // count].cpu()
-        random = drawn(vocabulary, tuple(copies.shape), draw, self.special)
+        random = drawn(vocabulary, tuple(copies.shape), draw, special)
         replaced = torch.rand(copies.shape, generator=draw) < self.share
         replaced[:, 0] = False
         return mixed(tokens, torch.where(replaced, random, copies).to(tokens), seed)

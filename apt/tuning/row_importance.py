@@ -31,7 +31,7 @@ _TINY = 1e-4
 
 
 @dataclass(frozen=True)
-class Importance:
+class RowImportance:
     """How rows are weighted.
 
     Args:

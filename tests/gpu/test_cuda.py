@@ -46,7 +46,7 @@ def test_models_are_pruned_as_on_the_cpu(variant, dtype):
     for device in ("cpu", "cuda"):
         model = random_model(variant, dtype).to(device)
         report = library.prune(model, tokens, pattern="2:4")
-        errors.append(report.relative_error)
+        errors.append(report.relative_layer_error)
         for name, parameter in model.named_parameters():
             if f"{name.removesuffix('.weight')}" in {site.name for site in report.sites}:
                 assert meets(parameter, NM(2, 4))

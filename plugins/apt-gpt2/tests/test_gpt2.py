@@ -16,7 +16,9 @@ class TestGpt2(AdapterConformance):
         return example()
 
 
-@pytest.mark.parametrize("options", [{}, {"method": "ss", "error_aware": False}])
+@pytest.mark.parametrize(
+    "options", [{}, {"method": "ss", "options": apt.PruneOptions(error_aware=False)}]
+)
 def test_two_of_four_are_kept_along_the_inputs_after_loading(tmp_path, options):
     model = example()
     apt.prune(model, random_tokens(128), pattern="2:4", **options)

@@ -23,7 +23,7 @@ class TestQwen3Moe(AdapterConformance):
 @pytest.mark.parametrize("aware", [False, True])
 def test_every_kind_of_run_prunes_every_expert(tmp_path, aware):
     model = example()
-    report = apt.prune(model, TOKENS, pattern="2:4", error_aware=aware)
+    report = apt.prune(model, TOKENS, pattern="2:4", options=apt.PruneOptions(error_aware=aware))
     assert len(report.sites) == 2 * (4 + 8) + 7
     experts = [site for site in report.sites if "experts.gate_up_proj" in site.name]
     seen = next(site.tokens for site in report.sites if "self_attn" in site.name)

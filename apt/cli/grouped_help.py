@@ -1,0 +1,29 @@
+"""A command whose help lists its options in groups."""
+
+from typing import Any
+
+from typer.core import TyperArgument, TyperCommand
+
+_REST = "Options"
+
+
+class GroupedHelp(TyperCommand):
+    """The options under the name of their ``rich_help_panel``, in the order of declaration."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write a section for each group; options without a group come last."""
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            if (line := parameter.get_help_record(ctx)) is not None:
+                groups.setdefault(_group(parameter), []).append(line)
+        rest = groups.pop(_REST, [])
+        for name, lines in [*groups.items(), (_REST, rest)]:
+            if lines:
+                with formatter.section(name):
+                    formatter.write_dl(lines)
+
+
+def _group(parameter: Any) -> str:
+    if isinstance(parameter, TyperArgument):
+        return "Arguments"
+    return getattr(parameter, "rich_help_panel", None) or _REST

@@ -1,0 +1,175 @@
+"""A run whose whole model is in memory."""
+
+import gc
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from apt.calibration.storage import Store
+from apt.checkpoints.copies import copied_size
+from apt.checkpoints.load import fingerprint, load, skeleton
+from apt.checkpoints.model import Model
+from apt.checkpoints.save import keep_side_files, save_model
+from apt.checkpoints.stored import Stored, find_stored, local_directory
+from apt.checkpoints.verify import failures, verify
+from apt.distributed.ranks import Ranks
+from apt.output.card import write_card
+from apt.output.location import check_space
+from apt.output.report import Report
+from apt.output.workplace import Workplace, whole_directory, writing
+from apt.planning.plan import Plan
+from apt.pruning.block_storage import Residency
+from apt.runs.machine import activation_store, read_dtype
+from apt.runs.measures import Unmeasured, measure
+from apt.runs.prepare import Prepared
+from apt.runs.prune_model import Job
+from apt.runs.text import Text
+
+
+class InMemory:
+    """See `apt.runs.storage.Storage`.
+
+    Args:
+        prepared: the checked run.
+        status: told what is being done.
+        ranks: the processes that do this together, the first of which writes.
+    """
+
+    model: nn.Module
+    resident: Residency | None = None
+
+    def __init__(self, prepared: Prepared, status: Callable[[str], None], ranks: Ranks) -> None:
+        self._prepared, self._status, self._ranks = prepared, status, ranks
+        self._dtype = read_dtype(prepared.options.dtype)
+        self._started = time.perf_counter()
+        self._stored = find_stored(prepared.shell) if self._dtype is None else None
+        self.store: Store = activation_store(prepared.options.activations)
+        self._work: Workplace
+        self._text: Text
+        self._loaded: Model | None = None
+
+    def check_space(self) -> None:
+        """Hold the size of the output against the disk."""
+        check_space(self._prepared.options.output, self._bytes())
+
+    def _bytes(self) -> int:
+        """How large the output will be on disk."""
+        shell = self._prepared.shell
+        if self._stored is not None:
+            return copied_size(self._stored.directory, self._stored.shards)
+        dtype = self._dtype or shell.dtype
+        return sum(p.numel() for p in shell.module.parameters()) * dtype.itemsize
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """The output appears once it is whole."""
+        if not self._ranks.first:
+            yield
+            return
+        options = self._prepared.options
+        with whole_directory(options.output, options.overwrite) as self._work:
+            yield
+
+    def begin(self, text: Text, report: Report) -> Report:
+        """Load the model."""
+        self._status("loading the model")
+        shell, self._text = self._prepared.shell, text
+        if self._stored is not None:
+            self._dtype = self._stored.dtype(shell, self._prepared.plan)
+        self._loaded = load(shell, self._dtype, self._prepared.device)
+        self.model = self._loaded.module
+        if self._stored is not None and not _holds(self._stored, self._loaded):
+            self._stored = None
+        return replace(report, model=report.model | {"sha256": fingerprint(self.model)})
+
+    def finished(self) -> Report | None:
+        """A run in memory always begins anew."""
+        return None
+
+    def own_text(self, job: Job, tokens: Tensor) -> Tensor:
+        """Have the model write it."""
+        if job.augmentation.own_samples:
+            self._status("writing text to calibrate on")
+        return job.with_own_text(self.model, tokens, self._ranks)
+
+    def measure(self, held_out: Tensor | None, when: str) -> dict[str, Any]:
+        """Measure the model as it is."""
+        if held_out is None:
+            return {}
+        with self._prepared.shell.adapter.running(self.model):
+            return {when: measure(self._prepared, self.model, held_out, when, self._status)}
+
+    def write(self, report: Report, plan: Plan) -> Report:
+        """Save the model, open what was saved, and hold it against the plan."""
+        self._status("saving and verifying")
+        with writing(self._prepared.options.output):
+            self._save(plan, self._work.out)
+        del self.model
+        self._loaded = None
+        gc.collect()
+        self._verify(plan, self._work.out)
+        return self._record(report, self._work.out)
+
+    def _save(self, plan: Plan, directory: Path) -> None:
+        """Write the model: as a copy of its checkpoint where that is possible."""
+        options, tokenizer = self._prepared.options, self._text.tokenizer
+        if self._stored is not None:
+            other = tokenizer if options.tokenizer else None
+            self._stored.copy(directory, other, options.max_shard_size)
+            self._stored.write(self.model, plan, directory)
+            return
+        shell = self._prepared.shell
+        save_model(self.model, tokenizer, directory, shell.checkpoint, options.max_shard_size)
+        if not shell.source.gguf:
+            keep_side_files(local_directory(shell), directory)
+
+    def _verify(self, plan: Plan, directory: Path) -> None:
+        """Open what was written as anybody would; that model is there to be measured."""
+        prepared, shell = self._prepared, self._prepared.shell
+        source = replace(shell.source, location=str(directory), gguf=None)
+        saved = skeleton(source, prepared.registry, shell.spec.name)
+        self.model = load(saved, self._dtype, prepared.device).module
+        if failed := failures(verify(self.model, shell.adapter, plan)):
+            raise RuntimeError(f"{failed[0].name} as written: {failed[0].detail}")
+
+    def _record(self, report: Report, directory: Path) -> Report:
+        """Write the model card and the report."""
+        shell = self._prepared.shell
+        report = report.timed(time.perf_counter() - self._started)
+        with writing(self._prepared.options.output):
+            write_card(directory, report, None if shell.source.gguf else local_directory(shell))
+            return report.write(directory)
+
+    def measured(self, report: Report) -> Report:
+        """Measure the model as it was written, which is in its place, and complete the report.
+
+        Raises:
+            Unmeasured: a measure failed.
+        """
+        if (held_out := self._text.held_out) is None:
+            return report
+        output, problem = self._prepared.options.output, None
+        try:
+            report = replace(report, scores=report.scores | self.measure(held_out, "after"))
+        except Exception as error:  # a measure that fails must not lose what it measures
+            problem = Unmeasured(output, error)
+            report = replace(report, problems=[str(problem)])
+        report = self._record(report, output)
+        if problem is not None:
+            raise problem
+        return report
+
+
+def _holds(stored: Stored, model: Model) -> bool:
+    """Whether the model's blocks are what is stored, so that a copy of that can be written over."""
+    names = [
+        f"{name}.{path}"
+        for name, block in model.adapter.blocks(model.module)
+        for path, _ in block.named_parameters()
+    ]
+    return stored.holds(model.module, names)

@@ -1,0 +1,35 @@
+"""The report of a run before it has done anything."""
+
+from typing import Any
+
+from torch import Tensor
+
+from apt.output.report import Report, portable
+from apt.runs.prepare import Prepared
+from apt.runs.text import Text
+from apt.text.datasets import digest
+
+
+def new_report(prepared: Prepared, text: Text) -> Report:
+    """The options, the model and the text of a run, but not yet the hash of the model's weights."""
+    options, shell = prepared.options, prepared.shell
+    return Report(
+        options=prepared.record(),
+        model={
+            "reference": portable(options.model),
+            "type": shell.config.model_type,
+            "adapter": shell.spec.name,
+        },
+        calibration={
+            "source": portable(options.calibration),
+            "own_samples": prepared.augmentation.own_samples,
+            "bos": text.bos,
+            **calibration_of(text.tokens),
+        },
+        skipped=[site.name for site in prepared.plan.sites if site.pattern is None],
+    )
+
+
+def calibration_of(tokens: Tensor) -> dict[str, Any]:
+    """Shape and hash of calibration tokens (samples, seqlen), for the report."""
+    return {"shape": list(tokens.shape), "sha256": digest(tokens.cpu())}

@@ -1,0 +1,211 @@
+"""The options of pruning, and the only place where their defaults are written down.
+
+The command line, programs and the benchmarks set the fields of `PruneOptions`. Together with the
+method they give a `Recipe` for the loop over blocks and an `Augmentation` of the calibration text.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from apt.calibration.targets import Targets
+from apt.errors import AptError
+from apt.plugin.specs import MethodSpec
+from apt.pruning.recipe import Recipe
+from apt.solver import EFFORTS, Effort, SolverOptions
+from apt.solver.gram import DAMPING
+from apt.text.augmentation import Augmentation
+from apt.text.random_tokens import RandomTokens
+from apt.tuning.reconstruct import Reconstruction
+from apt.tuning.row_importance import RowImportance
+
+DAMPING_ERROR_AWARE = 0.05
+MOST_DAMPING = 1e6  # beyond it the Gram matrix counts for nothing, and fp32 overflows
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What an effort stands for in an error-aware run of a method that searches.
+
+    Attributes:
+        tuning_epochs, tuning_rate, tuning_tokens: see `PruneOptions`.
+        random_tokens: see `PruneOptions`.
+        own_samples: samples that the model writes, for each that is given.
+    """
+
+    tuning_epochs: int
+    tuning_rate: float
+    tuning_tokens: int
+    random_tokens: float
+    own_samples: float
+
+
+PRESETS: dict[Effort, Preset] = {
+    "fast": Preset(0, 0.0, 0, random_tokens=0.0, own_samples=0.0),
+    "default": Preset(1, 0.05, 3 * 2**12, random_tokens=0.25, own_samples=0.0),
+    "best": Preset(8, 0.025, 0, random_tokens=0.0, own_samples=0.25),
+}
+"""By effort. The tuning of ``default`` has a cost that does not grow with the number of tokens.
+Text of the model's own does more than random tokens, and costs more."""
+
+
+@dataclass(frozen=True)
+class PruneOptions:
+    """The options that the pruned weights depend on, beside model, tokens, pattern and method.
+
+    ``None`` takes the default: that of the effort, or that of the method. The ingredients can be
+    set one by one, for instance to repeat an ablation.
+
+    Args:
+        effort: a preset, ``"fast"``, ``"default"`` or ``"best"``: how long masks are searched, and
+            the defaults of tuning, random tokens and own text. Heeded by methods that search.
+        error_aware: whether a site makes up for a part of the error of the sites before it
+            (`apt.calibration.targets`). By default as the method declares. If not, pruning is
+            strictly layer-wise, and ``alpha``, ``beta``, ``row_importance`` and tuning are off.
+        alpha: α, the share that a site makes up for of the error of its own inputs. 0.25.
+        beta: β, the share that a site which writes to the residual stream makes up for of the
+            drift of that stream. 0.25.
+        row_importance: the power p by which rows that matter more to the block keep more weights
+            (`apt.tuning.row_importance`); 0 turns it off. 0.35.
+        ordered: solve the sites of a block in their order of execution, each on the inputs that
+            the pruned sites before it give ("true-sequential" in GPTQ's words). By default where
+            the run is error-aware.
+        tuning_epochs: passes of block tuning (`apt.tuning.reconstruct`, after EBFT, arXiv
+            2402.12419) over its tokens; 0 turns it off. 0, 1, 8 by effort.
+        tuning_rate: its first learning rate, as a share of the root mean square of a weight.
+            0.05 for ``default``, 0.025 for ``best``.
+        tuning_tokens: about how many calibration tokens it uses; 0 uses all. 12,288 for
+            ``default``, 0 for ``best``.
+        random_tokens: copies of calibration samples with random tokens, for each sample that is
+            given (`apt.text.random_tokens`); 0 turns them off. 0.25 for ``default``.
+        own_samples: samples that the model writes itself (`apt.text.self_generated`, after arXiv
+            2410.17170). A fourth of the samples that are given for ``best``, else 0.
+        damping: λ as a share of the mean of the Gram matrix's diagonal ("percdamp" in
+            SparseGPT's words). 0.05 where error-aware, else 0.01.
+        block_size: the columns of one joint compensation, for methods that have it; None takes all.
+    """
+
+    effort: Effort = "default"
+    error_aware: bool | None = None
+    alpha: float | None = None
+    beta: float | None = None
+    row_importance: float | None = None
+    ordered: bool | None = None
+    tuning_epochs: int | None = None
+    tuning_rate: float | None = None
+    tuning_tokens: int | None = None
+    random_tokens: float | None = None
+    own_samples: int | None = None
+    damping: float | None = None
+    block_size: int | None = None
+
+    def check(self) -> None:
+        """Raise `AptError` where a value is out of range."""
+        if self.effort not in EFFORTS:
+            raise AptError(f"effort '{self.effort}' is none of {', '.join(EFFORTS)}")
+        for name, most, unit in _RANGES:
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= most:
+                raise AptError(f"{name} {value:g} is not a number from 0 to {most:g}", unit)
+        if self.block_size is not None and self.block_size < 1:
+            raise AptError(f"block size {self.block_size} is not positive")
+
+    def recipe(self, method: MethodSpec) -> Recipe:
+        """How blocks are pruned by a method, with every default filled in.
+
+        Raises:
+            AptError: an option is out of range, or needs an error-aware run and this is none.
+        """
+        self.check()
+        aware = self.is_aware(method)
+        if not aware:
+            self._check_layer_wise()
+        damping = _or(self.damping, DAMPING_ERROR_AWARE if aware else DAMPING)
+        return Recipe(
+            SolverOptions(damping=damping, effort=self.effort, block_size=self.block_size),
+            self._targets() if aware else None,
+            self._row_importance() if aware else None,
+            self._reconstruction(self._preset(method)),
+            _or(self.ordered, aware),
+        )
+
+    def augmentation(self, method: MethodSpec, samples: int) -> Augmentation:
+        """What is added to ``samples`` calibration samples."""
+        preset = self._preset(method)
+        copies = _or(self.random_tokens, preset.random_tokens)
+        return Augmentation(
+            _or(self.own_samples, math.ceil(preset.own_samples * samples)),
+            RandomTokens(copies=copies) if copies else None,
+        )
+
+    def is_aware(self, method: MethodSpec) -> bool:
+        """Whether a run of ``method`` is error-aware."""
+        return _or(self.error_aware, method.error_aware)
+
+    def _preset(self, method: MethodSpec) -> Preset:
+        return PRESETS[self.effort if self.is_aware(method) and method.efforts else "fast"]
+
+    def _check_layer_wise(self) -> None:
+        for name in ("alpha", "beta", "row_importance", "tuning_epochs"):
+            if getattr(self, name):
+                raise AptError(
+                    f"{name} has no effect in a layer-wise run", "leave it out, or set error_aware"
+                )
+
+    def _targets(self) -> Targets:
+        base = Targets()
+        return Targets(_or(self.alpha, base.alpha), _or(self.beta, base.beta))
+
+    def _row_importance(self) -> RowImportance | None:
+        how = RowImportance()
+        power = _or(self.row_importance, how.power)
+        return replace(how, power=power) if power else None
+
+    def _reconstruction(self, preset: Preset) -> Reconstruction | None:
+        if not (epochs := _or(self.tuning_epochs, preset.tuning_epochs)):
+            return None
+        usual = preset if preset.tuning_epochs else PRESETS["default"]
+        return Reconstruction(
+            rate=_or(self.tuning_rate, usual.tuning_rate),
+            epochs=epochs,
+            tokens=_or(self.tuning_tokens, usual.tuning_tokens) or None,
+        )
+
+
+_RANGES = (
+    ("damping", MOST_DAMPING, "it is a share of the mean diagonal, such as 0.05"),
+    ("alpha", 1, "it is a share of an error, such as 0.25"),
+    ("beta", 1, "it is a share of an error, such as 0.25"),
+    ("row_importance", 2, "it is a power, such as 0.35"),
+    ("tuning_epochs", 1000, "it is a number of passes, such as 1"),
+    ("tuning_rate", 1, "it is a share of a weight's size, such as 0.05"),
+    ("tuning_tokens", math.inf, "it is a number of tokens; 0 uses all"),
+    ("random_tokens", 100, "it is a number of copies for each sample, such as 0.25"),
+    ("own_samples", math.inf, "it is a number of samples"),
+)
+
+
+def _or(value: T | None, default: T) -> T:
+    return default if value is None else value
+
+
+def record(recipe: Recipe, augmentation: Augmentation) -> dict[str, Any]:
+    """The options of a run with all defaults filled in, by the names of `PruneOptions`."""
+    targets, tuned = recipe.targets, recipe.reconstruction
+    random = augmentation.random_tokens
+    return {
+        "effort": recipe.solver.effort,
+        "error_aware": targets is not None,
+        "alpha": targets.alpha if targets else 0.0,
+        "beta": targets.beta if targets else 0.0,
+        "row_importance": recipe.row_importance.power if recipe.row_importance else 0.0,
+        "ordered": recipe.ordered,
+        "tuning_epochs": tuned.epochs if tuned else 0,
+        "tuning_rate": tuned.rate if tuned else 0.0,
+        "tuning_tokens": (tuned.tokens or 0) if tuned else 0,
+        "random_tokens": random.copies if random else 0.0,
+        "own_samples": augmentation.own_samples,
+        "damping": recipe.solver.damping,
+        "block_size": recipe.solver.block_size,
+    }

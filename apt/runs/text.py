@@ -1,0 +1,80 @@
+"""The text of a run as tokens: to calibrate on, and to measure on."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from apt.checkpoints.load import load_tokenizer
+from apt.errors import AptError
+from apt.runs.prepare import Prepared
+from apt.text.datasets import calibration_tokens, documents, evaluation_tokens
+from apt.text.special_tokens import bos_of, special_ids
+
+
+@dataclass(frozen=True)
+class Text:
+    """The text of a run.
+
+    Attributes:
+        tokenizer: the tokenizer.
+        tokens: the given calibration token ids (samples, seqlen).
+        held_out: token ids (windows, seqlen) to measure on, if that is asked for.
+        bos: the token that every sample and window begins with; None for none.
+        special: tokens that are no text.
+    """
+
+    tokenizer: Any
+    tokens: Tensor
+    held_out: Tensor | None
+    bos: int | None
+    special: tuple[int, ...]
+
+    def check(self, model: nn.Module, reference: str) -> None:
+        """Raise where a token has no embedding in the model."""
+        for tokens in (self.tokens, self.held_out):
+            if tokens is not None:
+                check_vocabulary(tokens, model, reference)
+
+
+def read_text(prepared: Prepared) -> Text:
+    """Read and tokenise the text of a run.
+
+    Raises:
+        AptError: a data source or the tokenizer cannot be read, or there is too little text.
+    """
+    options = prepared.options
+    tokenizer = load_tokenizer(prepared.shell.source, options.tokenizer)
+    bos = bos_of(tokenizer) if options.bos else None
+    given = _calibration(prepared, tokenizer, bos)
+    held_out = _held_out(prepared, tokenizer, bos) if options.evaluation else None
+    return Text(tokenizer, given, held_out, bos, special_ids(tokenizer))
+
+
+def _calibration(prepared: Prepared, tokenizer: Any, bos: int | None) -> Tensor:
+    options, source = prepared.options, prepared.options.calibration
+    found: Iterable[str] = ()
+    if options.samples:
+        found = documents(source, "calibration", prepared.registry, options.hub.token)
+    return calibration_tokens(
+        tokenizer, found, options.samples, options.seqlen, options.seed, source, bos
+    )
+
+
+def _held_out(prepared: Prepared, tokenizer: Any, bos: int | None) -> Tensor:
+    options, source = prepared.options, str(prepared.options.evaluation)
+    found = documents(source, "evaluation", prepared.registry, options.hub.token)
+    most = options.samples or prepared.augmentation.own_samples
+    return evaluation_tokens(tokenizer, found, most, options.seqlen, source, bos, fewer=True)
+
+
+def check_vocabulary(tokens: Tensor, module: nn.Module, reference: str) -> None:
+    """Raise where a token has no embedding."""
+    vocabulary = module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    if tokens.numel() and int(tokens.max()) >= vocabulary:
+        raise AptError(
+            f"the tokenizer of {reference} gives ids up to {int(tokens.max())}, "
+            f"but the model has {vocabulary} embeddings",
+            "the tokenizer belongs to another model",
+        )
