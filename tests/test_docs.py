@@ -1,5 +1,6 @@
 """What the documents say about adapters and hooks is what happens."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -64,3 +65,30 @@ def test_the_hook_reference_is_that_of_the_code():
     assert (ROOT / "docs/hooks.md").read_text() == made.stdout, (
         "python docs/make_hooks.py > docs/hooks.md"
     )
+
+
+def raised():
+    """The constant parts of all texts in the code, with ``…`` for whatever is filled in."""
+    roots = (ROOT / "apt", ROOT / "adapters", ROOT / "plugins")
+    for path in (path for root in roots for path in root.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                yield "".join(
+                    str(part.value) if isinstance(part, ast.Constant) else "…"
+                    for part in node.values
+                )
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def test_each_message_in_the_troubleshooting_tables_is_one_of_the_code():
+    tables = (ROOT / "docs/faq.md").read_text(encoding="utf-8").partition("## Error messages")[2]
+    quoted = re.findall(r"^\| `(.+?)`", tables, re.MULTILINE)
+    texts = "\n".join(raised())
+    missing = []
+    for message in quoted:
+        pieces = (re.escape(piece.strip(" '")) for piece in message.split("…"))
+        if not re.search(".*".join(piece for piece in pieces if piece), texts):
+            missing.append(message)
+    assert len(quoted) > 40
+    assert not missing
