@@ -1,5 +1,6 @@
-"""What the documents say about adapters and hooks is what happens."""
+"""The documents are true: their examples, messages, links and generated parts."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from apt.adapter import DecoderAdapter, Input
 from apt.testing import check_adapter, random_tokens
 
 ROOT = Path(__file__).parent.parent
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 GUIDE = (ROOT / "docs/first-adapter.md").read_text()
 PYTHON = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
 SAID = [text.strip() for text in re.findall(r"```text\n(.*?)```", GUIDE, re.DOTALL)]
@@ -64,3 +66,52 @@ def test_the_hook_reference_is_that_of_the_code():
     assert (ROOT / "docs/hooks.md").read_text() == made.stdout, (
         "python docs/make_hooks.py > docs/hooks.md"
     )
+
+
+def raised():
+    """The constant parts of all texts in the code, with ``…`` for whatever is filled in."""
+    roots = (ROOT / "apt", ROOT / "adapters", ROOT / "plugins")
+    for path in (path for root in roots for path in root.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                yield "".join(
+                    str(part.value) if isinstance(part, ast.Constant) else "…"
+                    for part in node.values
+                )
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def test_each_message_in_the_troubleshooting_tables_is_one_of_the_code():
+    tables = (ROOT / "docs/faq.md").read_text(encoding="utf-8").partition("## Error messages")[2]
+    quoted = re.findall(r"^\| `(.+?)`", tables, re.MULTILINE)
+    texts = "\n".join(raised())
+    missing = []
+    for message in quoted:
+        pieces = (re.escape(piece.strip(" '")) for piece in message.split("…"))
+        if not re.search(".*".join(piece for piece in pieces if piece), texts):
+            missing.append(message)
+    assert len(quoted) > 40
+    assert not missing
+
+
+def anchors(page):
+    """The anchors that a forge makes of a page's headings."""
+    for heading in re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE):
+        yield re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_each_link_leads_to_a_page_and_a_heading(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        if not link.startswith("http"):
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
+
+
+def test_the_index_names_every_page():
+    text = (ROOT / "docs/index.md").read_text(encoding="utf-8")
+    pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"index.md"}
+    assert pages <= set(re.findall(r"\]\((\w[\w-]*\.md)\)", text))
