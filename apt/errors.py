@@ -23,8 +23,9 @@ class AptError(Exception):
         """A line for each thing that is wrong: one, but for errors that collect several."""
         return [str(self)]
 
-    def add_hint(self, hint: str) -> None:
-        """Say one thing more."""
+    def add_hint(self, hint: str, *options: str) -> None:
+        """Say one thing more, about the options of these names."""
+        self.options += options
         self.hint = f"{self.hint}; {hint}" if self.hint else hint
         self.args = (f"{self.message}; {self.hint}",)
 

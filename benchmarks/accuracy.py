@@ -7,8 +7,8 @@ summaries of Wikipedia articles, evaluated on other summaries and on quotations 
         --json out/accuracy.json --plot out/accuracy.png
 
 A method is NAME or NAME:EFFORT, followed by options of ``apt.PruneOptions``: ``/layer-wise``,
-``/at-once``, ``/alpha=0``, ``/tuning_epochs=0``, ``/random_tokens=0.5``, ``/own_samples=8``. Rows are
-added to the JSON file as they are measured, and a row that is there already is not measured again.
+``/at-once``, ``/alpha=0``, ``/tuning_epochs=0``, ``/random_tokens=0.5``, ``/own_samples=8``. Rows
+are added to the JSON file as they are measured; a row that is there is not measured again.
 """
 
 import argparse

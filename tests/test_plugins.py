@@ -112,13 +112,27 @@ def test_two_adapters_for_one_type_must_be_chosen_from(entry):
         found.adapter_for("other")
 
 
-def test_the_default_method_has_the_highest_rank(entry):
+def test_the_default_method_is_the_highest_ranked_of_apts_own(entry):
     def methods():
         return [MethodSpec("best", "", "x:y", rank=1000), MethodSpec("worst", "", "x:y", rank=1)]
 
-    found = load_registry([*entry_points(group="apt"), entry("mine", apt_methods=methods)])
-    assert found.default_method().name == "best"
-    assert registry().default_method().name == "admm"
+    mine = entry("mine", apt_methods=methods)
+    assert load_registry([*entry_points(group="apt"), mine]).default_method().name == "admm"
+    assert load_registry([mine]).default_method().name == "best"
+
+
+def test_a_hook_that_wraps_others_is_refused_by_name(entry):
+    point = entry("mine", apt_adapters=adapters("mine"))
+    module = sys.modules[point.module]
+
+    def apt_site_pruned(event):
+        yield
+
+    module.apt_site_pruned = hookimpl(wrapper=True)(apt_site_pruned)
+    with pytest.warns(UserWarning, match=r"mine 1\.2: .*apt_site_pruned cannot be a wrapper"):
+        found = load_registry([point])
+    assert not found.observers
+    assert not found.adapters.specs
 
 
 def test_all_problems_are_told_whichever_hook_they_came_from(entry):

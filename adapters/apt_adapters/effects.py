@@ -59,7 +59,11 @@ def effects_of(mixer: nn.Module, extras: Sequence[Extra], sink: Effects) -> Iter
     with _lock:
         before = {name: getattr(module, name) for name in _WATCHED if hasattr(module, name)}
         if len(before) < 2:
-            raise AptError("--also needs transformers 5.24 or newer for this model", "upgrade it")
+            raise AptError(
+                "beyond its Linears this model is pruned with transformers 5.24 or newer only",
+                "upgrade transformers",
+                ("also",),
+            )
         heads = _Heads(mixer, take)
         watched = {
             "causal_conv1d_fn": lambda plain: _conv(plain, take),

@@ -65,11 +65,17 @@ def passed_on(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor]:
 
 @contextmanager
 def stubbed(blocks: Sequence[nn.Module], stub: Callable[..., Any]) -> Iterator[None]:
-    """While entered, ``stub`` is called in place of each of the blocks."""
+    """While entered, ``stub`` is called in place of each of the blocks.
+
+    A block that has a ``forward`` of its own, as accelerate gives it, gets that back.
+    """
+    own = [vars(block).get("forward") for block in blocks]
     for block in blocks:
         block.forward = stub
     try:
         yield
     finally:
-        for block in blocks:
+        for block, forward in zip(blocks, own, strict=True):
             del block.forward
+            if forward is not None:
+                block.forward = forward

@@ -73,7 +73,8 @@ class Passing:
             raise AptError(
                 f"{site.name} is multiplied by other tokens in the pruned stream than in the dense "
                 "one: they cannot be held against each other",
-                "prune with --layer-wise, or let the adapter declare it routed",
+                "prune layer-wise, or let the adapter declare it routed",
+                ("error_aware",),
             )
         return parts[index]
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor
 from transformers.utils.hub import cached_file
 
+from apt.checkpoints.load_errors import load_error
 from apt.locations.hub import Hub
 from apt.locations.model_source import Source
 from apt.plugin.registry import Registry
@@ -31,13 +32,26 @@ class Checkpoint(Protocol):
 
 
 def find_file(location: str, name: str, hub: Hub | None = None) -> Path | None:
-    """A file of a directory here or of a repository on the hub; None where it is not there."""
+    """A file of a directory here or of a repository on the hub; None where it has no such file.
+
+    Raises:
+        OSError: there is no such repository, the hub does not answer, or it gives no access.
+    """
     how = {"_raise_exceptions_for_missing_entries": False, **(hub or Hub()).options()}
-    try:
-        found = cached_file(location, name, **how)
-    except (OSError, ValueError):
-        return None
+    found = cached_file(location, name, **how)
     return Path(found) if found else None
+
+
+def find_source_file(source: Source, name: str) -> Path | None:
+    """A file of a model's directory or repository; None where it has no such file.
+
+    Raises:
+        AptError: the file cannot be looked for, because the hub does not answer, for instance.
+    """
+    try:
+        return find_file(source.location, name, source.hub)
+    except (OSError, ValueError) as error:
+        raise load_error(source, error, "check the network and the name") from error
 
 
 def local_copy(source: Source, ignored: Sequence[str] = ()) -> Path:
@@ -57,7 +71,7 @@ def local_copy(source: Source, ignored: Sequence[str] = ()) -> Path:
 
 def open_checkpoint(source: Source, registry: Registry) -> Checkpoint | None:
     """The checkpoint, if it is in a format that a plugin reads; None leaves it to transformers."""
-    path = find_file(source.location, "config.json", source.hub)
+    path = find_source_file(source, "config.json")
     if path is None:
         return None
     try:

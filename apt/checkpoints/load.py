@@ -188,7 +188,8 @@ def check_finite(module: nn.Module, reference: str, cast: torch.dtype | None = N
         if cast is torch.float16 and not parameter.isnan().any():
             raise AptError(
                 f"{name} of {reference} has values beyond 65,504, the largest of float16",
-                "use --dtype bfloat16 or float32",
+                "use dtype bfloat16 or float32",
+                ("dtype",),
             )
         raise AptError(
             f"{name} of {reference} holds values that are not finite",

@@ -54,7 +54,8 @@ def _not_on_hub(source: Source, error: Exception) -> AptError | None:
     if "GatedRepoError" in causes:
         return AptError(
             f"'{name}' is not given to everybody",
-            "ask for access on its page of the hub, then pass --token or run `hf auth login`",
+            "ask for access on its page of the hub, then give a token or run `hf auth login`",
+            ("token",),
         )
     if "RevisionNotFoundError" in causes:
         return AptError(f"'{name}' has no revision '{source.hub.revision}'", "check its page")
@@ -102,7 +103,8 @@ def tokenizer_error(reference: str, error: Exception, hub: Hub) -> AptError:
         return _needs_code(f"the tokenizer of {reference}")
     return AptError(
         f"{reference} has no tokenizer that loads: {described(error)}",
-        "put the tokenizer's files beside the weights, or name one with --tokenizer",
+        "put the tokenizer's files beside the weights, or name another tokenizer",
+        ("tokenizer",),
     )
 
 
@@ -113,7 +115,8 @@ def _wants_code(error: Exception) -> bool:
 def _needs_code(what: str) -> AptError:
     return AptError(
         f"{what} needs code of its own, which is not run unless asked",
-        "read that code, then pass --trust-remote-code",
+        "read that code, then allow it",
+        ("trust_remote_code",),
     )
 
 

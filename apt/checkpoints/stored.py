@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from apt.checkpoints.copies import OTHER_WEIGHTS, copy_files, copy_weights, side_files
-from apt.checkpoints.formats import find_file, local_copy
+from apt.checkpoints.formats import find_source_file, local_copy
 from apt.checkpoints.model import Model
 from apt.checkpoints.safetensors_io import Shards
 from apt.checkpoints.tensor_map import Layout, layout_of, pruned_parameters
@@ -132,7 +132,7 @@ def find_stored(shell: Model) -> Stored | None:
 def local_directory(shell: Model) -> Path:
     """Where the checkpoint of a model lies on this machine."""
     source = shell.source
-    found = find_file(source.location, "config.json", source.hub)
+    found = find_source_file(source, "config.json")
     if found is None:
         raise AptError(f"{source.location} has no config.json", "is the checkpoint complete?")
     if not source.on_hub:

@@ -52,7 +52,8 @@ def layout_of(shell: Model, shards: Shards) -> Layout:
                 raise NotStoredError(
                     f"{shell.source.reference} cannot be streamed: it does not hold {block}.{name} "
                     "as the model has it",
-                    "leave out --stream",
+                    "do not stream it",
+                    ("stream",),
                 )
     return found
 

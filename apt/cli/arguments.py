@@ -6,7 +6,6 @@ import typer
 
 from apt.errors import AptError
 from apt.locations.hub import Hub
-from apt.runs.limits import check_pattern_options
 
 if TYPE_CHECKING:
     from apt.locations.model_source import Source
@@ -106,6 +105,19 @@ def read_pattern(sparsity: str | None, pattern: str | None, per: str | None) -> 
     if isinstance(found, Unstructured) and per is not None:
         return Unstructured(found.sparsity, per)  # type: ignore[arg-type]
     return found
+
+
+def check_pattern_options(sparsity: str | None, pattern: str | None, per: str | None) -> None:
+    """Raise where the options that make up a pattern contradict each other."""
+    if sparsity is not None and pattern is not None:
+        raise AptError("--sparsity and --pattern are both given", "choose one")
+    if per not in (None, "row", "layer"):
+        raise AptError(f"--per {per} is neither row nor layer")
+    if per is not None and sparsity is None:
+        raise AptError(
+            f"--per {per} says where --sparsity is counted, and there is no --sparsity",
+            "an n:m pattern is the same in every row: leave out --per",
+        )
 
 
 def parse(text: str) -> "Pattern":

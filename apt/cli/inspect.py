@@ -3,7 +3,7 @@
 import typer
 
 from apt.cli import arguments as args
-from apt.runs.limits import check_activations, check_pattern_options, check_windows
+from apt.runs.limits import check_activations, check_windows
 
 
 def inspect(
@@ -28,7 +28,7 @@ def inspect(
     """Show a model's blocks and sites, and what pruning it will need; reads no weights."""
     check_windows(samples, seqlen)
     check_activations(activations, streamed=stream)
-    check_pattern_options(sparsity, pattern, None)
+    args.check_pattern_options(sparsity, pattern, None)
     from apt.cli.output import notice
     from apt.plugin.registry import registry
 

@@ -12,7 +12,6 @@ from apt.runs.limits import (
     check_activations,
     check_amount,
     check_dtype,
-    check_pattern_options,
     check_seed,
     check_shard_size,
 )
@@ -177,7 +176,7 @@ def prune(
     check_dtype(dtype)
     check_shard_size(max_shard_size)
     check_activations(activations, streamed=stream or resume)
-    check_pattern_options(sparsity, pattern, per)
+    args.check_pattern_options(sparsity, pattern, per)
     from apt.plugin.registry import registry
 
     shelf, defaults = registry(), _Defaults()

@@ -68,7 +68,7 @@ def run(prepared: Prepared, ranks: Ranks, notices: list[str], *, as_json: bool) 
         if ranks.first:
             typer.echo(f"{program()}: interrupted; {_left(prepared.options)}", err=True)
         raise typer.Exit(143 if isinstance(error, _TerminatedError) else 130) from None
-    show_report(report, prepared.options, as_json=as_json)
+    show_report(report, prepared.options, prepared.registry, as_json=as_json)
     if wrong := without_value(report.scores, prepared.options.metrics):
         complaint(f"the {wrong} is not a finite number: the model's outputs are not")
         raise typer.Exit(1)

@@ -7,10 +7,11 @@ from typing import Any
 
 from apt.cli.output import duration, out, show, show_json, size, table
 from apt.output.report import Report, by_kind, peak_memory
+from apt.plugin.registry import Registry
 from apt.runs.options import RunOptions
 
 
-def show_report(report: Report, options: RunOptions, *, as_json: bool) -> None:
+def show_report(report: Report, options: RunOptions, registry: Registry, *, as_json: bool) -> None:
     """Print what a run has done, and where the result lies."""
     if as_json:
         show_json(_record(report, options))
@@ -19,13 +20,23 @@ def show_report(report: Report, options: RunOptions, *, as_json: bool) -> None:
     _show_doubts(report)
     for metric in options.metrics if report.scores else ():
         before, after = report.scores["before"][metric], report.scores["after"][metric]
-        out.print(f"{metric} on {options.evaluation}: {before:.4g} → {after:.4g}", markup=False)
+        judged = _judged(before, after, registry.evaluators.get(metric).better)
+        line = f"{metric} on {options.evaluation}: {before:.4g} → {after:.4g}{judged}"
+        out.print(line, markup=False)
     out.print(
         f"{options.output}: {report.sparsity:.2%} zeros in the pruned sites, verified on disk; "
         f"mean relative layer error {report.relative_layer_error:.4f}; {duration(report.seconds)}, "
         f"peak memory {size(sum(peak_memory().values()))}",
         markup=False,
     )
+
+
+def _judged(before: float, after: float, better: str) -> str:
+    """By how much a measure has become better or worse, in brackets; empty where it has not."""
+    if not (math.isfinite(before) and math.isfinite(after)) or before in (0, after):
+        return ""
+    improved = (after < before) is (better == "lower")
+    return f" ({abs(after / before - 1):.1%} {'better' if improved else 'worse'})"
 
 
 def _record(report: Report, options: RunOptions) -> dict[str, Any]:

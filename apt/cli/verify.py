@@ -8,7 +8,6 @@ import typer
 from apt.cli import arguments as args
 from apt.errors import AptError, shortened
 from apt.locations.paths import kind_at
-from apt.runs.limits import check_pattern_options
 
 
 def verify(
@@ -29,7 +28,7 @@ def verify(
     sites that the report lists as left dense on request are named and not counted, and --per is
     the run's own.
     """
-    check_pattern_options(sparsity, pattern, per)
+    args.check_pattern_options(sparsity, pattern, per)
     if kind_at(directory) != "directory":
         raise AptError(f"no such directory: {shortened(str(directory))}")
 

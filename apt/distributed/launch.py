@@ -60,7 +60,7 @@ def _own_device() -> int:
     if place >= devices:
         raise AptError(
             f"there are {devices} CUDA devices here for rank {place} of this machine",
-            f"start at most {devices} with --nproc-per-node",
+            f"start at most {devices} processes on a machine",
         )
     return place
 

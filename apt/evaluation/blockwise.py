@@ -102,7 +102,8 @@ class _Windows:
         except (AttributeError, KeyError, TypeError):
             raise AptError(
                 "the metric runs the model on other tokens than the windows that it was given",
-                "leave out --stream, or choose another --metric",
+                "do not stream, or choose another metric",
+                ("stream", "metrics"),
             ) from None
 
     def given(

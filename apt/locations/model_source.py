@@ -85,8 +85,9 @@ def find(
         return replace(source, hub=hub.reached())
     if hub.revision is not None:
         raise AptError(
-            f"--revision is for models of the hub, and {reference} is on this machine",
+            f"a revision is for models of the hub, and {reference} is on this machine",
             "leave it out",
+            ("revision",),
         )
     return source
 

@@ -6,14 +6,16 @@ A run replaces an empty directory, or one that APT wrote and nobody added to, an
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from apt.checkpoints.copies import REPORT
 from apt.errors import AptError, first_line
 from apt.output.report import read_report
 
-_CHOOSE = "choose another --output"
+_CHOOSE = "choose another output"
+_OUTPUT = ("output",)
+_OVERWRITE = ("overwrite", "output")
 _FOLDER = ".{}.apt"
 
 
@@ -46,7 +48,7 @@ def check_output(directory: Path, overwrite: bool, inputs: Sequence[Path] = ()) 
         lost = check_replaceable(target, overwrite, str(directory))
         _check_writable(target)
     except OSError as error:
-        raise AptError(f"cannot write {directory}: {error.strerror}", _CHOOSE) from error
+        raise AptError(f"cannot write {directory}: {error.strerror}", _CHOOSE, _OUTPUT) from error
     return lost
 
 
@@ -55,7 +57,7 @@ def check_replaceable(target: Path, overwrite: bool, name: str) -> str:
     if not os.path.lexists(target):
         return ""
     if not target.is_dir():
-        raise AptError(f"{name} exists and is no directory", _CHOOSE)
+        raise AptError(f"{name} exists and is no directory", _CHOOSE, _OUTPUT)
     entries = set(contents(target))
     if not entries:
         return ""
@@ -64,10 +66,13 @@ def check_replaceable(target: Path, overwrite: bool, name: str) -> str:
         shown = ", ".join(foreign[:3]) + (", …" if len(foreign) > 3 else "")
         raise AptError(
             f"{name} exists and holds what APT did not write there: {shown}",
-            f"--overwrite does not replace that; {_CHOOSE}",
+            f"that is never replaced; {_CHOOSE}",
+            _OUTPUT,
         )
     if not overwrite:
-        raise AptError(f"{name} exists and is not empty", "pass --overwrite or another --output")
+        raise AptError(
+            f"{name} exists and is not empty", "overwrite it, or choose another", _OVERWRITE
+        )
     return f"{name}, the result of an earlier run, with its {len(entries)} files"
 
 
@@ -95,7 +100,7 @@ def _check_links(directory: Path) -> None:
     """Raise where the path leads through a link to nowhere."""
     for path in (directory, *directory.parents):
         if path.is_symlink() and not path.exists():
-            raise AptError(f"{path} is a link that leads nowhere", _CHOOSE)
+            raise AptError(f"{path} is a link that leads nowhere", _CHOOSE, _OUTPUT)
 
 
 def _check_name(target: Path) -> None:
@@ -111,13 +116,13 @@ def _check_place(directory: Path, target: Path, inputs: Sequence[Path]) -> None:
     """Raise where the target is a place that must stay, holds one, or lies inside an input."""
     for what, place in _kept(inputs):
         if target == place:
-            raise AptError(f"{directory} is {what}", _CHOOSE)
+            raise AptError(f"{directory} is {what}", _CHOOSE, _OUTPUT)
         if target in place.parents:
-            raise AptError(f"{directory} holds {what}, {place}", _CHOOSE)
+            raise AptError(f"{directory} holds {what}, {place}", _CHOOSE, _OUTPUT)
         if what == _INPUT and place in target.parents:
-            raise AptError(f"{directory} lies inside {what}, {place}", _CHOOSE)
+            raise AptError(f"{directory} lies inside {what}, {place}", _CHOOSE, _OUTPUT)
     if target.is_mount():
-        raise AptError(f"{directory} is a mount point", "choose a directory in it as --output")
+        raise AptError(f"{directory} is a mount point", "choose a directory in it", _OUTPUT)
 
 
 _INPUT = "what the run reads"
@@ -137,14 +142,14 @@ def _kept(inputs: Sequence[Path]) -> Iterator[tuple[str, Path]]:
 def _check_writable(target: Path) -> None:
     parent = _existing_parent(target)
     if not parent.is_dir():
-        raise AptError(f"{parent} is no directory", _CHOOSE)
+        raise AptError(f"{parent} is no directory", _CHOOSE, _OUTPUT)
     try:
         with tempfile.TemporaryFile(dir=parent):
             pass
     except OSError as error:
-        raise AptError(f"cannot write in {parent}: {error.strerror}", _CHOOSE) from error
+        raise AptError(f"cannot write in {parent}: {error.strerror}", _CHOOSE, _OUTPUT) from error
     if target.is_dir() and not os.access(target, os.W_OK | os.X_OK):
-        raise AptError(f"cannot write in {target}: Permission denied", _CHOOSE)
+        raise AptError(f"cannot write in {target}: Permission denied", _CHOOSE, _OUTPUT)
 
 
 def check_space(directory: Path, needed: int) -> None:
@@ -163,6 +168,8 @@ def _existing_parent(directory: Path) -> Path:
     return next(parent for parent in directory.absolute().parents if parent.exists())
 
 
-def cannot_write(output: Path, error: BaseException, hint: str = "") -> AptError:
+def cannot_write(
+    output: Path, error: BaseException, hint: str = "", options: Iterable[str] = ()
+) -> AptError:
     """The error for an output that the disk does not take."""
-    return AptError(f"cannot write {output}: {first_line(error)}", hint)
+    return AptError(f"cannot write {output}: {first_line(error)}", hint, options)

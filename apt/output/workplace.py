@@ -7,7 +7,7 @@ it is a link, and it is gone once the output is whole.
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, NoReturn
@@ -88,8 +88,9 @@ class Workplace:
             self.journal.read()
         if self.journal.has("block"):
             raise AptError(
-                f"an interrupted run of {self.name} is there to go on with",
-                f"pass --resume, or delete {self.folder}",
+                f"an interrupted run of {self.name} is there to be resumed",
+                f"resume it, or delete {self.folder}",
+                ("resume",),
             )
         if self.whole:
             raise AptError(
@@ -224,8 +225,8 @@ def _make_folder(folder: Path) -> None:
     with suppress(FileExistsError):
         folder.mkdir(mode=0o700)
     if folder.is_symlink() or not folder.is_dir() or folder.stat().st_uid != os.geteuid():
-        hint = "delete it, or choose another --output"
-        raise AptError(f"{folder} is not a folder of yours", hint)
+        hint = "delete it, or choose another output"
+        raise AptError(f"{folder} is not a folder of yours", hint, ("output",))
 
 
 def _open_lock(path: Path) -> IO[str]:
@@ -258,12 +259,12 @@ def whole_directory(output: Path, overwrite: bool = False) -> Iterator[Workplace
 
 
 @contextmanager
-def writing(output: Path, hint: str = "") -> Iterator[None]:
+def writing(output: Path, hint: str = "", options: Iterable[str] = ()) -> Iterator[None]:
     """Say what to do where the disk is full or fails."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise cannot_write(output, error, hint) from error
+        raise cannot_write(output, error, hint, options) from error
 
 
 def open_up(partial: Path) -> None:

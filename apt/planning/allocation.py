@@ -37,8 +37,9 @@ def check_allocation(name: str, plan: Plan) -> None:
     """Raise where there is nothing to share out."""
     if name != UNIFORM and not unstructured(plan):
         raise AptError(
-            f"--allocation {name} has nothing to share out: n:m fixes the sparsity of every site",
-            "give --sparsity",
+            f"allocation {name} has nothing to share out: n:m fixes the sparsity of every site",
+            "give a sparsity",
+            ("sparsity",),
         )
 
 

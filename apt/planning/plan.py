@@ -152,7 +152,7 @@ def make_plan(
             example = plan.sites[0].name
             raise AptError(f"'{glob}' matches no site", f"names look like {example}")
     if not any(block.pruned for block in plan.blocks):
-        raise AptError("no site is left to prune", "loosen --only or --skip")
+        raise AptError("no site is left to prune", "select more", ("only", "skip"))
     _refuse_shared(dict(adapter.blocks(model)), plan)
     return plan
 
@@ -165,7 +165,7 @@ def _refuse_shared(modules: dict[str, nn.Module], plan: Plan) -> None:
             parameter = modules[block.name].get_parameter(entry.site.parameter)
             first = owners.setdefault((parameter, entry.site.expert), entry.name)
             if first != entry.name:
-                raise AptError(f"{first} and {entry.name} are one weight", "leave both out: --skip")
+                raise AptError(f"{first} and {entry.name} are one weight", "skip both", ("skip",))
 
 
 def _planned(
@@ -184,7 +184,8 @@ def _planned(
         if isinstance(pattern, NM) and width % pattern.m:
             raise AptError(
                 f"{name} has {width} inputs, not a multiple of {pattern.m} as {pattern} needs",
-                f"leave it out with --skip '*.{site.name}'",
+                f"skip '*.{site.name}'",
+                ("skip",),
             )
         if isinstance(pattern, Unstructured):
             pattern = pattern.counted(per)
@@ -211,7 +212,8 @@ def _extras(
             raise AptError(
                 f"{name} has {width} weights a channel, not a multiple of {pattern.m} as "
                 f"{pattern} needs",
-                f"give it a sparsity with --override '*.{extra.name}=0.5'",
+                f"give it a sparsity of its own: '*.{extra.name}=0.5'",
+                ("overrides",),
             )
         if isinstance(pattern, Unstructured):
             pattern = pattern.counted("layer")

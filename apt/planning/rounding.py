@@ -21,7 +21,7 @@ def check_rounding(plan: Plan, notice: Callable[[str], None] = lambda line: None
     first = whole[0]
     said = f"{first.pattern} of the weights of {first.name} {_counted(first)} rounds to none"
     if len(whole) == len(pruned):
-        raise AptError(f"nothing would be pruned: {said}", "give a larger --sparsity")
+        raise AptError(f"nothing would be pruned: {said}", "give a larger sparsity", ("sparsity",))
     notice(f"{len(whole)} of {len(pruned)} sites lose no weight: {said}")
 
 

@@ -49,6 +49,11 @@ class Plugin:
     disabled: bool = False
 
     @property
+    def distribution_name(self) -> str:
+        """The name of the distribution, without its version."""
+        return self.distribution.partition(" ")[0]
+
+    @property
     def key(self) -> str:
         """What it is registered under."""
         return f"{self.distribution}:{self.name}"
@@ -109,8 +114,13 @@ class Registry:
                 warnings.warn(f"observer failed and is left out: {problem}", stacklevel=2)
 
     def default_method(self) -> MethodSpec:
-        """The most accurate method there is."""
-        return max(self.methods.specs.values(), key=lambda spec: spec.rank)
+        """The most accurate of APT's own methods; of all where those are disabled.
+
+        The method of another package is used where it is named, whatever its rank.
+        """
+        specs, origins = self.methods.specs, self.methods.origins
+        own = [spec for name, spec in specs.items() if origins[name].distribution_name == OURS]
+        return max(own or specs.values(), key=lambda spec: spec.rank)
 
     def adapter_for(self, model_type: str) -> AdapterSpec:
         """The only adapter that claims ``model_type``."""
@@ -120,13 +130,14 @@ class Registry:
         if not claims:
             served = sorted(t for s in self.adapters.specs.values() for t in s.model_types)
             general = [s.name for s in self.adapters.specs.values() if not s.model_types]
-            others = f", or try --adapter {general[0]}" if general else ""
+            others = f", or try adapter {general[0]}" if general else ""
             raise AptError(
                 f"no adapter serves models of type '{model_type}'",
                 f"install a package with one{others}; served: {', '.join(served)}",
+                ("adapter",),
             )
         names = " and ".join(f"'{spec.name}'" for spec in claims)
-        raise AptError(f"adapters {names} all serve '{model_type}'", "choose one with --adapter")
+        raise AptError(f"adapters {names} all serve '{model_type}'", "choose one", ("adapter",))
 
 
 class _Loader:
@@ -148,7 +159,9 @@ class _Loader:
             module = entry.load()
             _check_version(getattr(module, "APT_API", hookspecs.API))
             self.manager.register(module, name=plugin.key)
+            _check_wrappers(self.manager.get_hookcallers(module) or [], plugin.key)
         except Exception as error:
+            self.manager.unregister(name=plugin.key)
             self.note(plugin.key, error)
 
     def _disabled(self, entry: EntryPoint) -> bool:
@@ -195,6 +208,15 @@ def _absent(plugins: Iterable[Plugin]) -> str:
     disabled = [p.distribution for p in plugins if p.disabled]
     text = f" (plugins that failed to load: {'; '.join(failed)})" if failed else ""
     return text + (f" ({DISABLE} leaves out {', '.join(disabled)})" if disabled else "")
+
+
+def _check_wrappers(callers: Iterable[pluggy.HookCaller], plugin: str) -> None:
+    """Refuse a hook that is declared to wrap others: APT calls every plugin's hook by itself."""
+    for caller in callers:
+        for implementation in caller.get_hookimpls():
+            wraps = implementation.wrapper or implementation.hookwrapper
+            if implementation.plugin_name == plugin and wraps:
+                raise TypeError(f"{caller.name} cannot be a wrapper")
 
 
 def _check_version(wanted: object) -> None:

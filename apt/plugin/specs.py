@@ -78,7 +78,8 @@ class MethodSpec(Spec):
     """A pruning method; its target is a function `apt.pruning.layer.Method`.
 
     Args:
-        rank: its place by measured accuracy; the method of the highest rank is the default.
+        rank: its place by measured accuracy. Of APT's own methods, the one of the highest rank is
+            the default; that of another package is used where it is named.
         source: the paper that it comes from.
         per: where it counts an unstructured sparsity unless told otherwise.
         error_aware: whether its targets are error-aware by default, see `apt.calibration.targets`.

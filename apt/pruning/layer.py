@@ -138,7 +138,8 @@ def _check(planned: PlannedSite, weight: Tensor, mask: Tensor) -> None:
     if not torch.isfinite(weight).all():
         raise AptError(
             f"the pruned weight of {planned.name} is not finite in {weight.dtype}",
-            "try --dtype float32, or more --damping",
+            "try dtype float32, or more damping",
+            ("dtype", "damping"),
         )
     assert planned.pattern is not None
     if bool(weight[mask].any()) or not meets(weight, planned.pattern):

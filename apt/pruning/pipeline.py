@@ -122,7 +122,9 @@ class _Run:
                     if index + 1 < len(plan.blocks):
                         self.leave(at)
                 except AptError as error:
-                    raise AptError(f"in {planned.name}: {error.message}", error.hint) from error
+                    raise AptError(
+                        f"in {planned.name}: {error.message}", error.hint, error.options
+                    ) from error
         return done
 
     def turn(self, at: "_Block") -> list[SitePruned]:
@@ -158,7 +160,8 @@ class _Run:
         if self.ranks.sum(not batches):
             raise AptError(
                 f"too few samples: some of {self.ranks.size} ranks are left without any",
-                "give more --samples, or start fewer ranks",
+                "give more samples, or start fewer ranks",
+                ("samples",),
             )
         self.ranks.work.tokens = sum(batch.tokens for batch in batches)
         return batches
@@ -371,5 +374,6 @@ def _check_finite(state: State) -> None:
     if isinstance(state, Tensor) and not torch.isfinite(state).all():
         raise AptError(
             "the activations after it are not finite",
-            "try --dtype float32, or bfloat16 instead of float16",
+            "try dtype float32, or bfloat16 instead of float16",
+            ("dtype",),
         )

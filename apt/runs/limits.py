@@ -12,21 +12,32 @@ _SEEDS = (-(2**63), 2**64 - 1)  # of torch's generators
 def check_amount(samples: int | None, seqlen: int, own_samples: int | None = None) -> None:
     """Raise where there is nothing to calibrate or measure on; ``samples`` None is all there is."""
     if min(samples or 0, own_samples or 0) < 0 or seqlen < 2:
-        raise AptError("--samples and --own-samples must not be negative, --seqlen at least 2")
+        raise AptError(
+            "samples and own samples must not be negative, and seqlen must be at least 2",
+            options=("samples", "own_samples", "seqlen"),
+        )
     if samples == 0 and not own_samples:
-        raise AptError("--samples must be at least 1", "or let the model write --own-samples")
+        raise AptError(
+            "there are no samples to calibrate on",
+            "give at least one, or let the model write some",
+            ("samples", "own_samples"),
+        )
 
 
 def check_windows(samples: int | None, seqlen: int) -> None:
     """Raise where there are no windows to measure or plan for; None is all there are."""
     if (samples is not None and samples < 1) or seqlen < 2:
-        raise AptError("--samples must be at least 1 and --seqlen at least 2")
+        raise AptError(
+            "samples must be at least 1 and seqlen at least 2", options=("samples", "seqlen")
+        )
 
 
 def check_seed(seed: int) -> None:
     """Raise for a seed that no generator of torch takes."""
     if not _SEEDS[0] <= seed <= _SEEDS[1]:
-        raise AptError(f"--seed {seed} is out of range", "give a whole number from 0 to 2**64 - 1")
+        raise AptError(
+            f"seed {seed} is out of range", "give a whole number from 0 to 2**64 - 1", ("seed",)
+        )
 
 
 def check_shard_size(size: str | None) -> None:
@@ -35,31 +46,26 @@ def check_shard_size(size: str | None) -> None:
         return
     found = re.fullmatch(r"(\d+) ?[KMGT]B", size.strip().upper())
     if found is None or not int(found[1]):
-        raise AptError(f"--max-shard-size {size} is no size of a file", "write 5GB or 500MB")
+        raise AptError(f"{size!r} is no size of a file", "write 5GB or 500MB", ("max_shard_size",))
 
 
 def check_dtype(name: str) -> None:
     """Raise for the name of no precision."""
     if name not in ("auto", *DTYPES):
-        raise AptError(f"no dtype '{name}'", f"use auto, {', '.join(DTYPES)}")
+        raise AptError(f"no dtype '{name}'", f"use auto, {', '.join(DTYPES)}", ("dtype",))
 
 
 def check_activations(where: str, *, streamed: bool) -> None:
     """Raise where activations cannot be kept in a place of that name."""
     if where not in ACTIVATIONS:
-        raise AptError(f"--activations {where} is none of {', '.join(ACTIVATIONS)}")
-    if where == "disk" and not streamed:
-        raise AptError(f"--activations {where} is for streamed runs", "pass --stream as well")
-
-
-def check_pattern_options(sparsity: str | None, pattern: str | None, per: str | None) -> None:
-    """Raise where the options that make up a pattern contradict each other."""
-    if sparsity is not None and pattern is not None:
-        raise AptError("--sparsity and --pattern are both given", "choose one")
-    if per not in (None, "row", "layer"):
-        raise AptError(f"--per {per} is neither row nor layer")
-    if per is not None and sparsity is None:
         raise AptError(
-            f"--per {per} says where --sparsity is counted, and there is no --sparsity",
-            "an n:m pattern is the same in every row: leave out --per",
+            f"activations cannot be kept in '{where}'",
+            f"use {', '.join(ACTIVATIONS)}",
+            ("activations",),
+        )
+    if where == "disk" and not streamed:
+        raise AptError(
+            "activations are kept on disk by streamed runs only",
+            "stream the run as well",
+            ("activations", "stream"),
         )

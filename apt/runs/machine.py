@@ -31,9 +31,13 @@ def choose_device(name: str) -> str:
     try:
         two = float(torch.ones(2, 2, device=name).matmul(torch.ones(2, 2, device=name))[0, 0])
     except Exception as error:  # of every kind: RuntimeError, AssertionError, ImportError, …
-        raise AptError(f"device '{name}' is not available here", "use --device cpu") from error
+        raise AptError(
+            f"device '{name}' is not available here", "use the device cpu", ("device",)
+        ) from error
     if two != 2:
-        raise AptError(f"device '{name}' computes 1 + 1 as {two:g}", "use --device cpu")
+        raise AptError(
+            f"device '{name}' computes 1 + 1 as {two:g}", "use the device cpu", ("device",)
+        )
     return name
 
 
@@ -62,7 +66,8 @@ def check_tokens(samples: int, seqlen: int, bytes_each: int, device: str, proces
         raise AptError(
             f"{samples:,} samples of {seqlen} tokens take more than {needed / 2**30:,.0f} GiB of "
             f"memory, and there are {there / 2**30:,.0f} GiB",
-            "use fewer --samples and --own-samples, or a smaller --seqlen",
+            "use fewer samples, or a smaller seqlen",
+            ("samples", "own_samples", "seqlen"),
         )
 
 

@@ -149,7 +149,8 @@ def already_complete(prepared: Prepared) -> bool:
     if other := [key for key in other if key.partition(".")[0] not in _HOW]:
         raise AptError(
             f"{options.output} is the result of another run: {', '.join(other)} differ",
-            "choose another --output, or leave out --resume and pass --overwrite",
+            "choose another output, or overwrite it without resuming",
+            ("output", "overwrite", "resume"),
         )
     return True
 
@@ -182,10 +183,10 @@ def _check_heeded(options: RunOptions, method: MethodSpec, registry: Registry) -
     known = registry.methods.specs.values()
     if options.prune.effort != "default" and not method.efforts:
         others = ", ".join(spec.name for spec in known if spec.efforts)
-        raise AptError(f"{method.name} knows no --effort", f"these do: {others}")
+        raise AptError(f"{method.name} knows no effort", f"these do: {others}", ("effort",))
     if options.prune.block_size is not None and not method.blocks:
         others = ", ".join(spec.name for spec in known if spec.blocks)
-        raise AptError(f"{method.name} knows no --block-size", f"these do: {others}")
+        raise AptError(f"{method.name} knows no block size", f"these do: {others}", ("block_size",))
 
 
 def capped(seqlen: int, model: Model, notice: Callable[[str], None]) -> int:

@@ -270,11 +270,11 @@ def _activations_on_disk(prepared: Prepared) -> int:
 def _resumable(work: Workplace) -> Iterator[None]:
     """Say, of whatever ends a run early, that it can be resumed, where it can."""
     try:
-        with writing(work.name, "mend that, then resume the run"):
+        with writing(work.name, "mend that, then resume the run", ("resume",)):
             yield
     except AptError as error:
-        if work.kept and not any(word in error.hint for word in ("resume", "delete")):
-            error.add_hint(f"what is done is kept in {work.folder.name}, to be resumed")
+        if work.kept and "resume" not in error.options and "delete" not in error.hint:
+            error.add_hint(f"what is done is kept in {work.folder.name}, to be resumed", "resume")
         raise
 
 

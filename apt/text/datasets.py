@@ -136,11 +136,12 @@ def windows(
     width = text_width(seqlen, bos)
     count = len(tokens) // width
     if count < (samples or 1):
-        advice = f"use --samples {count}, a smaller --seqlen" if count else "use a smaller --seqlen"
+        advice = f"use {count} samples, a smaller seqlen" if count else "use a smaller seqlen"
         raise AptError(
             f"too little text: {source} gives {len(tokens):,} tokens, {count} samples of {seqlen}, "
             f"and {samples or 1} are needed",
             f"{advice} or more text",
+            ("samples", "seqlen") if count else ("seqlen",),
         )
     return begun(tokens[: count * width].view(count, width), bos)
 

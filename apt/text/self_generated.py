@@ -72,7 +72,8 @@ def own_text(
     if not isinstance(model, GenerationMixin):
         raise AptError(
             f"{type(model).__name__} cannot write text to calibrate on",
-            "use --own-samples 0",
+            "use 0 own samples",
+            ("own_samples",),
         )
     device, width = next(model.parameters()).device, text_width(seqlen, bos)
     piece = min(width, _PIECE)
