@@ -3,7 +3,7 @@
 Importing this module imports neither torch nor transformers.
 """
 
-from apt.plugin.hookspecs import API, hookimpl
+from apt.plugin.hookspecs import API, OLDEST_API, hookimpl
 from apt.plugin.specs import (
     AdapterSpec,
     AllocationSpec,
@@ -15,6 +15,7 @@ from apt.plugin.specs import (
 
 __all__ = [
     "API",
+    "OLDEST_API",
     "AdapterSpec",
     "AllocationSpec",
     "CalibrationSpec",

@@ -1,0 +1,164 @@
+"""Writes the reference pages from the code's docstrings: hooks.md, api.md and report.md."""
+
+import inspect
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import apt
+from apt import adapter, events, hookspecs, solver, testing
+from apt.checkpoints import formats
+from apt.distributed.ranks import Work
+from apt.planning.allocation import Allocation
+from apt.plugin import hookspecs as hooks
+from apt.pruning import layer
+
+FOLDER = Path(__file__).parent
+SPECS = (
+    hookspecs.AdapterSpec, hookspecs.FormatSpec, hookspecs.MethodSpec, hookspecs.AllocationSpec,
+    hookspecs.CalibrationSpec, hookspecs.EvaluatorSpec,
+)  # fmt: skip
+DECLARED = (adapter.Site, adapter.Input, adapter.Extra, adapter.Call)
+HELPERS = (
+    adapter.expert_sites, adapter.one_by_one, adapter.WeightTap, adapter.record_calls,
+    adapter.stubbed,
+)  # fmt: skip
+EVENTS = (events.BlockStarted, events.Working, events.SitePruned, events.BlockTuned)
+_MODULES = re.compile(r"\b(?:[a-z_]+\.)+(?=[A-Za-z_])")
+_WIDTH = 96
+
+
+def entry(thing: Any, level: str = "###", name: str | None = None) -> str:
+    """A heading, the signature, and the docstring as it is written."""
+    name = name or thing.__name__
+    signature = "" if _has_no_signature(thing) else _signature(thing)
+    head = name + (signature if len(name + signature) <= _WIDTH else _wrapped(signature))
+    return f"{level} `{name}`\n\n```text\n{head}\n\n{inspect.getdoc(thing) or ''}\n```\n"
+
+
+def _signature(thing: Any) -> str:
+    """The signature without the modules of its types."""
+    return _MODULES.sub("", str(inspect.signature(thing))).replace("~", "")
+
+
+def _wrapped(signature: str) -> str:
+    """A signature with a line for each parameter."""
+    inside, _, result = signature[1:].rpartition(")")
+    lines, depth = [""], 0
+    for letter in inside:
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and not depth:
+            lines.append("")
+        else:
+            lines[-1] += letter
+    return "(\n" + "".join(f"    {line.strip()},\n" for line in lines) + f"){result}"
+
+
+def _has_no_signature(thing: Any) -> bool:
+    protocol = getattr(thing, "_is_protocol", False)
+    return not callable(thing) or protocol or (isinstance(thing, type) and _is_error(thing))
+
+
+def _is_error(thing: type) -> bool:
+    return issubclass(thing, BaseException) and "__init__" not in vars(thing)
+
+
+def members(thing: type) -> Iterator[str]:
+    """The public methods of a class."""
+    for name, value in vars(thing).items():
+        if inspect.isfunction(value) and not name.startswith("_"):
+            yield entry(value, "####")
+
+
+def page(title: str, *parts: str | Iterable[str]) -> str:
+    """A page: text as it is, entries one after the other."""
+    made = [f"# {title}\n", "Made from the code by `python docs/make_reference.py`; do not edit.\n"]
+    for part in parts:
+        made += [part] if isinstance(part, str) else list(part)
+    return "\n".join(made)
+
+
+def hooks_page() -> str:
+    """The plugin surface."""
+    return page(
+        "Hooks",
+        f"Version {hooks.API} of the surface; versions from {hooks.OLDEST_API} on are served.\n"
+        "A plugin is a module named by an entry point of group `apt`. It imports the hook marker\n"
+        "and the specs from `apt.hookspecs`, and what an adapter needs from `apt.adapter`.\n",
+        "## Hooks that a plugin may implement\n",
+        (entry(value) for name, value in vars(hooks).items() if name.startswith("apt_")),
+        "## Specs that the hooks return\n",
+        map(entry, SPECS),
+        "## Adapters\n",
+        [entry(adapter.Adapter), *members(adapter.Adapter)],
+        map(entry, DECLARED),
+        [entry(adapter.DecoderAdapter), *members(adapter.DecoderAdapter)],
+        "## Helpers for adapters\n",
+        map(entry, HELPERS),
+        "## Formats, methods and allocations\n",
+        [entry(formats.Checkpoint), *members(formats.Checkpoint)],
+        entry(layer.Method.__call__, name="a method"),
+        entry(Allocation.__call__, name="an allocation"),
+        "## Events\n",
+        "`apt.events`: `apt.prune(observe=…)` is called with all of them, the hook\n"
+        "`apt_site_pruned` with `SitePruned`.\n",
+        map(entry, EVENTS),
+    )
+
+
+def api_page() -> str:
+    """The public names of the packages that programs import."""
+    return page(
+        "API",
+        "The names below are the public surface: they keep their meaning within a version of the\n"
+        "hooks. Everything else is internal. Adapters and plugins: [hooks.md](hooks.md).\n",
+        *(part for module in (apt, solver, testing) for part in _module(module)),
+    )
+
+
+def _module(module: ModuleType) -> Iterator[str | list[str]]:
+    yield f"## `{module.__name__}`\n"
+    yield f"```text\n{inspect.getdoc(module)}\n```\n"
+    things = [(name, getattr(module, name)) for name in module.__all__]
+    yield [
+        entry(thing, name=name) for name, thing in things if inspect.getdoc(thing) and _own(thing)
+    ]
+
+
+def _own(thing: Any) -> bool:
+    return getattr(thing, "__module__", "").startswith("apt.")
+
+
+def report_page() -> str:
+    """The schema of the report."""
+    return page(
+        "Report",
+        "A run writes its record beside the pruned model, as `apt_report.json`, and `apt.prune`\n"
+        "returns it. The entries of the file and the attributes in Python have the same names;\n"
+        "`apt.Report.read(DIRECTORY)` reads the file. A number that is not finite is one of the\n"
+        'strings `"NaN"`, `"Infinity"` and `"-Infinity"` in the file. `sparsity` and\n'
+        "`relative_layer_error` are over all pruned sites; `options` has the options of the run\n"
+        "with all defaults filled in, by their names in `apt.PruneOptions` and at the shell.\n",
+        "## Entries\n",
+        entry(apt.Report),
+        "## An entry of `sites`\n",
+        "With `sparsity`, the share of zeros, beside these:\n",
+        entry(events.SitePruned),
+        "## An entry of `ranks`\n",
+        entry(Work),
+    )
+
+
+PAGES = {"hooks.md": hooks_page, "api.md": api_page, "report.md": report_page}
+
+
+def main() -> None:
+    """Write all pages."""
+    for name, make in PAGES.items():
+        (FOLDER / name).write_text(make(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
