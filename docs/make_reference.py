@@ -27,6 +27,7 @@ HELPERS = (
 )  # fmt: skip
 EVENTS = (events.BlockStarted, events.Working, events.SitePruned, events.BlockTuned)
 _MODULES = re.compile(r"\b(?:[a-z_]+\.)+(?=[A-Za-z_])")
+_FUNCTIONS = re.compile(r"<function .*? at 0x[0-9a-f]+>")
 _WIDTH = 96
 
 
@@ -40,7 +41,8 @@ def entry(thing: Any, level: str = "###", name: str | None = None) -> str:
 
 def _signature(thing: Any) -> str:
     """The signature without the modules of its types."""
-    return _MODULES.sub("", str(inspect.signature(thing))).replace("~", "")
+    plain = _MODULES.sub("", str(inspect.signature(thing))).replace("~", "")
+    return _FUNCTIONS.sub("...", plain)
 
 
 def _wrapped(signature: str) -> str:

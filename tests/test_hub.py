@@ -89,7 +89,7 @@ def test_no_network_on_request_is_told_as_that(apt, monkeypatch):
 
 
 def test_a_revision_of_a_directory_is_refused(checkpoint):
-    with pytest.raises(AptError, match="--revision is for models of the hub"):
+    with pytest.raises(AptError, match="a revision is for models of the hub"):
         find(str(checkpoint("llama")), registry(), hub=Hub("v1"))
 
 

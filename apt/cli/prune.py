@@ -12,6 +12,7 @@ from apt.runs.limits import (
     check_activations,
     check_amount,
     check_dtype,
+    check_ingredients,
     check_seed,
     check_shard_size,
 )
@@ -171,7 +172,23 @@ def prune(
 
     For example: apt-prune prune --adapter llama
     """
+    ingredients: dict[str, Any] = {
+        "effort": effort,
+        "error_aware": error_aware,
+        "alpha": alpha,
+        "beta": beta,
+        "row_importance": row_importance,
+        "ordered": ordered,
+        "tuning_epochs": tuning_epochs,
+        "tuning_rate": tuning_rate,
+        "tuning_tokens": tuning_tokens,
+        "random_tokens": random_tokens,
+        "own_samples": own_samples,
+        "damping": damping,
+        "block_size": block_size,
+    }
     check_amount(samples, seqlen, own_samples)
+    check_ingredients(ingredients)
     check_seed(seed)
     check_dtype(dtype)
     check_shard_size(max_shard_size)
@@ -222,21 +239,7 @@ def prune(
         bos=not no_bos,
         hub=hub,
         selection=args.read_selection(only, skip, override),
-        prune=PruneOptions(
-            effort=effort,  # type: ignore[arg-type]
-            error_aware=error_aware,
-            alpha=alpha,
-            beta=beta,
-            row_importance=row_importance,
-            ordered=ordered,
-            tuning_epochs=tuning_epochs,
-            tuning_rate=tuning_rate,
-            tuning_tokens=tuning_tokens,
-            random_tokens=random_tokens,
-            own_samples=own_samples,
-            damping=damping,
-            block_size=block_size,
-        ),
+        prune=PruneOptions(**ingredients),
     )
     with joined() as ranks:
         prepared = prepare(options, shelf, defaults.lines.append)

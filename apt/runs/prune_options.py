@@ -12,7 +12,8 @@ from apt.calibration.targets import Targets
 from apt.errors import AptError
 from apt.plugin.specs import MethodSpec
 from apt.pruning.recipe import Recipe
-from apt.solver import EFFORTS, Effort, SolverOptions
+from apt.runs.limits import check_ingredients
+from apt.solver import Effort, SolverOptions
 from apt.solver.gram import DAMPING
 from apt.text.augmentation import Augmentation
 from apt.text.random_tokens import RandomTokens
@@ -20,7 +21,6 @@ from apt.tuning.reconstruct import Reconstruction
 from apt.tuning.row_importance import RowImportance
 
 DAMPING_ERROR_AWARE = 0.05
-MOST_DAMPING = 1e6  # beyond it the Gram matrix counts for nothing, and fp32 overflows
 T = TypeVar("T")
 
 
@@ -102,14 +102,7 @@ class PruneOptions:
 
     def check(self) -> None:
         """Raise `AptError` where a value is out of range."""
-        if self.effort not in EFFORTS:
-            raise AptError(f"effort '{self.effort}' is none of {', '.join(EFFORTS)}")
-        for name, most, unit in _RANGES:
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= most:
-                raise AptError(f"{name} {value:g} is not a number from 0 to {most:g}", unit)
-        if self.block_size is not None and self.block_size < 1:
-            raise AptError(f"block size {self.block_size} is not positive")
+        check_ingredients(vars(self))
 
     def recipe(self, method: MethodSpec) -> Recipe:
         """How blocks are pruned by a method, with every default filled in.
@@ -171,19 +164,6 @@ class PruneOptions:
             epochs=epochs,
             tokens=_or(self.tuning_tokens, usual.tuning_tokens) or None,
         )
-
-
-_RANGES = (
-    ("damping", MOST_DAMPING, "it is a share of the mean diagonal, such as 0.05"),
-    ("alpha", 1, "it is a share of an error, such as 0.25"),
-    ("beta", 1, "it is a share of an error, such as 0.25"),
-    ("row_importance", 2, "it is a power, such as 0.35"),
-    ("tuning_epochs", 1000, "it is a number of passes, such as 1"),
-    ("tuning_rate", 1, "it is a share of a weight's size, such as 0.05"),
-    ("tuning_tokens", math.inf, "it is a number of tokens; 0 uses all"),
-    ("random_tokens", 100, "it is a number of copies for each sample, such as 0.25"),
-    ("own_samples", math.inf, "it is a number of samples"),
-)
 
 
 def _or(value: T | None, default: T) -> T:
