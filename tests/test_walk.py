@@ -1,5 +1,6 @@
 """A forward that waits before each product: the same as running the block anew for every input."""
 
+import sys
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -70,6 +71,11 @@ def test_what_waits_can_fail_and_be_closed():
     assert next(waiting, None) is None
     Suspended(endless).close()
     assert unwound == [True]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="its compiler names functions otherwise")
+def test_torch_still_lets_its_warning_handler_be_kept():
+    assert can_keep()
 
 
 @pytest.mark.skipif(not can_keep(), reason="needs torch's handler of warnings")
