@@ -1,25 +1,26 @@
 """A forward that waits before each product: the same as running the block anew for every input."""
 
-import threading
-import time
+import sys
 from contextlib import contextmanager
-from pathlib import Path
+from contextvars import ContextVar
 
 import pytest
 import torch
 
 import apt.pruning.paused_forward
 import apt.pruning.pipeline
+from apt.adapter.weight_tap import WeightTap
 from apt.calibration.batches import enter
 from apt.calibration.capture import Capture
 from apt.calibration.targets import Targets
 from apt.errors import AptError
 from apt.planning.plan import Selection, make_plan
-from apt.pruning.openmp import release_team
-from apt.pruning.paused_forward import InParts, Walk
+from apt.pruning import warning_handler
+from apt.pruning.paused_forward import CannotWait, Walk
 from apt.pruning.pipeline import prune_blocks
 from apt.pruning.recipe import Recipe
 from apt.pruning.suspended import Suspended
+from apt.pruning.warning_handler import can_keep
 from apt.solver import NM, ss
 from tests.families import CONFIGS, random_model, random_tokens
 
@@ -44,8 +45,6 @@ def test_what_waits_goes_on_when_it_is_asked_to():
 
 
 def test_what_waits_can_fail_and_be_closed():
-    before = set(threading.enumerate())
-
     def fail(wait):
         wait(1)
         raise KeyError("x")
@@ -71,64 +70,87 @@ def test_what_waits_can_fail_and_be_closed():
     assert unwound == [True]
     assert next(waiting, None) is None
     Suspended(endless).close()
-    assert not set(threading.enumerate()) - before
+    assert unwound == [True]
 
 
-def test_what_waits_knows_its_own_thread():
+@pytest.mark.skipif(sys.platform == "win32", reason="its compiler names functions otherwise")
+def test_torch_still_lets_its_warning_handler_be_kept():
+    assert can_keep()
+
+
+@pytest.mark.skipif(not can_keep(), reason="needs torch's handler of warnings")
+def test_what_waits_within_a_function_of_torch_leaves_the_others_their_warning_handler():
+    handler, _ = warning_handler._functions()
+    before, weight, own = handler(), torch.ones(4, 4), []
+
     def work(wait):
-        wait(first.here)
+        def sink(key, rows):
+            mine = handler()
+            wait(key)
+            own.append(handler() == mine != before)
 
-    first = Suspended(work)
-    assert list(first) == [True]
-    assert not first.here
+        with WeightTap({"weight": weight}, sink):
+            for _ in range(2):
+                torch.nn.functional.linear(torch.ones(2, 4), weight)
+                own.append(handler() == before)
 
-
-@pytest.fixture
-def two_threads():
-    """OpenMP with a team, however many processors there are."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
-TASKS = Path("/proc/self/task")  # the threads of this process, those of libraries as well
-
-
-@pytest.mark.skipif(not TASKS.is_dir(), reason="counts threads where Linux lists them")
-@pytest.mark.usefixtures("two_threads")
-def test_who_waits_keeps_no_openmp_threads():
-    def work(wait):
-        compute()
-        wait(None)
-
-    compute()
-    release_team()
-    at_rest = len(list(TASKS.iterdir()))
     waiting = [Suspended(work) for _ in range(3)]
-    for one in waiting:
-        next(one)
-    deadline = time.monotonic() + 10  # a thread that was told to end takes a moment
-    while len(list(TASKS.iterdir())) > at_rest + len(waiting) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert len(list(TASKS.iterdir())) == at_rest + len(waiting)
-    for one in waiting:
-        one.close()
+    for _ in range(3):
+        for one in waiting:
+            next(one, None)
+            assert handler() == before
+    assert own == [True] * 12
 
 
-def compute():
-    return torch.ones(500, 500) @ torch.ones(500, 500)
+def test_a_context_variable_is_a_waiting_functions_own():
+    variable = ContextVar("variable", default=0)
+    variable.set(1)
+
+    def work(wait):
+        wait(variable.get())
+        variable.set(2)
+        wait(variable.get())
+
+    waiting = Suspended(work)
+    assert (next(waiting), next(waiting), variable.get()) == (1, 2, 1)
+    waiting.close()
+
+
+def test_a_forward_with_settings_of_its_own_is_run_again(adapter_of):
+    model, seen = random_model("llama"), []
+    module = model.model.layers[0].mlp
+    module.forward = torch.autocast("cpu", torch.bfloat16)(module.forward)
+
+    def solve(*args, **options):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return ss(*args, **options)
+
+    plan = make_plan(model, adapter_of(model), NM(2, 4))
+    prune_blocks(
+        model, adapter_of(model), plan, random_tokens(samples=8), solve, Recipe(ordered=True)
+    )
+    assert set(seen) == {False}
+
+
+def test_where_torch_cannot_be_kept_no_forward_waits(adapter_of, monkeypatch):
+    monkeypatch.setattr(apt.pruning.paused_forward, "can_keep", lambda: False)
+    model = random_model("llama")
+    plan = make_plan(model, adapter_of(model), NM(2, 4))
+    started = []
+    monkeypatch.setattr(Walk, "finish", lambda walk, **_: started.append(walk))
+    prune_blocks(model, adapter_of(model), plan, random_tokens(), ss, Recipe(ordered=True))
+    assert not started
 
 
 @pytest.mark.parametrize("aware", [True, False])
 @pytest.mark.parametrize("variant", CONFIGS)
 def test_a_walk_gives_what_runs_anew_give(variant, aware, adapter_of, monkeypatch):
-    models, threads = [], set(threading.enumerate())
+    models = []
     for walks in (True, False):
         model = random_model(variant)
         adapter = adapter_of(model)
         if not walks:
-            monkeypatch.setattr(Walk, "next_input", raise_in_parts)
+            monkeypatch.setattr(Walk, "next_input", raise_cannot_wait)
         monkeypatch.setattr(apt.pruning.pipeline, "TOKENS_PER_BATCH", 64)  # several batches at once
         name, block = adapter.blocks(model)[1]
         sites = adapter.sites(block)
@@ -144,7 +166,6 @@ def test_a_walk_gives_what_runs_anew_give(variant, aware, adapter_of, monkeypatc
             Recipe(targets=targets, ordered=True),
         )
         models.append(model.state_dict())
-    assert not set(threading.enumerate()) - threads
     for name, value in models[1].items():
         torch.testing.assert_close(models[0][name], value, rtol=1e-2, atol=1e-3, msg=name)
 
@@ -173,8 +194,8 @@ def test_how_much_a_forward_holds(adapter_of):
     assert adapter_of(model).held(model.config, 50) == heads * 50
 
 
-def raise_in_parts(walk):
-    raise InParts
+def raise_cannot_wait(walk):
+    raise CannotWait
 
 
 @torch.no_grad()
@@ -211,7 +232,6 @@ def test_a_walk_through_a_block_runs_it_once(adapter_of):
 def test_what_shares_no_input_and_what_is_never_reached_are_named(adapter_of):
     model = random_model("llama")
     adapter, whole = adapter_of(model), type(adapter_of(model)).capture
-    threads = set(threading.enumerate())
 
     @contextmanager
     def altered(block, sites, sink):
@@ -234,7 +254,6 @@ def test_what_shares_no_input_and_what_is_never_reached_are_named(adapter_of):
         plan = make_plan(model, adapter, NM(2, 4))
         with pytest.raises(AptError, match=message):
             prune_blocks(model, adapter, plan, random_tokens(), ss, Recipe(ordered=True))
-    assert not set(threading.enumerate()) - threads
 
 
 def test_a_block_that_is_left_dense_is_only_run(adapter_of):

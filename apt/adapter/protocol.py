@@ -78,6 +78,6 @@ class Adapter(Protocol):
         """While entered, hand every input (..., in) that a site's weight multiplies to ``sink``.
 
         Before the product is taken: the weight may be changed by then. Captures of several batches
-        are entered at once, each in a thread of its own, of which one runs at a time; what a
-        capture sees of another thread is ignored.
+        are entered at once, and their forwards run by turns; what a capture sees of another batch
+        is ignored.
         """

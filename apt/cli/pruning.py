@@ -15,7 +15,6 @@ from apt.cli.summary import show_report, without_value
 from apt.distributed.ranks import Ranks
 from apt.errors import AptError
 from apt.output.workplace import resumable
-from apt.pruning.arena import share_arena
 from apt.runs.options import RunOptions
 from apt.runs.prepare import Prepared, already_complete
 from apt.runs.run import execute
@@ -52,7 +51,6 @@ def run(prepared: Prepared, ranks: Ranks, notices: list[str], *, as_json: bool) 
         notices: the defaults that were chosen, to be said once the run is under way.
         as_json: whether the summary is one JSON object.
     """
-    share_arena()
     if already_complete(prepared):
         _show_complete(prepared, as_json=as_json)
         return

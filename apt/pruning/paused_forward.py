@@ -6,6 +6,7 @@ before it give, and what the pruned block gives is there at the end: all for a s
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
@@ -20,12 +21,13 @@ from apt.calibration.passing import Passing
 from apt.calibration.sums import Sums
 from apt.calibration.targets import Targets
 from apt.pruning.suspended import Suspended
+from apt.pruning.warning_handler import can_keep
 
 _Product = tuple[Site, Tensor]
 
 
-class InParts(Exception):
-    """An input does not come whole before its first product: the block has to be run again."""
+class CannotWait(Exception):
+    """A forward cannot wait before a product for all of its input: it has to be run again."""
 
 
 _HELD = 32  # times the width of the residual stream
@@ -104,6 +106,8 @@ class Walk:
             self._ahead.setdefault(site.input, []).append(site)
         self._captures: dict[str, Capture] = {}
         self._tokens = sum(batch.tokens for batch in batches)
+        self._running: _Lane | None = None
+        self._settings: tuple[Any, ...] = ()
         self._lanes = [_Lane(batch, partial(self._forward, adapter, index)) for batch in batches]
 
     def __enter__(self) -> Self:
@@ -115,8 +119,10 @@ class Walk:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        for lane in self._lanes:
-            lane.products.close()
+        self._running = None
+        with ExitStack() as stack:
+            for lane in self._lanes:
+                stack.callback(lane.products.close)
 
     def next_input(self) -> str | None:
         """Go on to the next input that is to be captured; None when all have been.
@@ -136,13 +142,13 @@ class Walk:
         """Go on to an input in all batches, and sum it.
 
         Raises:
-            InParts: it does not come whole.
+            CannotWait: it does not come whole, or the forward cannot wait there.
         """
         reached = []
         for lane in self._lanes:
             self._go(lane, (name,))
             if lane.at is None or len(lane.at[1]) != lane.passing.tokens:
-                raise InParts
+                raise CannotWait
             reached.append((lane.passing, *lane.at))
         capture = Capture(self._block, self._ahead.pop(name), self._targets)
         for passing, site, rows in reached:
@@ -169,24 +175,22 @@ class Walk:
     def _forward(
         self, adapter: Adapter, index: int, lane: _Lane, wait: Callable[[_Product], None]
     ) -> State:
-        """A lane's forward, in a thread of its own; it waits before sites that are to be captured.
+        """A lane's forward; it waits before sites that are to be captured.
 
         Sites that stay dense may share their input: their products happen like any other.
         """
 
         def take(site: Site, inputs: Tensor) -> None:
-            if not lane.products.here:  # a hook on the block is called in every lane
+            if lane is not self._running:  # a hook on the block is called for every lane
                 return
             rows = as_rows(site, inputs, self._weights[site])
             if site in self._ahead.get(site.input, ()):
+                if not can_keep() or _settings() != self._settings:
+                    raise CannotWait
                 wait((site, rows))
             self._pass(lane.passing, site, rows)
 
-        with (
-            torch.no_grad(),
-            torch.cuda.device_of(next(iter(self._weights.values()))),  # type: ignore[no-untyped-call]
-            adapter.capture(self._block, list(self._weights), take),
-        ):
+        with adapter.capture(self._block, list(self._weights), take):
             return adapter.step(self._block, lane.batch.state, lane.batch.calls[index])
 
     def _pass(self, passing: Passing, site: Site, rows: Tensor) -> None:
@@ -200,8 +204,10 @@ class Walk:
         if capture is not None:
             passing.release(capture.sites)
 
+    @torch.no_grad()
     def _go(self, lane: _Lane, until: Collection[str]) -> None:
         """Let products happen until one of an input of these is next."""
+        self._running, self._settings = lane, _settings()
         while lane.at is not None and lane.at[0].input not in until:
             lane.go_on()
         self._tell()
@@ -210,3 +216,14 @@ class Walk:
         """Whether a site is to be captured yet that is asked to make up for the drift."""
         ahead = (site for sites in self._ahead.values() for site in sites)
         return passing.reference is not None and any(site.residual for site in ahead)
+
+
+def _settings() -> tuple[Any, ...]:
+    """What torch has once for each thread, and a forward that waits would leave to the others."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        *(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")),
+        torch._C._len_torch_function_stack(),
+        torch._C._len_torch_dispatch_stack(),
+    )

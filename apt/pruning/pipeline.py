@@ -25,7 +25,7 @@ from apt.events import BlockStarted, BlockTuned, Observer, SitePruned, Working
 from apt.planning.plan import Plan, PlannedBlock, PlannedSite
 from apt.pruning.block_storage import InMemory, Residency
 from apt.pruning.layer import Method, Solved, Solver, mean_square, measured
-from apt.pruning.paused_forward import InParts, Walk, may_wait
+from apt.pruning.paused_forward import CannotWait, Walk, may_wait
 from apt.pruning.recipe import Recipe
 from apt.pruning.ssm_parameters import prune_extras
 from apt.tuning.reconstruct import Reconstruction, reconstruct
@@ -269,7 +269,7 @@ class _Run:
         whole = not any(site.routed or site.calls > 1 for site in at.sites)
         if self.recipe.ordered and self.waits and whole and left:
             tell = partial(self.tell, at)
-            with suppress(InParts), at.walk(self.solver.targets, tell) as walk:
+            with suppress(CannotWait), at.walk(self.solver.targets, tell) as walk:
                 while (name := walk.next_input()) is not None:
                     sums = walk.capture(name)
                     group = [entry for entry in left if entry.site.input == name]

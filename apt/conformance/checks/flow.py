@@ -15,7 +15,7 @@ from apt.conformance.checks.tensors import first_tensor, near
 from apt.conformance.oracle import Seen, Stream
 from apt.conformance.snapshot import changes, snapshot
 from apt.errors import AptError
-from apt.pruning.paused_forward import InParts, Walk
+from apt.pruning.paused_forward import CannotWait, Walk
 
 
 @promise
@@ -115,7 +115,7 @@ def _in_time(subject: Subject, step: Step) -> bool:
     sites = subject.adapter.sites(block)
     batches = [Batch(step.state, step.calls, subject.tokens.numel()) for _ in range(2)]
     with (
-        suppress(InParts),
+        suppress(CannotWait),
         Walk(subject.adapter, block, step.index, batches, sites, sites, {}) as walk,
     ):
         while (given := walk.next_input()) is not None:
