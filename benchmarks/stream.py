@@ -90,7 +90,7 @@ def _random(shape: torch.Size, draw: torch.Generator) -> Tensor:
 
 
 def run(model: Path, output: Path, options: argparse.Namespace, *more: str) -> dict[str, Any]:
-    """Seconds and peak resident memory of one ``apt-prune prune``."""
+    """Seconds and peak block_storage memory of one ``apt-prune prune``."""
     command = [
         sys.executable, "-m", "apt", "prune", str(model), "--pattern", "2:4", "-o", str(output),
         "--samples", str(options.samples), "--seqlen", str(options.seqlen),

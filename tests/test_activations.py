@@ -41,11 +41,11 @@ def test_what_is_written_over_stays_on_disk(tmp_path):
 
 def test_a_file_is_gone_once_nobody_asks_for_it(tmp_path):
     batch = Batch(torch.ones(5), [], 5, Reference(torch.zeros(5), DiskStore(tmp_path)))
-    batch.reference.inputs.add("x", torch.ones(3))
+    batch.dense.inputs.add("x", torch.ones(3))
     assert len(list(tmp_path.iterdir())) == 2
-    found = batch.reference.inputs["x"][0]
-    batch.reference.state = torch.full((5,), 2.0)
-    batch.reference.inputs.clear()
+    found = batch.dense.inputs["x"][0]
+    batch.dense.state = torch.full((5,), 2.0)
+    batch.dense.inputs.clear()
     gc.collect()
     assert len(list(tmp_path.iterdir())) == 1
     assert torch.equal(found, torch.ones(3)), "what is still read"
@@ -56,7 +56,9 @@ def test_a_file_is_gone_once_nobody_asks_for_it(tmp_path):
 
 def test_nothing_but_files_is_held_between_blocks(tmp_path, adapter_of):
     model, tokens = random_model("llama"), torch.arange(48).reshape(4, 12)
-    batches = enter(adapter_of(model), model, tokens, 24, reference=True, store=DiskStore(tmp_path))
+    batches = enter(
+        adapter_of(model), model, tokens, 24, with_dense=True, store=DiskStore(tmp_path)
+    )
     sizes = [path.stat().st_size for path in tmp_path.iterdir()]
     assert sizes == [24 * model.config.hidden_size * 4] * 4
     in_memory = enter(adapter_of(model), model, tokens, 24, store=MemoryStore())

@@ -43,12 +43,12 @@ def test_what_is_installed_but_does_not_import_is_broken(monkeypatch, apt):
 def test_plugins_and_adapters_that_fail_are_told():
     broken = Plugin("bad-package 1.0", "bad", "bad", problem="ImportError: no")
     spec = replace(registry().adapters.get("llama"), target="apt_adapters.nowhere:Nothing")
-    shelf = SimpleNamespace(
+    installed = SimpleNamespace(
         plugins={"bad": broken}, adapters=SimpleNamespace(specs={"llama": spec})
     )
-    (plugin,) = doctor.plugins(shelf)
+    (plugin,) = doctor.plugins(installed)
     assert (plugin.what, plugin.state, plugin.broken) == ("bad-package 1.0", broken.problem, True)
-    (family,) = doctor.families(shelf)
+    (family,) = doctor.families(installed)
     assert family.broken
     assert "apt_adapters.nowhere" in family.state
 

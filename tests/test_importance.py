@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from apt.calibration.batches import enter
-from apt.calibration.dense_activations import advance_reference
+from apt.calibration.dense_activations import advance_dense
 from apt.distributed.ranks import Ranks
 from apt.planning.plan import make_plan
 from apt.plugin.registry import registry
@@ -26,10 +26,10 @@ def prepared(variant):
     adapter = registry().adapter_for(model.config.model_type).load()()
     block = adapter.blocks(model)[1][1]
     with torch.no_grad(), adapter.running(model):
-        batches = enter(adapter, model, TOKENS, reference=True)
-        starts = [batch.reference.state for batch in batches]
+        batches = enter(adapter, model, TOKENS, with_dense=True)
+        starts = [batch.dense.state for batch in batches]
         sites = [site for site in adapter.sites(block) if not site.routed]
-        advance_reference(adapter, block, 1, batches, sites)
+        advance_dense(adapter, block, 1, batches, sites)
     return model, adapter, block, batches, starts, sites
 
 
@@ -45,7 +45,7 @@ def exact(adapter, block, batches, starts, site):
 
         jacobian = torch.autograd.functional.jacobian(relative, parameter, vectorize=True)
         total = total + site.oriented(jacobian.flatten(0, -3).square().sum(0))
-    inputs = torch.cat([rows for b in batches for rows in b.reference.inputs[site.input]])
+    inputs = torch.cat([rows for b in batches for rows in b.dense.inputs[site.input]])
     return (total / inputs.square().sum(0)).sum(1, keepdim=True)
 
 

@@ -51,8 +51,8 @@ def test_builtins_come_through_entry_points():
 
 
 def test_every_target_imports():
-    shelf = registry()
-    for group in (shelf.adapters, shelf.methods, shelf.calibrations):
+    installed = registry()
+    for group in (installed.adapters, installed.methods, installed.calibrations):
         for spec in group.specs.values():
             assert callable(spec.load())
 

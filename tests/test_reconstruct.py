@@ -9,7 +9,7 @@ import torch
 
 import apt as library
 from apt.calibration.batches import enter
-from apt.calibration.dense_activations import advance_reference
+from apt.calibration.dense_activations import advance_dense
 from apt.events import BlockTuned
 from apt.plugin.registry import registry
 from apt.runs.prune_options import PruneOptions
@@ -25,7 +25,7 @@ def pruned_block(adapter, model, batches):
     block = adapter.blocks(model)[0][1]
     sites = adapter.sites(block)
     with torch.no_grad():
-        advance_reference(adapter, block, 0, batches, sites)
+        advance_dense(adapter, block, 0, batches, sites)
         for site in sites:
             site.weight(block)[:, ::4] = 0
     return block, sites
@@ -36,7 +36,7 @@ def pruned_block(adapter, model, batches):
 def test_it_lowers_the_error_on_what_was_held_back(name, dtype):
     loaded, tokens, _ = zoo_model(name, samples=12, seqlen=48)
     model, adapter = loaded.module.to(dtype), loaded.adapter
-    batches = enter(adapter, model, tokens, 48, reference=True)
+    batches = enter(adapter, model, tokens, 48, with_dense=True)
     block, sites = pruned_block(adapter, model, batches)
     before = {name: value.clone() for name, value in block.named_parameters()}
     tuned = reconstruct(adapter, block, 0, batches, sites, Reconstruction(rate=0.1))
@@ -55,7 +55,7 @@ def test_it_lowers_the_error_on_what_was_held_back(name, dtype):
 def test_where_nothing_is_gained_the_start_stays(adapter_of):
     model = random_model("llama")
     adapter = adapter_of(model)
-    batches = enter(adapter, model, random_tokens(samples=6), 24, reference=True)
+    batches = enter(adapter, model, random_tokens(samples=6), 24, with_dense=True)
     block, sites = pruned_block(adapter, model, batches)
     before = copy.deepcopy(block.state_dict())
     tuned = reconstruct(adapter, block, 0, batches, sites, Reconstruction(rate=1e4))
@@ -68,7 +68,7 @@ def test_where_nothing_is_gained_the_start_stays(adapter_of):
 def test_one_batch_cannot_be_held_back(adapter_of):
     model = random_model("llama")
     adapter = adapter_of(model)
-    batches = enter(adapter, model, random_tokens(), reference=True)
+    batches = enter(adapter, model, random_tokens(), with_dense=True)
     block, sites = pruned_block(adapter, model, batches)
     assert reconstruct(adapter, block, 0, batches, sites, Reconstruction()) is None
 
@@ -131,7 +131,7 @@ def test_tuning_in_mixed_precision_ends_where_full_precision_does(name, monkeypa
             "apt.tuning.reconstruct.mixed_precision", lambda weights, mixed=mixed: mixed
         )
         model, adapter = copy.deepcopy(loaded.module).float(), loaded.adapter
-        batches = enter(adapter, model, tokens, 48, reference=True)
+        batches = enter(adapter, model, tokens, 48, with_dense=True)
         block, sites = pruned_block(adapter, model, batches)
         tuned = reconstruct(adapter, block, 0, batches, sites, Reconstruction(rate=0.1))
         assert tuned is not None

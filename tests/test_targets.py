@@ -10,7 +10,7 @@ from torch import nn
 import apt as library
 from apt.calibration.batches import enter
 from apt.calibration.capture import Capture
-from apt.calibration.dense_activations import advance_reference
+from apt.calibration.dense_activations import advance_dense
 from apt.calibration.targets import Targets
 from apt.errors import AptError
 from apt.planning.plan import make_plan
@@ -53,13 +53,13 @@ def behind(adapter_of):
     """Block 1 of a LLaMA behind a disturbed block 0: both models, the adapter, and its batches."""
     dense = random_model("llama")
     pruned, adapter = disturbed(dense), adapter_of(dense)
-    batches = enter(adapter, dense, random_tokens(), reference=True)
+    batches = enter(adapter, dense, random_tokens(), with_dense=True)
     block = pruned.model.layers[1]
     with torch.no_grad():
         for batch in batches:
-            batch.reference.state = adapter.step(dense.model.layers[0], batch.state, batch.calls[0])
+            batch.dense.state = adapter.step(dense.model.layers[0], batch.state, batch.calls[0])
             batch.state = adapter.step(pruned.model.layers[0], batch.state, batch.calls[0])
-        advance_reference(adapter, block, 1, batches, adapter.sites(block))
+        advance_dense(adapter, block, 1, batches, adapter.sites(block))
     return dense, pruned, adapter, batches
 
 

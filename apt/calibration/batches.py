@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from apt.adapter import Adapter, Call, State
-from apt.calibration.storage import MemoryStore, Store, Stored, mapped
+from apt.calibration.storage import InStore, MemoryStore, Store, mapped
 from apt.distributed.ranks import Ranks
 
 TOKENS_PER_BATCH = 4096
 
 
-class Reference:
+class DenseActivations:
     """The same samples on their way through the dense model.
 
     Attributes:
@@ -28,8 +28,8 @@ class Reference:
         store: where all but the last lie.
     """
 
-    state = Stored[State]()
-    drift = Stored[Tensor | None]()
+    state = InStore[State]()
+    drift = InStore[Tensor | None]()
 
     def __init__(self, state: State, store: Store | None = None) -> None:
         self.store = store or MemoryStore()
@@ -70,22 +70,22 @@ class Batch:
         state: what flows into the block.
         calls: how every block is called.
         tokens: the number of tokens.
-        reference: the dense stream beside it, where there is one.
+        dense: the activations of the dense model, where they are carried along.
         store: where the state lies.
     """
 
-    state = Stored[State]()
+    state = InStore[State]()
 
     def __init__(
         self,
         state: State,
         calls: list[Call],
         tokens: int,
-        reference: Reference | None = None,
+        dense: DenseActivations | None = None,
         store: Store | None = None,
     ) -> None:
         self.store = store or MemoryStore()
-        self.state, self.calls, self.tokens, self.reference = state, calls, tokens, reference
+        self.state, self.calls, self.tokens, self.dense = state, calls, tokens, dense
 
 
 def enter(
@@ -94,7 +94,7 @@ def enter(
     tokens: Tensor,
     tokens_per_batch: int = TOKENS_PER_BATCH,
     *,
-    reference: bool = False,
+    with_dense: bool = False,
     ranks: Ranks | None = None,
     store: Store | None = None,
 ) -> list[Batch]:
@@ -107,7 +107,7 @@ def enter(
         model: the model.
         tokens: token ids (samples, seqlen).
         tokens_per_batch: about how many tokens make a batch, which is one sample at least.
-        reference: whether a dense stream begins beside each batch.
+        with_dense: whether the activations of the dense model are carried along.
         ranks: those that the batches are dealt out to in turn.
         store: where the activations lie while no block is run on them; None for in memory.
     """
@@ -128,7 +128,7 @@ def enter(
             Call(mapped(c.args, Tensor, pooled), mapped(c.kwargs, Tensor, pooled), c.keyword)
             for c in calls
         ]
-        beside = Reference(state, store) if reference else None
+        beside = DenseActivations(state, store) if with_dense else None
         batches.append(Batch(state, shared, part.numel(), beside, store))
     return batches
 

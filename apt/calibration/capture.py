@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from apt.adapter import Adapter, Site
-from apt.calibration.batches import Batch, Reference
+from apt.calibration.batches import Batch, DenseActivations
 from apt.calibration.passing import Passing
 from apt.calibration.sums import Sums
 from apt.calibration.targets import Targets
@@ -115,7 +115,7 @@ class Capture:
                 self.take(passing, site, rows)
             elif site in self.tokens:
                 self.tokens[site] += len(rows)
-            if site in dense and passing.reference is not None:
+            if site in dense and passing.dense is not None:
                 passing.follow(site, rows, weights[site], dense[site])
             passing.count(site, rows)
             passing.release(self.sites)
@@ -136,26 +136,28 @@ class Capture:
         self.tokens[site] += len(rows)
         if passing.owns(site):
             passing.keep(site, rows)
-            if passing.reference is None or site.routed:
+            if passing.dense is None or site.routed:
                 sums.gram.add(rows)
             else:
-                self._sum_both(passing, site, rows, passing.reference)
+                self._sum_both(passing, site, rows, passing.dense)
         elif not passing.kept(site, rows):
             raise AptError(
                 f"{site.name} is declared to share the input '{site.input}', but gets another one"
             )
 
     @full_precision()
-    def _sum_both(self, passing: Passing, site: Site, rows: Tensor, reference: Reference) -> None:
+    def _sum_both(
+        self, passing: Passing, site: Site, rows: Tensor, dense: DenseActivations
+    ) -> None:
         """Sum a batch of both streams; tokens weighted where a site writes to the stream."""
-        assert reference.scale is not None
+        assert dense.scale is not None
         assert passing.drift is not None
         sums, pruned, here = self.sums[site.input], rows.float(), passing.here(site, rows)
-        lost, drift = passing.dense(site, rows).float() - pruned, passing.drift[here]
+        lost, drift = passing.dense_input(site, rows).float() - pruned, passing.drift[here]
         root = weighted = pruned
         if any(s.residual for s in self._sharing[site.input]):
-            root = pruned / reference.scale[here]
-            weighted = root / reference.scale[here]
+            root = pruned / dense.scale[here]
+            weighted = root / dense.scale[here]
         sums.gram.add(root)
         if sums.cross is not None:
             sums.cross.addmm_(lost.T, weighted)

@@ -24,7 +24,7 @@ class _Keeper:
             self._inputs.add(site.input, rows.reshape(-1, rows.shape[-1]))
 
 
-def advance_reference(
+def advance_dense(
     adapter: Adapter,
     block: nn.Module,
     index: int,
@@ -39,24 +39,24 @@ def advance_reference(
     """
     energy, ranks = 0.0, ranks or Ranks()
     for batch in batches:
-        reference = batch.reference
-        assert reference is not None
-        dense = _stream(adapter, reference.state)
-        reference.drift = dense - _stream(adapter, batch.state)
-        squares = _sizes(dense)
-        reference.scale = squares.sqrt()
+        dense = batch.dense
+        assert dense is not None
+        stream = _stream(adapter, dense.state)
+        dense.drift = stream - _stream(adapter, batch.state)
+        squares = _sizes(stream)
+        dense.scale = squares.sqrt()
         energy += float(squares.reciprocal().sum())
-        reference.inputs.clear()
-        keep = _Keeper(reference.inputs).keep
+        dense.inputs.clear()
+        keep = _Keeper(dense.inputs).keep
         with adapter.capture(block, [site for site in sites if not site.routed], keep):
-            reference.state = adapter.step(block, reference.state, batch.calls[index])
+            dense.state = adapter.step(block, dense.state, batch.calls[index])
         tell()
     tokens = ranks.sum(sum(batch.tokens for batch in batches))
     mean = math.sqrt(tokens / ranks.sum(energy))
     for batch in batches:
-        assert batch.reference is not None
-        assert batch.reference.scale is not None
-        batch.reference.scale /= mean
+        assert batch.dense is not None
+        assert batch.dense.scale is not None
+        batch.dense.scale /= mean
 
 
 def _sizes(stream: Tensor) -> Tensor:

@@ -17,14 +17,14 @@ class Passing:
 
     Attributes:
         tokens: the batch's tokens.
-        reference: the dense stream beside it.
+        dense: the activations of the dense model.
         drift: how far the residual stream (tokens, hidden) has drifted by now.
         seen: the tokens that each site's weight has been multiplied by, and in how many ``parts``.
     """
 
     def __init__(self, batch: Batch) -> None:
-        self.tokens, self.reference = batch.tokens, batch.reference
-        drift = batch.reference.drift if batch.reference is not None else None
+        self.tokens, self.dense = batch.tokens, batch.dense
+        drift = batch.dense.drift if batch.dense is not None else None
         self.drift = drift.clone() if drift is not None else None
         self.seen: dict[Site, int] = defaultdict(int)
         self.parts: dict[Site, int] = defaultdict(int)
@@ -65,10 +65,10 @@ class Passing:
         """Whether it has seen all of a batch; of a routed site that is not known before the end."""
         return not site.routed and self.seen[site] == site.calls * self.tokens
 
-    def dense(self, site: Site, rows: Tensor) -> Tensor:
+    def dense_input(self, site: Site, rows: Tensor) -> Tensor:
         """What the site's weight is multiplied by in the dense stream where it is by ``rows``."""
-        assert self.reference is not None
-        parts, index = self.reference.inputs[site.input], self.parts[site]
+        assert self.dense is not None
+        parts, index = self.dense.inputs[site.input], self.parts[site]
         if index >= len(parts) or parts[index].shape != rows.shape:
             raise AptError(
                 f"{site.name} is multiplied by other tokens in the pruned stream than in the dense "
@@ -104,7 +104,7 @@ class Passing:
         if site in self._anticipated:
             here += (rows @ (dense - weight).T).float()
         else:
-            here += (self.dense(site, rows) @ dense.T).float()
+            here += (self.dense_input(site, rows) @ dense.T).float()
             here -= (rows @ weight.T).float()
 
 

@@ -129,17 +129,17 @@ def mapped(value: Any, kind: type[T], change: Callable[[T], Any]) -> Any:
     return value
 
 
-class Stored(Generic[T]):
+class InStore(Generic[T]):
     """An attribute that lies in its owner's ``store``."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = f"_{name}"
 
     @overload
-    def __get__(self, instance: None, owner: type) -> "Stored[T]": ...
+    def __get__(self, instance: None, owner: type) -> "InStore[T]": ...
     @overload
     def __get__(self, instance: Any, owner: type) -> T: ...
-    def __get__(self, instance: Any, owner: type) -> "T | Stored[T]":
+    def __get__(self, instance: Any, owner: type) -> "T | InStore[T]":
         if instance is None:
             return self
         found: T = instance.store.get(getattr(instance, self._name))

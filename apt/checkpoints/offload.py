@@ -17,7 +17,7 @@ from apt.errors import AptError
 from apt.planning.plan import PlannedBlock
 
 
-class Shelf:
+class StoredBlocks:
     """Blocks as they lie in a checkpoint.
 
     Args:

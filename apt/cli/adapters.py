@@ -8,15 +8,15 @@ def adapters(as_json: bool = args.JSON) -> None:
     from apt.cli.listing import show_rows
     from apt.plugin.registry import registry
 
-    shelf = registry().adapters
+    installed = registry().adapters
     rows = [
         {
             "adapter": name,
             "model types": ", ".join(spec.model_types),
             "embedded": f"zoo:{name}" if spec.zoo else "",
-            "from": shelf.origins[name].distribution,
+            "from": installed.origins[name].distribution,
             "summary": spec.summary,
         }
-        for name, spec in sorted(shelf.specs.items())
+        for name, spec in sorted(installed.specs.items())
     ]
     show_rows(rows, as_json=as_json)

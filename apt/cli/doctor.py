@@ -16,12 +16,12 @@ def doctor(as_json: bool = args.JSON) -> None:
     from apt.plugin.doctor import families, machine, packages, plugins
     from apt.plugin.registry import registry
 
-    shelf = registry()
+    installed = registry()
     sections = {
         "machine": machine(),
         "packages": list(packages()),
-        "plugins that failed": list(plugins(shelf)),
-        "families": list(families(shelf)),
+        "plugins that failed": list(plugins(installed)),
+        "families": list(families(installed)),
     }
     if as_json:
         show_json({name: [asdict(f) for f in found] for name, found in sections.items()})

@@ -8,14 +8,14 @@ def methods(as_json: bool = args.JSON) -> None:
     from apt.cli.listing import show_rows
     from apt.plugin.registry import registry
 
-    shelf, default = registry().methods, registry().default_method().name
+    installed, default = registry().methods, registry().default_method().name
     rows = [
         {
             "method": spec.name,
             "source": spec.source,
-            "from": shelf.origins[spec.name].distribution,
+            "from": installed.origins[spec.name].distribution,
             "summary": f"{spec.summary} (default)" if spec.name == default else spec.summary,
         }
-        for spec in sorted(shelf.specs.values(), key=lambda spec: -spec.rank)
+        for spec in sorted(installed.specs.values(), key=lambda spec: -spec.rank)
     ]
     show_rows(rows, as_json=as_json)

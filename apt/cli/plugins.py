@@ -8,14 +8,14 @@ def plugins(as_json: bool = args.JSON) -> None:
     from apt.cli.listing import show_rows
     from apt.plugin.registry import registry
 
-    shelf = registry()
+    installed = registry()
     rows = [
         {
             "distribution": plugin.distribution,
             "entry point": f"{plugin.name} = {plugin.module}",
-            "offers": ", ".join(shelf.offers(plugin)) or "–",
+            "offers": ", ".join(installed.offers(plugin)) or "–",
             "state": "disabled" if plugin.disabled else plugin.problem or "loaded",
         }
-        for plugin in shelf.plugins.values()
+        for plugin in installed.plugins.values()
     ]
     show_rows(rows, as_json=as_json)

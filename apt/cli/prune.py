@@ -196,13 +196,13 @@ def prune(
     args.check_pattern_options(sparsity, pattern, per)
     from apt.plugin.registry import registry
 
-    shelf, defaults = registry(), _Defaults()
+    installed, defaults = registry(), _Defaults()
     model = model or defaults.choose("model", _embedded(adapter))
-    chosen = shelf.methods.get(method or shelf.default_method().name)
-    metrics = tuple(shelf.evaluators.get(name).name for name in metric)
-    sharing = shelf.allocations.get(allocation).name
+    chosen = installed.methods.get(method or installed.default_method().name)
+    metrics = tuple(installed.evaluators.get(name).name for name in metric)
+    sharing = installed.allocations.get(allocation).name
     hub = args.read_hub(revision, token, cache_dir)
-    args.find_model(model, shelf, hub, trust_remote_code=trust_remote_code)
+    args.find_model(model, installed, hub, trust_remote_code=trust_remote_code)
 
     from apt.distributed.launch import joined
     from apt.runs.options import RunOptions
@@ -242,7 +242,7 @@ def prune(
         prune=PruneOptions(**ingredients),
     )
     with joined() as ranks:
-        prepared = prepare(options, shelf, defaults.lines.append)
+        prepared = prepare(options, installed, defaults.lines.append)
         if options.stream:
             from apt.runs.streamed import check_streamable
 

@@ -12,7 +12,7 @@ from apt.adapter.eval_mode import eval_mode
 from apt.calibration.batches import Batch, enter
 from apt.calibration.storage import Store
 from apt.checkpoints.model import Model
-from apt.checkpoints.offload import Shelf, assemble
+from apt.checkpoints.offload import StoredBlocks, assemble
 from apt.checkpoints.stored import open_stored
 from apt.errors import AptError
 
@@ -30,14 +30,18 @@ def streamed(shell: Model, tokens: Tensor, device: str) -> Iterator[nn.Module]:
     dtype = stored.dtype(shell)
     parts = (stored.shards, stored.layout)
     module = assemble(shell, *parts, device, dtype)
-    shelf = Shelf(*parts, dict(shell.adapter.blocks(module)), device, dtype)
-    with carried(module, shell.adapter, tokens, shelf):
+    on_disk = StoredBlocks(*parts, dict(shell.adapter.blocks(module)), device, dtype)
+    with carried(module, shell.adapter, tokens, on_disk):
         yield module
 
 
 @contextmanager
 def carried(
-    model: nn.Module, adapter: Adapter, tokens: Tensor, shelf: Shelf, store: Store | None = None
+    model: nn.Module,
+    adapter: Adapter,
+    tokens: Tensor,
+    on_disk: StoredBlocks,
+    store: Store | None = None,
 ) -> Iterator[None]:
     """While entered, ``model`` can be run on any of the windows, in batches of any size.
 
@@ -49,7 +53,7 @@ def carried(
         model: the model, its blocks on the meta device.
         adapter: the adapter of its family; the model's states must be tensors.
         tokens: token ids (windows, seqlen).
-        shelf: the model's blocks.
+        on_disk: the model's blocks.
         store: where the windows' states lie; None for in memory.
 
     Raises:
@@ -58,8 +62,8 @@ def carried(
     *names, last = (name for name, _ in adapter.blocks(model))
     passing = [model.get_submodule(name) for name in names]
     with eval_mode(model), adapter.running(model), ExitStack() as stack:
-        windows = _Windows(_carry(model, adapter, tokens, shelf, names, store), tokens)
-        block = stack.enter_context(shelf.open(last))
+        windows = _Windows(_carry(model, adapter, tokens, on_disk, names, store), tokens)
+        block = stack.enter_context(on_disk.open(last))
         stack.enter_context(stubbed(passing, lambda *args, **kwargs: passed_on(args, kwargs)))
         for module, hook in ((model, windows.asked), (block, windows.given)):
             handle = module.register_forward_pre_hook(hook, with_kwargs=True)
@@ -72,14 +76,14 @@ def _carry(
     model: nn.Module,
     adapter: Adapter,
     tokens: Tensor,
-    shelf: Shelf,
+    on_disk: StoredBlocks,
     names: Sequence[str],
     store: Store | None,
 ) -> list[Batch]:
     """The windows where the block after those of these names begins."""
     batches = enter(adapter, model, tokens, store=store)
     for index, name in enumerate(names):
-        with shelf.open(name) as block:
+        with on_disk.open(name) as block:
             for batch in batches:
                 batch.state = adapter.step(block, batch.state, batch.calls[index])
     return batches

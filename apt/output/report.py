@@ -184,7 +184,7 @@ def versions() -> dict[str, str]:
 
 
 def peak_memory() -> dict[str, int]:
-    """The process's highest resident memory, and the device's, in bytes."""
+    """The process's highest block_storage memory, and the device's, in bytes."""
     peak = {"cpu": _peak_resident()}
     if torch.cuda.is_available():
         peak["cuda"] = torch.cuda.max_memory_allocated()

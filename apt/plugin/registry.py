@@ -60,7 +60,7 @@ class Plugin:
 
 
 @dataclass(frozen=True)
-class Shelf(Generic[S]):
+class Catalog(Generic[S]):
     """All specs of one kind, by name, with the plugin that each comes from, and all plugins."""
 
     kind: str
@@ -80,25 +80,25 @@ class Shelf(Generic[S]):
 class Registry:
     """What all plugins offer."""
 
-    adapters: Shelf[AdapterSpec]
-    formats: Shelf[FormatSpec]
-    methods: Shelf[MethodSpec]
-    allocations: Shelf[AllocationSpec]
-    calibrations: Shelf[CalibrationSpec]
-    evaluators: Shelf[EvaluatorSpec]
+    adapters: Catalog[AdapterSpec]
+    formats: Catalog[FormatSpec]
+    methods: Catalog[MethodSpec]
+    allocations: Catalog[AllocationSpec]
+    calibrations: Catalog[CalibrationSpec]
+    evaluators: Catalog[EvaluatorSpec]
     plugins: Mapping[str, Plugin]
     observers: dict[str, pluggy.HookImpl]
 
     def offers(self, plugin: Plugin) -> list[str]:
         """The names of what ``plugin`` offers."""
-        shelves = (
+        catalogs = (
             self.adapters, self.formats, self.methods, self.allocations, self.calibrations,
             self.evaluators,
         )  # fmt: skip
         names = [
             name
-            for shelf in shelves
-            for name, origin in shelf.origins.items()
+            for catalog in catalogs
+            for name, origin in catalog.origins.items()
             if origin.key == plugin.key
         ]
         return names + ["an observer"] * (plugin.key in self.observers)
@@ -176,7 +176,7 @@ class _Loader:
             f"plugin failed to load: {self.plugins[key].distribution}: {problem}", stacklevel=2
         )
 
-    def shelf(self, kind: str, hook: pluggy.HookCaller, of: type[S]) -> Shelf[S]:
+    def catalog(self, kind: str, hook: pluggy.HookCaller, of: type[S]) -> Catalog[S]:
         """Call ``hook`` on every plugin and collect the specs; a name claimed twice is an error."""
         specs: dict[str, S] = {}
         origins: dict[str, Plugin] = {}
@@ -188,7 +188,7 @@ class _Loader:
                     both = " and ".join(sorted({plugin.distribution for plugin in pair}))
                     raise AptError(f"{kind} '{spec.name}' comes from {both}", "uninstall one")
                 specs[spec.name], origins[spec.name] = spec, origin
-        return Shelf(kind, specs, origins, self.plugins)
+        return Catalog(kind, specs, origins, self.plugins)
 
     def _call(self, implementation: pluggy.HookImpl, of: type[S]) -> list[S]:
         try:
@@ -253,12 +253,12 @@ def load_registry(entries: Iterable[EntryPoint], disable: str = "") -> Registry:
         hint = f"correct the hook's name, or leave the plugin out with {DISABLE}"
         raise AptError(first_line(error), hint) from error
     hook = loader.manager.hook
-    adapters = loader.shelf("adapter", hook.apt_adapters, AdapterSpec)
-    formats = loader.shelf("format", hook.apt_formats, FormatSpec)
-    methods = loader.shelf("method", hook.apt_methods, MethodSpec)
-    allocations = loader.shelf("allocation", hook.apt_allocations, AllocationSpec)
-    calibrations = loader.shelf("data set", hook.apt_calibrations, CalibrationSpec)
-    evaluators = loader.shelf("metric", hook.apt_evaluators, EvaluatorSpec)
+    adapters = loader.catalog("adapter", hook.apt_adapters, AdapterSpec)
+    formats = loader.catalog("format", hook.apt_formats, FormatSpec)
+    methods = loader.catalog("method", hook.apt_methods, MethodSpec)
+    allocations = loader.catalog("allocation", hook.apt_allocations, AllocationSpec)
+    calibrations = loader.catalog("data set", hook.apt_calibrations, CalibrationSpec)
+    evaluators = loader.catalog("metric", hook.apt_evaluators, EvaluatorSpec)
     observers = {impl.plugin_name: impl for impl in hook.apt_site_pruned.get_hookimpls()}
     return Registry(
         adapters, formats, methods, allocations, calibrations, evaluators, loader.plugins, observers

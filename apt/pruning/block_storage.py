@@ -9,7 +9,7 @@ from torch import nn
 from apt.events import SitePruned
 
 
-class Residency(Protocol):
+class BlockStorage(Protocol):
     """What the loop over blocks asks for around each block's turn.
 
     Attributes:
@@ -32,7 +32,7 @@ class Residency(Protocol):
         """Take what has been made of the block."""
 
 
-class InMemory:
+class MemoryBlocks:
     """All blocks are in memory, before and after."""
 
     repeatable = False

@@ -27,7 +27,7 @@ class Method(Protocol):
 
 
 @dataclass(frozen=True)
-class Solved:
+class SolvedSite:
     """A site that is solved and written, but may still be tuned.
 
     Attributes:
@@ -48,7 +48,7 @@ class Solved:
 
 
 @dataclass(frozen=True)
-class Solver:
+class SiteSolver:
     """How a run solves its sites.
 
     Args:
@@ -69,7 +69,7 @@ class Solver:
         *,
         mean: float,
         scale: Tensor | None,
-    ) -> Solved:
+    ) -> SolvedSite:
         """Solve one site and write it back in place.
 
         Args:
@@ -104,10 +104,10 @@ class Solver:
         _synchronise(weight.device)
         seconds = time.perf_counter() - started
         weight.copy_(solution.weight / scale)
-        return Solved(planned, dense, gram.matrix, tokens, solution, seconds)
+        return SolvedSite(planned, dense, gram.matrix, tokens, solution, seconds)
 
 
-def measured(block: nn.Module, solved: Solved) -> SitePruned:
+def measured(block: nn.Module, solved: SolvedSite) -> SitePruned:
     """What was done to a site, as it is written."""
     planned, solution = solved.planned, solved.solution
     weight = planned.site.oriented(planned.site.weight(block).data)

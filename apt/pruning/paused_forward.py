@@ -215,7 +215,7 @@ class Walk:
     def _drift_matters(self, passing: Passing) -> bool:
         """Whether a site is to be captured yet that is asked to make up for the drift."""
         ahead = (site for sites in self._ahead.values() for site in sites)
-        return passing.reference is not None and any(site.residual for site in ahead)
+        return passing.dense is not None and any(site.residual for site in ahead)
 
 
 def _settings() -> tuple[Any, ...]:

@@ -15,7 +15,7 @@ from apt.adapter import Adapter, Site, State
 from apt.adapter.eval_mode import eval_mode
 from apt.calibration.batches import TOKENS_PER_BATCH, Batch, enter
 from apt.calibration.capture import Capture
-from apt.calibration.dense_activations import advance_reference
+from apt.calibration.dense_activations import advance_dense
 from apt.calibration.storage import MemoryStore, Store
 from apt.calibration.sums import Sums
 from apt.calibration.targets import Targets
@@ -23,8 +23,8 @@ from apt.distributed.ranks import Ranks
 from apt.errors import AptError
 from apt.events import BlockStarted, BlockTuned, Observer, SitePruned, Working
 from apt.planning.plan import Plan, PlannedBlock, PlannedSite
-from apt.pruning.block_storage import InMemory, Residency
-from apt.pruning.layer import Method, Solved, Solver, mean_square, measured
+from apt.pruning.block_storage import BlockStorage, MemoryBlocks
+from apt.pruning.layer import Method, SiteSolver, SolvedSite, mean_square, measured
 from apt.pruning.paused_forward import CannotWait, Walk, may_wait
 from apt.pruning.recipe import Recipe
 from apt.pruning.ssm_parameters import prune_extras
@@ -40,7 +40,7 @@ def prune_blocks(
     method: Method,
     recipe: Recipe | None = None,
     *,
-    resident: Residency | None = None,
+    block_storage: BlockStorage | None = None,
     store: Store | None = None,
     ranks: Ranks | None = None,
     observe: Observer = lambda event: None,
@@ -60,7 +60,7 @@ def prune_blocks(
         tokens: calibration token ids (samples, seqlen).
         method: the pruning method.
         recipe: how it is applied; by default strictly layer-wise.
-        resident: where blocks are while they have no turn; None where all are in memory.
+        block_storage: where blocks are while they have no turn; None where all are in memory.
         store: where the activations are while no block is run on them; None for in memory. On disk
             they do not wait inside a block either, which is run again for each of its sites that
             are solved in order.
@@ -75,23 +75,24 @@ def prune_blocks(
     if tokens.ndim != 2 or not tokens.numel():
         raise AptError(f"tokens have shape {tuple(tokens.shape)}", "give (samples, seqlen)")
     recipe = recipe or Recipe()
-    run = _Run(
-        adapter, Solver(method, recipe.solver, recipe.targets), recipe, resident or InMemory(),
-        store or MemoryStore(), ranks or Ranks(), observe,
+    solver = SiteSolver(method, recipe.solver, recipe.targets)
+    run = _Pruning(
+        adapter, solver, recipe, block_storage or MemoryBlocks(), store or MemoryStore(),
+        ranks or Ranks(), observe,
     )  # fmt: skip
     with eval_mode(model), adapter.running(model):
         return run.all(model, plan, tokens)
 
 
-_Turn = tuple[int, Solved]  # a site by the turn that it is solved in, by whichever rank
+_Turn = tuple[int, SolvedSite]  # a site by the turn that it is solved in, by whichever rank
 
 
 @dataclass
-class _Run:
+class _Pruning:
     adapter: Adapter
-    solver: Solver
+    solver: SiteSolver
     recipe: Recipe
-    resident: Residency
+    block_storage: BlockStorage
     store: Store
     ranks: Ranks
     observe: Observer
@@ -115,7 +116,7 @@ class _Run:
         for index, planned in enumerate(plan.blocks):
             self.observe(BlockStarted(planned.name, index, len(plan.blocks)))
             module = modules[planned.name]
-            with self.resident.open(planned.name, module):
+            with self.block_storage.open(planned.name, module):
                 at = _Block(self.adapter, module, planned, index, batches)
                 try:
                     done += self.turn(at)
@@ -130,16 +131,16 @@ class _Run:
     def turn(self, at: "_Block") -> list[SitePruned]:
         """Prune a block, or take it as an earlier run has left it."""
         name = at.planned.name
-        if (known := self.resident.pruned(name)) is None:
+        if (known := self.block_storage.pruned(name)) is None:
             known = self.block(at)
-            self.resident.keep(name, at.module, known)
+            self.block_storage.keep(name, at.module, known)
             return known
         for batch in at.batches:
-            if batch.reference is not None:
+            if batch.dense is not None:
                 call = batch.calls[at.index]
-                batch.reference.state = self.adapter.step(at.module, batch.reference.state, call)
+                batch.dense.state = self.adapter.step(at.module, batch.dense.state, call)
                 self.tell(at)
-        self.resident.restore(name, at.module)
+        self.block_storage.restore(name, at.module)
         for site in known:
             self.observe(site)
         return known
@@ -174,7 +175,7 @@ class _Run:
             model,
             tokens,
             size,
-            reference=self.aware,
+            with_dense=self.aware,
             ranks=self.ranks,
             store=self.store,
         )
@@ -195,8 +196,8 @@ class _Run:
                         done += self.finish(at.module, solved)
                         solved.clear()
         for batch in at.batches:
-            if batch.reference is not None:
-                batch.reference.inputs.clear()
+            if batch.dense is not None:
+                batch.dense.inputs.clear()
         if self.recipe.reconstruction is not None and at.planned.pruned:
             self.tune(at, self.recipe.reconstruction)
             done += self.finish(at.module, solved)
@@ -209,12 +210,12 @@ class _Run:
         how = self.recipe.row_importance
         wanted = [e.site for e in at.planned.pruned if how and how.serves(e.site, e.pattern)]
         first = at.first(how.tokens / self.ranks.size) if how and wanted else []
-        starts = [batch.reference.state for batch in first if batch.reference]
+        starts = [batch.dense.state for batch in first if batch.dense]
         block = (self.adapter, at.module, at.index)
-        advance_reference(*block, at.batches, at.sites, self.ranks, partial(self.tell, at))
+        advance_dense(*block, at.batches, at.sites, self.ranks, partial(self.tell, at))
         for batch in at.batches:
-            assert batch.reference is not None
-            _check_finite(batch.reference.state)
+            assert batch.dense is not None
+            _check_finite(batch.dense.state)
         if how is None or not wanted:
             return {}
         return how.scales(*block, first, starts, wanted, self.ranks, partial(self.tell, at))
@@ -275,7 +276,7 @@ class _Run:
                     group = [entry for entry in left if entry.site.input == name]
                     left = [entry for entry in left if entry.site.input != name]
                     yield group, {name: sums}
-                at.left = self.recipe.reconstruction is None and not self.resident.repeatable
+                at.left = self.recipe.reconstruction is None and not self.block_storage.repeatable
                 walk.finish(leave=at.left)
         for group in self.groups(left):
             yield group, self.capture(at, [entry.site for entry in group])

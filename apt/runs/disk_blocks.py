@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from apt.checkpoints.offload import Shelf
+from apt.checkpoints.offload import StoredBlocks
 from apt.checkpoints.tensor_map import pruned_parameters
 from apt.checkpoints.verify import block_verdicts, failures
 from apt.distributed.ranks import Ranks
@@ -19,8 +19,8 @@ from apt.output.workplace import Workplace
 from apt.planning.plan import Plan
 
 
-class OnDisk:
-    """See `apt.pruning.block_storage.Residency`.
+class DiskBlocks:
+    """See `apt.pruning.block_storage.BlockStorage`.
 
     Args:
         plan: what is pruned.
@@ -33,7 +33,13 @@ class OnDisk:
     repeatable = True
 
     def __init__(
-        self, plan: Plan, source: Shelf, target: Shelf, device: str, work: Workplace, ranks: Ranks
+        self,
+        plan: Plan,
+        source: StoredBlocks,
+        target: StoredBlocks,
+        device: str,
+        work: Workplace,
+        ranks: Ranks,
     ) -> None:
         self._plan, self._source, self._target = plan, source, target
         self._work, self._ranks = work, ranks

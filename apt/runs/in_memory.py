@@ -23,7 +23,7 @@ from apt.output.location import check_space
 from apt.output.report import Report
 from apt.output.workplace import Workplace, whole_directory, writing
 from apt.planning.plan import Plan
-from apt.pruning.block_storage import Residency
+from apt.pruning.block_storage import BlockStorage
 from apt.runs.machine import activation_store, read_dtype
 from apt.runs.measures import Unmeasured, measure
 from apt.runs.prepare import Prepared
@@ -31,8 +31,8 @@ from apt.runs.prune_model import Job
 from apt.runs.text import Text
 
 
-class InMemory:
-    """See `apt.runs.storage.Storage`.
+class InMemoryRun:
+    """See `apt.runs.storage.RunStorage`.
 
     Args:
         prepared: the checked run.
@@ -41,7 +41,7 @@ class InMemory:
     """
 
     model: nn.Module
-    resident: Residency | None = None
+    block_storage: BlockStorage | None = None
 
     def __init__(self, prepared: Prepared, status: Callable[[str], None], ranks: Ranks) -> None:
         self._prepared, self._status, self._ranks = prepared, status, ranks

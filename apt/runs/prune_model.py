@@ -14,7 +14,7 @@ from apt.distributed.ranks import Ranks
 from apt.events import Observer, SitePruned
 from apt.planning.allocation import Allocation, allocated
 from apt.planning.plan import Plan
-from apt.pruning.block_storage import Residency
+from apt.pruning.block_storage import BlockStorage
 from apt.pruning.layer import Method
 from apt.pruning.pipeline import prune_blocks
 from apt.pruning.recipe import Recipe
@@ -61,7 +61,7 @@ def prune_model(
     tokens: Tensor,
     job: Job,
     *,
-    resident: Residency | None = None,
+    block_storage: BlockStorage | None = None,
     store: Store | None = None,
     ranks: Ranks,
     observe: Observer,
@@ -73,7 +73,7 @@ def prune_model(
         model: the model, pruned in place.
         tokens: calibration token ids (samples, seqlen), with those that the model has written.
         job: what is to be done.
-        resident, store: where blocks and activations are meanwhile, see `prune_blocks`.
+        block_storage, store: where blocks and activations are meanwhile, see `prune_blocks`.
         ranks: the processes that do this together.
         observe: called with each event.
         status: told what is being done outside the loop over blocks.
@@ -94,7 +94,7 @@ def prune_model(
         tokens,
         job.method,
         job.recipe,
-        resident=resident,
+        block_storage=block_storage,
         store=store,
         ranks=ranks,
         observe=observe,

@@ -8,13 +8,13 @@ from apt.distributed.ranks import Ranks
 from apt.events import Observer, telling
 from apt.output.report import Report
 from apt.planning.allocation import UNIFORM
-from apt.runs.in_memory import InMemory
+from apt.runs.in_memory import InMemoryRun
 from apt.runs.measures import scores
 from apt.runs.new_report import calibration_of, new_report
 from apt.runs.prepare import Prepared
 from apt.runs.prune_model import Job, prune_model
-from apt.runs.storage import Storage
-from apt.runs.streamed import Streamed
+from apt.runs.storage import RunStorage
+from apt.runs.streamed import StreamedRun
 from apt.runs.text import Text, read_text
 
 
@@ -39,7 +39,9 @@ def execute(
             for what a streamed run can be resumed from.
     """
     started, ranks = time.perf_counter(), ranks or Ranks()
-    storage: Storage = (Streamed if prepared.options.stream else InMemory)(prepared, status, ranks)
+    storage: RunStorage = (StreamedRun if prepared.options.stream else InMemoryRun)(
+        prepared, status, ranks
+    )
     storage.check_space()
     with storage.opened():
         status("reading text")
@@ -56,7 +58,7 @@ def execute(
             storage.model,
             tokens,
             job,
-            resident=storage.resident,
+            block_storage=storage.block_storage,
             store=storage.store,
             ranks=ranks,
             observe=telling(observe, prepared.registry.site_pruned),

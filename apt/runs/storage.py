@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from apt.calibration.storage import Store
 from apt.output.report import Report
 from apt.planning.plan import Plan
-from apt.pruning.block_storage import Residency
+from apt.pruning.block_storage import BlockStorage
 from apt.runs.prune_model import Job
 from apt.runs.text import Text
 
 
-class Storage(Protocol):
+class RunStorage(Protocol):
     """A model in memory, or streamed from disk to disk; methods are called in this order."""
 
     @property
@@ -21,7 +21,7 @@ class Storage(Protocol):
         """The model, from `begin` on."""
 
     @property
-    def resident(self) -> Residency | None:
+    def block_storage(self) -> BlockStorage | None:
         """Where its blocks are while they have no turn, from `begin` on."""
 
     @property

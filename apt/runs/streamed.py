@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from apt.calibration.storage import DiskStore, Store
 from apt.checkpoints.copies import check_copy, checksums, copied_size
-from apt.checkpoints.offload import Shelf, assemble
+from apt.checkpoints.offload import StoredBlocks, assemble
 from apt.checkpoints.safetensors_io import Shards
 from apt.checkpoints.stored import open_stored
 from apt.checkpoints.tensor_map import pruned_tensors
@@ -33,7 +33,7 @@ from apt.output.report import Report, versions
 from apt.output.workplace import Workplace, writing
 from apt.planning.allocation import UNIFORM
 from apt.planning.plan import Plan
-from apt.runs.disk_blocks import OnDisk
+from apt.runs.disk_blocks import DiskBlocks
 from apt.runs.estimate import activations_on_disk
 from apt.runs.machine import activation_store
 from apt.runs.measures import Unmeasured, measure
@@ -45,8 +45,8 @@ from apt.text.datasets import digest
 _PIECE = 2**24
 
 
-class Streamed:
-    """See `apt.runs.storage.Storage`. A journal says what is done already.
+class StreamedRun:
+    """See `apt.runs.storage.RunStorage`. A journal says what is done already.
 
     Args:
         prepared: the checked run.
@@ -58,7 +58,7 @@ class Streamed:
     """
 
     model: nn.Module
-    resident: OnDisk
+    block_storage: DiskBlocks
 
     def __init__(self, prepared: Prepared, status: Callable[[str], None], ranks: Ranks) -> None:
         self._prepared, self._status, self._ranks = prepared, status, ranks
@@ -71,8 +71,8 @@ class Streamed:
             if options.activations == "disk"
             else activation_store(options.activations)
         )
-        self._dense: Shelf
-        self._pruned: Shelf
+        self._dense: StoredBlocks
+        self._pruned: StoredBlocks
         self._text: Text
         self._problems: list[Unmeasured] = []
 
@@ -147,12 +147,14 @@ class Streamed:
         self.model = assemble(shell, *parts, prepared.device, dtype)
         blocks = dict(shell.adapter.blocks(self.model))
         self._dense, self._pruned = (
-            Shelf(shards, stored.layout, blocks, prepared.device, dtype)
+            StoredBlocks(shards, stored.layout, blocks, prepared.device, dtype)
             for shards in (stored.shards, Shards(self._work.out))
         )
-        shelves = (self._dense, self._pruned)
-        self.resident = OnDisk(prepared.plan, *shelves, prepared.device, self._work, self._ranks)
-        self.resident.check()
+        both = (self._dense, self._pruned)
+        self.block_storage = DiskBlocks(
+            prepared.plan, *both, prepared.device, self._work, self._ranks
+        )
+        self.block_storage.check()
 
     def finished(self) -> Report | None:
         """The report of a run that was cut short when its output had appeared."""
@@ -199,9 +201,9 @@ class Streamed:
     def measure(self, held_out: Tensor | None, when: str) -> dict[str, Any]:
         """Measure the model with its dense or its pruned blocks, unless that has been done."""
         if held_out is not None and when not in self._scores() and self._ranks.first:
-            adapter, shelf = self._prepared.shell.adapter, self._dense
-            shelf = self._pruned if when == "after" else self._dense
-            with carried(self.model, adapter, held_out, shelf, self.store):
+            adapter, on_disk = self._prepared.shell.adapter, self._dense
+            on_disk = self._pruned if when == "after" else self._dense
+            with carried(self.model, adapter, held_out, on_disk, self.store):
                 found = measure(self._prepared, self.model, held_out, when, self._status)
             self._work.journal.add({"scores": {when: found}})
         return self._scores()
@@ -225,7 +227,7 @@ class Streamed:
         else:
             report = replace(report, scores=report.scores | after)
         self._status("verifying")
-        self.resident.verify()
+        self.block_storage.verify()
         report = replace(report, problems=[str(problem) for problem in self._problems])
         report = report.timed(time.perf_counter() - self._started)
         write_card(self._work.out, report, self._stored.directory)

@@ -82,7 +82,7 @@ def reconstruct(
         adapter: the block's adapter.
         block: the pruned block.
         index: its place among the blocks.
-        batches: the states before the block, and in their references those after the dense one;
+        batches: the states before the block, and with the dense activations after the block;
             of several ranks, those that were dealt to this one. The last of all are held back.
         sites: the sites to tune.
         options: how.
@@ -180,10 +180,10 @@ class _Tuning:
 
     def _error(self, batch: Batch) -> Tensor:
         """See `Tuned`."""
-        assert batch.reference is not None
+        assert batch.dense is not None
         call = batch.calls[self._index]
         given = stream_after(self._adapter, self._block, self._weights(), batch.state, call).float()
-        dense = self._adapter.residual(batch.reference.state).float()
+        dense = self._adapter.residual(batch.dense.state).float()
         error: Tensor = ((given - dense).square().sum(-1) / dense.square().sum(-1)).mean()
         return error
 

@@ -64,7 +64,7 @@ class RowImportance:
             adapter: the block's adapter.
             block: the block, its weights still dense.
             index: its place among the blocks, from which the signs are drawn.
-            batches: those to take, with the dense inputs of the block's sites in their references.
+            batches: those to take, with the dense inputs of the block's sites.
             starts: the state of the dense stream before the block, of each.
             sites: the sites.
             ranks: the processes that have other batches.
@@ -99,6 +99,6 @@ class RowImportance:
 
 def _squares(batches: Sequence[Batch], name: str) -> Tensor:
     """``‖x_j‖²`` (in,) over the dense inputs of that name, none so small that it stands out."""
-    parts = [x for batch in batches if batch.reference for x in batch.reference.inputs[name]]
+    parts = [x for batch in batches if batch.dense for x in batch.dense.inputs[name]]
     total = torch.stack([part.float().square().sum(0) for part in parts]).sum(0)
     return total.clamp_min(max(_TINY * float(total.mean()), torch.finfo(total.dtype).tiny))
