@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from apt.calibration.batches import Batch, Reference, enter
+from apt.calibration.batches import Batch, DenseActivations, enter
 from apt.calibration.storage import DiskStore, MemoryStore
 from apt.checkpoints.safetensors_io import Shards
 from tests.families import FAMILIES, random_model
@@ -40,7 +40,7 @@ def test_what_is_written_over_stays_on_disk(tmp_path):
 
 
 def test_a_file_is_gone_once_nobody_asks_for_it(tmp_path):
-    batch = Batch(torch.ones(5), [], 5, Reference(torch.zeros(5), DiskStore(tmp_path)))
+    batch = Batch(torch.ones(5), [], 5, DenseActivations(torch.zeros(5), DiskStore(tmp_path)))
     batch.dense.inputs.add("x", torch.ones(3))
     assert len(list(tmp_path.iterdir())) == 2
     found = batch.dense.inputs["x"][0]

@@ -100,7 +100,7 @@ def noting(seen):
 
 def test_too_little_text_counts_it():
     assert windows(torch.arange(18), 2, 10, "x", BOS).shape == (2, 10)
-    with pytest.raises(library.AptError, match="use --samples 1"):
+    with pytest.raises(library.AptError, match="use 1 samples"):
         windows(torch.arange(17), 2, 10, "x", BOS)
 
 

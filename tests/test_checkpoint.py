@@ -65,7 +65,7 @@ def test_outputs_are_checked_early(tmp_path):
     check_output(tmp_path / "new" / "deep", False)
     with pytest.raises(AptError, match="exists and is no directory"):
         check_output(tmp_path / "file", True)
-    with pytest.raises(AptError, match="pass --overwrite"):
+    with pytest.raises(AptError, match="overwrite it"):
         check_output(tmp_path / "full", False)
     with pytest.raises(AptError, match="no directory"):
         check_output(tmp_path / "file" / "out", False)

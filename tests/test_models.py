@@ -121,7 +121,7 @@ def test_remote_code_is_off(damaged):
     config |= {"model_type": "theirs", "auto_map": {"AutoConfig": "theirs.Config"}}
     (damaged / "config.json").write_text(json.dumps(config))
     (damaged / "theirs.py").write_text("open('pwned', 'w')")
-    with pytest.raises(AptError, match="--trust-remote-code"):
+    with pytest.raises(AptError, match="read that code, then allow it"):
         loaded(damaged)
     assert not (damaged / "pwned").exists()
 
@@ -215,5 +215,5 @@ def test_a_tokenizer_with_code_of_its_own_is_told(damaged):
     path = damaged / "tokenizer_config.json"
     code = {"auto_map": {"AutoTokenizer": ["theirs.Tokenizer", None]}, "tokenizer_class": "Theirs"}
     path.write_text(json.dumps(json.loads(path.read_text()) | code))
-    with pytest.raises(AptError, match=r"the tokenizer of .* needs code .*--trust-remote-code"):
+    with pytest.raises(AptError, match=r"the tokenizer of .* needs code .*then allow it"):
         load_tokenizer(find(str(damaged), registry()))

@@ -175,7 +175,7 @@ def test_an_old_result_is_there_until_the_new_one_is(tmp_path, monkeypatch, exch
     if not exchanges:  # as on a system without the call
         monkeypatch.setattr(renaming, "_system_rename", lambda *arguments: False)
     write(tmp_path / "out")
-    with pytest.raises(AptError, match="pass --overwrite"):
+    with pytest.raises(AptError, match="overwrite it"):
         check_output(tmp_path / "out", overwrite=False)
     write(tmp_path / "out", overwrite=True)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]

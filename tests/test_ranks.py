@@ -166,6 +166,6 @@ def test_more_ranks_than_samples_are_refused(checkpoint, tmp_path):
     process = torchrun(tmp_path, checkpoint("llama"), *few, ranks=3)
     said, _ = process.communicate()
     assert process.returncode != 0
-    assert "too few samples: some of 3 ranks are left without any; give more --samples" in said
+    assert "too few samples: some of 3 ranks are left without any; give more samples" in said
     assert "Traceback" not in said.split("failed (exitcode")[0]
     assert not (tmp_path / "out").exists()

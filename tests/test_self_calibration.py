@@ -115,7 +115,7 @@ def test_a_model_that_cannot_write_does_without_unless_asked(apt, monkeypatch):
     assert "own samples: 0 (not 2: LlamaForCausalLM writes no text)" in result.err
     with pytest.raises(library.AptError, match="Linear cannot write text") as raised:
         library.own_text(torch.nn.Linear(4, 4), 1, 8)
-    assert raised.value.hint == "use --own-samples 0"
+    assert raised.value.options == ("own_samples",)
 
 
 def test_logits_that_are_no_numbers_are_left_to_the_pruning_to_tell():

@@ -122,7 +122,7 @@ def test_a_run_that_is_cut_short_goes_on_to_the_same_bytes(
     if count > 1 or place == "appear":
         refused = apt(*command, "-o", "out")
         assert refused.code == 2
-        assert "pass --resume" in refused.err
+        assert "(--resume)" in refused.err
     result = apt(*command, "-o", "out", "--resume")
     assert result.code == 0, result.err
     assert weights("out") == weights("whole")
@@ -292,4 +292,35 @@ def test_a_damaged_block_that_is_read_ahead_is_told_in_its_turn(checkpoint, apt,
     result = apt("prune", model, *SMALL, "--stream", "-o", "out")
     assert result.code == 2
     assert said in result.err
-    assert "kept in .out.apt, for --resume" in result.err
+    assert "kept in .out.apt, to be resumed (--resume)" in result.err
+
+
+def test_text_that_the_model_wrote_is_kept_for_a_resumed_run(checkpoint, apt, monkeypatch):
+    command = ("prune", checkpoint("llama"), *SMALL, "--stream", "--own-samples", 2)
+    command = (*command, "--effort", "fast", "--eval", "builtin")
+    assert apt(*command, "-o", "whole").code == 0
+    with monkeypatch.context() as patch:
+        cut(patch, PLACES["journal"], 6, KilledError())
+        with pytest.raises(KilledError):
+            apt(*command, "-o", "out")
+    with monkeypatch.context() as patch:
+        patch.setattr("apt.text.augmentation.own_text", lambda *args, **kwargs: 1 / 0)
+        result = apt(*command, "-o", "out", "--resume")
+    assert result.code == 0, result.err
+    assert weights("out") == weights("whole")
+
+
+def test_kept_text_that_was_changed_is_refused(checkpoint, apt, monkeypatch):
+    command = ("prune", checkpoint("llama"), *SMALL, "--stream", "--own-samples", 2)
+    command = (*command, "--effort", "fast", "-o", "out")
+    with monkeypatch.context() as patch:
+        cut(patch, PLACES["journal"], 5, KilledError())
+        with pytest.raises(KilledError):
+            apt(*command)
+    kept = Path(".out.apt/tokens.safetensors")
+    raw = bytearray(kept.read_bytes())
+    raw[-8] ^= 1
+    kept.write_bytes(raw)
+    result = apt(*command, "--resume")
+    assert result.code == 2
+    assert "damaged: tokens.safetensors was changed" in result.err

@@ -244,7 +244,7 @@ def test_streams_that_multiply_other_tokens_cannot_be_compared(adapter_of):
 
     adapter.capture = capture
     plan = make_plan(model, adapter, NM(2, 4))
-    with pytest.raises(AptError, match=r"q_proj is multiplied by other tokens .*--layer-wise"):
+    with pytest.raises(AptError, match=r"q_proj is multiplied by other tokens .*prune layer-wise"):
         prune_blocks(model, adapter, plan, random_tokens(), ss, Recipe(targets=Targets()))
 
 
