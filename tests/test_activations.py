@@ -122,8 +122,8 @@ def test_a_disk_that_fills_up_is_told(command, apt, monkeypatch):
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [(["--activations", "disk"], "--activations disk is for streamed runs; pass --stream as well"),
-     (["--activations", "tape", "--stream"], "--activations tape is none of memory, disk")],
+    [(["--activations", "disk"], "stream the run as well (--activations, --stream)"),
+     (["--activations", "tape", "--stream"], "use memory, cpu, disk (--activations)")],
 )  # fmt: skip
 def test_where_they_cannot_be(options, said, checkpoint, apt):
     for command in (("prune", "-o", "out"), ("inspect",)):

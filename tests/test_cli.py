@@ -230,7 +230,7 @@ BAD = [
     (["prune", "zoo:llama", "--pattern", "32:64", "--method", "mm"], "use mask S"),
     (["prune", "zoo:llama", "--per", "column"], "neither row nor layer"),
     (["prune", "zoo:llama", "--samples", "10000"], "too little text: builtin gives"),
-    (["prune", "zoo:llama", "--samples", "0"], "--samples must be at least 1"),
+    (["prune", "zoo:llama", "--samples", "0"], "(--samples, --own-samples)"),
     (
         ["prune", "zoo:llama", "--output", "full"],
         "full exists and holds what APT did not write there: x",
@@ -239,8 +239,8 @@ BAD = [
     (["prune", "zoo:llama", "--dtype", "int8"], "no dtype 'int8'"),
     (["prune", "zoo:llama", "--device", "tpu"], "device 'tpu' is not available"),
     (["prune", "zoo:llama", "--device", "cuda:99"], "device 'cuda:99' is not available"),
-    (["prune", "zoo:llama", "--block-size", "64"], "admm knows no --block-size; these do: sm, mm"),
-    (["prune", "zoo:llama", "--effort", "fast", "--method", "ss"], "ss knows no --effort"),
+    (["prune", "zoo:llama", "--block-size", "64"], "admm knows no block size; these do: sm, mm"),
+    (["prune", "zoo:llama", "--effort", "fast", "--method", "ss"], "ss knows no effort"),
     (["prune", "zoo:llama", "--effort", "most"], "effort 'most' is none of fast, default, best"),
     (["prune", "zoo:llama", "--damping=-1"], "damping -1 is not a number from 0 to"),
     (

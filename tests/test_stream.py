@@ -205,8 +205,8 @@ def test_two_runs_do_not_write_one_output(checkpoint, apt):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--allocation", "owl", "--sparsity", "0.5"], "--allocation needs the whole model"),
-        (["--dtype", "float32"], "--dtype needs the whole model"),
+        (["--allocation", "owl", "--sparsity", "0.5"], "another allocation than the default needs"),
+        (["--dtype", "float32"], "another dtype than the default needs"),
     ],
 )
 def test_what_cannot_be_streamed_is_told_first(options, said, checkpoint, apt):
