@@ -1,5 +1,6 @@
 """Fixtures: adapters, checkpoints on disk, the command line in process."""
 
+import gc
 import json
 import os
 import shutil
@@ -24,6 +25,12 @@ pytest_plugins = ["pytester"]
 settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     settings.load_profile("ci")
+
+
+def pytest_collection_finish():
+    """Leave what is imported by now to itself: each run of the command line collects garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

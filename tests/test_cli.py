@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from apt.plugin.registry import registry
-from tests.families import FAMILIES
+from tests.families import FAMILIES, TEXT
 
-SMALL = ("--samples", 4, "--seqlen", 64)
+SMALL = ("--samples", 4, "--seqlen", 64, "--calibration", TEXT)
 
 
 def weights(model):
@@ -211,6 +211,7 @@ def nan_model(checkpoint, tmp_path):
     return path
 
 
+TOKENS = ["--calibration", str(TEXT)]  # where the method refuses, once there are some
 BAD = [
     (["prune"], "no MODEL is given"),
     (["prune", "./nowhere"], "no such model"),
@@ -227,7 +228,7 @@ BAD = [
     (["prune", "zoo:llama", "--pattern", "4:2"], "pattern 4:2 keeps 4 of 2"),
     (["prune", "zoo:llama", "--pattern", "0:4"], "0 < N < M"),
     (["prune", "zoo:llama", "--pattern", "2:5"], "192 inputs, not a multiple of 5"),
-    (["prune", "zoo:llama", "--pattern", "32:64", "--method", "mm"], "use mask S"),
+    (["prune", "zoo:llama", *TOKENS, "--pattern", "32:64", "--method", "mm"], "use mask S"),
     (["prune", "zoo:llama", "--per", "column"], "neither row nor layer"),
     (["prune", "zoo:llama", "--samples", "10000"], "too little text: builtin gives"),
     (["prune", "zoo:llama", "--samples", "0"], "(--samples, --own-samples)"),
@@ -244,7 +245,7 @@ BAD = [
     (["prune", "zoo:llama", "--effort", "most"], "effort 'most' is none of fast, default, best"),
     (["prune", "zoo:llama", "--damping=-1"], "damping -1 is not a number from 0 to"),
     (
-        ["prune", "zoo:llama", "--block-size", "6", "--method", "sm"],
+        ["prune", "zoo:llama", *TOKENS, "--block-size", "6", "--method", "sm"],
         "block size 6 is not a multiple of 4",
     ),
     (["prune", "zoo:llama", "--only", "*.fc1"], "'*.fc1' matches no site"),
@@ -265,7 +266,9 @@ BAD = [
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"), BAD, ids=lambda v: " ".join(v) if isinstance(v, list) else ""
+    ("arguments", "message"),
+    BAD,
+    ids=lambda v: " ".join(Path(word).name for word in v) if isinstance(v, list) else "",
 )
 def test_bad_input_is_one_line_and_nothing_is_written(apt, arguments, message):
     Path("full").mkdir()

@@ -4,8 +4,8 @@ import os
 import resource
 import signal
 import subprocess
-import sys
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,43 +20,36 @@ from tests.test_stream import SMALL, weights
 TOKENS = random_tokens(samples=8)
 
 
-def command(model, *options):
-    return [sys.executable, "-m", "apt", "prune", str(model), *map(str, SMALL), *options]
-
-
+@contextmanager
 def limited(size):
-    """Run in the child: no file may become larger, as on a full disk or over a quota."""
-
-    def limit():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-    return limit
+    """No file of this process may become larger, as on a full disk or over a quota."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["memory", "stream"])
-def test_a_file_that_cannot_grow(checkpoint, tmp_path, stream):
+def test_a_file_that_cannot_grow(apt, checkpoint, stream):
     model = checkpoint("llama")
     before = {p: p.read_bytes() for p in model.iterdir()}
-    options = ["-o", "out", *(["--stream"] if stream else [])]
-    run = subprocess.run(
-        command(model, *options), cwd=tmp_path, capture_output=True, text=True,
-        preexec_fn=limited(100_000),
-    )  # fmt: skip
-    assert run.returncode == 2, run.stderr
-    (line,) = (text for text in run.stderr.splitlines() if text.startswith("apt-prune: "))
+    command = ("prune", model, *SMALL, "-o", "out", *(["--stream"] if stream else []))
+    with limited(100_000):
+        run = apt(*command)
+    assert run.code == 2, run.err
+    (line,) = (text for text in run.err.splitlines() if text.startswith("apt: "))
     assert "cannot write" in line
     assert "File too large" in line
     assert ("--resume" in line) == stream
-    assert "Traceback" not in run.stderr
-    assert not (tmp_path / "out").exists()
+    assert "Traceback" not in run.err
+    assert not Path("out").exists()
     assert {p: p.read_bytes() for p in model.iterdir()} == before
     if stream:
-        again = subprocess.run(
-            command(model, *options, "--resume"), cwd=tmp_path, capture_output=True, text=True
-        )
-        assert again.returncode == 0, again.stderr
-    assert [p.name for p in tmp_path.iterdir()] == (["out"] if stream else [])
+        again = apt(*command, "--resume")
+        assert again.code == 0, again.err
+    assert [p.name for p in Path().iterdir()] == (["out"] if stream else [])
 
 
 @pytest.fixture

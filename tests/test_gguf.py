@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.families import CONFIGS, random_model, random_tokens
+from tests.families import CONFIGS, TEXT, random_model, random_tokens
 
 gguf = pytest.importorskip("gguf", reason="the extra [gguf] is not installed")
 pytest.importorskip("accelerate", reason="the extra [gguf] is not installed")
@@ -70,7 +70,8 @@ def file(tmp_path, tokenizer):
 def test_a_gguf_file_is_pruned_to_a_plain_directory(apt, file):
     path, original = file
     sample = random_tokens(samples=2)
-    run = apt("prune", path, "--samples", 4, "--seqlen", 32, "--dtype", "float32")
+    small = ("--samples", 4, "--seqlen", 32, "--calibration", TEXT)
+    run = apt("prune", path, *small, "--dtype", "float32")
     assert run.code == 0, run.err
     pruned = AutoModelForCausalLM.from_pretrained("tiny-2of4-admm")
     assert not getattr(pruned.config, "quantization_config", None)

@@ -12,6 +12,7 @@ from apt.locations.hub import Hub
 from apt.locations.model_source import find
 from apt.plugin.registry import registry
 from apt.text.datasets import documents
+from tests.families import TEXT
 
 COMMIT = "a" * 40
 
@@ -48,9 +49,10 @@ def test_what_loaders_are_told():
 def test_a_branch_in_a_folder_of_downloads_is_read(apt, nowhere, downloads, command):
     name, *more = command.split()
     small = () if name == "convert" else ("--samples", 2, "--seqlen", 64)
+    text = {"eval": ("--data", TEXT), "prune": ("--calibration", TEXT)}.get(name, ())
     options = ("--cache-dir", downloads, "--revision", "pruned", "--token", "hf_secret")
     method = ("--method", "wanda", "-o", "out") if name == "prune" else ()
-    run = apt(name, "someone/model", *more, *small, *options, *method)
+    run = apt(name, "someone/model", *more, *small, *text, *options, *method)
     assert run.code == 0, run.err
     if name == "prune":
         report = Path("out/apt_report.json").read_text()

@@ -13,8 +13,9 @@ from apt.runs import limits
 from apt.runs.machine import check_tokens, choose_device, memory
 from apt.solver import EFFORTS
 from apt.solver.options import Effort
+from tests.families import TEXT
 
-Q = ("--samples", 4, "--seqlen", 64, "--method", "wanda")
+Q = ("--samples", 4, "--seqlen", 64, "--method", "wanda", "--calibration", TEXT)
 
 REFUSED = [
     (("prune", "zoo:llama", "--seed", "1" + "0" * 23), "seed 1" + "0" * 23 + " is out of range"),

@@ -10,9 +10,11 @@ import pytest
 
 from apt.cli import app
 from apt.cli.output import show_json
+from tests.families import TEXT
 
 SMALL = ("--samples", 4, "--seqlen", 64)
-RUN = ("prune", "zoo:llama", *SMALL, "--method", "wanda", "--pattern", "2:4", "-o", "out")
+WANDA = ("prune", "zoo:llama", *SMALL, "--method", "wanda", "--pattern", "2:4", "-o", "out")
+RUN = (*WANDA, "--calibration", TEXT)
 
 
 def test_each_block_is_a_line_where_nobody_sees_a_display(apt):
@@ -49,8 +51,8 @@ def test_verbose_adds_steps_and_weights(apt):
 
 
 def test_a_log_file_keeps_all_that_is_said(apt):
-    apt(*RUN, "--quiet", "--log-file", "log.txt")
-    apt(*RUN, "--log-file=log.txt")
+    apt(*WANDA, "--quiet", "--log-file", "log.txt")
+    apt(*WANDA, "--log-file=log.txt")
     lines = Path("log.txt").read_text().splitlines()
     assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (INFO|ERROR) ", s) for s in lines)
     said = [line.split(" ", 3)[3] for line in lines]

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-SMALL = ("--samples", 4, "--seqlen", 64, "--method", "wanda")
+from tests.families import TEXT
+
+SMALL = ("--samples", 4, "--seqlen", 64, "--method", "wanda", "--calibration", TEXT)
 
 
 def plan(apt, *arguments):
