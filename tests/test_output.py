@@ -27,7 +27,7 @@ def test_each_block_is_a_line_where_nobody_sees_a_display(apt):
 
 
 def test_defaults_are_said_once_the_text_is_read(apt):
-    run = apt("prune", "zoo:llama", "--samples", 10_000)
+    run = apt("prune", "zoo:llama", "--samples", 10_000, "--calibration", TEXT)
     assert run.code == 2
     assert len(run.err.splitlines()) == 1
     run = apt("prune", "zoo:llama", *SMALL, "--method", "wanda")

@@ -19,6 +19,7 @@ import apt
 from apt.distributed.ranks import Ranks
 from apt.tuning.reconstruct import Reconstruction
 from tests.families import CONFIGS, TEXT, random_model, random_tokens
+from tests.processes import forked, on_ranks
 from tests.test_stream import weights
 
 TOKENS = random_tokens(samples=8)
@@ -61,7 +62,9 @@ def as_a_rank(rank, size, folder):
 def together(request, tmp_path_factory):
     """All cases on that many ranks: a function of a case gives what each rank has."""
     folder, size = tmp_path_factory.mktemp("ranks"), request.param
-    multiprocessing.start_processes(as_a_rank, (size, str(folder)), size, start_method="spawn")
+    multiprocessing.start_processes(
+        as_a_rank, (size, str(folder)), size, start_method=forked.get_start_method()
+    )
     return lambda variant, run: [
         torch.load(folder / f"{variant}-{run}-{rank}", weights_only=True) for rank in range(size)
     ]
@@ -106,11 +109,11 @@ COMMAND = ["--samples", "16", "--seqlen", "24", "--pattern", "2:4", "--stream",
            "--calibration", str(TEXT)]  # fmt: skip
 
 
-def torchrun(folder, model, *options, ranks=2):
-    """``apt prune`` on some ranks, as a process."""
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+def torchrun(folder, *command):
+    """``apt`` on two ranks, as a process."""
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     return subprocess.Popen(
-        [*run, f"--nproc-per-node={ranks}", "-m", "apt", "prune", str(model), *COMMAND, *options],
+        [*run, "-m", "apt", *command],
         cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -131,16 +134,15 @@ def children(process):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks' processes in /proc")
-def test_a_rank_that_dies_ends_the_job_and_the_run_is_gone_on_with(checkpoint, tmp_path):
-    model = checkpoint("llama")
-    whole = torchrun(tmp_path, model, "-o", "whole")
-    said, _ = whole.communicate()
-    assert whole.returncode == 0, said
+def test_a_rank_that_dies_ends_the_job_and_the_run_is_gone_on_with(checkpoint, tmp_path, apt):
+    command = ("prune", str(checkpoint("llama")), *COMMAND)
+    codes, said = on_ranks(2, tmp_path, *command, "-o", "whole")
+    assert codes == [0, 0], said
     assert said.count("verified on disk") == 1
     report = json.loads((tmp_path / "whole" / "apt_report.json").read_text())
     assert [part["solves"] for part in report["ranks"]] == [11, 10]
 
-    cut, journal = torchrun(tmp_path, model, "-o", "out"), tmp_path / ".out.apt/journal.jsonl"
+    cut, journal = torchrun(tmp_path, *command, "-o", "out"), tmp_path / ".out.apt/journal.jsonl"
     while cut.poll() is None and not (journal.is_file() and journal.read_text().count("\n") > 2):
         time.sleep(0.01)
     os.kill(children(cut)[1], signal.SIGKILL)
@@ -149,23 +151,18 @@ def test_a_rank_that_dies_ends_the_job_and_the_run_is_gone_on_with(checkpoint, t
     assert "Signal 9 (SIGKILL) received by PID" in said
     assert not (tmp_path / "out").exists()
 
-    alone = subprocess.run(
-        [sys.executable, "-m", "apt", "prune", str(model), *COMMAND, "-o", "out", "--resume"],
-        cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert alone.returncode == 2
-    assert ": ranks differ" in alone.stderr
-    again = torchrun(tmp_path, model, "-o", "out", "--resume")
-    said, _ = again.communicate()
-    assert again.returncode == 0, said
+    alone = apt(*command, "-o", "out", "--resume")
+    assert alone.code == 2
+    assert ": ranks differ" in alone.err
+    codes, said = on_ranks(2, tmp_path, *command, "-o", "out", "--resume")
+    assert codes == [0, 0], said
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
 
 
 def test_more_ranks_than_samples_are_refused(checkpoint, tmp_path):
     few = ("--samples", "2", "--effort", "fast", "-o", "out")
-    process = torchrun(tmp_path, checkpoint("llama"), *few, ranks=3)
-    said, _ = process.communicate()
-    assert process.returncode != 0
+    codes, said = on_ranks(3, tmp_path, "prune", checkpoint("llama"), *COMMAND, *few)
+    assert codes == [2, 2, 2]
     assert "too few samples: some of 3 ranks are left without any; give more samples" in said
-    assert "Traceback" not in said.split("failed (exitcode")[0]
+    assert "Traceback" not in said
     assert not (tmp_path / "out").exists()

@@ -5,10 +5,7 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +16,7 @@ import apt.output.journal as apt_journal
 import apt.output.workplace as apt_workplace
 from apt.checkpoints.safetensors_io import Shards
 from tests.families import CONFIGS, FAMILIES, TEXT, random_model
+from tests.processes import start
 
 SMALL = ("--samples", 4, "--seqlen", 24, "--pattern", "2:4", "--calibration", TEXT)
 
@@ -228,28 +226,29 @@ def test_a_disk_too_small_is_told_first(checkpoint, apt, monkeypatch):
     assert "MiB left" in result.err
 
 
-def test_a_process_that_is_killed_is_gone_on_with(checkpoint, tmp_path):
-    model = str(checkpoint("llama"))
-    command = [sys.executable, "-m", "apt", "prune", model, *map(str, SMALL), "--stream"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def kill_after_two_blocks():
+    """Let this process be killed once two blocks are on disk."""
+    original, written = apt_journal.Journal.add, []
 
-    def run(*options):
-        return subprocess.Popen(
-            [*command, *options], cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-        )  # fmt: skip
+    def add(self, line):
+        original(self, line)
+        written.append(line)
+        if len(written) == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    assert run("-o", "whole").wait() == 0
-    process, journal = run("-o", "out"), tmp_path / ".out.apt" / "journal.jsonl"
-    for _ in range(3000):  # until two blocks are on disk
-        if journal.is_file() and journal.read_bytes().count(b"\n") >= 4:
-            break
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    if journal.is_file():
-        assert run("-o", "out", "--resume").wait() == 0
-    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+    apt_journal.Journal.add = add
+
+
+def test_a_process_that_is_killed_is_gone_on_with(checkpoint, tmp_path, apt):
+    command = ("prune", checkpoint("llama"), *SMALL, "--stream")
+    assert apt(*command, "-o", "whole").code == 0
+    process = start(tmp_path, *command, "-o", "out", before=kill_after_two_blocks)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, Path("said").read_text()
+    assert not Path("out").exists()
+    assert Path(".out.apt/journal.jsonl").read_bytes().count(b"\n") == 4
+    assert apt(*command, "-o", "out", "--resume").code == 0
+    assert weights("out") == weights("whole")
 
 
 def test_the_next_block_is_read_while_one_has_its_turn(checkpoint, apt, monkeypatch):

@@ -10,18 +10,16 @@ from apt.evaluation.metrics import perplexity
 from apt.locations.model_source import find
 from apt.plugin.registry import registry
 from apt.runs.prune_options import PruneOptions
-from apt.text.datasets import calibration_tokens, documents, evaluation_tokens
-from tests.families import FAMILIES
+from apt.text.datasets import calibration_tokens, evaluation_tokens
+from tests.families import FAMILIES, builtin
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "mamba2"])
 def test_pruning_costs_perplexity_and_methods_can_be_ranked(family):
     source = find(f"zoo:{family}", registry())
     model, tokenizer = load(skeleton(source, registry())), load_tokenizer(source)
-    texts = list(documents("builtin", "calibration", registry()))
-    tokens = calibration_tokens(tokenizer, texts, 24, 256, 0, "builtin")
-    texts = list(documents("builtin", "evaluation", registry()))
-    held_out = evaluation_tokens(tokenizer, texts, 24, 256, "builtin")
+    tokens = calibration_tokens(tokenizer, [builtin("calibration")], 24, 256, 0, "builtin")
+    held_out = evaluation_tokens(tokenizer, [builtin("evaluation")], 24, 256, "builtin")
 
     def score(module):
         with model.adapter.running(module):
