@@ -6,6 +6,9 @@ FAMILIES = $(addprefix -e ,$(wildcard plugins/apt-*))  # as anybody's packages
 OLDEST = transformers==4.57.1
 # What mamba_ssm brings without a compiler for GPUs: its Python, and kernels in Triton.
 KERNELS = causal-conv1d==1.7.0 mamba-ssm==2.3.2.post1 triton==3.7.1
+# Modules are compiled when they are imported: of most packages few are.
+INSTALL = $(BIN)/pip install --quiet --no-compile
+export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: demo test lint check kernels template matrix clean
 
@@ -14,7 +17,7 @@ demo: $(VENV)/.runtime
 
 # Two processes of one thread each: small tests gain more from that than from two threads.
 test: $(VENV)/.development
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/.development
 	$(BIN)/ruff check .
@@ -26,7 +29,7 @@ check: lint test
 
 # What runs only beside mamba_ssm, with its own Python over stand-ins for what it compiles.
 kernels: $(VENV)/.kernels
-	PYTHONPATH=$(VENV)/kernels OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/kernels
+	PYTHONPATH=$(VENV)/kernels OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/kernels
 
 # A package made from the template, beside a wheel, in an environment of its own.
 template: $(VENV)/.development
@@ -45,14 +48,14 @@ $(VENV)/.runtime: pyproject.toml
 
 $(VENV)/.development: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -e '.[dev]' $(FAMILIES)
+	$(INSTALL) -e '.[dev]' $(FAMILIES)
 	touch $@
 
 $(VENV)/.kernels: $(VENV)/.development
-	$(BIN)/pip install --quiet wheel einops ninja packaging setuptools
+	$(INSTALL) wheel einops ninja packaging setuptools
 	CAUSAL_CONV1D_SKIP_CUDA_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE \
 	MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE \
-	$(BIN)/pip install --quiet --no-deps --no-build-isolation --target $(VENV)/kernels $(KERNELS)
+	$(INSTALL) --no-deps --no-build-isolation --target $(VENV)/kernels $(KERNELS)
 	touch $@
 
 clean:

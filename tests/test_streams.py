@@ -9,6 +9,7 @@ import pytest
 
 from apt.cli.output import notice, out
 from apt.cli.streams import guarded
+from tests.processes import start
 
 APT = [sys.executable, "-m", "apt"]
 
@@ -39,13 +40,17 @@ def test_closed_streams_are_no_fault():
         assert subprocess.run(["bash", "-c", command], stdout=subprocess.DEVNULL).returncode == 0
 
 
-def test_a_full_standard_error_stops_no_work():
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            [*APT, "inspect", "zoo:llama", "--samples", "1"], stdout=subprocess.PIPE, stderr=full
-        )
-    assert done.returncode == 0
-    assert b"LlamaForCausalLM" in done.stdout
+def full_error():
+    """Make the standard error of this process one that takes nothing."""
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
+
+
+def test_a_full_standard_error_stops_no_work(tmp_path):
+    words = ("inspect", "zoo:llama", "--samples", 1)
+    process = start(tmp_path, *words, before=full_error)
+    process.join()
+    assert process.exitcode == 0
+    assert "LlamaForCausalLM" in (tmp_path / "said").read_text()
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])

@@ -20,6 +20,7 @@ from apt.text.datasets import (
     windows,
 )
 from apt.text.files import read_file
+from tests.families import builtin
 
 TEXTS = ["The first text.", "The second,\nof two lines.", "The third: naïve café."]
 
@@ -137,7 +138,7 @@ def test_too_little_text_says_how_much_there_is(tokens, message):
 
 
 def test_calibration_samples_are_drawn_by_seed_without_overlap(tokenizer):
-    texts = list(documents("builtin", "calibration", registry()))
+    texts = [builtin("calibration")]
     drawn = [calibration_tokens(tokenizer, texts, 8, 32, seed, "builtin") for seed in (0, 0, 1)]
     assert drawn[0].shape == (8, 32)
     assert digest(drawn[0]) == digest(drawn[1]) != digest(drawn[2])
@@ -160,7 +161,7 @@ def test_evaluation_reads_no_more_text_than_it_needs(tokenizer):
 
 
 def test_evaluation_takes_the_first_windows(tokenizer):
-    texts = list(documents("builtin", "evaluation", registry()))
+    texts = [builtin("evaluation")]
     ids = tokenize(tokenizer, texts)
     assert torch.equal(evaluation_tokens(tokenizer, texts, 2, 16, "x").flatten(), ids[:32])
     assert len(evaluation_tokens(tokenizer, texts, None, 16, "x")) == len(ids) // 16
