@@ -38,7 +38,7 @@ def start(folder, *arguments, before=None, **environment):
 
 
 def on_ranks(size, folder, *arguments):
-    """``apt`` on some ranks, told so as torchrun tells it: the status of each, and what they say."""
+    """``apt`` on ranks that are told so as by torchrun: the status of each, and what they say."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

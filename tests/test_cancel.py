@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import apt as library
-import apt.solver.precision
 import apt.tuning.reconstruct
 from apt.events import BlockStarted, SitePruned, Working
 from apt.planning.plan import make_plan
@@ -37,6 +36,15 @@ def tuned_on_little(monkeypatch):
     """Tuning in steps of two samples, so that there are some."""
     small_steps = partial(Reconstruction, tokens_per_batch=24)
     monkeypatch.setattr("apt.runs.prune_options.Reconstruction", small_steps)
+
+
+@pytest.fixture(autouse=True)
+def not_full_precision():
+    """What products are made of is another thing than within a run, so that leaving it shows."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(before)
 
 
 @cache
@@ -73,7 +81,7 @@ def left_behind(model):
         "gradients": [p for p in model.parameters() if p.grad is not None or not p.requires_grad],
         "modes": torch._C._len_torch_function_stack(),
         "grad": torch.is_grad_enabled(),
-        "precision": (apt.solver.precision._inside, torch.get_float32_matmul_precision()),
+        "precision": torch.get_float32_matmul_precision(),
         "random": torch.get_rng_state().tolist(),
     }
 
