@@ -39,7 +39,7 @@ def test_it_lowers_the_error_on_what_was_held_back(name, dtype):
     batches = enter(adapter, model, tokens, 48, with_dense=True)
     block, sites = pruned_block(adapter, model, batches)
     before = {name: value.clone() for name, value in block.named_parameters()}
-    tuned = reconstruct(adapter, block, 0, batches, sites, Reconstruction(rate=0.1))
+    tuned = reconstruct(adapter, block, 0, batches, sites, Reconstruction(rate=0.1, epochs=3))
     assert tuned is not None
     assert tuned.after < tuned.before
     names = {site.parameter for site in sites}
@@ -133,7 +133,7 @@ def test_tuning_in_mixed_precision_ends_where_full_precision_does(name, monkeypa
         model, adapter = copy.deepcopy(loaded.module).float(), loaded.adapter
         batches = enter(adapter, model, tokens, 48, with_dense=True)
         block, sites = pruned_block(adapter, model, batches)
-        tuned = reconstruct(adapter, block, 0, batches, sites, Reconstruction(rate=0.1))
+        tuned = reconstruct(adapter, block, 0, batches, sites, Reconstruction(rate=0.1, epochs=3))
         assert tuned is not None
         after.append(tuned.after / tuned.before)
     assert after[0] < 1
