@@ -211,7 +211,7 @@ def nan_model(checkpoint, tmp_path):
     return path
 
 
-TOKENS = ["--calibration", str(TEXT)]  # where the method refuses, once there are some
+TOKENS = [str(word) for word in SMALL]  # where the method refuses, once there are some
 BAD = [
     (["prune"], "no MODEL is given"),
     (["prune", "./nowhere"], "no such model"),
