@@ -79,4 +79,4 @@ def test_an_ascii_locale_is_no_fault(tmp_path):
         env={**os.environ, **ascii_only}, capture_output=True, text=True, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "calibration 1 x 512 tokens" in done.stdout
+    assert "calibration 2 x 512 tokens" in done.stdout
