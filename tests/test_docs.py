@@ -14,7 +14,7 @@ from apt.testing import check_adapter, random_tokens
 ROOT = Path(__file__).parent.parent
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 GUIDE = (ROOT / "docs/first-adapter.md").read_text()
-PYTHON = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
+PYTHON = re.findall(r"```python\n(inputs = .*?)```", GUIDE, re.DOTALL)
 SAID = [text.strip() for text in re.findall(r"```text\n(.*?)```", GUIDE, re.DOTALL)]
 
 
