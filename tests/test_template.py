@@ -1,5 +1,8 @@
 """The template's package conforms as it is, and its example has a layer of every kind."""
 
+import re
+import shutil
+import tomllib
 from pathlib import Path
 from types import ModuleType
 
@@ -9,7 +12,8 @@ from transformers import JambaConfig, LlamaConfig, MistralConfig
 
 from apt.testing import CHECKS, check_adapter, every_kind, random_tokens
 
-SOURCE = Path(__file__).parent.parent / "template/src/{{ module }}.py.jinja"
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "template/src/{{ module }}.py.jinja"
 ANSWERS = {
     "olmo": {"adapter": "olmo", "family": "OLMo", "config_class": "OlmoConfig"},
     "gemma3_text": {"adapter": "gemma", "family": "Gemma 3", "config_class": "Gemma3TextConfig"},
@@ -60,3 +64,32 @@ def test_a_configuration_that_takes_no_kinds_is_given_none(config_class, window)
 
 def test_every_check_has_a_line_that_says_what_it_looks_at():
     assert all(check.__doc__.endswith(".") for check in CHECKS.values())
+
+
+def copied(folder, **answers):
+    """The package that copier makes of the template as it is now, not as it was last committed."""
+    copier = pytest.importorskip("copier")
+    there = folder / "repository"
+    shutil.copytree(ROOT / "template", there / "template")
+    shutil.copy(ROOT / "copier.yml", there)
+    made = folder / f"apt-{answers['adapter']}"
+    copier.run_copy(str(there), made, data=answers, defaults=True, quiet=True)
+    return made
+
+
+def test_a_name_with_a_hyphen_has_a_module_with_an_underscore(tmp_path):
+    made = copied(tmp_path, adapter="recurrent-gemma", model_type="recurrent_gemma")
+    declared = tomllib.loads((made / "pyproject.toml").read_text())["project"]
+    assert declared["name"] == "apt-recurrent-gemma"
+    assert declared["entry-points"]["apt"] == {"recurrent-gemma": "apt_recurrent_gemma"}
+    (test,) = (made / "tests").iterdir()
+    assert test.stem.isidentifier()
+    assert "class TestRecurrentGemma(" in test.read_text()
+    for path in (test, made / "src/apt_recurrent_gemma.py"):
+        compile(path.read_text(), path, "exec")
+
+
+@pytest.mark.parametrize("name", ["Gemma", "gemma-", "-gemma", "g--emma", "gem_ma", "2gemma", ""])
+def test_other_names_are_refused(name, tmp_path):
+    with pytest.raises(ValueError, match=re.escape("lower-case letters, digits and inner hyphens")):
+        copied(tmp_path, adapter=name)

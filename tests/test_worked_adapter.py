@@ -4,7 +4,6 @@ import os
 import re
 import runpy
 import shlex
-import shutil
 import subprocess
 import sys
 from functools import cache
@@ -16,6 +15,7 @@ import pytest
 import apt as library
 from apt.plugin.registry import registry
 from apt.testing import check_adapter, random_tokens
+from tests.test_template import copied
 
 ROOT = Path(__file__).parent.parent
 _NAMED = re.compile(r"# ([\w./]+)\n")
@@ -149,28 +149,18 @@ def test_the_worked_adapter_runs_from_the_first_command_to_the_last(shell, tmp_p
 
 
 def test_the_guide_runs_from_the_first_command_to_the_last(shell, tmp_path):
-    copier = pytest.importorskip("copier")
     for name, text in files("first-adapter.md").items():
         (tmp_path / name).write_text(text)
     _, look, package, check, prune = blocks("first-adapter.md", "console")
     shell(look)
-    copied, installed = package.splitlines()
-    answers = dict(word.split("=") for word in shlex.split(copied) if "=" in word)
-    copier.run_copy(str(template(tmp_path)), tmp_path / "apt-phi", data=answers, defaults=True)
+    copy, installed = package.splitlines()
+    copied(tmp_path, **dict(word.split("=") for word in shlex.split(copy) if "=" in word))
     assert installed.endswith("-e ./apt-phi")
     shell.install("apt_phi", tmp_path / "apt-phi/src")
     assert blocks("first-adapter.md", "text")[0].strip() in shell(check, status=1)
     correct(tmp_path / "apt-phi/src/apt_phi.py", parts("first-adapter.md")[-1])
     shell.again()
     shell(check + prune)
-
-
-def template(folder):
-    """The template apart from the repository, of which copier would take the last commit."""
-    there = folder / "repository"
-    shutil.copytree(ROOT / "template", there / "template")
-    shutil.copy(ROOT / "copier.yml", there)
-    return there
 
 
 def correct(path, inputs):
