@@ -85,7 +85,7 @@ def test_a_hook_that_raises_or_returns_rubbish_is_a_warning(entry):
     with pytest.warns(UserWarning, match="failed to load") as caught:
         load_registry([entry("a", apt_adapters=rubbish), entry("b", apt_methods=raising)])
     assert {str(w.message) for w in caught} == {
-        "plugin failed to load: a 1.2: TypeError: 'llama' is no AdapterSpec",
+        "plugin failed to load: a 1.2: TypeError: 'llama' is not of type AdapterSpec",
         "plugin failed to load: b 1.2: OSError: no such thing",
     }
 

@@ -175,7 +175,7 @@ def test_another_command_is_not_gone_on_with(checkpoint, apt, monkeypatch):
             apt(*command)
     other = apt(*command, "--seed", 1, "--resume")
     assert other.code == 2
-    assert "was another one: calibration.sha256, options.seed differ" in other.err
+    assert "is another run: calibration.sha256, options.seed differ" in other.err
     assert apt(*command, "--resume").code == 0
 
 

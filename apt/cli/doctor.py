@@ -6,9 +6,9 @@ from apt.cli import arguments as args
 
 
 def doctor(as_json: bool = args.JSON) -> None:
-    """Say what this machine has, what it will run each family with, and what is missing.
+    """Show this machine, the implementation that it uses for each family, and missing packages.
 
-    Exit status 1 where something is installed, but does not work.
+    The exit status is 1 if something is installed but does not work.
     """
     from dataclasses import asdict
 
@@ -28,7 +28,7 @@ def doctor(as_json: bool = args.JSON) -> None:
     else:
         for name, found in sections.items():
             if found:
-                made = table(name, "", "to better it")
+                made = table(name, "", "remedy")
                 for finding in found:
                     made.add_row(finding.what, finding.state, finding.remedy)
                 show(made)

@@ -4,7 +4,7 @@ from apt.cli import arguments as args
 
 
 def plugins(as_json: bool = args.JSON) -> None:
-    """List the installed plugins: what loaded, from where, and what failed and why."""
+    """List the installed plugins, with the names that they offer and any error in loading."""
     from apt.cli.listing import show_rows
     from apt.plugin.registry import registry
 
