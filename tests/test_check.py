@@ -245,7 +245,7 @@ def test_pytest_says_the_same(name, outcomes, package, pytester, monkeypatch):
     done = pytester.runpytest_inprocess("--apt-adapter", "mine", "-rs")
     done.assert_outcomes(**outcomes)
     if name in FAILURES:  # which name the check, as the test's name does here
-        lines = [line.partition(": ")[2].partition("; keeps")[0] for line in lines]
+        lines = [line.partition(": ")[2].partition("; prevents")[0] for line in lines]
     for pattern in expected(lines, source):
         pattern = pattern.replace(re.escape(" (site"), r" \(\S*site")
         assert re.search(f"^{pattern}$", done.stdout.str(), re.MULTILINE), pattern

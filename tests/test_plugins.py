@@ -151,7 +151,7 @@ def test_all_problems_are_told_whichever_hook_they_came_from(entry):
     ("version", "said"),
     [
         (API + 1, rf"needs version {API + 1} of the hooks, this APT has {API}: upgrade apt-prune"),
-        (OLDEST_API - 1, rf"serves {OLDEST_API} and up: upgrade the plugin"),
+        (OLDEST_API - 1, rf"has {OLDEST_API} and later: upgrade the plugin"),
         ("1", "APT_API is '1', not a whole number"),
     ],
 )

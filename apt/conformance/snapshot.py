@@ -91,7 +91,7 @@ def _process() -> Iterator[tuple[str, Any]]:
     yield "torch's inference mode", torch.is_inference_mode_enabled()
     yield "torch's autocast", (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
     yield "torch's number of threads", torch.get_num_threads()
-    yield "whether torch is deterministic", torch.are_deterministic_algorithms_enabled()
+    yield "torch's deterministic mode", torch.are_deterministic_algorithms_enabled()
     yield "the environment", dict(os.environ)
     yield "the filters of warnings", list(warnings.filters)
     for index, _ in enumerate(_get_current_function_mode_stack()):  # type: ignore[no-untyped-call]
