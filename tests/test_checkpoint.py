@@ -67,5 +67,5 @@ def test_outputs_are_checked_early(tmp_path):
         check_output(tmp_path / "file", True)
     with pytest.raises(AptError, match="overwrite it"):
         check_output(tmp_path / "full", False)
-    with pytest.raises(AptError, match="no directory"):
+    with pytest.raises(AptError, match="not a directory"):
         check_output(tmp_path / "file" / "out", False)

@@ -61,7 +61,7 @@ def test_each_default_is_said_in_one_line(apt):
     assert [line.split(":")[0] for line in lines] == [
         "model", "pattern", "method", "calibration", "output",
     ]  # fmt: skip
-    assert "seqlen: 512, all the positions that the model has (not 2048)" in run.err
+    assert "seqlen: 512, the number of the model's positions (not 2048)" in run.err
     assert Path("opt-2of4-admm/model.safetensors").is_file()
     assert "perplexity on builtin:" in run.out
     assert "verified on disk" in run.out

@@ -6,9 +6,10 @@ from apt.cli import arguments as args
 
 
 def doctor(as_json: bool = args.JSON) -> None:
-    """Show this machine, the implementation that it uses for each family, and missing packages.
+    """Show the state of this machine, packages and plugins.
 
-    The exit status is 1 if something is installed but does not work.
+    Also shows the implementation that is used for each model family. The exit status is 1 if a
+    component is installed but does not work.
     """
     from dataclasses import asdict
 

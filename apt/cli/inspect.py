@@ -25,7 +25,10 @@ def inspect(
     token: str | None = args.TOKEN,
     cache_dir: str | None = args.CACHE_DIR,
 ) -> None:
-    """Show a model's blocks and sites, and the memory and time to prune it; reads no weights."""
+    """Show the blocks and sites of a model.
+
+    Also shows the memory and time to prune it. No weights are read.
+    """
     check_windows(samples, seqlen)
     check_activations(activations, streamed=stream)
     args.check_pattern_options(sparsity, pattern, None)

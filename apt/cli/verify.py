@@ -22,7 +22,9 @@ def verify(
     as_json: bool = args.JSON,
     trust_remote_code: bool = args.REMOTE,
 ) -> None:
-    """Count the zeros on disk; the exit status is 1 if a site has too few.
+    """Count the zeros of a model on disk.
+
+    The exit status is 1 if a site has too few zeros.
 
     Without a pattern, each site is compared with its pattern in the report of the run. With a
     pattern, the sites that the report lists as left dense on request are named and not counted,
