@@ -1,10 +1,10 @@
-# `make demo` prunes the embedded LLaMA; `make test` runs all tests. Both make their environment.
+# `make demo` prunes the embedded LLaMA; `make test` runs all tests. Both create their environment.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-FAMILIES = $(addprefix -e ,$(wildcard plugins/apt-*))  # as anybody's packages
+FAMILIES = $(addprefix -e ,$(wildcard plugins/apt-*))  # as separate packages
 OLDEST = transformers==4.57.1
-# What mamba_ssm brings without a compiler for GPUs: its Python, and kernels in Triton.
+# The parts of mamba_ssm that need no compiler for GPUs: its Python code, and kernels in Triton.
 KERNELS = causal-conv1d==1.7.0 mamba-ssm==2.3.2.post1 triton==3.7.1
 # Modules are compiled when they are imported: of most packages few are.
 INSTALL = $(BIN)/pip install --quiet --no-compile
@@ -15,7 +15,7 @@ export PYTHONDONTWRITEBYTECODE =
 demo: $(VENV)/.runtime
 	$(BIN)/apt prune --adapter llama --eval builtin --output out/llama-2of4 --overwrite
 
-# Two processes of one thread each: small tests gain more from that than from two threads.
+# Two processes of one thread each: for small tests they are faster than two threads.
 test: $(VENV)/.development
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
@@ -27,11 +27,11 @@ lint: $(VENV)/.development
 
 check: lint test
 
-# What runs only beside mamba_ssm, with its own Python over stand-ins for what it compiles.
+# Tests of the code for mamba_ssm, with its Python code and stubs for its compiled parts.
 kernels: $(VENV)/.kernels
 	PYTHONPATH=$(VENV)/kernels OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/kernels
 
-# A package made from the template, beside a wheel, in an environment of its own.
+# A package of the template beside a wheel of APT, in a new environment.
 template: $(VENV)/.development
 	.ci/template $(BIN)
 

@@ -1,9 +1,9 @@
 """APT: one-shot post-training pruning of language models.
 
-`prune` prunes a model in memory, and `prune_copy` a copy of it, on the text of `calibration_tokens`
-or `own_text`; `PruneOptions` has the options, and with `Ranks` several processes do it together.
-`apt.solver` works on plain tensors, `apt.adapter` and `apt.hookspecs` are for plugins, and
-`apt.testing` checks adapters. The command line is in `apt.cli`.
+`prune` prunes a model in memory, and `prune_copy` prunes a copy of it. The calibration tokens come
+from `calibration_tokens` or `own_text`. `PruneOptions` has the options. With `Ranks` several
+processes prune one model together. `apt.solver` works on plain tensors, `apt.adapter` and
+`apt.hookspecs` are for plugins, and `apt.testing` checks adapters. `apt.cli` is the command line.
 Importing this package does not import torch.
 """
 
@@ -51,7 +51,7 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import what needs torch when it is first asked for (PEP 562)."""
+    """Import a public name on its first use (PEP 562): most of them need torch."""
     if name not in _LAZY:
         raise AttributeError(f"module 'apt' has no attribute '{name}'")
     return getattr(import_module(_LAZY[name]), name)

@@ -6,9 +6,9 @@ from contextlib import suppress
 
 
 def _leave_out_working_directory() -> None:
-    """Import nothing from the folder that one happens to stand in.
+    """Remove the working directory from the import path.
 
-    ``python -m`` puts it first on the path, where any ``torch.py`` of it would be run.
+    ``python -m`` puts it first there, so that a file ``torch.py`` in it would be run.
     """
     with suppress(OSError, IndexError):
         if not sys.flags.safe_path and sys.path[0] in ("", os.getcwd()):

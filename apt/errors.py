@@ -1,16 +1,16 @@
-"""The one exception for what a user can mend."""
+"""The exception for errors that a user can correct, and helpers for its messages."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 
 class AptError(Exception):
-    """Something that the user can mend.
+    """An error that the user can correct.
 
     Args:
-        message: one line that says what is wrong and where.
-        hint: what to do about it.
-        options: the names of the options that the hint speaks of, as programs know them:
+        message: the fault and its place, in one line.
+        hint: the remedy.
+        options: the options that the hint refers to, by their names in Python:
             ``"own_samples"``. The command line adds its flags for them.
     """
 
@@ -20,11 +20,11 @@ class AptError(Exception):
 
     @property
     def faults(self) -> list[str]:
-        """A line for each thing that is wrong: one, but for errors that collect several."""
+        """One line for each fault. Some errors collect several faults; the others have one."""
         return [str(self)]
 
     def add_hint(self, hint: str, *options: str) -> None:
-        """Say one thing more, about the options of these names."""
+        """Add a hint that refers to these options."""
         self.options += options
         self.hint = f"{self.hint}; {hint}" if self.hint else hint
         self.args = (f"{self.message}; {self.hint}",)
@@ -35,7 +35,7 @@ class NotStoredError(AptError):
 
 
 def unknown(kind: str, name: str, known: Iterable[str], where: str = "") -> AptError:
-    """The error for a name that nothing answers to, with the closest one that something does."""
+    """The error for an unknown name, with the closest known name or a list of all."""
     names = sorted(known)
     close = get_close_matches(name.lower(), names, n=1, cutoff=0.5)
     hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(names) or 'none'}"
@@ -46,7 +46,7 @@ _LONGEST = 100  # characters of a name within a message
 
 
 def shortened(name: str) -> str:
-    """A name for use inside a message: a long one has its middle left out."""
+    """A name for use inside a message, with the middle of a long one left out."""
     if len(name) <= _LONGEST:
         return name
     return f"{name[:48]}…{name[-48:]}"
@@ -57,21 +57,21 @@ def first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
-    said = 2 if lines[0].endswith(":") else 1
-    return " ".join(lines[:said]).rstrip(".: ")
+    count = 2 if lines[0].endswith(":") else 1
+    return " ".join(lines[:count]).rstrip(".: ")
 
 
 def described(error: BaseException) -> str:
-    """`first_line`, with the kind of an exception whose text alone says nothing to a reader.
+    """`first_line`, with the type of an exception whose text is not clear without it.
 
-    A KeyError's text is the key alone, and that of a TypeError is written for programmers.
+    The text of a KeyError is the key alone. That of a TypeError is written for programmers.
     """
-    said = first_line(error)
+    line = first_line(error)
     if isinstance(error, RecursionError):
         return "a JSON file of it is nested too deeply"
-    if "unhashable type" in said:  # a loader looks a value up by what should be a name
+    if "unhashable type" in line:  # a loader used a list or an object as a key
         return "one of its JSON files has a list or an object where a single value belongs"
     if isinstance(error, KeyError):
-        return f"{said} is missing or unknown"
-    plain = isinstance(error, TypeError | AttributeError | IndexError | AssertionError)
-    return f"{type(error).__name__}: {said}" if plain and said != type(error).__name__ else said
+        return f"{line} is missing or unknown"
+    unclear = isinstance(error, TypeError | AttributeError | IndexError | AssertionError)
+    return f"{type(error).__name__}: {line}" if unclear and line != type(error).__name__ else line

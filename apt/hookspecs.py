@@ -1,4 +1,4 @@
-"""The import path of plugin authors: the hook marker, the version of the hooks, and all specs.
+"""The names that a plugin imports: the hook marker, the version of the hooks, and all specs.
 
 Importing this module imports neither torch nor transformers.
 """

@@ -1,14 +1,14 @@
-"""Methods × patterns on one model: perplexity on two texts, relative layer error, time.
+"""All methods with all patterns on one model: perplexity on two texts, relative layer error, time.
 
-By default on SmolLM2-135M-Instruct and the texts in ``benchmarks/common.py``: calibrated on
-summaries of Wikipedia articles, evaluated on other summaries and on quotations and jokes::
+The default is SmolLM2-135M-Instruct with the texts of ``benchmarks/common.py``: calibration on
+summaries of Wikipedia articles, evaluation on other summaries and on quotations and jokes::
 
     python benchmarks/accuracy.py --methods ss alps admm --patterns 2:4 0.5 \\
         --json out/accuracy.json --plot out/accuracy.png
 
 A method is NAME or NAME:EFFORT, followed by options of ``apt.PruneOptions``: ``/layer-wise``,
 ``/at-once``, ``/alpha=0``, ``/tuning_epochs=0``, ``/random_tokens=0.5``, ``/own_samples=8``. Rows
-are added to the JSON file as they are measured; a row that is there is not measured again.
+are added to the JSON file as soon as they are measured. A row in the file is not measured again.
 """
 
 import argparse
@@ -35,7 +35,7 @@ METHODS = [
     "admm:fast", "admm", "admm:best",
 ]  # fmt: skip
 SWITCHES = {"layer-wise": {"error_aware": False}, "at-once": {"ordered": False}}
-TUNED_ON = 16  # windows of each evaluation text on which APT's defaults were chosen: not reported
+TUNED_ON = 16  # windows of each evaluation text, used to choose APT's defaults: not reported
 Row = dict[str, Any]
 
 
@@ -47,7 +47,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--eval-samples", type=int, default=32)
-    parser.add_argument("--text", help="a data source in place of the wiki summaries")
+    parser.add_argument("--text", help="a data source instead of the wiki summaries")
     parser.add_argument("--fortunes", type=Path, default=FORTUNES, help="folder of the second text")
     parser.add_argument("--dictionary", type=Path, help="a third text: foldoc.dict.dz")
     parser.add_argument("--json", type=Path)
@@ -56,7 +56,7 @@ def arguments() -> argparse.Namespace:
 
 
 def texts(options: argparse.Namespace, tokenizer: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    """Calibration tokens, and evaluation tokens by text."""
+    """The calibration tokens, and the evaluation tokens of each text."""
     calibration, evaluation = wiki()
     if options.text:
         calibration, evaluation = (
@@ -73,7 +73,7 @@ def texts(options: argparse.Namespace, tokenizer: Any) -> tuple[Tensor, dict[str
 
 
 def read_method(name: str) -> tuple[str, apt.PruneOptions]:
-    """A method and its options, as ``admm:fast/layer-wise`` or ``admm/alpha=0/tuning_epochs=0``."""
+    """Parse a method with options: ``admm:fast/layer-wise``, ``admm/alpha=0/tuning_epochs=0``."""
     name, *words = name.split("/")
     method, _, effort = name.partition(":")
     values: dict[str, Any] = {"effort": effort or "default"}
@@ -86,7 +86,7 @@ def read_method(name: str) -> tuple[str, apt.PruneOptions]:
 def prune(
     model: Model, name: str, pattern: str, tokens: Tensor, tokenizer: Any
 ) -> tuple[nn.Module, Row]:
-    """A pruned copy, and its layer error and times."""
+    """A pruned copy, with its layer error and times."""
     method, options = read_method(name)
     started = time.perf_counter()
     module, report = apt.prune_copy(
@@ -109,11 +109,11 @@ def measure(options: argparse.Namespace, known: list[Row]) -> Iterator[Row]:
     """One row for each run."""
     model, tokenizer = open_model(options.model)
     tokens, held_out = texts(options, tokenizer)
-    have = {(row["method"], row["pattern"]): row for row in known}
-    todo = [("dense", "")] + [(m, p) for p in options.patterns for m in options.methods]
-    for method, pattern in todo:
-        if (method, pattern) in have:
-            yield have[method, pattern]
+    measured = {(row["method"], row["pattern"]): row for row in known}
+    runs = [("dense", "")] + [(m, p) for p in options.patterns for m in options.methods]
+    for method, pattern in runs:
+        if (method, pattern) in measured:
+            yield measured[method, pattern]
             continue
         module, row = model.module, dict[str, Any]()
         if method != "dense":
@@ -124,7 +124,7 @@ def measure(options: argparse.Namespace, known: list[Row]) -> Iterator[Row]:
 
 
 def plot(path: Path, rows: list[Row]) -> None:
-    """Perplexity of every method, one panel for each text and pattern."""
+    """Plot the perplexity of every method, with one panel for each text and pattern."""
     import matplotlib.pyplot as plt
 
     patterns = list(dict.fromkeys(row["pattern"] for row in rows if row["pattern"]))

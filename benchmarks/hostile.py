@@ -1,16 +1,16 @@
-"""Hostile use: hundreds of commands that a clumsy or a malicious user might give.
+"""Hostile use: hundreds of commands with mistakes or malicious input.
 
-Every case runs the command line on damaged checkpoints, texts, options, paths or environments in a
-folder of its own, and is judged by the same rules, whatever it is about:
+Each case runs the command line in a separate folder on damaged checkpoints, texts, options, paths
+or environments. All cases have to meet the same rules:
 
-- the exit status is 0, 1 (a check that does not hold), 2 (something the user can mend) or that of
-  the signal that was sent;
-- an error is one line, with no traceback;
-- no file changes but the output, which verifies where the run says that it succeeded.
+- the exit status is 0, 1 (a check fails), 2 (an error that the user can correct), or that of the
+  signal that was sent;
+- an error is one line, without a traceback;
+- no file changes except the output.
 
 ::
 
-    python benchmarks/hostile.py            # all of it, with a count at the end
+    python benchmarks/hostile.py            # all cases, with a count at the end
     python benchmarks/hostile.py --only texts --verbose
 """
 
@@ -39,15 +39,15 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass
 class Result:
-    """What came of a command."""
+    """The result of a command."""
 
     code: int
     out: str
     err: str
 
 
-def here(case: Case, folder: Path) -> Result:
-    """Run in this process, which is quick."""
+def in_this_process(case: Case, folder: Path) -> Result:
+    """Run a case in this process, which is faster."""
     out, err = io.StringIO(), io.StringIO()
     before, arguments, code = os.getcwd(), sys.argv, 0
     os.chdir(folder)
@@ -66,8 +66,8 @@ def here(case: Case, folder: Path) -> Result:
     return Result(code, out.getvalue(), err.getvalue())
 
 
-def apart(case: Case, folder: Path) -> Result:
-    """Run in a process of its own."""
+def in_new_process(case: Case, folder: Path) -> Result:
+    """Run a case in a new process."""
     words = [sys.executable, "-P", "-c", "from apt.cli import main; main()", *case.arguments]
     paths = os.pathsep.join(map(str, (ROOT, ROOT / "adapters", ROOT / "plugins")))
     environment = {**os.environ, "PYTHONPATH": paths, **case.environment}
@@ -83,7 +83,7 @@ def apart(case: Case, folder: Path) -> Result:
 
 
 def content(folder: Path) -> dict[str, bytes | None]:
-    """All below a folder but outputs and workplaces."""
+    """The content of all files below a folder; None for other paths."""
     return {
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
         for path in sorted(folder.rglob("*"))
@@ -91,13 +91,13 @@ def content(folder: Path) -> dict[str, bytes | None]:
 
 
 def judge(case: Case, result: Result, before: dict[str, Any], folder: Path) -> str:
-    """What is wrong; empty where all is well."""
+    """The violated rule; empty if there is none."""
     if "Traceback" in result.err:
         return f"traceback: {result.err.strip().splitlines()[-1][:150]}"
     if result.code not in (0, 2, *case.may):
         return f"exit status {result.code}: {result.err.strip()[-150:]}"
     if result.code == 2 and not result.err.strip():
-        return "no word about what is wrong"
+        return "no message about the error"
     if "pwned" in os.listdir(folder):
         return "code of the checkpoint was run"
     after = content(folder)
@@ -105,14 +105,14 @@ def judge(case: Case, result: Result, before: dict[str, Any], folder: Path) -> s
         return f"{lost[0]} was lost or changed"
     added = {name.split("/")[0] for name in after.keys() - before.keys()}
     if result.code == 2 and (left := [n for n in added if not n.endswith(".apt")]):
-        return f"failed, but {left[0]} is there"
+        return f"failed, but {left[0]} exists"
     if result.code == 2 and case.group != "signals" and (left := sorted(added)):
         return f"failed, but {left[0]} is left"
     return ""
 
 
 def run(case: Case, model: Path) -> tuple[Result, str]:
-    """Run a case, and judge it."""
+    """Run a case and check the rules."""
     with tempfile.TemporaryDirectory(prefix="hostile-") as name:
         folder = Path(name)
         shutil.copytree(model, folder / "m")
@@ -122,14 +122,14 @@ def run(case: Case, model: Path) -> tuple[Result, str]:
             case.arguments += ["--calibration", "t.txt"]
         before = content(folder)
         separate = case.environment or case.shell or case.signal
-        result = (apart if separate else here)(case, folder)
+        result = (in_new_process if separate else in_this_process)(case, folder)
         return result, judge(case, result, before, folder)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=GROUPS, action="append")
-    parser.add_argument("--verbose", action="store_true", help="show what every case says")
+    parser.add_argument("--verbose", action="store_true", help="show the message of every case")
     given = parser.parse_args()
     path = registry().adapters.get("llama").zoo_path()
     assert path is not None

@@ -17,16 +17,17 @@ QUICK = ["--samples", "2", "--seqlen", "32", "--method", "wanda", "-o", "out"]
 
 @dataclass
 class Case:
-    """A command in a folder of its own.
+    """A command in a separate folder.
 
     Attributes:
-        group, name: what it is about.
-        arguments: those of the command line.
-        prepare: makes the folder ready: it has the model ``m`` and the text ``t.txt``.
-        environment: variables beside those of this process; given any, it runs in its own process.
-        shell: what follows the command in a shell, as ``"> /dev/full"``.
+        group, name: the group of the case, and a description.
+        arguments: the arguments of the command line.
+        prepare: a function that prepares the folder, which has the model ``m`` and the text
+            ``t.txt``.
+        environment: additional environment variables. With them the case runs in a new process.
+        shell: text after the command in a shell, such as ``"> /dev/full"``.
         signal: a signal that is sent after ``seconds``.
-        may: the exit statuses that are right beside 0 and 2.
+        may: the allowed exit statuses beside 0 and 2.
     """
 
     group: str
@@ -41,7 +42,7 @@ class Case:
 
 
 def options() -> Iterator[Case]:
-    """Values that no option should take."""
+    """Values that options must refuse."""
     numbers = ["-1", "0", "1000000000000", "x", "1.5", "nan", ""]
     values = {
         "--samples": numbers,
@@ -97,7 +98,7 @@ def options() -> Iterator[Case]:
 
 
 def damaged_config(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
-    """Change the model's ``config.json``, which may become text."""
+    """A function that changes the model's ``config.json``, or replaces it by a text."""
 
     def prepare(folder: Path) -> None:
         path = folder / "m/config.json"
@@ -109,7 +110,7 @@ def damaged_config(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], 
 
 
 def configurations() -> Iterator[Case]:
-    """Configurations of nonsense, and of models that are no decoders."""
+    """Invalid configurations, and those of models that are not decoders."""
     keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
             "vocab_size", "max_position_embeddings", "model_type", "architectures", "dtype",
             "rms_norm_eps", "rope_parameters", "num_key_value_heads", "hidden_act")  # fmt: skip
@@ -159,7 +160,7 @@ def raw(
 
 
 def flipped(seed: int, name: str) -> Callable[[Path], None]:
-    """One bit of a file changed."""
+    """A function that changes one bit of a file."""
 
     def change(data: bytes) -> bytes:
         draw, changed = random.Random(seed), bytearray(data)
@@ -170,7 +171,7 @@ def flipped(seed: int, name: str) -> Callable[[Path], None]:
 
 
 def pickled(folder: Path) -> None:
-    """Weights that would run a command."""
+    """Replace the weights by a pickle file that would run a command."""
 
     class Evil:
         def __reduce__(self) -> Any:
@@ -238,7 +239,7 @@ def checkpoints() -> Iterator[Case]:
 
 
 def texts() -> Iterator[Case]:
-    """Texts that are none."""
+    """Files that are not usable texts."""
     import gzip
 
     line = json.dumps({"text": "some words of text " * 200}).encode() + b"\n"
@@ -280,7 +281,7 @@ def texts() -> Iterator[Case]:
 
 
 def paths() -> Iterator[Case]:
-    """Outputs where none may be."""
+    """Places that must not be an output."""
 
     def things(folder: Path) -> None:
         os.mkfifo(folder / "fifo")
@@ -309,7 +310,7 @@ def paths() -> Iterator[Case]:
 
 
 def environments() -> Iterator[Case]:
-    """Shells, locales and launchers that are not as they should be."""
+    """Unusual or wrong shells, locales and environment variables."""
     run = ["prune", "m", *QUICK]
     settings = {
         "ASCII": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"},
@@ -329,7 +330,7 @@ def environments() -> Iterator[Case]:
 
 
 def signals() -> Iterator[Case]:
-    """Runs that are asked to end at any time."""
+    """Runs that receive a signal at a random time."""
     draw = random.Random(0)
     for number in (signal.SIGINT, signal.SIGTERM):
         for mode in ([], ["--stream"]):

@@ -1,8 +1,8 @@
-"""Streamed runs killed at random instants and gone on with: are the results the same bytes?
+"""A test that streamed runs, killed at random times and resumed, give the same bytes.
 
 Each round starts ``apt-prune prune --stream``, kills it with SIGKILL after a random part of the
-time that a whole run takes, goes on with ``--resume``, kills that in one round of three too, and
-holds the output against that of a run that was never cut short::
+time of a whole run, and continues it with ``--resume``. In one round of three the resumed run is
+killed too. The output is compared with that of a run without interruption::
 
     python benchmarks/kills.py zoo:llama --rounds 30
     python benchmarks/kills.py ./smollm2 --rounds 30 -- --samples 4 --seqlen 128 --effort fast
@@ -25,20 +25,20 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("model")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
-    parser.epilog = "What comes after -- are further options of apt-prune prune."
+    parser.epilog = "Arguments after -- are further options of apt-prune prune."
     given = [*sys.argv[1:], "--"]
     cut = given.index("--")
     return parser.parse_args(given[:cut], argparse.Namespace(rest=given[cut + 1 : -1]))
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """Every file but the report, which has times in it."""
+    """The content of every file except the report, which contains times."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.name != REPORT)
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def run(command: list[str], folder: Path, seconds: float | None = None) -> int | None:
-    """The exit status; None where the run was killed after ``seconds``."""
+    """The exit status; None if the run was killed after ``seconds``."""
     quiet = subprocess.DEVNULL
     process = subprocess.Popen(command, cwd=folder, stdout=quiet, stderr=quiet)
     try:
@@ -77,7 +77,7 @@ def main() -> None:
             if status == 0:
                 break
         if not (folder / f"out{number}").is_dir() and run(command, folder) != 0:
-            raise SystemExit(f"round {number} does not go on, see {folder}")
+            raise SystemExit(f"round {number} does not resume, see {folder}")
         equal = content(folder / f"out{number}") == expected
         left = list(folder.glob(f".out{number}*"))
         same += equal and not left

@@ -1,8 +1,8 @@
-"""Calibration of state-space models on a processor: APT's scan against transformers' own.
+"""Calibration of state-space models on a CPU with APT's scan and with that of transformers.
 
-The same tokens in the same process, by turns. Three figures: the forward of all blocks under
-capture with Gram matrices summed (what calibration is), a step of tuning (forward and gradient of
-all blocks), and the largest tensor that the scan makes::
+Both process the same tokens in the same process, in turn. Three figures are measured: calibration
+(a forward of all blocks with capture and Gram matrices), a step of tuning (a forward and a gradient
+of all blocks), and the largest tensor of the scan::
 
     python benchmarks/mamba.py
     python benchmarks/mamba.py --hidden 768 --blocks 2 --seqlen 1024   # the shape of mamba-130m
@@ -31,14 +31,12 @@ from apt.plugin.registry import registry
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="zoo:mamba")
-    parser.add_argument("--hidden", type=int, help="a random model of this width in its place")
-    parser.add_argument("--blocks", type=int, default=2, help="its blocks")
+    parser.add_argument("--hidden", type=int, help="use a random model of this width instead")
+    parser.add_argument("--blocks", type=int, default=2, help="number of its blocks")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument(
-        "--profile", action="store_true", help="print where the forward's time goes"
-    )
+    parser.add_argument("--profile", action="store_true", help="print a profile of the forward")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
@@ -59,13 +57,13 @@ def made(options: argparse.Namespace) -> tuple[Any, Any]:
 
 @torch.no_grad()
 def calibrate(model: Any, adapter: Any, batches: list[Batch]) -> None:
-    """Every block under capture; the states are not moved on."""
+    """Run every block with capture, all on the same states."""
     for index, (_, block) in enumerate(adapter.blocks(model)):
         Capture(block, adapter.sites(block)).run(adapter, block, index, batches)
 
 
 def tune(model: Any, adapter: Any, batch: Batch) -> None:
-    """A forward and a gradient of every block."""
+    """Compute a forward and a gradient of every block."""
     for index, (_, block) in enumerate(adapter.blocks(model)):
         with torch.enable_grad():
             adapter.step(block, batch.state, batch.calls[index]).square().sum().backward()
@@ -73,7 +71,7 @@ def tune(model: Any, adapter: Any, batch: Batch) -> None:
 
 
 class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The number of elements of the largest tensor that is made."""
+    """While entered, records the number of elements of the largest tensor that is created."""
 
     def __init__(self) -> None:
         super().__init__()

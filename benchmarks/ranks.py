@@ -1,6 +1,6 @@
-"""One run on 1, 2 and 4 ranks of one thread each: the work of each, the time, and how they agree.
+"""One run on 1, 2 and 4 ranks of one thread each: work, time, and agreement of the results.
 
-The last row is one process of two threads: what rounding alone can do::
+The last row is one process of two threads: it shows the effect of rounding alone::
 
     python benchmarks/ranks.py zoo:llama --samples 64 --seqlen 256
 """
@@ -33,7 +33,7 @@ def arguments() -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace, folder: Path, ranks: int, threads: int) -> dict[str, Any]:
-    """A run's report, its weights and its time."""
+    """The report of a run, with its weights and its wall time."""
     command = [sys.executable, "-m", "apt", "prune", options.model, "-o", str(folder)]
     if ranks > 1:
         start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
@@ -55,7 +55,7 @@ def run(options: argparse.Namespace, folder: Path, ranks: int, threads: int) -> 
 
 
 def differing(one: dict[str, Any], other: dict[str, Any]) -> float:
-    """The share of weights of the pruned sites that are zero in one of two runs only."""
+    """The share of weights of the pruned sites that are zero in only one of two runs."""
     names = [f"{site['name']}.weight" for site in one["sites"]]
     pairs = [(one["weights"][name] == 0, other["weights"][name] == 0) for name in names]
     return sum(int((a != b).sum()) for a, b in pairs) / sum(a.numel() for a, _ in pairs)

@@ -1,7 +1,7 @@
-"""Error against time of every method, on Gram matrices of a real model.
+"""Error and time of every method, on Gram matrices of a real model.
 
-The Gram matrices of a few blocks are made once, from the dense model's activations, and kept in a
-file; every method then solves the same sites::
+The Gram matrices of a few blocks are computed once, from the activations of the dense model, and
+stored in a file. Every method then solves the same sites::
 
     python benchmarks/solver.py --json out/solver.json --plot out/solver.png
 """
@@ -34,8 +34,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--blocks", type=int, nargs="+", default=[0, 4, 12, 20])
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=512)
-    parser.add_argument("--grams", type=Path, default=Path("out/grams.pt"), help="kept here")
-    parser.add_argument("--repeats", type=int, default=2, help="the shortest time counts")
+    parser.add_argument(
+        "--grams", type=Path, default=Path("out/grams.pt"), help="file of the Gram matrices"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=2, help="number of runs; the shortest time is reported"
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     return parser.parse_args()
@@ -43,7 +47,7 @@ def arguments() -> argparse.Namespace:
 
 @torch.no_grad()
 def capture(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """For each block, its layers and the sums of their inputs."""
+    """The layers of each block, and the Gram matrices of their inputs."""
     model, tokenizer = open_model(options.model)
     tokens = sample(tokenizer, wiki()[0], options.samples, options.seqlen)
     batches = enter(model.adapter, model.module, tokens)
@@ -67,7 +71,7 @@ def capture(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def solve(blocks: list[dict[str, Any]], name: str, pattern: str) -> tuple[float, list[float]]:
-    """Seconds, and the relative error of every layer; factorisations shared as in a run."""
+    """The seconds, and the relative error of every layer; sites share factorisations."""
     method, _, effort = name.partition(":")
     spec = registry().methods.get(method)
     wanted = parse_pattern(pattern)
@@ -102,7 +106,7 @@ def measure(options: argparse.Namespace, blocks: list[dict[str, Any]]) -> Iterat
 
 
 def plot(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Error against time, one panel for each pattern."""
+    """Plot error against time, with one panel for each pattern."""
     import matplotlib.pyplot as plt
 
     patterns = list(dict.fromkeys(row["pattern"] for row in rows))

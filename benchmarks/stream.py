@@ -1,8 +1,8 @@
-"""What streaming costs in time, and what memory it takes: the high-water mark that Linux keeps.
+"""The time and the peak memory of streamed runs.
 
-Each run is a process of its own. With a model, runs in memory, streamed, and streamed with
-activations on disk, by turns; with ``--blocks``, streamed runs of random LLaMA-shaped checkpoints
-of so many blocks::
+Each run is a separate process. With a model, the runs are in memory, streamed, and streamed with
+activations on disk, in turn. With ``--blocks``, they are streamed runs of random checkpoints of
+LLaMA with these numbers of blocks::
 
     python benchmarks/stream.py ./smollm2 --rounds 2
     python benchmarks/stream.py --blocks 2 4 8 16 32 --hidden 1024
@@ -33,7 +33,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from apt.checkpoints.copies import REPORT
 from apt.plugin.registry import registry
 
-WAYS = {
+MODES = {
     "in memory": (),
     "streamed": ("--stream",),
     "activations on disk": ("--stream", "--activations", "disk"),
@@ -57,7 +57,7 @@ def arguments() -> argparse.Namespace:
 
 
 def checkpoint(folder: Path, blocks: int, options: argparse.Namespace) -> Path:
-    """A random LLaMA in bf16, written block by block, a file each."""
+    """Write a random LLaMA in bf16, with one file for each block."""
     hidden = options.hidden
     config = LlamaConfig(
         hidden_size=hidden, intermediate_size=options.intermediate or hidden * 11 // 4,
@@ -77,8 +77,8 @@ def checkpoint(folder: Path, blocks: int, options: argparse.Namespace) -> Path:
     for file, group in files.items():
         weights = {name: _random(shape, draw) for name, shape in group.items()}
         save_file(weights, target / f"{file}.safetensors", {"format": "pt"})
-    where = {name: f"{file}.safetensors" for file, group in files.items() for name in group}
-    index = json.dumps({"metadata": {}, "weight_map": where})
+    weight_map = {name: f"{file}.safetensors" for file, group in files.items() for name in group}
+    index = json.dumps({"metadata": {}, "weight_map": weight_map})
     (target / "model.safetensors.index.json").write_text(index)
     return target
 
@@ -90,7 +90,7 @@ def _random(shape: torch.Size, draw: torch.Generator) -> Tensor:
 
 
 def run(model: Path, output: Path, options: argparse.Namespace, *more: str) -> dict[str, Any]:
-    """Seconds and peak block_storage memory of one ``apt-prune prune``."""
+    """The seconds and the peak resident memory of one ``apt-prune prune``."""
     command = [
         sys.executable, "-m", "apt", "prune", str(model), "--pattern", "2:4", "-o", str(output),
         "--samples", str(options.samples), "--seqlen", str(options.seqlen),
@@ -113,10 +113,10 @@ def main() -> None:
     folder, rows = Path(tempfile.mkdtemp(prefix="apt-stream-")), []
     table = Table("model", "run", "seconds", "peak memory", "weights")
     if options.model:
-        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in WAYS}
+        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in MODES}
         for _ in range(options.rounds):
             for name, found in runs.items():
-                found.append(run(Path(options.model), folder / "out", options, *WAYS[name]))
+                found.append(run(Path(options.model), folder / "out", options, *MODES[name]))
         for name, found in runs.items():
             seconds, peak = (median(one[key] for one in found) for key in ("seconds", "peak"))
             rows.append({"model": options.model, "run": name, "seconds": seconds, "peak": peak})

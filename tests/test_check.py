@@ -138,37 +138,37 @@ BEGINNINGS = {
 FAILURES = {
     "inputs missing": (
         {INPUTS: ""},
-        ["declaration: Mine has no 'inputs'{class Mine}; keeps from running: names, {*}"],
+        ["declaration: Mine has no 'inputs'{class Mine}; prevents: names, {*}"],
     ),
     "nothing declared": (
         {INPUTS: "    pass\n", '    blocks_path = "model.layers"\n': ""},
-        ["declaration: Mine has no 'blocks_path'{class Mine}; keeps from running: {*}",
+        ["declaration: Mine has no 'blocks_path'{class Mine}; prevents: {*}",
          "declaration: Mine has no 'inputs'{class Mine}"],
     ),
     "enter raises": (
         {"    # more\n": ENTER},
-        ["untouched: ValueError: no masks today{raise ValueError}; keeps from running: exception, "
+        ["untouched: ValueError: no masks today{raise ValueError}; prevents: exception, "
          "repeat, blocks, batches, stream, logits, sites, orientation, capture, order, residual, "
          "gradients, in_time, identity, pruning, saving"],
     ),
     "enter takes nothing": (
         {"    # more\n": "    def enter(self):\n        return None\n"},
         ["untouched: TypeError: Mine.enter() takes 1 positional argument but 3 were given"
-         "{class Mine}; keeps from running: {*}"],
+         "{class Mine}; prevents: {*}"],
     ),
     "a Linear with another name": (
         {"mlp.down_proj": "mlp.fc2"},
-        ["names: adapter Mine does not fit OlmoDecoderLayer: it has no mlp.fc2{class Mine}; keeps "
-         "from running: {*}"],
+        ["names: adapter Mine does not fit OlmoDecoderLayer: it has no mlp.fc2{class Mine}; "
+         "prevents: {*}"],
     ),
     "three faults": (
         {'"mlp.up_proj")': '"mlp.up_proj"), residual=True', '("olmo",)': '("olmoe",)',
          "    # more\n": "    def residual(self, state):\n        return 2 * state\n"},
         ["model_types: model_types of adapter 'mine' name 'olmoe', its example is a 'olmo'"
          "{class Mine}",
-         "stream: model.layers.0: residual() is not the stream that the model gives it (and so in "
-         "1 more blocks){def residual}",
-         "logits: the last state does not make the model's logits{class Mine}",
+         "stream: model.layers.0: residual() is not the stream that enters it in the model (the "
+         "same in 1 more blocks){def residual}",
+         "logits: the last state does not give the model's logits{class Mine}",
          "residual: model.layers.0.mlp.gate_proj is declared residual, but {*}{class Mine}",
          "residual: model.layers.0.mlp.up_proj is declared residual, but {*}{class Mine}"],
     ),
@@ -245,7 +245,7 @@ def test_pytest_says_the_same(name, outcomes, package, pytester, monkeypatch):
     done = pytester.runpytest_inprocess("--apt-adapter", "mine", "-rs")
     done.assert_outcomes(**outcomes)
     if name in FAILURES:  # which name the check, as the test's name does here
-        lines = [line.partition(": ")[2].partition("; keeps")[0] for line in lines]
+        lines = [line.partition(": ")[2].partition("; prevents")[0] for line in lines]
     for pattern in expected(lines, source):
         pattern = pattern.replace(re.escape(" (site"), r" \(\S*site")
         assert re.search(f"^{pattern}$", done.stdout.str(), re.MULTILINE), pattern

@@ -6,11 +6,11 @@ import pytest
 
 from apt.errors import AptError
 from apt.output.location import check_output
-from apt.output.workplace import whole_directory, writing
+from apt.output.workplace import whole_directory, write_errors
 
 
 def write_and_fail(target, error):
-    with whole_directory(target) as work, writing(target):
+    with whole_directory(target) as work, write_errors(target):
         (work.out / "a").write_text("x")
         raise error
 
@@ -63,9 +63,9 @@ def test_outputs_are_checked_early(tmp_path):
     check_output(tmp_path / "empty", False)
     check_output(tmp_path / "full", True)
     check_output(tmp_path / "new" / "deep", False)
-    with pytest.raises(AptError, match="exists and is no directory"):
+    with pytest.raises(AptError, match="exists and is not a directory"):
         check_output(tmp_path / "file", True)
     with pytest.raises(AptError, match="overwrite it"):
         check_output(tmp_path / "full", False)
-    with pytest.raises(AptError, match="no directory"):
+    with pytest.raises(AptError, match="not a directory"):
         check_output(tmp_path / "file" / "out", False)

@@ -61,7 +61,7 @@ def test_each_default_is_said_in_one_line(apt):
     assert [line.split(":")[0] for line in lines] == [
         "model", "pattern", "method", "calibration", "output",
     ]  # fmt: skip
-    assert "seqlen: 512, all the positions that the model has (not 2048)" in run.err
+    assert "seqlen: 512, the number of the model's positions (not 2048)" in run.err
     assert Path("opt-2of4-admm/model.safetensors").is_file()
     assert "perplexity on builtin:" in run.out
     assert "verified on disk" in run.out
@@ -234,15 +234,18 @@ BAD = [
     (["prune", "zoo:llama", "--samples", "0"], "(--samples, --own-samples)"),
     (
         ["prune", "zoo:llama", "--output", "full"],
-        "full exists and holds what APT did not write there: x",
+        "full exists and has files that APT did not write: x",
     ),
-    (["prune", "zoo:llama", "--output", "full/x"], "full/x exists and is no directory"),
+    (["prune", "zoo:llama", "--output", "full/x"], "full/x exists and is not a directory"),
     (["prune", "zoo:llama", "--dtype", "int8"], "no dtype 'int8'"),
     (["prune", "zoo:llama", "--device", "tpu"], "device 'tpu' is not available"),
     (["prune", "zoo:llama", "--device", "cuda:99"], "device 'cuda:99' is not available"),
-    (["prune", "zoo:llama", "--block-size", "64"], "admm knows no block size; these do: sm, mm"),
-    (["prune", "zoo:llama", "--effort", "fast", "--method", "ss"], "ss knows no effort"),
-    (["prune", "zoo:llama", "--effort", "most"], "effort 'most' is none of fast, default, best"),
+    (
+        ["prune", "zoo:llama", "--block-size", "64"],
+        "admm does not use a block size; methods with it: sm, mm",
+    ),
+    (["prune", "zoo:llama", "--effort", "fast", "--method", "ss"], "ss does not use the effort"),
+    (["prune", "zoo:llama", "--effort", "most"], "effort 'most' is not one of fast, default, best"),
     (["prune", "zoo:llama", "--damping=-1"], "damping -1 is not a number from 0 to"),
     (
         ["prune", "zoo:llama", *TOKENS, "--block-size", "6", "--method", "sm"],
@@ -255,7 +258,7 @@ BAD = [
     (["eval", "zoo:nothing"], "no adapter 'nothing'"),
     (["verify", "nowhere", "--pattern", "2:4"], "no such directory"),
     (["verify", "full", "--pattern", "2:4"], "has no config.json"),
-    (["verify", "full"], "nothing to hold the model against"),
+    (["verify", "full"], "no report gives a pattern"),
     (["eval", "zoo:llama", "--metric", "accuracy1"], "did you mean 'accuracy'"),
     (["prune", "zoo:llama", "--sparsity", "0.5", "--allocation", "owll"], "did you mean 'owl'"),
     (["prune", "zoo:llama", "--pattern", "2:4", "--allocation", "owl"], "nothing to share out"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from apt.cli.summary import without_value
+from apt.cli.summary import first_not_finite
 
 WINDOWS = ("--samples", 2, "--seqlen", 64)
 
@@ -71,7 +71,7 @@ def test_a_report_that_is_nested_too_deeply_is_one_line(apt, checkpoint, tmp_pat
 def test_scores_of_a_run_that_are_no_numbers_are_found():
     sound, nan = {"perplexity": 12.5}, {"perplexity": float("nan")}
     names = ("perplexity",)
-    assert without_value({}, names) is None
-    assert without_value({"before": sound, "after": sound}, names) is None
-    assert without_value({"before": sound, "after": nan}, names) == "perplexity after pruning"
-    assert without_value({"before": nan, "after": nan}, names) == "perplexity before pruning"
+    assert first_not_finite({}, names) is None
+    assert first_not_finite({"before": sound, "after": sound}, names) is None
+    assert first_not_finite({"before": sound, "after": nan}, names) == "perplexity after pruning"
+    assert first_not_finite({"before": nan, "after": nan}, names) == "perplexity before pruning"

@@ -97,7 +97,7 @@ def test_two_threads_restore_what_was_allowed():
         ({"damping": float("nan")}, "damping nan is not"),
         ({"damping": -1.0}, "damping -1 is not"),
         ({"block_size": 0}, "block size 0 is not positive"),
-        ({"effort": "most"}, "effort 'most' is none of fast, default, best"),
+        ({"effort": "most"}, "effort 'most' is not one of fast, default, best"),
         ({"alpha": 1.5}, "alpha 1.5 is not a number from 0 to 1"),
         ({"tuning_epochs": -1}, "tuning_epochs -1 is not"),
         ({"error_aware": False, "beta": 0.5}, "beta has no effect in a layer-wise run"),

@@ -143,7 +143,7 @@ def test_a_method_that_raises_in_the_middle(apt, checkpoint, monkeypatch, stream
     said = "\n".join(caught.value.__notes__)
     assert "while model.layers.1.self_attn.k_proj was pruned" in said
     assert "method wanda comes from apt-prune 0.1.0, adapter llama from apt-prune 0.1.0" in said
-    assert ("go on with --resume" in said) == stream
+    assert ("continue with --resume" in said) == stream
     assert not Path("out").exists()
     if stream:
         assert apt("prune", checkpoint("llama"), *SMALL, *options, "--resume").code == 0

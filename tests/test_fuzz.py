@@ -130,5 +130,5 @@ def test_a_journal(tmp_path, given, tail, sealed):
         for line in work.journal.lines:
             sites_of(line)
         if work.journal.has("block"):
-            work.go_on({"model": 1})
-        assert not work.appeared()
+            work.check_fingerprint({"model": 1})
+        assert not work.published()

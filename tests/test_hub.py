@@ -42,7 +42,7 @@ def test_what_loaders_are_told():
     assert asked.options() == {
         "revision": "v1", "token": "hf_x", "cache_dir": "dir", "local_files_only": True
     }  # fmt: skip
-    assert "revision" not in asked.for_another().options()
+    assert "revision" not in asked.without_revision().options()
 
 
 @pytest.mark.parametrize("command", ["inspect", "eval", "eval --stream", "convert -o new", "prune"])
@@ -63,7 +63,10 @@ def test_a_branch_in_a_folder_of_downloads_is_read(apt, nowhere, downloads, comm
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("inspect", "facebook/opt-125m"), "'facebook/opt-125m' is no directory here and has not"),
+        (
+            ("inspect", "facebook/opt-125m"),
+            "'facebook/opt-125m' is not a local directory and has not",
+        ),
         (("inspect", "llama"), "did you mean 'zoo:llama', the embedded model?"),
         (("eval", "zoo:llama", "--tokenizer", "someone/else"), "no such tokenizer: 'someone/else'"),
         (("eval", "zoo:llama", "--data", "c4"), "data set 'c4' is on the hub"),

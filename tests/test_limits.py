@@ -22,21 +22,21 @@ REFUSED = [
     (("prune", "zoo:llama", "--damping", "1e308"), "damping 1e+308 is not a number from 0 to"),
     (("prune", "zoo:llama", "--damping", "nan"), "damping nan is not a number from 0 to"),
     (("prune", "zoo:llama", "--samples", "-1"), "must not be negative"),
-    (("prune", "zoo:llama", "--per", "row"), "there is no --sparsity"),
+    (("prune", "zoo:llama", "--per", "row"), "needs --sparsity"),
     (("prune", "zoo:llama", "--per", "row", "--pattern", "2:4"), "an n:m pattern is the same in"),
     (("prune", "zoo:llama", "--activations", "tape"), "use memory, cpu, disk (--activations)"),
     (
         ("prune", "zoo:llama", "--max-shard-size", "5"),
-        "'5' is no size of a file; write 5GB or 500MB (--max-shard-size)",
+        "'5' is not a file size; write 5GB or 500MB (--max-shard-size)",
     ),
-    (("prune", "zoo:llama", "--max-shard-size", "0GB"), "'0GB' is no size"),
+    (("prune", "zoo:llama", "--max-shard-size", "0GB"), "'0GB' is not a file size"),
     (("inspect", "zoo:llama", "--samples", "0"), "samples must be at least 1"),
     (("inspect", "zoo:llama", "--samples", "-2"), "samples must be at least 1"),
     (("inspect", "zoo:llama", "--seqlen", "1"), "seqlen at least 2 (--samples, --seqlen)"),
     (("eval", "zoo:llama", "--samples", "0"), "samples must be at least 1"),
     (("eval", "zoo:llama", "--dtype", "float8"), "no dtype 'float8'"),
     (("convert", "zoo:llama", "-o", "out", "--dtype", "int4"), "no dtype 'int4'"),
-    (("verify", ".", "--pattern", "2:4", "--per", "row"), "there is no --sparsity"),
+    (("verify", ".", "--pattern", "2:4", "--per", "row"), "needs --sparsity"),
     (("prune", "./nowhere", "--pattern", "2:4"), "no such model"),
 ]
 
@@ -149,4 +149,4 @@ def test_sites_that_lose_nothing_are_counted(apt):
 def test_a_model_without_positions_is_refused(apt, edited, command, positions):
     run = apt(command, edited("llama", max_position_embeddings=positions))
     assert run.code == 2
-    assert f"has {positions} positions, and a sample needs 2 at least" in run.err
+    assert f"has {positions} positions, and a sample needs at least 2" in run.err

@@ -92,7 +92,7 @@ DECLARED = {
     "left_dense": ("mlp.gate", "left_dense is 'mlp.gate', not a tuple: write ('mlp.gate',)"),
     "inputs": (LLAMA.inputs[0], "inputs is Input('attention', …), not a tuple"),
     "blocks_path": (("model", "layers"), "blocks_path is ('model', 'layers'), not the path"),
-    "transposed": (("Conv1D",), "transposed holds 'Conv1D', which is no type"),
+    "transposed": (("Conv1D",), "transposed has 'Conv1D', which is not of type type"),
     "enter": (None, "has no 'enter'"),
 }
 

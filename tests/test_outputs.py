@@ -12,7 +12,7 @@ import pytest
 from apt.errors import AptError
 from apt.output import renaming
 from apt.output import workplace as workplaces
-from apt.output.location import check_output, workplace
+from apt.output.location import check_output, workplace_of
 from apt.output.renaming import exchange, rename_new
 from apt.output.workplace import Workplace, whole_directory
 
@@ -63,23 +63,23 @@ def house(checkpoint, tmp_path, monkeypatch):
 REFUSED = {
     "": "is the working directory",
     ".": "is the working directory",
-    "..": "holds the working directory",
-    "/": "holds the working directory",
-    "~HOME": "holds the working directory",
-    "../models/in": "is what the run reads",
-    "../models": "holds what the run reads",
-    "../models/in/sub": "lies inside what the run reads",
-    "../models/in/deep/er": "lies inside what the run reads",
-    "../foreign": "holds what APT did not write there: thesis.txt",
-    "../to-foreign": "holds what APT did not write there: thesis.txt",
-    "../file": "exists and is no directory",
-    "../to-file": "exists and is no directory",
+    "..": "contains the working directory",
+    "/": "contains the working directory",
+    "~HOME": "contains the working directory",
+    "../models/in": "is an input of the run",
+    "../models": "contains an input of the run",
+    "../models/in/sub": "is inside an input of the run",
+    "../models/in/deep/er": "is inside an input of the run",
+    "../foreign": "has files that APT did not write: thesis.txt",
+    "../to-foreign": "has files that APT did not write: thesis.txt",
+    "../file": "exists and is not a directory",
+    "../to-file": "exists and is not a directory",
     "../file/out": "",
-    "../fifo": "exists and is no directory",
-    "../socket": "exists and is no directory",
-    "../device": "exists and is no directory",
-    "../dangling": "is a link that leads nowhere",
-    "../dangling/out": "is a link that leads nowhere",
+    "../fifo": "exists and is not a directory",
+    "../socket": "exists and is not a directory",
+    "../device": "exists and is not a directory",
+    "../dangling": "is a link to a missing file",
+    "../dangling/out": "is a link to a missing file",
     "../loop": "",
     "x" * 251: "of the output is longer than 250 bytes",
     "x" * 300: "",
@@ -124,7 +124,7 @@ def test_places_that_are_taken(house, apt, monkeypatch, mode):
         kept = snapshot(place)
         last = apt(*command, *MODES[mode])
         assert last.code == 2
-        assert "what APT did not write there: notes.txt" in last.err
+        assert "files that APT did not write: notes.txt" in last.err
         assert snapshot(place) == kept
     assert (house / "to-empty").is_symlink()
     assert (snapshot(house / "foreign"), snapshot(house / "models")) == outside
@@ -147,19 +147,19 @@ def test_a_mount_point_is_refused(house, tmp_path):
 
 @pytest.mark.parametrize("options", [(), ("--stream",), ("--overwrite",)], ids=str)
 def test_what_appears_during_the_run_is_left_alone(checkpoint, apt, monkeypatch, options):
-    original = workplaces.open_up
+    original = workplaces.set_permissions
 
     def appear(partial):
         original(partial)
         Path("out").mkdir()
         Path("out/thesis.txt").write_text("years of work")
 
-    monkeypatch.setattr("apt.output.workplace.open_up", appear)
+    monkeypatch.setattr("apt.output.workplace.set_permissions", appear)
     run = apt("prune", checkpoint("llama"), *QUICK, "--calibration", TEXT, "-o", "out", *options)
     assert run.code == 2
-    assert "left alone; the result is whole, in out-1" in run.err
+    assert "was not replaced; the result is complete, in out-1" in run.err
     assert [p.name for p in Path("out").iterdir()] == ["thesis.txt"]
-    monkeypatch.setattr("apt.output.workplace.open_up", original)
+    monkeypatch.setattr("apt.output.workplace.set_permissions", original)
     assert apt("verify", "out-1").code == 0
     assert sorted(p.name for p in Path().iterdir()) == ["out", "out-1"]
 
@@ -205,7 +205,7 @@ def test_renames_that_lose_nothing(tmp_path):
 
 @pytest.mark.parametrize("kind", ["link", "file", "foreign"])
 def test_a_workplace_that_is_not_ours_is_refused(tmp_path, kind):
-    folder, outside = workplace(tmp_path / "out"), tmp_path / "outside"
+    folder, outside = workplace_of(tmp_path / "out"), tmp_path / "outside"
     (outside / "out").mkdir(parents=True)
     (outside / "out" / "kept").write_text("kept")
     if kind == "link":
@@ -218,7 +218,7 @@ def test_a_workplace_that_is_not_ours_is_refused(tmp_path, kind):
         folder.mkdir()
         os.chown(folder, 12345, 12345)
     before = snapshot(tmp_path)
-    with pytest.raises(AptError, match="is not a folder of yours"):
+    with pytest.raises(AptError, match="is not a folder of this user"):
         write(tmp_path / "out")
     assert snapshot(tmp_path) == before
 
@@ -231,7 +231,7 @@ def test_links_in_a_workplace_are_not_followed(tmp_path, name, hard):
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "kept").write_text("kept")
-    link = workplace(tmp_path / "out") / name
+    link = workplace_of(tmp_path / "out") / name
     link.parent.mkdir(parents=True)
     if hard:
         os.link(outside / "kept", link)

@@ -85,7 +85,7 @@ def test_a_hook_that_raises_or_returns_rubbish_is_a_warning(entry):
     with pytest.warns(UserWarning, match="failed to load") as caught:
         load_registry([entry("a", apt_adapters=rubbish), entry("b", apt_methods=raising)])
     assert {str(w.message) for w in caught} == {
-        "plugin failed to load: a 1.2: TypeError: 'llama' is no AdapterSpec",
+        "plugin failed to load: a 1.2: TypeError: 'llama' is not of type AdapterSpec",
         "plugin failed to load: b 1.2: OSError: no such thing",
     }
 
@@ -151,7 +151,7 @@ def test_all_problems_are_told_whichever_hook_they_came_from(entry):
     ("version", "said"),
     [
         (API + 1, rf"needs version {API + 1} of the hooks, this APT has {API}: upgrade apt-prune"),
-        (OLDEST_API - 1, rf"serves {OLDEST_API} and up: upgrade the plugin"),
+        (OLDEST_API - 1, rf"has {OLDEST_API} and later: upgrade the plugin"),
         ("1", "APT_API is '1', not a whole number"),
     ],
 )

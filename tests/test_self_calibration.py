@@ -112,7 +112,7 @@ def test_a_model_that_cannot_write_does_without_unless_asked(apt, monkeypatch):
     monkeypatch.setattr("apt.runs.prepare.writes", lambda module: False)
     result = apt(*COMMAND, "--samples", 6, "--effort", "best", "-o", "out")
     assert result.code == 0, result.err
-    assert "own samples: 0 (not 2: LlamaForCausalLM writes no text)" in result.err
+    assert "own samples: 0 (not 2: LlamaForCausalLM cannot generate text)" in result.err
     with pytest.raises(library.AptError, match="Linear cannot write text") as raised:
         library.own_text(torch.nn.Linear(4, 4), 1, 8)
     assert raised.value.options == ("own_samples",)

@@ -175,7 +175,7 @@ def test_another_command_is_not_gone_on_with(checkpoint, apt, monkeypatch):
             apt(*command)
     other = apt(*command, "--seed", 1, "--resume")
     assert other.code == 2
-    assert "was another one: calibration.sha256, options.seed differ" in other.err
+    assert "is another run: calibration.sha256, options.seed differ" in other.err
     assert apt(*command, "--resume").code == 0
 
 
@@ -291,7 +291,7 @@ def test_a_damaged_block_that_is_read_ahead_is_told_in_its_turn(checkpoint, apt,
     result = apt("prune", model, *SMALL, "--stream", "-o", "out")
     assert result.code == 2
     assert said in result.err
-    assert "kept in .out.apt, to be resumed (--resume)" in result.err
+    assert "finished blocks are in .out.apt: resume the run (--resume)" in result.err
 
 
 def test_text_that_the_model_wrote_is_kept_for_a_resumed_run(checkpoint, apt, monkeypatch):

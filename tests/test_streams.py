@@ -21,7 +21,7 @@ def test_a_full_standard_output_is_one_line(words):
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
         "apt-prune: cannot write to standard output: No space left on device; "
-        "write it to a place that has room"
+        "write it to another place"
     ]
 
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, RwkvConfig
 
 from apt.adapter import DecoderAdapter
-from apt.checkpoints.empty_model import weightless
+from apt.checkpoints.empty_model import model_without_weights
 from apt.checkpoints.load import skeleton
 from apt.checkpoints.offload import assemble
 from apt.checkpoints.safetensors_io import Shards
@@ -58,7 +58,7 @@ def written(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("config", [*CONFIGS.values(), GEMMA3, RWKV], ids=lambda c: c.model_type)
 def test_parameters_are_empty_and_buffers_are_the_models_own(config):
-    model = weightless(config, trust_remote_code=False)
+    model = model_without_weights(config, trust_remote_code=False)
     assert not model.training
     assert all(parameter.is_meta for parameter in model.parameters())
     whole = AutoModelForCausalLM.from_config(config)
@@ -84,7 +84,7 @@ def test_what_another_thread_makes_has_its_weights(monkeypatch):
         return torch.nn.Linear(2, 2)
 
     monkeypatch.setattr("apt.checkpoints.empty_model.AutoModelForCausalLM.from_config", elsewhere)
-    assert weightless(Config(), trust_remote_code=False).weight.is_meta
+    assert model_without_weights(Config(), trust_remote_code=False).weight.is_meta
     assert not made[0].weight.is_meta
     assert not torch.nn.Linear(2, 2).weight.is_meta
 

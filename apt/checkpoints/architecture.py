@@ -1,4 +1,4 @@
-"""Which models can be pruned at all, by their configuration."""
+"""A check, by the configuration, that a model can be pruned."""
 
 from typing import Any
 
@@ -14,8 +14,8 @@ def check_kind(reference: str, config: Any) -> None:
     """Raise for a model that no adapter can serve.
 
     Args:
-        reference: what the user calls the model.
-        config: its configuration, as transformers has it.
+        reference: the user's name for the model.
+        config: its configuration, as an object of transformers.
 
     Raises:
         AptError: its weights are quantised, it is an encoder-decoder, it reads in both directions,
@@ -30,7 +30,7 @@ def check_kind(reference: str, config: Any) -> None:
     if getattr(config, "is_encoder_decoder", False):
         raise AptError(
             f"{reference} is an encoder-decoder model (type '{kind}')",
-            f"{_PRUNED}, which have a decoder only",
+            f"{_PRUNED}, which have only a decoder",
         )
     if _bidirectional(config):
         raise AptError(
@@ -39,31 +39,33 @@ def check_kind(reference: str, config: Any) -> None:
         )
     if not _causal(config):
         raise AptError(
-            f"transformers has no causal language model of type '{kind}', which {reference} is",
+            f"{reference} is of type '{kind}', of which transformers has no causal language model",
             _PRUNED,
         )
 
 
 def _quantised_with(config: Any) -> str | None:
-    """The method of a ``quantization_config``; None where the weights are plain."""
+    """The method of a ``quantization_config``; None if the weights are not quantised."""
     found = getattr(config, "quantization_config", None)
     if not found:
         return None
     fields = found if isinstance(found, dict) else getattr(found, "__dict__", {})
-    method = fields.get("quant_method") or "a method that is not named"
+    method = fields.get("quant_method") or "an unnamed method"
     if method == "bitsandbytes" or any(f"_load_in_{b}bit" in fields for b in (4, 8)):
         return "bitsandbytes"
     return str(getattr(method, "value", method))
 
 
 def _bidirectional(config: Any) -> bool:
-    """Whether it is an encoder, such as BERT, that transformers could run as a decoder too."""
+    """True for an encoder, such as BERT, even if transformers can run it as a decoder."""
     masked = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
     decoder = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
     return getattr(config, "model_type", None) in masked and not decoder
 
 
 def _causal(config: Any) -> bool:
-    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):  # code of its own
+    if "AutoModelForCausalLM" in (
+        getattr(config, "auto_map", None) or {}
+    ):  # code in its repository
         return True
     return type(config) in AutoModelForCausalLM._model_mapping

@@ -1,4 +1,4 @@
-"""The files of a checkpoint that its output has as well: copied, and held against the original."""
+"""Copies of the files of a checkpoint, and a comparison of a copy with the original."""
 
 import hashlib
 import os
@@ -13,30 +13,30 @@ from apt.checkpoints.safetensors_io import INDEX, Shards, write_index
 from apt.errors import AptError
 
 CARD = "README.md"
-"""The model card, which is written anew when a run ends."""
+"""The model card. A run writes a new one at its end."""
 
 REPORT = "apt_report.json"
 """The record of the run that wrote a checkpoint."""
 
-# Weights in other formats would be dense ones beside the pruned.
+# Weights in other formats are not copied: they would be dense.
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 _INDICES = (".bin.index.json", ".h5.index.json", ".msgpack.index.json")
-_PIECE = 2**24
+_CHUNK = 2**24
 
 
 def side_files(source: Path) -> Iterator[Path]:
-    """All of a checkpoint's files but its weights, their index and a report.
+    """All files of a checkpoint except its weights, their index and a report.
 
-    Hidden folders are left out: they hold what tools keep for themselves. A link counts where it
-    leads to a file of the checkpoint, or of the hub's cache of it: any other file is not meant to
-    travel with the output.
+    Hidden folders are left out: they contain data of tools. A link is included only if it leads to
+    a file of the checkpoint, or to the hub's cache of it. No other file should be copied to the
+    output.
     """
-    return (path for path in _files(source) if not _leads_out(path, source))
+    return (path for path in _files(source) if not _is_outside_link(path, source))
 
 
 def links_outside(source: Path) -> list[Path]:
     """The links among a checkpoint's files that lead to files outside it."""
-    return [path for path in _files(source) if _leads_out(path, source)]
+    return [path for path in _files(source) if _is_outside_link(path, source)]
 
 
 def _files(source: Path) -> Iterator[Path]:
@@ -51,8 +51,8 @@ def _is_weights(path: Path) -> bool:
     return path.suffix in (*OTHER_WEIGHTS, ".safetensors") or path.name.endswith(_INDICES)
 
 
-def _leads_out(path: Path, source: Path) -> bool:
-    """Whether a path is a link to a file that is not the checkpoint's."""
+def _is_outside_link(path: Path, source: Path) -> bool:
+    """True for a link to a file outside the checkpoint."""
     if not path.is_symlink():
         return False
     real, root = Path(os.path.realpath(path)), Path(os.path.realpath(source))
@@ -62,18 +62,18 @@ def _leads_out(path: Path, source: Path) -> bool:
 
 
 def weight_files(shards: Shards) -> list[Path]:
-    """The files that hold the tensors, with their index where there is one."""
+    """The files with the tensors, and their index if there is one."""
     index = shards.files[0].with_name(INDEX)
     return [*shards.files, *([index] if index.is_file() else [])]
 
 
 def copied_size(source: Path, shards: Shards) -> int:
-    """Bytes of all that is copied."""
+    """The size in bytes of all files to copy."""
     return sum(path.stat().st_size for path in (*side_files(source), *weight_files(shards)))
 
 
 def copy_files(files: Iterable[Path], source: Path, target: Path) -> None:
-    """Copy files to the same places of ``target``, and wait until the disk has them."""
+    """Copy files to the same relative paths in ``target``, and flush them to disk."""
     for path in files:
         into = target / path.relative_to(source)
         into.parent.mkdir(parents=True, exist_ok=True)
@@ -82,13 +82,13 @@ def copy_files(files: Iterable[Path], source: Path, target: Path) -> None:
 
 
 def synchronise(path: Path) -> None:
-    """Wait until the disk has a file."""
+    """Flush a file to disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def copy_weights(shards: Shards, source: Path, target: Path, largest: str | None) -> None:
-    """Copy the files of the weights, or write them anew in files of at most ``largest``, as 5GB."""
+    """Copy the files of the weights, or write them as files of at most ``largest``, such as 5GB."""
     if largest is None:
         copy_files(weight_files(shards), source, target)
         return
@@ -103,11 +103,11 @@ def copy_weights(shards: Shards, source: Path, target: Path, largest: str | None
 
 
 def checksums(directory: Path, *, headers: bool = False) -> dict[str, str]:
-    """A checksum of every file of a directory by its relative path, the model card left out.
+    """A checksum for every file of a directory by its relative path, without the model card.
 
     Args:
         directory: the directory.
-        headers: whether only the header counts of a safetensors file.
+        headers: True to use only the header and the size of a safetensors file.
     """
     found = {}
     for path in sorted(directory.rglob("*")):
@@ -122,23 +122,23 @@ def _checksum(path: Path, *, header: bool) -> str:
     with path.open("rb") as file:
         if header:
             start = file.read(8)
-            digest.update(start + file.read(min(int.from_bytes(start, "little"), _PIECE * 8)))
+            digest.update(start + file.read(min(int.from_bytes(start, "little"), _CHUNK * 8)))
             digest.update(str(path.stat().st_size).encode())
         else:
-            while piece := file.read(_PIECE):
-                digest.update(piece)
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
     return digest.hexdigest()
 
 
 def check_copy(
     shards: Shards, target: Path, known: Mapping[str, str], pruned: Collection[str]
 ) -> None:
-    """Raise where a copy is not what was copied; remove files that were not.
+    """Raise if a copy differs from the original; delete files that were not copied.
 
     Args:
-        shards: the tensors that were copied.
+        shards: the tensors of the original.
         target: the copy.
-        known: the `checksums` of the copy, of safetensors files those of their headers.
+        known: the `checksums` of the copy, with ``headers``.
         pruned: the tensors that may differ.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A model that has made everything but its weights."""
+"""A model without weights but with everything else that its constructor creates."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,15 +11,15 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoModelForCausalLM
 
 
-def weightless(config: Any, *, trust_remote_code: bool) -> nn.Module:
+def model_without_weights(config: Any, *, trust_remote_code: bool) -> nn.Module:
     """A causal language model, in eval mode, with its parameters on the meta device.
 
-    What it makes for itself, buffers and tables of positions for instance, is on the CPU. At no
-    time is more than one parameter in memory, of which no page is written.
+    Everything else, such as buffers and tables of positions, is on the CPU. At no time is more than
+    one parameter in memory, and none of its pages is written.
 
     Args:
         config: the model's configuration.
-        trust_remote_code: whether code that comes with the checkpoint is run.
+        trust_remote_code: True if code from the checkpoint may run.
     """
     with _parameters_on_meta():
         module: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
@@ -29,7 +29,7 @@ def weightless(config: Any, *, trust_remote_code: bool) -> nn.Module:
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """While entered, the modules that this thread makes have theirs there."""
+    """While entered, modules that this thread creates have their parameters on the meta device."""
     here = get_ident()
 
     def moved(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:

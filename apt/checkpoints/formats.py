@@ -1,4 +1,4 @@
-"""Checkpoints that are not laid out as transformers does it."""
+"""Checkpoints in formats other than that of transformers."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -15,38 +15,38 @@ from apt.plugin.registry import Registry
 
 
 class Checkpoint(Protocol):
-    """A checkpoint in a format of its own, of a model that transformers has too.
+    """A checkpoint in another format, of a model that transformers supports.
 
     Attributes:
-        config: the configuration as transformers has it.
+        config: the configuration, as an object of transformers.
     """
 
     config: Any
 
     def read(self) -> dict[str, Tensor]:
-        """The weights by transformers' names, each in the dtype that it is stored in."""
+        """The weights by their names in transformers, each in its stored dtype."""
 
     def write(self, weights: Mapping[str, Tensor], directory: Path) -> None:
-        """Write weights, by transformers' names, with the configuration in the checkpoint's own
-        format."""
+        """Write weights, given by their names in transformers, and the configuration, in the format
+        of the checkpoint."""
 
 
 def find_file(location: str, name: str, hub: Hub | None = None) -> Path | None:
-    """A file of a directory here or of a repository on the hub; None where it has no such file.
+    """A file of a local directory or of a repository on the hub; None if there is no such file.
 
     Raises:
-        OSError: there is no such repository, the hub does not answer, or it gives no access.
+        OSError: there is no such repository, the hub does not answer, or it denies access.
     """
-    how = {"_raise_exceptions_for_missing_entries": False, **(hub or Hub()).options()}
-    found = cached_file(location, name, **how)
+    options = {"_raise_exceptions_for_missing_entries": False, **(hub or Hub()).options()}
+    found = cached_file(location, name, **options)
     return Path(found) if found else None
 
 
 def find_source_file(source: Source, name: str) -> Path | None:
-    """A file of a model's directory or repository; None where it has no such file.
+    """A file of a model's directory or repository; None if there is no such file.
 
     Raises:
-        AptError: the file cannot be looked for, because the hub does not answer, for instance.
+        AptError: the search fails, for instance because the hub does not answer.
     """
     try:
         return find_file(source.location, name, source.hub)
@@ -55,7 +55,7 @@ def find_source_file(source: Source, name: str) -> Path | None:
 
 
 def local_copy(source: Source, ignored: Sequence[str] = ()) -> Path:
-    """The directory of a checkpoint, downloaded where it is on the hub.
+    """The directory of a checkpoint, downloaded if it is on the hub.
 
     Args:
         source: the checkpoint.
@@ -65,12 +65,12 @@ def local_copy(source: Source, ignored: Sequence[str] = ()) -> Path:
         return Path(source.location)
     from huggingface_hub import snapshot_download
 
-    how = source.hub.options()
-    return Path(snapshot_download(source.location, ignore_patterns=list(ignored), **how))
+    options = source.hub.options()
+    return Path(snapshot_download(source.location, ignore_patterns=list(ignored), **options))
 
 
 def open_checkpoint(source: Source, registry: Registry) -> Checkpoint | None:
-    """The checkpoint, if it is in a format that a plugin reads; None leaves it to transformers."""
+    """The checkpoint, if a plugin reads its format; None leaves it to transformers."""
     path = find_source_file(source, "config.json")
     if path is None:
         return None
@@ -80,7 +80,7 @@ def open_checkpoint(source: Source, registry: Registry) -> Checkpoint | None:
         return None
     if not isinstance(config, dict) or "model_type" in config:
         return None
-    # Plugins ask the hub in the usual way; what is to be had in another one is downloaded first.
+    # Plugins use the hub with default settings. With other settings the checkpoint is downloaded.
     location = str(local_copy(source)) if source.hub != Hub() else source.location
     for spec in registry.formats.specs.values():
         checkpoint: Checkpoint | None = spec.load()(location, config)

@@ -1,4 +1,4 @@
-"""From a source (directory, hub name, GGUF file) to a model and its adapter."""
+"""Loading of a model and its adapter from a source (directory, hub name, GGUF file)."""
 
 import hashlib
 import warnings
@@ -37,22 +37,22 @@ def read_config(source: Source) -> Any:
 
 def skeleton(source: Source, registry: Registry, adapter: str | None = None) -> Model:
     """The model on the meta device: modules and shapes, no weights."""
-    checkpoint, config = _configured(source, registry)
-    if source.gguf is None:  # those are read as plain weights, whatever they are stored as
+    checkpoint, config = _read_configuration(source, registry)
+    if source.gguf is None:  # quantised GGUF weights are converted to plain ones
         check_kind(source.reference, config)
     spec = registry.adapters.get(adapter) if adapter else registry.adapter_for(config.model_type)
     instance: Adapter = spec.load()()
     instance.check(config)
-    module = _empty(source, config)
+    module = _empty_model(source, config)
     return Model(source, module, config, spec, instance, checkpoint)
 
 
-def _configured(source: Source, registry: Registry) -> tuple[Checkpoint | None, Any]:
-    """The checkpoint where it is of another format, and the configuration."""
+def _read_configuration(source: Source, registry: Registry) -> tuple[Checkpoint | None, Any]:
+    """The checkpoint, if it has another format than that of transformers; the configuration."""
     try:
         return None, read_config(source)
     except AptError as error:
-        if source.gguf or isinstance(error.__cause__, OSError):  # no such thing, or no network
+        if source.gguf or isinstance(error.__cause__, OSError):  # no such model, or no network
             raise
         checkpoint = open_checkpoint(source, registry)
         if checkpoint is None:
@@ -60,10 +60,10 @@ def _configured(source: Source, registry: Registry) -> tuple[Checkpoint | None, 
         return checkpoint, checkpoint.config
 
 
-def _empty(source: Source, config: Any) -> nn.Module:
+def _empty_model(source: Source, config: Any) -> nn.Module:
     """A model without weights, in eval mode."""
     layers = getattr(config, "num_hidden_layers", 0)
-    if isinstance(layers, int) and layers > _MOST_LAYERS:  # each is a module, also without weights
+    if isinstance(layers, int) and layers > _MOST_LAYERS:  # each is a module, even without weights
         raise AptError(
             f"{source.reference} does not load: it would have {layers:,} layers",
             _DAMAGED,
@@ -80,12 +80,12 @@ def load(shell: Model, dtype: torch.dtype | None = None, device: str = "cpu") ->
 
     Args:
         shell: the model on the meta device.
-        dtype: the precision to hold it in; None keeps that of the checkpoint's sites (fp32 for
-            GGUF), see `apt.checkpoints.stored.Stored.dtype`.
-        device: where to put it.
+        dtype: the dtype of the weights; None keeps that of the checkpoint's sites (fp32 for GGUF),
+            see `apt.checkpoints.stored.Stored.dtype`.
+        device: the device of the weights.
 
     Raises:
-        AptError: the checkpoint is damaged, incomplete, or holds weights that are not finite.
+        AptError: the checkpoint is damaged or incomplete, or has weights that are not finite.
     """
     source = shell.source
     if not source.on_hub and not source.gguf:
@@ -105,29 +105,29 @@ def load(shell: Model, dtype: torch.dtype | None = None, device: str = "cpu") ->
 
 
 def _stored_dtype(shell: Model) -> torch.dtype | None:
-    """The precision of the checkpoint's sites, where its tensors can be read one by one."""
+    """The dtype of the checkpoint's sites; None if its tensors cannot be read one by one."""
     stored = find_stored(shell)
     return stored.dtype(shell) if stored else None
 
 
 def _from_pretrained(source: Source, dtype: torch.dtype | None) -> tuple[Any, list[str]]:
-    """The model as transformers reads it, and the names of weights that are not there."""
+    """The model as transformers reads it, and the names of missing weights."""
     wanted = dtype or (torch.float32 if source.gguf else "auto")
     with _loading(source), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         module, info = AutoModelForCausalLM.from_pretrained(
             source.location, dtype=wanted, output_loading_info=True,
-            ignore_mismatched_sizes=True,  # what is to be said of them is said here
+            ignore_mismatched_sizes=True,  # they are reported below
             **source.options(),
         )  # fmt: skip
     for mismatch in info.get("mismatched_keys", ()):
         raise _mismatched(source, module, mismatch)
     missing = sorted(info["missing_keys"])
-    return (_plain(module) if source.gguf and not missing else module), missing
+    return (_unquantised(module) if source.gguf and not missing else module), missing
 
 
 def _mismatched(source: Source, module: Any, mismatch: Any) -> AptError:
-    """The error for a tensor of another shape; transformers 4 gives its name alone."""
+    """The error for a tensor of a wrong shape; transformers 4 gives only its name."""
     name, *shapes = (mismatch,) if isinstance(mismatch, str) else mismatch
     stored = f"is {tuple(shapes[0])}" if shapes else "has another shape"
     expected = module.state_dict().get(name)
@@ -141,16 +141,16 @@ def _mismatched(source: Source, module: Any, mismatch: Any) -> AptError:
 def _from_checkpoint(
     source: Source, checkpoint: Checkpoint, dtype: torch.dtype | None
 ) -> tuple[Any, list[str]]:
-    """The model as a plugin reads it, every weight in its own dtype unless told otherwise."""
-    module: Any = _empty(source, checkpoint.config)
+    """The model as a plugin reads it; each weight keeps its stored dtype if ``dtype`` is None."""
+    module: Any = _empty_model(source, checkpoint.config)
     with _loading(source):
         found = module.load_state_dict(checkpoint.read(), strict=False, assign=True)
     module.tie_weights()
     empty = [name for name, tensor in module.state_dict().items() if tensor.is_meta]
     if found.unexpected_keys:
         raise AptError(
-            f"{source.reference} has {found.unexpected_keys[0]}, of which "
-            f"{type(module).__name__} knows nothing",
+            f"{source.reference} has {found.unexpected_keys[0]}, which "
+            f"{type(module).__name__} does not have",
             "is its config.json the right one?",
         )
     if empty:
@@ -159,10 +159,11 @@ def _from_checkpoint(
     return (module.to(dtype) if dtype else module), []
 
 
-def _plain(module: Any) -> nn.Module:
-    """The same model, no longer flagged as quantized: GGUF weights are plain once they are read.
+def _unquantised(module: Any) -> nn.Module:
+    """The same model without its flag for quantisation.
 
-    The flag makes transformers refuse to cast and to save the model.
+    GGUF weights are no longer quantised after loading. With the flag, transformers refuses to cast
+    and to save the model.
     """
     config = type(module.config).from_dict(
         {k: v for k, v in module.config.to_dict().items() if k != "quantization_config"}
@@ -175,12 +176,12 @@ def _plain(module: Any) -> nn.Module:
 
 
 def check_finite(module: nn.Module, reference: str, cast: torch.dtype | None = None) -> None:
-    """Raise where a weight is NaN or infinite, naming it.
+    """Raise if a weight is NaN or infinite.
 
     Args:
         module: the model.
-        reference: what the user calls it.
-        cast: the precision that its weights were cast to, if they were.
+        reference: the user's name for the model.
+        cast: the dtype that its weights were cast to; None if they were not.
     """
     for name, parameter in module.named_parameters():
         if torch.isfinite(parameter).all():
@@ -198,27 +199,29 @@ def check_finite(module: nn.Module, reference: str, cast: torch.dtype | None = N
 
 
 def load_tokenizer(source: Source, other: str | None = None) -> Any:
-    """The model's tokenizer, or that of the directory or hub name ``other``."""
+    """The tokenizer of the model, or that of ``other``, a directory or hub name."""
     hub, options = source.hub, source.options()
     if other is not None:
-        hub = _hub_of_another(source, other)
+        hub = _hub_for_tokenizer(source, other)
         options = hub.options()
     try:
         found = AutoTokenizer.from_pretrained(other or source.location, **options)
-        if len(found) <= len(found.all_special_tokens):  # made from no file, for some families
+        if len(found) <= len(found.all_special_tokens):  # some families make one without any file
             raise ValueError("there is no file with a vocabulary")
         return found
-    except Exception as error:  # `tokenizers` raises bare exceptions
+    except Exception as error:  # `tokenizers` raises plain exceptions
         raise tokenizer_error(other or source.reference, error, hub) from error
 
 
-def _hub_of_another(source: Source, name: str) -> Hub:
-    """How the hub is asked for a tokenizer that is not the model's own."""
+def _hub_for_tokenizer(source: Source, name: str) -> Hub:
+    """The settings for the hub for a tokenizer other than the model's."""
     if kind_at(Path(name)) == "directory":
         return Hub()
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise AptError(f"no such tokenizer: {shortened(name)} is no directory", "check the path")
-    return source.hub.for_another().reached()
+        raise AptError(
+            f"no such tokenizer: {shortened(name)} is not a directory", "check it", ("tokenizer",)
+        )
+    return source.hub.without_revision().or_local()
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -233,7 +236,7 @@ def fingerprint(module: nn.Module) -> str:
 
 @contextmanager
 def _loading(source: Source, hint: str = "is it complete?") -> Iterator[None]:
-    """Make one line of whatever is raised: loaders have errors of many kinds for damaged files."""
+    """Turn every exception into an `AptError`: loaders raise many types for damaged files."""
     try:
         yield
     except AptError:

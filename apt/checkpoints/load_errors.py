@@ -1,4 +1,4 @@
-"""One line for whatever the loaders of models and tokenizers raise."""
+"""One-line messages for the exceptions of the loaders of models and tokenizers."""
 
 import json
 import os
@@ -9,71 +9,73 @@ from pathlib import Path
 
 from apt.checkpoints.safetensors_io import INDEX
 from apt.errors import AptError, described, shortened
-from apt.locations.hub import Hub, offline, unreachable
+from apt.locations.hub import Hub, no_answer, offline
 from apt.locations.model_source import ZOO, Source
-from apt.locations.paths import mendable
+from apt.locations.paths import user_error
 from apt.plugin.registry import registry
 
 
 def load_error(source: Source, error: Exception, hint: str) -> AptError:
-    """The line for what was raised while a model was loaded.
+    """The message for an exception that was raised while a model was loaded.
 
     Args:
         source: the model.
-        error: what was raised.
-        hint: what to do where nothing better is known.
+        error: the exception.
+        hint: the remedy if no better one is known.
     """
-    if _wants_code(error):
-        return _needs_code(source.reference)
+    if _requires_code(error):
+        return _code_error(source.reference)
     if any(isinstance(cause, pickle.UnpicklingError) for cause in _chain(error)):
         return AptError(
-            f"{source.reference} is pickled and holds more than tensors; it is not loaded",
+            f"{source.reference} is pickled and has objects other than tensors; it is not loaded",
             "get a safetensors version of it",
         )
     for cause in _chain(error):
-        if isinstance(cause, OSError) and (told := mendable(cause)):
-            return told
+        if isinstance(cause, OSError) and (known := user_error(cause)):
+            return known
     if (path := _unreadable(Path(source.location))) is not None:
-        return AptError(f"cannot use {path}: no right to read it", "ask for it, or use a copy")
-    if source.on_hub and (told := _not_on_hub(source, error)):
-        return told
-    if told := _damaged_index(source, error):
-        return told
+        return AptError(f"cannot use {path}: no permission to read it", "ask for it, or use a copy")
+    if source.on_hub and (known := _hub_error(source, error)):
+        return known
+    if known := _damaged_index(source, error):
+        return known
     return AptError(f"{source.reference} does not load: {described(error)}", hint)
 
 
-def _not_on_hub(source: Source, error: Exception) -> AptError | None:
-    """The line for a model that the hub does not give; None where it does, and that is at fault."""
+def _hub_error(source: Source, error: Exception) -> AptError | None:
+    """The message for a model that the hub does not provide; None if the download succeeded."""
     name, causes = shortened(source.reference), {type(cause).__name__ for cause in _chain(error)}
     if source.hub.local:
         return AptError(
-            f"no such model: '{name}' is no directory here and has not been downloaded, and "
-            f"{_silent()}",
+            f"no such model: '{name}' is not a local directory and has not been downloaded, and "
+            f"{_no_network()}",
             _hub_hint(source.reference) if "/" not in name else "check the network and the name",
         )
     if "GatedRepoError" in causes:
         return AptError(
-            f"'{name}' is not given to everybody",
-            "ask for access on its page of the hub, then give a token or run `hf auth login`",
+            f"access to '{name}' is restricted",
+            "ask for access on its page on the hub, then give a token or run `hf auth login`",
             ("token",),
         )
     if "RevisionNotFoundError" in causes:
-        return AptError(f"'{name}' has no revision '{source.hub.revision}'", "check its page")
+        return AptError(
+            f"'{name}' has no revision '{source.hub.revision}'", "check its page", ("revision",)
+        )
     if isinstance(error, OSError) or "HFValidationError" in causes:
         return AptError(
-            f"no such model: '{name}' is neither a directory here nor to be had from the hub",
+            f"no such model: '{name}' is neither a local directory nor available on the hub",
             _hub_hint(source.reference),
         )
     return None
 
 
-def _silent() -> str:
-    """Why the hub was not asked."""
-    return "the network is switched off by HF_HUB_OFFLINE" if offline() else unreachable()
+def _no_network() -> str:
+    """The reason for which the hub was not contacted."""
+    return "the network is switched off by HF_HUB_OFFLINE" if offline() else no_answer()
 
 
 def _unreadable(directory: Path) -> Path | None:
-    """A file of weights that may not be read, for which safetensors says that it is not there."""
+    """A file of weights without read permission. safetensors would call it missing."""
     if not directory.is_dir():
         return None
     weights = sorted(directory.glob("*.safetensors"))
@@ -81,7 +83,7 @@ def _unreadable(directory: Path) -> Path | None:
 
 
 def _damaged_index(source: Source, error: Exception) -> AptError | None:
-    """The line for an index of several files that lacks an entry."""
+    """The message for an index of several files that lacks an entry."""
     path = Path(source.location) / INDEX
     if not isinstance(error, KeyError) or not path.is_file():
         return None
@@ -92,29 +94,30 @@ def _damaged_index(source: Source, error: Exception) -> AptError | None:
 
 
 def tokenizer_error(reference: str, error: Exception, hub: Hub) -> AptError:
-    """The line for what was raised while a tokenizer was loaded."""
+    """The message for an exception that was raised while a tokenizer was loaded."""
     if hub.local:
         return AptError(
-            f"no such tokenizer: '{reference}' is no directory here and has not been downloaded, "
-            f"and {_silent()}",
+            f"no such tokenizer: '{reference}' is not a local directory and has not been "
+            f"downloaded, and {_no_network()}",
             "check the network and the name",
+            ("tokenizer",),
         )
-    if _wants_code(error):
-        return _needs_code(f"the tokenizer of {reference}")
+    if _requires_code(error):
+        return _code_error(f"the tokenizer of {reference}")
     return AptError(
         f"{reference} has no tokenizer that loads: {described(error)}",
-        "put the tokenizer's files beside the weights, or name another tokenizer",
+        "put the files of the tokenizer beside the weights, or name another tokenizer",
         ("tokenizer",),
     )
 
 
-def _wants_code(error: Exception) -> bool:
+def _requires_code(error: Exception) -> bool:
     return "trust_remote_code" in str(error)
 
 
-def _needs_code(what: str) -> AptError:
+def _code_error(name: str) -> AptError:
     return AptError(
-        f"{what} needs code of its own, which is not run unless asked",
+        f"{name} needs code from its repository, which is not run by default",
         "read that code, then allow it",
         ("trust_remote_code",),
     )
@@ -129,7 +132,7 @@ def _hub_hint(reference: str) -> str:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An exception and all that led to it."""
+    """An exception, its cause, the cause of that, and so on."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

@@ -1,4 +1,4 @@
-"""A model with what is needed to prune it."""
+"""A model with its source, adapter and checkpoint."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,13 +14,13 @@ from apt.plugin.specs import AdapterSpec
 
 @dataclass(frozen=True)
 class Model:
-    """A loaded model with what is needed to prune it.
+    """A model with its source, adapter and checkpoint.
 
     Attributes:
-        source: where it is read from.
-        module, config: the model and its configuration, as transformers has them.
+        source: the source that it is read from.
+        module, config: the model and its configuration, as objects of transformers.
         spec, adapter: the adapter of its family.
-        checkpoint: what reads and writes it where it is not in transformers' own format.
+        checkpoint: the reader and writer of its format; None for the format of transformers.
     """
 
     source: Source
@@ -32,5 +32,5 @@ class Model:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision of the checkpoint's weights, as far as its configuration says."""
+        """The dtype of the weights by the configuration; fp32 if it names none."""
         return getattr(self.config, "dtype", None) or torch.float32

@@ -1,4 +1,4 @@
-"""A model with its blocks in its checkpoint and everything else in memory."""
+"""A model whose blocks stay in its checkpoint while everything else is in memory."""
 
 import copy
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apt.checkpoints.empty_model import weightless
+from apt.checkpoints.empty_model import model_without_weights
 from apt.checkpoints.model import Model
 from apt.checkpoints.safetensors_io import Shards
 from apt.checkpoints.tensor_map import Layout, pruned_of
@@ -18,14 +18,14 @@ from apt.planning.plan import PlannedBlock
 
 
 class StoredBlocks:
-    """Blocks as they lie in a checkpoint.
+    """The blocks in a checkpoint.
 
     Args:
         shards: the checkpoint.
-        layout: what the model's parameters are made of there.
+        layout: the tensors of the checkpoint for each parameter of the model.
         blocks: the modules by name, on the meta device.
-        device: where a block is loaded to.
-        dtype: the precision that it is held in there; None for that of each tensor.
+        device: the device that a block is loaded to.
+        dtype: the dtype of a block in memory; None keeps that of each tensor.
     """
 
     def __init__(
@@ -41,30 +41,34 @@ class StoredBlocks:
 
     @contextmanager
     def open(self, name: str, dense: dict[str, Tensor] | None = None) -> Iterator[nn.Module]:
-        """A block in memory, from the tensors that have been read of it where they have been; then
-        on the meta device again."""
+        """While entered, the block is in memory; afterwards it is on the meta device again.
+
+        Args:
+            name: the block.
+            dense: its parameters, if they have been read already.
+        """
         block = self._blocks[name]
-        _put(block, self.read(name) if dense is None else dense, self._device)
+        _set_parameters(block, self.read(name) if dense is None else dense, self._device)
         try:
             yield block
         finally:
-            _empty(block)
+            _unload(block)
 
     @contextmanager
     def read_on_call(self) -> Iterator[None]:
-        """While entered, the whole model runs: each block is read for every call of it."""
+        """While entered, the whole model can run: each block is read anew for each of its calls."""
         with ExitStack() as stack:
             for name, block in self._blocks.items():
                 read = partial(self._read_for_call, name)
                 for handle in (
                     block.register_forward_pre_hook(read),
-                    block.register_forward_hook(_drop_after_call, always_call=True),
+                    block.register_forward_hook(_unload_after_call, always_call=True),
                 ):
                     stack.callback(handle.remove)
             yield
 
     def _read_for_call(self, name: str, block: nn.Module, args: Any) -> None:
-        _put(block, self.read(name), self._device)
+        _set_parameters(block, self.read(name), self._device)
 
     def read(self, name: str) -> dict[str, Tensor]:
         """The parameters of a block.
@@ -79,23 +83,23 @@ class StoredBlocks:
         return read
 
     def _parameter(self, name: str, shape: torch.Size) -> Tensor:
-        """A parameter, put together from its pieces."""
+        """A parameter, assembled from its tensors."""
         pieces = self._layout[name]
         if len(pieces) == 1:
-            return in_precision(self._shards.read_finite(pieces[0].key), self._dtype)
+            return cast(self._shards.read_finite(pieces[0].key), self._dtype)
         whole = torch.empty(shape, dtype=self._shards.entries[pieces[0].key].dtype)
         for piece in pieces:
             whole[piece.part] = self._shards.read_finite(piece.key)
-        return in_precision(whole, self._dtype)
+        return cast(whole, self._dtype)
 
     def restore(self, name: str) -> None:
-        """Put a block that is in memory back to how it lies here."""
-        _put(self._blocks[name], self.read(name), self._device)
+        """Read the parameters of a block that is in memory from the checkpoint again."""
+        _set_parameters(self._blocks[name], self.read(name), self._device)
 
     def write(self, name: str, paths: Iterable[str]) -> None:
-        """Write these parameters of a block that is in memory over what lies here.
+        """Write these parameters of a block that is in memory to the checkpoint.
 
-        The block then holds what was written, which is rounded where it is stored in fewer bits.
+        The block then has the stored values, which are rounded if the stored dtype has fewer bits.
         """
         parameters = {path: self._blocks[name].get_parameter(path) for path in paths}
         self._shards.write(
@@ -109,27 +113,27 @@ class StoredBlocks:
                 parameter.data.copy_(parameter.data.to(stored))
 
     def digest(self, block: PlannedBlock) -> str:
-        """A checksum of what lies here of a block's pruned parameters."""
+        """A checksum of the stored tensors of a block's pruned parameters."""
         return self._shards.digest(pruned_of(block, self._layout))
 
 
-def in_precision(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A tensor in that precision, if it holds floating-point numbers and one is given."""
+def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A floating-point tensor in another dtype. None, and a tensor of integers, change nothing."""
     return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
 
-def _drop_after_call(block: nn.Module, args: Any, result: Any) -> None:
-    _empty(block)
+def _unload_after_call(block: nn.Module, args: Any, result: Any) -> None:
+    _unload(block)
 
 
-def _empty(block: nn.Module) -> None:
-    """Put a block on the meta device."""
+def _unload(block: nn.Module) -> None:
+    """Move a block to the meta device."""
     empty = {n: torch.empty_like(p, device="meta") for n, p in block.named_parameters()}
-    _put(block, empty, "meta")
+    _set_parameters(block, empty, "meta")
 
 
-def _put(block: nn.Module, tensors: dict[str, Tensor], device: str) -> None:
-    """Give a block its parameters, and keep none of them here."""
+def _set_parameters(block: nn.Module, tensors: dict[str, Tensor], device: str) -> None:
+    """Set the parameters of a block, and empty the dictionary to free memory early."""
     for path in list(tensors):
         owner, _, own = path.rpartition(".")
         tensor = tensors.pop(path).to(device, non_blocking=True)
@@ -139,23 +143,23 @@ def _put(block: nn.Module, tensors: dict[str, Tensor], device: str) -> None:
 def assemble(
     shell: Model, shards: Shards, layout: Layout, device: str, dtype: torch.dtype | None = None
 ) -> nn.Module:
-    """The model with the parameters of its blocks on the meta device and all else in memory.
+    """The model with the parameters of its blocks on the meta device and all others in memory.
 
     Raises:
-        AptError: the checkpoint lacks something that is not in a block.
+        AptError: the checkpoint lacks a tensor outside the blocks.
     """
     source = shell.source
-    module: Any = weightless(
+    module: Any = model_without_weights(
         copy.deepcopy(shell.config), trust_remote_code=source.trust_remote_code
     )
     blocks = shell.adapter.blocks(module)
-    held = {f"{name}.{path}" for name, block in blocks for path, _ in block.named_parameters()}
-    given = {n: layout[n][0].key for n in module.state_dict() if n in layout and n not in held}
-    tensors = {n: in_precision(shards.read_finite(key), dtype) for n, key in given.items()}
+    inside = {f"{name}.{path}" for name, block in blocks for path, _ in block.named_parameters()}
+    given = {n: layout[n][0].key for n in module.state_dict() if n in layout and n not in inside}
+    tensors = {n: cast(shards.read_finite(key), dtype) for n, key in given.items()}
     module.load_state_dict(tensors, strict=False, assign=True)
     module.tie_weights()
-    with _without(module, blocks[0][0].rpartition(".")[0]):
-        _check_whole(shell, module, given)
+    with _without_blocks(module, blocks[0][0].rpartition(".")[0]):
+        _check_complete(shell, module, given)
         module.to(device)
     for _, block in blocks:
         _move_buffers(block, device)
@@ -164,8 +168,8 @@ def assemble(
 
 
 @contextmanager
-def _without(module: nn.Module, path: str) -> Iterator[None]:
-    """The model without its blocks, which `nn.Module.to` would refuse to move, while entered."""
+def _without_blocks(module: nn.Module, path: str) -> Iterator[None]:
+    """While entered, the model has no blocks: `nn.Module.to` would refuse to move them."""
     blocks = module.get_submodule(path)
     module.set_submodule(path, nn.ModuleList())
     yield
@@ -178,8 +182,8 @@ def _move_buffers(block: nn.Module, device: str) -> None:
             setattr(owner, name, buffer.to(device))
 
 
-def _check_whole(shell: Model, module: nn.Module, given: Collection[str]) -> None:
-    """Raise where a weight outside the blocks came neither from the checkpoint nor from a tie."""
+def _check_complete(shell: Model, module: nn.Module, given: Collection[str]) -> None:
+    """Raise if a weight outside the blocks is neither in the checkpoint nor tied to another."""
     tied = {p.data_ptr() for n, p in module.state_dict().items() if n in given}
     for name, tensor in module.state_dict().items():
         if name not in given and tensor.data_ptr() not in tied:

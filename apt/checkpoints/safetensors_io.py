@@ -1,7 +1,7 @@
 """The safetensors files of a checkpoint, read and written tensor by tensor.
 
-A tensor is written over its own bytes: layout, dtypes and metadata of a copied checkpoint stay as
-they were. Files come from strangers, so nothing in them is believed before it is checked.
+A tensor is written over its own bytes: layout, dtypes and metadata of a copied checkpoint do not
+change. Files may come from untrusted sources, so their content is checked before use.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from apt.errors import AptError, NotStoredError
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _PICKLED_INDEX = "pytorch_model.bin.index.json"
 _POINTER = b"version https://git-lfs"
-_LARGEST_HEADER = 100_000_000  # bytes, as safetensors itself has it
+_LARGEST_HEADER = 100_000_000  # bytes, the limit of safetensors itself
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
@@ -31,7 +31,7 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor lies: ``size`` bytes of ``file`` from ``start`` on."""
+    """The place of a tensor on disk: ``size`` bytes of ``file`` from ``start`` on."""
 
     file: Path
     dtype: torch.dtype
@@ -47,10 +47,10 @@ class Shards:
         directory: a directory with ``model.safetensors``, or with several files and their index.
 
     Raises:
-        AptError: there is neither, or a file is not what it should be.
+        AptError: there is neither, or a file is damaged.
 
     Attributes:
-        entries: where each tensor lies.
+        entries: the place of each tensor.
         files: the files, sorted.
     """
 
@@ -69,7 +69,7 @@ class Shards:
         return name in self.entries
 
     def read(self, name: str) -> Tensor:
-        """A tensor, in memory of its own."""
+        """Read a tensor into new memory."""
         entry = self.entries[name]
         raw = torch.empty(entry.size, dtype=torch.uint8)
         with entry.file.open("rb", buffering=0) as file:
@@ -83,7 +83,7 @@ class Shards:
         return raw.view(entry.dtype).view(entry.shape)
 
     def read_finite(self, name: str) -> Tensor:
-        """A tensor whose values are all finite."""
+        """Read a tensor, and raise if a value is not finite."""
         tensor = self.read(name)
         if not torch.isfinite(tensor).all():
             raise AptError(
@@ -93,7 +93,7 @@ class Shards:
         return tensor
 
     def digest(self, names: Iterable[str]) -> str:
-        """A checksum over tensors as they lie on disk."""
+        """A checksum of tensors as stored on disk."""
         found = hashlib.blake2b(digest_size=16)
         for name in names:
             raw = self.read(name).reshape(-1).view(torch.uint8)
@@ -102,10 +102,10 @@ class Shards:
         return found.hexdigest()
 
     def write(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Write tensors over their own bytes, each in its own dtype, until the disk has them.
+        """Write tensors over their own bytes, each in its stored dtype, and flush them to disk.
 
         Raises:
-            AptError: a file has become a link: what it leads to is not the output's.
+            OSError: a file has become a link, which may lead outside the output.
         """
         files: dict[Path, int] = {}
         try:
@@ -137,15 +137,18 @@ def _files(directory: Path) -> list[Path]:
     index = directory / INDEX
     if not index.is_file():
         if not (directory / SINGLE).is_file():
-            raise NotStoredError(f"{directory} has no {SINGLE}", "only safetensors can be streamed")
+            raise NotStoredError(
+                f"{directory} has no {SINGLE}", "only safetensors can be streamed", ("stream",)
+            )
         return [directory / SINGLE]
     return _indexed(index)
 
 
 def check_files(directory: Path) -> None:
-    """Raise where the weights of a directory, of whatever format, are not what they should be.
+    """Raise if the weights of a directory, of any format, are damaged or unsafe.
 
-    Their headers are read, and no index may name a file outside the directory: libraries follow it.
+    The headers are checked. An index must not name a file outside the directory: libraries would
+    open that file.
     """
     if (directory / INDEX).is_file() or (directory / SINGLE).is_file():
         Shards(directory)
@@ -154,7 +157,7 @@ def check_files(directory: Path) -> None:
 
 
 def _indexed(index: Path) -> list[Path]:
-    """The files that an index names, which lie beside it."""
+    """The files that an index names. They must be in its directory."""
     names = sorted(set(_read_index(index).values()))
     for name in names:
         if name != os.path.basename(name) or name in ("", ".", "..") or "\\" in name:
@@ -165,7 +168,7 @@ def _indexed(index: Path) -> list[Path]:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    """From tensor to file."""
+    """The file of each tensor."""
     try:
         found: Any = json.loads(path.read_bytes())
         if isinstance(found, dict) and "weight_map" not in found:
@@ -179,17 +182,17 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def write_index(directory: Path, metadata: dict[str, Any], files: dict[str, str]) -> None:
-    """Write which file holds which tensor."""
+    """Write the index: the file of each tensor."""
     text = json.dumps({"metadata": metadata, "weight_map": files}, indent=2, sort_keys=True)
     (directory / INDEX).write_text(text + "\n", encoding="utf-8")
 
 
 def read_header(path: Path) -> dict[str, Entry]:
-    """What tensors a safetensors file holds.
+    """The tensors of a safetensors file.
 
     Raises:
-        AptError: its header is not one, points outside of the file, or has tensors that overlap or
-            leave room between them, which safetensors refuses as well.
+        AptError: the header is not valid, points outside the file, or has tensors that overlap or
+            leave gaps, which safetensors does not allow either.
     """
     length = path.stat().st_size
     with path.open("rb") as file:
@@ -213,7 +216,7 @@ def read_header(path: Path) -> dict[str, Entry]:
 
 
 def _check_dtypes(path: Path, header: dict[str, Any]) -> None:
-    """Raise where a tensor is of a kind that no weight to prune has: of 8 bits or fewer, mostly."""
+    """Raise if a tensor has a floating-point dtype of 8 bits or fewer."""
     for name, item in header.items():
         kind = item["dtype"]
         if isinstance(kind, str) and kind.startswith(("F8", "F6", "F4")):
@@ -227,7 +230,7 @@ def _entry(path: Path, item: Any, base: int, length: int) -> Entry:
     dtype, shape = _DTYPES[item["dtype"]], tuple(item["shape"])
     begin, end = item["data_offsets"]
     if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
-        raise ValueError("sizes and places must be whole numbers from 0 up")
+        raise ValueError("sizes and offsets must be whole numbers from 0 on")
     size = math.prod(shape) * dtype.itemsize
     if end - begin != size or base + end > length:
         raise ValueError(f"{shape} in bytes {begin:,} to {end:,} of {length - base:,}")
@@ -235,7 +238,7 @@ def _entry(path: Path, item: Any, base: int, length: int) -> Entry:
 
 
 def _check_order(entries: dict[str, Entry], start: int, length: int) -> None:
-    """Raise where tensors overlap, or bytes are left that belong to none."""
+    """Raise if tensors overlap, or if bytes belong to no tensor."""
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].size)):
         if entry.start != start:
             raise ValueError(f"{name} begins at byte {entry.start:,}, not at {start:,}")
@@ -244,5 +247,5 @@ def _check_order(entries: dict[str, Entry], start: int, length: int) -> None:
         raise ValueError(f"the tensors end at byte {start:,} of {length:,}")
 
 
-def _damaged(path: Path, how: str) -> AptError:
-    return AptError(f"{path} is damaged: {how}", "get the checkpoint again")
+def _damaged(path: Path, detail: str) -> AptError:
+    return AptError(f"{path} is damaged: {detail}", "get the checkpoint again")

@@ -1,4 +1,4 @@
-"""Writing a model as transformers does, or in a format of its own."""
+"""Writing of a model in the format of transformers or in that of its checkpoint."""
 
 from pathlib import Path
 from typing import Any
@@ -6,8 +6,8 @@ from typing import Any
 from apt.checkpoints.copies import copy_files, side_files
 from apt.checkpoints.formats import Checkpoint
 
-# Transformers writes it anew, without the fields that it does not know.
-_AS_IT_WAS = "generation_config.json"
+# transformers would write this file without the fields that it does not know.
+_ALWAYS_COPIED = "generation_config.json"
 
 
 def save_model(
@@ -21,11 +21,10 @@ def save_model(
 
     Args:
         model: the model.
-        tokenizer: its tokenizer, if there is one.
-        directory: where to.
-        checkpoint: what it was read from, if not from transformers' own format, to write it so;
-            None writes safetensors as transformers does.
-        max_shard_size: how large a file of weights may become, as ``"5GB"``; None leaves that to
+        tokenizer: its tokenizer; None writes no tokenizer.
+        directory: the directory to write to.
+        checkpoint: the writer of another format; None writes safetensors as transformers does.
+        max_shard_size: the largest size of a file of weights, such as ``"5GB"``; None leaves it to
             transformers.
     """
     if checkpoint is None:
@@ -38,12 +37,12 @@ def save_model(
 
 
 def keep_side_files(source: Path, directory: Path) -> None:
-    """Copy the files of a checkpoint that were not written anew, as LICENSE and README.md."""
+    """Copy the files of a checkpoint that `save_model` does not write, such as LICENSE."""
     copy_files(
         (
             path
             for path in side_files(source)
-            if path.name == _AS_IT_WAS or not (directory / path.relative_to(source)).exists()
+            if path.name == _ALWAYS_COPIED or not (directory / path.relative_to(source)).exists()
         ),
         source,
         directory,

@@ -1,7 +1,7 @@
-"""A checkpoint of transformers' own format, whose tensors are the parameters of the model.
+"""A checkpoint in the format of transformers, whose tensors are the parameters of the model.
 
-Most outputs are copies of such a checkpoint in which the pruned tensors are written over: every
-other tensor and file stays as it is.
+Most outputs are copies of such a checkpoint in which the pruned tensors are overwritten. All other
+tensors and files do not change.
 """
 
 from collections.abc import Iterable
@@ -20,19 +20,19 @@ from apt.checkpoints.tensor_map import Layout, layout_of, pruned_parameters
 from apt.errors import AptError, NotStoredError
 from apt.planning.plan import Plan
 
-# Of a repository on the hub, what transformers does not read either.
+# Files on the hub that transformers does not read either.
 _UNREAD = [*(f"*{suffix}" for suffix in OTHER_WEIGHTS), "*/*.safetensors", "consolidated*"]
-_WIDEST = torch.float32  # where the pruned tensors are stored in several precisions
+_WIDEST = torch.float32  # if the pruned tensors are stored in several dtypes
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A checkpoint on this machine.
+    """A checkpoint in a local directory.
 
     Attributes:
-        directory: where it lies.
+        directory: the directory.
         shards: its tensors.
-        layout: the tensors that each parameter of the model is made of.
+        layout: the tensors for each parameter of the model.
     """
 
     directory: Path
@@ -40,11 +40,11 @@ class Stored:
     layout: Layout
 
     def dtype(self, shell: Model, plan: Plan | None = None) -> torch.dtype:
-        """The precision that the model is run in: that of its sites.
+        """The dtype that the model runs in: the stored dtype of its sites.
 
-        Other tensors may be stored in another one (norms, routers), and the configuration may say
-        yet another. Where the sites are of several, none of them is rounded, and no more are the
-        extras of a ``plan``.
+        Other tensors, such as norms and routers, may have another one, and so may the
+        configuration. If the sites, with the extras of a ``plan``, have several dtypes, it is fp32,
+        so that none of them is rounded.
         """
         names = {
             f"{name}.{site.parameter}"
@@ -56,10 +56,10 @@ class Stored:
         found = {self.shards.entries[self.layout[name][0].key].dtype for name in names}
         return found.pop() if len(found) == 1 else _WIDEST
 
-    def holds(self, model: nn.Module, names: Iterable[str]) -> bool:
-        """Whether the parameters of these names are, in their own precision, what is stored.
+    def equals(self, model: nn.Module, names: Iterable[str]) -> bool:
+        """True if the parameters of these names equal the stored tensors, cast to their dtypes.
 
-        They are not where transformers turns tensors into others of the same name and shape.
+        They do not if transformers transforms tensors but keeps their names and shapes.
         """
         return all(
             torch.equal(parameter[piece.part].cpu(), self._read(piece.key, parameter.dtype))
@@ -72,17 +72,17 @@ class Stored:
         return self.shards.read(key).to(dtype)
 
     def check_finite(self) -> None:
-        """Raise where a tensor of the model holds values that are not finite."""
+        """Raise if a tensor of the model has values that are not finite."""
         for key in sorted({piece.key for pieces in self.layout.values() for piece in pieces}):
             self.shards.read_finite(key)
 
     def copy(self, target: Path, tokenizer: Any = None, largest: str | None = None) -> None:
-        """Copy it.
+        """Copy the checkpoint.
 
         Args:
             target: an empty directory.
-            tokenizer: one that takes the place of the checkpoint's own.
-            largest: how large a file of weights may become, as ``"5GB"``; None keeps the files.
+            tokenizer: a tokenizer that replaces that of the checkpoint.
+            largest: the largest size of a file of weights, such as ``"5GB"``; None keeps the files.
         """
         copy_files(side_files(self.directory), self.directory, target)
         copy_weights(self.shards, self.directory, target, largest)
@@ -90,7 +90,7 @@ class Stored:
             tokenizer.save_pretrained(target)
 
     def write(self, model: nn.Module, plan: Plan, target: Path) -> None:
-        """Write a model's pruned parameters over those of a copy."""
+        """Write the pruned parameters of a model into a copy of the checkpoint."""
         Shards(target).write(self._pruned(model, plan))
 
     def _pruned(self, model: nn.Module, plan: Plan) -> Iterable[tuple[str, Tensor]]:
@@ -105,11 +105,13 @@ def open_stored(shell: Model) -> Stored:
     """The checkpoint of a model.
 
     Raises:
-        AptError: it is not transformers' own format, or transformers renames its tensors.
+        AptError: it is not in the format of transformers, or transformers renames its tensors.
     """
     if shell.checkpoint is not None or shell.source.gguf:
         raise NotStoredError(
-            "only checkpoints of transformers can be streamed", "apt-prune convert it first"
+            "only checkpoints of transformers can be streamed",
+            "convert it first with apt-prune convert",
+            ("stream",),
         )
     directory = local_directory(shell)
     if directory / "config.json" not in side_files(directory):
@@ -122,7 +124,7 @@ def open_stored(shell: Model) -> Stored:
 
 
 def find_stored(shell: Model) -> Stored | None:
-    """The same; None where there is none."""
+    """The checkpoint of a model; None where `open_stored` raises `NotStoredError`."""
     try:
         return open_stored(shell)
     except NotStoredError:
@@ -130,7 +132,7 @@ def find_stored(shell: Model) -> Stored | None:
 
 
 def local_directory(shell: Model) -> Path:
-    """Where the checkpoint of a model lies on this machine."""
+    """The local directory of the checkpoint of a model."""
     source = shell.source
     found = find_source_file(source, "config.json")
     if found is None:
@@ -139,5 +141,5 @@ def local_directory(shell: Model) -> Path:
         return found.parent
     try:
         return local_copy(source, _UNREAD)
-    except OSError:  # no network: what has been loaded before is there
+    except OSError:  # no network: use the earlier download
         return found.parent

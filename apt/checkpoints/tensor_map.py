@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint the parameters of a model are made of."""
+"""The layout of a checkpoint: the tensors for each parameter of a model."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from apt.errors import AptError, NotStoredError
 from apt.planning.plan import Plan, PlannedBlock
 
 _STACKED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-"""Parameters that stack what checkpoints hold expert by expert, and the parts of each slice."""
+"""Parameters that stack the tensors of single experts, and the tensors in each slice."""
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,8 @@ class Piece:
     """A tensor of a checkpoint.
 
     Args:
-        key: its name there.
-        part: which part of the parameter it is; all of it by default.
+        key: its name in the checkpoint.
+        part: its index in the parameter; by default it is the whole parameter.
     """
 
     key: str
@@ -31,35 +31,35 @@ Layout = Mapping[str, Sequence[Piece]]
 
 
 def layout_of(shell: Model, shards: Shards) -> Layout:
-    """The pieces of all parameters that a checkpoint holds.
+    """The pieces of all parameters in a checkpoint.
 
     Raises:
-        NotStoredError: it does not hold one of those in blocks, or holds one in another shape.
-        AptError: it holds one as whole numbers.
+        NotStoredError: a parameter of a block is missing or has another shape.
+        AptError: a parameter is stored as integers.
     """
     prefix = f"{getattr(shell.module, 'base_model_prefix', '')}."
     found = {}
     for name, tensor in shell.module.state_dict().items():
         for known in (name, name.removeprefix(prefix)):
             if pieces := _pieces(known, tuple(tensor.shape), shards):
-                _check_kinds(name, tensor, pieces, shards)
+                _check_stored(name, tensor, pieces, shards)
                 found[name] = pieces
                 break
     for block, module in shell.adapter.blocks(shell.module):
         for name, parameter in module.named_parameters():
             pieces = found.get(f"{block}.{name}", [])
-            if not pieces or not _fit(pieces, parameter, shards):
+            if not pieces or not _match(pieces, parameter, shards):
                 raise NotStoredError(
-                    f"{shell.source.reference} cannot be streamed: it does not hold {block}.{name} "
-                    "as the model has it",
+                    f"{shell.source.reference} cannot be streamed: {block}.{name} is stored "
+                    "differently than in the model",
                     "do not stream it",
                     ("stream",),
                 )
     return found
 
 
-def _check_kinds(name: str, tensor: torch.Tensor, pieces: Sequence[Piece], shards: Shards) -> None:
-    """Raise where a parameter is stored in another shape, or as whole numbers."""
+def _check_stored(name: str, tensor: torch.Tensor, pieces: Sequence[Piece], shards: Shards) -> None:
+    """Raise if a parameter is stored in another shape or as integers."""
     if len(pieces) == 1 and shards.entries[pieces[0].key].shape != tuple(tensor.shape):
         raise NotStoredError(
             f"{name} has shape {shards.entries[pieces[0].key].shape} in the checkpoint, "
@@ -70,13 +70,13 @@ def _check_kinds(name: str, tensor: torch.Tensor, pieces: Sequence[Piece], shard
         not shards.entries[piece.key].dtype.is_floating_point for piece in pieces
     ):
         raise AptError(
-            f"{name} is stored as whole numbers: the checkpoint is quantised",
+            f"{name} is stored as integers: the checkpoint is quantised",
             "prune the original, and quantise the result",
         )
 
 
 def _pieces(name: str, shape: tuple[int, ...], shards: Shards) -> list[Piece]:
-    """What a parameter is made of; nothing where it is not there."""
+    """The pieces of a parameter; empty if it is not in the checkpoint."""
     if name in shards:
         return [Piece(name)]
     owner, _, own = name.rpartition(".")
@@ -90,8 +90,8 @@ def _pieces(name: str, shape: tuple[int, ...], shards: Shards) -> list[Piece]:
     return pieces if all(piece.key in shards for piece in pieces) else []
 
 
-def _fit(pieces: Sequence[Piece], parameter: torch.Tensor, shards: Shards) -> bool:
-    """Whether every piece has the shape and all have the precision that they should."""
+def _match(pieces: Sequence[Piece], parameter: torch.Tensor, shards: Shards) -> bool:
+    """True if each piece has the right shape and all have the same dtype."""
     entries = [shards.entries[piece.key] for piece in pieces]
     shapes = [tuple(parameter[piece.part].shape) for piece in pieces]
     same = len({entry.dtype for entry in entries}) == 1
@@ -99,7 +99,7 @@ def _fit(pieces: Sequence[Piece], parameter: torch.Tensor, shards: Shards) -> bo
 
 
 def pruned_tensors(plan: Plan, layout: Layout) -> list[str]:
-    """The names, in the checkpoint, of the tensors that pruning changes."""
+    """The names in the checkpoint of the tensors that pruning changes."""
     return [key for block in plan.blocks for key in pruned_of(block, layout)]
 
 

@@ -13,13 +13,13 @@ from apt.solver.patterns import meets
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether one site meets its pattern.
+    """The result of the check of one site.
 
     Attributes:
-        name: the site's full name.
-        holds: whether it does.
-        zeros, size: the zeros and weights counted.
-        detail: where it fails, in words; empty where it holds.
+        name: the full name of the site.
+        holds: True if the site meets its pattern.
+        zeros, size: the number of zeros, and of all weights.
+        detail: a description of the fault; empty if there is none.
     """
 
     name: str
@@ -70,5 +70,5 @@ def _detail(weight: Tensor, pattern: Pattern) -> str:
 
 
 def failures(verdicts: Iterable[Verdict]) -> list[Verdict]:
-    """Those that do not hold."""
+    """The verdicts of sites that do not meet their patterns."""
     return [verdict for verdict in verdicts if not verdict.holds]

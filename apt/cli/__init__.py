@@ -1,4 +1,4 @@
-"""The command line. Nothing here imports torch until a subcommand runs."""
+"""The command line. No module of it imports torch before a subcommand runs."""
 
 import os
 import sys
@@ -23,9 +23,9 @@ from apt.cli.flags import flags_of
 from apt.cli.grouped_help import GroupedHelp
 from apt.cli.streams import guarded, program
 from apt.errors import AptError
-from apt.locations.paths import mendable
+from apt.locations.paths import user_error
 
-# What people mean by `apt` on Debian and its relatives.
+# Subcommands of the package manager `apt` of Debian.
 _PACKAGE_MANAGER = [
     "install",
     "remove",
@@ -49,7 +49,7 @@ _PACKAGE_MANAGER = [
     "satisfy",
 ]
 
-_EPILOG = "Every command also takes the options above, anywhere on the line."
+_EPILOG = "The options above can be given with every command, before or after its name."
 
 app = typer.Typer(
     name="apt-prune",
@@ -94,7 +94,7 @@ def options(
         False, "--verbose", "-v", help="Also print a line for each step and each pruned weight."
     ),
     log_file: Path | None = typer.Option(
-        None, "--log-file", metavar="FILE", help="Append all that is said to FILE, with the time."
+        None, "--log-file", metavar="FILE", help="Append all messages to FILE, with the time."
     ),
     debug: bool = typer.Option(False, "--debug", help="Show the traceback of every error."),
 ) -> None:
@@ -107,7 +107,7 @@ def options(
 
 
 def main() -> None:
-    """Run the command line: exit status 2 for what the user can mend, 130 for Ctrl-C."""
+    """Run the command line; exit status 2 for errors of the user, 130 for Ctrl-C."""
     with guarded():
         _run(sys.argv[1:] or ["--help"])
 
@@ -118,31 +118,31 @@ def _run(arguments: list[str]) -> None:
             f"this is APT, which prunes language models; for packages, run "
             f"/usr/bin/apt {arguments[0]}"
         )
-    arguments = _globals_first(arguments)
-    _chatter_off()
+    arguments = _global_options_first(arguments)
+    _quieten_libraries()
     try:
         _check_working_directory()
         app(args=[word for word in arguments if word != "--debug"], prog_name=program())
     except (AptError, OSError) as error:
         if "--debug" in arguments:
             raise
-        told = error if isinstance(error, AptError) else mendable(error)
-        if told is None:
+        shown = error if isinstance(error, AptError) else user_error(error)
+        if shown is None:
             raise
-        *lines, last = told.faults
-        _fail(*lines, last + flags_of(told.options))
+        *lines, last = shown.faults
+        _fail(*lines, last + flags_of(shown.options))
 
 
 def _check_working_directory() -> None:
-    """Raise where it has been deleted: torch then ends the process without a traceback."""
+    """Raise if it has been deleted: torch would end the process without a traceback."""
     try:
         os.getcwd()
     except OSError as error:
-        raise AptError("the working directory is gone", "change to one that exists") from error
+        raise AptError("the working directory no longer exists", "change to another") from error
 
 
-def _globals_first(arguments: list[str]) -> list[str]:
-    """The same words, with the options of every command before the command."""
+def _global_options_first(arguments: list[str]) -> list[str]:
+    """The arguments, with the options that every command takes in front of the command."""
     first: list[str] = []
     rest: list[str] = []
     words = iter(arguments)
@@ -168,15 +168,15 @@ def _fail(*lines: str) -> None:
     raise SystemExit(2)
 
 
-def _chatter_off() -> None:
-    """Keep libraries' own chatter off the terminal; plugin failures are shown in one line each."""
+def _quieten_libraries() -> None:
+    """Suppress messages of other libraries; show each failure of a plugin in one line."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
     warnings.simplefilter("ignore")
-    for kept in ("plugin failed to load", "observer failed"):
-        warnings.filterwarnings("always", message=kept)
+    for shown in ("plugin failed to load", "observer failed"):
+        warnings.filterwarnings("always", message=shown)
     warnings.showwarning = _warn
 
 

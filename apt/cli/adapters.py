@@ -4,7 +4,7 @@ from apt.cli import arguments as args
 
 
 def adapters(as_json: bool = args.JSON) -> None:
-    """List the model families that are served."""
+    """List the supported model families."""
     from apt.cli.listing import show_rows
     from apt.plugin.registry import registry
 

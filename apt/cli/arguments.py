@@ -1,4 +1,4 @@
-"""Options that several subcommands take, and how their text is read."""
+"""Options that several subcommands have in common, and the parsing of their values."""
 
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ MODEL, PATTERN_GROUP, RUNNING = "Model", "Pattern and selection", "Running"
 
 ADAPTER = typer.Option(
     None, "--adapter", metavar="NAME", rich_help_panel=MODEL,
-    help="Adapter; by default by model type.",
+    help="Adapter; by default the one for the model type.",
 )  # fmt: skip
 TOKENIZER = typer.Option(
     None, "--tokenizer", metavar="NAME", rich_help_panel=MODEL,
@@ -25,7 +25,7 @@ TOKENIZER = typer.Option(
 )  # fmt: skip
 REMOTE = typer.Option(
     False, "--trust-remote-code", rich_help_panel=MODEL,
-    help="Run code that comes with the checkpoint.",
+    help="Run code from the checkpoint.",
 )  # fmt: skip
 REVISION = typer.Option(
     None, "--revision", metavar="REV", rich_help_panel=MODEL,
@@ -33,7 +33,7 @@ REVISION = typer.Option(
 )  # fmt: skip
 TOKEN = typer.Option(
     None, "--token", metavar="TOKEN", rich_help_panel=MODEL,
-    help="Token for the hub; by default the one of HF_TOKEN, or that `hf auth login` has stored.",
+    help="Token for the hub; by default from HF_TOKEN, or the one stored by `hf auth login`.",
 )  # fmt: skip
 CACHE_DIR = typer.Option(
     None, "--cache-dir", metavar="DIR", rich_help_panel=MODEL,
@@ -41,19 +41,19 @@ CACHE_DIR = typer.Option(
 )  # fmt: skip
 SPARSITY = typer.Option(
     None, "--sparsity", metavar="S", rich_help_panel=PATTERN_GROUP,
-    help="Share of weights to prune, as 0.5.",
+    help="Share of weights to prune, for example 0.5.",
 )  # fmt: skip
 PATTERN = typer.Option(
     None, "--pattern", metavar="N:M", rich_help_panel=PATTERN_GROUP,
-    help="Keep N of every M inputs, as 2:4.",
+    help="Keep N of every M inputs, for example 2:4.",
 )  # fmt: skip
 PER = typer.Option(
     None, "--per", metavar="row|layer", rich_help_panel=PATTERN_GROUP,
-    help="Where --sparsity is counted.",
+    help="Unit in which --sparsity is counted.",
 )  # fmt: skip
 ONLY = typer.Option(
     None, "--only", metavar="GLOB", rich_help_panel=PATTERN_GROUP,
-    help="Prune only sites that match; repeatable.",
+    help="Prune only matching sites; repeatable.",
 )  # fmt: skip
 SKIP = typer.Option(
     None, "--skip", metavar="GLOB", rich_help_panel=PATTERN_GROUP,
@@ -61,11 +61,11 @@ SKIP = typer.Option(
 )  # fmt: skip
 OVERRIDE = typer.Option(
     None, "--override", metavar="GLOB=S|N:M", rich_help_panel=PATTERN_GROUP,
-    help="Another pattern where GLOB matches; repeatable.",
+    help="Another pattern for sites that match GLOB; repeatable.",
 )  # fmt: skip
 ALSO = typer.Option(
     [], "--also", metavar="KIND", rich_help_panel=PATTERN_GROUP,
-    help="Prune this beside the Linears: of Mamba conv1d, A_log or D; repeatable.",
+    help="Prune these parameters too; for Mamba conv1d, A_log or D; repeatable.",
 )  # fmt: skip
 METRIC = typer.Option(
     ["perplexity"], "--metric", metavar="NAME", rich_help_panel="Calibration and measuring",
@@ -73,11 +73,11 @@ METRIC = typer.Option(
 )  # fmt: skip
 NO_BOS = typer.Option(
     False, "--no-bos", rich_help_panel="Calibration and measuring",
-    help="Leave out the token that begins each sample and window where the tokenizer adds one.",
+    help="Do not begin samples and windows with the token that the tokenizer adds.",
 )  # fmt: skip
 DEVICE = typer.Option(
     "auto", "--device", rich_help_panel=RUNNING,
-    help="cpu, cuda, …; auto takes a GPU if there is one.",
+    help="cpu, cuda, …; auto uses a GPU if there is one.",
 )  # fmt: skip
 DTYPE = typer.Option(
     "auto", "--dtype", rich_help_panel=RUNNING,
@@ -85,14 +85,14 @@ DTYPE = typer.Option(
 )  # fmt: skip
 ACTIVATIONS = typer.Option(
     "memory", "--activations", metavar="WHERE", rich_help_panel=RUNNING,
-    help="Where calibration activations are kept: memory (with the model), cpu (beside a GPU), or "
+    help="Place of the calibration activations: memory (with the model), cpu (beside a GPU), or "
     "disk (with --stream).",
 )  # fmt: skip
 JSON = typer.Option(False, "--json", rich_help_panel="Output", help="Print one JSON object.")
 
 
 def read_pattern(sparsity: str | None, pattern: str | None, per: str | None) -> "Pattern | None":
-    """The pattern of ``--sparsity`` or ``--pattern``; None where neither is given."""
+    """The pattern of ``--sparsity`` or ``--pattern``; None if neither is given."""
     check_pattern_options(sparsity, pattern, per)
     from apt.solver import NM, Unstructured
 
@@ -108,20 +108,20 @@ def read_pattern(sparsity: str | None, pattern: str | None, per: str | None) -> 
 
 
 def check_pattern_options(sparsity: str | None, pattern: str | None, per: str | None) -> None:
-    """Raise where the options that make up a pattern contradict each other."""
+    """Raise if the options for a pattern contradict each other."""
     if sparsity is not None and pattern is not None:
         raise AptError("--sparsity and --pattern are both given", "choose one")
     if per not in (None, "row", "layer"):
         raise AptError(f"--per {per} is neither row nor layer")
     if per is not None and sparsity is None:
         raise AptError(
-            f"--per {per} says where --sparsity is counted, and there is no --sparsity",
+            f"--per {per} needs --sparsity",
             "an n:m pattern is the same in every row: leave out --per",
         )
 
 
 def parse(text: str) -> "Pattern":
-    """`parse_pattern` with errors for users."""
+    """`parse_pattern`, with an `AptError` for a text that is not a pattern."""
     from apt.solver import parse_pattern
 
     try:
@@ -133,18 +133,18 @@ def parse(text: str) -> "Pattern":
 def read_hub(
     revision: str | None = None, token: str | None = None, cache_dir: str | None = None
 ) -> Hub:
-    """How the hub is asked, by ``--revision``, ``--token`` and ``--cache-dir``."""
+    """The settings for the hub of ``--revision``, ``--token`` and ``--cache-dir``."""
     return Hub(revision, token, cache_dir)
 
 
 def find_model(
     reference: str, registry: "Registry", hub: Hub, *, trust_remote_code: bool = False
 ) -> "Source":
-    """Where the model is; for one on the hub, after a look whether the hub answers."""
-    from apt.cli.output import working
+    """The location of the model. For a model on the hub, the hub is contacted."""
+    from apt.cli.output import status_line
     from apt.locations.model_source import find
 
-    with working(f"looking for {reference}"):
+    with status_line(f"looking for {reference}"):
         return find(reference, registry, trust_remote_code=trust_remote_code, hub=hub)
 
 

@@ -12,16 +12,16 @@ if TYPE_CHECKING:
 
 
 def check(
-    adapter: str = typer.Argument(help="The adapter's name, as in: apt-prune adapters."),
+    adapter: str = typer.Argument(help="Name of the adapter; listed by: apt-prune adapters."),
     model: str | None = typer.Argument(
-        None, help="A model to check it with; by default its own example or embedded model."
+        None, help="Model to check it with; by default the adapter's example or embedded model."
     ),
     as_json: bool = args.JSON,
 ) -> None:
-    """Check that an adapter is right.
+    """Check an adapter.
 
-    Exit status 1 where a check fails, 2 where there is nothing to check: the adapter or its example
-    cannot be made, or the model is none for it.
+    The exit status is 1 if a check fails. It is 2 if no check can run: the adapter or its example
+    cannot be made, or the adapter does not fit the model.
 
     For example: apt-prune check llama
     """
@@ -34,9 +34,9 @@ def check(
 
 
 def _show(adapter: str, found: "list[Outcome]", *, as_json: bool) -> None:
-    """Print what came of every check."""
+    """Print the outcome of every check."""
     from apt.cli.output import out, show, show_json, table
-    from apt.conformance.outcomes import told
+    from apt.conformance.outcomes import fault_lines
 
     states = {
         outcome.name: "not run" if outcome.kept_by else "failed" if outcome.problem else "ok"
@@ -45,28 +45,37 @@ def _show(adapter: str, found: "list[Outcome]", *, as_json: bool) -> None:
     holding = list(states.values()).count("ok")
     if as_json:
         show_json(
-            {"adapter": adapter, "checks": states, "problems": told(found), "holding": holding}
+            {
+                "adapter": adapter,
+                "checks": states,
+                "problems": fault_lines(found),
+                "holding": holding,
+            }
         )
         return
-    made = table("check", "", "what it looks at")
+    made = table("check", "", "meaning")
     for outcome in found:
         made.add_row(outcome.name, states[outcome.name], outcome.summary)
     show(made)
-    for line in told(found):
+    for line in fault_lines(found):
         out.print(line, markup=False)
     out.print(f"{adapter}: {holding} of {len(found)} checks hold")
 
 
 def _subject(adapter: str, model: str | None) -> "Subject":
-    """What to check; of plugins that do not load, the error says more than their warnings."""
+    """The subject of the checks.
+
+    The warnings about plugins that do not load come after it: if there is none, its error names
+    these plugins, with more detail.
+    """
     from apt.cli.output import notice
     from apt.cli.streams import program
     from apt.plugin.registry import registry
     from apt.testing.example import subject
 
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         found = registry()
     made = subject(found, adapter, model)
-    for warning in told:
+    for warning in caught:
         notice(f"{program()}: warning: {warning.message}")
     return made

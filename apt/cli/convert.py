@@ -21,14 +21,14 @@ def convert(
     token: str | None = args.TOKEN,
     cache_dir: str | None = args.CACHE_DIR,
 ) -> None:
-    """Write a model in the format of transformers, whatever format it is read from.
+    """Convert a model to the format of transformers.
 
     For example: apt-prune convert ./mamba-130m-pruned --output ./mamba-130m-pruned-hf
     """
     check_dtype(dtype)
     from shutil import copyfile
 
-    from apt.cli.output import notice, out, show_json, working
+    from apt.cli.output import notice, out, show_json, status_line
     from apt.plugin.registry import registry
 
     hub = args.read_hub(revision, token, cache_dir)
@@ -39,7 +39,7 @@ def convert(
     from apt.checkpoints.save import keep_side_files, save_model
     from apt.checkpoints.stored import local_directory
     from apt.output.location import check_output
-    from apt.output.workplace import whole_directory, writing
+    from apt.output.workplace import whole_directory, write_errors
     from apt.runs.machine import read_dtype
 
     if lost := check_output(output, overwrite, source.files()):
@@ -52,9 +52,9 @@ def convert(
             raise
         notice(f"without a tokenizer: {error.message}")
         found = None
-    with working("converting"):
+    with status_line("converting"):
         loaded = load(shell, read_dtype(dtype))
-        with whole_directory(output, overwrite) as work, writing(output):
+        with whole_directory(output, overwrite) as work, write_errors(output):
             save_model(loaded.module, found, work.out)
             if not source.gguf:
                 keep_side_files(local_directory(loaded), work.out)

@@ -6,9 +6,10 @@ from apt.cli import arguments as args
 
 
 def doctor(as_json: bool = args.JSON) -> None:
-    """Say what this machine has, what it will run each family with, and what is missing.
+    """Show the state of this machine, packages and plugins.
 
-    Exit status 1 where something is installed, but does not work.
+    Also shows the implementation that is used for each model family. The exit status is 1 if a
+    component is installed but does not work.
     """
     from dataclasses import asdict
 
@@ -28,7 +29,7 @@ def doctor(as_json: bool = args.JSON) -> None:
     else:
         for name, found in sections.items():
             if found:
-                made = table(name, "", "to better it")
+                made = table(name, "", "remedy")
                 for finding in found:
                     made.add_row(finding.what, finding.state, finding.remedy)
                 show(made)

@@ -23,18 +23,25 @@ if TYPE_CHECKING:
 def evaluate(
     model: str = typer.Argument(help="Directory, hub name, .gguf file or zoo:NAME."),
     data: str = typer.Option(
-        "builtin", "--data", metavar="SRC", help="As --calibration of apt-prune prune."
+        "builtin",
+        "--data",
+        metavar="SRC",
+        help="Text; the same values as --calibration of apt-prune prune.",
     ),
     metric: list[str] = args.METRIC,
-    samples: int | None = typer.Option(None, "--samples", help="Windows; by default all."),
-    seqlen: int = typer.Option(2048, "--seqlen", help="Tokens a window; at most the positions."),
+    samples: int | None = typer.Option(
+        None, "--samples", help="Number of windows; by default all."
+    ),
+    seqlen: int = typer.Option(
+        2048, "--seqlen", help="Tokens of a window; at most the model's positions."
+    ),
     adapter: str | None = args.ADAPTER,
     device: str = args.DEVICE,
     dtype: str = args.DTYPE,
     tokenizer: str | None = args.TOKENIZER,
     no_bos: bool = args.NO_BOS,
     stream: bool = typer.Option(
-        False, "--stream", help="Read block by block; never more than one in memory."
+        False, "--stream", help="Read block by block, with one block in memory at a time."
     ),
     as_json: bool = args.JSON,
     trust_remote_code: bool = args.REMOTE,
@@ -44,13 +51,13 @@ def evaluate(
 ) -> None:
     """Measure a model over consecutive windows of text.
 
-    Exit status 1 where a measure is not a finite number.
+    The exit status is 1 if a measure is not a finite number.
     """
     check_windows(samples, seqlen)
     check_dtype(dtype)
     if stream and dtype != "auto":
-        raise AptError("--dtype needs the whole model in memory", "leave out --stream or it")
-    from apt.cli.output import notice, out, show_json, working
+        raise AptError("--dtype needs the whole model in memory", "leave out --dtype or --stream")
+    from apt.cli.output import notice, out, show_json, status_line
     from apt.plugin.registry import registry
 
     measures = [registry().evaluators.get(name) for name in metric]
@@ -69,7 +76,7 @@ def evaluate(
     shell = skeleton(source, registry(), adapter)
     if adapter is not None:
         for _, block in shell.adapter.blocks(shell.module):
-            shell.adapter.sites(block)  # raises where the adapter is for another family
+            shell.adapter.sites(block)  # raises if the adapter is for another family
     if stream:
         open_stored(shell)
     notices: list[str] = []
@@ -81,7 +88,7 @@ def evaluate(
     check_vocabulary(tokens, shell.module, model)
     for line in notices:
         notice(line)
-    with working("loading the model") as status:
+    with status_line("loading the model") as status:
         values = {}
         with _runnable(shell, tokens, read_dtype(dtype), device, stream) as module:
             for spec in measures:
@@ -92,19 +99,19 @@ def evaluate(
         show_json({"model": model, "data": data, **values, "windows": windows,
                    "seqlen": seqlen, "bos": bos, "tokens_sha256": digest(tokens)})  # fmt: skip
     else:
-        told = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
+        figures = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
         begin = "" if bos is None else f", each with {reader.bos_token} first"
-        out.print(f"{model}: {told} on {data}, {windows} × {seqlen} tokens{begin}", markup=False)
+        out.print(f"{model}: {figures} on {data}, {windows} × {seqlen} tokens{begin}", markup=False)
     _check_finite(values, model, data)
 
 
 def _check_finite(values: Mapping[str, float], model: str, data: str) -> None:
-    """End with status 1 where a measure is no number."""
-    from apt.cli.output import complaint
+    """Exit with status 1 if a measure is not a finite number."""
+    from apt.cli.output import show_error
 
     wrong = [name for name, value in values.items() if not math.isfinite(value)]
     if wrong:
-        complaint(f"{model} has no {wrong[0]} on {data}: its outputs there are not finite")
+        show_error(f"{model} has no {wrong[0]} on {data}: its outputs there are not finite")
         raise typer.Exit(1)
 
 
@@ -112,7 +119,7 @@ def _check_finite(values: Mapping[str, float], model: str, data: str) -> None:
 def _runnable(
     shell: "Model", tokens: "Tensor", dtype: "torch.dtype | None", device: str, stream: bool
 ) -> "Iterator[nn.Module]":
-    """The model, to be run on ``tokens``."""
+    """The model, ready to run on ``tokens``."""
     from apt.checkpoints.load import load
     from apt.evaluation.blockwise import streamed
 

@@ -1,8 +1,8 @@
-"""The command line's flags for the options that an error speaks of."""
+"""The command line's flags for the options that an error refers to."""
 
 from collections.abc import Iterable
 
-_OTHERWISE = {
+_IRREGULAR = {
     "bos": "--no-bos",
     "error_aware": "--error-aware/--layer-wise",
     "evaluation": "--eval",
@@ -13,6 +13,6 @@ _OTHERWISE = {
 
 
 def flags_of(options: Iterable[str]) -> str:
-    """`` (--samples, --seqlen)`` for the options of these names; empty where there are none."""
-    flags = [_OTHERWISE.get(name, f"--{name.replace('_', '-')}") for name in options]
+    """`` (--samples, --seqlen)`` for options of these names; empty if there are none."""
+    flags = [_IRREGULAR.get(name, f"--{name.replace('_', '-')}") for name in options]
     return f" ({', '.join(flags)})" if flags else ""

@@ -1,4 +1,4 @@
-"""A command whose help lists its options in groups."""
+"""Help texts that list the options of a command in groups."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ _REST = "Options"
 
 
 class GroupedHelp(TyperCommand):
-    """The options under the name of their ``rich_help_panel``, in the order of declaration."""
+    """A command whose options are grouped by ``rich_help_panel``, in the order of declaration."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write a section for each group; options without a group come last."""

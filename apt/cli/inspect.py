@@ -14,10 +14,10 @@ def inspect(
     only: list[str] | None = args.ONLY,
     skip: list[str] | None = args.SKIP,
     override: list[str] | None = args.OVERRIDE,
-    samples: int = typer.Option(128, "--samples", help="Calibration samples to plan for."),
-    seqlen: int = typer.Option(2048, "--seqlen", help="Tokens a sample to plan for."),
+    samples: int = typer.Option(128, "--samples", help="Calibration samples of the planned run."),
+    seqlen: int = typer.Option(2048, "--seqlen", help="Tokens of a sample in the planned run."),
     device: str = args.DEVICE,
-    stream: bool = typer.Option(False, "--stream", help="Plan for a run block by block."),
+    stream: bool = typer.Option(False, "--stream", help="Plan a run that streams block by block."),
     activations: str = args.ACTIVATIONS,
     as_json: bool = args.JSON,
     trust_remote_code: bool = args.REMOTE,
@@ -25,7 +25,10 @@ def inspect(
     token: str | None = args.TOKEN,
     cache_dir: str | None = args.CACHE_DIR,
 ) -> None:
-    """Show a model's blocks and sites, and what pruning it will need; reads no weights."""
+    """Show the blocks and sites of a model.
+
+    Also shows the memory and time to prune it. No weights are read.
+    """
     check_windows(samples, seqlen)
     check_activations(activations, streamed=stream)
     args.check_pattern_options(sparsity, pattern, None)

@@ -1,4 +1,4 @@
-"""What the subcommands share: consoles, notices, tables, JSON."""
+"""Output of the subcommands: consoles, notices, tables, JSON."""
 
 import json
 import logging
@@ -15,19 +15,19 @@ from rich.text import Text
 
 from apt.cli.streams import program
 from apt.errors import AptError
-from apt.output.json_values import plain
+from apt.output.json_values import json_value
 
 
 class Level(IntEnum):
-    """How much is said beside results and errors."""
+    """The amount of output beside results and errors."""
 
     QUIET = 0
     NORMAL = 1
     VERBOSE = 2
 
 
-def _speaks() -> bool:
-    """Whether this process is the one that speaks, of those that torchrun starts."""
+def _is_first_rank() -> bool:
+    """True in the first of the processes that torchrun starts: only that one prints."""
     several = os.environ.get("WORLD_SIZE", "1") != "1"
     return not several or os.environ.get("RANK", "0") == "0"
 
@@ -35,102 +35,98 @@ def _speaks() -> bool:
 def _console(*, stderr: bool = False, width: int | None = None) -> Console:
     return Console(
         stderr=stderr, width=width, highlight=False, soft_wrap=True, emoji=False,
-        quiet=not _speaks(),
+        quiet=not _is_first_rank(),
     )  # fmt: skip
 
 
 out, err = _console(), _console(stderr=True)
-_wide = _console(width=10_000)  # for tables that go to a file or another program
+_wide = _console(width=10_000)  # for tables in a file or for another program
 log = logging.getLogger("apt.cli")
 log.propagate = False
 log.addHandler(logging.NullHandler())
-_chosen = Level.NORMAL
+_level = Level.NORMAL
 
 
 def set_up(level: Level, log_file: Path | None) -> None:
-    """Choose how much is said, and the file that keeps all of it.
+    """Choose the amount of output, and the log file that receives all of it.
 
     Raises:
         AptError: the file cannot be written.
     """
-    global _chosen
-    _chosen = level
+    global _level
+    _level = level
     log.handlers.clear()
     log.addHandler(logging.NullHandler())
-    if log_file is None or not _speaks():
+    if log_file is None or not _is_first_rank():
         return
     try:
-        kept = logging.FileHandler(log_file, encoding="utf-8", errors="backslashreplace")
+        handler = logging.FileHandler(log_file, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise AptError(f"cannot write {log_file}: {error.strerror}", "choose another") from error
-    kept.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    log.addHandler(kept)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(handler)
     log.setLevel(logging.INFO)
 
 
 def notice(line: str) -> None:
-    """A line for the person at the shell, beside the results."""
+    """Print a line beside the results, unless ``--quiet`` is given."""
     log.info(line)
-    if _chosen > Level.QUIET:
+    if _level > Level.QUIET:
         err.print(line, markup=False)
 
 
-def complaint(line: str) -> None:
-    """A line about what went wrong, which is said however little was asked for."""
+def show_error(line: str) -> None:
+    """Print a line about an error, at every level."""
     log.error(line)
     err.print(f"{program()}: {line}", markup=False)
 
 
-def detail(line: str) -> None:
-    """A line for who has asked for more (``--verbose``)."""
+def show_detail(line: str) -> None:
+    """Print a line if ``--verbose`` is given."""
     log.info(line)
-    if _chosen is Level.VERBOSE:
+    if _level is Level.VERBOSE:
         err.print(line, markup=False)
 
 
-def animated() -> bool:
-    """Whether there is somebody to see a display that changes."""
-    return err.is_terminal and _chosen > Level.QUIET
+def has_live_display() -> bool:
+    """True if standard error is a terminal that may show a changing display."""
+    return err.is_terminal and _level > Level.QUIET
 
 
-class Working:
-    """Says what is being done: a line that changes on a terminal, with ``--verbose`` a line each.
-
-    Attributes:
-        update: says what is being done next.
-    """
+class StatusLine:
+    """Shows the current step: in a changing line on a terminal, with ``--verbose`` line by line."""
 
     def __init__(self, spinner: Any = None) -> None:
         self._spinner = spinner
 
     def update(self, text: str) -> None:
-        """Say what is being done now."""
+        """Show the next step."""
         if self._spinner is not None:
             self._spinner.update(text)
-        detail(text)
+        show_detail(text)
 
 
 @contextmanager
-def working(text: str) -> Iterator[Working]:
-    """While entered, say what is being done."""
-    if not animated():
-        quiet = Working()
-        quiet.update(text)
-        yield quiet
+def status_line(text: str) -> Iterator[StatusLine]:
+    """While entered, show the current step."""
+    if not has_live_display():
+        plain = StatusLine()
+        plain.update(text)
+        yield plain
         return
     with err.status(text) as spinner:
-        yield Working(spinner)
+        yield StatusLine(spinner)
 
 
 class _Table(Table):
-    """A table whose cells are what they say: ``apt-prune[gguf]`` is no markup."""
+    """A table whose cells are literal text: ``apt-prune[gguf]`` is not markup."""
 
     def add_row(self, *cells: str) -> None:  # type: ignore[override]
         super().add_row(*map(Text, cells))
 
 
 def table(*columns: str, title: str | None = None) -> Table:
-    """A plain table; columns whose name starts with ``>`` are right-aligned."""
+    """A plain table. Columns whose name starts with ``>`` are right-aligned."""
     made = _Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in columns:
         right = column.startswith(">")
@@ -139,7 +135,7 @@ def table(*columns: str, title: str | None = None) -> Table:
 
 
 def show(made: Table) -> None:
-    """Print a table; for a file or another program, as wide as it is."""
+    """Print a table. Lines are not wrapped for a file or another program."""
     if out.is_terminal:
         out.print(made, soft_wrap=False)
     else:
@@ -147,12 +143,12 @@ def show(made: Table) -> None:
 
 
 def show_json(record: Any) -> None:
-    """Print a record as one line of JSON, in which numbers that are none are strings."""
-    out.print(json.dumps(plain(record), allow_nan=False), markup=False)
+    """Print a record as one line of JSON. Numbers that are not finite become strings."""
+    out.print(json.dumps(json_value(record), allow_nan=False), markup=False)
 
 
 def size(count: float) -> str:
-    """A number of bytes, readable."""
+    """A number of bytes in a readable unit."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024 or unit == "GiB":
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -161,7 +157,7 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A number of seconds, readable."""
+    """A number of seconds in readable units."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, seconds = divmod(round(seconds), 60)

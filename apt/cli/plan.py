@@ -1,4 +1,4 @@
-"""A plan as a table, or as data."""
+"""A plan as a table, or as JSON."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -16,16 +16,16 @@ _Row = tuple[Site, tuple[int, int], str]
 
 @dataclass(frozen=True)
 class Planned:
-    """What is to be done to a model, on how much text, and where.
+    """A planned run.
 
     Attributes:
         shell: the model, without weights.
-        plan: what is done to each site.
-        samples, seqlen: how much there is to calibrate on.
-        device: where it runs.
-        streamed: whether no more than one block is in memory.
-        on_disk: whether no more than one batch of activations is.
-        writing: whether the model writes text itself.
+        plan: the pattern of each site.
+        samples, seqlen: the number of calibration samples, and the tokens of each.
+        device: the device that the model runs on.
+        streamed: True if no more than one block is in memory at a time.
+        on_disk: True if no more than one batch of activations is in memory at a time.
+        own_text: True if the model generates calibration text.
     """
 
     shell: Model
@@ -35,7 +35,7 @@ class Planned:
     device: str
     streamed: bool = False
     on_disk: bool = False
-    writing: bool = False
+    own_text: bool = False
 
     @property
     def parameters(self) -> int:
@@ -43,15 +43,15 @@ class Planned:
         return sum(p.numel() for p in self.shell.module.parameters())
 
     def needs(self) -> Estimate:
-        """The memory and time that it will take."""
+        """The memory and time of the run."""
         return estimate(
             self.shell, self.plan, self.samples, self.seqlen, self.shell.dtype, self.device,
-            streamed=self.streamed, on_disk=self.on_disk, writing=self.writing,
+            streamed=self.streamed, on_disk=self.on_disk, own_text=self.own_text,
         )  # fmt: skip
 
 
 def show_plan(planned: Planned, *, as_json: bool) -> None:
-    """Print a plan and what it needs."""
+    """Print a plan with its need of memory and time."""
     if as_json:
         show_json(_record(planned))
     else:
@@ -91,34 +91,34 @@ def _show_outline(planned: Planned) -> None:
     out.print(
         f"{shell.source.reference}: {type(shell.module).__name__}, adapter {shell.spec.name}, "
         f"{planned.parameters:,} parameters, {in_sites:,} of them in {len(plan.sites)} sites of "
-        f"{len(plan.blocks)} blocks; + marks what is added to the residual stream",
+        f"{len(plan.blocks)} blocks; + marks outputs that are added to the residual stream",
         markup=False,
     )
 
 
 def _show_sites(plan: Plan) -> None:
-    """The sites of equal blocks in one table."""
+    """Print a table of sites, in which equal blocks share their lines."""
     made = table("blocks", "site", ">out", ">in", "input", "pattern")
     names = [block.name for block in plan.blocks]
-    likeness = [
+    site_rows = [
         [(s.site, s.shape, str(s.pattern or "dense")) for s in block.sites] for block in plan.blocks
     ]
-    for rows, group in groupby(range(len(names)), key=lambda index: likeness[index]):
+    for rows, group in groupby(range(len(names)), key=lambda index: site_rows[index]):
         indices = list(group)
         label = names[indices[0]]
         if len(indices) > 1:
             label += f" … {names[indices[-1]].rpartition('.')[2]}"
-        for (kind, (rows_out, width), pattern), alike in _alike(rows):
-            first, more = alike[0], f" × {len(alike)}" if len(alike) > 1 else ""
-            given = first.input if len(alike) == 1 else "each its own"
+        for (kind, (rows_out, width), pattern), sites in _grouped(rows):
+            first, more = sites[0], f" × {len(sites)}" if len(sites) > 1 else ""
+            given = first.input if len(sites) == 1 else "each its own"
             name = kind + "+" * first.residual + more
             made.add_row(label, name, str(rows_out), str(width), given, pattern)
             label = ""
     show(made)
 
 
-def _alike(rows: list[_Row]) -> Iterable[tuple[tuple[str, tuple[int, int], str], list[Site]]]:
-    """Sites by kind, shape and pattern: experts of a stack take one line together."""
+def _grouped(rows: list[_Row]) -> Iterable[tuple[tuple[str, tuple[int, int], str], list[Site]]]:
+    """Sites by kind, shape and pattern: the experts of a stack share a line."""
     groups: dict[tuple[str, tuple[int, int], str], list[Site]] = {}
     for site, shape, pattern in rows:
         groups.setdefault((site.kind, shape, pattern), []).append(site)
@@ -132,7 +132,7 @@ def _show_needs(planned: Planned) -> None:
         f"calibration {planned.samples} × {planned.seqlen} tokens: about {size(needs.memory)} of "
         f"memory (process {size(needs.process)}, weights {size(needs.weights)}, "
         f"activations {size(needs.activations)}, Gram matrices {size(needs.grams)}, "
-        f"working {size(needs.working)}; or, while it is measured, weights and "
+        f"working {size(needs.working)}; while it is measured, weights and "
         f"{size(needs.predicting)}){disk} and at least {duration(needs.seconds)} on "
         f"{planned.device}",
         markup=False,

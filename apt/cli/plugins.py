@@ -4,7 +4,10 @@ from apt.cli import arguments as args
 
 
 def plugins(as_json: bool = args.JSON) -> None:
-    """List the installed plugins: what loaded, from where, and what failed and why."""
+    """List the installed plugins.
+
+    Each one is listed with its specs, and with the error if it did not load.
+    """
     from apt.cli.listing import show_rows
     from apt.plugin.registry import registry
 

@@ -1,4 +1,4 @@
-"""What a run shows while it goes on."""
+"""The progress display of a run."""
 
 import time
 from statistics import fmean
@@ -6,7 +6,7 @@ from types import TracebackType
 
 from rich.progress import BarColumn, Progress, TextColumn
 
-from apt.cli.output import animated, detail, duration, err, log, notice
+from apt.cli.output import duration, err, has_live_display, log, notice, show_detail
 from apt.events import BlockStarted, BlockTuned, Event, Working
 from apt.planning.plan import Plan
 
@@ -14,11 +14,11 @@ from apt.planning.plan import Plan
 class RunProgress:
     """Block, site, relative layer error and the time left, on standard error.
 
-    A display that changes for who sits at a terminal; elsewhere a line for each block.
+    A changing display on a terminal; elsewhere a line for each block.
 
     Args:
-        plan: what is to be done.
-        notices: lines that are said once the run has read what it was given, and goes on.
+        plan: the plan of the run.
+        notices: lines to print after the text has been read: reading it may fail.
     """
 
     def __init__(self, plan: Plan, notices: list[str]) -> None:
@@ -32,7 +32,7 @@ class RunProgress:
             TextColumn("{task.fields[left]}"),
             console=err,
             transient=True,
-            disable=not animated(),
+            disable=not has_live_display(),
         )
         self._task = self._progress.add_task("", total=self._total, left="")
 
@@ -49,12 +49,12 @@ class RunProgress:
         self._progress.stop()
 
     def status(self, text: str) -> None:
-        """Show what is being done before and after the blocks."""
+        """Show a step before or after the blocks."""
         self._end_block()
         self._steps += 1
-        if self._steps > 1:  # the first step reads the text, which may not do
-            self._say_notices()
-        detail(text)
+        if self._steps > 1:  # the first step reads the text, which may fail
+            self._print_notices()
+        show_detail(text)
         self._progress.update(self._task, description=text, left="")
 
     def observe(self, event: Event) -> None:
@@ -71,10 +71,10 @@ class RunProgress:
         self._done += event.size
         self._show(f"{event.kind}  error {event.relative_error:.4f}")
         self._errors.append(event.relative_error)
-        detail(f"{event.name}  error {event.relative_error:.4f}  {duration(event.seconds)}")
+        show_detail(f"{event.name}  error {event.relative_error:.4f}  {duration(event.seconds)}")
 
     def _begin_block(self, event: BlockStarted) -> None:
-        self._say_notices()
+        self._print_notices()
         self._end_block()
         if event.index == 0:
             self._started = time.perf_counter()
@@ -87,14 +87,14 @@ class RunProgress:
         )
 
     def _end_block(self) -> None:
-        """A line for the block that is done, where there is no display."""
+        """Print a line for the finished block, unless there is a changing display."""
         if self._block:
             error = f"mean error {fmean(self._errors):.4f}" if self._errors else ""
             line = "  ".join(part for part in (self._block, error, self._left()) if part)
-            (log.info if animated() else notice)(line)
+            (log.info if has_live_display() else notice)(line)
         self._block, self._errors = "", []
 
-    def _say_notices(self) -> None:
+    def _print_notices(self) -> None:
         for line in self._notices:
             notice(line)
         self._notices.clear()

@@ -12,7 +12,7 @@ from apt.runs.limits import (
     check_activations,
     check_amount,
     check_dtype,
-    check_ingredients,
+    check_prune_options,
     check_seed,
     check_shard_size,
 )
@@ -26,7 +26,7 @@ _CALIBRATION, _ACCURACY, _OUTPUT = "Calibration and measuring", "Accuracy", "Out
 def prune(
     context: typer.Context,
     model: str | None = typer.Argument(
-        None, help="Directory, hub name, .gguf file or zoo:NAME; by default the adapter's own."
+        None, help="Directory, hub name, .gguf file or zoo:NAME; by default that of the adapter."
     ),
     adapter: str | None = args.ADAPTER,
     tokenizer: str | None = args.TOKENIZER,
@@ -39,7 +39,7 @@ def prune(
     per: str | None = args.PER,
     allocation: str = typer.Option(
         "uniform", "--allocation", metavar="NAME", rich_help_panel=args.PATTERN_GROUP,
-        help="How --sparsity is shared out among sites: uniform, or owl.",
+        help="Distribution of --sparsity over the sites: uniform or owl.",
     ),
     only: list[str] | None = args.ONLY,
     skip: list[str] | None = args.SKIP,
@@ -51,7 +51,7 @@ def prune(
     ),
     samples: int = typer.Option(
         128, "--samples", rich_help_panel=_CALIBRATION,
-        help="Calibration samples drawn from it.",
+        help="Calibration samples drawn from the text.",
     ),
     seqlen: int = typer.Option(
         2048, "--seqlen", rich_help_panel=_CALIBRATION,
@@ -59,74 +59,74 @@ def prune(
     ),
     own_samples: int | None = typer.Option(
         None, "--own-samples", metavar="N", rich_help_panel=_CALIBRATION,
-        help="Samples that the model writes itself, beside --samples. By default a fourth of "
+        help="Samples that the model generates, beside --samples. By default a fourth of "
         "--samples with --effort best, else 0.",
     ),
     random_tokens: float | None = typer.Option(
         None, "--random-tokens", metavar="R", rich_help_panel=_CALIBRATION,
         help="Copies with random tokens for each sample. By default 0.25 with --effort default "
-        "of an error-aware run, else 0.",
+        "in an error-aware run, else 0.",
     ),
     no_bos: bool = args.NO_BOS,
     seed: int = typer.Option(
         0, "--seed", rich_help_panel=_CALIBRATION,
-        help="Seed of the draw of samples and of the model's own text.",
+        help="Seed for the choice of samples and for the text that the model generates.",
     ),
     evaluation: str | None = typer.Option(
         None, "--eval", metavar="SRC", rich_help_panel=_CALIBRATION,
-        help="Measure on this text before and after.",
+        help="Measure the model on this text before and after.",
     ),
     metric: list[str] = args.METRIC,
     method: str | None = typer.Option(
         None, "--method", metavar="NAME", rich_help_panel=_ACCURACY,
-        help="See: apt-prune methods. By default the most accurate.",
+        help="Pruning method, listed by: apt-prune methods. By default the most accurate.",
     ),
     effort: str = typer.Option(
         "default", "--effort", metavar="LEVEL", rich_help_panel=_ACCURACY,
-        help="fast, default or best: how long masks are searched, and the defaults of tuning, "
+        help="fast, default or best: the length of the mask search, and the defaults of tuning, "
         "random tokens and own samples.",
     ),
     error_aware: bool | None = typer.Option(
         None, "--error-aware/--layer-wise", rich_help_panel=_ACCURACY,
-        help="Whether a site makes up for a part of the error of the sites before it. By default "
-        "as the method declares.",
+        help="Each site compensates a part of the error of the sites before it, or none of it. "
+        "The default depends on the method.",
     ),
     alpha: float | None = typer.Option(
         None, "--alpha", metavar="A", rich_help_panel=_ACCURACY,
-        help="Share of the error of its inputs that a site makes up for. By default 0.25.",
+        help="Share of the error of its inputs that a site compensates. By default 0.25.",
     ),
     beta: float | None = typer.Option(
         None, "--beta", metavar="B", rich_help_panel=_ACCURACY,
-        help="Share of the drift of the residual stream that is made up for. By default 0.25.",
+        help="Share of the drift of the residual stream that is compensated. By default 0.25.",
     ),
     row_importance: float | None = typer.Option(
         None, "--row-importance", metavar="P", rich_help_panel=_ACCURACY,
-        help="Power by which rows that matter more keep more weights; 0 turns it off. By default "
+        help="Exponent by which more important rows keep more weights; 0 turns it off. By default "
         "0.35.",
     ),
     ordered: bool | None = typer.Option(
         None, "--ordered/--at-once", rich_help_panel=_ACCURACY,
         help="Solve the sites of a block one after the other (true-sequential), or all on the "
-        "inputs of the dense block. By default ordered where error-aware.",
+        "inputs of the dense block. By default ordered if error-aware.",
     ),
     tuning_epochs: int | None = typer.Option(
         None, "--tuning-epochs", metavar="N", rich_help_panel=_ACCURACY,
-        help="Passes of block tuning by gradient; 0 turns it off. By effort 0, 1 or 8.",
+        help="Passes of block tuning by gradients; 0 turns it off. By effort 0, 1 or 8.",
     ),
     tuning_rate: float | None = typer.Option(
         None, "--tuning-rate", metavar="R", rich_help_panel=_ACCURACY,
-        help="Its first learning rate, as a share of a weight's size. By default 0.05, with "
-        "--effort best 0.025.",
+        help="First learning rate of the tuning, as a share of a weight's size. By default 0.05, "
+        "with --effort best 0.025.",
     ),
     tuning_tokens: int | None = typer.Option(
         None, "--tuning-tokens", metavar="N", rich_help_panel=_ACCURACY,
-        help="Calibration tokens that it uses; 0 uses all. By default 12288, with --effort best "
+        help="Calibration tokens for the tuning; 0 uses all. By default 12288, with --effort best "
         "all.",
     ),
     damping: float | None = typer.Option(
         None, "--damping", rich_help_panel=_ACCURACY,
         help="Share of the mean diagonal of the Gram matrix (Hessian) that is added to it. By "
-        "default 0.05 where error-aware, else 0.01.",
+        "default 0.05 if error-aware, else 0.01.",
     ),
     block_size: int | None = typer.Option(
         None, "--block-size", rich_help_panel=_ACCURACY,
@@ -164,7 +164,7 @@ def prune(
     ),
     max_shard_size: str | None = typer.Option(
         None, "--max-shard-size", metavar="SIZE", rich_help_panel=_OUTPUT,
-        help="Largest file of weights, as 5GB; by default the files are those of the checkpoint.",
+        help="Largest file of weights, for example 5GB; by default as in the checkpoint.",
     ),
     as_json: bool = args.JSON,
 ) -> None:  # fmt: skip
@@ -172,7 +172,7 @@ def prune(
 
     For example: apt-prune prune --adapter llama
     """
-    ingredients: dict[str, Any] = {
+    prune_options: dict[str, Any] = {
         "effort": effort,
         "error_aware": error_aware,
         "alpha": alpha,
@@ -188,7 +188,7 @@ def prune(
         "block_size": block_size,
     }
     check_amount(samples, seqlen, own_samples)
-    check_ingredients(ingredients)
+    check_prune_options(prune_options)
     check_seed(seed)
     check_dtype(dtype)
     check_shard_size(max_shard_size)
@@ -217,7 +217,7 @@ def prune(
         model=model,
         pattern=wanted,
         calibration=calibration or defaults.choose("calibration", "builtin"),
-        output=output or defaults.choose("output", _folder(model, str(wanted), chosen.name)),
+        output=output or defaults.choose("output", _directory(model, str(wanted), chosen.name)),
         adapter=adapter,
         method=chosen.name,
         evaluation=evaluation,
@@ -239,7 +239,7 @@ def prune(
         bos=not no_bos,
         hub=hub,
         selection=args.read_selection(only, skip, override),
-        prune=PruneOptions(**ingredients),
+        prune=PruneOptions(**prune_options),
     )
     with joined() as ranks:
         prepared = prepare(options, installed, defaults.lines.append)
@@ -258,11 +258,11 @@ def prune(
 
 
 class _Defaults:
-    """What was chosen for the user.
+    """Defaults that depend on other options.
 
     Attributes:
-        values: by parameter.
-        lines: what is said of them, once it is certain that the run can begin.
+        values: the defaults by parameter.
+        lines: notices about them, to be printed once the run begins.
     """
 
     def __init__(self) -> None:
@@ -270,7 +270,7 @@ class _Defaults:
         self.lines: list[str] = []
 
     def choose(self, name: str, value: T) -> T:
-        """Take note of ``value``, and return it."""
+        """Record a default and return it."""
         self.values[name] = str(value)
         self.lines.append(f"{name}: {value} (default)")
         return value
@@ -284,8 +284,8 @@ def _embedded(adapter: str | None) -> str:
     return f"zoo:{registry().adapters.get(adapter).name}"
 
 
-def _folder(model: str, pattern: str, method: str) -> Path:
-    """A folder named after model, pattern and method."""
+def _directory(model: str, pattern: str, method: str) -> Path:
+    """A directory name of model, pattern and method."""
     from apt.locations.model_source import Source
 
     gguf = model if model.endswith(".gguf") else None

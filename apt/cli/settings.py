@@ -1,7 +1,7 @@
 """Options of a command in a TOML file: ``--config`` reads them, ``--save-config`` writes them.
 
-Keys are the options' names without dashes in front, and ``model``. What is on the command line
-counts more than what is in the file.
+The keys are the names of the options without their leading dashes, and ``model``. An option on the
+command line takes precedence over the file.
 """
 
 import tomllib
@@ -14,9 +14,9 @@ import typer
 
 from apt.errors import AptError, first_line, unknown
 
-# What is about files of settings, about this call alone, or nobody's business.
-_APART = ("config", "save_config", "dry_run", "as_json", "help")
-_NEVER_WRITTEN = (*_APART, "token", "resume", "overwrite")
+# Options that are not settings of a run; and those that are not written: secret, or for one call.
+_NO_SETTINGS = ("config", "save_config", "dry_run", "as_json", "help")
+_NEVER_WRITTEN = (*_NO_SETTINGS, "token", "resume", "overwrite")
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,11 @@ class _Setting:
     """An option that a file may set.
 
     Attributes:
-        key: what it is called in a file.
-        name: the parameter's name.
-        flag: whether it is true or false.
-        repeatable: whether it is a list.
-        value: what true means, for a flag.
+        key: its name in a file.
+        name: the name of the parameter.
+        flag: True if its value is true or false.
+        repeatable: True if its value may be a list.
+        value: for a flag, the value of the parameter if the file has true.
     """
 
     key: str
@@ -42,7 +42,7 @@ def load(context: typer.Context, path: Path | None) -> Path | None:
     """The callback of ``--config``: the file's options become the defaults of the command line.
 
     Raises:
-        AptError: the file cannot be read, or sets what is no option.
+        AptError: the file cannot be read, or has an unknown key.
     """
     if path is not None:
         known = {setting.key: setting for setting in _settings(context)}
@@ -51,24 +51,24 @@ def load(context: typer.Context, path: Path | None) -> Path | None:
 
 
 def save(context: typer.Context, path: Path, chosen: Mapping[str, Any]) -> None:
-    """Write the options of this command, with the defaults that were ``chosen``.
+    """Write the options of this command, with the ``chosen`` defaults.
 
     Raises:
-        AptError: there is a file that says something else, or it cannot be written.
+        AptError: the file exists with other content, or cannot be written.
     """
     import tomli_w
 
-    text = tomli_w.dumps(dict(_given(context, chosen)))
+    text = tomli_w.dumps(dict(_set_options(context, chosen)))
     try:
         if path.exists() and path.read_text(encoding="utf-8") != text:
-            raise AptError(f"{path} exists and is another one", "choose another --save-config")
+            raise AptError(f"{path} exists with other content", "choose another --save-config")
         path.write_text(text, encoding="utf-8")
     except (OSError, UnicodeError) as error:
         raise AptError(f"cannot write {path}: {first_line(error)}", "choose another") from error
 
 
-def _given(context: typer.Context, chosen: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The options that say something, by their keys."""
+def _set_options(context: typer.Context, chosen: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The options with a value that is not the default, by their keys."""
     defaults = {parameter.name: parameter.default for parameter in context.command.params}
     for setting in _settings(context):
         value = chosen.get(setting.name, context.params.get(setting.name))
@@ -76,20 +76,20 @@ def _given(context: typer.Context, chosen: Mapping[str, Any]) -> Iterator[tuple[
             continue
         if setting.flag and (value is not setting.value or value is defaults[setting.name]):
             continue
-        yield setting.key, (True if setting.flag else _plain(value))
+        yield setting.key, (True if setting.flag else _toml_value(value))
 
 
-def _plain(value: Any) -> Any:
+def _toml_value(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [str(item) for item in value]
     return value if isinstance(value, int | float) else str(value)
 
 
 def _settings(context: typer.Context) -> Iterator[_Setting]:
-    """The command's options; one that has a name for yes and one for no is two."""
+    """The settings of a command. An option with two flags, for yes and for no, is two settings."""
     for parameter in context.command.params:
         name = str(parameter.name)
-        if name in _APART:
+        if name in _NO_SETTINGS:
             continue
         flag, repeatable = bool(getattr(parameter, "is_flag", False)), bool(parameter.multiple)
         yield _Setting(_key(parameter.opts), name, flag, repeatable)
@@ -102,7 +102,7 @@ def _key(spellings: list[str]) -> str:
 
 
 def _checked(path: Path, known: Mapping[str, _Setting]) -> dict[str, Any]:
-    """What a file sets, each value of a kind that its option can have."""
+    """The values of a file by key, each of a type that its option accepts."""
     found = {}
     for key, value in _read(path).items():
         key = key.replace("_", "-")

@@ -1,4 +1,4 @@
-"""Standard output and error that take any text, and whose faults are told in one line."""
+"""Standard output and error that accept any text and report a failure in one line."""
 
 import codecs
 import errno
@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
-_BROKEN_PIPE = 141  # what a shell says of a program that SIGPIPE has ended
+_BROKEN_PIPE = 141  # the exit status in a shell of a program that SIGPIPE has ended
 _PLAIN = {"→": "->", "×": "x", "–": "-", "—": "-", "−": "-", "…": "...", "·": "*", "‖": "|",
           "‘": "'", "’": "'", "“": '"', "”": '"'}  # fmt: skip
 
 
 def program() -> str:
-    """What this was called as: ``apt`` where it was, else the name that nothing else has."""
+    """The name of the command: ``apt`` if it was called so, else ``apt-prune``."""
     return "apt" if os.path.basename(sys.argv[0]) == "apt" else "apt-prune"
 
 
@@ -22,7 +22,7 @@ class LostOutput(Exception):
     """Standard output cannot be written to.
 
     Args:
-        error: what the system said.
+        error: the error of the system.
     """
 
     def __init__(self, error: OSError) -> None:
@@ -30,8 +30,8 @@ class LostOutput(Exception):
         super().__init__(f"cannot write to standard output: {error.strerror}")
 
 
-class _Guard:
-    """A stream whose faults go to ``fault``."""
+class _GuardedStream:
+    """A stream whose write errors are passed to ``fault``."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -40,7 +40,7 @@ class _Guard:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Write ``text``; characters that the stream's encoding lacks are spelled otherwise."""
+        """Write ``text``. Characters that the encoding lacks are replaced."""
         try:
             return int(self._stream.write(text))
         except OSError as error:
@@ -48,42 +48,42 @@ class _Guard:
             return len(text)
 
     def flush(self) -> None:
-        """Write what is waiting."""
+        """Write the buffered text."""
         try:
             self._stream.flush()
         except OSError as error:
             self.fault(error)
 
     def fault(self, error: OSError) -> None:
-        """What happens when it cannot be written to."""
+        """Handle a write error."""
         raise NotImplementedError
 
     def silence(self) -> None:
-        """Let nothing more come of it, nor of what is waiting."""
+        """Discard the buffered text and all further text."""
         with suppress(OSError, ValueError, AttributeError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
 
 
-class _Output(_Guard):
+class _Output(_GuardedStream):
     def fault(self, error: OSError) -> None:
         raise LostOutput(error)
 
 
-class _Messages(_Guard):
+class _Messages(_GuardedStream):
     def fault(self, error: OSError) -> None:
-        self.silence()  # there is nobody to tell, and the work is worth more
+        self.silence()  # the run goes on without messages
 
 
 @contextmanager
 def guarded() -> Iterator[None]:
-    """Standard output and error as they should be, for as long as the program runs.
+    """While entered, standard output and error are guarded.
 
-    Where nobody reads standard output any more, the program ends without a word, as others do.
+    If the reader of standard output has gone, the program ends without a message.
     """
     before = sys.stdout, sys.stderr
-    out, messages = _Output(_sound(sys.stdout)), _Messages(_sound(sys.stderr))
+    out, messages = _Output(_usable(sys.stdout)), _Messages(_usable(sys.stderr))
     sys.stdout, sys.stderr = out, messages
     try:
         try:
@@ -92,35 +92,35 @@ def guarded() -> Iterator[None]:
             out.flush()
     except LostOutput as lost:
         out.silence()
-        _leave(lost)
+        _exit(lost)
     finally:
         messages.flush()
         sys.stdout, sys.stderr = before
 
 
-def _leave(lost: LostOutput) -> NoReturn:
+def _exit(lost: LostOutput) -> NoReturn:
     if lost.error.errno == errno.EPIPE:
         raise SystemExit(_BROKEN_PIPE) from None
-    sys.stderr.write(f"{program()}: {lost}; write it to a place that has room\n")
-    raise SystemExit(1) from None  # not 2: what was to be done has been done
+    sys.stderr.write(f"{program()}: {lost}; write it to another place\n")
+    raise SystemExit(1) from None  # not 2: the work has been done
 
 
-def _sound(stream: Any) -> Any:
-    """A stream that is there, and that has a spelling for every character."""
-    if stream is None:  # closed by who started this
+def _usable(stream: Any) -> Any:
+    """An open stream that can write every character."""
+    if stream is None:  # closed by the parent process
         return open(os.devnull, "w", encoding="utf-8")
     with suppress(AttributeError, ValueError, OSError):
-        stream.reconfigure(errors=_spelled.__name__)
+        stream.reconfigure(errors=_in_ascii.__name__)
     return stream
 
 
-def _spelled(error: UnicodeError) -> tuple[str, int]:
-    """Characters that an encoding lacks, in ASCII."""
+def _in_ascii(error: UnicodeError) -> tuple[str, int]:
+    """An error handler of `codecs`: replace characters that an encoding lacks by ASCII."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     lacking = error.object[error.start : error.end]
-    spelled = (_PLAIN.get(c) or c.encode("ascii", "backslashreplace").decode() for c in lacking)
-    return "".join(spelled), error.end
+    ascii_text = (_PLAIN.get(c) or c.encode("ascii", "backslashreplace").decode() for c in lacking)
+    return "".join(ascii_text), error.end
 
 
-codecs.register_error(_spelled.__name__, _spelled)
+codecs.register_error(_in_ascii.__name__, _in_ascii)

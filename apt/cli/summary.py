@@ -1,4 +1,4 @@
-"""What a run has done: the closing table and lines, or the same as data."""
+"""The summary of a run, as a table and lines, or as JSON."""
 
 import math
 from collections.abc import Mapping
@@ -12,16 +12,16 @@ from apt.runs.options import RunOptions
 
 
 def show_report(report: Report, options: RunOptions, registry: Registry, *, as_json: bool) -> None:
-    """Print what a run has done, and where the result lies."""
+    """Print the summary of a run and the place of the result."""
     if as_json:
         show_json(_record(report, options))
         return
     _show_kinds(report)
-    _show_doubts(report)
+    _show_warnings(report)
     for metric in options.metrics if report.scores else ():
         before, after = report.scores["before"][metric], report.scores["after"][metric]
-        judged = _judged(before, after, registry.evaluators.get(metric).better)
-        line = f"{metric} on {options.evaluation}: {before:.4g} → {after:.4g}{judged}"
+        change = _change(before, after, registry.evaluators.get(metric).better)
+        line = f"{metric} on {options.evaluation}: {before:.4g} → {after:.4g}{change}"
         out.print(line, markup=False)
     out.print(
         f"{options.output}: {report.sparsity:.2%} zeros in the pruned sites, verified on disk; "
@@ -31,8 +31,8 @@ def show_report(report: Report, options: RunOptions, registry: Registry, *, as_j
     )
 
 
-def _judged(before: float, after: float, better: str) -> str:
-    """By how much a measure has become better or worse, in brackets; empty where it has not."""
+def _change(before: float, after: float, better: str) -> str:
+    """The relative change of a measure, in brackets; empty if it has not changed."""
     if not (math.isfinite(before) and math.isfinite(after)) or before in (0, after):
         return ""
     improved = (after < before) is (better == "lower")
@@ -69,8 +69,8 @@ def _show_kinds(report: Report) -> None:
     show(made)
 
 
-def _show_doubts(report: Report) -> None:
-    """Lines about what did not go as well as it could."""
+def _show_warnings(report: Report) -> None:
+    """Print lines about raised damping and about too few tokens."""
     asked = report.options["damping"]
     for event in report.sites:
         if asked is not None and event.damping is not None and event.damping > asked:
@@ -79,13 +79,13 @@ def _show_doubts(report: Report) -> None:
         first = starved[0]
         out.print(
             f"{len(starved)} sites saw fewer tokens than they have inputs ({first.name}: "
-            f"{first.tokens:,} of {first.shape[1]:,}); more --samples would serve them better",
+            f"{first.tokens:,} of {first.shape[1]:,}); more --samples would help",
             markup=False,
         )
 
 
-def without_value(scores: Mapping[str, Any], metrics: tuple[str, ...]) -> str | None:
-    """The first measure that is not a finite number, and when; None where all are."""
+def first_not_finite(scores: Mapping[str, Any], metrics: tuple[str, ...]) -> str | None:
+    """The first measure that is not a finite number, with its time; None if all are finite."""
     for when in ("before", "after"):
         for metric in metrics if scores else ():
             if not math.isfinite(float(scores[when][metric])):

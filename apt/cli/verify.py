@@ -22,15 +22,17 @@ def verify(
     as_json: bool = args.JSON,
     trust_remote_code: bool = args.REMOTE,
 ) -> None:
-    """Count the zeros on disk; exit status 1 where a site has too few.
+    """Count the zeros of a model on disk.
 
-    Without a pattern, every site is held against the one that the run's report gives it. With one,
-    sites that the report lists as left dense on request are named and not counted, and --per is
-    the run's own.
+    The exit status is 1 if a site has too few zeros.
+
+    Without a pattern, each site is compared with its pattern in the report of the run. With a
+    pattern, the sites that the report lists as left dense on request are named and not counted,
+    and --per is that of the run.
     """
     args.check_pattern_options(sparsity, pattern, per)
     if kind_at(directory) != "directory":
-        raise AptError(f"no such directory: {shortened(str(directory))}")
+        raise AptError(f"no such directory: {shortened(str(directory))}", "check the path")
 
     from dataclasses import replace
 
@@ -67,7 +69,7 @@ def verify(
     failed = failures(verdicts)
     zeros, size = sum(v.zeros for v in verdicts), sum(v.size for v in verdicts)
     asked = wanted if given else f"their pattern in the report ({wanted})"
-    held = f"{len(verdicts) - len(failed)} of {len(verdicts)} sites meet {asked}"
+    met = f"{len(verdicts) - len(failed)} of {len(verdicts)} sites meet {asked}"
     if as_json:
         found = [{"name": v.name, "detail": v.detail} for v in failed]
         show_json({"directory": str(directory), "pattern": str(wanted), "sites": len(verdicts),
@@ -76,15 +78,15 @@ def verify(
         for verdict in failed:
             out.print(f"{verdict.name}: {verdict.detail}", markup=False)
         zero = f"{zeros / size:.4%} of their weights are zero"
-        out.print(f"{directory}: {held}; {zero}", markup=False)
+        out.print(f"{directory}: {met}; {zero}", markup=False)
     if failed:
         raise typer.Exit(1)
 
 
 def _recorded(report: dict[str, Any], key: str) -> Any:
-    """An entry of the report, to hold a model against."""
+    """An entry of the report; an error if it is missing."""
     if not report.get(key):
-        raise AptError("nothing to hold the model against", "give --sparsity S or --pattern N:M")
+        raise AptError("no report gives a pattern", "give --sparsity S or --pattern N:M")
     return report[key]
 
 

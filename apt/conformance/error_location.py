@@ -1,4 +1,4 @@
-"""Where in an author's own file something went wrong, and what, in a line."""
+"""The line of a plugin author's file in which an error occurred, for one-line messages."""
 
 import inspect
 import sysconfig
@@ -20,26 +20,26 @@ _PACKAGES = [Path(_PATHS[name]) for name in ("purelib", "platlib")]
 
 
 def explained(error: BaseException, owner: Any = None) -> str:
-    """A line that says what was raised, and where in the author's own code.
+    """One line with the text of an exception and its place in the author's code.
 
     Args:
-        error: what was raised.
-        owner: the adapter or function at work, for where there is no line of the author's.
+        error: the exception.
+        owner: the adapter or function that was called. Its definition is the place if the
+            traceback has no line of the author's code.
     """
     if isinstance(error, AptError):
         return error.message + (_own_frame(error) or place_of(owner))
     if isinstance(error, AttributeError) and owner is not None and error.obj is owner:
         return f"{type(owner).__name__} has no '{error.name}'{place_of(owner)}"
-    said = str(error.msg) if isinstance(error, SyntaxError) else first_line(error)
-    said = said if said == type(error).__name__ else f"{type(error).__name__}: {said}"
-    return said + (_own_frame(error) or place_of(owner))
+    text = str(error.msg) if isinstance(error, SyntaxError) else first_line(error)
+    text = text if text == type(error).__name__ else f"{type(error).__name__}: {text}"
+    return text + (_own_frame(error) or place_of(owner))
 
 
 def place_of(owner: Any, method: str = "") -> str:
-    """The file and line of an adapter's method, or of its class; or of a class or function.
+    """The file and line of a class or a function, or of an adapter's method or class.
 
-    A method that is APT's own is not the author's: there, and where ``method`` is none, it is the
-    class.
+    The result is the class of an adapter if no ``method`` is given, or if APT defines the method.
     """
     if owner is None:
         return ""
@@ -54,13 +54,13 @@ def place_of(owner: Any, method: str = "") -> str:
     try:
         _, first = inspect.getsourcelines(kind)
         file = inspect.getsourcefile(kind) or ""
-    except (OSError, TypeError):  # a class made without a file
+    except (OSError, TypeError):  # a class without a source file
         return ""
     return at(file, first)
 
 
 def _own_frame(error: BaseException) -> str:
-    """The last line in a traceback that is neither APT's, torch's, transformers' nor Python's."""
+    """The last line of a traceback outside APT, torch, transformers and Python."""
     if isinstance(error, SyntaxError) and error.filename and error.lineno:
         return at(error.filename, error.lineno)
     frames = [f for f in traceback.extract_tb(error.__traceback__) if _is_own(f.filename)]
@@ -78,7 +78,7 @@ def _is_own(filename: str) -> bool:
 
 
 def at(filename: str, line: int) -> str:
-    """``(file:line)``, the file as seen from where one stands, if it lies there."""
+    """``(file:line)``, with a path relative to the working directory if the file is in it."""
     path = Path(filename)
     here = Path.cwd()
     shown = path.relative_to(here) if path.is_relative_to(here) else path

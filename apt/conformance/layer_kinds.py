@@ -1,4 +1,4 @@
-"""The kinds of layers that a family has: a mistake in one does not show on models without it."""
+"""The kinds of layers of a family. A model without a kind cannot show mistakes in that kind."""
 
 from typing import Any
 
@@ -7,9 +7,9 @@ _LISTED = ("layer_types", "layers_block_type")
 
 
 def kinds(config: Any) -> list[str]:
-    """The kinds of layers that a configuration lists, each once; none where it does not list any.
+    """The distinct kinds of layers that a configuration lists; empty if it lists none.
 
-    The configuration of a model of several parts lists those of its language model.
+    For a model of several parts, they are those of its language model.
     """
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     listed = next((found for name in _LISTED if (found := getattr(text, name, None))), None)
@@ -17,7 +17,7 @@ def kinds(config: Any) -> list[str]:
 
 
 def default_kinds(config_class: Any) -> list[str]:
-    """The kinds that a class of configurations has by default."""
+    """The kinds of layers in the default configuration of a class."""
     try:
         return kinds(config_class())
     except Exception:  # it cannot be made without arguments
@@ -25,13 +25,13 @@ def default_kinds(config_class: Any) -> list[str]:
 
 
 def every_kind(config_class: Any) -> dict[str, Any]:
-    """Arguments for a class of configurations by which a model has a layer of every kind.
+    """Arguments for a class of configurations that give a model with a layer of every kind.
 
     For the example of an adapter: ``Gemma3TextConfig(hidden_size=32, **every_kind(…))``.
 
     Returns:
-        ``num_hidden_layers``; ``layer_types`` where the class takes it and has several kinds; and
-        ``sliding_window``, shorter than the samples of the checks, where the class has one.
+        ``num_hidden_layers``; ``layer_types`` if the class has this argument and several kinds; and
+        ``sliding_window``, shorter than the samples of the checks, if the class has one.
     """
     found, fields = default_kinds(config_class), config_class().to_dict()
     window = {"sliding_window": _WINDOW} if fields.get("sliding_window") else {}

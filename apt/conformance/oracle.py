@@ -1,7 +1,7 @@
-"""What a weight is multiplied by, found without the adapter: below hooks and torch functions.
+"""The inputs of weights, observed without the adapter, below hooks and torch functions.
 
-Every product ends in one of a few operators. Seen there, a weight is known by its storage, whoever
-wrote the product and however; and the strides of the factor tell in which direction it is stored.
+Every matrix product calls one of a few operators. There a weight is recognised by its storage,
+however the product is written. The strides of the factor give the orientation of the stored weight.
 """
 
 from collections.abc import Callable, Hashable, Mapping
@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 K = TypeVar("K", bound=Hashable)
 
 _aten = torch.ops.aten
-# The operators, and where their two factors stand.
+# The operators, with the positions of their two factors.
 PRODUCTS: dict[Any, tuple[int, int]] = {
     _aten.mm.default: (0, 1),
     _aten.bmm.default: (0, 1),
@@ -32,9 +32,9 @@ class Seen:
 
     Attributes:
         inputs: the other factors (tokens, in), in fp64.
-        stored: of each product, whether it says that the weight is stored (in, out); None where
-            its shape leaves that open.
-        first: the place of the first product among all.
+        stored: for each product, True if the weight is stored (in, out), False for (out, in),
+            None if its shape does not tell.
+        first: the position of the first product among all products.
     """
 
     inputs: list[Tensor] = field(default_factory=list)
@@ -54,28 +54,28 @@ class Seen:
 
 
 class Oracle(TorchDispatchMode, Generic[K]):  # type: ignore[no-untyped-call]
-    """While entered, collects what the ``weights`` (2-D, by key) are multiplied by."""
+    """While entered, collects the inputs of the ``weights`` (2-D, by key)."""
 
     def __init__(self, weights: Mapping[K, Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.seen: dict[K, Seen] = {}
-        self._weights = {place_of(weight): (key, weight) for key, weight in weights.items()}
+        self._weights = {storage_of(weight): (key, weight) for key, weight in weights.items()}
         self._products = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Look at the factors of a product, then let it happen."""
+        """Record the factors of a product, then run the operator."""
         if func in PRODUCTS:
-            left, right = (args[place] for place in PRODUCTS[func])
+            left, right = (args[position] for position in PRODUCTS[func])
             self._products += 1
-            self._look(right, left, lambda x: x)
-            self._look(left, right, lambda x: x.transpose(-1, -2))
+            self._record(right, left, lambda x: x)
+            self._record(left, right, lambda x: x.transpose(-1, -2))
         return func(*args, **(kwargs or {}))
 
-    def _look(self, factor: Tensor, other: Tensor, rows: Callable[[Tensor], Tensor]) -> None:
-        """Whether ``factor`` is a watched weight; ``rows`` turns both factors to ``X Wᵀ``."""
-        key, weight = self._weights.get(place_of(factor), (None, None))
+    def _record(self, factor: Tensor, other: Tensor, rows: Callable[[Tensor], Tensor]) -> None:
+        """Record a product if ``factor`` is a watched weight; ``rows`` gives the form ``X Wᵀ``."""
+        key, weight = self._weights.get(storage_of(factor), (None, None))
         if factor.ndim == 3 and factor.stride(0) == 0:
             factor = factor[0]  # one matrix for all samples
         if key is None or weight is None or factor.numel() != weight.numel():
@@ -90,60 +90,60 @@ class Oracle(TorchDispatchMode, Generic[K]):  # type: ignore[no-untyped-call]
 
 
 class Stream(TorchDispatchMode, Generic[K]):  # type: ignore[no-untyped-call]
-    """While entered, follows a residual stream through the additions of a block.
+    """While entered, follows the residual stream through the additions of a block.
 
     Attributes:
-        added: the keys of the ``weights`` whose products were added to the stream as they are.
+        added: the keys of the ``weights`` whose products were added to the stream unchanged.
     """
 
     def __init__(self, weights: Mapping[K, Tensor], stream: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.added: set[K] = set()
-        self._weights = {place_of(weight): key for key, weight in weights.items()}
-        self._stream = {_storage(stream)}
+        self._weights = {storage_of(weight): key for key, weight in weights.items()}
+        self._stream = {_address(stream)}
         self._products: dict[int, set[K]] = {}
-        self._alive: list[Tensor] = [stream]  # so that no storage's place is taken by another
+        self._alive: list[Tensor] = [stream]  # so that no address is used again
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Let it happen, and say what its result is: a product, the stream, or neither."""
+        """Run the operator, and record if its result is a product or the stream."""
         result = func(*args, **(kwargs or {}))
         if not isinstance(result, Tensor):
             return result
         self._alive.append(result)
         tensors = [x for x in args if isinstance(x, Tensor)]
         if func in PRODUCTS:
-            factors = (args[place] for place in PRODUCTS[func])
-            keys = {self._weights[p] for p in map(place_of, factors) if p in self._weights}
-            self._products[_storage(result)] = keys
+            factors = (args[position] for position in PRODUCTS[func])
+            keys = {self._weights[s] for s in map(storage_of, factors) if s in self._weights}
+            self._products[_address(result)] = keys
         elif func in _SUMS and len(tensors) == 2 and not kwargs:
             self._sum(result, *tensors)
         elif func in _COPIES:
-            self._same(result, tensors[0])
+            self._copy(result, tensors[0])
         return result
 
     def _sum(self, result: Tensor, left: Tensor, right: Tensor) -> None:
-        products = self._of(left) | self._of(right)
-        if {_storage(left), _storage(right)} & self._stream:
+        products = self._products_in(left) | self._products_in(right)
+        if {_address(left), _address(right)} & self._stream:
             self.added |= products
-            self._stream.add(_storage(result))
+            self._stream.add(_address(result))
         elif products:  # a bias, or another product
-            self._products[_storage(result)] = products
+            self._products[_address(result)] = products
 
-    def _same(self, result: Tensor, source: Tensor) -> None:
-        self._products[_storage(result)] = self._of(source)
-        if _storage(source) in self._stream:
-            self._stream.add(_storage(result))
+    def _copy(self, result: Tensor, source: Tensor) -> None:
+        self._products[_address(result)] = self._products_in(source)
+        if _address(source) in self._stream:
+            self._stream.add(_address(result))
 
-    def _of(self, tensor: Tensor) -> set[K]:
-        return self._products.get(_storage(tensor), set())
+    def _products_in(self, tensor: Tensor) -> set[K]:
+        return self._products.get(_address(tensor), set())
 
 
-def _storage(tensor: Tensor) -> int:
+def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def place_of(tensor: Tensor) -> tuple[int, int]:
-    """Where a tensor's values lie: what tells weights apart, whoever views them."""
+def storage_of(tensor: Tensor) -> tuple[int, int]:
+    """The address and offset of a tensor's values, which are the same for all of its views."""
     return tensor.untyped_storage().data_ptr(), int(tensor.storage_offset())

@@ -1,4 +1,4 @@
-"""Running checks: what each comes to, every fault in a line, and each fault told of once."""
+"""Running of checks: an outcome for each, a line for each fault, and no fault twice."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -18,13 +18,13 @@ from apt.plugin.specs import AdapterSpec
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one check.
+    """The outcome of one check.
 
     Attributes:
-        name: its name.
-        summary: what it looks at.
-        problem: what is wrong, if anything, a line for each fault.
-        kept_by: the check that found the same before; this one could not be run for it.
+        name: the name of the check.
+        summary: its meaning in one line.
+        problem: the faults, one in each line; empty if there are none.
+        kept_by: an earlier check with the same faults, which prevented this check from running.
     """
 
     name: str
@@ -36,31 +36,31 @@ class Outcome:
 def check_adapter(
     adapter: Adapter, model: nn.Module, tokens: Tensor, spec: AdapterSpec | None = None
 ) -> list[Outcome]:
-    """Run all checks; none keeps another from running.
+    """Run all checks, also after a check has failed.
 
     Args:
         adapter: the adapter.
         model: a model of its family; see `Subject`.
         tokens: token ids (samples, seqlen).
-        spec: what a plugin declares of the adapter; by default the one that names its class.
+        spec: the adapter's spec; by default that of the installed plugin that names its class.
     """
     subject = Subject(adapter, model, tokens, spec or spec_of(adapter))
     return list(outcomes(subject))
 
 
 def outcomes(subject: Subject) -> Iterator[Outcome]:
-    """What comes of one check after the other."""
+    """The outcomes of all checks, one after the other."""
     seen: dict[str, str] = {}
     for name in CHECKS:
-        yield once(outcome(name, subject), seen)
+        yield without_known_faults(outcome(name, subject), seen)
 
 
-def once(found: Outcome, seen: dict[str, str]) -> Outcome:
-    """An outcome, or where its faults are all known, by which check.
+def without_known_faults(found: Outcome, seen: dict[str, str]) -> Outcome:
+    """The outcome, with `Outcome.kept_by` set if all of its faults are known.
 
     Args:
         found: the outcome.
-        seen: every fault so far with the check that found it; those of this one are added.
+        seen: all faults so far, with the check that found each; those of this one are added.
     """
     lines = [_without_place(line) for line in found.problem.splitlines()]
     if lines and all(line in seen for line in lines):
@@ -74,20 +74,20 @@ def _without_place(line: str) -> str:
     return re.sub(r" \([^()]*:\d+\)$", "", line)
 
 
-def told(found: Sequence[Outcome]) -> list[str]:
-    """Every fault in a line, with the check that found it and those that it keeps from running."""
+def fault_lines(found: Sequence[Outcome]) -> list[str]:
+    """A line for each fault, with the check that found it and the checks that could not run."""
     lines = []
     for one in found:
         if one.problem and not one.kept_by:
-            kept = ", ".join(other.name for other in found if other.kept_by == one.name)
+            prevented = ", ".join(other.name for other in found if other.kept_by == one.name)
             first, *rest = one.problem.splitlines()
-            first += f"; keeps from running: {kept}" if kept else ""
+            first += f"; prevents: {prevented}" if prevented else ""
             lines += [f"{one.name}: {line}" for line in (first, *rest)]
     return lines
 
 
 def outcome(name: str, subject: Subject) -> Outcome:
-    """What comes of the check of that name, be what it finds a fault or an exception."""
+    """The outcome of the check of that name. An exception counts as a fault."""
     check = CHECKS[name]
     found = Outcome(name, (check.__doc__ or "").splitlines()[0])
     try:
@@ -95,15 +95,15 @@ def outcome(name: str, subject: Subject) -> Outcome:
     except Nonconformance as error:
         lines = [line + place_of(subject.adapter, method) for line, method in error.lines]
         return replace(found, problem="\n".join(lines))
-    except Exception as error:  # a fault of the adapter shows in any way
+    except Exception as error:  # a fault of the adapter may cause any exception
         return replace(found, problem=explained(error, subject.adapter))
     return found
 
 
 def run(check: Check, subject: Subject) -> None:
-    """Run a check on a model in eval mode and, as runs do, within `Adapter.running`.
+    """Run a check on a model in eval mode, within `Adapter.running` as in a run.
 
-    What it leaves behind in the process, be it found or not, is put back for the next.
+    The state of the process is restored for the next check.
     """
     with preserved(), eval_mode(subject.model):
         within = nullcontext() if check in ALONE else subject.adapter.running(subject.model)
@@ -112,7 +112,7 @@ def run(check: Check, subject: Subject) -> None:
 
 
 def spec_of(adapter: Adapter) -> AdapterSpec | None:
-    """What the installed plugins declare of an adapter's class, where that is one thing."""
+    """The spec of an adapter's class in the installed plugins; None if it is not unique."""
     target = f"{type(adapter).__module__}:{type(adapter).__qualname__}"
     found = [spec for spec in registry().adapters.specs.values() if spec.target == target]
     return found[0] if len(found) == 1 else None

@@ -1,8 +1,7 @@
-"""What an adapter must leave as it was: the model, and what a process has but once.
+"""Snapshots of the state that an adapter must not change: the model, and the state of the process.
 
-A snapshot is a mapping from the name of a thing to something that is equal while the thing is
-unchanged. Values of parameters are not kept, which would double a model, but whether somebody has
-written to them is.
+A snapshot maps the name of each thing to a value that is equal as long as the thing is unchanged.
+For parameters it has torch's version counter, not the values, which would double the memory.
 """
 
 import os
@@ -24,18 +23,18 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 Snapshot = dict[str, Any]
 
 _PLAIN = (bool, int, float, str)
-_GENERAL = {"training", "_is_full_backward_hook"}
+_CHECKED_ELSEWHERE = {"training", "_is_full_backward_hook"}
 
 
 def snapshot(model: nn.Module) -> Snapshot:
-    """All that is to be as it was."""
+    """The state of the model and of the process."""
     parts = (_hooks(model), _modules(model), _tensors(model), _code(model))
     return process() | {name: value for part in parts for name, value in part}
 
 
 @contextmanager
 def preserved() -> Iterator[None]:
-    """Put back in the end what there is one of in a process, as far as that can be done."""
+    """Restore the state of the process at the end, as far as possible."""
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()
     dtype, gradients = torch.get_default_dtype(), torch.is_grad_enabled()
     hooks = {name: dict(value) for name, value in vars(modules).items() if _is_global(name)}
@@ -61,12 +60,12 @@ def _is_global(name: str) -> bool:
 
 
 def process() -> Snapshot:
-    """What there is one of in a process, or in a thread."""
+    """The state of the process and of this thread."""
     return dict(_process())
 
 
 def changes(before: Snapshot, after: Snapshot) -> list[str]:
-    """What was left behind, changed, or taken away, in words."""
+    """The differences of two snapshots, in words."""
     found = [f"leaves {name} behind" for name in after if name not in before]
     found += [f"takes {name} away" for name in before if name not in after]
     both = before.keys() & after.keys()
@@ -92,7 +91,7 @@ def _process() -> Iterator[tuple[str, Any]]:
     yield "torch's inference mode", torch.is_inference_mode_enabled()
     yield "torch's autocast", (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
     yield "torch's number of threads", torch.get_num_threads()
-    yield "whether torch is deterministic", torch.are_deterministic_algorithms_enabled()
+    yield "torch's deterministic mode", torch.are_deterministic_algorithms_enabled()
     yield "the environment", dict(os.environ)
     yield "the filters of warnings", list(warnings.filters)
     for index, _ in enumerate(_get_current_function_mode_stack()):  # type: ignore[no-untyped-call]
@@ -123,21 +122,21 @@ def _hooks_in(attributes: Mapping[str, Any], prefix: str) -> Iterator[tuple[str,
 
 
 def _modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The modules' attributes: which there are, and the values of the plain ones."""
+    """The attributes of all modules, with the values of the plain ones."""
     for name, module in model.named_modules():
-        where = name or "the model"
-        yield f"the training mode of {where}", module.training
+        owner = name or "the model"
+        yield f"the training mode of {owner}", module.training
         for attribute, value in vars(module).items():
-            if attribute not in _GENERAL and not attribute.startswith("__"):
-                yield f"the attribute {attribute} of {where}", _kept(value)
+            if attribute not in _CHECKED_ELSEWHERE and not attribute.startswith("__"):
+                yield f"the attribute {attribute} of {owner}", _compared(value)
     config = getattr(model, "config", None)
     for attribute, value in (vars(config) if config is not None else {}).items():
-        kept = value if isinstance(value, (*_PLAIN, type(None))) else str(value)
-        yield f"{attribute} of the model's configuration", kept
+        compared = value if isinstance(value, (*_PLAIN, type(None))) else str(value)
+        yield f"{attribute} of the model's configuration", compared
 
 
-def _kept(value: Any) -> Any:
-    """What is compared of an attribute: plain values, but not whether a recurrent state is set."""
+def _compared(value: Any) -> Any:
+    """The value of an attribute for comparison. A tensor equals None: it may be a state."""
     if value is None or isinstance(value, Tensor):
         return "a state"
     return value if isinstance(value, _PLAIN) else type(value)
@@ -154,7 +153,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _code(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Functions that somebody may have put others in place of."""
+    """Functions that an adapter may have replaced."""
     for module in (sys.modules[type(model).__module__], torch.nn.functional):
         for name, value in vars(module).items():
             if callable(value):

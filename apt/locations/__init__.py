@@ -1,1 +1,1 @@
-"""Places that users name: local paths, the Hugging Face Hub, embedded models."""
+"""References of users to models: local paths, the Hugging Face Hub, embedded models."""

@@ -1,4 +1,4 @@
-"""The hub: how it is asked, and whether it answers. Nothing here imports torch."""
+"""Settings for the Hugging Face Hub, and a check that it answers. This module imports no torch."""
 
 import queue
 import threading
@@ -6,18 +6,18 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-_PATIENCE = 5.0  # seconds
+_TIMEOUT = 5.0  # seconds
 
 
 @dataclass(frozen=True)
 class Hub:
-    """How repositories of the hub are read.
+    """Settings for reading repositories of the hub.
 
     Attributes:
         revision: a branch, a tag or a commit; None for the main branch.
-        token: what proves who asks; None for the one that ``hf auth login`` has stored.
-        cache_dir: where downloads are kept; None for the usual place.
-        local: whether nothing is asked of the hub, and only what has been downloaded is read.
+        token: the access token; None for the one stored by ``hf auth login``.
+        cache_dir: the directory for downloads; None for the default one.
+        local: True if only earlier downloads are read, without contacting the hub.
     """
 
     revision: str | None = None
@@ -26,22 +26,22 @@ class Hub:
     local: bool = False
 
     def options(self) -> dict[str, Any]:
-        """What ``from_pretrained`` and the functions of huggingface_hub are told."""
+        """The arguments for ``from_pretrained`` and the functions of huggingface_hub."""
         local = {"local_files_only": True} if self.local else {}
         given = {"revision": self.revision, "token": self.token, "cache_dir": self.cache_dir}
         return {**{name: value for name, value in given.items() if value is not None}, **local}
 
-    def for_another(self) -> "Hub":
-        """For a repository that the revision does not belong to."""
+    def without_revision(self) -> "Hub":
+        """The settings for another repository, which has other revisions."""
         return replace(self, revision=None)
 
-    def reached(self) -> "Hub":
-        """The same; one that reads what has been downloaded where the hub does not answer."""
+    def or_local(self) -> "Hub":
+        """The same settings, or, if the hub does not answer, those for earlier downloads only."""
         return self if reachable() else replace(self, local=True)
 
 
 def offline() -> bool:
-    """Whether the user has asked for no network (``HF_HUB_OFFLINE``)."""
+    """True if the user has switched the network off (``HF_HUB_OFFLINE``)."""
     from huggingface_hub import constants
 
     return bool(constants.HF_HUB_OFFLINE)
@@ -54,24 +54,24 @@ def endpoint() -> str:
     return str(constants.ENDPOINT)
 
 
-def unreachable() -> str:
-    """What to say of a hub that does not answer."""
+def no_answer() -> str:
+    """The part of a message about a hub that does not answer."""
     return f"{endpoint()} does not answer"
 
 
 @cache
 def reachable() -> bool:
-    """Whether the hub answers within seconds; asked once in a process.
+    """True if the hub answers within seconds; tested once in a process.
 
-    huggingface_hub itself tries for half a minute and more, file by file.
+    huggingface_hub itself would try for more than half a minute for each file.
     """
     if offline():
         return False
     answers: queue.Queue[bool] = queue.Queue()
-    # A name that does not resolve blocks beyond every timeout: hence a thread to give up on.
+    # Resolving a host name ignores every timeout. So it runs in a thread that can be abandoned.
     threading.Thread(target=lambda: answers.put(_answers()), daemon=True).start()
     try:
-        return answers.get(timeout=_PATIENCE)
+        return answers.get(timeout=_TIMEOUT)
     except queue.Empty:
         return False
 
@@ -80,7 +80,7 @@ def _answers() -> bool:
     from huggingface_hub import get_session
 
     try:
-        get_session().head(endpoint(), timeout=_PATIENCE)
-    except Exception:  # of requests before huggingface_hub 1, of httpx after
+        get_session().head(endpoint(), timeout=_TIMEOUT)
+    except Exception:  # from requests before huggingface_hub 1, from httpx since then
         return False
     return True

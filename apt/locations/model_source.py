@@ -1,6 +1,6 @@
-"""Where a model is read from: what the user wrote, looked up without reading a weight.
+"""The source of a model: the reference that the user gives, resolved without reading a weight.
 
-Nothing here imports torch, so that a mistyped path is told of at once.
+This module imports no torch, so that a wrong path is reported at once.
 """
 
 import os
@@ -19,14 +19,14 @@ ZOO = "zoo:"
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model is read from.
+    """The source of a model.
 
     Attributes:
-        reference: what the user wrote.
+        reference: the reference that the user gave.
         location: a directory or a hub name.
-        gguf: the file within the directory, for GGUF.
-        trust_remote_code: whether code that comes with the checkpoint may run.
-        hub: how the hub is asked, where ``location`` is a hub name.
+        gguf: for GGUF, the file within the directory.
+        trust_remote_code: True if code from the checkpoint may run.
+        hub: the settings for the hub, used if ``location`` is a hub name.
     """
 
     reference: str
@@ -37,23 +37,23 @@ class Source:
 
     @property
     def name(self) -> str:
-        """A short name, for a folder."""
+        """A short name, for the name of a directory."""
         if self.gguf:
             return Path(self.gguf).stem
         return Path(self.reference.removeprefix(ZOO)).resolve().name
 
     @property
     def on_hub(self) -> bool:
-        """Whether it is no directory of this machine."""
+        """True if it is not a local directory."""
         return kind_at(Path(self.location)) != "directory"
 
     def files(self) -> list[Path]:
-        """The file or directory of this machine that is read; none for a hub name."""
+        """The local file or directory that is read; empty for a hub name."""
         path = Path(self.location) / (self.gguf or "")
         return [path] if path.exists() else []
 
     def options(self) -> dict[str, Any]:
-        """What every ``from_pretrained`` is told."""
+        """The arguments for every ``from_pretrained``."""
         gguf = {"gguf_file": self.gguf} if self.gguf else {}
         hub = self.hub.options() if self.on_hub else {}
         return {"trust_remote_code": self.trust_remote_code, **gguf, **hub}
@@ -66,23 +66,22 @@ def find(
     trust_remote_code: bool = False,
     hub: Hub | None = None,
 ) -> Source:
-    """Say where ``reference`` is to be read from.
+    """Resolve a reference to a model.
 
     Args:
         reference: a directory, a ``.gguf`` file, ``zoo:NAME``, or a name on the hub.
         registry: the plugins.
-        trust_remote_code: whether code that comes with the checkpoint may run.
-        hub: how the hub is asked, which is looked up: where it does not answer, only what has been
-            downloaded is read.
+        trust_remote_code: True if code from the checkpoint may run.
+        hub: the settings for the hub. If it does not answer, only earlier downloads are read.
 
     Raises:
-        AptError: it names something local that is not there or is no checkpoint, or a revision of
-            something that is not on the hub.
+        AptError: the local path does not exist or is not a checkpoint, or a revision is given for
+            a model that is not on the hub.
     """
     hub = hub or Hub()
     source = _find(reference, registry, trust_remote_code)
     if source.on_hub:
-        return replace(source, hub=hub.reached())
+        return replace(source, hub=hub.or_local())
     if hub.revision is not None:
         raise AptError(
             f"a revision is for models of the hub, and {reference} is on this machine",
@@ -103,24 +102,27 @@ def _find(reference: str, registry: Registry, trust_remote_code: bool) -> Source
     kind = kind_at(path) if reference else None
     if kind == "file":
         if path.suffix != ".gguf":
-            raise AptError(f"{reference} is a file, but no .gguf", "give the model's directory")
+            raise AptError(f"{reference} is a file, but not .gguf", "give the model's directory")
         return Source(reference, str(path.parent), path.name, trust_remote_code)
     if kind == "directory":
         if kind_at(path / "config.json") != "file":
             raise AptError(f"{reference} has no config.json", "give a Hugging Face directory")
         return Source(reference, str(path), None, trust_remote_code)
     if not _hub_name(reference):
-        raise AptError(f"no such model: {shortened(reference)!r} does not exist", _nearby(path))
+        raise AptError(
+            f"no such model: {shortened(reference)!r} does not exist", _similar_path(path)
+        )
     return Source(reference, reference, None, trust_remote_code)
 
 
 def _hub_name(reference: str) -> bool:
-    """Whether it may name a repository of the hub: ``OWNER/NAME``, or ``NAME`` of old ones."""
+    """True if it may name a repository of the hub: ``OWNER/NAME``, or ``NAME`` for old ones."""
     local = reference.startswith((".", "/", "~")) or reference.endswith(".gguf")
     return bool(reference.strip()) and not local and reference.count("/") <= 1
 
 
-def _nearby(path: Path) -> str:
+def _similar_path(path: Path) -> str:
+    """A hint with a path of a similar name, if there is one."""
     try:
         siblings = os.listdir(path.parent)
     except OSError:

@@ -1,4 +1,4 @@
-"""The model card of a pruned model: what it is, for those who find it on the hub."""
+"""The model card of a pruned model, for readers on the hub."""
 
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,12 @@ _TAGS = ("apt-prune", "pruned")
 
 
 def write_card(directory: Path, report: Report, source: Path | None = None) -> None:
-    """Write ``README.md``: what was pruned and how, then the original's card.
+    """Write ``README.md``: a summary of the run, then the card of the original model.
 
     Args:
         directory: the pruned model.
-        report: the run's record.
-        source: the directory of the original, whose card is kept with its licence and languages.
+        report: the record of the run.
+        source: the directory of the original model. Its card is kept, with licence and languages.
     """
     original = _original(source)
     data: dict[str, Any] = vars(original.data).copy() if original else {}
@@ -35,7 +35,7 @@ def write_card(directory: Path, report: Report, source: Path | None = None) -> N
 
 
 def _original(source: Path | None) -> ModelCard | None:
-    """The card of the original, if there is one that can be read."""
+    """The card of the original model; None if there is none or it cannot be read."""
     if source is None or not (source / CARD).is_file():
         return None
     try:
@@ -66,8 +66,8 @@ def _about(report: Report, reference: str) -> str:
         f"| mean relative layer error | {report.relative_layer_error:.4f} |",
         *_scores(report),
         "",
-        f"Zeros alone make a model neither smaller nor faster: that takes a runtime which knows "
-        f"the pattern. `{REPORT}` has all options and what was done to each matrix.",
+        f"Zeros alone make a model neither smaller nor faster: a runtime must use the pattern. "
+        f"`{REPORT}` has all options and the record of each matrix.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -77,7 +77,7 @@ def _shape(shape: list[int]) -> str:
 
 
 def _scores(report: Report) -> list[str]:
-    """A row for each measure that was taken before and after."""
+    """A row for each metric that was measured before and after."""
     before, after = report.scores.get("before", {}), report.scores.get("after", {})
     where = f"on {report.scores.get('source')}"
     return [

@@ -1,8 +1,7 @@
-"""The journal of a run that can be gone on with: lines on disk, each sealed by a checksum.
+"""The journal of a run that can be resumed: a file of lines, each with a checksum.
 
-A line is written when what it says is on disk. Its checksum covers all lines before it, so that a
-line that was changed, added or taken out is seen. A last line that was cut short counts for
-nothing.
+A line is written after the data that it describes are on disk. Its checksum covers all lines before
+it, so that a changed, added or removed line is detected. An incomplete last line is ignored.
 """
 
 import hashlib
@@ -15,11 +14,11 @@ from typing import Any
 from apt.errors import AptError
 
 Line = dict[str, Any]
-_SEAL = "checksum"
+_CHECKSUM = "checksum"
 
 
 class Journal:
-    """The lines of a file, which need not be there yet.
+    """The lines of a file, which need not exist yet.
 
     Attributes:
         lines: the lines, without their checksums.
@@ -27,17 +26,17 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path, self.lines = path, list[Line]()
-        self._seal = ""
+        self._last = ""  # the checksum of the last line
 
     def read(self) -> None:
-        """Read the whole lines; what the last one lacks to be whole is cut off.
+        """Read the complete lines, and remove an incomplete last line from the file.
 
         Raises:
-            AptError: a line before the last is none that a run has written.
+            AptError: a line before the last one was changed.
         """
-        self.lines, self._seal = [], ""
+        self.lines, self._last = [], ""
         with open(_open(self.path), "r+b") as file:
-            raw_lines, whole = file.read().splitlines(keepends=True), 0
+            raw_lines, complete = file.read().splitlines(keepends=True), 0
             for number, raw in enumerate(raw_lines, 1):
                 line = self._checked(raw)
                 if line is None:
@@ -46,44 +45,44 @@ class Journal:
                             f"line {number} of {self.path} was changed",
                             f"delete {self.path.parent} and begin again",
                         )
-                    file.truncate(whole)
+                    file.truncate(complete)
                     return
                 self.lines.append(line)
-                whole += len(raw)
+                complete += len(raw)
 
     def _checked(self, raw: bytes) -> Line | None:
-        """A line, if it is whole and its checksum is right."""
+        """A line; None if it is incomplete or its checksum is wrong."""
         try:
             line = json.loads(raw)
-            seal = line.pop(_SEAL)
+            checksum = line.pop(_CHECKSUM)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
-        if not raw.endswith(b"\n") or seal != self._sealed(line):
+        if not raw.endswith(b"\n") or checksum != self._checksum(line):
             return None
-        self._seal = seal
+        self._last = checksum
         return dict(line)
 
-    def _sealed(self, line: Line) -> str:
-        """The checksum of a line that comes next."""
-        return hashlib.blake2b((self._seal + json.dumps(line)).encode(), digest_size=16).hexdigest()
+    def _checksum(self, line: Line) -> str:
+        """The checksum of the next line."""
+        return hashlib.blake2b((self._last + json.dumps(line)).encode(), digest_size=16).hexdigest()
 
     def add(self, line: Line) -> None:
-        """Write a line, and wait until the disk has it."""
-        seal = self._sealed(line)
+        """Write a line and flush it to disk."""
+        checksum = self._checksum(line)
         with open(_open(self.path), "ab") as file:
-            file.write(f"{json.dumps({**line, _SEAL: seal})}\n".encode())
+            file.write(f"{json.dumps({**line, _CHECKSUM: checksum})}\n".encode())
             file.flush()
             os.fsync(file.fileno())
         self.lines.append(line)
-        self._seal = seal
+        self._last = checksum
 
     def has(self, key: str) -> bool:
-        """Whether a line says ``key``."""
+        """True if a line has the key ``key``."""
         return any(key in line for line in self.lines)
 
 
 def _open(path: Path) -> int:
-    """A file to read and to add to, which must not be a link: what that leads to is not ours."""
+    """Open a file for reading and appending. A link is refused: it may lead to another's file."""
     try:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
     except OSError as error:
@@ -91,5 +90,5 @@ def _open(path: Path) -> int:
     found = os.fstat(file)
     if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
         os.close(file)
-        raise AptError(f"{path} is a link or no file")
+        raise AptError(f"{path} is a link or not a regular file", "delete it")
     return file

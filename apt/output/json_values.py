@@ -1,15 +1,15 @@
-"""Values as JSON can say them. Nothing here imports torch."""
+"""Values in a form that JSON can express. This module imports no torch."""
 
 import math
 from typing import Any
 
 
-def plain(value: Any) -> Any:
-    """A value as JSON can say it: numbers that are not finite become strings."""
+def json_value(value: Any) -> Any:
+    """A value that JSON can express: numbers that are not finite become strings."""
     if isinstance(value, dict):
-        return {key: plain(entry) for key, entry in value.items()}
+        return {key: json_value(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(entry) for entry in value]
+        return [json_value(entry) for entry in value]
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else f"{'-' if value < 0 else ''}Infinity"
     return value

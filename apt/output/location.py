@@ -1,6 +1,6 @@
-"""Where an output directory may lie, and what it may replace.
+"""Checks of the path of an output directory.
 
-A run replaces an empty directory, or one that APT wrote and nobody added to, and nothing else.
+A run replaces an empty directory, or one that has only files that APT wrote, and no other.
 """
 
 import os
@@ -13,32 +13,32 @@ from apt.checkpoints.copies import REPORT
 from apt.errors import AptError, first_line
 from apt.output.report import read_report
 
-_CHOOSE = "choose another output"
+_CHOOSE_ANOTHER = "choose another output"
 _OUTPUT = ("output",)
 _OVERWRITE = ("overwrite", "output")
 _FOLDER = ".{}.apt"
 
 
-def workplace(output: Path) -> Path:
-    """The folder ``.NAME.apt`` beside an output directory ``NAME``, where a run does its work."""
+def workplace_of(output: Path) -> Path:
+    """The folder ``.NAME.apt`` beside an output directory ``NAME``: the workplace of a run."""
     output = Path(os.path.realpath(output))
     return output.parent / _FOLDER.format(output.name)
 
 
 def check_output(directory: Path, overwrite: bool, inputs: Sequence[Path] = ()) -> str:
-    """Raise where an output directory cannot be used, before any work is done.
+    """Raise if an output directory cannot be used, before any work is done.
 
     Args:
         directory: the directory; a link is followed.
-        overwrite: whether a directory that APT wrote may be replaced.
+        overwrite: True if a directory that APT wrote may be replaced.
         inputs: files and directories that the run reads.
 
     Returns:
-        What of an earlier run will be replaced, in words; empty where nothing is.
+        A description of the earlier result that will be replaced; empty if there is none.
 
     Raises:
-        AptError: it exists and is no directory, it is not empty and was not written by APT, it is
-            or holds a place that must stay, it is inside an input, or it cannot be written.
+        AptError: it exists and is not a directory, it has files that APT did not write, it is or
+            contains a protected place, it is inside an input, or it cannot be written.
     """
     try:
         _check_links(directory)
@@ -48,25 +48,27 @@ def check_output(directory: Path, overwrite: bool, inputs: Sequence[Path] = ()) 
         lost = check_replaceable(target, overwrite, str(directory))
         _check_writable(target)
     except OSError as error:
-        raise AptError(f"cannot write {directory}: {error.strerror}", _CHOOSE, _OUTPUT) from error
+        raise AptError(
+            f"cannot write {directory}: {error.strerror}", _CHOOSE_ANOTHER, _OUTPUT
+        ) from error
     return lost
 
 
 def check_replaceable(target: Path, overwrite: bool, name: str) -> str:
-    """Raise where what is at ``target`` may not be replaced; see `check_output`."""
+    """Raise if ``target`` exists and may not be replaced; see `check_output`."""
     if not os.path.lexists(target):
         return ""
     if not target.is_dir():
-        raise AptError(f"{name} exists and is no directory", _CHOOSE, _OUTPUT)
-    entries = set(contents(target))
+        raise AptError(f"{name} exists and is not a directory", _CHOOSE_ANOTHER, _OUTPUT)
+    entries = set(relative_paths(target))
     if not entries:
         return ""
-    foreign = sorted(entries - _written(target, entries))
+    foreign = sorted(entries - _written_by_apt(target, entries))
     if foreign:
         shown = ", ".join(foreign[:3]) + (", …" if len(foreign) > 3 else "")
         raise AptError(
-            f"{name} exists and holds what APT did not write there: {shown}",
-            f"that is never replaced; {_CHOOSE}",
+            f"{name} exists and has files that APT did not write: {shown}",
+            f"APT never deletes such files; {_CHOOSE_ANOTHER}",
             _OUTPUT,
         )
     if not overwrite:
@@ -76,8 +78,8 @@ def check_replaceable(target: Path, overwrite: bool, name: str) -> str:
     return f"{name}, the result of an earlier run, with its {len(entries)} files"
 
 
-def contents(directory: Path) -> list[str]:
-    """All that is in a directory, folders that hold something left out, as relative paths."""
+def relative_paths(directory: Path) -> list[str]:
+    """The relative paths of all files, links and empty folders in a directory."""
     found = []
     for folder, folders, names in os.walk(directory):
         here = Path(folder)
@@ -87,20 +89,20 @@ def contents(directory: Path) -> list[str]:
     return sorted(found)
 
 
-def _written(target: Path, entries: set[str]) -> set[str]:
-    """Those of a directory's entries that APT wrote: all that its report lists."""
+def _written_by_apt(target: Path, entries: set[str]) -> set[str]:
+    """The entries of a directory that APT wrote: those that its report lists."""
     report = None if (target / REPORT).is_symlink() else read_report(target)
     if report is None:
         return set()
-    listed = report.get("files", sorted(entries))  # reports of before have no list
+    listed = report.get("files", sorted(entries))  # older reports have no list
     return {REPORT, *map(str, listed)} if isinstance(listed, list) else {REPORT}
 
 
 def _check_links(directory: Path) -> None:
-    """Raise where the path leads through a link to nowhere."""
+    """Raise if the path contains a link whose target does not exist."""
     for path in (directory, *directory.parents):
         if path.is_symlink() and not path.exists():
-            raise AptError(f"{path} is a link that leads nowhere", _CHOOSE, _OUTPUT)
+            raise AptError(f"{path} is a link to a missing file", _CHOOSE_ANOTHER, _OUTPUT)
 
 
 def _check_name(target: Path) -> None:
@@ -108,28 +110,30 @@ def _check_name(target: Path) -> None:
     if len(os.fsencode(_FOLDER.format(target.name))) > longest:
         room = longest - len(_FOLDER.format(""))
         raise AptError(
-            f"the name {target.name[:20]}… of the output is longer than {room} bytes", _CHOOSE
+            f"the name {target.name[:20]}… of the output is longer than {room} bytes",
+            _CHOOSE_ANOTHER,
+            _OUTPUT,
         )
 
 
 def _check_place(directory: Path, target: Path, inputs: Sequence[Path]) -> None:
-    """Raise where the target is a place that must stay, holds one, or lies inside an input."""
-    for what, place in _kept(inputs):
+    """Raise if the target is or contains a protected place, or is inside an input."""
+    for name, place in _protected(inputs):
         if target == place:
-            raise AptError(f"{directory} is {what}", _CHOOSE, _OUTPUT)
+            raise AptError(f"{directory} is {name}", _CHOOSE_ANOTHER, _OUTPUT)
         if target in place.parents:
-            raise AptError(f"{directory} holds {what}, {place}", _CHOOSE, _OUTPUT)
-        if what == _INPUT and place in target.parents:
-            raise AptError(f"{directory} lies inside {what}, {place}", _CHOOSE, _OUTPUT)
+            raise AptError(f"{directory} contains {name}, {place}", _CHOOSE_ANOTHER, _OUTPUT)
+        if name == _INPUT and place in target.parents:
+            raise AptError(f"{directory} is inside {name}, {place}", _CHOOSE_ANOTHER, _OUTPUT)
     if target.is_mount():
-        raise AptError(f"{directory} is a mount point", "choose a directory in it", _OUTPUT)
+        raise AptError(f"{directory} is a mount point", "choose a directory on it", _OUTPUT)
 
 
-_INPUT = "what the run reads"
+_INPUT = "an input of the run"
 
 
-def _kept(inputs: Sequence[Path]) -> Iterator[tuple[str, Path]]:
-    """Places that no output replaces, with what they are."""
+def _protected(inputs: Sequence[Path]) -> Iterator[tuple[str, Path]]:
+    """The places that no output replaces, each with a name for messages."""
     try:
         yield "the working directory", Path.cwd()
     except OSError as error:
@@ -142,25 +146,28 @@ def _kept(inputs: Sequence[Path]) -> Iterator[tuple[str, Path]]:
 def _check_writable(target: Path) -> None:
     parent = _existing_parent(target)
     if not parent.is_dir():
-        raise AptError(f"{parent} is no directory", _CHOOSE, _OUTPUT)
+        raise AptError(f"{parent} is not a directory", _CHOOSE_ANOTHER, _OUTPUT)
     try:
         with tempfile.TemporaryFile(dir=parent):
             pass
     except OSError as error:
-        raise AptError(f"cannot write in {parent}: {error.strerror}", _CHOOSE, _OUTPUT) from error
+        raise AptError(
+            f"cannot write in {parent}: {error.strerror}", _CHOOSE_ANOTHER, _OUTPUT
+        ) from error
     if target.is_dir() and not os.access(target, os.W_OK | os.X_OK):
-        raise AptError(f"cannot write in {target}: Permission denied", _CHOOSE, _OUTPUT)
+        raise AptError(f"cannot write in {target}: Permission denied", _CHOOSE_ANOTHER, _OUTPUT)
 
 
 def check_space(directory: Path, needed: int) -> None:
-    """Raise where the disk of an output directory has no ``needed`` bytes left."""
+    """Raise if the disk of an output directory has less than ``needed`` bytes left."""
     parent = _existing_parent(Path(os.path.realpath(directory)))
     needed, free = needed + needed // 100 + 2**20, shutil.disk_usage(parent).free
     if free < needed:
         raise AptError(
             f"{parent} has {free / 2**20:,.0f} MiB left, but the output needs "
             f"{needed / 2**20:,.0f} MiB",
-            _CHOOSE,
+            _CHOOSE_ANOTHER,
+            _OUTPUT,
         )
 
 
@@ -171,5 +178,5 @@ def _existing_parent(directory: Path) -> Path:
 def cannot_write(
     output: Path, error: BaseException, hint: str = "", options: Iterable[str] = ()
 ) -> AptError:
-    """The error for an output that the disk does not take."""
+    """The error for an output that cannot be written to disk."""
     return AptError(f"cannot write {output}: {first_line(error)}", hint, options)

@@ -1,7 +1,7 @@
-"""Renaming directories so that no moment exists at which one of them is lost.
+"""Atomic renaming of directories.
 
-Linux and macOS exchange two names in one step, and rename without replacing. Python's `os` has
-neither, so the system's library is called.
+Linux and macOS can exchange two names in one step, and can rename without replacing. Python's `os`
+has neither function, so the system library is called.
 """
 
 import ctypes
@@ -13,8 +13,8 @@ from pathlib import Path
 _HERE = -100 if sys.platform != "darwin" else -2  # AT_FDCWD: relative to the working directory
 _FUNCTION = "renameat2" if sys.platform != "darwin" else "renameatx_np"
 _NO_REPLACE, _EXCHANGE = (1, 2) if sys.platform != "darwin" else (4, 2)
-# What systems and file systems say that do not know these renames.
-_UNKNOWN = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
+# The errors of systems and file systems without these renames.
+_UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
 
 
 def rename_new(source: Path, target: Path) -> None:
@@ -35,8 +35,8 @@ def exchange(first: Path, second: Path, spare: Path) -> None:
 
     Args:
         first, second: the directories.
-        spare: a name on their file system that is free. Where the system has no exchange,
-            ``second`` is there for a moment.
+        spare: an unused name on the same file system. If the system has no exchange, ``second``
+            has this name for a moment.
     """
     if _system_rename(first, second, _EXCHANGE):
         return
@@ -46,13 +46,13 @@ def exchange(first: Path, second: Path, spare: Path) -> None:
 
 
 def _system_rename(source: Path, target: Path, how: int) -> bool:
-    """Rename in one call of the system; whether it knows how."""
+    """Rename in one system call; False if the system does not support it."""
     function = getattr(ctypes.CDLL(None, use_errno=True), _FUNCTION, None)
     if function is None:
         return False
     if not function(_HERE, os.fsencode(source), _HERE, os.fsencode(target), how):
         return True
     code = ctypes.get_errno()
-    if code in _UNKNOWN:
+    if code in _UNSUPPORTED:
         return False
     raise OSError(code, os.strerror(code), str(source), None, str(target))

@@ -1,4 +1,4 @@
-"""What a run did: the record that goes beside the pruned model."""
+"""The report: the record of a run, stored beside the pruned model."""
 
 import json
 import platform
@@ -20,14 +20,14 @@ from apt.checkpoints.copies import REPORT
 from apt.distributed.ranks import Work
 from apt.errors import AptError, first_line
 from apt.events import SitePruned
-from apt.locations.paths import mendable
-from apt.output.json_values import plain
+from apt.locations.paths import user_error
+from apt.output.json_values import json_value
 
 _PACKAGES = ("apt-prune", "torch", "transformers", "safetensors", "tokenizers", "datasets")
 
 
 SCHEMA = 1
-"""The version of the report: it rises when an entry is renamed, removed, or changes its meaning."""
+"""The version of the report. It rises if an entry is renamed or removed or changes its meaning."""
 
 
 def _now() -> str:
@@ -36,23 +36,23 @@ def _now() -> str:
 
 @dataclass(frozen=True)
 class Report:
-    """The record of a run; its attributes are the entries of the file `REPORT`.
+    """The record of a run. Its attributes are the entries of the file `REPORT`.
 
     Attributes:
-        options: the options of the run, defaults filled in.
-        model: ``reference``, ``type``, ``adapter`` and ``sha256`` of the model's weights.
+        options: the options of the run, with defaults filled in.
+        model: ``reference``, ``type``, ``adapter``, and the ``sha256`` of the weights.
         calibration: ``source``, ``own_samples``, ``bos``, and ``shape`` and ``sha256`` of the
-            calibration tokens; samples with random tokens come on top of these.
+            calibration tokens. Samples with random tokens are not included in these two.
         sites: the record of each pruned site.
-        skipped: the names of the sites that are left dense on request.
+        skipped: the names of the sites that were left dense on request.
         seconds: the time of the whole run.
-        scores: the text, and each metric before and after, where they were measured.
+        scores: the text, and each metric before and after pruning; empty if nothing was measured.
         ranks: the work of each process.
-        problems: what could not be measured, and why.
-        peak_memory_bytes: the highest memory of the process, ``cpu``, and of a GPU, ``cuda``.
-        files: the files of the output by their relative paths, the report left out.
+        problems: the metrics that could not be measured, with the errors.
+        peak_memory_bytes: the peak memory of the process, ``cpu``, and of a GPU, ``cuda``.
+        files: the relative paths of the output's files, without the report.
         created: the time at which the run began, in UTC (ISO 8601).
-        versions: of Python, the platform and the packages that can change a result.
+        versions: the versions of Python, the platform and the packages that can change a result.
         schema: the version of this record, `SCHEMA`.
     """
 
@@ -82,11 +82,11 @@ class Report:
         return fmean(site.relative_error for site in self.sites)
 
     def timed(self, seconds: float) -> "Report":
-        """The report at the end of a run that took so long."""
+        """The report at the end of a run of that time, with the peak memory."""
         return replace(self, seconds=round(seconds, 3), peak_memory_bytes=peak_memory())
 
     def to_dict(self) -> dict[str, Any]:
-        """Values as JSON has them: a number that is not finite is a string, ``"Infinity"``."""
+        """The report for JSON. A number that is not finite is a string, ``"Infinity"``."""
         record = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         record |= {
             "sparsity": self.sparsity,
@@ -94,15 +94,15 @@ class Report:
             "ranks": [asdict(work) for work in self.ranks],
             "sites": [{**asdict(site), "sparsity": site.sparsity} for site in self.sites],
         }
-        found: dict[str, Any] = plain(record)
+        found: dict[str, Any] = json_value(record)
         return {name: found[name] for name in _ORDER}
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> "Report":
-        """The report of a record that `to_dict` made.
+        """The report of a record of `to_dict`.
 
         Raises:
-            AptError: the record has another schema, or is none.
+            AptError: the record has another schema, or is damaged.
         """
         if record.get("schema") != SCHEMA:
             raise AptError(f"the report has schema {record.get('schema')}, not {SCHEMA}")
@@ -119,7 +119,7 @@ class Report:
         """The report in ``directory``.
 
         Raises:
-            AptError: there is none, or it cannot be read.
+            AptError: there is no report, or it cannot be read.
         """
         record = read_report(directory)
         if record is None:
@@ -127,7 +127,7 @@ class Report:
         return cls.from_dict(record)
 
     def write(self, directory: Path) -> "Report":
-        """Write the report into ``directory``, with the names of all files that are there."""
+        """Write the report into ``directory``, with the names of all its files."""
         files = sorted(
             path.relative_to(directory).as_posix()
             for path in directory.rglob("*")
@@ -149,7 +149,7 @@ _ORDER = (
 
 
 def _site(entry: dict[str, Any]) -> SitePruned:
-    """A site's record; numbers that JSON can't say come back from strings."""
+    """The record of a site. Strings for numbers that are not finite become numbers again."""
     known = {name: entry[name] for name in SitePruned.__dataclass_fields__}
     numbers = {name: float(known[name]) for name in ("relative_error", "seconds")}
     residual = None if known["residual"] is None else float(known["residual"])
@@ -167,7 +167,7 @@ def differences(known: dict[str, Any], now: dict[str, Any], prefix: str = "") ->
 
 
 def portable(reference: str) -> str:
-    """What a user named a model or a text, without the folders of this machine around it."""
+    """A reference to a model or a text, without the parent folders of a local path."""
     path = Path(reference).expanduser()
     return path.resolve().name if path.is_absolute() or path.exists() else reference
 
@@ -184,7 +184,7 @@ def versions() -> dict[str, str]:
 
 
 def peak_memory() -> dict[str, int]:
-    """The process's highest block_storage memory, and the device's, in bytes."""
+    """The peak resident memory of the process, and the peak memory of a GPU, in bytes."""
     peak = {"cpu": _peak_resident()}
     if torch.cuda.is_available():
         peak["cuda"] = torch.cuda.max_memory_allocated()
@@ -192,7 +192,7 @@ def peak_memory() -> dict[str, int]:
 
 
 def _peak_resident() -> int:
-    # What getrusage says on Linux counts the process that started this one, up to that moment.
+    # On Linux getrusage includes the memory of the parent process at the time of the fork.
     with suppress(OSError, StopIteration):
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
@@ -201,10 +201,10 @@ def _peak_resident() -> int:
 
 
 def read_report(directory: Path) -> dict[str, Any] | None:
-    """The record in ``directory``, if there is one.
+    """The record in ``directory``; None if there is none.
 
     Raises:
-        AptError: there is one, but it is damaged.
+        AptError: the record is damaged.
     """
     path = directory / REPORT
     if not path.is_file():
@@ -215,9 +215,9 @@ def read_report(directory: Path) -> dict[str, Any] | None:
         if not isinstance(fields.get("skipped"), list) or not isinstance(
             fields.get("options"), dict
         ):
-            raise ValueError("it is no report")
+            raise ValueError("it is not a report")
     except OSError as error:
-        raise mendable(error) or error from error
+        raise user_error(error) or error from error
     except RecursionError as error:
         raise AptError(f"{path} is nested too deeply", "delete it to verify without it") from error
     except ValueError as error:
@@ -227,7 +227,7 @@ def read_report(directory: Path) -> dict[str, Any] | None:
 
 @dataclass(frozen=True)
 class KindSummary:
-    """The sites of one kind, taken together."""
+    """A summary of all sites of one kind."""
 
     kind: str
     sites: int
@@ -239,7 +239,7 @@ class KindSummary:
 
 
 def by_kind(sites: Sequence[SitePruned]) -> list[KindSummary]:
-    """One summary for each kind of site, in the order in which they were pruned."""
+    """One summary for each kind of site, in the order of pruning."""
     kinds: dict[str, list[SitePruned]] = defaultdict(list)
     for site in sites:
         kinds[site.kind].append(site)

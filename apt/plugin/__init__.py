@@ -1,1 +1,1 @@
-"""The plugin surface: hook specifications, specs, and the registry of what is installed."""
+"""The plugin surface: hook specifications, specs, and the registry of installed plugins."""

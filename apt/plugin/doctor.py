@@ -1,4 +1,4 @@
-"""What this machine has to prune with, and what it lacks."""
+"""The state of this machine: hardware, packages, plugins, and missing parts."""
 
 import platform
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from apt.plugin.registry import Registry
 from apt.plugin.specs import AdapterSpec
 
 _REQUIRED = ("torch", "transformers", "safetensors", "datasets", "pluggy")
-# Packages that open a way of their own: what they are for, what imports, and how they are had.
+# Optional packages: name, purpose, module to import, and the command that installs it.
 _OPTIONAL = (
     ("gguf", "reading .gguf files", "gguf", "pip install 'apt-prune[gguf]'"),
     ("accelerate", "reading .gguf files", "accelerate", "pip install 'apt-prune[gguf]'"),
@@ -22,13 +22,13 @@ _OPTIONAL = (
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """The state of one component.
 
     Attributes:
-        what: its name.
-        state: what was found.
-        remedy: the command or the step that would better it; empty where nothing needs to be.
-        broken: whether it is there, but does not work.
+        what: the name of the component.
+        state: its state in words.
+        remedy: a command or step that improves it; empty if none is needed.
+        broken: True if it is installed but does not work.
     """
 
     what: str
@@ -46,14 +46,12 @@ def machine() -> list[Finding]:
         Finding(
             "processor",
             f"{torch.get_num_threads()} threads, "
-            + (
-                f"bfloat16 by {native[0]}" if native else "no bfloat16 of its own: tuning is slower"
-            ),
+            + (f"bfloat16 by {native[0]}" if native else "no native bfloat16: tuning is slower"),
         ),
     ]
     if not torch.cuda.is_available():
-        why = "" if torch.version.cuda else f" (torch {torch.__version__} is built without CUDA)"
-        return [*found, Finding("GPU", f"none{why}")]
+        reason = "" if torch.version.cuda else f" (torch {torch.__version__} is built without CUDA)"
+        return [*found, Finding("GPU", f"none{reason}")]
     for index in range(torch.cuda.device_count()):
         name, memory = torch.cuda.get_device_name(index), torch.cuda.mem_get_info(index)[1]
         found.append(Finding(f"GPU {index}", f"{name}, {memory / 2**30:.0f} GiB"))
@@ -61,7 +59,7 @@ def machine() -> list[Finding]:
 
 
 def packages() -> Iterator[Finding]:
-    """What APT is built on, and what is optional."""
+    """The required packages and the optional ones."""
     for name in _REQUIRED:
         yield Finding(name, version(name))
     for name, purpose, module, remedy in _OPTIONAL:
@@ -73,7 +71,7 @@ def packages() -> Iterator[Finding]:
 
 
 def try_import(distribution: str, module: str) -> Finding | None:
-    """Whether a package imports here; None where it is not installed."""
+    """The version of a package and any error on import; None if it is not installed."""
     try:
         installed = version(distribution)
     except PackageNotFoundError:
@@ -96,7 +94,7 @@ def plugins(registry: Registry) -> Iterator[Finding]:
 
 
 def families(registry: Registry) -> Iterator[Finding]:
-    """What the machine will run each family with."""
+    """The implementation that this machine uses for each family."""
     for spec in registry.adapters.specs.values():
         yield from _family(spec)
 

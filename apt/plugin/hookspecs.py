@@ -1,6 +1,6 @@
 """The plugin surface. A plugin is a module named by an entry point of group ``apt``.
 
-Built-ins come through the same door. Example::
+The built-in plugins use the same hooks. Example::
 
     from apt.plugin.hookspecs import hookimpl
     from apt.plugin.specs import AdapterSpec
@@ -27,12 +27,12 @@ from apt.plugin.specs import (
 PROJECT = "apt"
 
 API = 1
-"""The version of this surface. A plugin module that says ``APT_API = 1`` is loaded by every APT
-that serves that version; one that says nothing takes what it gets."""
+"""The version of the hooks. A plugin module with ``APT_API = 1`` is loaded by every APT that
+supports version 1. A module without ``APT_API`` is loaded by every APT."""
 
 OLDEST_API = 1
-"""The oldest version that is still served. A hook or a field that is to go is kept, with a warning,
-for two minor releases of APT; then ``API`` rises, and one minor release later ``OLDEST_API``."""
+"""The oldest supported version. A hook or a field that will be removed stays, with a warning, for
+two minor releases of APT. Then ``API`` rises, and ``OLDEST_API`` one minor release later."""
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
@@ -40,37 +40,37 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 @hookspec
 def apt_adapters() -> Iterable[AdapterSpec]:  # type: ignore[empty-body]
-    """The model families that this plugin serves."""
+    """The adapters of this plugin, one for each model family."""
 
 
 @hookspec
 def apt_formats() -> Iterable[FormatSpec]:  # type: ignore[empty-body]
-    """The formats of checkpoints, beside that of transformers, that this plugin reads."""
+    """The checkpoint formats that this plugin reads, beside the one of transformers."""
 
 
 @hookspec
 def apt_methods() -> Iterable[MethodSpec]:  # type: ignore[empty-body]
-    """The pruning methods that this plugin offers."""
+    """The pruning methods of this plugin."""
 
 
 @hookspec
 def apt_allocations() -> Iterable[AllocationSpec]:  # type: ignore[empty-body]
-    """The ways to share out a sparsity that this plugin offers."""
+    """The allocations of this plugin: ways to distribute a sparsity over the sites."""
 
 
 @hookspec
 def apt_evaluators() -> Iterable[EvaluatorSpec]:  # type: ignore[empty-body]
-    """The measures of a model that this plugin offers."""
+    """The metrics of this plugin."""
 
 
 @hookspec
 def apt_calibrations() -> Iterable[CalibrationSpec]:  # type: ignore[empty-body]
-    """The text sources that this plugin offers."""
+    """The text sources of this plugin."""
 
 
 @hookspec
 def apt_site_pruned(event: SitePruned) -> None:
-    """Called after every site that is pruned, from the thread that prunes.
+    """Called after each pruned site, from the thread that prunes.
 
-    An observer that raises is told of in a warning and not called again.
+    If an observer raises an exception, a warning reports it and the observer is not called again.
     """

@@ -1,4 +1,4 @@
-"""Loading plugins, and finding by name what they offer."""
+"""Loading of plugins, and lookup of their specs by name."""
 
 import os
 import warnings
@@ -24,22 +24,22 @@ from apt.plugin.specs import (
 
 S = TypeVar("S", bound=Spec)
 
-OURS = "apt-prune"
+OWN_DISTRIBUTION = "apt-prune"
 
 DISABLE = "APT_DISABLE_PLUGINS"
-"""The environment variable that names distributions or entry points to leave out, separated by
-commas or blanks; ``*`` leaves out all but APT's own."""
+"""The environment variable with the distributions or entry points to leave out, separated by commas
+or blanks. ``*`` leaves out all except APT's own."""
 
 
 @dataclass(frozen=True)
 class Plugin:
-    """An entry point, and what became of it.
+    """An entry point, and the result of loading it.
 
     Attributes:
         distribution: the distribution that declares it, with its version.
         name, module: the entry point.
-        problem: why it, or a part of it, could not be loaded.
-        disabled: whether `DISABLE` names it.
+        problem: the error in loading it or a part of it; empty if there is none.
+        disabled: True if `DISABLE` names it.
     """
 
     distribution: str
@@ -55,13 +55,13 @@ class Plugin:
 
     @property
     def key(self) -> str:
-        """What it is registered under."""
+        """The key that it is registered by."""
         return f"{self.distribution}:{self.name}"
 
 
 @dataclass(frozen=True)
 class Catalog(Generic[S]):
-    """All specs of one kind, by name, with the plugin that each comes from, and all plugins."""
+    """All specs of one kind by name, with the plugin of each spec, and all plugins."""
 
     kind: str
     specs: Mapping[str, S]
@@ -69,16 +69,16 @@ class Catalog(Generic[S]):
     plugins: Mapping[str, Plugin]
 
     def get(self, name: str) -> S:
-        """The spec of that name, in any case; an `AptError` suggests the closest otherwise."""
+        """The spec of that name, upper or lower case; an `AptError` suggests the closest name."""
         by_case = {known.lower(): spec for known, spec in self.specs.items()}
         if name.lower() not in by_case:
-            raise unknown(self.kind, name, self.specs, _absent(self.plugins.values()))
+            raise unknown(self.kind, name, self.specs, _unavailable(self.plugins.values()))
         return by_case[name.lower()]
 
 
 @dataclass(frozen=True)
 class Registry:
-    """What all plugins offer."""
+    """The specs and observers of all plugins."""
 
     adapters: Catalog[AdapterSpec]
     formats: Catalog[FormatSpec]
@@ -90,7 +90,7 @@ class Registry:
     observers: dict[str, pluggy.HookImpl]
 
     def offers(self, plugin: Plugin) -> list[str]:
-        """The names of what ``plugin`` offers."""
+        """The names of the specs of ``plugin``, and ``an observer`` if it has one."""
         catalogs = (
             self.adapters, self.formats, self.methods, self.allocations, self.calibrations,
             self.evaluators,
@@ -104,7 +104,7 @@ class Registry:
         return names + ["an observer"] * (plugin.key in self.observers)
 
     def site_pruned(self, event: Any) -> None:
-        """Tell every observer; one that raises is told of in a warning and not called again."""
+        """Call every observer. One that raises is reported in a warning and not called again."""
         for name, observer in list(self.observers.items()):
             try:
                 observer.function(*[event for _ in observer.argnames])
@@ -114,12 +114,16 @@ class Registry:
                 warnings.warn(f"observer failed and is left out: {problem}", stacklevel=2)
 
     def default_method(self) -> MethodSpec:
-        """The most accurate of APT's own methods; of all where those are disabled.
+        """The most accurate of APT's own methods, or of all methods if those are disabled.
 
-        The method of another package is used where it is named, whatever its rank.
+        A method of another package is used only by name, whatever its rank.
         """
         specs, origins = self.methods.specs, self.methods.origins
-        own = [spec for name, spec in specs.items() if origins[name].distribution_name == OURS]
+        own = [
+            spec
+            for name, spec in specs.items()
+            if origins[name].distribution_name == OWN_DISTRIBUTION
+        ]
         return max(own or specs.values(), key=lambda spec: spec.rank)
 
     def adapter_for(self, model_type: str) -> AdapterSpec:
@@ -128,12 +132,12 @@ class Registry:
         if len(claims) == 1:
             return claims[0]
         if not claims:
-            served = sorted(t for s in self.adapters.specs.values() for t in s.model_types)
+            supported = sorted(t for s in self.adapters.specs.values() for t in s.model_types)
             general = [s.name for s in self.adapters.specs.values() if not s.model_types]
             others = f", or try adapter {general[0]}" if general else ""
             raise AptError(
                 f"no adapter serves models of type '{model_type}'",
-                f"install a package with one{others}; served: {', '.join(served)}",
+                f"install a package with one{others}; supported: {', '.join(supported)}",
                 ("adapter",),
             )
         names = " and ".join(f"'{spec.name}'" for spec in claims)
@@ -148,7 +152,7 @@ class _Loader:
         self._disable = {word.lower() for word in disable.replace(",", " ").split()}
 
     def load(self, entry: EntryPoint) -> None:
-        """Register one entry point; a broken one is a warning that names its distribution."""
+        """Register one entry point. A failure is a warning that names the distribution."""
         origin = f"{entry.dist.name} {entry.dist.version}" if entry.dist else entry.value
         plugin = Plugin(origin, entry.name, entry.value)
         self.plugins[plugin.key] = plugin
@@ -166,8 +170,8 @@ class _Loader:
 
     def _disabled(self, entry: EntryPoint) -> bool:
         distribution = entry.dist.name if entry.dist else ""
-        everybody = "*" in self._disable and distribution != OURS
-        return everybody or not self._disable.isdisjoint({distribution.lower(), entry.name.lower()})
+        by_star = "*" in self._disable and distribution != OWN_DISTRIBUTION
+        return by_star or not self._disable.isdisjoint({distribution.lower(), entry.name.lower()})
 
     def note(self, key: str, error: Exception) -> None:
         problem = f"{type(error).__name__}: {first_line(error)}"
@@ -177,7 +181,7 @@ class _Loader:
         )
 
     def catalog(self, kind: str, hook: pluggy.HookCaller, of: type[S]) -> Catalog[S]:
-        """Call ``hook`` on every plugin and collect the specs; a name claimed twice is an error."""
+        """Call ``hook`` on every plugin and collect the specs. A duplicate name is an error."""
         specs: dict[str, S] = {}
         origins: dict[str, Plugin] = {}
         for implementation in hook.get_hookimpls():
@@ -195,15 +199,15 @@ class _Loader:
             declared: Iterable[S] = implementation.function()  # type: ignore[assignment]
             found = list(declared)
             if wrong := [spec for spec in found if not isinstance(spec, of)]:
-                raise TypeError(f"{wrong[0]!r} is no {of.__name__}")
+                raise TypeError(f"{wrong[0]!r} is not of type {of.__name__}")
         except Exception as error:
             self.note(implementation.plugin_name, error)
             return []
         return found
 
 
-def _absent(plugins: Iterable[Plugin]) -> str:
-    """What is not there to be found by name, for the end of a message."""
+def _unavailable(plugins: Iterable[Plugin]) -> str:
+    """The plugins that failed or are disabled, for the end of a message."""
     failed = [f"{p.distribution}: {p.problem}" for p in plugins if p.problem]
     disabled = [p.distribution for p in plugins if p.disabled]
     text = f" (plugins that failed to load: {'; '.join(failed)})" if failed else ""
@@ -211,7 +215,7 @@ def _absent(plugins: Iterable[Plugin]) -> str:
 
 
 def _check_wrappers(callers: Iterable[pluggy.HookCaller], plugin: str) -> None:
-    """Refuse a hook that is declared to wrap others: APT calls every plugin's hook by itself."""
+    """Refuse a wrapper hook: APT calls the hook of every plugin separately."""
     for caller in callers:
         for implementation in caller.get_hookimpls():
             wraps = implementation.wrapper or implementation.hookwrapper
@@ -220,16 +224,17 @@ def _check_wrappers(callers: Iterable[pluggy.HookCaller], plugin: str) -> None:
 
 
 def _check_version(wanted: object) -> None:
-    """Refuse a plugin that was written for another version of the hooks."""
+    """Refuse a plugin for an unsupported version of the hooks."""
     if not isinstance(wanted, int):
         raise TypeError(f"APT_API is {wanted!r}, not a whole number")
     if wanted > hookspecs.API:
         raise RuntimeError(
-            f"needs version {wanted} of the hooks, this APT has {hookspecs.API}: upgrade {OURS}"
+            f"needs version {wanted} of the hooks, this APT has {hookspecs.API}: "
+            f"upgrade {OWN_DISTRIBUTION}"
         )
     if wanted < hookspecs.OLDEST_API:
         raise RuntimeError(
-            f"speaks version {wanted} of the hooks, this APT serves {hookspecs.OLDEST_API} and up: "
+            f"needs version {wanted} of the hooks, this APT has {hookspecs.OLDEST_API} and later: "
             "upgrade the plugin"
         )
 
@@ -267,5 +272,5 @@ def load_registry(entries: Iterable[EntryPoint], disable: str = "") -> Registry:
 
 @cache
 def registry() -> Registry:
-    """What the installed packages offer; read once in a process."""
+    """The registry of the installed packages. It is loaded once in a process."""
     return load_registry(entry_points(group=hookspecs.PROJECT), os.environ.get(DISABLE, ""))

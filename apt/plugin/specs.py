@@ -1,4 +1,4 @@
-"""What plugins declare: frozen descriptions, cheap to import, with the code behind a name."""
+"""Specs, the declarations of plugins: frozen data that name the code without importing it."""
 
 from dataclasses import dataclass
 from importlib.resources import files
@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Spec:
-    """A named thing that a plugin offers.
+    """A named component of a plugin.
 
     Args:
-        name: what users type.
-        summary: one line, shown in listings.
-        target: ``"module:attribute"``, imported only when it is used.
+        name: the name for users.
+        summary: one line for listings.
+        target: ``"module:attribute"``, imported only on use.
     """
 
     name: str
@@ -31,13 +31,14 @@ class AdapterSpec(Spec):
     """An adapter; its target is a class whose instances are `apt.adapter.Adapter`.
 
     Args:
-        model_types: the ``model_type`` of the configurations that it serves; none where it serves
-            whatever it fits, and is chosen by name only.
+        model_types: the supported values of ``model_type`` in configurations. Empty for an adapter
+            that is chosen only by name.
         zoo: ``"package:folder"`` of a checkpoint that ships with the adapter, for ``zoo:NAME``.
-        example: ``"module:function"`` that makes a small random model of the family, by which
-            ``apt-prune check`` checks the adapter.
-        doctor: ``"module:function"`` that says what this machine will run the family with, as a
-            list of `apt.plugin.doctor.Finding`, for ``apt-prune doctor``; none for plain torch.
+        example: ``"module:function"`` that returns a small random model of the family.
+            ``apt-prune check`` checks the adapter with it.
+        doctor: ``"module:function"`` that returns a list of `apt.plugin.doctor.Finding` about the
+            implementation that this machine uses for the family, for ``apt-prune doctor``. None
+            for plain torch.
     """
 
     model_types: tuple[str, ...] = ()
@@ -46,17 +47,17 @@ class AdapterSpec(Spec):
     doctor: str | None = None
 
     def load_example(self) -> Any:
-        """Make the example."""
+        """Build the example model."""
         assert self.example is not None
         return resolve_name(self.example)()
 
     def examine(self) -> Any:
-        """Ask the family's doctor."""
+        """Call the doctor function."""
         assert self.doctor is not None
         return resolve_name(self.doctor)()
 
     def zoo_path(self) -> Path | None:
-        """The folder of the embedded checkpoint, if there is one."""
+        """The folder of the embedded checkpoint; None if there is none."""
         if self.zoo is None:
             return None
         package, folder = self.zoo.split(":")
@@ -65,11 +66,11 @@ class AdapterSpec(Spec):
 
 @dataclass(frozen=True)
 class FormatSpec(Spec):
-    """A format of checkpoints that is not transformers' own.
+    """A checkpoint format other than that of transformers.
 
-    Its target is a function from the location of a checkpoint (a directory or a name on the hub)
-    and its ``config.json``, one without a ``model_type``. It returns an
-    `apt.checkpoints.formats.Checkpoint`, or None where the checkpoint has another format.
+    Its target is a function of the location of a checkpoint (a directory or a name on the hub) and
+    the content of its ``config.json``, which has no ``model_type``. It returns an
+    `apt.checkpoints.formats.Checkpoint`, or None if the checkpoint has another format.
     """
 
 
@@ -78,13 +79,13 @@ class MethodSpec(Spec):
     """A pruning method; its target is a function `apt.pruning.layer.Method`.
 
     Args:
-        rank: its place by measured accuracy. Of APT's own methods, the one of the highest rank is
-            the default; that of another package is used where it is named.
-        source: the paper that it comes from.
-        per: where it counts an unstructured sparsity unless told otherwise.
-        error_aware: whether its targets are error-aware by default, see `apt.calibration.targets`.
-        efforts: whether it heeds ``SolverOptions.effort``.
-        blocks: whether it heeds ``SolverOptions.block_size``.
+        rank: its order by measured accuracy. The method of APT with the highest rank is the
+            default. A method of another package is used only by name.
+        source: the paper.
+        per: the default unit, row or layer, in which an unstructured sparsity is counted.
+        error_aware: True if its targets are error-aware by default, see `apt.calibration.targets`.
+        efforts: True if it uses ``SolverOptions.effort``.
+        blocks: True if it uses ``SolverOptions.block_size``.
     """
 
     rank: int = 0
@@ -100,7 +101,7 @@ class AllocationSpec(Spec):
     """An allocation of sparsity to sites; its target is an `apt.planning.allocation.Allocation`.
 
     Args:
-        source: the paper that it comes from.
+        source: the paper.
     """
 
     source: str = ""
@@ -108,13 +109,13 @@ class AllocationSpec(Spec):
 
 @dataclass(frozen=True)
 class EvaluatorSpec(Spec):
-    """A measure of a model; its target is a function from model and tokens to a number.
+    """A metric; its target is a function of a model and tokens that returns a number.
 
     The function takes a causal language model of transformers and token ids (windows, seqlen) of
     separate windows.
 
     Args:
-        better: whether lower or higher is better.
+        better: the better direction, ``"lower"`` or ``"higher"``.
     """
 
     better: Literal["lower", "higher"] = "lower"
@@ -122,13 +123,13 @@ class EvaluatorSpec(Spec):
 
 @dataclass(frozen=True)
 class CalibrationSpec(Spec):
-    """A text source; its target is a function from a split to documents.
+    """A text source; its target is a function of a split that yields documents.
 
-    The function takes ``"calibration"`` or ``"evaluation"`` and yields strings; the two splits
-    must not share text.
+    The function takes ``"calibration"`` or ``"evaluation"`` and yields strings. The two splits
+    must not have text in common.
 
     Args:
-        source: where the text comes from, and its licence.
+        source: the origin of the text, and its licence.
     """
 
     source: str = ""

@@ -46,12 +46,12 @@ class PruneArguments(TypedDict, total=False):
 
 
 def prune_copy(model: M, tokens: Tensor, **arguments: Unpack[PruneArguments]) -> tuple[M, Report]:
-    """Prune a copy, and leave the model as it is.
+    """Prune a copy of a model; the model itself does not change.
 
     Args:
         model: the model.
         tokens: calibration token ids (samples, seqlen).
-        arguments: those of `prune`.
+        arguments: the keyword arguments of `prune`.
 
     Returns:
         The pruned copy, and the record of the run.
@@ -78,36 +78,36 @@ def prune(
 ) -> Report:
     """Prune a causal language model of transformers in place.
 
-    However a run ends early, by an error, an observer or Ctrl-C, no hook, thread, mode or precision
-    setting is left behind. Blocks before the current one are pruned and tuned, those after it are
-    dense; of its own sites each is either dense or meets its pattern. Work on a copy where that
-    matters.
+    If a run ends early, by an error, an observer or Ctrl-C, no hook, thread, mode or precision
+    setting is left behind. The model is then partly pruned: blocks before the current one are
+    pruned and tuned, blocks after it are dense, and each site of the current block is dense or
+    meets its pattern. Use `prune_copy` to keep the original model.
 
     Args:
         model: the model.
         tokens: calibration token ids (samples, seqlen), without padding; see
-            `apt.calibration_tokens`. Where the model's tokenizer begins a text with a token of its
-            own, so should every sample.
+            `apt.calibration_tokens`. If the model's tokenizer begins each text with a special
+            token, each sample should begin with it.
         pattern: ``"2:4"``, ``"0.5"``, or a pattern of `apt.solver`.
         adapter: the name of an adapter, or an adapter; by default the one that serves the model's
             type.
         method: the name of a method, or a function `apt.pruning.layer.Method`; by default the most
-            accurate one.
-        selection: the sites to prune, and patterns of their own; all by default.
+            accurate method.
+        selection: the sites to prune, and the sites with other patterns; by default all sites.
         options: the options that the weights depend on; see `apt.PruneOptions`.
-        allocation: how an unstructured sparsity is shared out among sites: a name, or a function
-            `apt.planning.allocation.Allocation`.
-        also: kinds of parameters beyond the Linears that are pruned too, as the adapter has them.
-        tokenizer: the model's tokenizer. It says which tokens are no text, so that they never
-            stand among random tokens, and how the text that the model writes begins. Without it
-            those are left out that the model's configurations name.
-        seed: draws the text that the model writes.
-        ranks: the processes of torch.distributed that prune together, `apt.Ranks` of their group:
-            each calls this with an equal model and the same arguments, and is left with the same
-            weights. None prunes alone, whatever process group there is.
+        allocation: the distribution of an unstructured sparsity over the sites: a name, or a
+            function `apt.planning.allocation.Allocation`.
+        also: kinds of parameters to prune beside the Linears, by their names in the adapter.
+        tokenizer: the model's tokenizer. It gives the special tokens, which never occur among
+            random tokens, and the first token of the text that the model generates. Without it the
+            special tokens are those of the model's configurations.
+        seed: the seed for the text that the model generates.
+        ranks: the processes of torch.distributed that prune together, `apt.Ranks` of their group.
+            Each process makes this call with an equal model and the same arguments, and gets the
+            same weights. None prunes in this process alone, even if there is a process group.
         observe: called with every event of `apt.events`, from the thread that prunes: after each
-            solve, each step of tuning and each batch that is run through a block. An exception
-            that it raises ends the run and reaches the caller, which cancels the run.
+            solve, each step of tuning and each batch that is run through a block. To cancel the
+            run, raise an exception from it; the exception reaches the caller.
 
     Returns:
         The record of the run; ``report.sites`` has one entry for each pruned site.
@@ -170,15 +170,15 @@ def calibration_tokens(
     seqlen: int = 2048,
     seed: int = 0,
 ) -> Tensor:
-    """Calibration samples of a data source, as ``apt-prune prune`` draws them.
+    """Calibration samples from a data source, the same as those of ``apt-prune prune``.
 
     Args:
-        tokenizer: the model's tokenizer. Where it begins a text with a token of its own, so does
-            every sample.
+        tokenizer: the model's tokenizer. If it begins each text with a special token, each sample
+            begins with it.
         source: ``builtin``, the name of a data set, or a .txt, .jsonl or .parquet file.
-        samples: how many.
-        seqlen: tokens of a sample.
-        seed: draws the samples, without overlap.
+        samples: the number of samples. They do not overlap.
+        seqlen: the number of tokens of a sample.
+        seed: the seed for the choice of samples.
 
     Returns:
         Token ids (samples, seqlen).
@@ -194,16 +194,16 @@ def calibration_tokens(
 def find_adapter(
     adapter: str | Adapter | None, model: nn.Module, installed: Registry
 ) -> tuple[str, Adapter]:
-    """The adapter for a model and its name.
+    """The name of the adapter for a model, and the adapter.
 
     Raises:
-        AptError: no adapter serves the model's type, or it has no configuration to tell it by.
+        AptError: no adapter serves the model's type, or the model has no configuration.
     """
     if adapter is not None and not isinstance(adapter, str):
         name, instance = type(adapter).__name__, adapter
     elif adapter is None and getattr(model, "config", None) is None:
         raise AptError(
-            f"{type(model).__name__} has no config, so that its family is not known",
+            f"{type(model).__name__} has no config, so its family is not known",
             "choose an adapter",
             ("adapter",),
         )
@@ -218,12 +218,12 @@ def find_adapter(
 
 
 def model_type(model: nn.Module) -> str:
-    """The ``model_type`` of a model's configuration, or else the name of its class."""
+    """The ``model_type`` of a model's configuration; without one, the name of its class."""
     return str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
 
 
 def method_spec(method: str | Method | None, installed: Registry) -> MethodSpec:
-    """The spec of a method by name; of a function, one without claims."""
+    """The spec of a method given by name, or a default spec for a function."""
     if method is None:
         return installed.default_method()
     if isinstance(method, str):
@@ -249,6 +249,6 @@ def _pattern(pattern: Pattern | str) -> Pattern:
 
 
 def _reference(model: nn.Module) -> str:
-    """The name that the model was loaded by, as far as its configuration has kept it."""
+    """The reference in the model's configuration; without one, the name of its class."""
     name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
     return portable(str(name))

@@ -1,4 +1,4 @@
-"""Blocks that are on disk while they have no turn, read from one checkpoint, written to another."""
+"""Blocks on disk: read from the input checkpoint one at a time, and written to the output."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -20,14 +20,14 @@ from apt.planning.plan import Plan
 
 
 class DiskBlocks:
-    """See `apt.pruning.block_storage.BlockStorage`.
+    """Blocks on disk, see `apt.pruning.block_storage.BlockStorage`.
 
     Args:
-        plan: what is pruned.
-        source, target: the checkpoint's blocks, and what is becoming of their copies.
-        device: where a block has its turn. On a GPU, the next one is read meanwhile.
-        work: the journal.
-        ranks: the processes that do this together, the first of which writes.
+        plan: the plan of the run.
+        source, target: the blocks of the input, and those of the output.
+        device: the device of the current block. For a GPU, the next block is read in advance.
+        work: the workplace, with the journal.
+        ranks: the processes that prune together. Only the first one writes.
     """
 
     repeatable = True
@@ -51,9 +51,9 @@ class DiskBlocks:
 
     @contextmanager
     def open(self, name: str, block: nn.Module) -> Iterator[None]:
-        """The block as the input has it; then on the meta device again."""
-        coming = self._ahead.pop(name, None)
-        dense = coming.result() if coming else self._source.read(name)
+        """While entered, the dense block is in memory; then it is on the meta device again."""
+        reading = self._ahead.pop(name, None)
+        dense = reading.result() if reading else self._source.read(name)
         following = self._next.get(name)
         if self._reader is not None and following is not None:
             self._ahead[following] = self._reader.submit(self._source.read, following)
@@ -61,15 +61,15 @@ class DiskBlocks:
             yield
 
     def pruned(self, name: str) -> list[SitePruned] | None:
-        """As the journal has it."""
+        """The records in the journal of a block's sites; None if the block is not finished."""
         return sites_of(self._done[name]) if name in self._done else None
 
     def restore(self, name: str, block: nn.Module) -> None:
-        """Read the block from the output."""
+        """Read the pruned block from the output."""
         self._target.restore(name)
 
     def keep(self, name: str, block: nn.Module, sites: Sequence[SitePruned]) -> None:
-        """Write what was pruned, and say so in the journal."""
+        """Write the pruned parameters, and then a line in the journal."""
         if not self._ranks.first:
             return
         planned = next(entry for entry in self._plan.blocks if entry.name == name)
@@ -78,10 +78,10 @@ class DiskBlocks:
         self._work.journal.add(line | {"digest": self._target.digest(planned)})
 
     def check(self) -> None:
-        """Hold the blocks that an earlier run wrote against their checksums in the journal.
+        """Compare the blocks that an earlier run wrote with their checksums in the journal.
 
         Raises:
-            AptError: one was changed since.
+            AptError: a block was changed since then.
         """
         for planned in self._plan.blocks:
             line = self._done.get(planned.name)
@@ -89,7 +89,7 @@ class DiskBlocks:
                 raise self._work.damaged(f"{planned.name} was changed")
 
     def verify(self) -> None:
-        """Hold what was written against the plan."""
+        """Check the written blocks against the plan."""
         for planned in self._plan.blocks:
             with self._target.open(planned.name) as block:
                 if failed := failures(block_verdicts(planned, block)):
@@ -97,18 +97,18 @@ class DiskBlocks:
 
 
 def reads_ahead(device: str) -> bool:
-    """Whether a block is read while another has its turn.
+    """True if the next block is read while the current one is pruned.
 
-    On a processor that would take memory for a second block and win little: the kernel reads ahead.
+    On a CPU that would need memory for a second block and gain little: the kernel reads ahead.
     """
     return device.startswith("cuda")
 
 
 def sites_of(line: dict[str, Any]) -> list[SitePruned]:
-    """What a line of the journal says was pruned.
+    """The records of the pruned sites in a line of the journal.
 
     Raises:
-        AptError: no run has written such a line.
+        AptError: the line is damaged.
     """
     try:
         return [SitePruned(**{**s, "shape": tuple(s["shape"])}) for s in line.get("sites", ())]

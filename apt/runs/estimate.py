@@ -1,4 +1,4 @@
-"""What a run will need: memory and time, from shapes alone."""
+"""An estimate of the memory and time of a run, from shapes alone."""
 
 import time
 from dataclasses import dataclass
@@ -19,11 +19,11 @@ from apt.text.sampling import vocabulary
 from apt.text.self_generated import cached_tokens, logits_at_once
 
 _FP32 = 4
-_FORWARDS = 4  # of the dense stream, of the pruned one after tuning and before, and of the drift
-_TUNING = 3.5  # a forward and its backward, and what is held back
-_TEXT = 150 * 2**20  # what reading and tokenising leaves behind
-_READING = 140 * 2**20  # and what it takes for a moment
-_SOLVE_STEPS = 40  # products of (out, in) by (in, in) that two rounds and their joint solves take
+_FORWARDS = 4  # the dense stream, the pruned one before and after tuning, and the drift
+_TUNING = 3.5  # a forward, its backward, and the validation samples
+_TEXT = 150 * 2**20  # memory that stays allocated after reading and tokenising text
+_READING = 140 * 2**20  # additional memory while text is read
+_SOLVE_STEPS = 40  # products of (out, in) by (in, in) in two rounds with their joint solves
 
 
 @dataclass(frozen=True)
@@ -31,18 +31,21 @@ class Estimate:
     """Bytes of memory and seconds.
 
     Attributes:
-        process: Python and its libraries: this process now, and what reading text will add.
-        weights: the model's weights; streamed, of its largest block and of what is not in blocks.
-        activations: the calibration activations between two blocks, of the pruned and of the dense
-            stream, and within one: the dense stream's inputs, and what waits before a product.
+        process: the memory of this process now, with Python and its libraries, and the memory that
+            reading text will add.
+        weights: the weights of the model; if streamed, those of its largest block and those outside
+            the blocks.
+        activations: the calibration activations of the pruned and the dense stream between two
+            blocks, the inputs of the dense stream within a block, and the activations of batches
+            that wait before a product.
+        disk: the part of the activations that is on disk.
         grams: the Gram and cross matrices of the largest block, with their factors.
-        disk: of the activations, what lies there.
-        working: one batch's activations inside a block, and one site's solve or, if that is more,
-            the block's weights, gradients and moments while it is tuned.
-        predicting: the logits, and what is made with them, where the model is measured or writes
-            text to calibrate on: before and after all of the above but the weights.
-        seconds: the time of an error-aware run of default effort; forwards of attention and scans
-            that are not products of weights are not counted.
+        working: the activations of one batch inside a block, and the larger of two: the solve of
+            one site, or the weights, gradients and moments of a block while it is tuned.
+        predicting: the logits, and the tensors made from them, while the model is measured or
+            generates calibration text. At that time only the weights are in memory beside them.
+        seconds: the time of an error-aware run of default effort. Attention and scans, which are
+            not products with weights, are not counted.
     """
 
     process: int
@@ -56,7 +59,7 @@ class Estimate:
 
     @property
     def memory(self) -> int:
-        """The peak: all of it, or that of reading text where a model is tiny."""
+        """The peak memory: that of the run, or that of reading text if the model is tiny."""
         run = max(self.activations + self.grams + self.working, self.predicting)
         return self.process + max(self.weights + run, _READING)
 
@@ -71,19 +74,19 @@ def estimate(
     *,
     streamed: bool,
     on_disk: bool = False,
-    writing: bool = False,
+    own_text: bool = False,
 ) -> Estimate:
     """Estimate an error-aware run of ``plan`` on ``samples`` of ``seqlen`` tokens.
 
     Args:
         shell: the model, without weights.
-        plan: what to do to each site.
-        samples, seqlen: the calibration samples in all, and the tokens of each.
-        dtype: of weights and activations.
-        device: where it runs.
-        streamed: whether no more than one block is in memory.
-        on_disk: whether no more than one batch of activations is.
-        writing: whether the model writes text to calibrate on.
+        plan: the pattern of each site.
+        samples, seqlen: the number of all calibration samples, and the tokens of each.
+        dtype: the dtype of weights and activations.
+        device: the device that the model runs on.
+        streamed: True if no more than one block is in memory at a time.
+        on_disk: True if no more than one batch of activations is in memory at a time.
+        own_text: True if the model generates calibration text.
     """
     bytes_each, config = dtype.itemsize, shell.config
     tokens = samples * seqlen
@@ -107,30 +110,30 @@ def estimate(
         + max(8 * largest, 5 * tuned) * _FP32,
         predicting=max(
             _measuring(shell, seqlen, (4 * widest + held) * bytes_each),
-            _writing(shell, len(blocks), seqlen, bytes_each) if writing else 0,
+            _generating(shell, len(blocks), seqlen, bytes_each) if own_text else 0,
         ),
         seconds=_operations(plan, tokens) / _throughput(device),
     )
 
 
 def _measuring(shell: Model, seqlen: int, each: int) -> int:
-    """Bytes of a part of the logits, and of ``each`` of the tokens of some windows in a block."""
+    """Bytes of a part of the logits, and ``each`` bytes for each token of a batch of windows."""
     windows = windows_at_once(seqlen)
     return part_bytes(vocabulary(shell.module), windows, seqlen) + windows * seqlen * each
 
 
-def _writing(shell: Model, blocks: int, seqlen: int, bytes_each: int) -> int:
-    """Bytes of the logits of the next tokens, and of the keys and values of those written."""
-    config, known = shell.config, cached_tokens(seqlen)
+def _generating(shell: Model, blocks: int, seqlen: int, bytes_each: int) -> int:
+    """Bytes of the logits of the next tokens, and of the cached keys and values."""
+    config, cached = shell.config, cached_tokens(seqlen)
     heads = getattr(config, "num_attention_heads", None) or 1
     width = config.hidden_size * (getattr(config, "num_key_value_heads", None) or heads) // heads
     logits = part_bytes(vocabulary(shell.module), logits_at_once(), 1)
-    written: int = known * blocks * 2 * width * bytes_each
-    return logits + written
+    keys_and_values: int = cached * blocks * 2 * width * bytes_each
+    return logits + keys_and_values
 
 
 def activations_on_disk(shell: Model, plan: Plan, tokens: int, dtype: torch.dtype) -> int:
-    """Bytes of what an error-aware run has on disk of its calibration activations."""
+    """Bytes of the calibration activations that an error-aware run keeps on disk."""
     kept = max(_kept(block, shell.config, dtype.itemsize) for block in plan.blocks)
     drift: int = shell.config.hidden_size * _FP32
     return tokens * (kept + drift)
@@ -146,10 +149,10 @@ def _inputs(block: PlannedBlock) -> dict[str, int]:
 
 
 def _activations(block: PlannedBlock, config: Any, bytes_each: int, held: int) -> int:
-    """Bytes for each token: what is kept, what waits in a block, and the drift.
+    """Bytes for each token: kept activations, those of a forward that waits, and the drift.
 
-    Before the last product wait its input, what is normalised and what is added to it; before that
-    of attention, what it ``held`` may be more.
+    A forward that waits before the last product holds its input, a normalised stream and the
+    residual stream. Before a product in attention the ``held`` activations may be larger.
     """
     last = max(_shared_inputs(block).values(), default=0)
     waiting = 2 * config.hidden_size + max(last, held)
@@ -159,21 +162,21 @@ def _activations(block: PlannedBlock, config: Any, bytes_each: int, held: int) -
 
 
 def _kept(block: PlannedBlock, config: Any, bytes_each: int) -> int:
-    """Bytes for each token: two streams, and the dense inputs."""
+    """Bytes for each token: the two streams, and the dense inputs."""
     total: int = (2 * config.hidden_size + sum(_shared_inputs(block).values())) * bytes_each
     return total
 
 
 def _shared_inputs(block: PlannedBlock) -> dict[str, int]:
-    """The width of each input that is every token's."""
+    """The width of each input that all tokens have, which is not so for those of experts."""
     return {entry.site.input: entry.shape[1] for entry in block.pruned if not entry.site.routed}
 
 
 def _gram_bytes(block: PlannedBlock) -> int:
     total = 0
     for name, width in _inputs(block).items():
-        made = sum(entry.shape[0] for entry in block.pruned if entry.site.input == name)
-        total += (5 * width + min(width, made)) * width * _FP32
+        outputs = sum(entry.shape[0] for entry in block.pruned if entry.site.input == name)
+        total += (5 * width + min(width, outputs)) * width * _FP32
     return total
 
 
@@ -189,7 +192,7 @@ def _operations(plan: Plan, tokens: int) -> float:
 
 
 def _throughput(device: str) -> float:
-    """Operations a second of an fp32 product on this machine, now."""
+    """Floating-point operations per second of an fp32 product, measured on this machine."""
     x = torch.randn(1024, 1024, device=device)
     x @ x
     started, rounds = time.perf_counter(), 8

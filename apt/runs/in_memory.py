@@ -1,4 +1,4 @@
-"""A run whose whole model is in memory."""
+"""A run with the whole model in memory."""
 
 import gc
 import time
@@ -21,23 +21,23 @@ from apt.distributed.ranks import Ranks
 from apt.output.card import write_card
 from apt.output.location import check_space
 from apt.output.report import Report
-from apt.output.workplace import Workplace, whole_directory, writing
+from apt.output.workplace import Workplace, whole_directory, write_errors
 from apt.planning.plan import Plan
 from apt.pruning.block_storage import BlockStorage
 from apt.runs.machine import activation_store, read_dtype
-from apt.runs.measures import Unmeasured, measure
+from apt.runs.measures import MeasurementError, measure
 from apt.runs.prepare import Prepared
 from apt.runs.prune_model import Job
 from apt.runs.text import Text
 
 
 class InMemoryRun:
-    """See `apt.runs.storage.RunStorage`.
+    """A run with the whole model in memory, see `apt.runs.storage.RunStorage`.
 
     Args:
         prepared: the checked run.
-        status: told what is being done.
-        ranks: the processes that do this together, the first of which writes.
+        status: called with a text for each step.
+        ranks: the processes that prune together. Only the first one writes.
     """
 
     model: nn.Module
@@ -54,11 +54,11 @@ class InMemoryRun:
         self._loaded: Model | None = None
 
     def check_space(self) -> None:
-        """Hold the size of the output against the disk."""
+        """Raise if the disk has not enough space for the output."""
         check_space(self._prepared.options.output, self._bytes())
 
     def _bytes(self) -> int:
-        """How large the output will be on disk."""
+        """The size of the output on disk, in bytes."""
         shell = self._prepared.shell
         if self._stored is not None:
             return copied_size(self._stored.directory, self._stored.shards)
@@ -67,7 +67,7 @@ class InMemoryRun:
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """The output appears once it is whole."""
+        """While entered, the workplace is locked; at the end the output is published."""
         if not self._ranks.first:
             yield
             return
@@ -83,31 +83,31 @@ class InMemoryRun:
             self._dtype = self._stored.dtype(shell, self._prepared.plan)
         self._loaded = load(shell, self._dtype, self._prepared.device)
         self.model = self._loaded.module
-        if self._stored is not None and not _holds(self._stored, self._loaded):
+        if self._stored is not None and not _is_stored(self._stored, self._loaded):
             self._stored = None
         return replace(report, model=report.model | {"sha256": fingerprint(self.model)})
 
-    def finished(self) -> Report | None:
-        """A run in memory always begins anew."""
+    def earlier_report(self) -> Report | None:
+        """None: a run in memory always starts anew."""
         return None
 
     def own_text(self, job: Job, tokens: Tensor) -> Tensor:
-        """Have the model write it."""
+        """Generate calibration text with the model."""
         if job.augmentation.own_samples:
-            self._status("writing text to calibrate on")
+            self._status("generating calibration text")
         return job.with_own_text(self.model, tokens, self._ranks)
 
     def measure(self, held_out: Tensor | None, when: str) -> dict[str, Any]:
-        """Measure the model as it is."""
+        """Measure the model in its present state."""
         if held_out is None:
             return {}
         with self._prepared.shell.adapter.running(self.model):
             return {when: measure(self._prepared, self.model, held_out, when, self._status)}
 
     def write(self, report: Report, plan: Plan) -> Report:
-        """Save the model, open what was saved, and hold it against the plan."""
+        """Save the model, load the saved model, and check it against the plan."""
         self._status("saving and verifying")
-        with writing(self._prepared.options.output):
+        with write_errors(self._prepared.options.output):
             self._save(plan, self._work.out)
         del self.model
         self._loaded = None
@@ -116,7 +116,7 @@ class InMemoryRun:
         return self._record(report, self._work.out)
 
     def _save(self, plan: Plan, directory: Path) -> None:
-        """Write the model: as a copy of its checkpoint where that is possible."""
+        """Write the model, as a copy of its checkpoint if that is possible."""
         options, tokenizer = self._prepared.options, self._text.tokenizer
         if self._stored is not None:
             other = tokenizer if options.tokenizer else None
@@ -129,35 +129,35 @@ class InMemoryRun:
             keep_side_files(local_directory(shell), directory)
 
     def _verify(self, plan: Plan, directory: Path) -> None:
-        """Open what was written as anybody would; that model is there to be measured."""
+        """Load the written model from disk and check it. It is then the model to be measured."""
         prepared, shell = self._prepared, self._prepared.shell
         source = replace(shell.source, location=str(directory), gguf=None)
         saved = skeleton(source, prepared.registry, shell.spec.name)
         self.model = load(saved, self._dtype, prepared.device).module
         if failed := failures(verify(self.model, shell.adapter, plan)):
-            raise RuntimeError(f"{failed[0].name} as written: {failed[0].detail}")
+            raise RuntimeError(f"{failed[0].name} on disk: {failed[0].detail}")
 
     def _record(self, report: Report, directory: Path) -> Report:
         """Write the model card and the report."""
         shell = self._prepared.shell
         report = report.timed(time.perf_counter() - self._started)
-        with writing(self._prepared.options.output):
+        with write_errors(self._prepared.options.output):
             write_card(directory, report, None if shell.source.gguf else local_directory(shell))
             return report.write(directory)
 
-    def measured(self, report: Report) -> Report:
-        """Measure the model as it was written, which is in its place, and complete the report.
+    def with_final_scores(self, report: Report) -> Report:
+        """Measure the published model, and complete the report.
 
         Raises:
-            Unmeasured: a measure failed.
+            MeasurementError: a measurement failed.
         """
         if (held_out := self._text.held_out) is None:
             return report
         output, problem = self._prepared.options.output, None
         try:
             report = replace(report, scores=report.scores | self.measure(held_out, "after"))
-        except Exception as error:  # a measure that fails must not lose what it measures
-            problem = Unmeasured(output, error)
+        except Exception as error:  # the pruned model must not be lost by a failed measurement
+            problem = MeasurementError(output, error)
             report = replace(report, problems=[str(problem)])
         report = self._record(report, output)
         if problem is not None:
@@ -165,11 +165,11 @@ class InMemoryRun:
         return report
 
 
-def _holds(stored: Stored, model: Model) -> bool:
-    """Whether the model's blocks are what is stored, so that a copy of that can be written over."""
+def _is_stored(stored: Stored, model: Model) -> bool:
+    """True if the blocks equal the stored tensors, so that the output can be a modified copy."""
     names = [
         f"{name}.{path}"
         for name, block in model.adapter.blocks(model.module)
         for path, _ in block.named_parameters()
     ]
-    return stored.holds(model.module, names)
+    return stored.equals(model.module, names)

@@ -1,4 +1,4 @@
-"""What a machine has to compute with: devices, precisions, memory."""
+"""Devices, dtypes and memory of this machine."""
 
 import os
 from contextlib import suppress
@@ -14,23 +14,23 @@ _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_b
 
 
 def read_dtype(name: str) -> torch.dtype | None:
-    """The precision of that name; None for ``auto``, which keeps the checkpoint's."""
+    """The dtype of that name; None for ``auto``, which keeps that of the checkpoint."""
     check_dtype(name)
     found: torch.dtype | None = getattr(torch, name) if name in DTYPES else None
     return found
 
 
 def choose_device(name: str) -> str:
-    """The device for ``auto``, or the one named if this machine computes on it.
+    """The device of that name, or the best one for ``auto``.
 
     Raises:
-        AptError: there is no such device, or nothing can be computed on it.
+        AptError: the device does not exist, or its results are wrong.
     """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         two = float(torch.ones(2, 2, device=name).matmul(torch.ones(2, 2, device=name))[0, 0])
-    except Exception as error:  # of every kind: RuntimeError, AssertionError, ImportError, …
+    except Exception as error:  # of many types: RuntimeError, AssertionError, ImportError, …
         raise AptError(
             f"device '{name}' is not available here", "use the device cpu", ("device",)
         ) from error
@@ -42,7 +42,7 @@ def choose_device(name: str) -> str:
 
 
 def memory(device: str) -> int:
-    """Bytes of memory that this process may have, with those of a GPU that it computes on."""
+    """The memory limit of this process in bytes, with the memory of its GPU."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for path in _LIMITS:
         with suppress(OSError, ValueError):
@@ -53,13 +53,13 @@ def memory(device: str) -> int:
 
 
 def check_tokens(samples: int, seqlen: int, bytes_each: int, device: str, processes: int) -> None:
-    """Raise where tokens cannot be held in memory, whatever else is done.
+    """Raise if the calibration tokens alone do not fit into memory.
 
     Args:
-        samples, seqlen: how many there are.
-        bytes_each: what each takes up at least.
-        device: where activations are held, beside the machine's own memory.
-        processes: how many share them.
+        samples, seqlen: the number of samples, and the tokens of each.
+        bytes_each: the least memory for each token.
+        device: a device that may hold activations, beside the main memory.
+        processes: the number of processes that share the samples.
     """
     needed, there = samples * seqlen * bytes_each // processes, memory(device)
     if needed > there:
@@ -72,5 +72,5 @@ def check_tokens(samples: int, seqlen: int, bytes_each: int, device: str, proces
 
 
 def activation_store(where: str) -> Store:
-    """Where calibration activations are kept: ``"memory"``, with the model, or ``"cpu"``."""
+    """The store of calibration activations: ``"memory"``, with the model, or ``"cpu"``."""
     return CpuStore() if where == "cpu" else MemoryStore()

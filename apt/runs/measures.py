@@ -1,4 +1,4 @@
-"""The measures of a run: of the model before pruning and after."""
+"""Metrics of the model of a run, before pruning and after."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +11,13 @@ from apt.output.report import portable
 from apt.runs.prepare import Prepared
 
 
-class Unmeasured(AptError):
-    """A pruned model is written and verified, but a measure of it failed."""
+class MeasurementError(AptError):
+    """The pruned model is written and verified, but a measurement of it failed."""
 
     def __init__(self, output: Path, error: Exception) -> None:
-        what = f"{type(error).__name__}: {first_line(error)}"
+        cause = f"{type(error).__name__}: {first_line(error)}"
         super().__init__(
-            f"{output} is written and verified, but measuring it failed: {what}",
+            f"{output} is written and verified, but measuring it failed: {cause}",
             f"measure it with: apt-prune eval {output}",
         )
         self.__cause__ = error
@@ -30,7 +30,7 @@ def measure(
     when: str,
     status: Callable[[str], None],
 ) -> dict[str, float]:
-    """Each of the run's metrics, of a model that is `Adapter.running`."""
+    """The metrics of a run by name, for a model within `Adapter.running`."""
     measured = {}
     for name in prepared.options.metrics:
         status(f"measuring {name} {when} pruning")
@@ -39,7 +39,7 @@ def measure(
 
 
 def scores(prepared: Prepared, held_out: Tensor | None, found: dict[str, Any]) -> dict[str, Any]:
-    """The measures before and after with their text, for the report; empty where there are none."""
+    """The entry of the report for metrics and their text; empty if nothing was measured."""
     if held_out is None or not found:
         return {}
     source = portable(str(prepared.options.evaluation))

@@ -1,4 +1,4 @@
-"""The report of a run before it has done anything."""
+"""The report at the beginning of a run."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from apt.text.datasets import digest
 
 
 def new_report(prepared: Prepared, text: Text) -> Report:
-    """The options, the model and the text of a run, but not yet the hash of the model's weights."""
+    """A report with the options, the model and the text, but without the hash of the weights."""
     options, shell = prepared.options, prepared.shell
     return Report(
         options=prepared.record(),
@@ -31,5 +31,5 @@ def new_report(prepared: Prepared, text: Text) -> Report:
 
 
 def calibration_of(tokens: Tensor) -> dict[str, Any]:
-    """Shape and hash of calibration tokens (samples, seqlen), for the report."""
+    """The shape and hash of calibration tokens (samples, seqlen), for the report."""
     return {"shape": list(tokens.shape), "sha256": digest(tokens.cpu())}

@@ -19,29 +19,31 @@ class RunOptions:
         model: a directory, a hub name, a ``.gguf`` file or ``zoo:NAME``.
         pattern: the pattern of every selected site.
         output: the directory to write.
-        prune: the options that the weights depend on beside the calibration text.
-        adapter, method: by name; by default by model type, and the most accurate method.
+        prune: the options that the weights depend on, beside the calibration text.
+        adapter, method: names; by default the adapter for the model type, and the most accurate
+            method.
         calibration: the data source of the calibration samples.
         evaluation: a data source to measure on before and after; None measures nothing.
-        metrics: the measures, by name.
-        allocation: how an unstructured sparsity is shared out among sites, by name.
-        samples: calibration samples that are drawn from the data source.
-        seqlen: tokens of a sample.
-        seed: draws the samples, and the text that the model writes.
-        device: ``"auto"`` takes a GPU if there is one.
-        dtype: the precision of the weights; ``"auto"`` keeps that of the checkpoint.
-        overwrite: whether the output of an earlier run may be replaced.
-        max_shard_size: the largest file of weights, as ``"5GB"``; None keeps the files.
-        also: kinds of parameters beyond the Linears that are pruned too.
-        stream: read and write block by block, with one block in memory at a time.
-        resume: continue an interrupted streamed run.
-        activations: where calibration activations are kept between two blocks: ``"memory"`` (with
-            the model), ``"cpu"``, or, streamed, ``"disk"``.
-        tokenizer: a directory or hub name; None takes the model's own.
-        trust_remote_code: whether code that comes with the checkpoint may run.
-        bos: whether each sample and window begins with the token that the tokenizer begins with.
-        hub: how the hub is asked.
-        selection: which sites are pruned, and their own patterns.
+        metrics: the names of the metrics.
+        allocation: the name of the distribution of an unstructured sparsity over the sites.
+        samples: the number of calibration samples from the data source.
+        seqlen: the number of tokens of a sample.
+        seed: the seed for the choice of samples and for the text that the model generates.
+        device: the device; ``"auto"`` uses a GPU if there is one.
+        dtype: the dtype of the weights; ``"auto"`` keeps that of the checkpoint.
+        overwrite: True if the output of an earlier run may be replaced.
+        max_shard_size: the largest size of a file of weights, such as ``"5GB"``; None keeps the
+            files of the checkpoint.
+        also: kinds of parameters to prune beside the Linears.
+        stream: True to read and write block by block, with one block in memory at a time.
+        resume: True to continue an interrupted streamed run.
+        activations: the place of the calibration activations between two blocks: ``"memory"``
+            (with the model), ``"cpu"``, or, if streamed, ``"disk"``.
+        tokenizer: a directory or hub name; None uses the model's tokenizer.
+        trust_remote_code: True if code from the checkpoint may run.
+        bos: True if each sample and window begins with the token that the tokenizer adds.
+        hub: the settings for the hub.
+        selection: the sites to prune, and the sites with other patterns.
     """
 
     model: str
@@ -72,9 +74,9 @@ class RunOptions:
     selection: Selection = field(default_factory=Selection)
 
     def record(self) -> dict[str, Any]:
-        """The options as plain values, for the report; those of ``prune`` apart."""
-        apart = ("prune", "selection", "hub")  # the hub's token is nobody's business
-        plain = {k: v for k, v in vars(self).items() if k not in apart}
+        """The options without those of ``prune``, as values for JSON, for the report."""
+        omitted = ("prune", "selection", "hub")  # the token for the hub is secret
+        plain = {k: v for k, v in vars(self).items() if k not in omitted}
         paths = ("model", "calibration", "evaluation", "tokenizer")
         return {
             **plain,

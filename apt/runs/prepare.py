@@ -1,4 +1,4 @@
-"""What a run is told, held against the model, the machine and the disk before the work begins."""
+"""Checks of the options of a run against the model, the machine and the disk, before the work."""
 
 import json
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from apt.checkpoints.model import Model
 from apt.distributed.launch import whole_number
 from apt.errors import AptError
 from apt.locations.model_source import Source, find
-from apt.output.json_values import plain
+from apt.output.json_values import json_value
 from apt.output.location import check_output
 from apt.output.report import differences, read_report
 from apt.output.workplace import resumable
@@ -39,13 +39,13 @@ from apt.solver import Unstructured
 from apt.text.augmentation import Augmentation
 from apt.text.self_generated import writes
 
-# Options that change no byte of a result.
-_HOW = ("overwrite", "resume", "stream", "activations")
+# Options that do not change the result.
+_WITHOUT_EFFECT = ("overwrite", "resume", "stream", "activations")
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that has been checked as far as that goes without reading weights or text."""
+    """A run that has passed all checks that need neither weights nor text."""
 
     options: RunOptions
     registry: Registry
@@ -58,11 +58,11 @@ class Prepared:
 
     @property
     def samples(self) -> int:
-        """How many calibration samples there are in all."""
+        """The number of all calibration samples."""
         return self.augmentation.samples(self.options.samples, self.options.seqlen)
 
     def record(self) -> dict[str, Any]:
-        """All options as plain values, defaults filled in, for the report."""
+        """All options with defaults filled in, as values for JSON, for the report."""
         return self.options.record() | record(self.recipe, self.augmentation)
 
 
@@ -74,14 +74,14 @@ def prepare(
     Args:
         options: the run's options.
         registry: the plugins.
-        notice: told, in a line, what was changed to fit the model.
+        notice: called with a line about each option that was changed to fit the model.
 
     Raises:
         AptError: an option does not fit the model, the machine or the disk.
     """
     _check_numbers(options)
     method = registry.methods.get(options.method) if options.method else registry.default_method()
-    _check_heeded(options, method, registry)
+    _check_used(options, method, registry)
     source = find(
         options.model, registry, trust_remote_code=options.trust_remote_code, hub=options.hub
     )
@@ -103,7 +103,7 @@ def prepare(
     )
     recipe = options.prune.recipe(method)
     augmentation = options.prune.augmentation(method, options.samples)
-    augmentation = _written(augmentation, options, shell.module, notice)
+    augmentation = _supported(augmentation, options, shell.module, notice)
     device = choose_device(options.device)
     prepared = Prepared(options, registry, shell, plan, method, recipe, augmentation, device)
     _check_memory(prepared)
@@ -111,7 +111,7 @@ def prepare(
 
 
 def _check_memory(prepared: Prepared) -> None:
-    """Raise where the samples alone, with one stream of their activations, fit into no memory."""
+    """Raise if the samples with one stream of their activations do not fit into memory."""
     options, shell = prepared.options, prepared.shell
     held = 0 if options.activations == "disk" else shell.config.hidden_size * shell.dtype.itemsize
     ranks = whole_number("WORLD_SIZE", 1, least=1)
@@ -121,7 +121,7 @@ def _check_memory(prepared: Prepared) -> None:
 
 
 def _check_output(options: RunOptions, source: Source, notice: Callable[[str], None]) -> None:
-    """Check where the output lies, and say what it replaces."""
+    """Check the place of the output, and notify the user of an earlier result to be replaced."""
     if options.resume and (resumable(options.output) or read_report(options.output)):
         return
     given = (options.calibration, options.evaluation, options.tokenizer)
@@ -134,19 +134,19 @@ def _check_output(options: RunOptions, source: Source, notice: Callable[[str], N
 
 
 def already_complete(prepared: Prepared) -> bool:
-    """Whether ``--resume`` is asked for where an earlier run of the same options was finished.
+    """True if the run to be resumed was finished before.
 
     Raises:
-        AptError: the output is that of another run.
+        AptError: the output is that of a run with other options.
     """
     options = prepared.options
     if not options.resume or resumable(options.output):
         return False
     if (report := read_report(options.output)) is None:
         return False
-    now = json.loads(json.dumps(plain(prepared.record())))
+    now = json.loads(json.dumps(json_value(prepared.record())))
     other = sorted(differences(report["options"], now))
-    if other := [key for key in other if key.partition(".")[0] not in _HOW]:
+    if other := [key for key in other if key.partition(".")[0] not in _WITHOUT_EFFECT]:
         raise AptError(
             f"{options.output} is the result of another run: {', '.join(other)} differ",
             "choose another output, or overwrite it without resuming",
@@ -155,17 +155,17 @@ def already_complete(prepared: Prepared) -> bool:
     return True
 
 
-def _written(
+def _supported(
     augmentation: Augmentation,
     options: RunOptions,
     module: nn.Module,
     notice: Callable[[str], None],
 ) -> Augmentation:
-    """The augmentation without text of the model's own, where nobody asked for it and it can't."""
+    """The augmentation, without default own samples if the model cannot generate text."""
     count = augmentation.own_samples
     if options.prune.own_samples is not None or not count or writes(module):
         return augmentation
-    notice(f"own samples: 0 (not {count}: {type(module).__name__} writes no text)")
+    notice(f"own samples: 0 (not {count}: {type(module).__name__} cannot generate text)")
     return replace(augmentation, own_samples=0)
 
 
@@ -178,30 +178,38 @@ def _check_numbers(options: RunOptions) -> None:
     check_activations(options.activations, streamed=options.stream)
 
 
-def _check_heeded(options: RunOptions, method: MethodSpec, registry: Registry) -> None:
-    """Refuse options that the method would not look at."""
+def _check_used(options: RunOptions, method: MethodSpec, registry: Registry) -> None:
+    """Raise for an option that the method does not use."""
     known = registry.methods.specs.values()
     if options.prune.effort != "default" and not method.efforts:
         others = ", ".join(spec.name for spec in known if spec.efforts)
-        raise AptError(f"{method.name} knows no effort", f"these do: {others}", ("effort",))
+        raise AptError(
+            f"method {method.name} does not use the effort",
+            f"methods with it: {others}",
+            ("effort",),
+        )
     if options.prune.block_size is not None and not method.blocks:
         others = ", ".join(spec.name for spec in known if spec.blocks)
-        raise AptError(f"{method.name} knows no block size", f"these do: {others}", ("block_size",))
+        raise AptError(
+            f"method {method.name} does not use a block size",
+            f"methods with it: {others}",
+            ("block_size",),
+        )
 
 
 def capped(seqlen: int, model: Model, notice: Callable[[str], None]) -> int:
-    """``seqlen``, cut to the positions that the model has.
+    """``seqlen``, or the number of the model's positions if that is smaller.
 
     Raises:
-        AptError: it has fewer than two.
+        AptError: the model has fewer than two positions.
     """
     positions = model.adapter.positions(model.config)
     if positions is not None and positions < 2:
         raise AptError(
-            f"{model.source.reference} has {positions} positions, and a sample needs 2 at least",
+            f"{model.source.reference} has {positions} positions, and a sample needs at least 2",
             "is its config.json damaged?",
         )
     if positions is None or seqlen <= positions:
         return seqlen
-    notice(f"seqlen: {positions}, all the positions that the model has (not {seqlen})")
+    notice(f"seqlen: {positions}, the number of the model's positions (not {seqlen})")
     return positions

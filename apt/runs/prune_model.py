@@ -1,7 +1,4 @@
-"""Pruning a model whose weights are there: the part of a run that changes weights.
-
-The command line and `apt.prune` come together here.
-"""
+"""The part of a run that changes weights, common to the command line and `apt.prune`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,18 +20,18 @@ from apt.text.augmentation import Augmentation
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be done to a model.
+    """The adapter, plan, method and settings for pruning one model.
 
     Attributes:
-        adapter: the adapter of its family.
-        plan: what to do to each site.
+        adapter: the adapter of the model's family.
+        plan: the pattern of each site.
         method: the pruning method.
-        recipe: how it is applied.
-        augmentation: the calibration samples beside those that are given.
-        allocation: the name and the function that share out a sparsity; None keeps the plan's.
-        seed: draws the text that the model writes.
-        bos: the token that every sample begins with; None for none.
-        special: tokens that are no text; None for those that the model's configurations name.
+        recipe: the settings of the method.
+        augmentation: the calibration samples beside the given ones.
+        allocation: the name and the function of an allocation; None keeps the plan's patterns.
+        seed: the seed for the text that the model generates.
+        bos: the first token of every sample; None for no such token.
+        special: the special tokens.
     """
 
     adapter: Adapter
@@ -48,7 +45,7 @@ class Job:
     special: tuple[int, ...] = ()
 
     def with_own_text(self, model: nn.Module, tokens: Tensor, ranks: Ranks) -> Tensor:
-        """The given tokens and those that the model writes, the same on all ranks."""
+        """The given tokens and those that the model generates, the same on all ranks."""
         if ranks.first:
             tokens = self.augmentation.with_own_text(
                 model, tokens, self.seed, bos=self.bos, special=self.special
@@ -67,24 +64,24 @@ def prune_model(
     observe: Observer,
     status: Callable[[str], None] = lambda line: None,
 ) -> tuple[Plan, list[SitePruned]]:
-    """Share out the sparsity, add samples with random tokens, and prune block by block.
+    """Distribute the sparsity, add samples with random tokens, and prune block by block.
 
     Args:
         model: the model, pruned in place.
-        tokens: calibration token ids (samples, seqlen), with those that the model has written.
-        job: what is to be done.
-        block_storage, store: where blocks and activations are meanwhile, see `prune_blocks`.
-        ranks: the processes that do this together.
+        tokens: calibration token ids (samples, seqlen), with those that the model has generated.
+        job: the adapter, plan, method and settings.
+        block_storage, store: the places of blocks and activations, see `prune_blocks`.
+        ranks: the processes that prune together.
         observe: called with each event.
-        status: told what is being done outside the loop over blocks.
+        status: called with a text for each step outside the loop over blocks.
 
     Returns:
-        The plan as it was carried out, and the record of each site.
+        The plan with the final patterns, and the record of each site.
     """
     plan = job.plan
     if job.allocation is not None:
         name, allocation = job.allocation
-        status(f"sharing out the sparsity ({name})")
+        status(f"distributing the sparsity ({name})")
         plan = ranks.share(allocated(plan, name, allocation, model, job.adapter, tokens))
     tokens = job.augmentation.with_random_tokens(model, tokens, job.special)
     sites = prune_blocks(

@@ -1,7 +1,7 @@
-"""The options of pruning, and the only place where their defaults are written down.
+"""The options of pruning and all of their defaults.
 
-The command line, programs and the benchmarks set the fields of `PruneOptions`. Together with the
-method they give a `Recipe` for the loop over blocks and an `Augmentation` of the calibration text.
+The command line, programs and the benchmarks set the fields of `PruneOptions`. From them and from
+the method follow a `Recipe` for the loop over blocks and an `Augmentation` of the calibration text.
 """
 
 import math
@@ -12,7 +12,7 @@ from apt.calibration.targets import Targets
 from apt.errors import AptError
 from apt.plugin.specs import MethodSpec
 from apt.pruning.recipe import Recipe
-from apt.runs.limits import check_ingredients
+from apt.runs.limits import check_prune_options
 from apt.solver import Effort, SolverOptions
 from apt.solver.gram import DAMPING
 from apt.text.augmentation import Augmentation
@@ -26,12 +26,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Preset:
-    """What an effort stands for in an error-aware run of a method that searches.
+    """The defaults of an effort, in an error-aware run of a method with a mask search.
 
     Attributes:
         tuning_epochs, tuning_rate, tuning_tokens: see `PruneOptions`.
         random_tokens: see `PruneOptions`.
-        own_samples: samples that the model writes, for each that is given.
+        own_samples: the number of generated samples for each given sample.
     """
 
     tuning_epochs: int
@@ -46,44 +46,45 @@ PRESETS: dict[Effort, Preset] = {
     "default": Preset(1, 0.05, 3 * 2**12, random_tokens=0.25, own_samples=0.0),
     "best": Preset(8, 0.025, 0, random_tokens=0.0, own_samples=0.25),
 }
-"""By effort. The tuning of ``default`` has a cost that does not grow with the number of tokens.
-Text of the model's own does more than random tokens, and costs more."""
+"""The presets by effort. The cost of the tuning of ``default`` does not grow with the number of
+tokens. Own samples improve the result more than random tokens do, but cost more."""
 
 
 @dataclass(frozen=True)
 class PruneOptions:
     """The options that the pruned weights depend on, beside model, tokens, pattern and method.
 
-    ``None`` takes the default: that of the effort, or that of the method. The ingredients can be
-    set one by one, for instance to repeat an ablation.
+    ``None`` means the default, which depends on the effort or on the method. Each option can be set
+    separately, for instance for an ablation.
 
     Args:
-        effort: a preset, ``"fast"``, ``"default"`` or ``"best"``: how long masks are searched, and
-            the defaults of tuning, random tokens and own text. Heeded by methods that search.
-        error_aware: whether a site makes up for a part of the error of the sites before it
-            (`apt.calibration.targets`). By default as the method declares. If not, pruning is
+        effort: a preset, ``"fast"``, ``"default"`` or ``"best"``: the length of the mask search,
+            and the defaults of tuning, random tokens and own samples. Only methods with a mask
+            search use it.
+        error_aware: True if each site compensates a part of the error of the sites before it
+            (`apt.calibration.targets`). The default depends on the method. If False, pruning is
             strictly layer-wise, and ``alpha``, ``beta``, ``row_importance`` and tuning are off.
-        alpha: α, the share that a site makes up for of the error of its own inputs. 0.25.
-        beta: β, the share that a site which writes to the residual stream makes up for of the
-            drift of that stream. 0.25.
-        row_importance: the power p by which rows that matter more to the block keep more weights
-            (`apt.tuning.row_importance`); 0 turns it off. 0.35.
-        ordered: solve the sites of a block in their order of execution, each on the inputs that
-            the pruned sites before it give ("true-sequential" in GPTQ's words). By default where
-            the run is error-aware.
-        tuning_epochs: passes of block tuning (`apt.tuning.reconstruct`, after EBFT, arXiv
-            2402.12419) over its tokens; 0 turns it off. 0, 1, 8 by effort.
-        tuning_rate: its first learning rate, as a share of the root mean square of a weight.
-            0.05 for ``default``, 0.025 for ``best``.
-        tuning_tokens: about how many calibration tokens it uses; 0 uses all. 12,288 for
-            ``default``, 0 for ``best``.
-        random_tokens: copies of calibration samples with random tokens, for each sample that is
-            given (`apt.text.random_tokens`); 0 turns them off. 0.25 for ``default``.
-        own_samples: samples that the model writes itself (`apt.text.self_generated`, after arXiv
-            2410.17170). A fourth of the samples that are given for ``best``, else 0.
-        damping: λ as a share of the mean of the Gram matrix's diagonal ("percdamp" in
-            SparseGPT's words). 0.05 where error-aware, else 0.01.
-        block_size: the columns of one joint compensation, for methods that have it; None takes all.
+        alpha: α, the share of the error of its own inputs that a site compensates. Default 0.25.
+        beta: β, the share of the drift of the residual stream that a site which writes to this
+            stream compensates. Default 0.25.
+        row_importance: the exponent p by which rows that are more important to the block keep more
+            weights (`apt.tuning.row_importance`); 0 turns it off. Default 0.35.
+        ordered: True to solve the sites of a block in their order of execution, each on the inputs
+            that the pruned sites before it give (GPTQ calls this "true-sequential"). Default True
+            if the run is error-aware, else False.
+        tuning_epochs: the passes of block tuning (`apt.tuning.reconstruct`, after EBFT, arXiv
+            2402.12419) over its tokens; 0 turns it off. Default 0, 1, 8 by effort.
+        tuning_rate: the first learning rate of the tuning, as a share of the root mean square of a
+            weight. 0.05 for ``default``, 0.025 for ``best``.
+        tuning_tokens: the approximate number of calibration tokens for the tuning; 0 uses all.
+            12,288 for ``default``, 0 for ``best``.
+        random_tokens: the number of copies with random tokens for each given sample
+            (`apt.text.random_tokens`); 0 turns them off. 0.25 for ``default``, else 0.
+        own_samples: the number of samples that the model generates (`apt.text.self_generated`,
+            after arXiv 2410.17170). A fourth of the given samples for ``best``, else 0.
+        damping: λ as a share of the mean of the Gram matrix's diagonal (SparseGPT calls this
+            "percdamp"). Default 0.05 if error-aware, else 0.01.
+        block_size: the columns of one joint compensation, for methods that use it; None uses all.
     """
 
     effort: Effort = "default"
@@ -101,14 +102,14 @@ class PruneOptions:
     block_size: int | None = None
 
     def check(self) -> None:
-        """Raise `AptError` where a value is out of range."""
-        check_ingredients(vars(self))
+        """Raise `AptError` if a value is out of range."""
+        check_prune_options(vars(self))
 
     def recipe(self, method: MethodSpec) -> Recipe:
-        """How blocks are pruned by a method, with every default filled in.
+        """The settings for pruning blocks with a method, with all defaults filled in.
 
         Raises:
-            AptError: an option is out of range, or needs an error-aware run and this is none.
+            AptError: an option is out of range, or needs an error-aware run and this is not one.
         """
         self.check()
         aware = self.is_aware(method)
@@ -124,7 +125,7 @@ class PruneOptions:
         )
 
     def augmentation(self, method: MethodSpec, samples: int) -> Augmentation:
-        """What is added to ``samples`` calibration samples."""
+        """The augmentation of ``samples`` calibration samples."""
         preset = self._preset(method)
         copies = _or(self.random_tokens, preset.random_tokens)
         return Augmentation(
@@ -133,7 +134,7 @@ class PruneOptions:
         )
 
     def is_aware(self, method: MethodSpec) -> bool:
-        """Whether a run of ``method`` is error-aware."""
+        """True if a run of ``method`` is error-aware."""
         return _or(self.error_aware, method.error_aware)
 
     def _preset(self, method: MethodSpec) -> Preset:
@@ -143,7 +144,9 @@ class PruneOptions:
         for name in ("alpha", "beta", "row_importance", "tuning_epochs"):
             if getattr(self, name):
                 raise AptError(
-                    f"{name} has no effect in a layer-wise run", "leave it out, or set error_aware"
+                    f"{name} has no effect in a layer-wise run",
+                    "leave it out, or make the run error-aware",
+                    (name, "error_aware"),
                 )
 
     def _targets(self) -> Targets:
@@ -151,9 +154,9 @@ class PruneOptions:
         return Targets(_or(self.alpha, base.alpha), _or(self.beta, base.beta))
 
     def _row_importance(self) -> RowImportance | None:
-        how = RowImportance()
-        power = _or(self.row_importance, how.power)
-        return replace(how, power=power) if power else None
+        base = RowImportance()
+        power = _or(self.row_importance, base.power)
+        return replace(base, power=power) if power else None
 
     def _reconstruction(self, preset: Preset) -> Reconstruction | None:
         if not (epochs := _or(self.tuning_epochs, preset.tuning_epochs)):
@@ -171,7 +174,7 @@ def _or(value: T | None, default: T) -> T:
 
 
 def record(recipe: Recipe, augmentation: Augmentation) -> dict[str, Any]:
-    """The options of a run with all defaults filled in, by the names of `PruneOptions`."""
+    """The options of a run with all defaults filled in, by their names in `PruneOptions`."""
     targets, tuned = recipe.targets, recipe.reconstruction
     random = augmentation.random_tokens
     return {

@@ -1,4 +1,4 @@
-"""A whole run, from references to a directory on disk; what ``apt-prune prune`` does."""
+"""A whole run of ``apt-prune prune``, from the options to a directory on disk."""
 
 import time
 from collections.abc import Callable
@@ -30,13 +30,13 @@ def execute(
     Args:
         prepared: the checked run.
         observe: called with the events of `apt.events`.
-        status: told what is being done outside the loop over blocks.
-        ranks: the processes that do this together. The first measures and writes; all read, so
-            that a streamed output must lie where every one of them can read it.
+        status: called with a text for each step outside the loop over blocks.
+        ranks: the processes that prune together. Only the first measures and writes, but all read:
+            a streamed output must be in a place that every process can read.
 
     Raises:
-        AptError: the checkpoint, the text or the disk is at fault; nothing is written then, but
-            for what a streamed run can be resumed from.
+        AptError: an error of the checkpoint, the text or the disk. Nothing is written then, except
+            for the workplace from which a streamed run can be resumed.
     """
     started, ranks = time.perf_counter(), ranks or Ranks()
     storage: RunStorage = (StreamedRun if prepared.options.stream else InMemoryRun)(
@@ -48,8 +48,8 @@ def execute(
         text = read_text(prepared)
         text = text if ranks.first else replace(text, held_out=None)
         report = storage.begin(text, new_report(prepared, text))
-        if (done := storage.finished()) is not None:
-            return done
+        if (earlier := storage.earlier_report()) is not None:
+            return earlier
         text.check(storage.model, prepared.shell.source.reference)
         job = job_of(prepared, text)
         tokens = storage.own_text(job, text.tokens)
@@ -73,11 +73,11 @@ def execute(
         )
         if ranks.first:
             report = storage.write(replace(report, seconds=time.perf_counter() - started), plan)
-    return storage.measured(report) if ranks.first else report
+    return storage.with_final_scores(report) if ranks.first else report
 
 
 def job_of(prepared: Prepared, text: Text) -> Job:
-    """What is to be done to the model of a run."""
+    """The adapter, plan, method and settings of a run."""
     options, allocation = prepared.options, None
     if options.allocation != UNIFORM:
         spec = prepared.registry.allocations.get(options.allocation)

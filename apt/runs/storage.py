@@ -1,4 +1,4 @@
-"""What the orchestrator of a run asks of the place where a model lies meanwhile."""
+"""The interface between a run and the storage of its model: in memory, or streamed."""
 
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -14,40 +14,40 @@ from apt.runs.text import Text
 
 
 class RunStorage(Protocol):
-    """A model in memory, or streamed from disk to disk; methods are called in this order."""
+    """A model in memory, or streamed from disk to disk. Methods are called in this order."""
 
     @property
     def model(self) -> nn.Module:
-        """The model, from `begin` on."""
+        """The model, available after `begin`."""
 
     @property
     def block_storage(self) -> BlockStorage | None:
-        """Where its blocks are while they have no turn, from `begin` on."""
+        """The storage of the blocks, available after `begin`; None if all are in memory."""
 
     @property
     def store(self) -> Store:
-        """Where the calibration activations are between two blocks."""
+        """The store of the calibration activations between two blocks."""
 
     def check_space(self) -> None:
-        """Raise `AptError` where the disk has no room for the output."""
+        """Raise `AptError` if the disk has not enough space for the output."""
 
     def opened(self) -> AbstractContextManager[None]:
-        """While entered, the output is this run's; at the end it appears, or vanishes."""
+        """While entered, the workplace is locked; at the end the output is published or deleted."""
 
     def begin(self, text: Text, report: Report) -> Report:
-        """Make the model ready; the report with the hash of its weights."""
+        """Load the model; return the report with the hash of its weights."""
 
-    def finished(self) -> Report | None:
-        """The report of an earlier run that had done all but to clear up; None where not."""
+    def earlier_report(self) -> Report | None:
+        """The report of an earlier run that was interrupted after its output was published."""
 
     def own_text(self, job: Job, tokens: Tensor) -> Tensor:
-        """``tokens`` (samples, seqlen) and those that the model writes itself."""
+        """``tokens`` (samples, seqlen) and those that the model generates."""
 
     def measure(self, held_out: Tensor | None, when: str) -> dict[str, Any]:
-        """The run's metrics under the name ``when``; nothing where there is no text for them."""
+        """The metrics of the run under the key ``when``; empty if there is no text for them."""
 
     def write(self, report: Report, plan: Plan) -> Report:
-        """Write the pruned model and the report, and verify the model as written."""
+        """Write the pruned model and the report, and verify the written model."""
 
-    def measured(self, report: Report) -> Report:
-        """The report with the measures that are taken of the output in its place."""
+    def with_final_scores(self, report: Report) -> Report:
+        """The report with the metrics of the published output."""

@@ -1,8 +1,8 @@
-"""A run whose model streams from disk to disk: no more of it in memory than one block.
+"""A run that streams the model from disk to disk, with one block in memory at a time.
 
-The output begins as a copy of the checkpoint, and what is pruned is written over its own bytes; so
-shards, dtypes, metadata and every other file stay as they were. Dense weights are always read from
-the input: a block that was cut short is pruned again from the start, with the same result.
+The output begins as a copy of the checkpoint, and the pruned tensors are written over their own
+bytes. So shards, dtypes, metadata and all other files do not change. Dense weights are always read
+from the input: an interrupted block is pruned again from the start, with the same result.
 """
 
 import hashlib
@@ -30,28 +30,28 @@ from apt.evaluation.blockwise import carried
 from apt.output.card import write_card
 from apt.output.location import check_space
 from apt.output.report import Report, versions
-from apt.output.workplace import Workplace, writing
+from apt.output.workplace import Workplace, write_errors
 from apt.planning.allocation import UNIFORM
 from apt.planning.plan import Plan
 from apt.runs.disk_blocks import DiskBlocks
 from apt.runs.estimate import activations_on_disk
 from apt.runs.machine import activation_store
-from apt.runs.measures import Unmeasured, measure
+from apt.runs.measures import MeasurementError, measure
 from apt.runs.prepare import Prepared
 from apt.runs.prune_model import Job
 from apt.runs.text import Text
 from apt.text.datasets import digest
 
-_PIECE = 2**24
+_CHUNK = 2**24
 
 
 class StreamedRun:
-    """See `apt.runs.storage.RunStorage`. A journal says what is done already.
+    """A streamed run, see `apt.runs.storage.RunStorage`. A journal records the finished steps.
 
     Args:
         prepared: the checked run.
-        status: told what is being done.
-        ranks: the processes that do this together. The first keeps the journal and writes.
+        status: called with a text for each step.
+        ranks: the processes that prune together. Only the first writes the journal and the output.
 
     Raises:
         AptError: the checkpoint cannot be streamed.
@@ -74,10 +74,10 @@ class StreamedRun:
         self._dense: StoredBlocks
         self._pruned: StoredBlocks
         self._text: Text
-        self._problems: list[Unmeasured] = []
+        self._problems: list[MeasurementError] = []
 
     def check_space(self) -> None:
-        """Hold the size of output and activations against the disk, unless the output is there."""
+        """Raise if the disk has not enough space for output and activations; not on resuming."""
         if self._ranks.first and not self._prepared.options.resume:
             needed = copied_size(self._stored.directory, self._stored.shards)
             needed += _activations_on_disk(self._prepared)
@@ -85,37 +85,37 @@ class StreamedRun:
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """What an error leaves of the output can be resumed from, if a block was done."""
+        """While entered, the workplace is locked. After an error, finished blocks are kept."""
         work = self._work
-        with _resumable(work), work.locked() if self._ranks.first else nullcontext():
+        with _offering_resume(work), work.locked() if self._ranks.first else nullcontext():
             yield
 
     def begin(self, text: Text, report: Report) -> Report:
-        """Continue from the journal, or copy the checkpoint; then load what is not in blocks."""
+        """Continue from the journal or copy the checkpoint, and load the weights outside blocks."""
         self._text = text
         self._status("checking and hashing the weights")
         self._stored.check_finite()
         report = replace(report, model=report.model | {"sha256": _hash(self._stored.shards)})
         journal = self._work.journal
         if self._ranks.first:
-            self._open(_fingerprint(report, text.held_out, self._ranks))
+            self._resume_or_copy(_fingerprint(report, text.held_out, self._ranks))
         journal.lines = self._ranks.share(journal.lines)
         self._assemble()
         return report
 
-    def _open(self, fingerprint: dict[str, Any]) -> None:
-        """Continue from what an earlier run left, once that is checked; or copy.
+    def _resume_or_copy(self, fingerprint: dict[str, Any]) -> None:
+        """Check the work of an interrupted run, or copy the checkpoint.
 
         Raises:
-            AptError: the earlier run was another one, or what it left was changed.
+            AptError: the interrupted run had other options or inputs, or its files were changed.
         """
         work, fingerprint = self._work, json.loads(json.dumps(fingerprint))
         options = self._prepared.options
         if options.resume:
             work.journal.read()
         if options.resume and work.journal.has("block"):
-            work.go_on(fingerprint)
-            if not work.appeared():
+            work.check_fingerprint(fingerprint)
+            if not work.published():
                 self._check_copy()
             return
         work.begin()
@@ -126,9 +126,9 @@ class StreamedRun:
         work.journal.add({"copied": checksums(work.out, headers=True)})
 
     def _check_copy(self) -> None:
-        """Hold what an earlier run left against its checksums."""
+        """Compare the files of the interrupted run with their checksums."""
         work = self._work
-        self._status("checking what the interrupted run left")
+        self._status("checking the files of the interrupted run")
         pruned = pruned_tensors(self._prepared.plan, self._stored.layout)
         try:
             copied = dict(next(line["copied"] for line in work.journal.lines if "copied" in line))
@@ -137,10 +137,10 @@ class StreamedRun:
             raise work.damaged(getattr(error, "message", first_line(error))) from error
 
     def _assemble(self) -> None:
-        """Load what is not in blocks."""
-        if self._work.appeared():
+        """Load the weights outside the blocks."""
+        if self._work.published():
             return
-        self._status("loading what is not in blocks")
+        self._status("loading the weights outside the blocks")
         prepared, shell, stored = self._prepared, self._prepared.shell, self._stored
         dtype = stored.dtype(shell, prepared.plan)
         parts = (stored.shards, stored.layout)
@@ -156,9 +156,9 @@ class StreamedRun:
         )
         self.block_storage.check()
 
-    def finished(self) -> Report | None:
-        """The report of a run that was cut short when its output had appeared."""
-        if not self._work.appeared():
+    def earlier_report(self) -> Report | None:
+        """The report of a run that was interrupted after its output was published."""
+        if not self._work.published():
             return None
         report = Report.read(self._work.output)
         if self._ranks.first:
@@ -166,11 +166,11 @@ class StreamedRun:
         return report
 
     def own_text(self, job: Job, tokens: Tensor) -> Tensor:
-        """Have the model write it, every block read anew for every token; or as it was written."""
+        """Generate calibration text, with every block read again for every token, or reuse it."""
         if not job.augmentation.own_samples:
             return tokens
-        if (known := self._known_text()) is None:
-            self._status("writing text to calibrate on, block by block")
+        if (known := self._saved_text()) is None:
+            self._status("generating calibration text, block by block")
             with self._dense.read_on_call():
                 known = job.with_own_text(self.model, tokens, self._ranks)
             if self._ranks.first:
@@ -178,17 +178,17 @@ class StreamedRun:
                 self._work.journal.add({"own_text": digest(known)})
         return known
 
-    def _known_text(self) -> Tensor | None:
-        """The tokens that an earlier run wrote; None where it did not.
+    def _saved_text(self) -> Tensor | None:
+        """The tokens that the interrupted run generated; None if it generated none.
 
         Raises:
-            AptError: they were changed since.
+            AptError: they were changed since then.
         """
-        sealed = [line["own_text"] for line in self._work.journal.lines if "own_text" in line]
-        if not sealed:
+        digests = [line["own_text"] for line in self._work.journal.lines if "own_text" in line]
+        if not digests:
             return None
         known = self._ranks.share(self._read_text() if self._ranks.first else None)
-        if known is None or digest(known) != sealed[-1]:
+        if known is None or digest(known) != digests[-1]:
             raise self._work.damaged(f"{self._work.tokens.name} was changed")
         return known
 
@@ -199,9 +199,9 @@ class StreamedRun:
             return None
 
     def measure(self, held_out: Tensor | None, when: str) -> dict[str, Any]:
-        """Measure the model with its dense or its pruned blocks, unless that has been done."""
+        """Measure the model with its dense or pruned blocks, unless the journal has the result."""
         if held_out is not None and when not in self._scores() and self._ranks.first:
-            adapter, on_disk = self._prepared.shell.adapter, self._dense
+            adapter = self._prepared.shell.adapter
             on_disk = self._pruned if when == "after" else self._dense
             with carried(self.model, adapter, held_out, on_disk, self.store):
                 found = measure(self._prepared, self.model, held_out, when, self._status)
@@ -209,7 +209,7 @@ class StreamedRun:
         return self._scores()
 
     def _scores(self) -> dict[str, Any]:
-        """What has been measured, as the journal has it."""
+        """The metrics in the journal."""
         found: dict[str, Any] = {}
         try:
             for line in self._work.journal.lines:
@@ -219,11 +219,11 @@ class StreamedRun:
         return found
 
     def write(self, report: Report, plan: Plan) -> Report:
-        """Measure and verify what was written, write the report, and let the output appear."""
+        """Measure and verify the written model, write the report, and publish the output."""
         try:
             after = self.measure(self._text.held_out, "after")
-        except Exception as error:  # a measure that fails must not lose what it measures
-            self._problems.append(Unmeasured(self._prepared.options.output, error))
+        except Exception as error:  # the pruned model must not be lost by a failed measurement
+            self._problems.append(MeasurementError(self._prepared.options.output, error))
         else:
             report = replace(report, scores=report.scores | after)
         self._status("verifying")
@@ -235,11 +235,11 @@ class StreamedRun:
         self._work.finish()
         return report
 
-    def measured(self, report: Report) -> Report:
-        """Nothing is left to measure.
+    def with_final_scores(self, report: Report) -> Report:
+        """The report itself: `write` has measured the output.
 
         Raises:
-            Unmeasured: a measure failed.
+            MeasurementError: a measurement failed.
         """
         if self._problems:
             raise self._problems[0]
@@ -247,7 +247,7 @@ class StreamedRun:
 
 
 def _fingerprint(report: Report, held_out: Tensor | None, ranks: Ranks) -> dict[str, Any]:
-    """All that the result depends on."""
+    """All inputs that the result depends on."""
     return {
         "model": report.model,
         "calibration": report.calibration,
@@ -260,7 +260,7 @@ def _fingerprint(report: Report, held_out: Tensor | None, ranks: Ranks) -> dict[
 
 
 def _activations_on_disk(prepared: Prepared) -> int:
-    """Bytes of the activations that will be on disk."""
+    """The size in bytes of the activations on disk."""
     options, shell = prepared.options, prepared.shell
     if options.activations != "disk":
         return 0
@@ -269,39 +269,39 @@ def _activations_on_disk(prepared: Prepared) -> int:
 
 
 @contextmanager
-def _resumable(work: Workplace) -> Iterator[None]:
-    """Say, of whatever ends a run early, that it can be resumed, where it can."""
+def _offering_resume(work: Workplace) -> Iterator[None]:
+    """Add a hint to an error that ends a run early, if the run can be resumed."""
     try:
-        with writing(work.name, "mend that, then resume the run", ("resume",)):
+        with write_errors(work.name, "correct that, then resume the run", ("resume",)):
             yield
     except AptError as error:
-        if work.kept and "resume" not in error.options and "delete" not in error.hint:
-            error.add_hint(f"what is done is kept in {work.folder.name}, to be resumed", "resume")
+        if work.worth_keeping and "resume" not in error.options and "delete" not in error.hint:
+            error.add_hint(f"finished blocks are in {work.folder.name}: resume the run", "resume")
         raise
 
 
 def check_streamable(prepared: Prepared) -> None:
-    """Raise where a run cannot be streamed, before any work is done."""
+    """Raise if a run cannot be streamed, before any work is done."""
     options = prepared.options
     open_stored(prepared.shell)
-    for given, what in (
+    for given, name in (
         (options.allocation != UNIFORM, "allocation"),
         (options.dtype != "auto", "dtype"),
     ):
         if given:
             raise AptError(
-                f"another {what} than the default needs the whole model in memory",
-                f"leave out the {what}, or do not stream",
-                (what, "stream"),
+                f"another {name} than the default needs the whole model in memory",
+                f"leave out the {name}, or do not stream",
+                (name, "stream"),
             )
 
 
 def _hash(shards: Shards) -> str:
-    """SHA-256 over the files of the weights."""
+    """The SHA-256 of the files of the weights."""
     found = hashlib.sha256()
     for path in shards.files:
         found.update(f"{path.name}\n".encode())
         with path.open("rb") as file:
-            while piece := file.read(_PIECE):
-                found.update(piece)
+            while chunk := file.read(_CHUNK):
+                found.update(chunk)
     return found.hexdigest()

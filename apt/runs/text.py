@@ -1,4 +1,4 @@
-"""The text of a run as tokens: to calibrate on, and to measure on."""
+"""The texts of a run as tokens: for calibration, and for metrics."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ from apt.text.special_tokens import bos_of, special_ids
 
 @dataclass(frozen=True)
 class Text:
-    """The text of a run.
+    """The texts of a run.
 
     Attributes:
         tokenizer: the tokenizer.
         tokens: the given calibration token ids (samples, seqlen).
-        held_out: token ids (windows, seqlen) to measure on, if that is asked for.
-        bos: the token that every sample and window begins with; None for none.
-        special: tokens that are no text.
+        held_out: token ids (windows, seqlen) to measure on; None to measure nothing.
+        bos: the first token of every sample and window; None for no such token.
+        special: the special tokens.
     """
 
     tokenizer: Any
@@ -32,7 +32,7 @@ class Text:
     special: tuple[int, ...]
 
     def check(self, model: nn.Module, reference: str) -> None:
-        """Raise where a token has no embedding in the model."""
+        """Raise if a token has no embedding in the model."""
         for tokens in (self.tokens, self.held_out):
             if tokens is not None:
                 check_vocabulary(tokens, model, reference)
@@ -70,7 +70,7 @@ def _held_out(prepared: Prepared, tokenizer: Any, bos: int | None) -> Tensor:
 
 
 def check_vocabulary(tokens: Tensor, module: nn.Module, reference: str) -> None:
-    """Raise where a token has no embedding."""
+    """Raise if a token has no embedding."""
     vocabulary = module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     if tokens.numel() and int(tokens.max()) >= vocabulary:
         raise AptError(

@@ -1,7 +1,7 @@
-"""The conformance kit: what proves that an adapter is right.
+"""The conformance kit: checks that an adapter is correct.
 
-As functions, `check_adapter` or the single checks in `apt.testing.CHECKS`; under pytest,
-subclass `AdapterConformance`; at a shell, ``apt-prune check ADAPTER``.
+In Python, call `check_adapter` or the single checks in `apt.testing.CHECKS`. Under pytest, subclass
+`AdapterConformance`. At a shell, run ``apt-prune check ADAPTER``.
 """
 
 from apt.conformance.checks import CHECKS, Nonconformance, Subject

@@ -1,4 +1,4 @@
-"""A small model of an adapter's family, to check the adapter with."""
+"""The subject of the checks for an adapter given by name: its example, or another model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,8 +19,8 @@ from apt.plugin.specs import AdapterSpec
 from apt.testing.suite import random_tokens
 
 
-class NotBegun(AptError):
-    """There is nothing that can be checked, for each of some reasons."""
+class NoSubject(AptError):
+    """No check can run, for one or several reasons."""
 
     def __init__(self, reasons: list[str]) -> None:
         self._reasons = list(dict.fromkeys(reasons))
@@ -33,22 +33,22 @@ class NotBegun(AptError):
 
 
 def subject(registry: Registry, adapter: str, model: str | None = None) -> Subject:
-    """What to check the adapter of that name with.
+    """The subject of the checks for the adapter of that name.
 
     Args:
         registry: the plugins.
-        adapter: the adapter's name.
-        model: a model reference; by default the adapter's own example (`AdapterSpec.example`), else
-            its embedded checkpoint.
+        adapter: the name of the adapter.
+        model: a reference to a model; by default the adapter's example (`AdapterSpec.example`),
+            else its embedded checkpoint.
 
     Raises:
-        NotBegun: the adapter is unknown, or it or its example cannot be made.
-        AptError: the model cannot be loaded or is none for this adapter.
+        NoSubject: the adapter is unknown, or it or its example cannot be made.
+        AptError: the model cannot be loaded, or the adapter does not fit it.
     """
     spec = _spec(registry, adapter)
     if model is None and spec.example is None and spec.zoo is None:
-        raise NotBegun(
-            [f"adapter '{spec.name}' declares no example; give a MODEL, small as it may be"]
+        raise NoSubject(
+            [f"adapter '{spec.name}' declares no example; give a model, preferably a small one"]
         )
     origin = registry.adapters.origins[spec.name]
     faults: list[str] = []
@@ -58,42 +58,47 @@ def subject(registry: Registry, adapter: str, model: str | None = None) -> Subje
         with _collected(faults):
             module = _example(spec, origin)
         if faults:
-            raise NotBegun(faults)
+            raise NoSubject(faults)
         return Subject(made, module.eval(), _tokens(module), spec)
     if faults:
-        raise NotBegun(faults)
+        raise NoSubject(faults)
     found = load(skeleton(find(model or f"zoo:{spec.name}", registry), registry, spec.name))
     of_family = model is None or (spec.example is None and spec.zoo is None)
-    there = Subject(found.adapter, found.module, _tokens(found.module), spec if of_family else None)
+    made_of_model = Subject(
+        found.adapter, found.module, _tokens(found.module), spec if of_family else None
+    )
     if model is not None:
-        there.adapter.blocks(found.module)  # whether the model is one for this adapter
-    return there
+        made_of_model.adapter.blocks(found.module)  # raises if the adapter does not fit the model
+    return made_of_model
 
 
 @contextmanager
 def _collected(faults: list[str]) -> Iterator[None]:
     try:
         yield
-    except NotBegun as error:
+    except NoSubject as error:
         faults += error.faults
 
 
 def _spec(registry: Registry, adapter: str) -> AdapterSpec:
-    """The spec of that name; where there is none, what keeps plugins from loading."""
+    """The spec of that name. If there is none, the error lists the plugins that did not load."""
     try:
         return registry.adapters.get(adapter)
     except AptError as error:
         failed = [plugin for plugin in registry.plugins.values() if plugin.problem]
         if not failed:
-            raise NotBegun([str(error)]) from error
-        lines = [f"plugin {plugin.distribution} does not load: {_why(plugin)}" for plugin in failed]
+            raise NoSubject([str(error)]) from error
+        lines = [
+            f"plugin {plugin.distribution} does not load: {_load_error(plugin)}"
+            for plugin in failed
+        ]
         close = get_close_matches(adapter, registry.adapters.specs, n=1, cutoff=0.8)
         meant = f"; did you mean '{close[0]}'?" if close else ""
-        raise NotBegun([f"no adapter '{adapter}'{meant}", *lines]) from error
+        raise NoSubject([f"no adapter '{adapter}'{meant}", *lines]) from error
 
 
-def _why(plugin: Plugin) -> str:
-    """What a plugin raises when it is loaded, with the line of its own file."""
+def _load_error(plugin: Plugin) -> str:
+    """The error in loading a plugin, with the line of its file."""
     try:
         resolve_name(plugin.module).apt_adapters()
     except Exception as error:
@@ -106,7 +111,7 @@ def _adapter(spec: AdapterSpec, origin: Plugin) -> Any:
     try:
         return kind()
     except Exception as error:
-        raise NotBegun([f"adapter '{spec.name}': {explained(error, kind)}"]) from error
+        raise NoSubject([f"adapter '{spec.name}': {explained(error, kind)}"]) from error
 
 
 def _example(spec: AdapterSpec, origin: Plugin) -> nn.Module:
@@ -116,32 +121,33 @@ def _example(spec: AdapterSpec, origin: Plugin) -> nn.Module:
         module = function()
     except Exception as error:
         line = f"the example of adapter '{spec.name}' raises {explained(error, function)}"
-        raise NotBegun([line]) from error
+        raise NoSubject([line]) from error
     if not isinstance(module, nn.Module):
         got = "None" if module is None else f"a {type(module).__name__}"
         line = f"the example of adapter '{spec.name}' returns {got}, not a model"
-        raise NotBegun([line + place_of(function)])
+        raise NoSubject([line + place_of(function)])
     if not hasattr(getattr(module, "config", None), "vocab_size"):
         line = f"the example of adapter '{spec.name}' has no config.vocab_size"
-        raise NotBegun([line + place_of(function)])
+        raise NoSubject([line + place_of(function)])
     return module
 
 
 def _imported(spec: AdapterSpec, field: str, target: str, origin: Plugin) -> Any:
-    """What a field of a spec names."""
+    """The object that a field of a spec names."""
     try:
         return resolve_name(target)
     except Exception as error:
-        said = explained(error)
+        fault = explained(error)
         if isinstance(error, AttributeError) and isinstance(error.name, str):
             close = get_close_matches(error.name, dir(error.obj), n=1)
-            said += f"; did you mean '{close[0]}'?" if close else ""
-        what = f"{field} '{target}' of adapter '{spec.name}' cannot be imported"
-        raise NotBegun([f"{what}: {said}{_written(origin, target)}"]) from error
+            fault += f"; did you mean '{close[0]}'?" if close else ""
+        name = f"{field} '{target}' of adapter '{spec.name}'"
+        place = _place_of_text(origin, target)
+        raise NoSubject([f"{name} cannot be imported: {fault}{place}"]) from error
 
 
-def _written(origin: Plugin, text: str) -> str:
-    """Where a plugin's module has a text, if it has."""
+def _place_of_text(origin: Plugin, text: str) -> str:
+    """The line of a plugin's module that contains ``text``; empty if there is none."""
     try:
         module = resolve_name(origin.module)
         lines, file = getsourcelines(module)[0], getsourcefile(module) or ""

@@ -14,7 +14,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="check the installed adapter of that name; can be repeated",
+        help="check the installed adapter of that name; repeatable",
     )
     group.addoption(
         "--apt-model", metavar="MODEL", help="check it with this model, not with its own example"
@@ -24,13 +24,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(
     session: pytest.Session, config: pytest.Config, items: list[pytest.Item]
 ) -> None:
-    """Add one test for each check of each adapter that is asked for."""
+    """Add one test for each check of each adapter that ``--apt-adapter`` names."""
     for name in config.getoption("apt_adapter"):
         items += _Checks.from_parent(session, name=f"apt-{name}", nodeid=name).collect()
 
 
 class _Checks(pytest.Collector):
-    """The checks of one adapter; a fault that several run into is told of once."""
+    """The checks of one adapter. A fault that several of them find is reported once."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -43,7 +43,7 @@ class _Checks(pytest.Collector):
 
     @cached_property
     def subject(self) -> Any:
-        """What is checked, or the `AptError` that says why there is nothing."""
+        """The subject of the checks, or the `AptError` with the reason for which there is none."""
         from apt.errors import AptError
         from apt.plugin.registry import registry
         from apt.testing.example import subject
@@ -54,13 +54,13 @@ class _Checks(pytest.Collector):
             return error
 
     def outcome(self, name: str) -> Any:
-        """What comes of the check of that name."""
-        from apt.conformance.outcomes import Outcome, once, outcome
+        """The outcome of the check of that name."""
+        from apt.conformance.outcomes import Outcome, outcome, without_known_faults
 
         if isinstance(self.subject, Exception):
             problem = "\n".join(getattr(self.subject, "lines", [str(self.subject)]))
-            return once(Outcome(name, "", problem), self._seen)
-        return once(outcome(name, self.subject), self._seen)
+            return without_known_faults(Outcome(name, "", problem), self._seen)
+        return without_known_faults(outcome(name, self.subject), self._seen)
 
 
 class _Item(pytest.Item):
@@ -68,7 +68,7 @@ class _Item(pytest.Item):
         assert isinstance(self.parent, _Checks)
         found = self.parent.outcome(self.name)
         if found.kept_by:
-            pytest.skip(f"what '{found.kept_by}' has found keeps it from running")
+            pytest.skip(f"a fault that '{found.kept_by}' has found prevents this check")
         if found.problem:
             pytest.fail(found.problem, pytrace=False)
 

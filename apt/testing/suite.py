@@ -1,4 +1,4 @@
-"""The conformance checks as a class of tests."""
+"""The conformance checks as a test class."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -13,13 +13,13 @@ from apt.conformance.outcomes import outcome, spec_of
 
 
 def random_tokens(vocabulary: int, samples: int = 4, seqlen: int = 24) -> Tensor:
-    """Token ids (samples, seqlen), the same each time."""
+    """Random token ids (samples, seqlen), the same on each call."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(vocabulary, (samples, seqlen), generator=generator)
 
 
 class AdapterConformance(ABC):
-    """Subclass it in a test module, as ``TestMyAdapter``, and pytest runs one test for each check.
+    """A base class of tests: pytest runs one test for each check of a subclass ``TestMyAdapter``.
 
     >>> class TestMine(AdapterConformance):
     ...     def adapter(self):
@@ -35,7 +35,7 @@ class AdapterConformance(ABC):
 
     @abstractmethod
     def model(self) -> nn.Module:
-        """A model of its family; random and tiny is enough."""
+        """A model of its family; a tiny random one is enough."""
 
     def tokens(self, model: nn.Module) -> Tensor:
         """Token ids (samples, seqlen)."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from apt.errors import AptError, first_line, shortened, unknown
-from apt.locations.hub import offline, reachable, unreachable
+from apt.locations.hub import no_answer, offline, reachable
 from apt.locations.paths import kind_at
 from apt.plugin.registry import Registry
 from apt.text.files import SUFFIXES, read_file, text_of
@@ -76,7 +76,7 @@ def hub_documents(
     remote = "/" in name or any("://" in path for path in (files or {}).values())
     if remote and not offline() and not reachable():
         raise AptError(
-            f"data set '{called}' is on the hub, and {unreachable()}",
+            f"data set '{called}' is on the hub, and {no_answer()}",
             "check the network, or give a local file",
         )
     import datasets

@@ -1,4 +1,4 @@
-"""The methods, allocations, text sources and measures that ship with APT."""
+"""The methods, allocations, text sources and metrics that ship with APT."""
 
 from apt.hookspecs import AllocationSpec, CalibrationSpec, EvaluatorSpec, MethodSpec, hookimpl
 
@@ -7,7 +7,7 @@ _APT = "arXiv 2410.15567"
 
 @hookimpl
 def apt_methods() -> list[MethodSpec]:
-    """The paper's four methods, and the baselines that they are compared with."""
+    """The methods of the paper, the default method, and baselines."""
     return [
         MethodSpec(
             "admm", "mask by over-relaxed ADMM with restarts, weights solved jointly",
@@ -37,11 +37,12 @@ def apt_methods() -> list[MethodSpec]:
 
 @hookimpl
 def apt_allocations() -> list[AllocationSpec]:
-    """All sites alike, or by how many outliers a block has."""
+    """The same sparsity for all sites, or a sparsity by the outliers of each block."""
     return [
-        AllocationSpec("uniform", "every site the same", "apt_plugins.allocations:uniform"),
-        AllocationSpec("owl", "less for blocks with more outliers", "apt_plugins.allocations:owl",
-                       "arXiv 2310.05175"),
+        AllocationSpec("uniform", "the same sparsity for every site",
+                       "apt_plugins.allocations:uniform"),
+        AllocationSpec("owl", "lower sparsity for blocks with more outliers",
+                       "apt_plugins.allocations:owl", "arXiv 2310.05175"),
     ]  # fmt: skip
 
 
@@ -58,7 +59,7 @@ def apt_evaluators() -> list[EvaluatorSpec]:
 
 @hookimpl
 def apt_calibrations() -> list[CalibrationSpec]:
-    """The embedded corpus and the three data sets that papers use."""
+    """The embedded corpus, and three data sets that are common in papers."""
     return [
         CalibrationSpec(
             "builtin", "summaries of Wikipedia articles, embedded", "apt_plugins.texts:builtin",

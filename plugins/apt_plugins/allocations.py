@@ -1,4 +1,4 @@
-"""How a sparsity is shared out: evenly, or by outliers (OWL, arXiv 2310.05175)."""
+"""Allocations of a sparsity to sites: uniform, or by outliers (OWL, arXiv 2310.05175)."""
 
 import torch
 from torch import Tensor, nn
@@ -10,22 +10,23 @@ from apt.planning.allocation import unstructured
 from apt.planning.plan import Plan, PlannedBlock
 from apt.solver import Unstructured
 
-OUTLIER = 5.0  # M: what a score is compared with, in means of its block
-REACH = 0.08  # λ: how far a block's sparsity goes from the mean, at most
+OUTLIER = 5.0  # M: the threshold of an outlier, as a multiple of the mean score of its block
+REACH = 0.08  # λ: the largest shift of a block's sparsity from the planned one
 
 
 def uniform(model: nn.Module, adapter: Adapter, plan: Plan, tokens: Tensor) -> dict[str, float]:
-    """What the plan says."""
+    """The sparsity of each site in the plan."""
     patterns = {site.name: site.pattern for site in unstructured(plan)}
     return {n: p.sparsity for n, p in patterns.items() if isinstance(p, Unstructured)}
 
 
 @torch.no_grad()
 def owl(model: nn.Module, adapter: Adapter, plan: Plan, tokens: Tensor) -> dict[str, float]:
-    """Blocks with more outliers among their scores ``|w| ‖x‖`` lose fewer weights.
+    """A lower sparsity for blocks with more outliers among their scores ``|w| ‖x‖``.
 
-    A block's sparsity is the planned one, plus a shift that falls linearly with the share of its
-    scores above `OUTLIER` times their mean, within `REACH`; weighted by size, shifts are 0 in all.
+    The sparsity of a block is the planned one plus a shift. The shift falls linearly with the share
+    of scores above `OUTLIER` times their mean, from `REACH` to −`REACH`. The mean shift, weighted
+    by size, is subtracted, so that the total sparsity does not change.
     """
     shares = uniform(model, adapter, plan, tokens)
     outliers = _outliers(model, adapter, plan, tokens)
@@ -41,7 +42,7 @@ def owl(model: nn.Module, adapter: Adapter, plan: Plan, tokens: Tensor) -> dict[
 
 
 def _outliers(model: nn.Module, adapter: Adapter, plan: Plan, tokens: Tensor) -> list[float]:
-    """For each block, the share of its scores that are outliers."""
+    """The share of outliers among the scores of each block."""
     modules = dict(adapter.blocks(model))
     found = []
     with eval_mode(model), adapter.running(model):

@@ -1,13 +1,13 @@
 """SparseSwaps: Wanda's mask, refined by swaps of single weights (arXiv 2512.10922).
 
-With ``d`` the pruned weights of a row, zero elsewhere, the row's loss is ``d G dᵀ``. Let
-``c = d G``: to keep the pruned column p and prune the kept column u instead changes the loss by
+Let ``d`` be the pruned weights of a row, zero elsewhere. The loss of the row is ``d G dᵀ``. Let
+``c = d G``. A swap that keeps the pruned column p and prunes the kept column u changes the loss by
 
     ``(w_u² G_uu + 2 w_u c_u) + (w_p² G_pp − 2 w_p c_p) − 2 w_u w_p G_up``,
 
 a term of u, a term of p and their coupling. Only the first two depend on the rest of the mask. So
-a row's table of couplings (pruned, kept) is made once, and a swap replaces one line and one column
-of it. n:m is the same within groups, of which an unstructured row has one.
+the table of couplings (pruned, kept) of a row is computed once, and a swap replaces one row and one
+column of it. For n:m the swaps are within groups; an unstructured row is one group.
 """
 
 import math
@@ -21,21 +21,22 @@ from apt.solver.precision import full_precision
 from apt_plugins.baselines import wanda
 
 MAX_SWAPS = 100
-"""The most swaps in a row, as in the paper."""
+"""The largest number of swaps in a row, as in the paper."""
 
-_LEAST = 1e-6  # share of a row's loss that a swap must save: below it fp32 cannot tell
-_CHUNK = 2**25  # couplings of the rows at work, on a GPU: 128 MiB in fp32, and a buffer as large
-_CPU_CHUNK = 2**22  # a CPU is a third quicker on what its caches hold
+_LEAST = 1e-6  # the least gain of a swap as a share of the row's loss: fp32 cannot resolve less
+_CHUNK = 2**25  # couplings in a chunk of rows on a GPU: 128 MiB in fp32, and an equal buffer
+_CPU_CHUNK = 2**22  # on a CPU: a third faster, as the couplings fit into its caches
 
 
 @full_precision()
 def sparseswaps(weight: Tensor, gram: Gram, pattern: Pattern, options: SolverOptions) -> Solution:
-    """Take the best swap of every row as long as it lowers the row's loss; no update.
+    """Apply the best swap of every row as long as it lowers the row's loss; no update of weights.
 
     Args:
         weight: the dense ``W`` (out, in).
-        gram: of the layer's inputs (in, in); the loss is that of the undamped mean over tokens.
-        pattern: what to meet; an unstructured one is counted in each row unless it says.
+        gram: the Gram matrix of the layer's inputs (in, in); the loss uses its undamped mean over
+            tokens.
+        pattern: the pattern; an unstructured one without ``per`` is counted in each row.
         options: unused.
     """
     mask = wanda(weight, gram, pattern, options).mask
@@ -51,7 +52,7 @@ def refine(weight: Tensor, matrix: Tensor, mask: Tensor, group: int) -> None:
     Args:
         weight: the dense ``W`` (out, in).
         matrix: the Gram matrix ``G`` (in, in), in any scale.
-        mask: any mask to start from (out, in), True where pruned; every group keeps its count.
+        mask: the first mask (out, in), True = pruned; the count of every group does not change.
         group: the number of consecutive columns that a swap stays within.
     """
     counts = mask.reshape(len(mask), -1, group).sum(2)
@@ -67,15 +68,15 @@ def refine(weight: Tensor, matrix: Tensor, mask: Tensor, group: int) -> None:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Rows at work. Tensors are changed in place.
+    """The rows of a chunk that can still improve. The tensors are changed in place.
 
-    Slots name columns. Where rows differ in their counts, some slots of the shorter ones name
-    columns that are not theirs to swap; the mask tells.
+    A slot contains the index of a column. All rows have the same number of slots. If their counts
+    differ, some slots of a row contain columns of the other kind, which the mask excludes.
 
     Attributes:
-        place: where the rows are in their chunk (rows,).
-        weight, mask, slope: ``w``, True where pruned, and ``c`` (rows, in).
-        pruned, kept: slots (rows, groups, pruned) and (rows, groups, kept).
+        place: the positions of the rows in their chunk (rows,).
+        weight, mask, slope: ``w``, the mask (True = pruned), and ``c`` (rows, in).
+        pruned, kept: the slots (rows, groups, pruned) and (rows, groups, kept).
         coupling: ``−2 w_p w_u G_pu`` (rows, groups, pruned, kept).
     """
 

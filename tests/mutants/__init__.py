@@ -73,10 +73,10 @@ MUTANTS: dict[str, Mutant] = {
         MiddleForgotten, "logits", r"model\.layers\.1 runs beside the blocks, but blocks\(\) leaves"
     ),
     "blocks with other names": Mutant(
-        Renamed, "names", r"^layers\.0: the block of this name is no module of the model's"
+        Renamed, "names", r"^layers\.0: the model has no such module, or it is not this block"
     ),
     "more positions than there are": Mutant(
-        TooLong, "batches", r"the model does not take 48 tokens, but positions\(\) is None", "short"
+        TooLong, "batches", r"does not accept 48 tokens, but positions\(\) is None", "short"
     ),
     "an extra without parameter": Mutant(
         NoParameter, "names", r"layers\.0: there is no parameter mixer\.conv1d\.weights", "mamba"
@@ -85,35 +85,35 @@ MUTANTS: dict[str, Mutant] = {
         KindForgotten, "logits", r"model\.layers\.1 runs beside the blocks", "gemma"
     ),
     "first block's rotary for all": Mutant(
-        OneKind, "blocks", r"model\.layers\.1: the state after it is not", "gemma"
+        OneKind, "blocks", r"model\.layers\.1: the state after it differs", "gemma"
     ),
     "example of one kind": Mutant(
         OneKind, "kinds", "no layer of kind 'full_attention'", "gemma, one kind"
     ),
     "experts forgotten": Mutant(
         ExpertsForgotten, "sites",
-        r"feed_forward\.experts\.gate_up_proj is no site, no extra, and not left dense by name",
+        r"experts\.gate_up_proj is not a site, not an extra, and not listed in left_dense",
         "jamba",
     ),
     "an expert forgotten": Mutant(
-        SomeExpertsForgotten, "sites", r"experts\.gate_up_proj\[3\] is no site", "jamba"
+        SomeExpertsForgotten, "sites", r"experts\.gate_up_proj\[3\] is not a site", "jamba"
     ),
     "down_proj of experts at order 0": Mutant(
         altered(JAMBA, feed_forward_experts_down_proj={"order": 0}), "order",
         r"is multiplied before .*experts\.down_proj\.\d of order 0", "jamba",
     ),
     "step without gradient": Mutant(
-        WithoutGradient, "gradients", r"model\.layers\.0: what step gives has no gradient"
+        WithoutGradient, "gradients", r"model\.layers\.0: the output of step has no gradient"
     ),
-    "step detached": Mutant(Detached, "gradients", r"layers\.0: what step gives has no gradient"),
+    "step detached": Mutant(Detached, "gradients", r"0: the output of step has no gradient"),
     "state detached": Mutant(
-        DetachedBefore, "gradients", r"layers\.0: no gradient flows from what step gives to the"
+        DetachedBefore, "gradients", r"layers\.0: no gradient flows from the output of step to the"
     ),
     "step in inference mode": Mutant(
-        InInference, "gradients", r"layers\.0: what step gives has no gradient"
+        InInference, "gradients", r"layers\.0: the output of step has no gradient"
     ),
     "entered by shape": Mutant(
-        ByShape, "batches", r"layers\.0: the state before it is not .* second batch of 2 × 16"
+        ByShape, "batches", r"layers\.0: the state before it differs .* second batch of 2 × 16"
     ),
     "first batch's masks": Mutant(
         FirstMasks, "batches", r"layers\.0: .*on another length, 1 × 48 tokens", "eager"
@@ -122,7 +122,7 @@ MUTANTS: dict[str, Mutant] = {
         Cut, "batches", r"layers\.0: the state before it .*another length, 1 × 48 tokens"
     ),
     "live cache": Mutant(
-        LiveCache, "repeat", r"layers\.0: a step changes its state or its call: .*a live cache"
+        LiveCache, "repeat", r"layers\.0: a step changes its state or its call: .*a cache"
     ),
     "live cache of a mixer": Mutant(
         MixerCache, "repeat", r"layers\.0: a step changes its state or its call", "mamba"
@@ -154,14 +154,14 @@ MUTANTS: dict[str, Mutant] = {
         r"the site of self_attn\.v_proj\.weight is named self_attn\.k_proj",
     ),
     "a Linear forgotten": Mutant(
-        altered(o_proj=None), "sites", r"layers\.0\.self_attn\.o_proj\.weight is no site, no extra"
+        altered(o_proj=None), "sites", r"0\.self_attn\.o_proj\.weight is not a site, not an extra"
     ),
     "the wrong way round": Mutant(
         altered(o_proj={"transposed": True}), "orientation",
         r"o_proj is stored \(out, in\), but declared transposed=True",
     ),
     "another input": Mutant(
-        WrongInput, "capture", "what is captured is not what its weight multiplies"
+        WrongInput, "capture", "the captured rows are not the input of its weight"
     ),
     "an input twice": Mutant(Doubled, "capture", "saw 64 of 32 calibration tokens"),
     "down_proj at order 0": Mutant(
@@ -175,20 +175,20 @@ MUTANTS: dict[str, Mutant] = {
         "down_proj adds its product to the residual stream, but is not declared",
     ),
     "another state": Mutant(
-        WrongEnter, "blocks", r"layers\.0: the state before it is not what the model gives it"
+        WrongEnter, "blocks", r"layers\.0: the state before it differs from its input in the model"
     ),
     "another step": Mutant(
-        WrongStep, "blocks", r"layers\.0: the state after it is not what it gives in the model"
+        WrongStep, "blocks", r"layers\.0: the state after it differs from its output in the model"
     ),
     "capture leaves a hook": Mutant(
         Leaking, "untouched", r"capture leaves a forward hook on model\.layers\.0"
     ),
-    "capture disturbs": Mutant(Disturbing, "untouched", "capture changes what it gives"),
+    "capture disturbs": Mutant(Disturbing, "untouched", "capture changes its output"),
     "capture leaves a hook on an error": Mutant(
         LeakingOnError, "exception", "behind when an exception ends it"
     ),
-    "capture swallows": Mutant(Swallowing, "exception", "does not come through"),
-    "capture is late": Mutant(Late, "in_time", "an input is handed over too late"),
+    "capture swallows": Mutant(Swallowing, "exception", "does not reach the caller"),
+    "capture is late": Mutant(Late, "in_time", "an input is captured too late"),
 }  # fmt: skip
 
 if "jamba" not in RIGHT:

@@ -1,8 +1,8 @@
-"""Conformance checks: plain functions that each say in a line what is wrong with an adapter.
+"""Conformance checks: functions that report each fault of an adapter in one line.
 
-A check takes a `Subject` and raises `Nonconformance`. Each looks at one promise of
-`apt.adapter.Adapter`, by means that owe nothing to the adapter: the module tree, and the operators
-that run (`apt.conformance.oracle`). A small random model is enough.
+A check takes a `Subject` and raises `Nonconformance`. Each one tests one promise of
+`apt.adapter.Adapter` without the help of the adapter: by the module tree, and by the operators that
+run (`apt.conformance.oracle`). A small random model is enough.
 """
 
 from apt.conformance.checks.blocks import check_batches, check_blocks, check_stream
@@ -21,7 +21,7 @@ from apt.conformance.checks.tidy import (
     check_untouched,
 )
 
-# A method is first called where what it leaves behind is looked for: later that is there already.
+# The first call of each method is in a check for side effects: after it they would not be new.
 CHECKS: dict[str, Check] = {
     function.__name__.removeprefix("check_"): function
     for function in (
@@ -34,6 +34,6 @@ CHECKS: dict[str, Check] = {
 """All checks by name, in the order in which they are run."""
 
 ALONE = [CHECKS[name] for name in ("declaration", "model_types", "kinds", "running")]
-"""Those that are not run within `Adapter.running`."""
+"""The checks that are not run within `Adapter.running`."""
 
 __all__ = ["ALONE", "CHECKS", "Check", "Fault", "Nonconformance", "Subject", "promise"]

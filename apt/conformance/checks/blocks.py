@@ -1,4 +1,4 @@
-"""Blocks chained by the adapter are the model, on every batch, for every block."""
+"""Checks that the blocks chained by the adapter compute the same as the model."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,20 +15,20 @@ from apt.errors import first_line
 
 @promise
 def check_blocks(subject: Subject) -> Iterator[Fault]:
-    """Blocks chained by the adapter are the model: the same inputs, bit for bit, and outputs."""
+    """Chained blocks have the same inputs and outputs as in the model, bit for bit."""
     yield from chained(subject, subject.tokens)
 
 
 @promise
 def check_batches(subject: Subject) -> Iterator[Fault]:
-    """So they are on a second batch, and on another length, entered after the first."""
+    """The same holds on a second batch and on another length, entered after the first batch."""
     if wrong := list(chained(subject, subject.tokens)):
-        yield from wrong  # which says all
+        yield from wrong  # the other batches would repeat it
         return
     for which, tokens in subject.others().items():
-        if not takes(subject, tokens):
+        if not accepts(subject, tokens):
             limit = subject.adapter.positions(getattr(subject.model, "config", None))
-            said = f"the model does not take {tokens.shape[1]} tokens, but positions() is {limit}"
+            said = f"the model does not accept {tokens.shape[1]} tokens, but positions() is {limit}"
             yield Fault("", said, "positions")
             continue
         place = ""
@@ -37,13 +37,13 @@ def check_batches(subject: Subject) -> Iterator[Fault]:
                 if fault is not None:
                     yield Fault(place, f"{fault.said}, {which}", fault.method)
         except Exception as error:
-            what = f"{type(error).__name__}: {first_line(error)}"
-            said = f"{': ' if place else ''}{which}, {what}"
+            raised = f"{type(error).__name__}: {first_line(error)}"
+            said = f"{': ' if place else ''}{which}, {raised}"
             yield Fault(place, said, "step" if place else "enter")
 
 
-def takes(subject: Subject, tokens: Tensor) -> bool:
-    """Whether the model itself runs on ``tokens``."""
+def accepts(subject: Subject, tokens: Tensor) -> bool:
+    """True if the model itself runs on ``tokens``."""
     try:
         replace(subject, tokens=tokens).logits()
     except Exception:
@@ -52,31 +52,31 @@ def takes(subject: Subject, tokens: Tensor) -> bool:
 
 
 def chained(subject: Subject, tokens: Tensor) -> Iterator[Fault]:
-    """Where the states between the blocks differ, first of all, from the model's own."""
+    """The first difference between the states of the chained blocks and those of the model."""
     return (fault for _, fault in _compared(subject, tokens) if fault is not None)
 
 
 @torch.no_grad()
 def _compared(subject: Subject, tokens: Tensor) -> Iterator[tuple[str, Fault | None]]:
-    """Every block's name before it is run; then what is wrong of it, which is the end."""
+    """The name of each block before it runs; then its fault, if it has one, as the last item."""
     adapter, blocks = subject.adapter, subject.blocks()
     seen = record(subject.model, [block for _, block, _ in blocks], tokens)
     state, calls = adapter.enter(subject.model, tokens)
     for index, (name, block, _) in enumerate(blocks):
         yield name, None
         if (wrong := _differs(first_tensor(state), seen.inputs[index])) is not None:
-            said = f": the state before it is not what the model gives it{wrong}"
+            said = f": the state before it differs from its input in the model{wrong}"
             yield name, Fault(name, said, "step" if index else "enter")
             return
         state = adapter.step(block, state, calls[index])
         if (wrong := _differs(first_tensor(state), seen.outputs[index])) is not None:
-            said = f": the state after it is not what it gives in the model{wrong}"
+            said = f": the state after it differs from its output in the model{wrong}"
             yield name, Fault(name, said, "step")
             return
 
 
 def _differs(found: Tensor, expected: Passed) -> str | None:
-    """None where a state is what passes in the model; else what there is to add to that."""
+    """None if a state equals that of the model; else a description of the difference or ""."""
     if expected.is_stream(found):
         return None
     if found.shape == expected.first.shape:
@@ -86,15 +86,15 @@ def _differs(found: Tensor, expected: Passed) -> str | None:
 
 @promise
 def check_stream(subject: Subject) -> Iterator[Fault]:
-    """The adapter's residual stream is what enters the next block: (samples, seqlen, hidden)."""
+    """residual() returns the input of the next block: (samples, seqlen, hidden)."""
     blocks = subject.blocks()
     seen = record(subject.model, [block for _, block, _ in blocks], subject.tokens)
     for step in subject.steps():
         expected, found = seen.inputs[step.index], subject.adapter.residual(step.state)
         if found.shape != expected.first.shape:
-            what = f"of shape {tuple(found.shape)}, not {tuple(expected.first.shape)}"
-            yield Fault(step.name, f": residual() is {what}", "residual")
+            shapes = f"of shape {tuple(found.shape)}, not {tuple(expected.first.shape)}"
+            yield Fault(step.name, f": residual() is {shapes}", "residual")
         elif not expected.is_stream(found):
             yield Fault(
-                step.name, ": residual() is not the stream that the model gives it", "residual"
+                step.name, ": residual() is not the stream that enters it in the model", "residual"
             )

@@ -1,4 +1,4 @@
-"""What is declared of an adapter as a whole: its attributes, its models, its example."""
+"""Checks of an adapter as a whole: its attributes, its model types, its example."""
 
 from collections.abc import Iterator
 from difflib import get_close_matches
@@ -12,7 +12,7 @@ from apt.plugin.registry import registry
 from apt.plugin.specs import AdapterSpec
 
 _METHODS = [name for name in vars(Adapter) if not name.startswith("_")]
-# Of a `DecoderAdapter`: what an attribute is to be made of, and the methods that read it.
+# Attributes of a `DecoderAdapter`: the type of their items, and the methods that read them.
 _DECLARED = {
     "blocks_path": (str, ("blocks",)),
     "inputs": (Input, ("inputs_of", "sites")),
@@ -23,7 +23,7 @@ _DECLARED = {
 
 @promise
 def check_declaration(subject: Subject) -> Iterator[Fault]:
-    """The adapter has every method, and what it declares is of the right types."""
+    """The adapter has every method, and its attributes are of the right types."""
     adapter = subject.adapter
     for method in _METHODS:
         if not callable(getattr(adapter, method, None)):
@@ -35,7 +35,7 @@ def check_declaration(subject: Subject) -> Iterator[Fault]:
 
 
 def lacks(adapter: Adapter, name: str) -> str:
-    """The line for an adapter that has no such attribute."""
+    """The line for a missing attribute."""
     return f"{type(adapter).__name__} has no '{name}'"
 
 
@@ -53,7 +53,7 @@ def _attribute(adapter: Adapter, name: str, kind: type, *, needed: bool) -> Iter
     else:
         for part in value:
             if not isinstance(part, kind):
-                yield Fault("", f"{name} holds {_shown(part)}, which is no {kind.__name__}")
+                yield Fault("", f"{name} has {_shown(part)}, which is not of type {kind.__name__}")
 
 
 def _shown(value: Any) -> str:
@@ -62,7 +62,7 @@ def _shown(value: Any) -> str:
 
 @promise
 def check_model_types(subject: Subject) -> Iterator[Fault]:
-    """The spec's ``model_types`` name the family of the example, and no other adapter does."""
+    """``model_types`` of the spec name the family of the example; no other adapter claims it."""
     spec, config = subject.spec, getattr(subject.model, "config", None)
     kind = getattr(config, "model_type", None) or type(subject.model).__name__
     if spec is None:
@@ -81,7 +81,7 @@ def check_model_types(subject: Subject) -> Iterator[Fault]:
 
 
 def _unknown(spec: AdapterSpec, kind: str) -> Iterator[Fault]:
-    """Types that transformers does not know, where they look like one that it does."""
+    """Types that transformers does not know and that are similar to a known one."""
     from transformers import CONFIG_MAPPING
 
     known = set(CONFIG_MAPPING.keys())
@@ -102,14 +102,14 @@ def _claimed(spec: AdapterSpec) -> Iterator[Fault]:
 
 @promise
 def check_kinds(subject: Subject) -> Iterator[Fault]:
-    """The model has a layer of each kind that its configuration's class has by default."""
+    """The model has a layer of each kind in the default configuration of its class."""
     config: Any = getattr(subject.model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     there = kinds(text)
     for missing in default_kinds(type(text)):
         if missing not in there:
             said = (
-                f"the model has no layer of kind '{missing}', as {type(text).__name__} has by "
-                "default: a mistake in those would not show"
+                f"the model has no layer of kind '{missing}', which {type(text).__name__} has by "
+                "default: mistakes in that kind would not show"
             )
             yield Fault("", said)

@@ -1,4 +1,4 @@
-"""What flows into each weight: the same as is captured, in order, in time, and on to the stream."""
+"""Checks of the inputs of weights: captured rows, order, timing, and the residual stream."""
 
 import copy
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from apt.pruning.paused_forward import CannotWait, Walk
 
 @promise
 def check_capture(subject: Subject) -> Iterator[Fault]:
-    """The Gram matrix of every site is that of what its weight really multiplies."""
+    """The Gram matrix of each site is that of the real input of its weight."""
     for step in subject.steps():
         capture = Capture(step.block, step.sites)
         batch = Batch(step.state, step.calls, subject.tokens.numel())
@@ -30,29 +30,29 @@ def check_capture(subject: Subject) -> Iterator[Fault]:
             yield Fault(step.name, f": {error.message}", "capture")
             continue
         for site, seen in products(subject, step).items():
-            if wrong := _miscaptured(capture, site, seen):
+            if wrong := _capture_fault(capture, site, seen):
                 yield Fault(step.name, f".{site.name}{wrong}", "capture")
 
 
-def _miscaptured(capture: Capture, site: Site, seen: Seen) -> str:
+def _capture_fault(capture: Capture, site: Site, seen: Seen) -> str:
     gram = capture.sums[site.input].gram
     if seen.gram.shape != gram.matrix.shape or not near(gram.matrix, seen.gram):
-        return ": what is captured is not what its weight multiplies"
+        return ": the captured rows are not the input of its weight"
     if gram.tokens != seen.tokens:
-        return f" multiplies {seen.tokens} tokens, {gram.tokens} are counted"
+        return f" multiplies {seen.tokens} tokens, but {gram.tokens} are counted"
     return ""
 
 
 @promise
 def check_order(subject: Subject) -> Iterator[Fault]:
-    """Inputs of sites of a lower order are multiplied before those of a higher one."""
+    """Sites of a lower order run before sites of a higher order."""
     for step in subject.steps():
         seen = products(subject, step)
-        firsts: dict[str, Site] = {}  # of the sites of one input, the one that comes first
+        firsts: dict[str, Site] = {}  # the first site of each input
         for site in sorted(seen, key=lambda site: seen[site].first):
             firsts.setdefault(site.input, site)
         for before, after in combinations(firsts.values(), 2):
-            if before.order > after.order and not _side_by_side(before, after):
+            if before.order > after.order and not _in_two_experts(before, after):
                 said = (
                     f".{before.name} of order {before.order} is multiplied before {after.name} "
                     f"of order {after.order}"
@@ -61,20 +61,20 @@ def check_order(subject: Subject) -> Iterator[Fault]:
                 break
 
 
-def _side_by_side(one: Site, other: Site) -> bool:
-    """Whether they belong to two experts, which are run one after the other but do not meet."""
+def _in_two_experts(one: Site, other: Site) -> bool:
+    """True if the sites belong to two experts, which run in sequence but independently."""
     return one.routed and other.routed and _expert(one) != _expert(other)
 
 
 def _expert(site: Site) -> tuple[str, int | None]:
-    """The module that a routed site belongs to, and which expert of a stack it is there."""
+    """The module of a routed site, and the index of its expert in a stack."""
     path = site.parameter if site.expert is not None else site.parameter.removesuffix(".weight")
     return path.rpartition(".")[0], site.expert
 
 
 @promise
 def check_residual(subject: Subject) -> Iterator[Fault]:
-    """Sites are declared residual where their product is added to the residual stream as it is."""
+    """Exactly the sites whose product is added to the residual stream are declared residual."""
     whole = copy.deepcopy(subject.model).float()
     subject = Subject(subject.adapter, whole, subject.tokens)
     for step in subject.steps():
@@ -86,8 +86,8 @@ def check_residual(subject: Subject) -> Iterator[Fault]:
             added = site in stream.added
             if site.residual and not added:
                 said = (
-                    " is declared residual, but its product is not what is added to the stream "
-                    "that the block begins with"
+                    " is declared residual, but its product is not added unchanged to the stream "
+                    "at the start of the block"
                 )
             elif added and not site.residual and not site.routed:
                 said = " adds its product to the residual stream, but is not declared residual"
@@ -98,13 +98,13 @@ def check_residual(subject: Subject) -> Iterator[Fault]:
 
 @promise
 def check_in_time(subject: Subject) -> Iterator[Fault]:
-    """A weight that is changed when its input is handed over is used as changed, in every batch."""
+    """A weight that changes when its input is captured is used as changed, in every batch."""
     before = snapshot(subject.model)
     for step in subject.steps():
         if any(site.routed or site.calls > 1 for site in step.sites):
             continue
         if not _in_time(subject, step):
-            said = ": an input is handed over too late: its weight has been used before"
+            said = ": an input is captured too late: its weight has already been used"
             yield Fault(step.name, said, "capture")
     for change in changes(before, snapshot(subject.model)):
         yield Fault("", f"capture of two batches at once {change}", "capture")

@@ -1,4 +1,4 @@
-"""Gradients through a step, as the tuning of blocks takes them."""
+"""A check of the gradients through a step, which block tuning needs."""
 
 from collections.abc import Iterator
 
@@ -13,32 +13,34 @@ from apt.tuning.block_forward import stream_after
 
 @promise
 def check_gradients(subject: Subject) -> Iterator[Fault]:
-    """Gradients flow from what a step gives to the state before it and to every site's weight."""
+    """Gradients flow from the output of a step to its state and to the weight of each site."""
     for step in subject.steps():
         yield from _without_gradient(subject, step)
 
 
 def _without_gradient(subject: Subject, step: Step) -> Iterator[Fault]:
-    """Where none arrives; the experts that a router has left out need none."""
+    """The faults of one step. Experts that received no token need no gradient."""
     names = dict.fromkeys(site.parameter for site in step.sites)
     weights = {name: _leaf(step.block.get_parameter(name)) for name in names}
     states: list[Tensor] = []
     with torch.enable_grad():
         state = mapped(step.state, Tensor, lambda tensor: _counted(tensor, states))
         stream = stream_after(subject.adapter, step.block, weights, state, step.call)
-        # Not the plain sum, which a norm keeps as it is.
+        # A plain sum would not do: a norm makes it constant.
         loss = (stream.flatten() * torch.linspace(-1, 1, stream.numel()).to(stream)).sum()
     if not stream.requires_grad:
-        yield Fault(step.name, ": what step gives has no gradient: is it detached?", "step")
+        yield Fault(step.name, ": the output of step has no gradient: is it detached?", "step")
         return
     leaves = [*states, *weights.values()]
     gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
     if not any(_flows(gradient) for gradient in gradients[: len(states)]):
-        said = ": no gradient flows from what step gives to the state before it"
+        said = ": no gradient flows from the output of step to the state before it"
         yield Fault(step.name, said, "step")
     for name, gradient in zip(weights, gradients[len(states) :], strict=True):
         if not _flows(gradient):
-            yield Fault(step.name, f".{name}: no gradient flows to it from what step gives", "step")
+            yield Fault(
+                step.name, f".{name}: no gradient flows to it from the output of step", "step"
+            )
 
 
 def _leaf(tensor: Tensor) -> Tensor:

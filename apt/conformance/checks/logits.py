@@ -1,4 +1,4 @@
-"""The blocks are all that there are: chained, they make the model's logits."""
+"""A check that the blocks are complete: chained, they give the logits of the model."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apt.conformance.checks.blocks import chained, takes
+from apt.conformance.checks.blocks import accepts, chained
 from apt.conformance.checks.promise import Fault, promise
 from apt.conformance.checks.recording import record, removed
 from apt.conformance.checks.subject import Subject
@@ -17,34 +17,34 @@ from apt.conformance.checks.tensors import same
 
 @promise
 def check_logits(subject: Subject) -> Iterator[Fault]:
-    """No block is left out, and what the last one gives makes the model's logits."""
+    """No block is missing, and the output of the last one gives the logits of the model."""
     blocks = [block for _, block, _ in subject.blocks()]
     for name in _beside(subject, blocks):
         yield Fault(name, " runs beside the blocks, but blocks() leaves it out", "blocks")
-    others = [tokens for tokens in subject.others().values() if takes(subject, tokens)]
+    others = [tokens for tokens in subject.others().values() if accepts(subject, tokens)]
     for tokens in (subject.tokens, *others):
-        if not _makes_logits(replace(subject, tokens=tokens), blocks):
+        if not _gives_logits(replace(subject, tokens=tokens), blocks):
             before = list(chained(subject, tokens))
-            yield from before or [Fault("", "the last state does not make the model's logits")]
+            yield from before or [Fault("", "the last state does not give the model's logits")]
             return
 
 
 @torch.no_grad()
-def _makes_logits(subject: Subject, blocks: list[nn.Module]) -> bool:
-    """Whether the model goes on to its own logits from the last state."""
+def _gives_logits(subject: Subject, blocks: list[nn.Module]) -> bool:
+    """True if the model computes its logits from the last state of the chained blocks."""
     state, calls = subject.adapter.enter(subject.model, subject.tokens)
     for block, call in zip(blocks, calls, strict=True):
         state = subject.adapter.step(block, state, call)
     stream = subject.adapter.residual(state)
     if stream.shape[:2] != subject.tokens.shape:
-        return True  # that is what `check_stream` is for
+        return True  # `check_stream` reports it
     with _ending_in(blocks[-1], stream):
         found = subject.logits()
     return same(found, subject.logits())
 
 
 def _ending_in(last: nn.Module, stream: Tensor) -> AbstractContextManager[None]:
-    """While entered, the ``last`` block gives ``stream``, whatever it is given."""
+    """While entered, the ``last`` block returns ``stream`` for every input."""
 
     def instead(module: nn.Module, args: Any, output: Any) -> Any:
         if isinstance(output, Tensor):
@@ -61,10 +61,10 @@ def _ending_in(last: nn.Module, stream: Tensor) -> AbstractContextManager[None]:
 
 
 def _beside(subject: Subject, blocks: list[nn.Module]) -> list[str]:
-    """Modules that look like blocks, and run, but are none: most likely they were forgotten.
+    """Modules that run and look like blocks, but are not among the blocks.
 
-    These are members of a list of modules that have parts and weights of their own and are given
-    the residual stream, or something of its shape; and any module of a block's own class.
+    These are members of a list of modules that have submodules and weights and whose input has the
+    shape of the residual stream; and all modules of the class of a block.
     """
     named = dict(subject.model.named_modules())
     inside = {part for block in blocks for part in block.modules()}
@@ -88,7 +88,7 @@ def _within(name: str, others: dict[str, nn.Module]) -> bool:
 
 
 def _given(subject: Subject, modules: dict[str, nn.Module], shape: tuple[int, ...]) -> list[str]:
-    """Those of ``modules`` that run, have matrices, and are given a tensor of ``shape`` first."""
+    """The ``modules`` that run, have matrices, and have a first input of that ``shape``."""
     found: dict[str, None] = {}
     handles = []
     for name, module in modules.items():

@@ -1,4 +1,4 @@
-"""A check: one promise of an adapter, and the faults that are found in it, each in a line."""
+"""Checks of one promise of an adapter each, and the faults that they report."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -12,12 +12,12 @@ Check = Callable[[Subject], None]
 
 @dataclass(frozen=True)
 class Fault:
-    """Something that an adapter gets wrong.
+    """A fault of an adapter.
 
     Args:
-        place: the block; empty where it is the adapter as a whole.
-        said: what is wrong there: the rest of the sentence, or of a path, that begins with it.
-        method: the adapter's method that is at fault, where there is one.
+        place: the block; empty for a fault of the adapter as a whole.
+        said: the rest of the line after ``place``: a description of the fault.
+        method: the faulty method of the adapter; empty if none is known.
     """
 
     place: str
@@ -26,10 +26,10 @@ class Fault:
 
 
 class Nonconformance(AssertionError):
-    """What an adapter gets wrong, a line for each fault.
+    """The faults of an adapter, one in each line.
 
     Attributes:
-        lines: each line, with the method that is at fault.
+        lines: each line, with the faulty method.
     """
 
     def __init__(self, faults: list[Fault]) -> None:
@@ -38,7 +38,7 @@ class Nonconformance(AssertionError):
 
 
 def promise(faults: Callable[[Subject], Iterator[Fault]]) -> Check:
-    """Turn a generator of faults into a check, which raises them all as a `Nonconformance`."""
+    """Turn a generator of faults into a check that raises them all as a `Nonconformance`."""
 
     @wraps(faults)
     def check(subject: Subject) -> None:
@@ -57,11 +57,11 @@ def promise(faults: Callable[[Subject], Iterator[Fault]]) -> Check:
 
 
 def _lines(faults: list[Fault]) -> list[tuple[str, str]]:
-    """A line for each fault; one that several blocks have is told of the first of them."""
+    """A line for each fault. A fault of several blocks has one line, for the first of them."""
     places = Counter((fault.said, fault.method) for fault in dict.fromkeys(faults))
     lines: dict[tuple[str, str], tuple[str, str]] = {}
     for fault in faults:
         kind = (fault.said, fault.method)
-        more = f" (and so in {places[kind] - 1} more blocks)" if places[kind] > 1 else ""
+        more = f" (the same in {places[kind] - 1} more blocks)" if places[kind] > 1 else ""
         lines.setdefault(kind, (f"{fault.place}{fault.said}{more}", fault.method))
     return list(lines.values())

@@ -1,4 +1,4 @@
-"""A pruned model is what it should be: sites are pruned, nothing else, and it is saved whole."""
+"""Checks of a pruned model: only sites are pruned, and it can be saved and loaded."""
 
 import copy
 import tempfile
@@ -19,16 +19,16 @@ from apt.solver.patterns import meets
 
 @promise
 def check_identity(subject: Subject) -> Iterator[Fault]:
-    """Pruning no weight changes no bit."""
+    """A run that prunes no weight changes no bit of the model."""
     pruned = _pruned(subject, Unstructured(1e-12)).state_dict()
     for name, value in subject.model.state_dict().items():
         if not torch.equal(pruned[name], value):
-            yield Fault("", f"{name} changes where nothing is pruned")
+            yield Fault("", f"{name} changes although nothing is pruned")
 
 
 @promise
 def check_pruning(subject: Subject) -> Iterator[Fault]:
-    """Sites, and sites only, are pruned; along their inputs; shared parameters stay shared."""
+    """Only sites are pruned, along their inputs, and shared parameters stay shared."""
     pruned = _pruned(subject, pattern := _pattern(subject))
     there = Subject(subject.adapter, pruned, subject.tokens)
     for step in there.steps():
@@ -40,22 +40,22 @@ def check_pruning(subject: Subject) -> Iterator[Fault]:
     touched = {f"{name}.{site.parameter}" for name, _, sites in subject.blocks() for site in sites}
     for name, value in subject.model.named_parameters():
         if name not in touched and not torch.equal(weights[name], value):
-            yield Fault("", f"{name} is no site, but pruning changes it")
+            yield Fault("", f"{name} is not a site, but pruning changes it")
     if _sharing(pruned) != _sharing(subject.model):
-        yield Fault("", "parameters that were shared are not after pruning")
+        yield Fault("", "shared parameters are no longer shared after pruning")
 
 
 @promise
 def check_saving(subject: Subject) -> Iterator[Fault]:
-    """Saved as transformers does and loaded again, a pruned model gives the same logits."""
+    """A pruned model gives the same logits after it is saved and loaded by transformers."""
     pruned: Any = _pruned(subject, _pattern(subject))
     with tempfile.TemporaryDirectory() as folder:
         pruned.save_pretrained(folder)
-        # transformers 4 loads fp32 unless told otherwise; kernels of attention differ in rounding
+        # by default transformers 4 loads fp32; kernels of attention differ in rounding
         loaded = type(pruned).from_pretrained(folder, dtype="auto", **_attention(pruned)).eval()
         subject.adapter.check(loaded.config)
         if not torch.equal(subject.logits(loaded), subject.logits(pruned)):
-            yield Fault("", "the model gives other logits once saved and loaded")
+            yield Fault("", "the model gives other logits after it is saved and loaded")
 
 
 def _attention(model: Any) -> dict[str, str]:
@@ -64,7 +64,7 @@ def _attention(model: Any) -> dict[str, str]:
 
 
 def _pattern(subject: Subject) -> NM:
-    """2:4, or 1:2 where an input is too narrow."""
+    """2:4, or 1:2 if the width of an input is not a multiple of 4."""
     widths = [
         site.oriented(site.weight(block)).shape[1]
         for _, block, sites in subject.blocks()
@@ -74,7 +74,7 @@ def _pattern(subject: Subject) -> NM:
 
 
 def _pruned(subject: Subject, pattern: Pattern) -> nn.Module:
-    """A copy of the model, pruned by SparseGPT's method, layer by layer."""
+    """A copy of the model, pruned layer by layer with SparseGPT."""
     model = copy.deepcopy(subject.model)
     plan = make_plan(model, subject.adapter, pattern)
     prune_blocks(model, subject.adapter, plan, subject.tokens, ss)
@@ -82,7 +82,7 @@ def _pruned(subject: Subject, pattern: Pattern) -> nn.Module:
 
 
 def _sharing(model: nn.Module) -> list[list[str]]:
-    """The names of parameters that are one."""
+    """The groups of names of shared parameters."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter.data_ptr(), []).append(name)

@@ -1,4 +1,4 @@
-"""What a model itself gives its blocks and takes from them, seen by hooks in a plain forward."""
+"""The inputs and outputs of a model's blocks, recorded by hooks in a plain forward."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,25 +13,25 @@ from apt.conformance.checks.tensors import first_tensor, same
 
 @dataclass(frozen=True)
 class Passed:
-    """What passes between the model and a block: a stream in one tensor, or in two parts.
+    """An input or output of a block: a stream in one tensor, or in two parts.
 
     Attributes:
         first: the first tensor.
-        whole: the sum of the two parts, where there may be two.
+        whole: the sum of the first two tensors if they may be parts of a stream; else None.
     """
 
     first: Tensor
     whole: Tensor | None = None
 
     def is_stream(self, found: Tensor) -> bool:
-        """Whether ``found`` is the residual stream that passes."""
+        """True if ``found`` is the residual stream."""
         parts = (self.first, self.whole)
         return any(same(found, part) for part in parts if part is not None)
 
 
 @dataclass
 class Recording:
-    """Of every block, in the order of the blocks, what it is given and what it gives."""
+    """The input and the output of each block, in the order of the blocks."""
 
     inputs: list[Passed] = field(default_factory=list)
     outputs: list[Passed] = field(default_factory=list)
@@ -39,7 +39,7 @@ class Recording:
 
 @torch.no_grad()
 def record(model: nn.Module, blocks: Sequence[nn.Module], tokens: Tensor) -> Recording:
-    """Run ``model`` on ``tokens`` (samples, seqlen) and see what passes its ``blocks``."""
+    """The inputs and outputs of ``blocks`` when ``model`` runs on ``tokens`` (samples, seqlen)."""
     found = Recording()
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -57,7 +57,7 @@ def record(model: nn.Module, blocks: Sequence[nn.Module], tokens: Tensor) -> Rec
 
 @contextmanager
 def removed(handles: Sequence[Any]) -> Iterator[None]:
-    """Remove hooks in the end."""
+    """Remove hooks at the end."""
     try:
         yield
     finally:

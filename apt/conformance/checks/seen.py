@@ -1,4 +1,4 @@
-"""What a block's sites are multiplied by, as the oracle sees it."""
+"""The inputs of a block's sites, observed by the oracle."""
 
 from apt.adapter import Site
 from apt.conformance.checks.subject import Step, Subject
@@ -6,7 +6,7 @@ from apt.conformance.oracle import Oracle, Seen
 
 
 def products(subject: Subject, step: Step) -> dict[Site, Seen]:
-    """What the sites that are multiplied in a step are multiplied by."""
+    """The products with each site that runs in a step."""
     oracle = Oracle({site: site.weight(step.block).data for site in step.sites})
     with oracle:
         subject.step(step)

@@ -1,4 +1,4 @@
-"""What is declared of a block's weights: their names, how they are stored, and none forgotten."""
+"""Checks of the declared sites: names, orientation, completeness."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -10,16 +10,16 @@ from apt.conformance.checks.promise import Fault, promise
 from apt.conformance.checks.seen import products
 from apt.conformance.checks.subject import Subject
 
-_UNDECLARED = " is no site, no extra, and not left dense by name"
+_UNDECLARED = " is not a site, not an extra, and not listed in left_dense"
 
 
 @promise
 def check_names(subject: Subject) -> Iterator[Fault]:
-    """Blocks and sites are named by their paths in the model, each name once in a block."""
+    """Blocks and sites have their paths in the model as names; site names are unique in a block."""
     paths = dict(subject.model.named_modules(remove_duplicate=False))
     for name, block, sites in subject.blocks():
         if paths.get(name) is not block:
-            yield Fault(name, ": the block of this name is no module of the model's", "blocks")
+            yield Fault(name, ": the model has no such module, or it is not this block", "blocks")
         parameters = dict(block.named_parameters(remove_duplicate=False))
         declared = dict.fromkeys((site.parameter for site in sites), "sites")
         extras = subject.adapter.extras(block)
@@ -40,12 +40,12 @@ def check_names(subject: Subject) -> Iterator[Fault]:
 
 @promise
 def check_sites(subject: Subject) -> Iterator[Fault]:
-    """Every weight of a block is a site, an extra, or left dense by name; every site is there."""
+    """Each weight of a block is a site, an extra, or listed in left_dense; each site is used."""
     for name, block, sites in subject.blocks():
         weights = Counter((site.parameter, site.expert) for site in sites)
         for (parameter, expert), count in weights.items():
             if count > 1:
-                said = f".{parameter}{_slice(expert)} is {count} sites, of one weight"
+                said = f".{parameter}{_slice(expert)} is declared as {count} sites"
                 yield Fault(name, said, "sites")
         for weight in _undeclared(subject.adapter, block, sites):
             yield Fault(name, f".{weight}{_UNDECLARED}", "sites")
@@ -59,7 +59,7 @@ def check_sites(subject: Subject) -> Iterator[Fault]:
 
 @promise
 def check_orientation(subject: Subject) -> Iterator[Fault]:
-    """Each site is declared transposed where its weight is stored (in, out), and only there."""
+    """A site is declared transposed if and only if its weight is stored (in, out)."""
     for step in subject.steps():
         for site, seen in products(subject, step).items():
             stored = next((s for s in seen.stored if s is not None), site.transposed)
@@ -70,7 +70,7 @@ def check_orientation(subject: Subject) -> Iterator[Fault]:
 
 
 def _undeclared(adapter: Adapter, block: nn.Module, sites: list[Site]) -> list[str]:
-    """Parameters of two or more dimensions, and slices of them, of which nothing is said."""
+    """Undeclared parameters of two or more dimensions, and undeclared slices of them."""
     whole = {site.parameter for site in sites if site.expert is None}
     whole |= {extra.parameter for extra in adapter.extras(block)}
     slices = {(site.parameter, site.expert) for site in sites}
@@ -86,9 +86,9 @@ def _undeclared(adapter: Adapter, block: nn.Module, sites: list[Site]) -> list[s
 
 
 def left_dense(adapter: Adapter, block: nn.Module) -> tuple[str, ...]:
-    """What ``adapter`` leaves dense of a block: ``left_dense``, or what ``left_dense_of`` says.
+    """The weights of a block that stay dense: ``left_dense``, or the result of ``left_dense_of``.
 
-    Paths of parameters within the block, or of modules that have them.
+    They are paths within the block, of parameters or of modules with parameters.
     """
     of = getattr(adapter, "left_dense_of", None)
     return tuple(of(block)) if of is not None else getattr(adapter, "left_dense", ())

@@ -1,4 +1,4 @@
-"""What is checked: an adapter, with a small model of its family."""
+"""The subject of the checks: an adapter, with a small model of its family."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ _LONGER = 48
 
 @dataclass(frozen=True)
 class Step:
-    """A block, with all that is needed to run it.
+    """A block, with its inputs.
 
     Attributes:
-        name, block, index: the block and its place among the blocks.
+        name, block, index: the block and its position among the blocks.
         sites: its sites.
-        state: what flows into it.
-        call: how it is called.
-        calls: how every block is called.
+        state: the state that enters it.
+        call: the arguments of its call.
+        calls: the arguments of the calls of all blocks.
     """
 
     name: str
@@ -34,19 +34,19 @@ class Step:
 
     @property
     def call(self) -> Call:
-        """How this block is called."""
+        """The arguments of the call of this block."""
         return self.calls[self.index]
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is checked.
+    """An adapter, with a model and tokens to check it with.
 
     Attributes:
         adapter: the adapter.
-        model: a model of its family, in eval mode; random and tiny is enough. It is not changed.
+        model: a model of its family, in eval mode; a tiny random one is enough. It does not change.
         tokens: token ids (samples, seqlen), without padding; a few dozen in all.
-        spec: what a plugin declares of the adapter; None where that is not known.
+        spec: the adapter's spec; None if it is not known.
     """
 
     adapter: Adapter
@@ -59,7 +59,7 @@ class Subject:
         return [(n, b, self.adapter.sites(b)) for n, b in self.adapter.blocks(self.model)]
 
     def steps(self) -> Iterator[Step]:
-        """Every block in turn, with the state before it."""
+        """Each block in order, with the state before it."""
         with torch.no_grad():
             state, calls = self.adapter.enter(self.model, self.tokens)
             for index, (name, block, sites) in enumerate(self.blocks()):
@@ -68,20 +68,20 @@ class Subject:
                 state = self.step(step)
 
     def step(self, step: Step) -> State:
-        """What the adapter makes of the state."""
+        """The state after a block."""
         return self.adapter.step(step.block, step.state, step.call)
 
     @torch.no_grad()
     def logits(self, model: nn.Module | None = None) -> Tensor:
-        """What the model, or another, gives for the tokens."""
+        """The logits of the model, or of another one, for the tokens."""
         output: Any = (model or self.model)(self.tokens)
         logits: Tensor = output if isinstance(output, Tensor) else output.logits
         return logits
 
     def others(self) -> dict[str, Tensor]:
-        """Other batches (samples, seqlen) of the same token ids: as large, and of another length.
+        """Other batches (samples, seqlen) of the same token ids: one of equal size, one longer.
 
-        The other length is larger than the first where the model's positions reach so far.
+        If the model has too few positions, the second one is shorter instead.
         """
         samples, seqlen = self.tokens.shape
         limit = self.adapter.positions(getattr(self.model, "config", None)) or _LONGER

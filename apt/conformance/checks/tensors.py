@@ -1,4 +1,4 @@
-"""Comparing and finding tensors."""
+"""Comparison and search of tensors."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def near(found: Tensor, expected: Tensor, share: float = 1e-4) -> bool:
-    """Whether two tensors agree to within ``share`` of the norm."""
+    """True if the distance of two tensors is at most ``share`` of the norm."""
     distance = (found.double() - expected.double()).norm()
     return bool(distance <= share * expected.double().norm().clamp(min=1e-12))
 
@@ -15,17 +15,17 @@ def first_tensor(value: Any) -> Tensor:
     """The first tensor in a state, a tuple or a mapping.
 
     Raises:
-        TypeError: there is none.
+        TypeError: it has no tensor.
     """
-    held = value
-    while not isinstance(held, Tensor):
+    item = value
+    while not isinstance(item, Tensor):
         try:
-            held = next(iter(held.values() if isinstance(held, dict) else held))
+            item = next(iter(item.values() if isinstance(item, dict) else item))
         except (TypeError, StopIteration):
             raise TypeError(f"no tensor in a state that is {value!r}") from None
-    return held
+    return item
 
 
 def same(found: Tensor, expected: Tensor) -> bool:
-    """Whether two tensors have the same shape and values, be their dtypes what they may."""
+    """True if two tensors have the same shape and values, whatever their dtypes."""
     return found.shape == expected.shape and bool((found == expected).all())

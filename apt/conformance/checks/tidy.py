@@ -1,4 +1,4 @@
-"""An adapter leaves everything as it was: the model and the process, also after an exception."""
+"""Checks that an adapter changes nothing in the model and the process, even after an exception."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, suppress
@@ -16,14 +16,14 @@ from apt.conformance.snapshot import changes, process, snapshot
 
 
 class StopError(Exception):
-    """Raised where an adapter does not expect it."""
+    """An exception that an adapter does not expect."""
 
 
 @promise
 def check_running(subject: Subject) -> Iterator[Fault]:
-    """What is entered to run the model leaves nothing behind, also when an exception ends it."""
+    """running() leaves nothing behind, even if an exception ends it."""
     adapter, model = subject.adapter, subject.model
-    subject.logits()  # what a model itself makes when it is first run
+    subject.logits()  # the first run may create state in the model itself
     before = snapshot(model)
     with adapter.running(model):
         pass
@@ -36,7 +36,7 @@ def check_running(subject: Subject) -> Iterator[Fault]:
 
 @promise
 def check_untouched(subject: Subject) -> Iterator[Fault]:
-    """Entering, steps and captures change nothing: no bit of the logits, nothing left behind."""
+    """enter, step and capture do not change the logits and leave nothing behind."""
     logits, model = subject.logits(), subject.model
     before = snapshot(model)
     subject.adapter.enter(model, subject.tokens)
@@ -55,7 +55,7 @@ def check_untouched(subject: Subject) -> Iterator[Fault]:
             watched = first_tensor(subject.step(step))
         yield from _changed("capture", changes(around, process()))
         if not torch.equal(plain, watched):
-            yield Fault(step.name, ": capture changes what it gives", "capture")
+            yield Fault(step.name, ": capture changes its output", "capture")
     yield from _left("capture", before, model)
     if not torch.equal(subject.logits(), logits):
         yield Fault("", "the model gives other logits after capture", "capture")
@@ -63,7 +63,7 @@ def check_untouched(subject: Subject) -> Iterator[Fault]:
 
 @promise
 def check_exception(subject: Subject) -> Iterator[Fault]:
-    """Entering and capturing leave nothing behind when an exception ends them."""
+    """enter and capture leave nothing behind if an exception ends them."""
     logits, model = subject.logits(), subject.model
     before = snapshot(model)
     _enter_stopped(subject)
@@ -77,20 +77,20 @@ def check_exception(subject: Subject) -> Iterator[Fault]:
 
 @promise
 def check_repeat(subject: Subject) -> Iterator[Fault]:
-    """A step gives the same however often it is taken, and changes neither its state nor call."""
+    """A repeated step gives the same result, and changes neither its state nor its call."""
     for step in subject.steps():
-        held = _held([step.state, step.call])
+        before = _tensors_in([step.state, step.call])
         first = first_tensor(subject.step(step)).clone()
-        if _held([step.state, step.call]) != held:
-            said = ": a step changes its state or its call: does that carry a live cache?"
+        if _tensors_in([step.state, step.call]) != before:
+            said = ": a step changes its state or its call: does the call have a cache?"
             yield Fault(step.name, said, "enter")
             continue
         if not same(first_tensor(subject.step(step)), first):
-            yield Fault(step.name, ": a step gives something else the second time", "step")
+            yield Fault(step.name, ": a step gives another result the second time", "step")
 
 
 def _swallows(context: AbstractContextManager[None]) -> bool:
-    """Whether an exception that ends it does not come through."""
+    """True if an exception that ends the context does not reach the caller."""
     through = False
     try:
         with context:
@@ -100,16 +100,16 @@ def _swallows(context: AbstractContextManager[None]) -> bool:
     return not through
 
 
-def _left(what: str, before: Any, model: nn.Module, when: str = "") -> Iterator[Fault]:
-    return _changed(what, changes(before, snapshot(model)), when)
+def _left(method: str, before: Any, model: nn.Module, when: str = "") -> Iterator[Fault]:
+    return _changed(method, changes(before, snapshot(model)), when)
 
 
-def _changed(what: str, found: list[str], when: str = "") -> Iterator[Fault]:
-    return (Fault("", f"{what} {change}{when}", what) for change in found)
+def _changed(method: str, found: list[str], when: str = "") -> Iterator[Fault]:
+    return (Fault("", f"{method} {change}{when}", method) for change in found)
 
 
 def _enter_stopped(subject: Subject) -> None:
-    """Enter, and let the last block raise when it is called, be it stubbed or not."""
+    """Call enter with a last block that raises an exception when it is called."""
 
     def stop(module: nn.Module, args: Any) -> None:
         raise StopError
@@ -129,11 +129,11 @@ def _capture_stopped(subject: Subject) -> Iterator[Fault]:
             subject.step(step)
     except StopError:
         return
-    yield Fault(step.name, ": an exception of the sink does not come through", "capture")
+    yield Fault(step.name, ": an exception of the sink does not reach the caller", "capture")
 
 
-def _held(value: Any, depth: int = 8) -> list[tuple[Any, ...]]:
-    """The tensors that ``value`` holds, however deep, as they are now."""
+def _tensors_in(value: Any, depth: int = 8) -> list[tuple[Any, ...]]:
+    """The shape, address and version of each tensor in ``value``, at any depth."""
     if isinstance(value, Tensor):
         version = None if value.is_inference() else value._version
         return [(tuple(value.shape), value.data_ptr(), version)]
@@ -145,4 +145,4 @@ def _held(value: Any, depth: int = 8) -> list[tuple[Any, ...]]:
         parts = list(value)
     else:
         parts = list(getattr(value, "__dict__", {}).values())
-    return [found for part in parts for found in _held(part, depth - 1)]
+    return [found for part in parts for found in _tensors_in(part, depth - 1)]

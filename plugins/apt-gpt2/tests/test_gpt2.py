@@ -1,4 +1,4 @@
-"""It conforms; the pattern lies along the inputs, counted by hand."""
+"""The adapter conforms; the pattern is along the inputs, by a count without APT."""
 
 import pytest
 from apt_gpt2 import Gpt2Adapter, example

@@ -1,4 +1,4 @@
-"""Qwen3-MoE: stacked experts, each pruned on the tokens that the router sends it."""
+"""Qwen3-MoE: stacked experts, each pruned on the tokens that the router sends to it."""
 
 from typing import Any
 
@@ -27,11 +27,11 @@ class Qwen3MoeAdapter(DecoderAdapter):
     left_dense = ("mlp.gate",)
 
     def inputs_of(self, block: nn.Module) -> tuple[Input, ...]:
-        """Some blocks may have a plain MLP."""
+        """The inputs of a block with experts or with a plain MLP."""
         return _ATTENTION if hasattr(block.mlp, "experts") else _ATTENTION + _DENSE
 
     def sites(self, block: nn.Module) -> list[Site]:
-        """The Linears, and two slices for each expert."""
+        """The Linears, and two sites for each expert."""
         sites, experts = super().sites(block), getattr(block.mlp, "experts", None)
         if experts is not None:
             names = ("gate_up_proj", "down_proj")
@@ -39,7 +39,7 @@ class Qwen3MoeAdapter(DecoderAdapter):
         return sites
 
     def step(self, block: nn.Module, state: State, call: Call) -> State:
-        """Expert by expert."""
+        """Run the block, one expert at a time."""
         with one_by_one(getattr(block.mlp, "experts", None)):
             return super().step(block, state, call)
 

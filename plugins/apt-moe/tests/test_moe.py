@@ -1,4 +1,4 @@
-"""It conforms; each expert is pruned on its own tokens, and one that starves is not ruined."""
+"""The adapter conforms; experts are pruned on their own tokens, and few tokens do no harm."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""GPT-NeoX and Pythia: fused query_key_value; attention and MLP mostly side by side."""
+"""GPT-NeoX and Pythia: fused query_key_value; attention and MLP in parallel in most models."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""With and without the parallel residual it conforms, is pruned, and opens again."""
+"""With and without the parallel residual, the adapter conforms, and a pruned model loads."""
 
 from apt_neox import NeoxAdapter, example
 from transformers import AutoModelForCausalLM

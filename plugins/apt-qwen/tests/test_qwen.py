@@ -1,4 +1,4 @@
-"""Both generations conform, are pruned, and open again."""
+"""Both generations conform, and a pruned model loads."""
 
 from apt_qwen import QwenAdapter, example
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
