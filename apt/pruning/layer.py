@@ -86,7 +86,7 @@ class SiteSolver:
         started, gram = time.perf_counter(), sums.gram
         tokens = gram.tokens
         if planned.site.routed:
-            gram = gram.backed(mean)
+            gram = gram.with_missing_tokens(mean)
         weight = planned.site.oriented(planned.site.weight(block).data)
         dense = weight.to(torch.float32, copy=True)
         scale = dense.new_ones(()) if scale is None else scale
