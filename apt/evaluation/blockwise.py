@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apt.adapter import Adapter, passed_on, stubbed
+from apt.adapter import Adapter, stub_output, stubbed
 from apt.adapter.eval_mode import eval_mode
 from apt.calibration.batches import Batch, enter
 from apt.calibration.storage import Store
@@ -64,7 +64,7 @@ def carried(
     with eval_mode(model), adapter.running(model), ExitStack() as stack:
         windows = _Windows(_carry(model, adapter, tokens, on_disk, names, store), tokens)
         block = stack.enter_context(on_disk.open(last))
-        stack.enter_context(stubbed(passing, lambda *args, **kwargs: passed_on(args, kwargs)))
+        stack.enter_context(stubbed(passing, lambda *args, **kwargs: stub_output(args, kwargs)))
         for module, hook in ((model, windows.asked), (block, windows.given)):
             handle = module.register_forward_pre_hook(hook, with_kwargs=True)
             stack.callback(handle.remove)

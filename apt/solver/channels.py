@@ -57,18 +57,18 @@ class _Problem:
     def losses(self, sets: Tensor) -> Tensor:
         """The losses (channels, sets) of ``sets`` (channels or 1, sets, k), True = removed."""
         removed = self.weight[:, None] * sets
-        pull = self._pull(removed, sets) if self._compensated else removed @ self._gram
-        return (removed * pull).sum(-1)
+        image = self._multipliers(removed, sets) if self._compensated else removed @ self._gram
+        return (removed * image).sum(-1)
 
     def pruned(self, mask: Tensor) -> Tensor:
         """The weights (channels, k) after the removal of ``mask`` (channels, k)."""
         if not self._compensated:
             return self.weight.masked_fill(mask, 0)
         removed = (self.weight * mask)[:, None]
-        change = self._pull(removed, mask[:, None]) @ self._inverse
+        change = self._multipliers(removed, mask[:, None]) @ self._inverse
         return (self.weight - change[:, 0]).masked_fill(mask, 0)
 
-    def _pull(self, removed: Tensor, sets: Tensor) -> Tensor:
+    def _multipliers(self, removed: Tensor, sets: Tensor) -> Tensor:
         """``w_P ([H⁻¹]_PP)⁻¹`` of each set, zero outside P, by one padded system for each set."""
         within = sets[..., None, :] & sets[..., :, None]
         system = self._inverse[:, None] * within + torch.diag_embed((~sets).to(removed))
