@@ -118,8 +118,8 @@ def test_a_walk_sums_what_runs_of_the_block_do(behind):
             alone.run(adapter, block, 1, batches, earlier)
             for site in group:
                 for both in zip(
-                    [sums.cross, sums.pull.get(site)],
-                    [alone.sums[name].cross, alone.sums[name].pull.get(site)],
+                    [sums.cross, sums.error_products.get(site)],
+                    [alone.sums[name].cross, alone.sums[name].error_products.get(site)],
                     strict=True,
                 ):
                     assert (both[0] is None) == (both[1] is None)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from apt.adapter import Adapter, Site, State
 from apt.calibration.batches import Batch
 from apt.calibration.capture import Capture, as_rows
-from apt.calibration.passing import Passing
+from apt.calibration.passing import BlockPass
 from apt.calibration.sums import Sums
 from apt.calibration.targets import Targets
 from apt.pruning.suspended import Suspended
@@ -54,7 +54,7 @@ class _Lane:
     def __init__(
         self, batch: Batch, run: Callable[["_Lane", Callable[[_Product], None]], State]
     ) -> None:
-        self.batch, self.passing = batch, Passing(batch)
+        self.batch, self.passing = batch, BlockPass(batch)
         self.products = Suspended[_Product, State](partial(run, self))
         self._started = False
         self._at: _Product | None = None
@@ -193,13 +193,13 @@ class Walk:
         with adapter.capture(self._block, list(self._weights), take):
             return adapter.step(self._block, lane.batch.state, lane.batch.calls[index])
 
-    def _pass(self, passing: Passing, site: Site, rows: Tensor) -> None:
+    def _pass(self, passing: BlockPass, site: Site, rows: Tensor) -> None:
         """Let a product happen."""
         capture = self._captures.get(site.input)
-        if capture is not None and capture.sums_up(site) and not passing.owns(site):
+        if capture is not None and capture.sums_up(site) and not passing.is_first(site):
             capture.take(passing, site, rows)
         if site in self._dense and self._drift_matters(passing):
-            passing.follow(site, rows, self._weights[site], self._dense[site])
+            passing.add_drift(site, rows, self._weights[site], self._dense[site])
         passing.count(site, rows)
         if capture is not None:
             passing.release(capture.sites)
@@ -212,7 +212,7 @@ class Walk:
             lane.go_on()
         self._tell()
 
-    def _drift_matters(self, passing: Passing) -> bool:
+    def _drift_matters(self, passing: BlockPass) -> bool:
         """Whether a site is to be captured yet that is asked to make up for the drift."""
         ahead = (site for sites in self._ahead.values() for site in sites)
         return passing.dense is not None and any(site.residual for site in ahead)
