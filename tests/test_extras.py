@@ -163,7 +163,7 @@ def test_effects_that_are_not_handed_over_are_an_error(adapter_of):
     _, block, index, batch = first_block(model, adapter)
     plan = make_plan(model, adapter, Unstructured(0.5), also=["D"])
     adapter.effects = lambda block, extras, sink: torch.no_grad()
-    with pytest.raises(AptError, match=r"mixer\.D was not seen at work"):
+    with pytest.raises(AptError, match=r"mixer\.D cannot be pruned"):
         list(prune_extras(adapter, block, index, [batch], plan.blocks[0].extras, SolverOptions()))
 
 

@@ -96,7 +96,7 @@ class Capture:
         index: int,
         batches: list[Batch],
         dense: Mapping[Site, Tensor] | None = None,
-        tell: Callable[[], None] = lambda: None,
+        progress: Callable[[], None] = lambda: None,
     ) -> None:
         """Run the block on all batches, up to the last site.
 
@@ -130,7 +130,7 @@ class Capture:
                 passing = BlockPass(batch)
                 with suppress(_AllSeen):
                     adapter.step(block, batch.state, batch.calls[index])
-                tell()
+                progress()
         self.assert_coverage(sum(batch.tokens for batch in batches))
 
     def take(self, passing: BlockPass, site: Site, rows: Tensor) -> None:

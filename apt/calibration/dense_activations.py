@@ -31,7 +31,7 @@ def advance_dense(
     batches: list[Batch],
     sites: Sequence[Site],
     ranks: Ranks | None = None,
-    tell: Callable[[], None] = lambda: None,
+    progress: Callable[[], None] = lambda: None,
 ) -> None:
     """Run the block, its weights still dense, on the dense stream; record its sites' inputs.
 
@@ -50,7 +50,7 @@ def advance_dense(
         record = _InputRecorder(dense.inputs).record
         with adapter.capture(block, [site for site in sites if not site.routed], record):
             dense.state = adapter.step(block, dense.state, batch.calls[index])
-        tell()
+        progress()
     tokens = ranks.sum(sum(batch.tokens for batch in batches))
     mean = math.sqrt(tokens / ranks.sum(energy))
     for batch in batches:

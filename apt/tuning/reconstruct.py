@@ -71,7 +71,7 @@ def reconstruct(
     sites: Sequence[Site],
     options: Reconstruction,
     ranks: Ranks | None = None,
-    tell: Callable[[], None] = lambda: None,
+    progress: Callable[[], None] = lambda: None,
 ) -> Tuned | None:
     """Tune the kept weights of ``sites`` in place; they change at the end alone.
 
@@ -98,7 +98,7 @@ def reconstruct(
     if count <= held:
         return None
     passed = len(ranks.mine(range(count - held)))
-    tuning = _Tuning(adapter, block, index, sites, ranks, tell)
+    tuning = _Tuning(adapter, block, index, sites, ranks, progress)
     before = lowest = tuning.error(batches[passed:], held)
     for group in tuning.adam.param_groups:
         group["lr"] *= options.rate * math.sqrt(before)
@@ -112,7 +112,7 @@ def reconstruct(
             place, owner = turn // ranks.size, ranks.owner(turn)
             tuning.descend(batches[place] if owner == ranks.rank else None, owner)
             schedule.step()
-            tell()
+            progress()
         error = tuning.error(batches[passed:], held)
         if error < lowest:
             lowest, best = error, tuning.snapshot()
@@ -130,10 +130,10 @@ class _Tuning:
         index: int,
         sites: Sequence[Site],
         ranks: Ranks,
-        tell: Callable[[], None],
+        progress: Callable[[], None],
     ) -> None:
         self._adapter, self._block, self._index = adapter, block, index
-        self._ranks, self._tell = ranks, tell
+        self._ranks, self._progress = ranks, progress
         names = dict.fromkeys(site.parameter for site in sites)  # experts are slices of one
         self._parameters = {name: block.get_parameter(name).detach() for name in names}
         masters = {name: p.float().clone() for name, p in self._parameters.items()}
@@ -175,7 +175,7 @@ class _Tuning:
         for batch in batches:
             with torch.no_grad():
                 own += float(self._error(batch))
-            self._tell()
+            self._progress()
         return self._ranks.sum(own) / count
 
     def _error(self, batch: Batch) -> Tensor:

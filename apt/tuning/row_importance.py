@@ -56,7 +56,7 @@ class RowImportance:
         starts: Sequence[State],
         sites: Sequence[Site],
         ranks: Ranks,
-        tell: Callable[[], None] = lambda: None,
+        progress: Callable[[], None] = lambda: None,
     ) -> dict[Site, Tensor]:
         """What to multiply the rows of each site's weight by, (out, 1).
 
@@ -86,7 +86,7 @@ class RowImportance:
             for site in sites:
                 squares = site.oriented(gradients[site.parameter]).float().square()
                 rows[site] = rows[site] + (squares / sizes[site.input]).sum(1, keepdim=True)
-            tell()
+            progress()
         ranks.add(*rows.values())
         return {site: self._scale(row) for site, row in rows.items()}
 
