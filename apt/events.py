@@ -93,12 +93,12 @@ Event = BlockStarted | Working | SitePruned | BlockTuned
 Observer = Callable[[Event], None]
 
 
-def telling(observe: Observer, tell: Callable[[SitePruned], None]) -> Observer:
-    """``observe``, with ``tell`` called as well for every site that is pruned."""
+def telling(observe: Observer, site_pruned: Callable[[SitePruned], None]) -> Observer:
+    """An observer that calls ``observe``, and also ``site_pruned`` for every pruned site."""
 
     def both(event: Event) -> None:
         observe(event)
         if isinstance(event, SitePruned):
-            tell(event)
+            site_pruned(event)
 
     return both

@@ -1,4 +1,4 @@
-"""The methods, allocations, text sources and measures that ship with APT."""
+"""The methods, allocations, text sources and metrics that ship with APT."""
 
 from apt.hookspecs import AllocationSpec, CalibrationSpec, EvaluatorSpec, MethodSpec, hookimpl
 
@@ -7,7 +7,7 @@ _APT = "arXiv 2410.15567"
 
 @hookimpl
 def apt_methods() -> list[MethodSpec]:
-    """The paper's four methods, and the baselines that they are compared with."""
+    """The default method, the paper's four methods, and baselines."""
     return [
         MethodSpec(
             "admm", "mask by over-relaxed ADMM with restarts, weights solved jointly",
@@ -37,9 +37,9 @@ def apt_methods() -> list[MethodSpec]:
 
 @hookimpl
 def apt_allocations() -> list[AllocationSpec]:
-    """All sites alike, or by how many outliers a block has."""
+    """The same sparsity for all sites, or less for blocks with more outliers."""
     return [
-        AllocationSpec("uniform", "every site the same", "apt_plugins.allocations:uniform"),
+        AllocationSpec("uniform", "the same for every site", "apt_plugins.allocations:uniform"),
         AllocationSpec("owl", "less for blocks with more outliers", "apt_plugins.allocations:owl",
                        "arXiv 2310.05175"),
     ]  # fmt: skip
@@ -49,7 +49,7 @@ def apt_allocations() -> list[AllocationSpec]:
 def apt_evaluators() -> list[EvaluatorSpec]:
     """Perplexity and accuracy."""
     return [
-        EvaluatorSpec("perplexity", "exp of the mean loss of a token", "apt.evaluation:perplexity"),
+        EvaluatorSpec("perplexity", "exp of the mean loss per token", "apt.evaluation:perplexity"),
         EvaluatorSpec(
             "accuracy", "share of tokens that are ranked first", "apt.evaluation:accuracy", "higher"
         ),
@@ -58,7 +58,7 @@ def apt_evaluators() -> list[EvaluatorSpec]:
 
 @hookimpl
 def apt_calibrations() -> list[CalibrationSpec]:
-    """The embedded corpus and the three data sets that papers use."""
+    """The embedded corpus, and the three usual data sets of the literature."""
     return [
         CalibrationSpec(
             "builtin", "summaries of Wikipedia articles, embedded", "apt_plugins.texts:builtin",

@@ -1,4 +1,4 @@
-"""How a sparsity is shared out: evenly, or by outliers (OWL, arXiv 2310.05175)."""
+"""Allocations of a sparsity to sites: uniform, or by outliers (OWL, arXiv 2310.05175)."""
 
 import torch
 from torch import Tensor, nn
@@ -10,27 +10,30 @@ from apt.planning.allocation import unstructured
 from apt.planning.plan import Plan, PlannedBlock
 from apt.solver import Unstructured
 
-OUTLIER = 5.0  # M: what a score is compared with, in means of its block
-REACH = 0.08  # λ: how far a block's sparsity goes from the mean, at most
+OUTLIER = 5.0  # M: a score above M times the mean of its block is an outlier
+MAX_SHIFT = 0.08  # λ: the largest deviation of a block's sparsity, before centring
 
 
 def uniform(model: nn.Module, adapter: Adapter, plan: Plan, tokens: Tensor) -> dict[str, float]:
-    """What the plan says."""
+    """The sparsities of the plan, unchanged."""
     patterns = {site.name: site.pattern for site in unstructured(plan)}
     return {n: p.sparsity for n, p in patterns.items() if isinstance(p, Unstructured)}
 
 
 @torch.no_grad()
 def owl(model: nn.Module, adapter: Adapter, plan: Plan, tokens: Tensor) -> dict[str, float]:
-    """Blocks with more outliers among their scores ``|w| ‖x‖`` lose fewer weights.
+    """A lower sparsity for blocks with more outliers among their scores ``|w| ‖x‖``.
 
-    A block's sparsity is the planned one, plus a shift that falls linearly with the share of its
-    scores above `OUTLIER` times their mean, within `REACH`; weighted by size, shifts are 0 in all.
+    A block's sparsity is the planned one plus a shift of at most `MAX_SHIFT`. The shift falls
+    linearly with the share of scores above `OUTLIER` times their mean. The shifts are then centred:
+    their mean, weighted by the size of the blocks, is 0.
     """
     shares = uniform(model, adapter, plan, tokens)
     outliers = _outliers(model, adapter, plan, tokens)
     low, high = min(outliers), max(outliers)
-    shifts = [REACH * (1 - 2 * (x - low) / (high - low)) if high > low else 0.0 for x in outliers]
+    shifts = [
+        MAX_SHIFT * (1 - 2 * (x - low) / (high - low)) if high > low else 0.0 for x in outliers
+    ]
     sizes = [sum(s.size for s in block.sites if s.name in shares) for block in plan.blocks]
     mean = sum(s * n for s, n in zip(shifts, sizes, strict=True)) / sum(sizes)
     for block, shift in zip(plan.blocks, shifts, strict=True):
@@ -41,7 +44,7 @@ def owl(model: nn.Module, adapter: Adapter, plan: Plan, tokens: Tensor) -> dict[
 
 
 def _outliers(model: nn.Module, adapter: Adapter, plan: Plan, tokens: Tensor) -> list[float]:
-    """For each block, the share of its scores that are outliers."""
+    """The share of outliers among the scores of each block."""
     modules = dict(adapter.blocks(model))
     found = []
     with eval_mode(model), adapter.running(model):

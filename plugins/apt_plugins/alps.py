@@ -1,4 +1,4 @@
-"""ALPS: mask and weights by ADMM, weights finished by conjugate gradients (arXiv 2406.07831)."""
+"""ALPS: mask and weights by ADMM, weights refined by conjugate gradients (arXiv 2406.07831)."""
 
 import torch
 from torch import Tensor
@@ -7,10 +7,10 @@ from apt.solver import Gram, Pattern, Solution, SolverOptions
 from apt.solver.patterns import lowest
 from apt.solver.precision import full_precision
 
-_PENALTY = 0.1  # ρ to begin with, against a Gram matrix of unit diagonal
-_GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # share of the support that changed above: factor
-_INTERVAL = 3  # iterations between two looks at the support
-_MAX_ITERATIONS = 300  # by then ρ has grown 13,000-fold at least
+_PENALTY = 0.1  # the initial ρ, for a Gram matrix of unit diagonal
+_GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # (least change of the support, factor of ρ)
+_INTERVAL = 3  # iterations between two checks of the support
+_MAX_ITERATIONS = 300  # enough for ρ to grow at least 13,000-fold
 _GRADIENT_STEPS = 10
 
 
@@ -19,13 +19,13 @@ def alps(weight: Tensor, gram: Gram, pattern: Pattern, options: SolverOptions) -
     """Choose the mask by ADMM with a growing penalty, then refine the kept weights.
 
     Inputs are scaled so that the damped Gram matrix has a unit diagonal; the weights that ADMM
-    ranks are scaled the other way. An iteration costs two products of (out, in) by (in, in).
+    ranks are scaled inversely. An iteration costs two products of (out, in) by (in, in).
 
     Args:
         weight: the dense ``W`` (out, in).
-        gram: of the layer's inputs (in, in).
-        pattern: what to meet; an unstructured one is counted over the layer unless it says.
-        options: of which ``damping`` is used.
+        gram: the Gram matrix of the layer's inputs (in, in).
+        pattern: the pattern; an unstructured one without ``per`` is counted over the layer.
+        options: the options; only ``damping`` is used.
 
     Raises:
         SolverError: the Gram matrix cannot be factorised, see `Gram.damped`.
@@ -39,12 +39,12 @@ def alps(weight: Tensor, gram: Gram, pattern: Pattern, options: SolverOptions) -
 
 
 def _admm(dense: Tensor, unit: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
-    """Split ``W`` into free weights B and sparse ones D, and pull them together (algorithm 1).
+    """Split ``W`` into free weights B and sparse weights D, which converge (algorithm 1).
 
     Args:
         dense: the scaled ``W`` (out, in).
         unit: ``H`` scaled to a unit diagonal (in, in).
-        pattern: the support that D may have.
+        pattern: the pattern of D.
 
     Returns:
         D and its mask (True = pruned), both (out, in).
@@ -70,15 +70,15 @@ def _admm(dense: Tensor, unit: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor
 
 
 def _growth(changed: float) -> float:
-    """By how much ρ grows when that share of the support has changed since the last look."""
+    """The growth factor of ρ for the share of the support that changed since the last check."""
     return next(factor for above, factor in _GROWTH if changed > above)
 
 
 def _conjugate_gradients(dense: Tensor, unit: Tensor, mask: Tensor, start: Tensor) -> Tensor:
     """A few steps towards ``V_K H_KK = (W H)_K`` in every row, from ``start`` (algorithm 2).
 
-    The paper's preconditioner is the diagonal, which the scaling has made one. The steps are as
-    few as the paper's: to solve to the end is what `apt.solver.joint_weights` does.
+    The paper's preconditioner is the diagonal, which is 1 after the scaling. The number of steps is
+    that of the paper; `apt.solver.joint_weights` iterates until convergence.
 
     Args:
         dense: the scaled ``W`` (out, in).
@@ -108,5 +108,5 @@ def _dot(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """The quotient (out, 1), 0 where a row is solved and both vanish."""
+    """The quotient (out, 1); 0 for a solved row, where both are zero."""
     return numerator / denominator.clamp(min=torch.finfo(denominator.dtype).tiny)

@@ -1,13 +1,13 @@
 """SparseSwaps: Wanda's mask, refined by swaps of single weights (arXiv 2512.10922).
 
-With ``d`` the pruned weights of a row, zero elsewhere, the row's loss is ``d G dᵀ``. Let
-``c = d G``: to keep the pruned column p and prune the kept column u instead changes the loss by
+Let ``d`` be the pruned weights of a row, zero elsewhere. Then the row's loss is ``d G dᵀ``. Let
+``c = d G``. A swap keeps the pruned column p and prunes the kept column u; it changes the loss by
 
     ``(w_u² G_uu + 2 w_u c_u) + (w_p² G_pp − 2 w_p c_p) − 2 w_u w_p G_up``,
 
 a term of u, a term of p and their coupling. Only the first two depend on the rest of the mask. So
-a row's table of couplings (pruned, kept) is made once, and a swap replaces one line and one column
-of it. n:m is the same within groups, of which an unstructured row has one.
+the table of couplings (pruned, kept) of a row is computed once, and a swap replaces one row and one
+column of it. For n:m, swaps stay within groups; an unstructured row is a single group.
 """
 
 import math
@@ -21,21 +21,22 @@ from apt.solver.precision import full_precision
 from apt_plugins.baselines import wanda
 
 MAX_SWAPS = 100
-"""The most swaps in a row, as in the paper."""
+"""The greatest number of swaps in a row, as in the paper."""
 
-_LEAST = 1e-6  # share of a row's loss that a swap must save: below it fp32 cannot tell
-_CHUNK = 2**25  # couplings of the rows at work, on a GPU: 128 MiB in fp32, and a buffer as large
-_CPU_CHUNK = 2**22  # a CPU is a third quicker on what its caches hold
+_LEAST = 1e-6  # least gain of a swap, as a share of the row's loss: the limit of fp32 precision
+_CHUNK = 2**25  # couplings of a chunk of rows on a GPU: 128 MiB in fp32, and a buffer as large
+_CPU_CHUNK = 2**22  # the same on a CPU, which is a third faster if a chunk fits into its caches
 
 
 @full_precision()
 def sparseswaps(weight: Tensor, gram: Gram, pattern: Pattern, options: SolverOptions) -> Solution:
-    """Take the best swap of every row as long as it lowers the row's loss; no update.
+    """Apply the best swap of every row as long as it lowers the row's loss; no compensation.
 
     Args:
         weight: the dense ``W`` (out, in).
-        gram: of the layer's inputs (in, in); the loss is that of the undamped mean over tokens.
-        pattern: what to meet; an unstructured one is counted in each row unless it says.
+        gram: the Gram matrix of the layer's inputs (in, in); the loss uses its undamped mean over
+            tokens.
+        pattern: the pattern; an unstructured one without ``per`` is counted in each row.
         options: unused.
     """
     mask = wanda(weight, gram, pattern, options).mask
@@ -51,8 +52,8 @@ def refine(weight: Tensor, matrix: Tensor, mask: Tensor, group: int) -> None:
     Args:
         weight: the dense ``W`` (out, in).
         matrix: the Gram matrix ``G`` (in, in), in any scale.
-        mask: any mask to start from (out, in), True where pruned; every group keeps its count.
-        group: the number of consecutive columns that a swap stays within.
+        mask: the initial mask (out, in), True where pruned; the count of every group is unchanged.
+        group: the number of consecutive columns in a group; a swap stays within one.
     """
     counts = mask.reshape(len(mask), -1, group).sum(2)
     pruned, kept = int(counts.max()), group - int(counts.min())
@@ -67,13 +68,13 @@ def refine(weight: Tensor, matrix: Tensor, mask: Tensor, group: int) -> None:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Rows at work. Tensors are changed in place.
+    """The rows of a chunk that still improve. The tensors are changed in place.
 
-    Slots name columns. Where rows differ in their counts, some slots of the shorter ones name
-    columns that are not theirs to swap; the mask tells.
+    A slot holds the index of a column. If rows differ in their counts of pruned weights, some slots
+    of rows with smaller counts hold columns of the other kind; ``mask`` excludes these from swaps.
 
     Attributes:
-        place: where the rows are in their chunk (rows,).
+        place: the indices of the rows in their chunk (rows,).
         weight, mask, slope: ``w``, True where pruned, and ``c`` (rows, in).
         pruned, kept: slots (rows, groups, pruned) and (rows, groups, kept).
         coupling: ``−2 w_p w_u G_pu`` (rows, groups, pruned, kept).
@@ -112,7 +113,7 @@ def _coupling(weight: Tensor, matrix: Tensor, left: Tensor, right: Tensor) -> Te
 
 
 def _refine_rows(rows: _Rows, matrix: Tensor, mask: Tensor) -> None:
-    """Swap until no row improves; the result goes to ``mask`` (rows, in)."""
+    """Swap until no row improves, and write the result to ``mask`` (rows, in)."""
     buffer = torch.empty_like(rows.coupling)
     for _ in range(MAX_SWAPS):
         change, back, gone = _best_swaps(rows, matrix, buffer[: len(rows.place)])
@@ -131,7 +132,7 @@ def _best_swaps(rows: _Rows, matrix: Tensor, buffer: Tensor) -> tuple[Tensor, Te
     """The best swap of every row.
 
     Returns:
-        The change of its loss, its pruned slot counted through all groups, and its kept slot
+        The change of its loss, its pruned slot numbered through all groups, and its kept slot
         within the group, each (rows,).
     """
     alone = rows.weight.square().mul_(matrix.diagonal())
