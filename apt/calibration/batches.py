@@ -128,8 +128,8 @@ def enter(
             Call(mapped(c.args, Tensor, pooled), mapped(c.kwargs, Tensor, pooled), c.keyword)
             for c in calls
         ]
-        beside = DenseActivations(state, store) if with_dense else None
-        batches.append(Batch(state, shared, part.numel(), beside, store))
+        dense = DenseActivations(state, store) if with_dense else None
+        batches.append(Batch(state, shared, part.numel(), dense, store))
     return batches
 
 

@@ -129,7 +129,7 @@ def make_plan(
         pattern: the pattern of every selected site without an override.
         selection: the sites to prune; all by default.
         per: the unit over which unstructured patterns without ``per`` are counted.
-        also: the kinds of extras to prune beside the sites.
+        also: the kinds of extras to prune in addition to the sites.
 
     Raises:
         AptError: the adapter does not fit the model, a pattern does not fit a site, a glob matches

@@ -37,7 +37,7 @@ class Solution:
     Attributes:
         weight: ``V`` (out, in), exactly zero where pruned.
         mask: True where pruned (out, in).
-        damping: the damping used; None where the method uses none.
+        damping: the damping used; None if the method uses none.
         residual: of a joint solve, the residual of its normal equations, see `apt.solver.Joint`.
     """
 
