@@ -49,7 +49,7 @@ class Adapter(Protocol):
         """
 
     def extras(self, block: nn.Module) -> list[Extra]:
-        """The parameters that are pruned on request, in addition to the sites, in order of execution."""
+        """The parameters other than sites that are pruned on request, in order of execution."""
 
     def effects(
         self, block: nn.Module, extras: Sequence[Extra], sink: Effects
