@@ -2,7 +2,7 @@
 
 A linear layer computes ``Y = X Wᵀ``. Pruning seeks ``V`` with a given zero pattern that minimises
 ``‖X Wᵀ − X Vᵀ‖²``. This package works on the weight ``W`` of shape (out, in) and on the Gram
-matrix ``XᵀX`` of shape (in, in). It knows no models, adapters or files.
+matrix ``XᵀX`` of shape (in, in). It is independent of models, adapters and files.
 """
 
 from apt.solver.admm_search import admm

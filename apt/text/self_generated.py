@@ -49,10 +49,10 @@ def own_text(
     bos: int | None = None,
     special: Collection[int] | None = None,
 ) -> Tensor:
-    """Token ids (samples, seqlen) that the model generates, sampled at temperature 1.
+    """Token ids (samples, seqlen) that the model generates.
 
     A sample is one generated sequence, or several if it is long. Each sequence begins with a random
-    token.
+    token. The others are sampled at temperature 1, without top-k or top-p.
 
     Args:
         model: a causal language model of transformers.
