@@ -75,7 +75,7 @@ class BlockTuned:
 
 @dataclass(frozen=True)
 class Working:
-    """One unit of work within a block: a batch was run, a site was solved or a step was tuned.
+    """One unit of work within a block: one batch run, one site solved or one tuning step taken.
 
     An observer can stop the run by an exception. Since at most one unit of work passes between two
     of these events, the run stops soon.
