@@ -1,4 +1,4 @@
-"""What is told of a run while it goes on."""
+"""The events that a run reports to its observers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class BlockStarted:
-    """A block's turn has come; ``index`` counts from 0."""
+    """The pruning of a block starts; ``index`` counts from 0, ``blocks`` is the total number."""
 
     name: str
     index: int
@@ -16,18 +16,18 @@ class BlockStarted:
 
 @dataclass(frozen=True)
 class SitePruned:
-    """What was done to one site.
+    """The record of one pruned site.
 
     Attributes:
         name: its full name.
-        kind: its name within the block, which experts have in common.
+        kind: its name within the block, which is the same for all experts of a stack.
         shape: (out, in).
-        pattern: the pattern asked for.
-        zeros: the zeros now in the weight.
+        pattern: the pattern of the site.
+        zeros: the number of zeros in the pruned weight.
         relative_error: the relative layer error of the weight as written, in its own dtype.
-        damping: the damping used; None where the method uses none.
-        residual: what a joint solve left of its normal equations, see `apt.solver.Joint`.
-        tokens: the calibration tokens that it saw.
+        damping: the damping used; None if the method uses none.
+        residual: the residual of a joint solve's normal equations, see `apt.solver.Joint`.
+        tokens: the number of calibration tokens that it received.
         seconds: the time of the solve.
     """
 
@@ -54,18 +54,18 @@ class SitePruned:
 
     @property
     def starved(self) -> bool:
-        """Whether it saw fewer tokens than it has inputs, as an expert may."""
+        """True if it received fewer tokens than it has inputs, which can happen to an expert."""
         return self.tokens < self.shape[1]
 
 
 @dataclass(frozen=True)
 class BlockTuned:
-    """A block's kept weights have been tuned.
+    """The kept weights of a block were tuned.
 
     Attributes:
         name: the block.
-        before, after: the error of its output on the samples held back, see
-            `apt.tuning.reconstruct.Tuned`.
+        before, after: the error of its output on the samples held back, before and after tuning;
+            see `apt.tuning.reconstruct.Tuned`.
     """
 
     name: str
@@ -75,14 +75,14 @@ class BlockTuned:
 
 @dataclass(frozen=True)
 class Working:
-    """Within a block, one more batch was run, one more site solved or one more tuning step taken.
+    """One unit of work within a block: one batch run, one site solved or one tuning step taken.
 
-    Between two of them no more happens than one of these, so that an observer that raises is soon
-    heeded.
+    An observer can stop the run by an exception. Since at most one unit of work passes between two
+    of these events, the run stops soon.
 
     Attributes:
         name: the block.
-        doing: what there was one more of.
+        doing: the kind of work.
     """
 
     name: str
@@ -93,12 +93,12 @@ Event = BlockStarted | Working | SitePruned | BlockTuned
 Observer = Callable[[Event], None]
 
 
-def telling(observe: Observer, tell: Callable[[SitePruned], None]) -> Observer:
-    """``observe``, with ``tell`` called as well for every site that is pruned."""
+def telling(observe: Observer, site_pruned: Callable[[SitePruned], None]) -> Observer:
+    """An observer that calls ``observe``, and also ``site_pruned`` for every pruned site."""
 
     def both(event: Event) -> None:
         observe(event)
         if isinstance(event, SitePruned):
-            tell(event)
+            site_pruned(event)
 
     return both

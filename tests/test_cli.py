@@ -261,7 +261,7 @@ BAD = [
     (["verify", "full"], "no report gives a pattern"),
     (["eval", "zoo:llama", "--metric", "accuracy1"], "did you mean 'accuracy'"),
     (["prune", "zoo:llama", "--sparsity", "0.5", "--allocation", "owll"], "did you mean 'owl'"),
-    (["prune", "zoo:llama", "--pattern", "2:4", "--allocation", "owl"], "nothing to share out"),
+    (["prune", "zoo:llama", "--pattern", "2:4", "--allocation", "owl"], "owl cannot be used"),
     (["inspect", "full"], "has no config.json"),
     (["install", "vim"], "this is APT, which prunes language models"),
     (["update"], "for packages, run /usr/bin/apt update"),

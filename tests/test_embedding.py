@@ -123,5 +123,5 @@ def test_as_much_text_as_asked_for_is_written(bos):
     for shape in ((0, 4), (2, 2), (2, 3)):
         assert library.own_text(model, *shape, bos=bos).shape == shape
     for shape in ((-1, 4), (2, 1)):
-        with pytest.raises(library.AptError, match="cannot be written"):
+        with pytest.raises(library.AptError, match="cannot be generated"):
             library.own_text(model, *shape, bos=bos)

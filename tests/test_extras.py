@@ -148,9 +148,9 @@ def test_the_convolution_takes_patterns_and_what_does_not_fit_is_told():
     for _, parameter in model.named_parameters():
         if parameter.ndim == 3:
             assert meets(parameter.flatten(1), NM(2, 4))
-    with pytest.raises(AptError, match=r"mixer\.D has 1 weights a channel"):
+    with pytest.raises(AptError, match=r"mixer\.D has 1 weights per channel"):
         library.prune(model, TOKENS, pattern="2:4", also=["D"], method="sm")
-    with pytest.raises(AptError, match="no 'conv2d' can be pruned in this model") as error:
+    with pytest.raises(AptError, match="this model has no 'conv2d' to prune") as error:
         library.prune(model, TOKENS, pattern="0.5", also=["conv2d"])
     assert "A_log, D, conv1d" in str(error.value)
     with pytest.raises(AptError, match="it has: nothing but its sites"):
@@ -163,7 +163,7 @@ def test_effects_that_are_not_handed_over_are_an_error(adapter_of):
     _, block, index, batch = first_block(model, adapter)
     plan = make_plan(model, adapter, Unstructured(0.5), also=["D"])
     adapter.effects = lambda block, extras, sink: torch.no_grad()
-    with pytest.raises(AptError, match=r"mixer\.D was not seen at work"):
+    with pytest.raises(AptError, match=r"mixer\.D cannot be pruned"):
         list(prune_extras(adapter, block, index, [batch], plan.blocks[0].extras, SolverOptions()))
 
 

@@ -163,6 +163,6 @@ def test_more_ranks_than_samples_are_refused(checkpoint, tmp_path):
     few = ("--samples", "2", "--effort", "fast", "-o", "out")
     codes, said = on_ranks(3, tmp_path, "prune", checkpoint("llama"), *COMMAND, *few)
     assert codes == [2, 2, 2]
-    assert "too few samples: some of 3 ranks are left without any; give more samples" in said
+    assert "too few samples: some of 3 ranks have none; give more samples" in said
     assert "Traceback" not in said
     assert not (tmp_path / "out").exists()

@@ -113,7 +113,7 @@ def test_a_model_that_cannot_write_does_without_unless_asked(apt, monkeypatch):
     result = apt(*COMMAND, "--samples", 6, "--effort", "best", "-o", "out")
     assert result.code == 0, result.err
     assert "own samples: 0 (not 2: LlamaForCausalLM cannot generate text)" in result.err
-    with pytest.raises(library.AptError, match="Linear cannot write text") as raised:
+    with pytest.raises(library.AptError, match="Linear cannot generate calibration text") as raised:
         library.own_text(torch.nn.Linear(4, 4), 1, 8)
     assert raised.value.options == ("own_samples",)
 

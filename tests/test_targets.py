@@ -14,7 +14,7 @@ from apt.calibration.dense_activations import advance_dense
 from apt.calibration.targets import Targets
 from apt.errors import AptError
 from apt.planning.plan import make_plan
-from apt.pruning.paused_forward import Walk
+from apt.pruning.paused_forward import PausedForwards
 from apt.pruning.pipeline import prune_blocks
 from apt.pruning.recipe import Recipe
 from apt.solver import NM, Gram, ss
@@ -105,21 +105,24 @@ def test_the_sums_are_those_of_both_streams(behind):
     assert crossed == {"attention", "mlp"}  # narrower than all that is made of them
 
 
-def test_a_walk_sums_what_runs_of_the_block_do(behind):
+def test_paused_forwards_sum_the_same_as_separate_runs(behind):
     _, pruned, adapter, batches = behind
     block, targets, earlier = pruned.model.layers[1], Targets(0.3, 0.6), {}
     sites = adapter.sites(block)
     dense = {site: site.weight(block).clone() for site in sites if site.residual}
     compared = []
-    with torch.no_grad(), Walk(adapter, block, 1, batches, sites, sites, dense, targets) as walk:
-        while (name := walk.next_input()) is not None:
+    with (
+        torch.no_grad(),
+        PausedForwards(adapter, block, 1, batches, sites, sites, dense, targets) as forwards,
+    ):
+        while (name := forwards.next_input()) is not None:
             alone = Capture(block, group := [s for s in sites if s.input == name], targets)
-            sums = walk.capture(name)
+            sums = forwards.capture(name)
             alone.run(adapter, block, 1, batches, earlier)
             for site in group:
                 for both in zip(
-                    [sums.cross, sums.pull.get(site)],
-                    [alone.sums[name].cross, alone.sums[name].pull.get(site)],
+                    [sums.cross, sums.error_products.get(site)],
+                    [alone.sums[name].cross, alone.sums[name].error_products.get(site)],
                     strict=True,
                 ):
                     assert (both[0] is None) == (both[1] is None)
@@ -128,7 +131,7 @@ def test_a_walk_sums_what_runs_of_the_block_do(behind):
                         compared.append(site.name)
                 site.weight(block).mul_(0.8)
                 earlier |= {site: dense[site]} if site.residual else {}
-        walk.finish(leave=False)
+        forwards.finish(update_states=False)
     assert set(compared) == {site.name for site in sites}
 
 

@@ -126,7 +126,7 @@ def test_a_row_without_text_is_named_by_its_number(tmp_path, suffix):
     else:
         parquet.write_table(pyarrow.table({"text": texts}), path)
     where = "line 51" if suffix == ".jsonl" else "row 51"
-    with pytest.raises(AptError, match=f"{where} has null for a text in its field 'text'"):
+    with pytest.raises(AptError, match=f"{where} has null instead of a string in its field 'text'"):
         list(read_file(path))
 
 

@@ -16,11 +16,11 @@ from apt.calibration.targets import Targets
 from apt.errors import AptError
 from apt.planning.plan import Selection, make_plan
 from apt.pruning import warning_handler
-from apt.pruning.paused_forward import CannotWait, Walk
+from apt.pruning.paused_forward import CannotPause, PausedForwards
 from apt.pruning.pipeline import prune_blocks
 from apt.pruning.recipe import Recipe
 from apt.pruning.suspended import Suspended
-from apt.pruning.warning_handler import can_keep
+from apt.pruning.warning_handler import can_preserve_handler
 from apt.solver import NM, ss
 from tests.families import CONFIGS, random_model, random_tokens
 
@@ -75,10 +75,10 @@ def test_what_waits_can_fail_and_be_closed():
 
 @pytest.mark.skipif(sys.platform == "win32", reason="its compiler names functions otherwise")
 def test_torch_still_lets_its_warning_handler_be_kept():
-    assert can_keep()
+    assert can_preserve_handler()
 
 
-@pytest.mark.skipif(not can_keep(), reason="needs torch's handler of warnings")
+@pytest.mark.skipif(not can_preserve_handler(), reason="needs torch's handler of warnings")
 def test_what_waits_within_a_function_of_torch_leaves_the_others_their_warning_handler():
     handler, _ = warning_handler._functions()
     before, weight, own = handler(), torch.ones(4, 4), []
@@ -132,25 +132,25 @@ def test_a_forward_with_settings_of_its_own_is_run_again(adapter_of):
     assert set(seen) == {False}
 
 
-def test_where_torch_cannot_be_kept_no_forward_waits(adapter_of, monkeypatch):
-    monkeypatch.setattr(apt.pruning.paused_forward, "can_keep", lambda: False)
+def test_no_forward_pauses_if_the_handler_cannot_be_preserved(adapter_of, monkeypatch):
+    monkeypatch.setattr(apt.pruning.paused_forward, "can_preserve_handler", lambda: False)
     model = random_model("llama")
     plan = make_plan(model, adapter_of(model), NM(2, 4))
     started = []
-    monkeypatch.setattr(Walk, "finish", lambda walk, **_: started.append(walk))
+    monkeypatch.setattr(PausedForwards, "finish", lambda forwards, **_: started.append(forwards))
     prune_blocks(model, adapter_of(model), plan, random_tokens(), ss, Recipe(ordered=True))
     assert not started
 
 
 @pytest.mark.parametrize("aware", [True, False])
 @pytest.mark.parametrize("variant", CONFIGS)
-def test_a_walk_gives_what_runs_anew_give(variant, aware, adapter_of, monkeypatch):
+def test_paused_forwards_give_the_result_of_separate_runs(variant, aware, adapter_of, monkeypatch):
     models = []
-    for walks in (True, False):
+    for pauses in (True, False):
         model = random_model(variant)
         adapter = adapter_of(model)
-        if not walks:
-            monkeypatch.setattr(Walk, "next_input", raise_cannot_wait)
+        if not pauses:
+            monkeypatch.setattr(PausedForwards, "next_input", raise_cannot_pause)
         monkeypatch.setattr(apt.pruning.pipeline, "TOKENS_PER_BATCH", 64)  # several batches at once
         name, block = adapter.blocks(model)[1]
         sites = adapter.sites(block)
@@ -170,17 +170,21 @@ def test_a_walk_gives_what_runs_anew_give(variant, aware, adapter_of, monkeypatc
         torch.testing.assert_close(models[0][name], value, rtol=1e-2, atol=1e-3, msg=name)
 
 
-@pytest.mark.parametrize(("variant", "walks"), [("bloom", False), ("llama", True), ("mamba", True)])
+@pytest.mark.parametrize(
+    ("variant", "pauses"), [("bloom", False), ("llama", True), ("mamba", True)]
+)
 def test_matrices_of_attention_are_not_held_for_all_batches(
-    variant, walks, adapter_of, monkeypatch
+    variant, pauses, adapter_of, monkeypatch
 ):
     model, began = random_model(variant), []
     adapter = adapter_of(model)
-    monkeypatch.setattr(apt.pruning.paused_forward, "_HELD", 1)
-    monkeypatch.setattr(Walk, "__enter__", lambda walk: began.append(walk) or walk)
+    monkeypatch.setattr(apt.pruning.paused_forward, "_MAX_VALUES", 1)
+    monkeypatch.setattr(
+        PausedForwards, "__enter__", lambda forwards: began.append(forwards) or forwards
+    )
     plan = make_plan(model, adapter, NM(2, 4))
     prune_blocks(model, adapter, plan, random_tokens(samples=2), ss, Recipe(ordered=True))
-    assert bool(began) == walks
+    assert bool(began) == pauses
 
 
 def test_how_much_a_forward_holds(adapter_of):
@@ -194,24 +198,24 @@ def test_how_much_a_forward_holds(adapter_of):
     assert adapter_of(model).held(model.config, 50) == heads * 50
 
 
-def raise_cannot_wait(walk):
-    raise CannotWait
+def raise_cannot_pause(forwards):
+    raise CannotPause
 
 
 @torch.no_grad()
-def test_a_walk_through_a_block_runs_it_once(adapter_of):
+def test_paused_forwards_run_the_block_once(adapter_of):
     model, tokens = random_model("opt"), random_tokens(samples=2)
     adapter, count = adapter_of(model), []
     block = model.model.decoder.layers[0]
     batches = enter(adapter, model, tokens, 1)
     handle = block.register_forward_pre_hook(lambda module, args: count.append(1))
     sites = adapter.sites(block)
-    with Walk(adapter, block, 0, batches, sites, sites, {}) as walk:
+    with PausedForwards(adapter, block, 0, batches, sites, sites, {}) as forwards:
         names = []
-        while (name := walk.next_input()) is not None:
+        while (name := forwards.next_input()) is not None:
             names.append(name)
             alone = Capture(block, [site for site in sites if site.input == name])
-            sums = walk.capture(name)
+            sums = forwards.capture(name)
             seen = len(count)
             alone.run(adapter, block, 0, batches)
             del count[seen:]
@@ -221,7 +225,7 @@ def test_a_walk_through_a_block_runs_it_once(adapter_of):
                     site.weight(block).mul_(0.5)
         states = [adapter.step(block, b.state, b.calls[0]) for b in batches]
         del count[-len(states) :]
-        walk.finish(leave=True)
+        forwards.finish(update_states=True)
     handle.remove()
     assert len(count) == len(batches) == 2
     assert names == list(dict.fromkeys(site.input for site in sites))

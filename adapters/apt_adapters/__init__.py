@@ -5,7 +5,7 @@ from apt.hookspecs import AdapterSpec, FormatSpec, hookimpl
 
 @hookimpl
 def apt_adapters() -> list[AdapterSpec]:
-    """LLaMA, OPT, BLOOM, the Mambas and hybrids of them, and one for what has none."""
+    """The adapters of LLaMA, OPT, BLOOM, Mamba and its hybrids, and one for any other model."""
     return [
         AdapterSpec(
             "llama",
@@ -46,7 +46,7 @@ def apt_adapters() -> list[AdapterSpec]:
         ),
         AdapterSpec(
             "jamba",
-            "Jamba: attention, Mamba and experts by turns",
+            "Jamba: attention, Mamba and experts in alternating blocks",
             "apt_adapters.hybrid:JambaAdapter",
             model_types=("jamba",),
             example="apt_adapters.examples:jamba",
@@ -54,7 +54,7 @@ def apt_adapters() -> list[AdapterSpec]:
         ),
         AdapterSpec(
             "falcon-h1",
-            "Falcon-H1: attention and Mamba2 side by side",
+            "Falcon-H1: attention and Mamba2 in parallel",
             "apt_adapters.hybrid:FalconH1Adapter",
             model_types=("falcon_h1",),
             example="apt_adapters.examples:falcon_h1",
@@ -62,14 +62,14 @@ def apt_adapters() -> list[AdapterSpec]:
         ),
         AdapterSpec(
             "mamba-ssm",
-            "Models of the package mamba_ssm, from a program",
+            "Models of the package mamba_ssm, from Python only",
             "apt_adapters.native_mamba:NativeMambaAdapter",
             model_types=("MambaLMHeadModel",),
             doctor="apt_adapters.kernels:native",
         ),
         AdapterSpec(
             "auto",
-            "Any causal language model of transformers, found by running it; ask for it by name",
+            "Any causal language model of transformers, examined by a run; chosen by name only",
             "apt_adapters.auto:AutoAdapter",
         ),
     ]
@@ -77,11 +77,11 @@ def apt_adapters() -> list[AdapterSpec]:
 
 @hookimpl
 def apt_formats() -> list[FormatSpec]:
-    """mamba_ssm's."""
+    """The checkpoint format of mamba_ssm."""
     return [
         FormatSpec(
             "mamba-ssm",
-            "Checkpoints as mamba_ssm writes them (state-spaces/mamba-130m)",
+            "Checkpoints in the format of mamba_ssm (state-spaces/mamba-130m)",
             "apt_adapters.native_checkpoint:native_checkpoint",
         )
     ]

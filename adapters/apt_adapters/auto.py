@@ -1,9 +1,10 @@
-"""A model without an adapter of its own: one run of it says what an adapter would declare.
+"""An adapter for models without one: it determines the sites of each block by a run.
 
-A few tokens are run through a block of each make, with an eye on every operator: which matrices
-multiply the tokens, which of them multiply the same tensor, and whose products are added to the
-residual stream as they are. Nothing is guessed from names. What cannot be told is refused, and so
-is a model of which the conformance checks find that the capture misses something.
+A few tokens are run through one block of each kind, and every operator is observed. This determines
+the matrices that multiply the tokens, the matrices that share an input, and the matrices whose
+products are added to the residual stream unchanged. Names are not used. A model whose matrices
+cannot be determined is refused. So is a model for which the conformance checks find that the
+capture misses something.
 """
 
 import copy
@@ -24,7 +25,7 @@ from apt.conformance.oracle import PRODUCTS, Stream, storage_of
 from apt.errors import AptError, first_line
 
 _HINT = "it needs an adapter of its own, see docs/adapters.md"
-_SPREAD = 0.05  # of values that stand in for weights
+_SPREAD = 0.05  # standard deviation of random values in place of missing weights
 _CHECKS = ("sites", "orientation", "capture", "order", "blocks", "untouched", "in_time")
 
 
@@ -33,37 +34,37 @@ class AutoAdapter(DecoderAdapter):
 
     def __init__(self) -> None:
         self._found: dict[Any, list[Site]] = {}
-        self._proven: WeakSet[nn.Module] = WeakSet()
+        self._checked: WeakSet[nn.Module] = WeakSet()
 
     def blocks(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
-        """The list of modules that holds most of the model's parameters."""
+        """The modules of the ``ModuleList`` with the most parameters."""
         path, layers = _largest_list(model)
         blocks = [(f"{path}.{name}", block) for name, block in layers.named_children()]
-        if any(_likeness(block) not in self._found for _, block in blocks):
+        if any(_kind(block) not in self._found for _, block in blocks):
             with eval_mode(model):
-                self._look(_with_values(model), path)
+                self._examine(_with_values(model), path)
         return blocks
 
     def sites(self, block: nn.Module) -> list[Site]:
-        """What was found for blocks like this one."""
-        if _likeness(block) not in self._found:
-            raise AptError(f"{type(block).__name__} is not a block of a model that was looked at")
-        return self._found[_likeness(block)]
+        """The sites found for blocks of the same kind."""
+        if _kind(block) not in self._found:
+            raise AptError(f"{type(block).__name__} is not a block of an examined model")
+        return self._found[_kind(block)]
 
     def left_dense_of(self, block: nn.Module) -> tuple[str, ...]:
-        """Whatever of such a block no product with the tokens was seen of."""
+        """The parameters of the block for which no product with the tokens was observed."""
         sites = {site.parameter for site in self.sites(block)}
         return tuple(name for name, _ in block.named_parameters() if name not in sites)
 
     def enter(self, model: nn.Module, tokens: Tensor) -> tuple[State, list[Call]]:
-        """Record every block's own call; the first time, put what was found to the proof."""
-        if model not in self._proven:
-            self._proven.add(model)
-            self._prove(model, tokens[:2, :16])
+        """Record every block's call; the first time, check the sites that were found."""
+        if model not in self._checked:
+            self._checked.add(model)
+            self._check_conformance(model, tokens[:2, :16])
         return super().enter(model, tokens)
 
     @torch.no_grad()
-    def _look(self, model: nn.Module, path: str) -> None:
+    def _examine(self, model: nn.Module, path: str) -> None:
         """Run every kind of block once on a few tokens."""
         blocks = dict(model.get_submodule(path).named_children())
         device = next(model.parameters()).device
@@ -71,17 +72,17 @@ class AutoAdapter(DecoderAdapter):
         with _explained(type(model).__name__):
             state, calls = record_calls(model, list(blocks.values()), tokens)
         for (name, block), call in zip(blocks.items(), calls, strict=True):
-            if _likeness(block) in self._found:
+            if _kind(block) in self._found:
                 continue
             trace = _Trace(block, state)
             with _explained(f"{path}.{name}"), trace:
                 self.step(block, state, call)
             sites = trace.sites(tokens.numel())
             _assert_most(f"{path}.{name}", block, sites)
-            self._found[_likeness(block)] = sites
+            self._found[_kind(block)] = sites
 
-    def _prove(self, model: nn.Module, tokens: Tensor) -> None:
-        model = _with_telling_values(model, [block for _, block in self.blocks(model)])
+    def _check_conformance(self, model: nn.Module, tokens: Tensor) -> None:
+        model = _with_distinct_values(model, [block for _, block in self.blocks(model)])
         tokens = tokens.to(next(model.parameters()).device)
         with eval_mode(model), _explained(type(model).__name__):
             for name in _CHECKS:
@@ -93,22 +94,22 @@ class AutoAdapter(DecoderAdapter):
 
 
 @contextmanager
-def _explained(what: str) -> Iterator[None]:
-    """Turn whatever a model raises into one line."""
+def _explained(subject: str) -> Iterator[None]:
+    """Convert any exception of a model to an `AptError` of one line."""
     try:
         yield
     except AptError as error:
         raise AptError(error.message, error.hint or _HINT) from error
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise AptError(f"adapter auto cannot run {what}: {reason}", _HINT) from error
+        raise AptError(f"adapter auto cannot run {subject}: {reason}", _HINT) from error
 
 
 def _with_values(model: nn.Module) -> nn.Module:
-    """The model, or where a part of it lies on the meta device a copy with zeros there, on the CPU.
+    """The model, or a copy on the CPU with zeros for its parts on the meta device.
 
-    What is not read takes no room. What a model computes may depend on values, if only to look
-    whether a mask is needed.
+    A model needs values to run, if only to decide if a mask is needed. Zeros that are never read
+    take no memory.
     """
     if not any(parameter.is_meta for parameter in model.parameters()):
         return model
@@ -121,18 +122,18 @@ def _with_values(model: nn.Module) -> nn.Module:
 
 
 def _valued(tensor: Tensor) -> Tensor:
-    """Zeros of the same kind for a tensor without values, else what it is, on the CPU."""
+    """The tensor on the CPU; zeros of the same shape and dtype if it is on the meta device."""
     found = _zeros(tensor) if tensor.is_meta else tensor.detach().cpu()
     return nn.Parameter(found, requires_grad=False) if isinstance(tensor, nn.Parameter) else found
 
 
-def _with_telling_values(model: nn.Module, blocks: Sequence[nn.Module]) -> nn.Module:
-    """The same; of each make of blocks, the first has values that tell one from another."""
+def _with_distinct_values(model: nn.Module, blocks: Sequence[nn.Module]) -> nn.Module:
+    """The same as `_with_values`, but the first block of each kind has random, distinct values."""
     filled = _with_values(model)
     if filled is model:
         return model
     draw, names = torch.Generator().manual_seed(0), {m: n for n, m in model.named_modules()}
-    for block in {_likeness(block): block for block in reversed(blocks)}.values():
+    for block in {_kind(block): block for block in reversed(blocks)}.values():
         for parameter in filled.get_submodule(names[block]).parameters():
             spread = torch.randn(parameter.shape, generator=draw) * _SPREAD
             parameter.data.copy_(spread if parameter.ndim > 1 else spread + 1)
@@ -140,22 +141,21 @@ def _with_telling_values(model: nn.Module, blocks: Sequence[nn.Module]) -> nn.Mo
 
 
 def _zeros(like: Tensor) -> Tensor:
-    """Zeros of which the operating system makes pages only when they are written."""
+    """Zeros whose memory pages the operating system allocates only when they are written."""
     size = max(1, like.numel() * like.element_size())
     untouched = torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(like.dtype)
     return untouched[: like.numel()].view(like.shape)
 
 
 def _assert_most(name: str, block: nn.Module, sites: list[Site]) -> None:
-    """Raise where most of a block's weights are no site, as with stacked or routed experts."""
+    """Raise if most weights of a block are not sites, as with stacked or routed experts."""
     found = {site.parameter for site in sites}
     sizes = {n: p.numel() for n, p in block.named_parameters() if p.ndim > 1}
     left = {n: size for n, size in sizes.items() if n not in found}
     if not found or sum(left.values()) > sum(sizes.values()) / 2:
         largest = max(left, key=lambda n: left[n], default="a matrix")
         raise AptError(
-            f"adapter auto cannot tell what multiplies {name}.{largest}, which makes up much of "
-            "the block",
+            f"adapter auto found no input of {name}.{largest}, a large part of the block",
             _HINT,
         )
 
@@ -174,15 +174,21 @@ def _largest_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return path, layers
 
 
-def _likeness(block: nn.Module) -> Any:
-    """Equal for blocks of the same make."""
+def _kind(block: nn.Module) -> Any:
+    """The type and the parameter shapes of a block: equal for blocks of the same kind."""
     shapes = tuple((name, tuple(p.shape)) for name, p in block.named_parameters())
     return type(block), shapes
 
 
 @dataclass
 class _Use:
-    """The products with one matrix: their inputs, and whether it is stored (in, out)."""
+    """The products with one matrix.
+
+    Attributes:
+        inputs: their inputs, by storage.
+        rows: the number of rows of each input.
+        transposed: True if the matrix is stored (in, out).
+    """
 
     inputs: list[tuple[Any, ...]] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
@@ -190,7 +196,7 @@ class _Use:
 
 
 class _Trace(Stream[str]):  # type: ignore[no-untyped-call]
-    """Watches what multiplies the matrices of a block, beside what is added to the stream."""
+    """Records the inputs of a block's matrices, and the products added to the residual stream."""
 
     def __init__(self, block: nn.Module, stream: Tensor) -> None:
         matrices = {name: p for name, p in block.named_parameters() if p.ndim == 2}
@@ -199,12 +205,12 @@ class _Trace(Stream[str]):  # type: ignore[no-untyped-call]
         self._uses: dict[str, _Use] = {}
 
     def sites(self, tokens: int) -> list[Site]:
-        """The matrices that multiply all ``tokens``, once or more often, as sites."""
+        """The matrices that multiply all ``tokens``, once or several times, as sites."""
         inputs: dict[tuple[Any, ...], tuple[str, int]] = {}
         found = []
         for name, use in self._uses.items():
             if any(rows != tokens for rows in use.rows):
-                continue  # it multiplies something else, a table of positions for instance
+                continue  # it multiplies other values, a table of positions for instance
             short = name.removesuffix(".weight")
             given, order = inputs.setdefault(use.inputs[0], (short, len(inputs)))
             found.append(
@@ -223,7 +229,7 @@ class _Trace(Stream[str]):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Let it happen, and note the factors of a product."""
+        """Call the operator; if it is a product, record its factors."""
         result = super().__torch_dispatch__(func, types, args, kwargs)
         if func in PRODUCTS:
             left, right = (args[place] for place in PRODUCTS[func])
@@ -234,7 +240,7 @@ class _Trace(Stream[str]):  # type: ignore[no-untyped-call]
     def _use(self, factor: Tensor, other: Tensor, *, turned: bool) -> None:
         name, matrix = self._matrices.get(storage_of(factor), (None, None))
         if factor.ndim == 3 and factor.stride(0) == 0:
-            factor = factor[0]  # one matrix for all samples
+            factor = factor[0]  # one matrix, expanded over the samples
         if name is None or matrix is None or factor.numel() != matrix.numel():
             return
         weight = factor.transpose(-1, -2) if turned else factor  # as in X Wᵀ: (in, out)

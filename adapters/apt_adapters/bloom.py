@@ -21,23 +21,23 @@ class BloomAdapter(DecoderAdapter):
     )
 
     def check(self, config: Any) -> None:
-        """Refuse the mode that multiplies by slices of a weight: no whole input ever exists."""
+        """Refuse the mode that multiplies by slices of a weight, where no input is complete."""
         if config.slow_but_exact and config.pretraining_tp > 1:
             raise AptError(
                 "this BLOOM config has slow_but_exact with pretraining_tp > 1",
-                "set slow_but_exact to false in its config.json; results agree but for rounding",
+                "set slow_but_exact to false in its config.json; results agree except for rounding",
             )
 
     def positions(self, config: Any) -> int | None:
-        """The length that it was trained on, where the configuration tells; ALiBi has no limit."""
+        """The sequence length of the training, if the configuration has it; ALiBi has no limit."""
         return getattr(config, "seq_length", None)
 
     def held(self, config: Any, seqlen: int) -> int:
-        """Scores, what they are with the mask added, and probabilities."""
+        """Three attention matrices per head: scores, scores with the mask, and probabilities."""
         return 3 * super().held(config, seqlen)
 
     def sites(self, block: nn.Module) -> list[Site]:
-        """As declared; some configurations add to the normalised stream, not to the block's own."""
+        """As declared; not residual if the residual connection starts after the layer norm."""
         sites = super().sites(block)
         if block.apply_residual_connection_post_layernorm:
             return [replace(site, residual=False) for site in sites]

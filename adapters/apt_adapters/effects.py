@@ -1,13 +1,15 @@
-"""What a state-space mixer has beside its Linears, and what removing parts of it does.
+"""The extras of a state-space mixer, and the effects of their removal.
 
 *conv1d*: each channel of the depthwise convolution multiplies its last few inputs. *D* multiplies
-the scan's input on its way past the scan. *A_log*: a zero stands for the decay ``exp(-step)``; what
-that changes is found by scanning once more with it. The states of a channel do not mix, so the
-error of removing several of its entries is the sum of their changes, whose Gram matrix over tokens
-says it all. (SparseSSM, arXiv 2506.09613, ranks the entries by ``A_log²`` and the states' squares.)
+the input of the scan, in the skip connection around it. *A_log*: a zero gives the decay
+``exp(-step)``; a second scan with this decay gives the change. The states of a channel do not mix,
+so the error of the removal of several entries is the sum of their changes, and the Gram matrix of
+the changes over tokens determines it. (SparseSSM, arXiv 2506.09613, ranks the entries by ``A_log²``
+and the squares of the states.)
 
-What the scan's parts change is measured where ``out_proj`` reads it, gated and normalised. The
-convolution is measured as it is: weighted by the slope of its activation, it cost perplexity.
+The changes by A_log and D are measured at the input of ``out_proj``, after the gate and the norm.
+The change by the convolution is measured at its output: to weight it by the slope of the activation
+gave a higher perplexity.
 """
 
 import sys
@@ -30,7 +32,7 @@ _Take = Callable[[str, Tensor, float], None]
 
 
 def extras_of(mixer: str, block: nn.Module) -> list[Extra]:
-    """The extras of the mixer of that name in ``block``, if there is one."""
+    """The extras of the submodule ``mixer`` of ``block``; none if ``block`` has no such module."""
     if not hasattr(block, mixer):
         return []
     return [
@@ -42,12 +44,12 @@ def extras_of(mixer: str, block: nn.Module) -> list[Extra]:
 
 @contextmanager
 def effects_of(mixer: nn.Module, extras: Sequence[Extra], sink: Effects) -> Iterator[None]:
-    """While entered, hand over what the extras of ``mixer`` do (`apt.adapter.Adapter.effects`).
+    """Inside the context, report the effects of ``mixer``'s extras; see `Adapter.effects`.
 
-    The scan runs in plain torch meanwhile, on a GPU as well.
+    The scan runs in plain torch, even on a GPU.
 
     Raises:
-        AptError: this release of transformers has the functions inside the mixer.
+        AptError: in this release of transformers, the functions are inside the mixer.
     """
     module = sys.modules[type(mixer).__module__]
     wanted, owner = {extra.kind: extra for extra in extras}, get_ident()
@@ -60,7 +62,7 @@ def effects_of(mixer: nn.Module, extras: Sequence[Extra], sink: Effects) -> Iter
         before = {name: getattr(module, name) for name in _WATCHED if hasattr(module, name)}
         if len(before) < 2:
             raise AptError(
-                "beyond its Linears this model is pruned with transformers 5.24 or newer only",
+                "beyond its Linears, this model can only be pruned with transformers 5.24 or newer",
                 "upgrade transformers",
                 ("also",),
             )
@@ -81,7 +83,7 @@ def effects_of(mixer: nn.Module, extras: Sequence[Extra], sink: Effects) -> Iter
 
 
 def _conv(plain: Any, take: _Take) -> Any:
-    """The convolution, watched."""
+    """The convolution ``plain``, with its effects reported to ``take``."""
 
     def watched(x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         gram, weights = _lagged(x, weight.shape[-1]), weight.double()
@@ -93,7 +95,10 @@ def _conv(plain: Any, take: _Take) -> Any:
 
 
 def _lagged(x: Tensor, width: int) -> Tensor:
-    """The Gram matrices (channels, width, width) of the last inputs of x (batch, channels, L)."""
+    """The Gram matrices (channels, width, width) of ``width`` lagged copies of x.
+
+    The shape of x is (batch, channels, L).
+    """
     length = x.shape[-1]
     padded = F.pad(x.double(), (width - 1, 0))
     lags = [padded[..., lag : lag + length] for lag in range(width)]
@@ -105,7 +110,7 @@ def _lagged(x: Tensor, width: int) -> Tensor:
 
 
 def _scan(take: _Take) -> Any:
-    """The scan of Mamba 1, watched behind its gate."""
+    """The scan of Mamba 1; its effects after the gate are reported to ``take``."""
 
     def watched(hidden_states: Tensor, dt: Tensor, A: Tensor, *args: Any, **kwargs: Any) -> Any:
         _take_scan(take, hidden_states, dt, A, *args, **kwargs)
@@ -127,7 +132,7 @@ def _take_scan(
     delta_softplus: bool = False,
     **_: Any,
 ) -> None:
-    """Of a scan as transformers calls it, what A_log and D do."""
+    """Report the effects of A_log and D to ``take``, for a scan with these arguments."""
     gate = torch.ones_like(hidden_states).float() if z is None else F.silu(z.float())
     step = dt.float() if delta_bias is None else dt.float() + delta_bias[:, None]
     step = F.softplus(step) if delta_softplus else step
@@ -146,7 +151,7 @@ def _take_scan(
 
 
 class _Heads:
-    """The scan of Mamba 2, watched behind the gate and the norm where the mixer has one."""
+    """The scan of Mamba 2; its effects are reported after the gate and the norm, if any."""
 
     def __init__(self, mixer: nn.Module, take: _Take) -> None:
         self._take = take
@@ -154,15 +159,15 @@ class _Heads:
         norm: Any = getattr(mixer, "norm", None)
         self._hook = None
         if hasattr(norm, "group_size"):
-            self._hook = norm.register_forward_pre_hook(self._normed, with_kwargs=True)
+            self._hook = norm.register_forward_pre_hook(self._before_norm, with_kwargs=True)
 
     def close(self) -> None:
-        """Leave nothing on the mixer."""
+        """Remove the hook from the mixer."""
         if self._hook is not None:
             self._hook.remove()
 
     def scan(self, plain: Any) -> Any:
-        """``plain``, watched."""
+        """The scan ``plain``, with its outputs recorded."""
 
         def watched(hidden_states: Tensor, dt: Tensor, A: Tensor, *args: Any, **kwargs: Any) -> Any:
             result = plain(hidden_states, dt, A, *args, **kwargs)
@@ -171,22 +176,22 @@ class _Heads:
             without = plain(hidden_states, dt, torch.full_like(A, -1.0), *args, **once)
             self._seen = y, y - without, hidden_states
             if self._hook is None:
-                self._hand_over(torch.ones_like(y))
+                self._report(torch.ones_like(y))
             return result
 
         return watched
 
-    def _normed(self, norm: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_norm(self, norm: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = dict(zip(("hidden_states", "gate"), args, strict=False)) | kwargs
         gate = F.silu(given["gate"].float())
         gated = given["hidden_states"].float() * gate
         groups = gated.view(*gated.shape[:-1], -1, norm.group_size)
         size = torch.rsqrt(groups.square().mean(-1, keepdim=True) + norm.variance_epsilon)
         sizes = size.expand_as(groups).reshape(gated.shape)
-        self._hand_over(gate * sizes * norm.weight)
+        self._report(gate * sizes * norm.weight)
 
-    def _hand_over(self, scale: Tensor) -> None:
-        """Every value of the scan's product times ``scale``, in the shape of either."""
+    def _report(self, scale: Tensor) -> None:
+        """Report the effects of A_log and D: the recorded values, times ``scale``, squared."""
         assert self._seen is not None
         y, change, skipped = (
             (x.float() * scale.view_as(x)).double().square().sum((0, 1, 3)) for x in self._seen

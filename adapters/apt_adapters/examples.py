@@ -1,4 +1,4 @@
-"""Small random models of the families that have no embedded checkpoint, for ``apt-prune check``."""
+"""Small random models of the families without an embedded checkpoint, for ``apt-prune check``."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ _SMALL = {
 
 
 def jamba(**options: Any) -> Any:
-    """Mamba and attention by turns, each with an MLP and with experts."""
+    """A Jamba model: blocks of Mamba and of attention, each kind with an MLP and with experts."""
     from transformers import JambaConfig, JambaForCausalLM
 
     config = JambaConfig(**{
@@ -22,7 +22,7 @@ def jamba(**options: Any) -> Any:
 
 
 def falcon_h1(**options: Any) -> Any:
-    """Heads of both kinds, and multipliers that are not 1."""
+    """A Falcon-H1 model with both kinds of heads, and with multipliers other than 1."""
     from transformers import FalconH1Config, FalconH1ForCausalLM
 
     config = FalconH1Config(**{

@@ -25,7 +25,7 @@ _MLP = (
 class JambaAdapter(StateSpaceAdapter):
     """``JambaForCausalLM``: blocks of attention or of Mamba, with an MLP or routed experts.
 
-    The router is left dense.
+    The router stays dense.
     """
 
     blocks_path = "model.layers"
@@ -33,15 +33,15 @@ class JambaAdapter(StateSpaceAdapter):
     left_dense = ("feed_forward.router",)
 
     def positions(self, config: object) -> None:
-        """No limit: there are no position embeddings."""
+        """No limit: the model has no position embeddings."""
 
     def inputs_of(self, block: nn.Module) -> tuple[Input, ...]:
-        """Four kinds of block."""
+        """The inputs of a block of its kind: attention or Mamba, with an MLP or experts."""
         inputs = _MIXER if hasattr(block, "mamba") else _ATTENTION
         return inputs if _experts(block) else inputs + _MLP
 
     def sites(self, block: nn.Module) -> list[Site]:
-        """The Linears, and two slices for each expert."""
+        """The Linears, and two slices of stacked parameters for each expert."""
         sites, experts = super().sites(block), _experts(block)
         if experts is not None:
             order, names = len(self.inputs_of(block)), ("gate_up_proj", "down_proj")
@@ -50,7 +50,7 @@ class JambaAdapter(StateSpaceAdapter):
         return sites
 
     def step(self, block: nn.Module, state: State, call: Call) -> State:
-        """Expert by expert."""
+        """Run the block, with its experts one by one."""
         with one_by_one(_experts(block)):
             return super().step(block, state, call)
 
@@ -60,10 +60,10 @@ def _experts(block: nn.Module) -> nn.Module | None:
 
 
 class FalconH1Adapter(StateSpaceAdapter):
-    """``FalconH1ForCausalLM``: attention and Mamba2 side by side, then an MLP.
+    """``FalconH1ForCausalLM``: attention and Mamba2 in parallel, then an MLP.
 
-    Products are multiplied by constants before they are added to the residual stream, so that none
-    is declared to write to it.
+    Products are multiplied by constants before they are added to the residual stream, so no input
+    is declared residual.
     """
 
     blocks_path = "model.layers"

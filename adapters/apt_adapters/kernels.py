@@ -1,4 +1,4 @@
-"""Whether the kernels of mamba_ssm and causal_conv1d are there, and really run."""
+"""The doctor's checks of the kernels of mamba_ssm and causal_conv1d: installed, and correct."""
 
 from collections.abc import Callable
 from functools import cache
@@ -17,7 +17,7 @@ INSTALL = (
 
 
 def scan_differs(device: str = "cuda") -> float:
-    """By how much the kernel's scan differs from ours."""
+    """The largest difference between the kernel's scan and `selective_scan`."""
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
     torch.manual_seed(0)
@@ -31,7 +31,7 @@ def scan_differs(device: str = "cuda") -> float:
 
 
 def chunk_scan_differs(device: str = "cuda") -> float:
-    """By how much the kernel's scan of Mamba 2 differs from Mamba 1's with its numbers."""
+    """The largest difference between the kernel's Mamba 2 scan and an equivalent Mamba 1 scan."""
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
     torch.manual_seed(0)
@@ -49,7 +49,7 @@ def chunk_scan_differs(device: str = "cuda") -> float:
 
 
 def convolution_differs(device: str = "cuda") -> float:
-    """By how much the kernel's convolution differs from torch's."""
+    """The largest difference between the kernel's convolution and that of torch."""
     from causal_conv1d import causal_conv1d_fn
 
     torch.manual_seed(0)
@@ -99,27 +99,27 @@ def _examine(family: str, second: bool, processor: str) -> list[Finding]:
 
 
 def mamba() -> list[Finding]:
-    """Mamba and FalconMamba."""
+    """The findings for Mamba and FalconMamba."""
     return _examine("mamba", False, "APT's own scan")
 
 
 def jamba() -> list[Finding]:
-    """Jamba."""
+    """The findings for Jamba."""
     return _examine("jamba", False, "APT's own scan")
 
 
 def mamba2() -> list[Finding]:
-    """Mamba 2."""
+    """The findings for Mamba 2."""
     return _examine("mamba2", True, "transformers' scan in torch")
 
 
 def falcon_h1() -> list[Finding]:
-    """Falcon-H1."""
+    """The findings for Falcon-H1."""
     return _examine("falcon-h1", True, "transformers' scan in torch")
 
 
 def native() -> list[Finding]:
-    """Models of mamba_ssm itself."""
+    """The findings for models of the package mamba_ssm."""
     if not torch.cuda.is_available():
         return [
             Finding(

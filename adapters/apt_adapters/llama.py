@@ -1,4 +1,4 @@
-"""LLaMA: attention with shared or separate key/value heads, gated MLP."""
+"""LLaMA: attention with shared or separate key/value heads, and a gated MLP."""
 
 from apt.adapter import DecoderAdapter, Input
 

@@ -1,8 +1,8 @@
 """Mamba, FalconMamba and Mamba2.
 
-``dt_proj`` is never called as a module: its weight is multiplied directly, and with fused kernels
-other projections are as well. The weight tap, which is every adapter's default capture, sees these
-products; nothing here depends on which path the forward takes.
+``dt_proj`` is never called as a module: its weight is multiplied directly. With fused kernels, so
+are other projections. The weight tap, the default capture of adapters, observes these products, so
+this module does not depend on the path of the forward.
 """
 
 from collections.abc import Sequence
@@ -17,26 +17,26 @@ from apt_adapters.processor import on_processor
 
 
 class StateSpaceAdapter(DecoderAdapter):
-    """A family of which some blocks, or all, have a state-space mixer.
+    """A family with a state-space mixer in some or all of its blocks.
 
     Attributes:
-        mixer: the mixer's name in such a block.
+        mixer: the name of the mixer in a block.
     """
 
     mixer: ClassVar[str] = "mixer"
 
     def running(self, model: nn.Module) -> AbstractContextManager[None]:
-        """On a processor, with functions that are made for it."""
+        """On a CPU, replace the kernels by functions for the CPU."""
         return on_processor(model)
 
     def extras(self, block: nn.Module) -> list[Extra]:
-        """The mixer's convolution, decays and skip."""
+        """The convolution, the decays and the skip weights of the mixer."""
         return extras_of(self.mixer, block)
 
     def effects(
         self, block: nn.Module, extras: Sequence[Extra], sink: Effects
     ) -> AbstractContextManager[None]:
-        """Watch the mixer's functions, where there is one."""
+        """Report the effects of the mixer's extras; a block without a mixer reports none."""
         mixer = getattr(block, self.mixer, None)
         return nullcontext() if mixer is None else effects_of(mixer, extras, sink)
 
@@ -54,7 +54,7 @@ class MambaAdapter(StateSpaceAdapter):
 
 
 class Mamba2Adapter(MambaAdapter):
-    """``Mamba2ForCausalLM``; B, C and the time step come out of ``in_proj``."""
+    """``Mamba2ForCausalLM``; B, C and the time step are outputs of ``in_proj``."""
 
     inputs = (
         Input("mixer", ("mixer.in_proj",)),

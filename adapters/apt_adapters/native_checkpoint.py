@@ -1,7 +1,8 @@
-"""Checkpoints as mamba_ssm writes them (state-spaces/mamba-130m and its like).
+"""Checkpoints in the format of mamba_ssm, for instance state-spaces/mamba-130m.
 
-A ``config.json`` without ``model_type`` beside a ``pytorch_model.bin`` whose names differ from
-those of transformers in one key. mamba_ssm itself is not needed to read or write them.
+Such a checkpoint has a ``config.json`` without ``model_type``, and a ``pytorch_model.bin`` whose
+names differ from those of transformers in one key. The package mamba_ssm is not needed to read or
+write it.
 """
 
 import json
@@ -19,7 +20,7 @@ from apt.errors import AptError, first_line
 
 _WEIGHTS = "pytorch_model.bin"
 _THEIRS, _TRANSFORMERS = "backbone.embedding.weight", "backbone.embeddings.weight"
-# What transformers' models cannot be told: the only value that they have.
+# Options of mamba_ssm that models of transformers lack, with the only value that they support.
 _FIXED: dict[str, Any] = {"d_intermediate": 0, "attn_layer_idx": [], "rms_norm": True}
 _FIXED_MIXER: dict[str, Any] = {
     "d_ssm": None, "D_has_hdim": False, "rmsnorm": True, "norm_before_gate": False,
@@ -35,9 +36,10 @@ class NativeCheckpoint:
             self.config = _config(location, native)
         except AptError:
             raise
-        except Exception as error:  # transformers' checks of a configuration have their own
+        except Exception as error:  # transformers' checks raise exceptions of their own
             raise AptError(
-                f"the config.json of {location} is none of mamba_ssm's: {first_line(error)}",
+                f"the config.json of {location} is not a valid one of mamba_ssm: "
+                f"{first_line(error)}",
                 "get the checkpoint again",
             ) from error
 
@@ -58,7 +60,7 @@ class NativeCheckpoint:
 
 
 def native_checkpoint(location: str, config: dict[str, Any]) -> NativeCheckpoint | None:
-    """The checkpoint at ``location``, if its ``config`` is one of mamba_ssm's."""
+    """The checkpoint at ``location`` if its ``config`` is in the format of mamba_ssm, else None."""
     return NativeCheckpoint(location, config) if {"d_model", "n_layer"} <= config.keys() else None
 
 
@@ -73,9 +75,9 @@ def _config(location: str, native: dict[str, Any]) -> PretrainedConfig:
         for name, value in fixed.items():
             if given.get(name, value) != value:
                 raise AptError(
-                    f"{location} is a model that transformers does not have: "
+                    f"{location} is a model that transformers does not support: "
                     f"{name} is {given[name]!r}",
-                    "load it with mamba_ssm and prune it from a program, see docs/mamba.md",
+                    "load it with mamba_ssm and prune it from Python, see docs/mamba.md",
                 )
     multiple = native.get("pad_vocab_size_multiple", 8)
     common = {

@@ -8,7 +8,7 @@ from apt.adapter import DecoderAdapter, Input, Site
 
 
 class OptAdapter(DecoderAdapter):
-    """``OPTForCausalLM``. ``project_in`` and ``project_out`` lie outside the blocks: left alone."""
+    """``OPTForCausalLM``; ``project_in`` and ``project_out`` are outside the blocks: not pruned."""
 
     blocks_path = "model.decoder.layers"
     inputs = (
@@ -19,7 +19,7 @@ class OptAdapter(DecoderAdapter):
     )
 
     def sites(self, block: nn.Module) -> list[Site]:
-        """As declared; a post-norm block adds ``fc2`` to another stream than it began with."""
+        """As declared; in a post-norm block, ``fc2`` is added to a normalised stream."""
         sites = super().sites(block)
         if block.do_layer_norm_before:
             return sites

@@ -1,9 +1,10 @@
-"""Running state-space models of transformers on a processor.
+"""State-space models of transformers on a CPU.
 
-transformers chooses kernels when a model's module is imported, by whether the packages import; what
-tensors they will get is not asked. On a processor the kernels of mamba_ssm cannot run, and where
-there are none, the scan in plain torch is the bottleneck. So while a model on a processor is run,
-its functions are the ones in plain torch, and the scan is ours (`apt_adapters.scan`).
+transformers selects kernels when a model's module is imported, if the kernel packages can be
+imported; the device of the tensors is not considered. The kernels of mamba_ssm cannot run on a CPU.
+Without kernels, the scan of transformers in plain torch is the bottleneck. So while a model runs on
+a CPU, its functions are replaced by those in plain torch, and the scan by that of
+`apt_adapters.scan`.
 """
 
 import sys
@@ -18,7 +19,7 @@ from torch import nn
 from apt_adapters.scan import selective_scan
 
 _OURS = {"mamba_selective_scan": selective_scan}
-# What transformers takes from mamba_ssm and causal_conv1d where they import.
+# The functions that transformers imports from mamba_ssm and causal_conv1d if they are installed.
 _KERNELS = (
     "mamba_inner_fn", "mamba_selective_state_update", "mamba2_split_conv1d_scan_combined",
     "mamba2_selective_state_update", "mamba2_chunk_scan", "causal_conv1d_fn",
@@ -26,13 +27,13 @@ _KERNELS = (
 )  # fmt: skip
 
 _lock = Lock()
-_inside: dict[str, int] = {}  # by module: how often it is entered, in all threads
+_inside: dict[str, int] = {}  # by module: the number of entered contexts in all threads
 _before: dict[str, dict[str, Any]] = {}
 
 
 @contextmanager
 def on_processor(model: nn.Module) -> Iterator[None]:
-    """Run ``model`` with functions for a processor while this is entered, if it lies on one."""
+    """Inside the context, run ``model`` with functions for a CPU, if it is on one."""
     if next(model.parameters()).device.type != "cpu":
         yield
         return
@@ -42,10 +43,10 @@ def on_processor(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_kernels(model: nn.Module) -> Iterator[None]:
-    """Run ``model`` in plain torch while this is entered, wherever it lies.
+    """Inside the context, run ``model`` in plain torch, on any device.
 
-    The last one out, of all threads, restores the functions of the model's module. Releases of
-    transformers that keep the scan inside the mixer are left as they are.
+    Several threads may be inside at once: the functions of the model's module are restored when the
+    last one leaves. Releases of transformers with the scan inside the mixer are not changed.
     """
     module = sys.modules[type(model).__module__]
     _enter(module)

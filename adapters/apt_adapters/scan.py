@@ -1,10 +1,10 @@
-"""The selective scan of Mamba on a processor: chunk by chunk, with a gradient of its own.
+"""The selective scan of Mamba on a CPU: chunk by chunk, with a custom gradient.
 
-The scan of transformers that needs no kernels forms tensors of (batch, length, channels, state) and
-slices them at every time step; the gradient of each slice is a tensor as large as the whole, so
-that a backward pass takes time quadratic in the length. Here a few time steps are worked on at
-once, in a space that stays in the processor's cache; the gradient runs over the same chunks
-backwards, and makes their states again from the one that each began with.
+The scan of transformers without kernels allocates tensors of (batch, length, channels, state) and
+slices them at every time step. The gradient of each slice is a tensor as large as the whole, so
+the time of a backward pass is quadratic in the length. The scan of this module processes a chunk of
+time steps at a time, in a buffer that stays in the CPU's cache. The gradient runs over the same
+chunks backwards, and recomputes their states from the first state of each chunk.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Numbers in one chunk of states: 4 MiB in fp32, twice which is in use at a time.
+# Numbers in one chunk of states: 4 MiB in fp32. Twice as much is in use at a time.
 _CHUNK = 2**20
 
 # Shapes: L is the length, B the batch, D the channels and N the size of the state. Time comes first
@@ -23,7 +23,7 @@ _CHUNK = 2**20
 
 
 def _chunks(length: int, size: int) -> Iterator[slice]:
-    """Slices of time, of so many steps that a chunk of states (T, ``size``) stays in cache."""
+    """Slices of time whose chunk of states (T, ``size``) fits into the cache."""
     steps = max(1, min(length, _CHUNK // size))
     return (slice(start, min(start + steps, length)) for start in range(0, length, steps))
 
@@ -31,7 +31,7 @@ def _chunks(length: int, size: int) -> Iterator[slice]:
 def _states(
     start: Tensor, step: Tensor, drive: Tensor, a: Tensor, b: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The states (T, B, N, D) of a chunk after the state ``start``, and the decay of each step."""
+    """The states (T, B, N, D) of a chunk that follows the state ``start``, and their decays."""
     decay = (a * step.unsqueeze(2)).exp_()
     states = b.unsqueeze(3) * drive.unsqueeze(2)
     for state, decayed in zip(states.unbind(), decay.unbind(), strict=True):
@@ -40,7 +40,7 @@ def _states(
 
 
 class _Scan(torch.autograd.Function):
-    """``h[t] = exp(a step[t]) h[t-1] + b[t] drive[t]``, of which ``y[t] = c[t] h[t]``."""
+    """The recurrence ``h[t] = exp(a step[t]) h[t-1] + b[t] drive[t]``, ``y[t] = c[t] h[t]``."""
 
     @staticmethod
     def forward(
@@ -49,7 +49,7 @@ class _Scan(torch.autograd.Function):
         """Return y (L, B, D) and the last state (B, N, D).
 
         Args:
-            ctx: what is kept for the gradient.
+            ctx: the context for the gradient.
             step, drive: (L, B, D).
             a: (N, D).
             b, c: (L, B, N).
@@ -84,7 +84,7 @@ class _Scan(torch.autograd.Function):
                 carried = gradient.add_(carried).mul(decayed)
             grad_drive[part] = (b[part].unsqueeze(2) @ flow).squeeze(2)
             grad_b[part] = (flow @ drive[part].unsqueeze(3)).squeeze(3)
-            # What the exponent gets; the state before the first step of a chunk is its start.
+            # The gradient of the exponent; the state before the first step of a chunk is its start.
             flow[1:].mul_(states[:-1])
             flow[0].mul_(start)
             flow.mul_(decay)
@@ -106,7 +106,7 @@ def selective_scan(
     return_last_state: bool = False,
     **_: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The scan as transformers and mamba_ssm call it, in fp32 or fp64.
+    """The scan with the signature of transformers and mamba_ssm, in fp32 or fp64.
 
     Args:
         hidden_states, dt: (batch, channels, length).
@@ -115,12 +115,12 @@ def selective_scan(
         D: the weight of the skip (channels,).
         z: the gate (batch, channels, length).
         delta_bias: added to ``dt`` (channels,).
-        delta_softplus: whether ``dt`` goes through a softplus.
-        return_last_state: whether the last state is returned as well.
+        delta_softplus: True to apply a softplus to ``dt``.
+        return_last_state: True to return the last state as well.
 
     Returns:
-        (batch, channels, length) in the dtype of ``hidden_states``, and if asked for the last state
-        (batch, channels, state).
+        The output (batch, channels, length) in the dtype of ``hidden_states``, and on request the
+        last state (batch, channels, state).
     """
     dtype = torch.promote_types(hidden_states.dtype, torch.float32)
     with torch.autocast(hidden_states.device.type, enabled=False):
@@ -144,7 +144,7 @@ def selective_scan(
 def both_scans(
     step: Tensor, drive: Tensor, a: Tensor, b: Tensor, c: Tensor
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """A scan beside the one in which every decay is ``exp(-step)``, in parts.
+    """Two scans in parts: one with the given decays, one with the decay ``exp(-step)`` everywhere.
 
     Args:
         step, drive: (batch, channels, length), in fp32.
@@ -152,8 +152,8 @@ def both_scans(
         b, c: (batch, state, length).
 
     Yields:
-        A slice of time, the output (T, batch, channels), and by how much every state's part of it
-        differs (T, batch, state, channels).
+        A slice of time, the output of the first scan (T, batch, channels), and the difference of
+        every state's contribution between the two scans (T, batch, state, channels).
     """
     step, drive, b, c = (x.permute(2, 0, 1).contiguous() for x in (step, drive, b, c))
     decays = a.t().contiguous()

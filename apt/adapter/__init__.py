@@ -1,13 +1,13 @@
-"""A model family as the core sees it: how it is traversed, and what flows into its weights.
+"""The interface between the core and a model family: its blocks, its sites and their inputs.
 
-An adapter answers the questions of `Adapter`; `DecoderAdapter` answers most of them for a decoder
-of Linears that is declared by its paths. Adapter packages import everything from here.
+An adapter implements the protocol `Adapter`. `DecoderAdapter` implements most of it for a decoder
+of Linears whose paths are declared. Adapter packages import everything from this package.
 """
 
 from apt.adapter.decoder import DecoderAdapter, Input
 from apt.adapter.experts import expert_sites, one_by_one
 from apt.adapter.protocol import Adapter
-from apt.adapter.recording import passed_on, record_calls, stubbed
+from apt.adapter.recording import record_calls, stub_output, stubbed
 from apt.adapter.sites import Call, Effects, Extra, Sink, Site, State
 from apt.adapter.weight_tap import WeightTap
 
@@ -24,7 +24,7 @@ __all__ = [
     "WeightTap",
     "expert_sites",
     "one_by_one",
-    "passed_on",
     "record_calls",
+    "stub_output",
     "stubbed",
 ]

@@ -1,4 +1,4 @@
-"""Adapters by declaration: a decoder of Linears, told by its paths."""
+"""The base class of adapters that declare the paths of a decoder's Linears."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -20,7 +20,7 @@ class Input:
     Args:
         name: the input's name.
         linears: the paths of the Linears within the block.
-        residual: whether their products are added to the residual stream.
+        residual: True if their products are added to the residual stream.
     """
 
     name: str
@@ -41,14 +41,14 @@ class Input:
 
 
 class DecoderAdapter:
-    """A decoder of Linears, declared by where its blocks are and what their Linears multiply.
+    """A decoder of Linears, declared by the path of its blocks and the inputs of their Linears.
 
     Attributes:
         blocks_path: the path of the ``ModuleList`` of blocks.
         inputs: the inputs of a block in the order of the forward pass.
         left_dense: paths within a block of parameters, or of modules with a weight, that are
             neither site nor extra, for instance a router.
-        transposed: types of module, beside Linear, whose weight is stored (in, out).
+        transposed: types of modules other than Linear whose weight is stored (in, out).
     """
 
     blocks_path: ClassVar[str]
@@ -60,21 +60,21 @@ class DecoderAdapter:
         """Accept every configuration."""
 
     def positions(self, config: Any) -> int | None:
-        """``max_position_embeddings``."""
+        """The configuration's ``max_position_embeddings``."""
         return getattr(config, "max_position_embeddings", None)
 
     def held(self, config: Any, seqlen: int) -> int:
-        """One matrix of attention for each head, where no fused kernel does without."""
+        """The values of one attention matrix per head; 0 with a fused attention kernel."""
         heads: int = getattr(config, "num_attention_heads", None) or 0
         fused = getattr(config, "_attn_implementation", None) != "eager"
         return 0 if fused else heads * seqlen
 
     def running(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Nothing is needed."""
+        """Change nothing."""
         return nullcontext()
 
     def blocks(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
-        """The modules in ``blocks_path``."""
+        """The modules in the list at ``blocks_path``."""
         try:
             layers = model.get_submodule(self.blocks_path)
         except AttributeError:
@@ -86,11 +86,11 @@ class DecoderAdapter:
         return [(f"{self.blocks_path}.{name}", block) for name, block in layers.named_children()]
 
     def inputs_of(self, block: nn.Module) -> tuple[Input, ...]:
-        """``inputs``; override where blocks are of several kinds."""
+        """``inputs``; override this if the model has blocks of several kinds."""
         return self.inputs
 
     def sites(self, block: nn.Module) -> list[Site]:
-        """The Linears that are declared, held against the module tree."""
+        """The declared Linears, checked against the module tree."""
         present = {
             name: module
             for name, module in block.named_modules()
@@ -109,7 +109,7 @@ class DecoderAdapter:
         for order, entry in enumerate(inputs):
             for linear in entry.linears:
                 parameter = block.get_parameter(f"{linear}.weight")
-                if parameter in declared:  # shared with a module that runs before
+                if parameter in declared:  # shared with a module that runs earlier
                     first = declared[parameter]
                     declared[parameter] = replace(first, calls=first.calls + 1)
                     continue
@@ -124,31 +124,31 @@ class DecoderAdapter:
         return list(declared.values())
 
     def extras(self, block: nn.Module) -> list[Extra]:
-        """None."""
+        """No extras."""
         return []
 
     def effects(
         self, block: nn.Module, extras: Sequence[Extra], sink: Effects
     ) -> AbstractContextManager[None]:
-        """Nothing is handed over."""
+        """Report nothing: the family has no extras."""
         return nullcontext()
 
     def enter(self, model: nn.Module, tokens: Tensor) -> tuple[State, list[Call]]:
-        """Record every block's own call by one run of the model over stubs."""
+        """Record the call of every block in one run of the model with stubs for blocks."""
         return record_calls(model, [block for _, block in self.blocks(model)], tokens)
 
     def step(self, block: nn.Module, state: State, call: Call) -> State:
-        """Replay the block's call; where it returns a tuple, the state comes first."""
+        """Replay the block's call; if the block returns a tuple, the state is its first element."""
         result = call.replay(block, state)
         return result[0] if isinstance(result, tuple) else result
 
     def residual(self, state: State) -> Tensor:
-        """The state itself."""
+        """The state, which is the residual stream."""
         stream: Tensor = state
         return stream
 
     def capture(
         self, block: nn.Module, sites: Sequence[Site], sink: Sink
     ) -> AbstractContextManager[None]:
-        """Watch every product with a site's weight, whether or not its module is called."""
+        """Watch every product with a site's weight, even if its module is not called."""
         return WeightTap({site: site.weight(block) for site in sites}, sink)

@@ -1,4 +1,4 @@
-"""Running somebody's model without dropout, and leaving it as it was."""
+"""A context manager that sets a model to eval mode and restores its modes afterwards."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from torch import nn
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode while this is entered; then every module is in its own mode again."""
+    """Set ``model`` to eval mode inside the context; restore the mode of every module on exit."""
     training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""Stacked experts: three-dimensional parameters of which each slice is one expert's weight."""
+"""Stacked experts: three-dimensional parameters whose slices are the weights of the experts."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,10 +13,10 @@ def expert_sites(path: str, experts: int, parameters: Sequence[str], order: int)
     """A site for each slice of stacked parameters, each with an input of its own.
 
     Args:
-        path: the path of the module that holds them within the block.
-        experts: how many there are.
+        path: the path within the block of the module that owns the parameters.
+        experts: the number of experts.
         parameters: the parameters' names, in the order in which they are multiplied.
-        order: the order of the first.
+        order: the order of the first parameter's sites.
     """
     return [
         Site(
@@ -30,10 +30,12 @@ def expert_sites(path: str, experts: int, parameters: Sequence[str], order: int)
 
 @contextmanager
 def one_by_one(experts: nn.Module | None) -> Iterator[None]:
-    """Multiply expert by expert: grouped kernels take all slices at once, where no tap sees them.
+    """Inside the context, multiply expert by expert.
+
+    Grouped kernels multiply all slices in one call, which the weight tap cannot observe.
 
     Args:
-        experts: the module that holds them, as transformers 5 has it; None does nothing.
+        experts: the module of the experts, as in transformers 5; None has no effect.
     """
     if experts is None:
         yield

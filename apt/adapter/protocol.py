@@ -1,9 +1,9 @@
-"""The adapter protocol: everything that the core asks of a model family.
+"""The adapter protocol: the complete interface that the core requires of a model family.
 
-The core hands an adapter the model and asks for its blocks, the sites of a block, the inputs of
-every block, one step through a block, and the capture of what multiplies each site's weight. What
-flows between blocks (`State`) is the adapter's own business: a tensor for most families, more
-where a residual is threaded beside it.
+An adapter returns the blocks of a model, the sites of a block and the calls of every block. It
+runs one block, and it captures the inputs that each site's weight multiplies. The core does not
+interpret the state between blocks (`State`): it is a tensor in most families, and more if the
+residual stream is passed separately.
 """
 
 from collections.abc import Sequence
@@ -16,20 +16,23 @@ from apt.adapter.sites import Call, Effects, Extra, Sink, Site, State
 
 
 class Adapter(Protocol):
-    """What the core asks of a model family."""
+    """The interface of a model family."""
 
     def check(self, config: Any) -> None:
-        """Raise `AptError` where a configuration of the family cannot be served."""
+        """Raise `AptError` if the adapter does not support this configuration of the family."""
 
     def positions(self, config: Any) -> int | None:
-        """The longest sequence that a configuration allows; None where there is no limit."""
+        """The length of the longest sequence that a configuration allows; None if unlimited."""
 
     def held(self, config: Any, seqlen: int) -> int:
-        """How many values for each token a block's forward holds while a product waits, beside
-        its inputs and the residual stream: matrices of attention, where it makes them."""
+        """The number of values per token that a paused forward of a block keeps in memory.
+
+        Its inputs and the residual stream are not counted. Attention matrices are, if the forward
+        computes them.
+        """
 
     def running(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Entered around everything that is run of a model: what its family needs meanwhile."""
+        """A context manager around every run of the model or a block, with the family's setup."""
 
     def blocks(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         """The blocks in order, with their full names.
@@ -46,20 +49,21 @@ class Adapter(Protocol):
         """
 
     def extras(self, block: nn.Module) -> list[Extra]:
-        """What can be pruned beside the sites, on request, in the order of execution."""
+        """The parameters other than sites that are pruned on request, in order of execution."""
 
     def effects(
         self, block: nn.Module, extras: Sequence[Extra], sink: Effects
     ) -> AbstractContextManager[None]:
-        """While entered, hand what an extra's weights do in each forward to ``sink``.
+        """Inside the context, report statistics of each extra in each forward to ``sink``.
 
-        That is, of each channel, the Gram matrix (channels, k, k) of what its weights multiply, or,
-        for ``"effect"``, of what the removal of each changes in the block's product; and the energy
-        of that product, which the loss is a share of.
+        These are a Gram matrix for each channel (channels, k, k) and the energy of the product, by
+        which the loss is divided. The Gram matrix is that of the inputs that the weights multiply;
+        for ``removal="effect"``, that of the changes of the product that the removal of each weight
+        causes.
         """
 
     def enter(self, model: nn.Module, tokens: Tensor) -> tuple[State, list[Call]]:
-        """The state before the first block, and how each block is called, for one batch.
+        """The state before the first block, and the call of each block, for one batch.
 
         Args:
             model: the whole model.
@@ -70,14 +74,14 @@ class Adapter(Protocol):
         """Run one block."""
 
     def residual(self, state: State) -> Tensor:
-        """The residual stream (samples, seqlen, hidden) in a state, as blocks begin with it."""
+        """The residual stream (samples, seqlen, hidden) at the start of a block, from its state."""
 
     def capture(
         self, block: nn.Module, sites: Sequence[Site], sink: Sink
     ) -> AbstractContextManager[None]:
-        """While entered, hand every input (..., in) that a site's weight multiplies to ``sink``.
+        """Inside the context, pass every input (..., in) of a site's weight to ``sink``.
 
-        Before the product is taken: the weight may be changed by then. Captures of several batches
-        are entered at once, and their forwards run by turns; what a capture sees of another batch
-        is ignored.
+        ``sink`` must be called before the product is computed, since it may change the weight.
+        Several captures can be active at once, one per batch, while the forwards of their batches
+        alternate. The core ignores inputs that a capture reports for another batch.
         """

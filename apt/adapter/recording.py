@@ -1,4 +1,4 @@
-"""Recording of block calls: one run of the model over stubs in place of its blocks."""
+"""The recording of block calls: one run of the model with stubs in place of its blocks."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,15 +14,15 @@ _STATE = "hidden_states"
 
 
 class _LastBlock(Exception):
-    """Ends a recording run: what comes after the blocks is not needed."""
+    """Ends a recording run at the last block."""
 
 
 def record_calls(
     model: nn.Module, blocks: Sequence[nn.Module], tokens: Tensor
 ) -> tuple[Tensor, list[Call]]:
-    """Run ``model`` once with every block stubbed, recording each block's own call.
+    """Run ``model`` once with every block stubbed, and record the call of each block.
 
-    So blocks of different kinds get their own masks and positions.
+    Blocks of different kinds thus keep their own masks and positions.
 
     Args:
         model: a transformers model.
@@ -36,7 +36,7 @@ def record_calls(
     calls: list[Call] = []
 
     def stub(*args: Any, **kwargs: Any) -> tuple[Tensor]:
-        (state,) = passed = passed_on(args, kwargs)
+        (state,) = passed = stub_output(args, kwargs)
         states.append(state)
         given = {name: value for name, value in kwargs.items() if args or name != _STATE}
         calls.append(Call(args[1:], given, None if args else _STATE))
@@ -53,11 +53,11 @@ def record_calls(
     raise AptError(f"{type(model).__name__} called {len(calls)} of its {len(blocks)} blocks")
 
 
-def passed_on(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor]:
-    """What a block's stub returns that was called so: its input, in a tuple.
+def stub_output(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor]:
+    """The output of a stub that is called with these arguments: its input state, in a tuple.
 
-    A model whose blocks return tuples takes it out, any other hands the tuple to the next stub,
-    which takes it out there. So no stub needs to know what its block returns.
+    A model whose blocks return tuples unpacks it. Any other model passes the tuple to the next
+    stub, which unpacks it. So a stub need not know the return type of its block.
     """
     state = args[0] if args else kwargs[_STATE]
     return (state[0] if isinstance(state, tuple) else state,)
@@ -65,9 +65,9 @@ def passed_on(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor]:
 
 @contextmanager
 def stubbed(blocks: Sequence[nn.Module], stub: Callable[..., Any]) -> Iterator[None]:
-    """While entered, ``stub`` is called in place of each of the blocks.
+    """Inside the context, ``stub`` is called in place of each of ``blocks``.
 
-    A block that has a ``forward`` of its own, as accelerate gives it, gets that back.
+    An instance attribute ``forward`` of a block, as accelerate sets it, is restored on exit.
     """
     own = [vars(block).get("forward") for block in blocks]
     for block in blocks:

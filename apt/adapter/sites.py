@@ -1,4 +1,4 @@
-"""Sites, extras and recorded calls: the vocabulary in which an adapter describes a block."""
+"""Sites, extras and recorded calls: the types by which an adapter describes a block."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,11 +17,13 @@ _SITE_TYPES: dict[str, tuple[type, ...]] = {
 }  # fmt: skip
 
 
-def check_type(what: str, name: Any, field_name: str, value: Any, kinds: tuple[type, ...]) -> None:
-    """Raise TypeError where a declared value has none of ``kinds``."""
+def check_type(
+    type_name: str, name: Any, field_name: str, value: Any, kinds: tuple[type, ...]
+) -> None:
+    """Raise TypeError if a declared value has none of the types ``kinds``."""
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
-        raise TypeError(f"{what} {name!r}: {field_name} is {value!r}, not {wanted}")
+        raise TypeError(f"{type_name} {name!r}: {field_name} is {value!r}, not {wanted}")
 
 
 @dataclass(frozen=True)
@@ -29,19 +31,20 @@ class Site:
     """A weight that can be pruned.
 
     Args:
-        name: its place within the block, for instance ``self_attn.q_proj``; experts of a stack end
-            in ``.{expert}``.
+        name: its path within the block, for instance ``self_attn.q_proj``; the name of an expert in
+            a stack ends in ``.{expert}``.
         parameter: the path of the parameter within the block.
         input: the name of the input that it multiplies. Sites of a block with the same input share
             one Gram matrix and one factorisation.
-        order: sites of a lower order feed those of a higher one.
-        residual: whether its product is added to the residual stream.
-        transposed: whether it is stored (in, out) instead of (out, in).
-        expert: its place in the first dimension of a stacked parameter (experts, …); None where the
-            parameter is the weight.
-        routed: whether a router decides which tokens it sees. Such a weight has an input of its
-            own, is pruned strictly layer by layer, and is not counted on to see every token.
-        calls: how often a forward multiplies it with every token: twice where two modules share it.
+        order: the order of execution: outputs of a site can reach sites of a higher order.
+        residual: True if its product is added to the residual stream.
+        transposed: True if it is stored (in, out) instead of (out, in).
+        expert: its index in the first dimension of a stacked parameter (experts, …); None if the
+            parameter itself is the weight.
+        routed: True if a router selects its tokens. Such a weight has an input of its own, is
+            pruned layer-wise, without error-aware targets, and need not receive every token.
+        calls: the number of times that a forward multiplies it with every token: 2 if two modules
+            share it.
     """
 
     name: str
@@ -62,11 +65,11 @@ class Site:
 
     @property
     def kind(self) -> str:
-        """Its name, which the experts of a stack have in common."""
+        """Its name without the index of the expert: the same for all experts of a stack."""
         return self.name if self.expert is None else self.name.removesuffix(f".{self.expert}")
 
     def weight(self, block: nn.Module) -> Tensor:
-        """The weight in ``block`` as stored: the parameter, or a view of its slice."""
+        """The weight in ``block`` as stored: the parameter, or a view of the expert's slice."""
         parameter = block.get_parameter(self.parameter)
         return parameter if self.expert is None else parameter[self.expert]
 
@@ -80,11 +83,12 @@ class Extra:
     """A parameter beyond the sites that is pruned on request, channel by channel.
 
     Args:
-        kind: what users ask for it by: ``conv1d``.
-        name: its place within the block.
+        kind: the name by which users select it, for instance ``conv1d``.
+        name: its path within the block.
         parameter: the path of the parameter within the block; its first dimension is the channels.
-        removal: what is lost where weights become zero. ``"product"``: what they multiply, and
-            what is kept can make up for it; ``"effect"``: something that only running it tells.
+        removal: the effect of zero weights. ``"product"``: their products with the inputs are lost,
+            and kept weights can compensate for them. ``"effect"``: the loss can only be measured by
+            a run.
     """
 
     kind: str
@@ -100,11 +104,11 @@ class Extra:
 
 @dataclass(frozen=True)
 class Call:
-    """How a model called a block: everything but the state.
+    """The arguments of one call of a block, without the state.
 
     Args:
-        args, kwargs: the block's own arguments.
-        keyword: the name under which the state was passed; None where it came first.
+        args, kwargs: the other arguments.
+        keyword: the keyword of the state; None if the state was the first positional argument.
     """
 
     args: tuple[Any, ...] = ()
@@ -112,7 +116,7 @@ class Call:
     keyword: str | None = None
 
     def replay(self, block: nn.Module, state: Tensor) -> Any:
-        """Call ``block`` as the model did, on another state."""
+        """Call ``block`` with these arguments and another state."""
         if self.keyword is None:
             return block(state, *self.args, **self.kwargs)
         return block(*self.args, **{self.keyword: state}, **self.kwargs)

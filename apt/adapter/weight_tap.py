@@ -1,8 +1,8 @@
-"""The weight tap: seeing what a weight is multiplied by, however the product is written.
+"""The weight tap: it observes the inputs of a weight in every form of matrix product.
 
-A forward hook fires only where a Linear is called as a module. Mamba multiplies by ``dt_proj``'s
-weight directly, and fused kernels by others too; a hook sees no input there. The tap watches the
-product itself.
+A forward hook fires only if a Linear is called as a module. Mamba multiplies by the weight of
+``dt_proj`` directly, and fused kernels do so with other weights; a hook sees no input in these
+cases. The tap observes the product itself.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 K = TypeVar("K")
 
-# Where the two factors of a product stand among a function's arguments.
+# The positions of the two factors of a product among a function's arguments.
 _FACTORS: dict[Any, tuple[int, int]] = {
     torch.nn.functional.linear: (0, 1),
     torch.matmul: (0, 1),
@@ -30,16 +30,16 @@ _KEYWORDS = ("input", "self", "mat1", "weight", "mat2", "other")  # in the order
 
 
 class WeightTap(TorchFunctionMode, Generic[K]):
-    """While entered, hand the other factor of every product with a watched weight to ``sink``.
+    """Inside the context, pass the other factor of every product with a watched weight to ``sink``.
 
-    A watched weight is recognised by its storage, so views and transposes of it count too. The
-    factor is handed over as (..., in), whichever side of the product it stood on. What copies the
-    weight first (autocast, parametrizations, ``torch.compile``) escapes the tap; callers must
+    A watched weight is recognised by its storage, so views and transposes of it are recognised too.
+    The factor is passed as (..., in), from either side of the product. The tap misses products
+    with a copy of the weight (by autocast, parametrizations or ``torch.compile``). Callers must
     assert that every weight was seen.
 
     Args:
         weights: the 2-D weights to watch, by key.
-        sink: called with the key and the other factor, before the product is taken.
+        sink: called with the key and the other factor, before the product is computed.
     """
 
     def __init__(self, weights: Mapping[K, Tensor], sink: Callable[[K, Tensor], None]) -> None:
@@ -50,20 +50,20 @@ class WeightTap(TorchFunctionMode, Generic[K]):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Look at the factors of a product, then let it happen."""
+        """Report the other factor if ``func`` is a product with a watched weight; then call it."""
         kwargs = kwargs or {}
         if func in _FACTORS:
-            self._look(*_factors(func, args, kwargs))
+            self._report(*_factors(func, args, kwargs))
         return func(*args, **kwargs)
 
-    def _look(self, left: Any, right: Any) -> None:
+    def _report(self, left: Any, right: Any) -> None:
         if (key := self._find(right)) is not None:
             self._sink(key, left)
         elif (key := self._find(left)) is not None:
             self._sink(key, right.transpose(-1, -2))
 
     def _find(self, factor: Any) -> K | None:
-        """The key of the weight that ``factor`` is, as stored or transposed."""
+        """The key of the weight that equals ``factor`` or its transpose; None if there is none."""
         if not isinstance(factor, Tensor) or factor.ndim != 2:
             return None
         key, weight = self._weights.get(factor.data_ptr(), (None, None))
@@ -75,7 +75,7 @@ class WeightTap(TorchFunctionMode, Generic[K]):
 
 
 def _factors(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    """The left and right factor, wherever the caller put them."""
+    """The left and the right factor among positional and keyword arguments; None if missing."""
     left, right = _FACTORS[func]
     given = list(args)
     for name in _KEYWORDS:

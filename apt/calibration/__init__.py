@@ -1,1 +1,1 @@
-"""Calibration tokens to activations and sums: batches, capture, error-aware targets."""
+"""From calibration tokens to activations and their sums: batches, capture, error-aware targets."""

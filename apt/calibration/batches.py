@@ -1,4 +1,4 @@
-"""The calibration activations on their way through the blocks, in batches."""
+"""The calibration activations between two blocks, in batches."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -14,18 +14,17 @@ TOKENS_PER_BATCH = 4096
 
 
 class DenseActivations:
-    """The same samples on their way through the dense model.
+    """The activations of the same samples in the dense model.
 
     Attributes:
-        state: what flows into the block.
-        inputs: of the block at hand, the inputs (tokens, in) by name; in several parts where they
-            are multiplied so.
-        drift: how far the pruned model's residual stream (tokens, hidden) has drifted from the
-            dense one's where the block begins: dense minus pruned.
-        scale: of every token (tokens, 1), what its error on the stream is divided by: the root
-            mean square of the dense stream before the block, in units in which the inverse squares
-            average 1.
-        store: where all but the last lie.
+        state: the state before the block.
+        inputs: the inputs (tokens, in) of the block's sites, by name; in several parts if the
+            block multiplies them in parts.
+        drift: the drift of the residual stream (tokens, hidden) before the block: that of the
+            dense model minus that of the pruned model.
+        scale: the divisor of every token's error on the stream (tokens, 1): the root mean square of
+            the dense stream before the block, scaled so that the inverse squares average 1.
+        store: the store of all attributes but ``scale``.
     """
 
     state = InStore[State]()
@@ -39,18 +38,18 @@ class DenseActivations:
 
 
 class Inputs(Mapping[str, list[Tensor]]):
-    """What a block's sites are fed with, by name, in parts that lie in a ``store``."""
+    """The inputs of a block's sites, by name, as lists of parts that are kept in ``store``."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._parts: dict[str, list[Any]] = {}
 
     def add(self, name: str, part: Tensor) -> None:
-        """Take one more part of an input."""
+        """Append a part of the input ``name``."""
         self._parts.setdefault(name, []).append(self._store.put(part))
 
     def clear(self) -> None:
-        """Let go of all."""
+        """Remove all inputs."""
         self._parts.clear()
 
     def __getitem__(self, name: str) -> list[Tensor]:
@@ -64,14 +63,14 @@ class Inputs(Mapping[str, list[Tensor]]):
 
 
 class Batch:
-    """The activations of some samples.
+    """The activations of some samples in the pruned model.
 
     Attributes:
-        state: what flows into the block.
-        calls: how every block is called.
+        state: the state before the block.
+        calls: the call of every block.
         tokens: the number of tokens.
-        dense: the activations of the dense model, where they are carried along.
-        store: where the state lies.
+        dense: the activations of the dense model; None if they are not computed.
+        store: the store of the state.
     """
 
     state = InStore[State]()
@@ -100,16 +99,17 @@ def enter(
 ) -> list[Batch]:
     """The states before the first block, in batches of some samples.
 
-    Masks and positions that are equal in all batches are kept once.
+    Masks and positions that are equal in all batches are stored once.
 
     Args:
         adapter: the model's adapter.
         model: the model.
         tokens: token ids (samples, seqlen).
-        tokens_per_batch: about how many tokens make a batch, which is one sample at least.
-        with_dense: whether the activations of the dense model are carried along.
-        ranks: those that the batches are dealt out to in turn.
-        store: where the activations lie while no block is run on them; None for in memory.
+        tokens_per_batch: the approximate number of tokens in a batch; a batch has at least one
+            sample.
+        with_dense: True if the activations of the dense model are needed as well.
+        ranks: the processes that share the batches; each takes its own, in turn.
+        store: the store of the activations between runs of blocks; None keeps them in memory.
     """
     device = next(model.parameters()).device
     pool: list[Tensor] = []
@@ -128,8 +128,8 @@ def enter(
             Call(mapped(c.args, Tensor, pooled), mapped(c.kwargs, Tensor, pooled), c.keyword)
             for c in calls
         ]
-        beside = DenseActivations(state, store) if with_dense else None
-        batches.append(Batch(state, shared, part.numel(), beside, store))
+        dense = DenseActivations(state, store) if with_dense else None
+        batches.append(Batch(state, shared, part.numel(), dense, store))
     return batches
 
 

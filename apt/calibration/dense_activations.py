@@ -1,4 +1,4 @@
-"""The activations of the dense model, taken through a block beside those of the pruned one."""
+"""The pass of the dense model's activations through a block."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,15 +11,15 @@ from apt.calibration.batches import Batch, Inputs
 from apt.distributed.ranks import Ranks
 
 
-class _Keeper:
-    """Keeps the inputs of a block's sites, each once."""
+class _InputRecorder:
+    """Records the inputs of a block's sites, each input once."""
 
     def __init__(self, inputs: Inputs) -> None:
         self._inputs = inputs
         self._owners: dict[str, Site] = {}
 
-    def keep(self, site: Site, rows: Tensor) -> None:
-        """Keep what the first site of each input is given."""
+    def record(self, site: Site, rows: Tensor) -> None:
+        """Record an input at the first site that it is passed to."""
         if self._owners.setdefault(site.input, site) == site:
             self._inputs.add(site.input, rows.reshape(-1, rows.shape[-1]))
 
@@ -31,11 +31,11 @@ def advance_dense(
     batches: list[Batch],
     sites: Sequence[Site],
     ranks: Ranks | None = None,
-    tell: Callable[[], None] = lambda: None,
+    progress: Callable[[], None] = lambda: None,
 ) -> None:
-    """Run the block, its weights still dense, on the dense stream; keep its sites' inputs.
+    """Run the block, its weights still dense, on the dense stream; record its sites' inputs.
 
-    Told after each batch.
+    ``tell`` is called after each batch.
     """
     energy, ranks = 0.0, ranks or Ranks()
     for batch in batches:
@@ -43,14 +43,14 @@ def advance_dense(
         assert dense is not None
         stream = _stream(adapter, dense.state)
         dense.drift = stream - _stream(adapter, batch.state)
-        squares = _sizes(stream)
+        squares = _mean_squares(stream)
         dense.scale = squares.sqrt()
         energy += float(squares.reciprocal().sum())
         dense.inputs.clear()
-        keep = _Keeper(dense.inputs).keep
-        with adapter.capture(block, [site for site in sites if not site.routed], keep):
+        record = _InputRecorder(dense.inputs).record
+        with adapter.capture(block, [site for site in sites if not site.routed], record):
             dense.state = adapter.step(block, dense.state, batch.calls[index])
-        tell()
+        progress()
     tokens = ranks.sum(sum(batch.tokens for batch in batches))
     mean = math.sqrt(tokens / ranks.sum(energy))
     for batch in batches:
@@ -59,8 +59,8 @@ def advance_dense(
         batch.dense.scale /= mean
 
 
-def _sizes(stream: Tensor) -> Tensor:
-    """The mean square of every token (tokens, 1), so bounded that none outweighs all others."""
+def _mean_squares(stream: Tensor) -> Tensor:
+    """The mean square of every token (tokens, 1), bounded below: no token may dominate."""
     squares = stream.square().mean(1, keepdim=True)
     least = max(float(squares.median()) / 16, torch.finfo(squares.dtype).tiny)
     return squares.clamp(min=least)

@@ -1,4 +1,4 @@
-"""One batch on its way through a block, product by product."""
+"""The pass of one batch through a block, product by product."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -12,14 +12,15 @@ from apt.errors import AptError
 from apt.solver.precision import full_precision
 
 
-class Passing:
-    """One batch on its way through a block, product by product.
+class BlockPass:
+    """The pass of one batch through a block, product by product.
 
     Attributes:
-        tokens: the batch's tokens.
+        tokens: the number of the batch's tokens.
         dense: the activations of the dense model.
-        drift: how far the residual stream (tokens, hidden) has drifted by now.
-        seen: the tokens that each site's weight has been multiplied by, and in how many ``parts``.
+        drift: the drift of the residual stream (tokens, hidden) up to the current product.
+        seen: the number of tokens that each site has received so far.
+        parts: the number of parts in which each site has received them.
     """
 
     def __init__(self, batch: Batch) -> None:
@@ -29,70 +30,77 @@ class Passing:
         self.seen: dict[Site, int] = defaultdict(int)
         self.parts: dict[Site, int] = defaultdict(int)
         self._owners: dict[str, Site] = {}
-        self._anticipated: set[Site] = set()
+        self._with_input_drift: set[Site] = set()
         self._current: dict[str, list[Tensor]] = defaultdict(list)
 
-    def owns(self, site: Site) -> bool:
-        """Whether it is the first site that its input is given to."""
+    def is_first(self, site: Site) -> bool:
+        """True if ``site`` is the first site that receives its input."""
         return self._owners.setdefault(site.input, site) == site
 
     def keep(self, site: Site, rows: Tensor) -> None:
-        """Keep what the first site of an input is given, to hold the others' against."""
+        """Keep the input of the first site, for comparison with that of the other sites."""
         self._current[site.input].append(rows)
 
-    def kept(self, site: Site, rows: Tensor) -> bool:
-        """Whether the first site of the input was given the same."""
+    def equals_kept(self, site: Site, rows: Tensor) -> bool:
+        """True if the first site of the input received the same ``rows``."""
         parts, index = self._current[site.input], self.parts[site]
         return index < len(parts) and _same(parts[index], rows)
 
     def release(self, sites: Sequence[Site]) -> None:
-        """Let go of the inputs that all of ``sites`` that share them have been given."""
+        """Drop each kept input once all of ``sites`` that share it have received it."""
         for name in [name for name in self._current if name in {site.input for site in sites}]:
             if all(self.done(site) for site in sites if site.input == name):
                 del self._current[name]
 
-    def here(self, site: Site, rows: Tensor) -> slice:
-        """Which of the batch's tokens ``rows`` are."""
+    def token_slice(self, site: Site, rows: Tensor) -> slice:
+        """The slice of the batch's tokens that ``rows`` belong to."""
         start = self.seen[site] % self.tokens
         return slice(start, start + len(rows))
 
     def count(self, site: Site, rows: Tensor) -> None:
-        """Count a product."""
+        """Count a product of ``site`` with ``rows``."""
         self.seen[site] += len(rows)
         self.parts[site] += 1
 
     def done(self, site: Site) -> bool:
-        """Whether it has seen all of a batch; of a routed site that is not known before the end."""
+        """True if ``site`` has received the whole batch; False for a routed site.
+
+        The number of a routed site's tokens is not known before the end of the forward.
+        """
         return not site.routed and self.seen[site] == site.calls * self.tokens
 
     def dense_input(self, site: Site, rows: Tensor) -> Tensor:
-        """What the site's weight is multiplied by in the dense stream where it is by ``rows``."""
+        """The input of the site in the dense stream that corresponds to ``rows``."""
         assert self.dense is not None
         parts, index = self.dense.inputs[site.input], self.parts[site]
         if index >= len(parts) or parts[index].shape != rows.shape:
             raise AptError(
                 f"{site.name} is multiplied by other tokens in the pruned stream than in the dense "
-                "one: they cannot be held against each other",
+                "stream, so the two cannot be compared",
                 "prune layer-wise, or let the adapter declare it routed",
                 ("error_aware",),
             )
         return parts[index]
 
-    def anticipate(self, site: Site, here: slice, lost: Tensor) -> None:
-        """Add to the drift what the product of a site would differ by with its weight dense.
+    def add_input_drift(self, site: Site, tokens: slice, lost: Tensor) -> None:
+        """Add to the drift the part that comes from the inputs of a site: before it is pruned.
+
+        `add_drift` must follow for the same site; it then adds the part that comes from pruning.
 
         Args:
-            site: a site that writes to the residual stream, and that is to be followed.
-            here: the tokens.
+            site: a site that writes to the residual stream.
+            tokens: the slice of the batch's tokens.
             lost: ``(X_dense − X) Wᵀ`` (tokens, out).
         """
         assert self.drift is not None
-        self.drift[here] += lost
-        self._anticipated.add(site)
+        self.drift[tokens] += lost
+        self._with_input_drift.add(site)
 
     @full_precision()
-    def follow(self, site: Site, rows: Tensor, weight: Tensor, dense: Tensor) -> None:
-        """Add to the drift what the site's product differs by between the two streams.
+    def add_drift(self, site: Site, rows: Tensor, weight: Tensor, dense: Tensor) -> None:
+        """Add to the drift the difference of the site's product between the two streams.
+
+        The part that `add_input_drift` has added already is left out.
 
         Args:
             site: a site that writes to the residual stream.
@@ -100,12 +108,12 @@ class Passing:
             weight, dense: its weight (out, in), pruned and dense.
         """
         assert self.drift is not None
-        here = self.drift[self.here(site, rows)]
-        if site in self._anticipated:
-            here += (rows @ (dense - weight).T).float()
+        drift = self.drift[self.token_slice(site, rows)]
+        if site in self._with_input_drift:
+            drift += (rows @ (dense - weight).T).float()
         else:
-            here += (self.dense_input(site, rows) @ dense.T).float()
-            here -= (rows @ weight.T).float()
+            drift += (self.dense_input(site, rows) @ dense.T).float()
+            drift -= (rows @ weight.T).float()
 
 
 def _same(left: Tensor, right: Tensor) -> bool:

@@ -1,8 +1,8 @@
-"""Where the calibration activations are while no block is run on them.
+"""The storage of calibration activations between the runs of blocks.
 
-They stay with the model, move to CPU memory beside a model on a GPU, or move to disk. On disk, each
-tensor is a file of its own. It is mapped into memory when it is asked for, and deleted when nothing
-refers to it any more. The mapping is private: a write to it does not change the file.
+They stay on the model's device, move to CPU memory while the model is on a GPU, or move to disk. On
+disk, each tensor is a file. It is mapped into memory when it is read, and deleted after the last
+reference to it is gone. The mapping is private: a write to it does not change the file.
 """
 
 import os
@@ -19,38 +19,38 @@ T = TypeVar("T")
 
 
 class Store(Protocol):
-    """Takes what a run will ask for again.
+    """A store of activations.
 
     Attributes:
-        with_model: whether everything stays on the device of the model, so that a batch may wait
+        with_model: True if all values stay on the device of the model. Only then can a batch pause
             inside a block.
     """
 
     with_model: bool
 
     def put(self, value: Any) -> Any:
-        """Something to `get` back ``value`` with: a tensor, or containers that hold tensors."""
+        """Store ``value``, a tensor or a container of tensors; returns a handle for `get`."""
 
     def get(self, held: Any) -> Any:
-        """What was put, on the device where it was."""
+        """The stored value, on its original device."""
 
 
 class MemoryStore:
-    """Everything stays where it is."""
+    """A store that leaves tensors in place."""
 
     with_model = True
 
     def put(self, value: Any) -> Any:
-        """The value."""
+        """Return the value itself."""
         return value
 
     def get(self, held: Any) -> Any:
-        """The same."""
+        """Return the value itself."""
         return held
 
 
 class CpuStore:
-    """Tensors are copied to CPU memory, and back to their device when they are asked for."""
+    """A store that copies tensors to CPU memory, and back to their device when they are read."""
 
     with_model = False
 
@@ -59,23 +59,25 @@ class CpuStore:
         return mapped(value, Tensor, _OnCpu)
 
     def get(self, held: Any) -> Any:
-        """Copy every tensor back."""
+        """Copy every tensor back to its device."""
         return mapped(held, _OnCpu, _OnCpu.read)
 
 
 class _OnCpu:
-    """A tensor's copy in CPU memory."""
+    """The copy of a tensor in CPU memory."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._copy, self._device = tensor.detach().cpu(), tensor.device
 
     def read(self) -> Tensor:
-        """The tensor on its own device."""
+        """The tensor on its original device."""
         return self._copy.to(self._device)
 
 
 class DiskStore:
-    """Tensors are files in ``folder`` for as long as somebody holds what `put` gave for them.
+    """A store that writes tensors to files in ``folder``.
+
+    A file is deleted after the last reference to the handle that `put` returned is gone.
 
     Raises:
         OSError: a file cannot be written.
@@ -87,11 +89,11 @@ class DiskStore:
         self._folder = folder
 
     def put(self, value: Any) -> Any:
-        """Write every tensor."""
+        """Write every tensor to a file."""
         return mapped(value, Tensor, self._write)
 
     def get(self, held: Any) -> Any:
-        """Map every file."""
+        """Map every file into memory."""
         return mapped(held, _File, _File.read)
 
     def _write(self, tensor: Tensor) -> "Tensor | _File":
@@ -99,7 +101,7 @@ class DiskStore:
 
 
 class _File:
-    """A tensor's file."""
+    """The file of a tensor."""
 
     def __init__(self, folder: Path, tensor: Tensor) -> None:
         descriptor, self._path = tempfile.mkstemp(dir=folder)
@@ -109,14 +111,14 @@ class _File:
             file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
     def read(self) -> Tensor:
-        """The tensor, in pages that are read as they are used."""
+        """The tensor, mapped into memory: its pages are read at first use."""
         size = self._shape.numel()
         flat = torch.from_file(self._path, shared=False, size=size, dtype=self._dtype)
         return flat.view(self._shape).to(self._device)
 
 
 def mapped(value: Any, kind: type[T], change: Callable[[T], Any]) -> Any:
-    """``value`` with everything of a ``kind`` in it changed; dicts, lists and tuples are opened."""
+    """``value`` with ``change`` applied to each item of type ``kind``, inside containers too."""
     if isinstance(value, kind):
         return change(value)
     if isinstance(value, dict):
@@ -130,7 +132,7 @@ def mapped(value: Any, kind: type[T], change: Callable[[T], Any]) -> Any:
 
 
 class InStore(Generic[T]):
-    """An attribute that lies in its owner's ``store``."""
+    """An attribute whose value is kept in the ``store`` of its owner."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = f"_{name}"

@@ -1,4 +1,4 @@
-"""Sums over calibration tokens: the Gram matrix of an input, and what error-aware targets need."""
+"""Sums over calibration tokens: the Gram matrix of an input, and sums for error-aware targets."""
 
 from dataclasses import dataclass, field
 
@@ -15,24 +15,26 @@ class Sums:
 
     Attributes:
         gram: ``XᵀX``.
-        cross: ``(X_dense − X)ᵀ X`` (in, in), where there is a dense stream and that is the cheaper
-            way to what the sites have lost by their inputs.
-        pull: ``Eᵀ X`` (out, in) by site, where ``E`` (tokens, out) is what it is to make up for
-            beside that; see `apt.calibration.targets.Targets.error`.
+        cross: ``(X_dense − X)ᵀ X`` (in, in). It is None without a dense stream, and if the errors
+            by the inputs are cheaper to sum in ``error_products``.
+        error_products: ``Eᵀ X`` (out, in) by site, with ``E`` (tokens, out) the error for which the
+            site compensates and which ``cross`` does not cover; see
+            `apt.calibration.targets.Targets.error`.
 
-    Beside a dense stream, the tokens of sites that write to the residual stream are weighted: the
-    stream is normalised wherever it is read, so that an error counts relative to the token's own
-    size. Unweighted, a few tokens with activations a hundred times larger would be all that counts.
+    With a dense stream, the tokens of sites that write to the residual stream are weighted. Every
+    block normalises the stream, so an error counts relative to the size of its token. Without
+    weights, a few tokens with activations a hundred times larger would dominate the sums.
     """
 
     gram: Gram
     cross: Tensor | None = None
-    pull: dict[Site, Tensor] = field(default_factory=dict)
+    error_products: dict[Site, Tensor] = field(default_factory=dict)
 
     def add_up(self, ranks: Ranks) -> None:
-        """Add to them what the other ranks have summed."""
+        """Add the sums of the other ranks, in place."""
         if ranks.size == 1:
             return
         matrix = self.gram.matrix
-        ranks.add(matrix, *([] if self.cross is None else [self.cross]), *self.pull.values())
+        cross = [] if self.cross is None else [self.cross]
+        ranks.add(matrix, *cross, *self.error_products.values())
         self.gram = Gram.from_sum(matrix, round(ranks.sum(self.gram.tokens)))

@@ -1,18 +1,19 @@
-"""Error-aware targets: what a pruned weight should give, seeing the error of those before it.
+"""Error-aware targets: targets of a pruned weight that include the error of earlier sites.
 
-Layer-wise, a weight is pruned so that ``X Vᵀ`` stays near ``X Wᵀ`` on the inputs ``X`` of the
-pruned model. But the dense model, on its own inputs ``X_dense``, gives ``X_dense Wᵀ``, and where
-the product is added to the residual stream, that stream has already drifted by ``Δ``. Asking for a
-part of both::
+Layer-wise pruning keeps ``X Vᵀ`` close to ``X Wᵀ`` on the inputs ``X`` of the pruned model. The
+dense model has other inputs, ``X_dense``, and the output ``X_dense Wᵀ``. If the output is added to
+the residual stream, that stream has already drifted by ``Δ``. The target contains a share of both
+errors (error feedback)::
 
     Y = X Wᵀ + α (X_dense − X) Wᵀ + β Δ
 
-changes only the right-hand side of the normal equations. The dense weight that gives Y best,
-damped towards W, is ``T = W + (α W (X_dense − X)ᵀX + β ΔᵀX) H⁻¹``, and pruning for the target is
-pruning ``T`` in place of ``W``: every method serves, and none needs to know.
+This changes only the right-hand side of the normal equations. The dense weight that approximates Y
+best, damped towards W, is ``T = W + (α W (X_dense − X)ᵀX + β ΔᵀX) H⁻¹``. To prune for the target is
+to prune ``T`` in place of ``W``, so every method can be used unchanged.
 
-A quarter of both is better than half: a least-squares fit of the dense inputs from the pruned ones
-shrinks whatever the pruned ones tell little about, and does so block after block.
+A share of a quarter is better than a half. A least-squares fit of the dense inputs from the pruned
+ones shrinks every direction that the pruned inputs predict poorly, and this shrinkage accumulates
+over the blocks.
 """
 
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from apt.solver.precision import full_precision
 
 @dataclass(frozen=True)
 class Targets:
-    """How much of the error so far each weight makes up for.
+    """The shares of the earlier error for which each weight compensates.
 
     Args:
         alpha: α, the share of the error of the weight's own inputs.
@@ -38,11 +39,11 @@ class Targets:
     beta: float = 0.25
 
     def error(self, lost: Tensor | None, drift: Tensor | None) -> Tensor:
-        """What a site is to make up for (tokens, out).
+        """The error for which a site compensates (tokens, out).
 
         Args:
-            lost: ``(X_dense − X) Wᵀ`` (tokens, out), where that is not summed otherwise.
-            drift: ``Δ`` (tokens, out), where its product is added to the stream.
+            lost: ``(X_dense − X) Wᵀ`` (tokens, out); None if `Sums.cross` covers it.
+            drift: ``Δ`` (tokens, out); None if the site does not write to the residual stream.
         """
         if lost is None:
             assert drift is not None
@@ -53,10 +54,10 @@ class Targets:
     @full_precision()
     def weight(self, dense: Tensor, site: Site, sums: Sums, damped: DampedGram) -> Tensor:
         """``T`` (out, in), to be pruned in place of the dense weight ``W`` (out, in)."""
-        pull = sums.pull.get(site)
+        product = sums.error_products.get(site)
         if sums.cross is not None:
             lost = dense @ sums.cross * self.alpha
-            pull = lost if pull is None else lost.add_(pull)
-        if pull is None or not (self.alpha or self.beta):
+            product = lost if product is None else lost.add_(product)
+        if product is None or not (self.alpha or self.beta):
             return dense
-        return dense + damped.solve(pull.to(damped.matrix.dtype) / sums.gram.tokens).to(dense)
+        return dense + damped.solve(product.to(damped.matrix.dtype) / sums.gram.tokens).to(dense)

@@ -1,4 +1,4 @@
-"""The process group of a ``torchrun`` job, by the environment that it sets."""
+"""The process group of a ``torchrun`` job, from the environment variables that it sets."""
 
 import os
 from collections.abc import Iterator
@@ -11,20 +11,20 @@ import torch.distributed as dist
 from apt.distributed.ranks import Ranks
 from apt.errors import AptError
 
-# A solve may take long, and torchrun ends the job where a rank has died.
-_PATIENCE = timedelta(hours=6)
+# A solve may take long. If a rank dies, torchrun ends the job.
+_TIMEOUT = timedelta(hours=6)
 _RENDEZVOUS = ("RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @contextmanager
 def joined() -> Iterator[Ranks]:
-    """The ranks that ``torchrun`` has started, or a single one where it did not start this process.
+    """The ranks that ``torchrun`` has started; a single rank without ``torchrun``.
 
-    Tensors on processors go through gloo, those on CUDA devices through NCCL, and each rank takes
-    the device of its place on its machine.
+    CPU tensors are exchanged by gloo, CUDA tensors by NCCL. Each rank uses the CUDA device with its
+    local rank as the index.
 
     Raises:
-        AptError: the variables that ``torchrun`` sets hold something else.
+        AptError: the environment variables of ``torchrun`` have invalid values.
     """
     size = whole_number("WORLD_SIZE", 1, least=1)
     if size == 1:
@@ -35,7 +35,7 @@ def joined() -> Iterator[Ranks]:
     if torch.cuda.is_available():
         torch.cuda.set_device(_own_device())
         backend += ",cuda:nccl"
-    dist.init_process_group(backend, timeout=_PATIENCE)
+    dist.init_process_group(backend, timeout=_TIMEOUT)
     try:
         yield Ranks(dist.group.WORLD)
     finally:
@@ -43,7 +43,7 @@ def joined() -> Iterator[Ranks]:
 
 
 def _check_rendezvous(size: int) -> None:
-    """Raise where the ranks cannot find each other by the environment."""
+    """Raise if the environment lacks the variables by which ranks connect to each other."""
     missing = [name for name in _RENDEZVOUS if not os.environ.get(name)]
     if missing:
         raise AptError(
@@ -59,17 +59,17 @@ def _own_device() -> int:
     place, devices = whole_number("LOCAL_RANK", 0), torch.cuda.device_count()
     if place >= devices:
         raise AptError(
-            f"there are {devices} CUDA devices here for rank {place} of this machine",
+            f"this machine has {devices} CUDA devices, too few for local rank {place}",
             f"start at most {devices} processes on a machine",
         )
     return place
 
 
 def whole_number(variable: str, default: int, least: int = 0) -> int:
-    """The value of an environment variable that holds a whole number.
+    """The value of an environment variable that contains a whole number of at least ``least``.
 
     Raises:
-        AptError: it holds something else.
+        AptError: it has another value.
     """
     text = os.environ.get(variable, str(default))
     if not text.isascii() or not text.isdigit() or int(text) < least:

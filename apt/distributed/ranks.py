@@ -1,8 +1,8 @@
 """Several processes that prune one model together, each a *rank* as torch.distributed has it.
 
-Each carries its part of the calibration samples through its own copy of the blocks; sums over
-tokens are added up, the sites of a block are solved by different ranks, and weights go from the one
-that solved them to all. A single process is one rank, for which nothing here costs anything.
+Each rank runs its part of the calibration samples through its own copy of the blocks. Sums over
+tokens are added over all ranks. The sites of a block are solved by different ranks, and each solved
+weight is broadcast to all. A single process is one rank; it communicates nothing.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,12 +18,12 @@ T = TypeVar("T")
 
 @dataclass
 class Work:
-    """What one rank has done.
+    """The record of the work of one rank.
 
     Attributes:
-        tokens: the calibration tokens that it carries through the blocks.
-        solves: the sites that it has solved.
-        solve_seconds: the time that took.
+        tokens: the number of its calibration tokens.
+        solves: the number of sites that it has solved.
+        solve_seconds: the time of these solves.
     """
 
     tokens: int = 0
@@ -32,15 +32,15 @@ class Work:
 
 
 class Ranks:
-    """The ranks that prune together, seen from one of them.
+    """The ranks that prune one model together; each process has an instance.
 
     Args:
         group: their process group; None for a single process.
 
     Attributes:
-        rank: which one this is, from 0.
-        size: how many there are.
-        work: what this one has done.
+        rank: the number of this rank, from 0.
+        size: the number of ranks.
+        work: the record of this rank's work.
     """
 
     def __init__(self, group: "dist.ProcessGroup | None" = None) -> None:
@@ -51,18 +51,18 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether it is the one that writes and reports."""
+        """True for rank 0, which writes and reports."""
         return self.rank == 0
 
     def mine(self, parts: Sequence[T]) -> Sequence[T]:
-        """This rank's of ``parts``, which are dealt out in turn."""
+        """The items of ``parts`` that belong to this rank: every ``size``-th one."""
         return parts[self.rank :: self.size]
 
     def rounds(self, work: Sequence[T]) -> Iterator[dict[int, T]]:
-        """``work`` in rounds of one piece for each rank, by turn.
+        """``work`` in rounds of at most one piece per rank; each piece is keyed by its turn.
 
-        Turns are counted through the whole run, so that over many rounds, some of them with fewer
-        pieces than ranks, each rank gets as many as the others.
+        Turns are counted through the whole run. So all ranks get equally many pieces over many
+        rounds, even if some rounds have fewer pieces than ranks.
         """
         for start in range(0, len(work), self.size):
             some = work[start : start + self.size]
@@ -70,23 +70,23 @@ class Ranks:
             self._turns += len(some)
 
     def owner(self, turn: int) -> int:
-        """The rank whose turn it is."""
+        """The rank to which ``turn`` belongs."""
         return turn % self.size
 
     def add(self, *tensors: Tensor) -> None:
-        """Add up each of ``tensors`` over all ranks, in place."""
+        """Sum each of ``tensors`` over all ranks, in place."""
         if self._group:
             for tensor in tensors:
                 dist.all_reduce(tensor, group=self._group)
 
     def sum(self, value: float) -> float:
-        """``value`` added up over all ranks."""
+        """The sum of ``value`` over all ranks."""
         total = torch.tensor(value, dtype=torch.float64)
         self.add(total)
         return float(total)
 
     def send(self, tensor: Tensor, owner: int) -> None:
-        """Overwrite ``tensor`` on every rank by what ``owner`` has there."""
+        """Broadcast ``tensor`` from rank ``owner`` to all ranks, in place."""
         if self._group:
             whole = tensor.contiguous()
             dist.broadcast(whole, dist.get_global_rank(self._group, owner), self._group)
@@ -94,11 +94,11 @@ class Ranks:
                 tensor.copy_(whole)
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's ``value``, a plain object, in the order of ranks."""
+        """The ``value`` of every rank, a plain object, in the order of ranks."""
         return [self.share(value, owner) for owner in range(self.size)]
 
     def share(self, value: T, owner: int = 0) -> T:
-        """``owner``'s ``value``, a plain object, on every rank."""
+        """The ``value`` of rank ``owner``, a plain object, on every rank."""
         if not self._group:
             return value
         box = [value]
@@ -107,6 +107,6 @@ class Ranks:
         return box[0]
 
     def wait(self) -> None:
-        """Wait until every rank has come here."""
+        """Wait until every rank has called this."""
         if self._group:
             dist.barrier(self._group)

@@ -1,4 +1,4 @@
-"""Measures of a model on text, in memory or block by block."""
+"""Metrics of a model on text, in memory or block by block."""
 
 from apt.evaluation.metrics import accuracy, perplexity
 

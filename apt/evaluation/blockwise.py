@@ -1,4 +1,4 @@
-"""Running a whole model on known windows of text while no more than a block of it is in memory."""
+"""The run of a model on given windows of text with only one block in memory at a time."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apt.adapter import Adapter, passed_on, stubbed
+from apt.adapter import Adapter, stub_output, stubbed
 from apt.adapter.eval_mode import eval_mode
 from apt.calibration.batches import Batch, enter
 from apt.calibration.storage import Store
@@ -19,12 +19,12 @@ from apt.errors import AptError
 
 @contextmanager
 def streamed(shell: Model, tokens: Tensor, device: str) -> Iterator[nn.Module]:
-    """A model that can be run on the windows of ``tokens``, its blocks read one by one.
+    """A model that can be run on the windows of ``tokens``; its blocks are read one by one.
 
     Args:
-        shell: the model without weights; see `open_stored` for which will do.
+        shell: the model without weights; see `open_stored` for the supported models.
         tokens: token ids (windows, seqlen).
-        device: where it is run.
+        device: the device of the run.
     """
     stored = open_stored(shell)
     dtype = stored.dtype(shell)
@@ -43,29 +43,29 @@ def carried(
     on_disk: StoredBlocks,
     store: Store | None = None,
 ) -> Iterator[None]:
-    """While entered, ``model`` can be run on any of the windows, in batches of any size.
+    """Inside the context, ``model`` can be run on any of the windows, in batches of any size.
 
-    All of them are carried through the blocks first, one block after the other, up to the last.
-    Whoever runs the model then has those blocks pass on what they get, and the last one, which
-    alone is in memory, given what was carried to it.
+    On entry, the states of all windows are computed up to the last block, one block after the
+    other. In later runs of the model, all blocks but the last are stubs. The last block is in
+    memory, and receives the states computed on entry.
 
     Args:
         model: the model, its blocks on the meta device.
         adapter: the adapter of its family; the model's states must be tensors.
         tokens: token ids (windows, seqlen).
         on_disk: the model's blocks.
-        store: where the windows' states lie; None for in memory.
+        store: the store of the windows' states; None keeps them in memory.
 
     Raises:
-        AptError: the model is run on what is none of the windows.
+        AptError: the model is run on tokens that are none of the windows.
     """
     *names, last = (name for name, _ in adapter.blocks(model))
     passing = [model.get_submodule(name) for name in names]
     with eval_mode(model), adapter.running(model), ExitStack() as stack:
         windows = _Windows(_carry(model, adapter, tokens, on_disk, names, store), tokens)
         block = stack.enter_context(on_disk.open(last))
-        stack.enter_context(stubbed(passing, lambda *args, **kwargs: passed_on(args, kwargs)))
-        for module, hook in ((model, windows.asked), (block, windows.given)):
+        stack.enter_context(stubbed(passing, lambda *args, **kwargs: stub_output(args, kwargs)))
+        for module, hook in ((model, windows.look_up), (block, windows.replace_state)):
             handle = module.register_forward_pre_hook(hook, with_kwargs=True)
             stack.callback(handle.remove)
         yield
@@ -80,7 +80,7 @@ def _carry(
     names: Sequence[str],
     store: Store | None,
 ) -> list[Batch]:
-    """The windows where the block after those of these names begins."""
+    """The windows' states after the blocks of these ``names``."""
     batches = enter(adapter, model, tokens, store=store)
     for index, name in enumerate(names):
         with on_disk.open(name) as block:
@@ -90,29 +90,29 @@ def _carry(
 
 
 class _Windows:
-    """Finds the states of the windows that a model is run on."""
+    """Hooks that pass the states of the requested windows to the last block."""
 
     def __init__(self, batches: Sequence[Batch], tokens: Tensor) -> None:
         places = [(batch, row) for batch in batches for row in range(len(batch.state))]
         keys = (tuple(window) for window in tokens.tolist())
         self._places = dict(zip(keys, places, strict=True))
-        self._asked: list[tuple[Batch, int]] = []
+        self._requested: list[tuple[Batch, int]] = []
 
-    def asked(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before the model: which windows they are."""
+    def look_up(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A hook before the model: look up the windows in its tokens."""
         try:
             ids: Tensor = args[0] if args else kwargs["input_ids"]
-            self._asked = [self._places[tuple(window)] for window in ids.tolist()]
+            self._requested = [self._places[tuple(window)] for window in ids.tolist()]
         except (AttributeError, KeyError, TypeError):
             raise AptError(
-                "the metric runs the model on other tokens than the windows that it was given",
+                "the metric runs the model on tokens that are none of the given windows",
                 "do not stream, or choose another metric",
                 ("stream", "metrics"),
             ) from None
 
-    def given(
+    def replace_state(
         self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Before the last block: what it begins with."""
-        state = torch.stack([batch.state[row] for batch, row in self._asked])
+        """A hook before the last block: replace its state by that of the windows."""
+        state = torch.stack([batch.state[row] for batch, row in self._requested])
         return ((state, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": state})

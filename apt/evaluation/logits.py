@@ -1,8 +1,8 @@
-"""A model's logits in parts: those of a large vocabulary take more memory than all else of it.
+"""The logits of a model in parts: for a large vocabulary they take more memory than the rest.
 
-What a model makes of its last states (a head, scaling, soft caps) is its own code, and works token
-by token. So the body is run once, and the model several times with its body stubbed: each time it
-gives some of the states.
+The code after the body of a model (a head, scaling, soft caps) works token by token. So the body is
+run once, and then the model is run several times with a stub as the body, which returns a part of
+the states each time.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,35 +13,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-PART = 2**26  # bytes of logits, where those of a token are not more
-COPIES = 4  # of a part's logits: as they are made, in fp32, and in between
+PART = 2**26  # bytes of logits in a part; more only if those of one token are more
+COPIES = 4  # copies of a part's logits: the original, in fp32, and intermediate results
 _FP32 = 4
 
 
 def parts_of_logits(model: nn.Module, tokens: Tensor) -> Iterator[Tensor]:
-    """The logits (samples, n, vocabulary) after consecutive tokens of each sample, all in turn.
+    """The logits in parts (samples, n, vocabulary) of n consecutive tokens of each sample.
 
-    Where the model's body cannot be told from its head, they are a single part.
+    If the model's body cannot be separated from its head, the logits are a single part.
 
     Args:
         model: a causal language model of transformers.
         tokens: token ids (samples, seqlen).
     """
-    seen = _Seen(len(tokens), tokens.shape[1])
-    with seen.watching(model):
+    recorded = _BodyOutput(len(tokens), tokens.shape[1])
+    with recorded.watching(model):
         logits = _logits(model, tokens)
-    if seen.body is None:
+    if recorded.body is None:
         yield logits
         return
     length = max(1, PART // (_FP32 * logits.shape[0] * logits.shape[2]))
     del logits
-    for states in torch.split(seen.states, length, dim=1):
-        with _forward(seen.body, lambda *args, s=states, **kwargs: seen.given(s)):
+    for states in torch.split(recorded.states, length, dim=1):
+        with _forward(recorded.body, lambda *args, s=states, **kwargs: recorded.given(s)):
             yield _logits(model, tokens)
 
 
 def part_bytes(vocabulary: int, samples: int, seqlen: int) -> int:
-    """Bytes that a part of the logits of so many tokens takes, with what is made of them."""
+    """The bytes of one part of the logits of ``samples`` × ``seqlen`` tokens, with its copies."""
     least = _FP32 * vocabulary * samples
     return COPIES * max(least, min(PART, least * seqlen))
 
@@ -52,13 +52,14 @@ def _logits(model: nn.Module, tokens: Tensor) -> Tensor:
 
 
 @dataclass
-class _Seen:
-    """What a model's body gives, seen in a run in which its head gets the first token's alone.
+class _BodyOutput:
+    """The output of a model's body, recorded in a run whose head receives only the first token.
 
     Attributes:
-        samples, seqlen: of the tokens.
-        body: the outermost module that gives states; None where there is none.
-        output: what it gave.
+        samples, seqlen: the shape of the tokens.
+        body: the outermost module that returns states; None if no module does.
+        output: its output.
+        inside: True during the forward of a body.
     """
 
     samples: int
@@ -81,7 +82,7 @@ class _Seen:
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
-        """While entered, the body's output is seen and cut."""
+        """Inside the context, the body's output is recorded and cut to the first token."""
         with ExitStack() as stack:
             for body in _bodies(model):
                 stack.enter_context(_forward(body, self._watched(body, body.forward)))
@@ -104,14 +105,14 @@ class _Seen:
         return watched
 
     def _states(self, output: Any) -> bool:
-        """Whether an output begins with the states of all tokens."""
+        """True if the first element of ``output`` is the states of all tokens."""
         named = is_dataclass(output) and hasattr(output, "last_hidden_state")
         first: Any = output[0] if named or isinstance(output, tuple) else None
         return isinstance(first, Tensor) and first.shape[:2] == (self.samples, self.seqlen)
 
 
 def _bodies(model: nn.Module) -> list[nn.Module]:
-    """What may be the body: some models call their base model, others the decoder in it."""
+    """The candidates for the body: some models call their base model, others its decoder."""
     base = getattr(model, "base_model", None)
     found = [base, getattr(base, "decoder", None)]
     return [each for each in found if isinstance(each, nn.Module) and each is not model]
@@ -119,7 +120,7 @@ def _bodies(model: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """While entered, ``forward`` is the module's."""
+    """Inside the context, ``forward`` replaces the forward of ``module``."""
     own = vars(module).get("forward")
     module.forward = forward
     try:

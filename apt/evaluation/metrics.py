@@ -1,4 +1,4 @@
-"""What a model is worth on text: perplexity, as the field measures it, and accuracy."""
+"""Metrics of a language model on text: perplexity and accuracy."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +13,7 @@ _TOKENS_PER_BATCH = 2048
 
 
 def windows_at_once(seqlen: int) -> int:
-    """How many windows of ``seqlen`` tokens a model is run on at a time."""
+    """The number of windows of ``seqlen`` tokens in a batch."""
     return max(1, _TOKENS_PER_BATCH // seqlen)
 
 
@@ -37,7 +37,7 @@ def perplexity(model: nn.Module, tokens: Tensor) -> float:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, tokens: Tensor) -> float:
-    """The share of tokens, the first of each window left out, that the model ranks first.
+    """The share of tokens that the model ranks first, without the first token of each window.
 
     Args:
         model: a causal language model of transformers.
@@ -47,9 +47,10 @@ def accuracy(model: nn.Module, tokens: Tensor) -> float:
 
 
 def _mean(model: nn.Module, tokens: Tensor, measure: Callable[[Tensor, Tensor], Tensor]) -> float:
-    """The mean of ``measure``, a sum, which is given logits (n, vocabulary) and what follows.
+    """The mean over tokens of ``measure``, which returns a sum over n tokens.
 
-    Of the logits, no more than a part is in memory, see `apt.evaluation.logits`.
+    Its arguments are the logits (n, vocabulary) and the tokens (n,) that follow. Only a part of the
+    logits is in memory at a time, see `apt.evaluation.logits`.
     """
     device, total = next(model.parameters()).device, 0.0
     with eval_mode(model):

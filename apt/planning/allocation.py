@@ -1,4 +1,4 @@
-"""Sharing out a sparsity among sites, before any of them is pruned."""
+"""The allocation of a sparsity to sites, before any of them is pruned."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,27 +17,27 @@ _SLACK = 1e-3
 
 
 class Allocation(Protocol):
-    """From the untouched model to a sparsity for each unstructured site, by its full name.
+    """A function from the dense model to the sparsity of each unstructured site, by full name.
 
-    The zeros in all must stay as many as the plan asks for.
+    The total number of zeros must remain that of the plan.
     """
 
     def __call__(
         self, model: nn.Module, adapter: Adapter, plan: Plan, tokens: Tensor, /
     ) -> Mapping[str, float]:
-        """Share out ``plan``; ``tokens`` are those of calibration (samples, seqlen)."""
+        """Allocate the sparsity of ``plan``, with calibration ``tokens`` (samples, seqlen)."""
 
 
 def unstructured(plan: Plan) -> list[PlannedSite]:
-    """The sites whose sparsity can be shared out."""
+    """The sites whose sparsity an allocation can change."""
     return [site for site in plan.sites if isinstance(site.pattern, Unstructured)]
 
 
 def check_allocation(name: str, plan: Plan) -> None:
-    """Raise where there is nothing to share out."""
+    """Raise if no site has a sparsity that the allocation could change."""
     if name != UNIFORM and not unstructured(plan):
         raise AptError(
-            f"allocation {name} has nothing to share out: n:m fixes the sparsity of every site",
+            f"allocation {name} cannot be used: n:m fixes the sparsity of every site",
             "give a sparsity",
             ("sparsity",),
         )
@@ -54,15 +54,15 @@ def allocated(
     """``plan`` with the sparsities that the allocation ``name`` gives to its unstructured sites.
 
     Raises:
-        AptError: it leaves a site out, gives one that is not between 0 and 1, or changes the zeros
-            in all by more than a thousandth of the weights.
+        AptError: it omits a site, gives a sparsity that is not between 0 and 1, or changes the
+            total number of zeros by more than a thousandth of the weights.
     """
     shares = allocation(model, adapter, plan, tokens)
     sites = unstructured(plan)
     for site in sites:
         if not 0 < round(shares.get(site.name, 0.0), _DIGITS) < 1:
-            given = f"{shares[site.name]:g}" if site.name in shares else "nothing"
-            raise AptError(f"allocation {name} gives {site.name} {given} for a sparsity")
+            given = f"{shares[site.name]:g}" if site.name in shares else "no value"
+            raise AptError(f"allocation {name} gives {given} as the sparsity of {site.name}")
     whole = Plan(
         tuple(
             replace(block, sites=tuple(_with(shares, site) for site in block.sites))
@@ -72,7 +72,7 @@ def allocated(
     size = sum(site.size for site in sites)
     drift = (_zeros(whole) - _zeros(plan)) / max(size, 1)
     if abs(drift) > _SLACK:
-        raise AptError(f"allocation {name} changes the sparsity in all by {drift:+.2%}")
+        raise AptError(f"allocation {name} changes the overall sparsity by {drift:+.2%}")
     return whole
 
 

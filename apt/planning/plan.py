@@ -1,4 +1,4 @@
-"""What a run will do to each site, decided and checked before any work is done."""
+"""The plan of a run: the pattern of each site, checked before any work is done."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ from apt.solver.patterns import Granularity
 
 @dataclass(frozen=True)
 class Selection:
-    """Which sites are pruned, and how; globs match full names such as ``model.layers.3.mlp.*``.
+    """The selection of sites, by globs over full names such as ``model.layers.3.mlp.*``.
 
     Args:
-        only: where given, sites that match none of these are left dense.
-        skip: sites that match one of these are left dense.
-        overrides: a pattern of its own for the sites that match; the last match counts.
+        only: if given, sites that match none of these globs stay dense.
+        skip: sites that match one of these globs stay dense.
+        overrides: pairs of a glob and a pattern for the sites that match; the last match counts.
     """
 
     only: tuple[str, ...] = ()
@@ -28,13 +28,13 @@ class Selection:
     overrides: tuple[tuple[str, Pattern], ...] = ()
 
     def pattern(self, name: str, default: Pattern) -> Pattern | None:
-        """The pattern for the site of that full name; None leaves it dense."""
+        """The pattern for the site with this full name; None if it stays dense."""
         if (self.only and not _matches(name, self.only)) or _matches(name, self.skip):
             return None
         return next((p for glob, p in reversed(self.overrides) if _matches(name, [glob])), default)
 
     def record(self) -> dict[str, Any]:
-        """Plain values, for the report."""
+        """The selection as plain values, for the report."""
         overrides = {glob: str(pattern) for glob, pattern in self.overrides}
         return {"only": self.only, "skip": self.skip, "overrides": overrides}
 
@@ -49,7 +49,7 @@ def _matches(name: str, globs: Sequence[str]) -> bool:
 
 @dataclass(frozen=True)
 class PlannedSite:
-    """A site and its pattern; None leaves it dense."""
+    """A site and its pattern; the pattern is None if the site stays dense."""
 
     name: str
     site: Site
@@ -64,7 +64,7 @@ class PlannedSite:
 
 @dataclass(frozen=True)
 class PlannedExtra:
-    """A parameter beyond the sites that is to be pruned; its shape is (channels, k)."""
+    """An extra that is to be pruned, with its pattern; its shape is (channels, k)."""
 
     name: str
     extra: Extra
@@ -74,7 +74,7 @@ class PlannedExtra:
 
 @dataclass(frozen=True)
 class PlannedBlock:
-    """A block, its sites, and what else of it is to be pruned."""
+    """A block, its sites, and its extras that are to be pruned."""
 
     name: str
     sites: tuple[PlannedSite, ...]
@@ -82,7 +82,7 @@ class PlannedBlock:
 
     @property
     def pruned(self) -> list[PlannedSite]:
-        """The sites that are not left dense."""
+        """The sites that do not stay dense."""
         return [site for site in self.sites if site.pattern is not None]
 
 
@@ -98,15 +98,15 @@ class Plan:
         return [site for block in self.blocks for site in block.sites]
 
     def outline(self) -> str:
-        """In a line: how many blocks of which make there are, and what each input feeds."""
-        makes: dict[str, list[str]] = {}
+        """A line with the number of blocks of each kind, and their sites grouped by input."""
+        kinds: dict[str, list[str]] = {}
         for block in self.blocks:
-            makes.setdefault(_outline(block), []).append(block.name)
-        return ". ".join(f"{len(n)} × {n[0]}: {made}" for made, n in makes.items())
+            kinds.setdefault(_outline(block), []).append(block.name)
+        return ". ".join(f"{len(n)} × {n[0]}: {sites}" for sites, n in kinds.items())
 
 
 def _outline(block: PlannedBlock) -> str:
-    """The sites of a block by their inputs; those that write to the stream have a plus."""
+    """The sites of a block, grouped by input; a plus marks those that write to the stream."""
     fed: dict[str, dict[str, None]] = {}
     for site in (entry.site for entry in block.sites):
         fed.setdefault(site.input, {})[site.kind + "+" * site.residual] = None
@@ -121,19 +121,19 @@ def make_plan(
     per: Granularity = "layer",
     also: Sequence[str] = (),
 ) -> Plan:
-    """Plan a run; the model may lie on the meta device.
+    """Plan a run; the model may be on the meta device.
 
     Args:
         model: the model.
         adapter: the adapter of its family.
-        pattern: the pattern of every site that is selected and has none of its own.
+        pattern: the pattern of every selected site without an override.
         selection: the sites to prune; all by default.
-        per: where unstructured patterns that do not say so are counted.
-        also: the kinds of extras that are pruned beside the sites.
+        per: the unit over which unstructured patterns without ``per`` are counted.
+        also: the kinds of extras to prune in addition to the sites.
 
     Raises:
         AptError: the adapter does not fit the model, a pattern does not fit a site, a glob matches
-            no site, nothing is left to prune, blocks share a weight, or there is no such extra.
+            no site, no site is selected, blocks share a weight, or the model has no such extra.
     """
     selection = selection or Selection()
     blocks = [
@@ -158,14 +158,14 @@ def make_plan(
 
 
 def _refuse_shared(modules: dict[str, nn.Module], plan: Plan) -> None:
-    """Refuse a weight that several blocks share: each would prune it for itself."""
+    """Refuse a weight that several blocks share, since each block would prune it separately."""
     owners: dict[tuple[nn.Parameter, int | None], str] = {}
     for block in plan.blocks:
         for entry in block.pruned:
             parameter = modules[block.name].get_parameter(entry.site.parameter)
             first = owners.setdefault((parameter, entry.site.expert), entry.name)
             if first != entry.name:
-                raise AptError(f"{first} and {entry.name} are one weight", "skip both", ("skip",))
+                raise AptError(f"{first} and {entry.name} share one weight", "skip both", ("skip",))
 
 
 def _planned(
@@ -183,7 +183,7 @@ def _planned(
         pattern = selection.pattern(name, default)
         if isinstance(pattern, NM) and width % pattern.m:
             raise AptError(
-                f"{name} has {width} inputs, not a multiple of {pattern.m} as {pattern} needs",
+                f"{name} has {width} inputs, not a multiple of {pattern.m} (pattern {pattern})",
                 f"skip '*.{site.name}'",
                 ("skip",),
             )
@@ -210,9 +210,9 @@ def _extras(
             continue
         if isinstance(pattern, NM) and width % pattern.m:
             raise AptError(
-                f"{name} has {width} weights a channel, not a multiple of {pattern.m} as "
-                f"{pattern} needs",
-                f"give it a sparsity of its own: '*.{extra.name}=0.5'",
+                f"{name} has {width} weights per channel, not a multiple of {pattern.m} "
+                f"(pattern {pattern})",
+                f"give it a separate sparsity: '*.{extra.name}=0.5'",
                 ("overrides",),
             )
         if isinstance(pattern, Unstructured):
@@ -222,9 +222,9 @@ def _extras(
 
 
 def _check_extras(adapter: Adapter, model: nn.Module, also: Sequence[str]) -> None:
-    """Raise where a kind of extra is asked for that no block has."""
+    """Raise if no block has an extra of a kind in ``also``."""
     kinds = {extra.kind for _, block in adapter.blocks(model) for extra in adapter.extras(block)}
     for kind in also:
         if kind not in kinds:
             known = ", ".join(sorted(kinds)) or "nothing but its sites"
-            raise AptError(f"no '{kind}' can be pruned in this model", f"it has: {known}")
+            raise AptError(f"this model has no '{kind}' to prune", f"it has: {known}")

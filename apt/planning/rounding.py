@@ -1,4 +1,4 @@
-"""Sparsities so small that they round to no weight at all."""
+"""The check for sparsities so small that they round to no weight."""
 
 from collections.abc import Callable
 
@@ -8,11 +8,11 @@ from apt.solver import NM
 
 
 def check_rounding(plan: Plan, notice: Callable[[str], None] = lambda line: None) -> None:
-    """Raise where a plan prunes no weight; where some sites lose none, say so.
+    """Raise if a plan prunes no weight; report sites that lose no weight.
 
     Args:
-        plan: what is to be done.
-        notice: told, in a line, how many sites stay whole.
+        plan: the plan of the run.
+        notice: called with a line about the number of sites that lose no weight.
     """
     pruned = [site for block in plan.blocks for site in block.pruned]
     whole = [site for site in pruned if not _lost(site)]
@@ -26,7 +26,7 @@ def check_rounding(plan: Plan, notice: Callable[[str], None] = lambda line: None
 
 
 def _lost(site: PlannedSite) -> int:
-    """How many weights a site will lose."""
+    """The number of weights that a site will lose."""
     pattern, (rows, width) = site.pattern, site.shape
     if pattern is None:
         return 0

@@ -1,4 +1,4 @@
-"""Where a model's blocks are while they have no turn: in memory, or on disk."""
+"""The storage of a model's blocks before and after they are pruned: in memory or on disk."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -10,43 +10,43 @@ from apt.events import SitePruned
 
 
 class BlockStorage(Protocol):
-    """What the loop over blocks asks for around each block's turn.
+    """The storage of blocks, as the loop over blocks uses it.
 
     Attributes:
-        repeatable: whether what flows into a block must be the same to the bit when it is made
-            again from pruned blocks, as by a run that goes on where another ended.
+        repeatable: True if the activations before a block must be bit-identical when they are
+            computed again from pruned blocks, as a resumed run does.
     """
 
     repeatable: bool
 
     def open(self, name: str, block: nn.Module) -> AbstractContextManager[None]:
-        """The block's dense weights are in memory while this is entered."""
+        """A context in which the block's dense weights are in memory."""
 
     def pruned(self, name: str) -> list[SitePruned] | None:
-        """What an earlier run did to the block; None where it has not been pruned yet."""
+        """The records of the block's sites from an earlier run; None if it is not pruned yet."""
 
     def restore(self, name: str, block: nn.Module) -> None:
-        """Put in place what an earlier run made of the block."""
+        """Load the pruned weights of an earlier run into the block."""
 
     def keep(self, name: str, block: nn.Module, sites: Sequence[SitePruned]) -> None:
-        """Take what has been made of the block."""
+        """Store the pruned block and the records of its sites."""
 
 
 class MemoryBlocks:
-    """All blocks are in memory, before and after."""
+    """The storage of a model whose blocks are all in memory, before and after."""
 
     repeatable = False
 
     def open(self, name: str, block: nn.Module) -> AbstractContextManager[None]:
-        """Nothing to do."""
+        """Do nothing: the weights are in memory."""
         return nullcontext()
 
     def pruned(self, name: str) -> list[SitePruned] | None:
-        """Every run begins at the first block."""
+        """None: every run begins at the first block."""
         return None
 
     def restore(self, name: str, block: nn.Module) -> None:
-        """Never asked for."""
+        """Never called, since `pruned` returns None."""
 
     def keep(self, name: str, block: nn.Module, sites: Sequence[SitePruned]) -> None:
-        """It stays where it is."""
+        """Do nothing: the block stays in memory."""

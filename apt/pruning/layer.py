@@ -1,4 +1,4 @@
-"""One site: the method on its target and its Gram matrix, and what is written measured."""
+"""The pruning of one site: the method applied to its target, and the error measured afterwards."""
 
 import time
 from collections.abc import Iterable
@@ -18,25 +18,25 @@ from apt.solver.patterns import meets
 
 
 class Method(Protocol):
-    """A pruning method: a weight (out, in) in fp32, its Gram matrix and a pattern to a solution."""
+    """A pruning method: it takes a weight (out, in) in fp32, its Gram matrix and a pattern."""
 
     def __call__(
         self, weight: Tensor, gram: Gram, pattern: Pattern, options: SolverOptions, /
     ) -> Solution:
-        """Prune one layer."""
+        """Prune one layer and return the solution."""
 
 
 @dataclass(frozen=True)
 class SolvedSite:
-    """A site that is solved and written, but may still be tuned.
+    """A site whose solution is written to the model, but which may still be tuned.
 
     Attributes:
         planned: the site.
         dense: its dense weight (out, in), in fp32.
         matrix: the Gram matrix (in, in) of its inputs.
-        tokens: how many of them there were.
-        solution: what the method has found.
-        seconds: the time that it took.
+        tokens: the number of its inputs.
+        solution: the solution of the method.
+        seconds: the time of the solve.
     """
 
     planned: PlannedSite
@@ -49,12 +49,12 @@ class SolvedSite:
 
 @dataclass(frozen=True)
 class SiteSolver:
-    """How a run solves its sites.
+    """The solver of sites: a method with its options and targets.
 
     Args:
         method: the pruning method.
         options: its options.
-        targets: how much of the error so far each site makes up for, if any.
+        targets: the error-aware targets; None prunes layer-wise.
     """
 
     method: Method
@@ -70,23 +70,24 @@ class SiteSolver:
         mean: float,
         scale: Tensor | None,
     ) -> SolvedSite:
-        """Solve one site and write it back in place.
+        """Solve one site and write the solution to its weight in place.
 
         Args:
             block: its block.
             planned: the site.
-            sums: those of its input.
-            mean: what backs the Gram matrix of a routed site that saw few tokens.
-            scale: by how much more each of its rows (out, 1) matters; None for all the same.
+            sums: the sums of its input.
+            mean: the mean square of the tokens that are added to the Gram matrix of a routed site
+                with few tokens; see `Gram.with_missing_tokens`.
+            scale: the factor of each row (out, 1) in the choice of the mask; None for equal rows.
 
         Raises:
-            AptError: there is no solution.
+            AptError: the site has no solution.
         """
         assert planned.pattern is not None
         started, gram = time.perf_counter(), sums.gram
         tokens = gram.tokens
         if planned.site.routed:
-            gram = gram.backed(mean)
+            gram = gram.with_missing_tokens(mean)
         weight = planned.site.oriented(planned.site.weight(block).data)
         dense = weight.to(torch.float32, copy=True)
         scale = dense.new_ones(()) if scale is None else scale
@@ -108,7 +109,7 @@ class SiteSolver:
 
 
 def measured(block: nn.Module, solved: SolvedSite) -> SitePruned:
-    """What was done to a site, as it is written."""
+    """The record of a solved site, measured on the weight as written."""
     planned, solution = solved.planned, solved.solution
     weight = planned.site.oriented(planned.site.weight(block).data)
     _check(planned, weight, solution.mask)
@@ -127,14 +128,14 @@ def measured(block: nn.Module, solved: SolvedSite) -> SitePruned:
 
 
 def mean_square(grams: Iterable[Gram]) -> float:
-    """The mean square of an activation over all tokens of ``grams``; 1 where there is none."""
+    """The mean square of an activation over all tokens of ``grams``; 1 if they have no tokens."""
     sums = [(float(gram.matrix.diagonal().mean()), gram.tokens) for gram in grams]
     tokens = sum(count for _, count in sums)
     return sum(total for total, _ in sums) / tokens if tokens else 1.0
 
 
 def _check(planned: PlannedSite, weight: Tensor, mask: Tensor) -> None:
-    """Hold the weight as written against the mask and the pattern."""
+    """Raise if the weight as written is not finite, or violates the mask or the pattern."""
     if not torch.isfinite(weight).all():
         raise AptError(
             f"the pruned weight of {planned.name} is not finite in {weight.dtype}",

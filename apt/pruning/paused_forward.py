@@ -1,8 +1,9 @@
-"""One forward of a block that waits before every product with a site's weight.
+"""Forwards of a block that pause before every product with a site's weight.
 
-A weight can then be solved from what it is about to be multiplied by, and the forward goes on with
-the solved one. So the sites are solved in their order of execution, each on what the pruned ones
-before it give, and what the pruned block gives is there at the end: all for a single forward.
+During the pause, the weight is solved from the inputs that it is about to multiply; the forward
+then continues with the solved weight. So the sites are solved in their order of execution, each on
+the outputs of the pruned sites before it (true-sequential pruning), and the forward ends with the
+output of the pruned block. All this takes a single forward per batch.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -17,73 +18,75 @@ from torch import Tensor, nn
 from apt.adapter import Adapter, Site, State
 from apt.calibration.batches import Batch
 from apt.calibration.capture import Capture, as_rows
-from apt.calibration.passing import Passing
+from apt.calibration.passing import BlockPass
 from apt.calibration.sums import Sums
 from apt.calibration.targets import Targets
 from apt.pruning.suspended import Suspended
-from apt.pruning.warning_handler import can_keep
+from apt.pruning.warning_handler import can_preserve_handler
 
 _Product = tuple[Site, Tensor]
 
 
-class CannotWait(Exception):
-    """A forward cannot wait before a product for all of its input: it has to be run again."""
+class CannotPause(Exception):
+    """A forward cannot pause before a product with its whole input: the block must be run again."""
 
 
-_HELD = 32  # times the width of the residual stream
+_MAX_VALUES = 32  # per token, in units of the width of the residual stream
 
 
-def may_wait(adapter: Adapter, config: Any, seqlen: int, width: int) -> bool:
-    """Whether batches may wait within a block.
+def can_pause(adapter: Adapter, config: Any, seqlen: int, width: int) -> bool:
+    """True if batches can pause within a block without too much memory.
 
-    What a forward holds for itself, all of them hold at once. That is about as much as the
-    activations take that a run keeps anyway, unless it has matrices of attention of long samples.
+    The paused forwards of all batches keep their intermediate values at the same time. These take
+    about as much memory as the stored activations of a run, except for attention matrices of long
+    samples.
 
     Args:
         adapter: the model's adapter.
         config: its configuration.
-        seqlen: the tokens of a sample.
-        width: that of the residual stream.
+        seqlen: the number of tokens in a sample.
+        width: the width of the residual stream.
     """
-    return adapter.held(config, seqlen) <= _HELD * width
+    return adapter.held(config, seqlen) <= _MAX_VALUES * width
 
 
-class _Lane:
-    """A batch's forward, and the product before which it waits."""
+class _PausedForward:
+    """The forward of one batch, which pauses before products."""
 
     def __init__(
-        self, batch: Batch, run: Callable[["_Lane", Callable[[_Product], None]], State]
+        self, batch: Batch, run: Callable[["_PausedForward", Callable[[_Product], None]], State]
     ) -> None:
-        self.batch, self.passing = batch, Passing(batch)
+        self.batch, self.block_pass = batch, BlockPass(batch)
         self.products = Suspended[_Product, State](partial(run, self))
         self._started = False
-        self._at: _Product | None = None
+        self._next_product: _Product | None = None
 
     @property
-    def at(self) -> _Product | None:
-        """The site whose product it waits before and its input (tokens, in); None at the end."""
+    def next_product(self) -> _Product | None:
+        """The site and the input (tokens, in) of the product it pauses before; None at the end."""
         if not self._started:
-            self.go_on()
-        return self._at
+            self.advance()
+        return self._next_product
 
-    def go_on(self) -> None:
-        """Go on to the next product that is waited before."""
+    def advance(self) -> None:
+        """Continue to the next product of a site that is to be captured."""
         self._started = True
-        self._at = next(self.products, None)
+        self._next_product = next(self.products, None)
 
 
-class Walk:
-    """A walk of all batches through a block; a context manager.
+class PausedForwards:
+    """The paused forwards of all batches through a block; a context manager.
 
     Args:
         adapter: the block's adapter.
-        block, index: the block and its place among the blocks.
+        block, index: the block and its index in the model.
         batches: the batches before the block.
         sites: all sites of the block, none of which is routed or multiplied more than once.
-        ahead: the sites among them that are to be captured; others of the same inputs stay dense.
-        dense: the dense weights (out, in) of those that write to the residual stream.
-        targets: how much of the error so far they make up for; None where there is no dense stream.
-        tell: called whenever a batch has come to where it waits, or to the end.
+        to_capture: the sites among them that are to be captured; others of the same inputs stay
+            dense.
+        dense: the dense weights (out, in) of the sites that write to the residual stream.
+        targets: the error-aware targets; None if there is no dense stream.
+        progress: called when a batch has reached a pause or the end.
     """
 
     def __init__(
@@ -93,22 +96,24 @@ class Walk:
         index: int,
         batches: Sequence[Batch],
         sites: Sequence[Site],
-        ahead: Sequence[Site],
+        to_capture: Sequence[Site],
         dense: Mapping[Site, Tensor],
         targets: Targets | None = None,
-        tell: Callable[[], None] = lambda: None,
+        progress: Callable[[], None] = lambda: None,
     ) -> None:
-        self._tell = tell
+        self._progress = progress
         self._block, self._dense, self._targets = block, dense, targets
         self._weights = {site: site.oriented(site.weight(block).data) for site in sites}
-        self._ahead: dict[str, list[Site]] = {}
-        for site in ahead:
-            self._ahead.setdefault(site.input, []).append(site)
+        self._pending: dict[str, list[Site]] = {}
+        for site in to_capture:
+            self._pending.setdefault(site.input, []).append(site)
         self._captures: dict[str, Capture] = {}
         self._tokens = sum(batch.tokens for batch in batches)
-        self._running: _Lane | None = None
+        self._active: _PausedForward | None = None
         self._settings: tuple[Any, ...] = ()
-        self._lanes = [_Lane(batch, partial(self._forward, adapter, index)) for batch in batches]
+        self._forwards = [
+            _PausedForward(batch, partial(self._run, adapter, index)) for batch in batches
+        ]
 
     def __enter__(self) -> Self:
         return self
@@ -119,107 +124,118 @@ class Walk:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._running = None
+        self._active = None
         with ExitStack() as stack:
-            for lane in self._lanes:
-                stack.callback(lane.products.close)
+            for forward in self._forwards:
+                stack.callback(forward.products.close)
 
     def next_input(self) -> str | None:
-        """Go on to the next input that is to be captured; None when all have been.
+        """Continue the first batch to the next input that is to be captured; None after the last.
 
         Raises:
-            AptError: the forward ends before it comes to one.
+            AptError: the forward has ended, but some of these inputs were not reached.
         """
-        first = self._lanes[0]
-        self._go(first, self._ahead)
-        if first.at is not None:
-            return first.at[0].input
-        for sites in self._ahead.values():
+        first = self._forwards[0]
+        self._advance_to(first, self._pending)
+        if first.next_product is not None:
+            return first.next_product[0].input
+        for sites in self._pending.values():
             Capture(self._block, sites).assert_coverage(self._tokens)
         return None
 
     def capture(self, name: str) -> Sums:
-        """Go on to an input in all batches, and sum it.
+        """Continue all batches to the input ``name``, and sum it.
 
         Raises:
-            CannotWait: it does not come whole, or the forward cannot wait there.
+            CannotPause: the input comes in parts, or the forward cannot pause there.
         """
         reached = []
-        for lane in self._lanes:
-            self._go(lane, (name,))
-            if lane.at is None or len(lane.at[1]) != lane.passing.tokens:
-                raise CannotWait
-            reached.append((lane.passing, *lane.at))
-        capture = Capture(self._block, self._ahead.pop(name), self._targets)
-        for passing, site, rows in reached:
-            capture.take(passing, site, rows)
+        for forward in self._forwards:
+            self._advance_to(forward, (name,))
+            if (
+                forward.next_product is None
+                or len(forward.next_product[1]) != forward.block_pass.tokens
+            ):
+                raise CannotPause
+            reached.append((forward.block_pass, *forward.next_product))
+        capture = Capture(self._block, self._pending.pop(name), self._targets)
+        for block_pass, site, rows in reached:
+            capture.take(block_pass, site, rows)
         self._captures[name] = capture
         return capture.sums[name]
 
-    def finish(self, *, leave: bool) -> None:
-        """Go on to the end, with the weights as they are now.
+    def finish(self, *, update_states: bool) -> None:
+        """Continue all batches to the end of the block, with the present weights.
 
         Args:
-            leave: whether the batches' states become those after the block.
+            update_states: True to replace the batches' states by those after the block.
 
         Raises:
-            AptError: a site was not given every token, or not what it is declared to share.
+            AptError: a site did not receive every token, or not the input that it is declared to
+                share.
         """
-        for lane in self._lanes:
-            self._go(lane, ())
-            if leave:
-                lane.batch.state = lane.products.result
+        for forward in self._forwards:
+            self._advance_to(forward, ())
+            if update_states:
+                forward.batch.state = forward.products.result
         for capture in self._captures.values():
             capture.assert_coverage(self._tokens)
 
-    def _forward(
-        self, adapter: Adapter, index: int, lane: _Lane, wait: Callable[[_Product], None]
+    def _run(
+        self,
+        adapter: Adapter,
+        index: int,
+        forward: _PausedForward,
+        pause: Callable[[_Product], None],
     ) -> State:
-        """A lane's forward; it waits before sites that are to be captured.
+        """Run the forward of a batch, and pause before sites that are to be captured.
 
-        Sites that stay dense may share their input: their products happen like any other.
+        Sites that stay dense may share the input of these sites. Their products cause no pause.
         """
 
         def take(site: Site, inputs: Tensor) -> None:
-            if lane is not self._running:  # a hook on the block is called for every lane
+            if forward is not self._active:  # a hook on the block fires for every batch
                 return
             rows = as_rows(site, inputs, self._weights[site])
-            if site in self._ahead.get(site.input, ()):
-                if not can_keep() or _settings() != self._settings:
-                    raise CannotWait
-                wait((site, rows))
-            self._pass(lane.passing, site, rows)
+            if site in self._pending.get(site.input, ()):
+                if not can_preserve_handler() or _settings() != self._settings:
+                    raise CannotPause
+                pause((site, rows))
+            self._record_product(forward.block_pass, site, rows)
 
         with adapter.capture(self._block, list(self._weights), take):
-            return adapter.step(self._block, lane.batch.state, lane.batch.calls[index])
+            return adapter.step(self._block, forward.batch.state, forward.batch.calls[index])
 
-    def _pass(self, passing: Passing, site: Site, rows: Tensor) -> None:
-        """Let a product happen."""
+    def _record_product(self, block_pass: BlockPass, site: Site, rows: Tensor) -> None:
+        """Add a product to the sums, the drift and the counts, just before it is computed."""
         capture = self._captures.get(site.input)
-        if capture is not None and capture.sums_up(site) and not passing.owns(site):
-            capture.take(passing, site, rows)
-        if site in self._dense and self._drift_matters(passing):
-            passing.follow(site, rows, self._weights[site], self._dense[site])
-        passing.count(site, rows)
+        if capture is not None and capture.sums_up(site) and not block_pass.is_first(site):
+            capture.take(block_pass, site, rows)
+        if site in self._dense and self._drift_matters(block_pass):
+            block_pass.add_drift(site, rows, self._weights[site], self._dense[site])
+        block_pass.count(site, rows)
         if capture is not None:
-            passing.release(capture.sites)
+            block_pass.release(capture.sites)
 
     @torch.no_grad()
-    def _go(self, lane: _Lane, until: Collection[str]) -> None:
-        """Let products happen until one of an input of these is next."""
-        self._running, self._settings = lane, _settings()
-        while lane.at is not None and lane.at[0].input not in until:
-            lane.go_on()
-        self._tell()
+    def _advance_to(self, forward: _PausedForward, until: Collection[str]) -> None:
+        """Continue until the next product is one with an input of ``until``, or to the end."""
+        self._active, self._settings = forward, _settings()
+        while forward.next_product is not None and forward.next_product[0].input not in until:
+            forward.advance()
+        self._progress()
 
-    def _drift_matters(self, passing: Passing) -> bool:
-        """Whether a site is to be captured yet that is asked to make up for the drift."""
-        ahead = (site for sites in self._ahead.values() for site in sites)
-        return passing.dense is not None and any(site.residual for site in ahead)
+    def _drift_matters(self, block_pass: BlockPass) -> bool:
+        """True if a site that is still to be captured compensates for the drift."""
+        pending = (site for sites in self._pending.values() for site in sites)
+        return block_pass.dense is not None and any(site.residual for site in pending)
 
 
 def _settings() -> tuple[Any, ...]:
-    """What torch has once for each thread, and a forward that waits would leave to the others."""
+    """Settings of torch that belong to the thread: a paused forward would impose its own on others.
+
+    A forward that has changed them does not pause.
+    """
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),

@@ -25,7 +25,7 @@ from apt.events import BlockStarted, BlockTuned, Observer, SitePruned, Working
 from apt.planning.plan import Plan, PlannedBlock, PlannedSite
 from apt.pruning.block_storage import BlockStorage, MemoryBlocks
 from apt.pruning.layer import Method, SiteSolver, SolvedSite, mean_square, measured
-from apt.pruning.paused_forward import CannotWait, Walk, may_wait
+from apt.pruning.paused_forward import CannotPause, PausedForwards, can_pause
 from apt.pruning.recipe import Recipe
 from apt.pruning.ssm_parameters import prune_extras
 from apt.tuning.reconstruct import Reconstruction, reconstruct
@@ -47,30 +47,30 @@ def prune_blocks(
 ) -> list[SitePruned]:
     """Prune ``model`` in place, one block after the other.
 
-    Every block is run with its dense weights on what the pruned blocks before it give, its sites
-    are solved from the Gram matrices of their inputs and written back, and it is run again. In
-    order, both is one run, that waits while the weights are solved which it comes to.
-    With error-aware targets, the activations of the dense model are carried along beside those of
-    the pruned one.
+    Each block is run with its dense weights on the outputs of the pruned blocks before it. Its
+    sites are solved from the Gram matrices of their inputs and written back, and the block is run
+    again. If the sites are solved in order, both runs are one: the forward pauses before each site
+    while its weight is solved. With error-aware targets, the activations of the dense model are
+    computed as well.
 
     Args:
-        model: the model, in eval mode while this runs.
+        model: the model; it is set to eval mode during the run.
         adapter: the adapter of its family.
-        plan: what to do to each site, from `apt.planning.plan.make_plan`.
+        plan: the pattern of each site, from `apt.planning.plan.make_plan`.
         tokens: calibration token ids (samples, seqlen).
         method: the pruning method.
-        recipe: how it is applied; by default strictly layer-wise.
-        block_storage: where blocks are while they have no turn; None where all are in memory.
-        store: where the activations are while no block is run on them; None for in memory. On disk
-            they do not wait inside a block either, which is run again for each of its sites that
-            are solved in order.
-        ranks: the processes that prune together, each of which calls this with the same arguments
-            and is left with the same model; None for a single one.
-        observe: called with each event as it happens.
+        recipe: the options; the default is layer-wise.
+        block_storage: the storage of the blocks; None if all are in memory.
+        store: the store of the activations between runs of blocks; None keeps them in memory. If
+            they leave the model's device, forwards cannot pause, and a block is run again for each
+            group of sites that is solved in order.
+        ranks: the processes that prune together; None for a single one. Each of them calls this
+            function with the same arguments and ends with the same model.
+        observe: called with each event.
 
     Raises:
         AptError: the tokens have another shape, activations are not finite, a site's inputs were
-            not seen, or a solve failed.
+            not captured, or a solve failed.
     """
     if tokens.ndim != 2 or not tokens.numel():
         raise AptError(f"tokens have shape {tuple(tokens.shape)}", "give (samples, seqlen)")
@@ -81,10 +81,10 @@ def prune_blocks(
         ranks or Ranks(), observe,
     )  # fmt: skip
     with eval_mode(model), adapter.running(model):
-        return run.all(model, plan, tokens)
+        return run.prune_all(model, plan, tokens)
 
 
-_Turn = tuple[int, SolvedSite]  # a site by the turn that it is solved in, by whichever rank
+_Turn = tuple[int, SolvedSite]  # a solved site and its turn, which also determines its rank
 
 
 @dataclass
@@ -96,20 +96,20 @@ class _Pruning:
     store: Store
     ranks: Ranks
     observe: Observer
-    tuned: int = 0  # how many of the batches, from the first, are tuned on
-    waits: bool = False  # whether batches may wait within a block
+    tuning_batches: int = 0  # the number of batches for tuning, which are the first ones
+    can_pause: bool = False  # True if forwards can pause within a block
 
     @property
-    def aware(self) -> bool:
-        """Whether the dense stream goes along."""
+    def error_aware(self) -> bool:
+        """True if the activations of the dense model are computed as well."""
         return self.solver.targets is not None
 
-    def all(self, model: nn.Module, plan: Plan, tokens: Tensor) -> list[SitePruned]:
+    def prune_all(self, model: nn.Module, plan: Plan, tokens: Tensor) -> list[SitePruned]:
         modules = dict(self.adapter.blocks(model))
         batches = self.enter(model, tokens)
         width = self.adapter.residual(batches[0].state).shape[-1]
         config = getattr(model, "config", None)
-        self.waits = self.store.with_model and may_wait(
+        self.can_pause = self.store.with_model and can_pause(
             self.adapter, config, tokens.shape[1], width
         )
         done: list[SitePruned] = []
@@ -117,50 +117,50 @@ class _Pruning:
             self.observe(BlockStarted(planned.name, index, len(plan.blocks)))
             module = modules[planned.name]
             with self.block_storage.open(planned.name, module):
-                at = _Block(self.adapter, module, planned, index, batches)
+                current = _CurrentBlock(self.adapter, module, planned, index, batches)
                 try:
-                    done += self.turn(at)
+                    done += self.prune_or_restore(current)
                     if index + 1 < len(plan.blocks):
-                        self.leave(at)
+                        self.propagate(current)
                 except AptError as error:
                     raise AptError(
                         f"in {planned.name}: {error.message}", error.hint, error.options
                     ) from error
         return done
 
-    def turn(self, at: "_Block") -> list[SitePruned]:
-        """Prune a block, or take it as an earlier run has left it."""
-        name = at.planned.name
+    def prune_or_restore(self, current: "_CurrentBlock") -> list[SitePruned]:
+        """Prune a block, or restore it if an earlier run has pruned it."""
+        name = current.planned.name
         if (known := self.block_storage.pruned(name)) is None:
-            known = self.block(at)
-            self.block_storage.keep(name, at.module, known)
+            known = self.prune_block(current)
+            self.block_storage.keep(name, current.module, known)
             return known
-        for batch in at.batches:
+        for batch in current.batches:
             if batch.dense is not None:
-                call = batch.calls[at.index]
-                batch.dense.state = self.adapter.step(at.module, batch.dense.state, call)
-                self.tell(at)
-        self.block_storage.restore(name, at.module)
+                call = batch.calls[current.index]
+                batch.dense.state = self.adapter.step(current.module, batch.dense.state, call)
+                self.report_batch(current)
+        self.block_storage.restore(name, current.module)
         for site in known:
             self.observe(site)
         return known
 
     def enter(self, model: nn.Module, tokens: Tensor) -> list[Batch]:
-        """This rank's batches before the first block; those to tune on are small, and come first.
+        """This rank's batches before the first block; smaller ones for tuning come first.
 
         Raises:
-            AptError: a rank is left without any.
+            AptError: a rank has no batches.
         """
         how, batches, rest = self.recipe.reconstruction, list[Batch](), tokens
         if how is not None:
             chosen = how.chosen(*tokens.shape)
             batches = self.batches(model, tokens[chosen], how.tokens_per_batch)
-            self.tuned, rest = len(batches), tokens[~chosen]
+            self.tuning_batches, rest = len(batches), tokens[~chosen]
         if len(rest):
             batches += self.batches(model, rest, TOKENS_PER_BATCH)
         if self.ranks.sum(not batches):
             raise AptError(
-                f"too few samples: some of {self.ranks.size} ranks are left without any",
+                f"too few samples: some of {self.ranks.size} ranks have none",
                 "give more samples, or start fewer ranks",
                 ("samples",),
             )
@@ -168,81 +168,96 @@ class _Pruning:
         return batches
 
     def batches(self, model: nn.Module, tokens: Tensor, size: int) -> list[Batch]:
-        """This rank's batches of about ``size`` of ``tokens`` (samples, seqlen)."""
+        """This rank's batches, of about ``size`` tokens, from ``tokens`` (samples, seqlen)."""
         size = min(size, math.ceil(len(tokens) / self.ranks.size) * tokens.shape[1])
         return enter(
             self.adapter,
             model,
             tokens,
             size,
-            with_dense=self.aware,
+            with_dense=self.error_aware,
             ranks=self.ranks,
             store=self.store,
         )
 
-    def block(self, at: "_Block") -> list[SitePruned]:
-        """Prune a block."""
-        at.scales = self.advance(at)
-        done = self.ranks.share(self.extras(at))
+    def prune_block(self, current: "_CurrentBlock") -> list[SitePruned]:
+        """Prune a block: its extras, then its sites; then tune it."""
+        current.scales = self.advance_dense_stream(current)
+        done = self.ranks.share(self.extras(current))
         solved: list[_Turn] = []
-        with closing(self.captured(at)) as groups:
+        with closing(self.captured(current)) as groups:
             for group, sums in groups:
                 for each in sums.values():
                     each.add_up(self.ranks)
                 mean = mean_square(sums[e.site.input].gram for e in group if e.site.routed)
                 for turns in self.ranks.rounds(group):
-                    solved += self.solve_round(at, turns, sums, mean)
+                    solved += self.solve_round(current, turns, sums, mean)
                     if self.recipe.reconstruction is None:
-                        done += self.finish(at.module, solved)
+                        done += self.measure(current.module, solved)
                         solved.clear()
-        for batch in at.batches:
+        for batch in current.batches:
             if batch.dense is not None:
                 batch.dense.inputs.clear()
-        if self.recipe.reconstruction is not None and at.planned.pruned:
-            self.tune(at, self.recipe.reconstruction)
-            done += self.finish(at.module, solved)
+        if self.recipe.reconstruction is not None and current.planned.pruned:
+            self.tune(current, self.recipe.reconstruction)
+            done += self.measure(current.module, solved)
         return done
 
-    def advance(self, at: "_Block") -> dict[Site, Tensor]:
-        """Take the dense stream through the block, and weigh the rows of what gains by it."""
-        if not self.aware:
+    def advance_dense_stream(self, current: "_CurrentBlock") -> dict[Site, Tensor]:
+        """Run the block on the dense stream; returns the row scales of sites that use them."""
+        if not self.error_aware:
             return {}
         how = self.recipe.row_importance
-        wanted = [e.site for e in at.planned.pruned if how and how.serves(e.site, e.pattern)]
-        first = at.first(how.tokens / self.ranks.size) if how and wanted else []
+        wanted = [e.site for e in current.planned.pruned if how and how.serves(e.site, e.pattern)]
+        first = current.first_batches(how.tokens / self.ranks.size) if how and wanted else []
         starts = [batch.dense.state for batch in first if batch.dense]
-        block = (self.adapter, at.module, at.index)
-        advance_dense(*block, at.batches, at.sites, self.ranks, partial(self.tell, at))
-        for batch in at.batches:
+        block = (self.adapter, current.module, current.index)
+        advance_dense(
+            *block, current.batches, current.sites, self.ranks, partial(self.report_batch, current)
+        )
+        for batch in current.batches:
             assert batch.dense is not None
             _check_finite(batch.dense.state)
         if how is None or not wanted:
             return {}
-        return how.scales(*block, first, starts, wanted, self.ranks, partial(self.tell, at))
+        return how.scales(
+            *block, first, starts, wanted, self.ranks, partial(self.report_batch, current)
+        )
 
     def solve_round(
-        self, at: "_Block", turns: dict[int, PlannedSite], sums: dict[str, Sums], mean: float
+        self,
+        current: "_CurrentBlock",
+        turns: dict[int, PlannedSite],
+        sums: dict[str, Sums],
+        mean: float,
     ) -> list[_Turn]:
-        """Solve this rank's of some sites, by turn, and take over what the others solve."""
+        """Solve this rank's site of a round, and receive the weights of the other ranks' sites."""
         own = []
         for turn, entry in turns.items():
             if self.ranks.owner(turn) == self.ranks.rank:
-                given, scale = sums[entry.site.input], at.scales.get(entry.site)
-                solved = self.solver.solve(at.module, entry, given, mean=mean, scale=scale)
+                given, scale = sums[entry.site.input], current.scales.get(entry.site)
+                solved = self.solver.solve(current.module, entry, given, mean=mean, scale=scale)
                 self.ranks.work.solves += 1
                 self.ranks.work.solve_seconds += solved.seconds
                 own.append((turn, solved))
-                self.observe(Working(at.planned.name, "solving"))
+                self.observe(Working(current.planned.name, "solving"))
         for turn, entry in turns.items():
-            self.ranks.send(entry.site.weight(at.module).data, self.ranks.owner(turn))
+            self.ranks.send(entry.site.weight(current.module).data, self.ranks.owner(turn))
         return own
 
-    def extras(self, at: "_Block") -> list[SitePruned]:
-        """Prune what is asked for beside the sites."""
-        planned, done = at.planned.extras, []
+    def extras(self, current: "_CurrentBlock") -> list[SitePruned]:
+        """Prune the planned extras of a block."""
+        planned, done = current.planned.extras, []
         if not planned:
             return []
-        args = (self.adapter, at.module, at.index, at.batches, planned, self.solver.options)
+        args = (
+            self.adapter,
+            current.module,
+            current.index,
+            current.batches,
+            planned,
+            self.solver.options,
+        )
         for extra in prune_extras(*args, self.ranks):
             pruned = SitePruned(
                 extra.planned.name,
@@ -260,59 +275,67 @@ class _Pruning:
             done.append(pruned)
         return done
 
-    def captured(self, at: "_Block") -> Generator[tuple[list[PlannedSite], dict[str, Sums]]]:
-        """The sites to solve in turn, with the sums of their inputs.
+    def captured(
+        self, current: "_CurrentBlock"
+    ) -> Generator[tuple[list[PlannedSite], dict[str, Sums]]]:
+        """Groups of sites to solve one after another, with the sums of their inputs.
 
-        In order, a single walk through the block gives all, where inputs come whole and it may
-        wait.
+        If the sites are solved in order, one paused forward per batch gives all groups. It requires
+        that inputs are not split into parts and that forwards can pause. Otherwise the block is run
+        again for each group.
         """
-        left = list(at.planned.pruned)
-        whole = not any(site.routed or site.calls > 1 for site in at.sites)
-        if self.recipe.ordered and self.waits and whole and left:
-            tell = partial(self.tell, at)
-            with suppress(CannotWait), at.walk(self.solver.targets, tell) as walk:
-                while (name := walk.next_input()) is not None:
-                    sums = walk.capture(name)
+        left = list(current.planned.pruned)
+        whole = not any(site.routed or site.calls > 1 for site in current.sites)
+        if self.recipe.ordered and self.can_pause and whole and left:
+            progress = partial(self.report_batch, current)
+            with (
+                suppress(CannotPause),
+                current.paused_forwards(self.solver.targets, progress) as forwards,
+            ):
+                while (name := forwards.next_input()) is not None:
+                    sums = forwards.capture(name)
                     group = [entry for entry in left if entry.site.input == name]
                     left = [entry for entry in left if entry.site.input != name]
                     yield group, {name: sums}
-                at.left = self.recipe.reconstruction is None and not self.block_storage.repeatable
-                walk.finish(leave=at.left)
+                current.propagated = (
+                    self.recipe.reconstruction is None and not self.block_storage.repeatable
+                )
+                forwards.finish(update_states=current.propagated)
         for group in self.groups(left):
-            yield group, self.capture(at, [entry.site for entry in group])
+            yield group, self.capture(current, [entry.site for entry in group])
 
-    def tune(self, at: "_Block", how: Reconstruction) -> None:
-        """Tune the block's kept weights."""
-        sites = [entry.site for entry in at.planned.pruned]
-        batches = at.batches[: self.tuned]
-        block = (self.adapter, at.module, at.index)
-        tell = partial(self.observe, Working(at.planned.name, "tuning"))
-        tuned = reconstruct(*block, batches, sites, how, self.ranks, tell)
+    def tune(self, current: "_CurrentBlock", how: Reconstruction) -> None:
+        """Tune the kept weights of the block."""
+        sites = [entry.site for entry in current.planned.pruned]
+        batches = current.batches[: self.tuning_batches]
+        block = (self.adapter, current.module, current.index)
+        progress = partial(self.observe, Working(current.planned.name, "tuning"))
+        tuned = reconstruct(*block, batches, sites, how, self.ranks, progress)
         if tuned is not None:
-            self.observe(BlockTuned(at.planned.name, tuned.before, tuned.after))
+            self.observe(BlockTuned(current.planned.name, tuned.before, tuned.after))
 
-    def capture(self, at: "_Block", sites: list[Site]) -> dict[str, Sums]:
-        """The sums of the inputs of ``sites``, by the inputs' names, from a run of its own."""
+    def capture(self, current: "_CurrentBlock", sites: list[Site]) -> dict[str, Sums]:
+        """The sums of the inputs of ``sites``, by input name, from a separate run of the block."""
         earlier = {}
-        if self.aware:
+        if self.error_aware:
             last = max(site.order for site in sites)
-            earlier = {site: weight for site, weight in at.dense.items() if site.order < last}
-        dense = [entry.site for entry in at.planned.sites if entry.pattern is None]
+            earlier = {site: weight for site, weight in current.dense.items() if site.order < last}
+        dense = [entry.site for entry in current.planned.sites if entry.pattern is None]
         routed = [site for site in dense if site.routed]
-        capture = Capture(at.module, sites, self.solver.targets, routed)
-        block = (self.adapter, at.module, at.index)
-        capture.run(*block, at.batches, earlier, partial(self.tell, at))
+        capture = Capture(current.module, sites, self.solver.targets, routed)
+        block = (self.adapter, current.module, current.index)
+        capture.run(*block, current.batches, earlier, partial(self.report_batch, current))
         return capture.sums
 
     def groups(self, sites: Sequence[PlannedSite]) -> Iterable[list[PlannedSite]]:
-        """The sites that are solved from one run of the block."""
+        """Groups of ``sites``: each group is solved from one run of the block."""
         if not self.recipe.ordered:
             return [list(sites)] if sites else []
         by_order = sorted(sites, key=lambda entry: entry.site.order)
         return [list(group) for _, group in groupby(by_order, key=lambda entry: entry.site.order)]
 
-    def finish(self, block: nn.Module, solved: Sequence[_Turn]) -> list[SitePruned]:
-        """Measure sites as they are written, each where it was solved, and tell of all."""
+    def measure(self, block: nn.Module, solved: Sequence[_Turn]) -> list[SitePruned]:
+        """Measure each written site on the rank that solved it, and report the sites of all."""
         own = [(turn, measured(block, each)) for turn, each in solved]
         turns = [pair for part in self.ranks.gather(own) for pair in part]
         done = [site for _, site in sorted(turns, key=itemgetter(0))]
@@ -320,29 +343,30 @@ class _Pruning:
             self.observe(site)
         return done
 
-    def tell(self, at: "_Block") -> None:
-        """Tell that one more batch was run through a block."""
-        self.observe(Working(at.planned.name, "running"))
+    def report_batch(self, current: "_CurrentBlock") -> None:
+        """Report that one more batch was run through the block."""
+        self.observe(Working(current.planned.name, "running"))
 
-    def leave(self, at: "_Block") -> None:
-        """Replace every batch's state by what the pruned block makes of it."""
-        for batch in at.batches:
-            if not at.left:
-                batch.state = self.adapter.step(at.module, batch.state, batch.calls[at.index])
-                self.tell(at)
+    def propagate(self, current: "_CurrentBlock") -> None:
+        """Replace the state of every batch by the output of the pruned block."""
+        for batch in current.batches:
+            if not current.propagated:
+                batch.state = self.adapter.step(
+                    current.module, batch.state, batch.calls[current.index]
+                )
+                self.report_batch(current)
             _check_finite(batch.state)
 
 
 @dataclass
-class _Block:
-    """A block whose turn has come.
+class _CurrentBlock:
+    """The block that is being pruned.
 
     Attributes:
         sites: all its sites.
         dense: the dense weights (out, in) of those that write to the residual stream.
-        scales: by how much more each row (out, 1) of a site matters than others, where that is
-            weighed.
-        left: whether the batches are behind it already.
+        scales: the factors of the rows (out, 1) of each site with row importance.
+        propagated: True if the batches' states are already those after the block.
     """
 
     adapter: Adapter
@@ -351,27 +375,31 @@ class _Block:
     index: int
     batches: list[Batch]
     scales: dict[Site, Tensor] = field(default_factory=dict)
-    left: bool = False
+    propagated: bool = False
 
     def __post_init__(self) -> None:
         self.sites = self.adapter.sites(self.module)
         writers = (site for site in self.sites if site.residual)
         self.dense = {s: s.oriented(s.weight(self.module).data).clone() for s in writers}
 
-    def first(self, tokens: float) -> list[Batch]:
-        """As many batches, from the first, as have about so many tokens; one at least."""
+    def first_batches(self, tokens: float) -> list[Batch]:
+        """The first batches, with about ``tokens`` tokens together; at least one."""
         count = 1 + int((tokens - 1) // self.batches[0].tokens)
         return self.batches[:count]
 
-    def walk(self, targets: Targets | None, tell: Callable[[], None]) -> Walk:
-        """A walk of all batches through it."""
-        ahead = [entry.site for entry in self.planned.pruned]
+    def paused_forwards(
+        self, targets: Targets | None, progress: Callable[[], None]
+    ) -> PausedForwards:
+        """The paused forwards of all batches through the block."""
+        to_capture = [entry.site for entry in self.planned.pruned]
         block = (self.adapter, self.module, self.index)
-        return Walk(*block, self.batches, self.sites, ahead, self.dense, targets, tell)
+        return PausedForwards(
+            *block, self.batches, self.sites, to_capture, self.dense, targets, progress
+        )
 
 
 def _check_finite(state: State) -> None:
-    """Raise where a block has made of its input what is not a number."""
+    """Raise if the state after a block is not finite."""
     if isinstance(state, Tensor) and not torch.isfinite(state).all():
         raise AptError(
             "the activations after it are not finite",

@@ -1,4 +1,4 @@
-"""The recipe of the loop over blocks: how sites are solved, and how blocks are tuned."""
+"""The recipe of the loop over blocks: the options for solving sites and tuning blocks."""
 
 from dataclasses import dataclass, field
 
@@ -10,15 +10,15 @@ from apt.tuning.row_importance import RowImportance
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the blocks of a model are pruned; see `apt.PruneOptions` for the choice of it.
+    """The options for pruning the blocks of a model; `apt.PruneOptions` determines them.
 
     Args:
         solver: the options of the method.
-        targets: the error that sites make up for; None prunes strictly layer by layer.
-        row_importance: how rows are weighted in the choice of masks, if at all.
-        reconstruction: how a block is tuned once its sites are solved, if at all.
-        ordered: within a block, solve the sites in their order of execution, each on what the
-            pruned ones before it give.
+        targets: the error-aware targets; None prunes layer-wise.
+        row_importance: the weighting of rows in the choice of masks; None weights all rows alike.
+        reconstruction: the tuning of a block after its sites are solved; None for no tuning.
+        ordered: True to solve the sites of a block in their order of execution, each on the outputs
+            of the pruned sites before it (true-sequential).
     """
 
     solver: SolverOptions = field(default_factory=SolverOptions)

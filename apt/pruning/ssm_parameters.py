@@ -1,4 +1,4 @@
-"""Pruning what a block has beside its sites, before they are solved."""
+"""The pruning of a block's extras, before its sites are solved."""
 
 import math
 import time
@@ -20,7 +20,7 @@ from apt.solver.gram import DAMPING
 
 @dataclass(frozen=True)
 class PrunedExtra:
-    """What was done to an extra: see `apt.events.SitePruned`."""
+    """The record of a pruned extra; for the fields see `apt.events.SitePruned`."""
 
     planned: PlannedExtra
     zeros: int
@@ -45,12 +45,13 @@ def prune_extras(
     options: SolverOptions,
     ranks: Ranks | None = None,
 ) -> Iterator[PrunedExtra]:
-    """Prune ``planned`` in place, from one run of the block on all batches.
+    """Prune the extras ``planned`` in place, from one run of the block on all batches.
 
-    They go before the sites, which then see and make up for what is left of them.
+    They are pruned before the sites. The sites then receive the outputs of the pruned extras and
+    compensate for the error.
 
     Raises:
-        AptError: the adapter's ``effects`` hand nothing over for one of them.
+        AptError: the adapter's ``effects`` report nothing for one of them.
     """
     found: dict[Extra, _Effect] = {}
     ranks = ranks or Ranks()
@@ -66,7 +67,9 @@ def prune_extras(
     tokens = round(ranks.sum(sum(batch.tokens for batch in batches)))
     for entry in planned:
         if entry.extra not in found:
-            raise AptError(f"{entry.name} was not seen at work: its effects cannot be told")
+            raise AptError(
+                f"{entry.name} cannot be pruned: the adapter's effects report nothing for it"
+            )
         effect = found[entry.extra]
         ranks.add(effect.gram)
         effect.energy = ranks.sum(effect.energy)

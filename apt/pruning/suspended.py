@@ -1,4 +1,4 @@
-"""A function that waits, in a greenlet of its own, whenever it calls back."""
+"""A function in a greenlet of its own, which is suspended at every call of its callback."""
 
 from collections.abc import Callable, Iterator
 from contextvars import copy_context
@@ -7,23 +7,24 @@ from typing import Any, Generic, TypeVar
 
 from greenlet import getcurrent, greenlet
 
-from apt.pruning.warning_handler import kept_handler
+from apt.pruning.warning_handler import preserved_handler
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
 class Suspended(Iterator[T], Generic[T, R]):
-    """What ``work`` calls back with, one after the other; it waits until the next is asked for.
+    """An iterator over the values that ``work`` passes to its callback.
 
-    What the function raises, the iterator raises. It runs in the thread that asks, which must be
-    the same each time.
+    ``work`` is suspended in the callback until the next value is requested. Its exceptions are
+    raised by the iterator. It runs in the thread of the iterator's caller, which must always be the
+    same.
 
     Args:
-        work: called with the callback.
+        work: the function; its argument is the callback.
 
     Attributes:
-        result: what the function returned; there once the iterator has ended.
+        result: the return value of the function, set when the iterator has ended.
     """
 
     result: R
@@ -41,17 +42,17 @@ class Suspended(Iterator[T], Generic[T, R]):
         return item
 
     def close(self) -> None:
-        """Unwind the function where it waits."""
+        """End the suspended function: GreenletExit is raised in its callback."""
         self._enter(self._greenlet.throw)
 
     def _enter(self, switch: Callable[[], Any]) -> Any:
         self._greenlet.parent = getcurrent()
-        with kept_handler():
+        with preserved_handler():
             return switch()
 
     def _run(self, work: Callable[[Callable[[T], None]], R]) -> None:
         self.result = work(self._call_back)
 
     def _call_back(self, item: T) -> None:
-        with kept_handler():
+        with preserved_handler():
             self._greenlet.parent.switch(item)

@@ -1,8 +1,9 @@
-"""torch's handler of warnings, which a greenlet that waits within a function of torch would take.
+"""Preserves torch's handler of warnings while a greenlet is suspended in a function of torch.
 
-While one of its functions runs, torch has a handler of warnings on the function's C stack, and
-points to it from a variable of the thread. A tap calls back from there. The stack of a greenlet
-that waits is moved away, and the next warning would be given to whatever lies there by then.
+During some of its functions, torch keeps a handler of warnings on the function's C stack and a
+pointer to it in a thread-local variable. The weight tap calls back from inside such a function.
+When the greenlet is suspended, its C stack is moved away. Without protection, the pointer would
+then refer to other data, and the next warning would corrupt it.
 """
 
 import ctypes
@@ -21,8 +22,8 @@ _SET = "_ZN3c1012WarningUtils19set_warning_handlerEPNS_14WarningHandlerE"
 
 
 @contextmanager
-def kept_handler() -> Iterator[None]:
-    """On leaving, the handler is the one that it was on entering, where it can be set."""
+def preserved_handler() -> Iterator[None]:
+    """Set the handler on exit to the handler on entry, if torch allows it."""
     functions = _functions()
     if functions is None:
         yield
@@ -35,8 +36,8 @@ def kept_handler() -> Iterator[None]:
         put(handler)
 
 
-def can_keep() -> bool:
-    """Whether the handler can be got and set."""
+def can_preserve_handler() -> bool:
+    """True if the handler can be read and set in this build of torch."""
     return _functions() is not None
 
 

@@ -13,7 +13,7 @@ from apt.evaluation.logits import part_bytes
 from apt.evaluation.metrics import windows_at_once
 from apt.output.report import peak_memory
 from apt.planning.plan import Plan, PlannedBlock
-from apt.pruning.paused_forward import may_wait
+from apt.pruning.paused_forward import can_pause
 from apt.runs.prune_options import PRESETS
 from apt.text.sampling import vocabulary
 from apt.text.self_generated import cached_tokens, logits_at_once
@@ -91,7 +91,7 @@ def estimate(
     bytes_each, config = dtype.itemsize, shell.config
     tokens = samples * seqlen
     held = shell.adapter.held(config, seqlen)
-    waits = not on_disk and may_wait(shell.adapter, config, seqlen, config.hidden_size)
+    waits = not on_disk and can_pause(shell.adapter, config, seqlen, config.hidden_size)
     blocks = [module for _, module in shell.adapter.blocks(shell.module)]
     parameters, in_blocks = _parameters(shell.module), [_parameters(block) for block in blocks]
     if streamed:

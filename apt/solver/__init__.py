@@ -1,8 +1,8 @@
 """The layer-wise pruning problem: tensors in, tensors out.
 
 A linear layer computes ``Y = X Wᵀ``. Pruning seeks ``V`` with a given zero pattern that minimises
-``‖X Wᵀ − X Vᵀ‖²``. Everything here works on the weight ``W`` of shape (out, in) and on the Gram
-matrix ``XᵀX`` of shape (in, in); nothing here knows models, adapters or files.
+``‖X Wᵀ − X Vᵀ‖²``. This package works on the weight ``W`` of shape (out, in) and on the Gram
+matrix ``XᵀX`` of shape (in, in). It is independent of models, adapters and files.
 """
 
 from apt.solver.admm_search import admm

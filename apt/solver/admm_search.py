@@ -1,22 +1,22 @@
-"""Mask and weights together: ADMM searches the mask, a joint solve gives the weights.
+"""Search for the mask by ADMM; a joint solve then computes the weights.
 
 The layer-wise problem is split by the alternating direction method of multipliers, as ALPS does
 (arXiv 2406.07831, section 3.1): ``B`` minimises the loss, ``D`` meets the pattern, and the scaled
-dual ``Y`` drives them together while the penalty ρ grows::
+dual variable ``Y`` drives both together while the penalty ρ grows::
 
     B = W + ρ (H + ρI)⁻¹ (D − Y − W),   B ← ωB + (1 − ω) D,   Z = B + Y
-    D = the largest of Z that the pattern keeps,   Y = Z − D
+    D = Z with only the largest entries that the pattern keeps,   Y = Z − D
 
-Three things make it good in a few steps, on a matrix scaled half way between a unit diagonal and
-one of its inverse (`DampedGram.balanced`): over-relaxation ω where steps are few; few penalties
-with several steps each, since only a new penalty costs a factorisation; and restarts. At a fixed
-point ``ρY = (W − D) H`` outside the mask, so that any solved mask is a warm start: a round begins
-at the weights of the round before, and its result is kept where it is better. More rounds, hence
-more effort, never return a worse layer.
+The search works on a matrix scaled halfway between a unit diagonal and a unit diagonal of its
+inverse (`DampedGram.balanced`). Three measures make it converge in few steps: over-relaxation ω
+where steps are few; few penalties with several steps each, since only a new penalty costs a
+factorisation; and restarts. At a fixed point ``ρY = (W − D) H`` outside the mask, so that any
+solved mask is a warm start: a round begins at the weights of the previous round, and its result
+is kept if it is better. More rounds, hence more effort, never return a worse layer.
 
-A step costs one product of (in, in) by (in, out) and an estimated threshold; only a round's last
-mask is counted exactly. The product is bf16 where that pays (`Scaled.proximal`): the search
-forgives what the joint solve would not.
+A step costs one product of (in, in) by (in, out) and an estimated threshold. Only the last mask of
+a round has the exact count. The product is in bf16 where bf16 is faster (`Scaled.proximal`): its
+rounding errors do not harm the search, but they would harm the joint solve.
 """
 
 from dataclasses import dataclass
@@ -36,10 +36,10 @@ class Round:
     """One descent from small penalties to large ones.
 
     Args:
-        penalties: ρ, where the eigenvalues have a geometric mean of 1.
+        penalties: the values of ρ, for eigenvalues with a geometric mean of 1.
         steps: the steps at each penalty.
         relaxation: ω, between 1 (none) and 2.
-        tolerance: where the joint solve that ends the round stops, at the earliest.
+        tolerance: the least tolerance of the joint solve at the end of the round.
     """
 
     penalties: tuple[float, ...]
@@ -49,8 +49,11 @@ class Round:
 
 
 _FIRST_DUAL = 0.5
-"""What the first dual is, of what was pruned: a part of the fixed point's with the identity for H,
-worth half a step and nearly free."""
+"""The first dual variable, as a share of the pruned weights.
+
+With the identity for H, the fixed point is a multiple of the pruned weights. This start saves about
+half a step and costs almost nothing.
+"""
 
 _FIRST = Round((1.2,), 4, 1.8, 0.3)
 _SECOND = Round((0.5, 0.66, 0.86, 1.1, 1.4), 6)
@@ -70,15 +73,15 @@ def admm(
     options: SolverOptions,
     start: Tensor | None = None,
 ) -> Solution:
-    """Search the mask by rounds of ADMM, as many as ``options.effort`` allows; see the module.
+    """Search for the mask by rounds of ADMM; ``options.effort`` sets their number.
 
     Args:
         weight: the dense ``W`` (out, in).
         gram: the Gram matrix of its inputs.
-        pattern: what the mask must meet.
+        pattern: the pattern of the mask.
         options: effort, damping and tolerance.
-        start: a mask (out, in) that meets the pattern, from wherever: the result is never worse
-            than the best weights for it.
+        start: a mask (out, in) that meets the pattern, of any origin. The result is never worse
+            than the best weights for this mask.
 
     Raises:
         SolverError: the pattern does not divide the width, the effort is unknown, or the Gram
@@ -103,9 +106,9 @@ def admm(
 def _search(
     dense: Tensor, damped: DampedGram, pattern: Pattern, part: Round, best: Joint | None
 ) -> tuple[Tensor, Tensor]:
-    """One round: its mask, and weights to start the joint solve from, both (out, in).
+    """One round: returns its mask, and the start of the joint solve, both (out, in).
 
-    All is held transposed, (in, out): a group of n:m is then a few contiguous rows.
+    Inside, all matrices are transposed, (in, out), so that a group of n:m is a few contiguous rows.
     """
     scaled = damped.balanced
     target = (dense * scaled.scale).T.contiguous()
@@ -134,7 +137,10 @@ def _search(
 
 
 def _add_product(target: Tensor, proximal: Tensor, spare: Tensor, out: Tensor) -> None:
-    """``target + proximal spare`` to ``out``, all (in, out); see `Scaled.proximal` for its bits."""
+    """Write ``target + proximal spare`` (in, out) to ``out``.
+
+    ``proximal`` (in, in) may be in bf16, see `Scaled.proximal`.
+    """
     if proximal.dtype == spare.dtype:
         torch.addmm(target, proximal, spare, out=out)
     else:
@@ -142,10 +148,10 @@ def _add_product(target: Tensor, proximal: Tensor, spare: Tensor, out: Tensor) -
 
 
 def _keep(values: Tensor, pattern: Pattern, kept: Tensor, spare: Tensor) -> None:
-    """To ``kept`` goes ``values`` (in, out), zero but where about the largest of the pattern are.
+    """Write ``values`` (in, out) to ``kept``, with zeros where the pattern prunes.
 
-    ``spare`` (in, out) is written over: pages of large new tensors cost more than what is done
-    with them.
+    The threshold is estimated, so the count of zeros is approximate. ``spare`` (in, out) is a
+    buffer that is overwritten: to allocate a large new tensor takes longer than the computation.
     """
     magnitudes = torch.abs(values, out=spare)
     threshold = about_highest(magnitudes, pattern)
@@ -155,7 +161,7 @@ def _keep(values: Tensor, pattern: Pattern, kept: Tensor, spare: Tensor) -> None
 
 
 def _better(best: Joint, found: Joint, pattern: Pattern) -> Joint:
-    """The better of two solutions: row by row where every row meets the pattern by itself."""
+    """The better of two solutions, row by row if each row on its own meets the pattern."""
     gained = found.loss < best.loss
     if not isinstance(pattern, NM) and pattern.per != "row":
         return found if float(found.loss.sum()) < float(best.loss.sum()) else best

@@ -1,8 +1,8 @@
-"""Weights that act channel by channel: each channel is a small pruning problem of its own.
+"""Weights that act on single channels: each channel is a small pruning problem of its own.
 
-A depthwise convolution, or a vector of one weight a channel, has no Gram matrix in common. With a
-handful of weights a channel, what the multiple removal problem asks for can be found by trying:
-the best set of every size, and then the sizes that fit together best.
+The channels of a depthwise convolution, or of a vector with one weight per channel, share no Gram
+matrix. A channel has only a few weights, so the multiple removal problem is solved by enumeration:
+first the best removal set of each size in each channel, then the best combination of sizes.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from apt.solver.gram import DAMPING
 from apt.solver.options import Solution
 from apt.solver.patterns import NM, Pattern, Unstructured, lowest_k
 
-_EXHAUSTIVE = 8  # weights a channel up to which all sets are tried; beyond, sets grow greedily
+_EXHAUSTIVE = 8  # weights per channel up to which all sets are tried; above, sets grow greedily
 
 
 def prune_channels(
@@ -26,14 +26,15 @@ def prune_channels(
     compensated: bool = True,
     damping: float = DAMPING,
 ) -> Solution:
-    """Prune ``weight`` (channels, k), whose loss in each channel is quadratic.
+    """Prune ``weight`` (channels, k) under a loss that is quadratic in each channel.
 
     Args:
         weight: the weights.
-        gram: of each channel (channels, k, k): removing a set P loses ``w_P G_PP w_Pᵀ``.
+        gram: the Gram matrix of each channel (channels, k, k): the loss of a removal set P is
+            ``w_P G_PP w_Pᵀ``.
         pattern: n:m in groups along k, or a share of all weights.
-        compensated: whether the kept weights of a channel make up for the removed ones, which
-            leaves ``w_P ([H⁻¹]_PP)⁻¹ w_Pᵀ``.
+        compensated: True to update the kept weights of a channel, which compensates for the
+            removed ones and reduces the loss to ``w_P ([H⁻¹]_PP)⁻¹ w_Pᵀ``.
         damping: λ as a share of a channel's mean diagonal, for ``H = G + λI``.
     """
     problem = _Problem(weight.double(), gram.double(), compensated, damping)
@@ -42,7 +43,7 @@ def prune_channels(
 
 
 class _Problem:
-    """The losses of removal sets in every channel."""
+    """The weights and Gram matrices of all channels, and the losses of removal sets."""
 
     def __init__(self, weight: Tensor, gram: Tensor, compensated: bool, damping: float) -> None:
         self.weight, self._gram, self._compensated = weight, gram, compensated
@@ -54,21 +55,21 @@ class _Problem:
             self._inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
 
     def losses(self, sets: Tensor) -> Tensor:
-        """Of ``sets`` (channels or 1, sets, k), True where removed: (channels, sets)."""
+        """The losses (channels, sets) of ``sets`` (channels or 1, sets, k), True = removed."""
         removed = self.weight[:, None] * sets
-        pull = self._pull(removed, sets) if self._compensated else removed @ self._gram
-        return (removed * pull).sum(-1)
+        image = self._multipliers(removed, sets) if self._compensated else removed @ self._gram
+        return (removed * image).sum(-1)
 
     def pruned(self, mask: Tensor) -> Tensor:
-        """The weights (channels, k) once ``mask`` is removed."""
+        """The weights (channels, k) after the removal of ``mask`` (channels, k)."""
         if not self._compensated:
             return self.weight.masked_fill(mask, 0)
         removed = (self.weight * mask)[:, None]
-        change = self._pull(removed, mask[:, None]) @ self._inverse
+        change = self._multipliers(removed, mask[:, None]) @ self._inverse
         return (self.weight - change[:, 0]).masked_fill(mask, 0)
 
-    def _pull(self, removed: Tensor, sets: Tensor) -> Tensor:
-        """``w_P ([H⁻¹]_PP)⁻¹`` of every set, zero elsewhere: one padded system for each."""
+    def _multipliers(self, removed: Tensor, sets: Tensor) -> Tensor:
+        """``w_P ([H⁻¹]_PP)⁻¹`` of each set, zero outside P, by one padded system for each set."""
         within = sets[..., None, :] & sets[..., :, None]
         system = self._inverse[:, None] * within + torch.diag_embed((~sets).to(removed))
         solved: Tensor = torch.linalg.solve(system, removed[..., None])
@@ -89,14 +90,14 @@ def _sets(width: int, size: int, device: torch.device) -> Tensor:
 
 
 def _best(problem: _Problem, sets: Tensor) -> tuple[Tensor, Tensor]:
-    """Of ``sets`` (channels or 1, sets, k), the best one of each channel, and its loss."""
+    """The best of ``sets`` (channels or 1, sets, k) for each channel, and its loss."""
     losses, place = problem.losses(sets).min(1)
     every = sets.expand(problem.channels, -1, -1)
     return every[torch.arange(problem.channels, device=sets.device), place], losses
 
 
 def _path(problem: _Problem) -> Iterator[tuple[Tensor, Tensor]]:
-    """For every size from 1 on, a set of each channel (channels, k) and its loss (channels,)."""
+    """For each size from 1 on, a set for each channel (channels, k) and its loss (channels,)."""
     device = problem.weight.device
     single = torch.eye(problem.width, dtype=torch.bool, device=device)
     current = torch.zeros(problem.channels, problem.width, dtype=torch.bool, device=device)
@@ -111,7 +112,7 @@ def _path(problem: _Problem) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _by_sizes(problem: _Problem, pattern: Unstructured) -> Tensor:
-    """The mask for a share of all weights, or of each channel's."""
+    """The mask for a share of all weights, or of the weights of each channel."""
     found = list(_path(problem))
     if pattern.per == "row":
         size = pattern.count(problem.width)
@@ -126,21 +127,25 @@ def _by_sizes(problem: _Problem, pattern: Unstructured) -> Tensor:
 
 
 def _hull(losses: Tensor) -> Tensor:
-    """What each further removal costs (channels, k) along the lower convex hull of ``losses``.
+    """The cost of each further removal (channels, k) on the lower convex hull of ``losses``.
 
-    Never falling, so that the cheapest removals of all channels begin with the first of each.
+    The costs of a channel never fall. So the cheapest removals over all channels are always the
+    first ones of each channel.
     """
     points = torch.cat([losses.new_zeros(len(losses), 1), losses], 1)
     place = torch.arange(losses.shape[1], device=losses.device)
     steps = place + 1 - place[:, None]  # from a start (rows) to behind an end (columns)
     means = (points[:, None, 1:] - points[:, :-1, None]) / steps
-    # Isotonic regression: at each place, the highest over its starts of the lowest over its ends.
+    # Isotonic regression: at each place, the maximum over starts of the minimum over ends.
     lowest = means.masked_fill(steps < 1, torch.inf).flip(2).cummin(2).values.flip(2)
     return lowest.masked_fill(steps < 1, -torch.inf).max(1).values
 
 
 def _by_groups(problem: _Problem, pattern: NM) -> Tensor:
-    """The mask for n:m: the best set of each group beside those of the others, in two rounds."""
+    """The mask for n:m: the best set of each group, given the sets of the other groups.
+
+    The groups are visited in two rounds, or in one if a channel has a single group.
+    """
     device = problem.weight.device
     options = _sets(pattern.m, pattern.m - pattern.n, device)
     mask = torch.zeros(problem.channels, problem.width, dtype=torch.bool, device=device)

@@ -1,9 +1,10 @@
-"""What torch may make fp32 products of, said in either of its two ways.
+"""The precision of fp32 products in torch, by both of its settings.
 
-Since torch 2.9 each backend's products have a precision of their own, which they inherit where none
-is set (``torch.backends.fp32_precision``). The older setting for all of them
-(`torch.set_float32_matmul_precision`) remains beside it, and writes over the new ones. Reading it
-is an error where the two disagree, as they do once the new one alone allows less.
+Since torch 2.9, the products of each backend have a setting of their own
+(``torch.backends.fp32_precision``), which is inherited from a parent if it is not set. The older
+setting for all backends (`torch.set_float32_matmul_precision`) still exists, and it overwrites the
+new ones. To read the older setting is an error if the two disagree, as they do after the new
+setting alone was changed.
 """
 
 from collections.abc import Mapping
@@ -12,9 +13,9 @@ from typing import Any
 
 import torch
 
-Place = tuple[str, str]  # a backend and an operation of it, as torch names them
-_ROOT: Place = ("generic", "all")
-_PRODUCTS: tuple[Place, ...] = (("cuda", "matmul"), ("mkldnn", "matmul"))
+Operation = tuple[str, str]  # a backend and one of its operations, as torch names them
+_ROOT: Operation = ("generic", "all")
+_PRODUCTS: tuple[Operation, ...] = (("cuda", "matmul"), ("mkldnn", "matmul"))
 _FULL = ("none", "ieee")
 _HIGHEST = "highest"
 _get: Any = getattr(torch._C, "_get_fp32_precision_getter", None)
@@ -22,52 +23,53 @@ _set: Any = getattr(torch._C, "_set_fp32_precision_setter", None)
 
 
 @dataclass(frozen=True)
-class Allowed:
-    """What was allowed before `require_full`.
+class PrecisionSettings:
+    """The settings before `require_full`.
 
     Attributes:
         older: the older setting.
-        changed: what was set at the places that have been changed: "none" where it is inherited.
+        changed: the new settings of the operations that were changed; "none" if inherited.
     """
 
     older: str
-    changed: Mapping[Place, str]
+    changed: Mapping[Operation, str]
 
 
-def require_full() -> Allowed:
-    """Allow full fp32 products alone; what allows them already is not touched."""
-    places = _PRODUCTS if _get is not None else ()
-    own = {place: _own(place) for place in places}
-    reduced = [place for place in places if _get(*place) not in _FULL]
-    for place in reduced:
-        _set(*place, "ieee")
-    older = torch.get_float32_matmul_precision()  # the two agree by now
+def require_full() -> PrecisionSettings:
+    """Allow only full fp32 products, and return the settings before; change no more than needed."""
+    operations = _PRODUCTS if _get is not None else ()
+    own = {operation: _own(operation) for operation in operations}
+    reduced = [operation for operation in operations if _get(*operation) not in _FULL]
+    for operation in reduced:
+        _set(*operation, "ieee")
+    older = torch.get_float32_matmul_precision()  # no error: the two settings agree now
     if older == _HIGHEST:
-        return Allowed(older, {place: own[place] for place in reduced})
+        return PrecisionSettings(older, {operation: own[operation] for operation in reduced})
     torch.set_float32_matmul_precision(_HIGHEST)
-    return Allowed(older, own)
+    return PrecisionSettings(older, own)
 
 
-def restore(allowed: Allowed) -> None:
-    """Allow again what was allowed."""
-    if allowed.older != _HIGHEST:
-        torch.set_float32_matmul_precision(allowed.older)
-    for place, value in allowed.changed.items():
-        _set(*place, value)
+def restore(settings: PrecisionSettings) -> None:
+    """Undo `require_full`, which returned ``settings``."""
+    if settings.older != _HIGHEST:
+        torch.set_float32_matmul_precision(settings.older)
+    for operation, value in settings.changed.items():
+        _set(*operation, value)
 
 
-def _own(place: Place) -> str:
-    """What is set at a place itself: torch tells what counts there, which may be inherited.
+def _own(operation: Operation) -> str:
+    """The setting of the operation itself, "none" if it is inherited.
 
-    Where that is what its parent has, it is inherited if it changes with the parent. To see that,
-    the parent is set to full precision for a moment.
+    torch returns the effective value, inherited or not. A value equal to the parent's is inherited
+    if it changes together with the parent's. To test this, the parent is set to full precision and
+    then set back.
     """
-    value: str = _get(*place)
-    parent = _ROOT if place[1] == "all" else (place[0], "all")
-    if value in _FULL or place == _ROOT or value != _get(*parent):
+    value: str = _get(*operation)
+    parent = _ROOT if operation[1] == "all" else (operation[0], "all")
+    if value in _FULL or operation == _ROOT or value != _get(*parent):
         return value
     before = _own(parent)
     _set(*parent, "ieee")
-    inherited = _get(*place) != value
+    inherited = _get(*operation) != value
     _set(*parent, before)
     return "none" if inherited else value

@@ -1,4 +1,11 @@
-"""Gram matrices of a layer's input, damped and factorised."""
+"""Gram matrices of a layer's inputs, damped and factorised.
+
+The layer-wise objective ``‖X Wᵀ − X Vᵀ‖²`` is quadratic in each row of ``V``, and its Hessian is
+``2 XᵀX``, the same for every row. The Gram matrix ``XᵀX`` is therefore, up to the factor 2, the
+Hessian ``H`` of SparseGPT, GPTQ and OBS. The factor does not matter, since damping is relative and
+the solution is invariant to the scale of ``H``. `DampedGram` holds this ``H``, divided by the count
+of tokens and damped.
+"""
 
 from collections.abc import Iterator
 from functools import cached_property
@@ -13,21 +20,21 @@ OUTLIERS = 8  # directions in which activations are far larger than elsewhere
 
 _CACHE = 2**26  # elements of the inverses kept for each Gram matrix: 256 MiB in fp32
 _PROBES = 64  # random vectors that estimate the diagonal of an inverse
-_PANEL = 192  # columns summed together: the product is symmetric, so what is below them is not
-_LEAF = 128  # smaller matrices are inverted whole
-_FEW_BITS = 512  # inputs from which products in bf16 are worth what they make of a sum's last bits
+_PANEL = 192  # columns per product: the sum is symmetric, so rows below the panel are skipped
+_LEAF = 128  # smaller matrices are inverted without recursion
+_BF16_WIDTH = 512  # inputs from which the speed of bf16 products outweighs their rounding errors
 
 
 class SolverError(ValueError):
-    """A layer cannot be solved as asked; the message says why."""
+    """A layer cannot be solved with these options; the message gives the reason."""
 
 
 class Gram:
-    """The sum ``XᵀX`` over tokens, with their count.
+    """The sum ``XᵀX`` over tokens, with their count: SparseGPT's Hessian, up to a factor.
 
     Args:
         width: the number of input features.
-        device, dtype: where and in what the sum is held; fp32 unless a test asks for more.
+        device, dtype: the device and the precision of the sum; fp32 except in tests.
     """
 
     def __init__(
@@ -64,11 +71,11 @@ class Gram:
         self._mirrored = False
         self._damped.clear()
 
-    def backed(self, mean: float) -> "Gram":
-        """As if at least as many tokens as inputs had been seen.
+    def with_missing_tokens(self, mean: float) -> "Gram":
+        """A Gram matrix of at least as many tokens as inputs.
 
-        What is missing is made up by tokens without structure: with their mean square, ``mean``, in
-        every direction. A weight that saw no token at all is then pruned by magnitude.
+        If tokens are missing, isotropic ones are added: their mean square is ``mean`` in every
+        direction. A weight that received no token at all is then pruned by magnitude.
         """
         missing = max(0, self.width - self.tokens)
         matrix = self.matrix.clone()
@@ -95,8 +102,8 @@ class Gram:
             damping: λ as a share of the mean diagonal; `DAMPING` by default.
 
         Raises:
-            SolverError: no token was added, all inputs are zero, some are not finite, or no
-                damping made the matrix positive definite.
+            SolverError: no token was added, all inputs are zero, some are not finite, or the
+                matrix is not positive definite at any damping.
         """
         damping = DAMPING if damping is None else damping
         if damping not in self._damped:
@@ -138,18 +145,20 @@ class DampedGram:
     def balanced(self) -> "Scaled":
         """``H`` scaled halfway between a unit diagonal and a unit diagonal of its inverse.
 
-        With the first, a weight's magnitude is its loss if nothing makes up for it; with the
-        second, its loss if all other weights do. With a mask some do, so that magnitudes in
-        between rank weights best. The determinant is 1, so that 1 is the natural unit of a penalty
-        on nearly independent inputs and on those of an attention's output, which depend on each
-        other far more. The diagonal of the inverse is ``E (R⁻ᵀz)²`` over random ``z``: 64 of them
-        give its fourth root to 4 %, at a fraction of the price of the factor.
+        With a unit diagonal, the squared magnitude of a weight is the loss of its removal without
+        compensation; with a unit diagonal of the inverse, it is the loss with compensation by all
+        other weights. Under a mask, some of the weights compensate, so magnitudes halfway between
+        rank the weights best. The determinant is 1, so that 1 is the natural unit of a penalty for
+        all layers: for nearly independent inputs, and for inputs of an attention's output
+        projection, which are far more dependent. The diagonal of the inverse is ``E (R⁻ᵀz)²`` over
+        random ``z``: 64 of them estimate its fourth root to 4 %, in a fraction of the time that the
+        factor takes.
         """
         width, generator = len(self.matrix), torch.Generator().manual_seed(0)
         exact = width <= _PROBES
         probes = torch.eye(width) if exact else torch.randn(width, _PROBES, generator=generator)
         solved = torch.linalg.solve_triangular(self._root.T, probes.to(self.matrix), upper=False)
-        inverse = solved.square().mean(1)  # but for a factor, which the determinant undoes
+        inverse = solved.square().mean(1)  # up to a factor, which the unit determinant removes
         scale = (self.matrix.diagonal() / inverse).pow(0.25)
         scale *= (self._root.diagonal().log().mean() - scale.log().mean()).exp()
         return Scaled(scale, self.matrix / scale / scale.unsqueeze(1))
@@ -164,7 +173,7 @@ class DampedGram:
     @classmethod
     @full_precision()
     def factorise(cls, gram: Gram, damping: float) -> "DampedGram":
-        """Factorise with the least damping and precision that works; see `Gram.damped`."""
+        """Factorise with the least damping and precision that succeed; see `Gram.damped`."""
         mean = gram.matrix / max(gram.tokens, 1)
         scale = float(mean.diagonal().mean())
         if not gram.tokens or scale == 0:
@@ -196,9 +205,9 @@ class Scaled:
 
     @cached_property
     def outliers(self) -> tuple[Tensor, Tensor]:
-        """About the largest eigenvalues (count,) and their eigenvectors (in, count).
+        """Approximations of the largest eigenvalues (count,) and their eigenvectors (in, count).
 
-        By subspace iteration; the count is `OUTLIERS`, or less where the matrix is small.
+        They come from subspace iteration. The count is `OUTLIERS`, or less if the matrix is small.
         """
         count = max(1, min(OUTLIERS, len(self.matrix) // 8))
         generator = torch.Generator().manual_seed(0)
@@ -212,16 +221,17 @@ class Scaled:
     def proximal(self, penalty: float) -> Tensor:
         """``ρ (H + ρI)⁻¹`` of the scaled matrix (in, in), with ``ρ`` the penalty.
 
-        Its eigenvalues are between 0 and 1, so that it may be multiplied with in few bits: it is
-        bf16 where the machine multiplies that faster and there is much to multiply, unless the
-        matrix is fp64. Sites of one input ask for the same ones: as many as fit `_CACHE` are kept.
+        Its eigenvalues are between 0 and 1, so that products with it tolerate a low precision. It
+        is in bf16 if the machine multiplies bf16 faster and the matrix is large, unless the matrix
+        is in fp64. Sites that share an input need the same results, so these are cached, up to
+        `_CACHE` elements.
         """
         if penalty in self._proximal:
             return self._proximal[penalty]
         shifted = self.matrix.clone()
         shifted.diagonal().add_(penalty)
         inverse = positive_inverse(shifted).mul_(penalty)
-        wide = len(inverse) >= _FEW_BITS and inverse.dtype == torch.float32
+        wide = len(inverse) >= _BF16_WIDTH and inverse.dtype == torch.float32
         if wide and multiplies_bf16(inverse.device):
             inverse = inverse.bfloat16()
         if (len(self._proximal) + 1) * inverse.numel() <= _CACHE:
@@ -230,7 +240,7 @@ class Scaled:
 
 
 def _attempts(dtype: torch.dtype, damping: float) -> Iterator[tuple[torch.dtype, float]]:
-    """The damping asked for, three times ten times as much, then all of it again in fp64."""
+    """The requested damping, then three tenfold increases; then all of them again in fp64."""
     levels = [damping, *(max(damping, 1e-3) * 10**power for power in (1, 2, 3))]
     for precision in dict.fromkeys((dtype, torch.float64)):
         yield from ((precision, level) for level in levels)
@@ -239,11 +249,11 @@ def _attempts(dtype: torch.dtype, damping: float) -> Iterator[tuple[torch.dtype,
 def positive_inverse(matrix: Tensor) -> Tensor:
     """The inverse of a positive definite matrix (n, n).
 
-    Half by half, by the Schur complement: most of the work is then in products, which run at twice
-    the speed of LAPACK's inversion.
+    It is computed recursively from its halves, by the Schur complement: most of the work is then in
+    products, which run at twice the speed of LAPACK's inversion.
 
     Raises:
-        torch.linalg.LinAlgError: it is not positive definite.
+        torch.linalg.LinAlgError: the matrix is not positive definite.
     """
     half = len(matrix) // 2
     if half < _LEAF:
@@ -260,7 +270,7 @@ def positive_inverse(matrix: Tensor) -> Tensor:
 
 
 def upper_root(matrix: Tensor) -> Tensor | None:
-    """The upper triangular ``R`` with ``matrix = R Rᵀ``, or None where there is none.
+    """The upper triangular ``R`` with ``matrix = R Rᵀ``; None if the matrix has no such root.
 
     It is the lower Cholesky factor of the matrix with rows and columns reversed.
     """

@@ -10,7 +10,7 @@ from torch import Tensor
 from apt.solver.gram import DampedGram, Scaled
 from apt.solver.precision import full_precision
 
-_DIRECT = 96  # columns up to which a factorisation for every row beats iterating
+_DIRECT = 96  # columns up to which one factorisation per row is faster than conjugate gradients
 _CHUNK = 2**25  # elements of the largest temporary: 128 MiB in fp32
 
 
@@ -22,10 +22,10 @@ class Joint:
         weight: ``V`` (out, in), exactly zero where pruned.
         mask: True where pruned (out, in).
         loss: ``½ (v−w) H (v−w)ᵀ`` of every row (out,).
-        residual: the certificate: the norm of what is left of the normal equations,
-            ``((W−V) H)_K`` on the scale of a unit diagonal, relative to the root of twice the
-            loss. The share of the loss that further steps could remove is at most its square
-            over the least eigenvalue of the scaled ``H``.
+        residual: a certificate of accuracy: the norm of the residual of the normal equations,
+            ``((W−V) H)_K`` with ``H`` scaled to a unit diagonal, relative to the square root of
+            twice the loss. The share of the loss that further steps could remove is at most its
+            square divided by the least eigenvalue of the scaled ``H``.
     """
 
     weight: Tensor
@@ -45,9 +45,9 @@ def joint_weights(
 ) -> Joint:
     """The least-squares weights on the kept columns: ``V_K H_KK = (W H)_K`` in every row.
 
-    This is the closed form of the multiple removal problem (arXiv 2410.15567, its equation for
+    This is the closed form of the multiple removal problem (arXiv 2410.15567, the equation for
     ``δ``) with the whole row as one block. Narrow layers are solved directly, by one factorisation
-    for every row. Wide ones are solved by conjugate gradients restricted to the kept weights, all
+    for each row. Wide layers are solved by conjugate gradients restricted to the kept weights, all
     rows together, on the matrix scaled to a unit diagonal; a step costs one product of (out, in)
     by (in, in). Each step lowers the loss of every row, so the result is never worse than
     ``start``.
@@ -56,11 +56,11 @@ def joint_weights(
         weight: the dense ``W`` (out, in).
         damped: the damped Gram matrix ``H`` (in, in).
         mask: True where a weight is pruned (out, in).
-        start: weights (out, in) to start from, for instance those of the sequential sweep; their
-            pruned entries are ignored. The kept entries of ``weight`` by default.
-        tolerance: stop when a step lowers the layer's loss ``½ tr((V−W) H (V−W)ᵀ)`` by less than
-            this share of it.
-        max_steps: stop after this many steps in any case.
+        start: the initial weights (out, in), for instance those of the sequential sweep; their
+            pruned entries are ignored. The default is ``weight``.
+        tolerance: the solve stops when a step lowers the layer's loss
+            ``½ tr((V−W) H (V−W)ᵀ)`` by less than this share of it.
+        max_steps: the greatest number of steps.
     """
     keep = (~mask).to(weight.dtype)
     unit = damped.unit
@@ -76,7 +76,7 @@ def joint_weights(
 
 
 def _direct(dense: Tensor, matrix: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Every row's normal equations by Cholesky, padded by the identity where pruned.
+    """Solve the normal equations of every row by Cholesky, padded by the identity where pruned.
 
     Returns:
         The solution (out, in), the loss of every row (out,), and the residual (out, in).
@@ -97,7 +97,7 @@ def _direct(dense: Tensor, matrix: Tensor, keep: Tensor) -> tuple[Tensor, Tensor
 def _iterate(
     dense: Tensor, unit: Scaled, keep: Tensor, solution: Tensor, tolerance: float, max_steps: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Conjugate gradients from ``solution`` on, in place; returns what `_direct` does."""
+    """Conjugate gradients that start at ``solution``, in place; returns the same as `_direct`."""
     precondition = _deflation(unit, keep)
     missing = dense - solution
     residual = missing @ unit.matrix
@@ -121,21 +121,21 @@ def _iterate(
 
 
 def _deflation(unit: Scaled, keep: Tensor) -> Callable[[Tensor, Tensor], None]:
-    """A preconditioner that takes a few outlier directions off the conjugate gradients' hands.
+    """A preconditioner that deflates a few outlier directions.
 
-    Activations of language models are far larger in a few directions than elsewhere, and each
-    such direction costs a step. The matrix is about ``μI + Q (Λ − μI) Qᵀ`` with its largest
-    eigenvalues Λ; the same restricted to a row's kept weights is inverted by Woodbury's identity
-    at the cost of a few percent of a step. An approximate Q is as good: the result is symmetric
-    positive definite whatever Q is.
+    Activations of language models are far larger in a few directions than in all others, and each
+    such direction costs a step of conjugate gradients. The matrix is approximately
+    ``μI + Q (Λ − μI) Qᵀ`` with its largest eigenvalues Λ. Restricted to the kept weights of a row,
+    this is inverted by Woodbury's identity at the cost of a few percent of a step. Q may be
+    approximate: the result is symmetric positive definite for every Q.
 
     Args:
         unit: a matrix of unit diagonal (in, in).
         keep: 1 where a weight is kept, else 0 (out, in).
 
     Returns:
-        A function that takes residuals (out, in), zero where pruned, and writes preconditioned ones
-        to its second argument.
+        A function that takes residuals (out, in), zero where pruned, and writes the preconditioned
+        residuals to its second argument.
     """
     width = len(unit.matrix)
     values, basis = unit.outliers
@@ -159,5 +159,5 @@ def _dot(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """The quotient, 0 where a row has converged and both vanish."""
+    """The quotient; 0 for a row that has converged, where both are zero."""
     return (numerator / denominator).where(denominator > 0, numerator.new_zeros(()))

@@ -1,4 +1,4 @@
-"""How far a pruned layer is from the dense one."""
+"""The layer-wise error of pruned weights."""
 
 import math
 
@@ -16,7 +16,7 @@ def relative_layer_error(dense: Tensor, pruned: Tensor, gram: Tensor) -> float:
         gram: the undamped ``XᵀX`` (in, in), in any scale.
 
     Returns:
-        The error; where the dense output is zero, 0 if nothing is lost and infinity otherwise.
+        The error. If the dense output is zero, 0 if nothing is lost, else infinity.
     """
     lost, whole = _energy(pruned - dense, gram), _energy(dense, gram)
     return lost / whole if whole else (math.inf if lost else 0.0)

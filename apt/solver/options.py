@@ -1,4 +1,4 @@
-"""What solvers are told, and what they answer."""
+"""The options and the result of a solver."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,15 +11,16 @@ EFFORTS: tuple[Effort, ...] = ("fast", "default", "best")
 
 @dataclass(frozen=True)
 class SolverOptions:
-    """What the methods can be told.
+    """The options of the methods.
 
     Args:
-        damping: λ as a share of the mean diagonal of the Gram matrix; None leaves it to what
-            solves: `apt.solver.Gram.damped` takes 0.01.
-        effort: how long a mask is searched for, by the methods that search.
+        damping: λ as a share of the mean diagonal of the Gram matrix; None leaves the choice to
+            the method, and `apt.solver.Gram.damped` takes 0.01.
+        effort: the amount of search for a mask, for the methods that search.
         block_size: the columns B of one joint compensation; None takes all columns.
-        mask_window: the columns over which the unstructured mask S is selected at a time.
-        tolerance: where the joint solve for all columns stops, see `apt.solver.joint_weights`.
+        mask_window: the number of columns over which an unstructured mask S is selected.
+        tolerance: the tolerance at which the joint solve for all columns stops, see
+            `apt.solver.joint_weights`.
     """
 
     damping: float | None = None
@@ -36,8 +37,8 @@ class Solution:
     Attributes:
         weight: ``V`` (out, in), exactly zero where pruned.
         mask: True where pruned (out, in).
-        damping: the damping used; None where the method uses none.
-        residual: of a joint solve, what is left of its normal equations, see `apt.solver.Joint`.
+        damping: the damping used; None if the method uses none.
+        residual: of a joint solve, the residual of its normal equations, see `apt.solver.Joint`.
     """
 
     weight: Tensor

@@ -1,4 +1,4 @@
-"""Sparsity patterns, and selections that meet them to the last weight."""
+"""Sparsity patterns, and the selection of masks that meet them with the exact count."""
 
 import math
 import re
@@ -15,12 +15,12 @@ _SAMPLE = 2**14  # scores from which a threshold is estimated
 
 @dataclass(frozen=True)
 class Unstructured:
-    """A share of the weights is pruned, anywhere.
+    """A share of the weights is pruned, at any position.
 
     Args:
         sparsity: the share of weights pruned, strictly between 0 and 1.
-        per: where the share is counted: over each output row or over the whole layer;
-            None leaves it to the method.
+        per: the unit over which the share is counted, each output row or the whole layer;
+            None leaves the choice to the method.
     """
 
     sparsity: float
@@ -34,11 +34,11 @@ class Unstructured:
         return f"{self.sparsity:g}"
 
     def count(self, weights: int) -> int:
-        """How many of ``weights`` are pruned: the share, rounded half up."""
+        """The number of ``weights`` that are pruned: the share, rounded half up."""
         return math.floor(self.sparsity * weights + 0.5)
 
     def counted(self, per: Granularity) -> "Unstructured":
-        """The same, counted over ``per`` where it does not say so itself."""
+        """The same pattern, counted over ``per`` if its own ``per`` is None."""
         return self if self.per else replace(self, per=per)
 
 
@@ -71,7 +71,7 @@ def parse_pattern(text: str) -> Pattern:
     """Read ``0.5``, ``50%`` or ``2:4``.
 
     Raises:
-        ValueError: the text is neither, or is out of range.
+        ValueError: the text has none of these forms, or is out of range.
     """
     text = text.strip()
     if found := re.fullmatch(r"(\d+):(\d+)", text):
@@ -88,9 +88,9 @@ def parse_pattern(text: str) -> Pattern:
 def lowest(scores: Tensor, pattern: Pattern, per: Granularity = "layer", offset: int = 0) -> Tensor:
     """The mask (True = pruned) of the lowest ``scores`` (rows, columns) that meets ``pattern``.
 
-    The count is exact whatever the ties. ``per`` says how an unstructured pattern is counted
-    where it does not say so itself. Scores of consecutive windows of columns, each given its
-    ``offset``, add up to the exact count of the whole.
+    The count is exact even if scores are equal. ``per`` applies to an unstructured pattern whose
+    own ``per`` is None. The masks of consecutive windows of columns, each with its ``offset``, add
+    up to the exact count of the whole.
     """
     rows, columns = scores.shape
     if isinstance(pattern, NM):
@@ -112,7 +112,7 @@ def lowest_k(scores: Tensor, k: int) -> Tensor:
 
 
 def _lowest_of_groups(groups: Tensor, pattern: NM) -> Tensor:
-    """`lowest_k` of many short rows, by comparing with thresholds unless some scores are equal."""
+    """`lowest_k` of many short rows, by comparison with thresholds unless scores are equal."""
     mask = groups < _nth_largest(list(groups.unbind(1)), pattern.n).unsqueeze(1)
     removed = pattern.m - pattern.n
     exact = int(mask.count_nonzero()) == removed * len(groups)
@@ -120,10 +120,11 @@ def _lowest_of_groups(groups: Tensor, pattern: NM) -> Tensor:
 
 
 def _lowest_of_many(scores: Tensor, k: int) -> Tensor:
-    """`lowest_k` of one long row, some four times faster: only a sampled bracket is sorted.
+    """`lowest_k` of one long row, about four times faster: only a bracket of scores is sorted.
 
-    The bracket, four standard deviations of the sampled rank wide, is checked; where the sample
-    misled (scores in some regular order), it is widened to everything.
+    A sample of the scores gives the bracket, which is four standard deviations of the sampled rank
+    wide. If the bracket misses the threshold (for scores in a regular order), all scores are
+    sorted.
     """
     sample = scores[:: _stride(scores.numel())]
     size = len(sample)
@@ -144,20 +145,20 @@ def _lowest_of_many(scores: Tensor, k: int) -> Tensor:
 
 
 def _stride(count: int) -> int:
-    """An odd stride that takes about `_SAMPLE` of ``count``, so that no column is favoured."""
+    """An odd stride that samples about `_SAMPLE` of ``count`` scores, from all columns alike."""
     return max(1, count // _SAMPLE) | 1
 
 
 def about_highest(magnitudes: Tensor, pattern: Pattern) -> Tensor:
-    """A threshold at which ``magnitudes`` (columns, rows) meet ``pattern``, nearly.
+    """A threshold by which ``magnitudes`` (columns, rows) meet ``pattern`` approximately.
 
-    For searches that select at every step and need the exact count at the end only. Note the
-    transposed layout: columns of the layer come first, so that a group of n:m is ``m`` rows in
-    sequence and is compared element by element.
+    It serves searches that select at every step and need the exact count only at the end. Note the
+    transposed layout: columns of the layer come first, so that a group of n:m is ``m`` consecutive
+    rows and is compared element by element.
 
     Returns:
-        A tensor that broadcasts against groups ``(columns / m, m, rows)`` for n:m, against
-        ``(1, columns, rows)`` otherwise; what is at least as large is kept.
+        A tensor that broadcasts against groups ``(columns / m, m, rows)`` for n:m, else against
+        ``(1, columns, rows)``. Magnitudes at or above the threshold are kept.
     """
     if isinstance(pattern, NM):
         groups = magnitudes.view(-1, pattern.m, magnitudes.shape[1])
@@ -172,10 +173,10 @@ def about_highest(magnitudes: Tensor, pattern: Pattern) -> Tensor:
 
 
 def _nth_largest(values: list[Tensor], n: int) -> Tensor:
-    """The ``n``-th largest, element by element, of equally shaped tensors: a partial bubble sort.
+    """The element-wise ``n``-th largest of tensors of equal shape, by a partial bubble sort.
 
-    Sorted by vectorised comparisons of whole tensors: many times faster than `torch.topk` on many
-    short rows.
+    Whole tensors are compared at once, which is many times faster than `torch.topk` on many short
+    rows.
     """
     rank = len(values) - n + 1
     up = rank > n  # bubble from the nearer end
@@ -187,9 +188,9 @@ def _nth_largest(values: list[Tensor], n: int) -> Tensor:
 
 
 def meets(weight: Tensor, pattern: Pattern) -> bool:
-    """Whether ``weight`` (out, in) has at least the zeros that ``pattern`` asks for.
+    """True if ``weight`` (out, in) has at least the zeros that ``pattern`` requires.
 
-    An unstructured pattern is counted over the layer unless it says otherwise.
+    An unstructured pattern without ``per`` is counted over the layer.
     """
     zeros = weight == 0
     if isinstance(pattern, NM):

@@ -1,4 +1,4 @@
-"""Full fp32 products, whatever the process has been told to allow; and bf16 where they will do."""
+"""Full fp32 products whatever the settings of the process, and the test for fast bf16 products."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,22 +7,20 @@ from typing import Any
 
 import torch
 
-from apt.solver.fp32 import Allowed, require_full, restore
+from apt.solver.fp32 import PrecisionSettings, require_full, restore
 
 _lock = Lock()
-_inside = (
-    0  # how many are entered, in all threads: what torch allows is the process', not a thread's
-)
-_allowed: Allowed
+_inside = 0  # the entered contexts of all threads: torch's settings belong to the process
+_before: PrecisionSettings
 
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Keep TF32 and bf16 out of fp32 products while this is entered; also a decorator.
+    """A context manager and decorator: fp32 products use neither TF32 nor bf16 inside.
 
-    Gram matrices and their factors do not survive products of 10 or 7 bits: neighbouring columns
-    of activations are nearly dependent. The last one out restores what was allowed, so that runs in
-    several threads do not undo each other's.
+    Gram matrices and their factors need more than the 10 or 7 mantissa bits of these formats:
+    neighbouring columns of activations are nearly linearly dependent. Several threads may be inside
+    at once: the settings are restored when the last one leaves.
     """
     _enter()
     try:
@@ -32,7 +30,7 @@ def full_precision() -> Iterator[None]:
 
 
 def multiplies_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bf16 in hardware, several times as fast as fp32."""
+    """True if the device multiplies bf16 in hardware, several times as fast as fp32."""
     if device.type == "cuda":
         supported: bool = torch.cuda.is_bf16_supported(including_emulation=False)
         return supported
@@ -41,10 +39,10 @@ def multiplies_bf16(device: torch.device) -> bool:
 
 
 def _enter() -> None:
-    global _inside, _allowed
+    global _inside, _before
     with _lock:
         if not _inside:
-            _allowed = require_full()
+            _before = require_full()
         _inside += 1
 
 
@@ -53,4 +51,4 @@ def _leave() -> None:
     with _lock:
         _inside -= 1
         if not _inside:
-            restore(_allowed)
+            restore(_before)

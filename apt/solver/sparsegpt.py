@@ -1,22 +1,25 @@
 """Masks and compensations, single and multiple: the methods SS, SM, MS and MM.
 
-After "Pruning Foundation Models for High Accuracy without Retraining" (arXiv 2410.15567). Columns
-are swept from left to right; with ``F`` the columns not yet frozen and ``U`` the factor of the
-inverse (`DampedGram.factor`), ``[H_FF]⁻¹ = U_FFᵀ U_FF`` is at hand in every step.
+The methods are those of "Pruning Foundation Models for High Accuracy without Retraining" (arXiv
+2410.15567). A sweep goes over the columns from left to right. ``F`` denotes the columns that are
+not yet frozen, and ``H`` the damped Gram matrix, SparseGPT's Hessian. The factor ``U`` of its
+inverse (`DampedGram.factor`) gives ``[H_FF]⁻¹ = U_FFᵀ U_FF`` in every step.
 
-- *Mask S*: the lowest ``w²/[H_FF⁻¹]_jj``, which is ``w²/U_jj²``; unstructured over windows of
-  columns, n:m within each group as the sweep reaches it.
+- *Mask S*: the weights of lowest ``w²/[H_FF⁻¹]_jj``, which is ``w²/U_jj²``. An unstructured mask is
+  selected over windows of columns, an n:m mask within each group when the sweep reaches it.
 - *Mask M* (n:m only): of all removal sets of a group, the one of least joint loss
   ``½ w_P ([H_FF⁻¹]_PP)⁻¹ w_Pᵀ``.
-- *Compensation S*: column by column, updating the columns to the right (SparseGPT).
-- *Compensation M*: all removals of a block of B columns jointly, updating its kept columns and all
-  columns to the right. With B = all columns it is the least-squares optimum for the mask.
+- *Compensation S*: column by column, with an update of the columns to the right (SparseGPT).
+- *Compensation M*: all removals of a block of B columns jointly, with an update of its kept columns
+  and of all columns to the right. If B is all columns, it is the least-squares optimum for the
+  mask.
 
-Every compensation is written as coefficients ``E`` with the update ``W_F −= E U_B,F``, so that one
-sweep serves them all and far columns are updated by one product a block.
+Every compensation is written as coefficients ``E`` with the update ``W_F −= E U_B,F``. So one sweep
+implements all of them, and distant columns are updated by one product per block.
 
-Where the mask inside a block of compensation M depends on the weights (as every S mask and every
-later group's M mask does), it is the one that a sweep with single compensation finds there.
+Inside a block of compensation M, the mask can depend on the compensated weights: every S mask does,
+and the M mask of every group but the first. Such a mask comes from a sweep with single
+compensation over the block.
 """
 
 import math
@@ -33,7 +36,7 @@ from apt.solver.patterns import NM, Pattern, Unstructured, lowest, lowest_k
 from apt.solver.precision import full_precision
 
 MAX_REMOVAL_SETS = 20_000
-"""The most removal sets a group that mask M enumerates; C(16, 8) = 12,870 is within."""
+"""The limit of removal sets per group for mask M; C(16, 8) = 12,870 is below it."""
 
 _WINDOW = 128  # columns updated together, as SparseGPT does
 _STRIP = 32  # columns of a window updated one by one before the rest of it follows
@@ -51,12 +54,12 @@ def sm(weight: Tensor, gram: Gram, pattern: Pattern, options: SolverOptions) -> 
 
 
 def ms(weight: Tensor, gram: Gram, pattern: Pattern, options: SolverOptions) -> Solution:
-    """Mask M (S where the pattern is unstructured), compensation S."""
+    """Mask M (mask S if the pattern is unstructured), compensation S."""
     return _solve(weight, gram, pattern, options, multiple_mask=True, multiple=False)
 
 
 def mm(weight: Tensor, gram: Gram, pattern: Pattern, options: SolverOptions) -> Solution:
-    """Mask M (S where the pattern is unstructured), compensation M."""
+    """Mask M (mask S if the pattern is unstructured), compensation M."""
     return _solve(weight, gram, pattern, options, multiple_mask=True, multiple=True)
 
 
@@ -86,9 +89,9 @@ def _solve(
 
 
 class _Sweep:
-    """Single compensation from left to right, choosing the mask on the way.
+    """Single compensation from left to right, which also selects the mask.
 
-    Weights are held transposed, (in, out): a column of the layer is then one contiguous row.
+    Weights are transposed, (in, out), so that a column of the layer is one contiguous row.
     """
 
     def __init__(self, pattern: Pattern, window: int, multiple_mask: bool, width: int) -> None:
@@ -103,9 +106,9 @@ class _Sweep:
             self.choose = _set_mask(pattern) if multiple_mask else _group_mask(pattern)
 
     def run(self, weight: Tensor, factor: Tensor, offset: int = 0) -> tuple[Tensor, Tensor]:
-        """Prune ``weight`` (out, in): the compensated weights and the mask, both (out, in).
+        """Prune ``weight`` (out, in): returns the compensated weights and the mask, both (out, in).
 
-        ``offset`` is the first column's place in the layer, where ``weight`` is a part of it.
+        If ``weight`` is a part of a layer, ``offset`` is the index of its first column.
         """
         columns = weight.T.contiguous()
         mask = torch.zeros_like(columns, dtype=torch.bool)
@@ -119,7 +122,7 @@ class _Sweep:
         return columns.T.masked_fill(mask.T, 0), mask.T.contiguous()
 
     def _window(self, columns: Tensor, factor: Tensor, mask: Tensor, offset: int) -> Tensor:
-        """Prune a window in place: columns and mask (window, out); returns ``Eᵀ``."""
+        """Prune a window, ``columns`` and ``mask`` (window, out), in place; returns ``Eᵀ``."""
         coefficients = torch.empty_like(columns)
         if self.choose is None:
             scores = columns / factor.diagonal().unsqueeze(1)
@@ -135,7 +138,7 @@ class _Sweep:
 
 
 def _single(columns: Tensor, factor: Tensor, mask: Tensor, coefficients: Tensor) -> None:
-    """Remove the masked weights column by column, updating the columns to the right, in place."""
+    """Remove the masked weights column by column and update the columns to the right, in place."""
     for j, pivot in enumerate(factor.diagonal().tolist()):
         removed = torch.mul(columns[j], mask[j], out=coefficients[j]).div_(pivot)
         columns[j:].addr_(factor[j, j:], removed, alpha=-1)
@@ -156,7 +159,7 @@ def _set_mask(pattern: NM) -> Callable[[Tensor, Tensor], Tensor]:
     removed = pattern.m - pattern.n
     if math.comb(pattern.m, removed) > MAX_REMOVAL_SETS:
         raise SolverError(
-            f"mask M would enumerate {math.comb(pattern.m, removed):,} removal sets a group "
+            f"mask M would enumerate {math.comb(pattern.m, removed):,} removal sets per group "
             f"for {pattern}; use mask S (ss or sm)"
         )
     sets = torch.tensor(list(combinations(range(pattern.m), removed)))
@@ -173,7 +176,7 @@ def _set_mask(pattern: NM) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def _best_set(weight: Tensor, sets: Tensor, joint: Tensor) -> Tensor:
-    """For each row of ``weight`` (rows, m) the columns of the set of least joint loss."""
+    """The columns of the set of least joint loss, for each row of ``weight`` (rows, m)."""
     values = weight[:, sets]
     loss = torch.einsum("rsp,spq,rsq->rs", values, joint, values)
     return sets[loss.argmin(1)]
@@ -182,7 +185,7 @@ def _best_set(weight: Tensor, sets: Tensor, joint: Tensor) -> Tensor:
 def _blockwise(
     weight: Tensor, damped: DampedGram, sweep: _Sweep, block: int
 ) -> tuple[Tensor, Tensor]:
-    """Joint compensation of ``block`` columns at a time; see the module's head."""
+    """Compensation M by blocks of ``block`` columns; see the module's docstring."""
     if isinstance(sweep.pattern, NM) and block % sweep.pattern.m:
         raise SolverError(f"block size {block} is not a multiple of {sweep.pattern.m}")
     current, factor = weight.clone(), damped.factor
@@ -197,11 +200,11 @@ def _blockwise(
 
 
 def _joint_coefficients(weight: Tensor, factor: Tensor, mask: Tensor) -> Tensor:
-    """``E`` (out, B) that removes a block's masked weights jointly.
+    """The coefficients ``E`` (out, B) that remove the masked weights of a block jointly.
 
     The multipliers solve ``λ [H⁻¹]_PP = w_P`` in every row. Rows differ in P, so the system is
-    padded: ``A = D_p [H⁻¹]_BB D_p + (I − D_p)`` has the same solution on P and none outside, and
-    one batched Cholesky factorisation serves many rows.
+    padded: ``A = D_p [H⁻¹]_BB D_p + (I − D_p)`` has the same solution on P and zero outside, and
+    one batched Cholesky factorisation solves many rows.
     """
     inverse = factor.T @ factor
     rows = max(1, _CHUNK // inverse.numel())

@@ -1,1 +1,1 @@
-"""Documents to calibration tokens: data sources, files, sampling, augmentation."""
+"""From documents to calibration tokens: data sources, files, sampling, augmentation."""

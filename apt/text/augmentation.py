@@ -1,4 +1,4 @@
-"""Calibration samples beside the given ones: text of the model's own, and random tokens."""
+"""Additional calibration samples: text that the model generates, and copies with random tokens."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -12,22 +12,23 @@ from apt.text.self_generated import own_text
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is added to the calibration samples that a user gives.
+    """The samples that are added to the given calibration samples.
 
     Args:
-        own_samples: how many samples the model writes itself.
-        random_tokens: how many copies with random tokens there are of samples, given and written.
+        own_samples: the number of samples that the model generates.
+        random_tokens: the copies with random tokens, of given and generated samples; None adds
+            none.
     """
 
     own_samples: int = 0
     random_tokens: RandomTokens | None = None
 
     def written(self, given: int) -> int:
-        """How many samples there are once the model has written its own."""
+        """The number of samples, with those that the model generates, for ``given`` ones."""
         return given + self.own_samples
 
     def samples(self, given: int, seqlen: int) -> int:
-        """How many samples of ``seqlen`` tokens there are in all."""
+        """The total number of samples of ``seqlen`` tokens, for ``given`` ones."""
         count = self.written(given)
         return count + (self.random_tokens.samples(count, seqlen) if self.random_tokens else 0)
 
@@ -40,10 +41,10 @@ class Augmentation:
         bos: int | None = None,
         special: Collection[int] | None = None,
     ) -> Tensor:
-        """``tokens`` (samples, seqlen) and those that the model writes, in an order by ``seed``.
+        """``tokens`` (samples, seqlen) and generated samples, in an order drawn by ``seed``.
 
         Raises:
-            AptError: the model cannot write text.
+            AptError: the model cannot generate text.
         """
         if not self.own_samples:
             return tokens
@@ -53,7 +54,7 @@ class Augmentation:
     def with_random_tokens(
         self, model: nn.Module, tokens: Tensor, special: Collection[int] = ()
     ) -> Tensor:
-        """``tokens`` (samples, seqlen) and the copies of some with random tokens."""
+        """``tokens`` (samples, seqlen), and copies of some of them with random tokens."""
         if self.random_tokens is None:
             return tokens
         return self.random_tokens.beside(tokens, vocabulary(model), special)

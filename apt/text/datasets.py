@@ -1,4 +1,4 @@
-"""Text in, tokens out: data sources, packing, sampling."""
+"""From text to tokens: data sources, packing into windows, sampling."""
 
 import hashlib
 from collections.abc import Iterable, Iterator
@@ -17,7 +17,7 @@ from apt.text.sampling import generator
 from apt.text.special_tokens import bos_of
 
 Split = Literal["calibration", "evaluation"]
-_CHARACTERS_PER_TOKEN = 32  # far above any tokenizer's mean, so that a cut text still has enough
+_CHARACTERS_PER_TOKEN = 32  # far above the mean of any tokenizer, so that enough text is read
 
 
 def documents(
@@ -26,14 +26,14 @@ def documents(
     """The documents of a data source.
 
     Args:
-        source: a name that a plugin offers (``builtin``, ``wikitext2``), a local .txt, .jsonl or
+        source: a name that a plugin provides (``builtin``, ``wikitext2``), a local .txt, .jsonl or
             .parquet file, or a hub data set, ``NAME`` or ``NAME:CONFIG``.
-        split: which part of it; a local file has one part for both.
+        split: the part to read; a local file has the same part for both.
         registry: the plugins.
-        token: for a data set of the hub that is not given to everybody.
+        token: the access token for a gated or private data set of the hub.
 
     Raises:
-        AptError: there is no such source, or it cannot be read.
+        AptError: the source does not exist or cannot be read.
     """
     if source.lower() in registry.calibrations.specs:
         return iter(registry.calibrations.get(source).load()(split))
@@ -58,19 +58,19 @@ def hub_documents(
     token: str | None = None,
     called: str | None = None,
 ) -> Iterator[str]:
-    """The documents of a data set that `datasets` loads, streamed.
+    """The documents of a data set, streamed by `datasets`.
 
     Args:
         name: a hub name, or a builder such as ``parquet`` with local ``files``.
         config: the data set's configuration.
         split: calibration reads ``train``; evaluation reads ``test``, else ``validation``.
-        files: the files to read for each of the data set's splits.
+        files: the files of each split of the data set.
         revision: a branch of its repository.
-        token: what proves who asks.
-        called: what the user calls it, where that is not ``name``.
+        token: the access token of the hub.
+        called: the name in messages; ``name`` by default.
 
     Raises:
-        AptError: the hub does not answer, or it cannot be read.
+        AptError: the hub does not answer, or the data set cannot be read.
     """
     called = called or name
     remote = "/" in name or any("://" in path for path in (files or {}).values())
@@ -91,7 +91,7 @@ def hub_documents(
             raise ValueError(f"it has no split {' or '.join(wanted)}")
         for number, row in enumerate(part, 1):
             yield text_of(row, f"row {number}")
-    except Exception as error:  # `datasets` has no base class for what it raises
+    except Exception as error:  # the exceptions of `datasets` have no common base class
         raise AptError(
             f"data set '{called}' cannot be read: {first_line(error)}",
             "check the name and the network, or give a local file",
@@ -99,12 +99,12 @@ def hub_documents(
 
 
 def tokenize(tokenizer: Any, texts: Iterable[str], limit: int | None = None) -> Tensor:
-    """One row of token ids of the documents joined by blank lines; no token is added.
+    """The token ids (tokens,) of the documents joined by blank lines, without special tokens.
 
     Args:
         tokenizer: the model's tokenizer.
         texts: the documents.
-        limit: the number of tokens that is enough; reading stops where that many are certain.
+        limit: the number of tokens needed; reading stops after enough text for them.
     """
     parts, size = [], 0
     for text in texts:
@@ -113,7 +113,7 @@ def tokenize(tokenizer: Any, texts: Iterable[str], limit: int | None = None) -> 
         if limit is not None and size >= limit * _CHARACTERS_PER_TOKEN:
             break
     ids = tokenizer("\n\n".join(parts), add_special_tokens=False, verbose=False)["input_ids"]
-    if ids[:1] == [bos_of(tokenizer)]:  # some add it all the same
+    if ids[:1] == [bos_of(tokenizer)]:  # some tokenizers ignore add_special_tokens=False
         ids = ids[1:]
     return torch.tensor(ids, dtype=torch.long)
 
@@ -121,17 +121,18 @@ def tokenize(tokenizer: Any, texts: Iterable[str], limit: int | None = None) -> 
 def windows(
     tokens: Tensor, samples: int | None, seqlen: int, source: str, bos: int | None = None
 ) -> Tensor:
-    """Cut a row of tokens into consecutive windows (windows, seqlen), at least ``samples``.
+    """Cut ``tokens`` (tokens,) into consecutive windows (windows, seqlen), at least ``samples``.
 
     Args:
-        tokens: the text.
-        samples: how many are needed; None for one.
-        seqlen: the tokens of each.
-        source: where the text comes from.
-        bos: what each begins with, before ``seqlen - 1`` tokens of text; None for text alone.
+        tokens: the token ids of the text.
+        samples: the number of windows needed; None for one.
+        seqlen: the tokens of each window.
+        source: the name of the text's source, for messages.
+        bos: the first token of each window, before ``seqlen - 1`` tokens of text; None for text
+            alone.
 
     Raises:
-        AptError: there are fewer.
+        AptError: the text has fewer windows.
     """
     width = text_width(seqlen, bos)
     count = len(tokens) // width
@@ -139,20 +140,23 @@ def windows(
         advice = f"use {count} samples, a smaller seqlen" if count else "use a smaller seqlen"
         raise AptError(
             f"too little text: {source} gives {len(tokens):,} tokens, {count} samples of {seqlen}, "
-            f"and {samples or 1} are needed",
+            f"but {samples or 1} are needed",
             f"{advice} or more text",
             ("samples", "seqlen") if count else ("seqlen",),
         )
-    return begun(tokens[: count * width].view(count, width), bos)
+    return with_bos(tokens[: count * width].view(count, width), bos)
 
 
 def text_width(seqlen: int, bos: int | None) -> int:
-    """How many of the tokens of a window are text."""
+    """The number of text tokens in a window: all but the BOS token."""
     return seqlen if bos is None else seqlen - 1
 
 
-def begun(texts: Tensor, bos: int | None) -> Tensor:
-    """``texts`` (samples, width) with ``bos`` before each (samples, width + 1), if it is one."""
+def with_bos(texts: Tensor, bos: int | None) -> Tensor:
+    """``texts`` (samples, width) with ``bos`` before each (samples, width + 1).
+
+    If ``bos`` is None, ``texts`` are returned unchanged.
+    """
     if bos is None:
         return texts
     return torch.cat([texts.new_full((len(texts), 1), bos), texts], dim=1)
@@ -167,10 +171,13 @@ def calibration_tokens(
     source: str,
     bos: int | None = None,
 ) -> Tensor:
-    """``samples`` windows (samples, seqlen), drawn without overlap by ``seed``; see `windows`."""
+    """Calibration samples (samples, seqlen): windows drawn by ``seed``, without overlap.
+
+    The arguments are those of `windows`.
+    """
     if not samples:
         return torch.empty(0, seqlen, dtype=torch.long)
-    # Four times as many windows as are drawn, so that a seed matters on a large source.
+    # Four times as many windows as samples, so that seeds give different samples.
     tokens = tokenize(tokenizer, texts, limit=4 * samples * text_width(seqlen, bos))
     cut = windows(tokens, samples, seqlen, source, bos)
     return cut[torch.randperm(len(cut), generator=generator(seed))[:samples]]
@@ -186,9 +193,10 @@ def evaluation_tokens(
     *,
     fewer: bool = False,
 ) -> Tensor:
-    """The first ``samples`` windows (samples, seqlen), or all; no more text is read than needed.
+    """The first ``samples`` windows (samples, seqlen), or all; only the text needed is read.
 
-    Where the text has not as many, that is an error, unless ``fewer`` will do. See `windows`.
+    If the text has fewer windows, this is an error, unless ``fewer`` is True. The other arguments
+    are those of `windows`.
     """
     limit = samples * text_width(seqlen, bos) if samples else None
     needed = None if fewer else samples
@@ -196,6 +204,6 @@ def evaluation_tokens(
 
 
 def digest(tokens: Tensor) -> str:
-    """SHA-256 of token ids and their shape."""
+    """The SHA-256 of token ids and their shape."""
     shape = f"{tuple(tokens.shape)}\n".encode()
     return hashlib.sha256(shape + tokens.contiguous().numpy().tobytes()).hexdigest()

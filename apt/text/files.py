@@ -1,4 +1,4 @@
-"""Documents out of local files, which may be anybody's: no file makes a run take up all memory."""
+"""Documents from local files, with size limits: an untrusted file cannot exhaust the memory."""
 
 import gzip
 import json
@@ -12,17 +12,18 @@ from apt.errors import AptError, first_line
 SUFFIXES = ".txt, .jsonl or .parquet"
 _PIECE = 2**20  # characters
 _LONGEST = 2**26  # characters of a paragraph or a line
-_LARGEST = 2**30  # bytes of some rows
+_LARGEST = 2**30  # bytes of a row group, and of `_ROWS` rows
 _ROWS = 16
 
 
 def read_file(path: Path) -> Iterator[str]:
-    """The documents of a local file, which may end in .gz: one for each line or row.
+    """The documents of a local file, which may be compressed (.gz): one per line or row.
 
-    A text comes in pieces that end with a paragraph; joined by blank lines, they are the text.
+    A .txt file is split into pieces at the ends of paragraphs. Joined by blank lines, the pieces
+    are the text.
 
     Raises:
-        AptError: the file is damaged, in another format, or holds something far larger than text.
+        AptError: the file is damaged, has another format, or exceeds the size limits.
     """
     readers = {".txt": _read_text, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
     suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
@@ -79,7 +80,7 @@ def _read_parquet(path: Path) -> Iterator[str]:
         for batch in file.iter_batches(batch_size=_ROWS):
             if batch.nbytes > _LARGEST:
                 raise ValueError(f"{batch.num_rows} of its rows have {batch.nbytes:,} bytes")
-            for index in range(batch.num_rows):  # one at a time: equal ones are kept once
+            for index in range(batch.num_rows):  # one by one: equal values share memory in a batch
                 number += 1
                 row = {name: batch.column(name)[index].as_py() for name in batch.schema.names}
                 text = text_of(row, f"row {number}")
@@ -89,14 +90,14 @@ def _read_parquet(path: Path) -> Iterator[str]:
 
 
 def text_of(row: Any, where: str) -> str:
-    """A row's text: a bare string, its ``text`` field, or its only string field.
+    """The text of a row: a plain string, its ``text`` field, or its only string field.
 
     Args:
-        row: what was read.
-        where: which row or line it is, for messages.
+        row: the parsed row.
+        where: the row or line number, for messages.
 
     Raises:
-        ValueError: there is no text in it, or half a character.
+        ValueError: the row has no text, or the text has an unpaired surrogate.
     """
     text = row if isinstance(row, str) else _field_of(row, where)
     try:
@@ -111,7 +112,7 @@ def _field_of(row: Any, where: str) -> str:
     texts = [value for value in fields.values() if isinstance(value, str)]
     if "text" in fields and not isinstance(fields["text"], str):
         found = "null" if fields["text"] is None else type(fields["text"]).__name__
-        raise ValueError(f"{where} has {found} for a text in its field 'text'")
+        raise ValueError(f"{where} has {found} instead of a string in its field 'text'")
     if "text" in fields:
         return str(fields["text"])
     if len(texts) != 1:

@@ -1,10 +1,10 @@
-"""Calibration samples with random tokens in place of some: what the given text leaves out.
+"""Calibration samples in which some tokens are replaced by random ones.
 
-A few thousand tokens of text hold a few thousand of a vocabulary's tokens, and nearly no pair of
-them that other text has. Weights that make up for the error of those before them fit what the given
-text holds, and do worse on the rest. A copy of some of its samples in which half of the tokens are
-drawn from the whole vocabulary (random replacement, as text is augmented for classifiers: Wei and
-Zou, arXiv 1901.11196) shows them more of it, needs no other text and costs nothing to make.
+A few thousand tokens of text contain at most a few thousand different tokens of the vocabulary, and
+few of the token pairs of other text. Weights that compensate for earlier errors fit the given text
+and do worse on other text. Copies of some samples, in which half of the tokens are drawn from the
+whole vocabulary, cover more of it. They need no other text and are cheap to make. Random
+replacement is also used to augment text for classifiers (Wei and Zou, arXiv 1901.11196).
 """
 
 import math
@@ -19,14 +19,14 @@ from apt.text.sampling import drawn, generator, mixed
 
 @dataclass(frozen=True)
 class RandomTokens:
-    """How many samples with random tokens there are beside the given ones.
+    """The options of copies with random tokens.
 
     Args:
-        copies: for each sample that is given.
-        share: of the tokens of a copy that are replaced. The first token stays: attention may rest
-            on it, and it may say that a sequence begins.
-        tokens: an upper bound of about so many tokens in all copies, but one sample at least. The
-            more text is given, the less of the vocabulary is missing.
+        copies: the number of copies per given sample.
+        share: the share of a copy's tokens that are replaced. The first token is kept: it may be
+            the BOS token or an attention sink.
+        tokens: the approximate greatest number of tokens in all copies; at least one sample is
+            made. With more given text, less of the vocabulary is missing.
     """
 
     copies: float = 0.25
@@ -34,19 +34,19 @@ class RandomTokens:
     tokens: int = 4096
 
     def samples(self, given: int, seqlen: int) -> int:
-        """How many samples of ``seqlen`` tokens there are beside ``given`` ones."""
+        """The number of copies of ``seqlen`` tokens for ``given`` samples."""
         return min(math.ceil(self.copies * given), max(1, self.tokens // seqlen))
 
     def beside(
         self, tokens: Tensor, vocabulary: int, special: Collection[int] = (), seed: int = 0
     ) -> Tensor:
-        """The given tokens (samples, seqlen) and the copies, in an order drawn by ``seed``.
+        """The given samples (samples, seqlen) and the copies, in an order drawn by ``seed``.
 
         Args:
-            tokens: the given token ids.
-            vocabulary: how many tokens there are to draw from.
-            special: tokens that are no text, and are never drawn.
-            seed: draws tokens, places and order.
+            tokens: the token ids of the given samples.
+            vocabulary: the size of the vocabulary.
+            special: special tokens, which are never drawn.
+            seed: the seed of the tokens, their positions and the order.
         """
         given, seqlen = tokens.shape
         count, draw = self.samples(given, seqlen), generator(seed)

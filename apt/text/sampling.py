@@ -1,4 +1,4 @@
-"""Calibration samples: token ids (samples, seqlen)."""
+"""Random draws and shuffling of calibration samples (samples, seqlen)."""
 
 from collections.abc import Collection
 
@@ -9,21 +9,21 @@ from apt.errors import AptError
 
 
 def generator(seed: int) -> torch.Generator:
-    """What draws by that seed.
+    """A random generator with this seed.
 
     Raises:
-        AptError: torch takes no such seed.
+        AptError: the seed is out of the range of torch.
     """
     try:
         return torch.Generator().manual_seed(seed)
-    except (OverflowError, RuntimeError, TypeError, ValueError) as error:  # by releases of torch
+    except (OverflowError, RuntimeError, TypeError, ValueError) as error:  # depends on the release
         raise AptError(
             f"seed {seed} is out of range", "give a whole number from 0 to 2**64 - 1"
         ) from error
 
 
 def mixed(given: Tensor, more: Tensor, seed: int = 0) -> Tensor:
-    """Both, (samples, seqlen), in an order drawn by ``seed``."""
+    """The samples of ``given`` and ``more`` (samples, seqlen) in an order drawn by ``seed``."""
     both = torch.cat([given, more])
     return both[torch.randperm(len(both), generator=generator(seed))]
 
@@ -31,9 +31,9 @@ def mixed(given: Tensor, more: Tensor, seed: int = 0) -> Tensor:
 def drawn(
     vocabulary: int, shape: tuple[int, ...], draw: torch.Generator, special: Collection[int] = ()
 ) -> Tensor:
-    """Token ids of that shape, of which none is ``special``.
+    """Random token ids of that shape, none of which is ``special``.
 
-    Those that would be are drawn again, and the generator goes on as if none had been.
+    Special tokens are drawn again. The state of the generator afterwards does not depend on this.
     """
     found = torch.randint(vocabulary, shape, generator=draw)
     barred = torch.isin(torch.arange(vocabulary), torch.tensor(list(special), dtype=torch.long))
@@ -46,6 +46,6 @@ def drawn(
 
 
 def vocabulary(model: nn.Module) -> int:
-    """How many tokens a causal language model of transformers knows."""
+    """The size of the vocabulary of a causal language model of transformers."""
     embeddings: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
     return min(len(embeddings), getattr(model.config, "vocab_size", None) or len(embeddings))

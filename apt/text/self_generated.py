@@ -1,8 +1,9 @@
-"""Text to calibrate on that the model writes itself.
+"""Calibration text that the model generates itself.
 
-Weights that are fitted to one kind of text lose more on others. What a model writes, begun with
-tokens drawn at random, is spread over all that it was trained on, and needs no data: that is
-self-calibration (Williams et al., arXiv 2410.17170), here beside text that is given, or alone.
+Weights that are fitted to one kind of text have larger errors on other kinds. Text that a model
+generates after random first tokens covers the whole range of its training data, and requires no
+data. This is self-calibration (Williams et al., arXiv 2410.17170). Here it is used alone or in
+addition to given text.
 """
 
 import math
@@ -15,26 +16,26 @@ from transformers import GenerationConfig, GenerationMixin
 
 from apt.adapter.eval_mode import eval_mode
 from apt.errors import AptError
-from apt.text.datasets import begun, text_width
+from apt.text.datasets import text_width, with_bos
 from apt.text.sampling import drawn, generator, vocabulary
 from apt.text.special_tokens import named_ids
 
-_PIECE = 256  # tokens that are written in one go; a longer sample is several
-_AT_ONCE = 32  # pieces
+_PIECE = 256  # tokens of one generated sequence; a longer sample consists of several
+_AT_ONCE = 32  # sequences in a batch
 
 
 def cached_tokens(seqlen: int) -> int:
-    """Of how many tokens a model keeps keys and values while it writes samples of ``seqlen``."""
+    """The number of tokens in the key-value cache during the generation of such samples."""
     return _AT_ONCE * min(seqlen, _PIECE)
 
 
 def logits_at_once() -> int:
-    """For how many tokens it makes logits at a time."""
+    """The number of tokens whose logits are computed at a time."""
     return _AT_ONCE
 
 
 def writes(model: nn.Module) -> bool:
-    """Whether it can write text: whether transformers knows how to generate with it."""
+    """True if transformers can generate text with ``model``."""
     return isinstance(model, GenerationMixin)
 
 
@@ -48,30 +49,31 @@ def own_text(
     bos: int | None = None,
     special: Collection[int] | None = None,
 ) -> Tensor:
-    """Token ids (samples, seqlen) as the model draws them, without a bias to likely ones.
+    """Token ids (samples, seqlen) that the model generates.
 
-    A sample is one piece of text or, where it is long, several; each begins with any token.
+    A sample is one generated sequence, or several if it is long. Each sequence begins with a random
+    token. The others are sampled at temperature 1, without top-k or top-p.
 
     Args:
         model: a causal language model of transformers.
-        samples, seqlen: how much.
-        seed: draws it: the same text on the same machine.
-        bos: what each sample begins with, and what the model is given before each piece: the token
-            that its tokenizer begins a text with, see `bos_of`. None for none.
-        special: tokens that are no text, and with which no piece begins; by default those that the
-            model's configurations name.
+        samples, seqlen: the shape of the result.
+        seed: the seed; it gives the same text on the same machine.
+        bos: the token with which the tokenizer begins a text, see `bos_of`; None for none. Each
+            sample begins with it, and the model receives it before each sequence.
+        special: special tokens, with which no sequence begins; by default those that the model's
+            configurations name.
 
     Raises:
-        AptError: the model cannot generate, or there is no such amount of text, or no such seed.
+        AptError: the model cannot generate text, or the shape or the seed is out of range.
     """
     if samples < 0 or seqlen < 2:
         raise AptError(
-            f"{samples} samples of {seqlen} tokens cannot be written",
+            f"{samples} samples of {seqlen} tokens cannot be generated",
             "give 0 or more samples of at least 2 tokens",
         )
     if not isinstance(model, GenerationMixin):
         raise AptError(
-            f"{type(model).__name__} cannot write text to calibrate on",
+            f"{type(model).__name__} cannot generate calibration text",
             "use 0 own samples",
             ("own_samples",),
         )
@@ -80,19 +82,19 @@ def own_text(
     count = math.ceil(samples * width / piece)
     draw = generator(seed)
     special = named_ids(model) if special is None else special
-    starts = begun(drawn(vocabulary(model), (count, 1), draw, special), bos).to(device)
-    text = _gone_on(model, starts, piece - 1, seed)[:, starts.shape[1] - 1 :].cpu().flatten()
-    return begun(text[: samples * width].view(samples, width), bos)
+    starts = with_bos(drawn(vocabulary(model), (count, 1), draw, special), bos).to(device)
+    text = _continued(model, starts, piece - 1, seed)[:, starts.shape[1] - 1 :].cpu().flatten()
+    return with_bos(text[: samples * width].view(samples, width), bos)
 
 
-def _gone_on(model: GenerationMixin, starts: Tensor, more: int, seed: int) -> Tensor:
-    """``starts`` (pieces, n) with so many tokens more (pieces, n + more)."""
+def _continued(model: GenerationMixin, starts: Tensor, more: int, seed: int) -> Tensor:
+    """``starts`` (sequences, n) continued by the model (sequences, n + more)."""
     if not more or not len(starts):
         return starts
     how = GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
         max_new_tokens=more, min_new_tokens=more, pad_token_id=0,
-        remove_invalid_values=True,  # it is for the pruning to say where they come from
+        remove_invalid_values=True,  # the pruning reports non-finite activations with their block
     )  # fmt: skip
     devices = [starts.device] if starts.device.type == "cuda" else []
     with eval_mode(cast(nn.Module, model)), torch.random.fork_rng(devices):

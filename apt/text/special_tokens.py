@@ -1,20 +1,20 @@
-"""Tokens that are no text: what begins a sequence, and which are never drawn at random."""
+"""Special tokens: the BOS token, and the tokens that are never drawn at random."""
 
 from collections.abc import Iterator
 from typing import Any
 
 
 def bos_of(tokenizer: Any) -> int | None:
-    """The token that a tokenizer begins every text with; None where it adds none.
+    """The token that a tokenizer adds at the beginning of every text; None if it adds none.
 
-    Told by what it does: a tokenizer may have such a token and not use it.
+    It is determined by a test, since a tokenizer may define a BOS token and not add it.
     """
     ids, bos = tokenizer("x")["input_ids"], tokenizer.bos_token_id
     return bos if bos is not None and ids[:1] == [bos] else None
 
 
 def special_ids(tokenizer: Any) -> tuple[int, ...]:
-    """All tokens of a tokenizer that are no text, in order."""
+    """All special tokens of a tokenizer, in order."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     special = {token for token, content in added.items() if content.special}
     return tuple(sorted(special | set(tokenizer.all_special_ids)))

@@ -1,4 +1,4 @@
-"""One step through a block, with other weights in place of its own, for gradients of them."""
+"""The forward of a block as a function of its weights, for their gradients."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -24,7 +24,10 @@ class _Step(nn.Module):
 def stream_after(
     adapter: Adapter, block: nn.Module, weights: dict[str, Tensor], state: State, call: Call
 ) -> Tensor:
-    """The residual stream (..., hidden) after ``block``, run with ``weights``, by parameter."""
+    """The residual stream (..., hidden) after ``block``, run with ``weights`` in place of its own.
+
+    ``weights`` are given by parameter name.
+    """
     given = {f"block.{name}": weight for name, weight in weights.items()}
     stream: Any = functional_call(_Step(adapter, block), given, (state, call))
     assert isinstance(stream, Tensor)
@@ -32,7 +35,7 @@ def stream_after(
 
 
 def mixed_precision(weights: Sequence[Tensor]) -> torch.autocast:
-    """bf16 products, where all weights are fp32 and the machine has them."""
+    """Autocast to bf16, enabled if all weights are fp32 and the machine multiplies bf16 fast."""
     device = weights[0].device
     whole = all(weight.dtype == torch.float32 for weight in weights)
     return torch.autocast(device.type, torch.bfloat16, enabled=whole and multiplies_bf16(device))

@@ -1,10 +1,10 @@
-"""Local reconstruction: a pruned block's kept weights, tuned towards what the dense block gives.
+"""Local reconstruction: the kept weights of a pruned block are tuned towards the dense output.
 
-What a closed form cannot see is what the block does between its weights. So, as EBFT does (arXiv
-2402.12419), the kept weights of a block are tuned by gradient, masks fixed, towards the output
-that the dense block gives on the dense stream. On little calibration text that overfits (arXiv
-2406.15524): a part of the batches is held back, the weights that do best on it are taken, and where
-none does better than the start, the start stays.
+The closed form of a layer ignores the nonlinear operations between the layers of a block. So, as in
+EBFT (arXiv 2402.12419), the kept weights of a block are tuned by gradient descent, with fixed
+masks, towards the output of the dense block on the dense stream. With few calibration samples this
+overfits (arXiv 2406.15524). Therefore some of the batches are held back, and the weights with the
+lowest error on these are taken. If no step lowers this error, the weights stay as they were.
 """
 
 import math
@@ -22,20 +22,20 @@ from apt.tuning.block_forward import mixed_precision, stream_after
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """How a block is tuned.
+    """The options of a block's tuning.
 
     Args:
-        rate: the first learning rate of Adam, as a share of each weight's root mean square, where
-            the error is 1: it goes with the root of the error, as what there is to make up for
-            does. It falls to zero along a cosine.
-        epochs: how often the batches are passed, at most.
-        held_back: the share of the batches that is held back, at least one.
-        tokens_per_batch: about as many tokens make a step.
-        tokens: at most about as many are passed, of samples evenly spread, but two samples at
-            least, so that one can be held back; None passes all.
+        rate: the initial learning rate of Adam for an error of 1, as a share of the root mean
+            square of each weight. It is multiplied by the square root of the error, since the
+            deviations to correct scale with it. It decays to zero along a cosine.
+        epochs: the number of passes over the batches.
+        held_back: the share of the batches that is held back; at least one batch is.
+        tokens_per_batch: the approximate number of tokens of a step.
+        tokens: the approximate greatest number of tokens, from evenly spaced samples; at least two
+            samples, so that one can be held back. None uses all.
 
-    Of fp32 weights, the products of forward and backward are bf16 where the machine has them; what
-    is held back is measured in fp32.
+    If the weights are fp32 and the machine multiplies bf16 fast, the products of the forward and
+    the backward pass are bf16. The error on the batches held back is measured in fp32.
     """
 
     rate: float = 0.025
@@ -45,7 +45,7 @@ class Reconstruction:
     tokens: int | None = None
 
     def chosen(self, samples: int, seqlen: int) -> Tensor:
-        """True for each of the samples (samples,) that is passed."""
+        """A mask over the samples (samples,): True for those that tuning uses."""
         count = samples if self.tokens is None else min(samples, max(2, self.tokens // seqlen))
         chosen = torch.zeros(samples, dtype=torch.bool)
         chosen[torch.arange(count) * samples // count] = True
@@ -71,26 +71,26 @@ def reconstruct(
     sites: Sequence[Site],
     options: Reconstruction,
     ranks: Ranks | None = None,
-    tell: Callable[[], None] = lambda: None,
+    progress: Callable[[], None] = lambda: None,
 ) -> Tuned | None:
-    """Tune the kept weights of ``sites`` in place; they change at the end alone.
+    """Tune the kept weights of ``sites`` in place; the block's weights change only at the end.
 
-    The steps are the same however many ranks there are: each is taken by all of them, along the
-    gradient of the one that has its batch.
+    The steps do not depend on the number of ranks: all ranks take each step together, with the
+    gradient from the rank that has its batch.
 
     Args:
         adapter: the block's adapter.
         block: the pruned block.
-        index: its place among the blocks.
-        batches: the states before the block, and with the dense activations after the block;
-            of several ranks, those that were dealt to this one. The last of all are held back.
+        index: its index in the model.
+        batches: this rank's batches: the states before the block, with the dense activations after
+            the block. The last batches of all ranks are held back.
         sites: the sites to tune.
-        options: how.
+        options: the options of the tuning.
         ranks: the processes that tune together; None for a single one.
-        tell: called after each step, and after each batch on which the error is measured.
+        progress: called after each step, and after each batch on which the error is measured.
 
     Returns:
-        The errors before and after; None where there are too few batches to hold one back.
+        The errors before and after; None if there are too few batches to hold one back.
     """
     ranks = ranks or Ranks()
     count = round(ranks.sum(len(batches)))
@@ -98,7 +98,7 @@ def reconstruct(
     if count <= held:
         return None
     passed = len(ranks.mine(range(count - held)))
-    tuning = _Tuning(adapter, block, index, sites, ranks, tell)
+    tuning = _Tuning(adapter, block, index, sites, ranks, progress)
     before = lowest = tuning.error(batches[passed:], held)
     for group in tuning.adam.param_groups:
         group["lr"] *= options.rate * math.sqrt(before)
@@ -112,7 +112,7 @@ def reconstruct(
             place, owner = turn // ranks.size, ranks.owner(turn)
             tuning.descend(batches[place] if owner == ranks.rank else None, owner)
             schedule.step()
-            tell()
+            progress()
         error = tuning.error(batches[passed:], held)
         if error < lowest:
             lowest, best = error, tuning.snapshot()
@@ -121,7 +121,7 @@ def reconstruct(
 
 
 class _Tuning:
-    """The kept weights of a block, in fp32, while Adam moves them."""
+    """The kept weights of a block in fp32, with their masks and the state of Adam."""
 
     def __init__(
         self,
@@ -130,10 +130,10 @@ class _Tuning:
         index: int,
         sites: Sequence[Site],
         ranks: Ranks,
-        tell: Callable[[], None],
+        progress: Callable[[], None],
     ) -> None:
         self._adapter, self._block, self._index = adapter, block, index
-        self._ranks, self._tell = ranks, tell
+        self._ranks, self._progress = ranks, progress
         names = dict.fromkeys(site.parameter for site in sites)  # experts are slices of one
         self._parameters = {name: block.get_parameter(name).detach() for name in names}
         masters = {name: p.float().clone() for name, p in self._parameters.items()}
@@ -164,22 +164,22 @@ class _Tuning:
         return [master.detach().clone() for master in self._masters]
 
     def write(self, snapshot: list[Tensor]) -> None:
-        """Put a snapshot into the block; the first rank's, should others have rounded otherwise."""
+        """Write the first rank's snapshot to the block; other ranks may have other roundings."""
         for parameter, value in zip(self._parameters.values(), snapshot, strict=True):
             parameter.copy_(value)
             self._ranks.send(parameter.data, 0)
 
     def error(self, batches: list[Batch], count: int) -> float:
-        """The mean error on ``batches`` and those of other ranks, ``count`` in all."""
+        """The mean error over ``count`` batches: ``batches`` and those of the other ranks."""
         own = 0.0
         for batch in batches:
             with torch.no_grad():
                 own += float(self._error(batch))
-            self._tell()
+            self._progress()
         return self._ranks.sum(own) / count
 
     def _error(self, batch: Batch) -> Tensor:
-        """See `Tuned`."""
+        """The error of a batch, as `Tuned` defines it."""
         assert batch.dense is not None
         call = batch.calls[self._index]
         given = stream_after(self._adapter, self._block, self._weights(), batch.state, call).float()
@@ -188,14 +188,14 @@ class _Tuning:
         return error
 
     def descend(self, batch: Batch | None, owner: int) -> None:
-        """One step on the ``owner``'s batch; what is pruned stays zero."""
+        """Take one step on the batch of rank ``owner``; pruned weights stay zero."""
         for master, gradient in zip(self._masters, self._gradients(batch), strict=True):
             self._ranks.send(gradient, owner)
             master.grad = gradient
         self.adam.step()
 
     def _gradients(self, batch: Batch | None) -> list[Tensor]:
-        """Of the error on a batch; of another rank's, room for them."""
+        """The gradients of the error on ``batch``; empty tensors if another rank has the batch."""
         if batch is None:
             return [torch.empty_like(master) for master in self._masters]
         with torch.enable_grad(), self._mixed:

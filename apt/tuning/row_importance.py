@@ -1,17 +1,18 @@
-"""How much each output of a site matters to the block, for masks that are shared out over rows.
+"""The importance of each output of a site to its block, for masks counted over the whole layer.
 
-The layer-wise error counts every output alike. But a neuron that ``down_proj`` hardly reads may
-lose weights for which another has better use. What an error in weight ``w_ij`` does to the residual
-stream after the block is, to first order, ``J_ij = ∂h / ∂w_ij``; with signs ``u`` drawn at random,
-``E[(uᵀJ_ij)²] = ‖J_ij‖²``, so that one gradient of the weights estimates all of them (Hutchinson).
-Summed over a row, each input relative to its own size, and each token to its size on the stream::
+The layer-wise error weights all outputs equally. But a neuron with small weights in ``down_proj``
+can lose more of its own weights than others. An error in weight ``w_ij`` changes the residual
+stream after the block, to first order, by ``J_ij = ∂h / ∂w_ij``. With random signs ``u``,
+``E[(uᵀJ_ij)²] = ‖J_ij‖²``, so one gradient of the weights estimates all of them (Hutchinson). The
+importance of row i is the sum over its weights, with each input divided by its norm, and each token
+by its norm on the stream::
 
     d_i = Σ_j ‖J_ij‖² / ‖x_j‖²
 
-Pruning ``diag(d^(p/2)) W`` in place of ``W`` chooses the mask by the errors so weighted, and leaves
-the best weights for that mask as they are, since rows depend on each other by the count alone. Only
-a pattern that is counted over the whole layer gains by it. A small p is robust: how much a row
-matters on the calibration text is another thing on text of another kind.
+The mask is chosen for ``diag(d^(p/2)) W`` in place of ``W``, that is by the weighted errors. The
+optimal weights for a mask do not change, since rows depend on each other only through the count.
+Only a pattern that is counted over the whole layer benefits. A small p is robust: the importance of
+a row on the calibration text differs from that on text of another kind.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,24 +27,24 @@ from apt.distributed.ranks import Ranks
 from apt.solver import Pattern, Unstructured
 from apt.tuning.block_forward import mixed_precision, stream_after
 
-_LEAST = 0.01  # of the mean: no row is given up for others
-_TINY = 1e-4
+_LEAST = 0.01  # least importance, as a share of the mean: no row is sacrificed for others
+_LEAST_SQUARE = 1e-4  # least sum of squares of an input, as a share of the mean
 
 
 @dataclass(frozen=True)
 class RowImportance:
-    """How rows are weighted.
+    """The options of row importance.
 
     Args:
-        power: p, of the squared error.
-        tokens: about as many give the gradients, of the first batches.
+        power: p, the exponent of the importance as a factor of the squared error.
+        tokens: the approximate number of tokens for the gradients, from the first batches.
     """
 
     power: float = 0.35
     tokens: int = 4096
 
     def serves(self, site: Site, pattern: Pattern | None) -> bool:
-        """Whether a mask of that pattern depends on how rows are weighted."""
+        """True if the mask of ``site`` depends on the weighting of rows under ``pattern``."""
         shared_out = isinstance(pattern, Unstructured) and pattern.per != "row"
         return shared_out and not site.routed
 
@@ -56,19 +57,19 @@ class RowImportance:
         starts: Sequence[State],
         sites: Sequence[Site],
         ranks: Ranks,
-        tell: Callable[[], None] = lambda: None,
+        progress: Callable[[], None] = lambda: None,
     ) -> dict[Site, Tensor]:
-        """What to multiply the rows of each site's weight by, (out, 1).
+        """The factors of the rows of each site's weight, (out, 1).
 
         Args:
             adapter: the block's adapter.
-            block: the block, its weights still dense.
-            index: its place among the blocks, from which the signs are drawn.
-            batches: those to take, with the dense inputs of the block's sites.
-            starts: the state of the dense stream before the block, of each.
+            block: the block; its weights are still dense.
+            index: its index in the model, which seeds the random signs.
+            batches: the batches to use, with the dense inputs of the block's sites.
+            starts: the state of the dense stream before the block, for each batch.
             sites: the sites.
-            ranks: the processes that have other batches.
-            tell: called after each batch.
+            ranks: the processes that have the other batches.
+            progress: called after each batch.
         """
         sizes = {site.input: _squares(batches, site.input) for site in sites}
         ranks.add(*sizes.values())
@@ -86,7 +87,7 @@ class RowImportance:
             for site in sites:
                 squares = site.oriented(gradients[site.parameter]).float().square()
                 rows[site] = rows[site] + (squares / sizes[site.input]).sum(1, keepdim=True)
-            tell()
+            progress()
         ranks.add(*rows.values())
         return {site: self._scale(row) for site, row in rows.items()}
 
@@ -98,7 +99,8 @@ class RowImportance:
 
 
 def _squares(batches: Sequence[Batch], name: str) -> Tensor:
-    """``‖x_j‖²`` (in,) over the dense inputs of that name, none so small that it stands out."""
+    """``‖x_j‖²`` (in,) over the dense inputs ``name``, bounded below since it is a divisor."""
     parts = [x for batch in batches if batch.dense for x in batch.dense.inputs[name]]
     total = torch.stack([part.float().square().sum(0) for part in parts]).sum(0)
-    return total.clamp_min(max(_TINY * float(total.mean()), torch.finfo(total.dtype).tiny))
+    least = max(_LEAST_SQUARE * float(total.mean()), torch.finfo(total.dtype).tiny)
+    return total.clamp_min(least)

@@ -7,7 +7,7 @@ _APT = "arXiv 2410.15567"
 
 @hookimpl
 def apt_methods() -> list[MethodSpec]:
-    """The methods of the paper, the default method, and baselines."""
+    """The default method, the paper's four methods, and baselines."""
     return [
         MethodSpec(
             "admm", "mask by over-relaxed ADMM with restarts, weights solved jointly",
@@ -37,12 +37,11 @@ def apt_methods() -> list[MethodSpec]:
 
 @hookimpl
 def apt_allocations() -> list[AllocationSpec]:
-    """The same sparsity for all sites, or a sparsity by the outliers of each block."""
+    """The same sparsity for all sites, or less for blocks with more outliers."""
     return [
-        AllocationSpec("uniform", "the same sparsity for every site",
-                       "apt_plugins.allocations:uniform"),
-        AllocationSpec("owl", "lower sparsity for blocks with more outliers",
-                       "apt_plugins.allocations:owl", "arXiv 2310.05175"),
+        AllocationSpec("uniform", "the same for every site", "apt_plugins.allocations:uniform"),
+        AllocationSpec("owl", "less for blocks with more outliers", "apt_plugins.allocations:owl",
+                       "arXiv 2310.05175"),
     ]  # fmt: skip
 
 
@@ -50,7 +49,7 @@ def apt_allocations() -> list[AllocationSpec]:
 def apt_evaluators() -> list[EvaluatorSpec]:
     """Perplexity and accuracy."""
     return [
-        EvaluatorSpec("perplexity", "exp of the mean loss of a token", "apt.evaluation:perplexity"),
+        EvaluatorSpec("perplexity", "exp of the mean loss per token", "apt.evaluation:perplexity"),
         EvaluatorSpec(
             "accuracy", "share of tokens that are ranked first", "apt.evaluation:accuracy", "higher"
         ),
@@ -59,7 +58,7 @@ def apt_evaluators() -> list[EvaluatorSpec]:
 
 @hookimpl
 def apt_calibrations() -> list[CalibrationSpec]:
-    """The embedded corpus, and three data sets that are common in papers."""
+    """The embedded corpus, and the three usual data sets of the literature."""
     return [
         CalibrationSpec(
             "builtin", "summaries of Wikipedia articles, embedded", "apt_plugins.texts:builtin",

@@ -10,12 +10,12 @@ from apt.planning.allocation import unstructured
 from apt.planning.plan import Plan, PlannedBlock
 from apt.solver import Unstructured
 
-OUTLIER = 5.0  # M: the threshold of an outlier, as a multiple of the mean score of its block
-REACH = 0.08  # λ: the largest shift of a block's sparsity from the planned one
+OUTLIER = 5.0  # M: a score above M times the mean of its block is an outlier
+MAX_SHIFT = 0.08  # λ: the largest deviation of a block's sparsity, before centring
 
 
 def uniform(model: nn.Module, adapter: Adapter, plan: Plan, tokens: Tensor) -> dict[str, float]:
-    """The sparsity of each site in the plan."""
+    """The sparsities of the plan, unchanged."""
     patterns = {site.name: site.pattern for site in unstructured(plan)}
     return {n: p.sparsity for n, p in patterns.items() if isinstance(p, Unstructured)}
 
@@ -24,14 +24,16 @@ def uniform(model: nn.Module, adapter: Adapter, plan: Plan, tokens: Tensor) -> d
 def owl(model: nn.Module, adapter: Adapter, plan: Plan, tokens: Tensor) -> dict[str, float]:
     """A lower sparsity for blocks with more outliers among their scores ``|w| ‖x‖``.
 
-    The sparsity of a block is the planned one plus a shift. The shift falls linearly with the share
-    of scores above `OUTLIER` times their mean, from `REACH` to −`REACH`. The mean shift, weighted
-    by size, is subtracted, so that the total sparsity does not change.
+    A block's sparsity is the planned one plus a shift of at most `MAX_SHIFT`. The shift falls
+    linearly with the share of scores above `OUTLIER` times their mean. The shifts are then centred:
+    their mean, weighted by the size of the blocks, is 0.
     """
     shares = uniform(model, adapter, plan, tokens)
     outliers = _outliers(model, adapter, plan, tokens)
     low, high = min(outliers), max(outliers)
-    shifts = [REACH * (1 - 2 * (x - low) / (high - low)) if high > low else 0.0 for x in outliers]
+    shifts = [
+        MAX_SHIFT * (1 - 2 * (x - low) / (high - low)) if high > low else 0.0 for x in outliers
+    ]
     sizes = [sum(s.size for s in block.sites if s.name in shares) for block in plan.blocks]
     mean = sum(s * n for s, n in zip(shifts, sizes, strict=True)) / sum(sizes)
     for block, shift in zip(plan.blocks, shifts, strict=True):

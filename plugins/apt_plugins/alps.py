@@ -1,4 +1,4 @@
-"""ALPS: mask and weights by ADMM, then weights by conjugate gradients (arXiv 2406.07831)."""
+"""ALPS: mask and weights by ADMM, weights refined by conjugate gradients (arXiv 2406.07831)."""
 
 import torch
 from torch import Tensor
@@ -7,10 +7,10 @@ from apt.solver import Gram, Pattern, Solution, SolverOptions
 from apt.solver.patterns import lowest
 from apt.solver.precision import full_precision
 
-_PENALTY = 0.1  # the first ρ, for a Gram matrix of unit diagonal
-_GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # (lower bound of the changed share, factor of ρ)
-_INTERVAL = 3  # iterations between two updates of ρ
-_MAX_ITERATIONS = 300  # ρ is then at least 13,000 times the first one
+_PENALTY = 0.1  # the initial ρ, for a Gram matrix of unit diagonal
+_GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # (least change of the support, factor of ρ)
+_INTERVAL = 3  # iterations between two checks of the support
+_MAX_ITERATIONS = 300  # enough for ρ to grow at least 13,000-fold
 _GRADIENT_STEPS = 10
 
 
@@ -18,8 +18,8 @@ _GRADIENT_STEPS = 10
 def alps(weight: Tensor, gram: Gram, pattern: Pattern, options: SolverOptions) -> Solution:
     """Choose the mask by ADMM with a growing penalty, then refine the kept weights.
 
-    Inputs are scaled so that the damped Gram matrix has a unit diagonal, and weights by the inverse
-    factors. An iteration costs two products of (out, in) by (in, in).
+    Inputs are scaled so that the damped Gram matrix has a unit diagonal; the weights that ADMM
+    ranks are scaled inversely. An iteration costs two products of (out, in) by (in, in).
 
     Args:
         weight: the dense ``W`` (out, in).
@@ -39,7 +39,7 @@ def alps(weight: Tensor, gram: Gram, pattern: Pattern, options: SolverOptions) -
 
 
 def _admm(dense: Tensor, unit: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
-    """Alternate between free weights B and sparse weights D until they agree (algorithm 1).
+    """Split ``W`` into free weights B and sparse weights D, which converge (algorithm 1).
 
     Args:
         dense: the scaled ``W`` (out, in).
@@ -70,20 +70,20 @@ def _admm(dense: Tensor, unit: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor
 
 
 def _growth(changed: float) -> float:
-    """The factor of ρ after a change of that share of the support since the last update."""
+    """The growth factor of ρ for the share of the support that changed since the last check."""
     return next(factor for above, factor in _GROWTH if changed > above)
 
 
 def _conjugate_gradients(dense: Tensor, unit: Tensor, mask: Tensor, start: Tensor) -> Tensor:
     """A few steps towards ``V_K H_KK = (W H)_K`` in every row, from ``start`` (algorithm 2).
 
-    The preconditioner of the paper is the diagonal, which is 1 after the scaling. The number of
-    steps is that of the paper; `apt.solver.joint_weights` solves to convergence.
+    The paper's preconditioner is the diagonal, which is 1 after the scaling. The number of steps is
+    that of the paper; `apt.solver.joint_weights` iterates until convergence.
 
     Args:
         dense: the scaled ``W`` (out, in).
         unit: ``H`` scaled to a unit diagonal (in, in).
-        mask: the mask (out, in), True = pruned.
+        mask: True where pruned (out, in).
         start: weights (out, in), zero where pruned; changed in place.
 
     Returns:
@@ -108,5 +108,5 @@ def _dot(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """The quotient (out, 1); 0 for a solved row, in which both are 0."""
+    """The quotient (out, 1); 0 for a solved row, where both are zero."""
     return numerator / denominator.clamp(min=torch.finfo(denominator.dtype).tiny)

@@ -1,13 +1,13 @@
 """SparseSwaps: Wanda's mask, refined by swaps of single weights (arXiv 2512.10922).
 
-Let ``d`` be the pruned weights of a row, zero elsewhere. The loss of the row is ``d G dᵀ``. Let
-``c = d G``. A swap that keeps the pruned column p and prunes the kept column u changes the loss by
+Let ``d`` be the pruned weights of a row, zero elsewhere. Then the row's loss is ``d G dᵀ``. Let
+``c = d G``. A swap keeps the pruned column p and prunes the kept column u; it changes the loss by
 
     ``(w_u² G_uu + 2 w_u c_u) + (w_p² G_pp − 2 w_p c_p) − 2 w_u w_p G_up``,
 
 a term of u, a term of p and their coupling. Only the first two depend on the rest of the mask. So
 the table of couplings (pruned, kept) of a row is computed once, and a swap replaces one row and one
-column of it. For n:m the swaps are within groups; an unstructured row is one group.
+column of it. For n:m, swaps stay within groups; an unstructured row is a single group.
 """
 
 import math
@@ -21,16 +21,16 @@ from apt.solver.precision import full_precision
 from apt_plugins.baselines import wanda
 
 MAX_SWAPS = 100
-"""The largest number of swaps in a row, as in the paper."""
+"""The greatest number of swaps in a row, as in the paper."""
 
-_LEAST = 1e-6  # the least gain of a swap as a share of the row's loss: fp32 cannot resolve less
-_CHUNK = 2**25  # couplings in a chunk of rows on a GPU: 128 MiB in fp32, and an equal buffer
-_CPU_CHUNK = 2**22  # on a CPU: a third faster, as the couplings fit into its caches
+_LEAST = 1e-6  # least gain of a swap, as a share of the row's loss: the limit of fp32 precision
+_CHUNK = 2**25  # couplings of a chunk of rows on a GPU: 128 MiB in fp32, and a buffer as large
+_CPU_CHUNK = 2**22  # the same on a CPU, which is a third faster if a chunk fits into its caches
 
 
 @full_precision()
 def sparseswaps(weight: Tensor, gram: Gram, pattern: Pattern, options: SolverOptions) -> Solution:
-    """Apply the best swap of every row as long as it lowers the row's loss; no update of weights.
+    """Apply the best swap of every row as long as it lowers the row's loss; no compensation.
 
     Args:
         weight: the dense ``W`` (out, in).
@@ -52,8 +52,8 @@ def refine(weight: Tensor, matrix: Tensor, mask: Tensor, group: int) -> None:
     Args:
         weight: the dense ``W`` (out, in).
         matrix: the Gram matrix ``G`` (in, in), in any scale.
-        mask: the first mask (out, in), True = pruned; the count of every group does not change.
-        group: the number of consecutive columns that a swap stays within.
+        mask: the initial mask (out, in), True where pruned; the count of every group is unchanged.
+        group: the number of consecutive columns in a group; a swap stays within one.
     """
     counts = mask.reshape(len(mask), -1, group).sum(2)
     pruned, kept = int(counts.max()), group - int(counts.min())
@@ -68,15 +68,15 @@ def refine(weight: Tensor, matrix: Tensor, mask: Tensor, group: int) -> None:
 
 @dataclass(frozen=True)
 class _Rows:
-    """The rows of a chunk that can still improve. The tensors are changed in place.
+    """The rows of a chunk that still improve. The tensors are changed in place.
 
-    A slot contains the index of a column. All rows have the same number of slots. If their counts
-    differ, some slots of a row contain columns of the other kind, which the mask excludes.
+    A slot holds the index of a column. If rows differ in their counts of pruned weights, some slots
+    of rows with smaller counts hold columns of the other kind; ``mask`` excludes these from swaps.
 
     Attributes:
-        place: the positions of the rows in their chunk (rows,).
-        weight, mask, slope: ``w``, the mask (True = pruned), and ``c`` (rows, in).
-        pruned, kept: the slots (rows, groups, pruned) and (rows, groups, kept).
+        place: the indices of the rows in their chunk (rows,).
+        weight, mask, slope: ``w``, True where pruned, and ``c`` (rows, in).
+        pruned, kept: slots (rows, groups, pruned) and (rows, groups, kept).
         coupling: ``−2 w_p w_u G_pu`` (rows, groups, pruned, kept).
     """
 
@@ -113,7 +113,7 @@ def _coupling(weight: Tensor, matrix: Tensor, left: Tensor, right: Tensor) -> Te
 
 
 def _refine_rows(rows: _Rows, matrix: Tensor, mask: Tensor) -> None:
-    """Swap until no row improves; the result goes to ``mask`` (rows, in)."""
+    """Swap until no row improves, and write the result to ``mask`` (rows, in)."""
     buffer = torch.empty_like(rows.coupling)
     for _ in range(MAX_SWAPS):
         change, back, gone = _best_swaps(rows, matrix, buffer[: len(rows.place)])
@@ -132,7 +132,7 @@ def _best_swaps(rows: _Rows, matrix: Tensor, buffer: Tensor) -> tuple[Tensor, Te
     """The best swap of every row.
 
     Returns:
-        The change of its loss, its pruned slot counted through all groups, and its kept slot
+        The change of its loss, its pruned slot numbered through all groups, and its kept slot
         within the group, each (rows,).
     """
     alone = rows.weight.square().mul_(matrix.diagonal())

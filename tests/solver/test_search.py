@@ -89,7 +89,7 @@ def test_more_effort_never_gives_a_worse_layer(seed, pattern):
 def test_products_of_few_bits_find_as_good_a_mask(pattern, effort, monkeypatch):
     weight, exact = problem(13, 96, 256, tokens=1024)
     errors, options = [], SolverOptions(effort=effort)
-    monkeypatch.setattr("apt.solver.gram._FEW_BITS", 256)
+    monkeypatch.setattr("apt.solver.gram._BF16_WIDTH", 256)
     for few in (False, True):
         monkeypatch.setattr("apt.solver.gram.multiplies_bf16", lambda device, few=few: few)
         gram = Gram.from_sum(exact.matrix.float(), exact.tokens)

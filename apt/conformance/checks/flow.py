@@ -15,7 +15,7 @@ from apt.conformance.checks.tensors import first_tensor, near
 from apt.conformance.oracle import Seen, Stream
 from apt.conformance.snapshot import changes, snapshot
 from apt.errors import AptError
-from apt.pruning.paused_forward import CannotWait, Walk
+from apt.pruning.paused_forward import CannotPause, PausedForwards
 
 
 @promise
@@ -115,15 +115,15 @@ def _in_time(subject: Subject, step: Step) -> bool:
     sites = subject.adapter.sites(block)
     batches = [Batch(step.state, step.calls, subject.tokens.numel()) for _ in range(2)]
     with (
-        suppress(CannotWait),
-        Walk(subject.adapter, block, step.index, batches, sites, sites, {}) as walk,
+        suppress(CannotPause),
+        PausedForwards(subject.adapter, block, step.index, batches, sites, sites, {}) as forwards,
     ):
-        while (given := walk.next_input()) is not None:
-            walk.capture(given)
+        while (given := forwards.next_input()) is not None:
+            forwards.capture(given)
             for site in sites:
                 if site.input == given:
                     site.weight(block).data.mul_(-0.5)
-        walk.finish(leave=True)
+        forwards.finish(update_states=True)
         after = first_tensor(subject.adapter.step(block, step.state, step.call))
         return all(near(first_tensor(batch.state), after) for batch in batches)
     return True
