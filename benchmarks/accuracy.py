@@ -47,6 +47,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--eval-samples", type=int, default=32)
+    parser.add_argument(
+        "--skip", type=int, default=TUNED_ON, help="leading windows to leave out; 0: tuning windows"
+    )
     parser.add_argument("--text", help="a data source instead of the wiki summaries")
     parser.add_argument("--fortunes", type=Path, default=FORTUNES, help="folder of the second text")
     parser.add_argument("--dictionary", type=Path, help="a third text: foldoc.dict.dz")
@@ -67,7 +70,7 @@ def texts(options: argparse.Namespace, tokenizer: Any) -> tuple[Tensor, dict[str
     if options.dictionary:
         held_out["dictionary"] = dictionary(options.dictionary)
     return sample(tokenizer, calibration, options.samples, options.seqlen), {
-        name: sample(tokenizer, text, options.eval_samples, options.seqlen, TUNED_ON)
+        name: sample(tokenizer, text, options.eval_samples, options.seqlen, options.skip)
         for name, text in held_out.items()
     }
 

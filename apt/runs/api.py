@@ -19,6 +19,8 @@ from apt.planning.plan import Selection, make_plan
 from apt.plugin.registry import Registry, registry
 from apt.plugin.specs import MethodSpec
 from apt.pruning.layer import Method
+from apt.runs.limits import check_activations
+from apt.runs.machine import activation_store
 from apt.runs.new_report import calibration_of
 from apt.runs.prune_model import Job, prune_model
 from apt.runs.prune_options import PruneOptions, record
@@ -41,6 +43,7 @@ class PruneArguments(TypedDict, total=False):
     also: Sequence[str]
     tokenizer: Any
     seed: int
+    activations: str
     ranks: Ranks | None
     observe: Observer
 
@@ -73,6 +76,7 @@ def prune(
     also: Sequence[str] = (),
     tokenizer: Any = None,
     seed: int = 0,
+    activations: str = "memory",
     ranks: Ranks | None = None,
     observe: Observer = lambda event: None,
 ) -> Report:
@@ -102,6 +106,8 @@ def prune(
             random tokens, and the first token of the text that the model generates. Without it the
             special tokens are those of the model's configurations.
         seed: the seed for the text that the model generates.
+        activations: ``"memory"`` keeps the calibration activations on the device of the model,
+            ``"cpu"`` in CPU memory beside a model on a GPU.
         ranks: the processes of torch.distributed that prune together, `apt.Ranks` of their group.
             Each process makes this call with an equal model and the same arguments, and gets the
             same weights. None prunes in this process alone, even if there is a process group.
@@ -117,23 +123,33 @@ def prune(
             model cannot be pruned.
     """
     started, ranks = time.perf_counter(), ranks or Ranks()
+    check_activations(activations, streamed=False)
     installed, options = registry(), options or PruneOptions()
-    spec = method_spec(method, installed)
+    spec, function = find_method(method, installed)
     adapter_name, instance = find_adapter(adapter, model, installed)
-    recipe, augmentation = options.recipe(spec), options.augmentation(spec, len(tokens))
-    wanted = _pattern(pattern)
-    plan = make_plan(model, instance, wanted, selection, spec.per, also)
-    shared_out = _allocation(allocation, installed)
-    check_allocation(shared_out[0] if shared_out else UNIFORM, plan)
+    plan = make_plan(model, instance, _pattern(pattern), selection, spec.per, also)
+    job = Job(
+        instance,
+        plan,
+        function,
+        options.recipe(spec),
+        options.augmentation(spec, len(tokens)),
+        _allocation(allocation, installed),
+        seed,
+        bos_of(tokenizer) if tokenizer else None,
+        special_ids(tokenizer) if tokenizer else named_ids(model),
+    )
+    check_allocation(job.allocation_name, plan)
     report = Report(
         options={
-            "pattern": str(wanted),
+            "pattern": str(_pattern(pattern)),
             "method": spec.name,
-            "allocation": shared_out[0] if shared_out else UNIFORM,
+            "allocation": job.allocation_name,
             "also": list(also),
             "seed": seed,
+            "activations": activations,
             **(selection or Selection()).record(),
-            **record(recipe, augmentation),
+            **record(job.recipe, job.augmentation),
         },
         model={
             "reference": _reference(model),
@@ -141,21 +157,21 @@ def prune(
             "adapter": adapter_name,
             "sha256": fingerprint(model),
         },
-        calibration={"source": "", "own_samples": augmentation.own_samples},
+        calibration={"source": "", "own_samples": job.augmentation.own_samples, "bos": job.bos},
         skipped=[site.name for site in plan.sites if site.pattern is None],
     )
-    job = Job(
-        instance, plan, spec.load() if method is None or isinstance(method, str) else method,
-        recipe, augmentation, shared_out, seed,
-        bos_of(tokenizer) if tokenizer else None,
-        special_ids(tokenizer) if tokenizer else named_ids(model),
-    )  # fmt: skip
     tokens = job.with_own_text(model, tokens, ranks)
-    tell = telling(observe, installed.site_pruned)
-    _, sites = prune_model(model, tokens, job, ranks=ranks, observe=tell)
+    _, sites = prune_model(
+        model,
+        tokens,
+        job,
+        store=activation_store(activations),
+        ranks=ranks,
+        observe=telling(observe, installed.site_pruned),
+    )
     report = replace(
         report,
-        calibration=report.calibration | {"bos": job.bos} | calibration_of(tokens),
+        calibration=report.calibration | calibration_of(tokens),
         sites=sites,
         ranks=ranks.gather(ranks.work),
     )
@@ -222,14 +238,13 @@ def model_type(model: nn.Module) -> str:
     return str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
 
 
-def method_spec(method: str | Method | None, installed: Registry) -> MethodSpec:
-    """The spec of a method given by name, or a default spec for a function."""
-    if method is None:
-        return installed.default_method()
-    if isinstance(method, str):
-        return installed.methods.get(method)
+def find_method(method: str | Method | None, installed: Registry) -> tuple[MethodSpec, Method]:
+    """A method and its spec; a function has the spec of a method without options."""
+    if method is None or isinstance(method, str):
+        spec = installed.methods.get(method) if method else installed.default_method()
+        return spec, spec.load()
     name = getattr(method, "__name__", type(method).__name__)
-    return MethodSpec(name, "a function of the caller", "")
+    return MethodSpec(name, "a function of the caller", ""), method
 
 
 def _allocation(allocation: str | Allocation, installed: Registry) -> tuple[str, Allocation] | None:

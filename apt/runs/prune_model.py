@@ -9,7 +9,7 @@ from apt.adapter import Adapter
 from apt.calibration.storage import Store
 from apt.distributed.ranks import Ranks
 from apt.events import Observer, SitePruned
-from apt.planning.allocation import Allocation, allocated
+from apt.planning.allocation import UNIFORM, Allocation, allocated
 from apt.planning.plan import Plan
 from apt.pruning.block_storage import BlockStorage
 from apt.pruning.layer import Method
@@ -43,6 +43,11 @@ class Job:
     seed: int = 0
     bos: int | None = None
     special: tuple[int, ...] = ()
+
+    @property
+    def allocation_name(self) -> str:
+        """The name of the allocation."""
+        return self.allocation[0] if self.allocation else UNIFORM
 
     def with_own_text(self, model: nn.Module, tokens: Tensor, ranks: Ranks) -> Tensor:
         """The given tokens and those that the model generates, the same on all ranks."""

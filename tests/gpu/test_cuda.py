@@ -53,7 +53,7 @@ def test_models_are_pruned_as_on_the_cpu(variant, dtype):
     assert errors[0] == pytest.approx(errors[1], rel=0.05)
 
 
-@pytest.mark.parametrize("where", ["memory", "disk"])
+@pytest.mark.parametrize("where", ["memory", "cpu", "disk"])
 def test_a_streamed_run_reads_ahead_and_prunes_as_on_the_cpu(where, checkpoint, apt):
     command = ("prune", checkpoint("llama"), "--samples", 4, "--seqlen", 24, "--pattern", "2:4")
     errors = []
