@@ -99,7 +99,7 @@ def test_two_threads_restore_what_was_allowed():
         ({"block_size": 0}, "block size 0 is not positive"),
         ({"effort": "most"}, "effort 'most' is not one of fast, default, best"),
         ({"alpha": 1.5}, "alpha 1.5 is not a number from 0 to 1"),
-        ({"tuning_epochs": -1}, "tuning_epochs -1 is not"),
+        ({"tuning_epochs": -1}, "tuning epochs -1 is not"),
         ({"error_aware": False, "beta": 0.5}, "beta has no effect in a layer-wise run"),
     ],
 )

@@ -98,7 +98,7 @@ def test_given_text_stays_whole(apt, monkeypatch):
     ("options", "said"),
     [
         (("--own-samples", -1), "must not be negative"),
-        (("--samples", 0), "--samples must be at least 1; or let the model write --own-samples"),
+        (("--samples", 0), "use at least one sample or one own sample (--samples, --own-samples)"),
     ],
 )
 def test_what_cannot_be_is_told_first(options, said, apt):
