@@ -7,7 +7,6 @@ import torch
 
 import apt as library
 from apt.errors import AptError
-from apt.hookspecs import AllocationSpec
 from apt.planning.allocation import allocated
 from apt.planning.plan import Selection, make_plan
 from apt.plugin.registry import registry
@@ -89,11 +88,10 @@ def test_an_allocation_needs_an_unstructured_pattern():
         (lambda name: None, r"gives no value as the sparsity of .*q_proj"),
     ],
 )
-def test_an_allocation_that_breaks_its_promise_is_named(shift, message, adapter_of, monkeypatch):
+def test_an_allocation_that_breaks_its_promise_is_named(shift, message, adapter_of):
     model = random_model("llama")
     adapter = adapter_of(model)
     plan = make_plan(model, adapter, Unstructured(0.5))
     shares = {s.name: 0.5 + d for s in plan.sites if (d := shift(s.name)) is not None}
-    monkeypatch.setattr(AllocationSpec, "load", lambda spec: lambda *given: shares)
     with pytest.raises(AptError, match=message):
-        allocated(plan, AllocationSpec("mine", "", ""), model, adapter, TOKENS)
+        allocated(plan, "mine", lambda *given: shares, model, adapter, TOKENS)
