@@ -131,7 +131,7 @@ def test_windows_are_consecutive_and_whole():
     assert cut.tolist() == [list(range(10)), list(range(10, 20))]
 
 
-@pytest.mark.parametrize(("tokens", "message"), [(25, "use --samples 2"), (5, "smaller --seqlen")])
+@pytest.mark.parametrize(("tokens", "message"), [(25, "use 2 samples"), (5, "smaller seqlen")])
 def test_too_little_text_says_how_much_there_is(tokens, message):
     with pytest.raises(AptError, match=f"too little text: x gives {tokens} tokens.*{message}"):
         windows(torch.arange(tokens), 3, 10, "x")
