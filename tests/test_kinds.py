@@ -28,7 +28,7 @@ def refusal(path, adapter=None):
     [
         *((name, "is an encoder-decoder model (type '") for name in ENCODER_DECODERS),
         *((name, "is an encoder (type '") for name in ENCODERS),
-        *((name, "transformers has no causal language model of type '") for name in OTHERS),
+        *((name, "of which transformers has no causal language model") for name in OTHERS),
     ],
 )
 def test_what_is_no_causal_language_model_is_told(tmp_path, name, said, adapter):
@@ -46,7 +46,7 @@ def test_what_is_no_causal_language_model_is_told(tmp_path, name, said, adapter)
         ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8"),
         ({"quant_method": "compressed-tensors"}, "compressed-tensors"),
         ({"quant_method": "mxfp4"}, "mxfp4"),
-        ({"bits": 4}, "a method that is not named"),
+        ({"bits": 4}, "an unnamed method"),
     ],
     ids=str,
 )

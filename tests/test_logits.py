@@ -147,7 +147,7 @@ def test_the_estimate_counts_measuring_and_writing(monkeypatch):
         return estimate(shell, plan, 1, 32, torch.float32, "cpu", streamed=False, **how)
 
     small = needs()
-    assert needs(writing=True).predicting >= small.predicting
+    assert needs(own_text=True).predicting >= small.predicting
     monkeypatch.setattr("apt.runs.estimate.vocabulary", lambda model: 2**22)
     large = needs()
     assert large.predicting > 2**30

@@ -257,7 +257,7 @@ def test_a_weight_that_two_blocks_share_is_refused_by_name(adapter_of):
     model = random_model("llama")
     layers = model.model.layers
     layers[2].mlp.up_proj.weight = layers[0].mlp.up_proj.weight
-    with pytest.raises(AptError, match=r"layers\.0\.mlp\.up_proj and .*2\.mlp\.up_proj are one"):
+    with pytest.raises(AptError, match=r"layers\.0\.mlp\.up_proj and .*2\.mlp\.up_proj share one"):
         make_plan(model, adapter_of(model), NM(2, 4))
     skip = Selection(skip=("*.mlp.up_proj",))
     assert make_plan(model, adapter_of(model), NM(2, 4), skip)

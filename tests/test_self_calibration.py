@@ -124,7 +124,8 @@ def test_logits_that_are_no_numbers_are_left_to_the_pruning_to_tell():
     assert library.own_text(model.module, 2, 16).shape == (2, 16)
 
 
-def test_a_streamed_run_does_without_and_says_so(apt):
+def test_a_streamed_run_writes_as_much(apt):
     result = apt(*COMMAND, "--samples", 6, "--effort", "best", "--stream", "-o", "out")
     assert result.code == 0, result.err
-    assert "own samples: 0 (not 2:" in result.err
+    calibration = json.loads(Path("out/apt_report.json").read_text())["calibration"]
+    assert (calibration["own_samples"], calibration["shape"][0]) == (2, 8)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from apt.adapter import Adapter, Call, State
 from apt.calibration.storage import InStore, MemoryStore, Store, mapped
 from apt.distributed.ranks import Ranks
+from apt.errors import AptError
 
 TOKENS_PER_BATCH = 4096
 
@@ -85,6 +86,12 @@ class Batch:
     ) -> None:
         self.store = store or MemoryStore()
         self.state, self.calls, self.tokens, self.dense = state, calls, tokens, dense
+
+
+def check_shape(tokens: Tensor) -> None:
+    """Raise `AptError` if ``tokens`` is not (samples, seqlen), or is empty."""
+    if tokens.ndim != 2 or not tokens.numel():
+        raise AptError(f"tokens have shape {tuple(tokens.shape)}", "give (samples, seqlen)")
 
 
 def enter(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from apt.adapter import Adapter, Site, State
 from apt.adapter.eval_mode import eval_mode
-from apt.calibration.batches import TOKENS_PER_BATCH, Batch, enter
+from apt.calibration.batches import TOKENS_PER_BATCH, Batch, check_shape, enter
 from apt.calibration.capture import Capture
 from apt.calibration.dense_activations import advance_dense
 from apt.calibration.storage import MemoryStore, Store
@@ -72,8 +72,7 @@ def prune_blocks(
         AptError: the tokens have another shape, activations are not finite, a site's inputs were
             not captured, or a solve failed.
     """
-    if tokens.ndim != 2 or not tokens.numel():
-        raise AptError(f"tokens have shape {tuple(tokens.shape)}", "give (samples, seqlen)")
+    check_shape(tokens)
     recipe = recipe or Recipe()
     solver = SiteSolver(method, recipe.solver, recipe.targets)
     run = _Pruning(

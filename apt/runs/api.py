@@ -9,6 +9,7 @@ from typing import Any, TypedDict, TypeVar, Unpack
 from torch import Tensor, nn
 
 from apt.adapter import Adapter
+from apt.calibration.batches import check_shape
 from apt.checkpoints.load import fingerprint
 from apt.distributed.ranks import Ranks
 from apt.errors import AptError
@@ -124,6 +125,7 @@ def prune(
     """
     started, ranks = time.perf_counter(), ranks or Ranks()
     check_activations(activations, streamed=False)
+    check_shape(tokens)
     installed, options = registry(), options or PruneOptions()
     spec, function = find_method(method, installed)
     adapter_name, instance = find_adapter(adapter, model, installed)
