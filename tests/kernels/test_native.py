@@ -103,7 +103,7 @@ def test_chained_native_blocks_are_the_model(kind, fused, dtype):
 def test_native_models_are_pruned_in_memory_as_their_conversions_are(kind, written):
     model, folder = written(kind)
     report = library.prune(model, TOKENS, pattern="2:4", method="sm")
-    assert report.model == {"type": "MambaLMHeadModel", "adapter": "mamba-ssm"}
+    assert report.model.items() >= {"type": "MambaLMHeadModel", "adapter": "mamba-ssm"}.items()
     from apt.checkpoints.load import load, skeleton
     from apt.locations.model_source import find
 
