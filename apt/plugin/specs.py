@@ -46,11 +46,6 @@ class AdapterSpec(Spec):
     example: str | None = None
     doctor: str | None = None
 
-    def load_example(self) -> Any:
-        """Build the example model."""
-        assert self.example is not None
-        return resolve_name(self.example)()
-
     def examine(self) -> Any:
         """Call the doctor function."""
         assert self.doctor is not None
