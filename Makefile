@@ -31,9 +31,9 @@ check: lint test
 kernels: $(VENV)/.kernels
 	PYTHONPATH=$(VENV)/kernels OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/kernels
 
-# A package of the template beside a wheel of APT, in a new environment.
-template: $(VENV)/.development
-	.ci/template $(BIN)
+# A package of the template beside a wheel of APT, in an environment of its own.
+template:
+	.ci/template $(PYTHON)
 
 # The tests on the oldest and the newest transformers of the declared range.
 matrix: test

@@ -18,8 +18,8 @@ from tests.families import FAMILIES, builtin
 def test_pruning_costs_perplexity_and_methods_can_be_ranked(family):
     source = find(f"zoo:{family}", registry())
     model, tokenizer = load(skeleton(source, registry())), load_tokenizer(source)
-    tokens = calibration_tokens(tokenizer, [builtin("calibration")], 48, 128, 0, "builtin")
-    held_out = evaluation_tokens(tokenizer, [builtin("evaluation")], 48, 128, "builtin")
+    tokens = calibration_tokens(tokenizer, [builtin("calibration")], 32, 128, 0, "builtin")
+    held_out = evaluation_tokens(tokenizer, [builtin("evaluation")], 32, 128, "builtin")
 
     def score(module):
         with model.adapter.running(module):
