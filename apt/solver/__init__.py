@@ -6,6 +6,12 @@ matrix ``XᵀX`` of shape (in, in). It is independent of models, adapters and fi
 """
 
 from apt.solver.admm_search import admm
+from apt.solver.column_groups import (
+    ColumnGroups,
+    keep_columns,
+    removal_loss,
+    remove_groups,
+)
 from apt.solver.gram import DampedGram, Gram, SolverError
 from apt.solver.least_squares import Joint, joint_weights
 from apt.solver.loss import relative_layer_error
@@ -17,6 +23,7 @@ __all__ = [
     "EFFORTS",
     "MAX_REMOVAL_SETS",
     "NM",
+    "ColumnGroups",
     "DampedGram",
     "Effort",
     "Gram",
@@ -28,10 +35,13 @@ __all__ = [
     "Unstructured",
     "admm",
     "joint_weights",
+    "keep_columns",
     "mm",
     "ms",
     "parse_pattern",
     "relative_layer_error",
+    "removal_loss",
+    "remove_groups",
     "sm",
     "ss",
 ]

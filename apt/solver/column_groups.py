@@ -1,0 +1,177 @@
+"""The removal of whole groups of input columns: the multiple removal problem with one mask.
+
+If all rows of a weight lose the same columns ``P``, the closed form of arXiv 2410.15567 needs one
+factorisation for all rows. The best weights of the columns that stay are
+``V_K = W_K + W_P H_PK H_KK⁻¹``, and the loss is ``½ tr(W_P ([H⁻¹]_PP)⁻¹ W_Pᵀ)``. A group of columns
+is, for instance, a channel of an MLP or the outputs of an attention head: without them, the model
+has a smaller dense weight.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from apt.solver.gram import DampedGram, Gram, positive_inverse
+from apt.solver.options import Solution, SolverOptions
+from apt.solver.precision import full_precision
+
+# The greedy removal of many groups removes several in a step. On MLPs of SmolLM2 (384 of 1536
+# columns), 32 steps end with the same loss as single removals, within 0.1 %.
+_STEPS = 32
+
+
+@dataclass(frozen=True)
+class ColumnGroups:
+    """Consecutive groups of columns, of which a number is kept.
+
+    Args:
+        count: the number of groups; all have the same number of columns.
+        kept: the number of groups that are kept.
+        bins: the number of equal, consecutive bins of groups. The same number is removed from each.
+
+    Raises:
+        ValueError: nothing is kept or removed, or the bins cannot be equal.
+    """
+
+    count: int
+    kept: int
+    bins: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.kept < self.count:
+            raise ValueError(f"{self.kept} of {self.count} groups: keep at least one, remove one")
+        if self.count % self.bins or self.kept % self.bins:
+            raise ValueError(f"{self.kept} of {self.count} groups in {self.bins} unequal bins")
+
+    def __str__(self) -> str:
+        return f"{self.kept} of {self.count} groups"
+
+    @property
+    def removed(self) -> int:
+        """The number of groups that are removed."""
+        return self.count - self.kept
+
+    def columns(self, removed: Tensor, width: int) -> Tensor:
+        """The mask (width,) of the columns of the groups with the mask ``removed`` (count,).
+
+        Raises:
+            ValueError: ``width`` is not a multiple of the number of groups.
+        """
+        if width % self.count:
+            raise ValueError(f"{width} columns are not a multiple of {self.count} groups")
+        return removed.repeat_interleave(width // self.count)
+
+
+@full_precision()
+def remove_groups(
+    weight: Tensor, gram: Gram, groups: ColumnGroups, options: SolverOptions
+) -> Solution:
+    """Remove groups greedily by their joint loss, with exact weights for the others.
+
+    Each step removes the groups of least loss, given all removals before, and compensates in all
+    columns that are left, as OBS does with single weights. At the end, the kept columns are solved
+    exactly.
+
+    Args:
+        weight: the dense ``W`` (out, in).
+        gram: the Gram matrix of its inputs (in, in).
+        groups: the groups, and the number that is kept.
+        options: the damping; nothing else is used.
+
+    Raises:
+        ValueError: the inputs are not a multiple of the number of groups.
+        SolverError: the Gram matrix has no factorisation, see `Gram.damped`.
+    """
+    damped = gram.damped(options.damping)
+    search = _GreedyRemoval(weight.to(damped.matrix.dtype), damped, groups)
+    while (left := groups.removed - int(search.removed.sum())) > 0:
+        search.remove(search.cheapest(min(left, math.ceil(groups.removed / _STEPS))))
+    return keep_columns(weight, damped, groups.columns(search.removed, weight.shape[1]))
+
+
+@full_precision()
+def keep_columns(weight: Tensor, damped: DampedGram, removed: Tensor) -> Solution:
+    """The exact least-squares weights on the kept columns.
+
+    Args:
+        weight: the dense ``W`` (out, in).
+        damped: the damped Gram matrix ``H`` (in, in).
+        removed: True for the columns that are removed (in,).
+    """
+    dense, matrix, keep = weight.to(damped.matrix.dtype), damped.matrix, ~removed
+    root = torch.linalg.cholesky(matrix[keep][:, keep])
+    lost = dense[:, removed] @ matrix[removed][:, keep]
+    solution = torch.zeros_like(dense)
+    solution[:, keep] = dense[:, keep] + torch.cholesky_solve(lost.T, root).T
+    return Solution(solution, removed.expand_as(dense).clone(), damped.damping)
+
+
+@full_precision()
+def removal_loss(weight: Tensor, damped: DampedGram, removed: Tensor) -> float:
+    """``½ tr(W_P ([H⁻¹]_PP)⁻¹ W_Pᵀ)``, the least loss of a removal of columns.
+
+    Args:
+        weight: the dense ``W`` (out, in).
+        damped: the damped Gram matrix ``H`` (in, in), of the mean token.
+        removed: True for the columns that are removed (in,).
+    """
+    lost = weight[:, removed].to(damped.matrix.dtype)
+    root = torch.linalg.cholesky(positive_inverse(damped.matrix)[removed][:, removed])
+    return float(torch.linalg.solve_triangular(root, lost.T, upper=False).square().sum()) / 2
+
+
+class _GreedyRemoval:
+    """The state of a greedy removal.
+
+    Attributes:
+        removed: True for the groups that are removed (count,).
+    """
+
+    def __init__(self, weight: Tensor, damped: DampedGram, groups: ColumnGroups) -> None:
+        self._groups = groups
+        self._weight, self._inverse = weight.clone(), positive_inverse(damped.matrix)
+        self.removed = torch.zeros(groups.count, dtype=torch.bool, device=weight.device)
+        self._columns = torch.arange(weight.shape[1], device=weight.device)
+        groups.columns(self.removed, weight.shape[1])  # refuses groups that do not fit
+
+    def cheapest(self, count: int) -> Tensor:
+        """The indices of about ``count`` groups of least loss, the same number from each bin."""
+        groups = self._groups
+        losses = self._losses().masked_fill(self.removed, math.inf).view(groups.bins, -1)
+        each = math.ceil(count / groups.bins)
+        chosen = losses.topk(each, dim=1, largest=False).indices
+        first = torch.arange(groups.bins, device=chosen.device) * (groups.count // groups.bins)
+        return (chosen + first.unsqueeze(1)).flatten()
+
+    def _losses(self) -> Tensor:
+        """The loss of the removal of each group by itself, up to a factor (count,)."""
+        parts = self._weight.unflatten(1, (self._groups.count, -1))
+        size = parts.shape[2]
+        if size == 1:
+            diagonal = self._inverse.diagonal().masked_fill(self.removed, 1)
+            return parts.square().sum((0, 2)) / diagonal
+        blocks = self._inverse.view(len(parts[0]), size, -1, size).diagonal(dim1=0, dim2=2)
+        blocks = blocks.permute(2, 0, 1).clone()
+        blocks[self.removed] = torch.eye(size).to(blocks)
+        roots = torch.linalg.cholesky(blocks)
+        return (
+            torch.linalg.solve_triangular(roots, parts.permute(1, 2, 0), upper=False)
+            .square()
+            .sum((1, 2))
+        )
+
+    def remove(self, chosen: Tensor) -> None:
+        """Remove groups, and compensate in all columns that are left."""
+        taken = torch.zeros_like(self.removed)
+        taken[chosen] = True
+        columns = self._columns[self._groups.columns(taken, len(self._columns))]
+        across = self._inverse[columns]
+        ratio = torch.linalg.solve(across[:, columns], across)
+        self._weight -= self._weight[:, columns] @ ratio
+        self._inverse -= across.T @ ratio
+        self._weight[:, columns] = 0  # without the rounding errors of the update
+        self._inverse[columns] = 0
+        self._inverse[:, columns] = 0
+        self.removed |= taken
