@@ -1,6 +1,11 @@
 """LLaMA: attention with shared or separate key/value heads, and a gated MLP."""
 
-from apt.adapter import DecoderAdapter, Input
+from typing import Any
+
+from torch import nn
+
+from apt.adapter import DecoderAdapter, Groups, Input
+from apt_adapters.transformer_groups import attention_heads, mlp_channels
 
 
 class LlamaAdapter(DecoderAdapter):
@@ -13,3 +18,7 @@ class LlamaAdapter(DecoderAdapter):
         Input("mlp", ("mlp.gate_proj", "mlp.up_proj")),
         Input("neurons", ("mlp.down_proj",), residual=True),
     )
+
+    def groups(self, block: nn.Module, config: Any) -> list[Groups]:
+        """The channels of the MLP, and the heads of the attention."""
+        return [mlp_channels(block, config), *attention_heads(block, config)]

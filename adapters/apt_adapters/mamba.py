@@ -7,11 +7,11 @@ this module does not depend on the path of the forward.
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
-from apt.adapter import DecoderAdapter, Effects, Extra, Input
+from apt.adapter import DecoderAdapter, Effects, Extra, Groups, Input, Part, columns, rows
 from apt_adapters.effects import effects_of, extras_of
 from apt_adapters.processor import on_processor
 
@@ -52,6 +52,22 @@ class MambaAdapter(StateSpaceAdapter):
         Input("scanned", ("mixer.out_proj",), residual=True),
     )
 
+    def groups(self, block: nn.Module, config: Any) -> list[Groups]:
+        """The channels of the mixer: of the convolution, of the scan and of the gate."""
+        count = config.intermediate_size
+        parts = (
+            *rows(block, "mixer.in_proj"),
+            *rows(block, "mixer.in_proj", start=count),
+            *rows(block, "mixer.conv1d"),
+            columns("mixer.x_proj"),
+            *rows(block, "mixer.dt_proj"),
+            Part("mixer.A_log"),
+            Part("mixer.D"),
+            columns("mixer.out_proj"),
+        )
+        readers = ("mixer.x_proj", "mixer.out_proj")
+        return [Groups("channels", count, readers, parts, {"intermediate_size": int})]
+
 
 class Mamba2Adapter(MambaAdapter):
     """``Mamba2ForCausalLM``; B, C and the time step are outputs of ``in_proj``."""
@@ -60,3 +76,7 @@ class Mamba2Adapter(MambaAdapter):
         Input("mixer", ("mixer.in_proj",)),
         Input("scanned", ("mixer.out_proj",), residual=True),
     )
+
+    def groups(self, block: nn.Module, config: Any) -> list[Groups]:
+        """No groups: ``expand`` is a whole number, which fixes the width of all heads."""
+        return []

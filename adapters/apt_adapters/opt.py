@@ -1,10 +1,11 @@
 """OPT: separate q, k and v, a plain MLP; 350m normalises after each sublayer."""
 
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
-from apt.adapter import DecoderAdapter, Input, Site
+from apt.adapter import DecoderAdapter, Groups, Input, Site, columns, rows
 
 
 class OptAdapter(DecoderAdapter):
@@ -24,3 +25,8 @@ class OptAdapter(DecoderAdapter):
         if block.do_layer_norm_before:
             return sites
         return [replace(site, residual=site.residual and site.name != "fc2") for site in sites]
+
+    def groups(self, block: nn.Module, config: Any) -> list[Groups]:
+        """The channels of the MLP. A head cannot go: the width of all heads is the hidden size."""
+        parts = (*rows(block, "fc1"), columns("fc2"))
+        return [Groups("channels", config.ffn_dim, ("fc2",), parts, {"ffn_dim": int})]

@@ -6,6 +6,7 @@ of Linears whose paths are declared. Adapter packages import everything from thi
 
 from apt.adapter.decoder import DecoderAdapter, Input
 from apt.adapter.experts import expert_sites, one_by_one
+from apt.adapter.groups import Groups, Part, columns, rows
 from apt.adapter.protocol import Adapter
 from apt.adapter.recording import record_calls, stub_output, stubbed
 from apt.adapter.sites import Call, Effects, Extra, Sink, Site, State
@@ -17,14 +18,18 @@ __all__ = [
     "DecoderAdapter",
     "Effects",
     "Extra",
+    "Groups",
     "Input",
+    "Part",
     "Sink",
     "Site",
     "State",
     "WeightTap",
+    "columns",
     "expert_sites",
     "one_by_one",
     "record_calls",
+    "rows",
     "stub_output",
     "stubbed",
 ]

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from apt.adapter.groups import Groups
 from apt.adapter.recording import record_calls
 from apt.adapter.sites import Call, Effects, Extra, Sink, Site, State, check_type
 from apt.adapter.weight_tap import WeightTap
@@ -132,6 +133,10 @@ class DecoderAdapter:
     ) -> AbstractContextManager[None]:
         """Report nothing: the family has no extras."""
         return nullcontext()
+
+    def groups(self, block: nn.Module, config: Any) -> list[Groups]:
+        """No groups."""
+        return []
 
     def enter(self, model: nn.Module, tokens: Tensor) -> tuple[State, list[Call]]:
         """Record the call of every block in one run of the model with stubs for blocks."""

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from apt.adapter.groups import Groups
 from apt.adapter.sites import Call, Effects, Extra, Sink, Site, State
 
 
@@ -60,6 +61,12 @@ class Adapter(Protocol):
         which the loss is divided. The Gram matrix is that of the inputs that the weights multiply;
         for ``removal="effect"``, that of the changes of the product that the removal of each weight
         causes.
+        """
+
+    def groups(self, block: nn.Module, config: Any) -> list[Groups]:
+        """The groups of a block that can be removed, by kind; none if the family has none.
+
+        Only kinds that a configuration of the family can express are listed.
         """
 
     def enter(self, model: nn.Module, tokens: Tensor) -> tuple[State, list[Call]]:

@@ -147,20 +147,18 @@ class _GreedyRemoval:
 
     def _losses(self) -> Tensor:
         """The loss of the removal of each group by itself, up to a factor (count,)."""
-        parts = self._weight.unflatten(1, (self._groups.count, -1))
+        parts = self._weight.view(len(self._weight), self._groups.count, -1)
         size = parts.shape[2]
         if size == 1:
             diagonal = self._inverse.diagonal().masked_fill(self.removed, 1)
-            return parts.square().sum((0, 2)) / diagonal
+            alone: Tensor = parts.square().sum((0, 2)) / diagonal
+            return alone
         blocks = self._inverse.view(len(parts[0]), size, -1, size).diagonal(dim1=0, dim2=2)
         blocks = blocks.permute(2, 0, 1).clone()
         blocks[self.removed] = torch.eye(size).to(blocks)
-        roots = torch.linalg.cholesky(blocks)
-        return (
-            torch.linalg.solve_triangular(roots, parts.permute(1, 2, 0), upper=False)
-            .square()
-            .sum((1, 2))
-        )
+        roots, lost = torch.linalg.cholesky(blocks), parts.permute(1, 2, 0)
+        solved: Tensor = torch.linalg.solve_triangular(roots, lost, upper=False)
+        return solved.square().sum((1, 2))
 
     def remove(self, chosen: Tensor) -> None:
         """Remove groups, and compensate in all columns that are left."""
