@@ -82,17 +82,27 @@ def started(source: Source, setting: Setting) -> Iterator[Worker]:
     context = get_context("spawn")  # a fork would share memory with this process
     ours, theirs = context.Pipe()
     process = context.Process(target=serve, args=(theirs, source, setting), daemon=True)
-    resource_tracker.ensure_running()  # it would change the mask of signals below
-    # Ctrl-C in a terminal goes to all processes, and only the main process handles it.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        process.start()
+        with _ctrl_c_blocked():
+            process.start()
         theirs.close()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    try:
         yield Worker(source.reference, process, ours)
     finally:
-        process.kill()
-        process.join()
+        if process.pid is not None:
+            process.kill()
+            process.join()
         ours.close()
+
+
+@contextmanager
+def _ctrl_c_blocked() -> Iterator[None]:
+    """While entered, SIGINT waits, and processes that are started never receive it.
+
+    Ctrl-C in a terminal goes to all processes, and only the main process handles it.
+    """
+    resource_tracker.ensure_running()  # its start would unblock SIGINT
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

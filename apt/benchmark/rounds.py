@@ -18,7 +18,7 @@ def bench(
     notice: Callable[[str], None] = lambda line: None,
     status: Callable[[str], None] = lambda line: None,
 ) -> tuple[Work, list[Result]]:
-    """Measure models, each in a process of its own, of which one at a time works.
+    """Measure models, each in a process of its own; while one measures, the others wait.
 
     In each round each model is loaded, measured and released. So the weights of one model are in
     memory at a time, and a drift of the machine's speed affects all models alike. Every second
