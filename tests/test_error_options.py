@@ -59,11 +59,11 @@ def named_options(tree: ast.Module) -> Iterator[str]:
 
 
 def flags() -> set[str]:
-    """The flags of ``apt-prune prune`` and ``apt-prune eval``."""
+    """The flags of ``apt-prune prune``, ``eval`` and ``bench``."""
     commands = get_command(app).commands
     return {
         flag
-        for command in ("prune", "eval")
+        for command in ("prune", "eval", "bench")
         for parameter in commands[command].params
         for flag in (*parameter.opts, *parameter.secondary_opts)
     }

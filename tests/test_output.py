@@ -127,9 +127,10 @@ def test_every_option_has_a_sentence_in_its_help():
             assert text.endswith(".") or ":" in text, f"{name} {parameter.name}: {text}"
 
 
-def test_every_option_of_a_run_is_in_the_documentation():
+@pytest.mark.parametrize("command", ["prune", "bench"])
+def test_every_option_of_a_run_is_in_the_documentation(command):
     page = (Path(__file__).parent.parent / "docs" / "usage.md").read_text()
-    for parameter in commands()["prune"].params:
+    for parameter in commands()[command].params:
         for option in (*parameter.opts, *parameter.secondary_opts):
             if option.startswith("--") and option != "--help":
                 assert f"`{option}" in page, option

@@ -9,6 +9,7 @@ import typer
 
 from apt.cli import (
     adapters,
+    bench,
     check,
     convert,
     doctor,
@@ -61,6 +62,7 @@ app = typer.Typer(
 )
 app.command("prune", cls=GroupedHelp)(prune.prune)
 app.command("eval")(evaluate.evaluate)
+app.command("bench")(bench.bench)
 app.command("inspect")(inspect.inspect)
 app.command("verify")(verify.verify)
 app.command("check")(check.check)

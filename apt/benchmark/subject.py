@@ -1,0 +1,126 @@
+"""A model that is measured, in the process that measures it."""
+
+import gc
+import platform
+from dataclasses import replace
+from pathlib import Path
+from time import perf_counter
+
+import torch
+
+from apt.benchmark.generation import prompts, speed, synchronise
+from apt.benchmark.measures import Facts, Turn
+from apt.benchmark.options import Setting, Work
+from apt.checkpoints.formats import local_copy
+from apt.checkpoints.load import load, skeleton
+from apt.checkpoints.model import Model
+from apt.checkpoints.safetensors_io import Shards
+from apt.checkpoints.stored import local_directory
+from apt.errors import AptError, NotStoredError
+from apt.locations.model_source import Source
+from apt.output.report import peak_memory, versions
+from apt.plugin.registry import registry
+from apt.runs.machine import choose_device, read_dtype
+from apt.text.self_generated import writes
+
+
+class Subject:
+    """A model that is measured. Between two turns its weights are not in memory.
+
+    Args:
+        source: the model.
+        setting: the way in which it is loaded.
+
+    Raises:
+        AptError: the model does not load, it cannot generate text, or there is no such device.
+    """
+
+    def __init__(self, source: Source, setting: Setting) -> None:
+        if setting.threads is not None:
+            torch.set_num_threads(setting.threads)
+        self._device, self._dtype = choose_device(setting.device), read_dtype(setting.dtype)
+        shell = skeleton(source, registry(), setting.adapter)
+        _check(shell)
+        self._idle = peak_memory()["cpu"]
+        self._shell = _downloaded(shell) if source.on_hub else shell
+
+    def facts(self) -> Facts:
+        """The facts that do not change from round to round."""
+        shell = self._shell
+        return Facts(
+            parameters=sum(parameter.numel() for parameter in shell.module.parameters()),
+            weight_bytes=sum(path.stat().st_size for path in _weight_files(shell)),
+            positions=shell.adapter.positions(shell.config),
+            idle_bytes=self._idle,
+            device=self._device,
+            device_name=_device_name(self._device),
+            threads=torch.get_num_threads(),
+            versions=versions(),
+        )
+
+    def turn(self, work: Work, seed: int) -> Turn:
+        """Load the model, measure each batch, and release the model.
+
+        Args:
+            work: the tokens to process.
+            seed: the seed of the prompts.
+        """
+        on_cuda = self._device.startswith("cuda")
+        if on_cuda:
+            torch.cuda.reset_peak_memory_stats(self._device)
+        start = perf_counter()
+        model = load(self._shell, self._dtype, self._device)
+        synchronise(torch.device(self._device))
+        seconds = perf_counter() - start
+        with model.adapter.running(model.module):
+            speeds = tuple(
+                speed(model.module, prompts(model.module, batch, work.prompt, seed), work.generate)
+                for batch in work.batches
+            )
+        peak = {"cpu": peak_memory()["cpu"]}
+        if on_cuda:
+            peak["cuda"] = torch.cuda.max_memory_allocated(self._device)
+        dtype = str(model.dtype).removeprefix("torch.")
+        del model
+        gc.collect()
+        if on_cuda:
+            torch.cuda.empty_cache()
+        return Turn(seconds, dtype, speeds, peak)
+
+
+def _check(shell: Model) -> None:
+    """Raise if the adapter does not fit the model, or the model cannot generate text."""
+    for _, block in shell.adapter.blocks(shell.module):
+        shell.adapter.sites(block)
+    if not writes(shell.module):
+        raise AptError(
+            f"{type(shell.module).__name__} of {shell.source.reference} cannot generate text",
+            "its decoding speed cannot be measured",
+        )
+
+
+def _downloaded(shell: Model) -> Model:
+    """A model of the hub, to be read from its local copy, so that no load uses the network."""
+    source = shell.source
+    try:
+        Shards(local_directory(shell))
+    except NotStoredError:  # its weights are in another format
+        local_copy(source)
+    return replace(shell, source=replace(source, hub=replace(source.hub, local=True)))
+
+
+def _weight_files(shell: Model) -> list[Path]:
+    source = shell.source
+    if source.gguf:
+        return source.files()
+    directory = local_directory(shell)
+    try:
+        return Shards(directory).files
+    except NotStoredError:
+        return list(directory.glob("pytorch_model*.bin"))
+
+
+def _device_name(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or platform.machine()

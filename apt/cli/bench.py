@@ -1,0 +1,65 @@
+"""``apt-prune bench``."""
+
+import typer
+
+from apt.benchmark.options import Setting, Work
+from apt.cli import arguments as args
+from apt.cli.streams import program
+
+
+def bench(
+    models: list[str] = typer.Argument(
+        metavar="MODEL", help="Directories, hub names, .gguf files or zoo:NAME."
+    ),
+    prompt: int = typer.Option(512, "--prompt", help="Tokens of a prompt; they are random."),
+    generate: int = typer.Option(64, "--generate", help="Tokens to generate after a prompt."),
+    batch: list[int] = typer.Option(
+        [1, 8],
+        "--batch",
+        help="Number of sequences that run together; repeatable.",
+    ),
+    rounds: int = typer.Option(
+        5,
+        "--rounds",
+        help="Number of rounds; each loads and measures every model.",
+    ),
+    adapter: str | None = args.ADAPTER,
+    device: str = args.DEVICE,
+    dtype: str = args.DTYPE,
+    threads: int | None = typer.Option(
+        None,
+        "--threads",
+        help="CPU threads; by default those of torch.",
+    ),
+    as_json: bool = args.JSON,
+    trust_remote_code: bool = args.REMOTE,
+    revision: str | None = args.REVISION,
+    token: str | None = args.TOKEN,
+    cache_dir: str | None = args.CACHE_DIR,
+) -> None:
+    """Measure speed and memory of one or several models.
+
+    The first model is the base of the ratios of the others. Each model runs in a process of its
+    own, and the models take turns.
+    """
+    setting = Setting(adapter, device, dtype, threads)
+    work = Work(prompt, generate, tuple(dict.fromkeys(batch)))
+    setting.check()
+    work.check()
+    from apt.benchmark.rounds import bench as measure
+    from apt.cli.bench_summary import show_results
+    from apt.cli.output import notice, status_line
+    from apt.plugin.registry import registry
+
+    hub = args.read_hub(revision, token, cache_dir)
+    sources = [
+        args.find_model(model, registry(), hub, trust_remote_code=trust_remote_code)
+        for model in models
+    ]
+    try:
+        with status_line("starting a process for each model") as status:
+            done = measure(sources, setting, work, rounds, notice, status.update)
+    except KeyboardInterrupt:
+        typer.echo(f"{program()}: interrupted", err=True)
+        raise typer.Exit(130) from None
+    show_results(*done, as_json=as_json)

@@ -1,0 +1,131 @@
+"""The results of a benchmark, as tables or as JSON."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from apt.benchmark.measures import Result, Spread, Turn, ratios, spread
+from apt.benchmark.options import Work
+from apt.cli.output import out, show, show_json, size, table
+
+_Measure = Callable[[Turn], float]
+
+
+def show_results(work: Work, results: Sequence[Result], *, as_json: bool) -> None:
+    """Print the measures of all models, with their ratios to the first."""
+    if as_json:
+        show_json(_record(work, results))
+        return
+    _show_speeds(work, results)
+    _show_sizes(results)
+    facts, rounds = results[0].facts, len(results[0].turns)
+    counted = "1 round" if rounds == 1 else f"median (smallest–largest) of {rounds} rounds"
+    threads = f"{facts.threads} thread{'s' if facts.threads > 1 else ''}"
+    out.print(
+        f"{counted}; {work.prompt} tokens of prompt, {work.generate} generated; on {facts.device} "
+        f"({threads if facts.device == 'cpu' else facts.device_name})",
+        markup=False,
+    )
+
+
+def _show_speeds(work: Work, results: Sequence[Result]) -> None:
+    """Print a row for each model and batch."""
+    several = len(results) > 1
+    ratio = [">ratio"] if several else []
+    made = table("model", ">batch", ">prefill tokens/s", *ratio, ">decode tokens/s", *ratio)
+    for result in results:
+        for place, batch in enumerate(work.batches):
+            measures = (_prefill(place), _decode(place))
+            cells = (c for m in measures for c in _cells(m, result, results, ",.0f"))
+            made.add_row(result.model, str(batch), *cells)
+    show(made)
+
+
+def _show_sizes(results: Sequence[Result]) -> None:
+    """Print a row for each model."""
+    ratio = [">ratio"] if len(results) > 1 else []
+    on_gpu = [">GPU memory"] if "cuda" in results[0].peak_bytes else []
+    made = table(
+        "model", ">load s", *ratio, ">peak memory", *on_gpu, ">weights on disk", ">parameters",
+        "dtype",
+    )  # fmt: skip
+    for result in results:
+        made.add_row(
+            result.model,
+            *_cells(_load, result, results, ",.3f"),
+            *map(size, result.peak_bytes.values()),
+            size(result.facts.weight_bytes),
+            f"{result.facts.parameters:,}",
+            result.turns[0].dtype,
+        )
+    show(made)
+
+
+def _cells(measure: _Measure, result: Result, results: Sequence[Result], form: str) -> list[str]:
+    """The spread of a measure and, if there are several models, that of its ratio."""
+    cells = [_text(spread(result.each(measure)), form)]
+    if len(results) > 1:
+        own = _ratio(measure, result, results)
+        cells.append(_text(own, ".2f") if own else "")
+    return cells
+
+
+def _text(found: Spread, form: str) -> str:
+    middle = f"{found.median:{form}}"
+    if found.smallest == found.largest:
+        return middle
+    return f"{middle} ({found.smallest:{form}}–{found.largest:{form}})"
+
+
+def _ratio(measure: _Measure, result: Result, results: Sequence[Result]) -> Spread | None:
+    """The ratio to the first model; None for the first model itself."""
+    if result is results[0]:
+        return None
+    return spread(ratios(result.each(measure), results[0].each(measure)))
+
+
+def _load(turn: Turn) -> float:
+    return turn.load_seconds
+
+
+def _prefill(place: int) -> _Measure:
+    return lambda turn: turn.speeds[place].prefill
+
+
+def _decode(place: int) -> _Measure:
+    return lambda turn: turn.speeds[place].decode
+
+
+def _record(work: Work, results: Sequence[Result]) -> dict[str, Any]:
+    facts = results[0].facts
+    return {
+        **asdict(work),
+        "rounds": len(results[0].turns),
+        "device": facts.device,
+        "device_name": facts.device_name,
+        "threads": facts.threads,
+        "versions": facts.versions,
+        "models": [_model_record(work, result, results) for result in results],
+    }
+
+
+def _model_record(work: Work, result: Result, results: Sequence[Result]) -> dict[str, Any]:
+    def measured(measure: _Measure) -> dict[str, Any]:
+        values, ratio = result.each(measure), _ratio(measure, result, results)
+        return {**asdict(spread(values)), "ratio": asdict(ratio) if ratio else None,
+                "values": values}  # fmt: skip
+
+    return {
+        "model": result.model,
+        "parameters": result.facts.parameters,
+        "dtype": result.turns[0].dtype,
+        "weight_bytes": result.facts.weight_bytes,
+        "idle_bytes": result.facts.idle_bytes,
+        "peak_memory_bytes": result.peak_bytes,
+        "load_seconds": measured(_load),
+        "speeds": [
+            {"batch": batch, "prefill_tokens_per_second": measured(_prefill(place)),
+             "decode_tokens_per_second": measured(_decode(place))}
+            for place, batch in enumerate(work.batches)
+        ],
+    }  # fmt: skip
