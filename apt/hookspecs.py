@@ -11,6 +11,7 @@ from apt.plugin.specs import (
     EvaluatorSpec,
     FormatSpec,
     MethodSpec,
+    ShrinkMethodSpec,
 )
 
 __all__ = [
@@ -22,5 +23,6 @@ __all__ = [
     "EvaluatorSpec",
     "FormatSpec",
     "MethodSpec",
+    "ShrinkMethodSpec",
     "hookimpl",
 ]

@@ -109,5 +109,5 @@ def test_widths_that_a_configuration_cannot_express_are_refused(adapter_of):
     model = random_model("llama")
     adapter = adapter_of(model)
     removed = {name: {"heads": [0]} for name, _ in adapter.blocks(model)}
-    with pytest.raises(AptError, match="LlamaForCausalLM has no configuration for these widths"):
+    with pytest.raises(AptError, match="LlamaConfig cannot express these sizes"):
         shrunk(model, adapter, removed)

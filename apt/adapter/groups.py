@@ -1,7 +1,7 @@
 """Groups: the entries of a block's parameters that can only be removed together."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +50,7 @@ class Groups:
     count: int
     readers: tuple[str, ...]
     parts: tuple[Part, ...]
-    fields: Mapping[str, Callable[[int], int | float]] = field(default_factory=dict)
+    fields: Mapping[str, Callable[[int], int | float]]
     bins: int = 1
 
 

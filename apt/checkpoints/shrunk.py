@@ -1,60 +1,123 @@
-"""A smaller model: the dense model without groups, with a configuration that says so."""
+"""A smaller model: the dense model without some groups and blocks, with its configuration."""
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-import torch
+from torch import Tensor, nn
 
 from apt.adapter import Adapter, Groups
 from apt.adapter.groups import without
 from apt.errors import AptError, first_line
+from apt.planning.plan import Plan
+from apt.planning.structure import removed_groups
 
 Removed = Mapping[str, Sequence[int]]
 """The indices of the groups that are removed from a block, by kind."""
 
+_PER_BLOCK = ("layer", "block")  # in the names of a configuration's lists with one entry a block
 
-def shrunk(model: Any, adapter: Adapter, removed: Mapping[str, Removed]) -> Any:
-    """A model of the same class without some groups; the given model does not change.
+
+def shrunk(
+    model: Any,
+    adapter: Adapter,
+    removed: Mapping[str, Removed],
+    dropped: Collection[str] = (),
+) -> Any:
+    """A model of the same class without some groups and blocks; the given model does not change.
 
     Args:
         model: a causal language model of transformers.
         adapter: the adapter of its family.
         removed: the removed groups of each block, by the block's name.
+        dropped: the names of the blocks that are dropped.
 
     Returns:
         The smaller model, which plain transformers saves and opens.
 
     Raises:
-        AptError: the blocks do not keep the same number of groups, or the configuration cannot
-            express the smaller model.
+        AptError: a block or a kind of groups does not exist, the blocks do not keep the same number
+            of groups, or the configuration cannot express the smaller model.
     """
-    state, sizes = dict(model.state_dict()), dict[str, tuple[Groups, int]]()
-    for name, block in adapter.blocks(model):
-        wanted = removed.get(name, {})
-        known = {groups.kind: groups for groups in adapter.groups(block, model.config)}
-        for groups in known.values():
-            _agree(sizes, groups, len(wanted.get(groups.kind, ())), name)
-        removals = [(known[kind], indices) for kind, indices in wanted.items()]
-        smaller = without(dict(block.named_parameters()), removals)
-        state |= {f"{name}.{path}": tensor for path, tensor in smaller.items()}
-    config = resized(model.config, list(sizes.values()))
+    blocks = adapter.blocks(model)
+    names = [name for name, _ in blocks]
+    for name in [*removed, *dropped]:
+        if name not in names:
+            raise AptError(f"the model has no block {name}", f"names look like {names[0]}")
+    kept = [(name, block) for name, block in blocks if name not in dropped]
+    if not kept:
+        raise AptError("no block would be left", "keep more")
+    inside = tuple(f"{name}." for name in names)
+    state = {n: tensor for n, tensor in model.state_dict().items() if not n.startswith(inside)}
+    sizes = dict[str, tuple[Groups, int]]()
+    for new, (name, block) in zip(names, kept, strict=False):
+        smaller = _smaller(adapter, model.config, name, block, removed.get(name, {}), sizes)
+        state |= {f"{new}.{path}": tensor for path, tensor in smaller.items()}
+    indices = [index for index, name in enumerate(names) if name not in dropped]
+    config = resized(model.config, list(sizes.values()), indices, len(names))
     return _built(type(model), config, state, model)
 
 
-def resized(config: Any, sizes: Sequence[tuple[Groups, int]]) -> Any:
-    """A copy of a configuration for a smaller number of groups.
+def smaller(model: Any, adapter: Adapter, plan: Plan) -> Any:
+    """The model without the groups and blocks that a run with ``plan`` has disconnected."""
+    config, modules = model.config, dict(adapter.blocks(model))
+    return shrunk(
+        model,
+        adapter,
+        {b.name: removed_groups(adapter, config, modules[b.name], b) for b in plan.blocks},
+        [block.name for block in plan.blocks if block.dropped],
+    )
+
+
+def _smaller(
+    adapter: Adapter,
+    config: Any,
+    name: str,
+    block: nn.Module,
+    wanted: Removed,
+    sizes: dict[str, tuple[Groups, int]],
+) -> dict[str, Tensor]:
+    """The tensors of a block without the removed groups; ``sizes`` are those of all blocks."""
+    known = {groups.kind: groups for groups in adapter.groups(block, config)}
+    for kind in wanted:
+        if kind not in known:
+            has = ", ".join(known) or "no groups"
+            raise AptError(f"{name} has no groups of kind '{kind}'", f"it has: {has}")
+    for groups in known.values():
+        _agree(sizes, groups, len(wanted.get(groups.kind, ())), name)
+    removals = [(known[kind], indices) for kind, indices in wanted.items()]
+    return dict(block.state_dict()) | without(dict(block.named_parameters()), removals)
+
+
+def resized(
+    config: Any, sizes: Sequence[tuple[Groups, int]], blocks: Sequence[int], count: int
+) -> Any:
+    """A copy of a configuration for fewer groups and blocks.
 
     Args:
         config: the configuration.
         sizes: the groups of each kind, and the number that is removed.
+        blocks: the indices of the blocks that are kept.
+        count: the number of all blocks.
     """
-    config = copy.deepcopy(config)
-    for groups, removed in sizes:
-        if removed:
-            for name, value in groups.fields.items():
-                setattr(config, name, value(groups.count - removed))
-    return config
+    record = config.to_dict()
+    changed: dict[str, Any] = {
+        field: value(groups.count - removed)
+        for groups, removed in sizes
+        if removed
+        for field, value in groups.fields.items()
+    }
+    if len(blocks) < count:
+        changed["num_hidden_layers"] = len(blocks)
+        for field, value in record.items():
+            named = any(word in field for word in _PER_BLOCK)
+            if named and isinstance(value, list) and len(value) == count:
+                changed[field] = [value[index] for index in blocks]
+    renamed = getattr(config, "attribute_map", {})
+    record |= {renamed.get(field, field): value for field, value in changed.items()}
+    try:
+        return type(config).from_dict(record)
+    except Exception as error:  # validation of a configuration raises many types
+        raise _inexpressible(type(config), first_line(error)) from error
 
 
 def _agree(sizes: dict[str, tuple[Groups, int]], groups: Groups, count: int, block: str) -> None:
@@ -64,21 +127,20 @@ def _agree(sizes: dict[str, tuple[Groups, int]], groups: Groups, count: int, blo
         raise AptError(f"{block} loses {count} {groups.kind}, and a block before it {first}")
 
 
-def _built(kind: Any, config: Any, state: dict[str, torch.Tensor], model: Any) -> Any:
+def _built(kind: Any, config: Any, state: dict[str, Tensor], model: Any) -> Any:
     """A model with this configuration and these tensors."""
     try:
-        config = type(config).from_dict(config.to_dict())  # as it will be read from a file
         built, info = kind.from_pretrained(
             None, config=config, state_dict=state, dtype=model.dtype, output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are reported below
         )  # fmt: skip
-    except Exception as error:  # validation of a configuration raises many types
+    except Exception as error:
         raise _inexpressible(kind, first_line(error)) from error
-    for problem in ("mismatched_keys", "unexpected_keys"):
+    for problem in ("mismatched_keys", "unexpected_keys", "missing_keys"):
         if info[problem]:
             raise _inexpressible(kind, f"{sorted(map(str, info[problem]))[0]} does not fit")
     return built.to(model.device).train(model.training)
 
 
 def _inexpressible(kind: Any, reason: str) -> AptError:
-    return AptError(f"{kind.__name__} has no configuration for these widths: {reason}")
+    return AptError(f"{kind.__name__} cannot express these sizes: {reason}")

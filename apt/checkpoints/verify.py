@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from apt.adapter import Adapter
 from apt.planning.plan import Plan, PlannedBlock
-from apt.solver import NM, Pattern
+from apt.solver import NM, ColumnGroups, SitePattern
 from apt.solver.patterns import meets
 
 
@@ -45,14 +45,16 @@ def block_verdicts(planned: PlannedBlock, block: nn.Module) -> Iterator[Verdict]
         yield _verdict(extra.name, extra.extra.weight(block).detach(), extra.pattern)
 
 
-def _verdict(name: str, weight: Tensor, pattern: Pattern) -> Verdict:
+def _verdict(name: str, weight: Tensor, pattern: SitePattern) -> Verdict:
     zeros = int((weight == 0).sum())
     if meets(weight, pattern):
         return Verdict(name, True, zeros, weight.numel())
     return Verdict(name, False, zeros, weight.numel(), _detail(weight, pattern))
 
 
-def _detail(weight: Tensor, pattern: Pattern) -> str:
+def _detail(weight: Tensor, pattern: SitePattern) -> str:
+    if isinstance(pattern, ColumnGroups):
+        return f"too few of its {pattern.count} groups are zero: {pattern} are kept"
     if not isinstance(pattern, NM):
         zeros, size = (weight == 0).sum(1), weight.numel()
         if pattern.per == "row":

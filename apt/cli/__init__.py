@@ -18,6 +18,7 @@ from apt.cli import (
     methods,
     plugins,
     prune,
+    shrink,
     verify,
 )
 from apt.cli.flags import flags_of
@@ -61,6 +62,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("prune", cls=GroupedHelp)(prune.prune)
+app.command("shrink", cls=GroupedHelp)(shrink.shrink)
 app.command("eval")(evaluate.evaluate)
 app.command("bench")(bench.bench)
 app.command("inspect")(inspect.inspect)

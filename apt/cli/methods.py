@@ -1,21 +1,38 @@
 """``apt-prune methods``."""
 
+from typing import Any
+
 from apt.cli import arguments as args
 
 
 def methods(as_json: bool = args.JSON) -> None:
-    """List the pruning methods, the most accurate first."""
+    """List the methods of prune and of shrink, the most accurate of each first."""
     from apt.cli.listing import show_rows
     from apt.plugin.registry import registry
 
-    installed, default = registry().methods, registry().default_method().name
+    installed = registry()
+    removed = {"columns": "shrink: groups", "groups": "shrink: groups", "blocks": "shrink: blocks"}
+    defaults = {
+        installed.default_method().name,
+        *(installed.default_shrink_method(blocks=blocks).name for blocks in (False, True)),
+    }
+    found = [("prune", spec, installed.methods) for spec in _ranked(installed.methods)] + [
+        (removed[spec.chooses], spec, installed.shrink_methods)
+        for spec in sorted(_ranked(installed.shrink_methods), key=lambda s: s.chooses == "blocks")
+    ]
     rows = [
         {
             "method": spec.name,
+            "for": use,
             "source": spec.source,
-            "from": installed.origins[spec.name].distribution,
-            "summary": f"{spec.summary} (default)" if spec.name == default else spec.summary,
+            "from": catalog.origins[spec.name].distribution,
+            "summary": f"{spec.summary} (default)" if spec.name in defaults else spec.summary,
         }
-        for spec in sorted(installed.specs.values(), key=lambda spec: -spec.rank)
+        for use, spec, catalog in found
     ]
     show_rows(rows, as_json=as_json)
+
+
+def _ranked(catalog: Any) -> list[Any]:
+    """The specs of a catalog, those of the highest rank first."""
+    return sorted(catalog.specs.values(), key=lambda spec: -spec.rank)

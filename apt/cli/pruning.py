@@ -111,7 +111,9 @@ def _after_interruption(options: RunOptions) -> str:
 def _origins(prepared: Prepared) -> str:
     """A note for a traceback: the packages of the method and the adapter of a run."""
     method, adapter = prepared.method.name, prepared.shell.spec.name
-    found = prepared.registry.methods.origins[method], prepared.registry.adapters.origins[adapter]
+    known = prepared.registry
+    methods = known.methods if prepared.structure is None else known.shrink_methods
+    found = methods.origins[method], known.adapters.origins[adapter]
     note = f"method {method} comes from {found[0].distribution}, adapter {adapter} from "
     note += found[1].distribution
     if prepared.options.stream and resumable(prepared.options.output):

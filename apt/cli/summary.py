@@ -1,7 +1,7 @@
 """The summary of a run, as a table and lines, or as JSON."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -23,12 +23,48 @@ def show_report(report: Report, options: RunOptions, registry: Registry, *, as_j
         change = _change(before, after, registry.evaluators.get(metric).better)
         line = f"{metric} on {options.evaluation}: {before:.4g} → {after:.4g}{change}"
         out.print(line, markup=False)
+    if report.structure:
+        _show_candidates(report.structure["candidates"])
+    result = (
+        structure_line(report.structure)
+        if report.structure
+        else f"{report.sparsity:.2%} zeros in the pruned sites"
+    )
     out.print(
-        f"{options.output}: {report.sparsity:.2%} zeros in the pruned sites, verified on disk; "
-        f"mean relative layer error {report.relative_layer_error:.4f}; {duration(report.seconds)}, "
-        f"peak memory {size(sum(peak_memory().values()))}",
+        f"{options.output}: {result}, verified on disk; mean relative layer error "
+        f"{report.relative_layer_error:.4f}; {duration(report.seconds)}, peak memory "
+        f"{size(sum(peak_memory().values()))}",
         markup=False,
     )
+
+
+def structure_line(structure: Mapping[str, Any]) -> str:
+    """The size of a smaller model in words."""
+    blocks, groups = structure["blocks"], structure["groups"]
+    parts = [f"{blocks['kept']} of {blocks['of']} blocks"] + [
+        f"{entry['kept']} of {entry['of']} {kind}"
+        for kind, entry in groups.items()
+        if entry["kept"] < entry["of"]
+    ]
+    return f"{structure['share']:.2%} of the blocks' parameters ({', '.join(parts)})"
+
+
+def _show_candidates(candidates: Sequence[Mapping[str, Any]]) -> None:
+    """Print a table of the candidates; a star marks the Pareto front of parameters and loss."""
+    if not candidates:
+        return
+    made = table(">loss", ">parameters", ">blocks", "groups", "dropped blocks", "front")
+    for entry in candidates:
+        groups = ", ".join(f"{count} {kind}" for kind, count in entry["groups"].items())
+        made.add_row(
+            f"{entry['loss']:.4f}",
+            f"{entry['share']:.2%}",
+            str(entry["blocks"]),
+            groups or "all",
+            ", ".join(map(str, entry["dropped"])) or "none",
+            "*" if entry["front"] else "",
+        )
+    show(made)
 
 
 def _change(before: float, after: float, better: str) -> str:
@@ -43,7 +79,8 @@ def _record(report: Report, options: RunOptions) -> dict[str, Any]:
     return {
         "output": str(options.output),
         "model": options.model,
-        "pattern": str(options.pattern),
+        "pattern": str(options.pattern) if options.pattern else None,
+        "structure": report.structure,
         "method": options.method,
         "sparsity": report.sparsity,
         "relative_layer_error": report.relative_layer_error,
@@ -55,6 +92,8 @@ def _record(report: Report, options: RunOptions) -> dict[str, Any]:
 
 
 def _show_kinds(report: Report) -> None:
+    if not report.sites:
+        return
     made = table("site", ">sites", ">weights", ">sparsity", ">mean error", ">worst", ">solve s")
     for kind in by_kind(report.sites):
         made.add_row(

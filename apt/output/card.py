@@ -8,6 +8,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from apt.checkpoints.copies import CARD, REPORT
 from apt.output.report import Report
 
+_NO_FASTER = "Zeros alone make a model neither smaller nor faster: a runtime must use the pattern."
 _TAGS = ("apt-prune", "pruned")
 
 
@@ -51,25 +52,37 @@ def _as_list(value: Any) -> list[Any]:
 
 def _about(report: Report, reference: str) -> str:
     options, text = report.options, report.calibration
+    small = bool(report.structure)
+    done = _smaller(report) if small else _sparse(report)
     lines = [
-        f"# {reference}, pruned",
+        f"# {reference}, {'smaller' if small else 'pruned'}",
         "",
-        f"[APT](https://arxiv.org/abs/2410.15567) pruned this model after training: "
-        f"{report.sparsity:.2%} of the weights in {len(report.sites)} matrices are zero.",
+        f"[APT](https://arxiv.org/abs/2410.15567) pruned this model after training: {done}",
         "",
         "| | |",
         "| --- | --- |",
         f"| original | {reference} |",
-        f"| pattern | {options['pattern']} |",
+        *([] if small else [f"| pattern | {options['pattern']} |"]),
         f"| method | {options['method']} |",
         f"| calibration | {text['source']}, {_shape(text['shape'])} tokens |",
         f"| mean relative layer error | {report.relative_layer_error:.4f} |",
         *_scores(report),
         "",
-        f"Zeros alone make a model neither smaller nor faster: a runtime must use the pattern. "
+        *([] if small else [_NO_FASTER]),
         f"`{REPORT}` has all options and the record of each matrix.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _sparse(report: Report) -> str:
+    return f"{report.sparsity:.2%} of the weights in {len(report.sites)} matrices are zero."
+
+
+def _smaller(report: Report) -> str:
+    blocks, groups = report.structure["blocks"], report.structure["groups"]
+    kept = [f"{g['kept']} of {g['of']} {kind}" for kind, g in groups.items() if g["kept"] < g["of"]]
+    parts = ", ".join([f"{blocks['kept']} of {blocks['of']} blocks", *kept])
+    return f"it keeps {report.structure['share']:.2%} of the parameters of its blocks: {parts}."
 
 
 def _shape(shape: list[int]) -> str:

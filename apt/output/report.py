@@ -45,6 +45,8 @@ class Report:
             calibration tokens. Samples with random tokens are not included in these two.
         sites: the record of each pruned site.
         skipped: the names of the sites that were left dense on request.
+        structure: what a smaller model keeps and lacks; empty for a sparse one.
+        earlier: the report of the run that wrote the given model; empty if there is none.
         seconds: the time of the whole run.
         scores: the text, and each metric before and after pruning; empty if nothing was measured.
         ranks: the work of each process.
@@ -61,6 +63,8 @@ class Report:
     calibration: dict[str, Any]
     sites: list[SitePruned] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
+    structure: dict[str, Any] = field(default_factory=dict)
+    earlier: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     scores: dict[str, Any] = field(default_factory=dict)
     ranks: list[Work] = field(default_factory=list)
@@ -73,13 +77,14 @@ class Report:
 
     @property
     def sparsity(self) -> float:
-        """The share of zeros over all pruned sites."""
-        return sum(site.zeros for site in self.sites) / sum(site.size for site in self.sites)
+        """The share of zeros over all pruned sites; 0 without such sites."""
+        weights = sum(site.size for site in self.sites)
+        return sum(site.zeros for site in self.sites) / weights if weights else 0.0
 
     @property
     def relative_layer_error(self) -> float:
-        """The mean relative layer error of the pruned sites."""
-        return fmean(site.relative_error for site in self.sites)
+        """The mean relative layer error of the pruned sites; 0 without such sites."""
+        return fmean(site.relative_error for site in self.sites) if self.sites else 0.0
 
     def timed(self, seconds: float) -> "Report":
         """The report at the end of a run of that time, with the peak memory."""
@@ -107,6 +112,7 @@ class Report:
         if record.get("schema") != SCHEMA:
             raise AptError(f"the report has schema {record.get('schema')}, not {SCHEMA}")
         try:
+            record = {name: {} for name in _ADDED} | record
             known = {entry.name: record[entry.name] for entry in fields(cls)}
             known["ranks"] = [Work(**work) for work in known["ranks"]]
             known["sites"] = [_site(site) for site in known["sites"]]
@@ -144,8 +150,11 @@ class Report:
 _ORDER = (
     "schema", "created", "versions", "options", "model", "calibration", "sparsity",
     "relative_layer_error", "scores", "seconds", "peak_memory_bytes", "ranks", "sites", "skipped",
-    "problems", "files",
+    "structure", "earlier", "problems", "files",
 )  # fmt: skip
+
+
+_ADDED = ("structure", "earlier")  # missing in the reports of APT 0.1.0
 
 
 def _site(entry: dict[str, Any]) -> SitePruned:

@@ -1,7 +1,7 @@
 """The plan of a run: the pattern of each site, checked before any work is done."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import nn
 
 from apt.adapter import Adapter, Extra, Site
 from apt.errors import AptError
-from apt.solver import NM, Pattern, Unstructured
+from apt.solver import NM, ColumnGroups, Pattern, SitePattern, Unstructured
 from apt.solver.patterns import Granularity
 
 
@@ -54,7 +54,7 @@ class PlannedSite:
     name: str
     site: Site
     shape: tuple[int, int]
-    pattern: Pattern | None
+    pattern: SitePattern | None
 
     @property
     def size(self) -> int:
@@ -74,16 +74,35 @@ class PlannedExtra:
 
 @dataclass(frozen=True)
 class PlannedBlock:
-    """A block, its sites, and its extras that are to be pruned."""
+    """A block, its sites, and its extras that are to be pruned.
+
+    Attributes:
+        name: its full name.
+        sites, extras: its sites and extras; none if it is dropped.
+        dropped: True if the whole block is removed from the model.
+        tied: the names of sites that lose the same groups of columns, the last of which decides.
+    """
 
     name: str
     sites: tuple[PlannedSite, ...]
     extras: tuple[PlannedExtra, ...] = ()
+    dropped: bool = False
+    tied: tuple[tuple[str, ...], ...] = ()
 
     @property
     def pruned(self) -> list[PlannedSite]:
         """The sites that do not stay dense."""
         return [site for site in self.sites if site.pattern is not None]
+
+    def with_patterns(self, patterns: Mapping[str, SitePattern]) -> "PlannedBlock":
+        """The block with other patterns, by the names of the sites within it."""
+        return replace(
+            self,
+            sites=tuple(
+                replace(entry, pattern=patterns.get(entry.site.name, entry.pattern))
+                for entry in self.sites
+            ),
+        )
 
 
 @dataclass(frozen=True)
@@ -96,6 +115,14 @@ class Plan:
     def sites(self) -> list[PlannedSite]:
         """The sites of all blocks."""
         return [site for block in self.blocks for site in block.sites]
+
+    @property
+    def structured(self) -> bool:
+        """True if groups of columns or whole blocks are removed."""
+        return any(
+            block.dropped or any(isinstance(site.pattern, ColumnGroups) for site in block.sites)
+            for block in self.blocks
+        )
 
     def outline(self) -> str:
         """A line with the number of blocks of each kind, and their sites grouped by input."""

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from apt.errors import AptError
 from apt.planning.plan import Plan, PlannedSite
-from apt.solver import NM
+from apt.solver import NM, Unstructured
 
 
 def check_rounding(plan: Plan, notice: Callable[[str], None] = lambda line: None) -> None:
@@ -32,6 +32,8 @@ def _lost(site: PlannedSite) -> int:
         return 0
     if isinstance(pattern, NM):
         return rows * (width // pattern.m) * (pattern.m - pattern.n)
+    if not isinstance(pattern, Unstructured):
+        return rows * width // pattern.count * pattern.removed
     return rows * pattern.count(width) if pattern.per == "row" else pattern.count(site.size)
 
 

@@ -22,6 +22,7 @@ from apt.plugin.specs import (
     EvaluatorSpec,
     FormatSpec,
     MethodSpec,
+    ShrinkMethodSpec,
 )
 
 PROJECT = "apt"
@@ -51,6 +52,11 @@ def apt_formats() -> Iterable[FormatSpec]:  # type: ignore[empty-body]
 @hookspec
 def apt_methods() -> Iterable[MethodSpec]:  # type: ignore[empty-body]
     """The pruning methods of this plugin."""
+
+
+@hookspec
+def apt_shrink_methods() -> Iterable[ShrinkMethodSpec]:  # type: ignore[empty-body]
+    """The methods of this plugin that choose channels, heads or blocks to remove."""
 
 
 @hookspec

@@ -19,6 +19,7 @@ from apt.plugin.specs import (
     EvaluatorSpec,
     FormatSpec,
     MethodSpec,
+    ShrinkMethodSpec,
     Spec,
 )
 
@@ -83,6 +84,7 @@ class Registry:
     adapters: Catalog[AdapterSpec]
     formats: Catalog[FormatSpec]
     methods: Catalog[MethodSpec]
+    shrink_methods: Catalog[ShrinkMethodSpec]
     allocations: Catalog[AllocationSpec]
     calibrations: Catalog[CalibrationSpec]
     evaluators: Catalog[EvaluatorSpec]
@@ -92,8 +94,8 @@ class Registry:
     def offers(self, plugin: Plugin) -> list[str]:
         """The names of the specs of ``plugin``, and ``an observer`` if it has one."""
         catalogs = (
-            self.adapters, self.formats, self.methods, self.allocations, self.calibrations,
-            self.evaluators,
+            self.adapters, self.formats, self.methods, self.shrink_methods, self.allocations,
+            self.calibrations, self.evaluators,
         )  # fmt: skip
         names = [
             name
@@ -118,13 +120,13 @@ class Registry:
 
         A method of another package is used only by name, whatever its rank.
         """
-        specs, origins = self.methods.specs, self.methods.origins
-        own = [
-            spec
-            for name, spec in specs.items()
-            if origins[name].distribution_name == OWN_DISTRIBUTION
-        ]
-        return max(own or specs.values(), key=lambda spec: spec.rank)
+        return _most_accurate(self.methods, self.methods.specs.values())
+
+    def default_shrink_method(self, *, blocks: bool) -> ShrinkMethodSpec:
+        """The most accurate of APT's own choices of blocks, or of groups of columns."""
+        found = self.shrink_methods.specs.values()
+        known = [spec for spec in found if (spec.chooses == "blocks") is blocks]
+        return _most_accurate(self.shrink_methods, known)
 
     def adapter_for(self, model_type: str) -> AdapterSpec:
         """The only adapter that claims ``model_type``."""
@@ -142,6 +144,16 @@ class Registry:
             )
         names = " and ".join(f"'{spec.name}'" for spec in claims)
         raise AptError(f"adapters {names} all serve '{model_type}'", "choose one", ("adapter",))
+
+
+R = TypeVar("R", bound=MethodSpec)
+
+
+def _most_accurate(catalog: Catalog[R], specs: Iterable[R]) -> R:
+    """The spec with the highest rank among those of APT; among all if it has none."""
+    found = list(specs)
+    own = [s for s in found if catalog.origins[s.name].distribution_name == OWN_DISTRIBUTION]
+    return max(own or found, key=lambda spec: spec.rank)
 
 
 class _Loader:
@@ -261,12 +273,21 @@ def load_registry(entries: Iterable[EntryPoint], disable: str = "") -> Registry:
     adapters = loader.catalog("adapter", hook.apt_adapters, AdapterSpec)
     formats = loader.catalog("format", hook.apt_formats, FormatSpec)
     methods = loader.catalog("method", hook.apt_methods, MethodSpec)
+    shrinking = loader.catalog("shrink method", hook.apt_shrink_methods, ShrinkMethodSpec)
     allocations = loader.catalog("allocation", hook.apt_allocations, AllocationSpec)
     calibrations = loader.catalog("data set", hook.apt_calibrations, CalibrationSpec)
     evaluators = loader.catalog("metric", hook.apt_evaluators, EvaluatorSpec)
     observers = {impl.plugin_name: impl for impl in hook.apt_site_pruned.get_hookimpls()}
     return Registry(
-        adapters, formats, methods, allocations, calibrations, evaluators, loader.plugins, observers
+        adapters,
+        formats,
+        methods,
+        shrinking,
+        allocations,
+        calibrations,
+        evaluators,
+        loader.plugins,
+        observers,
     )
 
 

@@ -92,6 +92,22 @@ class MethodSpec(Spec):
 
 
 @dataclass(frozen=True)
+class ShrinkMethodSpec(MethodSpec):
+    """A choice of what ``apt-prune shrink`` removes.
+
+    Args:
+        chooses: what its target chooses. ``"columns"``: the groups of columns of one weight, an
+            `apt.solver.GroupChoice`. ``"groups"``: an `apt.shrinking.choices.GroupScores`, the
+            importance of the groups of the whole model. ``"blocks"``: an
+            `apt.shrinking.choices.BlockChoice`, the blocks to drop.
+        compensate: True if the kept columns have exact least-squares weights by default.
+    """
+
+    chooses: Literal["columns", "groups", "blocks"] = "columns"
+    compensate: bool = False
+
+
+@dataclass(frozen=True)
 class AllocationSpec(Spec):
     """An allocation of sparsity to sites; its target is an `apt.planning.allocation.Allocation`.
 

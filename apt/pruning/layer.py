@@ -2,8 +2,8 @@
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,17 +13,32 @@ from apt.calibration.targets import Targets
 from apt.errors import AptError
 from apt.events import SitePruned
 from apt.planning.plan import PlannedSite
-from apt.solver import Gram, Pattern, Solution, SolverError, SolverOptions, relative_layer_error
+from apt.solver import (
+    ColumnGroups,
+    Gram,
+    Pattern,
+    SitePattern,
+    Solution,
+    SolverError,
+    SolverOptions,
+    relative_layer_error,
+)
 from apt.solver.patterns import meets
 
+P = TypeVar("P", bound=SitePattern, contravariant=True)
 
-class Method(Protocol):
-    """A pruning method: it takes a weight (out, in) in fp32, its Gram matrix and a pattern."""
+
+class SiteMethod(Protocol[P]):
+    """A method: it takes a weight (out, in) in fp32, its Gram matrix and a pattern."""
 
     def __call__(
-        self, weight: Tensor, gram: Gram, pattern: Pattern, options: SolverOptions, /
+        self, weight: Tensor, gram: Gram, pattern: P, options: SolverOptions, /
     ) -> Solution:
         """Prune one layer and return the solution."""
+
+
+Method = SiteMethod[Pattern]
+"""A method of sparse pruning."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +67,12 @@ class SiteSolver:
     """The solver of sites: a method with its options and targets.
 
     Args:
-        method: the pruning method.
+        method: the pruning method, for the patterns of the plan.
         options: its options.
         targets: the error-aware targets; None prunes layer-wise.
     """
 
-    method: Method
+    method: SiteMethod[Any]
     options: SolverOptions
     targets: Targets | None
 
@@ -83,29 +98,41 @@ class SiteSolver:
         Raises:
             AptError: the site has no solution.
         """
-        assert planned.pattern is not None
-        started, gram = time.perf_counter(), sums.gram
-        tokens = gram.tokens
-        if planned.site.routed:
-            gram = gram.with_missing_tokens(mean)
+        started, scale = time.perf_counter(), torch.ones(()) if scale is None else scale
         weight = planned.site.oriented(planned.site.weight(block).data)
-        dense = weight.to(torch.float32, copy=True)
-        scale = dense.new_ones(()) if scale is None else scale
+        dense, scale = weight.to(torch.float32, copy=True), scale.to(weight.device)
+        solution = self._solution(planned, dense, sums, mean, scale)
+        _synchronise(weight.device)
+        seconds = time.perf_counter() - started
+        weight.copy_(solution.weight / scale)
+        return SolvedSite(planned, dense, sums.gram.matrix, sums.gram.tokens, solution, seconds)
+
+    def chosen_groups(self, block: nn.Module, planned: PlannedSite, sums: Sums) -> ColumnGroups:
+        """The pattern of a site with the groups that the method removes; the weight stays."""
+        pattern = planned.pattern
+        assert isinstance(pattern, ColumnGroups)
+        dense = planned.site.oriented(planned.site.weight(block).data).float()
+        kept = ~self._solution(planned, dense, sums, 1.0, torch.ones((), device=dense.device)).mask
+        removed = pattern.zeros(kept).nonzero().squeeze(1).tolist()
+        return replace(pattern, chosen=tuple(removed))
+
+    def _solution(
+        self, planned: PlannedSite, dense: Tensor, sums: Sums, mean: float, scale: Tensor
+    ) -> Solution:
+        """The solution of a site with the dense weight (out, in) in fp32, for scaled rows."""
+        assert planned.pattern is not None
+        gram = sums.gram.with_missing_tokens(mean) if planned.site.routed else sums.gram
         try:
             target = dense
             if self.targets is not None and not planned.site.routed:
                 damped = gram.damped(self.options.damping)
                 target = self.targets.weight(dense, planned.site, sums, damped)
-            solution = self.method(target * scale, gram, planned.pattern, self.options)
+            return self.method(target * scale, gram, planned.pattern, self.options)
         except SolverError as error:
             raise AptError(f"{planned.name} cannot be pruned: {error}") from error
         except Exception as error:
             error.add_note(f"while {planned.name} was pruned")
             raise
-        _synchronise(weight.device)
-        seconds = time.perf_counter() - started
-        weight.copy_(solution.weight / scale)
-        return SolvedSite(planned, dense, gram.matrix, tokens, solution, seconds)
 
 
 def measured(block: nn.Module, solved: SolvedSite) -> SitePruned:

@@ -5,8 +5,9 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import groupby
+from itertools import groupby, pairwise
 from operator import itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from apt.errors import AptError
 from apt.events import BlockStarted, BlockTuned, Observer, SitePruned, Working
 from apt.planning.plan import Plan, PlannedBlock, PlannedSite
 from apt.pruning.block_storage import BlockStorage, MemoryBlocks
-from apt.pruning.layer import Method, SiteSolver, SolvedSite, mean_square, measured
+from apt.pruning.layer import SiteMethod, SiteSolver, SolvedSite, mean_square, measured
 from apt.pruning.paused_forward import CannotPause, PausedForwards, can_pause
 from apt.pruning.recipe import Recipe
 from apt.pruning.ssm_parameters import prune_extras
@@ -37,7 +38,7 @@ def prune_blocks(
     adapter: Adapter,
     plan: Plan,
     tokens: Tensor,
-    method: Method,
+    method: SiteMethod[Any],
     recipe: Recipe | None = None,
     *,
     block_storage: BlockStorage | None = None,
@@ -84,6 +85,7 @@ def prune_blocks(
 
 
 _Turn = tuple[int, SolvedSite]  # a solved site and its turn, which also determines its rank
+_Dropped = tuple[int, str, nn.Module]  # the index, the name and the module of a dropped block
 
 
 @dataclass
@@ -112,14 +114,18 @@ class _Pruning:
             self.adapter, config, tokens.shape[1], width
         )
         done: list[SitePruned] = []
-        for index, planned in enumerate(plan.blocks):
+        kept = [index for index, planned in enumerate(plan.blocks) if not planned.dropped]
+        blocks = [(i, name, module) for i, (name, module) in enumerate(modules.items())]
+        self.pass_dropped(batches, blocks[: kept[0]])
+        for index, following in pairwise([*kept, len(plan.blocks)]):
+            planned, dropped = plan.blocks[index], blocks[index + 1 : following]
             self.observe(BlockStarted(planned.name, index, len(plan.blocks)))
             module = modules[planned.name]
             with self.block_storage.open(planned.name, module):
-                current = _CurrentBlock(self.adapter, module, planned, index, batches)
+                current = _CurrentBlock(self.adapter, module, planned, index, batches, dropped)
                 try:
                     done += self.prune_or_restore(current)
-                    if index + 1 < len(plan.blocks):
+                    if index != kept[-1]:
                         self.propagate(current)
                 except AptError as error:
                     raise AptError(
@@ -139,10 +145,21 @@ class _Pruning:
                 call = batch.calls[current.index]
                 batch.dense.state = self.adapter.step(current.module, batch.dense.state, call)
                 self.report_batch(current)
+        self.pass_dropped(current.batches, current.dropped)
         self.block_storage.restore(name, current.module)
         for site in known:
             self.observe(site)
         return known
+
+    def pass_dropped(self, batches: list[Batch], dropped: Sequence[_Dropped]) -> None:
+        """Run dropped blocks on the dense stream; the pruned stream does not pass them."""
+        for index, name, module in dropped if self.error_aware else ():
+            with self.block_storage.open(name, module):
+                for batch in batches:
+                    assert batch.dense is not None
+                    state, call = batch.dense.state, batch.calls[index]
+                    batch.dense.state = self.adapter.step(module, state, call)
+                    self.observe(Working(name, "running"))
 
     def enter(self, model: nn.Module, tokens: Tensor) -> list[Batch]:
         """This rank's batches before the first block; smaller ones for tuning come first.
@@ -180,8 +197,14 @@ class _Pruning:
         )
 
     def prune_block(self, current: "_CurrentBlock") -> list[SitePruned]:
-        """Prune a block: its extras, then its sites; then tune it."""
+        """Prune a block: its extras, then its sites; then tune it.
+
+        The outputs that it is tuned towards are those of the dense model before the next block that
+        is not dropped.
+        """
         current.scales = self.advance_dense_stream(current)
+        self.pass_dropped(current.batches, current.dropped)
+        current.planned = self.with_tied_groups(current)
         done = self.ranks.share(self.extras(current))
         solved: list[_Turn] = []
         with closing(self.captured(current)) as groups:
@@ -201,6 +224,17 @@ class _Pruning:
             self.tune(current, self.recipe.reconstruction)
             done += self.measure(current.module, solved)
         return done
+
+    def with_tied_groups(self, current: "_CurrentBlock") -> PlannedBlock:
+        """The planned block, with a choice of the groups that several sites lose together."""
+        planned = current.planned
+        for tied in planned.tied:
+            last = next(entry for entry in planned.sites if entry.site.name == tied[-1])
+            sums = self.capture(current, [last.site])[last.site.input]
+            sums.add_up(self.ranks)
+            pattern = self.ranks.share(self.solver.chosen_groups(current.module, last, sums))
+            planned = planned.with_patterns(dict.fromkeys(tied, pattern))
+        return planned
 
     def advance_dense_stream(self, current: "_CurrentBlock") -> dict[Site, Tensor]:
         """Run the block on the dense stream; returns the row scales of sites that use them."""
@@ -362,6 +396,7 @@ class _CurrentBlock:
     """The block that is being pruned.
 
     Attributes:
+        dropped: the dropped blocks between it and the next one that is kept.
         sites: all its sites.
         dense: the dense weights (out, in) of those that write to the residual stream.
         scales: the factors of the rows (out, 1) of each site with row importance.
@@ -373,6 +408,7 @@ class _CurrentBlock:
     planned: PlannedBlock
     index: int
     batches: list[Batch]
+    dropped: Sequence[_Dropped] = ()
     scales: dict[Site, Tensor] = field(default_factory=dict)
     propagated: bool = False
 

@@ -136,10 +136,10 @@ def prune(
         function,
         options.recipe(spec),
         options.augmentation(spec, len(tokens)),
-        _allocation(allocation, installed),
-        seed,
-        bos_of(tokenizer) if tokenizer else None,
-        special_ids(tokenizer) if tokenizer else named_ids(model),
+        allocation=_allocation(allocation, installed),
+        seed=seed,
+        bos=bos_of(tokenizer) if tokenizer else None,
+        special=special_ids(tokenizer) if tokenizer else named_ids(model),
     )
     check_allocation(job.allocation_name, plan)
     report = Report(

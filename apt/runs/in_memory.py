@@ -15,6 +15,7 @@ from apt.checkpoints.copies import copied_size
 from apt.checkpoints.load import fingerprint, load, skeleton
 from apt.checkpoints.model import Model
 from apt.checkpoints.save import keep_side_files, save_model
+from apt.checkpoints.shrunk import smaller
 from apt.checkpoints.stored import Stored, find_stored, local_directory
 from apt.checkpoints.verify import failures, verify
 from apt.distributed.ranks import Ranks
@@ -106,13 +107,17 @@ class InMemoryRun:
 
     def write(self, report: Report, plan: Plan) -> Report:
         """Save the model, load the saved model, and check it against the plan."""
+        adapter = self._prepared.shell.adapter
+        if plan.structured:
+            self.model, self._stored = smaller(self.model, adapter, plan), None
         self._status("saving and verifying")
         with write_errors(self._prepared.options.output):
             self._save(plan, self._work.out)
+        written = fingerprint(self.model) if plan.structured else None
         del self.model
         self._loaded = None
         gc.collect()
-        self._verify(plan, self._work.out)
+        self._verify(plan, self._work.out, written)
         return self._record(report, self._work.out)
 
     def _save(self, plan: Plan, directory: Path) -> None:
@@ -128,12 +133,19 @@ class InMemoryRun:
         if not shell.source.gguf:
             keep_side_files(local_directory(shell), directory)
 
-    def _verify(self, plan: Plan, directory: Path) -> None:
-        """Load the written model from disk and check it. It is then the model to be measured."""
+    def _verify(self, plan: Plan, directory: Path, written: str | None) -> None:
+        """Load the written model from disk and check it. It is then the model to be measured.
+
+        A smaller model must have the hash ``written``, another one must meet its patterns.
+        """
         prepared, shell = self._prepared, self._prepared.shell
         source = replace(shell.source, location=str(directory), gguf=None)
         saved = skeleton(source, prepared.registry, shell.spec.name)
         self.model = load(saved, self._dtype, prepared.device).module
+        if written is not None:
+            if fingerprint(self.model) != written:
+                raise RuntimeError("the smaller model on disk differs from that in memory")
+            return
         if failed := failures(verify(self.model, shell.adapter, plan)):
             raise RuntimeError(f"{failed[0].name} on disk: {failed[0].detail}")
 

@@ -59,15 +59,15 @@ def check_seed(seed: int) -> None:
 
 
 def check_prune_options(options: Mapping[str, Any]) -> None:
-    """Raise if an option of `apt.PruneOptions` is out of range; None is always in range."""
+    """Raise if an option of `apt.PruneOptions` is out of range; None and no entry are in range."""
     if (effort := options["effort"]) not in EFFORTS:
         raise AptError(f"effort '{effort}' is not one of {', '.join(EFFORTS)}", options=("effort",))
     for name, (most, meaning) in _RANGES.items():
-        value = options[name]
+        value = options.get(name)
         if value is not None and not 0 <= value <= most:
             fault = f"{name.replace('_', ' ')} {value:g} is not a number from 0 to {most:g}"
             raise AptError(fault, meaning, (name,))
-    if (size := options["block_size"]) is not None and size < 1:
+    if (size := options.get("block_size")) is not None and size < 1:
         raise AptError(f"block size {size} is not positive", options=("block_size",))
 
 

@@ -1,10 +1,11 @@
 """The report at the beginning of a run."""
 
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from apt.output.report import Report, portable
+from apt.output.report import Report, portable, read_report
 from apt.runs.prepare import Prepared
 from apt.runs.text import Text
 from apt.text.datasets import digest
@@ -27,7 +28,16 @@ def new_report(prepared: Prepared, text: Text) -> Report:
             **calibration_of(text.tokens),
         },
         skipped=[site.name for site in prepared.plan.sites if site.pattern is None],
+        earlier=_earlier(prepared),
     )
+
+
+def _earlier(prepared: Prepared) -> dict[str, Any]:
+    """The report beside the given model; empty if there is none."""
+    source = prepared.shell.source
+    if source.on_hub or source.gguf:
+        return {}
+    return read_report(Path(source.location)) or {}
 
 
 def calibration_of(tokens: Tensor) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from apt.locations.hub import Hub
 from apt.output.report import portable
 from apt.planning.plan import Selection
 from apt.runs.prune_options import PruneOptions
+from apt.shrinking.options import ShrinkOptions
 from apt.solver import Pattern
 
 
@@ -17,7 +18,7 @@ class RunOptions:
 
     Args:
         model: a directory, a hub name, a ``.gguf`` file or ``zoo:NAME``.
-        pattern: the pattern of every selected site.
+        pattern: the pattern of every selected site; None for a smaller model.
         output: the directory to write.
         prune: the options that the weights depend on, beside the calibration text.
         adapter, method: names; by default the adapter for the model type, and the most accurate
@@ -44,10 +45,11 @@ class RunOptions:
         bos: True if each sample and window begins with the token that the tokenizer adds.
         hub: the settings for the hub.
         selection: the sites to prune, and the sites with other patterns.
+        shrink: the options of a smaller model; None for a sparse one.
     """
 
     model: str
-    pattern: Pattern
+    pattern: Pattern | None
     output: Path
     prune: PruneOptions = field(default_factory=PruneOptions)
     adapter: str | None = None
@@ -72,18 +74,20 @@ class RunOptions:
     bos: bool = True
     hub: Hub = field(default_factory=Hub)
     selection: Selection = field(default_factory=Selection)
+    shrink: ShrinkOptions | None = None
 
     def record(self) -> dict[str, Any]:
         """The options without those of ``prune``, as values for JSON, for the report."""
-        omitted = ("prune", "selection", "hub")  # the token for the hub is secret
+        omitted = ("prune", "selection", "hub", "shrink")  # the token for the hub is secret
         plain = {k: v for k, v in vars(self).items() if k not in omitted}
         paths = ("model", "calibration", "evaluation", "tokenizer")
         return {
             **plain,
             **{name: portable(plain[name]) if plain[name] else None for name in paths},
             "revision": self.hub.revision,
-            "pattern": str(self.pattern),
+            "pattern": str(self.pattern) if self.pattern else None,
             "per": getattr(self.pattern, "per", None),
             "output": self.output.name,
             **self.selection.record(),
+            **({"shrink": self.shrink.record()} if self.shrink else {}),
         }

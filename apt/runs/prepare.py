@@ -35,6 +35,8 @@ from apt.runs.limits import (
 from apt.runs.machine import check_tokens, choose_device
 from apt.runs.options import RunOptions
 from apt.runs.prune_options import record
+from apt.runs.shrink_plan import find_method, shrinking
+from apt.shrinking.structure_choice import StructureChoice
 from apt.solver import Unstructured
 from apt.text.augmentation import Augmentation
 from apt.text.self_generated import writes
@@ -55,6 +57,7 @@ class Prepared:
     recipe: Recipe
     augmentation: Augmentation
     device: str
+    structure: StructureChoice | None = None
 
     @property
     def samples(self) -> int:
@@ -80,20 +83,18 @@ def prepare(
         AptError: an option does not fit the model, the machine or the disk.
     """
     _check_numbers(options)
-    method = registry.methods.get(options.method) if options.method else registry.default_method()
+    method = find_method(options, registry)
     _check_used(options, method, registry)
     source = find(
         options.model, registry, trust_remote_code=options.trust_remote_code, hub=options.hub
     )
     _check_output(options, source, notice)
     shell = skeleton(source, registry, options.adapter)
-    plan = make_plan(
-        shell.module, shell.adapter, options.pattern, options.selection, method.per, options.also
-    )
-    if shell.config.model_type not in shell.spec.model_types:
-        notice(f"adapter {shell.spec.name}: {plan.outline()}")
-    check_rounding(plan, notice)
-    check_allocation(options.allocation, plan)
+    recipe = options.prune.recipe(method)
+    if options.shrink is None:
+        structure, plan = None, _plan(options, shell, method, notice)
+    else:
+        structure, plan = shrinking(options, shell, method, recipe, registry, notice)
     seqlen = capped(options.seqlen, shell, notice)
     pattern = options.pattern
     if isinstance(pattern, Unstructured):
@@ -101,13 +102,29 @@ def prepare(
     options = replace(
         options, pattern=pattern, method=method.name, adapter=shell.spec.name, seqlen=seqlen
     )
-    recipe = options.prune.recipe(method)
     augmentation = options.prune.augmentation(method, options.samples)
     augmentation = _supported(augmentation, options, shell.module, notice)
     device = choose_device(options.device)
-    prepared = Prepared(options, registry, shell, plan, method, recipe, augmentation, device)
+    prepared = Prepared(
+        options, registry, shell, plan, method, recipe, augmentation, device, structure
+    )
     _check_memory(prepared)
     return prepared
+
+
+def _plan(
+    options: RunOptions, shell: Model, method: MethodSpec, notice: Callable[[str], None]
+) -> Plan:
+    """The plan of a sparse model."""
+    assert options.pattern is not None
+    plan = make_plan(
+        shell.module, shell.adapter, options.pattern, options.selection, method.per, options.also
+    )
+    if shell.config.model_type not in shell.spec.model_types:
+        notice(f"adapter {shell.spec.name}: {plan.outline()}")
+    check_rounding(plan, notice)
+    check_allocation(options.allocation, plan)
+    return plan
 
 
 def _check_memory(prepared: Prepared) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -11,10 +12,12 @@ from apt.distributed.ranks import Ranks
 from apt.events import Observer, SitePruned
 from apt.planning.allocation import UNIFORM, Allocation, allocated
 from apt.planning.plan import Plan
+from apt.planning.structure import make_structured_plan
 from apt.pruning.block_storage import BlockStorage
-from apt.pruning.layer import Method
+from apt.pruning.layer import SiteMethod
 from apt.pruning.pipeline import prune_blocks
 from apt.pruning.recipe import Recipe
+from apt.shrinking.structure_choice import StructureChoice
 from apt.text.augmentation import Augmentation
 
 
@@ -29,6 +32,7 @@ class Job:
         recipe: the settings of the method.
         augmentation: the calibration samples beside the given ones.
         allocation: the name and the function of an allocation; None keeps the plan's patterns.
+        structure: the choice of the structure of a smaller model; None for a sparse one.
         seed: the seed for the text that the model generates.
         bos: the first token of every sample; None for no such token.
         special: the special tokens.
@@ -36,10 +40,11 @@ class Job:
 
     adapter: Adapter
     plan: Plan
-    method: Method
+    method: SiteMethod[Any]
     recipe: Recipe
     augmentation: Augmentation
     allocation: tuple[str, Allocation] | None = None
+    structure: StructureChoice | None = None
     seed: int = 0
     bos: int | None = None
     special: tuple[int, ...] = ()
@@ -83,11 +88,7 @@ def prune_model(
     Returns:
         The plan with the final patterns, and the record of each site.
     """
-    plan = job.plan
-    if job.allocation is not None:
-        name, allocation = job.allocation
-        status(f"distributing the sparsity ({name})")
-        plan = ranks.share(allocated(plan, name, allocation, model, job.adapter, tokens))
+    plan = ranks.share(_final_plan(model, tokens, job, status) if ranks.first else job.plan)
     tokens = job.augmentation.with_random_tokens(model, tokens, job.special)
     sites = prune_blocks(
         model,
@@ -102,3 +103,17 @@ def prune_model(
         observe=observe,
     )
     return plan, sites
+
+
+def _final_plan(model: nn.Module, tokens: Tensor, job: Job, status: Callable[[str], None]) -> Plan:
+    """The plan after the choices that need the weights."""
+    if job.structure is not None:
+        structure = job.structure.choose(model, job.adapter, tokens, status)
+        config = getattr(model, "config", None)
+        adjusted = job.recipe.targets is not None
+        return make_structured_plan(model, job.adapter, config, structure, adjusted=adjusted)
+    if job.allocation is not None:
+        name, allocation = job.allocation
+        status(f"distributing the sparsity ({name})")
+        return allocated(job.plan, name, allocation, model, job.adapter, tokens)
+    return job.plan

@@ -3,19 +3,23 @@
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from apt.distributed.ranks import Ranks
 from apt.events import Observer, telling
 from apt.output.report import Report
 from apt.planning.allocation import UNIFORM
+from apt.planning.plan import Plan
 from apt.runs.in_memory import InMemoryRun
 from apt.runs.measures import scores
 from apt.runs.new_report import calibration_of, new_report
 from apt.runs.prepare import Prepared
 from apt.runs.prune_model import Job, prune_model
+from apt.runs.shrink_plan import removal
 from apt.runs.storage import RunStorage
 from apt.runs.streamed import StreamedRun
 from apt.runs.text import Text, read_text
+from apt.shrinking.record import structure_record
 
 
 def execute(
@@ -70,6 +74,7 @@ def execute(
             sites=sites,
             scores=scores(prepared, text.held_out, before),
             ranks=ranks.gather(ranks.work),
+            structure=_structure(prepared, plan),
         )
         if ranks.first:
             report = storage.write(replace(report, seconds=time.perf_counter() - started), plan)
@@ -82,14 +87,26 @@ def job_of(prepared: Prepared, text: Text) -> Job:
     if options.allocation != UNIFORM:
         spec = prepared.registry.allocations.get(options.allocation)
         allocation = spec.name, spec.load()
+    method = prepared.method.load()
+    if prepared.structure is not None and options.shrink is not None:
+        method = removal(prepared.structure, options.shrink.compensate)
     return Job(
         prepared.shell.adapter,
         prepared.plan,
-        prepared.method.load(),
+        method,
         prepared.recipe,
         prepared.augmentation,
-        allocation,
-        options.seed,
-        text.bos,
-        text.special,
+        allocation=allocation,
+        structure=prepared.structure,
+        seed=options.seed,
+        bos=text.bos,
+        special=text.special,
     )
+
+
+def _structure(prepared: Prepared, plan: Plan) -> dict[str, Any]:
+    """The record of the structure of a smaller model; empty for a sparse one."""
+    shell = prepared.shell
+    if prepared.structure is None:
+        return {}
+    return structure_record(prepared.structure, plan, shell.module, shell.adapter, shell.config)

@@ -6,17 +6,20 @@ matrix ``XᵀX`` of shape (in, in). It is independent of models, adapters and fi
 """
 
 from apt.solver.admm_search import admm
-from apt.solver.column_groups import (
-    ColumnGroups,
+from apt.solver.column_groups import ColumnGroups
+from apt.solver.gram import DampedGram, Gram, SolverError
+from apt.solver.group_removal import (
+    GroupChoice,
+    GroupRemoval,
+    joint_removal,
     keep_columns,
     removal_loss,
-    remove_groups,
+    removal_order,
 )
-from apt.solver.gram import DampedGram, Gram, SolverError
 from apt.solver.least_squares import Joint, joint_weights
 from apt.solver.loss import relative_layer_error
 from apt.solver.options import EFFORTS, Effort, Solution, SolverOptions
-from apt.solver.patterns import NM, Pattern, Unstructured, parse_pattern
+from apt.solver.patterns import NM, Pattern, SitePattern, Unstructured, parse_pattern
 from apt.solver.sparsegpt import MAX_REMOVAL_SETS, mm, ms, sm, ss
 
 __all__ = [
@@ -27,13 +30,17 @@ __all__ = [
     "DampedGram",
     "Effort",
     "Gram",
+    "GroupChoice",
+    "GroupRemoval",
     "Joint",
     "Pattern",
+    "SitePattern",
     "Solution",
     "SolverError",
     "SolverOptions",
     "Unstructured",
     "admm",
+    "joint_removal",
     "joint_weights",
     "keep_columns",
     "mm",
@@ -41,7 +48,7 @@ __all__ = [
     "parse_pattern",
     "relative_layer_error",
     "removal_loss",
-    "remove_groups",
+    "removal_order",
     "sm",
     "ss",
 ]

@@ -1,25 +1,12 @@
-"""The removal of whole groups of input columns: the multiple removal problem with one mask.
+"""The pattern of structured pruning: whole groups of input columns are removed.
 
-If all rows of a weight lose the same columns ``P``, the closed form of arXiv 2410.15567 needs one
-factorisation for all rows. The best weights of the columns that stay are
-``V_K = W_K + W_P H_PK H_KK⁻¹``, and the loss is ``½ tr(W_P ([H⁻¹]_PP)⁻¹ W_Pᵀ)``. A group of columns
-is, for instance, a channel of an MLP or the outputs of an attention head: without them, the model
-has a smaller dense weight.
+A group of columns is, for instance, a channel of an MLP or the outputs of an attention head.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from apt.solver.gram import DampedGram, Gram, positive_inverse
-from apt.solver.options import Solution, SolverOptions
-from apt.solver.precision import full_precision
-
-# The greedy removal of many groups removes several in a step. On MLPs of SmolLM2 (384 of 1536
-# columns), 32 steps end with the same loss as single removals, within 0.1 %.
-_STEPS = 32
 
 
 @dataclass(frozen=True)
@@ -30,28 +17,39 @@ class ColumnGroups:
         count: the number of groups; all have the same number of columns.
         kept: the number of groups that are kept.
         bins: the number of equal, consecutive bins of groups. The same number is removed from each.
+        chosen: the indices of the groups that are removed; None leaves the choice to a method.
 
     Raises:
-        ValueError: nothing is kept or removed, or the bins cannot be equal.
+        ValueError: nothing is kept, the bins cannot be equal, or ``chosen`` are too many or too
+            few.
     """
 
     count: int
     kept: int
     bins: int = 1
+    chosen: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.kept < self.count:
-            raise ValueError(f"{self.kept} of {self.count} groups: keep at least one, remove one")
+        if not 0 < self.kept <= self.count:
+            raise ValueError(f"{self.kept} of {self.count} groups: keep at least one")
         if self.count % self.bins or self.kept % self.bins:
             raise ValueError(f"{self.kept} of {self.count} groups in {self.bins} unequal bins")
+        if self.chosen is not None and len(set(self.chosen)) != self.removed:
+            raise ValueError(f"{self} needs {self.removed} removed groups, not {self.chosen}")
 
     def __str__(self) -> str:
-        return f"{self.kept} of {self.count} groups"
+        return f"{self.kept} of {self.count} groups" if self.removed else "dense"
 
     @property
     def removed(self) -> int:
         """The number of groups that are removed."""
         return self.count - self.kept
+
+    def mask(self, indices: Tensor | tuple[int, ...]) -> Tensor:
+        """The mask (count,) of groups with these indices."""
+        mask = torch.zeros(self.count, dtype=torch.bool)
+        mask[torch.as_tensor(indices, dtype=torch.long, device="cpu")] = True
+        return mask
 
     def columns(self, removed: Tensor, width: int) -> Tensor:
         """The mask (width,) of the columns of the groups with the mask ``removed`` (count,).
@@ -63,113 +61,21 @@ class ColumnGroups:
             raise ValueError(f"{width} columns are not a multiple of {self.count} groups")
         return removed.repeat_interleave(width // self.count)
 
+    def lowest(self, scores: Tensor) -> Tensor:
+        """The mask (count,) of the removed groups: those of the lowest ``scores`` in each bin."""
+        each = self.removed // self.bins
+        order = scores.view(self.bins, -1).argsort(dim=1, stable=True)[:, :each]
+        first = torch.arange(self.bins, device=order.device) * (self.count // self.bins)
+        return self.mask((order + first.unsqueeze(1)).flatten())
 
-@full_precision()
-def remove_groups(
-    weight: Tensor, gram: Gram, groups: ColumnGroups, options: SolverOptions
-) -> Solution:
-    """Remove groups greedily by their joint loss, with exact weights for the others.
+    def zeros(self, weight: Tensor) -> Tensor:
+        """The mask (count,) of the groups whose columns of ``weight`` (out, in) are all zero."""
+        empty: Tensor = (weight == 0).all(0).view(self.count, -1).all(1)
+        return empty
 
-    Each step removes the groups of least loss, given all removals before, and compensates in all
-    columns that are left, as OBS does with single weights. At the end, the kept columns are solved
-    exactly.
-
-    Args:
-        weight: the dense ``W`` (out, in).
-        gram: the Gram matrix of its inputs (in, in).
-        groups: the groups, and the number that is kept.
-        options: the damping; nothing else is used.
-
-    Raises:
-        ValueError: the inputs are not a multiple of the number of groups.
-        SolverError: the Gram matrix has no factorisation, see `Gram.damped`.
-    """
-    damped = gram.damped(options.damping)
-    search = _GreedyRemoval(weight.to(damped.matrix.dtype), damped, groups)
-    while (left := groups.removed - int(search.removed.sum())) > 0:
-        search.remove(search.cheapest(min(left, math.ceil(groups.removed / _STEPS))))
-    return keep_columns(weight, damped, groups.columns(search.removed, weight.shape[1]))
-
-
-@full_precision()
-def keep_columns(weight: Tensor, damped: DampedGram, removed: Tensor) -> Solution:
-    """The exact least-squares weights on the kept columns.
-
-    Args:
-        weight: the dense ``W`` (out, in).
-        damped: the damped Gram matrix ``H`` (in, in).
-        removed: True for the columns that are removed (in,).
-    """
-    dense, matrix, keep = weight.to(damped.matrix.dtype), damped.matrix, ~removed
-    root = torch.linalg.cholesky(matrix[keep][:, keep])
-    lost = dense[:, removed] @ matrix[removed][:, keep]
-    solution = torch.zeros_like(dense)
-    solution[:, keep] = dense[:, keep] + torch.cholesky_solve(lost.T, root).T
-    return Solution(solution, removed.expand_as(dense).clone(), damped.damping)
-
-
-@full_precision()
-def removal_loss(weight: Tensor, damped: DampedGram, removed: Tensor) -> float:
-    """``½ tr(W_P ([H⁻¹]_PP)⁻¹ W_Pᵀ)``, the least loss of a removal of columns.
-
-    Args:
-        weight: the dense ``W`` (out, in).
-        damped: the damped Gram matrix ``H`` (in, in), of the mean token.
-        removed: True for the columns that are removed (in,).
-    """
-    lost = weight[:, removed].to(damped.matrix.dtype)
-    root = torch.linalg.cholesky(positive_inverse(damped.matrix)[removed][:, removed])
-    return float(torch.linalg.solve_triangular(root, lost.T, upper=False).square().sum()) / 2
-
-
-class _GreedyRemoval:
-    """The state of a greedy removal.
-
-    Attributes:
-        removed: True for the groups that are removed (count,).
-    """
-
-    def __init__(self, weight: Tensor, damped: DampedGram, groups: ColumnGroups) -> None:
-        self._groups = groups
-        self._weight, self._inverse = weight.clone(), positive_inverse(damped.matrix)
-        self.removed = torch.zeros(groups.count, dtype=torch.bool, device=weight.device)
-        self._columns = torch.arange(weight.shape[1], device=weight.device)
-        groups.columns(self.removed, weight.shape[1])  # refuses groups that do not fit
-
-    def cheapest(self, count: int) -> Tensor:
-        """The indices of about ``count`` groups of least loss, the same number from each bin."""
-        groups = self._groups
-        losses = self._losses().masked_fill(self.removed, math.inf).view(groups.bins, -1)
-        each = math.ceil(count / groups.bins)
-        chosen = losses.topk(each, dim=1, largest=False).indices
-        first = torch.arange(groups.bins, device=chosen.device) * (groups.count // groups.bins)
-        return (chosen + first.unsqueeze(1)).flatten()
-
-    def _losses(self) -> Tensor:
-        """The loss of the removal of each group by itself, up to a factor (count,)."""
-        parts = self._weight.view(len(self._weight), self._groups.count, -1)
-        size = parts.shape[2]
-        if size == 1:
-            diagonal = self._inverse.diagonal().masked_fill(self.removed, 1)
-            alone: Tensor = parts.square().sum((0, 2)) / diagonal
-            return alone
-        blocks = self._inverse.view(len(parts[0]), size, -1, size).diagonal(dim1=0, dim2=2)
-        blocks = blocks.permute(2, 0, 1).clone()
-        blocks[self.removed] = torch.eye(size).to(blocks)
-        roots, lost = torch.linalg.cholesky(blocks), parts.permute(1, 2, 0)
-        solved: Tensor = torch.linalg.solve_triangular(roots, lost, upper=False)
-        return solved.square().sum((1, 2))
-
-    def remove(self, chosen: Tensor) -> None:
-        """Remove groups, and compensate in all columns that are left."""
-        taken = torch.zeros_like(self.removed)
-        taken[chosen] = True
-        columns = self._columns[self._groups.columns(taken, len(self._columns))]
-        across = self._inverse[columns]
-        ratio = torch.linalg.solve(across[:, columns], across)
-        self._weight -= self._weight[:, columns] @ ratio
-        self._inverse -= across.T @ ratio
-        self._weight[:, columns] = 0  # without the rounding errors of the update
-        self._inverse[columns] = 0
-        self._inverse[:, columns] = 0
-        self.removed |= taken
+    def met_by(self, weight: Tensor) -> bool:
+        """True if every bin of ``weight`` (out, in) has enough groups of zeros."""
+        if weight.shape[1] % self.count:
+            return False
+        found = self.zeros(weight).view(self.bins, -1).sum(1)
+        return bool((found >= self.removed // self.bins).all())

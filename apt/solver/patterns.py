@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from apt.solver.column_groups import ColumnGroups
+
 Granularity = Literal["row", "layer"]
 
 _SAMPLE = 2**14  # scores from which a threshold is estimated
@@ -65,6 +67,8 @@ class NM:
 
 
 Pattern = Unstructured | NM
+SitePattern = Pattern | ColumnGroups
+"""The patterns of a site: those of sparse and those of structured pruning."""
 
 
 def parse_pattern(text: str) -> Pattern:
@@ -187,11 +191,13 @@ def _nth_largest(values: list[Tensor], n: int) -> Tensor:
     return values[len(values) - min(n, rank)]
 
 
-def meets(weight: Tensor, pattern: Pattern) -> bool:
+def meets(weight: Tensor, pattern: SitePattern) -> bool:
     """True if ``weight`` (out, in) has at least the zeros that ``pattern`` requires.
 
     An unstructured pattern without ``per`` is counted over the layer.
     """
+    if isinstance(pattern, ColumnGroups):
+        return pattern.met_by(weight)
     zeros = weight == 0
     if isinstance(pattern, NM):
         if weight.shape[1] % pattern.m:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from apt.adapter import Adapter, Site, State
 from apt.calibration.batches import Batch
 from apt.distributed.ranks import Ranks
-from apt.solver import Pattern, Unstructured
+from apt.solver import SitePattern, Unstructured
 from apt.tuning.block_forward import mixed_precision, stream_after
 
 _LEAST = 0.01  # least importance, as a share of the mean: no row is sacrificed for others
@@ -43,7 +43,7 @@ class RowImportance:
     power: float = 0.35
     tokens: int = 4096
 
-    def serves(self, site: Site, pattern: Pattern | None) -> bool:
+    def serves(self, site: Site, pattern: SitePattern | None) -> bool:
         """True if the mask of ``site`` depends on the weighting of rows under ``pattern``."""
         shared_out = isinstance(pattern, Unstructured) and pattern.per != "row"
         return shared_out and not site.routed

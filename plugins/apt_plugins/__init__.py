@@ -1,6 +1,13 @@
 """The methods, allocations, text sources and metrics that ship with APT."""
 
-from apt.hookspecs import AllocationSpec, CalibrationSpec, EvaluatorSpec, MethodSpec, hookimpl
+from apt.hookspecs import (
+    AllocationSpec,
+    CalibrationSpec,
+    EvaluatorSpec,
+    MethodSpec,
+    ShrinkMethodSpec,
+    hookimpl,
+)
 
 _APT = "arXiv 2410.15567"
 
@@ -32,6 +39,39 @@ def apt_methods() -> list[MethodSpec]:
                    "apt_plugins.sparseswaps:sparseswaps", 25, "arXiv 2512.10922", per="row"),
         MethodSpec("alps", "mask by ADMM, a few steps of joint weights", "apt_plugins.alps:alps",
                    70, "arXiv 2406.07831"),
+    ]  # fmt: skip
+
+
+@hookimpl
+def apt_shrink_methods() -> list[ShrinkMethodSpec]:
+    """The default choice of groups and of blocks, and baselines."""
+    groups, blocks = "apt_plugins.group_choices", "apt_plugins.block_choices"
+    return [
+        ShrinkMethodSpec(
+            "joint", "groups by greedy joint removal, weights solved exactly",
+            "apt.solver:joint_removal", 100, "after arXiv 2410.15567", error_aware=True,
+            efforts=True, compensate=True,
+        ),
+        ShrinkMethodSpec("group-magnitude", "groups of the smallest Σ w², no update",
+                         f"{groups}:magnitude", 10),
+        ShrinkMethodSpec("group-wanda", "groups of the smallest Σ ‖w_j‖² ‖x_j‖², no update",
+                         f"{groups}:wanda", 30, "after arXiv 2306.11695"),
+        ShrinkMethodSpec("flap", "groups of the smallest Σ ‖w_j‖² Var(x_j), no update",
+                         f"{groups}:flap", 40, "arXiv 2312.11983", chooses="groups"),
+        ShrinkMethodSpec("llm-pruner", "groups of the smallest Σ |w ∂L/∂w|, no update",
+                         f"{groups}:llm_pruner", 20, "arXiv 2305.11627", chooses="groups"),
+        ShrinkMethodSpec("llm-pruner-vector", "groups of the smallest |Σ w ∂L/∂w|, no update",
+                         f"{groups}:llm_pruner_vector", 15, "arXiv 2305.11627",
+                         chooses="groups"),
+        ShrinkMethodSpec("last", "the last blocks", f"{blocks}:last", 10, "arXiv 2411.15558",
+                         chooses="blocks"),
+        ShrinkMethodSpec("angular", "consecutive blocks over which the stream turns least",
+                         f"{blocks}:angular", 20, "arXiv 2403.17887", chooses="blocks"),
+        ShrinkMethodSpec("block-influence", "the blocks that change the stream's direction least",
+                         f"{blocks}:block_influence", 30, "arXiv 2403.03853", chooses="blocks"),
+        ShrinkMethodSpec("loss", "one by one, the block without which the loss is lowest",
+                         f"{blocks}:by_loss", 100, "arXiv 2402.09025", chooses="blocks",
+                         error_aware=True, efforts=True, compensate=True),
     ]  # fmt: skip
 
 

@@ -1,0 +1,213 @@
+"""``apt-prune shrink``."""
+
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from apt.cli import arguments as args
+from apt.cli import run_arguments as run
+from apt.cli.settings import save
+from apt.errors import AptError
+
+_SIZE = "Size"
+
+
+def shrink(
+    context: typer.Context,
+    model: str | None = run.MODEL,
+    adapter: str | None = args.ADAPTER,
+    tokenizer: str | None = args.TOKENIZER,
+    trust_remote_code: bool = args.REMOTE,
+    revision: str | None = args.REVISION,
+    token: str | None = args.TOKEN,
+    cache_dir: str | None = args.CACHE_DIR,
+    keep: float = typer.Option(
+        0.75, "--keep", metavar="S", rich_help_panel=_SIZE,
+        help="Share of the parameters of the blocks that is kept.",
+    ),
+    width_only: bool = typer.Option(
+        False, "--width-only", rich_help_panel=_SIZE,
+        help="Remove channels, heads or states, and no block. The default where the family has "
+        "them.",
+    ),
+    depth_only: bool = typer.Option(
+        False, "--depth-only", rich_help_panel=_SIZE, help="Drop whole blocks, and nothing else."
+    ),
+    search: bool = typer.Option(
+        False, "--search", rich_help_panel=_SIZE,
+        help="Search for the best numbers of blocks, heads and channels, and for the blocks.",
+    ),
+    multiple_of: int | None = typer.Option(
+        None, "--multiple-of", metavar="N", rich_help_panel=_SIZE,
+        help="The number of channels is a multiple of N. By default 64, or a smaller power of two "
+        "where none comes within 1 % of --keep.",
+    ),
+    size: list[str] = typer.Option(
+        [], "--size", metavar="KIND=N", rich_help_panel=_SIZE,
+        help="Keep N groups of a kind in every block, for example channels=1024, in place of "
+        "--keep; repeatable.",
+    ),
+    blocks: int | None = typer.Option(
+        None, "--blocks", metavar="N", rich_help_panel=_SIZE,
+        help="Keep N blocks, in place of --keep.",
+    ),
+    evaluations: int = typer.Option(
+        120, "--evaluations", metavar="N", rich_help_panel=_SIZE,
+        help="Candidates that --search evaluates at most.",
+    ),
+    minutes: float | None = typer.Option(
+        None, "--minutes", metavar="M", rich_help_panel=_SIZE,
+        help="Time for --search; by default no limit.",
+    ),
+    calibration: str | None = run.CALIBRATION,
+    samples: int = run.SAMPLES,
+    seqlen: int = run.SEQLEN,
+    own_samples: int | None = run.OWN_SAMPLES,
+    random_tokens: float | None = run.RANDOM_TOKENS,
+    no_bos: bool = args.NO_BOS,
+    seed: int = run.SEED,
+    evaluation: str | None = run.EVALUATION,
+    metric: list[str] = args.METRIC,
+    method: str | None = typer.Option(
+        None, "--method", metavar="NAME", rich_help_panel=run.ACCURACY_GROUP,
+        help="Choice of groups, or of blocks with --depth-only, listed by: apt-prune methods. By "
+        "default the most accurate.",
+    ),
+    compensate: bool | None = typer.Option(
+        None, "--compensate/--no-compensate", rich_help_panel=run.ACCURACY_GROUP,
+        help="Solve the weights of the kept columns exactly, or keep them as they are. The default "
+        "depends on the method.",
+    ),
+    effort: str = run.EFFORT,
+    error_aware: bool | None = run.ERROR_AWARE,
+    alpha: float | None = run.ALPHA,
+    beta: float | None = run.BETA,
+    ordered: bool | None = run.ORDERED,
+    tuning_epochs: int | None = run.TUNING_EPOCHS,
+    tuning_rate: float | None = run.TUNING_RATE,
+    tuning_tokens: int | None = run.TUNING_TOKENS,
+    damping: float | None = run.DAMPING,
+    device: str = args.DEVICE,
+    dtype: str = args.DTYPE,
+    stream: bool = run.STREAM,
+    resume: bool = run.RESUME,
+    activations: str = args.ACTIVATIONS,
+    dry_run: bool = run.DRY_RUN,
+    config: Path | None = run.CONFIG,
+    save_config: Path | None = run.SAVE_CONFIG,
+    output: Path | None = run.OUTPUT,
+    overwrite: bool = run.OVERWRITE,
+    max_shard_size: str | None = run.MAX_SHARD_SIZE,
+    as_json: bool = args.JSON,
+) -> None:  # fmt: skip
+    """Make a smaller dense model, which plain transformers opens.
+
+    Channels, heads, states or whole blocks are removed, and the weights that are left compensate.
+    For example: apt-prune shrink --adapter llama --keep 0.75
+    """
+    prune_options: dict[str, Any] = {
+        "effort": effort,
+        "error_aware": error_aware,
+        "alpha": alpha,
+        "beta": beta,
+        "ordered": ordered,
+        "tuning_epochs": tuning_epochs,
+        "tuning_rate": tuning_rate,
+        "tuning_tokens": tuning_tokens,
+        "random_tokens": random_tokens,
+        "own_samples": own_samples,
+        "damping": damping,
+    }
+    run.check_values(context, prune_options)
+    mode = _mode(width_only=width_only, depth_only=depth_only, search=search)
+    sizes = _sizes(size)
+    from apt.plugin.registry import registry
+    from apt.shrinking.options import ShrinkOptions
+    from apt.shrinking.search import SearchOptions
+
+    wish = ShrinkOptions(
+        keep, mode, compensate, multiple_of, sizes, blocks, SearchOptions(evaluations, minutes)
+    )
+    wish.check()
+    installed, defaults = registry(), run.Defaults()
+    model = model or defaults.choose("model", run.embedded(adapter))
+    metrics = tuple(installed.evaluators.get(name).name for name in metric)
+    hub = args.read_hub(revision, token, cache_dir)
+    args.find_model(model, installed, hub, trust_remote_code=trust_remote_code)
+
+    from apt.distributed.launch import joined
+    from apt.runs.options import RunOptions
+    from apt.runs.prepare import prepare
+    from apt.runs.prune_options import PruneOptions
+
+    options = RunOptions(
+        model=model,
+        pattern=None,
+        calibration=calibration or defaults.choose("calibration", "builtin"),
+        output=output or defaults.choose("output", run.directory(model, *_name(wish))),
+        adapter=adapter,
+        method=method,
+        evaluation=evaluation,
+        metrics=metrics,
+        samples=samples,
+        seqlen=seqlen,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        overwrite=overwrite,
+        max_shard_size=max_shard_size,
+        tokenizer=tokenizer,
+        stream=stream or resume,
+        resume=resume,
+        activations=activations,
+        trust_remote_code=trust_remote_code,
+        bos=not no_bos,
+        hub=hub,
+        prune=PruneOptions(**prune_options),
+        shrink=wish,
+    )
+    with joined() as ranks:
+        prepared = prepare(options, installed, defaults.lines.append)
+        if method is None:
+            defaults.choose("method", prepared.method.name)
+        if options.stream:
+            from apt.runs.streamed import check_streamable
+
+            check_streamable(prepared)
+        if save_config is not None and ranks.first:
+            save(context, save_config, defaults.values)
+        from apt.cli import pruning
+
+        if dry_run:
+            pruning.show_planned(prepared, defaults.lines, as_json=as_json)
+        else:
+            pruning.run(prepared, ranks, defaults.lines, as_json=as_json)
+
+
+def _mode(*, width_only: bool, depth_only: bool, search: bool) -> Any:
+    """The mode of the three flags; None if none is given."""
+    given = {"width": width_only, "depth": depth_only, "search": search}
+    chosen = [mode for mode, flag in given.items() if flag]
+    if len(chosen) > 1:
+        raise AptError("--width-only, --depth-only and --search exclude each other", "choose one")
+    return chosen[0] if chosen else None
+
+
+def _sizes(texts: list[str]) -> dict[str, int]:
+    """The numbers of ``--size``."""
+    found = {}
+    for text in texts:
+        kind, equals, number = text.partition("=")
+        if not equals or not kind or not number.isdecimal():
+            raise AptError(f"--size {text} is not KIND=N", "write channels=1024")
+        found[kind] = int(number)
+    return found
+
+
+def _name(wish: Any) -> list[str]:
+    """The parts of the name of a directory that depend on the options."""
+    sizes = [f"{number}-{kind}" for kind, number in wish.sizes.items()]
+    blocks = [f"{wish.blocks}-blocks"] if wish.blocks is not None else []
+    parts = [*blocks, *sizes] if wish.explicit else [f"keep-{wish.keep:g}"]
+    return parts + ([wish.mode] if wish.mode else [])

@@ -1,0 +1,145 @@
+"""The structure of a smaller model, and the plan of the run that leads to it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from apt.adapter import Adapter, Groups, Site
+from apt.errors import AptError
+from apt.planning.plan import Plan, PlannedBlock, PlannedSite
+from apt.solver import ColumnGroups
+
+Removed = Mapping[str, tuple[int, ...]]
+"""The indices of the groups that are removed from a block, by kind."""
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The parts of a model that are kept.
+
+    Args:
+        kept: the number of groups of each kind that every block keeps. Kinds that are not named
+            keep all.
+        dropped: the full names of the blocks that are dropped.
+        removed: the groups that are removed from each block, by the block's name; empty leaves the
+            choice to the method.
+    """
+
+    kept: Mapping[str, int] = field(default_factory=dict)
+    dropped: frozenset[str] = frozenset()
+    removed: Mapping[str, Removed] = field(default_factory=dict)
+
+    def groups(self, block: str, groups: Groups) -> ColumnGroups:
+        """The pattern of the readers of ``groups`` in a block."""
+        kept = self.kept.get(groups.kind, groups.count)
+        chosen = self.removed.get(block, {}).get(groups.kind)
+        return ColumnGroups(groups.count, kept, groups.bins, chosen)
+
+
+def make_structured_plan(
+    model: nn.Module, adapter: Adapter, config: Any, structure: Structure, *, adjusted: bool = True
+) -> Plan:
+    """The plan of a run that leads to ``structure``; the model may be on the meta device.
+
+    Args:
+        model: the model.
+        adapter: the adapter of its family.
+        config: its configuration.
+        structure: the parts that are kept.
+        adjusted: True if the sites that lose no columns are solved as well, to compensate for the
+            errors before them. False leaves them as they are.
+
+    Raises:
+        AptError: a kind of groups or a block does not exist, all blocks are dropped, or two kinds
+            of groups are removed from one site.
+    """
+    blocks = adapter.blocks(model)
+    _check_names(adapter, config, blocks, structure)
+    return Plan(
+        tuple(
+            PlannedBlock(name, (), dropped=True)
+            if name in structure.dropped
+            else _planned(adapter, config, name, block, structure, adjusted=adjusted)
+            for name, block in blocks
+        )
+    )
+
+
+def _planned(
+    adapter: Adapter,
+    config: Any,
+    name: str,
+    block: nn.Module,
+    structure: Structure,
+    *,
+    adjusted: bool,
+) -> PlannedBlock:
+    patterns, tied = dict[str, ColumnGroups](), list[tuple[str, ...]]()
+    for groups in adapter.groups(block, config):
+        pattern = structure.groups(name, groups)
+        for reader in groups.readers if pattern.removed else ():
+            if reader in patterns:
+                raise AptError(f"{name}.{reader} cannot lose groups of two kinds")
+            patterns[reader] = pattern
+        if pattern.removed and pattern.chosen is None and len(groups.readers) > 1:
+            tied.append(groups.readers)
+    rest, planned = ColumnGroups(1, 1) if adjusted else None, []
+    for site in adapter.sites(block):
+        rows, width = site.oriented(site.weight(block)).shape
+        pattern_or_rest = patterns.get(site.name, rest)
+        planned.append(PlannedSite(f"{name}.{site.name}", site, (rows, width), pattern_or_rest))
+    return PlannedBlock(name, tuple(planned), tied=tuple(tied))
+
+
+def _check_names(
+    adapter: Adapter, config: Any, blocks: list[tuple[str, nn.Module]], structure: Structure
+) -> None:
+    names = {name for name, _ in blocks}
+    if unknown := sorted((structure.dropped | structure.removed.keys()) - names):
+        raise AptError(f"the model has no block {unknown[0]}", f"its blocks: {', '.join(names)}")
+    if structure.dropped >= names:
+        raise AptError("no block would be left", "keep more")
+    kinds = {groups.kind for _, block in blocks for groups in adapter.groups(block, config)}
+    if missing := sorted(structure.kept.keys() - kinds):
+        known = ", ".join(sorted(kinds)) or "no groups"
+        raise AptError(f"the model has no groups of kind '{missing[0]}'", f"it has: {known}")
+
+
+def planned_groups(
+    adapter: Adapter, config: Any, block: nn.Module, planned: PlannedBlock
+) -> dict[str, int]:
+    """The number of groups of each kind that a block keeps, for the kinds that lose some."""
+    patterns = {entry.site.name: entry.pattern for entry in planned.sites}
+    return {
+        groups.kind: pattern.kept
+        for groups in adapter.groups(block, config)
+        for pattern in [patterns.get(groups.readers[0])]
+        if isinstance(pattern, ColumnGroups) and pattern.removed and pattern.count == groups.count
+    }
+
+
+def removed_groups(
+    adapter: Adapter, config: Any, block: nn.Module, planned: PlannedBlock
+) -> Removed:
+    """The groups of a block that its readers no longer multiply, as many as planned of each kind.
+
+    If more groups are zero than planned, the first of them are taken: the block's output depends on
+    none of them.
+    """
+    patterns = {entry.site.name: entry.pattern for entry in planned.sites}
+    sites: dict[str, Site] = {entry.site.name: entry.site for entry in planned.sites}
+    removed = dict[str, tuple[int, ...]]()
+    for groups in adapter.groups(block, config):
+        pattern = patterns.get(groups.readers[0])
+        if not isinstance(pattern, ColumnGroups) or pattern.count != groups.count:
+            continue
+        empty = torch.ones(groups.count, dtype=torch.bool)
+        for reader in groups.readers:
+            site = sites[reader]
+            empty &= pattern.zeros(site.oriented(site.weight(block).detach())).cpu()
+        scores = torch.where(empty, 0.0, 1.0)
+        removed[groups.kind] = tuple(pattern.lowest(scores).nonzero().squeeze(1).tolist())
+    return removed

@@ -1,0 +1,65 @@
+"""The options that decide how small a model becomes, and what it loses."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from apt.errors import AptError
+from apt.shrinking.search import SearchOptions
+
+Mode = Literal["width", "depth", "search"]
+MODES: tuple[Mode, ...] = ("width", "depth", "search")
+
+
+@dataclass(frozen=True)
+class ShrinkOptions:
+    """The options of a smaller model.
+
+    Args:
+        keep: the share of the parameters of the blocks that is kept, between 0 and 1.
+        mode: ``"width"`` removes groups, ``"depth"`` drops blocks, ``"search"`` searches among
+            models with fewer groups and blocks. None is ``"width"`` if the family has groups, else
+            ``"depth"``.
+        compensate: True if the kept columns get exact least-squares weights. The default depends on
+            the method.
+        multiple_of: the multiple that a number of channels must be. By default 64, or the greatest
+            smaller power of two with which the share comes within 1 % of ``keep``.
+        sizes: the number of groups to keep, by kind, in place of ``keep``.
+        blocks: the number of blocks to keep, in place of ``keep``.
+        search: the options of the search.
+    """
+
+    keep: float = 0.75
+    mode: Mode | None = None
+    compensate: bool | None = None
+    multiple_of: int | None = None
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    blocks: int | None = None
+    search: SearchOptions = field(default_factory=SearchOptions)
+
+    @property
+    def explicit(self) -> bool:
+        """True if the size is given in place of a share."""
+        return bool(self.sizes) or self.blocks is not None
+
+    def check(self) -> None:
+        """Raise `AptError` if a value is out of range."""
+        if not 0 < self.keep < 1:
+            raise AptError(
+                f"keep {self.keep:g} is outside (0, 1)",
+                "it is a share of the blocks' parameters, such as 0.75",
+                ("keep",),
+            )
+        if self.mode not in (None, *MODES):
+            raise AptError(f"mode '{self.mode}' is none of {', '.join(MODES)}")
+        if self.multiple_of is not None and self.multiple_of < 1:
+            raise AptError(
+                f"a multiple of {self.multiple_of} is not possible", "give 1 or more",
+                ("multiple_of",),
+            )  # fmt: skip
+        if self.search.evaluations < 1 or (self.search.minutes or 1) <= 0:
+            raise AptError("a search needs at least one candidate and some time")
+
+    def record(self) -> dict[str, Any]:
+        """The options as plain values, for the report."""
+        return {**vars(self), "sizes": dict(self.sizes), "search": vars(self.search)}

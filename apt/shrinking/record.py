@@ -1,0 +1,63 @@
+"""The record of the structure of a smaller model, for the report."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from apt.adapter import Adapter
+from apt.planning.plan import Plan
+from apt.planning.structure import planned_groups
+from apt.shrinking.search import Scored, pareto_front
+from apt.shrinking.sizes import Sizes
+from apt.shrinking.structure_choice import StructureChoice
+
+_BEST = 10
+
+
+def structure_record(
+    choice: StructureChoice, plan: Plan, model: nn.Module, adapter: Adapter, config: Any
+) -> dict[str, Any]:
+    """What a smaller model keeps and lacks, and the candidates that it was chosen from.
+
+    Args:
+        choice: the choice that was made.
+        plan: the plan that follows from it.
+        model: the dense model; it may be on the meta device.
+        adapter: the adapter of its family.
+        config: its configuration.
+    """
+    sizes = Sizes(model, adapter, config, 1)
+    modules, kept = dict(adapter.blocks(model)), dict[str, int]()
+    for planned in plan.blocks:
+        if not planned.dropped:
+            kept |= planned_groups(adapter, config, modules[planned.name], planned)
+    dropped = [block.name for block in plan.blocks if block.dropped]
+    size = sizes.size(kept, len(plan.blocks) - len(dropped))
+    return {
+        "mode": choice.mode,
+        "share": size.share,
+        "blocks": {"kept": size.blocks, "of": len(plan.blocks), "dropped": dropped},
+        "groups": {
+            kind: {"kept": size.kept.get(kind, groups.count), "of": groups.count}
+            for kind, groups in sizes.groups.items()
+        },
+        "candidates": _candidates(choice.scored),
+    }
+
+
+def _candidates(scored: Sequence[Scored]) -> list[dict[str, Any]]:
+    """The best candidates and those of the Pareto front of parameters and loss."""
+    front = pareto_front(scored, lambda candidate: candidate.size.share)
+    chosen = [s for index, s in enumerate(scored) if index < _BEST or s in front]
+    return [
+        {
+            "loss": entry.loss,
+            "share": entry.candidate.size.share,
+            "blocks": entry.candidate.size.blocks,
+            "groups": dict(entry.candidate.size.kept),
+            "dropped": sorted(entry.candidate.dropped),
+            "front": entry in front,
+        }
+        for entry in chosen
+    ]

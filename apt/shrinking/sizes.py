@@ -1,0 +1,181 @@
+"""The sizes of smaller models that a configuration can express, and their parameters."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+from torch import nn
+
+from apt.adapter import Adapter, Groups
+from apt.adapter.groups import without
+from apt.checkpoints.shrunk import resized
+from apt.errors import AptError
+
+TOLERANCE = 0.01
+"""The largest deviation of a model's share of parameters from the wanted share."""
+
+MULTIPLE = 64
+"""The usual multiple of the number of channels: kernels are fast with such widths."""
+
+_FEW = 256  # kinds with fewer groups, such as heads, can have any number of them
+
+
+@dataclass(frozen=True)
+class Size:
+    """The size of a smaller model.
+
+    Args:
+        kept: the number of groups of each kind in every block, without the kinds that keep all.
+        blocks: the number of blocks.
+        share: the share of the blocks' parameters that is kept.
+    """
+
+    kept: Mapping[str, int]
+    blocks: int
+    share: float
+
+    def __str__(self) -> str:
+        parts = [f"{count} {kind}" for kind, count in self.kept.items()]
+        return ", ".join([f"{self.blocks} blocks", *parts])
+
+
+class Sizes:
+    """All sizes of the smaller models of a model.
+
+    Args:
+        model: the model; it may be on the meta device.
+        adapter: the adapter of its family.
+        config: its configuration.
+        multiple: the multiple that a number of channels must be.
+    """
+
+    def __init__(self, model: nn.Module, adapter: Adapter, config: Any, multiple: int) -> None:
+        self._blocks, self._adapter, self._config = adapter.blocks(model), adapter, config
+        self.multiple, self.blocks = multiple, len(self._blocks)
+        self.groups = {
+            groups.kind: groups
+            for _, block in self._blocks
+            for groups in adapter.groups(block, config)
+        }
+        self._kinds = _kinds(self._blocks, adapter, config)
+        self._known: dict[tuple[tuple[str, int], ...], int] = {}
+        self._whole = self._parameters({})
+
+    def near(self, keep: float, *, width: bool, depth: bool) -> list[Size]:
+        """The sizes whose share of parameters is nearest to ``keep``, the nearest first.
+
+        Every combination of the number of blocks and of groups is completed by the number of groups
+        of the most numerous kind that comes nearest.
+
+        Args:
+            keep: the wanted share.
+            width: True if groups may be removed.
+            depth: True if blocks may be dropped.
+        """
+        found = [
+            min(self._completed(kept, blocks, width=width), key=lambda s: abs(s.share - keep))
+            for kept in (self._partial() if width else [dict[str, int]()])
+            for blocks in (range(1, self.blocks + 1) if depth else [self.blocks])
+        ]
+        smaller = [size for size in found if size.kept or size.blocks < self.blocks]
+        return sorted(smaller, key=lambda size: abs(size.share - keep))
+
+    def size(self, kept: Mapping[str, int], blocks: int) -> Size:
+        """The size with these numbers of groups and blocks.
+
+        Raises:
+            AptError: a kind does not exist, or there are too few or too many groups or blocks.
+        """
+        for kind, count in kept.items():
+            if kind not in self.groups:
+                known = ", ".join(self.groups) or "no groups"
+                raise AptError(f"the model has no {kind} to remove", f"it has: {known}")
+            groups = self.groups[kind]
+            if not 0 < count <= groups.count or count % groups.bins:
+                step = f", in steps of {groups.bins}" if groups.bins > 1 else ""
+                raise AptError(f"{kind} can be 1 to {groups.count}{step}, not {count}")
+        if not 0 < blocks <= self.blocks:
+            raise AptError(f"the number of blocks can be 1 to {self.blocks}, not {blocks}")
+        fewer = {kind: n for kind, n in kept.items() if n < self.groups[kind].count}
+        resized(self._config, self._removed(fewer), range(blocks), self.blocks)
+        return self._sized(fewer, blocks)
+
+    def _sized(self, kept: Mapping[str, int], blocks: int) -> Size:
+        share = self._parameters(kept) / self._whole * blocks / self.blocks
+        return Size(kept, blocks, share)
+
+    def _removed(self, kept: Mapping[str, int]) -> list[tuple[Groups, int]]:
+        return [(self.groups[kind], self.groups[kind].count - n) for kind, n in kept.items()]
+
+    def _partial(self) -> Iterator[dict[str, int]]:
+        """All combinations of the kinds with few groups, of which at most one per reader loses."""
+        few = [groups for kind, groups in self.groups.items() if kind != self._many]
+        counts = [range(groups.bins, groups.count + 1, groups.bins) for groups in few]
+        for chosen in product(*counts):
+            pairs = zip(few, chosen, strict=True)
+            fewer = [(groups, count) for groups, count in pairs if count < groups.count]
+            readers = [reader for groups, _ in fewer for reader in groups.readers]
+            kept = {groups.kind: count for groups, count in fewer}
+            if len(set(readers)) == len(readers) and self._fits(kept):
+                yield kept
+
+    @property
+    def _many(self) -> str | None:
+        """The kind with the most groups."""
+        return max(self.groups, key=lambda kind: self.groups[kind].count, default=None)
+
+    def _completed(self, kept: dict[str, int], blocks: int, *, width: bool) -> Iterator[Size]:
+        """The size with every number of groups of the most numerous kind."""
+        kind = self._many
+        if kind is None or not width:
+            yield self._sized(kept, blocks)
+            return
+        count, step = self.groups[kind].count, self.groups[kind].bins
+        step = self.multiple if count >= _FEW else step
+        yield self._sized(kept, blocks)
+        for number in range(step, count, step):
+            yield self._sized(kept | {kind: number}, blocks)
+
+    def _fits(self, kept: Mapping[str, int]) -> bool:
+        """True if the configuration can express these numbers."""
+        try:
+            resized(self._config, self._removed(kept), range(self.blocks), self.blocks)
+        except AptError:
+            return False
+        return True
+
+    def _parameters(self, kept: Mapping[str, int]) -> int:
+        """The number of parameters of all blocks with these numbers of groups."""
+        key = tuple(sorted(kept.items()))
+        if key not in self._known:
+            self._known[key] = sum(n * kind.parameters(kept) for kind, n in self._kinds.items())
+        return self._known[key]
+
+
+@dataclass(frozen=True, eq=False)
+class _Kind:
+    """Blocks with the same groups and the same shapes of parameters."""
+
+    shapes: tuple[tuple[str, torch.Size], ...]
+    groups: tuple[Groups, ...]
+
+    def parameters(self, kept: Mapping[str, int]) -> int:
+        """The number of parameters of a block with ``kept`` groups."""
+        removals = [(g, range(kept[g.kind], g.count)) for g in self.groups if g.kind in kept]
+        empty = {path: torch.empty(shape, device="meta") for path, shape in self.shapes}
+        return sum(tensor.numel() for tensor in (empty | without(empty, removals)).values())
+
+
+def _kinds(
+    blocks: Sequence[tuple[str, nn.Module]], adapter: Adapter, config: Any
+) -> dict[_Kind, int]:
+    """The kinds of blocks, with the number of blocks of each."""
+    known: dict[Any, tuple[_Kind, int]] = {}
+    for _, block in blocks:
+        shapes = tuple((path, p.shape) for path, p in block.named_parameters())
+        key = (type(block), shapes)
+        first = known.get(key) or (_Kind(shapes, tuple(adapter.groups(block, config))), 0)
+        known[key] = (first[0], first[1] + 1)
+    return dict(known.values())

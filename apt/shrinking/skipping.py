@@ -1,0 +1,61 @@
+"""A model that runs without some of its blocks, and the calibration loss of such a model."""
+
+import math
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from apt.adapter import Adapter, stub_output, stubbed
+from apt.evaluation.metrics import perplexity
+
+
+@contextmanager
+def skipping(model: nn.Module, adapter: Adapter, blocks: Collection[str]) -> Iterator[None]:
+    """Inside the context, the blocks of these names pass their input on.
+
+    Args:
+        model: the model.
+        adapter: the adapter of its family.
+        blocks: the full names of the blocks.
+    """
+    modules = dict(adapter.blocks(model))
+    with ExitStack() as stack:
+        for name in blocks:
+            block = modules[name]
+            stack.enter_context(stubbed([block], _passing(block.forward)))
+        yield
+
+
+def _passing(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that returns its state as ``forward`` returns it, alone or first in a tuple.
+
+    The first call calls ``forward`` to find that out.
+    """
+    lengths: list[int | None] = []
+
+    def passed(*args: Any, **kwargs: Any) -> Any:
+        (state,) = stub_output(args, kwargs)
+        if not lengths:
+            result = forward(*args, **kwargs)
+            lengths.append(len(result) if isinstance(result, tuple) else None)
+        length = lengths[0]
+        return state if length is None else (state, *[None] * (length - 1))
+
+    return passed
+
+
+def loss_without(
+    model: nn.Module, adapter: Adapter, tokens: Tensor, blocks: Collection[str] = ()
+) -> float:
+    """The mean loss per token of a model without some of its blocks.
+
+    Args:
+        model: a causal language model of transformers.
+        adapter: the adapter of its family.
+        tokens: token ids (windows, seqlen).
+        blocks: the full names of the blocks that are left out.
+    """
+    with adapter.running(model), skipping(model, adapter, blocks):
+        return math.log(perplexity(model, tokens))

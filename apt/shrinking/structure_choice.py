@@ -1,0 +1,164 @@
+"""The choice of the structure of a smaller model, from its possible sizes."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from apt.adapter import Adapter
+from apt.planning.structure import Removed, Structure
+from apt.plugin.specs import ShrinkMethodSpec
+from apt.shrinking.choices import BlockChoice, GroupScores
+from apt.shrinking.options import Mode
+from apt.shrinking.proxy import Proxy
+from apt.shrinking.search import Candidate, Journal, Scored, Search, SearchOptions
+from apt.shrinking.sizes import Size
+from apt.shrinking.skipping import loss_without
+from apt.solver import ColumnGroups, SolverOptions
+
+_FITNESS_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class StructureChoice:
+    """The choice of the structure of a smaller model.
+
+    Args:
+        mode: see `apt.shrinking.options.ShrinkOptions`.
+        sizes: the sizes to choose from; the first comes nearest to the wish.
+        groups: the choice of groups.
+        blocks: the choice of blocks.
+        solver: the damping.
+        search: the options of a search.
+        seed: the seed of a search.
+        journal: the losses that a search knows already.
+        scored: the candidates that were compared, those of lowest loss first; filled by `choose`.
+    """
+
+    mode: Mode
+    sizes: Sequence[Size]
+    groups: ShrinkMethodSpec
+    blocks: ShrinkMethodSpec
+    solver: SolverOptions
+    search: SearchOptions = field(default_factory=SearchOptions)
+    seed: int = 0
+    journal: Journal = field(default_factory=Journal)
+    scored: list[Scored] = field(default_factory=list)
+
+    @property
+    def needs_whole_model(self) -> bool:
+        """True if the model must be in memory as a whole."""
+        return self.mode == "search" or self.groups.chooses == "groups"
+
+    def provisional(self, model: nn.Module, adapter: Adapter) -> Structure:
+        """A structure of the first size; the blocks that it drops are not chosen yet."""
+        names = [name for name, _ in adapter.blocks(model)]
+        return Structure(self.sizes[0].kept, frozenset(names[self.sizes[0].blocks :]))
+
+    def choose(
+        self,
+        model: nn.Module,
+        adapter: Adapter,
+        tokens: Tensor,
+        status: Callable[[str], None] = lambda line: None,
+    ) -> Structure:
+        """Choose a structure.
+
+        Args:
+            model: the dense model.
+            adapter: the adapter of its family.
+            tokens: calibration token ids (samples, seqlen).
+            status: called with a text for each step.
+        """
+        names = [name for name, _ in adapter.blocks(model)]
+        size, dropped = self.sizes[0], list[str]()
+        if self.mode == "search":
+            best = self._searched(model, adapter, tokens, names, status)
+            size, dropped = best.size, [names[index] for index in sorted(best.dropped)]
+        elif self.mode == "width" and len(self.sizes) > 1:
+            size = self._widest(model, adapter, tokens, status)
+        if size.blocks < len(names) and not dropped:
+            status(f"choosing the blocks to drop ({self.blocks.name})")
+            choice = cast(BlockChoice, self.blocks.load())
+            dropped = list(choice(model, adapter, tokens, len(names) - size.blocks))
+        structure = Structure(size.kept, frozenset(dropped))
+        if size.kept and self.groups.chooses == "groups":
+            status(f"choosing the groups to remove ({self.groups.name})")
+            scores = cast(GroupScores, self.groups.load())(model, adapter, tokens)
+            structure = replace(structure, removed=_lowest(model, adapter, structure, scores))
+        return structure
+
+    def _widest(
+        self, model: nn.Module, adapter: Adapter, tokens: Tensor, status: Callable[[str], None]
+    ) -> Size:
+        """The size of lowest loss among those of equal depth."""
+        status(f"comparing {len(self.sizes)} widths")
+        proxy, few = Proxy(model, adapter, tokens, self.solver), _few(tokens)
+        for size in self.sizes:
+            loss = proxy.loss(size.kept, (), few)
+            self.scored.append(Scored(Candidate(size, frozenset()), loss))
+        self.scored.sort(key=lambda scored: scored.loss)
+        return self.scored[0].candidate.size
+
+    @torch.no_grad()
+    def _searched(
+        self,
+        model: nn.Module,
+        adapter: Adapter,
+        tokens: Tensor,
+        names: Sequence[str],
+        status: Callable[[str], None],
+    ) -> Candidate:
+        """The candidate of lowest loss."""
+        status("search: reading the inputs of the dense model")
+        proxy, few = Proxy(model, adapter, tokens, self.solver), _few(tokens)
+
+        def alone(index: int) -> float:
+            known = self.journal.losses.get(f"block {index}")
+            if known is None:
+                known = loss_without(model, adapter, few, [names[index]])
+                self.journal.add(f"block {index}", known)
+            return known
+
+        def loss(candidate: Candidate) -> float:
+            dropped = [names[index] for index in candidate.dropped]
+            return proxy.loss(candidate.size.kept, dropped, few)
+
+        status("search: ranking the blocks by the loss without each of them")
+        ranking = sorted(range(len(names)), key=alone)
+        found = Search(
+            self.sizes, ranking, loss, self.search, self.seed, self.journal,
+            lambda count, lowest: status(f"search: {count} candidates, lowest loss {lowest:.4f}"),
+        ).run()  # fmt: skip
+        self.scored.extend(found)
+        return found[0].candidate
+
+
+def _few(tokens: Tensor) -> Tensor:
+    """The first samples, with about `_FITNESS_TOKENS` tokens together."""
+    return tokens[: max(1, _FITNESS_TOKENS // tokens.shape[1])]
+
+
+def _lowest(
+    model: nn.Module,
+    adapter: Adapter,
+    structure: Structure,
+    scores: Mapping[str, Mapping[str, Tensor]],
+) -> dict[str, Removed]:
+    """The groups of the lowest scores of each block."""
+    config: Any = getattr(model, "config", None)
+    removed = dict[str, Removed]()
+    for name, block in adapter.blocks(model):
+        if name in structure.dropped:
+            continue
+        own = dict[str, tuple[int, ...]]()
+        for groups in adapter.groups(block, config):
+            kept = structure.kept.get(groups.kind, groups.count)
+            if kept < groups.count:
+                pattern = ColumnGroups(groups.count, kept, groups.bins)
+                mask = pattern.lowest(scores[name][groups.kind].cpu())
+                own[groups.kind] = tuple(mask.nonzero().squeeze(1).tolist())
+        removed[name] = own
+    return removed
