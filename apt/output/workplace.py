@@ -106,6 +106,18 @@ class Workplace:
         self._has_earlier_work = False
         self.out.mkdir()
 
+    def fresh(self, name: str) -> Path:
+        """An empty folder of this name in the workplace."""
+        folder = self.folder / name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        return folder
+
+    def replace_out(self, folder: Path) -> None:
+        """Make a folder of the workplace the output to publish."""
+        shutil.rmtree(self.out)
+        folder.rename(self.out)
+
     def check_fingerprint(self, fingerprint: Line) -> None:
         """Raise if the interrupted run had other options, inputs or versions than this one."""
         known = self.journal.lines[0].get("fingerprint")

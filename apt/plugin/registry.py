@@ -122,10 +122,19 @@ class Registry:
         """
         return _most_accurate(self.methods, self.methods.specs.values())
 
-    def default_shrink_method(self, *, blocks: bool) -> ShrinkMethodSpec:
-        """The most accurate of APT's own choices of blocks, or of groups of columns."""
+    def default_shrink_method(self, *, blocks: bool, streams: bool = False) -> ShrinkMethodSpec:
+        """The most accurate of APT's own choices of blocks, or of groups of columns.
+
+        Args:
+            blocks: True for a choice of blocks.
+            streams: True if the blocks stay on disk.
+        """
         found = self.shrink_methods.specs.values()
-        known = [spec for spec in found if (spec.chooses == "blocks") is blocks]
+        known = [
+            spec
+            for spec in found
+            if (spec.chooses == "blocks") is blocks and spec.streams >= streams
+        ]
         return _most_accurate(self.shrink_methods, known)
 
     def adapter_for(self, model_type: str) -> AdapterSpec:

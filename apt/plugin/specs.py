@@ -101,10 +101,12 @@ class ShrinkMethodSpec(MethodSpec):
             importance of the groups of the whole model. ``"blocks"``: an
             `apt.shrinking.choices.BlockChoice`, the blocks to drop.
         compensate: True if the kept columns have exact least-squares weights by default.
+        streams: True if it calls each block about once, so that the blocks can stay on disk.
     """
 
     chooses: Literal["columns", "groups", "blocks"] = "columns"
     compensate: bool = False
+    streams: bool = True
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import gc
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,10 @@ class InMemoryRun:
         options = self._prepared.options
         with whole_directory(options.output, options.overwrite) as self._work:
             yield
+
+    def readable(self) -> AbstractContextManager[None]:
+        """Do nothing: the model is in memory."""
+        return nullcontext()
 
     def begin(self, text: Text, report: Report) -> Report:
         """Load the model."""

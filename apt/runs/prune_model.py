@@ -1,6 +1,7 @@
 """The part of a run that changes weights, common to the command line and `apt.prune`."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +74,7 @@ def prune_model(
     ranks: Ranks,
     observe: Observer,
     status: Callable[[str], None] = lambda line: None,
+    readable: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> tuple[Plan, list[SitePruned]]:
     """Distribute the sparsity, add samples with random tokens, and prune block by block.
 
@@ -84,11 +86,16 @@ def prune_model(
         ranks: the processes that prune together.
         observe: called with each event.
         status: called with a text for each step outside the loop over blocks.
+        readable: a context in which the whole dense model can run.
 
     Returns:
         The plan with the final patterns, and the record of each site.
     """
-    plan = ranks.share(_final_plan(model, tokens, job, status) if ranks.first else job.plan)
+    plan = job.plan
+    if job.structure is not None or job.allocation is not None:
+        with readable():
+            plan = _final_plan(model, tokens, job, status) if ranks.first else plan
+        plan = ranks.share(plan)
     tokens = job.augmentation.with_random_tokens(model, tokens, job.special)
     sites = prune_blocks(
         model,

@@ -67,6 +67,7 @@ def execute(
             ranks=ranks,
             observe=telling(observe, prepared.registry.site_pruned),
             status=status,
+            readable=storage.readable,
         )
         report = replace(
             report,

@@ -22,7 +22,8 @@ def find_method(options: RunOptions, registry: Registry) -> MethodSpec:
         return registry.methods.get(options.method) if options.method else registry.default_method()
     if options.method:
         return registry.shrink_methods.get(options.method)
-    return registry.default_shrink_method(blocks=options.shrink.mode == "depth")
+    by_blocks = options.shrink.mode == "depth"
+    return registry.default_shrink_method(blocks=by_blocks, streams=options.stream)
 
 
 def shrinking(
@@ -77,9 +78,18 @@ def choice_of(
             "choose a method for groups, or drop blocks only",
             ("method", "depth_only"),
         )
-    others = registry.default_shrink_method(blocks=not by_blocks)
+    others = registry.default_shrink_method(blocks=not by_blocks, streams=options.stream)
     groups, blocks = (others, method) if by_blocks else (method, others)
-    return StructureChoice(mode, found, groups, blocks, recipe.solver, wish.search, options.seed)
+    return StructureChoice(
+        mode,
+        found,
+        groups,
+        blocks,
+        recipe.solver,
+        whole=not options.stream,
+        search=wish.search,
+        seed=options.seed,
+    )
 
 
 def removal(choice: StructureChoice, compensate: bool | None) -> GroupRemoval:

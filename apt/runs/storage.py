@@ -34,6 +34,9 @@ class RunStorage(Protocol):
     def opened(self) -> AbstractContextManager[None]:
         """While entered, the workplace is locked; at the end the output is published or deleted."""
 
+    def readable(self) -> AbstractContextManager[None]:
+        """While entered, the whole dense model can run."""
+
     def begin(self, text: Text, report: Report) -> Report:
         """Load the model; return the report with the hash of its weights."""
 

@@ -9,8 +9,9 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,14 +20,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from apt.calibration.storage import DiskStore, Store
+from apt.checkpoints.compaction import check_compactable, write_compacted
 from apt.checkpoints.copies import check_copy, checksums, copied_size
+from apt.checkpoints.load import skeleton
+from apt.checkpoints.model import Model
 from apt.checkpoints.offload import StoredBlocks, assemble
 from apt.checkpoints.safetensors_io import Shards
 from apt.checkpoints.stored import open_stored
 from apt.checkpoints.tensor_map import pruned_tensors
 from apt.distributed.ranks import Ranks
 from apt.errors import AptError, first_line
-from apt.evaluation.blockwise import carried
+from apt.evaluation.blockwise import carried, streamed
 from apt.output.card import write_card
 from apt.output.location import check_space
 from apt.output.report import Report, versions
@@ -81,6 +85,8 @@ class StreamedRun:
         if self._ranks.first and not self._prepared.options.resume:
             needed = copied_size(self._stored.directory, self._stored.shards)
             needed += _activations_on_disk(self._prepared)
+            if self._prepared.structure is not None:  # the smaller model is written beside it
+                needed *= 2
             check_space(self._prepared.options.output, needed)
 
     @contextmanager
@@ -89,6 +95,10 @@ class StreamedRun:
         work = self._work
         with _offering_resume(work), work.locked() if self._ranks.first else nullcontext():
             yield
+
+    def readable(self) -> AbstractContextManager[None]:
+        """While entered, the dense model can run: each block is read for each of its calls."""
+        return self._dense.read_on_call()
 
     def begin(self, text: Text, report: Report) -> Report:
         """Continue from the journal or copy the checkpoint, and load the weights outside blocks."""
@@ -220,20 +230,51 @@ class StreamedRun:
 
     def write(self, report: Report, plan: Plan) -> Report:
         """Measure and verify the written model, write the report, and publish the output."""
+        small = self._compact(plan) if plan.structured else None
         try:
-            after = self.measure(self._text.held_out, "after")
+            after = self._measure_small(small) if small else self._measure_after()
         except Exception as error:  # the pruned model must not be lost by a failed measurement
             self._problems.append(MeasurementError(self._prepared.options.output, error))
         else:
             report = replace(report, scores=report.scores | after)
-        self._status("verifying")
-        self.block_storage.verify()
+        if small is None:
+            self._status("verifying")
+            self.block_storage.verify()
+        directory = small or self._work.out
         report = replace(report, problems=[str(problem) for problem in self._problems])
         report = report.timed(time.perf_counter() - self._started)
-        write_card(self._work.out, report, self._stored.directory)
-        report = report.write(self._work.out)
+        write_card(directory, report, self._stored.directory)
+        report = report.write(directory)
+        if small is not None:
+            self._work.replace_out(small)
         self._work.finish()
         return report
+
+    def _compact(self, plan: Plan) -> Path:
+        """Write the smaller model beside the blocks with zeros, and check that it opens."""
+        self._status("writing the smaller model")
+        self.block_storage.verify()
+        shell, target = self._prepared.shell, self._work.fresh("small")
+        write_compacted(shell, plan, self._pruned, self._stored.layout, self._work.out, target)
+        open_stored(self._small_shell(target))
+        return target
+
+    def _small_shell(self, directory: Path) -> Model:
+        shell = self._prepared.shell
+        source = replace(shell.source, location=str(directory))
+        return skeleton(source, self._prepared.registry, shell.spec.name)
+
+    def _measure_small(self, directory: Path) -> dict[str, Any]:
+        """The metrics of the smaller model, and those in the journal."""
+        held_out, prepared = self._text.held_out, self._prepared
+        if held_out is None:
+            return {}
+        with streamed(self._small_shell(directory), held_out, prepared.device) as module:
+            found = measure(prepared, module, held_out, "after", self._status)
+        return self._scores() | {"after": found}
+
+    def _measure_after(self) -> dict[str, Any]:
+        return self.measure(self._text.held_out, "after")
 
     def with_final_scores(self, report: Report) -> Report:
         """The report itself: `write` has measured the output.
@@ -283,7 +324,10 @@ def _offering_resume(work: Workplace) -> Iterator[None]:
 def check_streamable(prepared: Prepared) -> None:
     """Raise if a run cannot be streamed, before any work is done."""
     options = prepared.options
-    open_stored(prepared.shell)
+    stored = open_stored(prepared.shell)
+    if prepared.structure is not None:
+        check_compactable(stored.layout)
+        prepared.structure.check_streamable()
     for given, name in (
         (options.allocation != UNIFORM, "allocation"),
         (options.dtype != "auto", "dtype"),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from apt.adapter import Adapter
+from apt.errors import AptError
 from apt.planning.structure import Removed, Structure
 from apt.plugin.specs import ShrinkMethodSpec
 from apt.shrinking.choices import BlockChoice, GroupScores
@@ -30,6 +31,7 @@ class StructureChoice:
         sizes: the sizes to choose from; the first comes nearest to the wish.
         groups: the choice of groups.
         blocks: the choice of blocks.
+        whole: True if the model is in memory as a whole, so that widths can be compared.
         solver: the damping.
         search: the options of a search.
         seed: the seed of a search.
@@ -42,15 +44,25 @@ class StructureChoice:
     groups: ShrinkMethodSpec
     blocks: ShrinkMethodSpec
     solver: SolverOptions
+    whole: bool = True
     search: SearchOptions = field(default_factory=SearchOptions)
     seed: int = 0
     journal: Journal = field(default_factory=Journal)
     scored: list[Scored] = field(default_factory=list)
 
-    @property
-    def needs_whole_model(self) -> bool:
-        """True if the model must be in memory as a whole."""
-        return self.mode == "search" or self.groups.chooses == "groups"
+    def check_streamable(self) -> None:
+        """Raise if the model must be in memory as a whole."""
+        if self.mode == "search":
+            raise AptError(
+                "a search needs the whole model in memory", "do not stream", ("search", "stream")
+            )
+        used = [spec for spec in (self.groups, self.blocks) if not spec.streams]
+        if used:
+            raise AptError(
+                f"method {used[0].name} needs the whole model in memory",
+                "choose another method, or do not stream",
+                ("method", "stream"),
+            )
 
     def provisional(self, model: nn.Module, adapter: Adapter) -> Structure:
         """A structure of the first size; the blocks that it drops are not chosen yet."""
@@ -77,7 +89,7 @@ class StructureChoice:
         if self.mode == "search":
             best = self._searched(model, adapter, tokens, names, status)
             size, dropped = best.size, [names[index] for index in sorted(best.dropped)]
-        elif self.mode == "width" and len(self.sizes) > 1:
+        elif self.mode == "width" and self.whole and len(self.sizes) > 1:
             size = self._widest(model, adapter, tokens, status)
         if size.blocks < len(names) and not dropped:
             status(f"choosing the blocks to drop ({self.blocks.name})")

@@ -10,7 +10,7 @@ from apt.shrinking.sizes import MULTIPLE, TOLERANCE, Size, Sizes
 def wanted_sizes(
     sizes: Callable[[int], Sizes], options: ShrinkOptions, notice: Callable[[str], None]
 ) -> tuple[Mode, list[Size]]:
-    """The mode, and the sizes that meet the options, the nearest to the wanted share first.
+    """The mode, and the sizes that meet the options. Those that change the fewest kinds come first.
 
     Args:
         sizes: the sizes of the model for a multiple of channels.
@@ -66,7 +66,8 @@ def _nearest(found: list[Size], keep: float, notice: Callable[[str], None]) -> l
     if not found:
         raise AptError("this model has one block and no groups: nothing can be removed")
     if _met(found, keep):
-        return [size for size in found if abs(size.share - keep) <= TOLERANCE]
+        near = [size for size in found if abs(size.share - keep) <= TOLERANCE]
+        return sorted(near, key=lambda size: len(size.kept))
     nearest = found[0]
     if keep < min(size.share for size in found) - TOLERANCE:
         raise AptError(

@@ -1,5 +1,7 @@
 """The methods, allocations, text sources and metrics that ship with APT."""
 
+from typing import Any
+
 from apt.hookspecs import (
     AllocationSpec,
     CalibrationSpec,
@@ -46,32 +48,32 @@ def apt_methods() -> list[MethodSpec]:
 def apt_shrink_methods() -> list[ShrinkMethodSpec]:
     """The default choice of groups and of blocks, and baselines."""
     groups, blocks = "apt_plugins.group_choices", "apt_plugins.block_choices"
+    aware: dict[str, Any] = {"error_aware": True, "efforts": True}
+    whole: dict[str, Any] = {"efforts": True, "chooses": "groups", "streams": False}
+    dropped: dict[str, Any] = {**aware, "chooses": "blocks"}
+    pruner = "arXiv 2305.11627"
     return [
-        ShrinkMethodSpec(
-            "joint", "groups by greedy joint removal, weights solved exactly",
-            "apt.solver:joint_removal", 100, "after arXiv 2410.15567", error_aware=True,
-            efforts=True, compensate=True,
-        ),
+        ShrinkMethodSpec("joint", "groups by greedy joint removal, weights solved exactly",
+                         "apt.solver:joint_removal", 100, "after arXiv 2410.15567", **aware,
+                         compensate=True),
         ShrinkMethodSpec("group-magnitude", "groups of the smallest Σ w², no update",
-                         f"{groups}:magnitude", 10),
+                         f"{groups}:magnitude", 10, efforts=True),
         ShrinkMethodSpec("group-wanda", "groups of the smallest Σ ‖w_j‖² ‖x_j‖², no update",
-                         f"{groups}:wanda", 30, "after arXiv 2306.11695"),
+                         f"{groups}:wanda", 30, "after arXiv 2306.11695", efforts=True),
         ShrinkMethodSpec("flap", "groups of the smallest Σ ‖w_j‖² Var(x_j), no update",
-                         f"{groups}:flap", 40, "arXiv 2312.11983", chooses="groups"),
+                         f"{groups}:flap", 40, "arXiv 2312.11983", **whole),
         ShrinkMethodSpec("llm-pruner", "groups of the smallest Σ |w ∂L/∂w|, no update",
-                         f"{groups}:llm_pruner", 20, "arXiv 2305.11627", chooses="groups"),
+                         f"{groups}:llm_pruner", 20, pruner, **whole),
         ShrinkMethodSpec("llm-pruner-vector", "groups of the smallest |Σ w ∂L/∂w|, no update",
-                         f"{groups}:llm_pruner_vector", 15, "arXiv 2305.11627",
-                         chooses="groups"),
+                         f"{groups}:llm_pruner_vector", 15, pruner, **whole),
         ShrinkMethodSpec("last", "the last blocks", f"{blocks}:last", 10, "arXiv 2411.15558",
-                         chooses="blocks"),
+                         **dropped),
         ShrinkMethodSpec("angular", "consecutive blocks over which the stream turns least",
-                         f"{blocks}:angular", 20, "arXiv 2403.17887", chooses="blocks"),
+                         f"{blocks}:angular", 20, "arXiv 2403.17887", **dropped),
         ShrinkMethodSpec("block-influence", "the blocks that change the stream's direction least",
-                         f"{blocks}:block_influence", 30, "arXiv 2403.03853", chooses="blocks"),
+                         f"{blocks}:block_influence", 30, "arXiv 2403.03853", **dropped),
         ShrinkMethodSpec("loss", "one by one, the block without which the loss is lowest",
-                         f"{blocks}:by_loss", 100, "arXiv 2402.09025", chooses="blocks",
-                         error_aware=True, efforts=True, compensate=True),
+                         f"{blocks}:by_loss", 100, "arXiv 2402.09025", **dropped, streams=False),
     ]  # fmt: skip
 
 
