@@ -1,7 +1,8 @@
 """APT: one-shot post-training pruning of language models.
 
-`prune` prunes a model in memory, and `prune_copy` prunes a copy of it. The calibration tokens come
-from `calibration_tokens` or `own_text`. `PruneOptions` has the options. With `Ranks` several
+`prune` prunes a model in memory, and `prune_copy` prunes a copy of it. `shrink` makes a smaller
+model. The calibration tokens come from `calibration_tokens` or `own_text`. `PruneOptions` and
+`ShrinkOptions` have the options. With `Ranks` several
 processes prune one model together. `apt.solver` works on plain tensors, `apt.adapter` and
 `apt.hookspecs` are for plugins, and `apt.testing` checks adapters. `apt.cli` is the command line.
 Importing this package does not import torch.
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from apt.planning.plan import Selection
     from apt.runs.api import calibration_tokens, prune, prune_copy
     from apt.runs.prune_options import PruneOptions
+    from apt.runs.shrink_api import shrink
+    from apt.shrinking.options import ShrinkOptions
     from apt.text.self_generated import own_text
 
 __all__ = [
@@ -27,6 +30,7 @@ __all__ = [
     "Ranks",
     "Report",
     "Selection",
+    "ShrinkOptions",
     "__version__",
     "accuracy",
     "calibration_tokens",
@@ -34,6 +38,7 @@ __all__ = [
     "perplexity",
     "prune",
     "prune_copy",
+    "shrink",
 ]
 __version__ = "0.1.0"
 _LAZY = {
@@ -41,12 +46,14 @@ _LAZY = {
     "Ranks": "apt.distributed.ranks",
     "Report": "apt.output.report",
     "Selection": "apt.planning.plan",
+    "ShrinkOptions": "apt.shrinking.options",
     "accuracy": "apt.evaluation.metrics",
     "calibration_tokens": "apt.runs.api",
     "own_text": "apt.text.self_generated",
     "perplexity": "apt.evaluation.metrics",
     "prune": "apt.runs.api",
     "prune_copy": "apt.runs.api",
+    "shrink": "apt.runs.shrink_api",
 }
 
 

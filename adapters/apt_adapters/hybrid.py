@@ -1,9 +1,19 @@
 """Hybrids of attention and state-space mixers: Jamba and Falcon-H1."""
 
+from typing import Any
+
 from torch import nn
 
-from apt.adapter import Call, Input, Site, State
-from apt.adapter.experts import expert_sites, one_by_one
+from apt.adapter import (
+    Call,
+    Groups,
+    Input,
+    Site,
+    State,
+    expert_groups,
+    expert_sites,
+    one_by_one,
+)
 from apt_adapters.mamba import StateSpaceAdapter
 
 _ATTENTION = (
@@ -16,6 +26,7 @@ _MIXER = (
     Input("time_step", ("mamba.dt_proj",)),
     Input("scanned", ("mamba.out_proj",), residual=True),
 )
+_STACKED = ("gate_up_proj", "down_proj")
 _MLP = (
     Input("mlp", ("feed_forward.gate_proj", "feed_forward.up_proj")),
     Input("neurons", ("feed_forward.down_proj",), residual=True),
@@ -44,10 +55,26 @@ class JambaAdapter(StateSpaceAdapter):
         """The Linears, and two slices of stacked parameters for each expert."""
         sites, experts = super().sites(block), _experts(block)
         if experts is not None:
-            order, names = len(self.inputs_of(block)), ("gate_up_proj", "down_proj")
+            order = len(self.inputs_of(block))
             count = experts.get_parameter("down_proj").shape[0]
-            sites += expert_sites("feed_forward.experts", count, names, order)
+            sites += expert_sites("feed_forward.experts", count, _STACKED, order)
         return sites
+
+    def groups(self, block: nn.Module, config: Any) -> list[Groups]:
+        """The experts of a block with experts; none in another block."""
+        experts = _experts(block)
+        if experts is None:
+            return []
+        return [
+            expert_groups(
+                "feed_forward.experts",
+                "feed_forward.router.weight",
+                config.num_experts,
+                _STACKED,
+                "num_experts",
+                config.num_experts_per_tok,
+            )
+        ]
 
     def step(self, block: nn.Module, state: State, call: Call) -> State:
         """Run the block, with its experts one by one."""

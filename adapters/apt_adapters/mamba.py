@@ -53,7 +53,10 @@ class MambaAdapter(StateSpaceAdapter):
     )
 
     def groups(self, block: nn.Module, config: Any) -> list[Groups]:
-        """The channels of the mixer: of the convolution, of the scan and of the gate."""
+        """The channels of the mixer, and the states of its scan.
+
+        FalconMamba normalises B and C over all states, so that none of them can go.
+        """
         count = config.intermediate_size
         parts = (
             *rows(block, "mixer.in_proj"),
@@ -66,7 +69,17 @@ class MambaAdapter(StateSpaceAdapter):
             columns("mixer.out_proj"),
         )
         readers = ("mixer.x_proj", "mixer.out_proj")
-        return [Groups("channels", count, readers, parts, {"intermediate_size": int})]
+        channels = Groups("channels", count, readers, parts, {"intermediate_size": int})
+        normed = config.model_type == "falcon_mamba"
+        return [channels] if normed else [channels, _states(config)]
+
+
+def _states(config: Any) -> Groups:
+    """The states: rows of x_proj for B and C, and columns of A."""
+    count, rank = config.state_size, config.time_step_rank
+    read = Part("mixer.x_proj.weight", start=rank + count)
+    parts = (Part("mixer.x_proj.weight", start=rank), read, Part("mixer.A_log", dim=1))
+    return Groups("states", count, (), parts, {"state_size": int}, outputs=(read,))
 
 
 class Mamba2Adapter(MambaAdapter):
@@ -78,5 +91,23 @@ class Mamba2Adapter(MambaAdapter):
     )
 
     def groups(self, block: nn.Module, config: Any) -> list[Groups]:
-        """No groups: ``expand`` is a whole number, which fixes the width of all heads."""
-        return []
+        """The states of the scan. ``expand`` is a whole number, which fixes the number of heads.
+
+        ``in_proj`` has rows for the gate, x, B, C and the time step. The convolution has x, B and
+        C. Each of the ``n_groups`` groups of heads has a B and a C of all states.
+        """
+        count, groups = config.state_size, config.n_groups
+        width = config.num_heads * config.head_dim
+        parts, read = list[Part](), list[Part]()
+        for group in range(groups):
+            first = width + group * count  # within x, B and C
+            second = first + groups * count
+            parts += [
+                *rows(block, "mixer.in_proj", start=width + first),
+                *rows(block, "mixer.in_proj", start=width + second),
+                *rows(block, "mixer.conv1d", start=first),
+                *rows(block, "mixer.conv1d", start=second),
+            ]
+            read += [*rows(block, "mixer.conv1d", start=second)]
+        fields = {"state_size": int}
+        return [Groups("states", count, (), tuple(parts), fields, outputs=tuple(read))]

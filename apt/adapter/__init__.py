@@ -5,7 +5,7 @@ of Linears whose paths are declared. Adapter packages import everything from thi
 """
 
 from apt.adapter.decoder import DecoderAdapter, Input
-from apt.adapter.experts import expert_sites, one_by_one
+from apt.adapter.experts import expert_groups, expert_sites, one_by_one
 from apt.adapter.groups import Groups, Part, columns, rows
 from apt.adapter.protocol import Adapter
 from apt.adapter.recording import record_calls, stub_output, stubbed
@@ -26,6 +26,7 @@ __all__ = [
     "State",
     "WeightTap",
     "columns",
+    "expert_groups",
     "expert_sites",
     "one_by_one",
     "record_calls",

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from apt.adapter.groups import Groups, Part
 from apt.adapter.sites import Site
 
 
@@ -26,6 +27,32 @@ def expert_sites(path: str, experts: int, parameters: Sequence[str], order: int)
         for expert in range(experts)
         for place, name in enumerate(parameters)
     ]  # fmt: skip
+
+
+def expert_groups(
+    path: str, router: str, experts: int, parameters: Sequence[str], field: str, least: int
+) -> Groups:
+    """The experts of a block, as groups.
+
+    Args:
+        path: the path within the block of the module that owns the stacked parameters.
+        router: the path of the router's weight (experts, hidden).
+        experts: the number of experts.
+        parameters: the parameters' names, the last of which produces the output.
+        field: the configuration's number of experts.
+        least: the number of experts that a token is sent to.
+    """
+    stacked = [Part(f"{path}.{name}") for name in parameters]
+    return Groups(
+        "experts",
+        experts,
+        (),
+        (*stacked, Part(router)),
+        {field: int},
+        least=least,
+        outputs=(stacked[-1],),
+        routed=True,
+    )
 
 
 @contextmanager

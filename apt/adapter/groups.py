@@ -44,6 +44,12 @@ class Groups:
             groups that are kept.
         bins: the number of equal, consecutive bins of groups. The same number must go from each:
             query heads that share a key/value head are a bin.
+        least: the least number that a model can keep.
+        outputs: for groups without readers, the entries that produce their outputs: if they are
+            zero, the block's output does not depend on the group.
+        routed: True if a router distributes the tokens among the groups. The router then chooses
+            among those that are left, so that a model without a group does not equal one in which
+            the group's output is zero.
     """
 
     kind: str
@@ -52,6 +58,9 @@ class Groups:
     parts: tuple[Part, ...]
     fields: Mapping[str, Callable[[int], int | float]]
     bins: int = 1
+    least: int = 1
+    outputs: tuple[Part, ...] = ()
+    routed: bool = False
 
 
 def rows(block: nn.Module, linear: str, each: int = 1, start: int = 0) -> Iterator[Part]:
@@ -64,6 +73,36 @@ def rows(block: nn.Module, linear: str, each: int = 1, start: int = 0) -> Iterat
 def columns(linear: str, each: int = 1) -> Part:
     """The columns of a Linear."""
     return Part(f"{linear}.weight", 1, each)
+
+
+def entries(part: Part, group: int) -> slice:
+    """The entries of one group in the dimension of a part."""
+    first = part.start + group * part.each
+    return slice(first, first + part.each)
+
+
+def disconnect(parameters: Mapping[str, Tensor], groups: Groups, removed: Sequence[int]) -> None:
+    """Set the outputs of some groups without readers to zero, in place.
+
+    Args:
+        parameters: the parameters of the block by their paths within it.
+        groups: the groups.
+        removed: the indices of those to disconnect.
+    """
+    for part in groups.outputs:
+        entry = parameters[part.parameter].detach().movedim(part.dim, 0)
+        for group in removed:
+            entry[entries(part, group)] = 0
+
+
+def disconnected(parameters: Mapping[str, Tensor], groups: Groups) -> Tensor:
+    """The mask (count,) of the groups without readers whose outputs are all zero."""
+    empty = torch.ones(groups.count, dtype=torch.bool)
+    for part in groups.outputs:
+        entry = parameters[part.parameter].detach().movedim(part.dim, 0)
+        zero = [not bool(entry[entries(part, group)].any()) for group in range(groups.count)]
+        empty &= torch.tensor(zero)
+    return empty
 
 
 Removal = tuple[Groups, Sequence[int]]
@@ -87,8 +126,7 @@ def without(parameters: Mapping[str, Tensor], removals: Sequence[Removal]) -> di
             length = parameters[part.parameter].shape[part.dim]
             mask = dims.setdefault(part.dim, torch.ones(length, dtype=torch.bool))
             for group in removed:
-                first = part.start + group * part.each
-                mask[first : first + part.each] = False
+                mask[entries(part, group)] = False
     smaller = {}
     for path, dims in kept.items():
         smaller[path] = parameters[path].detach()

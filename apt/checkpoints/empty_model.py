@@ -27,6 +27,21 @@ def model_without_weights(config: Any, *, trust_remote_code: bool) -> nn.Module:
     return whole
 
 
+def empty_of_class(kind: Any, config: Any, like: Any) -> nn.Module:
+    """A model of the class ``kind`` as `model_without_weights` makes it.
+
+    It has the implementations of attention and experts of the configuration ``like``.
+    """
+    chosen = {
+        name: value
+        for name in ("attn_implementation", "experts_implementation")
+        if (value := getattr(like, f"_{name}", None))
+    }
+    with _parameters_on_meta():
+        module: nn.Module = kind._from_config(config, **chosen)
+    return module
+
+
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
     """While entered, modules that this thread creates have their parameters on the meta device."""

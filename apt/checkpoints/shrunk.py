@@ -1,5 +1,6 @@
 """A smaller model: the dense model without some groups and blocks, with its configuration."""
 
+import copy
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -7,6 +8,7 @@ from torch import Tensor, nn
 
 from apt.adapter import Adapter, Groups
 from apt.adapter.groups import without
+from apt.checkpoints.empty_model import empty_of_class
 from apt.errors import AptError, first_line
 from apt.planning.plan import Plan
 from apt.planning.structure import removed_groups
@@ -129,16 +131,18 @@ def _agree(sizes: dict[str, tuple[Groups, int]], groups: Groups, count: int, blo
 
 def _built(kind: Any, config: Any, state: dict[str, Tensor], model: Any) -> Any:
     """A model with this configuration and these tensors."""
+    config.dtype = model.dtype
     try:
-        built, info = kind.from_pretrained(
-            None, config=config, state_dict=state, dtype=model.dtype, output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are reported below
-        )  # fmt: skip
-    except Exception as error:
+        built: Any = empty_of_class(kind, config, model.config)
+        found = built.load_state_dict(state, strict=False, assign=True)
+    except Exception as error:  # a class may refuse a configuration in any way
         raise _inexpressible(kind, first_line(error)) from error
-    for problem in ("mismatched_keys", "unexpected_keys", "missing_keys"):
-        if info[problem]:
-            raise _inexpressible(kind, f"{sorted(map(str, info[problem]))[0]} does not fit")
+    built.tie_weights()
+    missing = [name for name, parameter in built.named_parameters() if parameter.is_meta]
+    if wrong := [*found.unexpected_keys, *missing]:
+        raise _inexpressible(kind, f"{sorted(wrong)[0]} does not fit")
+    if getattr(model, "generation_config", None) is not None:
+        built.generation_config = copy.deepcopy(model.generation_config)
     return built.to(model.device).train(model.training)
 
 

@@ -112,5 +112,7 @@ def pruned_of(block: PlannedBlock, layout: Layout) -> list[str]:
 
 def pruned_parameters(block: PlannedBlock) -> list[str]:
     """The paths within a block of the parameters that pruning changes."""
-    sites = [entry.site.parameter for entry in block.pruned]
-    return list(dict.fromkeys(sites + [entry.extra.parameter for entry in block.extras]))
+    found = [entry.site.parameter for entry in block.pruned]
+    found += [entry.extra.parameter for entry in block.extras]
+    found += [part.parameter for entry in block.disconnected for part in entry.groups.outputs]
+    return list(dict.fromkeys(found))

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from apt.adapter import Adapter, Extra, Site
+from apt.adapter import Adapter, Extra, Groups, Site
 from apt.errors import AptError
 from apt.solver import NM, ColumnGroups, Pattern, SitePattern, Unstructured
 from apt.solver.patterns import Granularity
@@ -73,6 +73,15 @@ class PlannedExtra:
 
 
 @dataclass(frozen=True)
+class PlannedGroups:
+    """Groups without readers, of which a number is kept; ``chosen`` are removed if it is given."""
+
+    groups: Groups
+    kept: int
+    chosen: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
 class PlannedBlock:
     """A block, its sites, and its extras that are to be pruned.
 
@@ -80,6 +89,7 @@ class PlannedBlock:
         name: its full name.
         sites, extras: its sites and extras; none if it is dropped.
         dropped: True if the whole block is removed from the model.
+        disconnected: the groups without readers that lose some.
         tied: the names of sites that lose the same groups of columns, the last of which decides.
     """
 
@@ -87,6 +97,7 @@ class PlannedBlock:
     sites: tuple[PlannedSite, ...]
     extras: tuple[PlannedExtra, ...] = ()
     dropped: bool = False
+    disconnected: tuple[PlannedGroups, ...] = ()
     tied: tuple[tuple[str, ...], ...] = ()
 
     @property
@@ -120,7 +131,9 @@ class Plan:
     def structured(self) -> bool:
         """True if groups of columns or whole blocks are removed."""
         return any(
-            block.dropped or any(isinstance(site.pattern, ColumnGroups) for site in block.sites)
+            block.dropped
+            or block.disconnected
+            or any(isinstance(site.pattern, ColumnGroups) for site in block.sites)
             for block in self.blocks
         )
 

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from apt.adapter import Adapter, Groups, Site
+from apt.adapter.groups import disconnected
 from apt.errors import AptError
-from apt.planning.plan import Plan, PlannedBlock, PlannedSite
+from apt.planning.plan import Plan, PlannedBlock, PlannedGroups, PlannedSite
 from apt.solver import ColumnGroups
 
 Removed = Mapping[str, tuple[int, ...]]
@@ -78,20 +79,26 @@ def _planned(
     adjusted: bool,
 ) -> PlannedBlock:
     patterns, tied = dict[str, ColumnGroups](), list[tuple[str, ...]]()
+    disconnected = list[PlannedGroups]()
     for groups in adapter.groups(block, config):
         pattern = structure.groups(name, groups)
-        for reader in groups.readers if pattern.removed else ():
+        if not pattern.removed:
+            continue
+        if not groups.readers:
+            disconnected.append(PlannedGroups(groups, pattern.kept, pattern.chosen))
+        for reader in groups.readers:
             if reader in patterns:
                 raise AptError(f"{name}.{reader} cannot lose groups of two kinds")
             patterns[reader] = pattern
-        if pattern.removed and pattern.chosen is None and len(groups.readers) > 1:
+        if pattern.chosen is None and len(groups.readers) > 1:
             tied.append(groups.readers)
-    rest, planned = ColumnGroups(1, 1) if adjusted else None, []
+    planned = []
     for site in adapter.sites(block):
         rows, width = site.oriented(site.weight(block)).shape
-        pattern_or_rest = patterns.get(site.name, rest)
-        planned.append(PlannedSite(f"{name}.{site.name}", site, (rows, width), pattern_or_rest))
-    return PlannedBlock(name, tuple(planned), tied=tuple(tied))
+        rest = ColumnGroups(1, 1) if adjusted and not site.routed else None
+        kept = patterns.get(site.name, rest)
+        planned.append(PlannedSite(f"{name}.{site.name}", site, (rows, width), kept))
+    return PlannedBlock(name, tuple(planned), disconnected=tuple(disconnected), tied=tuple(tied))
 
 
 def _check_names(
@@ -112,34 +119,43 @@ def planned_groups(
     adapter: Adapter, config: Any, block: nn.Module, planned: PlannedBlock
 ) -> dict[str, int]:
     """The number of groups of each kind that a block keeps, for the kinds that lose some."""
-    patterns = {entry.site.name: entry.pattern for entry in planned.sites}
-    return {
-        groups.kind: pattern.kept
-        for groups in adapter.groups(block, config)
-        for pattern in [patterns.get(groups.readers[0])]
-        if isinstance(pattern, ColumnGroups) and pattern.removed and pattern.count == groups.count
-    }
+    found = {entry.groups.kind: entry.kept for entry in planned.disconnected}
+    for groups in adapter.groups(block, config):
+        if (pattern := _pattern(planned, groups)) is not None:
+            found[groups.kind] = pattern.kept
+    return found
+
+
+def _pattern(planned: PlannedBlock, groups: Groups) -> ColumnGroups | None:
+    """The pattern of the readers of groups; None if they lose no columns of this kind."""
+    for entry in planned.sites:
+        pattern = entry.pattern
+        if entry.site.name in groups.readers and isinstance(pattern, ColumnGroups):
+            return pattern if pattern.removed and pattern.count == groups.count else None
+    return None
 
 
 def removed_groups(
     adapter: Adapter, config: Any, block: nn.Module, planned: PlannedBlock
 ) -> Removed:
-    """The groups of a block that its readers no longer multiply, as many as planned of each kind.
+    """The groups of a block on which its output no longer depends, as many as planned of each kind.
 
-    If more groups are zero than planned, the first of them are taken: the block's output depends on
-    none of them.
+    If there are more of them than planned, the first ones are taken.
     """
-    patterns = {entry.site.name: entry.pattern for entry in planned.sites}
     sites: dict[str, Site] = {entry.site.name: entry.site for entry in planned.sites}
-    removed = dict[str, tuple[int, ...]]()
+    parameters, removed = dict(block.named_parameters()), dict[str, tuple[int, ...]]()
+    kept = {entry.groups.kind: entry.kept for entry in planned.disconnected}
     for groups in adapter.groups(block, config):
-        pattern = patterns.get(groups.readers[0])
-        if not isinstance(pattern, ColumnGroups) or pattern.count != groups.count:
+        if groups.kind in kept:
+            pattern = ColumnGroups(groups.count, kept[groups.kind], groups.bins)
+            empty = disconnected(parameters, groups)
+        elif (found := _pattern(planned, groups)) is not None:
+            pattern, empty = found, torch.ones(groups.count, dtype=torch.bool)
+            for reader in groups.readers:
+                site = sites[reader]
+                empty &= pattern.zeros(site.oriented(site.weight(block).detach())).cpu()
+        else:
             continue
-        empty = torch.ones(groups.count, dtype=torch.bool)
-        for reader in groups.readers:
-            site = sites[reader]
-            empty &= pattern.zeros(site.oriented(site.weight(block).detach())).cpu()
         scores = torch.where(empty, 0.0, 1.0)
         removed[groups.kind] = tuple(pattern.lowest(scores).nonzero().squeeze(1).tolist())
     return removed

@@ -25,6 +25,7 @@ from apt.errors import AptError
 from apt.events import BlockStarted, BlockTuned, Observer, SitePruned, Working
 from apt.planning.plan import Plan, PlannedBlock, PlannedSite
 from apt.pruning.block_storage import BlockStorage, MemoryBlocks
+from apt.pruning.disconnecting import disconnect_groups
 from apt.pruning.layer import SiteMethod, SiteSolver, SolvedSite, mean_square, measured
 from apt.pruning.paused_forward import CannotPause, PausedForwards, can_pause
 from apt.pruning.recipe import Recipe
@@ -204,6 +205,9 @@ class _Pruning:
         """
         current.scales = self.advance_dense_stream(current)
         self.pass_dropped(current.batches, current.dropped)
+        for lost in current.planned.disconnected:
+            block = (self.adapter, current.module, current.index, current.batches)
+            disconnect_groups(*block, lost, self.ranks, partial(self.report_batch, current))
         current.planned = self.with_tied_groups(current)
         done = self.ranks.share(self.extras(current))
         solved: list[_Turn] = []

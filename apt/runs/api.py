@@ -129,7 +129,7 @@ def prune(
     installed, options = registry(), options or PruneOptions()
     spec, function = find_method(method, installed)
     adapter_name, instance = find_adapter(adapter, model, installed)
-    plan = make_plan(model, instance, _pattern(pattern), selection, spec.per, also)
+    plan = make_plan(model, instance, read_pattern(pattern), selection, spec.per, also)
     job = Job(
         instance,
         plan,
@@ -144,7 +144,7 @@ def prune(
     check_allocation(job.allocation_name, plan)
     report = Report(
         options={
-            "pattern": str(_pattern(pattern)),
+            "pattern": str(read_pattern(pattern)),
             "method": spec.name,
             "allocation": job.allocation_name,
             "also": list(also),
@@ -153,12 +153,7 @@ def prune(
             **(selection or Selection()).record(),
             **record(job.recipe, job.augmentation),
         },
-        model={
-            "reference": _reference(model),
-            "type": model_type(model),
-            "adapter": adapter_name,
-            "sha256": fingerprint(model),
-        },
+        model=described(model, adapter_name),
         calibration={"source": "", "own_samples": job.augmentation.own_samples, "bos": job.bos},
         skipped=[site.name for site in plan.sites if site.pattern is None],
     )
@@ -258,14 +253,23 @@ def _allocation(allocation: str | Allocation, installed: Registry) -> tuple[str,
     return spec.name, spec.load()
 
 
-def _pattern(pattern: Pattern | str) -> Pattern:
+def read_pattern(pattern: Pattern | str) -> Pattern:
+    """The pattern itself, or the one that a text such as ``"2:4"`` names."""
     try:
         return parse_pattern(pattern) if isinstance(pattern, str) else pattern
     except ValueError as error:
         raise AptError(str(error)) from error
 
 
-def _reference(model: nn.Module) -> str:
-    """The reference in the model's configuration; without one, the name of its class."""
+def described(model: nn.Module, adapter: str) -> dict[str, Any]:
+    """The entry of the report for a model in memory.
+
+    The reference is that of the model's configuration; without one, the name of its class.
+    """
     name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
-    return portable(str(name))
+    return {
+        "reference": portable(str(name)),
+        "type": model_type(model),
+        "adapter": adapter,
+        "sha256": fingerprint(model),
+    }

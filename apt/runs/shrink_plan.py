@@ -1,7 +1,11 @@
 """The plan of a smaller model, before the model is loaded."""
 
 from collections.abc import Callable
+from typing import Any
 
+from torch import nn
+
+from apt.adapter import Adapter
 from apt.checkpoints.model import Model
 from apt.errors import AptError
 from apt.planning.plan import Plan
@@ -10,6 +14,7 @@ from apt.plugin.registry import Registry
 from apt.plugin.specs import MethodSpec, ShrinkMethodSpec
 from apt.pruning.recipe import Recipe
 from apt.runs.options import RunOptions
+from apt.shrinking.options import ShrinkOptions
 from apt.shrinking.sizes import Sizes
 from apt.shrinking.structure_choice import StructureChoice
 from apt.shrinking.wanted_sizes import wanted_sizes
@@ -20,10 +25,16 @@ def find_method(options: RunOptions, registry: Registry) -> MethodSpec:
     """The method of a run: of sparse pruning, or of the choice of a smaller model."""
     if options.shrink is None:
         return registry.methods.get(options.method) if options.method else registry.default_method()
-    if options.method:
-        return registry.shrink_methods.get(options.method)
-    by_blocks = options.shrink.mode == "depth"
-    return registry.default_shrink_method(blocks=by_blocks, streams=options.stream)
+    return find_shrink_method(options.method, options.shrink, registry, streams=options.stream)
+
+
+def find_shrink_method(
+    name: str | None, wish: ShrinkOptions, registry: Registry, *, streams: bool = False
+) -> ShrinkMethodSpec:
+    """The choice of groups of that name, or the default; in mode ``"depth"`` that of blocks."""
+    if name:
+        return registry.shrink_methods.get(name)
+    return registry.default_shrink_method(blocks=wish.mode == "depth", streams=streams)
 
 
 def shrinking(
@@ -40,37 +51,51 @@ def shrinking(
         AptError: no smaller model meets the options, or the checkpoint has a format of its own.
     """
     assert options.shrink is not None
+    assert isinstance(method, ShrinkMethodSpec)
     if shell.checkpoint is not None:
         raise AptError(
             f"{shell.source.reference} is not in the format of transformers",
             "convert it first with apt-prune convert",
         )
-    choice = choice_of(options, shell, method, recipe, registry, notice)
-    structure = choice.provisional(shell.module, shell.adapter)
-    plan = make_structured_plan(
-        shell.module, shell.adapter, shell.config, structure,
-        adjusted=recipe.targets is not None,
+    family = (shell.module, shell.adapter, shell.config)
+    choice = choice_of(
+        options.shrink, *family, method, recipe, registry, notice,
+        streams=options.stream, seed=options.seed,
     )  # fmt: skip
-    return choice, plan
+    structure = choice.provisional(shell.module, shell.adapter)
+    return choice, make_structured_plan(*family, structure, adjusted=recipe.targets is not None)
 
 
 def choice_of(
-    options: RunOptions,
-    shell: Model,
-    method: MethodSpec,
+    wish: ShrinkOptions,
+    model: nn.Module,
+    adapter: Adapter,
+    config: Any,
+    method: ShrinkMethodSpec,
     recipe: Recipe,
     registry: Registry,
-    notice: Callable[[str], None],
+    notice: Callable[[str], None] = lambda line: None,
+    *,
+    streams: bool = False,
+    seed: int = 0,
 ) -> StructureChoice:
-    """The choice of the structure of a smaller model."""
-    wish = options.shrink
-    assert wish is not None
-    assert isinstance(method, ShrinkMethodSpec)
+    """The choice of the structure of a smaller model.
 
-    def sizes(multiple: int) -> Sizes:
-        return Sizes(shell.module, shell.adapter, shell.config, multiple)
-
-    mode, found = wanted_sizes(sizes, wish, notice)
+    Args:
+        wish: the options of the smaller model.
+        model: the model; it may be on the meta device.
+        adapter: the adapter of its family.
+        config: its configuration.
+        method: the choice of groups or of blocks.
+        recipe: the settings of the run.
+        registry: the plugins.
+        notice: called with a line about each choice that the user did not make.
+        streams: True if the blocks stay on disk.
+        seed: the seed of a search.
+    """
+    mode, found = wanted_sizes(
+        lambda multiple: Sizes(model, adapter, config, multiple), wish, notice
+    )
     by_blocks = method.chooses == "blocks"
     if by_blocks and mode != "depth":
         raise AptError(
@@ -78,7 +103,7 @@ def choice_of(
             "choose a method for groups, or drop blocks only",
             ("method", "depth_only"),
         )
-    others = registry.default_shrink_method(blocks=not by_blocks, streams=options.stream)
+    others = registry.default_shrink_method(blocks=not by_blocks, streams=streams)
     groups, blocks = (others, method) if by_blocks else (method, others)
     return StructureChoice(
         mode,
@@ -86,9 +111,9 @@ def choice_of(
         groups,
         blocks,
         recipe.solver,
-        whole=not options.stream,
+        whole=not streams,
         search=wish.search,
-        seed=options.seed,
+        seed=seed,
     )
 
 

@@ -93,9 +93,10 @@ class Sizes:
                 known = ", ".join(self.groups) or "no groups"
                 raise AptError(f"the model has no {kind} to remove", f"it has: {known}")
             groups = self.groups[kind]
-            if not 0 < count <= groups.count or count % groups.bins:
+            least = max(groups.least, groups.bins)
+            if not least <= count <= groups.count or count % groups.bins:
                 step = f", in steps of {groups.bins}" if groups.bins > 1 else ""
-                raise AptError(f"{kind} can be 1 to {groups.count}{step}, not {count}")
+                raise AptError(f"{kind} can be {least} to {groups.count}{step}, not {count}")
         if not 0 < blocks <= self.blocks:
             raise AptError(f"the number of blocks can be 1 to {self.blocks}, not {blocks}")
         fewer = {kind: n for kind, n in kept.items() if n < self.groups[kind].count}
@@ -111,8 +112,8 @@ class Sizes:
 
     def _partial(self) -> Iterator[dict[str, int]]:
         """All combinations of the kinds with few groups, of which at most one per reader loses."""
-        few = [groups for kind, groups in self.groups.items() if kind != self._many]
-        counts = [range(groups.bins, groups.count + 1, groups.bins) for groups in few]
+        few = [groups for kind, groups in self._automatic.items() if kind != self._many]
+        counts = [_numbers(groups, groups.bins) for groups in few]
         for chosen in product(*counts):
             pairs = zip(few, chosen, strict=True)
             fewer = [(groups, count) for groups, count in pairs if count < groups.count]
@@ -122,9 +123,16 @@ class Sizes:
                 yield kept
 
     @property
+    def _automatic(self) -> dict[str, Groups]:
+        """The kinds that are reduced without being named: those with readers, if there are any."""
+        read = {kind: groups for kind, groups in self.groups.items() if groups.readers}
+        return read or self.groups
+
+    @property
     def _many(self) -> str | None:
         """The kind with the most groups."""
-        return max(self.groups, key=lambda kind: self.groups[kind].count, default=None)
+        known = self._automatic
+        return max(known, key=lambda kind: known[kind].count, default=None)
 
     def _completed(self, kept: dict[str, int], blocks: int, *, width: bool) -> Iterator[Size]:
         """The size with every number of groups of the most numerous kind."""
@@ -132,11 +140,11 @@ class Sizes:
         if kind is None or not width:
             yield self._sized(kept, blocks)
             return
-        count, step = self.groups[kind].count, self.groups[kind].bins
-        step = self.multiple if count >= _FEW else step
+        groups = self.groups[kind]
         yield self._sized(kept, blocks)
-        for number in range(step, count, step):
-            yield self._sized(kept | {kind: number}, blocks)
+        for number in _numbers(groups, self.multiple if groups.count >= _FEW else groups.bins):
+            if number < groups.count:
+                yield self._sized(kept | {kind: number}, blocks)
 
     def _fits(self, kept: Mapping[str, int]) -> bool:
         """True if the configuration can express these numbers."""
@@ -152,6 +160,11 @@ class Sizes:
         if key not in self._known:
             self._known[key] = sum(n * kind.parameters(kept) for kind, n in self._kinds.items())
         return self._known[key]
+
+
+def _numbers(groups: Groups, step: int) -> Iterator[int]:
+    """The numbers of groups that can be kept, in multiples of ``step``."""
+    return (number for number in range(step, groups.count + 1, step) if number >= groups.least)
 
 
 @dataclass(frozen=True, eq=False)

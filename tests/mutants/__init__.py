@@ -42,6 +42,21 @@ from tests.mutants.entering import (
     WrongEnter,
     WrongStep,
 )
+from tests.mutants.grouping import (
+    AnotherReader,
+    GateForgotten,
+    HalfHeads,
+    NoField,
+    NoParameterOf,
+    NoReader,
+    NoSite,
+    OneReader,
+    PartForgotten,
+    RouterForgotten,
+    TooMany,
+    WrongOutputs,
+    WrongReader,
+)
 from tests.mutants.models import JAMBA, RIGHT
 
 
@@ -188,6 +203,43 @@ MUTANTS: dict[str, Mutant] = {
         LeakingOnError, "exception", "behind when an exception ends it"
     ),
     "capture swallows": Mutant(Swallowing, "exception", "does not reach the caller"),
+    "a part of channels forgotten": Mutant(
+        PartForgotten, "groups", r"channels cannot be removed: .*up_proj"
+    ),
+    "the gate of channels forgotten": Mutant(
+        GateForgotten, "groups", r"channels cannot be removed: .*in_proj", "mamba"
+    ),
+    "the router of experts forgotten": Mutant(
+        RouterForgotten, "groups", r"experts cannot be removed: .*router", "jamba"
+    ),
+    "no field for channels": Mutant(NoField, "groups", "channels cannot be removed"),
+    "another reader": Mutant(
+        AnotherReader, "groups", "without some heads differs from one that does not depend on"
+    ),
+    "a reader of other width": Mutant(
+        WrongReader, "groups", r"0: mlp\.gate_proj has 32 inputs, not a multiple of 64 channels"
+    ),
+    "one of two readers": Mutant(
+        OneReader, "groups", "without some channels differs from one that does not depend on",
+        "mamba",
+    ),
+    "a reader that is no site": Mutant(
+        NoSite, "groups", r"layers\.0: channels have the reader mlp\.none, which is no site"
+    ),
+    "channels without reader": Mutant(
+        NoReader, "groups", r"layers\.0: channels have neither readers nor outputs"
+    ),
+    "a channel too many": Mutant(
+        TooMany, "groups", r"channels have 65 entries in dimension 0 of mlp\.gate_proj\.weight"
+    ),
+    "a part without parameter": Mutant(
+        NoParameterOf, "groups", r"channels have a part in mlp\.none\.weight, which is no param"
+    ),
+    "outputs of states that are decays": Mutant(
+        WrongOutputs, "groups", "without some states differs from one that does not depend on",
+        "mamba",
+    ),
+    "half of each query head": Mutant(HalfHeads, "groups", r"heads cannot be removed: .*q_proj"),
     "capture is late": Mutant(Late, "in_time", "an input is captured too late"),
 }  # fmt: skip
 

@@ -9,6 +9,7 @@ from apt.conformance.checks.blocks import check_batches, check_blocks, check_str
 from apt.conformance.checks.declared import check_declaration, check_kinds, check_model_types
 from apt.conformance.checks.flow import check_capture, check_in_time, check_order, check_residual
 from apt.conformance.checks.gradients import check_gradients
+from apt.conformance.checks.groups import check_groups
 from apt.conformance.checks.logits import check_logits
 from apt.conformance.checks.promise import Check, Fault, Nonconformance, promise
 from apt.conformance.checks.pruning import check_identity, check_pruning, check_saving
@@ -29,6 +30,7 @@ CHECKS: dict[str, Check] = {
         check_untouched, check_exception, check_repeat, check_blocks, check_batches, check_stream,
         check_logits, check_sites, check_orientation, check_capture, check_order, check_residual,
         check_gradients, check_in_time, check_identity, check_pruning, check_saving,
+        check_groups,
     )
 }  # fmt: skip
 """All checks by name, in the order in which they are run."""

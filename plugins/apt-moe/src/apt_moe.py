@@ -4,8 +4,17 @@ from typing import Any
 
 from torch import nn
 
-from apt.adapter import Call, DecoderAdapter, Input, Site, State
-from apt.adapter.experts import expert_sites, one_by_one
+from apt.adapter import (
+    Call,
+    DecoderAdapter,
+    Groups,
+    Input,
+    Site,
+    State,
+    expert_groups,
+    expert_sites,
+    one_by_one,
+)
 from apt.hookspecs import AdapterSpec, hookimpl
 
 APT_API = 1
@@ -14,6 +23,7 @@ _ATTENTION = (
     Input("attention", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
     Input("heads", ("self_attn.o_proj",), residual=True),
 )
+_STACKED = ("gate_up_proj", "down_proj")
 _DENSE = (
     Input("mlp", ("mlp.gate_proj", "mlp.up_proj")),
     Input("neurons", ("mlp.down_proj",), residual=True),
@@ -34,9 +44,17 @@ class Qwen3MoeAdapter(DecoderAdapter):
         """The Linears, and two sites for each expert."""
         sites, experts = super().sites(block), getattr(block.mlp, "experts", None)
         if experts is not None:
-            names = ("gate_up_proj", "down_proj")
-            sites += expert_sites("mlp.experts", experts.num_experts, names, order=2)
+            sites += expert_sites("mlp.experts", experts.num_experts, _STACKED, order=2)
         return sites
+
+    def groups(self, block: nn.Module, config: Any) -> list[Groups]:
+        """The experts of a block with experts; none in another block."""
+        if not hasattr(block.mlp, "experts"):
+            return []
+        count, least = config.num_experts, config.num_experts_per_tok
+        return [
+            expert_groups("mlp.experts", "mlp.gate.weight", count, _STACKED, "num_experts", least)
+        ]
 
     def step(self, block: nn.Module, state: State, call: Call) -> State:
         """Run the block, one expert at a time."""

@@ -1,0 +1,186 @@
+"""The check of groups: a model without them equals one that does not depend on them."""
+
+import copy
+import tempfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from apt.adapter import Adapter, Groups, Site
+from apt.adapter.groups import disconnect
+from apt.checkpoints.shrunk import shrunk
+from apt.conformance.checks.promise import Fault, promise
+from apt.conformance.checks.subject import Subject
+from apt.errors import AptError
+from apt.shrinking.skipping import skipping
+
+_SHARES = (1 / 2, 1 / 3, 2 / 3, 0)
+_TOLERANCE = 1e-3  # of the effect that the removal has
+_LEAST = 1e-5  # of the largest logit
+
+
+@promise
+def check_groups(subject: Subject) -> Iterator[Fault]:
+    """Without a group, or a block, the model equals one that does not depend on it."""
+    config: Any = getattr(subject.model, "config", None)
+    kinds, faults = dict[str, None](), list[Fault]()
+    for name, block, sites in subject.blocks():
+        for groups in subject.adapter.groups(block, config):
+            kinds[groups.kind] = None
+            faults += _misdeclared(name, block, groups, {site.name: site for site in sites})
+    yield from faults
+    if faults:
+        return
+    for kind in kinds:
+        yield from _removed(subject, kind)
+    yield from _dropped(subject)
+
+
+def _misdeclared(
+    name: str, block: nn.Module, groups: Groups, sites: dict[str, Site]
+) -> Iterator[Fault]:
+    """Faults of a declaration by itself."""
+    parameters = dict(block.named_parameters())
+    for part in (*groups.parts, *groups.outputs):
+        if part.parameter not in parameters:
+            yield Fault(name, f": {groups.kind} have a part in {part.parameter}, which is no "
+                        "parameter of it", "groups")  # fmt: skip
+            continue
+        end = part.start + groups.count * part.each
+        length = parameters[part.parameter].shape[part.dim]
+        if end > length:
+            yield Fault(name, f": {groups.kind} have {end} entries in dimension {part.dim} of "
+                        f"{part.parameter}, which has {length}", "groups")  # fmt: skip
+    for reader in groups.readers:
+        if reader not in sites:
+            said = f": {groups.kind} have the reader {reader}, which is no site"
+            yield Fault(name, said, "groups")
+            continue
+        width = sites[reader].oriented(sites[reader].weight(block)).shape[1]
+        if width % groups.count:
+            said = f": {reader} has {width} inputs, not a multiple of {groups.count} {groups.kind}"
+            yield Fault(name, said, "groups")
+    if not groups.readers and not groups.outputs:
+        yield Fault(name, f": {groups.kind} have neither readers nor outputs", "groups")
+
+
+def _removed(subject: Subject, kind: str) -> Iterator[Fault]:
+    """Faults in the model without half of the groups of a kind."""
+    adapter, model = subject.adapter, copy.deepcopy(subject.model).float()
+    masked: Any = copy.deepcopy(model)
+    removed, small, said = dict[str, list[int]](), None, ""
+    for share in _SHARES:  # a configuration may not express every number
+        removed = _some(adapter, masked, kind, share)
+        gone = {name: {kind: indices} for name, indices in removed.items()}
+        try:
+            small = shrunk(model, adapter, gone)
+            break
+        except AptError as error:
+            said = said or error.message
+    if small is None:
+        yield Fault("", f"{kind} cannot be removed: {said}", "groups")
+        return
+    mask = _mask(adapter, masked, kind, removed)
+    with mask:
+        expected = subject.logits(masked)
+    size = float((expected - subject.logits(model)).abs().max())
+    try:
+        found = subject.logits(small)
+    except Exception as error:
+        yield Fault("", f"the model without {kind} does not run: {error}", "groups")
+        return
+    if not _equal(found, expected, size):
+        yield Fault("", f"the model without some {kind} differs from one that does not depend on "
+                    "them", "groups")  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        small.save_pretrained(folder)
+        loaded = type(small).from_pretrained(folder, dtype="auto").eval()
+        if not _equal(subject.logits(loaded), found, size):
+            yield Fault("", f"the model without some {kind} is another one after it is loaded")
+
+
+def _dropped(subject: Subject) -> Iterator[Fault]:
+    """Faults in the model without its second block, if the configuration can express it."""
+    names = [name for name, _, _ in subject.blocks()]
+    if len(names) < 2:
+        return
+    model = copy.deepcopy(subject.model).float()
+    try:
+        small = shrunk(model, subject.adapter, {}, [names[1]])
+    except AptError:  # for instance, blocks whose kinds follow from their positions
+        return
+    with skipping(model, subject.adapter, [names[1]]):
+        expected = subject.logits(model)
+    if not _equal(subject.logits(small), expected, 0.0):
+        yield Fault("", f"the model without {names[1]} differs from one that skips it", "blocks")
+
+
+def _some(adapter: Adapter, model: Any, kind: str, share: float) -> dict[str, list[int]]:
+    """A share of the groups of each block, the same number of each bin; at least one."""
+    found = {}
+    for index, (name, block) in enumerate(adapter.blocks(model)):
+        for groups in adapter.groups(block, model.config):
+            if groups.kind == kind:
+                one = groups.count == groups.bins  # then whole bins go
+                bins = 1 if one else groups.bins
+                each = groups.count // bins
+                gone = min(max(1, int(each * share)), each - -(-groups.least // bins))
+                found[name] = [
+                    first + (index + i) % each
+                    for first in range(0, groups.count, each)
+                    for i in range(gone)
+                ]
+    return found
+
+
+def _mask(
+    adapter: Adapter, model: Any, kind: str, removed: dict[str, list[int]]
+) -> AbstractContextManager[Any]:
+    """Disconnect groups of a model; inside the context, its routers do not choose them either."""
+    routers = list[tuple[Tensor, list[int]]]()
+    for name, block in adapter.blocks(model):
+        sites = {site.name: site for site in adapter.sites(block)}
+        parameters = dict(block.named_parameters())
+        for groups in adapter.groups(block, model.config):
+            if groups.kind != kind:
+                continue
+            for reader in groups.readers:
+                weight = sites[reader].oriented(sites[reader].weight(block).detach())
+                torch.unflatten(weight, 1, (groups.count, -1))[:, removed[name]] = 0
+            disconnect(parameters, groups, removed[name])
+            if groups.routed:
+                outputs = {part.parameter for part in groups.outputs}
+                flat = [p.parameter for p in groups.parts if parameters[p.parameter].ndim == 2]
+                routers += [
+                    (parameters[path], removed[name]) for path in flat if path not in outputs
+                ]
+    return _Unrouted(routers) if routers else nullcontext()
+
+
+class _Unrouted(TorchFunctionMode):
+    """While entered, products with the weights of routers are −∞ for the groups removed."""
+
+    def __init__(self, routers: list[tuple[Tensor, list[int]]]) -> None:
+        super().__init__()
+        self._removed = {id(weight): removed for weight, removed in routers}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call the function, and mask its result if an argument is the weight of a router."""
+        result = func(*args, **(kwargs or {}))
+        if func is nn.functional.linear and id(args[1]) in self._removed:
+            result[..., self._removed[id(args[1])]] = -torch.inf
+        return result
+
+
+def _equal(found: Tensor, expected: Tensor, effect: float) -> bool:
+    """True if logits are equal up to rounding, compared with the effect of a removal."""
+    if found.shape != expected.shape:
+        return False
+    allowed = _TOLERANCE * effect + _LEAST * float(expected.abs().max())
+    return float((found - expected).abs().max()) <= allowed

@@ -1,0 +1,121 @@
+"""Making a smaller model of a model in memory, from a program."""
+
+import copy
+import time
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from apt.adapter import Adapter
+from apt.calibration.batches import check_shape
+from apt.checkpoints.shrunk import smaller
+from apt.distributed.ranks import Ranks
+from apt.events import Observer, telling
+from apt.output.report import Report
+from apt.planning.structure import make_structured_plan
+from apt.plugin.registry import registry
+from apt.runs.api import described, find_adapter
+from apt.runs.limits import check_activations
+from apt.runs.machine import activation_store
+from apt.runs.new_report import calibration_of
+from apt.runs.prune_model import Job, prune_model
+from apt.runs.prune_options import PruneOptions, record
+from apt.runs.shrink_plan import choice_of, find_shrink_method, removal
+from apt.shrinking.options import ShrinkOptions
+from apt.shrinking.record import structure_record
+from apt.text.special_tokens import bos_of, named_ids, special_ids
+
+
+def shrink(
+    model: nn.Module,
+    tokens: Tensor,
+    *,
+    size: ShrinkOptions | None = None,
+    adapter: str | Adapter | None = None,
+    method: str | None = None,
+    options: PruneOptions | None = None,
+    tokenizer: Any = None,
+    seed: int = 0,
+    activations: str = "memory",
+    ranks: Ranks | None = None,
+    observe: Observer = lambda event: None,
+) -> tuple[Any, Report]:
+    """Make a smaller dense model of a causal language model of transformers.
+
+    The given model does not change. A copy of it is needed during the run.
+
+    Args:
+        model: the model.
+        tokens: calibration token ids (samples, seqlen), without padding.
+        size: the options of the smaller model; by default 75 % of the parameters of the blocks.
+        adapter: the name of an adapter, or an adapter; by default the one that serves the model's
+            type.
+        method: the name of a choice of groups, or of blocks in mode ``"depth"``.
+        options: the options that the weights depend on. ``row_importance`` and ``block_size`` have
+            no effect.
+        tokenizer, seed, activations, ranks, observe: as in `apt.prune`.
+
+    Returns:
+        The smaller model, of the same class, and the record of the run. Its ``structure`` says what
+        the model keeps.
+
+    Raises:
+        AptError: no smaller model meets the options, an option is out of range, or the model cannot
+            be pruned.
+    """
+    started, ranks = time.perf_counter(), ranks or Ranks()
+    check_activations(activations, streamed=False)
+    check_shape(tokens)
+    installed, options, size = registry(), options or PruneOptions(), size or ShrinkOptions()
+    size.check()
+    spec = find_shrink_method(method, size, installed)
+    adapter_name, instance = find_adapter(adapter, model, installed)
+    recipe, augmentation = options.recipe(spec), options.augmentation(spec, len(tokens))
+    config: Any = getattr(model, "config", None)
+    choice = choice_of(size, model, instance, config, spec, recipe, installed, seed=seed)
+    plan = make_structured_plan(
+        model, instance, config, choice.provisional(model, instance),
+        adjusted=recipe.targets is not None,
+    )  # fmt: skip
+    job = Job(
+        instance,
+        plan,
+        removal(choice, size.compensate),
+        recipe,
+        augmentation,
+        structure=choice,
+        seed=seed,
+        bos=bos_of(tokenizer) if tokenizer else None,
+        special=special_ids(tokenizer) if tokenizer else named_ids(model),
+    )
+    report = Report(
+        options={
+            "shrink": size.record(),
+            "method": spec.name,
+            "seed": seed,
+            "activations": activations,
+            **record(recipe, augmentation),
+        },
+        model=described(model, adapter_name),
+        calibration={"source": "", "own_samples": augmentation.own_samples, "bos": job.bos},
+    )
+    masked: Any = copy.deepcopy(model)
+    tokens = job.with_own_text(masked, tokens, ranks)
+    plan, sites = prune_model(
+        masked,
+        tokens,
+        job,
+        store=activation_store(activations),
+        ranks=ranks,
+        observe=telling(observe, installed.site_pruned),
+    )
+    report = replace(
+        report,
+        calibration=report.calibration | calibration_of(tokens),
+        sites=sites,
+        skipped=[site.name for site in plan.sites if site.pattern is None],
+        structure=structure_record(choice, plan, model, instance, config),
+        ranks=ranks.gather(ranks.work),
+    )
+    return smaller(masked, instance, plan), report.timed(time.perf_counter() - started)
