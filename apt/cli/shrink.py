@@ -26,6 +26,11 @@ def shrink(
         0.75, "--keep", metavar="S", rich_help_panel=_SIZE,
         help="Share of the parameters of the blocks that is kept.",
     ),
+    budget: str = typer.Option(
+        "parameters", "--budget", metavar="WHAT", rich_help_panel=_SIZE,
+        help="--keep is a share of the parameters, or of the latency: the time of a forward "
+        "through the blocks, measured on this machine.",
+    ),
     width_only: bool = typer.Option(
         False, "--width-only", rich_help_panel=_SIZE,
         help="Remove channels, heads or states, and no block. The default where the family has "
@@ -127,7 +132,14 @@ def shrink(
     from apt.shrinking.search import SearchOptions
 
     wish = ShrinkOptions(
-        keep, mode, compensate, multiple_of, sizes, blocks, SearchOptions(evaluations, minutes)
+        keep,
+        budget,  # type: ignore[arg-type]
+        mode,
+        compensate,
+        multiple_of,
+        sizes,
+        blocks,
+        SearchOptions(evaluations, minutes),
     )
     wish.check()
     installed, defaults = registry(), run.Defaults()

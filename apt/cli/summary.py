@@ -10,6 +10,8 @@ from apt.output.report import Report, by_kind, peak_memory
 from apt.plugin.registry import Registry
 from apt.runs.options import RunOptions
 
+_BEST = 10  # candidates in the table, beside those of the Pareto front
+
 
 def show_report(report: Report, options: RunOptions, registry: Registry, *, as_json: bool) -> None:
     """Print the summary of a run and the place of the result."""
@@ -50,15 +52,17 @@ def structure_line(structure: Mapping[str, Any]) -> str:
 
 
 def _show_candidates(candidates: Sequence[Mapping[str, Any]]) -> None:
-    """Print a table of the candidates; a star marks the Pareto front of parameters and loss."""
+    """Print a table of the candidates; a star marks the Pareto front of budget and loss."""
     if not candidates:
         return
-    made = table(">loss", ">parameters", ">blocks", "groups", "dropped blocks", "front")
-    for entry in candidates:
+    best = [entry for place, entry in enumerate(candidates) if place < _BEST or entry["front"]]
+    made = table(">loss", ">parameters", ">budget", ">blocks", "groups", "dropped blocks", "front")
+    for entry in best:
         groups = ", ".join(f"{count} {kind}" for kind, count in entry["groups"].items())
         made.add_row(
             f"{entry['loss']:.4f}",
             f"{entry['share']:.2%}",
+            f"{entry['cost']:.2%}",
             str(entry["blocks"]),
             groups or "all",
             ", ".join(map(str, entry["dropped"])) or "none",

@@ -1,6 +1,7 @@
 """The plan of a smaller model, before the model is loaded."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -13,12 +14,22 @@ from apt.planning.structure import make_structured_plan
 from apt.plugin.registry import Registry
 from apt.plugin.specs import MethodSpec, ShrinkMethodSpec
 from apt.pruning.recipe import Recipe
+from apt.runs.machine import choose_device
 from apt.runs.options import RunOptions
+from apt.shrinking.latency import block_times
 from apt.shrinking.options import ShrinkOptions
 from apt.shrinking.sizes import Sizes
 from apt.shrinking.structure_choice import StructureChoice
 from apt.shrinking.wanted_sizes import wanted_sizes
 from apt.solver import GroupRemoval, joint_removal
+
+_PROMPT = 512  # tokens of the sample on which a latency is measured
+
+
+def search_journal(output: Path) -> Path:
+    """The file beside an output with the losses that a search has computed."""
+    real = output.expanduser().resolve()
+    return real.with_name(f".{real.name}.search.jsonl")
 
 
 def find_method(options: RunOptions, registry: Registry) -> MethodSpec:
@@ -60,7 +71,8 @@ def shrinking(
     family = (shell.module, shell.adapter, shell.config)
     choice = choice_of(
         options.shrink, *family, method, recipe, registry, notice,
-        streams=options.stream, seed=options.seed,
+        streams=options.stream, seed=options.seed, device=options.device,
+        journal=search_journal(options.output),
     )  # fmt: skip
     structure = choice.provisional(shell.module, shell.adapter)
     return choice, make_structured_plan(*family, structure, adjusted=recipe.targets is not None)
@@ -78,6 +90,8 @@ def choice_of(
     *,
     streams: bool = False,
     seed: int = 0,
+    device: str = "auto",
+    journal: Path | None = None,
 ) -> StructureChoice:
     """The choice of the structure of a smaller model.
 
@@ -92,9 +106,14 @@ def choice_of(
         notice: called with a line about each choice that the user did not make.
         streams: True if the blocks stay on disk.
         seed: the seed of a search.
+        device: the device on which a latency is measured.
+        journal: the file of a search that can be resumed.
     """
+    seconds = None
+    if wish.budget == "latency" and not wish.explicit:
+        seconds = block_times(model, adapter, config, choose_device(device), _PROMPT)
     mode, found = wanted_sizes(
-        lambda multiple: Sizes(model, adapter, config, multiple), wish, notice
+        lambda multiple: Sizes(model, adapter, config, multiple, seconds), wish, notice
     )
     by_blocks = method.chooses == "blocks"
     if by_blocks and mode != "depth":
@@ -114,6 +133,7 @@ def choice_of(
         whole=not streams,
         search=wish.search,
         seed=seed,
+        journal=journal,
     )
 
 

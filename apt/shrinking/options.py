@@ -7,6 +7,8 @@ from typing import Any, Literal
 from apt.errors import AptError
 from apt.shrinking.search import SearchOptions
 
+Budget = Literal["parameters", "latency"]
+BUDGETS: tuple[Budget, ...] = ("parameters", "latency")
 Mode = Literal["width", "depth", "search"]
 MODES: tuple[Mode, ...] = ("width", "depth", "search")
 
@@ -16,7 +18,9 @@ class ShrinkOptions:
     """The options of a smaller model.
 
     Args:
-        keep: the share of the parameters of the blocks that is kept, between 0 and 1.
+        keep: the share of the budget that is kept, between 0 and 1.
+        budget: ``"parameters"`` of the blocks, or ``"latency"``: the time of a forward through the
+            blocks, measured on this machine.
         mode: ``"width"`` removes groups, ``"depth"`` drops blocks, ``"search"`` searches among
             models with fewer groups and blocks. None is ``"width"`` if the family has groups, else
             ``"depth"``.
@@ -30,6 +34,7 @@ class ShrinkOptions:
     """
 
     keep: float = 0.75
+    budget: Budget = "parameters"
     mode: Mode | None = None
     compensate: bool | None = None
     multiple_of: int | None = None
@@ -52,6 +57,10 @@ class ShrinkOptions:
             )
         if self.mode not in (None, *MODES):
             raise AptError(f"mode '{self.mode}' is none of {', '.join(MODES)}")
+        if self.budget not in BUDGETS:
+            raise AptError(
+                f"budget '{self.budget}' is none of {', '.join(BUDGETS)}", options=("budget",)
+            )
         if self.multiple_of is not None and self.multiple_of < 1:
             raise AptError(
                 f"a multiple of {self.multiple_of} is not possible", "give 1 or more",

@@ -12,8 +12,6 @@ from apt.shrinking.search import Scored, pareto_front
 from apt.shrinking.sizes import Sizes
 from apt.shrinking.structure_choice import StructureChoice
 
-_BEST = 10
-
 
 def structure_record(
     choice: StructureChoice, plan: Plan, model: nn.Module, adapter: Adapter, config: Any
@@ -47,17 +45,17 @@ def structure_record(
 
 
 def _candidates(scored: Sequence[Scored]) -> list[dict[str, Any]]:
-    """The best candidates and those of the Pareto front of parameters and loss."""
-    front = pareto_front(scored, lambda candidate: candidate.size.share)
-    chosen = [s for index, s in enumerate(scored) if index < _BEST or s in front]
+    """All candidates, those of lowest loss first, and the Pareto front of cost and loss."""
+    front = pareto_front(scored, lambda candidate: candidate.size.cost)
     return [
         {
             "loss": entry.loss,
             "share": entry.candidate.size.share,
+            "cost": entry.candidate.size.cost,
             "blocks": entry.candidate.size.blocks,
             "groups": dict(entry.candidate.size.kept),
             "dropped": sorted(entry.candidate.dropped),
             "front": entry in front,
         }
-        for entry in chosen
+        for entry in scored
     ]

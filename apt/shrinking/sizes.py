@@ -1,6 +1,6 @@
 """The sizes of smaller models that a configuration can express, and their parameters."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -14,7 +14,7 @@ from apt.checkpoints.shrunk import resized
 from apt.errors import AptError
 
 TOLERANCE = 0.01
-"""The largest deviation of a model's share of parameters from the wanted share."""
+"""The largest deviation of the cost of a model from the wanted share."""
 
 MULTIPLE = 64
 """The usual multiple of the number of channels: kernels are fast with such widths."""
@@ -30,15 +30,20 @@ class Size:
         kept: the number of groups of each kind in every block, without the kinds that keep all.
         blocks: the number of blocks.
         share: the share of the blocks' parameters that is kept.
+        cost: the share of the budget: ``share``, or the share of the blocks' time on this machine.
     """
 
     kept: Mapping[str, int]
     blocks: int
     share: float
+    cost: float
 
     def __str__(self) -> str:
-        parts = [f"{count} {kind}" for kind, count in self.kept.items()]
-        return ", ".join([f"{self.blocks} blocks", *parts])
+        numbers = {"blocks": self.blocks, **self.kept}
+        return ", ".join(
+            f"{count} {kind.removesuffix('s') if count == 1 else kind}"
+            for kind, count in numbers.items()
+        )
 
 
 class Sizes:
@@ -49,9 +54,18 @@ class Sizes:
         adapter: the adapter of its family.
         config: its configuration.
         multiple: the multiple that a number of channels must be.
+        seconds: the time of a block with these numbers of groups, if the budget is time.
     """
 
-    def __init__(self, model: nn.Module, adapter: Adapter, config: Any, multiple: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        adapter: Adapter,
+        config: Any,
+        multiple: int,
+        seconds: Callable[[Mapping[str, int]], float] | None = None,
+    ) -> None:
+        self._seconds = seconds
         self._blocks, self._adapter, self._config = adapter.blocks(model), adapter, config
         self.multiple, self.blocks = multiple, len(self._blocks)
         self.groups = {
@@ -64,23 +78,34 @@ class Sizes:
         self._whole = self._parameters({})
 
     def near(self, keep: float, *, width: bool, depth: bool) -> list[Size]:
-        """The sizes whose share of parameters is nearest to ``keep``, the nearest first.
+        """The sizes whose cost is nearest to ``keep``, the nearest first.
 
         Every combination of the number of blocks and of groups is completed by the number of groups
         of the most numerous kind that comes nearest.
 
         Args:
-            keep: the wanted share.
+            keep: the wanted share of the budget.
             width: True if groups may be removed.
             depth: True if blocks may be dropped.
         """
         found = [
-            min(self._completed(kept, blocks, width=width), key=lambda s: abs(s.share - keep))
+            min(self._completed(kept, blocks, width=width), key=lambda s: abs(s.cost - keep))
             for kept in (self._partial() if width else [dict[str, int]()])
             for blocks in (range(1, self.blocks + 1) if depth else [self.blocks])
         ]
         smaller = [size for size in found if size.kept or size.blocks < self.blocks]
-        return sorted(smaller, key=lambda size: abs(size.share - keep))
+        return sorted(smaller, key=lambda size: abs(size.cost - keep))
+
+    def extremes(self, *, width: bool, depth: bool) -> tuple[Size, Size]:
+        """The smallest and the largest size for which something is removed."""
+        found = [
+            size
+            for kept in (self._partial() if width else [dict[str, int]()])
+            for blocks in (range(1, self.blocks + 1) if depth else [self.blocks])
+            for size in self._completed(kept, blocks, width=width)
+            if size.kept or size.blocks < self.blocks
+        ]
+        return min(found, key=lambda s: s.cost), max(found, key=lambda s: s.cost)
 
     def size(self, kept: Mapping[str, int], blocks: int) -> Size:
         """The size with these numbers of groups and blocks.
@@ -105,7 +130,10 @@ class Sizes:
 
     def _sized(self, kept: Mapping[str, int], blocks: int) -> Size:
         share = self._parameters(kept) / self._whole * blocks / self.blocks
-        return Size(kept, blocks, share)
+        if self._seconds is None:
+            return Size(kept, blocks, share, share)
+        time = self._seconds(kept) / self._seconds({}) * blocks / self.blocks
+        return Size(kept, blocks, share, time)
 
     def _removed(self, kept: Mapping[str, int]) -> list[tuple[Groups, int]]:
         return [(self.groups[kind], self.groups[kind].count - n) for kind, n in kept.items()]

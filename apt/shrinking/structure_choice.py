@@ -1,13 +1,16 @@
 """The choice of the structure of a smaller model, from its possible sizes."""
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from apt.adapter import Adapter
+from apt.checkpoints.load import fingerprint
 from apt.errors import AptError
 from apt.planning.structure import Removed, Structure
 from apt.plugin.specs import ShrinkMethodSpec
@@ -35,7 +38,7 @@ class StructureChoice:
         solver: the damping.
         search: the options of a search.
         seed: the seed of a search.
-        journal: the losses that a search knows already.
+        journal: the file of the losses that a search knows already; None keeps them in memory.
         scored: the candidates that were compared, those of lowest loss first; filled by `choose`.
     """
 
@@ -47,7 +50,7 @@ class StructureChoice:
     whole: bool = True
     search: SearchOptions = field(default_factory=SearchOptions)
     seed: int = 0
-    journal: Journal = field(default_factory=Journal)
+    journal: Path | None = None
     scored: list[Scored] = field(default_factory=list)
 
     def check_streamable(self) -> None:
@@ -127,11 +130,13 @@ class StructureChoice:
         status("search: reading the inputs of the dense model")
         proxy, few = Proxy(model, adapter, tokens, self.solver), _few(tokens)
 
+        journal = Journal(self.journal, self._inputs(model, tokens))
+
         def alone(index: int) -> float:
-            known = self.journal.losses.get(f"block {index}")
+            known = journal.losses.get(f"block {index}")
             if known is None:
                 known = loss_without(model, adapter, few, [names[index]])
-                self.journal.add(f"block {index}", known)
+                journal.add(f"block {index}", known)
             return known
 
         def loss(candidate: Candidate) -> float:
@@ -141,11 +146,16 @@ class StructureChoice:
         status("search: ranking the blocks by the loss without each of them")
         ranking = sorted(range(len(names)), key=alone)
         found = Search(
-            self.sizes, ranking, loss, self.search, self.seed, self.journal,
+            self.sizes, ranking, loss, self.search, self.seed, journal,
             lambda count, lowest: status(f"search: {count} candidates, lowest loss {lowest:.4f}"),
         ).run()  # fmt: skip
         self.scored.extend(found)
         return found[0].candidate
+
+    def _inputs(self, model: nn.Module, tokens: Tensor) -> str:
+        """A hash of everything that the losses of candidates depend on."""
+        parts = (fingerprint(model), tokens.tolist(), self.solver.damping)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def _few(tokens: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ def wanted_sizes(
     if options.explicit:
         return _explicit(sizes(1), options)
     first = sizes(options.multiple_of or MULTIPLE)
-    mode = options.mode or ("width" if first.groups else "depth")
+    mode = options.mode or _default_mode(first, options.keep)
     if mode == "width" and not first.groups:
         raise AptError(
             "this family's configuration has no widths that could be smaller",
@@ -33,16 +33,57 @@ def wanted_sizes(
         )
     if options.mode is None:
         notice(f"mode: {mode} (default)")
-    found = _near(first, options.keep, mode)
+    return mode, _chosen(sizes, first, options, mode, notice)
+
+
+def _default_mode(sizes: Sizes, keep: float) -> Mode:
+    """``"width"`` if fewer groups alone can make the model that small."""
+    if not sizes.groups or sizes.extremes(width=True, depth=False)[0].cost > keep + TOLERANCE:
+        return "depth"
+    return "width"
+
+
+def _chosen(
+    sizes: Callable[[int], Sizes],
+    first: Sizes,
+    options: ShrinkOptions,
+    mode: Mode,
+    notice: Callable[[str], None],
+) -> list[Size]:
+    """The sizes near the wanted share, if need be of a smaller multiple; else the nearest one."""
+    keep, best = options.keep, first
+    found = _near(best, keep, mode)
+    if not found:
+        raise AptError("this model has one block and no groups: nothing can be removed")
     multiples = [MULTIPLE >> n for n in range(1, MULTIPLE.bit_length())]
-    for multiple in multiples if options.multiple_of is None else []:
-        if _met(found, options.keep) or not first.groups or mode == "depth":
+    for multiple in multiples if options.multiple_of is None and first.groups else []:
+        if _met(found, keep):
             break
-        smaller = _near(sizes(multiple), options.keep, mode)
-        if _met(smaller, options.keep):
-            notice(f"multiple of channels: {multiple}, since no multiple of {MULTIPLE} comes near")
-            found = smaller
-    return mode, _nearest(found, options.keep, notice)
+        smaller = _near(sizes(multiple), keep, mode)
+        if abs(smaller[0].cost - keep) < abs(found[0].cost - keep):
+            best, found = sizes(multiple), smaller
+    if best is not first:
+        notice(f"multiple of channels: {best.multiple}, since no multiple of {MULTIPLE} comes near")
+    if _met(found, keep):
+        near = [size for size in found if abs(size.cost - keep) <= TOLERANCE]
+        return sorted(near, key=lambda size: len(size.kept))
+    _check_range(best, keep, mode)
+    notice(f"keep: {found[0].cost:.2%}, the nearest to {keep:.2%}: {found[0]}")
+    return [found[0]]
+
+
+def _check_range(sizes: Sizes, keep: float, mode: Mode) -> None:
+    """Raise if every size is smaller, or larger, than the wanted share."""
+    smallest, largest = sizes.extremes(width=mode != "depth", depth=mode != "width")
+    if keep < smallest.cost - TOLERANCE:
+        raise _out_of_range(keep, "smallest", smallest, "keep more")
+    if keep > largest.cost + TOLERANCE:
+        raise _out_of_range(keep, "largest", largest, "keep less")
+
+
+def _out_of_range(keep: float, word: str, size: Size, hint: str) -> AptError:
+    said = f"no model keeps {keep:.2%}: the {word}, {size}, keeps {size.cost:.2%}"
+    return AptError(said, hint, ("keep",))
 
 
 def _explicit(sizes: Sizes, options: ShrinkOptions) -> tuple[Mode, list[Size]]:
@@ -58,28 +99,4 @@ def _near(sizes: Sizes, keep: float, mode: Mode) -> list[Size]:
 
 
 def _met(found: list[Size], keep: float) -> bool:
-    return bool(found) and abs(found[0].share - keep) <= TOLERANCE
-
-
-def _nearest(found: list[Size], keep: float, notice: Callable[[str], None]) -> list[Size]:
-    """The sizes within the tolerance; the nearest one, with a notice, if there is none."""
-    if not found:
-        raise AptError("this model has one block and no groups: nothing can be removed")
-    if _met(found, keep):
-        near = [size for size in found if abs(size.share - keep) <= TOLERANCE]
-        return sorted(near, key=lambda size: len(size.kept))
-    nearest = found[0]
-    if keep < min(size.share for size in found) - TOLERANCE:
-        raise AptError(
-            f"no model keeps {keep:.2%}: the smallest, {nearest}, keeps {nearest.share:.2%}",
-            "keep more",
-            ("keep",),
-        )
-    if keep > max(size.share for size in found) + TOLERANCE:
-        raise AptError(
-            f"no model keeps {keep:.2%}: the largest, {nearest}, keeps {nearest.share:.2%}",
-            "keep less",
-            ("keep",),
-        )
-    notice(f"keep: {nearest.share:.2%}, the nearest to {keep:.2%}: {nearest}")
-    return [nearest]
+    return bool(found) and abs(found[0].cost - keep) <= TOLERANCE

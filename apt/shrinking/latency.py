@@ -1,0 +1,87 @@
+"""The time of a block of a smaller model on this machine."""
+
+import time
+from collections.abc import Callable, Mapping
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+
+from apt.adapter import Adapter, Groups
+from apt.adapter.eval_mode import eval_mode
+from apt.checkpoints.empty_model import empty_of_class
+from apt.checkpoints.shrunk import resized
+
+_ROUNDS, _WARM_UP = 9, 2
+_LARGE = 2**27  # weights of an embedding, whose memory need not be written
+_VALUES = 0.02  # the standard deviation of the weights, which are random
+
+
+def block_times(
+    model: nn.Module, adapter: Adapter, config: Any, device: str, seqlen: int
+) -> Callable[[Mapping[str, int]], float]:
+    """A function from numbers of groups to the seconds of a forward of the first block.
+
+    The block has random weights and gets one sample of random tokens. Each number is measured once.
+
+    Args:
+        model: the model; it may be on the meta device.
+        adapter: the adapter of its family.
+        config: its configuration.
+        device: the device to measure on.
+        seqlen: the number of tokens.
+    """
+    blocks = adapter.blocks(model)
+    groups = {g.kind: g for _, block in blocks for g in adapter.groups(block, config)}
+    known: dict[tuple[tuple[str, int], ...], float] = {}
+
+    def seconds(kept: Mapping[str, int]) -> float:
+        key = tuple(sorted(kept.items()))
+        if key not in known:
+            small = _one_block(type(model), config, groups, kept, len(blocks), device)
+            known[key] = _seconds(small, adapter, seqlen, device)
+        return known[key]
+
+    return seconds
+
+
+def _one_block(
+    kind: Any,
+    config: Any,
+    groups: Mapping[str, Groups],
+    kept: Mapping[str, int],
+    blocks: int,
+    device: str,
+) -> nn.Module:
+    """A model of one block with ``kept`` groups."""
+    removed = [(groups[name], groups[name].count - count) for name, count in kept.items()]
+    model = empty_of_class(kind, resized(config, removed, range(1), blocks), config)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            few = parameter.numel() < _LARGE
+            values = torch.zeros(parameter.shape, dtype=parameter.dtype, device=device)
+            setattr(module, name, nn.Parameter(values.normal_(0, _VALUES) if few else values))
+    return model.to(device)
+
+
+@torch.no_grad()
+def _seconds(model: nn.Module, adapter: Adapter, seqlen: int, device: str) -> float:
+    """The median time of a forward of the first block."""
+    config: Any = model.config
+    tokens = torch.randint(config.vocab_size, (1, seqlen), device=device)
+    with eval_mode(model), adapter.running(model):
+        state, calls = adapter.enter(model, tokens)
+        block, found = adapter.blocks(model)[0][1], list[float]()
+        for _ in range(_WARM_UP + _ROUNDS):
+            _wait(device)
+            started = time.perf_counter()
+            adapter.step(block, state, calls[0])
+            _wait(device)
+            found.append(time.perf_counter() - started)
+    return median(found[_WARM_UP:])
+
+
+def _wait(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
