@@ -24,7 +24,8 @@ def verify(
 ) -> None:
     """Count the zeros of a model on disk.
 
-    The exit status is 1 if a site has too few zeros.
+    The exit status is 1 if a site has too few zeros. A smaller model is compared with the numbers
+    of blocks and groups in its report.
 
     Without a pattern, each site is compared with its pattern in the report of the run. With a
     pattern, the sites that the report lists as left dense on request are named and not counted,
@@ -47,6 +48,9 @@ def verify(
     from apt.plugin.registry import registry
 
     report = read_report(directory) or {}
+    if report.get("structure") and sparsity is None and pattern is None:
+        _show_structure(directory, report["structure"], as_json=as_json, remote=trust_remote_code)
+        return
     given = args.read_pattern(sparsity, pattern, per)
     wanted = given or args.parse(str(_recorded(report, "options").get("pattern")))
     selection = args.read_selection(only, skip, override)
@@ -80,6 +84,39 @@ def verify(
         zero = f"{zeros / size:.4%} of their weights are zero"
         out.print(f"{directory}: {met}; {zero}", markup=False)
     if failed:
+        raise typer.Exit(1)
+
+
+def _show_structure(directory: Path, structure: Any, *, as_json: bool, remote: bool) -> None:
+    """Compare a smaller model with the structure in its report."""
+    from apt.checkpoints.load import load, skeleton
+    from apt.cli.output import out, show_json
+    from apt.cli.summary import structure_line
+    from apt.locations.model_source import find
+    from apt.plugin.registry import registry
+
+    source = find(f"{directory.resolve()}", registry(), trust_remote_code=remote)
+    model = load(skeleton(source, registry()))
+    blocks = model.adapter.blocks(model.module)
+    found = {"blocks": len(blocks)} | {
+        groups.kind: groups.count
+        for _, block in blocks
+        for groups in model.adapter.groups(block, model.config)
+    }
+    try:
+        said = {kind: entry["kept"] for kind, entry in structure["groups"].items()}
+        said["blocks"], line = structure["blocks"]["kept"], structure_line(structure)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise AptError("the report's structure is damaged", "delete the report") from error
+    wrong = [
+        f"{found.get(kind)} {kind}, not {n}" for kind, n in said.items() if found.get(kind) != n
+    ]
+    if as_json:
+        show_json({"directory": str(directory), "structure": structure, "failed": wrong})
+    else:
+        text = f"it has {'; '.join(wrong)}" if wrong else f"{line}, as the report says"
+        out.print(f"{directory}: {text}", markup=False)
+    if wrong:
         raise typer.Exit(1)
 
 
