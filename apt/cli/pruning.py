@@ -14,6 +14,7 @@ from apt.cli.streams import program
 from apt.cli.summary import first_not_finite, show_report
 from apt.distributed.ranks import Ranks
 from apt.errors import AptError
+from apt.output.report import Report
 from apt.output.workplace import resumable
 from apt.runs.options import RunOptions
 from apt.runs.prepare import Prepared, already_complete
@@ -42,7 +43,7 @@ def show_planned(prepared: Prepared, notices: list[str], *, as_json: bool) -> No
     show_plan(plan_of(prepared), as_json=as_json)
 
 
-def run(prepared: Prepared, ranks: Ranks, notices: list[str], *, as_json: bool) -> None:
+def run(prepared: Prepared, ranks: Ranks, notices: list[str], *, as_json: bool) -> Report | None:
     """Prune, and print a summary.
 
     Args:
@@ -50,10 +51,13 @@ def run(prepared: Prepared, ranks: Ranks, notices: list[str], *, as_json: bool) 
         ranks: the processes that prune together.
         notices: lines about defaults, to be printed once the run has begun.
         as_json: print the summary as one JSON object.
+
+    Returns:
+        The report; None if the output was complete already.
     """
     if already_complete(prepared):
         _show_complete(prepared, as_json=as_json)
-        return
+        return None
     try:
         with _sigterm_as_exception(), RunProgress(prepared.plan, notices) as progress:
             report = execute(prepared, progress.observe, progress.status, ranks=ranks)
@@ -72,6 +76,7 @@ def run(prepared: Prepared, ranks: Ranks, notices: list[str], *, as_json: bool) 
     if wrong := first_not_finite(report.scores, prepared.options.metrics):
         show_error(f"the {wrong} is not a finite number: the model's outputs are not")
         raise typer.Exit(1)
+    return report
 
 
 def _show_complete(prepared: Prepared, *, as_json: bool) -> None:

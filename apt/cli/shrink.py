@@ -1,5 +1,6 @@
 """``apt-prune shrink``."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,10 @@ def shrink(
     output: Path | None = run.OUTPUT,
     overwrite: bool = run.OVERWRITE,
     max_shard_size: str | None = run.MAX_SHARD_SIZE,
+    plot: Path | None = typer.Option(
+        None, "--plot", metavar="FILE", rich_help_panel=run.OUTPUT_GROUP,
+        help="Draw the candidates of --search into a .png, .svg or .pdf file (needs matplotlib).",
+    ),
     as_json: bool = args.JSON,
 ) -> None:  # fmt: skip
     """Make a smaller dense model, which plain transformers opens.
@@ -127,6 +132,7 @@ def shrink(
     run.check_values(context, prune_options)
     mode = _mode(width_only=width_only, depth_only=depth_only, search=search)
     sizes = _sizes(size)
+    _check_plot(plot, search=search)
     from apt.plugin.registry import registry
     from apt.shrinking.options import ShrinkOptions
     from apt.shrinking.search import SearchOptions
@@ -194,7 +200,25 @@ def shrink(
         if dry_run:
             pruning.show_planned(prepared, defaults.lines, as_json=as_json)
         else:
-            pruning.run(prepared, ranks, defaults.lines, as_json=as_json)
+            report = pruning.run(prepared, ranks, defaults.lines, as_json=as_json)
+            if plot is not None and report is not None and ranks.first:
+                from apt.cli.search_plot import draw
+
+                draw(report.structure["candidates"], plot)
+
+
+def _check_plot(plot: Path | None, *, search: bool) -> None:
+    """Raise if a plot cannot be drawn, before the work."""
+    if plot is None:
+        return
+    if not search:
+        raise AptError("--plot draws the candidates of a search", "add --search")
+    if plot.suffix not in (".png", ".svg", ".pdf"):
+        raise AptError(f"--plot {plot} is not a .png, .svg or .pdf file")
+    if not plot.expanduser().absolute().parent.is_dir():
+        raise AptError(f"--plot {plot}: its folder does not exist", "create it first")
+    if find_spec("matplotlib") is None:
+        raise AptError("--plot needs matplotlib", "pip install 'apt-prune[plot]'")
 
 
 def _mode(*, width_only: bool, depth_only: bool, search: bool) -> Any:

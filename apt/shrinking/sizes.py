@@ -94,7 +94,7 @@ class Sizes:
             for blocks in (range(1, self.blocks + 1) if depth else [self.blocks])
         ]
         smaller = [size for size in found if size.kept or size.blocks < self.blocks]
-        return sorted(smaller, key=lambda size: abs(size.cost - keep))
+        return sorted(smaller, key=lambda size: (round(abs(size.cost - keep), 6), -size.cost))
 
     def extremes(self, *, width: bool, depth: bool) -> tuple[Size, Size]:
         """The smallest and the largest size for which something is removed."""

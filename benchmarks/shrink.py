@@ -1,0 +1,149 @@
+"""Smaller models: perplexity on two texts of what each method makes, at one share of parameters.
+
+The default is SmolLM2-135M-Instruct with the texts of ``benchmarks/common.py``, as in
+``benchmarks/accuracy.py``::
+
+    python benchmarks/shrink.py --keep 0.75 --json out/shrink.json
+
+A row is MODE[:METHOD] and options of ``apt.PruneOptions`` and ``apt.ShrinkOptions``:
+``width:joint``, ``width:llm-pruner/compensate=true``, ``depth:loss/error_aware=false``,
+``width/sizes={"channels":1024}``, ``search``. Rows are added to the JSON file as soon as they are
+measured. A row in the file is not measured again. ``--save FOLDER`` writes the smaller models.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from common import FORTUNES, fortunes, open_model, sample, save, wiki
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import apt
+from apt.checkpoints.model import Model
+from apt.evaluation.metrics import perplexity
+
+BASELINES = [
+    "depth:last", "depth:block-influence", "depth:angular", "depth:loss", "width:group-magnitude",
+    "width:group-wanda", "width:flap", "width:llm-pruner-vector", "width:llm-pruner",
+]  # fmt: skip
+PUBLISHED = [f"{row}/error_aware=false" for row in BASELINES]
+ROWS = [
+    *PUBLISHED,
+    "width:group-wanda/error_aware=false/compensate=true",
+    "width:llm-pruner/error_aware=false/compensate=true",
+    "width:joint/error_aware=false", "width:joint/tuning_epochs=0", "width:joint",
+    "depth:loss/tuning_epochs=0", "depth:loss",
+    "search/error_aware=false", "search/tuning_epochs=0", "search", "search/effort=best",
+]  # fmt: skip
+TUNED_ON = 16  # windows of each evaluation text, used to choose APT's defaults: not reported
+Row = dict[str, Any]
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="a model reference; SmolLM2 by default")
+    parser.add_argument("--keep", type=float, default=0.75)
+    parser.add_argument("--rows", nargs="+", default=ROWS)
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--eval-samples", type=int, default=16)
+    parser.add_argument(
+        "--skip", type=int, default=TUNED_ON, help="leading windows to leave out; 0: tuning windows"
+    )
+    parser.add_argument("--fortunes", type=Path, default=FORTUNES, help="folder of the second text")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--save", type=Path, help="write each smaller model into this folder")
+    return parser.parse_args()
+
+
+def read_row(text: str, keep: float) -> tuple[str | None, apt.ShrinkOptions, apt.PruneOptions]:
+    """The method and the options of a row."""
+    name, *words = text.split("/")
+    mode, _, method = name.partition(":")
+    size: Row = {"mode": mode, "keep": keep}
+    options: Row = {}
+    for word in words:
+        option, _, value = word.partition("=")
+        known = option in apt.ShrinkOptions.__dataclass_fields__
+        (size if known else options)[option] = _value(value)
+    return method or None, apt.ShrinkOptions(**size), apt.PruneOptions(**options)
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def shrink(
+    model: Model, text: str, keep: float, tokens: Tensor, tokenizer: Any
+) -> tuple[nn.Module, Row]:
+    """A smaller model, with its size and the time that it took."""
+    method, size, options = read_row(text, keep)
+    started = time.perf_counter()
+    module, report = apt.shrink(
+        model.module, tokens, size=size, adapter=model.spec.name, method=method, options=options,
+        tokenizer=tokenizer,
+    )  # fmt: skip
+    structure = report.structure
+    kept = {kind: entry["kept"] for kind, entry in structure["groups"].items()}
+    return module, {
+        "share": structure["share"],
+        "blocks": structure["blocks"]["kept"],
+        "dropped": structure["blocks"]["dropped"],
+        "kept": kept,
+        "error": report.relative_layer_error,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def measure(options: argparse.Namespace, known: dict[str, Row]) -> Iterator[Row]:
+    """One row for each smaller model, after that of the dense one."""
+    model, tokenizer = open_model(options.model)
+    calibration, evaluation = wiki()
+    tokens = sample(tokenizer, calibration, options.samples, options.seqlen)
+    held_out = {
+        name: sample(tokenizer, text, options.eval_samples, options.seqlen, options.skip)
+        for name, text in {"wiki": evaluation, "fortunes": fortunes(options.fortunes)}.items()
+    }
+    for text in ["dense", *options.rows]:
+        if text in known:
+            yield known[text]
+            continue
+        module, row = model.module, Row()
+        if text != "dense":
+            module, row = shrink(model, text, options.keep, tokens, tokenizer)
+        with model.adapter.running(module):
+            scores = {name: perplexity(module, window) for name, window in held_out.items()}
+        if options.save and text != "dense":
+            folder = options.save / text.replace("/", " ").replace(":", " ")
+            module.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        yield {"row": text, **scores, **row}
+
+
+def main() -> None:
+    options, console = arguments(), Console()
+    found = []
+    if options.json and options.json.is_file():
+        found = json.loads(options.json.read_text())["rows"]
+    columns = ["wiki", "fortunes", "share", "blocks", "seconds"]
+    table, rows = Table("row", *columns), list[Row]()
+    for row in measure(options, {row["row"]: row for row in found}):
+        rows.append(row)
+        shown = [f"{row[key]:.4g}" if key in row else "" for key in columns]
+        table.add_row(row["row"], *shown)
+        console.print(*shown, row["row"], row.get("kept", ""))
+        fresh = {r["row"] for r in rows}
+        save(options.json, rows + [r for r in found if r["row"] not in fresh])
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

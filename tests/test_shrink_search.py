@@ -1,0 +1,266 @@
+"""Sizes, the search for a smaller model, and the baselines that it is compared with."""
+
+import json
+import math
+from itertools import combinations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from apt.checkpoints.load import skeleton
+from apt.errors import AptError
+from apt.locations.model_source import find
+from apt.plugin.registry import registry
+from apt.shrinking.options import ShrinkOptions
+from apt.shrinking.proxy import Proxy
+from apt.shrinking.search import (
+    Candidate,
+    Journal,
+    Scored,
+    Search,
+    SearchOptions,
+    pareto_front,
+)
+from apt.shrinking.sizes import TOLERANCE, Size, Sizes
+from apt.shrinking.skipping import loss_without
+from apt.shrinking.wanted_sizes import wanted_sizes
+from apt.solver import ColumnGroups, Gram, SolverOptions
+from tests.families import random_model, random_tokens
+
+TOKENS = random_tokens(4, 24)
+DAMPED = SolverOptions(damping=0.01)
+
+
+def sizes_of(variant, adapter_of, multiple=8, seconds=None):
+    model = random_model(variant)
+    return Sizes(model, adapter_of(model), model.config, multiple, seconds)
+
+
+@pytest.mark.parametrize("variant", ["llama-grouped-tied", "opt", "mamba"])
+@settings(deadline=None, max_examples=15)
+@given(keep=st.floats(0.3, 0.95))
+def test_the_nearest_size_is_found(variant, keep):
+    def adapter_of(model):
+        return registry().adapter_for(model.config.model_type).load()()
+
+    sizes = sizes_of(variant, adapter_of, 1)
+    found = sizes.near(keep, width=True, depth=True)
+    assert [abs(s.cost - keep) for s in found] == pytest.approx(
+        sorted(abs(s.cost - keep) for s in found), abs=1e-6
+    )
+    for size in found[:3]:
+        assert sizes.size(size.kept, size.blocks).share == pytest.approx(size.share)
+    smallest, largest = sizes.extremes(width=True, depth=True)
+    assert smallest.cost <= found[0].cost <= largest.cost < 1
+
+
+def test_a_latency_budget_counts_time(adapter_of):
+    times = {(): 4.0, (("channels", 32),): 3.0}
+
+    def seconds(kept):
+        return times.get(tuple(kept.items()), 4.0)
+
+    sizes = sizes_of("opt", adapter_of, 32, seconds)
+    found = sizes.near(0.75, width=True, depth=False)
+    assert [dict(size.kept) for size in found] == [{"channels": 32}]
+    assert found[0].cost == 0.75
+    assert found[0].share != 0.75
+
+
+def test_a_smaller_multiple_is_used_only_where_none_comes_near():
+    shell, said = skeleton(find("zoo:opt", registry()), registry()), []
+
+    def sizes(multiple):
+        return Sizes(shell.module, shell.adapter, shell.config, multiple)
+
+    mode, found = wanted_sizes(sizes, ShrinkOptions(keep=0.8), said.append)
+    assert mode == "width"
+    assert abs(found[0].cost - 0.8) <= TOLERANCE
+    assert said[0] == "mode: width (default)"
+    assert said[1] == "multiple of channels: 32, since no multiple of 64 comes near"
+    assert found[0].kept["channels"] % 32 == 0
+    wanted_sizes(sizes, ShrinkOptions(keep=0.8, multiple_of=128), said.append)
+    assert said[-1].startswith("keep: ")
+    with pytest.raises(AptError, match="no model keeps 90.00%"):
+        wanted_sizes(sizes, ShrinkOptions(keep=0.9, mode="depth"), said.append)
+
+
+def a_size(blocks, kept=()):
+    return Size(dict(kept), blocks, blocks / 10, blocks / 10)
+
+
+SIZES = [a_size(8), a_size(7, {"channels": 60}.items()), a_size(7, {"heads": 4}.items())]
+
+
+def bowl(candidate):
+    """The lower, the more of blocks 2 and 5 are dropped; seven blocks are best with 4 heads."""
+    missing = len({2, 5} - candidate.dropped)
+    return 1 + missing + len(candidate.dropped - {2, 5, 9}) + (candidate.size.kept != {"heads": 4})
+
+
+def test_the_search_finds_what_the_ranking_does_not_know():
+    best = min(
+        bowl(Candidate(size, frozenset(dropped)))
+        for size in SIZES
+        for dropped in combinations(range(10), 10 - size.blocks)
+    )
+    search = Search(SIZES, range(10), bowl, SearchOptions(evaluations=150), seed=1)
+    found = search.run()
+    assert bowl(found[0].candidate) == best == 1
+    assert [scored.loss for scored in found] == sorted(scored.loss for scored in found)
+    keys = [scored.candidate.key for scored in found]
+    assert len(set(keys)) == len(keys) <= 150
+    for scored in found:
+        assert len(scored.candidate.dropped) == 10 - scored.candidate.size.blocks
+    first = [Candidate(size, frozenset(range(10 - size.blocks))).key for size in SIZES]
+    assert set(first) <= set(keys)
+
+
+def test_a_killed_search_continues_with_the_same_result(tmp_path):
+    path, options = tmp_path / "losses.jsonl", SearchOptions(evaluations=40)
+    whole = Search(SIZES, range(10), bowl, options, seed=3).run()
+
+    def killed_after(count):
+        def loss(candidate):
+            calls.append(candidate)
+            if len(calls) > count:
+                raise KeyboardInterrupt
+            return bowl(candidate)
+
+        calls = []
+        return loss
+
+    with pytest.raises(KeyboardInterrupt):
+        Search(SIZES, range(10), killed_after(17), options, 3, Journal(path, "a")).run()
+    with path.open("a") as file:
+        file.write('{"candidate": "torn')
+    computed = []
+    again = Search(
+        SIZES, range(10), lambda c: computed.append(c) or bowl(c), options, 3, Journal(path, "a")
+    ).run()
+    assert again == whole
+    assert len(computed) == len(whole) - 17
+    assert Journal(path, "other inputs").losses == {}
+
+
+def test_a_time_budget_ends_the_search_after_one_candidate():
+    options = SearchOptions(evaluations=100, minutes=1e-9)
+    assert len(Search(SIZES, range(10), bowl, options).run()) == 1
+
+
+def test_without_sizes_there_is_nothing_to_search():
+    with pytest.raises(AptError, match="no size meets the budget"):
+        Search([], range(10), bowl).run()
+
+
+def test_the_pareto_front_has_no_candidate_that_another_one_beats():
+    scored = [
+        Scored(Candidate(Size({}, n, cost, cost), frozenset()), loss)
+        for n, (cost, loss) in enumerate([(0.5, 3), (0.6, 2), (0.55, 4), (0.7, 2), (0.8, 1)])
+    ]
+    front = pareto_front(scored, lambda candidate: candidate.size.cost)
+    assert [s.loss for s in front] == [3, 2, 1]
+
+
+@torch.no_grad()
+def test_an_approximation_leaves_the_model_as_it_was(adapter_of):
+    model = random_model("llama-grouped-tied")
+    adapter = adapter_of(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    proxy, dense = Proxy(model, adapter, TOKENS, DAMPED), loss_without(model, adapter, TOKENS)
+    names = [name for name, _ in adapter.blocks(model)]
+    assert proxy.loss({}, [], TOKENS) == dense
+    narrow = proxy.loss({"channels": 40, "heads": 2}, [], TOKENS)
+    assert narrow != dense
+    assert proxy.loss({"channels": 40, "heads": 2}, names[:1], TOKENS) != narrow
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def layer(seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(200, 12, generator=draw) * torch.linspace(0.5, 2, 12)
+    return torch.randn(5, 12, generator=draw), inputs
+
+
+def chosen(name, weight, inputs, kept=4):
+    method = registry().shrink_methods.get(name).load()
+    return (
+        method(weight, Gram.of(inputs), ColumnGroups(6, kept), DAMPED).nonzero().flatten().tolist()
+    )
+
+
+def test_scores_of_columns_are_those_of_their_papers():
+    weight, inputs = layer()
+    squares = weight.square().sum(0).view(6, 2).sum(1)
+    assert sorted(squares.argsort()[:2].tolist()) == chosen("group-magnitude", weight, inputs)
+    energy = (weight.square() * inputs.square().mean(0)).sum(0).view(6, 2).sum(1)
+    assert sorted(energy.argsort()[:2].tolist()) == chosen("group-wanda", weight, inputs)
+
+
+def test_first_order_importance_predicts_the_change_of_the_loss(adapter_of):
+    """The sum of w ∂L/∂w of a group is the derivative of the loss as the group shrinks."""
+    model = random_model("llama")
+    adapter = adapter_of(model)
+    scores = registry().shrink_methods.get("llm-pruner-vector").load()(model, adapter, TOKENS)
+    name, block = adapter.blocks(model)[1]
+    groups = next(g for g in adapter.groups(block, model.config) if g.kind == "channels")
+    step, parameters = 1e-3, dict(block.named_parameters())
+
+    def loss_at(scale):
+        with torch.no_grad():
+            for part in groups.parts:
+                parameters[part.parameter].movedim(part.dim, 0)[7] *= scale
+            found = loss_without(model, adapter, TOKENS)
+            for part in groups.parts:
+                parameters[part.parameter].movedim(part.dim, 0)[7] /= scale
+        return found
+
+    slope = (loss_at(1 + step) - loss_at(1 - step)) / (2 * step)
+    assert float(scores[name]["channels"][7]) == pytest.approx(abs(slope), rel=0.1, abs=1e-4)
+    assert all(p.requires_grad for p in model.parameters())
+    elements = registry().shrink_methods.get("llm-pruner").load()(model, adapter, TOKENS)
+    assert (elements[name]["channels"] >= scores[name]["channels"] - 1e-6).all()
+
+
+@torch.no_grad()
+def test_flap_scores_a_constant_input_as_nothing(adapter_of):
+    model = random_model("opt")
+    adapter = adapter_of(model)
+    _, block = adapter.blocks(model)[0]
+    block.fc1.weight[3], block.fc1.bias[3] = 0, 2.0
+    scores = registry().shrink_methods.get("flap").load()(model, adapter, TOKENS)
+    first = scores[adapter.blocks(model)[0][0]]["channels"]
+    assert float(first[3]) == pytest.approx(0, abs=1e-6)
+    assert int(first.argmin()) in (3, *(first == first.min()).nonzero().flatten().tolist())
+    assert math.isfinite(float(first.sum()))
+
+
+def test_a_search_at_the_shell_reports_and_draws_its_candidates(apt, tmp_path):
+    text = ("--samples", 4, "--seqlen", 32)
+    result = apt("shrink", "--adapter", "llama", "--search", "--evaluations", 6, *text,
+                 "--plot", "search.png", "--effort", "fast", "-o", "out")  # fmt: skip
+    assert result.code == 0, result.err
+    assert "dropped blocks" in result.out
+    report = json.loads((tmp_path / "out/apt_report.json").read_text())
+    candidates = report["structure"]["candidates"]
+    assert 1 <= len(candidates) <= 6
+    assert min(c["loss"] for c in candidates) == candidates[0]["loss"]
+    assert any(c["front"] for c in candidates)
+    assert (tmp_path / "search.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(tmp_path.glob(".out*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--plot", "x.png"), "--plot draws the candidates of a search"),
+        (("--search", "--plot", "x.gif"), "is not a .png, .svg or .pdf file"),
+        (("--search", "--plot", "none/x.png"), "its folder does not exist"),
+    ],
+)
+def test_a_plot_that_cannot_be_drawn_is_refused_first(arguments, said, apt):
+    result = apt("shrink", "--adapter", "llama", *arguments, "-o", "out")
+    assert result.code == 2
+    assert said in result.err
