@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import apt as apt_package
+import apt.output.workplace as apt_workplace
 from apt import AptError, PruneOptions, ShrinkOptions
 from apt.adapter.groups import without
 from apt.checkpoints.safetensors_io import Shards
@@ -19,6 +20,8 @@ from apt.pruning.recipe import Recipe
 from apt.shrinking.skipping import loss_without
 from apt.solver import GroupRemoval, joint_removal
 from tests.families import CONFIGS, TEXT, random_model, random_tokens
+from tests.processes import on_ranks
+from tests.test_stream import PLACES, KilledError, cut, weights
 
 SMALL = ("--samples", 4, "--seqlen", 48, "--calibration", TEXT)
 TOKENS = random_tokens(6, 24)
@@ -189,6 +192,45 @@ def test_a_streamed_run_gives_the_model_of_one_in_memory(variant, checkpoint, ap
     assert records[0]["structure"] == records[1]["structure"]
     assert records[0]["scores"]["after"] == pytest.approx(records[1]["scores"]["after"], rel=1e-3)
     assert not list(Path().glob(".disk*"))
+
+
+@pytest.mark.parametrize(
+    ("place", "count"), [("write", 9), ("journal", 5), ("small", 1), ("appear", 1)]
+)
+def test_a_streamed_run_that_is_cut_short_goes_on_to_the_same_bytes(
+    place, count, checkpoint, apt, monkeypatch
+):
+    sizes = ("--size", "channels=32", "--size", "heads=2", "--blocks", 2)
+    command = ("shrink", checkpoint("llama-grouped-tied"), *SMALL, *sizes, "--stream")
+    assert apt(*command, "-o", "whole").code == 0
+    places = PLACES | {"small": (apt_workplace.Workplace, "replace_out")}
+    with monkeypatch.context() as patch:
+        cut(patch, places[place], count, KilledError())
+        with pytest.raises(KilledError):
+            apt(*command, "-o", "out")
+    assert not Path("out").exists()
+    result = apt(*command, "-o", "out", "--resume")
+    assert result.code == 0, result.err
+    assert weights("out") == weights("whole")
+    assert not list(Path().glob(".out*"))
+
+
+@pytest.mark.parametrize("variant", ["llama-grouped-tied", "mamba"])
+def test_ranks_make_the_model_that_one_process_makes(variant, checkpoint, tmp_path, apt):
+    sizes = {"llama-grouped-tied": ("heads=2", "channels=32"), "mamba": ("channels=32", "states=4")}
+    given = [word for size in sizes[variant] for word in ("--size", size)]
+    command = ("shrink", checkpoint(variant), *SMALL, *given, "--effort", "fast", "--blocks", 2)
+    codes, said = on_ranks(2, tmp_path, *command, "-o", "together")
+    assert codes == [0, 0], said
+    assert apt(*command, "-o", "alone").code == 0
+    together, alone = Shards(tmp_path / "together"), Shards(tmp_path / "alone")
+    shapes = [{n: e.shape for n, e in shards.entries.items()} for shards in (together, alone)]
+    assert shapes[0] == shapes[1]
+    opened = [AutoModelForCausalLM.from_pretrained(n).eval() for n in ("together", "alone")]
+    left, right, dense = (
+        model(TOKENS).logits for model in (*opened, random_model(variant).eval())
+    )  # the sums differ in their last digits, so another group may go
+    assert float((left - right).norm()) < 0.25 * float((right - dense).norm())
 
 
 BAD = {

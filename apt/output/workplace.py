@@ -114,7 +114,8 @@ class Workplace:
         return folder
 
     def replace_out(self, folder: Path) -> None:
-        """Make a folder of the workplace the output to publish."""
+        """Make a complete folder of the workplace the output to publish."""
+        self.journal.add({"finished": checksums(folder)})
         shutil.rmtree(self.out)
         folder.rename(self.out)
 
@@ -140,14 +141,22 @@ class Workplace:
         """Publish the output of a streamed run, unless that has been done."""
         if self.published():
             shutil.rmtree(self.folder)
-        else:
+            return
+        if not self.finished():
             self.journal.add({"finished": checksums(self.out)})
-            self.publish()
+        self.publish()
 
     def published(self) -> bool:
         """True if an earlier run was interrupted after its output had been published."""
+        return self._is_finished(self.output)
+
+    def finished(self) -> bool:
+        """True if an earlier run was interrupted before its complete output was published."""
+        return self._is_finished(self.out)
+
+    def _is_finished(self, directory: Path) -> bool:
         known = [line["finished"] for line in self.journal.lines if "finished" in line]
-        return bool(known) and self.output.is_dir() and checksums(self.output) == known[-1]
+        return bool(known) and directory.is_dir() and checksums(directory) == known[-1]
 
     def publish(self) -> None:
         """Move the output to its place, and delete the workplace.

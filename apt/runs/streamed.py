@@ -125,7 +125,7 @@ class StreamedRun:
             work.journal.read()
         if options.resume and work.journal.has("block"):
             work.check_fingerprint(fingerprint)
-            if not work.published():
+            if not self._is_done():
                 self._check_copy()
             return
         work.begin()
@@ -148,7 +148,7 @@ class StreamedRun:
 
     def _assemble(self) -> None:
         """Load the weights outside the blocks."""
-        if self._work.published():
+        if self._is_done():
             return
         self._status("loading the weights outside the blocks")
         prepared, shell, stored = self._prepared, self._prepared.shell, self._stored
@@ -166,13 +166,19 @@ class StreamedRun:
         )
         self.block_storage.check()
 
+    def _is_done(self) -> bool:
+        """True if the interrupted run had completed its output."""
+        return self._work.published() or self._work.finished()
+
     def earlier_report(self) -> Report | None:
-        """The report of a run that was interrupted after its output was published."""
-        if not self._work.published():
+        """The report of a run that was interrupted after its output was complete."""
+        if not self._is_done():
             return None
-        report = Report.read(self._work.output)
+        work = self._work
+        report = Report.read(work.output if work.published() else work.out)
+        self._ranks.wait()
         if self._ranks.first:
-            self._work.finish()
+            work.finish()
         return report
 
     def own_text(self, job: Job, tokens: Tensor) -> Tensor:
