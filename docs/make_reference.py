@@ -17,13 +17,15 @@ from apt.pruning import layer
 
 FOLDER = Path(__file__).parent
 SPECS = (
-    hookspecs.AdapterSpec, hookspecs.FormatSpec, hookspecs.MethodSpec, hookspecs.AllocationSpec,
-    hookspecs.CalibrationSpec, hookspecs.EvaluatorSpec,
+    hookspecs.AdapterSpec, hookspecs.FormatSpec, hookspecs.MethodSpec, hookspecs.ShrinkMethodSpec,
+    hookspecs.AllocationSpec, hookspecs.CalibrationSpec, hookspecs.EvaluatorSpec,
 )  # fmt: skip
-DECLARED = (adapter.Site, adapter.Input, adapter.Extra, adapter.Call)
+DECLARED = (
+    adapter.Site, adapter.Input, adapter.Extra, adapter.Call, adapter.Groups, adapter.Part,
+)  # fmt: skip
 HELPERS = (
     adapter.expert_sites, adapter.one_by_one, adapter.WeightTap, adapter.record_calls,
-    adapter.stubbed,
+    adapter.stubbed, adapter.rows, adapter.columns, adapter.expert_groups,
 )  # fmt: skip
 EVENTS = (events.BlockStarted, events.Working, events.SitePruned, events.BlockTuned)
 _MODULES = re.compile(r"\b(?:[a-z_]+\.)+(?=[A-Za-z_])")

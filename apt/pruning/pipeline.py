@@ -1,9 +1,9 @@
 """The loop over blocks: capture, solve, write back, propagate."""
 
 import math
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, pairwise
 from operator import itemgetter
@@ -19,15 +19,15 @@ from apt.calibration.capture import Capture
 from apt.calibration.dense_activations import advance_dense
 from apt.calibration.storage import MemoryStore, Store
 from apt.calibration.sums import Sums
-from apt.calibration.targets import Targets
 from apt.distributed.ranks import Ranks
 from apt.errors import AptError
 from apt.events import BlockStarted, BlockTuned, Observer, SitePruned, Working
 from apt.planning.plan import Plan, PlannedBlock, PlannedSite
 from apt.pruning.block_storage import BlockStorage, MemoryBlocks
+from apt.pruning.current_block import CurrentBlock, Dropped
 from apt.pruning.disconnecting import disconnect_groups
 from apt.pruning.layer import SiteMethod, SiteSolver, SolvedSite, mean_square, measured
-from apt.pruning.paused_forward import CannotPause, PausedForwards, can_pause
+from apt.pruning.paused_forward import CannotPause, can_pause
 from apt.pruning.recipe import Recipe
 from apt.pruning.ssm_parameters import prune_extras
 from apt.tuning.reconstruct import Reconstruction, reconstruct
@@ -86,7 +86,6 @@ def prune_blocks(
 
 
 _Turn = tuple[int, SolvedSite]  # a solved site and its turn, which also determines its rank
-_Dropped = tuple[int, str, nn.Module]  # the index, the name and the module of a dropped block
 
 
 @dataclass
@@ -123,7 +122,7 @@ class _Pruning:
             self.observe(BlockStarted(planned.name, index, len(plan.blocks)))
             module = modules[planned.name]
             with self.block_storage.open(planned.name, module):
-                current = _CurrentBlock(self.adapter, module, planned, index, batches, dropped)
+                current = CurrentBlock(self.adapter, module, planned, index, batches, dropped)
                 try:
                     done += self.prune_or_restore(current)
                     if index != kept[-1]:
@@ -134,7 +133,7 @@ class _Pruning:
                     ) from error
         return done
 
-    def prune_or_restore(self, current: "_CurrentBlock") -> list[SitePruned]:
+    def prune_or_restore(self, current: CurrentBlock) -> list[SitePruned]:
         """Prune a block, or restore it if an earlier run has pruned it."""
         name = current.planned.name
         if (known := self.block_storage.pruned(name)) is None:
@@ -152,7 +151,7 @@ class _Pruning:
             self.observe(site)
         return known
 
-    def pass_dropped(self, batches: list[Batch], dropped: Sequence[_Dropped]) -> None:
+    def pass_dropped(self, batches: list[Batch], dropped: Sequence[Dropped]) -> None:
         """Run dropped blocks on the dense stream; the pruned stream does not pass them."""
         for index, name, module in dropped if self.error_aware else ():
             with self.block_storage.open(name, module):
@@ -197,7 +196,7 @@ class _Pruning:
             store=self.store,
         )
 
-    def prune_block(self, current: "_CurrentBlock") -> list[SitePruned]:
+    def prune_block(self, current: CurrentBlock) -> list[SitePruned]:
         """Prune a block: its extras, then its sites; then tune it.
 
         The outputs that it is tuned towards are those of the dense model before the next block that
@@ -229,7 +228,7 @@ class _Pruning:
             done += self.measure(current.module, solved)
         return done
 
-    def with_tied_groups(self, current: "_CurrentBlock") -> PlannedBlock:
+    def with_tied_groups(self, current: CurrentBlock) -> PlannedBlock:
         """The planned block, with a choice of the groups that several sites lose together."""
         planned = current.planned
         for tied in planned.tied:
@@ -240,7 +239,7 @@ class _Pruning:
             planned = planned.with_patterns(dict.fromkeys(tied, pattern))
         return planned
 
-    def advance_dense_stream(self, current: "_CurrentBlock") -> dict[Site, Tensor]:
+    def advance_dense_stream(self, current: CurrentBlock) -> dict[Site, Tensor]:
         """Run the block on the dense stream; returns the row scales of sites that use them."""
         if not self.error_aware:
             return {}
@@ -263,7 +262,7 @@ class _Pruning:
 
     def solve_round(
         self,
-        current: "_CurrentBlock",
+        current: CurrentBlock,
         turns: dict[int, PlannedSite],
         sums: dict[str, Sums],
         mean: float,
@@ -282,7 +281,7 @@ class _Pruning:
             self.ranks.send(entry.site.weight(current.module).data, self.ranks.owner(turn))
         return own
 
-    def extras(self, current: "_CurrentBlock") -> list[SitePruned]:
+    def extras(self, current: CurrentBlock) -> list[SitePruned]:
         """Prune the planned extras of a block."""
         planned, done = current.planned.extras, []
         if not planned:
@@ -313,7 +312,7 @@ class _Pruning:
         return done
 
     def captured(
-        self, current: "_CurrentBlock"
+        self, current: CurrentBlock
     ) -> Generator[tuple[list[PlannedSite], dict[str, Sums]]]:
         """Groups of sites to solve one after another, with the sums of their inputs.
 
@@ -341,7 +340,7 @@ class _Pruning:
         for group in self.groups(left):
             yield group, self.capture(current, [entry.site for entry in group])
 
-    def tune(self, current: "_CurrentBlock", how: Reconstruction) -> None:
+    def tune(self, current: CurrentBlock, how: Reconstruction) -> None:
         """Tune the kept weights of the block."""
         sites = [entry.site for entry in current.planned.pruned]
         batches = current.batches[: self.tuning_batches]
@@ -351,7 +350,7 @@ class _Pruning:
         if tuned is not None:
             self.observe(BlockTuned(current.planned.name, tuned.before, tuned.after))
 
-    def capture(self, current: "_CurrentBlock", sites: list[Site]) -> dict[str, Sums]:
+    def capture(self, current: CurrentBlock, sites: list[Site]) -> dict[str, Sums]:
         """The sums of the inputs of ``sites``, by input name, from a separate run of the block."""
         earlier = {}
         if self.error_aware:
@@ -380,11 +379,11 @@ class _Pruning:
             self.observe(site)
         return done
 
-    def report_batch(self, current: "_CurrentBlock") -> None:
+    def report_batch(self, current: CurrentBlock) -> None:
         """Report that one more batch was run through the block."""
         self.observe(Working(current.planned.name, "running"))
 
-    def propagate(self, current: "_CurrentBlock") -> None:
+    def propagate(self, current: CurrentBlock) -> None:
         """Replace the state of every batch by the output of the pruned block."""
         for batch in current.batches:
             if not current.propagated:
@@ -393,48 +392,6 @@ class _Pruning:
                 )
                 self.report_batch(current)
             _check_finite(batch.state)
-
-
-@dataclass
-class _CurrentBlock:
-    """The block that is being pruned.
-
-    Attributes:
-        dropped: the dropped blocks between it and the next one that is kept.
-        sites: all its sites.
-        dense: the dense weights (out, in) of those that write to the residual stream.
-        scales: the factors of the rows (out, 1) of each site with row importance.
-        propagated: True if the batches' states are already those after the block.
-    """
-
-    adapter: Adapter
-    module: nn.Module
-    planned: PlannedBlock
-    index: int
-    batches: list[Batch]
-    dropped: Sequence[_Dropped] = ()
-    scales: dict[Site, Tensor] = field(default_factory=dict)
-    propagated: bool = False
-
-    def __post_init__(self) -> None:
-        self.sites = self.adapter.sites(self.module)
-        writers = (site for site in self.sites if site.residual)
-        self.dense = {s: s.oriented(s.weight(self.module).data).clone() for s in writers}
-
-    def first_batches(self, tokens: float) -> list[Batch]:
-        """The first batches, with about ``tokens`` tokens together; at least one."""
-        count = 1 + int((tokens - 1) // self.batches[0].tokens)
-        return self.batches[:count]
-
-    def paused_forwards(
-        self, targets: Targets | None, progress: Callable[[], None]
-    ) -> PausedForwards:
-        """The paused forwards of all batches through the block."""
-        to_capture = [entry.site for entry in self.planned.pruned]
-        block = (self.adapter, self.module, self.index)
-        return PausedForwards(
-            *block, self.batches, self.sites, to_capture, self.dense, targets, progress
-        )
 
 
 def _check_finite(state: State) -> None:

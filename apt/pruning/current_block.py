@@ -1,0 +1,57 @@
+"""The block that is being pruned, with everything that its solves need."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from apt.adapter import Adapter, Site
+from apt.calibration.batches import Batch
+from apt.calibration.targets import Targets
+from apt.planning.plan import PlannedBlock
+from apt.pruning.paused_forward import PausedForwards
+
+Dropped = tuple[int, str, nn.Module]
+"""The index, the name and the module of a dropped block."""
+
+
+@dataclass
+class CurrentBlock:
+    """The block that is being pruned.
+
+    Attributes:
+        dropped: the dropped blocks between it and the next one that is kept.
+        sites: all its sites.
+        dense: the dense weights (out, in) of those that write to the residual stream.
+        scales: the factors of the rows (out, 1) of each site with row importance.
+        propagated: True if the batches' states are already those after the block.
+    """
+
+    adapter: Adapter
+    module: nn.Module
+    planned: PlannedBlock
+    index: int
+    batches: list[Batch]
+    dropped: Sequence[Dropped] = ()
+    scales: dict[Site, Tensor] = field(default_factory=dict)
+    propagated: bool = False
+
+    def __post_init__(self) -> None:
+        self.sites = self.adapter.sites(self.module)
+        writers = (site for site in self.sites if site.residual)
+        self.dense = {s: s.oriented(s.weight(self.module).data).clone() for s in writers}
+
+    def first_batches(self, tokens: float) -> list[Batch]:
+        """The first batches, with about ``tokens`` tokens together; at least one."""
+        count = 1 + int((tokens - 1) // self.batches[0].tokens)
+        return self.batches[:count]
+
+    def paused_forwards(
+        self, targets: Targets | None, progress: Callable[[], None]
+    ) -> PausedForwards:
+        """The paused forwards of all batches through the block."""
+        to_capture = [entry.site for entry in self.planned.pruned]
+        block = (self.adapter, self.module, self.index)
+        return PausedForwards(
+            *block, self.batches, self.sites, to_capture, self.dense, targets, progress
+        )
