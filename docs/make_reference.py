@@ -14,6 +14,7 @@ from apt.distributed.ranks import Work
 from apt.planning.allocation import Allocation
 from apt.plugin import hookspecs as hooks
 from apt.pruning import layer
+from apt.shrinking import choices
 
 FOLDER = Path(__file__).parent
 SPECS = (
@@ -105,6 +106,8 @@ def hooks_page() -> str:
         [entry(formats.Checkpoint), *members(formats.Checkpoint)],
         entry(layer.Method.__call__, name="a method"),
         entry(Allocation.__call__, name="an allocation"),
+        entry(choices.GroupScores.__call__, name="scores of groups"),
+        entry(choices.BlockChoice.__call__, name="a choice of blocks"),
         "## Events\n",
         "`apt.events`: `apt.prune(observe=…)` is called with all of them, the hook\n"
         "`apt_site_pruned` with `SitePruned`.\n",

@@ -38,8 +38,12 @@ def write_tokenizer(writer, tokenizer):
 
 @pytest.fixture
 def file(tmp_path, tokenizer):
-    model, config = random_model("llama-grouped-tied"), CONFIGS["llama-grouped-tied"]
-    path = tmp_path / "tiny.gguf"
+    model = random_model("llama-grouped-tied")
+    write(tmp_path / "tiny.gguf", model, CONFIGS["llama-grouped-tied"], tokenizer)
+    return tmp_path / "tiny.gguf", model
+
+
+def write(path, model, config, tokenizer):
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -64,7 +68,6 @@ def file(tmp_path, tokenizer):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path, model
 
 
 def test_a_gguf_file_is_pruned_to_a_plain_directory(apt, file):
@@ -85,3 +88,15 @@ def test_a_gguf_file_is_pruned_to_a_plain_directory(apt, file):
     first = pruned.model.layers[0].self_attn.q_proj.weight
     assert torch.corrcoef(torch.stack([dense[first != 0], first[first != 0]]))[0, 1] > 0.7
     assert kept.any()
+
+
+def test_a_smaller_model_is_a_gguf_file_like_any_other(apt, file, tokenizer):
+    sizes = ("--size", "channels=40", "--blocks", 2)
+    made = apt("shrink", file[0], *sizes, "--samples", 4, "--seqlen", 24, "--calibration", TEXT,
+               "--effort", "fast", "-o", "small")  # fmt: skip
+    assert made.code == 0, made.err
+    small = AutoModelForCausalLM.from_pretrained("small").eval()
+    write("small.gguf", small, small.config, tokenizer)
+    opened = AutoModelForCausalLM.from_pretrained(".", gguf_file="small.gguf").eval()
+    tokens = random_tokens(2, 12)
+    torch.testing.assert_close(opened(tokens).logits, small(tokens).logits, rtol=1e-4, atol=1e-4)
