@@ -68,6 +68,7 @@ def _record(planned: Planned) -> dict[str, Any]:
         "adapter": shell.spec.name,
         "parameters": planned.parameters,
         "blocks": [block.name for block in planned.plan.blocks],
+        "groups": _groups(planned),
         "sites": [
             {
                 "name": entry.name,
@@ -94,6 +95,19 @@ def _show_outline(planned: Planned) -> None:
         f"{len(plan.blocks)} blocks; + marks outputs that are added to the residual stream",
         markup=False,
     )
+    if groups := _groups(planned):
+        listed = ", ".join(f"{count} {kind}" for kind, count in groups.items())
+        out.print(f"groups in a block, for apt-prune shrink: {listed}", markup=False)
+
+
+def _groups(planned: Planned) -> dict[str, int]:
+    """The number of groups of each kind in a block, which `apt-prune shrink` can remove."""
+    adapter, module = planned.shell.adapter, planned.shell.module
+    return {
+        groups.kind: groups.count
+        for _, block in adapter.blocks(module)
+        for groups in adapter.groups(block, planned.shell.config)
+    }
 
 
 def _show_sites(plan: Plan) -> None:
