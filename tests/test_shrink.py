@@ -149,6 +149,14 @@ def test_the_block_without_which_the_loss_is_lowest_is_dropped(adapter_of):
     assert report.structure["blocks"]["dropped"] == [min(losses, key=losses.get)]
 
 
+def test_named_blocks_are_dropped():
+    wish = ShrinkOptions(drop=(2, 0), sizes={"channels": 48})
+    small, report = apt_package.shrink(random_model("llama"), TOKENS, size=wish)
+    dropped = report.structure["blocks"]["dropped"]
+    assert [name.rpartition(".")[2] for name in dropped] == ["0", "2"]
+    assert (small.config.num_hidden_layers, small.config.intermediate_size) == (1, 48)
+
+
 @pytest.mark.parametrize("family", ["llama", "opt", "bloom", "mamba", "mamba2"])
 def test_zoo_models_shrink_generate_and_are_pruned_after(apt, family):
     result = apt("shrink", "--adapter", family, *SMALL, "-o", "small", "--eval", TEXT)
@@ -241,6 +249,8 @@ BAD = {
                                                                    "--depth-only"),
     "heads can be 2 to 6, in steps of 2, not 5": ("--size", "heads=5"),
     "the model has no states to remove; it has: channels": ("--size", "states=5"),
+    "there is no block 4: they are 0 to 3": ("--drop", "4"),
+    "3 blocks cannot be kept without these 2": ("--drop", "1", "--drop", "2", "--blocks", "3"),
     "nothing would be removed": ("--size", "channels=512"),
     "number of blocks can be 1 to 4, not 0": ("--blocks", "0"),
     "--size channels is not KIND=N": ("--size", "channels"),

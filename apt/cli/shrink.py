@@ -58,6 +58,10 @@ def shrink(
         None, "--blocks", metavar="N", rich_help_panel=_SIZE,
         help="Keep N blocks, in place of --keep.",
     ),
+    drop: list[int] = typer.Option(
+        [], "--drop", metavar="INDEX", rich_help_panel=_SIZE,
+        help="Drop the block with this index, from 0, in place of --keep; repeatable.",
+    ),
     evaluations: int = typer.Option(
         120, "--evaluations", metavar="N", rich_help_panel=_SIZE,
         help="Candidates that --search evaluates at most.",
@@ -145,6 +149,7 @@ def shrink(
         multiple_of,
         sizes,
         blocks,
+        tuple(drop),
         SearchOptions(evaluations, minutes),
     )
     wish.check()
@@ -245,5 +250,6 @@ def _name(wish: Any) -> list[str]:
     """The parts of the name of a directory that depend on the options."""
     sizes = [f"{number}-{kind}" for kind, number in wish.sizes.items()]
     blocks = [f"{wish.blocks}-blocks"] if wish.blocks is not None else []
+    blocks += [f"without-{'-'.join(map(str, sorted(wish.drop)))}"] if wish.drop else []
     parts = [*blocks, *sizes] if wish.explicit else [f"keep-{wish.keep:g}"]
     return parts + ([wish.mode] if wish.mode else [])

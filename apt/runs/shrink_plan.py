@@ -131,6 +131,7 @@ def choice_of(
         blocks,
         recipe.solver,
         whole=not streams,
+        drop=tuple(wish.drop),
         search=wish.search,
         seed=seed,
         journal=journal,

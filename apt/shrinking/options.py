@@ -30,6 +30,7 @@ class ShrinkOptions:
             smaller power of two with which the share comes within 1 % of ``keep``.
         sizes: the number of groups to keep, by kind, in place of ``keep``.
         blocks: the number of blocks to keep, in place of ``keep``.
+        drop: the indices of the blocks to drop, in place of ``keep`` and of a choice.
         search: the options of the search.
     """
 
@@ -40,12 +41,13 @@ class ShrinkOptions:
     multiple_of: int | None = None
     sizes: Mapping[str, int] = field(default_factory=dict)
     blocks: int | None = None
+    drop: tuple[int, ...] = ()
     search: SearchOptions = field(default_factory=SearchOptions)
 
     @property
     def explicit(self) -> bool:
         """True if the size is given in place of a share."""
-        return bool(self.sizes) or self.blocks is not None
+        return bool(self.sizes) or self.blocks is not None or bool(self.drop)
 
     def check(self) -> None:
         """Raise `AptError` if a value is out of range."""
@@ -71,4 +73,5 @@ class ShrinkOptions:
 
     def record(self) -> dict[str, Any]:
         """The options as plain values, for the report."""
-        return {**vars(self), "sizes": dict(self.sizes), "search": vars(self.search)}
+        plain = {"sizes": dict(self.sizes), "drop": list(self.drop), "search": vars(self.search)}
+        return {**vars(self), **plain}

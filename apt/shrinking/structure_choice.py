@@ -36,6 +36,7 @@ class StructureChoice:
         blocks: the choice of blocks.
         whole: True if the model is in memory as a whole, so that widths can be compared.
         solver: the damping.
+        drop: the indices of the blocks to drop; empty leaves them to the choice of blocks.
         search: the options of a search.
         seed: the seed of a search.
         journal: the file of the losses that a search knows already; None keeps them in memory.
@@ -48,6 +49,7 @@ class StructureChoice:
     blocks: ShrinkMethodSpec
     solver: SolverOptions
     whole: bool = True
+    drop: tuple[int, ...] = ()
     search: SearchOptions = field(default_factory=SearchOptions)
     seed: int = 0
     journal: Path | None = None
@@ -88,7 +90,7 @@ class StructureChoice:
             status: called with a text for each step.
         """
         names = [name for name, _ in adapter.blocks(model)]
-        size, dropped = self.sizes[0], list[str]()
+        size, dropped = self.sizes[0], [names[index] for index in sorted(set(self.drop))]
         if self.mode == "search":
             best = self._searched(model, adapter, tokens, names, status)
             size, dropped = best.size, [names[index] for index in sorted(best.dropped)]

@@ -88,10 +88,28 @@ def _out_of_range(keep: float, word: str, size: Size, hint: str) -> AptError:
 
 def _explicit(sizes: Sizes, options: ShrinkOptions) -> tuple[Mode, list[Size]]:
     blocks = sizes.blocks if options.blocks is None else options.blocks
+    if options.drop:
+        blocks = sizes.blocks - len(set(options.drop))
+        _check_drop(sizes, options)
     size = sizes.size(options.sizes, blocks)
     if not size.kept and size.blocks == sizes.blocks:
         raise AptError("nothing would be removed", "give smaller numbers", ("keep",))
     return "width" if size.kept else "depth", [size]
+
+
+def _check_drop(sizes: Sizes, options: ShrinkOptions) -> None:
+    """Raise if a block to drop does not exist, or if their number is given as well."""
+    for index in options.drop:
+        if not 0 <= index < sizes.blocks:
+            raise AptError(
+                f"there is no block {index}: they are 0 to {sizes.blocks - 1}", options=("drop",)
+            )
+    if options.blocks not in (None, sizes.blocks - len(set(options.drop))):
+        raise AptError(
+            f"{options.blocks} blocks cannot be kept without these {len(set(options.drop))}",
+            "leave out one of the two",
+            ("blocks", "drop"),
+        )
 
 
 def _near(sizes: Sizes, keep: float, mode: Mode) -> list[Size]:
