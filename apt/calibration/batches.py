@@ -25,15 +25,19 @@ class DenseActivations:
             dense model minus that of the pruned model.
         scale: the divisor of every token's error on the stream (tokens, 1): the root mean square of
             the dense stream before the block, scaled so that the inverse squares average 1.
+        gap: what the dropped blocks behind the block add to the residual stream (tokens, hidden),
+            for the block before a gap; None for other blocks.
+        gap_input: the input of the sites that take over the gap.
         store: the store of all attributes but ``scale``.
     """
 
     state = InStore[State]()
     drift = InStore[Tensor | None]()
+    gap = InStore[Tensor | None]()
 
     def __init__(self, state: State, store: Store | None = None) -> None:
         self.store = store or MemoryStore()
-        self.state, self.drift = state, None
+        self.state, self.drift, self.gap, self.gap_input = state, None, None, ""
         self.inputs = Inputs(self.store)
         self.scale: Tensor | None = None
 

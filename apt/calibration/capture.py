@@ -169,6 +169,8 @@ class Capture:
         }
         for each, product in sums.error_products.items():
             error = self._targets.error(own.get(each), drift if each.residual else None)
+            if each.residual and each.input == dense.gap_input and dense.gap is not None:
+                error = error + dense.gap[here]
             product.addmm_(error.T, weighted)
         for each in own:
             if each.residual:

@@ -58,6 +58,6 @@ class Targets:
         if sums.cross is not None:
             lost = dense @ sums.cross * self.alpha
             product = lost if product is None else lost.add_(product)
-        if product is None or not (self.alpha or self.beta):
+        if product is None or not bool(product.any()):
             return dense
         return dense + damped.solve(product.to(damped.matrix.dtype) / sums.gram.tokens).to(dense)

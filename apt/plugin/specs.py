@@ -101,11 +101,15 @@ class ShrinkMethodSpec(MethodSpec):
             importance of the groups of the whole model. ``"blocks"``: an
             `apt.shrinking.choices.BlockChoice`, the blocks to drop.
         compensate: True if the kept columns have exact least-squares weights by default.
+        random_tokens: the copies with random tokens for each sample by default, if layer-wise.
+        tuning_rate: the first learning rate of the tuning, if error-aware.
         streams: True if it calls each block about once, so that the blocks can stay on disk.
     """
 
     chooses: Literal["columns", "groups", "blocks"] = "columns"
     compensate: bool = False
+    random_tokens: float = 0.0
+    tuning_rate: float = 0.01
     streams: bool = True
 
 

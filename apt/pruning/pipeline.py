@@ -161,6 +161,27 @@ class _Pruning:
                     batch.dense.state = self.adapter.step(module, state, call)
                     self.observe(Working(name, "running"))
 
+    def bridge_gap(self, current: CurrentBlock) -> None:
+        """Run the dropped blocks behind the block, and record what they add to the stream.
+
+        The last site that writes to the stream takes it over, as far as a linear function can.
+        """
+        writers = [site for site in current.sites if site.residual and not site.routed]
+        if not current.dropped or not self.error_aware:
+            return
+        before = [self.dense_stream(batch) for batch in current.batches]
+        self.pass_dropped(current.batches, current.dropped)
+        for batch, start in zip(current.batches, before, strict=True):
+            if writers and batch.dense is not None:
+                batch.dense.gap = self.dense_stream(batch) - start
+                batch.dense.gap_input = max(writers, key=lambda site: site.order).input
+
+    def dense_stream(self, batch: Batch) -> Tensor:
+        """The residual stream (tokens, hidden) of the dense model in fp32."""
+        assert batch.dense is not None
+        stream = self.adapter.residual(batch.dense.state)
+        return stream.float().reshape(-1, stream.shape[-1]).clone()
+
     def enter(self, model: nn.Module, tokens: Tensor) -> list[Batch]:
         """This rank's batches before the first block; smaller ones for tuning come first.
 
@@ -203,7 +224,7 @@ class _Pruning:
         is not dropped.
         """
         current.scales = self.advance_dense_stream(current)
-        self.pass_dropped(current.batches, current.dropped)
+        self.bridge_gap(current)
         for lost in current.planned.disconnected:
             block = (self.adapter, current.module, current.index, current.batches)
             disconnect_groups(*block, lost, self.ranks, partial(self.report_batch, current))
@@ -223,6 +244,7 @@ class _Pruning:
         for batch in current.batches:
             if batch.dense is not None:
                 batch.dense.inputs.clear()
+                batch.dense.gap = None
         if self.recipe.reconstruction is not None and current.planned.pruned:
             self.tune(current, self.recipe.reconstruction)
             done += self.measure(current.module, solved)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from apt.calibration.targets import Targets
 from apt.errors import AptError
-from apt.plugin.specs import MethodSpec
+from apt.plugin.specs import MethodSpec, ShrinkMethodSpec
 from apt.pruning.recipe import Recipe
 from apt.runs.limits import check_prune_options
 from apt.solver import Effort, SolverOptions
@@ -64,9 +64,10 @@ class PruneOptions:
         error_aware: True if each site compensates a part of the error of the sites before it
             (`apt.calibration.targets`). The default depends on the method. If False, pruning is
             strictly layer-wise, and ``alpha``, ``beta``, ``row_importance`` and tuning are off.
-        alpha: α, the share of the error of its own inputs that a site compensates. Default 0.25.
+        alpha: α, the share of the error of its own inputs that a site compensates. Default 0.25,
+            and 0 for `apt.shrink`.
         beta: β, the share of the drift of the residual stream that a site which writes to this
-            stream compensates. Default 0.25.
+            stream compensates. Default 0.25, and 0 for `apt.shrink`.
         row_importance: the exponent p by which rows that are more important to the block keep more
             weights (`apt.tuning.row_importance`); 0 turns it off. Default 0.35.
         ordered: True to solve the sites of a block in their order of execution, each on the inputs
@@ -75,11 +76,12 @@ class PruneOptions:
         tuning_epochs: the passes of block tuning (`apt.tuning.reconstruct`, after EBFT, arXiv
             2402.12419) over its tokens; 0 turns it off. Default 0, 1, 8 by effort.
         tuning_rate: the first learning rate of the tuning, as a share of the root mean square of a
-            weight. 0.05 for ``default``, 0.025 for ``best``.
+            weight. 0.05 for ``default``, 0.025 for ``best``, and 0.01 for `apt.shrink`.
         tuning_tokens: the approximate number of calibration tokens for the tuning; 0 uses all.
             12,288 for ``default``, 0 for ``best``.
         random_tokens: the number of copies with random tokens for each given sample
-            (`apt.text.random_tokens`); 0 turns them off. 0.25 for ``default``, else 0.
+            (`apt.text.random_tokens`); 0 turns them off. 0.25 for ``default``, and for the default
+            choice of `apt.shrink`, else 0.
         own_samples: the number of samples that the model generates (`apt.text.self_generated`,
             after arXiv 2410.17170). A fourth of the given samples for ``best``, else 0.
         damping: λ as a share of the mean of the Gram matrix's diagonal (SparseGPT calls this
@@ -118,9 +120,9 @@ class PruneOptions:
         damping = _or(self.damping, DAMPING_ERROR_AWARE if aware else DAMPING)
         return Recipe(
             SolverOptions(damping=damping, effort=self.effort, block_size=self.block_size),
-            self._targets() if aware else None,
+            self._targets(method) if aware else None,
             self._row_importance() if aware else None,
-            self._reconstruction(self._preset(method)),
+            self._reconstruction(method),
             _or(self.ordered, aware),
         )
 
@@ -128,6 +130,8 @@ class PruneOptions:
         """The augmentation of ``samples`` calibration samples."""
         preset = self._preset(method)
         copies = _or(self.random_tokens, preset.random_tokens)
+        if self.random_tokens is None and isinstance(method, ShrinkMethodSpec):
+            copies = max(copies, method.random_tokens)
         return Augmentation(
             _or(self.own_samples, math.ceil(preset.own_samples * samples)),
             RandomTokens(copies=copies) if copies else None,
@@ -149,8 +153,8 @@ class PruneOptions:
                     (name, "error_aware"),
                 )
 
-    def _targets(self) -> Targets:
-        base = Targets()
+    def _targets(self, method: MethodSpec) -> Targets:
+        base = Targets(0, 0) if isinstance(method, ShrinkMethodSpec) else Targets()
         return Targets(_or(self.alpha, base.alpha), _or(self.beta, base.beta))
 
     def _row_importance(self) -> RowImportance | None:
@@ -158,10 +162,13 @@ class PruneOptions:
         power = _or(self.row_importance, base.power)
         return replace(base, power=power) if power else None
 
-    def _reconstruction(self, preset: Preset) -> Reconstruction | None:
+    def _reconstruction(self, method: MethodSpec) -> Reconstruction | None:
+        preset = self._preset(method)
         if not (epochs := _or(self.tuning_epochs, preset.tuning_epochs)):
             return None
         usual = preset if preset.tuning_epochs else PRESETS["default"]
+        if isinstance(method, ShrinkMethodSpec):
+            usual = replace(usual, tuning_rate=method.tuning_rate)
         return Reconstruction(
             rate=_or(self.tuning_rate, usual.tuning_rate),
             epochs=epochs,

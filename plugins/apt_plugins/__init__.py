@@ -54,8 +54,8 @@ def apt_shrink_methods() -> list[ShrinkMethodSpec]:
     pruner = "arXiv 2305.11627"
     return [
         ShrinkMethodSpec("joint", "groups by greedy joint removal, weights solved exactly",
-                         "apt.solver:joint_removal", 100, "after arXiv 2410.15567", **aware,
-                         compensate=True),
+                         "apt.solver:joint_removal", 100, "after arXiv 2410.15567",
+                         efforts=True, compensate=True, random_tokens=0.25),
         ShrinkMethodSpec("group-magnitude", "groups of the smallest Σ w², no update",
                          f"{groups}:magnitude", 10, efforts=True),
         ShrinkMethodSpec("group-wanda", "groups of the smallest Σ ‖w_j‖² ‖x_j‖², no update",
@@ -69,11 +69,11 @@ def apt_shrink_methods() -> list[ShrinkMethodSpec]:
         ShrinkMethodSpec("last", "the last blocks", f"{blocks}:last", 10, "arXiv 2411.15558",
                          **dropped),
         ShrinkMethodSpec("angular", "consecutive blocks over which the stream turns least",
-                         f"{blocks}:angular", 20, "arXiv 2403.17887", **dropped),
+                         f"{blocks}:angular", 100, "arXiv 2403.17887", **dropped),
         ShrinkMethodSpec("block-influence", "the blocks that change the stream's direction least",
                          f"{blocks}:block_influence", 30, "arXiv 2403.03853", **dropped),
         ShrinkMethodSpec("loss", "one by one, the block without which the loss is lowest",
-                         f"{blocks}:by_loss", 100, "arXiv 2402.09025", **dropped, streams=False),
+                         f"{blocks}:by_loss", 40, "arXiv 2402.09025", **dropped, streams=False),
     ]  # fmt: skip
 
 
