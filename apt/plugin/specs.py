@@ -109,7 +109,7 @@ class ShrinkMethodSpec(MethodSpec):
     chooses: Literal["columns", "groups", "blocks"] = "columns"
     compensate: bool = False
     random_tokens: float = 0.0
-    tuning_rate: float = 0.01
+    tuning_rate: float = 0.03
     streams: bool = True
 
 

@@ -76,7 +76,7 @@ class PruneOptions:
         tuning_epochs: the passes of block tuning (`apt.tuning.reconstruct`, after EBFT, arXiv
             2402.12419) over its tokens; 0 turns it off. Default 0, 1, 8 by effort.
         tuning_rate: the first learning rate of the tuning, as a share of the root mean square of a
-            weight. 0.05 for ``default``, 0.025 for ``best``, and 0.01 for `apt.shrink`.
+            weight. 0.05 for ``default``, 0.025 for ``best``, and 0.03 for `apt.shrink`.
         tuning_tokens: the approximate number of calibration tokens for the tuning; 0 uses all.
             12,288 for ``default``, 0 for ``best``.
         random_tokens: the number of copies with random tokens for each given sample
