@@ -150,7 +150,8 @@ def test_the_target_solves_its_normal_equations():
     ridge = damped.matrix - pruned.T @ pruned / 80
     expected = (wanted.T @ pruned / 80 + weight @ ridge) @ torch.linalg.inv(damped.matrix)
     torch.testing.assert_close(found, expected)
-    assert Targets(0, 0).weight(weight, site, sums, damped) is weight
+    nothing = Sums(sums.gram, sums.cross, {site: torch.zeros_like(weight)})
+    assert Targets(0, 0).weight(weight, site, nothing, damped) is weight
 
 
 @torch.no_grad()

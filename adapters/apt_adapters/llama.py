@@ -20,5 +20,11 @@ class LlamaAdapter(DecoderAdapter):
     )
 
     def groups(self, block: nn.Module, config: Any) -> list[Groups]:
-        """The channels of the MLP, and the heads of the attention."""
+        """The channels of the MLP, and the heads of the attention.
+
+        None inside a larger model, such as one with a tower for images: its configuration is
+        another one.
+        """
+        if not hasattr(config, "num_key_value_heads"):
+            return []
         return [mlp_channels(block, config), *attention_heads(block, config)]

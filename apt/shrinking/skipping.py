@@ -31,17 +31,18 @@ def skipping(model: nn.Module, adapter: Adapter, blocks: Collection[str]) -> Ite
 def _passing(forward: Callable[..., Any]) -> Callable[..., Any]:
     """A function that returns its state as ``forward`` returns it, alone or first in a tuple.
 
-    The first call calls ``forward`` to find that out.
+    The first call calls ``forward`` to find that out. If the block returns several values, every
+    call does, and only the state is replaced.
     """
     lengths: list[int | None] = []
 
     def passed(*args: Any, **kwargs: Any) -> Any:
         (state,) = stub_output(args, kwargs)
-        if not lengths:
-            result = forward(*args, **kwargs)
-            lengths.append(len(result) if isinstance(result, tuple) else None)
-        length = lengths[0]
-        return state if length is None else (state, *[None] * (length - 1))
+        if lengths in ([None], [1]):
+            return state if lengths == [None] else (state,)
+        result = forward(*args, **kwargs)
+        lengths[:] = [len(result) if isinstance(result, tuple) else None]
+        return (state, *result[1:]) if isinstance(result, tuple) else state
 
     return passed
 
