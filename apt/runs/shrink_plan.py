@@ -1,6 +1,7 @@
 """The plan of a smaller model, before the model is loaded."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ from apt.runs.machine import choose_device
 from apt.runs.options import RunOptions
 from apt.shrinking.latency import block_times
 from apt.shrinking.options import ShrinkOptions
-from apt.shrinking.sizes import Sizes
+from apt.shrinking.sizes import MULTIPLE, Sizes
 from apt.shrinking.structure_choice import StructureChoice
-from apt.shrinking.wanted_sizes import wanted_sizes
+from apt.shrinking.wanted_sizes import may_drop_blocks, wanted_sizes
 from apt.solver import GroupRemoval, joint_removal
 
 _PROMPT = 512  # tokens of the sample on which a latency is measured
@@ -46,6 +47,15 @@ def find_shrink_method(
     if name:
         return registry.shrink_methods.get(name)
     return registry.default_shrink_method(blocks=wish.mode == "depth", streams=streams)
+
+
+def repairing(
+    method: ShrinkMethodSpec, wish: ShrinkOptions, model: nn.Module, adapter: Adapter, config: Any
+) -> ShrinkMethodSpec:
+    """The method, error-aware by default where blocks are dropped: the others make up for them."""
+    wish.check()
+    drops = may_drop_blocks(Sizes(model, adapter, config, wish.multiple_of or MULTIPLE), wish)
+    return replace(method, error_aware=True) if drops else method
 
 
 def shrinking(

@@ -36,6 +36,13 @@ def wanted_sizes(
     return mode, _chosen(sizes, first, options, mode, notice)
 
 
+def may_drop_blocks(sizes: Sizes, options: ShrinkOptions) -> bool:
+    """True if blocks are dropped, or may be dropped by a search."""
+    if options.explicit:
+        return options.blocks is not None or bool(options.drop)
+    return (options.mode or _default_mode(sizes, options.keep)) != "width"
+
+
 def _default_mode(sizes: Sizes, keep: float) -> Mode:
     """``"width"`` if fewer groups alone can make the model that small."""
     if not sizes.groups or sizes.extremes(width=True, depth=False)[0].cost > keep + TOLERANCE:
