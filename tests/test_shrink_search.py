@@ -9,10 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from apt.calibration.batches import enter
 from apt.checkpoints.load import skeleton
 from apt.errors import AptError
 from apt.locations.model_source import find
 from apt.plugin.registry import registry
+from apt.shrinking.gap_fits import GapFits
 from apt.shrinking.options import ShrinkOptions
 from apt.shrinking.proxy import Proxy
 from apt.shrinking.search import (
@@ -132,17 +134,27 @@ def test_a_killed_search_continues_with_the_same_result(tmp_path):
         calls = []
         return loss
 
+    def recalling(loss):
+        journal = Journal(path, "a")
+        return lambda candidate: journal.recall(candidate.key, lambda: loss(candidate))
+
     with pytest.raises(KeyboardInterrupt):
-        Search(SIZES, range(10), killed_after(17), options, 3, Journal(path, "a")).run()
+        Search(SIZES, range(10), recalling(killed_after(17)), options, 3).run()
     with path.open("a") as file:
         file.write('{"candidate": "torn')
     computed = []
-    again = Search(
-        SIZES, range(10), lambda c: computed.append(c) or bowl(c), options, 3, Journal(path, "a")
-    ).run()
+    counted = recalling(lambda c: computed.append(c) or bowl(c))
+    again = Search(SIZES, range(10), counted, options, 3).run()
     assert again == whole
     assert len(computed) == len(whole) - 17
     assert Journal(path, "other inputs").losses == {}
+
+
+def test_the_given_candidates_are_evaluated_first():
+    first, seen = [Candidate(SIZES[0], frozenset(range(10 - SIZES[0].blocks, 0, -1)))], []
+    options = SearchOptions(evaluations=5)
+    Search(SIZES, range(10), lambda c: seen.append(c) or bowl(c), options, first=first).run()
+    assert seen[: len(first)] == first
 
 
 def test_a_time_budget_ends_the_search_after_one_candidate():
@@ -176,6 +188,37 @@ def test_an_approximation_leaves_the_model_as_it_was(adapter_of):
     assert narrow != dense
     assert proxy.loss({"channels": 40, "heads": 2}, names[:1], TOKENS) != narrow
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@torch.no_grad()
+def test_the_block_before_a_gap_takes_over_the_dropped_blocks(adapter_of):
+    """Its writer's weight is the weighted least-squares fit of what they add to the stream."""
+    model = random_model("llama")
+    adapter, tokens = adapter_of(model), random_tokens(40, 24)
+    blocks = [block for _, block in adapter.blocks(model)]
+    batches = enter(adapter, model, tokens)
+    fits = GapFits(adapter, blocks, batches, SolverOptions(damping=1e-8))
+    inputs, streams = [], [torch.cat([batch.state for batch in batches])]
+    blocks[0].mlp.down_proj.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    for index, block in enumerate(blocks):
+        fits.record()
+        for batch in batches:
+            batch.state = adapter.step(block, batch.state, batch.calls[index])
+        streams.append(torch.cat([batch.state for batch in batches]))
+    fits.record()
+    assert fits.writer(0).name == "mlp.down_proj"
+    weigh = streams[0].flatten(0, 1).square().mean(1, keepdim=True).rsqrt()
+    assert float(weigh.max() / weigh.median()) < 4  # no token's weight is bounded
+    rows, added = torch.cat(inputs).flatten(0, 1), (streams[-1] - streams[1]).flatten(0, 1)
+    best = torch.linalg.lstsq((rows * weigh).double(), (added * weigh).double()).solution
+    change = fits.change(0, len(blocks)).double()
+    assert torch.allclose(change, best.T, rtol=1e-3, atol=1e-3 * float(best.abs().max()))
+
+    plain, fitted = (Proxy(model, adapter, tokens, DAMPED, fit_gaps=fit) for fit in (False, True))
+    behind = [name for name, _ in adapter.blocks(model)][1:]
+    assert fitted.loss({}, (), tokens) == plain.loss({}, (), tokens)
+    assert fitted.loss({}, behind, tokens) != plain.loss({}, behind, tokens)
+    assert fitted.loss({"channels": 40}, behind, tokens) != fitted.loss({}, behind, tokens)
 
 
 def layer(seed=0):

@@ -35,15 +35,15 @@ def advance_dense(
 ) -> None:
     """Run the block, its weights still dense, on the dense stream; record its sites' inputs.
 
-    ``tell`` is called after each batch.
+    ``progress`` is called after each batch.
     """
     energy, ranks = 0.0, ranks or Ranks()
     for batch in batches:
         dense = batch.dense
         assert dense is not None
-        stream = _stream(adapter, dense.state)
-        dense.drift = stream - _stream(adapter, batch.state)
-        squares = _mean_squares(stream)
+        stream = stream_rows(adapter, dense.state)
+        dense.drift = stream - stream_rows(adapter, batch.state)
+        squares = mean_squares(stream)
         dense.scale = squares.sqrt()
         energy += float(squares.reciprocal().sum())
         dense.inputs.clear()
@@ -59,14 +59,14 @@ def advance_dense(
         batch.dense.scale /= mean
 
 
-def _mean_squares(stream: Tensor) -> Tensor:
+def mean_squares(stream: Tensor) -> Tensor:
     """The mean square of every token (tokens, 1), bounded below: no token may dominate."""
     squares = stream.square().mean(1, keepdim=True)
     least = max(float(squares.median()) / 16, torch.finfo(squares.dtype).tiny)
     return squares.clamp(min=least)
 
 
-def _stream(adapter: Adapter, state: State) -> Tensor:
+def stream_rows(adapter: Adapter, state: State) -> Tensor:
     """The residual stream (tokens, hidden) in fp32."""
     stream = adapter.residual(state)
     return stream.float().reshape(-1, stream.shape[-1])

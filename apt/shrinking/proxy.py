@@ -1,11 +1,12 @@
 """Approximations of smaller models, to compare their losses without pruning each of them.
 
-One pass over the dense model gives the Gram matrix of the inputs of every reader of groups. From
-it follow the order in which the groups of a reader are removed and the exact weights without any
-number of them. An approximation of a smaller model has these weights, and skips dropped blocks.
+One pass over the dense model gives the Gram matrix of the inputs of every reader of groups, and the
+streams between the blocks. From the first follow the order in which the groups of a reader are
+removed and the exact weights without any number of them; from the second, the fit of a gap. An
+approximation of a smaller model has these weights, and skips dropped blocks.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,19 +16,21 @@ from torch import Tensor, nn
 
 from apt.adapter import Adapter, Groups, Site
 from apt.adapter.eval_mode import eval_mode
-from apt.calibration.batches import enter
+from apt.calibration.batches import Batch, enter
 from apt.calibration.capture import as_rows
+from apt.shrinking.gap_fits import GapFits
 from apt.shrinking.skipping import loss_without
 from apt.solver import ColumnGroups, Gram, SolverOptions, keep_columns, removal_order
+
+_GAP_TOKENS = 16384  # the streams of so many tokens stay in memory
 
 
 @dataclass(frozen=True)
 class _Reader:
-    """A reader of groups, with its dense weight (out, in) and the Gram matrix of its inputs."""
+    """A reader of groups, with the Gram matrix of its inputs."""
 
     site: Site
     groups: Groups
-    dense: Tensor
     gram: Gram
 
 
@@ -37,9 +40,11 @@ class Proxy:
     Args:
         model: the dense model.
         adapter: the adapter of its family.
-        tokens: calibration token ids (samples, seqlen) for the Gram matrices. They stay in memory:
-            one (in, in) matrix in fp32 for each reader.
+        tokens: calibration token ids (samples, seqlen). One (in, in) Gram matrix in fp32 for each
+            reader stays in memory.
         options: the damping.
+        fit_gaps: True if the block before a gap takes over what the dropped blocks do. The streams
+            between all blocks stay in memory, of about 16 thousand tokens.
     """
 
     def __init__(
@@ -48,14 +53,20 @@ class Proxy:
         adapter: Adapter,
         tokens: Tensor,
         options: SolverOptions,
+        *,
+        fit_gaps: bool = False,
     ) -> None:
         self._model, self._adapter = model, adapter
         self._options = options
-        self._blocks = dict(adapter.blocks(model))
-        self._readers: dict[str, list[_Reader]] = {}
-        self._orders: dict[tuple[str, str], Tensor] = {}
-        self._solved: dict[tuple[str, str, int], Tensor] = {}
-        self._collect(tokens)
+        self._names, self._blocks = zip(*adapter.blocks(model), strict=True)
+        self._readers: list[list[_Reader]] = []
+        self._orders: dict[tuple[int, str], Tensor] = {}
+        self._solved: dict[tuple[int, str, int | None, int], Tensor] = {}
+        with eval_mode(model), adapter.running(model):
+            batches = enter(adapter, model, tokens)
+            self._gaps = GapFits(adapter, self._blocks, _few(batches), options)
+            self._fit_gaps = fit_gaps
+            self._collect(batches)
 
     @torch.no_grad()
     def loss(self, kept: Mapping[str, int], dropped: Collection[str], tokens: Tensor) -> float:
@@ -66,71 +77,98 @@ class Proxy:
             dropped: the names of the blocks that are dropped.
             tokens: token ids (windows, seqlen).
         """
-        with self._narrowed(kept, dropped):
+        with _changed(list(self._changes(kept, dropped))):
             return loss_without(self._model, self._adapter, tokens, dropped)
 
-    @contextmanager
-    def _narrowed(self, kept: Mapping[str, int], dropped: Collection[str]) -> Iterator[None]:
-        """Inside the context, the readers of the blocks that are kept have fewer columns."""
-        changed = [
-            (self._blocks[name], reader, self._weight(name, reader, kept[reader.groups.kind]))
-            for name, readers in self._readers.items()
-            for reader in readers
-            if name not in dropped and reader.groups.kind in kept
-        ]
-        try:
-            for block, reader, weight in changed:
-                reader.site.oriented(reader.site.weight(block).data).copy_(weight)
-            yield
-        finally:
-            for block, reader, _ in changed:
-                reader.site.oriented(reader.site.weight(block).data).copy_(reader.dense)
+    def _changes(
+        self, kept: Mapping[str, int], dropped: Collection[str]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The dense weights (out, in) that a smaller model changes, with their new values."""
+        left = [i for i, name in enumerate(self._names) if name not in dropped]
+        for index, behind in zip(left, [*left[1:], len(self._names)], strict=True):
+            narrow = {r.site: r for r in self._readers[index] if r.groups.kind in kept}
+            gap = self._fit_gaps and behind > index + 1
+            writer = self._gaps.writer(index) if gap else None
+            for site in dict.fromkeys([*narrow, *([writer] if writer else [])]):
+                reader, end = narrow.get(site), behind if site == writer else index + 1
+                count = kept[reader.groups.kind] if reader else None
+                key = (index, site.name, count, end)
+                if key not in self._solved:
+                    self._solved[key] = self._value(index, site, reader, count, end)
+                yield self._weight(index, site), self._solved[key]
 
-    def _weight(self, block: str, reader: _Reader, kept: int) -> Tensor:
-        """The weight of a reader without all but ``kept`` groups."""
-        key = (block, reader.site.name, kept)
-        if key not in self._solved:
-            groups, dense = reader.groups, reader.dense.float()
-            removed = ColumnGroups(groups.count, kept, groups.bins).mask(
-                self._order(block, reader)[: groups.count - kept]
-            )
-            columns = removed.repeat_interleave(dense.shape[1] // groups.count).to(dense.device)
-            solution = keep_columns(dense, reader.gram.damped(self._options.damping), columns)
-            self._solved[key] = solution.weight.to(reader.dense.dtype)
-        return self._solved[key]
+    def _weight(self, index: int, site: Site) -> Tensor:
+        return site.oriented(site.weight(self._blocks[index]).data)
 
-    def _order(self, block: str, reader: _Reader) -> Tensor:
+    def _value(
+        self, index: int, site: Site, reader: _Reader | None, kept: int | None, behind: int
+    ) -> Tensor:
+        """A weight that takes over the gap up to ``behind``, without all but ``kept`` groups."""
+        weight = self._weight(index, site)
+        value = weight.float()
+        if behind > index + 1:
+            value = value + self._gaps.change(index, behind)
+        if reader is not None and kept is not None:
+            groups = reader.groups
+            order = self._order(index, reader)[: groups.count - kept]
+            removed = ColumnGroups(groups.count, kept, groups.bins).mask(order)
+            columns = removed.repeat_interleave(value.shape[1] // groups.count).to(value.device)
+            damped = reader.gram.damped(self._options.damping)
+            value = keep_columns(value, damped, columns).weight
+        return value.to(weight.dtype)
+
+    def _order(self, index: int, reader: _Reader) -> Tensor:
         """The order of removal of all groups but one of each bin, for all readers of the groups."""
-        key = (block, reader.groups.kind)
+        key = (index, reader.groups.kind)
         if key not in self._orders:
-            last = next(r for r in reversed(self._readers[block]) if r.groups is reader.groups)
+            last = next(r for r in reversed(self._readers[index]) if r.groups is reader.groups)
             pattern = ColumnGroups(last.groups.count, last.groups.bins, last.groups.bins)
-            dense = last.dense.float()
+            dense = self._weight(index, last.site).float()
             self._orders[key] = removal_order(dense, last.gram, pattern, self._options)
         return self._orders[key]
 
     @torch.no_grad()
-    def _collect(self, tokens: Tensor) -> None:
-        """Sum the inputs of all readers in one pass over the model."""
+    def _collect(self, batches: Sequence[Batch]) -> None:
+        """Sum the inputs of all readers, and record the streams, in one pass over the model."""
         config = getattr(self._model, "config", None)
-        with eval_mode(self._model), self._adapter.running(self._model):
-            batches = enter(self._adapter, self._model, tokens)
-            for index, (name, block) in enumerate(self._blocks.items()):
-                readers = self._readers[name] = _readers(self._adapter, block, config)
-                grams = {reader.site: reader.gram for reader in readers}
-                weights = {reader.site: reader.dense for reader in readers}
+        for index, block in enumerate(self._blocks):
+            self._readers.append(_readers(self._adapter, block, config))
+            grams = {reader.site: reader.gram for reader in self._readers[index]}
+            weights = {site: self._weight(index, site) for site in grams}
 
-                def add(
-                    site: Site,
-                    inputs: Tensor,
-                    grams: dict[Site, Gram] = grams,
-                    weights: dict[Site, Tensor] = weights,
-                ) -> None:
-                    grams[site].add(as_rows(site, inputs, weights[site]))
+            def add(
+                site: Site,
+                inputs: Tensor,
+                grams: dict[Site, Gram] = grams,
+                weights: dict[Site, Tensor] = weights,
+            ) -> None:
+                grams[site].add(as_rows(site, inputs, weights[site]))
 
-                with self._adapter.capture(block, list(grams), add):
-                    for batch in batches:
-                        batch.state = self._adapter.step(block, batch.state, batch.calls[index])
+            if self._fit_gaps:
+                self._gaps.record()
+            with self._adapter.capture(block, list(grams), add):
+                for batch in batches:
+                    batch.state = self._adapter.step(block, batch.state, batch.calls[index])
+        if self._fit_gaps:
+            self._gaps.record()
+
+
+def _few(batches: Sequence[Batch]) -> Sequence[Batch]:
+    """The first batches, with at most `_GAP_TOKENS` tokens; at least one."""
+    return batches[: max(1, _GAP_TOKENS // batches[0].tokens)]
+
+
+@contextmanager
+def _changed(changes: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Inside the context, each of the weights has another value."""
+    dense = [weight.clone() for weight, _ in changes]
+    try:
+        for weight, value in changes:
+            weight.copy_(value)
+        yield
+    finally:
+        for (weight, _), value in zip(changes, dense, strict=True):
+            weight.copy_(value)
 
 
 def _readers(adapter: Adapter, block: nn.Module, config: Any) -> list[_Reader]:
@@ -139,8 +177,7 @@ def _readers(adapter: Adapter, block: nn.Module, config: Any) -> list[_Reader]:
     grams, found = dict[str, Gram](), list[_Reader]()
     for groups in adapter.groups(block, config):
         for name in groups.readers:
-            site = sites[name]
-            dense = site.oriented(site.weight(block).data).clone()
-            gram = grams.setdefault(name, Gram(dense.shape[1], dense.device))
-            found.append(_Reader(site, groups, dense, gram))
+            weight = sites[name].oriented(sites[name].weight(block).data)
+            gram = grams.setdefault(name, Gram(weight.shape[1], weight.device))
+            found.append(_Reader(sites[name], groups, gram))
     return found

@@ -1,9 +1,9 @@
 """Evolutionary search for the blocks and widths of a smaller model, without training.
 
 After "Search for efficient large language models" (arXiv 2409.17372): the first candidates follow
-from the importance of the blocks. The best candidates are then mutated and crossed over, and their
-fitness is the loss on calibration text. Here the candidates have exact weights (`apt.shrinking.
-proxy`), and the result is pruned anew, block by block.
+from a choice of blocks and from the importance of each block. The best candidates are then mutated
+and crossed over, and their fitness is the loss on calibration text. Here the candidates have exact
+weights (`apt.shrinking.proxy`), and the result is pruned anew, block by block.
 """
 
 import json
@@ -87,12 +87,15 @@ class Journal:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join([head, *kept]) + "\n", encoding="utf-8")
 
-    def add(self, candidate: str, loss: float) -> None:
-        """Record the loss of the candidate with this key."""
-        self.losses[candidate] = loss
-        if self._path is not None:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"candidate": candidate, "loss": loss}) + "\n")
+    def recall(self, candidate: str, compute: Callable[[], float]) -> float:
+        """The loss of the candidate with this key; if it is not known, compute and record it."""
+        if candidate not in self.losses:
+            self.losses[candidate] = compute()
+            if self._path is not None:
+                line = json.dumps({"candidate": candidate, "loss": self.losses[candidate]})
+                with self._path.open("a", encoding="utf-8") as file:
+                    file.write(line + "\n")
+        return self.losses[candidate]
 
 
 @dataclass
@@ -105,7 +108,7 @@ class Search:
         loss: the loss of a candidate.
         options: the options of the search.
         seed: the seed of mutation and crossover.
-        journal: the losses that are known already.
+        first: candidates that are evaluated before all others.
         observe: called with the number of evaluated candidates and the lowest loss.
     """
 
@@ -114,7 +117,7 @@ class Search:
     loss: Callable[[Candidate], float]
     options: SearchOptions = field(default_factory=SearchOptions)
     seed: int = 0
-    journal: Journal = field(default_factory=Journal)
+    first: Sequence[Candidate] = ()
     observe: Callable[[int, float], None] = lambda count, loss: None
 
     def run(self) -> list[Scored]:
@@ -127,6 +130,7 @@ class Search:
             raise AptError("no size meets the budget", "allow other multiples", ("multiple_of",))
         self._draw, self._started = random.Random(self.seed), time.monotonic()
         self._found: dict[str, Scored] = {}
+        self._evaluate(self.first)
         self._evaluate(Candidate(s, self._least_important(s)) for s in self.sizes)
         while not self._done():
             before = len(self._found)
@@ -149,10 +153,7 @@ class Search:
                 return
             if candidate.key in self._found:
                 continue
-            if (loss := self.journal.losses.get(candidate.key)) is None:
-                loss = self.loss(candidate)
-                self.journal.add(candidate.key, loss)
-            self._found[candidate.key] = Scored(candidate, loss)
+            self._found[candidate.key] = Scored(candidate, self.loss(candidate))
             self.observe(len(self._found), self._ranked()[0].loss)
 
     def _least_important(self, size: Size) -> frozenset[int]:

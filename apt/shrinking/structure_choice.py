@@ -19,7 +19,6 @@ from apt.shrinking.options import Mode
 from apt.shrinking.proxy import Proxy
 from apt.shrinking.search import Candidate, Journal, Scored, Search, SearchOptions
 from apt.shrinking.sizes import Size
-from apt.shrinking.skipping import loss_without
 from apt.solver import ColumnGroups, SolverOptions
 
 _FITNESS_TOKENS = 4096
@@ -112,7 +111,8 @@ class StructureChoice:
     ) -> Size:
         """The size of lowest loss among those of equal depth."""
         status(f"comparing {len(self.sizes)} widths")
-        proxy, few = Proxy(model, adapter, tokens, self.solver), _few(tokens)
+        few, rest = _split(tokens)
+        proxy = Proxy(model, adapter, rest, self.solver)
         for size in self.sizes:
             loss = proxy.loss(size.kept, (), few)
             self.scored.append(Scored(Candidate(size, frozenset()), loss))
@@ -130,39 +130,48 @@ class StructureChoice:
     ) -> Candidate:
         """The candidate of lowest loss."""
         status("search: reading the inputs of the dense model")
-        proxy, few = Proxy(model, adapter, tokens, self.solver), _few(tokens)
-
+        few, rest = _split(tokens)
+        proxy = Proxy(model, adapter, rest, self.solver, fit_gaps=True)
         journal = Journal(self.journal, self._inputs(model, tokens))
-
-        def alone(index: int) -> float:
-            known = journal.losses.get(f"block {index}")
-            if known is None:
-                known = loss_without(model, adapter, few, [names[index]])
-                journal.add(f"block {index}", known)
-            return known
 
         def loss(candidate: Candidate) -> float:
             dropped = [names[index] for index in candidate.dropped]
-            return proxy.loss(candidate.size.kept, dropped, few)
+            kept = candidate.size.kept
+            return journal.recall(candidate.key, lambda: proxy.loss(kept, dropped, few))
+
+        def alone(index: int) -> float:
+            return loss(Candidate(Size({}, len(names) - 1, 1, 1), frozenset([index])))
 
         status("search: ranking the blocks by the loss without each of them")
         ranking = sorted(range(len(names)), key=alone)
+        first = self._first(model, adapter, few, names)
         found = Search(
-            self.sizes, ranking, loss, self.search, self.seed, journal,
+            self.sizes, ranking, loss, self.search, self.seed, first,
             lambda count, lowest: status(f"search: {count} candidates, lowest loss {lowest:.4f}"),
         ).run()  # fmt: skip
         self.scored.extend(found)
         return found[0].candidate
 
+    def _first(
+        self, model: nn.Module, adapter: Adapter, tokens: Tensor, names: Sequence[str]
+    ) -> list[Candidate]:
+        """Every size, without the blocks that the choice of blocks drops."""
+        choice, chosen = cast(BlockChoice, self.blocks.load()), {0: frozenset[int]()}
+        for count in {len(names) - size.blocks for size in self.sizes} - {0}:
+            dropped = choice(model, adapter, tokens, count)
+            chosen[count] = frozenset(map(names.index, dropped))
+        return [Candidate(size, chosen[len(names) - size.blocks]) for size in self.sizes]
+
     def _inputs(self, model: nn.Module, tokens: Tensor) -> str:
         """A hash of everything that the losses of candidates depend on."""
-        parts = (fingerprint(model), tokens.tolist(), self.solver.damping)
+        parts = (fingerprint(model), tokens.tolist(), self.solver.damping, "gaps fitted")
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def _few(tokens: Tensor) -> Tensor:
-    """The first samples, with about `_FITNESS_TOKENS` tokens together."""
-    return tokens[: max(1, _FITNESS_TOKENS // tokens.shape[1])]
+def _split(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """About `_FITNESS_TOKENS` tokens for losses, and other ones for fits, if there are as many."""
+    few = max(1, _FITNESS_TOKENS // tokens.shape[1])
+    return tokens[:few], tokens[few:] if len(tokens) >= 2 * few else tokens
 
 
 def _lowest(
