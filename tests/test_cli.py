@@ -59,7 +59,7 @@ def test_each_default_is_said_in_one_line(apt):
     assert run.code == 0, run.err
     lines = [line for line in run.err.splitlines() if "(default)" in line]
     assert [line.split(":")[0] for line in lines] == [
-        "model", "pattern", "method", "calibration", "output",
+        "model", "pattern", "calibration", "output", "method",
     ]  # fmt: skip
     assert "seqlen: 512, the number of the model's positions (not 2048)" in run.err
     assert Path("opt-2of4-admm/model.safetensors").is_file()

@@ -1,13 +1,11 @@
 """``apt-prune prune``."""
 
 from pathlib import Path
-from typing import Any
 
 import typer
 
 from apt.cli import arguments as args
 from apt.cli import run_arguments as run
-from apt.cli.settings import save
 
 
 def prune(
@@ -78,22 +76,7 @@ def prune(
 
     For example: apt-prune prune --adapter llama
     """
-    prune_options: dict[str, Any] = {
-        "effort": effort,
-        "error_aware": error_aware,
-        "alpha": alpha,
-        "beta": beta,
-        "row_importance": row_importance,
-        "ordered": ordered,
-        "tuning_epochs": tuning_epochs,
-        "tuning_rate": tuning_rate,
-        "tuning_tokens": tuning_tokens,
-        "random_tokens": random_tokens,
-        "own_samples": own_samples,
-        "damping": damping,
-        "block_size": block_size,
-    }
-    run.check_values(context, prune_options)
+    prune_options = run.prune_options(context)
     args.check_pattern_options(sparsity, pattern, per)
     from apt.plugin.registry import registry
 
@@ -105,57 +88,25 @@ def prune(
     hub = args.read_hub(revision, token, cache_dir)
     args.find_model(model, installed, hub, trust_remote_code=trust_remote_code)
 
-    from apt.distributed.launch import joined
+    from apt.cli import pruning
     from apt.runs.options import RunOptions
-    from apt.runs.prepare import prepare
     from apt.runs.prune_options import PruneOptions
 
     wanted = args.read_pattern(sparsity, pattern, per)
     wanted = wanted or defaults.choose("pattern", args.parse("2:4"))
-    if method is None:
-        defaults.choose("method", chosen.name)
+    name = run.directory(model, str(wanted).replace(":", "of"), chosen.name)
     options = RunOptions(
         model=model,
         pattern=wanted,
         calibration=calibration or defaults.choose("calibration", "builtin"),
-        output=output
-        or defaults.choose(
-            "output", run.directory(model, str(wanted).replace(":", "of"), chosen.name)
-        ),
-        adapter=adapter,
+        output=output or defaults.choose("output", name),
         method=chosen.name,
-        evaluation=evaluation,
         metrics=metrics,
         allocation=sharing,
         also=tuple(also),
-        samples=samples,
-        seqlen=seqlen,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        overwrite=overwrite,
-        max_shard_size=max_shard_size,
-        tokenizer=tokenizer,
-        stream=stream or resume,
-        resume=resume,
-        activations=activations,
-        trust_remote_code=trust_remote_code,
-        bos=not no_bos,
         hub=hub,
         selection=args.read_selection(only, skip, override),
         prune=PruneOptions(**prune_options),
+        **run.run_options(context),
     )
-    with joined() as ranks:
-        prepared = prepare(options, installed, defaults.lines.append)
-        if options.stream:
-            from apt.runs.streamed import check_streamable
-
-            check_streamable(prepared)
-        if save_config is not None and ranks.first:
-            save(context, save_config, defaults.values)
-        from apt.cli import pruning
-
-        if dry_run:
-            pruning.show_planned(prepared, defaults.lines, as_json=as_json)
-        else:
-            pruning.run(prepared, ranks, defaults.lines, as_json=as_json)
+    pruning.start(context, options, installed, defaults)

@@ -1,4 +1,4 @@
-"""The part of ``apt-prune prune`` after its options are read."""
+"""The part of ``apt-prune prune`` and ``shrink`` after their options are read."""
 
 import signal
 from collections.abc import Iterator
@@ -10,15 +10,50 @@ from apt.checkpoints.copies import REPORT
 from apt.cli.output import notice, out, show_error, show_json
 from apt.cli.plan import Planned, show_plan
 from apt.cli.progress import RunProgress
+from apt.cli.run_arguments import Defaults
+from apt.cli.settings import save
 from apt.cli.streams import program
 from apt.cli.summary import first_not_finite, show_report
+from apt.distributed.launch import joined
 from apt.distributed.ranks import Ranks
 from apt.errors import AptError
 from apt.output.report import Report
 from apt.output.workplace import resumable
+from apt.plugin.registry import Registry
 from apt.runs.options import RunOptions
-from apt.runs.prepare import Prepared, already_complete
+from apt.runs.prepare import Prepared, already_complete, prepare
 from apt.runs.run import execute
+from apt.runs.streamed import check_streamable
+
+
+def start(
+    context: typer.Context, options: RunOptions, installed: Registry, defaults: Defaults
+) -> Report | None:
+    """Check a run; then show its plan (``--dry-run``), or prune.
+
+    Args:
+        context: the command with its options.
+        options: the options of the run.
+        installed: the registered plugins.
+        defaults: the defaults that were chosen.
+
+    Returns:
+        The report, on the first rank; None if nothing was pruned.
+    """
+    given = context.params
+    with joined() as ranks:
+        prepared = prepare(options, installed, defaults.lines.append)
+        if given["method"] is None:
+            defaults.choose("method", prepared.method.name)
+        if options.stream:
+            check_streamable(prepared)
+        if given["save_config"] is not None and ranks.first:
+            save(context, given["save_config"], defaults.values)
+        if given["dry_run"]:
+            show_planned(prepared, defaults.lines, as_json=given["as_json"])
+            return None
+        report = run(prepared, ranks, defaults.lines, as_json=given["as_json"])
+        return report if ranks.first else None
 
 
 def plan_of(prepared: Prepared) -> Planned:

@@ -150,20 +150,39 @@ class Defaults:
         return value
 
 
-def check_values(context: typer.Context, options: dict[str, Any]) -> None:
-    """Raise if an option is out of range, before anything that takes time is imported.
+_PRUNE_OPTIONS = (
+    "effort", "error_aware", "alpha", "beta", "row_importance", "ordered", "tuning_epochs",
+    "tuning_rate", "tuning_tokens", "random_tokens", "own_samples", "damping", "block_size",
+)  # fmt: skip
+_RUN_OPTIONS = (
+    "adapter", "evaluation", "samples", "seqlen", "seed", "device", "dtype", "overwrite",
+    "max_shard_size", "tokenizer", "resume", "activations", "trust_remote_code",
+)  # fmt: skip
 
-    Args:
-        context: the command with its options.
-        options: the options of `apt.PruneOptions`.
+
+def prune_options(context: typer.Context) -> dict[str, Any]:
+    """The command's options of `apt.PruneOptions`.
+
+    Raises:
+        AptError: one of them, or an option of the run, is out of range. It is raised before
+            anything that takes time is imported.
     """
     given = context.params
+    options = {name: given[name] for name in _PRUNE_OPTIONS if name in given}
     check_amount(given["samples"], given["seqlen"], given["own_samples"])
     check_prune_options(options)
     check_seed(given["seed"])
     check_dtype(given["dtype"])
     check_shard_size(given["max_shard_size"])
     check_activations(given["activations"], streamed=given["stream"] or given["resume"])
+    return options
+
+
+def run_options(context: typer.Context) -> dict[str, Any]:
+    """The command's options of `apt.runs.options.RunOptions` that need no other one."""
+    given = context.params
+    same = {name: given[name] for name in _RUN_OPTIONS}
+    return same | {"stream": given["stream"] or given["resume"], "bos": not given["no_bos"]}
 
 
 def embedded(adapter: str | None) -> str:

@@ -8,7 +8,6 @@ import typer
 
 from apt.cli import arguments as args
 from apt.cli import run_arguments as run
-from apt.cli.settings import save
 from apt.errors import AptError
 
 _SIZE = "Size"
@@ -120,20 +119,7 @@ def shrink(
     Channels, heads, states or whole blocks are removed, and the weights that are left compensate.
     For example: apt-prune shrink --adapter llama --keep 0.75
     """
-    prune_options: dict[str, Any] = {
-        "effort": effort,
-        "error_aware": error_aware,
-        "alpha": alpha,
-        "beta": beta,
-        "ordered": ordered,
-        "tuning_epochs": tuning_epochs,
-        "tuning_rate": tuning_rate,
-        "tuning_tokens": tuning_tokens,
-        "random_tokens": random_tokens,
-        "own_samples": own_samples,
-        "damping": damping,
-    }
-    run.check_values(context, prune_options)
+    prune_options = run.prune_options(context)
     mode = _mode(width_only=width_only, depth_only=depth_only, search=search)
     sizes = _sizes(size)
     _check_plot(plot, search=search)
@@ -159,9 +145,8 @@ def shrink(
     hub = args.read_hub(revision, token, cache_dir)
     args.find_model(model, installed, hub, trust_remote_code=trust_remote_code)
 
-    from apt.distributed.launch import joined
+    from apt.cli import pruning
     from apt.runs.options import RunOptions
-    from apt.runs.prepare import prepare
     from apt.runs.prune_options import PruneOptions
 
     options = RunOptions(
@@ -169,47 +154,18 @@ def shrink(
         pattern=None,
         calibration=calibration or defaults.choose("calibration", "builtin"),
         output=output or defaults.choose("output", run.directory(model, *_name(wish))),
-        adapter=adapter,
         method=method,
-        evaluation=evaluation,
         metrics=metrics,
-        samples=samples,
-        seqlen=seqlen,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        overwrite=overwrite,
-        max_shard_size=max_shard_size,
-        tokenizer=tokenizer,
-        stream=stream or resume,
-        resume=resume,
-        activations=activations,
-        trust_remote_code=trust_remote_code,
-        bos=not no_bos,
         hub=hub,
         prune=PruneOptions(**prune_options),
         shrink=wish,
+        **run.run_options(context),
     )
-    with joined() as ranks:
-        prepared = prepare(options, installed, defaults.lines.append)
-        if method is None:
-            defaults.choose("method", prepared.method.name)
-        if options.stream:
-            from apt.runs.streamed import check_streamable
+    report = pruning.start(context, options, installed, defaults)
+    if plot is not None and report is not None:
+        from apt.cli.search_plot import draw
 
-            check_streamable(prepared)
-        if save_config is not None and ranks.first:
-            save(context, save_config, defaults.values)
-        from apt.cli import pruning
-
-        if dry_run:
-            pruning.show_planned(prepared, defaults.lines, as_json=as_json)
-        else:
-            report = pruning.run(prepared, ranks, defaults.lines, as_json=as_json)
-            if plot is not None and report is not None and ranks.first:
-                from apt.cli.search_plot import draw
-
-                draw(report.structure["candidates"], plot)
+        draw(report.structure["candidates"], plot)
 
 
 def _check_plot(plot: Path | None, *, search: bool) -> None:
