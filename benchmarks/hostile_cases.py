@@ -97,6 +97,40 @@ def options() -> Iterator[Case]:
         yield Case("options", " ".join(command), command, may=(1,))
 
 
+def smaller() -> Iterator[Case]:
+    """Wishes of smaller models that cannot be met, and damaged checkpoints."""
+    quick = ["shrink", "m", "--samples", "2", "--seqlen", "32", "-o", "out"]
+    values = {
+        "--keep": ["-1", "0", "1", "1.5", "nan", "inf", "x", "", "1e-9", "0.999999", "0.5"],
+        "--size": ["channels", "channels=", "channels=0", "channels=-1", "channels=x", "=1",
+                   "channels=999999", "rooms=3", "heads=1", "channels=1=2", "", "heads=1.5"],
+        "--blocks": ["0", "-1", "999", "x", "1"],
+        "--drop": ["-1", "99", "x", "0", "1"],
+        "--multiple-of": ["0", "-1", "100000", "x", "7"],
+        "--budget": ["money", "latency", ""],
+        "--method": ["angular", "loss", "llm-pruner", "flap", "admm", "nonsense", ""],
+        "--evaluations": ["0", "-1", "x"],
+        "--minutes": ["-1", "nan", "0", "inf", "x"],
+        "--plot": ["x.png", "x.gif", "none/x.png", ""],
+        "--calibration": ["nowhere", "t.txt", ""],
+        "--pattern": ["2:4"],
+    }  # fmt: skip
+    for option, given in values.items():
+        for value in given:
+            yield Case("smaller", f"{option} {value!r}", [*quick, option, value])
+    for words in (
+        "--width-only --depth-only", "--search --stream", "--search --evaluations 1 --minutes 0.01",
+        "--drop 0 --drop 1 --drop 2 --drop 3", "--drop 0 --blocks 1", "--keep 0.5 --blocks 1",
+        "--depth-only --size channels=8", "--method angular --width-only", "--resume",
+        "--method joint --depth-only", "--search --method loss", "--stream --method llm-pruner",
+    ):  # fmt: skip
+        yield Case("smaller", words, [*quick, *words.split()])
+    for key in ("intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"):
+        for value in (None, 0, -1, 1, 2**70, "x", 1.5):
+            change = damaged_config(lambda c, k=key, v=value: c.update({k: v}))
+            yield Case("smaller", f"{key} = {value!r}", [*quick], change, may=(1,))
+
+
 def damaged_config(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
     """A function that changes the model's ``config.json``, or replaces it by a text."""
 
@@ -341,5 +375,5 @@ def signals() -> Iterator[Case]:
                            seconds=seconds, may=(130, 143, -2, -15))  # fmt: skip
 
 
-GROUPS = {f.__name__: f for f in (options, configurations, checkpoints, texts, paths,
+GROUPS = {f.__name__: f for f in (options, smaller, configurations, checkpoints, texts, paths,
                                   environments, signals)}  # fmt: skip

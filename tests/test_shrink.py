@@ -250,7 +250,7 @@ BAD = {
     "heads can be 2 to 6, in steps of 2, not 5": ("--size", "heads=5"),
     "the model has no states to remove; it has: channels": ("--size", "states=5"),
     "there is no block 4: they are 0 to 3": ("--drop", "4"),
-    "3 blocks cannot be kept without these 2": ("--drop", "1", "--drop", "2", "--blocks", "3"),
+    "without the dropped blocks there are 2 of 4, not 3": ("--drop", "1", "--drop", "2", "--blocks", "3"),
     "nothing would be removed": ("--size", "channels=512"),
     "number of blocks can be 1 to 4, not 0": ("--blocks", "0"),
     "--size channels is not KIND=N": ("--size", "channels"),

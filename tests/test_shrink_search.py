@@ -54,8 +54,9 @@ def test_the_nearest_size_is_found(variant, keep):
     )
     for size in found[:3]:
         assert sizes.size(size.kept, size.blocks).share == pytest.approx(size.share)
-    smallest, largest = sizes.extremes(width=True, depth=True)
-    assert smallest.cost <= found[0].cost <= largest.cost < 1
+    costs = [size.cost for size in sizes.every(width=True, depth=True)]
+    assert costs == sorted(costs)
+    assert costs[0] <= found[0].cost <= costs[-1] < 1
 
 
 def test_a_latency_budget_counts_time(adapter_of):

@@ -68,8 +68,12 @@ class ShrinkOptions:
                 f"a multiple of {self.multiple_of} is not possible", "give 1 or more",
                 ("multiple_of",),
             )  # fmt: skip
-        if self.search.evaluations < 1 or (self.search.minutes or 1) <= 0:
-            raise AptError("a search needs at least one candidate and some time")
+        minutes = self.search.minutes
+        if self.search.evaluations < 1 or (minutes is not None and not minutes > 0):
+            raise AptError(
+                "a search needs at least one candidate and some time",
+                options=("evaluations", "minutes"),
+            )
 
     def record(self) -> dict[str, Any]:
         """The options as plain values, for the report."""

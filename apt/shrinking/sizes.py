@@ -73,9 +73,19 @@ class Sizes:
             for _, block in self._blocks
             for groups in adapter.groups(block, config)
         }
+        self._check_groups()
         self._kinds = _kinds(self._blocks, adapter, config)
         self._known: dict[tuple[tuple[str, int], ...], int] = {}
         self._whole = self._parameters({})
+
+    def _check_groups(self) -> None:
+        """Raise if a configuration contradicts itself."""
+        if not self.blocks:
+            raise AptError("the model has no blocks", "is its config.json damaged?")
+        for kind, groups in self.groups.items():
+            if not groups.count or groups.count % groups.bins:
+                said = f"{groups.count} {kind} in {groups.bins} equal parts are not possible"
+                raise AptError(said, "is its config.json damaged?")
 
     def near(self, keep: float, *, width: bool, depth: bool) -> list[Size]:
         """The sizes whose cost is nearest to ``keep``, the nearest first.
@@ -96,8 +106,8 @@ class Sizes:
         smaller = [size for size in found if size.kept or size.blocks < self.blocks]
         return sorted(smaller, key=lambda size: (round(abs(size.cost - keep), 6), -size.cost))
 
-    def extremes(self, *, width: bool, depth: bool) -> tuple[Size, Size]:
-        """The smallest and the largest size for which something is removed."""
+    def every(self, *, width: bool, depth: bool) -> list[Size]:
+        """All sizes for which something is removed, the smallest first; there may be none."""
         found = [
             size
             for kept in (self._partial() if width else [dict[str, int]()])
@@ -105,7 +115,7 @@ class Sizes:
             for size in self._completed(kept, blocks, width=width)
             if size.kept or size.blocks < self.blocks
         ]
-        return min(found, key=lambda s: s.cost), max(found, key=lambda s: s.cost)
+        return sorted(found, key=lambda size: size.cost)
 
     def size(self, kept: Mapping[str, int], blocks: int) -> Size:
         """The size with these numbers of groups and blocks.

@@ -45,7 +45,8 @@ def may_drop_blocks(sizes: Sizes, options: ShrinkOptions) -> bool:
 
 def _default_mode(sizes: Sizes, keep: float) -> Mode:
     """``"width"`` if fewer groups alone can make the model that small."""
-    if not sizes.groups or sizes.extremes(width=True, depth=False)[0].cost > keep + TOLERANCE:
+    narrower = sizes.every(width=True, depth=False)
+    if not narrower or narrower[0].cost > keep + TOLERANCE:
         return "depth"
     return "width"
 
@@ -81,7 +82,8 @@ def _chosen(
 
 def _check_range(sizes: Sizes, keep: float, mode: Mode) -> None:
     """Raise if every size is smaller, or larger, than the wanted share."""
-    smallest, largest = sizes.extremes(width=mode != "depth", depth=mode != "width")
+    every = sizes.every(width=mode != "depth", depth=mode != "width")
+    smallest, largest = every[0], every[-1]
     if keep < smallest.cost - TOLERANCE:
         raise _out_of_range(keep, "smallest", smallest, "keep more")
     if keep > largest.cost + TOLERANCE:
@@ -111,9 +113,10 @@ def _check_drop(sizes: Sizes, options: ShrinkOptions) -> None:
             raise AptError(
                 f"there is no block {index}: they are 0 to {sizes.blocks - 1}", options=("drop",)
             )
-    if options.blocks not in (None, sizes.blocks - len(set(options.drop))):
+    left = sizes.blocks - len(set(options.drop))
+    if options.blocks not in (None, left):
         raise AptError(
-            f"{options.blocks} blocks cannot be kept without these {len(set(options.drop))}",
+            f"without the dropped blocks there are {left} of {sizes.blocks}, not {options.blocks}",
             "leave out one of the two",
             ("blocks", "drop"),
         )
