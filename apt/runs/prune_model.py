@@ -115,7 +115,9 @@ def prune_model(
 def _final_plan(model: nn.Module, tokens: Tensor, job: Job, status: Callable[[str], None]) -> Plan:
     """The plan after the choices that need the weights."""
     if job.structure is not None:
-        structure = job.structure.choose(model, job.adapter, tokens, status)
+        structure = job.structure.choose(
+            model, job.adapter, tokens, status, bos=job.bos, special=job.special
+        )
         config = getattr(model, "config", None)
         adjusted = job.recipe.targets is not None
         return make_structured_plan(model, job.adapter, config, structure, adjusted=adjusted)

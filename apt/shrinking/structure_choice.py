@@ -1,7 +1,7 @@
 """The choice of the structure of a smaller model, from its possible sizes."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +20,7 @@ from apt.shrinking.proxy import Proxy
 from apt.shrinking.search import Candidate, Journal, Scored, Search, SearchOptions
 from apt.shrinking.sizes import Size
 from apt.solver import ColumnGroups, SolverOptions
+from apt.text.self_generated import own_text, writes
 
 _FITNESS_TOKENS = 4096
 
@@ -79,6 +80,9 @@ class StructureChoice:
         adapter: Adapter,
         tokens: Tensor,
         status: Callable[[str], None] = lambda line: None,
+        *,
+        bos: int | None = None,
+        special: Collection[int] | None = None,
     ) -> Structure:
         """Choose a structure.
 
@@ -87,11 +91,18 @@ class StructureChoice:
             adapter: the adapter of its family.
             tokens: calibration token ids (samples, seqlen).
             status: called with a text for each step.
+            bos, special: the first token of every sample, and special tokens, see
+                `apt.text.self_generated.own_text`.
         """
         names = [name for name, _ in adapter.blocks(model)]
         size, dropped = self.sizes[0], [names[index] for index in sorted(set(self.drop))]
         if self.mode == "search":
-            best = self._searched(model, adapter, tokens, names, status)
+            few, rest = _split(tokens)
+            if writes(model):
+                status("search: generating text")
+                own = own_text(model, len(few), few.shape[1], self.seed, bos=bos, special=special)
+                few = torch.cat([few, own])
+            best = self._searched(model, adapter, few, rest, names, status)
             size, dropped = best.size, [names[index] for index in sorted(best.dropped)]
         elif self.mode == "width" and self.whole and len(self.sizes) > 1:
             size = self._widest(model, adapter, tokens, status)
@@ -124,15 +135,15 @@ class StructureChoice:
         self,
         model: nn.Module,
         adapter: Adapter,
-        tokens: Tensor,
+        few: Tensor,
+        rest: Tensor,
         names: Sequence[str],
         status: Callable[[str], None],
     ) -> Candidate:
-        """The candidate of lowest loss."""
+        """The candidate of lowest loss on ``few`` samples, with fits to the ``rest``."""
         status("search: reading the inputs of the dense model")
-        few, rest = _split(tokens)
         proxy = Proxy(model, adapter, rest, self.solver, fit_gaps=True)
-        journal = Journal(self.journal, self._inputs(model, tokens))
+        journal = Journal(self.journal, self._inputs(model, few, rest))
 
         def loss(candidate: Candidate) -> float:
             dropped = [names[index] for index in candidate.dropped]
@@ -162,9 +173,9 @@ class StructureChoice:
             chosen[count] = frozenset(map(names.index, dropped))
         return [Candidate(size, chosen[len(names) - size.blocks]) for size in self.sizes]
 
-    def _inputs(self, model: nn.Module, tokens: Tensor) -> str:
+    def _inputs(self, model: nn.Module, *tokens: Tensor) -> str:
         """A hash of everything that the losses of candidates depend on."""
-        parts = (fingerprint(model), tokens.tolist(), self.solver.damping, "gaps fitted")
+        parts = (fingerprint(model), [t.tolist() for t in tokens], self.solver.damping, "gap fits")
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
