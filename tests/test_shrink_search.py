@@ -2,12 +2,14 @@
 
 import json
 import math
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from apt.calibration.batches import enter
 from apt.checkpoints.load import skeleton
@@ -27,7 +29,7 @@ from apt.shrinking.search import (
 )
 from apt.shrinking.sizes import TOLERANCE, Size, Sizes
 from apt.shrinking.skipping import loss_without
-from apt.shrinking.wanted_sizes import wanted_sizes
+from apt.shrinking.wanted_sizes import wanted_sizes, with_mode
 from apt.solver import ColumnGroups, Gram, SolverOptions
 from tests.families import random_model, random_tokens
 
@@ -78,16 +80,41 @@ def test_a_smaller_multiple_is_used_only_where_none_comes_near():
     def sizes(multiple):
         return Sizes(shell.module, shell.adapter, shell.config, multiple)
 
-    mode, found = wanted_sizes(sizes, ShrinkOptions(keep=0.8), said.append)
-    assert mode == "width"
+    wish = with_mode(ShrinkOptions(keep=0.8), sizes(64))
+    mode, found = wanted_sizes(sizes, wish, said.append)
+    assert mode == wish.mode == "width"
     assert abs(found[0].cost - 0.8) <= TOLERANCE
-    assert said[0] == "mode: width (default)"
-    assert said[1] == "multiple of channels: 32, since no multiple of 64 comes near"
+    assert said[0] == "multiple of channels: 32, since no multiple of 64 comes near"
     assert found[0].kept["channels"] % 32 == 0
-    wanted_sizes(sizes, ShrinkOptions(keep=0.8, multiple_of=128), said.append)
+    wanted_sizes(sizes, replace(wish, multiple_of=128), said.append)
     assert said[-1].startswith("keep: ")
     with pytest.raises(AptError, match="no model keeps 90.00%"):
         wanted_sizes(sizes, ShrinkOptions(keep=0.9, mode="depth"), said.append)
+
+
+@pytest.mark.parametrize(
+    ("layers", "keep", "method", "mode"),
+    [
+        (30, 0.75, None, "depth"),  # 23 blocks
+        (12, 0.75, None, "depth"),
+        (12, 0.8, None, "width"),  # 10 blocks are .83
+        (30, 0.99, None, "width"),  # 29 blocks are .967
+        (4, 0.75, None, "width"),  # not deep
+        (4, 0.05, None, "depth"),  # one head and 8 channels are .086
+        (30, 0.75, "groups", "width"),
+        (4, 0.75, "blocks", "depth"),
+    ],
+)
+def test_the_default_mode_depends_on_the_depth(layers, keep, method, mode):
+    config = LlamaConfig(hidden_size=64, intermediate_size=256, num_hidden_layers=layers,
+                         num_attention_heads=4, vocab_size=64)  # fmt: skip
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    adapter = registry().adapters.get("llama").load()()
+    sizes = Sizes(model, adapter, config, 8)
+    assert with_mode(ShrinkOptions(keep=keep), sizes, method).mode == mode
+    for same in (ShrinkOptions(keep=keep, mode="search"), ShrinkOptions(blocks=3)):
+        assert with_mode(same, sizes, method) == same
 
 
 def a_size(blocks, kept=()):

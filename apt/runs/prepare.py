@@ -23,7 +23,7 @@ from apt.planning.allocation import check_allocation
 from apt.planning.plan import Plan, make_plan
 from apt.planning.rounding import check_rounding
 from apt.plugin.registry import Registry
-from apt.plugin.specs import MethodSpec, ShrinkMethodSpec
+from apt.plugin.specs import MethodSpec
 from apt.pruning.recipe import Recipe
 from apt.runs.limits import (
     check_activations,
@@ -35,7 +35,7 @@ from apt.runs.limits import (
 from apt.runs.machine import check_tokens, choose_device
 from apt.runs.options import RunOptions
 from apt.runs.prune_options import record
-from apt.runs.shrink_plan import find_method, repairing, shrinking
+from apt.runs.shrink_plan import find_method, resolved, shrinking
 from apt.shrinking.structure_choice import StructureChoice
 from apt.solver import Unstructured
 from apt.text.augmentation import Augmentation
@@ -90,9 +90,12 @@ def prepare(
     )
     _check_output(options, source, notice)
     shell = skeleton(source, registry, options.adapter)
-    if options.shrink is not None and isinstance(method, ShrinkMethodSpec):
-        family = (shell.module, shell.adapter, shell.config)
-        method = repairing(method, options.shrink, *family)
+    if options.shrink is not None:
+        wish, method = resolved(
+            options.shrink, options.method, shell.module, shell.adapter, shell.config, registry,
+            notice, streams=options.stream,
+        )  # fmt: skip
+        options = replace(options, shrink=wish)
     recipe = options.prune.recipe(method)
     if options.shrink is None:
         structure, plan = None, _plan(options, shell, method, notice)

@@ -21,7 +21,7 @@ from apt.runs.machine import activation_store
 from apt.runs.new_report import calibration_of
 from apt.runs.prune_model import Job, prune_model
 from apt.runs.prune_options import PruneOptions, record
-from apt.runs.shrink_plan import choice_of, find_shrink_method, removal, repairing
+from apt.runs.shrink_plan import choice_of, removal, resolved
 from apt.shrinking.options import ShrinkOptions
 from apt.shrinking.record import structure_record
 from apt.text.special_tokens import bos_of, named_ids, special_ids
@@ -69,10 +69,9 @@ def shrink(
     check_shape(tokens)
     installed, options, size = registry(), options or PruneOptions(), size or ShrinkOptions()
     size.check()
-    spec = find_shrink_method(method, size, installed)
     adapter_name, instance = find_adapter(adapter, model, installed)
     config: Any = getattr(model, "config", None)
-    spec = repairing(spec, size, model, instance, config)
+    size, spec = resolved(size, method, model, instance, config, installed)
     recipe, augmentation = options.recipe(spec), options.augmentation(spec, len(tokens))
     choice = choice_of(size, model, instance, config, spec, recipe, installed, seed=seed)
     plan = make_structured_plan(

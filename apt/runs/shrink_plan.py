@@ -21,7 +21,7 @@ from apt.shrinking.latency import block_times
 from apt.shrinking.options import ShrinkOptions
 from apt.shrinking.sizes import MULTIPLE, Sizes
 from apt.shrinking.structure_choice import StructureChoice
-from apt.shrinking.wanted_sizes import may_drop_blocks, wanted_sizes
+from apt.shrinking.wanted_sizes import wanted_sizes, with_mode
 from apt.solver import GroupRemoval, joint_removal
 
 _PROMPT = 512  # tokens of the sample on which a latency is measured
@@ -35,27 +35,76 @@ def search_journal(output: Path) -> Path:
 
 def find_method(options: RunOptions, registry: Registry) -> MethodSpec:
     """The method of a run: of sparse pruning, or of the choice of a smaller model."""
-    if options.shrink is None:
-        return registry.methods.get(options.method) if options.method else registry.default_method()
-    return find_shrink_method(options.method, options.shrink, registry, streams=options.stream)
-
-
-def find_shrink_method(
-    name: str | None, wish: ShrinkOptions, registry: Registry, *, streams: bool = False
-) -> ShrinkMethodSpec:
-    """The choice of groups of that name, or the default; in mode ``"depth"`` that of blocks."""
+    name, wish = options.method, options.shrink
+    if wish is None:
+        return registry.methods.get(name) if name else registry.default_method()
     if name:
         return registry.shrink_methods.get(name)
-    return registry.default_shrink_method(blocks=wish.mode == "depth", streams=streams)
+    return registry.default_shrink_method(blocks=_only_blocks(wish), streams=options.stream)
 
 
-def repairing(
-    method: ShrinkMethodSpec, wish: ShrinkOptions, model: nn.Module, adapter: Adapter, config: Any
-) -> ShrinkMethodSpec:
-    """The method, error-aware by default where blocks are dropped: the others make up for them."""
+def _only_blocks(wish: ShrinkOptions) -> bool:
+    """True if no groups are removed."""
+    return wish.mode == "depth" or (wish.explicit and not wish.sizes)
+
+
+def resolved(
+    wish: ShrinkOptions,
+    method: str | None,
+    model: nn.Module,
+    adapter: Adapter,
+    config: Any,
+    registry: Registry,
+    notice: Callable[[str], None] = lambda line: None,
+    *,
+    streams: bool = False,
+) -> tuple[ShrinkOptions, ShrinkMethodSpec]:
+    """The options with a mode, and the method with that name, or the default one of the mode.
+
+    The method is error-aware by default where blocks are dropped: the others make up for them.
+
+    Args:
+        wish: the options of the smaller model.
+        method: the name of the choice of groups or of blocks.
+        model: the model; it may be on the meta device.
+        adapter: the adapter of its family.
+        config: its configuration.
+        registry: the plugins.
+        notice: called with a line about the mode, if it is a default.
+        streams: True if the blocks stay on disk.
+
+    Raises:
+        AptError: an option is out of range, or the method does not fit the mode.
+    """
     wish.check()
-    drops = may_drop_blocks(Sizes(model, adapter, config, wish.multiple_of or MULTIPLE), wish)
-    return replace(method, error_aware=True) if drops else method
+    found = registry.shrink_methods.get(method) if method else None
+    sizes = Sizes(model, adapter, config, wish.multiple_of or MULTIPLE)
+    known, wish = wish, with_mode(wish, sizes, found.chooses if found else None)
+    if wish.mode != known.mode:
+        notice(f"mode: {wish.mode} (default)")
+    if found is not None:
+        _check_fit(found, wish)
+    blocks = _only_blocks(wish)
+    drops = blocks or wish.blocks is not None or bool(wish.drop) or wish.mode == "search"
+    spec = found or registry.default_shrink_method(blocks=blocks, streams=streams)
+    return wish, replace(spec, error_aware=True) if drops else spec
+
+
+def _check_fit(method: ShrinkMethodSpec, wish: ShrinkOptions) -> None:
+    """Raise if a method chooses what is not removed."""
+    blocks = method.chooses == "blocks"
+    if _only_blocks(wish) and not blocks:
+        raise AptError(
+            f"method {method.name} chooses groups, and only blocks are dropped here",
+            "choose a method for blocks",
+            ("method", "depth_only"),
+        )
+    if blocks and not _only_blocks(wish):
+        raise AptError(
+            f"method {method.name} chooses blocks, and nothing else is dropped here",
+            "choose a method for groups, or drop blocks only",
+            ("method", "depth_only"),
+        )
 
 
 def shrinking(
@@ -126,12 +175,6 @@ def choice_of(
         lambda multiple: Sizes(model, adapter, config, multiple, seconds), wish, notice
     )
     by_blocks = method.chooses == "blocks"
-    if by_blocks and mode != "depth":
-        raise AptError(
-            f"method {method.name} chooses blocks, and nothing else is dropped here",
-            "choose a method for groups, or drop blocks only",
-            ("method", "depth_only"),
-        )
     others = registry.default_shrink_method(blocks=not by_blocks, streams=streams)
     groups, blocks = (others, method) if by_blocks else (method, others)
     return StructureChoice(

@@ -1,10 +1,37 @@
 """The sizes that meet the wish of a user, or the reason why none does."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from apt.errors import AptError
 from apt.shrinking.options import Mode, ShrinkOptions
 from apt.shrinking.sizes import MULTIPLE, TOLERANCE, Size, Sizes
+
+_DEEP = 8  # blocks; on smaller models of the zoo, fewer groups cost as little or less
+_NEAR = 0.02
+
+
+def with_mode(options: ShrinkOptions, sizes: Sizes, chooses: str | None = None) -> ShrinkOptions:
+    """The options with a mode, unless they give the numbers of blocks and groups themselves.
+
+    By default blocks are dropped, since that costs the least accuracy in deep models. Groups are
+    removed if the model is not deep, or if no number of blocks is near the wanted share.
+
+    Args:
+        options: the options.
+        sizes: the sizes of the model.
+        chooses: what the given method chooses, see `ShrinkMethodSpec`; None without a method.
+    """
+    if options.mode is not None or options.explicit:
+        return options
+    if chooses is not None:
+        return replace(options, mode="depth" if chooses == "blocks" else "width")
+    fewer = sizes.near(options.keep, width=False, depth=True)
+    near = bool(fewer) and abs(fewer[0].cost - options.keep) <= _NEAR
+    narrower = sizes.every(width=True, depth=False)
+    narrow = bool(narrower) and narrower[0].cost <= options.keep + TOLERANCE
+    deep = sizes.blocks >= _DEEP and near
+    return replace(options, mode="depth" if deep or not narrow else "width")
 
 
 def wanted_sizes(
@@ -14,7 +41,7 @@ def wanted_sizes(
 
     Args:
         sizes: the sizes of the model for a multiple of channels.
-        options: the options.
+        options: the options, see `with_mode`.
         notice: called with a line about each choice that the user did not make.
 
     Raises:
@@ -23,32 +50,15 @@ def wanted_sizes(
     options.check()
     if options.explicit:
         return _explicit(sizes(1), options)
-    first = sizes(options.multiple_of or MULTIPLE)
-    mode = options.mode or _default_mode(first, options.keep)
+    first, mode = sizes(options.multiple_of or MULTIPLE), options.mode
+    assert mode is not None
     if mode == "width" and not first.groups:
         raise AptError(
             "this family's configuration has no widths that could be smaller",
             "drop blocks instead",
             ("depth_only",),
         )
-    if options.mode is None:
-        notice(f"mode: {mode} (default)")
     return mode, _chosen(sizes, first, options, mode, notice)
-
-
-def may_drop_blocks(sizes: Sizes, options: ShrinkOptions) -> bool:
-    """True if blocks are dropped, or may be dropped by a search."""
-    if options.explicit:
-        return options.blocks is not None or bool(options.drop)
-    return (options.mode or _default_mode(sizes, options.keep)) != "width"
-
-
-def _default_mode(sizes: Sizes, keep: float) -> Mode:
-    """``"width"`` if fewer groups alone can make the model that small."""
-    narrower = sizes.every(width=True, depth=False)
-    if not narrower or narrower[0].cost > keep + TOLERANCE:
-        return "depth"
-    return "width"
 
 
 def _chosen(
