@@ -33,11 +33,12 @@ def shrink(
     ),
     width_only: bool = typer.Option(
         False, "--width-only", rich_help_panel=_SIZE,
-        help="Remove channels, heads or states, and no block. The default where the family has "
-        "them.",
+        help="Remove channels, heads or states, and no block. The default for models of fewer than "
+        "8 blocks, and where no number of blocks is within 2 % of --keep.",
     ),
     depth_only: bool = typer.Option(
-        False, "--depth-only", rich_help_panel=_SIZE, help="Drop whole blocks, and nothing else."
+        False, "--depth-only", rich_help_panel=_SIZE,
+        help="Drop whole blocks, and nothing else. The default for other models.",
     ),
     search: bool = typer.Option(
         False, "--search", rich_help_panel=_SIZE,
@@ -80,8 +81,8 @@ def shrink(
     metric: list[str] = args.METRIC,
     method: str | None = typer.Option(
         None, "--method", metavar="NAME", rich_help_panel=run.ACCURACY_GROUP,
-        help="Choice of groups, or of blocks with --depth-only, listed by: apt-prune methods. By "
-        "default the most accurate.",
+        help="Choice of groups or of blocks, listed by: apt-prune methods. By default the most "
+        "accurate. It decides which of the two are removed.",
     ),
     compensate: bool | None = typer.Option(
         None, "--compensate/--no-compensate", rich_help_panel=run.ACCURACY_GROUP,

@@ -22,8 +22,8 @@ class ShrinkOptions:
         budget: ``"parameters"`` of the blocks, or ``"latency"``: the time of a forward through the
             blocks, measured on this machine.
         mode: ``"width"`` removes groups, ``"depth"`` drops blocks, ``"search"`` searches among
-            models with fewer groups and blocks. None is ``"width"`` if the family has groups, else
-            ``"depth"``.
+            models with fewer groups and blocks. None is ``"depth"`` for models of at least 8 blocks
+            if a number of blocks is within 2 % of ``keep``, else ``"width"`` where it can.
         compensate: True if the kept columns get exact least-squares weights. The default depends on
             the method.
         multiple_of: the multiple that a number of channels must be. By default 64, or the greatest

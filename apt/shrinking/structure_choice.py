@@ -22,7 +22,7 @@ from apt.shrinking.sizes import Size
 from apt.solver import ColumnGroups, SolverOptions
 from apt.text.self_generated import own_text, writes
 
-_FITNESS_TOKENS = 4096
+_FITNESS_TOKENS = 2048
 
 
 @dataclass(frozen=True)
