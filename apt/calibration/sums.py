@@ -34,7 +34,7 @@ class Sums:
         """Add the sums of the other ranks, in place."""
         if ranks.size == 1:
             return
-        matrix = self.gram.matrix
+        matrix, total = self.gram.matrix, self.gram.total
         cross = [] if self.cross is None else [self.cross]
-        ranks.add(matrix, *cross, *self.error_products.values())
-        self.gram = Gram.from_sum(matrix, round(ranks.sum(self.gram.tokens)))
+        ranks.add(matrix, total, *cross, *self.error_products.values())
+        self.gram = Gram.from_sum(matrix, round(ranks.sum(self.gram.tokens)), total)

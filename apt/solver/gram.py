@@ -30,7 +30,11 @@ class SolverError(ValueError):
 
 
 class Gram:
-    """The sum ``XᵀX`` over tokens, with their count: SparseGPT's Hessian, up to a factor.
+    """The sum ``XᵀX`` over tokens, with their count and sum: SparseGPT's Hessian, up to a factor.
+
+    Attributes:
+        tokens: the number of tokens.
+        total: the sum of the tokens (in,).
 
     Args:
         width: the number of input features.
@@ -41,6 +45,7 @@ class Gram:
         self, width: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> None:
         self.tokens = 0
+        self.total = torch.zeros(width, device=device, dtype=dtype)
         self._sum = torch.zeros(width, width, device=device, dtype=dtype)
         self._mirrored = True
         self._damped: dict[float, DampedGram] = {}
@@ -54,10 +59,18 @@ class Gram:
         return gram
 
     @classmethod
-    def from_sum(cls, matrix: Tensor, tokens: int) -> "Gram":
-        """A Gram matrix that was summed elsewhere: ``XᵀX`` (in, in) over ``tokens`` tokens."""
+    def from_sum(cls, matrix: Tensor, tokens: int, total: Tensor | None = None) -> "Gram":
+        """A Gram matrix that was summed elsewhere.
+
+        Args:
+            matrix: ``XᵀX`` (in, in).
+            tokens: the number of tokens.
+            total: the sum of the tokens (in,); zero by default.
+        """
         gram = cls(len(matrix), matrix.device, matrix.dtype)
         gram._sum, gram.tokens = matrix.clone(), tokens
+        if total is not None:
+            gram.total += total
         return gram
 
     @full_precision()
@@ -67,6 +80,7 @@ class Gram:
         for start in range(0, self.width, _PANEL):
             here, above = slice(start, start + _PANEL), slice(0, start + _PANEL)
             self._sum[above, here].addmm_(rows[:, above].T, rows[:, here])
+        self.total += rows.sum(0)
         self.tokens += rows.shape[0]
         self._mirrored = False
         self._damped.clear()
@@ -80,7 +94,7 @@ class Gram:
         missing = max(0, self.width - self.tokens)
         matrix = self.matrix.clone()
         matrix.diagonal().add_(missing * mean)
-        return Gram.from_sum(matrix, self.tokens + missing)
+        return Gram.from_sum(matrix, self.tokens + missing, self.total)
 
     @property
     def width(self) -> int:

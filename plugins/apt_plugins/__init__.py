@@ -39,6 +39,10 @@ def apt_methods() -> list[MethodSpec]:
                    "arXiv 2306.11695", per="row"),
         MethodSpec("sparseswaps", "Wanda's mask, improved by single swaps; no update",
                    "apt_plugins.sparseswaps:sparseswaps", 25, "arXiv 2512.10922", per="row"),
+        MethodSpec("dsnot", "Wanda's mask, refined by growing and pruning; no update",
+                   "apt_plugins.dsnot:dsnot", 24, "arXiv 2310.08915", per="row"),
+        MethodSpec("dsnot-exact", "DSnoT's mask, weights solved jointly",
+                   "apt_plugins.dsnot:dsnot_exact", 35, "after arXiv 2310.08915", per="row"),
         MethodSpec("alps", "mask by ADMM, a few steps of joint weights", "apt_plugins.alps:alps",
                    70, "arXiv 2406.07831"),
     ]  # fmt: skip

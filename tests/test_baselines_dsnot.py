@@ -1,0 +1,119 @@
+"""DSnoT against a plain loop over rows and weights, and what it keeps."""
+
+import pytest
+import torch
+from apt_plugins.baselines import wanda
+from apt_plugins.dsnot import CYCLES, SAMPLE, THRESHOLD, dsnot, dsnot_exact, refined
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import apt as library
+from apt.solver import NM, Gram, SolverOptions, Unstructured
+from apt.solver.patterns import meets
+from tests.families import FAMILIES, random_model, random_tokens
+from tests.solver.problems import quadratic_loss, seeds
+
+PATTERNS = [NM(2, 4), NM(5, 8), Unstructured(0.5, "row"), Unstructured(0.7, "row")]
+
+
+def problem(seed, rows=5, width=24):
+    """A weight, and inputs whose means are as large as their deviations."""
+    draw = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(60, width, generator=draw) * torch.linspace(0.3, 2, width)
+    inputs += torch.randn(width, generator=draw) * 0.05
+    return torch.randn(rows, width, generator=draw) * 0.05, inputs
+
+
+def by_hand(row, inputs, start, group):
+    """The exchanges in one row, written with lists; True where pruned."""
+    mean, variance = inputs.mean(0).tolist(), inputs.var(0, unbiased=False).tolist()
+    share = [float(w) * m * SAMPLE for w, m in zip(row, mean, strict=True)]
+    score = [abs(float(w)) * float(n) for w, n in zip(row, inputs.norm(dim=0), strict=True)]
+    mask = start.tolist()
+    removed, kept = ([j for j, p in enumerate(mask) if p is kind] for kind in (True, False))
+    error = sum(share[j] for j in removed)
+    sign = error > 0
+    for _ in range(CYCLES):
+        up = 1 if error > 0 else -1
+        growing = [j for j in removed if share[j] * up > 0]
+        if abs(error) <= THRESHOLD or not growing:
+            break
+        grown = max(growing, key=lambda j: share[j] * up / variance[j])
+        if group:
+            pruning = [j for j in kept if j // group == grown // group]
+        else:
+            pruning = [j for j in kept if share[j] * up < 0]
+        if not pruning:
+            break
+        pruned = min(pruning, key=lambda j: score[j])
+        after = error + share[pruned] - share[grown]
+        if group and (after > 0) != sign:
+            break
+        error = after
+        mask[grown], mask[pruned] = False, True
+        removed.remove(grown)
+        kept.remove(pruned)
+    return mask
+
+
+@settings(deadline=None, max_examples=60)
+@given(seeds, st.sampled_from(PATTERNS))
+def test_the_exchanges_are_those_of_the_paper(seed, pattern):
+    weight, inputs = problem(seed)
+    start = wanda(weight, Gram.of(inputs), pattern, SolverOptions()).mask
+    group = pattern.m if isinstance(pattern, NM) else None
+    found = dsnot(weight, Gram.of(inputs), pattern, SolverOptions())
+    expected = [by_hand(*row, group) for row in zip(weight, [inputs] * 5, start, strict=True)]
+    assert found.mask.tolist() == expected
+    assert meets(found.weight, pattern)
+    assert torch.equal(found.weight, weight.masked_fill(found.mask, 0))
+
+
+def expected_error(weight, inputs, mask):
+    """The mean over rows of the expected error."""
+    return float((weight.masked_fill(~mask, 0) @ inputs.mean(0)).abs().mean())
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_the_expected_error_falls_and_exact_weights_lower_the_loss(pattern):
+    weight, inputs = problem(0, 64, 48)
+    gram, start = Gram.of(inputs), wanda(weight, Gram.of(inputs), pattern, SolverOptions()).mask
+    found = dsnot(weight, gram, pattern, SolverOptions())
+    assert not torch.equal(found.mask, start)
+    errors = [expected_error(weight, inputs, mask) for mask in (start, found.mask)]
+    if isinstance(pattern, Unstructured):  # within a group, the authors exchange what raises it
+        assert errors[1] < errors[0]
+    exact = dsnot_exact(weight, gram, pattern, SolverOptions())
+    assert torch.equal(exact.mask, found.mask)
+    loss = [quadratic_loss(weight, s.weight, gram.matrix).sum() for s in (found, exact)]
+    assert loss[1] < 0.8 * loss[0]
+
+
+def test_any_mask_is_refined_and_inputs_without_a_mean_leave_it():
+    weight, inputs = problem(1)
+    mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) < 0.6
+    assert not torch.equal(refined(weight, Gram.of(inputs), mask), mask)
+    centred = torch.cat([inputs, -inputs])
+    assert torch.equal(refined(weight, Gram.of(centred), mask), mask)
+    full = torch.ones_like(mask)
+    assert torch.equal(refined(weight, Gram.of(inputs), full), full)
+    dead = inputs.clone()
+    dead[:, :3] = 0
+    assert refined(weight, Gram.of(dead), mask).sum() == mask.sum()
+
+
+@pytest.mark.parametrize("family", FAMILIES.values())
+def test_every_site_is_refined_also_those_of_the_mlp(family):
+    """The authors' code leaves every MLP out by default."""
+    tokens, found = random_tokens(), {}
+    for method in ("wanda", "dsnot"):
+        model = random_model(family)
+        library.prune(model, tokens, pattern="0.5", method=method)
+        found[method] = model.state_dict()
+    report = library.prune(random_model(family), tokens, pattern="2:4", method="dsnot-exact")
+    changed = [
+        not torch.equal(found["wanda"][f"{site.name}.weight"], tensor)
+        for site in report.sites
+        if (tensor := found["dsnot"].get(f"{site.name}.weight")) is not None
+    ]
+    assert sum(changed) > len(changed) / 2
