@@ -1,19 +1,31 @@
 """Sharing out a sparsity: nothing is lost in all, and outliers are spared."""
 
+from contextlib import nullcontext
 from itertools import pairwise
 
 import pytest
 import torch
+from apt_plugins.allocations import MOST, tail_exponent
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import apt as library
 from apt.errors import AptError
-from apt.planning.allocation import allocated
-from apt.planning.plan import Selection, make_plan
+from apt.planning.allocation import with_shares
+from apt.planning.plan import Plan, PlannedBlock, PlannedSite, Selection, make_plan
 from apt.plugin.registry import registry
 from apt.solver import NM, Unstructured
 from tests.families import FAMILIES, random_model, random_tokens
 
 TOKENS = random_tokens(samples=6)
+
+
+def in_memory(name, block):
+    return nullcontext()
+
+
+def allocation(name):
+    return registry().allocations.get(name).load()
 
 
 @pytest.mark.parametrize("variant", FAMILIES.values())
@@ -56,7 +68,7 @@ def test_owl_counts_outliers_as_its_paper_defines_them(adapter_of):
             ])  # fmt: skip
             expected.append(float((scores > 5 * scores.mean()).float().mean()))
     plan = make_plan(model, adapter, Unstructured(0.5))
-    shares = registry().allocations.get("owl").load()(model, adapter, plan, TOKENS)
+    shares = allocation("owl")(model, adapter, plan, TOKENS, in_memory)
     found = [shares[f"{name}.mlp.up_proj"] for name, _ in adapter.blocks(model)]
     steps = [(a - b) / (max(expected) - min(expected)) * 0.16 for a, b in pairwise(expected)]
     assert [b - a for a, b in pairwise(found)] == pytest.approx(steps, abs=1e-3)
@@ -90,8 +102,135 @@ def test_an_allocation_needs_an_unstructured_pattern():
 )
 def test_an_allocation_that_breaks_its_promise_is_named(shift, message, adapter_of):
     model = random_model("llama")
-    adapter = adapter_of(model)
-    plan = make_plan(model, adapter, Unstructured(0.5))
+    plan = make_plan(model, adapter_of(model), Unstructured(0.5))
     shares = {s.name: 0.5 + d for s in plan.sites if (d := shift(s.name)) is not None}
     with pytest.raises(AptError, match=message):
-        allocated(plan, "mine", lambda *given: shares, model, adapter, TOKENS)
+        with_shares(plan, "mine", shares)
+
+
+NAMES = ["owl", "alphapruning", "alphapruning-matrix", "atp", "auto", "auto-block"]
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda"])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_total_is_exact(name, method):
+    model = random_model("llama")
+    report = library.prune(model, TOKENS, pattern="0.613", method=method, allocation=name)
+    zeros = sum(site.zeros for site in report.sites)
+    if method == "magnitude":
+        assert zeros == sum(Unstructured(0.613).count(s.size) for s in report.sites)
+    else:
+        wanted = sum(Unstructured(0.613).count(s.size) for s in report.sites)
+        assert abs(zeros - wanted) <= min(s.shape[0] for s in report.sites) / 2
+    assert len({site.pattern for site in report.sites}) > 1
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_the_total_is_exact_for_any_shares(data):
+    sizes = data.draw(st.lists(st.tuples(st.integers(1, 9), st.integers(5, 40)), min_size=1))
+    per = data.draw(st.sampled_from(["row", "layer"]))
+    sites = tuple(
+        PlannedSite(str(i), None, shape, Unstructured(0.5, per)) for i, shape in enumerate(sizes)
+    )
+    plan = Plan((PlannedBlock("block", sites),))
+    shift = data.draw(st.lists(st.floats(-0.3, 0.3), min_size=len(sizes), max_size=len(sizes)))
+    mean = sum(x * s.size for x, s in zip(shift, sites, strict=True)) / sum(s.size for s in sites)
+    shares = {s.name: 0.5 + (x - mean) / 2 for x, s in zip(shift, sites, strict=True)}
+    found = with_shares(plan, "any", shares).sites
+    unit = {s.name: s.shape[0] if per == "row" else 1 for s in found}
+    zeros = {s.name: unit[s.name] * s.pattern.count(s.size // unit[s.name]) for s in found}
+    wanted = sum(s.pattern.count(s.size) for s in sites)
+    assert abs(sum(zeros.values()) - wanted) <= (0 if per == "layer" else max(unit.values()))
+
+
+def test_the_exponent_of_a_tail_is_that_of_its_distribution():
+    """Eigenvalues of a Pareto distribution, of density λ^-α."""
+    for exponent in (1.8, 2.5, 4.0):
+        places = (torch.arange(500) + 0.5) / 500
+        values = (1 - places) ** (-1 / (exponent - 1))
+        rotation = torch.linalg.qr(torch.randn(500, 500)).Q
+        weight = rotation * values.sqrt()
+        assert tail_exponent(weight) == pytest.approx(exponent, rel=0.03)
+        assert tail_exponent(weight) == pytest.approx(tail_exponent(weight.T), rel=1e-3)
+    assert tail_exponent(torch.eye(8)) == float("inf")
+
+
+@torch.no_grad()
+def test_alphapruning_spares_blocks_with_heavy_tails(adapter_of):
+    model = random_model("llama")
+    adapter = adapter_of(model)
+    blocks = adapter.blocks(model)
+    for site in adapter.sites(blocks[1][1]):
+        weight = site.weight(blocks[1][1])
+        scale = torch.linspace(0, 4, weight.shape[1]).exp()
+        weight.copy_(torch.linalg.qr(torch.randn(max(weight.shape), max(weight.shape))).Q[
+            : weight.shape[0], : weight.shape[1]] * scale)  # fmt: skip
+    plan = make_plan(model, adapter, Unstructured(0.7))
+    shares = allocation("alphapruning")(model, adapter, plan, TOKENS, in_memory)
+    values = [
+        {round(share, 9) for name, share in shares.items() if name.startswith(f"{block}.")}
+        for block, _ in blocks
+    ]
+    assert all(len(own) == 1 for own in values)
+    shared = [own.pop() for own in values]
+    assert min(shared) == shared[1]
+    assert max(shared) / min(shared) == pytest.approx(1.3 / 0.7, rel=1e-3)
+    plan = make_plan(model, adapter, Unstructured(0.9))
+    assert max(allocation("alphapruning")(model, adapter, plan, TOKENS, in_memory).values()) == MOST
+
+
+@torch.no_grad()
+def test_atp_is_an_arithmetic_progression(adapter_of):
+    model = random_model("opt")
+    adapter = adapter_of(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    plan = make_plan(model, adapter, Unstructured(0.7))
+    shares = allocation("atp")(model, adapter, plan, TOKENS, in_memory)
+    steps = [b - a for a, b in pairwise(shares[f"{n}.fc1"] for n, _ in adapter.blocks(model))]
+    assert steps == pytest.approx([steps[0]] * len(steps))
+    assert steps[0] >= 0
+    assert steps[0] / 0.002 == pytest.approx(round(steps[0] / 0.002), abs=1e-6)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def mean_of(shares, plan, block):
+    """The sparsity of a block."""
+    sites = [site for site in plan.sites if site.name.startswith(f"{block}.")]
+    return sum(shares[s.name] * s.size for s in sites) / sum(s.size for s in sites)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", FAMILIES.values())
+def test_auto_spares_what_changes_the_output(variant, adapter_of):
+    """A block that writes a tenth to the stream matters less, and loses more."""
+    model = random_model(variant)
+    adapter = adapter_of(model)
+    blocks = adapter.blocks(model)
+    for site in adapter.sites(blocks[1][1]):
+        if site.residual:
+            site.weight(blocks[1][1]).mul_(0.1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    plan = make_plan(model, adapter, Unstructured(0.5))
+    shares = allocation("auto")(model, adapter, plan, TOKENS, in_memory)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    found = [mean_of(shares, plan, name) for name, _ in blocks]
+    assert found[1] == max(found) > 0.5
+    assert mean_of(shares, plan, blocks[0][0].split(".")[0]) == pytest.approx(0.5, abs=1e-3)
+    inner = allocation("auto-block")(model, adapter, plan, TOKENS, in_memory)
+    assert [mean_of(inner, plan, n) for n, _ in blocks] == pytest.approx([0.5] * 3, abs=1e-3)
+
+
+@torch.no_grad()
+def test_auto_lowers_the_loss_of_a_model_whose_blocks_differ(adapter_of):
+    losses = {}
+    for name in ("uniform", "auto"):
+        model = random_model("llama")
+        block = adapter_of(model).blocks(model)[2][1]
+        for site in adapter_of(model).sites(block):
+            if site.residual:
+                site.weight(block).mul_(0.1)
+        dense = model(TOKENS).logits
+        library.prune(model, TOKENS, pattern="0.6", method="ss", allocation=name)
+        losses[name] = float((model(TOKENS).logits - dense).square().mean())
+    assert losses["auto"] < 0.9 * losses["uniform"]

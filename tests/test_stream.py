@@ -203,7 +203,7 @@ def test_two_runs_do_not_write_one_output(checkpoint, apt):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--allocation", "owl", "--sparsity", "0.5"], "another allocation than the default needs"),
+        (["--allocation", "atp", "--sparsity", "0.5"], "allocation atp needs the whole model"),
         (["--dtype", "float32"], "another dtype than the default needs"),
     ],
 )

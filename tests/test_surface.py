@@ -78,7 +78,7 @@ def test_every_option_of_a_run_is_documented_with_its_field():
             assert f"    {name}" in text or f", {name}:" in text, name
 
 
-def half_of_each(model, adapter, plan, tokens):
+def half_of_each(model, adapter, plan, tokens, opened):
     """An allocation."""
     return {site.name: 0.5 for site in plan.sites}
 

@@ -45,11 +45,13 @@ SPARSITY = typer.Option(
 )  # fmt: skip
 PATTERN = typer.Option(
     None, "--pattern", metavar="N:M", rich_help_panel=PATTERN_GROUP,
-    help="Keep N of every M inputs, for example 2:4.",
+    help="Keep N of every M inputs, for example 2:4. auto:M with --sparsity chooses an N for each "
+    "site.",
 )  # fmt: skip
 PER = typer.Option(
-    None, "--per", metavar="row|layer", rich_help_panel=PATTERN_GROUP,
-    help="Unit in which --sparsity is counted.",
+    None, "--per", metavar="UNIT", rich_help_panel=PATTERN_GROUP,
+    help="Unit in which --sparsity is counted: row, layer, block or model. The last two choose a "
+    "sparsity for each site, as the allocations auto-block and auto do.",
 )  # fmt: skip
 ONLY = typer.Option(
     None, "--only", metavar="GLOB", rich_help_panel=PATTERN_GROUP,
@@ -99,21 +101,41 @@ def read_pattern(sparsity: str | None, pattern: str | None, per: str | None) -> 
     text = sparsity if sparsity is not None else pattern
     if text is None:
         return None
+    if pattern is not None and pattern.startswith("auto:"):
+        return parse(f"{pattern}@{sparsity}" if sparsity is not None else pattern)
     found = parse(text)
     if sparsity is not None and isinstance(found, NM):
         raise AptError(f"--sparsity {text} is a pattern", f"use --pattern {text}")
-    if isinstance(found, Unstructured) and per is not None:
+    if isinstance(found, Unstructured) and per in ("row", "layer"):
         return Unstructured(found.sparsity, per)  # type: ignore[arg-type]
     return found
 
 
+ALLOCATION_PER = {"block": "auto-block", "model": "auto"}
+"""The allocations of the units of ``--per`` that several sites share."""
+
+
+def read_allocation(name: str | None, per: str | None, pattern: "Pattern") -> str:
+    """The name of ``--allocation``, or the one that ``--per`` or the pattern implies."""
+    from apt.planning.allocation import default_allocation
+
+    if per not in ALLOCATION_PER:
+        return name or default_allocation(pattern)
+    if name is not None:
+        raise AptError(f"--per {per} and --allocation {name} exclude each other", "choose one")
+    return ALLOCATION_PER[per]
+
+
 def check_pattern_options(sparsity: str | None, pattern: str | None, per: str | None) -> None:
     """Raise if the options for a pattern contradict each other."""
-    if sparsity is not None and pattern is not None:
+    mixed = pattern is not None and pattern.startswith("auto:")
+    if sparsity is not None and pattern is not None and not mixed:
         raise AptError("--sparsity and --pattern are both given", "choose one")
-    if per not in (None, "row", "layer"):
-        raise AptError(f"--per {per} is neither row nor layer")
-    if per is not None and sparsity is None:
+    if mixed and sparsity is None and "@" not in str(pattern):
+        raise AptError(f"--pattern {pattern} needs --sparsity", "add --sparsity 0.5")
+    if per not in (None, "row", "layer", *ALLOCATION_PER):
+        raise AptError(f"--per {per} is none of row, layer, block, model")
+    if per is not None and (sparsity is None or mixed):
         raise AptError(
             f"--per {per} needs --sparsity",
             "an n:m pattern is the same in every row: leave out --per",

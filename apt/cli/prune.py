@@ -1,6 +1,7 @@
 """``apt-prune prune``."""
 
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -20,9 +21,10 @@ def prune(
     sparsity: str | None = args.SPARSITY,
     pattern: str | None = args.PATTERN,
     per: str | None = args.PER,
-    allocation: str = typer.Option(
-        "uniform", "--allocation", metavar="NAME", rich_help_panel=args.PATTERN_GROUP,
-        help="Distribution of --sparsity over the sites: uniform or owl.",
+    allocation: str | None = typer.Option(
+        None, "--allocation", metavar="NAME", rich_help_panel=args.PATTERN_GROUP,
+        help="Distribution of --sparsity over the sites, listed by: apt-prune methods. By default "
+        "uniform; auto for --pattern auto:M.",
     ),
     only: list[str] | None = args.ONLY,
     skip: list[str] | None = args.SKIP,
@@ -70,6 +72,11 @@ def prune(
     output: Path | None = run.OUTPUT,
     overwrite: bool = run.OVERWRITE,
     max_shard_size: str | None = run.MAX_SHARD_SIZE,
+    plot: Path | None = typer.Option(
+        None, "--plot", metavar="FILE", rich_help_panel=run.OUTPUT_GROUP,
+        help="Draw the sparsity of the sites by block and kind into a .png, .svg or .pdf file "
+        "(needs matplotlib).",
+    ),
     as_json: bool = args.JSON,
 ) -> None:  # fmt: skip
     """Prune a model and write a Hugging Face directory.
@@ -78,13 +85,13 @@ def prune(
     """
     prune_options = run.prune_options(context)
     args.check_pattern_options(sparsity, pattern, per)
+    run.check_plot(plot)
     from apt.plugin.registry import registry
 
     installed, defaults = registry(), run.Defaults()
     model = model or defaults.choose("model", run.embedded(adapter))
     chosen = installed.methods.get(method or installed.default_method().name)
     metrics = tuple(installed.evaluators.get(name).name for name in metric)
-    sharing = installed.allocations.get(allocation).name
     hub = args.read_hub(revision, token, cache_dir)
     args.find_model(model, installed, hub, trust_remote_code=trust_remote_code)
 
@@ -94,7 +101,8 @@ def prune(
 
     wanted = args.read_pattern(sparsity, pattern, per)
     wanted = wanted or defaults.choose("pattern", args.parse("2:4"))
-    name = run.directory(model, str(wanted).replace(":", "of"), chosen.name)
+    sharing = installed.allocations.get(args.read_allocation(allocation, per, wanted)).name
+    name = run.directory(model, _plain(wanted), chosen.name)
     options = RunOptions(
         model=model,
         pattern=wanted,
@@ -109,4 +117,13 @@ def prune(
         prune=PruneOptions(**prune_options),
         **run.run_options(context),
     )
-    pruning.start(context, options, installed, defaults)
+    report = pruning.start(context, options, installed, defaults)
+    if plot is not None and report is not None:
+        from apt.cli.plots import draw_sparsities
+
+        draw_sparsities(report, plot)
+
+
+def _plain(pattern: Any) -> str:
+    """A pattern in the name of a directory: ``2of4``, ``0.5`` or ``auto8-0.5``."""
+    return str(pattern).replace("auto:", "auto").replace(":", "of").replace("@", "-")

@@ -3,11 +3,12 @@
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import typer
 
 from apt.checkpoints.copies import REPORT
-from apt.cli.output import notice, out, show_error, show_json
+from apt.cli.output import notice, out, show_error, show_json, status_line
 from apt.cli.plan import Planned, show_plan
 from apt.cli.progress import RunProgress
 from apt.cli.run_arguments import Defaults
@@ -21,6 +22,7 @@ from apt.output.report import Report
 from apt.output.workplace import resumable
 from apt.plugin.registry import Registry
 from apt.runs.options import RunOptions
+from apt.runs.planned_levels import planned_levels
 from apt.runs.prepare import Prepared, already_complete, prepare
 from apt.runs.run import execute
 from apt.runs.streamed import check_streamable
@@ -50,6 +52,8 @@ def start(
         if given["save_config"] is not None and ranks.first:
             save(context, given["save_config"], defaults.values)
         if given["dry_run"]:
+            with status_line("checking") as status:
+                prepared = replace(prepared, plan=planned_levels(prepared, status.update))
             show_planned(prepared, defaults.lines, as_json=given["as_json"])
             return None
         report = run(prepared, ranks, defaults.lines, as_json=given["as_json"])

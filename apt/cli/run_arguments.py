@@ -1,5 +1,6 @@
 """Options of the commands that change a model: prune and shrink."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -129,6 +130,18 @@ MAX_SHARD_SIZE = typer.Option(
     None, "--max-shard-size", metavar="SIZE", rich_help_panel=OUTPUT_GROUP,
     help="Largest file of weights, for example 5GB; by default as in the checkpoint.",
 )  # fmt: skip
+
+
+def check_plot(plot: Path | None) -> None:
+    """Raise if a plot cannot be drawn, before the work."""
+    if plot is None:
+        return
+    if plot.suffix not in (".png", ".svg", ".pdf"):
+        raise AptError(f"--plot {plot} is not a .png, .svg or .pdf file")
+    if not plot.expanduser().absolute().parent.is_dir():
+        raise AptError(f"--plot {plot}: its folder does not exist", "create it first")
+    if find_spec("matplotlib") is None:
+        raise AptError("--plot needs matplotlib", "pip install 'apt-prune[plot]'")
 
 
 class Defaults:

@@ -1,6 +1,5 @@
 """``apt-prune shrink``."""
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -164,23 +163,16 @@ def shrink(
     )
     report = pruning.start(context, options, installed, defaults)
     if plot is not None and report is not None:
-        from apt.cli.search_plot import draw
+        from apt.cli.plots import draw_candidates
 
-        draw(report.structure["candidates"], plot)
+        draw_candidates(report.structure["candidates"], plot)
 
 
 def _check_plot(plot: Path | None, *, search: bool) -> None:
     """Raise if a plot cannot be drawn, before the work."""
-    if plot is None:
-        return
-    if not search:
+    if plot is not None and not search:
         raise AptError("--plot draws the candidates of a search", "add --search")
-    if plot.suffix not in (".png", ".svg", ".pdf"):
-        raise AptError(f"--plot {plot} is not a .png, .svg or .pdf file")
-    if not plot.expanduser().absolute().parent.is_dir():
-        raise AptError(f"--plot {plot}: its folder does not exist", "create it first")
-    if find_spec("matplotlib") is None:
-        raise AptError("--plot needs matplotlib", "pip install 'apt-prune[plot]'")
+    run.check_plot(plot)
 
 
 def _mode(*, width_only: bool, depth_only: bool, search: bool) -> Any:

@@ -44,7 +44,7 @@ class Report:
         calibration: ``source``, ``own_samples``, ``bos``, and ``shape`` and ``sha256`` of the
             calibration tokens. Samples with random tokens are not included in these two.
         sites: the record of each pruned site.
-        skipped: the names of the sites that were left dense on request.
+        skipped: the names of the sites that were left dense, on request or by an allocation.
         structure: what a smaller model keeps and lacks; empty for a sparse one.
         earlier: the report of the run that wrote the given model; empty if there is none.
         seconds: the time of the whole run.

@@ -1,6 +1,7 @@
 """The allocation of a sparsity to sites, before any of them is pruned."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Protocol
 
@@ -8,29 +9,59 @@ from torch import Tensor, nn
 
 from apt.adapter import Adapter
 from apt.errors import AptError
-from apt.planning.plan import Plan, PlannedSite
-from apt.solver import Unstructured
+from apt.planning.plan import Plan, PlannedBlock, PlannedSite
+from apt.solver import MixedNM, Pattern, Unstructured
 
-UNIFORM = "uniform"
-_DIGITS = 4
+UNIFORM, MIXED = "uniform", "auto"
+"""The default allocations: of a sparsity, and of `apt.solver.MixedNM`."""
+
 _SLACK = 1e-3
+
+Opened = Callable[[str, nn.Module], AbstractContextManager[None]]
+"""A function from the name and the module of a block to a context in which its dense weights are in
+memory. The blocks of a streamed run are on the meta device outside of it."""
 
 
 class Allocation(Protocol):
     """A function from the dense model to the sparsity of each unstructured site, by full name.
 
-    The total number of zeros must remain that of the plan.
+    The total number of zeros must remain that of the plan, within a thousandth of the weights. It
+    is then made exact.
     """
 
     def __call__(
-        self, model: nn.Module, adapter: Adapter, plan: Plan, tokens: Tensor, /
+        self, model: nn.Module, adapter: Adapter, plan: Plan, tokens: Tensor, opened: Opened, /
     ) -> Mapping[str, float]:
-        """Allocate the sparsity of ``plan``, with calibration ``tokens`` (samples, seqlen)."""
+        """Allocate the sparsity of ``plan``.
+
+        Args:
+            model: the dense model.
+            adapter: the adapter of its family.
+            plan: the plan, with the same sparsity for all sites.
+            tokens: calibration token ids (samples, seqlen).
+            opened: opens a block. The function restores the weights that it changes.
+        """
 
 
 def unstructured(plan: Plan) -> list[PlannedSite]:
     """The sites whose sparsity an allocation can change."""
     return [site for site in plan.sites if isinstance(site.pattern, Unstructured)]
+
+
+def sparsity_of(site: PlannedSite) -> float:
+    """The sparsity of an unstructured site."""
+    assert isinstance(site.pattern, Unstructured)
+    return site.pattern.sparsity
+
+
+def default_allocation(pattern: Pattern) -> str:
+    """The name of the allocation for a pattern, if none is given."""
+    return MIXED if isinstance(pattern, MixedNM) else UNIFORM
+
+
+def is_needed(name: str, plan: Plan) -> bool:
+    """True if the patterns of the plan are not final."""
+    return name != UNIFORM or any(isinstance(site.pattern, MixedNM) for site in plan.sites)
 
 
 def check_allocation(name: str, plan: Plan) -> None:
@@ -43,49 +74,78 @@ def check_allocation(name: str, plan: Plan) -> None:
         )
 
 
-def allocated(
-    plan: Plan,
-    name: str,
-    allocation: Allocation,
-    model: nn.Module,
-    adapter: Adapter,
-    tokens: Tensor,
-) -> Plan:
-    """``plan`` with the sparsities that the allocation ``name`` gives to its unstructured sites.
+def with_shares(plan: Plan, name: str, shares: Mapping[str, float]) -> Plan:
+    """``plan`` with the sparsities of an allocation, and exactly the same number of zeros.
+
+    If a sparsity is counted in each row, the number of zeros of a site is a multiple of its number
+    of rows; with n:m, it is a multiple of its number of groups. The total is then as near as such
+    steps come.
+
+    Args:
+        plan: the plan.
+        name: the name of the allocation.
+        shares: the sparsity of each unstructured site.
 
     Raises:
-        AptError: it omits a site, gives a sparsity that is not between 0 and 1, or changes the
-            total number of zeros by more than a thousandth of the weights.
+        AptError: a site is missing, its sparsity is not between 0 and 1, or the total number of
+            zeros differs by more than a thousandth of the weights.
     """
-    shares = allocation(model, adapter, plan, tokens)
     sites = unstructured(plan)
     for site in sites:
-        if not 0 < round(shares.get(site.name, 0.0), _DIGITS) < 1:
+        least = -1e-9 if isinstance(site.pattern, MixedNM) else 0
+        if not least < shares.get(site.name, least) < 1:
             given = f"{shares[site.name]:g}" if site.name in shares else "no value"
             raise AptError(f"allocation {name} gives {given} as the sparsity of {site.name}")
-    whole = Plan(
-        tuple(
-            replace(block, sites=tuple(_with(shares, site) for site in block.sites))
-            for block in plan.blocks
-        )
-    )
-    size = sum(site.size for site in sites)
-    drift = (_zeros(whole) - _zeros(plan)) / max(size, 1)
+    total = sum(Unstructured(sparsity_of(site)).count(site.size) for site in sites)
+    drift = sum((shares[site.name] - sparsity_of(site)) * site.size for site in sites)
+    drift /= max(sum(site.size for site in sites), 1)
     if abs(drift) > _SLACK:
         raise AptError(f"allocation {name} changes the overall sparsity by {drift:+.2%}")
-    return whole
+    exact = _exact(sites, shares, total)
+    return Plan(tuple(_with(block, exact) for block in plan.blocks))
 
 
-def _with(shares: Mapping[str, float], site: PlannedSite) -> PlannedSite:
-    if not isinstance(site.pattern, Unstructured):
+def _unit(site: PlannedSite) -> int:
+    """The number of weights in steps of which a site can lose weights."""
+    if isinstance(site.pattern, MixedNM):
+        return site.size // site.pattern.m
+    return site.shape[0] if getattr(site.pattern, "per", None) == "row" else 1
+
+
+def _exact(sites: Sequence[PlannedSite], shares: Mapping[str, float], total: int) -> dict[str, int]:
+    """Numbers of steps near the shares with ``total`` zeros; the largest fractions are rounded up.
+
+    An unstructured site loses at least one weight.
+    """
+    units = {site.name: _unit(site) for site in sites}
+    least = {site.name: int(not isinstance(site.pattern, MixedNM)) for site in sites}
+    most = {site.name: site.size // units[site.name] - 1 for site in sites}
+    wanted = {site.name: shares[site.name] * site.size / units[site.name] for site in sites}
+    counts = {name: min(max(int(steps), least[name]), most[name]) for name, steps in wanted.items()}
+    left = total - sum(counts[name] * unit for name, unit in units.items())
+    by_fraction = sorted(counts, key=lambda name: counts[name] - wanted[name])
+    while left:
+        before, step = left, 1 if left > 0 else -1
+        for name in by_fraction if step > 0 else reversed(by_fraction):
+            count = counts[name] + step
+            smaller = abs(left - step * units[name]) < abs(left)
+            if smaller and least[name] <= count <= most[name]:
+                counts[name], left = count, left - step * units[name]
+        if left == before:
+            break
+    return counts
+
+
+def _with(block: PlannedBlock, counts: Mapping[str, int]) -> PlannedBlock:
+    """The block with other sparsities of its unstructured sites."""
+
+    def changed(site: PlannedSite) -> PlannedSite:
+        pattern = site.pattern
+        if isinstance(pattern, MixedNM):
+            return replace(site, pattern=pattern.fixed(counts[site.name]))
+        if isinstance(pattern, Unstructured):
+            share = counts[site.name] * _unit(site) / site.size
+            return replace(site, pattern=replace(pattern, sparsity=share))
         return site
-    share = round(shares[site.name], _DIGITS)
-    return replace(site, pattern=replace(site.pattern, sparsity=share))
 
-
-def _zeros(plan: Plan) -> int:
-    return sum(
-        site.pattern.count(site.size)
-        for site in unstructured(plan)
-        if isinstance(site.pattern, Unstructured)
-    )
+    return replace(block, sites=tuple(changed(site) for site in block.sites))

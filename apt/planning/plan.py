@@ -9,7 +9,7 @@ from torch import nn
 
 from apt.adapter import Adapter, Extra, Groups, Site
 from apt.errors import AptError
-from apt.solver import NM, ColumnGroups, Pattern, SitePattern, Unstructured
+from apt.solver import NM, ColumnGroups, MixedNM, Pattern, SitePattern, Unstructured
 from apt.solver.patterns import Granularity
 
 
@@ -128,6 +128,11 @@ class Plan:
         return [site for block in self.blocks for site in block.sites]
 
     @property
+    def dense(self) -> list[str]:
+        """The names of the sites that stay dense."""
+        return [site.name for site in self.sites if site.pattern is None]
+
+    @property
     def structured(self) -> bool:
         """True if groups of columns or whole blocks are removed."""
         return any(
@@ -221,7 +226,7 @@ def _planned(
         out, width = site.oriented(site.weight(block)).shape
         name = f"{prefix}.{site.name}"
         pattern = selection.pattern(name, default)
-        if isinstance(pattern, NM) and width % pattern.m:
+        if isinstance(pattern, NM | MixedNM) and width % pattern.m:
             raise AptError(
                 f"{name} has {width} inputs, not a multiple of {pattern.m} (pattern {pattern})",
                 f"skip '*.{site.name}'",
@@ -248,6 +253,8 @@ def _extras(
         pattern = selection.pattern(name, default)
         if pattern is None:
             continue
+        if isinstance(pattern, MixedNM):  # an allocation gives patterns to sites only
+            pattern = Unstructured(pattern.sparsity)
         if isinstance(pattern, NM) and width % pattern.m:
             raise AptError(
                 f"{name} has {width} weights per channel, not a multiple of {pattern.m} "

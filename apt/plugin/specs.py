@@ -119,9 +119,11 @@ class AllocationSpec(Spec):
 
     Args:
         source: the paper.
+        streams: True if it runs the model block by block, so that the blocks can stay on disk.
     """
 
     source: str = ""
+    streams: bool = True
 
 
 @dataclass(frozen=True)

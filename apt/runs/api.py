@@ -15,15 +15,15 @@ from apt.distributed.ranks import Ranks
 from apt.errors import AptError
 from apt.events import Observer, telling
 from apt.output.report import Report, portable
-from apt.planning.allocation import UNIFORM, Allocation, check_allocation
-from apt.planning.plan import Selection, make_plan
+from apt.planning.allocation import Allocation, check_allocation, default_allocation
+from apt.planning.plan import Plan, Selection, make_plan
 from apt.plugin.registry import Registry, registry
 from apt.plugin.specs import MethodSpec
 from apt.pruning.layer import Method
 from apt.runs.limits import check_activations
 from apt.runs.machine import activation_store
 from apt.runs.new_report import calibration_of
-from apt.runs.prune_model import Job, prune_model
+from apt.runs.prune_model import Job, named_allocation, prune_model
 from apt.runs.prune_options import PruneOptions, record
 from apt.solver import Pattern, parse_pattern
 from apt.text import datasets
@@ -40,7 +40,7 @@ class PruneArguments(TypedDict, total=False):
     method: str | Method | None
     selection: Selection | None
     options: PruneOptions | None
-    allocation: str | Allocation
+    allocation: str | Allocation | None
     also: Sequence[str]
     tokenizer: Any
     seed: int
@@ -73,7 +73,7 @@ def prune(
     method: str | Method | None = None,
     selection: Selection | None = None,
     options: PruneOptions | None = None,
-    allocation: str | Allocation = UNIFORM,
+    allocation: str | Allocation | None = None,
     also: Sequence[str] = (),
     tokenizer: Any = None,
     seed: int = 0,
@@ -93,7 +93,8 @@ def prune(
         tokens: calibration token ids (samples, seqlen), without padding; see
             `apt.calibration_tokens`. If the model's tokenizer begins each text with a special
             token, each sample should begin with it.
-        pattern: ``"2:4"``, ``"0.5"``, or a pattern of `apt.solver`.
+        pattern: ``"2:4"``, ``"0.5"``, ``"auto:8@0.5"`` for n:8 with an n of its own for each site,
+            or a pattern of `apt.solver`.
         adapter: the name of an adapter, or an adapter; by default the one that serves the model's
             type.
         method: the name of a method, or a function `apt.pruning.layer.Method`; by default the most
@@ -101,7 +102,8 @@ def prune(
         selection: the sites to prune, and the sites with other patterns; by default all sites.
         options: the options that the weights depend on; see `apt.PruneOptions`.
         allocation: the distribution of an unstructured sparsity over the sites: a name, or a
-            function `apt.planning.allocation.Allocation`.
+            function `apt.planning.allocation.Allocation`. By default ``"auto"`` for mixed n:m, and
+            the same for every site otherwise.
         also: kinds of parameters to prune beside the Linears, by their names in the adapter.
         tokenizer: the model's tokenizer. It gives the special tokens, which never occur among
             random tokens, and the first token of the text that the model generates. Without it the
@@ -129,14 +131,15 @@ def prune(
     installed, options = registry(), options or PruneOptions()
     spec, function = find_method(method, installed)
     adapter_name, instance = find_adapter(adapter, model, installed)
-    plan = make_plan(model, instance, read_pattern(pattern), selection, spec.per, also)
+    wanted = read_pattern(pattern)
+    plan = make_plan(model, instance, wanted, selection, spec.per, also)
     job = Job(
         instance,
         plan,
         function,
         options.recipe(spec),
         options.augmentation(spec, len(tokens)),
-        allocation=_allocation(allocation, installed),
+        allocation=_allocation(allocation, wanted, plan, installed),
         seed=seed,
         bos=bos_of(tokenizer) if tokenizer else None,
         special=special_ids(tokenizer) if tokenizer else named_ids(model),
@@ -144,7 +147,7 @@ def prune(
     check_allocation(job.allocation_name, plan)
     report = Report(
         options={
-            "pattern": str(read_pattern(pattern)),
+            "pattern": str(wanted),
             "method": spec.name,
             "allocation": job.allocation_name,
             "also": list(also),
@@ -155,10 +158,9 @@ def prune(
         },
         model=described(model, adapter_name),
         calibration={"source": "", "own_samples": job.augmentation.own_samples, "bos": job.bos},
-        skipped=[site.name for site in plan.sites if site.pattern is None],
     )
     tokens = job.with_own_text(model, tokens, ranks)
-    _, sites = prune_model(
+    plan, sites = prune_model(
         model,
         tokens,
         job,
@@ -170,6 +172,7 @@ def prune(
         report,
         calibration=report.calibration | calibration_of(tokens),
         sites=sites,
+        skipped=plan.dense,
         ranks=ranks.gather(ranks.work),
     )
     return report.timed(time.perf_counter() - started)
@@ -244,13 +247,12 @@ def find_method(method: str | Method | None, installed: Registry) -> tuple[Metho
     return MethodSpec(name, "a function of the caller", ""), method
 
 
-def _allocation(allocation: str | Allocation, installed: Registry) -> tuple[str, Allocation] | None:
-    if not isinstance(allocation, str):
-        return getattr(allocation, "__name__", type(allocation).__name__), allocation
-    if allocation == UNIFORM:
-        return None
-    spec = installed.allocations.get(allocation)
-    return spec.name, spec.load()
+def _allocation(
+    allocation: str | Allocation | None, pattern: Pattern, plan: Plan, installed: Registry
+) -> tuple[str, Allocation] | None:
+    if allocation is None or isinstance(allocation, str):
+        return named_allocation(allocation or default_allocation(pattern), plan, installed)
+    return getattr(allocation, "__name__", type(allocation).__name__), allocation
 
 
 def read_pattern(pattern: Pattern | str) -> Pattern:

@@ -88,9 +88,9 @@ class DiskBlocks:
             if line is not None and line.get("digest") != self._target.digest(planned):
                 raise self._work.damaged(f"{planned.name} was changed")
 
-    def verify(self) -> None:
-        """Check the written blocks against the plan."""
-        for planned in self._plan.blocks:
+    def verify(self, plan: Plan) -> None:
+        """Check the written blocks against the final plan."""
+        for planned in plan.blocks:
             with self._target.open(planned.name) as block:
                 if failed := failures(block_verdicts(planned, block)):
                     raise RuntimeError(f"{failed[0].name} as written: {failed[0].detail}")

@@ -102,6 +102,10 @@ class InMemoryRun:
             self._status("generating calibration text")
         return job.with_own_text(self.model, tokens, self._ranks)
 
+    def remember(self, key: str, compute: Callable[[], Any]) -> Any:
+        """Compute the result: a run in memory always starts anew."""
+        return compute()
+
     def measure(self, held_out: Tensor | None, when: str) -> dict[str, Any]:
         """Measure the model in its present state."""
         if held_out is None:

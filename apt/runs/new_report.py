@@ -27,7 +27,6 @@ def new_report(prepared: Prepared, text: Text) -> Report:
             "bos": text.bos,
             **calibration_of(text.tokens),
         },
-        skipped=[site.name for site in prepared.plan.sites if site.pattern is None],
         earlier=_earlier(prepared),
     )
 

@@ -11,15 +11,19 @@ from apt.adapter import Adapter
 from apt.calibration.storage import Store
 from apt.distributed.ranks import Ranks
 from apt.events import Observer, SitePruned
-from apt.planning.allocation import UNIFORM, Allocation, allocated
+from apt.planning.allocation import UNIFORM, Allocation, is_needed, with_shares
 from apt.planning.plan import Plan
 from apt.planning.structure import make_structured_plan
-from apt.pruning.block_storage import BlockStorage
+from apt.plugin.registry import Registry
+from apt.pruning.block_storage import BlockStorage, MemoryBlocks
 from apt.pruning.layer import SiteMethod
 from apt.pruning.pipeline import prune_blocks
 from apt.pruning.recipe import Recipe
 from apt.shrinking.structure_choice import StructureChoice
 from apt.text.augmentation import Augmentation
+
+Remember = Callable[[str, Callable[[], Any]], Any]
+"""A function of a key and a computation that returns the result, computed or known already."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,12 @@ class Job:
         return ranks.share(tokens)
 
 
+def named_allocation(name: str, plan: Plan, registry: Registry) -> tuple[str, Allocation] | None:
+    """The allocation with this name and its function; None if the plan's patterns are final."""
+    spec = registry.allocations.get(name)
+    return (spec.name, spec.load()) if is_needed(spec.name, plan) else None
+
+
 def prune_model(
     model: nn.Module,
     tokens: Tensor,
@@ -75,6 +85,7 @@ def prune_model(
     observe: Observer,
     status: Callable[[str], None] = lambda line: None,
     readable: Callable[[], AbstractContextManager[None]] = nullcontext,
+    remember: Remember = lambda key, compute: compute(),
 ) -> tuple[Plan, list[SitePruned]]:
     """Distribute the sparsity, add samples with random tokens, and prune block by block.
 
@@ -87,15 +98,22 @@ def prune_model(
         observe: called with each event.
         status: called with a text for each step outside the loop over blocks.
         readable: a context in which the whole dense model can run.
+        remember: returns a value that an interrupted run has computed, or computes it.
 
     Returns:
         The plan with the final patterns, and the record of each site.
     """
-    plan = job.plan
-    if job.structure is not None or job.allocation is not None:
+    plan, blocks = job.plan, block_storage or MemoryBlocks()
+    if job.structure is not None:
         with readable():
-            plan = _final_plan(model, tokens, job, status) if ranks.first else plan
-        plan = ranks.share(plan)
+            plan = _structured(model, tokens, job, status) if ranks.first else plan
+    elif job.allocation is not None and ranks.first:
+        name, allocation = job.allocation
+        status(f"distributing the sparsity ({name})")
+        family = (model, job.adapter, plan, tokens, blocks.open)
+        shares = remember("shares", lambda: dict(allocation(*family)))
+        plan = with_shares(plan, name, shares)
+    plan = ranks.share(plan)
     tokens = job.augmentation.with_random_tokens(model, tokens, job.special)
     sites = prune_blocks(
         model,
@@ -104,7 +122,7 @@ def prune_model(
         tokens,
         job.method,
         job.recipe,
-        block_storage=block_storage,
+        block_storage=blocks,
         store=store,
         ranks=ranks,
         observe=observe,
@@ -112,17 +130,12 @@ def prune_model(
     return plan, sites
 
 
-def _final_plan(model: nn.Module, tokens: Tensor, job: Job, status: Callable[[str], None]) -> Plan:
-    """The plan after the choices that need the weights."""
-    if job.structure is not None:
-        structure = job.structure.choose(
-            model, job.adapter, tokens, status, bos=job.bos, special=job.special
-        )
-        config = getattr(model, "config", None)
-        adjusted = job.recipe.targets is not None
-        return make_structured_plan(model, job.adapter, config, structure, adjusted=adjusted)
-    if job.allocation is not None:
-        name, allocation = job.allocation
-        status(f"distributing the sparsity ({name})")
-        return allocated(job.plan, name, allocation, model, job.adapter, tokens)
-    return job.plan
+def _structured(model: nn.Module, tokens: Tensor, job: Job, status: Callable[[str], None]) -> Plan:
+    """The plan of a smaller model."""
+    assert job.structure is not None
+    structure = job.structure.choose(
+        model, job.adapter, tokens, status, bos=job.bos, special=job.special
+    )
+    config = getattr(model, "config", None)
+    adjusted = job.recipe.targets is not None
+    return make_structured_plan(model, job.adapter, config, structure, adjusted=adjusted)

@@ -8,13 +8,12 @@ from typing import Any
 from apt.distributed.ranks import Ranks
 from apt.events import Observer, telling
 from apt.output.report import Report
-from apt.planning.allocation import UNIFORM
 from apt.planning.plan import Plan
 from apt.runs.in_memory import InMemoryRun
 from apt.runs.measures import scores
 from apt.runs.new_report import calibration_of, new_report
 from apt.runs.prepare import Prepared
-from apt.runs.prune_model import Job, prune_model
+from apt.runs.prune_model import Job, named_allocation, prune_model
 from apt.runs.shrink_plan import removal
 from apt.runs.storage import RunStorage
 from apt.runs.streamed import StreamedRun
@@ -68,11 +67,13 @@ def execute(
             observe=telling(observe, prepared.registry.site_pruned),
             status=status,
             readable=storage.readable,
+            remember=storage.remember,
         )
         report = replace(
             report,
             calibration=report.calibration | calibration_of(tokens),
             sites=sites,
+            skipped=plan.dense,
             scores=scores(prepared, text.held_out, before),
             ranks=ranks.gather(ranks.work),
             structure=_structure(prepared, plan),
@@ -86,11 +87,10 @@ def execute(
 
 def job_of(prepared: Prepared, text: Text) -> Job:
     """The adapter, plan, method and settings of a run."""
-    options, allocation = prepared.options, None
-    if options.allocation != UNIFORM:
-        spec = prepared.registry.allocations.get(options.allocation)
-        allocation = spec.name, spec.load()
-    method = prepared.method.load()
+    options, method = prepared.options, prepared.method.load()
+    allocation = None
+    if prepared.structure is None:
+        allocation = named_allocation(options.allocation, prepared.plan, prepared.registry)
     if prepared.structure is not None and options.shrink is not None:
         method = removal(prepared.structure, options.shrink.compensate)
     return Job(

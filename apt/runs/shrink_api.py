@@ -114,7 +114,7 @@ def shrink(
         report,
         calibration=report.calibration | calibration_of(tokens),
         sites=sites,
-        skipped=[site.name for site in plan.sites if site.pattern is None],
+        skipped=plan.dense,
         structure=structure_record(choice, plan, model, instance, config),
         ranks=ranks.gather(ranks.work),
     )

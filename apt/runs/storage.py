@@ -1,5 +1,6 @@
 """The interface between a run and the storage of its model: in memory, or streamed."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -45,6 +46,9 @@ class RunStorage(Protocol):
 
     def own_text(self, job: Job, tokens: Tensor) -> Tensor:
         """``tokens`` (samples, seqlen) and those that the model generates."""
+
+    def remember(self, key: str, compute: Callable[[], Any]) -> Any:
+        """A result of plain values, from the journal of an interrupted run or computed now."""
 
     def measure(self, held_out: Tensor | None, when: str) -> dict[str, Any]:
         """The metrics of the run under the key ``when``; empty if there is no text for them."""

@@ -35,7 +35,6 @@ from apt.output.card import write_card
 from apt.output.location import check_space
 from apt.output.report import Report, versions
 from apt.output.workplace import Workplace, write_errors
-from apt.planning.allocation import UNIFORM
 from apt.planning.plan import Plan
 from apt.runs.disk_blocks import DiskBlocks
 from apt.runs.estimate import activations_on_disk
@@ -214,6 +213,14 @@ class StreamedRun:
         except (OSError, KeyError, ValueError, SafetensorError):
             return None
 
+    def remember(self, key: str, compute: Callable[[], Any]) -> Any:
+        """A result in the journal; if it is not there yet, compute and record it."""
+        known = [line[key] for line in self._work.journal.lines if key in line]
+        if not known:
+            known = [compute()]
+            self._work.journal.add({key: known[0]})
+        return known[-1]
+
     def measure(self, held_out: Tensor | None, when: str) -> dict[str, Any]:
         """Measure the model with its dense or pruned blocks, unless the journal has the result."""
         if held_out is not None and when not in self._scores() and self._ranks.first:
@@ -245,7 +252,7 @@ class StreamedRun:
             report = replace(report, scores=report.scores | after)
         if small is None:
             self._status("verifying")
-            self.block_storage.verify()
+            self.block_storage.verify(plan)
         directory = small or self._work.out
         report = replace(report, problems=[str(problem) for problem in self._problems])
         report = report.timed(time.perf_counter() - self._started)
@@ -259,7 +266,7 @@ class StreamedRun:
     def _compact(self, plan: Plan) -> Path:
         """Write the smaller model beside the blocks with zeros, and check that it opens."""
         self._status("writing the smaller model")
-        self.block_storage.verify()
+        self.block_storage.verify(plan)
         shell, target = self._prepared.shell, self._work.fresh("small")
         write_compacted(shell, plan, self._pruned, self._stored.layout, self._work.out, target)
         open_stored(self._small_shell(target))
@@ -334,16 +341,18 @@ def check_streamable(prepared: Prepared) -> None:
     if prepared.structure is not None:
         check_compactable(stored.layout)
         prepared.structure.check_streamable()
-    for given, name in (
-        (options.allocation != UNIFORM, "allocation"),
-        (options.dtype != "auto", "dtype"),
-    ):
-        if given:
-            raise AptError(
-                f"another {name} than the default needs the whole model in memory",
-                f"leave out the {name}, or do not stream",
-                (name, "stream"),
-            )
+    if not prepared.registry.allocations.get(options.allocation).streams:
+        raise AptError(
+            f"allocation {options.allocation} needs the whole model in memory",
+            "choose another one, or do not stream",
+            ("allocation", "stream"),
+        )
+    if options.dtype != "auto":
+        raise AptError(
+            "another dtype than the default needs the whole model in memory",
+            "leave out the dtype, or do not stream",
+            ("dtype", "stream"),
+        )
 
 
 def _hash(shards: Shards) -> str:

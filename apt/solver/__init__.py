@@ -19,7 +19,7 @@ from apt.solver.group_removal import (
 from apt.solver.least_squares import Joint, joint_weights
 from apt.solver.loss import relative_layer_error
 from apt.solver.options import EFFORTS, Effort, Solution, SolverOptions
-from apt.solver.patterns import NM, Pattern, SitePattern, Unstructured, parse_pattern
+from apt.solver.patterns import NM, MixedNM, Pattern, SitePattern, Unstructured, parse_pattern
 from apt.solver.sparsegpt import MAX_REMOVAL_SETS, mm, ms, sm, ss
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "GroupChoice",
     "GroupRemoval",
     "Joint",
+    "MixedNM",
     "Pattern",
     "SitePattern",
     "Solution",

@@ -45,6 +45,33 @@ class Unstructured:
 
 
 @dataclass(frozen=True)
+class MixedNM(Unstructured):
+    """n:m with an ``n`` of its own for each site; an allocation chooses it before the pruning.
+
+    Args:
+        sparsity: the share of weights pruned in all sites together.
+        per: unused.
+        m: the size of a group of consecutive input weights.
+    """
+
+    m: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.m < 2:
+            raise ValueError(f"groups of {self.m} weights have no n:m pattern")
+        if self.sparsity > (most := 1 - 1 / self.m):
+            raise ValueError(f"no n:{self.m} has a sparsity above {most:g}")
+
+    def __str__(self) -> str:
+        return f"auto:{self.m}@{self.sparsity:g}"
+
+    def fixed(self, pruned: int) -> "NM | None":
+        """The pattern of a site that loses ``pruned`` of every m weights; None if it loses none."""
+        return NM(self.m - pruned, self.m) if pruned else None
+
+
+@dataclass(frozen=True)
 class NM:
     """At most ``n`` of every ``m`` consecutive input weights are kept (2:4 keeps two of four)."""
 
@@ -72,12 +99,16 @@ SitePattern = Pattern | ColumnGroups
 
 
 def parse_pattern(text: str) -> Pattern:
-    """Read ``0.5``, ``50%`` or ``2:4``.
+    """Read ``0.5``, ``50%``, ``2:4`` or ``auto:8@0.5``, which is `MixedNM`.
 
     Raises:
         ValueError: the text has none of these forms, or is out of range.
     """
     text = text.strip()
+    if found := re.fullmatch(r"auto:(\d+)@([^@]+)", text):
+        whole = parse_pattern(found[2])
+        if isinstance(whole, Unstructured):
+            return MixedNM(whole.sparsity, m=int(found[1]))
     if found := re.fullmatch(r"(\d+):(\d+)", text):
         return NM(int(found[1]), int(found[2]))
     try:

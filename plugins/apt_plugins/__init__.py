@@ -83,11 +83,22 @@ def apt_shrink_methods() -> list[ShrinkMethodSpec]:
 
 @hookimpl
 def apt_allocations() -> list[AllocationSpec]:
-    """The same sparsity for all sites, or less for blocks with more outliers."""
+    """The same sparsity for all sites, published allocations, and APT's own."""
+    published, own = "apt_plugins.allocations", "apt_plugins.budget"
     return [
-        AllocationSpec("uniform", "the same for every site", "apt_plugins.allocations:uniform"),
-        AllocationSpec("owl", "less for blocks with more outliers", "apt_plugins.allocations:owl",
+        AllocationSpec("uniform", "the same for every site", f"{published}:uniform"),
+        AllocationSpec("owl", "less for blocks with more outliers", f"{published}:owl",
                        "arXiv 2310.05175"),
+        AllocationSpec("alphapruning", "less for blocks with heavy-tailed spectra",
+                       f"{published}:alphapruning", "arXiv 2410.10912"),
+        AllocationSpec("alphapruning-matrix", "less for matrices with heavy-tailed spectra",
+                       f"{published}:alphapruning_matrix", "arXiv 2410.10912"),
+        AllocationSpec("atp", "more from block to block, in an arithmetic progression",
+                       f"{published}:atp", "arXiv 2502.14770", streams=False),
+        AllocationSpec("auto", "by what the last weight of each site costs the model's output",
+                       f"{own}:auto", "after arXiv 2410.14649"),
+        AllocationSpec("auto-block", "the same, with equal sparsities of the blocks",
+                       f"{own}:auto_block", "after arXiv 2410.14649"),
     ]  # fmt: skip
 
 

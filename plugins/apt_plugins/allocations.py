@@ -1,4 +1,11 @@
-"""Allocations of a sparsity to sites: uniform, or by outliers (OWL, arXiv 2310.05175)."""
+"""Published allocations of a sparsity: uniform, OWL, AlphaPruning, and ATP.
+
+Sources: OWL is arXiv 2310.05175, AlphaPruning arXiv 2410.10912, ATP arXiv 2502.14770.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -6,76 +13,220 @@ from torch import Tensor, nn
 from apt.adapter import Adapter, Site
 from apt.adapter.eval_mode import eval_mode
 from apt.calibration.batches import enter
-from apt.planning.allocation import unstructured
-from apt.planning.plan import Plan, PlannedBlock
-from apt.solver import Unstructured
+from apt.evaluation import perplexity
+from apt.planning.allocation import Opened, sparsity_of, unstructured
+from apt.planning.plan import Plan, PlannedBlock, PlannedSite
+from apt.solver.patterns import lowest_k
 
-OUTLIER = 5.0  # M: a score above M times the mean of its block is an outlier
-MAX_SHIFT = 0.08  # λ: the largest deviation of a block's sparsity, before centring
+OUTLIER = 5.0  # M of OWL: a score above M times the mean of its block is an outlier
+MAX_SHIFT = 0.08  # λ of OWL: the largest deviation of a block's sparsity, before centring
+SPREAD = 0.3  # ε of AlphaPruning: the relative deviation of a block's sparsity, before scaling
+STEP = 0.002  # of the grid on which ATP seeks the slope β
+MOST = 0.99  # the highest sparsity of a site
+
+_ATP_TOKENS = 2048
+_SMALLEST = 1e-5  # eigenvalue that counts, as in the code of AlphaPruning
 
 
-def uniform(model: nn.Module, adapter: Adapter, plan: Plan, tokens: Tensor) -> dict[str, float]:
+def uniform(
+    model: nn.Module, adapter: Adapter, plan: Plan, tokens: Tensor, opened: Opened
+) -> dict[str, float]:
     """The sparsities of the plan, unchanged."""
-    patterns = {site.name: site.pattern for site in unstructured(plan)}
-    return {n: p.sparsity for n, p in patterns.items() if isinstance(p, Unstructured)}
+    return {site.name: sparsity_of(site) for site in unstructured(plan)}
 
 
 @torch.no_grad()
-def owl(model: nn.Module, adapter: Adapter, plan: Plan, tokens: Tensor) -> dict[str, float]:
+def owl(
+    model: nn.Module, adapter: Adapter, plan: Plan, tokens: Tensor, opened: Opened
+) -> dict[str, float]:
     """A lower sparsity for blocks with more outliers among their scores ``|w| ‖x‖``.
 
     A block's sparsity is the planned one plus a shift of at most `MAX_SHIFT`. The shift falls
     linearly with the share of scores above `OUTLIER` times their mean. The shifts are then centred:
     their mean, weighted by the size of the blocks, is 0.
     """
-    shares = uniform(model, adapter, plan, tokens)
-    outliers = _outliers(model, adapter, plan, tokens)
+    outliers = list[float]()
+    for block, _, norms in _norms(model, adapter, plan, tokens, opened):
+        scores = torch.cat([_wanda(block, site, norms).flatten() for site in norms])
+        outliers.append(float((scores > OUTLIER * scores.mean()).float().mean()))
     low, high = min(outliers), max(outliers)
-    shifts = [
-        MAX_SHIFT * (1 - 2 * (x - low) / (high - low)) if high > low else 0.0 for x in outliers
-    ]
-    sizes = [sum(s.size for s in block.sites if s.name in shares) for block in plan.blocks]
+    span = high - low
+    shifts = [MAX_SHIFT * (1 - 2 * (x - low) / span) if span else 0.0 for x in outliers]
+    return _shifted(plan, shifts)
+
+
+@torch.no_grad()
+def alphapruning(
+    model: nn.Module, adapter: Adapter, plan: Plan, tokens: Tensor, opened: Opened
+) -> dict[str, float]:
+    """A higher sparsity for blocks whose weights have less heavy-tailed spectra.
+
+    A block's value is the mean of ``α`` over its sites, see `tail_exponent`. The values are mapped
+    linearly to ``[1 − ε, 1 + ε]`` and scaled, so that their mean is the planned sparsity.
+    """
+    return _by_tails(model, adapter, plan, opened, per_block=True)
+
+
+@torch.no_grad()
+def alphapruning_matrix(
+    model: nn.Module, adapter: Adapter, plan: Plan, tokens: Tensor, opened: Opened
+) -> dict[str, float]:
+    """`alphapruning` with the ``α`` of each site instead of the mean of its block."""
+    return _by_tails(model, adapter, plan, opened, per_block=False)
+
+
+def tail_exponent(weight: Tensor) -> float:
+    """The exponent ``α`` of the tail of the spectrum of a weight (out, in), by Hill's estimator.
+
+    ``α = 1 + k / Σ ln(λ_i / λ_min)`` over the ``k`` upper half of the eigenvalues of ``W Wᵀ``.
+    Eigenvalues below 1e-5 do not count, unless all of them are.
+    """
+    values = weight.float()
+    values = values if len(values) <= values.shape[1] else values.T
+    spectrum = torch.linalg.eigvalsh(values @ values.T)
+    counted = spectrum[spectrum > _SMALLEST]
+    upper = (counted if len(counted) else spectrum.clamp_min(1e-30))[len(counted) // 2 :].log()
+    spread = float((upper - upper[0]).sum())
+    return 1 + len(upper) / spread if spread > 0 else math.inf
+
+
+def _by_tails(
+    model: nn.Module, adapter: Adapter, plan: Plan, opened: Opened, *, per_block: bool
+) -> dict[str, float]:
+    modules, alphas = dict(adapter.blocks(model)), dict[str, float]()
+    for planned in plan.blocks:
+        block, sites = modules[planned.name], _sites(planned)
+        with opened(planned.name, block):
+            found = [tail_exponent(s.site.oriented(s.site.weight(block).data)) for s in sites]
+        if per_block and sites:
+            found = [sum(found) / len(found)] * len(sites)
+        alphas |= {site.name: alpha for site, alpha in zip(sites, found, strict=True)}
+    finite = [alpha for alpha in alphas.values() if math.isfinite(alpha)]
+    low, high = min(finite, default=0.0), max(finite, default=0.0)
+    span = high - low
+    ratios = {
+        name: 1 - SPREAD + 2 * SPREAD * (min(alpha, high) - low) / span if span else 1.0
+        for name, alpha in alphas.items()
+    }
+    return scaled(plan, ratios)
+
+
+def scaled(plan: Plan, ratios: Mapping[str, float]) -> dict[str, float]:
+    """Sparsities in these ratios, at most `MOST`, with the total of the plan."""
+    sites = unstructured(plan)
+    total = sum(sparsity_of(site) * site.size for site in sites)
+
+    def shares(scale: float) -> dict[str, float]:
+        return {site.name: min(scale * ratios[site.name], MOST) for site in sites}
+
+    def zeros(scale: float) -> float:
+        found = shares(scale)
+        return sum(found[site.name] * site.size for site in sites)
+
+    low, high = 0.0, MOST / max(min(ratios.values()), 1e-6)
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if zeros(middle) < total else (low, middle)
+    return shares(high)
+
+
+@torch.no_grad()
+def atp(
+    model: nn.Module, adapter: Adapter, plan: Plan, tokens: Tensor, opened: Opened
+) -> dict[str, float]:
+    """Sparsities that rise from block to block by ``β``, in an arithmetic progression.
+
+    ``β`` is the multiple of `STEP` for which the model, pruned by Wanda's score, has the lowest
+    loss on about 2,048 calibration tokens. No sparsity is above `MOST` or below 0.
+    """
+    few = tokens[: max(1, _ATP_TOKENS // tokens.shape[1])]
+    norms = {
+        planned.name: found for _, planned, found in _norms(model, adapter, plan, tokens, opened)
+    }
+    best, lowest_loss = _shifted(plan, [0.0] * len(plan.blocks)), math.inf
+    for step in range(int(1 / STEP)):
+        shares = _progression(plan, step * STEP)
+        if not all(0 < share <= MOST for share in shares.values()):
+            break
+        with _pruned(dict(adapter.blocks(model)), plan, norms, shares), adapter.running(model):
+            loss = perplexity(model, few)
+        if loss < lowest_loss:
+            best, lowest_loss = shares, loss
+    return best
+
+
+def _progression(plan: Plan, slope: float) -> dict[str, float]:
+    return _shifted(plan, [slope * index for index in range(len(plan.blocks))])
+
+
+def _shifted(plan: Plan, shifts: Sequence[float]) -> dict[str, float]:
+    """The sparsities of the plan plus the shift of each block; the shifts are centred first."""
+    sizes = [sum(site.size for site in _sites(block)) for block in plan.blocks]
     mean = sum(s * n for s, n in zip(shifts, sizes, strict=True)) / sum(sizes)
-    for block, shift in zip(plan.blocks, shifts, strict=True):
-        for site in block.sites:
-            if site.name in shares:
-                shares[site.name] += shift - mean
-    return shares
+    return {
+        site.name: sparsity_of(site) + shift - mean
+        for block, shift in zip(plan.blocks, shifts, strict=True)
+        for site in _sites(block)
+    }
 
 
-def _outliers(model: nn.Module, adapter: Adapter, plan: Plan, tokens: Tensor) -> list[float]:
-    """The share of outliers among the scores of each block."""
+def _sites(block: PlannedBlock) -> list[PlannedSite]:
+    """The unstructured sites of a block."""
+    return unstructured(Plan((block,)))
+
+
+def _norms(
+    model: nn.Module, adapter: Adapter, plan: Plan, tokens: Tensor, opened: Opened
+) -> Iterator[tuple[nn.Module, PlannedBlock, dict[Site, Tensor]]]:
+    """Each block, opened, with the norms of the inputs (in,) of its unstructured sites."""
     modules = dict(adapter.blocks(model))
-    found = []
     with eval_mode(model), adapter.running(model):
         batches = enter(adapter, model, tokens)
         for index, planned in enumerate(plan.blocks):
-            block, squares = modules[planned.name], _Squares()
-            with adapter.capture(block, [entry.site for entry in planned.sites], squares.add):
-                for batch in batches:
-                    batch.state = adapter.step(block, batch.state, batch.calls[index])
-            found.append(_share(block, planned, squares.sums))
-    return found
+            block, squares = modules[planned.name], dict[Site, Tensor]()
+            add = _adding(squares)
+            with opened(planned.name, block):
+                with adapter.capture(block, [s.site for s in _sites(planned)], add):
+                    for batch in batches:
+                        batch.state = adapter.step(block, batch.state, batch.calls[index])
+                yield block, planned, {site: total.sqrt() for site, total in squares.items()}
 
 
-class _Squares:
-    """The sums of squares of every site's inputs (in,)."""
+def _adding(squares: dict[Site, Tensor]) -> Callable[[Site, Tensor], None]:
+    """A function that adds the squares of inputs (..., in) to those of their site."""
 
-    def __init__(self) -> None:
-        self.sums: dict[Site, Tensor] = {}
-
-    def add(self, site: Site, inputs: Tensor) -> None:
-        """Add inputs (..., in)."""
+    def add(site: Site, inputs: Tensor) -> None:
         rows = inputs.reshape(-1, inputs.shape[-1]).float()
-        self.sums[site] = self.sums.get(site, 0) + rows.square().sum(0)
+        squares[site] = squares.get(site, 0) + rows.square().sum(0)
+
+    return add
 
 
-def _share(block: nn.Module, planned: PlannedBlock, sums: dict[Site, Tensor]) -> float:
-    scores = torch.cat(
-        [
-            (site.oriented(site.weight(block)).float().abs() * sums[site].sqrt()).flatten()
-            for site in (entry.site for entry in planned.sites)
-            if site in sums
-        ]
-    )
-    return float((scores > OUTLIER * scores.mean()).float().mean())
+def _wanda(block: nn.Module, site: Site, norms: Mapping[Site, Tensor]) -> Tensor:
+    """``|w| ‖x‖`` (out, in); a site without inputs has the magnitudes."""
+    weight = site.oriented(site.weight(block).data).float().abs()
+    return weight * norms[site] if site in norms else weight
+
+
+@contextmanager
+def _pruned(
+    modules: Mapping[str, nn.Module],
+    plan: Plan,
+    norms: Mapping[str, Mapping[Site, Tensor]],
+    shares: Mapping[str, float],
+) -> Iterator[None]:
+    """Inside the context, each row has lost its weights of the lowest scores."""
+    kept = []
+    for planned in plan.blocks:
+        block = modules[planned.name]
+        for site in _sites(planned):
+            scores = _wanda(block, site.site, norms[planned.name])
+            mask = lowest_k(scores, round(shares[site.name] * scores.shape[1]))
+            weight = site.site.oriented(site.site.weight(block).data)
+            kept.append((weight, weight.clone()))
+            weight.masked_fill_(mask, 0)
+    try:
+        yield
+    finally:
+        for weight, dense in kept:
+            weight.copy_(dense)

@@ -1,0 +1,74 @@
+"""The plots of the commands."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from apt.output.report import Report
+
+
+def draw_candidates(candidates: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw the loss of each candidate of a search, and the Pareto front.
+
+    Args:
+        candidates: the entries of the report's ``structure``.
+        path: the file to write.
+    """
+    pyplot = _pyplot()
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+    for axes, key, label in (
+        (left, "cost", "share of the budget"),
+        (right, "blocks", "blocks"),
+    ):
+        axes.plot(
+            [entry[key] for entry in candidates],
+            [entry["loss"] for entry in candidates],
+            "o", color="tab:gray", markersize=4, label="candidates",
+        )  # fmt: skip
+        front = sorted((e for e in candidates if e["front"]), key=lambda entry: entry["cost"])
+        axes.plot(
+            [entry[key] for entry in front],
+            [entry["loss"] for entry in front],
+            "-o" if key == "cost" else "o", color="tab:blue", label="Pareto front",
+        )  # fmt: skip
+        axes.set_xlabel(label)
+    left.set_ylabel("loss on calibration text")
+    left.legend()
+    _write(figure, path)
+
+
+def draw_sparsities(report: Report, path: Path) -> None:
+    """Draw the sparsity of the sites of each kind, block by block.
+
+    Args:
+        report: the report of a run.
+        path: the file to write.
+    """
+    kinds: dict[str, dict[int, list[float]]] = {}
+    for site in report.sites:
+        block = next(int(part) for part in site.name.split(".") if part.isdigit())
+        kinds.setdefault(site.kind, {}).setdefault(block, []).append(site.sparsity)
+    figure, axes = _pyplot().subplots(figsize=(8, 4))
+    for kind, blocks in sorted(kinds.items()):
+        means = [sum(values) / len(values) for values in blocks.values()]
+        axes.plot(list(blocks), means, "-o", markersize=3, label=kind)
+    axes.axhline(report.sparsity, color="tab:gray", linestyle=":", label="all sites")
+    axes.set_xlabel("block")
+    axes.set_ylabel("sparsity")
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    _write(figure, path)
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _write(figure: Any, path: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    _pyplot().close(figure)

@@ -1,0 +1,227 @@
+"""``auto``: a sparsity for each site, so that the loss of the last weight is the same everywhere.
+
+One pass over the dense model measures two things. The first is the loss of each site at every
+sparsity: the scores of its weights, ``w²`` in the balanced scaling of the default method, sorted.
+The second is what an error of the site does to the output of the model: each site is pruned by
+itself, then each block, and the change of the stream is followed to the last block. The budget is
+then spent by bisection on the multiplier: weights are pruned below one threshold for the whole
+model, on scores in units of the change of the output.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from apt.adapter import Adapter, Site, State
+from apt.adapter.eval_mode import eval_mode
+from apt.calibration.batches import Batch, enter
+from apt.calibration.capture import as_rows
+from apt.calibration.dense_activations import mean_squares, stream_rows
+from apt.planning.allocation import Opened, sparsity_of
+from apt.planning.plan import Plan, PlannedSite
+from apt.pruning.layer import mean_square
+from apt.solver import Gram, Unstructured
+from apt.solver.patterns import lowest
+
+_GRAM_TOKENS = 4096
+_PROBE_TOKENS = 1024
+_LEVELS = 512  # of the sparsity, for which the scores of a site are known
+_DAMPING = 0.05
+_LEAST, _MOST = 0.01, 0.99
+
+
+@dataclass(frozen=True)
+class _Group:
+    """The sites of one kind in a block, which are measured together.
+
+    Attributes:
+        sites: the sites; several only for the experts of a kind.
+        scores: quantiles of the scores of all their weights (levels + 1,), the smallest first.
+        change: the relative change of the block's output, if they alone have their sparsity.
+    """
+
+    sites: tuple[PlannedSite, ...]
+    scores: Tensor
+    change: float
+
+    @property
+    def size(self) -> int:
+        """The number of weights."""
+        return sum(site.size for site in self.sites)
+
+    @property
+    def sparsity(self) -> float:
+        """The planned sparsity."""
+        return sum(sparsity_of(site) * site.size for site in self.sites) / self.size
+
+    @property
+    def loss(self) -> float:
+        """The sum of the scores below the planned sparsity."""
+        below = self.scores[: max(1, round(self.sparsity * _LEVELS))]
+        return float(below.sum()) / _LEVELS * self.size
+
+    def below(self, threshold: float) -> float:
+        """The share of the weights whose scores are below a threshold."""
+        place = int(torch.searchsorted(self.scores, threshold))
+        if not 0 < place < len(self.scores):
+            return min(place, _LEVELS) / _LEVELS
+        low, high = (float(self.scores[i]) for i in (place - 1, place))
+        part = (threshold - low) / (high - low) if high > low else 0.0
+        return (place - 1 + part) / _LEVELS
+
+
+@torch.no_grad()
+def auto(
+    model: nn.Module, adapter: Adapter, plan: Plan, tokens: Tensor, opened: Opened
+) -> dict[str, float]:
+    """The sparsities with the least change of the model's output, see the module."""
+    return _spent(_measured(model, adapter, plan, tokens, opened))
+
+
+@torch.no_grad()
+def auto_block(
+    model: nn.Module, adapter: Adapter, plan: Plan, tokens: Tensor, opened: Opened
+) -> dict[str, float]:
+    """`auto` within each block, whose total is that of the plan."""
+    blocks = _measured(model, adapter, plan, tokens, opened)
+    return {name: share for block in blocks for name, share in _spent([block]).items()}
+
+
+def _spent(blocks: Sequence[tuple[Sequence[_Group], float]]) -> dict[str, float]:
+    """The sparsity of each site, for which the last score costs the same everywhere.
+
+    Args:
+        blocks: the groups of each block, and the relative change of the model's output by it.
+    """
+    costs = [
+        (group, change * group.change / (sum(g.change for g in groups) * group.loss))
+        for groups, change in blocks
+        for group in groups
+        if change * group.change * group.loss > 0
+    ]
+    total = sum(group.size * group.sparsity for group, _ in costs)
+
+    def shares(threshold: float) -> list[float]:
+        found = (group.below(math.exp(threshold) / cost) for group, cost in costs)
+        return [min(max(share, _LEAST), _MOST) for share in found]
+
+    def zeros(threshold: float) -> float:
+        pairs = zip(costs, shares(threshold), strict=True)
+        return sum(group.size * share for (group, _), share in pairs)
+
+    low, high = -100.0, 100.0
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if zeros(middle) < total else (low, middle)
+    every = (group for groups, _ in blocks for group in groups)
+    found = {site.name: group.sparsity for group in every for site in group.sites}
+    for (group, _), share in zip(costs, shares(high), strict=True):
+        found |= {site.name: share for site in group.sites}
+    return found
+
+
+def _measured(
+    model: nn.Module, adapter: Adapter, plan: Plan, tokens: Tensor, opened: Opened
+) -> list[tuple[list[_Group], float]]:
+    """The groups of each block, and the relative change of the model's output by the block."""
+    modules = dict(adapter.blocks(model))
+    found, changed = list[list[_Group]](), list[State]()
+    length = tokens.shape[1]
+    few = tokens[: max(1, _PROBE_TOKENS // length)]
+    more = tokens[len(few) : len(few) + max(1, _GRAM_TOKENS // length)]
+    with eval_mode(model), adapter.running(model):
+        probe = enter(adapter, model, few)[0]
+        others = enter(adapter, model, more if len(more) else few)
+        for index, planned in enumerate(plan.blocks):
+            block = modules[planned.name]
+            with opened(planned.name, block):
+                sites = [s for s in planned.sites if isinstance(s.pattern, Unstructured)]
+                step = partial(adapter.step, block, call=probe.calls[index])
+                changed = [step(state) for state in changed]
+                grams = _grams(adapter, block, index, [s.site for s in sites], others)
+                found.append(_groups(adapter, block, step, probe.state, sites, grams))
+                with _pruned(block, sites, grams):
+                    changed.append(step(probe.state))
+                probe.state = step(probe.state)
+        end = stream_rows(adapter, probe.state)
+        changes = [_change(end, stream_rows(adapter, state)) for state in changed]
+    return list(zip(found, changes, strict=True))
+
+
+def _grams(
+    adapter: Adapter, block: nn.Module, index: int, sites: Sequence[Site], batches: list[Batch]
+) -> dict[Site, Gram]:
+    """The Gram matrices of the inputs of the sites; the batches pass the block."""
+    sums, first = dict[str, Gram](), dict[str, Site]()
+    weights = {site: site.oriented(site.weight(block).data) for site in sites}
+    for site in sites:
+        first.setdefault(site.input, site)
+        sums.setdefault(site.input, Gram(weights[site].shape[1], weights[site].device))
+
+    def add(site: Site, inputs: Tensor) -> None:
+        if first[site.input] is site:
+            sums[site.input].add(as_rows(site, inputs, weights[site]))
+
+    with adapter.capture(block, sites, add):
+        for batch in batches:
+            batch.state = adapter.step(block, batch.state, batch.calls[index])
+    mean = mean_square(sums.values())
+    return {site: sums[site.input].with_missing_tokens(mean) for site in sites}
+
+
+def _groups(
+    adapter: Adapter,
+    block: nn.Module,
+    step: Callable[[State], State],
+    state: State,
+    sites: Sequence[PlannedSite],
+    grams: Mapping[Site, Gram],
+) -> list[_Group]:
+    """The groups of a block, each pruned by itself."""
+    kinds: dict[str, list[PlannedSite]] = {}
+    for site in sites:
+        kinds.setdefault(site.site.kind, []).append(site)
+    dense, found = stream_rows(adapter, step(state)), list[_Group]()
+    for members in kinds.values():
+        scores = torch.cat([_scores(block, s.site, grams).flatten() for s in members]).sort().values
+        places = torch.linspace(0, len(scores) - 1, _LEVELS + 1).long()
+        with _pruned(block, members, grams):
+            change = _change(dense, stream_rows(adapter, step(state)))
+        found.append(_Group(tuple(members), scores[places.to(scores.device)].cpu(), change))
+    return found
+
+
+def _scores(block: nn.Module, site: Site, grams: Mapping[Site, Gram]) -> Tensor:
+    """The squared weights (out, in) in the scaling in which the default method ranks them."""
+    weight = site.oriented(site.weight(block).data).float()
+    return (weight * grams[site].damped(_DAMPING).balanced.scale).square()
+
+
+@contextmanager
+def _pruned(
+    block: nn.Module, sites: Sequence[PlannedSite], grams: Mapping[Site, Gram]
+) -> Iterator[None]:
+    """Inside the context, the weights of the lowest scores of each site are zero."""
+    kept = []
+    for planned in sites:
+        assert isinstance(planned.pattern, Unstructured)
+        weight = planned.site.oriented(planned.site.weight(block).data)
+        kept.append((weight, weight.clone()))
+        mask = lowest(_scores(block, planned.site, grams), planned.pattern)
+        weight.masked_fill_(mask, 0)
+    try:
+        yield
+    finally:
+        for weight, dense in kept:
+            weight.copy_(dense)
+
+
+def _change(dense: Tensor, changed: Tensor) -> float:
+    """The mean square of the change of a token (tokens, hidden), relative to that of the token."""
+    squares = (changed - dense).square().mean(1, keepdim=True)
+    return float((squares / mean_squares(dense)).mean())
