@@ -7,14 +7,16 @@ summaries of Wikipedia articles, evaluation on other summaries and on quotations
         --json out/accuracy.json --plot out/accuracy.png
 
 A method is NAME or NAME:EFFORT, followed by options of ``apt.PruneOptions``: ``/layer-wise``,
-``/at-once``, ``/alpha=0``, ``/tuning_epochs=0``, ``/random_tokens=0.5``, ``/own_samples=8``. Rows
-are added to the JSON file as soon as they are measured. A row in the file is not measured again.
+``/at-once``, ``/alpha=0``, ``/tuning_epochs=0``, ``/random_tokens=0.5``, ``/own_samples=8``.
+``/allocation=auto`` is an allocation, which is computed once for each pattern. Rows are added to
+the JSON file as soon as they are measured. A row in the file is not measured again.
 """
 
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -75,22 +77,40 @@ def texts(options: argparse.Namespace, tokenizer: Any) -> tuple[Tensor, dict[str
     }
 
 
-def read_method(name: str) -> tuple[str, apt.PruneOptions]:
-    """Parse a method with options: ``admm:fast/layer-wise``, ``admm/alpha=0/tuning_epochs=0``."""
+def read_method(name: str) -> tuple[str, apt.PruneOptions, str | None]:
+    """Parse a method with options: ``admm:fast/layer-wise``, ``wanda/allocation=owl``."""
     name, *words = name.split("/")
     method, _, effort = name.partition(":")
-    values: dict[str, Any] = {"effort": effort or "default"}
+    values, allocation = {"effort": effort or "default"}, None
     for word in words:
         option, _, value = word.partition("=")
-        values |= SWITCHES[option] if option in SWITCHES else {option: json.loads(value)}
-    return method, apt.PruneOptions(**values)
+        if option == "allocation":
+            allocation = value
+        else:
+            values |= SWITCHES[option] if option in SWITCHES else {option: json.loads(value)}
+    return method, apt.PruneOptions(**values), allocation
+
+
+@cache
+def allocation_of(name: str, pattern: str) -> Callable[..., dict[str, float]]:
+    """An allocation that is computed once, and its result used again."""
+    known: dict[str, float] = {}
+
+    def allocate(*family: Any) -> dict[str, float]:
+        if not known:
+            started = time.perf_counter()
+            known.update(registry().allocations.get(name).load()(*family))
+            print(f"{name} at {pattern}: {time.perf_counter() - started:.1f} s", flush=True)
+        return known
+
+    return allocate
 
 
 def prune(
     model: Model, name: str, pattern: str, tokens: Tensor, tokenizer: Any
 ) -> tuple[nn.Module, Row]:
     """A pruned copy, with its layer error and times."""
-    method, options = read_method(name)
+    method, options, allocation = read_method(name)
     started = time.perf_counter()
     module, report = apt.prune_copy(
         model.module,
@@ -100,8 +120,10 @@ def prune(
         method=method,
         options=options,
         tokenizer=tokenizer,
+        allocation=allocation_of(allocation, pattern) if allocation else None,
     )
     return module, {
+        "zeros": report.sparsity,
         "error": report.relative_layer_error,
         "solve": sum(site.seconds for site in report.sites),
         "seconds": time.perf_counter() - started,

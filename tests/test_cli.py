@@ -229,7 +229,7 @@ BAD = [
     (["prune", "zoo:llama", "--pattern", "0:4"], "0 < N < M"),
     (["prune", "zoo:llama", "--pattern", "2:5"], "192 inputs, not a multiple of 5"),
     (["prune", "zoo:llama", *TOKENS, "--pattern", "32:64", "--method", "mm"], "use mask S"),
-    (["prune", "zoo:llama", "--per", "column"], "neither row nor layer"),
+    (["prune", "zoo:llama", "--per", "column"], "none of row, layer, block, model"),
     (["prune", "zoo:llama", "--samples", "10000"], "too little text: builtin gives"),
     (["prune", "zoo:llama", "--samples", "0"], "(--samples, --own-samples)"),
     (

@@ -1,11 +1,10 @@
 """``auto``: a sparsity for each site, so that the loss of the last weight is the same everywhere.
 
 One pass over the dense model measures two things. The first is the loss of each site at every
-sparsity: the scores of its weights, ``w²`` in the balanced scaling of the default method, sorted.
-The second is what an error of the site does to the output of the model: each site is pruned by
-itself, then each block, and the change of the stream is followed to the last block. The budget is
-then spent by bisection on the multiplier: weights are pruned below one threshold for the whole
-model, on scores in units of the change of the output.
+sparsity, with exact weights for what is kept. The second is what an error of the site does to the
+output of the model: each site is pruned by itself, then each block, and the change of the stream is
+followed to the last block. The budget is then spent by bisection on the multiplier: the loss of the
+last weight, in units of the change of the output, is the same everywhere.
 """
 
 import math
@@ -25,13 +24,16 @@ from apt.calibration.dense_activations import mean_squares, stream_rows
 from apt.planning.allocation import Opened, sparsity_of
 from apt.planning.plan import Plan, PlannedSite
 from apt.pruning.layer import mean_square
-from apt.solver import Gram, Unstructured
+from apt.solver import Gram, Unstructured, joint_weights
 from apt.solver.patterns import lowest
 
 _GRAM_TOKENS = 4096
 _PROBE_TOKENS = 1024
 _LEVELS = 512  # of the sparsity, for which the scores of a site are known
 _DAMPING = 0.05
+_KNOTS = (0.3, 0.5, 0.7, 0.9)  # sparsities at which the loss with exact weights is computed
+_ROWS = 32  # rows of a site on which it is computed
+_EXPERTS = 4  # experts of a kind on which it is computed
 _LEAST, _MOST = 0.01, 0.99
 
 
@@ -41,12 +43,13 @@ class _Group:
 
     Attributes:
         sites: the sites; several only for the experts of a kind.
-        scores: quantiles of the scores of all their weights (levels + 1,), the smallest first.
-        change: the relative change of the block's output, if they alone have their sparsity.
+        marginal: the loss of the next weight at each level of the sparsity (levels,), ascending.
+        change: the relative change of the block's output, if they alone have their sparsity, by the
+            share of the loss that compensation leaves.
     """
 
     sites: tuple[PlannedSite, ...]
-    scores: Tensor
+    marginal: Tensor
     change: float
 
     @property
@@ -61,16 +64,16 @@ class _Group:
 
     @property
     def loss(self) -> float:
-        """The sum of the scores below the planned sparsity."""
-        below = self.scores[: max(1, round(self.sparsity * _LEVELS))]
+        """The loss at the planned sparsity."""
+        below = self.marginal[: max(1, round(self.sparsity * _LEVELS))]
         return float(below.sum()) / _LEVELS * self.size
 
     def below(self, threshold: float) -> float:
-        """The share of the weights whose scores are below a threshold."""
-        place = int(torch.searchsorted(self.scores, threshold))
-        if not 0 < place < len(self.scores):
-            return min(place, _LEVELS) / _LEVELS
-        low, high = (float(self.scores[i]) for i in (place - 1, place))
+        """The sparsity at which the loss of the next weight is a threshold."""
+        place = int(torch.searchsorted(self.marginal, threshold))
+        if not 0 < place < len(self.marginal):
+            return place / _LEVELS
+        low, high = (float(self.marginal[i]) for i in (place - 1, place))
         part = (threshold - low) / (high - low) if high > low else 0.0
         return (place - 1 + part) / _LEVELS
 
@@ -96,13 +99,14 @@ def _spent(blocks: Sequence[tuple[Sequence[_Group], float]]) -> dict[str, float]
     """The sparsity of each site, for which the last score costs the same everywhere.
 
     Args:
-        blocks: the groups of each block, and the relative change of the model's output by it.
+        blocks: the groups of each block, and the change of the model's output as a multiple of
+            that of the block's output.
     """
     costs = [
-        (group, change * group.change / (sum(g.change for g in groups) * group.loss))
-        for groups, change in blocks
+        (group, factor * group.change / group.loss)
+        for groups, factor in blocks
         for group in groups
-        if change * group.change * group.loss > 0
+        if factor * group.change * group.loss > 0
     ]
     total = sum(group.size * group.sparsity for group, _ in costs)
 
@@ -128,9 +132,9 @@ def _spent(blocks: Sequence[tuple[Sequence[_Group], float]]) -> dict[str, float]
 def _measured(
     model: nn.Module, adapter: Adapter, plan: Plan, tokens: Tensor, opened: Opened
 ) -> list[tuple[list[_Group], float]]:
-    """The groups of each block, and the relative change of the model's output by the block."""
+    """The groups of each block, and the change of the model's output relative to that of it."""
     modules = dict(adapter.blocks(model))
-    found, changed = list[list[_Group]](), list[State]()
+    found, sums, changed = list[list[_Group]](), list[float](), list[State]()
     length = tokens.shape[1]
     few = tokens[: max(1, _PROBE_TOKENS // length)]
     more = tokens[len(few) : len(few) + max(1, _GRAM_TOKENS // length)]
@@ -144,13 +148,16 @@ def _measured(
                 step = partial(adapter.step, block, call=probe.calls[index])
                 changed = [step(state) for state in changed]
                 grams = _grams(adapter, block, index, [s.site for s in sites], others)
-                found.append(_groups(adapter, block, step, probe.state, sites, grams))
+                groups, whole = _groups(adapter, block, step, probe.state, sites, grams)
+                found.append(groups)
+                sums.append(whole)
                 with _pruned(block, sites, grams):
                     changed.append(step(probe.state))
                 probe.state = step(probe.state)
         end = stream_rows(adapter, probe.state)
         changes = [_change(end, stream_rows(adapter, state)) for state in changed]
-    return list(zip(found, changes, strict=True))
+    factors = [c / s if s > 0 else 0.0 for c, s in zip(changes, sums, strict=True)]
+    return list(zip(found, factors, strict=True))
 
 
 def _grams(
@@ -181,19 +188,65 @@ def _groups(
     state: State,
     sites: Sequence[PlannedSite],
     grams: Mapping[Site, Gram],
-) -> list[_Group]:
-    """The groups of a block, each pruned by itself."""
+) -> tuple[list[_Group], float]:
+    """The groups of a block, and the sum of the changes by each, without compensation."""
     kinds: dict[str, list[PlannedSite]] = {}
     for site in sites:
         kinds.setdefault(site.site.kind, []).append(site)
-    dense, found = stream_rows(adapter, step(state)), list[_Group]()
+    dense, found, whole = stream_rows(adapter, step(state)), list[_Group](), 0.0
     for members in kinds.values():
-        scores = torch.cat([_scores(block, s.site, grams).flatten() for s in members]).sort().values
-        places = torch.linspace(0, len(scores) - 1, _LEVELS + 1).long()
         with _pruned(block, members, grams):
             change = _change(dense, stream_rows(adapter, step(state)))
-        found.append(_Group(tuple(members), scores[places.to(scores.device)].cpu(), change))
-    return found
+        whole += change
+        plain, losses = _losses(block, members, grams)
+        planned = round(_LEVELS * sparsity_of(members[0]))
+        change *= float(losses[planned] / plain[planned].clamp_min(1e-30))
+        marginal = (losses.diff() * _LEVELS / sum(s.size for s in members)).cummax(0).values
+        found.append(_Group(tuple(members), marginal, change))
+    return found, whole
+
+
+def _losses(
+    block: nn.Module, sites: Sequence[PlannedSite], grams: Mapping[Site, Gram]
+) -> tuple[Tensor, Tensor]:
+    """The loss of sites at every level of the sparsity (levels + 1,): plain and compensated.
+
+    Without compensation, it is the sum of the scores. The share that is left with exact weights is
+    computed on a few rows, at some levels.
+    """
+    scores = [_scores(block, planned.site, grams) for planned in sites]
+    ordered = torch.cat([score.flatten() for score in scores]).sort().values.double().cumsum(0)
+    places = torch.linspace(0, len(ordered), _LEVELS + 1, dtype=torch.float64).long()
+    plain = torch.cat([torch.zeros_like(ordered[:1]), ordered])[places].cpu()
+    few = sites[:: max(1, len(sites) // _EXPERTS)]
+    parts = [_shares_left(block, s.site, _scores(block, s.site, grams), grams) for s in few]
+    left = torch.stack(parts).mean(0)
+    levels = torch.linspace(0, 1, _LEVELS + 1, dtype=torch.float64)
+    return plain, plain * _interpolated(levels, torch.tensor([*_KNOTS, 1.0]), left)
+
+
+def _shares_left(
+    block: nn.Module, site: Site, scores: Tensor, grams: Mapping[Site, Gram]
+) -> Tensor:
+    """The share of the loss that is left with exact weights, at each knot (knots + 1,)."""
+    weight, damped = site.oriented(site.weight(block).data).float(), grams[site].damped(_DAMPING)
+    rows = torch.linspace(0, len(weight) - 1, min(_ROWS, len(weight))).long().to(weight.device)
+    left = []
+    for knot in _KNOTS:
+        mask = lowest(scores, Unstructured(knot))[rows]
+        removed = weight[rows] * mask
+        plain = float(((removed @ damped.matrix) * removed).sum()) / 2
+        solved = float(joint_weights(weight[rows], damped, mask).loss.sum())
+        left.append(solved / plain if plain > 0 else 1.0)
+    return torch.tensor([*left, 1.0], dtype=torch.float64)
+
+
+def _interpolated(places: Tensor, knots: Tensor, values: Tensor) -> Tensor:
+    """Piecewise linear interpolation, constant before the first knot."""
+    right = torch.searchsorted(knots.double(), places).clamp(1, len(knots) - 1)
+    start, end = knots[right - 1].double(), knots[right].double()
+    part = ((places - start) / (end - start)).clamp(0, 1)
+    return values[right - 1] * (1 - part) + values[right] * part
 
 
 def _scores(block: nn.Module, site: Site, grams: Mapping[Site, Gram]) -> Tensor:
@@ -209,10 +262,9 @@ def _pruned(
     """Inside the context, the weights of the lowest scores of each site are zero."""
     kept = []
     for planned in sites:
-        assert isinstance(planned.pattern, Unstructured)
         weight = planned.site.oriented(planned.site.weight(block).data)
         kept.append((weight, weight.clone()))
-        mask = lowest(_scores(block, planned.site, grams), planned.pattern)
+        mask = lowest(_scores(block, planned.site, grams), Unstructured(sparsity_of(planned)))
         weight.masked_fill_(mask, 0)
     try:
         yield
