@@ -24,7 +24,7 @@ from apt.calibration.dense_activations import mean_squares, stream_rows
 from apt.planning.allocation import Opened, sparsity_of
 from apt.planning.plan import Plan, PlannedSite
 from apt.pruning.layer import mean_square
-from apt.solver import Gram, Unstructured, joint_weights
+from apt.solver import NM, Gram, MixedNM, Pattern, SitePattern, Unstructured, joint_weights
 from apt.solver.patterns import lowest
 
 _GRAM_TOKENS = 4096
@@ -214,26 +214,50 @@ def _losses(
     Without compensation, it is the sum of the scores. The share that is left with exact weights is
     computed on a few rows, at some levels.
     """
-    scores = [_scores(block, planned.site, grams) for planned in sites]
-    ordered = torch.cat([score.flatten() for score in scores]).sort().values.double().cumsum(0)
-    places = torch.linspace(0, len(ordered), _LEVELS + 1, dtype=torch.float64).long()
-    plain = torch.cat([torch.zeros_like(ordered[:1]), ordered])[places].cpu()
-    few = sites[:: max(1, len(sites) // _EXPERTS)]
-    parts = [_shares_left(block, s.site, _scores(block, s.site, grams), grams) for s in few]
-    left = torch.stack(parts).mean(0)
     levels = torch.linspace(0, 1, _LEVELS + 1, dtype=torch.float64)
+    scores = [_scores(block, planned.site, grams) for planned in sites]
+    plain = _plain_losses(scores, sites[0].pattern, levels)
+    few = list(zip(sites, scores, strict=True))[:: max(1, len(sites) // _EXPERTS)]
+    left = torch.stack([_shares_left(block, *pair, grams) for pair in few]).mean(0)
     return plain, plain * _interpolated(levels, torch.tensor([*_KNOTS, 1.0]), left)
 
 
+def _plain_losses(scores: Sequence[Tensor], pattern: SitePattern | None, levels: Tensor) -> Tensor:
+    """The sums of the scores that are removed at each level; linear between the levels of n:m."""
+    if isinstance(pattern, MixedNM):
+        knots = [k / pattern.m for k in range(pattern.m + 1)]
+        sums = [sum(_removed(score, pattern, knot) for score in scores) for knot in knots]
+        return _interpolated(levels, torch.tensor(knots), torch.tensor(sums, dtype=torch.float64))
+    ordered = torch.cat([score.flatten() for score in scores]).sort().values.double()
+    below = torch.cat([torch.zeros_like(ordered[:1]), ordered.cumsum(0)]).cpu()
+    return below[(levels * len(ordered)).long()]
+
+
+def _removed(scores: Tensor, pattern: MixedNM, sparsity: float) -> float:
+    """The sum of the scores that a sparsity removes; at 0 nothing, at 1 everything."""
+    if not 0 < sparsity < 1:
+        return float(scores.double().sum()) * sparsity
+    return float(scores[lowest(scores, _pattern(pattern, sparsity))].double().sum())
+
+
+def _pattern(pattern: SitePattern | None, sparsity: float) -> Pattern:
+    """The pattern of that sparsity, or the nearest n:m with some zeros."""
+    if not isinstance(pattern, MixedNM):
+        return Unstructured(sparsity)
+    pruned = min(max(round(sparsity * pattern.m), 1), pattern.m - 1)
+    return NM(pattern.m - pruned, pattern.m)
+
+
 def _shares_left(
-    block: nn.Module, site: Site, scores: Tensor, grams: Mapping[Site, Gram]
+    block: nn.Module, planned: PlannedSite, scores: Tensor, grams: Mapping[Site, Gram]
 ) -> Tensor:
     """The share of the loss that is left with exact weights, at each knot (knots + 1,)."""
-    weight, damped = site.oriented(site.weight(block).data).float(), grams[site].damped(_DAMPING)
+    site, damped = planned.site, grams[planned.site].damped(_DAMPING)
+    weight = site.oriented(site.weight(block).data).float()
     rows = torch.linspace(0, len(weight) - 1, min(_ROWS, len(weight))).long().to(weight.device)
     left = []
     for knot in _KNOTS:
-        mask = lowest(scores, Unstructured(knot))[rows]
+        mask = lowest(scores, _pattern(planned.pattern, knot))[rows]
         removed = weight[rows] * mask
         plain = float(((removed @ damped.matrix) * removed).sum()) / 2
         solved = float(joint_weights(weight[rows], damped, mask).loss.sum())
@@ -264,8 +288,8 @@ def _pruned(
     for planned in sites:
         weight = planned.site.oriented(planned.site.weight(block).data)
         kept.append((weight, weight.clone()))
-        mask = lowest(_scores(block, planned.site, grams), Unstructured(sparsity_of(planned)))
-        weight.masked_fill_(mask, 0)
+        wanted = _pattern(planned.pattern, sparsity_of(planned))
+        weight.masked_fill_(lowest(_scores(block, planned.site, grams), wanted), 0)
     try:
         yield
     finally:
