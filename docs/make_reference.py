@@ -11,7 +11,7 @@ import apt
 from apt import adapter, events, hookspecs, solver, testing
 from apt.checkpoints import formats
 from apt.distributed.ranks import Work
-from apt.planning.allocation import Allocation
+from apt.planning.allocation import Allocation, Unallocated
 from apt.plugin import hookspecs as hooks
 from apt.pruning import layer
 from apt.shrinking import choices
@@ -106,6 +106,7 @@ def hooks_page() -> str:
         [entry(formats.Checkpoint), *members(formats.Checkpoint)],
         entry(layer.Method.__call__, name="a method"),
         entry(Allocation.__call__, name="an allocation"),
+        entry(Unallocated),
         entry(choices.GroupScores.__call__, name="scores of groups"),
         entry(choices.BlockChoice.__call__, name="a choice of blocks"),
         "## Events\n",

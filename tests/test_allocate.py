@@ -1,6 +1,5 @@
 """Sharing out a sparsity: nothing is lost in all, and outliers are spared."""
 
-from contextlib import nullcontext
 from itertools import pairwise
 
 import pytest
@@ -11,17 +10,13 @@ from hypothesis import strategies as st
 
 import apt as library
 from apt.errors import AptError
-from apt.planning.allocation import with_shares
+from apt.planning.allocation import Unallocated, with_shares
 from apt.planning.plan import Plan, PlannedBlock, PlannedSite, Selection, make_plan
 from apt.plugin.registry import registry
 from apt.solver import NM, Unstructured
 from tests.families import FAMILIES, random_model, random_tokens
 
 TOKENS = random_tokens(samples=6)
-
-
-def in_memory(name, block):
-    return nullcontext()
 
 
 def allocation(name):
@@ -68,7 +63,7 @@ def test_owl_counts_outliers_as_its_paper_defines_them(adapter_of):
             ])  # fmt: skip
             expected.append(float((scores > 5 * scores.mean()).float().mean()))
     plan = make_plan(model, adapter, Unstructured(0.5))
-    shares = allocation("owl")(model, adapter, plan, TOKENS, in_memory)
+    shares = allocation("owl")(Unallocated(model, adapter, plan, TOKENS))
     found = [shares[f"{name}.mlp.up_proj"] for name, _ in adapter.blocks(model)]
     steps = [(a - b) / (max(expected) - min(expected)) * 0.16 for a, b in pairwise(expected)]
     assert [b - a for a, b in pairwise(found)] == pytest.approx(steps, abs=1e-3)
@@ -167,7 +162,7 @@ def test_alphapruning_spares_blocks_with_heavy_tails(adapter_of):
         weight.copy_(torch.linalg.qr(torch.randn(max(weight.shape), max(weight.shape))).Q[
             : weight.shape[0], : weight.shape[1]] * scale)  # fmt: skip
     plan = make_plan(model, adapter, Unstructured(0.7))
-    shares = allocation("alphapruning")(model, adapter, plan, TOKENS, in_memory)
+    shares = allocation("alphapruning")(Unallocated(model, adapter, plan, TOKENS))
     values = [
         {round(share, 9) for name, share in shares.items() if name.startswith(f"{block}.")}
         for block, _ in blocks
@@ -177,7 +172,9 @@ def test_alphapruning_spares_blocks_with_heavy_tails(adapter_of):
     assert min(shared) == shared[1]
     assert max(shared) / min(shared) == pytest.approx(1.3 / 0.7, rel=1e-3)
     plan = make_plan(model, adapter, Unstructured(0.9))
-    assert max(allocation("alphapruning")(model, adapter, plan, TOKENS, in_memory).values()) == MOST
+    assert (
+        max(allocation("alphapruning")(Unallocated(model, adapter, plan, TOKENS)).values()) == MOST
+    )
 
 
 @torch.no_grad()
@@ -186,7 +183,7 @@ def test_atp_is_an_arithmetic_progression(adapter_of):
     adapter = adapter_of(model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     plan = make_plan(model, adapter, Unstructured(0.7))
-    shares = allocation("atp")(model, adapter, plan, TOKENS, in_memory)
+    shares = allocation("atp")(Unallocated(model, adapter, plan, TOKENS))
     steps = [b - a for a, b in pairwise(shares[f"{n}.fc1"] for n, _ in adapter.blocks(model))]
     assert steps == pytest.approx([steps[0]] * len(steps))
     assert steps[0] >= 0
@@ -212,12 +209,12 @@ def test_auto_spares_what_changes_the_output(variant, adapter_of):
             site.weight(blocks[1][1]).mul_(0.1)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     plan = make_plan(model, adapter, Unstructured(0.5))
-    shares = allocation("auto")(model, adapter, plan, TOKENS, in_memory)
+    shares = allocation("auto")(Unallocated(model, adapter, plan, TOKENS))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     found = [mean_of(shares, plan, name) for name, _ in blocks]
     assert found[1] == max(found) > 0.5
     assert mean_of(shares, plan, blocks[0][0].split(".")[0]) == pytest.approx(0.5, abs=1e-3)
-    inner = allocation("auto-block")(model, adapter, plan, TOKENS, in_memory)
+    inner = allocation("auto-block")(Unallocated(model, adapter, plan, TOKENS))
     assert [mean_of(inner, plan, n) for n, _ in blocks] == pytest.approx([0.5] * 3, abs=1e-3)
 
 

@@ -78,9 +78,9 @@ def test_every_option_of_a_run_is_documented_with_its_field():
             assert f"    {name}" in text or f", {name}:" in text, name
 
 
-def half_of_each(model, adapter, plan, tokens, opened):
+def half_of_each(given):
     """An allocation."""
-    return {site.name: 0.5 for site in plan.sites}
+    return {site.name: 0.5 for site in given.plan.sites}
 
 
 def test_objects_serve_in_place_of_names():

@@ -1,8 +1,8 @@
 """The allocation of a sparsity to sites, before any of them is pruned."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -22,25 +22,42 @@ Opened = Callable[[str, nn.Module], AbstractContextManager[None]]
 memory. The blocks of a streamed run are on the meta device outside of it."""
 
 
+@dataclass(frozen=True)
+class Unallocated:
+    """A dense model whose sparsity is still the same for all sites.
+
+    Attributes:
+        model: the model.
+        adapter: the adapter of its family.
+        plan: the plan.
+        tokens: calibration token ids (samples, seqlen).
+        opened: opens a block.
+        error_aware: True if the run has error-aware targets, which make up for a part of the error
+            of earlier blocks.
+    """
+
+    model: nn.Module
+    adapter: Adapter
+    plan: Plan
+    tokens: Tensor
+    opened: Opened = lambda name, block: nullcontext()
+    error_aware: bool = False
+
+    def blocks(self) -> list[tuple[PlannedBlock, nn.Module]]:
+        """The planned blocks with their modules."""
+        modules = dict(self.adapter.blocks(self.model))
+        return [(planned, modules[planned.name]) for planned in self.plan.blocks]
+
+
 class Allocation(Protocol):
     """A function from the dense model to the sparsity of each unstructured site, by full name.
 
     The total number of zeros must remain that of the plan, within a thousandth of the weights. It
-    is then made exact.
+    is then made exact. The function restores the weights that it changes.
     """
 
-    def __call__(
-        self, model: nn.Module, adapter: Adapter, plan: Plan, tokens: Tensor, opened: Opened, /
-    ) -> Mapping[str, float]:
-        """Allocate the sparsity of ``plan``.
-
-        Args:
-            model: the dense model.
-            adapter: the adapter of its family.
-            plan: the plan, with the same sparsity for all sites.
-            tokens: calibration token ids (samples, seqlen).
-            opened: opens a block. The function restores the weights that it changes.
-        """
+    def __call__(self, given: Unallocated, /) -> Mapping[str, float]:
+        """Allocate the sparsity of the plan."""
 
 
 def unstructured(plan: Plan) -> list[PlannedSite]:

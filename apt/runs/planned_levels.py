@@ -3,9 +3,8 @@
 from collections.abc import Callable
 
 from apt.checkpoints.load import load
-from apt.planning.allocation import with_shares
+from apt.planning.allocation import Unallocated, with_shares
 from apt.planning.plan import Plan
-from apt.pruning.block_storage import MemoryBlocks
 from apt.runs.prepare import Prepared
 from apt.runs.prune_model import named_allocation
 from apt.runs.text import read_text
@@ -33,5 +32,6 @@ def planned_levels(prepared: Prepared, status: Callable[[str], None]) -> Plan:
     model = load(shell, shell.dtype, prepared.device).module
     text.check(model, shell.source.reference)
     status(f"distributing the sparsity ({name})")
-    shares = allocation(model, shell.adapter, plan, text.tokens, MemoryBlocks().open)
-    return with_shares(plan, name, shares)
+    aware = prepared.recipe.targets is not None
+    given = Unallocated(model, shell.adapter, plan, text.tokens, error_aware=aware)
+    return with_shares(plan, name, allocation(given))

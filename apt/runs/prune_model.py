@@ -11,7 +11,7 @@ from apt.adapter import Adapter
 from apt.calibration.storage import Store
 from apt.distributed.ranks import Ranks
 from apt.events import Observer, SitePruned
-from apt.planning.allocation import UNIFORM, Allocation, is_needed, with_shares
+from apt.planning.allocation import UNIFORM, Allocation, Unallocated, is_needed, with_shares
 from apt.planning.plan import Plan
 from apt.planning.structure import make_structured_plan
 from apt.plugin.registry import Registry
@@ -110,8 +110,9 @@ def prune_model(
     elif job.allocation is not None and ranks.first:
         name, allocation = job.allocation
         status(f"distributing the sparsity ({name})")
-        family = (model, job.adapter, plan, tokens, blocks.open)
-        shares = remember("shares", lambda: dict(allocation(*family)))
+        aware = job.recipe.targets is not None
+        given = Unallocated(model, job.adapter, plan, tokens, blocks.open, aware)
+        shares = remember("shares", lambda: dict(allocation(given)))
         plan = with_shares(plan, name, shares)
     plan = ranks.share(plan)
     tokens = job.augmentation.with_random_tokens(model, tokens, job.special)

@@ -10,11 +10,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from apt.adapter import Adapter, Site
+from apt.adapter import Site
 from apt.adapter.eval_mode import eval_mode
 from apt.calibration.batches import enter
 from apt.evaluation import perplexity
-from apt.planning.allocation import Opened, sparsity_of, unstructured
+from apt.planning.allocation import Unallocated, sparsity_of, unstructured
 from apt.planning.plan import Plan, PlannedBlock, PlannedSite
 from apt.solver.patterns import lowest_k
 
@@ -28,17 +28,13 @@ _ATP_TOKENS = 2048
 _SMALLEST = 1e-5  # eigenvalue that counts, as in the code of AlphaPruning
 
 
-def uniform(
-    model: nn.Module, adapter: Adapter, plan: Plan, tokens: Tensor, opened: Opened
-) -> dict[str, float]:
+def uniform(given: Unallocated) -> dict[str, float]:
     """The sparsities of the plan, unchanged."""
-    return {site.name: sparsity_of(site) for site in unstructured(plan)}
+    return {site.name: sparsity_of(site) for site in unstructured(given.plan)}
 
 
 @torch.no_grad()
-def owl(
-    model: nn.Module, adapter: Adapter, plan: Plan, tokens: Tensor, opened: Opened
-) -> dict[str, float]:
+def owl(given: Unallocated) -> dict[str, float]:
     """A lower sparsity for blocks with more outliers among their scores ``|w| ‖x‖``.
 
     A block's sparsity is the planned one plus a shift of at most `MAX_SHIFT`. The shift falls
@@ -46,33 +42,29 @@ def owl(
     their mean, weighted by the size of the blocks, is 0.
     """
     outliers = list[float]()
-    for block, _, norms in _norms(model, adapter, plan, tokens, opened):
+    for block, _, norms in _norms(given):
         scores = torch.cat([_wanda(block, site, norms).flatten() for site in norms])
         outliers.append(float((scores > OUTLIER * scores.mean()).float().mean()))
     low, high = min(outliers), max(outliers)
     span = high - low
     shifts = [MAX_SHIFT * (1 - 2 * (x - low) / span) if span else 0.0 for x in outliers]
-    return _shifted(plan, shifts)
+    return _shifted(given.plan, shifts)
 
 
 @torch.no_grad()
-def alphapruning(
-    model: nn.Module, adapter: Adapter, plan: Plan, tokens: Tensor, opened: Opened
-) -> dict[str, float]:
+def alphapruning(given: Unallocated) -> dict[str, float]:
     """A higher sparsity for blocks whose weights have less heavy-tailed spectra.
 
     A block's value is the mean of ``α`` over its sites, see `tail_exponent`. The values are mapped
     linearly to ``[1 − ε, 1 + ε]`` and scaled, so that their mean is the planned sparsity.
     """
-    return _by_tails(model, adapter, plan, opened, per_block=True)
+    return _by_tails(given, per_block=True)
 
 
 @torch.no_grad()
-def alphapruning_matrix(
-    model: nn.Module, adapter: Adapter, plan: Plan, tokens: Tensor, opened: Opened
-) -> dict[str, float]:
+def alphapruning_matrix(given: Unallocated) -> dict[str, float]:
     """`alphapruning` with the ``α`` of each site instead of the mean of its block."""
-    return _by_tails(model, adapter, plan, opened, per_block=False)
+    return _by_tails(given, per_block=False)
 
 
 def tail_exponent(weight: Tensor) -> float:
@@ -90,13 +82,11 @@ def tail_exponent(weight: Tensor) -> float:
     return 1 + len(upper) / spread if spread > 0 else math.inf
 
 
-def _by_tails(
-    model: nn.Module, adapter: Adapter, plan: Plan, opened: Opened, *, per_block: bool
-) -> dict[str, float]:
-    modules, alphas = dict(adapter.blocks(model)), dict[str, float]()
-    for planned in plan.blocks:
-        block, sites = modules[planned.name], _sites(planned)
-        with opened(planned.name, block):
+def _by_tails(given: Unallocated, *, per_block: bool) -> dict[str, float]:
+    alphas = dict[str, float]()
+    for planned, block in given.blocks():
+        sites = _sites(planned)
+        with given.opened(planned.name, block):
             found = [tail_exponent(s.site.oriented(s.site.weight(block).data)) for s in sites]
         if per_block and sites:
             found = [sum(found) / len(found)] * len(sites)
@@ -108,7 +98,7 @@ def _by_tails(
         name: 1 - SPREAD + 2 * SPREAD * (min(alpha, high) - low) / span if span else 1.0
         for name, alpha in alphas.items()
     }
-    return scaled(plan, ratios)
+    return scaled(given.plan, ratios)
 
 
 def scaled(plan: Plan, ratios: Mapping[str, float]) -> dict[str, float]:
@@ -131,25 +121,21 @@ def scaled(plan: Plan, ratios: Mapping[str, float]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def atp(
-    model: nn.Module, adapter: Adapter, plan: Plan, tokens: Tensor, opened: Opened
-) -> dict[str, float]:
+def atp(given: Unallocated) -> dict[str, float]:
     """Sparsities that rise from block to block by ``β``, in an arithmetic progression.
 
     ``β`` is the multiple of `STEP` for which the model, pruned by Wanda's score, has the lowest
     loss on about 2,048 calibration tokens. No sparsity is above `MOST` or below 0.
     """
-    few = tokens[: max(1, _ATP_TOKENS // tokens.shape[1])]
-    norms = {
-        planned.name: found for _, planned, found in _norms(model, adapter, plan, tokens, opened)
-    }
-    best, lowest_loss = _shifted(plan, [0.0] * len(plan.blocks)), math.inf
+    few = given.tokens[: max(1, _ATP_TOKENS // given.tokens.shape[1])]
+    norms = {planned.name: found for _, planned, found in _norms(given)}
+    best, lowest_loss = uniform(given), math.inf
     for step in range(int(1 / STEP)):
-        shares = _progression(plan, step * STEP)
+        shares = _progression(given.plan, step * STEP)
         if not all(0 < share <= MOST for share in shares.values()):
             break
-        with _pruned(dict(adapter.blocks(model)), plan, norms, shares), adapter.running(model):
-            loss = perplexity(model, few)
+        with _pruned(given, norms, shares), given.adapter.running(given.model):
+            loss = perplexity(given.model, few)
         if loss < lowest_loss:
             best, lowest_loss = shares, loss
     return best
@@ -176,17 +162,16 @@ def _sites(block: PlannedBlock) -> list[PlannedSite]:
 
 
 def _norms(
-    model: nn.Module, adapter: Adapter, plan: Plan, tokens: Tensor, opened: Opened
+    given: Unallocated,
 ) -> Iterator[tuple[nn.Module, PlannedBlock, dict[Site, Tensor]]]:
     """Each block, opened, with the norms of the inputs (in,) of its unstructured sites."""
-    modules = dict(adapter.blocks(model))
+    adapter, model = given.adapter, given.model
     with eval_mode(model), adapter.running(model):
-        batches = enter(adapter, model, tokens)
-        for index, planned in enumerate(plan.blocks):
-            block, squares = modules[planned.name], dict[Site, Tensor]()
-            add = _adding(squares)
-            with opened(planned.name, block):
-                with adapter.capture(block, [s.site for s in _sites(planned)], add):
+        batches = enter(adapter, model, given.tokens)
+        for index, (planned, block) in enumerate(given.blocks()):
+            squares = dict[Site, Tensor]()
+            with given.opened(planned.name, block):
+                with adapter.capture(block, [s.site for s in _sites(planned)], _adding(squares)):
                     for batch in batches:
                         batch.state = adapter.step(block, batch.state, batch.calls[index])
                 yield block, planned, {site: total.sqrt() for site, total in squares.items()}
@@ -210,15 +195,13 @@ def _wanda(block: nn.Module, site: Site, norms: Mapping[Site, Tensor]) -> Tensor
 
 @contextmanager
 def _pruned(
-    modules: Mapping[str, nn.Module],
-    plan: Plan,
+    given: Unallocated,
     norms: Mapping[str, Mapping[Site, Tensor]],
     shares: Mapping[str, float],
 ) -> Iterator[None]:
     """Inside the context, each row has lost its weights of the lowest scores."""
     kept = []
-    for planned in plan.blocks:
-        block = modules[planned.name]
+    for planned, block in given.blocks():
         for site in _sites(planned):
             scores = _wanda(block, site.site, norms[planned.name])
             mask = lowest_k(scores, round(shares[site.name] * scores.shape[1]))

@@ -21,8 +21,8 @@ from apt.adapter.eval_mode import eval_mode
 from apt.calibration.batches import Batch, enter
 from apt.calibration.capture import as_rows
 from apt.calibration.dense_activations import mean_squares, stream_rows
-from apt.planning.allocation import Opened, sparsity_of
-from apt.planning.plan import Plan, PlannedSite
+from apt.planning.allocation import Unallocated, sparsity_of
+from apt.planning.plan import PlannedSite
 from apt.pruning.layer import mean_square
 from apt.solver import NM, Gram, MixedNM, Pattern, SitePattern, Unstructured, joint_weights
 from apt.solver.patterns import lowest
@@ -79,19 +79,15 @@ class _Group:
 
 
 @torch.no_grad()
-def auto(
-    model: nn.Module, adapter: Adapter, plan: Plan, tokens: Tensor, opened: Opened
-) -> dict[str, float]:
+def auto(given: Unallocated) -> dict[str, float]:
     """The sparsities with the least change of the model's output, see the module."""
-    return _spent(_measured(model, adapter, plan, tokens, opened))
+    return _spent(_measured(given))
 
 
 @torch.no_grad()
-def auto_block(
-    model: nn.Module, adapter: Adapter, plan: Plan, tokens: Tensor, opened: Opened
-) -> dict[str, float]:
+def auto_block(given: Unallocated) -> dict[str, float]:
     """`auto` within each block, whose total is that of the plan."""
-    blocks = _measured(model, adapter, plan, tokens, opened)
+    blocks = _measured(given)
     return {name: share for block in blocks for name, share in _spent([block]).items()}
 
 
@@ -129,11 +125,9 @@ def _spent(blocks: Sequence[tuple[Sequence[_Group], float]]) -> dict[str, float]
     return found
 
 
-def _measured(
-    model: nn.Module, adapter: Adapter, plan: Plan, tokens: Tensor, opened: Opened
-) -> list[tuple[list[_Group], float]]:
+def _measured(given: Unallocated) -> list[tuple[list[_Group], float]]:
     """The groups of each block, and the change of the model's output relative to that of it."""
-    modules = dict(adapter.blocks(model))
+    adapter, model, tokens = given.adapter, given.model, given.tokens
     found, sums, changed = list[list[_Group]](), list[float](), list[State]()
     length = tokens.shape[1]
     few = tokens[: max(1, _PROBE_TOKENS // length)]
@@ -141,9 +135,8 @@ def _measured(
     with eval_mode(model), adapter.running(model):
         probe = enter(adapter, model, few)[0]
         others = enter(adapter, model, more if len(more) else few)
-        for index, planned in enumerate(plan.blocks):
-            block = modules[planned.name]
-            with opened(planned.name, block):
+        for index, (planned, block) in enumerate(given.blocks()):
+            with given.opened(planned.name, block):
                 sites = [s for s in planned.sites if isinstance(s.pattern, Unstructured)]
                 step = partial(adapter.step, block, call=probe.calls[index])
                 changed = [step(state) for state in changed]
