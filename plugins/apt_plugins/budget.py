@@ -29,7 +29,7 @@ from apt.solver import NM, Gram, MixedNM, Pattern, SitePattern, Unstructured, jo
 from apt.solver.patterns import lowest
 
 _GRAM_TOKENS = 4096
-_PROBE_TOKENS = 1024
+_PROBE_TOKENS = 512
 _LEVELS = 512  # of the sparsity, for which the scores of a site are known
 _DAMPING = 0.05
 _KNOTS = (0.3, 0.5, 0.7, 0.9)  # sparsities at which the loss with exact weights is computed
@@ -132,7 +132,7 @@ def _measured(given: Unallocated) -> list[tuple[list[_Group], float]]:
     adapter, model, tokens = given.adapter, given.model, given.tokens
     found, sums, changed = list[list[_Group]](), list[float](), list[State]()
     length = tokens.shape[1]
-    few = tokens[: max(1, _PROBE_TOKENS // length)]
+    few = tokens[: max(1, _PROBE_TOKENS // length), :_PROBE_TOKENS]
     more = tokens[len(few) : len(few) + max(1, _GRAM_TOKENS // length)]
     with eval_mode(model), adapter.running(model):
         probe = enter(adapter, model, few)[0]
