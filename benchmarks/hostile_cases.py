@@ -64,14 +64,23 @@ def options() -> Iterator[Case]:
             "",
             "2",
             "999:1000",
+            "auto:8",
+            "auto:0",
+            "auto:-1",
+            "auto:",
+            "auto:8@",
+            "auto:8@2",
+            "auto:8@0.5",
+            "auto:7@0.5",
+            "auto:8@auto:8@0.5",
         ],
-        "--per": ["x", "row", "layer"],
+        "--per": ["x", "row", "layer", "block", "model", ""],
         "--method": ["nonsense", "", "WANDA"],
         "--effort": ["x", "best"],
         "--device": ["x", "meta", "cuda", "cuda:99", "", "cpu:0"],
         "--dtype": ["x", "int8", "float16", ""],
         "--metric": ["x", ""],
-        "--allocation": ["x", "owl"],
+        "--allocation": ["x", "owl", "auto", "atp", ""],
         "--adapter": ["x", "mamba", "opt", "auto", ""],
         "--also": ["x", "conv1d"],
         "--only": ["nothing*", "*.q_proj", "[", ""],
@@ -93,7 +102,16 @@ def options() -> Iterator[Case]:
                     ["inspect", "m", "--samples", "0"], ["inspect", "m", "--seqlen", "-3"],
                     ["verify", "m"], ["verify", "nowhere"], ["convert", "m", "-o", "m"],
                     ["check", "nonsense"], ["eval", "m", "--adapter", "mamba"],
-                    ["prune", "m", "--sparsity", "0.5", "--pattern", "2:4"]):  # fmt: skip
+                    ["prune", "m", "--sparsity", "0.5", "--pattern", "2:4"],
+                    *(["prune", "m", *QUICK, *more.split()] for more in (
+                        "--pattern auto:8 --sparsity 0.999", "--pattern auto:8 --sparsity x",
+                        "--sparsity 0.999 --allocation auto", "--sparsity 0.001 --allocation auto",
+                        "--sparsity 0.5 --per block --allocation owl",
+                        "--sparsity 0.99 --allocation atp", "--sparsity 0.95 --allocation owl",
+                        "--sparsity 0.995 --allocation alphapruning",
+                        "--sparsity 0.6 --allocation atp --stream", "--sparsity 0.6 --plot x.gif",
+                        "--sparsity 0.6 --allocation auto --stream", "--pattern 2:4 --per model",
+                    ))):  # fmt: skip
         yield Case("options", " ".join(command), command, may=(1,))
 
 

@@ -22,7 +22,7 @@ OUTLIER = 5.0  # M of OWL: a score above M times the mean of its block is an out
 MAX_SHIFT = 0.08  # λ of OWL: the largest deviation of a block's sparsity, before centring
 SPREAD = 0.3  # ε of AlphaPruning: the relative deviation of a block's sparsity, before scaling
 STEP = 0.002  # of the grid on which ATP seeks the slope β
-MOST = 0.99  # the highest sparsity of a site
+MOST = 0.99  # the highest sparsity of a site, unless the mean is about as high
 
 _ATP_TOKENS = 2048
 _SMALLEST = 1e-5  # eigenvalue that counts, as in the code of AlphaPruning
@@ -102,18 +102,19 @@ def _by_tails(given: Unallocated, *, per_block: bool) -> dict[str, float]:
 
 
 def scaled(plan: Plan, ratios: Mapping[str, float]) -> dict[str, float]:
-    """Sparsities in these ratios, at most `MOST`, with the total of the plan."""
+    """Sparsities in these ratios, at most about `MOST`, with the total of the plan."""
     sites = unstructured(plan)
     total = sum(sparsity_of(site) * site.size for site in sites)
+    most = max(MOST, (1 + total / sum(site.size for site in sites)) / 2)
 
     def shares(scale: float) -> dict[str, float]:
-        return {site.name: min(scale * ratios[site.name], MOST) for site in sites}
+        return {site.name: min(scale * ratios[site.name], most) for site in sites}
 
     def zeros(scale: float) -> float:
         found = shares(scale)
         return sum(found[site.name] * site.size for site in sites)
 
-    low, high = 0.0, MOST / max(min(ratios.values()), 1e-6)
+    low, high = 0.0, most / max(min(ratios.values()), 1e-6)
     for _ in range(100):
         middle = (low + high) / 2
         low, high = (middle, high) if zeros(middle) < total else (low, middle)

@@ -107,10 +107,12 @@ def _spent(blocks: Sequence[tuple[Sequence[_Group], float]]) -> dict[str, float]
         if factor * group.change * group.loss > 0
     ]
     total = sum(group.size * group.sparsity for group, _ in costs)
+    mean = total / max(sum(group.size for group, _ in costs), 1)
+    least, most = min(_LEAST, mean / 2), max(_MOST, (1 + mean) / 2)
 
     def shares(threshold: float) -> list[float]:
         found = (group.below(math.exp(threshold) / cost) for group, cost in costs)
-        return [min(max(share, _LEAST), _MOST) for share in found]
+        return [min(max(share, least), most) for share in found]
 
     def zeros(threshold: float) -> float:
         pairs = zip(costs, shares(threshold), strict=True)
