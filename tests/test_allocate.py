@@ -231,3 +231,18 @@ def test_auto_lowers_the_loss_of_a_model_whose_blocks_differ(adapter_of):
         library.prune(model, TOKENS, pattern="0.6", method="ss", allocation=name)
         losses[name] = float((model(TOKENS).logits - dense).square().mean())
     assert losses["auto"] < 0.9 * losses["uniform"]
+
+
+@torch.no_grad()
+def test_auto_prunes_early_blocks_more_in_an_error_aware_run(adapter_of):
+    model = random_model("llama")
+    adapter = adapter_of(model)
+    plan = make_plan(model, adapter, Unstructured(0.5))
+    first, last = (adapter.blocks(model)[place][0] for place in (0, -1))
+    gaps = []
+    for aware in (False, True):
+        given = Unallocated(model, adapter, plan, TOKENS, error_aware=aware)
+        shares = allocation("auto")(given)
+        spread = max(shares.values()) - min(shares.values())
+        gaps.append((mean_of(shares, plan, first) - mean_of(shares, plan, last)) / spread)
+    assert gaps[1] > gaps[0]
