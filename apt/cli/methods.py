@@ -6,20 +6,26 @@ from apt.cli import arguments as args
 
 
 def methods(as_json: bool = args.JSON) -> None:
-    """List the methods of prune and of shrink, the most accurate of each first."""
+    """List the methods of prune and of shrink, the most accurate first, and the allocations."""
     from apt.cli.listing import show_rows
+    from apt.planning.allocation import UNIFORM
     from apt.plugin.registry import registry
 
     installed = registry()
     removed = {"columns": "shrink: groups", "groups": "shrink: groups", "blocks": "shrink: blocks"}
     defaults = {
         installed.default_method().name,
+        UNIFORM,
         *(installed.default_shrink_method(blocks=blocks).name for blocks in (False, True)),
     }
-    found = [("prune", spec, installed.methods) for spec in _ranked(installed.methods)] + [
+    found: list[tuple[str, Any, Any]] = [
+        ("prune", spec, installed.methods) for spec in _ranked(installed.methods)
+    ] + [
         (removed[spec.chooses], spec, installed.shrink_methods)
         for spec in sorted(_ranked(installed.shrink_methods), key=lambda s: s.chooses == "blocks")
     ]
+    shared = installed.allocations
+    found += [("prune: allocation", spec, shared) for spec in shared.specs.values()]
     rows = [
         {
             "method": spec.name,
