@@ -131,3 +131,15 @@ def test_scaling_leaves_the_problem_as_it_is(which):
         assert float(torch.linalg.det(scaled.matrix)) == pytest.approx(1)
     expected = 0.3 * torch.linalg.inv(scaled.matrix + 0.3 * torch.eye(30, dtype=torch.float64))
     torch.testing.assert_close(scaled.proximal(0.3), expected)
+
+
+def test_the_sum_of_the_tokens_is_kept():
+    inputs = torch.randn(3, 40, 12, dtype=torch.float64)
+    gram = Gram(12, dtype=torch.float64)
+    for part in inputs:
+        gram.add(part)
+    assert torch.allclose(gram.total, inputs.flatten(0, 1).sum(0))
+    assert torch.equal(Gram.from_sum(gram.matrix, gram.tokens, gram.total).total, gram.total)
+    assert torch.equal(gram.with_missing_tokens(1.0).total, gram.total)
+    few = Gram.of(inputs[0, :5])
+    assert torch.equal(few.with_missing_tokens(1.0).total, few.total)
