@@ -46,7 +46,7 @@ def draw_sparsities(report: Report, path: Path) -> None:
     """
     kinds: dict[str, dict[int, list[float]]] = {}
     for site in report.sites:
-        block = next(int(part) for part in site.name.split(".") if part.isdigit())
+        block = next((int(part) for part in site.name.split(".") if part.isdigit()), 0)
         kinds.setdefault(site.kind, {}).setdefault(block, []).append(site.sparsity)
     figure, axes = _pyplot().subplots(figsize=(8, 4))
     for kind, blocks in sorted(kinds.items()):
