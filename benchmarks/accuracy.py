@@ -28,6 +28,7 @@ from torch import Tensor, nn
 import apt
 from apt.checkpoints.model import Model
 from apt.evaluation.metrics import perplexity
+from apt.planning.allocation import Unallocated
 from apt.plugin.registry import registry
 from apt.text.datasets import documents
 
@@ -93,15 +94,15 @@ def read_method(name: str) -> tuple[str, apt.PruneOptions, str | None]:
 
 @cache
 def allocation_of(name: str, pattern: str) -> Callable[..., dict[str, float]]:
-    """An allocation that is computed once, and its result used again."""
-    known: dict[str, float] = {}
+    """An allocation that is computed once for all error-aware, and once for other runs."""
+    known: dict[bool, dict[str, float]] = {}
 
-    def allocate(*family: Any) -> dict[str, float]:
-        if not known:
+    def allocate(given: Unallocated) -> dict[str, float]:
+        if given.error_aware not in known:
             started = time.perf_counter()
-            known.update(registry().allocations.get(name).load()(*family))
+            known[given.error_aware] = registry().allocations.get(name).load()(given)
             print(f"{name} at {pattern}: {time.perf_counter() - started:.1f} s", flush=True)
-        return known
+        return known[given.error_aware]
 
     return allocate
 
