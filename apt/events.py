@@ -89,7 +89,33 @@ class Working:
     doing: Literal["running", "solving", "tuning"]
 
 
-Event = BlockStarted | Working | SitePruned | BlockTuned
+@dataclass(frozen=True)
+class TrainingStep:
+    """A step of a recovery's training.
+
+    Attributes:
+        step, steps: its number, from 1, and the planned number of steps.
+        loss: the loss of its batch.
+        rate: the learning rate.
+        seconds: the time since the training began.
+    """
+
+    step: int
+    steps: int
+    loss: float
+    rate: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class HeldBack:
+    """The mean loss of the next token on the samples held back, after ``step`` steps."""
+
+    step: int
+    loss: float
+
+
+Event = BlockStarted | Working | SitePruned | BlockTuned | TrainingStep | HeldBack
 Observer = Callable[[Event], None]
 
 

@@ -11,6 +11,7 @@ from apt.plugin.specs import (
     EvaluatorSpec,
     FormatSpec,
     MethodSpec,
+    RecoverySpec,
     ShrinkMethodSpec,
 )
 
@@ -23,6 +24,7 @@ __all__ = [
     "EvaluatorSpec",
     "FormatSpec",
     "MethodSpec",
+    "RecoverySpec",
     "ShrinkMethodSpec",
     "hookimpl",
 ]

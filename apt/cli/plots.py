@@ -59,6 +59,30 @@ def draw_sparsities(report: Report, path: Path) -> None:
     _write(figure, path)
 
 
+def draw_training(training: Mapping[str, Any], path: Path) -> None:
+    """Draw the loss of each step of a recovery, and that on the samples held back.
+
+    Args:
+        training: the record of the training, in the report's ``recovery``.
+        path: the file to write.
+    """
+    figure, axes = _pyplot().subplots(figsize=(7, 4))
+    steps, losses = zip(*training["held_back"], strict=True)
+    right = axes.twinx()
+    right.plot(
+        range(1, len(training["losses"]) + 1), training["losses"],
+        color="tab:gray", linewidth=0.6, label="training loss (right)",
+    )  # fmt: skip
+    axes.plot(steps, losses, "-o", color="tab:blue", label="loss on held-back samples")
+    axes.set_xlabel("step")
+    axes.set_ylabel("nats per token")
+    axes.set_zorder(right.get_zorder() + 1)
+    axes.patch.set_visible(False)
+    lines = [*axes.get_lines(), *right.get_lines()]
+    axes.legend(lines, [line.get_label() for line in lines])
+    _write(figure, path)
+
+
 def _pyplot() -> Any:
     import matplotlib
 

@@ -98,7 +98,7 @@ def run(prepared: Prepared, ranks: Ranks, notices: list[str], *, as_json: bool) 
         _show_complete(prepared, as_json=as_json)
         return None
     try:
-        with _sigterm_as_exception(), RunProgress(prepared.plan, notices) as progress:
+        with sigterm_as_exception(), RunProgress(prepared.plan, notices) as progress:
             report = execute(prepared, progress.observe, progress.status, ranks=ranks)
     except AptError:
         raise
@@ -110,7 +110,7 @@ def run(prepared: Prepared, ranks: Ranks, notices: list[str], *, as_json: bool) 
             typer.echo(
                 f"{program()}: interrupted; {_after_interruption(prepared.options)}", err=True
             )
-        raise typer.Exit(143 if isinstance(error, _TerminatedError) else 130) from None
+        raise typer.Exit(143 if isinstance(error, TerminatedError) else 130) from None
     show_report(report, prepared.options, prepared.registry, as_json=as_json)
     if wrong := first_not_finite(report.scores, prepared.options.metrics):
         show_error(f"the {wrong} is not a finite number: the model's outputs are not")
@@ -126,16 +126,16 @@ def _show_complete(prepared: Prepared, *, as_json: bool) -> None:
         out.print(f"{output}: already complete", markup=False)
 
 
-class _TerminatedError(KeyboardInterrupt):
+class TerminatedError(KeyboardInterrupt):
     """The process received SIGTERM. It cleans up as after Ctrl-C."""
 
 
 @contextmanager
-def _sigterm_as_exception() -> Iterator[None]:
+def sigterm_as_exception() -> Iterator[None]:
     """While entered, SIGTERM raises an exception, so that temporary files are removed."""
 
     def stop(number: int, frame: object) -> None:
-        raise _TerminatedError
+        raise TerminatedError
 
     before = signal.signal(signal.SIGTERM, stop)
     try:

@@ -130,6 +130,10 @@ MAX_SHARD_SIZE = typer.Option(
     None, "--max-shard-size", metavar="SIZE", rich_help_panel=OUTPUT_GROUP,
     help="Largest file of weights, for example 5GB; by default as in the checkpoint.",
 )  # fmt: skip
+SAVE_MASKS = typer.Option(
+    False, "--save-masks", rich_help_panel=OUTPUT_GROUP,
+    help="Write the masks beside the model, one bit for each weight, for apt-prune reapply.",
+)  # fmt: skip
 
 
 def check_plot(plot: Path | None) -> None:

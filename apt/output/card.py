@@ -51,6 +51,23 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _about(report: Report, reference: str) -> str:
+    """The summary of a pruning, if APT pruned the model, and of a recovery."""
+    pruned = [_pruned(report, reference)] if report.options else [f"# {reference}, recovered\n"]
+    return "\n".join(pruned + ([_recovered(report)] if report.recovery else []))
+
+
+def _recovered(report: Report) -> str:
+    record, losses = report.recovery, dict(report.recovery["training"]["held_back"])
+    training, options = record["training"], record["options"]
+    best = training["best"]
+    return (
+        f"Its kept weights were then trained ({options['kind']}) on {options['calibration']}: "
+        f"{best} steps of {training['tokens']:,} tokens lowered the loss on samples held back from "
+        f"{losses[0]:.4f} to {losses[best]:.4f}. All {record['zeros']:,} zeros were kept.\n"
+    )
+
+
+def _pruned(report: Report, reference: str) -> str:
     options, text = report.options, report.calibration
     small = bool(report.structure)
     done = _smaller(report) if small else _sparse(report)

@@ -45,6 +45,7 @@ class Report:
             calibration tokens. Samples with random tokens are not included in these two.
         sites: the record of each pruned site.
         skipped: the names of the sites that were left dense, on request or by an allocation.
+        recovery: the record of a training after the pruning; empty if there was none.
         structure: what a smaller model keeps and lacks; empty for a sparse one.
         earlier: the report of the run that wrote the given model; empty if there is none.
         seconds: the time of the whole run.
@@ -64,6 +65,7 @@ class Report:
     sites: list[SitePruned] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     structure: dict[str, Any] = field(default_factory=dict)
+    recovery: dict[str, Any] = field(default_factory=dict)
     earlier: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     scores: dict[str, Any] = field(default_factory=dict)
@@ -150,11 +152,11 @@ class Report:
 _ORDER = (
     "schema", "created", "versions", "options", "model", "calibration", "sparsity",
     "relative_layer_error", "scores", "seconds", "peak_memory_bytes", "ranks", "sites", "skipped",
-    "structure", "earlier", "problems", "files",
+    "structure", "recovery", "earlier", "problems", "files",
 )  # fmt: skip
 
 
-_ADDED = ("structure", "earlier")  # missing in the reports of APT 0.1.0
+_ADDED = ("structure", "recovery", "earlier")  # missing in the reports of APT 0.1.0
 
 
 def _site(entry: dict[str, Any]) -> SitePruned:

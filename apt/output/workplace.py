@@ -22,6 +22,7 @@ from apt.output.renaming import exchange, rename_new
 from apt.output.report import differences
 
 _JOURNAL = "journal.jsonl"
+_RESUMABLE = ("block", "checkpoint")  # the keys of lines about work that can be continued
 
 
 class Workplace:
@@ -71,10 +72,13 @@ class Workplace:
 
     @property
     def worth_keeping(self) -> bool:
-        """True if there are finished blocks to resume from, or a result that was not moved."""
-        return self._has_earlier_work or (
-            self.out.is_dir() and (self.journal.has("block") or self.complete)
-        )
+        """True if there is work to resume from, or a result that was not moved."""
+        return self._has_earlier_work or (self.out.is_dir() and (self.has_work or self.complete))
+
+    @property
+    def has_work(self) -> bool:
+        """True if the journal names finished blocks, or a checkpoint of a training."""
+        return any(map(self.journal.has, _RESUMABLE))
 
     @property
     def complete(self) -> bool:
@@ -89,7 +93,7 @@ class Workplace:
         """
         if (self.folder / _JOURNAL).exists():
             self.journal.read()
-        if self.journal.has("block"):
+        if self.has_work:
             raise AptError(
                 f"there is an interrupted run of {self.name}",
                 f"resume it, or delete {self.folder}",

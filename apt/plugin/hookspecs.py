@@ -22,6 +22,7 @@ from apt.plugin.specs import (
     EvaluatorSpec,
     FormatSpec,
     MethodSpec,
+    RecoverySpec,
     ShrinkMethodSpec,
 )
 
@@ -62,6 +63,11 @@ def apt_shrink_methods() -> Iterable[ShrinkMethodSpec]:  # type: ignore[empty-bo
 @hookspec
 def apt_allocations() -> Iterable[AllocationSpec]:  # type: ignore[empty-body]
     """The allocations of this plugin: ways to distribute a sparsity over the sites."""
+
+
+@hookspec
+def apt_recoveries() -> Iterable[RecoverySpec]:  # type: ignore[empty-body]
+    """The kinds of recovery of this plugin."""
 
 
 @hookspec

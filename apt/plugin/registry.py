@@ -19,6 +19,7 @@ from apt.plugin.specs import (
     EvaluatorSpec,
     FormatSpec,
     MethodSpec,
+    RecoverySpec,
     ShrinkMethodSpec,
     Spec,
 )
@@ -86,6 +87,7 @@ class Registry:
     methods: Catalog[MethodSpec]
     shrink_methods: Catalog[ShrinkMethodSpec]
     allocations: Catalog[AllocationSpec]
+    recoveries: Catalog[RecoverySpec]
     calibrations: Catalog[CalibrationSpec]
     evaluators: Catalog[EvaluatorSpec]
     plugins: Mapping[str, Plugin]
@@ -95,7 +97,7 @@ class Registry:
         """The names of the specs of ``plugin``, and ``an observer`` if it has one."""
         catalogs = (
             self.adapters, self.formats, self.methods, self.shrink_methods, self.allocations,
-            self.calibrations, self.evaluators,
+            self.recoveries, self.calibrations, self.evaluators,
         )  # fmt: skip
         names = [
             name
@@ -284,6 +286,7 @@ def load_registry(entries: Iterable[EntryPoint], disable: str = "") -> Registry:
     methods = loader.catalog("method", hook.apt_methods, MethodSpec)
     shrinking = loader.catalog("shrink method", hook.apt_shrink_methods, ShrinkMethodSpec)
     allocations = loader.catalog("allocation", hook.apt_allocations, AllocationSpec)
+    recoveries = loader.catalog("recovery", hook.apt_recoveries, RecoverySpec)
     calibrations = loader.catalog("data set", hook.apt_calibrations, CalibrationSpec)
     evaluators = loader.catalog("metric", hook.apt_evaluators, EvaluatorSpec)
     observers = {impl.plugin_name: impl for impl in hook.apt_site_pruned.get_hookimpls()}
@@ -293,6 +296,7 @@ def load_registry(entries: Iterable[EntryPoint], disable: str = "") -> Registry:
         methods,
         shrinking,
         allocations,
+        recoveries,
         calibrations,
         evaluators,
         loader.plugins,

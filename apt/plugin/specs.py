@@ -127,6 +127,25 @@ class AllocationSpec(Spec):
 
 
 @dataclass(frozen=True)
+class RecoverySpec(Spec):
+    """A kind of recovery: training that keeps the zeros of a pruned model.
+
+    Its target is an `apt.recovery.trainable.Recovery`, which chooses what is trained.
+
+    Args:
+        source: the paper.
+        rate: the default learning rate.
+        zeros: True if it serves only models with zeros. Otherwise it serves smaller models too.
+        teacher: True if it needs the dense model.
+    """
+
+    source: str = ""
+    rate: float = 1e-4
+    zeros: bool = False
+    teacher: bool = False
+
+
+@dataclass(frozen=True)
 class EvaluatorSpec(Spec):
     """A metric; its target is a function of a model and tokens that returns a number.
 

@@ -1,7 +1,7 @@
 """Checks of the options of a run against the model, the machine and the disk, before the work."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,10 @@ def prepare(
     source = find(
         options.model, registry, trust_remote_code=options.trust_remote_code, hub=options.hub
     )
-    _check_output(options, source, notice)
+    texts = (options.calibration, options.evaluation, options.tokenizer)
+    check_place(
+        options.output, source, texts, notice, overwrite=options.overwrite, resume=options.resume
+    )
     shell = skeleton(source, registry, options.adapter)
     if options.shrink is not None:
         wish, method = resolved(
@@ -143,16 +146,31 @@ def _check_memory(prepared: Prepared) -> None:
     check_tokens(samples, options.seqlen, each, prepared.device, ranks)
 
 
-def _check_output(options: RunOptions, source: Source, notice: Callable[[str], None]) -> None:
-    """Check the place of the output, and notify the user of an earlier result to be replaced."""
-    if options.resume and (resumable(options.output) or read_report(options.output)):
+def check_place(
+    output: Path,
+    source: Source,
+    texts: Sequence[str | None],
+    notice: Callable[[str], None],
+    *,
+    overwrite: bool,
+    resume: bool,
+) -> None:
+    """Check the place of the output, and notify the user of an earlier result to be replaced.
+
+    Args:
+        output: the directory to write.
+        source: the model.
+        texts: the data sources and the tokenizer; files and directories among them are protected.
+        notice: called with a line about what is replaced or left out.
+        overwrite, resume: the options of the run.
+    """
+    if resume and (resumable(output) or read_report(output)):
         return
-    given = (options.calibration, options.evaluation, options.tokenizer)
-    texts = [path for name in given if name and (path := Path(name).expanduser()).exists()]
-    inputs = [*source.files(), *texts]
+    given = [path for name in texts if name and (path := Path(name).expanduser()).exists()]
+    inputs = [*source.files(), *given]
     for link in [] if source.gguf else links_outside(Path(source.location)):
         notice(f"left out: {link} is a link to a file outside the checkpoint")
-    if lost := check_output(options.output, options.overwrite, inputs):
+    if lost := check_output(output, overwrite, inputs):
         notice(f"replaces {lost}")
 
 

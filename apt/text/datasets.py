@@ -183,6 +183,24 @@ def calibration_tokens(
     return cut[torch.randperm(len(cut), generator=generator(seed))[:samples]]
 
 
+def training_tokens(
+    tokenizer: Any,
+    texts: Iterable[str],
+    most: int,
+    seqlen: int,
+    seed: int,
+    source: str,
+    bos: int | None = None,
+) -> Tensor:
+    """At most ``most`` windows (windows, seqlen) of a text, in an order drawn by ``seed``.
+
+    The other arguments are those of `windows`.
+    """
+    tokens = tokenize(tokenizer, texts, limit=most * text_width(seqlen, bos))
+    cut = windows(tokens, None, seqlen, source, bos)[:most]
+    return cut[torch.randperm(len(cut), generator=generator(seed))]
+
+
 def evaluation_tokens(
     tokenizer: Any,
     texts: Iterable[str],

@@ -7,6 +7,7 @@ from apt.hookspecs import (
     CalibrationSpec,
     EvaluatorSpec,
     MethodSpec,
+    RecoverySpec,
     ShrinkMethodSpec,
     hookimpl,
 )
@@ -99,6 +100,22 @@ def apt_allocations() -> list[AllocationSpec]:
                        f"{own}:auto", "after arXiv 2410.14649"),
         AllocationSpec("auto-block", "the same, with equal sparsities of the blocks",
                        f"{own}:auto_block", "after arXiv 2410.14649"),
+    ]  # fmt: skip
+
+
+@hookimpl
+def apt_recoveries() -> list[RecoverySpec]:
+    """Adapters that keep zeros, the last layers, and distillation."""
+    kinds = "apt_plugins.recoveries"
+    return [
+        RecoverySpec("spp", "adapters that multiply the kept weights", f"{kinds}:spp",
+                     "arXiv 2405.16057", 4e-3, zeros=True),
+        RecoverySpec("lora", "LoRA with a masked update", f"{kinds}:lora",
+                     "arXiv 2106.09685", 1e-3),
+        RecoverySpec("layers", "the language-model head and the last blocks", f"{kinds}:layers",
+                     "arXiv 2411.15558", 1e-4),
+        RecoverySpec("distill", "the kept weights of all blocks, towards the dense model",
+                     f"{kinds}:distill", "after arXiv 1503.02531", 2e-4, teacher=True),
     ]  # fmt: skip
 
 

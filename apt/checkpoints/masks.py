@@ -1,0 +1,159 @@
+"""The masks of a pruned model, and their file: one bit for each weight.
+
+The file has a tensor of bytes for each parameter, with 8 weights in a byte, the first one in the
+highest bit; a one means pruned. The shapes of the parameters are in its metadata.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from apt.adapter import Adapter
+from apt.errors import AptError, first_line
+
+MASKS = "apt_masks.safetensors"
+"""The name of the file beside a pruned model."""
+
+_SHAPES = "shapes"
+
+Masks = dict[str, Tensor]
+"""The masks (True where pruned) by the full name of a parameter, in the shape of the parameter."""
+
+
+def masks_of(model: nn.Module, adapter: Adapter) -> Masks:
+    """The zeros of all parameters that can be pruned and have some."""
+    zeros = {name: parameter == 0 for name, parameter in prunable(model, adapter)}
+    return {name: mask for name, mask in zeros.items() if bool(mask.any())}
+
+
+def prunable(model: nn.Module, adapter: Adapter) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of all sites and extras, each once, with their full names."""
+    for name, block in adapter.blocks(model):
+        places = [site.parameter for site in adapter.sites(block)]
+        places += [extra.parameter for extra in adapter.extras(block)]
+        for place in dict.fromkeys(places):
+            yield f"{name}.{place}", block.get_parameter(place)
+
+
+def sparsity_of(masks: Masks) -> float:
+    """The share of pruned weights in the parameters that have masks; 0 without masks."""
+    size = sum(mask.numel() for mask in masks.values())
+    return sum(int(mask.sum()) for mask in masks.values()) / size if size else 0.0
+
+
+def write_masks(masks: Masks, path: Path) -> None:
+    """Write the file of masks."""
+    packed = {
+        name: torch.from_numpy(np.packbits(mask.cpu().numpy().reshape(-1)))
+        for name, mask in masks.items()
+    }
+    shapes = {name: list(mask.shape) for name, mask in masks.items()}
+    save_file(packed, path, {_SHAPES: json.dumps(shapes)})
+
+
+def read_masks(path: Path) -> Masks:
+    """Read a file of masks.
+
+    Raises:
+        AptError: the file is not one, or is damaged.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            shapes = json.loads((file.metadata() or {})[_SHAPES])
+            names = file.keys()
+            if set(names) != set(shapes):
+                raise ValueError("its shapes and tensors have different names")
+            return {name: _unpacked(file.get_tensor(name), shapes[name]) for name in names}
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise AptError(
+            f"{path} is not a file of masks: {first_line(error)}",
+            f"name a pruned model, or a file {MASKS}",
+        ) from error
+
+
+def _unpacked(packed: Tensor, shape: list[int]) -> Tensor:
+    count = prod(shape)
+    if packed.dtype != torch.uint8 or packed.shape != (-(-count // 8),) or min(shape) < 1:
+        raise ValueError("a tensor does not fit its shape")
+    bits = np.unpackbits(packed.numpy(), count=count)
+    return torch.from_numpy(bits.view(bool)).view(shape)
+
+
+@dataclass(frozen=True)
+class Removed:
+    """What masks removed from a model that was not zero there.
+
+    Attributes:
+        weights: the number of weights that were not zero.
+        share: their squares as a share of those of all weights in the parameters with masks.
+    """
+
+    weights: int
+    share: float
+
+
+def check_masks(masks: Mapping[str, Tensor], model: nn.Module, name: str) -> None:
+    """Raise if masks are those of another model.
+
+    Raises:
+        AptError: a parameter is missing, or has another shape.
+    """
+    if not masks:
+        raise AptError(f"{name} has no zeros", "name the pruned model")
+    parameters = _parameters(model)
+    for key, mask in masks.items():
+        if key not in parameters:
+            raise AptError(
+                f"{name} has masks of another model: {key} is missing in this one",
+                "name the model that was fine-tuned from the pruned one",
+            )
+        if parameters[key].shape != mask.shape:
+            raise AptError(
+                f"{name} has masks of another model: {key} is {_shape(mask)} there, and "
+                f"{_shape(parameters[key])} here",
+                "name the model that was fine-tuned from the pruned one",
+            )
+
+
+def _shape(tensor: Tensor) -> str:
+    return " × ".join(map(str, tensor.shape))
+
+
+@torch.no_grad()
+def apply_masks(masks: Mapping[str, Tensor], model: nn.Module) -> Removed:
+    """Set the masked weights to zero."""
+    parameters, weights, cut, total = _parameters(model), 0, 0.0, 0.0
+    for name, mask in masks.items():
+        parameter = parameters[name]
+        mask = mask.to(parameter.device)
+        squares = parameter.float().square()
+        total += float(squares.sum(dtype=torch.float64))
+        cut += float(squares[mask].sum(dtype=torch.float64))
+        weights += int((parameter[mask] != 0).sum())
+        parameter.masked_fill_(mask, 0)
+    return Removed(weights, cut / total if total else 0.0)
+
+
+def filled(masks: Mapping[str, Tensor], model: nn.Module) -> str | None:
+    """The name of a parameter with a masked weight that is not zero; None if there is none."""
+    parameters = _parameters(model)
+    return next(
+        (
+            n
+            for n, mask in masks.items()
+            if bool(parameters[n][mask.to(parameters[n].device)].any())
+        ),
+        None,
+    )
+
+
+def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return dict(model.named_parameters(remove_duplicate=False))  # blocks can share parameters

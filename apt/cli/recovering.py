@@ -1,0 +1,190 @@
+"""The part of ``apt-prune recover`` after its options are read."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+import typer
+from rich.progress import BarColumn, Progress, TextColumn
+
+from apt.cli.output import (
+    duration,
+    err,
+    has_live_display,
+    notice,
+    out,
+    show_detail,
+    show_error,
+    show_json,
+)
+from apt.cli.pruning import TerminatedError, sigterm_as_exception
+from apt.cli.streams import program
+from apt.distributed.launch import joined
+from apt.events import Event, HeldBack, TrainingStep
+from apt.output.report import Report
+from apt.output.workplace import resumable
+from apt.plugin.registry import Registry
+from apt.runs.recover import PreparedRecovery, RecoveryRun, prepare_recovery
+from apt.runs.recover_options import RecoverRunOptions
+
+_BARS = "▁▂▃▄▅▆▇█"
+_WIDTH = 24  # of the curve in the display
+
+
+def start(
+    options: RecoverRunOptions,
+    installed: Registry,
+    notices: list[str],
+    plot: Path | None,
+    *,
+    as_json: bool,
+) -> None:
+    """Train, and print a summary.
+
+    Args:
+        options: the options of the run.
+        installed: the registered plugins.
+        notices: lines about defaults, to be printed once the run has begun.
+        plot: the file of the plot; None for no plot.
+        as_json: print the summary as one JSON object.
+    """
+    with joined() as ranks:
+        prepared = prepare_recovery(options, installed, notices.append)
+        notices.append(f"kind: {prepared.spec.name}" + ("" if options.kind else " (default)"))
+        try:
+            with sigterm_as_exception(), RecoveryProgress(notices) as progress:
+                report = RecoveryRun(prepared, progress.observe, progress.status, ranks).execute()
+        except KeyboardInterrupt as error:
+            if ranks.first:
+                typer.echo(f"{program()}: interrupted; {_afterwards(options)}", err=True)
+            code = 143 if isinstance(error, TerminatedError) else 130
+            raise typer.Exit(code) from None
+        if not ranks.first:
+            return
+    _show(report, prepared, as_json=as_json)
+    training = report.recovery["training"]
+    if plot is not None:
+        from apt.cli.plots import draw_training
+
+        draw_training(training, plot)
+    if training["diverged"] is not None:
+        show_error(
+            f"the loss diverged after {training['diverged']} steps; {options.output} has the state "
+            f"after {training['best']}: use a lower --rate"
+        )
+        raise typer.Exit(2)
+
+
+def _afterwards(options: RecoverRunOptions) -> str:
+    if resumable(options.output):
+        return "to continue, give the same command with --resume"
+    return "nothing was written"
+
+
+def _show(report: Report, prepared: PreparedRecovery, *, as_json: bool) -> None:
+    """Print the summary of a recovery."""
+    record, options = report.recovery, prepared.options
+    training = record["training"]
+    if as_json:
+        show_json({"output": str(options.output), **record})
+        return
+    scores = record["scores"]
+    for metric in options.metrics if scores else ():
+        before, after = scores["before"][metric], scores["after"][metric]
+        out.print(f"{metric} on {options.evaluation}: {before:.4g} → {after:.4g}", markup=False)
+    losses = dict(training["held_back"])
+    stopped = f" ({training['stopped']})" if training["stopped"] else ""
+    best, steps = training["best"], training["steps"]
+    out.print(
+        f"loss on the samples held back: {losses[0]:.4f} → {losses[best]:.4f} after {best} of "
+        f"{steps} steps of {training['tokens']:,} tokens{stopped}",
+        markup=False,
+    )
+    zeros = f"{record['zeros']:,} zeros kept" if record["zeros"] else "no zeros to keep"
+    out.print(
+        f"{options.output}: {zeros}, verified on disk; kind {prepared.spec.name}; "
+        f"{duration(record['seconds'])}",
+        markup=False,
+    )
+
+
+class RecoveryProgress:
+    """Step, losses, their curve and the time left, on standard error.
+
+    A changing display on a terminal; elsewhere a line for each measurement of the loss.
+
+    Args:
+        notices: lines to print after the text has been read: reading it may fail.
+    """
+
+    def __init__(self, notices: list[str]) -> None:
+        self._notices, self._curve, self._statuses = notices, list[float](), 0
+        self._last: TrainingStep | None = None
+        self._progress = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TextColumn("{task.fields[left]}"),
+            console=err,
+            transient=True,
+            disable=not has_live_display(),
+        )
+        self._task = self._progress.add_task("", total=None, left="")
+
+    def __enter__(self) -> "RecoveryProgress":
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def status(self, text: str) -> None:
+        """Show a step outside the training."""
+        self._statuses += 1
+        if self._statuses > 1:
+            self._print_notices()
+        show_detail(text)
+        self._progress.update(self._task, description=text, left="")
+
+    def observe(self, event: Event) -> None:
+        """Show an event of the training."""
+        if isinstance(event, TrainingStep):
+            self._last = event
+            self._progress.update(
+                self._task, total=event.steps, completed=event.step,
+                description=f"step {event.step}/{event.steps}  loss {event.loss:.3f}  "
+                f"{curve(self._curve)}",
+                left=self._left(),
+            )  # fmt: skip
+        elif isinstance(event, HeldBack):
+            self._curve.append(event.loss)
+            parts = [f"step {event.step}", f"loss on held-back samples {event.loss:.4f}"]
+            if self._last is not None:
+                parts.append(self._left())
+            notice("  ".join(part for part in parts if part))
+
+    def _print_notices(self) -> None:
+        for line in self._notices:
+            notice(line)
+        self._notices.clear()
+
+    def _left(self) -> str:
+        last = self._last
+        if last is None or last.step >= last.steps:
+            return ""
+        return f"{duration(last.seconds * (last.steps / last.step - 1))} left"
+
+
+def curve(losses: Sequence[float]) -> str:
+    """A line of bars for the last losses, the highest loss as a full bar."""
+    shown = [loss for loss in losses if math.isfinite(loss)][-_WIDTH:]
+    if not shown:
+        return ""
+    low, high = min(shown), max(shown)
+    span = (high - low) or 1.0
+    return "".join(_BARS[round((loss - low) / span * (len(_BARS) - 1))] for loss in shown)

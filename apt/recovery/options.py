@@ -1,0 +1,93 @@
+"""The options of a recovery."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from apt.errors import AptError
+
+
+@dataclass(frozen=True)
+class RecoverOptions:
+    """The options that the result of a recovery depends on, beside the text.
+
+    Exactly one of ``steps``, ``tokens`` and ``minutes`` decides how long it trains; 1,000 steps if
+    none is given.
+
+    Args:
+        steps: the number of optimizer steps.
+        tokens: the number of training tokens; ``"auto"`` trains until the law of ``apt-prune law``
+            predicts that more tokens hardly lower the loss.
+        minutes: the time for the training, including the outputs of the dense model.
+        rate: the highest learning rate; by default that of the kind. It rises over the first 3 % of
+            the steps, and falls along a cosine.
+        batch: the number of samples of a step, over all processes.
+        samples_at_once: the number of samples that a process runs at once. A step of more samples
+            adds their gradients.
+        held_back: the share of the samples that is held back to measure the loss.
+        checks: the number of times that the loss is measured and the state is saved.
+        patience: the number of measurements without a lower loss after which training stops.
+        optimizer: the name of an optimizer of transformers' ``TrainingArguments``, such as
+            ``"adamw_torch"``, ``"adafactor"`` or ``"adamw_bnb_8bit"``.
+        checkpointing: True to compute activations again in the backward pass, which saves memory.
+        rank: the rank of adapters (kinds spp and lora); by default that of the kind.
+        blocks: the number of last blocks that the kind layers trains.
+        hidden: the weight of the error of the last hidden states, beside that of the logits (kind
+            distill).
+        top: the number of logits of the dense model that are kept for each token (kind distill).
+    """
+
+    steps: int | None = None
+    tokens: int | str | None = None
+    minutes: float | None = None
+    rate: float | None = None
+    batch: int = 8
+    samples_at_once: int = 8
+    held_back: float = 0.05
+    checks: int = 10
+    patience: int = 3
+    optimizer: str = "adamw_torch"
+    checkpointing: bool = False
+    rank: int | None = None
+    blocks: int = 3
+    hidden: float = 1.0
+    top: int = 64
+
+    def check(self) -> None:
+        """Raise if an option is out of range.
+
+        Raises:
+            AptError: an option is out of range, or more than one says how long to train.
+        """
+        given = [n for n in ("steps", "tokens", "minutes") if getattr(self, n) is not None]
+        if len(given) > 1:
+            raise AptError(f"{' and '.join(given)} exclude each other", "choose one", given)
+        if isinstance(self.tokens, str) and self.tokens != "auto":
+            raise AptError(f"tokens is '{self.tokens}'", "write a number, or auto", ("tokens",))
+        for name in (
+            "steps",
+            "tokens",
+            "batch",
+            "samples_at_once",
+            "checks",
+            "patience",
+            "rank",
+            "blocks",
+            "top",
+        ):
+            value = getattr(self, name)
+            if isinstance(value, int) and value < 1:
+                raise AptError(f"{name} is {value}; it must be at least 1", "", (name,))
+        for name in ("minutes", "rate"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise AptError(f"{name} is {value}; it must be above 0", "", (name,))
+        if not 0 < self.held_back < 1:
+            raise AptError(
+                f"held_back is {self.held_back}; it must be between 0 and 1", "", ("held_back",)
+            )
+        if not 0 <= self.hidden < float("inf"):
+            raise AptError(f"hidden is {self.hidden}; it must not be negative", "", ("hidden",))
+
+    def record(self) -> dict[str, Any]:
+        """The options as values for JSON."""
+        return asdict(self)

@@ -1,0 +1,214 @@
+"""The recovery of a pruned model: its kept weights are trained, and its zeros stay."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apt.adapter import Adapter
+from apt.adapter.eval_mode import eval_mode
+from apt.checkpoints.masks import Masks, filled, masks_of
+from apt.distributed.ranks import Ranks
+from apt.errors import AptError
+from apt.events import Observer
+from apt.plugin.specs import RecoverySpec
+from apt.recovery.options import RecoverOptions
+from apt.recovery.teacher import Teacher, write_teacher
+from apt.recovery.trainable import Trainable, Unrecovered, next_token_loss
+from apt.recovery.training import StopRule, Training, train
+
+_STEPS = 1000
+_MOST_HELD_BACK = 64
+
+
+def _compute(key: str, compute: Callable[[], Any]) -> Any:
+    """The result of ``compute``: a run in memory remembers nothing."""
+    return compute()
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a recovery needs beside the model and the text.
+
+    Attributes:
+        adapter: the adapter of the model's family.
+        spec: the kind of recovery.
+        options: the options.
+        folder: a folder for checkpoints and for the outputs of the dense model.
+        dense: opens the dense model, with the tokens of the same tokenizer; None if there is none.
+        seed: the seed for the order of the samples.
+        device: the device.
+        resume: True to continue from the last checkpoint in ``folder``.
+        ranks: the processes that train together.
+        rules: rules that end the training early.
+        remember: returns the result of a function, or the one that an interrupted run has
+            remembered by the same key.
+        observe: called with the events of the training.
+        status: called with a text for each step outside the training.
+    """
+
+    adapter: Adapter
+    spec: RecoverySpec
+    options: RecoverOptions
+    folder: Path
+    dense: Callable[[], nn.Module] | None = None
+    seed: int = 0
+    device: str = "cpu"
+    resume: bool = False
+    ranks: Ranks = field(default_factory=Ranks)
+    rules: tuple[StopRule, ...] = ()
+    remember: Callable[[str, Callable[[], Any]], Any] = _compute
+    observe: Observer = lambda event: None
+    status: Callable[[str], None] = lambda text: None
+
+
+class NotRecoveredError(AptError):
+    """The training did not lower the loss on the samples held back."""
+
+
+def recover_model(model: nn.Module, tokens: Tensor, job: Job) -> tuple[Training, Masks]:
+    """Train a pruned model, in place.
+
+    Args:
+        model: the pruned model, a causal language model of transformers. Its parameters have the
+            same dtypes afterwards; the training is in fp32, or mixed with bf16 where the machine
+            multiplies that fast.
+        tokens: samples of text (samples, seqlen), without padding.
+        job: what else is needed.
+
+    Returns:
+        The record of the training, and the zeros that were kept.
+
+    Raises:
+        NotRecoveredError: no step lowered the loss on the samples held back.
+        AptError: the kind of recovery does not serve this model, or filled zeros.
+    """
+    masks = masks_of(model, job.adapter)
+    text, held_back = _split(tokens, job.options)
+    parameters = dict(model.named_parameters())
+    before = {name: (p.dtype, p.requires_grad) for name, p in parameters.items()}
+    model.float()
+    try:
+        job.status("preparing")
+        steps, text = _amount(model, text, len(held_back), job)
+        trainable = _trainable(model, masks, text, job)
+        training = train(
+            trainable, masks, text, held_back, job.options, steps, _rate(job), job.folder / "steps",
+            seed=job.seed, device=job.device, resume=job.resume, rules=job.rules,
+            observe=job.observe,
+        )  # fmt: skip
+        _check_lower(training)
+        trainable.merge()
+    finally:
+        for name, parameter in model.named_parameters():
+            dtype, gradient = before.get(name, (parameter.dtype, True))
+            parameter.data = parameter.data.to(dtype)
+            parameter.requires_grad_(gradient)
+    if (wrong := filled(masks, model)) is not None:
+        raise AptError(
+            f"recovery {job.spec.name} filled zeros of {wrong}", "use another kind of recovery"
+        )
+    return training, masks
+
+
+def _rate(job: Job) -> float:
+    return job.spec.rate if job.options.rate is None else job.options.rate
+
+
+def _split(tokens: Tensor, options: RecoverOptions) -> tuple[Tensor, Tensor]:
+    """The samples to train on, and the last ones, which are held back."""
+    if len(tokens) < 2:
+        raise AptError(
+            f"the text has {len(tokens)} samples, and a recovery needs at least 2",
+            "give more text, or a smaller seqlen",
+            ("calibration", "samples", "seqlen"),
+        )
+    count = min(max(1, round(options.held_back * len(tokens))), _MOST_HELD_BACK, len(tokens) - 1)
+    return tokens[:-count], tokens[-count:]
+
+
+def _amount(model: nn.Module, text: Tensor, held_back: int, job: Job) -> tuple[int, Tensor]:
+    """The number of steps, and the samples that they use."""
+    options = job.options
+    if options.minutes is not None:
+        steps = job.remember("steps", lambda: _steps_in(model, text, held_back, job))
+        steps = job.ranks.share(steps)
+    elif isinstance(options.tokens, int):
+        steps = math.ceil(options.tokens / (options.batch * text.shape[1]))
+    elif options.tokens == "auto":
+        steps = max(1, len(text) // options.batch)
+    else:
+        steps = options.steps or _STEPS
+    return steps, text[: steps * options.batch]
+
+
+def _steps_in(model: nn.Module, text: Tensor, held_back: int, job: Job) -> int:
+    """The number of steps in the given minutes, from the time of one step."""
+    options, given = job.options, text[: job.options.samples_at_once].to(job.device)
+    trainable = Trainable(model.to(job.device))
+    for _ in range(2):  # the first one is slower
+        started = time.perf_counter()
+        trainable.loss(model, {"input_ids": given}).backward()
+        step = (time.perf_counter() - started) * options.batch / len(given) / job.ranks.size
+    model.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        started = time.perf_counter()
+        next_token_loss(model, {"input_ids": given})
+        forward = (time.perf_counter() - started) / len(given)
+    checks = (options.checks + 1) * held_back * forward
+    dense = forward * options.batch if job.spec.teacher else 0.0
+    assert options.minutes is not None
+    return max(1, int((60 * options.minutes - checks) / (step + dense)))
+
+
+def _trainable(model: nn.Module, masks: Masks, text: Tensor, job: Job) -> Trainable:
+    """What the kind of recovery trains."""
+    teacher = None
+    if job.spec.teacher:
+        teacher = _teacher(text, job)
+    with torch.random.fork_rng():
+        torch.manual_seed(job.seed)
+        made: Trainable = job.spec.load()(
+            Unrecovered(model, job.adapter, masks, job.options, teacher)
+        )
+    return made
+
+
+def _teacher(text: Tensor, job: Job) -> Teacher:
+    """The outputs of the dense model, computed by the first rank."""
+    folder = job.folder / "dense"
+    if job.ranks.first and not folder.is_dir():
+        if job.dense is None:
+            raise AptError(f"recovery {job.spec.name} needs the dense model", "name it", ("dense",))
+        dense = job.dense().to(job.device)
+
+        def step(done: int, total: int) -> None:
+            job.status(f"running the dense model: sample {done} of {total}")
+
+        with eval_mode(dense), job.adapter.running(dense):
+            write_teacher(dense, text, job.options.top, folder, step)
+    job.ranks.wait()
+    return Teacher(folder)
+
+
+def _check_lower(training: Training) -> None:
+    """Raise if the weights are those before the training."""
+    if training.best:
+        return
+    before = training.held_back.get(0, math.nan)
+    lowest = min((loss for step, loss in training.held_back.items() if step), default=math.nan)
+    what = (
+        f"the loss diverged after {training.diverged} steps"
+        if training.diverged is not None
+        else "the training did not lower the loss"
+    )
+    raise NotRecoveredError(
+        f"{what}: {lowest:.4f} on the samples held back, {before:.4f} before",
+        "use a lower rate, or more text",
+        ("rate", "calibration"),
+    )

@@ -1,0 +1,116 @@
+"""The outputs of the dense model on the training text, computed once and kept on disk.
+
+For each token there are the largest logits, as log-probabilities, with their tokens, and the last
+hidden state. The log-probabilities are those of the full vocabulary: the probability of all other
+tokens together is what they leave.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+_FILES = ("tokens.npy", "log_probabilities.npy", "hidden.npy")
+
+
+class Teacher:
+    """The outputs of the dense model on samples.
+
+    Args:
+        folder: the folder of the files that `written` has written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._arrays = [np.load(folder / name, mmap_mode="r") for name in _FILES]
+
+    def top(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens of the largest logits and their log-probabilities (samples, seqlen, top)."""
+        tokens, logs = (torch.from_numpy(array[rows.numpy()]) for array in self._arrays[:2])
+        return tokens.long(), logs.float()
+
+    def hidden(self, rows: Tensor) -> Tensor:
+        """The last hidden states (samples, seqlen, hidden)."""
+        return torch.from_numpy(self._arrays[2][rows.numpy()]).float()
+
+
+@torch.no_grad()
+def write_teacher(
+    model: nn.Module,
+    tokens: Tensor,
+    top: int,
+    folder: Path,
+    step: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Run the dense model on ``tokens`` (samples, seqlen), and write its outputs.
+
+    Args:
+        model: the dense model, a causal language model of transformers.
+        tokens: the training samples.
+        top: the number of logits of each token.
+        folder: the folder to write; it exists only when it is whole.
+        step: called with the number of samples that are done, and of all.
+    """
+    partial = folder.with_name(f"{folder.name}.partial")
+    partial.mkdir(exist_ok=True)
+    arrays: list[np.ndarray] | None = None
+    device = next(model.parameters()).device
+    for index, sample in enumerate(tokens):
+        output = model(input_ids=sample[None].to(device), output_hidden_states=True)  # type: ignore[operator]
+        found = _outputs(output, top)
+        if arrays is None:
+            arrays = [
+                np.lib.format.open_memmap(
+                    partial / name, "w+", value.dtype, (len(tokens), *value.shape)
+                )
+                for name, value in zip(_FILES, found, strict=True)
+            ]
+        for array, value in zip(arrays, found, strict=True):
+            array[index] = value
+        step(index + 1, len(tokens))
+    for array in arrays or ():
+        array.flush()
+    partial.rename(folder)
+
+
+def _outputs(output: object, top: int) -> list[np.ndarray]:
+    """The arrays of a sample."""
+    logs = output.logits[0].float().log_softmax(-1)  # type: ignore[attr-defined]
+    values, tokens = logs.topk(min(top, logs.shape[-1]))
+    hidden = output.hidden_states[-1][0]  # type: ignore[attr-defined]
+    largest = torch.finfo(torch.float16).max
+    return [
+        tokens.to(torch.int32).cpu().numpy(),
+        values.cpu().numpy().astype(np.float16),
+        hidden.float().clamp(-largest, largest).cpu().numpy().astype(np.float16),
+    ]
+
+
+def divergence(logits: Tensor, tokens: Tensor, logs: Tensor) -> Tensor:
+    """The mean Kullback-Leibler divergence from the dense model's distribution.
+
+    The tokens that are not among the largest are one event.
+
+    Args:
+        logits: those of the pruned model (samples, seqlen, vocabulary).
+        tokens, logs: the largest logits of the dense model, see `Teacher.top`.
+    """
+    own = logits.float()
+    own = own.gather(-1, tokens) - own.logsumexp(-1, keepdim=True)
+    shared = logs.exp() * (logs - own)
+    return (shared.sum(-1) + _rest(logs, own)).mean()
+
+
+def _rest(logs: Tensor, own: Tensor) -> Tensor:
+    """The part of the divergence of all other tokens together."""
+    tiny = 1e-6
+    there, here = (1 - value.exp().sum(-1) for value in (logs, own))
+    there, here = there.clamp_min(tiny), here.clamp_min(tiny)
+    return there * (there.log() - here.log())
+
+
+def relative_error(states: Tensor, dense: Tensor) -> Tensor:
+    """The mean over tokens of ``‖h − h_dense‖² / ‖h_dense‖²``, of states (samples, seqlen, d)."""
+    squares = (states.float() - dense).square().sum(-1)
+    return (squares / dense.square().sum(-1).clamp_min(1e-12)).mean()

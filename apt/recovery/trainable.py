@@ -1,0 +1,90 @@
+"""What a kind of recovery trains: the interface of recovery plugins."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from apt.adapter import Adapter
+from apt.recovery.options import RecoverOptions
+from apt.recovery.teacher import Teacher
+
+Loss = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
+"""The loss of a model on a batch, a scalar. The batch has ``input_ids`` (samples, seqlen), and
+``row`` (samples,), the indices of the samples in the training text."""
+
+
+def next_token_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """The mean loss of the next token."""
+    tokens = batch["input_ids"]
+    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
+    return cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+
+@dataclass(frozen=True)
+class Unrecovered:
+    """The single argument of a kind of recovery.
+
+    Attributes:
+        model: the pruned model, as a causal language model of transformers. Its parameters are
+            fp32 and need no gradients yet.
+        adapter: the adapter of its family.
+        masks: the zeros that must stay (True where pruned), by the full names of parameters.
+        options: the options of the run.
+        teacher: the outputs of the dense model; None if the kind needs none.
+    """
+
+    model: nn.Module
+    adapter: Adapter
+    masks: Mapping[str, Tensor]
+    options: RecoverOptions
+    teacher: Teacher | None = None
+
+    def linears(self) -> list[str]:
+        """The full names of the `torch.nn.Linear` modules whose weights can be pruned."""
+        found = []
+        for name, block in self.adapter.blocks(self.model):
+            for site in self.adapter.sites(block):
+                path, _, leaf = site.parameter.rpartition(".")
+                if leaf == "weight" and isinstance(block.get_submodule(path), nn.Linear):
+                    found.append(f"{name}.{path}")
+        return list(dict.fromkeys(found))
+
+
+def _nothing() -> None:
+    """Do nothing: the trained weights are those of the model."""
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """What is trained.
+
+    Attributes:
+        module: the model to train; parameters that need gradients are trained. It can be a model of
+            peft.
+        loss: the loss; by default `next_token_loss`.
+        merge: called after the training. Then the trained weights are in the given model.
+        masked: True if the parameters that are trained have zeros, which are then kept by masking
+            the gradients.
+    """
+
+    module: nn.Module
+    loss: Loss = next_token_loss
+    merge: Callable[[], Any] = field(default=_nothing)
+    masked: bool = False
+
+
+class Recovery(Protocol):
+    """The target of a `apt.plugin.specs.RecoverySpec`."""
+
+    def __call__(self, given: Unrecovered) -> Trainable:
+        """Choose what is trained, and prepare the model for it."""
+
+
+def train_only(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    """Require gradients of ``parameters``, and of no other parameter of the model."""
+    model.requires_grad_(False)
+    for parameter in parameters:
+        parameter.requires_grad_(True)

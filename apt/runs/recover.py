@@ -1,0 +1,365 @@
+"""A whole run of ``apt-prune recover``, from a pruned directory to a recovered one."""
+
+import gc
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apt.adapter.eval_mode import eval_mode
+from apt.checkpoints.load import fingerprint, load, load_tokenizer, skeleton
+from apt.checkpoints.masks import MASKS, Masks, filled, masks_of, sparsity_of, write_masks
+from apt.checkpoints.model import Model
+from apt.checkpoints.save import keep_side_files, save_model
+from apt.checkpoints.stored import local_directory
+from apt.distributed.ranks import Ranks
+from apt.errors import AptError
+from apt.events import HeldBack, Observer
+from apt.locations.model_source import find
+from apt.output.card import write_card
+from apt.output.location import check_space
+from apt.output.report import Report, portable, read_report, versions
+from apt.output.workplace import Workplace, write_errors
+from apt.plugin.registry import Registry
+from apt.plugin.specs import RecoverySpec
+from apt.recovery.law import EnoughTokens
+from apt.recovery.recover import Job, recover_model
+from apt.recovery.training import Training
+from apt.runs.limits import check_seed, check_shard_size, check_windows
+from apt.runs.machine import choose_device
+from apt.runs.prepare import capped, check_place
+from apt.runs.recover_options import RecoverRunOptions
+from apt.runs.text import check_vocabulary
+from apt.text.datasets import digest, documents, evaluation_tokens, training_tokens
+from apt.text.special_tokens import bos_of
+
+_MOST_SAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class PreparedRecovery:
+    """A recovery that has passed all checks that need neither weights nor text."""
+
+    options: RecoverRunOptions
+    registry: Registry
+    shell: Model
+    spec: RecoverySpec
+    device: str
+    earlier: dict[str, Any]
+
+    @property
+    def dense(self) -> str | None:
+        """The reference of the dense model; None if it is not known."""
+        return self.options.dense or self.earlier.get("model", {}).get("reference")
+
+
+def prepare_recovery(
+    options: RecoverRunOptions,
+    registry: Registry,
+    notice: Callable[[str], None] = lambda line: None,
+) -> PreparedRecovery:
+    """Check everything that can be checked before the work begins.
+
+    Raises:
+        AptError: an option does not fit the model, the machine or the disk.
+    """
+    options.recover.check()
+    check_windows(options.samples, options.seqlen)
+    check_seed(options.seed)
+    check_shard_size(options.max_shard_size)
+    source = find(
+        options.model, registry, trust_remote_code=options.trust_remote_code, hub=options.hub
+    )
+    texts = (options.calibration, options.evaluation, options.tokenizer, options.dense)
+    check_place(
+        options.output, source, texts, notice, overwrite=options.overwrite, resume=options.resume
+    )
+    shell = skeleton(source, registry, options.adapter)
+    report = {} if source.on_hub or source.gguf else read_report(Path(source.location)) or {}
+    kind = options.kind or ("layers" if report.get("structure") else "distill")
+    spec = registry.recoveries.get(kind)
+    if spec.zeros and report.get("structure"):
+        raise AptError(
+            f"recovery {spec.name} serves models with zeros, and {options.model} is a smaller one",
+            "use the kind layers, distill or lora",
+            ("kind",),
+        )
+    seqlen = capped(options.seqlen, shell, notice)
+    options = replace(options, kind=spec.name, adapter=shell.spec.name, seqlen=seqlen)
+    prepared = PreparedRecovery(
+        options, registry, shell, spec, choose_device(options.device), report
+    )
+    if spec.teacher:
+        _dense_shell(prepared)
+    return prepared
+
+
+def _dense_shell(prepared: PreparedRecovery) -> Model:
+    """The dense model on the meta device.
+
+    Raises:
+        AptError: it is not known or cannot be opened, or has another vocabulary.
+    """
+    options, given = prepared.options, prepared.dense
+    if given is None:
+        raise AptError(
+            f"recovery {prepared.spec.name} needs the dense model, and no report names it",
+            "name it",
+            ("dense",),
+        )
+    try:
+        source = find(
+            given, prepared.registry, trust_remote_code=options.trust_remote_code,
+            hub=options.hub.without_revision(),
+        )  # fmt: skip
+        shell = skeleton(source, prepared.registry)
+    except AptError as error:
+        if options.dense is None:
+            error.add_hint("the report names this dense model: give its place", "dense")
+        raise
+    sizes = [m.module.get_input_embeddings().weight.shape[0] for m in (shell, prepared.shell)]  # type: ignore[operator]
+    if sizes[0] != sizes[1]:
+        raise AptError(
+            f"the dense model {given} has {sizes[0]} tokens, and {options.model} has {sizes[1]}",
+            "name the model from which it was pruned",
+            ("dense",),
+        )
+    return shell
+
+
+class RecoveryRun:
+    """One run of a recovery.
+
+    Args:
+        prepared: the checked run.
+        observe: called with the events of the training.
+        status: called with a text for each step outside the training.
+        ranks: the processes that train together. Only the first one measures and writes.
+    """
+
+    def __init__(
+        self,
+        prepared: PreparedRecovery,
+        observe: Observer = lambda event: None,
+        status: Callable[[str], None] = lambda text: None,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self._prepared, self._options = prepared, prepared.options
+        self._observe, self._status, self._ranks = observe, status, ranks or Ranks()
+        self._work = Workplace(self._options.output, self._options.overwrite)
+        self._started = time.perf_counter()
+        self._model: Any = None
+
+    def execute(self) -> Report:
+        """Train, write and verify.
+
+        Raises:
+            AptError: an error of the checkpoint, the text, the training or the disk. Nothing is
+                written then; a training with a checkpoint can be resumed.
+        """
+        options = self._options
+        self._check_space()
+        with self._opened():
+            self._status("reading text")
+            tokenizer, tokens, held_out = self._read_text()
+            self._status("loading the model")
+            shell = self._prepared.shell
+            loaded = load(shell, None, self._prepared.device)
+            self._model = loaded.module
+            self._check_masks()
+            self._begin(tokens)
+            before = self._measure(held_out, "before")
+            training, masks = recover_model(self._model, tokens, self._job())
+            if not self._ranks.first:
+                return self._report(training, masks, tokens, {})
+            self._write(tokenizer, masks)
+            after = self._measure(held_out, "after")
+            scores = {}
+            if held_out is not None:
+                source = portable(str(options.evaluation))
+                scores = {"source": source, "shape": list(held_out.shape)}
+                scores |= {"before": before, "after": after}
+            report = self._report(training, masks, tokens, scores)
+            with write_errors(options.output):
+                origin = None if shell.source.gguf else local_directory(shell)
+                write_card(self._work.out, report, origin)
+                report = report.write(self._work.out)
+            self._work.publish()
+            return report
+
+    @contextmanager
+    def _opened(self) -> Iterator[None]:
+        """While entered, the workplace is locked."""
+        try:
+            with self._work.locked() if self._ranks.first else nullcontext():
+                yield
+        except AptError as error:
+            if self._work.worth_keeping and "resume" not in error.options:
+                error.add_hint("the training can be resumed", "resume")
+            raise
+
+    def _check_space(self) -> None:
+        weights = sum(p.numel() * 4 for p in self._prepared.shell.module.parameters())
+        if self._ranks.first and not self._options.resume:
+            check_space(self._options.output, 3 * weights)
+
+    def _read_text(self) -> tuple[Any, Tensor, Tensor | None]:
+        """The tokenizer, the training tokens, and the tokens to measure on."""
+        options, registry = self._options, self._prepared.registry
+        tokenizer = load_tokenizer(self._prepared.shell.source, options.tokenizer)
+        bos = bos_of(tokenizer) if options.bos else None
+        texts = documents(options.calibration, "calibration", registry, options.hub.token)
+        most = options.samples or self._useful_samples()
+        tokens = training_tokens(
+            tokenizer, texts, most, options.seqlen, options.seed, options.calibration, bos
+        )
+        held_out = None
+        if options.evaluation is not None and self._ranks.first:
+            texts = documents(options.evaluation, "evaluation", registry, options.hub.token)
+            held_out = evaluation_tokens(
+                tokenizer, texts, None, options.seqlen, options.evaluation, bos
+            )
+        for found in (tokens, held_out):
+            if found is not None:
+                check_vocabulary(found, self._prepared.shell.module, options.model)
+        return tokenizer, tokens, held_out
+
+    def _useful_samples(self) -> int:
+        """The number of samples that the steps use, with those that are held back."""
+        recover, seqlen = self._options.recover, self._options.seqlen
+        if recover.minutes is not None or recover.tokens == "auto":
+            return _MOST_SAMPLES
+        used = math.ceil(recover.tokens / seqlen) if isinstance(recover.tokens, int) else (
+            (recover.steps or 1000) * recover.batch
+        )  # fmt: skip
+        return min(_MOST_SAMPLES, math.ceil(used / (1 - recover.held_back)) + 1)
+
+    def _check_masks(self) -> None:
+        """Raise for a dense model, for a kind of recovery that needs zeros or a smaller model."""
+        masks = masks_of(self._model, self._prepared.shell.adapter)
+        if sparsity_of(masks) > 0.01 or self._prepared.earlier.get("structure"):
+            return
+        if self._prepared.spec.name == "layers":  # a model from which another tool dropped blocks
+            return
+        raise AptError(
+            f"{self._options.model} has no zeros, and no report that says how it became smaller",
+            "recover a model that was pruned; for dropped blocks use the kind layers",
+            ("kind",),
+        )
+
+    def _begin(self, tokens: Tensor) -> None:
+        """Continue from the journal, or start a new output."""
+        if not self._ranks.first:
+            return
+        work, resume = self._work, self._options.resume
+        found = {
+            "options": self._options.record(),
+            "model": fingerprint(self._model),
+            "text": digest(tokens),
+            "versions": versions(),
+            "threads": torch.get_num_threads(),
+            "ranks": self._ranks.size,
+        }
+        found = json.loads(json.dumps(found))
+        if resume:
+            work.journal.read()
+        if resume and work.has_work:
+            work.check_fingerprint(found)
+            return
+        work.begin()
+        for name in ("steps", "dense", "dense.partial"):
+            shutil.rmtree(work.folder / name, ignore_errors=True)
+        work.journal.add({"fingerprint": found})
+
+    def _job(self) -> Job:
+        prepared, options = self._prepared, self._options
+
+        def observe(event: Any) -> None:
+            if isinstance(event, HeldBack) and event.step and self._ranks.first:
+                self._work.journal.add({"checkpoint": event.step})
+            self._observe(event)
+
+        rules = (EnoughTokens(),) if options.recover.tokens == "auto" else ()
+        return Job(
+            prepared.shell.adapter, prepared.spec, options.recover, self._work.folder,
+            self._dense if prepared.spec.teacher else None, options.seed, prepared.device,
+            options.resume, self._ranks, rules, self._remember, observe, self._status,
+        )  # fmt: skip
+
+    def _dense(self) -> nn.Module:
+        return load(_dense_shell(self._prepared), None, self._prepared.device).module
+
+    def _remember(self, key: str, compute: Callable[[], Any]) -> Any:
+        """The result of a function, or the one in the journal."""
+        if not self._ranks.first:
+            return None
+        for line in self._work.journal.lines:
+            if key in line:
+                return line[key]
+        found = compute()
+        self._work.journal.add({key: found})
+        return found
+
+    def _measure(self, held_out: Tensor | None, when: str) -> dict[str, float]:
+        found = {}
+        if held_out is not None:
+            with eval_mode(self._model), self._prepared.shell.adapter.running(self._model):
+                for name in self._options.metrics:
+                    self._status(f"measuring {name} {when}")
+                    metric = self._prepared.registry.evaluators.get(name).load()
+                    found[name] = float(metric(self._model, held_out))
+        return found
+
+    def _write(self, tokenizer: Any, masks: Masks) -> None:
+        """Save the model, load the saved one, and check its zeros."""
+        options, shell, out = self._options, self._prepared.shell, self._work.out
+        self._status("saving and verifying")
+        with write_errors(options.output):
+            save_model(self._model, tokenizer, out, shell.checkpoint, options.max_shard_size)
+            if not shell.source.gguf:
+                keep_side_files(local_directory(shell), out)
+            if options.save_masks and masks:
+                write_masks(masks, out / MASKS)
+        self._model = None
+        gc.collect()
+        source = replace(shell.source, location=str(out), gguf=None)
+        saved = skeleton(source, self._prepared.registry, shell.spec.name)
+        self._model = load(saved, None, self._prepared.device).module
+        if (wrong := filled(masks, self._model)) is not None:
+            raise RuntimeError(f"{wrong} on disk lost zeros")
+
+    def _report(
+        self, training: Training, masks: Masks, tokens: Tensor, scores: dict[str, Any]
+    ) -> Report:
+        """The report of the pruned model, with the record of the recovery."""
+        options, shell = self._options, self._prepared.shell
+        earlier = self._prepared.earlier
+        record = {
+            "options": options.record(),
+            "text": {"shape": list(tokens.shape), "sha256": digest(tokens)},
+            "training": training.record(),
+            "sparsity": sparsity_of(masks),
+            "zeros": sum(int(mask.sum()) for mask in masks.values()),
+            "parameters": sum(p.numel() for p in shell.module.parameters()),
+            "scores": scores,
+            "seconds": round(time.perf_counter() - self._started, 3),
+            "ranks": self._ranks.size,
+            "versions": versions(),
+            "earlier": earlier.get("recovery", {}),
+        }
+        if earlier:
+            return replace(Report.from_dict(earlier), recovery=record)
+        model = {
+            "reference": portable(options.model),
+            "type": shell.config.model_type,
+            "adapter": shell.spec.name,
+        }
+        return Report({}, model, {}, recovery=record)

@@ -1,0 +1,43 @@
+"""LoRA whose update is masked, so that a merge keeps the zeros of a pruned model.
+
+It is peft's LoRA with another layer in the place of its linear layer: the update ``s · B A`` is
+zero where the weight is zero, in training and in the merge. Adapters are saved as those of LoRA,
+and must be opened with `masked_lora` again: plain LoRA would fill the zeros.
+"""
+
+from typing import Any
+
+import torch.nn.functional as F
+from peft import LoraConfig
+from peft.tuners.lora import Linear
+from torch import Tensor, nn
+
+
+class MaskedLoraLinear(Linear):  # type: ignore[misc]
+    """peft's LoRA of a `torch.nn.Linear`, with a masked update."""
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The update (out, in) of an adapter, zero where the weight is zero."""
+        update: Tensor = super().get_delta_weight(adapter)
+        return update * (self.get_base_layer().weight.detach() != 0).to(update.dtype)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The layer with the masked updates of the active adapters."""
+        if self.disable_adapters or self.merged:
+            return super().forward(x, *args, **kwargs)
+        linear, weight = self.get_base_layer(), self.get_base_layer().weight
+        for name in self.active_adapters:
+            if name in self.lora_A:
+                weight = weight + self.get_delta_weight(name).to(weight.dtype)
+        return F.linear(x, weight.to(x.dtype), linear.bias)
+
+
+def masked_lora(**options: Any) -> LoraConfig:
+    """A configuration of LoRA with masked updates.
+
+    Args:
+        **options: the arguments of `peft.LoraConfig`.
+    """
+    config = LoraConfig(**options)
+    config._register_custom_module({nn.Linear: MaskedLoraLinear})
+    return config

@@ -1,0 +1,83 @@
+"""The kinds of recovery that ship with APT."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from apt.errors import AptError
+from apt.recovery.teacher import divergence, relative_error
+from apt.recovery.trainable import Trainable, Unrecovered, train_only
+
+_ALONE = ("out_proj", "conv1d")  # peft refuses LoRA there: fused kernels read their weights
+
+
+def spp(given: Unrecovered) -> Trainable:
+    """Adapters that multiply, of rank 16 by default (arXiv 2405.16057)."""
+    from peft import get_peft_model
+
+    from apt_plugins.spp import SppConfig
+
+    rank = {"r": given.options.rank} if given.options.rank else {}
+    config = SppConfig(target_modules=_linears(given), task_type="CAUSAL_LM", **rank)  # type: ignore[arg-type]
+    tuned = get_peft_model(given.model, config)  # type: ignore[arg-type]
+    return Trainable(tuned, merge=tuned.merge_and_unload)
+
+
+def lora(given: Unrecovered) -> Trainable:
+    """LoRA with a masked update, of rank 16 and scale 2 by default (arXiv 2106.09685)."""
+    from peft import get_peft_model
+
+    from apt_plugins.masked_lora import masked_lora
+
+    rank = given.options.rank or 16
+    names = _linears(given)
+    if "mamba" in str(getattr(getattr(given.model, "config", None), "model_type", "")):
+        names = [name for name in names if name.rpartition(".")[2] not in _ALONE]
+    config = masked_lora(
+        target_modules=names, r=rank, lora_alpha=2 * rank, task_type="CAUSAL_LM"
+    )  # fmt: skip
+    tuned = get_peft_model(given.model, config)  # type: ignore[arg-type]
+    return Trainable(tuned, merge=tuned.merge_and_unload)
+
+
+def _linears(given: Unrecovered) -> list[str]:
+    names = given.linears()
+    if not names:
+        raise AptError(
+            "this kind of recovery needs torch.nn.Linear modules, and the model has none",
+            "use the kind layers or distill",
+        )
+    return names
+
+
+def layers(given: Unrecovered) -> Trainable:
+    """The language-model head and the last blocks, as a whole (arXiv 2411.15558)."""
+    model: Any = given.model
+    head = model.get_output_embeddings()
+    blocks = [block for _, block in given.adapter.blocks(given.model)][-given.options.blocks :]
+    modules: list[nn.Module] = [*blocks, *([] if head is None else [head])]
+    train_only(given.model, (p for module in modules for p in module.parameters()))
+    return Trainable(given.model, masked=True)
+
+
+def distill(given: Unrecovered) -> Trainable:
+    """All weights of the blocks, towards the logits and the last states of the dense model."""
+    teacher, weight = given.teacher, given.options.hidden
+    assert teacher is not None
+    blocks = [block for _, block in given.adapter.blocks(given.model)]
+    train_only(given.model, (p for block in blocks for p in block.parameters()))
+
+    def loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        output = model(
+            input_ids=batch["input_ids"], use_cache=False, output_hidden_states=bool(weight)
+        )
+        rows, device = batch["row"].cpu(), output.logits.device
+        tokens, logs = (found.to(device) for found in teacher.top(rows))
+        found = divergence(output.logits, tokens, logs)
+        if weight:
+            dense = teacher.hidden(rows).to(device)
+            found = found + weight * relative_error(output.hidden_states[-1], dense)
+        return found
+
+    return Trainable(given.model, loss, masked=True)
