@@ -110,6 +110,12 @@ class Workplace:
         self._has_earlier_work = False
         self.out.mkdir()
 
+    def discard(self) -> None:
+        """Forget the work, so that the folder is deleted when the lock is released."""
+        self.journal.path.unlink(missing_ok=True)
+        self.journal = Journal(self.journal.path)
+        self._has_earlier_work = False
+
     def fresh(self, name: str) -> Path:
         """An empty folder of this name in the workplace."""
         folder = self.folder / name

@@ -270,19 +270,18 @@ class _Recorder(TrainerCallback):  # type: ignore[misc]
         self._started = 0.0
 
     def begin(self, trainer: Trainer, checkpoint: str | None) -> None:
-        """Measure the loss before the training, or read the record of a checkpoint."""
+        """Measure the loss before the training, and read the record of a checkpoint."""
         self._started = time.perf_counter()
-        if checkpoint is not None:
-            state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
-            for entry in state.log_history:
-                if "loss" in entry:
-                    self._training.losses.append(float(entry["loss"]))
-                if "eval_loss" in entry:
-                    self._training.held_back[int(entry["step"])] = float(entry["eval_loss"])
         with eval_mode(trainer.model):
-            found = trainer.evaluate()["eval_loss"]
+            self._keep(0, trainer.evaluate()["eval_loss"])
         if checkpoint is None:
-            self._keep(0, found)
+            return
+        state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        for entry in state.log_history:
+            if "loss" in entry:
+                self._training.losses.append(float(entry["loss"]))
+            if "eval_loss" in entry:
+                self._training.held_back[int(entry["step"])] = float(entry["eval_loss"])
 
     def on_log(
         self, args: Any, state: TrainerState, control: TrainerControl, logs: Any, **_: Any

@@ -31,7 +31,7 @@ from apt.output.workplace import Workplace, write_errors
 from apt.plugin.registry import Registry
 from apt.plugin.specs import RecoverySpec
 from apt.recovery.law import EnoughTokens
-from apt.recovery.recover import Job, recover_model
+from apt.recovery.recover import Job, NotRecoveredError, recover_model
 from apt.recovery.training import Training
 from apt.runs.limits import check_seed, check_shard_size, check_windows
 from apt.runs.machine import choose_device
@@ -200,9 +200,13 @@ class RecoveryRun:
         """While entered, the workplace is locked."""
         try:
             with self._work.locked() if self._ranks.first else nullcontext():
-                yield
+                try:
+                    yield
+                except NotRecoveredError:
+                    self._work.discard()
+                    raise
         except AptError as error:
-            if self._work.worth_keeping and "resume" not in error.options:
+            if self._work.worth_keeping and "resume" not in f"{error.hint} {error.options}":
                 error.add_hint("the training can be resumed", "resume")
             raise
 
