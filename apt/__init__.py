@@ -1,9 +1,9 @@
 """APT: one-shot post-training pruning of language models.
 
 `prune` prunes a model in memory, and `prune_copy` prunes a copy of it. `shrink` makes a smaller
-model. The calibration tokens come from `calibration_tokens` or `own_text`. `PruneOptions` and
-`ShrinkOptions` have the options. With `Ranks` several
-processes prune one model together. `apt.solver` works on plain tensors, `apt.adapter` and
+model, and `recover` trains what is kept. The calibration tokens come from `calibration_tokens` or
+`own_text`. `PruneOptions`, `ShrinkOptions` and `RecoverOptions` have the options. With `Ranks`
+several processes prune one model together. `apt.solver` works on plain tensors, `apt.adapter` and
 `apt.hookspecs` are for plugins, and `apt.testing` checks adapters. `apt.cli` is the command line.
 Importing this package does not import torch.
 """
@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from apt.evaluation.metrics import accuracy, perplexity
     from apt.output.report import Report
     from apt.planning.plan import Selection
+    from apt.recovery.options import RecoverOptions
     from apt.runs.api import calibration_tokens, prune, prune_copy
     from apt.runs.prune_options import PruneOptions
+    from apt.runs.recover_api import recover
     from apt.runs.shrink_api import shrink
     from apt.shrinking.options import ShrinkOptions
     from apt.text.self_generated import own_text
@@ -28,6 +30,7 @@ __all__ = [
     "AptError",
     "PruneOptions",
     "Ranks",
+    "RecoverOptions",
     "Report",
     "Selection",
     "ShrinkOptions",
@@ -38,12 +41,14 @@ __all__ = [
     "perplexity",
     "prune",
     "prune_copy",
+    "recover",
     "shrink",
 ]
 __version__ = "0.1.0"
 _LAZY = {
     "PruneOptions": "apt.runs.prune_options",
     "Ranks": "apt.distributed.ranks",
+    "RecoverOptions": "apt.recovery.options",
     "Report": "apt.output.report",
     "Selection": "apt.planning.plan",
     "ShrinkOptions": "apt.shrinking.options",
@@ -53,6 +58,7 @@ _LAZY = {
     "perplexity": "apt.evaluation.metrics",
     "prune": "apt.runs.api",
     "prune_copy": "apt.runs.api",
+    "recover": "apt.runs.recover_api",
     "shrink": "apt.runs.shrink_api",
 }
 

@@ -115,8 +115,11 @@ class HeldBack:
     loss: float
 
 
-Event = BlockStarted | Working | SitePruned | BlockTuned | TrainingStep | HeldBack
+Event = BlockStarted | Working | SitePruned | BlockTuned
 Observer = Callable[[Event], None]
+
+TrainingEvent = TrainingStep | HeldBack
+TrainingObserver = Callable[[TrainingEvent], None]
 
 
 def telling(observe: Observer, site_pruned: Callable[[SitePruned], None]) -> Observer:

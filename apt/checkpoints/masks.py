@@ -5,7 +5,7 @@ highest bit; a one means pruned. The shapes of the parameters are in its metadat
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -30,17 +30,18 @@ Masks = dict[str, Tensor]
 
 def masks_of(model: nn.Module, adapter: Adapter) -> Masks:
     """The zeros of all parameters that can be pruned and have some."""
-    zeros = {name: parameter == 0 for name, parameter in prunable(model, adapter)}
-    return {name: mask for name, mask in zeros.items() if bool(mask.any())}
-
-
-def prunable(model: nn.Module, adapter: Adapter) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters of all sites and extras, each once, with their full names."""
+    found: Masks = {}
     for name, block in adapter.blocks(model):
-        places = [site.parameter for site in adapter.sites(block)]
-        places += [extra.parameter for extra in adapter.extras(block)]
-        for place in dict.fromkeys(places):
-            yield f"{name}.{place}", block.get_parameter(place)
+        found |= block_masks(name, block, adapter)
+    return found
+
+
+def block_masks(name: str, block: nn.Module, adapter: Adapter) -> Masks:
+    """The zeros of a block's parameters that can be pruned and have some."""
+    places = [site.parameter for site in adapter.sites(block)]
+    places += [extra.parameter for extra in adapter.extras(block)]
+    zeros = {place: block.get_parameter(place) == 0 for place in dict.fromkeys(places)}
+    return {f"{name}.{place}": mask for place, mask in zeros.items() if bool(mask.any())}
 
 
 def sparsity_of(masks: Masks) -> float:

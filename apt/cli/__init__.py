@@ -18,6 +18,7 @@ from apt.cli import (
     methods,
     plugins,
     prune,
+    reapply,
     recover,
     shrink,
     verify,
@@ -65,6 +66,7 @@ app = typer.Typer(
 app.command("prune", cls=GroupedHelp)(prune.prune)
 app.command("shrink", cls=GroupedHelp)(shrink.shrink)
 app.command("recover", cls=GroupedHelp)(recover.recover)
+app.command("reapply")(reapply.reapply)
 app.command("eval")(evaluate.evaluate)
 app.command("bench")(bench.bench)
 app.command("inspect")(inspect.inspect)

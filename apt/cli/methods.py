@@ -6,7 +6,10 @@ from apt.cli import arguments as args
 
 
 def methods(as_json: bool = args.JSON) -> None:
-    """List the methods of prune and of shrink, the most accurate first, and the allocations."""
+    """List the methods of prune and shrink, allocations, and kinds of recovery.
+
+    The most accurate methods come first.
+    """
     from apt.cli.listing import show_rows
     from apt.planning.allocation import UNIFORM
     from apt.plugin.registry import registry
@@ -26,6 +29,9 @@ def methods(as_json: bool = args.JSON) -> None:
     ]
     shared = installed.allocations
     found += [("prune: allocation", spec, shared) for spec in shared.specs.values()]
+    found += [
+        ("recover", spec, installed.recoveries) for spec in installed.recoveries.specs.values()
+    ]
     rows = [
         {
             "method": spec.name,

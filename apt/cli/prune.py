@@ -72,6 +72,7 @@ def prune(
     output: Path | None = run.OUTPUT,
     overwrite: bool = run.OVERWRITE,
     max_shard_size: str | None = run.MAX_SHARD_SIZE,
+    save_masks: bool = run.SAVE_MASKS,
     plot: Path | None = typer.Option(
         None, "--plot", metavar="FILE", rich_help_panel=run.OUTPUT_GROUP,
         help="Draw the sparsity of the sites by block and kind into a .png, .svg or .pdf file "
@@ -112,6 +113,7 @@ def prune(
         metrics=metrics,
         allocation=sharing,
         also=tuple(also),
+        save_masks=save_masks,
         hub=hub,
         selection=args.read_selection(only, skip, override),
         prune=PruneOptions(**prune_options),

@@ -21,7 +21,7 @@ from apt.cli.output import (
 from apt.cli.pruning import TerminatedError, sigterm_as_exception
 from apt.cli.streams import program
 from apt.distributed.launch import joined
-from apt.events import Event, HeldBack, TrainingStep
+from apt.events import HeldBack, TrainingEvent, TrainingStep
 from apt.output.report import Report
 from apt.output.workplace import resumable
 from apt.plugin.registry import Registry
@@ -151,7 +151,7 @@ class RecoveryProgress:
         show_detail(text)
         self._progress.update(self._task, description=text, left="")
 
-    def observe(self, event: Event) -> None:
+    def observe(self, event: TrainingEvent) -> None:
         """Show an event of the training."""
         if isinstance(event, TrainingStep):
             self._last = event

@@ -15,11 +15,11 @@ from apt.adapter.eval_mode import eval_mode
 from apt.checkpoints.masks import Masks, filled, masks_of
 from apt.distributed.ranks import Ranks
 from apt.errors import AptError
-from apt.events import Observer
+from apt.events import TrainingObserver
 from apt.plugin.specs import RecoverySpec
 from apt.recovery.options import RecoverOptions
 from apt.recovery.teacher import Teacher, write_teacher
-from apt.recovery.trainable import Trainable, Unrecovered, next_token_loss
+from apt.recovery.trainable import Recovery, Trainable, Unrecovered, next_token_loss
 from apt.recovery.training import StopRule, Training, train
 
 _STEPS = 1000
@@ -38,6 +38,7 @@ class Job:
     Attributes:
         adapter: the adapter of the model's family.
         spec: the kind of recovery.
+        recovery: its target.
         options: the options.
         folder: a folder for checkpoints and for the outputs of the dense model.
         dense: opens the dense model, with the tokens of the same tokenizer; None if there is none.
@@ -54,6 +55,7 @@ class Job:
 
     adapter: Adapter
     spec: RecoverySpec
+    recovery: Recovery
     options: RecoverOptions
     folder: Path
     dense: Callable[[], nn.Module] | None = None
@@ -63,7 +65,7 @@ class Job:
     ranks: Ranks = field(default_factory=Ranks)
     rules: tuple[StopRule, ...] = ()
     remember: Callable[[str, Callable[[], Any]], Any] = _compute
-    observe: Observer = lambda event: None
+    observe: TrainingObserver = lambda event: None
     status: Callable[[str], None] = lambda text: None
 
 
@@ -153,7 +155,7 @@ def _steps_in(model: nn.Module, text: Tensor, held_back: int, job: Job) -> int:
     trainable = Trainable(model.to(job.device))
     for _ in range(2):  # the first one is slower
         started = time.perf_counter()
-        trainable.loss(model, {"input_ids": given}).backward()
+        trainable.loss(model, {"input_ids": given}).backward()  # type: ignore[no-untyped-call]
         step = (time.perf_counter() - started) * options.batch / len(given) / job.ranks.size
     model.zero_grad(set_to_none=True)
     with torch.no_grad():
@@ -168,15 +170,10 @@ def _steps_in(model: nn.Module, text: Tensor, held_back: int, job: Job) -> int:
 
 def _trainable(model: nn.Module, masks: Masks, text: Tensor, job: Job) -> Trainable:
     """What the kind of recovery trains."""
-    teacher = None
-    if job.spec.teacher:
-        teacher = _teacher(text, job)
+    teacher = _teacher(text, job) if job.spec.teacher else None
     with torch.random.fork_rng():
         torch.manual_seed(job.seed)
-        made: Trainable = job.spec.load()(
-            Unrecovered(model, job.adapter, masks, job.options, teacher)
-        )
-    return made
+        return job.recovery(Unrecovered(model, job.adapter, masks, job.options, teacher))
 
 
 def _teacher(text: Tensor, job: Job) -> Teacher:

@@ -7,6 +7,7 @@ tokens together is what they leave.
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,12 +55,12 @@ def write_teacher(
     """
     partial = folder.with_name(f"{folder.name}.partial")
     partial.mkdir(exist_ok=True)
-    arrays: list[np.ndarray] | None = None
+    arrays: list[np.memmap[Any, Any]] = []
     device = next(model.parameters()).device
     for index, sample in enumerate(tokens):
-        output = model(input_ids=sample[None].to(device), output_hidden_states=True)  # type: ignore[operator]
+        output = model(input_ids=sample[None].to(device), output_hidden_states=True)
         found = _outputs(output, top)
-        if arrays is None:
+        if not arrays:
             arrays = [
                 np.lib.format.open_memmap(
                     partial / name, "w+", value.dtype, (len(tokens), *value.shape)
@@ -69,16 +70,16 @@ def write_teacher(
         for array, value in zip(arrays, found, strict=True):
             array[index] = value
         step(index + 1, len(tokens))
-    for array in arrays or ():
+    for array in arrays:
         array.flush()
     partial.rename(folder)
 
 
-def _outputs(output: object, top: int) -> list[np.ndarray]:
+def _outputs(output: Any, top: int) -> list[np.ndarray[Any, Any]]:
     """The arrays of a sample."""
-    logs = output.logits[0].float().log_softmax(-1)  # type: ignore[attr-defined]
+    logs = output.logits[0].float().log_softmax(-1)
     values, tokens = logs.topk(min(top, logs.shape[-1]))
-    hidden = output.hidden_states[-1][0]  # type: ignore[attr-defined]
+    hidden = output.hidden_states[-1][0]
     largest = torch.finfo(torch.float16).max
     return [
         tokens.to(torch.int32).cpu().numpy(),

@@ -28,7 +28,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from apt.adapter.eval_mode import eval_mode
 from apt.errors import AptError, first_line
-from apt.events import HeldBack, Observer, TrainingStep
+from apt.events import HeldBack, TrainingObserver, TrainingStep
 from apt.recovery.options import RecoverOptions
 from apt.recovery.trainable import Trainable, next_token_loss
 from apt.solver.precision import multiplies_bf16
@@ -102,7 +102,7 @@ def train(
     device: str = "cpu",
     resume: bool = False,
     rules: tuple[StopRule, ...] = (),
-    observe: Observer = lambda event: None,
+    observe: TrainingObserver = lambda event: None,
 ) -> Training:
     """Train, and leave the best weights in the module of ``trainable``.
 
@@ -228,7 +228,7 @@ def _mask_gradients(trainable: Trainable, masks: Mapping[str, Tensor]) -> list[A
         return []
     parameters = dict(trainable.module.named_parameters(remove_duplicate=False))
     return [
-        parameters[name].register_hook(_Masked(mask))
+        parameters[name].register_hook(_Masked(mask))  # type: ignore[no-untyped-call]
         for name, mask in masks.items()
         if parameters[name].requires_grad
     ]
@@ -265,7 +265,9 @@ class _Trainer(Trainer):  # type: ignore[misc]
 class _Recorder(TrainerCallback):  # type: ignore[misc]
     """Records the losses, and ends a training that diverges or that a rule ends."""
 
-    def __init__(self, training: Training, rules: tuple[StopRule, ...], observe: Observer) -> None:
+    def __init__(
+        self, training: Training, rules: tuple[StopRule, ...], observe: TrainingObserver
+    ) -> None:
         self._training, self._rules, self._observe = training, rules, observe
         self._started = 0.0
 

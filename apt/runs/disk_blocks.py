@@ -1,7 +1,7 @@
 """Blocks on disk: read from the input checkpoint one at a time, and written to the output."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -88,10 +88,18 @@ class DiskBlocks:
             if line is not None and line.get("digest") != self._target.digest(planned):
                 raise self._work.damaged(f"{planned.name} was changed")
 
-    def verify(self, plan: Plan) -> None:
-        """Check the written blocks against the final plan."""
+    def verify(
+        self, plan: Plan, visit: Callable[[str, nn.Module], None] = lambda name, block: None
+    ) -> None:
+        """Check the written blocks against the final plan.
+
+        Args:
+            plan: the plan.
+            visit: called with the name of each written block and the block.
+        """
         for planned in plan.blocks:
             with self._target.open(planned.name) as block:
+                visit(planned.name, block)
                 if failed := failures(block_verdicts(planned, block)):
                     raise RuntimeError(f"{failed[0].name} as written: {failed[0].detail}")
 

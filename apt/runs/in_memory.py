@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from apt.calibration.storage import Store
 from apt.checkpoints.copies import copied_size
 from apt.checkpoints.load import fingerprint, load, skeleton
+from apt.checkpoints.masks import MASKS, masks_of, write_masks
 from apt.checkpoints.model import Model
 from apt.checkpoints.save import keep_side_files, save_model
 from apt.checkpoints.shrunk import smaller
@@ -156,6 +157,9 @@ class InMemoryRun:
             return
         if failed := failures(verify(self.model, shell.adapter, plan)):
             raise RuntimeError(f"{failed[0].name} on disk: {failed[0].detail}")
+        if prepared.options.save_masks:
+            with write_errors(prepared.options.output):
+                write_masks(masks_of(self.model, shell.adapter), directory / MASKS)
 
     def _record(self, report: Report, directory: Path) -> Report:
         """Write the model card and the report."""

@@ -36,6 +36,7 @@ class RunOptions:
         max_shard_size: the largest size of a file of weights, such as ``"5GB"``; None keeps the
             files of the checkpoint.
         also: kinds of parameters to prune beside the Linears.
+        save_masks: True to write the masks beside the model.
         stream: True to read and write block by block, with one block in memory at a time.
         resume: True to continue an interrupted streamed run.
         activations: the place of the calibration activations between two blocks: ``"memory"``
@@ -66,6 +67,7 @@ class RunOptions:
     overwrite: bool = False
     max_shard_size: str | None = None
     also: tuple[str, ...] = ()
+    save_masks: bool = False
     stream: bool = False
     resume: bool = False
     activations: str = "memory"

@@ -22,7 +22,7 @@ from apt.checkpoints.save import keep_side_files, save_model
 from apt.checkpoints.stored import local_directory
 from apt.distributed.ranks import Ranks
 from apt.errors import AptError
-from apt.events import HeldBack, Observer
+from apt.events import HeldBack, TrainingEvent, TrainingObserver
 from apt.locations.model_source import find
 from apt.output.card import write_card
 from apt.output.location import check_space
@@ -148,7 +148,7 @@ class RecoveryRun:
     def __init__(
         self,
         prepared: PreparedRecovery,
-        observe: Observer = lambda event: None,
+        observe: TrainingObserver = lambda event: None,
         status: Callable[[str], None] = lambda text: None,
         ranks: Ranks | None = None,
     ) -> None:
@@ -182,7 +182,7 @@ class RecoveryRun:
                 return self._report(training, masks, tokens, {})
             self._write(tokenizer, masks)
             after = self._measure(held_out, "after")
-            scores = {}
+            scores: dict[str, Any] = {}
             if held_out is not None:
                 source = portable(str(options.evaluation))
                 scores = {"source": source, "shape": list(held_out.shape)}
@@ -286,14 +286,15 @@ class RecoveryRun:
     def _job(self) -> Job:
         prepared, options = self._prepared, self._options
 
-        def observe(event: Any) -> None:
+        def observe(event: TrainingEvent) -> None:
             if isinstance(event, HeldBack) and event.step and self._ranks.first:
                 self._work.journal.add({"checkpoint": event.step})
             self._observe(event)
 
         rules = (EnoughTokens(),) if options.recover.tokens == "auto" else ()
         return Job(
-            prepared.shell.adapter, prepared.spec, options.recover, self._work.folder,
+            prepared.shell.adapter, prepared.spec, prepared.spec.load(), options.recover,
+            self._work.folder,
             self._dense if prepared.spec.teacher else None, options.seed, prepared.device,
             options.resume, self._ranks, rules, self._remember, observe, self._status,
         )  # fmt: skip

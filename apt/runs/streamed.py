@@ -23,6 +23,7 @@ from apt.calibration.storage import DiskStore, Store
 from apt.checkpoints.compaction import check_compactable, write_compacted
 from apt.checkpoints.copies import check_copy, checksums, copied_size
 from apt.checkpoints.load import skeleton
+from apt.checkpoints.masks import MASKS, block_masks, write_masks
 from apt.checkpoints.model import Model
 from apt.checkpoints.offload import StoredBlocks, assemble
 from apt.checkpoints.safetensors_io import Shards
@@ -252,7 +253,7 @@ class StreamedRun:
             report = replace(report, scores=report.scores | after)
         if small is None:
             self._status("verifying")
-            self.block_storage.verify(plan)
+            self._verify(plan)
         directory = small or self._work.out
         report = replace(report, problems=[str(problem) for problem in self._problems])
         report = report.timed(time.perf_counter() - self._started)
@@ -262,6 +263,19 @@ class StreamedRun:
             self._work.replace_out(small)
         self._work.finish()
         return report
+
+    def _verify(self, plan: Plan) -> None:
+        """Check the written blocks, and write their masks on request."""
+        found, options = dict[str, Tensor](), self._prepared.options
+        adapter = self._prepared.shell.adapter
+
+        def collect(name: str, block: nn.Module) -> None:
+            if options.save_masks:
+                found.update(block_masks(name, block, adapter))
+
+        self.block_storage.verify(plan, collect)
+        if options.save_masks:
+            write_masks(found, self._work.out / MASKS)
 
     def _compact(self, plan: Plan) -> Path:
         """Write the smaller model beside the blocks with zeros, and check that it opens."""

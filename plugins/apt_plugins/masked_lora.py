@@ -19,7 +19,8 @@ class MaskedLoraLinear(Linear):  # type: ignore[misc]
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The update (out, in) of an adapter, zero where the weight is zero."""
         update: Tensor = super().get_delta_weight(adapter)
-        return update * (self.get_base_layer().weight.detach() != 0).to(update.dtype)
+        kept: Tensor = self.get_base_layer().weight.detach() != 0
+        return update * kept.to(update.dtype)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The layer with the masked updates of the active adapters."""

@@ -18,9 +18,9 @@ def spp(given: Unrecovered) -> Trainable:
 
     from apt_plugins.spp import SppConfig
 
-    rank = {"r": given.options.rank} if given.options.rank else {}
-    config = SppConfig(target_modules=_linears(given), task_type="CAUSAL_LM", **rank)  # type: ignore[arg-type]
-    tuned = get_peft_model(given.model, config)  # type: ignore[arg-type]
+    rank = given.options.rank or 16
+    config = SppConfig(r=rank, target_modules=_linears(given), task_type="CAUSAL_LM")
+    tuned = get_peft_model(given.model, config)
     return Trainable(tuned, merge=tuned.merge_and_unload)
 
 
@@ -37,7 +37,7 @@ def lora(given: Unrecovered) -> Trainable:
     config = masked_lora(
         target_modules=names, r=rank, lora_alpha=2 * rank, task_type="CAUSAL_LM"
     )  # fmt: skip
-    tuned = get_peft_model(given.model, config)  # type: ignore[arg-type]
+    tuned = get_peft_model(given.model, config)
     return Trainable(tuned, merge=tuned.merge_and_unload)
 
 

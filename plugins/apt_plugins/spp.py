@@ -32,7 +32,7 @@ SPP = "SPP"
 
 
 @dataclass
-class SppConfig(PeftConfig):
+class SppConfig(PeftConfig):  # type: ignore[misc]
     """The configuration of SPP adapters.
 
     Args:
@@ -57,14 +57,14 @@ class SppConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = SPP  # type: ignore[assignment]
+        self.peft_type = SPP
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
 
 
-class SppLinear(nn.Module, BaseTunerLayer):
+class SppLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     """A linear layer with SPP adapters.
 
     Args:
@@ -79,8 +79,7 @@ class SppLinear(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: SppConfig) -> None:
         super().__init__()
         self.base_layer = base_layer
-        linear = self.get_base_layer()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.in_features, self.out_features = self._linear.in_features, self._linear.out_features
         self.spp_A, self.spp_c = nn.ParameterDict(), nn.ParameterDict()
         self.spp_scale: dict[str, float] = {}
         self.spp_dropout: dict[str, float] = {}
@@ -89,6 +88,13 @@ class SppLinear(nn.Module, BaseTunerLayer):
         self._dense: Tensor | None = None  # the weight before a merge
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
+
+    @property
+    def _linear(self) -> nn.Linear:
+        """The layer under all adapters."""
+        layer: Any = self  # mypy does not see the attributes of the second base class
+        linear: nn.Linear = layer.get_base_layer()
+        return linear
 
     def update_layer(self, adapter_name: str, config: SppConfig) -> None:
         """Add an adapter."""
@@ -101,20 +107,22 @@ class SppLinear(nn.Module, BaseTunerLayer):
         self.spp_c[adapter_name] = nn.Parameter(torch.zeros(self.out_features, 1))
         self.spp_scale[adapter_name] = config.scale
         self.spp_dropout[adapter_name] = config.dropout
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        layer: Any = self
+        layer._move_adapter_to_device_of_base_layer(adapter_name)
+        layer.set_adapter(layer.active_adapters, inference_mode=config.inference_mode)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """``s · A ⊗ c`` (out, in), by which the weight is multiplied and then added to itself."""
         first, factors = self.spp_A[adapter], self.spp_c[adapter]
         rows = torch.arange(self.out_features, device=first.device)
         group = rows * len(first) // self.out_features
-        return self.spp_scale[adapter] * first[group] * factors
+        change: Tensor = self.spp_scale[adapter] * first[group] * factors
+        return change
 
     @property
     def weight(self) -> Tensor:
         """The weight with which the layer computes, for code that reads it (fused kernels)."""
-        base: Tensor = self.get_base_layer().weight
+        base = self._linear.weight
         if self.disable_adapters or self.merged:
             return base
         return base + base * self._change(self._used()).to(base.dtype)
@@ -128,7 +136,7 @@ class SppLinear(nn.Module, BaseTunerLayer):
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.spp_A]
         if not names:
             return
-        weight = self.get_base_layer().weight
+        weight = self._linear.weight
         dense = weight.data if self._dense is None else self._dense
         with torch.no_grad():
             factor = self._change([*self.merged_adapters, *names])
@@ -142,7 +150,7 @@ class SppLinear(nn.Module, BaseTunerLayer):
     def unmerge(self) -> None:
         """Restore the weight as it was before `merge`."""
         if self._dense is not None:
-            self.get_base_layer().weight.data = self._dense
+            self._linear.weight.data = self._dense
         self._dense = None
         self.merged_adapters.clear()
 
@@ -153,7 +161,7 @@ class SppLinear(nn.Module, BaseTunerLayer):
         names = self._used()
         if self.disable_adapters or self.merged or not names:
             return self.base_layer(x, *args, **kwargs)
-        linear = self.get_base_layer()
+        linear = self._linear
         dropout = max(self.spp_dropout[name] for name in names) if self.training else 0.0
         if not dropout:
             return F.linear(x, self.weight.to(x.dtype), linear.bias)
@@ -161,13 +169,14 @@ class SppLinear(nn.Module, BaseTunerLayer):
         return self.base_layer(x, *args, **kwargs) + F.linear(F.dropout(x, dropout), change)
 
     def _used(self) -> list[str]:
-        return [name for name in self.active_adapters if name in self.spp_A]
+        active: Any = self.active_adapters
+        return [name for name in active if name in self.spp_A]
 
     def _change(self, adapters: list[str]) -> Tensor:
         return torch.stack([self.get_delta_weight(name) for name in adapters]).sum(0)
 
 
-class SppModel(BaseTuner):
+class SppModel(BaseTuner):  # type: ignore[misc]
     """A model whose linear layers have SPP adapters."""
 
     prefix = "spp_"
@@ -198,9 +207,9 @@ class SppModel(BaseTuner):
 
 def register() -> None:
     """Make peft know the type ``"SPP"``."""
-    PEFT_TYPE_TO_CONFIG_MAPPING[SPP] = SppConfig  # type: ignore[index]
-    PEFT_TYPE_TO_TUNER_MAPPING[SPP] = SppModel  # type: ignore[index]
-    PEFT_TYPE_TO_PREFIX_MAPPING[SPP] = SppModel.prefix  # type: ignore[index]
+    PEFT_TYPE_TO_CONFIG_MAPPING[SPP] = SppConfig
+    PEFT_TYPE_TO_TUNER_MAPPING[SPP] = SppModel
+    PEFT_TYPE_TO_PREFIX_MAPPING[SPP] = SppModel.prefix
 
 
 register()

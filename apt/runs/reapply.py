@@ -1,0 +1,108 @@
+"""Reapplication of masks to a model that was fine-tuned elsewhere."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from apt.checkpoints.load import load, load_tokenizer, skeleton
+from apt.checkpoints.masks import (
+    Masks,
+    apply_masks,
+    check_masks,
+    filled,
+    masks_of,
+    read_masks,
+    sparsity_of,
+)
+from apt.checkpoints.model import Model
+from apt.checkpoints.save import keep_side_files, save_model
+from apt.checkpoints.stored import local_directory
+from apt.errors import AptError
+from apt.locations.model_source import Source, find
+from apt.locations.paths import kind_at
+from apt.output.location import check_space
+from apt.output.workplace import whole_directory, write_errors
+from apt.plugin.registry import Registry
+from apt.runs.prepare import check_place
+
+
+@dataclass(frozen=True)
+class Reapplied:
+    """The result of a reapplication.
+
+    Attributes:
+        weights: the number of weights that were not zero.
+        share: their squares as a share of those of all weights in the parameters with masks.
+        sparsity: the share of pruned weights in these parameters.
+        parameters: the number of parameters with masks.
+    """
+
+    weights: int
+    share: float
+    sparsity: float
+    parameters: int
+
+
+def reapply(
+    masks: Path,
+    source: Source,
+    output: Path,
+    registry: Registry,
+    adapter: str | None = None,
+    notice: Callable[[str], None] = lambda line: None,
+    *,
+    overwrite: bool = False,
+    max_shard_size: str | None = None,
+) -> Reapplied:
+    """Write a model with the zeros of another one.
+
+    Args:
+        masks: a file of masks, or the directory of a pruned model.
+        source: the model.
+        output: the directory to write.
+        registry: the plugins.
+        adapter: the name of an adapter; by default that of the model's type.
+        notice: called with a line about what is replaced or left out.
+        overwrite: True if the output of an earlier run may be replaced.
+        max_shard_size: the largest size of a file of weights.
+
+    Raises:
+        AptError: the masks cannot be read or belong to another model, or the output cannot be
+            written.
+    """
+    check_place(output, source, (str(masks),), notice, overwrite=overwrite, resume=False)
+    shell = skeleton(source, registry, adapter)
+    check_space(output, sum(p.numel() for p in shell.module.parameters()) * shell.dtype.itemsize)
+    found = _read(masks, registry)
+    check_masks(found, shell.module, str(masks))
+    loaded = load(shell)
+    removed = apply_masks(found, loaded.module)
+    with whole_directory(output, overwrite) as work, write_errors(output):
+        _save(loaded, work.out, max_shard_size)
+        saved = skeleton(replace(source, location=str(work.out), gguf=None), registry, adapter)
+        if (wrong := filled(found, load(saved).module)) is not None:
+            raise RuntimeError(f"{wrong} on disk lost zeros")
+    return Reapplied(removed.weights, removed.share, sparsity_of(found), len(found))
+
+
+def _save(loaded: Model, directory: Path, max_shard_size: str | None) -> None:
+    """Write the model, with its tokenizer if it has one."""
+    try:
+        tokenizer = load_tokenizer(loaded.source)
+    except AptError:
+        tokenizer = None
+    save_model(loaded.module, tokenizer, directory, loaded.checkpoint, max_shard_size)
+    if not loaded.source.gguf:
+        keep_side_files(local_directory(loaded), directory)
+
+
+def _read(masks: Path, registry: Registry) -> Masks:
+    """The masks in a file, or those of a pruned model.
+
+    Raises:
+        AptError: there is nothing of that name, or it has no masks.
+    """
+    if kind_at(masks) != "directory":
+        return read_masks(masks)
+    pruned = load(skeleton(find(f"{masks.resolve()}", registry), registry))
+    return masks_of(pruned.module, pruned.adapter)
