@@ -15,6 +15,7 @@ from apt.cli import (
     doctor,
     evaluate,
     inspect,
+    law,
     methods,
     plugins,
     prune,
@@ -66,6 +67,7 @@ app = typer.Typer(
 app.command("prune", cls=GroupedHelp)(prune.prune)
 app.command("shrink", cls=GroupedHelp)(shrink.shrink)
 app.command("recover", cls=GroupedHelp)(recover.recover)
+app.command("law")(law.law)
 app.command("reapply")(reapply.reapply)
 app.command("eval")(evaluate.evaluate)
 app.command("bench")(bench.bench)

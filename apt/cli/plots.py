@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from apt.output.report import Report
+from apt.recovery.law import Law, Point
 
 
 def draw_candidates(candidates: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -80,6 +81,27 @@ def draw_training(training: Mapping[str, Any], path: Path) -> None:
     axes.patch.set_visible(False)
     lines = [*axes.get_lines(), *right.get_lines()]
     axes.legend(lines, [line.get_label() for line in lines])
+    _write(figure, path)
+
+
+def draw_law(points: Sequence[Point], law: Law, path: Path) -> None:
+    """Draw the measured losses of each run, and the fitted law.
+
+    Args:
+        points: the measured losses.
+        law: the fitted law.
+        path: the file to write.
+    """
+    figure, axes = _pyplot().subplots(figsize=(7, 4.5))
+    for name in dict.fromkeys(point.curve for point in points):
+        run = sorted((p for p in points if p.curve == name), key=lambda point: point.tokens)
+        tokens = [point.tokens for point in run]
+        (line,) = axes.plot(tokens, [law.loss(point) for point in run], label=Path(name).name)
+        axes.plot(tokens, [point.loss for point in run], "o", color=line.get_color(), markersize=4)
+    axes.set_xscale("log")
+    axes.set_xlabel("training tokens")
+    axes.set_ylabel("nats per token (points: measured, lines: law)")
+    axes.legend(fontsize="small")
     _write(figure, path)
 
 

@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from apt.recovery.options import RecoverOptions
 from apt.recovery.teacher import Teacher, write_teacher
 from apt.recovery.trainable import Recovery, Trainable, Unrecovered, next_token_loss
 from apt.recovery.training import StopRule, Training, train
+
+DENSE_LOSS = "dense_loss"
+"""The key by which the loss of the dense model on the samples held back is remembered."""
 
 _STEPS = 1000
 _MOST_HELD_BACK = 64
@@ -92,30 +96,52 @@ def recover_model(model: nn.Module, tokens: Tensor, job: Job) -> tuple[Training,
     """
     masks = masks_of(model, job.adapter)
     text, held_back = _split(tokens, job.options)
-    parameters = dict(model.named_parameters())
-    before = {name: (p.dtype, p.requires_grad) for name, p in parameters.items()}
-    model.float()
-    try:
+    with _in_fp32(model):
         job.status("preparing")
         steps, text = _amount(model, text, len(held_back), job)
-        trainable = _trainable(model, masks, text, job)
-        training = train(
-            trainable, masks, text, held_back, job.options, steps, _rate(job), job.folder / "steps",
-            seed=job.seed, device=job.device, resume=job.resume, rules=job.rules,
-            observe=job.observe,
-        )  # fmt: skip
-        _check_lower(training)
+        trainable = _trainable(model, masks, text, held_back, job)
+        with _undone_on_error(model, trainable):
+            training = train(
+                trainable, masks, text, held_back, job.options, steps, _rate(job),
+                job.folder / "steps", seed=job.seed, device=job.device, resume=job.resume,
+                rules=job.rules, observe=job.observe,
+            )  # fmt: skip
+            _check_lower(training)
         trainable.merge()
-    finally:
-        for name, parameter in model.named_parameters():
-            dtype, gradient = before.get(name, (parameter.dtype, True))
-            parameter.data = parameter.data.to(dtype)
-            parameter.requires_grad_(gradient)
     if (wrong := filled(masks, model)) is not None:
         raise AptError(
             f"recovery {job.spec.name} filled zeros of {wrong}", "use another kind of recovery"
         )
     return training, masks
+
+
+@contextmanager
+def _in_fp32(model: nn.Module) -> Iterator[None]:
+    """While entered, the parameters are fp32; then they have their dtypes and flags again."""
+    before = {n: (p.dtype, p.requires_grad) for n, p in model.named_parameters()}
+    model.float()
+    try:
+        yield
+    finally:
+        model.zero_grad(set_to_none=True)
+        for name, parameter in model.named_parameters():
+            dtype, gradient = before[name]
+            parameter.data = parameter.data.to(dtype)
+            parameter.requires_grad_(gradient)
+
+
+@contextmanager
+def _undone_on_error(model: nn.Module, trainable: Trainable) -> Iterator[None]:
+    """Restore the model if an exception ends the training."""
+    trained = {p: p.detach().clone() for p in model.parameters() if p.requires_grad}
+    try:
+        yield
+    except BaseException:
+        trainable.undo()
+        for parameter in model.parameters():
+            if parameter in trained:
+                parameter.data.copy_(trained[parameter])
+        raise
 
 
 def _rate(job: Job) -> float:
@@ -168,16 +194,18 @@ def _steps_in(model: nn.Module, text: Tensor, held_back: int, job: Job) -> int:
     return max(1, int((60 * options.minutes - checks) / (step + dense)))
 
 
-def _trainable(model: nn.Module, masks: Masks, text: Tensor, job: Job) -> Trainable:
+def _trainable(
+    model: nn.Module, masks: Masks, text: Tensor, held_back: Tensor, job: Job
+) -> Trainable:
     """What the kind of recovery trains."""
-    teacher = _teacher(text, job) if job.spec.teacher else None
+    teacher = _teacher(text, held_back, job) if job.spec.teacher else None
     with torch.random.fork_rng():
         torch.manual_seed(job.seed)
         return job.recovery(Unrecovered(model, job.adapter, masks, job.options, teacher))
 
 
-def _teacher(text: Tensor, job: Job) -> Teacher:
-    """The outputs of the dense model, computed by the first rank."""
+def _teacher(text: Tensor, held_back: Tensor, job: Job) -> Teacher:
+    """The outputs of the dense model, computed by the first rank, which remembers its loss."""
     folder = job.folder / "dense"
     if job.ranks.first and not folder.is_dir():
         if job.dense is None:
@@ -188,9 +216,17 @@ def _teacher(text: Tensor, job: Job) -> Teacher:
             job.status(f"running the dense model: sample {done} of {total}")
 
         with eval_mode(dense), job.adapter.running(dense):
+            job.remember(DENSE_LOSS, lambda: _loss(dense, held_back, job.device))
             write_teacher(dense, text, job.options.top, folder, step)
     job.ranks.wait()
     return Teacher(folder)
+
+
+@torch.no_grad()
+def _loss(model: nn.Module, samples: Tensor, device: str) -> float:
+    """The mean loss of the next token on samples (samples, seqlen)."""
+    losses = [next_token_loss(model, {"input_ids": s[None].to(device)}) for s in samples]
+    return float(torch.stack(losses).mean())
 
 
 def _check_lower(training: Training) -> None:

@@ -66,6 +66,8 @@ class Trainable:
             peft.
         loss: the loss; by default `next_token_loss`.
         merge: called after the training. Then the trained weights are in the given model.
+        undo: called in place of ``merge`` if the training fails. Weights of the given model that
+            were trained are restored by the caller.
         masked: True if the parameters that are trained have zeros, which are then kept by masking
             the gradients.
     """
@@ -73,6 +75,7 @@ class Trainable:
     module: nn.Module
     loss: Loss = next_token_loss
     merge: Callable[[], Any] = field(default=_nothing)
+    undo: Callable[[], Any] = field(default=_nothing)
     masked: bool = False
 
 

@@ -31,7 +31,7 @@ from apt.output.workplace import Workplace, write_errors
 from apt.plugin.registry import Registry
 from apt.plugin.specs import RecoverySpec
 from apt.recovery.law import EnoughTokens
-from apt.recovery.recover import Job, NotRecoveredError, recover_model
+from apt.recovery.recover import DENSE_LOSS, Job, NotRecoveredError, recover_model
 from apt.recovery.training import Training
 from apt.runs.limits import check_seed, check_shard_size, check_windows
 from apt.runs.machine import choose_device
@@ -306,12 +306,15 @@ class RecoveryRun:
         """The result of a function, or the one in the journal."""
         if not self._ranks.first:
             return None
-        for line in self._work.journal.lines:
-            if key in line:
-                return line[key]
+        if (known := self._known(key)) is not None:
+            return known
         found = compute()
         self._work.journal.add({key: found})
         return found
+
+    def _known(self, key: str) -> Any:
+        """What the journal has by a key; None if it has nothing."""
+        return next((line[key] for line in self._work.journal.lines if key in line), None)
 
     def _measure(self, held_out: Tensor | None, when: str) -> dict[str, float]:
         found = {}
@@ -353,7 +356,8 @@ class RecoveryRun:
             "training": training.record(),
             "sparsity": sparsity_of(masks),
             "zeros": sum(int(mask.sum()) for mask in masks.values()),
-            "parameters": sum(p.numel() for p in shell.module.parameters()),
+            **_size(shell, earlier, masks),
+            DENSE_LOSS: self._known(DENSE_LOSS),
             "scores": scores,
             "seconds": round(time.perf_counter() - self._started, 3),
             "ranks": self._ranks.size,
@@ -368,3 +372,13 @@ class RecoveryRun:
             "adapter": shell.spec.name,
         }
         return Report({}, model, {}, recovery=record)
+
+
+def _size(shell: Model, earlier: dict[str, Any], masks: Masks) -> dict[str, Any]:
+    """The number of parameters before the pruning, and the share of them that was pruned."""
+    now = sum(p.numel() for p in shell.module.parameters())
+    share = (earlier.get("structure") or {}).get("share") or 1.0
+    blocks = sum(p.numel() for _, b in shell.adapter.blocks(shell.module) for p in b.parameters())
+    before = round(now + blocks * (1 / share - 1))
+    zeros = sum(int(mask.sum()) for mask in masks.values())
+    return {"parameters_before": before, "rate": (before - now + zeros) / before}

@@ -21,7 +21,7 @@ def spp(given: Unrecovered) -> Trainable:
     rank = given.options.rank or 16
     config = SppConfig(r=rank, target_modules=_linears(given), task_type="CAUSAL_LM")
     tuned = get_peft_model(given.model, config)
-    return Trainable(tuned, merge=tuned.merge_and_unload)
+    return Trainable(tuned, merge=tuned.merge_and_unload, undo=tuned.unload)
 
 
 def lora(given: Unrecovered) -> Trainable:
@@ -38,7 +38,7 @@ def lora(given: Unrecovered) -> Trainable:
         target_modules=names, r=rank, lora_alpha=2 * rank, task_type="CAUSAL_LM"
     )  # fmt: skip
     tuned = get_peft_model(given.model, config)
-    return Trainable(tuned, merge=tuned.merge_and_unload)
+    return Trainable(tuned, merge=tuned.merge_and_unload, undo=tuned.unload)
 
 
 def _linears(given: Unrecovered) -> list[str]:

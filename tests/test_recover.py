@@ -1,0 +1,283 @@
+"""Recovery: every kind keeps every zero, lowers the loss, and can be undone and resumed."""
+
+import copy
+import math
+from contextlib import suppress
+
+import pytest
+import torch
+from apt_plugins.masked_lora import masked_lora
+from apt_plugins.spp import SppConfig
+from peft import LoraConfig, PeftModel, get_peft_model
+
+import apt as library
+from apt.adapter.eval_mode import eval_mode
+from apt.checkpoints.masks import masks_of
+from apt.errors import AptError
+from apt.events import HeldBack, TrainingStep
+from apt.plugin.registry import registry
+from apt.recovery.options import RecoverOptions
+from apt.recovery.recover import NotRecoveredError
+from apt.recovery.teacher import divergence, relative_error
+from apt.recovery.trainable import Trainable, next_token_loss, train_only
+from apt.runs.api import find_adapter
+from tests.families import FAMILIES, random_model, random_tokens
+
+KINDS = ("spp", "lora", "layers", "distill")
+FEW = RecoverOptions(steps=4, checks=2, batch=4, rate=1e-2, hidden=0.1)
+
+
+def pruned(name="llama", pattern="0.6", dtype=torch.float32):
+    """A pruned random model, its dense original, and tokens that it can learn."""
+    model = random_model(name).to(dtype)
+    dense = copy.deepcopy(model)
+    library.prune(model, random_tokens(), pattern=pattern, method="wanda")
+    tokens = torch.arange(24 * 16).reshape(24, 16) % 50
+    return model, dense, tokens
+
+
+def zeros(model):
+    return masks_of(model, find_adapter(None, model, registry())[1])
+
+
+def same_zeros(before, model):
+    after = zeros(model)
+    return before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
+
+
+def loss(model, tokens):
+    with eval_mode(model), torch.no_grad():
+        return float(next_token_loss(model, {"input_ids": tokens}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("pattern", ["0.6", "2:4"])
+def test_every_kind_lowers_the_loss_and_keeps_every_zero(kind, pattern):
+    model, dense, tokens = pruned(pattern=pattern)
+    before, start = zeros(model), loss(model, tokens)
+    if kind == "distill":  # towards a dense model that knows the text
+        library.recover(dense, tokens, kind="layers", options=RecoverOptions(
+            steps=40, batch=8, rate=1e-2, blocks=3))  # fmt: skip
+    options = RecoverOptions(steps=8, checks=2, batch=4, rate=1e-2, blocks=3, hidden=0.1)
+    training = library.recover(model, tokens, kind=kind, options=options, dense=dense)
+    assert same_zeros(before, model)
+    assert loss(model, tokens) < start
+    assert training.best in training.held_back
+    assert len(training.losses) == training.steps == 8
+
+
+@pytest.mark.parametrize("family", FAMILIES.values())
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_family_is_recovered_in_its_own_dtype(kind, family):
+    model, dense, tokens = pruned(family, "0.5", torch.bfloat16)
+    before = zeros(model)
+    names = [name for name, _ in model.named_modules()]
+    flags = {n: (p.dtype, p.requires_grad) for n, p in model.named_parameters()}
+    with suppress(NotRecoveredError):  # a few steps need not help a random model
+        library.recover(model, tokens, kind=kind, options=FEW, dense=dense)
+    assert same_zeros(before, model)
+    assert [name for name, _ in model.named_modules()] == names
+    assert {n: (p.dtype, p.requires_grad) for n, p in model.named_parameters()} == flags
+
+
+@pytest.mark.parametrize("kind", ["spp", "layers"])
+def test_a_training_that_does_not_help_leaves_the_model_as_it_was(kind):
+    model, _, tokens = pruned()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    options = RecoverOptions(steps=6, checks=3, batch=4, rate=1e20)
+    with pytest.raises(NotRecoveredError, match=r"diverged|did not lower") as caught:
+        library.recover(model, tokens, kind=kind, options=options)
+    assert "rate" in caught.value.options
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_zeros_of_a_kind_that_fills_them_are_an_error():
+    def filling(given):
+        tuned = get_peft_model(given.model, LoraConfig(target_modules=given.linears(), r=2))
+        return Trainable(tuned, merge=tuned.merge_and_unload)
+
+    model, _, tokens = pruned()
+    with pytest.raises(AptError, match="recovery filling filled zeros of model.layers.0"):
+        library.recover(model, tokens, kind=filling, options=FEW)
+
+
+def test_a_function_is_a_kind_and_chooses_what_is_trained():
+    def norms(given):
+        train_only(given.model, (p for n, p in given.model.named_parameters() if "norm" in n))
+        return Trainable(given.model)
+
+    model, _, tokens = pruned()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    library.recover(model, tokens, kind=norms, options=FEW)
+    changed = {n for n, tensor in model.state_dict().items() if not torch.equal(tensor, before[n])}
+    assert changed
+    assert all("norm" in name for name in changed)
+
+
+class Killed(Exception):
+    """A stand-in for the death of the process."""
+
+
+@pytest.mark.parametrize("kind", ["spp", "lora", "distill"])
+def test_a_resumed_training_has_the_same_losses_and_weights(kind, tmp_path):
+    options = RecoverOptions(steps=6, checks=3, batch=4, rate=3e-3, hidden=0.1)
+    model, dense, tokens = pruned()
+    whole = library.recover(model, tokens, kind=kind, options=options, dense=dense)
+
+    def kill(event):
+        if isinstance(event, TrainingStep) and event.step == 5:
+            raise Killed
+
+    other, dense, _ = pruned()
+    given = {"kind": kind, "options": options, "dense": dense, "folder": tmp_path}
+    with pytest.raises(Killed):
+        library.recover(other, tokens, observe=kill, **given)
+    events = []
+    again = library.recover(other, tokens, resume=True, observe=events.append, **given)
+    steps = [event.step for event in events if isinstance(event, TrainingStep)]
+    assert steps == [5, 6]
+    assert again.losses == whole.losses
+    assert again.held_back == whole.held_back
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
+
+
+def test_training_ends_where_the_loss_no_longer_falls_and_takes_the_best_weights():
+    model, _, tokens = pruned()
+    options = RecoverOptions(steps=200, checks=100, batch=8, rate=3e-2, patience=2, blocks=3)
+    events = []
+    training = library.recover(model, tokens, kind="layers", options=options, observe=events.append)
+    losses = {event.step: event.loss for event in events if isinstance(event, HeldBack)}
+    assert losses == training.held_back
+    assert training.best == min(losses, key=losses.get)
+    if len(training.losses) < 200:
+        assert "no longer fell" in training.stopped
+
+
+def test_a_time_decides_the_number_of_steps():
+    model, _, tokens = pruned()
+    options = RecoverOptions(minutes=0.02, checks=1, batch=4, rate=1e-3)
+    training = library.recover(model, tokens, kind="layers", options=options)
+    assert training.steps > 1
+
+
+def test_plain_lora_fills_zeros_where_spp_and_masked_lora_keep_them():
+    model, _, tokens = pruned()
+    before = zeros(model)
+    linears = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    kept = {}
+    for name, config in {
+        "plain": LoraConfig(target_modules=linears, r=4),
+        "masked": masked_lora(target_modules=linears, r=4),
+        "spp": SppConfig(target_modules=linears, r=4),
+    }.items():
+        tuned = get_peft_model(copy.deepcopy(model), config)
+        optimizer = torch.optim.SGD((p for p in tuned.parameters() if p.requires_grad), 1.0)
+        for _ in range(2):
+            next_token_loss(tuned, {"input_ids": tokens}).backward()
+            optimizer.step()
+        kept[name] = same_zeros(before, tuned.merge_and_unload())
+    assert kept == {"plain": False, "masked": True, "spp": True}
+
+
+def test_spp_multiplies_and_peft_saves_loads_and_merges_it(tmp_path):
+    model, _, tokens = pruned()
+    config = SppConfig(target_modules="all-linear", r=4, scale=0.5, task_type="CAUSAL_LM")
+    dense_logits = model(tokens).logits
+    tuned = get_peft_model(copy.deepcopy(model), config)
+    assert torch.equal(tuned(tokens).logits, dense_logits)  # c begins with zeros
+    layer = tuned.base_model.model.model.layers[0].mlp.up_proj
+    weight = layer.get_base_layer().weight.detach().clone()
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "spp_" in name:
+                parameter.normal_()
+    first, factors = layer.spp_A["default"], layer.spp_c["default"]
+    rows = weight.shape[0] // 4
+    by_hand = weight * (1 + 0.5 * first.repeat_interleave(rows, 0) * factors)
+    torch.testing.assert_close(layer.weight, by_hand)
+    changed = tuned(tokens).logits
+    assert not torch.allclose(changed, dense_logits)
+    with tuned.disable_adapter():
+        assert torch.equal(tuned(tokens).logits, dense_logits)
+    tuned.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path)
+    torch.testing.assert_close(loaded(tokens).logits, changed)
+    loaded.merge_adapter()
+    torch.testing.assert_close(loaded(tokens).logits, changed)
+    loaded.unmerge_adapter()
+    torch.testing.assert_close(loaded(tokens).logits, changed)
+    merged = loaded.merge_and_unload()
+    torch.testing.assert_close(merged(tokens).logits, changed)
+    assert same_zeros(zeros(model), merged)
+    assert type(merged) is type(model)
+
+
+def test_spp_with_several_adapters_and_rows_that_its_rank_does_not_divide():
+    model, _, tokens = pruned()
+    tuned = get_peft_model(model, SppConfig(target_modules=["up_proj"], r=7))
+    tuned.add_adapter("other", SppConfig(target_modules=["up_proj"], r=100, dropout=0.5))
+    tuned.base_model.set_adapter(["default", "other"])
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "spp_" in name:
+                parameter.normal_(std=0.1)
+    dropped = tuned.train()(tokens).logits
+    expected = tuned.eval()(tokens).logits
+    assert not torch.allclose(dropped, expected)
+    torch.testing.assert_close(tuned.merge_and_unload()(tokens).logits, expected)
+    with pytest.raises(ValueError, match="not a torch.nn.Linear"):
+        get_peft_model(random_model("llama"), SppConfig(target_modules=["embed_tokens"]))
+    with pytest.raises(ValueError, match="must be at least 1"):
+        get_peft_model(random_model("llama"), SppConfig(target_modules=["up_proj"], r=0))
+
+
+def test_the_divergence_is_that_of_the_full_vocabulary_and_merges_the_rest():
+    draw = torch.Generator().manual_seed(0)
+    logits, dense = (torch.randn(2, 3, 20, generator=draw) for _ in range(2))
+    logs = dense.log_softmax(-1)
+    full = (
+        torch.nn.functional.kl_div(logits.log_softmax(-1), logs, log_target=True, reduction="sum")
+        / 6
+    )
+    values, tokens = logs.topk(20)
+    torch.testing.assert_close(divergence(logits, tokens, values), full, atol=1e-4, rtol=1e-4)
+    values, tokens = logs.topk(5)
+    part = divergence(logits, tokens, values)
+    assert 0 < part < full  # merging events lowers a divergence
+    assert divergence(dense, tokens, values).abs() < 1e-5
+    assert relative_error(dense, dense) == 0
+    assert relative_error(2 * dense, dense) == pytest.approx(1)
+
+
+def test_options_out_of_range_are_errors_that_name_the_option():
+    wrong = {
+        "steps": 0, "tokens": 0, "minutes": math.inf, "rate": 0, "batch": 0, "held_back": 1.0,
+        "checks": 0, "patience": 0, "rank": 0, "blocks": 0, "hidden": -1.0, "top": 0,
+    }  # fmt: skip
+    for name, value in wrong.items():
+        with pytest.raises(AptError, match=name) as caught:
+            RecoverOptions(**{name: value}).check()
+        assert name in caught.value.options
+    with pytest.raises(AptError, match="exclude each other"):
+        RecoverOptions(steps=1, minutes=1).check()
+    with pytest.raises(AptError, match="tokens is 'many'"):
+        RecoverOptions(tokens="many").check()
+
+
+def test_what_a_recovery_lacks_is_an_error():
+    model, _, tokens = pruned()
+    with pytest.raises(AptError, match="needs the dense model"):
+        library.recover(model, tokens, kind="distill", options=FEW)
+    with pytest.raises(AptError, match="the text has 1 samples"):
+        library.recover(model, tokens[:1], kind="layers", options=FEW)
+    with pytest.raises(AptError, match="the model has no zeros"):
+        library.recover(random_model("llama"), tokens, kind="spp", options=FEW)
+    with pytest.raises(AptError, match="no recovery 'sp'.*did you mean 'spp'"):
+        library.recover(model, tokens, kind="sp", options=FEW)
+    with pytest.raises(AptError, match="optimizer 'adam' is unknown"):
+        library.recover(
+            model, tokens, kind="layers", options=RecoverOptions(steps=2, optimizer="adam")
+        )
