@@ -118,7 +118,15 @@ class HeldBack:
 Event = BlockStarted | Working | SitePruned | BlockTuned
 Observer = Callable[[Event], None]
 
-TrainingEvent = TrainingStep | HeldBack
+
+@dataclass(frozen=True)
+class CheckpointSaved:
+    """The state of a training after ``step`` steps is on disk."""
+
+    step: int
+
+
+TrainingEvent = TrainingStep | HeldBack | CheckpointSaved
 TrainingObserver = Callable[[TrainingEvent], None]
 
 

@@ -24,16 +24,17 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from apt.adapter.eval_mode import eval_mode
 from apt.errors import AptError, first_line
-from apt.events import HeldBack, TrainingObserver, TrainingStep
+from apt.events import CheckpointSaved, HeldBack, TrainingObserver, TrainingStep
 from apt.recovery.options import RecoverOptions
 from apt.recovery.trainable import Trainable, next_token_loss
 from apt.solver.precision import multiplies_bf16
 
 _WARM_UP = 0.03  # of the steps, as in SPP
+_COMPLETE = "complete"  # a file in a checkpoint that was completely written
 _DIVERGED = 2.0  # nats per token above the loss before the training
 
 
@@ -137,7 +138,7 @@ def train(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.use(trainable)
-    last = get_last_checkpoint(str(folder)) if resume and folder.is_dir() else None
+    last = _last_checkpoint(folder) if resume else None
     recorder.begin(trainer, last)
     with _optimizer_errors(options):
         trainer.train(resume_from_checkpoint=last)
@@ -213,6 +214,13 @@ def _arguments(
             "use adamw_torch or adafactor",
             ("optimizer",),
         ) from error
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The last checkpoint that was completely written; None if there is none."""
+    found = {int(path.parent.name.rpartition("-")[2]): path.parent for path in folder.glob(
+        f"{PREFIX_CHECKPOINT_DIR}-*/{_COMPLETE}")}  # fmt: skip
+    return str(found[max(found)]) if found else None
 
 
 def _distributed() -> bool:
@@ -313,6 +321,15 @@ class _Recorder(TrainerCallback):  # type: ignore[misc]
         for rule in self._rules:
             if reason := rule.reason(training):
                 training.stopped, control.should_training_stop = reason, True
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Mark the checkpoint as complete."""
+        if state.is_world_process_zero:
+            name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            (Path(str(args.output_dir)) / name / _COMPLETE).touch()
+        self._observe(CheckpointSaved(state.global_step))
 
     def _keep(self, step: int, loss: float) -> None:
         self._training.held_back[step] = loss

@@ -22,7 +22,7 @@ from apt.checkpoints.save import keep_side_files, save_model
 from apt.checkpoints.stored import local_directory
 from apt.distributed.ranks import Ranks
 from apt.errors import AptError
-from apt.events import HeldBack, TrainingEvent, TrainingObserver
+from apt.events import CheckpointSaved, TrainingEvent, TrainingObserver
 from apt.locations.model_source import find
 from apt.output.card import write_card
 from apt.output.location import check_space
@@ -131,6 +131,14 @@ def _dense_shell(prepared: PreparedRecovery) -> Model:
             f"the dense model {given} has {sizes[0]} tokens, and {options.model} has {sizes[1]}",
             "name the model from which it was pruned",
             ("dense",),
+        )
+    widths = [model.config.hidden_size for model in (shell, prepared.shell)]
+    if options.recover.hidden and widths[0] != widths[1]:
+        raise AptError(
+            f"the hidden states of {given} have {widths[0]} features, and those of "
+            f"{options.model} have {widths[1]}",
+            "name the model from which it was pruned, or use the logits alone: hidden 0",
+            ("dense", "hidden"),
         )
     return shell
 
@@ -287,7 +295,7 @@ class RecoveryRun:
         prepared, options = self._prepared, self._options
 
         def observe(event: TrainingEvent) -> None:
-            if isinstance(event, HeldBack) and event.step and self._ranks.first:
+            if isinstance(event, CheckpointSaved) and self._ranks.first:
                 self._work.journal.add({"checkpoint": event.step})
             self._observe(event)
 
