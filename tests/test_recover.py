@@ -154,7 +154,9 @@ def test_training_ends_where_the_loss_no_longer_falls_and_takes_the_best_weights
     assert losses == training.held_back
     assert training.best == min(losses, key=losses.get) < max(losses)
     assert "no longer fell" in training.stopped
-    assert loss(model, tokens[-1:]) == pytest.approx(losses[training.best], rel=1e-3)
+    assert loss(model, tokens[-1:]) == pytest.approx(
+        losses[training.best], rel=0.01
+    )  # bf16 in training
 
 
 def test_a_time_decides_the_number_of_steps():

@@ -7,6 +7,7 @@ and must be opened with `masked_lora` again: plain LoRA would fill the zeros.
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from peft import LoraConfig
 from peft.tuners.lora import Linear
@@ -18,8 +19,10 @@ class MaskedLoraLinear(Linear):  # type: ignore[misc]
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The update (out, in) of an adapter, zero where the weight is zero."""
-        update: Tensor = super().get_delta_weight(adapter)
-        kept: Tensor = self.get_base_layer().weight.detach() != 0
+        weight = self.get_base_layer().weight
+        with torch.autocast(weight.device.type, enabled=False):  # as precise as in a merge
+            update: Tensor = super().get_delta_weight(adapter)
+        kept: Tensor = weight.detach() != 0
         return update * kept.to(update.dtype)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
