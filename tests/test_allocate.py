@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from apt_plugins import level_search
 from apt_plugins.allocations import MOST, tail_exponent
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +15,7 @@ from apt.planning.allocation import Unallocated, with_shares
 from apt.planning.plan import Plan, PlannedBlock, PlannedSite, Selection, make_plan
 from apt.plugin.registry import registry
 from apt.solver import NM, Unstructured
-from tests.families import FAMILIES, random_model, random_tokens
+from tests.families import FAMILIES, random_model, random_tokens, zoo_model
 
 TOKENS = random_tokens(samples=6)
 
@@ -103,7 +104,7 @@ def test_an_allocation_that_breaks_its_promise_is_named(shift, message, adapter_
         with_shares(plan, "mine", shares)
 
 
-NAMES = ["owl", "alphapruning", "alphapruning-matrix", "atp", "auto", "auto-block"]
+NAMES = ["owl", "alphapruning", "alphapruning-matrix", "atp", "auto", "auto-block", "auto-search"]
 
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda"])
@@ -216,6 +217,31 @@ def test_auto_spares_what_changes_the_output(variant, adapter_of):
     assert mean_of(shares, plan, blocks[0][0].split(".")[0]) == pytest.approx(0.5, abs=1e-3)
     inner = allocation("auto-block")(Unallocated(model, adapter, plan, TOKENS))
     assert [mean_of(inner, plan, n) for n, _ in blocks] == pytest.approx([0.5] * 3, abs=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "mamba"])
+def test_a_search_over_levels_finds_a_lower_loss_and_leaves_the_model(family, adapter_of):
+    model, tokens, _ = zoo_model(family, 8, 128)
+    plan = make_plan(model.module, model.adapter, Unstructured(0.7))
+    before = {name: value.clone() for name, value in model.module.state_dict().items()}
+    given = Unallocated(model.module, model.adapter, plan, tokens)
+    shares = allocation("auto-search")(given)
+    assert all(torch.equal(v, before[name]) for name, v in model.module.state_dict().items())
+    assert allocation("auto-search")(given) == shares
+    losses = [fitness(given, found) for found in (allocation("auto")(given), shares)]
+    assert losses[1] < losses[0]
+    total = sum((shares[s.name] - 0.7) * s.size for s in plan.sites)
+    assert abs(total) < 1e-6 * sum(s.size for s in plan.sites)
+
+
+def fitness(given, shares):
+    """The loss of the search, for other sparsities."""
+    groups = level_search._groups(given)
+    with level_search._pruned(given, groups) as apply:
+        apply([shares[group.sites[0].name] for group in groups])
+        count = level_search.MORE // given.tokens.shape[1]
+        return library.perplexity(given.model, given.tokens[:count])
 
 
 @torch.no_grad()

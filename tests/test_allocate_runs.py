@@ -114,6 +114,9 @@ def test_a_dry_run_shows_the_levels_and_writes_nothing(apt, tmp_path):
     levels = [{s["pattern"] for s in json.loads(run.out)["sites"]} for run in (plain, shared)]
     assert levels[0] == {"0.6"}
     assert len(levels[1]) > 5
+    streamed = apt(*command, *AUTO, "--stream")
+    assert streamed.code == 0, streamed.err
+    assert json.loads(streamed.out)["sites"] == json.loads(shared.out)["sites"]
     assert not list(tmp_path.iterdir())
 
 

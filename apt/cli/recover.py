@@ -78,6 +78,11 @@ def recover(
         3, "--blocks", metavar="N", rich_help_panel=_TRAINING,
         help="Number of last blocks that layers trains.",
     ),
+    move_masks: bool = typer.Option(
+        False, "--move-masks", rich_help_panel=_TRAINING,
+        help="Exchange pruned weights during the training, with exact counts (kinds distill and "
+        "layers).",
+    ),
     dense: str | None = typer.Option(
         None, "--dense", metavar="MODEL", rich_help_panel=_TRAINING,
         help="The dense model, for distill; by default the one that the report names.",
@@ -135,7 +140,7 @@ def recover(
 
     wish = RecoverOptions(
         steps, _amount(tokens), minutes, rate, batch, samples_at_once, held_back, checks, patience,
-        optimizer, checkpointing, rank, blocks, hidden, top,
+        optimizer, checkpointing, rank, blocks, move_masks, hidden, top,
     )  # fmt: skip
     wish.check()
     check_windows(samples, seqlen)

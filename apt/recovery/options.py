@@ -31,6 +31,8 @@ class RecoverOptions:
         checkpointing: True to compute activations again in the backward pass, which saves memory.
         rank: the rank of adapters (kinds spp and lora); by default that of the kind.
         blocks: the number of last blocks that the kind layers trains.
+        move_masks: True if masks may change during the training, with exact counts, see
+            `apt.recovery.moving_masks` (kinds layers and distill).
         hidden: the weight of the error of the last hidden states, beside that of the logits (kind
             distill).
         top: the number of logits of the dense model that are kept for each token (kind distill).
@@ -49,6 +51,7 @@ class RecoverOptions:
     checkpointing: bool = False
     rank: int | None = None
     blocks: int = 3
+    move_masks: bool = False
     hidden: float = 1.0
     top: int = 64
 

@@ -18,6 +18,7 @@ from apt.distributed.ranks import Ranks
 from apt.errors import AptError
 from apt.events import TrainingObserver
 from apt.plugin.specs import RecoverySpec
+from apt.recovery.moving_masks import MovingMasks
 from apt.recovery.options import RecoverOptions
 from apt.recovery.teacher import Teacher, write_teacher
 from apt.recovery.trainable import Recovery, Trainable, Unrecovered, next_token_loss
@@ -104,7 +105,8 @@ def recover_model(model: nn.Module, tokens: Tensor, job: Job) -> tuple[Training,
             training = train(
                 trainable, masks, text, held_back, job.options, steps, _rate(job),
                 job.folder / "steps", seed=job.seed, device=job.device, resume=job.resume,
-                rules=job.rules, observe=job.observe,
+                moving=_moving(model, trainable, masks, steps, job), rules=job.rules,
+                observe=job.observe,
             )  # fmt: skip
             _check_lower(training)
         trainable.merge()
@@ -142,6 +144,25 @@ def _undone_on_error(model: nn.Module, trainable: Trainable) -> Iterator[None]:
             if parameter in trained:
                 parameter.data.copy_(trained[parameter])
         raise
+
+
+def _moving(
+    model: nn.Module, trainable: Trainable, masks: Masks, steps: int, job: Job
+) -> MovingMasks | None:
+    """The masks, if they move during the training.
+
+    Raises:
+        AptError: the kind of recovery trains adapters.
+    """
+    if not job.options.move_masks:
+        return None
+    if not trainable.masked:
+        raise AptError(
+            f"recovery {job.spec.name} trains adapters, and its masks cannot move",
+            "use the kind distill or layers",
+            ("kind", "move_masks"),
+        )
+    return MovingMasks(model, job.adapter, masks, steps)
 
 
 def _rate(job: Job) -> float:

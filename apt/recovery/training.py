@@ -29,6 +29,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from apt.adapter.eval_mode import eval_mode
 from apt.errors import AptError, first_line
 from apt.events import CheckpointSaved, HeldBack, TrainingObserver, TrainingStep
+from apt.recovery.moving_masks import MovingMasks
 from apt.recovery.options import RecoverOptions
 from apt.recovery.trainable import Trainable, next_token_loss
 from apt.solver.precision import multiplies_bf16
@@ -52,6 +53,7 @@ class Training:
             back, and the weights are those before the training.
         diverged: the step after which the loss diverged; None if it did not.
         stopped: why the training ended before its planned end; empty if it did not.
+        exchanges: the number of weights that were pruned in exchange for others, if masks move.
     """
 
     steps: int
@@ -62,6 +64,7 @@ class Training:
     best: int = 0
     diverged: int | None = None
     stopped: str = ""
+    exchanges: int = 0
 
     def record(self) -> dict[str, Any]:
         """The record as values for JSON."""
@@ -102,6 +105,7 @@ def train(
     seed: int = 0,
     device: str = "cpu",
     resume: bool = False,
+    moving: MovingMasks | None = None,
     rules: tuple[StopRule, ...] = (),
     observe: TrainingObserver = lambda event: None,
 ) -> Training:
@@ -119,6 +123,7 @@ def train(
         seed: the seed for the order of the samples.
         device: ``"cpu"``, or a CUDA device.
         resume: True to continue from the last checkpoint in ``folder``.
+        moving: the masks, if they move; None if they stay.
         rules: further rules that end the training early.
         observe: called with the events of the training.
 
@@ -127,8 +132,8 @@ def train(
     """
     arguments = _arguments(trainable.module, options, steps, rate, folder, seed, device)
     training = Training(steps, options.batch * tokens.shape[1])
-    recorder = _Recorder(training, rules, observe)
-    handles = _mask_gradients(trainable, masks)
+    recorder = _Recorder(training, rules, observe, moving)
+    handles = _mask_gradients(trainable, masks, recorder)
     trainer = _Trainer(
         model=trainable.module,
         args=arguments,
@@ -140,11 +145,15 @@ def train(
     trainer.use(trainable)
     last = _last_checkpoint(folder) if resume else None
     recorder.begin(trainer, last)
+    if last is not None and moving is not None:
+        moving.restore(Path(last))
     with _optimizer_errors(options):
         trainer.train(resume_from_checkpoint=last)
     for handle in handles:
         handle.remove()
     recorder.end(trainer)
+    if moving is not None and training.best:
+        moving.restore(folder / f"{PREFIX_CHECKPOINT_DIR}-{training.best}")
     trainable.module.eval()
     return training
 
@@ -227,7 +236,9 @@ def _distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def _mask_gradients(trainable: Trainable, masks: Mapping[str, Tensor]) -> list[Any]:
+def _mask_gradients(
+    trainable: Trainable, masks: Mapping[str, Tensor], recorder: "_Recorder"
+) -> list[Any]:
     """Set the gradients of masked weights to zero, so that no optimizer moves these weights.
 
     A zero weight with zero gradients has zero moments, and no decay.
@@ -236,17 +247,18 @@ def _mask_gradients(trainable: Trainable, masks: Mapping[str, Tensor]) -> list[A
         return []
     parameters = dict(trainable.module.named_parameters(remove_duplicate=False))
     return [
-        parameters[name].register_hook(_Masked(mask))  # type: ignore[no-untyped-call]
+        parameters[name].register_hook(_Masked(name, mask, recorder))  # type: ignore[no-untyped-call]
         for name, mask in masks.items()
         if parameters[name].requires_grad
     ]
 
 
 class _Masked:
-    def __init__(self, mask: Tensor) -> None:
-        self._mask = mask
+    def __init__(self, name: str, mask: Tensor, recorder: "_Recorder") -> None:
+        self._name, self._mask, self._recorder = name, mask, recorder
 
     def __call__(self, gradient: Tensor) -> Tensor:
+        self._recorder.see(self._name, gradient)
         return gradient.masked_fill(self._mask.to(gradient.device), 0)
 
 
@@ -274,9 +286,14 @@ class _Recorder(TrainerCallback):  # type: ignore[misc]
     """Records the losses, and ends a training that diverges or that a rule ends."""
 
     def __init__(
-        self, training: Training, rules: tuple[StopRule, ...], observe: TrainingObserver
+        self,
+        training: Training,
+        rules: tuple[StopRule, ...],
+        observe: TrainingObserver,
+        moving: MovingMasks | None,
     ) -> None:
         self._training, self._rules, self._observe = training, rules, observe
+        self._moving, self._next = moving, 1  # the number of the current step
         self._started = 0.0
 
     def begin(self, trainer: Trainer, checkpoint: str | None) -> None:
@@ -292,6 +309,24 @@ class _Recorder(TrainerCallback):  # type: ignore[misc]
                 self._training.losses.append(float(entry["loss"]))
             if "eval_loss" in entry:
                 self._training.held_back[int(entry["step"])] = float(entry["eval_loss"])
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Note the number of the step."""
+        self._next = state.global_step + 1
+
+    def see(self, name: str, gradient: Tensor) -> None:
+        """Note the gradient of a parameter, if its mask moves after this step."""
+        if self._moving is not None and self._moving.wants(self._next):
+            self._moving.see(name, gradient)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
+    ) -> None:
+        """Move the masks."""
+        if self._moving is not None and self._moving.wants(state.global_step):
+            self._training.exchanges += self._moving.move(state.global_step, given["optimizer"])
 
     def on_log(
         self, args: Any, state: TrainerState, control: TrainerControl, logs: Any, **_: Any
@@ -328,7 +363,10 @@ class _Recorder(TrainerCallback):  # type: ignore[misc]
         """Mark the checkpoint as complete."""
         if state.is_world_process_zero:
             name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            (Path(str(args.output_dir)) / name / _COMPLETE).touch()
+            folder = Path(str(args.output_dir)) / name
+            if self._moving is not None:
+                self._moving.save(folder)
+            (folder / _COMPLETE).touch()
         self._observe(CheckpointSaved(state.global_step))
 
     def _keep(self, step: int, loss: float) -> None:

@@ -98,6 +98,9 @@ def apt_allocations() -> list[AllocationSpec]:
                        f"{published}:atp", "arXiv 2502.14770", streams=False),
         AllocationSpec("auto", "by what the last weight of each site costs the model's output",
                        f"{own}:auto", "after arXiv 2410.14649"),
+        AllocationSpec("auto-search", "auto, refined by evolutionary search on the loss",
+                       "apt_plugins.level_search:auto_search", "after arXiv 2410.14649",
+                       streams=False),
         AllocationSpec("auto-block", "the same, with equal sparsities of the blocks",
                        f"{own}:auto_block", "after arXiv 2410.14649"),
     ]  # fmt: skip

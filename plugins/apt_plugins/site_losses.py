@@ -91,6 +91,11 @@ def _pattern(pattern: SitePattern | None, sparsity: float) -> Pattern:
     return NM(pattern.m - pruned, pattern.m)
 
 
+def removed_at(scores: Tensor, pattern: SitePattern | None, sparsity: float) -> Tensor:
+    """The mask (out, in) of the lowest scores, of that sparsity or of the nearest n:m."""
+    return lowest(scores, _pattern(pattern, sparsity))
+
+
 def _shares_left(
     block: nn.Module, planned: PlannedSite, scores: Tensor, grams: Mapping[Site, Gram]
 ) -> Tensor:
@@ -131,8 +136,8 @@ def pruned(
     for planned in sites:
         weight = planned.site.oriented(planned.site.weight(block).data)
         kept.append((weight, weight.clone()))
-        wanted = _pattern(planned.pattern, sparsity_of(planned))
-        weight.masked_fill_(lowest(_scores(block, planned.site, grams), wanted), 0)
+        scores = _scores(block, planned.site, grams)
+        weight.masked_fill_(removed_at(scores, planned.pattern, sparsity_of(planned)), 0)
     try:
         yield
     finally:

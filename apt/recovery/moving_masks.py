@@ -1,0 +1,160 @@
+"""Masks that move during a training, with exact counts (after RigL, arXiv 1911.11134).
+
+Now and then each row of a weight loses some of its smallest kept weights, and gets back as many
+pruned weights with the largest gradients, which begin at zero. Every row keeps its number of
+pruned weights, and for n:m every group does.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from apt.adapter import Adapter, Site
+from apt.checkpoints.masks import MASKS, read_masks, write_masks
+
+_EXCHANGES = 20
+_SHARE = 0.1  # of the kept weights of a row, in the first exchange; it falls along a cosine
+_UNTIL = 0.75  # of the steps: the last weights that are grown are trained for the rest
+_GROUPS = (4, 8, 16, 32)
+
+
+def moving_steps(steps: int) -> list[int]:
+    """The steps after which masks move."""
+    last = int(_UNTIL * steps)
+    return sorted({round(last * (k + 1) / _EXCHANGES) for k in range(_EXCHANGES)} - {0})
+
+
+def share_at(step: int, steps: int) -> float:
+    """The share of the kept weights of a row that is exchanged after ``step``."""
+    return _SHARE * (1 + math.cos(math.pi * min(1.0, step / (_UNTIL * steps)))) / 2
+
+
+def group_of(mask: Tensor) -> int | None:
+    """The size m of the groups of a mask (out, in) that has the same count in all; None if none."""
+    for size in _GROUPS:
+        if mask.shape[1] % size == 0:
+            counts = mask.view(len(mask), -1, size).sum(-1)
+            if bool((counts == counts[0, 0]).all()) and 0 < int(counts[0, 0]) < size:
+                return size
+    return None
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A site with its parameter and the size of its groups."""
+
+    parameter: nn.Parameter
+    site: Site
+    group: int | None
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """The part (out, in) of a tensor in the shape of the parameter."""
+        part = tensor if self.site.expert is None else tensor[self.site.expert]
+        return self.site.oriented(part)
+
+
+class MovingMasks:
+    """The masks of a training, in progress.
+
+    Args:
+        model: the model.
+        adapter: the adapter of its family.
+        masks: the masks (True where pruned) by parameter. They are changed in place.
+        steps: the number of steps of the training.
+    """
+
+    def __init__(
+        self, model: nn.Module, adapter: Adapter, masks: Mapping[str, Tensor], steps: int
+    ) -> None:
+        self._masks, self._steps = masks, steps
+        self._at = set(moving_steps(steps))
+        self._entries = list(_entries(model, adapter, masks))
+        self._gradients: dict[nn.Parameter, Tensor] = {}
+        self._names = {entry.parameter: name for name, entry in self._entries}
+
+    def wants(self, step: int) -> bool:
+        """True if the masks move after ``step``, counted from 1."""
+        return step in self._at
+
+    def see(self, name: str, gradient: Tensor) -> None:
+        """Add the gradient of a parameter, before it is masked."""
+        parameter = next(entry.parameter for n, entry in self._entries if n == name)
+        known = self._gradients.get(parameter)
+        self._gradients[parameter] = gradient.clone() if known is None else known + gradient
+
+    def save(self, folder: Path) -> None:
+        """Write the masks beside a checkpoint."""
+        write_masks(dict(self._masks), folder / MASKS)
+
+    def restore(self, folder: Path) -> None:
+        """Take the masks of a checkpoint."""
+        for name, mask in read_masks(folder / MASKS).items():
+            self._masks[name].copy_(mask)
+
+    @torch.no_grad()
+    def move(self, step: int, optimizer: torch.optim.Optimizer) -> int:
+        """Exchange weights after ``step``; the number of exchanges."""
+        share, moved = share_at(step, self._steps), 0
+        for gradient in self._gradients.values():
+            if dist.is_available() and dist.is_initialized():
+                dist.all_reduce(gradient)  # so that all processes move the same weights
+        for name, entry in self._entries:
+            if (seen := self._gradients.get(entry.parameter)) is not None:
+                weight, mask = entry.view(entry.parameter), entry.view(self._masks[name])
+                moved += _exchange(weight, entry.view(seen), mask, entry.group, share)
+        for parameter in self._gradients:
+            mask = self._masks[self._names[parameter]]
+            parameter.masked_fill_(mask, 0)
+            for state in optimizer.state.get(parameter, {}).values():
+                if isinstance(state, Tensor) and state.shape == parameter.shape:
+                    state.masked_fill_(mask, 0)
+        self._gradients.clear()
+        return moved
+
+
+def _entries(
+    model: nn.Module, adapter: Adapter, masks: Mapping[str, Tensor]
+) -> Iterator[tuple[str, _Entry]]:
+    for block_name, block in adapter.blocks(model):
+        for site in adapter.sites(block):
+            name = f"{block_name}.{site.parameter}"
+            if name not in masks:
+                continue
+            made = _Entry(block.get_parameter(site.parameter), site, None)
+            yield name, _Entry(made.parameter, site, group_of(made.view(masks[name])))
+
+
+def _exchange(
+    weight: Tensor, gradient: Tensor, mask: Tensor, group: int | None, share: float
+) -> int:
+    """Exchange weights in each row of ``mask`` (out, in), in place; the number of exchanges."""
+    size = weight.abs().masked_fill(mask, torch.inf)
+    gain = gradient.abs().masked_fill(~mask, -1)
+    kept = int((~mask).sum())
+    if group is None:
+        count = min(int(share * kept / len(mask)), int(mask.sum(1).min()))
+        if not count:
+            return 0
+        dropped, grown = size.topk(count, 1, largest=False).indices, gain.topk(count, 1).indices
+        usable = (size.gather(1, dropped) < torch.inf) & (gain.gather(1, grown) >= 0)
+    else:
+        dropped, grown, usable = _in_groups(size, gain, group, int(share * kept / len(mask)))
+    rows = torch.arange(len(mask), device=mask.device).unsqueeze(1).expand_as(dropped)[usable]
+    mask[rows, dropped[usable]] = True
+    mask[rows, grown[usable]] = False
+    return int(usable.sum())
+
+
+def _in_groups(size: Tensor, gain: Tensor, group: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """One exchange in each of the ``count`` groups of a row with the largest gradients."""
+    grouped = size.view(len(size), -1, group), gain.view(len(gain), -1, group)
+    smallest, (best, at) = grouped[0].argmin(-1), grouped[1].max(-1)
+    chosen = best.topk(min(count, best.shape[1]), 1).indices
+    start = chosen * group
+    dropped, grown = start + smallest.gather(1, chosen), start + at.gather(1, chosen)
+    return dropped, grown, best.gather(1, chosen) >= 0
