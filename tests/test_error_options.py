@@ -59,11 +59,11 @@ def named_options(tree: ast.Module) -> Iterator[str]:
 
 
 def flags() -> set[str]:
-    """The flags of ``apt-prune prune``, ``shrink``, ``eval`` and ``bench``."""
+    """The flags of the commands that run a model."""
     commands = get_command(app).commands
     return {
         flag
-        for command in ("prune", "shrink", "eval", "bench")
+        for command in ("prune", "shrink", "recover", "eval", "bench")
         for parameter in commands[command].params
         for flag in (*parameter.opts, *parameter.secondary_opts)
     }

@@ -2,13 +2,16 @@
 
 import copy
 import math
+import re
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
 from apt_plugins.masked_lora import masked_lora
 from apt_plugins.spp import SppConfig
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import TrainingArguments
 
 import apt as library
 from apt.adapter.eval_mode import eval_mode
@@ -116,6 +119,41 @@ def test_a_function_is_a_kind_and_chooses_what_is_trained():
     assert all("norm" in name for name in changed)
 
 
+@pytest.mark.parametrize("pattern", ["0.6", "2:4", "4:8"])
+def test_masks_that_move_keep_every_count(pattern):
+    model, _, tokens = pruned(pattern=pattern)
+    before = zeros(model)
+    options = RecoverOptions(steps=40, checks=4, batch=8, rate=1e-2, blocks=3, move_masks=True)
+    training = library.recover(model, tokens, kind="layers", options=options)
+    after = zeros(model)
+    assert training.exchanges > 100
+    for name, mask in before.items():
+        assert not torch.equal(mask, after[name])
+        size = mask.shape[1] if pattern == "0.6" else int(pattern[-1])
+        counts = [m.view(len(m), -1, size).sum(-1) for m in (mask, after[name])]
+        assert torch.equal(*counts), name
+    with pytest.raises(AptError, match="its masks cannot move"):
+        library.recover(model, tokens, kind="spp", options=RecoverOptions(steps=2, move_masks=True))
+
+
+def test_masks_that_move_are_in_the_checkpoints(tmp_path):
+    options = RecoverOptions(steps=8, checks=4, batch=4, rate=3e-3, blocks=3, move_masks=True)
+    given = {"kind": "layers", "options": options}
+    model, _, tokens = pruned()
+    whole = library.recover(model, tokens, **given)
+
+    def kill(event):
+        if isinstance(event, TrainingStep) and event.step == 6:
+            raise Killed
+
+    other, _, _ = pruned()
+    with pytest.raises(Killed):
+        library.recover(other, tokens, folder=tmp_path, observe=kill, **given)
+    again = library.recover(other, tokens, folder=tmp_path, resume=True, **given)
+    assert again.losses == whole.losses
+    assert same_zeros(zeros(model), other)
+
+
 class Killed(Exception):
     """A stand-in for the death of the process."""
 
@@ -216,6 +254,26 @@ def test_spp_multiplies_and_peft_saves_loads_and_merges_it(tmp_path):
     torch.testing.assert_close(merged(tokens).logits, changed)
     assert same_zeros(zeros(model), merged)
     assert type(merged) is type(model)
+
+
+def test_the_lines_for_users_of_peft_train_and_keep_every_zero(tmp_path):
+    """The example of docs/recovery.md, as it stands there."""
+    page = (Path(__file__).parent.parent / "docs/recovery.md").read_text()
+    (source,) = re.findall(r"```python\n(from peft .*?)```", page, re.DOTALL)
+    model, _, tokens = pruned()
+    before = zeros(model)
+    scope = {
+        "pruned": model,
+        "arguments": TrainingArguments(
+            str(tmp_path), max_steps=6, learning_rate=1e-2, use_cpu=True, report_to=[],
+            disable_tqdm=True,
+        ),
+        "dataset": [{"input_ids": row, "labels": row} for row in tokens],
+    }  # fmt: skip
+    start = loss(model, tokens)
+    exec(source, scope)
+    assert same_zeros(before, scope["merged"])
+    assert loss(scope["merged"], tokens) < start
 
 
 def test_spp_with_several_adapters_and_rows_that_its_rank_does_not_divide():

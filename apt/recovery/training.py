@@ -35,6 +35,11 @@ from apt.recovery.trainable import Trainable, next_token_loss
 from apt.solver.precision import multiplies_bf16
 
 _WARM_UP = 0.03  # of the steps, as in SPP
+_CHECKPOINTING = next(  # transformers 5.24 has renamed it
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in TrainingArguments.__dataclass_fields__
+)
 _COMPLETE = "complete"  # a file in a checkpoint that was completely written
 _DIVERGED = 2.0  # nats per token above the loss before the training
 
@@ -194,7 +199,7 @@ def _arguments(
             per_device_train_batch_size=each,
             per_device_eval_batch_size=each,
             gradient_accumulation_steps=max(1, options.batch // (each * processes)),
-            gradient_checkpointing=options.checkpointing,
+            **({_CHECKPOINTING: True} if options.checkpointing else {}),
             optim=options.optimizer,
             max_grad_norm=1.0,
             bf16=whole and multiplies_bf16(torch.device(device)),
