@@ -149,6 +149,72 @@ def smaller() -> Iterator[Case]:
             yield Case("smaller", f"{key} = {value!r}", [*quick], change, may=(1,))
 
 
+def recoveries() -> Iterator[Case]:
+    """Recoveries, laws and masks with wrong options, models, reports and files."""
+    quick = ["recover", "m", "--calibration", "t.txt", "--seqlen", "16", "--batch", "2",
+             "--checks", "2", "-o", "out"]  # fmt: skip
+    short = [*quick, "--steps", "2", "--kind", "layers"]
+    values = {
+        "--steps": ["0", "-1", "x", "1.5", ""],
+        "--tokens": ["0", "-1", "x", "auto", "AUTO", "1e6", "", "64"],
+        "--minutes": ["0", "-1", "nan", "inf", "x", "0.001"],
+        "--kind": ["spp", "lora", "distill", "nonsense", "", "LAYERS"],
+    }
+    for option, given in values.items():
+        for value in given:
+            kind = [] if option == "--kind" else ["--kind", "layers"]
+            yield Case("recoveries", f"{option} {value!r}", [*quick, *kind, option, value], sparse)
+    values = {
+        "--rate": ["0", "-1", "nan", "inf", "1e30", "1e-30", "x"],
+        "--batch": ["0", "-1", "x", "100000"],
+        "--samples-at-once": ["0", "-1", "1", "x"],
+        "--held-back": ["0", "1", "-1", "nan", "0.99", "1e-9", "x"],
+        "--checks": ["0", "-1", "1000", "x"],
+        "--patience": ["0", "-1", "x"],
+        "--optimizer": ["nonsense", "", "adafactor", "adamw_bnb_8bit", "sgd"],
+        "--rank": ["0", "-1", "x"],
+        "--blocks": ["0", "-1", "999", "x"],
+        "--hidden": ["-1", "nan", "inf", "x"],
+        "--top": ["0", "-1", "x"],
+        "--samples": ["0", "-1", "1", "2", "x"],
+        "--seqlen": ["0", "1", "2", "-1", "1000000", "x"],
+        "--seed": ["-1", "x", str(10**23)],
+        "--calibration": ["nowhere", "", "nowhere.txt", "/"],
+        "--dense": ["nowhere", "", "m", "t.txt"],
+        "--plot": ["x.gif", "none/x.png", ""],
+        "--max-shard-size": ["x", "1KB"],
+    }  # fmt: skip
+    for option, given in values.items():
+        for value in given:
+            yield Case("recoveries", f"{option} {value!r}", [*short, option, value], sparse)
+    for words in ("--gradient-checkpointing", "--move-masks", "--resume", "--save-masks"):
+        yield Case("recoveries", words, [*short, words], sparse)
+    yield Case("recoveries", "masks of adapters that move",
+               [*quick, "--steps", "2", "--kind", "spp", "--move-masks"], sparse)  # fmt: skip
+    yield Case("recoveries", "a dense model", short)
+    yield Case("recoveries", "a dense model, spp", [*short[:-1], "spp"])
+    for name, text in (("empty", ""), ("list", "[]"), ("half", '{"options": {'), ("no sites",
+                       '{"options": {}, "skipped": []}'), ("structure",
+                       '{"options": {}, "skipped": [], "structure": {"share": "x"}}')):  # fmt: skip
+        for command in (short, ["law", "m"], ["reapply", "m", "m", "-o", "out"]):
+            yield Case("recoveries", f"{command[0]} with a report: {name}", command,
+                       lambda folder, t=text: sparse(folder, t), may=(1,))  # fmt: skip
+    for masks in ("m", "t.txt", "nowhere", "m/model.safetensors", "masks.safetensors", ""):
+        yield Case("recoveries", f"reapply {masks!r}", ["reapply", masks, "m", "-o", "out"], sparse)
+    for more in (["--threshold", "0"], ["--tokens", "nan"], ["--resamples", "-1"], ["nowhere"]):
+        yield Case("recoveries", f"law {more}", ["law", "m", *more], sparse)
+
+
+def sparse(folder: Path, report: str | None = None) -> None:
+    """Set half of the weights of the model ``m`` to zero, and write a report beside it."""
+    rewrite(lambda found: found.update(
+        {n: t * (torch.arange(t.numel()).view(t.shape) % 2) for n, t in found.items()
+         if "proj" in n}))(folder)  # fmt: skip
+    if report is not None:
+        (folder / "m/apt_report.json").write_text(report)
+    save_file({"m": torch.zeros(3)}, folder / "masks.safetensors", {"shapes": "{}"})
+
+
 def damaged_config(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
     """A function that changes the model's ``config.json``, or replaces it by a text."""
 
@@ -393,5 +459,5 @@ def signals() -> Iterator[Case]:
                            seconds=seconds, may=(130, 143, -2, -15))  # fmt: skip
 
 
-GROUPS = {f.__name__: f for f in (options, smaller, configurations, checkpoints, texts, paths,
-                                  environments, signals)}  # fmt: skip
+GROUPS = {f.__name__: f for f in (options, smaller, recoveries, configurations, checkpoints, texts,
+                                  paths, environments, signals)}  # fmt: skip

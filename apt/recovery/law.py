@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from apt.errors import AptError
-from apt.recovery.training import StopRule, Training
+from apt.recovery.training import Training
 
 Array = Any  # of numpy
 _LEAST_POINTS = 4
@@ -239,7 +239,7 @@ def _intervals(
     return {name: (float(low), float(high)) for name, (low, high) in ends.items()}
 
 
-class EnoughTokens(StopRule):
+class EnoughTokens:
     """Ends a training once the law of its own curve says that more tokens hardly help.
 
     Args:

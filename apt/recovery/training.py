@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -89,12 +89,11 @@ class Samples(Dataset[dict[str, Any]]):
         return {"input_ids": self._tokens[row], "row": row}
 
 
-class StopRule:
-    """A rule that ends a training early; `None` as the answer lets it go on."""
+class StopRule(Protocol):
+    """A rule that ends a training early."""
 
     def reason(self, training: Training) -> str | None:
-        """Why the training ends now. It is asked after each measurement of the loss."""
-        raise NotImplementedError
+        """Why the training ends now, or None; asked after each measurement of the loss."""
 
 
 def train(
@@ -204,7 +203,7 @@ def _arguments(
             max_grad_norm=1.0,
             bf16=whole and multiplies_bf16(torch.device(device)),
             use_cpu=device == "cpu",
-            seed=seed,
+            seed=seed % 2**32,  # the range of numpy
             logging_steps=1,
             eval_strategy="steps",
             eval_steps=every,

@@ -21,7 +21,7 @@ from apt.checkpoints.model import Model
 from apt.checkpoints.save import keep_side_files, save_model
 from apt.checkpoints.stored import local_directory
 from apt.distributed.ranks import Ranks
-from apt.errors import AptError
+from apt.errors import AptError, first_line
 from apt.events import CheckpointSaved, TrainingEvent, TrainingObserver
 from apt.locations.model_source import find
 from apt.output.card import write_card
@@ -83,7 +83,7 @@ def prepare_recovery(
         options.output, source, texts, notice, overwrite=options.overwrite, resume=options.resume
     )
     shell = skeleton(source, registry, options.adapter)
-    report = {} if source.on_hub or source.gguf else read_report(Path(source.location)) or {}
+    report = {} if source.on_hub or source.gguf else _report_beside(Path(source.location))
     kind = options.kind or ("layers" if report.get("structure") else "distill")
     spec = registry.recoveries.get(kind)
     if spec.zeros and report.get("structure"):
@@ -100,6 +100,28 @@ def prepare_recovery(
     if spec.teacher:
         _dense_shell(prepared)
     return prepared
+
+
+def _report_beside(directory: Path) -> dict[str, Any]:
+    """The report of the pruning; empty if there is none.
+
+    Raises:
+        AptError: it is damaged.
+    """
+    report = read_report(directory) or {}
+    if not report:
+        return report
+    try:
+        Report.from_dict(report)
+        share = float((report.get("structure") or {}).get("share", 1))
+        if not 0 < share <= 1:
+            raise ValueError(f"a smaller model has a share of {share} of the parameters")
+    except (AptError, AttributeError, TypeError, ValueError) as error:
+        cause = getattr(error, "message", first_line(error))
+        raise AptError(
+            f"the report in {directory} is damaged: {cause}", "delete it to recover without it"
+        ) from error
+    return report
 
 
 def _dense_shell(prepared: PreparedRecovery) -> Model:
