@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from apt.errors import AptError
 from apt.recovery.law import EnoughTokens, Point, fit_law, points_of_curve
-from apt.recovery.training import Training
+from apt.recovery.record import Training
 
 TOKENS = [1e5, 3e5, 1e6, 3e6, 1e7]
 TRUE = {"gamma": -1.2, "delta": 0.2, "N_C": 0.8, "alpha": 0.3, "D_C": 0.5, "beta": 0.4, "E": 0.1}

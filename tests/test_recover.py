@@ -197,6 +197,17 @@ def test_training_ends_where_the_loss_no_longer_falls_and_takes_the_best_weights
     )  # bf16 in training
 
 
+def test_automatic_tokens_use_the_text_once_at_most():
+    model, _, tokens = pruned()
+    options = RecoverOptions(tokens="auto", batch=2, checks=11, rate=1e-3, blocks=3)
+    training = library.recover(model, tokens, kind="layers", options=options)
+    assert training.steps == 23 // 2
+    if len(training.losses) < training.steps:
+        assert training.stopped
+    many = RecoverOptions(tokens=100, batch=2, checks=1, rate=1e-3, blocks=3)
+    assert library.recover(model, tokens, kind="layers", options=many).steps == 4  # of 32 tokens
+
+
 def test_a_time_decides_the_number_of_steps():
     model, _, tokens = pruned()
     options = RecoverOptions(minutes=0.02, checks=1, batch=4, rate=1e-3)

@@ -120,6 +120,7 @@ class RecoveryProgress:
 
     def __init__(self, notices: list[str]) -> None:
         self._notices, self._curve, self._statuses = notices, list[float](), 0
+        self._first: TrainingStep | None = None  # since the start or a resumption
         self._last: TrainingStep | None = None
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
@@ -154,7 +155,7 @@ class RecoveryProgress:
     def observe(self, event: TrainingEvent) -> None:
         """Show an event of the training."""
         if isinstance(event, TrainingStep):
-            self._last = event
+            self._first, self._last = self._first or event, event
             self._progress.update(
                 self._task, total=event.steps, completed=event.step,
                 description=f"step {event.step}/{event.steps}  loss {event.loss:.3f}  "
@@ -174,10 +175,11 @@ class RecoveryProgress:
         self._notices.clear()
 
     def _left(self) -> str:
-        last = self._last
-        if last is None or last.step >= last.steps:
+        first, last = self._first, self._last
+        if first is None or last is None or not first.step < last.step < last.steps:
             return ""
-        return f"{duration(last.seconds * (last.steps / last.step - 1))} left"
+        each = (last.seconds - first.seconds) / (last.step - first.step)
+        return f"{duration(each * (last.steps - last.step))} left"
 
 
 def curve(losses: Sequence[float]) -> str:

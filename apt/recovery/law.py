@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from apt.errors import AptError
-from apt.recovery.training import Training
+from apt.recovery.record import Training
 
 Array = Any  # of numpy
 _LEAST_POINTS = 4

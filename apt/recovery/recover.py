@@ -20,9 +20,10 @@ from apt.events import TrainingObserver
 from apt.plugin.specs import RecoverySpec
 from apt.recovery.moving_masks import MovingMasks
 from apt.recovery.options import RecoverOptions
+from apt.recovery.record import StopRule, Training
 from apt.recovery.teacher import Teacher, write_teacher
 from apt.recovery.trainable import Recovery, Trainable, Unrecovered, next_token_loss
-from apt.recovery.training import StopRule, Training, train
+from apt.recovery.training import train
 
 DENSE_LOSS = "dense_loss"
 """The key by which the loss of the dense model on the samples held back is remembered."""

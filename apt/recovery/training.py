@@ -5,12 +5,10 @@ This module adds the loss, the masks, and the rules by which training ends early
 """
 
 import math
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,18 +17,16 @@ from transformers import (
     EarlyStoppingCallback,
     PrinterCallback,
     Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from apt.adapter.eval_mode import eval_mode
 from apt.errors import AptError, first_line
-from apt.events import CheckpointSaved, HeldBack, TrainingObserver, TrainingStep
+from apt.events import TrainingObserver
 from apt.recovery.moving_masks import MovingMasks
 from apt.recovery.options import RecoverOptions
+from apt.recovery.record import StopRule, Training
+from apt.recovery.recorder import COMPLETE, Recorder
 from apt.recovery.trainable import Trainable, next_token_loss
 from apt.solver.precision import multiplies_bf16
 
@@ -40,40 +36,6 @@ _CHECKPOINTING = next(  # transformers 5.24 has renamed it
     for name in ("activation_checkpointing", "gradient_checkpointing")
     if name in TrainingArguments.__dataclass_fields__
 )
-_COMPLETE = "complete"  # a file in a checkpoint that was completely written
-_DIVERGED = 2.0  # nats per token above the loss before the training
-
-
-@dataclass
-class Training:
-    """The record of a training.
-
-    Attributes:
-        steps: the planned number of steps.
-        tokens: the tokens of a step, over all processes.
-        losses: the loss of each step.
-        held_back: the loss of the next token on the samples held back, by step.
-        seconds: the time of the training.
-        best: the step whose weights were taken; 0 if no step lowered the loss on the samples held
-            back, and the weights are those before the training.
-        diverged: the step after which the loss diverged; None if it did not.
-        stopped: why the training ended before its planned end; empty if it did not.
-        exchanges: the number of weights that were pruned in exchange for others, if masks move.
-    """
-
-    steps: int
-    tokens: int
-    losses: list[float] = field(default_factory=list)
-    held_back: dict[int, float] = field(default_factory=dict)
-    seconds: float = 0.0
-    best: int = 0
-    diverged: int | None = None
-    stopped: str = ""
-    exchanges: int = 0
-
-    def record(self) -> dict[str, Any]:
-        """The record as values for JSON."""
-        return {**vars(self), "held_back": [list(pair) for pair in self.held_back.items()]}
 
 
 class Samples(Dataset[dict[str, Any]]):
@@ -87,13 +49,6 @@ class Samples(Dataset[dict[str, Any]]):
 
     def __getitem__(self, row: int) -> dict[str, Any]:
         return {"input_ids": self._tokens[row], "row": row}
-
-
-class StopRule(Protocol):
-    """A rule that ends a training early."""
-
-    def reason(self, training: Training) -> str | None:
-        """Why the training ends now, or None; asked after each measurement of the loss."""
 
 
 def train(
@@ -136,7 +91,7 @@ def train(
     """
     arguments = _arguments(trainable.module, options, steps, rate, folder, seed, device)
     training = Training(steps, options.batch * tokens.shape[1])
-    recorder = _Recorder(training, rules, observe, moving)
+    recorder = Recorder(training, rules, observe, moving)
     handles = _mask_gradients(trainable, masks, recorder)
     trainer = _Trainer(
         model=trainable.module,
@@ -232,7 +187,7 @@ def _arguments(
 def _last_checkpoint(folder: Path) -> str | None:
     """The last checkpoint that was completely written; None if there is none."""
     found = {int(path.parent.name.rpartition("-")[2]): path.parent for path in folder.glob(
-        f"{PREFIX_CHECKPOINT_DIR}-*/{_COMPLETE}")}  # fmt: skip
+        f"{PREFIX_CHECKPOINT_DIR}-*/{COMPLETE}")}  # fmt: skip
     return str(found[max(found)]) if found else None
 
 
@@ -241,7 +196,7 @@ def _distributed() -> bool:
 
 
 def _mask_gradients(
-    trainable: Trainable, masks: Mapping[str, Tensor], recorder: "_Recorder"
+    trainable: Trainable, masks: Mapping[str, Tensor], recorder: Recorder
 ) -> list[Any]:
     """Set the gradients of masked weights to zero, so that no optimizer moves these weights.
 
@@ -258,7 +213,7 @@ def _mask_gradients(
 
 
 class _Masked:
-    def __init__(self, name: str, mask: Tensor, recorder: "_Recorder") -> None:
+    def __init__(self, name: str, mask: Tensor, recorder: Recorder) -> None:
         self._name, self._mask, self._recorder = name, mask, recorder
 
     def __call__(self, gradient: Tensor) -> Tensor:
@@ -284,109 +239,3 @@ class _Trainer(Trainer):  # type: ignore[misc]
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             return next_token_loss(model, inputs).detach(), None, None
-
-
-class _Recorder(TrainerCallback):  # type: ignore[misc]
-    """Records the losses, and ends a training that diverges or that a rule ends."""
-
-    def __init__(
-        self,
-        training: Training,
-        rules: tuple[StopRule, ...],
-        observe: TrainingObserver,
-        moving: MovingMasks | None,
-    ) -> None:
-        self._training, self._rules, self._observe = training, rules, observe
-        self._moving, self._next = moving, 1  # the number of the current step
-        self._started = 0.0
-
-    def begin(self, trainer: Trainer, checkpoint: str | None) -> None:
-        """Measure the loss before the training, and read the record of a checkpoint."""
-        self._started = time.perf_counter()
-        with eval_mode(trainer.model):
-            self._keep(0, trainer.evaluate()["eval_loss"])
-        if checkpoint is None:
-            return
-        state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
-        for entry in state.log_history:
-            if "loss" in entry:
-                self._training.losses.append(float(entry["loss"]))
-            if "eval_loss" in entry:
-                self._training.held_back[int(entry["step"])] = float(entry["eval_loss"])
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Note the number of the step."""
-        self._next = state.global_step + 1
-
-    def see(self, name: str, gradient: Tensor) -> None:
-        """Note the gradient of a parameter, if its mask moves after this step."""
-        if self._moving is not None and self._moving.wants(self._next):
-            self._moving.see(name, gradient)
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
-    ) -> None:
-        """Move the masks."""
-        if self._moving is not None and self._moving.wants(state.global_step):
-            self._training.exchanges += self._moving.move(state.global_step, given["optimizer"])
-
-    def on_log(
-        self, args: Any, state: TrainerState, control: TrainerControl, logs: Any, **_: Any
-    ) -> None:
-        """Record the loss of a step, and its event."""
-        if "loss" not in logs:
-            return
-        training, loss = self._training, float(logs["loss"])
-        training.losses.append(loss)
-        seconds = time.perf_counter() - self._started
-        self._observe(
-            TrainingStep(state.global_step, training.steps, loss, logs["learning_rate"], seconds)
-        )
-        if not math.isfinite(loss):
-            self._diverge(state, control)
-
-    def on_evaluate(
-        self, args: Any, state: TrainerState, control: TrainerControl, metrics: Any, **_: Any
-    ) -> None:
-        """Record the loss on the samples held back, and ask the rules."""
-        training, loss = self._training, float(metrics["eval_loss"])
-        if not state.global_step or training.diverged is not None:
-            return
-        self._keep(state.global_step, loss)
-        if not loss < training.held_back.get(0, math.inf) + _DIVERGED:
-            self._diverge(state, control)
-        for rule in self._rules:
-            if reason := rule.reason(training):
-                training.stopped, control.should_training_stop = reason, True
-
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Mark the checkpoint as complete."""
-        if state.is_world_process_zero:
-            name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            folder = Path(str(args.output_dir)) / name
-            if self._moving is not None:
-                self._moving.save(folder)
-            (folder / _COMPLETE).touch()
-        self._observe(CheckpointSaved(state.global_step))
-
-    def _keep(self, step: int, loss: float) -> None:
-        self._training.held_back[step] = loss
-        self._observe(HeldBack(step, loss))
-
-    def _diverge(self, state: TrainerState, control: TrainerControl) -> None:
-        self._training.diverged, control.should_training_stop = state.global_step, True
-
-    def end(self, trainer: Trainer) -> None:
-        """Record the end."""
-        training, state = self._training, trainer.state
-        training.seconds = time.perf_counter() - self._started
-        known = {step: loss for step, loss in training.held_back.items() if math.isfinite(loss)}
-        training.best = min(known, key=lambda step: known[step], default=0)
-        if training.stopped or training.diverged is not None:
-            return
-        if state.global_step < training.steps:
-            training.stopped = "the loss on the samples held back no longer fell"

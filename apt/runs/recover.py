@@ -31,8 +31,8 @@ from apt.output.workplace import Workplace, write_errors
 from apt.plugin.registry import Registry
 from apt.plugin.specs import RecoverySpec
 from apt.recovery.law import EnoughTokens
+from apt.recovery.record import Training
 from apt.recovery.recover import DENSE_LOSS, Job, NotRecoveredError, recover_model
-from apt.recovery.training import Training
 from apt.runs.limits import check_seed, check_shard_size, check_windows
 from apt.runs.machine import choose_device
 from apt.runs.prepare import capped, check_place

@@ -15,9 +15,9 @@ from apt.plugin.registry import registry
 from apt.plugin.specs import RecoverySpec
 from apt.recovery.law import EnoughTokens
 from apt.recovery.options import RecoverOptions
+from apt.recovery.record import Training
 from apt.recovery.recover import Job, recover_model
 from apt.recovery.trainable import Recovery
-from apt.recovery.training import Training
 from apt.runs.api import find_adapter
 
 

@@ -1,0 +1,43 @@
+"""The record of a training, and the rules that end one early."""
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+
+@dataclass
+class Training:
+    """The record of a training.
+
+    Attributes:
+        steps: the planned number of steps.
+        tokens: the tokens of a step, over all processes.
+        losses: the loss of each step.
+        held_back: the loss of the next token on the samples held back, by step.
+        seconds: the time of the training.
+        best: the step whose weights were taken; 0 if no step lowered the loss on the samples held
+            back, and the weights are those before the training.
+        diverged: the step after which the loss diverged; None if it did not.
+        stopped: why the training ended before its planned end; empty if it did not.
+        exchanges: the number of weights that were pruned in exchange for others, if masks move.
+    """
+
+    steps: int
+    tokens: int
+    losses: list[float] = field(default_factory=list)
+    held_back: dict[int, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    best: int = 0
+    diverged: int | None = None
+    stopped: str = ""
+    exchanges: int = 0
+
+    def record(self) -> dict[str, Any]:
+        """The record as values for JSON."""
+        return {**vars(self), "held_back": [list(pair) for pair in self.held_back.items()]}
+
+
+class StopRule(Protocol):
+    """A rule that ends a training early."""
+
+    def reason(self, training: Training) -> str | None:
+        """Why the training ends now, or None; asked after each measurement of the loss."""

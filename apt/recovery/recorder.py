@@ -1,0 +1,132 @@
+"""The callback of transformers' Trainer that records a training and ends it early."""
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from apt.adapter.eval_mode import eval_mode
+from apt.events import CheckpointSaved, HeldBack, TrainingObserver, TrainingStep
+from apt.recovery.moving_masks import MovingMasks
+from apt.recovery.record import StopRule, Training
+
+COMPLETE = "complete"
+"""The name of a file in a checkpoint that was completely written."""
+
+_DIVERGED = 2.0  # nats per token above the loss before the training
+
+
+class Recorder(TrainerCallback):  # type: ignore[misc]
+    """Records the losses, and ends a training that diverges or that a rule ends."""
+
+    def __init__(
+        self,
+        training: Training,
+        rules: tuple[StopRule, ...],
+        observe: TrainingObserver,
+        moving: MovingMasks | None,
+    ) -> None:
+        self._training, self._rules, self._observe = training, rules, observe
+        self._moving, self._next = moving, 1  # the number of the current step
+        self._started = 0.0
+
+    def begin(self, trainer: Trainer, checkpoint: str | None) -> None:
+        """Measure the loss before the training, and read the record of a checkpoint."""
+        self._started = time.perf_counter()
+        with eval_mode(trainer.model):
+            self._keep(0, trainer.evaluate()["eval_loss"])
+        if checkpoint is None:
+            return
+        state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        for entry in state.log_history:
+            if "loss" in entry:
+                self._training.losses.append(float(entry["loss"]))
+            if "eval_loss" in entry:
+                self._training.held_back[int(entry["step"])] = float(entry["eval_loss"])
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Note the number of the step."""
+        self._next = state.global_step + 1
+
+    def see(self, name: str, gradient: Tensor) -> None:
+        """Note the gradient of a parameter, if its mask moves after this step."""
+        if self._moving is not None and self._moving.wants(self._next):
+            self._moving.see(name, gradient)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
+    ) -> None:
+        """Move the masks."""
+        if self._moving is not None and self._moving.wants(state.global_step):
+            self._training.exchanges += self._moving.move(state.global_step, given["optimizer"])
+
+    def on_log(
+        self, args: Any, state: TrainerState, control: TrainerControl, logs: Any, **_: Any
+    ) -> None:
+        """Record the loss of a step, and its event."""
+        if "loss" not in logs:
+            return
+        training, loss = self._training, float(logs["loss"])
+        training.losses.append(loss)
+        seconds = time.perf_counter() - self._started
+        self._observe(
+            TrainingStep(state.global_step, training.steps, loss, logs["learning_rate"], seconds)
+        )
+        if not math.isfinite(loss):
+            self._diverge(state, control)
+
+    def on_evaluate(
+        self, args: Any, state: TrainerState, control: TrainerControl, metrics: Any, **_: Any
+    ) -> None:
+        """Record the loss on the samples held back, and ask the rules."""
+        training, loss = self._training, float(metrics["eval_loss"])
+        if not state.global_step or training.diverged is not None:
+            return
+        self._keep(state.global_step, loss)
+        if not loss < training.held_back.get(0, math.inf) + _DIVERGED:
+            self._diverge(state, control)
+        for rule in self._rules:
+            if reason := rule.reason(training):
+                training.stopped, control.should_training_stop = reason, True
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Mark the checkpoint as complete."""
+        if state.is_world_process_zero:
+            name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            folder = Path(str(args.output_dir)) / name
+            if self._moving is not None:
+                self._moving.save(folder)
+            (folder / COMPLETE).touch()
+        self._observe(CheckpointSaved(state.global_step))
+
+    def _keep(self, step: int, loss: float) -> None:
+        self._training.held_back[step] = loss
+        self._observe(HeldBack(step, loss))
+
+    def _diverge(self, state: TrainerState, control: TrainerControl) -> None:
+        self._training.diverged, control.should_training_stop = state.global_step, True
+
+    def end(self, trainer: Trainer) -> None:
+        """Record the end."""
+        training, state = self._training, trainer.state
+        training.seconds = time.perf_counter() - self._started
+        known = {step: loss for step, loss in training.held_back.items() if math.isfinite(loss)}
+        training.best = min(known, key=lambda step: known[step], default=0)
+        if training.stopped or training.diverged is not None:
+            return
+        if state.global_step < training.steps:
+            training.stopped = "the loss on the samples held back no longer fell"
