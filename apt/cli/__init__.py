@@ -21,6 +21,7 @@ from apt.cli import (
     prune,
     reapply,
     recover,
+    report,
     shrink,
     verify,
 )
@@ -69,6 +70,7 @@ app.command("shrink", cls=GroupedHelp)(shrink.shrink)
 app.command("recover", cls=GroupedHelp)(recover.recover)
 app.command("law")(law.law)
 app.command("reapply")(reapply.reapply)
+app.command("report")(report.report)
 app.command("eval")(evaluate.evaluate)
 app.command("bench")(bench.bench)
 app.command("inspect")(inspect.inspect)

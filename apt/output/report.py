@@ -47,6 +47,9 @@ class Report:
         skipped: the names of the sites that were left dense, on request or by an allocation.
         recovery: the record of a training after the pruning; empty if there was none.
         structure: what a smaller model keeps and lacks; empty for a sparse one.
+        timeline: the phases of the run with their first second, ``phases``, the resident memory in
+            bytes over the seconds, ``memory``, and the last second, ``end``; of the part after the
+            resumption, if the run was resumed.
         earlier: the report of the run that wrote the given model; empty if there is none.
         seconds: the time of the whole run.
         scores: the text, and each metric before and after pruning; empty if nothing was measured.
@@ -66,6 +69,7 @@ class Report:
     skipped: list[str] = field(default_factory=list)
     structure: dict[str, Any] = field(default_factory=dict)
     recovery: dict[str, Any] = field(default_factory=dict)
+    timeline: dict[str, Any] = field(default_factory=dict)
     earlier: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     scores: dict[str, Any] = field(default_factory=dict)
@@ -152,11 +156,11 @@ class Report:
 _ORDER = (
     "schema", "created", "versions", "options", "model", "calibration", "sparsity",
     "relative_layer_error", "scores", "seconds", "peak_memory_bytes", "ranks", "sites", "skipped",
-    "structure", "recovery", "earlier", "problems", "files",
+    "structure", "recovery", "timeline", "earlier", "problems", "files",
 )  # fmt: skip
 
 
-_ADDED = ("structure", "recovery", "earlier")  # missing in the reports of APT 0.1.0
+_ADDED = ("structure", "recovery", "timeline", "earlier")  # missing in the reports of APT 0.1.0
 
 
 def _site(entry: dict[str, Any]) -> SitePruned:

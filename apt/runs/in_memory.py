@@ -23,6 +23,7 @@ from apt.distributed.ranks import Ranks
 from apt.output.card import write_card
 from apt.output.location import check_space
 from apt.output.report import Report
+from apt.output.timeline import Timeline
 from apt.output.workplace import Workplace, whole_directory, write_errors
 from apt.planning.plan import Plan
 from apt.pruning.block_storage import BlockStorage
@@ -38,15 +39,16 @@ class InMemoryRun:
 
     Args:
         prepared: the checked run.
-        status: called with a text for each step.
+        timeline: receives a text for each step.
         ranks: the processes that prune together. Only the first one writes.
     """
 
     model: nn.Module
     block_storage: BlockStorage | None = None
 
-    def __init__(self, prepared: Prepared, status: Callable[[str], None], ranks: Ranks) -> None:
-        self._prepared, self._status, self._ranks = prepared, status, ranks
+    def __init__(self, prepared: Prepared, timeline: Timeline, ranks: Ranks) -> None:
+        self._prepared, self._ranks = prepared, ranks
+        self._timeline, self._status = timeline, timeline.status
         self._dtype = read_dtype(prepared.options.dtype)
         self._started = time.perf_counter()
         self._stored = find_stored(prepared.shell) if self._dtype is None else None
@@ -164,6 +166,7 @@ class InMemoryRun:
     def _record(self, report: Report, directory: Path) -> Report:
         """Write the model card and the report."""
         shell = self._prepared.shell
+        report = replace(report, timeline=self._timeline.record())
         report = report.timed(time.perf_counter() - self._started)
         with write_errors(self._prepared.options.output):
             write_card(directory, report, None if shell.source.gguf else local_directory(shell))

@@ -8,6 +8,7 @@ from typing import Any
 from apt.distributed.ranks import Ranks
 from apt.events import Observer, telling
 from apt.output.report import Report
+from apt.output.timeline import Timeline
 from apt.planning.plan import Plan
 from apt.runs.in_memory import InMemoryRun
 from apt.runs.measures import scores
@@ -42,8 +43,10 @@ def execute(
             for the workplace from which a streamed run can be resumed.
     """
     started, ranks = time.perf_counter(), ranks or Ranks()
+    timeline = Timeline(status, telling(observe, prepared.registry.site_pruned))
+    status = timeline.status
     storage: RunStorage = (StreamedRun if prepared.options.stream else InMemoryRun)(
-        prepared, status, ranks
+        prepared, timeline, ranks
     )
     storage.check_space()
     with storage.opened():
@@ -64,7 +67,7 @@ def execute(
             block_storage=storage.block_storage,
             store=storage.store,
             ranks=ranks,
-            observe=telling(observe, prepared.registry.site_pruned),
+            observe=timeline.observe,
             status=status,
             readable=storage.readable,
             remember=storage.remember,

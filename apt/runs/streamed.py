@@ -35,6 +35,7 @@ from apt.evaluation.blockwise import carried, streamed
 from apt.output.card import write_card
 from apt.output.location import check_space
 from apt.output.report import Report, versions
+from apt.output.timeline import Timeline
 from apt.output.workplace import Workplace, write_errors
 from apt.planning.plan import Plan
 from apt.runs.disk_blocks import DiskBlocks
@@ -54,7 +55,7 @@ class StreamedRun:
 
     Args:
         prepared: the checked run.
-        status: called with a text for each step.
+        timeline: receives a text for each step.
         ranks: the processes that prune together. Only the first writes the journal and the output.
 
     Raises:
@@ -64,8 +65,9 @@ class StreamedRun:
     model: nn.Module
     block_storage: DiskBlocks
 
-    def __init__(self, prepared: Prepared, status: Callable[[str], None], ranks: Ranks) -> None:
-        self._prepared, self._status, self._ranks = prepared, status, ranks
+    def __init__(self, prepared: Prepared, timeline: Timeline, ranks: Ranks) -> None:
+        self._prepared, self._ranks = prepared, ranks
+        self._timeline, self._status = timeline, timeline.status
         options = prepared.options
         self._started = time.perf_counter()
         self._stored = open_stored(prepared.shell)
@@ -256,6 +258,7 @@ class StreamedRun:
             self._verify(plan)
         directory = small or self._work.out
         report = replace(report, problems=[str(problem) for problem in self._problems])
+        report = replace(report, timeline=self._timeline.record())
         report = report.timed(time.perf_counter() - self._started)
         write_card(directory, report, self._stored.directory)
         report = report.write(directory)

@@ -1,0 +1,84 @@
+"""Tables of blocks and kinds of sites, coloured by value."""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from apt.events import SitePruned
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell: its text, and its place between the lowest and the highest value, in percent."""
+
+    text: str
+    share: float
+
+
+@dataclass(frozen=True)
+class Heat:
+    """A table with a row for each block and a column for each kind of site.
+
+    Attributes:
+        title: what the values are.
+        columns: the kinds.
+        rows: the name of each block with its cells; None where a block has no site of a kind.
+        lowest, highest: the texts of the ends of the scale.
+    """
+
+    title: str
+    columns: list[str]
+    rows: list[tuple[str, list[Cell | None]]]
+    lowest: str
+    highest: str
+
+    def short(self, column: str) -> str:
+        """The last part of a kind's name, if no other kind ends in the same one."""
+        last = column.rpartition(".")[2]
+        same = [other for other in self.columns if other.rpartition(".")[2] == last]
+        return last if len(same) == 1 else column
+
+
+def heat(
+    title: str,
+    sites: Sequence[SitePruned],
+    value: Callable[[SitePruned], float],
+    write: Callable[[float], str],
+) -> Heat:
+    """The table of a value of the sites; that of experts is their mean.
+
+    Args:
+        title: what the values are.
+        sites: the pruned sites, in the order of the blocks.
+        value: the value of a site.
+        write: the text of a value.
+    """
+    groups: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for site in sites:
+        groups[block_of(site)][site.kind].append(value(site))
+    means = {
+        block: {kind: fmean(values) for kind, values in kinds.items()}
+        for block, kinds in groups.items()
+    }
+    finite = [v for kinds in means.values() for v in kinds.values() if math.isfinite(v)]
+    low, high = min(finite, default=0.0), max(finite, default=0.0)
+    columns = list(dict.fromkeys(site.kind for site in sites))
+
+    def cell(number: float | None) -> Cell | None:
+        if number is None:
+            return None
+        share = (number - low) / (high - low) if high > low and math.isfinite(number) else 0.0
+        return Cell(write(number), round(100 * share, 1))
+
+    rows = [(block, [cell(kinds.get(kind)) for kind in columns]) for block, kinds in means.items()]
+    return Heat(title, columns, rows, write(low), write(high))
+
+
+def block_of(site: SitePruned) -> str:
+    """The full name of a site's block."""
+    name = site.name.removesuffix(site.kind)
+    if name == site.name:  # an expert: its index stands behind the kind
+        name = site.name.rpartition(".")[0].removesuffix(site.kind)
+    return name.rstrip(".") or site.name

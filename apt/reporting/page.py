@@ -1,0 +1,207 @@
+"""One HTML page about one or several reports. It needs no network."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from apt.errors import AptError
+from apt.events import SitePruned
+from apt.output.report import Report, by_kind
+from apt.reporting.charts import Line, bar_chart, line_chart
+from apt.reporting.command import command_of
+from apt.reporting.heat import Heat, heat
+
+_MIB = 2**20
+_RECOVERY = " (recovery)"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model of a page.
+
+    Attributes:
+        name: its name on the page.
+        anchor: the identifier of its section.
+        report: its report.
+    """
+
+    name: str
+    anchor: str
+    report: Report
+
+    @property
+    def facts(self) -> list[tuple[str, str]]:
+        """The facts of the summary, each with its name."""
+        report, options = self.report, self.report.options
+        kept = report.structure.get("share")
+        found = [
+            ("original", report.model.get("reference")),
+            ("pattern", options.get("pattern")),
+            ("zeros in the pruned sites", f"{report.sparsity:.2%}" if report.sites else None),
+            ("parameters of the blocks kept", f"{kept:.2%}" if kept else None),
+            ("method", options.get("method")),
+            ("allocation", options.get("allocation")),
+            ("calibration", _text(report.calibration)),
+            ("mean relative layer error", f"{report.relative_layer_error:.4f}"),
+            ("time", _duration(report.seconds)),
+            ("peak memory", _bytes(sum(report.peak_memory_bytes.values()))),
+            ("created", report.created),
+        ]
+        return [(name, str(value)) for name, value in found if value not in (None, "")]
+
+    @property
+    def scores(self) -> list[tuple[str, str, str]]:
+        """Each metric with its values before and after, and after a recovery the last one."""
+        found = []
+        for name, before, after in _scores(self.report):
+            found.append((name, f"{before:.4g}", f"{after:.4g}"))
+        return found
+
+    @property
+    def heats(self) -> list[Heat]:
+        """The tables of errors and of sparsities."""
+        sites = self.report.sites
+        if not sites:
+            return []
+        return [
+            heat("Relative layer error", sites, _error, lambda value: f"{value:.3f}"),
+            heat("Sparsity", sites, _sparsity, lambda value: f"{value:.1%}"),
+        ]
+
+    @property
+    def kinds(self) -> list[Any]:
+        """The summary of each kind of site."""
+        return by_kind(self.report.sites)
+
+    @property
+    def damped(self) -> list[SitePruned]:
+        """The sites that needed more damping than most."""
+        values = Counter(site.damping for site in self.report.sites)
+        usual = values.most_common(1)[0][0] if values else None
+        return [site for site in self.report.sites if site.damping != usual]
+
+    @property
+    def phases(self) -> str:
+        """A chart of the time of each phase."""
+        starts = self.report.timeline.get("phases", [])
+        ends = [start for _, start in starts[1:]] + [self.report.timeline.get("end", 0)]
+        times: dict[str, float] = {}
+        for (name, start), end in zip(starts, ends, strict=True):
+            times[name] = times.get(name, 0) + end - start
+        return bar_chart("Time by phase", list(times.items()), "s")
+
+    @property
+    def memory(self) -> str:
+        """A chart of the resident memory."""
+        samples = [(s, value / _MIB) for s, value in self.report.timeline.get("memory", [])]
+        line = Line("resident memory", samples)
+        return line_chart("Memory over time", [line], "seconds", "MiB")
+
+    @property
+    def training(self) -> str:
+        """A chart of the losses of a recovery."""
+        training = self.report.recovery.get("training")
+        if not training:
+            return ""
+        losses = [(float(n), float(loss)) for n, loss in enumerate(training["losses"], 1)]
+        held = [(float(step), float(loss)) for step, loss in training["held_back"]]
+        lines = [Line("samples held back", held)]
+        if self.report.recovery["options"]["kind"] != "distill":  # its loss has another unit
+            lines.append(Line("training", losses))
+        return line_chart("Loss of the recovery", lines, "step", "nats per token")
+
+    @property
+    def command(self) -> str:
+        """The command that reproduces the run."""
+        return command_of(self.report.to_dict())
+
+    @property
+    def options(self) -> list[tuple[str, str]]:
+        """All options."""
+        return [(name, str(value)) for name, value in self.report.options.items()]
+
+
+def _error(site: SitePruned) -> float:
+    return site.relative_error
+
+
+def _sparsity(site: SitePruned) -> float:
+    return site.sparsity
+
+
+def _scores(report: Report) -> list[tuple[str, float, float]]:
+    """Each metric with its text, and its values before and after."""
+    found = []
+    for what, scores in (("", report.scores), (_RECOVERY, report.recovery.get("scores", {}))):
+        before, after = scores.get("before", {}), scores.get("after", {})
+        found += [
+            (f"{name} on {scores.get('source')}{what}", float(before[name]), float(after[name]))
+            for name in before
+            if name in after
+        ]
+    return found
+
+
+def _text(calibration: dict[str, Any]) -> str:
+    shape = " × ".join(map(str, calibration.get("shape", ())))
+    return f"{calibration.get('source', '')}, {shape} tokens" if shape else ""
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB" if count else ""
+
+
+def render(subjects: Sequence[Subject]) -> str:
+    """The page.
+
+    Args:
+        subjects: the models, at least one.
+    """
+    environment = Environment(
+        loader=PackageLoader("apt.reporting", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    bars: dict[str, list[tuple[str, float]]] = {}
+    for subject in subjects:
+        for name, before, after in _scores(subject.report):
+            first = f"{subject.name}, before" if name.endswith(_RECOVERY) else "dense"
+            bars.setdefault(name, [(first, before)]).append((subject.name, after))
+    comparison = [(name, bar_chart(name, values, "")) for name, values in bars.items()]
+    return environment.get_template("page.html.j2").render(
+        subjects=subjects, comparison=comparison if len(subjects) > 1 else []
+    )
+
+
+def read_subjects(directories: Sequence[Path]) -> list[Subject]:
+    """The models in directories with a report.
+
+    Raises:
+        AptError: a directory has no report, or the report is damaged.
+    """
+    names = [directory.resolve().name for directory in directories]
+    found = []
+    for number, directory in enumerate(directories):
+        name = names[number] if names.count(names[number]) == 1 else str(directory)
+        report = Report.read(directory)
+        try:
+            report.to_dict()
+            subject = Subject(name, f"model-{number}", report)
+            render([subject])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise AptError(
+                f"the report in {directory} is damaged: {error}", "prune the model again"
+            ) from error
+        found.append(subject)
+    return found

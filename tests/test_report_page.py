@@ -1,0 +1,178 @@
+"""The HTML page about pruned models: complete, safe, reproducible, and readable in a browser."""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from apt.output.report import Report
+from apt.reporting.command import command_of
+from apt.reporting.heat import block_of, heat
+from tests.families import CONFIGS, TEXT
+
+SMALL = ("--samples", 4, "--seqlen", 16, "--calibration", "text.txt")
+
+
+@pytest.fixture
+def prune(apt, checkpoint, tmp_path):
+    """A function that prunes a random model into a directory."""
+    shutil.copyfile(TEXT, tmp_path / "text.txt")
+
+    def make(output, *arguments, variant="llama"):
+        shutil.copytree(checkpoint(variant), tmp_path / "m", dirs_exist_ok=True)
+        done = apt("prune", "m", *SMALL, *arguments, "-o", output)
+        assert done.code == 0, done.err
+        return tmp_path / output
+
+    return make
+
+
+def page_of(apt, *arguments):
+    done = apt("report", *arguments, "-o", "page.html", "--overwrite")
+    assert done.code == 0, done.err
+    return Path("page.html").read_text(encoding="utf-8")
+
+
+def test_the_page_of_a_model_has_what_its_report_has(apt, prune):
+    directory = prune("a", "--sparsity", 0.6, "--method", "wanda", "--eval", "text.txt")
+    page, report = page_of(apt, directory), Report.read(directory)
+    assert "Before and after" in page
+    assert f"{report.scores['after']['perplexity']:.4g}" in page
+    for site in report.sites:
+        assert f"{site.relative_error:.3f}" in page
+        assert block_of(site) in page
+    for phase, _ in report.timeline["phases"]:
+        assert phase[:20] in page
+    assert report.timeline["end"] >= max(start for _, start in report.timeline["phases"])
+    assert all(size > 10**7 for _, size in report.timeline["memory"])
+    assert not re.search(r"(src|href)=.(?!#|data:,|https://arxiv\.org)", page)  # no network
+
+
+def test_several_models_are_compared(apt, prune):
+    first = prune("a", "--sparsity", 0.6, "--method", "wanda", "--eval", "text.txt")
+    second = prune("b", "--pattern", "2:4", "--method", "magnitude", "--eval", "text.txt")
+    page = page_of(apt, first, second)
+    assert "Comparison" in page
+    assert page.count('href="#model-') == 4
+    assert page.count(">dense<") == 1
+    assert "Comparison" not in page_of(apt, first)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--sparsity", 0.6, "--method", "wanda", "--allocation", "owl"),
+        (
+            "--pattern",
+            "2:4",
+            "--effort",
+            "fast",
+            "--skip",
+            "*.k_proj",
+            "--override",
+            "*.q_proj=0.3",
+        ),
+        ("--pattern", "auto:4", "--sparsity", 0.5, "--method", "ss", "--seed", 3),
+        ("--sparsity", 0.5, "--layer-wise", "--also", "conv1d", "--stream"),
+    ],
+)
+def test_the_command_of_a_report_reproduces_the_model(apt, prune, arguments):
+    variant = "mamba" if "conv1d" in arguments else "llama"
+    directory = prune("a", *arguments, variant=variant)
+    command = shlex.split(command_of(json.loads((directory / "apt_report.json").read_text())))
+    assert command[:3] == ["apt-prune", "prune", "m"]
+    again = apt(*command[1:-1], "again")
+    assert again.code == 0, again.err
+    left, right = (load_file(Path(name) / "model.safetensors") for name in ("a", "again"))
+    assert all((left[name] == right[name]).all() for name in left)
+
+
+def test_a_smaller_and_a_recovered_model_have_pages(apt, prune, checkpoint):
+    pruned = prune("a", "--sparsity", 0.6, "--method", "wanda")
+    recovered = apt(
+        "recover", pruned, "--kind", "layers", "--steps", 4, "--checks", 2, "--seqlen", 16,
+        "--rate", 1e-2, "--calibration", "text.txt", "--eval", "text.txt", "-o", "r",
+    )  # fmt: skip
+    assert recovered.code == 0, recovered.err
+    page = page_of(apt, "r")
+    assert "Loss of the recovery" in page
+    assert "perplexity on text.txt (recovery)" in page
+    small = apt("shrink", checkpoint("llama"), "--drop", 1, *SMALL, "--effort", "fast", "-o", "s")
+    assert small.code == 0, small.err
+    assert "parameters of the blocks kept" in page_of(apt, "s")
+
+
+def test_names_in_a_report_are_not_run_as_code(apt, prune):
+    directory = prune("a", "--sparsity", 0.6, "--method", "wanda")
+    path = directory / "apt_report.json"
+    report = json.loads(path.read_text())
+    bad = "<script>alert(1)</script>"
+    report["model"]["reference"] = report["options"]["method"] = bad
+    report["sites"][0]["name"] = report["sites"][0]["kind"] = f"x.{bad}"
+    report["timeline"]["phases"][0][0] = bad
+    path.write_text(json.dumps(report))
+    page = page_of(apt, directory)
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+
+
+def test_mistakes_are_one_line(apt, prune):
+    directory = prune("a", "--sparsity", 0.6, "--method", "wanda")
+    Path("there.html").write_text("mine")
+    for arguments, message in (
+        ((directory, "-o", "there.html"), "there.html exists"),
+        ((directory, "-o", "page.txt"), "is not an .html file"),
+        ((directory, "-o", "none/page.html"), "its folder does not exist"),
+        (("m", "-o", "page.html"), "has no apt_report.json"),
+        (("nowhere", "-o", "page.html"), "has no apt_report.json"),
+    ):
+        done = apt("report", *arguments)
+        assert done.code == 2
+        assert message in done.err
+    assert Path("there.html").read_text() == "mine"
+    path = directory / "apt_report.json"
+    report = json.loads(path.read_text())
+    wrong = [
+        {"timeline": {"phases": 3}},
+        {"scores": {"before": {"a": "x"}, "after": {"a": 1}}},
+        {"recovery": {"training": {"losses": 1}}},
+    ]
+    for damage in wrong:
+        path.write_text(json.dumps(report | damage))
+        done = apt("report", directory, "-o", "page.html")
+        assert done.code == 2
+        assert "is damaged" in done.err
+
+
+@pytest.mark.skipif("jamba" not in CONFIGS, reason="experts are modules in this transformers")
+def test_experts_share_a_cell(apt, prune):
+    directory = prune("a", "--sparsity", 0.5, "--method", "magnitude", variant="jamba")
+    sites = Report.read(directory).sites
+    experts = [site for site in sites if site.name != f"{block_of(site)}.{site.kind}"]
+    assert experts
+    assert {block_of(site) for site in experts} == {"model.layers.2"}
+    table = heat("Error", sites, lambda site: site.sparsity, str)
+    assert len(table.rows) == 3
+
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium")
+def test_a_browser_shows_the_page_without_errors(apt, prune, tmp_path):
+    page = page_of(apt, prune("a", "--sparsity", 0.6, "--method", "wanda"))
+    probe = "<script>document.title = [document.documentElement.scrollWidth <= innerWidth, "
+    probe += "document.querySelectorAll('svg').length].join()</script></body>"
+    (tmp_path / "probe.html").write_text(page.replace("</body>", probe))
+    done = subprocess.run(
+        [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=500,800",
+         "--enable-logging=stderr", "--dump-dom", str(tmp_path / "probe.html")],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert "<title>true,2</title>" in done.stdout
+    assert "CONSOLE" not in done.stderr
