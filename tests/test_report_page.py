@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from apt.cli.reproduction import command_of
 from apt.output.report import Report
-from apt.reporting.command import command_of
 from apt.reporting.heat import block_of, heat
 from tests.families import CONFIGS, TEXT
 

@@ -30,10 +30,11 @@ def report(
         raise AptError(f"--output {output}: its folder does not exist", "create it first")
 
     from apt.cli.output import out, show_json
+    from apt.cli.reproduction import command_of
     from apt.output.workplace import write_errors
     from apt.reporting.page import read_subjects, render
 
-    page = render(read_subjects(directories))
+    page = render(read_subjects(directories, command_of))
     with write_errors(output):
         output.write_text(page, encoding="utf-8")
     size, count = len(page.encode()), len(directories)

@@ -1,7 +1,7 @@
 """One HTML page about one or several reports. It needs no network."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ from apt.errors import AptError
 from apt.events import SitePruned
 from apt.output.report import Report, by_kind
 from apt.reporting.charts import Line, bar_chart, line_chart
-from apt.reporting.command import command_of
 from apt.reporting.heat import Heat, heat
 
 _MIB = 2**20
@@ -27,11 +26,13 @@ class Subject:
         name: its name on the page.
         anchor: the identifier of its section.
         report: its report.
+        command: the command that reproduces the run; empty if it is not known.
     """
 
     name: str
     anchor: str
     report: Report
+    command: str = ""
 
     @property
     def facts(self) -> list[tuple[str, str]]:
@@ -115,11 +116,6 @@ class Subject:
         return line_chart("Loss of the recovery", lines, "step", "nats per token")
 
     @property
-    def command(self) -> str:
-        """The command that reproduces the run."""
-        return command_of(self.report.to_dict())
-
-    @property
     def options(self) -> list[tuple[str, str]]:
         """All options."""
         return [(name, str(value)) for name, value in self.report.options.items()]
@@ -184,8 +180,14 @@ def render(subjects: Sequence[Subject]) -> str:
     )
 
 
-def read_subjects(directories: Sequence[Path]) -> list[Subject]:
+def read_subjects(
+    directories: Sequence[Path], command_of: Callable[[dict[str, Any]], str] = lambda report: ""
+) -> list[Subject]:
     """The models in directories with a report.
+
+    Args:
+        directories: the directories.
+        command_of: the command that reproduces the run of a report.
 
     Raises:
         AptError: a directory has no report, or the report is damaged.
@@ -196,8 +198,8 @@ def read_subjects(directories: Sequence[Path]) -> list[Subject]:
         name = names[number] if names.count(names[number]) == 1 else str(directory)
         report = Report.read(directory)
         try:
-            report.to_dict()
-            subject = Subject(name, f"model-{number}", report)
+            command = command_of(report.to_dict())
+            subject = Subject(name, f"model-{number}", report, command)
             render([subject])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise AptError(
