@@ -5,9 +5,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
+from apt.checkpoints.load import load_tokenizer
 from apt.cli.summary import first_not_finite
+from apt.locations.model_source import find
+from apt.plugin.registry import registry
+from apt.text.datasets import documents, evaluation_tokens
+from tests.families import TEXT
 
 WINDOWS = ("--samples", 2, "--seqlen", 64)
 
@@ -75,3 +82,44 @@ def test_scores_of_a_run_that_are_no_numbers_are_found():
     assert first_not_finite({"before": sound, "after": sound}, names) is None
     assert first_not_finite({"before": sound, "after": nan}, names) == "perplexity after pruning"
     assert first_not_finite({"before": nan, "after": nan}, names) == "perplexity before pruning"
+
+
+def test_a_pruned_model_is_compared_with_the_dense_one(apt, checkpoint):
+    dense = checkpoint("llama")
+    pruned = apt("prune", dense, "--sparsity", 0.5, "--method", "wanda", "--samples", 4, "--seqlen",
+                 16, "--calibration", TEXT, "-o", "out")  # fmt: skip
+    assert pruned.code == 0, pruned.err
+    both = ("--metric", "divergence", "--metric", "agreement")
+    text = ("--data", TEXT, "--samples", 3, "--seqlen", 24, "--json")
+    found = apt("eval", "out", *text, *both, "--dense", dense)
+    assert found.code == 0, found.err
+    record = json.loads(found.out)
+    models = [AutoModelForCausalLM.from_pretrained(path) for path in ("out", dense)]
+    tokenizer = load_tokenizer(find(str(dense), registry()))
+    texts = documents(str(TEXT), "evaluation", registry())
+    tokens = evaluation_tokens(tokenizer, texts, 3, 24, "the text")
+    with torch.no_grad():
+        logs = [model(tokens).logits[:, :-1].log_softmax(-1) for model in models]
+    by_hand = (logs[1].exp() * (logs[1] - logs[0])).sum(-1).mean()
+    assert record["divergence"] == pytest.approx(float(by_hand), rel=1e-4)
+    same = (logs[0].argmax(-1) == logs[1].argmax(-1)).float().mean()
+    assert record["agreement"] == pytest.approx(float(same))
+    itself = json.loads(apt("eval", dense, *text, *both, "--dense", dense).out)
+    assert itself["divergence"] == pytest.approx(0, abs=1e-6)
+    assert itself["agreement"] == 1
+
+
+def test_metrics_beside_the_dense_model_need_one(apt, checkpoint):
+    model, text = checkpoint("llama"), ("--data", TEXT, "--samples", 1, "--seqlen", 16)
+    for arguments, message in (
+        (("--metric", "divergence"), "add --dense MODEL"),
+        (("--dense", model), "no metric uses --dense"),
+        (("--metric", "agreement", "--dense", model, "--stream"), "needs both models in memory"),
+        (("--metric", "agreement", "--dense", "nowhere"), "nowhere"),
+    ):
+        done = apt("eval", model, *text, *arguments)
+        assert done.code == 2
+        assert message in done.err
+    done = apt("prune", model, "--metric", "divergence", "--eval", TEXT, "-o", "out")
+    assert done.code == 2
+    assert "apt-prune eval DIR --dense MODEL" in done.err

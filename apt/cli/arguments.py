@@ -71,7 +71,8 @@ ALSO = typer.Option(
 )  # fmt: skip
 METRIC = typer.Option(
     ["perplexity"], "--metric", metavar="NAME", rich_help_panel="Calibration and measuring",
-    help="perplexity or accuracy; repeatable.",
+    help="perplexity or accuracy; with apt-prune eval --dense also divergence or agreement; "
+    "repeatable.",
 )  # fmt: skip
 NO_BOS = typer.Option(
     False, "--no-bos", rich_help_panel="Calibration and measuring",

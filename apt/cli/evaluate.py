@@ -1,8 +1,8 @@
 """``apt-prune eval``."""
 
 import math
-from collections.abc import Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 import typer
@@ -29,6 +29,12 @@ def evaluate(
         help="Text; the same values as --calibration of apt-prune prune.",
     ),
     metric: list[str] = args.METRIC,
+    dense: str | None = typer.Option(
+        None,
+        "--dense",
+        metavar="MODEL",
+        help="The dense model, for the metrics divergence and agreement.",
+    ),
     samples: int | None = typer.Option(
         None, "--samples", help="Number of windows; by default all."
     ),
@@ -61,6 +67,7 @@ def evaluate(
     from apt.plugin.registry import registry
 
     measures = [registry().evaluators.get(name) for name in metric]
+    _check_dense([spec.name for spec in measures if spec.dense], dense, stream=stream)
     hub = args.read_hub(revision, token, cache_dir)
     source = args.find_model(model, registry(), hub, trust_remote_code=trust_remote_code)
 
@@ -73,6 +80,11 @@ def evaluate(
     from apt.text.special_tokens import bos_of
 
     device = choose_device(device)
+    beside = None
+    if dense is not None:
+        beside = skeleton(
+            args.find_model(dense, registry(), hub, trust_remote_code=trust_remote_code), registry()
+        )
     shell = skeleton(source, registry(), adapter)
     if adapter is not None:
         for _, block in shell.adapter.blocks(shell.module):
@@ -86,14 +98,21 @@ def evaluate(
     bos = None if no_bos else bos_of(reader)
     tokens = evaluation_tokens(reader, texts, samples, seqlen, data, bos)
     check_vocabulary(tokens, shell.module, model)
+    _check_vocabularies(shell, beside)
     for line in notices:
         notice(line)
     with status_line("loading the model") as status:
         values = {}
-        with _runnable(shell, tokens, read_dtype(dtype), device, stream) as module:
+        with ExitStack() as stack:
+            given = tokens, read_dtype(dtype), device
+            module = stack.enter_context(_runnable(shell, *given, stream))
+            others = []
+            if beside is not None:
+                others = [stack.enter_context(_runnable(beside, *given, stream=False))]
             for spec in measures:
                 status.update(f"measuring {spec.name} on {tokens.numel():,} tokens")
-                values[spec.name] = float(spec.load()(module, tokens))
+                pair = others if spec.dense else []
+                values[spec.name] = float(spec.load()(module, tokens, *pair))
     windows = tokens.shape[0]
     if as_json:
         show_json({"model": model, "data": data, **values, "windows": windows,
@@ -103,6 +122,30 @@ def evaluate(
         begin = "" if bos is None else f", each with {reader.bos_token} first"
         out.print(f"{model}: {figures} on {data}, {windows} × {seqlen} tokens{begin}", markup=False)
     _check_finite(values, model, data)
+
+
+def _check_dense(metrics: Sequence[str], dense: str | None, *, stream: bool) -> None:
+    """Raise if a metric needs a dense model that is not given, or that cannot be streamed."""
+    if metrics and dense is None:
+        raise AptError(
+            f"the metric {metrics[0]} compares with the dense model", "add --dense MODEL"
+        )
+    if dense is not None and not metrics:
+        raise AptError("no metric uses --dense", "add --metric divergence or --metric agreement")
+    if metrics and stream:
+        raise AptError(f"the metric {metrics[0]} needs both models in memory", "leave out --stream")
+
+
+def _check_vocabularies(model: "Model", dense: "Model | None") -> None:
+    """Raise if the models have different numbers of tokens."""
+    if dense is None:
+        return
+    sizes = [m.module.get_input_embeddings().weight.shape[0] for m in (model, dense)]  # type: ignore[operator]
+    if sizes[0] != sizes[1]:
+        raise AptError(
+            f"the dense model has {sizes[1]} tokens, and the model {sizes[0]}",
+            "name the model from which it was pruned (--dense)",
+        )
 
 
 def _check_finite(values: Mapping[str, float], model: str, data: str) -> None:

@@ -92,7 +92,7 @@ def prune(
     installed, defaults = registry(), run.Defaults()
     model = model or defaults.choose("model", run.embedded(adapter))
     chosen = installed.methods.get(method or installed.default_method().name)
-    metrics = tuple(installed.evaluators.get(name).name for name in metric)
+    metrics = run.metric_names(metric)
     hub = args.read_hub(revision, token, cache_dir)
     args.find_model(model, installed, hub, trust_remote_code=trust_remote_code)
 

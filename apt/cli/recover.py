@@ -151,7 +151,7 @@ def recover(
     from apt.plugin.registry import registry
 
     defaults = run.Defaults()
-    metrics = tuple(registry().evaluators.get(name).name for name in metric)
+    metrics = run.metric_names(metric)
     if kind is not None:
         kind = registry().recoveries.get(kind).name
     hub = args.read_hub(revision, token, cache_dir)

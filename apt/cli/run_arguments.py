@@ -202,6 +202,24 @@ def run_options(context: typer.Context) -> dict[str, Any]:
     return same | {"stream": given["stream"] or given["resume"], "bos": not given["no_bos"]}
 
 
+def metric_names(metrics: list[str]) -> tuple[str, ...]:
+    """The names of metrics that need no dense model.
+
+    Raises:
+        AptError: a metric is unknown, or needs one.
+    """
+    from apt.plugin.registry import registry
+
+    found = [registry().evaluators.get(name) for name in metrics]
+    for spec in found:
+        if spec.dense:
+            raise AptError(
+                f"the metric {spec.name} compares with the dense model",
+                "measure it afterwards: apt-prune eval DIR --dense MODEL",
+            )
+    return tuple(spec.name for spec in found)
+
+
 def embedded(adapter: str | None) -> str:
     """The embedded model of an adapter."""
     from apt.plugin.registry import registry

@@ -141,7 +141,7 @@ def shrink(
     wish.check()
     installed, defaults = registry(), run.Defaults()
     model = model or defaults.choose("model", run.embedded(adapter))
-    metrics = tuple(installed.evaluators.get(name).name for name in metric)
+    metrics = run.metric_names(metric)
     hub = args.read_hub(revision, token, cache_dir)
     args.find_model(model, installed, hub, trust_remote_code=trust_remote_code)
 

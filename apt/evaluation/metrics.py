@@ -1,4 +1,4 @@
-"""Metrics of a language model on text: perplexity and accuracy."""
+"""Metrics of a language model on text, by itself or beside the dense model."""
 
 import math
 from collections.abc import Callable
@@ -44,6 +44,50 @@ def accuracy(model: nn.Module, tokens: Tensor) -> float:
         tokens: token ids (windows, seqlen).
     """
     return _mean(model, tokens, lambda logits, following: (logits.argmax(-1) == following).sum())
+
+
+@torch.no_grad()
+def divergence(model: nn.Module, tokens: Tensor, dense: nn.Module) -> float:
+    """The mean Kullback-Leibler divergence of the next token from the dense model's, in nats.
+
+    Args:
+        model: a causal language model of transformers.
+        tokens: token ids (windows, seqlen); the last token of each has no next one.
+        dense: the dense model, of the same vocabulary.
+    """
+
+    def total(logits: Tensor, expected: Tensor) -> Tensor:
+        pair = logits.float().log_softmax(-1), expected.float().log_softmax(-1)
+        return nn.functional.kl_div(*pair, log_target=True, reduction="sum")
+
+    return _mean_difference(model, tokens, dense, total)
+
+
+@torch.no_grad()
+def agreement(model: nn.Module, tokens: Tensor, dense: nn.Module) -> float:
+    """The share of tokens after which both models rank the same next token first.
+
+    The arguments are those of `divergence`.
+    """
+    return _mean_difference(
+        model,
+        tokens,
+        dense,
+        lambda logits, expected: (logits.argmax(-1) == expected.argmax(-1)).sum(),
+    )
+
+
+def _mean_difference(
+    model: nn.Module, tokens: Tensor, dense: nn.Module, measure: Callable[[Tensor, Tensor], Tensor]
+) -> float:
+    """The mean of ``measure`` over tokens, of the logits (n, vocabulary) of both models."""
+    device, total = next(model.parameters()).device, 0.0
+    with eval_mode(model), eval_mode(dense):
+        for batch in torch.split(tokens[:, :-1], windows_at_once(tokens.shape[1])):
+            parts = (parts_of_logits(each, batch.to(device)) for each in (model, dense))
+            for logits, expected in zip(*parts, strict=True):
+                total += float(measure(logits.flatten(0, 1), expected.flatten(0, 1)))
+    return total / (tokens.shape[0] * (tokens.shape[1] - 1))
 
 
 def _mean(model: nn.Module, tokens: Tensor, measure: Callable[[Tensor, Tensor], Tensor]) -> float:

@@ -154,9 +154,11 @@ class EvaluatorSpec(Spec):
 
     Args:
         better: the better direction, ``"lower"`` or ``"higher"``.
+        dense: True if it compares the model with the dense one, which is then the third argument.
     """
 
     better: Literal["lower", "higher"] = "lower"
+    dense: bool = False
 
 
 @dataclass(frozen=True)

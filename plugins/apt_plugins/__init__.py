@@ -124,11 +124,19 @@ def apt_recoveries() -> list[RecoverySpec]:
 
 @hookimpl
 def apt_evaluators() -> list[EvaluatorSpec]:
-    """Perplexity and accuracy."""
+    """Perplexity and accuracy, divergence from the dense model and agreement with it."""
     return [
         EvaluatorSpec("perplexity", "exp of the mean loss per token", "apt.evaluation:perplexity"),
         EvaluatorSpec(
             "accuracy", "share of tokens that are ranked first", "apt.evaluation:accuracy", "higher"
+        ),
+        EvaluatorSpec(
+            "divergence", "mean Kullback-Leibler divergence from the dense model, in nats",
+            "apt.evaluation:divergence", dense=True,
+        ),
+        EvaluatorSpec(
+            "agreement", "share of tokens that the dense model ranks first too",
+            "apt.evaluation:agreement", "higher", dense=True,
         ),
     ]  # fmt: skip
 
