@@ -11,6 +11,7 @@ from apt.cli import (
     adapters,
     bench,
     check,
+    compare,
     convert,
     doctor,
     evaluate,
@@ -70,6 +71,7 @@ app.command("shrink", cls=GroupedHelp)(shrink.shrink)
 app.command("recover", cls=GroupedHelp)(recover.recover)
 app.command("law")(law.law)
 app.command("reapply")(reapply.reapply)
+app.command("compare", cls=GroupedHelp)(compare.compare)
 app.command("report")(report.report)
 app.command("eval")(evaluate.evaluate)
 app.command("bench")(bench.bench)

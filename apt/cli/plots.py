@@ -105,6 +105,31 @@ def draw_law(points: Sequence[Point], law: Law, path: Path) -> None:
     _write(figure, path)
 
 
+def draw_comparison(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw the first metric of each text as bars, one panel for each text and pattern.
+
+    Args:
+        rows: the rows of a comparison; the first one is the dense model.
+        path: the file to write.
+    """
+    dense, *others = rows
+    patterns = list(dict.fromkeys(row["pattern"] for row in others)) or [""]
+    texts = list(dense["scores"])
+    shape = {"figsize": (4 * len(patterns), 0.6 + 0.5 * len(rows) * len(texts)), "squeeze": False}
+    figure, axes = _pyplot().subplots(len(texts), len(patterns), **shape)
+    for line, text in zip(axes, texts, strict=True):
+        metric = next(iter(dense["scores"][text]))
+        for panel, pattern in zip(line, patterns, strict=True):
+            chosen = [row for row in others if row["pattern"] == pattern]
+            values = [row["scores"][text][metric] for row in chosen]
+            panel.barh([row["method"] for row in chosen], values, color="tab:blue")
+            panel.axvline(dense["scores"][text][metric], color="black", linewidth=1)
+            panel.invert_yaxis()
+            panel.set_title(f"{text}, {pattern or 'others'}", fontsize="small")
+            panel.set_xlabel(f"{metric} (line: dense)", fontsize="small")
+    _write(figure, path)
+
+
 def _pyplot() -> Any:
     import matplotlib
 

@@ -1,7 +1,7 @@
 """Metrics of a language model on text, by itself or beside the dense model."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -84,10 +84,16 @@ def _mean_difference(
     device, total = next(model.parameters()).device, 0.0
     with eval_mode(model), eval_mode(dense):
         for batch in torch.split(tokens[:, :-1], windows_at_once(tokens.shape[1])):
-            parts = (parts_of_logits(each, batch.to(device)) for each in (model, dense))
-            for logits, expected in zip(*parts, strict=True):
+            for logits, expected in _pairs(model, dense, batch.to(device)):
                 total += float(measure(logits.flatten(0, 1), expected.flatten(0, 1)))
     return total / (tokens.shape[0] * (tokens.shape[1] - 1))
+
+
+def _pairs(model: nn.Module, dense: nn.Module, batch: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The parts of the logits of both models, which may be the same."""
+    if model is dense:
+        return ((part, part) for part in parts_of_logits(model, batch))
+    return zip(parts_of_logits(model, batch), parts_of_logits(dense, batch), strict=True)
 
 
 def _mean(model: nn.Module, tokens: Tensor, measure: Callable[[Tensor, Tensor], Tensor]) -> float:

@@ -1,0 +1,170 @@
+"""``apt-prune compare``."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from apt.cli import arguments as args
+from apt.cli import run_arguments as run
+from apt.errors import AptError
+from apt.runs.limits import check_amount, check_seed, check_windows
+
+if TYPE_CHECKING:
+    from apt.comparing.grid import Comparison
+
+_GRID = "Comparison"
+
+
+def compare(
+    model: str = typer.Argument(help="The dense model: a directory, hub name, .gguf or zoo:NAME."),
+    methods: str = typer.Option(
+        "magnitude,wanda,ss,admm", "--methods", metavar="LIST", rich_help_panel=_GRID,
+        help="Methods, separated by commas; each NAME[:EFFORT][/ALLOCATION], for example "
+        "admm:fast or wanda/owl.",
+    ),
+    patterns: str = typer.Option(
+        "0.5,2:4", "--patterns", metavar="LIST", rich_help_panel=_GRID,
+        help="Patterns, separated by commas, for example 0.5,0.7,2:4.",
+    ),
+    others: list[Path] = typer.Option(
+        [], "--with", metavar="DIR", rich_help_panel=_GRID,
+        help="A model that something else pruned, measured in the same way; repeatable.",
+    ),
+    data: list[str] = typer.Option(
+        ["builtin"], "--data", metavar="SRC", rich_help_panel=_GRID,
+        help="Text to measure on; repeatable.",
+    ),
+    windows: int | None = typer.Option(
+        None, "--windows", metavar="N", rich_help_panel=_GRID,
+        help="Windows of each text; by default all.",
+    ),
+    metric: list[str] = typer.Option(
+        ["perplexity"], "--metric", metavar="NAME", rich_help_panel=_GRID,
+        help="perplexity, accuracy, divergence or agreement; repeatable.",
+    ),
+    calibration: str = typer.Option(
+        "builtin", "--calibration", metavar="SRC", rich_help_panel=run.CALIBRATION_GROUP,
+        help="Text to calibrate on.",
+    ),
+    samples: int = run.SAMPLES,
+    seqlen: int = run.SEQLEN,
+    seed: int = run.SEED,
+    trust_remote_code: bool = args.REMOTE,
+    revision: str | None = args.REVISION,
+    token: str | None = args.TOKEN,
+    cache_dir: str | None = args.CACHE_DIR,
+    device: str = args.DEVICE,
+    output: Path = typer.Option(
+        ..., "--output", "-o", rich_help_panel=run.OUTPUT_GROUP,
+        help="Directory for the results. The same command continues an interrupted comparison.",
+    ),
+    as_json: bool = args.JSON,
+) -> None:  # fmt: skip
+    """Compare methods and patterns on one model.
+
+    For example: apt-prune compare zoo:llama --methods wanda,admm --patterns 0.5,2:4 --output cmp
+    """
+    check_amount(samples, seqlen)
+    check_windows(windows, seqlen)
+    check_seed(seed)
+    _check_place(output)
+    from apt.plugin.registry import registry
+
+    installed = registry()
+    metrics = tuple(installed.evaluators.get(name).name for name in metric)
+    hub = args.read_hub(revision, token, cache_dir)
+    source = args.find_model(model, installed, hub, trust_remote_code=trust_remote_code)
+
+    from apt.cli.output import status_line
+    from apt.comparing.cells import read_cells
+    from apt.comparing.grid import RESULTS, Comparison, Grid, Wish
+    from apt.runs.machine import choose_device
+
+    wish = Wish(
+        source,
+        read_cells(_parts(methods, "--methods"), _parts(patterns, "--patterns"), installed),
+        tuple(others),
+        tuple(dict.fromkeys(data)),
+        metrics,
+        calibration,
+        samples,
+        seqlen,
+        seed,
+        windows,
+        choose_device(device),
+    )
+    _check_others(others)
+    try:
+        with status_line("starting") as status:
+            grid = Grid(wish, installed, status.update)
+            comparison = Comparison(output / RESULTS, grid.setting())
+            comparison.resume()
+            output.mkdir(parents=True, exist_ok=True)
+            shown: list[dict[str, Any]] = []
+            grid.run(comparison, shown.append)
+    except KeyboardInterrupt:
+        from apt.cli.streams import program
+
+        typer.echo(f"{program()}: interrupted; the same command continues", err=True)
+        raise typer.Exit(130) from None
+    _write(output, comparison, shown)
+    _show(output, comparison, shown, as_json=as_json)
+
+
+def _parts(text: str, option: str) -> list[str]:
+    """The parts of a list, which is not empty."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(parts):
+        raise AptError(f"{option} '{text}' has an empty part", "separate names by single commas")
+    return parts
+
+
+def _check_place(output: Path) -> None:
+    """Raise if the directory has files other than those of a comparison."""
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise AptError(f"--output {output} is not a directory")
+    names = {path.name for path in output.iterdir()}
+    if names and "comparison.json" not in names:
+        raise AptError(f"--output {output} has other files", "choose another directory")
+
+
+def _check_others(directories: list[Path]) -> None:
+    for directory in directories:
+        if not directory.is_dir():
+            raise AptError(f"--with {directory} is not a directory")
+
+
+def _write(output: Path, comparison: "Comparison", rows: list[dict[str, Any]]) -> None:
+    """Write the tables, and the plot if matplotlib is installed."""
+    from importlib.util import find_spec
+
+    from apt.comparing.tables import as_csv, markdown
+
+    setting = comparison.setting
+    about = f"{setting['model']}, calibrated on {setting['calibration']}, "
+    about += f"{' × '.join(map(str, setting['shape']))} tokens\n\n"
+    (output / "comparison.md").write_text(about + markdown(rows), encoding="utf-8")
+    (output / "comparison.csv").write_text(as_csv(rows), encoding="utf-8")
+    if find_spec("matplotlib") is not None:
+        from apt.cli.plots import draw_comparison
+
+        draw_comparison(rows, output / "comparison.png")
+
+
+def _show(
+    output: Path, comparison: "Comparison", rows: list[dict[str, Any]], *, as_json: bool
+) -> None:
+    from apt.cli.output import out, show, show_json, table
+    from apt.comparing.tables import cells, columns, header
+
+    if as_json:
+        show_json({"output": str(output), **comparison.setting, "rows": rows})
+        return
+    made = table(*(name if i < 2 else f">{name}" for i, name in enumerate(header(rows))))
+    for row in rows:
+        made.add_row(*cells(row, columns(rows)))
+    show(made)
+    out.print(f"{output}: comparison.json, comparison.md, comparison.csv", markup=False)

@@ -1,0 +1,1 @@
+"""Comparisons: one model with several methods and patterns, measured in the same way."""

@@ -1,0 +1,72 @@
+"""The cells of a comparison: a method with its effort and allocation, and a pattern."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from apt.errors import AptError
+from apt.planning.allocation import default_allocation
+from apt.plugin.registry import Registry
+from apt.runs.api import read_pattern
+from apt.runs.limits import EFFORTS
+from apt.solver import Unstructured
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A run of a comparison.
+
+    Attributes:
+        method: the name of the method.
+        effort: the effort.
+        allocation: the name of the allocation.
+        pattern: the pattern, as text.
+    """
+
+    method: str
+    effort: str
+    allocation: str
+    pattern: str
+
+    @property
+    def label(self) -> str:
+        """The method, with what is not a default."""
+        effort = "" if self.effort == "default" else f":{self.effort}"
+        plain = default_allocation(read_pattern(self.pattern))
+        allocation = "" if self.allocation == plain else f"/{self.allocation}"
+        return f"{self.method}{effort}{allocation}"
+
+    @property
+    def key(self) -> str:
+        """The identity of the cell in a comparison."""
+        return f"{self.label} {self.pattern}"
+
+
+def read_cells(methods: Sequence[str], patterns: Sequence[str], registry: Registry) -> list[Cell]:
+    """The cells of all methods with all patterns.
+
+    Args:
+        methods: ``NAME[:EFFORT][/ALLOCATION]``. An allocation is left out with n:m patterns.
+        patterns: patterns as text.
+        registry: the plugins.
+
+    Raises:
+        AptError: a name or a pattern is not known, or a method does not use an effort.
+    """
+    found = [_cell(method, pattern, registry) for pattern in patterns for method in methods]
+    return list(dict.fromkeys(found))
+
+
+def _cell(text: str, pattern: str, registry: Registry) -> Cell:
+    wanted = read_pattern(pattern)
+    name, _, allocation = text.partition("/")
+    name, _, effort = name.partition(":")
+    spec = registry.methods.get(name)
+    if (effort := effort or "default") not in EFFORTS:
+        raise AptError(f"{text}: effort '{effort}' is not one of {', '.join(EFFORTS)}")
+    if effort != "default" and not spec.efforts:
+        raise AptError(f"{text}: method {spec.name} does not use the effort")
+    plain = default_allocation(wanted)
+    chosen = registry.allocations.get(allocation).name if allocation else plain
+    if not isinstance(wanted, Unstructured):
+        chosen = plain
+    return Cell(spec.name, effort, chosen, str(wanted))

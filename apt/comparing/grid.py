@@ -1,0 +1,240 @@
+"""The run of a comparison: each cell prunes a copy of one model, and is measured."""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from apt.checkpoints.load import fingerprint, load, load_tokenizer, skeleton
+from apt.checkpoints.masks import masks_of, sparsity_of
+from apt.checkpoints.model import Model
+from apt.comparing.cells import Cell
+from apt.errors import AptError, first_line
+from apt.events import Observer
+from apt.locations.model_source import Source, find
+from apt.output.json_values import json_value
+from apt.output.report import differences, portable, versions
+from apt.plugin.registry import Registry
+from apt.runs.api import prune_copy
+from apt.runs.prune_options import PruneOptions
+from apt.runs.text import check_vocabulary
+from apt.text.datasets import calibration_tokens, digest, documents, evaluation_tokens
+from apt.text.special_tokens import bos_of
+
+RESULTS = "comparison.json"
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a comparison compares.
+
+    Args:
+        source: the dense model.
+        cells: the runs.
+        others: directories that something else pruned, which are measured too.
+        data: the data sources to measure on.
+        metrics: the names of the metrics; they may compare with the dense model.
+        calibration: the data source of the calibration samples.
+        samples, seqlen, seed: the number and length of the calibration samples, and the seed.
+        windows: the number of windows of each text to measure on; None for all.
+        device: the device.
+    """
+
+    source: Source
+    cells: Sequence[Cell]
+    others: Sequence[Path] = ()
+    data: Sequence[str] = ("builtin",)
+    metrics: Sequence[str] = ("perplexity",)
+    calibration: str = "builtin"
+    samples: int = 128
+    seqlen: int = 2048
+    seed: int = 0
+    windows: int | None = None
+    device: str = "cpu"
+
+
+@dataclass
+class Comparison:
+    """The results of a comparison, in a file that grows row by row.
+
+    Attributes:
+        path: the file.
+        setting: everything that the rows have in common.
+        rows: the rows.
+    """
+
+    path: Path
+    setting: dict[str, Any]
+    rows: list[Row] = field(default_factory=list)
+
+    def resume(self) -> None:
+        """Read the rows of an earlier run.
+
+        Raises:
+            AptError: the file is damaged, or its rows come from another setting.
+        """
+        if not self.path.is_file():
+            return
+        try:
+            known = json.loads(self.path.read_text(encoding="utf-8"))
+            setting, rows = dict(known["setting"]), list(known["rows"])
+            keys = [str(row["key"]) for row in rows]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise AptError(
+                f"{self.path} is damaged: {first_line(error)}", "delete it", ("output",)
+            ) from error
+        if other := sorted(differences(setting, json.loads(json.dumps(self.setting)))):
+            raise AptError(
+                f"{self.path} is another comparison: {', '.join(other)} differ",
+                "choose another output, or delete it",
+                ("output",),
+            )
+        self.rows = [row for row, _ in zip(rows, keys, strict=True)]
+
+    def known(self, key: str) -> Row | None:
+        """The row of a key; None if it is not measured yet."""
+        return next((row for row in self.rows if row["key"] == key), None)
+
+    def add(self, row: Row) -> None:
+        """Add a row, and write the file."""
+        self.rows.append(row)
+        record = json_value({"setting": self.setting, "rows": self.rows})
+        partial = self.path.with_name(f".{self.path.name}")
+        partial.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(partial, self.path)
+
+
+class Grid:
+    """The model and the texts of a comparison, loaded once.
+
+    Args:
+        wish: what is compared.
+        registry: the plugins.
+        status: called with a text for each step.
+        observe: called with the events of each run.
+
+    Raises:
+        AptError: the model, a text or a directory cannot be read.
+    """
+
+    def __init__(
+        self,
+        wish: Wish,
+        registry: Registry,
+        status: Callable[[str], None] = lambda text: None,
+        observe: Observer = lambda event: None,
+    ) -> None:
+        self._wish, self._registry = wish, registry
+        self._status, self._observe = status, observe
+        status("reading text")
+        self._tokenizer = load_tokenizer(wish.source)
+        bos = bos_of(self._tokenizer)
+        texts = documents(wish.calibration, "calibration", registry)
+        self._tokens = calibration_tokens(
+            self._tokenizer, texts, wish.samples, wish.seqlen, wish.seed, wish.calibration, bos
+        )
+        self._held_out: dict[str, Tensor] = {
+            name: evaluation_tokens(
+                self._tokenizer, documents(name, "evaluation", registry), wish.windows, wish.seqlen,
+                name, bos,
+            )
+            for name in wish.data
+        }  # fmt: skip
+        status("loading the model")
+        self._dense: Model = load(skeleton(wish.source, registry), None, wish.device)
+        for tokens in (self._tokens, *self._held_out.values()):
+            check_vocabulary(tokens, self._dense.module, wish.source.reference)
+
+    def setting(self) -> dict[str, Any]:
+        """What all rows have in common, for the file of the results."""
+        wish = self._wish
+        return {
+            "model": portable(wish.source.reference),
+            "weights": fingerprint(self._dense.module),
+            "calibration": portable(wish.calibration),
+            "tokens": digest(self._tokens),
+            "shape": list(self._tokens.shape),
+            "seed": wish.seed,
+            "data": {portable(name): digest(t) for name, t in self._held_out.items()},
+            "windows": {portable(name): list(t.shape) for name, t in self._held_out.items()},
+            "metrics": list(wish.metrics),
+            "versions": versions(),
+        }
+
+    def run(self, comparison: Comparison, tell: Callable[[Row], None]) -> None:
+        """Measure all rows that are not known yet.
+
+        Args:
+            comparison: the results; each new row is added to it.
+            tell: called with each row, known or new.
+        """
+        for key, measure in self._work():
+            if (row := comparison.known(key)) is None:
+                self._status(f"measuring {key}")
+                row = {"key": key, **measure()}
+                comparison.add(row)
+            tell(row)
+
+    def _work(self) -> Iterable[tuple[str, Callable[[], Row]]]:
+        """The key of each row, and the function that measures it."""
+        yield "dense", self._unpruned
+        for cell in self._wish.cells:
+            yield cell.key, partial(self._pruned, cell)
+        for path in self._wish.others:
+            yield str(path), partial(self._other, path)
+
+    def _unpruned(self) -> Row:
+        return {"method": "dense", "pattern": "", **self._scores(self._dense.module)}
+
+    def _pruned(self, cell: Cell) -> Row:
+        module, report = prune_copy(
+            self._dense.module,
+            self._tokens,
+            pattern=cell.pattern,
+            adapter=self._dense.spec.name,
+            method=cell.method,
+            options=PruneOptions(effort=cell.effort),  # type: ignore[arg-type]
+            allocation=cell.allocation,
+            tokenizer=self._tokenizer,
+            seed=self._wish.seed,
+            observe=self._observe,
+        )
+        return {
+            "method": cell.label,
+            "pattern": cell.pattern,
+            "sparsity": report.sparsity,
+            "error": report.relative_layer_error,
+            "seconds": report.seconds,
+            **self._scores(module),
+        }
+
+    def _other(self, path: Path) -> Row:
+        """A row for a directory that something else pruned."""
+        loaded = load(
+            skeleton(find(str(path.resolve()), self._registry), self._registry), None,
+            self._wish.device,
+        )  # fmt: skip
+        check_vocabulary(self._tokens, loaded.module, str(path))
+        sparsity = sparsity_of(masks_of(loaded.module, loaded.adapter))
+        return {
+            "method": path.name, "pattern": "", "sparsity": sparsity, **self._scores(loaded.module)
+        }  # fmt: skip
+
+    def _scores(self, module: nn.Module) -> Row:
+        """The metrics on each text."""
+        found: dict[str, dict[str, float]] = {}
+        with self._dense.adapter.running(module):
+            for name, tokens in self._held_out.items():
+                scores = found[portable(name)] = {}
+                for metric in self._wish.metrics:
+                    self._status(f"measuring {metric} on {name}")
+                    spec = self._registry.evaluators.get(metric)
+                    beside = [self._dense.module] if spec.dense else []
+                    scores[metric] = float(spec.load()(module, tokens, *beside))
+        return {"scores": found}
