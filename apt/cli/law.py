@@ -33,9 +33,10 @@ def law(
     ),
     as_json: bool = args.JSON,
 ) -> None:
-    """Fit the P2 law to recoveries: the loss as a function of tokens, rate and model size.
+    """Predict how many training tokens a recovery needs.
 
-    It predicts how many training tokens are enough. For example: apt-prune law ./recovered
+    The P2 law is fitted to the reports of recoveries: the loss as a function of training tokens,
+    pruning rate and model size. For example: apt-prune law ./recovered
     """
     if not 0 < threshold < float("inf"):
         raise AptError(f"--threshold {threshold} is not above 0")

@@ -6,9 +6,9 @@ from apt.cli import arguments as args
 
 
 def methods(as_json: bool = args.JSON) -> None:
-    """List the methods of prune and shrink, allocations, and kinds of recovery.
+    """List methods, allocations and kinds of recovery.
 
-    The most accurate methods come first.
+    The most accurate methods of prune and of shrink come first.
     """
     from apt.cli.listing import show_rows
     from apt.planning.allocation import UNIFORM
