@@ -92,6 +92,23 @@ def test_the_command_of_a_report_reproduces_the_model(apt, prune, arguments):
     assert all((left[name] == right[name]).all() for name in left)
 
 
+@pytest.mark.parametrize(
+    "arguments", [("--drop", 1), ("--keep", 0.6, "--width-only"), ("--size", "channels=24")]
+)
+def test_the_command_of_a_smaller_model_reproduces_it(apt, prune, checkpoint, tmp_path, arguments):
+    shutil.copyfile(TEXT, tmp_path / "text.txt")
+    shutil.copytree(checkpoint("llama"), tmp_path / "m")
+    made = apt("shrink", "m", *SMALL, "--effort", "fast", *arguments, "-o", "a")
+    assert made.code == 0, made.err
+    command = shlex.split(command_of(json.loads(Path("a/apt_report.json").read_text())))
+    assert command[:3] == ["apt-prune", "shrink", "m"]
+    again = apt(*command[1:-1], "again")
+    assert again.code == 0, again.err
+    left, right = (load_file(Path(name) / "model.safetensors") for name in ("a", "again"))
+    assert left.keys() == right.keys()
+    assert all((left[name] == right[name]).all() for name in left)
+
+
 def test_a_smaller_and_a_recovered_model_have_pages(apt, prune, checkpoint):
     pruned = prune("a", "--sparsity", 0.6, "--method", "wanda")
     recovered = apt(

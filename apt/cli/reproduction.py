@@ -15,6 +15,8 @@ _FLAGS = {
     "max_shard_size": "--max-shard-size",
 }  # fmt: skip
 _DEFAULTS = {"allocation": "uniform", "dtype": "auto", "activations": "memory", "seed": 0}
+_NOT_OF_SHRINK = ("allocation", "row_importance", "block_size")
+_MODES = {"width": "--width-only", "depth": "--depth-only", "search": "--search"}
 _LISTS = {"only": "--only", "skip": "--skip", "also": "--also"}
 
 
@@ -24,12 +26,15 @@ def command_of(report: dict[str, Any]) -> str:
     Local paths have only their last part, as in the report.
     """
     options: dict[str, Any] = report.get("options") or {}
-    if not options.get("pattern") or not options.get("model"):
+    shrink = options.get("shrink")
+    if not options.get("model") or not (options.get("pattern") or shrink):
         return ""
-    words = ["apt-prune", "prune", str(options["model"]), *_pattern(options)]
+    words = ["apt-prune", "shrink" if shrink else "prune", str(options["model"])]
+    words += _size(shrink) if shrink else _pattern(options)
+    left_out = _NOT_OF_SHRINK if shrink else ()
     for name, flag in _FLAGS.items():
         value = options.get(name)
-        if value is not None and value != _DEFAULTS.get(name):
+        if value is not None and value != _DEFAULTS.get(name) and name not in left_out:
             words += [flag, _text(value)]
     for name, flag in _LISTS.items():
         for value in options.get(name) or ():
@@ -49,6 +54,22 @@ def _pattern(options: dict[str, Any]) -> list[str]:
         return ["--pattern", pattern]
     per = ["--per", str(options["per"])] if options.get("per") else []
     return ["--sparsity", pattern, *per]
+
+
+def _size(shrink: dict[str, Any]) -> list[str]:
+    """The options of the size of a smaller model."""
+    words = [word for kind, n in shrink["sizes"].items() for word in ("--size", f"{kind}={n}")]
+    words += [word for index in shrink["drop"] for word in ("--drop", str(index))]
+    words += [] if shrink["blocks"] is None else ["--blocks", str(shrink["blocks"])]
+    words = words or ["--keep", f"{shrink['keep']:g}", "--budget", str(shrink["budget"])]
+    words += [_MODES[shrink["mode"]]] if shrink["mode"] in _MODES else []
+    if shrink["multiple_of"] is not None:
+        words += ["--multiple-of", str(shrink["multiple_of"])]
+    if shrink["compensate"] is not None:
+        words.append("--compensate" if shrink["compensate"] else "--no-compensate")
+    if shrink["mode"] == "search":
+        words += ["--evaluations", str(shrink["search"]["evaluations"])]
+    return words
 
 
 def _switches(options: dict[str, Any]) -> list[str]:
