@@ -5,7 +5,7 @@ This module adds the loss, the masks, and the rules by which training ends early
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ class Samples(Dataset[dict[str, Any]]):
 
 def train(
     trainable: Trainable,
-    masks: Mapping[str, Tensor],
+    masks: dict[str, Tensor],
     tokens: Tensor,
     held_back: Tensor,
     options: RecoverOptions,
@@ -72,7 +72,7 @@ def train(
 
     Args:
         trainable: what is trained.
-        masks: the zeros to keep, by parameter.
+        masks: the zeros to keep, by parameter; they are moved to the device of the training.
         tokens: the training samples (samples, seqlen).
         held_back: the samples on which the loss is measured (samples, seqlen).
         options: the options.
@@ -92,7 +92,6 @@ def train(
     arguments = _arguments(trainable.module, options, steps, rate, folder, seed, device)
     training = Training(steps, options.batch * tokens.shape[1])
     recorder = Recorder(training, rules, observe, moving)
-    handles = _mask_gradients(trainable, masks, recorder)
     trainer = _Trainer(
         model=trainable.module,
         args=arguments,
@@ -102,6 +101,7 @@ def train(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.use(trainable)
+    handles = _mask_gradients(trainable, masks, recorder)
     last = _last_checkpoint(folder) if resume else None
     recorder.begin(trainer, last)
     if last is not None and moving is not None:
@@ -196,7 +196,7 @@ def _distributed() -> bool:
 
 
 def _mask_gradients(
-    trainable: Trainable, masks: Mapping[str, Tensor], recorder: Recorder
+    trainable: Trainable, masks: dict[str, Tensor], recorder: Recorder
 ) -> list[Any]:
     """Set the gradients of masked weights to zero, so that no optimizer moves these weights.
 
@@ -205,6 +205,7 @@ def _mask_gradients(
     if not trainable.masked:
         return []
     parameters = dict(trainable.module.named_parameters(remove_duplicate=False))
+    masks |= {name: mask.to(parameters[name].device) for name, mask in masks.items()}
     return [
         parameters[name].register_hook(_Masked(name, mask, recorder))  # type: ignore[no-untyped-call]
         for name, mask in masks.items()
@@ -218,7 +219,7 @@ class _Masked:
 
     def __call__(self, gradient: Tensor) -> Tensor:
         self._recorder.see(self._name, gradient)
-        return gradient.masked_fill(self._mask.to(gradient.device), 0)
+        return gradient.masked_fill(self._mask, 0)
 
 
 class _Trainer(Trainer):  # type: ignore[misc]

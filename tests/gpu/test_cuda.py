@@ -1,12 +1,15 @@
 """The same results on a GPU; skipped, with the reason, where there is none."""
 
+import copy
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 
 import apt as library
+from apt.errors import AptError
 from apt.solver import NM, Gram, SolverOptions, Unstructured, admm, mm, relative_layer_error, sm, ss
 from apt.solver.patterns import meets
 from tests.families import FAMILIES, random_model, random_tokens
@@ -93,3 +96,18 @@ def test_tf32_does_not_reach_the_solver():
     finally:
         torch.set_float32_matmul_precision("highest")
     assert torch.equal(plain.weight, found.weight)
+
+
+@pytest.mark.parametrize("kind", ["spp", "lora", "layers", "distill"])
+def test_a_recovery_keeps_every_zero(kind):
+    model = random_model("llama").cuda()
+    dense = copy.deepcopy(model)
+    library.prune(model, random_tokens(), pattern="2:4", method="wanda")
+    before = {n: p == 0 for n, p in model.named_parameters() if "proj" in n}
+    options = library.RecoverOptions(steps=4, checks=2, batch=4, rate=1e-2, hidden=0.1)
+    tokens = torch.arange(24 * 16).reshape(24, 16) % 50
+    with suppress(AptError):  # a few steps need not help a random model
+        library.recover(model, tokens, kind=kind, options=options, dense=dense)
+    for name, mask in before.items():
+        assert torch.equal(model.get_parameter(name) == 0, mask), name
+        assert model.get_parameter(name).is_cuda
