@@ -83,8 +83,8 @@ class Comparison:
             return
         try:
             known = json.loads(self.path.read_text(encoding="utf-8"))
-            setting, rows = dict(known["setting"]), list(known["rows"])
-            keys = [str(row["key"]) for row in rows]
+            setting = dict(known["setting"])
+            rows = [{**row, "key": str(row["key"])} for row in known["rows"]]
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise AptError(
                 f"{self.path} is damaged: {first_line(error)}", "delete it", ("output",)
@@ -95,7 +95,7 @@ class Comparison:
                 "choose another output, or delete it",
                 ("output",),
             )
-        self.rows = [row for row, _ in zip(rows, keys, strict=True)]
+        self.rows = rows
 
     def known(self, key: str) -> Row | None:
         """The row of a key; None if it is not measured yet."""

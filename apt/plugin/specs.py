@@ -137,12 +137,15 @@ class RecoverySpec(Spec):
         rate: the default learning rate.
         zeros: True if it serves only models with zeros. Otherwise it serves smaller models too.
         teacher: True if it needs the dense model.
+        dense: True if it also serves models without zeros and without a report, such as those from
+            which another tool dropped blocks.
     """
 
     source: str = ""
     rate: float = 1e-4
     zeros: bool = False
     teacher: bool = False
+    dense: bool = False
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ class MovingMasks:
         self._at = set(moving_steps(steps))
         self._entries = list(_entries(model, adapter, masks))
         self._gradients: dict[nn.Parameter, Tensor] = {}
-        self._names = {entry.parameter: name for name, entry in self._entries}
+        self._parameters = {name: entry.parameter for name, entry in self._entries}
 
     def wants(self, step: int) -> bool:
         """True if the masks move after ``step``, counted from 1."""
@@ -83,7 +83,8 @@ class MovingMasks:
 
     def see(self, name: str, gradient: Tensor) -> None:
         """Add the gradient of a parameter, before it is masked."""
-        parameter = next(entry.parameter for n, entry in self._entries if n == name)
+        if (parameter := self._parameters.get(name)) is None:
+            return  # of an extra: its mask stays
         known = self._gradients.get(parameter)
         self._gradients[parameter] = gradient.clone() if known is None else known + gradient
 
@@ -107,8 +108,8 @@ class MovingMasks:
             if (seen := self._gradients.get(entry.parameter)) is not None:
                 weight, mask = entry.view(entry.parameter), entry.view(self._masks[name])
                 moved += _exchange(weight, entry.view(seen), mask, entry.group, share)
-        for parameter in self._gradients:
-            mask = self._masks[self._names[parameter]]
+        for name, parameter in self._parameters.items():
+            mask = self._masks[name]
             parameter.masked_fill_(mask, 0)
             for state in optimizer.state.get(parameter, {}).values():
                 if isinstance(state, Tensor) and state.shape == parameter.shape:

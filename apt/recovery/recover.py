@@ -28,7 +28,9 @@ from apt.recovery.training import train
 DENSE_LOSS = "dense_loss"
 """The key by which the loss of the dense model on the samples held back is remembered."""
 
-_STEPS = 1000
+STEPS = 1000
+"""The number of steps if nothing else is asked for."""
+
 _MOST_HELD_BACK = 64
 
 
@@ -193,7 +195,7 @@ def _amount(model: nn.Module, text: Tensor, held_back: int, job: Job) -> tuple[i
     elif options.tokens == "auto":
         steps = max(1, len(text) // options.batch)
     else:
-        steps = options.steps or _STEPS
+        steps = options.steps or STEPS
     return steps, text[: steps * options.batch]
 
 

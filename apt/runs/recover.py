@@ -32,7 +32,7 @@ from apt.plugin.registry import Registry
 from apt.plugin.specs import RecoverySpec
 from apt.recovery.law import EnoughTokens
 from apt.recovery.record import Training
-from apt.recovery.recover import DENSE_LOSS, Job, NotRecoveredError, recover_model
+from apt.recovery.recover import DENSE_LOSS, STEPS, Job, NotRecoveredError, recover_model
 from apt.runs.limits import check_seed, check_shard_size, check_windows
 from apt.runs.machine import choose_device
 from apt.runs.prepare import capped, check_place
@@ -272,16 +272,15 @@ class RecoveryRun:
         if recover.minutes is not None or recover.tokens == "auto":
             return _MOST_SAMPLES
         used = math.ceil(recover.tokens / seqlen) if isinstance(recover.tokens, int) else (
-            (recover.steps or 1000) * recover.batch
+            (recover.steps or STEPS) * recover.batch
         )  # fmt: skip
         return min(_MOST_SAMPLES, math.ceil(used / (1 - recover.held_back)) + 1)
 
     def _check_masks(self) -> None:
         """Raise for a dense model, for a kind of recovery that needs zeros or a smaller model."""
         masks = masks_of(self._model, self._prepared.shell.adapter)
-        if sparsity_of(masks) > 0.01 or self._prepared.earlier.get("structure"):
-            return
-        if self._prepared.spec.name == "layers":  # a model from which another tool dropped blocks
+        smaller = self._prepared.earlier.get("structure")
+        if sparsity_of(masks) > 0.01 or smaller or self._prepared.spec.dense:
             return
         raise AptError(
             f"{self._options.model} has no zeros, and no report that says how it became smaller",

@@ -116,7 +116,7 @@ def apt_recoveries() -> list[RecoverySpec]:
         RecoverySpec("lora", "LoRA with a masked update", f"{kinds}:lora",
                      "arXiv 2106.09685", 1e-3),
         RecoverySpec("layers", "the language-model head and the last blocks", f"{kinds}:layers",
-                     "arXiv 2411.15558", 1e-4),
+                     "arXiv 2411.15558", 1e-4, dense=True),
         RecoverySpec("distill", "the kept weights of all blocks, towards the dense model",
                      f"{kinds}:distill", "after arXiv 1503.02531", 2e-4, teacher=True),
     ]  # fmt: skip
