@@ -74,6 +74,15 @@ METRIC = typer.Option(
     help="perplexity or accuracy; with apt-prune eval --dense also divergence or agreement; "
     "repeatable.",
 )  # fmt: skip
+TASKS = typer.Option(
+    [], "--tasks", metavar="LIST", rich_help_panel="Tasks",
+    help="Tasks of lm-evaluation-harness, or their YAML files, separated by commas. local stands "
+    "for six multiple-choice sets that need no network.",
+)  # fmt: skip
+LIMIT = typer.Option(
+    None, "--limit", metavar="N", rich_help_panel="Tasks",
+    help="Questions of each task; by default all.",
+)  # fmt: skip
 NO_BOS = typer.Option(
     False, "--no-bos", rich_help_panel="Calibration and measuring",
     help="Do not begin samples and windows with the token that the tokenizer adds.",
@@ -184,3 +193,24 @@ def read_selection(
             raise AptError(f"--override {text} has no GLOB=PATTERN", "write '*.q_proj=0.4'")
         pairs.append((glob, parse(pattern)))
     return Selection(tuple(only or ()), tuple(skip or ()), tuple(pairs))
+
+
+def parts(text: str, option: str) -> list[str]:
+    """The parts of a list, which is not empty."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(parts):
+        raise AptError(f"{option} '{text}' has an empty part", "separate names by single commas")
+    return parts
+
+
+def read_tasks(given: list[str]) -> list[str]:
+    """The names of tasks in lists that are separated by commas.
+
+    Raises:
+        AptError: a task is not known, or what it needs is not installed.
+    """
+    if not given:
+        return []
+    from apt.tasks.harness import check_tasks
+
+    return check_tasks([name for text in given for name in parts(text, "--tasks")])

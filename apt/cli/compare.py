@@ -8,7 +8,7 @@ import typer
 from apt.cli import arguments as args
 from apt.cli import run_arguments as run
 from apt.errors import AptError
-from apt.runs.limits import check_amount, check_seed, check_windows
+from apt.runs.limits import check_amount, check_limit, check_seed, check_windows
 
 if TYPE_CHECKING:
     from apt.comparing.grid import Comparison
@@ -43,6 +43,8 @@ def compare(
         ["perplexity"], "--metric", metavar="NAME", rich_help_panel=_GRID,
         help="perplexity, accuracy, divergence or agreement; repeatable.",
     ),
+    tasks: list[str] = args.TASKS,
+    limit: int | None = args.LIMIT,
     calibration: str = typer.Option(
         "builtin", "--calibration", metavar="SRC", rich_help_panel=run.CALIBRATION_GROUP,
         help="Text to calibrate on.",
@@ -68,25 +70,29 @@ def compare(
     check_amount(samples, seqlen)
     check_windows(windows, seqlen)
     check_seed(seed)
+    check_limit(limit, tasks)
     _check_place(output)
     from apt.plugin.registry import registry
 
     installed = registry()
     metrics = tuple(installed.evaluators.get(name).name for name in metric)
+    questions = args.read_tasks(tasks)
     hub = args.read_hub(revision, token, cache_dir)
     source = args.find_model(model, installed, hub, trust_remote_code=trust_remote_code)
 
-    from apt.cli.output import status_line
+    from apt.cli.output import has_live_display, status_line
     from apt.comparing.cells import read_cells
     from apt.comparing.grid import RESULTS, Comparison, Grid, Wish
     from apt.runs.machine import choose_device
 
     wish = Wish(
         source,
-        read_cells(_parts(methods, "--methods"), _parts(patterns, "--patterns"), installed),
+        read_cells(args.parts(methods, "--methods"), args.parts(patterns, "--patterns"), installed),
         tuple(others),
         tuple(dict.fromkeys(data)),
         metrics,
+        questions,
+        limit,
         calibration,
         samples,
         seqlen,
@@ -97,7 +103,7 @@ def compare(
     _check_others(others)
     try:
         with status_line("starting") as status:
-            grid = Grid(wish, installed, status.update)
+            grid = Grid(wish, installed, status.update, progress=has_live_display())
             comparison = Comparison(output / RESULTS, grid.setting())
             comparison.resume()
             output.mkdir(parents=True, exist_ok=True)
@@ -110,14 +116,6 @@ def compare(
         raise typer.Exit(130) from None
     _write(output, comparison, shown)
     _show(output, comparison, shown, as_json=as_json)
-
-
-def _parts(text: str, option: str) -> list[str]:
-    """The parts of a list, which is not empty."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(parts):
-        raise AptError(f"{option} '{text}' has an empty part", "separate names by single commas")
-    return parts
 
 
 def _check_place(output: Path) -> None:
@@ -158,10 +156,13 @@ def _show(
     output: Path, comparison: "Comparison", rows: list[dict[str, Any]], *, as_json: bool
 ) -> None:
     from apt.cli.output import out, show, show_json, table
-    from apt.comparing.tables import cells, columns, header
+    from apt.comparing.tables import cells, columns, header, summaries
 
     if as_json:
-        show_json({"output": str(output), **comparison.setting, "rows": rows})
+        told = [
+            {**row, "tasks": summaries(row, rows[0])} if "tasks" in row else row for row in rows
+        ]
+        show_json({"output": str(output), **comparison.setting, "rows": told})
         return
     made = table(*(name if i < 2 else f">{name}" for i, name in enumerate(header(rows))))
     for row in rows:

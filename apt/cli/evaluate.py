@@ -3,13 +3,14 @@
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from apt.cli import arguments as args
 from apt.errors import AptError
-from apt.runs.limits import check_dtype, check_windows
+from apt.runs.limits import check_dtype, check_limit, check_windows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,22 +19,33 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from apt.checkpoints.model import Model
+    from apt.cli.output import StatusLine
+    from apt.locations.model_source import Source
+    from apt.plugin.specs import EvaluatorSpec
 
 
 def evaluate(
     model: str = typer.Argument(help="Directory, hub name, .gguf file or zoo:NAME."),
-    data: str = typer.Option(
-        "builtin",
+    data: str | None = typer.Option(
+        None,
         "--data",
         metavar="SRC",
-        help="Text; the same values as --calibration of apt-prune prune.",
+        help="Text, builtin by default; the same values as --calibration of apt-prune prune.",
     ),
-    metric: list[str] = args.METRIC,
+    metric: list[str] | None = typer.Option(
+        None,
+        "--metric",
+        metavar="NAME",
+        help="perplexity (the default) or accuracy; with --dense also divergence or agreement; "
+        "repeatable.",
+    ),
+    tasks: list[str] = args.TASKS,
+    limit: int | None = args.LIMIT,
     dense: str | None = typer.Option(
         None,
         "--dense",
         metavar="MODEL",
-        help="The dense model, for the metrics divergence and agreement.",
+        help="The dense model, for the metrics divergence and agreement, and beside --tasks.",
     ),
     samples: int | None = typer.Option(
         None, "--samples", help="Number of windows; by default all."
@@ -55,36 +67,37 @@ def evaluate(
     token: str | None = args.TOKEN,
     cache_dir: str | None = args.CACHE_DIR,
 ) -> None:
-    """Measure a model over consecutive windows of text.
+    """Measure a model over consecutive windows of text, or let it answer tasks.
 
-    The exit status is 1 if a measure is not a finite number.
+    With --tasks, text is measured only if --metric or --data is given. The exit status is 1 if a
+    measure is not a finite number.
     """
     check_windows(samples, seqlen)
     check_dtype(dtype)
-    if stream and dtype != "auto":
-        raise AptError("--dtype needs the whole model in memory", "leave out --dtype or --stream")
-    from apt.cli.output import notice, out, show_json, status_line
+    check_limit(limit, tasks)
+    if stream and (dtype != "auto" or tasks):
+        whole = "--tasks" if tasks else "--dtype"
+        raise AptError(f"{whole} needs the whole model in memory", f"leave out {whole} or --stream")
+    from apt.cli.output import notice, status_line
     from apt.plugin.registry import registry
 
-    measures = [registry().evaluators.get(name) for name in metric]
-    _check_dense([spec.name for spec in measures if spec.dense], dense, stream=stream)
+    plain = [] if tasks and data is None else ["perplexity"]
+    measures = [registry().evaluators.get(name) for name in metric or plain]
+    _check_dense([spec.name for spec in measures if spec.dense], dense, tasks, stream=stream)
+    questions = args.read_tasks(tasks)
     hub = args.read_hub(revision, token, cache_dir)
-    source = args.find_model(model, registry(), hub, trust_remote_code=trust_remote_code)
+
+    def find(name: str) -> "Source":
+        return args.find_model(name, registry(), hub, trust_remote_code=trust_remote_code)
+
+    source = find(model)
 
     from apt.checkpoints.load import load_tokenizer, skeleton
     from apt.checkpoints.stored import open_stored
     from apt.runs.machine import choose_device, read_dtype
     from apt.runs.prepare import capped
-    from apt.runs.text import check_vocabulary
-    from apt.text.datasets import digest, documents, evaluation_tokens
-    from apt.text.special_tokens import bos_of
 
-    device = choose_device(device)
-    beside = None
-    if dense is not None:
-        beside = skeleton(
-            args.find_model(dense, registry(), hub, trust_remote_code=trust_remote_code), registry()
-        )
+    beside = None if dense is None else skeleton(find(dense), registry())
     shell = skeleton(source, registry(), adapter)
     if adapter is not None:
         for _, block in shell.adapter.blocks(shell.module):
@@ -92,46 +105,134 @@ def evaluate(
     if stream:
         open_stored(shell)
     notices: list[str] = []
-    seqlen = capped(seqlen, shell, notices.append)
-    texts = documents(data, "evaluation", registry(), token)
     reader = load_tokenizer(source, tokenizer)
-    bos = None if no_bos else bos_of(reader)
-    tokens = evaluation_tokens(reader, texts, samples, seqlen, data, bos)
-    check_vocabulary(tokens, shell.module, model)
+    text = None
+    if measures:
+        seqlen = capped(seqlen, shell, notices.append)
+        text = _read_text(data or "builtin", reader, samples, seqlen, token, no_bos=no_bos)
+        text.check(shell)
     _check_vocabularies(shell, beside)
     for line in notices:
         notice(line)
-    with status_line("loading the model") as status:
-        values = {}
-        with ExitStack() as stack:
-            given = tokens, read_dtype(dtype), device
-            module = stack.enter_context(_runnable(shell, *given, stream))
-            others = []
-            if beside is not None:
-                others = [stack.enter_context(_runnable(beside, *given, stream=False))]
-            for spec in measures:
-                status.update(f"measuring {spec.name} on {tokens.numel():,} tokens")
-                pair = others if spec.dense else []
-                values[spec.name] = float(spec.load()(module, tokens, *pair))
-    windows = tokens.shape[0]
+    with status_line("loading the model") as status, ExitStack() as stack:
+        given = text, read_dtype(dtype), choose_device(device)
+        models = [stack.enter_context(_runnable(shell, *given, stream))]
+        if beside is not None:
+            models.append(stack.enter_context(_runnable(beside, *given, stream=False)))
+        values = {} if text is None else _measured(models, text, measures, status)
+        status.update("answering tasks" if questions else "done")
+        answered = _answered(models, reader, questions, limit)
+    _show(model, text, values, answered, as_json=as_json)
+    if text is not None:
+        _check_finite(values, model, text.name)
+
+
+@dataclass(frozen=True)
+class _Text:
+    """Text to measure on: its source, the windows (windows, seqlen), and their first token."""
+
+    name: str
+    tokens: "Tensor"
+    bos: int | None
+    first: str
+
+    def check(self, model: "Model") -> None:
+        """Raise if a token has no embedding in the model."""
+        from apt.runs.text import check_vocabulary
+
+        check_vocabulary(self.tokens, model.module, model.source.reference)
+
+    def record(self, values: Mapping[str, float]) -> dict[str, Any]:
+        """What was measured on the text, for JSON."""
+        from apt.text.datasets import digest
+
+        windows, seqlen = self.tokens.shape
+        return {
+            "data": self.name, **values, "windows": windows, "seqlen": seqlen, "bos": self.bos,
+            "tokens_sha256": digest(self.tokens),
+        }  # fmt: skip
+
+
+def _read_text(
+    source: str, reader: Any, samples: int | None, seqlen: int, token: str | None, *, no_bos: bool
+) -> _Text:
+    from apt.plugin.registry import registry
+    from apt.text.datasets import documents, evaluation_tokens
+    from apt.text.special_tokens import bos_of
+
+    found = documents(source, "evaluation", registry(), token)
+    bos = None if no_bos else bos_of(reader)
+    tokens = evaluation_tokens(reader, found, samples, seqlen, source, bos)
+    return _Text(source, tokens, bos, "" if bos is None else str(reader.bos_token))
+
+
+def _measured(
+    models: "Sequence[nn.Module]",
+    text: _Text,
+    measures: "Sequence[EvaluatorSpec]",
+    status: "StatusLine",
+) -> dict[str, float]:
+    """The metrics of the first model, some of them beside the dense one."""
+    values = {}
+    for spec in measures:
+        status.update(f"measuring {spec.name} on {text.tokens.numel():,} tokens")
+        beside = models[1:] if spec.dense else []
+        values[spec.name] = float(spec.load()(models[0], text.tokens, *beside))
+    return values
+
+
+def _answered(
+    models: "Sequence[nn.Module]", reader: Any, tasks: Sequence[str], limit: int | None
+) -> dict[str, Any]:
+    """The summary of each task, with the differences from the dense model if it is given."""
+    if not tasks:
+        return {}
+    from apt.cli.output import has_live_display
+    from apt.tasks.answers import summary
+    from apt.tasks.harness import answer
+
+    found = [answer(m, reader, tasks, limit, progress=has_live_display()) for m in models]
+    return {own.task: summary(own, *others) for own, *others in zip(*found, strict=True)}
+
+
+def _show(
+    model: str,
+    text: _Text | None,
+    values: Mapping[str, float],
+    answered: Mapping[str, Any],
+    *,
+    as_json: bool,
+) -> None:
+    from apt.cli.output import out, show, show_json
+    from apt.cli.task_table import task_table
+
     if as_json:
-        show_json({"model": model, "data": data, **values, "windows": windows,
-                   "seqlen": seqlen, "bos": bos, "tokens_sha256": digest(tokens)})  # fmt: skip
-    else:
+        record = {} if text is None else text.record(values)
+        show_json({"model": model, **record, **({"tasks": answered} if answered else {})})
+        return
+    if text is not None:
+        windows, seqlen = text.tokens.shape
         figures = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
-        begin = "" if bos is None else f", each with {reader.bos_token} first"
-        out.print(f"{model}: {figures} on {data}, {windows} × {seqlen} tokens{begin}", markup=False)
-    _check_finite(values, model, data)
+        begin = f", each with {text.first} first" if text.first else ""
+        out.print(
+            f"{model}: {figures} on {text.name}, {windows} × {seqlen} tokens{begin}", markup=False
+        )
+    if answered:
+        show(task_table(answered))
 
 
-def _check_dense(metrics: Sequence[str], dense: str | None, *, stream: bool) -> None:
+def _check_dense(
+    metrics: Sequence[str], dense: str | None, tasks: Sequence[str], *, stream: bool
+) -> None:
     """Raise if a metric needs a dense model that is not given, or that cannot be streamed."""
     if metrics and dense is None:
         raise AptError(
             f"the metric {metrics[0]} compares with the dense model", "add --dense MODEL"
         )
-    if dense is not None and not metrics:
-        raise AptError("no metric uses --dense", "add --metric divergence or --metric agreement")
+    if dense is not None and not metrics and not tasks:
+        raise AptError(
+            "no metric uses --dense", "add --metric divergence, --metric agreement or --tasks"
+        )
     if metrics and stream:
         raise AptError(f"the metric {metrics[0]} needs both models in memory", "leave out --stream")
 
@@ -160,14 +261,14 @@ def _check_finite(values: Mapping[str, float], model: str, data: str) -> None:
 
 @contextmanager
 def _runnable(
-    shell: "Model", tokens: "Tensor", dtype: "torch.dtype | None", device: str, stream: bool
+    shell: "Model", text: _Text | None, dtype: "torch.dtype | None", device: str, stream: bool
 ) -> "Iterator[nn.Module]":
-    """The model, ready to run on ``tokens``."""
+    """The model, ready to run; with ``stream`` block by block on the tokens of ``text``."""
     from apt.checkpoints.load import load
     from apt.evaluation.blockwise import streamed
 
-    if stream:
-        with streamed(shell, tokens, device) as module:
+    if stream and text is not None:
+        with streamed(shell, text.tokens, device) as module:
             yield module
     else:
         loaded = load(shell, dtype, device)

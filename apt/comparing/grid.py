@@ -23,6 +23,7 @@ from apt.plugin.registry import Registry
 from apt.runs.api import prune_copy
 from apt.runs.prune_options import PruneOptions
 from apt.runs.text import check_vocabulary
+from apt.tasks.harness import answer, task_setting
 from apt.text.datasets import calibration_tokens, digest, documents, evaluation_tokens
 from apt.text.special_tokens import bos_of
 
@@ -40,6 +41,8 @@ class Wish:
         others: directories that something else pruned, which are measured too.
         data: the data sources to measure on.
         metrics: the names of the metrics; they may compare with the dense model.
+        tasks: the names of tasks, see `apt.tasks.harness.check_tasks`.
+        limit: the number of questions of each task; None for all.
         calibration: the data source of the calibration samples.
         samples, seqlen, seed: the number and length of the calibration samples, and the seed.
         windows: the number of windows of each text to measure on; None for all.
@@ -51,6 +54,8 @@ class Wish:
     others: Sequence[Path] = ()
     data: Sequence[str] = ("builtin",)
     metrics: Sequence[str] = ("perplexity",)
+    tasks: Sequence[str] = ()
+    limit: int | None = None
     calibration: str = "builtin"
     samples: int = 128
     seqlen: int = 2048
@@ -118,6 +123,7 @@ class Grid:
         registry: the plugins.
         status: called with a text for each step.
         observe: called with the events of each run.
+        progress: True if lm-evaluation-harness may show its progress on standard error.
 
     Raises:
         AptError: the model, a text or a directory cannot be read.
@@ -129,9 +135,11 @@ class Grid:
         registry: Registry,
         status: Callable[[str], None] = lambda text: None,
         observe: Observer = lambda event: None,
+        *,
+        progress: bool = False,
     ) -> None:
         self._wish, self._registry = wish, registry
-        self._status, self._observe = status, observe
+        self._status, self._observe, self._progress = status, observe, progress
         status("reading text")
         self._tokenizer = load_tokenizer(wish.source)
         bos = bos_of(self._tokenizer)
@@ -164,6 +172,7 @@ class Grid:
             "data": {portable(name): digest(t) for name, t in self._held_out.items()},
             "windows": {portable(name): list(t.shape) for name, t in self._held_out.items()},
             "metrics": list(wish.metrics),
+            **(task_setting(wish.tasks, wish.limit) if wish.tasks else {}),
             "versions": versions(),
         }
 
@@ -227,7 +236,7 @@ class Grid:
         }  # fmt: skip
 
     def _scores(self, module: nn.Module) -> Row:
-        """The metrics on each text."""
+        """The metrics on each text, and the answers to each task."""
         found: dict[str, dict[str, float]] = {}
         with self._dense.adapter.running(module):
             for name, tokens in self._held_out.items():
@@ -237,4 +246,11 @@ class Grid:
                     spec = self._registry.evaluators.get(metric)
                     beside = [self._dense.module] if spec.dense else []
                     scores[metric] = float(spec.load()(module, tokens, *beside))
-        return {"scores": found}
+            if not self._wish.tasks:
+                return {"scores": found}
+            self._status("answering tasks")
+            answers = answer(
+                module, self._tokenizer, self._wish.tasks, self._wish.limit,
+                progress=self._progress,
+            )  # fmt: skip
+        return {"scores": found, "tasks": {own.task: own.record() for own in answers}}

@@ -1,11 +1,18 @@
-"""The table of a comparison as Markdown and CSV."""
+"""The table of a comparison as Markdown and CSV.
+
+A row has the metrics of each text, and one metric of each task. CSV has all metrics of the tasks
+and their differences from the dense model.
+"""
 
 import csv
 import io
 from collections.abc import Sequence
 from typing import Any
 
+from apt.tasks.answers import Answers, summary
+
 Row = dict[str, Any]
+_PARTS = ("value", "stderr", "difference", "low", "high")
 
 
 def columns(rows: Sequence[Row]) -> list[tuple[str, str]]:
@@ -16,18 +23,35 @@ def columns(rows: Sequence[Row]) -> list[tuple[str, str]]:
 def header(rows: Sequence[Row]) -> list[str]:
     """The names of the columns."""
     scores = [f"{metric} on {text}" for text, metric in columns(rows)]
-    return ["method", "pattern", "zeros", *scores, "layer error", "seconds"]
+    tasks = [f"{found.task} {found.main}" for found in answers(rows[0])]
+    return ["method", "pattern", "zeros", *scores, *tasks, "layer error", "seconds"]
+
+
+def answers(row: Row) -> list[Answers]:
+    """The answers of a row."""
+    return [Answers.read(record) for record in row.get("tasks", {}).values()]
+
+
+def summaries(row: Row, dense: Row) -> dict[str, Any]:
+    """The figures of each task of a row, with the differences from the dense model."""
+    known = {found.task: found for found in answers(dense)}
+    return {found.task: summary(found, known.get(found.task)) for found in answers(row)}
 
 
 def cells(row: Row, names: Sequence[tuple[str, str]]) -> list[str]:
     """The texts of a row."""
     scores = [_figure(row["scores"].get(text, {}).get(metric)) for text, metric in names]
+    tasks = [
+        "{:.3f} ± {:.3f}".format(*found.metrics[found.main]) if found.metrics else ""
+        for found in answers(row)
+    ]
     zeros = row.get("sparsity")
     return [
         str(row["method"]),
         str(row["pattern"]),
         "" if zeros is None else f"{float(zeros):.2%}",
         *scores,
+        *tasks,
         _figure(row.get("error")),
         "" if row.get("seconds") is None else f"{float(row['seconds']):.0f}",
     ]
@@ -52,9 +76,22 @@ def as_csv(rows: Sequence[Row]) -> str:
     """The table as CSV, with all digits."""
     names, file = columns(rows), io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(header(rows))
+    measured = [(t.task, metric) for t in answers(rows[0]) for metric in t.metrics]
+    writer.writerow([
+        "method", "pattern", "zeros", *(f"{metric} on {text}" for text, metric in names),
+        *(f"{task} {metric} {part}" for task, metric in measured for part in _PARTS),
+        *(f"{t.task} other answers" for t in answers(rows[0])), "layer error", "seconds",
+    ])  # fmt: skip
     for row in rows:
         scores = [row["scores"].get(text, {}).get(metric, "") for text, metric in names]
+        found = summaries(row, rows[0])
+        tasks = [
+            found[task]["metrics"][metric].get(part, "")
+            for task, metric in measured
+            for part in _PARTS
+        ]
+        changed = [task["changed"] for task in found.values()]
         rest = [row.get(name, "") for name in ("error", "seconds")]
-        writer.writerow([row["method"], row["pattern"], row.get("sparsity", ""), *scores, *rest])
+        start = [row["method"], row["pattern"], row.get("sparsity", "")]
+        writer.writerow([*start, *scores, *tasks, *changed, *rest])
     return file.getvalue()

@@ -17,6 +17,8 @@ _REQUIRED = ("torch", "transformers", "safetensors", "datasets", "pluggy")
 _OPTIONAL = (
     ("gguf", "reading .gguf files", "gguf", "pip install 'apt-prune[gguf]'"),
     ("accelerate", "reading .gguf files", "accelerate", "pip install 'apt-prune[gguf]'"),
+    ("lm-eval", "answering tasks", "lm_eval", "pip install 'apt-prune[eval]'"),
+    ("peft", "recovery", "peft", "pip install 'apt-prune[recover]'"),
 )
 
 

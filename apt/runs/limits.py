@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from apt.errors import AptError
@@ -47,6 +47,18 @@ def check_windows(samples: int | None, seqlen: int) -> None:
     if (samples is not None and samples < 1) or seqlen < 2:
         raise AptError(
             "samples must be at least 1 and seqlen at least 2", options=("samples", "seqlen")
+        )
+
+
+def check_limit(limit: int | None, tasks: Sequence[str]) -> None:
+    """Raise for a number of questions below 1, or without tasks."""
+    if limit is not None and limit < 1:
+        raise AptError(f"limit is {limit}; it must be at least 1", "", ("limit",))
+    if limit is not None and not tasks:
+        raise AptError(
+            "the limit counts the questions of tasks, and there are none",
+            "name tasks, or leave it out",
+            ("limit", "tasks"),
         )
 
 

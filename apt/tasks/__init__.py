@@ -1,0 +1,1 @@
+"""Downstream tasks, answered through lm-evaluation-harness."""

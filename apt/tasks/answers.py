@@ -1,0 +1,97 @@
+"""The answers of a model to tasks, and their comparison with those of the dense model."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+_NORMAL_95 = 1.959964  # the quantile of a 95 % interval
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model answered in one task.
+
+    Attributes:
+        task: the name of the task.
+        version: the version of the task.
+        questions: the number of questions.
+        metrics: each metric with its value and its standard error (NaN if there is none).
+        scores: for each metric that is a mean over questions, its value for each question, in the
+            order of the questions.
+        chosen: the answer to each question: the index of the choice, or the text.
+    """
+
+    task: str
+    version: str
+    questions: int
+    metrics: dict[str, tuple[float, float]]
+    scores: dict[str, list[float]]
+    chosen: list[int | str]
+
+    @property
+    def main(self) -> str:
+        """The metric that stands for the task: ``acc_norm`` or ``acc``, or else the first one."""
+        usual = [name for name in ("acc_norm", "acc") if name in self.metrics]
+        return [*usual, *self.metrics][0]
+
+    def record(self) -> dict[str, Any]:
+        """The answers as values for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def read(cls, record: dict[str, Any]) -> "Answers":
+        """The answers of a record."""
+        pairs = {name: (float(v), float(e)) for name, (v, e) in record["metrics"].items()}
+        return cls(**{**record, "metrics": pairs})
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The difference between two models in one metric, over the same questions.
+
+    Attributes:
+        value: the mean difference.
+        low, high: its 95 % confidence interval, from the differences of the single questions.
+    """
+
+    value: float
+    low: float
+    high: float
+
+
+def difference(pruned: Answers, dense: Answers, metric: str) -> Difference | None:
+    """The paired difference of a metric; None if it is not a mean over the same questions."""
+    one, other = pruned.scores.get(metric, []), dense.scores.get(metric, [])
+    if not one or len(one) != len(other):
+        return None
+    each = [a - b for a, b in zip(one, other, strict=True)]
+    mean = math.fsum(each) / len(each)
+    variance = math.fsum((e - mean) ** 2 for e in each) / max(len(each) - 1, 1)
+    margin = _NORMAL_95 * math.sqrt(variance / len(each))
+    return Difference(mean, mean - margin, mean + margin)
+
+
+def changed(pruned: Answers, dense: Answers) -> float | None:
+    """The share of questions with another answer; None if the questions are not the same."""
+    if not dense.chosen or len(pruned.chosen) != len(dense.chosen):
+        return None
+    pairs: Sequence[tuple[int | str, int | str]] = list(
+        zip(pruned.chosen, dense.chosen, strict=True)
+    )
+    return sum(one != other for one, other in pairs) / len(pairs)
+
+
+def summary(pruned: Answers, dense: Answers | None = None) -> dict[str, Any]:
+    """The figures of a task for JSON, with the differences from the dense model."""
+    metrics: dict[str, dict[str, float]] = {}
+    for name, (value, error) in pruned.metrics.items():
+        found = metrics[name] = {"value": value, "stderr": error}
+        if dense is not None and name in dense.metrics:
+            found["dense"] = dense.metrics[name][0]
+            if (change := difference(pruned, dense, name)) is not None:
+                found |= {"difference": change.value, "low": change.low, "high": change.high}
+    result: dict[str, Any] = {
+        "version": pruned.version, "questions": pruned.questions, "metrics": metrics
+    }  # fmt: skip
+    return result if dense is None else {**result, "changed": changed(pruned, dense)}

@@ -1,0 +1,168 @@
+"""The run of tasks of lm-evaluation-harness on a loaded model.
+
+The harness (Gao et al., 10.5281/zenodo.10256836) finds the tasks, makes the prompts and scores the
+answers. Its tasks, the question sets of `apt.tasks.question_sets` and YAML files can be named.
+"""
+
+import io
+import logging
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from torch import nn
+
+from apt.adapter.eval_mode import eval_mode
+from apt.errors import AptError, first_line
+from apt.tasks.answers import Answers
+from apt.tasks.question_sets import GROUP, SETS, task_config
+
+_BATCH = 16
+
+
+def check_tasks(names: Sequence[str]) -> list[str]:
+    """The names of tasks, with ``local`` replaced by the question sets.
+
+    Raises:
+        AptError: lm-evaluation-harness or a question set is not installed, or a task is not known.
+    """
+    if find_spec("lm_eval") is None:
+        raise AptError(
+            "tasks need lm-evaluation-harness", "pip install 'apt-prune[eval]'", ("tasks",)
+        )
+    wanted = [n for name in names for n in (SETS if name == GROUP else [name])]
+    for name in wanted:
+        if name in SETS:
+            task_config(name)
+    others = [name for name in wanted if name not in SETS]
+    if others:
+        _check_known(others)
+    return list(dict.fromkeys(wanted))
+
+
+def _check_known(names: Sequence[str]) -> None:
+    from lm_eval.tasks import TaskManager
+
+    with _quiet():
+        known = TaskManager().match_tasks(list(names))
+    for name in names:
+        if name.endswith((".yaml", ".yml")):
+            if not Path(name).is_file():
+                raise AptError(f"the task file {name} does not exist", "", ("tasks",))
+        elif name not in known:
+            raise AptError(
+                f"task '{name}' is not known",
+                f"choose one of lm-evaluation-harness, or {GROUP} for {', '.join(SETS)}",
+                ("tasks",),
+            )
+
+
+def task_setting(names: Sequence[str], limit: int | None) -> dict[str, Any]:
+    """What the answers depend on beside the model, for a record."""
+    return {"tasks": list(names), "limit": limit, "lm_eval": version("lm_eval")}
+
+
+def answer(
+    model: nn.Module,
+    tokenizer: Any,
+    names: Sequence[str],
+    limit: int | None = None,
+    *,
+    progress: bool = False,
+) -> list[Answers]:
+    """Answer tasks without examples in the prompt and without a chat template.
+
+    Args:
+        model: a causal language model of transformers.
+        tokenizer: its tokenizer.
+        names: the names of tasks, see `check_tasks`.
+        limit: the number of questions of each task; None for all. Question sets are shuffled, other
+            tasks begin with their first question.
+        progress: True if the harness may show its progress on standard error.
+
+    Raises:
+        AptError: a task cannot be read.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    wanted = [task_config(name) if name in SETS else name for name in names]
+    with eval_mode(model), _quiet(progress=progress), _no_environment():
+        runner = HFLM(
+            model, backend="causal", tokenizer=tokenizer, batch_size=_BATCH,
+            device=str(next(model.parameters()).device),
+        )  # fmt: skip
+        try:
+            found = simple_evaluate(runner, tasks=wanted, limit=limit, verbosity="ERROR")
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise AptError(
+                f"the tasks {', '.join(names)} cannot be answered: {first_line(error)}",
+                f"without a network, use {GROUP}",
+                ("tasks",),
+            ) from error
+    assert found is not None  # it is None only in the further processes of a distributed run
+    return [_answers(name, found) for name in found["samples"]]
+
+
+@contextmanager
+def _quiet(*, progress: bool = False) -> Iterator[None]:
+    """While entered, the harness prints nothing, or only its progress."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with (
+            redirect_stdout(io.StringIO()),
+            redirect_stderr(sys.stderr if progress else io.StringIO()),
+        ):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def _no_environment() -> Iterator[None]:
+    """While entered, the harness does not describe the machine: it would run git and pip."""
+    with patch.multiple(
+        "lm_eval.evaluator",
+        create=True,
+        get_git_commit_hash=lambda: None,
+        add_env_info=lambda results: None,
+    ):
+        yield
+
+
+def _answers(name: str, found: Mapping[str, Any]) -> Answers:
+    """The answers in the results of the harness, whose metrics are named ``acc,none``."""
+    result, samples = found["results"][name], found["samples"][name]
+    metrics: dict[str, tuple[float, float]] = {}
+    for key, value in result.items():
+        metric, comma, kind = str(key).partition(",")
+        if comma and not metric.endswith("_stderr") and metric not in metrics:
+            error = result.get(f"{metric}_stderr,{kind}", "N/A")
+            spread = float(error) if isinstance(error, int | float) else float("nan")
+            metrics[metric] = float(value), spread
+    first = samples[0]["filter"] if samples else ""
+    ordered = sorted((s for s in samples if s["filter"] == first), key=lambda s: int(s["doc_id"]))
+    scores = {
+        metric: [float(s[metric]) for s in ordered]
+        for metric in metrics
+        if all(isinstance(s.get(metric), int | float) for s in ordered)
+    }
+    return Answers(
+        name, str(found["versions"].get(name, "")), len(ordered), metrics, scores,
+        [_chosen(s["filtered_resps"]) for s in ordered],
+    )  # fmt: skip
+
+
+def _chosen(responses: Sequence[Any]) -> int | str:
+    """The most likely choice of a multiple-choice question, or the text of another answer."""
+    if all(isinstance(r, tuple | list) and len(r) == 2 for r in responses):
+        likely = [float(r[0]) for r in responses]
+        return likely.index(max(likely))
+    return str(responses[0]) if responses else ""
