@@ -10,7 +10,7 @@ KERNELS = causal-conv1d==1.7.0 mamba-ssm==2.3.2.post1 triton==3.7.1
 INSTALL = $(BIN)/pip install --quiet --no-compile
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: demo test lint check kernels template matrix clean
+.PHONY: demo test lint check docs kernels template matrix clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/apt prune --adapter llama --eval builtin --output out/llama-2of4 --overwrite
@@ -26,6 +26,10 @@ lint: $(VENV)/.development
 	$(BIN)/lint-imports
 
 check: lint test
+
+# The documents as a site in out/site.
+docs: $(VENV)/.development
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # Tests of the code for mamba_ssm, with its Python code and stubs for its compiled parts.
 kernels: $(VENV)/.kernels

@@ -2,10 +2,11 @@
 
 `prune` prunes a model in memory, and `prune_copy` prunes a copy of it. `shrink` makes a smaller
 model, and `recover` trains what is kept. The calibration tokens come from `calibration_tokens` or
-`own_text`. `PruneOptions`, `ShrinkOptions` and `RecoverOptions` have the options. With `Ranks`
-several processes prune one model together. `apt.solver` works on plain tensors, `apt.adapter` and
-`apt.hookspecs` are for plugins, and `apt.testing` checks adapters. `apt.cli` is the command line.
-Importing this package does not import torch.
+`own_text`; `perplexity` and `accuracy` measure a model on `evaluation_tokens`. `PruneOptions`,
+`ShrinkOptions` and `RecoverOptions` have the options. With `Ranks` several processes prune one
+model together. `apt.solver` works on plain tensors, `apt.adapter` and `apt.hookspecs` are for
+plugins, and `apt.testing` checks adapters. `apt.cli` is the command line. Importing this package
+does not import torch.
 """
 
 from importlib import import_module
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from apt.output.report import Report
     from apt.planning.plan import Selection
     from apt.recovery.options import RecoverOptions
-    from apt.runs.api import calibration_tokens, prune, prune_copy
+    from apt.runs.api import calibration_tokens, evaluation_tokens, prune, prune_copy
     from apt.runs.prune_options import PruneOptions
     from apt.runs.recover_api import recover
     from apt.runs.shrink_api import shrink
@@ -37,6 +38,7 @@ __all__ = [
     "__version__",
     "accuracy",
     "calibration_tokens",
+    "evaluation_tokens",
     "own_text",
     "perplexity",
     "prune",
@@ -54,6 +56,7 @@ _LAZY = {
     "ShrinkOptions": "apt.shrinking.options",
     "accuracy": "apt.evaluation.metrics",
     "calibration_tokens": "apt.runs.api",
+    "evaluation_tokens": "apt.runs.api",
     "own_text": "apt.text.self_generated",
     "perplexity": "apt.evaluation.metrics",
     "prune": "apt.runs.api",

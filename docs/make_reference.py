@@ -1,4 +1,4 @@
-"""Writes the reference pages from the code's docstrings: hooks.md, api.md and report.md."""
+"""Writes the reference pages from the code: cli.md, hooks.md, api.md and report.md."""
 
 import inspect
 import re
@@ -7,9 +7,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from typer.main import get_command
+
 import apt
 from apt import adapter, events, hookspecs, solver, testing
 from apt.checkpoints import formats
+from apt.cli import app
 from apt.distributed.ranks import Work
 from apt.planning.allocation import Allocation, Unallocated
 from apt.plugin import hookspecs as hooks
@@ -32,6 +35,8 @@ EVENTS = (events.BlockStarted, events.Working, events.SitePruned, events.BlockTu
 _MODULES = re.compile(r"\b(?:[a-z_]+\.)+(?=[A-Za-z_])")
 _FUNCTIONS = re.compile(r"<function .*? at 0x[0-9a-f]+>")
 _WIDTH = 96
+_COMPLETION = ("install_completion", "show_completion")  # typer's own
+_PLACEHOLDERS = {"int": "N", "float": "X", "Path": "PATH"}
 
 
 def entry(thing: Any, level: str = "###", name: str | None = None) -> str:
@@ -159,7 +164,70 @@ def report_page() -> str:
     )
 
 
-PAGES = {"hooks.md": hooks_page, "api.md": api_page, "report.md": report_page}
+def cli_page() -> str:
+    """The commands and their options."""
+    program: Any = get_command(app)
+    return page(
+        "Commands",
+        "`apt-prune --help` and `apt-prune COMMAND --help` show the same at the shell. `apt` is\n"
+        "another name of the program, for systems without the package manager of this name.\n",
+        "## All commands\n",
+        _options(program),
+        *(
+            f"## `{name}`\n\n{inspect.cleandoc(command.help)}\n\n{_usage(name, command)}"
+            f"\n{_options(command)}"
+            for name, command in program.commands.items()
+        ),
+    )
+
+
+def _usage(name: str, command: Any) -> str:
+    """The line with the arguments of a command."""
+    places = (p for p in command.params if p.param_type_name == "argument")
+    words = (f"{p.name.upper()}{'…' if p.nargs < 0 else ''}" for p in places)
+    return f"```text\n{' '.join(['apt-prune', name, *words, '[OPTIONS]'])}\n```\n"
+
+
+def _options(command: Any) -> str:
+    """The tables of options, one for each panel of the help."""
+    panels: dict[str, list[str]] = {}
+    types = {name: str(kind) for name, kind in command.callback.__annotations__.items()}
+    for option in command.params:
+        given = option.param_type_name == "option"
+        if option.name in _COMPLETION:
+            continue
+        flags = [*option.opts, *option.secondary_opts] if given else [option.name.upper()]
+        plain = not given or option.is_flag
+        value = "" if plain else _value(option, types.get(option.name, ""))
+        cells = [", ".join(f"`{flag}{value}`" for flag in flags), option.help or "", _usual(option)]
+        line = " | ".join(cell.replace("|", "\\|").replace("*", "\\*") for cell in cells)
+        panels.setdefault(getattr(option, "rich_help_panel", None) or "", []).append(f"| {line} |")
+    tables = []
+    for title, lines in panels.items():
+        head = f"**{title}**\n\n" if title else ""
+        tables.append(
+            head + "| option | | default |\n| --- | --- | --- |\n" + "\n".join(lines) + "\n"
+        )
+    return "\n".join(tables)
+
+
+def _value(option: Any, annotation: str) -> str:
+    """The placeholder of the value: the one that is declared, or one for the type."""
+    found = (name for kind, name in _PLACEHOLDERS.items() if kind in annotation)
+    return f" {option.metavar or next(found, 'TEXT')}"
+
+
+def _usual(option: Any) -> str:
+    """The default, if the help does not say it."""
+    usual = option.default
+    empty = usual is None or isinstance(usual, bool) or usual in ([], (), "")
+    if option.required or empty or callable(usual):
+        return "required" if option.required else ""
+    words = usual if isinstance(usual, list | tuple) else [usual]
+    return ", ".join(f"`{word}`" for word in words)
+
+
+PAGES = {"cli.md": cli_page, "hooks.md": hooks_page, "api.md": api_page, "report.md": report_page}
 
 
 def main() -> None:

@@ -9,11 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import apt as apt_package
 from apt.checkpoints.load import load_tokenizer
 from apt.cli.summary import first_not_finite
 from apt.locations.model_source import find
 from apt.plugin.registry import registry
-from apt.text.datasets import documents, evaluation_tokens
+from apt.text.datasets import digest, documents, evaluation_tokens
 from tests.families import TEXT
 
 WINDOWS = ("--samples", 2, "--seqlen", 64)
@@ -123,3 +124,14 @@ def test_metrics_beside_the_dense_model_need_one(apt, checkpoint):
     done = apt("prune", model, "--metric", "divergence", "--eval", TEXT, "-o", "out")
     assert done.code == 2
     assert "apt-prune eval DIR --dense MODEL" in done.err
+
+
+def test_a_program_measures_on_the_same_windows(apt, checkpoint):
+    model = checkpoint("llama")
+    record = json.loads(apt("eval", model, *WINDOWS, "--json").out)
+    tokens = apt_package.evaluation_tokens(
+        load_tokenizer(find(str(model), registry())), "builtin", samples=2, seqlen=64
+    )
+    assert digest(tokens) == record["tokens_sha256"]
+    module = AutoModelForCausalLM.from_pretrained(model)
+    assert apt_package.perplexity(module, tokens) == pytest.approx(record["perplexity"], rel=1e-4)

@@ -207,6 +207,27 @@ def calibration_tokens(
     return datasets.calibration_tokens(tokenizer, found, samples, seqlen, seed, source, bos)
 
 
+def evaluation_tokens(
+    tokenizer: Any, source: str = "builtin", *, samples: int | None = None, seqlen: int = 2048
+) -> Tensor:
+    """Windows of a data source to measure on, the same as those of ``apt-prune eval``.
+
+    Args:
+        tokenizer: the model's tokenizer, as in `calibration_tokens`.
+        source: ``builtin``, the name of a data set, or a .txt, .jsonl or .parquet file.
+        samples: the number of windows; None for all of the text.
+        seqlen: the number of tokens of a window.
+
+    Returns:
+        Token ids (windows, seqlen).
+
+    Raises:
+        AptError: the source cannot be read, or has too little text.
+    """
+    found = datasets.documents(source, "evaluation", registry())
+    return datasets.evaluation_tokens(tokenizer, found, samples, seqlen, source, bos_of(tokenizer))
+
+
 def find_adapter(
     adapter: str | Adapter | None, model: nn.Module, installed: Registry
 ) -> tuple[str, Adapter]:
