@@ -1,6 +1,7 @@
 """The HTML page about pruned models: complete, safe, reproducible, and readable in a browser."""
 
 import json
+import math
 import re
 import shlex
 import shutil
@@ -8,12 +9,15 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from apt.cli.reproduction import command_of
+from apt.evaluation.beside_dense import by_frequency, token_losses
+from apt.evaluation.metrics import perplexity
 from apt.output.report import Report
 from apt.reporting.heat import block_of, heat
-from tests.families import CONFIGS, TEXT
+from tests.families import CONFIGS, TEXT, random_model
 
 SMALL = ("--samples", 4, "--seqlen", 16, "--calibration", "text.txt")
 
@@ -193,3 +197,37 @@ def test_a_browser_shows_the_page_without_errors(apt, prune, tmp_path):
     )  # fmt: skip
     assert "<title>true,2</title>" in done.stdout
     assert "CONSOLE" not in done.stderr
+
+
+def test_a_page_beside_the_dense_model(apt, checkpoint, prune):
+    directory = prune("a", "--sparsity", 0.7, "--method", "magnitude")
+    page = page_of(apt, directory, "--text", "text.txt", "--prompts", 2, "--dense", "m",
+                   "--png", "images")  # fmt: skip
+    assert "Loss by frequency" in page
+    assert page.count('class="texts"') == 1
+    body = page.partition('class="texts"')[2].partition("</table>")[0]
+    assert body.count("<tr>") == 3
+    names = {path.name for path in Path("images").iterdir()}
+    assert names == {"a-relative-layer-error.png", "a-sparsity.png"}
+    for arguments, text in [
+        (("--dense", "m"), "only --text uses --dense"),
+        (("--text", "text.txt", "--prompts", -1), "--prompts -1 is negative"),
+        (("--png", "text.txt"), "is not a directory"),
+        (("--text", "text.txt", "--dense", "nowhere"), "nowhere"),
+    ]:
+        run = apt("report", directory, *arguments, "-o", "other.html")
+        assert run.code == 2, arguments
+        assert text in run.err
+
+
+def test_losses_by_frequency_add_up_to_the_perplexity(tokenizer):
+    model = random_model("llama").eval()
+    tokens = torch.randint(1, 60, (4, 64), generator=torch.Generator().manual_seed(0))
+    losses = token_losses(model, tokens)
+    assert losses.shape == (4, 63)
+    assert math.exp(losses.double().mean()) == pytest.approx(perplexity(model, tokens), rel=1e-5)
+    groups = by_frequency(tokens, losses, losses + 1)
+    assert sum(group.share for group in groups) == pytest.approx(1)
+    mean = sum(group.share * group.dense for group in groups)
+    assert mean == pytest.approx(float(losses.double().mean()), rel=1e-5)
+    assert all(group.pruned - group.dense == pytest.approx(1, rel=1e-4) for group in groups)

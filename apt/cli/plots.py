@@ -6,6 +6,7 @@ from typing import Any
 
 from apt.output.report import Report
 from apt.recovery.law import Law, Point
+from apt.reporting.heat import Heat
 
 
 def draw_candidates(candidates: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -57,6 +58,33 @@ def draw_sparsities(report: Report, path: Path) -> None:
     axes.set_xlabel("block")
     axes.set_ylabel("sparsity")
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    _write(figure, path)
+
+
+def draw_heat(table: Heat, path: Path) -> None:
+    """Draw the values of the sites by block and kind.
+
+    Args:
+        table: the table.
+        path: the file to write.
+    """
+    values = [[cell.share if cell else float("nan") for cell in cells] for _, cells in table.rows]
+    figure, axes = _pyplot().subplots(
+        figsize=(2 + len(table.columns), 1.5 + 0.25 * len(table.rows))
+    )
+    # cividis is read alike with and without colour blindness.
+    axes.imshow(values, cmap="cividis", aspect="auto")
+    for line, (_, cells) in enumerate(table.rows):
+        for column, cell in enumerate(cells):
+            if cell is not None:
+                color = "black" if cell.share > 55 else "white"
+                axes.text(
+                    column, line, cell.text, ha="center", va="center", fontsize="x-small",
+                    color=color,
+                )  # fmt: skip
+    axes.set_xticks(range(len(table.columns)), [table.short(c) for c in table.columns], rotation=30)
+    axes.set_yticks(range(len(table.rows)), [block for block, _ in table.rows], fontsize="x-small")
+    axes.set_title(f"{table.title}: {table.lowest} to {table.highest}", fontsize="small")
     _write(figure, path)
 
 

@@ -1,11 +1,19 @@
 """``apt-prune report``."""
 
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from apt.cli import arguments as args
 from apt.errors import AptError
+from apt.locations.hub import Hub
+
+if TYPE_CHECKING:
+    from apt.reporting.beside import Beside
+    from apt.reporting.page import Subject
 
 
 def report(
@@ -14,6 +22,26 @@ def report(
     ),
     output: Path = typer.Option(
         Path("report.html"), "--output", "-o", help="The HTML file to write."
+    ),
+    text: str | None = typer.Option(
+        None,
+        "--text",
+        metavar="SRC",
+        help="Also measure on this text beside the dense model: the loss by the frequency of a "
+        "token, and what both models write.",
+    ),
+    prompts: int = typer.Option(4, "--prompts", metavar="N", help="Continuations of --text."),
+    dense: str | None = typer.Option(
+        None,
+        "--dense",
+        metavar="MODEL",
+        help="The dense model for --text; by default the one that the report names.",
+    ),
+    png: Path | None = typer.Option(
+        None,
+        "--png",
+        metavar="DIR",
+        help="Also draw errors and sparsities by block and kind as images in this directory.",
     ),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace an existing file."),
     as_json: bool = args.JSON,
@@ -29,17 +57,62 @@ def report(
     if not output.expanduser().absolute().parent.is_dir():
         raise AptError(f"--output {output}: its folder does not exist", "create it first")
 
+    if text is None and dense is not None:
+        raise AptError("only --text uses --dense", "add --text builtin, or leave it out")
+    if prompts < 0:
+        raise AptError(f"--prompts {prompts} is negative", "write 0 or more")
+    if png is not None and find_spec("matplotlib") is None:
+        raise AptError("--png needs matplotlib", "pip install 'apt-prune[plot]'")
+    if png is not None and png.exists() and not png.is_dir():
+        raise AptError(f"--png {png} is not a directory", "choose another")
     from apt.cli.output import out, show_json
     from apt.cli.reproduction import command_of
     from apt.output.workplace import write_errors
     from apt.reporting.page import read_subjects, render
 
-    page = render(read_subjects(directories, command_of))
+    subjects = read_subjects(directories, command_of)
+    if text is not None:
+        subjects = [
+            replace(subject, beside=_beside(directory, subject, text, prompts, dense))
+            for directory, subject in zip(directories, subjects, strict=True)
+        ]
+    page = render(subjects)
     with write_errors(output):
         output.write_text(page, encoding="utf-8")
+    if png is not None:
+        _draw(subjects, png)
     size, count = len(page.encode()), len(directories)
     if as_json:
         show_json({"output": str(output), "models": count, "bytes": size})
     else:
         models = f"{count} model{'s' * (count > 1)}"
         out.print(f"{output}: {models}, {size:,} bytes", markup=False)
+
+
+def _beside(
+    directory: Path, subject: "Subject", text: str, prompts: int, dense: str | None
+) -> "Beside":
+    """What a model does beside the dense one."""
+    from apt.cli.output import status_line
+    from apt.plugin.registry import registry
+    from apt.reporting.beside import compare_texts
+
+    name = dense or subject.report.model.get("reference")
+    if not name:
+        raise AptError(f"the report in {directory} names no dense model", "add --dense MODEL")
+    source = args.find_model(str(name), registry(), Hub())
+    with status_line("loading the models") as status:
+        return compare_texts(directory, source, text, prompts, registry(), status.update)
+
+
+def _draw(subjects: "list[Subject]", directory: Path) -> None:
+    """Draw the tables of each model as images."""
+    from apt.cli.plots import draw_heat
+    from apt.output.workplace import write_errors
+
+    with write_errors(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+    for subject in subjects:
+        for table in subject.heats:
+            name = f"{subject.name}-{table.title.lower().replace(' ', '-')}.png"
+            draw_heat(table, directory / name.replace("/", "-"))

@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from apt.errors import AptError
 from apt.events import SitePruned
 from apt.output.report import Report, by_kind
+from apt.reporting.beside import Beside
 from apt.reporting.charts import Line, bar_chart, line_chart
 from apt.reporting.heat import Heat, heat
 
@@ -27,12 +28,14 @@ class Subject:
         anchor: the identifier of its section.
         report: its report.
         command: the command that reproduces the run; empty if it is not known.
+        beside: what the model does beside the dense one; None if it was not measured.
     """
 
     name: str
     anchor: str
     report: Report
     command: str = ""
+    beside: Beside | None = None
 
     @property
     def facts(self) -> list[tuple[str, str]]:
