@@ -1,5 +1,6 @@
 """``apt-prune compare``."""
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,7 +109,7 @@ def compare(
             comparison.resume()
             output.mkdir(parents=True, exist_ok=True)
             shown: list[dict[str, Any]] = []
-            grid.run(comparison, shown.append)
+            grid.run(comparison, _Told(shown, grid.rows, len(comparison.rows)))
     except KeyboardInterrupt:
         from apt.cli.streams import program
 
@@ -116,6 +117,37 @@ def compare(
         raise typer.Exit(130) from None
     _write(output, comparison, shown)
     _show(output, comparison, shown, as_json=as_json)
+
+
+class _Told:
+    """Tells of each row as it comes, with the time that is left.
+
+    Args:
+        rows: the rows so far; each new one is added.
+        total: the number of rows of the comparison.
+        known: the number of rows that an earlier run has measured.
+    """
+
+    def __init__(self, rows: list[dict[str, Any]], total: int, known: int) -> None:
+        self._rows, self._total, self._known = rows, total, known
+        self._started = time.perf_counter()
+
+    def __call__(self, row: dict[str, Any]) -> None:
+        """Add a row, and print a line about it."""
+        from apt.cli.output import duration, notice
+
+        self._rows.append(row)
+        done = len(self._rows)
+        fresh, left = done - self._known, ""
+        if fresh > 0 and 1 < done < self._total:  # the dense model takes less time
+            each = (time.perf_counter() - self._started) / fresh
+            left = f"  {duration(each * (self._total - done))} left"
+        figures = (
+            f"{metric} {value:.4g} on {text}"
+            for text, scores in row["scores"].items()
+            for metric, value in scores.items()
+        )
+        notice(f"{done}/{self._total}  {row['key']}: {', '.join(figures)}{left}")
 
 
 def _check_place(output: Path) -> None:

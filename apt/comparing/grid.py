@@ -176,6 +176,11 @@ class Grid:
             "versions": versions(),
         }
 
+    @property
+    def rows(self) -> int:
+        """The number of rows."""
+        return 1 + len(self._wish.cells) + len(self._wish.others)
+
     def run(self, comparison: Comparison, tell: Callable[[Row], None]) -> None:
         """Measure all rows that are not known yet.
 
