@@ -39,7 +39,7 @@ class Subject:
         if setting.threads is not None:
             torch.set_num_threads(setting.threads)
         self._device, self._dtype = choose_device(setting.device), read_dtype(setting.dtype)
-        shell = skeleton(source, registry(), setting.adapter)
+        shell = skeleton(source, registry(), setting.adapter, packed=True)
         _check(shell)
         self._idle = peak_memory()["cpu"]
         self._shell = _downloaded(shell) if source.on_hub else shell

@@ -6,23 +6,30 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto import modeling_auto
 
 from apt.errors import AptError
+from apt.runtime.entries import METHOD
 
 _PRUNED = "APT prunes causal language models"
 
 
-def check_kind(reference: str, config: Any) -> None:
+def check_kind(reference: str, config: Any, *, packed: bool = False) -> None:
     """Raise for a model that no adapter can serve.
 
     Args:
         reference: the user's name for the model.
         config: its configuration, as an object of transformers.
+        packed: True if a packed model will do: it can be measured, but not pruned.
 
     Raises:
-        AptError: its weights are quantised, it is an encoder-decoder, it reads in both directions,
-            or transformers has no causal language model of its type.
+        AptError: its weights are packed or quantised, it is an encoder-decoder, it reads in both
+            directions, or transformers has no causal language model of its type.
     """
     kind = getattr(config, "model_type", "")
-    if method := _quantised_with(config):
+    method = quantised_with(config)
+    if method == METHOD and not packed:
+        raise AptError(
+            f"{reference} is packed, and its weights cannot be changed", "apt-prune unpack it first"
+        )
+    if method and method != METHOD:
         raise AptError(
             f"{reference} is quantised with {method}, and its weights cannot be pruned",
             "prune the original model, and quantise the result",
@@ -44,7 +51,7 @@ def check_kind(reference: str, config: Any) -> None:
         )
 
 
-def _quantised_with(config: Any) -> str | None:
+def quantised_with(config: Any) -> str | None:
     """The method of a ``quantization_config``; None if the weights are not quantised."""
     found = getattr(config, "quantization_config", None)
     if not found:

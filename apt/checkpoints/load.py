@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from apt.adapter import Adapter
-from apt.checkpoints.architecture import check_kind
+from apt.checkpoints.architecture import check_kind, quantised_with
 from apt.checkpoints.formats import Checkpoint, open_checkpoint
 from apt.checkpoints.load_errors import load_error, tokenizer_error
 from apt.checkpoints.model import Model
@@ -24,6 +24,7 @@ from apt.locations.hub import Hub
 from apt.locations.model_source import Source
 from apt.locations.paths import kind_at
 from apt.plugin.registry import Registry
+from apt.runtime.entries import METHOD
 
 _MOST_LAYERS = 10_000
 _DAMAGED = "is its config.json damaged?"
@@ -35,11 +36,20 @@ def read_config(source: Source) -> Any:
         return AutoConfig.from_pretrained(source.location, **source.options())
 
 
-def skeleton(source: Source, registry: Registry, adapter: str | None = None) -> Model:
-    """The model on the meta device: modules and shapes, no weights."""
+def skeleton(
+    source: Source, registry: Registry, adapter: str | None = None, *, packed: bool = False
+) -> Model:
+    """The model on the meta device: modules and shapes, no weights.
+
+    Args:
+        source: the model.
+        registry: the plugins.
+        adapter: the name of an adapter; by default that of the model's type.
+        packed: True if a packed model will do: it can be measured, but not pruned.
+    """
     checkpoint, config = _read_configuration(source, registry)
     if source.gguf is None:  # quantised GGUF weights are converted to plain ones
-        check_kind(source.reference, config)
+        check_kind(source.reference, config, packed=packed)
     spec = registry.adapters.get(adapter) if adapter else registry.adapter_for(config.model_type)
     instance: Adapter = spec.load()()
     instance.check(config)
@@ -90,6 +100,8 @@ def load(shell: Model, dtype: torch.dtype | None = None, device: str = "cpu") ->
     source = shell.source
     if not source.on_hub and not source.gguf:
         check_files(Path(source.location))
+    if quantised_with(shell.config) == METHOD:
+        import apt.runtime.quantizer  # noqa: F401  # registers the format with transformers
     if shell.checkpoint is None:
         module, missing = _from_pretrained(source, dtype or _stored_dtype(shell))
     else:

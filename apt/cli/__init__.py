@@ -18,6 +18,7 @@ from apt.cli import (
     inspect,
     law,
     methods,
+    packing,
     plugins,
     prune,
     reapply,
@@ -71,6 +72,8 @@ app.command("shrink", cls=GroupedHelp)(shrink.shrink)
 app.command("recover", cls=GroupedHelp)(recover.recover)
 app.command("law")(law.law)
 app.command("reapply")(reapply.reapply)
+app.command("pack")(packing.pack)
+app.command("unpack")(packing.unpack)
 app.command("compare", cls=GroupedHelp)(compare.compare)
 app.command("report")(report.report)
 app.command("eval")(evaluate.evaluate)

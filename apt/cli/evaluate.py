@@ -97,8 +97,8 @@ def evaluate(
     from apt.runs.machine import choose_device, read_dtype
     from apt.runs.prepare import capped
 
-    beside = None if dense is None else skeleton(find(dense), registry())
-    shell = skeleton(source, registry(), adapter)
+    beside = None if dense is None else skeleton(find(dense), registry(), packed=True)
+    shell = skeleton(source, registry(), adapter, packed=not stream)
     if adapter is not None:
         for _, block in shell.adapter.blocks(shell.module):
             shell.adapter.sites(block)  # raises if the adapter is for another family

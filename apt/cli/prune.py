@@ -73,6 +73,7 @@ def prune(
     overwrite: bool = run.OVERWRITE,
     max_shard_size: str | None = run.MAX_SHARD_SIZE,
     save_masks: bool = run.SAVE_MASKS,
+    pack: Path | None = run.PACK,
     plot: Path | None = typer.Option(
         None, "--plot", metavar="FILE", rich_help_panel=run.OUTPUT_GROUP,
         help="Draw the sparsity of the sites by block and kind into a .png, .svg or .pdf file "
@@ -96,7 +97,7 @@ def prune(
     hub = args.read_hub(revision, token, cache_dir)
     args.find_model(model, installed, hub, trust_remote_code=trust_remote_code)
 
-    from apt.cli import pruning
+    from apt.cli import packing, pruning
     from apt.runs.options import RunOptions
     from apt.runs.prune_options import PruneOptions
 
@@ -119,7 +120,11 @@ def prune(
         prune=PruneOptions(**prune_options),
         **run.run_options(context),
     )
+    if pack is not None:
+        packing.check_packed_place(pack, options.output, overwrite=overwrite)
     report = pruning.start(context, options, installed, defaults)
+    if pack is not None and report is not None:
+        packing.pack_output(options.output, pack, overwrite=overwrite)
     if plot is not None and report is not None:
         from apt.cli.plots import draw_sparsities
 

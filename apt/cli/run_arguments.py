@@ -135,6 +135,11 @@ SAVE_MASKS = typer.Option(
     help="Write the masks beside the model, one bit for each weight, for apt-prune reapply.",
 )  # fmt: skip
 
+PACK = typer.Option(
+    None, "--pack", metavar="DIR", rich_help_panel=OUTPUT_GROUP,
+    help="Also write the model without its zeros to DIR, as apt-prune pack does.",
+)  # fmt: skip
+
 
 def check_plot(plot: Path | None) -> None:
     """Raise if a plot cannot be drawn, before the work."""

@@ -231,9 +231,10 @@ class Grid:
     def _other(self, path: Path) -> Row:
         """A row for a directory that something else pruned."""
         loaded = load(
-            skeleton(find(str(path.resolve()), self._registry), self._registry), None,
+            skeleton(find(str(path.resolve()), self._registry), self._registry, packed=True),
+            None,
             self._wish.device,
-        )  # fmt: skip
+        )
         check_vocabulary(self._tokens, loaded.module, str(path))
         sparsity = sparsity_of(masks_of(loaded.module, loaded.adapter))
         return {

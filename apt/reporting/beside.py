@@ -67,7 +67,8 @@ def compare_texts(
     """
     status(f"reading {source}")
     tokenizer = load_tokenizer(dense)
-    shells = [skeleton(found, registry) for found in (dense, find(str(directory), registry))]
+    sources = dense, find(str(directory), registry)
+    shells = [skeleton(found, registry, packed=True) for found in sources]
     sizes = {shell.module.get_input_embeddings().weight.shape[0] for shell in shells}  # type: ignore[operator]
     if len(sizes) > 1:
         raise AptError(

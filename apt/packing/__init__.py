@@ -1,0 +1,1 @@
+"""Packed copies of checkpoints, and dense copies of packed ones."""

@@ -1,0 +1,188 @@
+"""Directories of packed checkpoints: written, checked and unpacked, file by file.
+
+``config.json`` describes the packed matrices under ``quantization_config``, where transformers
+looks for the way in which weights are stored. All other tensors and files are those of the
+checkpoint.
+"""
+
+import json
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from apt.checkpoints.copies import copy_files, side_files, synchronise
+from apt.checkpoints.model import Model
+from apt.checkpoints.safetensors_io import INDEX, Shards, write_index
+from apt.checkpoints.tensor_map import layout_of
+from apt.errors import AptError, first_line
+from apt.runtime.entries import KEY, METHOD, VERSION, read_config, read_entries
+from apt.runtime.matrix import MASK, SCALES, VALUES, Entry, Parts, bound, decode, encode
+
+_CONFIG = "config.json"
+_OPTIONAL = (SCALES,)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What packing made of a checkpoint.
+
+    Attributes:
+        matrices: the number of packed matrices.
+        dense_bytes, packed_bytes: the bytes of their tensors before and after.
+        bound_bytes: the least bytes: the entropy of the masks, the values and the scales.
+        total_bytes: the bytes of all tensors of the packed checkpoint.
+    """
+
+    matrices: int
+    dense_bytes: int
+    packed_bytes: int
+    bound_bytes: float
+    total_bytes: int
+
+
+def linear_tensors(shell: Model, shards: Shards) -> list[str]:
+    """The tensors of the weights of all Linear modules.
+
+    Raises:
+        NotStoredError: the checkpoint stores parameters differently than the model.
+    """
+    layout = layout_of(shell, shards)
+    names = (f"{n}.weight" for n, m in shell.module.named_modules() if isinstance(m, nn.Linear))
+    return [layout[name][0].key for name in names if name in layout]
+
+
+def pack(directory: Path, names: Collection[str], target: Path) -> Packed:
+    """Write a checkpoint without the zeros of some matrices, where that needs fewer bytes.
+
+    Args:
+        directory: the checkpoint.
+        names: the tensors that may be packed.
+        target: an empty directory.
+
+    Raises:
+        AptError: the checkpoint is packed already, has too few zeros, or is damaged.
+    """
+    config = read_config(directory)
+    if KEY in config:
+        raise AptError(f"{directory} is packed or quantised already")
+    shards, entries, dense = Shards(directory), dict[str, Entry](), 0
+
+    def packed(name: str, tensor: Tensor) -> dict[str, Tensor]:
+        nonlocal dense
+        if name not in names or tensor.ndim != 2 or not tensor.is_floating_point():
+            return {name: tensor}
+        entry, parts = encode(tensor)
+        if sum(part.nbytes for part in parts.values()) >= tensor.nbytes:
+            return {name: tensor}
+        entries[name] = entry
+        dense += tensor.nbytes
+        return {f"{name}_{part}": value for part, value in parts.items()}
+
+    _rewrite(shards, directory, target, packed)
+    if not entries:
+        raise AptError(
+            f"no matrix of {directory} has so many zeros that packing makes it smaller",
+            "name a pruned model",
+        )
+    described = {name: entry.record() for name, entry in entries.items()}
+    about = {"quant_method": METHOD, "version": VERSION, "matrices": described}
+    _finish(directory, target, {**config, KEY: about})
+    written = Shards(target)
+    _verify(shards, written, entries)
+    sizes = {name: entry.size for name, entry in written.entries.items()}
+    parts = [size for name, size in sizes.items() if _matrix(name, entries)]
+    bounds = sum(bound(entry) for entry in entries.values())
+    return Packed(len(entries), dense, sum(parts), bounds, sum(sizes.values()))
+
+
+def unpack(directory: Path, target: Path) -> int:
+    """Write a packed checkpoint as a dense one, and return the number of matrices.
+
+    Args:
+        directory: the packed checkpoint.
+        target: an empty directory.
+
+    Raises:
+        AptError: it is not packed, has a newer version, or is damaged.
+    """
+    config, entries, shards = read_config(directory), read_entries(directory), Shards(directory)
+
+    def unpacked(name: str, tensor: Tensor) -> dict[str, Tensor]:
+        matrix = _matrix(name, entries)
+        if matrix is None:
+            return {name: tensor}
+        if name != f"{matrix}_{MASK}":
+            return {}
+        return {matrix: read_matrix(shards, matrix, entries[matrix])}
+
+    _rewrite(shards, directory, target, unpacked)
+    _finish(directory, target, {name: v for name, v in config.items() if name != KEY})
+    return len(entries)
+
+
+def read_matrix(shards: Shards, name: str, entry: Entry) -> Tensor:
+    """A packed matrix (out, in).
+
+    Raises:
+        AptError: its tensors are missing or damaged.
+    """
+    try:
+        return decode(entry, _parts(shards, name))
+    except (KeyError, ValueError) as error:
+        raise AptError(f"{name} is damaged: {first_line(error)}", "pack the model again") from error
+
+
+def _parts(shards: Shards, name: str) -> Parts:
+    found = {part: f"{name}_{part}" for part in (MASK, VALUES, SCALES)}
+    return {p: shards.read(key) for p, key in found.items() if key in shards or p not in _OPTIONAL}
+
+
+def _matrix(name: str, entries: Collection[str]) -> str | None:
+    """The packed matrix that a tensor belongs to; None if to none."""
+    matrix, _, part = name.rpartition("_")
+    return matrix if part in (MASK, VALUES, SCALES) and matrix in entries else None
+
+
+def _rewrite(shards: Shards, directory: Path, target: Path, change: Any) -> None:
+    """Write each file of weights with changed tensors, and the index."""
+    places: dict[str, str] = {}
+    total = 0
+    for path in shards.files:
+        made: dict[str, Tensor] = {}
+        for name in _names(shards, path):
+            made |= change(name, shards.read(name))
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        save_file(made, target / path.name, metadata)
+        synchronise(target / path.name)
+        places |= dict.fromkeys(made, path.name)
+        total += sum(tensor.nbytes for tensor in made.values())
+    if (directory / INDEX).is_file():
+        write_index(target, {"total_size": total}, places)
+
+
+def _names(shards: Shards, path: Path) -> Iterator[str]:
+    return (name for name, entry in shards.entries.items() if entry.file == path)
+
+
+def _finish(directory: Path, target: Path, config: Mapping[str, Any]) -> None:
+    """Copy all files beside the weights, and write the configuration."""
+    copy_files(side_files(directory), directory, target)
+    text = json.dumps(config, indent=2) + "\n"
+    (target / _CONFIG).write_text(text, encoding="utf-8")
+    synchronise(target / _CONFIG)
+
+
+def _verify(shards: Shards, written: Shards, entries: Mapping[str, Entry]) -> None:
+    """Raise if a matrix on disk is not that of the original, byte for byte."""
+    for name, entry in entries.items():
+        matrix = read_matrix(written, name, entry)
+        original = shards.read(name) + 0  # which makes negative zeros positive
+        if not torch.equal(matrix.view(torch.uint8), original.view(torch.uint8)):
+            raise RuntimeError(f"{name} was not packed exactly")

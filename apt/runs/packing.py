@@ -1,0 +1,88 @@
+"""Packed copies of checkpoints, and dense copies of packed ones."""
+
+from collections.abc import Callable
+from pathlib import Path
+from shutil import copyfile
+
+from apt.checkpoints.copies import REPORT
+from apt.checkpoints.load import skeleton
+from apt.checkpoints.safetensors_io import Shards
+from apt.checkpoints.stored import local_directory
+from apt.errors import AptError
+from apt.locations.model_source import Source
+from apt.output.location import check_space
+from apt.output.workplace import whole_directory, write_errors
+from apt.packing.directory import Packed, linear_tensors, pack, unpack
+from apt.plugin.registry import Registry
+from apt.runs.prepare import check_place
+from apt.runtime.entries import is_packed, read_entries
+
+
+def pack_model(
+    source: Source,
+    output: Path,
+    registry: Registry,
+    notice: Callable[[str], None] = lambda line: None,
+    *,
+    overwrite: bool = False,
+) -> Packed:
+    """Write a pruned model without its zeros, and verify it on disk.
+
+    Args:
+        source: the model.
+        output: the directory to write.
+        registry: the plugins.
+        notice: called with a line about what is replaced or left out.
+        overwrite: True if the output of an earlier run may be replaced.
+
+    Raises:
+        AptError: the model cannot be read, has nothing to pack, or the output cannot be written.
+    """
+    check_place(output, source, (), notice, overwrite=overwrite, resume=False)
+    check_not_packed(source)
+    shell = skeleton(source, registry)
+    directory = local_directory(shell)
+    shards = Shards(directory)
+    check_space(output, sum(entry.size for entry in shards.entries.values()))
+    names = linear_tensors(shell, shards)
+    with whole_directory(output, overwrite) as work, write_errors(output):
+        done = pack(directory, names, work.out)
+        _copy_report(directory, work.out)
+    return done
+
+
+def unpack_model(
+    source: Source,
+    output: Path,
+    notice: Callable[[str], None] = lambda line: None,
+    *,
+    overwrite: bool = False,
+) -> int:
+    """Write a packed model as a dense one, and return the number of matrices.
+
+    Args:
+        source: the packed model, a directory.
+        output, notice, overwrite: as in `pack_model`.
+
+    Raises:
+        AptError: the model is not packed or is damaged, or the output cannot be written.
+    """
+    directory = Path(source.location)
+    check_place(output, source, (), notice, overwrite=overwrite, resume=False)
+    entries = read_entries(directory)
+    check_space(output, sum(4 * e.shape[0] * e.shape[1] for e in entries.values()))
+    with whole_directory(output, overwrite) as work, write_errors(output):
+        count = unpack(directory, work.out)
+        _copy_report(directory, work.out)
+    return count
+
+
+def check_not_packed(source: Source) -> None:
+    """Raise if a model on disk is packed already."""
+    if is_packed(Path(source.location)):
+        raise AptError(f"{source.reference} is packed already", "name the pruned model")
+
+
+def _copy_report(directory: Path, target: Path) -> None:
+    if (report := directory / REPORT).is_file():
+        copyfile(report, target / REPORT)

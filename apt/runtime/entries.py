@@ -1,0 +1,75 @@
+"""The description of a packed checkpoint in its ``config.json``."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from apt.errors import AptError, first_line
+from apt.runtime.matrix import Entry
+
+METHOD = "apt_packed"
+"""The value of ``quant_method`` in ``config.json``."""
+
+VERSION = 1
+"""The version of the format."""
+
+KEY = "quantization_config"
+"""The place of the description in ``config.json``."""
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The configuration of a checkpoint.
+
+    Raises:
+        AptError: there is none, or it is damaged.
+    """
+    try:
+        return dict(json.loads((directory / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise AptError(
+            f"{directory / 'config.json'} cannot be read: {first_line(error)}",
+            "get the model again",
+        ) from error
+
+
+def is_packed(directory: Path) -> bool:
+    """True if a directory has a packed checkpoint, of any version."""
+    try:
+        about = read_config(directory).get(KEY)
+    except AptError:
+        return False
+    return isinstance(about, dict) and about.get("quant_method") == METHOD
+
+
+def read_entries(directory: Path) -> dict[str, Entry]:
+    """The descriptions of the packed matrices, by the name of their tensor.
+
+    Raises:
+        AptError: the checkpoint is not packed, has a newer version, or its description is damaged.
+    """
+    about = read_config(directory).get(KEY)
+    if not isinstance(about, dict) or about.get("quant_method") != METHOD:
+        raise AptError(f"{directory} is not packed", "name a directory that apt-prune pack wrote")
+    return described_entries(about, str(directory))
+
+
+def described_entries(about: Mapping[str, Any], where: str) -> dict[str, Entry]:
+    """The descriptions of the packed matrices in a ``quantization_config``.
+
+    Raises:
+        AptError: the version is newer, or a description is damaged.
+    """
+    version = about.get("version")
+    if version != VERSION:
+        raise AptError(
+            f"{where} has version {version} of the packed format, and this APT reads {VERSION}",
+            "install a newer APT",
+        )
+    try:
+        return {name: Entry.read(record) for name, record in about["matrices"].items()}
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        raise AptError(
+            f"the description of the packed matrices in {where} is damaged: {first_line(error)}",
+            "pack the model again",
+        ) from error

@@ -1,0 +1,144 @@
+"""A Linear module whose weight is packed."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apt.runtime.expanded import ExpandedMatrix
+from apt.runtime.matrix import FLOATS, MASK, SCALES, VALUES, Entry, bitmask, check_sizes, decode
+
+_STORED = {**FLOATS, "int8": torch.int8, "int4": torch.uint8}
+_FEW = 8  # vectors up to which a product reads the packed matrix; for more, it is expanded
+_TILE = 2**20  # elements of the expanded rows that are multiplied at a time
+_COLUMNS = 64  # groups of the kernels are multiples of it
+
+
+@lru_cache
+def kernels() -> Any:
+    """The package ``apt_kernels``; None if it is not installed, or was without a compiler."""
+    try:
+        import apt_kernels
+    except ImportError:
+        return None
+    return apt_kernels if apt_kernels.available() else None
+
+
+class PackedLinear(nn.Module):
+    """``x`` times the transposed packed matrix, plus the bias.
+
+    The tensors are loaded as they are stored, and `prepare` checks them. On a processor with the
+    package ``apt-kernels`` a product of a few vectors reads the packed matrix. Otherwise the matrix
+    is expanded for each product, a part of it at a time.
+
+    Args:
+        entry: the description of the matrix.
+        bias: True if there is a bias.
+        dtype: the dtype of the bias.
+    """
+
+    weight_mask: Tensor
+    weight_values: Tensor
+
+    def __init__(self, entry: Entry, *, bias: bool, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.entry = entry
+        self.out_features, self.in_features = entry.shape
+        count = -(-entry.kept // 2) if entry.values == "int4" else entry.kept
+        self.register_buffer(f"weight_{MASK}", torch.empty(entry.stored, dtype=torch.uint8))
+        self.register_buffer(f"weight_{VALUES}", torch.empty(count, dtype=_STORED[entry.values]))
+        scales = None
+        if entry.group:
+            scales = torch.empty(entry.shape[0], entry.groups, dtype=FLOATS[entry.dtype])
+        self.register_buffer(f"weight_{SCALES}", scales)
+        self.bias = nn.Parameter(torch.empty(entry.shape[0], dtype=dtype)) if bias else None
+        self._matrix: Any = None
+
+    def prepare(self) -> None:
+        """Check the loaded tensors, and give them to the kernels if there are some.
+
+        Raises:
+            ValueError: they do not fit the description.
+        """
+        # Loading in another dtype casts the values; the stored dtype has all of their bits.
+        self.weight_values = self.weight_values.to(_STORED[self.entry.values])
+        check_sizes(self.entry, self._parts())
+        plain = bitmask(self.entry, self.weight_mask.cpu())
+        self.weight_mask = plain.to(self.weight_values.device)
+        self.entry = replace(self.entry, mask="bits", stored=plain.numel())
+        self._build()
+
+    def _build(self) -> None:
+        """Make the matrix of the present device, and share its memory."""
+        mask, values, scales = self.weight_mask, self.weight_values, self._scales
+        native = kernels() if values.device.type == "cpu" else None
+        if native is None or self.entry.group % _COLUMNS:
+            self._matrix = ExpandedMatrix(self.entry, mask, values, scales)
+            return
+        group = self.entry.group
+        self._matrix = native.Matrix(self.in_features, mask, values, scales, group)
+        self.weight_mask = self._matrix.mask
+        if self.entry.values != "int4":  # the kernels have them in another order
+            self.weight_values = self._matrix.values
+
+    @property
+    def _scales(self) -> Tensor | None:
+        return self.get_buffer(f"weight_{SCALES}") if self.entry.group else None
+
+    def _parts(self) -> dict[str, Tensor]:
+        parts = {MASK: self.weight_mask.reshape(-1), VALUES: self.weight_values}
+        return {**parts, **({SCALES: self._scales} if self._scales is not None else {})}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
+        """Move to another device. The values keep their dtype."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self._matrix is not None:
+            self.weight_values = self.weight_values.to(_STORED[self.entry.values])
+            self._build()
+        return self
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix with its zeros, made anew: some modules read the weight of another one."""
+        parts = self._parts()
+        return self.dense().to(parts[VALUES].device)
+
+    def dense(self) -> Tensor:
+        """The matrix with its zeros (out, in), on the processor."""
+        return decode(self.entry, {name: part.cpu() for name, part in self._parts().items()})
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply (…, in) → (…, out)."""
+        rows = x.reshape(-1, self.in_features)
+        native = not isinstance(self._matrix, ExpandedMatrix)
+        if native and len(rows) <= _FEW and not rows.requires_grad:
+            found = self._matrix.product(rows).to(x.dtype)
+        else:
+            found = self._expanded(rows)
+        if self.bias is not None:
+            found = found + self.bias
+        shaped: Tensor = found.view(*x.shape[:-1], self.out_features)
+        return shaped
+
+    def _expanded(self, rows: Tensor) -> Tensor:
+        """The product through dense rows of the matrix, a tile at a time."""
+        step = max(1, _TILE // max(1, self.in_features))
+        found = rows.new_empty(len(rows), self.out_features)
+        for first in range(0, self.out_features, step):
+            last = min(first + step, self.out_features)
+            found[:, first:last] = nn.functional.linear(rows, self._tile(first, last, rows.dtype))
+        return found
+
+    def _tile(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        """Rows of the matrix, in a dtype that the kernels may not have."""
+        wide = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        dense: Tensor = self._matrix.expand(first, last, wide)
+        return dense.to(dtype)
+
+    def extra_repr(self) -> str:
+        """The shape, the share of zeros and the kind of the values."""
+        share = 1 - self.entry.kept / max(1, self.in_features * self.out_features)
+        return f"{self.in_features}, {self.out_features}, zeros={share:.2f}, {self.entry.values}"

@@ -1,0 +1,87 @@
+"""The packed format as a way of storing weights that transformers knows."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from apt.errors import AptError, first_line
+from apt.runtime.entries import METHOD, described_entries
+from apt.runtime.linear import PackedLinear
+from apt.runtime.matrix import Entry
+
+
+@register_quantization_config(METHOD)
+class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """The ``quantization_config`` of a packed model.
+
+    Args:
+        version: the version of the format.
+        matrices: the descriptions of the packed matrices by the name of their tensor.
+    """
+
+    def __init__(self, version: Any = None, matrices: Any = None, **_: Any) -> None:
+        self.quant_method = METHOD
+        self.version, self.matrices = version, matrices
+
+    def entries(self) -> dict[str, Entry]:
+        """The descriptions of the packed matrices.
+
+        Raises:
+            AptError: the version is newer, or a description is damaged.
+        """
+        return described_entries(vars(self), "the configuration")
+
+
+@register_quantizer(METHOD)
+class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Puts packed modules in the place of Linear modules, and checks what is loaded into them."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
+        entries = self.quantization_config.entries()
+        prefix = f"{getattr(model, 'base_model_prefix', '')}."
+        linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+        for name, entry in entries.items():
+            path = name.removesuffix(".weight")
+            known = next((p for p in (path, prefix + path) if p in linears), None)
+            if known is None or linears[known].weight.shape != entry.shape:
+                raise AptError(
+                    f"the configuration describes {name}, which the model does not have in this "
+                    "shape",
+                    "pack the model again",
+                )
+            _replace(model, known, linears[known], entry)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        for name, module in model.named_modules():
+            if isinstance(module, PackedLinear):
+                try:
+                    module.prepare()
+                except ValueError as error:
+                    raise AptError(
+                        f"{name}.weight is damaged: {first_line(error)}", "pack the model again"
+                    ) from error
+        return model
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        """False: copy the directory, or unpack it."""
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        """False: train the model before it is packed."""
+        return False
+
+
+def _replace(model: nn.Module, path: str, linear: nn.Linear, entry: Entry) -> None:
+    """Put a packed module in the place of a Linear one, on the same device."""
+    parent, _, name = path.rpartition(".")
+    with torch.device(linear.weight.device):
+        packed = PackedLinear(entry, bias=linear.bias is not None, dtype=linear.weight.dtype)
+    packed.train(linear.training)
+    setattr(model.get_submodule(parent), name, packed)

@@ -1,0 +1,45 @@
+"""The compiled library and its functions."""
+
+import ctypes
+from ctypes import POINTER, c_int, c_int32, c_int64, c_void_p
+
+LEVELS = ("portable", "avx2", "avx512", "avx512-bf16", "neon")
+"""The instruction sets, in the order of the library's numbers."""
+
+
+class Fields(ctypes.Structure):
+    """``apt::Matrix`` of ``matrix.h``."""
+
+    _fields_ = (
+        ("mask", c_void_p), ("values", c_void_p), ("offsets", c_void_p), ("scales", c_void_p),
+        ("rows", c_int64), ("words", c_int64), ("group_words", c_int64), ("kind", c_int32),
+    )  # fmt: skip
+
+
+def _load() -> ctypes.CDLL | None:
+    """The library; None if it was not compiled."""
+    try:
+        from apt_kernels import _library
+    except ImportError:
+        return None
+    found = ctypes.CDLL(_library.__file__)
+    pointer = POINTER(Fields)
+    found.apt_offsets.argtypes = [c_void_p, c_int64, c_int64, c_int, c_void_p]
+    found.apt_offsets.restype = c_int64
+    found.apt_product.argtypes = [pointer, c_void_p, c_void_p, c_int64, c_void_p, c_int, c_int]
+    found.apt_product.restype = None
+    found.apt_expand.argtypes = [
+        pointer, c_int64, c_int64, c_int64, c_void_p, c_int, c_int, c_int
+    ]  # fmt: skip
+    found.apt_expand.restype = None
+    return found
+
+
+LIBRARY = _load()
+LEVEL = "" if LIBRARY is None else LEVELS[LIBRARY.apt_level()]
+"""The best instruction set of this processor; empty if the library was not compiled."""
+
+
+def available() -> bool:
+    """True if the library was compiled."""
+    return LIBRARY is not None

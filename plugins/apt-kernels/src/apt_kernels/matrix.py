@@ -1,0 +1,162 @@
+"""A packed matrix in memory."""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from apt_kernels.library import LEVEL, LEVELS, LIBRARY, Fields
+
+_KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3, torch.uint8: 4}
+_INT4 = 4
+_WORD = 64  # columns
+_BEYOND = 64  # elements that the kernels may read behind the last value
+
+
+class Matrix:
+    """A matrix without its zeros, which multiplies vectors.
+
+    Args:
+        columns: the number of columns.
+        mask: the bitmask (rows, ⌈columns / 8⌉) of bytes: bit j of byte b is column 8 b + j, and a
+            one means kept.
+        values: the kept values (kept,), row by row: floats, int8, or for 4-bit integers bytes with
+            two of them, the lower half first, from −8 to 7 with 8 added.
+        scales: the factors of integers (rows, groups); None for floats.
+        group: the number of columns that share a scale, a multiple of 64.
+
+    Raises:
+        RuntimeError: the library was not compiled.
+        ValueError: the tensors do not fit together.
+    """
+
+    def __init__(
+        self,
+        columns: int,
+        mask: Tensor,
+        values: Tensor,
+        scales: Tensor | None = None,
+        group: int = 0,
+    ) -> None:
+        if LIBRARY is None:
+            raise RuntimeError("apt_kernels was installed without a compiler")
+        if values.dtype not in _KINDS or mask.dtype != torch.uint8:
+            raise ValueError(f"values of {values.dtype} with a mask of {mask.dtype}")
+        self.columns, self.rows = columns, mask.shape[0]
+        self._kind, self._level = _KINDS[values.dtype], LEVELS.index(LEVEL)
+        words = -(-columns // _WORD)
+        if mask.shape != (self.rows, -(-columns // 8)):
+            raise ValueError(f"a mask of {tuple(mask.shape)} for {columns} columns")
+        self._mask = torch.zeros(self.rows, 8 * words, dtype=torch.uint8)
+        self._mask[:, : mask.shape[1]] = mask
+        self._offsets = torch.zeros(self.rows, dtype=torch.int64)
+        size = LIBRARY.apt_offsets(
+            self._mask.data_ptr(), self.rows, words, self._kind, self._offsets.data_ptr()
+        )
+        if self._kind == _INT4:
+            values = _realigned(values, self._mask, size)
+        if values.nbytes != size:
+            raise ValueError(f"{values.nbytes} bytes of values, and the mask keeps {size}")
+        if (self._kind >= 3) != (scales is not None) or group % _WORD:
+            raise ValueError("integers need scales, for groups of a multiple of 64 columns")
+        groups = -(-columns // group) if group else 0
+        if scales is not None and scales.shape != (self.rows, groups):
+            raise ValueError(f"scales of {tuple(scales.shape)} for {groups} groups")
+        self._values = torch.cat([values, values.new_zeros(_BEYOND)])
+        self._scales = None if scales is None else scales.float().contiguous()
+        self._fields = Fields(
+            self._mask.data_ptr(), self._values.data_ptr(), self._offsets.data_ptr(),
+            None if self._scales is None else self._scales.data_ptr(),
+            self.rows, words, group // _WORD, self._kind,
+        )  # fmt: skip
+        self._pointer = ctypes.pointer(self._fields)
+        self._padded = words * _WORD
+
+    @property
+    def mask(self) -> Tensor:
+        """The bitmask, in the memory of the matrix where its rows are whole words."""
+        return self._mask[:, : -(-self.columns // 8)]
+
+    @property
+    def values(self) -> Tensor:
+        """The kept values, in the memory of the matrix."""
+        return self._values[: len(self._values) - _BEYOND]
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all tensors."""
+        tensors = (self._mask, self._values, self._offsets, self._scales)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    def use(self, level: str) -> None:
+        """Use another instruction set, which the processor must have."""
+        self._level = LEVELS.index(level)
+
+    def product(self, x: Tensor) -> Tensor:
+        """``x`` (n, columns) times the transposed matrix: (n, rows) in fp32."""
+        assert LIBRARY is not None
+        half = None
+        if x.dtype == torch.bfloat16 and self._kind == 0:
+            half = self._pad(x.contiguous())
+        wide = self._pad(x.float().contiguous())
+        y = torch.empty(len(x), self.rows)
+        LIBRARY.apt_product(
+            self._pointer, wide.data_ptr(), None if half is None else half.data_ptr(), len(x),
+            y.data_ptr(), torch.get_num_threads(), self._level,
+        )  # fmt: skip
+        return y
+
+    def _pad(self, x: Tensor) -> Tensor:
+        if self._padded == self.columns:
+            return x
+        return torch.nn.functional.pad(x, (0, self._padded - self.columns))
+
+    def expand(
+        self,
+        first: int,
+        last: int,
+        dtype: torch.dtype = torch.float32,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Rows ``first`` to ``last`` with their zeros (last − first, columns), fp32 or bf16.
+
+        ``out`` is a contiguous tensor to write into: new memory takes longer than the expansion.
+        """
+        assert LIBRARY is not None
+        if not 0 <= first <= last <= self.rows or dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"rows {first} to {last} of {self.rows} in {dtype}")
+        shape = (last - first, self.columns)
+        dense = torch.empty(shape, dtype=dtype) if out is None else out
+        if dense.shape != shape or dense.dtype != dtype or not dense.is_contiguous():
+            raise ValueError(
+                f"out is {tuple(dense.shape)} of {dense.dtype}, not {shape} of {dtype}"
+            )
+        LIBRARY.apt_expand(
+            self._pointer, first, last, self.columns, dense.data_ptr(),
+            int(dtype == torch.bfloat16), torch.get_num_threads(), self._level,
+        )  # fmt: skip
+        return dense
+
+
+def _realigned(values: Tensor, mask: Tensor, size: int) -> Tensor:
+    """4-bit integers, so that those of each word of the mask begin at a whole byte."""
+    words = mask.view(torch.int64).reshape(-1)
+    counts = _ones(mask).view(-1, 8).sum(1)
+    assert len(counts) == len(words)
+    total = int(counts.sum())
+    if values.shape != (-(-total // 2),):
+        raise ValueError(f"{len(values)} bytes of 4-bit values, and the mask keeps {total}")
+    halves = torch.stack([values & 15, values >> 4], 1).reshape(-1)[:total]
+    even = counts + counts % 2
+    starts = even.cumsum(0) - even
+    word = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    within = torch.arange(total) - (counts.cumsum(0) - counts)[word]
+    spread = torch.zeros(2 * size, dtype=torch.uint8)
+    spread[starts[word] + within] = halves
+    return spread[::2] | (spread[1::2] << 4)
+
+
+def _ones(mask: Tensor) -> Tensor:
+    """The number of ones of each byte."""
+    table = torch.tensor([bin(byte).count("1") for byte in range(256)])
+    return table[mask.reshape(-1).long()]

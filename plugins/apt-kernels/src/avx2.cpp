@@ -1,0 +1,127 @@
+// AVX2: eight columns at a time; a table gives the place of each column's value for a byte of the mask.
+#if defined(__x86_64__) && defined(__GNUC__)
+#include "matrix.h"
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,popcnt,bmi")
+#include <immintrin.h>
+
+namespace apt {
+namespace {
+
+constexpr int LANES = 8;
+using Lanes = __m256;
+
+inline Lanes zero() { return _mm256_setzero_ps(); }
+inline Lanes same(float value) { return _mm256_set1_ps(value); }
+inline Lanes load(const float *x) { return _mm256_loadu_ps(x); }
+inline void store(float *x, Lanes lanes) { _mm256_storeu_ps(x, lanes); }
+inline void store(uint16_t *x, Lanes lanes) {
+    alignas(32) float values[LANES];
+    _mm256_store_ps(values, lanes);
+    for (int i = 0; i < LANES; ++i) x[i] = to_bf16(values[i]);
+}
+inline Lanes scaled(Lanes lanes, float factor) { return _mm256_mul_ps(lanes, same(factor)); }
+inline Lanes multiply_add(Lanes a, Lanes b, Lanes sum) { return _mm256_fmadd_ps(a, b, sum); }
+inline float total(Lanes lanes) {
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps(lanes, 1));
+    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(half, _mm_shuffle_ps(half, half, 1)));
+}
+
+// For each byte of the mask and each of its columns: the index of the column's value, or 128 if it
+// has none.
+struct Table {
+    uint8_t places[256][8];
+    constexpr Table() : places() {
+        for (int byte = 0; byte < 256; ++byte) {
+            uint8_t next = 0;
+            for (int bit = 0; bit < 8; ++bit) places[byte][bit] = byte >> bit & 1 ? next++ : 128;
+        }
+    }
+};
+constexpr Table TABLE;
+
+// Eight consecutive values, moved to the columns of a byte of the mask; the others are zero.
+inline Lanes placed(Lanes values, uint8_t byte) {
+    const __m128i places = _mm_loadl_epi64(reinterpret_cast<const __m128i *>(TABLE.places[byte]));
+    const __m256i wide = _mm256_cvtepi8_epi32(places);  // below zero where there is no value
+    const Lanes moved = _mm256_permutevar8x32_ps(values, wide);
+    return _mm256_andnot_ps(_mm256_castsi256_ps(_mm256_srai_epi32(wide, 31)), moved);
+}
+
+inline __m128i load8(const void *values) {
+    return _mm_loadl_epi64(static_cast<const __m128i *>(values));
+}
+inline __m128i load16(const void *values) {
+    return _mm_loadu_si128(static_cast<const __m128i *>(values));
+}
+
+template <int32_t kind>
+inline Lanes eight(const uint8_t *values, int index);
+
+template <>
+inline Lanes eight<BF16>(const uint8_t *values, int index) {
+    const __m256i wide = _mm256_cvtepu16_epi32(load16(values + 2 * index));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+template <>
+inline Lanes eight<FP16>(const uint8_t *values, int index) {
+    return _mm256_cvtph_ps(load16(values + 2 * index));
+}
+template <>
+inline Lanes eight<FP32>(const uint8_t *values, int index) {
+    return _mm256_loadu_ps(reinterpret_cast<const float *>(values + 4 * index));
+}
+template <>
+inline Lanes eight<INT8>(const uint8_t *values, int index) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(load8(values + index)));
+}
+
+template <int32_t kind>
+struct Word {
+    const uint8_t *values;
+    uint64_t bits;
+    Word(const uint8_t *begin, uint64_t mask) : values(begin), bits(mask) {}
+    inline Lanes lanes(int part) const {
+        const uint64_t before = part ? bits & ((uint64_t{1} << (8 * part)) - 1) : 0;
+        const Lanes found = eight<kind>(values, __builtin_popcountll(before));
+        return placed(found, static_cast<uint8_t>(bits >> (8 * part)));
+    }
+};
+
+template <>
+struct Word<INT4> {
+    int8_t whole[WORD + 8];
+    uint64_t bits;
+    Word(const uint8_t *begin, uint64_t mask) : bits(mask) {
+        const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(begin));
+        const __m256i low = _mm256_and_si256(pairs, _mm256_set1_epi8(15));
+        const __m256i high = _mm256_and_si256(_mm256_srli_epi16(pairs, 4), _mm256_set1_epi8(15));
+        const __m256i first = _mm256_unpacklo_epi8(low, high), last = _mm256_unpackhi_epi8(low, high);
+        const __m256i eight = _mm256_set1_epi8(8);
+        auto *to = reinterpret_cast<__m256i *>(whole);
+        _mm256_storeu_si256(
+            to, _mm256_sub_epi8(_mm256_permute2x128_si256(first, last, 0x20), eight));
+        _mm256_storeu_si256(
+            to + 1, _mm256_sub_epi8(_mm256_permute2x128_si256(first, last, 0x31), eight));
+    }
+    inline Lanes lanes(int part) const {
+        const uint64_t before = part ? bits & ((uint64_t{1} << (8 * part)) - 1) : 0;
+        const auto *values = reinterpret_cast<const uint8_t *>(whole);
+        const Lanes found = eight<INT8>(values, __builtin_popcountll(before));
+        return placed(found, static_cast<uint8_t>(bits >> (8 * part)));
+    }
+};
+
+}  // namespace
+#include "vectors.inc"
+
+const Kernels &avx2() {
+    static const Kernels kernels{product, expand<float>, expand<uint16_t>, false};
+    return kernels;
+}
+
+}  // namespace apt
+#pragma GCC pop_options
+#endif

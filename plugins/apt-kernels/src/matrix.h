@@ -1,0 +1,108 @@
+// A matrix without its zeros, and the functions that each instruction set supplies.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace apt {
+
+// How the kept values are stored. Integers have a scale for each group of columns of a row.
+enum Kind : int32_t { BF16 = 0, FP16 = 1, FP32 = 2, INT8 = 3, INT4 = 4 };
+
+// Columns in a word of the mask. Rows of the mask are whole words.
+constexpr int64_t WORD = 64;
+
+struct Matrix {
+    const uint64_t *mask;    // (rows, words); bit j of word w is column 64 w + j; 1 = kept
+    const void *values;      // the kept values, row by row; 64 readable elements follow the last one
+    const int64_t *offsets;  // (rows): bytes from `values` to the first value of a row
+    const float *scales;     // (rows, groups), or null
+    int64_t rows;
+    int64_t words;
+    int64_t group_words;  // words that share a scale; 0 without scales
+    int32_t kind;
+};
+
+// The vectors of a product, each of 64 * words columns with zeros behind the last one.
+struct Vectors {
+    int64_t batch;
+    const float *fp32;
+    const uint16_t *bf16;  // null if they are not bf16
+    // For products with integers: x = scale * (256 high + low - 32768), with a scale for each group of
+    // columns that is the largest magnitude in it divided by 32512. Null if they are not needed.
+    const uint8_t *high, *low;
+    const float *scales;  // (batch, groups)
+};
+
+// The product of rows [first, last) with each vector: y[b * matrix.rows + row].
+using Product = void (*)(const Matrix &, const Vectors &, int64_t first, int64_t last, float *y);
+
+// Rows [first, last) with their zeros, in fp32 or bf16: (last - first, 64 * words).
+template <class T>
+using Expand = void (*)(const Matrix &, int64_t first, int64_t last, T *dense);
+
+struct Kernels {
+    Product product;
+    Expand<float> expand;
+    Expand<uint16_t> expand_bf16;
+    bool split;  // true if products with integers use `Vectors::high` and `Vectors::low`
+};
+
+const Kernels &portable();
+#if defined(__x86_64__) && defined(__GNUC__)
+const Kernels &avx2();
+const Kernels &avx512();
+const Kernels &avx512_bf16();
+#endif
+#if defined(__aarch64__)
+const Kernels &neon();
+#endif
+
+inline float from_bf16(uint16_t bits) {
+    uint32_t wide = static_cast<uint32_t>(bits) << 16;
+    float value;
+    std::memcpy(&value, &wide, 4);
+    return value;
+}
+
+inline uint16_t to_bf16(float value) {  // to the nearest, ties to even
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 64);  // NaN
+    return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
+}
+
+inline float from_fp16(uint16_t bits) {
+    const uint32_t sign = static_cast<uint32_t>(bits & 0x8000u) << 16;
+    const uint32_t exponent = (bits >> 10) & 31, fraction = bits & 1023;
+    float value;
+    if (exponent == 0) {  // subnormal: fraction * 2^-24
+        value = static_cast<float>(fraction) * 5.9604644775390625e-8f;
+        uint32_t wide;
+        std::memcpy(&wide, &value, 4);
+        wide |= sign;
+        std::memcpy(&value, &wide, 4);
+        return value;
+    }
+    const uint32_t wide = exponent == 31 ? sign | 0x7f800000u | (fraction << 13)
+                                         : sign | ((exponent + 112) << 23) | (fraction << 13);
+    std::memcpy(&value, &wide, 4);
+    return value;
+}
+
+// INT4 values of a word begin at a whole byte: two in a byte, the lower half first, from -8 to 7.
+inline int nibble(const uint8_t *values, int index) {
+    return static_cast<int>((values[index >> 1] >> (4 * (index & 1))) & 15) - 8;
+}
+
+// The bytes of `count` values of a word.
+inline int64_t value_bytes(int32_t kind, int count) {
+    switch (kind) {
+        case FP32: return 4 * count;
+        case INT8: return count;
+        case INT4: return (count + 1) / 2;
+        default: return 2 * count;
+    }
+}
+
+}  // namespace apt

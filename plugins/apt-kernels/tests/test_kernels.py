@@ -1,0 +1,186 @@
+"""The products of every instruction set that this processor has, against dense matrices."""
+
+import os
+import threading
+
+import pytest
+import torch
+from apt_kernels import LEVEL, LEVELS, Matrix, available
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytestmark = pytest.mark.skipif(not available(), reason="installed without a compiler")
+HERE = LEVELS[: LEVELS.index(LEVEL) + 1] if LEVEL != "neon" else ("portable", "neon")
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+GROUP = 128
+
+
+def bitmask(kept):
+    rows, columns = kept.shape
+    padded = torch.nn.functional.pad(kept, (0, -columns % 8)).view(rows, -(-columns // 8), 8)
+    return (padded * (1 << torch.arange(8))).sum(2).to(torch.uint8)
+
+
+def nibbles(values):
+    padded = torch.nn.functional.pad(values + 8, (0, len(values) % 2)).view(-1, 2)
+    return (padded[:, 0] | (padded[:, 1] << 4)).to(torch.uint8)
+
+
+def packed(rows, columns, share, kind, seed):
+    """A matrix in fp64 and the same one packed."""
+    draw = torch.Generator().manual_seed(seed)
+    kept = torch.rand(rows, columns, generator=draw) >= share
+    mask = bitmask(kept)
+    if kind in FLOATS:
+        dense = torch.randn(rows, columns, generator=draw).to(kind) * kept
+        return dense.double(), Matrix(columns, mask, dense[kept])
+    low, high = (-8, 8) if kind == "int4" else (-128, 128)
+    whole = torch.randint(low, high, (rows, columns), generator=draw)
+    scales = torch.rand(rows, -(-columns // GROUP), generator=draw)
+    values = nibbles(whole[kept]) if kind == "int4" else whole[kept].to(torch.int8)
+    spread = scales.double().repeat_interleave(GROUP, 1)[:, :columns]
+    return whole * kept * spread, Matrix(columns, mask, values, scales, GROUP)
+
+
+KINDS = st.sampled_from([*FLOATS, "int8", "int4"])
+SHARES = st.sampled_from([0.0, 0.3, 0.5, 0.7, 0.95, 1.0])
+
+
+@pytest.mark.parametrize("level", HERE)
+@settings(deadline=None, max_examples=60)
+@given(
+    rows=st.integers(1, 40), columns=st.integers(1, 300), batch=st.integers(1, 9), share=SHARES,
+    kind=KINDS, half=st.booleans(), seed=st.integers(0, 2**16),
+)  # fmt: skip
+def test_a_product_is_that_of_the_dense_matrix(
+    level, rows, columns, batch, share, kind, half, seed
+):
+    dense, matrix = packed(rows, columns, share, kind, seed)
+    matrix.use(level)
+    x = torch.randn(batch, columns, generator=torch.Generator().manual_seed(seed + 1))
+    x = x.bfloat16() if half else x
+    expected = x.double() @ dense.T
+    # Rounding of sums in fp32, relative to the sum of the absolute products.
+    bound = x.double().abs() @ dense.abs().T * 2e-6 + 1e-30
+    if level == "avx512-bf16" and kind in ("int8", "int4"):
+        # x is rounded to 16 bits of its largest magnitude in a group of columns.
+        grouped = torch.nn.functional.pad(x.double().abs(), (0, -columns % GROUP))
+        most = grouped.view(batch, -1, GROUP).amax(2).repeat_interleave(GROUP, 1)[:, :columns]
+        bound += most @ dense.abs().T / 65024 * 1.01
+    assert ((matrix.product(x) - expected).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("level", HERE)
+@settings(deadline=None, max_examples=40)
+@given(
+    rows=st.integers(1, 40), columns=st.integers(1, 300), share=SHARES, kind=KINDS,
+    seed=st.integers(0, 2**16), data=st.data(),
+)  # fmt: skip
+def test_rows_are_expanded_exactly(level, rows, columns, share, kind, seed, data):
+    dense, matrix = packed(rows, columns, share, kind, seed)
+    matrix.use(level)
+    first = data.draw(st.integers(0, rows))
+    last = data.draw(st.integers(first, rows))
+    assert torch.equal(matrix.expand(first, last), dense[first:last].float())
+    half = matrix.expand(first, last, torch.bfloat16)
+    assert torch.equal(half, dense[first:last].float().bfloat16())
+
+
+@pytest.mark.parametrize("level", HERE)
+def test_every_number_of_16_bits_is_widened_exactly(level):
+    bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
+    for kind in (torch.bfloat16, torch.float16):
+        values = bits.view(kind).view(256, 256)
+        kept = torch.ones(256, 256, dtype=torch.bool)
+        matrix = Matrix(256, bitmask(kept), values.reshape(-1))
+        matrix.use(level)
+        wide = matrix.expand(0, 256)
+        expected = values.float()
+        assert torch.equal(wide.isnan(), expected.isnan())
+        finite = ~expected.isnan()
+        assert torch.equal(wide[finite], expected[finite])
+        assert torch.equal(wide[finite].signbit(), expected[finite].signbit())
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, "int8", "int4"])
+@pytest.mark.parametrize("level", HERE)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_values_that_are_not_finite_reach_the_result(level, kind, value):
+    dense, matrix = packed(5, 200, 0.0, kind, 3)
+    matrix.use(level)
+    x = torch.ones(2, 200)
+    x[1, 150] = value
+    found, expected = matrix.product(x), x.double() @ dense.T
+    assert found[0].isfinite().all()
+    assert not found[1].isfinite().any()
+    assert torch.equal(found[1].isnan(), expected[1].isnan())
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_number_of_threads_does_not_change_the_result(threads):
+    dense, matrix = packed(3000, 512, 0.6, torch.bfloat16, 0)
+    x, before = torch.randn(2, 512), torch.get_num_threads()
+    one = matrix.product(x)
+    try:
+        torch.set_num_threads(threads)
+        for _ in range(50):
+            assert torch.equal(matrix.product(x), one)
+            assert torch.equal(matrix.expand(5, 2990), dense[5:2990].float())
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_calls_from_several_threads_take_turns():
+    _, matrix = packed(2000, 512, 0.6, torch.bfloat16, 1)
+    vectors = [torch.randn(1, 512) for _ in range(4)]
+    expected = [matrix.product(x) for x in vectors]
+    wrong = []
+
+    def work(index):
+        for _ in range(100):
+            if not torch.equal(matrix.product(vectors[index]), expected[index]):
+                wrong.append(index)
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_child_process_has_threads_of_its_own():
+    _, matrix = packed(3000, 512, 0.6, torch.bfloat16, 2)
+    x, before = torch.randn(1, 512), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        expected = matrix.product(x)
+        if not (child := os.fork()):
+            os._exit(0 if torch.equal(matrix.product(x), expected) else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_tensors_that_do_not_fit_are_refused():
+    kept = torch.rand(4, 100) < 0.5
+    values = torch.randn(int(kept.sum()))
+    scales = torch.rand(4, 1)
+    whole = torch.zeros(len(values), dtype=torch.int8)
+    for arguments in [
+        (100, bitmask(kept), values[:-1]),
+        (108, bitmask(kept), values),
+        (100, bitmask(kept), values.double()),
+        (100, bitmask(kept), whole),
+        (100, bitmask(kept), whole, scales, 100),
+        (100, bitmask(kept), whole, scales[:3], 128),
+        (100, bitmask(kept), whole.to(torch.uint8), scales, 128),
+        (100, bitmask(kept).int(), values),
+    ]:
+        with pytest.raises(ValueError, match=r"."):
+            Matrix(*arguments)
+    matrix = Matrix(100, bitmask(kept), values)
+    with pytest.raises(ValueError, match="rows 3 to 9 of 4"):
+        matrix.expand(3, 9)

@@ -1,0 +1,285 @@
+"""The packed format: exact round trips, hostile files, and models that run from it."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, pipeline
+
+import apt.runtime as runtime
+from apt.checkpoints.safetensors_io import Shards
+from apt.errors import AptError
+from apt.packing.directory import pack, unpack
+from apt.runtime.linear import PackedLinear, kernels
+from apt.runtime.matrix import MASK, SCALES, VALUES, Entry, bitmask, bound, decode, encode, places
+from tests.families import TEXT
+
+FLOATS = st.sampled_from([torch.bfloat16, torch.float16, torch.float32])
+
+
+def same_bytes(one, other):
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    pair = (x.contiguous().reshape(-1).view(torch.uint8) for x in (one, other))
+    return torch.equal(*pair)
+
+
+@settings(deadline=None)
+@given(
+    rows=st.integers(0, 40), columns=st.integers(0, 70), share=st.floats(0, 1), dtype=FLOATS,
+    seed=st.integers(0, 2**16),
+)  # fmt: skip
+def test_a_matrix_comes_back_byte_for_byte(rows, columns, share, dtype, seed):
+    draw = torch.Generator().manual_seed(seed)
+    size = dtype.itemsize
+    bits = torch.randint(0, 256, (rows, columns * size), dtype=torch.uint8, generator=draw)
+    matrix = bits.view(dtype) if bits.numel() else torch.empty(rows, columns, dtype=dtype)
+    matrix = matrix.clone().masked_fill_(torch.rand(rows, columns, generator=draw) < share, 0)
+    matrix.view(-1)[:1] = -0.0
+    entry, parts = encode(matrix)
+    assert Entry.read(json.loads(json.dumps(entry.record()))) == entry
+    assert entry.kept == int((matrix != 0).sum())
+    assert same_bytes(decode(entry, parts), matrix.masked_fill(matrix == 0, 0))
+
+
+@pytest.mark.parametrize("share", [0.5, 0.6, 0.7, 0.8])
+def test_the_bytes_are_near_the_entropy(share):
+    matrix = torch.randn(512, 1024).bfloat16().masked_fill_(torch.rand(512, 1024) < share, 0)
+    entry, parts = encode(matrix)
+    assert sum(part.nbytes for part in parts.values()) < 1.005 * bound(entry)
+
+
+def test_the_bytes_of_2_4_are_near_the_entropy_of_its_mask():
+    keep = torch.rand(512, 256, 4).argsort(2).argsort(2) < 2
+    matrix = torch.randn(512, 1024).bfloat16() * keep.view(512, 1024)
+    _, parts = encode(matrix)
+    least = 512 * 256 * (2.585 + 2 * 16) / 8  # log2(6) bits for the places in a group
+    assert sum(part.nbytes for part in parts.values()) < 1.005 * least
+
+
+def quantised(kind):
+    """A matrix of integers with scales, its description and its tensors."""
+    entry, parts = encode(torch.randn(6, 300).masked_fill_(torch.rand(6, 300) < 0.6, 0))
+    low, high = (-8, 8) if kind == "int4" else (-128, 128)
+    whole, scales = torch.randint(low, high, (entry.kept,)), torch.rand(6, 3)
+    values = whole.to(torch.int8)
+    if kind == "int4":
+        even = torch.nn.functional.pad(whole + 8, (0, entry.kept % 2)).view(-1, 2)
+        values = (even[:, 0] | (even[:, 1] << 4)).to(torch.uint8)
+    entry = Entry(entry.shape, "float32", entry.kept, entry.mask, kind, entry.stored, 128)
+    return entry, {MASK: parts[MASK], VALUES: values, SCALES: scales}, whole
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_integers_are_multiplied_by_their_scales(kind):
+    entry, parts, whole = quantised(kind)
+    found = decode(entry, parts)
+    spread = parts[SCALES].repeat_interleave(128, 1)[:, :300]
+    expected = torch.zeros(6, 300)
+    rows, columns = places(entry, bitmask(entry, parts[MASK]))
+    expected[rows, columns] = whole.float() * spread[rows, columns]
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["kernels", "torch"])
+@pytest.mark.parametrize("kind", ["int8", "int4", "float32"])
+@pytest.mark.parametrize("vectors", [1, 5, 30])
+def test_a_packed_module_multiplies_as_a_dense_one(native, kind, vectors, monkeypatch):
+    if native and kernels() is None:
+        pytest.skip("apt_kernels is not installed, or was without a compiler")
+    if not native:
+        monkeypatch.setattr("apt.runtime.linear.kernels", lambda: None)
+    if kind == "float32":
+        entry, parts = encode(torch.randn(6, 300).masked_fill_(torch.rand(6, 300) < 0.6, 0))
+    else:
+        entry, parts, _ = quantised(kind)
+    module = PackedLinear(entry, bias=True)
+    module.load_state_dict({**{f"weight_{k}": v for k, v in parts.items()}, "bias": torch.randn(6)})
+    module.prepare()
+    dense, x = decode(entry, parts), torch.randn(vectors, 2, 300)
+    assert torch.equal(module.dense(), dense)
+    expected = torch.nn.functional.linear(x, dense, module.bias)
+    assert torch.allclose(module(x), expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+    wide = x.double().requires_grad_()
+    module(wide).sum().backward()  # tuning of adapters passes the gradient of the input
+    assert torch.allclose(wide.grad, dense.double().sum(0).expand_as(wide), atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory, checkpoint):
+    """Pruned random models by family: bf16, and fp32 with tied weights and biases."""
+    made = {}
+
+    def make(variant="llama"):
+        if variant not in made:
+            path = made[variant] = tmp_path_factory.mktemp(variant)
+            shutil.copytree(checkpoint(variant), path, dirs_exist_ok=True)
+            tensors = load_file(path / "model.safetensors")
+            draw = torch.Generator().manual_seed(0)
+            for name, tensor in tensors.items():
+                if tensor.ndim == 2 and "embed" not in name and "head" not in name:
+                    tensor.masked_fill_(torch.rand(tensor.shape, generator=draw) < 0.6, 0)
+            save_file(tensors, path / "model.safetensors", {"format": "pt"})
+        return made[variant]
+
+    return make
+
+
+@pytest.mark.parametrize("variant", ["llama", "opt", "bloom", "mamba"])
+def test_a_model_is_packed_unpacked_and_run(apt, pruned, variant):
+    path = pruned(variant)
+    done = apt("pack", path, "-o", "packed", "--json")
+    assert done.code == 0, done.err
+    record = json.loads(done.out)
+    assert record["packed_bytes"] < 0.85 * record["dense_bytes"]
+    back = apt("unpack", "packed", "-o", "back")
+    assert back.code == 0, back.err
+    for name in ("model.safetensors", "config.json"):
+        one, other = (Path(folder) / name for folder in (path, "back"))
+        if name.endswith("json"):
+            assert json.loads(one.read_text()) == json.loads(other.read_text())
+        else:
+            assert one.read_bytes() == other.read_bytes()
+    dense = AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
+    packed = runtime.load("packed")
+    assert sum(isinstance(m, PackedLinear) for m in packed.modules()) == record["matrices"]
+    tokens = torch.randint(1, 60, (2, 9))
+    with torch.no_grad():
+        assert torch.allclose(packed(tokens).logits, dense(tokens).logits, atol=1e-4)
+    measured = [apt("eval", folder, "--data", TEXT, "--seqlen", 16, "--samples", 2, "--json")
+                for folder in (path, "packed")]  # fmt: skip
+    values = [json.loads(run.out)["perplexity"] for run in measured]
+    assert values[0] == pytest.approx(values[1], rel=1e-4)
+
+
+def test_transformers_opens_a_packed_model_and_generates(apt, pruned):
+    path = pruned()
+    assert apt("pack", path, "-o", "packed").code == 0
+    texts = [
+        pipeline("text-generation", model=str(folder), max_new_tokens=8, do_sample=False)("a b c")
+        for folder in (path, "packed")
+    ]
+    assert texts[0] == texts[1]
+
+
+def test_a_sharded_checkpoint_keeps_its_files(apt, pruned, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(pruned(), dtype="auto")
+    model.save_pretrained(tmp_path / "shards", max_shard_size="40KB")
+    names = sorted(p.name for p in (tmp_path / "shards").glob("*.safetensors"))
+    assert len(names) > 1
+    assert apt("pack", "shards", "-o", "packed").code == 0
+    assert sorted(p.name for p in Path("packed").glob("*.safetensors")) == names
+    assert apt("unpack", "packed", "-o", "back").code == 0
+    for name in names:
+        one, other = (load_file(Path(folder) / name) for folder in ("shards", "back"))
+        assert one.keys() == other.keys()
+        assert all(same_bytes(one[key], other[key]) for key in one)
+
+
+def test_prune_packs_its_output(apt, checkpoint):
+    run = apt("prune", checkpoint("llama"), "--sparsity", 0.7, "--method", "magnitude",
+              "-o", "pruned", "--pack", "packed")  # fmt: skip
+    assert run.code == 0, run.err
+    assert "packed: " in run.err
+    assert apt("unpack", "packed", "-o", "back").code == 0
+    assert (
+        Path("back/model.safetensors").read_bytes() == Path("pruned/model.safetensors").read_bytes()
+    )
+    report = Path("packed/apt_report.json").read_text()
+    assert report == Path("pruned/apt_report.json").read_text()
+
+
+def test_what_cannot_be_packed_is_an_error(apt, pruned, checkpoint):
+    path = pruned()
+    assert apt("pack", path, "-o", "packed").code == 0
+    for command, text in [
+        (("pack", checkpoint("llama"), "-o", "x"), "has so many zeros that packing"),
+        (("pack", "packed", "-o", "x"), "is packed already"),
+        (("pack", path, "-o", "packed"), "choose another output"),
+        (("unpack", path, "-o", "x"), "is not packed"),
+        (("prune", "packed", "-o", "x"), "is packed, and its weights cannot be changed"),
+        (("prune", path, "-o", "x", "--pack", "x"), "is the output itself"),
+        (("prune", path, "-o", "x", "--pack", "packed"), "choose another output"),
+        (("eval", "packed", "--stream"), "is packed"),
+    ]:
+        run = apt(*command)
+        assert run.code == 2, command
+        assert text in run.err
+        assert not Path("x").exists()
+
+
+def damage(folder, change):
+    """Change the description of a packed model."""
+    path = Path(folder) / "config.json"
+    config = json.loads(path.read_text())
+    change(config["quantization_config"])
+    path.write_text(json.dumps(config))
+
+
+def first(about):
+    return next(iter(about["matrices"].values()))
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda about: about.update(version=2), "has version 2 of the packed format"),
+        (lambda about: about.pop("matrices"), "is damaged"),
+        (lambda about: about.update(matrices=[1]), "is damaged"),
+        (lambda about: first(about).pop("kept"), "is damaged"),
+        (lambda about: first(about).update(kept=-1), "is damaged"),
+        (lambda about: first(about).update(kept=10**9), "is damaged"),
+        (lambda about: first(about).update(kept=first(about)["kept"] - 1), "damaged"),
+        (lambda about: first(about).update(shape=[1, 2, 3]), "is damaged"),
+        (lambda about: first(about).update(shape=[10**6, 10**6]), "damaged"),
+        (lambda about: first(about).update(mask="zip"), "is damaged"),
+        (lambda about: first(about).update(values="int8"), "is damaged"),
+        (lambda about: first(about).update(values="int4", group=64), "damaged"),
+        (lambda about: first(about).update(stored=3), "damaged"),
+        (lambda about: first(about).update(more=3), "is damaged"),
+    ],
+)
+def test_a_damaged_description_is_one_line(apt, pruned, change, text):
+    assert apt("pack", pruned(), "-o", "packed").code == 0
+    damage("packed", change)
+    for command in (("unpack", "packed", "-o", "x"), ("eval", "packed", "--data", TEXT,
+                                                      "--seqlen", 16)):  # fmt: skip
+        run = apt(*command)
+        assert run.code == 2, (command, run.out)
+        assert run.err.count("\n") == 1
+        assert not Path("x").exists()
+    assert text in apt("unpack", "packed", "-o", "x").err
+    with pytest.raises(AptError):
+        runtime.load("packed")
+
+
+def test_damaged_tensors_never_give_another_model(pruned, tmp_path):
+    """A changed bit of a mask changes its number of kept weights, or its code ends elsewhere."""
+    path, draw = pruned(), random.Random(0)
+    names = [name for name in load_file(path / "model.safetensors") if "proj" in name]
+    (tmp_path / "packed").mkdir()
+    pack(path, names, tmp_path / "packed")
+    file = tmp_path / "packed/model.safetensors"
+    whole, refused = file.read_bytes(), 0
+    entries = Shards(tmp_path / "packed").entries.items()
+    places = [
+        i for n, e in entries if n.endswith("_mask") for i in range(e.start, e.start + e.size)
+    ]
+    for index in range(150):
+        broken = bytearray(whole)
+        broken[draw.choice(inside)] ^= 1 << draw.randrange(8)
+        file.write_bytes(broken)
+        target = tmp_path / f"out{index}"
+        target.mkdir()
+        try:
+            unpack(tmp_path / "packed", target)
+        except AptError:
+            refused += 1
+        shutil.rmtree(target)
+    assert refused > 140  # two codes of one length may keep the same number of weights
