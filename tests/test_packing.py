@@ -268,9 +268,8 @@ def test_damaged_tensors_never_give_another_model(pruned, tmp_path):
     file = tmp_path / "packed/model.safetensors"
     whole, refused = file.read_bytes(), 0
     entries = Shards(tmp_path / "packed").entries.items()
-    places = [
-        i for n, e in entries if n.endswith("_mask") for i in range(e.start, e.start + e.size)
-    ]
+    masks = [entry for name, entry in entries if name.endswith("_mask")]
+    inside = [i for entry in masks for i in range(entry.start, entry.start + entry.size)]
     for index in range(150):
         broken = bytearray(whole)
         broken[draw.choice(inside)] ^= 1 << draw.randrange(8)

@@ -14,8 +14,9 @@ constexpr int64_t WORD = 64;
 
 struct Matrix {
     const uint64_t *mask;    // (rows, words); bit j of word w is column 64 w + j; 1 = kept
-    const void *values;      // the kept values, row by row; 64 readable elements follow the last one
-    const int64_t *offsets;  // (rows): bytes from `values` to the first value of a row
+    const void *values;      // the kept values, row by row
+    const int64_t *offsets;  // (rows): bytes from `values` to the first value of a row. The kernels may
+                             // read 256 bytes behind the last value of a row.
     const float *scales;     // (rows, groups), or null
     int64_t rows;
     int64_t words;

@@ -10,7 +10,7 @@ from apt_kernels.library import LEVEL, LEVELS, LIBRARY, Fields
 _KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3, torch.uint8: 4}
 _INT4 = 4
 _WORD = 64  # columns
-_BEYOND = 64  # elements that the kernels may read behind the last value
+_BEYOND = 256  # bytes that the kernels may read behind the last value
 
 
 class Matrix:
@@ -47,8 +47,7 @@ class Matrix:
         words = -(-columns // _WORD)
         if mask.shape != (self.rows, -(-columns // 8)):
             raise ValueError(f"a mask of {tuple(mask.shape)} for {columns} columns")
-        self._mask = torch.zeros(self.rows, 8 * words, dtype=torch.uint8)
-        self._mask[:, : mask.shape[1]] = mask
+        self._mask = _whole_words(mask, words)
         self._offsets = torch.zeros(self.rows, dtype=torch.int64)
         size = LIBRARY.apt_offsets(
             self._mask.data_ptr(), self.rows, words, self._kind, self._offsets.data_ptr()
@@ -62,7 +61,8 @@ class Matrix:
         groups = -(-columns // group) if group else 0
         if scales is not None and scales.shape != (self.rows, groups):
             raise ValueError(f"scales of {tuple(scales.shape)} for {groups} groups")
-        self._values = torch.cat([values, values.new_zeros(_BEYOND)])
+        self._values = values.contiguous()
+        self._tail = self._moved_tail(size)
         self._scales = None if scales is None else scales.float().contiguous()
         self._fields = Fields(
             self._mask.data_ptr(), self._values.data_ptr(), self._offsets.data_ptr(),
@@ -72,20 +72,33 @@ class Matrix:
         self._pointer = ctypes.pointer(self._fields)
         self._padded = words * _WORD
 
+    def _moved_tail(self, size: int) -> Tensor:
+        """A copy of the values of the last rows, with memory behind it that can be read.
+
+        All other values stay where they are, which may be a file in memory.
+        """
+        ends = torch.cat([self._offsets[1:], torch.tensor([size])])
+        first = int((ends + _BEYOND <= size).sum())
+        begin = int(self._offsets[first]) if first < self.rows else size
+        tail = torch.zeros(size - begin + _BEYOND, dtype=torch.uint8)
+        tail[: size - begin] = self._values.view(torch.uint8)[begin:]
+        self._offsets[first:] += tail.data_ptr() - self._values.data_ptr() - begin
+        return tail
+
     @property
     def mask(self) -> Tensor:
-        """The bitmask, in the memory of the matrix where its rows are whole words."""
+        """The bitmask (rows, ⌈columns / 8⌉)."""
         return self._mask[:, : -(-self.columns // 8)]
 
     @property
     def values(self) -> Tensor:
-        """The kept values, in the memory of the matrix."""
-        return self._values[: len(self._values) - _BEYOND]
+        """The kept values, in the order of the kernels."""
+        return self._values
 
     @property
     def nbytes(self) -> int:
         """The bytes of all tensors."""
-        tensors = (self._mask, self._values, self._offsets, self._scales)
+        tensors = (self._mask, self._values, self._tail, self._offsets, self._scales)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     def use(self, level: str) -> None:
@@ -136,6 +149,15 @@ class Matrix:
             int(dtype == torch.bfloat16), torch.get_num_threads(), self._level,
         )  # fmt: skip
         return dense
+
+
+def _whole_words(mask: Tensor, words: int) -> Tensor:
+    """The bitmask with rows of whole words, without a copy if it is so already."""
+    if mask.shape[1] == 8 * words and mask.is_contiguous() and mask.data_ptr() % 8 == 0:
+        return mask
+    whole = torch.zeros(mask.shape[0], 8 * words, dtype=torch.uint8)
+    whole[:, : mask.shape[1]] = mask
+    return whole
 
 
 def _realigned(values: Tensor, mask: Tensor, size: int) -> Tensor:
