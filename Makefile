@@ -10,7 +10,7 @@ KERNELS = causal-conv1d==1.7.0 mamba-ssm==2.3.2.post1 triton==3.7.1
 INSTALL = $(BIN)/pip install --quiet --no-compile
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: demo test lint check docs kernels template matrix clean
+.PHONY: demo test lint check docs kernels sanitize template matrix clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/apt prune --adapter llama --eval builtin --output out/llama-2of4 --overwrite
@@ -34,6 +34,11 @@ docs: $(VENV)/.development
 # Tests of the code for mamba_ssm, with its Python code and stubs for its compiled parts.
 kernels: $(VENV)/.kernels
 	PYTHONPATH=$(VENV)/kernels OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/kernels
+
+# The tests of the products with packed matrices, with the sanitizers of addresses and of undefined
+# behaviour.
+sanitize: $(VENV)/.development
+	.ci/sanitize $(BIN)/python
 
 # A package of the template beside a wheel of APT, in an environment of its own.
 template:

@@ -69,6 +69,7 @@ template <class T>
 void expand_rows(const Matrix &m, Expand<T> expand, int64_t first, int64_t last, int64_t columns,
                  T *dense, int threads) {
     const int64_t rows = last - first, width = WORD * m.words;
+    if (!rows) return;
     const int parts = static_cast<int>(std::clamp<int64_t>(rows / 16, 1, threads));
     pool().run(parts, [&](int part) {
         const int64_t begin = rows * part / parts, end = rows * (part + 1) / parts;
