@@ -14,13 +14,15 @@ def doctor(as_json: bool = args.JSON) -> None:
     from dataclasses import asdict
 
     from apt.cli.output import show, show_json, table
-    from apt.plugin.doctor import families, machine, packages, plugins
+    from apt.plugin.doctor import Finding, families, machine, packages, plugins
     from apt.plugin.registry import registry
+    from apt.runtime.linear import describe_kernels
 
     installed = registry()
     sections = {
         "machine": machine(),
         "packages": list(packages()),
+        "packed models": [Finding("products", *describe_kernels())],
         "plugins that failed": list(plugins(installed)),
         "families": list(families(installed)),
     }

@@ -27,6 +27,14 @@ def kernels() -> Any:
     return apt_kernels if apt_kernels.available() else None
 
 
+def describe_kernels() -> tuple[str, str]:
+    """What multiplies packed matrices on this machine, and how to have it faster."""
+    native = kernels()
+    if native is None:
+        return "torch, which expands a matrix for each product", "pip install ./plugins/apt-kernels"
+    return f"apt-kernels {native.__version__}, {native.LEVEL}", ""
+
+
 class PackedLinear(nn.Module):
     """``x`` times the transposed packed matrix, plus the bias.
 

@@ -7,8 +7,6 @@ from torch import nn
 
 from apt.errors import AptError, first_line
 from apt.runtime.entries import read_entries
-from apt.runtime.linear import kernels
-from apt.runtime.quantizer import PackedConfig  # registers the format
 
 
 def load(directory: Path | str, **options: Any) -> nn.Module:
@@ -27,6 +25,8 @@ def load(directory: Path | str, **options: Any) -> nn.Module:
     """
     from transformers import AutoModelForCausalLM
 
+    import apt.runtime.quantizer  # noqa: F401  # registers the format with transformers
+
     read_entries(Path(directory))  # a clear error for what is not packed
     given = {"dtype": "auto", **options}
     try:
@@ -36,14 +36,3 @@ def load(directory: Path | str, **options: Any) -> nn.Module:
             f"{directory} does not load: {first_line(error)}", "pack the model again"
         ) from error
     return model.eval()
-
-
-def describe_kernels() -> str:
-    """What multiplies packed matrices on this machine."""
-    native = kernels()
-    if native is None:
-        return "torch, which expands a matrix for each product: pip install apt-kernels"
-    return f"apt-kernels {native.__version__} ({native.LEVEL})"
-
-
-__all__ = ["PackedConfig", "describe_kernels", "load"]
