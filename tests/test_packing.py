@@ -18,6 +18,7 @@ from apt.errors import AptError
 from apt.packing.directory import pack, unpack
 from apt.runtime.linear import PackedLinear, kernels
 from apt.runtime.matrix import MASK, SCALES, VALUES, Entry, bitmask, bound, decode, encode, places
+from apt.runtime.rounding import KINDS, encode_rounded
 from tests.families import TEXT
 
 FLOATS = st.sampled_from([torch.bfloat16, torch.float16, torch.float32])
@@ -282,3 +283,57 @@ def test_damaged_tensors_never_give_another_model(pruned, tmp_path):
             refused += 1
         shutil.rmtree(target)
     assert refused > 140  # two codes of one length may keep the same number of weights
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    rows=st.integers(1, 20), columns=st.integers(1, 300), share=st.floats(0, 1),
+    kind=st.sampled_from(["int8", "int4"]), group=st.sampled_from([64, 128, 256]),
+    seed=st.integers(0, 2**16),
+)  # fmt: skip
+def test_rounding_keeps_zeros_and_errs_by_half_a_step_at_most(
+    rows, columns, share, kind, group, seed
+):
+    draw = torch.Generator().manual_seed(seed)
+    matrix = torch.randn(rows, columns, generator=draw)
+    matrix.masked_fill_(torch.rand(rows, columns, generator=draw) < share, 0)
+    entry, parts = encode_rounded(matrix, kind, group)
+    found = decode(Entry.read(json.loads(json.dumps(entry.record()))), parts)
+    assert (found[matrix == 0] == 0).all()
+    spread = parts[SCALES].repeat_interleave(group, 1)[:, :columns]
+    cut = KINDS[kind] * spread  # weights beyond it are cut off
+    bound = torch.maximum(spread / 2, matrix.abs() - cut) * (1 + 1e-5)
+    assert ((found - matrix).abs() <= bound).all()
+    plain = matrix.abs().reshape(-1).amax() / KINDS[kind]
+    assert spread.max() <= plain * (1 + 1e-6)
+
+
+def test_the_scale_is_searched():
+    matrix = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
+    found = decode(*encode_rounded(matrix, "int4", 128))
+    most = matrix.view(64, 4, 128).abs().amax(2).repeat_interleave(128, 1) / 7
+    plain = (matrix / most).round() * most
+    assert (found - matrix).square().sum() < 0.95 * (plain - matrix).square().sum()
+
+
+@pytest.mark.parametrize(("kind", "least"), [("int8", 0.999), ("int4", 0.95)])
+def test_a_model_with_integers_is_near_the_plain_one(apt, pruned, kind, least):
+    path = pruned()
+    done = apt("pack", path, "-o", "packed", "--quantize", kind, "--group", 64, "--json")
+    assert done.code == 0, done.err
+    record = json.loads(done.out)
+    assert 0 < record["relative_error"] < 1 - least
+    assert apt("unpack", "packed", "-o", "back").code == 0
+    dense = AutoModelForCausalLM.from_pretrained("back", dtype="auto").eval()
+    packed, tokens = runtime.load("packed"), torch.randint(1, 60, (2, 3))
+    with torch.no_grad():
+        found, expected = packed(tokens).logits, dense(tokens).logits
+    # The products round their inputs to 16 bits of the largest one in a group.
+    assert torch.allclose(found, expected, atol=2e-3 * float(expected.abs().max()))
+    for arguments, text in [
+        (("--quantize", "int3"), "--quantize int3 is not known"),
+        (("--quantize", kind, "--group", 100), "is not a multiple of 64"),
+    ]:
+        run = apt("pack", path, "-o", "x", *arguments)
+        assert run.code == 2
+        assert text in run.err

@@ -19,6 +19,15 @@ _OUTPUT = typer.Option(..., "--output", "-o", help="Directory to write.")
 def pack(
     model: str = typer.Argument(help="A pruned model: a directory or hub name."),
     output: Path = _OUTPUT,
+    quantize: str | None = typer.Option(
+        None,
+        "--quantize",
+        metavar="KIND",
+        help="Round the kept weights to the nearest int8 or int4.",
+    ),
+    group: int = typer.Option(
+        128, "--group", metavar="N", help="Columns that share a scale with --quantize."
+    ),
     overwrite: bool = run.OVERWRITE,
     trust_remote_code: bool = args.REMOTE,
     revision: str | None = args.REVISION,
@@ -30,26 +39,41 @@ def pack(
 
     Programs open it with apt.runtime.load. For example: apt-prune pack ./pruned --output ./packed
     """
+    _check_rounding(quantize, group)
     from apt.cli.output import notice, out, show_json, status_line
+    from apt.packing.directory import Rounding
     from apt.plugin.registry import registry
     from apt.runs.packing import pack_model
 
     hub = args.read_hub(revision, token, cache_dir)
     source = args.find_model(model, registry(), hub, trust_remote_code=trust_remote_code)
     with status_line("packing"):
-        done = pack_model(source, output, registry(), notice, overwrite=overwrite)
+        rounding = Rounding(quantize, group) if quantize else None
+        done = pack_model(
+            source, output, registry(), notice, rounding=rounding, overwrite=overwrite
+        )
     if as_json:
         show_json({"output": str(output), **vars(done)})
     else:
         out.print(_summary(output, done), markup=False)
 
 
+def _check_rounding(quantize: str | None, group: int) -> None:
+    if quantize not in (None, "int8", "int4"):
+        raise AptError(f"--quantize {quantize} is not known", "write int8 or int4")
+    if group < 64 or group % 64:
+        raise AptError(f"--group {group} is not a multiple of 64", "write for example 128")
+
+
 def _summary(output: Path, done: "Packed") -> str:
     share, above = done.packed_bytes / done.dense_bytes, done.packed_bytes / done.bound_bytes - 1
+    error = ""
+    if done.relative_error:
+        error = f"relative rounding error {done.relative_error:.2e}, "
     return (
         f"{output}: {done.matrices} matrices, {done.packed_bytes:,} of {done.dense_bytes:,} bytes "
         f"({share:.1%}; {above:.2%} above the entropy), {done.total_bytes:,} bytes with the other "
-        "tensors, verified on disk"
+        f"tensors, {error}verified on disk"
     )
 
 

@@ -23,6 +23,7 @@ from apt.checkpoints.tensor_map import layout_of
 from apt.errors import AptError, first_line
 from apt.runtime.entries import KEY, METHOD, VERSION, read_config, read_entries
 from apt.runtime.matrix import MASK, SCALES, VALUES, Entry, Parts, bound, decode, encode
+from apt.runtime.rounding import encode_rounded
 
 _CONFIG = "config.json"
 _OPTIONAL = (SCALES,)
@@ -37,6 +38,8 @@ class Packed:
         dense_bytes, packed_bytes: the bytes of their tensors before and after.
         bound_bytes: the least bytes: the entropy of the masks, the values and the scales.
         total_bytes: the bytes of all tensors of the packed checkpoint.
+        relative_error: the squared rounding errors of the packed matrices, relative to the squares
+            of their weights; 0 without rounding.
     """
 
     matrices: int
@@ -44,6 +47,20 @@ class Packed:
     packed_bytes: int
     bound_bytes: float
     total_bytes: int
+    relative_error: float = 0.0
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """The rounding of kept weights to integers.
+
+    Args:
+        kind: ``int8`` or ``int4``.
+        group: the number of columns that share a scale.
+    """
+
+    kind: str
+    group: int = 128
 
 
 def linear_tensors(shell: Model, shards: Shards) -> list[str]:
@@ -57,13 +74,16 @@ def linear_tensors(shell: Model, shards: Shards) -> list[str]:
     return [layout[name][0].key for name in names if name in layout]
 
 
-def pack(directory: Path, names: Collection[str], target: Path) -> Packed:
+def pack(
+    directory: Path, names: Collection[str], target: Path, rounding: Rounding | None = None
+) -> Packed:
     """Write a checkpoint without the zeros of some matrices, where that needs fewer bytes.
 
     Args:
         directory: the checkpoint.
         names: the tensors that may be packed.
         target: an empty directory.
+        rounding: the rounding of the kept weights; None keeps them as they are.
 
     Raises:
         AptError: the checkpoint is packed already, has too few zeros, or is damaged.
@@ -77,7 +97,7 @@ def pack(directory: Path, names: Collection[str], target: Path) -> Packed:
         nonlocal dense
         if name not in names or tensor.ndim != 2 or not tensor.is_floating_point():
             return {name: tensor}
-        entry, parts = encode(tensor)
+        entry, parts = _encoded(tensor, rounding)
         if sum(part.nbytes for part in parts.values()) >= tensor.nbytes:
             return {name: tensor}
         entries[name] = entry
@@ -94,11 +114,17 @@ def pack(directory: Path, names: Collection[str], target: Path) -> Packed:
     about = {"quant_method": METHOD, "version": VERSION, "matrices": described}
     _finish(directory, target, {**config, KEY: about})
     written = Shards(target)
-    _verify(shards, written, entries)
+    error = _verify(shards, written, entries, rounding)
     sizes = {name: entry.size for name, entry in written.entries.items()}
     parts = [size for name, size in sizes.items() if _matrix(name, entries)]
     bounds = sum(bound(entry) for entry in entries.values())
-    return Packed(len(entries), dense, sum(parts), bounds, sum(sizes.values()))
+    return Packed(len(entries), dense, sum(parts), bounds, sum(sizes.values()), error)
+
+
+def _encoded(tensor: Tensor, rounding: Rounding | None) -> tuple[Entry, Parts]:
+    if rounding is None:
+        return encode(tensor)
+    return encode_rounded(tensor, rounding.kind, rounding.group)
 
 
 def unpack(directory: Path, target: Path) -> int:
@@ -179,10 +205,21 @@ def _finish(directory: Path, target: Path, config: Mapping[str, Any]) -> None:
     synchronise(target / _CONFIG)
 
 
-def _verify(shards: Shards, written: Shards, entries: Mapping[str, Entry]) -> None:
-    """Raise if a matrix on disk is not that of the original, byte for byte."""
+def _verify(
+    shards: Shards, written: Shards, entries: Mapping[str, Entry], rounding: Rounding | None
+) -> float:
+    """Check each matrix on disk against the original, and return the relative rounding error.
+
+    Without rounding they are equal byte for byte; with rounding the matrix on disk is the one that
+    was computed, and has the same zeros or more.
+    """
+    lost = whole = 0.0
     for name, entry in entries.items():
         matrix = read_matrix(written, name, entry)
         original = shards.read(name) + 0  # which makes negative zeros positive
-        if not torch.equal(matrix.view(torch.uint8), original.view(torch.uint8)):
+        expected = original if rounding is None else decode(*_encoded(original, rounding))
+        if not torch.equal(matrix.view(torch.uint8), expected.view(torch.uint8)):
             raise RuntimeError(f"{name} was not packed exactly")
+        lost += float((matrix.float() - original.float()).square().sum(dtype=torch.float64))
+        whole += float(original.float().square().sum(dtype=torch.float64))
+    return lost / whole if whole else 0.0

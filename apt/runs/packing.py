@@ -12,7 +12,7 @@ from apt.errors import AptError
 from apt.locations.model_source import Source
 from apt.output.location import check_space
 from apt.output.workplace import whole_directory, write_errors
-from apt.packing.directory import Packed, linear_tensors, pack, unpack
+from apt.packing.directory import Packed, Rounding, linear_tensors, pack, unpack
 from apt.plugin.registry import Registry
 from apt.runs.prepare import check_place
 from apt.runtime.entries import is_packed, read_entries
@@ -24,6 +24,7 @@ def pack_model(
     registry: Registry,
     notice: Callable[[str], None] = lambda line: None,
     *,
+    rounding: Rounding | None = None,
     overwrite: bool = False,
 ) -> Packed:
     """Write a pruned model without its zeros, and verify it on disk.
@@ -33,6 +34,7 @@ def pack_model(
         output: the directory to write.
         registry: the plugins.
         notice: called with a line about what is replaced or left out.
+        rounding: the rounding of the kept weights; None keeps them as they are.
         overwrite: True if the output of an earlier run may be replaced.
 
     Raises:
@@ -46,7 +48,7 @@ def pack_model(
     check_space(output, sum(entry.size for entry in shards.entries.values()))
     names = linear_tensors(shell, shards)
     with whole_directory(output, overwrite) as work, write_errors(output):
-        done = pack(directory, names, work.out)
+        done = pack(directory, names, work.out, rounding)
         _copy_report(directory, work.out)
     return done
 

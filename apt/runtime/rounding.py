@@ -1,0 +1,61 @@
+"""Kept weights rounded to integers, with a scale for each group of columns."""
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from apt.runtime.matrix import MASK, SCALES, VALUES, Entry, Parts, encode
+
+KINDS = {"int8": 127, "int4": 7}
+"""The kinds of integers, and the largest magnitude of each."""
+
+_SHRINK = torch.linspace(1, 0.6, 17)  # factors of the scale that are tried for each group
+
+
+def encode_rounded(weight: Tensor, kind: str, group: int) -> tuple[Entry, Parts]:
+    """A matrix (out, in) as its bitmask and its kept weights, rounded to the nearest integer.
+
+    Integers are symmetric around 0. The scale of a group is the one with the least squared error
+    among some between 0.6 and 1 times its largest magnitude: a smaller one cuts off the largest
+    weights and is finer for all others.
+
+    Args:
+        weight: the matrix.
+        kind: ``int8`` or ``int4``.
+        group: the number of columns that share a scale.
+    """
+    entry, parts = encode(weight)
+    most, kept = KINDS[kind], weight != 0
+    scales = _scales(weight.float(), most, group).to(weight.dtype)
+    spread = scales.float().repeat_interleave(group, 1)[:, : weight.shape[1]]
+    whole = (weight.float() / spread.clamp_min(torch.finfo(torch.float32).tiny)).round()
+    chosen = whole.clamp(-most, most).to(torch.int8)[kept]
+    values = chosen if kind == "int8" else _packed_nibbles(chosen)
+    rounded = replace(entry, values=kind, group=group)
+    return rounded, {MASK: parts[MASK], VALUES: values, SCALES: scales}
+
+
+def _scales(weight: Tensor, most: int, group: int) -> Tensor:
+    """The scale of each group (out, groups)."""
+    rows, columns = weight.shape
+    groups = math.ceil(columns / group)
+    padded = torch.nn.functional.pad(weight, (0, groups * group - columns))
+    parts = padded.view(rows, groups, group)
+    whole = parts.abs().amax(2) / most
+    best = torch.full_like(whole, math.inf)
+    found = whole.clone()
+    for factor in _SHRINK.tolist():
+        scale = (whole * factor).unsqueeze(2)
+        levels = (parts / scale.clamp_min(torch.finfo(torch.float32).tiny)).round()
+        error = (levels.clamp(-most, most) * scale - parts).square().sum(2)
+        better = error < best
+        found, best = torch.where(better, scale.squeeze(2), found), torch.where(better, error, best)
+    return found
+
+
+def _packed_nibbles(whole: Tensor) -> Tensor:
+    """Integers from −8 to 7 as halves of bytes, the lower half first."""
+    padded = torch.nn.functional.pad(whole + 8, (0, len(whole) % 2)).to(torch.uint8).view(-1, 2)
+    return padded[:, 0] | (padded[:, 1] << 4)
