@@ -16,6 +16,7 @@ import apt.runtime as runtime
 from apt.checkpoints.safetensors_io import Shards
 from apt.errors import AptError
 from apt.packing.directory import pack, unpack
+from apt.runtime.entries import read_entries
 from apt.runtime.linear import PackedLinear, kernels
 from apt.runtime.matrix import MASK, SCALES, VALUES, Entry, bitmask, bound, decode, encode, places
 from apt.runtime.rounding import KINDS, encode_rounded
@@ -331,9 +332,31 @@ def test_a_model_with_integers_is_near_the_plain_one(apt, pruned, kind, least):
     # The products round their inputs to 16 bits of the largest one in a group.
     assert torch.allclose(found, expected, atol=2e-3 * float(expected.abs().max()))
     for arguments, text in [
-        (("--quantize", "int3"), "--quantize int3 is not known"),
+        (("--quantize", "int3"), "quantize 'int3' is not known"),
         (("--quantize", kind, "--group", 100), "is not a multiple of 64"),
     ]:
         run = apt("pack", path, "-o", "x", *arguments)
         assert run.code == 2
         assert text in run.err
+
+
+def test_a_quantised_run_is_packed_as_integers_without_loss(apt, checkpoint):
+    options = ("--sparsity", 0.6, "--samples", 4, "--seqlen", 32, "--quantize", "int4",
+               "--group", 64, "--calibration", TEXT)  # fmt: skip
+    run = apt("prune", checkpoint("llama"), *options, "-o", "pruned", "--pack", "packed")
+    assert run.code == 0, run.err
+    entries = read_entries(Path("packed"))
+    assert {(entry.values, entry.group) for entry in entries.values()} == {("int4", 64)}
+    assert apt("unpack", "packed", "-o", "back").code == 0
+    one, other = (load_file(Path(f) / "model.safetensors") for f in ("pruned", "back"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    report = json.loads(Path("pruned/apt_report.json").read_text())
+    assert (report["options"]["quantize"], report["options"]["group"]) == ("int4", 64)
+    assert apt("verify", "pruned").code == 0
+    for arguments, text in [
+        (("--quantize", "int2"), "quantize 'int2' is not known"),
+        (("--quantize", "int4", "--group", 32), "is not a multiple of 64"),
+    ]:
+        refused = apt("prune", checkpoint("llama"), "--sparsity", 0.6, *arguments, "-o", "x")
+        assert refused.code == 2
+        assert text in refused.err

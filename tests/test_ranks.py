@@ -28,6 +28,7 @@ RUNS = {
     "layer-wise": {"options": apt.PruneOptions(error_aware=False)},
     "at once": {"options": apt.PruneOptions(effort="fast", ordered=False)},
     "default": {},
+    "integers": {"options": apt.PruneOptions(effort="fast", quantize="int4", group=64)},
 }
 CASES = [("llama-grouped-tied", run) for run in RUNS] + [
     (variant, "wanda") for variant in ("opt", "bloom", "mamba2", "jamba") if variant in CONFIGS

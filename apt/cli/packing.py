@@ -9,6 +9,7 @@ from apt.cli import arguments as args
 from apt.cli import run_arguments as run
 from apt.errors import AptError
 from apt.locations.hub import Hub
+from apt.runs.limits import check_integers
 
 if TYPE_CHECKING:
     from apt.packing.directory import Packed
@@ -39,7 +40,7 @@ def pack(
 
     Programs open it with apt.runtime.load. For example: apt-prune pack ./pruned --output ./packed
     """
-    _check_rounding(quantize, group)
+    check_integers(quantize, group)
     from apt.cli.output import notice, out, show_json, status_line
     from apt.packing.directory import Rounding
     from apt.plugin.registry import registry
@@ -56,13 +57,6 @@ def pack(
         show_json({"output": str(output), **vars(done)})
     else:
         out.print(_summary(output, done), markup=False)
-
-
-def _check_rounding(quantize: str | None, group: int) -> None:
-    if quantize not in (None, "int8", "int4"):
-        raise AptError(f"--quantize {quantize} is not known", "write int8 or int4")
-    if group < 64 or group % 64:
-        raise AptError(f"--group {group} is not a multiple of 64", "write for example 128")
 
 
 def _summary(output: Path, done: "Packed") -> str:

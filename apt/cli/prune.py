@@ -61,6 +61,8 @@ def prune(
         None, "--block-size", rich_help_panel=run.ACCURACY_GROUP,
         help="Columns of one joint compensation; by default all.",
     ),
+    quantize: str | None = run.QUANTIZE,
+    group: int = run.GROUP,
     device: str = args.DEVICE,
     dtype: str = args.DTYPE,
     stream: bool = run.STREAM,

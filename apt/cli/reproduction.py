@@ -12,9 +12,10 @@ _FLAGS = {
     "random_tokens": "--random-tokens", "own_samples": "--own-samples",
     "block_size": "--block-size", "evaluation": "--eval", "dtype": "--dtype",
     "activations": "--activations", "tokenizer": "--tokenizer", "revision": "--revision",
-    "max_shard_size": "--max-shard-size",
+    "max_shard_size": "--max-shard-size", "quantize": "--quantize", "group": "--group",
 }  # fmt: skip
-_DEFAULTS = {"allocation": "uniform", "dtype": "auto", "activations": "memory", "seed": 0}
+_DEFAULTS = {"allocation": "uniform", "dtype": "auto", "activations": "memory", "seed": 0,
+             "group": 128}  # fmt: skip
 _NOT_OF_SHRINK = ("allocation", "row_importance", "block_size")
 _MODES = {"width": "--width-only", "depth": "--depth-only", "search": "--search"}
 _LISTS = {"only": "--only", "skip": "--skip", "also": "--also"}

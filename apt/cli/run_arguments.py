@@ -135,6 +135,15 @@ SAVE_MASKS = typer.Option(
     help="Write the masks beside the model, one bit for each weight, for apt-prune reapply.",
 )  # fmt: skip
 
+QUANTIZE = typer.Option(
+    None, "--quantize", metavar="KIND", rich_help_panel=ACCURACY_GROUP,
+    help="Round the kept weights to int8 or int4 times a scale, so that what follows makes up for "
+    "the error.",
+)  # fmt: skip
+GROUP = typer.Option(
+    128, "--group", metavar="N", rich_help_panel=ACCURACY_GROUP,
+    help="Columns that share a scale with --quantize.",
+)  # fmt: skip
 PACK = typer.Option(
     None, "--pack", metavar="DIR", rich_help_panel=OUTPUT_GROUP,
     help="Also write the model without its zeros to DIR, as apt-prune pack does.",
@@ -175,6 +184,7 @@ class Defaults:
 _PRUNE_OPTIONS = (
     "effort", "error_aware", "alpha", "beta", "row_importance", "ordered", "tuning_epochs",
     "tuning_rate", "tuning_tokens", "random_tokens", "own_samples", "damping", "block_size",
+    "quantize", "group",
 )  # fmt: skip
 _RUN_OPTIONS = (
     "adapter", "evaluation", "samples", "seqlen", "seed", "device", "dtype", "overwrite",

@@ -23,7 +23,7 @@ from apt.checkpoints.tensor_map import layout_of
 from apt.errors import AptError, first_line
 from apt.runtime.entries import KEY, METHOD, VERSION, read_config, read_entries
 from apt.runtime.matrix import MASK, SCALES, VALUES, Entry, Parts, bound, decode, encode
-from apt.runtime.rounding import encode_rounded
+from apt.runtime.rounding import encode_integers, encode_rounded
 
 _CONFIG = "config.json"
 _OPTIONAL = (SCALES,)
@@ -57,10 +57,13 @@ class Rounding:
     Args:
         kind: ``int8`` or ``int4``.
         group: the number of columns that share a scale.
+        exact: True to use integers only for matrices that consist of integers times scales, which
+            `apt.PruneOptions.quantize` makes; all others keep their values.
     """
 
     kind: str
     group: int = 128
+    exact: bool = False
 
 
 def linear_tensors(shell: Model, shards: Shards) -> list[str]:
@@ -124,6 +127,8 @@ def pack(
 def _encoded(tensor: Tensor, rounding: Rounding | None) -> tuple[Entry, Parts]:
     if rounding is None:
         return encode(tensor)
+    if rounding.exact:
+        return encode_integers(tensor, rounding.kind, rounding.group) or encode(tensor)
     return encode_rounded(tensor, rounding.kind, rounding.group)
 
 
@@ -217,7 +222,8 @@ def _verify(
     for name, entry in entries.items():
         matrix = read_matrix(written, name, entry)
         original = shards.read(name) + 0  # which makes negative zeros positive
-        expected = original if rounding is None else decode(*_encoded(original, rounding))
+        lossless = rounding is None or rounding.exact
+        expected = original if lossless else decode(*_encoded(original, rounding))
         if not torch.equal(matrix.view(torch.uint8), expected.view(torch.uint8)):
             raise RuntimeError(f"{name} was not packed exactly")
         lost += float((matrix.float() - original.float()).square().sum(dtype=torch.float64))

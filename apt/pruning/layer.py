@@ -16,13 +16,16 @@ from apt.planning.plan import PlannedSite
 from apt.solver import (
     ColumnGroups,
     Gram,
+    IntegerGrid,
     Pattern,
     SitePattern,
     Solution,
     SolverError,
     SolverOptions,
     relative_layer_error,
+    rounded,
 )
+from apt.solver.gram import DAMPING
 from apt.solver.patterns import meets
 
 P = TypeVar("P", bound=SitePattern, contravariant=True)
@@ -133,6 +136,18 @@ class SiteSolver:
         except Exception as error:
             error.add_note(f"while {planned.name} was pruned")
             raise
+
+
+def round_site(
+    block: nn.Module, solved: SolvedSite, integers: IntegerGrid, damping: float | None
+) -> None:
+    """Round the kept weights of a site as written to its module."""
+    weight = solved.planned.site.oriented(solved.planned.site.weight(block).data)
+    matrix = solved.matrix / max(solved.tokens, 1)
+    mean = float(matrix.diagonal().mean())
+    more = mean * (DAMPING if damping is None else damping) or 1.0
+    matrix = matrix + more * torch.eye(len(matrix), device=matrix.device)
+    weight.copy_(rounded(weight.float(), matrix, integers, weight.dtype))
 
 
 def measured(block: nn.Module, solved: SolvedSite) -> SitePruned:

@@ -26,7 +26,14 @@ from apt.planning.plan import Plan, PlannedBlock, PlannedSite
 from apt.pruning.block_storage import BlockStorage, MemoryBlocks
 from apt.pruning.current_block import CurrentBlock, Dropped
 from apt.pruning.disconnecting import disconnect_groups
-from apt.pruning.layer import SiteMethod, SiteSolver, SolvedSite, mean_square, measured
+from apt.pruning.layer import (
+    SiteMethod,
+    SiteSolver,
+    SolvedSite,
+    mean_square,
+    measured,
+    round_site,
+)
 from apt.pruning.paused_forward import CannotPause, can_pause
 from apt.pruning.recipe import Recipe
 from apt.pruning.ssm_parameters import prune_extras
@@ -231,6 +238,7 @@ class _Pruning:
         current.planned = self.with_tied_groups(current)
         done = self.ranks.share(self.extras(current))
         solved: list[_Turn] = []
+        rounds: list[dict[int, PlannedSite]] = []
         with closing(self.captured(current)) as groups:
             for group, sums in groups:
                 for each in sums.values():
@@ -238,16 +246,34 @@ class _Pruning:
                 mean = mean_square(sums[e.site.input].gram for e in group if e.site.routed)
                 for turns in self.ranks.rounds(group):
                     solved += self.solve_round(current, turns, sums, mean)
+                    rounds.append(turns)
                     if self.recipe.reconstruction is None:
-                        done += self.measure(current.module, solved)
-                        solved.clear()
+                        done += self.finish(current.module, solved, rounds)
         for batch in current.batches:
             if batch.dense is not None:
                 batch.dense.inputs.clear()
                 batch.dense.gap = None
         if self.recipe.reconstruction is not None and current.planned.pruned:
             self.tune(current, self.recipe.reconstruction)
-            done += self.measure(current.module, solved)
+            done += self.finish(current.module, solved, rounds)
+        return done
+
+    def finish(
+        self, block: nn.Module, solved: list[_Turn], rounds: list[dict[int, PlannedSite]]
+    ) -> list[SitePruned]:
+        """Round the solved sites if the recipe says so, and measure them. Both lists are emptied.
+
+        Each rank rounds the sites that it solved, and the others receive their weights.
+        """
+        if (integers := self.recipe.integers) is not None:
+            for _, each in solved:
+                round_site(block, each, integers, self.solver.options.damping)
+            for turns in rounds:
+                for turn, entry in turns.items():
+                    self.ranks.send(entry.site.weight(block).data, self.ranks.owner(turn))
+        done = self.measure(block, solved)
+        solved.clear()
+        rounds.clear()
         return done
 
     def with_tied_groups(self, current: CurrentBlock) -> PlannedBlock:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from apt.calibration.targets import Targets
-from apt.solver import SolverOptions
+from apt.solver import IntegerGrid, SolverOptions
 from apt.tuning.reconstruct import Reconstruction
 from apt.tuning.row_importance import RowImportance
 
@@ -19,6 +19,8 @@ class Recipe:
         reconstruction: the tuning of a block after its sites are solved; None for no tuning.
         ordered: True to solve the sites of a block in their order of execution, each on the outputs
             of the pruned sites before it (true-sequential).
+        integers: the integers that kept weights are rounded to, after the tuning of their block;
+            None for no rounding.
     """
 
     solver: SolverOptions = field(default_factory=SolverOptions)
@@ -26,3 +28,4 @@ class Recipe:
     row_importance: RowImportance | None = None
     reconstruction: Reconstruction | None = None
     ordered: bool = False
+    integers: IntegerGrid | None = None

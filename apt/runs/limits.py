@@ -79,8 +79,19 @@ def check_prune_options(options: Mapping[str, Any]) -> None:
         if value is not None and not 0 <= value <= most:
             fault = f"{name.replace('_', ' ')} {value:g} is not a number from 0 to {most:g}"
             raise AptError(fault, meaning, (name,))
+    check_integers(options.get("quantize"), options.get("group", 128))
     if (size := options.get("block_size")) is not None and size < 1:
         raise AptError(f"block size {size} is not positive", options=("block_size",))
+
+
+def check_integers(quantize: str | None, group: int) -> None:
+    """Raise for an unknown kind of integers, or a group that the kernels cannot use."""
+    if quantize not in (None, "int8", "int4"):
+        raise AptError(f"quantize '{quantize}' is not known", "write int8 or int4", ("quantize",))
+    if group < 64 or group % 64:
+        raise AptError(
+            f"group {group} is not a multiple of 64", "write for example 128", ("group",)
+        )
 
 
 def check_shard_size(size: str | None) -> None:

@@ -11,11 +11,13 @@ from apt.checkpoints.stored import local_directory
 from apt.errors import AptError
 from apt.locations.model_source import Source
 from apt.output.location import check_space
+from apt.output.report import read_report
 from apt.output.workplace import whole_directory, write_errors
 from apt.packing.directory import Packed, Rounding, linear_tensors, pack, unpack
 from apt.plugin.registry import Registry
 from apt.runs.prepare import check_place
 from apt.runtime.entries import is_packed, read_entries
+from apt.runtime.rounding import KINDS
 
 
 def pack_model(
@@ -34,7 +36,8 @@ def pack_model(
         output: the directory to write.
         registry: the plugins.
         notice: called with a line about what is replaced or left out.
-        rounding: the rounding of the kept weights; None keeps them as they are.
+        rounding: the rounding of the kept weights; None keeps them as they are, as integers if the
+            run that pruned them made such.
         overwrite: True if the output of an earlier run may be replaced.
 
     Raises:
@@ -48,7 +51,7 @@ def pack_model(
     check_space(output, sum(entry.size for entry in shards.entries.values()))
     names = linear_tensors(shell, shards)
     with whole_directory(output, overwrite) as work, write_errors(output):
-        done = pack(directory, names, work.out, rounding)
+        done = pack(directory, names, work.out, rounding or _integers(directory))
         _copy_report(directory, work.out)
     return done
 
@@ -77,6 +80,16 @@ def unpack_model(
         count = unpack(directory, work.out)
         _copy_report(directory, work.out)
     return count
+
+
+def _integers(directory: Path) -> Rounding | None:
+    """The integers that a model consists of, by its report; None if it was not quantised."""
+    report = read_report(directory) or {}
+    options = report.get("options")
+    if not isinstance(options, dict) or options.get("quantize") not in KINDS:
+        return None
+    group = options.get("group")
+    return Rounding(options["quantize"], group, exact=True) if isinstance(group, int) else None
 
 
 def check_not_packed(source: Source) -> None:

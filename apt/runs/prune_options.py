@@ -13,7 +13,7 @@ from apt.errors import AptError
 from apt.plugin.specs import MethodSpec, ShrinkMethodSpec
 from apt.pruning.recipe import Recipe
 from apt.runs.limits import check_prune_options
-from apt.solver import Effort, SolverOptions
+from apt.solver import Effort, IntegerGrid, SolverOptions
 from apt.solver.gram import DAMPING
 from apt.text.augmentation import Augmentation
 from apt.text.random_tokens import RandomTokens
@@ -87,6 +87,10 @@ class PruneOptions:
         damping: λ as a share of the mean of the Gram matrix's diagonal (SparseGPT calls this
             "percdamp"). Default 0.05 if error-aware, else 0.01.
         block_size: the columns of one joint compensation, for methods that use it; None uses all.
+        quantize: ``"int8"`` or ``"int4"`` rounds the kept weights to integers times a scale, after
+            the tuning of their block, so that later roundings and later blocks make up for the
+            error. The result is a plain checkpoint; ``apt-prune pack`` stores the integers.
+        group: the number of columns that share a scale.
     """
 
     effort: Effort = "default"
@@ -102,6 +106,8 @@ class PruneOptions:
     own_samples: int | None = None
     damping: float | None = None
     block_size: int | None = None
+    quantize: str | None = None
+    group: int = IntegerGrid.group
 
     def check(self) -> None:
         """Raise `AptError` if a value is out of range."""
@@ -114,6 +120,12 @@ class PruneOptions:
             AptError: an option is out of range, or needs an error-aware run and this is not one.
         """
         self.check()
+        if self.quantize and isinstance(method, ShrinkMethodSpec):
+            raise AptError(
+                "a smaller dense model is not quantised here",
+                "quantise the result with the tool of your runtime",
+                ("quantize",),
+            )
         aware = self.is_aware(method)
         if not aware:
             self._check_layer_wise()
@@ -124,6 +136,7 @@ class PruneOptions:
             self._row_importance() if aware else None,
             self._reconstruction(method),
             _or(self.ordered, aware),
+            IntegerGrid(int(self.quantize[3:]), self.group) if self.quantize else None,
         )
 
     def augmentation(self, method: MethodSpec, samples: int) -> Augmentation:
@@ -198,4 +211,6 @@ def record(recipe: Recipe, augmentation: Augmentation) -> dict[str, Any]:
         "own_samples": augmentation.own_samples,
         "damping": recipe.solver.damping,
         "block_size": recipe.solver.block_size,
+        "quantize": f"int{recipe.integers.bits}" if recipe.integers else None,
+        "group": recipe.integers.group if recipe.integers else IntegerGrid.group,
     }

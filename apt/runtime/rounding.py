@@ -59,3 +59,53 @@ def _packed_nibbles(whole: Tensor) -> Tensor:
     """Integers from −8 to 7 as halves of bytes, the lower half first."""
     padded = torch.nn.functional.pad(whole + 8, (0, len(whole) % 2)).to(torch.uint8).view(-1, 2)
     return padded[:, 0] | (padded[:, 1] << 4)
+
+
+def encode_integers(weight: Tensor, kind: str, group: int) -> tuple[Entry, Parts] | None:
+    """A matrix (out, in) whose kept weights are integers times scales; None if they are not.
+
+    Decoding gives the same bytes. ``apt-prune prune --quantize`` writes such matrices: in each
+    group of columns the largest weight is the scale times one of the largest integers.
+    """
+    scales = _exact_scales(weight, KINDS[kind], group)
+    if scales is None:
+        return None
+    entry, parts = encode(weight)
+    spread = scales.float().repeat_interleave(group, 1)[:, : weight.shape[1]]
+    whole = (weight.float() / spread).round().to(torch.int8)[weight != 0]
+    values = whole if kind == "int8" else _packed_nibbles(whole)
+    exact = replace(entry, values=kind, group=group)
+    return exact, {MASK: parts[MASK], VALUES: values, SCALES: scales}
+
+
+def _exact_scales(weight: Tensor, most: int, group: int) -> Tensor | None:
+    """A scale for each group (out, groups) that gives all its weights exactly; None without one."""
+    rows, columns = weight.shape
+    groups = math.ceil(columns / group)
+    padded = torch.nn.functional.pad(weight, (0, groups * group - columns))
+    parts = padded.view(rows * groups, group)
+    largest = parts.abs().amax(1)
+    scales = torch.where(largest > 0, largest, torch.ones_like(largest))
+    left = (largest > 0).nonzero().squeeze(1)
+    for level in range(most, 0, -1):
+        near = (largest[left].float() / level).to(weight.dtype)
+        for towards in (None, math.inf, 0.0):  # the quotient was rounded: its neighbours too
+            scale = near if towards is None else _next(near, towards)
+            exact = _gives(parts[left], scale, most)
+            scales[left[exact]] = scale[exact]
+            left, near = left[~exact], near[~exact]
+        if not len(left):
+            break
+    return None if len(left) else scales.view(rows, groups)
+
+
+def _gives(weights: Tensor, scales: Tensor, most: int) -> Tensor:
+    """True for each group (groups, group) that is integers times its scale, as it is stored."""
+    wide = scales.float().unsqueeze(1)
+    whole = (weights.float() / wide).round()
+    same = ((whole * wide).to(weights.dtype) == weights) & (whole.abs() <= most)
+    return same.all(1) & (scales > 0)
+
+
+def _next(values: Tensor, towards: float) -> Tensor:
+    return torch.nextafter(values, torch.full_like(values, towards))

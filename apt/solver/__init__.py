@@ -16,6 +16,7 @@ from apt.solver.group_removal import (
     removal_loss,
     removal_order,
 )
+from apt.solver.integers import IntegerGrid, rounded
 from apt.solver.least_squares import Joint, joint_weights
 from apt.solver.loss import relative_layer_error
 from apt.solver.options import EFFORTS, Effort, Solution, SolverOptions
@@ -32,6 +33,7 @@ __all__ = [
     "Gram",
     "GroupChoice",
     "GroupRemoval",
+    "IntegerGrid",
     "Joint",
     "MixedNM",
     "Pattern",
@@ -50,6 +52,7 @@ __all__ = [
     "relative_layer_error",
     "removal_loss",
     "removal_order",
+    "rounded",
     "sm",
     "ss",
 ]

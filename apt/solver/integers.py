@@ -1,0 +1,113 @@
+"""Kept weights rounded to integers, so that later roundings make up for earlier ones."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from apt.solver.precision import full_precision
+
+_SHRINK = torch.linspace(1, 0.6, 17).tolist()  # factors of the scale that are tried
+_BLOCK = 128  # columns between two updates of the gradient of all columns
+
+
+@dataclass(frozen=True)
+class IntegerGrid:
+    """Integers around 0, with a scale for each group of columns of a row.
+
+    Args:
+        bits: 8 or 4.
+        group: the number of columns that share a scale.
+    """
+
+    bits: int
+    group: int = 128
+
+    @property
+    def most(self) -> int:
+        """The largest integer."""
+        return int(2 ** (self.bits - 1)) - 1
+
+
+@full_precision()
+def rounded(
+    weight: Tensor,
+    matrix: Tensor,
+    grid: IntegerGrid,
+    dtype: torch.dtype = torch.float32,
+    passes: int = 4,
+) -> Tensor:
+    """Weights (out, in) that are integers times a scale, with outputs near those of ``weight``.
+
+    Minimises ``tr((Q − W) H (Q − W)ᵀ)`` over the integers by coordinate descent. The first pass
+    starts with the weights as they are and rounds one column after the other, each to the best
+    value given the errors of the columns before it; it is the error feedback of GPTQ (arXiv
+    2210.17323) with the columns behind it unchanged. Each further pass rounds each column again,
+    given all others, and never makes a row worse (as QuantEase, arXiv 2309.01885). Zeros stay.
+
+    Args:
+        weight: ``W`` (out, in) in fp32, with zeros where it is pruned.
+        matrix: the damped Gram matrix ``H`` (in, in).
+        grid: the integers.
+        dtype: the dtype of the scales and of the result as it is stored; the result is in fp32.
+        passes: the number of passes.
+    """
+    kept = weight != 0
+    spread = _scales(weight, matrix.diagonal(), grid, dtype)
+    spread = spread.repeat_interleave(grid.group, 1)[:, : weight.shape[1]]
+    found = weight.clone()
+    for _ in range(passes):
+        _descend(found, weight, matrix, kept, spread, grid.most, dtype)
+    return found
+
+
+def _descend(
+    found: Tensor,
+    weight: Tensor,
+    matrix: Tensor,
+    kept: Tensor,
+    spread: Tensor,
+    most: int,
+    dtype: torch.dtype,
+) -> None:
+    """Round each column once, in place."""
+    gradient = (found - weight) @ matrix
+    diagonal = matrix.diagonal()
+    for start in range(0, weight.shape[1], _BLOCK):
+        block = slice(start, min(start + _BLOCK, weight.shape[1]))
+        before, inside = found[:, block].clone(), matrix[block, block]
+        local = gradient[:, block]
+        for place in range(block.stop - start):
+            column = start + place
+            wanted = found[:, column] - local[:, place] / diagonal[column]
+            scale = spread[:, column]
+            level = (wanted / scale).round().clamp(-most, most)
+            value = (level * scale).to(dtype).float() * kept[:, column]
+            local += (value - found[:, column]).unsqueeze(1) * inside[place]
+            found[:, column] = value
+        if block.stop < weight.shape[1]:
+            rest = slice(block.stop, None)
+            gradient[:, rest] += (found[:, block] - before) @ matrix[block, rest]
+
+
+def _scales(weight: Tensor, diagonal: Tensor, grid: IntegerGrid, dtype: torch.dtype) -> Tensor:
+    """The scale of each group (out, groups), in the stored dtype and then in fp32.
+
+    It is the one with the least squared error, weighted by the diagonal of ``H``, among some from
+    0.6 to 1 times the largest magnitude. It is above 0, for groups without weights as well.
+    """
+    rows, columns = weight.shape
+    groups = math.ceil(columns / grid.group)
+    missing = groups * grid.group - columns
+    parts = torch.nn.functional.pad(weight, (0, missing)).view(rows, groups, grid.group)
+    importance = torch.nn.functional.pad(diagonal, (0, missing)).view(groups, grid.group)
+    whole = (parts.abs().amax(2) / grid.most).clamp_min(1e-30)
+    found, best = whole, torch.full_like(whole, math.inf)
+    for factor in _SHRINK:
+        scale = (whole * factor).to(dtype).float().clamp_min(torch.finfo(dtype).tiny)
+        levels = (parts / scale.unsqueeze(2)).round().clamp(-grid.most, grid.most)
+        error = ((levels * scale.unsqueeze(2) - parts).square() * importance).sum(2)
+        better = error < best
+        found, best = torch.where(better, scale, found), torch.where(better, error, best)
+    return found

@@ -1,0 +1,67 @@
+"""Rounding to integers: the grid, the zeros, and that later columns make up for earlier ones."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from apt.runtime.matrix import decode
+from apt.runtime.rounding import encode_integers
+from apt.solver import IntegerGrid, rounded
+from tests.solver.problems import problem, quadratic_loss, seeds
+
+GRIDS = st.builds(IntegerGrid, st.sampled_from([4, 8]), st.sampled_from([64, 128]))
+
+
+def pruned_problem(seed, out, width, share=0.5):
+    weight, gram = problem(seed, out, width)
+    matrix = gram.damped(0.05).matrix.float()
+    draw = torch.Generator().manual_seed(seed)
+    return weight.float() * (torch.rand(out, width, generator=draw) >= share), matrix
+
+
+def to_nearest(weight, found, grid):
+    """Each weight rounded to the nearest multiple of the scale that was found."""
+    _, parts = encode_integers(found, f"int{grid.bits}", grid.group)
+    spread = parts["scales"].repeat_interleave(grid.group, 1)[:, : weight.shape[1]]
+    return (weight / spread).round().clamp(-grid.most, grid.most) * spread
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    seed=seeds, out=st.integers(1, 12), width=st.integers(1, 200), grid=GRIDS,
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    share=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
+)  # fmt: skip
+def test_the_result_is_integers_times_scales_and_keeps_zeros(seed, out, width, grid, dtype, share):
+    weight, matrix = pruned_problem(seed, out, width, share)
+    found = rounded(weight.to(dtype).float(), matrix, grid, dtype)
+    assert torch.equal(found.to(dtype).float(), found)
+    assert (found[weight == 0] == 0).all()
+    again = encode_integers(found.to(dtype), f"int{grid.bits}", grid.group)
+    assert again is not None  # packing finds the integers again, without being told the scales
+    assert torch.equal(decode(*again), found.to(dtype) + 0)
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=seeds, bits=st.sampled_from([4, 8]))
+def test_a_further_pass_makes_no_row_worse(seed, bits):
+    weight, matrix = pruned_problem(seed, 6, 150)
+    losses = [
+        quadratic_loss(weight, rounded(weight, matrix, IntegerGrid(bits), passes=n), matrix)
+        for n in (1, 2, 3, 5)
+    ]
+    for before, after in pairwise(losses):
+        assert (after <= before * (1 + 1e-4) + 1e-9).all()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_it_is_better_than_the_nearest_integers(bits):
+    weight, matrix = pruned_problem(3, 64, 256)
+    grid = IntegerGrid(bits)
+    found = rounded(weight, matrix, grid)
+    nearest = to_nearest(weight, found, grid)
+    joint, plain = (float(quadratic_loss(weight, each, matrix).sum()) for each in (found, nearest))
+    assert joint < 0.75 * plain
