@@ -306,7 +306,7 @@ def test_rounding_keeps_zeros_and_errs_by_half_a_step_at_most(
     bound = torch.maximum(spread / 2, matrix.abs() - cut) * (1 + 1e-5)
     assert ((found - matrix).abs() <= bound).all()
     plain = matrix.abs().reshape(-1).amax() / KINDS[kind]
-    assert spread.max() <= plain * (1 + 1e-6)
+    assert spread.max() <= plain * (1 + 1e-6) + 1e-29
 
 
 def test_the_scale_is_searched():

@@ -7,19 +7,17 @@ import torch
 from torch import Tensor
 
 from apt.runtime.matrix import MASK, SCALES, VALUES, Entry, Parts, encode
+from apt.solver.integers import IntegerGrid, scales_of
 
-KINDS = {"int8": 127, "int4": 7}
+_BITS = {"int8": 8, "int4": 4}
+KINDS = {kind: IntegerGrid(bits).most for kind, bits in _BITS.items()}
 """The kinds of integers, and the largest magnitude of each."""
-
-_SHRINK = torch.linspace(1, 0.6, 17)  # factors of the scale that are tried for each group
 
 
 def encode_rounded(weight: Tensor, kind: str, group: int) -> tuple[Entry, Parts]:
     """A matrix (out, in) as its bitmask and its kept weights, rounded to the nearest integer.
 
-    Integers are symmetric around 0. The scale of a group is the one with the least squared error
-    among some between 0.6 and 1 times its largest magnitude: a smaller one cuts off the largest
-    weights and is finer for all others.
+    Integers are symmetric around 0, with scales as in `apt.solver.integers.scales_of`.
 
     Args:
         weight: the matrix.
@@ -27,32 +25,14 @@ def encode_rounded(weight: Tensor, kind: str, group: int) -> tuple[Entry, Parts]
         group: the number of columns that share a scale.
     """
     entry, parts = encode(weight)
-    most, kept = KINDS[kind], weight != 0
-    scales = _scales(weight.float(), most, group).to(weight.dtype)
-    spread = scales.float().repeat_interleave(group, 1)[:, : weight.shape[1]]
-    whole = (weight.float() / spread.clamp_min(torch.finfo(torch.float32).tiny)).round()
-    chosen = whole.clamp(-most, most).to(torch.int8)[kept]
+    grid = IntegerGrid(_BITS[kind], group)
+    scales = scales_of(weight.float(), torch.ones(weight.shape[1]), grid, weight.dtype)
+    spread = scales.repeat_interleave(group, 1)[:, : weight.shape[1]]
+    whole = (weight.float() / spread).round().clamp(-grid.most, grid.most)
+    chosen = whole.to(torch.int8)[weight != 0]
     values = chosen if kind == "int8" else _packed_nibbles(chosen)
     rounded = replace(entry, values=kind, group=group)
-    return rounded, {MASK: parts[MASK], VALUES: values, SCALES: scales}
-
-
-def _scales(weight: Tensor, most: int, group: int) -> Tensor:
-    """The scale of each group (out, groups)."""
-    rows, columns = weight.shape
-    groups = math.ceil(columns / group)
-    padded = torch.nn.functional.pad(weight, (0, groups * group - columns))
-    parts = padded.view(rows, groups, group)
-    whole = parts.abs().amax(2) / most
-    best = torch.full_like(whole, math.inf)
-    found = whole.clone()
-    for factor in _SHRINK.tolist():
-        scale = (whole * factor).unsqueeze(2)
-        levels = (parts / scale.clamp_min(torch.finfo(torch.float32).tiny)).round()
-        error = (levels.clamp(-most, most) * scale - parts).square().sum(2)
-        better = error < best
-        found, best = torch.where(better, scale.squeeze(2), found), torch.where(better, error, best)
-    return found
+    return rounded, {MASK: parts[MASK], VALUES: values, SCALES: scales.to(weight.dtype)}
 
 
 def _packed_nibbles(whole: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ def rounded(
         passes: the number of passes.
     """
     kept = weight != 0
-    spread = _scales(weight, matrix.diagonal(), grid, dtype)
+    spread = scales_of(weight, matrix.diagonal(), grid, dtype)
     spread = spread.repeat_interleave(grid.group, 1)[:, : weight.shape[1]]
     found = weight.clone()
     for _ in range(passes):
@@ -91,23 +91,30 @@ def _descend(
             gradient[:, rest] += (found[:, block] - before) @ matrix[block, rest]
 
 
-def _scales(weight: Tensor, diagonal: Tensor, grid: IntegerGrid, dtype: torch.dtype) -> Tensor:
-    """The scale of each group (out, groups), in the stored dtype and then in fp32.
+def scales_of(weight: Tensor, importance: Tensor, grid: IntegerGrid, dtype: torch.dtype) -> Tensor:
+    """The scale of each group (out, groups), rounded to the stored dtype, in fp32.
 
-    It is the one with the least squared error, weighted by the diagonal of ``H``, among some from
-    0.6 to 1 times the largest magnitude. It is above 0, for groups without weights as well.
+    It is the one with the least weighted squared error among some from 0.6 to 1 times the one that
+    reaches the largest weight: a smaller one cuts off the largest weights and is finer for all
+    others. It is above 0, for groups without weights as well.
+
+    Args:
+        weight: the weights (out, in) in fp32.
+        importance: the weight of the error of each column (in,).
+        grid: the integers.
+        dtype: the stored dtype.
     """
     rows, columns = weight.shape
     groups = math.ceil(columns / grid.group)
     missing = groups * grid.group - columns
     parts = torch.nn.functional.pad(weight, (0, missing)).view(rows, groups, grid.group)
-    importance = torch.nn.functional.pad(diagonal, (0, missing)).view(groups, grid.group)
+    weighting = torch.nn.functional.pad(importance, (0, missing)).view(groups, grid.group)
     whole = (parts.abs().amax(2) / grid.most).clamp_min(1e-30)
     found, best = whole, torch.full_like(whole, math.inf)
     for factor in _SHRINK:
         scale = (whole * factor).to(dtype).float().clamp_min(torch.finfo(dtype).tiny)
         levels = (parts / scale.unsqueeze(2)).round().clamp(-grid.most, grid.most)
-        error = ((levels * scale.unsqueeze(2) - parts).square() * importance).sum(2)
+        error = ((levels * scale.unsqueeze(2) - parts).square() * weighting).sum(2)
         better = error < best
         found, best = torch.where(better, scale, found), torch.where(better, error, best)
     return found
