@@ -23,7 +23,7 @@ from apt.recovery.options import RecoverOptions
 from apt.recovery.record import StopRule, Training
 from apt.recovery.teacher import Teacher, write_teacher
 from apt.recovery.trainable import Recovery, Trainable, Unrecovered, next_token_loss
-from apt.recovery.training import train
+from apt.recovery.training import is_mixed, train
 
 DENSE_LOSS = "dense_loss"
 """The key by which the loss of the dense model on the samples held back is remembered."""
@@ -202,13 +202,16 @@ def _amount(model: nn.Module, text: Tensor, held_back: int, job: Job) -> tuple[i
 def _steps_in(model: nn.Module, text: Tensor, held_back: int, job: Job) -> int:
     """The number of steps in the given minutes, from the time of one step."""
     options, given = job.options, text[: job.options.samples_at_once].to(job.device)
-    trainable = Trainable(model.to(job.device))
+    trainable, device = Trainable(model.to(job.device)), torch.device(job.device)
+    mixed = torch.autocast(device.type, torch.bfloat16, is_mixed(model, device))
     for _ in range(2):  # the first one is slower
         started = time.perf_counter()
-        trainable.loss(model, {"input_ids": given}).backward()  # type: ignore[no-untyped-call]
+        with mixed:
+            loss = trainable.loss(model, {"input_ids": given})
+        loss.backward()  # type: ignore[no-untyped-call]
         step = (time.perf_counter() - started) * options.batch / len(given) / job.ranks.size
     model.zero_grad(set_to_none=True)
-    with torch.no_grad():
+    with torch.no_grad(), mixed:
         started = time.perf_counter()
         next_token_loss(model, {"input_ids": given})
         forward = (time.perf_counter() - started) / len(given)

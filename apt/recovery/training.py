@@ -130,6 +130,12 @@ def _optimizer_errors(options: RecoverOptions) -> Iterator[None]:
         ) from error
 
 
+def is_mixed(module: nn.Module, device: torch.device) -> bool:
+    """True if the training of a module computes in bf16: its weights are fp32, and it is faster."""
+    whole = all(p.dtype == torch.float32 for p in module.parameters())
+    return whole and multiplies_bf16(device)
+
+
 def _arguments(
     module: nn.Module,
     options: RecoverOptions,
@@ -140,7 +146,6 @@ def _arguments(
     device: str,
 ) -> TrainingArguments:
     every = max(1, math.ceil(steps / options.checks))
-    whole = all(p.dtype == torch.float32 for p in module.parameters())
     processes = int(torch.distributed.get_world_size()) if _distributed() else 1
     each = max(1, min(options.batch // processes, options.samples_at_once))
     try:
@@ -156,7 +161,7 @@ def _arguments(
             **({_CHECKPOINTING: True} if options.checkpointing else {}),
             optim=options.optimizer,
             max_grad_norm=1.0,
-            bf16=whole and multiplies_bf16(torch.device(device)),
+            bf16=is_mixed(module, torch.device(device)),
             use_cpu=device == "cpu",
             seed=seed % 2**32,  # the range of numpy
             logging_steps=1,
