@@ -10,7 +10,7 @@ from typing import Any
 from typer.main import get_command
 
 import apt
-from apt import adapter, events, hookspecs, solver, testing
+from apt import adapter, events, hookspecs, runtime, solver, testing
 from apt.checkpoints import formats
 from apt.cli import app
 from apt.distributed.ranks import Work
@@ -127,7 +127,7 @@ def api_page() -> str:
         "API",
         "The names below are the public surface: they keep their meaning within a version of the\n"
         "hooks. Everything else is internal. Adapters and plugins: [hooks.md](hooks.md).\n",
-        *(part for module in (apt, solver, testing) for part in _module(module)),
+        *(part for module in (apt, solver, runtime, testing) for part in _module(module)),
     )
 
 

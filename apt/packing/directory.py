@@ -6,7 +6,7 @@ checkpoint.
 """
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from apt.runtime.matrix import MASK, SCALES, VALUES, Entry, Parts, bound, decode
 from apt.runtime.rounding import encode_integers, encode_rounded
 
 _CONFIG = "config.json"
+Change = Callable[[str, Tensor], dict[str, Tensor]]
+"""A function from a tensor and its name to the tensors that take its place."""
 _OPTIONAL = (SCALES,)
 
 
@@ -180,7 +182,7 @@ def _matrix(name: str, entries: Collection[str]) -> str | None:
     return matrix if part in (MASK, VALUES, SCALES) and matrix in entries else None
 
 
-def _rewrite(shards: Shards, directory: Path, target: Path, change: Any) -> None:
+def _rewrite(shards: Shards, directory: Path, target: Path, change: Change) -> None:
     """Write each file of weights with changed tensors, and the index."""
     places: dict[str, str] = {}
     total = 0
