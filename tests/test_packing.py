@@ -360,3 +360,16 @@ def test_a_quantised_run_is_packed_as_integers_without_loss(apt, checkpoint):
         refused = apt("prune", checkpoint("llama"), "--sparsity", 0.6, *arguments, "-o", "x")
         assert refused.code == 2
         assert text in refused.err
+
+
+def test_a_packed_module_that_is_cast_keeps_its_values():
+    entry, parts = encode(torch.randn(6, 300).masked_fill_(torch.rand(6, 300) < 0.6, 0))
+    module = PackedLinear(entry, bias=False)
+    module.load_state_dict({f"weight_{name}": part for name, part in parts.items()})
+    module.prepare()
+    dense, x = module.dense(), torch.randn(3, 300)
+    cast = module.half()
+    assert cast.weight_values.dtype == torch.float32
+    assert torch.equal(cast.dense(), dense)
+    assert torch.allclose(cast(x), x @ dense.T, atol=1e-4)
+    assert torch.equal(cast.weight, dense)

@@ -101,11 +101,17 @@ class PackedLinear(nn.Module):
         return {**parts, **({SCALES: self._scales} if self._scales is not None else {})}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
-        """Move to another device. The values keep their dtype."""
+        """Move to another device. The packed tensors keep their dtypes."""
+        if self._matrix is None:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            return self
+        device = fn(self.weight_values.new_empty(0)).device
+        packed = dict(self._buffers)
+        self._buffers.clear()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self._matrix is not None:
-            self.weight_values = self.weight_values.to(_STORED[self.entry.values])
-            self._build()
+        for name, tensor in packed.items():
+            self._buffers[name] = None if tensor is None else tensor.to(device)
+        self._build()
         return self
 
     @property
