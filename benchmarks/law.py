@@ -3,7 +3,7 @@
 Two sizes (the embedded LLaMA, and a copy of half its size, made by `apt.shrink` and trained towards
 it) are pruned at several rates and recovered. The law is fitted
 
-- to the first 60 % of the tokens of each run, and predicts the losses after that;
+- to the first half of the tokens of each run, and predicts the losses after that;
 - to all runs but those of one rate, and predicts the losses of that rate.
 
 Then a training with ``tokens="auto"`` is compared with the full one::
@@ -30,7 +30,7 @@ from apt.plugin.registry import registry
 from apt.recovery.law import Point, fit_law
 from apt.text.datasets import documents, tokenize, windows
 
-_FIRST = 0.6  # of the tokens of a run: the points that the law is fitted to
+_FIRST = 0.5  # of the tokens of a run: the points that the law is fitted to
 RATES = (0.5, 0.7, 0.8)
 Row = dict[str, Any]
 

@@ -119,9 +119,12 @@ def test_a_smaller_model_is_recovered_by_its_last_layers(apt, checkpoint):
     refused = apt("recover", "small", *TRAIN, "--kind", "spp", "-o", "out")
     assert refused.code == 2
     assert "serves models with zeros" in refused.err
-    done = apt("recover", "small", *TRAIN, "--rate", 1e-2, "-o", "out")
+    dense = ("--dense", checkpoint("llama"), "--rate", 1e-2)
+    usual = apt("recover", "small", *TRAIN, *dense, "-o", "usual")
+    assert usual.code == 0, usual.err
+    assert "kind: distill (default)" in usual.err
+    done = apt("recover", "small", *TRAIN, "--kind", "layers", "--rate", 1e-2, "-o", "out")
     assert done.code == 0, done.err
-    assert "kind: layers (default)" in done.err
     assert "no zeros to keep" in done.out
     assert apt("verify", "out").code == 0
     report = json.loads((Path("out") / "apt_report.json").read_text())

@@ -23,7 +23,7 @@ def recover(
     kind: str | None = typer.Option(
         None, "--kind", metavar="NAME", rich_help_panel=_TRAINING,
         help="spp, lora, layers or distill, or another kind listed by apt-prune methods. By "
-        "default distill; layers for a smaller model.",
+        "default distill.",
     ),
     steps: int | None = typer.Option(
         None, "--steps", metavar="N", rich_help_panel=_TRAINING,

@@ -84,8 +84,7 @@ def prepare_recovery(
     )
     shell = skeleton(source, registry, options.adapter)
     report = {} if source.on_hub or source.gguf else _report_beside(Path(source.location))
-    kind = options.kind or ("layers" if report.get("structure") else "distill")
-    spec = registry.recoveries.get(kind)
+    spec = registry.recoveries.get(options.kind or "distill")
     if spec.zeros and report.get("structure"):
         raise AptError(
             f"recovery {spec.name} serves models with zeros, and {options.model} is a smaller one",
