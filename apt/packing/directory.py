@@ -68,7 +68,7 @@ class Rounding:
     exact: bool = False
 
 
-def linear_tensors(shell: Model, shards: Shards) -> list[str]:
+def linear_tensors(shell: Model, shards: Shards) -> set[str]:
     """The tensors of the weights of all Linear modules.
 
     Raises:
@@ -76,7 +76,7 @@ def linear_tensors(shell: Model, shards: Shards) -> list[str]:
     """
     layout = layout_of(shell, shards)
     names = (f"{n}.weight" for n, m in shell.module.named_modules() if isinstance(m, nn.Linear))
-    return [layout[name][0].key for name in names if name in layout]
+    return {layout[name][0].key for name in names if name in layout}
 
 
 def pack(

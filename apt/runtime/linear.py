@@ -71,7 +71,7 @@ class PackedLinear(nn.Module):
         Raises:
             ValueError: they do not fit the description.
         """
-        # Loading in another dtype casts the values; the stored dtype has all of their bits.
+        # transformers has cast them if the model was loaded in another dtype.
         self.weight_values = self.weight_values.to(_STORED[self.entry.values])
         check_sizes(self.entry, self._parts())
         plain = bitmask(self.entry, self.weight_mask.cpu())
