@@ -5,6 +5,7 @@ import math
 import re
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from apt.recovery.options import RecoverOptions
 from apt.recovery.recover import NotRecoveredError
 from apt.recovery.teacher import divergence, relative_error
 from apt.recovery.trainable import Trainable, next_token_loss, train_only
+from apt.recovery.windows import BlockWindows
 from apt.runs.api import find_adapter
 from tests.families import FAMILIES, random_model, random_tokens
 
@@ -152,6 +154,61 @@ def test_masks_that_move_are_in_the_checkpoints(tmp_path):
     again = library.recover(other, tokens, folder=tmp_path, resume=True, **given)
     assert again.losses == whole.losses
     assert same_zeros(zeros(model), other)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_are_trained_in_turn(kind):
+    model, dense, tokens = pruned()
+    before, blocks, trained = zeros(model), model.model.layers, []
+    start = copy.deepcopy(blocks.state_dict())
+
+    def see(event):
+        if isinstance(event, TrainingStep):
+            trained.append([any(p.requires_grad for p in b.parameters()) for b in blocks])
+
+    options = RecoverOptions(steps=30, checks=30, patience=30, rate=1e-2, hidden=0.1, window=1)
+    best = library.recover(
+        model, tokens, kind=kind, options=options, dense=dense, observe=see
+    ).best  # the model is the one after this step
+    turns = [[index == step // 10 for index in range(3)] for step in range(30)]
+    assert trained == turns
+    after = blocks.state_dict()
+    weights = [name for name in start if name.endswith("gate_proj.weight")]
+    changed = [not torch.equal(start[name], after[name]) for name in weights]
+    assert changed == [best > 10 * index for index in range(3)]
+    assert same_zeros(before, model)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_moments_exist_for_the_window_alone():
+    model, _, _ = pruned()
+    _, adapter = find_adapter(None, model, registry())
+    windows = BlockWindows(model, adapter, 2, steps=4)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for step, expected in enumerate(["01", "01", "2", "2"]):
+        windows.on_step_begin(None, SimpleNamespace(global_step=step), None, optimizer=optimizer)
+        loss_of = next_token_loss(model, {"input_ids": random_tokens()})
+        loss_of.backward()
+        optimizer.step()
+        found = {n for n, p in model.model.layers.named_parameters() if p in optimizer.state}
+        assert "".join(sorted({name.partition(".")[0] for name in found})) == expected
+
+
+def test_a_training_of_blocks_in_turn_continues_with_the_same_losses(tmp_path):
+    options = RecoverOptions(steps=9, checks=9, batch=4, rate=1e-2, window=1, blocks=3)
+    given = {"kind": "layers", "options": options}
+    model, dense, tokens = pruned()
+    whole = library.recover(model, tokens, dense=dense, **given)
+
+    def kill(event):
+        if isinstance(event, TrainingStep) and event.step == 6:
+            raise Killed
+
+    other, _, _ = pruned()
+    with pytest.raises(Killed):
+        library.recover(other, tokens, dense=dense, folder=tmp_path, observe=kill, **given)
+    again = library.recover(other, tokens, dense=dense, folder=tmp_path, resume=True, **given)
+    assert again.losses == whole.losses
 
 
 class Killed(Exception):

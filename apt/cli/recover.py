@@ -1,7 +1,6 @@
 """``apt-prune recover``."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import typer
 
@@ -9,9 +8,6 @@ from apt.cli import arguments as args
 from apt.cli import run_arguments as run
 from apt.errors import AptError
 from apt.runs.limits import check_seed, check_shard_size, check_windows
-
-if TYPE_CHECKING:
-    pass
 
 _TRAINING = "Training"
 
@@ -95,6 +91,11 @@ def recover(
         64, "--top", metavar="N", rich_help_panel=_TRAINING,
         help="Logits of the dense model that distill keeps for each token.",
     ),
+    window: int | None = typer.Option(
+        None, "--window", metavar="N", rich_help_panel=_TRAINING,
+        help="Train N neighbouring blocks at a time, from the first to the last, which needs less "
+        "memory; by default all together.",
+    ),
     calibration: str | None = run.CALIBRATION,
     samples: int | None = typer.Option(
         None, "--samples", metavar="N", rich_help_panel=run.CALIBRATION_GROUP,
@@ -140,7 +141,7 @@ def recover(
 
     wish = RecoverOptions(
         steps, _amount(tokens), minutes, rate, batch, samples_at_once, held_back, checks, patience,
-        optimizer, checkpointing, rank, blocks, move_masks, hidden, top,
+        optimizer, checkpointing, rank, blocks, move_masks, hidden, top, window,
     )  # fmt: skip
     wish.check()
     check_windows(samples, seqlen)

@@ -36,6 +36,8 @@ class RecoverOptions:
         hidden: the weight of the error of the last hidden states, beside that of the logits (kind
             distill).
         top: the number of logits of the dense model that are kept for each token (kind distill).
+        window: the number of neighbouring blocks that are trained at a time, from the first to the
+            last, see `apt.recovery.windows`; None to train all together.
     """
 
     steps: int | None = None
@@ -54,6 +56,7 @@ class RecoverOptions:
     move_masks: bool = False
     hidden: float = 1.0
     top: int = 64
+    window: int | None = None
 
     def check(self) -> None:
         """Raise if an option is out of range.
@@ -76,10 +79,15 @@ class RecoverOptions:
             "rank",
             "blocks",
             "top",
+            "window",
         ):
             value = getattr(self, name)
             if isinstance(value, int) and value < 1:
                 raise AptError(f"{name} is {value}; it must be at least 1", "", (name,))
+        if self.move_masks and self.window is not None:
+            raise AptError(
+                "move_masks and window exclude each other", "choose one", ("move_masks", "window")
+            )
         for name in ("minutes", "rate"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):

@@ -9,21 +9,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from apt.adapter import Adapter
 from apt.adapter.eval_mode import eval_mode
 from apt.checkpoints.masks import Masks, filled, masks_of
 from apt.distributed.ranks import Ranks
-from apt.errors import AptError
+from apt.errors import AptError, first_line
 from apt.events import TrainingObserver
 from apt.plugin.specs import RecoverySpec
 from apt.recovery.moving_masks import MovingMasks
 from apt.recovery.options import RecoverOptions
 from apt.recovery.record import StopRule, Training
 from apt.recovery.teacher import Teacher, write_teacher
-from apt.recovery.trainable import Recovery, Trainable, Unrecovered, next_token_loss
+from apt.recovery.trainable import (
+    Recovery,
+    Trainable,
+    Unrecovered,
+    next_token_loss,
+    train_only,
+)
 from apt.recovery.training import is_mixed, train
+from apt.recovery.windows import BlockWindows, middle_window
 
 DENSE_LOSS = "dense_loss"
 """The key by which the loss of the dense model on the samples held back is remembered."""
@@ -100,16 +109,16 @@ def recover_model(model: nn.Module, tokens: Tensor, job: Job) -> tuple[Training,
     """
     masks = masks_of(model, job.adapter)
     text, held_back = _split(tokens, job.options)
-    with _in_fp32(model):
+    with _in_fp32(model), job.adapter.running(model):
         job.status("preparing")
         steps, text = _amount(model, text, len(held_back), job)
         trainable = _trainable(model, masks, text, held_back, job)
-        with _undone_on_error(model, trainable):
+        with _undone_on_error(model, trainable, job):
             training = train(
                 trainable, masks, text, held_back, job.options, steps, _rate(job),
                 job.folder / "steps", seed=job.seed, device=job.device, resume=job.resume,
-                moving=_moving(model, trainable, masks, steps, job), rules=job.rules,
-                observe=job.observe,
+                moving=_moving(model, trainable, masks, steps, job),
+                windows=_windows(model, steps, job), rules=job.rules, observe=job.observe,
             )  # fmt: skip
             _check_lower(training)
         trainable.merge()
@@ -136,17 +145,31 @@ def _in_fp32(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _undone_on_error(model: nn.Module, trainable: Trainable) -> Iterator[None]:
-    """Restore the model if an exception ends the training."""
-    trained = {p: p.detach().clone() for p in model.parameters() if p.requires_grad}
+def _undone_on_error(model: nn.Module, trainable: Trainable, job: Job) -> Iterator[None]:
+    """Restore the model if an exception ends the training; meanwhile its weights are on disk."""
+    trained = {str(i): p for i, p in enumerate(model.parameters()) if p.requires_grad}
+    before = job.folder / f"before-{job.ranks.rank}.safetensors"
+    try:
+        save_file({name: p.detach().contiguous() for name, p in trained.items()}, before)
+    except (OSError, SafetensorError) as error:
+        raise AptError(f"cannot write {before}: {first_line(error)}", "free some space") from error
     try:
         yield
     except BaseException:
         trainable.undo()
-        for parameter in model.parameters():
-            if parameter in trained:
-                parameter.data.copy_(trained[parameter])
+        with safe_open(before, "pt") as saved:
+            for name, parameter in trained.items():
+                parameter.data.copy_(saved.get_tensor(name))
         raise
+    finally:
+        before.unlink()
+
+
+def _windows(model: nn.Module, steps: int, job: Job) -> BlockWindows | None:
+    """The windows of blocks, if blocks are trained in turn."""
+    if job.options.window is None:
+        return None
+    return BlockWindows(model, job.adapter, job.options.window, steps)
 
 
 def _moving(
@@ -202,6 +225,9 @@ def _amount(model: nn.Module, text: Tensor, held_back: int, job: Job) -> tuple[i
 def _steps_in(model: nn.Module, text: Tensor, held_back: int, job: Job) -> int:
     """The number of steps in the given minutes, from the time of one step."""
     options, given = job.options, text[: job.options.samples_at_once].to(job.device)
+    if options.window is not None:
+        blocks = [block for _, block in job.adapter.blocks(model)]
+        train_only(model, middle_window(blocks, options.window))
     trainable, device = Trainable(model.to(job.device)), torch.device(job.device)
     mixed = torch.autocast(device.type, torch.bfloat16, is_mixed(model, device))
     for _ in range(2):  # the first one is slower
@@ -211,6 +237,7 @@ def _steps_in(model: nn.Module, text: Tensor, held_back: int, job: Job) -> int:
         loss.backward()  # type: ignore[no-untyped-call]
         step = (time.perf_counter() - started) * options.batch / len(given) / job.ranks.size
     model.zero_grad(set_to_none=True)
+    model.requires_grad_(True)
     with torch.no_grad(), mixed:
         started = time.perf_counter()
         next_token_loss(model, {"input_ids": given})

@@ -28,6 +28,7 @@ from apt.recovery.options import RecoverOptions
 from apt.recovery.record import StopRule, Training
 from apt.recovery.recorder import COMPLETE, Recorder
 from apt.recovery.trainable import Trainable, next_token_loss
+from apt.recovery.windows import BlockWindows
 from apt.solver.precision import multiplies_bf16
 
 _WARM_UP = 0.03  # of the steps, as in SPP
@@ -65,6 +66,7 @@ def train(
     device: str = "cpu",
     resume: bool = False,
     moving: MovingMasks | None = None,
+    windows: BlockWindows | None = None,
     rules: tuple[StopRule, ...] = (),
     observe: TrainingObserver = lambda event: None,
 ) -> Training:
@@ -83,13 +85,15 @@ def train(
         device: ``"cpu"``, or a CUDA device.
         resume: True to continue from the last checkpoint in ``folder``.
         moving: the masks, if they move; None if they stay.
+        windows: the windows of blocks, if blocks are trained in turn; None to train all together.
         rules: further rules that end the training early.
         observe: called with the events of the training.
 
     Raises:
         AptError: the optimizer is unknown or not installed.
     """
-    arguments = _arguments(trainable.module, options, steps, rate, folder, seed, device)
+    cycles = {"num_cycles": len(windows)} if windows else {}
+    arguments = _arguments(trainable.module, options, steps, rate, folder, seed, device, cycles)
     training = Training(steps, options.batch * tokens.shape[1])
     recorder = Recorder(training, rules, observe, moving)
     trainer = _Trainer(
@@ -100,6 +104,8 @@ def train(
         callbacks=[recorder, EarlyStoppingCallback(options.patience)],
     )
     trainer.remove_callback(PrinterCallback)
+    if windows is not None:
+        trainer.add_callback(windows)
     trainer.use(trainable)
     handles = _mask_gradients(trainable, masks, recorder)
     last = _last_checkpoint(folder) if resume else None
@@ -144,6 +150,7 @@ def _arguments(
     folder: Path,
     seed: int,
     device: str,
+    cycles: dict[str, int],
 ) -> TrainingArguments:
     every = max(1, math.ceil(steps / options.checks))
     processes = int(torch.distributed.get_world_size()) if _distributed() else 1
@@ -153,7 +160,9 @@ def _arguments(
             output_dir=str(folder),
             max_steps=steps,
             learning_rate=rate,
-            lr_scheduler_type="cosine",
+            lr_scheduler_type="cosine_with_restarts" if cycles else "cosine",
+            lr_scheduler_kwargs=cycles,
+            ddp_find_unused_parameters=bool(cycles) or None,
             warmup_steps=math.ceil(_WARM_UP * steps),
             per_device_train_batch_size=each,
             per_device_eval_batch_size=each,

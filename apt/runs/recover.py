@@ -26,7 +26,7 @@ from apt.events import CheckpointSaved, TrainingEvent, TrainingObserver
 from apt.locations.model_source import find
 from apt.output.card import write_card
 from apt.output.location import check_space
-from apt.output.report import Report, portable, read_report, versions
+from apt.output.report import Report, peak_memory, portable, read_report, versions
 from apt.output.workplace import Workplace, write_errors
 from apt.plugin.registry import Registry
 from apt.plugin.specs import RecoverySpec
@@ -242,7 +242,7 @@ class RecoveryRun:
     def _check_space(self) -> None:
         weights = sum(p.numel() * 4 for p in self._prepared.shell.module.parameters())
         if self._ranks.first and not self._options.resume:
-            check_space(self._options.output, 3 * weights)
+            check_space(self._options.output, 4 * weights)
 
     def _read_text(self) -> tuple[Any, Tensor, Tensor | None]:
         """The tokenizer, the training tokens, and the tokens to measure on."""
@@ -388,6 +388,7 @@ class RecoveryRun:
             DENSE_LOSS: self._known(DENSE_LOSS),
             "scores": scores,
             "seconds": round(time.perf_counter() - self._started, 3),
+            "peak_memory_bytes": peak_memory(),
             "ranks": self._ranks.size,
             "versions": versions(),
             "earlier": earlier.get("recovery", {}),

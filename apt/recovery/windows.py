@@ -1,0 +1,61 @@
+"""Blocks that are trained in turn, a window of neighbouring blocks at a time.
+
+Gradients and moments of the optimizer exist for the blocks of the window alone, as in BAdam (arXiv
+2404.02827). The loss is that of the whole model: the gradient runs from the outputs back to the
+window, and the blocks before it run without gradients.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerState
+
+from apt.adapter import Adapter
+
+
+class BlockWindows(TrainerCallback):  # type: ignore[misc]
+    """The windows of a training, in the order of the blocks.
+
+    Args:
+        model: the model, in which the parameters to be trained require gradients.
+        adapter: the adapter of its family.
+        size: the number of blocks of a window.
+        steps: the number of steps of the training. Each window has as many, to within one.
+    """
+
+    def __init__(self, model: nn.Module, adapter: Adapter, size: int, steps: int) -> None:
+        trained = [found for _, b in adapter.blocks(model) if (found := _trained(b))]
+        self._steps = steps
+        self._windows = [
+            [p for found in trained[start : start + size] for p in found]
+            for start in range(0, len(trained), size)
+        ]
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def on_step_begin(
+        self, args: Any, state: TrainerState, control: Any, *, optimizer: Any, **_: Any
+    ) -> None:
+        """Train the window of this step, and forget the moments of the others."""
+        self._train(state.global_step * len(self) // self._steps, optimizer)
+
+    def _train(self, current: int, optimizer: torch.optim.Optimizer) -> None:
+        for index, window in enumerate(self._windows):
+            for parameter in window:
+                parameter.requires_grad_(index == current)
+                if index != current:
+                    parameter.grad = None
+                    optimizer.state.pop(parameter, None)
+
+
+def middle_window(blocks: Sequence[nn.Module], size: int) -> list[nn.Parameter]:
+    """The parameters of the window in the middle of a model, where a step takes the mean time."""
+    start = max(0, (len(blocks) - size) // 2)
+    return [p for block in blocks[start : start + size] for p in block.parameters()]
+
+
+def _trained(block: nn.Module) -> list[nn.Parameter]:
+    return [p for p in block.parameters() if p.requires_grad]
