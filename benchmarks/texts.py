@@ -1,8 +1,8 @@
 """Write the texts of the benchmarks as files, for the command line.
 
-``calibration.jsonl`` and ``wiki.jsonl`` have summaries of Wikipedia articles, ``fortunes.jsonl``
-quotations and jokes (see ``benchmarks/common.py``). The beginning of the last two is left out: APT's
-defaults were chosen on it::
+``calibration.jsonl`` and ``wiki.jsonl`` have summaries of Wikipedia articles, ``fortunes.jsonl`` has
+quotations and jokes (see ``benchmarks/common.py``). The beginning of the last two is left out,
+because APT's defaults were chosen on it::
 
     python benchmarks/texts.py out/texts
 """
