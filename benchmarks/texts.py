@@ -1,7 +1,7 @@
 """Write the texts of the benchmarks as files, for the command line.
 
-``calibration.jsonl`` and ``wiki.jsonl`` have summaries of Wikipedia articles, and ``fortunes.jsonl``
-has quotations and jokes (see ``benchmarks/common.py``). The beginning of the last two is left out,
+``calibration.jsonl`` and ``wiki.jsonl`` have summaries of Wikipedia articles, ``fortunes.jsonl``
+quotations and jokes (see ``benchmarks/common.py``). The beginning of the last two is left out,
 because APT's defaults were chosen on it::
 
     python benchmarks/texts.py out/texts
