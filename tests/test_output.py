@@ -50,6 +50,58 @@ def test_verbose_adds_steps_and_weights(apt):
     assert "--quiet and --verbose are both given" in apt(*RUN, "-v", "-q").err
 
 
+def events(text):
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_with_json_all_progress_is_events(apt):
+    run = ("zoo:llama", "--calibration", TEXT, "--samples", 2, "--seqlen", 16, "--json")
+    done = apt("prune", *run, "--pattern", "2:4", "--output", "out", "--effort", "fast")
+    assert json.loads(done.out)["output"] == "out"
+    found = events(done.err)
+    kinds = {event["event"] for event in found}
+    assert kinds == {"step", "notice", "site", "block"}
+    blocks = [event for event in found if event["event"] == "block"]
+    assert [(event["block"], event["blocks"]) for event in blocks] == [(n, 4) for n in range(1, 5)]
+    assert [event["done"] for event in blocks] == [0.25, 0.5, 0.75, 1]
+    assert blocks[0]["seconds_left"] > 0
+    sites = [event for event in found if event["event"] == "site"]
+    assert len(sites) == 28
+    assert {"name", "shape", "zeros", "relative_error", "seconds"} <= sites[0].keys()
+    quiet = apt("prune", *run, "--pattern", "0.5", "--output", "quiet", "--quiet")
+    assert not quiet.err
+
+
+@pytest.mark.parametrize(
+    "words", [("prune", "nothing", "--json"), ("eval", "zoo:llama", "--data", "nothing", "--json")]
+)
+def test_with_json_an_error_is_an_event(apt, words):
+    done = apt(*words)
+    assert done.code == 2
+    assert not done.out
+    *_, last = events(done.err)
+    assert last["event"] == "error"
+    assert "nothing" in last["text"]
+
+
+def test_a_recovery_and_a_comparison_tell_events(apt):
+    text = ("--calibration", TEXT, "--seqlen", 16, "--json")
+    rows = apt(
+        "compare", "zoo:llama", *text, "--methods", "magnitude", "--patterns", "2:4",
+        "--samples", 2, "--data", TEXT, "--windows", 2, "--output", "compared",
+    )  # fmt: skip
+    told = [event for event in events(rows.err) if event["event"] == "row"]
+    assert [(event["done"], event["rows"]) for event in told] == [(1, 2), (2, 2)]
+    assert told[1]["row"]["scores"][TEXT.name]["perplexity"] > 1
+    apt("prune", "zoo:llama", *text, "--samples", 2, "--method", "wanda", "--output", "pruned")
+    done = apt(
+        "recover", "pruned", *text, "--kind", "layers", "--steps", 2, "--checks", 2, "--batch", 2
+    )  # fmt: skip
+    steps = [event for event in events(done.err) if event["event"] == "training step"]
+    assert [event["step"] for event in steps] == [1, 2]
+    assert any(event["event"] == "held back" for event in events(done.err))
+
+
 def test_a_log_file_keeps_all_that_is_said(apt):
     apt(*WANDA, "--quiet", "--log-file", "log.txt")
     apt(*WANDA, "--log-file=log.txt")

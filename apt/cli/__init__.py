@@ -137,6 +137,7 @@ def _run(arguments: list[str]) -> None:
         )
     arguments = _global_options_first(arguments)
     _quieten_libraries()
+    _choose_events(arguments)
     try:
         _check_working_directory()
         app(args=[word for word in arguments if word != "--debug"], prog_name=program())
@@ -148,6 +149,14 @@ def _run(arguments: list[str]) -> None:
             raise
         *lines, last = shown.faults
         _fail(*lines, last + flags_of(shown.options))
+
+
+def _choose_events(arguments: list[str]) -> None:
+    """With ``--json``, standard error gets events, from the first error on."""
+    from apt.cli.output import print_events
+
+    options = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    print_events("--json" in options)
 
 
 def _check_working_directory() -> None:
@@ -176,12 +185,11 @@ def _global_options_first(arguments: list[str]) -> list[str]:
 
 
 def _fail(*lines: str) -> None:
-    from apt.cli.output import log
+    from apt.cli.output import error_line
 
     rank = os.environ.get("RANK", "0")  # of the processes that torchrun starts
     for line in (" ".join(line.split()) for line in lines):
-        log.error(line)
-        typer.echo(f"{program()}: " + (f"rank {rank}: {line}" if rank != "0" else line), err=True)
+        typer.echo(error_line(f"rank {rank}: {line}" if rank != "0" else line), err=True)
     raise SystemExit(2)
 
 

@@ -100,7 +100,10 @@ ACTIVATIONS = typer.Option(
     help="Place of the calibration activations: memory (with the model), cpu (beside a GPU), or "
     "disk (with --stream).",
 )  # fmt: skip
-JSON = typer.Option(False, "--json", rich_help_panel="Output", help="Print one JSON object.")
+JSON = typer.Option(
+    False, "--json", rich_help_panel="Output",
+    help="Print one JSON object, and progress and errors as lines of JSON on standard error.",
+)  # fmt: skip
 
 
 def read_pattern(sparsity: str | None, pattern: str | None, per: str | None) -> "Pattern | None":

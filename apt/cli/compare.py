@@ -138,16 +138,20 @@ class _Told:
 
         self._rows.append(row)
         done = len(self._rows)
-        fresh, left = done - self._known, ""
+        fresh, seconds = done - self._known, None
         if fresh > 0 and 1 < done < self._total:  # the dense model takes less time
             each = (time.perf_counter() - self._started) / fresh
-            left = f"  {duration(each * (self._total - done))} left"
+            seconds = each * (self._total - done)
+        left = "" if seconds is None else f"  {duration(seconds)} left"
         figures = (
             f"{metric} {value:.4g} on {text}"
             for text, scores in row["scores"].items()
             for metric, value in scores.items()
         )
-        notice(f"{done}/{self._total}  {row['key']}: {', '.join(figures)}{left}")
+        notice(
+            f"{done}/{self._total}  {row['key']}: {', '.join(figures)}{left}",
+            "row", done=done, rows=self._total, seconds_left=seconds, row=row,
+        )  # fmt: skip
 
 
 def _check_place(output: Path) -> None:

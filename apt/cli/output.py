@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import IntEnum
 from pathlib import Path
@@ -45,6 +45,7 @@ log = logging.getLogger("apt.cli")
 log.propagate = False
 log.addHandler(logging.NullHandler())
 _level = Level.NORMAL
+_events = False
 
 
 def set_up(level: Level, log_file: Path | None) -> None:
@@ -68,29 +69,59 @@ def set_up(level: Level, log_file: Path | None) -> None:
     log.setLevel(logging.INFO)
 
 
-def notice(line: str) -> None:
-    """Print a line beside the results, unless ``--quiet`` is given."""
+def print_events(wanted: bool) -> None:
+    """Choose whether standard error gets events as lines of JSON (``--json``), or text."""
+    global _events
+    _events = wanted
+
+
+def _line(line: str, event: str, fields: Mapping[str, Any]) -> str:
+    """A line of text, or the event with its fields as a line of JSON."""
+    if not _events:
+        return line
+    return json.dumps(json_value({"event": event, **(fields or {"text": line})}), allow_nan=False)
+
+
+def notice(line: str, event: str = "notice", **fields: Any) -> None:
+    """Print a line beside the results, unless ``--quiet`` is given.
+
+    Args:
+        line: the text.
+        event: the name of the event that takes the place of the text with ``--json``.
+        fields: its fields; none to give it the text.
+    """
     log.info(line)
     if _level > Level.QUIET:
-        err.print(line, markup=False)
+        err.print(_line(line, event, fields), markup=False)
+
+
+def error_line(line: str) -> str:
+    """Log a line about an error, and return it as it is printed."""
+    log.error(line)
+    return _line(f"{program()}: {line}", "error", {"text": line})
 
 
 def show_error(line: str) -> None:
     """Print a line about an error, at every level."""
-    log.error(line)
-    err.print(f"{program()}: {line}", markup=False)
+    err.print(error_line(line), markup=False)
 
 
-def show_detail(line: str) -> None:
-    """Print a line if ``--verbose`` is given."""
+def show_detail(line: str, event: str = "step", **fields: Any) -> None:
+    """Print a line if ``--verbose`` is given, and an event with ``--json``; see `notice`."""
     log.info(line)
-    if _level is Level.VERBOSE:
-        err.print(line, markup=False)
+    if _level is Level.VERBOSE or (_events and _level > Level.QUIET):
+        err.print(_line(line, event, fields), markup=False)
+
+
+def show_event(event: str, **fields: Any) -> None:
+    """Print an event that has no text, with ``--json``."""
+    if _events and _level > Level.QUIET:
+        err.print(_line("", event, fields), markup=False)
 
 
 def has_live_display() -> bool:
     """True if standard error is a terminal that may show a changing display."""
-    return err.is_terminal and _level > Level.QUIET
+    return err.is_terminal and _level > Level.QUIET and not _events
 
 
 class StatusLine:

@@ -1,12 +1,13 @@
 """The progress display of a run."""
 
 import time
+from dataclasses import asdict
 from statistics import fmean
 from types import TracebackType
 
 from rich.progress import BarColumn, Progress, TextColumn
 
-from apt.cli.output import duration, err, has_live_display, log, notice, show_detail
+from apt.cli.output import duration, err, has_live_display, notice, show_detail
 from apt.events import BlockStarted, BlockTuned, Event, Working
 from apt.planning.plan import Plan
 
@@ -23,7 +24,8 @@ class RunProgress:
 
     def __init__(self, plan: Plan, notices: list[str]) -> None:
         self._total = sum(site.size for block in plan.blocks for site in block.pruned)
-        self._done, self._block, self._started = 0, "", time.perf_counter()
+        self._done, self._started = 0, time.perf_counter()
+        self._number, self._blocks = 0, 0  # of the current block, from 1, and of all
         self._notices, self._steps = notices, 0
         self._errors: list[float] = []
         self._progress = Progress(
@@ -66,19 +68,24 @@ class RunProgress:
             self._show(event.doing)
             return
         if isinstance(event, BlockTuned):
-            self._show(f"tuned  error {event.before:.4f} → {event.after:.4f}")
+            text = f"tuned  error {event.before:.4f} → {event.after:.4f}"
+            self._show(text)
+            show_detail(f"{event.name}  {text}", "tuned", **asdict(event))
             return
         self._done += event.size
         self._show(f"{event.kind}  error {event.relative_error:.4f}")
         self._errors.append(event.relative_error)
-        show_detail(f"{event.name}  error {event.relative_error:.4f}  {duration(event.seconds)}")
+        show_detail(
+            f"{event.name}  error {event.relative_error:.4f}  {duration(event.seconds)}",
+            "site", **asdict(event),
+        )  # fmt: skip
 
     def _begin_block(self, event: BlockStarted) -> None:
         self._print_notices()
         self._end_block()
         if event.index == 0:
             self._started = time.perf_counter()
-        self._block = f"block {event.index + 1}/{event.blocks}"
+        self._number, self._blocks = event.index + 1, event.blocks
         self._progress.update(self._task, description=self._block, left=self._left())
 
     def _show(self, text: str) -> None:
@@ -88,19 +95,30 @@ class RunProgress:
 
     def _end_block(self) -> None:
         """Print a line for the finished block, unless there is a changing display."""
-        if self._block:
-            error = f"mean error {fmean(self._errors):.4f}" if self._errors else ""
-            line = "  ".join(part for part in (self._block, error, self._left()) if part)
-            (log.info if has_live_display() else notice)(line)
-        self._block, self._errors = "", []
+        if self._number:
+            error = fmean(self._errors) if self._errors else None
+            parts = [self._block, "" if error is None else f"mean error {error:.4f}", self._left()]
+            (show_detail if has_live_display() else notice)(
+                "  ".join(part for part in parts if part),
+                "block", block=self._number, blocks=self._blocks, error=error,
+                done=self._done / self._total, seconds_left=self._seconds_left(),
+            )  # fmt: skip
+        self._number, self._errors = 0, []
 
     def _print_notices(self) -> None:
         for line in self._notices:
             notice(line)
         self._notices.clear()
 
-    def _left(self) -> str:
+    @property
+    def _block(self) -> str:
+        return f"block {self._number}/{self._blocks}"
+
+    def _seconds_left(self) -> float | None:
         if not 0 < self._done < self._total:
-            return ""
-        elapsed = time.perf_counter() - self._started
-        return f"{duration(elapsed * (self._total / self._done - 1))} left"
+            return None
+        return (time.perf_counter() - self._started) * (self._total / self._done - 1)
+
+    def _left(self) -> str:
+        seconds = self._seconds_left()
+        return "" if seconds is None else f"{duration(seconds)} left"

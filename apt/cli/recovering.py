@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 
@@ -16,6 +17,7 @@ from apt.cli.output import (
     out,
     show_detail,
     show_error,
+    show_event,
     show_json,
 )
 from apt.cli.pruning import TerminatedError, sigterm_as_exception
@@ -156,6 +158,7 @@ class RecoveryProgress:
         """Show an event of the training."""
         if isinstance(event, TrainingStep):
             self._first, self._last = self._first or event, event
+            show_event("training step", **asdict(event))
             self._progress.update(
                 self._task, total=event.steps, completed=event.step,
                 description=f"step {event.step}/{event.steps}  loss {event.loss:.3f}  "
@@ -167,7 +170,7 @@ class RecoveryProgress:
             parts = [f"step {event.step}", f"loss on held-back samples {event.loss:.4f}"]
             if self._last is not None:
                 parts.append(self._left())
-            notice("  ".join(part for part in parts if part))
+            notice("  ".join(part for part in parts if part), "held back", **asdict(event))
 
     def _print_notices(self) -> None:
         for line in self._notices:
