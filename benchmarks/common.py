@@ -8,11 +8,13 @@ unpack it anywhere and pass the folder. A third text is the dictionary of comput
 part of APT.
 """
 
+import datetime
 import gzip
 import json
 import platform
 import random
 import re
+import subprocess
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -96,18 +98,29 @@ def sample(tokenizer: Any, texts: list[str], samples: int, seqlen: int, skip: in
 
 
 def save(path: Path | None, rows: list[dict[str, Any]]) -> None:
-    """Write rows, machine and versions as JSON."""
+    """Write rows with the commit, the machine and the versions as JSON."""
     if path is None:
         return
     versions = {m.__name__: m.__version__ for m in (apt, torch, transformers)}
     record = {
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
         "machine": _processor(),
         "threads": torch.get_num_threads(),
-        "versions": versions,
+        "versions": {**versions, "python": platform.python_version()},
         "rows": rows,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def commit() -> str:
+    """The commit of the code, with ``-dirty`` if a file has changed since."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(git, capture_output=True, check=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def _processor() -> str:

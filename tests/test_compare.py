@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from apt.comparing.cells import read_cells
+from apt.comparing.claims import claimed
 from apt.errors import AptError
 from apt.plugin.registry import registry
 from tests.families import TEXT
@@ -80,6 +81,30 @@ def test_a_killed_comparison_continues_and_measures_no_row_twice(apt, checkpoint
     assert "is another comparison" in changed.err
     assert "seed" in changed.err
     assert results()["rows"] == after
+
+
+def test_two_processes_divide_the_rows(checkpoint, tmp_path):
+    command = ("compare", checkpoint("llama"), *SMALL, "--methods", "wanda,ss,mm,admm",
+               "--patterns", "0.5,2:4,0.7", "-o", "out")  # fmt: skip
+    both = [start(tmp_path, *command) for _ in range(2)]
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0]
+    rows = results(tmp_path / "out")["rows"]
+    assert len(rows) == len({row["key"] for row in rows}) == 13
+    table = (tmp_path / "out/comparison.md").read_text()
+    places = [table.index(name) for name in ("dense", "wanda", "ss", "mm", "admm")]
+    assert places == sorted(places)
+
+
+def test_a_row_is_free_again_when_its_process_ends(tmp_path):
+    with claimed(tmp_path, "wanda", wait=False) as mine, claimed(tmp_path, "ss", wait=False) as too:
+        assert mine
+        assert too
+        with claimed(tmp_path, "wanda", wait=False) as other:
+            assert not other
+    with claimed(tmp_path, "wanda", wait=True) as mine:
+        assert mine
 
 
 def test_cells_have_short_names_and_no_doubles():

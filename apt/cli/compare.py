@@ -60,7 +60,8 @@ def compare(
     device: str = args.DEVICE,
     output: Path = typer.Option(
         ..., "--output", "-o", rich_help_panel=run.OUTPUT_GROUP,
-        help="Directory for the results. The same command continues an interrupted comparison.",
+        help="Directory for the results. The same command continues an interrupted comparison; "
+        "several processes with this command divide the rows.",
     ),
     as_json: bool = args.JSON,
 ) -> None:  # fmt: skip
@@ -106,38 +107,35 @@ def compare(
         with status_line("starting") as status:
             grid = Grid(wish, installed, status.update, progress=has_live_display())
             comparison = Comparison(output / RESULTS, grid.setting())
-            comparison.resume()
+            comparison.read()
             output.mkdir(parents=True, exist_ok=True)
-            shown: list[dict[str, Any]] = []
-            grid.run(comparison, _Told(shown, grid.rows, len(comparison.rows)))
+            rows = grid.run(comparison, _Told(grid.rows, len(comparison.rows)))
     except KeyboardInterrupt:
         from apt.cli.streams import program
 
         typer.echo(f"{program()}: interrupted; the same command continues", err=True)
         raise typer.Exit(130) from None
-    _write(output, comparison, shown)
-    _show(output, comparison, shown, as_json=as_json)
+    _write(output, comparison, rows)
+    _show(output, comparison, rows, as_json=as_json)
 
 
 class _Told:
     """Tells of each row as it comes, with the time that is left.
 
     Args:
-        rows: the rows so far; each new one is added.
         total: the number of rows of the comparison.
         known: the number of rows that an earlier run has measured.
     """
 
-    def __init__(self, rows: list[dict[str, Any]], total: int, known: int) -> None:
-        self._rows, self._total, self._known = rows, total, known
+    def __init__(self, total: int, known: int) -> None:
+        self._done, self._total, self._known = 0, total, known
         self._started = time.perf_counter()
 
     def __call__(self, row: dict[str, Any]) -> None:
-        """Add a row, and print a line about it."""
+        """Print a line about a row."""
         from apt.cli.output import duration, notice
 
-        self._rows.append(row)
-        done = len(self._rows)
+        self._done = done = self._done + 1
         fresh, seconds = done - self._known, None
         if fresh > 0 and 1 < done < self._total:  # the dense model takes less time
             each = (time.perf_counter() - self._started) / fresh
@@ -161,7 +159,7 @@ def _check_place(output: Path) -> None:
     if not output.is_dir():
         raise AptError(f"--output {output} is not a directory")
     names = {path.name for path in output.iterdir()}
-    if names and "comparison.json" not in names:
+    if names - {".claims"} and "comparison.json" not in names:
         raise AptError(f"--output {output} has other files", "choose another directory")
 
 

@@ -14,6 +14,7 @@ from apt.checkpoints.load import fingerprint, load, load_tokenizer, skeleton
 from apt.checkpoints.masks import masks_of, sparsity_of
 from apt.checkpoints.model import Model
 from apt.comparing.cells import Cell
+from apt.comparing.claims import claimed
 from apt.errors import AptError, first_line
 from apt.events import Observer
 from apt.locations.model_source import Source, find
@@ -78,8 +79,8 @@ class Comparison:
     setting: dict[str, Any]
     rows: list[Row] = field(default_factory=list)
 
-    def resume(self) -> None:
-        """Read the rows of an earlier run.
+    def read(self) -> None:
+        """Read the rows of earlier runs, and of others that run now.
 
         Raises:
             AptError: the file is damaged, or its rows come from another setting.
@@ -102,13 +103,23 @@ class Comparison:
             )
         self.rows = rows
 
+    @property
+    def folder(self) -> Path:
+        """The folder of the comparison."""
+        return self.path.parent
+
     def known(self, key: str) -> Row | None:
         """The row of a key; None if it is not measured yet."""
         return next((row for row in self.rows if row["key"] == key), None)
 
     def add(self, row: Row) -> None:
-        """Add a row, and write the file."""
-        self.rows.append(row)
+        """Add a row to the file."""
+        with claimed(self.folder, "the file", wait=True):
+            self.read()
+            self.rows.append(row)
+            self._write()
+
+    def _write(self) -> None:
         record = json_value({"setting": self.setting, "rows": self.rows})
         partial = self.path.with_name(f".{self.path.name}")
         partial.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
@@ -181,19 +192,43 @@ class Grid:
         """The number of rows."""
         return 1 + len(self._wish.cells) + len(self._wish.others)
 
-    def run(self, comparison: Comparison, tell: Callable[[Row], None]) -> None:
-        """Measure all rows that are not known yet.
+    def run(self, comparison: Comparison, tell: Callable[[Row], None]) -> list[Row]:
+        """Measure all rows that are not known yet. Processes with one folder divide the rows.
 
         Args:
             comparison: the results; each new row is added to it.
             tell: called with each row, known or new.
+
+        Returns:
+            All rows in order.
         """
-        for key, measure in self._work():
+        work = dict(self._work())
+        waiting = [key for key in work if not self._row(comparison, key, work[key], tell)]
+        for key in waiting:
+            self._status(f"waiting for {key}, which another process measures")
+            self._row(comparison, key, work[key], tell, wait=True)
+        return [row for key in work if (row := comparison.known(key))]
+
+    def _row(
+        self,
+        comparison: Comparison,
+        key: str,
+        measure: Callable[[], Row],
+        tell: Callable[[Row], None],
+        *,
+        wait: bool = False,
+    ) -> bool:
+        """Measure a row if it is not known; False if another process measures it."""
+        with claimed(comparison.folder, key, wait=wait) as mine:
+            comparison.read()
             if (row := comparison.known(key)) is None:
+                if not mine:
+                    return False
                 self._status(f"measuring {key}")
                 row = {"key": key, **measure()}
                 comparison.add(row)
-            tell(row)
+        tell(row)
+        return True
 
     def _work(self) -> Iterable[tuple[str, Callable[[], Row]]]:
         """The key of each row, and the function that measures it."""

@@ -1,0 +1,36 @@
+"""Rows of a comparison that processes divide among themselves.
+
+Each row has a lock file beside the results. The system releases the lock of a process that ends,
+so the row of a killed process is free again.
+"""
+
+import fcntl
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+FOLDER = ".claims"
+
+
+@contextmanager
+def claimed(folder: Path, key: str, *, wait: bool) -> Iterator[bool]:
+    """While entered, no other process measures a row.
+
+    Args:
+        folder: the folder of the comparison.
+        key: the key of the row.
+        wait: True to wait for another process that measures the row.
+
+    Yields:
+        False if another process measures it.
+    """
+    path = folder / FOLDER / hashlib.sha256(key.encode()).hexdigest()[:16]
+    path.parent.mkdir(exist_ok=True)
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
