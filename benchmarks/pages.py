@@ -117,7 +117,7 @@ def tasks(rows: Sequence[Row]) -> str:
         lines.append([
             COLUMNS.get(row["pattern"], row["pattern"]),
             NAMES.get(row["method"], row["method"]),
-            *(f"{100 * one['value']:.0f} ± {100 * one['error']:.0f}" for one in found),
+            *(f"{100 * one['value']:.0f} ± {100 * one['stderr']:.0f}" for one in found),
             f"{100 * mean:.1f}",
             "" if None in changed else f"{100 * sum(changed) / len(changed):.0f}",
         ])  # fmt: skip

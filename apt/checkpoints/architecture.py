@@ -17,7 +17,7 @@ def check_kind(reference: str, config: Any, *, packed: bool = False) -> None:
     Args:
         reference: the user's name for the model.
         config: its configuration, as an object of transformers.
-        packed: True if a packed model will do: it can be measured, but not pruned.
+        packed: True if a packed or quantised model will do: it can be measured, but not pruned.
 
     Raises:
         AptError: its weights are packed or quantised, it is an encoder-decoder, it reads in both
@@ -29,7 +29,7 @@ def check_kind(reference: str, config: Any, *, packed: bool = False) -> None:
         raise AptError(
             f"{reference} is packed, and its weights cannot be changed", "apt-prune unpack it first"
         )
-    if method and method != METHOD:
+    if method and method != METHOD and not packed:
         raise AptError(
             f"{reference} is quantised with {method}, and its weights cannot be pruned",
             "prune the original model, and quantise the result",

@@ -45,7 +45,7 @@ def skeleton(
         source: the model.
         registry: the plugins.
         adapter: the name of an adapter; by default that of the model's type.
-        packed: True if a packed model will do: it can be measured, but not pruned.
+        packed: True if a packed or quantised model will do: it can be measured, but not pruned.
     """
     checkpoint, config = _read_configuration(source, registry)
     if source.gguf is None:  # quantised GGUF weights are converted to plain ones

@@ -29,6 +29,13 @@ def pack(
     group: int = typer.Option(
         128, "--group", metavar="N", help="Columns that share a scale with --quantize."
     ),
+    form: str = typer.Option(
+        "apt",
+        "--format",
+        metavar="NAME",
+        help="apt leaves the zeros out. compressed-tensors keeps them, as integers that vLLM and "
+        "transformers open; it needs --quantize, or a model that was pruned with it.",
+    ),
     overwrite: bool = run.OVERWRITE,
     trust_remote_code: bool = args.REMOTE,
     revision: str | None = args.REVISION,
@@ -44,15 +51,19 @@ def pack(
     from apt.cli.output import notice, out, show_json, status_line
     from apt.packing.directory import Rounding
     from apt.plugin.registry import registry
-    from apt.runs.packing import pack_model
+    from apt.runs.packing import FORMATS, pack_model
+
+    if form not in FORMATS:
+        raise AptError(f"--format {form} is not one of {', '.join(FORMATS)}")
 
     hub = args.read_hub(revision, token, cache_dir)
     source = args.find_model(model, registry(), hub, trust_remote_code=trust_remote_code)
     with status_line("packing"):
         rounding = Rounding(quantize, group) if quantize else None
         done = pack_model(
-            source, output, registry(), notice, rounding=rounding, overwrite=overwrite
-        )
+            source, output, registry(), notice,
+            rounding=rounding, form=form, overwrite=overwrite,
+        )  # fmt: skip
     if as_json:
         show_json({"output": str(output), **vars(done)})
     else:
@@ -60,13 +71,14 @@ def pack(
 
 
 def _summary(output: Path, done: "Packed") -> str:
-    share, above = done.packed_bytes / done.dense_bytes, done.packed_bytes / done.bound_bytes - 1
-    error = ""
+    share, error = f"{done.packed_bytes / done.dense_bytes:.1%}", ""
+    if done.packed_bytes != done.bound_bytes:
+        share += f"; {done.packed_bytes / done.bound_bytes - 1:.2%} above the entropy"
     if done.relative_error:
         error = f"relative rounding error {done.relative_error:.2e}, "
     return (
         f"{output}: {done.matrices} matrices, {done.packed_bytes:,} of {done.dense_bytes:,} bytes "
-        f"({share:.1%}; {above:.2%} above the entropy), {done.total_bytes:,} bytes with the other "
+        f"({share}), {done.total_bytes:,} bytes with the other "
         f"tensors, {error}verified on disk"
     )
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from apt.checkpoints.architecture import quantised_with
 from apt.checkpoints.load import fingerprint, load, load_tokenizer, skeleton
 from apt.checkpoints.masks import masks_of, sparsity_of
 from apt.checkpoints.model import Model
@@ -271,10 +272,10 @@ class Grid:
             self._wish.device,
         )
         check_vocabulary(self._tokens, loaded.module, str(path))
-        sparsity = sparsity_of(masks_of(loaded.module, loaded.adapter))
-        return {
-            "method": path.name, "pattern": "", "sparsity": sparsity, **self._scores(loaded.module)
-        }  # fmt: skip
+        row = {"method": path.name, "pattern": "", **self._scores(loaded.module)}
+        if quantised_with(loaded.config) is None:  # others have no plain weights
+            row["sparsity"] = sparsity_of(masks_of(loaded.module, loaded.adapter))
+        return row
 
     def _scores(self, module: nn.Module) -> Row:
         """The metrics on each text, and the answers to each task."""

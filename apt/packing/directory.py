@@ -109,7 +109,7 @@ def pack(
         dense += tensor.nbytes
         return {f"{name}_{part}": value for part, value in parts.items()}
 
-    _rewrite(shards, directory, target, packed)
+    rewrite(shards, directory, target, packed)
     if not entries:
         raise AptError(
             f"no matrix of {directory} has so many zeros that packing makes it smaller",
@@ -117,7 +117,7 @@ def pack(
         )
     described = {name: entry.record() for name, entry in entries.items()}
     about = {"quant_method": METHOD, "version": VERSION, "matrices": described}
-    _finish(directory, target, {**config, KEY: about})
+    finish(directory, target, {**config, KEY: about})
     written = Shards(target)
     error = _verify(shards, written, entries, rounding)
     sizes = {name: entry.size for name, entry in written.entries.items()}
@@ -154,8 +154,8 @@ def unpack(directory: Path, target: Path) -> int:
             return {}
         return {matrix: read_matrix(shards, matrix, entries[matrix])}
 
-    _rewrite(shards, directory, target, unpacked)
-    _finish(directory, target, {name: v for name, v in config.items() if name != KEY})
+    rewrite(shards, directory, target, unpacked)
+    finish(directory, target, {name: v for name, v in config.items() if name != KEY})
     return len(entries)
 
 
@@ -182,7 +182,7 @@ def _matrix(name: str, entries: Collection[str]) -> str | None:
     return matrix if part in (MASK, VALUES, SCALES) and matrix in entries else None
 
 
-def _rewrite(shards: Shards, directory: Path, target: Path, change: Change) -> None:
+def rewrite(shards: Shards, directory: Path, target: Path, change: Change) -> None:
     """Write each file of weights with changed tensors, and the index."""
     places: dict[str, str] = {}
     total = 0
@@ -204,7 +204,7 @@ def _names(shards: Shards, path: Path) -> Iterator[str]:
     return (name for name, entry in shards.entries.items() if entry.file == path)
 
 
-def _finish(directory: Path, target: Path, config: Mapping[str, Any]) -> None:
+def finish(directory: Path, target: Path, config: Mapping[str, Any]) -> None:
     """Copy all files beside the weights, and write the configuration."""
     copy_files(side_files(directory), directory, target)
     text = json.dumps(config, indent=2) + "\n"

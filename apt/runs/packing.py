@@ -13,11 +13,16 @@ from apt.locations.model_source import Source
 from apt.output.location import check_space
 from apt.output.report import read_report
 from apt.output.workplace import whole_directory, write_errors
+from apt.packing.compressed_tensors import write_compressed_tensors
 from apt.packing.directory import Packed, Rounding, linear_tensors, pack, unpack
 from apt.plugin.registry import Registry
 from apt.runs.prepare import check_place
 from apt.runtime.entries import is_packed, read_entries
 from apt.runtime.rounding import KINDS
+
+COMPRESSED_TENSORS = "compressed-tensors"
+FORMATS = ("apt", COMPRESSED_TENSORS)
+"""The formats of `pack_model`; the first one is the default."""
 
 
 def pack_model(
@@ -27,9 +32,10 @@ def pack_model(
     notice: Callable[[str], None] = lambda line: None,
     *,
     rounding: Rounding | None = None,
+    form: str = FORMATS[0],
     overwrite: bool = False,
 ) -> Packed:
-    """Write a pruned model without its zeros, and verify it on disk.
+    """Write a pruned model without its zeros or as integers, and verify it on disk.
 
     Args:
         source: the model.
@@ -38,6 +44,7 @@ def pack_model(
         notice: called with a line about what is replaced or left out.
         rounding: the rounding of the kept weights; None keeps them as they are, as integers if the
             run that pruned them made such.
+        form: one of `FORMATS`.
         overwrite: True if the output of an earlier run may be replaced.
 
     Raises:
@@ -50,8 +57,18 @@ def pack_model(
     shards = Shards(directory)
     check_space(output, sum(entry.size for entry in shards.entries.values()))
     names = linear_tensors(shell, shards)
+    rounding = rounding or _integers(directory)
+    if form == COMPRESSED_TENSORS and rounding is None:
+        raise AptError(
+            f"{form} stores integers, and {source.reference} was not quantised",
+            "round its weights",
+            ("quantize",),
+        )
     with whole_directory(output, overwrite) as work, write_errors(output):
-        done = pack(directory, names, work.out, rounding or _integers(directory))
+        if form == COMPRESSED_TENSORS and rounding is not None:
+            done = write_compressed_tensors(directory, shell, work.out, rounding)
+        else:
+            done = pack(directory, names, work.out, rounding)
         _copy_report(directory, work.out)
     return done
 

@@ -14,8 +14,8 @@ KINDS = {kind: IntegerGrid(bits).most for kind, bits in _BITS.items()}
 """The kinds of integers, and the largest magnitude of each."""
 
 
-def encode_rounded(weight: Tensor, kind: str, group: int) -> tuple[Entry, Parts]:
-    """A matrix (out, in) as its bitmask and its kept weights, rounded to the nearest integer.
+def nearest_integers(weight: Tensor, kind: str, group: int) -> tuple[Tensor, Tensor]:
+    """The integers (out, in), int8, nearest to a matrix, and their scales (out, groups).
 
     Integers are symmetric around 0, with scales as in `apt.solver.integers.scales_of`.
 
@@ -24,38 +24,55 @@ def encode_rounded(weight: Tensor, kind: str, group: int) -> tuple[Entry, Parts]
         kind: ``int8`` or ``int4``.
         group: the number of columns that share a scale.
     """
-    entry, parts = encode(weight)
     grid = IntegerGrid(_BITS[kind], group)
     scales = scales_of(weight.float(), torch.ones(weight.shape[1]), grid, weight.dtype)
-    spread = scales.repeat_interleave(group, 1)[:, : weight.shape[1]]
-    whole = (weight.float() / spread).round().clamp(-grid.most, grid.most)
-    chosen = whole.to(torch.int8)[weight != 0]
+    whole = (weight.float() / _spread(scales, weight, group)).round().clamp(-grid.most, grid.most)
+    return whole.to(torch.int8), scales.to(weight.dtype)
+
+
+def exact_integers(weight: Tensor, kind: str, group: int) -> tuple[Tensor, Tensor] | None:
+    """The integers and scales that a matrix consists of; None if it does not.
+
+    Integers times scales give the same bytes. ``apt-prune prune --quantize`` writes such matrices:
+    in each group of columns the largest weight is the scale times one of the largest integers.
+    """
+    scales = _exact_scales(weight, KINDS[kind], group)
+    if scales is None:
+        return None
+    whole = (weight.float() / _spread(scales.float(), weight, group)).round()
+    return whole.to(torch.int8), scales
+
+
+def encode_rounded(weight: Tensor, kind: str, group: int) -> tuple[Entry, Parts]:
+    """A matrix (out, in) as its bitmask and its kept weights; see `nearest_integers`."""
+    return _encoded(weight, *nearest_integers(weight, kind, group), kind, group)
+
+
+def encode_integers(weight: Tensor, kind: str, group: int) -> tuple[Entry, Parts] | None:
+    """A matrix as its bitmask and the integers that it consists of; see `exact_integers`."""
+    found = exact_integers(weight, kind, group)
+    return None if found is None else _encoded(weight, *found, kind, group)
+
+
+def _encoded(
+    weight: Tensor, whole: Tensor, scales: Tensor, kind: str, group: int
+) -> tuple[Entry, Parts]:
+    entry, parts = encode(weight)
+    chosen = whole[weight != 0]
     values = chosen if kind == "int8" else _packed_nibbles(chosen)
     rounded = replace(entry, values=kind, group=group)
-    return rounded, {MASK: parts[MASK], VALUES: values, SCALES: scales.to(weight.dtype)}
+    return rounded, {MASK: parts[MASK], VALUES: values, SCALES: scales}
+
+
+def _spread(scales: Tensor, weight: Tensor, group: int) -> Tensor:
+    """The scale of each weight (out, in)."""
+    return scales.repeat_interleave(group, 1)[:, : weight.shape[1]]
 
 
 def _packed_nibbles(whole: Tensor) -> Tensor:
     """Integers from −8 to 7 as halves of bytes, the lower half first."""
     padded = torch.nn.functional.pad(whole + 8, (0, len(whole) % 2)).to(torch.uint8).view(-1, 2)
     return padded[:, 0] | (padded[:, 1] << 4)
-
-
-def encode_integers(weight: Tensor, kind: str, group: int) -> tuple[Entry, Parts] | None:
-    """A matrix (out, in) whose kept weights are integers times scales; None if they are not.
-
-    Decoding gives the same bytes. ``apt-prune prune --quantize`` writes such matrices: in each
-    group of columns the largest weight is the scale times one of the largest integers.
-    """
-    scales = _exact_scales(weight, KINDS[kind], group)
-    if scales is None:
-        return None
-    entry, parts = encode(weight)
-    spread = scales.float().repeat_interleave(group, 1)[:, : weight.shape[1]]
-    whole = (weight.float() / spread).round().to(torch.int8)[weight != 0]
-    values = whole if kind == "int8" else _packed_nibbles(whole)
-    exact = replace(entry, values=kind, group=group)
-    return exact, {MASK: parts[MASK], VALUES: values, SCALES: scales}
 
 
 def _exact_scales(weight: Tensor, most: int, group: int) -> Tensor | None:

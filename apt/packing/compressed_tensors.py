@@ -1,0 +1,182 @@
+"""Dense checkpoints of integers in the format ``pack-quantized`` of compressed-tensors.
+
+vLLM and transformers open them (W4A16 and W8A16). The package compressed-tensors is not needed to
+write them. Zeros stay zeros, but take as many bits as all other integers.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apt.checkpoints.model import Model
+from apt.checkpoints.safetensors_io import Shards
+from apt.checkpoints.tensor_map import layout_of
+from apt.errors import AptError
+from apt.packing.directory import Packed, Rounding, finish, rewrite
+from apt.runtime.entries import KEY, read_config
+from apt.runtime.rounding import exact_integers, nearest_integers
+
+_BITS = {"int4": 4, "int8": 8}
+_PARTS = _PACKED, _SCALE, _SHAPE = "weight_packed", "weight_scale", "weight_shape"
+
+
+def write_compressed_tensors(
+    directory: Path, shell: Model, target: Path, rounding: Rounding
+) -> Packed:
+    """Write a checkpoint with the weights of the blocks' Linear modules as integers.
+
+    Args:
+        directory: the checkpoint.
+        shell: the model, without weights.
+        target: an empty directory.
+        rounding: the kind of integers; with ``exact`` the weights must be integers times scales.
+
+    Raises:
+        AptError: the checkpoint is packed or quantised already, the group does not divide the
+            columns of a matrix, or a matrix does not consist of integers.
+    """
+    config = read_config(directory)
+    if KEY in config:
+        raise AptError(f"{directory} is packed or quantised already")
+    shards = Shards(directory)
+    modules = _linears(shell, shards)
+    _check_group(shards, modules, rounding.group)
+    lost = whole = 0.0
+    dense = 0
+
+    def converted(name: str, tensor: Tensor) -> dict[str, Tensor]:
+        nonlocal lost, whole, dense
+        if name not in modules:
+            return {name: tensor}
+        integers, scales = _integers(name, tensor, rounding)
+        dense += tensor.nbytes
+        found = dequantized(integers, scales, rounding.group)
+        lost += float((found.float() - tensor.float()).square().sum(dtype=torch.float64))
+        whole += float(tensor.float().square().sum(dtype=torch.float64))
+        stem = name.removesuffix("weight")
+        return {
+            f"{stem}{_PACKED}": packed(integers, _BITS[rounding.kind]),
+            f"{stem}{_SCALE}": scales,
+            f"{stem}{_SHAPE}": torch.tensor(tensor.shape),
+        }
+
+    rewrite(shards, directory, target, converted)
+    finish(directory, target, {**config, KEY: _description(shell, modules, rounding)})
+    written = Shards(target)
+    _verify(shards, written, modules, rounding)
+    sizes = {name: entry.size for name, entry in written.entries.items()}
+    parts = sum(size for name, size in sizes.items() if name.rpartition(".")[2] in _PARTS)
+    error = lost / whole if whole else 0.0
+    return Packed(len(modules), dense, parts, parts, sum(sizes.values()), error)
+
+
+def _linears(shell: Model, shards: Shards) -> dict[str, str]:
+    """The Linear modules of the blocks by the tensors of their weights."""
+    layout = layout_of(shell, shards)
+    inside = tuple(f"{name}." for name, _ in shell.adapter.blocks(shell.module))
+    return {
+        layout[f"{name}.weight"][0].key: name
+        for name, module in shell.module.named_modules()
+        if isinstance(module, nn.Linear) and name.startswith(inside) and f"{name}.weight" in layout
+    }
+
+
+def _check_group(shards: Shards, modules: Mapping[str, str], group: int) -> None:
+    """Raise if there is nothing to write, or the group does not divide the columns."""
+    if not modules:
+        raise AptError("the blocks have no torch.nn.Linear modules", "use the format apt")
+    widths = {shards.entries[name].shape[1] for name in modules}
+    if wrong := sorted(width for width in widths if width % group):
+        fitting = next((g for g in (128, 64, 32, 16) if not any(w % g for w in widths)), None)
+        advice = f"use {fitting}" if fitting else "use the format apt"
+        raise AptError(
+            f"group {group} does not divide matrices of {wrong[0]} columns, which "
+            "compressed-tensors needs",
+            advice,
+            ("group",),
+        )
+
+
+def _integers(name: str, tensor: Tensor, rounding: Rounding) -> tuple[Tensor, Tensor]:
+    if not rounding.exact:
+        return nearest_integers(tensor, rounding.kind, rounding.group)
+    found = exact_integers(tensor, rounding.kind, rounding.group)
+    if found is None:
+        raise AptError(
+            f"{name} does not consist of integers times scales",
+            "round it",
+            ("quantize",),
+        )
+    return found
+
+
+def packed(integers: Tensor, bits: int) -> Tensor:
+    """Integers (out, in) of 4 or 8 bits in int32 (out, words), the first one in the lowest bits.
+
+    They are stored with an offset of half their range, so that all are positive.
+    """
+    values = (integers.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8)
+    padded: Tensor = nn.functional.pad(values, (0, -values.shape[1] % (32 // bits)))
+    if bits == 4:
+        padded = padded[:, ::2] | (padded[:, 1::2] << 4)
+    return padded.contiguous().view(torch.int32)
+
+
+def unpacked(words: Tensor, bits: int, columns: int) -> Tensor:
+    """The integers (out, columns), int8, of `packed`."""
+    values = words.contiguous().view(torch.uint8)
+    if bits == 4:
+        values = torch.stack([values & 15, values >> 4], 2).flatten(1)
+    found: Tensor = values[:, :columns].to(torch.int16) - 2 ** (bits - 1)
+    return found.to(torch.int8)
+
+
+def dequantized(integers: Tensor, scales: Tensor, group: int) -> Tensor:
+    """Integers (out, in) times their scales (out, groups), in the dtype of the scales."""
+    found: Tensor = integers * scales.float().repeat_interleave(group, 1)
+    return found.to(scales.dtype)
+
+
+def _description(shell: Model, modules: Mapping[str, str], rounding: Rounding) -> dict[str, Any]:
+    """The ``quantization_config``."""
+    names = set(modules.values())
+    ignored = [
+        name
+        for name, module in shell.module.named_modules()
+        if isinstance(module, nn.Linear) and name not in names
+    ]
+    weights = {
+        "num_bits": _BITS[rounding.kind],
+        "type": "int",
+        "symmetric": True,
+        "strategy": "group",
+        "group_size": rounding.group,
+        "dynamic": False,
+    }
+    scheme = {"targets": ["Linear"], "weights": weights}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": scheme},
+        "ignore": ignored,
+    }
+
+
+def _verify(
+    shards: Shards, written: Shards, modules: Mapping[str, str], rounding: Rounding
+) -> None:
+    """Check the integers and scales on disk against the original."""
+    for name in modules:
+        original = shards.read(name)
+        integers, scales = _integers(name, original, rounding)
+        stem = name.removesuffix("weight")
+        words = written.read(f"{stem}{_PACKED}")
+        found = unpacked(words, _BITS[rounding.kind], original.shape[1])
+        same = torch.equal(found, integers) and torch.equal(written.read(f"{stem}{_SCALE}"), scales)
+        values = dequantized(integers, scales, rounding.group)
+        if not same or (rounding.exact and not torch.equal(values, original)):
+            raise RuntimeError(f"{name} was not written exactly")
