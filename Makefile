@@ -31,9 +31,12 @@ check: lint test
 docs: $(VENV)/.development
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-# Tests of the code for mamba_ssm, with its Python code and stubs for its compiled parts.
+# Tests of the code for mamba_ssm, with its Python code and stubs for its compiled parts, and of the
+# Triton products with packed matrices: compiled for GPUs, and run by Triton's interpreter.
 kernels: $(VENV)/.kernels
 	PYTHONPATH=$(VENV)/kernels OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/kernels
+	PYTHONPATH=$(VENV)/kernels $(BIN)/python -m pytest plugins/apt-kernels/tests/test_gpu.py
+	PYTHONPATH=$(VENV)/kernels TRITON_INTERPRET=1 $(BIN)/python -m pytest plugins/apt-kernels/tests/test_gpu.py
 
 # The tests of the products with packed matrices, with the sanitizers of addresses and of undefined
 # behaviour.

@@ -13,7 +13,7 @@ from apt.runtime.matrix import FLOATS, MASK, SCALES, VALUES, Entry, bitmask, che
 
 _STORED = {**FLOATS, "int8": torch.int8, "int4": torch.uint8}
 _FEW = 8  # vectors up to which a product reads the packed matrix; for more, it is expanded
-_TILE = 2**20  # elements of the expanded rows that are multiplied at a time
+_TILES = {"cpu": 2**20, "cuda": 2**24}  # elements of expanded rows that are multiplied at a time
 _COLUMNS = 64  # groups of the kernels are multiples of it
 
 
@@ -27,6 +27,16 @@ def kernels() -> Any:
     return apt_kernels if apt_kernels.available() else None
 
 
+@lru_cache
+def gpu_matrix() -> Any:
+    """The class of matrices on GPUs of ``apt_kernels``; None without the package or Triton."""
+    try:
+        from apt_kernels.gpu import GpuMatrix
+    except ImportError:
+        return None
+    return GpuMatrix
+
+
 def describe_kernels() -> tuple[str, str]:
     """What multiplies packed matrices on this machine, and how to have it faster."""
     native = kernels()
@@ -38,9 +48,9 @@ def describe_kernels() -> tuple[str, str]:
 class PackedLinear(nn.Module):
     """``x`` times the transposed packed matrix, plus the bias.
 
-    The tensors are loaded as they are stored, and `prepare` checks them. On a processor with the
-    package ``apt-kernels`` a product of a few vectors reads the packed matrix. Otherwise the matrix
-    is expanded for each product, a part of it at a time.
+    The tensors are loaded as they are stored, and `prepare` checks them. With the package
+    ``apt-kernels`` a product of a few vectors reads the packed matrix, on a GPU if Triton is
+    installed. Otherwise the matrix is expanded for each product, a part of it at a time.
 
     Args:
         entry: the description of the matrix.
@@ -82,11 +92,14 @@ class PackedLinear(nn.Module):
     def _build(self) -> None:
         """Make the matrix of the present device, and share its memory."""
         mask, values, scales = self.weight_mask, self.weight_values, self._scales
+        on_gpu, group = values.device.type == "cuda", self.entry.group
+        if on_gpu and (made := gpu_matrix()) is not None:
+            self._matrix = made(self.in_features, mask, values, scales, group)
+            return
         native = kernels() if values.device.type == "cpu" else None
-        if native is None or self.entry.group % _COLUMNS:
+        if native is None or group % _COLUMNS:
             self._matrix = ExpandedMatrix(self.entry, mask, values, scales)
             return
-        group = self.entry.group
         self._matrix = native.Matrix(self.in_features, mask, values, scales, group)
         self.weight_mask = self._matrix.mask
         if self.entry.values != "int4":  # the kernels have them in another order
@@ -139,7 +152,8 @@ class PackedLinear(nn.Module):
 
     def _expanded(self, rows: Tensor) -> Tensor:
         """The product through dense rows of the matrix, a tile at a time."""
-        step = max(1, _TILE // max(1, self.in_features))
+        tile = _TILES.get(rows.device.type, 2**20)
+        step = max(1, tile // max(1, self.in_features))
         found = rows.new_empty(len(rows), self.out_features)
         for first in range(0, self.out_features, step):
             last = min(first + step, self.out_features)

@@ -1,8 +1,10 @@
-"""Packed models on a GPU, where torch expands each matrix."""
+"""Packed models on a GPU: products in Triton, and matrices that torch expands."""
 
 import pytest
 import torch
 
+from apt.runtime import linear
+from apt.runtime.expanded import ExpandedMatrix
 from apt.runtime.linear import PackedLinear
 from apt.runtime.matrix import encode
 from apt.runtime.rounding import encode_rounded
@@ -12,7 +14,12 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 @pytest.mark.parametrize("kind", ["bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("vectors", [1, 33])
-def test_a_packed_module_multiplies_on_a_gpu(kind, vectors):
+@pytest.mark.parametrize("triton", [True, False])
+def test_a_packed_module_multiplies_on_a_gpu(kind, vectors, triton, monkeypatch):
+    if not triton:
+        monkeypatch.setattr(linear, "gpu_matrix", lambda: None)
+    elif linear.gpu_matrix() is None:
+        pytest.skip("needs apt-kernels and triton")
     matrix = torch.randn(256, 1000).bfloat16().masked_fill_(torch.rand(256, 1000) < 0.6, 0)
     entry, parts = encode(matrix) if kind == "bfloat16" else encode_rounded(matrix, kind, 128)
     module = PackedLinear(entry, bias=False)
@@ -20,6 +27,7 @@ def test_a_packed_module_multiplies_on_a_gpu(kind, vectors):
     module.prepare()
     dense = module.dense()
     moved = module.to("cuda")
+    assert isinstance(moved._matrix, ExpandedMatrix) is not triton
     x = torch.randn(vectors, 1000).bfloat16()
     found = moved(x.cuda()).cpu().float()
     expected = x.float() @ dense.float().T
