@@ -10,7 +10,7 @@ KERNELS = causal-conv1d==1.7.0 mamba-ssm==2.3.2.post1 triton==3.7.1
 INSTALL = $(BIN)/pip install --quiet --no-compile
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: demo test lint check docs kernels sanitize template matrix clean
+.PHONY: demo test lint check docs kernels sanitize neon template matrix clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/apt prune --adapter llama --eval builtin --output out/llama-2of4 --overwrite
@@ -42,6 +42,10 @@ kernels: $(VENV)/.kernels
 # behaviour.
 sanitize: $(VENV)/.development
 	.ci/sanitize $(BIN)/python
+
+# The products for ARM, by a cross compiler and an emulator.
+neon:
+	.ci/neon
 
 # A package of the template beside a wheel of APT, in an environment of its own.
 template:

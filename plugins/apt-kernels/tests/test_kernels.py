@@ -1,7 +1,10 @@
 """The products of every instruction set that this processor has, against dense matrices."""
 
 import os
+import subprocess
 import threading
+from pathlib import Path
+from shutil import which
 
 import pytest
 import torch
@@ -162,6 +165,17 @@ def test_a_child_process_has_threads_of_its_own():
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(
+    not (which("aarch64-linux-gnu-g++") and which("qemu-aarch64")),
+    reason="needs a cross compiler and an emulator: g++-aarch64-linux-gnu, qemu-user",
+)
+def test_the_products_for_arm_are_those_in_plain_cpp():
+    script = Path(__file__).parents[3] / ".ci/neon"
+    done = subprocess.run([script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "750 cases, 0 wrong" in done.stdout
 
 
 def test_tensors_that_do_not_fit_are_refused():
