@@ -1,5 +1,6 @@
 """The packed format: exact round trips, hostile files, and models that run from it."""
 
+import copy
 import json
 import random
 import shutil
@@ -16,6 +17,7 @@ import apt.runtime as runtime
 from apt.checkpoints.safetensors_io import Shards
 from apt.errors import AptError
 from apt.packing.directory import pack, unpack
+from apt.runtime.dense import DenseLinear, use_kernels
 from apt.runtime.entries import read_entries
 from apt.runtime.linear import PackedLinear, kernels
 from apt.runtime.matrix import MASK, SCALES, VALUES, Entry, bitmask, bound, decode, encode, places
@@ -106,6 +108,7 @@ def test_a_packed_module_multiplies_as_a_dense_one(native, kind, vectors, monkey
     module.prepare()
     dense, x = decode(entry, parts), torch.randn(vectors, 2, 300)
     assert torch.equal(module.dense(), dense)
+    assert torch.equal(copy.deepcopy(module)(x), module(x))
     expected = torch.nn.functional.linear(x, dense, module.bias)
     assert torch.allclose(module(x), expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
     wide = x.double().requires_grad_()
@@ -373,3 +376,24 @@ def test_a_packed_module_that_is_cast_keeps_its_values():
     assert torch.equal(cast.dense(), dense)
     assert torch.allclose(cast(x), x @ dense.T, atol=1e-4)
     assert torch.equal(cast.weight, dense)
+
+
+@pytest.mark.skipif(kernels() is None, reason="needs apt-kernels with its library")
+def test_a_dense_head_of_a_packed_model_uses_the_kernels():
+    module = torch.nn.Linear(1024, 1100, bias=True).bfloat16().requires_grad_(False)
+    plain = torch.nn.Linear(64, 64).bfloat16()
+    model = torch.nn.Sequential(module, plain)
+    use_kernels(model)
+    assert [type(part) for part in model] == [DenseLinear, torch.nn.Linear]
+    expected = torch.nn.Linear.forward
+    for count in (1, 3, 20):
+        x = torch.randn(2, count, 1024).bfloat16()
+        found, wanted = model[0](x).float(), expected(module, x).float()
+        assert found.shape == wanted.shape
+        assert torch.allclose(found, wanted, rtol=1e-2, atol=1e-2)
+    assert torch.equal(model[0](x[:, :0]), expected(module, x[:, :0]))
+    assert torch.equal(copy.deepcopy(model)[0](x[:, :2]), model[0](x[:, :2]))
+    module.weight.data = torch.zeros_like(module.weight)  # another memory
+    assert torch.equal(model[0](x[:, :2]), module.bias.expand(2, 2, -1))
+    module.float()
+    assert torch.equal(model[0](x[:, :2].float()), expected(module, x[:, :2].float()))

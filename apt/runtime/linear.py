@@ -12,7 +12,7 @@ from apt.runtime.expanded import ExpandedMatrix
 from apt.runtime.matrix import FLOATS, MASK, SCALES, VALUES, Entry, bitmask, check_sizes, decode
 
 _STORED = {**FLOATS, "int8": torch.int8, "int4": torch.uint8}
-_FEW = 8  # vectors up to which a product reads the packed matrix; for more, it is expanded
+FEW = 8  # vectors up to which a product reads the packed matrix; for more, it is expanded
 _TILES = {"cpu": 2**20, "cuda": 2**24}  # elements of expanded rows that are multiplied at a time
 _COLUMNS = 64  # groups of the kernels are multiples of it
 
@@ -127,6 +127,16 @@ class PackedLinear(nn.Module):
         self._build()
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy makes a matrix of its own."""
+        return {**vars(self), "_matrix": None, "_built": self._matrix is not None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        built = state.pop("_built")
+        super().__setstate__(state)
+        if built:
+            self._build()
+
     @property
     def weight(self) -> Tensor:
         """The matrix with its zeros, made anew: some modules read the weight of another one."""
@@ -141,7 +151,7 @@ class PackedLinear(nn.Module):
         """Multiply (…, in) → (…, out)."""
         rows = x.reshape(-1, self.in_features)
         native = not isinstance(self._matrix, ExpandedMatrix)
-        if native and len(rows) <= _FEW and not rows.requires_grad:
+        if native and len(rows) <= FEW and not rows.requires_grad:
             found = self._matrix.product(rows).to(x.dtype)
         else:
             found = self._expanded(rows)

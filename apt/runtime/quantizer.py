@@ -9,6 +9,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from apt.errors import AptError, first_line
+from apt.runtime.dense import use_kernels
 from apt.runtime.entries import METHOD, described_entries
 from apt.runtime.linear import PackedLinear
 from apt.runtime.matrix import Entry
@@ -66,6 +67,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
                     raise AptError(
                         f"{name}.weight is damaged: {first_line(error)}", "pack the model again"
                     ) from error
+        use_kernels(model)
         return model
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:

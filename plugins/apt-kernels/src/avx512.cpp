@@ -138,7 +138,7 @@ void expand_half(const Matrix &m, int64_t first, int64_t last, uint16_t *dense) 
     for (int64_t row = first; row < last; ++row) {
         const uint8_t *place = values + m.offsets[row];
         for (int64_t word = 0; word < m.words; ++word, dense += WORD) {
-            const uint64_t bits = m.mask[row * m.words + word];
+            const uint64_t bits = m.mask[row * m.mask_stride + word];
             const Word16 found(place, bits);
             place += 2 * __builtin_popcountll(bits);
             _mm512_storeu_si512(dense, found.halves[0]);

@@ -32,7 +32,7 @@ void all_rows(const Matrix &m, const uint16_t *x, int64_t first, int64_t last, f
     const uint8_t *values = static_cast<const uint8_t *>(m.values);
     for (int64_t row = first; row < last; ++row) {
         const uint8_t *place = values + m.offsets[row];
-        const uint64_t *mask = m.mask + row * m.words;
+        const uint64_t *mask = m.mask + row * m.mask_stride;
         __m512 sums[batch][2];
         for (int b = 0; b < batch; ++b) sums[b][0] = sums[b][1] = _mm512_setzero_ps();
         for (int64_t word = 0; word < m.words; ++word) {
@@ -79,7 +79,7 @@ void integer_rows(const Matrix &m, const Vectors &x, int64_t begin, int64_t firs
     const __m512i ones = _mm512_set1_epi8(1);
     for (int64_t row = first; row < last; ++row) {
         const uint8_t *place = values + m.offsets[row];
-        const uint64_t *mask = m.mask + row * m.words;
+        const uint64_t *mask = m.mask + row * m.mask_stride;
         __m512 sums[batch];
         for (int b = 0; b < batch; ++b) sums[b] = _mm512_setzero_ps();
         for (int64_t group = 0; group < groups; ++group) {

@@ -14,6 +14,8 @@ constexpr int64_t WORD = 64;
 
 struct Matrix {
     const uint64_t *mask;    // (rows, words); bit j of word w is column 64 w + j; 1 = kept
+    int64_t mask_stride;     // words from a row of the mask to the next: `words`, or 0 if all rows have
+                             // the same mask, as those of a dense matrix
     const void *values;      // the kept values, row by row
     const int64_t *offsets;  // (rows): bytes from `values` to the first value of a row. The kernels may
                              // read 256 bytes behind the last value of a row.

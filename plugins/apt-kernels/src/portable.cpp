@@ -37,7 +37,7 @@ template <class Visit>
 void each_kept(const Matrix &m, int64_t row, Visit visit) {
     const uint8_t *values = static_cast<const uint8_t *>(m.values) + m.offsets[row];
     for (int64_t word = 0; word < m.words; ++word) {
-        uint64_t bits = m.mask[row * m.words + word];
+        uint64_t bits = m.mask[row * m.mask_stride + word];
         int index = 0;
         for (; bits; bits &= bits - 1, ++index) {
             visit(word, __builtin_ctzll(bits), value_at(m.kind, values, index));

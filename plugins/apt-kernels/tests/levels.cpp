@@ -50,7 +50,7 @@ int compare(int kind, int64_t rows, int64_t words, double share, int64_t batch, 
     const int64_t step = whole ? group : 0;
     std::vector<float> scales(step ? rows * ((words + step - 1) / step) : 0);
     for (auto &scale : scales) scale = std::fabs(normal());
-    const apt::Matrix matrix{mask.data(), values.data(), offsets.data(),
+    const apt::Matrix matrix{mask.data(), words, values.data(), offsets.data(),
                              scales.empty() ? nullptr : scales.data(), rows, words, step, kind};
     const int64_t columns = 64 * words;
     std::vector<float> x(batch * columns), one(batch * rows), other(batch * rows);

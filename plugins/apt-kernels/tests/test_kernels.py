@@ -8,7 +8,7 @@ from shutil import which
 
 import pytest
 import torch
-from apt_kernels import LEVEL, LEVELS, Matrix, available
+from apt_kernels import LEVEL, LEVELS, DenseMatrix, Matrix, available
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -176,6 +176,31 @@ def test_the_products_for_arm_are_those_in_plain_cpp():
     done = subprocess.run([script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "750 cases, 0 wrong" in done.stdout
+
+
+@pytest.mark.parametrize("level", HERE)
+@settings(deadline=None, max_examples=15)
+@given(
+    rows=st.integers(1, 70),
+    words=st.integers(1, 9),
+    kind=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+    batch=st.integers(1, 8),
+    seed=st.integers(0, 99),
+)
+def test_a_dense_matrix_stays_in_its_memory(level, rows, words, kind, batch, seed):
+    draw = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, 64 * words, generator=draw).to(kind)
+    matrix = DenseMatrix(weight)
+    matrix.use(level)
+    x = torch.randn(batch, 64 * words, generator=draw).to(kind)
+    expected = x.double() @ weight.double().T
+    size = x.double().abs() @ weight.double().abs().T
+    assert ((matrix.product(x) - expected).abs() / size).max() < 1e-3
+    assert torch.equal(matrix.expand(0, rows), weight.float())
+    for wrong in (weight[:, :-1], weight.t().contiguous().t(), weight.int()):
+        if wrong.shape[1] % 64 or not wrong.is_contiguous() or wrong.dtype == torch.int32:
+            with pytest.raises(ValueError, match="a matrix of"):
+                DenseMatrix(wrong)
 
 
 def test_tensors_that_do_not_fit_are_refused():

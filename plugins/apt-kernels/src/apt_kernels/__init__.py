@@ -1,12 +1,13 @@
 """Products with packed matrices on a processor: the zeros are neither stored nor read.
 
 A packed matrix is a bitmask and the kept values, row by row. `Matrix` multiplies it by a few
-vectors, and expands rows for products with many vectors. The functions are C++, for AVX-512 (VBMI2,
-BF16), AVX2 and any other processor. `LEVEL` is the instruction set of this one.
+vectors, and expands rows for products with many vectors. `DenseMatrix` multiplies a plain matrix.
+The functions are C++, for AVX-512 (VBMI2, BF16), AVX2, NEON and any other processor. `LEVEL` is the
+instruction set of this one.
 """
 
 from apt_kernels.library import LEVEL, LEVELS, available
-from apt_kernels.matrix import Matrix
+from apt_kernels.matrix import DenseMatrix, Matrix
 
-__all__ = ["LEVEL", "LEVELS", "Matrix", "available"]
+__all__ = ["LEVEL", "LEVELS", "DenseMatrix", "Matrix", "available"]
 __version__ = "0.1.0"

@@ -11,7 +11,8 @@ class Fields(ctypes.Structure):
     """``apt::Matrix`` of ``matrix.h``."""
 
     _fields_ = (
-        ("mask", c_void_p), ("values", c_void_p), ("offsets", c_void_p), ("scales", c_void_p),
+        ("mask", c_void_p), ("mask_stride", c_int64), ("values", c_void_p),
+        ("offsets", c_void_p), ("scales", c_void_p),
         ("rows", c_int64), ("words", c_int64), ("group_words", c_int64), ("kind", c_int32),
     )  # fmt: skip
 

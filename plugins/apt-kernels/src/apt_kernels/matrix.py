@@ -13,21 +13,17 @@ _WORD = 64  # columns
 _BEYOND = 256  # bytes that the kernels may read behind the last value
 
 
-class Matrix:
-    """A matrix without its zeros, which multiplies vectors.
+class Kernel:
+    """A matrix (rows, columns) that multiplies vectors, with or without its zeros.
 
     Args:
         columns: the number of columns.
-        mask: the bitmask (rows, ⌈columns / 8⌉) of bytes: bit j of byte b is column 8 b + j, and a
-            one means kept.
-        values: the kept values (kept,), row by row: floats, int8, or for 4-bit integers bytes with
-            two of them, the lower half first, from −8 to 7 with 8 added.
+        mask: the bitmask of all rows in whole words of 64 columns, or of one row that stands for
+            all of them.
+        values: the kept values, row by row.
+        offsets: the bytes before the values of each row (rows,).
         scales: the factors of integers (rows, groups); None for floats.
-        group: the number of columns that share a scale, a multiple of 64.
-
-    Raises:
-        RuntimeError: the library was not compiled.
-        ValueError: the tensors do not fit together.
+        group: the number of columns that share a scale.
     """
 
     def __init__(
@@ -35,37 +31,19 @@ class Matrix:
         columns: int,
         mask: Tensor,
         values: Tensor,
+        offsets: Tensor,
         scales: Tensor | None = None,
         group: int = 0,
     ) -> None:
-        if LIBRARY is None:
-            raise RuntimeError("apt_kernels was installed without a compiler")
-        if values.dtype not in _KINDS or mask.dtype != torch.uint8:
-            raise ValueError(f"values of {values.dtype} with a mask of {mask.dtype}")
-        self.columns, self.rows = columns, mask.shape[0]
-        self._kind, self._level = _KINDS[values.dtype], LEVELS.index(LEVEL)
+        self.columns, self.rows = columns, len(offsets)
         words = -(-columns // _WORD)
-        if mask.shape != (self.rows, -(-columns // 8)):
-            raise ValueError(f"a mask of {tuple(mask.shape)} for {columns} columns")
-        self._mask = _whole_words(mask, words)
-        self._offsets = torch.zeros(self.rows, dtype=torch.int64)
-        size = LIBRARY.apt_offsets(
-            self._mask.data_ptr(), self.rows, words, self._kind, self._offsets.data_ptr()
-        )
-        if self._kind == _INT4:
-            values = _realigned(values, self._mask, size)
-        if values.nbytes != size:
-            raise ValueError(f"{values.nbytes} bytes of values, and the mask keeps {size}")
-        if (self._kind >= 3) != (scales is not None) or group % _WORD:
-            raise ValueError("integers need scales, for groups of a multiple of 64 columns")
-        groups = -(-columns // group) if group else 0
-        if scales is not None and scales.shape != (self.rows, groups):
-            raise ValueError(f"scales of {tuple(scales.shape)} for {groups} groups")
-        self._values = values.contiguous()
-        self._tail = self._moved_tail(size)
+        self._kind, self._level = _KINDS[values.dtype], LEVELS.index(LEVEL)
+        self._mask, self._values, self._offsets = mask, values, offsets
+        self._tail = self._moved_tail(values.nbytes)
         self._scales = None if scales is None else scales.float().contiguous()
         self._fields = Fields(
-            self._mask.data_ptr(), self._values.data_ptr(), self._offsets.data_ptr(),
+            self._mask.data_ptr(), words if len(mask) == self.rows else 0,
+            self._values.data_ptr(), self._offsets.data_ptr(),
             None if self._scales is None else self._scales.data_ptr(),
             self.rows, words, group // _WORD, self._kind,
         )  # fmt: skip
@@ -84,16 +62,6 @@ class Matrix:
         tail[: size - begin] = self._values.view(torch.uint8)[begin:]
         self._offsets[first:] += tail.data_ptr() - self._values.data_ptr() - begin
         return tail
-
-    @property
-    def mask(self) -> Tensor:
-        """The bitmask (rows, ⌈columns / 8⌉)."""
-        return self._mask[:, : -(-self.columns // 8)]
-
-    @property
-    def values(self) -> Tensor:
-        """The kept values, in the order of the kernels."""
-        return self._values
 
     @property
     def nbytes(self) -> int:
@@ -149,6 +117,87 @@ class Matrix:
             int(dtype == torch.bfloat16), torch.get_num_threads(), self._level,
         )  # fmt: skip
         return dense
+
+
+class Matrix(Kernel):
+    """A matrix without its zeros.
+
+    Args:
+        columns: the number of columns.
+        mask: the bitmask (rows, ⌈columns / 8⌉) of bytes: bit j of byte b is column 8 b + j, and a
+            one means kept.
+        values: the kept values (kept,), row by row: floats, int8, or for 4-bit integers bytes with
+            two of them, the lower half first, from −8 to 7 with 8 added.
+        scales: the factors of integers (rows, groups); None for floats.
+        group: the number of columns that share a scale, a multiple of 64.
+
+    Raises:
+        RuntimeError: the library was not compiled.
+        ValueError: the tensors do not fit together.
+    """
+
+    def __init__(
+        self,
+        columns: int,
+        mask: Tensor,
+        values: Tensor,
+        scales: Tensor | None = None,
+        group: int = 0,
+    ) -> None:
+        if LIBRARY is None:
+            raise RuntimeError("apt_kernels was installed without a compiler")
+        if values.dtype not in _KINDS or mask.dtype != torch.uint8:
+            raise ValueError(f"values of {values.dtype} with a mask of {mask.dtype}")
+        rows, words = mask.shape[0], -(-columns // _WORD)
+        if mask.shape != (rows, -(-columns // 8)):
+            raise ValueError(f"a mask of {tuple(mask.shape)} for {columns} columns")
+        whole = _whole_words(mask, words)
+        kind = _KINDS[values.dtype]
+        offsets = torch.zeros(rows, dtype=torch.int64)
+        size = LIBRARY.apt_offsets(whole.data_ptr(), rows, words, kind, offsets.data_ptr())
+        if kind == _INT4:
+            values = _realigned(values, whole, size)
+        if values.nbytes != size:
+            raise ValueError(f"{values.nbytes} bytes of values, and the mask keeps {size}")
+        if (kind >= 3) != (scales is not None) or group % _WORD:
+            raise ValueError("integers need scales, for groups of a multiple of 64 columns")
+        groups = -(-columns // group) if group else 0
+        if scales is not None and scales.shape != (rows, groups):
+            raise ValueError(f"scales of {tuple(scales.shape)} for {groups} groups")
+        super().__init__(columns, whole, values.contiguous(), offsets, scales, group)
+
+    @property
+    def mask(self) -> Tensor:
+        """The bitmask (rows, ⌈columns / 8⌉)."""
+        return self._mask[:, : -(-self.columns // 8)]
+
+    @property
+    def values(self) -> Tensor:
+        """The kept values, in the order of the kernels."""
+        return self._values
+
+
+class DenseMatrix(Kernel):
+    """A dense matrix, which stays in its memory.
+
+    Args:
+        weight: the matrix (rows, columns), contiguous, on the processor, of floats. The number of
+            columns is a multiple of 64.
+
+    Raises:
+        RuntimeError: the library was not compiled.
+        ValueError: the kernels do not serve this matrix.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        if LIBRARY is None:
+            raise RuntimeError("apt_kernels was installed without a compiler")
+        rows, columns = weight.shape
+        if columns % _WORD or not weight.is_contiguous() or not weight.is_floating_point():
+            raise ValueError(f"a matrix of {rows} × {columns} in {weight.dtype}")
+        mask = torch.full((1, columns // 8), 255, dtype=torch.uint8)
+        offsets = torch.arange(rows) * (columns * weight.element_size())
+        super().__init__(columns, mask, weight.detach().view(-1), offsets)
 
 
 def _whole_words(mask: Tensor, words: int) -> Tensor:
