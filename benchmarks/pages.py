@@ -9,7 +9,7 @@ each page has the tables that this script writes::
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from re import DOTALL, Match, sub
+from re import DOTALL, Match, search, sub
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
@@ -183,10 +183,42 @@ TABLES: Mapping[str, tuple[str, Callable[[Sequence[Row]], str]]] = {
 """The file of each table, and the function that writes it."""
 
 
+def results(name: str) -> Row:
+    """A file of the results."""
+    found: Row = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text(encoding="utf-8"))
+    return found
+
+
+def row_of(name: str, **wanted: str) -> Row:
+    """The row of a file with these values."""
+    rows: list[Row] = results(name)["rows"]
+    return next(row for row in rows if all(row.get(k) == v for k, v in wanted.items()))
+
+
+def figures() -> dict[str, str]:
+    """Sentences of README.md with figures, as patterns, and the text that the results give."""
+    plain = row_of("allocation", method="admm", pattern="0.7")["wiki"]
+    auto = row_of("allocation", method="admm/allocation=auto", pattern="0.7")["wiki"]
+    return {
+        r"perplexity of SmolLM2 from [\d.]+ to [\d.]+": (
+            f"perplexity of SmolLM2 from {plain:.1f} to {auto:.1f}"
+        ),
+    }
+
+
+def wrong_figures() -> Iterator[str]:
+    """What README.md says in place of figures of the results."""
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    for pattern, expected in figures().items():
+        found = search(pattern, text)
+        if found is None or found[0] != expected:
+            yield f"README.md: {found[0] if found else pattern}, and the results: {expected}"
+
+
 def rendered(name: str) -> str:
     """A table, and a line with its origin."""
     file, write = TABLES[name]
-    record = json.loads((ROOT / f"benchmarks/results/{file}.json").read_text(encoding="utf-8"))
+    record = results(file)
     threads = "one thread" if record["threads"] == 1 else f"{record['threads']} threads"
     origin = f"{record['machine']}, {threads}, commit {record['commit']}, {record['date']}"
     return f"{write(record['rows'])}\n\n({origin})"
@@ -213,6 +245,8 @@ def main() -> None:
     for path, text in changed():
         path.write_text(text, encoding="utf-8")
         print(path.relative_to(ROOT))
+    if wrong := list(wrong_figures()):
+        raise SystemExit("\n".join(wrong))
 
 
 if __name__ == "__main__":

@@ -111,3 +111,9 @@ def test_the_index_names_every_page():
     text = (ROOT / "docs/index.md").read_text(encoding="utf-8")
     pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"index.md"}
     assert pages <= set(re.findall(r"\]\((\w[\w-]*\.md)\)", text))
+
+
+def test_tables_and_figures_are_those_of_the_results():
+    pages = runpy.run_path(str(ROOT / "benchmarks/pages.py"))
+    assert [path.name for path, _ in pages["changed"]()] == []
+    assert list(pages["wrong_figures"]()) == []
