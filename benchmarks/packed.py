@@ -27,8 +27,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from apt.packing.directory import pack
-from apt.runtime.linear import PackedLinear
+from apt.packing.directory import Rounding, pack
+from apt.runtime.linear import PackedLinear, kernels
 from apt.runtime.matrix import SCALES, VALUES, Entry, encode
 from apt.solver.patterns import lowest, parse_pattern
 
@@ -47,6 +47,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=[*SHAPES], help="of a random model; SmolLM2 without it")
     parser.add_argument("--patterns", nargs="+", default=["0.5", "0.6", "0.7", "2:4"])
+    parser.add_argument("--kinds", nargs="+", default=["bfloat16", "int8"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prompt", type=int, default=64)
@@ -89,16 +90,35 @@ def models(options: argparse.Namespace) -> list[Row]:
             module.weight.data = dense[name].masked_fill(removed(dense[name], pattern), 0)
         pruned = options.work / "pruned"
         model.save_pretrained(pruned)
-        folders.append(options.work / f"packed-{pattern.replace(':', 'of')}")
-        folders[-1].mkdir()
-        pack(pruned, list(linears), folders[-1])
+        for kind in options.kinds:
+            folders.append(options.work / f"{pattern.replace(':', 'of')}-{kind}")
+            folders[-1].mkdir()
+            rounding = None if kind == "bfloat16" else Rounding(kind, GROUP)
+            pack(pruned, list(linears), folders[-1], rounding)
+        shutil.rmtree(pruned)
     command = [
         Path(sys.executable).with_name("apt-prune"), "bench", *folders, "--json", "--batch", "1",
         "--prompt", options.prompt, "--generate", options.generate, "--rounds", options.rounds,
         "--threads", options.threads,
     ]  # fmt: skip
     done = subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE, text=True)
-    return [{"bench": json.loads(done.stdout)}]
+    return [speeds_of(model) for model in json.loads(done.stdout)["models"]]
+
+
+def speeds_of(model: Row) -> Row:
+    """Tokens per second, their ratios to the dense model, and the bytes of a model."""
+    decode, prefill = (
+        model["speeds"][0][f"{name}_tokens_per_second"] for name in ("decode", "prefill")
+    )
+    return {
+        "model": Path(model["model"]).name,
+        "bytes": model["weight_bytes"],
+        "peak": model["peak_memory_bytes"]["cpu"],
+        "decode": decode["median"],
+        "decode ratio": decode["ratio"],
+        "prefill": prefill["median"],
+        "prefill ratio": prefill["ratio"],
+    }
 
 
 def removed(weight: torch.Tensor, pattern: str) -> torch.Tensor:
@@ -139,6 +159,9 @@ def matrices(options: argparse.Namespace, side: int = 4096, count: int = 4) -> l
             lambda w=w: torch._weight_int8pack_mm(x, w, scales) for w in whole
         ],
     }  # fmt: skip
+    if native := kernels():
+        own = [native.DenseMatrix(w) for w in weights]
+        runs["dense bfloat16 (apt-kernels)"] = [lambda m=m: m.product(x).to(x.dtype) for m in own]
     for pattern in ("0", *options.patterns):
         found = [removed(w, pattern) for w in weights]
         for kind in ("bfloat16", "int8", "int4"):
@@ -165,12 +188,10 @@ def main() -> None:
     options = arguments()
     rows = matrices(options) if options.matrices else models(options)
     save(options.json, rows)
-    if not options.matrices:
-        print(json.dumps(rows[0]["bench"], indent=2))
-        return
-    table = Table("run", "ms", "least", "most", "ratio")
+    columns = list(rows[0])
+    table = Table(*columns)
     for row in rows:
-        table.add_row(row["run"], *(f"{row[key]:.3g}" for key in ("ms", "least", "most", "ratio")))
+        table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
     Console().print(table)
 
 
