@@ -31,7 +31,7 @@ from apt.recovery.trainable import (
     next_token_loss,
     train_only,
 )
-from apt.recovery.training import is_mixed, train
+from apt.recovery.training import TrainingPlan, is_mixed, train
 from apt.recovery.windows import BlockWindows, middle_window
 
 DENSE_LOSS = "dense_loss"
@@ -115,8 +115,7 @@ def recover_model(model: nn.Module, tokens: Tensor, job: Job) -> tuple[Training,
         trainable = _trainable(model, masks, text, held_back, job)
         with _undone_on_error(model, trainable, job):
             training = train(
-                trainable, masks, text, held_back, job.options, steps, _rate(job),
-                job.folder / "steps", seed=job.seed, device=job.device, resume=job.resume,
+                trainable, masks, text, held_back, _plan(steps, job),
                 moving=_moving(model, trainable, masks, steps, job),
                 windows=_windows(model, steps, job), rules=job.rules, observe=job.observe,
             )  # fmt: skip
@@ -163,6 +162,13 @@ def _undone_on_error(model: nn.Module, trainable: Trainable, job: Job) -> Iterat
         raise
     finally:
         before.unlink()
+
+
+def _plan(steps: int, job: Job) -> TrainingPlan:
+    folder = job.folder / "steps"
+    return TrainingPlan(
+        job.options, steps, _rate(job), folder, job.seed, job.device, job.resume
+    )  # fmt: skip
 
 
 def _windows(model: nn.Module, steps: int, job: Job) -> BlockWindows | None:

@@ -7,6 +7,7 @@ This module adds the loss, the masks, and the rules by which training ends early
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,19 +53,36 @@ class Samples(Dataset[dict[str, Any]]):
         return {"input_ids": self._tokens[row], "row": row}
 
 
+@dataclass(frozen=True)
+class TrainingPlan:
+    """How long and how fast a model is trained, and where.
+
+    Attributes:
+        options: the options.
+        steps: the number of steps.
+        rate: the highest learning rate.
+        folder: the folder of the checkpoints.
+        seed: the seed for the order of the samples.
+        device: ``"cpu"``, or a CUDA device.
+        resume: True to continue from the last checkpoint in ``folder``.
+    """
+
+    options: RecoverOptions
+    steps: int
+    rate: float
+    folder: Path
+    seed: int = 0
+    device: str = "cpu"
+    resume: bool = False
+
+
 def train(
     trainable: Trainable,
     masks: dict[str, Tensor],
     tokens: Tensor,
     held_back: Tensor,
-    options: RecoverOptions,
-    steps: int,
-    rate: float,
-    folder: Path,
+    plan: TrainingPlan,
     *,
-    seed: int = 0,
-    device: str = "cpu",
-    resume: bool = False,
     moving: MovingMasks | None = None,
     windows: BlockWindows | None = None,
     rules: tuple[StopRule, ...] = (),
@@ -77,13 +95,7 @@ def train(
         masks: the zeros to keep, by parameter; they are moved to the device of the training.
         tokens: the training samples (samples, seqlen).
         held_back: the samples on which the loss is measured (samples, seqlen).
-        options: the options.
-        steps: the number of steps.
-        rate: the highest learning rate.
-        folder: the folder of the checkpoints.
-        seed: the seed for the order of the samples.
-        device: ``"cpu"``, or a CUDA device.
-        resume: True to continue from the last checkpoint in ``folder``.
+        plan: how long and how fast it is trained.
         moving: the masks, if they move; None if they stay.
         windows: the windows of blocks, if blocks are trained in turn; None to train all together.
         rules: further rules that end the training early.
@@ -92,9 +104,9 @@ def train(
     Raises:
         AptError: the optimizer is unknown or not installed.
     """
-    cycles = {"num_cycles": len(windows)} if windows else {}
-    arguments = _arguments(trainable.module, options, steps, rate, folder, seed, device, cycles)
-    training = Training(steps, options.batch * tokens.shape[1])
+    options, folder = plan.options, plan.folder
+    arguments = _arguments(trainable.module, plan, len(windows) if windows else 0)
+    training = Training(plan.steps, options.batch * tokens.shape[1])
     recorder = Recorder(training, rules, observe, moving)
     trainer = _Trainer(
         model=trainable.module,
@@ -108,7 +120,7 @@ def train(
         trainer.add_callback(windows)
     trainer.use(trainable)
     handles = _mask_gradients(trainable, masks, recorder)
-    last = _last_checkpoint(folder) if resume else None
+    last = _last_checkpoint(folder) if plan.resume else None
     recorder.begin(trainer, last)
     if last is not None and moving is not None:
         moving.restore(Path(last))
@@ -142,27 +154,20 @@ def is_mixed(module: nn.Module, device: torch.device) -> bool:
     return whole and multiplies_bf16(device)
 
 
-def _arguments(
-    module: nn.Module,
-    options: RecoverOptions,
-    steps: int,
-    rate: float,
-    folder: Path,
-    seed: int,
-    device: str,
-    cycles: dict[str, int],
-) -> TrainingArguments:
+def _arguments(module: nn.Module, plan: TrainingPlan, windows: int) -> TrainingArguments:
+    """The arguments of the Trainer; with windows of blocks, their number."""
+    options, steps = plan.options, plan.steps
     every = max(1, math.ceil(steps / options.checks))
     processes = int(torch.distributed.get_world_size()) if _distributed() else 1
     each = max(1, min(options.batch // processes, options.samples_at_once))
     try:
         return TrainingArguments(
-            output_dir=str(folder),
+            output_dir=str(plan.folder),
             max_steps=steps,
-            learning_rate=rate,
-            lr_scheduler_type="cosine_with_restarts" if cycles else "cosine",
-            lr_scheduler_kwargs=cycles,
-            ddp_find_unused_parameters=bool(cycles) or None,
+            learning_rate=plan.rate,
+            lr_scheduler_type="cosine_with_restarts" if windows else "cosine",
+            lr_scheduler_kwargs={"num_cycles": windows} if windows else {},
+            ddp_find_unused_parameters=True if windows else None,
             warmup_steps=math.ceil(_WARM_UP * steps),
             per_device_train_batch_size=each,
             per_device_eval_batch_size=each,
@@ -170,9 +175,9 @@ def _arguments(
             **({_CHECKPOINTING: True} if options.checkpointing else {}),
             optim=options.optimizer,
             max_grad_norm=1.0,
-            bf16=is_mixed(module, torch.device(device)),
-            use_cpu=device == "cpu",
-            seed=seed % 2**32,  # the range of numpy
+            bf16=is_mixed(module, torch.device(plan.device)),
+            use_cpu=plan.device == "cpu",
+            seed=plan.seed % 2**32,  # the range of numpy
             logging_steps=1,
             eval_strategy="steps",
             eval_steps=every,
@@ -183,7 +188,7 @@ def _arguments(
             metric_for_best_model="eval_loss",
             greater_is_better=False,
             remove_unused_columns=False,
-            dataloader_pin_memory=device != "cpu",
+            dataloader_pin_memory=plan.device != "cpu",
             report_to=[],
             disable_tqdm=True,
             log_level="error",
