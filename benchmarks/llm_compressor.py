@@ -67,7 +67,7 @@ def other(python: Path, work: Path, modifier: str, pattern: str) -> tuple[Model,
     command = [python, WORKER, work, output, modifier, pattern, str(torch.get_num_threads())]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     told = json.loads(done.stdout.splitlines()[-1])
-    loaded = load(skeleton(find(str(output), registry()), registry()))
+    loaded = load(skeleton(find(str(output), registry()), registry(), packed=True))
     return loaded, told["seconds"], told["version"]
 
 

@@ -14,8 +14,8 @@ from transformers import (
 import apt.evaluation.logits
 from apt.checkpoints.load import skeleton
 from apt.evaluation.blockwise import streamed
-from apt.evaluation.logits import parts_of_logits
-from apt.evaluation.metrics import accuracy, perplexity
+from apt.evaluation.logits import kept_states, parts_of_logits
+from apt.evaluation.metrics import accuracy, agreement, divergence, perplexity
 from apt.locations.model_source import find
 from apt.planning.plan import make_plan
 from apt.plugin.registry import registry
@@ -152,3 +152,36 @@ def test_the_estimate_counts_measuring_and_writing(monkeypatch):
     large = needs()
     assert large.predicting > 2**30
     assert large.memory > large.process + large.weights + 2**30
+
+
+def test_metrics_share_the_states_of_a_model():
+    model, dense = random_model("llama"), random_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.1)
+    tokens = random_tokens(4, 24)
+    metrics = (perplexity, accuracy), (divergence, agreement)
+    alone = [m(model, tokens) for m in metrics[0]] + [m(model, tokens, dense) for m in metrics[1]]
+    runs = []
+    for name, found in (("model", model), ("dense", dense)):
+        found.model.layers[0].register_forward_hook(lambda *_, n=name: runs.append(n))
+    with kept_states(dense), kept_states(model):
+        shared = [m(model, tokens) for m in metrics[0]]
+        shared += [m(model, tokens, dense) for m in metrics[1]]
+        assert runs == ["model", "dense"]
+        assert perplexity(model, tokens[:2]) != shared[0]  # other tokens
+    assert shared == alone
+    assert len(runs) == 3
+    perplexity(model, tokens)
+    assert len(runs) == 4
+
+
+def test_states_are_kept_up_to_a_limit(monkeypatch):
+    four_samples = 4 * 24 * 32 * 4
+    monkeypatch.setattr(apt.evaluation.logits, "MOST_STATES", four_samples)
+    model, runs = random_model("llama"), []
+    model.model.layers[0].register_forward_hook(lambda *_: runs.append(1))
+    first, second = random_tokens(4, 24), random_tokens(4, 24, seed=1)
+    with kept_states(model):
+        for tokens in (first, second, first, second):
+            perplexity(model, tokens)
+    assert len(runs) == 3

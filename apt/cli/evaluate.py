@@ -173,11 +173,16 @@ def _measured(
     status: "StatusLine",
 ) -> dict[str, float]:
     """The metrics of the first model, some of them beside the dense one."""
+    from apt.evaluation import kept_states
+
     values = {}
-    for spec in measures:
-        status.update(f"measuring {spec.name} on {text.tokens.numel():,} tokens")
-        beside = models[1:] if spec.dense else []
-        values[spec.name] = float(spec.load()(models[0], text.tokens, *beside))
+    with ExitStack() as stack:
+        for model in models if len(measures) > 1 else ():
+            stack.enter_context(kept_states(model))
+        for spec in measures:
+            status.update(f"measuring {spec.name} on {text.tokens.numel():,} tokens")
+            beside = models[1:] if spec.dense else []
+            values[spec.name] = float(spec.load()(models[0], text.tokens, *beside))
     return values
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from apt.checkpoints.model import Model
 from apt.comparing.cells import Cell
 from apt.comparing.claims import claimed
 from apt.errors import AptError, first_line
+from apt.evaluation import kept_states
 from apt.events import Observer
 from apt.locations.model_source import Source, find
 from apt.output.json_values import json_value
@@ -204,10 +206,11 @@ class Grid:
             All rows in order.
         """
         work = dict(self._work())
-        waiting = [key for key in work if not self._row(comparison, key, work[key], tell)]
-        for key in waiting:
-            self._status(f"waiting for {key}, which another process measures")
-            self._row(comparison, key, work[key], tell, wait=True)
+        with self._shared(self._dense.module):
+            waiting = [key for key in work if not self._row(comparison, key, work[key], tell)]
+            for key in waiting:
+                self._status(f"waiting for {key}, which another process measures")
+                self._row(comparison, key, work[key], tell, wait=True)
         return [row for key in work if (row := comparison.known(key))]
 
     def _row(
@@ -277,10 +280,14 @@ class Grid:
             row["sparsity"] = sparsity_of(masks_of(loaded.module, loaded.adapter))
         return row
 
+    def _shared(self, module: nn.Module) -> AbstractContextManager[None]:
+        """While entered, several metrics share the states of a model."""
+        return kept_states(module) if len(self._wish.metrics) > 1 else nullcontext()
+
     def _scores(self, module: nn.Module) -> Row:
         """The metrics on each text, and the answers to each task."""
         found: dict[str, dict[str, float]] = {}
-        with self._dense.adapter.running(module):
+        with self._dense.adapter.running(module), self._shared(module):
             for name, tokens in self._held_out.items():
                 scores = found[portable(name)] = {}
                 for metric in self._wish.metrics:

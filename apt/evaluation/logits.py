@@ -7,6 +7,7 @@ the states each time.
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 PART = 2**26  # bytes of logits in a part; more only if those of one token are more
+MOST_STATES = 2**30  # bytes of the states that are kept of one model
 COPIES = 4  # copies of a part's logits: the original, in fp32, and intermediate results
 _FP32 = 4
 
@@ -27,17 +29,37 @@ def parts_of_logits(model: nn.Module, tokens: Tensor) -> Iterator[Tensor]:
         model: a causal language model of transformers.
         tokens: token ids (samples, seqlen).
     """
-    recorded = _BodyOutput(len(tokens), tokens.shape[1])
-    with recorded.watching(model):
-        logits = _logits(model, tokens)
-    if recorded.body is None:
-        yield logits
-        return
-    length = max(1, PART // (_FP32 * logits.shape[0] * logits.shape[2]))
-    del logits
+    kept = next((found for found in _kept.get() if found.model is model), None)
+    recorded = None if kept is None else kept.find(tokens)
+    if recorded is None:
+        recorded = _BodyOutput(len(tokens), tokens.shape[1])
+        with recorded.watching(model):
+            logits = _logits(model, tokens)
+        if recorded.body is None:
+            yield logits
+            return
+        recorded.vocabulary = logits.shape[2]
+        del logits
+        if kept is not None:
+            kept.add(tokens, recorded)
+    assert recorded.body is not None
+    length = max(1, PART // (_FP32 * len(tokens) * recorded.vocabulary))
     for states in torch.split(recorded.states, length, dim=1):
         with _forward(recorded.body, lambda *args, s=states, **kwargs: recorded.given(s)):
             yield _logits(model, tokens)
+
+
+@contextmanager
+def kept_states(model: nn.Module) -> Iterator[None]:
+    """Inside the context, the body of ``model`` runs once on the same tokens.
+
+    Several metrics then share its states, up to `MOST_STATES` bytes. The model must not change.
+    """
+    token = _kept.set((*_kept.get(), _KeptStates(model)))
+    try:
+        yield
+    finally:
+        _kept.reset(token)
 
 
 def part_bytes(vocabulary: int, samples: int, seqlen: int) -> int:
@@ -60,6 +82,7 @@ class _BodyOutput:
         body: the outermost module that returns states; None if no module does.
         output: its output.
         inside: True during the forward of a body.
+        vocabulary: the number of logits of a token.
     """
 
     samples: int
@@ -67,6 +90,7 @@ class _BodyOutput:
     body: nn.Module | None = None
     output: Any = None
     inside: bool = False
+    vocabulary: int = 0
 
     @property
     def states(self) -> Tensor:
@@ -109,6 +133,32 @@ class _BodyOutput:
         named = is_dataclass(output) and hasattr(output, "last_hidden_state")
         first: Any = output[0] if named or isinstance(output, tuple) else None
         return isinstance(first, Tensor) and first.shape[:2] == (self.samples, self.seqlen)
+
+
+class _KeptStates:
+    """The outputs of the body of one model, by the tokens."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._found: dict[tuple[torch.Size, bytes], _BodyOutput] = {}
+        self._bytes = 0
+
+    def find(self, tokens: Tensor) -> _BodyOutput | None:
+        """The output of a run on these tokens; None if there was none."""
+        return self._found.get(_key(tokens))
+
+    def add(self, tokens: Tensor, recorded: _BodyOutput) -> None:
+        """Keep the output of a run, if there is room."""
+        if self._bytes + recorded.states.nbytes <= MOST_STATES:
+            self._bytes += recorded.states.nbytes
+            self._found[_key(tokens)] = recorded
+
+
+_kept: ContextVar[tuple[_KeptStates, ...]] = ContextVar("kept states", default=())
+
+
+def _key(tokens: Tensor) -> tuple[torch.Size, bytes]:
+    return tokens.shape, tokens.cpu().numpy().tobytes()
 
 
 def _bodies(model: nn.Module) -> list[nn.Module]:

@@ -81,12 +81,15 @@ def _mean_difference(
     model: nn.Module, tokens: Tensor, dense: nn.Module, measure: Callable[[Tensor, Tensor], Tensor]
 ) -> float:
     """The mean of ``measure`` over tokens, of the logits (n, vocabulary) of both models."""
-    device, total = next(model.parameters()).device, 0.0
+    device, total, last = next(model.parameters()).device, 0.0, tokens.shape[1] - 1
     with eval_mode(model), eval_mode(dense):
-        for batch in torch.split(tokens[:, :-1], windows_at_once(tokens.shape[1])):
-            for logits, expected in _pairs(model, dense, batch.to(device)):
-                total += float(measure(logits.flatten(0, 1), expected.flatten(0, 1)))
-    return total / (tokens.shape[0] * (tokens.shape[1] - 1))
+        for batch in torch.split(tokens, windows_at_once(tokens.shape[1])):
+            place = 0
+            for pair in _pairs(model, dense, batch.to(device)):
+                logits, expected = (part[:, : max(0, last - place)].flatten(0, 1) for part in pair)
+                place += pair[0].shape[1]
+                total += float(measure(logits, expected))
+    return total / (tokens.shape[0] * last)
 
 
 def _pairs(model: nn.Module, dense: nn.Module, batch: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
