@@ -17,10 +17,11 @@ from apt.benchmark.measures import Facts, Result, Speed, Turn, ratios, spread
 from apt.benchmark.options import Setting, Work
 from apt.benchmark.rounds import _order
 from apt.benchmark.worker import Fault, Turns, fault, serve
-from apt.cli.bench_summary import show_results
+from apt.cli.bench_summary import PaysFrom, show_results
 from apt.errors import AptError
 from apt.locations.model_source import find
 from apt.plugin.registry import registry
+from apt.runtime.linear import kernels
 from tests.families import CONFIGS, random_model
 from tests.processes import start
 
@@ -135,10 +136,33 @@ def test_the_table_has_medians_ranges_and_ratios(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].split() == ["pruned", "8", "1,000", "1.00", "25", "(20–30)", "1.75",
                                 "(1.50–2.00)"]  # fmt: skip
-    assert lines[-1] == (
+    assert lines[-2] == (
         "median (smallest–largest) of 2 rounds; 512 tokens of prompt, 64 generated; "
         "on cpu (2 threads)"
     )
+    assert lines[-1] == "pruned is not faster than dense in: prefill of 8 sequences"
+
+
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [(None, "are not faster"), (0.0, "with any share of zeros"), (0.3, "from 30% zeros on")],
+)
+def test_it_says_from_where_on_packing_pays(share, text, capsys):
+    found = [result("dense", 10, 20), result("packed", 20, 30)]
+    show_results(Work(batches=(8,)), found, PaysFrom(share), as_json=False)
+    assert text in capsys.readouterr().out.splitlines()[-1]
+    show_results(Work(batches=(8,)), found, PaysFrom(share), as_json=True)
+    assert json.loads(capsys.readouterr().out)["packed_pays_from"] == share
+
+
+def test_a_packed_model_is_measured_beside_the_break_even(apt):
+    words = ("--sparsity", 0.7, "--method", "magnitude", "--samples", 2, "--seqlen", 16)
+    assert apt("prune", "zoo:llama", *words, "--pack", "packed", "-o", "pruned").code == 0
+    run = apt("bench", "pruned", "packed", *LITTLE, "--batch", 1, "--rounds", 1, "--json")
+    assert run.code == 0, run.err
+    share = json.loads(run.out)["packed_pays_from"]
+    assert share in {None, *(n / 10 for n in range(10))}
+    assert share is None or kernels() is not None
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,16 @@
 """``apt-prune bench``."""
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import typer
 
 from apt.benchmark.options import Setting, Work
 from apt.cli import arguments as args
 from apt.cli.streams import program
+
+if TYPE_CHECKING:
+    from apt.locations.model_source import Source
 
 
 def bench(
@@ -46,8 +52,9 @@ def bench(
     work = Work(prompt, generate, tuple(dict.fromkeys(batch)))
     setting.check()
     work.check()
+    from apt.benchmark.break_even import pays_from
     from apt.benchmark.rounds import bench as measure
-    from apt.cli.bench_summary import show_results
+    from apt.cli.bench_summary import PaysFrom, show_results
     from apt.cli.output import notice, status_line
     from apt.plugin.registry import registry
 
@@ -58,8 +65,18 @@ def bench(
     ]
     try:
         with status_line("starting a process for each model") as status:
-            done = measure(sources, setting, work, rounds, notice, status.update)
+            work, results = measure(sources, setting, work, rounds, notice, status.update)
+            pays = None
+            if results[0].facts.device == "cpu" and any(map(_is_packed, sources)):
+                status.update("measuring from which share of zeros on packing pays")
+                pays = PaysFrom(pays_from(results[0].facts.threads))
     except KeyboardInterrupt:
         typer.echo(f"{program()}: interrupted", err=True)
         raise typer.Exit(130) from None
-    show_results(*done, as_json=as_json)
+    show_results(work, results, pays, as_json=as_json)
+
+
+def _is_packed(source: "Source") -> bool:
+    from apt.runtime.entries import is_packed
+
+    return not source.on_hub and is_packed(Path(source.location))

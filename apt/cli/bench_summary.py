@@ -1,7 +1,7 @@
 """The results of a benchmark, as tables or as JSON."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from apt.benchmark.measures import Result, Spread, Turn, ratios, spread
@@ -11,10 +11,41 @@ from apt.cli.output import out, show, show_json, size, table
 _Measure = Callable[[Turn], float]
 
 
-def show_results(work: Work, results: Sequence[Result], *, as_json: bool) -> None:
-    """Print the measures of all models, with their ratios to the first."""
+@dataclass(frozen=True)
+class PaysFrom:
+    """The share of zeros from which on packed products are faster on this machine.
+
+    Attributes:
+        share: the share; None if packed products are never faster.
+    """
+
+    share: float | None
+
+    @property
+    def line(self) -> str:
+        """A line for a person."""
+        what = "packed products of one vector in bf16"
+        if self.share is None:
+            return f"on this processor {what} are not faster than dense ones"
+        start = f"from {self.share:.0%} zeros on" if self.share else "with any share of zeros"
+        return f"on this processor {what} are faster than torch's dense ones {start}"
+
+
+def show_results(
+    work: Work, results: Sequence[Result], pays: PaysFrom | None = None, *, as_json: bool
+) -> None:
+    """Print the measures of all models, with their ratios to the first.
+
+    Args:
+        work: what was measured.
+        results: the measures of each model.
+        pays: the share of zeros from which on packed products are faster; None if no model is
+            packed.
+        as_json: print one JSON object.
+    """
     if as_json:
-        show_json(_record(work, results))
+        found = {} if pays is None else {"packed_pays_from": pays.share}
+        show_json({**_record(work, results), **found})
         return
     _show_speeds(work, results)
     _show_sizes(results)
@@ -26,6 +57,21 @@ def show_results(work: Work, results: Sequence[Result], *, as_json: bool) -> Non
         f"({threads if facts.device == 'cpu' else facts.device_name})",
         markup=False,
     )
+    for line in (*_without_gain(work, results), *([pays.line] if pays else [])):
+        out.print(line, markup=False)
+
+
+def _without_gain(work: Work, results: Sequence[Result]) -> Iterator[str]:
+    """A line for each model that was not faster than the first one in all rounds."""
+    for result in results[1:]:
+        slow = [
+            f"{name} of {batch} {'sequence' if batch == 1 else 'sequences'}"
+            for name, measure in (("prefill", _prefill), ("decoding", _decode))
+            for place, batch in enumerate(work.batches)
+            if (found := _ratio(measure(place), result, results)) and found.smallest <= 1
+        ]
+        if slow:
+            yield f"{result.model} is not faster than {results[0].model} in: {', '.join(slow)}"
 
 
 def _show_speeds(work: Work, results: Sequence[Result]) -> None:
