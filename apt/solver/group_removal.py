@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from apt.solver.column_groups import ColumnGroups
-from apt.solver.gram import DampedGram, Gram, positive_inverse
+from apt.solver.gram import DampedGram, Gram
 from apt.solver.options import Solution, SolverOptions
 from apt.solver.precision import full_precision
 
@@ -133,7 +133,7 @@ def removal_loss(weight: Tensor, damped: DampedGram, removed: Tensor) -> float:
         removed: True for the columns that are removed (in,).
     """
     lost = weight[:, removed].to(damped.matrix.dtype)
-    root = torch.linalg.cholesky(positive_inverse(damped.matrix)[removed][:, removed])
+    root = torch.linalg.cholesky(damped.inverse[removed][:, removed])
     return float(torch.linalg.solve_triangular(root, lost.T, upper=False).square().sum()) / 2
 
 
@@ -146,7 +146,7 @@ class _GreedyRemoval:
 
     def __init__(self, weight: Tensor, damped: DampedGram, groups: ColumnGroups) -> None:
         self._groups = groups
-        self._weight, self._inverse = weight.clone(), positive_inverse(damped.matrix)
+        self._weight, self._inverse = weight.clone(), damped.inverse
         self.removed = torch.zeros(groups.count, dtype=torch.bool, device=weight.device)
         self._columns = torch.arange(weight.shape[1], device=weight.device)
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apt.solver import NM, Gram, SolverError, SolverOptions, sm
-from apt.solver.gram import upper_root
+from apt.solver.gram import positive_inverse, upper_root
 from tests.solver.problems import problem, seeds
 
 
@@ -143,3 +143,15 @@ def test_the_sum_of_the_tokens_is_kept():
     assert torch.equal(gram.with_missing_tokens(1.0).total, gram.total)
     few = Gram.of(inputs[0, :5])
     assert torch.equal(few.with_missing_tokens(1.0).total, few.total)
+
+
+@pytest.mark.parametrize("share", [0.001, 0.3])
+def test_inverses_survive_inputs_that_share_a_large_direction(share):
+    draw = torch.Generator().manual_seed(0)
+    common = torch.randn(1, 768, generator=draw).abs()
+    gram = Gram(768)
+    gram.add(common + share * torch.randn(200, 768, generator=draw))
+    damped = gram.damped(0.01)
+    expected = torch.linalg.inv(damped.matrix.double())
+    for inverse, least in ((damped.inverse, 1e-3), (positive_inverse(damped.matrix), 0.1)):
+        assert (inverse.double() - expected).norm() / expected.norm() < least
