@@ -162,6 +162,38 @@ def quantized(rows: Sequence[Row]) -> str:
     return table(header, lines)
 
 
+def packed_models(rows: Sequence[Row]) -> str:
+    """Speeds and sizes of packed models, with the smallest and the largest ratio of all rounds."""
+    header = ["zeros, values", "decoding, tokens/s", "of dense", "prompts, of dense", "file"]
+
+    def ratio(found: Row | None) -> str:
+        if found is None:
+            return "1"
+        return f"{found['median']:.2f} ({found['smallest']:.2f} to {found['largest']:.2f})"
+
+    lines = []
+    for row in rows:
+        pattern, _, kind = row["model"].partition("-")
+        pattern = pattern.replace("of", ":")
+        lines.append([
+            f"{COLUMNS.get(pattern, pattern)}, {kind}" if kind else "dense bf16",
+            f"{row['decode']:.1f}", ratio(row["decode ratio"]), ratio(row["prefill ratio"]),
+            f"{row['bytes'] / 2**20:,.0f} MiB",
+        ])  # fmt: skip
+    return table(header, lines)
+
+
+def products(rows: Sequence[Row]) -> str:
+    """Products of single matrices."""
+    header = ["", "milliseconds", "least to most", "times as fast as torch's dense bf16"]
+    lines = [
+        [row["run"], f"{row['ms']:.2f}", f"{row['least']:.2f} to {row['most']:.2f}",
+         f"{row['ratio']:.2f}"]
+        for row in rows
+    ]  # fmt: skip
+    return table(header, lines)
+
+
 BOTH = perplexities("wiki", "fortunes")
 TABLES: Mapping[str, tuple[str, Callable[[Sequence[Row]], str]]] = {
     "smollm2": ("smollm2", comparison),
@@ -175,6 +207,9 @@ TABLES: Mapping[str, tuple[str, Callable[[Sequence[Row]], str]]] = {
     "stream": ("stream", stream),
     "stream-7b": ("stream-7b", stream),
     "quantize": ("quantize", quantized),
+    "packed": ("packed", packed_models),
+    "packed-1.5b": ("packed-1.5b", packed_models),
+    "products": ("products", products),
     **{
         f"zoo-{name}": (f"zoo-{name}", lambda rows: pivot(rows, with_error("wiki", "dictionary")))
         for name in ("llama", "opt", "bloom", "mamba", "mamba2")
@@ -230,7 +265,7 @@ def page(text: str) -> str:
     def replaced(match: Match[str]) -> str:
         return f"<!-- table {match[1]} -->\n\n{rendered(match[1])}\n\n<!-- end -->"
 
-    return sub(r"<!-- table ([\w-]+) -->.*?<!-- end -->", replaced, text, flags=DOTALL)
+    return sub(r"<!-- table ([\w.-]+) -->.*?<!-- end -->", replaced, text, flags=DOTALL)
 
 
 def changed() -> Iterator[tuple[Path, str]]:

@@ -56,9 +56,12 @@ SUITE = {
     "mamba": "mamba.py",
     "llm_compressor": "llm_compressor.py --patterns 2:4 --methods ss admm",
     "quantize": "quantize.py",
+    "packed": "packed.py",
+    "packed-1.5b": "packed.py --shape 1.5b",
+    "products": "packed.py --matrices",
 }
 TIMED = {"solver", "endtoend", "scaling", "stream", "stream-7b", "mamba", "llm_compressor"}
-"""Tables of times: two threads, and nothing else on the machine. The others have one thread."""
+"""Tables of times with two threads. The others have one thread. Nothing else should run."""
 
 
 def arguments() -> argparse.Namespace:
