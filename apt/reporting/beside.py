@@ -20,6 +20,7 @@ from apt.evaluation.beside_dense import (
 )
 from apt.locations.model_source import Source, find
 from apt.plugin.registry import Registry
+from apt.runs.prepare import capped
 from apt.runs.text import check_vocabulary
 from apt.text.datasets import documents, evaluation_tokens
 from apt.text.special_tokens import bos_of
@@ -77,7 +78,8 @@ def compare_texts(
             ("dense",),
         )
     texts, bos = documents(source, "evaluation", registry), bos_of(tokenizer)
-    tokens = evaluation_tokens(tokenizer, texts, _WINDOWS, _SEQLEN, source, bos, fewer=True)
+    room = min(capped(_SEQLEN, shell, lambda line: None) for shell in shells)
+    tokens = evaluation_tokens(tokenizer, texts, _WINDOWS, room, source, bos, fewer=True)
     check_vocabulary(tokens, shells[0].module, dense.reference)
     losses, models = [], []
     for shell in shells:
@@ -86,14 +88,18 @@ def compare_texts(
         with models[-1].adapter.running(models[-1].module):
             losses.append(token_losses(models[-1].module, tokens))
     status("writing text")
-    begins = _beginnings(tokenizer, documents(source, "evaluation", registry), prompts)
-    written = continuations([model.module for model in models], tokenizer, begins, _NEW)
+    length = min(_PROMPT, room // 2)
+    begins = _beginnings(
+        tokenizer, documents(source, "evaluation", registry), prompts, length
+    )  # fmt: skip
+    new = min(_NEW, room - length)
+    written = continuations([model.module for model in models], tokenizer, begins, new)
     return Beside(source, by_frequency(tokens, *losses), written)
 
 
-def _beginnings(tokenizer: Any, texts: Iterable[str], count: int) -> list[Tensor]:
-    """The first tokens of the first paragraphs that are long enough."""
+def _beginnings(tokenizer: Any, texts: Iterable[str], count: int, length: int) -> list[Tensor]:
+    """The first ``length`` tokens of the first paragraphs that are long enough."""
     paragraphs = (part for text in texts for part in text.split("\n\n"))
-    encoded = (tokenizer(part[:_CHARACTERS])["input_ids"][:_PROMPT] for part in paragraphs)
-    whole = (torch.tensor(ids) for ids in encoded if len(ids) == _PROMPT)
+    encoded = (tokenizer(part[:_CHARACTERS])["input_ids"][:length] for part in paragraphs)
+    whole = (torch.tensor(ids) for ids in encoded if len(ids) == length)
     return list(islice(whole, count))
