@@ -155,10 +155,16 @@ def stream(rows: Sequence[Row]) -> str:
     return table(header, lines)
 
 
+def spelled(row: str) -> str:
+    """The name of a row that begins with a pattern."""
+    pattern = next((p for p in COLUMNS if row.startswith(p)), "")
+    return COLUMNS.get(pattern, "") + row.removeprefix(pattern)
+
+
 def quantized(rows: Sequence[Row]) -> str:
     header = ["SmolLM2", "Wikipedia / fortunes", "bytes of the Linears"]
     both = perplexities("wiki", "fortunes")
-    lines = [[row["row"], both(row), f"{row['bytes'] / 1e6:.1f} MB"] for row in rows]
+    lines = [[spelled(row["row"]), both(row), f"{row['bytes'] / 1e6:.1f} MB"] for row in rows]
     return table(header, lines)
 
 
