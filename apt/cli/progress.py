@@ -101,7 +101,7 @@ class RunProgress:
             (show_detail if has_live_display() else notice)(
                 "  ".join(part for part in parts if part),
                 "block", block=self._number, blocks=self._blocks, error=error,
-                done=self._done / self._total, seconds_left=self._seconds_left(),
+                done=self._done / max(1, self._total), seconds_left=self._seconds_left(),
             )  # fmt: skip
         self._number, self._errors = 0, []
 
