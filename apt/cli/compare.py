@@ -158,8 +158,10 @@ def _check_place(output: Path) -> None:
         return
     if not output.is_dir():
         raise AptError(f"--output {output} is not a directory")
+    from apt.comparing.claims import FOLDER
+
     names = {path.name for path in output.iterdir()}
-    if names - {".claims"} and "comparison.json" not in names:
+    if names - {FOLDER} and "comparison.json" not in names:
         raise AptError(f"--output {output} has other files", "choose another directory")
 
 

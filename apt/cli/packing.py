@@ -73,7 +73,8 @@ def pack(
 def _summary(output: Path, done: "Packed") -> str:
     share, error = f"{done.packed_bytes / done.dense_bytes:.1%}", ""
     if done.packed_bytes != done.bound_bytes:
-        share += f"; {done.packed_bytes / done.bound_bytes - 1:.2%} above the entropy"
+        above = done.packed_bytes / done.bound_bytes - 1
+        share += f"; {abs(above):.2%} {'above' if above > 0 else 'below'} the entropy"
     if done.relative_error:
         error = f"relative rounding error {done.relative_error:.2e}, "
     return (
