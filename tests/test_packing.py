@@ -365,17 +365,33 @@ def test_a_quantised_run_is_packed_as_integers_without_loss(apt, checkpoint):
         assert text in refused.err
 
 
-def test_a_packed_module_that_is_cast_keeps_its_values():
-    entry, parts = encode(torch.randn(6, 300).masked_fill_(torch.rand(6, 300) < 0.6, 0))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_packed_module_is_cast_as_a_dense_one(dtype):
+    matrix = torch.randn(6, 300).masked_fill_(torch.rand(6, 300) < 0.6, 0)
+    entry, parts = encode(matrix)
     module = PackedLinear(entry, bias=False)
     module.load_state_dict({f"weight_{name}": part for name, part in parts.items()})
     module.prepare()
-    dense, x = module.dense(), torch.randn(3, 300)
-    cast = module.half()
-    assert cast.weight_values.dtype == torch.float32
-    assert torch.equal(cast.dense(), dense)
-    assert torch.allclose(cast(x), x @ dense.T, atol=1e-4)
-    assert torch.equal(cast.weight, dense)
+    kept = torch.float32 if dtype == torch.float64 else dtype  # no kernels have double precision
+    cast, expected = module.to(dtype), matrix.to(kept)
+    assert cast.weight_values.dtype == kept
+    assert torch.equal(cast.weight, expected)
+    x = torch.randn(3, 300).to(dtype)
+    wanted = x.double() @ expected.double().T
+    assert cast(x).dtype == dtype
+    assert torch.allclose(cast(x).double(), wanted, rtol=1e-2, atol=0.1)
+
+
+def test_a_packed_model_in_another_dtype_is_the_dense_one_in_it(apt, pruned):
+    path = pruned()
+    assert apt("pack", path, "-o", "packed").code == 0
+    dense = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    for model in (runtime.load("packed", dtype=torch.bfloat16), runtime.load("packed").bfloat16()):
+        packed = {n: m for n, m in model.named_modules() if isinstance(m, PackedLinear)}
+        assert packed
+        for name, module in packed.items():
+            assert module.weight_values.dtype == torch.bfloat16
+            assert torch.equal(module.weight, dense.get_submodule(name).weight)
 
 
 @pytest.mark.skipif(kernels() is None, reason="needs apt-kernels with its library")

@@ -55,7 +55,8 @@ class PackedLinear(nn.Module):
     Args:
         entry: the description of the matrix.
         bias: True if there is a bias.
-        dtype: the dtype of the bias.
+        dtype: the dtype of the bias, and of the values once they are prepared, unless they are
+            integers; None keeps the dtype of the values.
     """
 
     weight_mask: Tensor
@@ -73,6 +74,7 @@ class PackedLinear(nn.Module):
             scales = torch.empty(entry.shape[0], entry.groups, dtype=FLOATS[entry.dtype])
         self.register_buffer(f"weight_{SCALES}", scales)
         self.bias = nn.Parameter(torch.empty(entry.shape[0], dtype=dtype)) if bias else None
+        self._dtype = dtype
         self._matrix: Any = None
 
     def prepare(self) -> None:
@@ -81,13 +83,19 @@ class PackedLinear(nn.Module):
         Raises:
             ValueError: they do not fit the description.
         """
-        # transformers has cast them if the model was loaded in another dtype.
-        self.weight_values = self.weight_values.to(_STORED[self.entry.values])
         check_sizes(self.entry, self._parts())
+        self._cast(self._dtype or self.weight_values.dtype)
         plain = bitmask(self.entry, self.weight_mask.cpu())
         self.weight_mask = plain.to(self.weight_values.device)
         self.entry = replace(self.entry, mask="bits", stored=plain.numel())
         self._build()
+
+    def _cast(self, dtype: torch.dtype) -> None:
+        """Give the values another dtype, if they are floats and the dtype is one of the format."""
+        name = str(dtype).removeprefix("torch.")
+        if self.entry.values in FLOATS and name in FLOATS:
+            self.weight_values = self.weight_values.to(dtype)
+            self.entry = replace(self.entry, dtype=name, values=name)
 
     def _build(self) -> None:
         """Make the matrix of the present device, and share its memory."""
@@ -114,16 +122,17 @@ class PackedLinear(nn.Module):
         return {**parts, **({SCALES: self._scales} if self._scales is not None else {})}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
-        """Move to another device. The packed tensors keep their dtypes."""
+        """Move to another device or dtype. Masks, integers and scales keep their dtypes."""
         if self._matrix is None:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
             return self
-        device = fn(self.weight_values.new_empty(0)).device
+        like = fn(self.weight_values.new_empty(0))
         packed = dict(self._buffers)
         self._buffers.clear()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, tensor in packed.items():
-            self._buffers[name] = None if tensor is None else tensor.to(device)
+            self._buffers[name] = None if tensor is None else tensor.to(like.device)
+        self._cast(like.dtype)
         self._build()
         return self
 

@@ -1,5 +1,6 @@
 // The functions that Python calls through ctypes, and the choice of the instruction set.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <memory>
@@ -46,18 +47,44 @@ const Kernels &kernels_of(int level) {
     }
 }
 
+// GOMP_parallel of an OpenMP runtime: calls a function on each thread of a team.
+using Parallel = void (*)(void (*)(void *), void *, unsigned threads, unsigned flags);
+std::atomic<Parallel> openmp{nullptr};
+
 // The pool lives as long as the process: its threads may still wait when the program ends. A child
-// that was made by fork has no threads, so it needs a pool of its own.
+// that was made by fork has no threads: it needs a pool of its own, and its OpenMP would block.
 Pool &pool() {
     static Pool *pool = new Pool;
 #if !defined(_WIN32)
     static const bool once = [] {
-        pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
+        pthread_atfork(nullptr, nullptr, [] {
+            pool = new Pool;
+            openmp = nullptr;
+        });
         return true;
     }();
     (void)once;
 #endif
     return *pool;
+}
+
+// Runs work(part) for each part. On the threads of torch if they are known: they wait for the next
+// operation by spinning, so threads beside them would get no processor.
+void parallel(int parts, const std::function<void(int)> &work) {
+    Pool &own = pool();
+    const Parallel team = openmp.load();
+    if (!team || parts <= 1) return own.run(parts, work);
+    struct Parts {
+        std::atomic<int> next;
+        const int count;
+        const std::function<void(int)> &work;
+    } shared{{0}, parts, work};
+    team(
+        [](void *data) {
+            auto &all = *static_cast<Parts *>(data);
+            for (int part; (part = all.next.fetch_add(1)) < all.count;) all.work(part);
+        },
+        &shared, 0, 0);
 }
 
 int64_t least_rows(const Matrix &m) {  // of a part: below 2^15 columns, a thread costs more
@@ -71,7 +98,7 @@ void expand_rows(const Matrix &m, Expand<T> expand, int64_t first, int64_t last,
     const int64_t rows = last - first, width = WORD * m.words;
     if (!rows) return;
     const int parts = static_cast<int>(std::clamp<int64_t>(rows / 16, 1, threads));
-    pool().run(parts, [&](int part) {
+    parallel(parts, [&](int part) {
         const int64_t begin = rows * part / parts, end = rows * (part + 1) / parts;
         if (columns == width) return expand(m, first + begin, first + end, dense + begin * width);
         const std::unique_ptr<T[]> line(new T[width]);
@@ -143,6 +170,11 @@ class Split {
 // The best instruction set of this processor.
 EXPORT int apt_level() { return apt::supported(); }
 
+// Use the threads of an OpenMP runtime, of which this is the function GOMP_parallel.
+EXPORT void apt_use_openmp(void *parallel) {
+    apt::openmp = reinterpret_cast<apt::Parallel>(parallel);
+}
+
 // The offsets of the values of each row, from the mask; returns the bytes of all values.
 EXPORT int64_t apt_offsets(const uint64_t *mask, int64_t rows, int64_t words, int kind,
                            int64_t *offsets) {
@@ -164,7 +196,7 @@ EXPORT void apt_product(const apt::Matrix *matrix, const float *x, const uint16_
     const int parts = static_cast<int>(std::clamp<int64_t>(matrix->rows / least, 1, threads));
     const apt::Split split(*matrix, x, kernels.split ? batch : 0);
     const apt::Vectors vectors = split.vectors(batch, x, xb);
-    apt::pool().run(parts, [&](int part) {
+    apt::parallel(parts, [&](int part) {
         const int64_t first = matrix->rows * part / parts, last = matrix->rows * (part + 1) / parts;
         kernels.product(*matrix, vectors, first, last, y);
     });

@@ -2,13 +2,14 @@
 
 import os
 import subprocess
+import sys
 import threading
 from pathlib import Path
 from shutil import which
 
 import pytest
 import torch
-from apt_kernels import LEVEL, LEVELS, DenseMatrix, Matrix, available
+from apt_kernels import LEVEL, LEVELS, DenseMatrix, Matrix, available, library
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -119,6 +120,35 @@ def test_values_that_are_not_finite_reach_the_result(level, kind, value):
     assert torch.equal(found[1].isnan(), expected[1].isnan())
 
 
+@pytest.fixture(params=["torch's", "own"])
+def kind_of_threads(request):
+    """The threads of products: those of torch's OpenMP, or those of the library itself."""
+    if (team := library.torch_openmp()) is None and request.param == "torch's":
+        pytest.skip("torch has no OpenMP here")
+    library.LIBRARY.apt_use_openmp(team if request.param == "torch's" else None)
+    yield
+    library.LIBRARY.apt_use_openmp(team)
+
+
+@pytest.mark.skipif(library.torch_openmp() is None, reason="torch has no OpenMP here")
+def test_products_start_no_threads_beside_those_of_torch():
+    script = """
+from pathlib import Path
+import torch
+from apt_kernels import DenseMatrix
+def threads(): return len(list(Path("/proc/self/task").iterdir()))
+torch.set_num_threads(2)
+weight = torch.randn(4096, 4096)
+weight @ weight
+before, x = threads(), torch.randn(1, 4096)
+expected = DenseMatrix(weight).product(x)
+print(threads() - before, torch.allclose(expected, x @ weight.T, rtol=1e-3, atol=1e-2))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.split() == ["0", "True"], done.stdout + done.stderr
+
+
+@pytest.mark.usefixtures("kind_of_threads")
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_the_number_of_threads_does_not_change_the_result(threads):
     dense, matrix = packed(3000, 512, 0.6, torch.bfloat16, 0)
@@ -133,7 +163,8 @@ def test_the_number_of_threads_does_not_change_the_result(threads):
         torch.set_num_threads(before)
 
 
-def test_calls_from_several_threads_take_turns():
+@pytest.mark.usefixtures("kind_of_threads")
+def test_several_threads_may_multiply_at_a_time():
     _, matrix = packed(2000, 512, 0.6, torch.bfloat16, 1)
     vectors = [torch.randn(1, 512) for _ in range(4)]
     expected = [matrix.product(x) for x in vectors]
@@ -152,6 +183,7 @@ def test_calls_from_several_threads_take_turns():
     assert not wrong
 
 
+@pytest.mark.usefixtures("kind_of_threads")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_child_process_has_threads_of_its_own():

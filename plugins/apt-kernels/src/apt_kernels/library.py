@@ -2,6 +2,9 @@
 
 import ctypes
 from ctypes import POINTER, c_int, c_int32, c_int64, c_void_p
+from pathlib import Path
+
+import torch
 
 LEVELS = ("portable", "avx2", "avx512", "avx512-bf16", "neon")
 """The instruction sets, in the order of the library's numbers."""
@@ -33,7 +36,25 @@ def _load() -> ctypes.CDLL | None:
         pointer, c_int64, c_int64, c_int64, c_void_p, c_int, c_int, c_int
     ]  # fmt: skip
     found.apt_expand.restype = None
+    found.apt_use_openmp.argtypes = [c_void_p]
+    found.apt_use_openmp.restype = None
+    if team := torch_openmp():
+        found.apt_use_openmp(team)
     return found
+
+
+def torch_openmp() -> int | None:
+    """The address of ``GOMP_parallel`` in torch's OpenMP runtime; None if it has none.
+
+    GNU's runtime has this function, as have those of LLVM and Intel on Linux. The symbol is looked
+    up in the libraries that torch's own library is linked to, not in those of the process.
+    """
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        function = ctypes.CDLL(str(library)).GOMP_parallel
+    except (OSError, AttributeError):  # another system, or another kind of threads
+        return None
+    return ctypes.cast(function, c_void_p).value
 
 
 LIBRARY = _load()
