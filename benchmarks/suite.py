@@ -27,17 +27,15 @@ ZOO = (
 ZOO += " admm/layer-wise admm --dictionary /usr/share/dictd/foldoc.dict.dz --patterns"
 SUITE = {
     "smollm2": "comparison.py",
-    "accuracy": "accuracy.py --eval-samples 16 --patterns 0.5 0.6 2:4 4:8 0.7"
-    " --methods wanda ss alps admm/layer-wise admm:fast admm",
-    "parts": "accuracy.py --eval-samples 16 --patterns 0.5 2:4 0.7 --methods admm"
-    " admm/random_tokens=0 admm/random_tokens=0/row_importance=0"
-    " admm/random_tokens=0/row_importance=0/tuning_epochs=0",
-    "own": "accuracy.py --eval-samples 16 --patterns 2:4 --methods ss/own_samples=8"
+    "variants": "accuracy.py --eval-samples 16 --patterns 0.5 2:4 0.7"
+    " --methods admm admm:fast admm/layer-wise admm/random_tokens=0"
+    " admm/random_tokens=0/row_importance=0 admm/random_tokens=0/row_importance=0/tuning_epochs=0",
+    "own": "accuracy.py --eval-samples 16 --patterns 2:4 --methods ss ss/own_samples=8 admm"
     " admm/own_samples=8/random_tokens=0 admm:best admm:best/own_samples=0",
-    "paper": "accuracy.py --eval-samples 16 --patterns 2:4 4:8 0.5 --methods wanda ss sm ms mm",
+    "paper": "accuracy.py --eval-samples 16 --patterns 2:4 4:8 0.5 --methods ss sm ms mm",
     "tokens": "calibration.py",
     "solver": "solver.py --blocks 0 12 20 --patterns 2:4 0.5 0.7"
-    " --methods ss sm alps admm:fast admm:default --grams out/grams.pt",
+    " --methods ss sm alps admm:fast admm:default --grams grams.pt",
     "endtoend": "endtoend.py",
     "scaling": "endtoend.py --scaling",
     **{
@@ -57,11 +55,16 @@ SUITE = {
     "llm_compressor": "llm_compressor.py --patterns 2:4 --methods ss admm",
     "quantize": "quantize.py",
     "packed": "packed.py",
+    "packed-threads": "packed.py --threads 2 --patterns 0.5 0.7 --kinds bfloat16",
     "packed-1.5b": "packed.py --shape 1.5b",
     "products": "packed.py --matrices",
 }
-TIMED = {"solver", "endtoend", "scaling", "stream", "stream-7b", "mamba", "llm_compressor"}
-"""Tables of times with two threads. The others have one thread. Nothing else should run."""
+TIMED = {
+    "solver", "endtoend", "scaling", "stream", "stream-7b", "mamba", "llm_compressor",
+    "packed-threads",
+}  # fmt: skip
+"""Tables of times with two threads: nothing else should run. The others have one thread, so that
+two processes of this script can make different tables at the same time."""
 
 
 def arguments() -> argparse.Namespace:
