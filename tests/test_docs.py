@@ -113,7 +113,8 @@ def test_the_index_names_every_page():
     assert pages <= set(re.findall(r"\]\((\w[\w-]*\.md)\)", text))
 
 
-def test_tables_and_figures_are_those_of_the_results():
+def test_tables_and_figures_are_those_of_the_results(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     pages = runpy.run_path(str(ROOT / "benchmarks/pages.py"))
     assert [path.name for path, _ in pages["changed"]()] == []
     assert list(pages["wrong_figures"]()) == []

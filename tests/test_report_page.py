@@ -128,6 +128,51 @@ def test_a_smaller_and_a_recovered_model_have_pages(apt, prune, checkpoint):
     assert "parameters of the blocks kept" in page_of(apt, "s")
 
 
+@pytest.fixture
+def compared(apt, checkpoint, tmp_path):
+    """A comparison of two methods."""
+    shutil.copyfile(TEXT, tmp_path / "text.txt")
+    done = apt("compare", checkpoint("llama"), *SMALL, "--methods", "magnitude,wanda",
+               "--patterns", "0.5", "--data", "text.txt", "--windows", 2,
+               "--metric", "perplexity", "--metric", "divergence", "-o", "comparison")  # fmt: skip
+    assert done.code == 0, done.err
+    return tmp_path / "comparison"
+
+
+def test_a_comparison_has_a_section(apt, prune, compared):
+    rows = json.loads((compared / "comparison.json").read_text())["rows"]
+    alone = page_of(apt, compared)
+    for row in rows:
+        assert f"{row['scores']['text.txt']['perplexity']:.4g}" in alone
+    assert alone.count("<svg") == 2  # of each metric
+    assert "divergence on text.txt" in alone
+    directory = prune("a", "--sparsity", 0.6, "--method", "wanda")
+    done = apt("report", directory, compared, "-o", "page.html", "--overwrite", "--json")
+    assert json.loads(done.out).items() >= {"models": 1, "comparisons": 1}.items()
+    both = Path("page.html").read_text(encoding="utf-8")
+    assert 'href="#model-0"' in both
+    assert 'href="#comparison-0"' in both
+
+
+def test_mistakes_with_comparisons_are_one_line(apt, compared):
+    path = compared / "comparison.json"
+    known = json.loads(path.read_text())
+    done = apt("report", compared, "--text", "text.txt", "-o", "page.html")
+    assert (done.code, "none is named" in done.err) == (2, True)
+    rows, bad = known["rows"], "<script>alert(1)</script>"
+    for damage in ({"rows": 3}, {"setting": {}}, {"rows": [*rows, {"key": "a"}]}):
+        path.write_text(json.dumps(known | damage))
+        done = apt("report", compared, "-o", "page.html")
+        assert done.code == 2
+        assert "is damaged" in done.err
+    path.write_text(json.dumps(known | {"rows": []}))
+    assert "has no rows yet" in apt("report", compared, "-o", "page.html").err
+    path.write_text(json.dumps(known | {"rows": [{**row, "method": bad} for row in rows]}))
+    page = page_of(apt, compared)
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+
+
 def test_names_in_a_report_are_not_run_as_code(apt, prune):
     directory = prune("a", "--sparsity", 0.6, "--method", "wanda")
     path = directory / "apt_report.json"

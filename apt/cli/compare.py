@@ -12,7 +12,7 @@ from apt.errors import AptError
 from apt.runs.limits import check_amount, check_limit, check_seed, check_windows
 
 if TYPE_CHECKING:
-    from apt.comparing.grid import Comparison
+    from apt.comparing.results import Comparison
 
 _GRID = "Comparison"
 
@@ -84,7 +84,8 @@ def compare(
 
     from apt.cli.output import has_live_display, status_line
     from apt.comparing.cells import read_cells
-    from apt.comparing.grid import RESULTS, Comparison, Grid, Wish
+    from apt.comparing.grid import Grid, Wish
+    from apt.comparing.results import RESULTS, Comparison
     from apt.runs.machine import choose_device
 
     wish = Wish(

@@ -8,17 +8,19 @@ from typing import TYPE_CHECKING
 import typer
 
 from apt.cli import arguments as args
-from apt.errors import AptError
+from apt.errors import AptError, first_line
 from apt.locations.hub import Hub
 
 if TYPE_CHECKING:
     from apt.reporting.beside import Beside
+    from apt.reporting.grids import Grid
     from apt.reporting.page import Subject
 
 
 def report(
     directories: list[Path] = typer.Argument(
-        metavar="DIR", help="Models that prune, shrink or recover wrote."
+        metavar="DIR",
+        help="Models that prune, shrink or recover wrote, or comparisons that compare wrote.",
     ),
     output: Path = typer.Option(
         Path("report.html"), "--output", "-o", help="The HTML file to write."
@@ -46,9 +48,9 @@ def report(
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace an existing file."),
     as_json: bool = args.JSON,
 ) -> None:
-    """Write one HTML page about pruned models, which needs no network.
+    """Write one HTML page about pruned models and comparisons, which needs no network.
 
-    Several directories are compared. For example: apt-prune report ./pruned --output report.html
+    Several models are compared. For example: apt-prune report ./pruned --output report.html
     """
     if output.exists() and not overwrite:
         raise AptError(f"{output} exists", "add --overwrite, or choose another")
@@ -67,26 +69,58 @@ def report(
         raise AptError(f"--png {png} is not a directory", "choose another")
     from apt.cli.output import out, show_json
     from apt.cli.reproduction import command_of
+    from apt.comparing.results import RESULTS
     from apt.output.workplace import write_errors
     from apt.reporting.page import read_subjects, render
 
+    compared = [directory for directory in directories if (directory / RESULTS).is_file()]
+    directories = [directory for directory in directories if directory not in compared]
+    if not directories and (text or png):
+        option = "--text" if text else "--png"
+        raise AptError(f"{option} is for pruned models, and none is named", "name one")
+    grids = [_grid(directory, number) for number, directory in enumerate(compared)]
     subjects = read_subjects(directories, command_of)
     if text is not None:
         subjects = [
             replace(subject, beside=_beside(directory, subject, text, prompts, dense))
             for directory, subject in zip(directories, subjects, strict=True)
         ]
-    page = render(subjects)
+    page = render(subjects, grids)
     with write_errors(output):
         output.write_text(page, encoding="utf-8")
     if png is not None:
         _draw(subjects, png)
-    size, count = len(page.encode()), len(directories)
+    size = len(page.encode())
+    counts = {"models": len(subjects), "comparisons": len(grids)}
     if as_json:
-        show_json({"output": str(output), "models": count, "bytes": size})
+        show_json({"output": str(output), **counts, "bytes": size})
     else:
-        models = f"{count} model{'s' * (count > 1)}"
-        out.print(f"{output}: {models}, {size:,} bytes", markup=False)
+        parts = [f"{n} {name if n > 1 else name[:-1]}" for name, n in counts.items() if n]
+        out.print(f"{output}: {', '.join(parts)}, {size:,} bytes", markup=False)
+
+
+def _grid(directory: Path, number: int) -> "Grid":
+    """The section of a comparison."""
+    from apt.comparing.results import Comparison
+    from apt.comparing.tables import cells, columns, header
+    from apt.reporting.grids import Grid
+    from apt.reporting.page import render
+
+    found = Comparison.stored(directory)
+    if not found.rows:
+        raise AptError(f"{found.path} has no rows yet", "continue the comparison first")
+    name = directory.resolve().name
+    try:
+        names = columns(found.rows)
+        lines = [cells(row, names) for row in found.rows]
+        anchor = f"comparison-{number}"
+        grid = Grid(name, anchor, header(found.rows), lines, found.rows, found.setting)
+        render([], [grid])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise AptError(
+            f"{found.path} is damaged: {first_line(error)}", "compare again into another directory"
+        ) from error
+    return grid
 
 
 def _beside(

@@ -1,10 +1,8 @@
 """The run of a comparison: each cell prunes a copy of one model, and is measured."""
 
-import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,12 +15,11 @@ from apt.checkpoints.masks import masks_of, sparsity_of
 from apt.checkpoints.model import Model
 from apt.comparing.cells import Cell
 from apt.comparing.claims import claimed
-from apt.errors import AptError, first_line
+from apt.comparing.results import Comparison, Row
 from apt.evaluation import kept_states
 from apt.events import Observer
 from apt.locations.model_source import Source, find
-from apt.output.json_values import json_value
-from apt.output.report import differences, portable, versions
+from apt.output.report import portable, versions
 from apt.plugin.registry import Registry
 from apt.runs.api import prune_copy
 from apt.runs.prune_options import PruneOptions
@@ -30,9 +27,6 @@ from apt.runs.text import check_vocabulary
 from apt.tasks.harness import answer, task_setting
 from apt.text.datasets import calibration_tokens, digest, documents, evaluation_tokens
 from apt.text.special_tokens import bos_of
-
-RESULTS = "comparison.json"
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -66,67 +60,6 @@ class Wish:
     seed: int = 0
     windows: int | None = None
     device: str = "cpu"
-
-
-@dataclass
-class Comparison:
-    """The results of a comparison, in a file that grows row by row.
-
-    Attributes:
-        path: the file.
-        setting: everything that the rows have in common.
-        rows: the rows.
-    """
-
-    path: Path
-    setting: dict[str, Any]
-    rows: list[Row] = field(default_factory=list)
-
-    def read(self) -> None:
-        """Read the rows of earlier runs, and of others that run now.
-
-        Raises:
-            AptError: the file is damaged, or its rows come from another setting.
-        """
-        if not self.path.is_file():
-            return
-        try:
-            known = json.loads(self.path.read_text(encoding="utf-8"))
-            setting = dict(known["setting"])
-            rows = [{**row, "key": str(row["key"])} for row in known["rows"]]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise AptError(
-                f"{self.path} is damaged: {first_line(error)}", "delete it", ("output",)
-            ) from error
-        if other := sorted(differences(setting, json.loads(json.dumps(self.setting)))):
-            raise AptError(
-                f"{self.path} is another comparison: {', '.join(other)} differ",
-                "choose another output, or delete it",
-                ("output",),
-            )
-        self.rows = rows
-
-    @property
-    def folder(self) -> Path:
-        """The folder of the comparison."""
-        return self.path.parent
-
-    def known(self, key: str) -> Row | None:
-        """The row of a key; None if it is not measured yet."""
-        return next((row for row in self.rows if row["key"] == key), None)
-
-    def add(self, row: Row) -> None:
-        """Add a row to the file."""
-        with claimed(self.folder, "the file", wait=True):
-            self.read()
-            self.rows.append(row)
-            self._write()
-
-    def _write(self) -> None:
-        record = json_value({"setting": self.setting, "rows": self.rows})
-        partial = self.path.with_name(f".{self.path.name}")
-        partial.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(partial, self.path)
 
 
 class Grid:

@@ -13,6 +13,7 @@ from apt.events import SitePruned
 from apt.output.report import Report, by_kind
 from apt.reporting.beside import Beside
 from apt.reporting.charts import Line, bar_chart, line_chart
+from apt.reporting.grids import Grid
 from apt.reporting.heat import Heat, heat
 
 _MIB = 2**20
@@ -119,6 +120,11 @@ class Subject:
         return line_chart("Loss of the recovery", lines, "step", "nats per token")
 
     @property
+    def version(self) -> str:
+        """The version of APT that made it."""
+        return str(self.report.versions.get("apt-prune", ""))
+
+    @property
     def options(self) -> list[tuple[str, str]]:
         """All options."""
         return [(name, str(value)) for name, value in self.report.options.items()]
@@ -159,11 +165,12 @@ def _bytes(count: float) -> str:
     return f"{count / 2**30:.2f} GiB" if count else ""
 
 
-def render(subjects: Sequence[Subject]) -> str:
-    """The page.
+def render(subjects: Sequence[Subject], grids: Sequence[Grid] = ()) -> str:
+    """The page about at least one model or comparison.
 
     Args:
-        subjects: the models, at least one.
+        subjects: the models.
+        grids: the comparisons.
     """
     environment = Environment(
         loader=PackageLoader("apt.reporting", "."),
@@ -179,7 +186,10 @@ def render(subjects: Sequence[Subject]) -> str:
             bars.setdefault(name, [(first, before)]).append((subject.name, after))
     comparison = [(name, bar_chart(name, values, "")) for name, values in bars.items()]
     return environment.get_template("page.html.j2").render(
-        subjects=subjects, comparison=comparison if len(subjects) > 1 else []
+        sections=[*grids, *subjects],
+        grids=grids,
+        subjects=subjects,
+        comparison=comparison if len(subjects) > 1 else [],
     )
 
 

@@ -1,0 +1,63 @@
+"""Comparisons of methods and patterns on a page: a table, and a chart of each metric."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from apt.reporting.charts import bar_chart
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A comparison that ``apt-prune compare`` wrote.
+
+    Attributes:
+        name: its name on the page.
+        anchor: the identifier of its section.
+        header: the names of the columns.
+        lines: the texts of each row; the first two are the method and the pattern.
+        rows: the rows as they are in the file.
+        setting: what the rows have in common.
+    """
+
+    name: str
+    anchor: str
+    header: Sequence[str]
+    lines: Sequence[Sequence[str]]
+    rows: Sequence[Mapping[str, Any]]
+    setting: Mapping[str, Any]
+
+    @property
+    def facts(self) -> list[tuple[str, str]]:
+        """The facts of the summary, each with its name."""
+        setting = self.setting
+        shape = " × ".join(map(str, setting["shape"]))
+        windows = (
+            f"{text}, {' × '.join(map(str, size))} tokens"
+            for text, size in setting["windows"].items()
+        )
+        return [
+            ("original", str(setting["model"])),
+            ("calibration", f"{setting['calibration']}, {shape} tokens"),
+            ("measured on", "; ".join(windows)),
+        ]
+
+    @property
+    def charts(self) -> list[tuple[str, str]]:
+        """A chart of each metric on each text, with its title."""
+        first = self.rows[0]["scores"]
+        found = []
+        for text, metric in [(source, name) for source in first for name in first[source]]:
+            bars = [
+                (" ".join(line[:2]).strip(), float(row["scores"][text][metric]))
+                for line, row in zip(self.lines, self.rows, strict=True)
+                if row["scores"].get(text, {}).get(metric) is not None
+            ]
+            title = f"{metric} on {text}"
+            found.append((title, bar_chart(title, bars, "")))
+        return found
+
+    @property
+    def version(self) -> str:
+        """The version of APT that measured it."""
+        return str(self.setting.get("versions", {}).get("apt-prune", ""))

@@ -1,0 +1,268 @@
+"""The tables of ``benchmarks/results`` in Markdown, each made from the rows of a file."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+Row = dict[str, Any]
+Rows = Sequence[Row]
+Cell = Callable[[Row], str]
+NAMES = {
+    "magnitude": "magnitude",
+    "wanda": "Wanda",
+    "ss": "SS (SparseGPT)",
+    "sm": "SM",
+    "ms": "MS",
+    "mm": "MM",
+    "alps": "ALPS",
+    "admm": "`admm` (default)",
+    "admm:default": "`admm`, default",
+    "admm:fast": "`admm`, fast",
+    "admm:best": "`admm`, best",
+    "admm/layer-wise": "`admm`, layer-wise",
+    "admm/random_tokens=0": "… without random tokens",
+    "admm/random_tokens=0/row_importance=0": "… nor rows weighted",
+    "admm/random_tokens=0/row_importance=0/tuning_epochs=0": "… nor blocks tuned",
+    "ss/own_samples=8": "SS (SparseGPT), own text",
+    "admm/own_samples=8/random_tokens=0": "`admm`, own text",
+    "admm:best/own_samples=0": "`admm`, best, without own text",
+}
+COLUMNS = {"0.5": "50 %", "0.6": "60 %", "0.7": "70 %"}
+
+
+def written(line: Sequence[str]) -> str:
+    return f"| {' | '.join(line)} |"
+
+
+def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    return "\n".join(map(written, [header, ["---"] * len(header), *lines]))
+
+
+def pivot(rows: Rows, cell: Cell, row: str = "method", column: str = "pattern") -> str:
+    """A table with a line for each value of ``row``, and a column for each of ``column``."""
+    kept = [r for r in rows if r[column]]
+    columns = list(dict.fromkeys(r[column] for r in kept))
+    found: dict[str, dict[str, str]] = {}
+    for r in kept:
+        found.setdefault(r[row], {})[r[column]] = cell(r)
+    dense = next((cell(r) for r in rows if r[row] == "dense"), "")
+    corner = f"dense {dense}" if dense else ""
+    lines = [
+        [NAMES.get(name, name), *(cells.get(c, "") for c in columns)]
+        for name, cells in found.items()
+    ]
+    return table([corner, *(COLUMNS.get(c, c) for c in columns)], lines)
+
+
+def perplexities(*texts: str) -> Cell:
+    return lambda row: " / ".join(f"{row[text]:.2f}" for text in texts)
+
+
+def with_error(*texts: str) -> Cell:
+    scores = perplexities(*texts)
+    return lambda row: scores(row) + (f" · {row['error']:.4f}" if "error" in row else "")
+
+
+def scores(row: Row) -> list[str]:
+    """Perplexity, divergence and agreement of a row of a comparison, on both texts."""
+    wiki, fortunes = row["scores"].values()
+    return [
+        f"{wiki['perplexity']:.2f} / {fortunes['perplexity']:.1f}",
+        f"{wiki['divergence']:.3f} / {fortunes['divergence']:.3f}",
+        f"{100 * wiki['agreement']:.1f} / {100 * fortunes['agreement']:.1f}",
+    ]
+
+
+def comparison(rows: Rows) -> str:
+    """Perplexities and divergences of a comparison."""
+    header = ["", "method", "perplexity", "KL from dense", "same first token, %", "seconds"]
+    lines = [
+        [
+            COLUMNS.get(row["pattern"], row["pattern"]),
+            NAMES.get(row["method"], row["method"]),
+            *scores(row),
+            f"{row['seconds']:.0f}" if "seconds" in row else "",
+        ]
+        for row in rows
+    ]
+    return table(header, lines)
+
+
+def accuracy_of(task: Row) -> Row:
+    """The normalised accuracy of a task, or its accuracy if it has no other."""
+    metrics = task["metrics"]
+    found: Row = metrics.get("acc_norm") or metrics["acc"]
+    return found
+
+
+def tasks(rows: Rows) -> str:
+    """The accuracies of a comparison, and their differences from those of the dense model."""
+    names = list(rows[0]["tasks"])
+    header = ["", "method", *(name.removeprefix("local_") for name in names), "mean", "changed, %"]
+    lines = []
+    for row in rows:
+        found = [accuracy_of(row["tasks"][name]) for name in names]
+        mean = sum(one["value"] for one in found) / len(found)
+        changed = [row["tasks"][name].get("changed") for name in names]
+        lines.append([
+            COLUMNS.get(row["pattern"], row["pattern"]),
+            NAMES.get(row["method"], row["method"]),
+            *(f"{100 * one['value']:.0f} ± {100 * one['stderr']:.0f}" for one in found),
+            f"{100 * mean:.1f}",
+            "" if None in changed else f"{100 * sum(changed) / len(changed):.0f}",
+        ])  # fmt: skip
+    return table(header, lines)
+
+
+def tokens(rows: Rows) -> str:
+    """Accuracy against calibration tokens."""
+    header = ["samples × tokens", "effort", "layer error", "Wikipedia / fortunes", "seconds"]
+    both = perplexities("wiki", "fortunes")
+    lines = [
+        [
+            row["tokens"].replace("x", " × "),
+            row["method"].partition(":")[2],
+            f"{row['error']:.4f}",
+            both(row),
+            f"{row['seconds']:.0f}",
+        ]
+        for row in rows
+    ]
+    return table(header, lines)
+
+
+def solver(rows: Rows) -> str:
+    return pivot(rows, lambda row: f"{row['error']:.4f} · {row['ratio']:.1f}")
+
+
+def mib(count: float) -> str:
+    return f"{count / 2**20:,.0f} MiB"
+
+
+def stream(rows: Rows) -> str:
+    """Peak memory of streamed runs."""
+    header = ["model", "weights", "peak memory", "seconds"]
+    lines = [[r["model"], mib(r["weights"]), mib(r["peak"]), f"{r['seconds']:.0f}"] for r in rows]
+    return table(header, lines)
+
+
+def against_limit(rows: Rows) -> str:
+    """Seconds of whole runs beside the time of the work that they cannot avoid."""
+    header = ["mode", "effort", "limit, s", "seconds", "of the limit", "of these solves"]
+    lines = [
+        [r["mode"], r["effort"], f"{r['limit']:.1f}", f"{r['seconds']:.1f}", f"{r['ratio']:.2f}",
+         f"{r['solve']:.1f}"]
+        for r in rows if "mode" in r
+    ]  # fmt: skip
+    return table(header, lines)
+
+
+def scaling(rows: Rows) -> str:
+    """Seconds by the number of blocks and of tokens."""
+    header = ["blocks", "tokens", "seconds", "of these solves", "others, by block and 1,000 tokens"]
+    lines = [
+        [str(r["blocks"]), f"{r['tokens']:,}", f"{r['seconds']:.1f}", f"{r['solve']:.1f}",
+         f"{r['rest_per_block_and_1000_tokens']:.3f}"]
+        for r in rows
+    ]  # fmt: skip
+    return table(header, lines)
+
+
+def scans(rows: Rows) -> str:
+    """Tokens per second with two scans of a state-space model."""
+    header = ["scan", "calibration, tokens/s", "tuning, tokens/s", "largest tensor"]
+    first = rows[0]
+
+    def speed(row: Row, name: str) -> str:
+        return f"{row[name]:,.0f} ({row[name] / first[name]:.1f} ×)"
+
+    lines = [
+        [r["scan"], speed(r, "calibrate"), speed(r, "tune"), f"{r['largest'] * 4 / 2**20:.1f} MiB"]
+        for r in rows
+    ]
+    return table(header, lines)
+
+
+def beside(rows: Rows) -> str:
+    """llm-compressor and APT on the same tokens."""
+    header = ["", "method", "Wikipedia / fortunes", "seconds"]
+    both = perplexities("wiki", "fortunes")
+    lines = [
+        [COLUMNS.get(r["pattern"], r["pattern"]), r["method"], both(r),
+         f"{r['seconds']:.0f}" if "seconds" in r else ""]
+        for r in rows
+    ]  # fmt: skip
+    return table(header, lines)
+
+
+def spelled(row: str) -> str:
+    """The name of a row that begins with a pattern."""
+    pattern = next((p for p in COLUMNS if row.startswith(p)), "")
+    return COLUMNS.get(pattern, "") + row.removeprefix(pattern)
+
+
+def quantized(rows: Rows) -> str:
+    header = ["SmolLM2", "Wikipedia / fortunes", "bytes of the Linears"]
+    both = perplexities("wiki", "fortunes")
+    lines = [[spelled(row["row"]), both(row), f"{row['bytes'] / 1e6:.1f} MB"] for row in rows]
+    return table(header, lines)
+
+
+def packed_models(rows: Rows) -> str:
+    """Speeds and sizes of packed models, with the smallest and the largest ratio of all rounds."""
+    header = ["zeros, values", "decoding, tokens/s", "of dense", "prompts, of dense", "file"]
+
+    def ratio(found: Row | None) -> str:
+        if found is None:
+            return "1"
+        return f"{found['median']:.2f} ({found['smallest']:.2f} to {found['largest']:.2f})"
+
+    lines = []
+    for row in rows:
+        pattern, _, kind = row["model"].partition("-")
+        pattern = pattern.replace("of", ":")
+        lines.append([
+            f"{COLUMNS.get(pattern, pattern)}, {kind}" if kind else "dense bf16",
+            f"{row['decode']:.1f}", ratio(row["decode ratio"]), ratio(row["prefill ratio"]),
+            f"{row['bytes'] / 2**20:,.0f} MiB",
+        ])  # fmt: skip
+    return table(header, lines)
+
+
+def products(rows: Rows) -> str:
+    """Products of single matrices."""
+    header = ["", "milliseconds", "least to most", "times as fast as torch's dense bf16"]
+    lines = [
+        [row["run"], f"{row['ms']:.2f}", f"{row['least']:.2f} to {row['most']:.2f}",
+         f"{row['ratio']:.2f}"]
+        for row in rows
+    ]  # fmt: skip
+    return table(header, lines)
+
+
+BOTH = perplexities("wiki", "fortunes")
+TABLES: Mapping[str, tuple[str, Callable[[Rows], str]]] = {
+    "smollm2": ("smollm2", comparison),
+    "tasks": ("smollm2", tasks),
+    "variants": ("variants", lambda rows: pivot(rows, BOTH)),
+    "own": ("own", lambda rows: pivot(rows, BOTH)),
+    "paper": ("paper", lambda rows: pivot(rows, with_error("wiki"))),
+    "tokens": ("tokens", tokens),
+    "solver": ("solver", solver),
+    "endtoend": ("endtoend", against_limit),
+    "scaling": ("scaling", scaling),
+    "mamba": ("mamba", scans),
+    "llm_compressor": ("llm_compressor", beside),
+    "stream": ("stream", stream),
+    "stream-7b": ("stream-7b", stream),
+    "quantize": ("quantize", quantized),
+    "packed": ("packed", packed_models),
+    "packed-threads": ("packed-threads", packed_models),
+    "packed-1.5b": ("packed-1.5b", packed_models),
+    "products": ("products", products),
+    **{
+        f"zoo-{name}": (f"zoo-{name}", lambda rows: pivot(rows, with_error("wiki", "dictionary")))
+        for name in ("llama", "opt", "bloom", "mamba", "mamba2")
+    },
+}
+"""The file of each table, and the function that writes it."""
