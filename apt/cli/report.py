@@ -52,21 +52,8 @@ def report(
 
     Several models are compared. For example: apt-prune report ./pruned --output report.html
     """
-    if output.exists() and not overwrite:
-        raise AptError(f"{output} exists", "add --overwrite, or choose another")
-    if output.is_dir() or output.suffix not in (".html", ".htm"):
-        raise AptError(f"--output {output} is not an .html file")
-    if not output.expanduser().absolute().parent.is_dir():
-        raise AptError(f"--output {output}: its folder does not exist", "create it first")
-
-    if text is None and dense is not None:
-        raise AptError("only --text uses --dense", "add --text builtin, or leave it out")
-    if prompts < 0:
-        raise AptError(f"--prompts {prompts} is negative", "write 0 or more")
-    if png is not None and find_spec("matplotlib") is None:
-        raise AptError("--png needs matplotlib", "pip install 'apt-prune[plot]'")
-    if png is not None and png.exists() and not png.is_dir():
-        raise AptError(f"--png {png} is not a directory", "choose another")
+    _check_output(output, overwrite=overwrite)
+    _check_measures(text, dense, prompts, png)
     from apt.cli.output import out, show_json
     from apt.cli.reproduction import command_of
     from apt.comparing.results import RESULTS
@@ -74,16 +61,16 @@ def report(
     from apt.reporting.page import read_subjects, render
 
     compared = [directory for directory in directories if (directory / RESULTS).is_file()]
-    directories = [directory for directory in directories if directory not in compared]
-    if not directories and (text or png):
+    models = [directory for directory in directories if directory not in compared]
+    if not models and (text or png):
         option = "--text" if text else "--png"
         raise AptError(f"{option} is for pruned models, and none is named", "name one")
     grids = [_grid(directory, number) for number, directory in enumerate(compared)]
-    subjects = read_subjects(directories, command_of)
+    subjects = read_subjects(models, command_of)
     if text is not None:
         subjects = [
             replace(subject, beside=_beside(directory, subject, text, prompts, dense))
-            for directory, subject in zip(directories, subjects, strict=True)
+            for directory, subject in zip(models, subjects, strict=True)
         ]
     page = render(subjects, grids)
     with write_errors(output):
@@ -97,6 +84,26 @@ def report(
     else:
         parts = [f"{n} {name if n > 1 else name[:-1]}" for name, n in counts.items() if n]
         out.print(f"{output}: {', '.join(parts)}, {size:,} bytes", markup=False)
+
+
+def _check_output(output: Path, *, overwrite: bool) -> None:
+    if output.exists() and not overwrite:
+        raise AptError(f"{output} exists", "add --overwrite, or choose another")
+    if output.is_dir() or output.suffix not in (".html", ".htm"):
+        raise AptError(f"--output {output} is not an .html file")
+    if not output.expanduser().absolute().parent.is_dir():
+        raise AptError(f"--output {output}: its folder does not exist", "create it first")
+
+
+def _check_measures(text: str | None, dense: str | None, prompts: int, png: Path | None) -> None:
+    if text is None and dense is not None:
+        raise AptError("only --text uses --dense", "add --text builtin, or leave it out")
+    if prompts < 0:
+        raise AptError(f"--prompts {prompts} is negative", "write 0 or more")
+    if png is not None and find_spec("matplotlib") is None:
+        raise AptError("--png needs matplotlib", "pip install 'apt-prune[plot]'")
+    if png is not None and png.exists() and not png.is_dir():
+        raise AptError(f"--png {png} is not a directory", "choose another")
 
 
 def _grid(directory: Path, number: int) -> "Grid":
