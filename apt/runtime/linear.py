@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -173,11 +174,12 @@ class PackedLinear(nn.Module):
         """The product through dense rows of the matrix, a tile at a time."""
         tile = _TILES.get(rows.device.type, 2**20)
         step = max(1, tile // max(1, self.in_features))
-        found = rows.new_empty(len(rows), self.out_features)
-        for first in range(0, self.out_features, step):
-            last = min(first + step, self.out_features)
-            found[:, first:last] = nn.functional.linear(rows, self._tile(first, last, rows.dtype))
-        return found
+        ends = [*range(0, self.out_features, step), self.out_features]
+        parts = [
+            nn.functional.linear(rows, self._tile(first, last, rows.dtype))
+            for first, last in pairwise(ends)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def _tile(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
         """Rows of the matrix, in a dtype that the kernels may not have."""
