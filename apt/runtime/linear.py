@@ -14,6 +14,7 @@ from apt.runtime.matrix import FLOATS, MASK, SCALES, VALUES, Entry, bitmask, che
 
 _STORED = {**FLOATS, "int8": torch.int8, "int4": torch.uint8}
 FEW = 8  # vectors up to which a product reads the packed matrix; for more, it is expanded
+_SOME = 64  # vectors up to which the kernels' own product with expanded rows is as fast as torch's
 _TILES = {"cpu": 2**20, "cuda": 2**24}  # elements of expanded rows that are multiplied at a time
 _COLUMNS = 64  # groups of the kernels are multiples of it
 
@@ -160,15 +161,29 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Multiply (…, in) → (…, out)."""
         rows = x.reshape(-1, self.in_features)
-        native = not isinstance(self._matrix, ExpandedMatrix)
-        if native and len(rows) <= FEW and not rows.requires_grad:
-            found = self._matrix.product(rows).to(x.dtype)
-        else:
+        found = None if rows.requires_grad else self._native(rows)
+        if found is None:
             found = self._expanded(rows)
         if self.bias is not None:
             found = found + self.bias
         shaped: Tensor = found.view(*x.shape[:-1], self.out_features)
         return shaped
+
+    def _native(self, rows: Tensor) -> Tensor | None:
+        """The product by the kernels; None if torch's is faster for so many vectors.
+
+        With several threads torch's is slower: other threads expanded the rows that one multiplies.
+        """
+        if isinstance(self._matrix, ExpandedMatrix):
+            return None
+        if len(rows) <= FEW:
+            product: Tensor = self._matrix.product(rows)
+            return product.to(rows.dtype)
+        faster = len(rows) <= _SOME or torch.get_num_threads() > 1
+        if faster and rows.device.type == "cpu":
+            tiled: Tensor | None = self._matrix.tiled(rows)
+            return tiled
+        return None
 
     def _expanded(self, rows: Tensor) -> Tensor:
         """The product through dense rows of the matrix, a tile at a time."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from apt.solver.precision import full_precision
 
 _SHRINK = torch.linspace(1, 0.6, 17).tolist()  # factors of the scale that are tried
+_CHUNK = 2**17  # weights whose scales are searched at a time: they stay in the cache
 _BLOCK = 128  # columns between two updates of the gradient of all columns
 
 
@@ -107,14 +108,26 @@ def scales_of(weight: Tensor, importance: Tensor, grid: IntegerGrid, dtype: torc
     rows, columns = weight.shape
     groups = math.ceil(columns / grid.group)
     missing = groups * grid.group - columns
-    parts = torch.nn.functional.pad(weight, (0, missing)).view(rows, groups, grid.group)
     weighting = torch.nn.functional.pad(importance, (0, missing)).view(groups, grid.group)
-    whole = (parts.abs().amax(2) / grid.most).clamp_min(1e-30)
+    found = weight.new_empty(rows, groups)
+    step = max(1, _CHUNK // max(1, groups * grid.group))
+    for start in range(0, rows, step):
+        some = torch.nn.functional.pad(weight[start : start + step], (0, missing))
+        parts = some.view(-1, groups, grid.group)
+        found[start : start + step] = _best_scales(parts, weighting, grid.most, dtype)
+    return found
+
+
+def _best_scales(parts: Tensor, weighting: Tensor, most: int, dtype: torch.dtype) -> Tensor:
+    """The scale of each group of some rows (rows, groups, group), see `scales_of`."""
+    whole = (parts.abs().amax(2) / most).clamp_min(1e-30)
     found, best = whole, torch.full_like(whole, math.inf)
+    levels = torch.empty_like(parts)
     for factor in _SHRINK:
         scale = (whole * factor).to(dtype).float().clamp_min(torch.finfo(dtype).tiny)
-        levels = (parts / scale.unsqueeze(2)).round().clamp(-grid.most, grid.most)
-        error = ((levels * scale.unsqueeze(2) - parts).square() * weighting).sum(2)
+        torch.div(parts, scale.unsqueeze(2), out=levels)
+        levels.round_().clamp_(-most, most).mul_(scale.unsqueeze(2)).sub_(parts).square_()
+        error = levels.mul_(weighting).sum(2)
         better = error < best
         found, best = torch.where(better, scale, found), torch.where(better, error, best)
     return found

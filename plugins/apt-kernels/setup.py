@@ -2,7 +2,7 @@
 
 from setuptools import Extension, setup
 
-NAMES = ("library", "portable", "avx2", "avx512", "avx512_bf16", "neon")
+NAMES = ("library", "portable", "avx2", "avx512", "avx512_bf16", "tiled", "neon")
 LIBRARY = Extension(
     "apt_kernels._library",
     sources=["src/module.cpp", *(f"src/{name}.cpp" for name in NAMES)],

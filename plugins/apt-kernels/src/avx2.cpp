@@ -118,7 +118,7 @@ struct Word<INT4> {
 #include "vectors.inc"
 
 const Kernels &avx2() {
-    static const Kernels kernels{product, expand<float>, expand<uint16_t>, false};
+    static const Kernels kernels{product, expand<float>, expand<uint16_t>, nullptr, false};
     return kernels;
 }
 

@@ -150,7 +150,7 @@ void expand_half(const Matrix &m, int64_t first, int64_t last, uint16_t *dense) 
 }  // namespace
 
 const Kernels &avx512() {
-    static const Kernels kernels{product, expand<float>, expand_half, false};
+    static const Kernels kernels{product, expand<float>, expand_half, nullptr, false};
     return kernels;
 }
 

@@ -202,6 +202,20 @@ EXPORT void apt_product(const apt::Matrix *matrix, const float *x, const uint16_
     });
 }
 
+// y (batch, rows) = x (batch, 64 * words) times the transposed matrix, all in bf16, for many vectors.
+// Returns 0 if this instruction set has no such product.
+EXPORT int apt_tiled(const apt::Matrix *matrix, const uint16_t *x, int64_t batch, uint16_t *y,
+                     int threads, int level) {
+    const apt::Kernels &kernels = apt::kernels_of(level);
+    if (!kernels.tiled) return 0;
+    const int parts = static_cast<int>(std::clamp<int64_t>(matrix->rows / 16, 1, threads));
+    apt::parallel(parts, [&](int part) {
+        const int64_t first = matrix->rows * part / parts, last = matrix->rows * (part + 1) / parts;
+        kernels.tiled(*matrix, x, batch, first, last, y);
+    });
+    return 1;
+}
+
 // Rows [first, last) with their zeros: (last - first, columns), as fp32 or bf16.
 EXPORT void apt_expand(const apt::Matrix *matrix, int64_t first, int64_t last, int64_t columns,
                        void *dense, int bf16, int threads, int level) {

@@ -44,11 +44,16 @@ using Product = void (*)(const Matrix &, const Vectors &, int64_t first, int64_t
 template <class T>
 using Expand = void (*)(const Matrix &, int64_t first, int64_t last, T *dense);
 
+// The product of rows [first, last) with many vectors in bf16, rounded: y[b * matrix.rows + row].
+using Tiled = void (*)(const Matrix &, const uint16_t *x, int64_t batch, int64_t first, int64_t last,
+                       uint16_t *y);
+
 struct Kernels {
     Product product;
     Expand<float> expand;
     Expand<uint16_t> expand_bf16;
-    bool split;  // true if products with integers use `Vectors::high` and `Vectors::low`
+    Tiled tiled;  // null if there is none
+    bool split;   // true if products with integers use `Vectors::high` and `Vectors::low`
 };
 
 const Kernels &portable();
@@ -56,6 +61,7 @@ const Kernels &portable();
 const Kernels &avx2();
 const Kernels &avx512();
 const Kernels &avx512_bf16();
+void tiled(const Matrix &, const uint16_t *x, int64_t batch, int64_t first, int64_t last, uint16_t *y);
 #endif
 #if defined(__aarch64__)
 const Kernels &neon();

@@ -127,7 +127,7 @@ struct Word<INT4> {
 #include "vectors.inc"
 
 const Kernels &neon() {
-    static const Kernels kernels{product, expand<float>, expand<uint16_t>, false};
+    static const Kernels kernels{product, expand<float>, expand<uint16_t>, nullptr, false};
     return kernels;
 }
 

@@ -77,7 +77,7 @@ void expand(const Matrix &m, int64_t first, int64_t last, T *dense) {
 }  // namespace
 
 const Kernels &portable() {
-    static const Kernels kernels{product, expand<float>, expand<uint16_t>, false};
+    static const Kernels kernels{product, expand<float>, expand<uint16_t>, nullptr, false};
     return kernels;
 }
 

@@ -120,6 +120,38 @@ def test_values_that_are_not_finite_reach_the_result(level, kind, value):
     assert torch.equal(found[1].isnan(), expected[1].isnan())
 
 
+@settings(deadline=None, max_examples=100)
+@given(
+    rows=st.integers(1, 300), columns=st.integers(1, 300), batch=st.integers(0, 40), share=SHARES,
+    kind=KINDS, seed=st.integers(0, 2**16),
+)  # fmt: skip
+def test_products_with_many_vectors_are_those_of_the_dense_matrix(
+    rows, columns, batch, share, kind, seed
+):
+    dense, matrix = packed(rows, columns, share, kind, seed)
+    x = torch.randn(batch, columns, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    found = matrix.tiled(x)
+    if LEVEL != "avx512-bf16":
+        assert found is None
+        return
+    expected = x.double() @ dense.T
+    size = x.double().abs() @ dense.abs().T
+    assert found.shape == expected.shape
+    assert ((found - expected).abs() <= 2**-7 * size + 1e-30).all()
+
+
+@pytest.mark.skipif(LEVEL != "avx512-bf16", reason="no product in tiles here")
+@pytest.mark.parametrize(("rows", "columns"), [(700, 2000), (130, 20000), (5, 70000)])
+def test_large_matrices_are_multiplied_in_tiles(rows, columns):
+    dense, matrix = packed(rows, columns, 0.5, torch.bfloat16, 3)
+    x = torch.randn(13, columns).bfloat16()
+    expected = x.double() @ dense.T
+    assert ((matrix.tiled(x) - expected).abs() / expected.abs().max()).max() < 1e-2
+    assert matrix.tiled(x.float()) is None
+    matrix.use("avx2")
+    assert matrix.tiled(x) is None
+
+
 @pytest.fixture(params=["torch's", "own"])
 def kind_of_threads(request):
     """The threads of products: those of torch's OpenMP, or those of the library itself."""
@@ -153,11 +185,13 @@ print(threads() - before, torch.allclose(expected, x @ weight.T, rtol=1e-3, atol
 def test_the_number_of_threads_does_not_change_the_result(threads):
     dense, matrix = packed(3000, 512, 0.6, torch.bfloat16, 0)
     x, before = torch.randn(2, 512), torch.get_num_threads()
-    one = matrix.product(x)
+    one, many = matrix.product(x), matrix.tiled(x.bfloat16())
     try:
         torch.set_num_threads(threads)
         for _ in range(50):
             assert torch.equal(matrix.product(x), one)
+            if many is not None:
+                assert torch.equal(matrix.tiled(x.bfloat16()), many)
             assert torch.equal(matrix.expand(5, 2990), dense[5:2990].float())
     finally:
         torch.set_num_threads(before)

@@ -32,6 +32,8 @@ def _load() -> ctypes.CDLL | None:
     found.apt_offsets.restype = c_int64
     found.apt_product.argtypes = [pointer, c_void_p, c_void_p, c_int64, c_void_p, c_int, c_int]
     found.apt_product.restype = None
+    found.apt_tiled.argtypes = [pointer, c_void_p, c_int64, c_void_p, c_int, c_int]
+    found.apt_tiled.restype = c_int
     found.apt_expand.argtypes = [
         pointer, c_int64, c_int64, c_int64, c_void_p, c_int, c_int, c_int
     ]  # fmt: skip

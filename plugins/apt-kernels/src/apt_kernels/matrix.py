@@ -87,6 +87,21 @@ class Kernel:
         )  # fmt: skip
         return y
 
+    def tiled(self, x: Tensor) -> Tensor | None:
+        """``x`` (n, columns) times the transposed matrix, for many vectors: (n, rows) in bf16.
+
+        None if ``x`` is not bf16, or this instruction set has no such product.
+        """
+        assert LIBRARY is not None
+        if x.dtype != torch.bfloat16:
+            return None
+        given, y = self._pad(x.contiguous()), torch.empty(len(x), self.rows, dtype=x.dtype)
+        done = LIBRARY.apt_tiled(
+            self._pointer, given.data_ptr(), len(x), y.data_ptr(), torch.get_num_threads(),
+            self._level,
+        )  # fmt: skip
+        return y if done else None
+
     def _pad(self, x: Tensor) -> Tensor:
         if self._padded == self.columns:
             return x
