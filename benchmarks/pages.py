@@ -33,9 +33,15 @@ def figures() -> dict[str, str]:
     """Sentences of README.md with figures, as patterns, and the text that the results give."""
     plain = row_of("allocation", method="admm", pattern="0.7")["wiki"]
     auto = row_of("allocation", method="admm/allocation=auto", pattern="0.7")["wiki"]
-    packed = row_of("packed", model="0.5-bfloat16")["decode ratio"]["median"]
+    packed, half, most = (
+        row_of(name, model=f"{share}-bfloat16")["decode ratio"]["median"]
+        for name, share in (("packed", 0.5), ("packed-1.5b", 0.5), ("packed-1.5b", 0.7))
+    )
     return {
         r"SmolLM2 decodes [\d.]+ times as fast": f"SmolLM2 decodes {packed:.1f} times as fast",
+        r"billion parameters [\d.]+ times, with 70 % [\d.]+ times": (
+            f"billion parameters {half:.1f} times, with 70 % {most:.1f} times"
+        ),
         r"perplexity of SmolLM2 from [\d.]+ to [\d.]+": (
             f"perplexity of SmolLM2 from {plain:.1f} to {auto:.1f}"
         ),

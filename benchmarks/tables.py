@@ -75,17 +75,22 @@ def scores(row: Row) -> list[str]:
 
 def comparison(rows: Rows) -> str:
     """Perplexities and divergences of a comparison."""
-    header = ["", "method", "perplexity", "KL from dense", "same first token, %", "seconds"]
+    header = ["", "method", "perplexity", "KL from dense", "same first token, %"]
     lines = [
         [
             COLUMNS.get(row["pattern"], row["pattern"]),
             NAMES.get(row["method"], row["method"]),
             *scores(row),
-            f"{row['seconds']:.0f}" if "seconds" in row else "",
         ]
         for row in rows
     ]
     return table(header, lines)
+
+
+def shortly(rows: Rows) -> str:
+    """Perplexities of a comparison, a line for each method."""
+    kept = [row for row in rows if row["method"] != "wanda"]
+    return pivot(kept, lambda row: scores(row)[0])
 
 
 def accuracy_of(task: Row) -> Row:
@@ -244,6 +249,7 @@ BOTH = perplexities("wiki", "fortunes")
 TABLES: Mapping[str, tuple[str, Callable[[Rows], str]]] = {
     "smollm2": ("smollm2", comparison),
     "tasks": ("smollm2", tasks),
+    "methods": ("smollm2", shortly),
     "variants": ("variants", lambda rows: pivot(rows, BOTH)),
     "own": ("own", lambda rows: pivot(rows, BOTH)),
     "paper": ("paper", lambda rows: pivot(rows, with_error("wiki"))),
