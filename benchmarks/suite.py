@@ -27,12 +27,12 @@ ZOO = (
 ZOO += " admm/layer-wise admm --dictionary /usr/share/dictd/foldoc.dict.dz --patterns"
 SUITE = {
     "smollm2": "comparison.py",
-    "variants": "accuracy.py --eval-samples 16 --patterns 0.5 2:4 0.7"
+    "variants": "accuracy.py --eval-samples 16 --patterns 0.5 2:4"
     " --methods admm admm:fast admm/layer-wise admm/random_tokens=0"
     " admm/random_tokens=0/row_importance=0 admm/random_tokens=0/row_importance=0/tuning_epochs=0",
-    "own": "accuracy.py --eval-samples 16 --patterns 2:4 --methods ss ss/own_samples=8 admm"
+    "own": "accuracy.py --eval-samples 16 --patterns 2:4 --methods ss/own_samples=8"
     " admm/own_samples=8/random_tokens=0 admm:best admm:best/own_samples=0",
-    "paper": "accuracy.py --eval-samples 16 --patterns 2:4 4:8 0.5 --methods ss sm ms mm",
+    "paper": "accuracy.py --eval-samples 16 --patterns 2:4 4:8 --methods ss sm ms mm",
     "tokens": "calibration.py",
     "solver": "solver.py --blocks 0 12 20 --patterns 2:4 0.5 0.7"
     " --methods ss sm alps admm:fast admm:default --grams grams.pt",
