@@ -189,7 +189,7 @@ class PackedLinear(nn.Module):
         """The product through dense rows of the matrix, a tile at a time."""
         tile = _TILES.get(rows.device.type, 2**20)
         step = max(1, tile // max(1, self.in_features))
-        ends = [*range(0, self.out_features, step), self.out_features]
+        ends = [*range(0, max(1, self.out_features), step), self.out_features]
         parts = [
             nn.functional.linear(rows, self._tile(first, last, rows.dtype))
             for first, last in pairwise(ends)

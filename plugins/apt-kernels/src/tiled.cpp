@@ -17,6 +17,7 @@ namespace {
 constexpr int64_t ROWS = 4, VECTORS = 6;  // of a block: its sums fill 24 of 32 registers
 constexpr int64_t COLUMNS = 1536;         // of a block, which fits into a first-level cache of 32 KiB
 constexpr int64_t TILE = 512 * 1024;      // bytes of expanded rows, of a second-level cache of 1 MiB
+constexpr int64_t MANY = 96;              // vectors whose sums are kept at a time
 
 // Memory that begins at a line of the cache.
 template <class T>
@@ -101,15 +102,19 @@ void tiled(const Matrix &m, const uint16_t *x, int64_t batch, int64_t first, int
     const int64_t most = width ? TILE / (2 * width) / ROWS * ROWS : TILE;
     const int64_t step = std::clamp(last - first + ROWS - 1, ROWS, std::max(ROWS, most)) / ROWS * ROWS;
     const Memory<uint16_t> dense(step * width);
-    const Memory<float> sums(batch * step);
+    const Memory<float> sums(std::min(MANY, batch) * step);
     for (int64_t begin = first; begin < last; begin += step) {
         const int64_t count = std::min(step, last - begin), rows = (count + ROWS - 1) / ROWS * ROWS;
         avx512().expand_bf16(m, begin, begin + count, dense.get());
         std::fill(dense.get() + count * width, dense.get() + rows * width, 0);
-        multiply(dense.get(), x, width, batch, rows, sums.get());
-        for (int64_t v = 0; v < batch; ++v) {
-            uint16_t *to = y + v * m.rows + begin;
-            for (int64_t row = 0; row < count; ++row) to[row] = to_bf16(sums.get()[v * rows + row]);
+        for (int64_t start = 0; start < batch; start += MANY) {
+            const int64_t vectors = std::min(MANY, batch - start);
+            multiply(dense.get(), x + start * width, width, vectors, rows, sums.get());
+            for (int64_t v = 0; v < vectors; ++v) {
+                uint16_t *to = y + (start + v) * m.rows + begin;
+                const float *from = sums.get() + v * rows;
+                for (int64_t row = 0; row < count; ++row) to[row] = to_bf16(from[row]);
+            }
         }
     }
 }

@@ -122,7 +122,7 @@ def test_values_that_are_not_finite_reach_the_result(level, kind, value):
 
 @settings(deadline=None, max_examples=100)
 @given(
-    rows=st.integers(1, 300), columns=st.integers(1, 300), batch=st.integers(0, 40), share=SHARES,
+    rows=st.integers(1, 300), columns=st.integers(1, 300), batch=st.integers(0, 200), share=SHARES,
     kind=KINDS, seed=st.integers(0, 2**16),
 )  # fmt: skip
 def test_products_with_many_vectors_are_those_of_the_dense_matrix(
