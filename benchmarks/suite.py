@@ -63,8 +63,8 @@ TIMED = {
     "solver", "endtoend", "scaling", "stream", "stream-7b", "mamba", "llm_compressor",
     "packed-threads",
 }  # fmt: skip
-"""Tables of times with two threads: nothing else should run. The others have one thread, so that
-two processes of this script can make different tables at the same time."""
+"""Tables of times with two threads: nothing else should run. The others have one thread. Those of
+packed models are times as well; two processes of this script can make the rest side by side."""
 
 
 def arguments() -> argparse.Namespace:
