@@ -59,11 +59,16 @@ def wrong_figures() -> Iterator[str]:
 
 def rendered(name: str) -> str:
     """A table, and a line with its origin."""
-    file, write = TABLES[name]
-    record = results(file)
+    files, write = TABLES[name]
+    records = [results(file) for file in files.split()]
+    rows = [row for record in records for row in record["rows"]]
+    return f"{write(rows)}\n\n({'; '.join(dict.fromkeys(map(origin, records)))})"
+
+
+def origin(record: Row) -> str:
+    """Where and when a file was made."""
     threads = "one thread" if record["threads"] == 1 else f"{record['threads']} threads"
-    origin = f"{record['machine']}, {threads}, commit {record['commit']}, {record['date']}"
-    return f"{write(record['rows'])}\n\n({origin})"
+    return f"{record['machine']}, {threads}, commit {record['commit']}, {record['date']}"
 
 
 def page(text: str) -> str:

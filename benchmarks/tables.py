@@ -27,6 +27,13 @@ NAMES = {
     "admm:best/own_samples=0": "`admm`, best, without own text",
 }
 COLUMNS = {"0.5": "50 %", "0.6": "60 %", "0.7": "70 %"}
+ORDER = ("", "0.5", "4:8", "0.6", "2:4", "0.7")
+"""The patterns from the least loss to the most; the dense model first."""
+
+
+def ordered(rows: Rows) -> list[Row]:
+    """The rows in the order of their patterns."""
+    return sorted(rows, key=lambda row: ORDER.index(row["pattern"]))
 
 
 def written(line: Sequence[str]) -> str:
@@ -40,7 +47,7 @@ def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 def pivot(rows: Rows, cell: Cell, row: str = "method", column: str = "pattern") -> str:
     """A table with a line for each value of ``row``, and a column for each of ``column``."""
-    kept = [r for r in rows if r[column]]
+    kept = ordered([r for r in rows if r[column]])
     columns = list(dict.fromkeys(r[column] for r in kept))
     found: dict[str, dict[str, str]] = {}
     for r in kept:
@@ -56,6 +63,9 @@ def pivot(rows: Rows, cell: Cell, row: str = "method", column: str = "pattern") 
 
 def perplexities(*texts: str) -> Cell:
     return lambda row: " / ".join(f"{row[text]:.2f}" for text in texts)
+
+
+BOTH = perplexities("wiki", "fortunes")
 
 
 def with_error(*texts: str) -> Cell:
@@ -82,15 +92,38 @@ def comparison(rows: Rows) -> str:
             NAMES.get(row["method"], row["method"]),
             *scores(row),
         ]
-        for row in rows
+        for row in ordered(rows)
     ]
     return table(header, lines)
 
 
 def shortly(rows: Rows) -> str:
     """Perplexities of a comparison, a line for each method."""
-    kept = [row for row in rows if row["method"] != "wanda"]
+    return pivot(rows, lambda row: scores(row)[0])
+
+
+def patterns(rows: Rows) -> str:
+    """Perplexities of the default of a comparison."""
+    kept = [row for row in rows if row["method"] in ("dense", "admm")]
     return pivot(kept, lambda row: scores(row)[0])
+
+
+def efforts(rows: Rows) -> str:
+    """Perplexities by effort, at 2:4."""
+    names = {
+        "admm/layer-wise": "`--layer-wise`",
+        "admm:fast": "`fast`",
+        "admm": "`default`",
+        "admm:best": "`best`",
+    }
+    found = {row["method"]: row for row in rows if row["pattern"] in ("", "2:4")}
+    lines = [[names[method], BOTH(found[method])] for method in names]
+    return table(["effort", f"2:4, dense {BOTH(found['dense'])}"], lines)
+
+
+def joint(rows: Rows) -> str:
+    """SparseGPT's mask with both kinds of compensation."""
+    return pivot([r for r in rows if r["method"] in ("dense", "ss", "sm")], perplexities("wiki"))
 
 
 def accuracy_of(task: Row) -> Row:
@@ -105,7 +138,7 @@ def tasks(rows: Rows) -> str:
     names = list(rows[0]["tasks"])
     header = ["", "method", *(name.removeprefix("local_") for name in names), "mean", "changed, %"]
     lines = []
-    for row in rows:
+    for row in ordered(rows):
         found = [accuracy_of(row["tasks"][name]) for name in names]
         mean = sum(one["value"] for one in found) / len(found)
         changed = [row["tasks"][name].get("changed") for name in names]
@@ -122,13 +155,12 @@ def tasks(rows: Rows) -> str:
 def tokens(rows: Rows) -> str:
     """Accuracy against calibration tokens."""
     header = ["samples × tokens", "effort", "layer error", "Wikipedia / fortunes", "seconds"]
-    both = perplexities("wiki", "fortunes")
     lines = [
         [
             row["tokens"].replace("x", " × "),
             row["method"].partition(":")[2],
             f"{row['error']:.4f}",
-            both(row),
+            BOTH(row),
             f"{row['seconds']:.0f}",
         ]
         for row in rows
@@ -191,9 +223,8 @@ def scans(rows: Rows) -> str:
 def beside(rows: Rows) -> str:
     """llm-compressor and APT on the same tokens."""
     header = ["", "method", "Wikipedia / fortunes", "seconds"]
-    both = perplexities("wiki", "fortunes")
     lines = [
-        [COLUMNS.get(r["pattern"], r["pattern"]), r["method"], both(r),
+        [COLUMNS.get(r["pattern"], r["pattern"]), r["method"], BOTH(r),
          f"{r['seconds']:.0f}" if "seconds" in r else ""]
         for r in rows
     ]  # fmt: skip
@@ -208,8 +239,7 @@ def spelled(row: str) -> str:
 
 def quantized(rows: Rows) -> str:
     header = ["SmolLM2", "Wikipedia / fortunes", "bytes of the Linears"]
-    both = perplexities("wiki", "fortunes")
-    lines = [[spelled(row["row"]), both(row), f"{row['bytes'] / 1e6:.1f} MB"] for row in rows]
+    lines = [[spelled(row["row"]), BOTH(row), f"{row['bytes'] / 1e6:.1f} MB"] for row in rows]
     return table(header, lines)
 
 
@@ -245,14 +275,16 @@ def products(rows: Rows) -> str:
     return table(header, lines)
 
 
-BOTH = perplexities("wiki", "fortunes")
 TABLES: Mapping[str, tuple[str, Callable[[Rows], str]]] = {
     "smollm2": ("smollm2", comparison),
     "tasks": ("smollm2", tasks),
     "methods": ("smollm2", shortly),
+    "patterns": ("smollm2", patterns),
+    "efforts": ("variants own", efforts),
     "variants": ("variants", lambda rows: pivot(rows, BOTH)),
     "own": ("own", lambda rows: pivot(rows, BOTH)),
     "paper": ("paper", lambda rows: pivot(rows, with_error("wiki"))),
+    "joint": ("paper", joint),
     "tokens": ("tokens", tokens),
     "solver": ("solver", solver),
     "endtoend": ("endtoend", against_limit),
@@ -271,4 +303,4 @@ TABLES: Mapping[str, tuple[str, Callable[[Rows], str]]] = {
         for name in ("llama", "opt", "bloom", "mamba", "mamba2")
     },
 }
-"""The file of each table, and the function that writes it."""
+"""The files of each table, and the function that writes it."""

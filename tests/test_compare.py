@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,9 +56,28 @@ def test_a_grid_is_measured_as_single_runs_are(apt, checkpoint):
         table = list(csv.reader(file))
     assert len(table) == 9
     assert table[0][3] == f"perplexity on {text}"
-    assert float(table[3][3]) == rows[2]["scores"][text]["perplexity"]
-    assert (Path("out") / "comparison.md").read_text().count("\n| ") == 10
+    assert table[0][4:6] == [f"perplexity on {text} low", f"perplexity on {text} high"]
+    value, low, high = map(float, table[3][3:6])
+    assert value == rows[2]["scores"][text]["perplexity"]
+    assert low < value < high
+    assert len(set(table[1][3:6])) == 1  # of the dense model, with which all are compared
+    page = (Path("out") / "comparison.md").read_text()
+    assert page.count("\n| ") == 10
+    assert f"{value:.4g} ± {(high - low) / 2:.2g}" in page
     assert (Path("out") / "comparison.png").stat().st_size > 5000
+
+
+def test_a_metric_that_is_no_mean_of_windows_has_no_interval(apt, checkpoint, monkeypatch):
+    plain = registry().evaluators.get("perplexity")
+    known = registry().evaluators.specs
+    monkeypatch.setitem(known, "perplexity", replace(plain, mean=None))
+    done = apt("compare", checkpoint("llama"), *SMALL, "--methods", "wanda", "--patterns", "0.5",
+               "-o", "out", "--json")  # fmt: skip
+    assert done.code == 0, done.err
+    rows = json.loads(done.out)["rows"]
+    assert [row["windows"][TEXT.name] for row in rows] == [{}, {}]
+    assert [row["intervals"][TEXT.name] for row in rows] == [{}, {}]
+    assert "±" not in (Path("out") / "comparison.md").read_text()
 
 
 def test_a_killed_comparison_continues_and_measures_no_row_twice(apt, checkpoint, tmp_path):

@@ -160,9 +160,10 @@ def _check_place(output: Path) -> None:
     if not output.is_dir():
         raise AptError(f"--output {output} is not a directory")
     from apt.comparing.claims import FOLDER
+    from apt.comparing.results import RESULTS
 
     names = {path.name for path in output.iterdir()}
-    if names - {FOLDER} and "comparison.json" not in names:
+    if names - {FOLDER} and RESULTS not in names:
         raise AptError(f"--output {output} has other files", "choose another directory")
 
 
@@ -193,16 +194,18 @@ def _show(
     output: Path, comparison: "Comparison", rows: list[dict[str, Any]], *, as_json: bool
 ) -> None:
     from apt.cli.output import out, show, show_json, table
-    from apt.comparing.tables import cells, columns, header, summaries
+    from apt.comparing.results import RESULTS
+    from apt.comparing.tables import cells, header, intervals, summaries
 
     if as_json:
         told = [
-            {**row, "tasks": summaries(row, rows[0])} if "tasks" in row else row for row in rows
+            {**row, "intervals": intervals(row, rows[0]), "tasks": summaries(row, rows[0])}
+            for row in rows
         ]
         show_json({"output": str(output), **comparison.setting, "rows": told})
         return
     made = table(*(name if i < 2 else f">{name}" for i, name in enumerate(header(rows))))
     for row in rows:
-        made.add_row(*cells(row, columns(rows)))
+        made.add_row(*cells(row, rows[0]))
     show(made)
-    out.print(f"{output}: comparison.json, comparison.md, comparison.csv", markup=False)
+    out.print(f"{output}: {RESULTS}, comparison.md, comparison.csv", markup=False)

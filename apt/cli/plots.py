@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from apt.evaluation.windows import interval
 from apt.output.report import Report
 from apt.recovery.law import Law, Point
 from apt.reporting.heat import Heat
@@ -134,7 +135,7 @@ def draw_law(points: Sequence[Point], law: Law, path: Path) -> None:
 
 
 def draw_comparison(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw the first metric of each text as bars, one panel for each text and pattern.
+    """Draw the first metric of each text as bars with their intervals, by text and pattern.
 
     Args:
         rows: the rows of a comparison; the first one is the dense model.
@@ -151,6 +152,9 @@ def draw_comparison(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             chosen = [row for row in others if row["pattern"] == pattern]
             values = [row["scores"][text][metric] for row in chosen]
             panel.barh([row["method"] for row in chosen], values, color="tab:blue")
+            for place, row in enumerate(chosen):
+                if (ends := interval(row, dense, text, metric)) is not None:
+                    panel.plot(ends, (place, place), "|-", color="black", linewidth=1)
             panel.axvline(dense["scores"][text][metric], color="black", linewidth=1)
             panel.invert_yaxis()
             panel.set_title(f"{text}, {pattern or 'others'}", fontsize="small")

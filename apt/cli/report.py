@@ -109,7 +109,7 @@ def _check_measures(text: str | None, dense: str | None, prompts: int, png: Path
 def _grid(directory: Path, number: int) -> "Grid":
     """The section of a comparison."""
     from apt.comparing.results import Comparison
-    from apt.comparing.tables import cells, columns, header
+    from apt.comparing.tables import cells, header
     from apt.reporting.grids import Grid
     from apt.reporting.page import render
 
@@ -118,8 +118,7 @@ def _grid(directory: Path, number: int) -> "Grid":
         raise AptError(f"{found.path} has no rows yet", "continue the comparison first")
     name = directory.resolve().name
     try:
-        names = columns(found.rows)
-        lines = [cells(row, names) for row in found.rows]
+        lines = [cells(row, found.rows[0]) for row in found.rows]
         anchor = f"comparison-{number}"
         grid = Grid(name, anchor, header(found.rows), lines, found.rows, found.setting)
         render([], [grid])

@@ -17,6 +17,7 @@ from apt.comparing.cells import Cell
 from apt.comparing.claims import claimed
 from apt.comparing.results import Comparison, Row
 from apt.evaluation import kept_states
+from apt.evaluation.windows import Windows
 from apt.events import Observer
 from apt.locations.model_source import Source, find
 from apt.output.report import portable, versions
@@ -218,21 +219,37 @@ class Grid:
         return kept_states(module) if len(self._wish.metrics) > 1 else nullcontext()
 
     def _scores(self, module: nn.Module) -> Row:
-        """The metrics on each text, and the answers to each task."""
-        found: dict[str, dict[str, float]] = {}
+        """The metrics on each text and on its windows, and the answers to each task."""
+        row: Row = {"scores": {}, "windows": {}}
         with self._dense.adapter.running(module), self._shared(module):
             for name, tokens in self._held_out.items():
-                scores = found[portable(name)] = {}
+                scores = row["scores"][portable(name)] = {}
+                windows = row["windows"][portable(name)] = {}
                 for metric in self._wish.metrics:
                     self._status(f"measuring {metric} on {name}")
-                    spec = self._registry.evaluators.get(metric)
-                    beside = [self._dense.module] if spec.dense else []
-                    scores[metric] = float(spec.load()(module, tokens, *beside))
-            if not self._wish.tasks:
-                return {"scores": found}
-            self._status("answering tasks")
-            answers = answer(
-                module, self._tokenizer, self._wish.tasks, self._wish.limit,
-                progress=self._progress,
-            )  # fmt: skip
-        return {"scores": found, "tasks": {own.task: own.record() for own in answers}}
+                    scores[metric], each = self._measured(metric, module, tokens)
+                    if each is not None:
+                        windows[metric] = each.record()
+            if self._wish.tasks:
+                self._status("answering tasks")
+                answers = answer(
+                    module, self._tokenizer, self._wish.tasks, self._wish.limit,
+                    progress=self._progress,
+                )  # fmt: skip
+                row["tasks"] = {own.task: own.record() for own in answers}
+        return row
+
+    def _measured(
+        self, name: str, module: nn.Module, tokens: Tensor
+    ) -> tuple[float, Windows | None]:
+        """A metric of tokens (windows, seqlen), and of each window if it is a mean of windows."""
+        spec = self._registry.evaluators.get(name)
+        target, beside = spec.load(), [self._dense.module] if spec.dense else []
+
+        def metric(some: Tensor) -> float:
+            return float(target(module, some, *beside))
+
+        if spec.mean is None:
+            return metric(tokens), None
+        each = Windows.measure(metric, tokens, spec.mean)
+        return each.value, each

@@ -1,7 +1,8 @@
 """The table of a comparison as Markdown and CSV.
 
-A row has the metrics of each text, and one metric of each task. CSV has all metrics of the tasks
-and their differences from the dense model.
+A row has the metrics of each text with half of their 95 % intervals, and one metric of each task.
+CSV has both ends of the intervals, and all metrics of the tasks with their differences from the
+dense model.
 """
 
 import csv
@@ -9,6 +10,7 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
+from apt.evaluation.windows import interval
 from apt.tasks.answers import Answers, summary
 
 Row = dict[str, Any]
@@ -38,9 +40,26 @@ def summaries(row: Row, dense: Row) -> dict[str, Any]:
     return {found.task: summary(found, known.get(found.task)) for found in answers(row)}
 
 
-def cells(row: Row, names: Sequence[tuple[str, str]]) -> list[str]:
-    """The texts of a row."""
-    scores = [_figure(row["scores"].get(text, {}).get(metric)) for text, metric in names]
+def intervals(row: Row, dense: Row) -> dict[str, dict[str, tuple[float, float]]]:
+    """The 95 % interval of each metric of a row by text, where it is known."""
+    return {
+        text: {
+            metric: found
+            for metric in scores
+            if (found := interval(row, dense, text, metric)) is not None
+        }
+        for text, scores in row["scores"].items()
+    }
+
+
+def cells(row: Row, dense: Row) -> list[str]:
+    """The texts of a row, beside the dense model's."""
+    found = intervals(row, dense)
+    scores = [
+        _figure(row["scores"].get(text, {}).get(metric))
+        + ("" if row is dense else _margin(found.get(text, {}).get(metric)))
+        for text, metric in columns([dense])
+    ]
     tasks = [
         "{:.3f} ± {:.3f}".format(*found.metrics[found.main]) if found.metrics else ""
         for found in answers(row)
@@ -61,10 +80,15 @@ def _figure(value: Any) -> str:
     return "" if value is None else f"{float(value):.4g}"
 
 
+def _margin(found: tuple[float, float] | None) -> str:
+    """Half of an interval, after its metric."""
+    return "" if found is None else f" ± {(found[1] - found[0]) / 2:.2g}"
+
+
 def markdown(rows: Sequence[Row]) -> str:
     """The table as Markdown."""
-    names, top = columns(rows), header(rows)
-    lines = [top, ["---"] * len(top), *(cells(row, names) for row in rows)]
+    top = header(rows)
+    lines = [top, ["---"] * len(top), *(cells(row, rows[0]) for row in rows)]
     return "\n".join(f"| {' | '.join(_escaped(cell) for cell in line)} |" for line in lines) + "\n"
 
 
@@ -78,12 +102,21 @@ def as_csv(rows: Sequence[Row]) -> str:
     writer = csv.writer(file, lineterminator="\n")
     measured = [(t.task, metric) for t in answers(rows[0]) for metric in t.metrics]
     writer.writerow([
-        "method", "pattern", "zeros", *(f"{metric} on {text}" for text, metric in names),
+        "method", "pattern", "zeros",
+        *(f"{metric} on {text}{end}" for text, metric in names for end in ("", " low", " high")),
         *(f"{task} {metric} {part}" for task, metric in measured for part in _PARTS),
         *(f"{t.task} other answers" for t in answers(rows[0])), "layer error", "seconds",
     ])  # fmt: skip
     for row in rows:
-        scores = [row["scores"].get(text, {}).get(metric, "") for text, metric in names]
+        known = intervals(row, rows[0])
+        scores = [
+            figure
+            for text, metric in names
+            for figure in (
+                row["scores"].get(text, {}).get(metric, ""),
+                *known.get(text, {}).get(metric, ("", "")),
+            )
+        ]
         found = summaries(row, rows[0])
         tasks = [
             found[task]["metrics"][metric].get(part, "")

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import NamedTuple
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 640, 220, 64, 34, 10
 
@@ -14,6 +15,14 @@ class Line:
 
     name: str
     points: Sequence[tuple[float, float]]
+
+
+class Bar(NamedTuple):
+    """A bar of a chart: its name, its value, and the interval of the value if it is known."""
+
+    name: str
+    value: float
+    interval: tuple[float, float] | None = None
 
 
 def line_chart(title: str, lines: Sequence[Line], x_label: str, y_label: str) -> str:
@@ -31,20 +40,35 @@ def line_chart(title: str, lines: Sequence[Line], x_label: str, y_label: str) ->
     return _svg(title, "".join(parts)) + _legend(lines)
 
 
-def bar_chart(title: str, bars: Sequence[tuple[str, float]], unit: str) -> str:
-    """Horizontal bars with their values."""
+def bar_chart(title: str, bars: Sequence[Bar], unit: str) -> str:
+    """Horizontal bars with their values and intervals."""
     if not bars:
         return ""
-    most, row = max((value for _, value in bars), default=0) or 1, 26
+    most, row = max((end for bar in bars for end in _ends(bar)), default=0) or 1, 26
     parts = []
-    for number, (name, value) in enumerate(bars):
-        y, width = number * row, 360 * value / most
+    for number, bar in enumerate(bars):
+        y, width, (low, high) = number * row, *_widths(bar, most)
         parts.append(
-            f'<text x="190" y="{y + 17}" class="name">{escape(_shortened(name))}</text>'
+            f'<text x="190" y="{y + 17}" class="name">{escape(_shortened(bar.name))}</text>'
             f'<rect x="200" y="{y + 4}" width="{max(width, 1):.1f}" height="18" class="bar"/>'
-            f'<text x="{206 + width:.1f}" y="{y + 17}" class="value">{value:,.3g} {unit}</text>'
+            f'<text x="{206 + high:.1f}" y="{y + 17}" class="value">{bar.value:,.3g} {unit}</text>'
         )
+        if high > low:
+            parts.append(
+                f'<path class="interval" d="M{200 + low:.1f},{y + 13} H{200 + high:.1f}'
+                f' M{200 + low:.1f},{y + 9} v8 M{200 + high:.1f},{y + 9} v8"/>'
+            )
     return _svg(title, "".join(parts), row * len(bars) + 4)
+
+
+def _ends(bar: Bar) -> tuple[float, float]:
+    return bar.interval or (bar.value, bar.value)
+
+
+def _widths(bar: Bar, most: float) -> tuple[float, tuple[float, float]]:
+    """The widths of a bar and of the ends of its interval, of at most 360."""
+    low, high = (360 * max(end, 0) / most for end in _ends(bar))
+    return 360 * bar.value / most, (low, high)
 
 
 def _shortened(name: str) -> str:

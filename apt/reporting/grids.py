@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from apt.reporting.charts import bar_chart
+from apt.evaluation.windows import interval
+from apt.reporting.charts import Bar, bar_chart
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,15 @@ class Grid:
     @property
     def charts(self) -> list[tuple[str, str]]:
         """A chart of each metric on each text, with its title."""
-        first = self.rows[0]["scores"]
-        found = []
-        for text, metric in [(source, name) for source in first for name in first[source]]:
+        dense, found = self.rows[0], []
+        scores = dense["scores"]
+        for text, metric in [(source, name) for source in scores for name in scores[source]]:
             bars = [
-                (" ".join(line[:2]).strip(), float(row["scores"][text][metric]))
+                Bar(
+                    " ".join(line[:2]).strip(),
+                    float(row["scores"][text][metric]),
+                    interval(row, dense, text, metric),
+                )
                 for line, row in zip(self.lines, self.rows, strict=True)
                 if row["scores"].get(text, {}).get(metric) is not None
             ]

@@ -12,7 +12,7 @@ from apt.errors import AptError
 from apt.events import SitePruned
 from apt.output.report import Report, by_kind
 from apt.reporting.beside import Beside
-from apt.reporting.charts import Line, bar_chart, line_chart
+from apt.reporting.charts import Bar, Line, bar_chart, line_chart
 from apt.reporting.grids import Grid
 from apt.reporting.heat import Heat, heat
 
@@ -97,7 +97,7 @@ class Subject:
         times: dict[str, float] = {}
         for (name, start), end in zip(starts, ends, strict=True):
             times[name] = times.get(name, 0) + end - start
-        return bar_chart("Time by phase", list(times.items()), "s")
+        return bar_chart("Time by phase", [Bar(*item) for item in times.items()], "s")
 
     @property
     def memory(self) -> str:
@@ -179,11 +179,11 @@ def render(subjects: Sequence[Subject], grids: Sequence[Grid] = ()) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    bars: dict[str, list[tuple[str, float]]] = {}
+    bars: dict[str, list[Bar]] = {}
     for subject in subjects:
         for name, before, after in _scores(subject.report):
             first = f"{subject.name}, before" if name.endswith(_RECOVERY) else "dense"
-            bars.setdefault(name, [(first, before)]).append((subject.name, after))
+            bars.setdefault(name, [Bar(first, before)]).append(Bar(subject.name, after))
     comparison = [(name, bar_chart(name, values, "")) for name, values in bars.items()]
     return environment.get_template("page.html.j2").render(
         sections=[*grids, *subjects],

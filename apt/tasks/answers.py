@@ -1,11 +1,10 @@
 """The answers of a model to tasks, and their comparison with those of the dense model."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-_NORMAL_95 = 1.959964  # the quantile of a 95 % interval
+from apt.evaluation.intervals import Difference, mean_difference
 
 
 @dataclass(frozen=True)
@@ -46,30 +45,12 @@ class Answers:
         return cls(**{**record, "metrics": pairs})
 
 
-@dataclass(frozen=True)
-class Difference:
-    """The difference between two models in one metric, over the same questions.
-
-    Attributes:
-        value: the mean difference.
-        low, high: its 95 % confidence interval, from the differences of the single questions.
-    """
-
-    value: float
-    low: float
-    high: float
-
-
 def difference(pruned: Answers, dense: Answers, metric: str) -> Difference | None:
     """The paired difference of a metric; None if it is not a mean over the same questions."""
     one, other = pruned.scores.get(metric, []), dense.scores.get(metric, [])
     if not one or len(one) != len(other):
         return None
-    each = [a - b for a, b in zip(one, other, strict=True)]
-    mean = math.fsum(each) / len(each)
-    variance = math.fsum((e - mean) ** 2 for e in each) / max(len(each) - 1, 1)
-    margin = _NORMAL_95 * math.sqrt(variance / len(each))
-    return Difference(mean, mean - margin, mean + margin)
+    return mean_difference(one, other)
 
 
 def changed(pruned: Answers, dense: Answers) -> float | None:

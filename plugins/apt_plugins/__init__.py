@@ -126,17 +126,21 @@ def apt_recoveries() -> list[RecoverySpec]:
 def apt_evaluators() -> list[EvaluatorSpec]:
     """Perplexity and accuracy, divergence from the dense model and agreement with it."""
     return [
-        EvaluatorSpec("perplexity", "exp of the mean loss per token", "apt.evaluation:perplexity"),
         EvaluatorSpec(
-            "accuracy", "share of tokens that are ranked first", "apt.evaluation:accuracy", "higher"
+            "perplexity", "exp of the mean loss per token", "apt.evaluation:perplexity",
+            mean="geometric",
+        ),
+        EvaluatorSpec(
+            "accuracy", "share of tokens that are ranked first", "apt.evaluation:accuracy",
+            "higher", mean="arithmetic",
         ),
         EvaluatorSpec(
             "divergence", "mean Kullback-Leibler divergence from the dense model, in nats",
-            "apt.evaluation:divergence", dense=True,
+            "apt.evaluation:divergence", dense=True, mean="arithmetic",
         ),
         EvaluatorSpec(
             "agreement", "share of tokens that the dense model ranks first too",
-            "apt.evaluation:agreement", "higher", dense=True,
+            "apt.evaluation:agreement", "higher", dense=True, mean="arithmetic",
         ),
     ]  # fmt: skip
 

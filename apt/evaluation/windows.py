@@ -1,0 +1,87 @@
+"""A metric of each window of a text.
+
+The windows of a text differ more from each other than methods do. So a model is compared with the
+dense model window by window.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from apt.evaluation.intervals import mean_difference
+
+Mean = Literal["arithmetic", "geometric"]
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Windows:
+    """A metric of each window.
+
+    Attributes:
+        mean: the mean of the windows that is the metric of the whole text.
+        values: the metric of each window; above zero for a geometric mean.
+    """
+
+    mean: Mean
+    values: Sequence[float]
+
+    @classmethod
+    def measure(cls, metric: Callable[[Tensor], float], tokens: Tensor, mean: Mean) -> "Windows":
+        """The metric of each window of ``tokens`` (windows, seqlen)."""
+        return cls(mean, [float(metric(window[None])) for window in tokens])
+
+    @classmethod
+    def of(cls, row: Row, text: str, metric: str) -> "Windows | None":
+        """The windows that a row of a comparison has for a text and a metric; None without any."""
+        found = row.get("windows", {}).get(text, {}).get(metric)
+        if found is None:
+            return None
+        return cls(found["mean"], [float(value) for value in found["values"]])
+
+    def record(self) -> dict[str, Any]:
+        """The windows as values for JSON."""
+        return {"mean": self.mean, "values": list(self.values)}
+
+    @property
+    def value(self) -> float:
+        """The metric of the whole text."""
+        scaled = self._scaled
+        return self._unscaled(math.fsum(scaled) / len(scaled))
+
+    def interval(self, dense: "Windows") -> tuple[float, float] | None:
+        """The 95 % interval of `value`, from the differences between this model and the dense one.
+
+        It has only the uncertainty of what pruning changed: the text itself counts as given. None
+        if there are fewer than two windows.
+        """
+        if len(self.values) < 2 or len(self.values) != len(dense.values):
+            return None
+        found = mean_difference(self._scaled, dense._scaled)
+        start = math.fsum(dense._scaled) / len(dense.values)
+        return self._unscaled(start + found.low), self._unscaled(start + found.high)
+
+    @property
+    def _scaled(self) -> list[float]:
+        """The values on the scale on which their mean is the arithmetic one."""
+        if self.mean == "arithmetic":
+            return list(self.values)
+        return [math.log(value) for value in self.values]
+
+    def _unscaled(self, value: float) -> float:
+        return value if self.mean == "arithmetic" else math.exp(min(value, 700.0))
+
+
+def interval(row: Row, dense: Row, text: str, metric: str) -> tuple[float, float] | None:
+    """The 95 % interval of a metric of a row, see `Windows.interval`; None if it is not known.
+
+    Args:
+        row: a row of a comparison.
+        dense: the row of the dense model.
+        text, metric: the names of the text and of the metric.
+    """
+    own, other = Windows.of(row, text, metric), Windows.of(dense, text, metric)
+    return None if own is None or other is None else own.interval(other)
