@@ -63,7 +63,7 @@ def test_a_grid_is_measured_as_single_runs_are(apt, checkpoint):
     assert len(set(table[1][3:6])) == 1  # of the dense model, with which all are compared
     page = (Path("out") / "comparison.md").read_text()
     assert page.count("\n| ") == 10
-    assert f"{value:.4g} ± {(high - low) / 2:.2g}" in page
+    assert f"{value:.4g} ± {(high - low) / 2 / 1.959964:.2g}" in page
     assert (Path("out") / "comparison.png").stat().st_size > 5000
 
 

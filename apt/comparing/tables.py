@@ -1,8 +1,8 @@
 """The table of a comparison as Markdown and CSV.
 
-A row has the metrics of each text with half of their 95 % intervals, and one metric of each task.
-CSV has both ends of the intervals, and all metrics of the tasks with their differences from the
-dense model.
+A row has the metrics of each text and one metric of each task, with their standard errors. CSV has
+the 95 % intervals of the metrics of text, and all metrics of the tasks with their differences from
+the dense model.
 """
 
 import csv
@@ -10,6 +10,7 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
+from apt.evaluation.intervals import NORMAL_95
 from apt.evaluation.windows import interval
 from apt.tasks.answers import Answers, summary
 
@@ -81,8 +82,8 @@ def _figure(value: Any) -> str:
 
 
 def _margin(found: tuple[float, float] | None) -> str:
-    """Half of an interval, after its metric."""
-    return "" if found is None else f" ± {(found[1] - found[0]) / 2:.2g}"
+    """The standard error of an interval, after its metric."""
+    return "" if found is None else f" ± {(found[1] - found[0]) / 2 / NORMAL_95:.2g}"
 
 
 def markdown(rows: Sequence[Row]) -> str:

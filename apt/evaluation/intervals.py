@@ -4,7 +4,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_NORMAL_95 = 1.959964  # the quantile of a 95 % interval
+NORMAL_95 = 1.959964
+"""Half the width of a 95 % interval, in standard errors."""
 
 
 @dataclass(frozen=True)
@@ -31,5 +32,5 @@ def mean_difference(one: Sequence[float], other: Sequence[float]) -> Difference:
     each = [a - b for a, b in zip(one, other, strict=True)]
     mean = math.fsum(each) / len(each)
     variance = math.fsum((e - mean) ** 2 for e in each) / max(len(each) - 1, 1)
-    margin = _NORMAL_95 * math.sqrt(variance / len(each))
+    margin = NORMAL_95 * math.sqrt(variance / len(each))
     return Difference(mean, mean - margin, mean + margin)
