@@ -3,7 +3,7 @@
 SmolLM2-135M-Instruct with the texts of ``benchmarks/common.py``. Both the number and the length of
 the samples grow::
 
-    python benchmarks/calibration.py --shapes 8x512 32x512 128x512 128x2048 --json out/tokens.json
+    python benchmarks/calibration.py --shapes 8x512 128x2048 --json out/tokens.json
 
 A row in the JSON file is not measured again.
 """
@@ -23,7 +23,7 @@ import apt
 from apt.evaluation.metrics import perplexity
 from apt.output.report import peak_memory
 
-SHAPES = ["8x512", "32x512", "128x512", "32x2048", "128x2048"]
+SHAPES = ["8x512", "32x512", "128x512", "128x2048"]
 TUNED_ON = 16  # windows of each evaluation text, used to choose APT's defaults: not reported
 Row = dict[str, Any]
 

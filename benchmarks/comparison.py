@@ -15,7 +15,7 @@ from pathlib import Path
 
 from common import package_file, save
 
-GRID = ["--methods", "wanda,ss,alps,admm", "--patterns", "0.5,2:4,0.7,4:8"]
+GRID = ["--methods", "wanda,ss,alps,admm", "--patterns", "0.5,4:8,0.6,2:4,0.7"]
 METRICS = ["perplexity", "divergence", "agreement"]
 
 

@@ -1,9 +1,11 @@
 """The pictures of the documents, from the figures in ``benchmarks/results``::
 
-python benchmarks/plots.py        # writes docs/images
+python benchmarks/plots.py [DIR]        # by default docs/images
 """
 
 import json
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,47 +13,119 @@ import matplotlib
 
 matplotlib.use("agg")
 from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from tables import COLUMNS, ORDER, calibrated_on
 
 ROOT = Path(__file__).parent.parent
+TEXTS = (("wiki", "Wikipedia"), ("fortunes", "quotations and jokes"))
+Record = dict[str, Any]
 # Colours of Okabe and Ito, which remain apart with colour blindness; markers differ as well.
-LINES = (
-    ("wanda", "Wanda", "#999999", "s"),
-    ("ss", "SparseGPT", "#E69F00", "^"),
-    ("admm", "APT", "#0072B2", "o"),
-    ("admm/allocation=auto", "APT, --allocation auto", "#009E73", "D"),
-)
-SPARSITIES = ("0.6", "0.7", "0.8")
+LINES = {
+    "wanda": ("Wanda", "#999999", "s"),
+    "ss": ("SparseGPT", "#E69F00", "^"),
+    "alps": ("ALPS", "#CC79A7", "v"),
+    "admm": ("APT", "#0072B2", "o"),
+    "admm/allocation=auto": ("APT, --allocation auto", "#009E73", "D"),
+}
 
 
-def sparsity(record: dict[str, Any], path: Path) -> None:
+def by_pattern(
+    axes: Axes, found: Mapping[tuple[str, str], float], dense: float, patterns: list[str]
+) -> None:
+    """Draw a line for each method, from pattern to pattern, and one for the dense model."""
+    for method, (name, colour, marker) in LINES.items():
+        if (method, patterns[0]) in found:
+            values = [found[method, pattern] for pattern in patterns]
+            axes.plot(range(len(patterns)), values, color=colour, marker=marker, label=name)
+    axes.axhline(dense, color="black", linewidth=1, linestyle=":")
+    axes.annotate("dense", (0, dense), va="bottom", fontsize="small")
+    axes.set_yscale("log")
+    axes.set_xticks(range(len(patterns)), [COLUMNS.get(p, p) for p in patterns])
+    axes.grid(alpha=0.3)
+
+
+def sparsity(record: Record) -> Figure:
     """Perplexity against sparsity, method by method, on both texts."""
-    found = {(row["method"], row["pattern"]): row for row in record["rows"]}
     figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.6), sharey=True)
-    texts = (("wiki", "Wikipedia"), ("fortunes", "quotations and jokes"))
-    for axes, (text, title) in zip(panels, texts, strict=True):
-        for method, name, colour, marker in LINES:
-            values = [found[method, pattern][text] for pattern in SPARSITIES]
-            places = [100 * float(pattern) for pattern in SPARSITIES]
-            axes.plot(places, values, color=colour, marker=marker, label=name)
-        axes.axhline(record["dense"][text], color="black", linewidth=1, linestyle=":")
-        axes.annotate("dense", (60, record["dense"][text]), va="bottom", fontsize="small")
-        axes.set_yscale("log")
-        axes.set_xticks([60, 70, 80], ["60 %", "70 %", "80 %"])
+    for axes, (text, title) in zip(panels, TEXTS, strict=True):
+        found = {(row["method"], row["pattern"]): row[text] for row in record["rows"]}
+        by_pattern(axes, found, record["dense"][text], ["0.6", "0.7", "0.8"])
         axes.set_xlabel("zeros")
         axes.set_title(title, fontsize="medium")
-        axes.grid(alpha=0.3)
     panels[0].set_ylabel("perplexity of SmolLM2-135M")
     panels[0].legend(fontsize="small")
+    return figure
+
+
+def methods(record: Record) -> Figure:
+    """Perplexity and divergence of a comparison by pattern, method by method, on both texts."""
+    dense, *rows = record["rows"]
+    patterns = [pattern for pattern in ORDER if any(row["pattern"] == pattern for row in rows)]
+    figure, grid = pyplot.subplots(2, 2, figsize=(9, 6.6), sharey="row")
+    for line, metric in zip(grid, ("perplexity", "divergence"), strict=True):
+        for axes, (text, title) in zip(line, TEXTS, strict=True):
+            found = {
+                (row["method"], row["pattern"]): row["scores"][f"{text}.jsonl"][metric]
+                for row in rows
+            }
+            start = dense["scores"][f"{text}.jsonl"][metric]
+            by_pattern(axes, found, start, patterns)
+            axes.set_title(title, fontsize="medium")
+    grid[0, 0].set_ylabel("perplexity of SmolLM2-135M")
+    grid[1, 0].set_ylabel("divergence from the dense model, nats")
+    for axes in grid[1]:
+        axes.set_yscale("linear")
+    grid[0, 0].legend(fontsize="small")
+    return figure
+
+
+def tokens(record: Record) -> Figure:
+    """Layer error and perplexities against calibration tokens, by effort and length of samples."""
+    figure, panels = pyplot.subplots(1, 3, figsize=(11, 3.6))
+    rows = sorted(record["rows"], key=calibrated_on)
+    titles = ("relative layer error", *(f"perplexity, {title}" for _, title in TEXTS))
+    for axes, key, title in zip(panels, ("error", "wiki", "fortunes"), titles, strict=True):
+        for effort, colour, marker in (("fast", "#E69F00", "^"), ("default", "#0072B2", "o")):
+            chosen = [row for row in rows if row["method"] == f"admm:{effort}"]
+            axes.plot(
+                [calibrated_on(row) for row in chosen], [row[key] for row in chosen],
+                color=colour, marker=marker, label=effort,
+            )  # fmt: skip
+        counts = sorted({calibrated_on(row) for row in rows})
+        axes.set_xscale("log")
+        axes.set_xticks(counts, [f"{count:,}" for count in counts])
+        axes.minorticks_off()
+        axes.set_xlabel("calibration tokens")
+        axes.set_title(title, fontsize="medium")
+        axes.grid(alpha=0.3)
+    panels[0].legend(fontsize="small")
+    return figure
+
+
+PICTURES: Mapping[str, tuple[str, Callable[[Record], Figure]]] = {
+    "sparsity.png": ("allocation", sparsity),
+    "methods.png": ("smollm2", methods),
+    "tokens.png": ("tokens", tokens),
+}
+"""The file of the results that each picture is made from, and the function that draws it."""
+
+
+def draw(name: str, folder: Path) -> None:
+    """Write a picture into a folder."""
+    file, make = PICTURES[name]
+    path = ROOT / f"benchmarks/results/{file}.json"
+    figure = make(json.loads(path.read_text(encoding="utf-8")))
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(folder / name, dpi=110)
     pyplot.close(figure)
 
 
 def main() -> None:
-    images = ROOT / "docs/images"
-    images.mkdir(exist_ok=True)
-    record = json.loads((ROOT / "benchmarks/results/allocation.json").read_text(encoding="utf-8"))
-    sparsity(record, images / "sparsity.png")
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "docs/images"
+    folder.mkdir(exist_ok=True)
+    for name in PICTURES:
+        draw(name, folder)
 
 
 if __name__ == "__main__":

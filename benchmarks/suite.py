@@ -1,8 +1,8 @@
 """All tables of docs/benchmarks.md, one after the other, on one machine and with one commit.
 
 Each table is the JSON file of a script in ``benchmarks/results``. A run that was stopped continues
-where it was, if the commit is the same. At the end the tables are written into
-the documents, see ``benchmarks/pages.py``::
+where it was, if the commit is the same. At the end the tables and pictures are written into
+the documents, see ``benchmarks/pages.py`` and ``benchmarks/plots.py``::
 
     make benchmarks                                # everything
     python benchmarks/suite.py solver stream       # these tables
@@ -49,7 +49,7 @@ SUITE = {
         )
     },
     "stream": "stream.py --blocks 2 8 32 --hidden 1024 --samples 2 --seqlen 128 --method ss",
-    "stream-7b": "stream.py --blocks 2 8 32 --hidden 4096 --intermediate 11008"
+    "stream-7b": "stream.py --blocks 2 8 --hidden 4096 --intermediate 11008"
     " --vocabulary 32000 --samples 2 --seqlen 64 --method wanda",
     "mamba": "mamba.py",
     "llm_compressor": "llm_compressor.py --patterns 2:4 --methods ss admm",
@@ -99,7 +99,8 @@ def main() -> None:
             measure(name, work)
     for name in tables:
         shutil.copy(work / f"{name}.json", RESULTS)
-    subprocess.run([sys.executable, HERE / "pages.py"], check=True)
+    for script in ("plots.py", "pages.py"):
+        subprocess.run([sys.executable, HERE / script], check=True)
 
 
 if __name__ == "__main__":

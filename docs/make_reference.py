@@ -22,7 +22,8 @@ from apt.shrinking import choices
 FOLDER = Path(__file__).parent
 SPECS = (
     hookspecs.AdapterSpec, hookspecs.FormatSpec, hookspecs.MethodSpec, hookspecs.ShrinkMethodSpec,
-    hookspecs.AllocationSpec, hookspecs.CalibrationSpec, hookspecs.EvaluatorSpec,
+    hookspecs.AllocationSpec, hookspecs.RecoverySpec, hookspecs.CalibrationSpec,
+    hookspecs.EvaluatorSpec,
 )  # fmt: skip
 DECLARED = (
     adapter.Site, adapter.Input, adapter.Extra, adapter.Call, adapter.Groups, adapter.Part,

@@ -36,7 +36,7 @@ def _now() -> str:
 
 @dataclass(frozen=True)
 class Report:
-    """The record of a run. Its attributes are the entries of the file `REPORT`.
+    """The record of a run. Its attributes are the entries of ``apt_report.json``.
 
     Attributes:
         options: the options of the run, with defaults filled in.
@@ -59,7 +59,7 @@ class Report:
         files: the relative paths of the output's files, without the report.
         created: the time at which the run began, in UTC (ISO 8601).
         versions: the versions of Python, the platform and the packages that can change a result.
-        schema: the version of this record, `SCHEMA`.
+        schema: the version of the format of this record.
     """
 
     options: dict[str, Any]
