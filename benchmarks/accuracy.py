@@ -20,7 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from common import FORTUNES, dictionary, fortunes, open_model, sample, save, wiki
+from common import FORTUNES, dictionary, fortunes, known_rows, open_model, sample, save, wiki
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -170,9 +170,7 @@ def plot(path: Path, rows: list[Row]) -> None:
 
 def main() -> None:
     options, console = arguments(), Console()
-    known, rows = [], []
-    if options.json and options.json.is_file():
-        known = json.loads(options.json.read_text())["rows"]
+    known, rows = known_rows(options), []
     held_out = ["wiki", "fortunes", *(["dictionary"] if options.dictionary else [])]
     columns = [*held_out, "error", "solve", "seconds"]
     table = Table("method", "pattern", *columns)
@@ -182,7 +180,8 @@ def main() -> None:
         table.add_row(row["method"], row["pattern"], *shown)
         console.print(*shown, row["method"], row["pattern"])
         fresh = {(r["method"], r["pattern"]) for r in rows}
-        save(options.json, rows + [r for r in known if (r["method"], r["pattern"]) not in fresh])
+        others = [r for r in known if (r["method"], r["pattern"]) not in fresh]
+        save(options.json, rows + others, options)
     console.print(table)
     if options.plot:
         plot(options.plot, rows)

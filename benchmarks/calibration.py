@@ -1,4 +1,4 @@
-"""Accuracy against calibration tokens: layer error, perplexity on two texts, and time.
+"""Accuracy against calibration tokens: layer error, and perplexity on two texts.
 
 SmolLM2-135M-Instruct with the texts of ``benchmarks/common.py``. Both the number and the length of
 the samples grow::
@@ -9,19 +9,16 @@ A row in the JSON file is not measured again.
 """
 
 import argparse
-import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from common import FORTUNES, fortunes, open_model, sample, save, wiki
+from common import FORTUNES, fortunes, known_rows, open_model, sample, save, wiki
 from rich.console import Console
 from rich.table import Table
 
 import apt
 from apt.evaluation.metrics import perplexity
-from apt.output.report import peak_memory
 
 SHAPES = ["8x512", "32x512", "128x512", "128x2048"]
 TUNED_ON = 16  # windows of each evaluation text, used to choose APT's defaults: not reported
@@ -53,7 +50,6 @@ def measure(options: argparse.Namespace, known: list[Row]) -> Iterator[Row]:
         for method in (f"admm:{effort}" for effort in options.efforts):
             for pattern in options.patterns:
                 if (row := measured.get((shape, method, pattern))) is None:
-                    started = time.perf_counter()
                     module, report = apt.prune_copy(
                         model.module, sample(tokenizer, calibration, samples, seqlen),
                         pattern=pattern, adapter=model.spec.name, tokenizer=tokenizer,
@@ -62,8 +58,6 @@ def measure(options: argparse.Namespace, known: list[Row]) -> Iterator[Row]:
                     row = {
                         "tokens": shape, "method": method, "pattern": pattern,
                         "error": report.relative_layer_error,
-                        "seconds": time.perf_counter() - started,
-                        "peak": peak_memory()["cpu"],
                         **{name: perplexity(module, text) for name, text in held_out.items()},
                     }  # fmt: skip
                 yield row
@@ -72,17 +66,15 @@ def measure(options: argparse.Namespace, known: list[Row]) -> Iterator[Row]:
 def main() -> None:
     options, console = arguments(), Console()
     rows: list[Row] = []
-    known: list[Row] = []
-    if options.json and options.json.is_file():
-        known = json.loads(options.json.read_text())["rows"]
-    columns = ["wiki", "fortunes", "error", "seconds", "peak"]
+    known = known_rows(options)
+    columns = ["wiki", "fortunes", "error"]
     table = Table("tokens", "method", "pattern", *columns)
     for row in measure(options, known):
         rows.append(row)
         shown = [f"{row[key]:.4g}" for key in columns]
         table.add_row(row["tokens"], row["method"], row["pattern"], *shown)
         console.print(*shown, row["tokens"], row["method"], row["pattern"])
-        save(options.json, rows + [r for r in known if r not in rows])
+        save(options.json, rows + [r for r in known if r not in rows], options)
     console.print(table)
 
 

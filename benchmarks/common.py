@@ -11,10 +11,12 @@ part of APT.
 import datetime
 import gzip
 import json
+import os
 import platform
 import random
 import re
 import subprocess
+from argparse import Namespace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,11 @@ from apt.locations.model_source import find
 from apt.plugin.registry import registry
 from apt.text.datasets import tokenize, windows
 
+COMMIT = "APT_BENCHMARK_COMMIT"  # the variable in which a suite states the commit
+ROW_OPTIONS = {
+    "json", "plot", "save", "methods", "patterns", "pattern", "rows", "shapes", "efforts",
+}  # fmt: skip
+"""Options that choose rows, and places of output."""
 FORTUNES = Path("/usr/share/games/fortunes")
 
 
@@ -97,8 +104,33 @@ def sample(tokenizer: Any, texts: list[str], samples: int, seqlen: int, skip: in
     return tokens[skip:count]
 
 
-def save(path: Path | None, rows: list[dict[str, Any]]) -> None:
-    """Write rows with the commit, the machine and the versions as JSON."""
+def known_rows(options: Namespace) -> list[dict[str, Any]]:
+    """The rows in the file ``options.json``, which are not measured again.
+
+    Rows of another commit, or with other options, end the script.
+    """
+    if options.json is None or not options.json.is_file():
+        return []
+    record = json.loads(options.json.read_text(encoding="utf-8"))
+    if (record["commit"], record.get("setting")) != (commit(), _setting(options)):
+        raise SystemExit(f"{options.json} is from another commit or other options: delete it")
+    rows: list[dict[str, Any]] = record["rows"]
+    return rows
+
+
+def _setting(options: Namespace) -> dict[str, str]:
+    """The options on which all rows depend."""
+    return {name: str(value) for name, value in vars(options).items() if name not in ROW_OPTIONS}
+
+
+def save(path: Path | None, rows: list[dict[str, Any]], options: Namespace | None = None) -> None:
+    """Write rows with the commit, the machine and the versions as JSON.
+
+    Args:
+        path: the file; None writes nothing.
+        rows: the rows.
+        options: the options of a script that continues the file, see `known_rows`.
+    """
     if path is None:
         return
     versions = {m.__name__: m.__version__ for m in (apt, torch, transformers)}
@@ -108,6 +140,7 @@ def save(path: Path | None, rows: list[dict[str, Any]]) -> None:
         "machine": _processor(),
         "threads": torch.get_num_threads(),
         "versions": {**versions, "python": platform.python_version()},
+        **({} if options is None else {"setting": _setting(options)}),
         "rows": rows,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,8 +148,13 @@ def save(path: Path | None, rows: list[dict[str, Any]]) -> None:
 
 
 def commit() -> str:
-    """The commit of the code, with ``-dirty`` if a file has changed since."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    """The commit of the installed code, with ``-dirty`` if a file has changed since.
+
+    A suite states it once, since its first results change the files of the checkout.
+    """
+    if stated := os.environ.get(COMMIT):
+        return stated
+    git = ["git", "-C", str(Path(apt.__file__).parent), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(git, capture_output=True, check=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

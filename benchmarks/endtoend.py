@@ -1,9 +1,9 @@
 """The time of whole runs, compared with a lower bound of their mode, in one process.
 
-The bound is the time of the necessary operations of a mode on the same batches. Layer-wise, these
-are two forwards of the calibration tokens through the blocks and one Gram product for each distinct
-input. Error-aware, they are three forwards, the Gram products, and one cross product for each
-input::
+The bound is the time of the necessary operations of a mode on the given samples. Layer-wise, these
+are two forwards of the samples through the blocks and one Gram product for each distinct input.
+Error-aware, they are three forwards, the Gram products, and one cross product for each input. A run
+of default effort has more samples, since it adds copies with random tokens::
 
     python benchmarks/endtoend.py --samples 32 --seqlen 512 --json out/endtoend.json
 

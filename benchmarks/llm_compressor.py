@@ -54,10 +54,11 @@ def arguments() -> argparse.Namespace:
 
 def environment(work: Path) -> Path:
     """The interpreter of the environment with llm-compressor."""
-    python = work / "venv/bin/python"
-    if not python.is_file():
+    python, installed = work / "venv/bin/python", work / "venv/installed"
+    if not installed.is_file():
         subprocess.run([sys.executable, "-m", "venv", work / "venv"], check=True)
         subprocess.run([python, "-m", "pip", "install", "--quiet", "llmcompressor"], check=True)
+        installed.touch()
     return python
 
 

@@ -12,14 +12,13 @@ A row in the JSON file is not measured again.
 
 import argparse
 import copy
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import FORTUNES, fortunes, open_model, sample, save, wiki
+from common import FORTUNES, fortunes, known_rows, open_model, sample, save, wiki
 from llm_compressor import TUNED_ON, environment, other
 from rich.console import Console
 from rich.table import Table
@@ -146,9 +145,7 @@ def models(
 
 def main() -> None:
     options, console = arguments(), Console()
-    known: list[Row] = []
-    if options.json and options.json.is_file():
-        known = json.loads(options.json.read_text())["rows"]
+    known = known_rows(options)
     model, tokenizer, tokens, held_out = prepare(options)
     columns = ["wiki", "fortunes", "bytes"]
     rows, table = [], Table("row", *columns)
@@ -164,7 +161,7 @@ def main() -> None:
         table.add_row(name, *shown)
         console.print(*shown, name)
         names = {row["row"] for row in rows}
-        save(options.json, rows + [row for row in known if row["row"] not in names])
+        save(options.json, rows + [row for row in known if row["row"] not in names], options)
     console.print(table)
 
 

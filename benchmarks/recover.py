@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import FORTUNES, fortunes, open_model, sample, save, wiki
+from common import FORTUNES, fortunes, known_rows, open_model, sample, save, wiki
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -159,9 +159,7 @@ def measure(options: argparse.Namespace, known: list[Row]) -> Iterator[Row]:
 
 def main() -> None:
     options, console = arguments(), Console()
-    known, rows = [], []
-    if options.json and options.json.is_file():
-        known = json.loads(options.json.read_text())["rows"]
+    known, rows = known_rows(options), []
     held_out = [options.text] if options.text else ["wiki", "fortunes"]
     columns = [*held_out, "best", "tokens", "seconds", "same zeros"]
     table = Table("row", "pattern", *columns)
@@ -171,7 +169,8 @@ def main() -> None:
         table.add_row(row["row"], row["pattern"], *shown)
         console.print(*shown, row["row"], row["pattern"])
         fresh = {(r["row"], r["pattern"]) for r in rows}
-        save(options.json, rows + [r for r in known if (r["row"], r["pattern"]) not in fresh])
+        others = [r for r in known if (r["row"], r["pattern"]) not in fresh]
+        save(options.json, rows + others, options)
     console.print(table)
 
 

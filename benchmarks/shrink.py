@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from common import FORTUNES, fortunes, open_model, sample, save, wiki
+from common import FORTUNES, fortunes, known_rows, open_model, sample, save, wiki
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -131,9 +131,7 @@ def measure(options: argparse.Namespace, known: dict[str, Row]) -> Iterator[Row]
 
 def main() -> None:
     options, console = arguments(), Console()
-    found = []
-    if options.json and options.json.is_file():
-        found = json.loads(options.json.read_text())["rows"]
+    found = known_rows(options)
     columns = ["wiki", "fortunes", "share", "blocks", "seconds"]
     table, rows = Table("row", *columns), list[Row]()
     for row in measure(options, {row["row"]: row for row in found}):
@@ -142,7 +140,7 @@ def main() -> None:
         table.add_row(row["row"], *shown)
         console.print(*shown, row["row"], row.get("kept", ""))
         fresh = {r["row"] for r in rows}
-        save(options.json, rows + [r for r in found if r["row"] not in fresh])
+        save(options.json, rows + [r for r in found if r["row"] not in fresh], options)
     console.print(table)
 
 

@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from common import commit
+from common import COMMIT, commit
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -82,7 +82,7 @@ def measure(name: str, work: Path) -> None:
     threads = {"OMP_NUM_THREADS": "2" if name in TIMED else "1"}
     started = time.perf_counter()
     command = [sys.executable, HERE / script, *rest, "--json", f"{name}.json"]
-    subprocess.run(command, check=True, cwd=work, env={**os.environ, **threads})
+    subprocess.run(command, check=True, cwd=work, env={**os.environ, **threads, COMMIT: commit()})
     (work / name).with_suffix(WHOLE).touch()
     print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
 

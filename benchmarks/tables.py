@@ -134,7 +134,7 @@ def accuracy_of(task: Row) -> Row:
 
 
 def tasks(rows: Rows) -> str:
-    """The accuracies of a comparison, and their differences from those of the dense model."""
+    """The accuracies of a comparison, and the share of answers that are not the dense model's."""
     names = list(rows[0]["tasks"])
     header = ["", "method", *(name.removeprefix("local_") for name in names), "mean", "changed, %"]
     lines = []

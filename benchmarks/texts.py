@@ -24,13 +24,13 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--fortunes", type=Path, default=FORTUNES, help="folder of the second text")
     options = parser.parse_args()
-    options.folder.mkdir(parents=True, exist_ok=True)
     _, tokenizer = open_model()
     calibration, evaluation = wiki()
     found = {"calibration": calibration}
     for name, documents in (("wiki", evaluation), ("fortunes", fortunes(options.fortunes))):
         lengths = accumulate(len(tokenize(tokenizer, [text])) for text in documents)
         found[name] = documents[sum(1 for _ in takewhile(lambda n: n <= CHOSEN_ON, lengths)) + 1 :]
+    options.folder.mkdir(parents=True, exist_ok=True)
     for name, documents in found.items():
         lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents)
         (options.folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")

@@ -166,7 +166,10 @@ def test_mistakes_with_comparisons_are_one_line(apt, compared):
         assert done.code == 2
         assert "is damaged" in done.err
     path.write_text(json.dumps(known | {"rows": []}))
-    assert "has no rows yet" in apt("report", compared, "-o", "page.html").err
+    assert "no row of the dense model yet" in apt("report", compared, "-o", "page.html").err
+    path.write_text(json.dumps(known | {"rows": rows[::-1]}))  # rows of several processes
+    page = page_of(apt, compared)
+    assert page.index(">dense<") < page.index(">wanda<") < page.index(">magnitude<")
     path.write_text(json.dumps(known | {"rows": [{**row, "method": bad} for row in rows]}))
     page = page_of(apt, compared)
     assert "<script" not in page

@@ -6,8 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
-from apt.evaluation.windows import Windows, interval
+from apt.evaluation.intervals import quantile
+from apt.evaluation.windows import Windows, spread
 
 POSITIVE = st.floats(0.01, 1000)
 PAIRS = st.lists(st.tuples(POSITIVE, POSITIVE), min_size=2, max_size=20)
@@ -16,9 +18,9 @@ PAIRS = st.lists(st.tuples(POSITIVE, POSITIVE), min_size=2, max_size=20)
 @given(PAIRS, st.sampled_from(["arithmetic", "geometric"]))
 def test_an_interval_contains_its_value(pairs, mean):
     own, dense = (Windows(mean, list(values)) for values in zip(*pairs, strict=True))
-    low, high = own.interval(dense)
-    assert low <= own.value * (1 + 1e-9) + 1e-9
-    assert high >= own.value * (1 - 1e-9) - 1e-9
+    found = own.spread(dense)
+    assert found.low <= own.value * (1 + 1e-9) + 1e-9
+    assert found.high >= own.value * (1 - 1e-9) - 1e-9
 
 
 @given(st.lists(POSITIVE, min_size=2, max_size=20), st.floats(0.1, 10))
@@ -26,17 +28,26 @@ def test_the_difficulty_of_the_text_is_no_uncertainty(values, factor):
     """A model that is worse by the same factor on every window has an interval of one point."""
     dense = Windows("geometric", values)
     own = Windows("geometric", [factor * value for value in values])
-    assert own.interval(dense) == pytest.approx((own.value, own.value))
+    found = own.spread(dense)
+    assert (found.low, found.high) == pytest.approx((own.value, own.value))
+    assert found.error == pytest.approx(0, abs=1e-6 * own.value)
 
 
 def test_intervals_are_those_of_the_formula():
     dense, own = Windows("arithmetic", [1.0, 2.0, 6.0]), Windows("arithmetic", [2.0, 4.0, 6.0])
     assert own.value == 4
-    margin = 1.959964 * 1 / math.sqrt(3)  # the differences are 1, 2 and 0
-    assert own.interval(dense) == pytest.approx((4 - margin, 4 + margin))
+    found, error = own.spread(dense), 1 / math.sqrt(3)  # the differences are 1, 2 and 0
+    assert found.error == pytest.approx(error)
+    assert (found.low, found.high) == pytest.approx((4 - 4.303 * error, 4 + 4.303 * error))
     dense, own = Windows("geometric", [1.0, 1.0]), Windows("geometric", [1.0, math.e])
-    margin = 1.959964 * math.sqrt(0.5) / math.sqrt(2)
-    assert own.interval(dense) == pytest.approx((math.exp(0.5 - margin), math.exp(0.5 + margin)))
+    found, error = own.spread(dense), math.sqrt(0.5) / math.sqrt(2)
+    assert found.error == pytest.approx(math.exp(0.5) * error)
+    assert found.high == pytest.approx(math.exp(0.5 + 12.706 * error))
+
+
+@pytest.mark.parametrize("degrees", [1, 2, 3, 15, 30, 31, 60, 1000])
+def test_quantiles_are_those_of_students_distribution(degrees):
+    assert quantile(degrees) == pytest.approx(stats.t.ppf(0.975, degrees), rel=1.5e-3)
 
 
 def test_the_value_is_that_of_all_windows_at_once():
@@ -52,12 +63,12 @@ def test_the_value_is_that_of_all_windows_at_once():
 def test_nothing_is_known_of_fewer_than_two_windows(values):
     record = {"mean": "arithmetic", "values": values}
     row = {"windows": {"text": {"accuracy": record}}}
-    assert interval(row, row, "text", "accuracy") is None
-    assert interval(row, {}, "text", "accuracy") is None
-    assert interval({}, row, "text", "accuracy") is None
+    assert spread(row, row, "text", "accuracy") is None
+    assert spread(row, {}, "text", "accuracy") is None
+    assert spread({}, row, "text", "accuracy") is None
 
 
-def test_values_that_are_no_number_have_no_number_as_interval():
+def test_values_that_are_no_number_have_no_interval():
     dense, own = Windows("geometric", [1.0, 2.0]), Windows("geometric", [math.nan, 2.0])
     assert math.isnan(own.value)
-    assert all(math.isnan(end) for end in own.interval(dense))
+    assert own.spread(dense) is None

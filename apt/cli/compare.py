@@ -22,7 +22,7 @@ def compare(
     methods: str = typer.Option(
         "magnitude,wanda,ss,admm", "--methods", metavar="LIST", rich_help_panel=_GRID,
         help="Methods, separated by commas; each NAME[:EFFORT][/ALLOCATION], for example "
-        "admm:fast or wanda/owl.",
+        "admm:fast or wanda/owl. n:m patterns use no allocation.",
     ),
     patterns: str = typer.Option(
         "0.5,2:4", "--patterns", metavar="LIST", rich_help_panel=_GRID,
@@ -30,7 +30,7 @@ def compare(
     ),
     others: list[Path] = typer.Option(
         [], "--with", metavar="DIR", rich_help_panel=_GRID,
-        help="A model that something else pruned, measured in the same way; repeatable.",
+        help="A directory that another tool pruned, measured in the same way; repeatable.",
     ),
     data: list[str] = typer.Option(
         ["builtin"], "--data", metavar="SRC", rich_help_panel=_GRID,
@@ -70,25 +70,26 @@ def compare(
     For example: apt-prune compare zoo:llama --methods wanda,admm --patterns 0.5,2:4 --output cmp
     """
     check_amount(samples, seqlen)
-    check_windows(windows, seqlen)
+    check_windows(windows, seqlen, "windows")
     check_seed(seed)
     check_limit(limit, tasks)
     _check_place(output)
+    _check_data(data)
     from apt.plugin.registry import registry
 
     installed = registry()
-    metrics = tuple(installed.evaluators.get(name).name for name in metric)
+    metrics = tuple(dict.fromkeys(installed.evaluators.get(name).name for name in metric))
     questions = args.read_tasks(tasks)
     hub = args.read_hub(revision, token, cache_dir)
     source = args.find_model(model, installed, hub, trust_remote_code=trust_remote_code)
 
-    from apt.cli.output import has_live_display, status_line
+    from apt.cli.output import has_live_display, notice, status_line
     from apt.comparing.cells import read_cells
-    from apt.comparing.grid import Grid, Wish
+    from apt.comparing.grid import CompareOptions, Grid
     from apt.comparing.results import RESULTS, Comparison
     from apt.runs.machine import choose_device
 
-    wish = Wish(
+    options = CompareOptions(
         source,
         read_cells(args.parts(methods, "--methods"), args.parts(patterns, "--patterns"), installed),
         tuple(others),
@@ -106,7 +107,7 @@ def compare(
     _check_others(others)
     try:
         with status_line("starting") as status:
-            grid = Grid(wish, installed, status.update, progress=has_live_display())
+            grid = Grid(options, installed, status.update, notice, progress=has_live_display())
             comparison = Comparison(output / RESULTS, grid.setting())
             comparison.read()
             output.mkdir(parents=True, exist_ok=True)
@@ -116,8 +117,8 @@ def compare(
 
         typer.echo(f"{program()}: interrupted; the same command continues", err=True)
         raise typer.Exit(130) from None
-    _write(output, comparison, rows)
     _show(output, comparison, rows, as_json=as_json)
+    _write(output, comparison, rows)
 
 
 class _Told:
@@ -163,8 +164,18 @@ def _check_place(output: Path) -> None:
     from apt.comparing.results import RESULTS
 
     names = {path.name for path in output.iterdir()}
-    if names - {FOLDER} and RESULTS not in names:
+    if names - {FOLDER, f".{RESULTS}"} and RESULTS not in names:
         raise AptError(f"--output {output} has other files", "choose another directory")
+
+
+def _check_data(data: list[str]) -> None:
+    """Raise if two texts have the same file name, by which results name them."""
+    from apt.output.report import portable
+
+    names: dict[str, str] = {}
+    for source in dict.fromkeys(data):
+        if (other := names.setdefault(portable(source), source)) != source:
+            raise AptError(f"--data {other} and {source} have the same name", "rename one")
 
 
 def _check_others(directories: list[Path]) -> None:
@@ -195,7 +206,7 @@ def _show(
 ) -> None:
     from apt.cli.output import out, show, show_json, table
     from apt.comparing.results import RESULTS
-    from apt.comparing.tables import cells, header, intervals, summaries
+    from apt.comparing.tables import header, intervals, summaries, texts_of
 
     if as_json:
         told = [
@@ -206,6 +217,6 @@ def _show(
         return
     made = table(*(name if i < 2 else f">{name}" for i, name in enumerate(header(rows))))
     for row in rows:
-        made.add_row(*cells(row, rows[0]))
+        made.add_row(*texts_of(row, rows[0]))
     show(made)
     out.print(f"{output}: {RESULTS}, comparison.md, comparison.csv", markup=False)

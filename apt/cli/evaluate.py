@@ -45,7 +45,8 @@ def evaluate(
         None,
         "--dense",
         metavar="MODEL",
-        help="The dense model, for the metrics divergence and agreement, and beside --tasks.",
+        help="The dense model, for the metrics divergence and agreement, and for a comparison of "
+        "the answers to --tasks.",
     ),
     samples: int | None = typer.Option(
         None, "--samples", help="Number of windows; by default all."
@@ -96,6 +97,7 @@ def evaluate(
     from apt.checkpoints.stored import open_stored
     from apt.runs.machine import choose_device, read_dtype
     from apt.runs.prepare import capped
+    from apt.runs.text import check_same_vocabulary
 
     beside = None if dense is None else skeleton(find(dense), registry(), packed=True)
     shell = skeleton(source, registry(), adapter, packed=not stream)
@@ -111,7 +113,8 @@ def evaluate(
         seqlen = capped(seqlen, shell, notices.append)
         text = _read_text(data or "builtin", reader, samples, seqlen, token, no_bos=no_bos)
         text.check(shell)
-    _check_vocabularies(shell, beside)
+    if beside is not None:
+        check_same_vocabulary(shell, beside)
     for line in notices:
         notice(line)
     with status_line("loading the model") as status, ExitStack() as stack:
@@ -240,18 +243,6 @@ def _check_dense(
         )
     if metrics and stream:
         raise AptError(f"the metric {metrics[0]} needs both models in memory", "leave out --stream")
-
-
-def _check_vocabularies(model: "Model", dense: "Model | None") -> None:
-    """Raise if the models have different numbers of tokens."""
-    if dense is None:
-        return
-    sizes = [m.module.get_input_embeddings().weight.shape[0] for m in (model, dense)]  # type: ignore[operator]
-    if sizes[0] != sizes[1]:
-        raise AptError(
-            f"the dense model has {sizes[1]} tokens, and the model {sizes[0]}",
-            "name the model from which it was pruned (--dense)",
-        )
 
 
 def _check_finite(values: Mapping[str, float], model: str, data: str) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from apt.evaluation.windows import interval
+from apt.evaluation.windows import spread
 from apt.output.report import Report
 from apt.recovery.law import Law, Point
 from apt.reporting.heat import Heat
@@ -151,9 +151,11 @@ def draw_comparison(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         for panel, pattern in zip(line, patterns, strict=True):
             chosen = [row for row in others if row["pattern"] == pattern]
             values = [row["scores"][text][metric] for row in chosen]
-            panel.barh([row["method"] for row in chosen], values, color="tab:blue")
+            panel.barh(range(len(chosen)), values, color="tab:blue")
+            panel.set_yticks(range(len(chosen)), [row["method"] for row in chosen])
             for place, row in enumerate(chosen):
-                if (ends := interval(row, dense, text, metric)) is not None:
+                if (found := spread(row, dense, text, metric)) is not None:
+                    ends = found.low, found.high
                     panel.plot(ends, (place, place), "|-", color="black", linewidth=1)
             panel.axvline(dense["scores"][text][metric], color="black", linewidth=1)
             panel.invert_yaxis()

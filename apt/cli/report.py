@@ -13,7 +13,7 @@ from apt.locations.hub import Hub
 
 if TYPE_CHECKING:
     from apt.reporting.beside import Beside
-    from apt.reporting.grids import Grid
+    from apt.reporting.comparisons import ComparisonSection
     from apt.reporting.page import Subject
 
 
@@ -29,10 +29,15 @@ def report(
         None,
         "--text",
         metavar="SRC",
-        help="Also measure on this text beside the dense model: the loss by the frequency of a "
-        "token, and what both models write.",
+        help="Also compare with the dense model on this text: the losses of frequent and rare "
+        "tokens, and the text that both models generate.",
     ),
-    prompts: int = typer.Option(4, "--prompts", metavar="N", help="Continuations of --text."),
+    prompts: int = typer.Option(
+        4,
+        "--prompts",
+        metavar="N",
+        help="With --text, the number of paragraph beginnings that both models continue.",
+    ),
     dense: str | None = typer.Option(
         None,
         "--dense",
@@ -65,20 +70,20 @@ def report(
     if not models and (text or png):
         option = "--text" if text else "--png"
         raise AptError(f"{option} is for pruned models, and none is named", "name one")
-    grids = [_grid(directory, number) for number, directory in enumerate(compared)]
+    comparisons = [_section(directory, number) for number, directory in enumerate(compared)]
     subjects = read_subjects(models, command_of)
     if text is not None:
         subjects = [
             replace(subject, beside=_beside(directory, subject, text, prompts, dense))
             for directory, subject in zip(models, subjects, strict=True)
         ]
-    page = render(subjects, grids)
+    page = render(subjects, comparisons)
     with write_errors(output):
         output.write_text(page, encoding="utf-8")
     if png is not None:
         _draw(subjects, png)
     size = len(page.encode())
-    counts = {"models": len(subjects), "comparisons": len(grids)}
+    counts = {"models": len(subjects), "comparisons": len(comparisons)}
     if as_json:
         show_json({"output": str(output), **counts, "bytes": size})
     else:
@@ -106,27 +111,25 @@ def _check_measures(text: str | None, dense: str | None, prompts: int, png: Path
         raise AptError(f"--png {png} is not a directory", "choose another")
 
 
-def _grid(directory: Path, number: int) -> "Grid":
+def _section(directory: Path, number: int) -> "ComparisonSection":
     """The section of a comparison."""
     from apt.comparing.results import Comparison
-    from apt.comparing.tables import cells, header
-    from apt.reporting.grids import Grid
+    from apt.comparing.tables import header, texts_of
+    from apt.reporting.comparisons import ComparisonSection
     from apt.reporting.page import render
 
     found = Comparison.stored(directory)
-    if not found.rows:
-        raise AptError(f"{found.path} has no rows yet", "continue the comparison first")
-    name = directory.resolve().name
+    rows, name = found.ordered(), directory.resolve().name
     try:
-        lines = [cells(row, found.rows[0]) for row in found.rows]
+        lines = [texts_of(row, rows[0]) for row in rows]
         anchor = f"comparison-{number}"
-        grid = Grid(name, anchor, header(found.rows), lines, found.rows, found.setting)
-        render([], [grid])
+        section = ComparisonSection(name, anchor, header(rows), lines, rows, found.setting)
+        render([], [section])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise AptError(
             f"{found.path} is damaged: {first_line(error)}", "compare again into another directory"
         ) from error
-    return grid
+    return section
 
 
 def _beside(
@@ -135,14 +138,16 @@ def _beside(
     """What a model does beside the dense one."""
     from apt.cli.output import status_line
     from apt.plugin.registry import registry
-    from apt.reporting.beside import compare_texts
+    from apt.reporting.beside import compare_texts, weights_before
 
-    name = dense or subject.report.model.get("reference")
+    report = subject.report
+    name = dense or report.model.get("reference")
     if not name:
         raise AptError(f"the report in {directory} names no dense model", "add --dense MODEL")
     source = args.find_model(str(name), registry(), Hub())
     with status_line("loading the models") as status:
-        return compare_texts(directory, source, text, prompts, registry(), status.update)
+        expected = None if dense else weights_before(report)
+        return compare_texts(directory, source, text, prompts, registry(), status.update, expected)
 
 
 def _draw(subjects: "list[Subject]", directory: Path) -> None:

@@ -15,7 +15,7 @@ FOLDER = ".claims"
 
 @contextmanager
 def claimed(folder: Path, key: str, *, wait: bool) -> Iterator[bool]:
-    """While entered, no other process measures a row.
+    """Claim a row. While True is yielded, no other process measures it.
 
     Args:
         folder: the folder of the comparison.

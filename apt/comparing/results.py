@@ -8,10 +8,13 @@ from typing import Any
 
 from apt.comparing.claims import claimed
 from apt.errors import AptError, first_line
+from apt.locations.paths import user_error
 from apt.output.json_values import json_value
 from apt.output.report import differences
 
 RESULTS = "comparison.json"
+DENSE = "dense"
+"""The key of the row of the dense model, with which all others are compared."""
 Row = dict[str, Any]
 
 
@@ -34,14 +37,16 @@ class Comparison:
         """The comparison in a folder.
 
         Raises:
-            AptError: the file is missing or damaged.
+            AptError: the file cannot be read, or it is damaged.
         """
         path = folder / RESULTS
         try:
             known = json.loads(path.read_text(encoding="utf-8"))
             setting = dict(known["setting"])
-            rows = [{**row, "key": str(row["key"])} for row in known["rows"]]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            rows = [_read(row) for row in known["rows"]]
+        except OSError as error:
+            raise user_error(error) or error from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise AptError(
                 f"{path} is damaged: {first_line(error)}", "delete it", ("output",)
             ) from error
@@ -73,6 +78,18 @@ class Comparison:
         """The row of a key; None if it is not measured yet."""
         return next((row for row in self.rows if row["key"] == key), None)
 
+    def ordered(self) -> list[Row]:
+        """The rows with that of the dense model first.
+
+        Raises:
+            AptError: the dense model is not measured yet.
+        """
+        if (dense := self.known(DENSE)) is None:
+            raise AptError(
+                f"{self.path} has no row of the dense model yet", "continue the comparison first"
+            )
+        return [dense, *(row for row in self.rows if row is not dense)]
+
     def add(self, row: Row) -> None:
         """Add a row to the file."""
         with claimed(self.folder, "the file", wait=True):
@@ -85,3 +102,12 @@ class Comparison:
         partial = self.path.with_name(f".{self.path.name}")
         partial.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         os.replace(partial, self.path)
+
+
+def _read(row: Row) -> Row:
+    """A row of the file, in which numbers that are not finite are strings."""
+    scores = {
+        text: {metric: float(value) for metric, value in found.items()}
+        for text, found in row["scores"].items()
+    }
+    return {**row, "key": str(row["key"]), "scores": scores}

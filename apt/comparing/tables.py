@@ -7,14 +7,18 @@ the dense model.
 
 import csv
 import io
+import math
 from collections.abc import Sequence
 from typing import Any
 
-from apt.evaluation.intervals import NORMAL_95
-from apt.evaluation.windows import interval
+from apt.comparing.results import Row
+from apt.evaluation.windows import spread
 from apt.tasks.answers import Answers, summary
 
-Row = dict[str, Any]
+ERRORS = (
+    "±: the standard error. For metrics of text it is that of the difference from the dense model, "
+    "over the windows; for tasks it is that of the value, over the questions."
+)
 _PARTS = ("value", "stderr", "difference", "low", "high")
 
 
@@ -26,7 +30,7 @@ def columns(rows: Sequence[Row]) -> list[tuple[str, str]]:
 def header(rows: Sequence[Row]) -> list[str]:
     """The names of the columns."""
     scores = [f"{metric} on {text}" for text, metric in columns(rows)]
-    tasks = [f"{found.task} {found.main}" for found in answers(rows[0])]
+    tasks = [f"{found.task} {found.main}".rstrip() for found in answers(rows[0])]
     return ["method", "pattern", "zeros", *scores, *tasks, "layer error", "seconds"]
 
 
@@ -45,52 +49,53 @@ def intervals(row: Row, dense: Row) -> dict[str, dict[str, tuple[float, float]]]
     """The 95 % interval of each metric of a row by text, where it is known."""
     return {
         text: {
-            metric: found
+            metric: (found.low, found.high)
             for metric in scores
-            if (found := interval(row, dense, text, metric)) is not None
+            if (found := spread(row, dense, text, metric)) is not None
         }
         for text, scores in row["scores"].items()
     }
 
 
-def cells(row: Row, dense: Row) -> list[str]:
-    """The texts of a row, beside the dense model's."""
-    found = intervals(row, dense)
-    scores = [
-        _figure(row["scores"].get(text, {}).get(metric))
-        + ("" if row is dense else _margin(found.get(text, {}).get(metric)))
-        for text, metric in columns([dense])
-    ]
-    tasks = [
-        "{:.3f} ± {:.3f}".format(*found.metrics[found.main]) if found.metrics else ""
-        for found in answers(row)
-    ]
+def texts_of(row: Row, dense: Row) -> list[str]:
+    """The texts of a row of the table, beside the dense model's row."""
     zeros = row.get("sparsity")
     return [
         str(row["method"]),
         str(row["pattern"]),
         "" if zeros is None else f"{float(zeros):.2%}",
-        *scores,
-        *tasks,
+        *(_measure(row, dense, *column) for column in columns([dense])),
+        *map(_accuracy, answers(row)),
         _figure(row.get("error")),
         "" if row.get("seconds") is None else f"{float(row['seconds']):.0f}",
     ]
+
+
+def _measure(row: Row, dense: Row, text: str, metric: str) -> str:
+    """A metric of a row with its standard error; the dense model has none."""
+    value = _figure(row["scores"].get(text, {}).get(metric))
+    found = None if row is dense else spread(row, dense, text, metric)
+    return value if found is None else f"{value} ± {found.error:.2g}"
 
 
 def _figure(value: Any) -> str:
     return "" if value is None else f"{float(value):.4g}"
 
 
-def _margin(found: tuple[float, float] | None) -> str:
-    """The standard error of an interval, after its metric."""
-    return "" if found is None else f" ± {(found[1] - found[0]) / 2 / NORMAL_95:.2g}"
+def _accuracy(found: Answers) -> str:
+    """The main metric of a task with its standard error, which is NaN if it is not known."""
+    if not found.metrics:
+        return ""
+    value, error = found.metrics[found.main]
+    return f"{value:.3f}" if math.isnan(error) else f"{value:.3f} ± {error:.3f}"
 
 
 def markdown(rows: Sequence[Row]) -> str:
     """The table as Markdown."""
     top = header(rows)
-    lines = [top, ["---"] * len(top), *(cells(row, rows[0]) for row in rows)]
-    return "\n".join(f"| {' | '.join(_escaped(cell) for cell in line)} |" for line in lines) + "\n"
+    lines = [top, ["---"] * len(top), *(texts_of(row, rows[0]) for row in rows)]
+    made = "\n".join(f"| {' | '.join(_escaped(text) for text in line)} |" for line in lines)
+    return f"{made}\n\n{ERRORS}\n"
 
 
 def _escaped(text: str) -> str:

@@ -1,4 +1,4 @@
-"""What a pruned model does beside the dense one: the loss by the frequency of a token, and text."""
+"""A pruned model beside the dense one: losses of frequent and rare tokens, and generated text."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,12 +50,14 @@ def token_losses(model: nn.Module, tokens: Tensor) -> Tensor:
     device, found = next(model.parameters()).device, []
     with eval_mode(model):
         for batch in torch.split(tokens, windows_at_once(tokens.shape[1])):
-            parts = [
-                part.float().log_softmax(-1).cpu()
-                for part in parts_of_logits(model, batch.to(device))
-            ]
-            logs = torch.cat(parts, 1)[:, :-1]
-            found.append(-logs.gather(2, batch[:, 1:, None].cpu()).squeeze(2))
+            following = batch.to(device)[:, 1:]
+            losses, place = [], 0
+            for logits in parts_of_logits(model, batch.to(device)):
+                targets = following[:, place : place + logits.shape[1], None]
+                place += logits.shape[1]
+                logs = logits[:, : targets.shape[1]].float().log_softmax(-1)
+                losses.append(-logs.gather(2, targets).squeeze(2).cpu())
+            found.append(torch.cat(losses, 1))
     return torch.cat(found)
 
 

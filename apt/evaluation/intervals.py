@@ -4,8 +4,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-NORMAL_95 = 1.959964
-"""Half the width of a 95 % interval, in standard errors."""
+# The 97.5 % quantiles of Student's t distribution with 1 to 30 degrees of freedom.
+_QUANTILES = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
+    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
+    2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -14,23 +18,35 @@ class Difference:
 
     Attributes:
         value: the mean difference.
-        low, high: its 95 % confidence interval, from the single differences, which are taken as
-            normally distributed.
+        error: its standard error.
+        low, high: its 95 % confidence interval by Student's t distribution. Neighbouring windows of
+            one text are alike, so that the true interval of windows is somewhat wider.
     """
 
     value: float
+    error: float
     low: float
     high: float
 
 
-def mean_difference(one: Sequence[float], other: Sequence[float]) -> Difference:
-    """The mean of ``one`` − ``other``, value by value.
+def mean_difference(one: Sequence[float], other: Sequence[float]) -> Difference | None:
+    """The mean of ``one`` − ``other``, value by value; None for fewer than two values.
 
     Args:
-        one, other: values of the same questions or windows, in the same order; at least one each.
+        one, other: values of the same questions or windows, in the same order.
     """
     each = [a - b for a, b in zip(one, other, strict=True)]
+    if len(each) < 2:
+        return None
     mean = math.fsum(each) / len(each)
-    variance = math.fsum((e - mean) ** 2 for e in each) / max(len(each) - 1, 1)
-    margin = NORMAL_95 * math.sqrt(variance / len(each))
-    return Difference(mean, mean - margin, mean + margin)
+    variance = math.fsum((e - mean) ** 2 for e in each) / (len(each) - 1)
+    error = math.sqrt(variance / len(each))
+    margin = quantile(len(each) - 1) * error
+    return Difference(mean, error, mean - margin, mean + margin)
+
+
+def quantile(degrees: int) -> float:
+    """The 97.5 % quantile of Student's t distribution with ``degrees`` of freedom, at least 1."""
+    if degrees <= len(_QUANTILES):
+        return _QUANTILES[degrees - 1]
+    return 1.95996 + 2.3723 / degrees  # the normal quantile z, and (z³ + z) / 4

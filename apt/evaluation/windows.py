@@ -14,7 +14,20 @@ from torch import Tensor
 from apt.evaluation.intervals import mean_difference
 
 Mean = Literal["arithmetic", "geometric"]
-Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The uncertainty of a metric.
+
+    Attributes:
+        error: its standard error.
+        low, high: its 95 % confidence interval.
+    """
+
+    error: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
@@ -35,7 +48,7 @@ class Windows:
         return cls(mean, [float(metric(window[None])) for window in tokens])
 
     @classmethod
-    def of(cls, row: Row, text: str, metric: str) -> "Windows | None":
+    def of(cls, row: Mapping[str, Any], text: str, metric: str) -> "Windows | None":
         """The windows that a row of a comparison has for a text and a metric; None without any."""
         found = row.get("windows", {}).get(text, {}).get(metric)
         if found is None:
@@ -52,17 +65,20 @@ class Windows:
         scaled = self._scaled
         return self._unscaled(math.fsum(scaled) / len(scaled))
 
-    def interval(self, dense: "Windows") -> tuple[float, float] | None:
-        """The 95 % interval of `value`, from the differences between this model and the dense one.
+    def spread(self, dense: "Windows") -> Spread | None:
+        """The uncertainty of `value`, from the differences between this model and the dense one.
 
-        It has only the uncertainty of what pruning changed: the text itself counts as given. None
-        if there are fewer than two windows.
+        The mean of the dense model counts as exact. Only the difference from it is uncertain. None
+        if there are fewer than two windows, or if a value is not finite.
         """
-        if len(self.values) < 2 or len(self.values) != len(dense.values):
+        if len(self.values) != len(dense.values):
             return None
         found = mean_difference(self._scaled, dense._scaled)
+        if found is None or not math.isfinite(found.error):
+            return None
         start = math.fsum(dense._scaled) / len(dense.values)
-        return self._unscaled(start + found.low), self._unscaled(start + found.high)
+        error = found.error if self.mean == "arithmetic" else self.value * found.error
+        return Spread(error, self._unscaled(start + found.low), self._unscaled(start + found.high))
 
     @property
     def _scaled(self) -> list[float]:
@@ -75,8 +91,10 @@ class Windows:
         return value if self.mean == "arithmetic" else math.exp(min(value, 700.0))
 
 
-def interval(row: Row, dense: Row, text: str, metric: str) -> tuple[float, float] | None:
-    """The 95 % interval of a metric of a row, see `Windows.interval`; None if it is not known.
+def spread(
+    row: Mapping[str, Any], dense: Mapping[str, Any], text: str, metric: str
+) -> Spread | None:
+    """The uncertainty of a metric of a row, see `Windows.spread`; None if it is not known.
 
     Args:
         row: a row of a comparison.
@@ -84,4 +102,4 @@ def interval(row: Row, dense: Row, text: str, metric: str) -> tuple[float, float
         text, metric: the names of the text and of the metric.
     """
     own, other = Windows.of(row, text, metric), Windows.of(dense, text, metric)
-    return None if own is None or other is None else own.interval(other)
+    return None if own is None or other is None else own.spread(other)

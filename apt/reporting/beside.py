@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apt.checkpoints.load import load, load_tokenizer, skeleton
+from apt.checkpoints.load import fingerprint, load, load_tokenizer, skeleton
 from apt.errors import AptError
 from apt.evaluation.beside_dense import (
     Continuation,
@@ -19,9 +19,10 @@ from apt.evaluation.beside_dense import (
     token_losses,
 )
 from apt.locations.model_source import Source, find
+from apt.output.report import Report
 from apt.plugin.registry import Registry
 from apt.runs.prepare import capped
-from apt.runs.text import check_vocabulary
+from apt.runs.text import check_same_vocabulary, check_vocabulary
 from apt.text.datasets import documents, evaluation_tokens
 from apt.text.special_tokens import bos_of
 
@@ -52,6 +53,7 @@ def compare_texts(
     prompts: int,
     registry: Registry,
     status: Callable[[str], None] = lambda text: None,
+    weights: str | None = None,
 ) -> Beside:
     """Measure a model of a page beside the dense one.
 
@@ -62,39 +64,53 @@ def compare_texts(
         prompts: the number of continuations.
         registry: the plugins.
         status: called with a text for each step.
+        weights: the fingerprint that the dense model must have; None for any model.
 
     Raises:
-        AptError: a model or the text cannot be read, or the models have different vocabularies.
+        AptError: a model or the text cannot be read, the models have different vocabularies, or the
+            dense one is another model.
     """
     status(f"reading {source}")
     tokenizer = load_tokenizer(dense)
     sources = dense, find(str(directory), registry)
     shells = [skeleton(found, registry, packed=True) for found in sources]
-    sizes = {shell.module.get_input_embeddings().weight.shape[0] for shell in shells}  # type: ignore[operator]
-    if len(sizes) > 1:
-        raise AptError(
-            f"{directory} and {dense.reference} have different vocabularies",
-            "name the model from which it was pruned",
-            ("dense",),
-        )
-    texts, bos = documents(source, "evaluation", registry), bos_of(tokenizer)
+    check_same_vocabulary(shells[1], shells[0])
+    texts = documents(source, "evaluation", registry, dense.hub.token)
+    bos = bos_of(tokenizer)
     room = min(capped(_SEQLEN, shell, lambda line: None) for shell in shells)
     tokens = evaluation_tokens(tokenizer, texts, _WINDOWS, room, source, bos, fewer=True)
     check_vocabulary(tokens, shells[0].module, dense.reference)
-    losses, models = [], []
-    for shell in shells:
-        status(f"measuring {shell.source.reference}")
-        models.append(load(shell, None, "cpu"))
-        with models[-1].adapter.running(models[-1].module):
-            losses.append(token_losses(models[-1].module, tokens))
+    status("loading the models")
+    models = [load(shell, None, "cpu") for shell in shells]
+    if weights not in (None, fingerprint(models[0].module)):
+        raise AptError(
+            f"{dense.reference} is not the model from which {directory} was pruned",
+            "name that model",
+            ("dense",),
+        )
+    losses = []
+    for model in models:
+        status(f"measuring {model.source.reference}")
+        with model.adapter.running(model.module):
+            losses.append(token_losses(model.module, tokens))
     status("writing text")
     length = min(_PROMPT, room // 2)
-    begins = _beginnings(
-        tokenizer, documents(source, "evaluation", registry), prompts, length
-    )  # fmt: skip
+    texts = documents(source, "evaluation", registry, dense.hub.token)
+    begins = _beginnings(tokenizer, texts, prompts, length)
     new = min(_NEW, room - length)
     written = continuations([model.module for model in models], tokenizer, begins, new)
     return Beside(source, by_frequency(tokens, *losses), written)
+
+
+def weights_before(report: Report) -> str | None:
+    """The fingerprint of the weights that a run pruned; None if it cannot be compared.
+
+    A streamed run records the checksum of the files instead, and ``--dtype`` changes the weights.
+    """
+    options = report.options
+    if options.get("stream") or options.get("dtype") != "auto" or report.recovery:
+        return None
+    return report.model.get("sha256")
 
 
 def _beginnings(tokenizer: Any, texts: Iterable[str], count: int, length: int) -> list[Tensor]:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import NamedTuple
 
+from apt.evaluation.windows import Spread
+
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 640, 220, 64, 34, 10
 
 
@@ -18,11 +20,17 @@ class Line:
 
 
 class Bar(NamedTuple):
-    """A bar of a chart: its name, its value, and the interval of the value if it is known."""
+    """A bar of a chart: its name, its value, and the spread of the value if it is known."""
 
     name: str
     value: float
-    interval: tuple[float, float] | None = None
+    spread: Spread | None = None
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The ends of the 95 % interval; the value itself if it is not known."""
+        found = self.spread
+        return (self.value, self.value) if found is None else (found.low, found.high)
 
 
 def line_chart(title: str, lines: Sequence[Line], x_label: str, y_label: str) -> str:
@@ -41,34 +49,33 @@ def line_chart(title: str, lines: Sequence[Line], x_label: str, y_label: str) ->
 
 
 def bar_chart(title: str, bars: Sequence[Bar], unit: str) -> str:
-    """Horizontal bars with their values and intervals."""
+    """Horizontal bars with their values and intervals. A value that is not finite has no bar."""
     if not bars:
         return ""
-    most, row = max((end for bar in bars for end in _ends(bar)), default=0) or 1, 26
-    parts = []
-    for number, bar in enumerate(bars):
-        y, width, (low, high) = number * row, *_widths(bar, most)
+    finite = [end for bar in bars for end in bar.ends if math.isfinite(end)]
+    most = max(finite, default=0) or 1
+    parts = [_bar(bar, 26 * number, most, unit) for number, bar in enumerate(bars)]
+    return _svg(title, "".join(parts), 26 * len(bars) + 4)
+
+
+def _bar(bar: Bar, y: int, most: float, unit: str) -> str:
+    """A bar at a height, where the largest value is 360 wide."""
+    name = f'<text x="190" y="{y + 17}" class="name">{escape(_shortened(bar.name))}</text>'
+    if not math.isfinite(bar.value):
+        return f'{name}<text x="206" y="{y + 17}" class="value">{bar.value}</text>'
+    width, low, high = (360 * max(value, 0) / most for value in (bar.value, *bar.ends))
+    value = f"{bar.value:,.0f}" if abs(bar.value) >= 1000 else f"{bar.value:.4g}"
+    parts = [
+        name,
+        f'<rect x="200" y="{y + 4}" width="{max(width, 1):.1f}" height="18" class="bar"/>',
+        f'<text x="{206 + high:.1f}" y="{y + 17}" class="value">{value} {unit}</text>',
+    ]
+    if high > low:
         parts.append(
-            f'<text x="190" y="{y + 17}" class="name">{escape(_shortened(bar.name))}</text>'
-            f'<rect x="200" y="{y + 4}" width="{max(width, 1):.1f}" height="18" class="bar"/>'
-            f'<text x="{206 + high:.1f}" y="{y + 17}" class="value">{bar.value:,.3g} {unit}</text>'
+            f'<path class="interval" d="M{200 + low:.1f},{y + 13} H{200 + high:.1f}'
+            f' M{200 + low:.1f},{y + 9} v8 M{200 + high:.1f},{y + 9} v8"/>'
         )
-        if high > low:
-            parts.append(
-                f'<path class="interval" d="M{200 + low:.1f},{y + 13} H{200 + high:.1f}'
-                f' M{200 + low:.1f},{y + 9} v8 M{200 + high:.1f},{y + 9} v8"/>'
-            )
-    return _svg(title, "".join(parts), row * len(bars) + 4)
-
-
-def _ends(bar: Bar) -> tuple[float, float]:
-    return bar.interval or (bar.value, bar.value)
-
-
-def _widths(bar: Bar, most: float) -> tuple[float, tuple[float, float]]:
-    """The widths of a bar and of the ends of its interval, of at most 360."""
-    low, high = (360 * max(end, 0) / most for end in _ends(bar))
-    return 360 * bar.value / most, (low, high)
+    return "".join(parts)
 
 
 def _shortened(name: str) -> str:

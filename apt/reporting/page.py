@@ -10,10 +10,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from apt.errors import AptError
 from apt.events import SitePruned
-from apt.output.report import Report, by_kind
+from apt.output.report import Report, by_kind, versions
 from apt.reporting.beside import Beside
 from apt.reporting.charts import Bar, Line, bar_chart, line_chart
-from apt.reporting.grids import Grid
+from apt.reporting.comparisons import ComparisonSection
 from apt.reporting.heat import Heat, heat
 
 _MIB = 2**20
@@ -42,7 +42,7 @@ class Subject:
     def facts(self) -> list[tuple[str, str]]:
         """The facts of the summary, each with its name."""
         report, options = self.report, self.report.options
-        kept = report.structure.get("share")
+        kept, error = report.structure.get("share"), f"{report.relative_layer_error:.4f}"
         found = [
             ("original", report.model.get("reference")),
             ("pattern", options.get("pattern")),
@@ -51,7 +51,7 @@ class Subject:
             ("method", options.get("method")),
             ("allocation", options.get("allocation")),
             ("calibration", _text(report.calibration)),
-            ("mean relative layer error", f"{report.relative_layer_error:.4f}"),
+            ("mean relative layer error", error if report.sites else None),
             ("time", _duration(report.seconds)),
             ("peak memory", _bytes(sum(report.peak_memory_bytes.values()))),
             ("created", report.created),
@@ -60,7 +60,10 @@ class Subject:
 
     @property
     def scores(self) -> list[tuple[str, str, str]]:
-        """Each metric with its values before and after, and after a recovery the last one."""
+        """Each metric with its values before and after the run.
+
+        Those of a recovery have lines of their own.
+        """
         found = []
         for name, before, after in _scores(self.report):
             found.append((name, f"{before:.4g}", f"{after:.4g}"))
@@ -84,7 +87,7 @@ class Subject:
 
     @property
     def damped(self) -> list[SitePruned]:
-        """The sites that needed more damping than most."""
+        """The sites with another damping than the most frequent one."""
         values = Counter(site.damping for site in self.report.sites)
         usual = values.most_common(1)[0][0] if values else None
         return [site for site in self.report.sites if site.damping != usual]
@@ -118,11 +121,6 @@ class Subject:
         if self.report.recovery["options"]["kind"] != "distill":  # its loss has another unit
             lines.append(Line("training", losses))
         return line_chart("Loss of the recovery", lines, "step", "nats per token")
-
-    @property
-    def version(self) -> str:
-        """The version of APT that made it."""
-        return str(self.report.versions.get("apt-prune", ""))
 
     @property
     def options(self) -> list[tuple[str, str]]:
@@ -165,12 +163,12 @@ def _bytes(count: float) -> str:
     return f"{count / 2**30:.2f} GiB" if count else ""
 
 
-def render(subjects: Sequence[Subject], grids: Sequence[Grid] = ()) -> str:
+def render(subjects: Sequence[Subject], comparisons: Sequence[ComparisonSection] = ()) -> str:
     """The page about at least one model or comparison.
 
     Args:
         subjects: the models.
-        grids: the comparisons.
+        comparisons: the comparisons.
     """
     environment = Environment(
         loader=PackageLoader("apt.reporting", "."),
@@ -179,18 +177,32 @@ def render(subjects: Sequence[Subject], grids: Sequence[Grid] = ()) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    return environment.get_template("page.html.j2").render(
+        sections=[*comparisons, *subjects],
+        comparisons=comparisons,
+        subjects=subjects,
+        models=_side_by_side(subjects) if len(subjects) > 1 else [],
+        version=versions().get("apt-prune", ""),
+    )
+
+
+def _side_by_side(subjects: Sequence[Subject]) -> list[tuple[str, str]]:
+    """A chart of each metric with all models, and with the model before each run.
+
+    Models that were pruned from the same one share its bar.
+    """
     bars: dict[str, list[Bar]] = {}
+    known: set[tuple[str, float]] = set()
     for subject in subjects:
         for name, before, after in _scores(subject.report):
-            first = f"{subject.name}, before" if name.endswith(_RECOVERY) else "dense"
-            bars.setdefault(name, [Bar(first, before)]).append(Bar(subject.name, after))
-    comparison = [(name, bar_chart(name, values, "")) for name, values in bars.items()]
-    return environment.get_template("page.html.j2").render(
-        sections=[*grids, *subjects],
-        grids=grids,
-        subjects=subjects,
-        comparison=comparison if len(subjects) > 1 else [],
-    )
+            found = bars.setdefault(name, [])
+            if (name, before) not in known:
+                dense = f"dense, for {subject.name}" if found else "dense"
+                start = f"{subject.name}, before" if name.endswith(_RECOVERY) else dense
+                found.append(Bar(start, before))
+                known.add((name, before))
+            found.append(Bar(subject.name, after))
+    return [(name, bar_chart(name, values, "")) for name, values in bars.items()]
 
 
 def read_subjects(

@@ -42,12 +42,16 @@ def check_amount(samples: int | None, seqlen: int, own_samples: int | None = Non
         )
 
 
-def check_windows(samples: int | None, seqlen: int) -> None:
-    """Raise for amounts that give no windows. None for ``samples`` means all."""
-    if (samples is not None and samples < 1) or seqlen < 2:
-        raise AptError(
-            "samples must be at least 1 and seqlen at least 2", options=("samples", "seqlen")
-        )
+def check_windows(count: int | None, seqlen: int, name: str = "samples") -> None:
+    """Raise for amounts that give no windows.
+
+    Args:
+        count: the number of windows; None for all.
+        seqlen: their tokens.
+        name: the name of the option for ``count``.
+    """
+    if (count is not None and count < 1) or seqlen < 2:
+        raise AptError(f"{name} must be at least 1 and seqlen at least 2", options=(name, "seqlen"))
 
 
 def check_limit(limit: int | None, tasks: Sequence[str]) -> None:

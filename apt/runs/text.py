@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from apt.checkpoints.load import load_tokenizer
+from apt.checkpoints.model import Model
 from apt.errors import AptError
 from apt.runs.prepare import Prepared
 from apt.text.datasets import calibration_tokens, documents, evaluation_tokens
@@ -77,4 +78,15 @@ def check_vocabulary(tokens: Tensor, module: nn.Module, reference: str) -> None:
             f"the tokenizer of {reference} gives ids up to {int(tokens.max())}, "
             f"but the model has {vocabulary} embeddings",
             "the tokenizer belongs to another model",
+        )
+
+
+def check_same_vocabulary(model: Model, dense: Model) -> None:
+    """Raise if two models have different numbers of tokens."""
+    sizes = [m.module.get_input_embeddings().weight.shape[0] for m in (model, dense)]  # type: ignore[operator]
+    if sizes[0] != sizes[1]:
+        raise AptError(
+            f"{model.source.reference} has {sizes[0]} tokens, and the dense model "
+            f"{dense.source.reference} has {sizes[1]}",
+            "compare a model with the one from which it was pruned",
         )

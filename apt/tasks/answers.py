@@ -18,7 +18,8 @@ class Answers:
         metrics: each metric with its value and its standard error (NaN if there is none).
         scores: for each metric that is a mean over questions, its value for each question, in the
             order of the questions.
-        chosen: the answer to each question: the index of the choice, or the text.
+        chosen: the answer to each question: the index of the choice, or the text. Empty for tasks
+            that measure the likelihood of single texts.
     """
 
     task: str
@@ -30,9 +31,12 @@ class Answers:
 
     @property
     def main(self) -> str:
-        """The metric that stands for the task: ``acc_norm`` or ``acc``, or else the first one."""
+        """The metric that stands for the task: ``acc_norm`` or ``acc``, or else the first one.
+
+        Empty if the task has no metric.
+        """
         usual = [name for name in ("acc_norm", "acc") if name in self.metrics]
-        return [*usual, *self.metrics][0]
+        return next(iter([*usual, *self.metrics]), "")
 
     def record(self) -> dict[str, Any]:
         """The answers as values for JSON."""
@@ -46,11 +50,12 @@ class Answers:
 
 
 def difference(pruned: Answers, dense: Answers, metric: str) -> Difference | None:
-    """The paired difference of a metric; None if it is not a mean over the same questions."""
+    """The paired difference of a metric.
+
+    None if the metric is not a mean over the same questions, or if there is only one.
+    """
     one, other = pruned.scores.get(metric, []), dense.scores.get(metric, [])
-    if not one or len(one) != len(other):
-        return None
-    return mean_difference(one, other)
+    return mean_difference(one, other) if len(one) == len(other) else None
 
 
 def changed(pruned: Answers, dense: Answers) -> float | None:

@@ -6,12 +6,14 @@ answers. Its tasks, the question sets of `apt.tasks.question_sets` and YAML file
 
 import io
 import logging
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 from unittest.mock import patch
 
@@ -150,19 +152,28 @@ def _answers(name: str, found: Mapping[str, Any]) -> Answers:
     first = samples[0]["filter"] if samples else ""
     ordered = sorted((s for s in samples if s["filter"] == first), key=lambda s: int(s["doc_id"]))
     scores = {
-        metric: [float(s[metric]) for s in ordered]
-        for metric in metrics
+        metric: values
+        for metric, (value, _) in metrics.items()
         if all(isinstance(s.get(metric), int | float) for s in ordered)
+        and _is_mean(value, values := [float(s[metric]) for s in ordered])
     }
-    return Answers(
-        name, str(found["versions"].get(name, "")), len(ordered), metrics, scores,
-        [_chosen(s["filtered_resps"]) for s in ordered],
-    )  # fmt: skip
+    chosen = [_chosen(s["filtered_resps"]) for s in ordered]
+    known = [] if None in chosen else [choice for choice in chosen if choice is not None]
+    version = str(found["versions"].get(name, ""))
+    return Answers(name, version, len(ordered), metrics, scores, known)
 
 
-def _chosen(responses: Sequence[Any]) -> int | str:
-    """The most likely choice of a multiple-choice question, or the text of another answer."""
+def _is_mean(value: float, values: Sequence[float]) -> bool:
+    """True if a metric is the mean of its values for single questions; a perplexity is not."""
+    return bool(values) and math.isclose(value, fmean(values), rel_tol=1e-6, abs_tol=1e-9)
+
+
+def _chosen(responses: Sequence[Any]) -> int | str | None:
+    """The most likely choice of a multiple-choice question, or the text of another answer.
+
+    None if the model gives no answer, but the likelihood of a single text.
+    """
     if all(isinstance(r, tuple | list) and len(r) == 2 for r in responses):
         likely = [float(r[0]) for r in responses]
-        return likely.index(max(likely))
-    return str(responses[0]) if responses else ""
+        return likely.index(max(likely)) if len(likely) > 1 else None
+    return responses[0] if responses and isinstance(responses[0], str) else None

@@ -4,20 +4,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from apt.evaluation.windows import interval
+from apt.evaluation.windows import spread
 from apt.reporting.charts import Bar, bar_chart
 
 
 @dataclass(frozen=True)
-class Grid:
-    """A comparison that ``apt-prune compare`` wrote.
+class ComparisonSection:
+    """The section about a comparison that ``apt-prune compare`` wrote.
 
     Attributes:
         name: its name on the page.
         anchor: the identifier of its section.
         header: the names of the columns.
         lines: the texts of each row; the first two are the method and the pattern.
-        rows: the rows as they are in the file.
+        rows: the rows, that of the dense model first.
         setting: what the rows have in common.
     """
 
@@ -52,8 +52,8 @@ class Grid:
             bars = [
                 Bar(
                     " ".join(line[:2]).strip(),
-                    float(row["scores"][text][metric]),
-                    interval(row, dense, text, metric),
+                    row["scores"][text][metric],
+                    spread(row, dense, text, metric),
                 )
                 for line, row in zip(self.lines, self.rows, strict=True)
                 if row["scores"].get(text, {}).get(metric) is not None
@@ -61,8 +61,3 @@ class Grid:
             title = f"{metric} on {text}"
             found.append((title, bar_chart(title, bars, "")))
         return found
-
-    @property
-    def version(self) -> str:
-        """The version of APT that measured it."""
-        return str(self.setting.get("versions", {}).get("apt-prune", ""))
