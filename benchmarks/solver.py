@@ -1,7 +1,7 @@
 """Error and time of every method, on Gram matrices of a real model.
 
-The Gram matrices of a few blocks are computed once, from the activations of the dense model, and
-stored in a file. Every method then solves the same sites::
+The Gram matrices of a few blocks are computed from the activations of the dense model. Every method
+then solves the same sites::
 
     python benchmarks/solver.py --json out/solver.json --plot out/solver.png
 """
@@ -34,9 +34,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--blocks", type=int, nargs="+", default=[0, 4, 12, 20])
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=512)
-    parser.add_argument(
-        "--grams", type=Path, default=Path("out/grams.pt"), help="file of the Gram matrices"
-    )
     parser.add_argument(
         "--repeats", type=int, default=2, help="number of runs; the shortest time is reported"
     )
@@ -125,11 +122,8 @@ def plot(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     options, console = arguments(), Console()
-    if not options.grams.is_file():
-        options.grams.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(capture(options), options.grams)
     rows, table = [], Table("pattern", "method", "mean error", "seconds", "of SparseGPT's")
-    for row in measure(options, torch.load(options.grams)):
+    for row in measure(options, capture(options)):
         rows.append(row)
         ratio = f"{row['ratio']:.2f}" if row["ratio"] else ""
         seconds = f"{row['seconds']:.2f}"

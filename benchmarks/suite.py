@@ -35,7 +35,7 @@ SUITE = {
     "paper": "accuracy.py --eval-samples 16 --patterns 2:4 4:8 --methods ss sm ms mm",
     "tokens": "calibration.py",
     "solver": "solver.py --blocks 0 12 20 --patterns 2:4 0.5 0.7"
-    " --methods ss sm alps admm:fast admm:default --grams grams.pt",
+    " --methods ss sm alps admm:fast admm:default",
     "endtoend": "endtoend.py",
     "scaling": "endtoend.py --scaling",
     **{

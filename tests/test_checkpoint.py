@@ -45,7 +45,7 @@ def test_the_old_directory_stays_until_the_new_one_is_whole(tmp_path):
     assert (target / "old").read_text() == "old"
     with whole_directory(target, overwrite=True) as work:
         (work.out / "new").write_text("new")
-    assert [p.name for p in target.iterdir()] == ["new"]
+    assert sorted(p.name for p in target.iterdir()) == ["apt_files.json", "new"]
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -301,6 +302,19 @@ def test_cells_of_tables_are_no_markup(capsys):
     assert "'apt-prune[gguf]'" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("text", ["looking for ./llama[v2]", "no markup: [/"])
+def test_a_status_is_no_markup(text, monkeypatch):
+    from rich.console import Console
+
+    from apt.cli import output
+
+    monkeypatch.setattr(output, "err", Console(file=StringIO(), force_terminal=True))
+    with output.status_line(text) as line:
+        line.update(text)
+        shown = line._spinner.renderable.text
+    assert shown.plain == text
+
+
 def test_debug_shows_the_traceback(apt):
     from apt.errors import AptError
 
@@ -317,6 +331,10 @@ def test_ctrl_c_is_130(apt, monkeypatch):
     assert run.code == 130
     assert run.err.endswith("apt: interrupted; nothing was written\n")
     assert list(Path().iterdir()) == []
+    Path("out").mkdir()
+    Path("out/apt_report.json").write_text('{"skipped": [], "options": {}}')
+    run = apt("prune", "zoo:llama", *SMALL, "-o", "out", "--overwrite")
+    assert run.err.endswith("apt: interrupted; nothing was written\n")
 
 
 def test_help_imports_no_torch():

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
+from apt.checkpoints.load import load_tokenizer, read_config
 from apt.errors import AptError
 from apt.locations import hub
 from apt.locations.hub import Hub
@@ -91,6 +92,37 @@ def test_no_network_on_request_is_told_as_that(apt, monkeypatch):
     hub.reachable.cache_clear()
     assert run.code == 2
     assert "the network is switched off by HF_HUB_OFFLINE" in run.err
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("config.json", "{", "does not load: It looks like the config file"),
+        ("config.json", '{"model_type": "none"}', "does not load: .* model type `none`"),
+        ("tokenizer.json", "{", "has no tokenizer that loads"),
+    ],
+)
+def test_damage_of_a_download_is_no_missing_download(nowhere, downloads, file, text, said):
+    path = next(downloads.rglob("snapshots")) / COMMIT / file
+    path.write_text(text)
+    asked = Hub("pruned", cache_dir=str(downloads))
+    source = find("someone/model", registry(), hub=asked)
+    with pytest.raises(AptError, match=said):
+        (load_tokenizer if file == "tokenizer.json" else read_config)(source)
+
+
+def test_code_of_another_tokenizer_runs_where_that_is_allowed(checkpoint, monkeypatch):
+    def loaded(name, **options):
+        asked.append(options["trust_remote_code"])
+        raise ValueError("it is not wanted here")
+
+    asked = []
+    monkeypatch.setattr("apt.checkpoints.load.AutoTokenizer.from_pretrained", loaded)
+    for allowed in (False, True):
+        source = find(str(checkpoint("llama")), registry(), trust_remote_code=allowed)
+        with pytest.raises(AptError, match="has no tokenizer that loads"):
+            load_tokenizer(source, str(checkpoint("opt")))
+    assert asked == [False, True]
 
 
 def test_a_revision_of_a_directory_is_refused(checkpoint):

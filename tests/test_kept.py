@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from apt.checkpoints.safetensors_io import INDEX, Shards
+from apt.output.card import write_card
+from apt.output.report import Report
 from tests.families import TEXT, random_model
 
 QUICK = ("--samples", 2, "--seqlen", 16, "--pattern", "2:4", "--calibration", TEXT)
@@ -89,6 +91,29 @@ def test_tensors_and_files_that_the_configuration_does_not_mention(checkpoint, p
         assert part in card
 
 
+ODD_CARDS = {
+    "no YAML": "license: [",
+    "a key that is a number": "1: 2",
+    "tags in a dictionary": "tags: [{a: 1}, [b]]",
+    "a key that is a method": "to_dict: 5",
+    "results that are none": "model-index: 5\neval_results: 7",
+    "an object": "a: !!python/object:os.system 1",
+}
+
+
+@pytest.mark.parametrize("kind", ODD_CARDS)
+def test_no_card_of_the_original_costs_the_model(kind, tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    for folder in (source, target):
+        folder.mkdir()
+    (source / "README.md").write_text(f"---\n{ODD_CARDS[kind]}\n---\nwords\n")
+    write_card(target, Report(options={}, model={"reference": "a/b"}, calibration={}), source)
+    card = (target / "README.md").read_text()
+    assert card.startswith("---\n")
+    assert "base_model: a/b" in card
+    assert "- pruned" in card
+
+
 def test_what_transformers_writes_keeps_the_other_files(apt, tokenizer):
     random_model("llama").save_pretrained("plain")
     tokenizer.save_pretrained("plain")
@@ -118,6 +143,7 @@ def test_links_out_of_the_checkpoint_do_not_travel(checkpoint, prune, tmp_path):
     run = prune(model, *WANDA)
     assert run.code == 0, run.err
     assert "notes.txt is a link to a file outside" in run.err
+    assert "linked/folder is a link to a file outside" in run.err
     assert Path("out/LICENSE").read_text() == "licence"
     assert not Path("out/LICENSE").is_symlink()
     assert not any(b"secret" in p.read_bytes() for p in Path("out").rglob("*") if p.is_file())
@@ -245,7 +271,7 @@ def test_a_measure_that_fails_at_the_end_loses_nothing(checkpoint, prune, apt, m
     assert run.code == 2
     assert "out is written and verified, but measuring it failed: MemoryError: no room" in run.err
     report = json.loads(Path("out/apt_report.json").read_text())
-    assert "no room for logits" in report["problems"][0]
+    assert report["problems"] == ["measuring it failed: MemoryError: no room for logits"]
     assert report["scores"].keys() == {"source", "shape", "before"}
     assert not Path(".out.apt").exists()
 

@@ -1,6 +1,7 @@
 """The P² law: what it recovers from curves, what it leaves out, and how many tokens are enough."""
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -10,6 +11,14 @@ from hypothesis import strategies as st
 from apt.errors import AptError
 from apt.recovery.law import EnoughTokens, Point, fit_law, points_of_curve
 from apt.recovery.record import Training
+
+
+def test_a_missing_package_is_one_line(apt, monkeypatch):
+    monkeypatch.setattr(sys.modules["apt.cli.law"], "find_spec", lambda name: None)
+    run = apt("law", "recovered")
+    assert run.code == 2
+    assert "law needs scipy; pip install 'apt-prune[recover]'" in run.err
+
 
 TOKENS = [1e5, 3e5, 1e6, 3e6, 1e7]
 TRUE = {"gamma": -1.2, "delta": 0.2, "N_C": 0.8, "alpha": 0.3, "D_C": 0.5, "beta": 0.4, "E": 0.1}

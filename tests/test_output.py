@@ -10,6 +10,7 @@ import pytest
 
 from apt.cli import app
 from apt.cli.output import show_json
+from apt.output.report import Report
 from tests.families import TEXT
 
 SMALL = ("--samples", 4, "--seqlen", 64)
@@ -169,6 +170,12 @@ def commands():
     from typer.main import get_command
 
     return get_command(app).commands
+
+
+def test_numbers_of_a_report_are_numbers_again():
+    scores = {"source": "x", "shape": [2, 8], "after": {"perplexity": float("inf")}}
+    report = Report(options={}, model={}, calibration={}, scores=scores)
+    assert Report.from_dict(report.to_dict()).scores == scores
 
 
 def test_every_option_has_a_sentence_in_its_help():

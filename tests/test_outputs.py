@@ -170,6 +170,31 @@ def write(place, overwrite=False):
         (work.out / "apt_report.json").write_text('{"skipped": [], "options": {}}')
 
 
+WRITERS = {
+    "convert": ("convert", "plain"),
+    "convert-with-a-report": ("convert", "pruned", "--tokenizer", "plain"),
+    "reapply": ("reapply", "pruned", "plain"),
+    "pack": ("pack", "pruned"),
+}
+
+
+@pytest.mark.parametrize("command", WRITERS)
+def test_a_command_replaces_its_own_result(command, checkpoint, apt):
+    shutil.copytree(checkpoint("llama"), "plain")
+    given = ("prune", "plain", *QUICK, "--calibration", TEXT, "-o", "pruned")
+    assert apt(*given).code == 0
+    (Path("pruned") / "vocabulary.extra").write_text("a file that the report does not list")
+    words = (*WRITERS[command], "-o", "out")
+    assert apt(*words).code == 0
+    before = snapshot("out")
+    assert "exists and is not empty" in apt(*words).err
+    run = apt(*words, "--overwrite")
+    assert run.code == 0, run.err
+    assert snapshot("out").keys() == before.keys()
+    (Path("out") / "thesis.txt").write_text("years of work")
+    assert "has files that APT did not write: thesis.txt" in apt(*words, "--overwrite").err
+
+
 @pytest.mark.parametrize("exchanges", [True, False])
 def test_an_old_result_is_there_until_the_new_one_is(tmp_path, monkeypatch, exchanges):
     if not exchanges:  # as on a system without the call

@@ -11,12 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, pipeline
+from transformers import AutoModel, AutoModelForCausalLM, OlmoConfig, pipeline
 
 import apt.runtime as runtime
-from apt.checkpoints.safetensors_io import Shards
+from apt.checkpoints.safetensors_io import INDEX, Shards
 from apt.errors import AptError
-from apt.packing.directory import pack, unpack
+from apt.packing.directory import Rounding, pack, unpack
 from apt.runtime.dense import DenseLinear, use_kernels
 from apt.runtime.entries import read_entries
 from apt.runtime.linear import PackedLinear, kernels
@@ -157,6 +157,11 @@ def test_a_model_is_packed_unpacked_and_run(apt, pruned, variant):
     tokens = torch.randint(1, 60, (2, 9))
     with torch.no_grad():
         assert torch.allclose(packed(tokens).logits, dense(tokens).logits, atol=1e-4)
+        base = AutoModel.from_pretrained("packed", dtype="auto")
+        assert sum(isinstance(m, PackedLinear) for m in base.modules()) == record["matrices"]
+        states = (model(tokens).last_hidden_state for model in (base, dense.base_model))
+        assert torch.allclose(*states, atol=1e-4)
+    assert not any(parameter.requires_grad for parameter in packed.parameters())
     measured = [apt("eval", folder, "--data", TEXT, "--seqlen", 16, "--samples", 2, "--json")
                 for folder in (path, "packed")]  # fmt: skip
     values = [json.loads(run.out)["perplexity"] for run in measured]
@@ -173,14 +178,28 @@ def test_transformers_opens_a_packed_model_and_generates(apt, pruned):
     assert texts[0] == texts[1]
 
 
+def test_the_copies_of_a_model_of_another_tool_are_replaced(apt, pruned):
+    path = pruned()
+    for command in (("pack", path, "-o", "packed"), ("unpack", "packed", "-o", "back")):
+        assert apt(*command).code == 0
+        run = apt(*command, "--overwrite")
+        assert run.code == 0, run.err
+        assert "replaces" in run.err
+    assert apt("report", "packed", "-o", "page.html").code == 0
+
+
 def test_a_sharded_checkpoint_keeps_its_files(apt, pruned, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(pruned(), dtype="auto")
     model.save_pretrained(tmp_path / "shards", max_shard_size="40KB")
     names = sorted(p.name for p in (tmp_path / "shards").glob("*.safetensors"))
     assert len(names) > 1
+    index = json.loads((tmp_path / "shards" / INDEX).read_text())
+    index["metadata"]["format"] = "pt"
+    (tmp_path / "shards" / INDEX).write_text(json.dumps(index))
     assert apt("pack", "shards", "-o", "packed").code == 0
     assert sorted(p.name for p in Path("packed").glob("*.safetensors")) == names
     assert apt("unpack", "packed", "-o", "back").code == 0
+    assert json.loads(Path("back", INDEX).read_text())["metadata"]["format"] == "pt"
     for name in names:
         one, other = (load_file(Path(folder) / name) for folder in ("shards", "back"))
         assert one.keys() == other.keys()
@@ -200,17 +219,57 @@ def test_prune_packs_its_output(apt, checkpoint):
     assert report == Path("pruned/apt_report.json").read_text()
 
 
+def test_a_finished_run_is_packed_when_it_is_resumed(apt, checkpoint):
+    command = ("prune", checkpoint("llama"), "--sparsity", 0.7, "--method", "magnitude",
+               "-o", "pruned")  # fmt: skip
+    assert apt(*command).code == 0
+    run = apt(*command, "--resume", "--pack", "packed", "--dry-run")
+    assert (run.code, Path("packed").exists()) == (0, False)
+    run = apt(*command, "--resume", "--pack", "packed")
+    assert run.code == 0, run.err
+    assert "already complete" in run.out
+    assert read_entries(Path("packed"))
+
+
+def test_a_model_without_an_adapter_of_its_own_is_packed_with_the_named_one(
+    apt, tokenizer, tmp_path
+):
+    config = OlmoConfig(vocab_size=2048, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
+                        num_attention_heads=2)  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "olmo")
+    tokenizer.save_pretrained(tmp_path / "olmo")
+    assert apt("pack", "olmo", "-o", "x").code == 2
+    options = ("--sparsity", 0.7, "--method", "magnitude", "--adapter", "llama")
+    run = apt("prune", "olmo", *options, "-o", "pruned", "--pack", "packed")
+    assert run.code == 0, run.err
+    assert apt("pack", "pruned", "-o", "again", "--adapter", "llama").code == 0
+    assert read_entries(Path("packed")) == read_entries(Path("again"))
+
+
 def test_what_cannot_be_packed_is_an_error(apt, pruned, checkpoint):
     path = pruned()
     assert apt("pack", path, "-o", "packed").code == 0
+    Path("texts").mkdir()
+    Path("texts/a.txt").write_text("a b c")
     for command, text in [
         (("pack", checkpoint("llama"), "-o", "x"), "has so many zeros that packing"),
         (("pack", "packed", "-o", "x"), "is packed already"),
-        (("pack", path, "-o", "packed"), "choose another output"),
+        (("pack", path, "-o", "packed"), "overwrite it, or choose another"),
+        (
+            ("pack", path, "-o", "x", "--format", "compressed-tensors", "--quantize", "int4"),
+            "use the format apt",
+        ),
         (("unpack", path, "-o", "x"), "is not packed"),
         (("prune", "packed", "-o", "x"), "is packed, and its weights cannot be changed"),
         (("prune", path, "-o", "x", "--pack", "x"), "is the output itself"),
-        (("prune", path, "-o", "x", "--pack", "packed"), "choose another output"),
+        (("prune", path, "-o", "x", "--pack", "x/packed"), "is the output itself, inside it"),
+        (("prune", path, "-o", "x/y", "--pack", "x"), "is the output itself, inside it"),
+        (("prune", path, "-o", "x", "--pack", path, "--overwrite"), "is an input of the run"),
+        (
+            ("prune", path, "-o", "x", "--calibration", "texts/a.txt", "--pack", "texts"),
+            "contains an input of the run",
+        ),
+        (("prune", path, "-o", "x", "--pack", "packed"), "overwrite it, or choose another"),
         (("eval", "packed", "--stream"), "is packed"),
     ]:
         run = apt(*command)
@@ -245,7 +304,7 @@ def first(about):
         (lambda about: first(about).update(shape=[10**6, 10**6]), "damaged"),
         (lambda about: first(about).update(mask="zip"), "is damaged"),
         (lambda about: first(about).update(values="int8"), "is damaged"),
-        (lambda about: first(about).update(values="int4", group=64), "damaged"),
+        (lambda about: first(about).update(values="int4", group=64), "_scales, which its"),
         (lambda about: first(about).update(stored=3), "damaged"),
         (lambda about: first(about).update(more=3), "is damaged"),
     ],
@@ -262,6 +321,85 @@ def test_a_damaged_description_is_one_line(apt, pruned, change, text):
     assert text in apt("unpack", "packed", "-o", "x").err
     with pytest.raises(AptError):
         runtime.load("packed")
+
+
+@pytest.mark.parametrize("part", [MASK, VALUES])
+def test_a_packed_model_without_a_tensor_is_refused(apt, pruned, part):
+    assert apt("pack", pruned(), "-o", "packed").code == 0
+    tensors = load_file("packed/model.safetensors")
+    del tensors[next(name for name in tensors if name.endswith(f"_{part}"))]
+    save_file(tensors, "packed/model.safetensors", {"format": "pt"})
+    run = apt("unpack", "packed", "-o", "x")
+    assert run.code == 2
+    assert f"_{part}, which its config.json describes" in run.err
+    assert not Path("x").exists()
+    with pytest.raises(AptError, match=r"lacks 1 tensors|damaged"):
+        runtime.load("packed")
+
+
+def changed(path, folder, change):
+    """A copy of a checkpoint with changed tensors."""
+    copied = Path(shutil.copytree(path, folder))
+    tensors = load_file(copied / "model.safetensors")
+    change(tensors)
+    save_file(tensors, copied / "model.safetensors", {"format": "pt"})
+    return copied
+
+
+def test_a_tied_weight_that_is_stored_as_well_stays_dense(apt, pruned, tmp_path):
+    def stored(tensors):
+        embedding = tensors["model.embed_tokens.weight"]
+        embedding[:, ::2] = 0
+        tensors["lm_head.weight"] = embedding.clone()
+
+    path = changed(pruned("llama-grouped-tied"), tmp_path / "tied", stored)
+    assert apt("pack", path, "-o", "packed").code == 0
+    assert "lm_head.weight" not in read_entries(Path("packed"))
+    dense, tokens = AutoModelForCausalLM.from_pretrained(path, dtype="auto"), torch.arange(1, 9)
+    with torch.no_grad():
+        found, expected = runtime.load("packed")(tokens[None]), dense(tokens[None])
+    assert torch.allclose(found.logits, expected.logits, atol=1e-4)
+
+
+def test_a_packed_head_is_left_out_of_the_model_without_it(apt, pruned, tmp_path):
+    path = changed(pruned(), tmp_path / "head", lambda t: t["lm_head.weight"][:, ::2].zero_())
+    assert apt("pack", path, "-o", "packed").code == 0
+    assert "lm_head.weight" in read_entries(Path("packed"))
+    tokens, base = torch.arange(1, 9)[None], AutoModel.from_pretrained("packed", dtype="auto")
+    dense = AutoModel.from_pretrained(path, dtype="auto")
+    with torch.no_grad():
+        states = (model(tokens).last_hidden_state for model in (base, dense))
+        assert torch.allclose(*states, atol=1e-4)
+
+
+def test_matrices_of_zeros_and_with_nan_come_back(apt, pruned, tmp_path):
+    stem, nan = "model.layers.0.mlp", torch.tensor([-2, 0x7F81], dtype=torch.int16)
+
+    def extreme(tensors):
+        tensors[f"{stem}.up_proj.weight"] = tensors[f"{stem}.up_proj.weight"].bfloat16()
+        tensors[f"{stem}.up_proj.weight"][0, :2] = nan.view(torch.bfloat16)
+        for name in [name for name in tensors if "layers.1" in name or "self_attn" in name]:
+            tensors[name].zero_()
+
+    path = changed(pruned(), tmp_path / "extreme", extreme)
+    names = set(load_file(path / "model.safetensors"))
+    (tmp_path / "packed").mkdir()
+    pack(path, names, tmp_path / "packed")
+    (tmp_path / "integers").mkdir()
+    pack(path, names, tmp_path / "integers", Rounding("int8", 64, exact=True))
+    for folder in ("packed", "integers"):
+        (tmp_path / f"{folder}-back").mkdir()
+        unpack(tmp_path / folder, tmp_path / f"{folder}-back")
+        one, other = (
+            load_file(f / "model.safetensors") for f in (path, tmp_path / f"{folder}-back")
+        )
+        assert all(same_bytes(one[name], other[name]) for name in names)
+
+    zeros = changed(pruned(), tmp_path / "zeros", lambda t: [x.zero_() for x in t.values()])
+    run = apt("pack", zeros, "-o", "nothing")
+    assert run.code == 0, run.err
+    with pytest.raises(AptError, match=r"torch\.nn\.Linear"):
+        pack(path, [], tmp_path)
 
 
 def test_damaged_tensors_never_give_another_model(pruned, tmp_path):
@@ -327,6 +465,7 @@ def test_a_model_with_integers_is_near_the_plain_one(apt, pruned, kind, least):
     assert done.code == 0, done.err
     record = json.loads(done.out)
     assert 0 < record["relative_error"] < 1 - least
+    assert all(name.startswith("model.layers.") for name in read_entries(Path("packed")))
     assert apt("unpack", "packed", "-o", "back").code == 0
     dense = AutoModelForCausalLM.from_pretrained("back", dtype="auto").eval()
     packed, tokens = runtime.load("packed"), torch.randint(1, 60, (2, 3))
@@ -365,6 +504,17 @@ def test_a_quantised_run_is_packed_as_integers_without_loss(apt, checkpoint):
         assert text in refused.err
 
 
+def test_integers_in_another_dtype_multiply_inputs_in_it(apt, pruned):
+    path = pruned("mamba")
+    assert apt("pack", path, "-o", "packed", "--quantize", "int8", "--group", 64).code == 0
+    assert any("dt_proj" in name for name in read_entries(Path("packed")))
+    model, tokens = runtime.load("packed", dtype=torch.bfloat16), torch.arange(1, 9)[None]
+    found = {m.weight.dtype for m in model.modules() if isinstance(m, PackedLinear)}
+    assert found == {torch.bfloat16}
+    with torch.no_grad():
+        assert model(tokens).logits.isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_a_packed_module_is_cast_as_a_dense_one(dtype):
     matrix = torch.randn(6, 300).masked_fill_(torch.rand(6, 300) < 0.6, 0)
@@ -375,7 +525,7 @@ def test_a_packed_module_is_cast_as_a_dense_one(dtype):
     kept = torch.float32 if dtype == torch.float64 else dtype  # no kernels have double precision
     cast, expected = module.to(dtype), matrix.to(kept)
     assert cast.weight_values.dtype == kept
-    assert torch.equal(cast.weight, expected)
+    assert torch.equal(cast.weight, expected.to(dtype))
     x = torch.randn(3, 300).to(dtype)
     wanted = x.double() @ expected.double().T
     assert cast(x).dtype == dtype
@@ -409,6 +559,11 @@ def test_a_dense_head_of_a_packed_model_uses_the_kernels():
         assert torch.allclose(found, wanted, rtol=1e-2, atol=1e-2)
     assert torch.equal(model[0](x[:, :0]), expected(module, x[:, :0]))
     assert torch.equal(copy.deepcopy(model)[0](x[:, :2]), model[0](x[:, :2]))
+    module.weight.data[-1] = 0  # in the same memory
+    assert torch.equal(model[0](x[:, :2])[..., -1], module.bias[-1].expand(2, 2))
+    module.weight.requires_grad_()
+    assert model[0](x[:, :2]).requires_grad
+    module.weight.requires_grad_(False)
     module.weight.data = torch.zeros_like(module.weight)  # another memory
     assert torch.equal(model[0](x[:, :2]), module.bias.expand(2, 2, -1))
     module.float()

@@ -56,6 +56,37 @@ def test_kinds(tmp_path):
         kind_at(Path("a\0b"))
 
 
+UNKNOWN = "~nobody-has-this-name/x"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("inspect", UNKNOWN),
+        ("eval", "zoo:llama", "--data", UNKNOWN),
+        ("eval", "zoo:llama", "--tokenizer", UNKNOWN),
+        ("convert", "zoo:llama", "-o", UNKNOWN),
+        ("shrink", "zoo:llama", "-o", UNKNOWN),
+        ("shrink", "zoo:llama", "--search", "--plot", f"{UNKNOWN}.png"),
+        ("report", "none", "-o", f"{UNKNOWN}.html"),
+    ],
+    ids=" ".join,
+)
+def test_the_home_of_an_unknown_user_is_one_line(apt, arguments):
+    run = apt(*arguments)
+    assert run.code == 2
+    assert "~nobody-has-this-name is no user's home directory" in run.err
+    assert len(run.err.splitlines()) == 1
+
+
+def test_the_own_home_is_found_where_no_shell_looks_for_it(apt, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    shutil.copytree(checkpoint("llama"), tmp_path / "home" / "model")
+    run = apt("convert", "~/model", "--tokenizer", "~/model", "--output=~/out")
+    assert run.code == 0, run.err
+    assert (tmp_path / "home/out/tokenizer.json").exists()
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -2,8 +2,10 @@
 
 import copy
 import math
+import random
 import re
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -237,6 +239,80 @@ def test_a_resumed_training_has_the_same_losses_and_weights(kind, tmp_path):
     assert again.held_back == whole.held_back
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, other.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("ends", [False, True])
+def test_the_callers_model_and_random_state_are_as_before(kind, ends):
+    """transformers' Trainer sets use_cache, the mode and the seeds, and wraps forward for bf16."""
+    model, dense, tokens = pruned()
+    model.config.use_cache = True
+    model.train()
+    own, hooks = set(vars(model)), [bool(p._backward_hooks) for p in model.parameters()]
+
+    def end(event):
+        if ends and isinstance(event, TrainingStep):
+            raise Killed
+
+    torch.manual_seed(1)
+    random.seed(1)
+    expected = torch.rand(3), random.random()
+    torch.manual_seed(1)
+    random.seed(1)
+    given, options = {"dense": dense, "observe": end}, replace(FEW, checkpointing=True, rate=2e-3)
+    with pytest.raises(Killed) if ends else nullcontext():
+        library.recover(model, tokens, kind=kind, options=options, **given)
+    assert model.config.use_cache is True
+    assert model.training
+    assert {name for name in vars(model) if not name.startswith("_require_grads")} == own
+    assert not model.get_input_embeddings()._forward_hooks
+    assert [bool(p._backward_hooks) for p in model.parameters()] == hooks
+    assert not any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
+    assert torch.equal(torch.rand(3), expected[0])
+    assert random.random() == expected[1]
+
+
+def test_a_step_has_all_its_samples():
+    model, _, tokens = pruned()
+    options = RecoverOptions(steps=2, checks=1, batch=6, samples_at_once=4, rate=1e-2)
+    seen = []
+
+    def kind(given):
+        def count(module, batch):
+            seen.append(len(batch["input_ids"]))
+            return next_token_loss(module, batch)
+
+        train_only(given.model, given.model.parameters())
+        return Trainable(given.model, count, masked=True)
+
+    library.recover(model, tokens, kind=kind, options=options)
+    assert seen == [3, 3, 3, 3]
+
+
+def test_a_loss_that_is_no_number_ends_the_training_and_is_recorded():
+    model, _, tokens = pruned()
+    events = []
+
+    def kind(given):
+        train_only(given.model, given.model.parameters())
+        return Trainable(given.model, lambda m, b: next_token_loss(m, b) * math.nan, masked=True)
+
+    with pytest.raises(NotRecoveredError, match="diverged after 1 steps"):
+        library.recover(model, tokens, kind=kind, options=FEW, observe=events.append)
+    assert math.isnan(next(event.loss for event in events if isinstance(event, TrainingStep)))
+
+
+def test_a_folder_serves_one_training(tmp_path):
+    model, dense, tokens = pruned()
+    given = {"options": FEW, "dense": dense, "folder": tmp_path}
+    library.recover(model, tokens, **given)
+    with pytest.raises(AptError, match="has another training: .*tokens"):
+        library.recover(model, tokens.flip(0), resume=True, **given)
+    other, more, _ = pruned()
+    both = torch.cat([tokens, tokens])  # the outputs of the dense model have to be computed anew
+    alone = library.recover(copy.deepcopy(other), both, options=FEW, dense=more)
+    again = library.recover(other, both, **given)
+    assert again.losses == alone.losses
 
 
 @pytest.mark.parametrize("kind", ["spp", "lora", "layers"])

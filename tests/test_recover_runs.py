@@ -165,6 +165,29 @@ def test_a_killed_training_continues_with_the_same_losses(apt, pruned, tmp_path)
     assert not journal.parent.exists()
 
 
+def test_resuming_a_finished_recovery_changes_nothing(apt, pruned, tmp_path):
+    pruned()
+    before = load_file("pruned/model.safetensors")
+    config = json.loads(Path("pruned/config.json").read_text())
+    own = apt("recover", "pruned", *TRAIN, "-o", "pruned", "--overwrite", "--resume")
+    assert own.code == 2
+    assert "is an input of the run" in own.err
+    command = ("recover", "pruned", *TRAIN, "--kind", "layers", "--rate", 1e-2, "--blocks", 3,
+               "-o", "out", "--resume")  # fmt: skip
+    assert apt(*command).code == 0
+    assert json.loads(Path("out/config.json").read_text()) == config
+    changed = Path("out/apt_report.json").stat().st_mtime_ns
+    again = apt(*command)
+    assert again.code == 0, again.err
+    assert "already complete" in again.out
+    assert Path("out/apt_report.json").stat().st_mtime_ns == changed
+    other = apt(*command, "--batch", 2)
+    assert other.code == 2
+    assert "is the result of another run: batch differ" in other.err
+    assert same(load_file("pruned/model.safetensors"), before)
+    assert not list(tmp_path.glob("out-*"))
+
+
 def test_two_processes_train_one_model(pruned, tmp_path):
     pruned()
     codes, said = on_ranks(2, tmp_path, *COMMAND, "--steps", 4, "--checks", 2, "-o", "out")

@@ -29,6 +29,15 @@ def test_the_same_seed_writes_the_same_text(name):
     assert 0 <= int(first.min()) <= int(first.max()) < module.config.vocab_size
 
 
+def test_a_penalty_of_the_model_does_not_change_its_text():
+    model, *_ = zoo_model("llama", samples=1, seqlen=8)
+    plain = library.own_text(model.module, 3, 40)
+    own = model.module.generation_config
+    own.repetition_penalty, own.no_repeat_ngram_size = 5.0, 2
+    assert torch.equal(library.own_text(model.module, 3, 40), plain)
+    assert model.module.generation_config is own
+
+
 def test_a_long_sample_is_several_pieces(monkeypatch):
     monkeypatch.setattr("apt.text.self_generated._PIECE", 16)
     monkeypatch.setattr("apt.text.self_generated._AT_ONCE", 2)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from apt.checkpoints.copies import copy_weights
 from apt.checkpoints.safetensors_io import Shards, read_header
 from apt.errors import AptError
 
@@ -51,15 +52,27 @@ def test_tensors_are_written_over_themselves_and_nothing_else_changes(directory)
 
 
 def index(directory, weights):
+    if (directory / "model.safetensors").exists():  # it would be read without the index
+        (directory / "model.safetensors").rename(directory / "first.safetensors")
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
 
 
 def test_several_files_are_one_checkpoint(directory):
     save_file({"c": torch.ones(2)}, directory / "second.safetensors")
-    index(directory, dict.fromkeys(TENSORS, "model.safetensors") | {"c": "second.safetensors"})
+    index(directory, dict.fromkeys(TENSORS, "first.safetensors") | {"c": "second.safetensors"})
     shards = Shards(directory)
     assert torch.equal(shards.read("c"), torch.ones(2))
     assert torch.equal(shards.read("b.bias"), TENSORS["b.bias"])
+
+
+def test_a_single_file_goes_before_an_index(directory, tmp_path_factory):
+    """An index may have been left behind when the weights were merged."""
+    path = directory / "model.safetensors.index.json"
+    path.write_text(json.dumps({"weight_map": {"old": "gone.safetensors"}}))
+    shards, copy = Shards(directory), tmp_path_factory.mktemp("copy")
+    assert shards.entries.keys() == TENSORS.keys()
+    copy_weights(shards, directory, copy, None)
+    assert [path.name for path in copy.iterdir()] == ["model.safetensors"]
 
 
 @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "x/y", "..", "", "a\\b"])
@@ -74,8 +87,8 @@ def test_what_is_missing_or_twice_there_is_told(directory, tmp_path):
     with pytest.raises(AptError, match=r"lacks third\.safetensors"):
         Shards(directory)
     save_file(TENSORS, directory / "second.safetensors")
-    index(directory, {"a": "second.safetensors", "b": "model.safetensors"})
-    with pytest.raises(AptError, match=r"is in model\.safetensors and in second"):
+    index(directory, {"a": "second.safetensors", "b": "first.safetensors"})
+    with pytest.raises(AptError, match=r"is in first\.safetensors and in second"):
         Shards(directory)
     (directory / "model.safetensors.index.json").write_text("[]")
     with pytest.raises(AptError, match="is damaged"):
@@ -138,7 +151,7 @@ def test_no_header_breaks_the_reader(tmp_path, raw, size, rest):
     max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(raw=st.binary(max_size=64) | headers.map(lambda h: json.dumps({"weight_map": h}).encode()))
-def test_no_index_breaks_the_reader(directory, raw):
-    (directory / "model.safetensors.index.json").write_bytes(raw)
+def test_no_index_breaks_the_reader(tmp_path, raw):
+    (tmp_path / "model.safetensors.index.json").write_bytes(raw)
     with pytest.raises(AptError):
-        Shards(directory)
+        Shards(tmp_path)

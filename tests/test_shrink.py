@@ -177,6 +177,17 @@ def test_zoo_models_shrink_generate_and_are_pruned_after(apt, family):
     assert apt("verify", "sparse").code == 0
 
 
+def test_a_smaller_model_is_verified_with_the_given_adapter_and_without_selection(apt, checkpoint):
+    given = (checkpoint("llama"), *SMALL, "--drop", 1, "--layer-wise", "--effort", "fast")
+    assert apt("shrink", *given, "-o", "small").code == 0
+    assert apt("verify", "small", "--adapter", "llama").code == 0
+    assert "no adapter 'lama'" in apt("verify", "small", "--adapter", "lama").err
+    for option in ("--only", "--skip"):
+        run = apt("verify", "small", option, "*")
+        assert run.code == 2
+        assert "its sites have no pattern; leave these options out" in run.err
+
+
 STREAMED = {
     "llama-grouped-tied": ["--size", "channels=32", "--size", "heads=2"],
     "mamba": ["--size", "channels=32", "--size", "states=4"],
@@ -200,6 +211,24 @@ def test_a_streamed_run_gives_the_model_of_one_in_memory(variant, checkpoint, ap
     assert records[0]["structure"] == records[1]["structure"]
     assert records[0]["scores"]["after"] == pytest.approx(records[1]["scores"]["after"], rel=1e-3)
     assert not list(Path().glob(".disk*"))
+
+
+def test_a_streamed_run_writes_the_blocks_behind_a_dropped_one(tokenizer, apt):
+    model = random_model("llama")
+    with torch.no_grad():
+        for path in ("self_attn.o_proj", "mlp.down_proj"):
+            model.model.layers[1].get_submodule(path).weight.mul_(0.05)
+    model.save_pretrained("model")
+    tokenizer.save_pretrained("model")
+    for name, more in (("memory", []), ("disk", ["--stream"])):
+        sizes = ("--blocks", 2, "--size", "channels=32")
+        run = apt("shrink", "model", *SMALL, *sizes, *more, "-o", name)
+        assert run.code == 0, run.err
+    report = json.loads(Path("memory/apt_report.json").read_text())
+    assert report["structure"]["blocks"]["dropped"] == ["model.layers.1"]
+    memory, disk = (Shards(Path(name)) for name in ("memory", "disk"))
+    for name in memory.entries:
+        torch.testing.assert_close(memory.read(name), disk.read(name), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -264,6 +293,11 @@ BAD = {
     "method llm-pruner needs the whole model in memory": ("--method", "llm-pruner", "--stream"),
     "budget 'time' is none of parameters, latency": ("--budget", "time"),
     "needs at least one candidate": ("--search", "--evaluations", "0"),
+    "mode 'search' is for a share to keep": ("--search", "--blocks", "3"),
+    "mode 'depth' is for a share to keep": ("--depth-only", "--size", "channels=64"),
+    "leave it out (--width-only)": ("--width-only", "--blocks", "2"),
+    "budget 'latency' is for a share to keep": ("--budget", "latency", "--drop", "1"),
+    "a multiple of 64 is for a share to keep": ("--multiple-of", "64", "--blocks", "2"),
 }  # fmt: skip
 
 
@@ -281,6 +315,13 @@ def test_families_without_widths_say_so(apt):
     assert "no widths that could be smaller; drop blocks instead (--depth-only)" in result.err
 
 
+def test_a_search_among_groups_that_no_site_reads_is_refused(apt):
+    result = apt("shrink", "--adapter", "mamba2", "--search", *SMALL, "-o", "out")
+    assert result.code == 2
+    assert "a search cannot compare numbers of states" in result.err
+    assert "(--depth-only, --width-only)" in result.err
+
+
 def test_widths_that_the_configuration_cannot_express_are_refused():
     with pytest.raises(AptError, match="LlamaConfig cannot express these sizes: .*hidden size"):
         apt_package.shrink(random_model("llama"), TOKENS, size=ShrinkOptions(sizes={"heads": 3}))
@@ -291,6 +332,28 @@ def test_the_plan_is_shown_without_writing(apt):
     assert result.code == 0
     assert "4 of 6 groups" in result.out
     assert not Path("out").exists()
+
+
+@pytest.mark.skipif("jamba" not in CONFIGS, reason="its experts are modules there")
+def test_blocks_that_the_configuration_cannot_do_without_are_refused_first(
+    apt, checkpoint, monkeypatch
+):
+    """The kinds of Jamba's blocks follow from their indices."""
+    monkeypatch.setattr("apt.runs.prune_model.prune_blocks", None)
+    with pytest.raises(AptError, match="JambaForCausalLM cannot express these sizes"):
+        apt_package.shrink(random_model("jamba"), TOKENS, size=ShrinkOptions(drop=(0,)))
+    run = apt("shrink", checkpoint("jamba"), *SMALL, "--drop", 0, "--dry-run")
+    assert run.code == 2
+    assert "JambaForCausalLM cannot express these sizes" in run.err
+
+
+@pytest.mark.parametrize("options", [(), ("--stream",)], ids=str)
+def test_a_streamed_run_names_the_width_that_it_takes(options, apt):
+    wish = ("--width-only", "--keep", "0.5", "--multiple-of", "8")
+    result = apt("shrink", "--adapter", "llama", *wish, *SMALL, "--dry-run", *options)
+    assert result.code == 0, result.err
+    said = "size: 4 blocks, 168 channels; a streamed run does not compare the 4 possible widths"
+    assert (said in result.err) == bool(options)
 
 
 def test_entries_of_two_kinds_go_once(adapter_of):

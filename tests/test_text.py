@@ -76,12 +76,24 @@ def test_damaged_files_are_one_line(tmp_path, name, content, message):
     [
         ("biultin", "did you mean 'builtin'"),
         ("nowhere.txt", "no such data set: nowhere.txt is no file"),
+        ("folder/nowhere.txt", "is no file"),
         ("./nowhere", "is no file"),
     ],
 )
 def test_unknown_sources_are_named(source, message):
     with pytest.raises(AptError, match=message):
         documents(source, "calibration", registry())
+
+
+@pytest.mark.parametrize("name", ["abisee/cnn_dailymail:3.0.0", "someone/text-v1.5"])
+def test_data_sets_of_the_hub_may_have_dots(name, monkeypatch):
+    def found(name, config, split, token):
+        return iter([f"{name} {config}"])
+
+    monkeypatch.setattr("apt.text.datasets.hub_documents", found)
+    repository, _, config = name.partition(":")
+    expected = [f"{repository} {config or None}"]
+    assert list(documents(name, "calibration", registry())) == expected
 
 
 def test_data_sets_are_read_through_datasets_by_split(tmp_path):

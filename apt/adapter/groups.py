@@ -125,8 +125,8 @@ def without(parameters: Mapping[str, Tensor], removals: Sequence[Removal]) -> di
             dims = kept.setdefault(part.parameter, {})
             length = parameters[part.parameter].shape[part.dim]
             mask = dims.setdefault(part.dim, torch.ones(length, dtype=torch.bool))
-            for group in removed:
-                mask[entries(part, group)] = False
+            first = part.start + part.each * torch.tensor([*removed], dtype=torch.long)
+            mask[(first.unsqueeze(1) + torch.arange(part.each)).flatten()] = False
     smaller = {}
     for path, dims in kept.items():
         smaller[path] = parameters[path].detach()

@@ -9,7 +9,7 @@ from pathlib import Path
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import load_file, save_file
 
-from apt.checkpoints.safetensors_io import INDEX, Shards, write_index
+from apt.checkpoints.safetensors_io import INDEX, SINGLE, Shards, write_index
 from apt.errors import AptError
 
 CARD = "README.md"
@@ -18,6 +18,9 @@ CARD = "README.md"
 REPORT = "apt_report.json"
 """The record of the run that wrote a checkpoint."""
 
+FILES = "apt_files.json"
+"""The list of the files of an output whose report does not list them."""
+
 # Weights in other formats are not copied: they would be dense.
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 _INDICES = (".bin.index.json", ".h5.index.json", ".msgpack.index.json")
@@ -25,7 +28,7 @@ _CHUNK = 2**24
 
 
 def side_files(source: Path) -> Iterator[Path]:
-    """All files of a checkpoint except its weights, their index and a report.
+    """All files of a checkpoint except its weights, their index, and a report or list of APT.
 
     Hidden folders are left out: they contain data of tools. A link is included only if it leads to
     a file of the checkpoint, or to the hub's cache of it. No other file should be copied to the
@@ -35,15 +38,28 @@ def side_files(source: Path) -> Iterator[Path]:
 
 
 def links_outside(source: Path) -> list[Path]:
-    """The links among a checkpoint's files that lead to files outside it."""
-    return [path for path in _files(source) if _is_outside_link(path, source)]
+    """The links in a checkpoint that lead to files or folders outside it."""
+    found = [*_files(source), *_linked_folders(source)]
+    return [path for path in found if _is_outside_link(path, source)]
+
+
+def _linked_folders(source: Path) -> Iterator[Path]:
+    """The links to folders, which are not entered."""
+    for folder, folders, _ in _visible(source):
+        yield from (path for name in folders if (path := folder / name).is_symlink())
+
+
+def _visible(source: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """The folders of a checkpoint that are not hidden, with their folders and files."""
+    for folder, folders, names in os.walk(source):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield Path(folder), folders, sorted(names)
 
 
 def _files(source: Path) -> Iterator[Path]:
-    for folder, folders, names in os.walk(source):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for path in (Path(folder) / name for name in sorted(names)):
-            if not _is_weights(path) and path.name not in (REPORT, INDEX) and path.is_file():
+    for folder, _, names in _visible(source):
+        for path in (folder / name for name in names):
+            if not _is_weights(path) and path.name not in (REPORT, FILES, INDEX) and path.is_file():
                 yield path
 
 
@@ -62,9 +78,9 @@ def _is_outside_link(path: Path, source: Path) -> bool:
 
 
 def weight_files(shards: Shards) -> list[Path]:
-    """The files with the tensors, and their index if there is one."""
-    index = shards.files[0].with_name(INDEX)
-    return [*shards.files, *([index] if index.is_file() else [])]
+    """The files with the tensors, and the index that names them, unless it is a single file."""
+    single = [path.name for path in shards.files] == [SINGLE]  # an index beside it is not read
+    return [*shards.files, *([] if single else [shards.files[0].with_name(INDEX)])]
 
 
 def copied_size(source: Path, shards: Shards) -> int:

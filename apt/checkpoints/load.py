@@ -22,7 +22,7 @@ from apt.checkpoints.stored import find_stored
 from apt.errors import AptError, shortened
 from apt.locations.hub import Hub
 from apt.locations.model_source import Source
-from apt.locations.paths import kind_at
+from apt.locations.paths import expanded, kind_at
 from apt.plugin.registry import Registry
 from apt.runtime.entries import METHOD
 
@@ -212,12 +212,12 @@ def check_finite(module: nn.Module, reference: str, cast: torch.dtype | None = N
 
 def load_tokenizer(source: Source, other: str | None = None) -> Any:
     """The tokenizer of the model, or that of ``other``, a directory or hub name."""
-    hub, options = source.hub, source.options()
+    place, hub, options = source.location, source.hub, source.options()
     if other is not None:
-        hub = _hub_for_tokenizer(source, other)
-        options = hub.options()
+        place, hub = str(expanded(other)), _hub_for_tokenizer(source, other)
+        options = {"trust_remote_code": source.trust_remote_code, **hub.options()}
     try:
-        found = AutoTokenizer.from_pretrained(other or source.location, **options)
+        found = AutoTokenizer.from_pretrained(place, **options)
         if len(found) <= len(found.all_special_tokens):  # some families make one without any file
             raise ValueError("there is no file with a vocabulary")
         return found
@@ -227,7 +227,7 @@ def load_tokenizer(source: Source, other: str | None = None) -> Any:
 
 def _hub_for_tokenizer(source: Source, name: str) -> Hub:
     """The settings for the hub for a tokenizer other than the model's."""
-    if kind_at(Path(name)) == "directory":
+    if kind_at(expanded(name)) == "directory":
         return Hub()
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise AptError(

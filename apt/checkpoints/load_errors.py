@@ -45,6 +45,8 @@ def load_error(source: Source, error: Exception, hint: str) -> AptError:
 def _hub_error(source: Source, error: Exception) -> AptError | None:
     """The message for a model that the hub does not provide; None if the download succeeded."""
     name, causes = shortened(source.reference), {type(cause).__name__ for cause in _chain(error)}
+    if source.hub.local and not _is_absent(error):
+        return None
     if source.hub.local:
         return AptError(
             f"no such model: '{name}' is not a local directory and has not been downloaded, and "
@@ -67,6 +69,12 @@ def _hub_error(source: Source, error: Exception) -> AptError | None:
             _hub_hint(source.reference),
         )
     return None
+
+
+def _is_absent(error: Exception) -> bool:
+    """True if a file was not among the earlier downloads, or the name cannot be one of the hub."""
+    names = {type(cause).__name__ for cause in _chain(error)}
+    return bool(names & {"LocalEntryNotFoundError", "HFValidationError"})
 
 
 def _no_network() -> str:
@@ -95,15 +103,15 @@ def _damaged_index(source: Source, error: Exception) -> AptError | None:
 
 def tokenizer_error(reference: str, error: Exception, hub: Hub) -> AptError:
     """The message for an exception that was raised while a tokenizer was loaded."""
-    if hub.local:
+    if _requires_code(error):
+        return _code_error(f"the tokenizer of {reference}")
+    if hub.local and _is_absent(error):
         return AptError(
             f"no such tokenizer: '{reference}' is not a local directory and has not been "
             f"downloaded, and {_no_network()}",
             "check the network and the name",
             ("tokenizer",),
         )
-    if _requires_code(error):
-        return _code_error(f"the tokenizer of {reference}")
     return AptError(
         f"{reference} has no tokenizer that loads: {described(error)}",
         "put the files of the tokenizer beside the weights, or name another tokenizer",

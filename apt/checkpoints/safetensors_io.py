@@ -44,7 +44,8 @@ class Shards:
     """The tensors of a directory.
 
     Args:
-        directory: a directory with ``model.safetensors``, or with several files and their index.
+        directory: a directory with ``model.safetensors``, or else with several files and their
+            index.
 
     Raises:
         AptError: there is neither, or a file is damaged.
@@ -134,14 +135,14 @@ def _bytes(raw: Tensor) -> memoryview:
 
 
 def _files(directory: Path) -> list[Path]:
-    index = directory / INDEX
-    if not index.is_file():
-        if not (directory / SINGLE).is_file():
-            raise NotStoredError(
-                f"{directory} has no {SINGLE}", "only safetensors can be streamed", ("stream",)
-            )
+    """The single file, or else those of the index: transformers has the same order."""
+    if (directory / SINGLE).is_file():
         return [directory / SINGLE]
-    return _indexed(index)
+    if (directory / INDEX).is_file():
+        return _indexed(directory / INDEX)
+    raise NotStoredError(
+        f"{directory} has no {SINGLE}", "only safetensors can be streamed", ("stream",)
+    )
 
 
 def check_files(directory: Path) -> None:
@@ -219,7 +220,7 @@ def _check_dtypes(path: Path, header: dict[str, Any]) -> None:
     """Raise if a tensor has a floating-point dtype of 8 bits or fewer."""
     for name, item in header.items():
         kind = item["dtype"]
-        if isinstance(kind, str) and kind.startswith(("F8", "F6", "F4")):
+        if isinstance(kind, str) and kind.startswith(("F8", "F6_", "F4")):
             raise AptError(
                 f"{name} in {path} is stored as {kind}: the checkpoint is quantised",
                 "prune the original, and quantise the result",

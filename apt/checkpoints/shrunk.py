@@ -11,7 +11,7 @@ from apt.adapter.groups import without
 from apt.checkpoints.empty_model import empty_of_class
 from apt.errors import AptError, first_line
 from apt.planning.plan import Plan
-from apt.planning.structure import removed_groups
+from apt.planning.structure import planned_groups, removed_groups
 
 Removed = Mapping[str, Sequence[int]]
 """The indices of the groups that are removed from a block, by kind."""
@@ -68,6 +68,28 @@ def smaller(model: Any, adapter: Adapter, plan: Plan) -> Any:
         {b.name: removed_groups(adapter, config, modules[b.name], b) for b in plan.blocks},
         [block.name for block in plan.blocks if block.dropped],
     )
+
+
+def check_expressible(model: Any, adapter: Adapter, plan: Plan) -> None:
+    """Raise if transformers has no model of the sizes of a plan, before any work is done.
+
+    The shapes do not depend on the choice of the groups, so the last ones are removed here, from an
+    empty copy of the model.
+
+    Args:
+        model: the model; it may be on the meta device.
+        adapter: the adapter of its family.
+        plan: the plan of a run that removes groups and drops blocks.
+    """
+    config = copy.deepcopy(model.config)
+    empty: Any = empty_of_class(type(model), config, config)
+    modules, removed = dict(adapter.blocks(empty)), dict[str, Removed]()
+    for block in plan.blocks:
+        if not block.dropped:
+            kept = planned_groups(adapter, config, modules[block.name], block)
+            known = adapter.groups(modules[block.name], config)
+            removed[block.name] = {g.kind: range(kept.get(g.kind, g.count), g.count) for g in known}
+    shrunk(empty, adapter, removed, [block.name for block in plan.blocks if block.dropped])
 
 
 def _smaller(
@@ -138,7 +160,7 @@ def _built(kind: Any, config: Any, state: dict[str, Tensor], model: Any) -> Any:
     except Exception as error:  # a class may refuse a configuration in any way
         raise _inexpressible(kind, first_line(error)) from error
     built.tie_weights()
-    missing = [name for name, parameter in built.named_parameters() if parameter.is_meta]
+    missing = set(found.missing_keys).intersection(name for name, _ in built.named_parameters())
     if wrong := [*found.unexpected_keys, *missing]:
         raise _inexpressible(kind, f"{sorted(wrong)[0]} does not fit")
     if getattr(model, "generation_config", None) is not None:

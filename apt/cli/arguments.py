@@ -1,17 +1,25 @@
 """Options that several subcommands have in common, and the parsing of their values."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
 from apt.errors import AptError
 from apt.locations.hub import Hub
+from apt.locations.paths import expanded
 
 if TYPE_CHECKING:
     from apt.locations.model_source import Source
     from apt.planning.plan import Selection
     from apt.plugin.registry import Registry
     from apt.solver import Pattern
+
+
+def in_home(path: Path | None) -> Path | None:
+    """The callback of options for paths: a shell leaves the ``~`` of ``--output=~/out``."""
+    return None if path is None else expanded(path)
+
 
 MODEL, PATTERN_GROUP, RUNNING = "Model", "Pattern and selection", "Running"
 
@@ -100,6 +108,7 @@ ACTIVATIONS = typer.Option(
     help="Place of the calibration activations: memory (with the model), cpu (beside a GPU), or "
     "disk (with --stream).",
 )  # fmt: skip
+WRITTEN = typer.Option(..., "--output", "-o", callback=in_home, help="Directory to write.")
 JSON = typer.Option(
     False, "--json", rich_help_panel="Output",
     help="Print one JSON object, and progress and errors as lines of JSON on standard error.",

@@ -59,7 +59,7 @@ def _show(adapter: str, found: "list[Outcome]", *, as_json: bool) -> None:
     show(made)
     for line in fault_lines(found):
         out.print(line, markup=False)
-    out.print(f"{adapter}: {holding} of {len(found)} checks hold")
+    out.print(f"{adapter}: {holding} of {len(found)} checks hold", markup=False)
 
 
 def _subject(adapter: str, model: str | None) -> "Subject":

@@ -11,7 +11,7 @@ from apt.runs.limits import check_dtype
 
 def convert(
     model: str = typer.Argument(help="Directory, hub name, .gguf file or zoo:NAME."),
-    output: Path = typer.Option(..., "--output", "-o", help="Directory to write."),
+    output: Path = args.WRITTEN,
     tokenizer: str | None = args.TOKENIZER,
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace a non-empty output."),
     dtype: str = args.DTYPE,

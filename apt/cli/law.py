@@ -1,5 +1,6 @@
 """``apt-prune law``."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import typer
@@ -45,6 +46,8 @@ def law(
     if tokens is not None and not 0 < tokens < float("inf"):
         raise AptError(f"--tokens {tokens} is not above 0")
     run.check_plot(plot)
+    if find_spec("scipy") is None:
+        raise AptError("law needs scipy", "pip install 'apt-prune[recover]'")
 
     from apt.cli.output import out, show, show_json, status_line, table
     from apt.output.recoveries import read_points

@@ -133,7 +133,7 @@ class StatusLine:
     def update(self, text: str) -> None:
         """Show the next step."""
         if self._spinner is not None:
-            self._spinner.update(text)
+            self._spinner.update(Text(text))
         show_detail(text)
 
 
@@ -145,7 +145,7 @@ def status_line(text: str) -> Iterator[StatusLine]:
         plain.update(text)
         yield plain
         return
-    with err.status(text) as spinner:
+    with err.status(Text(text)) as spinner:
         yield StatusLine(spinner)
 
 

@@ -9,10 +9,13 @@ from apt.cli import arguments as args
 from apt.cli import run_arguments as run
 from apt.errors import AptError
 from apt.locations.hub import Hub
+from apt.locations.paths import expanded
 from apt.runs.limits import check_integers
 
 if TYPE_CHECKING:
+    from apt.locations.model_source import Source
     from apt.packing.directory import Packed
+    from apt.runs.options import RunOptions
 
 _OUTPUT = typer.Option(..., "--output", "-o", help="Directory to write.")
 
@@ -37,6 +40,7 @@ def pack(
         "transformers open; it needs --quantize, or a model that was pruned with it.",
     ),
     overwrite: bool = run.OVERWRITE,
+    adapter: str | None = args.ADAPTER,
     trust_remote_code: bool = args.REMOTE,
     revision: str | None = args.REVISION,
     token: str | None = args.TOKEN,
@@ -62,7 +66,7 @@ def pack(
         rounding = Rounding(quantize, group) if quantize else None
         done = pack_model(
             source, output, registry(), notice,
-            rounding=rounding, form=form, overwrite=overwrite,
+            adapter=adapter, rounding=rounding, form=form, overwrite=overwrite,
         )  # fmt: skip
     if as_json:
         show_json({"output": str(output), **vars(done)})
@@ -72,7 +76,7 @@ def pack(
 
 def _summary(output: Path, done: "Packed") -> str:
     share, error = f"{done.packed_bytes / done.dense_bytes:.1%}", ""
-    if done.packed_bytes != done.bound_bytes:
+    if done.bound_bytes not in (0, done.packed_bytes):  # 0 if all weights are zeros
         above = done.packed_bytes / done.bound_bytes - 1
         share += f"; {abs(above):.2%} {'above' if above > 0 else 'below'} the entropy"
     if done.relative_error:
@@ -84,28 +88,49 @@ def _summary(output: Path, done: "Packed") -> str:
     )
 
 
-def check_packed_place(pack: Path, output: Path, *, overwrite: bool) -> None:
+def check_packed_place(pack: Path, options: "RunOptions", source: "Source") -> None:
     """Raise if the packed model of a run cannot be written, before the run.
 
+    Args:
+        pack: the directory to write.
+        options: the options of the run.
+        source: the model of the run.
+
     Raises:
-        AptError: the directory is that of the pruned model, or exists.
+        AptError: the directory is that of the pruned model or of an input, is inside one or
+            contains one, or it exists.
     """
     from apt.output.location import check_output
 
-    if pack.resolve() == Path(output).resolve():
-        raise AptError(f"--pack {pack} is the output itself", "choose another directory")
-    check_output(pack, overwrite, [])
+    place, output = pack.resolve(), options.output.resolve()
+    if place.is_relative_to(output) or output.is_relative_to(place):
+        raise AptError(
+            f"--pack {pack} is the output itself, inside it or around it",
+            "choose another directory",
+        )
+    texts = (options.calibration, options.evaluation, options.tokenizer)
+    given = [path for name in texts if name and (path := expanded(name)).exists()]
+    check_output(pack, options.overwrite, [*source.files(), *given])
 
 
-def pack_output(output: Path, pack: Path, *, overwrite: bool) -> None:
-    """Write the packed form of a run's output, and print a line about it."""
+def pack_output(pack: Path, options: "RunOptions") -> None:
+    """Write the packed form of a run's output, and print a line about it.
+
+    It is written by the first rank alone.
+    """
     from apt.cli.output import notice, status_line
+    from apt.distributed.launch import whole_number
     from apt.plugin.registry import registry
     from apt.runs.packing import pack_model
 
-    source = args.find_model(str(output), registry(), Hub())
+    if whole_number("WORLD_SIZE", 1) > 1 and whole_number("RANK", 0):
+        return
+    remote = options.trust_remote_code
+    source = args.find_model(str(options.output), registry(), Hub(), trust_remote_code=remote)
     with status_line("packing"):
-        done = pack_model(source, pack, registry(), notice, overwrite=overwrite)
+        done = pack_model(
+            source, pack, registry(), notice, adapter=options.adapter, overwrite=options.overwrite
+        )
     notice(_summary(pack, done))
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from apt.evaluation.windows import spread
+from apt.locations.paths import expanded
 from apt.output.report import Report
 from apt.recovery.law import Law, Point
 from apt.reporting.heat import Heat
@@ -175,5 +176,5 @@ def _pyplot() -> Any:
 
 def _write(figure: Any, path: Path) -> None:
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(expanded(path), dpi=120)
     _pyplot().close(figure)

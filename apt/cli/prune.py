@@ -97,7 +97,7 @@ def prune(
     chosen = installed.methods.get(method or installed.default_method().name)
     metrics = run.metric_names(metric)
     hub = args.read_hub(revision, token, cache_dir)
-    args.find_model(model, installed, hub, trust_remote_code=trust_remote_code)
+    source = args.find_model(model, installed, hub, trust_remote_code=trust_remote_code)
 
     from apt.cli import packing, pruning
     from apt.runs.options import RunOptions
@@ -123,10 +123,10 @@ def prune(
         **run.run_options(context),
     )
     if pack is not None:
-        packing.check_packed_place(pack, options.output, overwrite=overwrite)
+        packing.check_packed_place(pack, options, source)
     report = pruning.start(context, options, installed, defaults)
-    if pack is not None and report is not None:
-        packing.pack_output(options.output, pack, overwrite=overwrite)
+    if pack is not None and not dry_run:  # also without a report: the output was complete before
+        packing.pack_output(pack, options)
     if plot is not None and report is not None:
         from apt.cli.plots import draw_sparsities
 

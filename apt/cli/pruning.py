@@ -4,6 +4,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import typer
 
@@ -95,8 +96,9 @@ def run(prepared: Prepared, ranks: Ranks, notices: list[str], *, as_json: bool) 
         The report; None if the output was complete already.
     """
     if already_complete(prepared):
-        _show_complete(prepared, as_json=as_json)
+        show_complete(prepared.options.output, as_json=as_json)
         return None
+    earlier = _written(prepared.options.output)
     try:
         with sigterm_as_exception(), RunProgress(prepared.plan, notices) as progress:
             report = execute(prepared, progress.observe, progress.status, ranks=ranks)
@@ -107,9 +109,8 @@ def run(prepared: Prepared, ranks: Ranks, notices: list[str], *, as_json: bool) 
         raise
     except KeyboardInterrupt as error:
         if ranks.first:
-            typer.echo(
-                f"{program()}: interrupted; {_after_interruption(prepared.options)}", err=True
-            )
+            state = _after_interruption(prepared.options, earlier)
+            typer.echo(f"{program()}: interrupted; {state}", err=True)
         raise typer.Exit(143 if isinstance(error, TerminatedError) else 130) from None
     show_report(report, prepared.options, prepared.registry, as_json=as_json)
     if wrong := first_not_finite(report.scores, prepared.options.metrics):
@@ -118,10 +119,10 @@ def run(prepared: Prepared, ranks: Ranks, notices: list[str], *, as_json: bool) 
     return report
 
 
-def _show_complete(prepared: Prepared, *, as_json: bool) -> None:
-    output = str(prepared.options.output)
+def show_complete(output: Path, *, as_json: bool) -> None:
+    """Print that the output of a run was complete already."""
     if as_json:
-        show_json({"output": output, "complete": True})
+        show_json({"output": str(output), "complete": True})
     else:
         out.print(f"{output}: already complete", markup=False)
 
@@ -144,12 +145,18 @@ def sigterm_as_exception() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _after_interruption(options: RunOptions) -> str:
-    """The state of the output after an interruption."""
+def _written(output: Path) -> int | None:
+    """The time at which the report of an output was written; None if there is none."""
+    report = output / REPORT
+    return report.stat().st_mtime_ns if report.is_file() else None
+
+
+def _after_interruption(options: RunOptions, earlier: int | None) -> str:
+    """The state of the output after an interruption; ``earlier`` is `_written` before the run."""
     if options.stream and resumable(options.output):
         return "to continue, give the same command with --resume"
-    written = (options.output / REPORT).is_file()
-    return f"{options.output} is complete" if written else "nothing was written"
+    complete = _written(options.output) not in (None, earlier)
+    return f"{options.output} is complete" if complete else "nothing was written"
 
 
 def _origins(prepared: Prepared) -> str:

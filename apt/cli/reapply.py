@@ -16,7 +16,7 @@ def reapply(
     model: str = typer.Argument(
         help="The model that was fine-tuned from the pruned one: a directory or hub name."
     ),
-    output: Path = typer.Option(..., "--output", "-o", help="Directory to write."),
+    output: Path = args.WRITTEN,
     overwrite: bool = run.OVERWRITE,
     max_shard_size: str | None = run.MAX_SHARD_SIZE,
     adapter: str | None = args.ADAPTER,

@@ -1,5 +1,6 @@
 """``apt-prune recover``."""
 
+import re
 from pathlib import Path
 
 import typer
@@ -191,7 +192,7 @@ def _amount(text: str | None) -> int | str | None:
     """The value of ``--tokens``."""
     if text is None or text == "auto":
         return text
-    if not text.replace("_", "").isdecimal():
+    if not re.fullmatch(r"[0-9]+(_[0-9]+)*", text):
         raise AptError(f"--tokens {text} is not a number of tokens", "write 1000000, or auto")
     return int(text)
 

@@ -20,14 +20,19 @@ from apt.cli.output import (
     show_event,
     show_json,
 )
-from apt.cli.pruning import TerminatedError, sigterm_as_exception
+from apt.cli.pruning import TerminatedError, show_complete, sigterm_as_exception
 from apt.cli.streams import program
 from apt.distributed.launch import joined
 from apt.events import HeldBack, TrainingEvent, TrainingStep
 from apt.output.report import Report
 from apt.output.workplace import resumable
 from apt.plugin.registry import Registry
-from apt.runs.recover import PreparedRecovery, RecoveryRun, prepare_recovery
+from apt.runs.recover import (
+    PreparedRecovery,
+    RecoveryRun,
+    already_recovered,
+    prepare_recovery,
+)
 from apt.runs.recover_options import RecoverRunOptions
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -53,6 +58,9 @@ def start(
     """
     with joined() as ranks:
         prepared = prepare_recovery(options, installed, notices.append)
+        if already_recovered(prepared):
+            show_complete(options.output, as_json=as_json)
+            return
         notices.append(f"kind: {prepared.spec.name}" + ("" if options.kind else " (default)"))
         try:
             with sigterm_as_exception(), RecoveryProgress(notices) as progress:

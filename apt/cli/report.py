@@ -23,7 +23,7 @@ def report(
         help="Models that prune, shrink or recover wrote, or comparisons that compare wrote.",
     ),
     output: Path = typer.Option(
-        Path("report.html"), "--output", "-o", help="The HTML file to write."
+        Path("report.html"), "--output", "-o", callback=args.in_home, help="The HTML file to write."
     ),
     text: str | None = typer.Option(
         None,
@@ -96,7 +96,7 @@ def _check_output(output: Path, *, overwrite: bool) -> None:
         raise AptError(f"{output} exists", "add --overwrite, or choose another")
     if output.is_dir() or output.suffix not in (".html", ".htm"):
         raise AptError(f"--output {output} is not an .html file")
-    if not output.expanduser().absolute().parent.is_dir():
+    if not output.absolute().parent.is_dir():
         raise AptError(f"--output {output}: its folder does not exist", "create it first")
 
 

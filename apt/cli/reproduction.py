@@ -62,7 +62,7 @@ def _size(shrink: dict[str, Any]) -> list[str]:
     words = [word for kind, n in shrink["sizes"].items() for word in ("--size", f"{kind}={n}")]
     words += [word for index in shrink["drop"] for word in ("--drop", str(index))]
     words += [] if shrink["blocks"] is None else ["--blocks", str(shrink["blocks"])]
-    words = words or ["--keep", f"{shrink['keep']:g}", "--budget", str(shrink["budget"])]
+    words = words or ["--keep", _text(shrink["keep"]), "--budget", str(shrink["budget"])]
     words += [_MODES[shrink["mode"]]] if shrink["mode"] in _MODES else []
     if shrink["multiple_of"] is not None:
         words += ["--multiple-of", str(shrink["multiple_of"])]
@@ -87,4 +87,4 @@ def _switches(options: dict[str, Any]) -> list[str]:
 
 
 def _text(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:.12g}" if isinstance(value, float) else str(value)

@@ -9,6 +9,7 @@ import typer
 from apt.cli import arguments as args
 from apt.cli.settings import load
 from apt.errors import AptError
+from apt.locations.paths import expanded
 from apt.runs.limits import (
     check_activations,
     check_amount,
@@ -121,7 +122,8 @@ SAVE_CONFIG = typer.Option(
     help="Write the options of this command to a TOML file for --config.",
 )  # fmt: skip
 OUTPUT = typer.Option(
-    None, "--output", "-o", rich_help_panel=OUTPUT_GROUP, help="Directory to write."
+    None, "--output", "-o", callback=args.in_home, rich_help_panel=OUTPUT_GROUP,
+    help="Directory to write.",
 )  # fmt: skip
 OVERWRITE = typer.Option(
     False, "--overwrite", rich_help_panel=OUTPUT_GROUP, help="Replace the output of an earlier run."
@@ -156,7 +158,7 @@ def check_plot(plot: Path | None) -> None:
         return
     if plot.suffix not in (".png", ".svg", ".pdf"):
         raise AptError(f"--plot {plot} is not a .png, .svg or .pdf file")
-    if not plot.expanduser().absolute().parent.is_dir():
+    if not expanded(plot).absolute().parent.is_dir():
         raise AptError(f"--plot {plot}: its folder does not exist", "create it first")
     if find_spec("matplotlib") is None:
         raise AptError("--plot needs matplotlib", "pip install 'apt-prune[plot]'")

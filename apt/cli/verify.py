@@ -49,7 +49,15 @@ def verify(
 
     report = read_report(directory) or {}
     if report.get("structure") and sparsity is None and pattern is None:
-        _show_structure(directory, report["structure"], as_json=as_json, remote=trust_remote_code)
+        if only or skip or override:
+            raise AptError(
+                f"{directory} is a smaller model: its sites have no pattern",
+                "leave these options out, or give a pattern",
+                ("only", "skip", "overrides"),
+            )
+        _show_structure(
+            directory, report["structure"], adapter, as_json=as_json, remote=trust_remote_code
+        )
         return
     given = args.read_pattern(sparsity, pattern, per)
     wanted = given or args.parse(str(_recorded(report, "options").get("pattern")))
@@ -87,7 +95,9 @@ def verify(
         raise typer.Exit(1)
 
 
-def _show_structure(directory: Path, structure: Any, *, as_json: bool, remote: bool) -> None:
+def _show_structure(
+    directory: Path, structure: Any, adapter: str | None, *, as_json: bool, remote: bool
+) -> None:
     """Compare a smaller model with the structure in its report."""
     from apt.checkpoints.load import load, skeleton
     from apt.cli.output import out, show_json
@@ -96,7 +106,7 @@ def _show_structure(directory: Path, structure: Any, *, as_json: bool, remote: b
     from apt.plugin.registry import registry
 
     source = find(f"{directory.resolve()}", registry(), trust_remote_code=remote)
-    model = load(skeleton(source, registry()))
+    model = load(skeleton(source, registry(), adapter))
     blocks = model.adapter.blocks(model.module)
     found = {"blocks": len(blocks)} | {
         groups.kind: groups.count

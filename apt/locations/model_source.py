@@ -11,7 +11,7 @@ from typing import Any
 
 from apt.errors import AptError, shortened
 from apt.locations.hub import Hub
-from apt.locations.paths import kind_at
+from apt.locations.paths import expanded, kind_at
 from apt.plugin.registry import Registry
 
 ZOO = "zoo:"
@@ -98,7 +98,7 @@ def _find(reference: str, registry: Registry, trust_remote_code: bool) -> Source
         if folder is None:
             raise AptError(f"adapter '{spec.name}' has no embedded model")
         return Source(reference, str(folder), None, trust_remote_code)
-    path = Path(reference).expanduser()
+    path = expanded(reference)
     kind = kind_at(path) if reference else None
     if kind == "file":
         if path.suffix != ".gguf":

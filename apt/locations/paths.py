@@ -25,6 +25,19 @@ _REMEDIES = {
 }
 
 
+def expanded(path: str | Path) -> Path:
+    """The path with the home directory in place of ``~``.
+
+    Raises:
+        AptError: it names a user who has no home directory.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        user = shortened(Path(path).parts[0])
+        raise AptError(f"{user} is no user's home directory", "check the path") from error
+
+
 def kind_at(path: Path) -> Kind | None:
     """The kind of file at ``path``, with links followed; None if there is none.
 

@@ -20,16 +20,8 @@ def write_card(directory: Path, report: Report, source: Path | None = None) -> N
         report: the record of the run.
         source: the directory of the original model. Its card is kept, with licence and languages.
     """
-    original = _original(source)
-    data: dict[str, Any] = vars(original.data).copy() if original else {}
-    data = {key: value for key, value in data.items() if value is not None}
-    data["tags"] = [*dict.fromkeys([*_as_list(data.get("tags")), *_TAGS])]
-    data.setdefault("library_name", "transformers")
-    data.setdefault("pipeline_tag", "text-generation")
-    reference = str(report.model["reference"])
-    if reference.count("/") == 1:  # a name on the hub
-        data["base_model"] = reference
-    parts = [f"---\n{ModelCardData(**data)}\n---\n", _about(report, reference)]
+    original, reference = _original(source), str(report.model["reference"])
+    parts = [f"---\n{_front_matter(original, reference)}\n---\n", _about(report, reference)]
     if original is not None and original.text.strip():
         parts.append(f"## Card of the original\n\n{original.text.strip()}\n")
     (directory / CARD).write_text("\n".join(parts), encoding="utf-8")
@@ -41,9 +33,26 @@ def _original(source: Path | None) -> ModelCard | None:
         return None
     try:
         card: ModelCard = ModelCard.load(source / CARD, ignore_metadata_errors=True)
-    except (OSError, ValueError):
+    except Exception:  # whatever its YAML holds, a card must not cost a pruned model
         return None
     return card
+
+
+def _front_matter(original: ModelCard | None, reference: str) -> str:
+    """The metadata of the original with those of this model, or the latter alone."""
+    data: dict[str, Any] = vars(original.data) if original else {}
+    data = {key: value for key, value in data.items() if value is not None}
+    data["tags"] = [tag for tag in _as_list(data.get("tags")) if tag not in _TAGS] + [*_TAGS]
+    data.setdefault("library_name", "transformers")
+    data.setdefault("pipeline_tag", "text-generation")
+    if reference.count("/") == 1:  # a name on the hub
+        data["base_model"] = reference
+    try:
+        return str(ModelCardData(**data))
+    except Exception:  # as above: some values are valid YAML, but no metadata
+        if original is None:
+            raise
+        return _front_matter(None, reference)
 
 
 def _as_list(value: Any) -> list[Any]:

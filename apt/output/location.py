@@ -3,13 +3,15 @@
 A run replaces an empty directory, or one that has only files that APT wrote, and no other.
 """
 
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from apt.checkpoints.copies import REPORT
+from apt.checkpoints.copies import FILES, REPORT
 from apt.errors import AptError, first_line
 from apt.output.report import read_report
 
@@ -54,6 +56,16 @@ def check_output(directory: Path, overwrite: bool, inputs: Sequence[Path] = ()) 
     return lost
 
 
+def check_not_input(directory: Path, inputs: Sequence[Path]) -> None:
+    """Raise if an output directory is or contains a protected place, or is inside an input.
+
+    Args:
+        directory: the directory; a link is followed.
+        inputs: files and directories that the run reads.
+    """
+    _check_place(directory, Path(os.path.realpath(directory)), inputs)
+
+
 def check_replaceable(target: Path, overwrite: bool, name: str) -> str:
     """Raise if ``target`` exists and may not be replaced; see `check_output`."""
     if not os.path.lexists(target):
@@ -90,12 +102,38 @@ def relative_paths(directory: Path) -> list[str]:
 
 
 def _written_by_apt(target: Path, entries: set[str]) -> set[str]:
-    """The entries of a directory that APT wrote: those that its report lists."""
+    """The entries of a directory that APT wrote: those that its report or `list_files` lists."""
     report = None if (target / REPORT).is_symlink() else read_report(target)
     if report is None:
-        return set()
+        return _listed(target)
     listed = report.get("files", sorted(entries))  # older reports have no list
-    return {REPORT, *map(str, listed)} if isinstance(listed, list) else {REPORT}
+    own = set(map(str, listed)) if isinstance(listed, list) else set()
+    return {REPORT, *own} | _listed(target)
+
+
+def list_files(directory: Path) -> None:
+    """Write a list of the files of an output, so that a later run may replace it.
+
+    It is not needed if the report of the output lists all of them.
+    """
+    entries, known = relative_paths(directory), set[str]()
+    with suppress(AptError):  # the report of another model, which may be damaged
+        known = _written_by_apt(directory, set(entries))
+    if not known.issuperset(entries):
+        text = json.dumps({"files": entries}, indent=2) + "\n"
+        (directory / FILES).write_text(text, encoding="utf-8")
+
+
+def _listed(target: Path) -> set[str]:
+    """The entries of a directory that a list of `list_files` names, and the list itself."""
+    path = target / FILES
+    if path.is_symlink() or not path.is_file():
+        return set()
+    try:
+        listed = json.loads(path.read_text(encoding="utf-8"))["files"]
+        return {FILES, *map(str, listed)}
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return set()
 
 
 def _check_links(directory: Path) -> None:

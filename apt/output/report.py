@@ -20,7 +20,7 @@ from apt.checkpoints.copies import REPORT
 from apt.distributed.ranks import Work
 from apt.errors import AptError, first_line
 from apt.events import SitePruned
-from apt.locations.paths import user_error
+from apt.locations.paths import expanded, user_error
 from apt.output.json_values import json_value
 
 _PACKAGES = ("apt-prune", "torch", "transformers", "safetensors", "tokenizers", "datasets")
@@ -122,6 +122,7 @@ class Report:
             known = {entry.name: record[entry.name] for entry in fields(cls)}
             known["ranks"] = [Work(**work) for work in known["ranks"]]
             known["sites"] = [_site(site) for site in known["sites"]]
+            known["scores"] = {name: _numbers(part) for name, part in known["scores"].items()}
         except (KeyError, TypeError, ValueError) as error:
             raise AptError(f"the report is damaged: {first_line(error)}") from error
         return cls(**known)
@@ -171,6 +172,11 @@ def _site(entry: dict[str, Any]) -> SitePruned:
     return SitePruned(**known | numbers | {"residual": residual, "shape": tuple(known["shape"])})
 
 
+def _numbers(part: Any) -> Any:
+    """The metrics of a model, with numbers for strings as in `_site`; another entry as it is."""
+    return {name: float(value) for name, value in part.items()} if isinstance(part, dict) else part
+
+
 def differences(known: dict[str, Any], now: dict[str, Any], prefix: str = "") -> Iterator[str]:
     """The dotted names of the entries that differ."""
     for key in {**known, **now}:
@@ -183,7 +189,7 @@ def differences(known: dict[str, Any], now: dict[str, Any], prefix: str = "") ->
 
 def portable(reference: str) -> str:
     """A reference to a model or a text, without the parent folders of a local path."""
-    path = Path(reference).expanduser()
+    path = expanded(reference)
     return path.resolve().name if path.is_absolute() or path.exists() else reference
 
 

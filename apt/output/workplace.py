@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from apt.checkpoints.copies import REPORT, checksums
 from apt.errors import AptError
 from apt.output.journal import Journal, Line
-from apt.output.location import cannot_write, check_replaceable, workplace_of
+from apt.output.location import cannot_write, check_replaceable, list_files, workplace_of
 from apt.output.renaming import exchange, rename_new
 from apt.output.report import differences
 
@@ -290,6 +290,8 @@ def whole_directory(output: Path, overwrite: bool = False) -> Iterator[Workplace
     with work.locked():
         work.begin()
         yield work
+        with write_errors(work.name):
+            list_files(work.out)
         work.publish()
 
 

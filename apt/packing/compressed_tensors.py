@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from apt.checkpoints.model import Model
 from apt.checkpoints.safetensors_io import Shards
-from apt.checkpoints.tensor_map import layout_of
 from apt.errors import AptError
-from apt.packing.directory import Packed, Rounding, finish, rewrite
+from apt.packing.directory import Packed, Rounding, finish, linear_tensors, rewrite
 from apt.runtime.entries import KEY, read_config
 from apt.runtime.rounding import exact_integers, nearest_integers
 
@@ -42,7 +41,7 @@ def write_compressed_tensors(
     if KEY in config:
         raise AptError(f"{directory} is packed or quantised already")
     shards = Shards(directory)
-    modules = _linears(shell, shards)
+    modules = linear_tensors(shell, shards, blocks=True)
     _check_group(shards, modules, rounding.group)
     lost = whole = 0.0
     dense = 0
@@ -73,24 +72,13 @@ def write_compressed_tensors(
     return Packed(len(modules), dense, parts, parts, sum(sizes.values()), error)
 
 
-def _linears(shell: Model, shards: Shards) -> dict[str, str]:
-    """The Linear modules of the blocks by the tensors of their weights."""
-    layout = layout_of(shell, shards)
-    inside = tuple(f"{name}." for name, _ in shell.adapter.blocks(shell.module))
-    return {
-        layout[f"{name}.weight"][0].key: name
-        for name, module in shell.module.named_modules()
-        if isinstance(module, nn.Linear) and name.startswith(inside) and f"{name}.weight" in layout
-    }
-
-
 def _check_group(shards: Shards, modules: Mapping[str, str], group: int) -> None:
     """Raise if there is nothing to write, or the group does not divide the columns."""
     if not modules:
         raise AptError("the blocks have no torch.nn.Linear modules", "use the format apt")
     widths = {shards.entries[name].shape[1] for name in modules}
     if wrong := sorted(width for width in widths if width % group):
-        fitting = next((g for g in (128, 64, 32, 16) if not any(w % g for w in widths)), None)
+        fitting = next((g for g in (128, 64) if not any(w % g for w in widths)), None)
         advice = f"use {fitting}" if fitting else "use the format apt"
         raise AptError(
             f"group {group} does not divide matrices of {wrong[0]} columns, which "

@@ -6,6 +6,7 @@ checkpoint.
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +19,11 @@ from torch import Tensor, nn
 
 from apt.checkpoints.copies import copy_files, side_files, synchronise
 from apt.checkpoints.model import Model
-from apt.checkpoints.safetensors_io import INDEX, Shards, write_index
+from apt.checkpoints.safetensors_io import INDEX, SINGLE, Shards, write_index
 from apt.checkpoints.tensor_map import layout_of
 from apt.errors import AptError, first_line
 from apt.runtime.entries import KEY, METHOD, VERSION, read_config, read_entries
-from apt.runtime.matrix import MASK, SCALES, VALUES, Entry, Parts, bound, decode, encode
+from apt.runtime.matrix import FLOATS, MASK, SCALES, VALUES, Entry, Parts, bound, decode, encode
 from apt.runtime.rounding import encode_integers, encode_rounded
 
 _CONFIG = "config.json"
@@ -68,15 +69,30 @@ class Rounding:
     exact: bool = False
 
 
-def linear_tensors(shell: Model, shards: Shards) -> set[str]:
-    """The tensors of the weights of all Linear modules.
+def linear_tensors(shell: Model, shards: Shards, *, blocks: bool = False) -> dict[str, str]:
+    """The Linear modules by the tensors of their weights.
+
+    A module that shares its weight with an embedding is left out: only dense weights can be tied.
+
+    Args:
+        shell: the model, without weights.
+        shards: the tensors of the checkpoint.
+        blocks: True to leave out modules outside the blocks, such as the language-model head.
 
     Raises:
         NotStoredError: the checkpoint stores parameters differently than the model.
     """
     layout = layout_of(shell, shards)
-    names = (f"{n}.weight" for n, m in shell.module.named_modules() if isinstance(m, nn.Linear))
-    return {layout[name][0].key for name in names if name in layout}
+    inside = tuple(f"{name}." for name, _ in shell.adapter.blocks(shell.module))
+    shared = Counter(map(id, dict(shell.module.named_parameters(remove_duplicate=False)).values()))
+    return {
+        layout[f"{name}.weight"][0].key: name
+        for name, module in shell.module.named_modules()
+        if isinstance(module, nn.Linear)
+        and f"{name}.weight" in layout
+        and shared[id(module.weight)] == 1
+        and (not blocks or name.startswith(inside))
+    }
 
 
 def pack(
@@ -96,11 +112,16 @@ def pack(
     config = read_config(directory)
     if KEY in config:
         raise AptError(f"{directory} is packed or quantised already")
+    if not names:
+        raise AptError(
+            f"no weight of {directory} belongs to a torch.nn.Linear module of its own",
+            "other modules, such as Conv1D, cannot be packed",
+        )
     shards, entries, dense = Shards(directory), dict[str, Entry](), 0
 
     def packed(name: str, tensor: Tensor) -> dict[str, Tensor]:
         nonlocal dense
-        if name not in names or tensor.ndim != 2 or not tensor.is_floating_point():
+        if name not in names or tensor.ndim != 2 or tensor.dtype not in FLOATS.values():
             return {name: tensor}
         entry, parts = _encoded(tensor, rounding)
         if sum(part.nbytes for part in parts.values()) >= tensor.nbytes:
@@ -145,6 +166,7 @@ def unpack(directory: Path, target: Path) -> int:
         AptError: it is not packed, has a newer version, or is damaged.
     """
     config, entries, shards = read_config(directory), read_entries(directory), Shards(directory)
+    _check_complete(directory, shards, entries)
 
     def unpacked(name: str, tensor: Tensor) -> dict[str, Tensor]:
         matrix = _matrix(name, entries)
@@ -156,7 +178,22 @@ def unpack(directory: Path, target: Path) -> int:
 
     rewrite(shards, directory, target, unpacked)
     finish(directory, target, {name: v for name, v in config.items() if name != KEY})
+    written = Shards(target)
+    for name, entry in entries.items():
+        if not _same(written.read(name), read_matrix(shards, name, entry)):
+            raise RuntimeError(f"{name} was not unpacked exactly")
     return len(entries)
+
+
+def _check_complete(directory: Path, shards: Shards, entries: Mapping[str, Entry]) -> None:
+    """Raise if a tensor of a packed matrix is missing."""
+    for name, entry in entries.items():
+        for part in (MASK, VALUES, *([SCALES] if entry.group else [])):
+            if f"{name}_{part}" not in shards:
+                raise AptError(
+                    f"{directory} lacks {name}_{part}, which its config.json describes",
+                    "is the checkpoint complete?",
+                )
 
 
 def read_matrix(shards: Shards, name: str, entry: Entry) -> Tensor:
@@ -196,8 +233,10 @@ def rewrite(shards: Shards, directory: Path, target: Path, change: Change) -> No
         synchronise(target / path.name)
         places |= dict.fromkeys(made, path.name)
         total += sum(tensor.nbytes for tensor in made.values())
-    if (directory / INDEX).is_file():
-        write_index(target, {"total_size": total}, places)
+    if shards.files[0].name != SINGLE:
+        about = json.loads((directory / INDEX).read_text(encoding="utf-8")).get("metadata")
+        known = about if isinstance(about, dict) else {}
+        write_index(target, {**known, "total_size": total}, places)
 
 
 def _names(shards: Shards, path: Path) -> Iterator[str]:
@@ -223,11 +262,17 @@ def _verify(
     lost = whole = 0.0
     for name, entry in entries.items():
         matrix = read_matrix(written, name, entry)
-        original = shards.read(name) + 0  # which makes negative zeros positive
+        original = shards.read(name)
+        original.masked_fill_(original == 0, 0)  # which makes negative zeros positive
         lossless = rounding is None or rounding.exact
         expected = original if lossless else decode(*_encoded(original, rounding))
-        if not torch.equal(matrix.view(torch.uint8), expected.view(torch.uint8)):
+        if not _same(matrix, expected):
             raise RuntimeError(f"{name} was not packed exactly")
         lost += float((matrix.float() - original.float()).square().sum(dtype=torch.float64))
         whole += float(original.float().square().sum(dtype=torch.float64))
     return lost / whole if whole else 0.0
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """True if two matrices have the same bytes."""
+    return torch.equal(one.view(torch.uint8), other.view(torch.uint8))

@@ -31,6 +31,12 @@ class Training:
     stopped: str = ""
     exchanges: int = 0
 
+    @property
+    def checks_since_best(self) -> int:
+        """The number of measurements after the one with the lowest loss, without that of step 0."""
+        losses = [loss for step, loss in self.held_back.items() if step]
+        return len(losses) - 1 - losses.index(min(losses)) if losses else 0
+
     def record(self) -> dict[str, Any]:
         """The record as values for JSON."""
         return {**vars(self), "held_back": [list(pair) for pair in self.held_back.items()]}

@@ -1,6 +1,7 @@
 """The callback of transformers' Trainer that records a training and ends it early."""
 
 import math
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,9 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
-        """Move the masks."""
+        """Move the masks, and measure the loss after the last step."""
+        if state.global_step >= state.max_steps:  # transformers 4.57 does not
+            control.should_evaluate = True
         if self._moving is not None and self._moving.wants(state.global_step):
             self._training.exchanges += self._moving.move(state.global_step, given["optimizer"])
 
@@ -104,13 +107,19 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Mark the checkpoint as complete."""
+        """Mark the checkpoint as complete, and delete those before it but the best one."""
         if state.is_world_process_zero:
-            name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            folder = Path(str(args.output_dir)) / name
+            place = Path(str(args.output_dir))
+            folder = place / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             if self._moving is not None:
                 self._moving.save(folder)
             (folder / COMPLETE).touch()
+            kept = {folder.name, Path(state.best_model_checkpoint or "").name}
+            for old in place.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+                if old.name not in kept:
+                    # The mark first, so that a killed run does not continue from a part.
+                    (old / COMPLETE).unlink(missing_ok=True)
+                    shutil.rmtree(old)
         self._observe(CheckpointSaved(state.global_step))
 
     def _keep(self, step: int, loss: float) -> None:

@@ -138,9 +138,10 @@ def _in_fp32(model: nn.Module) -> Iterator[None]:
     finally:
         model.zero_grad(set_to_none=True)
         for name, parameter in model.named_parameters():
-            dtype, gradient = before[name]
-            parameter.data = parameter.data.to(dtype)
-            parameter.requires_grad_(gradient)
+            if name in before:  # after an error a module of peft may be left
+                dtype, gradient = before[name]
+                parameter.data = parameter.data.to(dtype)
+                parameter.requires_grad_(gradient)
 
 
 @contextmanager
@@ -151,6 +152,7 @@ def _undone_on_error(model: nn.Module, trainable: Trainable, job: Job) -> Iterat
     try:
         save_file({name: p.detach().contiguous() for name, p in trained.items()}, before)
     except (OSError, SafetensorError) as error:
+        trainable.undo()
         raise AptError(f"cannot write {before}: {first_line(error)}", "free some space") from error
     try:
         yield
@@ -237,21 +239,28 @@ def _steps_in(model: nn.Module, text: Tensor, held_back: int, job: Job) -> int:
     trainable, device = Trainable(model.to(job.device)), torch.device(job.device)
     mixed = torch.autocast(device.type, torch.bfloat16, is_mixed(model, device))
     for _ in range(2):  # the first one is slower
-        started = time.perf_counter()
+        started = _now(device)
         with mixed:
             loss = trainable.loss(model, {"input_ids": given})
         loss.backward()  # type: ignore[no-untyped-call]
-        step = (time.perf_counter() - started) * options.batch / len(given) / job.ranks.size
+        step = (_now(device) - started) * options.batch / len(given) / job.ranks.size
     model.zero_grad(set_to_none=True)
     model.requires_grad_(True)
     with torch.no_grad(), mixed:
-        started = time.perf_counter()
+        started = _now(device)
         next_token_loss(model, {"input_ids": given})
-        forward = (time.perf_counter() - started) / len(given)
+        forward = (_now(device) - started) / len(given)
     checks = (options.checks + 1) * held_back * forward
     dense = forward * options.batch if job.spec.teacher else 0.0
     assert options.minutes is not None
     return max(1, int((60 * options.minutes - checks) / (step + dense)))
+
+
+def _now(device: torch.device) -> float:
+    """The time in seconds, after all work that a device was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def _trainable(

@@ -5,12 +5,14 @@ This module adds the loss, the masks, and the rules by which training ends early
 """
 
 import math
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -33,11 +35,9 @@ from apt.recovery.windows import BlockWindows
 from apt.solver.precision import multiplies_bf16
 
 _WARM_UP = 0.03  # of the steps, as in SPP
-_CHECKPOINTING = next(  # transformers 5.24 has renamed it
-    name
-    for name in ("activation_checkpointing", "gradient_checkpointing")
-    if name in TrainingArguments.__dataclass_fields__
-)
+# transformers 5.24 calls gradient checkpointing activation checkpointing.
+_NEW = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
+_KIND = "activation" if _NEW else "gradient"
 
 
 class Samples(Dataset[dict[str, Any]]):
@@ -105,47 +105,61 @@ def train(
         AptError: the optimizer is unknown or not installed.
     """
     options, folder = plan.options, plan.folder
-    arguments = _arguments(trainable.module, plan, len(windows) if windows else 0)
     training = Training(plan.steps, options.batch * tokens.shape[1])
     recorder = Recorder(training, rules, observe, moving)
-    trainer = _Trainer(
-        model=trainable.module,
-        args=arguments,
-        train_dataset=Samples(tokens),
-        eval_dataset=Samples(held_back),
-        callbacks=[recorder, EarlyStoppingCallback(options.patience)],
-    )
-    trainer.remove_callback(PrinterCallback)
-    if windows is not None:
-        trainer.add_callback(windows)
-    trainer.use(trainable)
-    handles = _mask_gradients(trainable, masks, recorder)
+    patience = EarlyStoppingCallback(options.patience)
     last = _last_checkpoint(folder) if plan.resume else None
-    recorder.begin(trainer, last)
-    if last is not None and moving is not None:
-        moving.restore(Path(last))
-    with _optimizer_errors(options):
+    with _as_before(trainable.module), _masked_gradients(trainable, masks, recorder):
+        trainer = _Trainer(
+            model=trainable.module,
+            args=_arguments(trainable.module, plan, len(windows) if windows else 0),
+            train_dataset=Samples(tokens),
+            eval_dataset=Samples(held_back),
+            callbacks=[recorder, patience, *([] if windows is None else [windows])],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.use(trainable)
+        recorder.begin(trainer, last)
+        patience.early_stopping_patience_counter = training.checks_since_best
+        if last is not None and moving is not None:
+            moving.restore(Path(last))
         trainer.train(resume_from_checkpoint=last)
-    for handle in handles:
-        handle.remove()
-    recorder.end(trainer)
-    if moving is not None and training.best:
-        moving.restore(folder / f"{PREFIX_CHECKPOINT_DIR}-{training.best}")
-    trainable.module.eval()
+        recorder.end(trainer)
+        if moving is not None and training.best:
+            moving.restore(folder / f"{PREFIX_CHECKPOINT_DIR}-{training.best}")
     return training
 
 
 @contextmanager
-def _optimizer_errors(options: RecoverOptions) -> Iterator[None]:
-    """While entered, an optimizer that is not installed is an `AptError`."""
+def _as_before(module: nn.Module) -> Iterator[None]:
+    """While entered, the Trainer may change a model and the random state, which it does not undo.
+
+    It sets ``use_cache`` of the configuration, the training mode and the seeds, wraps ``forward``
+    for mixed precision, and switches the checkpointing of activations on.
+    """
+    # A model of peft has the caller's model inside.
+    model: Any = getattr(module, "get_base_model", lambda: module)()
+    config, checkpointing = vars(model.config), getattr(model, f"is_{_KIND}_checkpointing")
+    use_cache = config.get("use_cache")
+    own, known = set(vars(module)), set(vars(model))
+    modes = {part: part.training for part in module.modules()}
+    random_state, numpy_state = random.getstate(), numpy.random.get_state()
     try:
-        yield
-    except ImportError as error:
-        raise AptError(
-            f"optimizer {options.optimizer} cannot be used: {first_line(error)}",
-            "install its package, or use adamw_torch or adafactor",
-            ("optimizer",),
-        ) from error
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(random_state)
+        numpy.random.set_state(numpy_state)
+        config.pop("use_cache", None)
+        config |= {} if use_cache is None else {"use_cache": use_cache}
+        for name in {"forward", "_original_forward", "_is_accelerate_prepared"} - own:
+            vars(module).pop(name, None)
+        if getattr(model, f"is_{_KIND}_checkpointing") and not checkpointing:
+            getattr(model, f"{_KIND}_checkpointing_disable")()
+        if "_require_grads_hook" in vars(model).keys() - known:
+            model.disable_input_require_grads()
+        for part, training in modes.items():
+            part.training = training
 
 
 def is_mixed(module: nn.Module, device: torch.device) -> bool:
@@ -159,9 +173,17 @@ def _arguments(module: nn.Module, plan: TrainingPlan, windows: int) -> TrainingA
     options, steps = plan.options, plan.steps
     every = max(1, math.ceil(steps / options.checks))
     processes = int(torch.distributed.get_world_size()) if _distributed() else 1
-    each = max(1, min(options.batch // processes, options.samples_at_once))
+    share, rest = divmod(options.batch, processes)
+    if rest:
+        raise AptError(
+            f"a step of {options.batch} samples cannot be divided among {processes} processes",
+            "choose a multiple",
+            ("batch",),
+        )
+    # A divisor, so that a step has exactly its samples.
+    each = max(n for n in range(1, min(share, options.samples_at_once) + 1) if share % n == 0)
     try:
-        return TrainingArguments(
+        made = TrainingArguments(
             output_dir=str(plan.folder),
             max_steps=steps,
             learning_rate=plan.rate,
@@ -171,24 +193,24 @@ def _arguments(module: nn.Module, plan: TrainingPlan, windows: int) -> TrainingA
             warmup_steps=math.ceil(_WARM_UP * steps),
             per_device_train_batch_size=each,
             per_device_eval_batch_size=each,
-            gradient_accumulation_steps=max(1, options.batch // (each * processes)),
-            **({_CHECKPOINTING: True} if options.checkpointing else {}),
+            gradient_accumulation_steps=share // each,
+            **(_checkpointing() if options.checkpointing else {}),
             optim=options.optimizer,
             max_grad_norm=1.0,
             bf16=is_mixed(module, torch.device(plan.device)),
-            use_cpu=plan.device == "cpu",
+            use_cpu=torch.device(plan.device).type == "cpu",
             seed=plan.seed % 2**32,  # the range of numpy
             logging_steps=1,
+            logging_nan_inf_filter=False,  # it would hide that a training diverges
             eval_strategy="steps",
             eval_steps=every,
             save_strategy="steps",
             save_steps=every,
-            save_total_limit=2,
             load_best_model_at_end=True,
             metric_for_best_model="eval_loss",
             greater_is_better=False,
             remove_unused_columns=False,
-            dataloader_pin_memory=plan.device != "cpu",
+            dataloader_pin_memory=torch.device(plan.device).type != "cpu",
             report_to=[],
             disable_tqdm=True,
             log_level="error",
@@ -201,6 +223,23 @@ def _arguments(module: nn.Module, plan: TrainingPlan, windows: int) -> TrainingA
             "use adamw_torch or adafactor",
             ("optimizer",),
         ) from error
+    if made.device != torch.device(plan.device) and torch.device(plan.device).index:
+        raise AptError(
+            f"the training runs on {made.device}, not on {plan.device}",
+            "select the GPU with CUDA_VISIBLE_DEVICES",
+            ("device",),
+        )
+    made._n_gpu = min(made._n_gpu, 1)  # more would be DataParallel, with more samples in a step
+    return made
+
+
+def _checkpointing() -> dict[str, Any]:
+    """The arguments for the checkpointing of activations."""
+    if _KIND == "activation":
+        return {"activation_checkpointing": True}
+    # The reentrant form, an old default, computes no gradients if the inputs need none.
+    kwargs = {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    return {"gradient_checkpointing": True, **kwargs}
 
 
 def _last_checkpoint(folder: Path) -> str | None:
@@ -214,22 +253,29 @@ def _distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def _mask_gradients(
+@contextmanager
+def _masked_gradients(
     trainable: Trainable, masks: dict[str, Tensor], recorder: Recorder
-) -> list[Any]:
-    """Set the gradients of masked weights to zero, so that no optimizer moves these weights.
+) -> Iterator[None]:
+    """While entered, the gradients of masked weights are zero, so that no optimizer moves them.
 
     A zero weight with zero gradients has zero moments, and no decay.
     """
     if not trainable.masked:
-        return []
+        yield
+        return
     parameters = dict(trainable.module.named_parameters(remove_duplicate=False))
     masks |= {name: mask.to(parameters[name].device) for name, mask in masks.items()}
-    return [
+    handles = [
         parameters[name].register_hook(_Masked(name, mask, recorder))  # type: ignore[no-untyped-call]
         for name, mask in masks.items()
         if parameters[name].requires_grad
     ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class _Masked:
@@ -246,6 +292,16 @@ class _Trainer(Trainer):  # type: ignore[misc]
 
     def use(self, trainable: Trainable) -> None:
         self._trainable = trainable
+
+    def create_optimizer(self, *given: Any, **named: Any) -> Any:
+        try:
+            return super().create_optimizer(*given, **named)
+        except ImportError as error:
+            raise AptError(
+                f"optimizer {self.args.optim} cannot be used: {first_line(error)}",
+                "install its package, or use adamw_torch or adafactor",
+                ("optimizer",),
+            ) from error
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any

@@ -185,7 +185,7 @@ class InMemoryRun:
             report = replace(report, scores=report.scores | self.measure(held_out, "after"))
         except Exception as error:  # the pruned model must not be lost by a failed measurement
             problem = MeasurementError(output, error)
-            report = replace(report, problems=[str(problem)])
+            report = replace(report, problems=[problem.record])
         report = self._record(report, output)
         if problem is not None:
             raise problem

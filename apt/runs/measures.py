@@ -12,7 +12,11 @@ from apt.runs.prepare import Prepared
 
 
 class MeasurementError(AptError):
-    """The pruned model is written and verified, but a measurement of it failed."""
+    """The pruned model is written and verified, but a measurement of it failed.
+
+    Attributes:
+        record: the failure without the place of the model, for the report.
+    """
 
     def __init__(self, output: Path, error: Exception) -> None:
         cause = f"{type(error).__name__}: {first_line(error)}"
@@ -20,6 +24,7 @@ class MeasurementError(AptError):
             f"{output} is written and verified, but measuring it failed: {cause}",
             f"measure it with: apt-prune eval {output}",
         )
+        self.record = f"measuring it failed: {cause}"
         self.__cause__ = error
 
 

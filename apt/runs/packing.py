@@ -11,7 +11,7 @@ from apt.checkpoints.stored import local_directory
 from apt.errors import AptError
 from apt.locations.model_source import Source
 from apt.output.location import check_space
-from apt.output.report import read_report
+from apt.output.report import Report, portable, read_report
 from apt.output.workplace import whole_directory, write_errors
 from apt.packing.compressed_tensors import write_compressed_tensors
 from apt.packing.directory import Packed, Rounding, linear_tensors, pack, unpack
@@ -31,6 +31,7 @@ def pack_model(
     registry: Registry,
     notice: Callable[[str], None] = lambda line: None,
     *,
+    adapter: str | None = None,
     rounding: Rounding | None = None,
     form: str = FORMATS[0],
     overwrite: bool = False,
@@ -42,6 +43,7 @@ def pack_model(
         output: the directory to write.
         registry: the plugins.
         notice: called with a line about what is replaced or left out.
+        adapter: the name of an adapter; by default that of the model's type.
         rounding: the rounding of the kept weights; None keeps them as they are, as integers if the
             run that pruned them made such.
         form: one of `FORMATS`.
@@ -52,12 +54,14 @@ def pack_model(
     """
     check_place(output, source, (), notice, overwrite=overwrite, resume=False)
     check_not_packed(source)
-    shell = skeleton(source, registry)
+    shell = skeleton(source, registry, adapter)
     directory = local_directory(shell)
     shards = Shards(directory)
     check_space(output, sum(entry.size for entry in shards.entries.values()))
-    names = linear_tensors(shell, shards)
     rounding = rounding or _integers(directory)
+    # Only the blocks are rounded: the language-model head is as it was trained.
+    rounds = rounding is not None and not rounding.exact
+    names = linear_tensors(shell, shards, blocks=rounds)
     if form == COMPRESSED_TENSORS and rounding is None:
         raise AptError(
             f"{form} stores integers, and {source.reference} was not quantised",
@@ -69,7 +73,7 @@ def pack_model(
             done = write_compressed_tensors(directory, shell, work.out, rounding)
         else:
             done = pack(directory, names, work.out, rounding)
-        _copy_report(directory, work.out)
+        _add_report(source, directory, work.out)
     return done
 
 
@@ -95,7 +99,7 @@ def unpack_model(
     check_space(output, sum(4 * e.shape[0] * e.shape[1] for e in entries.values()))
     with whole_directory(output, overwrite) as work, write_errors(output):
         count = unpack(directory, work.out)
-        _copy_report(directory, work.out)
+        _add_report(source, directory, work.out)
     return count
 
 
@@ -115,6 +119,12 @@ def check_not_packed(source: Source) -> None:
         raise AptError(f"{source.reference} is packed already", "name the pruned model")
 
 
-def _copy_report(directory: Path, target: Path) -> None:
+def _add_report(source: Source, directory: Path, target: Path) -> None:
+    """Copy the report of the run that pruned the model, or write one that lists the files.
+
+    Only files that a report lists are replaced by a later run.
+    """
     if (report := directory / REPORT).is_file():
         copyfile(report, target / REPORT)
+    else:
+        Report({}, {"reference": portable(source.reference)}, {}).write(target)

@@ -15,8 +15,9 @@ from apt.checkpoints.model import Model
 from apt.distributed.launch import whole_number
 from apt.errors import AptError
 from apt.locations.model_source import Source, find
+from apt.locations.paths import expanded
 from apt.output.json_values import json_value
-from apt.output.location import check_output
+from apt.output.location import check_not_input, check_output
 from apt.output.report import differences, read_report
 from apt.output.workplace import resumable
 from apt.planning.allocation import check_allocation
@@ -164,10 +165,11 @@ def check_place(
         notice: called with a line about what is replaced or left out.
         overwrite, resume: the options of the run.
     """
-    if resume and (resumable(output) or read_report(output)):
-        return
-    given = [path for name in texts if name and (path := Path(name).expanduser()).exists()]
+    given = [path for name in texts if name and (path := expanded(name)).exists()]
     inputs = [*source.files(), *given]
+    if resume and (resumable(output) or read_report(output)):
+        check_not_input(output, inputs)
+        return
     for link in [] if source.gguf else links_outside(Path(source.location)):
         notice(f"left out: {link} is a link to a file outside the checkpoint")
     if lost := check_output(output, overwrite, inputs):
@@ -185,15 +187,25 @@ def already_complete(prepared: Prepared) -> bool:
         return False
     if (report := read_report(options.output)) is None:
         return False
-    now = json.loads(json.dumps(json_value(prepared.record())))
-    other = sorted(differences(report["options"], now))
+    check_same_run(options.output, report["options"], prepared.record())
+    return True
+
+
+def check_same_run(output: Path, known: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise if the options of a finished run differ from those of the run to be resumed.
+
+    Args:
+        output: the directory of the finished run.
+        known: its options, as in its report.
+        now: the options of the run to be resumed.
+    """
+    other = sorted(differences(known, json.loads(json.dumps(json_value(now)))))
     if other := [key for key in other if key.partition(".")[0] not in _WITHOUT_EFFECT]:
         raise AptError(
-            f"{options.output} is the result of another run: {', '.join(other)} differ",
+            f"{output} is the result of another run: {', '.join(other)} differ",
             "choose another output, or overwrite it without resuming",
             ("output", "overwrite", "resume"),
         )
-    return True
 
 
 def _supported(

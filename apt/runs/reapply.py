@@ -73,7 +73,7 @@ def reapply(
     check_place(output, source, (str(masks),), notice, overwrite=overwrite, resume=False)
     shell = skeleton(source, registry, adapter)
     check_space(output, sum(p.numel() for p in shell.module.parameters()) * shell.dtype.itemsize)
-    found = _read(masks, registry)
+    found = _read(masks, registry, adapter, trust_remote_code=source.trust_remote_code)
     check_masks(found, shell.module, str(masks))
     loaded = load(shell)
     removed = apply_masks(found, loaded.module)
@@ -96,7 +96,9 @@ def _save(loaded: Model, directory: Path, max_shard_size: str | None) -> None:
         keep_side_files(local_directory(loaded), directory)
 
 
-def _read(masks: Path, registry: Registry) -> Masks:
+def _read(
+    masks: Path, registry: Registry, adapter: str | None, *, trust_remote_code: bool
+) -> Masks:
     """The masks in a file, or those of a pruned model.
 
     Raises:
@@ -104,5 +106,6 @@ def _read(masks: Path, registry: Registry) -> Masks:
     """
     if kind_at(masks) != "directory":
         return read_masks(masks)
-    pruned = load(skeleton(find(f"{masks.resolve()}", registry), registry))
+    source = find(f"{masks.resolve()}", registry, trust_remote_code=trust_remote_code)
+    pruned = load(skeleton(source, registry, adapter))
     return masks_of(pruned.module, pruned.adapter)

@@ -27,7 +27,7 @@ from apt.locations.model_source import find
 from apt.output.card import write_card
 from apt.output.location import check_space
 from apt.output.report import Report, peak_memory, portable, read_report, versions
-from apt.output.workplace import Workplace, write_errors
+from apt.output.workplace import Workplace, resumable, write_errors
 from apt.plugin.registry import Registry
 from apt.plugin.specs import RecoverySpec
 from apt.recovery.law import EnoughTokens
@@ -35,7 +35,7 @@ from apt.recovery.record import Training
 from apt.recovery.recover import DENSE_LOSS, STEPS, Job, NotRecoveredError, recover_model
 from apt.runs.limits import check_seed, check_shard_size, check_windows
 from apt.runs.machine import choose_device
-from apt.runs.prepare import capped, check_place
+from apt.runs.prepare import capped, check_place, check_same_run
 from apt.runs.recover_options import RecoverRunOptions
 from apt.runs.text import check_vocabulary
 from apt.text.datasets import digest, documents, evaluation_tokens, training_tokens
@@ -99,6 +99,21 @@ def prepare_recovery(
     if spec.teacher:
         _dense_shell(prepared)
     return prepared
+
+
+def already_recovered(prepared: PreparedRecovery) -> bool:
+    """True if the run to be resumed was finished before.
+
+    Raises:
+        AptError: the output is that of a run with other options.
+    """
+    options = prepared.options
+    if not options.resume or resumable(options.output):
+        return False
+    if (report := read_report(options.output)) is None:
+        return False
+    check_same_run(options.output, report["recovery"].get("options", {}), options.record())
+    return True
 
 
 def _report_beside(directory: Path) -> dict[str, Any]:
@@ -242,7 +257,27 @@ class RecoveryRun:
     def _check_space(self) -> None:
         weights = sum(p.numel() * 4 for p in self._prepared.shell.module.parameters())
         if self._ranks.first and not self._options.resume:
-            check_space(self._options.output, 4 * weights)
+            check_space(self._options.output, self._copies() * weights + self._teacher_bytes())
+
+    def _copies(self) -> int:
+        """The most copies of the weights in fp32 that are on disk at one time.
+
+        These are the weights before the training and the output. If all weights are trained, there
+        are also three checkpoints, each with two moments.
+        """
+        return 2 + 3 * 3 if self._prepared.spec.teacher else 4
+
+    def _teacher_bytes(self) -> int:
+        """The bytes of the outputs of the dense model: the top logits and the hidden states.
+
+        0 if the number of samples is not known yet.
+        """
+        options, hidden = self._options, int(self._prepared.shell.config.hidden_size)
+        open_ended = options.recover.minutes is not None or options.recover.tokens == "auto"
+        if open_ended or not self._prepared.spec.teacher:
+            return 0
+        samples = self._useful_samples()
+        return samples * options.seqlen * (6 * options.recover.top + 2 * hidden)
 
     def _read_text(self) -> tuple[Any, Tensor, Tensor | None]:
         """The tokenizer, the training tokens, and the tokens to measure on."""

@@ -9,6 +9,7 @@ from torch import nn
 
 from apt.adapter import Adapter
 from apt.checkpoints.model import Model
+from apt.checkpoints.shrunk import check_expressible
 from apt.errors import AptError
 from apt.planning.plan import Plan
 from apt.planning.structure import make_structured_plan
@@ -29,7 +30,7 @@ _PROMPT = 512  # tokens of the sample on which a latency is measured
 
 def search_journal(output: Path) -> Path:
     """The file beside an output with the losses that a search has computed."""
-    real = output.expanduser().resolve()
+    real = output.resolve()
     return real.with_name(f".{real.name}.search.jsonl")
 
 
@@ -134,7 +135,10 @@ def shrinking(
         journal=search_journal(options.output),
     )  # fmt: skip
     structure = choice.provisional(shell.module, shell.adapter)
-    return choice, make_structured_plan(*family, structure, adjusted=recipe.targets is not None)
+    plan = make_structured_plan(*family, structure, adjusted=recipe.targets is not None)
+    if choice.drop:
+        check_expressible(shell.module, shell.adapter, plan)
+    return choice, plan
 
 
 def choice_of(
@@ -174,6 +178,10 @@ def choice_of(
     mode, found = wanted_sizes(
         lambda multiple: Sizes(model, adapter, config, multiple, seconds), wish, notice
     )
+    if streams and mode == "width" and len(found) > 1:
+        notice(
+            f"size: {found[0]}; a streamed run does not compare the {len(found)} possible widths"
+        )
     by_blocks = method.chooses == "blocks"
     others = registry.default_shrink_method(blocks=not by_blocks, streams=streams)
     groups, blocks = (others, method) if by_blocks else (method, others)

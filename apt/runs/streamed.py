@@ -38,6 +38,7 @@ from apt.output.report import Report, versions
 from apt.output.timeline import Timeline
 from apt.output.workplace import Workplace, write_errors
 from apt.planning.plan import Plan
+from apt.planning.structure import Structure, make_structured_plan
 from apt.runs.disk_blocks import DiskBlocks
 from apt.runs.estimate import activations_on_disk
 from apt.runs.machine import activation_store
@@ -141,7 +142,7 @@ class StreamedRun:
         """Compare the files of the interrupted run with their checksums."""
         work = self._work
         self._status("checking the files of the interrupted run")
-        pruned = pruned_tensors(self._prepared.plan, self._stored.layout)
+        pruned = pruned_tensors(_writable(self._prepared), self._stored.layout)
         try:
             copied = dict(next(line["copied"] for line in work.journal.lines if "copied" in line))
             check_copy(self._stored.shards, work.out, copied, pruned)
@@ -164,7 +165,7 @@ class StreamedRun:
         )
         both = (self._dense, self._pruned)
         self.block_storage = DiskBlocks(
-            prepared.plan, *both, prepared.device, self._work, self._ranks
+            _writable(prepared), *both, prepared.device, self._work, self._ranks
         )
         self.block_storage.check()
 
@@ -257,7 +258,7 @@ class StreamedRun:
             self._status("verifying")
             self._verify(plan)
         directory = small or self._work.out
-        report = replace(report, problems=[str(problem) for problem in self._problems])
+        report = replace(report, problems=[problem.record for problem in self._problems])
         report = replace(report, timeline=self._timeline.record())
         report = report.timed(time.perf_counter() - self._started)
         write_card(directory, report, self._stored.directory)
@@ -315,6 +316,17 @@ class StreamedRun:
         if self._problems:
             raise self._problems[0]
         return report
+
+
+def _writable(prepared: Prepared) -> Plan:
+    """The plan with all blocks that may be written: those to drop may not be chosen yet."""
+    if prepared.structure is None:
+        return prepared.plan
+    shell, structure = prepared.shell, Structure(prepared.structure.sizes[0].kept)
+    return make_structured_plan(
+        shell.module, shell.adapter, shell.config, structure,
+        adjusted=prepared.recipe.targets is not None,
+    )  # fmt: skip
 
 
 def _fingerprint(report: Report, held_out: Tensor | None, ranks: Ranks) -> dict[str, Any]:

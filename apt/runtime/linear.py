@@ -57,8 +57,8 @@ class PackedLinear(nn.Module):
     Args:
         entry: the description of the matrix.
         bias: True if there is a bias.
-        dtype: the dtype of the bias, and of the values once they are prepared, unless they are
-            integers; None keeps the dtype of the values.
+        dtype: the dtype of the bias, and of `weight` once it is prepared; None keeps the dtype of
+            the description.
     """
 
     weight_mask: Tensor
@@ -76,8 +76,9 @@ class PackedLinear(nn.Module):
             scales = torch.empty(entry.shape[0], entry.groups, dtype=FLOATS[entry.dtype])
         self.register_buffer(f"weight_{SCALES}", scales)
         self.bias = nn.Parameter(torch.empty(entry.shape[0], dtype=dtype)) if bias else None
-        self._dtype = dtype
+        self._dtype = dtype or FLOATS[entry.dtype]
         self._matrix: Any = None
+        self._place: torch.device | None = None  # of the tensors that the matrix was made of
 
     def prepare(self) -> None:
         """Check the loaded tensors, and give them to the kernels if there are some.
@@ -85,15 +86,17 @@ class PackedLinear(nn.Module):
         Raises:
             ValueError: they do not fit the description.
         """
-        check_sizes(self.entry, self._parts())
-        self._cast(self._dtype or self.weight_values.dtype)
-        plain = bitmask(self.entry, self.weight_mask.cpu())
+        parts = self._parts()
+        check_sizes(self.entry, parts)
+        plain = bitmask(self.entry, parts[MASK].cpu())
+        self._cast(self._dtype)
         self.weight_mask = plain.to(self.weight_values.device)
         self.entry = replace(self.entry, mask="bits", stored=plain.numel())
         self._build()
 
     def _cast(self, dtype: torch.dtype) -> None:
         """Give the values another dtype, if they are floats and the dtype is one of the format."""
+        self._dtype = dtype
         name = str(dtype).removeprefix("torch.")
         if self.entry.values in FLOATS and name in FLOATS:
             self.weight_values = self.weight_values.to(dtype)
@@ -103,6 +106,7 @@ class PackedLinear(nn.Module):
         """Make the matrix of the present device, and share its memory."""
         mask, values, scales = self.weight_mask, self.weight_values, self._scales
         on_gpu, group = values.device.type == "cuda", self.entry.group
+        self._place = values.device
         if on_gpu and (made := gpu_matrix()) is not None:
             self._matrix = made(self.in_features, mask, values, scales, group)
             return
@@ -128,15 +132,28 @@ class PackedLinear(nn.Module):
         if self._matrix is None:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
             return self
-        like = fn(self.weight_values.new_empty(0))
-        packed = dict(self._buffers)
+        like = fn(torch.empty(0, dtype=self._dtype, device=self.weight_values.device))
+        moved = {k: None if t is None else t.to(like.device) for k, t in self._buffers.items()}
         self._buffers.clear()
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, tensor in packed.items():
-            self._buffers[name] = None if tensor is None else tensor.to(like.device)
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        finally:
+            self._buffers.update(moved)
         self._cast(like.dtype)
         self._build()
         return self
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        """Load, and make the matrix anew: its places depend on the mask."""
+        super()._load_from_state_dict(*arguments)
+        state, prefix, *_, errors = arguments
+        if self._matrix is None or not any(f"{prefix}{name}" in state for name in self._buffers):
+            return
+        self._matrix = None
+        try:
+            self.prepare()
+        except ValueError as error:
+            errors.append(f"{prefix}weight does not fit its description: {error}")
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy makes a matrix of its own."""
@@ -151,8 +168,7 @@ class PackedLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The matrix with its zeros, made anew: some modules read the weight of another one."""
-        parts = self._parts()
-        return self.dense().to(parts[VALUES].device)
+        return self.dense().to(self.weight_values.device, self._dtype)
 
     def dense(self) -> Tensor:
         """The matrix with its zeros (out, in), on the processor."""
@@ -160,6 +176,8 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply (…, in) → (…, out)."""
+        if self.weight_values.device != self._place:  # moved one by one, as accelerate does
+            self._build()
         rows = x.reshape(-1, self.in_features)
         found = None if rows.requires_grad else self._native(rows)
         if found is None:

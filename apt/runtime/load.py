@@ -28,11 +28,17 @@ def load(directory: Path | str, **options: Any) -> nn.Module:
     import apt.runtime.quantizer  # noqa: F401  # registers the format with transformers
 
     read_entries(Path(directory))  # a clear error for what is not packed
-    given = {"dtype": "auto", **options}
+    given = {"dtype": "auto", **options, "output_loading_info": True}
     try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(str(directory), **given)
+        model, info = AutoModelForCausalLM.from_pretrained(str(directory), **given)
     except (OSError, RuntimeError, ValueError) as error:
         raise AptError(
             f"{directory} does not load: {first_line(error)}", "pack the model again"
         ) from error
-    return model.eval()
+    if missing := sorted(info["missing_keys"]):
+        raise AptError(
+            f"{directory} lacks {len(missing)} tensors of the model, such as {missing[0]}",
+            "is the checkpoint complete?",
+        )
+    found: nn.Module = model.eval()
+    return found

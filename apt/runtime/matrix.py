@@ -20,6 +20,7 @@ MASK, VALUES, SCALES = "mask", "values", "scales"
 _BITS, _DEFLATE = "bits", "deflate"
 FLOATS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _INTEGERS = {"int8": 8, "int4": 4}
+_LARGEST = 2**31  # rows, columns and groups are below, so that no kernel's numbers overflow
 _ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1)  # of a byte
 
 
@@ -79,6 +80,8 @@ class Entry:
         numbers = (*entry.shape, entry.kept, entry.group, entry.stored)
         if len(entry.shape) != 2 or not all(type(n) is int and n >= 0 for n in numbers):
             raise ValueError("shape, kept and group must be whole numbers")
+        if max(*entry.shape, entry.group) >= _LARGEST:
+            raise ValueError(f"shape {entry.shape} with groups of {entry.group} columns")
         known = entry.dtype in FLOATS and entry.mask in (_BITS, _DEFLATE)
         if not known or entry.values not in (entry.dtype, *_INTEGERS):
             raise ValueError(f"unknown kind: {entry.dtype}, {entry.mask}, {entry.values}")
@@ -220,5 +223,5 @@ def bound(entry: Entry) -> float:
     size = math.prod(entry.shape)
     share = entry.kept / size if size else 0.0
     bits = -sum(p * math.log2(p) for p in (share, 1 - share) if p > 0)
-    scales = entry.shape[0] * entry.groups * 2
+    scales = entry.shape[0] * entry.groups * FLOATS[entry.dtype].itemsize
     return size * bits / 8 + entry.value_bytes + scales

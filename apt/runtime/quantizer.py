@@ -45,11 +45,15 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
         entries = self.quantization_config.entries()
-        prefix = f"{getattr(model, 'base_model_prefix', '')}."
+        base = getattr(model, "base_model_prefix", "")
+        prefix, headless = f"{base}.", bool(base) and not hasattr(model, base)
         linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
         for name, entry in entries.items():
             path = name.removesuffix(".weight")
-            known = next((p for p in (path, prefix + path) if p in linears), None)
+            paths = (path, prefix + path, path.removeprefix(prefix))
+            known = next((p for p in paths if p in linears), None)
+            if known is None and headless and not path.startswith(prefix):
+                continue  # a module of the head, which AutoModel leaves out
             if known is None or linears[known].weight.shape != entry.shape:
                 raise AptError(
                     f"the configuration describes {name}, which the model does not have in this "
@@ -68,7 +72,8 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
                         f"{name}.weight is damaged: {first_line(error)}", "pack the model again"
                     ) from error
         use_kernels(model)
-        return model
+        # It cannot be trained, and products that record gradients do not use the kernels.
+        return model.requires_grad_(False)
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         """False: copy the directory, or unpack it."""

@@ -77,6 +77,8 @@ def _packed_nibbles(whole: Tensor) -> Tensor:
 
 def _exact_scales(weight: Tensor, most: int, group: int) -> Tensor | None:
     """A scale for each group (out, groups) that gives all its weights exactly; None without one."""
+    if not weight.isfinite().all():
+        return None
     rows, columns = weight.shape
     groups = math.ceil(columns / group)
     padded = torch.nn.functional.pad(weight, (0, groups * group - columns))

@@ -68,6 +68,8 @@ class ShrinkOptions:
                 f"a multiple of {self.multiple_of} is not possible", "give 1 or more",
                 ("multiple_of",),
             )  # fmt: skip
+        if self.explicit:
+            self._check_explicit()
         minutes = self.search.minutes
         if self.search.evaluations < 1 or (minutes is not None and not minutes > 0):
             raise AptError(
@@ -75,7 +77,24 @@ class ShrinkOptions:
                 options=("evaluations", "minutes"),
             )
 
+    def _check_explicit(self) -> None:
+        """Raise for an option that chooses a size, or that contradicts the given one."""
+        by_blocks = self.blocks is not None or bool(self.drop)
+        fits = {None: True, "width": not by_blocks, "depth": not self.sizes, "search": False}
+        if not fits[self.mode]:
+            flag = "search" if self.mode == "search" else f"{self.mode}_only"
+            raise _not_used(f"mode '{self.mode}'", flag)
+        if self.budget != "parameters":
+            raise _not_used(f"budget '{self.budget}'", "budget")
+        if self.multiple_of is not None:
+            raise _not_used(f"a multiple of {self.multiple_of}", "multiple_of")
+
     def record(self) -> dict[str, Any]:
         """The options as plain values, for the report."""
         plain = {"sizes": dict(self.sizes), "drop": list(self.drop), "search": vars(self.search)}
         return {**vars(self), **plain}
+
+
+def _not_used(what: str, option: str) -> AptError:
+    said = f"{what} is for a share to keep, and does not fit the given blocks or groups"
+    return AptError(said, "leave it out", (option,))

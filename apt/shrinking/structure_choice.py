@@ -70,9 +70,10 @@ class StructureChoice:
             )
 
     def provisional(self, model: nn.Module, adapter: Adapter) -> Structure:
-        """A structure of the first size; the blocks that it drops are not chosen yet."""
+        """A structure of the first size; the blocks that it drops may not be chosen yet."""
         names = [name for name, _ in adapter.blocks(model)]
-        return Structure(self.sizes[0].kept, frozenset(names[self.sizes[0].blocks :]))
+        dropped = [names[index] for index in self.drop] or names[self.sizes[0].blocks :]
+        return Structure(self.sizes[0].kept, frozenset(dropped))
 
     def choose(
         self,

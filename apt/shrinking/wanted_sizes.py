@@ -58,7 +58,19 @@ def wanted_sizes(
             "drop blocks instead",
             ("depth_only",),
         )
+    if mode == "search":
+        _check_searchable(first)
     return mode, _chosen(sizes, first, options, mode, notice)
+
+
+def _check_searchable(sizes: Sizes) -> None:
+    """Raise if the loss of a model with fewer groups is not approximated, see `Proxy`."""
+    if sizes.groups and not any(groups.readers for groups in sizes.groups.values()):
+        raise AptError(
+            f"a search cannot compare numbers of {' and '.join(sizes.groups)}: no site reads them",
+            "drop blocks only, or remove groups only",
+            ("depth_only", "width_only"),
+        )
 
 
 def _chosen(

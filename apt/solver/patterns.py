@@ -13,6 +13,7 @@ from apt.solver.column_groups import ColumnGroups
 Granularity = Literal["row", "layer"]
 
 _SAMPLE = 2**14  # scores from which a threshold is estimated
+_DIGITS = ".12g"  # of a share as text: its count of any number of weights must not change
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Unstructured:
             raise ValueError(f"sparsity {self.sparsity:g} is outside (0, 1)")
 
     def __str__(self) -> str:
-        return f"{self.sparsity:g}"
+        return f"{self.sparsity:{_DIGITS}}"
 
     def count(self, weights: int) -> int:
         """The number of ``weights`` that are pruned: the share, rounded half up."""
@@ -64,7 +65,7 @@ class MixedNM(Unstructured):
             raise ValueError(f"no n:{self.m} has a sparsity above {most:g}")
 
     def __str__(self) -> str:
-        return f"auto:{self.m}@{self.sparsity:g}"
+        return f"auto:{self.m}@{self.sparsity:{_DIGITS}}"
 
     def fixed(self, pruned: int) -> "NM | None":
         """The pattern of a site that loses ``pruned`` of every m weights; None if it loses none."""

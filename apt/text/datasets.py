@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -10,9 +9,9 @@ from torch import Tensor
 
 from apt.errors import AptError, first_line, shortened, unknown
 from apt.locations.hub import no_answer, offline, reachable
-from apt.locations.paths import kind_at
+from apt.locations.paths import expanded, kind_at
 from apt.plugin.registry import Registry
-from apt.text.files import SUFFIXES, read_file, text_of
+from apt.text.files import ENDINGS, SUFFIXES, read_file, text_of
 from apt.text.sampling import generator
 from apt.text.special_tokens import bos_of
 
@@ -37,11 +36,12 @@ def documents(
     """
     if source.lower() in registry.calibrations.specs:
         return iter(registry.calibrations.get(source).load()(split))
-    path = Path(source).expanduser()
+    path = expanded(source)
     kind = kind_at(path) if source else None
     if kind == "file":
         return read_file(path)
-    if kind or path.suffix or source.startswith((".", "/", "~")):
+    file = path.suffix in ENDINGS or (path.suffix and "/" not in source)  # not `org/text:1.0`
+    if kind or file or source.startswith((".", "/", "~")):
         raise AptError(f"no such data set: {shortened(source)} is no file", f"give {SUFFIXES}")
     if "/" not in source:
         raise unknown("data set", source, registry.calibrations.specs)

@@ -10,6 +10,9 @@ from typing import Any
 from apt.errors import AptError, first_line
 
 SUFFIXES = ".txt, .jsonl or .parquet"
+ENDINGS = (".txt", ".jsonl", ".parquet", ".gz")
+"""The last suffixes of the files that can be read."""
+
 _PIECE = 2**20  # characters
 _LONGEST = 2**26  # characters of a paragraph or a line
 _LARGEST = 2**30  # bytes of a row group, and of `_ROWS` rows

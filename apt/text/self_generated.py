@@ -7,7 +7,8 @@ addition to given text.
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -91,16 +92,36 @@ def _continued(model: GenerationMixin, starts: Tensor, more: int, seed: int) -> 
     """``starts`` (sequences, n) continued by the model (sequences, n + more)."""
     if not more or not len(starts):
         return starts
+    own = model.generation_config
     how = GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+        do_sample=True, num_beams=1, temperature=1.0, top_k=0, top_p=1.0,
         max_new_tokens=more, min_new_tokens=more, pad_token_id=0,
+        eos_token_id=own.eos_token_id, use_cache=own.use_cache,
         remove_invalid_values=True,  # the pruning reports non-finite activations with their block
     )  # fmt: skip
     devices = [starts.device] if starts.device.type == "cuda" else []
-    with eval_mode(cast(nn.Module, model)), torch.random.fork_rng(devices):
+    with (
+        eval_mode(cast(nn.Module, model)),
+        torch.random.fork_rng(devices),
+        _generation_config(model, how),
+    ):
         torch.manual_seed(seed)
         parts = [
             model.generate(part, attention_mask=torch.ones_like(part), generation_config=how)
             for part in torch.split(starts, _AT_ONCE)
         ]
     return torch.cat(parts)
+
+
+@contextmanager
+def _generation_config(model: GenerationMixin, config: GenerationConfig) -> Iterator[None]:
+    """While entered, the model has another configuration: ``generate`` takes from it what is unset.
+
+    The model's own one may penalise repetition, which would not be its distribution.
+    """
+    own = model.generation_config
+    model.generation_config = config
+    try:
+        yield
+    finally:
+        model.generation_config = own

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apt.solver import NM, Unstructured
-from apt.solver.patterns import _nth_largest, about_highest, lowest, lowest_k
+from apt.solver import NM, Unstructured, parse_pattern
+from apt.solver.patterns import MixedNM, _nth_largest, about_highest, lowest, lowest_k
 from tests.solver.problems import seeds
 
 LONG = 100_003
@@ -81,3 +81,12 @@ def test_thresholds_of_rows_are_exact_where_rows_are_short():
     values = torch.rand(40, 7)
     kept = values.view(1, 40, 7) >= about_highest(values, Unstructured(0.3, "row"))
     assert (kept[0].sum(0) == 28).all()
+
+
+@pytest.mark.parametrize("size", [3 * 2**20, 2**22, 2**32 + 1])
+def test_a_share_as_text_keeps_its_count(size):
+    """A report stores patterns as text, and `verify` counts by them."""
+    share = (size * 2 // 3 - 1) / size
+    for pattern in (Unstructured(share), MixedNM(share)):
+        assert parse_pattern(str(pattern)).count(size) == pattern.count(size)
+    assert str(Unstructured(0.5)) == "0.5"

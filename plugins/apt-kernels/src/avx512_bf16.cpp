@@ -70,7 +70,7 @@ inline __m512i integers(const uint8_t *values, uint64_t bits) {
     return _mm512_maskz_expand_epi8(bits, _mm512_sub_epi8(halves, _mm512_set1_epi8(8)));
 }
 
-// Integers times vectors in two parts of 8 bits. Sums of a group are exact: a group has few columns.
+// Integers times vectors in two parts of 8 bits. Sums of a group are exact: `Split` serves no wide ones.
 template <int32_t kind, int batch>
 void integer_rows(const Matrix &m, const Vectors &x, int64_t begin, int64_t first, int64_t last,
                   float *y) {

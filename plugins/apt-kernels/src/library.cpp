@@ -113,7 +113,7 @@ void expand_rows(const Matrix &m, Expand<T> expand, int64_t first, int64_t last,
 class Split {
   public:
     Split(const Matrix &m, const float *x, int64_t batch) {
-        if (!m.group_words || !batch) return;
+        if (!m.group_words || !batch || std::min(m.group_words, m.words) > MOST) return;
         const int64_t width = WORD * m.words, step = WORD * m.group_words;
         const int64_t groups = (width + step - 1) / step;
         parts_.resize(2 * batch * width);
@@ -136,6 +136,8 @@ class Split {
     }
 
   private:
+    static constexpr int64_t MOST = 128;  // words of a group; the sums of 130 overflow 32 bits
+
     static float split(const float *x, int64_t count, uint8_t *high, uint8_t *low) {
         float most = 0.0f, sum = 0.0f;  // the sum is not finite if a value is not
         for (int64_t i = 0; i < count; ++i) {
@@ -172,6 +174,7 @@ EXPORT int apt_level() { return apt::supported(); }
 
 // Use the threads of an OpenMP runtime, of which this is the function GOMP_parallel.
 EXPORT void apt_use_openmp(void *parallel) {
+    apt::pool();  // which sees to forks: a child has none of these threads, before a product as well
     apt::openmp = reinterpret_cast<apt::Parallel>(parallel);
 }
 

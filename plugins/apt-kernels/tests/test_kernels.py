@@ -233,6 +233,36 @@ def test_a_child_process_has_threads_of_its_own():
         torch.set_num_threads(before)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_child_that_is_made_before_the_first_product_has_threads_of_its_own():
+    script = """
+import os, signal, torch
+from apt_kernels import DenseMatrix
+torch.set_num_threads(2)
+weight, x = torch.randn(2048, 2048), torch.randn(1, 2048)
+weight @ weight  # its threads do not exist in the child
+matrix = DenseMatrix(weight)
+if not (child := os.fork()):
+    signal.alarm(20)
+    matrix.product(x)
+    os._exit(0)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.split() == ["0"], done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("level", HERE)
+@pytest.mark.parametrize("columns", [128 * 64, 200 * 64])
+def test_the_largest_integers_of_a_wide_group_are_summed_exactly(level, columns):
+    values = torch.full((columns,), -128, dtype=torch.int8)
+    kept = torch.ones(1, columns, dtype=torch.bool)
+    matrix = Matrix(columns, bitmask(kept), values, torch.ones(1, 1), columns)
+    matrix.use(level)
+    found = matrix.product(torch.ones(1, columns))
+    assert torch.allclose(found, torch.tensor([[-128.0 * columns]]))
+
+
 @pytest.mark.skipif(
     not (which("aarch64-linux-gnu-g++") and which("qemu-aarch64")),
     reason="needs a cross compiler and an emulator: g++-aarch64-linux-gnu, qemu-user",
@@ -263,10 +293,19 @@ def test_a_dense_matrix_stays_in_its_memory(level, rows, words, kind, batch, see
     size = x.double().abs() @ weight.double().abs().T
     assert ((matrix.product(x) - expected).abs() / size).max() < 1e-3
     assert torch.equal(matrix.expand(0, rows), weight.float())
-    for wrong in (weight[:, :-1], weight.t().contiguous().t(), weight.int()):
-        if wrong.shape[1] % 64 or not wrong.is_contiguous() or wrong.dtype == torch.int32:
+    weight.mul_(2)  # the last rows as well
+    assert torch.equal(matrix.product(x), 2 * matrix_of(weight / 2, level).product(x))
+    for wrong in (weight[:, :-1], weight.t().contiguous().t(), weight.int(), weight.double(),
+                  weight.to("meta")):  # fmt: skip
+        if wrong.shape[1] % 64 or not wrong.is_contiguous() or wrong.dtype != kind or wrong.is_meta:
             with pytest.raises(ValueError, match="a matrix of"):
                 DenseMatrix(wrong)
+
+
+def matrix_of(weight, level):
+    matrix = DenseMatrix(weight)
+    matrix.use(level)
+    return matrix
 
 
 def test_tensors_that_do_not_fit_are_refused():
@@ -283,9 +322,15 @@ def test_tensors_that_do_not_fit_are_refused():
         (100, bitmask(kept), whole, scales[:3], 128),
         (100, bitmask(kept), whole.to(torch.uint8), scales, 128),
         (100, bitmask(kept).int(), values),
+        (100, bitmask(kept), values.to("meta")),
     ]:
         with pytest.raises(ValueError, match=r"."):
             Matrix(*arguments)
     matrix = Matrix(100, bitmask(kept), values)
     with pytest.raises(ValueError, match="rows 3 to 9 of 4"):
         matrix.expand(3, 9)
+    for x in (torch.randn(2, 99), torch.randn(100), torch.randn(1, 2, 100), torch.randn(2, 0),
+              torch.randn(2, 100, device="meta")):  # fmt: skip
+        for multiply in (matrix.product, matrix.tiled):
+            with pytest.raises(ValueError, match="vectors of shape"):
+                multiply(x.bfloat16())

@@ -39,7 +39,6 @@ class Kernel:
         words = -(-columns // _WORD)
         self._kind, self._level = _KINDS[values.dtype], LEVELS.index(LEVEL)
         self._mask, self._values, self._offsets = mask, values, offsets
-        self._tail = self._moved_tail(values.nbytes)
         self._scales = None if scales is None else scales.float().contiguous()
         self._fields = Fields(
             self._mask.data_ptr(), words if len(mask) == self.rows else 0,
@@ -50,32 +49,18 @@ class Kernel:
         self._pointer = ctypes.pointer(self._fields)
         self._padded = words * _WORD
 
-    def _moved_tail(self, size: int) -> Tensor:
-        """A copy of the values of the last rows, with memory behind it that can be read.
-
-        All other values stay where they are, which may be a file in memory.
-        """
-        ends = torch.cat([self._offsets[1:], torch.tensor([size])])
-        first = int((ends + _BEYOND <= size).sum())
-        begin = int(self._offsets[first]) if first < self.rows else size
-        tail = torch.zeros(size - begin + _BEYOND, dtype=torch.uint8)
-        tail[: size - begin] = self._values.view(torch.uint8)[begin:]
-        self._offsets[first:] += tail.data_ptr() - self._values.data_ptr() - begin
-        return tail
-
-    @property
-    def nbytes(self) -> int:
-        """The bytes of all tensors."""
-        tensors = (self._mask, self._values, self._tail, self._offsets, self._scales)
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
-
     def use(self, level: str) -> None:
         """Use another instruction set, which the processor must have."""
         self._level = LEVELS.index(level)
 
     def product(self, x: Tensor) -> Tensor:
-        """``x`` (n, columns) times the transposed matrix: (n, rows) in fp32."""
+        """``x`` (n, columns) times the transposed matrix: (n, rows) in fp32.
+
+        Raises:
+            ValueError: ``x`` has another shape, or is not on the processor.
+        """
         assert LIBRARY is not None
+        self._check(x)
         half = None
         if x.dtype == torch.bfloat16 and self._kind == 0:
             half = self._pad(x.contiguous())
@@ -91,8 +76,12 @@ class Kernel:
         """``x`` (n, columns) times the transposed matrix, for many vectors: (n, rows) in bf16.
 
         None if ``x`` is not bf16, or this instruction set has no such product.
+
+        Raises:
+            ValueError: ``x`` has another shape, or is not on the processor.
         """
         assert LIBRARY is not None
+        self._check(x)
         if x.dtype != torch.bfloat16:
             return None
         given, y = self._pad(x.contiguous()), torch.empty(len(x), self.rows, dtype=x.dtype)
@@ -107,26 +96,19 @@ class Kernel:
             return x
         return torch.nn.functional.pad(x, (0, self._padded - self.columns))
 
-    def expand(
-        self,
-        first: int,
-        last: int,
-        dtype: torch.dtype = torch.float32,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        """Rows ``first`` to ``last`` with their zeros (last − first, columns), fp32 or bf16.
+    def _check(self, x: Tensor) -> None:
+        """Raise for vectors that the kernels would read beyond their end, or on another device."""
+        if x.ndim != 2 or x.shape[1] != self.columns or x.device.type != "cpu":
+            raise ValueError(
+                f"vectors of shape {tuple(x.shape)} on {x.device} for {self.columns} columns on cpu"
+            )
 
-        ``out`` is a contiguous tensor to write into: new memory takes longer than the expansion.
-        """
+    def expand(self, first: int, last: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Rows ``first`` to ``last`` with their zeros (last − first, columns), fp32 or bf16."""
         assert LIBRARY is not None
         if not 0 <= first <= last <= self.rows or dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"rows {first} to {last} of {self.rows} in {dtype}")
-        shape = (last - first, self.columns)
-        dense = torch.empty(shape, dtype=dtype) if out is None else out
-        if dense.shape != shape or dense.dtype != dtype or not dense.is_contiguous():
-            raise ValueError(
-                f"out is {tuple(dense.shape)} of {dense.dtype}, not {shape} of {dtype}"
-            )
+        dense = torch.empty(last - first, self.columns, dtype=dtype)
         LIBRARY.apt_expand(
             self._pointer, first, last, self.columns, dense.data_ptr(),
             int(dtype == torch.bfloat16), torch.get_num_threads(), self._level,
@@ -163,6 +145,8 @@ class Matrix(Kernel):
             raise RuntimeError("apt_kernels was installed without a compiler")
         if values.dtype not in _KINDS or mask.dtype != torch.uint8:
             raise ValueError(f"values of {values.dtype} with a mask of {mask.dtype}")
+        if any(t.device.type != "cpu" for t in (mask, values, scales) if t is not None):
+            raise ValueError(f"values on {values.device} with a mask on {mask.device}, not on cpu")
         rows, words = mask.shape[0], -(-columns // _WORD)
         if mask.shape != (rows, -(-columns // 8)):
             raise ValueError(f"a mask of {tuple(mask.shape)} for {columns} columns")
@@ -179,7 +163,9 @@ class Matrix(Kernel):
         groups = -(-columns // group) if group else 0
         if scales is not None and scales.shape != (rows, groups):
             raise ValueError(f"scales of {tuple(scales.shape)} for {groups} groups")
-        super().__init__(columns, whole, values.contiguous(), offsets, scales, group)
+        values = values.contiguous()
+        self._tail = _moved_tail(values, offsets)
+        super().__init__(columns, whole, values, offsets, scales, group)
 
     @property
     def mask(self) -> Tensor:
@@ -208,11 +194,29 @@ class DenseMatrix(Kernel):
         if LIBRARY is None:
             raise RuntimeError("apt_kernels was installed without a compiler")
         rows, columns = weight.shape
-        if columns % _WORD or not weight.is_contiguous() or not weight.is_floating_point():
-            raise ValueError(f"a matrix of {rows} × {columns} in {weight.dtype}")
+        served = weight.dtype in _KINDS and weight.is_floating_point() and weight.is_contiguous()
+        if columns % _WORD or not served or weight.device.type != "cpu":
+            raise ValueError(f"a matrix of {rows} × {columns} in {weight.dtype} on {weight.device}")
         mask = torch.full((1, columns // 8), 255, dtype=torch.uint8)
+        # Of whole words without zeros the kernels read every byte and none behind them.
         offsets = torch.arange(rows) * (columns * weight.element_size())
         super().__init__(columns, mask, weight.detach().view(-1), offsets)
+
+
+def _moved_tail(values: Tensor, offsets: Tensor) -> Tensor:
+    """A copy of the values of the last rows, with memory behind it that can be read.
+
+    The offsets of these rows then lead to the copy. All other values stay where they are, which
+    may be a file in memory.
+    """
+    size = values.nbytes
+    ends = torch.cat([offsets[1:], torch.tensor([size])])
+    first = int((ends + _BEYOND <= size).sum())
+    begin = int(offsets[first]) if first < len(offsets) else size
+    tail = torch.zeros(size - begin + _BEYOND, dtype=torch.uint8)
+    tail[: size - begin] = values.view(torch.uint8)[begin:]
+    offsets[first:] += tail.data_ptr() - values.data_ptr() - begin
+    return tail
 
 
 def _whole_words(mask: Tensor, words: int) -> Tensor:

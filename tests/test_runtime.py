@@ -1,0 +1,84 @@
+"""Packed modules in memory: other tensors, failed moves, hostile descriptions."""
+
+import pytest
+import torch
+
+from apt.runtime.linear import PackedLinear, kernels
+from apt.runtime.matrix import SCALES, Entry, encode
+from apt.runtime.rounding import encode_rounded
+
+
+def sparse(seed):
+    """A matrix with as many zeros as with any other seed, at other places."""
+    draw = torch.Generator().manual_seed(seed)
+    matrix = torch.randn(6, 300, generator=draw)
+    matrix.view(-1)[torch.randperm(1800, generator=draw)[:1000]] = 0
+    return matrix
+
+
+def encoded(kind, seed):
+    return encode(sparse(seed)) if kind == "float32" else encode_rounded(sparse(seed), kind, 128)
+
+
+def prepared(entry, parts):
+    """A module with these tensors."""
+    module = PackedLinear(entry, bias=True)
+    torch.nn.init.zeros_(module.bias)
+    state = {f"weight_{name}": part for name, part in parts.items()}
+    module.load_state_dict(state, strict=False)
+    module.prepare()
+    return module
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["kernels", "torch"])
+@pytest.mark.parametrize("kind", ["float32", "int8", "int4"])
+def test_a_module_multiplies_by_the_tensors_that_it_was_given_last(native, kind, monkeypatch):
+    if native and kernels() is None:
+        pytest.skip("apt_kernels is not installed, or was without a compiler")
+    if not native:
+        monkeypatch.setattr("apt.runtime.linear.kernels", lambda: None)
+    one, other = (prepared(*encoded(kind, seed)) for seed in (0, 1))
+    x = torch.randn(3, 300)
+    assert not torch.allclose(one(x), other(x))
+    one.load_state_dict(other.state_dict())
+    assert torch.equal(one(x), other(x))
+    assert torch.equal(one.weight, other.weight)
+
+
+def test_tensors_of_another_matrix_are_refused():
+    module, state = prepared(*encoded("float32", 0)), prepared(*encoded("float32", 1)).state_dict()
+    state["weight_mask"][0, 0] ^= 1  # one weight more or less
+    with pytest.raises(RuntimeError, match="weight does not fit its description: the mask keeps"):
+        module.load_state_dict(state)
+
+
+def test_a_move_that_fails_leaves_the_module_as_it_was():
+    module, x = prepared(*encoded("int8", 0)), torch.randn(3, 300)
+    expected = module(x)
+
+    def full(tensor):
+        if tensor.numel():
+            raise torch.OutOfMemoryError("the bias does not fit")
+        return tensor
+
+    with pytest.raises(torch.OutOfMemoryError):
+        module._apply(full)
+    assert torch.equal(module(x), expected)
+    assert f"weight_{SCALES}" in module.state_dict()
+
+
+def test_a_module_whose_tensors_moved_one_by_one_makes_another_matrix():
+    module, x = prepared(*encoded("float32", 0)), torch.randn(3, 300)
+    expected, module._place = module(x), torch.device("meta")
+    for name, tensor in list(module._buffers.items()):
+        module._buffers[name] = None if tensor is None else tensor.clone()
+    before = module._matrix
+    assert torch.equal(module(x), expected)
+    assert module._matrix is not before
+
+
+@pytest.mark.parametrize("change", [{"group": 2**31}, {"shape": [1, 2**31]}, {"group": 2**63}])
+def test_numbers_that_no_matrix_has_are_refused(change):
+    record = encoded("int8", 0)[0].record()
+    with pytest.raises(ValueError, match="with groups of"):
+        Entry.read({**record, **change})
