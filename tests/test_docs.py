@@ -118,3 +118,12 @@ def test_tables_and_figures_are_those_of_the_results(monkeypatch):
     pages = runpy.run_path(str(ROOT / "benchmarks/pages.py"))
     assert [path.name for path, _ in pages["changed"]()] == []
     assert list(pages["wrong_figures"]()) == []
+
+
+def test_the_pictures_can_be_drawn_from_the_results(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    plots = runpy.run_path(str(ROOT / "benchmarks/plots.py"))
+    for name in plots["PICTURES"]:
+        plots["draw"](name, tmp_path)
+        assert (tmp_path / name).stat().st_size > 5000
+        assert (ROOT / "docs/images" / name).is_file(), "run python benchmarks/plots.py"
