@@ -256,7 +256,7 @@ def _verify(
 ) -> float:
     """Check each matrix on disk against the original, and return the relative rounding error.
 
-    Without rounding they are equal byte for byte; with rounding the matrix on disk is the one that
+    Without rounding they are equal byte for byte but for negative zeros; with rounding the matrix on disk is the one that
     was computed, and has the same zeros or more.
     """
     lost = whole = 0.0
