@@ -256,8 +256,8 @@ def _verify(
 ) -> float:
     """Check each matrix on disk against the original, and return the relative rounding error.
 
-    Without rounding they are equal byte for byte but for negative zeros; with rounding the matrix on disk is the one that
-    was computed, and has the same zeros or more.
+    Without rounding they are equal byte for byte, but for negative zeros. With rounding the matrix
+    on disk is the one that was computed, and has the same zeros or more.
     """
     lost = whole = 0.0
     for name, entry in entries.items():
