@@ -9,7 +9,6 @@ from apt.cli import arguments as args
 from apt.cli import run_arguments as run
 from apt.errors import AptError
 from apt.locations.hub import Hub
-from apt.locations.paths import expanded
 from apt.runs.limits import check_integers
 
 if TYPE_CHECKING:
@@ -101,6 +100,7 @@ def check_packed_place(pack: Path, options: "RunOptions", source: "Source") -> N
             contains one, or it exists.
     """
     from apt.output.location import check_output
+    from apt.runs.prepare import input_paths
 
     place, output = pack.resolve(), options.output.resolve()
     if place.is_relative_to(output) or output.is_relative_to(place):
@@ -109,8 +109,7 @@ def check_packed_place(pack: Path, options: "RunOptions", source: "Source") -> N
             "choose another directory",
         )
     texts = (options.calibration, options.evaluation, options.tokenizer)
-    given = [path for name in texts if name and (path := expanded(name)).exists()]
-    check_output(pack, options.overwrite, [*source.files(), *given])
+    check_output(pack, options.overwrite, input_paths(source, texts))
 
 
 def pack_output(pack: Path, options: "RunOptions") -> None:

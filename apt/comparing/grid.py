@@ -107,9 +107,12 @@ class Grid:
         self._work: dict[str, Callable[[], Row]] = {DENSE: self._unpruned}
         self._work |= {cell.key: partial(self._pruned, cell) for cell in options.cells}
         for path in options.others:
-            key, name, other = self._other_model(path)
-            check_same_vocabulary(other, shell)
-            self._work[key] = partial(self._other, name, other)
+            status(f"reading {path}")
+            check_same_vocabulary(self._other_shell(path), shell)
+            name = self._name_of(path)
+            # With a checksum of the files, so that a directory that has changed is measured anew.
+            found = hashlib.sha256(json.dumps(checksums(path)).encode()).hexdigest()
+            self._work[f"with {name} {found[:12]}"] = partial(self._other, name, path)
         status("loading the model")
         self._dense: Model = load(shell, None, options.device)
 
@@ -134,19 +137,15 @@ class Grid:
             for name in options.data
         }  # fmt: skip
 
-    def _other_model(self, path: Path) -> tuple[str, str, Model]:
-        """The key, the name and the model without weights of a directory of another tool.
-
-        The key has a checksum of the files, so that a directory that has changed is measured anew.
-        """
-        self._status(f"reading {path}")
+    def _name_of(self, path: Path) -> str:
+        """The name of a directory of another tool; with its path if another one has this name."""
         names = [other.resolve().name for other in self._options.others]
         own = path.resolve().name
-        name = own if names.count(own) == 1 else str(path)
-        found = json.dumps(checksums(path)).encode()
-        key = f"with {name} {hashlib.sha256(found).hexdigest()[:12]}"
-        source = find(str(path.resolve()), self._registry)
-        return key, name, skeleton(source, self._registry, packed=True)
+        return own if names.count(own) == 1 else str(path)
+
+    def _other_shell(self, path: Path) -> Model:
+        """The model in a directory of another tool, without weights."""
+        return skeleton(find(str(path.resolve()), self._registry), self._registry, packed=True)
 
     def setting(self) -> dict[str, Any]:
         """What all rows have in common, for the file of the results."""
@@ -228,9 +227,9 @@ class Grid:
             **self._scores(module),
         }
 
-    def _other(self, name: str, shell: Model) -> Row:
+    def _other(self, name: str, path: Path) -> Row:
         """A row for a model that another tool pruned."""
-        loaded = load(shell, None, self._options.device)
+        loaded = load(self._other_shell(path), None, self._options.device)
         row = {"method": name, "pattern": "", **self._scores(loaded.module)}
         if quantised_with(loaded.config) is None:  # others have no plain weights
             row["sparsity"] = sparsity_of(masks_of(loaded.module, loaded.adapter))

@@ -150,8 +150,10 @@ def _as_before(module: nn.Module) -> Iterator[None]:
     finally:
         random.setstate(random_state)
         numpy.random.set_state(numpy_state)
-        config.pop("use_cache", None)
-        config |= {} if use_cache is None else {"use_cache": use_cache}
+        if use_cache is None:
+            config.pop("use_cache", None)
+        else:
+            config["use_cache"] = use_cache
         for name in {"forward", "_original_forward", "_is_accelerate_prepared"} - own:
             vars(module).pop(name, None)
         if getattr(model, f"is_{_KIND}_checkpointing") and not checkpointing:

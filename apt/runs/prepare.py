@@ -165,8 +165,7 @@ def check_place(
         notice: called with a line about what is replaced or left out.
         overwrite, resume: the options of the run.
     """
-    given = [path for name in texts if name and (path := expanded(name)).exists()]
-    inputs = [*source.files(), *given]
+    inputs = input_paths(source, texts)
     if resume and (resumable(output) or read_report(output)):
         check_not_input(output, inputs)
         return
@@ -176,6 +175,17 @@ def check_place(
         notice(f"replaces {lost}")
 
 
+def input_paths(source: Source, texts: Sequence[str | None]) -> list[Path]:
+    """The local files and directories that a run reads.
+
+    Args:
+        source: the model.
+        texts: the data sources and the tokenizer; None for one that is not used.
+    """
+    given = [path for name in texts if name and (path := expanded(name)).exists()]
+    return [*source.files(), *given]
+
+
 def already_complete(prepared: Prepared) -> bool:
     """True if the run to be resumed was finished before.
 
@@ -183,12 +193,15 @@ def already_complete(prepared: Prepared) -> bool:
         AptError: the output is that of a run with other options.
     """
     options = prepared.options
-    if not options.resume or resumable(options.output):
-        return False
-    if (report := read_report(options.output)) is None:
-        return False
-    check_same_run(options.output, report["options"], prepared.record())
-    return True
+    report = finished_report(options.output, resume=options.resume)
+    if report is not None:
+        check_same_run(options.output, report["options"], prepared.record())
+    return report is not None
+
+
+def finished_report(output: Path, *, resume: bool) -> dict[str, Any] | None:
+    """The report of a finished run; None if the run is not to be resumed, or was interrupted."""
+    return None if not resume or resumable(output) else read_report(output)
 
 
 def check_same_run(output: Path, known: dict[str, Any], now: dict[str, Any]) -> None:

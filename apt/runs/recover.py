@@ -27,7 +27,7 @@ from apt.locations.model_source import find
 from apt.output.card import write_card
 from apt.output.location import check_space
 from apt.output.report import Report, peak_memory, portable, read_report, versions
-from apt.output.workplace import Workplace, resumable, write_errors
+from apt.output.workplace import Workplace, write_errors
 from apt.plugin.registry import Registry
 from apt.plugin.specs import RecoverySpec
 from apt.recovery.law import EnoughTokens
@@ -35,7 +35,7 @@ from apt.recovery.record import Training
 from apt.recovery.recover import DENSE_LOSS, STEPS, Job, NotRecoveredError, recover_model
 from apt.runs.limits import check_seed, check_shard_size, check_windows
 from apt.runs.machine import choose_device
-from apt.runs.prepare import capped, check_place, check_same_run
+from apt.runs.prepare import capped, check_place, check_same_run, finished_report
 from apt.runs.recover_options import RecoverRunOptions
 from apt.runs.text import check_vocabulary
 from apt.text.datasets import digest, documents, evaluation_tokens, training_tokens
@@ -108,12 +108,11 @@ def already_recovered(prepared: PreparedRecovery) -> bool:
         AptError: the output is that of a run with other options.
     """
     options = prepared.options
-    if not options.resume or resumable(options.output):
-        return False
-    if (report := read_report(options.output)) is None:
-        return False
-    check_same_run(options.output, report["recovery"].get("options", {}), options.record())
-    return True
+    report = finished_report(options.output, resume=options.resume)
+    if report is not None:
+        known = (report.get("recovery") or {}).get("options", {})
+        check_same_run(options.output, known, options.record())
+    return report is not None
 
 
 def _report_beside(directory: Path) -> dict[str, Any]:
