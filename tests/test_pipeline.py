@@ -69,6 +69,8 @@ def test_every_method_meets_every_pattern(method, pattern):
     # Where rows are counted one by one, 0.7 of 32 inputs is 22.4: one weight in a row is .03.
     per = registry().methods.get(method).per
     assert report.sparsity == pytest.approx(expected, abs=0.02 if per == "row" else 1e-3)
+    for name, parameter in model.named_parameters():
+        assert not parameter[parameter == 0].signbit().any(), name  # no negative zeros
 
 
 def test_the_next_block_sees_what_the_pruned_one_gives(adapter_of):

@@ -472,6 +472,19 @@ def test_options_out_of_range_are_errors_that_name_the_option():
         RecoverOptions(tokens="many").check()
 
 
+def test_an_option_of_another_kind_is_an_error_that_names_its_kinds():
+    known = registry().recoveries.specs
+    every = {"rank": 4, "blocks": 1, "move_masks": True, "hidden": 0.5, "top": 8}
+    for kind in KINDS:
+        RecoverOptions().check_used(known[kind], known.values())
+        for name in every.keys() - {*known[kind].options}:
+            with pytest.raises(AptError, match=f"{kind} does not use {name}") as caught:
+                RecoverOptions(**{name: every[name]}).check_used(known[kind], known.values())
+            assert caught.value.options == (name,)
+    spec = replace(known["spp"], options=None)
+    RecoverOptions(**every).check_used(spec, known.values())
+
+
 def test_what_a_recovery_lacks_is_an_error():
     model, _, tokens = pruned()
     with pytest.raises(AptError, match="needs the dense model"):

@@ -119,6 +119,10 @@ def test_a_smaller_model_is_recovered_by_its_last_layers(apt, checkpoint):
     refused = apt("recover", "small", *TRAIN, "--kind", "spp", "-o", "out")
     assert refused.code == 2
     assert "serves models with zeros" in refused.err
+    unused = apt("recover", "small", *TRAIN, "--kind", "lora", "--blocks", 2, "-o", "out")
+    assert unused.code == 2
+    assert "recovery lora does not use blocks" in unused.err
+    assert "kinds with it: layers (--blocks)" in unused.err
     dense = ("--dense", checkpoint("llama"), "--rate", 1e-2)
     usual = apt("recover", "small", *TRAIN, *dense, "-o", "usual")
     assert usual.code == 0, usual.err

@@ -139,6 +139,8 @@ class RecoverySpec(Spec):
         teacher: True if it needs the dense model.
         dense: True if it also serves models without zeros and without a report, such as those from
             which another tool dropped blocks.
+        options: the names of the options ``rank``, ``blocks``, ``move_masks``, ``hidden`` and
+            ``top`` that it uses; ``apt-prune recover`` refuses the others. None accepts them all.
     """
 
     source: str = ""
@@ -146,6 +148,7 @@ class RecoverySpec(Spec):
     zeros: bool = False
     teacher: bool = False
     dense: bool = False
+    options: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)

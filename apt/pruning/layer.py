@@ -107,7 +107,7 @@ class SiteSolver:
         solution = self._solution(planned, dense, sums, mean, scale)
         _synchronise(weight.device)
         seconds = time.perf_counter() - started
-        weight.copy_(solution.weight / scale)
+        weight.copy_((solution.weight / scale).add_(0.0))  # which makes negative zeros positive
         return SolvedSite(planned, dense, sums.gram.matrix, sums.gram.tokens, solution, seconds)
 
     def chosen_groups(self, block: nn.Module, planned: PlannedSite, sums: Sums) -> ColumnGroups:

@@ -1,9 +1,13 @@
 """The options of a recovery."""
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from apt.errors import AptError
+from apt.plugin.specs import RecoverySpec
+
+_OF_KINDS = ("rank", "blocks", "move_masks", "hidden", "top")
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,24 @@ class RecoverOptions:
             )
         if not 0 <= self.hidden < float("inf"):
             raise AptError(f"hidden is {self.hidden}; it must not be negative", "", ("hidden",))
+
+    def check_used(self, spec: RecoverySpec, known: Iterable[RecoverySpec]) -> None:
+        """Raise for an option that a kind of recovery does not use.
+
+        Args:
+            spec: the kind.
+            known: all kinds, to name those that use the option.
+
+        Raises:
+            AptError: an option has another value than its default, and ``spec`` does not use it.
+        """
+        default, used = RecoverOptions(), _OF_KINDS if spec.options is None else spec.options
+        for name in _OF_KINDS:
+            if name not in used and getattr(self, name) != getattr(default, name):
+                others = ", ".join(kind.name for kind in known if name in (kind.options or ()))
+                raise AptError(
+                    f"recovery {spec.name} does not use {name}", f"kinds with it: {others}", (name,)
+                )
 
     def record(self) -> dict[str, Any]:
         """The options as values for JSON."""

@@ -85,6 +85,7 @@ def prepare_recovery(
     shell = skeleton(source, registry, options.adapter)
     report = {} if source.on_hub or source.gguf else _report_beside(Path(source.location))
     spec = registry.recoveries.get(options.kind or "distill")
+    options.recover.check_used(spec, registry.recoveries.specs.values())
     if spec.zeros and report.get("structure"):
         raise AptError(
             f"recovery {spec.name} serves models with zeros, and {options.model} is a smaller one",
