@@ -101,6 +101,12 @@ def test_the_expected_error_falls_and_exact_weights_lower_the_loss(pattern):
     assert loss[1] < 0.8 * loss[0]
 
 
+def test_no_exchange_leaves_the_mask():
+    weight, inputs = problem(4, 8, 64)
+    mask = torch.rand(8, 64, generator=torch.Generator().manual_seed(0)) < 0.5
+    assert torch.equal(refined(weight, Gram.of(inputs), mask, cycles=0), mask)
+
+
 def test_any_mask_is_refined_and_inputs_without_a_mean_leave_it():
     weight, inputs = problem(1)
     mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) < 0.6

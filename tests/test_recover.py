@@ -367,6 +367,14 @@ def test_plain_lora_fills_zeros_where_spp_and_masked_lora_keep_them():
     assert kept == {"plain": False, "masked": True, "spp": True}
 
 
+@pytest.mark.parametrize("option", ["lora_dropout", "use_dora", "lora_bias"])
+def test_masked_lora_refuses_what_it_does_not_mask(option):
+    with pytest.raises(ValueError, match=f"does not serve {option}"):
+        masked_lora(target_modules=["up_proj"], **{option: 0.5 if "dropout" in option else True})
+    with pytest.raises(ValueError, match=r"serves torch\.nn\.Linear, not Embedding"):
+        get_peft_model(random_model("llama"), masked_lora(target_modules=["embed_tokens"]))
+
+
 def test_spp_multiplies_and_peft_saves_loads_and_merges_it(tmp_path):
     model, _, tokens = pruned()
     config = SppConfig(target_modules="all-linear", r=4, scale=0.5, task_type="CAUSAL_LM")

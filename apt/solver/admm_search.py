@@ -39,13 +39,14 @@ class Round:
         penalties: the values of ρ, for eigenvalues with a geometric mean of 1.
         steps: the steps at each penalty.
         relaxation: ω, between 1 (none) and 2.
-        tolerance: the least tolerance of the joint solve at the end of the round.
+        slack: the tolerance of the joint solve at the end of the round, as a multiple of
+            `SolverOptions.tolerance`.
     """
 
     penalties: tuple[float, ...]
     steps: int
     relaxation: float = 1.0
-    tolerance: float = 1e-3
+    slack: float = 1.0
 
 
 _FIRST_DUAL = 0.5
@@ -55,7 +56,7 @@ With the identity for H, the fixed point is a multiple of the pruned weights. Th
 half a step and costs almost nothing.
 """
 
-_FIRST = Round((1.2,), 4, 1.8, 0.3)
+_FIRST = Round((1.2,), 4, 1.8, 300)
 _SECOND = Round((0.5, 0.66, 0.86, 1.1, 1.4), 6)
 _LONG = Round((0.5, 0.6, 0.7, 0.8, 0.95, 1.1, 1.3), 6)
 ROUNDS: dict[Effort, tuple[Round, ...]] = {
@@ -96,8 +97,7 @@ def admm(
     best = None if start is None else joint_weights(dense, damped, start, None, options.tolerance)
     for part in ROUNDS[options.effort]:
         mask, start = _search(dense, damped, pattern, part, best)
-        tolerance = max(options.tolerance, part.tolerance)
-        found = joint_weights(dense, damped, mask, start, tolerance)
+        found = joint_weights(dense, damped, mask, start, part.slack * options.tolerance)
         best = found if best is None else _better(best, found, pattern)
     assert best is not None
     return Solution(best.weight.to(weight.dtype), best.mask, damped.damping, best.residual)

@@ -5,19 +5,24 @@ matrix. A channel has only a few weights, so the multiple removal problem is sol
 first the best removal set of each size in each channel, then the best combination of sizes.
 """
 
+import math
 from collections.abc import Iterator
 from itertools import combinations
 
 import torch
 from torch import Tensor
 
-from apt.solver.gram import DAMPING
+from apt.solver.gram import DAMPING, SolverError
 from apt.solver.options import Solution
 from apt.solver.patterns import NM, Pattern, Unstructured, lowest_k
+from apt.solver.precision import full_precision
+from apt.solver.sparsegpt import MAX_REMOVAL_SETS
 
 _EXHAUSTIVE = 8  # weights per channel up to which all sets are tried; above, sets grow greedily
+_CHUNK = 2**22  # elements of the largest temporary: 32 MiB in fp64
 
 
+@full_precision()
 def prune_channels(
     weight: Tensor,
     gram: Tensor,
@@ -36,28 +41,48 @@ def prune_channels(
         compensated: True to update the kept weights of a channel, which compensates for the
             removed ones and reduces the loss to ``w_P ([H⁻¹]_PP)⁻¹ w_Pᵀ``.
         damping: λ as a share of a channel's mean diagonal, for ``H = G + λI``.
+
+    Raises:
+        SolverError: a group of n:m has more than `MAX_REMOVAL_SETS` removal sets.
     """
-    problem = _Problem(weight.double(), gram.double(), compensated, damping)
+    matrix = _inverse(gram.double(), damping) if compensated else gram.double()
+    problem = _Problem(weight.double(), matrix, compensated)
     mask = _mask(problem, pattern)
     return Solution(problem.pruned(mask).to(weight), mask, damping if compensated else None)
 
 
-class _Problem:
-    """The weights and Gram matrices of all channels, and the losses of removal sets."""
+def _inverse(gram: Tensor, damping: float) -> Tensor:
+    """``H⁻¹`` of each channel (channels, k, k)."""
+    means = gram.diagonal(dim1=1, dim2=2).mean(1)
+    shift = damping * means + 1e-9 * means.mean() + torch.finfo(gram.dtype).tiny
+    damped = gram + torch.diag_embed(shift[:, None].expand(-1, gram.shape[1]))
+    return torch.cholesky_inverse(torch.linalg.cholesky(damped))
 
-    def __init__(self, weight: Tensor, gram: Tensor, compensated: bool, damping: float) -> None:
-        self.weight, self._gram, self._compensated = weight, gram, compensated
+
+class _Problem:
+    """The weights and matrices of some channels, and the losses of removal sets.
+
+    Args:
+        weight: the weights (channels, k) in fp64.
+        matrix: ``H⁻¹`` if compensated, else ``G`` (channels, k, k).
+        compensated: see `prune_channels`.
+    """
+
+    def __init__(self, weight: Tensor, matrix: Tensor, compensated: bool) -> None:
+        self.weight, self._matrix, self._compensated = weight, matrix, compensated
         self.channels, self.width = weight.shape
-        if compensated:
-            means = gram.diagonal(dim1=1, dim2=2).mean(1)
-            shift = damping * means + 1e-9 * means.mean() + torch.finfo(weight.dtype).tiny
-            damped = gram + torch.diag_embed(shift[:, None].expand(-1, self.width))
-            self._inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+
+    def parts(self, sets: int) -> Iterator["_Problem"]:
+        """The problem in chunks of channels, for each of which that many sets are tried."""
+        size = sets * self.width * (self.width if self._compensated else 1)
+        for start in range(0, self.channels, step := max(1, _CHUNK // size)):
+            here = slice(start, start + step)
+            yield _Problem(self.weight[here], self._matrix[here], self._compensated)
 
     def losses(self, sets: Tensor) -> Tensor:
         """The losses (channels, sets) of ``sets`` (channels or 1, sets, k), True = removed."""
         removed = self.weight[:, None] * sets
-        image = self._multipliers(removed, sets) if self._compensated else removed @ self._gram
+        image = self._multipliers(removed, sets) if self._compensated else removed @ self._matrix
         return (removed * image).sum(-1)
 
     def pruned(self, mask: Tensor) -> Tensor:
@@ -65,20 +90,22 @@ class _Problem:
         if not self._compensated:
             return self.weight.masked_fill(mask, 0)
         removed = (self.weight * mask)[:, None]
-        change = self._multipliers(removed, mask[:, None]) @ self._inverse
+        change = self._multipliers(removed, mask[:, None]) @ self._matrix
         return (self.weight - change[:, 0]).masked_fill(mask, 0)
 
     def _multipliers(self, removed: Tensor, sets: Tensor) -> Tensor:
         """``w_P ([H⁻¹]_PP)⁻¹`` of each set, zero outside P, by one padded system for each set."""
         within = sets[..., None, :] & sets[..., :, None]
-        system = self._inverse[:, None] * within + torch.diag_embed((~sets).to(removed))
+        system = self._matrix[:, None] * within + torch.diag_embed((~sets).to(removed))
         solved: Tensor = torch.linalg.solve(system, removed[..., None])
         return solved[..., 0]
 
 
 def _mask(problem: _Problem, pattern: Pattern) -> Tensor:
     if isinstance(pattern, NM):
-        return _by_groups(problem, pattern)
+        sets = _removal_sets(pattern, problem.weight.device)
+        parts = problem.parts(len(sets))
+        return torch.cat([_by_groups(part, sets, pattern.m) for part in parts])
     return _by_sizes(problem, pattern)
 
 
@@ -141,17 +168,31 @@ def _hull(losses: Tensor) -> Tensor:
     return lowest.masked_fill(steps < 1, -torch.inf).max(1).values
 
 
-def _by_groups(problem: _Problem, pattern: NM) -> Tensor:
+def _removal_sets(pattern: NM, device: torch.device) -> Tensor:
+    """All removal sets of a group (sets, m)."""
+    count = math.comb(pattern.m, pattern.n)
+    if count > MAX_REMOVAL_SETS:
+        raise SolverError(
+            f"{pattern} has {count:,} removal sets per group, of {MAX_REMOVAL_SETS:,} at most for "
+            "weights of single channels"
+        )
+    return _sets(pattern.m, pattern.m - pattern.n, device)
+
+
+def _by_groups(problem: _Problem, sets: Tensor, size: int) -> Tensor:
     """The mask for n:m: the best set of each group, given the sets of the other groups.
 
     The groups are visited in two rounds, or in one if a channel has a single group.
+
+    Args:
+        problem: some channels.
+        sets: the removal sets of a group (sets, m).
+        size: m.
     """
-    device = problem.weight.device
-    options = _sets(pattern.m, pattern.m - pattern.n, device)
-    mask = torch.zeros(problem.channels, problem.width, dtype=torch.bool, device=device)
-    starts = range(0, problem.width, pattern.m)
+    mask = torch.zeros_like(problem.weight, dtype=torch.bool)
+    starts = range(0, problem.width, size)
     for start in [*starts, *(starts if len(starts) > 1 else ())]:
-        tried = mask[:, None].repeat(1, len(options), 1)
-        tried[:, :, start : start + pattern.m] = options
+        tried = mask[:, None].repeat(1, len(sets), 1)
+        tried[:, :, start : start + size] = sets
         mask, _ = _best(problem, tried)
     return mask

@@ -3,6 +3,7 @@
 A group of columns is, for instance, a channel of an MLP or the outputs of an attention head.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -20,8 +21,8 @@ class ColumnGroups:
         chosen: the indices of the groups that are removed; None leaves the choice to a method.
 
     Raises:
-        ValueError: nothing is kept, the bins cannot be equal, or ``chosen`` are too many or too
-            few.
+        ValueError: nothing is kept, the bins cannot be equal, or ``chosen`` are not ``count −
+            kept`` different groups, as many from each bin.
     """
 
     count: int
@@ -34,8 +35,16 @@ class ColumnGroups:
             raise ValueError(f"{self.kept} of {self.count} groups: keep at least one")
         if self.count % self.bins or self.kept % self.bins:
             raise ValueError(f"{self.kept} of {self.count} groups in {self.bins} unequal bins")
-        if self.chosen is not None and len(set(self.chosen)) != self.removed:
-            raise ValueError(f"{self} needs {self.removed} removed groups, not {self.chosen}")
+        if self.chosen is not None and not self._fits(self.chosen):
+            each = f", {self.removed // self.bins} in each bin" if self.bins > 1 else ""
+            raise ValueError(f"{self} needs {self.removed} removed groups{each}, not {self.chosen}")
+
+    def _fits(self, chosen: tuple[int, ...]) -> bool:
+        """True if the same number of different groups is chosen from every bin."""
+        size = self.count // self.bins
+        bins = Counter(group // size for group in set(chosen))
+        each = {index: self.removed // self.bins for index in range(self.bins) if self.removed}
+        return bins == Counter(each) and len(chosen) == len(set(chosen))
 
     def __str__(self) -> str:
         return f"{self.kept} of {self.count} groups" if self.removed else "dense"

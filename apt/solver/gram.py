@@ -85,6 +85,18 @@ class Gram:
         self._mirrored = False
         self._damped.clear()
 
+    def check(self) -> None:
+        """Raise if the inputs say nothing about the weights.
+
+        Raises:
+            SolverError: no token was added, all inputs are zero, or some are not finite.
+        """
+        scale = float(self.matrix.diagonal().mean())
+        if not self.tokens or scale == 0:
+            raise SolverError("the layer's input was zero on all calibration tokens")
+        if not torch.isfinite(self.matrix).all():
+            raise SolverError("the layer's input is not finite on some calibration tokens")
+
     def with_missing_tokens(self, mean: float) -> "Gram":
         """A Gram matrix of at least as many tokens as inputs.
 
@@ -179,7 +191,11 @@ class DampedGram:
         """
         width, generator = len(self.matrix), torch.Generator().manual_seed(0)
         exact = width <= _PROBES
-        probes = torch.eye(width) if exact else torch.randn(width, _PROBES, generator=generator)
+        probes = (
+            torch.eye(width, device="cpu")
+            if exact
+            else torch.randn(width, _PROBES, generator=generator, device="cpu")
+        )
         solved = torch.linalg.solve_triangular(self._root.T, probes.to(self.matrix), upper=False)
         inverse = solved.square().mean(1)  # up to a factor, which the unit determinant removes
         scale = (self.matrix.diagonal() / inverse).pow(0.25)
@@ -197,12 +213,9 @@ class DampedGram:
     @full_precision()
     def factorise(cls, gram: Gram, damping: float) -> "DampedGram":
         """Factorise with the least damping and precision that succeed; see `Gram.damped`."""
-        mean = gram.matrix / max(gram.tokens, 1)
+        gram.check()
+        mean = gram.matrix / gram.tokens
         scale = float(mean.diagonal().mean())
-        if not gram.tokens or scale == 0:
-            raise SolverError("the layer's input was zero on all calibration tokens")
-        if not torch.isfinite(mean).all():
-            raise SolverError("the layer's input is not finite on some calibration tokens")
         for dtype, level in _attempts(mean.dtype, damping):
             matrix = mean.to(dtype, copy=True)
             matrix.diagonal().add_(level * scale)
@@ -234,7 +247,8 @@ class Scaled:
         """
         count = max(1, min(OUTLIERS, len(self.matrix) // 8))
         generator = torch.Generator().manual_seed(0)
-        basis = torch.randn(len(self.matrix), count, generator=generator).to(self.matrix)
+        basis = torch.randn(len(self.matrix), count, generator=generator, device="cpu")
+        basis = basis.to(self.matrix)
         for _ in range(5):
             basis = torch.linalg.qr(self.matrix @ basis).Q
         values, rotation = torch.linalg.eigh(basis.T @ self.matrix @ basis)

@@ -120,7 +120,8 @@ def keep_columns(weight: Tensor, damped: DampedGram, removed: Tensor) -> Solutio
     lost = dense[:, removed] @ matrix[removed][:, keep]
     solution = torch.zeros_like(dense)
     solution[:, keep] = dense[:, keep] + torch.cholesky_solve(lost.T, root).T
-    return Solution(solution, removed.expand_as(dense).clone(), damped.damping)
+    mask = removed.expand_as(dense).clone()
+    return Solution(solution.to(weight.dtype), mask, damped.damping)
 
 
 @full_precision()

@@ -122,9 +122,10 @@ def _best_scales(parts: Tensor, weighting: Tensor, most: int, dtype: torch.dtype
     """The scale of each group of some rows (rows, groups, group), see `scales_of`."""
     whole = (parts.abs().amax(2) / most).clamp_min(1e-30)
     found, best = whole, torch.full_like(whole, math.inf)
+    least = torch.finfo(dtype).tiny / 2**8  # a subnormal number, since scales of fp16 are small
     levels = torch.empty_like(parts)
     for factor in _SHRINK:
-        scale = (whole * factor).to(dtype).float().clamp_min(torch.finfo(dtype).tiny)
+        scale = (whole * factor).to(dtype).float().clamp_min(least)
         torch.div(parts, scale.unsqueeze(2), out=levels)
         levels.round_().clamp_(-most, most).mul_(scale.unsqueeze(2)).sub_(parts).square_()
         error = levels.mul_(weighting).sum(2)

@@ -19,7 +19,7 @@ class Joint:
     """Weights solved jointly for a mask.
 
     Attributes:
-        weight: ``V`` (out, in), exactly zero where pruned.
+        weight: ``V`` (out, in) in the dtype of ``H``, exactly zero where pruned.
         mask: True where pruned (out, in).
         loss: ``½ (v−w) H (v−w)ᵀ`` of every row (out,).
         residual: a certificate of accuracy: the norm of the residual of the normal equations,
@@ -62,9 +62,9 @@ def joint_weights(
             ``½ tr((V−W) H (V−W)ᵀ)`` by less than this share of it.
         max_steps: the greatest number of steps.
     """
-    keep = (~mask).to(weight.dtype)
     unit = damped.unit
-    dense = weight * unit.scale
+    dense = weight.to(unit.matrix.dtype) * unit.scale
+    keep = (~mask).to(dense.dtype)
     if weight.shape[1] <= _DIRECT:
         solution, loss, left = _direct(dense, unit.matrix, keep)
     else:

@@ -20,7 +20,8 @@ class SolverOptions:
         block_size: the columns B of one joint compensation; None takes all columns.
         mask_window: the number of columns over which an unstructured mask S is selected.
         tolerance: the tolerance at which the joint solve for all columns stops, see
-            `apt.solver.joint_weights`.
+            `apt.solver.joint_weights`. `admm` takes a multiple of it after its first, short search,
+            which is the only one with the effort ``"fast"``.
     """
 
     damping: float | None = None

@@ -127,9 +127,14 @@ def lowest(scores: Tensor, pattern: Pattern, per: Granularity = "layer", offset:
     The count is exact even if scores are equal. ``per`` applies to an unstructured pattern whose
     own ``per`` is None. The masks of consecutive windows of columns, each with its ``offset``, add
     up to the exact count of the whole.
+
+    Raises:
+        ValueError: the columns are not a multiple of the m of n:m.
     """
     rows, columns = scores.shape
     if isinstance(pattern, NM):
+        if columns % pattern.m:
+            raise ValueError(f"{columns} columns are not a multiple of {pattern.m}")
         return _lowest_of_groups(scores.reshape(-1, pattern.m), pattern).view_as(scores)
     end = offset + columns
     if (pattern.per or per) == "row":
@@ -170,7 +175,7 @@ def _lowest_of_many(scores: Tensor, k: int) -> Tensor:
         for at in (rank - margin, rank + margin + 1)
     )
     mask = scores < low
-    middle = ((scores <= high) ^ mask).nonzero().squeeze(1)
+    middle = ((scores <= high) & ~mask).nonzero().squeeze(1)
     missing = k - int(mask.count_nonzero())
     if not 0 <= missing <= len(middle):
         middle, missing = torch.arange(scores.numel(), device=scores.device), k

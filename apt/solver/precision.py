@@ -1,7 +1,7 @@
 """Full fp32 products whatever the settings of the process, and the test for fast bf16 products."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from threading import Lock
 from typing import Any
 
@@ -19,12 +19,18 @@ def full_precision() -> Iterator[None]:
     """A context manager and decorator: fp32 products use neither TF32 nor bf16 inside.
 
     Gram matrices and their factors need more than the 10 or 7 mantissa bits of these formats:
-    neighbouring columns of activations are nearly linearly dependent. Several threads may be inside
-    at once: the settings are restored when the last one leaves.
+    neighbouring columns of activations are nearly linearly dependent. `torch.autocast` has no
+    effect inside, and no gradients are recorded. Several threads may be inside at once: the
+    settings are restored when the last one leaves.
     """
     _enter()
     try:
-        yield
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            for device in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, enabled=False))
+            yield
     finally:
         _leave()
 

@@ -110,7 +110,7 @@ class _Sweep:
 
         If ``weight`` is a part of a layer, ``offset`` is the index of its first column.
         """
-        columns = weight.T.contiguous()
+        columns = weight.T.clone(memory_format=torch.contiguous_format)  # a copy in any layout
         mask = torch.zeros_like(columns, dtype=torch.bool)
         for start in range(0, len(columns), self.window):
             here = slice(start, min(start + self.window, len(columns)))
@@ -162,7 +162,7 @@ def _set_mask(pattern: NM) -> Callable[[Tensor, Tensor], Tensor]:
             f"mask M would enumerate {math.comb(pattern.m, removed):,} removal sets per group "
             f"for {pattern}; use mask S (ss or sm)"
         )
-    sets = torch.tensor(list(combinations(range(pattern.m), removed)))
+    sets = torch.tensor(list(combinations(range(pattern.m), removed)), device="cpu")
 
     def choose(columns: Tensor, factor: Tensor) -> Tensor:
         indices = sets.to(columns.device)

@@ -1,18 +1,26 @@
 """Magnitude and Wanda: masks without compensation."""
 
+import torch
 from torch import Tensor
 
 from apt.solver import Gram, Pattern, Solution, SolverOptions
 from apt.solver.patterns import Granularity, lowest
 
 
+@torch.no_grad()
 def magnitude(weight: Tensor, gram: Gram, pattern: Pattern, options: SolverOptions) -> Solution:
     """Prune the smallest ``|w|`` of the layer."""
     return _prune(weight, weight.abs(), pattern, "layer")
 
 
+@torch.no_grad()
 def wanda(weight: Tensor, gram: Gram, pattern: Pattern, options: SolverOptions) -> Solution:
-    """Prune the smallest ``|w| · ‖x_j‖₂`` of each output row (arXiv 2306.11695, section 3)."""
+    """Prune the smallest ``|w| · ‖x_j‖₂`` of each output row (arXiv 2306.11695, section 3).
+
+    Raises:
+        SolverError: the inputs are all zero or not finite, see `Gram.check`.
+    """
+    gram.check()
     norms = gram.matrix.diagonal().sqrt().to(weight.dtype)
     return _prune(weight, weight.abs() * norms, pattern, "row")
 

@@ -27,6 +27,7 @@ THRESHOLD = 0.1
 SAMPLE = 2048  # ε is summed over a sample of so many tokens, as in the authors' code
 
 
+@torch.no_grad()
 def dsnot(weight: Tensor, gram: Gram, pattern: Pattern, options: SolverOptions) -> Solution:
     """Wanda's mask, refined; the kept weights stay as they are.
 
@@ -45,7 +46,7 @@ def dsnot_exact(weight: Tensor, gram: Gram, pattern: Pattern, options: SolverOpt
     """The mask of `dsnot`, with exact least-squares weights for it (arXiv 2410.15567)."""
     mask = dsnot(weight, gram, pattern, options).mask
     damped = gram.damped(options.damping)
-    joint = joint_weights(weight.to(damped.matrix.dtype), damped, mask)
+    joint = joint_weights(weight, damped, mask, None, options.tolerance)
     return Solution(joint.weight.to(weight.dtype), mask, damped.damping, joint.residual)
 
 
@@ -65,7 +66,8 @@ def refined(
         group: the number of consecutive columns in a group; None if a row is a single group.
         cycles: the greatest number of exchanges in a row; see `CYCLES` and `WIDTH` by default.
     """
-    cycles = cycles or math.ceil(CYCLES * min(1.0, weight.shape[1] / WIDTH))
+    if cycles is None:
+        cycles = math.ceil(CYCLES * min(1.0, weight.shape[1] / WIDTH))
     rows = _Rows(weight.to(gram.total.dtype), gram, mask, group)
     for _ in range(cycles):
         if not rows.exchange():

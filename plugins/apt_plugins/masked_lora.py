@@ -13,6 +13,8 @@ from peft import LoraConfig
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
+_UNSERVED = ("lora_dropout", "use_dora", "lora_bias")  # the update of these is no masked matrix
+
 
 class MaskedLoraLinear(Linear):  # type: ignore[misc]
     """peft's LoRA of a `torch.nn.Linear`, with a masked update."""
@@ -40,8 +42,19 @@ def masked_lora(**options: Any) -> LoraConfig:
     """A configuration of LoRA with masked updates.
 
     Args:
-        **options: the arguments of `peft.LoraConfig`.
+        **options: the arguments of `peft.LoraConfig`, but for dropout, DoRA and biases.
+
+    Raises:
+        ValueError: an option would not be masked; peft raises it for a target that is no
+            `torch.nn.Linear`.
     """
+    if given := [name for name in _UNSERVED if options.get(name)]:
+        raise ValueError(f"masked LoRA does not serve {', '.join(given)}")
     config = LoraConfig(**options)
-    config._register_custom_module({nn.Linear: MaskedLoraLinear})
+    config._register_custom_module({nn.Linear: MaskedLoraLinear, nn.Module: _refuse})
     return config
+
+
+def _refuse(target: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+    """Raise in the place of peft's other layers, whose updates are not masked."""
+    raise ValueError(f"masked LoRA serves torch.nn.Linear, not {type(target).__name__}")

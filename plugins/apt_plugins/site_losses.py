@@ -101,7 +101,7 @@ def _shares_left(
 ) -> Tensor:
     """The share of the loss that is left with exact weights, at each knot (knots + 1,)."""
     site, damped = planned.site, grams[planned.site].damped(_DAMPING)
-    weight = site.oriented(site.weight(block).data).float()
+    weight = site.oriented(site.weight(block).data).to(damped.matrix.dtype)
     rows = torch.linspace(0, len(weight) - 1, min(_ROWS, len(weight))).long().to(weight.device)
     left = []
     for knot in _KNOTS:
@@ -132,13 +132,13 @@ def pruned(
     block: nn.Module, sites: Sequence[PlannedSite], grams: Mapping[Site, Gram]
 ) -> Iterator[None]:
     """Inside the context, the weights of the lowest scores of each site are zero."""
-    kept = []
-    for planned in sites:
-        weight = planned.site.oriented(planned.site.weight(block).data)
-        kept.append((weight, weight.clone()))
-        scores = _scores(block, planned.site, grams)
-        weight.masked_fill_(removed_at(scores, planned.pattern, sparsity_of(planned)), 0)
+    kept = list[tuple[Tensor, Tensor]]()
     try:
+        for planned in sites:
+            weight = planned.site.oriented(planned.site.weight(block).data)
+            kept.append((weight, weight.clone()))
+            scores = _scores(block, planned.site, grams)
+            weight.masked_fill_(removed_at(scores, planned.pattern, sparsity_of(planned)), 0)
         yield
     finally:
         for weight, dense in kept:

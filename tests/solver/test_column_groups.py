@@ -110,6 +110,13 @@ def test_groups_that_cannot_be_are_refused(count, kept, bins):
         ColumnGroups(count, kept, bins)
 
 
+@pytest.mark.parametrize("chosen", [(), (1, 1), (0, 4), (-1, 0), (0, 1)])
+def test_a_choice_that_cannot_be_is_refused(chosen):
+    with pytest.raises(ValueError, match="needs 2 removed groups, 1 in each bin"):
+        ColumnGroups(4, 2, bins=2, chosen=chosen)
+    assert ColumnGroups(4, 2, bins=2, chosen=(3, 0)).removed == 2
+
+
 def test_groups_that_do_not_fit_the_width_are_refused():
     weight, gram = problem(0)
     with pytest.raises(ValueError, match="12 columns are not a multiple of 5"):

@@ -65,3 +65,14 @@ def test_it_is_better_than_the_nearest_integers(bits):
     nearest = to_nearest(weight, found, grid)
     joint, plain = (float(quadratic_loss(weight, each, matrix).sum()) for each in (found, nearest))
     assert joint < 0.75 * plain
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_small_weights_are_rounded_as_finely_as_large_ones(dtype):
+    weight, matrix = pruned_problem(3, 8, 128)
+    errors = []
+    for size in (1e-2, 1e-4):
+        small = (weight * size).to(dtype).float()
+        found = rounded(small, matrix, IntegerGrid(8), dtype)
+        errors.append(float(quadratic_loss(small, found, matrix).sum()) / size**2)
+    assert errors[1] < 1.5 * errors[0]

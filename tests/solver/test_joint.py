@@ -109,3 +109,13 @@ def test_outlier_directions_do_not_slow_it_down():
     mask = random_mask(8, weight.shape)
     best = quadratic_loss(weight, least_squares(weight, damped.matrix, mask), damped.matrix).sum()
     assert joint_weights(weight, damped, mask, max_steps=8).loss.sum() < 1.01 * best
+
+
+@pytest.mark.parametrize("width", [32, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_a_weight_of_any_dtype_is_solved_in_that_of_the_matrix(width, dtype):
+    weight, gram = problem(6, 4, width)
+    damped = Gram.from_sum(gram.matrix.float(), gram.tokens).damped(0.01)
+    mask, weight = random_mask(6, (4, width)), weight.to(dtype)
+    found = joint_weights(weight, damped, mask).weight
+    assert torch.equal(found, joint_weights(weight.float(), damped, mask).weight)

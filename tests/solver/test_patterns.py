@@ -90,3 +90,14 @@ def test_a_share_as_text_keeps_its_count(size):
     for pattern in (Unstructured(share), MixedNM(share)):
         assert parse_pattern(str(pattern)).count(size) == pattern.count(size)
     assert str(Unstructured(0.5)) == "0.5"
+
+
+def test_groups_do_not_cross_rows():
+    with pytest.raises(ValueError, match="6 columns are not a multiple of 4"):
+        lowest(torch.rand(4, 6), NM(2, 4))
+
+
+def test_the_count_is_exact_where_most_scores_are_nan():
+    scores = torch.rand(65_000, generator=torch.Generator().manual_seed(0))
+    scores[torch.rand(65_000, generator=torch.Generator().manual_seed(1)) < 0.6] = torch.nan
+    assert int(lowest_k(scores.unsqueeze(0), 39_000).sum()) == 39_000

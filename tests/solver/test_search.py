@@ -155,3 +155,11 @@ def test_an_unknown_effort_is_an_error():
     weight, gram = problem(1, 2, 8)
     with pytest.raises(SolverError, match="'most' is none of fast, default, best"):
         admm(weight, gram, NM(2, 4), SolverOptions(effort="most"))
+
+
+@pytest.mark.parametrize("effort", EFFORTS)
+def test_the_tolerance_holds_for_every_effort(effort):
+    weight, gram = problem(5, 6, 128)
+    found = admm(weight, gram, NM(2, 4), SolverOptions(effort=effort, tolerance=1e-12))
+    exact = least_squares(weight, gram.damped(0.01).matrix, found.mask)
+    torch.testing.assert_close(found.weight, exact, rtol=1e-4, atol=1e-4)

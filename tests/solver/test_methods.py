@@ -1,0 +1,81 @@
+"""Every registered method: what it does with the weight it is given, and how."""
+
+import pytest
+import torch
+from torch import nn
+
+from apt.plugin.registry import registry
+from apt.solver import NM, Gram, SolverError, SolverOptions, Unstructured
+
+METHODS = sorted(registry().methods.specs)
+PATTERNS = [NM(2, 4), Unstructured(0.5)]
+OPTIONS = [SolverOptions(), SolverOptions(block_size=8)]
+
+
+def problem(out, width=128, seed=0):
+    """A weight (out, width) and correlated inputs (tokens, width), in fp32."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(2 * width, width, generator=generator)
+    inputs @= torch.eye(width) + 0.2 * torch.randn(width, width, generator=generator)
+    return torch.randn(out, width, generator=generator), inputs
+
+
+def solved(name, weight, gram, pattern, options):
+    return registry().methods.get(name).load()(weight, gram, pattern, options)
+
+
+def same(found, expected):
+    return torch.equal(found.weight, expected.weight) and torch.equal(found.mask, expected.mask)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("out", [1, 5])
+def test_the_layout_of_a_weight_changes_nothing_and_the_weight_stays(name, pattern, out):
+    weight, inputs = problem(out)
+    gram = Gram.of(inputs)
+    for options in OPTIONS:
+        expected = solved(name, weight.clone(), gram, pattern, options)
+        given = weight.T.contiguous().T  # as the weight of a Conv1D is stored
+        before = gram.matrix.clone()
+        found = solved(name, given, gram, pattern, options)
+        assert torch.equal(given, weight)
+        assert torch.equal(gram.matrix, before)
+        torch.testing.assert_close(found.weight, expected.weight, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_gradients_and_autocast_change_nothing(name, pattern):
+    weight, inputs = problem(6)
+    expected = solved(name, weight, Gram.of(inputs), pattern, SolverOptions())
+    parameter = nn.Parameter(weight.clone())
+    with torch.autocast("cpu", torch.bfloat16):
+        gram = Gram.of(inputs.requires_grad_())
+        found = solved(name, parameter, gram, pattern, SolverOptions())
+    assert same(found, expected)
+    assert not found.weight.requires_grad
+    assert not gram.matrix.requires_grad
+    assert torch.equal(parameter, weight)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("wrong", [0.0, torch.nan])
+def test_inputs_that_say_nothing_are_an_error(name, wrong):
+    if name == "magnitude":
+        pytest.skip("it does not use the inputs")
+    weight, inputs = problem(4)
+    inputs = torch.zeros_like(inputs)
+    inputs[3, 5] = wrong
+    with pytest.raises(SolverError, match="was zero" if wrong == 0 else "not finite"):
+        solved(name, weight, Gram.of(inputs), NM(2, 4), SolverOptions())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_default_device_changes_nothing(name):
+    weight, inputs = problem(4)
+    gram = Gram.of(inputs)
+    expected = solved(name, weight, gram, NM(2, 4), SolverOptions())
+    with torch.device("meta"):
+        found = solved(name, weight, Gram.of(inputs), NM(2, 4), SolverOptions())
+    assert same(found, expected)
