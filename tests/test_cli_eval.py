@@ -108,14 +108,30 @@ def test_a_pruned_model_is_compared_with_the_dense_one(apt, checkpoint):
     itself = json.loads(apt("eval", dense, *text, *both, "--dense", dense).out)
     assert itself["divergence"] == pytest.approx(0, abs=1e-6)
     assert itself["agreement"] == 1
+    assert "dense" not in record
+    assert 0 < record["spread"]["divergence"]["error"] < record["divergence"]
+
+
+def test_perplexity_stands_beside_that_of_the_dense_model(apt, checkpoint):
+    text = ("--data", TEXT, "--samples", 3, "--seqlen", 24)
+    alone = [json.loads(apt("eval", m, *text, "--json").out) for m in ("zoo:llama", "zoo:opt")]
+    given = ("eval", "zoo:llama", *text, "--dense", "zoo:opt")
+    record = json.loads(apt(*given, "--json").out)
+    assert record["perplexity"] == pytest.approx(alone[0]["perplexity"], rel=1e-5)
+    assert record["dense"]["perplexity"] == pytest.approx(alone[1]["perplexity"], rel=1e-5)
+    spread = record["spread"]["perplexity"]
+    assert spread["low"] < record["perplexity"] < spread["high"]
+    shown = apt(*given)
+    assert shown.code == 0, shown.err
+    assert f"{spread['low']:.3f} … {spread['high']:.3f}" in shown.out
+    assert f"{record['dense']['perplexity']:.3f}" in shown.out
 
 
 def test_metrics_beside_the_dense_model_need_one(apt, checkpoint):
     model, text = checkpoint("llama"), ("--data", TEXT, "--samples", 1, "--seqlen", 16)
     for arguments, message in (
         (("--metric", "divergence"), "add --dense MODEL"),
-        (("--dense", model), "no metric uses --dense"),
-        (("--metric", "agreement", "--dense", model, "--stream"), "needs both models in memory"),
+        (("--dense", model, "--stream"), "--dense needs both models in memory"),
         (("--metric", "agreement", "--dense", "nowhere"), "nowhere"),
     ):
         done = apt("eval", model, *text, *arguments)

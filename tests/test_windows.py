@@ -1,18 +1,41 @@
 """Metrics of single windows, and the intervals that follow from them."""
 
 import math
+import statistics
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
+from torch import nn
 
 from apt.evaluation.intervals import quantile
-from apt.evaluation.windows import Windows, spread
+from apt.evaluation.windows import Windows, score, score_beside, spread
+from apt.plugin.specs import EvaluatorSpec
 
 POSITIVE = st.floats(0.01, 1000)
 PAIRS = st.lists(st.tuples(POSITIVE, POSITIVE), min_size=2, max_size=20)
+
+
+class Times(nn.Module):
+    """A module that multiplies by a number."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, values):
+        return self.factor * values
+
+
+def mean_of(model, tokens, dense=None):
+    """The mean of the outputs, or of their differences from the dense ones."""
+    return (model(tokens).double() - (0 if dense is None else dense(tokens))).mean()
+
+
+def metric(mean, dense=False):
+    return EvaluatorSpec("mean", "", "tests.test_windows:mean_of", mean=mean, dense=dense)
 
 
 @given(PAIRS, st.sampled_from(["arithmetic", "geometric"]))
@@ -52,11 +75,25 @@ def test_quantiles_are_those_of_students_distribution(degrees):
 
 def test_the_value_is_that_of_all_windows_at_once():
     tokens = torch.arange(12).reshape(4, 3)
-    found = Windows.measure(lambda some: float(some.double().mean()), tokens, "arithmetic")
+    value, found = score(metric("arithmetic"), nn.Identity(), tokens, None)
     assert found.values == [1, 4, 7, 10]
-    assert found.value == 5.5
+    assert found.value == value == 5.5
+    assert score(metric(None), nn.Identity(), tokens, None) == (5.5, None)
     row = {"windows": {"text": {"mean": found.record()}}}
     assert Windows.of(row, "text", "mean") == found
+
+
+def test_a_score_has_the_interval_of_the_differences_from_the_dense_model():
+    tokens = torch.tensor([[1.0, 3.0], [4.0, 8.0], [6.0, 6.0]])
+    found = score_beside(metric("arithmetic"), Times(2), tokens, Times(1))
+    assert (found.value, found.dense) == (28 / 3, 14 / 3)
+    expected = Windows("arithmetic", [4, 12, 12]).spread(Windows("arithmetic", [2, 6, 6]))
+    assert found.spread == expected
+    found = score_beside(metric("arithmetic", dense=True), Times(2), tokens, Times(1))
+    assert (found.value, found.dense) == (14 / 3, None)
+    assert found.spread.error == pytest.approx(statistics.stdev([2, 6, 6]) / math.sqrt(3))
+    assert (found.spread.low + found.spread.high) / 2 == pytest.approx(14 / 3)
+    assert score_beside(metric(None), Times(2), tokens, Times(1)).spread is None
 
 
 @pytest.mark.parametrize("values", [[], [1.0]])

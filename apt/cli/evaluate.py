@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from apt.checkpoints.model import Model
     from apt.cli.output import StatusLine
+    from apt.evaluation.windows import Score
     from apt.locations.model_source import Source
     from apt.plugin.specs import EvaluatorSpec
 
@@ -45,8 +46,8 @@ def evaluate(
         None,
         "--dense",
         metavar="MODEL",
-        help="The dense model, for the metrics divergence and agreement, and for a comparison of "
-        "the answers to --tasks.",
+        help="The dense model, to compare the metrics and the answers to --tasks with; the metrics "
+        "divergence and agreement need it.",
     ),
     samples: int | None = typer.Option(
         None, "--samples", help="Number of windows; by default all."
@@ -84,7 +85,7 @@ def evaluate(
 
     plain = [] if tasks and data is None else ["perplexity"]
     measures = [registry().evaluators.get(name) for name in metric or plain]
-    _check_dense([spec.name for spec in measures if spec.dense], dense, tasks, stream=stream)
+    _check_dense([spec.name for spec in measures if spec.dense], dense, stream=stream)
     questions = args.read_tasks(tasks)
     hub = args.read_hub(revision, token, cache_dir)
 
@@ -122,12 +123,12 @@ def evaluate(
         models = [stack.enter_context(_runnable(shell, *given, stream))]
         if beside is not None:
             models.append(stack.enter_context(_runnable(beside, *given, stream=False)))
-        values = {} if text is None else _measured(models, text, measures, status)
+        scores = {} if text is None else _measured(models, text, measures, status)
         status.update("answering tasks" if questions else "done")
         answered = _answered(models, reader, questions, limit)
-    _show(model, text, values, answered, as_json=as_json)
+    _show(model, text, scores, answered, as_json=as_json)
     if text is not None:
-        _check_finite(values, model, text.name)
+        _check_finite(scores, model, text.name)
 
 
 @dataclass(frozen=True)
@@ -145,13 +146,17 @@ class _Text:
 
         check_vocabulary(self.tokens, model.module, model.source.reference)
 
-    def record(self, values: Mapping[str, float]) -> dict[str, Any]:
+    def record(self, scores: "Mapping[str, Score]") -> dict[str, Any]:
         """What was measured on the text, for JSON."""
         from apt.text.datasets import digest
 
         windows, seqlen = self.tokens.shape
+        dense = {name: one.dense for name, one in scores.items() if one.dense is not None}
+        spreads = {name: asdict(one.spread) for name, one in scores.items() if one.spread}
         return {
-            "data": self.name, **values, "windows": windows, "seqlen": seqlen, "bos": self.bos,
+            "data": self.name, **{name: one.value for name, one in scores.items()},
+            **({"dense": dense} if dense else {}), **({"spread": spreads} if spreads else {}),
+            "windows": windows, "seqlen": seqlen, "bos": self.bos,
             "tokens_sha256": digest(self.tokens),
         }  # fmt: skip
 
@@ -174,19 +179,22 @@ def _measured(
     text: _Text,
     measures: "Sequence[EvaluatorSpec]",
     status: "StatusLine",
-) -> dict[str, float]:
-    """The metrics of the first model, some of them beside the dense one."""
+) -> "dict[str, Score]":
+    """The metrics of the first model, beside those of the dense model if it is given."""
     from apt.evaluation import kept_states
+    from apt.evaluation.windows import Score, score_beside
 
-    values = {}
+    scores = {}
     with ExitStack() as stack:
         for model in models if len(measures) > 1 else ():
             stack.enter_context(kept_states(model))
         for spec in measures:
             status.update(f"measuring {spec.name} on {text.tokens.numel():,} tokens")
-            beside = models[1:] if spec.dense else []
-            values[spec.name] = float(spec.load()(models[0], text.tokens, *beside))
-    return values
+            if len(models) > 1:
+                scores[spec.name] = score_beside(spec, models[0], text.tokens, models[1])
+            else:
+                scores[spec.name] = Score(float(spec.load()(models[0], text.tokens)))
+    return scores
 
 
 def _answered(
@@ -206,50 +214,46 @@ def _answered(
 def _show(
     model: str,
     text: _Text | None,
-    values: Mapping[str, float],
+    scores: "Mapping[str, Score]",
     answered: Mapping[str, Any],
     *,
     as_json: bool,
 ) -> None:
     from apt.cli.output import out, show, show_json
-    from apt.cli.task_table import task_table
+    from apt.cli.score_tables import score_table, task_table
 
     if as_json:
-        record = {} if text is None else text.record(values)
+        record = {} if text is None else text.record(scores)
         show_json({"model": model, **record, **({"tasks": answered} if answered else {})})
         return
     if text is not None:
         windows, seqlen = text.tokens.shape
-        figures = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
+        figures = ", ".join(f"{name} {one.value:.3f}" for name, one in scores.items())
         begin = f", each with {text.first} first" if text.first else ""
         out.print(
             f"{model}: {figures} on {text.name}, {windows} × {seqlen} tokens{begin}", markup=False
         )
+        if any(one.dense is not None or one.spread is not None for one in scores.values()):
+            show(score_table(scores))
     if answered:
         show(task_table(answered))
 
 
-def _check_dense(
-    metrics: Sequence[str], dense: str | None, tasks: Sequence[str], *, stream: bool
-) -> None:
+def _check_dense(metrics: Sequence[str], dense: str | None, *, stream: bool) -> None:
     """Raise if a metric needs a dense model that is not given, or that cannot be streamed."""
     if metrics and dense is None:
         raise AptError(
             f"the metric {metrics[0]} compares with the dense model", "add --dense MODEL"
         )
-    if dense is not None and not metrics and not tasks:
-        raise AptError(
-            "no metric uses --dense", "add --metric divergence, --metric agreement or --tasks"
-        )
-    if metrics and stream:
-        raise AptError(f"the metric {metrics[0]} needs both models in memory", "leave out --stream")
+    if dense is not None and stream:
+        raise AptError("--dense needs both models in memory", "leave out --stream")
 
 
-def _check_finite(values: Mapping[str, float], model: str, data: str) -> None:
+def _check_finite(scores: "Mapping[str, Score]", model: str, data: str) -> None:
     """Exit with status 1 if a measure is not a finite number."""
     from apt.cli.output import show_error
 
-    wrong = [name for name, value in values.items() if not math.isfinite(value)]
+    wrong = [name for name, one in scores.items() if not math.isfinite(one.value)]
     if wrong:
         show_error(f"{model} has no {wrong[0]} on {data}: its outputs there are not finite")
         raise typer.Exit(1)

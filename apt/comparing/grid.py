@@ -20,7 +20,7 @@ from apt.comparing.cells import Cell
 from apt.comparing.claims import claimed
 from apt.comparing.results import DENSE, Comparison, Row
 from apt.evaluation import kept_states
-from apt.evaluation.windows import Windows
+from apt.evaluation.windows import score
 from apt.events import Observer
 from apt.locations.model_source import Source, find
 from apt.output.report import portable, versions
@@ -245,7 +245,8 @@ class Grid:
                 windows = row["windows"][portable(name)] = {}
                 for metric in self._metrics:
                     self._status(f"measuring {metric} on {name}")
-                    scores[metric], each = self._measured(metric, module, tokens)
+                    spec = self._metrics[metric]
+                    scores[metric], each = score(spec, module, tokens, self._dense.module)
                     if each is not None:
                         windows[metric] = each.record()
             if self._options.tasks:
@@ -256,18 +257,3 @@ class Grid:
                 )  # fmt: skip
                 row["tasks"] = {own.task: own.record() for own in answers}
         return row
-
-    def _measured(
-        self, name: str, module: nn.Module, tokens: Tensor
-    ) -> tuple[float, Windows | None]:
-        """A metric of tokens (windows, seqlen), and of each window if it is a mean of windows."""
-        spec = self._metrics[name]
-        target, beside = spec.load(), [self._dense.module] if spec.dense else []
-
-        def metric(some: Tensor) -> float:
-            return float(target(module, some, *beside))
-
-        if spec.mean is None:
-            return metric(tokens), None
-        each = Windows.measure(metric, tokens, spec.mean)
-        return each.value, each

@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from apt.evaluation.intervals import mean_difference
+from apt.plugin.specs import EvaluatorSpec
 
 Mean = Literal["arithmetic", "geometric"]
 
@@ -43,11 +44,6 @@ class Windows:
     values: Sequence[float]
 
     @classmethod
-    def measure(cls, metric: Callable[[Tensor], float], tokens: Tensor, mean: Mean) -> "Windows":
-        """The metric of each window of ``tokens`` (windows, seqlen)."""
-        return cls(mean, [float(metric(window[None])) for window in tokens])
-
-    @classmethod
     def of(cls, row: Mapping[str, Any], text: str, metric: str) -> "Windows | None":
         """The windows that a row of a comparison has for a text and a metric; None without any."""
         found = row.get("windows", {}).get(text, {}).get(metric)
@@ -65,12 +61,15 @@ class Windows:
         scaled = self._scaled
         return self._unscaled(math.fsum(scaled) / len(scaled))
 
-    def spread(self, dense: "Windows") -> Spread | None:
+    def spread(self, dense: "Windows | None") -> Spread | None:
         """The uncertainty of `value`, from the differences between this model and the dense one.
 
-        The mean of the dense model counts as exact. Only the difference from it is uncertain. None
+        The mean of the dense model counts as exact. Only the difference from it is uncertain. A
+        metric that is itself a difference from the dense model has no ``dense`` windows. None
         if there are fewer than two windows, or if a value is not finite.
         """
+        if dense is None:
+            dense = Windows(self.mean, [self.value] * len(self.values))
         if len(self.values) != len(dense.values):
             return None
         found = mean_difference(self._scaled, dense._scaled)
@@ -89,6 +88,53 @@ class Windows:
 
     def _unscaled(self, value: float) -> float:
         return value if self.mean == "arithmetic" else math.exp(min(value, 700.0))
+
+
+@dataclass(frozen=True)
+class Score:
+    """A metric of a model beside the dense one.
+
+    Attributes:
+        value: the metric.
+        dense: that of the dense model; None for a metric that itself compares with it.
+        spread: the uncertainty of ``value``; None if it is not known.
+    """
+
+    value: float
+    dense: float | None = None
+    spread: Spread | None = None
+
+
+def score_beside(spec: EvaluatorSpec, model: nn.Module, tokens: Tensor, dense: nn.Module) -> Score:
+    """A metric of a model and of the dense one, or of the difference between them.
+
+    Args:
+        spec: the metric.
+        model, dense: causal language models of transformers.
+        tokens: token ids (windows, seqlen).
+    """
+    value, own = score(spec, model, tokens, dense)
+    other, others = (None, None) if spec.dense else score(spec, dense, tokens, None)
+    return Score(value, other, None if own is None else own.spread(others))
+
+
+def score(
+    spec: EvaluatorSpec, model: nn.Module, tokens: Tensor, dense: nn.Module | None
+) -> tuple[float, Windows | None]:
+    """A metric of a model, and of each window if it is a mean of windows.
+
+    Args:
+        spec: the metric.
+        model: a causal language model of transformers.
+        tokens: token ids (windows, seqlen).
+        dense: the dense model, for a metric that compares with it.
+    """
+    target: Callable[..., float] = spec.load()
+    beside = [dense] if spec.dense else []
+    if spec.mean is None:
+        return float(target(model, tokens, *beside)), None
+    each = Windows(spec.mean, [float(target(model, window[None], *beside)) for window in tokens])
+    return each.value, each
 
 
 def spread(

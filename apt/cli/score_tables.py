@@ -1,11 +1,30 @@
-"""The table of the answers to tasks."""
+"""The tables of ``apt-prune eval``."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from apt.cli.output import table
+
+if TYPE_CHECKING:
+    from apt.evaluation.windows import Score
+
+
+def score_table(scores: "Mapping[str, Score]") -> Table:
+    """A row for each metric on text, beside the dense model.
+
+    Args:
+        scores: the metrics by name.
+    """
+    made = table("metric", ">value", ">± error", "95 % interval", ">dense")
+    for name, score in scores.items():
+        error, interval = "", ""
+        if score.spread is not None:
+            error = _figure(score.spread.error)
+            interval = f"{score.spread.low:.3f} … {score.spread.high:.3f}"
+        made.add_row(name, _figure(score.value), error, interval, _figure(score.dense))
+    return made
 
 
 def task_table(tasks: Mapping[str, Mapping[str, Any]]) -> Table:
