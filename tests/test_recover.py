@@ -341,11 +341,37 @@ def test_automatic_tokens_use_the_text_once_at_most():
     assert library.recover(model, tokens, kind="layers", options=many).steps == 4  # of 32 tokens
 
 
-def test_a_time_decides_the_number_of_steps():
+@pytest.mark.parametrize("window", [None, 1])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_time_decides_the_number_of_steps(kind, window):
+    model, dense, tokens = pruned()
+    model.requires_grad_(False)
+    options = RecoverOptions(minutes=0.01, checks=1, batch=4, rate=1e-3, window=window, hidden=0.1)
+    events = []
+    with suppress(NotRecoveredError):  # a slow machine has few steps
+        library.recover(
+            model, tokens, kind=kind, options=options, dense=dense, observe=events.append
+        )
+    assert events[-1].step > 1
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_step_that_is_timed_is_that_of_the_kind():
     model, _, tokens = pruned()
-    options = RecoverOptions(minutes=0.02, checks=1, batch=4, rate=1e-3)
-    training = library.recover(model, tokens, kind="layers", options=options)
-    assert training.steps > 1
+    trained = []
+
+    def head(given):
+        def loss(model, batch):
+            trained.append([n for n, p in model.named_parameters() if p.requires_grad])
+            return next_token_loss(model, batch)
+
+        train_only(given.model, [given.model.lm_head.weight])
+        return Trainable(given.model, loss)
+
+    options = RecoverOptions(minutes=0.001, checks=1, batch=4, rate=1e-3)
+    with suppress(NotRecoveredError):
+        library.recover(model, tokens, kind=head, options=options)
+    assert trained[0] == ["lm_head.weight"]
 
 
 def test_plain_lora_fills_zeros_where_spp_and_masked_lora_keep_them():

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from apt.recovery.trainable import (
     train_only,
 )
 from apt.recovery.training import TrainingPlan, is_mixed, train
-from apt.recovery.windows import BlockWindows, middle_window
+from apt.recovery.windows import BlockWindows
 
 DENSE_LOSS = "dense_loss"
 """The key by which the loss of the dense model on the samples held back is remembered."""
@@ -111,9 +111,13 @@ def recover_model(model: nn.Module, tokens: Tensor, job: Job) -> tuple[Training,
     text, held_back = _split(tokens, job.options)
     with _in_fp32(model), job.adapter.running(model):
         job.status("preparing")
-        steps, text = _amount(model, text, len(held_back), job)
+        amount = None  # the dense model runs on the samples of all steps: it needs their number
+        if job.spec.teacher:
+            train_only(model, (p for _, b in job.adapter.blocks(model) for p in b.parameters()))
+            amount = steps, text = _amount(model, Trainable(model), text, len(held_back), job)
         trainable = _trainable(model, masks, text, held_back, job)
         with _undone_on_error(model, trainable, job):
+            steps, text = amount or _amount(model, trainable, text, len(held_back), job)
             training = train(
                 trainable, masks, text, held_back, _plan(steps, job),
                 moving=_moving(model, trainable, masks, steps, job),
@@ -215,11 +219,14 @@ def _split(tokens: Tensor, options: RecoverOptions) -> tuple[Tensor, Tensor]:
     return tokens[:-count], tokens[-count:]
 
 
-def _amount(model: nn.Module, text: Tensor, held_back: int, job: Job) -> tuple[int, Tensor]:
+def _amount(
+    model: nn.Module, trainable: Trainable, text: Tensor, held_back: int, job: Job
+) -> tuple[int, Tensor]:
     """The number of steps, and the samples that they use."""
     options = job.options
     if options.minutes is not None:
-        steps = job.remember("steps", lambda: _steps_in(model, text, held_back, job))
+        windows = _windows(model, 1, job)
+        steps = job.remember("steps", lambda: _steps_in(trainable, windows, text, held_back, job))
         steps = job.ranks.share(steps)
     elif isinstance(options.tokens, int):
         steps = math.ceil(options.tokens / (options.batch * text.shape[1]))
@@ -230,22 +237,22 @@ def _amount(model: nn.Module, text: Tensor, held_back: int, job: Job) -> tuple[i
     return steps, text[: steps * options.batch]
 
 
-def _steps_in(model: nn.Module, text: Tensor, held_back: int, job: Job) -> int:
+def _steps_in(
+    trainable: Trainable, windows: BlockWindows | None, text: Tensor, held_back: int, job: Job
+) -> int:
     """The number of steps in the given minutes, from the time of one step."""
     options, given = job.options, text[: job.options.samples_at_once].to(job.device)
-    if options.window is not None:
-        blocks = [block for _, block in job.adapter.blocks(model)]
-        train_only(model, middle_window(blocks, options.window))
-    trainable, device = Trainable(model.to(job.device)), torch.device(job.device)
+    model, device = trainable.module.to(job.device), torch.device(job.device)
     mixed = torch.autocast(device.type, torch.bfloat16, is_mixed(model, device))
-    for _ in range(2):  # the first one is slower
-        started = _now(device)
-        with mixed:
-            loss = trainable.loss(model, {"input_ids": given})
-        loss.backward()  # type: ignore[no-untyped-call]
-        step = (_now(device) - started) * options.batch / len(given) / job.ranks.size
+    batch = {"input_ids": given, "row": torch.arange(len(given), device=device)}
+    with nullcontext() if windows is None else windows.middle():
+        for _ in range(2):  # the first one is slower
+            started = _now(device)
+            with mixed:
+                loss = trainable.loss(model, batch)
+            loss.backward()  # type: ignore[no-untyped-call]
+            step = (_now(device) - started) * options.batch / len(given) / job.ranks.size
     model.zero_grad(set_to_none=True)
-    model.requires_grad_(True)
     with torch.no_grad(), mixed:
         started = _now(device)
         next_token_loss(model, {"input_ids": given})

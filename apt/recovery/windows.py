@@ -5,7 +5,8 @@ Gradients and moments of the optimizer exist for the blocks of the window alone,
 window, and the blocks before it run without gradients.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -42,6 +43,17 @@ class BlockWindows(TrainerCallback):  # type: ignore[misc]
         """Train the window of this step, and forget the moments of the others."""
         self._train(state.global_step * len(self) // self._steps, optimizer)
 
+    @contextmanager
+    def middle(self) -> Iterator[None]:
+        """Inside the context, the middle window is trained; its steps take the mean time."""
+        for index, window in enumerate(self._windows):
+            for parameter in window:
+                parameter.requires_grad_(index == len(self) // 2)
+        yield
+        for window in self._windows:
+            for parameter in window:
+                parameter.requires_grad_(True)
+
     def _train(self, current: int, optimizer: torch.optim.Optimizer) -> None:
         for index, window in enumerate(self._windows):
             for parameter in window:
@@ -49,12 +61,6 @@ class BlockWindows(TrainerCallback):  # type: ignore[misc]
                 if index != current:
                     parameter.grad = None
                     optimizer.state.pop(parameter, None)
-
-
-def middle_window(blocks: Sequence[nn.Module], size: int) -> list[nn.Parameter]:
-    """The parameters of the window in the middle of a model, where a step takes the mean time."""
-    start = max(0, (len(blocks) - size) // 2)
-    return [p for block in blocks[start : start + size] for p in block.parameters()]
 
 
 def _trained(block: nn.Module) -> list[nn.Parameter]:
