@@ -1,6 +1,7 @@
 """Tiny random models of every family, as variants that adapters must get right."""
 
 import copy
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -79,6 +80,13 @@ def random_model(variant, dtype=torch.float32, attention=None):
         if parameter.ndim == 2 and "A_log" not in name:
             torch.nn.init.normal_(parameter, std=0.3 if "x_proj" not in name else 0.6)
     return model.to(dtype).eval()
+
+
+class Twice(torch.nn.ModuleList):
+    """A list of blocks through which the model goes twice."""
+
+    def __iter__(self):
+        return chain(super().__iter__(), super().__iter__())
 
 
 def random_tokens(samples=4, seqlen=24, seed=0):

@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch import nn
 
+from apt import prune
 from apt.adapter import DecoderAdapter, Input
 from apt.calibration.batches import Batch, enter
 from apt.calibration.capture import Capture
 from apt.errors import AptError
+from apt.plugin.registry import registry
 from tests.families import ATTENTION, CONFIGS, random_model, random_tokens
 
 VARIANTS = [
@@ -155,6 +157,21 @@ def test_equal_masks_and_positions_are_kept_once(adapter_of):
 def test_an_adapter_of_another_family_is_refused(adapter_of):
     with pytest.raises(AptError, match=r"LlamaAdapter does not fit .*no 'model\.layers'"):
         adapter_of(random_model("llama")).blocks(random_model("mamba"))
+
+
+@pytest.mark.parametrize("name", ["bloom", "jamba", "mamba", "falcon-h1"])
+def test_each_adapter_of_another_family_says_so(name):
+    model, adapter = random_model("llama"), registry().adapters.get(name).make()
+    with pytest.raises(AptError, match=r"Adapter does not fit Llama\w+: it has no "):
+        prune(model, random_tokens(), pattern="2:4", adapter=adapter)
+
+
+@pytest.mark.parametrize("name", ["llama", "auto"])
+def test_a_block_that_is_repeated_is_refused(name):
+    model = random_model("llama")
+    model.model.layers = nn.ModuleList([model.model.layers[0]] * 3)
+    with pytest.raises(AptError, match=r"layers\.0\.\S+ and model\.layers\.1\.\S+ share one w"):
+        prune(model, random_tokens(), pattern="2:4", adapter=name)
 
 
 class Forgetful(DecoderAdapter):

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
+from torch import nn
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -14,7 +15,7 @@ from apt.cli import app
 from apt.errors import AptError
 from apt.plugin.registry import registry
 from apt.testing import CHECKS, check_adapter
-from tests.families import _HEADS, _IDS, _SMALL, CONFIGS, random_model, random_tokens
+from tests.families import _HEADS, _IDS, _SMALL, CONFIGS, Twice, random_model, random_tokens
 
 AUTO = registry().adapters.get("auto").load()
 TOKENS = random_tokens(2, 16)
@@ -85,13 +86,48 @@ def test_it_prunes(tmp_path):
     assert len(report.sites) == 12
 
 
-def test_experts_are_refused():
-    config = transformers.MixtralConfig(num_local_experts=4, **_WIDE)
+@pytest.mark.parametrize("width", [64, 8], ids=["most of a block", "less than half"])
+def test_experts_are_refused(width):
+    sizes = {**_WIDE, "intermediate_size": width}
+    config = transformers.MixtralConfig(num_local_experts=4, **sizes)
     model = AutoModelForCausalLM.from_config(config).eval()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(AptError, match=r"found no input of model\.layers\.0\.\S*experts"):
         library.prune(model, TOKENS, pattern="2:4", adapter="auto")
     assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_blocks_that_run_several_times_are_refused(device):
+    model = random_model("llama")
+    model.model.layers = Twice(model.model.layers).to(device)
+    with pytest.raises(AptError, match="calls its 3 blocks 6 times, not once each"):
+        AUTO().enter(model, TOKENS)
+
+
+def test_a_second_stack_of_blocks_is_refused():
+    model = random_model("llama")
+    model.model.late = nn.ModuleList([nn.Sequential(nn.Linear(32, 32))])
+    model.model.norm.register_forward_pre_hook(lambda norm, args: model.model.late[0](*args))
+    with pytest.raises(AptError, match=r"model\.late\.0 runs beside the blocks"):
+        library.prune(model, TOKENS, pattern="2:4", adapter="auto")
+
+
+def test_another_model_of_the_same_shapes_is_examined_too():
+    auto, residual = AUTO(), []
+    for pre_norm in (True, False):
+        config = copy.deepcopy(CONFIGS["opt"])
+        config.do_layer_norm_before = pre_norm
+        model = AutoModelForCausalLM.from_config(config).eval()
+        residual.append({s.name for s in auto.sites(auto.blocks(model)[0][1]) if s.residual})
+    assert residual == [{"self_attn.out_proj", "fc2"}, {"self_attn.out_proj"}]
+
+
+def test_the_limit_of_positions_is_known_by_its_other_names():
+    with pytest.raises(AptError, match="has 64 positions"):
+        library.prune(of("Mpt"), random_tokens(2, 80), pattern="2:4", adapter="auto")
+    text = transformers.LlamaConfig(max_position_embeddings=48)
+    assert AUTO().positions(transformers.LlavaConfig(text_config=text)) == 48
 
 
 def test_what_cannot_be_run_is_refused_in_a_line():

@@ -18,7 +18,7 @@ from apt.plugin.registry import registry
 from apt.pruning.pipeline import prune_blocks
 from apt.solver import NM, ss
 from apt.testing import CHECKS, AdapterConformance, check_adapter
-from tests.families import CONFIGS, random_model, random_tokens
+from tests.families import CONFIGS, Twice, random_model, random_tokens
 
 LLAMA = registry().adapters.get("llama").load()
 TOKENS = random_tokens(2, 16)
@@ -61,6 +61,13 @@ def test_a_shared_weight_is_one_site_that_sees_both_inputs():
         rows = torch.cat([state, torch.tanh(block.first(state))]).flatten(0, 1)
     torch.testing.assert_close(capture.sums["state"].gram.matrix, rows.T @ rows)
     assert capture.sums["state"].gram.tokens == 20
+
+
+def test_blocks_that_run_twice_are_told_of():
+    model = random_model("llama")
+    model.model.layers = Twice(model.model.layers)
+    problems = {o.name: o.problem for o in check_adapter(LLAMA(), model, TOKENS)}
+    assert "the model calls its 3 blocks 6 times, not once each" in problems["blocks"]
 
 
 class TestLlamaAsAClass(AdapterConformance):

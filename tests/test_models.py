@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,14 @@ def test_a_directory_keeps_its_dtype_unless_told(checkpoint, dtype):
     path = checkpoint("opt-350m", dtype=dtype)
     assert next(loaded(path).module.parameters()).dtype == dtype
     assert next(loaded(path, dtype=torch.float32).module.parameters()).dtype == torch.float32
+
+
+def test_an_adapter_that_does_not_load_is_one_line(checkpoint):
+    adapters = registry().adapters
+    specs = {**adapters.specs, "llama": replace(adapters.get("llama"), target="typo:Mine")}
+    installed = replace(registry(), adapters=replace(adapters, specs=specs))
+    with pytest.raises(AptError, match="^typo:Mine of 'llama' does not load: No module named"):
+        skeleton(find(str(checkpoint("llama")), installed), installed)
 
 
 def test_a_skeleton_holds_no_weights(checkpoint):

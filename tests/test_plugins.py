@@ -1,13 +1,15 @@
 """Loading plugins: one by one, and with errors that name the distribution."""
 
+import re
 import sys
+from dataclasses import replace
 from importlib.metadata import Distribution, EntryPoint, entry_points
 from types import ModuleType
 
 import pytest
 
 from apt.errors import AptError
-from apt.hookspecs import API, OLDEST_API, AdapterSpec, MethodSpec, hookimpl
+from apt.hookspecs import API, OLDEST_API, AdapterSpec, EvaluatorSpec, MethodSpec, hookimpl
 from apt.plugin.registry import load_registry, registry
 
 
@@ -90,14 +92,78 @@ def test_a_hook_that_raises_or_returns_rubbish_is_a_warning(entry):
     }
 
 
-def test_two_plugins_with_one_name_are_an_error_that_names_both(entry):
-    twice = [entry(name, apt_adapters=adapters("mine")) for name in ("one", "two")]
-    with pytest.raises(AptError, match=r"adapter 'mine' comes from one 1\.2 and two 1\.2"):
+WRONG_SPECS = {
+    "no comma": (
+        lambda: AdapterSpec("mine", "", "x:y", model_types="xllama"),
+        "AdapterSpec 'mine': model_types is 'xllama', not a tuple: write ('xllama',)",
+    ),
+    "no types": (
+        lambda: AdapterSpec("mine", "", "x:y", model_types=None), "model_types is None, not a tuple"
+    ),
+    "no name": (lambda: AdapterSpec(None, "", "x:y"), "AdapterSpec None: name is None, not str"),
+    "a number": (
+        lambda: AdapterSpec("mine", "", "x:y", model_types=("t", 3)), "has 3, which is not str"
+    ),
+    "a choice": (
+        lambda: EvaluatorSpec("m", "", "x:y", mean="any"),
+        "mean is 'any', not 'arithmetic' or 'geometric' or None",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG_SPECS)
+def test_a_spec_of_wrong_types_is_a_warning_and_the_rest_works(name, entry):
+    make, said = WRONG_SPECS[name]
+    wrong, mine = entry("wrong", apt_adapters=lambda: [make()]), adapters("mine")
+    with pytest.warns(UserWarning, match=re.escape(said)):
+        found = load_registry([wrong, entry("good", apt_adapters=mine)])
+    assert found.adapter_for("mine").name == "mine"
+
+
+def test_a_plugin_that_exits_is_a_warning_and_the_rest_works(entry, monkeypatch, tmp_path):
+    def leave():
+        raise SystemExit("no licence")
+
+    (tmp_path / "plugin_script.py").write_text("raise SystemExit('usage: script FILE')")
+    monkeypatch.syspath_prepend(tmp_path)
+    found = [entry("script", error=True), entry("leaving", apt_adapters=leave)]
+    with pytest.warns(UserWarning, match="failed to load") as caught:
+        registry = load_registry([*found, entry("good", apt_adapters=adapters("mine"))])
+    assert {str(w.message).partition(": ")[2] for w in caught} == {
+        "script 1.2: SystemExit: usage: script FILE",
+        "leaving 1.2: SystemExit: no licence",
+    }
+    assert list(registry.adapters.specs) == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("load", "said"),
+    [
+        (lambda spec: spec.make(), "nowhere.at.all:Mine of 'mine' does not load: No module named"),
+        (lambda spec: spec.zoo_path(), "nowhere:zoo of 'mine' does not load: No module named"),
+        (lambda spec: replace(spec, target="pathlib:Pat").make(), "has no attribute 'Pat'"),
+        (lambda spec: replace(spec, target="builtins:memoryview").make(), "TypeError: memoryview"),
+    ],
+)  # fmt: skip
+def test_a_target_that_does_not_load_is_one_line(load, said):
+    spec = AdapterSpec("mine", "", "nowhere.at.all:Mine", zoo="nowhere:zoo")
+    with pytest.raises(AptError, match=re.escape(said)) as caught:
+        load(spec)
+    assert caught.value.hint == "reinstall or upgrade its package"
+
+
+@pytest.mark.parametrize("names", [("mine", "mine"), ("mine", "Mine"), ("Mine", "mine")])
+def test_two_plugins_with_one_name_are_an_error_that_names_both(entry, names):
+    twice = [
+        entry(distribution, apt_adapters=adapters(name))
+        for distribution, name in zip(("one", "two"), names, strict=True)
+    ]
+    with pytest.raises(AptError, match=rf"adapter '{names[1]}' comes from one 1\.2 and two 1\.2"):
         load_registry(twice)
 
 
 def test_a_misspelled_hook_is_an_error(entry):
-    with pytest.raises(AptError, match="apt_adaptors"):
+    with pytest.raises(AptError, match=r"^plugin mine 1\.2: unknown hook 'apt_adaptors';"):
         load_registry([entry("mine", apt_adaptors=adapters("mine"))])
 
 

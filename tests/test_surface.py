@@ -108,6 +108,12 @@ def test_a_model_without_a_configuration_needs_an_adapter():
     assert refused.value.options == ("adapter",)
 
 
+@pytest.mark.parametrize("given", [type(registry().adapter_for("llama").make()), 5])
+def test_what_is_no_adapter_is_refused(given):
+    with pytest.raises(library.AptError, match="adapter is .*; give its name, or an instance of"):
+        library.prune(random_model("llama"), random_tokens(), pattern="2:4", adapter=given)
+
+
 def test_a_blocks_own_forward_is_there_again():
     model = random_model("llama")
     first, second = model.model.layers[:2]

@@ -19,14 +19,18 @@ import torch
 from torch import Tensor, nn
 
 from apt.adapter import Call, DecoderAdapter, Site, State, record_calls
+from apt.adapter.decoder import members
 from apt.adapter.eval_mode import eval_mode
 from apt.conformance.checks import CHECKS, Nonconformance, Subject
 from apt.conformance.oracle import PRODUCTS, Stream, storage_of
-from apt.errors import AptError, first_line
+from apt.errors import AptError, described, first_line
 
 _HINT = "it needs an adapter of its own, see docs/adapters.md"
 _SPREAD = 0.05  # standard deviation of random values in place of missing weights
-_CHECKS = ("sites", "orientation", "capture", "order", "blocks", "untouched", "in_time")
+_CHECKS = ("sites", "orientation", "capture", "order", "blocks", "logits", "untouched", "in_time")
+_MOST_LEFT = 0.1  # the share of a block's weights in matrices that are not read as sites
+_POSITIONS = ("max_position_embeddings", "max_seq_len")
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class AutoAdapter(DecoderAdapter):
@@ -34,15 +38,28 @@ class AutoAdapter(DecoderAdapter):
 
     def __init__(self) -> None:
         self._found: dict[Any, list[Site]] = {}
+        self._config: Any = None  # that of the model for which they were found
         self._checked: WeakSet[nn.Module] = WeakSet()
+
+    def positions(self, config: Any) -> int | None:
+        """The limit in the configuration of the text model, under one of its usual names."""
+        parts = (config, _text_config(config))
+        found = (getattr(part, name, None) for part in parts for name in _POSITIONS)
+        return next((limit for limit in found if limit is not None), None)
+
+    def held(self, config: Any, seqlen: int) -> int:
+        """As for any decoder, by the configuration of the text model."""
+        return super().held(_text_config(config), seqlen)
 
     def blocks(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         """The modules of the ``ModuleList`` with the most parameters."""
         path, layers = _largest_list(model)
-        blocks = [(f"{path}.{name}", block) for name, block in layers.named_children()]
-        if any(_kind(block) not in self._found for _, block in blocks):
+        blocks = [(f"{path}.{name}", block) for name, block in members(layers)]
+        config = _as_dict(model)  # blocks of equal shapes can be pre-norm and post-norm
+        if config != self._config or any(_kind(block) not in self._found for _, block in blocks):
             with eval_mode(model):
-                self._examine(_with_values(model), path)
+                self._found |= self._examine(_with_values(model), path)
+            self._config = config
         return blocks
 
     def sites(self, block: nn.Module) -> list[Site]:
@@ -64,22 +81,24 @@ class AutoAdapter(DecoderAdapter):
         return super().enter(model, tokens)
 
     @torch.no_grad()
-    def _examine(self, model: nn.Module, path: str) -> None:
-        """Run every kind of block once on a few tokens."""
+    def _examine(self, model: nn.Module, path: str) -> dict[Any, list[Site]]:
+        """The sites of every kind of block, found by a run on a few tokens."""
+        found: dict[Any, list[Site]] = {}
         blocks = dict(model.get_submodule(path).named_children())
         device = next(model.parameters()).device
         tokens = torch.arange(16, device=device).view(2, 8)
-        with _explained(type(model).__name__):
+        with _explained(f"{type(model).__name__} with stubs for its blocks"):
             state, calls = record_calls(model, list(blocks.values()), tokens)
         for (name, block), call in zip(blocks.items(), calls, strict=True):
-            if _kind(block) in self._found:
+            if _kind(block) in found:
                 continue
             trace = _Trace(block, state)
-            with _explained(f"{path}.{name}"), trace:
+            with _explained(f"{path}.{name} by itself"), trace:
                 self.step(block, state, call)
             sites = trace.sites(tokens.numel())
             _assert_most(f"{path}.{name}", block, sites)
-            self._found[_kind(block)] = sites
+            found[_kind(block)] = sites
+        return found
 
     def _check_conformance(self, model: nn.Module, tokens: Tensor) -> None:
         model = _with_distinct_values(model, [block for _, block in self.blocks(model)])
@@ -101,8 +120,18 @@ def _explained(subject: str) -> Iterator[None]:
     except AptError as error:
         raise AptError(error.message, error.hint or _HINT) from error
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise AptError(f"adapter auto cannot run {subject}: {reason}", _HINT) from error
+        raise AptError(f"adapter auto cannot run {subject}: {described(error)}", _HINT) from error
+
+
+def _text_config(config: Any) -> Any:
+    """The part of a configuration that describes the language model."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _as_dict(model: nn.Module) -> dict[str, Any] | None:
+    """The values of the model's configuration, if it has one."""
+    config: Any = getattr(model, "config", None)
+    return config.to_dict() if hasattr(config, "to_dict") else None
 
 
 def _with_values(model: nn.Module) -> nn.Module:
@@ -148,16 +177,25 @@ def _zeros(like: Tensor) -> Tensor:
 
 
 def _assert_most(name: str, block: nn.Module, sites: list[Site]) -> None:
-    """Raise if most weights of a block are not sites, as with stacked or routed experts."""
+    """Raise if many weights of a block are not sites, as with stacked or routed experts."""
     found = {site.parameter for site in sites}
     sizes = {n: p.numel() for n, p in block.named_parameters() if p.ndim > 1}
     left = {n: size for n, size in sizes.items() if n not in found}
-    if not found or sum(left.values()) > sum(sizes.values()) / 2:
+    matrices = sum(size for n, size in left.items() if _is_matrix(block, n))
+    total = sum(sizes.values())
+    if not found or matrices > _MOST_LEFT * total or sum(left.values()) > total / 2:
         largest = max(left, key=lambda n: left[n], default="a matrix")
         raise AptError(
             f"adapter auto found no input of {name}.{largest}, a large part of the block",
             _HINT,
         )
+
+
+def _is_matrix(block: nn.Module, name: str) -> bool:
+    """True for the weight of a Linear and for stacked matrices; False for a convolution."""
+    owner = block.get_submodule(name.rpartition(".")[0])
+    stacked = block.get_parameter(name).ndim > 2 and not isinstance(owner, _CONVOLUTIONS)
+    return stacked or isinstance(owner, nn.Linear)
 
 
 def _largest_list(model: nn.Module) -> tuple[str, nn.ModuleList]:

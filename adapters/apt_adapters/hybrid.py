@@ -83,7 +83,7 @@ class JambaAdapter(StateSpaceAdapter):
 
 
 def _experts(block: nn.Module) -> nn.Module | None:
-    return getattr(block.feed_forward, "experts", None)
+    return getattr(getattr(block, "feed_forward", None), "experts", None)
 
 
 class FalconH1Adapter(StateSpaceAdapter):

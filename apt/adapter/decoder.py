@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from apt.adapter.groups import Groups
 from apt.adapter.recording import record_calls
-from apt.adapter.sites import Call, Effects, Extra, Sink, Site, State, check_type
+from apt.adapter.sites import Call, Effects, Extra, Sink, Site, State
 from apt.adapter.weight_tap import WeightTap
 from apt.errors import AptError
+from apt.field_types import check_fields
 
 
 @dataclass(frozen=True)
@@ -29,16 +30,7 @@ class Input:
     residual: bool = False
 
     def __post_init__(self) -> None:
-        check_type("Input", self.name, "name", self.name, (str,))
-        check_type("Input", self.name, "residual", self.residual, (bool,))
-        linears: Any = self.linears
-        if not isinstance(linears, tuple):
-            right = f"({linears!r},)" if isinstance(linears, str) else f"tuple({linears!r})"
-            raise TypeError(
-                f"Input {self.name!r}: linears is {linears!r}, not a tuple of paths: write {right}"
-            )
-        for path in linears:
-            check_type("Input", self.name, "a path in linears", path, (str,))
+        check_fields(self)
 
 
 class DecoderAdapter:
@@ -84,7 +76,7 @@ class DecoderAdapter:
                 f"it has no '{self.blocks_path}'",
                 "choose the model's own adapter, see: apt-prune adapters",
             ) from None
-        return [(f"{self.blocks_path}.{name}", block) for name, block in layers.named_children()]
+        return [(f"{self.blocks_path}.{name}", block) for name, block in members(layers)]
 
     def inputs_of(self, block: nn.Module) -> tuple[Input, ...]:
         """``inputs``; override this if the model has blocks of several kinds."""
@@ -157,3 +149,11 @@ class DecoderAdapter:
     ) -> AbstractContextManager[None]:
         """Watch every product with a site's weight, even if its module is not called."""
         return WeightTap({site: site.weight(block) for site in sites}, sink)
+
+
+def members(layers: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The direct submodules of a list, with their names; a repeated one is there several times.
+
+    ``named_children`` leaves repeats out, and a weight that blocks share would not be refused.
+    """
+    return [(name, block) for name, block in layers._modules.items() if block is not None]

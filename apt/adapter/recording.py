@@ -69,13 +69,13 @@ def stubbed(blocks: Sequence[nn.Module], stub: Callable[..., Any]) -> Iterator[N
 
     An instance attribute ``forward`` of a block, as accelerate sets it, is restored on exit.
     """
-    own = [vars(block).get("forward") for block in blocks]
-    for block in blocks:
+    own = {block: vars(block).get("forward") for block in blocks}
+    for block in own:
         block.forward = stub
     try:
         yield
     finally:
-        for block, forward in zip(blocks, own, strict=True):
+        for block, forward in own.items():
             del block.forward
             if forward is not None:
                 block.forward = forward

@@ -6,24 +6,11 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from apt.field_types import check_fields
+
 State = Any
 Sink = Callable[["Site", Tensor], None]
 Effects = Callable[["Extra", Tensor, float], None]
-
-
-_SITE_TYPES: dict[str, tuple[type, ...]] = {
-    "name": (str,), "parameter": (str,), "input": (str,), "order": (int,), "residual": (bool,),
-    "transposed": (bool,), "expert": (int, type(None)), "routed": (bool,), "calls": (int,),
-}  # fmt: skip
-
-
-def check_type(
-    type_name: str, name: Any, field_name: str, value: Any, kinds: tuple[type, ...]
-) -> None:
-    """Raise TypeError if a declared value has none of the types ``kinds``."""
-    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
-        raise TypeError(f"{type_name} {name!r}: {field_name} is {value!r}, not {wanted}")
 
 
 @dataclass(frozen=True)
@@ -58,8 +45,7 @@ class Site:
     calls: int = 1
 
     def __post_init__(self) -> None:
-        for field_name, kind in _SITE_TYPES.items():
-            check_type("Site", self.name, field_name, getattr(self, field_name), kind)
+        check_fields(self)
         if self.routed and self.residual:
             raise ValueError(f"{self.name} is routed: declare residual=False")
 

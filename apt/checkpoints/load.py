@@ -51,7 +51,7 @@ def skeleton(
     if source.gguf is None:  # quantised GGUF weights are converted to plain ones
         check_kind(source.reference, config, packed=packed)
     spec = registry.adapters.get(adapter) if adapter else registry.adapter_for(config.model_type)
-    instance: Adapter = spec.load()()
+    instance: Adapter = spec.make()
     instance.check(config)
     module = _empty_model(source, config)
     return Model(source, module, config, spec, instance, checkpoint)

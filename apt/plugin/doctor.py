@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from apt.errors import first_line
+from apt.errors import AptError, first_line
 from apt.plugin.registry import Registry
 from apt.plugin.specs import AdapterSpec
 
@@ -107,6 +107,9 @@ def _family(spec: AdapterSpec) -> Iterator[Finding]:
         if spec.doctor is not None:
             yield from spec.examine()
             return
+    except AptError as error:  # its target does not load
+        yield Finding(spec.name, error.message, error.hint, broken=True)
+        return
     except Exception as error:
         problem = f"{type(error).__name__}: {first_line(error)}"
         yield Finding(spec.name, problem, "reinstall its package", broken=True)

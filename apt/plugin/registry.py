@@ -187,7 +187,7 @@ class _Loader:
             _check_version(getattr(module, "APT_API", hookspecs.API))
             self.manager.register(module, name=plugin.key)
             _check_wrappers(self.manager.get_hookcallers(module) or [], plugin.key)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             self.manager.unregister(name=plugin.key)
             self.note(plugin.key, error)
 
@@ -196,22 +196,33 @@ class _Loader:
         by_star = "*" in self._disable and distribution != OWN_DISTRIBUTION
         return by_star or not self._disable.isdisjoint({distribution.lower(), entry.name.lower()})
 
-    def note(self, key: str, error: Exception) -> None:
+    def note(self, key: str, error: BaseException) -> None:
         problem = f"{type(error).__name__}: {first_line(error)}"
         self.plugins[key] = replace(self.plugins[key], problem=problem)
         warnings.warn(
             f"plugin failed to load: {self.plugins[key].distribution}: {problem}", stacklevel=2
         )
 
+    def unknown_hook(self, error: pluggy.PluginValidationError) -> str:
+        """The line for a hook that does not exist, with the distribution that implements it."""
+        key = self.manager.get_name(error.plugin) or ""
+        said = first_line(error).partition(" in plugin ")[0]
+        return f"plugin {self.plugins[key].distribution}: {said}"
+
     def catalog(self, kind: str, hook: pluggy.HookCaller, of: type[S]) -> Catalog[S]:
-        """Call ``hook`` on every plugin and collect the specs. A duplicate name is an error."""
+        """Call ``hook`` on every plugin and collect the specs. A duplicate name is an error.
+
+        Names that differ in upper and lower case only are duplicates, as `Catalog.get` ignores it.
+        """
         specs: dict[str, S] = {}
         origins: dict[str, Plugin] = {}
+        names: dict[str, str] = {}
         for implementation in hook.get_hookimpls():
             origin = self.plugins[implementation.plugin_name]
             for spec in self._call(implementation, of):
-                if spec.name in specs:
-                    pair = (origins[spec.name], origin)
+                known = names.setdefault(spec.name.lower(), spec.name)
+                if known in specs:
+                    pair = (origins[known], origin)
                     both = " and ".join(sorted({plugin.distribution for plugin in pair}))
                     raise AptError(f"{kind} '{spec.name}' comes from {both}", "uninstall one")
                 specs[spec.name], origins[spec.name] = spec, origin
@@ -223,7 +234,7 @@ class _Loader:
             found = list(declared)
             if wrong := [spec for spec in found if not isinstance(spec, of)]:
                 raise TypeError(f"{wrong[0]!r} is not of type {of.__name__}")
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             self.note(implementation.plugin_name, error)
             return []
         return found
@@ -279,7 +290,7 @@ def load_registry(entries: Iterable[EntryPoint], disable: str = "") -> Registry:
         loader.manager.check_pending()
     except pluggy.PluginValidationError as error:
         hint = f"correct the hook's name, or leave the plugin out with {DISABLE}"
-        raise AptError(first_line(error), hint) from error
+        raise AptError(loader.unknown_hook(error), hint) from error
     hook = loader.manager.hook
     adapters = loader.catalog("adapter", hook.apt_adapters, AdapterSpec)
     formats = loader.catalog("format", hook.apt_formats, FormatSpec)

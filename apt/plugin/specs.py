@@ -1,10 +1,15 @@
 """Specs, the declarations of plugins: frozen data that name the code without importing it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, Literal
+
+from apt.errors import AptError, described
+from apt.field_types import check_fields
 
 
 @dataclass(frozen=True)
@@ -21,9 +26,30 @@ class Spec:
     summary: str
     target: str
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
     def load(self) -> Any:
-        """Import the target."""
-        return resolve_name(self.target)
+        """Import the target.
+
+        Raises:
+            AptError: it cannot be imported.
+        """
+        with self._loading(self.target):
+            return resolve_name(self.target)
+
+    @contextmanager
+    def _loading(self, what: str) -> Iterator[None]:
+        """Convert an exception of the plugin's code to an `AptError` of one line."""
+        try:
+            yield
+        except AptError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise AptError(
+                f"{what} of '{self.name}' does not load: {described(error)}",
+                "reinstall or upgrade its package",
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -46,17 +72,32 @@ class AdapterSpec(Spec):
     example: str | None = None
     doctor: str | None = None
 
+    def make(self) -> Any:
+        """A new adapter.
+
+        Raises:
+            AptError: the class cannot be imported, or its constructor raises an exception.
+        """
+        kind = self.load()
+        with self._loading(self.target):
+            return kind()
+
     def examine(self) -> Any:
         """Call the doctor function."""
         assert self.doctor is not None
         return resolve_name(self.doctor)()
 
     def zoo_path(self) -> Path | None:
-        """The folder of the embedded checkpoint; None if there is none."""
+        """The folder of the embedded checkpoint; None if there is none.
+
+        Raises:
+            AptError: its package cannot be imported.
+        """
         if self.zoo is None:
             return None
-        package, folder = self.zoo.split(":")
-        return Path(str(files(package))) / folder
+        with self._loading(self.zoo):
+            package, folder = self.zoo.split(":")
+            return Path(str(files(package))) / folder
 
 
 @dataclass(frozen=True)

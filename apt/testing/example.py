@@ -101,7 +101,7 @@ def _load_error(plugin: Plugin) -> str:
     """The error in loading a plugin, with the line of its file."""
     try:
         resolve_name(plugin.module).apt_adapters()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return explained(error)
     return plugin.problem
 

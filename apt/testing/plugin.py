@@ -56,9 +56,10 @@ class _Checks(pytest.Collector):
     def outcome(self, name: str) -> Any:
         """The outcome of the check of that name."""
         from apt.conformance.outcomes import Outcome, outcome, without_known_faults
+        from apt.errors import AptError
 
-        if isinstance(self.subject, Exception):
-            problem = "\n".join(getattr(self.subject, "lines", [str(self.subject)]))
+        if isinstance(self.subject, AptError):
+            problem = "\n".join(self.subject.faults)
             return without_known_faults(Outcome(name, "", problem), self._seen)
         return without_known_faults(outcome(name, self.subject), self._seen)
 

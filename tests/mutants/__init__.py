@@ -17,11 +17,14 @@ from tests.mutants.declared import (
     KindForgotten,
     LastForgotten,
     MiddleForgotten,
+    NoEffects,
     NoParameter,
     OneKind,
     Renamed,
     SomeExpertsForgotten,
     TooLong,
+    TooShort,
+    WrongEffects,
     altered,
     swapped,
 )
@@ -92,6 +95,15 @@ MUTANTS: dict[str, Mutant] = {
     ),
     "more positions than there are": Mutant(
         TooLong, "batches", r"does not accept 48 tokens, but positions\(\) is None", "short"
+    ),
+    "fewer positions than there are": Mutant(
+        TooShort, "batches", r"the model accepts 16 tokens, but positions\(\) is 4"
+    ),
+    "extras without effects": Mutant(
+        NoEffects, "effects", r"mixer\.conv1d is an extra, but has no effects", "mamba"
+    ),
+    "effects of others": Mutant(
+        WrongEffects, "effects", r"mixer\.A_log: its effects have a Gram matrix that", "mamba"
     ),
     "an extra without parameter": Mutant(
         NoParameter, "names", r"layers\.0: there is no parameter mixer\.conv1d\.weights", "mamba"
@@ -181,6 +193,16 @@ MUTANTS: dict[str, Mutant] = {
     "an input twice": Mutant(Doubled, "capture", "saw 64 of 32 calibration tokens"),
     "down_proj at order 0": Mutant(
         altered(down_proj={"order": 0}), "order", r"is multiplied before .*down_proj of order 0"
+    ),
+    "all at order 0": Mutant(
+        altered(
+            **{name: {"order": 0} for name in ("o_proj", "gate_proj", "up_proj", "down_proj")}
+        ),
+        "order", r"0\.self_attn\.o_proj and mlp\.down_proj are residual, with different inputs",
+    ),
+    "routed without a router": Mutant(
+        altered(down_proj={"routed": True, "residual": False}), "sites",
+        r"mlp\.down_proj is declared routed, but every block multiplies it with every token",
     ),
     "not residual": Mutant(
         altered(v_proj={"residual": True}), "residual", "v_proj is declared residual, but"

@@ -1,5 +1,6 @@
 """Wrong in what they declare: of a site, of all blocks, of experts."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 from apt.adapter import DecoderAdapter
@@ -65,6 +66,26 @@ class TooLong(OPT):
 
     def positions(self, config):
         return None
+
+
+class TooShort(LLAMA):
+    """Takes the window of the attention for the number of positions."""
+
+    def positions(self, config):
+        return 4
+
+
+class NoEffects(MAMBA):
+    def effects(self, block, extras, sink):
+        return nullcontext()
+
+
+class WrongEffects(MAMBA):
+    def effects(self, block, extras, sink):
+        def shifted(extra, gram, energy):
+            sink(extra, gram.roll(1, -1), energy)
+
+        return super().effects(block, extras, shifted)
 
 
 class NoParameter(MAMBA):

@@ -7,6 +7,7 @@ run (`apt.conformance.oracle`). A small random model is enough.
 
 from apt.conformance.checks.blocks import check_batches, check_blocks, check_stream
 from apt.conformance.checks.declared import check_declaration, check_kinds, check_model_types
+from apt.conformance.checks.effects import check_effects
 from apt.conformance.checks.flow import check_capture, check_in_time, check_order, check_residual
 from apt.conformance.checks.gradients import check_gradients
 from apt.conformance.checks.groups import check_groups
@@ -29,7 +30,7 @@ CHECKS: dict[str, Check] = {
         check_declaration, check_model_types, check_kinds, check_running, check_names,
         check_untouched, check_exception, check_repeat, check_blocks, check_batches, check_stream,
         check_logits, check_sites, check_orientation, check_capture, check_order, check_residual,
-        check_gradients, check_in_time, check_identity, check_pruning, check_saving,
+        check_gradients, check_in_time, check_effects, check_identity, check_pruning, check_saving,
         check_groups,
     )
 }  # fmt: skip

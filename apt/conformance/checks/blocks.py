@@ -25,9 +25,12 @@ def check_batches(subject: Subject) -> Iterator[Fault]:
     if wrong := list(chained(subject, subject.tokens)):
         yield from wrong  # the other batches would repeat it
         return
+    limit, length = subject.positions(), subject.tokens.shape[1]
+    if limit is not None and limit < length:
+        said = f"the model accepts {length} tokens, but positions() is {limit}"
+        yield Fault("", said, "positions")
     for which, tokens in subject.others().items():
         if not accepts(subject, tokens):
-            limit = subject.adapter.positions(getattr(subject.model, "config", None))
             said = f"the model does not accept {tokens.shape[1]} tokens, but positions() is {limit}"
             yield Fault("", said, "positions")
             continue
@@ -61,6 +64,10 @@ def _compared(subject: Subject, tokens: Tensor) -> Iterator[tuple[str, Fault | N
     """The name of each block before it runs; then its fault, if it has one, as the last item."""
     adapter, blocks = subject.adapter, subject.blocks()
     seen = record(subject.model, [block for _, block, _ in blocks], tokens)
+    if len(seen.inputs) != len(blocks):
+        said = f"the model calls its {len(blocks)} blocks {len(seen.inputs)} times, not once each"
+        yield "", Fault("", said, "blocks")
+        return
     state, calls = adapter.enter(subject.model, tokens)
     for index, (name, block, _) in enumerate(blocks):
         yield name, None

@@ -45,7 +45,7 @@ def _capture_fault(capture: Capture, site: Site, seen: Seen) -> str:
 
 @promise
 def check_order(subject: Subject) -> Iterator[Fault]:
-    """Sites of a lower order run before sites of a higher order."""
+    """Sites run in their order, and residual sites of one order have one input."""
     for step in subject.steps():
         seen = products(subject, step)
         firsts: dict[str, Site] = {}  # the first site of each input
@@ -59,6 +59,20 @@ def check_order(subject: Subject) -> Iterator[Fault]:
                 )
                 yield Fault(step.name, said, "sites")
                 break
+        yield from _of_equal_order(step)
+
+
+def _of_equal_order(step: Step) -> Iterator[Fault]:
+    """A fault if the last site that writes to the stream cannot be told by the orders."""
+    residual = [site for site in step.sites if site.residual]
+    for one, other in combinations(residual, 2):
+        if one.order == other.order and one.input != other.input:
+            said = (
+                f".{one.name} and {other.name} are residual, with different inputs, but both of "
+                f"order {one.order}"
+            )
+            yield Fault(step.name, said, "sites")
+            return
 
 
 def _in_two_experts(one: Site, other: Site) -> bool:

@@ -31,7 +31,7 @@ class Passed:
 
 @dataclass
 class Recording:
-    """The input and the output of each block, in the order of the blocks."""
+    """The input and the output of each call of a block, in order."""
 
     inputs: list[Passed] = field(default_factory=list)
     outputs: list[Passed] = field(default_factory=list)
@@ -48,8 +48,9 @@ def record(model: nn.Module, blocks: Sequence[nn.Module], tokens: Tensor) -> Rec
     def after(module: nn.Module, args: Any, output: Any) -> None:
         found.outputs.append(_passed(output))
 
-    handles = [b.register_forward_pre_hook(before, with_kwargs=True) for b in blocks]
-    handles += [b.register_forward_hook(after) for b in blocks]
+    once = dict.fromkeys(blocks)  # a block may be in the list several times
+    handles = [b.register_forward_pre_hook(before, with_kwargs=True) for b in once]
+    handles += [b.register_forward_hook(after) for b in once]
     with removed(handles):
         model(tokens)
     return found

@@ -55,6 +55,22 @@ def check_sites(subject: Subject) -> Iterator[Fault]:
             if site not in seen and not site.routed:
                 said = f".{site.name} is a site, but is never multiplied"
                 yield Fault(step.name, said, "sites")
+    for name in _never_routed(subject):
+        said = f"{name} is declared routed, but every block multiplies it with every token"
+        yield Fault("", said, "sites")
+
+
+def _never_routed(subject: Subject) -> list[str]:
+    """Routed sites that are no expert of a stack, alone in their order, and see all tokens."""
+    every: dict[str, bool] = {}
+    for step in subject.steps():
+        orders = Counter(site.order for site in step.sites if site.routed)
+        alone = [s for s in step.sites if s.routed and s.expert is None and orders[s.order] == 1]
+        seen = products(subject, step) if alone else {}
+        for site in alone:
+            all_seen = site in seen and seen[site].tokens == subject.tokens.numel()
+            every[site.name] = every.get(site.name, True) and all_seen
+    return [name for name, always in every.items() if always]
 
 
 @promise

@@ -78,13 +78,17 @@ class Subject:
         logits: Tensor = output if isinstance(output, Tensor) else output.logits
         return logits
 
+    def positions(self) -> int | None:
+        """The adapter's limit of the length of a sequence."""
+        return self.adapter.positions(getattr(self.model, "config", None))
+
     def others(self) -> dict[str, Tensor]:
         """Other batches (samples, seqlen) of the same token ids: one of equal size, one longer.
 
         If the model has too few positions, the second one is shorter instead.
         """
         samples, seqlen = self.tokens.shape
-        limit = self.adapter.positions(getattr(self.model, "config", None)) or _LONGER
+        limit = self.positions() or _LONGER
         length = min(max(_LONGER, seqlen + 8), limit)
         length = length if length > seqlen else max(1, seqlen - 3)
         ids = self.tokens.flatten().flip(0)

@@ -38,18 +38,18 @@ class Qwen3MoeAdapter(DecoderAdapter):
 
     def inputs_of(self, block: nn.Module) -> tuple[Input, ...]:
         """The inputs of a block with experts or with a plain MLP."""
-        return _ATTENTION if hasattr(block.mlp, "experts") else _ATTENTION + _DENSE
+        return _ATTENTION if _experts(block) else _ATTENTION + _DENSE
 
     def sites(self, block: nn.Module) -> list[Site]:
         """The Linears, and two sites for each expert."""
-        sites, experts = super().sites(block), getattr(block.mlp, "experts", None)
+        sites, experts = super().sites(block), _experts(block)
         if experts is not None:
             sites += expert_sites("mlp.experts", experts.num_experts, _STACKED, order=2)
         return sites
 
     def groups(self, block: nn.Module, config: Any) -> list[Groups]:
         """The experts of a block with experts; none in another block."""
-        if not hasattr(block.mlp, "experts"):
+        if _experts(block) is None:
             return []
         count, least = config.num_experts, config.num_experts_per_tok
         return [
@@ -58,8 +58,13 @@ class Qwen3MoeAdapter(DecoderAdapter):
 
     def step(self, block: nn.Module, state: State, call: Call) -> State:
         """Run the block, one expert at a time."""
-        with one_by_one(getattr(block.mlp, "experts", None)):
+        with one_by_one(_experts(block)):
             return super().step(block, state, call)
+
+
+def _experts(block: nn.Module) -> Any:
+    """The experts; None if the block has a plain MLP, or is one of another family."""
+    return getattr(getattr(block, "mlp", None), "experts", None)
 
 
 def example(**options: Any) -> Any:

@@ -1,0 +1,60 @@
+"""Type checks of declarations: a plugin's wrong value is an error where it is declared."""
+
+from dataclasses import fields
+from functools import cache
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+_REMEDIES: dict[Any, str] = {
+    str: ": write ({!r},)",
+    list: ": write tuple({!r})",
+}  # in place of a tuple
+
+
+def check_fields(declared: Any) -> None:
+    """Raise TypeError if a field of a dataclass with a ``name`` has not its annotated type.
+
+    An annotation is a class, a Literal, a tuple of any length, or a union of these.
+    """
+    declaring: Any = type(declared)
+    kinds = _kinds_of(declaring)
+    for field in fields(declared):
+        value, allowed = getattr(declared, field.name), kinds[field.name]
+        if not any(_fits(value, kind) for kind in allowed):
+            fault = _fault(value, allowed)
+            raise TypeError(f"{declaring.__name__} {declared.name!r}: {field.name} {fault}")
+
+
+@cache
+def _kinds_of(declaring: Any) -> dict[str, tuple[Any, ...]]:
+    """The types that each annotation of a class allows."""
+    return {
+        name: get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        for name, hint in get_type_hints(declaring).items()
+    }
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_fits(item, get_args(kind)[0]) for item in value)
+    if isinstance(value, bool):  # True is an int in Python, but no number of anything
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def _fault(value: Any, allowed: tuple[Any, ...]) -> str:
+    of = next((get_args(kind)[0] for kind in allowed if get_origin(kind) is tuple), None)
+    if of is None:
+        return f"is {value!r}, not {' or '.join(map(_worded, allowed))}"
+    if isinstance(value, tuple):
+        wrong = next(item for item in value if not _fits(item, of))
+        return f"has {wrong!r}, which is not {of.__name__}"
+    return f"is {value!r}, not a tuple{_REMEDIES.get(type(value), '').format(value)}"
+
+
+def _worded(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return " or ".join(map(repr, get_args(kind)))
+    return "None" if kind is NoneType else str(kind.__name__)
