@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import shutil
 from collections import namedtuple
 from pathlib import Path
 
@@ -54,6 +55,19 @@ def test_a_file_is_gone_once_nobody_asks_for_it(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_files_that_are_gone_already_are_no_fault(tmp_path, monkeypatch):
+    """After an error, the folder is removed before the last reference to an activation."""
+    folder, said = tmp_path / "activations", []
+    folder.mkdir()
+    held = DiskStore(folder).put(torch.ones(3))
+    shutil.rmtree(folder)
+    monkeypatch.setattr("sys.unraisablehook", said.append)
+    monkeypatch.setattr("sys.excepthook", lambda *error: said.append(error))
+    del held
+    gc.collect()
+    assert not said
+
+
 def test_nothing_but_files_is_held_between_blocks(tmp_path, adapter_of):
     model, tokens = random_model("llama"), torch.arange(48).reshape(4, 12)
     batches = enter(
@@ -91,7 +105,7 @@ def command(checkpoint):
 def test_a_run_that_was_killed_leaves_no_activations_behind(command, apt, monkeypatch):
     assert apt(*command, "-o", "whole").code == 0
     with monkeypatch.context() as patch:
-        patch.setattr("apt.calibration.storage.weakref.finalize", lambda *args: None)
+        patch.setattr("apt.calibration.storage.weakref.finalize", lambda *args, **kwargs: None)
         cut(patch, PLACES["journal"], 4, KilledError())
         with pytest.raises(KilledError):
             apt(*command, "-o", "out")

@@ -14,7 +14,8 @@ from apt.errors import AptError
 from apt.planning.allocation import Unallocated, with_shares
 from apt.planning.plan import Plan, PlannedBlock, PlannedSite, Selection, make_plan
 from apt.plugin.registry import registry
-from apt.solver import NM, Unstructured
+from apt.solver import NM, MixedNM, Unstructured
+from apt.solver.patterns import lowest_k
 from tests.families import FAMILIES, random_model, random_tokens, zoo_model
 
 TOKENS = random_tokens(samples=6)
@@ -102,6 +103,13 @@ def test_an_allocation_that_breaks_its_promise_is_named(shift, message, adapter_
     shares = {s.name: 0.5 + d for s in plan.sites if (d := shift(s.name)) is not None}
     with pytest.raises(AptError, match=message):
         with_shares(plan, "mine", shares)
+
+
+def test_a_sparsity_too_high_for_an_allocation_is_told_with_a_remedy():
+    how = {"pattern": "0.97", "method": "wanda", "allocation": "owl"}
+    with pytest.raises(AptError, match=r"owl gives 1\..*; choose another allocation") as error:
+        library.prune(random_model("llama"), TOKENS, **how)
+    assert error.value.options == ("allocation",)
 
 
 NAMES = ["owl", "alphapruning", "alphapruning-matrix", "atp", "auto", "auto-block", "auto-search"]
@@ -192,6 +200,36 @@ def test_atp_is_an_arithmetic_progression(adapter_of):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_atp_leaves_the_model_if_it_is_interrupted(monkeypatch):
+    calls = []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return lowest_k(*args)
+
+    monkeypatch.setattr("apt_plugins.allocations.lowest_k", interrupted)
+    model = random_model("llama")
+    with pytest.raises(KeyboardInterrupt):
+        library.prune(model, TOKENS, pattern="0.5", allocation="atp")
+    dense = random_model("llama").state_dict()
+    assert all(torch.equal(value, dense[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["owl", "alphapruning", "atp", "auto", "auto-block"])
+@pytest.mark.parametrize("selection", [
+    Selection(skip=("model.layers.0.*",)), Selection(only=("model.layers.1.*",)),
+])  # fmt: skip
+def test_blocks_without_unstructured_sites_are_left_out(name, selection, monkeypatch):
+    losses = []
+    monkeypatch.setattr("apt_plugins.allocations.perplexity", lambda *args: losses.append(1) or 9.0)
+    how = {"pattern": "0.6", "method": "wanda", "allocation": name, "selection": selection}
+    report = library.prune(random_model("llama"), TOKENS, **how)
+    assert report.sparsity == pytest.approx(0.6, abs=1e-3)
+    assert bool(losses) == (name == "atp" and not selection.only)
+
+
 def mean_of(shares, plan, block):
     """The sparsity of a block."""
     sites = [site for site in plan.sites if site.name.startswith(f"{block}.")]
@@ -217,6 +255,29 @@ def test_auto_spares_what_changes_the_output(variant, adapter_of):
     assert mean_of(shares, plan, blocks[0][0].split(".")[0]) == pytest.approx(0.5, abs=1e-3)
     inner = allocation("auto-block")(Unallocated(model, adapter, plan, TOKENS))
     assert [mean_of(inner, plan, n) for n, _ in blocks] == pytest.approx([0.5] * 3, abs=1e-3)
+
+
+ONE = ("*.layers.0.*.q_proj",)
+
+
+@pytest.mark.parametrize("aware", [True, False])
+@pytest.mark.parametrize("name", ["auto", "auto-block"])
+@pytest.mark.parametrize(
+    ("pattern", "only"),
+    [(MixedNM(0.2, m=8), ()), (MixedNM(0.3, m=8), ()), (MixedNM(0.2, m=8), ONE),
+     (Unstructured(0.7), ONE)],
+    ids=str,
+)  # fmt: skip
+def test_auto_keeps_the_total_where_the_loss_is_linear(pattern, only, name, aware, adapter_of):
+    """Every weight then costs the same, and one threshold takes many at once."""
+    model = random_model("opt")
+    plan = make_plan(model, adapter_of(model), pattern, Selection(only=only))
+    shares = allocation(name)(
+        Unallocated(model, adapter_of(model), plan, TOKENS, error_aware=aware)
+    )
+    sites = [site for site in plan.sites if site.pattern]
+    total = sum(shares[site.name] * site.size for site in sites)
+    assert total == pytest.approx(pattern.sparsity * sum(site.size for site in sites), rel=1e-6)
 
 
 @torch.no_grad()

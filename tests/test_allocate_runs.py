@@ -120,6 +120,31 @@ def test_a_dry_run_shows_the_levels_and_writes_nothing(apt, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("samples", [(4, 2), (0, 3)])
+def test_a_dry_run_shows_the_levels_of_the_run_with_generated_text(samples, apt):
+    given, own = samples
+    command = ("prune", "--adapter", "llama", *AUTO, "--seqlen", 32, "--effort", "fast",
+               "--samples", given, "--own-samples", own)  # fmt: skip
+    plans = [apt(*command, "--dry-run", "--json", *mode) for mode in ((), ("--stream",))]
+    assert [plan.code for plan in plans] == [0, 0], plans[0].err
+    assert apt(*command, "-o", "out").code == 0
+    written = {site["name"]: site["pattern"] for site in report_of("out")["sites"]}
+    for plan in plans:
+        assert {s["name"]: s["pattern"] for s in json.loads(plan.out)["sites"]} == written
+
+
+def test_the_summary_counts_the_sites_that_an_allocation_leaves_dense(apt):
+    command = ("prune", "--adapter", "llama", "--pattern", "auto:4", "--sparsity", 0.3, *SMALL[:4],
+               "--method", "wanda", "--skip", "*.layers.0.*.q_proj")  # fmt: skip
+    result = apt(*command, "-o", "out")
+    assert result.code == 0, result.err
+    dense = len(report_of("out")["skipped"]) - 1
+    assert dense > 0
+    assert f"zeros in the pruned sites ({dense} more left dense by auto), verified" in result.out
+    uniform = apt(*command, "--allocation", "uniform", "--overwrite", "-o", "out")
+    assert "zeros in the pruned sites, verified" in uniform.out, uniform.err
+
+
 @pytest.mark.parametrize(("unit", "name"), [("block", "auto-block"), ("model", "auto")])
 def test_units_of_several_sites_are_allocations(unit, name, apt):
     command = ("prune", "--adapter", "opt", "--sparsity", 0.6, *SMALL[:4], "--method", "wanda")

@@ -9,6 +9,7 @@ import torch
 
 import apt as library
 from apt.events import SitePruned
+from apt.solver import NM, Unstructured
 from tests.families import random_model, random_tokens
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -111,6 +112,34 @@ def test_options_out_of_range_are_refused_before_any_weight_changes(options, mes
     assert all(torch.equal(dense[name], value) for name, value in model.state_dict().items())
 
 
+def test_a_sparsity_may_be_a_number_and_a_pattern_a_text():
+    model, twin = random_model("opt"), random_model("opt")
+    for given, made in ((model, (0.5, "2:4", 0.3)), (twin, ("0.5", NM(2, 4), Unstructured(0.3)))):
+        chosen = library.Selection(overrides=(("*.fc1", made[1]), ("*.fc2", made[2])))
+        library.prune(given, TOKENS, pattern=made[0], method="wanda", selection=chosen)
+    for name, value in model.state_dict().items():
+        assert torch.equal(twin.state_dict()[name], value)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "selection", "message"),
+    [
+        (None, {}, "'None' is neither a sparsity such as 0.5 nor a pattern"),
+        (1.5, {}, "outside (0, 1)"),
+        ("0.5", {"overrides": (("*.fc1", "5:4"),)}, "5:4"),
+        ("0.5", {"skip": "*.fc1"}, "skip is one text, '*.fc1', and not a tuple of globs; give ('*"),
+        ("0.000001", {}, "nothing would be pruned: 1e-06 of the weights of"),
+    ],
+)
+def test_patterns_that_fit_nothing_are_refused(pattern, selection, message):
+    def prune():
+        chosen = library.Selection(**selection)
+        library.prune(random_model("opt"), TOKENS, pattern=pattern, selection=chosen)
+
+    with pytest.raises(library.AptError, match=re.escape(message)):
+        prune()
+
+
 @pytest.mark.parametrize("seed", [10**23, 2**64, -(2**63) - 1, 1.5])
 def test_a_seed_that_torch_does_not_take_is_refused(seed):
     with pytest.raises(library.AptError, match="out of range; give a whole number"):
@@ -125,3 +154,44 @@ def test_as_much_text_as_asked_for_is_written(bos):
     for shape in ((-1, 4), (2, 1)):
         with pytest.raises(library.AptError, match="cannot be generated"):
             library.own_text(model, *shape, bos=bos)
+
+
+@pytest.mark.parametrize("pattern", ["0.5", "2:4"])
+def test_within_inference_mode_a_run_gives_the_same(pattern):
+    model, expected = random_model("llama"), random_model("llama")
+    library.prune(expected, TOKENS, pattern=pattern)
+    with torch.inference_mode():
+        pruned, _ = library.prune_copy(model, TOKENS, pattern=pattern)
+        library.prune(model, TOKENS, pattern=pattern)
+        assert torch.is_inference_mode_enabled()
+    for name, value in expected.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value)
+        assert torch.equal(pruned.state_dict()[name], value)
+
+
+def made_in_inference_mode():
+    with torch.inference_mode():
+        return random_model("opt")
+
+
+def partly_on_meta():
+    model = random_model("opt")
+    model.model.decoder.layers[1].to("meta")
+    return model
+
+
+@pytest.mark.parametrize(
+    ("made", "tokens", "message"),
+    [
+        (random_model, TOKENS.float(), "tokens are torch.float32; give token ids"),
+        (random_model, random_tokens(2, 129), "129 tokens, and the model has 128 positions; give"),
+        (random_model, TOKENS + 2048, "but the model has 2048 embeddings; give ids of"),
+        (random_model, TOKENS - 2048, "token ids are from -"),
+        (partly_on_meta, TOKENS, "layers.1.self_attn.k_proj.weight has no values in memory; load"),
+        (made_in_inference_mode, TOKENS, "is an inference tensor, which cannot be tuned; load"),
+    ],
+)
+def test_a_model_or_tokens_that_a_run_would_fail_on_are_refused(made, tokens, message):
+    model = made("opt") if made is random_model else made()
+    with pytest.raises(library.AptError, match=re.escape(message)):
+        library.prune(model, tokens, pattern="2:4")

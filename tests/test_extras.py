@@ -12,6 +12,7 @@ import apt as library
 from apt.calibration.batches import Batch
 from apt.errors import AptError
 from apt.evaluation.metrics import perplexity
+from apt.events import SitePruned
 from apt.planning.plan import Selection, make_plan
 from apt.pruning.ssm_parameters import prune_extras
 from apt.solver import NM, SolverOptions, Unstructured
@@ -140,6 +141,15 @@ def test_they_are_pruned_and_reported_beside_the_sites(variant):
         assert site.zeros == int((parameter == 0).sum()) >= parameter.numel() / 2
         assert site.relative_error >= 0
         assert not torch.equal(parameter, before[name])
+
+
+def test_each_batch_of_their_run_is_told():
+    events = []
+    how = {"pattern": "0.5", "method": "wanda", "also": ["conv1d"], "observe": events.append}
+    library.prune(random_model("mamba2"), TOKENS, **how)
+    first = next(index for index, event in enumerate(events) if isinstance(event, SitePruned))
+    assert events[first].kind.endswith("conv1d")
+    assert [event.doing for event in events[1:first]] == ["running"]
 
 
 def test_the_convolution_takes_patterns_and_what_does_not_fit_is_told():

@@ -8,9 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from apt.adapter import Extra, Site
 from apt.cli import app
 from apt.cli.output import show_json
+from apt.cli.progress import RunProgress
+from apt.events import BlockStarted, SitePruned, Working
 from apt.output.report import Report
+from apt.output.timeline import Timeline
+from apt.planning.plan import Plan, PlannedBlock, PlannedExtra, PlannedSite
+from apt.solver import NM
 from tests.families import TEXT
 
 SMALL = ("--samples", 4, "--seqlen", 64)
@@ -213,3 +219,32 @@ def test_shells_complete_without_torch(shell, tmp_path):
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True
     )
     assert "--samples" in done.stdout, done.stderr
+
+
+def test_blocks_of_an_earlier_run_are_not_part_of_the_time_left(monkeypatch):
+    """Two of four blocks are restored within a second, and the third takes 100 seconds."""
+    seconds = [0]
+    monkeypatch.setattr("apt.cli.progress.time.perf_counter", lambda: seconds[0])
+    site = PlannedSite("q", Site("q", "q.weight", "x"), (4, 8), NM(2, 4))
+    extra = PlannedExtra("conv1d", Extra("conv1d", "conv1d", "conv1d.weight"), (8, 4), NM(2, 4))
+    progress = RunProgress(Plan((PlannedBlock("block", (site,), (extra,)),) * 4), [])
+    pruned = [
+        SitePruned(entry.name, entry.name, entry.shape, "2:4", 16, 0.1, None, None, 9, 0.1)
+        for entry in (extra, site)
+    ]
+    solved = [Working("block", "running"), pruned[0], Working("block", "solving"), pruned[1]]
+    left = []
+    for index, events in enumerate([pruned, pruned, solved, solved]):
+        for event in (BlockStarted("block", index, 4), *events):
+            progress.observe(event)
+            seconds[0] += 100 / 5 if events is solved else 0.1
+        left.append(progress._seconds_left())
+    assert left == [None, None, pytest.approx(100), None]
+
+
+def test_the_time_of_pruning_begins_with_the_first_block_that_is_kept():
+    timeline = Timeline(lambda text: None, lambda event: None)
+    timeline.status("loading the model")
+    for index in (1, 2):
+        timeline.observe(BlockStarted("block", index, 4))
+    assert [phase for phase, _ in timeline.record()["phases"]] == ["loading the model", "pruning"]

@@ -15,6 +15,7 @@ from apt.output import workplace as workplaces
 from apt.output.location import check_output, workplace_of
 from apt.output.renaming import exchange, rename_new
 from apt.output.workplace import Workplace, whole_directory
+from apt.runs import in_memory
 
 QUICK = ("--samples", 2, "--seqlen", 16, "--pattern", "2:4", "--method", "wanda")
 TEXT = Path(__file__).with_name("text.txt")
@@ -274,3 +275,19 @@ def test_folders_that_were_made_for_nothing_are_gone_again(tmp_path):
     assert snapshot(tmp_path).keys() == {"there"}
     write(tmp_path / "there/deep/er/out")
     assert (tmp_path / "there/deep/er/out/weights").is_file()
+
+
+def test_a_result_that_took_the_place_meanwhile_is_left(apt, monkeypatch):
+    """The metrics of a run are written once its output is in place, and others may replace it."""
+    measure = in_memory.measure
+
+    def while_another_run_ends(prepared, module, held_out, when, status):
+        if when == "after":
+            Path("out/apt_report.json").write_text('{"options": {}, "skipped": []}')
+        return measure(prepared, module, held_out, when, status)
+
+    monkeypatch.setattr(in_memory, "measure", while_another_run_ends)
+    result = apt("prune", "zoo:llama", *QUICK, "--eval", TEXT, "-o", "out")
+    assert result.code == 2
+    assert "out was replaced by another run before its metrics were written" in result.err
+    assert Path("out/apt_report.json").read_text() == '{"options": {}, "skipped": []}'

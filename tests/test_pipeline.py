@@ -1,6 +1,7 @@
 """The loop over blocks: what is pruned, what is left alone, what the next block sees."""
 
 import copy
+import weakref
 from statistics import median
 
 import pytest
@@ -8,12 +9,13 @@ import torch
 
 import apt as library
 from apt.errors import AptError
-from apt.events import BlockStarted, SitePruned
+from apt.events import BlockStarted, BlockTuned, SitePruned, Working
 from apt.planning.plan import Selection, make_plan
 from apt.plugin.registry import registry
+from apt.pruning.current_block import CurrentBlock
 from apt.pruning.pipeline import prune_blocks
 from apt.pruning.recipe import Recipe
-from apt.solver import NM, Gram, Solution, SolverOptions, Unstructured, sm, ss
+from apt.solver import NM, DampedGram, Gram, Solution, SolverOptions, Unstructured, sm, ss
 from apt.solver.patterns import meets
 from tests.families import CONFIGS, FAMILIES, random_model, random_tokens
 
@@ -203,8 +205,10 @@ def test_dead_inputs_are_named(adapter_of):
     model = random_model("opt")
     torch.nn.init.zeros_(model.model.decoder.layers[1].fc1.weight)
     torch.nn.init.constant_(model.model.decoder.layers[1].fc1.bias, -1)
-    with pytest.raises(AptError, match=r"layers\.1\.fc2 cannot be pruned: .* zero"):
+    with pytest.raises(AptError, match=r"layers\.1\.fc2 cannot be pruned: .* zero") as error:
         library.prune(model, TOKENS, pattern="2:4", selection=Selection(only=("*.1.fc2",)))
+    assert error.value.hint == "skip 'model.decoder.layers.1.fc2'"
+    assert error.value.options == ("skip",)
 
 
 def test_activations_that_are_not_finite_are_named():
@@ -259,7 +263,73 @@ def test_a_weight_that_two_blocks_share_is_refused_by_name(adapter_of):
     model = random_model("llama")
     layers = model.model.layers
     layers[2].mlp.up_proj.weight = layers[0].mlp.up_proj.weight
-    with pytest.raises(AptError, match=r"layers\.0\.mlp\.up_proj and .*2\.mlp\.up_proj share one"):
-        make_plan(model, adapter_of(model), NM(2, 4))
+    one = Selection(skip=("model.layers.0.*",)), Selection(only=("model.layers.0.*",))
+    for selection in (None, *one):  # where one of the two stays dense, it would be pruned as well
+        with pytest.raises(AptError, match=r"\.0\.mlp\.up_proj and .*2\.mlp\.up_proj share one"):
+            make_plan(model, adapter_of(model), NM(2, 4), selection)
     skip = Selection(skip=("*.mlp.up_proj",))
     assert make_plan(model, adapter_of(model), NM(2, 4), skip)
+
+
+@pytest.mark.parametrize("pattern", ["0.5", "2:4"])
+def test_a_token_whose_stream_is_zero_is_no_fault(pattern):
+    """As one of padding, in a model without biases: errors are relative to the token's size."""
+    model, tokens, events = random_model("llama"), random_tokens(samples=32), []
+    model.model.embed_tokens.weight.data[5] = 0
+    tokens[3, 0] = 5
+    library.prune(model, tokens, pattern=pattern, observe=events.append)
+    assert all(value.isfinite().all() for value in model.parameters())
+    tuned = [event for event in events if isinstance(event, BlockTuned)]
+    assert len(tuned) == 3
+    assert all(event.after < event.before for event in tuned)
+
+
+def test_a_solution_that_is_not_finite_is_not_written(adapter_of):
+    model = random_model("llama")
+    dense = copy.deepcopy(model.state_dict())
+
+    def overflowing(weight, gram, pattern, options):
+        found = ss(weight, gram, pattern, options)
+        return Solution(found.weight / 0, found.mask)
+
+    plan = make_plan(model, adapter_of(model), NM(2, 4))
+    with pytest.raises(AptError, match="q_proj is not finite in torch.float32"):
+        prune_blocks(model, adapter_of(model), plan, TOKENS, overflowing)
+    assert all(torch.equal(value, dense[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_factors_are_gone_once_their_sites_are_solved(ordered, monkeypatch):
+    made, alive = [], []
+    original = DampedGram.__init__
+
+    def watched(self, *args):
+        original(self, *args)
+        made.append(weakref.ref(self))
+
+    def observe(event):
+        if isinstance(event, Working) and event.doing == "solving":
+            alive.append(sum(damped() is not None for damped in made))
+
+    monkeypatch.setattr(DampedGram, "__init__", watched)
+    options = library.PruneOptions(ordered=ordered)
+    library.prune(random_model("llama"), TOKENS, pattern="2:4", options=options, observe=observe)
+    assert alive == [1] * 3 * 7
+
+
+@pytest.mark.parametrize("aware", [True, False])
+def test_a_block_leaves_nothing_in_memory_for_the_next(aware, monkeypatch):
+    """Nor does a layer-wise run copy dense weights, which only the drift of a stream needs."""
+    copies, alive = [], []
+
+    class Watched(CurrentBlock):
+        def __post_init__(self):
+            alive.append(sum(copied() is not None for copied in copies))
+            super().__post_init__()
+            copies.extend(weakref.ref(weight) for weight in self.dense.values())
+
+    monkeypatch.setattr("apt.pruning.pipeline.CurrentBlock", Watched)
+    options = library.PruneOptions(error_aware=aware)
+    library.prune(random_model("llama"), TOKENS, pattern="2:4", options=options)
+    assert alive == [0, 0, 0]
+    assert len(copies) == (3 * 2 if aware else 0)

@@ -9,14 +9,27 @@ import time
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
+from safetensors.torch import save_file
+from torch import nn
 
 import apt
+from apt.adapter import Site
+from apt.calibration.batches import check_finite
+from apt.checkpoints.offload import StoredBlocks
+from apt.checkpoints.safetensors_io import Shards
+from apt.checkpoints.tensor_map import Piece
 from apt.distributed.ranks import Ranks
+from apt.events import SitePruned
+from apt.planning.plan import Plan, PlannedBlock, PlannedSite
+from apt.plugin.registry import Registry
+from apt.runs.disk_blocks import DiskBlocks
+from apt.solver import NM
 from apt.tuning.reconstruct import Reconstruction
 from tests.families import CONFIGS, TEXT, random_model, random_tokens
 from tests.processes import forked, on_ranks
@@ -98,6 +111,54 @@ def test_ranks_together_do_what_one_does_alone(variant, run, together):
     errors = torch.tensor([site["relative_error"] for site in sites])
     expected = torch.tensor([site.relative_error for site in report.sites])
     torch.testing.assert_close(errors, expected, rtol=0.02, atol=1e-4)
+
+
+class Second(Ranks):
+    """A rank beside which another one has found a fault, without a second process."""
+
+    first = False
+
+    def sum(self, value):
+        return value + 1
+
+
+def test_activations_that_are_not_finite_end_all_ranks():
+    good, bad = torch.ones(1, 2, 3), torch.full((1, 2, 3), torch.inf)
+    two_parts = SimpleNamespace(residual=lambda state: state[0] + state[1])
+    check_finite(two_parts, [(good, good)], Ranks())
+    for states, ranks in (([(good, good), (good, bad)], Ranks()), ([(good, good)], Second())):
+        with pytest.raises(apt.AptError, match="activations after it are not finite"):
+            check_finite(two_parts, states, ranks)
+
+
+def test_only_the_first_rank_tells_the_plugins(monkeypatch):
+    told, seen = [], []
+
+    class NotFirst(Ranks):
+        first = False
+
+    monkeypatch.setattr(Registry, "site_pruned", lambda self, event: told.append(event))
+    for ranks in (NotFirst(), Ranks()):
+        how = {"pattern": "2:4", "method": "magnitude", "ranks": ranks, "observe": seen.append}
+        apt.prune(random_model("opt"), TOKENS, **how)
+        assert len(told) == (18 if ranks.first else 0)
+    assert sum(isinstance(event, SitePruned) for event in seen) == 2 * 18
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_every_rank_goes_on_with_the_block_as_it_is_stored(first, tmp_path):
+    """In a checkpoint of several dtypes, some are stored in fewer bits than a run has."""
+    block = nn.Linear(4, 4, bias=False)
+    exact, dense = block.weight.data.clone(), torch.zeros(4, 4, dtype=torch.bfloat16)
+    save_file({"block.weight": dense}, tmp_path / "model.safetensors")
+    layout = {"block.weight": [Piece("block.weight")]}
+    stored = StoredBlocks(Shards(tmp_path), layout, {"block": block}, "cpu")
+    site = PlannedSite("block", Site("", "weight", "x"), (4, 4), NM(2, 4))
+    work = SimpleNamespace(journal=SimpleNamespace(lines=[], add=lambda line: None))
+    plan, ranks = Plan((PlannedBlock("block", (site,)),)), SimpleNamespace(first=first)
+    DiskBlocks(plan, stored, stored, "cpu", work, ranks).keep("block", block, [])
+    assert torch.equal(block.weight.data, exact.bfloat16().float())
+    assert torch.equal(stored.read("block")["weight"], exact.bfloat16() if first else dense)
 
 
 def test_a_part_of_the_tokens_would_be_noticed():

@@ -6,9 +6,11 @@ from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
 import apt as library
-from apt.calibration.batches import enter
+from apt.adapter import Call, Site
+from apt.calibration.batches import Batch, DenseActivations, enter
 from apt.calibration.dense_activations import advance_dense
 from apt.events import BlockTuned
 from apt.plugin.registry import registry
@@ -71,6 +73,41 @@ def test_one_batch_cannot_be_held_back(adapter_of):
     batches = enter(adapter, model, random_tokens(), with_dense=True)
     block, sites = pruned_block(adapter, model, batches)
     assert reconstruct(adapter, block, 0, batches, sites, Reconstruction()) is None
+
+
+@pytest.mark.parametrize("samples", [1, 2, 3])
+def test_two_samples_are_enough_to_hold_one_back(samples):
+    events = []
+    tokens = random_tokens(samples)
+    options = replace(BEST, random_tokens=0)
+    library.prune(random_model("llama"), tokens, pattern="2:4", options=options,
+                  observe=events.append)  # fmt: skip
+    assert sum(isinstance(event, BlockTuned) for event in events) == (3 if samples > 1 else 0)
+
+
+class Experts(nn.Module):
+    """Two experts that are modules; no token is sent to the second one."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(8, 8, bias=False) for _ in range(2))
+
+    def forward(self, stream):
+        return stream + self.experts[0](stream)
+
+
+def test_an_expert_without_tokens_in_a_step_stays(adapter_of):
+    block = Experts()
+    sites = [Site(f"experts.{i}", f"experts.{i}.weight", f"{i}", routed=True) for i in (0, 1)]
+    before = copy.deepcopy(block.state_dict())
+    streams = [torch.randn(1, 16, 8) for _ in range(3)]
+    batches = [Batch(x, [Call((), {})], 16, DenseActivations(2 * x)) for x in streams]
+    adapter = adapter_of(random_model("llama"))
+    with torch.no_grad():
+        tuned = reconstruct(adapter, block, 0, batches, sites, Reconstruction(epochs=1))
+    assert tuned.after < tuned.before
+    same = [torch.equal(block.state_dict()[name], before[name]) for name in before]
+    assert same == [False, True]
 
 
 def test_best_effort_tunes_every_block_and_reports_what_was_written():

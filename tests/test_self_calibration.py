@@ -8,6 +8,7 @@ import torch
 
 import apt as library
 from apt.evaluation.metrics import perplexity
+from apt.text.sampling import mixed
 from tests.families import FAMILIES, TEXT, zoo_model
 
 COMMAND = ("prune", "zoo:llama", "--pattern", "2:4", "--seqlen", 32, "--calibration", TEXT)
@@ -93,14 +94,20 @@ def test_given_text_stays_whole(apt, monkeypatch):
         seen.append((given, mixed(given, own, seed)))
         return seen[-1][1]
 
-    from apt.text.sampling import mixed
-
     monkeypatch.setattr("apt.text.augmentation.mixed", watched)
     assert apt(*COMMAND, "--samples", 6, "--own-samples", 2, "--method", "ss").code == 0
     [(given, both)] = seen
     rows = both.tolist()
     assert sum(row in rows for row in given.tolist()) == 6
     assert rows[:6] != given.tolist()
+
+
+def test_added_samples_have_the_device_and_dtype_of_the_given_ones():
+    given, own = torch.ones(2, 3, dtype=torch.int32), torch.full((1, 3), 2)
+    both = mixed(given, own)
+    assert both.dtype == torch.int32
+    assert sorted(both[:, 0].tolist()) == [1, 1, 2]
+    assert mixed(given.to("meta"), own).device.type == "meta"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from dataclasses import replace
 from itertools import combinations
 
@@ -11,11 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+import apt as library
 from apt.calibration.batches import enter
 from apt.checkpoints.load import skeleton
 from apt.errors import AptError
 from apt.locations.model_source import find
 from apt.plugin.registry import registry
+from apt.shrinking import latency
 from apt.shrinking.gap_fits import GapFits
 from apt.shrinking.options import ShrinkOptions
 from apt.shrinking.proxy import Proxy
@@ -72,6 +75,26 @@ def test_a_latency_budget_counts_time(adapter_of):
     assert [dict(size.kept) for size in found] == [{"channels": 32}]
     assert found[0].cost == 0.75
     assert found[0].share != 0.75
+
+
+def test_latencies_are_measured_for_each_kind_and_draw_from_no_random_state(monkeypatch):
+    """The times that groups of two kinds save add up."""
+    made = []
+
+    def timed(small, adapter, seqlen, device):
+        made.append((small.config.num_attention_heads, small.config.intermediate_size))
+        return 1.0 + made[-1][0] + made[-1][1] / 8
+
+    monkeypatch.setattr(latency, "_seconds", timed)
+    model, state = random_model("llama"), torch.get_rng_state()
+    adapter = registry().adapters.get("llama").load()()
+    seconds = latency.block_times(model, adapter, model.config, "cpu", 16)
+    Sizes(model, adapter, model.config, 8, seconds).near(0.5, width=True, depth=True)
+    assert sorted(made) == [(n, 64) for n in (1, 2)] + [(4, n) for n in range(1, 65)]
+    assert seconds({"heads": 2, "channels": 16}) == 1 + 2 + 16 / 8
+    monkeypatch.undo()
+    assert latency.block_times(model, adapter, model.config, "cpu", 16)({"heads": 2}) > 0
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_smaller_multiple_is_used_only_where_none_comes_near():
@@ -188,6 +211,42 @@ def test_the_given_candidates_are_evaluated_first():
 def test_a_time_budget_ends_the_search_after_one_candidate():
     options = SearchOptions(evaluations=100, minutes=1e-9)
     assert len(Search(SIZES, range(10), bowl, options).run()) == 1
+
+
+def test_a_time_budget_includes_what_came_before_the_search():
+    options = SearchOptions(evaluations=100, minutes=1)
+    late = Search(SIZES, range(10), bowl, options, started=time.monotonic() - 61)
+    assert len(late.run()) == 1
+
+
+def test_the_time_of_the_ranking_counts(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+
+    def slow(proxy, kept, dropped, tokens):
+        now[0] += 30
+        return 1.0
+
+    monkeypatch.setattr(Proxy, "loss", slow)
+    size = ShrinkOptions(mode="search", multiple_of=8, search=SearchOptions(minutes=1))
+    how = library.PruneOptions(effort="fast")
+    _, report = library.shrink(random_model("llama"), TOKENS, size=size, options=how)
+    assert len(report.structure["candidates"]) == 1
+
+
+def test_generations_of_known_candidates_do_not_end_the_search():
+    """One of 24 blocks is to be dropped; the best one is the last that the ranking suggests."""
+    for seed in range(6):
+        search = Search([a_size(23)], range(24), lambda c: -sum(c.dropped), seed=seed)
+        assert search.run()[0].candidate.dropped == {23}
+
+
+@torch.no_grad()
+def test_a_loss_that_is_no_number_is_the_highest(adapter_of):
+    model = random_model("llama")
+    adapter = adapter_of(model)
+    model.lm_head.weight.fill_(torch.nan)
+    assert loss_without(model, adapter, TOKENS) == math.inf
 
 
 def test_without_sizes_there_is_nothing_to_search():

@@ -6,7 +6,9 @@ import os
 import shutil
 import signal
 import threading
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +17,8 @@ import apt.checkpoints.safetensors_io as apt_shards
 import apt.output.journal as apt_journal
 import apt.output.workplace as apt_workplace
 from apt.checkpoints.safetensors_io import Shards
+from apt.distributed.ranks import Ranks
+from apt.runs.disk_blocks import DiskBlocks
 from tests.families import CONFIGS, FAMILIES, TEXT, random_model
 from tests.processes import start
 
@@ -274,6 +278,17 @@ def test_the_next_block_is_read_while_one_has_its_turn(checkpoint, apt, monkeypa
     assert weights("out") == weights("whole")
 
 
+def test_a_block_that_is_read_ahead_but_never_opened_is_let_go():
+    """A layer-wise run opens no block that is dropped."""
+    plan = SimpleNamespace(blocks=[SimpleNamespace(name=str(index)) for index in range(5)])
+    source = SimpleNamespace(read=lambda name: {}, open=lambda name, dense: nullcontext())
+    work = SimpleNamespace(journal=SimpleNamespace(lines=[]))
+    blocks = DiskBlocks(plan, source, source, "cuda", work, Ranks())
+    for name, ahead in (("0", ["1"]), ("2", ["3"]), ("3", ["4"]), ("4", [])):
+        with blocks.open(name, None):
+            assert list(blocks._ahead) == ahead
+
+
 def test_a_damaged_block_that_is_read_ahead_is_told_in_its_turn(checkpoint, apt, monkeypatch):
     model = Path(shutil.copytree(checkpoint("llama"), "damaged"))
     name = "model.layers.1.mlp.up_proj.weight"
@@ -292,6 +307,33 @@ def test_a_damaged_block_that_is_read_ahead_is_told_in_its_turn(checkpoint, apt,
     assert result.code == 2
     assert said in result.err
     assert "finished blocks are in .out.apt: resume the run (--resume)" in result.err
+
+
+def test_a_run_goes_on_with_its_activations_elsewhere(checkpoint, apt, monkeypatch):
+    """As a run that died for lack of memory has to."""
+    command = ("prune", checkpoint("llama"), *SMALL, "--stream", "--effort", "fast")
+    assert apt(*command, "-o", "whole").code == 0
+    with monkeypatch.context() as patch:
+        cut(patch, PLACES["journal"], 5, KilledError())
+        with pytest.raises(KilledError):
+            apt(*command, "-o", "out")
+    result = apt(*command, "-o", "out", "--resume", "--activations", "disk")
+    assert result.code == 0, result.err
+    whole, out = (Shards(Path(name)) for name in ("whole", "out"))
+    for name in whole.entries:
+        torch.testing.assert_close(whole.read(name), out.read(name), rtol=1e-3, atol=1e-5)
+    assert apt(*command, "-o", "out", "--resume").code == 0  # it is the same run, and complete
+
+
+def test_a_run_that_needs_another_selection_is_not_to_be_resumed(tmp_path, tokenizer, apt):
+    model = random_model("llama")
+    torch.nn.init.zeros_(model.model.layers[1].mlp.up_proj.weight)
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "dead")
+    result = apt("prune", tmp_path / "dead", *SMALL, "--stream", "--effort", "fast", "-o", "out")
+    assert result.code == 2
+    assert "input was zero on all calibration tokens" in result.err
+    assert result.err.endswith("skip 'model.layers.1.mlp.down_proj' (--skip)\n")
 
 
 def test_text_that_the_model_wrote_is_kept_for_a_resumed_run(checkpoint, apt, monkeypatch):

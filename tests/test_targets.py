@@ -1,6 +1,7 @@
 """Error-aware targets: the sums they are made of, the equations they solve, their use."""
 
 import copy
+import weakref
 from contextlib import contextmanager
 
 import pytest
@@ -8,9 +9,11 @@ import torch
 from torch import nn
 
 import apt as library
-from apt.calibration.batches import enter
+from apt.adapter import Site
+from apt.calibration.batches import Batch, enter
 from apt.calibration.capture import Capture
 from apt.calibration.dense_activations import advance_dense
+from apt.calibration.passing import BlockPass
 from apt.calibration.targets import Targets
 from apt.errors import AptError
 from apt.planning.plan import make_plan
@@ -117,7 +120,7 @@ def test_paused_forwards_sum_the_same_as_separate_runs(behind):
     ):
         while (name := forwards.next_input()) is not None:
             alone = Capture(block, group := [s for s in sites if s.input == name], targets)
-            sums = forwards.capture(name)
+            sums = forwards.capture(name)[name]
             alone.run(adapter, block, 1, batches, earlier)
             for site in group:
                 for both in zip(
@@ -261,3 +264,17 @@ def test_sites_that_do_not_write_to_the_blocks_own_stream_are_not_declared_so(ad
     assert isinstance(block, nn.Module)
     block.apply_residual_connection_post_layernorm = True
     assert not any(site.residual for site in adapter_of(bloom).sites(block))
+
+
+def test_an_input_is_kept_only_for_sites_that_share_it():
+    """Nothing says before the end of a forward that an expert has got all of its tokens."""
+    block = nn.ParameterDict({name: torch.zeros(4, 8) for name in ("gate", "up", "down")})
+    shared = [Site(name, name, "mlp", routed=True) for name in ("gate", "up")]
+    alone = Site("down", "down", "neurons", routed=True)
+    capture, passing = Capture(block, [*shared, alone]), BlockPass(Batch(torch.zeros(5), [], 5))
+    for site, kept in ((shared[0], True), (alone, False)):
+        rows = torch.ones(5, 8)
+        capture.take(passing, site, rows)
+        watched = weakref.ref(rows)
+        del rows
+        assert (watched() is not None) == kept

@@ -8,6 +8,7 @@ import pyarrow.parquet
 import pytest
 import torch
 
+import apt as library
 from apt.errors import AptError
 from apt.plugin.registry import registry
 from apt.text.datasets import (
@@ -155,6 +156,13 @@ def test_calibration_samples_are_drawn_by_seed_without_overlap(tokenizer):
     assert drawn[0].shape == (8, 32)
     assert digest(drawn[0]) == digest(drawn[1]) != digest(drawn[2])
     assert len({tuple(row) for row in drawn[0].tolist()}) == 8
+
+
+@pytest.mark.parametrize("read", [library.calibration_tokens, library.evaluation_tokens])
+@pytest.mark.parametrize("amount", [{"samples": -3}, {"samples": 0}, {"samples": 2, "seqlen": 0}])
+def test_amounts_that_give_no_text_are_refused(read, amount, tokenizer):
+    with pytest.raises(AptError, match="samples must be at least 1 and seqlen at least 2"):
+        read(tokenizer, **amount)
 
 
 def test_fewer_windows_will_do_only_where_that_is_said(tokenizer):

@@ -135,3 +135,11 @@ def test_json_that_is_nested_too_deeply_is_one_line(tmp_path):
     path.write_text("[" * 100_000 + "\n")
     with pytest.raises(AptError, match="its JSON is nested too deeply"):
         list(read_file(path))
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".txt.gz", ".jsonl", ".jsonl.gz"])
+def test_a_byte_order_mark_is_no_text(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    raw = b"\xef\xbb\xbf" + (b'{"text": "word"}' if "jsonl" in suffix else b"word")
+    path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
+    assert list(read_file(path)) == ["word"]

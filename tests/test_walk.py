@@ -215,7 +215,7 @@ def test_paused_forwards_run_the_block_once(adapter_of):
         while (name := forwards.next_input()) is not None:
             names.append(name)
             alone = Capture(block, [site for site in sites if site.input == name])
-            sums = forwards.capture(name)
+            sums = forwards.capture(name)[name]
             seen = len(count)
             alone.run(adapter, block, 0, batches)
             del count[seen:]

@@ -1,6 +1,6 @@
 """The calibration activations between two blocks, in batches."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -96,6 +96,17 @@ def check_shape(tokens: Tensor) -> None:
     """Raise `AptError` if ``tokens`` is not (samples, seqlen), or is empty."""
     if tokens.ndim != 2 or not tokens.numel():
         raise AptError(f"tokens have shape {tuple(tokens.shape)}", "give (samples, seqlen)")
+
+
+def check_finite(adapter: Adapter, states: Iterable[State], ranks: Ranks) -> None:
+    """Raise on all ranks if one of them has a state after a block that is not finite."""
+    bad = sum(not adapter.residual(state).isfinite().all() for state in states)
+    if ranks.sum(bad):
+        raise AptError(
+            "the activations after it are not finite",
+            "try dtype float32, or bfloat16 instead of float16",
+            ("dtype",),
+        )
 
 
 def enter(

@@ -106,7 +106,7 @@ class Capture:
             batches: the batches before the block.
             dense: the dense weights (out, in) of sites that write to the residual stream before
                 ``sites``: the change of their products is added to the drift.
-            tell: called after each batch.
+            progress: called after each batch.
         """
         dense = dense or {}
         weights = {s: s.oriented(s.weight(block).data) for s in [*self.tokens, *dense]}
@@ -121,7 +121,7 @@ class Capture:
             if site in dense and passing.dense is not None:
                 passing.add_drift(site, rows, weights[site], dense[site])
             passing.count(site, rows)
-            passing.release(self.sites)
+            passing.release(self._sharing.get(site.input, ()))
             if all(passing.done(s) for s in weights):
                 raise _AllSeen
 
@@ -135,12 +135,12 @@ class Capture:
 
     def take(self, passing: BlockPass, site: Site, rows: Tensor) -> None:
         """Add an input ``rows`` (tokens, in) of a site, before its product is computed."""
-        sums = self.sums[site.input]
         self.tokens[site] += len(rows)
         if passing.is_first(site):
-            passing.keep(site, rows)
+            if len(self._sharing[site.input]) > 1:
+                passing.keep(site, rows)
             if passing.dense is None or site.routed:
-                sums.gram.add(rows)
+                self.sums[site.input].gram.add(rows)
             else:
                 self._sum_both(passing, site, rows, passing.dense)
         elif not passing.equals_kept(site, rows):

@@ -60,9 +60,16 @@ def advance_dense(
 
 
 def mean_squares(stream: Tensor) -> Tensor:
-    """The mean square of every token (tokens, 1), bounded below: no token may dominate."""
-    squares = stream.square().mean(1, keepdim=True)
-    least = max(float(squares.median()) / 16, torch.finfo(squares.dtype).tiny)
+    """The mean square of every token (tokens, 1) of a stream (tokens, hidden), `bounded`."""
+    return bounded(stream.square().mean(1, keepdim=True))
+
+
+def bounded(squares: Tensor) -> Tensor:
+    """The squared sizes of tokens, bounded below as divisors: no token may dominate.
+
+    A token can even be zero, such as one of padding in a model without biases.
+    """
+    least = (squares.median() / 16).clamp(min=torch.finfo(squares.dtype).tiny)
     return squares.clamp(min=least)
 
 

@@ -46,11 +46,10 @@ class BlockPass:
         parts, index = self._current[site.input], self.parts[site]
         return index < len(parts) and _same(parts[index], rows)
 
-    def release(self, sites: Sequence[Site]) -> None:
-        """Drop each kept input once all of ``sites`` that share it have received it."""
-        for name in [name for name in self._current if name in {site.input for site in sites}]:
-            if all(self.done(site) for site in sites if site.input == name):
-                del self._current[name]
+    def release(self, sharing: Sequence[Site]) -> None:
+        """Drop the kept input of the sites ``sharing`` it once all of them have received it."""
+        if sharing and all(self.done(site) for site in sharing):
+            self._current.pop(sharing[0].input, None)
 
     def token_slice(self, site: Site, rows: Tensor) -> slice:
         """The slice of the batch's tokens that ``rows`` belong to."""

@@ -5,7 +5,6 @@ disk, each tensor is a file. It is mapped into memory when it is read, and delet
 reference to it is gone. The mapping is private: a write to it does not change the file.
 """
 
-import os
 import tempfile
 import weakref
 from collections.abc import Callable
@@ -105,7 +104,8 @@ class _File:
 
     def __init__(self, folder: Path, tensor: Tensor) -> None:
         descriptor, self._path = tempfile.mkstemp(dir=folder)
-        weakref.finalize(self, os.unlink, self._path)
+        # After an error, the folder may be gone before the last references.
+        weakref.finalize(self, Path(self._path).unlink, missing_ok=True)
         self._shape, self._dtype, self._device = tensor.shape, tensor.dtype, tensor.device
         with open(descriptor, "wb") as file:
             file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)

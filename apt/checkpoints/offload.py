@@ -97,20 +97,19 @@ class StoredBlocks:
         _set_parameters(self._blocks[name], self.read(name), self._device)
 
     def write(self, name: str, paths: Iterable[str]) -> None:
-        """Write these parameters of a block that is in memory to the checkpoint.
-
-        The block then has the stored values, which are rounded if the stored dtype has fewer bits.
-        """
-        parameters = {path: self._blocks[name].get_parameter(path) for path in paths}
+        """Write these parameters of a block that is in memory to the checkpoint."""
         self._shards.write(
-            (piece.key, parameter[piece.part])
-            for path, parameter in parameters.items()
+            (piece.key, self._blocks[name].get_parameter(path)[piece.part])
+            for path in paths
             for piece in self._layout[f"{name}.{path}"]
         )
-        for path, parameter in parameters.items():
+
+    def round(self, name: str, paths: Iterable[str]) -> None:
+        """Round these parameters of a block that is in memory to the values that `write` stores."""
+        for path in paths:
+            values = self._blocks[name].get_parameter(path).data
             stored = self._shards.entries[self._layout[f"{name}.{path}"][0].key].dtype
-            if stored != parameter.dtype:
-                parameter.data.copy_(parameter.data.to(stored))
+            values.copy_(values.to(stored))
 
     def digest(self, block: PlannedBlock) -> str:
         """A checksum of the stored tensors of a block's pruned parameters."""

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import asdict
+from math import prod
 from statistics import fmean
 from types import TracebackType
 
@@ -24,7 +25,9 @@ class RunProgress:
 
     def __init__(self, plan: Plan, notices: list[str]) -> None:
         self._total = sum(site.size for block in plan.blocks for site in block.pruned)
-        self._done, self._started = 0, time.perf_counter()
+        self._total += sum(prod(extra.shape) for block in plan.blocks for extra in block.extras)
+        self._done, self._solving = 0, False
+        self._origin = (time.perf_counter(), 0)  # when the first block that is solved began
         self._number, self._blocks = 0, 0  # of the current block, from 1, and of all
         self._notices, self._steps = notices, 0
         self._errors: list[float] = []
@@ -65,6 +68,7 @@ class RunProgress:
             self._begin_block(event)
             return
         if isinstance(event, Working):
+            self._solving |= event.doing == "solving"
             self._show(event.doing)
             return
         if isinstance(event, BlockTuned):
@@ -83,8 +87,8 @@ class RunProgress:
     def _begin_block(self, event: BlockStarted) -> None:
         self._print_notices()
         self._end_block()
-        if event.index == 0:
-            self._started = time.perf_counter()
+        if not self._solving:  # blocks that an earlier run has pruned take almost no time
+            self._origin = (time.perf_counter(), self._done)
         self._number, self._blocks = event.index + 1, event.blocks
         self._progress.update(self._task, description=self._block, left=self._left())
 
@@ -115,9 +119,11 @@ class RunProgress:
         return f"block {self._number}/{self._blocks}"
 
     def _seconds_left(self) -> float | None:
-        if not 0 < self._done < self._total:
+        started, restored = self._origin
+        if not self._solving or not restored < self._done < self._total:
             return None
-        return (time.perf_counter() - self._started) * (self._total / self._done - 1)
+        share = (self._done - restored) / (self._total - restored)
+        return (time.perf_counter() - started) * (1 / share - 1)
 
     def _left(self) -> str:
         seconds = self._seconds_left()

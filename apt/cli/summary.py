@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from apt.cli.output import duration, out, show, show_json, size, table
@@ -28,9 +29,7 @@ def show_report(report: Report, options: RunOptions, registry: Registry, *, as_j
     if report.structure:
         _show_candidates(report.structure["candidates"])
     result = (
-        structure_line(report.structure)
-        if report.structure
-        else f"{report.sparsity:.2%} zeros in the pruned sites"
+        structure_line(report.structure) if report.structure else _sparsity_line(report, options)
     )
     out.print(
         f"{options.output}: {result}, verified on disk; mean relative layer error "
@@ -38,6 +37,16 @@ def show_report(report: Report, options: RunOptions, registry: Registry, *, as_j
         f"{size(sum(peak_memory().values()))}",
         markup=False,
     )
+
+
+def _sparsity_line(report: Report, options: RunOptions) -> str:
+    """The share of zeros, and the number of sites that the allocation left dense."""
+    line = f"{report.sparsity:.2%} zeros in the pruned sites"
+    if options.pattern is None:
+        return line
+    pattern = partial(options.selection.pattern, default=options.pattern)
+    dense = sum(pattern(name) is not None for name in report.skipped)
+    return f"{line} ({dense} more left dense by {options.allocation})" if dense else line
 
 
 def structure_line(structure: Mapping[str, Any]) -> str:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from apt.errors import AptError
 from apt.planning.allocation import default_allocation
+from apt.planning.plan import read_pattern
 from apt.plugin.registry import Registry
-from apt.runs.api import read_pattern
 from apt.runs.limits import EFFORTS
 from apt.solver import Unstructured
 

@@ -34,6 +34,9 @@ class Work:
 class Ranks:
     """The ranks that prune one model together; each process has an instance.
 
+    Each of them must make the same calls. If an error ends the work of one, the others wait for it
+    until the timeout of the group, unless someone ends their processes as ``torchrun`` does.
+
     Args:
         group: their process group; None for a single process.
 

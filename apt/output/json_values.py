@@ -7,7 +7,7 @@ from typing import Any
 def json_value(value: Any) -> Any:
     """A value that JSON can express: numbers that are not finite become strings."""
     if isinstance(value, dict):
-        return {key: json_value(entry) for key, entry in value.items()}
+        return {str(key): json_value(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return [json_value(entry) for entry in value]
     if isinstance(value, float) and not math.isfinite(value):

@@ -35,7 +35,7 @@ class Timeline:
     def observe(self, event: Event) -> None:
         """Record the memory at the beginning of a block."""
         if isinstance(event, BlockStarted):
-            if event.index == 0:
+            if all(phase != _PRUNING for phase, _ in self._phases):  # block 0 may be dropped
                 self._begin(_PRUNING)
             self._sample()
         self._observe(event)

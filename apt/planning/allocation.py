@@ -112,7 +112,11 @@ def with_shares(plan: Plan, name: str, shares: Mapping[str, float]) -> Plan:
         least = -1e-9 if isinstance(site.pattern, MixedNM) else 0
         if not least < shares.get(site.name, least) < 1:
             given = f"{shares[site.name]:g}" if site.name in shares else "no value"
-            raise AptError(f"allocation {name} gives {given} as the sparsity of {site.name}")
+            raise AptError(
+                f"allocation {name} gives {given} as the sparsity of {site.name}",
+                "choose another allocation",
+                ("allocation",),
+            )
     total = sum(Unstructured(sparsity_of(site)).count(site.size) for site in sites)
     drift = sum((shares[site.name] - sparsity_of(site)) * site.size for site in sites)
     drift /= max(sum(site.size for site in sites), 1)

@@ -9,7 +9,15 @@ from torch import nn
 
 from apt.adapter import Adapter, Extra, Groups, Site
 from apt.errors import AptError
-from apt.solver import NM, ColumnGroups, MixedNM, Pattern, SitePattern, Unstructured
+from apt.solver import (
+    NM,
+    ColumnGroups,
+    MixedNM,
+    Pattern,
+    SitePattern,
+    Unstructured,
+    parse_pattern,
+)
 from apt.solver.patterns import Granularity
 
 
@@ -20,18 +28,26 @@ class Selection:
     Args:
         only: if given, sites that match none of these globs stay dense.
         skip: sites that match one of these globs stay dense.
-        overrides: pairs of a glob and a pattern for the sites that match; the last match counts.
+        overrides: pairs of a glob and a pattern for the sites that match; the last match counts. A
+            pattern may be given as in `apt.prune`.
     """
 
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
-    overrides: tuple[tuple[str, Pattern], ...] = ()
+    overrides: tuple[tuple[str, Pattern | str | float], ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("only", "skip"):
+            if isinstance(globs := getattr(self, name), str):
+                fault = f"{name} is one text, '{globs}', and not a tuple of globs"
+                raise AptError(fault, f"give ('{globs}',)")
 
     def pattern(self, name: str, default: Pattern) -> Pattern | None:
         """The pattern for the site with this full name; None if it stays dense."""
         if (self.only and not _matches(name, self.only)) or _matches(name, self.skip):
             return None
-        return next((p for glob, p in reversed(self.overrides) if _matches(name, [glob])), default)
+        own = (p for glob, p in reversed(self.overrides) if _matches(name, [glob]))
+        return read_pattern(next(own, default))
 
     def record(self) -> dict[str, Any]:
         """The selection as plain values, for the report."""
@@ -41,6 +57,20 @@ class Selection:
     def globs(self) -> list[str]:
         """All globs."""
         return [*self.only, *self.skip, *(glob for glob, _ in self.overrides)]
+
+
+def read_pattern(pattern: Pattern | str | float) -> Pattern:
+    """The pattern itself, or the one that a text such as ``"2:4"`` or a sparsity stands for.
+
+    Raises:
+        AptError: it stands for no pattern.
+    """
+    if isinstance(pattern, Pattern):
+        return pattern
+    try:
+        return parse_pattern(str(pattern))
+    except ValueError as error:
+        raise AptError(str(error)) from error
 
 
 def _matches(name: str, globs: Sequence[str]) -> bool:
@@ -203,14 +233,19 @@ def make_plan(
 
 
 def _refuse_shared(modules: dict[str, nn.Module], plan: Plan) -> None:
-    """Refuse a weight that several blocks share, since each block would prune it separately."""
-    owners: dict[tuple[nn.Parameter, int | None], str] = {}
+    """Refuse to prune a weight that several blocks share.
+
+    Each block would prune it separately, and a site that shall stay dense would lose weights.
+    """
+    owners: dict[tuple[nn.Parameter, int | None], PlannedSite] = {}
     for block in plan.blocks:
-        for entry in block.pruned:
+        for entry in block.sites:
             parameter = modules[block.name].get_parameter(entry.site.parameter)
-            first = owners.setdefault((parameter, entry.site.expert), entry.name)
-            if first != entry.name:
-                raise AptError(f"{first} and {entry.name} share one weight", "skip both", ("skip",))
+            first = owners.setdefault((parameter, entry.site.expert), entry)
+            if first is not entry and (first.pattern or entry.pattern) is not None:
+                raise AptError(
+                    f"{first.name} and {entry.name} share one weight", "skip both", ("skip",)
+                )
 
 
 def _planned(

@@ -20,7 +20,7 @@ def check_rounding(plan: Plan, notice: Callable[[str], None] = lambda line: None
         return
     first = whole[0]
     said = f"{first.pattern} of the weights of {first.name} {_counted(first)} rounds to none"
-    if len(whole) == len(pruned):
+    if len(whole) == len(pruned) and not any(block.extras for block in plan.blocks):
         raise AptError(f"nothing would be pruned: {said}", "give a larger sparsity", ("sparsity",))
     notice(f"{len(whole)} of {len(pruned)} sites lose no weight: {said}")
 

@@ -84,5 +84,6 @@ def apt_calibrations() -> Iterable[CalibrationSpec]:  # type: ignore[empty-body]
 def apt_site_pruned(event: SitePruned) -> None:
     """Called after each pruned site, from the thread that prunes.
 
-    If an observer raises an exception, a warning reports it and the observer is not called again.
+    If several processes prune together, only the first one calls it, for all sites. If an observer
+    raises an exception, a warning reports it and the observer is not called again.
     """

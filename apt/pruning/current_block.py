@@ -22,7 +22,8 @@ class CurrentBlock:
     Attributes:
         dropped: the dropped blocks between it and the next one that is kept.
         sites: all its sites.
-        dense: the dense weights (out, in) of those that write to the residual stream.
+        dense: the dense weights (out, in) of those that write to the residual stream; none without
+            a dense stream, since only the drift between the streams needs them.
         scales: the factors of the rows (out, 1) of each site with row importance.
         propagated: True if the batches' states are already those after the block.
     """
@@ -38,7 +39,8 @@ class CurrentBlock:
 
     def __post_init__(self) -> None:
         self.sites = self.adapter.sites(self.module)
-        writers = (site for site in self.sites if site.residual)
+        both_streams = self.batches[0].dense is not None
+        writers = (site for site in self.sites if site.residual and both_streams)
         self.dense = {s: s.oriented(s.weight(self.module).data).clone() for s in writers}
 
     def first_batches(self, tokens: float) -> list[Batch]:

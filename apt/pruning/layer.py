@@ -99,7 +99,8 @@ class SiteSolver:
             scale: the factor of each row (out, 1) in the choice of the mask; None for equal rows.
 
         Raises:
-            AptError: the site has no solution.
+            AptError: the site has no solution, or none that is finite in the dtype of the weight,
+                which then stays.
         """
         started, scale = time.perf_counter(), torch.ones(()) if scale is None else scale
         weight = planned.site.oriented(planned.site.weight(block).data)
@@ -107,7 +108,10 @@ class SiteSolver:
         solution = self._solution(planned, dense, sums, mean, scale)
         _synchronise(weight.device)
         seconds = time.perf_counter() - started
-        weight.copy_((solution.weight / scale).add_(0.0))  # which makes negative zeros positive
+        pruned = (solution.weight / scale).add_(0.0)  # which makes negative zeros positive
+        pruned = pruned.to(weight.dtype)
+        _check_finite(planned, pruned)
+        weight.copy_(pruned)
         return SolvedSite(planned, dense, sums.gram.matrix, sums.gram.tokens, solution, seconds)
 
     def chosen_groups(self, block: nn.Module, planned: PlannedSite, sums: Sums) -> ColumnGroups:
@@ -132,7 +136,9 @@ class SiteSolver:
                 target = self.targets.weight(dense, planned.site, sums, damped)
             return self.method(target * scale, gram, planned.pattern, self.options)
         except SolverError as error:
-            raise AptError(f"{planned.name} cannot be pruned: {error}") from error
+            raise AptError(
+                f"{planned.name} cannot be pruned: {error}", f"skip '{planned.name}'", ("skip",)
+            ) from error
         except Exception as error:
             error.add_note(f"while {planned.name} was pruned")
             raise
@@ -178,15 +184,19 @@ def mean_square(grams: Iterable[Gram]) -> float:
 
 def _check(planned: PlannedSite, weight: Tensor, mask: Tensor) -> None:
     """Raise if the weight as written is not finite, or violates the mask or the pattern."""
+    _check_finite(planned, weight)
+    assert planned.pattern is not None
+    if bool(weight[mask].any()) or not meets(weight, planned.pattern):
+        raise RuntimeError(f"{planned.name}: the method did not meet {planned.pattern}")
+
+
+def _check_finite(planned: PlannedSite, weight: Tensor) -> None:
     if not torch.isfinite(weight).all():
         raise AptError(
             f"the pruned weight of {planned.name} is not finite in {weight.dtype}",
             "try dtype float32, or more damping",
             ("dtype", "damping"),
         )
-    assert planned.pattern is not None
-    if bool(weight[mask].any()) or not meets(weight, planned.pattern):
-        raise RuntimeError(f"{planned.name}: the method did not meet {planned.pattern}")
 
 
 def _synchronise(device: torch.device) -> None:

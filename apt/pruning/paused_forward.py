@@ -84,7 +84,8 @@ class PausedForwards:
         sites: all sites of the block, none of which is routed or multiplied more than once.
         to_capture: the sites among them that are to be captured; others of the same inputs stay
             dense.
-        dense: the dense weights (out, in) of the sites that write to the residual stream.
+        dense: the dense weights (out, in) of the sites that write to the residual stream; none
+            without a dense stream.
         targets: the error-aware targets; None if there is no dense stream.
         progress: called when a batch has reached a pause or the end.
     """
@@ -143,8 +144,8 @@ class PausedForwards:
             Capture(self._block, sites).assert_coverage(self._tokens)
         return None
 
-    def capture(self, name: str) -> Sums:
-        """Continue all batches to the input ``name``, and sum it.
+    def capture(self, name: str) -> dict[str, Sums]:
+        """Continue all batches to the input ``name``, and sum it; the sums are under its name.
 
         Raises:
             CannotPause: the input comes in parts, or the forward cannot pause there.
@@ -162,7 +163,7 @@ class PausedForwards:
         for block_pass, site, rows in reached:
             capture.take(block_pass, site, rows)
         self._captures[name] = capture
-        return capture.sums[name]
+        return capture.sums
 
     def finish(self, *, update_states: bool) -> None:
         """Continue all batches to the end of the block, with the present weights.

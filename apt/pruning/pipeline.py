@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apt.adapter import Adapter, Site, State
+from apt.adapter import Adapter, Site
 from apt.adapter.eval_mode import eval_mode
-from apt.calibration.batches import TOKENS_PER_BATCH, Batch, check_shape, enter
+from apt.calibration.batches import TOKENS_PER_BATCH, Batch, check_finite, check_shape, enter
 from apt.calibration.capture import Capture
 from apt.calibration.dense_activations import advance_dense
 from apt.calibration.storage import MemoryStore, Store
@@ -40,6 +40,7 @@ from apt.pruning.ssm_parameters import prune_extras
 from apt.tuning.reconstruct import Reconstruction, reconstruct
 
 
+@torch.inference_mode(mode=False)  # the caller's inference mode would rule out gradients
 @torch.no_grad()
 def prune_blocks(
     model: nn.Module,
@@ -129,15 +130,21 @@ class _Pruning:
             self.observe(BlockStarted(planned.name, index, len(plan.blocks)))
             module = modules[planned.name]
             with self.block_storage.open(planned.name, module):
-                current = CurrentBlock(self.adapter, module, planned, index, batches, dropped)
-                try:
-                    done += self.prune_or_restore(current)
-                    if index != kept[-1]:
-                        self.propagate(current)
-                except AptError as error:
-                    raise AptError(
-                        f"in {planned.name}: {error.message}", error.hint, error.options
-                    ) from error
+                done += self.prune_opened(
+                    CurrentBlock(self.adapter, module, planned, index, batches, dropped),
+                    last=index == kept[-1],
+                )
+        return done
+
+    def prune_opened(self, current: CurrentBlock, *, last: bool) -> list[SitePruned]:
+        """Prune or restore a block that is in memory, and run it unless it is the last one."""
+        try:
+            done = self.prune_or_restore(current)
+            if not last:
+                self.propagate(current)
+        except AptError as error:
+            name = current.planned.name
+            raise AptError(f"in {name}: {error.message}", error.hint, error.options) from error
         return done
 
     def prune_or_restore(self, current: CurrentBlock) -> list[SitePruned]:
@@ -198,7 +205,8 @@ class _Pruning:
         how, batches, rest = self.recipe.reconstruction, list[Batch](), tokens
         if how is not None:
             chosen = how.chosen(*tokens.shape)
-            batches = self.batches(model, tokens[chosen], how.tokens_per_batch)
+            size = how.step_tokens(int(chosen.sum()), tokens.shape[1])
+            batches = self.batches(model, tokens[chosen], size)
             self.tuning_batches, rest = len(batches), tokens[~chosen]
         if len(rest):
             batches += self.batches(model, rest, TOKENS_PER_BATCH)
@@ -241,11 +249,13 @@ class _Pruning:
         rounds: list[dict[int, PlannedSite]] = []
         with closing(self.captured(current)) as groups:
             for group, sums in groups:
-                for each in sums.values():
-                    each.add_up(self.ranks)
                 mean = mean_square(sums[e.site.input].gram for e in group if e.site.routed)
+                last = {entry.site.input: entry for entry in group}
                 for turns in self.ranks.rounds(group):
                     solved += self.solve_round(current, turns, sums, mean)
+                    for entry in turns.values():
+                        if entry is last[entry.site.input]:
+                            del sums[entry.site.input]  # with its factors, which are large
                     rounds.append(turns)
                     if self.recipe.reconstruction is None:
                         done += self.finish(current.module, solved, rounds)
@@ -282,7 +292,6 @@ class _Pruning:
         for tied in planned.tied:
             last = next(entry for entry in planned.sites if entry.site.name == tied[-1])
             sums = self.capture(current, [last.site])[last.site.input]
-            sums.add_up(self.ranks)
             pattern = self.ranks.share(self.solver.chosen_groups(current.module, last, sums))
             planned = planned.with_patterns(dict.fromkeys(tied, pattern))
         return planned
@@ -299,9 +308,8 @@ class _Pruning:
         advance_dense(
             *block, current.batches, current.sites, self.ranks, partial(self.report_batch, current)
         )
-        for batch in current.batches:
-            assert batch.dense is not None
-            _check_finite(batch.dense.state)
+        states = (batch.dense.state for batch in current.batches if batch.dense)
+        check_finite(self.adapter, states, self.ranks)
         if how is None or not wanted:
             return {}
         return how.scales(
@@ -331,38 +339,22 @@ class _Pruning:
 
     def extras(self, current: CurrentBlock) -> list[SitePruned]:
         """Prune the planned extras of a block."""
-        planned, done = current.planned.extras, []
+        planned, done = current.planned.extras, list[SitePruned]()
         if not planned:
             return []
-        args = (
-            self.adapter,
-            current.module,
-            current.index,
-            current.batches,
-            planned,
-            self.solver.options,
-        )
-        for extra in prune_extras(*args, self.ranks):
-            pruned = SitePruned(
-                extra.planned.name,
-                extra.planned.extra.name,
-                extra.planned.shape,
-                str(extra.planned.pattern),
-                extra.zeros,
-                extra.relative_error,
-                extra.damping,
-                None,
-                extra.tokens,
-                extra.seconds,
-            )
-            self.observe(pruned)
-            done.append(pruned)
+        block = (self.adapter, current.module, current.index, current.batches)
+        progress = partial(self.report_batch, current)
+        for extra in prune_extras(*block, planned, self.solver.options, self.ranks, progress):
+            self.observe(extra)
+            done.append(extra)
         return done
 
     def captured(
         self, current: CurrentBlock
     ) -> Generator[tuple[list[PlannedSite], dict[str, Sums]]]:
-        """Groups of sites to solve one after another, with the sums of their inputs.
+        """Groups of sites to solve one after another, with the sums of their inputs over all ranks.
+
+        Nothing else refers to the sums, so that those that are deleted are freed.
 
         If the sites are solved in order, one paused forward per batch gives all groups. It requires
         that inputs are not split into parts and that forwards can pause. Otherwise the block is run
@@ -378,9 +370,10 @@ class _Pruning:
             ):
                 while (name := forwards.next_input()) is not None:
                     sums = forwards.capture(name)
+                    sums[name].add_up(self.ranks)
                     group = [entry for entry in left if entry.site.input == name]
                     left = [entry for entry in left if entry.site.input != name]
-                    yield group, {name: sums}
+                    yield group, sums
                 current.propagated = (
                     self.recipe.reconstruction is None and not self.block_storage.repeatable
                 )
@@ -399,7 +392,7 @@ class _Pruning:
             self.observe(BlockTuned(current.planned.name, tuned.before, tuned.after))
 
     def capture(self, current: CurrentBlock, sites: list[Site]) -> dict[str, Sums]:
-        """The sums of the inputs of ``sites``, by input name, from a separate run of the block."""
+        """The sums of the inputs of ``sites`` over all ranks, from a separate run of the block."""
         earlier = {}
         if self.error_aware:
             last = max(site.order for site in sites)
@@ -409,6 +402,8 @@ class _Pruning:
         capture = Capture(current.module, sites, self.solver.targets, routed)
         block = (self.adapter, current.module, current.index)
         capture.run(*block, current.batches, earlier, partial(self.report_batch, current))
+        for each in capture.sums.values():
+            each.add_up(self.ranks)
         return capture.sums
 
     def groups(self, sites: Sequence[PlannedSite]) -> Iterable[list[PlannedSite]]:
@@ -439,14 +434,5 @@ class _Pruning:
                     current.module, batch.state, batch.calls[current.index]
                 )
                 self.report_batch(current)
-            _check_finite(batch.state)
-
-
-def _check_finite(state: State) -> None:
-    """Raise if the state after a block is not finite."""
-    if isinstance(state, Tensor) and not torch.isfinite(state).all():
-        raise AptError(
-            "the activations after it are not finite",
-            "try dtype float32, or bfloat16 instead of float16",
-            ("dtype",),
-        )
+        states = (batch.state for batch in current.batches)
+        check_finite(self.adapter, states, self.ranks)

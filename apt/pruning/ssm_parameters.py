@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,22 +12,11 @@ from apt.adapter import Adapter, Extra
 from apt.calibration.batches import Batch
 from apt.distributed.ranks import Ranks
 from apt.errors import AptError
+from apt.events import SitePruned
 from apt.planning.plan import PlannedExtra
 from apt.solver import SolverOptions
 from apt.solver.channels import prune_channels
 from apt.solver.gram import DAMPING
-
-
-@dataclass(frozen=True)
-class PrunedExtra:
-    """The record of a pruned extra; for the fields see `apt.events.SitePruned`."""
-
-    planned: PlannedExtra
-    zeros: int
-    relative_error: float
-    damping: float | None
-    tokens: int
-    seconds: float
 
 
 @dataclass
@@ -44,11 +33,12 @@ def prune_extras(
     planned: Sequence[PlannedExtra],
     options: SolverOptions,
     ranks: Ranks | None = None,
-) -> Iterator[PrunedExtra]:
+    progress: Callable[[], None] = lambda: None,
+) -> Iterator[SitePruned]:
     """Prune the extras ``planned`` in place, from one run of the block on all batches.
 
     They are pruned before the sites. The sites then receive the outputs of the pruned extras and
-    compensate for the error.
+    compensate for the error. ``progress`` is called after each batch.
 
     Raises:
         AptError: the adapter's ``effects`` report nothing for one of them.
@@ -64,6 +54,7 @@ def prune_extras(
     with adapter.effects(block, [entry.extra for entry in planned], take):
         for batch in batches:
             adapter.step(block, batch.state, batch.calls[index])
+            progress()
     tokens = round(ranks.sum(sum(batch.tokens for batch in batches)))
     for entry in planned:
         if entry.extra not in found:
@@ -80,7 +71,7 @@ def prune_extras(
 
 def _prune(
     block: nn.Module, planned: PlannedExtra, effect: _Effect, tokens: int, options: SolverOptions
-) -> PrunedExtra:
+) -> SitePruned:
     started, extra = time.perf_counter(), planned.extra
     weight = extra.weight(block).data
     multiplies = extra.removal == "product"
@@ -92,11 +83,15 @@ def _prune(
     weight.copy_(solution.weight if multiplies else weight.masked_fill(solution.mask, 0))
     lost = (weight.double() if multiplies else solution.weight) - acting
     loss = float(torch.einsum("ck,ckl,cl->", lost, effect.gram.double(), lost))
-    return PrunedExtra(
-        planned,
+    return SitePruned(
+        planned.name,
+        extra.name,
+        planned.shape,
+        str(planned.pattern),
         int((weight == 0).sum()),
         loss / effect.energy if effect.energy else (math.inf if loss else 0.0),
         solution.damping,
+        None,
         tokens,
         time.perf_counter() - started,
     )

@@ -6,26 +6,28 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, TypedDict, TypeVar, Unpack
 
+import torch
 from torch import Tensor, nn
 
 from apt.adapter import Adapter
-from apt.calibration.batches import check_shape
 from apt.checkpoints.load import fingerprint
 from apt.distributed.ranks import Ranks
 from apt.errors import AptError
 from apt.events import Observer, telling
 from apt.output.report import Report, portable
 from apt.planning.allocation import Allocation, check_allocation, default_allocation
-from apt.planning.plan import Plan, Selection, make_plan
+from apt.planning.plan import Plan, Selection, make_plan, read_pattern
+from apt.planning.rounding import check_rounding
 from apt.plugin.registry import Registry, registry
 from apt.plugin.specs import MethodSpec
 from apt.pruning.layer import Method
-from apt.runs.limits import check_activations
+from apt.runs.inputs import check_inputs
+from apt.runs.limits import check_activations, check_windows
 from apt.runs.machine import activation_store
 from apt.runs.new_report import calibration_of
 from apt.runs.prune_model import Job, named_allocation, prune_model
 from apt.runs.prune_options import PruneOptions, record
-from apt.solver import Pattern, parse_pattern
+from apt.solver import Pattern
 from apt.text import datasets
 from apt.text.special_tokens import bos_of, named_ids, special_ids
 
@@ -35,7 +37,7 @@ M = TypeVar("M", bound=nn.Module)
 class PruneArguments(TypedDict, total=False):
     """The keyword arguments of `prune`."""
 
-    pattern: Pattern | str
+    pattern: Pattern | str | float
     adapter: str | Adapter | None
     method: str | Method | None
     selection: Selection | None
@@ -49,6 +51,7 @@ class PruneArguments(TypedDict, total=False):
     observe: Observer
 
 
+@torch.inference_mode(mode=False)  # in which a copy would be of inference tensors
 def prune_copy(model: M, tokens: Tensor, **arguments: Unpack[PruneArguments]) -> tuple[M, Report]:
     """Prune a copy of a model; the model itself does not change.
 
@@ -68,7 +71,7 @@ def prune(
     model: nn.Module,
     tokens: Tensor,
     *,
-    pattern: Pattern | str,
+    pattern: Pattern | str | float,
     adapter: str | Adapter | None = None,
     method: str | Method | None = None,
     selection: Selection | None = None,
@@ -93,8 +96,8 @@ def prune(
         tokens: calibration token ids (samples, seqlen), without padding; see
             `apt.calibration_tokens`. If the model's tokenizer begins each text with a special
             token, each sample should begin with it.
-        pattern: ``"2:4"``, ``"0.5"``, ``"auto:8@0.5"`` for n:8 with an n of its own for each site,
-            or a pattern of `apt.solver`.
+        pattern: ``"2:4"``, ``"0.5"`` or 0.5, ``"auto:8@0.5"`` for n:8 with an n of its own for each
+            site, or a pattern of `apt.solver`.
         adapter: the name of an adapter, or an adapter; by default the one that serves the model's
             type.
         method: the name of a method, or a function `apt.pruning.layer.Method`; by default the most
@@ -116,23 +119,26 @@ def prune(
             same weights. None prunes in this process alone, even if there is a process group.
         observe: called with every event of `apt.events`, from the thread that prunes: after each
             solve, each step of tuning and each batch that is run through a block. To cancel the
-            run, raise an exception from it; the exception reaches the caller.
+            run, raise an exception from it; the exception reaches the caller. With several ranks,
+            raise it on all of them at the same `BlockStarted` or `SitePruned`, the events that all
+            get alike: a rank that is left alone waits for the others.
 
     Returns:
         The record of the run; ``report.sites`` has one entry for each pruned site.
 
     Raises:
-        AptError: a name is unknown, an option is out of range, the pattern does not fit, or the
-            model cannot be pruned.
+        AptError: a name is unknown, an option is out of range, the pattern does not fit or prunes
+            nothing, or the model cannot be pruned.
     """
     started, ranks = time.perf_counter(), ranks or Ranks()
     check_activations(activations, streamed=False)
-    check_shape(tokens)
     installed, options = registry(), options or PruneOptions()
     spec, function = find_method(method, installed)
     adapter_name, instance = find_adapter(adapter, model, installed)
+    check_inputs(model, instance, tokens)
     wanted = read_pattern(pattern)
     plan = make_plan(model, instance, wanted, selection, spec.per, also)
+    check_rounding(plan)
     job = Job(
         instance,
         plan,
@@ -166,7 +172,7 @@ def prune(
         job,
         store=activation_store(activations),
         ranks=ranks,
-        observe=telling(observe, installed.site_pruned),
+        observe=telling(observe, installed.site_pruned) if ranks.first else observe,
     )
     report = replace(
         report,
@@ -200,8 +206,9 @@ def calibration_tokens(
         Token ids (samples, seqlen).
 
     Raises:
-        AptError: the source cannot be read, or has too little text.
+        AptError: an amount is out of range, or the source cannot be read or has too little text.
     """
+    check_windows(samples, seqlen)
     found = datasets.documents(source, "calibration", registry())
     bos = bos_of(tokenizer)
     return datasets.calibration_tokens(tokenizer, found, samples, seqlen, seed, source, bos)
@@ -222,8 +229,9 @@ def evaluation_tokens(
         Token ids (windows, seqlen).
 
     Raises:
-        AptError: the source cannot be read, or has too little text.
+        AptError: an amount is out of range, or the source cannot be read or has too little text.
     """
+    check_windows(samples, seqlen)
     found = datasets.documents(source, "evaluation", registry())
     return datasets.evaluation_tokens(tokenizer, found, samples, seqlen, source, bos_of(tokenizer))
 
@@ -234,9 +242,12 @@ def find_adapter(
     """The name of the adapter for a model, and the adapter.
 
     Raises:
-        AptError: no adapter serves the model's type, or the model has no configuration.
+        AptError: no adapter serves the model's type, the model has no configuration, or what was
+            given is no adapter.
     """
     if adapter is not None and not isinstance(adapter, str):
+        if isinstance(adapter, type) or not hasattr(adapter, "blocks"):
+            raise AptError(f"adapter is {adapter!r}", "give its name, or an instance of its class")
         name, instance = type(adapter).__name__, adapter
     elif adapter is None and getattr(model, "config", None) is None:
         raise AptError(
@@ -248,7 +259,7 @@ def find_adapter(
         spec = (
             installed.adapters.get(adapter) if adapter else installed.adapter_for(model_type(model))
         )
-        name, instance = spec.name, spec.load()()
+        name, instance = spec.name, spec.make()
     if (config := getattr(model, "config", None)) is not None:
         instance.check(config)
     return name, instance
@@ -274,14 +285,6 @@ def _allocation(
     if allocation is None or isinstance(allocation, str):
         return named_allocation(allocation or default_allocation(pattern), plan, installed)
     return getattr(allocation, "__name__", type(allocation).__name__), allocation
-
-
-def read_pattern(pattern: Pattern | str) -> Pattern:
-    """The pattern itself, or the one that a text such as ``"2:4"`` names."""
-    try:
-        return parse_pattern(pattern) if isinstance(pattern, str) else pattern
-    except ValueError as error:
-        raise AptError(str(error)) from error
 
 
 def described(model: nn.Module, adapter: str) -> dict[str, Any]:

@@ -53,6 +53,7 @@ class DiskBlocks:
     def open(self, name: str, block: nn.Module) -> Iterator[None]:
         """While entered, the dense block is in memory; then it is on the meta device again."""
         reading = self._ahead.pop(name, None)
+        self._ahead.clear()  # of a dropped block that is not opened
         dense = reading.result() if reading else self._source.read(name)
         following = self._next.get(name)
         if self._reader is not None and following is not None:
@@ -69,11 +70,16 @@ class DiskBlocks:
         self._target.restore(name)
 
     def keep(self, name: str, block: nn.Module, sites: Sequence[SitePruned]) -> None:
-        """Write the pruned parameters, and then a line in the journal."""
+        """Write the pruned parameters, and then a line in the journal.
+
+        Every rank continues with the values as stored, as a resumed run does.
+        """
+        planned = next(entry for entry in self._plan.blocks if entry.name == name)
+        paths = pruned_parameters(planned)
+        self._target.round(name, paths)
         if not self._ranks.first:
             return
-        planned = next(entry for entry in self._plan.blocks if entry.name == name)
-        self._target.write(name, pruned_parameters(planned))
+        self._target.write(name, paths)
         line = {"block": name, "sites": [asdict(site) for site in sites]}
         self._work.journal.add(line | {"digest": self._target.digest(planned)})
 

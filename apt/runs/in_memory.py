@@ -20,9 +20,10 @@ from apt.checkpoints.shrunk import smaller
 from apt.checkpoints.stored import Stored, find_stored, local_directory
 from apt.checkpoints.verify import failures, verify
 from apt.distributed.ranks import Ranks
+from apt.errors import AptError
 from apt.output.card import write_card
 from apt.output.location import check_space
-from apt.output.report import Report
+from apt.output.report import Report, read_report
 from apt.output.timeline import Timeline
 from apt.output.workplace import Workplace, whole_directory, write_errors
 from apt.planning.plan import Plan
@@ -177,15 +178,19 @@ class InMemoryRun:
 
         Raises:
             MeasurementError: a measurement failed.
+            AptError: another run has replaced the output in the meantime.
         """
         if (held_out := self._text.held_out) is None:
             return report
-        output, problem = self._prepared.options.output, None
+        output, problem, published = self._prepared.options.output, None, report.to_dict()
         try:
             report = replace(report, scores=report.scores | self.measure(held_out, "after"))
         except Exception as error:  # the pruned model must not be lost by a failed measurement
             problem = MeasurementError(output, error)
             report = replace(report, problems=[problem.record])
+        if read_report(output) != published:
+            fault = f"{output} was replaced by another run before its metrics were written"
+            raise AptError(fault, "choose another output", ("output",))
         report = self._record(report, output)
         if problem is not None:
             raise problem

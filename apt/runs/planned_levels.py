@@ -9,16 +9,18 @@ from torch import nn
 from apt.checkpoints.load import load
 from apt.checkpoints.offload import StoredBlocks, assemble
 from apt.checkpoints.stored import open_stored
+from apt.distributed.ranks import Ranks
 from apt.planning.allocation import Opened, Unallocated, with_shares
 from apt.planning.plan import Plan
 from apt.runs.machine import read_dtype
 from apt.runs.prepare import Prepared
 from apt.runs.prune_model import named_allocation
+from apt.runs.run import job_of
 from apt.runs.text import read_text
 
 
 def planned_levels(prepared: Prepared, status: Callable[[str], None]) -> Plan:
-    """The plan of a run; for an allocation, the text and the model are read.
+    """The plan of a run; for an allocation, the text and the model are read as in the run.
 
     Args:
         prepared: the checked run.
@@ -34,23 +36,30 @@ def planned_levels(prepared: Prepared, status: Callable[[str], None]) -> Plan:
     status("reading text")
     text = read_text(prepared)
     status("loading the model")
-    model, opened = (_on_disk if prepared.options.stream else _in_memory)(prepared)
+    model, opened, readable = (_on_disk if prepared.options.stream else _in_memory)(prepared)
     text.check(model, shell.source.reference)
+    if prepared.augmentation.own_samples:
+        status("generating calibration text")
+    with readable:
+        tokens = job_of(prepared, text).with_own_text(model, text.tokens, Ranks())
     status(f"distributing the sparsity ({name})")
     aware = prepared.recipe.targets is not None
-    given = Unallocated(model, shell.adapter, plan, text.tokens, opened, aware)
+    given = Unallocated(model, shell.adapter, plan, tokens, opened, aware)
     return with_shares(plan, name, allocation(given))
 
 
-def _in_memory(prepared: Prepared) -> tuple[nn.Module, Opened]:
-    """The model, and the function that opens a block: they are all open."""
+_Parts = tuple[nn.Module, Opened, AbstractContextManager[None]]
+
+
+def _in_memory(prepared: Prepared) -> _Parts:
+    """The model, the function that opens a block, and a context in which the model can run."""
     shell, dtype = prepared.shell, read_dtype(prepared.options.dtype)
     model = load(shell, dtype or shell.dtype, prepared.device).module
-    return model, lambda name, block: nullcontext()
+    return model, lambda name, block: nullcontext(), nullcontext()
 
 
-def _on_disk(prepared: Prepared) -> tuple[nn.Module, Opened]:
-    """The model without the weights of its blocks, and the function that opens a block."""
+def _on_disk(prepared: Prepared) -> _Parts:
+    """The same for a model whose blocks are on disk."""
     shell = prepared.shell
     stored = open_stored(shell)
     dtype = stored.dtype(shell, prepared.plan)
@@ -62,4 +71,4 @@ def _on_disk(prepared: Prepared) -> tuple[nn.Module, Opened]:
     def opened(name: str, block: nn.Module) -> AbstractContextManager[Any]:
         return source.open(name)
 
-    return model, opened
+    return model, opened, source.read_on_call()

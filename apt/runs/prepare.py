@@ -42,8 +42,8 @@ from apt.solver import Unstructured
 from apt.text.augmentation import Augmentation
 from apt.text.self_generated import writes
 
-# Options that do not change the result.
-_WITHOUT_EFFECT = ("overwrite", "resume", "stream", "activations")
+WITHOUT_EFFECT = ("overwrite", "resume", "stream", "activations")
+"""The options that do not change the result, but for rounding."""
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ def check_same_run(output: Path, known: dict[str, Any], now: dict[str, Any]) -> 
         now: the options of the run to be resumed.
     """
     other = sorted(differences(known, json.loads(json.dumps(json_value(now)))))
-    if other := [key for key in other if key.partition(".")[0] not in _WITHOUT_EFFECT]:
+    if other := [key for key in other if key.partition(".")[0] not in WITHOUT_EFFECT]:
         raise AptError(
             f"{output} is the result of another run: {', '.join(other)} differ",
             "choose another output, or overwrite it without resuming",

@@ -43,7 +43,9 @@ def execute(
             for the workplace from which a streamed run can be resumed.
     """
     started, ranks = time.perf_counter(), ranks or Ranks()
-    timeline = Timeline(status, telling(observe, prepared.registry.site_pruned))
+    if ranks.first:
+        observe = telling(observe, prepared.registry.site_pruned)
+    timeline = Timeline(status, observe)
     status = timeline.status
     storage: RunStorage = (StreamedRun if prepared.options.stream else InMemoryRun)(
         prepared, timeline, ranks

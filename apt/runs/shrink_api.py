@@ -5,10 +5,10 @@ import time
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from apt.adapter import Adapter
-from apt.calibration.batches import check_shape
 from apt.checkpoints.shrunk import smaller
 from apt.distributed.ranks import Ranks
 from apt.events import Observer, telling
@@ -16,6 +16,7 @@ from apt.output.report import Report
 from apt.planning.structure import make_structured_plan
 from apt.plugin.registry import registry
 from apt.runs.api import described, find_adapter
+from apt.runs.inputs import check_inputs
 from apt.runs.limits import check_activations
 from apt.runs.machine import activation_store
 from apt.runs.new_report import calibration_of
@@ -27,6 +28,7 @@ from apt.shrinking.record import structure_record
 from apt.text.special_tokens import bos_of, named_ids, special_ids
 
 
+@torch.inference_mode(mode=False)  # in which a copy would be of inference tensors
 def shrink(
     model: nn.Module,
     tokens: Tensor,
@@ -66,14 +68,17 @@ def shrink(
     """
     started, ranks = time.perf_counter(), ranks or Ranks()
     check_activations(activations, streamed=False)
-    check_shape(tokens)
     installed, options, size = registry(), options or PruneOptions(), size or ShrinkOptions()
     size.check()
     adapter_name, instance = find_adapter(adapter, model, installed)
+    check_inputs(model, instance, tokens)
     config: Any = getattr(model, "config", None)
     size, spec = resolved(size, method, model, instance, config, installed)
     recipe, augmentation = options.recipe(spec), options.augmentation(spec, len(tokens))
-    choice = choice_of(size, model, instance, config, spec, recipe, installed, seed=seed)
+    device = str(next(model.parameters()).device)
+    choice = choice_of(
+        size, model, instance, config, spec, recipe, installed, seed=seed, device=device
+    )
     plan = make_structured_plan(
         model, instance, config, choice.provisional(model, instance),
         adjusted=recipe.targets is not None,
@@ -108,7 +113,7 @@ def shrink(
         job,
         store=activation_store(activations),
         ranks=ranks,
-        observe=telling(observe, installed.site_pruned),
+        observe=telling(observe, installed.site_pruned) if ranks.first else observe,
     )
     report = replace(
         report,

@@ -174,7 +174,9 @@ def choice_of(
     """
     seconds = None
     if wish.budget == "latency" and not wish.explicit:
-        seconds = block_times(model, adapter, config, choose_device(device), _PROMPT)
+        device = choose_device(device)
+        notice(f"latency: a block is timed on {device}, with each number of groups of each kind")
+        seconds = block_times(model, adapter, config, device, _PROMPT)
     mode, found = wanted_sizes(
         lambda multiple: Sizes(model, adapter, config, multiple, seconds), wish, notice
     )

@@ -43,7 +43,7 @@ from apt.runs.disk_blocks import DiskBlocks
 from apt.runs.estimate import activations_on_disk
 from apt.runs.machine import activation_store
 from apt.runs.measures import MeasurementError, measure
-from apt.runs.prepare import Prepared
+from apt.runs.prepare import WITHOUT_EFFECT, Prepared
 from apt.runs.prune_model import Job
 from apt.runs.text import Text
 from apt.text.datasets import digest
@@ -335,7 +335,7 @@ def _fingerprint(report: Report, held_out: Tensor | None, ranks: Ranks) -> dict[
         "model": report.model,
         "calibration": report.calibration,
         "evaluation": None if held_out is None else digest(held_out),
-        "options": {k: v for k, v in report.options.items() if k not in ("overwrite", "resume")},
+        "options": {k: v for k, v in report.options.items() if k not in WITHOUT_EFFECT},
         "versions": versions(),
         "threads": torch.get_num_threads(),
         "ranks": ranks.size,
@@ -358,7 +358,9 @@ def _offering_resume(work: Workplace) -> Iterator[None]:
         with write_errors(work.name, "correct that, then resume the run", ("resume",)):
             yield
     except AptError as error:
-        if work.worth_keeping and "resume" not in error.options and "delete" not in error.hint:
+        mended = "resume" in error.options or "delete" in error.hint
+        another = not set(error.options).issubset(WITHOUT_EFFECT)  # another run
+        if work.worth_keeping and not (mended or another):
             error.add_hint(f"finished blocks are in {work.folder.name}: resume the run", "resume")
         raise
 

@@ -16,6 +16,8 @@ from pathlib import Path
 from apt.errors import AptError
 from apt.shrinking.sizes import Size
 
+_BARREN = 10  # generations without a new candidate, after which the search ends
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -49,8 +51,10 @@ class SearchOptions:
     """The options of a search.
 
     Args:
-        evaluations: the greatest number of candidates whose loss is computed.
-        minutes: the time budget; None for no limit. The result then depends on the machine.
+        evaluations: the greatest number of candidates whose loss is computed, beside the loss
+            without each block, from which the search starts.
+        minutes: the time budget, including that start; None for no limit. The result then depends
+            on the machine. The start is completed, and one candidate evaluated, in any case.
         population: the number of candidates that are mutated and crossed over.
         children: the number of new candidates in each generation.
     """
@@ -110,6 +114,7 @@ class Search:
         seed: the seed of mutation and crossover.
         first: candidates that are evaluated before all others.
         observe: called with the number of evaluated candidates and the lowest loss.
+        started: the beginning of the time budget, of `time.monotonic`; now by default.
     """
 
     sizes: Sequence[Size]
@@ -119,6 +124,7 @@ class Search:
     seed: int = 0
     first: Sequence[Candidate] = ()
     observe: Callable[[int, float], None] = lambda count, loss: None
+    started: float = field(default_factory=time.monotonic)
 
     def run(self) -> list[Scored]:
         """All candidates that were evaluated, those of lowest loss first.
@@ -128,15 +134,14 @@ class Search:
         """
         if not self.sizes:
             raise AptError("no size meets the budget", "allow other multiples", ("multiple_of",))
-        self._draw, self._started = random.Random(self.seed), time.monotonic()
-        self._found: dict[str, Scored] = {}
+        self._draw, self._found = random.Random(self.seed), dict[str, Scored]()
         self._evaluate(self.first)
         self._evaluate(Candidate(s, self._least_important(s)) for s in self.sizes)
-        while not self._done():
+        barren = 0
+        while not self._done() and barren < _BARREN:
             before = len(self._found)
             self._evaluate(self._child() for _ in range(self.options.children))
-            if len(self._found) == before:
-                break  # every neighbour is known
+            barren = barren + 1 if len(self._found) == before else 0
         return self._ranked()
 
     def _ranked(self) -> list[Scored]:
@@ -144,7 +149,7 @@ class Search:
 
     def _done(self) -> bool:
         minutes = self.options.minutes
-        spent = minutes is not None and time.monotonic() - self._started > 60 * minutes
+        spent = minutes is not None and time.monotonic() - self.started > 60 * minutes
         return spent or len(self._found) >= self.options.evaluations
 
     def _evaluate(self, candidates: Iterable[Candidate]) -> None:

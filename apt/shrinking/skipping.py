@@ -50,7 +50,7 @@ def _passing(forward: Callable[..., Any]) -> Callable[..., Any]:
 def loss_without(
     model: nn.Module, adapter: Adapter, tokens: Tensor, blocks: Collection[str] = ()
 ) -> float:
-    """The mean loss per token of a model without some of its blocks.
+    """The mean loss per token of a model without some of its blocks; infinite in place of NaN.
 
     Args:
         model: a causal language model of transformers.
@@ -59,4 +59,5 @@ def loss_without(
         blocks: the full names of the blocks that are left out.
     """
     with adapter.running(model), skipping(model, adapter, blocks):
-        return math.log(perplexity(model, tokens))
+        loss = math.log(perplexity(model, tokens))
+    return math.inf if math.isnan(loss) else loss  # NaN has no order

@@ -1,6 +1,7 @@
 """The choice of the structure of a smaller model, from its possible sizes."""
 
 import hashlib
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -102,7 +103,7 @@ class StructureChoice:
             if writes(model):
                 status("search: generating text")
                 own = own_text(model, len(few), few.shape[1], self.seed, bos=bos, special=special)
-                few = torch.cat([few, own])
+                few = torch.cat([few, own.to(few)])
             best = self._searched(model, adapter, few, rest, names, status)
             size, dropped = best.size, [names[index] for index in sorted(best.dropped)]
         elif self.mode == "width" and self.whole and len(self.sizes) > 1:
@@ -142,6 +143,7 @@ class StructureChoice:
         status: Callable[[str], None],
     ) -> Candidate:
         """The candidate of lowest loss on ``few`` samples, with fits to the ``rest``."""
+        started = time.monotonic()
         status("search: reading the inputs of the dense model")
         proxy = Proxy(model, adapter, rest, self.solver, fit_gaps=True)
         journal = Journal(self.journal, self._inputs(model, few, rest))
@@ -160,6 +162,7 @@ class StructureChoice:
         found = Search(
             self.sizes, ranking, loss, self.search, self.seed, first,
             lambda count, lowest: status(f"search: {count} candidates, lowest loss {lowest:.4f}"),
+            started,
         ).run()  # fmt: skip
         self.scored.extend(found)
         return found[0].candidate

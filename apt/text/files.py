@@ -42,7 +42,7 @@ def read_file(path: Path) -> Iterator[str]:
 
 def _open(path: Path) -> Any:
     opener = gzip.open if path.suffix == ".gz" else open
-    return opener(path, "rt", encoding="utf-8")
+    return opener(path, "rt", encoding="utf-8-sig")  # some tools write a byte order mark
 
 
 def _read_text(path: Path) -> Iterator[str]:

@@ -54,4 +54,4 @@ class RandomTokens:
         random = drawn(vocabulary, tuple(copies.shape), draw, special)
         replaced = torch.rand(copies.shape, generator=draw) < self.share
         replaced[:, 0] = False
-        return mixed(tokens, torch.where(replaced, random, copies).to(tokens), seed)
+        return mixed(tokens, torch.where(replaced, random, copies), seed)

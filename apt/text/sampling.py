@@ -23,8 +23,11 @@ def generator(seed: int) -> torch.Generator:
 
 
 def mixed(given: Tensor, more: Tensor, seed: int = 0) -> Tensor:
-    """The samples of ``given`` and ``more`` (samples, seqlen) in an order drawn by ``seed``."""
-    both = torch.cat([given, more])
+    """The samples of ``given`` and ``more`` (samples, seqlen) in an order drawn by ``seed``.
+
+    They have the device and the dtype of ``given``.
+    """
+    both = torch.cat([given, more.to(given)])
     return both[torch.randperm(len(both), generator=generator(seed))]
 
 

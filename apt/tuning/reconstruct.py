@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from apt.adapter import Adapter, Site
 from apt.calibration.batches import Batch
+from apt.calibration.dense_activations import bounded
 from apt.distributed.ranks import Ranks
 from apt.tuning.block_forward import mixed_precision, stream_after
 
@@ -30,9 +31,9 @@ class Reconstruction:
             deviations to correct scale with it. It decays to zero along a cosine.
         epochs: the number of passes over the batches.
         held_back: the share of the batches that is held back; at least one batch is.
-        tokens_per_batch: the approximate number of tokens of a step.
+        tokens_per_batch: the approximate number of tokens of a step; see `step_tokens`.
         tokens: the approximate greatest number of tokens, from evenly spaced samples; at least two
-            samples, so that one can be held back. None uses all.
+            samples. None uses all.
 
     If the weights are fp32 and the machine multiplies bf16 fast, the products of the forward and
     the backward pass are bf16. The error on the batches held back is measured in fp32.
@@ -51,12 +52,20 @@ class Reconstruction:
         chosen[torch.arange(count) * samples // count] = True
         return chosen
 
+    def step_tokens(self, samples: int, seqlen: int) -> int:
+        """The approximate number of tokens of a step on ``samples`` samples.
+
+        They are at most half of the samples, so that two make two batches, one to be held back.
+        """
+        return min(self.tokens_per_batch, math.ceil(samples / 2) * seqlen)
+
 
 @dataclass(frozen=True)
 class Tuned:
     """The error of a block's output on the batches held back, before and after tuning.
 
-    The error is the mean over tokens of ``‖h − h_dense‖² / ‖h_dense‖²``.
+    The error of a batch is the mean over its tokens of ``‖h − h_dense‖² / ‖h_dense‖²``, with the
+    divisor bounded below. The error is the mean over the batches, which are of about equal size.
     """
 
     before: float
@@ -184,8 +193,7 @@ class _Tuning:
         call = batch.calls[self._index]
         given = stream_after(self._adapter, self._block, self._weights(), batch.state, call).float()
         dense = self._adapter.residual(batch.dense.state).float()
-        error: Tensor = ((given - dense).square().sum(-1) / dense.square().sum(-1)).mean()
-        return error
+        return ((given - dense).square().sum(-1) / bounded(dense.square().sum(-1))).mean()
 
     def descend(self, batch: Batch | None, owner: int) -> None:
         """Take one step on the batch of rank ``owner``; pruned weights stay zero."""
@@ -195,10 +203,15 @@ class _Tuning:
         self.adam.step()
 
     def _gradients(self, batch: Batch | None) -> list[Tensor]:
-        """The gradients of the error on ``batch``; empty tensors if another rank has the batch."""
+        """The gradients of the error on ``batch``; empty tensors if another rank has the batch.
+
+        The gradient of an expert without tokens in the batch is zero.
+        """
         if batch is None:
             return [torch.empty_like(master) for master in self._masters]
         with torch.enable_grad(), self._mixed:
             loss = self._error(batch)
-        gradients = torch.autograd.grad(loss, self._masters)
+        gradients = torch.autograd.grad(
+            loss, self._masters, allow_unused=True, materialize_grads=True
+        )
         return [g.mul_(mask) for g, mask in zip(gradients, self._masks, strict=True)]

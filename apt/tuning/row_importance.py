@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from apt.adapter import Adapter, Site, State
 from apt.calibration.batches import Batch
+from apt.calibration.dense_activations import bounded
 from apt.distributed.ranks import Ranks
 from apt.solver import SitePattern, Unstructured
 from apt.tuning.block_forward import mixed_precision, stream_after
@@ -81,7 +82,7 @@ class RowImportance:
             with torch.enable_grad(), mixed_precision(list(weights.values())):
                 stream = stream_after(adapter, block, weights, start, batch.calls[index]).float()
                 signs = torch.randint(0, 2, stream.shape, generator=draw).to(stream) * 2 - 1
-                relative = signs / stream.detach().norm(dim=-1, keepdim=True)
+                relative = signs / bounded(stream.detach().square().sum(-1, keepdim=True)).sqrt()
                 found = torch.autograd.grad((stream * relative).sum(), list(weights.values()))
             gradients = dict(zip(names, found, strict=True))
             for site in sites:

@@ -41,13 +41,16 @@ def owl(given: Unallocated) -> dict[str, float]:
     linearly with the share of scores above `OUTLIER` times their mean. The shifts are then centred:
     their mean, weighted by the size of the blocks, is 0.
     """
-    outliers = list[float]()
-    for block, _, norms in _norms(given):
-        scores = torch.cat([_wanda(block, site, norms).flatten() for site in norms])
-        outliers.append(float((scores > OUTLIER * scores.mean()).float().mean()))
-    low, high = min(outliers), max(outliers)
+    outliers = dict[int, float]()
+    for index, (block, _, norms) in enumerate(_norms(given)):
+        if norms:
+            scores = torch.cat([_wanda(block, site, norms).flatten() for site in norms])
+            outliers[index] = float((scores > OUTLIER * scores.mean()).float().mean())
+    low, high = min(outliers.values(), default=0.0), max(outliers.values(), default=0.0)
     span = high - low
-    shifts = [MAX_SHIFT * (1 - 2 * (x - low) / span) if span else 0.0 for x in outliers]
+    middle = (low + high) / 2  # for a block none of whose sites saw a token
+    shares = (outliers.get(index, middle) for index in range(len(given.plan.blocks)))
+    shifts = [MAX_SHIFT * (1 - 2 * (x - low) / span) if span else 0.0 for x in shares]
     return _shifted(given.plan, shifts)
 
 
@@ -128,6 +131,8 @@ def atp(given: Unallocated) -> dict[str, float]:
     ``β`` is the multiple of `STEP` for which the model, pruned by Wanda's score, has the lowest
     loss on about 2,048 calibration tokens. No sparsity is above `MOST` or below 0.
     """
+    if sum(bool(_sites(block)) for block in given.plan.blocks) < 2:
+        return uniform(given)  # every β is the same
     few = given.tokens[: max(1, _ATP_TOKENS // given.tokens.shape[1])]
     norms = {planned.name: found for _, planned, found in _norms(given)}
     best, lowest_loss = uniform(given), math.inf
@@ -202,14 +207,14 @@ def _pruned(
 ) -> Iterator[None]:
     """Inside the context, each row has lost its weights of the lowest scores."""
     kept = []
-    for planned, block in given.blocks():
-        for site in _sites(planned):
-            scores = _wanda(block, site.site, norms[planned.name])
-            mask = lowest_k(scores, round(shares[site.name] * scores.shape[1]))
-            weight = site.site.oriented(site.site.weight(block).data)
-            kept.append((weight, weight.clone()))
-            weight.masked_fill_(mask, 0)
     try:
+        for planned, block in given.blocks():
+            for site in _sites(planned):
+                scores = _wanda(block, site.site, norms[planned.name])
+                mask = lowest_k(scores, round(shares[site.name] * scores.shape[1]))
+                weight = site.site.oriented(site.site.weight(block).data)
+                kept.append((weight, weight.clone()))
+                weight.masked_fill_(mask, 0)
         yield
     finally:
         for weight, dense in kept:

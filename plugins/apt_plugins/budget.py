@@ -115,25 +115,34 @@ def _spent(blocks: Sequence[tuple[Sequence[_Group], float]], spread: float) -> d
     total = sum(group.size * group.sparsity for group, _ in costs)
     mean = total / max(sum(group.size for group, _ in costs), 1)
     least, most = min(_LEAST, mean / 2), max(_MOST, (1 + mean) / 2)
+    sizes = torch.tensor([group.size for group, _ in costs], dtype=torch.float64)
 
-    def shares(threshold: float) -> list[float]:
-        found = (group.below(math.exp(threshold) / cost) for group, cost in costs)
-        return [min(max(share, least), most) for share in found]
+    def shares(threshold: float) -> Tensor:
+        found = [group.below(math.exp(threshold) / cost) for group, cost in costs]
+        return torch.tensor(found, dtype=torch.float64).clamp(least, most)
 
-    def zeros(threshold: float) -> float:
-        pairs = zip(costs, shares(threshold), strict=True)
-        return sum(group.size * share for (group, _), share in pairs)
-
-    low, high = -100.0, 100.0
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if zeros(middle) < total else (low, middle)
     every = (group for groups, _ in blocks for group in groups)
     found = {site.name: group.sparsity for group in every for site in group.sites}
-    for (group, _), share in zip(costs, shares(high), strict=True):
+    for (group, _), share in zip(costs, _with_total(total, sizes, shares).tolist(), strict=True):
         deviation = spread * (share - group.sparsity)
         found |= {site.name: group.sparsity + deviation for site in group.sites}
     return found
+
+
+def _with_total(total: float, sizes: Tensor, shares: Callable[[float], Tensor]) -> Tensor:
+    """The shares (groups,) that remove ``total`` weights, by bisection on the threshold.
+
+    A group whose marginal loss has a plateau jumps over it at one threshold, and the sum may jump
+    over the total. The shares then lie on the line between both ends of the jump.
+    """
+    low, high = -100.0, 100.0
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if float(sizes @ shares(middle)) < total else (low, middle)
+    under, over = shares(low), shares(high)
+    jump = float(sizes @ (over - under))
+    part = (total - float(sizes @ under)) / jump if jump > 0 else 1.0
+    return torch.lerp(under, over, min(max(part, 0.0), 1.0))
 
 
 def _measured(given: Unallocated) -> list[tuple[list[_Group], float]]:

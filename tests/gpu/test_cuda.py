@@ -111,3 +111,12 @@ def test_a_recovery_keeps_every_zero(kind):
     for name, mask in before.items():
         assert torch.equal(model.get_parameter(name) == 0, mask), name
         assert model.get_parameter(name).is_cuda
+
+
+def test_tokens_may_be_on_the_gpu_beside_generated_text():
+    tokens, options = random_tokens(samples=6).cuda(), library.PruneOptions(own_samples=2)
+    report = library.prune(random_model("llama").cuda(), tokens, pattern="2:4", options=options)
+    assert report.calibration["shape"] == [8, 24]
+    search = library.ShrinkOptions(mode="search", multiple_of=8)
+    small, _ = library.shrink(random_model("llama").cuda(), tokens, size=search, options=options)
+    assert next(small.parameters()).is_cuda

@@ -1,0 +1,43 @@
+"""Checks of the model and the tokens that a program passes, before any weight changes."""
+
+import torch
+from torch import Tensor, nn
+
+from apt.adapter import Adapter
+from apt.calibration.batches import check_shape
+from apt.errors import AptError
+
+
+def check_inputs(model: nn.Module, adapter: Adapter, tokens: Tensor) -> None:
+    """Raise `AptError` if the model cannot be changed in place, or cannot run on the tokens."""
+    _check_weights(model)
+    check_shape(tokens)
+    if tokens.dtype not in (torch.int64, torch.int32):
+        raise AptError(f"tokens are {tokens.dtype}", "give token ids as torch.int64")
+    positions = adapter.positions(getattr(model, "config", None))
+    if positions is not None and tokens.shape[1] > positions:
+        raise AptError(
+            f"samples have {tokens.shape[1]} tokens, and the model has {positions} positions",
+            "give shorter samples",
+        )
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    if embeddings is None:
+        return
+    least, most, vocabulary = int(tokens.min()), int(tokens.max()), len(embeddings.weight)
+    if least < 0 or most >= vocabulary:
+        raise AptError(
+            f"token ids are from {least} to {most}, but the model has {vocabulary} embeddings",
+            "give ids of the model's tokenizer",
+        )
+
+
+def _check_weights(model: nn.Module) -> None:
+    """Raise if a parameter has no values, or values that cannot be written or differentiated."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise AptError(f"{name} has no values in memory", "load the whole model into memory")
+        if parameter.is_inference():
+            raise AptError(
+                f"{name} is an inference tensor, which cannot be tuned",
+                "load the model outside of torch.inference_mode",
+            )
