@@ -14,11 +14,13 @@ _REMEDIES: dict[Any, str] = {
 def check_fields(declared: Any) -> None:
     """Raise TypeError if a field of a dataclass with a ``name`` has not its annotated type.
 
-    An annotation is a class, a Literal, a tuple of any length, or a union of these.
+    An annotation is a class, a Literal, a ``tuple[…, ...]``, or a union of these. Fields that a
+    subclass of another package adds are not checked.
     """
-    declaring: Any = type(declared)
+    kind: Any = type(declared)
+    declaring: Any = next(k for k in kind.__mro__ if k.__module__.partition(".")[0] == "apt")
     kinds = _kinds_of(declaring)
-    for field in fields(declared):
+    for field in fields(declaring):
         value, allowed = getattr(declared, field.name), kinds[field.name]
         if not any(_fits(value, kind) for kind in allowed):
             fault = _fault(value, allowed)

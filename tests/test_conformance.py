@@ -126,3 +126,9 @@ def test_a_tower_beside_the_decoder_is_left_alone():
     changed = {n for n, value in model.named_parameters() if not torch.equal(value, before[n])}
     assert changed == {f"{site.name}.weight" for site in plan.sites}
     assert len(changed) == 14
+
+
+def test_rotary_positions_may_go_on_beyond_those_of_the_configuration():
+    model = random_model("llama")
+    model.config.max_position_embeddings = TOKENS.shape[1] - 1
+    assert not [o for o in check_adapter(LLAMA(), model, TOKENS) if o.problem]

@@ -195,3 +195,10 @@ def test_a_model_or_tokens_that_a_run_would_fail_on_are_refused(made, tokens, me
     model = made("opt") if made is random_model else made()
     with pytest.raises(library.AptError, match=re.escape(message)):
         library.prune(model, tokens, pattern="2:4")
+
+
+def test_rotary_positions_go_on_beyond_those_of_the_configuration():
+    model = random_model("llama")
+    model.config.max_position_embeddings = 8
+    report = library.prune(model, random_tokens(4, 16), pattern="2:4", method="wanda")
+    assert report.sparsity == 0.5

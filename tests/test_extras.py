@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
 
 import apt as library
 from apt.calibration.batches import Batch
@@ -17,7 +18,7 @@ from apt.planning.plan import Selection, make_plan
 from apt.pruning.ssm_parameters import prune_extras
 from apt.solver import NM, SolverOptions, Unstructured
 from apt.solver.patterns import meets
-from tests.families import random_model, random_tokens, zoo_model
+from tests.families import CONFIGS, random_model, random_tokens, zoo_model
 
 VARIANTS = ["mamba", "falcon-mamba", "mamba2", "jamba", "falcon-h1"]
 KINDS = ("conv1d", "A_log", "D")
@@ -206,3 +207,12 @@ def test_from_the_shell(apt):
     assert checked.code == 0, checked.out
     assert "36 of 36 sites" in checked.out
     assert apt("prune", "zoo:llama", "--also", "conv1d", "--sparsity", "0.5").code == 2
+
+
+def test_more_removal_sets_than_can_be_tried_are_refused_before_the_run():
+    config = copy.deepcopy(CONFIGS["mamba"])
+    config.state_size = 32
+    model = AutoModelForCausalLM.from_config(config)
+    every = Selection(overrides=(("*.A_log", NM(8, 32)),))
+    with pytest.raises(AptError, match="A_log cannot be pruned to 8:32: a group has more than"):
+        library.prune(model, random_tokens(), pattern="2:4", also=["A_log"], selection=every)

@@ -2,9 +2,11 @@
 
 import re
 import sys
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from importlib.metadata import Distribution, EntryPoint, entry_points
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -284,3 +286,14 @@ def test_observers_are_told_and_one_that_raises_is_left_out(entry):
     found.site_pruned(2)
     assert [x for x in seen if x != "told"] == [1, 2]
     assert seen.count("told") == 2
+
+
+def test_fields_that_a_subclass_adds_are_its_own_concern():
+    @dataclass(frozen=True)
+    class Larger(AdapterSpec):
+        notes: dict[str, Any] = field(default_factory=dict)
+        made: Callable[[], Any] | None = None
+
+    assert Larger("mine", "", "x:y", made=dict).notes == {}
+    with pytest.raises(TypeError, match="AdapterSpec 'mine': zoo is 1, not str or None"):
+        Larger("mine", "", "x:y", zoo=1)

@@ -1,6 +1,7 @@
 """Recovery: every kind keeps every zero, lowers the loss, and can be undone and resumed."""
 
 import copy
+import itertools
 import math
 import random
 import re
@@ -22,11 +23,14 @@ from apt.checkpoints.masks import masks_of
 from apt.errors import AptError
 from apt.events import HeldBack, TrainingStep
 from apt.plugin.registry import registry
+from apt.plugin.specs import RecoverySpec
+from apt.recovery import recover as recovery
 from apt.recovery.options import RecoverOptions
 from apt.recovery.recover import NotRecoveredError
 from apt.recovery.teacher import divergence, relative_error
 from apt.recovery.trainable import Trainable, next_token_loss, train_only
 from apt.recovery.windows import BlockWindows
+from apt.runs import recover_api
 from apt.runs.api import find_adapter
 from tests.families import FAMILIES, random_model, random_tokens
 
@@ -343,17 +347,43 @@ def test_automatic_tokens_use_the_text_once_at_most():
 
 @pytest.mark.parametrize("window", [None, 1])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_time_decides_the_number_of_steps(kind, window):
+def test_a_time_decides_the_number_of_steps(kind, window, monkeypatch):
+    """A forward and backward pass of 8 samples takes a second here, and a forward as well."""
+    clock = itertools.count()
+    monkeypatch.setattr(recovery, "_now", lambda device: next(clock))
     model, dense, tokens = pruned()
     model.requires_grad_(False)
-    options = RecoverOptions(minutes=0.01, checks=1, batch=4, rate=1e-3, window=window, hidden=0.1)
+    options = RecoverOptions(minutes=0.1, checks=1, batch=4, rate=1e-2, window=window, hidden=0.1)
     events = []
-    with suppress(NotRecoveredError):  # a slow machine has few steps
+    with suppress(NotRecoveredError):
         library.recover(
             model, tokens, kind=kind, options=options, dense=dense, observe=events.append
         )
-    assert events[-1].step > 1
+    held_back = round(0.05 * len(tokens))
+    step = 4 / 8 + (4 / 8 if kind == "distill" else 0)  # with the dense model's forward
+    assert events[-1].step == int((6 - 2 * held_back / 8) / step)
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("minutes", [None, 0.001])
+def test_a_kind_with_a_teacher_chooses_among_all_parameters(minutes, monkeypatch):
+    model, dense, tokens = pruned()
+    seen = []
+
+    def own(given):
+        seen.extend(parameter.requires_grad for parameter in given.model.parameters())
+        return Trainable(given.model)
+
+    spec = RecoverySpec("own", "", "", teacher=True)
+    monkeypatch.setattr(recover_api, "_kind", lambda kind: (spec, own))
+    steps = 1 if minutes is None else None
+    with suppress(AptError):
+        library.recover(
+            model, tokens, kind=own, dense=dense,
+            options=RecoverOptions(steps=steps, minutes=minutes, batch=4),
+        )  # fmt: skip
+    assert seen
+    assert all(seen)
 
 
 def test_the_step_that_is_timed_is_that_of_the_kind():

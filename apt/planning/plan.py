@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from math import comb
 from typing import Any
 
 from torch import nn
@@ -10,6 +11,7 @@ from torch import nn
 from apt.adapter import Adapter, Extra, Groups, Site
 from apt.errors import AptError
 from apt.solver import (
+    MAX_REMOVAL_SETS,
     NM,
     ColumnGroups,
     MixedNM,
@@ -294,6 +296,13 @@ def _extras(
             raise AptError(
                 f"{name} has {width} weights per channel, not a multiple of {pattern.m} "
                 f"(pattern {pattern})",
+                f"give it a separate sparsity: '*.{extra.name}=0.5'",
+                ("overrides",),
+            )
+        if isinstance(pattern, NM) and comb(pattern.m, pattern.n) > MAX_REMOVAL_SETS:
+            raise AptError(
+                f"{name} cannot be pruned to {pattern}: a group has more than "
+                f"{MAX_REMOVAL_SETS:,} removal sets",
                 f"give it a separate sparsity: '*.{extra.name}=0.5'",
                 ("overrides",),
             )

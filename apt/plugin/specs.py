@@ -203,8 +203,8 @@ class EvaluatorSpec(Spec):
         better: the better direction, ``"lower"`` or ``"higher"``.
         dense: True if it compares the model with the dense one, which is then the third argument.
         mean: the mean of the metrics of single windows that is the metric of all of them:
-            ``"arithmetic"`` or ``"geometric"``. ``apt-prune compare`` then knows its confidence
-            interval. None if the metric is no mean of windows.
+            ``"arithmetic"`` or ``"geometric"``. ``apt-prune compare`` and ``eval --dense`` then
+            know its confidence interval. None if the metric is no mean of windows.
     """
 
     better: Literal["lower", "higher"] = "lower"

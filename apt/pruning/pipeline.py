@@ -1,7 +1,7 @@
 """The loop over blocks: capture, solve, write back, propagate."""
 
 import math
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apt.adapter import Adapter, Site
+from apt.adapter import Adapter, Site, State
 from apt.adapter.eval_mode import eval_mode
 from apt.calibration.batches import TOKENS_PER_BATCH, Batch, check_finite, check_shape, enter
 from apt.calibration.capture import Capture
@@ -427,12 +427,15 @@ class _Pruning:
         self.observe(Working(current.planned.name, "running"))
 
     def propagate(self, current: CurrentBlock) -> None:
-        """Replace the state of every batch by the output of the pruned block."""
+        """Replace the state of every batch by the output of the pruned block, and check it."""
+        check_finite(self.adapter, self.propagated(current), self.ranks)
+
+    def propagated(self, current: CurrentBlock) -> Iterator[State]:
+        """The output of the pruned block for each batch, which is its next state."""
         for batch in current.batches:
             if not current.propagated:
                 batch.state = self.adapter.step(
                     current.module, batch.state, batch.calls[current.index]
                 )
                 self.report_batch(current)
-        states = (batch.state for batch in current.batches)
-        check_finite(self.adapter, states, self.ranks)
+            yield batch.state

@@ -111,10 +111,11 @@ def recover_model(model: nn.Module, tokens: Tensor, job: Job) -> tuple[Training,
     text, held_back = _split(tokens, job.options)
     with _in_fp32(model), job.adapter.running(model):
         job.status("preparing")
-        amount = None  # the dense model runs on the samples of all steps: it needs their number
-        if job.spec.teacher:
-            train_only(model, (p for _, b in job.adapter.blocks(model) for p in b.parameters()))
-            amount = steps, text = _amount(model, Trainable(model), text, len(held_back), job)
+        amount = None
+        if job.spec.teacher:  # the dense model runs on the samples of all steps, and no others
+            with _blocks_trained(model, job.adapter):
+                amount = _amount(model, Trainable(model), text, len(held_back), job)
+            text = amount[1]
         trainable = _trainable(model, masks, text, held_back, job)
         with _undone_on_error(model, trainable, job):
             steps, text = amount or _amount(model, trainable, text, len(held_back), job)
@@ -237,10 +238,26 @@ def _amount(
     return steps, text[: steps * options.batch]
 
 
+@contextmanager
+def _blocks_trained(model: nn.Module, adapter: Adapter) -> Iterator[None]:
+    """Inside the context, the parameters of the blocks require gradients, and no others."""
+    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    train_only(model, (p for _, block in adapter.blocks(model) for p in block.parameters()))
+    try:
+        yield
+    finally:
+        for parameter, gradient in before.items():
+            parameter.requires_grad_(gradient)
+
+
 def _steps_in(
     trainable: Trainable, windows: BlockWindows | None, text: Tensor, held_back: int, job: Job
 ) -> int:
-    """The number of steps in the given minutes, from the time of one step."""
+    """The number of steps in the given minutes, from the time of one step.
+
+    A kind with a teacher is prepared after the teacher has run. The step that is timed for it
+    trains all blocks by the loss of the next token.
+    """
     options, given = job.options, text[: job.options.samples_at_once].to(job.device)
     model, device = trainable.module.to(job.device), torch.device(job.device)
     mixed = torch.autocast(device.type, torch.bfloat16, is_mixed(model, device))

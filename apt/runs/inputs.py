@@ -3,23 +3,16 @@
 import torch
 from torch import Tensor, nn
 
-from apt.adapter import Adapter
 from apt.calibration.batches import check_shape
 from apt.errors import AptError
 
 
-def check_inputs(model: nn.Module, adapter: Adapter, tokens: Tensor) -> None:
-    """Raise `AptError` if the model cannot be changed in place, or cannot run on the tokens."""
+def check_inputs(model: nn.Module, tokens: Tensor) -> None:
+    """Raise `AptError` if the model cannot be changed in place, or has no embedding of a token."""
     _check_weights(model)
     check_shape(tokens)
     if tokens.dtype not in (torch.int64, torch.int32):
         raise AptError(f"tokens are {tokens.dtype}", "give token ids as torch.int64")
-    positions = adapter.positions(getattr(model, "config", None))
-    if positions is not None and tokens.shape[1] > positions:
-        raise AptError(
-            f"samples have {tokens.shape[1]} tokens, and the model has {positions} positions",
-            "give shorter samples",
-        )
     try:
         vocabulary = len(model.get_input_embeddings().weight)  # type: ignore[operator]
     except (AttributeError, NotImplementedError):

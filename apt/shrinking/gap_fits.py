@@ -64,7 +64,6 @@ class GapFits:
             self._known[index, behind] = self._solved(index, behind)
         return self._known[index, behind]
 
-    @full_precision()
     def _solved(self, index: int, behind: int) -> Tensor:
         writer, block = self.writer(index), self._blocks[index]
         assert writer is not None
@@ -77,7 +76,8 @@ class GapFits:
             rows = self._inputs(index, writer, weight, batch, before) / scale
             error = stream_rows(self._adapter, end) - stream_rows(self._adapter, start)
             gram.add(rows)
-            cross.addmm_((error / scale).T, rows)
+            with full_precision():  # the model itself runs as the caller's settings say
+                cross.addmm_((error / scale).T, rows)
         return gram.damped(self._options.damping).solve(cross / gram.tokens)
 
     def _inputs(

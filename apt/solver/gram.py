@@ -91,9 +91,12 @@ class Gram:
         Raises:
             SolverError: no token was added, all inputs are zero, or some are not finite.
         """
-        scale = float(self.matrix.diagonal().mean())
-        if not self.tokens or scale == 0:
+        if not self.tokens or float(self.matrix.diagonal().mean()) == 0:
             raise SolverError("the layer's input was zero on all calibration tokens")
+        self.check_finite()
+
+    def check_finite(self) -> None:
+        """Raise `SolverError` if some inputs are not finite."""
         if not torch.isfinite(self.matrix).all():
             raise SolverError("the layer's input is not finite on some calibration tokens")
 

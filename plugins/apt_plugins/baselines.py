@@ -18,9 +18,9 @@ def wanda(weight: Tensor, gram: Gram, pattern: Pattern, options: SolverOptions) 
     """Prune the smallest ``|w| · ‖x_j‖₂`` of each output row (arXiv 2306.11695, section 3).
 
     Raises:
-        SolverError: the inputs are all zero or not finite, see `Gram.check`.
+        SolverError: some inputs are not finite.
     """
-    gram.check()
+    gram.check_finite()
     norms = gram.matrix.diagonal().sqrt().to(weight.dtype)
     return _prune(weight, weight.abs() * norms, pattern, "row")
 

@@ -59,15 +59,11 @@ def test_gradients_and_autocast_change_nothing(name, pattern):
     assert torch.equal(parameter, weight)
 
 
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("wrong", [0.0, torch.nan])
-def test_inputs_that_say_nothing_are_an_error(name, wrong):
-    if name == "magnitude":
-        pytest.skip("it does not use the inputs")
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "magnitude"])
+def test_inputs_that_are_not_finite_are_an_error(name):
     weight, inputs = problem(4)
-    inputs = torch.zeros_like(inputs)
-    inputs[3, 5] = wrong
-    with pytest.raises(SolverError, match="was zero" if wrong == 0 else "not finite"):
+    inputs[3, 5] = torch.nan
+    with pytest.raises(SolverError, match="not finite"):
         solved(name, weight, Gram.of(inputs), NM(2, 4), SolverOptions())
 
 
