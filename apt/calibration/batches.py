@@ -1,7 +1,6 @@
 """The calibration activations between two blocks, in batches."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -110,21 +109,6 @@ def check_finite(adapter: Adapter, states: Iterable[State], ranks: Ranks) -> Non
         )
 
 
-@contextmanager
-def _within_positions(adapter: Adapter, model: nn.Module, seqlen: int) -> Iterator[None]:
-    """Explain the error of a table of positions; rotary positions have no table, and no error."""
-    try:
-        yield
-    except IndexError as error:
-        positions = adapter.positions(getattr(model, "config", None))
-        if positions is None or seqlen <= positions:
-            raise
-        raise AptError(
-            f"samples have {seqlen} tokens, and the model has {positions} positions",
-            "give shorter samples",
-        ) from error
-
-
 def enter(
     adapter: Adapter,
     model: nn.Module,
@@ -154,8 +138,7 @@ def enter(
     batches = []
     parts = torch.split(tokens, max(1, tokens_per_batch // tokens.shape[1]))
     for part in (ranks or Ranks()).mine(parts):
-        with _within_positions(adapter, model, tokens.shape[1]):
-            state, calls = adapter.enter(model, part.to(device))
+        state, calls = adapter.enter(model, part.to(device))
         memo: dict[int, Tensor] = {}
 
         def pooled(tensor: Tensor, memo: dict[int, Tensor] = memo) -> Tensor:

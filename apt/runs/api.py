@@ -135,7 +135,7 @@ def prune(
     installed, options = registry(), options or PruneOptions()
     spec, function = find_method(method, installed)
     adapter_name, instance = find_adapter(adapter, model, installed)
-    check_inputs(model, tokens)
+    check_inputs(model, instance, tokens)
     wanted = read_pattern(pattern)
     plan = make_plan(model, instance, wanted, selection, spec.per, also)
     check_rounding(plan)

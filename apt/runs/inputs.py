@@ -3,16 +3,24 @@
 import torch
 from torch import Tensor, nn
 
+from apt.adapter import Adapter
+from apt.adapter.eval_mode import eval_mode
 from apt.calibration.batches import check_shape
 from apt.errors import AptError
 
 
-def check_inputs(model: nn.Module, tokens: Tensor) -> None:
-    """Raise `AptError` if the model cannot be changed in place, or has no embedding of a token."""
+def check_inputs(model: nn.Module, adapter: Adapter, tokens: Tensor) -> None:
+    """Raise `AptError` if the model cannot be changed in place, or cannot run on the tokens."""
     _check_weights(model)
     check_shape(tokens)
     if tokens.dtype not in (torch.int64, torch.int32):
         raise AptError(f"tokens are {tokens.dtype}", "give token ids as torch.int64")
+    _check_ids(model, tokens)
+    _check_length(model, adapter, tokens)
+
+
+def _check_ids(model: nn.Module, tokens: Tensor) -> None:
+    """Raise if a token has no embedding."""
     try:
         vocabulary = len(model.get_input_embeddings().weight)  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
@@ -23,6 +31,21 @@ def check_inputs(model: nn.Module, tokens: Tensor) -> None:
             f"token ids are from {least} to {most}, but the model has {vocabulary} embeddings",
             "give ids of the model's tokenizer",
         )
+
+
+def _check_length(model: nn.Module, adapter: Adapter, tokens: Tensor) -> None:
+    """Raise if the model fails beyond its positions, as with a table; rotary ones go on."""
+    positions = adapter.positions(getattr(model, "config", None))
+    if positions is None or tokens.shape[1] <= positions:
+        return
+    try:
+        with torch.no_grad(), eval_mode(model), adapter.running(model):
+            model(tokens[:1].to(next(model.parameters()).device))
+    except (IndexError, RuntimeError) as error:
+        raise AptError(
+            f"samples have {tokens.shape[1]} tokens, and the model has {positions} positions",
+            "give shorter samples",
+        ) from error
 
 
 def _check_weights(model: nn.Module) -> None:

@@ -71,7 +71,7 @@ def shrink(
     installed, options, size = registry(), options or PruneOptions(), size or ShrinkOptions()
     size.check()
     adapter_name, instance = find_adapter(adapter, model, installed)
-    check_inputs(model, tokens)
+    check_inputs(model, instance, tokens)
     config: Any = getattr(model, "config", None)
     size, spec = resolved(size, method, model, instance, config, installed)
     recipe, augmentation = options.recipe(spec), options.augmentation(spec, len(tokens))
