@@ -17,8 +17,8 @@ def check_fields(declared: Any) -> None:
     An annotation is a class, a Literal, a ``tuple[…, ...]``, or a union of these. Fields that a
     subclass of another package adds are not checked.
     """
-    kind: Any = type(declared)
-    declaring: Any = next(k for k in kind.__mro__ if k.__module__.partition(".")[0] == "apt")
+    classes = type(declared).__mro__
+    declaring: Any = next(c for c in classes if c.__module__.partition(".")[0] == "apt")
     kinds = _kinds_of(declaring)
     for field in fields(declaring):
         value, allowed = getattr(declared, field.name), kinds[field.name]

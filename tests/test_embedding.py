@@ -185,8 +185,8 @@ def partly_on_meta():
     [
         (random_model, TOKENS.float(), "tokens are torch.float32; give token ids"),
         (random_model, random_tokens(2, 129), "129 tokens, and the model has 128 positions; give"),
-        (random_model, TOKENS + 2048, "but the model has 2048 embeddings; give ids of"),
-        (random_model, TOKENS - 2048, "token ids are from -"),
+        (random_model, TOKENS + 2048, "but the model has 2048 embeddings; the tokenizer belongs"),
+        (random_model, TOKENS - 2048, "the tokenizer of these tokens gives ids from -"),
         (partly_on_meta, TOKENS, "layers.1.self_attn.k_proj.weight has no values in memory; load"),
         (made_in_inference_mode, TOKENS, "is an inference tensor, which cannot be tuned; load"),
     ],

@@ -108,8 +108,7 @@ class SiteSolver:
         solution = self._solution(planned, dense, sums, mean, scale)
         _synchronise(weight.device)
         seconds = time.perf_counter() - started
-        pruned = (solution.weight / scale).add_(0.0)  # which makes negative zeros positive
-        pruned = pruned.to(weight.dtype)
+        pruned = (solution.weight / scale).add_(0.0).to(weight.dtype)  # no negative zeros
         _check_finite(planned, pruned)
         weight.copy_(pruned)
         return SolvedSite(planned, dense, sums.gram.matrix, sums.gram.tokens, solution, seconds)
@@ -191,6 +190,7 @@ def _check(planned: PlannedSite, weight: Tensor, mask: Tensor) -> None:
 
 
 def _check_finite(planned: PlannedSite, weight: Tensor) -> None:
+    """Raise if a weight is not finite in the dtype in which it is stored."""
     if not torch.isfinite(weight).all():
         raise AptError(
             f"the pruned weight of {planned.name} is not finite in {weight.dtype}",

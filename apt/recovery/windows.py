@@ -46,21 +46,26 @@ class BlockWindows(TrainerCallback):  # type: ignore[misc]
     @contextmanager
     def middle(self) -> Iterator[None]:
         """Inside the context, the middle window is trained; its steps take the mean time."""
-        for index, window in enumerate(self._windows):
-            for parameter in window:
-                parameter.requires_grad_(index == len(self) // 2)
-        yield
-        for window in self._windows:
-            for parameter in window:
+        others = self._select(len(self) // 2)
+        try:
+            yield
+        finally:
+            for parameter in others:
                 parameter.requires_grad_(True)
 
     def _train(self, current: int, optimizer: torch.optim.Optimizer) -> None:
+        for parameter in self._select(current):
+            parameter.grad = None
+            optimizer.state.pop(parameter, None)
+
+    def _select(self, current: int) -> list[nn.Parameter]:
+        """Require gradients of one window; returns the parameters of the others, without any."""
+        others = []
         for index, window in enumerate(self._windows):
             for parameter in window:
                 parameter.requires_grad_(index == current)
-                if index != current:
-                    parameter.grad = None
-                    optimizer.state.pop(parameter, None)
+            others += window if index != current else []
+        return others
 
 
 def _trained(block: nn.Module) -> list[nn.Parameter]:

@@ -7,6 +7,7 @@ from apt.adapter import Adapter
 from apt.adapter.eval_mode import eval_mode
 from apt.calibration.batches import check_shape
 from apt.errors import AptError
+from apt.runs.text import check_vocabulary
 
 
 def check_inputs(model: nn.Module, adapter: Adapter, tokens: Tensor) -> None:
@@ -15,22 +16,8 @@ def check_inputs(model: nn.Module, adapter: Adapter, tokens: Tensor) -> None:
     check_shape(tokens)
     if tokens.dtype not in (torch.int64, torch.int32):
         raise AptError(f"tokens are {tokens.dtype}", "give token ids as torch.int64")
-    _check_ids(model, tokens)
+    check_vocabulary(tokens, model, "these tokens")
     _check_length(model, adapter, tokens)
-
-
-def _check_ids(model: nn.Module, tokens: Tensor) -> None:
-    """Raise if a token has no embedding."""
-    try:
-        vocabulary = len(model.get_input_embeddings().weight)  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        return  # not every model says which embeddings it has
-    least, most = int(tokens.min()), int(tokens.max())
-    if least < 0 or most >= vocabulary:
-        raise AptError(
-            f"token ids are from {least} to {most}, but the model has {vocabulary} embeddings",
-            "give ids of the model's tokenizer",
-        )
 
 
 def _check_length(model: nn.Module, adapter: Adapter, tokens: Tensor) -> None:

@@ -5,18 +5,16 @@ matrix. A channel has only a few weights, so the multiple removal problem is sol
 first the best removal set of each size in each channel, then the best combination of sizes.
 """
 
-import math
 from collections.abc import Iterator
 from itertools import combinations
 
 import torch
 from torch import Tensor
 
-from apt.solver.gram import DAMPING, SolverError
+from apt.solver.gram import DAMPING
 from apt.solver.options import Solution
 from apt.solver.patterns import NM, Pattern, Unstructured, lowest_k
 from apt.solver.precision import full_precision
-from apt.solver.sparsegpt import MAX_REMOVAL_SETS
 
 _EXHAUSTIVE = 8  # weights per channel up to which all sets are tried; above, sets grow greedily
 _CHUNK = 2**22  # elements of the largest temporary: 32 MiB in fp64
@@ -37,13 +35,10 @@ def prune_channels(
         weight: the weights.
         gram: the Gram matrix of each channel (channels, k, k): the loss of a removal set P is
             ``w_P G_PP w_Pᵀ``.
-        pattern: n:m in groups along k, or a share of all weights.
+        pattern: n:m in groups along k, whose removal sets are all tried, or a share of all weights.
         compensated: True to update the kept weights of a channel, which compensates for the
             removed ones and reduces the loss to ``w_P ([H⁻¹]_PP)⁻¹ w_Pᵀ``.
         damping: λ as a share of a channel's mean diagonal, for ``H = G + λI``.
-
-    Raises:
-        SolverError: a group of n:m has more than `MAX_REMOVAL_SETS` removal sets.
     """
     matrix = _inverse(gram.double(), damping) if compensated else gram.double()
     problem = _Problem(weight.double(), matrix, compensated)
@@ -103,7 +98,7 @@ class _Problem:
 
 def _mask(problem: _Problem, pattern: Pattern) -> Tensor:
     if isinstance(pattern, NM):
-        sets = _removal_sets(pattern, problem.weight.device)
+        sets = _sets(pattern.m, pattern.m - pattern.n, problem.weight.device)
         parts = problem.parts(len(sets))
         return torch.cat([_by_groups(part, sets, pattern.m) for part in parts])
     return _by_sizes(problem, pattern)
@@ -166,17 +161,6 @@ def _hull(losses: Tensor) -> Tensor:
     # Isotonic regression: at each place, the maximum over starts of the minimum over ends.
     lowest = means.masked_fill(steps < 1, torch.inf).flip(2).cummin(2).values.flip(2)
     return lowest.masked_fill(steps < 1, -torch.inf).max(1).values
-
-
-def _removal_sets(pattern: NM, device: torch.device) -> Tensor:
-    """All removal sets of a group (sets, m)."""
-    count = math.comb(pattern.m, pattern.n)
-    if count > MAX_REMOVAL_SETS:
-        raise SolverError(
-            f"{pattern} has {count:,} removal sets per group, of {MAX_REMOVAL_SETS:,} at most for "
-            "weights of single channels"
-        )
-    return _sets(pattern.m, pattern.m - pattern.n, device)
 
 
 def _by_groups(problem: _Problem, sets: Tensor, size: int) -> Tensor:

@@ -3,7 +3,6 @@
 A group of columns is, for instance, a channel of an MLP or the outputs of an attention head.
 """
 
-from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -41,10 +40,9 @@ class ColumnGroups:
 
     def _fits(self, chosen: tuple[int, ...]) -> bool:
         """True if the same number of different groups is chosen from every bin."""
-        size = self.count // self.bins
-        bins = Counter(group // size for group in set(chosen))
-        each = {index: self.removed // self.bins for index in range(self.bins) if self.removed}
-        return bins == Counter(each) and len(chosen) == len(set(chosen))
+        size, each = self.count // self.bins, self.removed // self.bins
+        bins = sorted(group // size for group in set(chosen))
+        return len(chosen) == self.removed and bins == sorted([*range(self.bins)] * each)
 
     def __str__(self) -> str:
         return f"{self.kept} of {self.count} groups" if self.removed else "dense"
