@@ -12,7 +12,7 @@ import pytest
 
 import apt as library
 from apt.errors import AptError
-from apt.output.journal import Journal
+from apt.files.journal import Journal
 from apt.plugin.registry import registry
 from tests.families import random_model, random_tokens
 from tests.test_stream import SMALL, weights

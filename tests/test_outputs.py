@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from apt.errors import AptError
-from apt.output import renaming
+from apt.files import renaming
+from apt.files.renaming import exchange, rename_new
 from apt.output import workplace as workplaces
 from apt.output.location import check_output, workplace_of
-from apt.output.renaming import exchange, rename_new
+from apt.output.report import Report
 from apt.output.workplace import Workplace, whole_directory
 from apt.runs import in_memory
 
@@ -168,7 +169,7 @@ def test_what_appears_during_the_run_is_left_alone(checkpoint, apt, monkeypatch,
 def write(place, overwrite=False):
     with whole_directory(place, overwrite) as work:
         (work.out / "weights").write_text("new")
-        (work.out / "apt_report.json").write_text('{"skipped": [], "options": {}}')
+        Report({}, {"reference": "m"}, {}).write(work.out)
 
 
 WRITERS = {

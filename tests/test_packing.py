@@ -2,8 +2,11 @@
 
 import copy
 import json
+import os
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +19,7 @@ from transformers import AutoModel, AutoModelForCausalLM, OlmoConfig, pipeline
 import apt.runtime as runtime
 from apt.checkpoints.safetensors_io import INDEX, Shards
 from apt.errors import AptError
-from apt.packing.directory import Rounding, pack, unpack
+from apt.packing.directory import PackedShards, Rounding, pack, unpack
 from apt.runtime.dense import DenseLinear, use_kernels
 from apt.runtime.entries import read_entries
 from apt.runtime.linear import PackedLinear, kernels
@@ -197,7 +200,8 @@ def test_a_sharded_checkpoint_keeps_its_files(apt, pruned, tmp_path):
     index["metadata"]["format"] = "pt"
     (tmp_path / "shards" / INDEX).write_text(json.dumps(index))
     assert apt("pack", "shards", "-o", "packed").code == 0
-    assert sorted(p.name for p in Path("packed").glob("*.safetensors")) == names
+    packed = sorted(p.name for p in Path("packed").glob("*.safetensors"))
+    assert packed == [name.replace("model", "apt_packed") for name in names]
     assert apt("unpack", "packed", "-o", "back").code == 0
     assert json.loads(Path("back", INDEX).read_text())["metadata"]["format"] == "pt"
     for name in names:
@@ -215,8 +219,11 @@ def test_prune_packs_its_output(apt, checkpoint):
     assert (
         Path("back/model.safetensors").read_bytes() == Path("pruned/model.safetensors").read_bytes()
     )
-    report = Path("packed/apt_report.json").read_text()
-    assert report == Path("pruned/apt_report.json").read_text()
+    reports = [json.loads(Path(f"{n}/apt_report.json").read_text()) for n in ("pruned", "packed")]
+    files = [report.pop("files") for report in reports]
+    assert reports[0] == reports[1]
+    assert "model.safetensors" in files[0]
+    assert "apt_packed.safetensors" in files[1]
 
 
 def test_a_finished_run_is_packed_when_it_is_resumed(apt, checkpoint):
@@ -293,7 +300,7 @@ def first(about):
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (lambda about: about.update(version=2), "has version 2 of the packed format"),
+        (lambda about: about.update(version=3), "has version 3 of the packed format"),
         (lambda about: about.pop("matrices"), "is damaged"),
         (lambda about: about.update(matrices=[1]), "is damaged"),
         (lambda about: first(about).pop("kept"), "is damaged"),
@@ -326,9 +333,9 @@ def test_a_damaged_description_is_one_line(apt, pruned, change, text):
 @pytest.mark.parametrize("part", [MASK, VALUES])
 def test_a_packed_model_without_a_tensor_is_refused(apt, pruned, part):
     assert apt("pack", pruned(), "-o", "packed").code == 0
-    tensors = load_file("packed/model.safetensors")
+    tensors = load_file("packed/apt_packed.safetensors")
     del tensors[next(name for name in tensors if name.endswith(f"_{part}"))]
-    save_file(tensors, "packed/model.safetensors", {"format": "pt"})
+    save_file(tensors, "packed/apt_packed.safetensors", {"format": "pt"})
     run = apt("unpack", "packed", "-o", "x")
     assert run.code == 2
     assert f"_{part}, which its config.json describes" in run.err
@@ -402,29 +409,182 @@ def test_matrices_of_zeros_and_with_nan_come_back(apt, pruned, tmp_path):
         pack(path, [], tmp_path)
 
 
-def test_damaged_tensors_never_give_another_model(pruned, tmp_path):
-    """A changed bit of a mask changes its number of kept weights, or its code ends elsewhere."""
-    path, draw = pruned(), random.Random(0)
+@pytest.mark.parametrize("quantize", [None, "int4"])
+def test_every_changed_bit_is_found(pruned, tmp_path, quantize):
+    """In values, masks, scales, plain tensors, and the header with names, dtypes and checksums."""
+    path, draw, packed = pruned(), random.Random(0), tmp_path / "packed"
     names = [name for name in load_file(path / "model.safetensors") if "proj" in name]
-    (tmp_path / "packed").mkdir()
-    pack(path, names, tmp_path / "packed")
-    file = tmp_path / "packed/model.safetensors"
-    whole, refused = file.read_bytes(), 0
-    entries = Shards(tmp_path / "packed").entries.items()
-    masks = [entry for name, entry in entries if name.endswith("_mask")]
-    inside = [i for entry in masks for i in range(entry.start, entry.start + entry.size)]
-    for index in range(150):
+    packed.mkdir()
+    pack(path, names, packed, Rounding(quantize, 64) if quantize else None)
+    file = packed / "apt_packed.safetensors"
+    whole = file.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    for index in range(100):
         broken = bytearray(whole)
-        broken[draw.choice(inside)] ^= 1 << draw.randrange(8)
+        low, high = (0, header) if index % 4 == 0 else (header, len(whole))
+        broken[draw.randrange(low, high)] ^= 1 << draw.randrange(8)
         file.write_bytes(broken)
-        target = tmp_path / f"out{index}"
-        target.mkdir()
-        try:
-            unpack(tmp_path / "packed", target)
-        except AptError:
-            refused += 1
-        shutil.rmtree(target)
-    assert refused > 140  # two codes of one length may keep the same number of weights
+        with pytest.raises(AptError, match="damaged|lacks|overlap|stored as"):
+            PackedShards(packed).check()
+    file.write_bytes(whole)
+    PackedShards(packed).check()
+
+
+@pytest.mark.parametrize("opens", [runtime.load, AutoModelForCausalLM.from_pretrained])
+def test_a_changed_value_is_found_on_loading(pruned, tmp_path, opens):
+    path, packed = pruned(), tmp_path / "packed"
+    packed.mkdir()
+    pack(path, [name for name in load_file(path / "model.safetensors") if "proj" in name], packed)
+    shards = Shards(packed, "apt_packed.safetensors")
+    for name in ("model.norm.weight", "model.layers.0.mlp.up_proj.weight_values"):
+        entry = shards.entries[name]
+        whole = entry.file.read_bytes()
+        broken = bytearray(whole)
+        broken[entry.start] ^= 1
+        entry.file.write_bytes(broken)
+        with pytest.raises(AptError, match=f"is damaged: {name} differs from its checksum"):
+            opens(packed)
+        entry.file.write_bytes(whole)
+    assert opens(packed)
+
+
+def test_a_description_has_a_checksum_as_well(pruned, tmp_path):
+    """A group of 128 or of 65 columns gives two scales for 128 columns, but other weights."""
+    path = pruned()
+    pack(path, ["model.layers.0.mlp.up_proj.weight"], tmp_path, Rounding("int8", 64))
+    config = json.loads((tmp_path / "config.json").read_text())
+    entry = config["quantization_config"]["matrices"]["model.layers.0.mlp.up_proj.weight"]
+    entry["group"] += 1
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(AptError, match="the description of .* differs from its checksum"):
+        PackedShards(tmp_path).check()
+
+
+OPENS = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+if "--without-apt" in sys.argv:
+    sys.modules["apt"] = None
+ids = torch.arange(20).view(1, -1)
+plain = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+try:
+    packed = AutoModelForCausalLM.from_pretrained(
+        sys.argv[2], trust_remote_code="--trust" in sys.argv
+    )
+except OSError as error:
+    print("refused:", error)
+    raise SystemExit
+up = type(packed.model.layers[0].mlp.up_proj).__name__
+print(up, bool((packed(ids).logits - plain(ids).logits).abs().max() < 0.1))
+again = AutoModelForCausalLM.from_pretrained(sys.argv[1])  # the plain class is still the default
+print(type(again.model.layers[0].mlp.up_proj).__name__)
+"""
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], "refused: Error no file named model.safetensors"),
+        (["--trust"], "PackedLinear True\nLinear"),
+        (["--trust", "--without-apt"], "Linear True\nLinear"),
+    ],
+)
+def test_plain_transformers_refuses_a_packed_model_or_opens_it_right(
+    apt, pruned, tmp_path, flags, expected
+):
+    assert apt("pack", pruned(), "-o", "packed").code == 0
+    words = [sys.executable, "-c", OPENS, pruned(), "packed", *flags]
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    found = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
+    assert found.stdout.startswith(expected), found.stderr
+
+
+def test_the_code_beside_the_weights_finds_damage(apt, pruned, tmp_path):
+    assert apt("pack", pruned(), "-o", "packed").code == 0
+    entry = Shards(Path("packed"), "apt_packed.safetensors").entries["model.norm.weight"]
+    broken = bytearray(entry.file.read_bytes())
+    broken[entry.start] ^= 1
+    entry.file.write_bytes(broken)
+    words = [sys.executable, "-c", OPENS, pruned(), "packed", "--trust", "--without-apt"]
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    found = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
+    assert "model.norm.weight differs from its checksum" in found.stdout, found.stderr
+
+
+def test_lm_eval_measures_a_packed_model_by_its_own_options(apt, pruned, monkeypatch, tmp_path):
+    huggingface = pytest.importorskip("lm_eval.models.huggingface")
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    assert apt("pack", pruned(), "-o", "packed").code == 0
+    found = [
+        huggingface.HFLM(pretrained=str(path), trust_remote_code=True, device="cpu")
+        for path in (pruned(), Path("packed").resolve())
+    ]
+    assert isinstance(found[1].model.model.layers[0].mlp.up_proj, PackedLinear)
+    ids = torch.arange(20).view(1, -1)
+    one, other = (lm.model(ids).logits for lm in found)
+    assert torch.allclose(one, other, atol=0.1)
+
+
+@pytest.mark.parametrize("card", ["", "---\nlicense: mit\n---\n# A model\n", "# A model\n"])
+def test_the_card_says_how_a_packed_model_is_opened_until_it_is_unpacked(apt, pruned, card):
+    shutil.copytree(pruned(), "plain")
+    Path("plain/README.md").write_text(card)
+    if not card:
+        Path("plain/README.md").unlink()
+    assert apt("pack", "plain", "-o", "packed").code == 0
+    text = Path("packed/README.md").read_text()
+    assert text.startswith(card.partition("# A")[0])
+    for line in ("pip install apt-prune", "import apt.runtime", "trust_remote_code=True"):
+        assert line in text
+    assert apt("unpack", "packed", "-o", "back").code == 0
+    after = Path("back/README.md")
+    assert (after.read_text() if after.exists() else "") == card
+    assert not list(Path("back").glob("*.py"))
+
+
+def test_a_model_with_code_of_its_own_keeps_it(apt, pruned):
+    shutil.copytree(pruned(), "plain")
+    config = json.loads(Path("plain/config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling.Model"}
+    Path("plain/config.json").write_text(json.dumps(config))
+    Path("plain/modeling.py").write_text("# the code of the model\n")
+    assert apt("pack", "plain", "-o", "packed", "--trust-remote-code").code == 2  # no such class
+    config["auto_map"] = {"AutoModel": "modeling.Model"}
+    Path("plain/config.json").write_text(json.dumps(config))
+    assert apt("pack", "plain", "-o", "packed").code == 0
+    packed = json.loads(Path("packed/config.json").read_text())
+    assert packed["auto_map"] == config["auto_map"]
+    assert not Path("packed/apt_packed.py").exists()
+    assert "Without APT it cannot be opened" in Path("packed/README.md").read_text()
+    assert apt("unpack", "packed", "-o", "back").code == 0
+    assert json.loads(Path("back/config.json").read_text()) == config
+
+
+def test_verify_checks_a_packed_model(apt, checkpoint):
+    run = ("prune", checkpoint("llama"), "--sparsity", 0.7, "--method", "magnitude", "-o", "pruned")
+    assert apt(*run, "--pack", "packed").code == 0
+    found = apt("verify", "packed")
+    assert (found.code, "meet their pattern in the report (0.7)" in found.out) == (0, True)
+    assert apt("verify", "packed", "--sparsity", 0.8).code == 1
+    entry = Shards(Path("packed"), "apt_packed.safetensors").entries["model.norm.weight"]
+    broken = bytearray(entry.file.read_bytes())
+    broken[entry.start] ^= 1
+    entry.file.write_bytes(broken)
+    assert "model.norm.weight differs from its checksum" in apt("verify", "packed").err
+
+
+@pytest.mark.parametrize("group", ["row", 10**9, 64_000])
+def test_a_group_is_at_most_a_row(apt, checkpoint, group):
+    """Memory and time follow the columns, not the number."""
+    run = ("prune", checkpoint("llama"), "--sparsity", 0.7, "--method", "magnitude", "--quantize",
+           "int4", "--group", group, "-o", "pruned", "--pack", "packed")  # fmt: skip
+    assert apt(*run).code == 0
+    entries = read_entries(Path("packed")).values()
+    assert all(entry.groups == 1 and entry.values == "int4" for entry in entries)
+    assert apt("unpack", "packed", "-o", "back").code == 0
+    files = [Path(name, "model.safetensors").read_bytes() for name in ("pruned", "back")]
+    assert files[0] == files[1]
+    assert apt("pack", "pruned", "--quantize", "int8", "--group", group, "-o", "other").code == 0
 
 
 @settings(deadline=None, max_examples=60)
@@ -442,7 +602,7 @@ def test_rounding_keeps_zeros_and_errs_by_half_a_step_at_most(
     entry, parts = encode_rounded(matrix, kind, group)
     found = decode(Entry.read(json.loads(json.dumps(entry.record()))), parts)
     assert (found[matrix == 0] == 0).all()
-    spread = parts[SCALES].repeat_interleave(group, 1)[:, :columns]
+    spread = parts[SCALES].repeat_interleave(entry.group, 1)[:, :columns]
     cut = KINDS[kind] * spread  # weights beyond it are cut off
     bound = torch.maximum(spread / 2, matrix.abs() - cut) * (1 + 1e-5)
     assert ((found - matrix).abs() <= bound).all()

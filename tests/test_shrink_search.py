@@ -24,7 +24,7 @@ from apt.shrinking.options import ShrinkOptions
 from apt.shrinking.proxy import Proxy
 from apt.shrinking.search import (
     Candidate,
-    Journal,
+    KnownLosses,
     Scored,
     Search,
     SearchOptions,
@@ -186,7 +186,7 @@ def test_a_killed_search_continues_with_the_same_result(tmp_path):
         return loss
 
     def recalling(loss):
-        journal = Journal(path, "a")
+        journal = KnownLosses(path, "a")
         return lambda candidate: journal.recall(candidate.key, lambda: loss(candidate))
 
     with pytest.raises(KeyboardInterrupt):
@@ -198,7 +198,7 @@ def test_a_killed_search_continues_with_the_same_result(tmp_path):
     again = Search(SIZES, range(10), counted, options, 3).run()
     assert again == whole
     assert len(computed) == len(whole) - 17
-    assert Journal(path, "other inputs").losses == {}
+    assert KnownLosses(path, "other inputs")._losses == {}
 
 
 def test_the_given_candidates_are_evaluated_first():

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import apt.checkpoints.safetensors_io as apt_shards
-import apt.output.journal as apt_journal
+import apt.files.journal as apt_journal
 import apt.output.workplace as apt_workplace
 from apt.checkpoints.safetensors_io import Shards
 from apt.distributed.ranks import Ranks

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from apt.checkpoints.safetensors_io import Shards
-from apt.output.journal import Journal
+from apt.files.journal import Journal
 from tests.families import TEXT
 from tests.test_stream import PLACES, KilledError, cut, weights
 

@@ -10,10 +10,11 @@ from apt.adapter.groups import without
 from apt.checkpoints.copies import copy_files, side_files, synchronise
 from apt.checkpoints.model import Model
 from apt.checkpoints.offload import StoredBlocks
-from apt.checkpoints.safetensors_io import Shards, write_index
+from apt.checkpoints.safetensors_io import INDEX, Shards
 from apt.checkpoints.shrunk import resized
 from apt.checkpoints.tensor_map import Layout
 from apt.errors import AptError
+from apt.files.index import write_index
 from apt.planning.plan import Plan, PlannedBlock
 from apt.planning.structure import planned_groups, removed_groups
 
@@ -59,7 +60,7 @@ def write_compacted(
         synchronise(target / name)
         places |= dict.fromkeys(tensors, name)
         size += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    write_index(target, {"total_size": size}, places)
+    write_index(target / INDEX, {"total_size": size}, places)
 
 
 def _write_config(shell: Model, plan: Plan, target: Path) -> None:

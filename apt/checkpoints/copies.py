@@ -9,8 +9,10 @@ from pathlib import Path
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import load_file, save_file
 
-from apt.checkpoints.safetensors_io import INDEX, SINGLE, Shards, write_index
+from apt.checkpoints.safetensors_io import INDEX, SINGLE, Shards
 from apt.errors import AptError
+from apt.files.hashes import sha256
+from apt.files.index import write_index
 
 CARD = "README.md"
 """The model card. A run writes a new one at its end."""
@@ -18,17 +20,14 @@ CARD = "README.md"
 REPORT = "apt_report.json"
 """The record of the run that wrote a checkpoint."""
 
-FILES = "apt_files.json"
-"""The list of the files of an output whose report does not list them."""
-
 # Weights in other formats are not copied: they would be dense.
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
-_INDICES = (".bin.index.json", ".h5.index.json", ".msgpack.index.json")
-_CHUNK = 2**24
+_INDICES = tuple(f"{kind}.index.json" for kind in (".bin", ".h5", ".msgpack", ".safetensors"))
+_LARGEST_HEADER = 2**27
 
 
 def side_files(source: Path) -> Iterator[Path]:
-    """All files of a checkpoint except its weights, their index, and a report or list of APT.
+    """All files of a checkpoint except its weights, their index, and a report of APT.
 
     Hidden folders are left out: they contain data of tools. A link is included only if it leads to
     a file of the checkpoint, or to the hub's cache of it. No other file should be copied to the
@@ -59,7 +58,7 @@ def _visible(source: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
 def _files(source: Path) -> Iterator[Path]:
     for folder, _, names in _visible(source):
         for path in (folder / name for name in names):
-            if not _is_weights(path) and path.name not in (REPORT, FILES, INDEX) and path.is_file():
+            if not _is_weights(path) and path.name != REPORT and path.is_file():
                 yield path
 
 
@@ -115,35 +114,27 @@ def copy_weights(shards: Shards, source: Path, target: Path, largest: str | None
         save_file(part, target / name, metadata={"format": "pt"})
         synchronise(target / name)
     if split.is_sharded:
-        write_index(target, split.metadata, split.tensor_to_filename)
+        write_index(target / INDEX, split.metadata, split.tensor_to_filename)
 
 
-def checksums(directory: Path, *, headers: bool = False) -> dict[str, str]:
+def checksums(directory: Path) -> dict[str, str]:
     """A checksum for every file of a directory by its relative path, without the model card.
 
-    Args:
-        directory: the directory.
-        headers: True to use only the header and the size of a safetensors file.
+    That of a safetensors file covers its header and its size only: the tensors will change.
     """
     found = {}
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
         if path.is_file() and name != CARD:
-            found[name] = _checksum(path, header=headers and path.suffix == ".safetensors")
+            found[name] = _of_header(path) if path.suffix == ".safetensors" else sha256(path)
     return found
 
 
-def _checksum(path: Path, *, header: bool) -> str:
-    digest = hashlib.blake2b(digest_size=16)
+def _of_header(path: Path) -> str:
     with path.open("rb") as file:
-        if header:
-            start = file.read(8)
-            digest.update(start + file.read(min(int.from_bytes(start, "little"), _CHUNK * 8)))
-            digest.update(str(path.stat().st_size).encode())
-        else:
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
-    return digest.hexdigest()
+        start = file.read(8)
+        header = start + file.read(min(int.from_bytes(start, "little"), _LARGEST_HEADER))
+    return hashlib.sha256(header + str(path.stat().st_size).encode()).hexdigest()
 
 
 def check_copy(
@@ -154,13 +145,13 @@ def check_copy(
     Args:
         shards: the tensors of the original.
         target: the copy.
-        known: the `checksums` of the copy, with ``headers``.
+        known: the `checksums` of the copy.
         pruned: the tensors that may differ.
 
     Raises:
         AptError: a byte differs, or a file is missing.
     """
-    found = checksums(target, headers=True)
+    found = checksums(target)
     for name in found.keys() - known.keys():
         (target / name).unlink()
     for folder, _, _ in os.walk(target, topdown=False):

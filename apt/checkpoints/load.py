@@ -25,6 +25,7 @@ from apt.locations.model_source import Source
 from apt.locations.paths import expanded, kind_at
 from apt.plugin.registry import Registry
 from apt.runtime.entries import METHOD
+from apt.runtime.weights import with_weights, without_own_code
 
 _MOST_LAYERS = 10_000
 _DAMAGED = "is its config.json damaged?"
@@ -33,7 +34,7 @@ _DAMAGED = "is its config.json damaged?"
 def read_config(source: Source) -> Any:
     """The model's configuration."""
     with _loading(source, _DAMAGED):
-        return AutoConfig.from_pretrained(source.location, **source.options())
+        return without_own_code(AutoConfig.from_pretrained(source.location, **source.options()))
 
 
 def skeleton(
@@ -100,10 +101,13 @@ def load(shell: Model, dtype: torch.dtype | None = None, device: str = "cpu") ->
     source = shell.source
     if not source.on_hub and not source.gguf:
         check_files(Path(source.location))
+    given = {}
     if quantised_with(shell.config) == METHOD:
         import apt.runtime.quantizer  # noqa: F401  # registers the format with transformers
+
+        given = {"config": with_weights(shell.config)}
     if shell.checkpoint is None:
-        module, missing = _from_pretrained(source, dtype or _stored_dtype(shell))
+        module, missing = _from_pretrained(source, dtype or _stored_dtype(shell), **given)
     else:
         module, missing = _from_checkpoint(source, shell.checkpoint, dtype)
     if missing:
@@ -122,7 +126,9 @@ def _stored_dtype(shell: Model) -> torch.dtype | None:
     return stored.dtype(shell) if stored else None
 
 
-def _from_pretrained(source: Source, dtype: torch.dtype | None) -> tuple[Any, list[str]]:
+def _from_pretrained(
+    source: Source, dtype: torch.dtype | None, **given: Any
+) -> tuple[Any, list[str]]:
     """The model as transformers reads it, and the names of missing weights."""
     wanted = dtype or (torch.float32 if source.gguf else "auto")
     with _loading(source), warnings.catch_warnings():
@@ -130,7 +136,7 @@ def _from_pretrained(source: Source, dtype: torch.dtype | None) -> tuple[Any, li
         module, info = AutoModelForCausalLM.from_pretrained(
             source.location, dtype=wanted, output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are reported below
-            **source.options(),
+            **source.options(), **given,
         )  # fmt: skip
     for mismatch in info.get("mismatched_keys", ()):
         raise _mismatched(source, module, mismatch)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from apt.errors import AptError, NotStoredError
+from apt.files.index import index_metadata, indexed_files
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _PICKLED_INDEX = "pytorch_model.bin.index.json"
@@ -44,8 +45,8 @@ class Shards:
     """The tensors of a directory.
 
     Args:
-        directory: a directory with ``model.safetensors``, or else with several files and their
-            index.
+        directory: a directory with a single file, or else with several files and their index.
+        single, index: the names of the single file and of the index.
 
     Raises:
         AptError: there is neither, or a file is damaged.
@@ -53,11 +54,12 @@ class Shards:
     Attributes:
         entries: the place of each tensor.
         files: the files, sorted.
+        about: the metadata of the index; empty without one.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, single: str = SINGLE, index: str = INDEX) -> None:
         self.entries: dict[str, Entry] = {}
-        self.files = _files(directory)
+        self.files, self.about = _files(directory, single, index)
         for path in self.files:
             for name, entry in read_header(path).items():
                 if name in self.entries:
@@ -134,14 +136,14 @@ def _bytes(raw: Tensor) -> memoryview:
     return memoryview(array)
 
 
-def _files(directory: Path) -> list[Path]:
-    """The single file, or else those of the index: transformers has the same order."""
-    if (directory / SINGLE).is_file():
-        return [directory / SINGLE]
-    if (directory / INDEX).is_file():
-        return _indexed(directory / INDEX)
+def _files(directory: Path, single: str, index: str) -> tuple[list[Path], dict[str, Any]]:
+    """The single file, or else those of the index with its metadata, as transformers reads them."""
+    if (directory / single).is_file():
+        return [directory / single], {}
+    if (directory / index).is_file():
+        return indexed_files(directory / index), index_metadata(directory / index)
     raise NotStoredError(
-        f"{directory} has no {SINGLE}", "only safetensors can be streamed", ("stream",)
+        f"{directory} has no {single}", "only safetensors can be streamed", ("stream",)
     )
 
 
@@ -154,38 +156,7 @@ def check_files(directory: Path) -> None:
     if (directory / INDEX).is_file() or (directory / SINGLE).is_file():
         Shards(directory)
     elif (directory / _PICKLED_INDEX).is_file():
-        _indexed(directory / _PICKLED_INDEX)
-
-
-def _indexed(index: Path) -> list[Path]:
-    """The files that an index names. They must be in its directory."""
-    names = sorted(set(_read_index(index).values()))
-    for name in names:
-        if name != os.path.basename(name) or name in ("", ".", "..") or "\\" in name:
-            raise AptError(f"{index} names a file outside its directory: {name!r}", "do not use it")
-        if not index.with_name(name).is_file():
-            raise AptError(f"{index.parent} lacks {name}", "is the checkpoint complete?")
-    return [index.with_name(name) for name in names]
-
-
-def _read_index(path: Path) -> dict[str, str]:
-    """The file of each tensor."""
-    try:
-        found: Any = json.loads(path.read_bytes())
-        if isinstance(found, dict) and "weight_map" not in found:
-            raise AptError(f"{path} has no 'weight_map'", "get the checkpoint again")
-        weights = found["weight_map"]
-        if not weights or not all(isinstance(v, str) for v in weights.values()):
-            raise ValueError("no map of weights")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise AptError(f"{path} is damaged: {error}", "get the checkpoint again") from error
-    return dict(weights)
-
-
-def write_index(directory: Path, metadata: dict[str, Any], files: dict[str, str]) -> None:
-    """Write the index: the file of each tensor."""
-    text = json.dumps({"metadata": metadata, "weight_map": files}, indent=2, sort_keys=True)
-    (directory / INDEX).write_text(text + "\n", encoding="utf-8")
+        indexed_files(directory / _PICKLED_INDEX)
 
 
 def read_header(path: Path) -> dict[str, Entry]:

@@ -70,8 +70,8 @@ def smaller(model: Any, adapter: Adapter, plan: Plan) -> Any:
     )
 
 
-def check_expressible(model: Any, adapter: Adapter, plan: Plan) -> None:
-    """Raise if transformers has no model of the sizes of a plan, before any work is done.
+def empty_smaller(model: Any, adapter: Adapter, plan: Plan) -> Any:
+    """The smaller model of a plan without weights.
 
     The shapes do not depend on the choice of the groups, so the last ones are removed here, from an
     empty copy of the model.
@@ -80,6 +80,9 @@ def check_expressible(model: Any, adapter: Adapter, plan: Plan) -> None:
         model: the model; it may be on the meta device.
         adapter: the adapter of its family.
         plan: the plan of a run that removes groups and drops blocks.
+
+    Raises:
+        AptError: transformers has no model of these sizes.
     """
     config = copy.deepcopy(model.config)
     empty: Any = empty_of_class(type(model), config, config)
@@ -89,7 +92,8 @@ def check_expressible(model: Any, adapter: Adapter, plan: Plan) -> None:
             kept = planned_groups(adapter, config, modules[block.name], block)
             known = adapter.groups(modules[block.name], config)
             removed[block.name] = {g.kind: range(kept.get(g.kind, g.count), g.count) for g in known}
-    shrunk(empty, adapter, removed, [block.name for block in plan.blocks if block.dropped])
+    dropped = [block.name for block in plan.blocks if block.dropped]
+    return shrunk(empty, adapter, removed, dropped)
 
 
 def _smaller(

@@ -1,6 +1,6 @@
 """An exact check of the zeros in a model."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -29,27 +29,42 @@ class Verdict:
     detail: str = ""
 
 
-def verify(model: nn.Module, adapter: Adapter, plan: Plan) -> list[Verdict]:
-    """Count the zeros of every planned site."""
+def verify(
+    model: nn.Module, adapter: Adapter, plan: Plan, expected: Mapping[str, int] | None = None
+) -> list[Verdict]:
+    """Count the zeros of every planned site; see `block_verdicts`."""
     modules = dict(adapter.blocks(model))
-    return [verdict for b in plan.blocks for verdict in block_verdicts(b, modules[b.name])]
+    return [v for b in plan.blocks for v in block_verdicts(b, modules[b.name], expected)]
 
 
-def block_verdicts(planned: PlannedBlock, block: nn.Module) -> Iterator[Verdict]:
-    """Count the zeros of a block."""
+def block_verdicts(
+    planned: PlannedBlock, block: nn.Module, expected: Mapping[str, int] | None = None
+) -> Iterator[Verdict]:
+    """Count the zeros of a block.
+
+    Args:
+        planned: the block with its patterns.
+        block: its module.
+        expected: the exact number of zeros of sites, by name. Other sites may have more zeros than
+            their pattern asks for.
+    """
+    exact = expected or {}
     for entry in planned.pruned:
         assert entry.pattern is not None
         weight = entry.site.oriented(entry.site.weight(block).detach())
-        yield _verdict(entry.name, weight, entry.pattern)
+        yield _verdict(entry.name, weight, entry.pattern, exact.get(entry.name))
     for extra in planned.extras:
-        yield _verdict(extra.name, extra.extra.weight(block).detach(), extra.pattern)
+        weight = extra.extra.weight(block).detach()
+        yield _verdict(extra.name, weight, extra.pattern, exact.get(extra.name))
 
 
-def _verdict(name: str, weight: Tensor, pattern: SitePattern) -> Verdict:
-    zeros = int((weight == 0).sum())
-    if meets(weight, pattern):
-        return Verdict(name, True, zeros, weight.numel())
-    return Verdict(name, False, zeros, weight.numel(), _detail(weight, pattern))
+def _verdict(name: str, weight: Tensor, pattern: SitePattern, expected: int | None) -> Verdict:
+    zeros, detail = int((weight == 0).sum()), ""
+    if not meets(weight, pattern):
+        detail = _detail(weight, pattern)
+    elif expected is not None and zeros != expected:
+        detail = f"{zeros:,} zeros, {expected:,} expected"
+    return Verdict(name, not detail, zeros, weight.numel(), detail)
 
 
 def _detail(weight: Tensor, pattern: SitePattern) -> str:
@@ -62,6 +77,8 @@ def _detail(weight: Tensor, pattern: SitePattern) -> str:
             wanted = pattern.count(weight.shape[1])
             return f"row {row} has {int(zeros[row]):,} zeros, {wanted:,} needed in each"
         return f"{int(zeros.sum()):,} zeros, {pattern.count(size):,} needed"
+    if weight.shape[1] % pattern.m:
+        return f"its {weight.shape[1]} inputs are not a multiple of {pattern.m}"
     kept = (weight != 0).reshape(weight.shape[0], -1, pattern.m).sum(-1)
     row, group = (kept > pattern.n).nonzero()[0].tolist()
     start = group * pattern.m

@@ -26,7 +26,6 @@ def convert(
     For example: apt-prune convert ./mamba-130m-pruned --output ./mamba-130m-pruned-hf
     """
     check_dtype(dtype)
-    from shutil import copyfile
 
     from apt.cli.output import notice, out, show_json, status_line
     from apt.plugin.registry import registry
@@ -34,11 +33,11 @@ def convert(
     hub = args.read_hub(revision, token, cache_dir)
     source = args.find_model(model, registry(), hub, trust_remote_code=trust_remote_code)
 
-    from apt.checkpoints.copies import REPORT
     from apt.checkpoints.load import load, load_tokenizer, skeleton
     from apt.checkpoints.save import keep_side_files, save_model
     from apt.checkpoints.stored import local_directory
     from apt.output.location import check_output
+    from apt.output.report import carry_report
     from apt.output.workplace import whole_directory, write_errors
     from apt.runs.machine import read_dtype
 
@@ -58,8 +57,7 @@ def convert(
             save_model(loaded.module, found, work.out)
             if not source.gguf:
                 keep_side_files(local_directory(loaded), work.out)
-            if (report := Path(source.location) / REPORT).is_file():
-                copyfile(report, work.out / REPORT)
+            carry_report(Path(source.location), work.out, source.reference)
     kind = type(loaded.module).__name__
     if as_json:
         show_json({"output": str(output), "class": kind, "tokenizer": found is not None})

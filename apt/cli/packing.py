@@ -9,7 +9,7 @@ from apt.cli import arguments as args
 from apt.cli import run_arguments as run
 from apt.errors import AptError
 from apt.locations.hub import Hub
-from apt.runs.limits import check_integers
+from apt.runs.limits import check_integers, read_group
 
 if TYPE_CHECKING:
     from apt.locations.model_source import Source
@@ -28,8 +28,11 @@ def pack(
         metavar="KIND",
         help="Round the kept weights to the nearest int8 or int4.",
     ),
-    group: int = typer.Option(
-        128, "--group", metavar="N", help="Columns that share a scale with --quantize."
+    group: str = typer.Option(
+        "128",
+        "--group",
+        metavar="N|row",
+        help="Columns that share a scale with --quantize, or row for one scale a row.",
     ),
     form: str = typer.Option(
         "apt",
@@ -50,7 +53,8 @@ def pack(
 
     Programs open it with apt.runtime.load. For example: apt-prune pack ./pruned --output ./packed
     """
-    check_integers(quantize, group)
+    columns = read_group(group)
+    check_integers(quantize, columns)
     from apt.cli.output import notice, out, show_json, status_line
     from apt.packing.directory import Rounding
     from apt.plugin.registry import registry
@@ -62,7 +66,7 @@ def pack(
     hub = args.read_hub(revision, token, cache_dir)
     source = args.find_model(model, registry(), hub, trust_remote_code=trust_remote_code)
     with status_line("packing"):
-        rounding = Rounding(quantize, group) if quantize else None
+        rounding = Rounding(quantize, columns) if quantize else None
         done = pack_model(
             source, output, registry(), notice,
             adapter=adapter, rounding=rounding, form=form, overwrite=overwrite,

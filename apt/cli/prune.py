@@ -62,7 +62,7 @@ def prune(
         help="Columns of one joint compensation; by default all.",
     ),
     quantize: str | None = run.QUANTIZE,
-    group: int = run.GROUP,
+    group: str = run.GROUP,
     device: str = args.DEVICE,
     dtype: str = args.DTYPE,
     stream: bool = run.STREAM,

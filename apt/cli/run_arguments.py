@@ -17,6 +17,7 @@ from apt.runs.limits import (
     check_prune_options,
     check_seed,
     check_shard_size,
+    read_group,
 )
 
 T = TypeVar("T")
@@ -143,8 +144,8 @@ QUANTIZE = typer.Option(
     "the error.",
 )  # fmt: skip
 GROUP = typer.Option(
-    128, "--group", metavar="N", rich_help_panel=ACCURACY_GROUP,
-    help="Columns that share a scale with --quantize.",
+    "128", "--group", metavar="N|row", rich_help_panel=ACCURACY_GROUP,
+    help="Columns that share a scale with --quantize, or row for one scale a row.",
 )  # fmt: skip
 PACK = typer.Option(
     None, "--pack", metavar="DIR", rich_help_panel=OUTPUT_GROUP,
@@ -203,6 +204,8 @@ def prune_options(context: typer.Context) -> dict[str, Any]:
     """
     given = context.params
     options = {name: given[name] for name in _PRUNE_OPTIONS if name in given}
+    if "group" in options:
+        options["group"] = read_group(options["group"])
     check_amount(given["samples"], given["seqlen"], given["own_samples"])
     check_prune_options(options)
     check_seed(given["seed"])

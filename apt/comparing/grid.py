@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from apt.checkpoints.architecture import quantised_with
-from apt.checkpoints.copies import checksums
+from apt.checkpoints.copies import CARD
 from apt.checkpoints.load import fingerprint, load, load_tokenizer, skeleton
 from apt.checkpoints.masks import masks_of, sparsity_of
 from apt.checkpoints.model import Model
@@ -22,6 +22,7 @@ from apt.comparing.results import DENSE, Comparison, Row
 from apt.evaluation import kept_states
 from apt.evaluation.windows import score
 from apt.events import Observer
+from apt.files.hashes import file_hashes
 from apt.locations.model_source import Source, find
 from apt.output.report import portable, versions
 from apt.plugin.registry import Registry
@@ -111,7 +112,7 @@ class Grid:
             check_same_vocabulary(self._other_shell(path), shell)
             name = self._name_of(path)
             # With a checksum of the files, so that a directory that has changed is measured anew.
-            found = hashlib.sha256(json.dumps(checksums(path)).encode()).hexdigest()
+            found = hashlib.sha256(json.dumps(file_hashes(path, [CARD])).encode()).hexdigest()
             self._work[f"with {name} {found[:12]}"] = partial(self._other, name, path)
         status("loading the model")
         self._dense: Model = load(shell, None, options.device)

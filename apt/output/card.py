@@ -6,6 +6,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from apt.checkpoints.copies import CARD, REPORT
+from apt.files.writing import write_file
 from apt.output.report import Report
 
 _NO_FASTER = "Zeros alone make a model neither smaller nor faster: a runtime must use the pattern."
@@ -24,7 +25,7 @@ def write_card(directory: Path, report: Report, source: Path | None = None) -> N
     parts = [f"---\n{_front_matter(original, reference)}\n---\n", _about(report, reference)]
     if original is not None and original.text.strip():
         parts.append(f"## Card of the original\n\n{original.text.strip()}\n")
-    (directory / CARD).write_text("\n".join(parts), encoding="utf-8")
+    write_file(directory / CARD, "\n".join(parts), overwrite=True)
 
 
 def _original(source: Path | None) -> ModelCard | None:
@@ -60,9 +61,19 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _about(report: Report, reference: str) -> str:
-    """The summary of a pruning, if APT pruned the model, and of a recovery."""
-    pruned = [_pruned(report, reference)] if report.options else [f"# {reference}, recovered\n"]
-    return "\n".join(pruned + ([_recovered(report)] if report.recovery else []))
+    """The summary of a pruning, if APT pruned the model, and of what followed."""
+    done = "with zeros again" if report.reapplied else "recovered"
+    parts = [_pruned(report, reference)] if report.options else [f"# {reference}, {done}\n"]
+    parts += [_recovered(report)] if report.recovery else []
+    parts += [_reapplied(report.reapplied)] if report.reapplied else []
+    return "\n".join(parts)
+
+
+def _reapplied(record: dict[str, Any]) -> str:
+    return (
+        f"It was fine-tuned ({record['model']}), and its zeros were then set again by the masks "
+        f"of {record['masks']}: {record['sparsity']:.2%} of {record['parameters']} matrices.\n"
+    )
 
 
 def _recovered(report: Report) -> str:
@@ -124,3 +135,64 @@ def _scores(report: Report) -> list[str]:
         for name in before
         if name in after
     ]
+
+
+_PACKED = "<!-- apt-prune pack -->\n", "<!-- end of apt-prune pack -->\n\n"
+_PACKED_TEXT = """## A packed model
+
+The file of the weights has no zeros. [APT](https://arxiv.org/abs/2410.15567) opens it:
+
+```console
+pip install apt-prune
+```
+
+```python
+import apt.runtime
+
+model = apt.runtime.load("DIRECTORY")
+```
+
+The weights stay packed in memory. {without} `apt-prune unpack` writes the plain model.
+"""
+_WITHOUT = (
+    "Without APT, the code in this directory opens it, with dense weights in memory: "
+    '`AutoModelForCausalLM.from_pretrained("DIRECTORY", trust_remote_code=True)`.'
+)
+_NOT_WITHOUT = "Without APT it cannot be opened."
+
+
+def mark_as_packed(directory: Path, *, has_code: bool) -> None:
+    """Add a section to the card of a packed model that says how it is opened.
+
+    Args:
+        directory: the packed model.
+        has_code: True if the directory has code that opens it without APT.
+    """
+    path, (start, end) = directory / CARD, _PACKED
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    head, rest = _front_matter_of(text)
+    section = _PACKED_TEXT.format(without=_WITHOUT if has_code else _NOT_WITHOUT)
+    write_file(path, f"{head}{start}{section}{end}{rest}", overwrite=True)
+
+
+def mark_as_unpacked(directory: Path) -> None:
+    """Remove the section of `mark_as_packed`, and the card if nothing else is left."""
+    path, (start, end) = directory / CARD, _PACKED
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    head, found, tail = text.partition(start)
+    _, closed, rest = tail.partition(end)
+    if not found or not closed:
+        return
+    if head or rest:
+        write_file(path, head + rest, overwrite=True)
+    else:
+        path.unlink()
+
+
+def _front_matter_of(text: str) -> tuple[str, str]:
+    """The metadata of a card, and the text behind it."""
+    marked = "---\n"
+    if not text.startswith(marked) or (end := text.find(f"\n{marked}", len(marked) - 1)) < 0:
+        return "", text
+    place = end + 1 + len(marked)
+    return text[:place], text[place:]

@@ -1,19 +1,19 @@
 """Checks of the path of an output directory.
 
-A run replaces an empty directory, or one that has only files that APT wrote, and no other.
+A run replaces an empty directory, or one that has only files that APT wrote and that nobody has
+changed since, and no other.
 """
 
-import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from apt.checkpoints.copies import FILES, REPORT
+from apt.checkpoints.copies import REPORT
 from apt.errors import AptError, first_line
-from apt.output.report import read_report
+from apt.files.hashes import changed_files
+from apt.output.report import listed_files, read_report
 
 _CHOOSE_ANOTHER = "choose another output"
 _OUTPUT = ("output",)
@@ -39,8 +39,9 @@ def check_output(directory: Path, overwrite: bool, inputs: Sequence[Path] = ()) 
         A description of the earlier result that will be replaced; empty if there is none.
 
     Raises:
-        AptError: it exists and is not a directory, it has files that APT did not write, it is or
-            contains a protected place, it is inside an input, or it cannot be written.
+        AptError: it exists and is not a directory, it has files that APT did not write or that were
+            changed since, it is or contains a protected place, it is inside an input, or it cannot
+            be written.
     """
     try:
         _check_links(directory)
@@ -75,19 +76,26 @@ def check_replaceable(target: Path, overwrite: bool, name: str) -> str:
     entries = set(relative_paths(target))
     if not entries:
         return ""
-    foreign = sorted(entries - _written_by_apt(target, entries))
-    if foreign:
-        shown = ", ".join(foreign[:3]) + (", …" if len(foreign) > 3 else "")
-        raise AptError(
-            f"{name} exists and has files that APT did not write: {shown}",
-            f"APT never deletes such files; {_CHOOSE_ANOTHER}",
-            _OUTPUT,
-        )
+    written = _written_by_apt(target)
+    own = {REPORT, *written} if written else set()
+    _refuse(name, "has files that APT did not write", entries - own)
     if not overwrite:
         raise AptError(
             f"{name} exists and is not empty", "overwrite it, or choose another", _OVERWRITE
         )
+    _refuse(name, "was changed since APT wrote it", changed_files(target, written))
     return f"{name}, the result of an earlier run, with its {len(entries)} files"
+
+
+def _refuse(name: str, fault: str, files: Collection[str]) -> None:
+    """Raise if a fault has files."""
+    if files:
+        shown = ", ".join(sorted(files)[:3]) + (", …" if len(files) > 3 else "")
+        raise AptError(
+            f"{name} exists and {fault}: {shown}",
+            f"APT never deletes such files; {_CHOOSE_ANOTHER}",
+            _OUTPUT,
+        )
 
 
 def relative_paths(directory: Path) -> list[str]:
@@ -101,39 +109,10 @@ def relative_paths(directory: Path) -> list[str]:
     return sorted(found)
 
 
-def _written_by_apt(target: Path, entries: set[str]) -> set[str]:
-    """The entries of a directory that APT wrote: those that its report or `list_files` lists."""
+def _written_by_apt(target: Path) -> dict[str, str]:
+    """The files of a directory that its report lists, with their hashes; none without a report."""
     report = None if (target / REPORT).is_symlink() else read_report(target)
-    if report is None:
-        return _listed(target)
-    listed = report.get("files", sorted(entries))  # older reports have no list
-    own = set(map(str, listed)) if isinstance(listed, list) else set()
-    return {REPORT, *own} | _listed(target)
-
-
-def list_files(directory: Path) -> None:
-    """Write a list of the files of an output, so that a later run may replace it.
-
-    It is not needed if the report of the output lists all of them.
-    """
-    entries, known = relative_paths(directory), set[str]()
-    with suppress(AptError):  # the report of another model, which may be damaged
-        known = _written_by_apt(directory, set(entries))
-    if not known.issuperset(entries):
-        text = json.dumps({"files": entries}, indent=2) + "\n"
-        (directory / FILES).write_text(text, encoding="utf-8")
-
-
-def _listed(target: Path) -> set[str]:
-    """The entries of a directory that a list of `list_files` names, and the list itself."""
-    path = target / FILES
-    if path.is_symlink() or not path.is_file():
-        return set()
-    try:
-        listed = json.loads(path.read_text(encoding="utf-8"))["files"]
-        return {FILES, *map(str, listed)}
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return set()
+    return {} if report is None else listed_files(report)
 
 
 def _check_links(directory: Path) -> None:

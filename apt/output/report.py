@@ -5,7 +5,7 @@ import platform
 import resource
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
@@ -20,11 +20,15 @@ from apt.checkpoints.copies import REPORT
 from apt.distributed.ranks import Work
 from apt.errors import AptError, first_line
 from apt.events import SitePruned
+from apt.files.hashes import file_hashes, sha256
+from apt.files.writing import write_file
 from apt.locations.paths import expanded, user_error
 from apt.output.json_values import json_value
 
 _PACKAGES = ("apt-prune", "torch", "transformers", "safetensors", "tokenizers", "datasets")
 
+
+_RESTORE = "restore it, or delete it to go on without a report"
 
 SCHEMA = 1
 """The version of the report. It rises if an entry is renamed or removed or changes its meaning."""
@@ -46,6 +50,8 @@ class Report:
         sites: the record of each pruned site.
         skipped: the names of the sites that were left dense, on request or by an allocation.
         recovery: the record of a training after the pruning; empty if there was none.
+        reapplied: the masks that were applied to a model that was fine-tuned elsewhere, and what
+            they removed; empty if there were none.
         structure: what a smaller model keeps and lacks; empty for a sparse one.
         timeline: the phases of the run with their first second, ``phases``, the resident memory in
             bytes over the seconds, ``memory``, and the last second, ``end``; of the part after the
@@ -56,7 +62,7 @@ class Report:
         ranks: the work of each process.
         problems: the metrics that could not be measured, with the errors.
         peak_memory_bytes: the peak memory of the process, ``cpu``, and of a GPU, ``cuda``.
-        files: the relative paths of the output's files, without the report.
+        files: the SHA-256 of each file of the output, by relative path, without the report.
         created: the time at which the run began, in UTC (ISO 8601).
         versions: the versions of Python, the platform and the packages that can change a result.
         schema: the version of the format of this record.
@@ -69,6 +75,7 @@ class Report:
     skipped: list[str] = field(default_factory=list)
     structure: dict[str, Any] = field(default_factory=dict)
     recovery: dict[str, Any] = field(default_factory=dict)
+    reapplied: dict[str, Any] = field(default_factory=dict)
     timeline: dict[str, Any] = field(default_factory=dict)
     earlier: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
@@ -76,7 +83,7 @@ class Report:
     ranks: list[Work] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     peak_memory_bytes: dict[str, int] = field(default_factory=dict)
-    files: list[str] = field(default_factory=list)
+    files: dict[str, str] = field(default_factory=dict)
     created: str = field(default_factory=_now)
     versions: dict[str, str] = field(default_factory=lambda: versions())
     schema: int = SCHEMA
@@ -91,6 +98,11 @@ class Report:
     def relative_layer_error(self) -> float:
         """The mean relative layer error of the pruned sites; 0 without such sites."""
         return fmean(site.relative_error for site in self.sites) if self.sites else 0.0
+
+    def with_zeros(self, zeros: Mapping[str, int]) -> "Report":
+        """The report with the numbers of zeros that were counted on disk, by site."""
+        sites = [replace(site, zeros=zeros.get(site.name, site.zeros)) for site in self.sites]
+        return replace(self, sites=sites)
 
     def timed(self, seconds: float) -> "Report":
         """The report at the end of a run of that time, with the peak memory."""
@@ -120,6 +132,7 @@ class Report:
         try:
             record = {name: {} for name in _ADDED} | record
             known = {entry.name: record[entry.name] for entry in fields(cls)}
+            known["files"] = listed_files(record)
             known["ranks"] = [Work(**work) for work in known["ranks"]]
             known["sites"] = [_site(site) for site in known["sites"]]
             known["scores"] = {name: _numbers(part) for name, part in known["scores"].items()}
@@ -139,29 +152,54 @@ class Report:
             raise AptError(f"{directory} has no {REPORT}", "a run of APT writes it")
         return cls.from_dict(record)
 
-    def write(self, directory: Path) -> "Report":
-        """Write the report into ``directory``, with the names of all its files."""
-        files = sorted(
-            path.relative_to(directory).as_posix()
-            for path in directory.rglob("*")
-            if path.is_file() and path.name != REPORT
-        )
+    def write(self, directory: Path, changed: Collection[str] | None = None) -> "Report":
+        """Write the report into ``directory``, with the hashes of its files.
+
+        Args:
+            directory: the directory.
+            changed: the files that differ from those in `files`; None hashes all files anew.
+        """
+        if changed is None:
+            files = file_hashes(directory, [REPORT])
+        else:
+            files = self.files | {name: sha256(directory / name) for name in changed}
         written = replace(self, files=files)
-        text = json.dumps(written.to_dict(), indent=2, allow_nan=False) + "\n"
-        partial = directory / f".{REPORT}"
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(directory / REPORT)
+        _write(written.to_dict(), directory)
         return written
+
+
+def carry_report(source: Path, target: Path, reference: str) -> None:
+    """Write the report of a directory beside a copy of its model in another format.
+
+    Without a report that can be read, an empty one is written. It lists the files of the copy, so
+    that a later run may replace them.
+
+    Args:
+        source: the directory.
+        target: the copy.
+        reference: the user's name for the model, for an empty report.
+    """
+    try:
+        record = read_report(source)
+    except AptError:
+        record = None
+    record = record or Report({}, {"reference": portable(reference)}, {}).to_dict()
+    _write({**record, "files": file_hashes(target, [REPORT])}, target)
+
+
+def _write(record: dict[str, Any], directory: Path) -> None:
+    text = json.dumps(record, indent=2, allow_nan=False) + "\n"
+    write_file(directory / REPORT, text, overwrite=True)
 
 
 _ORDER = (
     "schema", "created", "versions", "options", "model", "calibration", "sparsity",
     "relative_layer_error", "scores", "seconds", "peak_memory_bytes", "ranks", "sites", "skipped",
-    "structure", "recovery", "timeline", "earlier", "problems", "files",
+    "structure", "recovery", "reapplied", "timeline", "earlier", "problems", "files",
 )  # fmt: skip
 
 
-_ADDED = ("structure", "recovery", "timeline", "earlier")  # missing in the reports of APT 0.1.0
+_ADDED = ("structure", "recovery", "reapplied", "timeline", "earlier")  # not in early reports
 
 
 def _site(entry: dict[str, Any]) -> SitePruned:
@@ -240,10 +278,18 @@ def read_report(directory: Path) -> dict[str, Any] | None:
     except OSError as error:
         raise user_error(error) or error from error
     except RecursionError as error:
-        raise AptError(f"{path} is nested too deeply", "delete it to verify without it") from error
+        raise AptError(f"{path} is nested too deeply", _RESTORE) from error
     except ValueError as error:
-        raise AptError(f"{path} is damaged: {error}", "delete it to verify without it") from error
+        raise AptError(f"{path} is damaged: {error}", _RESTORE) from error
     return fields
+
+
+def listed_files(record: Mapping[str, Any]) -> dict[str, str]:
+    """The hashes of the files that a record lists; empty ones if it lists only names."""
+    files = record.get("files", {})
+    names = files if isinstance(files, list) else []
+    known = files if isinstance(files, dict) else dict.fromkeys(map(str, names), "")
+    return {str(name): str(digest) for name, digest in known.items()}
 
 
 @dataclass(frozen=True)

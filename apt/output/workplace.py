@@ -14,12 +14,13 @@ from typing import IO, NoReturn
 
 from safetensors import SafetensorError
 
-from apt.checkpoints.copies import REPORT, checksums
+from apt.checkpoints.copies import CARD, REPORT
 from apt.errors import AptError
-from apt.output.journal import Journal, Line
-from apt.output.location import cannot_write, check_replaceable, list_files, workplace_of
-from apt.output.renaming import exchange, rename_new
-from apt.output.report import differences
+from apt.files.hashes import changed_files, sha256
+from apt.files.journal import Journal, Line
+from apt.files.renaming import exchange, rename_new
+from apt.output.location import cannot_write, check_replaceable, workplace_of
+from apt.output.report import differences, listed_files, read_report
 
 _JOURNAL = "journal.jsonl"
 _RESUMABLE = ("block", "checkpoint")  # the keys of lines about work that can be continued
@@ -48,7 +49,8 @@ class Workplace:
         self.out, self._old = self.folder / "out", self.folder / "old"
         self.activations = self.folder / "activations"
         self.tokens = self.folder / "tokens.safetensors"
-        self.journal = Journal(self.folder / _JOURNAL)
+        remedy = f"delete {self.folder} and begin again"
+        self.journal = Journal(self.folder / _JOURNAL, remedy)
         self._has_earlier_work = False  # of an earlier run, until `begin` deletes it
 
     @contextmanager
@@ -105,15 +107,13 @@ class Workplace:
                 f"move it to another place, or delete {self.folder}",
             )
         shutil.rmtree(self.out, ignore_errors=True)
-        self.journal.path.unlink(missing_ok=True)
-        self.journal = Journal(self.journal.path)
+        self.journal.clear()
         self._has_earlier_work = False
         self.out.mkdir()
 
     def discard(self) -> None:
         """Forget the work, so that the folder is deleted when the lock is released."""
-        self.journal.path.unlink(missing_ok=True)
-        self.journal = Journal(self.journal.path)
+        self.journal.clear()
         self._has_earlier_work = False
 
     def fresh(self, name: str) -> Path:
@@ -125,7 +125,7 @@ class Workplace:
 
     def replace_out(self, folder: Path) -> None:
         """Make a complete folder of the workplace the output to publish."""
-        self.journal.add({"finished": checksums(folder)})
+        self._finish(folder)
         shutil.rmtree(self.out)
         folder.rename(self.out)
 
@@ -153,8 +153,12 @@ class Workplace:
             shutil.rmtree(self.folder)
             return
         if not self.finished():
-            self.journal.add({"finished": checksums(self.out)})
+            self._finish(self.out)
         self.publish()
+
+    def _finish(self, directory: Path) -> None:
+        """Record a complete output, by the hash of its report, which has those of its files."""
+        self.journal.add({"finished": sha256(directory / REPORT)})
 
     def published(self) -> bool:
         """True if an earlier run was interrupted after its output had been published."""
@@ -166,7 +170,12 @@ class Workplace:
 
     def _is_finished(self, directory: Path) -> bool:
         known = [line["finished"] for line in self.journal.lines if "finished" in line]
-        return bool(known) and directory.is_dir() and checksums(directory) == known[-1]
+        if not known or not (directory / REPORT).is_file():
+            return False
+        if sha256(directory / REPORT) != known[-1]:
+            return False
+        files = listed_files(read_report(directory) or {})
+        return not set(changed_files(directory, files)) - {CARD}
 
     def publish(self) -> None:
         """Move the output to its place, and delete the workplace.
@@ -290,8 +299,6 @@ def whole_directory(output: Path, overwrite: bool = False) -> Iterator[Workplace
     with work.locked():
         work.begin()
         yield work
-        with write_errors(work.name):
-            list_files(work.out)
         work.publish()
 
 

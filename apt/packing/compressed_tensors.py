@@ -17,6 +17,7 @@ from apt.errors import AptError
 from apt.packing.directory import Packed, Rounding, finish, linear_tensors, rewrite
 from apt.runtime.entries import KEY, read_config
 from apt.runtime.rounding import exact_integers, nearest_integers
+from apt.solver.integers import ScaleGroup
 
 _BITS = {"int4": 4, "int8": 8}
 _PARTS = _PACKED, _SCALE, _SHAPE = "weight_packed", "weight_scale", "weight_shape"
@@ -52,7 +53,7 @@ def write_compressed_tensors(
             return {name: tensor}
         integers, scales = _integers(name, tensor, rounding)
         dense += tensor.nbytes
-        found = dequantized(integers, scales, rounding.group)
+        found = dequantized(integers, scales)
         lost += float((found.float() - tensor.float()).square().sum(dtype=torch.float64))
         whole += float(tensor.float().square().sum(dtype=torch.float64))
         stem = name.removesuffix("weight")
@@ -62,7 +63,7 @@ def write_compressed_tensors(
             f"{stem}{_SHAPE}": torch.tensor(tensor.shape),
         }
 
-    rewrite(shards, directory, target, converted)
+    rewrite(shards, target, converted)
     finish(directory, target, {**config, KEY: _description(shell, modules, rounding)})
     written = Shards(target)
     _verify(shards, written, modules, rounding)
@@ -72,10 +73,12 @@ def write_compressed_tensors(
     return Packed(len(modules), dense, parts, parts, sum(sizes.values()), error)
 
 
-def _check_group(shards: Shards, modules: Mapping[str, str], group: int) -> None:
+def _check_group(shards: Shards, modules: Mapping[str, str], group: ScaleGroup) -> None:
     """Raise if there is nothing to write, or the group does not divide the columns."""
     if not modules:
         raise AptError("the blocks have no torch.nn.Linear modules", "use the format apt")
+    if group == "row":
+        return
     widths = {shards.entries[name].shape[1] for name in modules}
     if wrong := sorted(width for width in widths if width % group):
         fitting = next((g for g in (128, 64) if not any(w % g for w in widths)), None)
@@ -122,8 +125,9 @@ def unpacked(words: Tensor, bits: int, columns: int) -> Tensor:
     return found.to(torch.int8)
 
 
-def dequantized(integers: Tensor, scales: Tensor, group: int) -> Tensor:
+def dequantized(integers: Tensor, scales: Tensor) -> Tensor:
     """Integers (out, in) times their scales (out, groups), in the dtype of the scales."""
+    group = integers.shape[1] // scales.shape[1]
     found: Tensor = integers * scales.float().repeat_interleave(group, 1)
     return found.to(scales.dtype)
 
@@ -140,8 +144,7 @@ def _description(shell: Model, modules: Mapping[str, str], rounding: Rounding) -
         "num_bits": _BITS[rounding.kind],
         "type": "int",
         "symmetric": True,
-        "strategy": "group",
-        "group_size": rounding.group,
+        **_strategy(rounding.group),
         "dynamic": False,
     }
     scheme = {"targets": ["Linear"], "weights": weights}
@@ -152,6 +155,13 @@ def _description(shell: Model, modules: Mapping[str, str], rounding: Rounding) -
         "config_groups": {"group_0": scheme},
         "ignore": ignored,
     }
+
+
+def _strategy(group: ScaleGroup) -> dict[str, Any]:
+    """The columns that share a scale, in the words of compressed-tensors."""
+    if group == "row":
+        return {"strategy": "channel", "group_size": None}
+    return {"strategy": "group", "group_size": group}
 
 
 def _verify(
@@ -165,6 +175,6 @@ def _verify(
         words = written.read(f"{stem}{_PACKED}")
         found = unpacked(words, _BITS[rounding.kind], original.shape[1])
         same = torch.equal(found, integers) and torch.equal(written.read(f"{stem}{_SCALE}"), scales)
-        values = dequantized(integers, scales, rounding.group)
+        values = dequantized(integers, scales)
         if not same or (rounding.exact and not torch.equal(values, original)):
             raise RuntimeError(f"{name} was not written exactly")

@@ -2,13 +2,16 @@
 
 ``config.json`` describes the packed matrices under ``quantization_config``, where transformers
 looks for the way in which weights are stored. All other tensors and files are those of the
-checkpoint.
+checkpoint. The files of the weights have other names than those of transformers, which would take
+them for the weights of the model; beside them lies the code that opens them where APT is not
+installed. docs/packed-format.md specifies the format.
 """
 
 import json
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +20,53 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from apt import runtime
 from apt.checkpoints.copies import copy_files, side_files, synchronise
 from apt.checkpoints.model import Model
-from apt.checkpoints.safetensors_io import INDEX, SINGLE, Shards, write_index
+from apt.checkpoints.safetensors_io import Shards
 from apt.checkpoints.tensor_map import layout_of
 from apt.errors import AptError, first_line
-from apt.runtime.entries import KEY, METHOD, VERSION, read_config, read_entries
-from apt.runtime.matrix import FLOATS, MASK, SCALES, VALUES, Entry, Parts, bound, decode, encode
+from apt.files.index import write_index
+from apt.runtime.entries import (
+    INDEX_PACKED,
+    KEY,
+    METHOD,
+    OWN_CODE,
+    SINGLE_PACKED,
+    VERSION,
+    read_config,
+    read_entries,
+)
+from apt.runtime.matrix import (
+    FLOATS,
+    MASK,
+    SCALES,
+    VALUES,
+    Entry,
+    Parts,
+    bound,
+    decode,
+    encode,
+)
+from apt.runtime.packed_file import CHECKSUMS, PARTS, checksums
 from apt.runtime.rounding import encode_integers, encode_rounded
+from apt.runtime.weights import check_packed_files
+from apt.solver.integers import ScaleGroup
 
 _CONFIG = "config.json"
+_CODE = {
+    "packed_file": "apt_packed_file",
+    "matrix": "apt_packed_matrix",
+    "remote_code": "apt_packed",
+}
+"""The modules of `apt.runtime` that are copied beside the weights, with their names there."""
+OWN_CODE_FILE = f"{_CODE['remote_code']}.py"
+"""The file of the class that `apt.runtime.entries.OWN_CODE` names."""
+_AUTO_MAP = "auto_map"
 Change = Callable[[str, Tensor], dict[str, Tensor]]
 """A function from a tensor and its name to the tensors that take its place."""
-_OPTIONAL = (SCALES,)
+_MODEL, _PACKED = "model", SINGLE_PACKED.partition(".")[0]
+"""The beginnings of the names of files of weights."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +96,13 @@ class Rounding:
 
     Args:
         kind: ``int8`` or ``int4``.
-        group: the number of columns that share a scale.
+        group: the number of columns that share a scale, or a whole row.
         exact: True to use integers only for matrices that consist of integers times scales, which
             `apt.PruneOptions.quantize` makes; all others keep their values.
     """
 
     kind: str
-    group: int = 128
+    group: ScaleGroup = 128
     exact: bool = False
 
 
@@ -130,18 +167,23 @@ def pack(
         dense += tensor.nbytes
         return {f"{name}_{part}": value for part, value in parts.items()}
 
-    rewrite(shards, directory, target, packed)
+    def described() -> dict[str, Any]:
+        return {name: entry.record() for name, entry in entries.items()}
+
+    rewrite(shards, target, packed, _PACKED, described)
     if not entries:
         raise AptError(
             f"no matrix of {directory} has so many zeros that packing makes it smaller",
             "name a pruned model",
         )
-    described = {name: entry.record() for name, entry in entries.items()}
-    about = {"quant_method": METHOD, "version": VERSION, "matrices": described}
-    finish(directory, target, {**config, KEY: about})
-    written = Shards(target)
-    error = _verify(shards, written, entries, rounding)
-    sizes = {name: entry.size for name, entry in written.entries.items()}
+    weights = SINGLE_PACKED if len(shards.files) == 1 else INDEX_PACKED
+    about = {"quant_method": METHOD, "version": VERSION, "weights": weights}
+    code = {} if config.get(_AUTO_MAP) else {_AUTO_MAP: OWN_CODE}  # a model may have its own
+    finish(directory, target, {**config, **code, KEY: {**about, "matrices": described()}})
+    if code:
+        _write_code(target)
+    error = _verify(shards, PackedShards(target), entries, rounding)
+    sizes = {name: entry.size for name, entry in stored_tensors(target).entries.items()}
     parts = [size for name, size in sizes.items() if _matrix(name, entries)]
     bounds = sum(bound(entry) for entry in entries.values())
     return Packed(len(entries), dense, sum(parts), bounds, sum(sizes.values()), error)
@@ -165,94 +207,149 @@ def unpack(directory: Path, target: Path) -> int:
     Raises:
         AptError: it is not packed, has a newer version, or is damaged.
     """
-    config, entries, shards = read_config(directory), read_entries(directory), Shards(directory)
-    _check_complete(directory, shards, entries)
+    config, entries = read_config(directory), read_entries(directory)
+    shards = PackedShards(directory)
+    shards.check()
 
-    def unpacked(name: str, tensor: Tensor) -> dict[str, Tensor]:
-        matrix = _matrix(name, entries)
-        if matrix is None:
-            return {name: tensor}
-        if name != f"{matrix}_{MASK}":
-            return {}
-        return {matrix: read_matrix(shards, matrix, entries[matrix])}
-
-    rewrite(shards, directory, target, unpacked)
-    finish(directory, target, {name: v for name, v in config.items() if name != KEY})
+    rewrite(shards, target, lambda name, tensor: {name: tensor}, _MODEL)
+    finish(directory, target, _without_code(config), [f"{name}.py" for name in _CODE.values()])
     written = Shards(target)
-    for name, entry in entries.items():
-        if not _same(written.read(name), read_matrix(shards, name, entry)):
+    for name in entries:
+        if not _same(written.read(name), shards.read(name)):
             raise RuntimeError(f"{name} was not unpacked exactly")
     return len(entries)
 
 
-def _check_complete(directory: Path, shards: Shards, entries: Mapping[str, Entry]) -> None:
-    """Raise if a tensor of a packed matrix is missing."""
-    for name, entry in entries.items():
-        for part in (MASK, VALUES, *([SCALES] if entry.group else [])):
-            if f"{name}_{part}" not in shards:
-                raise AptError(
-                    f"{directory} lacks {name}_{part}, which its config.json describes",
-                    "is the checkpoint complete?",
-                )
+class PackedShards(Shards):
+    """The tensors of a packed directory as those of the plain checkpoint: matrices have zeros.
 
-
-def read_matrix(shards: Shards, name: str, entry: Entry) -> Tensor:
-    """A packed matrix (out, in).
+    Args:
+        directory: the directory.
 
     Raises:
-        AptError: its tensors are missing or damaged.
+        AptError: it is not packed, lacks a tensor, or a file is damaged.
     """
-    try:
-        return decode(entry, _parts(shards, name))
-    except (KeyError, ValueError) as error:
-        raise AptError(f"{name} is damaged: {first_line(error)}", "pack the model again") from error
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory, SINGLE_PACKED, INDEX_PACKED)
+        self._stored = stored_tensors(directory)
+        self._matrices = read_entries(directory)
+        for name, entry in self._matrices.items():
+            for part in (MASK, VALUES, *([SCALES] if entry.group else [])):
+                if (place := self.entries.pop(f"{name}_{part}", None)) is None:
+                    raise AptError(
+                        f"{directory} lacks {name}_{part}, which its config.json describes",
+                        "is the checkpoint complete?",
+                    )
+                self.entries[name] = replace(place, dtype=FLOATS[entry.dtype], shape=entry.shape)
+
+    def read(self, name: str) -> Tensor:
+        """Read a tensor, or expand a matrix (out, in).
+
+        Raises:
+            AptError: the tensors of the matrix are damaged.
+        """
+        if name not in self._matrices:
+            return super().read(name)
+        parts = {part: f"{name}_{part}" for part in PARTS}
+        found = {part: self._stored.read(k) for part, k in parts.items() if k in self._stored}
+        try:
+            return decode(self._matrices[name], found)
+        except (KeyError, ValueError) as error:
+            raise AptError(
+                f"{name} is damaged: {first_line(error)}", "pack the model again"
+            ) from error
+
+    def check(self) -> None:
+        """Compare every tensor, and the descriptions of the matrices, with their checksums.
+
+        Raises:
+            AptError: a checksum differs.
+        """
+        records = {name: entry.record() for name, entry in self._matrices.items()}
+        check_packed_files(self.files, records)
 
 
-def _parts(shards: Shards, name: str) -> Parts:
-    found = {part: f"{name}_{part}" for part in (MASK, VALUES, SCALES)}
-    return {p: shards.read(key) for p, key in found.items() if key in shards or p not in _OPTIONAL}
+def stored_tensors(directory: Path) -> Shards:
+    """The tensors of a packed directory as they are stored."""
+    return Shards(directory, SINGLE_PACKED, INDEX_PACKED)
 
 
 def _matrix(name: str, entries: Collection[str]) -> str | None:
     """The packed matrix that a tensor belongs to; None if to none."""
     matrix, _, part = name.rpartition("_")
-    return matrix if part in (MASK, VALUES, SCALES) and matrix in entries else None
+    return matrix if part in PARTS and matrix in entries else None
 
 
-def rewrite(shards: Shards, directory: Path, target: Path, change: Change) -> None:
-    """Write each file of weights with changed tensors, and the index."""
+def rewrite(
+    shards: Shards,
+    target: Path,
+    change: Change,
+    stem: str = _MODEL,
+    described: Callable[[], Mapping[str, Any]] | None = None,
+) -> None:
+    """Write each file of weights with changed tensors, and the index.
+
+    Args:
+        shards: the tensors of the checkpoint.
+        target: the directory to write to.
+        change: called with each tensor.
+        stem: the beginning of the names of the files.
+        described: the descriptions of the packed matrices so far, for files with checksums.
+    """
     places: dict[str, str] = {}
-    total = 0
-    for path in shards.files:
+    total, several = 0, len(shards.files) > 1
+    for number, path in enumerate(shards.files, 1):
         made: dict[str, Tensor] = {}
         for name in _names(shards, path):
             made |= change(name, shards.read(name))
         with safe_open(path, "pt") as file:
-            metadata = file.metadata()
-        save_file(made, target / path.name, metadata)
-        synchronise(target / path.name)
-        places |= dict.fromkeys(made, path.name)
+            metadata = {k: v for k, v in (file.metadata() or {}).items() if k != CHECKSUMS}
+        if described is not None:
+            metadata[CHECKSUMS] = checksums(made, described())
+        place = f"-{number:05d}-of-{len(shards.files):05d}" if several else ""
+        name = f"{stem}{place}.safetensors"
+        save_file(made, target / name, metadata or None)
+        synchronise(target / name)
+        places |= dict.fromkeys(made, name)
         total += sum(tensor.nbytes for tensor in made.values())
-    if shards.files[0].name != SINGLE:
-        about = json.loads((directory / INDEX).read_text(encoding="utf-8")).get("metadata")
-        known = about if isinstance(about, dict) else {}
-        write_index(target, {**known, "total_size": total}, places)
+    if several:
+        about = {**shards.about, "total_size": total}
+        write_index(target / f"{stem}.safetensors.index.json", about, places)
 
 
 def _names(shards: Shards, path: Path) -> Iterator[str]:
     return (name for name, entry in shards.entries.items() if entry.file == path)
 
 
-def finish(directory: Path, target: Path, config: Mapping[str, Any]) -> None:
-    """Copy all files beside the weights, and write the configuration."""
-    copy_files(side_files(directory), directory, target)
+def finish(
+    directory: Path, target: Path, config: Mapping[str, Any], without: Collection[str] = ()
+) -> None:
+    """Copy all files beside the weights but some, and write the configuration."""
+    copied = (path for path in side_files(directory) if path.name not in without)
+    copy_files(copied, directory, target)
     text = json.dumps(config, indent=2) + "\n"
     (target / _CONFIG).write_text(text, encoding="utf-8")
     synchronise(target / _CONFIG)
 
 
+def _without_code(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of the plain checkpoint."""
+    own = config.get(_AUTO_MAP) == OWN_CODE
+    return {k: v for k, v in config.items() if k != KEY and not (own and k == _AUTO_MAP)}
+
+
+def _write_code(target: Path) -> None:
+    """Copy the modules that open the model where APT is not installed."""
+    for module, name in _CODE.items():
+        text = resources.files(runtime).joinpath(f"{module}.py").read_text(encoding="utf-8")
+        for other, there in _CODE.items():
+            text = text.replace(f"from apt.runtime.{other} import", f"from .{there} import")
+        (target / f"{name}.py").write_text(text, encoding="utf-8")
+
+
 def _verify(
-    shards: Shards, written: Shards, entries: Mapping[str, Entry], rounding: Rounding | None
+    shards: Shards, written: "PackedShards", entries: Mapping[str, Entry], rounding: Rounding | None
 ) -> float:
     """Check each matrix on disk against the original, and return the relative rounding error.
 
@@ -260,8 +357,8 @@ def _verify(
     on disk is the one that was computed, and has the same zeros or more.
     """
     lost = whole = 0.0
-    for name, entry in entries.items():
-        matrix = read_matrix(written, name, entry)
+    for name in entries:
+        matrix = written.read(name)
         original = shards.read(name)
         original.masked_fill_(original == 0, 0)  # which makes negative zeros positive
         lossless = rounding is None or rounding.exact

@@ -52,17 +52,18 @@ class Unallocated:
 class Allocation(Protocol):
     """A function from the dense model to the sparsity of each unstructured site, by full name.
 
-    The total number of zeros must remain that of the plan, within a thousandth of the weights. It
-    is then made exact. The function restores the weights that it changes.
+    The sites are those of `unstructured`; an override fixes the others. Their total number of zeros
+    must remain that of the plan, within a thousandth of their weights. It is then made exact. The
+    function restores the weights that it changes.
     """
 
     def __call__(self, given: Unallocated, /) -> Mapping[str, float]:
         """Allocate the sparsity of the plan."""
 
 
-def unstructured(plan: Plan) -> list[PlannedSite]:
-    """The sites whose sparsity an allocation can change."""
-    return [site for site in plan.sites if isinstance(site.pattern, Unstructured)]
+def unstructured(plan: Plan | PlannedBlock) -> list[PlannedSite]:
+    """The sites of a plan or a block whose sparsity an allocation can change."""
+    return [s for s in plan.sites if isinstance(s.pattern, Unstructured) and not s.fixed]
 
 
 def sparsity_of(site: PlannedSite) -> float:
@@ -85,7 +86,7 @@ def check_allocation(name: str, plan: Plan) -> None:
     """Raise if no site has a sparsity that the allocation could change."""
     if name != UNIFORM and not unstructured(plan):
         raise AptError(
-            f"allocation {name} cannot be used: n:m fixes the sparsity of every site",
+            f"allocation {name} cannot be used: n:m or overrides fix the sparsity of every site",
             "give a sparsity",
             ("sparsity",),
         )
@@ -126,7 +127,7 @@ def with_shares(plan: Plan, name: str, shares: Mapping[str, float]) -> Plan:
     return Plan(tuple(_with(block, exact) for block in plan.blocks))
 
 
-def _unit(site: PlannedSite) -> int:
+def step_of(site: PlannedSite) -> int:
     """The number of weights in steps of which a site can lose weights."""
     if isinstance(site.pattern, MixedNM):
         return site.size // site.pattern.m
@@ -138,7 +139,7 @@ def _exact(sites: Sequence[PlannedSite], shares: Mapping[str, float], total: int
 
     An unstructured site loses at least one weight.
     """
-    units = {site.name: _unit(site) for site in sites}
+    units = {site.name: step_of(site) for site in sites}
     least = {site.name: int(not isinstance(site.pattern, MixedNM)) for site in sites}
     most = {site.name: site.size // units[site.name] - 1 for site in sites}
     wanted = {site.name: shares[site.name] * site.size / units[site.name] for site in sites}
@@ -158,14 +159,16 @@ def _exact(sites: Sequence[PlannedSite], shares: Mapping[str, float], total: int
 
 
 def _with(block: PlannedBlock, counts: Mapping[str, int]) -> PlannedBlock:
-    """The block with other sparsities of its unstructured sites."""
+    """The block with other sparsities of the sites that have counts."""
 
     def changed(site: PlannedSite) -> PlannedSite:
         pattern = site.pattern
+        if site.name not in counts:
+            return site
         if isinstance(pattern, MixedNM):
             return replace(site, pattern=pattern.fixed(counts[site.name]))
         if isinstance(pattern, Unstructured):
-            share = counts[site.name] * _unit(site) / site.size
+            share = counts[site.name] * step_of(site) / site.size
             return replace(site, pattern=replace(pattern, sparsity=share))
         return site
 

@@ -48,12 +48,24 @@ class Selection:
         """The pattern for the site with this full name; None if it stays dense."""
         if (self.only and not _matches(name, self.only)) or _matches(name, self.skip):
             return None
-        own = (p for glob, p in reversed(self.overrides) if _matches(name, [glob]))
-        return read_pattern(next(own, default))
+        return self.override(name) or default
+
+    def override(self, name: str) -> Pattern | None:
+        """The pattern that an override gives to this site; None if there is none."""
+        index = self.deciding(name)
+        return None if index is None else read_pattern(self.overrides[index][1])
+
+    def deciding(self, name: str) -> int | None:
+        """The index of the override that decides about this site; None if there is none."""
+        matching = [i for i, (glob, _) in enumerate(self.overrides) if _matches(name, [glob])]
+        return matching[-1] if matching else None
 
     def record(self) -> dict[str, Any]:
         """The selection as plain values, for the report."""
-        overrides = {glob: str(pattern) for glob, pattern in self.overrides}
+        overrides = dict[str, str]()
+        for glob, pattern in self.overrides:
+            overrides.pop(glob, None)  # the last match counts, so a repeated glob moves to the end
+            overrides[glob] = str(pattern)
         return {"only": self.only, "skip": self.skip, "overrides": overrides}
 
     def globs(self) -> list[str]:
@@ -79,14 +91,35 @@ def _matches(name: str, globs: Sequence[str]) -> bool:
     return any(fnmatchcase(name, glob) for glob in globs)
 
 
+def removed_by(pattern: SitePattern | None, shape: tuple[int, int]) -> int:
+    """The number of weights that a pattern removes from a weight (out, in); 0 for None."""
+    rows, width = shape
+    if pattern is None:
+        return 0
+    if isinstance(pattern, ColumnGroups):
+        return rows * width // pattern.count * pattern.removed
+    if isinstance(pattern, NM):
+        return rows * (width // pattern.m) * (pattern.m - pattern.n)
+    return rows * pattern.count(width) if pattern.per == "row" else pattern.count(rows * width)
+
+
 @dataclass(frozen=True)
 class PlannedSite:
-    """A site and its pattern; the pattern is None if the site stays dense."""
+    """A site and its pattern.
+
+    Attributes:
+        name: its full name.
+        site: the site.
+        shape: (out, in).
+        pattern: its pattern; None if it stays dense.
+        fixed: True if an override gives the pattern, which no allocation changes.
+    """
 
     name: str
     site: Site
     shape: tuple[int, int]
     pattern: SitePattern | None
+    fixed: bool = False
 
     @property
     def size(self) -> int:
@@ -137,6 +170,11 @@ class PlannedBlock:
         """The sites that do not stay dense."""
         return [site for site in self.sites if site.pattern is not None]
 
+    @property
+    def targets(self) -> list["PlannedSite | PlannedExtra"]:
+        """The sites and extras that are to be pruned."""
+        return [*self.pruned, *self.extras]
+
     def with_patterns(self, patterns: Mapping[str, SitePattern]) -> "PlannedBlock":
         """The block with other patterns, by the names of the sites within it."""
         return replace(
@@ -160,9 +198,21 @@ class Plan:
         return [site for block in self.blocks for site in block.sites]
 
     @property
+    def names(self) -> list[str]:
+        """The names of all sites, and of the extras that are to be pruned."""
+        extras = [extra.name for block in self.blocks for extra in block.extras]
+        return [*(site.name for site in self.sites), *extras]
+
+    @property
     def dense(self) -> list[str]:
         """The names of the sites that stay dense."""
         return [site.name for site in self.sites if site.pattern is None]
+
+    @property
+    def per(self) -> Granularity | None:
+        """The unit over which its unstructured patterns are counted; None without such patterns."""
+        patterns = (site.pattern for site in self.sites)
+        return next((p.per for p in patterns if isinstance(p, Unstructured)), None)
 
     @property
     def structured(self) -> bool:
@@ -205,14 +255,16 @@ def make_plan(
         adapter: the adapter of its family.
         pattern: the pattern of every selected site without an override.
         selection: the sites to prune; all by default.
-        per: the unit over which unstructured patterns without ``per`` are counted.
+        per: the unit over which unstructured patterns are counted, those of overrides too, unless
+            ``pattern`` has one of its own.
         also: the kinds of extras to prune in addition to the sites.
 
     Raises:
         AptError: the adapter does not fit the model, a pattern does not fit a site, a glob matches
-            no site, no site is selected, blocks share a weight, or the model has no such extra.
+            no site, an override has no effect, no site is selected, blocks share a weight, or the
+            model has no such extra.
     """
-    selection = selection or Selection()
+    selection, per = selection or Selection(), getattr(pattern, "per", None) or per
     blocks = [
         PlannedBlock(
             name,
@@ -223,15 +275,33 @@ def make_plan(
     ]
     plan = Plan(tuple(blocks))
     _check_extras(adapter, model, also)
-    names = [site.name for site in plan.sites] + [e.name for b in plan.blocks for e in b.extras]
-    for glob in selection.globs():
-        if not any(_matches(name, [glob]) for name in names):
-            example = plan.sites[0].name
-            raise AptError(f"'{glob}' matches no site", f"names look like {example}")
+    check_globs(plan, selection)
+    _check_overrides(plan, selection)
     if not any(block.pruned for block in plan.blocks):
         raise AptError("no site is left to prune", "select more", ("only", "skip"))
     _refuse_shared(dict(adapter.blocks(model)), plan)
     return plan
+
+
+def check_globs(plan: Plan, selection: Selection) -> None:
+    """Raise if a glob of a selection matches no site."""
+    for glob in selection.globs():
+        if not any(_matches(name, [glob]) for name in plan.names):
+            raise AptError(f"'{glob}' matches no site", f"names look like {plan.names[0]}")
+
+
+def _check_overrides(plan: Plan, selection: Selection) -> None:
+    """Raise if an override decides about no site."""
+    dense = set(plan.dense)
+    deciding = {selection.deciding(name) for name in plan.names if name not in dense}
+    for index, (glob, pattern) in enumerate(selection.overrides):
+        if index not in deciding:
+            raise AptError(
+                f"override '{glob}={pattern}' has no effect: the sites that it matches stay dense, "
+                "or a later override matches them",
+                "leave it out",
+                ("overrides",),
+            )
 
 
 def _refuse_shared(modules: dict[str, nn.Module], plan: Plan) -> None:
@@ -271,7 +341,8 @@ def _planned(
             )
         if isinstance(pattern, Unstructured):
             pattern = pattern.counted(per)
-        planned.append(PlannedSite(name, site, (out, width), pattern))
+        fixed = selection.override(name) is not None and not isinstance(pattern, MixedNM)
+        planned.append(PlannedSite(name, site, (out, width), pattern, fixed))
     return planned
 
 

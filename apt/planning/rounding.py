@@ -3,8 +3,7 @@
 from collections.abc import Callable
 
 from apt.errors import AptError
-from apt.planning.plan import Plan, PlannedSite
-from apt.solver import NM, Unstructured
+from apt.planning.plan import Plan, PlannedSite, removed_by
 
 
 def check_rounding(plan: Plan, notice: Callable[[str], None] = lambda line: None) -> None:
@@ -15,7 +14,7 @@ def check_rounding(plan: Plan, notice: Callable[[str], None] = lambda line: None
         notice: called with a line about the number of sites that lose no weight.
     """
     pruned = [site for block in plan.blocks for site in block.pruned]
-    whole = [site for site in pruned if not _lost(site)]
+    whole = [site for site in pruned if not removed_by(site.pattern, site.shape)]
     if not whole:
         return
     first = whole[0]
@@ -23,18 +22,6 @@ def check_rounding(plan: Plan, notice: Callable[[str], None] = lambda line: None
     if len(whole) == len(pruned) and not any(block.extras for block in plan.blocks):
         raise AptError(f"nothing would be pruned: {said}", "give a larger sparsity", ("sparsity",))
     notice(f"{len(whole)} of {len(pruned)} sites lose no weight: {said}")
-
-
-def _lost(site: PlannedSite) -> int:
-    """The number of weights that a site will lose."""
-    pattern, (rows, width) = site.pattern, site.shape
-    if pattern is None:
-        return 0
-    if isinstance(pattern, NM):
-        return rows * (width // pattern.m) * (pattern.m - pattern.n)
-    if not isinstance(pattern, Unstructured):
-        return rows * width // pattern.count * pattern.removed
-    return rows * pattern.count(width) if pattern.per == "row" else pattern.count(site.size)
 
 
 def _counted(site: PlannedSite) -> str:

@@ -26,7 +26,7 @@ from apt.solver import (
     rounded,
 )
 from apt.solver.gram import DAMPING
-from apt.solver.patterns import meets
+from apt.solver.patterns import meets, surplus
 
 P = TypeVar("P", bound=SitePattern, contravariant=True)
 
@@ -108,10 +108,27 @@ class SiteSolver:
         solution = self._solution(planned, dense, sums, mean, scale)
         _synchronise(weight.device)
         seconds = time.perf_counter() - started
+        self._check_count(planned, dense, solution)
         pruned = (solution.weight / scale).add_(0.0).to(weight.dtype)  # no negative zeros
         _check_finite(planned, pruned)
         weight.copy_(pruned)
         return SolvedSite(planned, dense, sums.gram.matrix, sums.gram.tokens, solution, seconds)
+
+    def _check_count(self, planned: PlannedSite, dense: Tensor, solution: Solution) -> None:
+        """Raise if the method removed more weights than the pattern.
+
+        The solution is checked before it is cast: tiny weights may become zero in another dtype.
+        """
+        assert planned.pattern is not None
+        if more := surplus(solution.weight, dense, planned.pattern):
+            name = getattr(self.method, "__name__", type(self.method).__name__)
+            unit = "groups" if isinstance(planned.pattern, ColumnGroups) else "weights"
+            raise AptError(
+                f"method {name} removes {more:,} {unit} more of {planned.name} than its pattern "
+                f"{planned.pattern}",
+                "use another method, and tell its author",
+                ("method",),
+            )
 
     def chosen_groups(self, block: nn.Module, planned: PlannedSite, sums: Sums) -> ColumnGroups:
         """The pattern of a site with the groups that the method removes; the weight stays."""

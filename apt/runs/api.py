@@ -154,6 +154,7 @@ def prune(
     report = Report(
         options={
             "pattern": str(wanted),
+            "per": plan.per,
             "method": spec.name,
             "allocation": job.allocation_name,
             "also": list(also),

@@ -96,18 +96,25 @@ class DiskBlocks:
 
     def verify(
         self, plan: Plan, visit: Callable[[str, nn.Module], None] = lambda name, block: None
-    ) -> None:
+    ) -> dict[str, int]:
         """Check the written blocks against the final plan.
 
         Args:
             plan: the plan.
             visit: called with the name of each written block and the block.
+
+        Returns:
+            The zeros of each site.
         """
+        zeros = dict[str, int]()
         for planned in plan.blocks:
             with self._target.open(planned.name) as block:
                 visit(planned.name, block)
-                if failed := failures(block_verdicts(planned, block)):
-                    raise RuntimeError(f"{failed[0].name} as written: {failed[0].detail}")
+                verdicts = list(block_verdicts(planned, block))
+            if failed := failures(verdicts):
+                raise RuntimeError(f"{failed[0].name} as written: {failed[0].detail}")
+            zeros |= {verdict.name: verdict.zeros for verdict in verdicts}
+        return zeros
 
 
 def reads_ahead(device: str) -> bool:

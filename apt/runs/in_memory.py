@@ -2,7 +2,7 @@
 
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from apt.calibration.storage import Store
-from apt.checkpoints.copies import copied_size
+from apt.checkpoints.copies import CARD, copied_size
 from apt.checkpoints.load import fingerprint, load, skeleton
 from apt.checkpoints.masks import MASKS, masks_of, write_masks
 from apt.checkpoints.model import Model
@@ -129,8 +129,8 @@ class InMemoryRun:
         del self.model
         self._loaded = None
         gc.collect()
-        self._verify(plan, self._work.out, written)
-        return self._record(report, self._work.out)
+        zeros = self._verify(plan, self._work.out, written)
+        return self._record(report.with_zeros(zeros), self._work.out)
 
     def _save(self, plan: Plan, directory: Path) -> None:
         """Write the model, as a copy of its checkpoint if that is possible."""
@@ -145,10 +145,13 @@ class InMemoryRun:
         if not shell.source.gguf:
             keep_side_files(local_directory(shell), directory)
 
-    def _verify(self, plan: Plan, directory: Path, written: str | None) -> None:
+    def _verify(self, plan: Plan, directory: Path, written: str | None) -> dict[str, int]:
         """Load the written model from disk and check it. It is then the model to be measured.
 
         A smaller model must have the hash ``written``, another one must meet its patterns.
+
+        Returns:
+            The zeros of each site on disk; empty for a smaller model.
         """
         prepared, shell = self._prepared, self._prepared.shell
         source = replace(shell.source, location=str(directory), gguf=None)
@@ -157,21 +160,25 @@ class InMemoryRun:
         if written is not None:
             if fingerprint(self.model) != written:
                 raise RuntimeError("the smaller model on disk differs from that in memory")
-            return
-        if failed := failures(verify(self.model, shell.adapter, plan)):
+            return {}
+        verdicts = verify(self.model, shell.adapter, plan)
+        if failed := failures(verdicts):
             raise RuntimeError(f"{failed[0].name} on disk: {failed[0].detail}")
         if prepared.options.save_masks:
             with write_errors(prepared.options.output):
                 write_masks(masks_of(self.model, shell.adapter), directory / MASKS)
+        return {verdict.name: verdict.zeros for verdict in verdicts}
 
-    def _record(self, report: Report, directory: Path) -> Report:
-        """Write the model card and the report."""
+    def _record(
+        self, report: Report, directory: Path, changed: Collection[str] | None = None
+    ) -> Report:
+        """Write the model card and the report; for ``changed`` see `Report.write`."""
         shell = self._prepared.shell
         report = replace(report, timeline=self._timeline.record())
         report = report.timed(time.perf_counter() - self._started)
         with write_errors(self._prepared.options.output):
             write_card(directory, report, None if shell.source.gguf else local_directory(shell))
-            return report.write(directory)
+            return report.write(directory, changed)
 
     def with_final_scores(self, report: Report) -> Report:
         """Measure the published model, and complete the report.
@@ -191,7 +198,7 @@ class InMemoryRun:
         if read_report(output) != published:
             fault = f"{output} was replaced by another run before its metrics were written"
             raise AptError(fault, "choose another output", ("output",))
-        report = self._record(report, output)
+        report = self._record(report, output, changed=[CARD])
         if problem is not None:
             raise problem
         return report

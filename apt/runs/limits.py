@@ -88,13 +88,26 @@ def check_prune_options(options: Mapping[str, Any]) -> None:
         raise AptError(f"block size {size} is not positive", options=("block_size",))
 
 
-def check_integers(quantize: str | None, group: int) -> None:
+def read_group(text: str) -> Any:
+    """The value of an option for the columns that share a scale: a number, or ``row``.
+
+    Raises:
+        AptError: it is neither.
+    """
+    if text == "row":
+        return text
+    if not re.fullmatch(r"-?[0-9]+", text):
+        raise AptError(f"group '{text}' is neither a number nor row", options=("group",))
+    return int(text)
+
+
+def check_integers(quantize: str | None, group: Any) -> None:
     """Raise for an unknown kind of integers, or a group that the kernels cannot use."""
     if quantize not in (None, "int8", "int4"):
         raise AptError(f"quantize '{quantize}' is not known", "write int8 or int4", ("quantize",))
-    if group < 64 or group % 64:
+    if group != "row" and (not isinstance(group, int) or group < 64 or group % 64):
         raise AptError(
-            f"group {group} is not a multiple of 64", "write for example 128", ("group",)
+            f"group {group} is not a multiple of 64", "write for example 128, or row", ("group",)
         )
 
 

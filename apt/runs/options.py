@@ -88,7 +88,6 @@ class RunOptions:
             **{name: portable(plain[name]) if plain[name] else None for name in paths},
             "revision": self.hub.revision,
             "pattern": str(self.pattern) if self.pattern else None,
-            "per": getattr(self.pattern, "per", None),
             "output": self.output.name,
             **self.selection.record(),
             **({"shrink": self.shrink.record()} if self.shrink else {}),

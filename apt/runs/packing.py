@@ -2,19 +2,19 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from shutil import copyfile
+from typing import Any
 
-from apt.checkpoints.copies import REPORT
 from apt.checkpoints.load import skeleton
 from apt.checkpoints.safetensors_io import Shards
 from apt.checkpoints.stored import local_directory
 from apt.errors import AptError
 from apt.locations.model_source import Source
+from apt.output.card import mark_as_packed, mark_as_unpacked
 from apt.output.location import check_space
-from apt.output.report import Report, portable, read_report
+from apt.output.report import carry_report, read_report
 from apt.output.workplace import whole_directory, write_errors
 from apt.packing.compressed_tensors import write_compressed_tensors
-from apt.packing.directory import Packed, Rounding, linear_tensors, pack, unpack
+from apt.packing.directory import OWN_CODE_FILE, Packed, Rounding, linear_tensors, pack, unpack
 from apt.plugin.registry import Registry
 from apt.runs.prepare import check_place
 from apt.runtime.entries import is_packed, read_entries
@@ -73,7 +73,8 @@ def pack_model(
             done = write_compressed_tensors(directory, shell, work.out, rounding)
         else:
             done = pack(directory, names, work.out, rounding)
-        _add_report(source, directory, work.out)
+            mark_as_packed(work.out, has_code=(work.out / OWN_CODE_FILE).is_file())
+        carry_report(directory, work.out, source.reference)
     return done
 
 
@@ -99,7 +100,8 @@ def unpack_model(
     check_space(output, sum(4 * e.shape[0] * e.shape[1] for e in entries.values()))
     with whole_directory(output, overwrite) as work, write_errors(output):
         count = unpack(directory, work.out)
-        _add_report(source, directory, work.out)
+        mark_as_unpacked(work.out)
+        carry_report(directory, work.out, source.reference)
     return count
 
 
@@ -109,22 +111,12 @@ def _integers(directory: Path) -> Rounding | None:
     options = report.get("options")
     if not isinstance(options, dict) or options.get("quantize") not in KINDS:
         return None
-    group = options.get("group")
-    return Rounding(options["quantize"], group, exact=True) if isinstance(group, int) else None
+    group: Any = options.get("group")
+    known = isinstance(group, int) or group == "row"
+    return Rounding(options["quantize"], group, exact=True) if known else None
 
 
 def check_not_packed(source: Source) -> None:
     """Raise if a model on disk is packed already."""
     if is_packed(Path(source.location)):
         raise AptError(f"{source.reference} is packed already", "name the pruned model")
-
-
-def _add_report(source: Source, directory: Path, target: Path) -> None:
-    """Copy the report of the run that pruned the model, or write one that lists the files.
-
-    Only files that a report lists are replaced by a later run.
-    """
-    if (report := directory / REPORT).is_file():
-        copyfile(report, target / REPORT)
-    else:
-        Report({}, {"reference": portable(source.reference)}, {}).write(target)

@@ -67,7 +67,8 @@ class Prepared:
 
     def record(self) -> dict[str, Any]:
         """All options with defaults filled in, as values for JSON, for the report."""
-        return self.options.record() | record(self.recipe, self.augmentation)
+        per = {"per": self.plan.per}
+        return self.options.record() | per | record(self.recipe, self.augmentation)
 
 
 def prepare(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from apt.adapter import Adapter
 from apt.calibration.storage import Store
-from apt.checkpoints.shrunk import check_expressible
+from apt.checkpoints.shrunk import empty_smaller
 from apt.distributed.ranks import Ranks
 from apt.events import Observer, SitePruned
 from apt.planning.allocation import UNIFORM, Allocation, Unallocated, is_needed, with_shares
@@ -141,5 +141,5 @@ def _structured(model: nn.Module, tokens: Tensor, job: Job, status: Callable[[st
     config = getattr(model, "config", None)
     adjusted = job.recipe.targets is not None
     plan = make_structured_plan(model, job.adapter, config, structure, adjusted=adjusted)
-    check_expressible(model, job.adapter, plan)
+    empty_smaller(model, job.adapter, plan)  # raises if transformers has no model of these sizes
     return plan

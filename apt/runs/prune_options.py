@@ -15,6 +15,7 @@ from apt.pruning.recipe import Recipe
 from apt.runs.limits import check_prune_options
 from apt.solver import Effort, IntegerGrid, SolverOptions
 from apt.solver.gram import DAMPING
+from apt.solver.integers import ScaleGroup
 from apt.text.augmentation import Augmentation
 from apt.text.random_tokens import RandomTokens
 from apt.tuning.reconstruct import Reconstruction
@@ -90,7 +91,7 @@ class PruneOptions:
         quantize: ``"int8"`` or ``"int4"`` rounds the kept weights to integers times a scale, after
             the tuning of their block, so that later roundings and later blocks make up for the
             error. The result is a plain checkpoint; ``apt-prune pack`` stores the integers.
-        group: the number of columns that share a scale.
+        group: the number of columns that share a scale, or ``"row"`` for all columns.
     """
 
     effort: Effort = "default"
@@ -107,7 +108,7 @@ class PruneOptions:
     damping: float | None = None
     block_size: int | None = None
     quantize: str | None = None
-    group: int = IntegerGrid.group
+    group: ScaleGroup = IntegerGrid.group
 
     def check(self) -> None:
         """Raise `AptError` if a value is out of range."""

@@ -1,11 +1,12 @@
 """Reapplication of masks to a model that was fine-tuned elsewhere."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from apt.checkpoints.load import load, load_tokenizer, skeleton
 from apt.checkpoints.masks import (
+    MASKS,
     Masks,
     apply_masks,
     check_masks,
@@ -20,7 +21,9 @@ from apt.checkpoints.stored import local_directory
 from apt.errors import AptError
 from apt.locations.model_source import Source, find
 from apt.locations.paths import kind_at
+from apt.output.card import write_card
 from apt.output.location import check_space
+from apt.output.report import Report, portable, read_report
 from apt.output.workplace import whole_directory, write_errors
 from apt.plugin.registry import Registry
 from apt.runs.prepare import check_place
@@ -71,18 +74,39 @@ def reapply(
             written.
     """
     check_place(output, source, (str(masks),), notice, overwrite=overwrite, resume=False)
+    kind = _kind(masks)
     shell = skeleton(source, registry, adapter)
     check_space(output, sum(p.numel() for p in shell.module.parameters()) * shell.dtype.itemsize)
-    found = _read(masks, registry, adapter, trust_remote_code=source.trust_remote_code)
+    if kind == "directory":
+        found = _read(masks, registry, adapter, trust_remote_code=source.trust_remote_code)
+    else:
+        found = read_masks(masks)
     check_masks(found, shell.module, str(masks))
+    report = _report(masks, shell)
     loaded = load(shell)
     removed = apply_masks(found, loaded.module)
+    done = Reapplied(removed.weights, removed.share, sparsity_of(found), len(found))
     with whole_directory(output, overwrite) as work, write_errors(output):
         _save(loaded, work.out, max_shard_size)
         saved = skeleton(replace(source, location=str(work.out), gguf=None), registry, adapter)
         if (wrong := filled(found, load(saved).module)) is not None:
             raise RuntimeError(f"{wrong} on disk lost zeros")
-    return Reapplied(removed.weights, removed.share, sparsity_of(found), len(found))
+        names = {"masks": portable(str(masks)), "model": portable(source.reference)}
+        report = replace(report, reapplied=names | asdict(done))
+        write_card(work.out, report, None if source.gguf else local_directory(shell))
+        report.write(work.out)
+    return done
+
+
+def _report(masks: Path, shell: Model) -> Report:
+    """The report of the pruned model; one without a run if it has none."""
+    pruned = read_report(masks) if masks.is_dir() else None
+    model = {
+        "reference": portable(shell.source.reference),
+        "type": shell.config.model_type,
+        "adapter": shell.spec.name,
+    }
+    return Report.from_dict(pruned) if pruned else Report({}, model, {})
 
 
 def _save(loaded: Model, directory: Path, max_shard_size: str | None) -> None:
@@ -96,16 +120,23 @@ def _save(loaded: Model, directory: Path, max_shard_size: str | None) -> None:
         keep_side_files(local_directory(loaded), directory)
 
 
+def _kind(masks: Path) -> str:
+    """The kind of file of the masks.
+
+    Raises:
+        AptError: it is neither a file nor a directory.
+    """
+    kind = kind_at(masks)
+    if kind not in ("file", "directory"):
+        fault = "does not exist" if kind is None else "is neither a file nor a directory"
+        raise AptError(f"{masks} {fault}", f"name a pruned model, or a file {MASKS}")
+    return kind
+
+
 def _read(
     masks: Path, registry: Registry, adapter: str | None, *, trust_remote_code: bool
 ) -> Masks:
-    """The masks in a file, or those of a pruned model.
-
-    Raises:
-        AptError: there is nothing of that name, or it has no masks.
-    """
-    if kind_at(masks) != "directory":
-        return read_masks(masks)
+    """The masks of a pruned model."""
     source = find(f"{masks.resolve()}", registry, trust_remote_code=trust_remote_code)
     pruned = load(skeleton(source, registry, adapter))
     return masks_of(pruned.module, pruned.adapter)

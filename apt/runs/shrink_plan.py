@@ -9,7 +9,7 @@ from torch import nn
 
 from apt.adapter import Adapter
 from apt.checkpoints.model import Model
-from apt.checkpoints.shrunk import check_expressible
+from apt.checkpoints.shrunk import empty_smaller
 from apt.errors import AptError
 from apt.planning.plan import Plan
 from apt.planning.structure import make_structured_plan
@@ -20,6 +20,7 @@ from apt.runs.machine import choose_device
 from apt.runs.options import RunOptions
 from apt.shrinking.latency import block_times
 from apt.shrinking.options import ShrinkOptions
+from apt.shrinking.search import search_journal
 from apt.shrinking.sizes import MULTIPLE, Sizes
 from apt.shrinking.structure_choice import StructureChoice
 from apt.shrinking.wanted_sizes import wanted_sizes, with_mode
@@ -28,7 +29,7 @@ from apt.solver import GroupRemoval, joint_removal
 _PROMPT = 512  # tokens of the sample on which a latency is measured
 
 
-def search_journal(output: Path) -> Path:
+def journal_beside(output: Path) -> Path:
     """The file beside an output with the losses that a search has computed."""
     real = output.resolve()
     return real.with_name(f".{real.name}.search.jsonl")
@@ -132,12 +133,14 @@ def shrinking(
     choice = choice_of(
         options.shrink, *family, method, recipe, registry, notice,
         streams=options.stream, seed=options.seed, device=options.device,
-        journal=search_journal(options.output),
+        journal=journal_beside(options.output),
     )  # fmt: skip
+    if choice.journal is not None:
+        search_journal(choice.journal)  # raises if the file is another one
     structure = choice.provisional(shell.module, shell.adapter)
     plan = make_structured_plan(*family, structure, adjusted=recipe.targets is not None)
     if choice.drop:
-        check_expressible(shell.module, shell.adapter, plan)
+        empty_smaller(shell.module, shell.adapter, plan)  # raises if there is no such model
     return choice, plan
 
 
@@ -197,7 +200,7 @@ def choice_of(
         drop=tuple(wish.drop),
         search=wish.search,
         seed=seed,
-        journal=journal,
+        journal=journal if mode == "search" else None,
     )
 
 

@@ -136,7 +136,7 @@ class StreamedRun:
         other = self._text.tokenizer if options.tokenizer else None
         self._stored.copy(work.out, other, options.max_shard_size)
         work.journal.add({"fingerprint": fingerprint})
-        work.journal.add({"copied": checksums(work.out, headers=True)})
+        work.journal.add({"copied": checksums(work.out)})
 
     def _check_copy(self) -> None:
         """Compare the files of the interrupted run with their checksums."""
@@ -256,7 +256,7 @@ class StreamedRun:
             report = replace(report, scores=report.scores | after)
         if small is None:
             self._status("verifying")
-            self._verify(plan)
+            report = report.with_zeros(self._verify(plan))
         directory = small or self._work.out
         report = replace(report, problems=[problem.record for problem in self._problems])
         report = replace(report, timeline=self._timeline.record())
@@ -268,8 +268,8 @@ class StreamedRun:
         self._work.finish()
         return report
 
-    def _verify(self, plan: Plan) -> None:
-        """Check the written blocks, and write their masks on request."""
+    def _verify(self, plan: Plan) -> dict[str, int]:
+        """Check the written blocks, and write their masks on request; returns the zeros by site."""
         found, options = dict[str, Tensor](), self._prepared.options
         adapter = self._prepared.shell.adapter
 
@@ -277,9 +277,10 @@ class StreamedRun:
             if options.save_masks:
                 found.update(block_masks(name, block, adapter))
 
-        self.block_storage.verify(plan, collect)
+        zeros = self.block_storage.verify(plan, collect)
         if options.save_masks:
             write_masks(found, self._work.out / MASKS)
+        return zeros
 
     def _compact(self, plan: Plan) -> Path:
         """Write the smaller model beside the blocks with zeros, and check that it opens."""

@@ -11,8 +11,20 @@ from apt.runtime.matrix import Entry
 METHOD = "apt_packed"
 """The value of ``quant_method`` in ``config.json``."""
 
-VERSION = 1
+VERSION = 2
 """The version of the format."""
+
+SINGLE_PACKED = "apt_packed.safetensors"
+"""The file of the weights. Plain transformers must not take it for weights of the model."""
+
+INDEX_PACKED = f"{SINGLE_PACKED}.index.json"
+"""The index of several files of weights."""
+
+OWN_CODE = {
+    "AutoConfig": "apt_packed.PlainConfig",
+    "AutoModelForCausalLM": "apt_packed.PackedModel",
+}
+"""The entry ``auto_map`` of ``config.json``: the code beside the weights that opens the model."""
 
 KEY = "quantization_config"
 """The place of the description in ``config.json``."""
@@ -62,9 +74,10 @@ def described_entries(about: Mapping[str, Any], where: str) -> dict[str, Entry]:
     """
     version = about.get("version")
     if version != VERSION:
+        older = isinstance(version, int) and version < VERSION
         raise AptError(
             f"{where} has version {version} of the packed format, and this APT reads {VERSION}",
-            "install a newer APT",
+            "pack the pruned model again" if older else "install a newer APT",
         )
     try:
         return {name: Entry.read(record) for name, record in about["matrices"].items()}

@@ -7,6 +7,7 @@ from torch import nn
 
 from apt.errors import AptError, first_line
 from apt.runtime.entries import read_entries
+from apt.runtime.weights import with_weights
 
 
 def load(directory: Path | str, **options: Any) -> nn.Module:
@@ -23,13 +24,17 @@ def load(directory: Path | str, **options: Any) -> nn.Module:
     Raises:
         AptError: the directory is not packed, has a newer version, or is damaged.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     import apt.runtime.quantizer  # noqa: F401  # registers the format with transformers
 
     read_entries(Path(directory))  # a clear error for what is not packed
     given = {"dtype": "auto", **options, "output_loading_info": True}
     try:
+        if "config" not in given:
+            remote = given.get("trust_remote_code", False)
+            given["config"] = AutoConfig.from_pretrained(directory, trust_remote_code=remote)
+        given["config"] = with_weights(given["config"])
         model, info = AutoModelForCausalLM.from_pretrained(str(directory), **given)
     except (OSError, RuntimeError, ValueError) as error:
         raise AptError(

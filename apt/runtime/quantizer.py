@@ -13,6 +13,7 @@ from apt.runtime.dense import use_kernels
 from apt.runtime.entries import METHOD, described_entries
 from apt.runtime.linear import PackedLinear
 from apt.runtime.matrix import Entry
+from apt.runtime.weights import check_packed_files, local_files
 
 
 @register_quantization_config(METHOD)
@@ -21,12 +22,15 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     Args:
         version: the version of the format.
+        weights: the name of the file of the weights, or of their index.
         matrices: the descriptions of the packed matrices by the name of their tensor.
     """
 
-    def __init__(self, version: Any = None, matrices: Any = None, **_: Any) -> None:
+    def __init__(
+        self, version: Any = None, weights: Any = None, matrices: Any = None, **_: Any
+    ) -> None:
         self.quant_method = METHOD
-        self.version, self.matrices = version, matrices
+        self.version, self.weights, self.matrices = version, weights, matrices
 
     def entries(self) -> dict[str, Entry]:
         """The descriptions of the packed matrices.
@@ -43,8 +47,21 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
 
     requires_calibration = True
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
+    def update_attn_implementation(self, config: Any) -> Any:
+        """The configuration with the name of the file of the weights.
+
+        This hook is the one that gets the configuration before the files are looked for.
+        """
+        if getattr(config, "transformers_weights", None) is None:
+            config.transformers_weights = self.quantization_config.weights
+        return config
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> None:
         entries = self.quantization_config.entries()
+        records = {name: entry.record() for name, entry in entries.items()}
+        check_packed_files(checkpoint_files or local_files(model.config), records)
         base = getattr(model, "base_model_prefix", "")
         prefix, headless = f"{base}.", bool(base) and not hasattr(model, base)
         linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}

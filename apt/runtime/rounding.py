@@ -7,14 +7,19 @@ import torch
 from torch import Tensor
 
 from apt.runtime.matrix import MASK, SCALES, VALUES, Entry, Parts, encode
-from apt.solver.integers import IntegerGrid, scales_of
+from apt.solver.integers import IntegerGrid, ScaleGroup, scales_of
 
 _BITS = {"int8": 8, "int4": 4}
 KINDS = {kind: IntegerGrid(bits).most for kind, bits in _BITS.items()}
 """The kinds of integers, and the largest magnitude of each."""
 
 
-def nearest_integers(weight: Tensor, kind: str, group: int) -> tuple[Tensor, Tensor]:
+def columns_of(group: ScaleGroup, weight: Tensor) -> int:
+    """The number of columns of a weight (out, in) that share a scale."""
+    return IntegerGrid(8, group).columns(weight.shape[1])
+
+
+def nearest_integers(weight: Tensor, kind: str, group: ScaleGroup) -> tuple[Tensor, Tensor]:
     """The integers (out, in), int8, nearest to a matrix, and their scales (out, groups).
 
     Integers are symmetric around 0, with scales as in `apt.solver.integers.scales_of`.
@@ -22,36 +27,38 @@ def nearest_integers(weight: Tensor, kind: str, group: int) -> tuple[Tensor, Ten
     Args:
         weight: the matrix.
         kind: ``int8`` or ``int4``.
-        group: the number of columns that share a scale.
+        group: the number of columns that share a scale, or a whole row.
     """
-    grid = IntegerGrid(_BITS[kind], group)
+    grid, columns = IntegerGrid(_BITS[kind], group), columns_of(group, weight)
     scales = scales_of(weight.float(), torch.ones(weight.shape[1]), grid, weight.dtype)
-    whole = (weight.float() / _spread(scales, weight, group)).round().clamp(-grid.most, grid.most)
+    whole = (weight.float() / _spread(scales, weight, columns)).round().clamp(-grid.most, grid.most)
     return whole.to(torch.int8), scales.to(weight.dtype)
 
 
-def exact_integers(weight: Tensor, kind: str, group: int) -> tuple[Tensor, Tensor] | None:
+def exact_integers(weight: Tensor, kind: str, group: ScaleGroup) -> tuple[Tensor, Tensor] | None:
     """The integers and scales that a matrix consists of; None if it does not.
 
     Integers times scales give the same bytes. ``apt-prune prune --quantize`` writes such matrices:
     in each group of columns the largest weight is the scale times one of the largest integers.
     """
-    scales = _exact_scales(weight, KINDS[kind], group)
+    columns = columns_of(group, weight)
+    scales = _exact_scales(weight, KINDS[kind], columns)
     if scales is None:
         return None
-    whole = (weight.float() / _spread(scales.float(), weight, group)).round()
+    whole = (weight.float() / _spread(scales.float(), weight, columns)).round()
     return whole.to(torch.int8), scales
 
 
-def encode_rounded(weight: Tensor, kind: str, group: int) -> tuple[Entry, Parts]:
+def encode_rounded(weight: Tensor, kind: str, group: ScaleGroup) -> tuple[Entry, Parts]:
     """A matrix (out, in) as its bitmask and its kept weights; see `nearest_integers`."""
-    return _encoded(weight, *nearest_integers(weight, kind, group), kind, group)
+    found = nearest_integers(weight, kind, group)
+    return _encoded(weight, *found, kind, columns_of(group, weight))
 
 
-def encode_integers(weight: Tensor, kind: str, group: int) -> tuple[Entry, Parts] | None:
+def encode_integers(weight: Tensor, kind: str, group: ScaleGroup) -> tuple[Entry, Parts] | None:
     """A matrix as its bitmask and the integers that it consists of; see `exact_integers`."""
     found = exact_integers(weight, kind, group)
-    return None if found is None else _encoded(weight, *found, kind, group)
+    return None if found is None else _encoded(weight, *found, kind, columns_of(group, weight))
 
 
 def _encoded(

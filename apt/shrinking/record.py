@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from apt.adapter import Adapter
+from apt.checkpoints.shrunk import empty_smaller
 from apt.planning.plan import Plan
 from apt.planning.structure import planned_groups
 from apt.shrinking.search import Scored, pareto_front
@@ -32,16 +33,28 @@ def structure_record(
             kept |= planned_groups(adapter, config, modules[planned.name], planned)
     dropped = [block.name for block in plan.blocks if block.dropped]
     size = sizes.size(kept, len(plan.blocks) - len(dropped))
+    empty = empty_smaller(model, adapter, plan)
+    left = group_counts(empty, adapter, empty.config)
     return {
         "mode": choice.mode,
         "share": size.share,
         "blocks": {"kept": size.blocks, "of": len(plan.blocks), "dropped": dropped},
         "groups": {
-            kind: {"kept": size.kept.get(kind, groups.count), "of": groups.count}
+            kind: {"kept": left.get(kind, size.kept.get(kind, groups.count)), "of": groups.count}
             for kind, groups in sizes.groups.items()
         },
         "candidates": _candidates(choice.scored),
     }
+
+
+def group_counts(model: nn.Module, adapter: Adapter, config: Any) -> dict[str, int]:
+    """The number of groups of each kind in the blocks of a model, which may have no weights.
+
+    A smaller model may have fewer kinds: if each key/value head has one head, they are one kind.
+    And if a key/value head is removed, its heads go with it.
+    """
+    blocks = (block for _, block in adapter.blocks(model))
+    return {g.kind: g.count for block in blocks for g in adapter.groups(block, config)}
 
 
 def _candidates(scored: Sequence[Scored]) -> list[dict[str, Any]]:

@@ -6,7 +6,6 @@ and crossed over, and their fitness is the loss on calibration text. Here the ca
 weights (`apt.shrinking.proxy`), and the result is pruned anew, block by block.
 """
 
-import json
 import random
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -14,8 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from apt.errors import AptError
+from apt.files.journal import Journal
 from apt.shrinking.sizes import Size
 
+_HEAD = b'{"inputs": '  # the beginning of a journal
 _BARREN = 10  # generations without a new candidate, after which the search ends
 
 
@@ -65,41 +66,63 @@ class SearchOptions:
     children: int = 12
 
 
-class Journal:
-    """The losses that are known already, in a file with one line for each.
+class KnownLosses:
+    """The losses that are known already.
 
     Args:
-        path: the file; None keeps them in memory.
-        inputs: a description of everything that the losses depend on. The lines of a file with
-            other inputs are not used.
+        path: the file of their journal; None keeps them in memory.
+        inputs: a description of everything that the losses depend on. Those of other inputs are
+            forgotten.
+
+    Raises:
+        AptError: see `search_journal`.
     """
 
     def __init__(self, path: Path | None = None, inputs: str = "") -> None:
-        self._path, self.losses = path, dict[str, float]()
-        if path is None:
+        self._journal = None if path is None else search_journal(path)
+        self._losses = dict[str, float]()
+        if self._journal is None:
             return
-        head = json.dumps({"inputs": inputs})
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        if lines and lines[0] == head:
-            for line in lines[1:]:
-                try:
-                    entry = json.loads(line)
-                    self.losses[str(entry["candidate"])] = float(entry["loss"])
-                except (ValueError, KeyError, TypeError):
-                    break  # the line that was being written when the search was killed
-        kept = [json.dumps({"candidate": key, "loss": loss}) for key, loss in self.losses.items()]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join([head, *kept]) + "\n", encoding="utf-8")
+        first, *lines = self._journal.lines or [{}]
+        if first == {"inputs": inputs}:
+            self._losses = {str(line["candidate"]): float(line["loss"]) for line in lines}
+        else:
+            self._journal.clear()
+            self._journal.add({"inputs": inputs})
 
     def recall(self, candidate: str, compute: Callable[[], float]) -> float:
         """The loss of the candidate with this key; if it is not known, compute and record it."""
-        if candidate not in self.losses:
-            self.losses[candidate] = compute()
-            if self._path is not None:
-                line = json.dumps({"candidate": candidate, "loss": self.losses[candidate]})
-                with self._path.open("a", encoding="utf-8") as file:
-                    file.write(line + "\n")
-        return self.losses[candidate]
+        if candidate not in self._losses:
+            self._losses[candidate] = compute()
+            if self._journal is not None:
+                self._journal.add({"candidate": candidate, "loss": self._losses[candidate]})
+        return self._losses[candidate]
+
+
+def search_journal(path: Path) -> Journal:
+    """The journal of a search in a file, which need not exist.
+
+    Raises:
+        AptError: the file is a link, was changed, or is not a journal of a search.
+    """
+    remedy = "move it to another place, or delete it"
+    journal = Journal(path, remedy)
+    if path.is_symlink():
+        raise AptError(f"{path} is a link", remedy)
+    if path.exists():
+        if not _begins_as_search(path):
+            raise AptError(f"{path} is not the journal of a search", remedy)
+        journal.read()
+    return journal
+
+
+def _begins_as_search(path: Path) -> bool:
+    """True for an empty file, and for one whose first line is that of a search's journal."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        first = file.read(len(_HEAD))
+    return first in (b"", _HEAD)
 
 
 @dataclass

@@ -18,7 +18,7 @@ from apt.plugin.specs import ShrinkMethodSpec
 from apt.shrinking.choices import BlockChoice, GroupScores
 from apt.shrinking.options import Mode
 from apt.shrinking.proxy import Proxy
-from apt.shrinking.search import Candidate, Journal, Scored, Search, SearchOptions
+from apt.shrinking.search import Candidate, KnownLosses, Scored, Search, SearchOptions
 from apt.shrinking.sizes import Size
 from apt.solver import ColumnGroups, SolverOptions
 from apt.text.self_generated import own_text, writes
@@ -146,12 +146,12 @@ class StructureChoice:
         started = time.monotonic()
         status("search: reading the inputs of the dense model")
         proxy = Proxy(model, adapter, rest, self.solver, fit_gaps=True)
-        journal = Journal(self.journal, self._inputs(model, few, rest))
+        known = KnownLosses(self.journal, self._inputs(model, few, rest))
 
         def loss(candidate: Candidate) -> float:
             dropped = [names[index] for index in candidate.dropped]
             kept = candidate.size.kept
-            return journal.recall(candidate.key, lambda: proxy.loss(kept, dropped, few))
+            return known.recall(candidate.key, lambda: proxy.loss(kept, dropped, few))
 
         def alone(index: int) -> float:
             return loss(Candidate(Size({}, len(names) - 1, 1, 1), frozenset([index])))

@@ -2,11 +2,18 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from apt.solver.precision import full_precision
+
+ScaleGroup = int | Literal["row"]
+"""A number of columns that share a scale, or a whole row."""
+
+COLUMNS = 64
+"""Groups are multiples of this number, as the kernels for packed matrices need them."""
 
 _SHRINK = torch.linspace(1, 0.6, 17).tolist()  # factors of the scale that are tried
 _CHUNK = 2**17  # weights whose scales are searched at a time: they stay in the cache
@@ -19,11 +26,19 @@ class IntegerGrid:
 
     Args:
         bits: 8 or 4.
-        group: the number of columns that share a scale.
+        group: the number of columns that share a scale, or ``"row"`` for all.
     """
 
     bits: int
-    group: int = 128
+    group: ScaleGroup = 128
+
+    def columns(self, width: int) -> int:
+        """The number of columns that share a scale in a weight of ``width`` columns.
+
+        It is at most the width, rounded up to a multiple of `COLUMNS`.
+        """
+        whole = max(1, math.ceil(width / COLUMNS)) * COLUMNS
+        return whole if self.group == "row" else min(self.group, whole)
 
     @property
     def most(self) -> int:
@@ -56,7 +71,8 @@ def rounded(
     """
     kept = weight != 0
     spread = scales_of(weight, matrix.diagonal(), grid, dtype)
-    spread = spread.repeat_interleave(grid.group, 1)[:, : weight.shape[1]]
+    width = weight.shape[1]
+    spread = spread.repeat_interleave(grid.columns(width), 1)[:, :width]
     found = weight.clone()
     for _ in range(passes):
         _descend(found, weight, matrix, kept, spread, grid.most, dtype)
@@ -84,7 +100,7 @@ def _descend(
             wanted = found[:, column] - local[:, place] / diagonal[column]
             scale = spread[:, column]
             level = (wanted / scale).round().clamp(-most, most)
-            value = (level * scale).to(dtype).float() * kept[:, column]
+            value = (level * scale).to(dtype).float() * kept[:, column] + 0.0  # no negative zeros
             local += (value - found[:, column]).unsqueeze(1) * inside[place]
             found[:, column] = value
         if block.stop < weight.shape[1]:
@@ -106,14 +122,15 @@ def scales_of(weight: Tensor, importance: Tensor, grid: IntegerGrid, dtype: torc
         dtype: the stored dtype.
     """
     rows, columns = weight.shape
-    groups = math.ceil(columns / grid.group)
-    missing = groups * grid.group - columns
-    weighting = torch.nn.functional.pad(importance, (0, missing)).view(groups, grid.group)
+    group = grid.columns(columns)
+    groups = math.ceil(columns / group)
+    missing = groups * group - columns
+    weighting = torch.nn.functional.pad(importance, (0, missing)).view(groups, group)
     found = weight.new_empty(rows, groups)
-    step = max(1, _CHUNK // max(1, groups * grid.group))
+    step = max(1, _CHUNK // max(1, groups * group))
     for start in range(0, rows, step):
         some = torch.nn.functional.pad(weight[start : start + step], (0, missing))
-        parts = some.view(-1, groups, grid.group)
+        parts = some.view(-1, groups, group)
         found[start : start + step] = _best_scales(parts, weighting, grid.most, dtype)
     return found
 

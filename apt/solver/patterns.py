@@ -235,12 +235,37 @@ def meets(weight: Tensor, pattern: SitePattern) -> bool:
     """
     if isinstance(pattern, ColumnGroups):
         return pattern.met_by(weight)
-    zeros = weight == 0
+    if isinstance(pattern, NM) and weight.shape[1] % pattern.m:
+        return False
+    counts, needed = zero_counts(weight == 0, pattern)
+    return bool((counts >= needed).all())
+
+
+def surplus(weight: Tensor, dense: Tensor, pattern: SitePattern) -> int:
+    """The number of weights that a method removed beyond a pattern.
+
+    A weight that is zero in ``dense`` (out, in) already is not removed.
+
+    Args:
+        weight: the pruned weight (out, in).
+        dense: the weight before.
+        pattern: the pattern; for groups of columns, whole groups are counted.
+    """
+    if isinstance(pattern, ColumnGroups):
+        gone = pattern.zeros(weight) & ~pattern.zeros(dense)
+        counts, needed = gone.view(pattern.bins, -1).sum(1), pattern.removed // pattern.bins
+    else:
+        counts, needed = zero_counts((weight == 0) & (dense != 0), pattern)
+    return int((counts - needed).clamp_min(0).sum())
+
+
+def zero_counts(zeros: Tensor, pattern: Pattern) -> tuple[Tensor, int]:
+    """The ones of a mask (out, in) in each unit of a pattern, and the number that it prunes there.
+
+    A unit is a group of n:m, a row, or the whole layer.
+    """
     if isinstance(pattern, NM):
-        if weight.shape[1] % pattern.m:
-            return False
-        kept = (~zeros).view(weight.shape[0], -1, pattern.m).sum(-1)
-        return bool((kept <= pattern.n).all())
+        return zeros.reshape(-1, pattern.m).sum(1), pattern.m - pattern.n
     if pattern.per == "row":
-        return bool((zeros.sum(1) >= pattern.count(weight.shape[1])).all())
-    return int(zeros.sum()) >= pattern.count(weight.numel())
+        return zeros.sum(1), pattern.count(zeros.shape[1])
+    return zeros.sum().view(1), pattern.count(zeros.numel())

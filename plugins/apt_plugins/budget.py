@@ -20,9 +20,9 @@ from apt.adapter import Adapter, Site, State
 from apt.adapter.eval_mode import eval_mode
 from apt.calibration.batches import enter
 from apt.calibration.dense_activations import mean_squares, stream_rows
-from apt.planning.allocation import Unallocated, sparsity_of
+from apt.planning.allocation import Unallocated, sparsity_of, unstructured
 from apt.planning.plan import PlannedSite
-from apt.solver import Gram, MixedNM, Unstructured
+from apt.solver import Gram, MixedNM
 from apt_plugins.site_losses import LEVELS, losses_of, pruned, site_grams
 
 _GRAM_TOKENS = 4096
@@ -157,7 +157,7 @@ def _measured(given: Unallocated) -> list[tuple[list[_Group], float]]:
         others = enter(adapter, model, more if len(more) else few)
         for index, (planned, block) in enumerate(given.blocks()):
             with given.opened(planned.name, block):
-                sites = [s for s in planned.sites if isinstance(s.pattern, Unstructured)]
+                sites = unstructured(planned)
                 step = partial(adapter.step, block, call=probe.calls[index])
                 changed = [step(state) for state in changed]
                 grams = site_grams(adapter, block, index, [s.site for s in sites], others)

@@ -22,9 +22,8 @@ from apt.adapter import Site
 from apt.adapter.eval_mode import eval_mode
 from apt.calibration.batches import enter
 from apt.evaluation.metrics import perplexity
-from apt.planning.allocation import Unallocated
+from apt.planning.allocation import Unallocated, unstructured
 from apt.planning.plan import PlannedSite
-from apt.solver import Unstructured
 from apt_plugins.budget import auto
 from apt_plugins.site_losses import LEVELS, losses_of, removed_at, site_grams
 
@@ -88,7 +87,7 @@ def _groups(given: Unallocated) -> list[_Group]:
         batches = enter(adapter, model, given.tokens[:count])
         for index, (planned, block) in enumerate(given.blocks()):
             with given.opened(planned.name, block):
-                sites = [s for s in planned.sites if isinstance(s.pattern, Unstructured)]
+                sites = unstructured(planned)
                 grams = site_grams(adapter, block, index, [s.site for s in sites], batches)
                 for members in _kinds(sites):
                     plain, losses = losses_of(block, members, grams)

@@ -20,12 +20,16 @@ _CHECKSUM = "checksum"
 class Journal:
     """The lines of a file, which need not exist yet.
 
+    Args:
+        path: the file.
+        remedy: the advice for a file that was changed.
+
     Attributes:
         lines: the lines, without their checksums.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.lines = path, list[Line]()
+    def __init__(self, path: Path, remedy: str) -> None:
+        self.path, self.lines, self._remedy = path, list[Line](), remedy
         self._last = ""  # the checksum of the last line
 
     def read(self) -> None:
@@ -41,10 +45,7 @@ class Journal:
                 line = self._checked(raw)
                 if line is None:
                     if number < len(raw_lines):
-                        raise AptError(
-                            f"line {number} of {self.path} was changed",
-                            f"delete {self.path.parent} and begin again",
-                        )
+                        raise AptError(f"line {number} of {self.path} was changed", self._remedy)
                     file.truncate(complete)
                     return
                 self.lines.append(line)
@@ -75,6 +76,11 @@ class Journal:
             os.fsync(file.fileno())
         self.lines.append(line)
         self._last = checksum
+
+    def clear(self) -> None:
+        """Delete the file and forget its lines."""
+        self.path.unlink(missing_ok=True)
+        self.lines, self._last = [], ""
 
     def has(self, key: str) -> bool:
         """True if a line has the key ``key``."""

@@ -1,0 +1,104 @@
+"""Writing of single files: each appears in one step, and nothing is replaced unasked.
+
+Commands check the path of a file before their work, by `check_file`, and write it at the end.
+"""
+
+import os
+import secrets
+import stat
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from apt.errors import AptError, first_line
+from apt.files.renaming import rename_new
+
+_CHOOSE_ANOTHER = "choose another file"
+
+
+def check_file(
+    path: Path,
+    *,
+    overwrite: bool = False,
+    inputs: Sequence[Path] = (),
+    options: Iterable[str] = (),
+) -> None:
+    """Raise if a file cannot be written.
+
+    Args:
+        path: the file.
+        overwrite: True if a regular file there may be replaced.
+        inputs: files and directories that the command reads; the file must not be inside.
+        options: the options that name the file, for the message.
+
+    Raises:
+        AptError: its folder does not exist or cannot be written, it is inside an input, or there is
+            a link, a file that may not be replaced, or something else.
+    """
+    try:
+        fault, hint = _fault(path, overwrite, inputs)
+    except (OSError, ValueError) as error:
+        raise _cannot_write(path, error, options) from error
+    if fault:
+        more = ("overwrite",) if hint.startswith("overwrite") else ()
+        raise AptError(f"{path} {fault}", hint, (*options, *more))
+
+
+def _fault(path: Path, overwrite: bool, inputs: Sequence[Path]) -> tuple[str, str]:
+    """What forbids to write a file, and the remedy; two empty texts if nothing does."""
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        return "cannot be written: its folder does not exist", "create it first"
+    real = Path(os.path.realpath(folder)) / path.name
+    for place in (Path(os.path.realpath(given)) for given in inputs):
+        if real == place or place in real.parents:
+            return f"is inside an input of the run, {place}", _CHOOSE_ANOTHER
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return "cannot be written: no permission in its folder", _CHOOSE_ANOTHER
+    if not os.path.lexists(path):
+        return "", ""
+    if path.is_symlink():
+        return "is a link, and is not followed", f"delete it, or {_CHOOSE_ANOTHER}"
+    if not stat.S_ISREG(path.lstat().st_mode):
+        return "exists and is not a regular file", _CHOOSE_ANOTHER
+    return ("", "") if overwrite else ("exists", f"overwrite it, or {_CHOOSE_ANOTHER}")
+
+
+def write_file(path: Path, content: str | bytes, *, overwrite: bool = False) -> None:
+    """Write a file in one step: after an error the old file is still there, or none.
+
+    Args:
+        path: the file.
+        content: its content; a text is encoded as UTF-8.
+        overwrite: True if a regular file there may be replaced.
+
+    Raises:
+        AptError: see `check_file`; or the disk is full.
+    """
+    check_file(path, overwrite=overwrite)
+    partial = path.with_name(f".apt-{secrets.token_hex(8)}")
+    try:
+        _write(partial, content.encode() if isinstance(content, str) else content)
+        if overwrite:
+            os.replace(partial, path)
+        else:
+            rename_new(partial, path)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    finally:
+        with suppress(OSError):
+            partial.unlink()
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Create a file, and flush it to disk."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+    with open(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _cannot_write(path: Path, error: Exception, options: Iterable[str] = ()) -> AptError:
+    reason = getattr(error, "strerror", None) or first_line(error)
+    return AptError(f"cannot write {path}: {reason}", _CHOOSE_ANOTHER, options)

@@ -1,0 +1,374 @@
+"""The check of a model on disk: its files, its zeros, and the sizes of a smaller model."""
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from apt.checkpoints.architecture import quantised_with
+from apt.checkpoints.copies import CARD
+from apt.checkpoints.load import load, skeleton
+from apt.checkpoints.model import Model
+from apt.checkpoints.offload import StoredBlocks
+from apt.checkpoints.safetensors_io import Shards
+from apt.checkpoints.stored import find_stored
+from apt.checkpoints.tensor_map import layout_of
+from apt.checkpoints.verify import Verdict, block_verdicts, failures, verify
+from apt.errors import AptError
+from apt.files.hashes import changed_files
+from apt.locations.model_source import find
+from apt.output.report import listed_files, read_report
+from apt.packing.directory import PackedShards
+from apt.planning.allocation import UNIFORM, is_needed, sparsity_of, step_of, unstructured
+from apt.planning.plan import (
+    Plan,
+    PlannedBlock,
+    PlannedSite,
+    Selection,
+    check_globs,
+    make_plan,
+    read_pattern,
+    removed_by,
+)
+from apt.planning.rounding import check_rounding
+from apt.plugin.registry import Registry
+from apt.runtime.entries import METHOD
+from apt.shrinking.record import group_counts
+from apt.solver import Pattern, SitePattern, Unstructured
+from apt.solver.patterns import Granularity
+
+Notice = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What the check of a model on disk found.
+
+    Attributes:
+        pattern: the pattern that was asked for; empty for a smaller model, and for one that is
+            quantised, whose zeros are not counted.
+        verdicts: the result for each site.
+        structure: the structure of a smaller model, from its report; empty for other models.
+        problems: the faults beside those of sites.
+    """
+
+    pattern: str = ""
+    verdicts: tuple[Verdict, ...] = ()
+    structure: Mapping[str, Any] = field(default_factory=dict)
+    problems: tuple[str, ...] = ()
+
+    @property
+    def failed(self) -> list[Verdict]:
+        """The verdicts of the sites that do not meet their patterns."""
+        return failures(self.verdicts)
+
+
+def verify_directory(
+    directory: Path,
+    registry: Registry,
+    pattern: Pattern | None,
+    selection: Selection,
+    notice: Notice,
+    *,
+    adapter: str | None = None,
+    at_least: bool = False,
+    trust_remote_code: bool = False,
+) -> Verified:
+    """Check the files of a model on disk, and its zeros or sizes.
+
+    Args:
+        directory: the directory.
+        registry: the plugins.
+        pattern: the pattern that the sites must meet; None for that of the run, by its report.
+        selection: the sites to check.
+        notice: called with a line about what is not checked.
+        adapter: the name of an adapter; by default that of the model's type.
+        at_least: True to accept more zeros than the pattern asks for.
+        trust_remote_code: True if code from the checkpoint may run.
+
+    Raises:
+        AptError: the model cannot be read, there is neither a pattern nor a report, or a smaller
+            model is to be compared with a selection.
+    """
+    report = read_report(directory) or {}
+    problems = _changed(directory, report, notice)
+    source = find(f"{directory.resolve()}", registry, trust_remote_code=trust_remote_code)
+    shell = skeleton(replace(source, reference=str(directory)), registry, adapter, packed=True)
+    method = quantised_with(shell.config)
+    if method == METHOD:
+        PackedShards(directory).check()
+    elif method:
+        notice(f"its weights are quantised with {method}, and zeros are not counted")
+        return Verified(problems=tuple(problems))
+    if pattern is None and (structure := report.get("structure")):
+        if selection != Selection():
+            raise AptError(
+                f"{directory} is a smaller model: its sites have no pattern",
+                "leave these options out, or give a pattern",
+                ("only", "skip", "overrides"),
+            )
+        problems += verify_structure(shell, structure)
+        return Verified(structure=structure, problems=tuple(problems))
+    if pattern is None:
+        expected = expected_by_report(shell, report, selection, notice)
+    else:
+        expected = expected_by_pattern(shell, report, pattern, selection, notice, at_least=at_least)
+    verdicts = count_zeros(shell, directory, expected, packed=method == METHOD)
+    return Verified(expected.pattern, tuple(verdicts), problems=(*problems, *expected.problems))
+
+
+def _changed(directory: Path, report: Mapping[str, Any], notice: Notice) -> list[str]:
+    """The files that differ from their hashes in the report, as faults.
+
+    A model card may be edited: that is a notice.
+    """
+    changed = changed_files(directory, listed_files(report))
+    if CARD in changed:
+        notice(f"{CARD} was changed or removed since it was written")
+    files = [name for name in changed if name != CARD]
+    return [f"{name} was changed or removed since it was written" for name in files]
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The patterns that the sites must meet, and the exact numbers of their zeros.
+
+    Attributes:
+        pattern: the pattern of the run, or the given one, as text.
+        plan: the pattern of each site.
+        zeros: the number of zeros of each site, by name; empty if more zeros are accepted.
+        problems: the differences between what was asked for and what the report says.
+    """
+
+    pattern: str
+    plan: Plan
+    zeros: Mapping[str, int]
+    problems: tuple[str, ...] = ()
+
+
+def count_zeros(
+    shell: Model, directory: Path, expected: Expected, *, packed: bool
+) -> Iterator[Verdict]:
+    """Count the zeros of all sites, block by block if the checkpoint can be read so.
+
+    Args:
+        shell: the model without weights.
+        directory: its directory.
+        expected: the patterns and the numbers of zeros.
+        packed: True if the model is packed. Rounding may then have made more zeros.
+    """
+    plan, exact = expected.plan, {} if packed else expected.zeros
+    stored = find_stored(shell) if not packed else None
+    if packed:
+        shards: Shards = PackedShards(directory)
+        layout = layout_of(shell, shards)
+    elif stored is not None:
+        shards, layout = stored.shards, stored.layout
+    else:
+        yield from verify(load(shell).module, shell.adapter, plan, exact)
+        return
+    on_disk = StoredBlocks(shards, layout, dict(shell.adapter.blocks(shell.module)), "cpu")
+    for planned in plan.blocks:
+        with on_disk.open(planned.name) as block:
+            yield from block_verdicts(planned, block, exact)
+
+
+def expected_by_pattern(
+    shell: Model,
+    report: Mapping[str, Any],
+    pattern: Pattern,
+    selection: Selection,
+    notice: Notice,
+    *,
+    at_least: bool,
+) -> Expected:
+    """What a given pattern asks for.
+
+    The sites that the report lists as left dense are not counted. A site may have the zeros that
+    the report says if its pattern there is the given one: weights that were zero in the dense model
+    and that were kept, and weights that were rounded to zero.
+
+    Args:
+        shell: the model without weights.
+        report: the report beside the model; empty if there is none.
+        pattern, selection: the pattern of each site.
+        notice: called with a line about sites that are not counted.
+        at_least: True to accept more zeros.
+    """
+    if dense := _dense(report):
+        notice(f"left dense on request: {', '.join(dense)}")
+        selection = replace(selection, skip=(*selection.skip, *dense))
+    plan = make_plan(shell.module, shell.adapter, pattern, selection, _per(report))
+    check_rounding(plan, notice)
+    recorded = {site["name"]: site for site in _sites(report)} if report.get("sites") else {}
+    zeros = {
+        site.name: _zeros(site, recorded.get(site.name))
+        for block in plan.blocks
+        for site in block.pruned
+    }
+    return Expected(str(pattern), plan, {} if at_least else zeros)
+
+
+def _zeros(site: PlannedSite, record: Mapping[str, Any] | None) -> int:
+    """The number of zeros that a site must have."""
+    if record is not None and str(record["pattern"]) == str(site.pattern):
+        return int(record["zeros"])
+    return removed_by(site.pattern, site.shape)
+
+
+def expected_by_report(
+    shell: Model, report: Mapping[str, Any], selection: Selection, notice: Notice
+) -> Expected:
+    """What the options of the run asked for, and the zeros that its report says.
+
+    Args:
+        shell: the model without weights.
+        report: the report beside the model.
+        selection: the sites to check, and the patterns to expect in place of those of the run.
+        notice: called with a line about sites that are not counted.
+
+    Raises:
+        AptError: there is no report of a run, or it is damaged; or a glob matches no site.
+    """
+    pattern = _options(report).get("pattern")
+    records = {str(site["name"]): site for site in _sites(report)}
+    if dense := _dense(report):
+        notice(f"left dense on request: {', '.join(dense)}")
+    asked = _asked(shell, report, dense)
+    allocated = _allocated(asked, report)
+    plan = Plan(tuple(_with_records(block, records, allocated) for block in asked.blocks))
+    problems = [*_unlike(plan, records), *_wrong_total(asked, plan, allocated)]
+    check_globs(plan, selection)
+    plan = Plan(tuple(_selected(block, selection) for block in plan.blocks))
+    known = {} if report.get("recovery") else records  # a training may move or add zeros
+    zeros = {
+        entry.name: int(known[entry.name]["zeros"])
+        for block in plan.blocks
+        for entry in block.targets
+        if entry.name in known and str(entry.pattern) == str(known[entry.name]["pattern"])
+    }
+    return Expected(str(pattern), plan, zeros, tuple(problems))
+
+
+def _asked(shell: Model, report: Mapping[str, Any], dense: Iterable[str]) -> Plan:
+    """The plan of a run, before its allocation."""
+    options = _options(report)
+    only, skip = (tuple(options.get(name) or ()) for name in ("only", "skip"))
+    overrides = tuple((options.get("overrides") or {}).items())
+    return make_plan(
+        shell.module,
+        shell.adapter,
+        read_pattern(str(options.get("pattern"))),
+        Selection(only, (*skip, *dense), overrides),
+        _per(report),
+        [str(kind) for kind in options.get("also") or ()],
+    )
+
+
+def _per(report: Mapping[str, Any]) -> Granularity:
+    return "row" if _options(report).get("per") == "row" else "layer"
+
+
+def _allocated(asked: Plan, report: Mapping[str, Any]) -> set[str]:
+    """The names of the sites whose sparsity an allocation chose."""
+    name = str(_options(report).get("allocation") or UNIFORM)
+    return {site.name for site in unstructured(asked)} if is_needed(name, asked) else set()
+
+
+def _with_records(
+    block: PlannedBlock, records: Mapping[str, Any], allocated: Collection[str]
+) -> PlannedBlock:
+    """The block with the patterns of the report for the sites that an allocation served."""
+    return block.with_patterns(
+        {
+            site.site.name: _recorded(site, records[site.name])
+            for site in block.pruned
+            if site.name in allocated and site.name in records
+        }
+    )
+
+
+def _recorded(site: PlannedSite, record: Mapping[str, Any]) -> Pattern:
+    """The pattern of a site in the report, counted as the run counted it."""
+    pattern = read_pattern(str(record["pattern"]))
+    per: Granularity = getattr(site.pattern, "per", None) or "layer"
+    return pattern.counted(per) if isinstance(pattern, Unstructured) else pattern
+
+
+def _unlike(plan: Plan, records: Mapping[str, Any]) -> Iterator[str]:
+    """The sites whose pattern in the report is not the one that was asked for."""
+    for block in plan.blocks:
+        for entry in block.targets:
+            found = records[entry.name]["pattern"] if entry.name in records else "nothing"
+            if str(entry.pattern) != str(found):
+                yield f"{entry.name}: {entry.pattern} was asked for, and the report has {found}"
+
+
+def _wrong_total(asked: Plan, plan: Plan, allocated: Collection[str]) -> Iterator[str]:
+    """A line if an allocation did not keep the total."""
+    sites = [site for site in asked.sites if site.name in allocated]
+    wanted = sum(Unstructured(sparsity_of(site)).count(site.size) for site in sites)
+    found = sum(removed_by(s.pattern, s.shape) for s in plan.sites if s.name in allocated)
+    if abs(found - wanted) > max(map(step_of, sites), default=0):
+        yield f"the patterns in the report remove {found:,} weights, and {wanted:,} were asked for"
+
+
+def _selected(block: PlannedBlock, selection: Selection) -> PlannedBlock:
+    """The block with those sites that a selection does not leave out, and its patterns."""
+
+    def pattern(entry: PlannedSite) -> SitePattern | None:
+        if entry.pattern is None or selection.pattern(entry.name, _ANY) is None:
+            return None
+        chosen = selection.override(entry.name) or entry.pattern
+        return chosen.counted("layer") if isinstance(chosen, Unstructured) else chosen
+
+    sites = tuple(replace(entry, pattern=pattern(entry)) for entry in block.sites)
+    extras = tuple(e for e in block.extras if selection.pattern(e.name, _ANY) is not None)
+    return replace(block, sites=sites, extras=extras)
+
+
+_ANY = Unstructured(0.5)  # the default of a selection, which is not used
+
+
+def _options(report: Mapping[str, Any]) -> dict[str, Any]:
+    found = report.get("options")
+    return found if isinstance(found, dict) else {}
+
+
+def _dense(report: Mapping[str, Any]) -> list[str]:
+    return [str(name) for name in report.get("skipped") or ()]
+
+
+def _sites(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The records of the sites.
+
+    Raises:
+        AptError: there are none, or they are damaged.
+    """
+    hint = "give a sparsity or a pattern"
+    if not report.get("sites") or not _options(report).get("pattern"):
+        raise AptError("no report gives a pattern", hint, ("sparsity", "pattern"))
+    sites = report["sites"]
+    needed = {"name", "pattern", "zeros"}
+    if not isinstance(sites, list) or not all(
+        isinstance(site, dict) and needed <= site.keys() for site in sites
+    ):
+        raise AptError("the report's sites are damaged", hint, ("sparsity", "pattern"))
+    return sites
+
+
+def verify_structure(shell: Model, structure: Mapping[str, Any]) -> list[str]:
+    """The differences between a smaller model and the structure in its report.
+
+    Raises:
+        AptError: the report is damaged.
+    """
+    counts = group_counts(shell.module, shell.adapter, shell.config)
+    found = {"blocks": len(shell.adapter.blocks(shell.module))} | counts
+    try:
+        said = {str(kind): int(entry["kept"]) for kind, entry in structure["groups"].items()}
+        said["blocks"] = int(structure["blocks"]["kept"])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise AptError("the report's structure is damaged", "delete the report") from error
+    # A smaller model may have fewer kinds of groups, see `group_counts`.
+    return [f"{found[k]} {k}, not {n}" for k, n in said.items() if found.get(k, n) != n]

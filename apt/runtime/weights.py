@@ -1,0 +1,75 @@
+"""The files of a packed model's weights: named for transformers, and checked."""
+
+import copy
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from apt.errors import AptError, first_line
+from apt.files.index import indexed_files
+from apt.runtime.entries import KEY, OWN_CODE
+from apt.runtime.packed_file import checked_tensors
+
+
+def with_weights(config: Any) -> Any:
+    """A copy of a packed model's configuration that names the file of its weights.
+
+    transformers looks for the weights there, and the code beside them is not used.
+    """
+    found = without_own_code(copy.deepcopy(config))
+    found.transformers_weights = _weights(found)
+    return found
+
+
+def without_own_code(config: Any) -> Any:
+    """The configuration without the entry for the code beside packed weights, changed in place.
+
+    If that code has read it, the description of the weights gets its name again.
+    """
+    if (getattr(config, "auto_map", None) or {}) == OWN_CODE:
+        del config.auto_map
+    if (about := getattr(config, "apt_packed", None)) is not None:
+        setattr(config, KEY, about)
+        del config.apt_packed
+    return config
+
+
+def _weights(config: Any) -> str:
+    about = getattr(config, KEY)
+    return str(about["weights"] if isinstance(about, Mapping) else about.weights)
+
+
+def check_packed_files(
+    files: Iterable[Path | str], records: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Compare the tensors of packed files with their checksums.
+
+    Args:
+        files: the files.
+        records: the descriptions of the packed matrices, by name.
+
+    Raises:
+        AptError: a checksum differs.
+    """
+    for path in files:
+        try:
+            for _ in checked_tensors(path, records):
+                pass
+        except (OSError, ValueError, SafetensorError) as error:
+            raise AptError(
+                f"{path} is damaged: {first_line(error)}", "get it again, or pack the model again"
+            ) from error
+
+
+def local_files(config: Any) -> list[Path]:
+    """The files of the weights of a packed model in a local directory; none for one on the hub.
+
+    Args:
+        config: the configuration, which has the name of the directory.
+    """
+    path = Path(str(getattr(config, "_name_or_path", ""))) / _weights(config)
+    if not path.is_file():
+        return []
+    return indexed_files(path) if path.name.endswith(".index.json") else [path]
