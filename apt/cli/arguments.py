@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 import typer
 
 from apt.errors import AptError
+from apt.files.writing import check_file
 from apt.locations.hub import Hub
-from apt.locations.paths import expanded
+from apt.locations.paths import expanded, kind_at
 
 if TYPE_CHECKING:
     from apt.locations.model_source import Source
@@ -33,7 +34,7 @@ TOKENIZER = typer.Option(
 )  # fmt: skip
 REMOTE = typer.Option(
     False, "--trust-remote-code", rich_help_panel=MODEL,
-    help="Run code from the checkpoint.",
+    help="Run code from the checkpoint, or code that task files name.",
 )  # fmt: skip
 REVISION = typer.Option(
     None, "--revision", metavar="REV", rich_help_panel=MODEL,
@@ -207,6 +208,22 @@ def read_selection(
     return Selection(tuple(only or ()), tuple(skip or ()), tuple(pairs))
 
 
+def check_new_file(
+    path: Path, *inputs: str | Path | None, overwrite: bool | None, option: str = "output"
+) -> None:
+    """Raise if a file cannot be written, before the work.
+
+    Args:
+        path: the file.
+        inputs: what the command reads; the file must not be inside.
+        overwrite: True if a file there may be replaced; None for a command without that option.
+        option: the option that names the file.
+    """
+    places = [expanded(given) for given in inputs if given]
+    read = [place for place in places if kind_at(place)]
+    check_file(expanded(path), overwrite=overwrite, inputs=read, options=(option,))
+
+
 def parts(text: str, option: str) -> list[str]:
     """The parts of a list, which is not empty."""
     parts = [part.strip() for part in text.split(",")]
@@ -215,14 +232,15 @@ def parts(text: str, option: str) -> list[str]:
     return parts
 
 
-def read_tasks(given: list[str]) -> list[str]:
+def read_tasks(given: list[str], *, trust_remote_code: bool) -> list[str]:
     """The names of tasks in lists that are separated by commas.
 
     Raises:
-        AptError: a task is not known, or what it needs is not installed.
+        AptError: a task is not known, what it needs is not installed, or it would run code.
     """
     if not given:
         return []
     from apt.tasks.harness import check_tasks
 
-    return check_tasks([name for text in given for name in parts(text, "--tasks")])
+    names = [name for text in given for name in parts(text, "--tasks")]
+    return check_tasks(names, trust_remote_code=trust_remote_code)

@@ -9,12 +9,15 @@ import typer
 from apt.cli import arguments as args
 from apt.cli import run_arguments as run
 from apt.errors import AptError
+from apt.files.writing import check_file
+from apt.locations.paths import kind_at
 from apt.runs.limits import check_amount, check_limit, check_seed, check_windows
 
 if TYPE_CHECKING:
     from apt.comparing.results import Comparison
 
 _GRID = "Comparison"
+_FILES = ("comparison.md", "comparison.csv", "comparison.png")
 
 
 def compare(
@@ -79,7 +82,7 @@ def compare(
 
     installed = registry()
     metrics = tuple(dict.fromkeys(installed.evaluators.get(name).name for name in metric))
-    questions = args.read_tasks(tasks)
+    questions = args.read_tasks(tasks, trust_remote_code=trust_remote_code)
     hub = args.read_hub(revision, token, cache_dir)
     source = args.find_model(model, installed, hub, trust_remote_code=trust_remote_code)
 
@@ -87,7 +90,9 @@ def compare(
     from apt.comparing.cells import read_cells
     from apt.comparing.grid import CompareOptions, Grid
     from apt.comparing.results import RESULTS, Comparison
+    from apt.output.location import check_not_input
     from apt.runs.machine import choose_device
+    from apt.runs.prepare import input_paths
 
     options = CompareOptions(
         source,
@@ -105,6 +110,7 @@ def compare(
         choose_device(device),
     )
     _check_others(others)
+    check_not_input(output, input_paths(source, (*data, calibration, *map(str, others))))
     try:
         with status_line("starting") as status:
             grid = Grid(options, installed, status.update, notice, progress=has_live_display())
@@ -156,16 +162,21 @@ class _Told:
 
 def _check_place(output: Path) -> None:
     """Raise if the directory has files other than those of a comparison."""
-    if not output.exists():
+    kind = kind_at(output)
+    if output.is_symlink() and kind is None:
+        raise AptError(f"--output {output} is a link to a missing file", "choose another")
+    if kind is None:
         return
-    if not output.is_dir():
+    if kind != "directory":
         raise AptError(f"--output {output} is not a directory")
     from apt.comparing.claims import FOLDER
     from apt.comparing.results import RESULTS
 
     names = {path.name for path in output.iterdir()}
-    if names - {FOLDER, f".{RESULTS}"} and RESULTS not in names:
+    if names - {FOLDER} and RESULTS not in names:
         raise AptError(f"--output {output} has other files", "choose another directory")
+    for name in (RESULTS, *_FILES):
+        check_file(output / name, overwrite=True, options=("output",))
 
 
 def _check_data(data: list[str]) -> None:
@@ -189,16 +200,17 @@ def _write(output: Path, comparison: "Comparison", rows: list[dict[str, Any]]) -
     from importlib.util import find_spec
 
     from apt.comparing.tables import as_csv, markdown
+    from apt.files.writing import write_file
 
     setting = comparison.setting
     about = f"{setting['model']}, calibrated on {setting['calibration']}, "
     about += f"{' × '.join(map(str, setting['shape']))} tokens\n\n"
-    (output / "comparison.md").write_text(about + markdown(rows), encoding="utf-8")
-    (output / "comparison.csv").write_text(as_csv(rows), encoding="utf-8")
+    write_file(output / "comparison.md", about + markdown(rows), overwrite=True)
+    write_file(output / "comparison.csv", as_csv(rows), overwrite=True)
     if find_spec("matplotlib") is not None:
         from apt.cli.plots import draw_comparison
 
-        draw_comparison(rows, output / "comparison.png")
+        draw_comparison(rows, output / "comparison.png", overwrite=True)
 
 
 def _show(

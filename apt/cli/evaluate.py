@@ -86,7 +86,7 @@ def evaluate(
     plain = [] if tasks and data is None else ["perplexity"]
     measures = [registry().evaluators.get(name) for name in metric or plain]
     _check_dense([spec.name for spec in measures if spec.dense], dense, stream=stream)
-    questions = args.read_tasks(tasks)
+    questions = args.read_tasks(tasks, trust_remote_code=trust_remote_code)
     hub = args.read_hub(revision, token, cache_dir)
 
     def find(name: str) -> "Source":
@@ -125,7 +125,7 @@ def evaluate(
             models.append(stack.enter_context(_runnable(beside, *given, stream=False)))
         scores = {} if text is None else _measured(models, text, measures, status)
         status.update("answering tasks" if questions else "done")
-        answered = _answered(models, reader, questions, limit)
+        answered = _answered(models, reader, questions, limit, trust=trust_remote_code)
     _show(model, text, scores, answered, as_json=as_json)
     if text is not None:
         _check_finite(scores, model, text.name)
@@ -198,7 +198,12 @@ def _measured(
 
 
 def _answered(
-    models: "Sequence[nn.Module]", reader: Any, tasks: Sequence[str], limit: int | None
+    models: "Sequence[nn.Module]",
+    reader: Any,
+    tasks: Sequence[str],
+    limit: int | None,
+    *,
+    trust: bool,
 ) -> dict[str, Any]:
     """The summary of each task, with the differences from the dense model if it is given."""
     if not tasks:
@@ -207,7 +212,8 @@ def _answered(
     from apt.tasks.answers import summary
     from apt.tasks.harness import answer
 
-    found = [answer(m, reader, tasks, limit, progress=has_live_display()) for m in models]
+    given: dict[str, Any] = {"progress": has_live_display(), "trust_remote_code": trust}
+    found = [answer(m, reader, tasks, limit, **given) for m in models]
     return {own.task: summary(own, *others) for own, *others in zip(*found, strict=True)}
 
 

@@ -45,7 +45,7 @@ def law(
         raise AptError(f"--resamples {resamples} is negative")
     if tokens is not None and not 0 < tokens < float("inf"):
         raise AptError(f"--tokens {tokens} is not above 0")
-    run.check_plot(plot)
+    run.check_plot(plot, *directories)
     if find_spec("scipy") is None:
         raise AptError("law needs scipy", "pip install 'apt-prune[recover]'")
 

@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from apt.cli.log_file import open_log
 from apt.cli.streams import program
-from apt.errors import AptError
+from apt.locations.paths import expanded
 from apt.output.json_values import json_value
 
 
@@ -52,7 +53,7 @@ def set_up(level: Level, log_file: Path | None) -> None:
     """Choose the amount of output, and the log file that receives all of it.
 
     Raises:
-        AptError: the file cannot be written.
+        AptError: the file cannot be written, or is not a log.
     """
     global _level
     _level = level
@@ -60,12 +61,7 @@ def set_up(level: Level, log_file: Path | None) -> None:
     log.addHandler(logging.NullHandler())
     if log_file is None or not _is_first_rank():
         return
-    try:
-        handler = logging.FileHandler(log_file, encoding="utf-8", errors="backslashreplace")
-    except OSError as error:
-        raise AptError(f"cannot write {log_file}: {error.strerror}", "choose another") from error
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    log.addHandler(handler)
+    log.addHandler(open_log(expanded(log_file)))
     log.setLevel(logging.INFO)
 
 

@@ -1,22 +1,28 @@
 """The plots of the commands."""
 
+import os
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from apt.evaluation.windows import spread
+from apt.files.writing import write_file
 from apt.locations.paths import expanded
 from apt.output.report import Report
 from apt.recovery.law import Law, Point
 from apt.reporting.heat import Heat
 
 
-def draw_candidates(candidates: Sequence[Mapping[str, Any]], path: Path) -> None:
+def draw_candidates(
+    candidates: Sequence[Mapping[str, Any]], path: Path, *, overwrite: bool = False
+) -> None:
     """Draw the loss of each candidate of a search, and the Pareto front.
 
     Args:
         candidates: the entries of the report's ``structure``.
         path: the file to write.
+        overwrite: True if a file there may be replaced.
     """
     pyplot = _pyplot()
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.6), sharey=True)
@@ -38,15 +44,16 @@ def draw_candidates(candidates: Sequence[Mapping[str, Any]], path: Path) -> None
         axes.set_xlabel(label)
     left.set_ylabel("loss on calibration text")
     left.legend()
-    _write(figure, path)
+    _write(figure, path, overwrite)
 
 
-def draw_sparsities(report: Report, path: Path) -> None:
+def draw_sparsities(report: Report, path: Path, *, overwrite: bool = False) -> None:
     """Draw the sparsity of the sites of each kind, block by block.
 
     Args:
         report: the report of a run.
         path: the file to write.
+        overwrite: True if a file there may be replaced.
     """
     kinds: dict[str, dict[int, list[float]]] = {}
     for site in report.sites:
@@ -60,15 +67,16 @@ def draw_sparsities(report: Report, path: Path) -> None:
     axes.set_xlabel("block")
     axes.set_ylabel("sparsity")
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
-    _write(figure, path)
+    _write(figure, path, overwrite)
 
 
-def draw_heat(table: Heat, path: Path) -> None:
+def draw_heat(table: Heat, path: Path, *, overwrite: bool = False) -> None:
     """Draw the values of the sites by block and kind.
 
     Args:
         table: the table.
         path: the file to write.
+        overwrite: True if a file there may be replaced.
     """
     values = [[cell.share if cell else float("nan") for cell in cells] for _, cells in table.rows]
     figure, axes = _pyplot().subplots(
@@ -87,15 +95,16 @@ def draw_heat(table: Heat, path: Path) -> None:
     axes.set_xticks(range(len(table.columns)), [table.short(c) for c in table.columns], rotation=30)
     axes.set_yticks(range(len(table.rows)), [block for block, _ in table.rows], fontsize="x-small")
     axes.set_title(f"{table.title}: {table.lowest} to {table.highest}", fontsize="small")
-    _write(figure, path)
+    _write(figure, path, overwrite)
 
 
-def draw_training(training: Mapping[str, Any], path: Path) -> None:
+def draw_training(training: Mapping[str, Any], path: Path, *, overwrite: bool = False) -> None:
     """Draw the loss of each step of a recovery, and that on the samples held back.
 
     Args:
         training: the record of the training, in the report's ``recovery``.
         path: the file to write.
+        overwrite: True if a file there may be replaced.
     """
     figure, axes = _pyplot().subplots(figsize=(7, 4))
     steps, losses = zip(*training["held_back"], strict=True)
@@ -111,16 +120,17 @@ def draw_training(training: Mapping[str, Any], path: Path) -> None:
     axes.patch.set_visible(False)
     lines = [*axes.get_lines(), *right.get_lines()]
     axes.legend(lines, [line.get_label() for line in lines])
-    _write(figure, path)
+    _write(figure, path, overwrite)
 
 
-def draw_law(points: Sequence[Point], law: Law, path: Path) -> None:
+def draw_law(points: Sequence[Point], law: Law, path: Path, *, overwrite: bool = False) -> None:
     """Draw the measured losses of each run, and the fitted law.
 
     Args:
         points: the measured losses.
         law: the fitted law.
         path: the file to write.
+        overwrite: True if a file there may be replaced.
     """
     figure, axes = _pyplot().subplots(figsize=(7, 4.5))
     for name in dict.fromkeys(point.curve for point in points):
@@ -132,15 +142,18 @@ def draw_law(points: Sequence[Point], law: Law, path: Path) -> None:
     axes.set_xlabel("training tokens")
     axes.set_ylabel("nats per token (points: measured, lines: law)")
     axes.legend(fontsize="small")
-    _write(figure, path)
+    _write(figure, path, overwrite)
 
 
-def draw_comparison(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+def draw_comparison(
+    rows: Sequence[Mapping[str, Any]], path: Path, *, overwrite: bool = False
+) -> None:
     """Draw the first metric of each text as bars with their intervals, by text and pattern.
 
     Args:
         rows: the rows of a comparison; the first one is the dense model.
         path: the file to write.
+        overwrite: True if a file there may be replaced.
     """
     dense, *others = rows
     patterns = list(dict.fromkeys(row["pattern"] for row in others)) or [""]
@@ -162,19 +175,20 @@ def draw_comparison(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             panel.invert_yaxis()
             panel.set_title(f"{text}, {pattern or 'others'}", fontsize="small")
             panel.set_xlabel(f"{metric} (line: dense)", fontsize="small")
-    _write(figure, path)
+    _write(figure, path, overwrite)
 
 
 def _pyplot() -> Any:
-    import matplotlib
+    os.environ["MPLBACKEND"] = "agg"  # draws into files; matplotlib refuses an unknown one
 
-    matplotlib.use("agg")
     from matplotlib import pyplot
 
     return pyplot
 
 
-def _write(figure: Any, path: Path) -> None:
+def _write(figure: Any, path: Path, overwrite: bool) -> None:
+    drawn = BytesIO()
     figure.tight_layout()
-    figure.savefig(expanded(path), dpi=120)
+    figure.savefig(drawn, dpi=120, format=path.suffix.removeprefix("."))
     _pyplot().close(figure)
+    write_file(expanded(path), drawn.getvalue(), overwrite=overwrite)

@@ -89,7 +89,7 @@ def prune(
     """
     prune_options = run.prune_options(context)
     args.check_pattern_options(sparsity, pattern, per)
-    run.check_plot(plot)
+    run.check_plot(plot, model, calibration, evaluation, overwrite=overwrite)
     from apt.plugin.registry import registry
 
     installed, defaults = registry(), run.Defaults()
@@ -130,7 +130,7 @@ def prune(
     if plot is not None and report is not None:
         from apt.cli.plots import draw_sparsities
 
-        draw_sparsities(report, plot)
+        draw_sparsities(report, plot, overwrite=overwrite)
 
 
 def _plain(pattern: Any) -> str:

@@ -24,7 +24,7 @@ from apt.output.workplace import resumable
 from apt.plugin.registry import Registry
 from apt.runs.options import RunOptions
 from apt.runs.planned_levels import planned_levels
-from apt.runs.prepare import Prepared, already_complete, prepare
+from apt.runs.prepare import Prepared, already_complete, input_paths, prepare
 from apt.runs.run import execute
 from apt.runs.streamed import check_streamable
 
@@ -51,7 +51,9 @@ def start(
         if options.stream:
             check_streamable(prepared)
         if given["save_config"] is not None and ranks.first:
-            save(context, given["save_config"], defaults.values)
+            texts = (options.calibration, options.evaluation, options.tokenizer)
+            read = input_paths(prepared.shell.source, texts)
+            save(context, given["save_config"], defaults.values, read)
         if given["dry_run"]:
             with status_line("checking") as status:
                 prepared = replace(prepared, plan=planned_levels(prepared, status.update))

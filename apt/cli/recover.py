@@ -148,7 +148,7 @@ def recover(
     check_windows(samples, seqlen)
     check_seed(seed)
     check_shard_size(max_shard_size)
-    run.check_plot(plot)
+    run.check_plot(plot, model, calibration, evaluation, dense, overwrite=overwrite)
     _check_packages()
     from apt.plugin.registry import registry
 

@@ -77,7 +77,7 @@ def start(
     if plot is not None:
         from apt.cli.plots import draw_training
 
-        draw_training(training, plot)
+        draw_training(training, plot, overwrite=options.overwrite)
     if training["diverged"] is not None:
         show_error(
             f"the loss diverged after {training['diverged']} steps; {options.output} has the state "

@@ -10,10 +10,12 @@ import typer
 from apt.cli import arguments as args
 from apt.errors import AptError, first_line
 from apt.locations.hub import Hub
+from apt.locations.paths import kind_at
 
 if TYPE_CHECKING:
     from apt.reporting.beside import Beside
     from apt.reporting.comparisons import ComparisonSection
+    from apt.reporting.heat import Heat
     from apt.reporting.page import Subject
 
 
@@ -57,12 +59,14 @@ def report(
 
     Several models are compared. For example: apt-prune report ./pruned --output report.html
     """
-    _check_output(output, overwrite=overwrite)
+    if output.suffix not in (".html", ".htm"):
+        raise AptError(f"--output {output} is not an .html file")
+    args.check_new_file(output, *directories, text, dense, overwrite=overwrite)
     _check_measures(text, dense, prompts, png)
     from apt.cli.output import out, show_json
     from apt.cli.reproduction import command_of
     from apt.comparing.results import RESULTS
-    from apt.output.workplace import write_errors
+    from apt.files.writing import write_file
     from apt.reporting.page import read_subjects, render
 
     compared = [directory for directory in directories if (directory / RESULTS).is_file()]
@@ -72,16 +76,15 @@ def report(
         raise AptError(f"{option} is for pruned models, and none is named", "name one")
     comparisons = [_section(directory, number) for number, directory in enumerate(compared)]
     subjects = read_subjects(models, command_of)
+    images = {} if png is None else _images(subjects, png, directories, overwrite=overwrite)
     if text is not None:
         subjects = [
             replace(subject, beside=_beside(directory, subject, text, prompts, dense))
             for directory, subject in zip(models, subjects, strict=True)
         ]
     page = render(subjects, comparisons)
-    with write_errors(output):
-        output.write_text(page, encoding="utf-8")
-    if png is not None:
-        _draw(subjects, png)
+    write_file(output, page, overwrite=overwrite)
+    _draw(images, overwrite=overwrite)
     size = len(page.encode())
     counts = {"models": len(subjects), "comparisons": len(comparisons)}
     if as_json:
@@ -91,15 +94,6 @@ def report(
         out.print(f"{output}: {', '.join(parts)}, {size:,} bytes", markup=False)
 
 
-def _check_output(output: Path, *, overwrite: bool) -> None:
-    if output.exists() and not overwrite:
-        raise AptError(f"{output} exists", "add --overwrite, or choose another")
-    if output.is_dir() or output.suffix not in (".html", ".htm"):
-        raise AptError(f"--output {output} is not an .html file")
-    if not output.absolute().parent.is_dir():
-        raise AptError(f"--output {output}: its folder does not exist", "create it first")
-
-
 def _check_measures(text: str | None, dense: str | None, prompts: int, png: Path | None) -> None:
     if text is None and dense is not None:
         raise AptError("only --text uses --dense", "add --text builtin, or leave it out")
@@ -107,7 +101,7 @@ def _check_measures(text: str | None, dense: str | None, prompts: int, png: Path
         raise AptError(f"--prompts {prompts} is negative", "write 0 or more")
     if png is not None and find_spec("matplotlib") is None:
         raise AptError("--png needs matplotlib", "pip install 'apt-prune[plot]'")
-    if png is not None and png.exists() and not png.is_dir():
+    if png is not None and kind_at(png) not in (None, "directory"):
         raise AptError(f"--png {png} is not a directory", "choose another")
 
 
@@ -150,14 +144,34 @@ def _beside(
         return compare_texts(directory, source, text, prompts, registry(), status.update, expected)
 
 
-def _draw(subjects: "list[Subject]", directory: Path) -> None:
-    """Draw the tables of each model as images."""
+def _images(
+    subjects: "list[Subject]", folder: Path, inputs: list[Path], *, overwrite: bool
+) -> "dict[Path, Heat]":
+    """The tables of each model by the file of their image.
+
+    Raises:
+        AptError: an image cannot be written.
+    """
+    from apt.output.location import check_not_input
+
+    check_not_input(folder, inputs)
+    images = {
+        folder
+        / f"{subject.name}-{table.title.lower().replace(' ', '-')}.png".replace("/", "-"): table
+        for subject in subjects
+        for table in subject.heats
+    }
+    for path in images if folder.exists() else ():
+        args.check_new_file(path, overwrite=overwrite, option="png")
+    return images
+
+
+def _draw(images: "dict[Path, Heat]", *, overwrite: bool) -> None:
+    """Draw tables into their files."""
     from apt.cli.plots import draw_heat
     from apt.output.workplace import write_errors
 
-    with write_errors(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-    for subject in subjects:
-        for table in subject.heats:
-            name = f"{subject.name}-{table.title.lower().replace(' ', '-')}.png"
-            draw_heat(table, directory / name.replace("/", "-"))
+    for path, table in images.items():
+        with write_errors(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        draw_heat(table, path, overwrite=overwrite)

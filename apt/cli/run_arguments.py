@@ -9,7 +9,6 @@ import typer
 from apt.cli import arguments as args
 from apt.cli.settings import load
 from apt.errors import AptError
-from apt.locations.paths import expanded
 from apt.runs.limits import (
     check_activations,
     check_amount,
@@ -153,14 +152,21 @@ PACK = typer.Option(
 )  # fmt: skip
 
 
-def check_plot(plot: Path | None) -> None:
-    """Raise if a plot cannot be drawn, before the work."""
+def check_plot(
+    plot: Path | None, *inputs: str | Path | None, overwrite: bool | None = None
+) -> None:
+    """Raise if a plot cannot be drawn, before the work.
+
+    Args:
+        plot: the file; None for no plot.
+        inputs: what the command reads; the plot must not be inside.
+        overwrite: True if a file there may be replaced; None for a command without that option.
+    """
     if plot is None:
         return
     if plot.suffix not in (".png", ".svg", ".pdf"):
         raise AptError(f"--plot {plot} is not a .png, .svg or .pdf file")
-    if not expanded(plot).absolute().parent.is_dir():
-        raise AptError(f"--plot {plot}: its folder does not exist", "create it first")
+    args.check_new_file(plot, *inputs, overwrite=overwrite, option="plot")
     if find_spec("matplotlib") is None:
         raise AptError("--plot needs matplotlib", "pip install 'apt-prune[plot]'")
 

@@ -5,7 +5,7 @@ command line takes precedence over the file.
 """
 
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import typer
 
 from apt.errors import AptError, first_line, unknown
+from apt.files.writing import check_file, write_file
 
 # Options that are not settings of a run; and those that are not written: secret, or for one call.
 _NO_SETTINGS = ("config", "save_config", "dry_run", "as_json", "help")
@@ -50,8 +51,16 @@ def load(context: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
-def save(context: typer.Context, path: Path, chosen: Mapping[str, Any]) -> None:
+def save(
+    context: typer.Context, path: Path, chosen: Mapping[str, Any], inputs: Sequence[Path]
+) -> None:
     """Write the options of this command, with the ``chosen`` defaults.
+
+    Args:
+        context: the command.
+        path: the file to write.
+        chosen: the defaults that were chosen.
+        inputs: what the command reads; the file must not be inside.
 
     Raises:
         AptError: the file exists with other content, or cannot be written.
@@ -60,11 +69,11 @@ def save(context: typer.Context, path: Path, chosen: Mapping[str, Any]) -> None:
 
     text = tomli_w.dumps(dict(_set_options(context, chosen)))
     try:
-        if path.exists() and path.read_text(encoding="utf-8") != text:
-            raise AptError(f"{path} exists with other content", "choose another --save-config")
-        path.write_text(text, encoding="utf-8")
-    except (OSError, UnicodeError) as error:
-        raise AptError(f"cannot write {path}: {first_line(error)}", "choose another") from error
+        same = path.is_file() and path.read_text(encoding="utf-8") == text
+    except (OSError, UnicodeError):
+        same = False
+    check_file(path, overwrite=same or None, inputs=inputs, options=("save_config",))
+    write_file(path, text, overwrite=same)
 
 
 def _set_options(context: typer.Context, chosen: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -122,7 +122,9 @@ def shrink(
     prune_options = run.prune_options(context)
     mode = _mode(width_only=width_only, depth_only=depth_only, search=search)
     sizes = _sizes(size)
-    _check_plot(plot, search=search)
+    if plot is not None and not search:
+        raise AptError("--plot draws the candidates of a search", "add --search")
+    run.check_plot(plot, model, calibration, evaluation, overwrite=overwrite)
     from apt.plugin.registry import registry
     from apt.shrinking.options import ShrinkOptions
     from apt.shrinking.search import SearchOptions
@@ -165,14 +167,7 @@ def shrink(
     if plot is not None and report is not None:
         from apt.cli.plots import draw_candidates
 
-        draw_candidates(report.structure["candidates"], plot)
-
-
-def _check_plot(plot: Path | None, *, search: bool) -> None:
-    """Raise if a plot cannot be drawn, before the work."""
-    if plot is not None and not search:
-        raise AptError("--plot draws the candidates of a search", "add --search")
-    run.check_plot(plot)
+        draw_candidates(report.structure["candidates"], plot, overwrite=overwrite)
 
 
 def _mode(*, width_only: bool, depth_only: bool, search: bool) -> Any:

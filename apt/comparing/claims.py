@@ -6,9 +6,13 @@ so the row of a killed process is free again.
 
 import fcntl
 import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
+
+from apt.errors import AptError
 
 FOLDER = ".claims"
 
@@ -26,11 +30,23 @@ def claimed(folder: Path, key: str, *, wait: bool) -> Iterator[bool]:
         False if another process measures it.
     """
     path = folder / FOLDER / hashlib.sha256(key.encode()).hexdigest()[:16]
-    path.parent.mkdir(exist_ok=True)
-    with path.open("w") as lock:
+    with _opened(path) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             yield False
             return
         yield True
+
+
+def _opened(path: Path) -> IO[str]:
+    """Open the lock file of a row; links are not followed."""
+    try:
+        path.parent.mkdir(exist_ok=True)
+        return open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "r+")
+    except OSError as error:
+        raise AptError(
+            f"the lock {path} cannot be opened: {error.strerror}",
+            f"delete {path.parent}, or choose another output",
+            ("output",),
+        ) from error

@@ -255,6 +255,7 @@ class Grid:
                 answers = answer(
                     module, self._tokenizer, self._options.tasks, self._options.limit,
                     progress=self._progress,
+                    trust_remote_code=self._options.source.trust_remote_code,
                 )  # fmt: skip
                 row["tasks"] = {own.task: own.record() for own in answers}
         return row

@@ -1,13 +1,13 @@
 """The results of a comparison: a file that grows row by row."""
 
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from apt.comparing.claims import claimed
 from apt.errors import AptError, first_line
+from apt.files.writing import write_file
 from apt.locations.paths import user_error
 from apt.output.json_values import json_value
 from apt.output.report import differences
@@ -99,9 +99,8 @@ class Comparison:
 
     def _write(self) -> None:
         record = json_value({"setting": self.setting, "rows": self.rows})
-        partial = self.path.with_name(f".{self.path.name}")
-        partial.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(partial, self.path)
+        text = json.dumps(record, indent=2, allow_nan=False) + "\n"
+        write_file(self.path, text, overwrite=True)
 
 
 def _read(row: Row) -> Row:

@@ -19,7 +19,7 @@ _CHOOSE_ANOTHER = "choose another file"
 def check_file(
     path: Path,
     *,
-    overwrite: bool = False,
+    overwrite: bool | None = None,
     inputs: Sequence[Path] = (),
     options: Iterable[str] = (),
 ) -> None:
@@ -27,7 +27,8 @@ def check_file(
 
     Args:
         path: the file.
-        overwrite: True if a regular file there may be replaced.
+        overwrite: True if a regular file there may be replaced; None if the command has no option
+            for it.
         inputs: files and directories that the command reads; the file must not be inside.
         options: the options that name the file, for the message.
 
@@ -44,7 +45,7 @@ def check_file(
         raise AptError(f"{path} {fault}", hint, (*options, *more))
 
 
-def _fault(path: Path, overwrite: bool, inputs: Sequence[Path]) -> tuple[str, str]:
+def _fault(path: Path, overwrite: bool | None, inputs: Sequence[Path]) -> tuple[str, str]:
     """What forbids to write a file, and the remedy; two empty texts if nothing does."""
     folder = path.absolute().parent
     if not folder.is_dir():
@@ -61,7 +62,9 @@ def _fault(path: Path, overwrite: bool, inputs: Sequence[Path]) -> tuple[str, st
         return "is a link, and is not followed", f"delete it, or {_CHOOSE_ANOTHER}"
     if not stat.S_ISREG(path.lstat().st_mode):
         return "exists and is not a regular file", _CHOOSE_ANOTHER
-    return ("", "") if overwrite else ("exists", f"overwrite it, or {_CHOOSE_ANOTHER}")
+    if overwrite:
+        return "", ""
+    return "exists", _CHOOSE_ANOTHER if overwrite is None else f"overwrite it, or {_CHOOSE_ANOTHER}"
 
 
 def write_file(path: Path, content: str | bytes, *, overwrite: bool = False) -> None:

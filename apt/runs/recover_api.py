@@ -15,6 +15,7 @@ from apt.checkpoints.load import fingerprint
 from apt.checkpoints.masks import masks_of, sparsity_of
 from apt.errors import AptError
 from apt.events import TrainingObserver
+from apt.files.writing import write_file
 from apt.output.report import differences
 from apt.plugin.registry import registry
 from apt.plugin.specs import RecoverySpec
@@ -135,7 +136,7 @@ class _Memory:
         return self._known[key]
 
     def _write(self) -> None:
-        self._path.write_text(json.dumps(self._known), encoding="utf-8")
+        write_file(self._path, json.dumps(self._known), overwrite=True)
 
 
 def _kind(kind: str | Recovery) -> tuple[RecoverySpec, Recovery]:

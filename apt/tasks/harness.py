@@ -9,7 +9,7 @@ import logging
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,15 +23,21 @@ from apt.adapter.eval_mode import eval_mode
 from apt.errors import AptError, first_line
 from apt.tasks.answers import Answers
 from apt.tasks.question_sets import GROUP, SETS, task_config
+from apt.tasks.task_files import check_task_file
 
 _BATCH = 16
 
 
-def check_tasks(names: Sequence[str]) -> list[str]:
+def check_tasks(names: Sequence[str], *, trust_remote_code: bool = False) -> list[str]:
     """The names of tasks, with ``local`` replaced by the question sets.
 
+    Args:
+        names: the names of tasks, or YAML files.
+        trust_remote_code: True if code that a YAML file names may run.
+
     Raises:
-        AptError: lm-evaluation-harness or a question set is not installed, or a task is not known.
+        AptError: lm-evaluation-harness or a question set is not installed, a task is not known, or
+            a file cannot be read or would run code.
     """
     if find_spec("lm_eval") is None:
         raise AptError(
@@ -41,7 +47,10 @@ def check_tasks(names: Sequence[str]) -> list[str]:
     for name in wanted:
         if name in SETS:
             task_config(name)
-    others = [name for name in wanted if name not in SETS]
+    for name in wanted:
+        if _is_file(name):
+            check_task_file(Path(name), trust_remote_code=trust_remote_code)
+    others = [name for name in wanted if name not in SETS and not _is_file(name)]
     if others:
         _check_known(others)
     return list(dict.fromkeys(wanted))
@@ -53,15 +62,16 @@ def _check_known(names: Sequence[str]) -> None:
     with _quiet():
         known = TaskManager().match_tasks(list(names))
     for name in names:
-        if name.endswith((".yaml", ".yml")):
-            if not Path(name).is_file():
-                raise AptError(f"the task file {name} does not exist", "", ("tasks",))
-        elif name not in known:
+        if name not in known:
             raise AptError(
                 f"task '{name}' is not known",
                 f"choose one of lm-evaluation-harness, or {GROUP} for {', '.join(SETS)}",
                 ("tasks",),
             )
+
+
+def _is_file(name: str) -> bool:
+    return name.endswith((".yaml", ".yml"))
 
 
 def task_setting(names: Sequence[str], limit: int | None) -> dict[str, Any]:
@@ -76,6 +86,7 @@ def answer(
     limit: int | None = None,
     *,
     progress: bool = False,
+    trust_remote_code: bool = False,
 ) -> list[Answers]:
     """Answer tasks without examples in the prompt and without a chat template.
 
@@ -86,25 +97,28 @@ def answer(
         limit: the number of questions of each task; None for all. Question sets are shuffled, other
             tasks begin with their first question.
         progress: True if the harness may show its progress on standard error.
+        trust_remote_code: True if templates of tasks may run any code. They can otherwise not reach
+            Python's internals.
 
     Raises:
-        AptError: a task cannot be read.
+        AptError: a task cannot be read or answered.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
     wanted = [task_config(name) if name in SETS else name for name in names]
-    with eval_mode(model), _quiet(progress=progress), _no_environment():
+    sandbox = nullcontext() if trust_remote_code else _sandboxed_templates()
+    with eval_mode(model), _quiet(progress=progress), _no_environment(), sandbox:
         runner = HFLM(
             model, backend="causal", tokenizer=tokenizer, batch_size=_BATCH,
             device=str(next(model.parameters()).device),
         )  # fmt: skip
         try:
             found = simple_evaluate(runner, tasks=wanted, limit=limit, verbosity="ERROR")
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except Exception as error:  # for tasks of users the harness raises any type
             raise AptError(
-                f"the tasks {', '.join(names)} cannot be answered: {first_line(error)}",
-                f"without a network, use {GROUP}",
+                f"the tasks {', '.join(names)} cannot be answered: {_reason(error)}",
+                f"without a network, use {GROUP}" if isinstance(error, OSError) else "",
                 ("tasks",),
             ) from error
     assert found is not None  # it is None only in the further processes of a distributed run
@@ -125,6 +139,27 @@ def _quiet(*, progress: bool = False) -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, StopIteration):
+        return "there are no questions"
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+@contextmanager
+def _sandboxed_templates() -> Iterator[None]:
+    """While entered, the templates of tasks run in the sandbox of Jinja."""
+    from jinja2.sandbox import SandboxedEnvironment
+    from lm_eval import utils
+
+    plain = utils.env
+    sandbox = SandboxedEnvironment(
+        loader=plain.loader, undefined=plain.undefined, keep_trailing_newline=True
+    )
+    sandbox.filters.update(plain.filters)
+    with patch.object(utils, "env", sandbox):
+        yield
 
 
 @contextmanager
