@@ -26,7 +26,7 @@ NAMES = {
     "admm/own_samples=8/random_tokens=0": "`admm`, own text",
     "admm:best/own_samples=0": "`admm`, best, without own text",
 }
-COLUMNS = {"0.5": "50 %", "0.6": "60 %", "0.7": "70 %"}
+COLUMNS = {"0.5": "50 %", "0.6": "60 %", "0.7": "70 %", "0.8": "80 %"}
 ORDER = ("", "0.5", "4:8", "0.6", "2:4", "0.7")
 """The patterns from the least loss to the most; the dense model first."""
 

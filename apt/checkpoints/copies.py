@@ -29,9 +29,9 @@ _LARGEST_HEADER = 2**27
 def side_files(source: Path) -> Iterator[Path]:
     """All files of a checkpoint except its weights, their index, and a report of APT.
 
-    Hidden folders are left out: they contain data of tools. A link is included only if it leads to
-    a file of the checkpoint, or to the hub's cache of it. No other file should be copied to the
-    output.
+    Hidden files and folders are left out: they contain data of tools, and secrets. A link is
+    included only if it leads to a file of the checkpoint, or to the hub's cache of it. No other
+    file should be copied to the output.
     """
     return (path for path in _files(source) if not _is_outside_link(path, source))
 
@@ -51,8 +51,10 @@ def _linked_folders(source: Path) -> Iterator[Path]:
 def _visible(source: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
     """The folders of a checkpoint that are not hidden, with their folders and files."""
     for folder, folders, names in os.walk(source):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield Path(folder), folders, sorted(names)
+        folders[:], names = (
+            sorted(name for name in found if not name.startswith(".")) for found in (folders, names)
+        )
+        yield Path(folder), folders, names
 
 
 def _files(source: Path) -> Iterator[Path]:

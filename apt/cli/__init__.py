@@ -3,6 +3,7 @@
 import os
 import sys
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import typer
@@ -27,8 +28,12 @@ from apt.cli import (
     shrink,
     verify,
 )
+from apt.cli.commands import Commands
+from apt.cli.commands import run as run_command
 from apt.cli.flags import flags_of
 from apt.cli.grouped_help import GroupedHelp
+from apt.cli.interruptions import signals_as_exceptions
+from apt.cli.resources import resource_error
 from apt.cli.streams import guarded, program
 from apt.errors import AptError
 from apt.locations.paths import user_error
@@ -61,6 +66,7 @@ _EPILOG = "The options above can be given with every command, before or after it
 
 app = typer.Typer(
     name="apt-prune",
+    cls=Commands,
     help="Prune language models after training, in one shot.",
     epilog=_EPILOG,
     rich_markup_mode=None,
@@ -125,7 +131,7 @@ def options(
 
 def main() -> None:
     """Run the command line; exit status 2 for errors of the user, 130 for Ctrl-C."""
-    with guarded():
+    with guarded(), signals_as_exceptions():
         _run(sys.argv[1:] or ["--help"])
 
 
@@ -137,26 +143,34 @@ def _run(arguments: list[str]) -> None:
         )
     arguments = _global_options_first(arguments)
     _quieten_libraries()
-    _choose_events(arguments)
+    words = [word for word in arguments if word != "--debug"]
     try:
         _check_working_directory()
-        app(args=[word for word in arguments if word != "--debug"], prog_name=program())
-    except (AptError, OSError) as error:
-        if "--debug" in arguments:
-            raise
-        shown = error if isinstance(error, AptError) else user_error(error)
+        _check_text(words)
+        with _json_output(arguments):
+            run_command(app, words, program())
+    except Exception as error:
+        shown = None if "--debug" in arguments else _shown(error)
         if shown is None:
             raise
         *lines, last = shown.faults
         _fail(*lines, last + flags_of(shown.options))
 
 
-def _choose_events(arguments: list[str]) -> None:
-    """With ``--json``, standard error gets events, from the first error on."""
-    from apt.cli.output import print_events
+def _shown(error: Exception) -> AptError | None:
+    """The lines for an error that the user can correct; None for a bug."""
+    if isinstance(error, AptError):
+        return error
+    return (user_error(error) if isinstance(error, OSError) else None) or resource_error(error)
+
+
+def _json_output(arguments: list[str]) -> AbstractContextManager[None]:
+    """With ``--json``, the streams have JSON only, from the first error on."""
+    from apt.cli.output import json_streams, print_events
 
     options = arguments[: arguments.index("--")] if "--" in arguments else arguments
     print_events("--json" in options)
+    return json_streams() if "--json" in options else nullcontext()
 
 
 def _check_working_directory() -> None:
@@ -165,6 +179,19 @@ def _check_working_directory() -> None:
         os.getcwd()
     except OSError as error:
         raise AptError("the working directory no longer exists", "change to another") from error
+
+
+def _check_text(words: list[str]) -> None:
+    """Raise if an argument is not text in the encoding of the environment."""
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError as error:
+            shown, encoding = ascii(word), sys.getfilesystemencoding()
+            raise AptError(
+                f"{shown} is not text in the encoding of this environment ({encoding})",
+                "set LC_ALL=C.UTF-8, or rename it",
+            ) from error
 
 
 def _global_options_first(arguments: list[str]) -> list[str]:

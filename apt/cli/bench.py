@@ -7,7 +7,6 @@ import typer
 
 from apt.benchmark.options import Setting, Work
 from apt.cli import arguments as args
-from apt.cli.streams import program
 
 if TYPE_CHECKING:
     from apt.locations.model_source import Source
@@ -63,16 +62,12 @@ def bench(
         args.find_model(model, registry(), hub, trust_remote_code=trust_remote_code)
         for model in models
     ]
-    try:
-        with status_line("starting a process for each model") as status:
-            work, results = measure(sources, setting, work, rounds, notice, status.update)
-            pays = None
-            if results[0].facts.device == "cpu" and any(map(_is_packed, sources)):
-                status.update("measuring from which share of zeros on packing pays")
-                pays = PaysFrom(pays_from(results[0].facts.threads))
-    except KeyboardInterrupt:
-        typer.echo(f"{program()}: interrupted", err=True)
-        raise typer.Exit(130) from None
+    with status_line("starting a process for each model") as status:
+        work, results = measure(sources, setting, work, rounds, notice, status.update)
+        pays = None
+        if results[0].facts.device == "cpu" and any(map(_is_packed, sources)):
+            status.update("measuring from which share of zeros on packing pays")
+            pays = PaysFrom(pays_from(results[0].facts.threads))
     show_results(work, results, pays, as_json=as_json)
 
 

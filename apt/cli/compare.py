@@ -8,6 +8,7 @@ import typer
 
 from apt.cli import arguments as args
 from apt.cli import run_arguments as run
+from apt.cli.interruptions import interrupted
 from apt.errors import AptError
 from apt.files.writing import check_file
 from apt.locations.paths import kind_at
@@ -118,11 +119,8 @@ def compare(
             comparison.read()
             output.mkdir(parents=True, exist_ok=True)
             rows = grid.run(comparison, _Told(grid.rows, len(comparison.rows)))
-    except KeyboardInterrupt:
-        from apt.cli.streams import program
-
-        typer.echo(f"{program()}: interrupted; the same command continues", err=True)
-        raise typer.Exit(130) from None
+    except KeyboardInterrupt as error:
+        raise interrupted(error, "the same command continues") from None
     _show(output, comparison, rows, as_json=as_json)
     _write(output, comparison, rows)
 

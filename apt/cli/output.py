@@ -3,8 +3,9 @@
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,17 @@ def print_events(wanted: bool) -> None:
     """Choose whether standard error gets events as lines of JSON (``--json``), or text."""
     global _events
     _events = wanted
+
+
+@contextmanager
+def json_streams() -> Iterator[None]:
+    """While entered, standard output has the results alone; what plugins print goes to error."""
+    out.file = _wide.file = sys.stdout
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        out._file = _wide._file = None  # the standard output of the moment again
 
 
 def _line(line: str, event: str, fields: Mapping[str, Any]) -> str:

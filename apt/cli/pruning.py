@@ -1,20 +1,17 @@
 """The part of ``apt-prune prune`` and ``shrink`` after their options are read."""
 
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import typer
 
 from apt.checkpoints.copies import REPORT
+from apt.cli.interruptions import interrupted
 from apt.cli.output import notice, out, show_error, show_json, status_line
 from apt.cli.plan import Planned, show_plan
 from apt.cli.progress import RunProgress
 from apt.cli.run_arguments import Defaults
 from apt.cli.settings import save
-from apt.cli.streams import program
 from apt.cli.summary import first_not_finite, show_report
 from apt.distributed.launch import joined
 from apt.distributed.ranks import Ranks
@@ -102,7 +99,7 @@ def run(prepared: Prepared, ranks: Ranks, notices: list[str], *, as_json: bool) 
         return None
     earlier = _written(prepared.options.output)
     try:
-        with sigterm_as_exception(), RunProgress(prepared.plan, notices) as progress:
+        with RunProgress(prepared.plan, notices) as progress:
             report = execute(prepared, progress.observe, progress.status, ranks=ranks)
     except AptError:
         raise
@@ -110,10 +107,7 @@ def run(prepared: Prepared, ranks: Ranks, notices: list[str], *, as_json: bool) 
         error.add_note(_origins(prepared))
         raise
     except KeyboardInterrupt as error:
-        if ranks.first:
-            state = _after_interruption(prepared.options, earlier)
-            typer.echo(f"{program()}: interrupted; {state}", err=True)
-        raise typer.Exit(143 if isinstance(error, TerminatedError) else 130) from None
+        raise interrupted(error, _after_interruption(prepared.options, earlier)) from None
     show_report(report, prepared.options, prepared.registry, as_json=as_json)
     if wrong := first_not_finite(report.scores, prepared.options.metrics):
         show_error(f"the {wrong} is not a finite number: the model's outputs are not")
@@ -127,24 +121,6 @@ def show_complete(output: Path, *, as_json: bool) -> None:
         show_json({"output": str(output), "complete": True})
     else:
         out.print(f"{output}: already complete", markup=False)
-
-
-class TerminatedError(KeyboardInterrupt):
-    """The process received SIGTERM. It cleans up as after Ctrl-C."""
-
-
-@contextmanager
-def sigterm_as_exception() -> Iterator[None]:
-    """While entered, SIGTERM raises an exception, so that temporary files are removed."""
-
-    def stop(number: int, frame: object) -> None:
-        raise TerminatedError
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _written(output: Path) -> int | None:

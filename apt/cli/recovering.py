@@ -9,6 +9,7 @@ from types import TracebackType
 import typer
 from rich.progress import BarColumn, Progress, TextColumn
 
+from apt.cli.interruptions import interrupted
 from apt.cli.output import (
     duration,
     err,
@@ -20,8 +21,7 @@ from apt.cli.output import (
     show_event,
     show_json,
 )
-from apt.cli.pruning import TerminatedError, show_complete, sigterm_as_exception
-from apt.cli.streams import program
+from apt.cli.pruning import show_complete
 from apt.distributed.launch import joined
 from apt.events import HeldBack, TrainingEvent, TrainingStep
 from apt.output.report import Report
@@ -63,13 +63,10 @@ def start(
             return
         notices.append(f"kind: {prepared.spec.name}" + ("" if options.kind else " (default)"))
         try:
-            with sigterm_as_exception(), RecoveryProgress(notices) as progress:
+            with RecoveryProgress(notices) as progress:
                 report = RecoveryRun(prepared, progress.observe, progress.status, ranks).execute()
         except KeyboardInterrupt as error:
-            if ranks.first:
-                typer.echo(f"{program()}: interrupted; {_afterwards(options)}", err=True)
-            code = 143 if isinstance(error, TerminatedError) else 130
-            raise typer.Exit(code) from None
+            raise interrupted(error, _afterwards(options)) from None
         if not ranks.first:
             return
     _show(report, prepared, as_json=as_json)

@@ -123,7 +123,7 @@ def _checked(path: Path, known: Mapping[str, _Setting]) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # Windows adds a BOM
     except (OSError, ValueError, RecursionError) as error:
         raise AptError(
             f"{path} cannot be read: {first_line(error)}", 'write lines such as pattern = "2:4"'

@@ -1,16 +1,19 @@
 """The results of a comparison: a file that grows row by row."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from apt.comparing.claims import claimed
-from apt.errors import AptError, first_line
+from apt.errors import AptError, described
+from apt.evaluation.windows import Windows
 from apt.files.writing import write_file
 from apt.locations.paths import user_error
 from apt.output.json_values import json_value
 from apt.output.report import differences
+from apt.tasks.answers import Answers
 
 RESULTS = "comparison.json"
 DENSE = "dense"
@@ -42,13 +45,13 @@ class Comparison:
         path = folder / RESULTS
         try:
             known = json.loads(path.read_text(encoding="utf-8"))
-            setting = dict(known["setting"])
-            rows = [_read(row) for row in known["rows"]]
+            setting = _read_setting(known["setting"])
+            rows = [_read(row, setting) for row in known["rows"]]
         except OSError as error:
             raise user_error(error) or error from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise AptError(
-                f"{path} is damaged: {first_line(error)}", "delete it", ("output",)
+                f"{path} is damaged: {described(error)}", "delete it, or use another directory"
             ) from error
         return cls(path, setting, rows)
 
@@ -103,10 +106,47 @@ class Comparison:
         write_file(self.path, text, overwrite=True)
 
 
-def _read(row: Row) -> Row:
-    """A row of the file, in which numbers that are not finite are strings."""
+def _read_setting(record: Any) -> dict[str, Any]:
+    """What the rows have in common.
+
+    Raises:
+        TypeError, KeyError, ValueError: the record is damaged.
+    """
+    setting: dict[str, Any] = dict(record)
+    if not all(isinstance(setting[name], list) for name in ("shape", "metrics")):
+        raise TypeError("shape and metrics must be lists")
+    if not all(isinstance(size, list) for size in dict(setting["windows"]).values()):
+        raise TypeError("the shapes of the windows must be lists")
+    _texts(setting, "model", "calibration")
+    return setting
+
+
+def _read(row: Row, setting: Mapping[str, Any]) -> Row:
+    """A row of the file, in which numbers that are not finite are strings.
+
+    Raises:
+        TypeError, KeyError, ValueError, AttributeError: it is damaged.
+    """
+    _texts(row, "key", "method", "pattern")
     scores = {
-        text: {metric: float(value) for metric, value in found.items()}
-        for text, found in row["scores"].items()
+        text: {metric: float(row["scores"][text][metric]) for metric in setting["metrics"]}
+        for text in setting["windows"]
     }
-    return {**row, "key": str(row["key"]), "scores": scores}
+    for text, found in scores.items():
+        for metric in found:
+            Windows.of(row, text, metric)
+    for record in row.get("tasks", {}).values():
+        Answers.read(record)
+    numbers = {
+        name: float(row[name])
+        for name in ("sparsity", "error", "seconds")
+        if row.get(name) is not None
+    }
+    return {**row, **numbers, "scores": scores}
+
+
+def _texts(record: Mapping[str, Any], *names: str) -> None:
+    """Raise if one of these entries is not a text."""
+    for name in names:
+        if not isinstance(record[name], str):
+            raise TypeError(f"{name} must be a text")

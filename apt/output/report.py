@@ -18,7 +18,7 @@ import torch
 
 from apt.checkpoints.copies import REPORT
 from apt.distributed.ranks import Work
-from apt.errors import AptError, first_line
+from apt.errors import AptError, described
 from apt.events import SitePruned
 from apt.files.hashes import file_hashes, sha256
 from apt.files.writing import write_file
@@ -121,14 +121,18 @@ class Report:
         return {name: found[name] for name in _ORDER}
 
     @classmethod
-    def from_dict(cls, record: dict[str, Any]) -> "Report":
+    def from_dict(cls, record: dict[str, Any], name: str = "the report") -> "Report":
         """The report of a record of `to_dict`.
+
+        Args:
+            record: the record.
+            name: the name of the report in messages.
 
         Raises:
             AptError: the record has another schema, or is damaged.
         """
         if record.get("schema") != SCHEMA:
-            raise AptError(f"the report has schema {record.get('schema')}, not {SCHEMA}")
+            raise AptError(f"{name} has schema {record.get('schema')}, not {SCHEMA}", _RESTORE)
         try:
             record = {name: {} for name in _ADDED} | record
             known = {entry.name: record[entry.name] for entry in fields(cls)}
@@ -137,7 +141,7 @@ class Report:
             known["sites"] = [_site(site) for site in known["sites"]]
             known["scores"] = {name: _numbers(part) for name, part in known["scores"].items()}
         except (KeyError, TypeError, ValueError) as error:
-            raise AptError(f"the report is damaged: {first_line(error)}") from error
+            raise AptError(f"{name} is damaged: {described(error)}", _RESTORE) from error
         return cls(**known)
 
     @classmethod
@@ -150,7 +154,7 @@ class Report:
         record = read_report(directory)
         if record is None:
             raise AptError(f"{directory} has no {REPORT}", "a run of APT writes it")
-        return cls.from_dict(record)
+        return cls.from_dict(record, f"the report in {directory}")
 
     def write(self, directory: Path, changed: Collection[str] | None = None) -> "Report":
         """Write the report into ``directory``, with the hashes of its files.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from apt.checkpoints.model import Model
 from apt.checkpoints.safetensors_io import Shards
 from apt.errors import AptError
-from apt.packing.directory import Packed, Rounding, finish, linear_tensors, rewrite
+from apt.packing.directory import Packed, Rounding, check_finite, finish, linear_tensors, rewrite
 from apt.runtime.entries import KEY, read_config
 from apt.runtime.rounding import exact_integers, nearest_integers
 from apt.solver.integers import ScaleGroup
@@ -51,11 +51,12 @@ def write_compressed_tensors(
         nonlocal lost, whole, dense
         if name not in modules:
             return {name: tensor}
+        check_finite(name, tensor)
         integers, scales = _integers(name, tensor, rounding)
         dense += tensor.nbytes
         found = dequantized(integers, scales)
-        lost += float((found.float() - tensor.float()).square().sum(dtype=torch.float64))
-        whole += float(tensor.float().square().sum(dtype=torch.float64))
+        lost += float((found.double() - tensor.double()).square().sum())
+        whole += float(tensor.double().square().sum())
         stem = name.removesuffix("weight")
         return {
             f"{stem}{_PACKED}": packed(integers, _BITS[rounding.kind]),

@@ -160,6 +160,7 @@ def pack(
         nonlocal dense
         if name not in names or tensor.ndim != 2 or tensor.dtype not in FLOATS.values():
             return {name: tensor}
+        check_finite(name, tensor)
         entry, parts = _encoded(tensor, rounding)
         if sum(part.nbytes for part in parts.values()) >= tensor.nbytes:
             return {name: tensor}
@@ -365,9 +366,16 @@ def _verify(
         expected = original if lossless else decode(*_encoded(original, rounding))
         if not _same(matrix, expected):
             raise RuntimeError(f"{name} was not packed exactly")
-        lost += float((matrix.float() - original.float()).square().sum(dtype=torch.float64))
-        whole += float(original.float().square().sum(dtype=torch.float64))
+        # In fp64: the squares of weights near 1e30 are beyond fp32.
+        lost += float((matrix.double() - original.double()).square().sum())
+        whole += float(original.double().square().sum())
     return lost / whole if whole else 0.0
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raise if a weight is not finite."""
+    if not torch.isfinite(tensor).all():
+        raise AptError(f"{name} holds values that are not finite", "the checkpoint is damaged")
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -187,7 +187,9 @@ class _Loader:
             _check_version(getattr(module, "APT_API", hookspecs.API))
             self.manager.register(module, name=plugin.key)
             _check_wrappers(self.manager.get_hookcallers(module) or [], plugin.key)
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # of any kind: one plugin must not end the program
             self.manager.unregister(name=plugin.key)
             self.note(plugin.key, error)
 
@@ -234,7 +236,9 @@ class _Loader:
             found = list(declared)
             if wrong := [spec for spec in found if not isinstance(spec, of)]:
                 raise TypeError(f"{wrong[0]!r} is not of type {of.__name__}")
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             self.note(implementation.plugin_name, error)
             return []
         return found

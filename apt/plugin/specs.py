@@ -43,9 +43,9 @@ class Spec:
         """Convert an exception of the plugin's code to an `AptError` of one line."""
         try:
             yield
-        except AptError:
+        except (AptError, KeyboardInterrupt):
             raise
-        except (Exception, SystemExit) as error:
+        except BaseException as error:  # of any kind, as those of `apt.plugin.registry`
             raise AptError(
                 f"{what} of '{self.name}' does not load: {described(error)}",
                 "reinstall or upgrade its package",

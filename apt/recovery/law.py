@@ -21,6 +21,8 @@ from apt.recovery.record import Training
 Array = Any  # of numpy
 _LEAST_POINTS = 4
 _STARTS = 8
+_EVALUATIONS = 200  # of the residuals for a start; a curve without a slope would need any number
+_FLAT = 1e-3  # nats between the losses of a curve, below which tokens have no measurable effect
 _MILLION = 1e6
 
 THRESHOLD = 0.01
@@ -99,20 +101,20 @@ def fit_law(points: Sequence[Point], *, resamples: int = 0, seed: int = 0) -> La
         AptError: there are too few points.
     """
     points = [point for point in points if point.tokens > 0 and math.isfinite(point.loss)]
-    if len({(point.curve, point.tokens) for point in points}) < _LEAST_POINTS:
+    known = {(point.curve, point.tokens) for point in points}
+    if len(known) < _LEAST_POINTS:
         raise AptError(
-            f"the law needs at least {_LEAST_POINTS} points with tokens, and there are "
-            f"{len(points)}",
+            f"the law needs losses at {_LEAST_POINTS} different numbers of tokens at least, and "
+            f"there are {len(known)}",
             "train longer, or measure the loss more often",
             ("checks",),
         )
     names, missing = _identified(points)
     values = _fit(names, points)
-    law = Law(
+    return Law(
         values, missing, slope_difference(values, points), _mean_error(values, points),
-        _intervals(names, points, resamples, seed),
+        _intervals(values, points, 0 if _flat(points) else resamples, seed),
     )  # fmt: skip
-    return law
 
 
 def _identified(points: Sequence[Point]) -> tuple[list[str], tuple[str, ...]]:
@@ -128,7 +130,15 @@ def _identified(points: Sequence[Point]) -> tuple[list[str], tuple[str, ...]]:
         missing.append("one model size: no delta, N_C and alpha")
     if not all(point.dense for point in points):
         missing.append("the loss of a dense model is not known: it is a part of E")
+    if _flat(points):
+        missing.append("the losses do not change with the tokens: D_C and beta mean nothing")
     return names, tuple(missing)
+
+
+def _flat(points: Sequence[Point]) -> bool:
+    """True if the loss of no curve depends on the tokens."""
+    curves = ([point.loss for point in curve] for curve in _curves(points))
+    return all(max(losses) - min(losses) < _FLAT for losses in curves)
 
 
 def _arrays(points: Sequence[Point]) -> dict[str, Array]:
@@ -156,7 +166,10 @@ def _predict(values: dict[str, float], given: dict[str, Array]) -> Array:
 _FREE = ("gamma", "delta", "E")  # the other parameters are positive: their logarithms are fitted
 
 
-def _fit(names: Sequence[str], points: Sequence[Point]) -> dict[str, float]:
+def _fit(
+    names: Sequence[str], points: Sequence[Point], near: dict[str, float] | None = None
+) -> dict[str, float]:
+    """The parameters of least error, from several starts or from one that is known to be near."""
     from scipy.optimize import least_squares
 
     given = _arrays(points)
@@ -170,17 +183,29 @@ def _fit(names: Sequence[str], points: Sequence[Point]) -> dict[str, float]:
 
     lower = [-20.0 if name in _FREE else -12.0 for name in names]
     upper = [20.0 if name in _FREE else 6.0 if name in ("D_C", "N_C") else 1.1 for name in names]
-    draw, best = np.random.default_rng(0), None
-    for number in range(_STARTS):
-        start = [_START[name] + (draw.normal() * 0.5 if number else 0.0) for name in names]
-        start = list(np.clip(start, np.add(lower, 1e-6), np.subtract(upper, 1e-6)))
+    best = None
+    for start in _starts(names, near):
+        inside = np.clip(start, np.add(lower, 1e-6), np.subtract(upper, 1e-6))
         found = least_squares(
-            residuals, start, bounds=(lower, upper), loss="soft_l1", f_scale=0.05, max_nfev=2000
-        )
+            residuals, inside, bounds=(lower, upper), loss="soft_l1", f_scale=0.05,
+            max_nfev=_EVALUATIONS,
+        )  # fmt: skip
         if best is None or found.cost < best.cost:
             best = found
     assert best is not None
     return values(best.x)
+
+
+def _starts(names: Sequence[str], near: dict[str, float] | None) -> list[list[float]]:
+    """The starts of the fit, on the scale on which the parameters are fitted."""
+    if near is not None:
+        values = ((name, near[name]) for name in names)
+        return [[v if name in _FREE else math.log(max(v, 1e-12)) for name, v in values]]
+    draw = np.random.default_rng(0)
+    return [
+        [_START[name] + (draw.normal() * 0.5 if number else 0.0) for name in names]
+        for number in range(_STARTS)
+    ]
 
 
 _START = {
@@ -222,9 +247,10 @@ def _mean_error(values: dict[str, float], points: Sequence[Point]) -> float:
 
 
 def _intervals(
-    names: Sequence[str], points: Sequence[Point], resamples: int, seed: int
+    values: dict[str, float], points: Sequence[Point], resamples: int, seed: int
 ) -> dict[str, tuple[float, float]]:
-    """The 90 % intervals of the parameters over bootstrap samples."""
+    """The 90 % intervals of the fitted parameters over bootstrap samples, fitted from there."""
+    names = list(values)
     draw, found = np.random.default_rng(seed), list[dict[str, float]]()
     curves = _curves(points)
     units: list[list[Point]] = curves if len(curves) > 1 else [[point] for point in points]
@@ -232,10 +258,10 @@ def _intervals(
         chosen = [units[i] for i in draw.integers(len(units), size=len(units))]
         some = [point for unit in chosen for point in unit]
         if set(_identified(some)[0]) >= set(names) and len({p.tokens for p in some}) > 1:
-            found.append(_fit(names, some))
+            found.append(_fit(names, some, values))
     if not found:
         return {}
-    ends = {name: np.quantile([values[name] for values in found], [0.05, 0.95]) for name in names}
+    ends = {name: np.quantile([one[name] for one in found], [0.05, 0.95]) for name in names}
     return {name: (float(low), float(high)) for name, (low, high) in ends.items()}
 
 

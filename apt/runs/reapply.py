@@ -106,7 +106,8 @@ def _report(masks: Path, shell: Model) -> Report:
         "type": shell.config.model_type,
         "adapter": shell.spec.name,
     }
-    return Report.from_dict(pruned) if pruned else Report({}, model, {})
+    where = f"the report in {masks}"
+    return Report.from_dict(pruned, where) if pruned else Report({}, model, {})
 
 
 def _save(loaded: Model, directory: Path, max_shard_size: str | None) -> None:

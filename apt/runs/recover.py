@@ -125,15 +125,15 @@ def _report_beside(directory: Path) -> dict[str, Any]:
     report = read_report(directory) or {}
     if not report:
         return report
+    where = f"the report in {directory}"
+    Report.from_dict(report, where)
     try:
-        Report.from_dict(report)
         share = float((report.get("structure") or {}).get("share", 1))
         if not 0 < share <= 1:
             raise ValueError(f"a smaller model has a share of {share} of the parameters")
-    except (AptError, AttributeError, TypeError, ValueError) as error:
-        cause = getattr(error, "message", first_line(error))
+    except (AttributeError, TypeError, ValueError) as error:
         raise AptError(
-            f"the report in {directory} is damaged: {cause}", "delete it to recover without it"
+            f"{where} is damaged: {first_line(error)}", "delete it to recover without it"
         ) from error
     return report
 
@@ -149,6 +149,12 @@ def _dense_shell(prepared: PreparedRecovery) -> Model:
         raise AptError(
             f"recovery {prepared.spec.name} needs the dense model, and no report names it",
             "name it",
+            ("dense",),
+        )
+    if Path(given).exists() and Path(given).resolve() == Path(options.model).resolve():
+        raise AptError(
+            f"{given} is the pruned model itself",
+            "name the model from which it was pruned",
             ("dense",),
         )
     try:

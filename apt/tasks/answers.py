@@ -44,9 +44,14 @@ class Answers:
 
     @classmethod
     def read(cls, record: dict[str, Any]) -> "Answers":
-        """The answers of a record."""
+        """The answers of a record.
+
+        Raises:
+            TypeError, KeyError, ValueError, AttributeError: it is damaged.
+        """
         pairs = {name: (float(v), float(e)) for name, (v, e) in record["metrics"].items()}
-        return cls(**{**record, "metrics": pairs})
+        scores = {name: [float(v) for v in values] for name, values in record["scores"].items()}
+        return cls(**{**record, "metrics": pairs, "scores": scores})
 
 
 def difference(pruned: Answers, dense: Answers, metric: str) -> Difference | None:

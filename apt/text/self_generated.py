@@ -19,7 +19,7 @@ from apt.adapter.eval_mode import eval_mode
 from apt.errors import AptError
 from apt.text.datasets import text_width, with_bos
 from apt.text.sampling import drawn, generator, vocabulary
-from apt.text.special_tokens import named_ids
+from apt.text.special_tokens import named_ids, tokens_of
 
 _PIECE = 256  # tokens of one generated sequence; a longer sample consists of several
 _AT_ONCE = 32  # sequences in a batch
@@ -96,7 +96,7 @@ def _continued(model: GenerationMixin, starts: Tensor, more: int, seed: int) -> 
     how = GenerationConfig(
         do_sample=True, num_beams=1, temperature=1.0, top_k=0, top_p=1.0,
         max_new_tokens=more, min_new_tokens=more, pad_token_id=0,
-        eos_token_id=own.eos_token_id, use_cache=own.use_cache,
+        eos_token_id=tokens_of(own, "eos_token_id") or None, use_cache=own.use_cache,
         remove_invalid_values=True,  # the pruning reports non-finite activations with their block
     )  # fmt: skip
     devices = [starts.device] if starts.device.type == "cuda" else []

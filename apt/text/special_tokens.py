@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
+from apt.errors import AptError
+
 
 def bos_of(tokenizer: Any) -> int | None:
     """The token that a tokenizer adds at the beginning of every text; None if it adds none.
@@ -27,6 +29,22 @@ def named_ids(model: Any) -> tuple[int, ...]:
 
 
 def _named(config: Any) -> Iterator[int]:
-    for name, value in vars(config).items():
+    for name in vars(config):
         if name.endswith("_token_id"):
-            yield from (t for t in (value if isinstance(value, list) else [value]) if t is not None)
+            yield from tokens_of(config, name)
+
+
+def tokens_of(config: Any, name: str) -> list[int]:
+    """The tokens of an entry of a configuration: none, one or several.
+
+    Raises:
+        AptError: the entry is something else.
+    """
+    value = getattr(config, name, None)
+    tokens = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(token, int) for token in tokens):
+        raise AptError(
+            f"{name} of the model's configuration is {value!r}, which is no token",
+            "correct its config.json or generation_config.json",
+        )
+    return tokens
