@@ -6,6 +6,7 @@ import pytest
 
 from apt.errors import AptError
 from apt.output.location import check_output
+from apt.output.report import Report
 from apt.output.workplace import whole_directory, write_errors
 
 
@@ -39,13 +40,13 @@ def test_the_old_directory_stays_until_the_new_one_is_whole(tmp_path):
     target = tmp_path / "out"
     target.mkdir()
     (target / "old").write_text("old")
-    (target / "apt_report.json").write_text('{"skipped": [], "options": {}}')
+    Report({}, {"reference": "m"}, {}).write(target)
     with pytest.raises(KeyError):
         write_and_fail(target, KeyError())
     assert (target / "old").read_text() == "old"
     with whole_directory(target, overwrite=True) as work:
         (work.out / "new").write_text("new")
-    assert sorted(p.name for p in target.iterdir()) == ["apt_files.json", "new"]
+    assert [p.name for p in target.iterdir()] == ["new"]
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
@@ -58,7 +59,8 @@ def test_a_full_disk_is_an_error_for_the_user(tmp_path):
 def test_outputs_are_checked_early(tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "apt_report.json").write_text('{"skipped": [], "options": {}}')
+    (tmp_path / "full" / "weights").write_text("x")
+    Report({}, {"reference": "m"}, {}).write(tmp_path / "full")
     (tmp_path / "empty").mkdir()
     check_output(tmp_path / "empty", False)
     check_output(tmp_path / "full", True)
@@ -69,3 +71,6 @@ def test_outputs_are_checked_early(tmp_path):
         check_output(tmp_path / "full", False)
     with pytest.raises(AptError, match="not a directory"):
         check_output(tmp_path / "file" / "out", False)
+    (tmp_path / "full" / "weights").write_text("of a fine-tuning")
+    with pytest.raises(AptError, match="was changed since APT wrote it: weights; APT never del"):
+        check_output(tmp_path / "full", True)

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from apt.output.report import Report
 from apt.plugin.registry import registry
 from tests.families import FAMILIES, TEXT
 
@@ -102,6 +103,10 @@ def test_verify_finds_one_weight_too_many(apt):
     run = apt("verify", "out", "--pattern", "2:4")
     assert run.code == 1
     assert "model.layers.1.mlp.up_proj: row 3 keeps 4 of inputs 8 to 11; 1 of" in run.out
+    assert "model.safetensors was changed or removed since it was written" in run.out
+    run = apt("verify", "out", "--pattern", "2:4", "--skip", "*.1.mlp.up_proj")
+    assert (run.code, "27 of 27 sites meet 2:4" in run.out) == (1, True)
+    Path("out/apt_report.json").unlink()
     assert apt("verify", "out", "--pattern", "2:4", "--skip", "*.1.mlp.up_proj").code == 0
 
 
@@ -332,7 +337,8 @@ def test_ctrl_c_is_130(apt, monkeypatch):
     assert run.err.endswith("apt: interrupted; nothing was written\n")
     assert list(Path().iterdir()) == []
     Path("out").mkdir()
-    Path("out/apt_report.json").write_text('{"skipped": [], "options": {}}')
+    Path("out/weights").write_text("of an earlier run")
+    Report({}, {"reference": "m"}, {}).write(Path("out"))
     run = apt("prune", "zoo:llama", *SMALL, "-o", "out", "--overwrite")
     assert run.err.endswith("apt: interrupted; nothing was written\n")
 

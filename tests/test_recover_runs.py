@@ -237,7 +237,7 @@ def test_masks_that_do_not_fit_are_errors(apt, checkpoint, pruned):
     assert "has no zeros" in dense.err
     missing = apt("reapply", "nothing", "pruned", "-o", "out")
     assert missing.code == 2
-    assert "nothing is not a file of masks" in missing.err
+    assert "nothing does not exist; name a pruned model" in missing.err
     weights = apt("reapply", "pruned/model.safetensors", "pruned", "-o", "out")
     assert weights.code == 2
     assert "is not a file of masks" in weights.err

@@ -103,7 +103,7 @@ def test_lines_that_no_run_has_written(cut_short, apt):
         assert check(apt, command) == "harmless"
         shutil.rmtree("out")
         cut_short()
-    forged = Journal(path)
+    forged = Journal(path, "")
     forged.read()
     forged.add({"finished": {}})
     assert check(apt, command) == "harmless"

@@ -50,8 +50,11 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+        found: Any = json.loads(path.read_bytes())
+        if not isinstance(found, dict):
+            raise ValueError("it is not a mapping")
+        return found
+    except (OSError, ValueError, RecursionError) as error:
         raise AptError(f"{path} is damaged: {error}", _GET_AGAIN) from error
 
 

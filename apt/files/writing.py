@@ -56,11 +56,13 @@ def _fault(path: Path, overwrite: bool | None, inputs: Sequence[Path]) -> tuple[
             return f"is inside an input of the run, {place}", _CHOOSE_ANOTHER
     if not os.access(folder, os.W_OK | os.X_OK):
         return "cannot be written: no permission in its folder", _CHOOSE_ANOTHER
-    if not os.path.lexists(path):
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
         return "", ""
-    if path.is_symlink():
+    if stat.S_ISLNK(mode):
         return "is a link, and is not followed", f"delete it, or {_CHOOSE_ANOTHER}"
-    if not stat.S_ISREG(path.lstat().st_mode):
+    if not stat.S_ISREG(mode):
         return "exists and is not a regular file", _CHOOSE_ANOTHER
     if overwrite:
         return "", ""

@@ -78,21 +78,21 @@ def check_replaceable(target: Path, overwrite: bool, name: str) -> str:
         return ""
     written = _written_by_apt(target)
     own = {REPORT, *written} if written else set()
-    _refuse(name, "has files that APT did not write", entries - own)
+    _refuse(f"{name} exists and has files that APT did not write", entries - own)
     if not overwrite:
         raise AptError(
             f"{name} exists and is not empty", "overwrite it, or choose another", _OVERWRITE
         )
-    _refuse(name, "was changed since APT wrote it", changed_files(target, written))
+    _refuse(f"{name} exists and was changed since APT wrote it", changed_files(target, written))
     return f"{name}, the result of an earlier run, with its {len(entries)} files"
 
 
-def _refuse(name: str, fault: str, files: Collection[str]) -> None:
+def _refuse(fault: str, files: Collection[str]) -> None:
     """Raise if a fault has files."""
     if files:
         shown = ", ".join(sorted(files)[:3]) + (", …" if len(files) > 3 else "")
         raise AptError(
-            f"{name} exists and {fault}: {shown}",
+            f"{fault}: {shown}",
             f"APT never deletes such files; {_CHOOSE_ANOTHER}",
             _OUTPUT,
         )

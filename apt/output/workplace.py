@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from apt.checkpoints.copies import CARD, REPORT
 from apt.errors import AptError
-from apt.files.hashes import changed_files, sha256
+from apt.files.hashes import file_hashes, sha256
 from apt.files.journal import Journal, Line
 from apt.files.renaming import exchange, rename_new
 from apt.output.location import cannot_write, check_replaceable, workplace_of
@@ -174,8 +174,8 @@ class Workplace:
             return False
         if sha256(directory / REPORT) != known[-1]:
             return False
-        files = listed_files(read_report(directory) or {})
-        return not set(changed_files(directory, files)) - {CARD}
+        listed, without = listed_files(read_report(directory) or {}), [REPORT, CARD]
+        return file_hashes(directory, without) == {k: v for k, v in listed.items() if k != CARD}
 
     def publish(self) -> None:
         """Move the output to its place, and delete the workplace.

@@ -91,6 +91,8 @@ def verify_directory(
             model is to be compared with a selection.
     """
     report = read_report(directory) or {}
+    if pattern is None and not report:
+        raise _no_pattern()
     problems = _changed(directory, report, notice)
     source = find(f"{directory.resolve()}", registry, trust_remote_code=trust_remote_code)
     shell = skeleton(replace(source, reference=str(directory)), registry, adapter, packed=True)
@@ -345,16 +347,22 @@ def _sites(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     Raises:
         AptError: there are none, or they are damaged.
     """
-    hint = "give a sparsity or a pattern"
     if not report.get("sites") or not _options(report).get("pattern"):
-        raise AptError("no report gives a pattern", hint, ("sparsity", "pattern"))
+        raise _no_pattern()
     sites = report["sites"]
     needed = {"name", "pattern", "zeros"}
     if not isinstance(sites, list) or not all(
         isinstance(site, dict) and needed <= site.keys() for site in sites
     ):
-        raise AptError("the report's sites are damaged", hint, ("sparsity", "pattern"))
+        raise AptError("the report's sites are damaged", *_GIVE_PATTERN)
     return sites
+
+
+def _no_pattern() -> AptError:
+    return AptError("no report gives a pattern", *_GIVE_PATTERN)
+
+
+_GIVE_PATTERN = "give a sparsity or a pattern", ("sparsity", "pattern")
 
 
 def verify_structure(shell: Model, structure: Mapping[str, Any]) -> list[str]:
