@@ -239,3 +239,64 @@ def test_mistakes_are_one_line(apt, checkpoint, tmp_path):
         assert "damaged" in done.err or "another comparison" in done.err
     shutil.rmtree(tmp_path / "out")
     assert apt(*good).code == 0
+
+
+DAMAGE = {
+    "no text": lambda d: d["rows"][1]["scores"].clear(),
+    "no metric": lambda d: d["rows"][1]["scores"][TEXT.name].clear(),
+    "text for a number": lambda d: d["rows"][1].update(sparsity="x"),
+    "list of windows": lambda d: d["rows"][1].update(windows=[1]),
+    "windows without a mean": lambda d: d["rows"][1]["windows"][TEXT.name].update(perplexity={}),
+    "tasks": lambda d: d["rows"][1].update(tasks=5),
+    "task": lambda d: d["rows"][1].update(tasks={"a": {"metrics": [1]}}),
+    "method": lambda d: d["rows"][1].update(method=None),
+    "key": lambda d: d["rows"][1].pop("key"),
+    "row": lambda d: d["rows"].append(3),
+    "shape": lambda d: d["setting"].update(shape=5),
+    "setting": lambda d: d.update(setting=[["a", 1]]),
+    "windows": lambda d: d["setting"].update(windows={"a": 3}),
+}
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory, checkpoint):
+    import sys
+
+    from apt.cli import main
+
+    folder = tmp_path_factory.mktemp("compared") / "out"
+    words = ["compare", checkpoint("llama"), *SMALL, "--methods", "wanda", "--patterns", "0.5"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["apt", *map(str, words), "-o", str(folder)])
+        main()
+    return folder, words
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_comparison_is_one_line(apt, compared, name):
+    shutil.copytree(compared[0], "out")
+    record = results()
+    DAMAGE[name](record)
+    Path("out/comparison.json").write_text(json.dumps(record))
+    for command in (("report", "out", "-o", "page.html"), (*compared[1], "-o", "out")):
+        run = apt(*command)
+        assert (run.code, "out/comparison.json is damaged" in run.err) == (2, True)
+    assert not Path("page.html").exists()
+
+
+@pytest.mark.parametrize("name", ["comparison.md", "comparison.csv", "comparison.json"])
+def test_a_comparison_writes_through_no_link(apt, compared, name):
+    shutil.copytree(compared[0], "out")
+    Path("mine").write_text("mine")
+    (Path("out") / name).unlink()
+    (Path("out") / name).symlink_to(Path("mine").resolve())
+    run = apt(*compared[1], "-o", "out")
+    assert (run.code, Path("mine").read_text()) == (2, "mine")
+    assert f"out/{name} is a link" in run.err
+
+
+def test_a_file_in_the_place_of_the_locks_is_one_line(apt, compared):
+    Path("out").mkdir()
+    Path("out/.claims").touch()
+    run = apt(*compared[1], "-o", "out")
+    assert (run.code, "cannot be opened: File exists; delete out/.claims" in run.err) == (2, True)

@@ -112,3 +112,11 @@ def test_a_training_ends_once_its_tokens_are_enough():
     assert reason is not None
     assert "enough tokens" in reason
     assert [point.tokens for point in points_of_curve(curve(2, 1.0))] == [1e5, 2e5]
+
+
+def test_a_flat_curve_is_told_and_fitted_at_once():
+    points = [Point("a", 0, 0.5, 1e8, tokens, 3.0) for tokens in np.geomspace(1e4, 1e6, 30)]
+    law = fit_law(points, resamples=200)
+    assert law.loss(points[0]) == pytest.approx(3.0, abs=1e-3)
+    assert "the losses do not change with the tokens: D_C and beta mean nothing" in law.missing
+    assert law.intervals == {}

