@@ -26,8 +26,13 @@ class Case:
             ``t.txt``.
         environment: additional environment variables. With them the case runs in a new process.
         shell: text after the command in a shell, such as ``"> /dev/full"``.
+        before: text before the command in a shell, such as ``"ulimit -f 2;"``.
         signal: a signal that is sent after ``seconds``.
         may: the allowed exit statuses beside 0 and 2.
+        refused: True if the exit status must be 2.
+        keeps: what may exist after exit status 2, since it is complete or can be continued.
+        check: a function that returns a fault of the folder after an exit status of 0 or that of a
+            signal; empty if there is none.
     """
 
     group: str
@@ -36,9 +41,13 @@ class Case:
     prepare: Callable[[Path], None] = lambda folder: None
     environment: dict[str, str] = field(default_factory=dict)
     shell: str = ""
+    before: str = ""
     signal: int = 0
     seconds: float = 0.0
     may: tuple[int, ...] = ()
+    refused: bool = False
+    keeps: tuple[str, ...] = ()
+    check: Callable[[Path], str] = lambda folder: ""
 
 
 def options() -> Iterator[Case]:
