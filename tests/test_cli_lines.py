@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from apt.cli.interruptions import TerminatedError, signals_as_exceptions
-from apt.cli.resources import resource_error
+from apt.errors import resource_error
 from tests.families import TEXT
 
 QUICK = ("--samples", 2, "--seqlen", 32, "--calibration", TEXT, "--method", "magnitude")

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from apt.checkpoints.safetensors_io import INDEX
-from apt.errors import AptError, described, shortened
+from apt.errors import AptError, described, resource_error, shortened
 from apt.locations.hub import Hub, no_answer, offline
 from apt.locations.model_source import ZOO, Source
 from apt.locations.paths import user_error
@@ -32,6 +32,8 @@ def load_error(source: Source, error: Exception, hint: str) -> AptError:
         )
     for cause in _chain(error):
         if isinstance(cause, OSError) and (known := user_error(cause)):
+            return known
+        if known := resource_error(cause):
             return known
     if (path := _unreadable(Path(source.location))) is not None:
         return AptError(f"cannot use {path}: no permission to read it", "ask for it, or use a copy")

@@ -33,9 +33,8 @@ from apt.cli.commands import run as run_command
 from apt.cli.flags import flags_of
 from apt.cli.grouped_help import GroupedHelp
 from apt.cli.interruptions import signals_as_exceptions
-from apt.cli.resources import resource_error
 from apt.cli.streams import guarded, program
-from apt.errors import AptError
+from apt.errors import AptError, resource_error
 from apt.locations.paths import user_error
 
 # Subcommands of the package manager `apt` of Debian.
