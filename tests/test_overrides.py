@@ -72,6 +72,29 @@ def test_verify_finds_an_allocation_that_removed_too_little(apt):
     assert "were asked for" in found.out
 
 
+def test_verify_knows_sites_that_an_allocation_left_dense(apt):
+    run = ("prune", "zoo:llama", "--pattern", "auto:8", "--sparsity", 0.2, *QUICK, "-o", "out")
+    assert apt(*run).code == 0
+    record = json.loads(Path("out/apt_report.json").read_text())
+    assert record["skipped"]  # else this test shows nothing
+    assert apt("verify", "out").code == 0
+
+
+@pytest.mark.parametrize("change", [
+    {"overrides": [1]}, {"overrides": {"*": [2]}}, {"pattern": 7}, {"only": 3}, {"also": 3},
+    {"allocation": [1]}, {"skip": [None]},
+], ids=str)  # fmt: skip
+def test_a_report_with_other_types_is_one_line(apt, change):
+    assert apt("prune", "zoo:opt", "--sparsity", 0.5, *QUICK, "-o", "out").code == 0
+    path = Path("out/apt_report.json")
+    record = json.loads(path.read_text())
+    record["options"] |= change
+    path.write_text(json.dumps(record))
+    found = apt("verify", "out")
+    assert found.code in (1, 2)
+    assert "Traceback" not in found.err
+
+
 def test_verify_counts_both_ways(apt):
     assert apt("prune", "zoo:opt", "--sparsity", 0.5, *QUICK, "-o", "out").code == 0
     tensors = load_file("out/model.safetensors")

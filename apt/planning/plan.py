@@ -175,7 +175,7 @@ class PlannedBlock:
         """The sites and extras that are to be pruned."""
         return [*self.pruned, *self.extras]
 
-    def with_patterns(self, patterns: Mapping[str, SitePattern]) -> "PlannedBlock":
+    def with_patterns(self, patterns: Mapping[str, SitePattern | None]) -> "PlannedBlock":
         """The block with other patterns, by the names of the sites within it."""
         return replace(
             self,

@@ -1,6 +1,6 @@
 """The check of a model on disk: its files, its zeros, and the sizes of a smaller model."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from apt.checkpoints.safetensors_io import Shards
 from apt.checkpoints.stored import find_stored
 from apt.checkpoints.tensor_map import layout_of
 from apt.checkpoints.verify import Verdict, block_verdicts, failures, verify
-from apt.errors import AptError
+from apt.errors import AptError, described
 from apt.files.hashes import changed_files
 from apt.locations.model_source import find
 from apt.output.report import listed_files, read_report
@@ -111,10 +111,16 @@ def verify_directory(
             )
         problems += verify_structure(shell, structure)
         return Verified(structure=structure, problems=tuple(problems))
-    if pattern is None:
-        expected = expected_by_report(shell, report, selection, notice)
-    else:
-        expected = expected_by_pattern(shell, report, pattern, selection, notice, at_least=at_least)
+    try:
+        if pattern is None:
+            expected = expected_by_report(shell, report, selection, notice)
+        else:
+            expected = expected_by_pattern(
+                shell, report, pattern, selection, notice, at_least=at_least
+            )
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        fault = f"the report in {directory} is damaged: {described(error)}"
+        raise AptError(fault, *_GIVE_PATTERN) from error
     verdicts = count_zeros(shell, directory, expected, packed=method == METHOD)
     return Verified(expected.pattern, tuple(verdicts), problems=(*problems, *expected.problems))
 
@@ -236,9 +242,9 @@ def expected_by_report(
     records = {str(site["name"]): site for site in _sites(report)}
     if dense := _dense(report):
         notice(f"left dense on request: {', '.join(dense)}")
-    asked = _asked(shell, report, dense)
+    asked = _asked(shell, report)
     allocated = _allocated(asked, report)
-    plan = Plan(tuple(_with_records(block, records, allocated) for block in asked.blocks))
+    plan = Plan(tuple(_with_records(b, records, allocated, dense) for b in asked.blocks))
     problems = [*_unlike(plan, records), *_wrong_total(asked, plan, allocated)]
     check_globs(plan, selection)
     plan = Plan(tuple(_selected(block, selection) for block in plan.blocks))
@@ -252,7 +258,7 @@ def expected_by_report(
     return Expected(str(pattern), plan, zeros, tuple(problems))
 
 
-def _asked(shell: Model, report: Mapping[str, Any], dense: Iterable[str]) -> Plan:
+def _asked(shell: Model, report: Mapping[str, Any]) -> Plan:
     """The plan of a run, before its allocation."""
     options = _options(report)
     only, skip = (tuple(options.get(name) or ()) for name in ("only", "skip"))
@@ -261,7 +267,7 @@ def _asked(shell: Model, report: Mapping[str, Any], dense: Iterable[str]) -> Pla
         shell.module,
         shell.adapter,
         read_pattern(str(options.get("pattern"))),
-        Selection(only, (*skip, *dense), overrides),
+        Selection(only, skip, overrides),
         _per(report),
         [str(kind) for kind in options.get("also") or ()],
     )
@@ -278,16 +284,21 @@ def _allocated(asked: Plan, report: Mapping[str, Any]) -> set[str]:
 
 
 def _with_records(
-    block: PlannedBlock, records: Mapping[str, Any], allocated: Collection[str]
+    block: PlannedBlock,
+    records: Mapping[str, Any],
+    allocated: Collection[str],
+    dense: Collection[str],
 ) -> PlannedBlock:
-    """The block with the patterns of the report for the sites that an allocation served."""
-    return block.with_patterns(
-        {
-            site.site.name: _recorded(site, records[site.name])
-            for site in block.pruned
-            if site.name in allocated and site.name in records
-        }
-    )
+    """The block with the patterns of the report for the sites that an allocation served.
+
+    An allocation of n:m may leave a site dense.
+    """
+    served = [site for site in block.pruned if site.name in allocated]
+    found: dict[str, SitePattern | None] = {
+        s.site.name: _recorded(s, records[s.name]) for s in served if s.name in records
+    }
+    left = {site.site.name: None for site in served if site.name in dense}
+    return block.with_patterns(found | left)
 
 
 def _recorded(site: PlannedSite, record: Mapping[str, Any]) -> Pattern:
