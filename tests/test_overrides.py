@@ -82,7 +82,7 @@ def test_verify_knows_sites_that_an_allocation_left_dense(apt):
 
 @pytest.mark.parametrize("change", [
     {"overrides": [1]}, {"overrides": {"*": [2]}}, {"pattern": 7}, {"only": 3}, {"also": 3},
-    {"allocation": [1]}, {"skip": [None]},
+    {"skip": [None]},
 ], ids=str)  # fmt: skip
 def test_a_report_with_other_types_is_one_line(apt, change):
     assert apt("prune", "zoo:opt", "--sparsity", 0.5, *QUICK, "-o", "out").code == 0

@@ -32,7 +32,7 @@ from apt.cli.commands import Commands
 from apt.cli.commands import run as run_command
 from apt.cli.flags import flags_of
 from apt.cli.grouped_help import GroupedHelp
-from apt.cli.interruptions import signals_as_exceptions
+from apt.cli.interruptions import interrupted, signals_as_exceptions
 from apt.cli.streams import guarded, program
 from apt.errors import AptError, resource_error
 from apt.locations.paths import user_error
@@ -130,8 +130,12 @@ def options(
 
 def main() -> None:
     """Run the command line; exit status 2 for errors of the user, 130 for Ctrl-C."""
-    with guarded(), signals_as_exceptions():
-        _run(sys.argv[1:] or ["--help"])
+    with guarded():
+        try:
+            with signals_as_exceptions():
+                _run(sys.argv[1:] or ["--help"])
+        except KeyboardInterrupt as error:  # before or after the command itself
+            raise SystemExit(interrupted(error).exit_code) from None
 
 
 def _run(arguments: list[str]) -> None:
