@@ -72,6 +72,7 @@ class Subject:
 
     @property
     def blocks(self) -> list[nn.Module]:
+        """The blocks in order."""
         return [block for _, block in self.adapter.blocks(self.model)]
 
     def batches(self) -> list[Batch]:
@@ -326,7 +327,7 @@ def arguments() -> argparse.Namespace:
     for name in COMPARISONS:
         parser.add_argument(f"--{name.lower()}", type=Path, metavar="CHECKOUT")
     parser.add_argument("--model", help="SmolLM2 by default")
-    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--blocks", type=int, nargs="+", help="the first, middle and last one")
@@ -353,7 +354,6 @@ def opened(options: argparse.Namespace) -> Subject:
 def main() -> None:
     options = arguments()
     subject = opened(options)
-    table = Table("code", "compared", "difference")
     rows = []
     for name, compare in COMPARISONS.items():
         checkout = getattr(options, name.lower().replace("-", "_"))
@@ -361,10 +361,12 @@ def main() -> None:
             continue
         commit = version(checkout)
         with eval_mode(subject.model), subject.adapter.running(subject.model):
-            for row in compare(checkout, subject):
-                rows.append({"code": name, "checkout": commit, **row})
-                table.add_row(f"{name} {commit}", row["compared"], row["difference"])
-    Console(width=180).print(table)
+            found = list(compare(checkout, subject))
+        table = Table("compared", "difference", title=f"{name} {commit}", title_justify="left")
+        for row in found:
+            table.add_row(*row.values())
+        Console(width=160).print(table)
+        rows += [{"code": name, "checkout": commit, **row} for row in found]
     save(options.json, rows)
 
 
