@@ -38,6 +38,8 @@ from apt.text.datasets import documents
 Row = dict[str, str]
 Inputs = dict[str, list[Tensor]]  # of the sites, by name; one (tokens, in) for each sample
 
+Zeros = tuple[Tensor, Tensor]  # ours and theirs (out, in)
+
 EXAMPLES = 10  # samples of 64 tokens for LLM-Pruner's gradients
 MAPPINGS = {
     "xmin_peak": {"alphapruning": "block_wise", "alphapruning-matrix": "layer_wise"},
@@ -100,10 +102,11 @@ def largest(ours: Tensor, code: Tensor) -> str:
     return f"{float((ours - code).abs().max() / code.abs().max()):.1e} of the largest value"
 
 
-def agreement(ours: Tensor, code: Tensor) -> str:
-    """The share of our pruned weights that theirs prunes too, and both counts."""
-    both = float((ours & code).sum() / ours.sum())
-    return f"{both:.2%} of {int(ours.sum()):,} pruned weights the same; theirs {int(code.sum()):,}"
+def agreement(pairs: Sequence[Zeros]) -> str:
+    """The share of our zeros that are zeros of theirs too, and their number of zeros."""
+    both = sum(int((ours & code).sum()) for ours, code in pairs)
+    own, other = (sum(int(pair[side].sum()) for pair in pairs) for side in (0, 1))
+    return f"{both / own:.3%} of our {own:,} zeros are theirs; {other - own:+,} zeros there"
 
 
 def rank_correlation(ours: Tensor, code: Tensor) -> float:
@@ -183,8 +186,8 @@ def patterns(subject: Subject) -> list[tuple[Pattern, tuple[int, int] | None]]:
 
 
 def dsnot(checkout: Path, subject: Subject) -> Iterator[Row]:
-    """The zeros of single layers."""
-    masks: dict[Pattern, list[tuple[Tensor, Tensor]]] = {}
+    """The zeros of all layers of the chosen blocks."""
+    zeros: dict[Pattern, list[Zeros]] = {}
     for index, block, batches, inputs in captured(subject):
         for pattern, nm in patterns(subject):
             code = theirs.dsnot(
@@ -195,31 +198,33 @@ def dsnot(checkout: Path, subject: Subject) -> Iterator[Row]:
                 start = wanda(weight, sums, pattern, SolverOptions()).mask
                 mask = refined(weight, sums, start, nm[1] if nm else None, CYCLES)
                 own = weight.masked_fill(mask, 0) == 0
-                masks.setdefault(pattern, []).append((own.flatten(), code[name].flatten()))
-    for pattern, pairs in masks.items():
-        own, code = (torch.cat(side) for side in zip(*pairs, strict=True))
+                zeros.setdefault(pattern, []).append((own, code[name]))
+    for pattern, pairs in zeros.items():
         yield {
-            "compared": f"masks of {len(pairs)} weights at {pattern}, 50 exchanges, all layers",
-            "difference": agreement(own, code),
+            "compared": f"{len(pairs)} masks at {pattern}, {CYCLES} exchanges",
+            "difference": agreement(pairs),
         }
 
 
 @torch.no_grad()
 def sparsegpt(checkout: Path, subject: Subject) -> Iterator[Row]:
-    """The zeros and weights of single layers."""
-    for index, block, _, inputs in captured(subject):
-        for name in ("self_attn.q_proj", "mlp.down_proj"):
-            weight, sums = block.get_submodule(name).weight.detach(), gram(inputs[name])
-            for pattern, nm in patterns(subject):
+    """The zeros and weights of the first and the last layer of the chosen blocks."""
+    for pattern, nm in patterns(subject):
+        zeros, gaps, errors = list[Zeros](), list[float](), list[Tensor]()
+        for _, block, _, inputs in captured(subject):
+            for name in (next(iter(inputs)), list(inputs)[-1]):
+                weight, sums = block.get_submodule(name).weight.detach(), gram(inputs[name])
                 own = ss(weight, sums, pattern, SolverOptions()).weight
                 code = theirs.sparsegpt(checkout, weight, inputs[name], nm, subject.sparsity)
-                moved = float((own - code).norm() / code.norm())
-                errors = [relative_error(weight, side, sums) for side in (own, code)]
-                yield {
-                    "compared": f"{name} of block {index} at {pattern}",
-                    "difference": f"{agreement(own == 0, code == 0)}; weights differ by "
-                    f"{moved:.1e}; layer errors {errors[0]:.4f}, {errors[1]:.4f}",
-                }
+                zeros.append((own == 0, code == 0))
+                gaps.append(float((own - code).norm() / code.norm()))
+                errors.append(torch.tensor([relative_error(weight, v, sums) for v in (own, code)]))
+        ours, other = torch.stack(errors).mean(0).tolist()
+        yield {
+            "compared": f"{len(zeros)} weights at {pattern}",
+            "difference": f"{agreement(zeros)}; weights differ by {max(gaps):.1e} at most; "
+            f"layer errors {ours:.5f}, theirs {other:.5f}",
+        }
 
 
 def relative_error(weight: Tensor, pruned: Tensor, sums: Gram) -> float:
