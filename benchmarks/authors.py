@@ -109,6 +109,14 @@ def agreement(pairs: Sequence[Zeros]) -> str:
     return f"{both / own:.3%} of our {own:,} zeros are theirs; {other - own:+,} zeros there"
 
 
+def rows_told(pairs: Sequence[Zeros]) -> str:
+    """The number of identical rows, and of those that have another number of zeros there."""
+    same = sum(int((ours == code).all(1).sum()) for ours, code in pairs)
+    counted = sum(int((ours.sum(1) != code.sum(1)).sum()) for ours, code in pairs)
+    rows = sum(len(ours) for ours, _ in pairs)
+    return f"{same:,} of {rows:,} rows identical, {counted:,} have another count there"
+
+
 def rank_correlation(ours: Tensor, code: Tensor) -> float:
     """Spearman's correlation of two vectors without ties."""
     ranks = torch.stack([values.argsort().argsort().double() for values in (ours, code)])
@@ -191,7 +199,7 @@ def dsnot(checkout: Path, subject: Subject) -> Iterator[Row]:
     for index, block, batches, inputs in captured(subject):
         for pattern, nm in patterns(subject):
             code = theirs.dsnot(
-                checkout, subject.adapter, block, index, batches, nm, subject.sparsity
+                checkout, subject.adapter, block, index, batches, nm, subject.sparsity, CYCLES
             )
             for name, samples in inputs.items():
                 weight, sums = block.get_submodule(name).weight.detach(), gram(samples)
@@ -202,7 +210,7 @@ def dsnot(checkout: Path, subject: Subject) -> Iterator[Row]:
     for pattern, pairs in zeros.items():
         yield {
             "compared": f"{len(pairs)} masks at {pattern}, {CYCLES} exchanges",
-            "difference": agreement(pairs),
+            "difference": f"{agreement(pairs)}; {rows_told(pairs)}",
         }
 
 

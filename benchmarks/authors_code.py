@@ -163,6 +163,7 @@ def dsnot(
     batches: Sequence[Batch],
     nm: tuple[int, int] | None,
     sparsity: float,
+    cycles: int,
 ) -> dict[str, Tensor]:
     """DSnoT's zeros (out, in) in the Linears of one block, from Wanda's mask, none skipped.
 
@@ -174,6 +175,7 @@ def dsnot(
         batches: the states before it, one sample in each.
         nm: the pattern, n kept of m; None prunes ``sparsity`` of each row.
         sparsity: the sparsity.
+        cycles: the greatest number of exchanges in a row.
     """
     copy = deepcopy(block)
     model, given = _model(adapter, [copy], batches, index)
@@ -185,7 +187,7 @@ def dsnot(
     args = SimpleNamespace(
         nsamples=len(batches), seed=0, sparsity_ratio=sparsity, initial_method="wanda",
         skip_layer="no_skip", skip_sub_layer="no_skip", without_DSnoT=False,
-        without_same_sign=True, max_cycle_time=50, update_threshold=0.1, pow_of_var_regrowing=1,
+        without_same_sign=True, max_cycle_time=cycles, update_threshold=0.1, pow_of_var_regrowing=1,
         get_time_overhead=False,
     )  # fmt: skip
     kept, m = nm or (0, 0)
