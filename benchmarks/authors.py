@@ -16,7 +16,7 @@ from pathlib import Path
 
 import authors_code as theirs
 import torch
-from apt_plugins.allocations import MAX_SHIFT, OUTLIER, SPREAD
+from apt_plugins.allocations import MAX_SHIFT, OUTLIER, SPREAD, outlier_shares
 from apt_plugins.baselines import wanda
 from apt_plugins.dsnot import CYCLES, refined
 from apt_plugins.spectra import tail_from_middle, tail_from_peak
@@ -81,11 +81,14 @@ class Subject:
         """The states before the first block, one sample in each batch."""
         return enter(self.adapter, self.model, self.tokens, 1)
 
+    def unallocated(self) -> Unallocated:
+        """The model with the same sparsity for all sites."""
+        plan = make_plan(self.model, self.adapter, Unstructured(self.sparsity))
+        return Unallocated(self.model, self.adapter, plan, self.tokens)
+
     def allocated(self, allocation: str) -> dict[str, float]:
         """The sparsities of the sites by an allocation of APT."""
-        plan = make_plan(self.model, self.adapter, Unstructured(self.sparsity))
-        given = Unallocated(self.model, self.adapter, plan, self.tokens)
-        return dict(registry().allocations.get(allocation).load()(given))
+        return dict(registry().allocations.get(allocation).load()(self.unallocated()))
 
     def names(self) -> list[str]:
         """The full names of the Linears in the blocks, in the order of their modules."""
@@ -147,18 +150,25 @@ def alphapruning(checkout: Path, subject: Subject) -> Iterator[Row]:
 
 
 def owl(checkout: Path, subject: Subject) -> Iterator[Row]:
-    """The sparsities of the blocks."""
+    """The shares of outliers, and the sparsities of the blocks."""
     outliers, code = theirs.owl(
         checkout, subject.adapter, subject.blocks, subject.batches(),
         subject.sparsity, OUTLIER, MAX_SHIFT,
     )  # fmt: skip
-    found = subject.allocated("owl")
-    each = len(found) // len(code)
-    own = [list(found.values())[each * index] for index in range(len(code))]
-    gap = max(abs(a - b) for a, b in zip(own, code, strict=True))
+    found = outlier_shares(subject.unallocated())
+    gap = max(abs(found[index] - share) for index, share in enumerate(outliers))
     yield {
-        "compared": f"sparsities of {len(code)} blocks at {subject.sparsity:.0%}; "
-        f"{min(outliers):.2%} to {max(outliers):.2%} outliers",
+        "compared": f"shares of outliers, {len(code)} blocks",
+        "difference": f"largest {gap:.1e}; theirs {min(outliers):.2%} to {max(outliers):.2%}",
+    }
+    shares = subject.allocated("owl")
+    gap = max(
+        abs(shares[f"{name}.{site.name}"] - code[index])
+        for index, (name, block) in enumerate(subject.adapter.blocks(subject.model))
+        for site in subject.adapter.sites(block)
+    )
+    yield {
+        "compared": f"sparsities at {subject.sparsity:.0%}",
         "difference": f"largest {gap:.1e}; theirs {min(code):.3f} to {max(code):.3f}",
     }
 
