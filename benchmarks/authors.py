@@ -253,7 +253,7 @@ def relative_error(weight: Tensor, pruned: Tensor, sums: Gram) -> float:
 
 def llm_pruner(checkout: Path, subject: Subject) -> Iterator[Row]:
     """The importances of groups of heads and of channels."""
-    tokens = subject.tokens[:EXAMPLES, :64]
+    tokens = subject.tokens.flatten()[: EXAMPLES * 64].view(-1, 64)
     adapter = subject.adapter
     for kind, choice in CHOICES.items():
         scores = registry().shrink_methods.get(choice).load()(subject.model, adapter, tokens)
