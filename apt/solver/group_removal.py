@@ -8,8 +8,8 @@ has a smaller dense weight.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,9 +24,23 @@ from apt.solver.precision import full_precision
 _STEPS = 32
 
 
-GroupChoice = Callable[[Tensor, Gram, ColumnGroups, SolverOptions], Tensor]
-"""A function from a weight (out, in), the Gram matrix of its inputs, the groups of its columns and
-options to the mask (count,) of the groups to remove."""
+class GroupChoice(Protocol):
+    """A function that chooses groups of columns of one weight."""
+
+    def __call__(
+        self, weight: Tensor, gram: Gram, groups: ColumnGroups, options: SolverOptions, /
+    ) -> Tensor:
+        """Choose groups to remove, as many from each bin.
+
+        Args:
+            weight: the weight (out, in) in fp32.
+            gram: the Gram matrix of its inputs (in, in).
+            groups: the groups of its columns, see `ColumnGroups.lowest`.
+            options: the damping.
+
+        Returns:
+            The mask (count,) of the groups to remove.
+        """
 
 
 @dataclass(frozen=True)
