@@ -45,6 +45,7 @@ FORMATS = (extending.Checkpoint, extending.find_file, extending.Finding, extendi
 EVENTS = (events.BlockStarted, events.Working, events.SitePruned, events.BlockTuned)
 _MODULES = re.compile(r"\b(?:[a-z_]+\.)+(?=[A-Za-z_])")
 _FUNCTIONS = re.compile(r"<function .*? at 0x[0-9a-f]+>")
+_UNPACKED = re.compile(r"\*<class '(?:\w+\.)*(\w+)'>")
 _WIDTH = 96
 _COMPLETION = ("install_completion", "show_completion")  # typer's own
 _PLACEHOLDERS = {"int": "N", "float": "X", "Path": "PATH"}
@@ -102,6 +103,7 @@ def _signature(thing: Any) -> str:
 
 
 def _plain(text: str) -> str:
+    text = _UNPACKED.sub(r"Unpack[\1]", text)
     return _FUNCTIONS.sub("...", _MODULES.sub("", text).replace("~", ""))
 
 

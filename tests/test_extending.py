@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import torch
 
 import apt as library
 from apt import AptError
@@ -66,3 +67,104 @@ def test_a_method_that_returns_something_else_is_told_in_one_line(name):
     assert site in message
     assert "\n" not in message
     assert "method" in caught.value.options
+
+
+def smallest_columns(weight, gram, groups, options):
+    """A `GroupChoice`: that of group-magnitude."""
+    return groups.lowest(weight.square().sum(0).view(groups.count, -1).sum(1))
+
+
+def by_norm(model, adapter, tokens):
+    """A `GroupScores`: the norm of the readers of each group."""
+    return {
+        name: {
+            groups.kind: sum(
+                block.get_submodule(reader).weight.square().sum(0).view(groups.count, -1).sum(1)
+                for reader in groups.readers
+            )
+            for groups in adapter.groups(block, model.config)
+        }
+        for name, block in adapter.blocks(model)
+    }
+
+
+def last(model, adapter, tokens, count):
+    """A `BlockChoice`: that of the name last."""
+    return [name for name, _ in adapter.blocks(model)][-count:]
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "size"),
+    [
+        (smallest_columns, "group-magnitude", {"sizes": {"channels": 32}}),
+        (by_norm, "group-magnitude", {"sizes": {"channels": 32}}),
+        (last, "last", {"mode": "depth", "keep": 0.66}),
+        (last, "last", {"blocks": 2}),
+    ],
+)  # fmt: skip
+def test_apt_shrink_takes_functions_as_well_as_names(method, name, size):
+    results = []
+    for given in (name, method):
+        options = library.PruneOptions(error_aware=False, tuning_epochs=0)
+        small, report = library.shrink(
+            random_model("llama"), TOKENS, size=library.ShrinkOptions(**size), method=given,
+            options=options,
+        )  # fmt: skip
+        results.append((small.state_dict(), report))
+    (first, _), (second, report) = results
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert report.options["method"] == method.__name__
+
+
+def nothing(*given):
+    return None
+
+
+REFUSED = {
+    "any number": (nothing, {"blocks": 2}, "nothing is not a function of 3 or of 4 arguments"),
+    "no function": (5, {"blocks": 2}, "int is not a function of 3 or of 4 arguments"),
+    "no blocks": (
+        lambda m, a, t, c: None, {"blocks": 2},
+        "method <lambda> returns None, not the names of 1 blocks; use another method",
+    ),
+    "too few blocks": (lambda m, a, t, c: [], {"blocks": 2}, "returns [], not the names of 1"),
+    "unknown blocks": (lambda m, a, t, c: ["x"], {"blocks": 2}, "returns ['x'], not the names"),
+    "no scores": (
+        lambda m, a, t: None, {"sizes": {"channels": 32}},
+        "method <lambda> returns no scores for the channels of model.layers.0",
+    ),
+    "scores of another shape": (
+        lambda m, a, t: {n: {"channels": torch.ones(3)} for n, _ in a.blocks(m)},
+        {"sizes": {"channels": 32}},
+        "returns scores of shape (3,) for the channels of model.layers.0, not (64,)",
+    ),
+    "no score": (
+        lambda m, a, t: {n: {"channels": torch.full((64,), math.nan)} for n, _ in a.blocks(m)},
+        {"sizes": {"channels": 32}}, "returns a score that is NaN",
+    ),
+    "no mask": (
+        lambda w, g, c, o: None, {"sizes": {"channels": 32}},
+        "method <lambda> returns NoneType as a mask of groups, not a tensor, for model.layers",
+    ),
+    "indices": (
+        lambda w, g, c, o: torch.arange(32), {"sizes": {"channels": 32}},
+        "returns a mask of groups of (32,), not (64,)",
+    ),
+    "too many groups": (
+        lambda w, g, c, o: torch.ones(64, dtype=torch.bool), {"sizes": {"channels": 32}},
+        "removes 64 groups instead of 32, for model.layers.0.mlp.down_proj",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_choice_that_returns_something_else_is_told_in_one_line(name):
+    method, size, said = REFUSED[name]
+    with pytest.raises(AptError) as caught:
+        library.shrink(
+            random_model("llama"), TOKENS, size=library.ShrinkOptions(**size), method=method,
+            options=LAYER_WISE,
+        )  # fmt: skip
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
