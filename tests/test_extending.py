@@ -7,6 +7,8 @@ import torch
 
 import apt as library
 from apt import AptError
+from apt.extending import Trainable
+from apt.hookspecs import CalibrationSpec, EvaluatorSpec
 from apt.solver import Solution, ss
 from tests.families import random_model, random_tokens
 
@@ -168,3 +170,56 @@ def test_a_choice_that_returns_something_else_is_told_in_one_line(name):
         )  # fmt: skip
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [
+        (None, "allocation mine returns NoneType, not the sparsities of the sites"),
+        ([0.5], "allocation mine returns list, not the sparsities of the sites"),
+        ({"a": None}, "allocation mine gives NoneType as the sparsity of a"),
+        ({}, "allocation mine gives no value as the sparsity of model.layers.0.self_attn.q_proj"),
+    ],
+)
+def test_an_allocation_that_returns_something_else_is_told_in_one_line(returned, said):
+    def mine(given):
+        return returned
+
+    with pytest.raises(AptError, match=said):
+        library.prune(random_model("llama"), TOKENS, pattern="0.5", allocation=mine)
+
+
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [
+        (lambda given: None, "recovery mine returns NoneType, not an apt.extending.Trainable"),
+        (lambda given: given.model, "recovery mine returns LlamaForCausalLM, not an apt.ext"),
+        (lambda given: Trainable(given.model), "without a parameter that needs gradients"),
+    ],
+)
+def test_a_recovery_that_returns_something_else_is_told_in_one_line(returned, said):
+    def mine(given):
+        given.model.requires_grad_(False)
+        return returned(given)
+
+    model, options = random_model("llama"), library.RecoverOptions(steps=1, batch=1)
+    with pytest.raises(AptError, match=said):
+        library.recover(model, TOKENS, kind=mine, options=options)
+
+
+def test_a_metric_or_a_text_that_gives_something_else_is_told_in_one_line():
+    metric = EvaluatorSpec("mine", "", f"{__name__}:nothing")
+    with pytest.raises(AptError, match="metric mine returns NoneType, not a number; use another"):
+        metric.measure(None, None)
+    for target, kind in (("nothing", "NoneType"), ("text", "str"), ("tokens", "Tensor")):
+        text = CalibrationSpec("mine", "", f"{__name__}:{target}")
+        with pytest.raises(AptError, match=f"data set 'mine' gives {kind} in place of documents"):
+            list(text.documents("calibration"))
+
+
+def tokens(split):
+    return TOKENS
+
+
+def text(split):
+    return "one text is no iterable of texts"

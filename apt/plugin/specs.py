@@ -1,6 +1,6 @@
 """Specs, the declarations of plugins: frozen data that name the code without importing it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
@@ -211,6 +211,25 @@ class EvaluatorSpec(Spec):
     dense: bool = False
     mean: Literal["arithmetic", "geometric"] | None = None
 
+    def measure(self, *given: Any) -> float:
+        """Call the metric.
+
+        Args:
+            given: the model, the tokens, and the dense model if it compares with it.
+
+        Raises:
+            AptError: it does not load, or it returns no number.
+        """
+        value = self.load()(*given)
+        try:
+            return float(value)
+        except (TypeError, ValueError) as error:
+            raise AptError(
+                f"metric {self.name} returns {type(value).__name__}, not a number",
+                "use another metric, and tell its author",
+                ("metric",),
+            ) from error
+
 
 @dataclass(frozen=True)
 class CalibrationSpec(Spec):
@@ -224,3 +243,23 @@ class CalibrationSpec(Spec):
     """
 
     source: str = ""
+
+    def documents(self, split: str) -> Iterator[str]:
+        """The documents of a split.
+
+        Raises:
+            AptError: the source does not load, or has something other than strings.
+        """
+        found = self.load()(split)
+        if not isinstance(found, Iterable) or isinstance(found, str):
+            raise self._no_text(found)
+        for document in found:
+            if not isinstance(document, str):
+                raise self._no_text(document)
+            yield document
+
+    def _no_text(self, found: Any) -> AptError:
+        return AptError(
+            f"data set '{self.name}' gives {type(found).__name__} in place of documents",
+            "use another text, and tell its author",
+        )
