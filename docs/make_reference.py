@@ -187,7 +187,7 @@ def api_page() -> str:
     return page(
         "API",
         "The names below are the public surface: they keep their meaning within a version of the\n"
-        "hooks. Everything else is internal. Adapters and plugins: [hooks.md](hooks.md).\n",
+        "hooks. What plugins import is in [hooks.md](hooks.md). Everything else is internal.\n",
         *(part for module in (apt, solver, runtime, testing) for part in _module(module)),
     )
 
