@@ -9,8 +9,8 @@ A row is MODE[:METHOD] and options of ``apt.PruneOptions`` and ``apt.ShrinkOptio
 ``width:joint``, ``width:llm-pruner/compensate=true``, ``depth:loss/error_aware=false``,
 ``width/sizes={"channels":1024}``, ``search``. ``zeros:METHOD/channels=N/first=K/last=L`` sets the
 channels that METHOD removes to zero, and leaves the first K and the last L blocks whole, as the
-authors of LLM-Pruner do. No configuration describes such a model. Rows are added to the JSON file as
-soon as they are measured. A row in the file is not measured again. ``--save FOLDER`` writes the
+authors of LLM-Pruner do. No configuration describes such a model. Rows are added to the JSON file
+as soon as they are measured. A row in the file is not measured again. ``--save FOLDER`` writes the
 smaller models.
 """
 
