@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from apt.adapter import Adapter
+from apt.adapter.wrapped import refuse_wrapped
 from apt.checkpoints.load import fingerprint
 from apt.distributed.ranks import Ranks
 from apt.errors import AptError
@@ -100,12 +101,12 @@ def prune(
             site, or a pattern of `apt.solver`.
         adapter: the name of an adapter, or an adapter; by default the one that serves the model's
             type.
-        method: the name of a method, or a function `apt.pruning.layer.Method`; by default the most
+        method: the name of a method, or a function `apt.extending.Method`; by default the most
             accurate method.
         selection: the sites to prune, and the sites with other patterns; by default all sites.
         options: the options that the weights depend on; see `apt.PruneOptions`.
         allocation: the distribution of an unstructured sparsity over the sites: a name, or a
-            function `apt.planning.allocation.Allocation`. By default ``"auto"`` for mixed n:m, and
+            function `apt.extending.Allocation`. By default ``"auto"`` for mixed n:m, and
             the same for every site otherwise.
         also: kinds of parameters to prune beside the Linears, by their names in the adapter.
         tokenizer: the model's tokenizer. It gives the special tokens, which never occur among
@@ -243,9 +244,10 @@ def find_adapter(
     """The name of the adapter for a model, and the adapter.
 
     Raises:
-        AptError: no adapter serves the model's type, the model has no configuration, or what was
-            given is no adapter.
+        AptError: no adapter serves the model's type, the model has no configuration, what was
+            given is no adapter, or a module of the model is a wrapper.
     """
+    refuse_wrapped(model)
     if adapter is not None and not isinstance(adapter, str):
         if isinstance(adapter, type) or not hasattr(adapter, "blocks"):
             raise AptError(f"adapter is {adapter!r}", "give its name, or an instance of its class")
