@@ -24,6 +24,7 @@ from apt.solver import (
     SolverOptions,
     relative_layer_error,
     rounded,
+    solve_live,
 )
 from apt.solver.gram import DAMPING
 from apt.solver.patterns import meets, surplus
@@ -150,7 +151,7 @@ class SiteSolver:
             if self.targets is not None and not planned.site.routed:
                 damped = gram.damped(self.options.damping)
                 target = self.targets.weight(dense, planned.site, sums, damped)
-            return self.method(target * scale, gram, planned.pattern, self.options)
+            return solve_live(self.method, target * scale, gram, planned.pattern, self.options)
         except SolverError as error:
             raise AptError(
                 f"{planned.name} cannot be pruned: {error}", f"skip '{planned.name}'", ("skip",)
