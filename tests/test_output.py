@@ -123,7 +123,7 @@ def test_a_log_file_keeps_all_that_is_said(apt):
 def test_a_log_file_that_cannot_be_written_is_one_line(apt):
     run = apt(*RUN, "--log-file", "no/such/folder/log.txt")
     assert run.code == 2
-    assert "cannot write no/such/folder/log.txt: No such file or directory" in run.err
+    assert "no/such/folder/log.txt cannot be written: its folder does not exist" in run.err
 
 
 def test_tables_are_whole_where_they_are_piped(apt, monkeypatch):

@@ -99,5 +99,5 @@ def test_another_file_is_not_written_over(apt):
     Path("run.toml").write_text("# mine\n")
     run = apt("prune", "zoo:llama", *SMALL, "--dry-run", "--save-config", "run.toml")
     assert run.code == 2
-    assert "run.toml exists with other content" in run.err
+    assert "run.toml exists; choose another file (--save-config)" in run.err
     assert Path("run.toml").read_text() == "# mine\n"

@@ -160,7 +160,8 @@ def pack(
         nonlocal dense
         if name not in names or tensor.ndim != 2 or tensor.dtype not in FLOATS.values():
             return {name: tensor}
-        check_finite(name, tensor)
+        if rounding is not None and not rounding.exact:
+            check_finite(name, tensor)
         entry, parts = _encoded(tensor, rounding)
         if sum(part.nbytes for part in parts.values()) >= tensor.nbytes:
             return {name: tensor}
