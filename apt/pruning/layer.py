@@ -33,7 +33,10 @@ P = TypeVar("P", bound=SitePattern, contravariant=True)
 
 
 class SiteMethod(Protocol[P]):
-    """A method: it takes a weight (out, in) in fp32, its Gram matrix and a pattern."""
+    """A method: it takes a weight (out, in) in fp32, its Gram matrix and a pattern.
+
+    Inputs that were zero on all tokens are left out; for n:m their weights are zero.
+    """
 
     def __call__(
         self, weight: Tensor, gram: Gram, pattern: P, options: SolverOptions, /
