@@ -106,6 +106,11 @@ def _find(reference: str, registry: Registry, trust_remote_code: bool) -> Source
         return Source(reference, str(path.parent), path.name, trust_remote_code)
     if kind == "directory":
         if kind_at(path / "config.json") != "file":
+            if kind_at(path / "adapter_config.json") == "file":
+                raise AptError(
+                    f"{reference} has the weights of a peft adapter, and no model",
+                    "merge it with its model (merge_and_unload), and give the result",
+                )
             raise AptError(f"{reference} has no config.json", "give a Hugging Face directory")
         return Source(reference, str(path), None, trust_remote_code)
     if not _hub_name(reference):

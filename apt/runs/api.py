@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from apt.adapter import Adapter
+from apt.adapter.wrapped import refuse_wrapped
 from apt.checkpoints.load import fingerprint
 from apt.distributed.ranks import Ranks
 from apt.errors import AptError
@@ -243,9 +244,10 @@ def find_adapter(
     """The name of the adapter for a model, and the adapter.
 
     Raises:
-        AptError: no adapter serves the model's type, the model has no configuration, or what was
-            given is no adapter.
+        AptError: no adapter serves the model's type, the model has no configuration, what was
+            given is no adapter, or a module of the model is a wrapper.
     """
+    refuse_wrapped(model)
     if adapter is not None and not isinstance(adapter, str):
         if isinstance(adapter, type) or not hasattr(adapter, "blocks"):
             raise AptError(f"adapter is {adapter!r}", "give its name, or an instance of its class")

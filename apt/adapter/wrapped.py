@@ -1,0 +1,102 @@
+"""A check that the weights of a model are plain parameters of plain modules.
+
+Libraries that tune, compress or distribute a model replace its modules or their weights. Zeros in a
+wrapper are not zeros of the weight that the model multiplies. Wrappers are recognised by the names
+of classes and packages and by their attributes, so that no library is imported.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from apt.errors import AptError
+
+_QUANTISED = "take the model without quantisation, prune it, and quantise the result"
+_COMPILED = "take the module from before torch.compile (its _orig_mod)"
+_PARAMETRIZED = "call torch.nn.utils.parametrize.remove_parametrizations(module, 'weight') first"
+_CLASSES = {
+    "ScriptModule": "take the model from before it was scripted or traced",
+    "DataParallel": "take the model inside (its module)",
+    "DistributedDataParallel": "take the model inside (its module)",
+    "FullyShardedDataParallel": "take the model from before it was sharded",
+    "PackedLinear": "unpack the model first (apt-prune unpack)",
+}
+_PACKAGES = {
+    "peft": "merge it first (merge_and_unload of the peft model), and take the result",
+    **dict.fromkeys(
+        ("aqlm", "auto_gptq", "awq", "bitsandbytes", "compressed_tensors", "eetq", "gptqmodel",
+         "hqq", "optimum", "torch.ao", "torchao", "vptq"),
+        _QUANTISED,
+    ),
+}  # fmt: skip
+_HOOKS = {
+    "WeightNorm": "call torch.nn.utils.remove_weight_norm(module) first",
+    "SpectralNorm": "call torch.nn.utils.remove_spectral_norm(module) first",
+    "BasePruningMethod": "call torch.nn.utils.prune.remove(module, 'weight') first",
+}
+_SCALES = {"weight_scale", "weight_packed", "weight_fake_quant", "qweight", "W_q"}
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Raise `AptError` if a module of ``model`` is a wrapper, or the weight of one is wrapped.
+
+    A compiled model is accepted if only the whole of it was compiled: its blocks are plain.
+    """
+    for name, module in model.named_modules():
+        found = _of_class(module) or _of_weight(module) or (_compiled(module) if name else None)
+        if found is not None:
+            wrapper, advice = found
+            raise AptError(f"{name or 'the model'} is wrapped by {wrapper}", advice)
+
+
+def _of_class(module: nn.Module) -> tuple[str, str] | None:
+    """The class of a module that is a wrapper, and what to do first."""
+    for kind in type(module).__mro__:
+        first, *rest = kind.__module__.split(".")
+        packages = (first, ".".join((first, *rest[:1])))
+        advice = _CLASSES.get(kind.__name__) or next(filter(None, map(_PACKAGES.get, packages)), "")
+        if advice:
+            return _path(type(module)), advice
+    return None
+
+
+def _compiled(module: nn.Module) -> tuple[str, str] | None:
+    if type(module).__name__ == "OptimizedModule":
+        return _path(type(module)), _COMPILED
+    if getattr(module, "_compiled_call_impl", None) is not None:
+        return "its method compile", "prune the model before its modules are compiled"
+    return None
+
+
+def _of_weight(module: nn.Module) -> tuple[str, str] | None:
+    """What computes the weight of a module from other tensors, and what to do first."""
+    for hook in module._forward_pre_hooks.values():
+        for kind in type(hook).__mro__:
+            if kind.__name__ in _HOOKS:
+                return _path(type(hook)), _HOOKS[kind.__name__]
+    for chain in getattr(module, "parametrizations", {}).values():
+        return _path(type(chain[0])), _PARAMETRIZED
+    return next(((found, _QUANTISED) for found in _quantised(module)), None)
+
+
+def _quantised(module: nn.Module) -> Iterator[str]:
+    """Weights with scales, of a class of their own, in integers or in 8 bits."""
+    own = {**module._parameters, **module._buffers}
+    for name in sorted({*own, *module._modules} & _SCALES):
+        yield f"{_path(type(module))} with {name}"
+    for name, tensor in own.items():
+        if tensor is None or not (name in module._parameters or name == "weight"):
+            continue
+        if type(tensor.data) is not Tensor:
+            yield f"{_path(type(tensor.data))} ({name})"
+        if not _plain(tensor.dtype):
+            yield f"{_path(type(module))} with {name} in {tensor.dtype}"
+
+
+def _plain(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point and dtype.itemsize > 1
+
+
+def _path(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
