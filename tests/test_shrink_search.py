@@ -356,6 +356,17 @@ def test_llm_pruner_scores_channels_by_its_formulas(adapter_of):
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_llm_pruner_takes_parameters_that_the_loss_does_not_use(adapter_of):
+    """As of an expert that sees no token."""
+    model = random_model("llama")
+    adapter = adapter_of(model)
+    score = registry().shrink_methods.get("llm-pruner-mix").load()
+    expected = score(model, adapter, TOKENS)
+    name, block = adapter.blocks(model)[0]
+    block.idle = torch.nn.Parameter(torch.ones(2))
+    assert torch.equal(score(model, adapter, TOKENS)[name]["channels"], expected[name]["channels"])
+
+
 @pytest.mark.parametrize("variant", FAMILIES.values())
 def test_llm_pruner_scores_the_groups_of_every_family(variant, adapter_of):
     """A magnitude of a sum is at most the sum of the magnitudes."""

@@ -37,12 +37,12 @@ class RecoverOptions:
         dropout: the dropout of the inputs of the adapters (kind spp); the authors' code has 0.05.
         blocks: the number of last blocks that the kind layers trains.
         move_masks: True if masks may change during the training, with exact counts, see
-            `apt.recovery.moving_masks` (kinds layers and distill).
+            recovery.md, "Masks that move" (kinds layers and distill).
         hidden: the weight of the error of the last hidden states, beside that of the logits (kind
             distill).
         top: the number of logits of the dense model that are kept for each token (kind distill).
         window: the number of neighbouring blocks that are trained at a time, from the first to the
-            last, see `apt.recovery.windows`; None to train all together.
+            last, see recovery.md, "Memory"; None to train all together.
     """
 
     steps: int | None = None

@@ -20,8 +20,27 @@ from apt.solver.group_removal import (
 from apt.solver.integers import IntegerGrid, rounded
 from apt.solver.least_squares import Joint, joint_weights
 from apt.solver.loss import relative_layer_error
-from apt.solver.options import EFFORTS, Effort, Solution, SolverOptions
-from apt.solver.patterns import NM, MixedNM, Pattern, SitePattern, Unstructured, parse_pattern
+from apt.solver.options import (
+    EFFORTS,
+    Effort,
+    MethodError,
+    Solution,
+    SolverOptions,
+    check_solution,
+)
+from apt.solver.patterns import (
+    NM,
+    Granularity,
+    MixedNM,
+    Pattern,
+    SitePattern,
+    Unstructured,
+    lowest,
+    lowest_k,
+    meets,
+    parse_pattern,
+)
+from apt.solver.precision import full_precision
 from apt.solver.sparsegpt import MAX_REMOVAL_SETS, mm, ms, sm, ss
 
 __all__ = [
@@ -32,10 +51,12 @@ __all__ = [
     "DampedGram",
     "Effort",
     "Gram",
+    "Granularity",
     "GroupChoice",
     "GroupRemoval",
     "IntegerGrid",
     "Joint",
+    "MethodError",
     "MixedNM",
     "Pattern",
     "SitePattern",
@@ -44,9 +65,14 @@ __all__ = [
     "SolverOptions",
     "Unstructured",
     "admm",
+    "check_solution",
+    "full_precision",
     "joint_removal",
     "joint_weights",
     "keep_columns",
+    "lowest",
+    "lowest_k",
+    "meets",
     "mm",
     "ms",
     "parse_pattern",

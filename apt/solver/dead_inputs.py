@@ -13,8 +13,8 @@ from torch import Tensor
 
 from apt.solver.column_groups import ColumnGroups
 from apt.solver.gram import Gram
-from apt.solver.options import Solution, SolverOptions
-from apt.solver.patterns import NM, SitePattern, lowest
+from apt.solver.options import Solution, SolverOptions, check_solution
+from apt.solver.patterns import NM, SitePattern, lowest, zero_counts
 
 
 def solve_live(
@@ -35,10 +35,13 @@ def solve_live(
         gram: the Gram matrix of its inputs.
         pattern: the pattern.
         options: the options of the method.
+
+    Raises:
+        MethodError: the method returns no solution of the weight that it got.
     """
     dead = gram.dead
     if isinstance(pattern, ColumnGroups) or not bool(dead.any()) or bool(dead.all()):
-        return method(weight, gram, pattern, options)
+        return _solved(method, weight, gram, pattern, options)
     first = lowest(weight.abs().masked_fill(~dead, torch.inf), pattern)
     if isinstance(pattern, NM):
         return _with_zeros(method, weight, gram, pattern, options, first & dead)
@@ -47,10 +50,24 @@ def solve_live(
     live = rows * int((~dead).sum())
     if not 0 < count < live:  # the method has nothing to choose
         return Solution(weight.masked_fill(first, 0), first)
-    part = method(weight[:, ~dead], gram.live, replace(pattern, sparsity=count / live), options)
+    rest = replace(pattern, sparsity=count / live)
+    part = _solved(method, weight[:, ~dead], gram.live, rest, options)
     pruned, mask = torch.zeros_like(weight), torch.ones_like(first)
     pruned[:, ~dead], mask[:, ~dead] = part.weight, part.mask
     return replace(part, weight=pruned, mask=mask)
+
+
+def _solved(
+    method: Callable[..., Solution],
+    weight: Tensor,
+    gram: Gram,
+    pattern: SitePattern,
+    options: SolverOptions,
+) -> Solution:
+    """The solution of the method, checked."""
+    found = method(weight, gram, pattern, options)
+    check_solution(found, weight)
+    return found
 
 
 def _with_zeros(
@@ -66,8 +83,9 @@ def _with_zeros(
     A method that keeps such a zero nevertheless has pruned a live weight of the same group. The
     largest of these are kept instead, as they were.
     """
-    found = method(weight.masked_fill(first, 0), gram, pattern, options)
-    if not bool((first & ~found.mask).any()):
+    found = _solved(method, weight.masked_fill(first, 0), gram, pattern, options)
+    counts, needed = zero_counts(found.mask, pattern)
+    if bool((counts != needed).any()) or not bool((first & ~found.mask).any()):
         return found
     ranks = weight.abs().masked_fill(~found.mask, torch.inf).masked_fill(first, -1)
     mask = lowest(ranks, pattern)

@@ -138,7 +138,8 @@ def _salience(
             for parameter in owned.values():
                 parameter.requires_grad_()
             for sample in torch.split(tokens, 1):
-                found = torch.autograd.grad(_loss(model, sample), list(owned.values()))
+                loss = _loss(model, sample)  # an expert that sees no token has no gradient
+                found = torch.autograd.grad(loss, list(owned.values()), materialize_grads=True)
                 for name, gradient in zip(owned, found, strict=True):
                     for power, mean in means.items():
                         mean[name] += gradient.float() ** power / len(tokens)
