@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import yaml
 
 import apt as library
 from apt.plugin.registry import registry
@@ -161,6 +162,28 @@ def test_the_guide_runs_from_the_first_command_to_the_last(shell, tmp_path):
     correct(tmp_path / "apt-phi/src/apt_phi.py", parts("first-adapter.md")[-1])
     shell.again()
     shell(check + prune)
+
+
+PLUGINS = "plugins.md"
+KINDS = re.findall(r"-d kind=(\S+) -d name=(\S+)", "".join(blocks(PLUGINS, "console")))
+
+
+def test_the_page_on_plugins_shows_the_packages_of_the_template(tmp_path):
+    shown = blocks(PLUGINS, "python")
+    asked = yaml.safe_load((ROOT / "copier.yml").read_text())["kind"]["choices"].values()
+    assert {kind for kind, _ in KINDS} == set(asked) - {"adapter"}
+    for (kind, name), text in zip(KINDS, shown, strict=True):
+        made = copied(tmp_path, kind=kind)
+        assert made.name == f"apt-{name}"
+        assert (made / f"src/apt_{name}.py").read_text() == text
+
+
+def test_the_page_on_plugins_runs_from_the_first_command_to_the_last(shell, tmp_path):
+    for kind, name in KINDS:
+        shell.install(f"apt_{name}", copied(tmp_path, kind=kind, name=name) / "src")
+    for commands in blocks(PLUGINS, "console"):
+        if not commands.startswith(("copier ", "pip ")):
+            shell(commands)
 
 
 def correct(path, inputs):

@@ -20,7 +20,7 @@ class Teacher:
     """The outputs of the dense model on samples.
 
     Args:
-        folder: the folder of the files that `written` has written.
+        folder: the folder of the files that `write_teacher` has written.
     """
 
     def __init__(self, folder: Path) -> None:

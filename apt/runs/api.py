@@ -101,12 +101,12 @@ def prune(
             site, or a pattern of `apt.solver`.
         adapter: the name of an adapter, or an adapter; by default the one that serves the model's
             type.
-        method: the name of a method, or a function `apt.pruning.layer.Method`; by default the most
+        method: the name of a method, or a function `apt.extending.Method`; by default the most
             accurate method.
         selection: the sites to prune, and the sites with other patterns; by default all sites.
         options: the options that the weights depend on; see `apt.PruneOptions`.
         allocation: the distribution of an unstructured sparsity over the sites: a name, or a
-            function `apt.planning.allocation.Allocation`. By default ``"auto"`` for mixed n:m, and
+            function `apt.extending.Allocation`. By default ``"auto"`` for mixed n:m, and
             the same for every site otherwise.
         also: kinds of parameters to prune beside the Linears, by their names in the adapter.
         tokenizer: the model's tokenizer. It gives the special tokens, which never occur among
