@@ -47,7 +47,7 @@ class Gram:
     ) -> None:
         self.tokens = self.sample = 0
         self.total = torch.zeros(width, device=device, dtype=dtype)
-        self._between = torch.zeros(width, device=device, dtype=dtype)
+        self._within = torch.zeros(width, device=device, dtype=dtype)
         self._sum = torch.zeros(width, width, device=device, dtype=dtype)
         self._mirrored = True
         self._damped: dict[float, DampedGram] = {}
@@ -77,7 +77,7 @@ class Gram:
         gram._sum, gram.tokens, gram.sample = matrix.clone(), tokens, tokens
         if total is not None:
             gram.total += total
-            gram._between += total.square() / max(tokens, 1)
+        gram._within += matrix.diagonal() - gram.total.square() / max(tokens, 1)
         return gram
 
     @full_precision()
@@ -91,7 +91,7 @@ class Gram:
         rows = inputs.reshape(-1, inputs.shape[-1]).to(self._sum.dtype)
         self.sample = sample or inputs.shape[-2]
         for part in torch.split(rows, max(self.sample, 1)):
-            self._between += part.sum(0).square() / max(len(part), 1)
+            self._within += (part - part.mean(0)).square_().sum(0)
         for start in range(0, self.width, _PANEL):
             here, above = slice(start, start + _PANEL), slice(0, start + _PANEL)
             self._sum[above, here].addmm_(rows[:, above].T, rows[:, here])
@@ -125,14 +125,14 @@ class Gram:
         missing = max(0, self.width - self.tokens)
         gram = self._with(self.matrix, slice(None))
         gram.matrix.diagonal().add_(missing * mean)
+        gram._within += missing * mean
         gram.tokens += missing
         return gram
 
     @property
     def variance(self) -> Tensor:
         """The variance of each input within a sample, as the mean over the samples (in,)."""
-        squares = self.matrix.diagonal() - self._between
-        return squares.clamp_min(0) / max(self.tokens, 1)
+        return self._within.clamp_min(0) / max(self.tokens, 1)
 
     @property
     def dead(self) -> Tensor:
@@ -150,7 +150,7 @@ class Gram:
     def _with(self, matrix: Tensor, inputs: Tensor | slice) -> "Gram":
         """A Gram matrix of the same tokens with this sum, for some of the inputs."""
         gram = Gram.from_sum(matrix, self.tokens, self.total[inputs])
-        gram._between, gram.sample = self._between[inputs].clone(), self.sample
+        gram._within, gram.sample = self._within[inputs].clone(), self.sample
         return gram
 
     def add_up(self, add: Callable[..., None], tokens: int) -> None:
@@ -160,7 +160,7 @@ class Gram:
             add: adds the tensors of the other processes to those that it gets, in place.
             tokens: the number of tokens of all processes.
         """
-        add(self.matrix, self.total, self._between)
+        add(self.matrix, self.total, self._within)
         self.tokens = tokens
         self._damped.clear()
         self._live = None

@@ -167,7 +167,7 @@ def test_the_sums_of_two_processes_are_those_of_one():
     there.damped(), here.damped()
 
     def add(*tensors):
-        for tensor, other in zip(tensors, (there.matrix, there.total, there._between), strict=True):
+        for tensor, other in zip(tensors, (there.matrix, there.total, there._within), strict=True):
             tensor += other
 
     here.add_up(add, 30)
