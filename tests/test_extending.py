@@ -1,6 +1,8 @@
 """What plugins of other people import and return."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -223,3 +225,14 @@ def tokens(split):
 
 def text(split):
     return "one text is no iterable of texts"
+
+
+def test_the_names_for_plugins_are_imported_on_use():
+    code = """
+import sys
+import apt, apt.extending, apt.hookspecs
+assert "torch" not in sys.modules
+from apt.extending import Allocation, Method, Unallocated
+assert "transformers" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
