@@ -77,10 +77,11 @@ def test_every_method_meets_every_pattern(method, pattern):
 
 def test_the_next_block_sees_what_the_pruned_one_gives(adapter_of):
     model, tokens = random_model("llama"), random_tokens()
-    adapter, seen = adapter_of(model), []
+    adapter, seen, samples = adapter_of(model), [], []
 
     def spy(weight, gram, pattern, options):
         seen.append(gram.matrix.clone())
+        samples.append((gram.sample, gram.variance))
         return ss(weight, gram, pattern, options)
 
     plan = make_plan(model, adapter, NM(2, 4), Selection(only=("*q_proj",)))
@@ -92,6 +93,9 @@ def test_the_next_block_sees_what_the_pruned_one_gives(adapter_of):
     model(tokens)
     handle.remove()
     torch.testing.assert_close(seen[1], Gram.of(inputs[0]).matrix)
+    length, variance = samples[1]
+    assert length == tokens.shape[1]
+    torch.testing.assert_close(variance, inputs[0].var(1, unbiased=False).mean(0))
 
 
 def test_in_order_later_sites_see_pruned_earlier_ones(adapter_of):

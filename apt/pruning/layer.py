@@ -24,10 +24,10 @@ from apt.solver import (
     Solution,
     SolverError,
     SolverOptions,
-    check_solution,
     meets,
     relative_layer_error,
     rounded,
+    solve_live,
 )
 from apt.solver.gram import DAMPING
 from apt.solver.patterns import surplus
@@ -47,7 +47,8 @@ class SiteMethod(Protocol[P]):
 class Method(SiteMethod[Pattern], Protocol):
     """A function that prunes one layer; the target of `apt.hookspecs.MethodSpec`.
 
-    A run calls it for each site. What it returns is checked: the shapes, the dtypes, that the
+    A run calls it for each site, without the inputs that were zero on all tokens; for n:m, the
+    weights of these are zero. What it returns is checked: the shapes, the dtypes, that the
     weight is finite and zero under the mask, and that it has the zeros of the pattern, as many as
     the pattern prunes and no more.
     """
@@ -197,9 +198,7 @@ class SiteSolver:
             if self.targets is not None and not planned.site.routed:
                 damped = gram.damped(self.options.damping)
                 target = self.targets.weight(dense, planned.site, sums, damped)
-            solution = self.method(target * scale, gram, planned.pattern, self.options)
-            check_solution(solution, dense)
-            return solution
+            return solve_live(self.method, target * scale, gram, planned.pattern, self.options)
         except MethodError as error:
             raise self._refused(f"{error}, for {planned.name}") from error
         except SolverError as error:

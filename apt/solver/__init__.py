@@ -7,6 +7,7 @@ matrix ``XᵀX`` of shape (in, in). It is independent of models, adapters and fi
 
 from apt.solver.admm_search import admm
 from apt.solver.column_groups import ColumnGroups
+from apt.solver.dead_inputs import solve_live
 from apt.solver.gram import DampedGram, Gram, SolverError
 from apt.solver.group_removal import (
     GroupChoice,
@@ -80,5 +81,6 @@ __all__ = [
     "removal_order",
     "rounded",
     "sm",
+    "solve_live",
     "ss",
 ]

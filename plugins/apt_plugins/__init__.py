@@ -119,10 +119,10 @@ def apt_recoveries() -> list[RecoverySpec]:
     kinds = "apt_plugins.recoveries"
     return [
         RecoverySpec("spp", "adapters that multiply the kept weights", f"{kinds}:spp",
-                     "arXiv 2405.16057", 4e-3, zeros=True, options=("rank",)),
+                     "arXiv 2405.16057", 4e-3, zeros=True, options=("rank", "dropout")),
         RecoverySpec("lora", "LoRA with a masked update", f"{kinds}:lora",
                      "arXiv 2106.09685", 1e-3, options=("rank",)),
-        RecoverySpec("layers", "the language-model head and the last blocks", f"{kinds}:layers",
+        RecoverySpec("layers", "the head, the final norm and the last blocks", f"{kinds}:layers",
                      "arXiv 2411.15558", 1e-4, dense=True, options=("blocks", "move_masks")),
         RecoverySpec("distill", "the kept weights of all blocks, towards the dense model",
                      f"{kinds}:distill", "after arXiv 1503.02531", 2e-4, teacher=True,

@@ -47,17 +47,27 @@ def owl(given: Unallocated) -> dict[str, float]:
     linearly with the share of scores above `OUTLIER` times their mean. The shifts are then centred:
     their mean, weighted by the size of the blocks, is 0.
     """
-    outliers = dict[int, float]()
-    for index, (block, _, norms) in enumerate(_norms(given)):
-        if norms:
-            scores = torch.cat([_wanda(block, site, norms).flatten() for site in norms])
-            outliers[index] = float((scores > OUTLIER * scores.mean()).float().mean())
+    outliers = outlier_shares(given)
     low, high = min(outliers.values(), default=0.0), max(outliers.values(), default=0.0)
     span = high - low
     middle = (low + high) / 2  # for a block none of whose sites saw a token
     shares = (outliers.get(index, middle) for index in range(len(given.plan.blocks)))
     shifts = [MAX_SHIFT * (1 - 2 * (x - low) / span) if span else 0.0 for x in shares]
     return _shifted(given.plan, shifts)
+
+
+@torch.no_grad()
+def outlier_shares(given: Unallocated) -> dict[int, float]:
+    """The share of outliers among the scores of each block, see `owl`, by the index of the block.
+
+    A block none of whose sites saw a token is left out.
+    """
+    outliers = dict[int, float]()
+    for index, (block, _, norms) in enumerate(_norms(given)):
+        if norms:
+            scores = torch.cat([_wanda(block, site, norms).flatten() for site in norms])
+            outliers[index] = float((scores > OUTLIER * scores.mean()).float().mean())
+    return outliers
 
 
 @torch.no_grad()
