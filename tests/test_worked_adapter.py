@@ -6,6 +6,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+import tomllib
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -176,6 +177,8 @@ def test_the_page_on_plugins_shows_the_packages_of_the_template(tmp_path):
         made = copied(tmp_path, kind=kind)
         assert made.name == f"apt-{name}"
         assert (made / f"src/apt_{name}.py").read_text() == text
+        needed = tomllib.loads((made / "pyproject.toml").read_text())["project"]["dependencies"]
+        assert needed == [f"apt-prune{'[recover]' if kind == 'recovery' else ''}>=0.1"]
 
 
 def test_the_allocation_on_the_page_on_plugins_that_runs_the_model():
