@@ -32,7 +32,7 @@ from apt.calibration.batches import Batch, enter
 from apt.planning.allocation import Unallocated
 from apt.planning.plan import make_plan
 from apt.plugin.registry import registry
-from apt.solver import NM, Gram, Pattern, SolverOptions, Unstructured, ss
+from apt.solver import NM, Gram, Pattern, SolverOptions, Unstructured, solve_live, ss
 from apt.text.datasets import documents
 
 Row = dict[str, str]
@@ -232,7 +232,7 @@ def sparsegpt(checkout: Path, subject: Subject) -> Iterator[Row]:
         for _, block, _, inputs in captured(subject):
             for name in (next(iter(inputs)), list(inputs)[-1]):
                 weight, sums = block.get_submodule(name).weight.detach(), gram(inputs[name])
-                own = ss(weight, sums, pattern, SolverOptions()).weight
+                own = solve_live(ss, weight, sums, pattern, SolverOptions()).weight
                 code = theirs.sparsegpt(checkout, weight, inputs[name], nm, subject.sparsity)
                 zeros.append((own == 0, code == 0))
                 gaps.append(float((own - code).norm() / code.norm()))

@@ -156,7 +156,7 @@ def hooks_page() -> str:
         map(entry, SPECS),
         "## Adapters\n",
         [entry(adapter.Adapter), *members(adapter.Adapter)],
-        map(entry, DECLARED),
+        map(whole, DECLARED),
         [entry(adapter.DecoderAdapter), *members(adapter.DecoderAdapter)],
         "## Helpers for adapters\n",
         map(entry, HELPERS),

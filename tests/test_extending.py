@@ -1,6 +1,8 @@
 """What plugins of other people import and return."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -125,7 +127,7 @@ def nothing(*given):
 
 REFUSED = {
     "any number": (nothing, {"blocks": 2}, "nothing is not a function of 3 or of 4 arguments"),
-    "no function": (5, {"blocks": 2}, "int is not a function of 3 or of 4 arguments"),
+    "no function": (5, {"blocks": 2}, "method is 5; give its name, or a function"),
     "no blocks": (
         lambda m, a, t, c: None, {"blocks": 2},
         "method <lambda> returns None, not the names of 1 blocks; use another method",
@@ -223,3 +225,25 @@ def tokens(split):
 
 def text(split):
     return "one text is no iterable of texts"
+
+
+def test_the_names_for_plugins_are_imported_on_use():
+    code = """
+import sys
+import apt, apt.extending, apt.hookspecs
+assert "torch" not in sys.modules
+from apt.extending import Allocation, Method, Unallocated
+assert "transformers" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("given", [5, type(None), object()])
+def test_what_is_neither_name_nor_function_is_refused(given):
+    model, said = random_model("llama"), "is .*; give its name, or a function"
+    with pytest.raises(AptError, match=f"method {said}"):
+        library.prune(model, TOKENS, pattern="0.5", method=given)
+    with pytest.raises(AptError, match=f"allocation {said}"):
+        library.prune(model, TOKENS, pattern="0.5", allocation=given)
+    with pytest.raises(AptError, match=f"kind {said}"):
+        library.recover(model, TOKENS, kind=given)

@@ -11,7 +11,7 @@ from torch import nn
 from apt.adapter import Adapter
 from apt.checkpoints.model import Model
 from apt.checkpoints.shrunk import empty_smaller
-from apt.errors import AptError
+from apt.errors import AptError, name_of
 from apt.planning.plan import Plan
 from apt.planning.structure import make_structured_plan
 from apt.plugin.registry import Registry
@@ -112,7 +112,7 @@ def _found(method: str | Choice, wish: ShrinkOptions, registry: Registry) -> Shr
     """The spec of a choice. What a function chooses follows from the number of its arguments."""
     if isinstance(method, str):
         return registry.shrink_methods.get(method)
-    name = getattr(method, "__name__", type(method).__name__)
+    name = name_of("method", method)
     taken = [count for count in (3, 4) if _takes(method, count)]
     if len(taken) != 1:
         raise AptError(

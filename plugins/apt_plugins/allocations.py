@@ -10,13 +10,19 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from apt import perplexity
 from apt.adapter import Site
-from apt.adapter.eval_mode import eval_mode
-from apt.calibration.batches import enter
-from apt.evaluation import perplexity
-from apt.planning.allocation import Unallocated, sparsity_of, unstructured
-from apt.planning.plan import Plan, PlannedBlock, PlannedSite
-from apt.solver.patterns import lowest_k
+from apt.extending import (
+    Plan,
+    PlannedBlock,
+    PlannedSite,
+    Unallocated,
+    enter,
+    eval_mode,
+    sparsity_of,
+    unstructured,
+)
+from apt.solver import lowest_k
 from apt_plugins.spectra import tail_from_middle, tail_from_peak
 
 OUTLIER = 5.0  # M of OWL: a score above M times the mean of its block is an outlier

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from apt.adapter import Adapter, Groups, Site
-from apt.adapter.eval_mode import eval_mode
-from apt.calibration.batches import enter
+from apt.extending import enter, eval_mode
 from apt.solver import ColumnGroups, Gram, SolverOptions
 
 Scores = dict[str, dict[str, Tensor]]

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from apt.errors import AptError
-from apt.recovery.teacher import divergence, relative_error
-from apt.recovery.trainable import Trainable, Unrecovered, train_only
+from apt.extending import Trainable, Unrecovered, divergence, relative_error, train_only
 
 _ALONE = ("out_proj", "conv1d")  # peft refuses LoRA there: fused kernels read their weights
 
@@ -101,7 +100,7 @@ def distill(given: Unrecovered) -> Trainable:
         output = model(
             input_ids=batch["input_ids"], use_cache=False, output_hidden_states=bool(weight)
         )
-        rows, device = batch["row"].cpu(), output.logits.device
+        rows, device = batch["row"], output.logits.device
         tokens, logs = (found.to(device) for found in teacher.top(rows))
         found = divergence(output.logits, tokens, logs)
         if weight:
