@@ -80,15 +80,15 @@ def _unlike_removals(subject: Subject) -> Iterator[Fault]:
     whole = copy.deepcopy(subject.model).float()
     subject = Subject(subject.adapter, whole, subject.tokens[:2])
     steps = [step for step in subject.steps() if subject.adapter.extras(step.block)]
-    found: dict[str, tuple[str, Predictions]] = {}
+    found: dict[str, tuple[Step, Extra, Predictions]] = {}
     for step in steps:
         removals, extras = Removals(subject, step), subject.adapter.extras(step.block)
         for extra, reports in _reported(subject, step, extras).items():
-            place = f"{step.name}.{extra.name}"
-            _, predictions = found.setdefault(extra.kind, (place, Predictions(extra.removal)))
+            first = (step, extra, Predictions(extra.removal))
+            _, _, predictions = found.setdefault(extra.kind, first)
             gram = torch.stack([gram for gram, _ in reports]).sum(0)
             predictions.compare(removals, extra, gram, max(2, _CHANNELS // len(steps)))
-    for place, predictions in found.values():
+    for step, extra, predictions in found.values():
         if (wrong := predictions.fault()) is not None:
             said, method = wrong
-            yield Fault(place, f": {said}", method)
+            yield Fault(step.name, f".{extra.name}: {said}", method)
