@@ -23,18 +23,20 @@ _CHANNELS = 32  # of each kind, that are compared with the effects of removals
 def check_effects(subject: Subject) -> Iterator[Fault]:
     """A Gram matrix and an energy of every extra; they predict the changes by removed weights."""
     subject.logits()  # the first run may create state in the model itself
-    before, faults = snapshot(subject.model), list[Fault]()
+    before, faults, refused = snapshot(subject.model), list[Fault](), False
     for step in subject.steps():
         extras = subject.adapter.extras(step.block)
         try:
             faults += _faults(subject, step, extras) if extras else ()
         except AptError:  # it refuses, for instance an older transformers, as it would in a run
-            return
+            refused = True
     faults += [
         Fault("", f"effects {change}", "effects")
         for change in changes(before, snapshot(subject.model))
     ]
-    yield from faults or _unlike_removals(subject)
+    yield from faults
+    if not faults and not refused:
+        yield from _unlike_removals(subject)
 
 
 def _faults(subject: Subject, step: Step, extras: Sequence[Extra]) -> Iterator[Fault]:
