@@ -4,9 +4,9 @@
 model, and `recover` trains what is kept. The calibration tokens come from `calibration_tokens` or
 `own_text`; `perplexity` and `accuracy` measure a model on `evaluation_tokens`. `PruneOptions`,
 `ShrinkOptions` and `RecoverOptions` have the options. With `Ranks` several processes prune one
-model together. `apt.solver` works on plain tensors, `apt.adapter` and `apt.hookspecs` are for
-plugins, and `apt.testing` checks adapters. `apt.cli` is the command line. Importing this package
-does not import torch.
+model together. `apt.solver` works on plain tensors, `apt.adapter`, `apt.extending` and
+`apt.hookspecs` are for plugins, and `apt.testing` checks adapters. Importing this package does not
+import torch.
 """
 
 from importlib import import_module

@@ -42,6 +42,17 @@ def unknown(kind: str, name: str, known: Iterable[str], where: str = "") -> AptE
     return AptError(f"no {kind} '{name}'", hint + where)
 
 
+def name_of(kind: str, function: object) -> str:
+    """The name of a function of the caller that is given in place of the name of a plugin.
+
+    Raises:
+        AptError: it is no function.
+    """
+    if isinstance(function, type) or not callable(function):
+        raise AptError(f"{kind} is {function!r}", "give its name, or a function", (kind,))
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
 _LONGEST = 100  # characters of a name within a message
 
 

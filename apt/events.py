@@ -65,7 +65,7 @@ class BlockTuned:
     Attributes:
         name: the block.
         before, after: the error of its output on the samples held back, before and after tuning;
-            see `apt.tuning.reconstruct.Tuned`.
+            see methods.md, "Block tuning".
     """
 
     name: str

@@ -7,17 +7,22 @@ The default is SmolLM2-135M-Instruct with the texts of ``benchmarks/common.py``,
 
 A row is MODE[:METHOD] and options of ``apt.PruneOptions`` and ``apt.ShrinkOptions``:
 ``width:joint``, ``width:llm-pruner/compensate=true``, ``depth:loss/error_aware=false``,
-``width/sizes={"channels":1024}``, ``search``. Rows are added to the JSON file as soon as they are
-measured. A row in the file is not measured again. ``--save FOLDER`` writes the smaller models.
+``width/sizes={"channels":1024}``, ``search``. ``zeros:METHOD/channels=N/first=K/last=L`` sets the
+channels that METHOD removes to zero, and leaves the first K and the last L blocks whole, as the
+authors of LLM-Pruner do. No configuration describes such a model. Rows are added to the JSON file
+as soon as they are measured. A row in the file is not measured again. ``--save FOLDER`` writes the
+smaller models.
 """
 
 import argparse
+import copy
 import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from common import FORTUNES, fortunes, known_rows, open_model, sample, save, wiki
 from rich.console import Console
 from rich.table import Table
@@ -26,9 +31,14 @@ from torch import Tensor, nn
 import apt
 from apt.checkpoints.model import Model
 from apt.evaluation.metrics import perplexity
+from apt.plugin.registry import registry
+from apt.solver import ColumnGroups
 
 _WIDTH = 'sizes={"channels":1024}'  # of SmolLM2: 75 % of the parameters, as `--keep 0.75` chooses
-BASELINES = ["group-magnitude", "group-wanda", "flap", "llm-pruner-vector", "llm-pruner"]
+BASELINES = [
+    "group-magnitude", "group-wanda", "flap",
+    "llm-pruner", "llm-pruner-vector", "llm-pruner-second", "llm-pruner-mix",
+]  # fmt: skip
 ROWS = [
     *(f"depth:{name}/error_aware=false" for name in ("last", "block-influence", "angular", "loss")),
     *(f"width:{name}/{_WIDTH}/error_aware=false" for name in BASELINES),
@@ -40,6 +50,8 @@ ROWS = [
     f"width:joint/{_WIDTH}/error_aware=true",
     "depth:angular/error_aware=true",
     "search",
+    "zeros:llm-pruner/channels=1024",
+    "zeros:llm-pruner/channels=945/first=3/last=1",  # the same total in 26 of 30 blocks
 ]
 TUNED_ON = 16  # windows of each evaluation text, used to choose APT's defaults: not reported
 Row = dict[str, Any]
@@ -104,6 +116,26 @@ def shrink(
     }
 
 
+@torch.no_grad()
+def zeroed(model: Model, text: str, tokens: Tensor) -> tuple[nn.Module, Row]:
+    """A copy of the model without the outputs of channels of the lowest scores of a method."""
+    name, *words = text.removeprefix("zeros:").split("/")
+    wish = {"first": 0, "last": 0, **{k: int(v) for k, _, v in (w.partition("=") for w in words)}}
+    scores = registry().shrink_methods.get(name).load()(model.module, model.adapter, tokens)
+    module = copy.deepcopy(model.module)
+    blocks = model.adapter.blocks(module)
+    pruned = blocks[wish["first"] : len(blocks) - wish["last"]]
+    for block_name, block in pruned:
+        for groups in model.adapter.groups(block, module.config):
+            if groups.kind == "channels":
+                pattern = ColumnGroups(groups.count, wish["channels"], groups.bins)
+                removed = pattern.lowest(scores[block_name]["channels"])
+                for site in model.adapter.sites(block):
+                    if site.name in groups.readers:
+                        site.oriented(site.weight(block))[:, removed] = 0
+    return module, {"blocks": len(blocks), "kept": {"channels": wish["channels"]}}
+
+
 def measure(options: argparse.Namespace, known: dict[str, Row]) -> Iterator[Row]:
     """One row for each smaller model, after that of the dense one."""
     model, tokenizer = open_model(options.model)
@@ -118,7 +150,9 @@ def measure(options: argparse.Namespace, known: dict[str, Row]) -> Iterator[Row]
             yield known[text]
             continue
         module, row = model.module, Row()
-        if text != "dense":
+        if text.startswith("zeros:"):
+            module, row = zeroed(model, text, tokens)
+        elif text != "dense":
             module, row = shrink(model, text, options.keep, tokens, tokenizer)
         with model.adapter.running(module):
             scores = {name: perplexity(module, window) for name, window in held_out.items()}

@@ -3,6 +3,7 @@
 import inspect
 import re
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,14 +11,10 @@ from typing import Any
 from typer.main import get_command
 
 import apt
-from apt import adapter, events, hookspecs, runtime, solver, testing
-from apt.checkpoints import formats
+from apt import adapter, events, extending, hookspecs, runtime, solver, testing
 from apt.cli import app
 from apt.distributed.ranks import Work
-from apt.planning.allocation import Allocation, Unallocated
 from apt.plugin import hookspecs as hooks
-from apt.pruning import layer
-from apt.shrinking import choices
 
 FOLDER = Path(__file__).parent
 SPECS = (
@@ -32,9 +29,23 @@ HELPERS = (
     adapter.expert_sites, adapter.one_by_one, adapter.WeightTap, adapter.record_calls,
     adapter.stubbed, adapter.rows, adapter.columns, adapter.expert_groups,
 )  # fmt: skip
+METHODS = (extending.Method,)
+CHOICES = (extending.GroupScores, extending.BlockChoice, extending.loss_without)
+ALLOCATIONS = (
+    extending.Allocation, extending.Unallocated, extending.Plan, extending.PlannedBlock,
+    extending.PlannedSite, extending.unstructured, extending.sparsity_of,
+)  # fmt: skip
+RECOVERIES = (
+    extending.Recovery, extending.Unrecovered, extending.Trainable, extending.train_only,
+    extending.next_token_loss, extending.Teacher, extending.divergence, extending.relative_error,
+)  # fmt: skip
+TEXTS = (extending.read_file, extending.hub_documents)
+RUNNING = (extending.eval_mode, extending.enter, extending.Batch)
+FORMATS = (extending.Checkpoint, extending.find_file, extending.Finding, extending.try_import)
 EVENTS = (events.BlockStarted, events.Working, events.SitePruned, events.BlockTuned)
 _MODULES = re.compile(r"\b(?:[a-z_]+\.)+(?=[A-Za-z_])")
 _FUNCTIONS = re.compile(r"<function .*? at 0x[0-9a-f]+>")
+_UNPACKED = re.compile(r"\*<class '(?:\w+\.)*(\w+)'>")
 _WIDTH = 96
 _COMPLETION = ("install_completion", "show_completion")  # typer's own
 _PLACEHOLDERS = {"int": "N", "float": "X", "Path": "PATH"}
@@ -44,14 +55,56 @@ def entry(thing: Any, level: str = "###", name: str | None = None) -> str:
     """A heading, the signature, and the docstring as it is written."""
     name = name or thing.__name__
     signature = "" if _has_no_signature(thing) else _signature(thing)
-    head = name + (signature if len(name + signature) <= _WIDTH else _wrapped(signature))
-    return f"{level} `{name}`\n\n```text\n{head}\n\n{inspect.getdoc(thing) or ''}\n```\n"
+    return _entry(level, name, _head(name, signature), inspect.getdoc(thing))
+
+
+def interface(kind: Any) -> str:
+    """The entry of a protocol: of a function with one signature, or of an object with members."""
+    if "__call__" not in vars(kind):
+        return "\n".join([entry(kind), *members(kind)])
+    head = _head("function", _signature(kind.__call__).replace("self, ", "", 1))
+    said = f"{inspect.getdoc(kind)}\n\n{inspect.getdoc(kind.__call__)}"
+    return _entry("###", kind.__name__, head, said)
+
+
+def whole(thing: Any) -> str:
+    """The entry of anything, with the members of a class."""
+    if _is_interface(thing):
+        return interface(thing)
+    return "\n".join([entry(thing), *(members(thing) if isinstance(thing, type) else ())])
+
+
+def members(thing: type) -> Iterator[str]:
+    """The public methods and properties of a class."""
+    for name, value in vars(thing).items():
+        if name.startswith("_"):
+            continue
+        if isinstance(value, property | cached_property):
+            function: Any = value.fget if isinstance(value, property) else value.func
+            kind = _plain(inspect.formatannotation(function.__annotations__["return"]))
+            yield _entry("####", name, f"{name}: {kind}", inspect.getdoc(value))
+        function = getattr(value, "__func__", value)  # of a class method
+        own = getattr(function, "__qualname__", "") == f"{thing.__qualname__}.{name}"
+        if inspect.isfunction(function) and own:  # not the default of a field
+            yield entry(function, "####")
+
+
+def _entry(level: str, name: str, head: str, said: str | None) -> str:
+    return f"{level} `{name}`\n\n```text\n{head}\n\n{said or ''}\n```\n"
+
+
+def _head(name: str, signature: str) -> str:
+    return name + (signature if len(name + signature) <= _WIDTH else _wrapped(signature))
 
 
 def _signature(thing: Any) -> str:
     """The signature without the modules of its types."""
-    plain = _MODULES.sub("", str(inspect.signature(thing))).replace("~", "")
-    return _FUNCTIONS.sub("...", plain)
+    return _plain(str(inspect.signature(thing)))
+
+
+def _plain(text: str) -> str:
+    text = _UNPACKED.sub(r"Unpack[\1]", text)
+    return _FUNCTIONS.sub("...", _MODULES.sub("", text).replace("~", ""))
 
 
 def _wrapped(signature: str) -> str:
@@ -68,19 +121,16 @@ def _wrapped(signature: str) -> str:
 
 
 def _has_no_signature(thing: Any) -> bool:
-    protocol = getattr(thing, "_is_protocol", False)
-    return not callable(thing) or protocol or (isinstance(thing, type) and _is_error(thing))
+    error = isinstance(thing, type) and _is_error(thing)
+    return error or not callable(thing) or _is_interface(thing)
+
+
+def _is_interface(thing: Any) -> bool:
+    return bool(getattr(thing, "_is_protocol", False))
 
 
 def _is_error(thing: type) -> bool:
     return issubclass(thing, BaseException) and "__init__" not in vars(thing)
-
-
-def members(thing: type) -> Iterator[str]:
-    """The public methods of a class."""
-    for name, value in vars(thing).items():
-        if inspect.isfunction(value) and not name.startswith("_"):
-            yield entry(value, "####")
 
 
 def page(title: str, *parts: str | Iterable[str]) -> str:
@@ -97,24 +147,34 @@ def hooks_page() -> str:
         "Hooks",
         f"Version {hooks.API} of the surface; versions from {hooks.OLDEST_API} on are served.\n"
         "A plugin is a module named by an entry point of group `apt`. It imports the hook marker\n"
-        "and the specs from `apt.hookspecs`, and what an adapter needs from `apt.adapter`.\n",
+        "and the specs from `apt.hookspecs`, and what an adapter needs from `apt.adapter`.\n"
+        "Everything from *Methods* on is in `apt.extending`. What works on plain tensors is in\n"
+        "[`apt.solver`](api.md#aptsolver). [plugins.md](plugins.md) has an example of each kind.\n",
         "## Hooks that a plugin may implement\n",
         (entry(value) for name, value in vars(hooks).items() if name.startswith("apt_")),
         "## Specs that the hooks return\n",
         map(entry, SPECS),
         "## Adapters\n",
         [entry(adapter.Adapter), *members(adapter.Adapter)],
-        map(entry, DECLARED),
+        map(whole, DECLARED),
         [entry(adapter.DecoderAdapter), *members(adapter.DecoderAdapter)],
         "## Helpers for adapters\n",
         map(entry, HELPERS),
-        "## Formats, methods and allocations\n",
-        [entry(formats.Checkpoint), *members(formats.Checkpoint)],
-        entry(layer.Method.__call__, name="a method"),
-        entry(Allocation.__call__, name="an allocation"),
-        entry(Unallocated),
-        entry(choices.GroupScores.__call__, name="scores of groups"),
-        entry(choices.BlockChoice.__call__, name="a choice of blocks"),
+        "## Methods\n",
+        map(whole, METHODS),
+        "## Choices of what to remove\n",
+        "For the columns of one weight: [`apt.solver.GroupChoice`](api.md#groupchoice).\n",
+        map(whole, CHOICES),
+        "## Allocations\n",
+        map(whole, ALLOCATIONS),
+        "## Recoveries\n",
+        map(whole, RECOVERIES),
+        "## Texts\n",
+        map(whole, TEXTS),
+        "## Running a model\n",
+        map(whole, RUNNING),
+        "## Formats, and findings of the doctor\n",
+        map(whole, FORMATS),
         "## Events\n",
         "`apt.events`: `apt.prune(observe=…)` is called with all of them, the hook\n"
         "`apt_site_pruned` with `SitePruned`.\n",
@@ -127,7 +187,7 @@ def api_page() -> str:
     return page(
         "API",
         "The names below are the public surface: they keep their meaning within a version of the\n"
-        "hooks. Everything else is internal. Adapters and plugins: [hooks.md](hooks.md).\n",
+        "hooks. What plugins import is in [hooks.md](hooks.md). Everything else is internal.\n",
         *(part for module in (apt, solver, runtime, testing) for part in _module(module)),
     )
 
@@ -136,9 +196,8 @@ def _module(module: ModuleType) -> Iterator[str | list[str]]:
     yield f"## `{module.__name__}`\n"
     yield f"```text\n{inspect.getdoc(module)}\n```\n"
     things = [(name, getattr(module, name)) for name in module.__all__]
-    yield [
-        entry(thing, name=name) for name, thing in things if inspect.getdoc(thing) and _own(thing)
-    ]
+    shown = [(name, thing) for name, thing in things if inspect.getdoc(thing) and _own(thing)]
+    yield [whole(thing) if module is solver else entry(thing, name=name) for name, thing in shown]
 
 
 def _own(thing: Any) -> bool:

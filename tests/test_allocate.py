@@ -2,10 +2,12 @@
 
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from apt_plugins import level_search
-from apt_plugins.allocations import MOST, tail_exponent
+from apt_plugins.allocations import MOST
+from apt_plugins.spectra import tail_from_middle, tail_from_peak
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -112,7 +114,8 @@ def test_a_sparsity_too_high_for_an_allocation_is_told_with_a_remedy():
     assert error.value.options == ("allocation",)
 
 
-NAMES = ["owl", "alphapruning", "alphapruning-matrix", "atp", "auto", "auto-block", "auto-search"]
+TAILS = ["alphapruning", "alphapruning-matrix", "alphapruning-mid"]
+NAMES = ["owl", *TAILS, "atp", "auto", "auto-block", "auto-search"]
 
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda"])
@@ -148,16 +151,52 @@ def test_the_total_is_exact_for_any_shares(data):
     assert abs(sum(zeros.values()) - wanted) <= (0 if per == "layer" else max(unit.values()))
 
 
-def test_the_exponent_of_a_tail_is_that_of_its_distribution():
+def with_spectrum(eigenvalues):
+    """A square weight whose product with its transpose has these eigenvalues."""
+    rotation = torch.linalg.qr(torch.randn(len(eigenvalues), len(eigenvalues))).Q
+    return rotation * torch.as_tensor(eigenvalues, dtype=torch.float32).sqrt()
+
+
+@pytest.mark.parametrize("exponent_of", [tail_from_peak, tail_from_middle])
+def test_the_exponent_of_a_tail_is_that_of_its_distribution(exponent_of):
     """Eigenvalues of a Pareto distribution, of density λ^-α."""
     for exponent in (1.8, 2.5, 4.0):
         places = (torch.arange(500) + 0.5) / 500
-        values = (1 - places) ** (-1 / (exponent - 1))
-        rotation = torch.linalg.qr(torch.randn(500, 500)).Q
-        weight = rotation * values.sqrt()
-        assert tail_exponent(weight) == pytest.approx(exponent, rel=0.03)
-        assert tail_exponent(weight) == pytest.approx(tail_exponent(weight.T), rel=1e-3)
-    assert tail_exponent(torch.eye(8)) == float("inf")
+        weight = with_spectrum((1 - places) ** (-1 / (exponent - 1)))
+        assert exponent_of(weight) == pytest.approx(exponent, rel=0.03)
+        assert exponent_of(weight) == pytest.approx(exponent_of(weight.T), rel=1e-3)
+    assert exponent_of(torch.eye(8)) == float("inf")
+    assert exponent_of(torch.zeros(8, 8)) == float("inf")
+    assert exponent_of(torch.ones(8, 1)) == float("inf")
+
+
+def peak_tail(spectrum):
+    """The tail of the least distance, straight from the rule; also how often the peak is tied."""
+    values = np.sort(spectrum)
+    counts, edges = np.histogram(np.log10(values), 100)
+    edge, best = 10 ** edges[counts.argmax()], (np.inf, np.inf)
+    for start, least in enumerate(values[:-1]):
+        if np.log10(0.95 * edge) <= least <= 1.5 * edge:
+            tail = values[start:]
+            alpha = 1 + len(tail) / np.log(tail / least).sum()
+            expected = 1 - (tail / least) ** (1 - alpha)
+            best = min(best, (np.abs(expected - np.arange(len(tail)) / len(tail)).max(), alpha))
+    return best[1], int((counts == counts.max()).sum())
+
+
+def test_the_tail_begins_near_the_first_peak_where_it_fits_best():
+    """As an independent computation in fp64 has it, with several highest bins and λ above 1."""
+    draw, ties = np.random.default_rng(0), []
+    for scale in (1e-6, 0.01, 1, 300):
+        for count in (40, 200):
+            spectrum = scale * np.exp(draw.normal(size=count))
+            expected, tied = peak_tail(spectrum)
+            ties.append(tied)
+            assert tail_from_peak(with_spectrum(spectrum)) == pytest.approx(expected, rel=1e-3)
+            upper = np.sort(spectrum)[count // 2 :]
+            expected = 1 + len(upper) / np.log(upper / upper[0]).sum()
+            assert tail_from_middle(with_spectrum(spectrum)) == pytest.approx(expected, rel=1e-3)
+    assert max(ties) > 1
 
 
 @torch.no_grad()

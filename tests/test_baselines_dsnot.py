@@ -3,7 +3,7 @@
 import pytest
 import torch
 from apt_plugins.baselines import wanda
-from apt_plugins.dsnot import CYCLES, SAMPLE, THRESHOLD, dsnot, dsnot_exact, refined
+from apt_plugins.dsnot import CYCLES, THRESHOLD, dsnot, dsnot_exact, refined
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,18 +17,24 @@ PATTERNS = [NM(2, 4), NM(5, 8), Unstructured(0.5, "row"), Unstructured(0.7, "row
 
 
 def problem(seed, rows=5, width=24):
-    """A weight, and inputs whose means are as large as their deviations."""
+    """A weight, and the inputs of three samples, whose means differ: (3, 40, width)."""
     draw = torch.Generator().manual_seed(seed)
-    inputs = torch.randn(60, width, generator=draw) * torch.linspace(0.3, 2, width)
-    inputs += torch.randn(width, generator=draw) * 0.05
+    inputs = torch.randn(3, 40, width, generator=draw) * torch.linspace(0.3, 2, width)
+    inputs += torch.randn(3, 1, width, generator=draw) * torch.linspace(2, 0, width)
     return torch.randn(rows, width, generator=draw) * 0.05, inputs
 
 
 def by_hand(row, inputs, start, group):
-    """The exchanges in one row, written with lists; True where pruned."""
-    mean, variance = inputs.mean(0).tolist(), inputs.var(0, unbiased=False).tolist()
-    share = [float(w) * m * SAMPLE for w, m in zip(row, mean, strict=True)]
-    score = [abs(float(w)) * float(n) for w, n in zip(row, inputs.norm(dim=0), strict=True)]
+    """The exchanges in one row, written with lists; True where pruned.
+
+    As in the authors' code, the error is that of the sum over a sample, and the variance is the
+    mean of the variances of the samples.
+    """
+    sums = inputs.sum(1).mean(0).tolist()
+    variance = inputs.var(1, unbiased=False).mean(0).tolist()
+    share = [float(w) * m for w, m in zip(row, sums, strict=True)]
+    norms = inputs.flatten(0, 1).norm(dim=0)
+    score = [abs(float(w)) * float(n) for w, n in zip(row, norms, strict=True)]
     mask = start.tolist()
     removed, kept = ([j for j, p in enumerate(mask) if p is kind] for kind in (True, False))
     error = sum(share[j] for j in removed)
@@ -73,7 +79,7 @@ def test_a_narrow_row_has_fewer_exchanges_and_a_wide_one_those_of_the_paper():
     pattern = Unstructured(0.5, "row")
     for width, cycles in ((1024, 13), (4096, 50), (5000, 50)):
         weight, inputs = problem(0, 2, width)
-        gram = Gram.of(inputs)
+        weight, gram = 20 * weight, Gram.of(inputs)  # rows far from the threshold
         start = wanda(weight, gram, pattern, SolverOptions()).mask
         found = dsnot(weight, gram, pattern, SolverOptions())
         assert torch.equal(found.mask, refined(weight, gram, start, cycles=cycles))
@@ -83,7 +89,7 @@ def test_a_narrow_row_has_fewer_exchanges_and_a_wide_one_those_of_the_paper():
 
 def expected_error(weight, inputs, mask):
     """The mean over rows of the expected error."""
-    return float((weight.masked_fill(~mask, 0) @ inputs.mean(0)).abs().mean())
+    return float((weight.masked_fill(~mask, 0) @ inputs.mean((0, 1))).abs().mean())
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
@@ -116,7 +122,7 @@ def test_any_mask_is_refined_and_inputs_without_a_mean_leave_it():
     full = torch.ones_like(mask)
     assert torch.equal(refined(weight, Gram.of(inputs), full), full)
     dead = inputs.clone()
-    dead[:, :3] = 0
+    dead[..., :3] = 0
     assert refined(weight, Gram.of(dead), mask).sum() == mask.sum()
 
 

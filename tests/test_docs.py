@@ -3,11 +3,13 @@
 import ast
 import re
 import runpy
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM, PhiConfig
 
+from apt import extending
 from apt.adapter import DecoderAdapter, Input
 from apt.testing import check_adapter, random_tokens
 
@@ -46,7 +48,7 @@ def test_both_declarations_of_the_guide_conform(source):
 
 def test_the_mistakes_of_the_guide_say_what_it_says():
     good = declared(PYTHON[1])
-    template = (ROOT / "template/src/{{ module }}.py.jinja").read_text()
+    template = (ROOT / "template/kinds/adapter.py.jinja").read_text()
     llama = re.search(r"    (inputs = \(\n.*?\n    \))", template, re.DOTALL).group(1)
     wrong = [
         declared(llama),
@@ -105,6 +107,32 @@ def test_each_link_leads_to_a_page_and_a_heading(page):
         if not link.startswith("http"):
             assert target.exists(), link
             assert not anchor or anchor in anchors(target), link
+
+
+PUBLIC = ("apt", "apt.adapter", "apt.events", "apt.extending", "apt.hookspecs", "apt.runtime",
+          "apt.solver", "apt.testing")  # fmt: skip
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_each_name_of_apt_is_a_public_one(page):
+    for name in re.findall(r"`{1,2}(apt(?:\.\w+)+)", page.read_text(encoding="utf-8")):
+        module = max((m for m in PUBLIC if name == m or name.startswith(f"{m}.")), key=len)
+        first = name.removeprefix(module).removeprefix(".").partition(".")[0]
+        assert not first or first in public(module), name
+
+
+def public(module):
+    """The public names of a module."""
+    found = import_module(module)
+    return getattr(found, "__all__", vars(found))
+
+
+def test_each_name_that_plugins_import_is_in_the_reference():
+    headings = set(anchors(ROOT / "docs/hooks.md"))
+    missing = {name for name in extending.__all__ if name.lower() not in headings}
+    assert missing == {"Loss", "Split"}  # the types of an argument
+    with pytest.raises(AttributeError, match="no attribute 'Methods'"):
+        _ = extending.Methods
 
 
 def test_the_index_names_every_page():

@@ -15,7 +15,7 @@ from tests.families import TEXT
 ROOT = Path(__file__).parent.parent
 PAGES = {
     "README.md": 13, "docs/allocation.md": 7, "docs/choosing.md": 2, "docs/mamba.md": 2,
-    "docs/migrating.md": 4, "docs/packing.md": 7, "docs/recovery.md": 7, "docs/shrinking.md": 7,
+    "docs/migrating.md": 4, "docs/packing.md": 7, "docs/recovery.md": 9, "docs/shrinking.md": 7,
     "docs/usage.md": 18,
 }  # fmt: skip
 """The number of commands of each page that are run: a page that loses its commands is noticed."""
@@ -33,7 +33,7 @@ WORDS = {
 }  # fmt: skip
 INSTEAD = {
     "--minutes": "--steps 20", "--blocks": "--blocks 3", "--evaluations": "--evaluations 2",
-    "--samples": "", "--seqlen": "",
+    "--samples": "", "--seqlen": "", "--batch": "",
 }  # fmt: skip
 SMALL = "--samples 2 --seqlen 16 --calibration text.txt"
 TRAIN = "--samples 60 --batch 4 --seqlen 32 --steps 20 --checks 2 --calibration builtin"

@@ -59,12 +59,12 @@ def named_options(tree: ast.Module) -> Iterator[str]:
 
 
 def flags() -> set[str]:
-    """The flags of the commands that run a model."""
+    """The flags of `apt` itself, and of the commands that run a model."""
     commands = get_command(app).commands
     return {
         flag
         for command in ("prune", "shrink", "recover", "eval", "bench")
-        for parameter in commands[command].params
+        for parameter in (*get_command(app).params, *commands[command].params)
         for flag in (*parameter.opts, *parameter.secondary_opts)
     }
 

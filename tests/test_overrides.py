@@ -12,8 +12,8 @@ from apt.planning.plan import Selection
 from apt.solver import NM, Unstructured, parse_pattern
 from tests.families import TEXT, random_model, random_tokens
 
-ALLOCATIONS = ("uniform", "owl", "alphapruning", "alphapruning-matrix", "atp", "auto", "auto-block",
-               "auto-search")  # fmt: skip
+ALLOCATIONS = ("uniform", "owl", "alphapruning", "alphapruning-matrix", "alphapruning-mid", "atp",
+               "auto", "auto-block", "auto-search")  # fmt: skip
 TOKENS = random_tokens(samples=6)
 QUICK = ("--samples", 2, "--seqlen", 32, "--calibration", TEXT, "--method", "magnitude")
 

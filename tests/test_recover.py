@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from apt_plugins.masked_lora import masked_lora
+from apt_plugins.recoveries import layers, spp
 from apt_plugins.spp import SppConfig
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import TrainingArguments
@@ -28,7 +29,7 @@ from apt.recovery import recover as recovery
 from apt.recovery.options import RecoverOptions
 from apt.recovery.recover import NotRecoveredError
 from apt.recovery.teacher import divergence, relative_error
-from apt.recovery.trainable import Trainable, next_token_loss, train_only
+from apt.recovery.trainable import Trainable, Unrecovered, next_token_loss, train_only
 from apt.recovery.windows import BlockWindows
 from apt.runs import recover_api
 from apt.runs.api import find_adapter
@@ -89,6 +90,32 @@ def test_every_family_is_recovered_in_its_own_dtype(kind, family):
     assert same_zeros(before, model)
     assert [name for name, _ in model.named_modules()] == names
     assert {n: (p.dtype, p.requires_grad) for n, p in model.named_parameters()} == flags
+
+
+NORMS = {"llama": "model.norm", "opt": "model.decoder.final_layer_norm",
+         "bloom": "transformer.ln_f", "mamba": "backbone.norm_f"}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", NORMS)
+def test_layers_trains_the_last_blocks_the_final_norm_and_the_head(family):
+    model = random_model(family).requires_grad_(False)
+    adapter = find_adapter(None, model, registry())[1]
+    layers(Unrecovered(model, adapter, {}, RecoverOptions(blocks=1)))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    last = adapter.blocks(model)[-1][0]
+    expected = {n for n, _ in model.named_parameters() if n.startswith((last, NORMS[family]))}
+    head = model.get_output_embeddings().weight
+    assert trained == expected | {n for n, p in model.named_parameters() if p is head}
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_the_dropout_of_spp_is_an_option():
+    model, _, _ = pruned()
+    given = Unrecovered(model, find_adapter(None, model, registry())[1], {}, RecoverOptions())
+    for wish in (0.0, 0.05):
+        tuned = spp(replace(given, options=RecoverOptions(dropout=wish)))
+        assert tuned.module.peft_config["default"].dropout == wish
+        tuned.undo()
 
 
 @pytest.mark.parametrize("kind", ["spp", "layers"])
@@ -525,6 +552,7 @@ def test_options_out_of_range_are_errors_that_name_the_option():
     wrong = {
         "steps": 0, "tokens": 0, "minutes": math.inf, "rate": 0, "batch": 0, "held_back": 1.0,
         "checks": 0, "patience": 0, "rank": 0, "blocks": 0, "hidden": -1.0, "top": 0,
+        "dropout": 1.0,
     }  # fmt: skip
     for name, value in wrong.items():
         with pytest.raises(AptError, match=name) as caught:
@@ -538,7 +566,7 @@ def test_options_out_of_range_are_errors_that_name_the_option():
 
 def test_an_option_of_another_kind_is_an_error_that_names_its_kinds():
     known = registry().recoveries.specs
-    every = {"rank": 4, "blocks": 1, "move_masks": True, "hidden": 0.5, "top": 8}
+    every = {"rank": 4, "dropout": 0.1, "blocks": 1, "move_masks": True, "hidden": 0.5, "top": 8}
     for kind in KINDS:
         RecoverOptions().check_used(known[kind], known.values())
         for name in every.keys() - {*known[kind].options}:

@@ -34,7 +34,7 @@ from apt.shrinking.sizes import TOLERANCE, Size, Sizes
 from apt.shrinking.skipping import loss_without
 from apt.shrinking.wanted_sizes import wanted_sizes, with_mode
 from apt.solver import ColumnGroups, Gram, SolverOptions
-from tests.families import random_model, random_tokens
+from tests.families import FAMILIES, random_model, random_tokens
 
 TOKENS = random_tokens(4, 24)
 DAMPED = SolverOptions(damping=0.01)
@@ -329,29 +329,59 @@ def test_scores_of_columns_are_those_of_their_papers():
     assert sorted(energy.argsort()[:2].tolist()) == chosen("group-wanda", weight, inputs)
 
 
-def test_first_order_importance_predicts_the_change_of_the_loss(adapter_of):
-    """The sum of w ∂L/∂w of a group is the derivative of the loss as the group shrinks."""
+def test_llm_pruner_scores_channels_by_its_formulas(adapter_of):
+    """From the gradients of plain backward passes, one for each sample of equal length."""
     model = random_model("llama")
     adapter = adapter_of(model)
-    scores = registry().shrink_methods.get("llm-pruner-vector").load()(model, adapter, TOKENS)
     name, block = adapter.blocks(model)[1]
-    groups = next(g for g in adapter.groups(block, model.config) if g.kind == "channels")
-    step, parameters = 1e-3, dict(block.named_parameters())
-
-    def loss_at(scale):
-        with torch.no_grad():
-            for part in groups.parts:
-                parameters[part.parameter].movedim(part.dim, 0)[7] *= scale
-            found = loss_without(model, adapter, TOKENS)
-            for part in groups.parts:
-                parameters[part.parameter].movedim(part.dim, 0)[7] /= scale
-        return found
-
-    slope = (loss_at(1 + step) - loss_at(1 - step)) / (2 * step)
-    assert float(scores[name]["channels"][7]) == pytest.approx(abs(slope), rel=0.1, abs=1e-4)
+    weights = [block.mlp.gate_proj.weight, block.mlp.up_proj.weight, block.mlp.down_proj.weight]
+    gradients = [
+        torch.autograd.grad(model(sample, labels=sample).loss, weights)
+        for sample in TOKENS[:10].split(1)
+    ]
+    expected = dict.fromkeys(("", "-vector", "-second", "-mix"), 0)
+    for weight, *own in zip(weights, *gradients, strict=True):
+        first = weight.detach() * torch.stack(own).mean(0)
+        second = weight.detach() ** 2 * torch.stack(own).square().mean(0)
+        across = 0 if weight is weights[2] else 1
+        expected[""] += first.abs().sum(across)
+        expected["-vector"] += first.sum(across).abs()
+        expected["-second"] += second.sum(across)
+        expected["-mix"] += (first - second / 2).abs().sum(across)
+    for variant, scores in expected.items():
+        choice = registry().shrink_methods.get(f"llm-pruner{variant}").load()
+        found = choice(model, adapter, TOKENS)[name]["channels"]
+        assert torch.allclose(found, scores, rtol=1e-4, atol=1e-8), variant
+    assert len({tuple(scores.argsort().tolist()) for scores in expected.values()}) >= 3
     assert all(p.requires_grad for p in model.parameters())
-    elements = registry().shrink_methods.get("llm-pruner").load()(model, adapter, TOKENS)
-    assert (elements[name]["channels"] >= scores[name]["channels"] - 1e-6).all()
+
+
+def test_llm_pruner_takes_parameters_that_the_loss_does_not_use(adapter_of):
+    """As of an expert that sees no token."""
+    model = random_model("llama")
+    adapter = adapter_of(model)
+    score = registry().shrink_methods.get("llm-pruner-mix").load()
+    expected = score(model, adapter, TOKENS)
+    name, block = adapter.blocks(model)[0]
+    block.idle = torch.nn.Parameter(torch.ones(2))
+    assert torch.equal(score(model, adapter, TOKENS)[name]["channels"], expected[name]["channels"])
+
+
+@pytest.mark.parametrize("variant", FAMILIES.values())
+def test_llm_pruner_scores_the_groups_of_every_family(variant, adapter_of):
+    """A magnitude of a sum is at most the sum of the magnitudes."""
+    model = random_model(variant)
+    adapter = adapter_of(model)
+    elements, vectors = (
+        registry().shrink_methods.get(name).load()(model, adapter, TOKENS)
+        for name in ("llm-pruner", "llm-pruner-vector")
+    )
+    for name, block in adapter.blocks(model):
+        for groups in adapter.groups(block, model.config):
+            one, other = elements[name][groups.kind], vectors[name][groups.kind]
+            assert one.shape == other.shape == (groups.count,)
+            assert other.any()
+            assert (other <= one * (1 + 1e-5)).all()
 
 
 @torch.no_grad()

@@ -13,10 +13,10 @@ from transformers import JambaConfig, LlamaConfig, MistralConfig
 from apt.testing import CHECKS, check_adapter, every_kind, random_tokens
 
 ROOT = Path(__file__).parent.parent
-SOURCE = ROOT / "template/src/{{ module }}.py.jinja"
+SOURCE = ROOT / "template/kinds/adapter.py.jinja"
 ANSWERS = {
-    "olmo": {"adapter": "olmo", "family": "OLMo", "config_class": "OlmoConfig"},
-    "gemma3_text": {"adapter": "gemma", "family": "Gemma 3", "config_class": "Gemma3TextConfig"},
+    "olmo": {"name": "olmo", "family": "OLMo", "config_class": "OlmoConfig"},
+    "gemma3_text": {"name": "gemma", "family": "Gemma 3", "config_class": "Gemma3TextConfig"},
 }
 
 
@@ -70,15 +70,16 @@ def copied(folder, **answers):
     """The package that copier makes of the template as it is now, not as it was last committed."""
     copier = pytest.importorskip("copier")
     there = folder / "repository"
-    shutil.copytree(ROOT / "template", there / "template")
+    shutil.copytree(ROOT / "template", there / "template", dirs_exist_ok=True)
     shutil.copy(ROOT / "copier.yml", there)
-    made = folder / f"apt-{answers['adapter']}"
+    made = folder / "made"
     copier.run_copy(str(there), made, data=answers, defaults=True, quiet=True)
-    return made
+    project = tomllib.loads((made / "pyproject.toml").read_text())["project"]
+    return made.rename(folder / project["name"])
 
 
 def test_a_name_with_a_hyphen_has_a_module_with_an_underscore(tmp_path):
-    made = copied(tmp_path, adapter="recurrent-gemma", model_type="recurrent_gemma")
+    made = copied(tmp_path, name="recurrent-gemma", model_type="recurrent_gemma")
     declared = tomllib.loads((made / "pyproject.toml").read_text())["project"]
     assert declared["name"] == "apt-recurrent-gemma"
     assert declared["entry-points"]["apt"] == {"recurrent-gemma": "apt_recurrent_gemma"}
@@ -92,4 +93,4 @@ def test_a_name_with_a_hyphen_has_a_module_with_an_underscore(tmp_path):
 @pytest.mark.parametrize("name", ["Gemma", "gemma-", "-gemma", "g--emma", "gem_ma", "2gemma", ""])
 def test_other_names_are_refused(name, tmp_path):
     with pytest.raises(ValueError, match=re.escape("lower-case letters, digits and inner hyphens")):
-        copied(tmp_path, adapter=name)
+        copied(tmp_path, name=name)

@@ -6,15 +6,17 @@ import runpy
 import shlex
 import subprocess
 import sys
+import tomllib
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import yaml
 
 import apt as library
 from apt.plugin.registry import registry
-from apt.testing import check_adapter, random_tokens
+from apt.testing import check_adapter, embedded, random_tokens
 from tests.test_template import copied
 
 ROOT = Path(__file__).parent.parent
@@ -161,6 +163,44 @@ def test_the_guide_runs_from_the_first_command_to_the_last(shell, tmp_path):
     correct(tmp_path / "apt-phi/src/apt_phi.py", parts("first-adapter.md")[-1])
     shell.again()
     shell(check + prune)
+
+
+PLUGINS = "plugins.md"
+KINDS = re.findall(r"-d kind=(\S+) -d name=(\S+)", "".join(blocks(PLUGINS, "console")))
+
+
+def test_the_page_on_plugins_shows_the_packages_of_the_template(tmp_path):
+    shown = [text for text in blocks(PLUGINS, "python") if text.startswith('"""')]
+    asked = yaml.safe_load((ROOT / "copier.yml").read_text())["kind"]["choices"].values()
+    assert {kind for kind, _ in KINDS} == set(asked) - {"adapter"}
+    for (kind, name), text in zip(KINDS, shown, strict=True):
+        made = copied(tmp_path, kind=kind)
+        assert made.name == f"apt-{name}"
+        assert (made / f"src/apt_{name}.py").read_text() == text
+        needed = tomllib.loads((made / "pyproject.toml").read_text())["project"]["dependencies"]
+        assert needed == [f"apt-prune{'[recover]' if kind == 'recovery' else ''}>=0.1"]
+
+
+def test_the_allocation_on_the_page_on_plugins_that_runs_the_model():
+    (source,) = (text for text in blocks(PLUGINS, "python") if not text.startswith('"""'))
+    scope = {}
+    exec(source, scope)
+    allocation = scope["less_where_the_stream_turns"]
+    model, tokens = embedded("llama")[0], random_tokens(2048)
+    _, report = library.prune_copy(
+        model, tokens, pattern="0.5", method="magnitude", allocation=allocation
+    )
+    weights = sum(site.shape[0] * site.shape[1] for site in report.sites)
+    assert sum(site.zeros for site in report.sites) == weights // 2
+    assert len({site.zeros / (site.shape[0] * site.shape[1]) for site in report.sites}) > 3
+
+
+def test_the_page_on_plugins_runs_from_the_first_command_to_the_last(shell, tmp_path):
+    for kind, name in KINDS:
+        shell.install(f"apt_{name}", copied(tmp_path, kind=kind, name=name) / "src")
+    for commands in blocks(PLUGINS, "console"):
+        if not commands.startswith(("copier ", "pip ")):
+            shell(commands)
 
 
 def correct(path, inputs):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from apt.errors import first_line
-from apt.plugin.doctor import Finding, try_import
+from apt.extending import Finding, try_import
 from apt_adapters.scan import selective_scan
 
 INSTALL = (

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers import Mamba2Config, MambaConfig, PretrainedConfig
 
-from apt.checkpoints.formats import find_file
 from apt.errors import AptError, first_line
+from apt.extending import find_file
 
 _WEIGHTS = "pytorch_model.bin"
 _THEIRS, _TRANSFORMERS = "backbone.embedding.weight", "backbone.embeddings.weight"

@@ -74,6 +74,7 @@ class Batch:
         state: the state before the block.
         calls: the call of every block.
         tokens: the number of tokens.
+        sample: the number of tokens in each sample; None if there is one.
         dense: the activations of the dense model; None if they are not computed.
         store: the store of the state.
     """
@@ -87,9 +88,11 @@ class Batch:
         tokens: int,
         dense: DenseActivations | None = None,
         store: Store | None = None,
+        sample: int | None = None,
     ) -> None:
         self.store = store or MemoryStore()
         self.state, self.calls, self.tokens, self.dense = state, calls, tokens, dense
+        self.sample = sample
 
 
 def check_shape(tokens: Tensor) -> None:
@@ -151,7 +154,7 @@ def enter(
             for c in calls
         ]
         dense = DenseActivations(state, store) if with_dense else None
-        batches.append(Batch(state, shared, part.numel(), dense, store))
+        batches.append(Batch(state, shared, part.numel(), dense, store, part.shape[1]))
     return batches
 
 

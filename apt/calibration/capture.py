@@ -143,7 +143,7 @@ class Capture:
             if len(self._sharing[site.input]) > 1:
                 passing.keep(site, rows)
             if passing.dense is None or site.routed:
-                self.sums[site.input].gram.add(rows)
+                self.sums[site.input].gram.add(rows, passing.sample)
             else:
                 self._sum_both(passing, site, rows, passing.dense)
         elif not passing.equals_kept(site, rows):
@@ -164,7 +164,7 @@ class Capture:
         if any(s.residual for s in self._sharing[site.input]):
             root = pruned / dense.scale[here]
             weighted = root / dense.scale[here]
-        sums.gram.add(root)
+        sums.gram.add(root, passing.sample)
         if sums.cross is not None:
             sums.cross.addmm_(lost.T, weighted)
         own = {

@@ -17,6 +17,7 @@ class BlockPass:
 
     Attributes:
         tokens: the number of the batch's tokens.
+        sample: the number of tokens in each of its samples.
         dense: the activations of the dense model.
         drift: the drift of the residual stream (tokens, hidden) up to the current product.
         seen: the number of tokens that each site has received so far.
@@ -25,6 +26,7 @@ class BlockPass:
 
     def __init__(self, batch: Batch) -> None:
         self.tokens, self.dense = batch.tokens, batch.dense
+        self.sample = batch.sample or batch.tokens
         drift = batch.dense.drift if batch.dense is not None else None
         self.drift = drift.clone() if drift is not None else None
         self.seen: dict[Site, int] = defaultdict(int)

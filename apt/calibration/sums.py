@@ -34,7 +34,7 @@ class Sums:
         """Add the sums of the other ranks, in place."""
         if ranks.size == 1:
             return
-        matrix, total = self.gram.matrix, self.gram.total
+        self.gram.add_up(ranks.add, round(ranks.sum(self.gram.tokens)))
+        self.gram.sample = max(ranks.gather(self.gram.sample))  # 0 where an expert had no token
         cross = [] if self.cross is None else [self.cross]
-        ranks.add(matrix, total, *cross, *self.error_products.values())
-        self.gram = Gram.from_sum(matrix, round(ranks.sum(self.gram.tokens)), total)
+        ranks.add(*cross, *self.error_products.values())

@@ -193,7 +193,7 @@ def _measured(
             if len(models) > 1:
                 scores[spec.name] = score_beside(spec, models[0], text.tokens, models[1])
             else:
-                scores[spec.name] = Score(float(spec.load()(models[0], text.tokens)))
+                scores[spec.name] = Score(spec.measure(models[0], text.tokens))
     return scores
 
 

@@ -71,6 +71,10 @@ def recover(
         None, "--rank", metavar="N", rich_help_panel=_TRAINING,
         help="Rank of the adapters of spp and lora; by default 16.",
     ),
+    dropout: float = typer.Option(
+        0.0, "--dropout", metavar="P", rich_help_panel=_TRAINING,
+        help="Dropout of the inputs of the adapters of spp; 0.05 in the authors' code.",
+    ),
     blocks: int = typer.Option(
         3, "--blocks", metavar="N", rich_help_panel=_TRAINING,
         help="Number of last blocks that layers trains.",
@@ -142,7 +146,7 @@ def recover(
 
     wish = RecoverOptions(
         steps, _amount(tokens), minutes, rate, batch, samples_at_once, held_back, checks, patience,
-        optimizer, checkpointing, rank, blocks, move_masks, hidden, top, window,
+        optimizer, checkpointing, rank, dropout, blocks, move_masks, hidden, top, window,
     )  # fmt: skip
     wish.check()
     check_windows(samples, seqlen)

@@ -5,7 +5,7 @@ dense model window by window.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -129,11 +129,10 @@ def score(
         tokens: token ids (windows, seqlen).
         dense: the dense model, for a metric that compares with it.
     """
-    target: Callable[..., float] = spec.load()
     beside = [dense] if spec.dense else []
     if spec.mean is None:
-        return float(target(model, tokens, *beside)), None
-    each = Windows(spec.mean, [float(target(model, window[None], *beside)) for window in tokens])
+        return spec.measure(model, tokens, *beside), None
+    each = Windows(spec.mean, [spec.measure(model, window[None], *beside) for window in tokens])
     return each.value, each
 
 

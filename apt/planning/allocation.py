@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -59,6 +59,38 @@ class Allocation(Protocol):
 
     def __call__(self, given: Unallocated, /) -> Mapping[str, float]:
         """Allocate the sparsity of the plan."""
+
+
+def allocated(name: str, allocation: Allocation, given: Unallocated) -> dict[str, float]:
+    """The sparsities of an allocation, as plain numbers.
+
+    Args:
+        name: the name of the allocation.
+        allocation: the allocation.
+        given: the dense model.
+
+    Raises:
+        AptError: it returns something else.
+    """
+    found: object = allocation(given)
+    if not isinstance(found, Mapping):
+        raise AptError(
+            f"allocation {name} returns {type(found).__name__}, not the sparsities of the sites",
+            "choose another allocation",
+            ("allocation",),
+        )
+    return {str(site): _number(name, site, share) for site, share in found.items()}
+
+
+def _number(name: str, site: object, share: Any) -> float:
+    try:
+        return float(share)
+    except (TypeError, ValueError) as error:
+        raise AptError(
+            f"allocation {name} gives {type(share).__name__} as the sparsity of {site}",
+            "choose another allocation",
+            ("allocation",),
+        ) from error
 
 
 def unstructured(plan: Plan | PlannedBlock) -> list[PlannedSite]:

@@ -1,6 +1,6 @@
 """Specs, the declarations of plugins: frozen data that name the code without importing it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
@@ -62,7 +62,7 @@ class AdapterSpec(Spec):
         zoo: ``"package:folder"`` of a checkpoint that ships with the adapter, for ``zoo:NAME``.
         example: ``"module:function"`` that returns a small random model of the family.
             ``apt-prune check`` checks the adapter with it.
-        doctor: ``"module:function"`` that returns a list of `apt.plugin.doctor.Finding` about the
+        doctor: ``"module:function"`` that returns a list of `apt.extending.Finding` about the
             implementation that this machine uses for the family, for ``apt-prune doctor``. None
             for plain torch.
     """
@@ -106,20 +106,20 @@ class FormatSpec(Spec):
 
     Its target is a function of the location of a checkpoint (a directory or a name on the hub) and
     the content of its ``config.json``, which has no ``model_type``. It returns an
-    `apt.checkpoints.formats.Checkpoint`, or None if the checkpoint has another format.
+    `apt.extending.Checkpoint`, or None if the checkpoint has another format.
     """
 
 
 @dataclass(frozen=True)
 class MethodSpec(Spec):
-    """A pruning method; its target is a function `apt.pruning.layer.Method`.
+    """A pruning method; its target is a function `apt.extending.Method`.
 
     Args:
         rank: its order by measured accuracy. The method of APT with the highest rank is the
             default. A method of another package is used only by name.
         source: the paper.
         per: the default unit, row or layer, in which an unstructured sparsity is counted.
-        error_aware: True if its targets are error-aware by default, see `apt.calibration.targets`.
+        error_aware: True if its targets are error-aware by default, see methods.md, "The target".
         efforts: True if it uses ``SolverOptions.effort``.
         blocks: True if it uses ``SolverOptions.block_size``.
     """
@@ -138,9 +138,9 @@ class ShrinkMethodSpec(MethodSpec):
 
     Args:
         chooses: what its target chooses. ``"columns"``: the groups of columns of one weight, an
-            `apt.solver.GroupChoice`. ``"groups"``: an `apt.shrinking.choices.GroupScores`, the
+            `apt.solver.GroupChoice`. ``"groups"``: an `apt.extending.GroupScores`, the
             importance of the groups of the whole model. ``"blocks"``: an
-            `apt.shrinking.choices.BlockChoice`, the blocks to drop.
+            `apt.extending.BlockChoice`, the blocks to drop.
         compensate: True if the kept columns have exact least-squares weights by default.
         random_tokens: the copies with random tokens for each sample by default, if layer-wise.
         tuning_rate: the first learning rate of the tuning, if error-aware.
@@ -156,7 +156,7 @@ class ShrinkMethodSpec(MethodSpec):
 
 @dataclass(frozen=True)
 class AllocationSpec(Spec):
-    """An allocation of sparsity to sites; its target is an `apt.planning.allocation.Allocation`.
+    """An allocation of sparsity to sites; its target is an `apt.extending.Allocation`.
 
     Args:
         source: the paper.
@@ -171,7 +171,7 @@ class AllocationSpec(Spec):
 class RecoverySpec(Spec):
     """A kind of recovery: training that keeps the zeros of a pruned model.
 
-    Its target is an `apt.recovery.trainable.Recovery`, which chooses what is trained.
+    Its target is an `apt.extending.Recovery`, which chooses what is trained.
 
     Args:
         source: the paper.
@@ -211,6 +211,25 @@ class EvaluatorSpec(Spec):
     dense: bool = False
     mean: Literal["arithmetic", "geometric"] | None = None
 
+    def measure(self, *given: Any) -> float:
+        """Call the metric.
+
+        Args:
+            given: the model, the tokens, and the dense model if it compares with it.
+
+        Raises:
+            AptError: it does not load, or it returns no number.
+        """
+        value = self.load()(*given)
+        try:
+            return float(value)
+        except (TypeError, ValueError) as error:
+            raise AptError(
+                f"metric {self.name} returns {type(value).__name__}, not a number",
+                "use another metric, and tell its author",
+                ("metric",),
+            ) from error
+
 
 @dataclass(frozen=True)
 class CalibrationSpec(Spec):
@@ -224,3 +243,23 @@ class CalibrationSpec(Spec):
     """
 
     source: str = ""
+
+    def documents(self, split: str) -> Iterator[str]:
+        """The documents of a split.
+
+        Raises:
+            AptError: the source does not load, or has something other than strings.
+        """
+        found = self.load()(split)
+        if not isinstance(found, Iterable) or isinstance(found, str):
+            raise self._no_text(found)
+        for document in found:
+            if not isinstance(document, str):
+                raise self._no_text(document)
+            yield document
+
+    def _no_text(self, found: Any) -> AptError:
+        return AptError(
+            f"data set '{self.name}' gives {type(found).__name__} in place of documents",
+            "use another text, and tell its author",
+        )

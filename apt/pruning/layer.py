@@ -16,17 +16,21 @@ from apt.planning.plan import PlannedSite
 from apt.solver import (
     ColumnGroups,
     Gram,
+    GroupRemoval,
     IntegerGrid,
+    MethodError,
     Pattern,
     SitePattern,
     Solution,
     SolverError,
     SolverOptions,
+    meets,
     relative_layer_error,
     rounded,
+    solve_live,
 )
 from apt.solver.gram import DAMPING
-from apt.solver.patterns import meets, surplus
+from apt.solver.patterns import surplus
 
 P = TypeVar("P", bound=SitePattern, contravariant=True)
 
@@ -40,8 +44,33 @@ class SiteMethod(Protocol[P]):
         """Prune one layer and return the solution."""
 
 
-Method = SiteMethod[Pattern]
-"""A method of sparse pruning."""
+class Method(SiteMethod[Pattern], Protocol):
+    """A function that prunes one layer; the target of `apt.hookspecs.MethodSpec`.
+
+    A run calls it for each site, without the inputs that were zero on all tokens; for n:m, the
+    weights of these are zero. What it returns is checked: the shapes, the dtypes, that the
+    weight is finite and zero under the mask, and that it has the zeros of the pattern, as many as
+    the pattern prunes and no more.
+    """
+
+    def __call__(
+        self, weight: Tensor, gram: Gram, pattern: Pattern, options: SolverOptions, /
+    ) -> Solution:
+        """Prune one layer.
+
+        Args:
+            weight: the weight (out, in) in fp32. It may be changed.
+            gram: the Gram matrix of its inputs (in, in). It must not be changed, since sites with
+                the same input share it.
+            pattern: `apt.solver.NM`, or `apt.solver.Unstructured` with its ``per`` filled in.
+            options: the damping, and what the spec of the method says that it uses.
+
+        Returns:
+            The weight, of the same shape and dtype, and its mask.
+
+        Raises:
+            SolverError: the layer has no solution; the message says why.
+        """
 
 
 @dataclass(frozen=True)
@@ -108,27 +137,46 @@ class SiteSolver:
         solution = self._solution(planned, dense, sums, mean, scale)
         _synchronise(weight.device)
         seconds = time.perf_counter() - started
-        self._check_count(planned, dense, solution)
+        self._check_weight(planned, dense, solution)
         pruned = (solution.weight / scale).add_(0.0).to(weight.dtype)  # no negative zeros
         _check_finite(planned, pruned)
         weight.copy_(pruned)
         return SolvedSite(planned, dense, sums.gram.matrix, sums.gram.tokens, solution, seconds)
 
-    def _check_count(self, planned: PlannedSite, dense: Tensor, solution: Solution) -> None:
-        """Raise if the method removed more weights than the pattern.
+    def _check_weight(self, planned: PlannedSite, dense: Tensor, solution: Solution) -> None:
+        """Raise if a weight is not finite, or its zeros are not those of the mask and the pattern.
 
         The solution is checked before it is cast: tiny weights may become zero in another dtype.
         """
         assert planned.pattern is not None
-        if more := surplus(solution.weight, dense, planned.pattern):
-            name = getattr(self.method, "__name__", type(self.method).__name__)
-            unit = "groups" if isinstance(planned.pattern, ColumnGroups) else "weights"
-            raise AptError(
-                f"method {name} removes {more:,} {unit} more of {planned.name} than its pattern "
-                f"{planned.pattern}",
-                "use another method, and tell its author",
-                ("method",),
+        if not solution.weight.isfinite().all():
+            raise self._refused(
+                f"returns a weight of {planned.name} that is not finite",
+                "use more damping, or another method",
+                ("damping", "method"),
             )
+        if solution.weight[solution.mask].any():
+            raise self._refused(f"returns a weight of {planned.name} that is not zero at its mask")
+        unit = "groups" if isinstance(planned.pattern, ColumnGroups) else "weights"
+        if more := surplus(solution.weight, dense, planned.pattern):
+            raise self._refused(
+                f"removes {more:,} {unit} more of {planned.name} than its pattern {planned.pattern}"
+            )
+        if not meets(solution.weight, planned.pattern):
+            raise self._refused(
+                f"removes fewer {unit} of {planned.name} than its pattern {planned.pattern}"
+            )
+
+    def _refused(
+        self,
+        fault: str,
+        hint: str = "use another method, and tell its author",
+        options: tuple[str, ...] = ("method",),
+    ) -> AptError:
+        """The error for a method that does not do what it must."""
+        method = self.method.choose if isinstance(self.method, GroupRemoval) else self.method
+        name = getattr(method, "__name__", type(method).__name__)
+        return AptError(f"method {name} {fault}", hint, options)
 
     def chosen_groups(self, block: nn.Module, planned: PlannedSite, sums: Sums) -> ColumnGroups:
         """The pattern of a site with the groups that the method removes; the weight stays."""
@@ -150,7 +198,9 @@ class SiteSolver:
             if self.targets is not None and not planned.site.routed:
                 damped = gram.damped(self.options.damping)
                 target = self.targets.weight(dense, planned.site, sums, damped)
-            return self.method(target * scale, gram, planned.pattern, self.options)
+            return solve_live(self.method, target * scale, gram, planned.pattern, self.options)
+        except MethodError as error:
+            raise self._refused(f"{error}, for {planned.name}") from error
         except SolverError as error:
             raise AptError(
                 f"{planned.name} cannot be pruned: {error}", f"skip '{planned.name}'", ("skip",)

@@ -7,7 +7,7 @@ from typing import Any
 from apt.errors import AptError
 from apt.plugin.specs import RecoverySpec
 
-_OF_KINDS = ("rank", "blocks", "move_masks", "hidden", "top")
+_OF_KINDS = ("rank", "dropout", "blocks", "move_masks", "hidden", "top")
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,15 @@ class RecoverOptions:
             ``"adamw_torch"``, ``"adafactor"`` or ``"adamw_bnb_8bit"``.
         checkpointing: True to compute activations again in the backward pass, which saves memory.
         rank: the rank of adapters (kinds spp and lora); by default that of the kind.
+        dropout: the dropout of the inputs of the adapters (kind spp); the authors' code has 0.05.
         blocks: the number of last blocks that the kind layers trains.
         move_masks: True if masks may change during the training, with exact counts, see
-            `apt.recovery.moving_masks` (kinds layers and distill).
+            recovery.md, "Masks that move" (kinds layers and distill).
         hidden: the weight of the error of the last hidden states, beside that of the logits (kind
             distill).
         top: the number of logits of the dense model that are kept for each token (kind distill).
         window: the number of neighbouring blocks that are trained at a time, from the first to the
-            last, see `apt.recovery.windows`; None to train all together.
+            last, see recovery.md, "Memory"; None to train all together.
     """
 
     steps: int | None = None
@@ -56,6 +57,7 @@ class RecoverOptions:
     optimizer: str = "adamw_torch"
     checkpointing: bool = False
     rank: int | None = None
+    dropout: float = 0.0
     blocks: int = 3
     move_masks: bool = False
     hidden: float = 1.0
@@ -100,6 +102,8 @@ class RecoverOptions:
             raise AptError(
                 f"held_back is {self.held_back}; it must be between 0 and 1", "", ("held_back",)
             )
+        if not 0 <= self.dropout < 1:
+            raise AptError(f"dropout is {self.dropout}; it must be in [0, 1)", "", ("dropout",))
         if not 0 <= self.hidden < float("inf"):
             raise AptError(f"hidden is {self.hidden}; it must not be negative", "", ("hidden",))
 

@@ -294,7 +294,17 @@ def _trainable(
     teacher = _teacher(text, held_back, job) if job.spec.teacher else None
     with torch.random.fork_rng():
         torch.manual_seed(job.seed)
-        return job.recovery(Unrecovered(model, job.adapter, masks, job.options, teacher))
+        found: object = job.recovery(Unrecovered(model, job.adapter, masks, job.options, teacher))
+    if not isinstance(found, Trainable):
+        raise _refused(job, f"returns {type(found).__name__}, not an apt.extending.Trainable")
+    if not any(parameter.requires_grad for parameter in found.module.parameters()):
+        raise _refused(job, "returns a Trainable without a parameter that needs gradients")
+    return found
+
+
+def _refused(job: Job, fault: str) -> AptError:
+    hint = "use another kind, and tell its author"
+    return AptError(f"recovery {job.spec.name} {fault}", hint, ("kind",))
 
 
 def _teacher(text: Tensor, held_back: Tensor, job: Job) -> Teacher:

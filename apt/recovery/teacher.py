@@ -20,20 +20,24 @@ class Teacher:
     """The outputs of the dense model on samples.
 
     Args:
-        folder: the folder of the files that `written` has written.
+        folder: the folder of the files that `write_teacher` has written.
     """
 
     def __init__(self, folder: Path) -> None:
         self._arrays = [np.load(folder / name, mmap_mode="r") for name in _FILES]
 
     def top(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The tokens of the largest logits and their log-probabilities (samples, seqlen, top)."""
-        tokens, logs = (torch.from_numpy(array[rows.numpy()]) for array in self._arrays[:2])
+        """The tokens of the largest logits and their log-probabilities (samples, seqlen, top).
+
+        Args:
+            rows: the samples, ``batch["row"]``.
+        """
+        tokens, logs = (torch.from_numpy(array[rows.cpu().numpy()]) for array in self._arrays[:2])
         return tokens.long(), logs.float()
 
     def hidden(self, rows: Tensor) -> Tensor:
-        """The last hidden states (samples, seqlen, hidden)."""
-        return torch.from_numpy(self._arrays[2][rows.numpy()]).float()
+        """The last hidden states (samples, seqlen, hidden) of the samples ``rows``."""
+        return torch.from_numpy(self._arrays[2][rows.cpu().numpy()]).float()
 
 
 @torch.no_grad()

@@ -12,8 +12,7 @@ from apt.recovery.options import RecoverOptions
 from apt.recovery.teacher import Teacher
 
 Loss = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
-"""The loss of a model on a batch, a scalar. The batch has ``input_ids`` (samples, seqlen), and
-``row`` (samples,), the indices of the samples in the training text."""
+"""The loss of a model on a batch, see `Trainable`."""
 
 
 def next_token_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -64,7 +63,9 @@ class Trainable:
     Attributes:
         module: the model to train; parameters that need gradients are trained. It can be a model of
             peft.
-        loss: the loss; by default `next_token_loss`.
+        loss: a function of the module and a batch that returns a scalar; by default
+            `next_token_loss`. The batch has ``input_ids`` (samples, seqlen), and ``row``
+            (samples,), the indices of the samples in the training text.
         merge: called after the training. Then the trained weights are in the given model.
         undo: called in place of ``merge`` if the training fails. Weights of the given model that
             were trained are restored by the caller.
@@ -80,10 +81,25 @@ class Trainable:
 
 
 class Recovery(Protocol):
-    """The target of a `apt.plugin.specs.RecoverySpec`."""
+    """A function that chooses what is trained; the target of `apt.hookspecs.RecoverySpec`.
 
-    def __call__(self, given: Unrecovered) -> Trainable:
-        """Choose what is trained, and prepare the model for it."""
+    APT trains: optimizer, learning rate, batches, measurements on samples held back, the end, and
+    the state on disk are not the concern of a recovery. After the training the zeros of the masks
+    are counted; a recovery that filled some is refused.
+    """
+
+    def __call__(self, given: Unrecovered, /) -> Trainable:
+        """Choose what is trained, and prepare the model for it.
+
+        Args:
+            given: the pruned model and its masks.
+
+        Returns:
+            The module to train. Its parameters that need gradients are trained.
+
+        Raises:
+            AptError: the kind does not serve this model.
+        """
 
 
 def train_only(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:

@@ -13,7 +13,7 @@ from apt.adapter import Adapter
 from apt.adapter.wrapped import refuse_wrapped
 from apt.checkpoints.load import fingerprint
 from apt.distributed.ranks import Ranks
-from apt.errors import AptError
+from apt.errors import AptError, name_of
 from apt.events import Observer, telling
 from apt.output.report import Report, portable
 from apt.planning.allocation import Allocation, check_allocation, default_allocation
@@ -101,12 +101,12 @@ def prune(
             site, or a pattern of `apt.solver`.
         adapter: the name of an adapter, or an adapter; by default the one that serves the model's
             type.
-        method: the name of a method, or a function `apt.pruning.layer.Method`; by default the most
+        method: the name of a method, or a function `apt.extending.Method`; by default the most
             accurate method.
         selection: the sites to prune, and the sites with other patterns; by default all sites.
         options: the options that the weights depend on; see `apt.PruneOptions`.
         allocation: the distribution of an unstructured sparsity over the sites: a name, or a
-            function `apt.planning.allocation.Allocation`. By default ``"auto"`` for mixed n:m, and
+            function `apt.extending.Allocation`. By default ``"auto"`` for mixed n:m, and
             the same for every site otherwise.
         also: kinds of parameters to prune beside the Linears, by their names in the adapter.
         tokenizer: the model's tokenizer. It gives the special tokens, which never occur among
@@ -278,7 +278,7 @@ def find_method(method: str | Method | None, installed: Registry) -> tuple[Metho
     if method is None or isinstance(method, str):
         spec = installed.methods.get(method) if method else installed.default_method()
         return spec, spec.load()
-    name = getattr(method, "__name__", type(method).__name__)
+    name = name_of("method", method)
     return MethodSpec(name, "a function of the caller", ""), method
 
 
@@ -287,7 +287,7 @@ def _allocation(
 ) -> tuple[str, Allocation] | None:
     if allocation is None or isinstance(allocation, str):
         return named_allocation(allocation or default_allocation(pattern), plan, installed)
-    return getattr(allocation, "__name__", type(allocation).__name__), allocation
+    return name_of("allocation", allocation), allocation
 
 
 def described(model: nn.Module, adapter: str) -> dict[str, Any]:

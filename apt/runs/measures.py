@@ -39,7 +39,7 @@ def measure(
     measured = {}
     for name in prepared.options.metrics:
         status(f"measuring {name} {when} pruning")
-        measured[name] = float(prepared.registry.evaluators.get(name).load()(module, held_out))
+        measured[name] = prepared.registry.evaluators.get(name).measure(module, held_out)
     return measured
 
 

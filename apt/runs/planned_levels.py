@@ -10,7 +10,7 @@ from apt.checkpoints.load import load
 from apt.checkpoints.offload import StoredBlocks, assemble
 from apt.checkpoints.stored import open_stored
 from apt.distributed.ranks import Ranks
-from apt.planning.allocation import Opened, Unallocated, with_shares
+from apt.planning.allocation import Opened, Unallocated, allocated, with_shares
 from apt.planning.plan import Plan
 from apt.runs.machine import read_dtype
 from apt.runs.prepare import Prepared
@@ -45,7 +45,7 @@ def planned_levels(prepared: Prepared, status: Callable[[str], None]) -> Plan:
     status(f"distributing the sparsity ({name})")
     aware = prepared.recipe.targets is not None
     given = Unallocated(model, shell.adapter, plan, tokens, opened, aware)
-    return with_shares(plan, name, allocation(given))
+    return with_shares(plan, name, allocated(name, allocation, given))
 
 
 _Parts = tuple[nn.Module, Opened, AbstractContextManager[None]]

@@ -12,7 +12,14 @@ from apt.calibration.storage import Store
 from apt.checkpoints.shrunk import empty_smaller
 from apt.distributed.ranks import Ranks
 from apt.events import Observer, SitePruned
-from apt.planning.allocation import UNIFORM, Allocation, Unallocated, is_needed, with_shares
+from apt.planning.allocation import (
+    UNIFORM,
+    Allocation,
+    Unallocated,
+    allocated,
+    is_needed,
+    with_shares,
+)
 from apt.planning.plan import Plan
 from apt.planning.structure import make_structured_plan
 from apt.plugin.registry import Registry
@@ -113,7 +120,7 @@ def prune_model(
         status(f"distributing the sparsity ({name})")
         aware = job.recipe.targets is not None
         given = Unallocated(model, job.adapter, plan, tokens, blocks.open, aware)
-        shares = remember("shares", lambda: dict(allocation(given)))
+        shares = remember("shares", lambda: allocated(name, allocation, given))
         plan = with_shares(plan, name, shares)
     plan = ranks.share(plan)
     tokens = job.augmentation.with_random_tokens(model, tokens, job.special)

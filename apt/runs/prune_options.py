@@ -63,28 +63,28 @@ class PruneOptions:
             and the defaults of tuning, random tokens and own samples. Only methods with a mask
             search use it.
         error_aware: True if each site compensates a part of the error of the sites before it
-            (`apt.calibration.targets`). The default depends on the method. If False, pruning is
+            (methods.md, "The target"). The default depends on the method. If False, pruning is
             strictly layer-wise, and ``alpha``, ``beta``, ``row_importance`` and tuning are off.
         alpha: α, the share of the error of its own inputs that a site compensates. Default 0.25,
             and 0 for `apt.shrink`.
         beta: β, the share of the drift of the residual stream that a site which writes to this
             stream compensates. Default 0.25, and 0 for `apt.shrink`.
         row_importance: the exponent p by which rows that are more important to the block keep more
-            weights (`apt.tuning.row_importance`); 0 turns it off. Default 0.35.
+            weights (methods.md, "Row importance"); 0 turns it off. Default 0.35.
         ordered: True to solve the sites of a block in their order of execution, each on the inputs
             that the pruned sites before it give (GPTQ calls this "true-sequential"). Default True
             if the run is error-aware, else False.
-        tuning_epochs: the passes of block tuning (`apt.tuning.reconstruct`, after EBFT, arXiv
+        tuning_epochs: the passes of block tuning (methods.md, "Block tuning"; after EBFT, arXiv
             2402.12419) over its tokens; 0 turns it off. Default 0, 1, 8 by effort.
         tuning_rate: the first learning rate of the tuning, as a share of the root mean square of a
             weight. 0.05 for ``default``, 0.025 for ``best``, and 0.03 for `apt.shrink`.
         tuning_tokens: the approximate number of calibration tokens for the tuning; 0 uses all.
             12,288 for ``default``, 0 for ``best``.
         random_tokens: the number of copies with random tokens for each given sample
-            (`apt.text.random_tokens`); 0 turns them off. 0.25 for ``default``, and for the default
-            choice of `apt.shrink`, else 0.
-        own_samples: the number of samples that the model generates (`apt.text.self_generated`,
-            after arXiv 2410.17170). A fourth of the given samples for ``best``, else 0.
+            (methods.md, "Random tokens"); 0 turns them off. 0.25 for ``default``, and for the
+            default choice of `apt.shrink`, else 0.
+        own_samples: the number of samples that the model generates (see `apt.own_text`; after
+            arXiv 2410.17170). A fourth of the given samples for ``best``, else 0.
         damping: λ as a share of the mean of the Gram matrix's diagonal (SparseGPT calls this
             "percdamp"). Default 0.05 if error-aware, else 0.01.
         block_size: the columns of one joint compensation, for methods that use it; None uses all.

@@ -391,8 +391,8 @@ class RecoveryRun:
             with eval_mode(self._model), self._prepared.shell.adapter.running(self._model):
                 for name in self._options.metrics:
                     self._status(f"measuring {name} {when}")
-                    metric = self._prepared.registry.evaluators.get(name).load()
-                    found[name] = float(metric(self._model, held_out))
+                    metric = self._prepared.registry.evaluators.get(name)
+                    found[name] = metric.measure(self._model, held_out)
         return found
 
     def _write(self, tokenizer: Any, masks: Masks) -> None:

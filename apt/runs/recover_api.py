@@ -13,7 +13,7 @@ from apt.adapter import Adapter
 from apt.calibration.batches import check_shape
 from apt.checkpoints.load import fingerprint
 from apt.checkpoints.masks import masks_of, sparsity_of
-from apt.errors import AptError
+from apt.errors import AptError, name_of
 from apt.events import TrainingObserver
 from apt.files.writing import write_file
 from apt.output.report import differences
@@ -144,5 +144,5 @@ def _kind(kind: str | Recovery) -> tuple[RecoverySpec, Recovery]:
     if isinstance(kind, str):
         spec = registry().recoveries.get(kind)
         return spec, spec.load()
-    name = getattr(kind, "__name__", type(kind).__name__)
+    name = name_of("kind", kind)
     return RecoverySpec(name, "a function of the caller", ""), kind

@@ -22,7 +22,7 @@ from apt.runs.machine import activation_store
 from apt.runs.new_report import calibration_of
 from apt.runs.prune_model import Job, prune_model
 from apt.runs.prune_options import PruneOptions, record
-from apt.runs.shrink_plan import choice_of, removal, resolved
+from apt.runs.shrink_plan import Choice, choice_of, removal, resolved
 from apt.shrinking.options import ShrinkOptions
 from apt.shrinking.record import structure_record
 from apt.text.special_tokens import bos_of, named_ids, special_ids
@@ -35,7 +35,7 @@ def shrink(
     *,
     size: ShrinkOptions | None = None,
     adapter: str | Adapter | None = None,
-    method: str | None = None,
+    method: str | Choice | None = None,
     options: PruneOptions | None = None,
     tokenizer: Any = None,
     seed: int = 0,
@@ -53,7 +53,9 @@ def shrink(
         size: the options of the smaller model; by default 75 % of the parameters of the blocks.
         adapter: the name of an adapter, or an adapter; by default the one that serves the model's
             type.
-        method: the name of a choice of groups, or of blocks in mode ``"depth"``.
+        method: the name of a choice of groups, or of blocks in mode ``"depth"``; or a function: an
+            `apt.solver.GroupChoice`, an `apt.extending.GroupScores`, or, where only blocks are
+            dropped, an `apt.extending.BlockChoice`.
         options: the options that the weights depend on. ``row_importance`` and ``block_size`` have
             no effect.
         tokenizer, seed, activations, ranks, observe: as in `apt.prune`.

@@ -1,16 +1,17 @@
 """The plan of a smaller model, before the model is loaded."""
 
+import inspect
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from apt.adapter import Adapter
 from apt.checkpoints.model import Model
 from apt.checkpoints.shrunk import empty_smaller
-from apt.errors import AptError
+from apt.errors import AptError, name_of
 from apt.planning.plan import Plan
 from apt.planning.structure import make_structured_plan
 from apt.plugin.registry import Registry
@@ -18,13 +19,17 @@ from apt.plugin.specs import MethodSpec, ShrinkMethodSpec
 from apt.pruning.recipe import Recipe
 from apt.runs.machine import choose_device
 from apt.runs.options import RunOptions
+from apt.shrinking.choices import BlockChoice, GroupScores
 from apt.shrinking.latency import block_times
 from apt.shrinking.options import ShrinkOptions
 from apt.shrinking.search import search_journal
 from apt.shrinking.sizes import MULTIPLE, Sizes
 from apt.shrinking.structure_choice import StructureChoice
 from apt.shrinking.wanted_sizes import wanted_sizes, with_mode
-from apt.solver import GroupRemoval, joint_removal
+from apt.solver import GroupChoice, GroupRemoval, joint_removal
+
+Choice = GroupChoice | GroupScores | BlockChoice
+"""A choice of what to remove."""
 
 _PROMPT = 512  # tokens of the sample on which a latency is measured
 
@@ -52,7 +57,7 @@ def _only_blocks(wish: ShrinkOptions) -> bool:
 
 def resolved(
     wish: ShrinkOptions,
-    method: str | None,
+    method: str | Choice | None,
     model: nn.Module,
     adapter: Adapter,
     config: Any,
@@ -67,7 +72,7 @@ def resolved(
 
     Args:
         wish: the options of the smaller model.
-        method: the name of the choice of groups or of blocks.
+        method: the choice of groups or of blocks, or its name.
         model: the model; it may be on the meta device.
         adapter: the adapter of its family.
         config: its configuration.
@@ -79,7 +84,7 @@ def resolved(
         AptError: an option is out of range, or the method does not fit the mode.
     """
     wish.check()
-    found = registry.shrink_methods.get(method) if method else None
+    found = _found(method, wish, registry) if method else None
     sizes = Sizes(model, adapter, config, wish.multiple_of or MULTIPLE)
     known, wish = wish, with_mode(wish, sizes, found.chooses if found else None)
     if wish.mode != known.mode:
@@ -90,6 +95,42 @@ def resolved(
     drops = blocks or wish.blocks is not None or bool(wish.drop) or wish.mode == "search"
     spec = found or registry.default_shrink_method(blocks=blocks, streams=streams)
     return wish, replace(spec, error_aware=True) if drops else spec
+
+
+@dataclass(frozen=True)
+class _Function(ShrinkMethodSpec):
+    """The spec of a function of the caller."""
+
+    function: object = None
+
+    def load(self) -> Any:
+        """The function."""
+        return self.function
+
+
+def _found(method: str | Choice, wish: ShrinkOptions, registry: Registry) -> ShrinkMethodSpec:
+    """The spec of a choice. What a function chooses follows from the number of its arguments."""
+    if isinstance(method, str):
+        return registry.shrink_methods.get(method)
+    name = name_of("method", method)
+    taken = [count for count in (3, 4) if _takes(method, count)]
+    if len(taken) != 1:
+        raise AptError(
+            f"method {name} is not a function of 3 or of 4 arguments",
+            "give an apt.extending.GroupScores or BlockChoice, or an apt.solver.GroupChoice",
+        )
+    of_four: Literal["blocks", "columns"] = "blocks" if _only_blocks(wish) else "columns"
+    chooses = "groups" if taken == [3] else of_four
+    return _Function(name, "a function of the caller", "", chooses=chooses, function=method)
+
+
+def _takes(function: Any, count: int) -> bool:
+    """True if ``function`` can be called with this number of arguments."""
+    try:
+        inspect.signature(function).bind(*range(count))
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _check_fit(method: ShrinkMethodSpec, wish: ShrinkOptions) -> None:

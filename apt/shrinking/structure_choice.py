@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from apt.adapter import Adapter
+from apt.adapter import Adapter, Groups
 from apt.checkpoints.load import fingerprint
 from apt.errors import AptError
 from apt.planning.structure import Removed, Structure
@@ -20,7 +20,7 @@ from apt.shrinking.options import Mode
 from apt.shrinking.proxy import Proxy
 from apt.shrinking.search import Candidate, KnownLosses, Scored, Search, SearchOptions
 from apt.shrinking.sizes import Size
-from apt.solver import ColumnGroups, SolverOptions
+from apt.solver import ColumnGroups, MethodError, SolverOptions
 from apt.text.self_generated import own_text, writes
 
 _FITNESS_TOKENS = 2048
@@ -110,14 +110,27 @@ class StructureChoice:
             size = self._widest(model, adapter, tokens, status)
         if size.blocks < len(names) and not dropped:
             status(f"choosing the blocks to drop ({self.blocks.name})")
-            choice = cast(BlockChoice, self.blocks.load())
-            dropped = list(choice(model, adapter, tokens, len(names) - size.blocks))
+            dropped = self._dropped(model, adapter, tokens, names, len(names) - size.blocks)
         structure = Structure(size.kept, frozenset(dropped))
         if size.kept and self.groups.chooses == "groups":
             status(f"choosing the groups to remove ({self.groups.name})")
             scores = cast(GroupScores, self.groups.load())(model, adapter, tokens)
-            structure = replace(structure, removed=_lowest(model, adapter, structure, scores))
+            try:
+                removed = _lowest(model, adapter, structure, scores)
+            except MethodError as error:
+                raise _refused(self.groups, str(error)) from error
+            structure = replace(structure, removed=removed)
         return structure
+
+    def _dropped(
+        self, model: nn.Module, adapter: Adapter, tokens: Tensor, names: Sequence[str], count: int
+    ) -> list[str]:
+        """The names of the blocks that the choice of blocks drops."""
+        found = cast(BlockChoice, self.blocks.load())(model, adapter, tokens, count)
+        dropped = list(found) if isinstance(found, Iterable) else []
+        if len(set(dropped)) != count or len(dropped) != count or not set(dropped) <= set(names):
+            raise _refused(self.blocks, f"returns {found!r}, not the names of {count} blocks")
+        return dropped
 
     def _widest(
         self, model: nn.Module, adapter: Adapter, tokens: Tensor, status: Callable[[str], None]
@@ -171,9 +184,9 @@ class StructureChoice:
         self, model: nn.Module, adapter: Adapter, tokens: Tensor, names: Sequence[str]
     ) -> list[Candidate]:
         """Every size, without the blocks that the choice of blocks drops."""
-        choice, chosen = cast(BlockChoice, self.blocks.load()), {0: frozenset[int]()}
+        chosen = {0: frozenset[int]()}
         for count in {len(names) - size.blocks for size in self.sizes} - {0}:
-            dropped = choice(model, adapter, tokens, count)
+            dropped = self._dropped(model, adapter, tokens, names, count)
             chosen[count] = frozenset(map(names.index, dropped))
         return [Candidate(size, chosen[len(names) - size.blocks]) for size in self.sizes]
 
@@ -206,7 +219,29 @@ def _lowest(
             kept = structure.kept.get(groups.kind, groups.count)
             if kept < groups.count:
                 pattern = ColumnGroups(groups.count, kept, groups.bins)
-                mask = pattern.lowest(scores[name][groups.kind].cpu())
+                mask = pattern.lowest(_scores_of(scores, name, groups).cpu())
                 own[groups.kind] = tuple(mask.nonzero().squeeze(1).tolist())
         removed[name] = own
     return removed
+
+
+def _scores_of(scores: Mapping[str, Mapping[str, Tensor]], block: str, groups: Groups) -> Tensor:
+    """The scores (count,) of the groups of a block."""
+    try:
+        found: object = scores[block][groups.kind]
+    except (TypeError, KeyError, IndexError) as error:
+        raise MethodError(f"returns no scores for the {groups.kind} of {block}") from error
+    if not isinstance(found, Tensor) or found.shape != (groups.count,):
+        kind = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        raise MethodError(
+            f"returns scores of {kind} for the {groups.kind} of {block}, not ({groups.count},)"
+        )
+    if found.isnan().any():
+        raise MethodError(f"returns a score that is NaN for the {groups.kind} of {block}")
+    return found
+
+
+def _refused(method: ShrinkMethodSpec, fault: str) -> AptError:
+    return AptError(
+        f"method {method.name} {fault}", "use another method, and tell its author", ("method",)
+    )

@@ -7,6 +7,7 @@ matrix ``XᵀX`` of shape (in, in). It is independent of models, adapters and fi
 
 from apt.solver.admm_search import admm
 from apt.solver.column_groups import ColumnGroups
+from apt.solver.dead_inputs import solve_live
 from apt.solver.gram import DampedGram, Gram, SolverError
 from apt.solver.group_removal import (
     GroupChoice,
@@ -19,8 +20,27 @@ from apt.solver.group_removal import (
 from apt.solver.integers import IntegerGrid, rounded
 from apt.solver.least_squares import Joint, joint_weights
 from apt.solver.loss import relative_layer_error
-from apt.solver.options import EFFORTS, Effort, Solution, SolverOptions
-from apt.solver.patterns import NM, MixedNM, Pattern, SitePattern, Unstructured, parse_pattern
+from apt.solver.options import (
+    EFFORTS,
+    Effort,
+    MethodError,
+    Solution,
+    SolverOptions,
+    check_solution,
+)
+from apt.solver.patterns import (
+    NM,
+    Granularity,
+    MixedNM,
+    Pattern,
+    SitePattern,
+    Unstructured,
+    lowest,
+    lowest_k,
+    meets,
+    parse_pattern,
+)
+from apt.solver.precision import full_precision
 from apt.solver.sparsegpt import MAX_REMOVAL_SETS, mm, ms, sm, ss
 
 __all__ = [
@@ -31,10 +51,12 @@ __all__ = [
     "DampedGram",
     "Effort",
     "Gram",
+    "Granularity",
     "GroupChoice",
     "GroupRemoval",
     "IntegerGrid",
     "Joint",
+    "MethodError",
     "MixedNM",
     "Pattern",
     "SitePattern",
@@ -43,9 +65,14 @@ __all__ = [
     "SolverOptions",
     "Unstructured",
     "admm",
+    "check_solution",
+    "full_precision",
     "joint_removal",
     "joint_weights",
     "keep_columns",
+    "lowest",
+    "lowest_k",
+    "meets",
     "mm",
     "ms",
     "parse_pattern",
@@ -54,5 +81,6 @@ __all__ = [
     "removal_order",
     "rounded",
     "sm",
+    "solve_live",
     "ss",
 ]

@@ -7,7 +7,7 @@ the solution is invariant to the scale of ``H``. `DampedGram` holds this ``H``, 
 of tokens and damped.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 
 import torch
@@ -35,6 +35,7 @@ class Gram:
     Attributes:
         tokens: the number of tokens.
         total: the sum of the tokens (in,).
+        sample: the number of tokens in a calibration sample.
 
     Args:
         width: the number of input features.
@@ -44,15 +45,20 @@ class Gram:
     def __init__(
         self, width: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> None:
-        self.tokens = 0
+        self.tokens = self.sample = 0
         self.total = torch.zeros(width, device=device, dtype=dtype)
+        self._between = torch.zeros(width, device=device, dtype=dtype)
         self._sum = torch.zeros(width, width, device=device, dtype=dtype)
         self._mirrored = True
         self._damped: dict[float, DampedGram] = {}
+        self._live: Gram | None = None
 
     @classmethod
     def of(cls, inputs: Tensor) -> "Gram":
-        """The Gram matrix of ``inputs`` (..., in), in their own precision but at least fp32."""
+        """The Gram matrix of ``inputs`` (..., tokens, in), in their own precision, at least fp32.
+
+        Each (tokens, in) is one calibration sample.
+        """
         dtype = torch.promote_types(inputs.dtype, torch.float32)
         gram = cls(inputs.shape[-1], inputs.device, dtype)
         gram.add(inputs)
@@ -60,7 +66,7 @@ class Gram:
 
     @classmethod
     def from_sum(cls, matrix: Tensor, tokens: int, total: Tensor | None = None) -> "Gram":
-        """A Gram matrix that was summed elsewhere.
+        """A Gram matrix of one calibration sample, which was summed elsewhere.
 
         Args:
             matrix: ``XᵀX`` (in, in).
@@ -68,15 +74,24 @@ class Gram:
             total: the sum of the tokens (in,); zero by default.
         """
         gram = cls(len(matrix), matrix.device, matrix.dtype)
-        gram._sum, gram.tokens = matrix.clone(), tokens
+        gram._sum, gram.tokens, gram.sample = matrix.clone(), tokens, tokens
         if total is not None:
             gram.total += total
+            gram._between += total.square() / max(tokens, 1)
         return gram
 
     @full_precision()
-    def add(self, inputs: Tensor) -> None:
-        """Add the tokens ``inputs`` (..., in)."""
+    def add(self, inputs: Tensor, sample: int | None = None) -> None:
+        """Add the tokens ``inputs`` (..., tokens, in).
+
+        Args:
+            inputs: the tokens, one sample after another.
+            sample: the number of tokens in a sample; by default the last dimension but one.
+        """
         rows = inputs.reshape(-1, inputs.shape[-1]).to(self._sum.dtype)
+        self.sample = sample or inputs.shape[-2]
+        for part in torch.split(rows, max(self.sample, 1)):
+            self._between += part.sum(0).square() / max(len(part), 1)
         for start in range(0, self.width, _PANEL):
             here, above = slice(start, start + _PANEL), slice(0, start + _PANEL)
             self._sum[above, here].addmm_(rows[:, above].T, rows[:, here])
@@ -84,6 +99,7 @@ class Gram:
         self.tokens += rows.shape[0]
         self._mirrored = False
         self._damped.clear()
+        self._live = None
 
     def check(self) -> None:
         """Raise if the inputs say nothing about the weights.
@@ -107,9 +123,47 @@ class Gram:
         direction. A weight that received no token at all is then pruned by magnitude.
         """
         missing = max(0, self.width - self.tokens)
-        matrix = self.matrix.clone()
-        matrix.diagonal().add_(missing * mean)
-        return Gram.from_sum(matrix, self.tokens + missing, self.total)
+        gram = self._with(self.matrix, slice(None))
+        gram.matrix.diagonal().add_(missing * mean)
+        gram.tokens += missing
+        return gram
+
+    @property
+    def variance(self) -> Tensor:
+        """The variance of each input within a sample, as the mean over the samples (in,)."""
+        squares = self.matrix.diagonal() - self._between
+        return squares.clamp_min(0) / max(self.tokens, 1)
+
+    @property
+    def dead(self) -> Tensor:
+        """True for the inputs that were zero on all tokens (in,)."""
+        return self.matrix.diagonal() == 0
+
+    @property
+    def live(self) -> "Gram":
+        """The Gram matrix of the inputs that are not `dead`; kept for sites that share it."""
+        if self._live is None:
+            live = ~self.dead
+            self._live = self._with(self.matrix[live][:, live], live)
+        return self._live
+
+    def _with(self, matrix: Tensor, inputs: Tensor | slice) -> "Gram":
+        """A Gram matrix of the same tokens with this sum, for some of the inputs."""
+        gram = Gram.from_sum(matrix, self.tokens, self.total[inputs])
+        gram._between, gram.sample = self._between[inputs].clone(), self.sample
+        return gram
+
+    def add_up(self, add: Callable[..., None], tokens: int) -> None:
+        """Add the sums of other processes, in place.
+
+        Args:
+            add: adds the tensors of the other processes to those that it gets, in place.
+            tokens: the number of tokens of all processes.
+        """
+        add(self.matrix, self.total, self._between)
+        self.tokens = tokens
+        self._damped.clear()
+        self._live = None
 
     @property
     def width(self) -> int:

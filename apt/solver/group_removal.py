@@ -8,15 +8,15 @@ has a smaller dense weight.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from apt.solver.column_groups import ColumnGroups
 from apt.solver.gram import DampedGram, Gram
-from apt.solver.options import Solution, SolverOptions
+from apt.solver.options import MethodError, Solution, SolverOptions, check_tensor
 from apt.solver.precision import full_precision
 
 # The greedy removal of many groups removes several in a step. On MLPs of SmolLM2 (384 of 1536
@@ -24,9 +24,23 @@ from apt.solver.precision import full_precision
 _STEPS = 32
 
 
-GroupChoice = Callable[[Tensor, Gram, ColumnGroups, SolverOptions], Tensor]
-"""A function from a weight (out, in), the Gram matrix of its inputs, the groups of its columns and
-options to the mask (count,) of the groups to remove."""
+class GroupChoice(Protocol):
+    """A function that chooses groups of columns of one weight."""
+
+    def __call__(
+        self, weight: Tensor, gram: Gram, groups: ColumnGroups, options: SolverOptions, /
+    ) -> Tensor:
+        """Choose groups to remove, as many from each bin.
+
+        Args:
+            weight: the weight (out, in) in fp32.
+            gram: the Gram matrix of its inputs (in, in).
+            groups: the groups of its columns, see `ColumnGroups.lowest`.
+            options: the damping.
+
+        Returns:
+            The mask (count,) of the groups to remove.
+        """
 
 
 @dataclass(frozen=True)
@@ -45,11 +59,15 @@ class GroupRemoval:
     def __call__(
         self, weight: Tensor, gram: Gram, groups: ColumnGroups, options: SolverOptions
     ) -> Solution:
-        """Remove groups; without groups to remove, the weight is its own solution."""
+        """Remove groups; without groups to remove, the weight is its own solution.
+
+        Raises:
+            MethodError: ``choose`` does not return the mask of the groups to remove.
+        """
         if not groups.removed:
             return Solution(weight.clone(), torch.zeros_like(weight, dtype=torch.bool), None)
         if groups.chosen is None:
-            removed = self.choose(weight, gram, groups, options).to(weight.device)
+            removed = self._chosen(weight, gram, groups, options).to(weight.device)
         else:
             removed = groups.mask(groups.chosen).to(weight.device)
         columns = groups.columns(removed, weight.shape[1])
@@ -57,6 +75,18 @@ class GroupRemoval:
             return keep_columns(weight, gram.damped(options.damping), columns)
         mask = columns.expand_as(weight).clone()
         return Solution(weight.masked_fill(mask, 0), mask, None)
+
+    def _chosen(
+        self, weight: Tensor, gram: Gram, groups: ColumnGroups, options: SolverOptions
+    ) -> Tensor:
+        mask = self.choose(weight, gram, groups, options)
+        check_tensor(mask, "a mask of groups", torch.Size([groups.count]), torch.bool)
+        each, wanted = mask.view(groups.bins, -1).sum(1).tolist(), groups.removed // groups.bins
+        if set(each) != {wanted}:
+            bins = f"in {groups.bins} bins, not {wanted} in each" if groups.bins > 1 else ""
+            removed = ", ".join(map(str, each))
+            raise MethodError(f"removes {removed} groups {bins or f'instead of {wanted}'}")
+        return mask
 
 
 @full_precision()

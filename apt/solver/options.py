@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 Effort = Literal["fast", "default", "best"]
@@ -46,3 +47,43 @@ class Solution:
     mask: Tensor
     damping: float | None = None
     residual: float | None = None
+
+
+class MethodError(TypeError):
+    """A method returned something other than it must. The text continues "method NAME …"."""
+
+
+def check_solution(found: object, weight: Tensor) -> None:
+    """Raise unless a method returned a solution for ``weight`` (out, in).
+
+    Raises:
+        MethodError: it is no `Solution`, or its tensors have another shape, dtype or device.
+    """
+    if not isinstance(found, Solution):
+        raise MethodError(f"returns {type(found).__name__}, not an apt.solver.Solution")
+    check_tensor(found.weight, "a weight", weight.shape, weight.dtype, weight.device)
+    check_tensor(found.mask, "a mask", weight.shape, torch.bool, weight.device)
+
+
+def check_tensor(
+    found: object,
+    name: str,
+    shape: torch.Size,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+) -> None:
+    """Raise `MethodError` unless ``found`` is a tensor of this shape and dtype.
+
+    Args:
+        found: the result of a method.
+        name: its name in the message, with an article.
+        shape, dtype: those that it must have.
+        device: the device on which it must be; None for any.
+    """
+    if not isinstance(found, Tensor):
+        raise MethodError(f"returns {type(found).__name__} as {name}, not a tensor")
+    for own, wanted in ((tuple(found.shape), tuple(shape)), (found.dtype, dtype)):
+        if own != wanted:
+            raise MethodError(f"returns {name} of {own}, not {wanted}")
+    if device is not None and found.device != device:
+        raise MethodError(f"returns {name} on {found.device}, not {device}")

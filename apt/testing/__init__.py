@@ -1,13 +1,14 @@
-"""The conformance kit: checks that an adapter is correct.
+"""The conformance kit: checks that an adapter is correct, and models for other tests.
 
 In Python, call `check_adapter` or the single checks in `apt.testing.CHECKS`. Under pytest, subclass
-`AdapterConformance`. At a shell, run ``apt-prune check ADAPTER``.
+`AdapterConformance`. At a shell, run ``apt-prune check ADAPTER``. For tests of methods, metrics and
+so on, `embedded` returns a small trained model.
 """
 
 from apt.conformance.checks import CHECKS, Nonconformance, Subject
 from apt.conformance.layer_kinds import every_kind
 from apt.conformance.outcomes import Outcome, check_adapter
-from apt.testing.suite import AdapterConformance, random_tokens
+from apt.testing.suite import AdapterConformance, embedded, random_tokens
 
 __all__ = [
     "CHECKS",
@@ -16,6 +17,7 @@ __all__ = [
     "Outcome",
     "Subject",
     "check_adapter",
+    "embedded",
     "every_kind",
     "random_tokens",
 ]

@@ -8,14 +8,31 @@ import torch
 from torch import Tensor, nn
 
 from apt.adapter import Adapter
+from apt.checkpoints.load import load, load_tokenizer, skeleton
 from apt.conformance.checks import CHECKS, Subject
 from apt.conformance.outcomes import outcome, spec_of
+from apt.locations.model_source import find
+from apt.plugin.registry import registry
 
 
 def random_tokens(vocabulary: int, samples: int = 4, seqlen: int = 24) -> Tensor:
     """Random token ids (samples, seqlen), the same on each call."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(vocabulary, (samples, seqlen), generator=generator)
+
+
+def embedded(name: str = "llama") -> tuple[Any, Any]:
+    """The trained model of two million parameters that ships with an adapter, and its tokenizer.
+
+    Args:
+        name: the name of the adapter.
+
+    Raises:
+        AptError: there is no such adapter, or no model ships with it.
+    """
+    source = find(f"zoo:{name}", registry())
+    model = load(skeleton(source, registry(), name)).module
+    return model, load_tokenizer(source)
 
 
 class AdapterConformance(ABC):

@@ -35,7 +35,7 @@ def documents(
         AptError: the source does not exist or cannot be read.
     """
     if source.lower() in registry.calibrations.specs:
-        return iter(registry.calibrations.get(source).load()(split))
+        return registry.calibrations.get(source).documents(split)
     path = expanded(source)
     kind = kind_at(path) if source else None
     if kind == "file":

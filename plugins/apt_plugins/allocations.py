@@ -10,13 +10,20 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from apt import perplexity
 from apt.adapter import Site
-from apt.adapter.eval_mode import eval_mode
-from apt.calibration.batches import enter
-from apt.evaluation import perplexity
-from apt.planning.allocation import Unallocated, sparsity_of, unstructured
-from apt.planning.plan import Plan, PlannedBlock, PlannedSite
-from apt.solver.patterns import lowest_k
+from apt.extending import (
+    Plan,
+    PlannedBlock,
+    PlannedSite,
+    Unallocated,
+    enter,
+    eval_mode,
+    sparsity_of,
+    unstructured,
+)
+from apt.solver import lowest_k
+from apt_plugins.spectra import tail_from_middle, tail_from_peak
 
 OUTLIER = 5.0  # M of OWL: a score above M times the mean of its block is an outlier
 MAX_SHIFT = 0.08  # λ of OWL: the largest deviation of a block's sparsity, before centring
@@ -25,7 +32,6 @@ STEP = 0.002  # of the grid on which ATP seeks the slope β
 MOST = 0.99  # the highest sparsity of a site, unless the mean is about as high
 
 _ATP_TOKENS = 2048
-_SMALLEST = 1e-5  # eigenvalue that counts, as in the code of AlphaPruning
 
 
 def uniform(given: Unallocated) -> dict[str, float]:
@@ -41,11 +47,7 @@ def owl(given: Unallocated) -> dict[str, float]:
     linearly with the share of scores above `OUTLIER` times their mean. The shifts are then centred:
     their mean, weighted by the size of the blocks, is 0.
     """
-    outliers = dict[int, float]()
-    for index, (block, _, norms) in enumerate(_norms(given)):
-        if norms:
-            scores = torch.cat([_wanda(block, site, norms).flatten() for site in norms])
-            outliers[index] = float((scores > OUTLIER * scores.mean()).float().mean())
+    outliers = outlier_shares(given)
     low, high = min(outliers.values(), default=0.0), max(outliers.values(), default=0.0)
     span = high - low
     middle = (low + high) / 2  # for a block none of whose sites saw a token
@@ -55,42 +57,49 @@ def owl(given: Unallocated) -> dict[str, float]:
 
 
 @torch.no_grad()
+def outlier_shares(given: Unallocated) -> dict[int, float]:
+    """The share of outliers among the scores of each block, see `owl`, by the index of the block.
+
+    A block none of whose sites saw a token is left out.
+    """
+    outliers = dict[int, float]()
+    for index, (block, _, norms) in enumerate(_norms(given)):
+        if norms:
+            scores = torch.cat([_wanda(block, site, norms).flatten() for site in norms])
+            outliers[index] = float((scores > OUTLIER * scores.mean()).float().mean())
+    return outliers
+
+
+@torch.no_grad()
 def alphapruning(given: Unallocated) -> dict[str, float]:
     """A higher sparsity for blocks whose weights have less heavy-tailed spectra.
 
-    A block's value is the mean of ``α`` over its sites, see `tail_exponent`. The values are mapped
+    A block's value is the mean of ``α`` over its sites, see `tail_from_peak`. The values are mapped
     linearly to ``[1 − ε, 1 + ε]`` and scaled, so that their mean is the planned sparsity.
     """
-    return _by_tails(given, per_block=True)
+    return _by_tails(given, tail_from_peak)
 
 
 @torch.no_grad()
 def alphapruning_matrix(given: Unallocated) -> dict[str, float]:
     """`alphapruning` with the ``α`` of each site instead of the mean of its block."""
-    return _by_tails(given, per_block=False)
+    return _by_tails(given, tail_from_peak, per_block=False)
 
 
-def tail_exponent(weight: Tensor) -> float:
-    """The exponent ``α`` of the tail of the spectrum of a weight (out, in), by Hill's estimator.
-
-    ``α = 1 + k / Σ ln(λ_i / λ_min)`` over the ``k`` upper half of the eigenvalues of ``W Wᵀ``.
-    Eigenvalues below 1e-5 do not count, unless all of them are.
-    """
-    values = weight.float()
-    values = values if len(values) <= values.shape[1] else values.T
-    spectrum = torch.linalg.eigvalsh(values @ values.T)
-    counted = spectrum[spectrum > _SMALLEST]
-    upper = (counted if len(counted) else spectrum.clamp_min(1e-30))[len(counted) // 2 :].log()
-    spread = float((upper - upper[0]).sum())
-    return 1 + len(upper) / spread if spread > 0 else math.inf
+@torch.no_grad()
+def alphapruning_mid(given: Unallocated) -> dict[str, float]:
+    """`alphapruning` with the upper half of each spectrum as its tail, see `tail_from_middle`."""
+    return _by_tails(given, tail_from_middle)
 
 
-def _by_tails(given: Unallocated, *, per_block: bool) -> dict[str, float]:
+def _by_tails(
+    given: Unallocated, exponent: Callable[[Tensor], float], *, per_block: bool = True
+) -> dict[str, float]:
     alphas = dict[str, float]()
     for planned, block in given.blocks():
         sites = _sites(planned)
         with given.opened(planned.name, block):
-            found = [tail_exponent(s.site.oriented(s.site.weight(block).data)) for s in sites]
+            found = [exponent(s.site.oriented(s.site.weight(block).data)) for s in sites]
         if per_block and sites:
             found = [sum(found) / len(found)] * len(sites)
         alphas |= {site.name: alpha for site, alpha in zip(sites, found, strict=True)}

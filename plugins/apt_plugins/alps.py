@@ -3,9 +3,7 @@
 import torch
 from torch import Tensor
 
-from apt.solver import Gram, Pattern, Solution, SolverOptions
-from apt.solver.patterns import lowest
-from apt.solver.precision import full_precision
+from apt.solver import Gram, Pattern, Solution, SolverOptions, full_precision, lowest
 
 _PENALTY = 0.1  # the initial ρ, for a Gram matrix of unit diagonal
 _GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # (least change of the support, factor of ρ)

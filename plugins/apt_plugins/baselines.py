@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from apt.solver import Gram, Pattern, Solution, SolverOptions
-from apt.solver.patterns import Granularity, lowest
+from apt.solver import Gram, Granularity, Pattern, Solution, SolverOptions, lowest
 
 
 @torch.no_grad()

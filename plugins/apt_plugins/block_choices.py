@@ -7,9 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from apt.adapter import Adapter
-from apt.adapter.eval_mode import eval_mode
-from apt.calibration.batches import enter
-from apt.shrinking.skipping import loss_without
+from apt.extending import enter, eval_mode, loss_without
 
 _TOKENS_FOR_LOSS = 2048
 

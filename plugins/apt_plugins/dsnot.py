@@ -1,9 +1,9 @@
 """DSnoT: a mask refined by growing and pruning, without an update of weights (arXiv 2310.08915).
 
-Let ``x̄`` be the mean input. The expected error of a row is ``ε = Σ w_j x̄_j`` over its pruned
-weights. In each cycle a row keeps the pruned weight that explains most of the error, relative to
-the variance of its input, and prunes a kept weight of low Wanda score instead. A row is finished
-when ``|ε|`` is small.
+Let ``x̄`` be the mean of an input, summed over one calibration sample. The expected error of a row
+is ``ε = Σ w_j x̄_j`` over its pruned weights. In each cycle a row keeps the pruned weight that
+explains most of the error, relative to the variance of its input within a sample, and prunes a kept
+weight of low Wanda score instead. A row is finished when ``|ε|`` is small.
 """
 
 import math
@@ -23,8 +23,6 @@ SmolLM2, whose rows have 576 and 1,536, the perplexity at 60 % doubles with 50 e
 
 THRESHOLD = 0.1
 """The error of a row that needs no further exchange, as in the paper."""
-
-SAMPLE = 2048  # ε is summed over a sample of so many tokens, as in the authors' code
 
 
 @torch.no_grad()
@@ -85,10 +83,10 @@ class _Rows:
     def __init__(self, weight: Tensor, gram: Gram, mask: Tensor, group: int | None) -> None:
         tokens = max(gram.tokens, 1)
         mean, square = gram.total / tokens, gram.matrix.diagonal() / tokens
-        variance = (square - mean.square()).clamp_min(torch.finfo(mean.dtype).tiny)
+        variance = gram.variance.clamp_min(torch.finfo(mean.dtype).tiny)
         self.mask = mask.clone()
         self._group = group
-        self._share = weight * (mean * SAMPLE)  # of the error, if the weight is pruned (out, in)
+        self._share = weight * (mean * gram.sample)  # of the error if pruned (out, in)
         self._gain = (self._share / variance).masked_fill(~mask, 0)
         self._score = (weight.abs() * square.sqrt()).masked_fill(mask, torch.inf)
         self._error = self._share.masked_fill(~mask, 0).sum(1)

@@ -1,19 +1,22 @@
 """Baselines for the choice of groups: scores of columns, FLAP, and LLM-Pruner."""
 
 from collections import defaultdict
-from typing import Literal
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from apt.adapter import Adapter, Groups, Site
-from apt.adapter.eval_mode import eval_mode
-from apt.calibration.batches import enter
+from apt.extending import enter, eval_mode
 from apt.solver import ColumnGroups, Gram, SolverOptions
 
 Scores = dict[str, dict[str, Tensor]]
 
 _SAMPLES = 10  # for gradients, as in the code of LLM-Pruner
+# Factors of the powers of a weight in the expansion of the loss, see `_salience`.
+_FIRST = {1: 1.0}
+_SECOND = {2: 1.0}
+_MIX = {1: 1.0, 2: -0.5}
 
 
 def magnitude(weight: Tensor, gram: Gram, groups: ColumnGroups, options: SolverOptions) -> Tensor:
@@ -58,56 +61,97 @@ def flap(model: nn.Module, adapter: Adapter, tokens: Tensor) -> Scores:
 
 
 def llm_pruner(model: nn.Module, adapter: Adapter, tokens: Tensor) -> Scores:
-    """``Σ |w ∂L/∂w|`` over the weights of a group (LLM-Pruner, arXiv 2305.11627, eq. 5)."""
-    return _taylor(model, adapter, tokens, "elements")
+    """``Σ |w g|`` over the weights of a group (LLM-Pruner, arXiv 2305.11627, eq. 5, first order).
+
+    ``g`` is the gradient of the mean loss of a few samples: ``w g`` is the change of the loss
+    without the weight.
+    """
+    return _taylor(model, adapter, tokens, _FIRST)
 
 
 def llm_pruner_vector(model: nn.Module, adapter: Adapter, tokens: Tensor) -> Scores:
-    """``|Σ w ∂L/∂w|``, LLM-Pruner's importance of a whole group (arXiv 2305.11627, eq. 4)."""
-    return _taylor(model, adapter, tokens, "vector")
+    """``Σ |Σ w g|``: the inner sum is over one row or column of one weight of the group.
+
+    This is the importance of vectors in the code of LLM-Pruner (arXiv 2305.11627, eq. 4).
+    """
+    return _taylor(model, adapter, tokens, _FIRST, by_vector=True)
+
+
+def llm_pruner_second(model: nn.Module, adapter: Adapter, tokens: Tensor) -> Scores:
+    """``Σ w² h`` over the weights of a group: LLM-Pruner's ``param_second``.
+
+    ``h`` is the mean over the samples of the squared gradient, which stands for the Hessian.
+    """
+    return _taylor(model, adapter, tokens, _SECOND)
+
+
+def llm_pruner_mix(model: nn.Module, adapter: Adapter, tokens: Tensor) -> Scores:
+    """``Σ |w g − w² h / 2|`` over the weights of a group (arXiv 2305.11627, eq. 5)."""
+    return _taylor(model, adapter, tokens, _MIX)
 
 
 def _taylor(
-    model: nn.Module, adapter: Adapter, tokens: Tensor, of: Literal["elements", "vector"]
+    model: nn.Module,
+    adapter: Adapter,
+    tokens: Tensor,
+    factors: Mapping[int, float],
+    *,
+    by_vector: bool = False,
 ) -> Scores:
-    """The first-order change of the loss, from one gradient of the mean loss of a few samples."""
-    products = _products(model, adapter, tokens[:_SAMPLES])
+    """The sums of `_salience` over groups, as magnitudes of elements or of rows and columns."""
+    salience = _salience(model, adapter, tokens[:_SAMPLES], factors)
     scores: Scores = defaultdict(dict)
     for name, block in adapter.blocks(model):
         for groups in _groups(model, adapter, block):
-            parts = []
+            total = torch.zeros(groups.count)
             for part in groups.parts:
-                product = products[f"{name}.{part.parameter}"]
-                product = product.abs() if of == "elements" else product
-                rows = product.movedim(part.dim, 0).flatten(1).sum(1)
-                own = rows[part.start : part.start + groups.count * part.each]
-                parts.append(_by_group(own, groups.count))
-            scores[name][groups.kind] = torch.stack(parts).sum(0).abs()
+                entries = salience[f"{name}.{part.parameter}"].movedim(part.dim, 0)
+                vectors = entries.reshape(len(entries), -1)  # of a bias, single values
+                sums = vectors.sum(1).abs() if by_vector else vectors.abs().sum(1)
+                own = sums[part.start : part.start + groups.count * part.each]
+                total += _by_group(own, groups.count).cpu()
+            scores[name][groups.kind] = total
     return dict(scores)
 
 
 @torch.enable_grad()
-def _products(model: nn.Module, adapter: Adapter, tokens: Tensor) -> dict[str, Tensor]:
-    """``w ∂L/∂w`` for the parameters of all blocks."""
+def _salience(
+    model: nn.Module, adapter: Adapter, tokens: Tensor, factors: Mapping[int, float]
+) -> dict[str, Tensor]:
+    """``Σ_k factor_k w^k · mean(g^k)`` for the parameters of all blocks, by the powers ``k``.
+
+    The means are over the samples, and ``g`` is the gradient of the loss of one sample.
+    """
     owned = {
         f"{name}.{path}": parameter
         for name, block in adapter.blocks(model)
         for path, parameter in block.named_parameters()
     }
     before = {name: parameter.requires_grad for name, parameter in owned.items()}
-    gradients = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in owned.items()}
+    means = {
+        power: {name: torch.zeros_like(p, dtype=torch.float32) for name, p in owned.items()}
+        for power in factors
+    }
     with eval_mode(model), adapter.running(model):
         try:
             for parameter in owned.values():
                 parameter.requires_grad_()
             for sample in torch.split(tokens, 1):
-                found = torch.autograd.grad(_loss(model, sample), list(owned.values()))
-                for total, gradient in zip(gradients.values(), found, strict=True):
-                    total += gradient.float() / len(tokens)
+                loss = _loss(model, sample)  # an expert that sees no token has no gradient
+                found = torch.autograd.grad(loss, list(owned.values()), materialize_grads=True)
+                for name, gradient in zip(owned, found, strict=True):
+                    for power, mean in means.items():
+                        mean[name] += gradient.float() ** power / len(tokens)
         finally:
             for name, parameter in owned.items():
                 parameter.requires_grad_(before[name])
-    return {name: gradient * owned[name].detach().float() for name, gradient in gradients.items()}
+    return {
+        name: torch.stack([
+            factor * parameter.detach().float() ** power * means[power][name]
+            for power, factor in factors.items()
+        ]).sum(0)
+        for name, parameter in owned.items()
+    }  # fmt: skip
 
 
 def _loss(model: nn.Module, tokens: Tensor) -> Tensor:

@@ -18,12 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from apt import perplexity
 from apt.adapter import Site
-from apt.adapter.eval_mode import eval_mode
-from apt.calibration.batches import enter
-from apt.evaluation.metrics import perplexity
-from apt.planning.allocation import Unallocated, unstructured
-from apt.planning.plan import PlannedSite
+from apt.extending import PlannedSite, Unallocated, enter, eval_mode, unstructured
 from apt_plugins.budget import auto
 from apt_plugins.site_losses import LEVELS, losses_of, removed_at, site_grams
 

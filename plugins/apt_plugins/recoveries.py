@@ -1,13 +1,14 @@
 """The kinds of recovery that ship with APT."""
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from apt.errors import AptError
-from apt.recovery.teacher import divergence, relative_error
-from apt.recovery.trainable import Trainable, Unrecovered, train_only
+from apt.extending import Trainable, Unrecovered, divergence, relative_error, train_only
 
 _ALONE = ("out_proj", "conv1d")  # peft refuses LoRA there: fused kernels read their weights
 
@@ -19,7 +20,12 @@ def spp(given: Unrecovered) -> Trainable:
     from apt_plugins.spp import SppConfig
 
     rank = given.options.rank or 16
-    config = SppConfig(r=rank, target_modules=_linears(given), task_type="CAUSAL_LM")
+    config = SppConfig(
+        r=rank,
+        dropout=given.options.dropout,
+        target_modules=_linears(given),
+        task_type="CAUSAL_LM",
+    )
     tuned = get_peft_model(given.model, config)
     return Trainable(tuned, merge=tuned.merge_and_unload, undo=tuned.unload)
 
@@ -52,13 +58,35 @@ def _linears(given: Unrecovered) -> list[str]:
 
 
 def layers(given: Unrecovered) -> Trainable:
-    """The language-model head and the last blocks, as a whole (arXiv 2411.15558)."""
+    """The last blocks, the final norm and the head, as a whole (arXiv 2411.15558)."""
     model: Any = given.model
     head = model.get_output_embeddings()
     blocks = [block for _, block in given.adapter.blocks(given.model)][-given.options.blocks :]
-    modules: list[nn.Module] = [*blocks, *([] if head is None else [head])]
+    after = _run_after(given.model, blocks[-1])
+    modules: list[nn.Module] = [*blocks, *after, *([] if head is None else [head])]
     train_only(given.model, (p for module in modules for p in module.parameters()))
     return Trainable(given.model, masked=True)
+
+
+def _run_after(model: nn.Module, block: nn.Module) -> list[nn.Module]:
+    """The modules with parameters that a forward calls after the last block: its final norm.
+
+    Families register these under different names and in different places, so one token is run.
+    """
+    passed, found = list[bool](), list[nn.Module]()
+
+    def note(module: nn.Module, _: Any) -> None:
+        if passed:
+            found.append(module)
+
+    with ExitStack() as hooks, torch.no_grad():
+        for module in model.modules():
+            if next(module.parameters(recurse=False), None) is not None:
+                hooks.callback(module.register_forward_pre_hook(note).remove)
+        hooks.callback(block.register_forward_hook(lambda *_: passed.append(True)).remove)
+        token = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
+        model(input_ids=token, use_cache=False)
+    return found
 
 
 def distill(given: Unrecovered) -> Trainable:
@@ -72,7 +100,7 @@ def distill(given: Unrecovered) -> Trainable:
         output = model(
             input_ids=batch["input_ids"], use_cache=False, output_hidden_states=bool(weight)
         )
-        rows, device = batch["row"].cpu(), output.logits.device
+        rows, device = batch["row"], output.logits.device
         tokens, logs = (found.to(device) for found in teacher.top(rows))
         found = divergence(output.logits, tokens, logs)
         if weight:

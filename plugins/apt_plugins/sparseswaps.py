@@ -16,8 +16,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from apt.solver import NM, Gram, Pattern, Solution, SolverOptions
-from apt.solver.precision import full_precision
+from apt.solver import NM, Gram, Pattern, Solution, SolverOptions, full_precision
 from apt_plugins.baselines import wanda
 
 MAX_SWAPS = 100

@@ -3,8 +3,7 @@
 from collections.abc import Iterator
 from importlib.resources import as_file, files
 
-from apt.text.datasets import Split, hub_documents
-from apt.text.files import read_file
+from apt.extending import Split, hub_documents, read_file
 
 
 def builtin(split: Split) -> Iterator[str]:

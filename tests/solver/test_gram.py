@@ -145,6 +145,54 @@ def test_the_sum_of_the_tokens_is_kept():
     assert torch.equal(few.with_missing_tokens(1.0).total, few.total)
 
 
+@given(st.integers(1, 5), st.integers(1, 9), st.sampled_from([None, 4]))
+def test_the_variance_is_the_mean_of_the_variances_of_the_samples(samples, length, given):
+    """By default each (tokens, in) is a sample; the last one may be shorter."""
+    inputs = torch.randn(samples, length, 6, dtype=torch.float64)
+    inputs += 3 * torch.randn(samples, 1, 6, dtype=torch.float64)
+    gram, rows = Gram(6, dtype=torch.float64), inputs.flatten(0, 1)
+    gram.add(rows if given else inputs, given)
+    parts = rows.split(given or length)
+    expected = sum(part.var(0, unbiased=False) * len(part) for part in parts) / len(rows)
+    torch.testing.assert_close(gram.variance, expected)
+    assert gram.sample == (given or length)
+    several = gram.with_missing_tokens(0.0)
+    assert several.sample == gram.sample
+    torch.testing.assert_close(several.variance * several.tokens, gram.variance * gram.tokens)
+
+
+def test_the_sums_of_two_processes_are_those_of_one():
+    inputs = torch.randn(2, 5, 3, 7, dtype=torch.float64)
+    here, there = (Gram.of(part) for part in inputs)
+    there.damped(), here.damped()
+
+    def add(*tensors):
+        for tensor, other in zip(tensors, (there.matrix, there.total, there._between), strict=True):
+            tensor += other
+
+    here.add_up(add, 30)
+    whole = Gram.of(inputs)
+    assert (here.tokens, here.sample) == (whole.tokens, whole.sample) == (30, 3)
+    torch.testing.assert_close(here.damped().matrix, whole.damped().matrix)
+    torch.testing.assert_close(here.total, whole.total)
+    torch.testing.assert_close(here.variance, whole.variance)
+
+
+def test_the_live_part_is_the_gram_matrix_of_the_other_inputs():
+    inputs = torch.randn(4, 6, 8, dtype=torch.float64)
+    inputs[..., [1, 5]] = 0
+    gram = Gram.of(inputs)
+    live = ~gram.dead
+    assert live.logical_not().nonzero().flatten().tolist() == [1, 5]
+    others, found = Gram.of(inputs[..., live]), gram.live
+    assert gram.live is found  # sites that share an input factorise it once
+    for name in ("matrix", "total", "variance"):
+        torch.testing.assert_close(getattr(found, name), getattr(others, name))
+    assert (found.tokens, found.sample) == (24, 6)
+    gram.add(torch.ones(1, 8, dtype=torch.float64))
+    assert gram.live.width == 8
+
+
 @pytest.mark.parametrize("share", [0.001, 0.3])
 def test_inverses_survive_inputs_that_share_a_large_direction(share):
     draw = torch.Generator().manual_seed(0)

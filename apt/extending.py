@@ -1,0 +1,89 @@
+"""What the code of a plugin needs beside `apt.adapter`, `apt.solver` and the specs.
+
+The interfaces of methods, choices of groups and blocks, allocations, recoveries, formats and texts,
+and helpers to write them with. A name is imported on its first use, so that a method does not wait
+for the libraries of a recovery.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from apt.adapter.eval_mode import eval_mode
+    from apt.calibration.batches import Batch, enter
+    from apt.checkpoints.formats import Checkpoint, find_file
+    from apt.planning.allocation import Allocation, Unallocated, sparsity_of, unstructured
+    from apt.planning.plan import Plan, PlannedBlock, PlannedSite
+    from apt.plugin.doctor import Finding, try_import
+    from apt.pruning.layer import Method
+    from apt.recovery.teacher import Teacher, divergence, relative_error
+    from apt.recovery.trainable import (
+        Loss,
+        Recovery,
+        Trainable,
+        Unrecovered,
+        next_token_loss,
+        train_only,
+    )
+    from apt.shrinking.choices import BlockChoice, GroupScores
+    from apt.shrinking.skipping import loss_without
+    from apt.text.datasets import Split, hub_documents
+    from apt.text.files import read_file
+
+__all__ = [
+    "Allocation",
+    "Batch",
+    "BlockChoice",
+    "Checkpoint",
+    "Finding",
+    "GroupScores",
+    "Loss",
+    "Method",
+    "Plan",
+    "PlannedBlock",
+    "PlannedSite",
+    "Recovery",
+    "Split",
+    "Teacher",
+    "Trainable",
+    "Unallocated",
+    "Unrecovered",
+    "divergence",
+    "enter",
+    "eval_mode",
+    "find_file",
+    "hub_documents",
+    "loss_without",
+    "next_token_loss",
+    "read_file",
+    "relative_error",
+    "sparsity_of",
+    "train_only",
+    "try_import",
+    "unstructured",
+]
+_LAZY = {
+    "apt.adapter.eval_mode": ("eval_mode",),
+    "apt.calibration.batches": ("Batch", "enter"),
+    "apt.checkpoints.formats": ("Checkpoint", "find_file"),
+    "apt.planning.allocation": ("Allocation", "Unallocated", "sparsity_of", "unstructured"),
+    "apt.planning.plan": ("Plan", "PlannedBlock", "PlannedSite"),
+    "apt.plugin.doctor": ("Finding", "try_import"),
+    "apt.pruning.layer": ("Method",),
+    "apt.recovery.teacher": ("Teacher", "divergence", "relative_error"),
+    "apt.recovery.trainable": (
+        "Loss", "Recovery", "Trainable", "Unrecovered", "next_token_loss", "train_only",
+    ),
+    "apt.shrinking.choices": ("BlockChoice", "GroupScores"),
+    "apt.shrinking.skipping": ("loss_without",),
+    "apt.text.datasets": ("Split", "hub_documents"),
+    "apt.text.files": ("read_file",),
+}  # fmt: skip
+_MODULES = {name: module for module, names in _LAZY.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name on its first use (PEP 562)."""
+    if name not in _MODULES:
+        raise AttributeError(f"module 'apt.extending' has no attribute '{name}'")
+    return getattr(import_module(_MODULES[name]), name)

@@ -1,0 +1,93 @@
+"""Inputs that were zero on all calibration tokens: their weights are the first to go.
+
+Such a dead input changes no output on the calibration text, so its weights cost nothing. A method
+that ranks them among the others keeps some of them, and prunes weights that count in their place.
+Therefore the method solves the live inputs alone, for the rest of the count. For n:m it sees zeros.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from apt.solver.column_groups import ColumnGroups
+from apt.solver.gram import Gram
+from apt.solver.options import Solution, SolverOptions, check_solution
+from apt.solver.patterns import NM, SitePattern, lowest, zero_counts
+
+
+def solve_live(
+    method: Callable[..., Solution],
+    weight: Tensor,
+    gram: Gram,
+    pattern: SitePattern,
+    options: SolverOptions,
+) -> Solution:
+    """Solve a layer so that the weights of dead inputs are pruned first; the count stays exact.
+
+    Without dead inputs, and for groups of columns, the method gets the layer as it is. If the
+    pattern prunes fewer weights than the dead inputs have, the smallest of these are pruned.
+
+    Args:
+        method: the method.
+        weight: the dense ``W`` (out, in).
+        gram: the Gram matrix of its inputs.
+        pattern: the pattern.
+        options: the options of the method.
+
+    Raises:
+        MethodError: the method returns no solution of the weight that it got.
+    """
+    dead = gram.dead
+    if isinstance(pattern, ColumnGroups) or not bool(dead.any()) or bool(dead.all()):
+        return _solved(method, weight, gram, pattern, options)
+    first = lowest(weight.abs().masked_fill(~dead, torch.inf), pattern)
+    if isinstance(pattern, NM):
+        return _with_zeros(method, weight, gram, pattern, options, first & dead)
+    rows = 1 if pattern.per == "row" else len(weight)
+    count = pattern.count(rows * len(dead)) - rows * int(dead.sum())
+    live = rows * int((~dead).sum())
+    if not 0 < count < live:  # the method has nothing to choose
+        return Solution(weight.masked_fill(first, 0), first)
+    rest = replace(pattern, sparsity=count / live)
+    part = _solved(method, weight[:, ~dead], gram.live, rest, options)
+    pruned, mask = torch.zeros_like(weight), torch.ones_like(first)
+    pruned[:, ~dead], mask[:, ~dead] = part.weight, part.mask
+    return replace(part, weight=pruned, mask=mask)
+
+
+def _solved(
+    method: Callable[..., Solution],
+    weight: Tensor,
+    gram: Gram,
+    pattern: SitePattern,
+    options: SolverOptions,
+) -> Solution:
+    """The solution of the method, checked."""
+    found = method(weight, gram, pattern, options)
+    check_solution(found, weight)
+    return found
+
+
+def _with_zeros(
+    method: Callable[..., Solution],
+    weight: Tensor,
+    gram: Gram,
+    pattern: NM,
+    options: SolverOptions,
+    first: Tensor,
+) -> Solution:
+    """A layer solved for n:m with zeros at ``first`` (out, in), which every score ranks lowest.
+
+    A method that keeps such a zero nevertheless has pruned a live weight of the same group. The
+    largest of these are kept instead, as they were.
+    """
+    found = _solved(method, weight.masked_fill(first, 0), gram, pattern, options)
+    counts, needed = zero_counts(found.mask, pattern)
+    if bool((counts != needed).any()) or not bool((first & ~found.mask).any()):
+        return found
+    ranks = weight.abs().masked_fill(~found.mask, torch.inf).masked_fill(first, -1)
+    mask = lowest(ranks, pattern)
+    kept = torch.where(found.mask, weight, found.weight)
+    return replace(found, weight=kept.masked_fill(mask, 0), mask=mask)

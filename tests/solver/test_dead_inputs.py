@@ -1,0 +1,113 @@
+"""Weights of inputs that were always zero go first, whatever the method; counts stay exact."""
+
+import pytest
+import torch
+
+import apt as library
+from apt.plugin.registry import registry
+from apt.solver import NM, Gram, Solution, SolverOptions, Unstructured, solve_live
+from apt.solver.patterns import lowest, surplus, zero_counts
+from tests.families import random_model, random_tokens
+
+METHODS = sorted(registry().methods.specs)
+PATTERNS = [
+    Unstructured(0.5, "layer"), Unstructured(0.5, "row"), Unstructured(0.35, "layer"),
+    Unstructured(0.2, "row"), NM(2, 4), NM(1, 4), NM(5, 8),
+]  # fmt: skip
+DEAD = [0, 1, 2, 8, 9, 17, 24, 25, 26, 27]  # of 32: groups of four with 0 to 4 dead inputs
+
+
+def layer(dead=DEAD, rows=12, width=32):
+    """A weight, and the Gram matrix of inputs of which some are always zero."""
+    draw = torch.Generator().manual_seed(0)
+    mixing = torch.randn(width, width, generator=draw) * 0.3 + torch.eye(width)
+    inputs = torch.randn(6, 30, width, generator=draw) @ mixing + 0.2
+    inputs[..., dead] = 0
+    return torch.randn(rows, width, generator=draw), Gram.of(inputs)
+
+
+def method(name):
+    return registry().methods.get(name).load()
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_no_dead_weight_is_kept_in_place_of_a_live_one(name, pattern):
+    weight, gram = layer()
+    found = solve_live(method(name), weight, gram, pattern, SolverOptions())
+    counts, needed = zero_counts(found.mask, pattern)
+    assert (counts == needed).all()
+    assert not surplus(found.weight, weight, pattern)
+    assert not found.weight[found.mask].any()
+    dead = gram.dead.expand_as(weight)
+    there, _ = zero_counts(dead, pattern)
+    gone, _ = zero_counts(found.mask & dead, pattern)
+    assert torch.equal(gone, there.clamp_max(needed))
+    spared = dead & ~found.mask
+    torch.testing.assert_close(found.weight[spared], weight[spared])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_live_inputs_are_solved_as_if_the_dead_ones_were_not_there(name):
+    weight, gram = layer()
+    live = ~gram.dead
+    for per, left in (("row", 16 - len(DEAD)), ("layer", 12 * (16 - len(DEAD)))):
+        size = int(live.sum()) * (1 if per == "row" else 12)
+        rest = Unstructured(left / size, per)
+        alone = method(name)(weight[:, live], gram.live, rest, SolverOptions())
+        found = solve_live(method(name), weight, gram, Unstructured(0.5, per), SolverOptions())
+        assert torch.equal(found.weight[:, live], alone.weight)
+        assert (found.damping, found.residual) == (alone.damping, alone.residual)
+
+
+def test_of_too_many_dead_weights_the_smallest_go_and_the_method_is_not_asked():
+    weight, gram = layer()
+    for pattern in (Unstructured(0.1, "layer"), Unstructured(0.1, "row")):
+        found = solve_live(None, weight, gram, pattern, SolverOptions())
+        expected = lowest(weight.abs() + 100 * ~gram.dead, pattern)
+        assert torch.equal(found.mask, expected)
+        assert torch.equal(found.weight, weight.masked_fill(expected, 0))
+
+
+def test_a_layer_without_dead_inputs_and_one_of_dead_inputs_alone_reach_the_method_as_they_are():
+    seen = []
+
+    def spy(*given):
+        seen.append(given)
+        return Solution(given[0], given[0] == 0)
+
+    for dead in ([], list(range(32))):
+        weight, gram = layer(dead)
+        given = (weight, gram, Unstructured(0.5, "row"), SolverOptions())
+        solve_live(spy, *given)
+        assert all(a is b for a, b in zip(seen.pop(), given, strict=True))
+
+
+def test_a_method_that_does_not_look_at_weights_is_put_right_for_n_m():
+    """It prunes the last two of each group, and doubles the others."""
+    weight, gram = layer()
+    last = torch.tensor([False, False, True, True]).repeat(8).expand_as(weight)
+
+    def careless(weight, gram, pattern, options):
+        return Solution((weight * 2).masked_fill(last, 0), last.clone())
+
+    found = solve_live(careless, weight, gram, NM(2, 4), SolverOptions())
+    first = found.mask[:, :4]  # three dead inputs
+    assert torch.equal(first, lowest(weight[:, :4].abs() + 100 * ~gram.dead[:4], NM(2, 4)))
+    assert found.mask[:, 8:10].all()
+    assert torch.equal(found.weight[:, 10:12], weight[:, 10:12])  # kept instead, as they were
+    assert torch.equal(found.weight[:, 4:8], 2 * weight[:, 4:8].masked_fill(last[:, 4:8], 0))
+
+
+@pytest.mark.parametrize("name", ["admm", "ss", "magnitude"])
+@pytest.mark.parametrize("aware", [False, True])
+def test_a_pruned_model_has_no_weight_of_a_dead_input_left(name, aware):
+    model = random_model("opt")
+    block = model.model.decoder.layers[1]
+    block.fc1.bias.data[:20] = -1e3  # ReLU gives zeros
+    dense = block.fc2.weight.detach().clone()
+    options = library.PruneOptions(error_aware=aware)
+    library.prune(model, random_tokens(), pattern="0.5", method=name, options=options)
+    assert dense[:, :20].all()
+    assert not block.fc2.weight[:, :20].any()
+    assert int((block.fc2.weight == 0).sum()) == dense.numel() // 2
