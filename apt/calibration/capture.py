@@ -110,9 +110,11 @@ class Capture:
         """
         dense = dense or {}
         weights = {s: s.oriented(s.weight(block).data) for s in [*self.tokens, *dense]}
-        passing: BlockPass
+        passing: BlockPass | None = None
 
         def take(site: Site, inputs: Tensor) -> None:
+            if passing is None:
+                raise AptError(f"{site.name} is captured after the block has run: that is too late")
             rows = as_rows(site, inputs, weights[site])
             if self.sums_up(site):
                 self.take(passing, site, rows)
@@ -130,6 +132,7 @@ class Capture:
                 passing = BlockPass(batch)
                 with suppress(_AllSeen):
                     adapter.step(block, batch.state, batch.calls[index])
+                passing = None
                 progress()
         self.assert_coverage(sum(batch.tokens for batch in batches))
 

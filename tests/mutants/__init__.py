@@ -2,28 +2,36 @@
 
 from dataclasses import dataclass
 
+from tests.mutants import effecting
 from tests.mutants.capturing import (
+    AtTheEnd,
+    Backwards,
     Disturbing,
     Doubled,
     Late,
     Leaking,
     LeakingOnError,
+    Negated,
+    OtherSamples,
     Swallowing,
     WrongInput,
 )
 from tests.mutants.declared import (
+    AnotherEpsilon,
     ExpertsForgotten,
     FirstForgotten,
     KindForgotten,
     LastForgotten,
     MiddleForgotten,
     NoEffects,
+    NoLimit,
     NoParameter,
     OneKind,
     Renamed,
     SomeExpertsForgotten,
     TooLong,
     TooShort,
+    TwiceAsLong,
     WrongEffects,
     altered,
     swapped,
@@ -47,6 +55,7 @@ from tests.mutants.entering import (
 )
 from tests.mutants.grouping import (
     AnotherReader,
+    FewExperts,
     GateForgotten,
     HalfHeads,
     NoField,
@@ -60,7 +69,7 @@ from tests.mutants.grouping import (
     WrongOutputs,
     WrongReader,
 )
-from tests.mutants.models import JAMBA, RIGHT
+from tests.mutants.models import JAMBA, MAMBA, MAMBA2, RIGHT
 
 
 @dataclass(frozen=True)
@@ -262,8 +271,63 @@ MUTANTS: dict[str, Mutant] = {
         "mamba",
     ),
     "half of each query head": Mutant(HalfHeads, "groups", r"heads cannot be removed: .*q_proj"),
+    "captured rows negated": Mutant(
+        Negated, "capture", "the right Gram matrix, but other signs or another order"
+    ),
+    "captured rows backwards": Mutant(
+        Backwards, "capture", "the right Gram matrix, but other signs or another order"
+    ),
+    "captured rows of another sample": Mutant(
+        OtherSamples, "capture", "the right Gram matrix, but other signs or another order"
+    ),
+    "captured at the end": Mutant(
+        AtTheEnd, "capture", r"\w+ is captured after the block has run: that is too late"
+    ),
+    "no limit of positions": Mutant(
+        NoLimit, "batches", r"does not accept 129 tokens, but positions\(\) is None", "opt"
+    ),
+    "twice as many positions as there are": Mutant(
+        TwiceAsLong, "batches", r"does not accept 256 tokens, but positions\(\) is 256", "opt"
+    ),
+    "runs with another epsilon": Mutant(
+        AnotherEpsilon, "running", "the model gives other logits within running"
+    ),
+    "fewer experts than a token is sent to": Mutant(
+        FewExperts, "groups", "the model without most experts does not run: .*'least' too small",
+        "jamba, three experts",
+    ),
     "capture is late": Mutant(Late, "in_time", "an input is captured too late"),
 }  # fmt: skip
 
+_BLIND = {  # what says nothing of a kind of extra, or the same as before
+    ("conv1d", "reversed_weights"): "the windows of neighbours hold nearly the same tokens",
+    ("D", "reversed_weights"): "a channel has one weight",
+    ("D", "diagonal"): "a channel has one weight",
+    ("D", "trace"): "a channel has one weight",
+}
+_CHANGES = (
+    effecting.rolled, effecting.identity, effecting.mean, effecting.reversed_channels,
+    effecting.reversed_weights, effecting.inverse, effecting.diagonal, effecting.trace,
+)  # fmt: skip
+for _model, _base in (("mamba", MAMBA), ("mamba2", MAMBA2)):
+    for _kind in ("conv1d", "A_log", "D"):
+        for _change in _CHANGES:
+            _one = _model == "mamba2" and _kind == "A_log"  # which has one weight for a head
+            if (("D" if _one else _kind), _change.__name__) not in _BLIND:
+                MUTANTS[f"{_model}: {_change.__name__} effects of {_kind}"] = Mutant(
+                    effecting.misreported(_kind, _change, _base), "effects",
+                    rf"mixer\.{_kind}: its effects do not predict", _model,
+                )  # fmt: skip
+    MUTANTS |= {
+        f"{_model}: the convolution as an effect": Mutant(
+            effecting.removed_otherwise("conv1d", _base), "effects",
+            r"conv1d: removal is 'effect', but its effects are those of 'product'", _model,
+        ),
+        f"{_model}: the decays as a product": Mutant(
+            effecting.removed_otherwise("A_log", _base), "effects",
+            r"A_log: removal is 'product', but the product is not linear in the weight", _model,
+        ),
+    }  # fmt: skip
+
 if "jamba" not in RIGHT:
-    MUTANTS = {name: mutant for name, mutant in MUTANTS.items() if mutant.model != "jamba"}
+    MUTANTS = {name: mutant for name, mutant in MUTANTS.items() if "jamba" not in mutant.model}

@@ -19,6 +19,40 @@ class Doubled(LLAMA):
         return super().capture(block, sites, twice)
 
 
+class Rows(LLAMA):
+    """Captures what is no other Gram matrix."""
+
+    def capture(self, block, sites, sink):
+        return super().capture(block, sites, lambda site, rows: sink(site, self.changed(rows)))
+
+
+class Negated(Rows):
+    def changed(self, rows):
+        return -rows
+
+
+class Backwards(Rows):
+    def changed(self, rows):
+        return rows.flip(1)
+
+
+class OtherSamples(Rows):
+    def changed(self, rows):
+        return rows.flip(0)
+
+
+class AtTheEnd(LLAMA):
+    """Hands all inputs over when the block has run."""
+
+    @contextmanager
+    def capture(self, block, sites, sink):
+        kept = []
+        with super().capture(block, sites, lambda *given: kept.append(given)):
+            yield
+        for given in kept:
+            sink(*given)
+
+
 class Leaking(LLAMA):
     @contextmanager
     def capture(self, block, sites, sink):

@@ -1,6 +1,6 @@
 """Wrong in what they declare: of a site, of all blocks, of experts."""
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 from apt.adapter import DecoderAdapter
@@ -73,6 +73,34 @@ class TooShort(LLAMA):
 
     def positions(self, config):
         return 4
+
+
+class NoLimit(OPT):
+    """On a model whose positions are a table of 128 rows."""
+
+    def positions(self, config):
+        return None
+
+
+class TwiceAsLong(OPT):
+    def positions(self, config):
+        return 2 * config.max_position_embeddings
+
+
+class AnotherEpsilon(LLAMA):
+    """Runs the model with another epsilon in its norms."""
+
+    @contextmanager
+    def running(self, model):
+        norms = [m for m in model.modules() if hasattr(m, "variance_epsilon")]
+        before = [norm.variance_epsilon for norm in norms]
+        for norm in norms:
+            norm.variance_epsilon = 1e-4
+        try:
+            yield
+        finally:
+            for norm, epsilon in zip(norms, before, strict=True):
+                norm.variance_epsilon = epsilon
 
 
 class NoEffects(MAMBA):

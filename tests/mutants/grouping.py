@@ -58,3 +58,4 @@ def shifted(groups):
 
 
 HalfHeads = regrouped(shifted, "heads")
+FewExperts = regrouped(lambda groups: replace(groups, least=1), "experts", JAMBA)

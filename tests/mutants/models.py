@@ -1,5 +1,6 @@
 """Right adapters, and the small models on which wrong ones are told from them."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from tests.families import _HEADS, _IDS, _SMALL, CONFIGS, random_model
 LLAMA = registry().adapters.get("llama").load()
 OPT = registry().adapters.get("opt").load()
 MAMBA = registry().adapters.get("mamba").load()
+MAMBA2 = registry().adapters.get("mamba2").load()
 JAMBA = registry().adapters.get("jamba").load()
 
 
@@ -42,21 +44,34 @@ def short():
     return AutoModelForCausalLM.from_config(config).eval()
 
 
+def three_experts():
+    """A Jamba that sends each token to three of its eight experts."""
+    torch.manual_seed(0)
+    config = copy.deepcopy(CONFIGS["jamba"])
+    config.num_experts, config.num_experts_per_tok = 8, 3
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "llama": lambda: random_model("llama"),
     "eager": lambda: random_model("llama", attention="eager"),
     "gemma": gemma,
     "gemma, one kind": lambda: gemma(["sliding_attention"] * 2),
     "short": short,
+    "opt": lambda: random_model("opt"),
     "mamba": lambda: random_model("mamba"),
+    "mamba2": lambda: random_model("mamba2"),
     "jamba": lambda: random_model("jamba"),
+    "jamba, three experts": three_experts,
 }
 RIGHT = {
     "llama": LLAMA,
     "eager": LLAMA,
     "gemma": Gemma,
     "short": OPT,
+    "opt": OPT,
     "mamba": MAMBA,
+    "mamba2": MAMBA2,
     "jamba": JAMBA,
 }
 """The right adapters of the models."""

@@ -21,7 +21,7 @@ def check_blocks(subject: Subject) -> Iterator[Fault]:
 
 @promise
 def check_batches(subject: Subject) -> Iterator[Fault]:
-    """The same holds on a second batch and on another length, entered after the first batch."""
+    """The same holds on a second batch and on other lengths, entered after the first batch."""
     if wrong := list(chained(subject, subject.tokens)):
         yield from wrong  # the other batches would repeat it
         return
@@ -30,7 +30,7 @@ def check_batches(subject: Subject) -> Iterator[Fault]:
     if limit is not None and limit < length and limit != configured:  # rotary ones can go on
         said = f"the model accepts {length} tokens, but positions() is {limit}"
         yield Fault("", said, "positions")
-    for which, tokens in subject.others().items():
+    for which, tokens in (subject.others() | subject.long()).items():
         if not accepts(subject, tokens):
             said = f"the model does not accept {tokens.shape[1]} tokens, but positions() is {limit}"
             yield Fault("", said, "positions")

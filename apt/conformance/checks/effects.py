@@ -1,44 +1,46 @@
 """A check of the statistics by which extras are pruned."""
 
+import copy
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from apt.adapter import Extra
+from apt.conformance.checks.predictions import Predictions
 from apt.conformance.checks.promise import Fault, promise
+from apt.conformance.checks.removals import Removals
 from apt.conformance.checks.subject import Step, Subject
 from apt.conformance.checks.tensors import near
 from apt.conformance.snapshot import changes, snapshot
 from apt.errors import AptError
 
 _ROUNDING = 1e-4  # of the largest eigenvalue
+_CHANNELS = 32  # of each kind, that are compared with the effects of removals
 
 
 @promise
 def check_effects(subject: Subject) -> Iterator[Fault]:
-    """A Gram matrix for each channel, and an energy, is reported of every extra."""
+    """A Gram matrix and an energy of every extra; they predict the changes by removed weights."""
     subject.logits()  # the first run may create state in the model itself
-    before = snapshot(subject.model)
+    before, faults, refused = snapshot(subject.model), list[Fault](), False
     for step in subject.steps():
         extras = subject.adapter.extras(step.block)
         try:
-            yield from _faults(subject, step, extras) if extras else ()
+            faults += _faults(subject, step, extras) if extras else ()
         except AptError:  # it refuses, for instance an older transformers, as it would in a run
-            continue
-    for change in changes(before, snapshot(subject.model)):
-        yield Fault("", f"effects {change}", "effects")
+            refused = True
+    faults += [
+        Fault("", f"effects {change}", "effects")
+        for change in changes(before, snapshot(subject.model))
+    ]
+    yield from faults
+    if not faults and not refused:
+        yield from _unlike_removals(subject)
 
 
 def _faults(subject: Subject, step: Step, extras: Sequence[Extra]) -> Iterator[Fault]:
-    found: dict[Extra, list[tuple[Tensor, float]]] = {extra: [] for extra in extras}
-
-    def take(extra: Extra, gram: Tensor, energy: float) -> None:
-        found[extra].append((gram, energy))
-
-    with subject.adapter.effects(step.block, extras, take):
-        subject.step(step)
-    for extra, reports in found.items():
+    for extra, reports in _reported(subject, step, extras).items():
         channels, width = extra.weight(step.block).shape
         if not reports:
             yield Fault(step.name, f".{extra.name} is an extra, but has no effects", "effects")
@@ -46,6 +48,20 @@ def _faults(subject: Subject, step: Step, extras: Sequence[Extra]) -> Iterator[F
             if wrong := _wrong(gram, energy, (channels, width, width)):
                 said = f".{extra.name}: its effects have {wrong}"
                 yield Fault(step.name, said, "effects")
+
+
+def _reported(
+    subject: Subject, step: Step, extras: Sequence[Extra]
+) -> dict[Extra, list[tuple[Tensor, float]]]:
+    """The Gram matrices and energies that the adapter reports of each extra in one step."""
+    found: dict[Extra, list[tuple[Tensor, float]]] = {extra: [] for extra in extras}
+
+    def take(extra: Extra, gram: Tensor, energy: float) -> None:
+        found[extra].append((gram, energy))
+
+    with subject.adapter.effects(step.block, extras, take):
+        subject.step(step)
+    return found
 
 
 def _wrong(gram: Tensor, energy: float, shape: tuple[int, ...]) -> str:
@@ -58,3 +74,23 @@ def _wrong(gram: Tensor, energy: float, shape: tuple[int, ...]) -> str:
     if values.min() < -_ROUNDING * values.max():
         return "a Gram matrix with negative eigenvalues"
     return "" if 0 < energy < float("inf") else f"the energy {energy}"
+
+
+@torch.no_grad()
+def _unlike_removals(subject: Subject) -> Iterator[Fault]:
+    """Faults of effects that do not predict the changes when single weights are zero."""
+    whole = copy.deepcopy(subject.model).float()
+    subject = Subject(subject.adapter, whole, subject.tokens[:2])
+    steps = [step for step in subject.steps() if subject.adapter.extras(step.block)]
+    found: dict[str, tuple[Step, Extra, Predictions]] = {}
+    for step in steps:
+        removals, extras = Removals(subject, step), subject.adapter.extras(step.block)
+        for extra, reports in _reported(subject, step, extras).items():
+            first = (step, extra, Predictions(extra.removal))
+            _, _, predictions = found.setdefault(extra.kind, first)
+            gram = torch.stack([gram for gram, _ in reports]).sum(0)
+            predictions.compare(removals, extra, gram, max(2, _CHANNELS // len(steps)))
+    for step, extra, predictions in found.values():
+        if (wrong := predictions.fault()) is not None:
+            said, method = wrong
+            yield Fault(step.name, f".{extra.name}: {said}", method)

@@ -5,6 +5,9 @@ from collections.abc import Iterator
 from contextlib import suppress
 from itertools import combinations
 
+import torch
+from torch import Tensor
+
 from apt.adapter import Site
 from apt.calibration.batches import Batch
 from apt.calibration.capture import Capture
@@ -20,7 +23,7 @@ from apt.pruning.paused_forward import CannotPause, PausedForwards
 
 @promise
 def check_capture(subject: Subject) -> Iterator[Fault]:
-    """The Gram matrix of each site is that of the real input of its weight."""
+    """The captured rows of each site are the real input of its weight, in order."""
     for step in subject.steps():
         capture = Capture(step.block, step.sites)
         batch = Batch(step.state, step.calls, subject.tokens.numel())
@@ -29,9 +32,30 @@ def check_capture(subject: Subject) -> Iterator[Fault]:
         except AptError as error:
             yield Fault(step.name, f": {error.message}", "capture")
             continue
+        rows = _captured(subject, step)
         for site, seen in products(subject, step).items():
-            if wrong := _capture_fault(capture, site, seen):
+            if wrong := _capture_fault(capture, site, seen) or _row_fault(rows[site], seen):
                 yield Fault(step.name, f".{site.name}{wrong}", "capture")
+
+
+def _captured(subject: Subject, step: Step) -> dict[Site, list[Tensor]]:
+    """The inputs (tokens, in) that the adapter captures of each site in one step."""
+    found: dict[Site, list[Tensor]] = {site: [] for site in step.sites}
+
+    def take(site: Site, inputs: Tensor) -> None:
+        found[site].append(inputs.detach().reshape(-1, inputs.shape[-1]).double())
+
+    with subject.adapter.capture(step.block, step.sites, take):
+        subject.step(step)
+    return found
+
+
+def _row_fault(captured: list[Tensor], seen: Seen) -> str:
+    """A fault of rows whose Gram matrix is right: their signs, or their order."""
+    rows, expected = torch.cat(captured), torch.cat(seen.inputs)
+    if rows.shape == expected.shape and near(rows, expected):
+        return ""
+    return ": the captured rows have the right Gram matrix, but other signs or another order"
 
 
 def _capture_fault(capture: Capture, site: Site, seen: Seen) -> str:

@@ -15,10 +15,11 @@ from apt.adapter.groups import disconnect
 from apt.checkpoints.shrunk import shrunk
 from apt.conformance.checks.promise import Fault, promise
 from apt.conformance.checks.subject import Subject
-from apt.errors import AptError
+from apt.errors import AptError, first_line
 from apt.shrinking.skipping import skipping
 
 _SHARES = (1 / 2, 1 / 3, 2 / 3, 0)
+_LARGE_SHARES = (1, 3 / 4, 2 / 3)  # up to what `Groups.least` allows
 _TOLERANCE = 1e-3  # of the effect that the removal has
 _LEAST = 1e-5  # of the largest logit
 
@@ -91,16 +92,37 @@ def _removed(subject: Subject, kind: str) -> Iterator[Fault]:
     try:
         found = subject.logits(small)
     except Exception as error:
-        yield Fault("", f"the model without {kind} does not run: {error}", "groups")
+        yield _fails(kind, "some", error)
         return
     if not _equal(found, expected, size):
         yield Fault("", f"the model without some {kind} differs from one that does not depend on "
                     "them", "groups")  # fmt: skip
+    yield from _fewest(subject, model, kind)
     with tempfile.TemporaryDirectory() as folder:
         small.save_pretrained(folder)
         loaded = type(small).from_pretrained(folder, dtype="auto").eval()
         if not _equal(subject.logits(loaded), found, size):
             yield Fault("", f"the model without some {kind} is another one after it is loaded")
+
+
+def _fewest(subject: Subject, model: Any, kind: str) -> Iterator[Fault]:
+    """A fault of the model with the fewest groups of a kind that its configuration can express."""
+    for share in _LARGE_SHARES:
+        removed = _some(subject.adapter, model, kind, share)
+        try:
+            small = shrunk(model, subject.adapter, {n: {kind: gone} for n, gone in removed.items()})
+        except AptError:
+            continue
+        try:
+            subject.logits(small)
+        except Exception as error:
+            yield _fails(kind, "most", error)
+        return
+
+
+def _fails(kind: str, removed: str, error: Exception) -> Fault:
+    said = f"the model without {removed} {kind} does not run: {first_line(error)}"
+    return Fault("", f"{said}: is 'least' too small?", "groups")
 
 
 def _dropped(subject: Subject) -> Iterator[Fault]:

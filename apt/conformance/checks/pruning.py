@@ -55,7 +55,19 @@ def check_saving(subject: Subject) -> Iterator[Fault]:
         loaded = type(pruned).from_pretrained(folder, dtype="auto", **_attention(pruned)).eval()
         subject.adapter.check(loaded.config)
         if not torch.equal(subject.logits(loaded), subject.logits(pruned)):
-            yield Fault("", "the model gives other logits after it is saved and loaded")
+            said = "the model gives other logits after it is saved and loaded"
+            yield Fault("", said + _changed_number(pruned, loaded))
+
+
+def _changed_number(before: nn.Module, after: nn.Module) -> str:
+    """The first plain number of a module that is another one after a model is loaded, in words."""
+    modules = dict(after.named_modules())
+    for name, module in before.named_modules():
+        for attribute, value in vars(module).items():
+            now = getattr(modules.get(name), attribute, value)
+            if isinstance(value, int | float) and now != value:
+                return f": {attribute} of {name or 'the model'} is {value}, and then {now}"
+    return ""
 
 
 def _attention(model: Any) -> dict[str, str]:

@@ -11,6 +11,7 @@ from apt.adapter import Adapter, Call, Site, State
 from apt.plugin.specs import AdapterSpec
 
 _LONGER = 48
+_CHEAP = 2**31  # tokens times parameters of a run of about a second
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,26 @@ class Subject:
         limit = self.positions() or _LONGER
         length = min(max(_LONGER, seqlen + 8), limit)
         length = length if length > seqlen else max(1, seqlen - 3)
-        ids = self.tokens.flatten().flip(0)
-        longer = ids.repeat(length // ids.numel() + 1)[:length].view(1, length)
         return {
-            f"on a second batch of {samples} × {seqlen} tokens": ids.view(samples, seqlen),
-            f"on another length, 1 × {length} tokens": longer,
+            f"on a second batch of {samples} × {seqlen} tokens": self._ids(samples, seqlen),
+            f"on another length, 1 × {length} tokens": self._ids(1, length),
         }
+
+    def long(self) -> dict[str, Tensor]:
+        """A batch (1, seqlen) of the longest sequence that the adapter allows, or of a cheap one.
+
+        Without a limit it is one token more than the positions of the configuration, if it has any:
+        a table of positions ends there. It is left out if it is no longer than those of `others`.
+        """
+        configured = getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
+        unlimited = configured + 1 if isinstance(configured, int) else 0
+        weights = sum(parameter.numel() for parameter in self.model.parameters())
+        length = min(self.positions() or unlimited, _CHEAP // weights)
+        if length <= max(_LONGER, self.tokens.shape[1] + 8):
+            return {}
+        return {f"on a long sequence, 1 × {length} tokens": self._ids(1, length)}
+
+    def _ids(self, samples: int, seqlen: int) -> Tensor:
+        """Token ids (samples, seqlen): those of ``tokens`` from the last to the first, repeated."""
+        ids, wanted = self.tokens.flatten().flip(0), samples * seqlen
+        return ids.repeat(wanted // ids.numel() + 1)[:wanted].view(samples, seqlen)

@@ -1,5 +1,6 @@
 """Checks that an adapter changes nothing in the model and the process, even after an exception."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, suppress
 from typing import Any
@@ -11,7 +12,7 @@ from apt.adapter import Site
 from apt.conformance.checks.promise import Fault, promise
 from apt.conformance.checks.recording import removed
 from apt.conformance.checks.subject import Subject
-from apt.conformance.checks.tensors import first_tensor, same
+from apt.conformance.checks.tensors import first_tensor, near, same
 from apt.conformance.snapshot import changes, process, snapshot
 
 
@@ -32,6 +33,12 @@ def check_running(subject: Subject) -> Iterator[Fault]:
     if _swallows(adapter.running(model)):
         yield Fault("", "running swallows an exception", "running")
     yield from _left("running", before, model, " when an exception ends it")
+    whole = copy.deepcopy(model).float()  # kernels differ more in other dtypes
+    logits = subject.logits(whole)
+    with adapter.running(whole):
+        within = subject.logits(whole)
+    if not near(within, logits):
+        yield Fault("", "the model gives other logits within running", "running")
 
 
 @promise

@@ -1,0 +1,118 @@
+"""The changes that the removal of single weights causes, observed without the adapter.
+
+A weight of an extra is set to zero, and the block runs again. The change is measured at three
+places, since an adapter is free to choose the place of the product whose loss it reports: the first
+operator whose result changes, the input of the first site that changes, and the block's output.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from apt.adapter import State
+from apt.calibration.storage import mapped
+from apt.conformance.checks.subject import Step, Subject
+from apt.conformance.checks.tensors import first_tensor
+from apt.conformance.oracle import Oracle
+
+_UNSET = ("empty", "empty_like", "empty_strided", "new_empty")
+_ROUNDING = 1e-12  # of the squared norm, below which nothing has changed
+
+
+class _Results(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """While entered, keeps the floating-point results of operators, or compares them.
+
+    Args:
+        plain: the results to compare with, None for one that is not compared; empty to keep them.
+    """
+
+    def __init__(self, plain: Sequence[Tensor | None] = ()) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.kept: list[Tensor] = []
+        self.change = 0.0
+        self._compares, self._plain = bool(plain), iter(plain)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the operator, and keep its result or measure the first change."""
+        result = func(*args, **(kwargs or {}))
+        unset = func.overloadpacket.__name__ in _UNSET
+        if unset or not isinstance(result, Tensor) or not result.is_floating_point():
+            return result
+        if not self._compares:
+            self.kept.append(result.clone())
+        elif not self.change and (plain := next(self._plain, None)) is not None:
+            self.change = _distance(result, plain)
+        return result
+
+
+class Removals:
+    """The changes in one block when weights are zero.
+
+    Args:
+        subject: the adapter, with a model in fp32.
+        step: the block, with its inputs.
+    """
+
+    def __init__(self, subject: Subject, step: Step) -> None:
+        self.step, self._adapter = step, subject.adapter
+        results, turned = _Results(), _Results()
+        self._run(mapped(step.state, Tensor, _turned), turned)
+        self._plain = self._run(step.state, results)
+        pairs = zip(results.kept, turned.kept, strict=False)
+        # Results that do not depend on the tokens are those of weights alone.
+        self._results = [one if _distance(one, other) else None for one, other in pairs]
+
+    def changes(self, weight: Tensor, channel: int, removed: list[int], left: float = 0) -> Tensor:
+        """The squared change at each place when weights of a channel are zero.
+
+        Args:
+            weight: the weights of an extra (channels, k); a view of the parameter.
+            channel: the channel.
+            removed: the weights of the channel that are multiplied by ``left``.
+            left: the factor.
+        """
+        results = _Results(self._results)
+        with _scaled(weight, channel, removed, left):
+            inputs, output = self._run(self.step.state, results)
+        inner = (_distance(*pair) for pair in zip(inputs, self._plain[0], strict=False))
+        changes = results.change, next(filter(None, inner), 0.0), _distance(output, self._plain[1])
+        return torch.tensor(changes, dtype=torch.float64)
+
+    @torch.no_grad()
+    def _run(self, state: State, results: _Results) -> tuple[list[Tensor], Tensor]:
+        """The inputs of the sites in order, and the block's output."""
+        block = self.step.block
+        oracle = Oracle({site: site.weight(block).data for site in self.step.sites})
+        with oracle, results:
+            output = self._adapter.step(block, state, self.step.call)
+        seen = sorted(oracle.seen.values(), key=lambda seen: seen.first)
+        return [torch.cat(each.inputs) for each in seen], first_tensor(output)
+
+
+def _distance(one: Tensor, other: Tensor) -> float:
+    """The squared distance of two tensors; 0 if it is rounding, or if their shapes differ."""
+    if one.shape != other.shape or torch.equal(one, other):
+        return 0.0
+    change = float((one.double() - other.double()).square().sum())
+    return change if change > _ROUNDING * float(other.double().square().sum()) else 0.0
+
+
+def _turned(tensor: Tensor) -> Tensor:
+    """A state with its tokens in the opposite order."""
+    return tensor.flip(1) if tensor.is_floating_point() and tensor.ndim > 2 else tensor
+
+
+@contextmanager
+def _scaled(weight: Tensor, channel: int, places: list[int], factor: float) -> Iterator[None]:
+    before = weight[channel].clone()
+    weight[channel, places] *= factor
+    try:
+        yield
+    finally:
+        weight[channel] = before
