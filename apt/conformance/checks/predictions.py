@@ -61,10 +61,10 @@ class Predictions:
 
     def fault(self) -> tuple[str, str] | None:
         """The fault, and the faulty method of the adapter; None if there is none."""
-        if not self._linear:
+        spread, likeness = self._compared(self.removal, self._blocks)
+        if not self._linear and max(self._compared("effect", self._blocks)[1]) > max(likeness):
             said = "removal is 'product', but the product is not linear in the weight"
             return f"{said}: declare 'effect'", "extras"
-        spread, likeness = self._compared(self.removal, self._blocks)
         if max(spread) >= _SPREAD and max(likeness) < _ALIKE:
             other = "effect" if self.removal == "product" else "product"
             if max(self._compared(other, self._blocks)[1]) > max(_ALIKE, *likeness):
@@ -72,6 +72,8 @@ class Predictions:
                 return said, "extras"
             said = "its effects do not predict which weights change the block most when they are 0"
             return said, "effects"
+        if not self._linear:  # a fused kernel hides the product: it applies the activation too
+            return None
         spread, likeness = self._compared(self.removal, self._channels)
         if min(spread) >= _SPREAD and max(likeness) < _ALIKE:
             return "its effects do not predict which weights of a channel matter most", "effects"
