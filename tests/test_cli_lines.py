@@ -92,18 +92,17 @@ def test_an_interrupted_command_says_so_and_leaves_nothing(apt, monkeypatch, tmp
 
 
 def test_signals_are_exceptions_unless_they_are_ignored():
-    given = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     with signals_as_exceptions():
         for number in (signal.SIGTERM, signal.SIGHUP):
             with pytest.raises(TerminatedError) as found:
                 os.kill(os.getpid(), number)
             assert found.value.number == number
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
         with signals_as_exceptions():
             os.kill(os.getpid(), signal.SIGHUP)
     finally:
-        signal.signal(signal.SIGHUP, given)
+        signal.signal(signal.SIGHUP, before)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
