@@ -16,14 +16,14 @@ from apt.errors import AptError
 
 if TYPE_CHECKING:
     from apt.distributed.ranks import Ranks
+    from apt.engine.api import calibration_tokens, evaluation_tokens, prune, prune_copy
+    from apt.engine.prune_options import PruneOptions
+    from apt.engine.recover_api import recover
+    from apt.engine.shrink_api import shrink
     from apt.evaluation.metrics import accuracy, perplexity
     from apt.output.report import Report
     from apt.planning.plan import Selection
     from apt.recovery.options import RecoverOptions
-    from apt.runs.api import calibration_tokens, evaluation_tokens, prune, prune_copy
-    from apt.runs.prune_options import PruneOptions
-    from apt.runs.recover_api import recover
-    from apt.runs.shrink_api import shrink
     from apt.shrinking.options import ShrinkOptions
     from apt.text.self_generated import own_text
 
@@ -48,21 +48,21 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 _LAZY = {
-    "PruneOptions": "apt.runs.prune_options",
+    "PruneOptions": "apt.engine.prune_options",
     "Ranks": "apt.distributed.ranks",
     "RecoverOptions": "apt.recovery.options",
     "Report": "apt.output.report",
     "Selection": "apt.planning.plan",
     "ShrinkOptions": "apt.shrinking.options",
     "accuracy": "apt.evaluation.metrics",
-    "calibration_tokens": "apt.runs.api",
-    "evaluation_tokens": "apt.runs.api",
+    "calibration_tokens": "apt.engine.api",
+    "evaluation_tokens": "apt.engine.api",
     "own_text": "apt.text.self_generated",
     "perplexity": "apt.evaluation.metrics",
-    "prune": "apt.runs.api",
-    "prune_copy": "apt.runs.api",
-    "recover": "apt.runs.recover_api",
-    "shrink": "apt.runs.shrink_api",
+    "prune": "apt.engine.api",
+    "prune_copy": "apt.engine.api",
+    "recover": "apt.engine.recover_api",
+    "shrink": "apt.engine.shrink_api",
 }
 
 

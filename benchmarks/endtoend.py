@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from apt.adapter import Site
 from apt.calibration.batches import enter
 from apt.checkpoints.model import Model
+from apt.engine.prune_options import PruneOptions
 from apt.output.report import peak_memory
 from apt.planning.plan import make_plan
 from apt.plugin.registry import registry
 from apt.pruning.pipeline import prune_blocks
-from apt.runs.prune_options import PruneOptions
 from apt.solver import Gram, parse_pattern
 
 MODES = {"layer-wise": False, "error-aware": True}

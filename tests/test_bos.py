@@ -111,7 +111,7 @@ def test_a_run_begins_samples_and_windows_with_it_and_says_so(
 ):
     seen = []
     monkeypatch.setattr(
-        "apt.runs.new_report.digest", lambda tokens: seen.append(tokens) or "0" * 64
+        "apt.engine.new_report.digest", lambda tokens: seen.append(tokens) or "0" * 64
     )
     result = apt("prune", with_bos, *COMMAND, *stream, *given, "-o", "out")
     assert result.code == 0, result.err
@@ -163,7 +163,7 @@ def test_own_text_begins_with_it(seqlen, monkeypatch):
 def test_own_samples_begin_with_it(with_bos, apt, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "apt.runs.new_report.digest", lambda tokens: seen.append(tokens) or "0" * 64
+        "apt.engine.new_report.digest", lambda tokens: seen.append(tokens) or "0" * 64
     )
     options = ("--own-samples", 2, "--method", "wanda", "-o", "out")
     assert apt("prune", with_bos, *COMMAND, *options).code == 0

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 import apt as library
 import apt.tuning.reconstruct
+from apt.engine.prune_options import PruneOptions
 from apt.events import BlockStarted, SitePruned, Working
 from apt.planning.plan import make_plan
 from apt.plugin.registry import registry
 from apt.pruning.pipeline import prune_blocks
-from apt.runs.prune_options import PruneOptions
 from apt.solver import NM, Unstructured
 from apt.solver.patterns import meets
 from apt.tuning.reconstruct import Reconstruction
@@ -35,7 +35,7 @@ class Enough(Exception):
 def tuned_on_little(monkeypatch):
     """Tuning in steps of two samples, so that there are some."""
     small_steps = partial(Reconstruction, tokens_per_batch=24)
-    monkeypatch.setattr("apt.runs.prune_options.Reconstruction", small_steps)
+    monkeypatch.setattr("apt.engine.prune_options.Reconstruction", small_steps)
 
 
 @pytest.fixture(autouse=True)

@@ -75,9 +75,10 @@ def test_an_interrupted_command_says_so_and_leaves_nothing(apt, monkeypatch, tmp
     before = sorted(tmp_path.iterdir())
 
     modules = {
-        "pack": "apt.runs.packing", "unpack": "apt.runs.packing", "apply_masks": "apt.runs.reapply",
+        "pack": "apt.engine.packing", "unpack": "apt.engine.packing",
+        "apply_masks": "apt.engine.reapply",
         "save_model": "apt.checkpoints.save", "render": "apt.reporting.page",
-        "load": "apt.checkpoints.load" if words[0] == "eval" else "apt.runs.in_memory",
+        "load": "apt.checkpoints.load" if words[0] == "eval" else "apt.engine.in_memory",
     }  # fmt: skip
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
 

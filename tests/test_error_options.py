@@ -10,7 +10,7 @@ from typer.main import get_command
 
 from apt.cli import app
 from apt.cli.flags import flags_of
-from apt.runs.limits import _RANGES
+from apt.engine.limits import _RANGES
 
 ROOT = Path(__file__).parent.parent
 FILES = [

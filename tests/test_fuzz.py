@@ -9,12 +9,12 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from apt.checkpoints.load import load, skeleton
+from apt.engine.disk_blocks import sites_of
 from apt.errors import AptError
 from apt.locations.model_source import find
 from apt.output.workplace import Workplace
 from apt.planning.plan import make_plan
 from apt.plugin.registry import registry
-from apt.runs.disk_blocks import sites_of
 from apt.solver import parse_pattern
 from tests.families import random_model
 

@@ -8,10 +8,10 @@ import torch
 from apt.calibration.batches import enter
 from apt.calibration.dense_activations import advance_dense
 from apt.distributed.ranks import Ranks
+from apt.engine.prune_options import PruneOptions
 from apt.planning.plan import make_plan
 from apt.plugin.registry import registry
 from apt.pruning.pipeline import prune_blocks
-from apt.runs.prune_options import PruneOptions
 from apt.solver import NM, Unstructured, parse_pattern
 from apt.tuning.block_forward import stream_after
 from apt.tuning.row_importance import RowImportance

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from apt.distributed.launch import joined
+from apt.engine import limits
+from apt.engine.machine import check_tokens, choose_device, memory
 from apt.errors import AptError
-from apt.runs import limits
-from apt.runs.machine import check_tokens, choose_device, memory
 from apt.solver import EFFORTS
 from apt.solver.options import Effort
 from tests.families import TEXT

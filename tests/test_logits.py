@@ -13,13 +13,13 @@ from transformers import (
 
 import apt.evaluation.logits
 from apt.checkpoints.load import skeleton
+from apt.engine.estimate import estimate
 from apt.evaluation.blockwise import streamed
 from apt.evaluation.logits import kept_states, parts_of_logits
 from apt.evaluation.metrics import accuracy, agreement, divergence, perplexity
 from apt.locations.model_source import find
 from apt.planning.plan import make_plan
 from apt.plugin.registry import registry
-from apt.runs.estimate import estimate
 from apt.solver import NM
 from tests.families import CONFIGS, VOCABULARY, random_model, random_tokens
 
@@ -148,7 +148,7 @@ def test_the_estimate_counts_measuring_and_writing(monkeypatch):
 
     small = needs()
     assert needs(own_text=True).predicting >= small.predicting
-    monkeypatch.setattr("apt.runs.estimate.vocabulary", lambda model: 2**22)
+    monkeypatch.setattr("apt.engine.estimate.vocabulary", lambda model: 2**22)
     large = needs()
     assert large.predicting > 2**30
     assert large.memory > large.process + large.weights + 2**30

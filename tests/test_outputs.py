@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from apt.engine import in_memory
 from apt.errors import AptError
 from apt.files import renaming
 from apt.files.renaming import exchange, rename_new
@@ -16,7 +17,6 @@ from apt.output import workplace as workplaces
 from apt.output.location import check_output, workplace_of
 from apt.output.report import Report
 from apt.output.workplace import Workplace, whole_directory
-from apt.runs import in_memory
 
 QUICK = ("--samples", 2, "--seqlen", 16, "--pattern", "2:4", "--method", "wanda")
 TEXT = Path(__file__).with_name("text.txt")

@@ -25,10 +25,10 @@ from apt.checkpoints.offload import StoredBlocks
 from apt.checkpoints.safetensors_io import Shards
 from apt.checkpoints.tensor_map import Piece
 from apt.distributed.ranks import Ranks
+from apt.engine.disk_blocks import DiskBlocks
 from apt.events import SitePruned
 from apt.planning.plan import Plan, PlannedBlock, PlannedSite
 from apt.plugin.registry import Registry
-from apt.runs.disk_blocks import DiskBlocks
 from apt.solver import NM
 from apt.tuning.reconstruct import Reconstruction
 from tests.families import CONFIGS, TEXT, random_model, random_tokens
@@ -54,7 +54,7 @@ def pruned(variant, run, tokens=TOKENS, ranks=None):
     also = ("conv1d",) if variant == "mamba2" else ()
     small_steps = partial(Reconstruction, tokens_per_batch=tokens.shape[1])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("apt.runs.prune_options.Reconstruction", small_steps)
+        patch.setattr("apt.engine.prune_options.Reconstruction", small_steps)
         report = apt.prune(model, tokens, pattern="2:4", also=also, ranks=ranks, **RUNS[run])
     return model.state_dict(), report
 

@@ -12,9 +12,9 @@ import apt as library
 from apt.adapter import Call, Site
 from apt.calibration.batches import Batch, DenseActivations, enter
 from apt.calibration.dense_activations import advance_dense
+from apt.engine.prune_options import PruneOptions
 from apt.events import BlockTuned
 from apt.plugin.registry import registry
-from apt.runs.prune_options import PruneOptions
 from apt.solver.patterns import NM, meets
 from apt.tuning.reconstruct import Reconstruction, reconstruct
 from tests.families import FAMILIES, random_model, random_tokens, zoo_model
@@ -149,7 +149,7 @@ def test_a_run_tunes_on_the_chosen_samples_and_prunes_on_all(monkeypatch):
 
     monkeypatch.setattr("apt.pruning.pipeline.reconstruct", spy)
     small_steps = partial(Reconstruction, tokens_per_batch=48)
-    monkeypatch.setattr("apt.runs.prune_options.Reconstruction", small_steps)
+    monkeypatch.setattr("apt.engine.prune_options.Reconstruction", small_steps)
     options = replace(BEST, tuning_tokens=24 * 10)
     report = library.prune(
         random_model("llama"), random_tokens(samples=32), pattern="2:4", options=options

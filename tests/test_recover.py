@@ -21,6 +21,8 @@ from transformers import TrainingArguments
 import apt as library
 from apt.adapter.eval_mode import eval_mode
 from apt.checkpoints.masks import masks_of
+from apt.engine import recover_api
+from apt.engine.api import find_adapter
 from apt.errors import AptError
 from apt.events import HeldBack, TrainingStep
 from apt.plugin.registry import registry
@@ -31,8 +33,6 @@ from apt.recovery.recover import NotRecoveredError
 from apt.recovery.teacher import divergence, relative_error
 from apt.recovery.trainable import Trainable, Unrecovered, next_token_loss, train_only
 from apt.recovery.windows import BlockWindows
-from apt.runs import recover_api
-from apt.runs.api import find_adapter
 from tests.families import FAMILIES, random_model, random_tokens
 
 KINDS = ("spp", "lora", "layers", "distill")

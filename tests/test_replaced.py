@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import apt as library
+from apt.engine.prune_options import PruneOptions
 from apt.plugin.registry import registry
-from apt.runs.prune_options import PruneOptions
 from apt.text.random_tokens import RandomTokens
 from tests.families import FAMILIES, zoo_model
 

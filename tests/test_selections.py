@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apt.calibration.storage import DiskStore
+from apt.engine.prune_options import PruneOptions
 from apt.planning.plan import Selection, make_plan
 from apt.plugin.registry import registry
 from apt.pruning.pipeline import prune_blocks
-from apt.runs.prune_options import PruneOptions
 from apt.solver import NM
 from apt.solver.patterns import meets
 from tests.families import CONFIGS, random_model, random_tokens

@@ -339,7 +339,7 @@ def test_blocks_that_the_configuration_cannot_do_without_are_refused_first(
     apt, checkpoint, monkeypatch
 ):
     """The kinds of Jamba's blocks follow from their indices."""
-    monkeypatch.setattr("apt.runs.prune_model.prune_blocks", None)
+    monkeypatch.setattr("apt.engine.prune_model.prune_blocks", None)
     with pytest.raises(AptError, match="JambaForCausalLM cannot express these sizes"):
         apt_package.shrink(random_model("jamba"), TOKENS, size=ShrinkOptions(drop=(0,)))
     run = apt("shrink", checkpoint("jamba"), *SMALL, "--drop", 0, "--dry-run")

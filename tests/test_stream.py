@@ -18,7 +18,7 @@ import apt.files.journal as apt_journal
 import apt.output.workplace as apt_workplace
 from apt.checkpoints.safetensors_io import Shards
 from apt.distributed.ranks import Ranks
-from apt.runs.disk_blocks import DiskBlocks
+from apt.engine.disk_blocks import DiskBlocks
 from tests.families import CONFIGS, FAMILIES, TEXT, random_model
 from tests.processes import start
 
@@ -265,7 +265,7 @@ def test_the_next_block_is_read_while_one_has_its_turn(checkpoint, apt, monkeypa
         return original(self, name)
 
     with monkeypatch.context() as patch:
-        patch.setattr("apt.runs.disk_blocks.reads_ahead", lambda device: True)
+        patch.setattr("apt.engine.disk_blocks.reads_ahead", lambda device: True)
         patch.setattr(Shards, "read", read)
         cut(patch, PLACES["journal"], 5, KilledError())
         with pytest.raises(KilledError):
@@ -299,7 +299,7 @@ def test_a_damaged_block_that_is_read_ahead_is_told_in_its_turn(checkpoint, apt,
     assert result.code == 2
     assert said in result.err
     assert not Path(".out.apt").exists()
-    monkeypatch.setattr("apt.runs.disk_blocks.reads_ahead", lambda device: True)
+    monkeypatch.setattr("apt.engine.disk_blocks.reads_ahead", lambda device: True)
     monkeypatch.setattr(
         "apt.checkpoints.stored.Stored.check_finite", lambda self: None
     )  # damaged since

@@ -13,10 +13,10 @@ from apt.adapter import stubbed
 from apt.calibration.storage import CpuStore
 from apt.checkpoints.formats import find_source_file
 from apt.checkpoints.safetensors_io import Shards
+from apt.engine.api import PruneArguments
+from apt.engine.options import RunOptions
 from apt.locations.model_source import Source
 from apt.plugin.registry import registry
-from apt.runs.api import PruneArguments
-from apt.runs.options import RunOptions
 from apt.solver import NM, ss
 from tests.families import TEXT, random_model, random_tokens
 

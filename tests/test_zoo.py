@@ -6,10 +6,10 @@ import pytest
 
 import apt as library
 from apt.checkpoints.load import load, load_tokenizer, skeleton
+from apt.engine.prune_options import PruneOptions
 from apt.evaluation.metrics import perplexity
 from apt.locations.model_source import find
 from apt.plugin.registry import registry
-from apt.runs.prune_options import PruneOptions
 from apt.text.datasets import calibration_tokens, evaluation_tokens
 from tests.families import FAMILIES, builtin
 

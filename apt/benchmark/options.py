@@ -4,8 +4,8 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+from apt.engine.limits import check_dtype
 from apt.errors import AptError
-from apt.runs.limits import check_dtype
 
 
 @dataclass(frozen=True)

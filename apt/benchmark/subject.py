@@ -16,11 +16,11 @@ from apt.checkpoints.load import load, skeleton
 from apt.checkpoints.model import Model
 from apt.checkpoints.safetensors_io import Shards
 from apt.checkpoints.stored import local_directory
+from apt.engine.machine import choose_device, read_dtype
 from apt.errors import AptError, NotStoredError
 from apt.locations.model_source import Source
 from apt.output.report import peak_memory, versions
 from apt.plugin.registry import registry
-from apt.runs.machine import choose_device, read_dtype
 from apt.text.self_generated import writes
 
 

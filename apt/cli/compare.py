@@ -9,10 +9,10 @@ import typer
 from apt.cli import arguments as args
 from apt.cli import run_arguments as run
 from apt.cli.interruptions import interrupted
+from apt.engine.limits import check_amount, check_limit, check_seed, check_windows
 from apt.errors import AptError
 from apt.files.writing import check_file
 from apt.locations.paths import kind_at
-from apt.runs.limits import check_amount, check_limit, check_seed, check_windows
 
 if TYPE_CHECKING:
     from apt.comparing.results import Comparison
@@ -91,9 +91,9 @@ def compare(
     from apt.comparing.cells import read_cells
     from apt.comparing.grid import CompareOptions, Grid
     from apt.comparing.results import RESULTS, Comparison
+    from apt.engine.machine import choose_device
+    from apt.engine.prepare import input_paths
     from apt.output.location import check_not_input
-    from apt.runs.machine import choose_device
-    from apt.runs.prepare import input_paths
 
     options = CompareOptions(
         source,

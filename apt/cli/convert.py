@@ -5,8 +5,8 @@ from pathlib import Path
 import typer
 
 from apt.cli import arguments as args
+from apt.engine.limits import check_dtype
 from apt.errors import AptError
-from apt.runs.limits import check_dtype
 
 
 def convert(
@@ -36,10 +36,10 @@ def convert(
     from apt.checkpoints.load import load, load_tokenizer, skeleton
     from apt.checkpoints.save import keep_side_files, save_model
     from apt.checkpoints.stored import local_directory
+    from apt.engine.machine import read_dtype
     from apt.output.location import check_output
     from apt.output.report import carry_report
     from apt.output.workplace import whole_directory, write_errors
-    from apt.runs.machine import read_dtype
 
     if lost := check_output(output, overwrite, source.files()):
         notice(f"replaces {lost}")

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from apt.cli import arguments as args
+from apt.engine.limits import check_dtype, check_limit, check_windows
 from apt.errors import AptError
-from apt.runs.limits import check_dtype, check_limit, check_windows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -96,9 +96,9 @@ def evaluate(
 
     from apt.checkpoints.load import load_tokenizer, skeleton
     from apt.checkpoints.stored import open_stored
-    from apt.runs.machine import choose_device, read_dtype
-    from apt.runs.prepare import capped
-    from apt.runs.text import check_same_vocabulary
+    from apt.engine.machine import choose_device, read_dtype
+    from apt.engine.prepare import capped
+    from apt.engine.text import check_same_vocabulary
 
     beside = None if dense is None else skeleton(find(dense), registry(), packed=True)
     shell = skeleton(source, registry(), adapter, packed=not stream)
@@ -142,7 +142,7 @@ class _Text:
 
     def check(self, model: "Model") -> None:
         """Raise if a token has no embedding in the model."""
-        from apt.runs.text import check_vocabulary
+        from apt.engine.text import check_vocabulary
 
         check_vocabulary(self.tokens, model.module, model.source.reference)
 

@@ -3,7 +3,7 @@
 import typer
 
 from apt.cli import arguments as args
-from apt.runs.limits import check_activations, check_windows
+from apt.engine.limits import check_activations, check_windows
 
 
 def inspect(
@@ -40,11 +40,11 @@ def inspect(
 
     from apt.checkpoints.load import skeleton
     from apt.cli.plan import Planned, show_plan
+    from apt.engine.machine import choose_device
+    from apt.engine.prepare import capped
+    from apt.engine.prune_options import PruneOptions
     from apt.planning.plan import make_plan
     from apt.planning.rounding import check_rounding
-    from apt.runs.machine import choose_device
-    from apt.runs.prepare import capped
-    from apt.runs.prune_options import PruneOptions
 
     wanted = args.read_pattern(sparsity, pattern, None) or args.parse("2:4")
     device, on_disk = choose_device(device), activations == "disk"

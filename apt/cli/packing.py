@@ -7,14 +7,14 @@ import typer
 
 from apt.cli import arguments as args
 from apt.cli import run_arguments as run
+from apt.engine.limits import check_integers, read_group
 from apt.errors import AptError
 from apt.locations.hub import Hub
-from apt.runs.limits import check_integers, read_group
 
 if TYPE_CHECKING:
+    from apt.engine.options import RunOptions
     from apt.locations.model_source import Source
     from apt.packing.directory import Packed
-    from apt.runs.options import RunOptions
 
 _OUTPUT = typer.Option(..., "--output", "-o", help="Directory to write.")
 
@@ -56,9 +56,9 @@ def pack(
     columns = read_group(group)
     check_integers(quantize, columns)
     from apt.cli.output import notice, out, show_json, status_line
+    from apt.engine.packing import FORMATS, pack_model
     from apt.packing.directory import Rounding
     from apt.plugin.registry import registry
-    from apt.runs.packing import FORMATS, pack_model
 
     if form not in FORMATS:
         raise AptError(f"--format {form} is not one of {', '.join(FORMATS)}")
@@ -103,8 +103,8 @@ def check_packed_place(pack: Path, options: "RunOptions", source: "Source") -> N
         AptError: the directory is that of the pruned model or of an input, is inside one or
             contains one, or it exists.
     """
+    from apt.engine.prepare import input_paths
     from apt.output.location import check_output
-    from apt.runs.prepare import input_paths
 
     place, output = pack.resolve(), options.output.resolve()
     if place.is_relative_to(output) or output.is_relative_to(place):
@@ -123,8 +123,8 @@ def pack_output(pack: Path, options: "RunOptions") -> None:
     """
     from apt.cli.output import notice, status_line
     from apt.distributed.launch import whole_number
+    from apt.engine.packing import pack_model
     from apt.plugin.registry import registry
-    from apt.runs.packing import pack_model
 
     if whole_number("WORLD_SIZE", 1) > 1 and whole_number("RANK", 0):
         return
@@ -148,8 +148,8 @@ def unpack(
     For example: apt-prune unpack ./packed --output ./pruned
     """
     from apt.cli.output import notice, out, show_json, status_line
+    from apt.engine.packing import unpack_model
     from apt.plugin.registry import registry
-    from apt.runs.packing import unpack_model
 
     source = args.find_model(str(model), registry(), Hub())
     with status_line("unpacking"):

@@ -8,8 +8,8 @@ from typing import Any
 from apt.adapter import Site
 from apt.checkpoints.model import Model
 from apt.cli.output import duration, out, show, show_json, size, table
+from apt.engine.estimate import Estimate, estimate
 from apt.planning.plan import Plan
-from apt.runs.estimate import Estimate, estimate
 
 _Row = tuple[Site, tuple[int, int], str]
 

@@ -100,8 +100,8 @@ def prune(
     source = args.find_model(model, installed, hub, trust_remote_code=trust_remote_code)
 
     from apt.cli import packing, pruning
-    from apt.runs.options import RunOptions
-    from apt.runs.prune_options import PruneOptions
+    from apt.engine.options import RunOptions
+    from apt.engine.prune_options import PruneOptions
 
     wanted = args.read_pattern(sparsity, pattern, per)
     wanted = wanted or defaults.choose("pattern", args.parse("2:4"))

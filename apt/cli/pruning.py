@@ -15,15 +15,15 @@ from apt.cli.settings import save
 from apt.cli.summary import first_not_finite, show_report
 from apt.distributed.launch import joined
 from apt.distributed.ranks import Ranks
+from apt.engine.options import RunOptions
+from apt.engine.planned_levels import planned_levels
+from apt.engine.prepare import Prepared, already_complete, input_paths, prepare
+from apt.engine.run import execute
+from apt.engine.streamed import check_streamable
 from apt.errors import AptError
 from apt.output.report import Report
 from apt.output.workplace import resumable
 from apt.plugin.registry import Registry
-from apt.runs.options import RunOptions
-from apt.runs.planned_levels import planned_levels
-from apt.runs.prepare import Prepared, already_complete, input_paths, prepare
-from apt.runs.run import execute
-from apt.runs.streamed import check_streamable
 
 
 def start(

@@ -6,7 +6,7 @@ import typer
 
 from apt.cli import arguments as args
 from apt.cli import run_arguments as run
-from apt.runs.limits import check_shard_size
+from apt.engine.limits import check_shard_size
 
 
 def reapply(
@@ -37,7 +37,7 @@ def reapply(
     source = args.find_model(model, registry(), hub, trust_remote_code=trust_remote_code)
 
     from apt.cli.output import notice, out, show_json, status_line
-    from apt.runs.reapply import reapply as apply
+    from apt.engine.reapply import reapply as apply
 
     with status_line("reapplying the masks"):
         done = apply(

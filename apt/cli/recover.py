@@ -7,8 +7,8 @@ import typer
 
 from apt.cli import arguments as args
 from apt.cli import run_arguments as run
+from apt.engine.limits import check_seed, check_shard_size, check_windows
 from apt.errors import AptError
-from apt.runs.limits import check_seed, check_shard_size, check_windows
 
 _TRAINING = "Training"
 
@@ -164,7 +164,7 @@ def recover(
     args.find_model(model, registry(), hub, trust_remote_code=trust_remote_code)
 
     from apt.cli.recovering import start
-    from apt.runs.recover_options import RecoverRunOptions
+    from apt.engine.recover_options import RecoverRunOptions
 
     options = RecoverRunOptions(
         model,

@@ -23,17 +23,17 @@ from apt.cli.output import (
 )
 from apt.cli.pruning import show_complete
 from apt.distributed.launch import joined
-from apt.events import HeldBack, TrainingEvent, TrainingStep
-from apt.output.report import Report
-from apt.output.workplace import resumable
-from apt.plugin.registry import Registry
-from apt.runs.recover import (
+from apt.engine.recover import (
     PreparedRecovery,
     RecoveryRun,
     already_recovered,
     prepare_recovery,
 )
-from apt.runs.recover_options import RecoverRunOptions
+from apt.engine.recover_options import RecoverRunOptions
+from apt.events import HeldBack, TrainingEvent, TrainingStep
+from apt.output.report import Report
+from apt.output.workplace import resumable
+from apt.plugin.registry import Registry
 
 _BARS = "▁▂▃▄▅▆▇█"
 _WIDTH = 24  # of the curve in the display

@@ -8,8 +8,7 @@ import typer
 
 from apt.cli import arguments as args
 from apt.cli.settings import load
-from apt.errors import AptError
-from apt.runs.limits import (
+from apt.engine.limits import (
     check_activations,
     check_amount,
     check_dtype,
@@ -18,6 +17,7 @@ from apt.runs.limits import (
     check_shard_size,
     read_group,
 )
+from apt.errors import AptError
 
 T = TypeVar("T")
 
@@ -222,7 +222,7 @@ def prune_options(context: typer.Context) -> dict[str, Any]:
 
 
 def run_options(context: typer.Context) -> dict[str, Any]:
-    """The command's options of `apt.runs.options.RunOptions` that need no other one."""
+    """The command's options of `apt.engine.options.RunOptions` that need no other one."""
     given = context.params
     same = {name: given[name] for name in _RUN_OPTIONS}
     return same | {"stream": given["stream"] or given["resume"], "bos": not given["no_bos"]}

@@ -148,8 +148,8 @@ def shrink(
     args.find_model(model, installed, hub, trust_remote_code=trust_remote_code)
 
     from apt.cli import pruning
-    from apt.runs.options import RunOptions
-    from apt.runs.prune_options import PruneOptions
+    from apt.engine.options import RunOptions
+    from apt.engine.prune_options import PruneOptions
 
     options = RunOptions(
         model=model,

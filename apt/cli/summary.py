@@ -7,9 +7,9 @@ from functools import partial
 from typing import Any
 
 from apt.cli.output import duration, out, show, show_json, size, table
+from apt.engine.options import RunOptions
 from apt.output.report import Report, by_kind, peak_memory
 from apt.plugin.registry import Registry
-from apt.runs.options import RunOptions
 
 _BEST = 10  # candidates in the table, beside those of the Pareto front
 

@@ -10,7 +10,7 @@ from apt.errors import AptError, shortened
 from apt.locations.paths import kind_at
 
 if TYPE_CHECKING:
-    from apt.runs.verification import Verified
+    from apt.engine.verification import Verified
 
 
 def verify(
@@ -46,8 +46,8 @@ def verify(
         raise AptError(f"no such directory: {shortened(str(directory))}", "check the path")
 
     from apt.cli.output import notice
+    from apt.engine.verification import verify_directory
     from apt.plugin.registry import registry
-    from apt.runs.verification import verify_directory
 
     given = args.read_pattern(sparsity, pattern, per)
     found = verify_directory(

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from apt.engine.limits import EFFORTS
 from apt.errors import AptError
 from apt.planning.allocation import default_allocation
 from apt.planning.plan import read_pattern
 from apt.plugin.registry import Registry
-from apt.runs.limits import EFFORTS
 from apt.solver import Unstructured
 
 

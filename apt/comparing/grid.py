@@ -19,6 +19,10 @@ from apt.checkpoints.model import Model
 from apt.comparing.cells import Cell
 from apt.comparing.claims import claimed
 from apt.comparing.results import DENSE, Comparison, Row
+from apt.engine.api import prune_copy
+from apt.engine.prepare import capped
+from apt.engine.prune_options import PruneOptions
+from apt.engine.text import check_same_vocabulary, check_vocabulary
 from apt.evaluation import kept_states
 from apt.evaluation.windows import score
 from apt.events import Observer
@@ -26,10 +30,6 @@ from apt.files.hashes import file_hashes
 from apt.locations.model_source import Source, find
 from apt.output.report import portable, versions
 from apt.plugin.registry import Registry
-from apt.runs.api import prune_copy
-from apt.runs.prepare import capped
-from apt.runs.prune_options import PruneOptions
-from apt.runs.text import check_same_vocabulary, check_vocabulary
 from apt.tasks.harness import answer, task_setting
 from apt.text.datasets import calibration_tokens, digest, documents, evaluation_tokens
 from apt.text.special_tokens import bos_of

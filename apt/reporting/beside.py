@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from apt.checkpoints.load import fingerprint, load, load_tokenizer, skeleton
+from apt.engine.prepare import capped
+from apt.engine.text import check_same_vocabulary, check_vocabulary
 from apt.errors import AptError
 from apt.evaluation.beside_dense import (
     Continuation,
@@ -21,8 +23,6 @@ from apt.evaluation.beside_dense import (
 from apt.locations.model_source import Source, find
 from apt.output.report import Report
 from apt.plugin.registry import Registry
-from apt.runs.prepare import capped
-from apt.runs.text import check_same_vocabulary, check_vocabulary
 from apt.text.datasets import documents, evaluation_tokens
 from apt.text.special_tokens import bos_of
 

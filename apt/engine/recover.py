@@ -21,6 +21,11 @@ from apt.checkpoints.model import Model
 from apt.checkpoints.save import keep_side_files, save_model
 from apt.checkpoints.stored import local_directory
 from apt.distributed.ranks import Ranks
+from apt.engine.limits import check_seed, check_shard_size, check_windows
+from apt.engine.machine import choose_device
+from apt.engine.prepare import capped, check_place, check_same_run, finished_report
+from apt.engine.recover_options import RecoverRunOptions
+from apt.engine.text import check_vocabulary
 from apt.errors import AptError, first_line
 from apt.events import CheckpointSaved, TrainingEvent, TrainingObserver
 from apt.locations.model_source import find
@@ -33,11 +38,6 @@ from apt.plugin.specs import RecoverySpec
 from apt.recovery.law import EnoughTokens
 from apt.recovery.record import Training
 from apt.recovery.recover import DENSE_LOSS, STEPS, Job, NotRecoveredError, recover_model
-from apt.runs.limits import check_seed, check_shard_size, check_windows
-from apt.runs.machine import choose_device
-from apt.runs.prepare import capped, check_place, check_same_run, finished_report
-from apt.runs.recover_options import RecoverRunOptions
-from apt.runs.text import check_vocabulary
 from apt.text.datasets import digest, documents, evaluation_tokens, training_tokens
 from apt.text.special_tokens import bos_of
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from apt.calibration.targets import Targets
+from apt.engine.limits import check_prune_options
 from apt.errors import AptError
 from apt.plugin.specs import MethodSpec, ShrinkMethodSpec
 from apt.pruning.recipe import Recipe
-from apt.runs.limits import check_prune_options
 from apt.solver import Effort, IntegerGrid, SolverOptions
 from apt.solver.gram import DAMPING
 from apt.solver.integers import ScaleGroup

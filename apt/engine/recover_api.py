@@ -13,6 +13,7 @@ from apt.adapter import Adapter
 from apt.calibration.batches import check_shape
 from apt.checkpoints.load import fingerprint
 from apt.checkpoints.masks import masks_of, sparsity_of
+from apt.engine.api import find_adapter
 from apt.errors import AptError, name_of
 from apt.events import TrainingObserver
 from apt.files.writing import write_file
@@ -24,7 +25,6 @@ from apt.recovery.options import RecoverOptions
 from apt.recovery.record import Training
 from apt.recovery.recover import Job, recover_model
 from apt.recovery.trainable import Recovery
-from apt.runs.api import find_adapter
 from apt.text.datasets import digest
 
 

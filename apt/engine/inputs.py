@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from apt.adapter import Adapter
 from apt.adapter.eval_mode import eval_mode
 from apt.calibration.batches import check_shape
+from apt.engine.text import check_vocabulary
 from apt.errors import AptError
-from apt.runs.text import check_vocabulary
 
 
 def check_inputs(model: nn.Module, adapter: Adapter, tokens: Tensor) -> None:

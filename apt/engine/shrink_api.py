@@ -11,18 +11,18 @@ from torch import Tensor, nn
 from apt.adapter import Adapter
 from apt.checkpoints.shrunk import smaller
 from apt.distributed.ranks import Ranks
+from apt.engine.api import described, find_adapter
+from apt.engine.inputs import check_inputs
+from apt.engine.limits import check_activations
+from apt.engine.machine import activation_store
+from apt.engine.new_report import calibration_of
+from apt.engine.prune_model import Job, prune_model
+from apt.engine.prune_options import PruneOptions, record
+from apt.engine.shrink_plan import Choice, choice_of, removal, resolved
 from apt.events import Observer, telling
 from apt.output.report import Report
 from apt.planning.structure import make_structured_plan
 from apt.plugin.registry import registry
-from apt.runs.api import described, find_adapter
-from apt.runs.inputs import check_inputs
-from apt.runs.limits import check_activations
-from apt.runs.machine import activation_store
-from apt.runs.new_report import calibration_of
-from apt.runs.prune_model import Job, prune_model
-from apt.runs.prune_options import PruneOptions, record
-from apt.runs.shrink_plan import Choice, choice_of, removal, resolved
 from apt.shrinking.options import ShrinkOptions
 from apt.shrinking.record import structure_record
 from apt.text.special_tokens import bos_of, named_ids, special_ids

@@ -10,13 +10,13 @@ from apt.checkpoints.load import load
 from apt.checkpoints.offload import StoredBlocks, assemble
 from apt.checkpoints.stored import open_stored
 from apt.distributed.ranks import Ranks
+from apt.engine.machine import read_dtype
+from apt.engine.prepare import Prepared
+from apt.engine.prune_model import named_allocation
+from apt.engine.run import job_of
+from apt.engine.text import read_text
 from apt.planning.allocation import Opened, Unallocated, allocated, with_shares
 from apt.planning.plan import Plan
-from apt.runs.machine import read_dtype
-from apt.runs.prepare import Prepared
-from apt.runs.prune_model import named_allocation
-from apt.runs.run import job_of
-from apt.runs.text import read_text
 
 
 def planned_levels(prepared: Prepared, status: Callable[[str], None]) -> Plan:

@@ -18,6 +18,7 @@ from apt.checkpoints.masks import (
 from apt.checkpoints.model import Model
 from apt.checkpoints.save import keep_side_files, save_model
 from apt.checkpoints.stored import local_directory
+from apt.engine.prepare import check_place
 from apt.errors import AptError
 from apt.locations.model_source import Source, find
 from apt.locations.paths import kind_at
@@ -26,7 +27,6 @@ from apt.output.location import check_space
 from apt.output.report import Report, portable, read_report
 from apt.output.workplace import whole_directory, write_errors
 from apt.plugin.registry import Registry
-from apt.runs.prepare import check_place
 
 
 @dataclass(frozen=True)

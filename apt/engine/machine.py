@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from apt.calibration.storage import CpuStore, MemoryStore, Store
+from apt.engine.limits import DTYPES, check_dtype
 from apt.errors import AptError
-from apt.runs.limits import DTYPES, check_dtype
 
 _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 

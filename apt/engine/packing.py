@@ -7,6 +7,7 @@ from typing import Any
 from apt.checkpoints.load import skeleton
 from apt.checkpoints.safetensors_io import Shards
 from apt.checkpoints.stored import local_directory
+from apt.engine.prepare import check_place
 from apt.errors import AptError
 from apt.locations.model_source import Source
 from apt.output.card import mark_as_packed, mark_as_unpacked
@@ -16,7 +17,6 @@ from apt.output.workplace import whole_directory, write_errors
 from apt.packing.compressed_tensors import write_compressed_tensors
 from apt.packing.directory import OWN_CODE_FILE, Packed, Rounding, linear_tensors, pack, unpack
 from apt.plugin.registry import Registry
-from apt.runs.prepare import check_place
 from apt.runtime.entries import is_packed, read_entries
 from apt.runtime.rounding import KINDS
 

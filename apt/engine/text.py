@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from apt.checkpoints.load import load_tokenizer
 from apt.checkpoints.model import Model
+from apt.engine.prepare import Prepared
 from apt.errors import AptError
-from apt.runs.prepare import Prepared
 from apt.text.datasets import calibration_tokens, documents, evaluation_tokens
 from apt.text.special_tokens import bos_of, special_ids
 

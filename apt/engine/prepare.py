@@ -13,6 +13,17 @@ from apt.checkpoints.copies import links_outside
 from apt.checkpoints.load import skeleton
 from apt.checkpoints.model import Model
 from apt.distributed.launch import whole_number
+from apt.engine.limits import (
+    check_activations,
+    check_amount,
+    check_dtype,
+    check_seed,
+    check_shard_size,
+)
+from apt.engine.machine import check_tokens, choose_device
+from apt.engine.options import RunOptions
+from apt.engine.prune_options import record
+from apt.engine.shrink_plan import find_method, resolved, shrinking
 from apt.errors import AptError
 from apt.locations.model_source import Source, find
 from apt.locations.paths import expanded
@@ -26,17 +37,6 @@ from apt.planning.rounding import check_rounding
 from apt.plugin.registry import Registry
 from apt.plugin.specs import MethodSpec
 from apt.pruning.recipe import Recipe
-from apt.runs.limits import (
-    check_activations,
-    check_amount,
-    check_dtype,
-    check_seed,
-    check_shard_size,
-)
-from apt.runs.machine import check_tokens, choose_device
-from apt.runs.options import RunOptions
-from apt.runs.prune_options import record
-from apt.runs.shrink_plan import find_method, resolved, shrinking
 from apt.shrinking.structure_choice import StructureChoice
 from apt.solver import Unstructured
 from apt.text.augmentation import Augmentation

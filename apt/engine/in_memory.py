@@ -20,6 +20,11 @@ from apt.checkpoints.shrunk import smaller
 from apt.checkpoints.stored import Stored, find_stored, local_directory
 from apt.checkpoints.verify import failures, verify
 from apt.distributed.ranks import Ranks
+from apt.engine.machine import activation_store, read_dtype
+from apt.engine.measures import MeasurementError, measure
+from apt.engine.prepare import Prepared
+from apt.engine.prune_model import Job
+from apt.engine.text import Text
 from apt.errors import AptError
 from apt.output.card import write_card
 from apt.output.location import check_space
@@ -28,15 +33,10 @@ from apt.output.timeline import Timeline
 from apt.output.workplace import Workplace, whole_directory, write_errors
 from apt.planning.plan import Plan
 from apt.pruning.block_storage import BlockStorage
-from apt.runs.machine import activation_store, read_dtype
-from apt.runs.measures import MeasurementError, measure
-from apt.runs.prepare import Prepared
-from apt.runs.prune_model import Job
-from apt.runs.text import Text
 
 
 class InMemoryRun:
-    """A run with the whole model in memory, see `apt.runs.storage.RunStorage`.
+    """A run with the whole model in memory, see `apt.engine.storage.RunStorage`.
 
     Args:
         prepared: the checked run.

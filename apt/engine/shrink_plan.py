@@ -11,14 +11,14 @@ from torch import nn
 from apt.adapter import Adapter
 from apt.checkpoints.model import Model
 from apt.checkpoints.shrunk import empty_smaller
+from apt.engine.machine import choose_device
+from apt.engine.options import RunOptions
 from apt.errors import AptError, name_of
 from apt.planning.plan import Plan
 from apt.planning.structure import make_structured_plan
 from apt.plugin.registry import Registry
 from apt.plugin.specs import MethodSpec, ShrinkMethodSpec
 from apt.pruning.recipe import Recipe
-from apt.runs.machine import choose_device
-from apt.runs.options import RunOptions
 from apt.shrinking.choices import BlockChoice, GroupScores
 from apt.shrinking.latency import block_times
 from apt.shrinking.options import ShrinkOptions

@@ -6,19 +6,19 @@ from dataclasses import replace
 from typing import Any
 
 from apt.distributed.ranks import Ranks
+from apt.engine.in_memory import InMemoryRun
+from apt.engine.measures import scores
+from apt.engine.new_report import calibration_of, new_report
+from apt.engine.prepare import Prepared
+from apt.engine.prune_model import Job, named_allocation, prune_model
+from apt.engine.shrink_plan import removal
+from apt.engine.storage import RunStorage
+from apt.engine.streamed import StreamedRun
+from apt.engine.text import Text, read_text
 from apt.events import Observer, telling
 from apt.output.report import Report
 from apt.output.timeline import Timeline
 from apt.planning.plan import Plan
-from apt.runs.in_memory import InMemoryRun
-from apt.runs.measures import scores
-from apt.runs.new_report import calibration_of, new_report
-from apt.runs.prepare import Prepared
-from apt.runs.prune_model import Job, named_allocation, prune_model
-from apt.runs.shrink_plan import removal
-from apt.runs.storage import RunStorage
-from apt.runs.streamed import StreamedRun
-from apt.runs.text import Text, read_text
 from apt.shrinking.record import structure_record
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from apt.engine.prepare import Prepared
 from apt.errors import AptError, first_line
 from apt.output.report import portable
-from apt.runs.prepare import Prepared
 
 
 class MeasurementError(AptError):

@@ -9,12 +9,12 @@ from torch import nn
 
 from apt.calibration.batches import TOKENS_PER_BATCH
 from apt.checkpoints.model import Model
+from apt.engine.prune_options import PRESETS
 from apt.evaluation.logits import part_bytes
 from apt.evaluation.metrics import windows_at_once
 from apt.output.report import peak_memory
 from apt.planning.plan import Plan, PlannedBlock
 from apt.pruning.paused_forward import can_pause
-from apt.runs.prune_options import PRESETS
 from apt.text.sampling import vocabulary
 from apt.text.self_generated import cached_tokens, logits_at_once
 

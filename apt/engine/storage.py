@@ -7,11 +7,11 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from apt.calibration.storage import Store
+from apt.engine.prune_model import Job
+from apt.engine.text import Text
 from apt.output.report import Report
 from apt.planning.plan import Plan
 from apt.pruning.block_storage import BlockStorage
-from apt.runs.prune_model import Job
-from apt.runs.text import Text
 
 
 class RunStorage(Protocol):

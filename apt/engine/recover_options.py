@@ -27,7 +27,7 @@ class RecoverRunOptions:
         seed: the seed for the choice and the order of the samples.
         save_masks: True to write the masks beside the model.
         adapter, tokenizer, device, overwrite, resume, max_shard_size, trust_remote_code, bos, hub:
-            as in `apt.runs.options.RunOptions`.
+            as in `apt.engine.options.RunOptions`.
     """
 
     model: str

@@ -4,10 +4,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from apt.engine.prune_options import PruneOptions
 from apt.locations.hub import Hub
 from apt.output.report import portable
 from apt.planning.plan import Selection
-from apt.runs.prune_options import PruneOptions
 from apt.shrinking.options import ShrinkOptions
 from apt.solver import Pattern
 

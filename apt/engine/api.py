@@ -13,6 +13,12 @@ from apt.adapter import Adapter
 from apt.adapter.wrapped import refuse_wrapped
 from apt.checkpoints.load import fingerprint
 from apt.distributed.ranks import Ranks
+from apt.engine.inputs import check_inputs
+from apt.engine.limits import check_activations, check_windows
+from apt.engine.machine import activation_store
+from apt.engine.new_report import calibration_of
+from apt.engine.prune_model import Job, named_allocation, prune_model
+from apt.engine.prune_options import PruneOptions, record
 from apt.errors import AptError, name_of
 from apt.events import Observer, telling
 from apt.output.report import Report, portable
@@ -22,12 +28,6 @@ from apt.planning.rounding import check_rounding
 from apt.plugin.registry import Registry, registry
 from apt.plugin.specs import MethodSpec
 from apt.pruning.layer import Method
-from apt.runs.inputs import check_inputs
-from apt.runs.limits import check_activations, check_windows
-from apt.runs.machine import activation_store
-from apt.runs.new_report import calibration_of
-from apt.runs.prune_model import Job, named_allocation, prune_model
-from apt.runs.prune_options import PruneOptions, record
 from apt.solver import Pattern
 from apt.text import datasets
 from apt.text.special_tokens import bos_of, named_ids, special_ids

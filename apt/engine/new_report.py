@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
+from apt.engine.prepare import Prepared
+from apt.engine.text import Text
 from apt.output.report import Report, portable, read_report
-from apt.runs.prepare import Prepared
-from apt.runs.text import Text
 from apt.text.datasets import digest
 
 

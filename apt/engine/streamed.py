@@ -30,6 +30,13 @@ from apt.checkpoints.safetensors_io import Shards
 from apt.checkpoints.stored import open_stored
 from apt.checkpoints.tensor_map import pruned_tensors
 from apt.distributed.ranks import Ranks
+from apt.engine.disk_blocks import DiskBlocks
+from apt.engine.estimate import activations_on_disk
+from apt.engine.machine import activation_store
+from apt.engine.measures import MeasurementError, measure
+from apt.engine.prepare import WITHOUT_EFFECT, Prepared
+from apt.engine.prune_model import Job
+from apt.engine.text import Text
 from apt.errors import AptError, first_line
 from apt.evaluation.blockwise import carried, streamed
 from apt.output.card import write_card
@@ -39,20 +46,13 @@ from apt.output.timeline import Timeline
 from apt.output.workplace import Workplace, write_errors
 from apt.planning.plan import Plan
 from apt.planning.structure import Structure, make_structured_plan
-from apt.runs.disk_blocks import DiskBlocks
-from apt.runs.estimate import activations_on_disk
-from apt.runs.machine import activation_store
-from apt.runs.measures import MeasurementError, measure
-from apt.runs.prepare import WITHOUT_EFFECT, Prepared
-from apt.runs.prune_model import Job
-from apt.runs.text import Text
 from apt.text.datasets import digest
 
 _CHUNK = 2**24
 
 
 class StreamedRun:
-    """A streamed run, see `apt.runs.storage.RunStorage`. A journal records the finished steps.
+    """A streamed run, see `apt.engine.storage.RunStorage`. A journal records the finished steps.
 
     Args:
         prepared: the checked run.
