@@ -142,7 +142,7 @@ def run(case: Case, model: Path) -> tuple[Result, str]:
     with tempfile.TemporaryDirectory(prefix="hostile-") as name:
         folder = Path(name)
         shutil.copytree(model, folder / "m")
-        shutil.copyfile(ROOT / "tests/text.txt", folder / "t.txt")
+        shutil.copyfile(ROOT / "tests/helpers/text.txt", folder / "t.txt")
         case.prepare(folder)
         if case.arguments[:1] == ["prune"] and "--calibration" not in case.arguments:
             case.arguments += ["--calibration", "t.txt"]

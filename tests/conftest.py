@@ -16,7 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from apt.cli import main
 from apt.plugin.registry import registry
-from tests.families import random_model
+from tests.helpers.families import random_model
 
 disable_progress_bar()  # the command line does that before it imports transformers
 

@@ -12,7 +12,7 @@ from apt import AptError
 from apt.extending import Trainable
 from apt.hookspecs import CalibrationSpec, EvaluatorSpec
 from apt.solver import Solution, ss
-from tests.families import random_model, random_tokens
+from tests.helpers.families import random_model, random_tokens
 
 TOKENS = random_tokens(samples=4)
 LAYER_WISE = library.PruneOptions(error_aware=False)

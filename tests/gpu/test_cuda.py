@@ -12,8 +12,8 @@ import apt as library
 from apt.errors import AptError
 from apt.solver import NM, Gram, SolverOptions, Unstructured, admm, mm, relative_layer_error, sm, ss
 from apt.solver.patterns import meets
-from tests.families import FAMILIES, random_model, random_tokens
-from tests.solver.problems import problem
+from tests.helpers.families import FAMILIES, random_model, random_tokens
+from tests.helpers.problems import problem
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 

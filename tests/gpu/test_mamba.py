@@ -12,7 +12,7 @@ from apt.adapter import DecoderAdapter
 from apt.conformance.oracle import Oracle
 from apt.solver import NM
 from apt.solver.patterns import meets
-from tests.families import random_model, random_tokens
+from tests.helpers.families import random_model, random_tokens
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)

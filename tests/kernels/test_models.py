@@ -10,7 +10,7 @@ from apt_adapters.processor import on_processor
 import apt as library
 from apt.events import BlockTuned
 from apt.testing import CHECKS, Subject
-from tests.families import random_model, random_tokens
+from tests.helpers.families import random_model, random_tokens
 
 TOKENS = random_tokens(2, 8)
 # Those that need few forwards: Triton's interpreter, which Mamba 2 runs in, is slow.

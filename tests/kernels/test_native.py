@@ -16,7 +16,7 @@ from apt.plugin.registry import registry
 from apt.solver import NM
 from apt.solver.patterns import meets
 from apt.testing import CHECKS, Subject
-from tests.families import random_tokens
+from tests.helpers.families import random_tokens
 
 MIXERS = {
     "mamba": {"d_state": 8, "dt_rank": 4},

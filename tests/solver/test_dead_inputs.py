@@ -7,7 +7,7 @@ import apt as library
 from apt.plugin.registry import registry
 from apt.solver import NM, Gram, Solution, SolverOptions, Unstructured, solve_live
 from apt.solver.patterns import lowest, surplus, zero_counts
-from tests.families import random_model, random_tokens
+from tests.helpers.families import random_model, random_tokens
 
 METHODS = sorted(registry().methods.specs)
 PATTERNS = [

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from apt.solver import NM, Gram, SolverError, SolverOptions, sm
 from apt.solver.gram import positive_inverse, upper_root
-from tests.solver.problems import problem, seeds
+from tests.helpers.problems import problem, seeds
 
 
 @settings(deadline=None, max_examples=20)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from apt.runtime.matrix import decode
 from apt.runtime.rounding import encode_integers
 from apt.solver import IntegerGrid, rounded
-from tests.solver.problems import problem, quadratic_loss, seeds
+from tests.helpers.problems import problem, quadratic_loss, seeds
 
 GRIDS = st.builds(IntegerGrid, st.sampled_from([4, 8]), st.sampled_from([64, 128]))
 

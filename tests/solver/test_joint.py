@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apt.solver import Gram, joint_weights
-from tests.solver.problems import least_squares, problem, quadratic_loss, seeds
+from tests.helpers.problems import least_squares, problem, quadratic_loss, seeds
 
 joint = importlib.import_module("apt.solver.least_squares")
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from apt.solver import NM, Unstructured, parse_pattern
 from apt.solver.patterns import MixedNM, _nth_largest, about_highest, lowest, lowest_k
-from tests.solver.problems import seeds
+from tests.helpers.problems import seeds
 
 LONG = 100_003
 

@@ -7,7 +7,7 @@ import torch
 
 import apt
 from apt.solver.precision import full_precision
-from tests.families import random_model, random_tokens
+from tests.helpers.families import random_model, random_tokens
 
 get = getattr(torch._C, "_get_fp32_precision_getter", None)
 put = getattr(torch._C, "_set_fp32_precision_setter", None)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from apt.solver import NM, Gram, SolverError, SolverOptions, Unstructured, mm, ms, sm, ss
 from apt.solver.patterns import meets
-from tests.solver.problems import (
+from tests.helpers.problems import (
     group_patterns,
     least_squares,
     problem,

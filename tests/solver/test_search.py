@@ -20,7 +20,7 @@ from apt.solver import (
     sm,
 )
 from apt.solver.patterns import lowest, meets
-from tests.solver.problems import (
+from tests.helpers.problems import (
     group_patterns,
     least_squares,
     problem,

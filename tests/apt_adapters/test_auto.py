@@ -1,0 +1,186 @@
+"""The adapter that finds out by itself: as declared where that is known, conforming elsewhere."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import apt as library
+from apt.adapter import Site
+from apt.cli import app
+from apt.errors import AptError
+from apt.plugin.registry import registry
+from apt.testing import CHECKS, check_adapter
+from tests.helpers.families import _HEADS, _IDS, _SMALL, CONFIGS, Twice, random_model, random_tokens
+
+AUTO = registry().adapters.get("auto").load()
+TOKENS = random_tokens(2, 16)
+_WIDE = {"intermediate_size": 64, "num_key_value_heads": 2, **_SMALL, **_HEADS, **_IDS}
+_OLD = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 2048, **_IDS}
+OTHERS = {
+    "Qwen3": {"head_dim": 8, **_WIDE},
+    "Gemma2": {"head_dim": 8, **_WIDE},  # post-norms: nothing is added as it is
+    "Phi": _WIDE,  # attention and MLP side by side, from one input
+    "Cohere": _WIDE,
+    "Falcon": {k: v for k, v in _WIDE.items() if k != "num_key_value_heads"},
+    "StableLm": _WIDE,
+    "Starcoder2": _WIDE,
+    "GPT2": _OLD,  # weights stored (in, out)
+    "GPTJ": {"rotary_dim": 8, **_OLD},
+    "Mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64, "vocab_size": 2048},
+    "GPTNeoX": {k: v for k, v in _WIDE.items() if k != "num_key_value_heads"},
+}
+
+
+def of(name, device="cpu"):
+    torch.manual_seed(0)
+    with torch.device(device):
+        config = getattr(transformers, f"{name}Config")(**copy.deepcopy(OTHERS[name]))
+        return AutoModelForCausalLM.from_config(config).eval()
+
+
+def essentials(sites: list[Site]):
+    """What matters of sites: which weights share an input, in which order, and how they are."""
+    inputs = {}
+    for site in sites:
+        inputs.setdefault(site.input, []).append(
+            (site.parameter, site.order, site.residual, site.transposed, site.calls)
+        )
+    return sorted(sorted(group) for group in inputs.values())
+
+
+@pytest.mark.parametrize("variant", [name for name in CONFIGS if name != "jamba"])  # experts
+def test_it_finds_what_the_shipped_adapters_declare(variant, adapter_of):
+    model, auto = random_model(variant), AUTO()
+    theirs = adapter_of(model)
+    assert [n for n, _ in auto.blocks(model)] == [n for n, _ in theirs.blocks(model)]
+    for _, block in theirs.blocks(model):
+        assert essentials(auto.sites(block)) == essentials(theirs.sites(block))
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_it_conforms_on_families_without_an_adapter(name):
+    model = of(name)
+    problems = {o.name: o.problem for o in check_adapter(AUTO(), model, TOKENS)}
+    assert problems == dict.fromkeys(CHECKS, "")
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_without_weights_it_finds_the_same(name):
+    found = []
+    for device in ("cpu", "meta"):
+        auto, model = AUTO(), of(name, device)
+        found.append([essentials(auto.sites(block)) for _, block in auto.blocks(model)])
+    assert found[0] == found[1]
+
+
+def test_it_prunes(tmp_path):
+    of("GPTJ").save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    report = library.prune(model, random_tokens(), pattern="2:4", adapter="auto")
+    assert report.sparsity == 0.5
+    assert len(report.sites) == 12
+
+
+@pytest.mark.parametrize("width", [64, 8], ids=["most of a block", "less than half"])
+def test_experts_are_refused(width):
+    sizes = {**_WIDE, "intermediate_size": width}
+    config = transformers.MixtralConfig(num_local_experts=4, **sizes)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(AptError, match=r"found no input of model\.layers\.0\.\S*experts"):
+        library.prune(model, TOKENS, pattern="2:4", adapter="auto")
+    assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_blocks_that_run_several_times_are_refused(device):
+    model = random_model("llama")
+    model.model.layers = Twice(model.model.layers).to(device)
+    with pytest.raises(AptError, match="calls its 3 blocks 6 times, not once each"):
+        AUTO().enter(model, TOKENS)
+
+
+def test_a_second_stack_of_blocks_is_refused():
+    model = random_model("llama")
+    model.model.late = nn.ModuleList([nn.Sequential(nn.Linear(32, 32))])
+    model.model.norm.register_forward_pre_hook(lambda norm, args: model.model.late[0](*args))
+    with pytest.raises(AptError, match=r"model\.late\.0 runs beside the blocks"):
+        library.prune(model, TOKENS, pattern="2:4", adapter="auto")
+
+
+def test_another_model_of_the_same_shapes_is_examined_too():
+    auto, residual = AUTO(), []
+    for pre_norm in (True, False):
+        config = copy.deepcopy(CONFIGS["opt"])
+        config.do_layer_norm_before = pre_norm
+        model = AutoModelForCausalLM.from_config(config).eval()
+        residual.append({s.name for s in auto.sites(auto.blocks(model)[0][1]) if s.residual})
+    assert residual == [{"self_attn.out_proj", "fc2"}, {"self_attn.out_proj"}]
+
+
+def test_the_limit_of_positions_is_known_by_its_other_names():
+    with pytest.raises(AptError, match="has 64 positions"):
+        library.prune(of("Mpt"), random_tokens(2, 80), pattern="2:4", adapter="auto")
+    text = transformers.LlamaConfig(max_position_embeddings=48)
+    assert AUTO().positions(transformers.LlavaConfig(text_config=text)) == 48
+
+
+def test_what_cannot_be_run_is_refused_in_a_line():
+    config = transformers.RwkvConfig(hidden_size=32, num_hidden_layers=2, vocab_size=2048)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(AptError, match=r"adapter auto cannot run Rwkv") as caught:
+        library.prune(model, TOKENS, pattern="2:4", adapter="auto")
+    assert "adapter of its own" in caught.value.hint
+
+
+def test_a_capture_that_misses_something_is_found_before_anything_is_pruned(monkeypatch):
+    monkeypatch.setattr(torch.nn.functional, "linear", unseen)
+    model = of("StableLm")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(AptError, match="adapter auto does not fit: .*saw 0 of"):
+        library.prune(model, TOKENS, pattern="2:4", adapter="auto")
+    assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+
+
+def unseen(x, weight, bias=None):
+    """A linear function made of an operator that is no function of torch."""
+    product = torch.ops.aten.mm.default(x.flatten(0, -2), weight.t()).view(*x.shape[:-1], -1)
+    return product if bias is None else product + bias
+
+
+def test_the_command_line_says_what_was_chosen(tmp_path):
+    of("StableLm").save_pretrained(tmp_path / "model")
+    from apt.checkpoints.load import load_tokenizer
+    from apt.locations.model_source import find
+
+    load_tokenizer(find("zoo:llama", registry())).save_pretrained(tmp_path / "model")
+    run = CliRunner().invoke
+    refused = run(app, ["prune", str(tmp_path / "model"), "--dry-run"])
+    assert "try adapter auto" in str(
+        refused.exception.hint if refused.exception else refused.output
+    )
+    command = ["prune", str(tmp_path / "model"), "--adapter", "auto", "--samples", "4"]
+    done = run(app, [*command, "--seqlen", "32", "-o", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    told = " ".join(done.output.split())
+    assert "3 × model.layers.0: self_attn.q_proj, self_attn.k_proj, self_attn.v_proj;" in told
+    verified = run(app, ["verify", str(tmp_path / "out"), "--adapter", "auto", "--pattern", "2:4"])
+    assert verified.exit_code == 0, verified.output
+
+
+@pytest.mark.parametrize("name", ["StableLm", "Phi", "GPT2"])
+def test_where_the_blocks_weights_lie_on_disk_it_is_proven_on_others(name, monkeypatch):
+    model = of(name)
+    path = AUTO().blocks(model)[0][0].rpartition(".")[0]
+    model.set_submodule(path, model.get_submodule(path).to("meta"))
+    proven = AUTO()
+    assert proven.enter(model, TOKENS)[0].shape[:2] == TOKENS.shape
+    assert all(p.is_meta for _, block in proven.blocks(model) for p in block.parameters())
+    monkeypatch.setattr("apt.adapter.weight_tap.WeightTap._report", lambda self, left, right: None)
+    with pytest.raises(AptError, match="adapter auto does not fit"):
+        AUTO().enter(model, TOKENS)

@@ -1,0 +1,47 @@
+"""The embedded checkpoints are trained well enough to tell methods apart."""
+
+import copy
+
+import pytest
+
+import apt as library
+from apt.checkpoints.load import load, load_tokenizer, skeleton
+from apt.engine.prune_options import PruneOptions
+from apt.evaluation.metrics import perplexity
+from apt.locations.model_source import find
+from apt.plugin.registry import registry
+from apt.text.datasets import calibration_tokens, evaluation_tokens
+from tests.helpers.families import FAMILIES, builtin
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "mamba2"])
+def test_pruning_costs_perplexity_and_methods_can_be_ranked(family):
+    source = find(f"zoo:{family}", registry())
+    model, tokenizer = load(skeleton(source, registry())), load_tokenizer(source)
+    tokens = calibration_tokens(tokenizer, [builtin("calibration")], 32, 128, 0, "builtin")
+    held_out = evaluation_tokens(tokenizer, [builtin("evaluation")], 32, 128, "builtin")
+
+    def score(module):
+        with model.adapter.running(module):
+            return perplexity(module, held_out)
+
+    dense = score(model.module)
+    assert dense < 80
+    errors, scores = [], {}
+    for method in ("admm", "sm", "ss", "wanda", "magnitude"):
+        pruned = copy.deepcopy(model.module)
+        report = library.prune(
+            pruned,
+            tokens,
+            pattern="2:4",
+            method=method,
+            options=PruneOptions(error_aware=False, ordered=False),
+        )
+        errors.append(report.relative_layer_error)
+        if method in ("admm", "magnitude"):  # the least and the largest error
+            scores[method] = score(pruned)
+    assert errors == sorted(errors)
+    pruned = copy.deepcopy(model.module)
+    library.prune(pruned, tokens, pattern="2:4")
+    assert score(pruned) < scores["admm"] < scores["magnitude"]
+    assert scores["magnitude"] > 1.05 * dense

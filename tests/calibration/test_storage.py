@@ -1,0 +1,154 @@
+"""Activations in memory or on disk: the same run, and nothing left behind."""
+
+import errno
+import gc
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+
+from apt.calibration.batches import Batch, DenseActivations, enter
+from apt.calibration.storage import DiskStore, MemoryStore
+from apt.checkpoints.safetensors_io import Shards
+from tests.engine.test_streaming import PLACES, SMALL, KilledError, check_full_disk, cut, weights
+from tests.helpers.families import FAMILIES, random_model
+
+Pair = namedtuple("Pair", "left right")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64])
+def test_what_is_put_is_got_back(tmp_path, dtype):
+    store, tensor = DiskStore(tmp_path), torch.arange(24).reshape(2, 3, 4).to(dtype)
+    given = {"a": [tensor, (tensor.transpose(0, 2), None)], "b": Pair(tensor[:, 1], torch.empty(0))}
+    held = store.put(given)
+    assert len(list(tmp_path.iterdir())) == 3
+    found = store.get(held)
+    assert torch.equal(found["a"][0], tensor)
+    assert torch.equal(found["a"][1][0], tensor.transpose(0, 2))
+    assert found["a"][1][1] is None
+    assert isinstance(found["b"], Pair)
+    assert torch.equal(found["b"].left, tensor[:, 1])
+    assert found["b"].right.shape == (0,)
+
+
+def test_what_is_written_over_stays_on_disk(tmp_path):
+    store = DiskStore(tmp_path)
+    held = store.put(torch.ones(5))
+    store.get(held).zero_()
+    assert torch.equal(store.get(held), torch.ones(5))
+
+
+def test_a_file_is_gone_once_nobody_asks_for_it(tmp_path):
+    batch = Batch(torch.ones(5), [], 5, DenseActivations(torch.zeros(5), DiskStore(tmp_path)))
+    batch.dense.inputs.add("x", torch.ones(3))
+    assert len(list(tmp_path.iterdir())) == 2
+    found = batch.dense.inputs["x"][0]
+    batch.dense.state = torch.full((5,), 2.0)
+    batch.dense.inputs.clear()
+    gc.collect()
+    assert len(list(tmp_path.iterdir())) == 1
+    assert torch.equal(found, torch.ones(3)), "what is still read"
+    del batch
+    gc.collect()
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_that_are_gone_already_are_no_fault(tmp_path, monkeypatch):
+    """After an error, the folder is removed before the last reference to an activation."""
+    folder, said = tmp_path / "activations", []
+    folder.mkdir()
+    held = DiskStore(folder).put(torch.ones(3))
+    shutil.rmtree(folder)
+    monkeypatch.setattr("sys.unraisablehook", said.append)
+    monkeypatch.setattr("sys.excepthook", lambda *error: said.append(error))
+    del held
+    gc.collect()
+    assert not said
+
+
+def test_nothing_but_files_is_held_between_blocks(tmp_path, adapter_of):
+    model, tokens = random_model("llama"), torch.arange(48).reshape(4, 12)
+    batches = enter(
+        adapter_of(model), model, tokens, 24, with_dense=True, store=DiskStore(tmp_path)
+    )
+    sizes = [path.stat().st_size for path in tmp_path.iterdir()]
+    assert sizes == [24 * model.config.hidden_size * 4] * 4
+    in_memory = enter(adapter_of(model), model, tokens, 24, store=MemoryStore())
+    for one, other in zip(batches, in_memory, strict=True):
+        assert torch.equal(one.state, other.state)
+
+
+@pytest.mark.parametrize(
+    ("variant", "options"),
+    [*((variant, ["--effort", "fast"]) for variant in FAMILIES.values()), ("llama", []),
+     ("mamba2", []), ("llama", ["--layer-wise"]), ("llama", ["--at-once"])],
+)  # fmt: skip
+def test_the_run_is_the_same(variant, options, checkpoint, apt):
+    command = ("prune", checkpoint(variant), *SMALL, "--stream", *options)
+    for where in ("memory", "disk"):
+        result = apt(*command, "-o", where, "--activations", where)
+        assert result.code == 0, result.err
+    memory, disk = Shards(Path("memory")), Shards(Path("disk"))
+    for name in memory.entries:
+        torch.testing.assert_close(memory.read(name), disk.read(name), rtol=1e-3, atol=1e-5)
+    assert not list(Path().glob(".*.apt"))
+
+
+@pytest.fixture
+def command(checkpoint):
+    """A run with activations on disk."""
+    return ("prune", checkpoint("llama"), *SMALL, "--stream", "--activations", "disk")
+
+
+def test_a_run_that_was_killed_leaves_no_activations_behind(command, apt, monkeypatch):
+    assert apt(*command, "-o", "whole").code == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("apt.calibration.storage.weakref.finalize", lambda *args, **kwargs: None)
+        cut(patch, PLACES["journal"], 4, KilledError())
+        with pytest.raises(KilledError):
+            apt(*command, "-o", "out")
+    activations = Path(".out.apt/activations")
+    assert not activations.exists()
+    activations.mkdir()  # SIGKILL leaves them
+    (activations / "0").write_bytes(b"activations")
+    assert apt(*command, "-o", "out", "--resume").code == 0
+    assert weights("out") == weights("whole")
+    assert not list(Path().glob(".out*"))
+
+
+def test_a_disk_that_fills_up_is_told(command, apt, monkeypatch):
+    original, calls = DiskStore._write, []
+
+    def full(self, tensor):
+        calls.append(1)
+        if len(calls) == 12:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(self, tensor)
+
+    assert apt(*command, "-o", "whole").code == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(DiskStore, "_write", full)
+        result = apt(*command, "-o", "out")
+    check_full_disk(result, command, apt)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [(["--activations", "disk"], "stream the run as well (--activations, --stream)"),
+     (["--activations", "tape", "--stream"], "use memory, cpu, disk (--activations)")],
+)  # fmt: skip
+def test_where_they_cannot_be(options, said, checkpoint, apt):
+    for command in (("prune", "-o", "out"), ("inspect",)):
+        result = apt(*command, checkpoint("llama"), *options)
+        assert result.code == 2
+        assert said in result.err
+        assert not list(Path().iterdir())
+
+
+def test_inspect_tells_what_goes_to_disk(checkpoint, apt):
+    command = ("inspect", checkpoint("llama"), "--stream", "--samples", 512, "--seqlen", 64)
+    memory, disk = (apt(*command, "--activations", where).out for where in ("memory", "disk"))
+    assert "of disk" in disk
+    assert "of disk" not in memory

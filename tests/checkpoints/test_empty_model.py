@@ -1,0 +1,134 @@
+"""A model without its weights has all else that it makes, and streams whatever its layers are."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from threading import Thread
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, RwkvConfig
+
+from apt.adapter import DecoderAdapter
+from apt.checkpoints.empty_model import model_without_weights
+from apt.checkpoints.load import skeleton
+from apt.checkpoints.offload import assemble
+from apt.checkpoints.safetensors_io import Shards
+from apt.checkpoints.stored import open_stored
+from apt.errors import AptError
+from apt.evaluation.metrics import perplexity
+from apt.locations.model_source import find
+from apt.plugin.registry import registry
+from tests.helpers import TEXT
+from tests.helpers.families import CONFIGS, VOCABULARY
+
+IDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
+SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64}
+GEMMA3 = Gemma3TextConfig(
+    num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+    max_position_embeddings=128, sliding_window=8,
+    layer_types=["sliding_attention", "full_attention", "sliding_attention"], **SIZES, **IDS,
+)  # fmt: skip
+RWKV = RwkvConfig(
+    num_hidden_layers=2, attention_hidden_size=32, context_length=64, **SIZES,
+    bos_token_id=0, eos_token_id=0,
+)  # fmt: skip
+DATA = ("--samples", 4, "--seqlen", 24)
+
+
+class RwkvAdapter(DecoderAdapter):
+    blocks_path = "rwkv.blocks"
+
+
+@pytest.fixture
+def written(tmp_path, tokenizer):
+    """A function that writes a random model of a configuration."""
+
+    def write(config):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).eval()
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                torch.nn.init.normal_(parameter, std=0.3)
+        model.save_pretrained(tmp_path / "model")
+        tokenizer.save_pretrained(tmp_path / "model")
+        return tmp_path / "model", model
+
+    return write
+
+
+@pytest.mark.parametrize("config", [*CONFIGS.values(), GEMMA3, RWKV], ids=lambda c: c.model_type)
+def test_parameters_are_empty_and_buffers_are_the_models_own(config):
+    model = model_without_weights(config, trust_remote_code=False)
+    assert not model.training
+    assert all(parameter.is_meta for parameter in model.parameters())
+    whole = AutoModelForCausalLM.from_config(config)
+    expected = dict(whole.named_buffers())
+    assert {n: p.shape for n, p in model.named_parameters()} == {
+        n: p.shape for n, p in whole.named_parameters()
+    }
+    assert dict(model.named_buffers()).keys() == expected.keys()
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, expected[name]), name
+
+
+def test_what_another_thread_makes_has_its_weights(monkeypatch):
+    made = []
+
+    class Config:
+        pass
+
+    def elsewhere(config, trust_remote_code):
+        thread = Thread(target=lambda: made.append(torch.nn.Linear(2, 2)))
+        thread.start()
+        thread.join()
+        return torch.nn.Linear(2, 2)
+
+    monkeypatch.setattr("apt.checkpoints.empty_model.AutoModelForCausalLM.from_config", elsewhere)
+    assert model_without_weights(Config(), trust_remote_code=False).weight.is_meta
+    assert not made[0].weight.is_meta
+    assert not torch.nn.Linear(2, 2).weight.is_meta
+
+
+def test_layers_of_several_kinds_stream_to_the_same_bytes(written, apt):
+    """Gemma 3: a rotary table for each kind, which a model of one block would lack."""
+    folder, _ = written(GEMMA3)
+    found = {}
+    for name, how in (("memory", ()), ("disk", ("--stream",))):
+        command = (folder, "--adapter", "auto", *DATA, *how)
+        result = apt("prune", *command, "--calibration", TEXT, "--effort", "fast", "-o", name)
+        assert result.code == 0, result.err
+        evaluated = apt("eval", *command, "--data", TEXT, "--json")
+        assert evaluated.code == 0, evaluated.err
+        found[name] = json.loads(evaluated.out)["perplexity"]
+    memory, disk = (Shards(Path(name)) for name in ("memory", "disk"))
+    assert memory.entries.keys() == disk.entries.keys()
+    assert all(torch.equal(memory.read(name), disk.read(name)) for name in memory.entries)
+    assert found["disk"] == pytest.approx(found["memory"], rel=1e-6)
+
+
+@torch.no_grad()
+def test_layers_that_count_themselves_are_assembled(written):
+    """RWKV: what a block begins with depends on how many there are."""
+    folder, model = written(RWKV)
+    shell = skeleton(find(str(folder), registry()), registry(), "auto")
+    shell = replace(shell, adapter=RwkvAdapter())
+    stored = open_stored(shell)
+    module = assemble(shell, stored.shards, stored.layout, "cpu")
+    assert all(parameter.is_meta for parameter in module.rwkv.blocks.parameters())
+    outer = {n: p for n, p in module.state_dict().items() if "blocks" not in n}
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in outer.items())
+    module.rwkv.load_state_dict(model.rwkv.state_dict(), assign=True)
+    tokens = torch.arange(1, 25).view(2, 12)
+    assert perplexity(module, tokens) == perplexity(model, tokens)
+
+
+def test_what_the_checkpoint_lacks_outside_the_blocks_is_named(written):
+    folder, model = written(GEMMA3)
+    state = {n: t for n, t in model.state_dict().items() if n != "lm_head.weight"}
+    del state["model.norm.weight"]
+    model.save_pretrained(folder, state_dict=state)
+    shell = skeleton(find(str(folder), registry()), registry(), "auto")
+    stored = open_stored(shell)
+    with pytest.raises(AptError, match=r"lacks model\.norm\.weight"):
+        assemble(shell, stored.shards, stored.layout, "cpu")

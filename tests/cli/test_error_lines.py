@@ -1,0 +1,149 @@
+"""What the command line prints when something is wrong: one line, or JSON, and its exit status."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from apt.cli.interruptions import TerminatedError, signals_as_exceptions
+from apt.errors import resource_error
+from tests.helpers import TEXT
+
+QUICK = ("--samples", 2, "--seqlen", 32, "--calibration", TEXT, "--method", "magnitude")
+WRONG = [
+    (("prune", "--nothing"), "No such option: --nothing"),
+    (("prune", "zoo:llama", "--samples", "x"), "Invalid value for '--samples'"),
+    (("nothing",), "No such command 'nothing'"),
+    (("verify",), "Missing argument"),
+    (("prune", "zoo:llama", "zoo:opt"), "unexpected extra argument"),
+    (("prune", "zoo:llama", "--sparsity", "2"), "sparsity 2 is outside"),
+]
+
+
+@pytest.mark.parametrize(("words", "text"), WRONG, ids=lambda value: str(value)[:40])
+def test_errors_of_usage_are_one_line_and_json_if_wanted(apt, words, text):
+    run = apt(*words)
+    assert (run.code, len(run.err.strip().splitlines())) == (2, 1)
+    assert run.err.startswith("apt: ")
+    assert text in run.err
+    run = apt(*words, "--json")
+    assert run.code == 2
+    events = [json.loads(line) for line in run.err.splitlines()]
+    assert text in events[-1]["text"]
+    assert events[-1]["event"] == "error"
+    assert run.out == ""
+
+
+@pytest.mark.parametrize("text", ['samples = "x"', "seqlen = 2.5"])
+def test_a_wrong_type_in_a_file_names_the_file(apt, text):
+    Path("c.toml").write_text(text)
+    run = apt("prune", "zoo:llama", "--config", "c.toml")
+    assert (run.code, len(run.err.splitlines())) == (2, 1)
+    assert "(in c.toml)" in run.err
+    assert text.split()[0] in run.err
+
+
+def test_a_file_of_windows_is_read(apt):
+    Path("c.toml").write_bytes(b"\xef\xbb\xbf" + b'sparsity = "0.25"\r\n')
+    run = apt("prune", "zoo:llama", "--config", "c.toml", "--dry-run")
+    assert run.code == 0, run.err
+    assert "0.25" in run.out
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("pack", ("pack", "zoo:llama", "-o", "out")),
+        ("unpack", ("unpack", "packed", "-o", "out")),
+        ("apply_masks", ("reapply", "masks", "zoo:llama", "-o", "out")),
+        ("save_model", ("convert", "zoo:llama", "-o", "out")),
+        ("load", ("eval", "zoo:llama")),
+        ("render", ("report", "pruned", "-o", "page.html")),
+        ("load", ("prune", "zoo:llama", *QUICK, "-o", "out")),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_an_interrupted_command_says_so_and_leaves_nothing(apt, monkeypatch, tmp_path, name, words):
+    if words[0] in ("unpack", "reapply", "report"):
+        made = ("prune", "zoo:llama", *QUICK, "-o", "pruned", "--pack", "packed", "--save-masks")
+        assert apt(*made).code == 0
+        os.rename("pruned/apt_masks.safetensors", "masks")
+    before = sorted(tmp_path.iterdir())
+
+    modules = {
+        "pack": "apt.engine.packing", "unpack": "apt.engine.packing",
+        "apply_masks": "apt.engine.reapply",
+        "save_model": "apt.checkpoints.save", "render": "apt.reporting.page",
+        "load": "apt.checkpoints.load" if words[0] == "eval" else "apt.engine.in_memory",
+    }  # fmt: skip
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+
+        def interrupt(*arguments, number=number, **options):
+            raise KeyboardInterrupt if number is signal.SIGINT else TerminatedError(number)
+
+        monkeypatch.setattr(f"{modules[name]}.{name}", interrupt)
+        run = apt(*words)
+        assert run.code == 128 + number
+        assert run.err.splitlines()[-1].startswith("apt: interrupted")
+        assert sorted(tmp_path.iterdir()) == before
+
+
+def test_signals_are_exceptions_unless_they_are_ignored():
+    with signals_as_exceptions():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            with pytest.raises(TerminatedError) as found:
+                os.kill(os.getpid(), number)
+            assert found.value.number == number
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with signals_as_exceptions():
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_names_that_are_no_text_here_are_told(apt):
+    run = apt("eval", os.fsdecode(b"\xfc"))
+    assert run.code == 2
+    assert r"'\udcfc' is not text in the encoding of this environment" in run.err
+
+
+def test_want_of_memory_is_one_line():
+    for error in (
+        MemoryError("of 3 GiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+        ImportError("libtorch_cpu.so: failed to map segment from shared object"),
+    ):
+        assert resource_error(error) is not None
+    assert resource_error(RuntimeError("a bug")) is None
+    assert resource_error(ImportError("no such name")) is None
+
+
+def test_what_a_plugin_prints_does_not_reach_the_json(apt, monkeypatch):
+    from apt.cli import listing
+
+    shown = listing.show_rows
+
+    def loud(rows, *, as_json):
+        print("hello from a plugin")
+        shown(rows, as_json=as_json)
+
+    monkeypatch.setattr(listing, "show_rows", loud)
+    run = apt("plugins", "--json")
+    assert json.loads(run.out)
+    assert "hello from a plugin" in run.err
+    assert "hello from a plugin" in apt("plugins").out
+
+
+def test_pictures_do_not_depend_on_the_backend_of_the_environment(apt, monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "nonsense")
+    words = [sys.executable, "-m", "apt", "prune", "zoo:llama", *map(str, QUICK), "-o", "out",
+             "--plot", "p.png"]  # fmt: skip
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert Path("p.png").stat().st_size > 1000

@@ -1,0 +1,250 @@
+"""What is said, where to, and how much of it."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from apt.adapter import Extra, Site
+from apt.cli import app
+from apt.cli.output import show_json
+from apt.cli.progress import RunProgress
+from apt.events import BlockStarted, SitePruned, Working
+from apt.output.report import Report
+from apt.output.timeline import Timeline
+from apt.planning.plan import Plan, PlannedBlock, PlannedExtra, PlannedSite
+from apt.solver import NM
+from tests.helpers import ROOT, TEXT
+
+SMALL = ("--samples", 4, "--seqlen", 64)
+WANDA = ("prune", "zoo:llama", *SMALL, "--method", "wanda", "--pattern", "2:4", "-o", "out")
+RUN = (*WANDA, "--calibration", TEXT)
+
+
+def test_each_block_is_a_line_where_nobody_sees_a_display(apt):
+    run = apt(*RUN)
+    blocks = [line for line in run.err.splitlines() if line.startswith("block ")]
+    assert len(blocks) == 4
+    for number, line in enumerate(blocks, 1):
+        left = r"  [\d.]+ s left" if number < 4 else ""
+        assert re.fullmatch(rf"block {number}/4  mean error 0\.\d{{4}}{left}", line), line
+
+
+def test_defaults_are_said_once_the_text_is_read(apt):
+    run = apt("prune", "zoo:llama", "--samples", 10_000, "--calibration", TEXT)
+    assert run.code == 2
+    assert len(run.err.splitlines()) == 1
+    run = apt("prune", "zoo:llama", *SMALL, "--method", "wanda")
+    assert [line.endswith("(default)") for line in run.err.splitlines()] == [True] * 3 + [False] * 4
+
+
+@pytest.mark.parametrize("where", ["first", "last"])
+def test_quiet_leaves_results_and_errors(apt, where):
+    run = apt("--quiet", *RUN) if where == "first" else apt(*RUN, "-q")
+    assert run.code == 0
+    assert run.err == ""
+    assert "zeros in the pruned sites, verified on disk" in run.out
+    assert "exists and is not empty" in apt(*RUN, "--quiet").err
+
+
+def test_verbose_adds_steps_and_weights(apt):
+    run = apt(*RUN, "--verbose")
+    assert "loading the model" in run.err
+    assert len(re.findall(r"model\.layers\.\d\.\S+  error", run.err)) == 28
+    assert "--quiet and --verbose are both given" in apt(*RUN, "-v", "-q").err
+
+
+def events(text):
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_with_json_all_progress_is_events(apt):
+    run = ("zoo:llama", "--calibration", TEXT, "--samples", 2, "--seqlen", 16, "--json")
+    done = apt("prune", *run, "--pattern", "2:4", "--output", "out", "--effort", "fast")
+    assert json.loads(done.out)["output"] == "out"
+    found = events(done.err)
+    kinds = {event["event"] for event in found}
+    assert kinds == {"step", "notice", "site", "block"}
+    blocks = [event for event in found if event["event"] == "block"]
+    assert [(event["block"], event["blocks"]) for event in blocks] == [(n, 4) for n in range(1, 5)]
+    assert [event["done"] for event in blocks] == [0.25, 0.5, 0.75, 1]
+    assert blocks[0]["seconds_left"] > 0
+    sites = [event for event in found if event["event"] == "site"]
+    assert len(sites) == 28
+    assert {"name", "shape", "zeros", "relative_error", "seconds"} <= sites[0].keys()
+    quiet = apt("prune", *run, "--pattern", "0.5", "--output", "quiet", "--quiet")
+    assert not quiet.err
+
+
+@pytest.mark.parametrize(
+    "words", [("prune", "nothing", "--json"), ("eval", "zoo:llama", "--data", "nothing", "--json")]
+)
+def test_with_json_an_error_is_an_event(apt, words):
+    done = apt(*words)
+    assert done.code == 2
+    assert not done.out
+    *_, last = events(done.err)
+    assert last["event"] == "error"
+    assert "nothing" in last["text"]
+
+
+def test_a_recovery_and_a_comparison_tell_events(apt):
+    text = ("--calibration", TEXT, "--seqlen", 16, "--json")
+    rows = apt(
+        "compare", "zoo:llama", *text, "--methods", "magnitude", "--patterns", "2:4",
+        "--samples", 2, "--data", TEXT, "--windows", 2, "--output", "compared",
+    )  # fmt: skip
+    told = [event for event in events(rows.err) if event["event"] == "row"]
+    assert [(event["done"], event["rows"]) for event in told] == [(1, 2), (2, 2)]
+    assert told[1]["row"]["scores"][TEXT.name]["perplexity"] > 1
+    apt("prune", "zoo:llama", *text, "--samples", 2, "--method", "wanda", "--output", "pruned")
+    done = apt(
+        "recover", "pruned", *text, "--kind", "layers", "--steps", 2, "--checks", 2, "--batch", 2
+    )  # fmt: skip
+    steps = [event for event in events(done.err) if event["event"] == "training step"]
+    assert [event["step"] for event in steps] == [1, 2]
+    assert any(event["event"] == "held back" for event in events(done.err))
+
+
+def test_a_log_file_keeps_all_that_is_said(apt):
+    apt(*WANDA, "--quiet", "--log-file", "log.txt")
+    apt(*WANDA, "--log-file=log.txt")
+    lines = Path("log.txt").read_text().splitlines()
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (INFO|ERROR) ", s) for s in lines)
+    said = [line.split(" ", 3)[3] for line in lines]
+    assert "calibration: builtin (default)" in said
+    assert sum(line.startswith("block ") for line in said) == 4
+    assert "ERROR out exists and is not empty" in lines[-1]
+
+
+def test_a_log_file_that_cannot_be_written_is_one_line(apt):
+    run = apt(*RUN, "--log-file", "no/such/folder/log.txt")
+    assert run.code == 2
+    assert "no/such/folder/log.txt cannot be written: its folder does not exist" in run.err
+
+
+def test_tables_are_whole_where_they_are_piped(apt, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    rows = apt("methods").out.splitlines()
+    for record in json.loads(apt("methods", "--json").out):
+        assert sum(all(value in row for value in record.values()) for row in rows) == 1
+    assert not any("…" in row for row in apt("adapters").out.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("words", "keys"),
+    [
+        (("adapters",), {"adapter", "model types", "embedded", "from", "summary"}),
+        (("methods",), {"method", "source", "from", "summary"}),
+        (("plugins",), {"distribution", "entry point", "offers", "state"}),
+        (("inspect", "zoo:llama", *SMALL), {"model", "sites", "blocks", "needs", "adapter"}),
+        ((*RUN, "--dry-run"), {"model", "sites", "blocks", "needs", "adapter"}),
+        (RUN, {"output", "sparsity", "relative_layer_error", "kinds", "seconds", "scores"}),
+        (("convert", "zoo:llama", "-o", "new"), {"output", "class", "tokenizer"}),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_every_command_speaks_json(apt, words, keys):
+    run = apt(*words, "--json")
+    assert run.code == 0, run.err
+    found = json.loads(run.out)
+    assert keys <= (found[0] if isinstance(found, list) else found).keys()
+
+
+def test_verify_speaks_json(apt):
+    apt(*RUN)
+    found = json.loads(apt("verify", "out", "--json").out)
+    assert (found["sites"], found["failed"], found["zeros"] * 2) == (28, [], found["weights"])
+    run = apt("verify", "out", "--pattern", "1:4", "--json")
+    assert run.code == 1
+    failed = json.loads(run.out)["failed"]
+    assert failed[0]["name"] == "model.layers.0.self_attn.q_proj"
+    assert "keeps 2 of inputs 0 to 3" in failed[0]["detail"]
+
+
+def test_numbers_that_are_none_are_strings(capsys):
+    show_json({"a": [float("nan"), float("inf"), -float("inf"), 1.5], "b": (1, None)})
+    told = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(name))
+    assert told == {"a": ["NaN", "Infinity", "-Infinity", 1.5], "b": [1, None]}
+
+
+def commands():
+    """The subcommands, as typer has them."""
+    from typer.main import get_command
+
+    return get_command(app).commands
+
+
+def test_numbers_of_a_report_are_numbers_again():
+    scores = {"source": "x", "shape": [2, 8], "after": {"perplexity": float("inf")}}
+    report = Report(options={}, model={}, calibration={}, scores=scores)
+    assert Report.from_dict(report.to_dict()).scores == scores
+
+
+def test_every_option_has_a_sentence_in_its_help():
+    for name, command in commands().items():
+        for parameter in command.params:
+            text = getattr(parameter, "help", None)
+            assert text, f"{name} {parameter.name}"
+            assert text.endswith(".") or ":" in text, f"{name} {parameter.name}: {text}"
+
+
+@pytest.mark.parametrize("command", ["prune", "bench"])
+def test_every_option_of_a_run_is_in_the_documentation(command):
+    page = (ROOT / "docs/usage.md").read_text()
+    for parameter in commands()[command].params:
+        for option in (*parameter.opts, *parameter.secondary_opts):
+            if option.startswith("--") and option != "--help":
+                assert f"`{option}" in page, option
+    for option in ("--quiet", "--verbose", "--log-file", "--debug", "--install-completion"):
+        assert f"`{option}" in page, option
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_complete_without_torch(shell, tmp_path):
+    code = (
+        "import sys, os, apt.cli\nsys.argv = ['/usr/bin/apt-prune']\n"
+        "try: apt.cli.main()\nfinally: assert 'torch' not in sys.modules\n"
+    )
+    environment = {
+        "_APT_PRUNE_COMPLETE": f"complete_{shell}", "COMP_WORDS": "apt-prune prune --samp",
+        "COMP_CWORD": "2", "_TYPER_COMPLETE_ARGS": "apt-prune prune --samp",
+        "_TYPER_COMPLETE_FISH_ACTION": "get-args", "PATH": "/usr/bin",
+        "PYTHONPATH": ":".join(sys.path),
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert "--samples" in done.stdout, done.stderr
+
+
+def test_blocks_of_an_earlier_run_are_not_part_of_the_time_left(monkeypatch):
+    """Two of four blocks are restored within a second, and the third takes 100 seconds."""
+    seconds = [0]
+    monkeypatch.setattr("apt.cli.progress.time.perf_counter", lambda: seconds[0])
+    site = PlannedSite("q", Site("q", "q.weight", "x"), (4, 8), NM(2, 4))
+    extra = PlannedExtra("conv1d", Extra("conv1d", "conv1d", "conv1d.weight"), (8, 4), NM(2, 4))
+    progress = RunProgress(Plan((PlannedBlock("block", (site,), (extra,)),) * 4), [])
+    pruned = [
+        SitePruned(entry.name, entry.name, entry.shape, "2:4", 16, 0.1, None, None, 9, 0.1)
+        for entry in (extra, site)
+    ]
+    solved = [Working("block", "running"), pruned[0], Working("block", "solving"), pruned[1]]
+    left = []
+    for index, events in enumerate([pruned, pruned, solved, solved]):
+        for event in (BlockStarted("block", index, 4), *events):
+            progress.observe(event)
+            seconds[0] += 100 / 5 if events is solved else 0.1
+        left.append(progress._seconds_left())
+    assert left == [None, None, pytest.approx(100), None]
+
+
+def test_the_time_of_pruning_begins_with_the_first_block_that_is_kept():
+    timeline = Timeline(lambda text: None, lambda event: None)
+    timeline.status("loading the model")
+    for index in (1, 2):
+        timeline.observe(BlockStarted("block", index, 4))
+    assert [phase for phase, _ in timeline.record()["phases"]] == ["loading the model", "pruning"]

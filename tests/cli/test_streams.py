@@ -1,0 +1,82 @@
+"""Standard output and error: full, closed, unread, or of an encoding that lacks characters."""
+
+import io
+import os
+import subprocess
+import sys
+
+import pytest
+
+from apt.cli.output import notice, out
+from apt.cli.streams import guarded
+from tests.helpers.processes import start
+
+APT = [sys.executable, "-m", "apt"]
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["methods"]], ids=str)
+def test_a_full_standard_output_is_one_line(words):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*APT, *words], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "apt-prune: cannot write to standard output: No space left on device; "
+        "write it to another place"
+    ]
+
+
+def test_a_reader_that_has_gone_ends_it_without_a_word():
+    for words in (["prune", "--help"], ["methods"]):
+        reading, writing = os.pipe()
+        os.close(reading)
+        done = subprocess.run([*APT, *words], stdout=writing, stderr=subprocess.PIPE, text=True)
+        os.close(writing)
+        assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_closed_streams_are_no_fault():
+    for closed in ("1>&-", "2>&-", "1>&- 2>&-"):
+        command = f"exec {sys.executable} -m apt --help {closed}"
+        assert subprocess.run(["bash", "-c", command], stdout=subprocess.DEVNULL).returncode == 0
+
+
+def full_error():
+    """Make the standard error of this process one that takes nothing."""
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
+
+
+def test_a_full_standard_error_stops_no_work(tmp_path):
+    words = ("inspect", "zoo:llama", "--samples", 1)
+    process = start(tmp_path, *words, before=full_error)
+    process.join()
+    assert process.exitcode == 0
+    assert "LlamaForCausalLM" in (tmp_path / "said").read_text()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_every_character_has_a_spelling(monkeypatch, encoding):
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "stderr", stream)
+    with guarded():
+        out.print("error 0.5 → 0.1, 4 × 64 … 日本 \udcff", markup=False)
+        notice("20.2 → 41.1")
+    said = raw.getvalue().decode(encoding).splitlines()
+    plain = {
+        "ascii": "error 0.5 -> 0.1, 4 x 64 ... \\u65e5\\u672c \\udcff",
+        "latin-1": "error 0.5 -> 0.1, 4 × 64 ... \\u65e5\\u672c \\udcff",
+        "utf-8": "error 0.5 → 0.1, 4 × 64 … 日本 \\udcff",
+    }
+    assert said == [plain[encoding], "20.2 → 41.1" if encoding == "utf-8" else "20.2 -> 41.1"]
+    assert sys.stdout is stream
+
+
+def test_an_ascii_locale_is_no_fault(tmp_path):
+    ascii_only = {"LC_ALL": "C", "LANG": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = subprocess.run(
+        [*APT, "inspect", "zoo:llama", "--samples", "1"],
+        env={**os.environ, **ascii_only}, capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "calibration 2 x 512 tokens" in done.stdout

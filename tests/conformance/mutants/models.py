@@ -1,0 +1,80 @@
+"""Right adapters, and the small models on which wrong ones are told from them."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, OPTConfig
+
+from apt.adapter import DecoderAdapter
+from apt.plugin.registry import registry
+from tests.helpers.families import _HEADS, _IDS, _SMALL, CONFIGS, random_model
+
+LLAMA = registry().adapters.get("llama").load()
+OPT = registry().adapters.get("opt").load()
+MAMBA = registry().adapters.get("mamba").load()
+MAMBA2 = registry().adapters.get("mamba2").load()
+JAMBA = registry().adapters.get("jamba").load()
+
+
+class Gemma(DecoderAdapter):
+    """A right one: Gemma 3, whose norms lie between the products and the stream."""
+
+    blocks_path = "model.layers"
+    inputs = tuple(replace(entry, residual=False) for entry in LLAMA.inputs)
+
+
+def gemma(kinds=("sliding_attention", "full_attention")):
+    """A model with a block of each of the ``kinds``, each with rotary embeddings of its own."""
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        **{**_SMALL, **_HEADS, **_IDS, "num_hidden_layers": len(kinds)}, intermediate_size=64,
+        num_key_value_heads=2, head_dim=8, sliding_window=8, layer_types=list(kinds),
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def short():
+    """A model with a table of 32 positions."""
+    torch.manual_seed(0)
+    options = {**_SMALL, **_HEADS, **_IDS, "max_position_embeddings": 32}
+    config = OPTConfig(ffn_dim=64, word_embed_proj_dim=32, **options)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def three_experts():
+    """A Jamba that sends each token to three of its eight experts."""
+    torch.manual_seed(0)
+    config = copy.deepcopy(CONFIGS["jamba"])
+    config.num_experts, config.num_experts_per_tok = 8, 3
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "llama": lambda: random_model("llama"),
+    "eager": lambda: random_model("llama", attention="eager"),
+    "gemma": gemma,
+    "gemma, one kind": lambda: gemma(["sliding_attention"] * 2),
+    "short": short,
+    "opt": lambda: random_model("opt"),
+    "mamba": lambda: random_model("mamba"),
+    "mamba2": lambda: random_model("mamba2"),
+    "jamba": lambda: random_model("jamba"),
+    "jamba, three experts": three_experts,
+}
+RIGHT = {
+    "llama": LLAMA,
+    "eager": LLAMA,
+    "gemma": Gemma,
+    "short": OPT,
+    "opt": OPT,
+    "mamba": MAMBA,
+    "mamba2": MAMBA2,
+    "jamba": JAMBA,
+}
+"""The right adapters of the models."""
+
+if "jamba" not in CONFIGS:  # experts are modules in transformers 4
+    del RIGHT["jamba"]

@@ -1,0 +1,104 @@
+"""Each kind of wrong adapter fails a check that says so, and the right one beside it passes all."""
+
+import re
+
+import pytest
+
+from apt.conformance.outcomes import outcome
+from apt.hookspecs import AdapterSpec
+from apt.plugin.registry import registry
+from apt.testing import CHECKS, Subject, check_adapter
+from tests.conformance.mutants import MUTANTS
+from tests.conformance.mutants.leaks import LEAKS, ONCE, leaking, process_kept, several
+from tests.conformance.mutants.models import LLAMA, MODELS, RIGHT
+from tests.helpers.families import random_model, random_tokens
+
+TOKENS = random_tokens(2, 16)
+
+
+def problem(check, adapter, model, spec=None):
+    """What a check says of an adapter."""
+    return outcome(check, Subject(adapter, model, TOKENS, spec)).problem
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_right_adapters_pass_on_the_models_of_the_mutants(name):
+    problems = {o.name: o.problem for o in check_adapter(RIGHT[name](), MODELS[name](), TOKENS)}
+    assert problems == dict.fromkeys(CHECKS, "")
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_each_mutant_is_caught_by_a_line_that_names_the_fault_and_its_place(name):
+    mutant = MUTANTS[name]
+    lines = problem(mutant.check, mutant.adapter(), MODELS[mutant.model]()).splitlines()
+    assert any(re.search(mutant.said, line) for line in lines), lines
+    assert all(re.search(r"conformance/mutants/\w+\.py:\d+\)$", line) for line in lines), lines
+
+
+WHERE = {
+    ("running", False): "running",
+    ("running", True): "running",
+    ("enter", False): "untouched",
+    ("enter", True): "exception",
+    ("step", False): "untouched",
+    ("capture", False): "untouched",
+    ("capture", True): "exception",
+}
+
+
+@pytest.mark.parametrize("leak", LEAKS, ids=lambda leak: leak.__name__)
+@pytest.mark.parametrize(("where", "on_error"), WHERE)
+def test_what_is_left_behind_is_named(where, on_error, leak):
+    adapter, model = leaking(leak, where, on_error)(), random_model("llama")
+    with process_kept():
+        said = problem(WHERE[where, on_error], adapter, model)
+    when = " when an exception ends it" if on_error else ""
+    assert re.search(f"^{where} {LEAKS[leak]}{when} ", said, re.MULTILINE), said
+
+
+@pytest.mark.parametrize(("where", "on_error"), WHERE)
+def test_what_is_left_behind_by_every_call_is_named_in_a_whole_run(where, on_error):
+    adapter, model = leaking(several, where, on_error)(), random_model("llama")
+    with process_kept():
+        found = {o.name: o.problem for o in check_adapter(adapter, model, TOKENS)}
+    said = found[WHERE[where, on_error]]
+    for leak in ONCE:
+        assert re.search(f"^{where} {LEAKS[leak]}", said, re.MULTILINE), (leak, said)
+
+
+MINE = {"name": "mine", "summary": "Mine", "target": "mine:Mine", "example": "mine:example"}
+TYPES = {
+    "mistyped": (("lama",), "name 'lama', its example is a 'llama'"),
+    "empty": ((), "model_types of adapter 'mine' is empty, its example is a 'llama'"),
+    "another family's": (("opt",), "name 'opt', its example is a 'llama'"),
+    "one is mistyped": (("llama", "mistrall"), "of type 'mistrall': did you mean 'mistral'"),
+    "one is another's": (("llama", "bloom"), "'bloom' is claimed by adapter 'bloom' as well"),
+}
+
+
+@pytest.mark.parametrize(("types", "said"), TYPES.values(), ids=TYPES)
+def test_model_types_are_those_of_the_example(types, said):
+    spec = AdapterSpec(**MINE, model_types=types)
+    assert said in problem("model_types", LLAMA(), random_model("llama"), spec)
+
+
+@pytest.mark.parametrize("name", ["llama", "auto"])
+def test_model_types_that_are_right_pass(name):
+    spec = registry().adapters.get(name)
+    assert not problem("model_types", LLAMA(), random_model("llama"), spec)
+
+
+DECLARED = {
+    "left_dense": ("mlp.gate", "left_dense is 'mlp.gate', not a tuple: write ('mlp.gate',)"),
+    "inputs": (LLAMA.inputs[0], "inputs is Input('attention', …), not a tuple"),
+    "blocks_path": (("model", "layers"), "blocks_path is ('model', 'layers'), not the path"),
+    "transposed": (("Conv1D",), "transposed has 'Conv1D', which is not of type type"),
+    "enter": (None, "has no 'enter'"),
+}
+
+
+@pytest.mark.parametrize("name", DECLARED)
+def test_what_is_declared_wrongly_is_named(name):
+    value, said = DECLARED[name]
+    adapter = type("Wrong", (LLAMA,), {name: value})()
+    assert said in problem("declaration", adapter, random_model("llama"))

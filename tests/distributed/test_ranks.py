@@ -1,0 +1,231 @@
+"""Several processes that prune together, over gloo: one result, and each does a part."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from safetensors.torch import save_file
+from torch import nn
+
+import apt
+from apt.adapter import Site
+from apt.calibration.batches import check_finite
+from apt.checkpoints.offload import StoredBlocks
+from apt.checkpoints.safetensors_io import Shards
+from apt.checkpoints.tensor_map import Piece
+from apt.distributed.ranks import Ranks
+from apt.engine.disk_blocks import DiskBlocks
+from apt.events import SitePruned
+from apt.planning.plan import Plan, PlannedBlock, PlannedSite
+from apt.plugin.registry import Registry
+from apt.solver import NM
+from apt.tuning.reconstruct import Reconstruction
+from tests.engine.test_streaming import weights
+from tests.helpers import TEXT
+from tests.helpers.families import CONFIGS, random_model, random_tokens
+from tests.helpers.processes import forked, on_ranks
+
+TOKENS = random_tokens(samples=8)
+RUNS = {
+    "wanda": {"method": "wanda"},
+    "layer-wise": {"options": apt.PruneOptions(error_aware=False)},
+    "at once": {"options": apt.PruneOptions(effort="fast", ordered=False)},
+    "default": {},
+    "integers": {"options": apt.PruneOptions(effort="fast", quantize="int4", group=64)},
+}
+CASES = [("llama-grouped-tied", run) for run in RUNS] + [
+    (variant, "wanda") for variant in ("opt", "bloom", "mamba2", "jamba") if variant in CONFIGS
+]
+
+
+def pruned(variant, run, tokens=TOKENS, ranks=None):
+    """A model's weights and the report of a run, tuned in steps of a sample whatever the ranks."""
+    model = random_model(variant)
+    also = ("conv1d",) if variant == "mamba2" else ()
+    small_steps = partial(Reconstruction, tokens_per_batch=tokens.shape[1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("apt.engine.prune_options.Reconstruction", small_steps)
+        report = apt.prune(model, tokens, pattern="2:4", also=also, ranks=ranks, **RUNS[run])
+    return model.state_dict(), report
+
+
+def as_a_rank(rank, size, folder):
+    """What each process does."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    for variant, run in CASES:
+        state, report = pruned(variant, run, ranks=Ranks(dist.group.WORLD))
+        sites = [asdict(site) for site in report.sites]
+        work = [asdict(work) for work in report.ranks]
+        torch.save((state, sites, work), f"{folder}/{variant}-{run}-{rank}")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def together(request, tmp_path_factory):
+    """All cases on that many ranks: a function of a case gives what each rank has."""
+    folder, size = tmp_path_factory.mktemp("ranks"), request.param
+    multiprocessing.start_processes(
+        as_a_rank, (size, str(folder)), size, start_method=forked.get_start_method()
+    )
+    return lambda variant, run: [
+        torch.load(folder / f"{variant}-{run}-{rank}", weights_only=True) for rank in range(size)
+    ]
+
+
+def differing(left, right):
+    """The share of weights that are zero in one of two models only."""
+    zeros = [((left[name] == 0) != (right[name] == 0)).float().mean() for name in left]
+    return float(torch.stack(zeros).mean())
+
+
+@pytest.mark.parametrize(("variant", "run"), CASES)
+def test_ranks_together_do_what_one_does_alone(variant, run, together):
+    (state, sites, work), *others = together(variant, run)
+    for other, same_sites, _ in others:
+        assert all(torch.equal(state[name], other[name]) for name in state)
+        assert same_sites == sites
+    alone, report = pruned(variant, run)
+    assert [site["name"] for site in sites] == [site.name for site in report.sites]
+    tokens = [part["tokens"] for part in work]
+    copies = 2 if run == "default" else 0  # with tokens replaced
+    assert sum(tokens) == (len(TOKENS) + copies) * TOKENS.shape[1]
+    assert max(tokens) - min(tokens) <= (TOKENS.shape[1] if copies else 0)
+    solves = [part["solves"] for part in work]
+    extras = sum(site.kind.endswith("conv1d") for site in report.sites)
+    assert sum(solves) + extras == len(sites)
+    assert max(solves) - min(solves) <= 1
+    assert {site["tokens"] for site in sites} == {site.tokens for site in report.sites}
+    assert differing(state, alone) < (0.002 if run == "wanda" else 0.05)
+    errors = torch.tensor([site["relative_error"] for site in sites])
+    expected = torch.tensor([site.relative_error for site in report.sites])
+    torch.testing.assert_close(errors, expected, rtol=0.02, atol=1e-4)
+
+
+class Second(Ranks):
+    """A rank beside which another one has found a fault, without a second process."""
+
+    first = False
+
+    def sum(self, value):
+        return value + 1
+
+
+def test_activations_that_are_not_finite_end_all_ranks():
+    good, bad = torch.ones(1, 2, 3), torch.full((1, 2, 3), torch.inf)
+    two_parts = SimpleNamespace(residual=lambda state: state[0] + state[1])
+    check_finite(two_parts, [(good, good)], Ranks())
+    for states, ranks in (([(good, good), (good, bad)], Ranks()), ([(good, good)], Second())):
+        with pytest.raises(apt.AptError, match="activations after it are not finite"):
+            check_finite(two_parts, states, ranks)
+
+
+def test_only_the_first_rank_tells_the_plugins(monkeypatch):
+    told, seen = [], []
+
+    class NotFirst(Ranks):
+        first = False
+
+    monkeypatch.setattr(Registry, "site_pruned", lambda self, event: told.append(event))
+    for ranks in (NotFirst(), Ranks()):
+        how = {"pattern": "2:4", "method": "magnitude", "ranks": ranks, "observe": seen.append}
+        apt.prune(random_model("opt"), TOKENS, **how)
+        assert len(told) == (18 if ranks.first else 0)
+    assert sum(isinstance(event, SitePruned) for event in seen) == 2 * 18
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_every_rank_goes_on_with_the_block_as_it_is_stored(first, tmp_path):
+    """In a checkpoint of several dtypes, some are stored in fewer bits than a run has."""
+    block = nn.Linear(4, 4, bias=False)
+    exact, dense = block.weight.data.clone(), torch.zeros(4, 4, dtype=torch.bfloat16)
+    save_file({"block.weight": dense}, tmp_path / "model.safetensors")
+    layout = {"block.weight": [Piece("block.weight")]}
+    stored = StoredBlocks(Shards(tmp_path), layout, {"block": block}, "cpu")
+    site = PlannedSite("block", Site("", "weight", "x"), (4, 4), NM(2, 4))
+    work = SimpleNamespace(journal=SimpleNamespace(lines=[], add=lambda line: None))
+    plan, ranks = Plan((PlannedBlock("block", (site,)),)), SimpleNamespace(first=first)
+    DiskBlocks(plan, stored, stored, "cpu", work, ranks).keep("block", block, [])
+    assert torch.equal(block.weight.data, exact.bfloat16().float())
+    assert torch.equal(stored.read("block")["weight"], exact.bfloat16() if first else dense)
+
+
+def test_a_part_of_the_tokens_would_be_noticed():
+    alone, _ = pruned("opt", "wanda")
+    part, _ = pruned("opt", "wanda", TOKENS[::2])
+    assert differing(alone, part) > 0.01
+
+
+COMMAND = ["--samples", "16", "--seqlen", "24", "--pattern", "2:4", "--stream",
+           "--calibration", str(TEXT)]  # fmt: skip
+
+
+def torchrun(folder, *command):
+    """``apt`` on two ranks, as a process."""
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return subprocess.Popen(
+        [*run, "-m", "apt", *command],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def children(process):
+    """The processes that ``torchrun`` started, by rank."""
+    path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    found = {}
+    for pid in path.read_text().split():
+        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        ranks = [line for line in environment if line.startswith(b"RANK=")]
+        found |= {int(line[5:]): int(pid) for line in ranks}
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks' processes in /proc")
+def test_a_rank_that_dies_ends_the_job_and_the_run_is_gone_on_with(checkpoint, tmp_path, apt):
+    command = ("prune", str(checkpoint("llama")), *COMMAND)
+    codes, said = on_ranks(2, tmp_path, *command, "-o", "whole")
+    assert codes == [0, 0], said
+    assert said.count("verified on disk") == 1
+    report = json.loads((tmp_path / "whole" / "apt_report.json").read_text())
+    assert [part["solves"] for part in report["ranks"]] == [11, 10]
+
+    cut, journal = torchrun(tmp_path, *command, "-o", "out"), tmp_path / ".out.apt/journal.jsonl"
+    while cut.poll() is None and not (journal.is_file() and journal.read_text().count("\n") > 2):
+        time.sleep(0.01)
+    os.kill(children(cut)[1], signal.SIGKILL)
+    said, _ = cut.communicate()
+    assert cut.returncode != 0
+    assert "Signal 9 (SIGKILL) received by PID" in said
+    assert not (tmp_path / "out").exists()
+
+    alone = apt(*command, "-o", "out", "--resume")
+    assert alone.code == 2
+    assert ": ranks differ" in alone.err
+    codes, said = on_ranks(2, tmp_path, *command, "-o", "out", "--resume")
+    assert codes == [0, 0], said
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
+def test_more_ranks_than_samples_are_refused(checkpoint, tmp_path):
+    few = ("--samples", "2", "--effort", "fast", "-o", "out")
+    codes, said = on_ranks(3, tmp_path, "prune", checkpoint("llama"), *COMMAND, *few)
+    assert codes == [2, 2, 2]
+    assert "too few samples: some of 3 ranks have none; give more samples" in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "out").exists()

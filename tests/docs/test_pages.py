@@ -1,0 +1,156 @@
+"""The documents are true: their examples, messages, links and generated parts."""
+
+import ast
+import re
+import runpy
+from importlib import import_module
+
+import pytest
+from transformers import AutoModelForCausalLM, PhiConfig
+
+from apt import extending
+from apt.adapter import DecoderAdapter, Input
+from apt.testing import check_adapter, random_tokens
+from tests.helpers import ROOT
+
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+GUIDE = (ROOT / "docs/first-adapter.md").read_text()
+PYTHON = re.findall(r"```python\n(inputs = .*?)```", GUIDE, re.DOTALL)
+SAID = [text.strip() for text in re.findall(r"```text\n(.*?)```", GUIDE, re.DOTALL)]
+
+
+def phi():
+    config = PhiConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=64, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config)
+
+
+def problems(inputs):
+    adapter = type("Adapter", (DecoderAdapter,), {"blocks_path": "model.layers", "inputs": inputs})
+    outcomes = check_adapter(adapter(), phi(), random_tokens(128))
+    return [outcome.problem for outcome in outcomes if outcome.problem]
+
+
+def declared(source):
+    scope = {"Input": Input}
+    exec(source, scope)
+    return scope["inputs"]
+
+
+@pytest.mark.parametrize("source", PYTHON)
+def test_both_declarations_of_the_guide_conform(source):
+    assert problems(declared(source)) == []
+
+
+def test_the_mistakes_of_the_guide_say_what_it_says():
+    good = declared(PYTHON[1])
+    template = (ROOT / "template/kinds/adapter.py.jinja").read_text()
+    llama = re.search(r"    (inputs = \(\n.*?\n    \))", template, re.DOTALL).group(1)
+    wrong = [
+        declared(llama),
+        (good[0], Input("heads", ("self_attn.dense", "mlp.fc2"), residual=True)),
+        (*good[:2], Input("neurons", ("mlp.fc2",))),
+    ]
+    assert len(SAID) == len(wrong)
+    for inputs, said in zip(wrong, SAID, strict=True):
+        assert any(said in problem for problem in problems(inputs)), problems(inputs)
+
+
+def test_the_reference_is_that_of_the_code():
+    made = runpy.run_path(str(ROOT / "docs/make_reference.py"))
+    for name, page in made["PAGES"].items():
+        assert (ROOT / "docs" / name).read_text() == page(), "run python docs/make_reference.py"
+
+
+def raised():
+    """The constant parts of all texts in the code, with ``…`` for whatever is filled in."""
+    roots = (ROOT / "apt", ROOT / "adapters", ROOT / "plugins")
+    for path in (path for root in roots for path in root.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                yield "".join(
+                    str(part.value) if isinstance(part, ast.Constant) else "…"
+                    for part in node.values
+                )
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def test_each_message_in_the_troubleshooting_tables_is_one_of_the_code():
+    tables = (ROOT / "docs/faq.md").read_text(encoding="utf-8").partition("## Error messages")[2]
+    quoted = re.findall(r"^\| `(.+?)`", tables, re.MULTILINE)
+    texts = "\n".join(raised())
+    missing = []
+    for message in quoted:
+        pieces = (re.escape(piece.strip(" '")) for piece in message.split("…"))
+        if not re.search(".*".join(piece for piece in pieces if piece), texts):
+            missing.append(message)
+    assert len(quoted) > 40
+    assert not missing
+
+
+def anchors(page):
+    """The anchors that a forge makes of a page's headings."""
+    for heading in re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE):
+        yield re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_each_link_leads_to_a_page_and_a_heading(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        if not link.startswith("http"):
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
+
+
+PUBLIC = ("apt", "apt.adapter", "apt.events", "apt.extending", "apt.hookspecs", "apt.runtime",
+          "apt.solver", "apt.testing")  # fmt: skip
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_each_name_of_apt_is_a_public_one(page):
+    for name in re.findall(r"`{1,2}(apt(?:\.\w+)+)", page.read_text(encoding="utf-8")):
+        module = max((m for m in PUBLIC if name == m or name.startswith(f"{m}.")), key=len)
+        first = name.removeprefix(module).removeprefix(".").partition(".")[0]
+        assert not first or first in public(module), name
+
+
+def public(module):
+    """The public names of a module."""
+    found = import_module(module)
+    return getattr(found, "__all__", vars(found))
+
+
+def test_each_name_that_plugins_import_is_in_the_reference():
+    headings = set(anchors(ROOT / "docs/hooks.md"))
+    missing = {name for name in extending.__all__ if name.lower() not in headings}
+    assert missing == {"Loss", "Split"}  # the types of an argument
+    with pytest.raises(AttributeError, match="no attribute 'Methods'"):
+        _ = extending.Methods
+
+
+def test_the_index_names_every_page():
+    text = (ROOT / "docs/index.md").read_text(encoding="utf-8")
+    pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"index.md"}
+    assert pages <= set(re.findall(r"\]\((\w[\w-]*\.md)\)", text))
+
+
+def test_tables_and_figures_are_those_of_the_results(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    pages = runpy.run_path(str(ROOT / "benchmarks/pages.py"))
+    assert [path.name for path, _ in pages["changed"]()] == []
+    assert list(pages["wrong_figures"]()) == []
+
+
+def test_the_pictures_can_be_drawn_from_the_results(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    plots = runpy.run_path(str(ROOT / "benchmarks/plots.py"))
+    for name in plots["PICTURES"]:
+        plots["draw"](name, tmp_path)
+        assert (tmp_path / name).stat().st_size > 5000
+        assert (ROOT / "docs/images" / name).is_file(), "run python benchmarks/plots.py"

@@ -1,0 +1,95 @@
+"""The template's package conforms as it is, and its example has a layer of every kind."""
+
+import re
+import shutil
+import tomllib
+from types import ModuleType
+
+import pytest
+from jinja2 import Template
+from transformers import JambaConfig, LlamaConfig, MistralConfig
+
+from apt.testing import CHECKS, check_adapter, every_kind, random_tokens
+from tests.helpers import ROOT
+
+SOURCE = ROOT / "template/kinds/adapter.py.jinja"
+ANSWERS = {
+    "olmo": {"name": "olmo", "family": "OLMo", "config_class": "OlmoConfig"},
+    "gemma3_text": {"name": "gemma", "family": "Gemma 3", "config_class": "Gemma3TextConfig"},
+}
+
+
+def package(model_type):
+    """The module that copier makes."""
+    answers = {**ANSWERS[model_type], "model_type": model_type, "module": "mine"}
+    module = ModuleType("mine")
+    exec(Template(SOURCE.read_text()).render(answers), vars(module))
+    return module
+
+
+def problems(adapter, module):
+    (spec,) = module.apt_adapters()
+    found = check_adapter(adapter, module.example().eval(), random_tokens(128), spec)
+    return {outcome.name: outcome.problem for outcome in found if outcome.problem}
+
+
+def test_as_it_is_it_conforms():
+    module = package("olmo")
+    assert problems(module.Adapter(), module) == {}
+
+
+def test_of_a_family_with_two_kinds_of_layers_the_example_has_both():
+    module = package("gemma3_text")
+    config = module.example().config
+    assert set(config.layer_types) == {"sliding_attention", "full_attention"}
+    assert config.sliding_window == 8
+    assert set(problems(module.Adapter(), module)) == {"residual"}  # norms lie in between
+
+    class OneKind(module.Adapter):
+        def enter(self, model, tokens):
+            state, calls = super().enter(model, tokens)
+            return state, [calls[0]] * len(calls)
+
+    assert "model.layers.1: the state after it" in problems(OneKind(), module)["blocks"]
+
+
+@pytest.mark.parametrize(
+    ("config_class", "window"),
+    [(LlamaConfig, {}), (JambaConfig, {}), (MistralConfig, {"sliding_window": 8})],
+)
+def test_a_configuration_that_takes_no_kinds_is_given_none(config_class, window):
+    assert every_kind(config_class) == {"num_hidden_layers": 2, **window}
+
+
+def test_every_check_has_a_line_that_says_what_it_looks_at():
+    assert all(check.__doc__.endswith(".") for check in CHECKS.values())
+
+
+def copied(folder, **answers):
+    """The package that copier makes of the template as it is now, not as it was last committed."""
+    copier = pytest.importorskip("copier")
+    there = folder / "repository"
+    shutil.copytree(ROOT / "template", there / "template", dirs_exist_ok=True)
+    shutil.copy(ROOT / "copier.yml", there)
+    made = folder / "made"
+    copier.run_copy(str(there), made, data=answers, defaults=True, quiet=True)
+    project = tomllib.loads((made / "pyproject.toml").read_text())["project"]
+    return made.rename(folder / project["name"])
+
+
+def test_a_name_with_a_hyphen_has_a_module_with_an_underscore(tmp_path):
+    made = copied(tmp_path, name="recurrent-gemma", model_type="recurrent_gemma")
+    declared = tomllib.loads((made / "pyproject.toml").read_text())["project"]
+    assert declared["name"] == "apt-recurrent-gemma"
+    assert declared["entry-points"]["apt"] == {"recurrent-gemma": "apt_recurrent_gemma"}
+    (test,) = (made / "tests").iterdir()
+    assert test.stem.isidentifier()
+    assert "class TestRecurrentGemma(" in test.read_text()
+    for path in (test, made / "src/apt_recurrent_gemma.py"):
+        compile(path.read_text(), path, "exec")
+
+
+@pytest.mark.parametrize("name", ["Gemma", "gemma-", "-gemma", "g--emma", "gem_ma", "2gemma", ""])
+def test_other_names_are_refused(name, tmp_path):
+    with pytest.raises(ValueError, match=re.escape("lower-case letters, digits and inner hyphens")):
+        copied(tmp_path, name=name)

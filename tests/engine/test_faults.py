@@ -1,0 +1,200 @@
+"""Faults in the middle of a run: what is said, and that nothing is lost."""
+
+import os
+import resource
+import signal
+import subprocess
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+import apt as library
+from apt.errors import AptError
+from apt.files.journal import Journal
+from apt.plugin.registry import registry
+from tests.engine.test_streaming import SMALL, weights
+from tests.helpers.families import random_model, random_tokens
+
+TOKENS = random_tokens(samples=8)
+
+
+@contextmanager
+def limited(size):
+    """No file of this process may become larger, as on a full disk or over a quota."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["memory", "stream"])
+def test_a_file_that_cannot_grow(apt, checkpoint, stream):
+    model = checkpoint("llama")
+    before = {p: p.read_bytes() for p in model.iterdir()}
+    command = ("prune", model, *SMALL, "-o", "out", *(["--stream"] if stream else []))
+    with limited(100_000):
+        run = apt(*command)
+    assert run.code == 2, run.err
+    (line,) = (text for text in run.err.splitlines() if text.startswith("apt: "))
+    assert "cannot write" in line
+    assert "File too large" in line
+    assert ("--resume" in line) == stream
+    assert "Traceback" not in run.err
+    assert not Path("out").exists()
+    assert {p: p.read_bytes() for p in model.iterdir()} == before
+    if stream:
+        again = apt(*command, "--resume")
+        assert again.code == 0, again.err
+    assert [p.name for p in Path().iterdir()] == (["out"] if stream else [])
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 256 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a file system can be mounted by root only")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_disk_too_small_is_told_before_the_work(checkpoint, apt, small_disk):
+    for options in ([], ["--stream"]):
+        run = apt("prune", checkpoint("llama"), *SMALL, "-o", small_disk / "out", *options)
+        assert run.code == 2
+        assert "disk has 0 MiB left, but the output needs" in run.err
+        assert not list(small_disk.iterdir())
+
+
+def test_a_disk_that_fills_up_meanwhile(checkpoint, apt, small_disk, monkeypatch):
+    monkeypatch.setattr("apt.engine.in_memory.check_space", lambda directory, needed: None)
+    run = apt("prune", checkpoint("llama"), *SMALL, "-o", small_disk / "out")
+    assert run.code == 2
+    assert "cannot write" in run.err
+    assert "No space left on device" in run.err
+    assert not list(small_disk.iterdir())
+
+
+@pytest.mark.parametrize("error_aware", [True, False], ids=["error-aware", "layer-wise"])
+@pytest.mark.parametrize("where", ["self_attn", "mlp"])
+def test_one_activation_that_is_not_finite(where, error_aware):
+    model = random_model("llama")
+    calls = []
+
+    def spoil(module, arguments, output):
+        calls.append(module)
+        if len(calls) == 1:
+            (output[0] if isinstance(output, tuple) else output)[0, 3, 5] = float("nan")
+
+    model.model.layers[1].get_submodule(where).register_forward_hook(spoil)
+    with pytest.raises(AptError, match=r"in model\.layers\.1: .*not finite") as caught:
+        library.prune(
+            model, TOKENS, pattern="2:4", options=library.PruneOptions(error_aware=error_aware)
+        )
+    assert "\n" not in str(caught.value)
+
+
+def test_activations_too_large_for_half_precision(tmp_path, tokenizer, apt):
+    model = random_model("llama")
+    model.model.layers[1].mlp.down_proj.weight.data *= 2e4
+    model.half().save_pretrained("half")
+    tokenizer.save_pretrained("half")
+    run = apt("prune", "half", *SMALL, "-o", "out", "--layer-wise")
+    assert run.code == 2
+    assert "in model.layers.1:" in run.err
+    assert "not finite" in run.err
+    assert not Path("out").exists()
+    assert apt("prune", "half", *SMALL, "-o", "out", "--dtype", "float32").code == 0
+
+
+def test_a_gram_matrix_that_is_not_positive_definite_costs_damping(apt, checkpoint):
+    few = ("--samples", 1, "--seqlen", 24, "--damping", 0, "--layer-wise")
+    run = apt("prune", checkpoint("llama"), *few, "-o", "out")
+    assert run.code == 0, run.err
+    assert "needed damping" in run.out
+
+
+class BrokenError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["memory", "stream"])
+def test_a_method_that_raises_in_the_middle(apt, checkpoint, monkeypatch, stream):
+    spec = registry().methods.get("wanda")
+    whole, calls = spec.load(), []
+
+    def broken(*arguments):
+        calls.append(arguments)
+        if len(calls) == 9:
+            raise BrokenError("no idea")
+        return whole(*arguments)
+
+    options = ["--method", "wanda", "-o", "out", *(["--stream"] if stream else [])]
+    with monkeypatch.context() as patch:
+        patch.setattr(type(spec), "load", lambda self: broken if self is spec else whole)
+        with pytest.raises(BrokenError) as caught:
+            apt("prune", checkpoint("llama"), *SMALL, *options)
+    said = "\n".join(caught.value.__notes__)
+    assert "while model.layers.1.self_attn.k_proj was pruned" in said
+    assert "method wanda comes from apt-prune 0.1.0, adapter llama from apt-prune 0.1.0" in said
+    assert ("continue with --resume" in said) == stream
+    assert not Path("out").exists()
+    if stream:
+        assert apt("prune", checkpoint("llama"), *SMALL, *options, "--resume").code == 0
+        options[options.index("out")] = "whole"
+        assert apt("prune", checkpoint("llama"), *SMALL, *options).code == 0
+        assert weights("out") == weights("whole")
+
+
+def test_links_out_of_the_output_are_not_followed(apt, checkpoint, tmp_path):
+    outside = Path(tempfile.mkdtemp(dir=tmp_path))
+    (outside / "kept").write_text("kept")
+    Path("out").symlink_to(outside)
+    run = apt("prune", checkpoint("llama"), *SMALL, "--stream", "-o", "out", "--overwrite")
+    assert run.code == 2
+    assert "has files that APT did not write: kept" in run.err
+    assert Path("out").readlink() == outside
+    assert {p.name: p.read_text() for p in outside.iterdir()} == {"kept": "kept"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_asked_to_end(apt, checkpoint, monkeypatch, number):
+    command = ("prune", checkpoint("llama"), *SMALL, "--method", "wanda", "-o", "out")
+    monkeypatch.setattr(
+        "apt.engine.in_memory.write_card", lambda *arguments: os.kill(os.getpid(), number)
+    )
+    run = apt(*command)
+    assert run.code == (143 if number == signal.SIGTERM else 130)
+    assert "interrupted; nothing was written" in run.err
+    assert not list(Path().iterdir())
+    original, calls = Journal.add, []
+
+    def add(self, line):
+        original(self, line)
+        calls.append(line)
+        if len(calls) == 4:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(Journal, "add", add)
+    run = apt(*command, "--stream")
+    assert run.code == (143 if number == signal.SIGTERM else 130)
+    assert "give the same command with --resume" in run.err
+    assert [p.name for p in Path().iterdir()] == [".out.apt"]
+    assert apt(*command, "--stream", "--resume").code == 0
+    assert [p.name for p in Path().iterdir()] == ["out"]
+
+
+def test_a_stream_that_is_refused_leaves_nothing(apt, checkpoint, monkeypatch):
+    error = AptError("no", "such")
+    monkeypatch.setattr(
+        "apt.engine.streamed.assemble", lambda *arguments: (_ for _ in ()).throw(error)
+    )
+    run = apt("prune", checkpoint("llama"), *SMALL, "-o", "out", "--stream")
+    assert run.code == 2
+    assert not list(Path().iterdir())

@@ -1,0 +1,312 @@
+"""``recover``, ``reapply`` and ``law`` on disk: formats, resumption, reports and errors."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from apt.checkpoints.load import load, skeleton
+from apt.checkpoints.masks import MASKS, masks_of, read_masks, write_masks
+from apt.errors import AptError
+from apt.locations.model_source import find
+from apt.plugin.registry import registry
+from tests.helpers import TEXT
+from tests.helpers.families import FAMILIES
+from tests.helpers.processes import on_ranks, start
+
+TRAIN = ("--steps", 4, "--checks", 2, "--batch", 4, "--seqlen", 16, "--calibration", TEXT)
+
+
+@pytest.fixture
+def pruned(apt, checkpoint):
+    """A function that prunes a random model of a family on disk."""
+
+    def make(variant="llama", output="pruned", *more):
+        done = apt(
+            "prune", checkpoint(variant), "--sparsity", 0.5, "--method", "wanda", "--samples", 4,
+            "--seqlen", 16, "--calibration", TEXT, "-o", output, *more,
+        )  # fmt: skip
+        assert done.code == 0, done.err
+        return output
+
+    return make
+
+
+def opened(directory):
+    found = load(skeleton(find(str(directory), registry()), registry()))
+    return found.module, masks_of(found.module, found.adapter)
+
+
+def same(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)
+
+
+@pytest.mark.parametrize("variant", FAMILIES.values())
+@pytest.mark.parametrize("kind", ["lora", "layers"])
+def test_every_family_is_recovered_on_disk_with_its_zeros_and_report(apt, pruned, kind, variant):
+    pruned(variant)
+    done = apt(
+        "recover", "pruned", *TRAIN, "--kind", kind, "--rate", 1e-2, "--blocks", 3, "--eval", TEXT,
+        "-o", "out", "--json", "--save-masks",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    record = json.loads(done.out)
+    module, masks = opened("out")
+    assert same(masks, opened("pruned")[1])
+    assert same(masks, read_masks(Path("out") / MASKS))
+    assert next(module.parameters()).dtype == torch.float32
+    report = json.loads((Path("out") / "apt_report.json").read_text())
+    training = report["recovery"]["training"]
+    losses = dict(map(tuple, training["held_back"]))
+    assert min(losses.values()) == losses[training["best"]] < losses[0]
+    assert len(training["losses"]) == 4
+    assert record["scores"]["after"]["perplexity"] > 0
+    assert report["options"]["pattern"] == "0.5"
+    assert report["recovery"]["zeros"] == sum(int(mask.sum()) for mask in masks.values())
+    verified = apt("verify", "out")
+    assert verified.code == 0, verified.err
+    assert "sites meet" in verified.out
+    assert "trained" in (Path("out") / "README.md").read_text()
+    again = apt("recover", "pruned", *TRAIN, "--kind", kind, "-o", "out")
+    assert again.code == 2
+    assert "--overwrite" in again.err
+
+
+def test_distillation_finds_the_dense_model_and_the_law_reads_its_report(apt, checkpoint, pruned):
+    pruned()
+    lost = apt("recover", "pruned", *TRAIN, "-o", "out")
+    assert lost.code == 2
+    assert "the report names this dense model" in lost.err
+    other = apt("recover", "pruned", *TRAIN, "--dense", "zoo:mamba", "-o", "out")
+    assert other.code == 2
+    assert "states of zoo:mamba have 192 features" in other.err
+    missing = apt("recover", "pruned", *TRAIN, "--dense", "nowhere", "-o", "out")
+    assert missing.code == 2
+    assert "nowhere" in missing.err
+    dense = checkpoint("llama")
+    done = apt(
+        "recover", "pruned", *TRAIN, "--checks", 4, "--dense", dense, "--hidden", 0, "--rate",
+        1e-2, "-o", "out", "--plot", "loss.png",
+    )  # fmt: skip
+    if done.code:  # towards a random model the loss on text need not fall
+        assert "did not lower the loss" in done.err
+        done = apt("recover", "pruned", *TRAIN, "--checks", 4, "--kind", "layers", "--rate", 1e-2,
+                   "-o", "out", "--plot", "loss.png")  # fmt: skip
+    assert done.code == 0, done.err
+    assert Path("loss.png").stat().st_size > 5000
+    law = apt("law", "out", "--resamples", 0, "--tokens", 1e6, "--json", "--plot", "law.svg")
+    assert law.code == 0, law.err
+    fitted = json.loads(law.out)
+    assert fitted["values"]["beta"] > 0
+    assert fitted["runs"][0]["tokens"] == 4 * 4 * 16
+    assert Path("law.svg").is_file()
+    table = apt("law", "out", "--resamples", 5)
+    assert "one model size" in table.out
+    assert "average slope difference" in table.out
+
+
+def test_a_smaller_model_is_recovered_by_its_last_layers(apt, checkpoint):
+    small = apt(
+        "shrink", checkpoint("llama"), "--depth-only", "--drop", 1, "--samples", 4, "--seqlen", 16,
+        "--calibration", TEXT, "--effort", "fast", "-o", "small",
+    )  # fmt: skip
+    assert small.code == 0, small.err
+    refused = apt("recover", "small", *TRAIN, "--kind", "spp", "-o", "out")
+    assert refused.code == 2
+    assert "serves models with zeros" in refused.err
+    unused = apt("recover", "small", *TRAIN, "--kind", "lora", "--blocks", 2, "-o", "out")
+    assert unused.code == 2
+    assert "recovery lora does not use blocks" in unused.err
+    assert "kinds with it: layers (--blocks)" in unused.err
+    dense = ("--dense", checkpoint("llama"), "--rate", 1e-2)
+    usual = apt("recover", "small", *TRAIN, *dense, "-o", "usual")
+    assert usual.code == 0, usual.err
+    assert "kind: distill (default)" in usual.err
+    done = apt("recover", "small", *TRAIN, "--kind", "layers", "--rate", 1e-2, "-o", "out")
+    assert done.code == 0, done.err
+    assert "no zeros to keep" in done.out
+    assert apt("verify", "out").code == 0
+    report = json.loads((Path("out") / "apt_report.json").read_text())
+    assert 0.05 < report["recovery"]["rate"] < 0.5
+
+
+COMMAND = ("recover", "pruned", *TRAIN[2:], "--kind", "layers", "--rate", 3e-3)
+LONG = (*COMMAND, "--steps", 60, "--checks", 20, "--json")
+
+
+def training(folder, output):
+    report = json.loads((folder / output / "apt_report.json").read_text())
+    return report["recovery"]["training"]
+
+
+def test_a_killed_training_continues_with_the_same_losses(apt, pruned, tmp_path):
+    pruned()
+    assert apt(*LONG, "-o", "whole").code == 0
+    journal = tmp_path / ".out.apt" / "journal.jsonl"
+    process = start(tmp_path, *LONG, "-o", "out")
+    while process.is_alive() and not (
+        journal.is_file() and '"checkpoint": 6' in journal.read_text()
+    ):
+        time.sleep(0.02)
+    process.kill()
+    process.join()
+    assert not (tmp_path / "out").exists()
+    fresh = apt(*LONG, "-o", "out")
+    assert fresh.code == 2
+    assert "resume it" in fresh.err
+    changed = apt(*LONG, "--rate", 1e-3, "-o", "out", "--resume")
+    assert changed.code == 2
+    assert "options.rate differ" in changed.err
+    assert apt(*LONG, "-o", "out", "--resume").code == 0
+    for key in ("losses", "held_back", "best"):
+        assert training(tmp_path, "whole")[key] == training(tmp_path, "out")[key], key
+    assert same(*(load_file(f"{name}/model.safetensors") for name in ("whole", "out")))
+    assert not journal.parent.exists()
+
+
+def test_resuming_a_finished_recovery_changes_nothing(apt, pruned, tmp_path):
+    pruned()
+    before = load_file("pruned/model.safetensors")
+    config = json.loads(Path("pruned/config.json").read_text())
+    own = apt("recover", "pruned", *TRAIN, "-o", "pruned", "--overwrite", "--resume")
+    assert own.code == 2
+    assert "is an input of the run" in own.err
+    command = ("recover", "pruned", *TRAIN, "--kind", "layers", "--rate", 1e-2, "--blocks", 3,
+               "-o", "out", "--resume")  # fmt: skip
+    assert apt(*command).code == 0
+    assert json.loads(Path("out/config.json").read_text()) == config
+    changed = Path("out/apt_report.json").stat().st_mtime_ns
+    again = apt(*command)
+    assert again.code == 0, again.err
+    assert "already complete" in again.out
+    assert Path("out/apt_report.json").stat().st_mtime_ns == changed
+    other = apt(*command, "--batch", 2)
+    assert other.code == 2
+    assert "is the result of another run: batch differ" in other.err
+    assert same(load_file("pruned/model.safetensors"), before)
+    assert not list(tmp_path.glob("out-*"))
+
+
+def test_two_processes_train_one_model(pruned, tmp_path):
+    pruned()
+    codes, said = on_ranks(2, tmp_path, *COMMAND, "--steps", 4, "--checks", 2, "-o", "out")
+    assert codes == [0, 0], said
+    report = json.loads((tmp_path / "out" / "apt_report.json").read_text())
+    assert report["recovery"]["ranks"] == 2
+    assert same(opened(tmp_path / "out")[1], opened(tmp_path / "pruned")[1])
+
+
+def test_masks_make_a_fine_tuned_model_sparse_again(apt, pruned):
+    pruned("llama", "pruned", "--save-masks")
+    streamed = pruned("llama", "streamed", "--save-masks", "--stream")
+    file, directory = Path("pruned") / MASKS, Path(streamed)
+    expected = opened("pruned")[1]
+    assert same(read_masks(file), expected)
+    assert same(read_masks(directory / MASKS), opened(streamed)[1])
+    tuned = AutoModelForCausalLM.from_pretrained("pruned")
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter.add_(0.01)
+    tuned.save_pretrained("tuned")
+    for number, masks in enumerate((file, "pruned")):
+        done = apt("reapply", masks, "tuned", "-o", f"again{number}")
+        assert done.code == 0, done.err
+        assert "weights set to zero again" in done.out
+        module, found = opened(f"again{number}")
+        assert same(found, expected)
+        for name, parameter in tuned.named_parameters():
+            mask = expected.get(name, torch.zeros_like(parameter, dtype=torch.bool))
+            assert torch.equal(module.get_parameter(name), parameter.masked_fill(mask, 0))
+
+
+def test_masks_that_do_not_fit_are_errors(apt, checkpoint, pruned):
+    pruned()
+    other = apt("reapply", "pruned", checkpoint("opt"), "-o", "out")
+    assert other.code == 2
+    assert "masks of another model: model.layers.0" in other.err
+    shape = apt("reapply", "pruned", checkpoint("mistral"), "-o", "out")
+    assert shape.code == 2
+    assert "there, and" in shape.err
+    dense = apt("reapply", checkpoint("llama"), "pruned", "-o", "out")
+    assert dense.code == 2
+    assert "has no zeros" in dense.err
+    missing = apt("reapply", "nothing", "pruned", "-o", "out")
+    assert missing.code == 2
+    assert "nothing does not exist; name a pruned model" in missing.err
+    weights = apt("reapply", "pruned/model.safetensors", "pruned", "-o", "out")
+    assert weights.code == 2
+    assert "is not a file of masks" in weights.err
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.tuples(st.integers(1, 7), st.integers(1, 9)), min_size=1, max_size=3),
+       st.integers(0, 2**16))  # fmt: skip
+def test_masks_survive_their_file(tmp_path_factory, shapes, seed):
+    draw = torch.Generator().manual_seed(seed)
+    masks = {f"m{i}": torch.rand(shape, generator=draw) < 0.5 for i, shape in enumerate(shapes)}
+    path = tmp_path_factory.mktemp("masks") / MASKS
+    write_masks(masks, path)
+    assert same(read_masks(path), masks)
+    packed = sum(-(-mask.numel() // 8) for mask in masks.values())
+    assert path.stat().st_size < packed + 1000
+
+
+@pytest.mark.parametrize(
+    "shapes", ['{"m": [3, 9]}', '{"m": [0, 4]}', '{"m": "x"}', '{"n": [2, 4]}', "[", "{}"]
+)
+def test_damaged_masks_are_errors(tmp_path, shapes):
+    save_file({"m": torch.zeros(1, dtype=torch.uint8)}, tmp_path / MASKS, {"shapes": shapes})
+    with pytest.raises(AptError, match="is not a file of masks"):
+        read_masks(tmp_path / MASKS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--steps", 5, "--minutes", 1), "steps and minutes exclude each other"),
+        (("--tokens", "many"), "--tokens many is not a number of tokens"),
+        (("--rate", "nan"), "rate is nan; it must be above 0"),
+        (("--held-back", 1), "held_back is 1.0; it must be between 0 and 1"),
+        (("--kind", "ssp"), "did you mean 'spp'?"),
+        (("--optimizer", "adam", "--kind", "layers"), "optimizer 'adam' is unknown"),
+        (("--samples", 1, "--kind", "layers"), "the text has 1 samples"),
+        (("--kind", "layers", "--calibration", "nowhere.txt"), "nowhere.txt"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(apt, pruned, tmp_path, arguments, message):
+    pruned()
+    train = () if "--steps" in arguments else TRAIN[2:]
+    done = apt("recover", "pruned", *train, *arguments, "-o", "out")
+    assert done.code == 2
+    assert message in done.err
+    assert {path.name for path in tmp_path.iterdir()} == {"pruned"}
+
+
+def test_a_dense_model_is_refused(apt, checkpoint, tmp_path):
+    for kind in ("spp", "lora"):
+        done = apt("recover", checkpoint("llama"), *TRAIN, "--kind", kind, "-o", "out")
+        assert done.code == 2
+        assert "has no zeros" in done.err
+    assert not list(tmp_path.iterdir())
+    named = apt("recover", checkpoint("llama"), *TRAIN, "-o", "out")
+    assert named.code == 2
+    assert "no report names it" in named.err
+
+
+def test_a_law_without_recoveries_is_an_error(apt, pruned):
+    pruned()
+    assert "has no report of a recovery" in apt("law", "pruned").err
+    assert "has no report of a recovery" in apt("law", "nothing").err
+    assert "--threshold 0.0 is not above 0" in apt("law", "pruned", "--threshold", 0).err
+
+
+def test_the_kinds_are_listed(apt):
+    found = json.loads(apt("methods", "--json").out)
+    kinds = {entry["method"] for entry in found if entry["for"] == "recover"}
+    assert kinds == {"spp", "lora", "layers", "distill"}

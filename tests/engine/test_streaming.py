@@ -1,0 +1,368 @@
+"""Block by block from disk to disk: the same bytes as in memory, also when a run is cut short."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import threading
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import apt.checkpoints.safetensors_io as apt_shards
+import apt.files.journal as apt_journal
+import apt.output.workplace as apt_workplace
+from apt.checkpoints.safetensors_io import Shards
+from apt.distributed.ranks import Ranks
+from apt.engine.disk_blocks import DiskBlocks
+from tests.helpers import TEXT
+from tests.helpers.families import CONFIGS, FAMILIES, random_model
+from tests.helpers.processes import start
+
+SMALL = ("--samples", 4, "--seqlen", 24, "--pattern", "2:4", "--calibration", TEXT)
+
+
+class KilledError(BaseException):
+    """Stands in for a process that is gone: nothing catches it."""
+
+
+def weights(folder):
+    """Everything in an output but the times that its report has."""
+    files = {p.name: p.read_bytes() for p in Path(folder).iterdir() if p.name != "apt_report.json"}
+    report = json.loads((Path(folder) / "apt_report.json").read_text())
+    return files, [(s["name"], s["zeros"], s["relative_error"]) for s in report["sites"]]
+
+
+@pytest.fixture
+def sharded(tmp_path, tokenizer):
+    """A LLaMA in several files, with a few more beside them."""
+    folder = tmp_path / "sharded"
+    random_model("llama", torch.bfloat16).save_pretrained(folder, max_shard_size="60KB")
+    tokenizer.save_pretrained(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"dense")
+    (folder / "notes").mkdir()
+    (folder / "notes" / "card.md").write_text("kept")
+    assert len(list(folder.glob("*.safetensors"))) > 3
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("variant", "effort"),
+    [*((variant, "fast") for variant in FAMILIES.values()), ("llama", "default"),
+     ("mamba2", "default"), ("opt-350m", "fast"),
+     *((name, "default") for name in CONFIGS if name == "jamba")],
+)  # fmt: skip
+def test_a_streamed_run_gives_what_one_in_memory_gives(variant, effort, checkpoint, apt):
+    model = checkpoint(variant)
+    for name, options in (("memory", []), ("disk", ["--stream"])):
+        result = apt("prune", model, *SMALL, "--effort", effort, "-o", name, *options)
+        assert result.code == 0, result.err
+    memory, disk = (Shards(Path(name)) for name in ("memory", "disk"))
+    assert memory.entries.keys() == disk.entries.keys()
+    for name in memory.entries:
+        torch.testing.assert_close(memory.read(name), disk.read(name), rtol=1e-3, atol=1e-5)
+    assert apt("verify", "disk").code == 0
+    assert not list(Path().glob(".disk*"))
+
+
+def test_layout_and_every_other_file_stay(sharded, apt):
+    result = apt("prune", sharded, *SMALL, "--stream", "-o", "out")
+    assert result.code == 0, result.err
+    before, after = Shards(sharded), Shards(Path("out"))
+    assert {n: e.file.name for n, e in before.entries.items()} == {
+        n: e.file.name for n, e in after.entries.items()
+    }
+    for name, entry in before.entries.items():
+        assert (entry.dtype, entry.start) == (after.entries[name].dtype, after.entries[name].start)
+        same = torch.equal(before.read(name), after.read(name))
+        assert same == (not name.endswith("_proj.weight"))
+    assert Path("out/notes/card.md").read_text() == "kept"
+    assert Path("out/config.json").read_bytes() == (sharded / "config.json").read_bytes()
+    assert not Path("out/pytorch_model.bin").exists()
+
+
+def cut(monkeypatch, place, count, error):
+    """Let the ``count``-th call of a function of the journal or the shards fail."""
+    owner, name = place
+    original, calls = getattr(owner, name), []
+
+    def failing(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == count:
+            raise error
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, failing)
+
+
+PLACES = {
+    "write": (apt_shards.os, "pwrite"),
+    "journal": (apt_journal.Journal, "add"),
+    "appear": (apt_workplace, "rename_new"),
+}
+
+
+@pytest.mark.parametrize(
+    ("place", "count", "effort"),
+    [("write", 1, "default"), ("write", 9, "default"), ("write", 9, "fast"),
+     ("journal", 1, "fast"), ("journal", 5, "default"), ("journal", 6, "fast"),
+     ("appear", 1, "fast")],
+)  # fmt: skip
+def test_a_run_that_is_cut_short_goes_on_to_the_same_bytes(
+    place, count, effort, checkpoint, apt, monkeypatch
+):
+    command = ("prune", checkpoint("llama"), *SMALL, "--stream", "--effort", effort)
+    assert apt(*command, "-o", "whole").code == 0
+    with monkeypatch.context() as patch:
+        cut(patch, PLACES[place], count, KilledError())
+        with pytest.raises(KilledError):
+            apt(*command, "-o", "out")
+    assert not Path("out").exists()
+    if count > 1 or place == "appear":
+        refused = apt(*command, "-o", "out")
+        assert refused.code == 2
+        assert "(--resume)" in refused.err
+    result = apt(*command, "-o", "out", "--resume")
+    assert result.code == 0, result.err
+    assert weights("out") == weights("whole")
+    assert not list(Path().glob(".out*"))
+
+
+def test_a_run_that_is_cut_short_once_its_output_is_there_is_done(checkpoint, apt, monkeypatch):
+    command = ("prune", checkpoint("llama"), *SMALL, "--stream", "--effort", "fast")
+    assert apt(*command, "-o", "whole").code == 0
+    original = shutil.rmtree
+
+    def failing(path, *args, **kwargs):
+        if Path(path).name == ".out.apt":
+            raise KilledError
+        original(path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", failing)
+        with pytest.raises(KilledError):
+            apt(*command, "-o", "out")
+    assert Path("out").exists()
+    assert "exists and is not empty" in apt(*command, "-o", "out").err
+    result = apt(*command, "-o", "out", "--resume")
+    assert result.code == 0, result.err
+    assert weights("out") == weights("whole")
+    assert not list(Path().glob(".out*"))
+
+
+def check_full_disk(result, command, apt):
+    """A run that a full disk has ended says so, and can be gone on with."""
+    assert result.code == 2
+    assert "No space left on device" in result.err
+    assert "--resume" in result.err
+    assert apt(*command, "-o", "out", "--resume").code == 0
+    assert weights("out") == weights("whole")
+
+
+def test_a_full_disk_loses_nothing(checkpoint, apt, monkeypatch):
+    command = ("prune", checkpoint("llama"), *SMALL, "--stream")
+    assert apt(*command, "-o", "whole").code == 0
+    with monkeypatch.context() as patch:
+        cut(patch, PLACES["write"], 9, OSError(errno.ENOSPC, "No space left on device"))
+        result = apt(*command, "-o", "out")
+    check_full_disk(result, command, apt)
+
+
+def test_another_command_is_not_gone_on_with(checkpoint, apt, monkeypatch):
+    command = ("prune", checkpoint("llama"), *SMALL, "--stream", "-o", "out")
+    with monkeypatch.context() as patch:
+        cut(patch, PLACES["journal"], 4, KilledError())
+        with pytest.raises(KilledError):
+            apt(*command)
+    other = apt(*command, "--seed", 1, "--resume")
+    assert other.code == 2
+    assert "is another run: calibration.sha256, options.seed differ" in other.err
+    assert apt(*command, "--resume").code == 0
+
+
+def test_a_journal_cut_within_a_line_is_read_as_far_as_it_is_whole(checkpoint, apt, monkeypatch):
+    command = ("prune", checkpoint("llama"), *SMALL, "--stream")
+    assert apt(*command, "-o", "whole").code == 0
+    with monkeypatch.context() as patch:
+        cut(patch, PLACES["journal"], 5, KilledError())
+        with pytest.raises(KilledError):
+            apt(*command, "-o", "out")
+    journal = Path(".out.apt/journal.jsonl")
+    journal.write_bytes(journal.read_bytes()[:-30])
+    assert apt(*command, "-o", "out", "--resume").code == 0
+    assert weights("out") == weights("whole")
+
+
+def test_two_runs_do_not_write_one_output(checkpoint, apt):
+    for options in (["--stream"], ["--stream", "--resume"], []):
+        with apt_workplace.Workplace(Path("out")).locked():
+            result = apt("prune", checkpoint("llama"), *SMALL, *options, "-o", "out")
+        assert result.code == 2
+        assert "another run is writing" in result.err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--allocation", "atp", "--sparsity", "0.5"], "allocation atp needs the whole model"),
+        (["--dtype", "float32"], "another dtype than the default needs"),
+    ],
+)
+def test_what_cannot_be_streamed_is_told_first(options, said, checkpoint, apt):
+    small = SMALL[:4] + SMALL[6:] if "--sparsity" in options else SMALL
+    result = apt("prune", checkpoint("llama"), *small, "--stream", "-o", "out", *options)
+    assert result.code == 2
+    assert said in result.err
+    assert not list(Path().iterdir())
+
+
+def test_a_disk_too_small_is_told_first(checkpoint, apt, monkeypatch):
+    from collections import namedtuple
+
+    monkeypatch.setattr(
+        "apt.output.location.shutil.disk_usage", lambda _: namedtuple("U", "free")(1000)
+    )
+    result = apt("prune", checkpoint("llama"), *SMALL, "--stream", "-o", "out")
+    assert result.code == 2
+    assert "MiB left" in result.err
+
+
+def kill_after_two_blocks():
+    """Let this process be killed once two blocks are on disk."""
+    original, written = apt_journal.Journal.add, []
+
+    def add(self, line):
+        original(self, line)
+        written.append(line)
+        if len(written) == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    apt_journal.Journal.add = add
+
+
+def test_a_process_that_is_killed_is_gone_on_with(checkpoint, tmp_path, apt):
+    command = ("prune", checkpoint("llama"), *SMALL, "--stream")
+    assert apt(*command, "-o", "whole").code == 0
+    process = start(tmp_path, *command, "-o", "out", before=kill_after_two_blocks)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, Path("said").read_text()
+    assert not Path("out").exists()
+    assert Path(".out.apt/journal.jsonl").read_bytes().count(b"\n") == 4
+    assert apt(*command, "-o", "out", "--resume").code == 0
+    assert weights("out") == weights("whole")
+
+
+def test_the_next_block_is_read_while_one_has_its_turn(checkpoint, apt, monkeypatch):
+    command = ("prune", checkpoint("llama"), *SMALL, "--stream")
+    assert apt(*command, "-o", "whole").code == 0
+    readers, original = [], Shards.read
+
+    def read(self, name):
+        readers.append((name, threading.current_thread() is threading.main_thread()))
+        return original(self, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("apt.engine.disk_blocks.reads_ahead", lambda device: True)
+        patch.setattr(Shards, "read", read)
+        cut(patch, PLACES["journal"], 5, KilledError())
+        with pytest.raises(KilledError):
+            apt(*command, "-o", "out")
+        assert apt(*command, "-o", "out", "--resume").code == 0
+    in_main = {name for name, main in readers if main}
+    ahead = {name for name, main in readers if not main}
+    assert any(".layers.0." in name for name in in_main - ahead)
+    assert any(".layers.1." in name for name in ahead)
+    assert weights("out") == weights("whole")
+
+
+def test_a_block_that_is_read_ahead_but_never_opened_is_let_go():
+    """A layer-wise run opens no block that is dropped."""
+    plan = SimpleNamespace(blocks=[SimpleNamespace(name=str(index)) for index in range(5)])
+    source = SimpleNamespace(read=lambda name: {}, open=lambda name, dense: nullcontext())
+    work = SimpleNamespace(journal=SimpleNamespace(lines=[]))
+    blocks = DiskBlocks(plan, source, source, "cuda", work, Ranks())
+    for name, ahead in (("0", ["1"]), ("2", ["3"]), ("3", ["4"]), ("4", [])):
+        with blocks.open(name, None):
+            assert list(blocks._ahead) == ahead
+
+
+def test_a_damaged_block_that_is_read_ahead_is_told_in_its_turn(checkpoint, apt, monkeypatch):
+    model = Path(shutil.copytree(checkpoint("llama"), "damaged"))
+    name = "model.layers.1.mlp.up_proj.weight"
+    shards = Shards(model)
+    shards.write([(name, torch.full(shards.entries[name].shape, float("nan")))])
+    said = f"{name} in {model}/model.safetensors holds values that are not finite"
+    result = apt("prune", model, *SMALL, "--stream", "-o", "out")
+    assert result.code == 2
+    assert said in result.err
+    assert not Path(".out.apt").exists()
+    monkeypatch.setattr("apt.engine.disk_blocks.reads_ahead", lambda device: True)
+    monkeypatch.setattr(
+        "apt.checkpoints.stored.Stored.check_finite", lambda self: None
+    )  # damaged since
+    result = apt("prune", model, *SMALL, "--stream", "-o", "out")
+    assert result.code == 2
+    assert said in result.err
+    assert "finished blocks are in .out.apt: resume the run (--resume)" in result.err
+
+
+def test_a_run_goes_on_with_its_activations_elsewhere(checkpoint, apt, monkeypatch):
+    """As a run that died for lack of memory has to."""
+    command = ("prune", checkpoint("llama"), *SMALL, "--stream", "--effort", "fast")
+    assert apt(*command, "-o", "whole").code == 0
+    with monkeypatch.context() as patch:
+        cut(patch, PLACES["journal"], 5, KilledError())
+        with pytest.raises(KilledError):
+            apt(*command, "-o", "out")
+    result = apt(*command, "-o", "out", "--resume", "--activations", "disk")
+    assert result.code == 0, result.err
+    whole, out = (Shards(Path(name)) for name in ("whole", "out"))
+    for name in whole.entries:
+        torch.testing.assert_close(whole.read(name), out.read(name), rtol=1e-3, atol=1e-5)
+    assert apt(*command, "-o", "out", "--resume").code == 0  # it is the same run, and complete
+
+
+def test_a_run_that_needs_another_selection_is_not_to_be_resumed(tmp_path, tokenizer, apt):
+    model = random_model("llama")
+    torch.nn.init.zeros_(model.model.layers[1].mlp.up_proj.weight)
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "dead")
+    result = apt("prune", tmp_path / "dead", *SMALL, "--stream", "--effort", "fast", "-o", "out")
+    assert result.code == 2
+    assert "input was zero on all calibration tokens" in result.err
+    assert result.err.endswith("skip 'model.layers.1.mlp.down_proj' (--skip)\n")
+
+
+def test_text_that_the_model_wrote_is_kept_for_a_resumed_run(checkpoint, apt, monkeypatch):
+    command = ("prune", checkpoint("llama"), *SMALL, "--stream", "--own-samples", 2)
+    command = (*command, "--effort", "fast", "--eval", "builtin")
+    assert apt(*command, "-o", "whole").code == 0
+    with monkeypatch.context() as patch:
+        cut(patch, PLACES["journal"], 6, KilledError())
+        with pytest.raises(KilledError):
+            apt(*command, "-o", "out")
+    with monkeypatch.context() as patch:
+        patch.setattr("apt.text.augmentation.own_text", lambda *args, **kwargs: 1 / 0)
+        result = apt(*command, "-o", "out", "--resume")
+    assert result.code == 0, result.err
+    assert weights("out") == weights("whole")
+
+
+def test_kept_text_that_was_changed_is_refused(checkpoint, apt, monkeypatch):
+    command = ("prune", checkpoint("llama"), *SMALL, "--stream", "--own-samples", 2)
+    command = (*command, "--effort", "fast", "-o", "out")
+    with monkeypatch.context() as patch:
+        cut(patch, PLACES["journal"], 5, KilledError())
+        with pytest.raises(KilledError):
+            apt(*command)
+    kept = Path(".out.apt/tokens.safetensors")
+    raw = bytearray(kept.read_bytes())
+    raw[-8] ^= 1
+    kept.write_bytes(raw)
+    result = apt(*command, "--resume")
+    assert result.code == 2
+    assert "damaged: tokens.safetensors was changed" in result.err

@@ -1,0 +1,128 @@
+"""Metrics of a model that is never whole in memory, against those of one that is."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from apt.checkpoints.load import load, skeleton
+from apt.errors import AptError
+from apt.evaluation.blockwise import streamed
+from apt.locations.model_source import find
+from apt.plugin.registry import registry
+from tests.helpers import TEXT
+from tests.helpers.families import CONFIGS, random_tokens
+
+MEASURED = ("--eval", TEXT, "--metric", "perplexity", "--metric", "accuracy")
+COMMAND = (
+    *("--samples", 4, "--seqlen", 24, "--pattern", "2:4", "--effort", "fast"),
+    *("--calibration", TEXT, *MEASURED),
+)
+
+
+def scores(folder):
+    return json.loads((Path(folder) / "apt_report.json").read_text())["scores"]
+
+
+@pytest.fixture
+def shell(checkpoint):
+    return lambda variant: skeleton(find(str(checkpoint(variant)), registry()), registry())
+
+
+@pytest.mark.parametrize("variant", CONFIGS)
+@torch.no_grad()
+def test_windows_in_any_batches_give_the_whole_models_logits(variant, shell):
+    tokens = random_tokens(samples=5, seqlen=16)
+    model = load(shell(variant)).module
+    with streamed(shell(variant), tokens, "cpu") as hollow:
+        for rows in ([0, 1, 2, 3, 4], [4, 0], [3, 3]):
+            given, expected = hollow(tokens[rows]).logits, model(tokens[rows]).logits
+            torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-4)
+        named = hollow(input_ids=tokens[:2], use_cache=False).logits
+        torch.testing.assert_close(named, model(tokens[:2]).logits, rtol=1e-4, atol=1e-4)
+        blocks = [block for _, block in shell(variant).adapter.blocks(hollow)]
+        assert [next(block.parameters()).is_meta for block in blocks] == [True, True, False]
+    assert next(blocks[-1].parameters()).is_meta
+    assert "forward" not in vars(blocks[0])
+
+
+def test_other_tokens_than_the_windows_are_refused(shell):
+    tokens = random_tokens(samples=2, seqlen=16)
+    with (
+        streamed(shell("llama"), tokens, "cpu") as hollow,
+        pytest.raises(AptError, match="none of the given windows"),
+    ):
+        hollow(tokens[:, :8])
+
+
+@pytest.mark.parametrize("activations", ["memory", "disk"])
+def test_a_streamed_run_measures_what_one_in_memory_does(activations, checkpoint, apt):
+    model = checkpoint("llama-grouped-tied")
+    assert apt("prune", model, *COMMAND, "-o", "memory").code == 0
+    streamed = ("--stream", "--activations", activations)
+    result = apt("prune", model, *COMMAND, *streamed, "-o", "disk")
+    assert result.code == 0, result.err
+    assert "perplexity on" in result.out
+    known, found = scores("memory"), scores("disk")
+    for when in ("before", "after"):
+        assert found.pop(when) == pytest.approx(known.pop(when), rel=1e-5)
+    assert found == known
+
+
+def test_what_was_measured_is_not_measured_again(checkpoint, apt, monkeypatch):
+    command = ("prune", checkpoint("llama"), *COMMAND, "--stream")
+    assert apt(*command, "-o", "whole").code == 0
+    statuses = []
+    monkeypatch.setattr(
+        "apt.cli.progress.RunProgress.status", lambda self, line: statuses.append(line)
+    )
+
+    def failing(self, plan, visit):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("apt.engine.disk_blocks.DiskBlocks.verify", failing)
+        assert apt(*command, "-o", "out").code == 130
+    assert sum("measuring" in line for line in statuses) == 4
+    statuses.clear()
+    assert apt(*command, "-o", "out", "--resume").code == 0
+    assert not any("measuring" in line for line in statuses)
+    assert scores("out") == scores("whole")
+
+
+def test_another_text_to_measure_on_is_another_run(checkpoint, apt, monkeypatch):
+    text = Path("text.txt")
+    text.write_text(TEXT.read_text())
+    command = ["prune", checkpoint("llama"), *COMMAND, "--stream", "-o", "out"]
+    command[command.index("--eval") + 1] = text
+    with monkeypatch.context() as patch:
+        patch.setattr("apt.engine.disk_blocks.DiskBlocks.verify", lambda *given: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            apt(*command)
+    text.write_text(TEXT.read_text()[::-1])
+    result = apt(*command, "--resume")
+    assert result.code == 2
+    assert "evaluation differ" in result.err
+
+
+def test_eval_reads_block_by_block(checkpoint, apt):
+    model = checkpoint("opt")
+    command = ("eval", model, "--data", TEXT, "--samples", 4, "--seqlen", 24, "--json")
+    known = json.loads(apt(*command).out)
+    found = json.loads(apt(*command, "--stream").out)
+    assert found.pop("perplexity") == pytest.approx(known.pop("perplexity"), rel=1e-5)
+    assert found == known
+
+
+def test_what_cannot_be_read_block_by_block_is_told(apt, tmp_path, checkpoint):
+    refused = apt("eval", "zoo:llama", "--stream", "--dtype", "bfloat16")
+    assert refused.code == 2
+    assert "--dtype needs the whole model" in refused.err
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(checkpoint("llama") / "config.json", bare)
+    refused = apt("eval", bare, "--stream")
+    assert refused.code == 2
+    assert "only safetensors can be streamed" in refused.err

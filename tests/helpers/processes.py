@@ -1,0 +1,52 @@
+"""Processes that run the command line, forked from one that has imported what takes seconds."""
+
+import multiprocessing
+import os
+import socket
+import sys
+
+from apt.cli import main
+
+forked = multiprocessing.get_context("forkserver")
+forked.set_forkserver_preload(["tests.helpers.families"])
+
+
+def _command(folder, arguments, environment, before):
+    os.chdir(folder)
+    os.environ.update(environment)
+    with open("said", "a") as said:
+        for stream in (1, 2):
+            os.dup2(said.fileno(), stream)
+    if before:
+        before()
+    sys.argv = ["apt", *map(str, arguments)]
+    main()
+
+
+def start(folder, *arguments, before=None, **environment):
+    """Start ``apt`` in a folder, where what it says is added to a file ``said``.
+
+    Args:
+        folder: its working directory.
+        arguments: of the command line.
+        before: a function that the process calls first.
+        environment: what it finds in ``os.environ``.
+    """
+    process = forked.Process(target=_command, args=(folder, arguments, environment, before))
+    process.start()
+    return process
+
+
+def on_ranks(size, folder, *arguments):
+    """``apt`` on ranks that are told so as by torchrun: the status of each, and what they say."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [
+        start(folder, *arguments, RANK=str(rank), LOCAL_RANK=str(rank), **shared)
+        for rank in range(size)
+    ]
+    for rank in ranks:
+        rank.join()
+    return [rank.exitcode for rank in ranks], (folder / "said").read_text()

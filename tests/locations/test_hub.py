@@ -1,0 +1,136 @@
+"""Models and text on the hub: how it is asked, and what is said where it does not answer."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+
+from apt.checkpoints.load import load_tokenizer, read_config
+from apt.errors import AptError
+from apt.locations import hub
+from apt.locations.hub import Hub
+from apt.locations.model_source import find
+from apt.plugin.registry import registry
+from apt.text.datasets import documents
+from tests.helpers import TEXT
+
+COMMIT = "a" * 40
+
+
+@pytest.fixture
+def nowhere(monkeypatch):
+    """The hub is at an address where nobody answers."""
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    hub.reachable.cache_clear()
+    yield
+    hub.reachable.cache_clear()
+
+
+@pytest.fixture
+def downloads(checkpoint, tmp_path):
+    """A folder of downloads, as huggingface_hub keeps them, with a branch ``pruned`` of a model."""
+    repository = tmp_path / "cache" / "models--someone--model"
+    shutil.copytree(checkpoint("llama"), repository / "snapshots" / COMMIT)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "pruned").write_text(COMMIT)
+    return tmp_path / "cache"
+
+
+def test_what_loaders_are_told():
+    assert Hub().options() == {}
+    asked = Hub("v1", "hf_x", "dir", local=True)
+    assert asked.options() == {
+        "revision": "v1", "token": "hf_x", "cache_dir": "dir", "local_files_only": True
+    }  # fmt: skip
+    assert "revision" not in asked.without_revision().options()
+
+
+@pytest.mark.parametrize("command", ["inspect", "eval", "eval --stream", "convert -o new", "prune"])
+def test_a_branch_in_a_folder_of_downloads_is_read(apt, nowhere, downloads, command):
+    name, *more = command.split()
+    small = () if name == "convert" else ("--samples", 2, "--seqlen", 64)
+    text = {"eval": ("--data", TEXT), "prune": ("--calibration", TEXT)}.get(name, ())
+    options = ("--cache-dir", downloads, "--revision", "pruned", "--token", "hf_secret")
+    method = ("--method", "wanda", "-o", "out") if name == "prune" else ()
+    run = apt(name, "someone/model", *more, *small, *text, *options, *method)
+    assert run.code == 0, run.err
+    if name == "prune":
+        report = Path("out/apt_report.json").read_text()
+        assert '"revision": "pruned"' in report
+        assert "hf_secret" not in report
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ("inspect", "facebook/opt-125m"),
+            "'facebook/opt-125m' is not a local directory and has not",
+        ),
+        (("inspect", "llama"), "did you mean 'zoo:llama', the embedded model?"),
+        (("eval", "zoo:llama", "--tokenizer", "someone/else"), "no such tokenizer: 'someone/else'"),
+        (("eval", "zoo:llama", "--data", "c4"), "data set 'c4' is on the hub"),
+        (("eval", "zoo:llama", "--data", "wikitext2"), "data set 'wikitext2' is on the hub"),
+        (("eval", "zoo:llama", "--data", "ptb"), "data set 'ptb' is on the hub"),
+        (("eval", "zoo:llama", "--data", "someone/text"), "data set 'someone/text' is on the hub"),
+    ],
+    ids=str,
+)
+def test_a_hub_that_does_not_answer_is_one_line(apt, nowhere, arguments, said):
+    run = apt(*arguments)
+    assert run.code == 2
+    assert said in run.err
+    assert "http://127.0.0.1:9 does not answer" in run.err
+    assert len(run.err.splitlines()) == 1
+
+
+def test_no_network_on_request_is_told_as_that(apt, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub.reachable.cache_clear()
+    run = apt("inspect", "facebook/opt-125m")
+    hub.reachable.cache_clear()
+    assert run.code == 2
+    assert "the network is switched off by HF_HUB_OFFLINE" in run.err
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("config.json", "{", "does not load: It looks like the config file"),
+        ("config.json", '{"model_type": "none"}', "does not load: .* model type `none`"),
+        ("tokenizer.json", "{", "has no tokenizer that loads"),
+    ],
+)
+def test_damage_of_a_download_is_no_missing_download(nowhere, downloads, file, text, said):
+    path = next(downloads.rglob("snapshots")) / COMMIT / file
+    path.write_text(text)
+    asked = Hub("pruned", cache_dir=str(downloads))
+    source = find("someone/model", registry(), hub=asked)
+    with pytest.raises(AptError, match=said):
+        (load_tokenizer if file == "tokenizer.json" else read_config)(source)
+
+
+def test_code_of_another_tokenizer_runs_where_that_is_allowed(checkpoint, monkeypatch):
+    def loaded(name, **options):
+        asked.append(options["trust_remote_code"])
+        raise ValueError("it is not wanted here")
+
+    asked = []
+    monkeypatch.setattr("apt.checkpoints.load.AutoTokenizer.from_pretrained", loaded)
+    for allowed in (False, True):
+        source = find(str(checkpoint("llama")), registry(), trust_remote_code=allowed)
+        with pytest.raises(AptError, match="has no tokenizer that loads"):
+            load_tokenizer(source, str(checkpoint("opt")))
+    assert asked == [False, True]
+
+
+def test_a_revision_of_a_directory_is_refused(checkpoint):
+    with pytest.raises(AptError, match="a revision is for models of the hub"):
+        find(str(checkpoint("llama")), registry(), hub=Hub("v1"))
+
+
+def test_local_text_does_not_ask_for_the_hub(nowhere, tmp_path):
+    (tmp_path / "a.txt").write_text("words")
+    assert list(documents(str(tmp_path / "a.txt"), "evaluation", registry())) == ["words"]
+    assert hub.reachable.cache_info().currsize == 0

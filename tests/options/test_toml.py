@@ -1,0 +1,103 @@
+"""Options in files: what is written is read again, and what is no option is told."""
+
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import TEXT
+
+SMALL = ("--samples", 4, "--seqlen", 64, "--method", "wanda", "--calibration", TEXT)
+
+
+def plan(apt, *arguments):
+    """The dry run's plan as data, without what differs from call to call."""
+    run = apt("prune", *arguments, "--dry-run", "--json")
+    assert run.code == 0, run.err
+    record = json.loads(run.out)
+    del record["needs"]
+    return record
+
+
+def test_what_is_saved_repeats_the_command(apt):
+    given = (
+        *("zoo:llama", *SMALL, "--sparsity", 0.6, "--per", "row", "--skip", "*.k_proj"),
+        *("--override", "*.q_proj=0.4", "--layer-wise", "--damping", 0.02, "-o", "out"),
+    )
+    first = plan(apt, *given, "--save-config", "run.toml")
+    assert plan(apt, "--config", "run.toml") == first
+    assert plan(apt, "--config", "run.toml", "--save-config", "again.toml") == first
+    assert Path("again.toml").read_text() == Path("run.toml").read_text()
+    assert apt("prune", "--config", "run.toml").code == 0
+    report = json.loads(Path("out/apt_report.json").read_text())["options"]
+    assert (report["pattern"], report["per"], report["damping"]) == ("0.6", "row", 0.02)
+    assert report["overrides"] == {"*.q_proj": "0.4"}
+    assert report["error_aware"] is False
+
+
+def test_defaults_that_were_chosen_are_saved(apt):
+    plan(apt, "--adapter", "llama", "--samples", 4, "--seqlen", 64, "--save-config", "run.toml")
+    saved = tomllib.loads(Path("run.toml").read_text())
+    assert saved["model"] == "zoo:llama"
+    assert (saved["pattern"], saved["method"], saved["calibration"]) == ("2:4", "admm", "builtin")
+    assert saved["output"] == "llama-2of4-admm"
+    assert (saved["samples"], saved["metric"]) == (4, ["perplexity"])
+    assert not {"skip", "overwrite", "dry-run", "json", "save-config"} & saved.keys()
+
+
+def test_secrets_are_not_saved(apt):
+    plan(apt, "zoo:llama", *SMALL, "--token", "hf_secret", "--save-config", "run.toml")
+    assert "hf_secret" not in Path("run.toml").read_text()
+
+
+def test_the_command_line_counts_more(apt):
+    Path("run.toml").write_text('model = "zoo:llama"\nsamples = 9\nseqlen = 32\npattern = "1:4"\n')
+    record = plan(apt, "--config", "run.toml", "--samples", 4, "--pattern", "2:4")
+    assert (record["samples"], record["seqlen"]) == (5, 32)
+    assert {site["pattern"] for site in record["sites"]} == {"2:4"}
+
+
+@pytest.mark.parametrize(
+    ("line", "mode"), [("layer-wise = true", None), ("error-aware = true", True), ("", None)]
+)
+def test_options_of_two_names(apt, line, mode):
+    Path("run.toml").write_text(f'{line}\noutput = "out"\n')
+    assert apt("prune", "zoo:llama", *SMALL, "--config", "run.toml").code == 0
+    report = json.loads(Path("out/apt_report.json").read_text())["options"]
+    assert report["error_aware"] is bool(mode)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("sampels = 3", "no option 'sampels'; did you mean 'samples'?"),
+        ("config = 'x'", "no option 'config'"),
+        ("samples = true", "samples in run.toml is not a string or a number"),
+        ("samples = [3]", "samples in run.toml is not a string or a number"),
+        ("samples = 'many'", "Invalid value for '--samples': "),
+        ("skip = [[1]]", "skip in run.toml is not a list of strings"),
+        ("stream = 'yes'", "stream in run.toml is neither true nor false"),
+        ("pattern = 2:4", "run.toml cannot be read: "),
+        ("[prune]\nsamples = 3", "no option 'prune'"),
+        ("samples = -1", "must not be negative"),
+        (None, "run.toml cannot be read: "),
+    ],
+    ids=str,
+)
+def test_mistakes_in_a_file_are_one_line(apt, text, said):
+    if text is not None:
+        Path("run.toml").write_text(text)
+    run = apt("prune", "zoo:llama", "--config", "run.toml")
+    assert run.code == 2
+    assert said in run.err
+    assert "Traceback" not in run.err
+    assert [path.name for path in Path().iterdir()] == ["run.toml"] * (text is not None)
+
+
+def test_another_file_is_not_written_over(apt):
+    Path("run.toml").write_text("# mine\n")
+    run = apt("prune", "zoo:llama", *SMALL, "--dry-run", "--save-config", "run.toml")
+    assert run.code == 2
+    assert "run.toml exists; choose another file (--save-config)" in run.err
+    assert Path("run.toml").read_text() == "# mine\n"

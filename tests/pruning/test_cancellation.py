@@ -1,0 +1,196 @@
+"""A run that ends early: how soon, what state the blocks are in, and nothing left behind."""
+
+import copy
+import signal
+import threading
+from functools import cache, partial
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import apt as library
+import apt.tuning.reconstruct
+from apt.engine.prune_options import PruneOptions
+from apt.events import BlockStarted, SitePruned, Working
+from apt.planning.plan import make_plan
+from apt.plugin.registry import registry
+from apt.pruning.pipeline import prune_blocks
+from apt.solver import NM, Unstructured
+from apt.solver.patterns import meets
+from apt.tuning.reconstruct import Reconstruction
+from tests.helpers.families import CONFIGS, random_model, random_tokens
+
+TOKENS, PATTERN = random_tokens(6, 12), NM(2, 4)
+VARIANTS = [name for name in ("llama", "opt", "mamba", "jamba") if name in CONFIGS]
+
+
+class Enough(Exception):
+    pass
+
+
+@pytest.fixture(autouse=True)
+def tuned_on_little(monkeypatch):
+    """Tuning in steps of two samples, so that there are some."""
+    small_steps = partial(Reconstruction, tokens_per_batch=24)
+    monkeypatch.setattr("apt.engine.prune_options.Reconstruction", small_steps)
+
+
+@pytest.fixture(autouse=True)
+def not_full_precision():
+    """What products are made of is another thing than within a run, so that leaving it shows."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@cache
+def dense_model(variant):
+    return random_model(variant).train()
+
+
+@cache
+def events_of(variant, ordered):
+    events = []
+    run(variant, ordered, events.append)
+    return events
+
+
+def run(variant, ordered, observe):
+    model = copy.deepcopy(dense_model(variant))
+    library.prune(
+        model,
+        TOKENS,
+        pattern=PATTERN,
+        options=library.PruneOptions(ordered=ordered),
+        observe=observe,
+    )
+    return model
+
+
+def left_behind(model):
+    """What is there of a run beside the weights."""
+    return {
+        "threads": set(threading.enumerate()),
+        "hooks": [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks],
+        "forwards": [m for m in model.modules() if "forward" in vars(m)],
+        "eval": [m for m in model.modules() if not m.training],
+        "gradients": [p for p in model.parameters() if p.grad is not None or not p.requires_grad],
+        "modes": torch._C._len_torch_function_stack(),
+        "grad": torch.is_grad_enabled(),
+        "precision": torch.get_float32_matmul_precision(),
+        "random": torch.get_rng_state().tolist(),
+    }
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_block_is_in_the_state_that_is_documented(variant, ordered):
+    adapter = registry().adapter_for(dense_model(variant).config.model_type).load()()
+
+    @settings(max_examples=8, deadline=None)
+    @given(turn=st.integers(0, len(events_of(variant, ordered)) - 1))
+    def holds(turn):
+        seen, dense = [], dense_model(variant)
+        model = copy.deepcopy(dense)
+        before = left_behind(model)
+
+        def observe(event):
+            seen.append(event)
+            if len(seen) > turn:
+                raise Enough
+
+        with pytest.raises(Enough):
+            library.prune(
+                model,
+                TOKENS,
+                pattern=PATTERN,
+                options=library.PruneOptions(ordered=ordered),
+                observe=observe,
+            )
+        assert left_behind(model) == before
+        at = max(event.index for event in seen if isinstance(event, BlockStarted))
+        blocks = zip(adapter.blocks(model), adapter.blocks(dense), strict=True)
+        for index, ((_, block), (_, original)) in enumerate(blocks):
+            for site in adapter.sites(block):
+                weight = site.oriented(site.weight(block).data)
+                untouched = torch.equal(weight, site.oriented(site.weight(original).data))
+                states = (untouched, meets(weight, PATTERN))
+                assert any(states) if index == at else states == (index > at, index < at)
+
+    holds()
+
+
+@pytest.mark.parametrize("pattern", [PATTERN, Unstructured(0.5)], ids=str)
+@pytest.mark.parametrize(("ordered", "effort"), [(True, "default"), (False, "fast")])
+def test_no_more_than_one_step_goes_by_between_two_events(pattern, ordered, effort, monkeypatch):
+    """Solves, steps of tuning and batches that are run through a block, counted as they happen."""
+    monkeypatch.setattr("apt.pruning.pipeline.TOKENS_PER_BATCH", 24)
+    model, happened = random_model("llama"), []
+    adapter, method = registry().adapter_for("llama").load()(), registry().default_method()
+
+    def counted(what, function):
+        def called(*args, **kwargs):
+            happened.append(what)
+            return function(*args, **kwargs)
+
+        return called
+
+    descend = apt.tuning.reconstruct._Tuning.descend
+    monkeypatch.setattr("apt.tuning.reconstruct._Tuning.descend", counted("tuning", descend))
+    monkeypatch.setattr(adapter, "step", counted("running", adapter.step))
+    options = PruneOptions(effort=effort, error_aware=True, ordered=ordered)
+    recipe = options.recipe(method)
+    plan = make_plan(model, adapter, pattern)
+    solve = counted("solving", method.load())
+    prune_blocks(model, adapter, plan, TOKENS, solve, recipe, observe=happened.append)
+    steps = [index for index, what in enumerate(happened) if isinstance(what, str)]
+    assert {happened[index] for index in steps} >= {"solving", "running"}
+    for index, after in pairwise(steps):
+        one_and_the_same = happened[index] == "tuning" and happened[after] == "running"
+        assert after > index + 1 or one_and_the_same, happened[index : after + 1]
+    told = [event.doing for event in happened if isinstance(event, Working)]
+    assert told.count("solving") == 3 * 7
+    assert ("tuning" in told) == (effort == "default")
+
+
+@pytest.mark.parametrize("doing", ["running", "solving", "tuning"])
+def test_ctrl_c_is_heeded_as_an_observer_is(doing):
+    model = copy.deepcopy(dense_model("llama"))
+    before = left_behind(model)
+
+    def observe(event):
+        if isinstance(event, Working) and event.doing == doing:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        library.prune(model, TOKENS, pattern=PATTERN, observe=observe)
+    assert left_behind(model) == before
+
+
+def test_ctrl_c_within_a_forward():
+    model = copy.deepcopy(dense_model("llama"))
+    handle = model.model.layers[1].mlp.register_forward_pre_hook(
+        lambda *_: signal.raise_signal(signal.SIGINT)
+    )
+    before = left_behind(model)
+    with pytest.raises(KeyboardInterrupt):
+        library.prune(model, TOKENS, pattern=PATTERN)
+    assert left_behind(model) == before
+    handle.remove()
+
+
+def test_a_run_after_one_that_was_cancelled_gives_the_same():
+    expected = run("llama", True, lambda event: None).state_dict()
+
+    def observe(event):
+        if isinstance(event, SitePruned):
+            raise Enough
+
+    with pytest.raises(Enough):
+        run("llama", True, observe)
+    again = run("llama", True, lambda event: None).state_dict()
+    assert all(torch.equal(again[name], value) for name, value in expected.items())

@@ -1,0 +1,593 @@
+"""Recovery: every kind keeps every zero, lowers the loss, and can be undone and resumed."""
+
+import copy
+import itertools
+import math
+import random
+import re
+from contextlib import nullcontext, suppress
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from apt_plugins.masked_lora import masked_lora
+from apt_plugins.recoveries import layers, spp
+from apt_plugins.spp import SppConfig
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import TrainingArguments
+
+import apt as library
+from apt.adapter.eval_mode import eval_mode
+from apt.checkpoints.masks import masks_of
+from apt.engine import recover_api
+from apt.engine.api import find_adapter
+from apt.errors import AptError
+from apt.events import HeldBack, TrainingStep
+from apt.plugin.registry import registry
+from apt.plugin.specs import RecoverySpec
+from apt.recovery import recover as recovery
+from apt.recovery.options import RecoverOptions
+from apt.recovery.recover import NotRecoveredError
+from apt.recovery.teacher import divergence, relative_error
+from apt.recovery.trainable import Trainable, Unrecovered, next_token_loss, train_only
+from apt.recovery.windows import BlockWindows
+from tests.helpers import ROOT
+from tests.helpers.families import FAMILIES, random_model, random_tokens
+
+KINDS = ("spp", "lora", "layers", "distill")
+FEW = RecoverOptions(steps=4, checks=2, batch=4, rate=1e-2, hidden=0.1)
+
+
+def pruned(name="llama", pattern="0.6", dtype=torch.float32):
+    """A pruned random model, its dense original, and tokens that it can learn."""
+    model = random_model(name).to(dtype)
+    dense = copy.deepcopy(model)
+    library.prune(model, random_tokens(), pattern=pattern, method="wanda")
+    tokens = torch.arange(24 * 16).reshape(24, 16) % 50
+    return model, dense, tokens
+
+
+def zeros(model):
+    return masks_of(model, find_adapter(None, model, registry())[1])
+
+
+def same_zeros(before, model):
+    after = zeros(model)
+    return before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
+
+
+def loss(model, tokens):
+    with eval_mode(model), torch.no_grad():
+        return float(next_token_loss(model, {"input_ids": tokens}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("pattern", ["0.6", "2:4"])
+def test_every_kind_lowers_the_loss_and_keeps_every_zero(kind, pattern):
+    model, dense, tokens = pruned(pattern=pattern)
+    before, start = zeros(model), loss(model, tokens)
+    if kind == "distill":  # towards a dense model that knows the text
+        library.recover(dense, tokens, kind="layers", options=RecoverOptions(
+            steps=40, batch=8, rate=1e-2, blocks=3))  # fmt: skip
+    options = RecoverOptions(steps=8, checks=2, batch=4, rate=1e-2, blocks=3, hidden=0.1)
+    training = library.recover(model, tokens, kind=kind, options=options, dense=dense)
+    assert same_zeros(before, model)
+    assert loss(model, tokens) < start
+    assert training.best in training.held_back
+    assert len(training.losses) == training.steps == 8
+
+
+@pytest.mark.parametrize("family", FAMILIES.values())
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_family_is_recovered_in_its_own_dtype(kind, family):
+    model, dense, tokens = pruned(family, "0.5", torch.bfloat16)
+    before = zeros(model)
+    names = [name for name, _ in model.named_modules()]
+    flags = {n: (p.dtype, p.requires_grad) for n, p in model.named_parameters()}
+    with suppress(NotRecoveredError):  # a few steps need not help a random model
+        library.recover(model, tokens, kind=kind, options=FEW, dense=dense)
+    assert same_zeros(before, model)
+    assert [name for name, _ in model.named_modules()] == names
+    assert {n: (p.dtype, p.requires_grad) for n, p in model.named_parameters()} == flags
+
+
+NORMS = {"llama": "model.norm", "opt": "model.decoder.final_layer_norm",
+         "bloom": "transformer.ln_f", "mamba": "backbone.norm_f"}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", NORMS)
+def test_layers_trains_the_last_blocks_the_final_norm_and_the_head(family):
+    model = random_model(family).requires_grad_(False)
+    adapter = find_adapter(None, model, registry())[1]
+    layers(Unrecovered(model, adapter, {}, RecoverOptions(blocks=1)))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    last = adapter.blocks(model)[-1][0]
+    expected = {n for n, _ in model.named_parameters() if n.startswith((last, NORMS[family]))}
+    head = model.get_output_embeddings().weight
+    assert trained == expected | {n for n, p in model.named_parameters() if p is head}
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_the_dropout_of_spp_is_an_option():
+    model, _, _ = pruned()
+    given = Unrecovered(model, find_adapter(None, model, registry())[1], {}, RecoverOptions())
+    for wish in (0.0, 0.05):
+        tuned = spp(replace(given, options=RecoverOptions(dropout=wish)))
+        assert tuned.module.peft_config["default"].dropout == wish
+        tuned.undo()
+
+
+@pytest.mark.parametrize("kind", ["spp", "layers"])
+def test_a_training_that_does_not_help_leaves_the_model_as_it_was(kind):
+    model, _, tokens = pruned()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    options = RecoverOptions(steps=6, checks=3, batch=4, rate=1e20)
+    with pytest.raises(NotRecoveredError, match=r"diverged|did not lower") as caught:
+        library.recover(model, tokens, kind=kind, options=options)
+    assert "rate" in caught.value.options
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_zeros_of_a_kind_that_fills_them_are_an_error():
+    def filling(given):
+        tuned = get_peft_model(given.model, LoraConfig(target_modules=given.linears(), r=2))
+        return Trainable(tuned, merge=tuned.merge_and_unload)
+
+    model, _, tokens = pruned()
+    with pytest.raises(AptError, match="recovery filling filled zeros of model.layers.0"):
+        library.recover(model, tokens, kind=filling, options=FEW)
+
+
+def test_a_function_is_a_kind_and_chooses_what_is_trained():
+    def norms(given):
+        train_only(given.model, (p for n, p in given.model.named_parameters() if "norm" in n))
+        return Trainable(given.model)
+
+    model, _, tokens = pruned()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    library.recover(model, tokens, kind=norms, options=FEW)
+    changed = {n for n, tensor in model.state_dict().items() if not torch.equal(tensor, before[n])}
+    assert changed
+    assert all("norm" in name for name in changed)
+
+
+@pytest.mark.parametrize("pattern", ["0.6", "2:4", "4:8"])
+def test_masks_that_move_keep_every_count(pattern):
+    model, _, tokens = pruned(pattern=pattern)
+    before = zeros(model)
+    options = RecoverOptions(steps=40, checks=4, batch=8, rate=1e-2, blocks=3, move_masks=True)
+    training = library.recover(model, tokens, kind="layers", options=options)
+    after = zeros(model)
+    assert training.exchanges > 100
+    for name, mask in before.items():
+        assert not torch.equal(mask, after[name])
+        size = mask.shape[1] if pattern == "0.6" else int(pattern[-1])
+        counts = [m.view(len(m), -1, size).sum(-1) for m in (mask, after[name])]
+        assert torch.equal(*counts), name
+    with pytest.raises(AptError, match="its masks cannot move"):
+        library.recover(model, tokens, kind="spp", options=RecoverOptions(steps=2, move_masks=True))
+
+
+def test_masks_that_move_are_in_the_checkpoints(tmp_path):
+    options = RecoverOptions(steps=8, checks=4, batch=4, rate=3e-3, blocks=3, move_masks=True)
+    given = {"kind": "layers", "options": options}
+    model, _, tokens = pruned()
+    whole = library.recover(model, tokens, **given)
+
+    def kill(event):
+        if isinstance(event, TrainingStep) and event.step == 6:
+            raise Killed
+
+    other, _, _ = pruned()
+    with pytest.raises(Killed):
+        library.recover(other, tokens, folder=tmp_path, observe=kill, **given)
+    again = library.recover(other, tokens, folder=tmp_path, resume=True, **given)
+    assert again.losses == whole.losses
+    assert same_zeros(zeros(model), other)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_are_trained_in_turn(kind):
+    model, dense, tokens = pruned()
+    before, blocks, trained = zeros(model), model.model.layers, []
+    start = copy.deepcopy(blocks.state_dict())
+
+    def see(event):
+        if isinstance(event, TrainingStep):
+            trained.append([any(p.requires_grad for p in b.parameters()) for b in blocks])
+
+    options = RecoverOptions(steps=30, checks=30, patience=30, rate=1e-2, hidden=0.1, window=1)
+    best = library.recover(
+        model, tokens, kind=kind, options=options, dense=dense, observe=see
+    ).best  # the model is the one after this step
+    turns = [[index == step // 10 for index in range(3)] for step in range(30)]
+    assert trained == turns
+    after = blocks.state_dict()
+    weights = [name for name in start if name.endswith("gate_proj.weight")]
+    changed = [not torch.equal(start[name], after[name]) for name in weights]
+    assert changed == [best > 10 * index for index in range(3)]
+    assert same_zeros(before, model)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_moments_exist_for_the_window_alone():
+    model, _, _ = pruned()
+    _, adapter = find_adapter(None, model, registry())
+    windows = BlockWindows(model, adapter, 2, steps=4)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for step, expected in enumerate(["01", "01", "2", "2"]):
+        windows.on_step_begin(None, SimpleNamespace(global_step=step), None, optimizer=optimizer)
+        loss_of = next_token_loss(model, {"input_ids": random_tokens()})
+        loss_of.backward()
+        optimizer.step()
+        found = {n for n, p in model.model.layers.named_parameters() if p in optimizer.state}
+        assert "".join(sorted({name.partition(".")[0] for name in found})) == expected
+
+
+def test_a_training_of_blocks_in_turn_continues_with_the_same_losses(tmp_path):
+    options = RecoverOptions(steps=9, checks=9, batch=4, rate=1e-2, window=1, blocks=3)
+    given = {"kind": "layers", "options": options}
+    model, dense, tokens = pruned()
+    whole = library.recover(model, tokens, dense=dense, **given)
+
+    def kill(event):
+        if isinstance(event, TrainingStep) and event.step == 6:
+            raise Killed
+
+    other, _, _ = pruned()
+    with pytest.raises(Killed):
+        library.recover(other, tokens, dense=dense, folder=tmp_path, observe=kill, **given)
+    again = library.recover(other, tokens, dense=dense, folder=tmp_path, resume=True, **given)
+    assert again.losses == whole.losses
+
+
+class Killed(Exception):
+    """A stand-in for the death of the process."""
+
+
+@pytest.mark.parametrize("kind", ["spp", "lora", "distill"])
+def test_a_resumed_training_has_the_same_losses_and_weights(kind, tmp_path):
+    options = RecoverOptions(steps=6, checks=3, batch=4, rate=3e-3, hidden=0.1)
+    model, dense, tokens = pruned()
+    whole = library.recover(model, tokens, kind=kind, options=options, dense=dense)
+
+    def kill(event):
+        if isinstance(event, TrainingStep) and event.step == 5:
+            raise Killed
+
+    other, dense, _ = pruned()
+    given = {"kind": kind, "options": options, "dense": dense, "folder": tmp_path}
+    with pytest.raises(Killed):
+        library.recover(other, tokens, observe=kill, **given)
+    events = []
+    again = library.recover(other, tokens, resume=True, observe=events.append, **given)
+    steps = [event.step for event in events if isinstance(event, TrainingStep)]
+    assert steps == [5, 6]
+    assert again.losses == whole.losses
+    assert again.held_back == whole.held_back
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("ends", [False, True])
+def test_the_callers_model_and_random_state_are_as_before(kind, ends):
+    """transformers' Trainer sets use_cache, the mode and the seeds, and wraps forward for bf16."""
+    model, dense, tokens = pruned()
+    model.config.use_cache = True
+    model.train()
+    own, hooks = set(vars(model)), [bool(p._backward_hooks) for p in model.parameters()]
+
+    def end(event):
+        if ends and isinstance(event, TrainingStep):
+            raise Killed
+
+    torch.manual_seed(1)
+    random.seed(1)
+    expected = torch.rand(3), random.random()
+    torch.manual_seed(1)
+    random.seed(1)
+    given, options = {"dense": dense, "observe": end}, replace(FEW, checkpointing=True, rate=2e-3)
+    with pytest.raises(Killed) if ends else nullcontext():
+        library.recover(model, tokens, kind=kind, options=options, **given)
+    assert model.config.use_cache is True
+    assert model.training
+    assert {name for name in vars(model) if not name.startswith("_require_grads")} == own
+    assert not model.get_input_embeddings()._forward_hooks
+    assert [bool(p._backward_hooks) for p in model.parameters()] == hooks
+    assert not any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
+    assert torch.equal(torch.rand(3), expected[0])
+    assert random.random() == expected[1]
+
+
+def test_a_step_has_all_its_samples():
+    model, _, tokens = pruned()
+    options = RecoverOptions(steps=2, checks=1, batch=6, samples_at_once=4, rate=1e-2)
+    seen = []
+
+    def kind(given):
+        def count(module, batch):
+            seen.append(len(batch["input_ids"]))
+            return next_token_loss(module, batch)
+
+        train_only(given.model, given.model.parameters())
+        return Trainable(given.model, count, masked=True)
+
+    library.recover(model, tokens, kind=kind, options=options)
+    assert seen == [3, 3, 3, 3]
+
+
+def test_a_loss_that_is_no_number_ends_the_training_and_is_recorded():
+    model, _, tokens = pruned()
+    events = []
+
+    def kind(given):
+        train_only(given.model, given.model.parameters())
+        return Trainable(given.model, lambda m, b: next_token_loss(m, b) * math.nan, masked=True)
+
+    with pytest.raises(NotRecoveredError, match="diverged after 1 steps"):
+        library.recover(model, tokens, kind=kind, options=FEW, observe=events.append)
+    assert math.isnan(next(event.loss for event in events if isinstance(event, TrainingStep)))
+
+
+def test_a_folder_serves_one_training(tmp_path):
+    model, dense, tokens = pruned()
+    given = {"options": FEW, "dense": dense, "folder": tmp_path}
+    library.recover(model, tokens, **given)
+    with pytest.raises(AptError, match="has another training: .*tokens"):
+        library.recover(model, tokens.flip(0), resume=True, **given)
+    other, more, _ = pruned()
+    both = torch.cat([tokens, tokens])  # the outputs of the dense model have to be computed anew
+    alone = library.recover(copy.deepcopy(other), both, options=FEW, dense=more)
+    again = library.recover(other, both, **given)
+    assert again.losses == alone.losses
+
+
+@pytest.mark.parametrize("kind", ["spp", "lora", "layers"])
+def test_training_ends_where_the_loss_no_longer_falls_and_takes_the_best_weights(kind):
+    model, _, tokens = pruned()
+    options = RecoverOptions(steps=60, checks=30, batch=8, rate=1e-1, patience=2, blocks=3)
+    events = []
+    training = library.recover(model, tokens, kind=kind, options=options, observe=events.append)
+    losses = {event.step: event.loss for event in events if isinstance(event, HeldBack)}
+    assert losses == training.held_back
+    assert training.best == min(losses, key=losses.get) < max(losses)
+    assert "no longer fell" in training.stopped
+    assert loss(model, tokens[-1:]) == pytest.approx(
+        losses[training.best], rel=0.01
+    )  # bf16 in training
+
+
+def test_automatic_tokens_use_the_text_once_at_most():
+    model, _, tokens = pruned()
+    options = RecoverOptions(tokens="auto", batch=2, checks=11, rate=1e-3, blocks=3)
+    training = library.recover(model, tokens, kind="layers", options=options)
+    assert training.steps == 23 // 2
+    if len(training.losses) < training.steps:
+        assert training.stopped
+    many = RecoverOptions(tokens=100, batch=2, checks=1, rate=1e-3, blocks=3)
+    assert library.recover(model, tokens, kind="layers", options=many).steps == 4  # of 32 tokens
+
+
+@pytest.mark.parametrize("window", [None, 1])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_time_decides_the_number_of_steps(kind, window, monkeypatch):
+    """A forward and backward pass of 8 samples takes a second here, and a forward as well."""
+    clock = itertools.count()
+    monkeypatch.setattr(recovery, "_now", lambda device: next(clock))
+    model, dense, tokens = pruned()
+    model.requires_grad_(False)
+    options = RecoverOptions(minutes=0.1, checks=1, batch=4, rate=1e-2, window=window, hidden=0.1)
+    events = []
+    with suppress(NotRecoveredError):
+        library.recover(
+            model, tokens, kind=kind, options=options, dense=dense, observe=events.append
+        )
+    held_back = round(0.05 * len(tokens))
+    step = 4 / 8 + (4 / 8 if kind == "distill" else 0)  # with the dense model's forward
+    assert events[-1].step == int((6 - 2 * held_back / 8) / step)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("minutes", [None, 0.001])
+def test_a_kind_with_a_teacher_chooses_among_all_parameters(minutes, monkeypatch):
+    model, dense, tokens = pruned()
+    seen = []
+
+    def own(given):
+        seen.extend(parameter.requires_grad for parameter in given.model.parameters())
+        return Trainable(given.model)
+
+    spec = RecoverySpec("own", "", "", teacher=True)
+    monkeypatch.setattr(recover_api, "_kind", lambda kind: (spec, own))
+    steps = 1 if minutes is None else None
+    with suppress(AptError):
+        library.recover(
+            model, tokens, kind=own, dense=dense,
+            options=RecoverOptions(steps=steps, minutes=minutes, batch=4),
+        )  # fmt: skip
+    assert seen
+    assert all(seen)
+
+
+def test_the_step_that_is_timed_is_that_of_the_kind():
+    model, _, tokens = pruned()
+    trained = []
+
+    def head(given):
+        def loss(model, batch):
+            trained.append([n for n, p in model.named_parameters() if p.requires_grad])
+            return next_token_loss(model, batch)
+
+        train_only(given.model, [given.model.lm_head.weight])
+        return Trainable(given.model, loss)
+
+    options = RecoverOptions(minutes=0.001, checks=1, batch=4, rate=1e-3)
+    with suppress(NotRecoveredError):
+        library.recover(model, tokens, kind=head, options=options)
+    assert trained[0] == ["lm_head.weight"]
+
+
+def test_plain_lora_fills_zeros_where_spp_and_masked_lora_keep_them():
+    model, _, tokens = pruned()
+    before = zeros(model)
+    linears = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    kept = {}
+    for name, config in {
+        "plain": LoraConfig(target_modules=linears, r=4),
+        "masked": masked_lora(target_modules=linears, r=4),
+        "spp": SppConfig(target_modules=linears, r=4),
+    }.items():
+        tuned = get_peft_model(copy.deepcopy(model), config)
+        optimizer = torch.optim.SGD((p for p in tuned.parameters() if p.requires_grad), 1.0)
+        for _ in range(2):
+            next_token_loss(tuned, {"input_ids": tokens}).backward()
+            optimizer.step()
+        kept[name] = same_zeros(before, tuned.merge_and_unload())
+    assert kept == {"plain": False, "masked": True, "spp": True}
+
+
+@pytest.mark.parametrize("option", ["lora_dropout", "use_dora", "lora_bias"])
+def test_masked_lora_refuses_what_it_does_not_mask(option):
+    with pytest.raises(ValueError, match=f"does not serve {option}"):
+        masked_lora(target_modules=["up_proj"], **{option: 0.5 if "dropout" in option else True})
+    with pytest.raises(ValueError, match=r"serves torch\.nn\.Linear, not Embedding"):
+        get_peft_model(random_model("llama"), masked_lora(target_modules=["embed_tokens"]))
+
+
+def test_spp_multiplies_and_peft_saves_loads_and_merges_it(tmp_path):
+    model, _, tokens = pruned()
+    config = SppConfig(target_modules="all-linear", r=4, scale=0.5, task_type="CAUSAL_LM")
+    dense_logits = model(tokens).logits
+    tuned = get_peft_model(copy.deepcopy(model), config)
+    assert torch.equal(tuned(tokens).logits, dense_logits)  # c begins with zeros
+    layer = tuned.base_model.model.model.layers[0].mlp.up_proj
+    weight = layer.get_base_layer().weight.detach().clone()
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "spp_" in name:
+                parameter.normal_()
+    first, factors = layer.spp_A["default"], layer.spp_c["default"]
+    rows = weight.shape[0] // 4
+    by_hand = weight * (1 + 0.5 * first.repeat_interleave(rows, 0) * factors)
+    torch.testing.assert_close(layer.weight, by_hand)
+    changed = tuned(tokens).logits
+    assert not torch.allclose(changed, dense_logits)
+    with tuned.disable_adapter():
+        assert torch.equal(tuned(tokens).logits, dense_logits)
+    tuned.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path)
+    torch.testing.assert_close(loaded(tokens).logits, changed)
+    loaded.merge_adapter()
+    torch.testing.assert_close(loaded(tokens).logits, changed)
+    loaded.unmerge_adapter()
+    torch.testing.assert_close(loaded(tokens).logits, changed)
+    merged = loaded.merge_and_unload()
+    torch.testing.assert_close(merged(tokens).logits, changed)
+    assert same_zeros(zeros(model), merged)
+    assert type(merged) is type(model)
+
+
+def test_the_lines_for_users_of_peft_train_and_keep_every_zero(tmp_path):
+    """The example of docs/recovery.md, as it stands there."""
+    page = (ROOT / "docs/recovery.md").read_text()
+    (source,) = re.findall(r"```python\n(from peft .*?)```", page, re.DOTALL)
+    model, _, tokens = pruned()
+    before = zeros(model)
+    scope = {
+        "pruned": model,
+        "arguments": TrainingArguments(
+            str(tmp_path), max_steps=6, learning_rate=1e-2, use_cpu=True, report_to=[],
+            disable_tqdm=True,
+        ),
+        "dataset": [{"input_ids": row, "labels": row} for row in tokens],
+    }  # fmt: skip
+    start = loss(model, tokens)
+    exec(source, scope)
+    assert same_zeros(before, scope["merged"])
+    assert loss(scope["merged"], tokens) < start
+
+
+def test_spp_with_several_adapters_and_rows_that_its_rank_does_not_divide():
+    model, _, tokens = pruned()
+    tuned = get_peft_model(model, SppConfig(target_modules=["up_proj"], r=7))
+    tuned.add_adapter("other", SppConfig(target_modules=["up_proj"], r=100, dropout=0.5))
+    tuned.base_model.set_adapter(["default", "other"])
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "spp_" in name:
+                parameter.normal_(std=0.1)
+    dropped = tuned.train()(tokens).logits
+    expected = tuned.eval()(tokens).logits
+    assert not torch.allclose(dropped, expected)
+    torch.testing.assert_close(tuned.merge_and_unload()(tokens).logits, expected)
+    with pytest.raises(ValueError, match="not a torch.nn.Linear"):
+        get_peft_model(random_model("llama"), SppConfig(target_modules=["embed_tokens"]))
+    with pytest.raises(ValueError, match="must be at least 1"):
+        get_peft_model(random_model("llama"), SppConfig(target_modules=["up_proj"], r=0))
+
+
+def test_the_divergence_is_that_of_the_full_vocabulary_and_merges_the_rest():
+    draw = torch.Generator().manual_seed(0)
+    logits, dense = (torch.randn(2, 3, 20, generator=draw) for _ in range(2))
+    logs = dense.log_softmax(-1)
+    full = (
+        torch.nn.functional.kl_div(logits.log_softmax(-1), logs, log_target=True, reduction="sum")
+        / 6
+    )
+    values, tokens = logs.topk(20)
+    torch.testing.assert_close(divergence(logits, tokens, values), full, atol=1e-4, rtol=1e-4)
+    values, tokens = logs.topk(5)
+    part = divergence(logits, tokens, values)
+    assert 0 < part < full  # merging events lowers a divergence
+    assert divergence(dense, tokens, values).abs() < 1e-5
+    assert relative_error(dense, dense) == 0
+    assert relative_error(2 * dense, dense) == pytest.approx(1)
+
+
+def test_options_out_of_range_are_errors_that_name_the_option():
+    wrong = {
+        "steps": 0, "tokens": 0, "minutes": math.inf, "rate": 0, "batch": 0, "held_back": 1.0,
+        "checks": 0, "patience": 0, "rank": 0, "blocks": 0, "hidden": -1.0, "top": 0,
+        "dropout": 1.0,
+    }  # fmt: skip
+    for name, value in wrong.items():
+        with pytest.raises(AptError, match=name) as caught:
+            RecoverOptions(**{name: value}).check()
+        assert name in caught.value.options
+    with pytest.raises(AptError, match="exclude each other"):
+        RecoverOptions(steps=1, minutes=1).check()
+    with pytest.raises(AptError, match="tokens is 'many'"):
+        RecoverOptions(tokens="many").check()
+
+
+def test_an_option_of_another_kind_is_an_error_that_names_its_kinds():
+    known = registry().recoveries.specs
+    every = {"rank": 4, "dropout": 0.1, "blocks": 1, "move_masks": True, "hidden": 0.5, "top": 8}
+    for kind in KINDS:
+        RecoverOptions().check_used(known[kind], known.values())
+        for name in every.keys() - {*known[kind].options}:
+            with pytest.raises(AptError, match=f"{kind} does not use {name}") as caught:
+                RecoverOptions(**{name: every[name]}).check_used(known[kind], known.values())
+            assert caught.value.options == (name,)
+    spec = replace(known["spp"], options=None)
+    RecoverOptions(**every).check_used(spec, known.values())
+
+
+def test_what_a_recovery_lacks_is_an_error():
+    model, _, tokens = pruned()
+    with pytest.raises(AptError, match="needs the dense model"):
+        library.recover(model, tokens, kind="distill", options=FEW)
+    with pytest.raises(AptError, match="the text has 1 samples"):
+        library.recover(model, tokens[:1], kind="layers", options=FEW)
+    with pytest.raises(AptError, match="the model has no zeros"):
+        library.recover(random_model("llama"), tokens, kind="spp", options=FEW)
+    with pytest.raises(AptError, match="no recovery 'sp'.*did you mean 'spp'"):
+        library.recover(model, tokens, kind="sp", options=FEW)
+    with pytest.raises(AptError, match="optimizer 'adam' is unknown"):
+        library.recover(
+            model, tokens, kind="layers", options=RecoverOptions(steps=2, optimizer="adam")
+        )

@@ -1,0 +1,426 @@
+"""Sizes, the search for a smaller model, and the baselines that it is compared with."""
+
+import json
+import math
+import time
+from dataclasses import replace
+from itertools import combinations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import apt as library
+from apt.calibration.batches import enter
+from apt.checkpoints.load import skeleton
+from apt.errors import AptError
+from apt.locations.model_source import find
+from apt.plugin.registry import registry
+from apt.shrinking import latency
+from apt.shrinking.gap_fits import GapFits
+from apt.shrinking.options import ShrinkOptions
+from apt.shrinking.proxy import Proxy
+from apt.shrinking.search import (
+    Candidate,
+    KnownLosses,
+    Scored,
+    Search,
+    SearchOptions,
+    pareto_front,
+)
+from apt.shrinking.sizes import TOLERANCE, Size, Sizes
+from apt.shrinking.skipping import loss_without
+from apt.shrinking.wanted_sizes import wanted_sizes, with_mode
+from apt.solver import ColumnGroups, Gram, SolverOptions
+from tests.helpers.families import FAMILIES, random_model, random_tokens
+
+TOKENS = random_tokens(4, 24)
+DAMPED = SolverOptions(damping=0.01)
+
+
+def sizes_of(variant, adapter_of, multiple=8, seconds=None):
+    model = random_model(variant)
+    return Sizes(model, adapter_of(model), model.config, multiple, seconds)
+
+
+@pytest.mark.parametrize("variant", ["llama-grouped-tied", "opt", "mamba"])
+@settings(deadline=None, max_examples=15)
+@given(keep=st.floats(0.3, 0.95))
+def test_the_nearest_size_is_found(variant, keep):
+    def adapter_of(model):
+        return registry().adapter_for(model.config.model_type).load()()
+
+    sizes = sizes_of(variant, adapter_of, 1)
+    found = sizes.near(keep, width=True, depth=True)
+    assert [abs(s.cost - keep) for s in found] == pytest.approx(
+        sorted(abs(s.cost - keep) for s in found), abs=1e-6
+    )
+    for size in found[:3]:
+        assert sizes.size(size.kept, size.blocks).share == pytest.approx(size.share)
+    costs = [size.cost for size in sizes.every(width=True, depth=True)]
+    assert costs == sorted(costs)
+    assert costs[0] <= found[0].cost <= costs[-1] < 1
+
+
+def test_a_latency_budget_counts_time(adapter_of):
+    times = {(): 4.0, (("channels", 32),): 3.0}
+
+    def seconds(kept):
+        return times.get(tuple(kept.items()), 4.0)
+
+    sizes = sizes_of("opt", adapter_of, 32, seconds)
+    found = sizes.near(0.75, width=True, depth=False)
+    assert [dict(size.kept) for size in found] == [{"channels": 32}]
+    assert found[0].cost == 0.75
+    assert found[0].share != 0.75
+
+
+def test_latencies_are_measured_for_each_kind_and_draw_from_no_random_state(monkeypatch):
+    """The times that groups of two kinds save add up."""
+    made = []
+
+    def timed(small, adapter, seqlen, device):
+        made.append((small.config.num_attention_heads, small.config.intermediate_size))
+        return 1.0 + made[-1][0] + made[-1][1] / 8
+
+    monkeypatch.setattr(latency, "_seconds", timed)
+    model, state = random_model("llama"), torch.get_rng_state()
+    adapter = registry().adapters.get("llama").load()()
+    seconds = latency.block_times(model, adapter, model.config, "cpu", 16)
+    Sizes(model, adapter, model.config, 8, seconds).near(0.5, width=True, depth=True)
+    assert sorted(made) == [(n, 64) for n in (1, 2)] + [(4, n) for n in range(1, 65)]
+    assert seconds({"heads": 2, "channels": 16}) == 1 + 2 + 16 / 8
+    monkeypatch.undo()
+    assert latency.block_times(model, adapter, model.config, "cpu", 16)({"heads": 2}) > 0
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_smaller_multiple_is_used_only_where_none_comes_near():
+    shell, said = skeleton(find("zoo:opt", registry()), registry()), []
+
+    def sizes(multiple):
+        return Sizes(shell.module, shell.adapter, shell.config, multiple)
+
+    wish = with_mode(ShrinkOptions(keep=0.8), sizes(64))
+    mode, found = wanted_sizes(sizes, wish, said.append)
+    assert mode == wish.mode == "width"
+    assert abs(found[0].cost - 0.8) <= TOLERANCE
+    assert said[0] == "multiple of channels: 32, since no multiple of 64 comes near"
+    assert found[0].kept["channels"] % 32 == 0
+    wanted_sizes(sizes, replace(wish, multiple_of=128), said.append)
+    assert said[-1].startswith("keep: ")
+    with pytest.raises(AptError, match="no model keeps 90.00%"):
+        wanted_sizes(sizes, ShrinkOptions(keep=0.9, mode="depth"), said.append)
+
+
+@pytest.mark.parametrize(
+    ("layers", "keep", "method", "mode"),
+    [
+        (30, 0.75, None, "depth"),  # 23 blocks
+        (12, 0.75, None, "depth"),
+        (12, 0.8, None, "width"),  # 10 blocks are .83
+        (30, 0.99, None, "width"),  # 29 blocks are .967
+        (4, 0.75, None, "width"),  # not deep
+        (4, 0.05, None, "depth"),  # one head and 8 channels are .086
+        (30, 0.75, "groups", "width"),
+        (4, 0.75, "blocks", "depth"),
+    ],
+)
+def test_the_default_mode_depends_on_the_depth(layers, keep, method, mode):
+    config = LlamaConfig(hidden_size=64, intermediate_size=256, num_hidden_layers=layers,
+                         num_attention_heads=4, vocab_size=64)  # fmt: skip
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    adapter = registry().adapters.get("llama").load()()
+    sizes = Sizes(model, adapter, config, 8)
+    assert with_mode(ShrinkOptions(keep=keep), sizes, method).mode == mode
+    for same in (ShrinkOptions(keep=keep, mode="search"), ShrinkOptions(blocks=3)):
+        assert with_mode(same, sizes, method) == same
+
+
+def a_size(blocks, kept=()):
+    return Size(dict(kept), blocks, blocks / 10, blocks / 10)
+
+
+SIZES = [a_size(8), a_size(7, {"channels": 60}.items()), a_size(7, {"heads": 4}.items())]
+
+
+def bowl(candidate):
+    """The lower, the more of blocks 2 and 5 are dropped; seven blocks are best with 4 heads."""
+    missing = len({2, 5} - candidate.dropped)
+    return 1 + missing + len(candidate.dropped - {2, 5, 9}) + (candidate.size.kept != {"heads": 4})
+
+
+def test_the_search_finds_what_the_ranking_does_not_know():
+    best = min(
+        bowl(Candidate(size, frozenset(dropped)))
+        for size in SIZES
+        for dropped in combinations(range(10), 10 - size.blocks)
+    )
+    search = Search(SIZES, range(10), bowl, SearchOptions(evaluations=150), seed=1)
+    found = search.run()
+    assert bowl(found[0].candidate) == best == 1
+    assert [scored.loss for scored in found] == sorted(scored.loss for scored in found)
+    keys = [scored.candidate.key for scored in found]
+    assert len(set(keys)) == len(keys) <= 150
+    for scored in found:
+        assert len(scored.candidate.dropped) == 10 - scored.candidate.size.blocks
+    first = [Candidate(size, frozenset(range(10 - size.blocks))).key for size in SIZES]
+    assert set(first) <= set(keys)
+
+
+def test_a_killed_search_continues_with_the_same_result(tmp_path):
+    path, options = tmp_path / "losses.jsonl", SearchOptions(evaluations=40)
+    whole = Search(SIZES, range(10), bowl, options, seed=3).run()
+
+    def killed_after(count):
+        def loss(candidate):
+            calls.append(candidate)
+            if len(calls) > count:
+                raise KeyboardInterrupt
+            return bowl(candidate)
+
+        calls = []
+        return loss
+
+    def recalling(loss):
+        journal = KnownLosses(path, "a")
+        return lambda candidate: journal.recall(candidate.key, lambda: loss(candidate))
+
+    with pytest.raises(KeyboardInterrupt):
+        Search(SIZES, range(10), recalling(killed_after(17)), options, 3).run()
+    with path.open("a") as file:
+        file.write('{"candidate": "torn')
+    computed = []
+    counted = recalling(lambda c: computed.append(c) or bowl(c))
+    again = Search(SIZES, range(10), counted, options, 3).run()
+    assert again == whole
+    assert len(computed) == len(whole) - 17
+    assert KnownLosses(path, "other inputs")._losses == {}
+
+
+def test_the_given_candidates_are_evaluated_first():
+    first, seen = [Candidate(SIZES[0], frozenset(range(10 - SIZES[0].blocks, 0, -1)))], []
+    options = SearchOptions(evaluations=5)
+    Search(SIZES, range(10), lambda c: seen.append(c) or bowl(c), options, first=first).run()
+    assert seen[: len(first)] == first
+
+
+def test_a_time_budget_ends_the_search_after_one_candidate():
+    options = SearchOptions(evaluations=100, minutes=1e-9)
+    assert len(Search(SIZES, range(10), bowl, options).run()) == 1
+
+
+def test_a_time_budget_includes_what_came_before_the_search():
+    options = SearchOptions(evaluations=100, minutes=1)
+    late = Search(SIZES, range(10), bowl, options, started=time.monotonic() - 61)
+    assert len(late.run()) == 1
+
+
+def test_the_time_of_the_ranking_counts(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+
+    def slow(proxy, kept, dropped, tokens):
+        now[0] += 30
+        return 1.0
+
+    monkeypatch.setattr(Proxy, "loss", slow)
+    size = ShrinkOptions(mode="search", multiple_of=8, search=SearchOptions(minutes=1))
+    how = library.PruneOptions(effort="fast")
+    _, report = library.shrink(random_model("llama"), TOKENS, size=size, options=how)
+    assert len(report.structure["candidates"]) == 1
+
+
+def test_generations_of_known_candidates_do_not_end_the_search():
+    """One of 24 blocks is to be dropped; the best one is the last that the ranking suggests."""
+    for seed in range(6):
+        search = Search([a_size(23)], range(24), lambda c: -sum(c.dropped), seed=seed)
+        assert search.run()[0].candidate.dropped == {23}
+
+
+@torch.no_grad()
+def test_a_loss_that_is_no_number_is_the_highest(adapter_of):
+    model = random_model("llama")
+    adapter = adapter_of(model)
+    model.lm_head.weight.fill_(torch.nan)
+    assert loss_without(model, adapter, TOKENS) == math.inf
+
+
+def test_without_sizes_there_is_nothing_to_search():
+    with pytest.raises(AptError, match="no size meets the budget"):
+        Search([], range(10), bowl).run()
+
+
+def test_the_pareto_front_has_no_candidate_that_another_one_beats():
+    scored = [
+        Scored(Candidate(Size({}, n, cost, cost), frozenset()), loss)
+        for n, (cost, loss) in enumerate([(0.5, 3), (0.6, 2), (0.55, 4), (0.7, 2), (0.8, 1)])
+    ]
+    front = pareto_front(scored, lambda candidate: candidate.size.cost)
+    assert [s.loss for s in front] == [3, 2, 1]
+
+
+@torch.no_grad()
+def test_an_approximation_leaves_the_model_as_it_was(adapter_of):
+    model = random_model("llama-grouped-tied")
+    adapter = adapter_of(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    proxy, dense = Proxy(model, adapter, TOKENS, DAMPED), loss_without(model, adapter, TOKENS)
+    names = [name for name, _ in adapter.blocks(model)]
+    assert proxy.loss({}, [], TOKENS) == dense
+    narrow = proxy.loss({"channels": 40, "heads": 2}, [], TOKENS)
+    assert narrow != dense
+    assert proxy.loss({"channels": 40, "heads": 2}, names[:1], TOKENS) != narrow
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@torch.no_grad()
+def test_the_block_before_a_gap_takes_over_the_dropped_blocks(adapter_of):
+    """Its writer's weight is the weighted least-squares fit of what they add to the stream."""
+    model = random_model("llama")
+    adapter, tokens = adapter_of(model), random_tokens(40, 24)
+    blocks = [block for _, block in adapter.blocks(model)]
+    batches = enter(adapter, model, tokens)
+    fits = GapFits(adapter, blocks, batches, SolverOptions(damping=1e-8))
+    inputs, streams = [], [torch.cat([batch.state for batch in batches])]
+    blocks[0].mlp.down_proj.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    for index, block in enumerate(blocks):
+        fits.record()
+        for batch in batches:
+            batch.state = adapter.step(block, batch.state, batch.calls[index])
+        streams.append(torch.cat([batch.state for batch in batches]))
+    fits.record()
+    assert fits.writer(0).name == "mlp.down_proj"
+    weigh = streams[0].flatten(0, 1).square().mean(1, keepdim=True).rsqrt()
+    assert float(weigh.max() / weigh.median()) < 4  # no token's weight is bounded
+    rows, added = torch.cat(inputs).flatten(0, 1), (streams[-1] - streams[1]).flatten(0, 1)
+    best = torch.linalg.lstsq((rows * weigh).double(), (added * weigh).double()).solution
+    change = fits.change(0, len(blocks)).double()
+    assert torch.allclose(change, best.T, rtol=1e-3, atol=1e-3 * float(best.abs().max()))
+
+    plain, fitted = (Proxy(model, adapter, tokens, DAMPED, fit_gaps=fit) for fit in (False, True))
+    behind = [name for name, _ in adapter.blocks(model)][1:]
+    assert fitted.loss({}, (), tokens) == plain.loss({}, (), tokens)
+    assert fitted.loss({}, behind, tokens) != plain.loss({}, behind, tokens)
+    assert fitted.loss({"channels": 40}, behind, tokens) != fitted.loss({}, behind, tokens)
+
+
+def layer(seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(200, 12, generator=draw) * torch.linspace(0.5, 2, 12)
+    return torch.randn(5, 12, generator=draw), inputs
+
+
+def chosen(name, weight, inputs, kept=4):
+    method = registry().shrink_methods.get(name).load()
+    return (
+        method(weight, Gram.of(inputs), ColumnGroups(6, kept), DAMPED).nonzero().flatten().tolist()
+    )
+
+
+def test_scores_of_columns_are_those_of_their_papers():
+    weight, inputs = layer()
+    squares = weight.square().sum(0).view(6, 2).sum(1)
+    assert sorted(squares.argsort()[:2].tolist()) == chosen("group-magnitude", weight, inputs)
+    energy = (weight.square() * inputs.square().mean(0)).sum(0).view(6, 2).sum(1)
+    assert sorted(energy.argsort()[:2].tolist()) == chosen("group-wanda", weight, inputs)
+
+
+def test_llm_pruner_scores_channels_by_its_formulas(adapter_of):
+    """From the gradients of plain backward passes, one for each sample of equal length."""
+    model = random_model("llama")
+    adapter = adapter_of(model)
+    name, block = adapter.blocks(model)[1]
+    weights = [block.mlp.gate_proj.weight, block.mlp.up_proj.weight, block.mlp.down_proj.weight]
+    gradients = [
+        torch.autograd.grad(model(sample, labels=sample).loss, weights)
+        for sample in TOKENS[:10].split(1)
+    ]
+    expected = dict.fromkeys(("", "-vector", "-second", "-mix"), 0)
+    for weight, *own in zip(weights, *gradients, strict=True):
+        first = weight.detach() * torch.stack(own).mean(0)
+        second = weight.detach() ** 2 * torch.stack(own).square().mean(0)
+        across = 0 if weight is weights[2] else 1
+        expected[""] += first.abs().sum(across)
+        expected["-vector"] += first.sum(across).abs()
+        expected["-second"] += second.sum(across)
+        expected["-mix"] += (first - second / 2).abs().sum(across)
+    for variant, scores in expected.items():
+        choice = registry().shrink_methods.get(f"llm-pruner{variant}").load()
+        found = choice(model, adapter, TOKENS)[name]["channels"]
+        assert torch.allclose(found, scores, rtol=1e-4, atol=1e-8), variant
+    assert len({tuple(scores.argsort().tolist()) for scores in expected.values()}) >= 3
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_llm_pruner_takes_parameters_that_the_loss_does_not_use(adapter_of):
+    """As of an expert that sees no token."""
+    model = random_model("llama")
+    adapter = adapter_of(model)
+    score = registry().shrink_methods.get("llm-pruner-mix").load()
+    expected = score(model, adapter, TOKENS)
+    name, block = adapter.blocks(model)[0]
+    block.idle = torch.nn.Parameter(torch.ones(2))
+    assert torch.equal(score(model, adapter, TOKENS)[name]["channels"], expected[name]["channels"])
+
+
+@pytest.mark.parametrize("variant", FAMILIES.values())
+def test_llm_pruner_scores_the_groups_of_every_family(variant, adapter_of):
+    """A magnitude of a sum is at most the sum of the magnitudes."""
+    model = random_model(variant)
+    adapter = adapter_of(model)
+    elements, vectors = (
+        registry().shrink_methods.get(name).load()(model, adapter, TOKENS)
+        for name in ("llm-pruner", "llm-pruner-vector")
+    )
+    for name, block in adapter.blocks(model):
+        for groups in adapter.groups(block, model.config):
+            one, other = elements[name][groups.kind], vectors[name][groups.kind]
+            assert one.shape == other.shape == (groups.count,)
+            assert other.any()
+            assert (other <= one * (1 + 1e-5)).all()
+
+
+@torch.no_grad()
+def test_flap_scores_a_constant_input_as_nothing(adapter_of):
+    model = random_model("opt")
+    adapter = adapter_of(model)
+    _, block = adapter.blocks(model)[0]
+    block.fc1.weight[3], block.fc1.bias[3] = 0, 2.0
+    scores = registry().shrink_methods.get("flap").load()(model, adapter, TOKENS)
+    first = scores[adapter.blocks(model)[0][0]]["channels"]
+    assert float(first[3]) == pytest.approx(0, abs=1e-6)
+    assert int(first.argmin()) in (3, *(first == first.min()).nonzero().flatten().tolist())
+    assert math.isfinite(float(first.sum()))
+
+
+def test_a_search_at_the_shell_reports_and_draws_its_candidates(apt, tmp_path):
+    text = ("--samples", 4, "--seqlen", 32)
+    result = apt("shrink", "--adapter", "llama", "--search", "--evaluations", 6, *text,
+                 "--plot", "search.png", "--effort", "fast", "-o", "out")  # fmt: skip
+    assert result.code == 0, result.err
+    assert "dropped blocks" in result.out
+    report = json.loads((tmp_path / "out/apt_report.json").read_text())
+    candidates = report["structure"]["candidates"]
+    assert 1 <= len(candidates) <= 6
+    assert min(c["loss"] for c in candidates) == candidates[0]["loss"]
+    assert any(c["front"] for c in candidates)
+    assert (tmp_path / "search.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(tmp_path.glob(".out*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--plot", "x.png"), "--plot draws the candidates of a search"),
+        (("--search", "--plot", "x.gif"), "is not a .png, .svg or .pdf file"),
+        (("--search", "--plot", "none/x.png"), "its folder does not exist"),
+    ],
+)
+def test_a_plot_that_cannot_be_drawn_is_refused_first(arguments, said, apt):
+    result = apt("shrink", "--adapter", "llama", *arguments, "-o", "out")
+    assert result.code == 2
+    assert said in result.err

@@ -1,0 +1,374 @@
+"""Smaller models: from a program and from the command line, in memory and streamed."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import apt as apt_package
+import apt.output.workplace as apt_workplace
+from apt import AptError, PruneOptions, ShrinkOptions
+from apt.adapter.groups import without
+from apt.checkpoints.safetensors_io import Shards
+from apt.checkpoints.shrunk import smaller
+from apt.planning.structure import Structure, make_structured_plan
+from apt.pruning.pipeline import prune_blocks
+from apt.pruning.recipe import Recipe
+from apt.shrinking.skipping import loss_without
+from apt.solver import GroupRemoval, joint_removal
+from tests.engine.test_streaming import PLACES, KilledError, cut, weights
+from tests.helpers import TEXT
+from tests.helpers.families import CONFIGS, random_model, random_tokens
+from tests.helpers.processes import on_ranks
+
+SMALL = ("--samples", 4, "--seqlen", 48, "--calibration", TEXT)
+TOKENS = random_tokens(6, 24)
+LAYER_WISE = PruneOptions(error_aware=False)
+
+
+def parameters(model, adapter):
+    return sum(p.numel() for _, block in adapter.blocks(model) for p in block.parameters())
+
+
+SIZES = {
+    "llama-grouped-tied": {"channels": 40, "heads": 2},
+    "mistral": {"key-value-heads": 1},
+    "opt": {"channels": 24},
+    "mamba": {"channels": 48, "states": 4},
+    "falcon-mamba": {"channels": 32},
+    "mamba2": {"states": 4},
+    "bloom": {},
+    **({"jamba": {"experts": 2}} if "jamba" in CONFIGS else {}),
+}
+
+
+@pytest.mark.parametrize("variant", SIZES)
+def test_a_smaller_model_opens_in_plain_transformers(variant, adapter_of, tmp_path):
+    model = random_model(variant)
+    before = copy.deepcopy(model.state_dict())
+    blocks = None if variant == "jamba" else 2
+    wish = ShrinkOptions(sizes=SIZES[variant], blocks=blocks)
+    small, report = apt_package.shrink(model, TOKENS, size=wish)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    adapter, structure = adapter_of(model), report.structure
+    share = parameters(small, adapter) / parameters(model, adapter)
+    assert structure["share"] == pytest.approx(share)
+    assert share < 1
+    kept = {kind: entry["kept"] for kind, entry in structure["groups"].items()}
+    assert kept | SIZES[variant] == kept
+    assert len(adapter.blocks(small)) == structure["blocks"]["kept"] == (blocks or 3)
+    small.save_pretrained(tmp_path)
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(opened(TOKENS).logits, small(TOKENS).logits)
+
+
+@pytest.mark.parametrize(
+    ("variant", "kept", "dropped"),
+    [
+        ("llama-grouped-tied", {"channels": 32, "heads": 2}, [1]),
+        ("llama", {"channels": 48}, [0]),
+        ("opt", {"channels": 16}, [2]),
+        ("mamba", {"channels": 40, "states": 5}, [0, 1]),
+        ("mamba2", {"states": 4}, []),
+        ("bloom", {}, [0, 2]),
+    ],
+)
+@torch.no_grad()
+def test_the_model_of_zeros_equals_the_smaller_one(variant, kept, dropped, adapter_of):
+    """What the loop over blocks leaves behind, with dropped blocks skipped."""
+    model = random_model(variant)
+    adapter = adapter_of(model)
+    names = [name for name, _ in adapter.blocks(model)]
+    structure = Structure(kept, frozenset(names[index] for index in dropped))
+    plan = make_structured_plan(model, adapter, model.config, structure)
+    prune_blocks(model, adapter, plan, TOKENS, GroupRemoval(joint_removal), Recipe())
+    small = smaller(model, adapter, plan)
+    expected = loss_without(model, adapter, TOKENS, structure.dropped)
+    assert loss_without(small, adapter, TOKENS) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("effort", ["fast", "default"])
+def test_exact_weights_and_tuning_come_nearer_to_the_dense_model(effort):
+    model = random_model("llama")
+    wish = {"sizes": {"channels": 32}}
+
+    def distance(options, **size):
+        small, _ = apt_package.shrink(model, TOKENS, size=ShrinkOptions(**wish, **size),
+                                      options=options)  # fmt: skip
+        return float((small(TOKENS).logits - model(TOKENS).logits).square().mean())
+
+    with torch.no_grad():
+        plain = distance(LAYER_WISE, compensate=False)
+        exact = distance(LAYER_WISE)
+        aware = distance(PruneOptions(error_aware=True, effort=effort, random_tokens=0))
+    assert exact < 0.9 * plain
+    assert aware < plain
+
+
+@torch.no_grad()
+def test_the_block_before_a_gap_is_fitted_to_the_stream_behind_it(adapter_of):
+    model = random_model("llama")
+    names = [name for name, _ in adapter_of(model).blocks(model)]
+    wish = ShrinkOptions(blocks=2, mode="depth")
+
+    def distance(**options):
+        small, report = apt_package.shrink(
+            model, random_tokens(160, 24), size=wish, method="last",
+            options=PruneOptions(random_tokens=0, **options),
+        )  # fmt: skip
+        assert report.structure["blocks"]["dropped"] == names[-1:]
+        return float((small(TOKENS).logits - model(TOKENS).logits).square().mean())
+
+    untouched, fitted = distance(error_aware=False), distance(tuning_epochs=0)
+    assert fitted < 0.95 * untouched
+    assert distance(tuning_epochs=20, tuning_rate=0.05) < 0.98 * fitted
+
+
+@pytest.mark.parametrize("method", ["block-influence", "angular"])
+def test_a_block_that_changes_nothing_is_dropped(method, adapter_of):
+    model = random_model("llama")
+    adapter = adapter_of(model)
+    _, block = adapter.blocks(model)[1]
+    with torch.no_grad():
+        for path in ("self_attn.o_proj", "mlp.down_proj"):
+            block.get_submodule(path).weight.zero_()
+    wish = ShrinkOptions(mode="depth", blocks=2)
+    small, report = apt_package.shrink(model, TOKENS, size=wish, method=method, options=LAYER_WISE)
+    assert report.structure["blocks"]["dropped"] == [adapter.blocks(model)[1][0]]
+    torch.testing.assert_close(small(TOKENS).logits, model(TOKENS).logits)
+
+
+def test_the_block_without_which_the_loss_is_lowest_is_dropped(adapter_of):
+    model = random_model("llama")
+    names = [name for name, _ in adapter_of(model).blocks(model)]
+    losses = {name: loss_without(model, adapter_of(model), TOKENS, [name]) for name in names}
+    wish = ShrinkOptions(mode="depth", blocks=2)
+    _, report = apt_package.shrink(model, TOKENS, size=wish, method="loss", options=LAYER_WISE)
+    assert report.structure["blocks"]["dropped"] == [min(losses, key=losses.get)]
+
+
+def test_named_blocks_are_dropped():
+    wish = ShrinkOptions(drop=(2, 0), sizes={"channels": 48})
+    small, report = apt_package.shrink(random_model("llama"), TOKENS, size=wish)
+    dropped = report.structure["blocks"]["dropped"]
+    assert [name.rpartition(".")[2] for name in dropped] == ["0", "2"]
+    assert (small.config.num_hidden_layers, small.config.intermediate_size) == (1, 48)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "bloom", "mamba", "mamba2"])
+def test_zoo_models_shrink_generate_and_are_pruned_after(apt, family):
+    result = apt("shrink", "--adapter", family, *SMALL, "-o", "small", "--eval", TEXT)
+    assert result.code == 0, result.err
+    assert f"model: zoo:{family} (default)" in result.err
+    report = json.loads(Path("small/apt_report.json").read_text())
+    wanted = 5 / 6 if family == "mamba2" else 0.75
+    assert report["structure"]["share"] == pytest.approx(wanted, abs=0.01)
+    assert report["scores"]["after"]["perplexity"] < 3 * report["scores"]["before"]["perplexity"]
+    model = AutoModelForCausalLM.from_pretrained("small", dtype="auto")
+    tokens = AutoTokenizer.from_pretrained("small")("The", return_tensors="pt").input_ids
+    assert model.generate(tokens, max_new_tokens=3, do_sample=False).shape[1] == 3 + len(tokens[0])
+    assert apt("verify", "small").code == 0
+    result = apt("prune", "small", "--pattern", "2:4", "--effort", "fast", *SMALL, "-o", "sparse")
+    assert result.code == 0, result.err
+    after = json.loads(Path("sparse/apt_report.json").read_text())
+    assert after["earlier"]["structure"] == report["structure"]
+    assert apt("verify", "sparse").code == 0
+
+
+def test_a_smaller_model_is_verified_with_the_given_adapter_and_without_selection(apt, checkpoint):
+    given = (checkpoint("llama"), *SMALL, "--drop", 1, "--layer-wise", "--effort", "fast")
+    assert apt("shrink", *given, "-o", "small").code == 0
+    assert apt("verify", "small", "--adapter", "llama").code == 0
+    assert "no adapter 'lama'" in apt("verify", "small", "--adapter", "lama").err
+    for option in ("--only", "--skip"):
+        run = apt("verify", "small", option, "*")
+        assert run.code == 2
+        assert "its sites have no pattern; leave these options out" in run.err
+
+
+STREAMED = {
+    "llama-grouped-tied": ["--size", "channels=32", "--size", "heads=2"],
+    "mamba": ["--size", "channels=32", "--size", "states=4"],
+    "mamba2": ["--size", "states=4"],
+    "opt": ["--size", "channels=32"],
+    "bloom": ["--blocks", 1, "--depth-only", "--method", "block-influence"],
+}
+
+
+@pytest.mark.parametrize("variant", STREAMED)
+def test_a_streamed_run_gives_the_model_of_one_in_memory(variant, checkpoint, apt):
+    for name, options in (("memory", []), ("disk", ["--stream"])):
+        given = (checkpoint(variant), *SMALL, *STREAMED[variant], "--eval", TEXT)
+        result = apt("shrink", *given, "-o", name, *options)
+        assert result.code == 0, result.err
+    memory, disk = (Shards(Path(name)) for name in ("memory", "disk"))
+    assert memory.entries.keys() == disk.entries.keys()
+    for name in memory.entries:
+        torch.testing.assert_close(memory.read(name), disk.read(name), rtol=1e-3, atol=1e-5)
+    records = [json.loads(Path(n, "apt_report.json").read_text()) for n in ("memory", "disk")]
+    assert records[0]["structure"] == records[1]["structure"]
+    assert records[0]["scores"]["after"] == pytest.approx(records[1]["scores"]["after"], rel=1e-3)
+    assert not list(Path().glob(".disk*"))
+
+
+def test_a_streamed_run_writes_the_blocks_behind_a_dropped_one(tokenizer, apt):
+    model = random_model("llama")
+    with torch.no_grad():
+        for path in ("self_attn.o_proj", "mlp.down_proj"):
+            model.model.layers[1].get_submodule(path).weight.mul_(0.05)
+    model.save_pretrained("model")
+    tokenizer.save_pretrained("model")
+    for name, more in (("memory", []), ("disk", ["--stream"])):
+        sizes = ("--blocks", 2, "--size", "channels=32")
+        run = apt("shrink", "model", *SMALL, *sizes, *more, "-o", name)
+        assert run.code == 0, run.err
+    report = json.loads(Path("memory/apt_report.json").read_text())
+    assert report["structure"]["blocks"]["dropped"] == ["model.layers.1"]
+    memory, disk = (Shards(Path(name)) for name in ("memory", "disk"))
+    for name in memory.entries:
+        torch.testing.assert_close(memory.read(name), disk.read(name), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("place", "count"), [("write", 2), ("journal", 5), ("small", 1), ("appear", 1)]
+)
+def test_a_streamed_run_that_is_cut_short_goes_on_to_the_same_bytes(
+    place, count, checkpoint, apt, monkeypatch
+):
+    sizes = ("--size", "channels=32", "--size", "heads=2", "--blocks", 2)
+    command = ("shrink", checkpoint("llama-grouped-tied"), *SMALL, *sizes, "--stream")
+    assert apt(*command, "-o", "whole").code == 0
+    places = PLACES | {"small": (apt_workplace.Workplace, "replace_out")}
+    with monkeypatch.context() as patch:
+        cut(patch, places[place], count, KilledError())
+        with pytest.raises(KilledError):
+            apt(*command, "-o", "out")
+    assert not Path("out").exists()
+    result = apt(*command, "-o", "out", "--resume")
+    assert result.code == 0, result.err
+    assert weights("out") == weights("whole")
+    assert not list(Path().glob(".out*"))
+
+
+@pytest.mark.parametrize("variant", ["llama-grouped-tied", "mamba"])
+def test_ranks_make_the_model_that_one_process_makes(variant, checkpoint, tmp_path, apt):
+    sizes = {"llama-grouped-tied": ("heads=2", "channels=32"), "mamba": ("channels=32", "states=4")}
+    given = [word for size in sizes[variant] for word in ("--size", size)]
+    command = ("shrink", checkpoint(variant), *SMALL, *given, "--effort", "fast", "--blocks", 2)
+    codes, said = on_ranks(2, tmp_path, *command, "-o", "together")
+    assert codes == [0, 0], said
+    assert apt(*command, "-o", "alone").code == 0
+    together, alone = Shards(tmp_path / "together"), Shards(tmp_path / "alone")
+    shapes = [{n: e.shape for n, e in shards.entries.items()} for shards in (together, alone)]
+    assert shapes[0] == shapes[1]
+    opened = [AutoModelForCausalLM.from_pretrained(n).eval() for n in ("together", "alone")]
+    left, right, dense = (
+        model(TOKENS).logits for model in (*opened, random_model(variant).eval())
+    )  # the sums differ in their last digits, so another group may go
+    assert float((left - right).norm()) < 0.25 * float((right - dense).norm())
+
+
+BAD = {
+    "keep 2 is outside": ("--keep", "2"),
+    "keep nan is outside": ("--keep", "nan"),
+    "no model keeps 1.00%: the smallest, 1 block, keeps": ("--keep", "0.01"),
+    "no model keeps 99.00%: the largest, 3 blocks, keeps 75.00%": ("--keep", "0.99",
+                                                                   "--depth-only"),
+    "heads can be 2 to 6, in steps of 2, not 5": ("--size", "heads=5"),
+    "the model has no states to remove; it has: channels": ("--size", "states=5"),
+    "there is no block 4: they are 0 to 3": ("--drop", "4"),
+    "without the dropped blocks there are 2 of 4, not 3": ("--drop", "1", "--drop", "2",
+                                                           "--blocks", "3"),
+    "nothing would be removed": ("--size", "channels=512"),
+    "number of blocks can be 1 to 4, not 0": ("--blocks", "0"),
+    "--size channels is not KIND=N": ("--size", "channels"),
+    "exclude each other": ("--width-only", "--search"),
+    "method last chooses blocks": ("--method", "last", "--width-only"),
+    "method flap chooses groups": ("--method", "flap", "--depth-only"),
+    "no shrink method 'jiont'; did you mean 'joint'?": ("--method", "jiont"),
+    "a multiple of 0": ("--multiple-of", "0"),
+    "a search needs the whole model in memory": ("--search", "--stream"),
+    "method llm-pruner needs the whole model in memory": ("--method", "llm-pruner", "--stream"),
+    "budget 'time' is none of parameters, latency": ("--budget", "time"),
+    "needs at least one candidate": ("--search", "--evaluations", "0"),
+    "mode 'search' is for a share to keep": ("--search", "--blocks", "3"),
+    "mode 'depth' is for a share to keep": ("--depth-only", "--size", "channels=64"),
+    "leave it out (--width-only)": ("--width-only", "--blocks", "2"),
+    "budget 'latency' is for a share to keep": ("--budget", "latency", "--drop", "1"),
+    "a multiple of 64 is for a share to keep": ("--multiple-of", "64", "--blocks", "2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("said", BAD)
+def test_bad_input_is_refused_in_one_line(said, apt):
+    result = apt("shrink", "--adapter", "llama", *BAD[said], *SMALL, "-o", "out")
+    assert result.code == 2
+    assert said in result.err.splitlines()[-1]
+    assert not Path("out").exists()
+
+
+def test_families_without_widths_say_so(apt):
+    result = apt("shrink", "--adapter", "bloom", "--width-only", *SMALL, "-o", "out")
+    assert result.code == 2
+    assert "no widths that could be smaller; drop blocks instead (--depth-only)" in result.err
+
+
+def test_a_search_among_groups_that_no_site_reads_is_refused(apt):
+    result = apt("shrink", "--adapter", "mamba2", "--search", *SMALL, "-o", "out")
+    assert result.code == 2
+    assert "a search cannot compare numbers of states" in result.err
+    assert "(--depth-only, --width-only)" in result.err
+
+
+def test_widths_that_the_configuration_cannot_express_are_refused():
+    with pytest.raises(AptError, match="LlamaConfig cannot express these sizes: .*hidden size"):
+        apt_package.shrink(random_model("llama"), TOKENS, size=ShrinkOptions(sizes={"heads": 3}))
+
+
+def test_the_plan_is_shown_without_writing(apt):
+    result = apt("shrink", "--adapter", "llama", "--dry-run", *SMALL, "-o", "out")
+    assert result.code == 0
+    assert "4 of 6 groups" in result.out
+    assert not Path("out").exists()
+
+
+@pytest.mark.skipif("jamba" not in CONFIGS, reason="its experts are modules there")
+def test_blocks_that_the_configuration_cannot_do_without_are_refused_first(
+    apt, checkpoint, monkeypatch
+):
+    """The kinds of Jamba's blocks follow from their indices."""
+    monkeypatch.setattr("apt.engine.prune_model.prune_blocks", None)
+    with pytest.raises(AptError, match="JambaForCausalLM cannot express these sizes"):
+        apt_package.shrink(random_model("jamba"), TOKENS, size=ShrinkOptions(drop=(0,)))
+    run = apt("shrink", checkpoint("jamba"), *SMALL, "--drop", 0, "--dry-run")
+    assert run.code == 2
+    assert "JambaForCausalLM cannot express these sizes" in run.err
+
+
+@pytest.mark.parametrize("options", [(), ("--stream",)], ids=str)
+def test_a_streamed_run_names_the_width_that_it_takes(options, apt):
+    wish = ("--width-only", "--keep", "0.5", "--multiple-of", "8")
+    result = apt("shrink", "--adapter", "llama", *wish, *SMALL, "--dry-run", *options)
+    assert result.code == 0, result.err
+    said = "size: 4 blocks, 168 channels; a streamed run does not compare the 4 possible widths"
+    assert (said in result.err) == bool(options)
+
+
+def test_entries_of_two_kinds_go_once(adapter_of):
+    model = random_model("mamba")
+    adapter = adapter_of(model)
+    _, block = adapter.blocks(model)[0]
+    channels, states = adapter.groups(block, model.config)
+    found = without(dict(block.named_parameters()), [(channels, [0]), (states, [1, 2])])
+    whole = block.get_parameter("mixer.A_log").shape
+    assert found["mixer.A_log"].shape == (whole[0] - 1, whole[1] - 2)
+
+
+def test_a_site_loses_groups_of_one_kind_only(adapter_of):
+    model = random_model("llama-grouped-tied")
+    structure = Structure({"heads": 2, "key-value-heads": 1})
+    with pytest.raises(AptError, match="o_proj cannot lose groups of two kinds"):
+        make_structured_plan(model, adapter_of(model), model.config, structure)

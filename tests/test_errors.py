@@ -1,0 +1,102 @@
+"""Errors of the library name options as in Python; only the command line knows their flags."""
+
+import ast
+import re
+from collections.abc import Iterator
+
+import pytest
+from typer.main import get_command
+
+from apt.cli import app
+from apt.cli.flags import flags_of
+from apt.engine.limits import _RANGES
+from tests.helpers import ROOT
+
+FILES = [
+    path
+    for root in ("apt", "adapters", "plugins")
+    for path in sorted((ROOT / root).rglob("*.py"))
+    if "tests" not in path.relative_to(ROOT).parts
+]
+LIBRARY = [path for path in FILES if not path.is_relative_to(ROOT / "apt/cli")]
+# Functions with an argument for options, and its position; `add_hint` takes all further ones.
+POSITIONS = {"AptError": 2, "NotStoredError": 2, "write_errors": 2, "cannot_write": 3}
+FLAG = re.compile(r"(?<![\w-])--[a-z]")
+
+
+def strings(node: ast.AST) -> Iterator[str]:
+    for part in ast.walk(node):
+        if isinstance(part, ast.Constant) and isinstance(part.value, str):
+            yield part.value
+
+
+def constants(tree: ast.Module) -> dict[str, ast.expr]:
+    """The constants of a module by name."""
+    return {
+        target.id: node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+
+
+def named_options(tree: ast.Module) -> Iterator[str]:
+    """The options that the errors of a module name, as far as they are constants."""
+    known = constants(tree)
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        name = getattr(call.func, "id", getattr(call.func, "attr", ""))
+        given = [keyword.value for keyword in call.keywords if keyword.arg == "options"]
+        if name == "add_hint":
+            given += call.args[1:]
+        elif name in POSITIONS:
+            given += call.args[POSITIONS[name] :][:1]
+        else:
+            continue
+        for expression in given:
+            yield from strings(known.get(getattr(expression, "id", ""), expression))
+
+
+def flags() -> set[str]:
+    """The flags of `apt` itself, and of the commands that run a model."""
+    commands = get_command(app).commands
+    return {
+        flag
+        for command in ("prune", "shrink", "recover", "eval", "bench")
+        for parameter in (*get_command(app).params, *commands[command].params)
+        for flag in (*parameter.opts, *parameter.secondary_opts)
+    }
+
+
+def test_each_option_that_an_error_names_has_a_flag():
+    named = set(_RANGES)  # these are named by a variable
+    for path in FILES:
+        named |= set(named_options(ast.parse(path.read_text(encoding="utf-8"))))
+    assert {"output", "overwrite", "resume", "dtype", "only", "adapter", "samples"} <= named
+    known = flags()
+    for name in sorted(named):
+        for flag in flags_of([name]).strip(" ()").split("/"):
+            assert flag in known, name
+
+
+def docstrings(tree: ast.Module) -> set[int]:
+    """The docstrings of a module, by the identity of their nodes."""
+    owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    bodies = [node.body for node in ast.walk(tree) if isinstance(node, owners)]
+    return {id(body[0].value) for body in bodies if body and isinstance(body[0], ast.Expr)}
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_text_of_the_library_names_a_flag(path):
+    if path == ROOT / "apt/testing/plugin.py":
+        pytest.skip("its flags are those of pytest")
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    skipped = docstrings(tree)
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and id(node) not in skipped
+        ):
+            flag = FLAG.search(node.value)
+            assert flag is None or "pip install" in node.value, node.value

@@ -1,0 +1,76 @@
+"""Samples with random tokens in place of some: how many, what they are, and who gets them."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import apt as library
+from apt.engine.prune_options import PruneOptions
+from apt.plugin.registry import registry
+from apt.text.random_tokens import RandomTokens
+from tests.helpers.families import FAMILIES, zoo_model
+
+SEQLEN, VOCABULARY = 16, 1000
+
+
+def samples(count):
+    """Tokens that tell which sample and which place they are of."""
+    return torch.arange(count * SEQLEN).view(count, SEQLEN) % VOCABULARY
+
+
+@given(given=st.integers(1, 200), seqlen=st.integers(1, 9000))
+def test_a_fourth_as_many_and_about_4096_tokens_at_most(given, seqlen):
+    count = RandomTokens().samples(given, seqlen)
+    assert 1 <= count <= max(1, given / 4 + 1)
+    assert count == 1 or count * seqlen <= 4096
+
+
+def test_they_are_copies_with_a_share_of_the_tokens_replaced():
+    tokens = samples(40)
+    both = RandomTokens(share=0.5).beside(tokens, VOCABULARY)
+    assert both.shape == (50, SEQLEN)
+    assert both.dtype == tokens.dtype
+    kept = (both[:, None] == tokens).sum(2).max(1).values
+    assert (kept == SEQLEN).sum() == 40  # all that are given are still there, in another order
+    copies = kept[kept < SEQLEN].float()
+    assert len(copies) == 10
+    assert 0.3 < float(copies.mean()) / SEQLEN < 0.75
+    assert set(both[:, 0].tolist()) == set(tokens[:, 0].tolist())
+    assert int(both.max()) < VOCABULARY
+
+
+def test_the_same_seed_draws_the_same():
+    first, again = (RandomTokens().beside(samples(8), VOCABULARY) for _ in range(2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, RandomTokens().beside(samples(8), VOCABULARY, seed=1))
+
+
+def test_nothing_replaced_is_a_copy():
+    both = RandomTokens(share=0.0).beside(samples(4), VOCABULARY)
+    assert len(both) == 5
+    assert len(both.unique(dim=0)) == 4
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_default_run_of_every_family_sees_them(name):
+    model, tokens, _ = zoo_model(name, samples=6, seqlen=32)
+    _, report = library.prune_copy(model.module, tokens, pattern="2:4")
+    assert {site.tokens for site in report.sites} == {8 * 32}
+    assert report.options["random_tokens"] == 0.25
+    assert report.calibration["shape"] == [6, 32]
+
+
+@pytest.mark.parametrize(
+    ("method", "effort", "aware", "expected"),
+    [
+        ("admm", "default", None, RandomTokens()),
+        ("admm", "fast", None, None),
+        ("admm", "best", None, None),
+        ("admm", "default", False, None),
+        ("ss", "default", True, None),
+    ],
+)
+def test_who_gets_them(method, effort, aware, expected):
+    spec, options = registry().methods.get(method), PruneOptions(effort=effort, error_aware=aware)
+    assert options.augmentation(spec, 6).random_tokens == expected

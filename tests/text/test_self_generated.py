@@ -1,0 +1,148 @@
+"""Text that a model writes itself: what it is, that it serves, and what the command line does."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import apt as library
+from apt.evaluation.metrics import perplexity
+from apt.text.sampling import mixed
+from tests.helpers import TEXT
+from tests.helpers.families import FAMILIES, zoo_model
+
+COMMAND = ("prune", "zoo:llama", "--pattern", "2:4", "--seqlen", 32, "--calibration", TEXT)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_same_seed_writes_the_same_text(name):
+    model, *_ = zoo_model(name, samples=1, seqlen=8)
+    module = model.module.train()
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    first, again = (library.own_text(module, 3, 40, seed=1) for _ in range(2))
+    assert torch.equal(torch.rand(3), expected)
+    assert module.training
+    assert first.shape == (3, 40)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, library.own_text(module, 3, 40, seed=2))
+    assert 0 <= int(first.min()) <= int(first.max()) < module.config.vocab_size
+
+
+def test_a_penalty_of_the_model_does_not_change_its_text():
+    model, *_ = zoo_model("llama", samples=1, seqlen=8)
+    plain = library.own_text(model.module, 3, 40)
+    own = model.module.generation_config
+    own.repetition_penalty, own.no_repeat_ngram_size = 5.0, 2
+    assert torch.equal(library.own_text(model.module, 3, 40), plain)
+    assert model.module.generation_config is own
+
+
+def test_a_long_sample_is_several_pieces(monkeypatch):
+    monkeypatch.setattr("apt.text.self_generated._PIECE", 16)
+    monkeypatch.setattr("apt.text.self_generated._AT_ONCE", 2)
+    model, *_ = zoo_model("llama", samples=1, seqlen=8)
+    tokens = library.own_text(model.module, 2, 40)
+    assert tokens.shape == (2, 40)
+    starts = torch.randint(2048, (5, 1), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(tokens.flatten()[::16], starts.flatten())
+
+
+def test_what_a_model_writes_is_likely_to_it():
+    model, text, _ = zoo_model("llama", samples=8, seqlen=64)
+    own = library.own_text(model.module, 8, 64)
+    noise = torch.randint(2048, (8, 64), generator=torch.Generator().manual_seed(0))
+    levels = [perplexity(model.module, tokens) for tokens in (own, noise)]
+    assert levels[0] < 0.05 * levels[1]
+    assert not torch.equal(own, text)
+
+
+def test_pruning_on_it_is_far_better_than_on_any_tokens():
+    dense, _, held_out = zoo_model("llama", samples=32, seqlen=128)
+    own = library.own_text(dense.module, 32, 128)
+    noise = torch.randint(2048, (32, 128), generator=torch.Generator().manual_seed(0))
+    found = []
+    for tokens in (own, noise):
+        pruned, _ = library.prune_copy(dense.module, tokens, pattern="1:4", method="ss")
+        found.append(perplexity(pruned, held_out))
+    assert perplexity(dense.module, held_out) < found[0] < 0.9 * found[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "own", "shape"),
+    [
+        (("--samples", 6), 0, [6, 32]),
+        (("--samples", 6, "--effort", "best"), 2, [8, 32]),
+        (("--samples", 6, "--effort", "best", "--own-samples", 0), 0, [6, 32]),
+        (("--samples", 6, "--effort", "best", "--layer-wise"), 0, [6, 32]),
+        (("--samples", 6, "--effort", "fast", "--own-samples", 3), 3, [9, 32]),
+        (("--samples", 0, "--own-samples", 3, "--method", "ss", "--eval", TEXT), 3, [3, 32]),
+    ],
+)
+def test_the_command_line_has_the_model_write(options, own, shape, apt):
+    result = apt(*COMMAND, *options, "-o", "out")
+    assert result.code == 0, result.err
+    calibration = json.loads(Path("out/apt_report.json").read_text())["calibration"]
+    assert (calibration["own_samples"], calibration["shape"]) == (own, shape)
+
+
+def test_given_text_stays_whole(apt, monkeypatch):
+    seen = []
+
+    def watched(given, own, seed):
+        seen.append((given, mixed(given, own, seed)))
+        return seen[-1][1]
+
+    monkeypatch.setattr("apt.text.augmentation.mixed", watched)
+    assert apt(*COMMAND, "--samples", 6, "--own-samples", 2, "--method", "ss").code == 0
+    [(given, both)] = seen
+    rows = both.tolist()
+    assert sum(row in rows for row in given.tolist()) == 6
+    assert rows[:6] != given.tolist()
+
+
+def test_added_samples_have_the_device_and_dtype_of_the_given_ones():
+    given, own = torch.ones(2, 3, dtype=torch.int32), torch.full((1, 3), 2)
+    both = mixed(given, own)
+    assert both.dtype == torch.int32
+    assert sorted(both[:, 0].tolist()) == [1, 1, 2]
+    assert mixed(given.to("meta"), own).device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--own-samples", -1), "must not be negative"),
+        (("--samples", 0), "use at least one sample or one own sample (--samples, --own-samples)"),
+    ],
+)
+def test_what_cannot_be_is_told_first(options, said, apt):
+    result = apt(*COMMAND, *options, "-o", "out")
+    assert result.code == 2
+    assert said in result.err
+    assert not Path("out").exists()
+
+
+def test_a_model_that_cannot_write_does_without_unless_asked(apt, monkeypatch):
+    monkeypatch.setattr("apt.engine.prepare.writes", lambda module: False)
+    result = apt(*COMMAND, "--samples", 6, "--effort", "best", "-o", "out")
+    assert result.code == 0, result.err
+    assert "own samples: 0 (not 2: LlamaForCausalLM cannot generate text)" in result.err
+    with pytest.raises(library.AptError, match="Linear cannot generate calibration text") as raised:
+        library.own_text(torch.nn.Linear(4, 4), 1, 8)
+    assert raised.value.options == ("own_samples",)
+
+
+def test_logits_that_are_no_numbers_are_left_to_the_pruning_to_tell():
+    model, *_ = zoo_model("llama", samples=1, seqlen=8)
+    model.module.get_output_embeddings().weight.data[3] = torch.nan
+    assert library.own_text(model.module, 2, 16).shape == (2, 16)
+
+
+def test_a_streamed_run_writes_as_much(apt):
+    result = apt(*COMMAND, "--samples", 6, "--effort", "best", "--stream", "-o", "out")
+    assert result.code == 0, result.err
+    calibration = json.loads(Path("out/apt_report.json").read_text())["calibration"]
+    assert (calibration["own_samples"], calibration["shape"][0]) == (2, 8)

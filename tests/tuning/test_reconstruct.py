@@ -1,0 +1,188 @@
+"""Local reconstruction: zeros stay, the held-back error never rises, half precision is served."""
+
+import copy
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+import apt as library
+from apt.adapter import Call, Site
+from apt.calibration.batches import Batch, DenseActivations, enter
+from apt.calibration.dense_activations import advance_dense
+from apt.engine.prune_options import PruneOptions
+from apt.events import BlockTuned
+from apt.plugin.registry import registry
+from apt.solver.patterns import NM, meets
+from apt.tuning.reconstruct import Reconstruction, reconstruct
+from tests.helpers.families import FAMILIES, random_model, random_tokens, zoo_model
+
+BEST = PruneOptions(effort="best", own_samples=0)
+
+
+def pruned_block(adapter, model, batches):
+    """The first block with every fourth column zeroed, behind its dense reference."""
+    block = adapter.blocks(model)[0][1]
+    sites = adapter.sites(block)
+    with torch.no_grad():
+        advance_dense(adapter, block, 0, batches, sites)
+        for site in sites:
+            site.weight(block)[:, ::4] = 0
+    return block, sites
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_it_lowers_the_error_on_what_was_held_back(name, dtype):
+    loaded, tokens, _ = zoo_model(name, samples=12, seqlen=48)
+    model, adapter = loaded.module.to(dtype), loaded.adapter
+    batches = enter(adapter, model, tokens, 48, with_dense=True)
+    block, sites = pruned_block(adapter, model, batches)
+    before = {name: value.clone() for name, value in block.named_parameters()}
+    tuned = reconstruct(adapter, block, 0, batches, sites, Reconstruction(rate=0.1, epochs=3))
+    assert tuned is not None
+    assert tuned.after < tuned.before
+    names = {site.parameter for site in sites}
+    for name, value in block.named_parameters():
+        if name in names:
+            assert not value[before[name] == 0].any()
+            assert not torch.equal(value, before[name])
+            assert value.dtype == dtype
+        else:
+            assert torch.equal(value, before[name])
+
+
+def test_where_nothing_is_gained_the_start_stays(adapter_of):
+    model = random_model("llama")
+    adapter = adapter_of(model)
+    batches = enter(adapter, model, random_tokens(samples=6), 24, with_dense=True)
+    block, sites = pruned_block(adapter, model, batches)
+    before = copy.deepcopy(block.state_dict())
+    tuned = reconstruct(adapter, block, 0, batches, sites, Reconstruction(rate=1e4))
+    assert tuned is not None
+    assert tuned.after == tuned.before
+    for name, value in block.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_one_batch_cannot_be_held_back(adapter_of):
+    model = random_model("llama")
+    adapter = adapter_of(model)
+    batches = enter(adapter, model, random_tokens(), with_dense=True)
+    block, sites = pruned_block(adapter, model, batches)
+    assert reconstruct(adapter, block, 0, batches, sites, Reconstruction()) is None
+
+
+@pytest.mark.parametrize("samples", [1, 2, 3])
+def test_two_samples_are_enough_to_hold_one_back(samples):
+    events = []
+    tokens = random_tokens(samples)
+    options = replace(BEST, random_tokens=0)
+    library.prune(random_model("llama"), tokens, pattern="2:4", options=options,
+                  observe=events.append)  # fmt: skip
+    assert sum(isinstance(event, BlockTuned) for event in events) == (3 if samples > 1 else 0)
+
+
+class Experts(nn.Module):
+    """Two experts that are modules; no token is sent to the second one."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(8, 8, bias=False) for _ in range(2))
+
+    def forward(self, stream):
+        return stream + self.experts[0](stream)
+
+
+def test_an_expert_without_tokens_in_a_step_stays(adapter_of):
+    block = Experts()
+    sites = [Site(f"experts.{i}", f"experts.{i}.weight", f"{i}", routed=True) for i in (0, 1)]
+    before = copy.deepcopy(block.state_dict())
+    streams = [torch.randn(1, 16, 8) for _ in range(3)]
+    batches = [Batch(x, [Call((), {})], 16, DenseActivations(2 * x)) for x in streams]
+    adapter = adapter_of(random_model("llama"))
+    with torch.no_grad():
+        tuned = reconstruct(adapter, block, 0, batches, sites, Reconstruction(epochs=1))
+    assert tuned.after < tuned.before
+    same = [torch.equal(block.state_dict()[name], before[name]) for name in before]
+    assert same == [False, True]
+
+
+def test_best_effort_tunes_every_block_and_reports_what_was_written():
+    model, events = random_model("llama"), []
+    report = library.prune(
+        model, random_tokens(samples=64), pattern="2:4", options=BEST, observe=events.append
+    )
+    tuned = [event for event in events if isinstance(event, BlockTuned)]
+    assert len(tuned) == 3
+    assert all(event.after <= event.before for event in tuned)
+    assert report.options["tuning_epochs"] == 8
+    for site in report.sites:
+        assert meets(model.get_parameter(f"{site.name}.weight"), NM(2, 4))
+
+
+def test_a_strictly_layer_wise_run_is_not_tuned():
+    events = []
+    options = replace(BEST, error_aware=False)
+    library.prune(random_model("llama"), random_tokens(samples=64), pattern="2:4", options=options,
+                  observe=events.append)  # fmt: skip
+    assert not any(isinstance(event, BlockTuned) for event in events)
+
+
+def test_a_part_of_the_samples_is_spread_over_all():
+    chosen = Reconstruction(tokens=24 * 5).chosen(20, 24)
+    assert chosen.nonzero().flatten().tolist() == [0, 4, 8, 12, 16]
+    assert Reconstruction(tokens=24 * 20).chosen(20, 24).all()
+    assert Reconstruction(tokens=None).chosen(20, 24).all()
+    assert Reconstruction(tokens=10).chosen(20, 24).sum() == 2
+    assert Reconstruction(tokens=10).chosen(1, 24).sum() == 1
+
+
+def test_a_run_tunes_on_the_chosen_samples_and_prunes_on_all(monkeypatch):
+    seen = []
+
+    def spy(adapter, block, index, batches, *rest):
+        seen.append(sum(batch.tokens for batch in batches))
+        return reconstruct(adapter, block, index, batches, *rest)
+
+    monkeypatch.setattr("apt.pruning.pipeline.reconstruct", spy)
+    small_steps = partial(Reconstruction, tokens_per_batch=48)
+    monkeypatch.setattr("apt.engine.prune_options.Reconstruction", small_steps)
+    options = replace(BEST, tuning_tokens=24 * 10)
+    report = library.prune(
+        random_model("llama"), random_tokens(samples=32), pattern="2:4", options=options
+    )
+    assert set(seen) == {24 * 10}
+    assert {site.tokens for site in report.sites} == {24 * 32}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_tuning_in_mixed_precision_ends_where_full_precision_does(name, monkeypatch):
+    loaded, tokens, _ = zoo_model(name, samples=8, seqlen=48)
+    after = []
+    for native in (False, True):
+        mixed = torch.autocast("cpu", torch.bfloat16, native)
+        monkeypatch.setattr(
+            "apt.tuning.reconstruct.mixed_precision", lambda weights, mixed=mixed: mixed
+        )
+        model, adapter = copy.deepcopy(loaded.module).float(), loaded.adapter
+        batches = enter(adapter, model, tokens, 48, with_dense=True)
+        block, sites = pruned_block(adapter, model, batches)
+        tuned = reconstruct(adapter, block, 0, batches, sites, Reconstruction(rate=0.1, epochs=3))
+        assert tuned is not None
+        after.append(tuned.after / tuned.before)
+    assert after[0] < 1
+    assert after[1] == pytest.approx(after[0], rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("effort", "aware", "epochs"),
+    [("fast", True, None), ("default", True, 1), ("best", True, 8), ("default", False, None)],
+)
+def test_more_effort_tunes_longer(effort, aware, epochs):
+    options = PruneOptions(effort=effort, error_aware=aware)
+    recipe = options.recipe(registry().methods.get("admm"))
+    assert (recipe.reconstruction.epochs if recipe.reconstruction else None) == epochs
+    assert options.recipe(registry().methods.get("ss")).reconstruction is None

@@ -1,0 +1,111 @@
+"""How much rows matter: against exact derivatives, and in the masks that come of it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from apt.calibration.batches import enter
+from apt.calibration.dense_activations import advance_dense
+from apt.distributed.ranks import Ranks
+from apt.engine.prune_options import PruneOptions
+from apt.planning.plan import make_plan
+from apt.plugin.registry import registry
+from apt.pruning.pipeline import prune_blocks
+from apt.solver import NM, Unstructured, parse_pattern
+from apt.tuning.block_forward import stream_after
+from apt.tuning.row_importance import RowImportance
+from tests.helpers.families import random_model, random_tokens
+
+TOKENS = random_tokens(samples=2, seqlen=8)
+
+
+def prepared(variant):
+    """Model, adapter, block, batches with their dense inputs, states before, sites."""
+    model = random_model(variant)
+    adapter = registry().adapter_for(model.config.model_type).load()()
+    block = adapter.blocks(model)[1][1]
+    with torch.no_grad(), adapter.running(model):
+        batches = enter(adapter, model, TOKENS, with_dense=True)
+        starts = [batch.dense.state for batch in batches]
+        sites = [site for site in adapter.sites(block) if not site.routed]
+        advance_dense(adapter, block, 1, batches, sites)
+    return model, adapter, block, batches, starts, sites
+
+
+def exact(adapter, block, batches, starts, site):
+    """``d`` from the whole Jacobian of the relative stream."""
+    parameter = block.get_parameter(site.parameter).detach()
+    total = 0
+    for batch, start in zip(batches, starts, strict=True):
+
+        def relative(weight, batch=batch, start=start):
+            stream = stream_after(adapter, block, {site.parameter: weight}, start, batch.calls[1])
+            return stream / stream.detach().norm(dim=-1, keepdim=True)
+
+        jacobian = torch.autograd.functional.jacobian(relative, parameter, vectorize=True)
+        total = total + site.oriented(jacobian.flatten(0, -3).square().sum(0))
+    inputs = torch.cat([rows for b in batches for rows in b.dense.inputs[site.input]])
+    return (total / inputs.square().sum(0)).sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("variant", ["llama-grouped-tied", "opt", "bloom", "mamba2"])
+def test_the_estimate_is_that_of_the_whole_jacobian(variant):
+    model, adapter, block, batches, starts, sites = prepared(variant)
+    draws, told_apart = 300, 0
+    with adapter.running(model):
+        found = RowImportance(power=2).scales(
+            adapter, block, 1, batches * draws, starts * draws, sites, Ranks()
+        )
+        for site in sites:
+            expected = exact(adapter, block, batches, starts, site)
+            scale = (expected / expected.mean()).clamp_min(0.01)
+            torch.testing.assert_close(found[site], scale, rtol=0.25, atol=0.05)
+            if scale.std() > 0.1:
+                told_apart += 1
+                assert torch.corrcoef(torch.cat([found[site], scale], 1).T)[0, 1] > 0.98
+    assert told_apart
+
+
+def masks(variant, importance, pattern="0.5", unread=None):
+    """Share of each row that is pruned, by site."""
+    model = random_model(variant)
+    adapter = registry().adapter_for(model.config.model_type).load()()
+    if unread is not None:
+        for _, block in adapter.blocks(model):
+            block.mlp.down_proj.weight.data[:, unread] *= 1e-3
+    spec = registry().methods.get("admm")
+    recipe = replace(PruneOptions(effort="fast").recipe(spec), row_importance=importance)
+    plan = make_plan(model, adapter, parse_pattern(pattern), per="layer")
+    prune_blocks(model, adapter, plan, TOKENS, spec.load(), recipe)
+    block = adapter.blocks(model)[0][1]
+    return {s.name: s.weight(block).detach() for s in adapter.sites(block)}
+
+
+def test_rows_that_the_block_hardly_reads_are_pruned_first():
+    unread = torch.arange(0, 64, 4)
+    with_it, without = (masks("llama", how, unread=unread) for how in (RowImportance(), None))
+    for name in ("mlp.gate_proj", "mlp.up_proj"):
+        for weights in (with_it, without):
+            assert int((weights[name] == 0).sum()) == weights[name].numel() // 2
+        pruned = (with_it[name] == 0).float().mean(1)
+        read = torch.ones(64, dtype=torch.bool).index_fill(0, unread, False)
+        assert pruned[unread].min() > pruned[read].mean() + 0.1
+        assert abs(float((without[name] == 0).float()[unread].mean()) - 0.5) < 0.1
+
+
+def test_patterns_of_every_row_are_left_alone():
+    for pattern in ("2:4",):
+        with_it, without = (masks("llama", how, pattern) for how in (RowImportance(), None))
+        assert all(torch.equal(with_it[name], without[name]) for name in with_it)
+    site = prepared("llama")[-1][0]
+    assert not RowImportance().serves(site, Unstructured(0.5, "row"))
+    assert not RowImportance().serves(site, NM(2, 4))
+    assert not RowImportance().serves(site, None)
+    assert RowImportance().serves(site, Unstructured(0.5, "layer"))
+
+
+def test_a_layer_wise_run_weighs_nothing():
+    spec = registry().methods.get("admm")
+    assert PruneOptions(error_aware=False).recipe(spec).row_importance is None
+    assert PruneOptions().recipe(spec).row_importance == RowImportance()
