@@ -9,10 +9,10 @@ from typing import Any
 from apt.comparing.claims import claimed
 from apt.errors import AptError, described
 from apt.evaluation.windows import Windows
+from apt.files.journal import differences
 from apt.files.writing import write_file
 from apt.locations.paths import user_error
 from apt.output.json_values import json_value
-from apt.output.report import differences
 from apt.tasks.answers import Answers
 
 RESULTS = "comparison.json"

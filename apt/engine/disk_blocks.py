@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -13,9 +12,9 @@ from apt.checkpoints.offload import StoredBlocks
 from apt.checkpoints.tensor_map import pruned_parameters
 from apt.checkpoints.verify import block_verdicts, failures
 from apt.distributed.ranks import Ranks
-from apt.errors import AptError, first_line
+from apt.errors import first_line
 from apt.events import SitePruned
-from apt.output.workplace import Workplace
+from apt.files.journal import Journal, Line
 from apt.planning.plan import Plan
 
 
@@ -26,7 +25,7 @@ class DiskBlocks:
         plan: the plan of the run.
         source, target: the blocks of the input, and those of the output.
         device: the device of the current block. For a GPU, the next block is read in advance.
-        work: the workplace, with the journal.
+        journal: the journal of the run.
         ranks: the processes that prune together. Only the first one writes.
     """
 
@@ -38,12 +37,12 @@ class DiskBlocks:
         source: StoredBlocks,
         target: StoredBlocks,
         device: str,
-        work: Workplace,
+        journal: Journal,
         ranks: Ranks,
     ) -> None:
         self._plan, self._source, self._target = plan, source, target
-        self._work, self._ranks = work, ranks
-        self._done = {str(line["block"]): line for line in work.journal.lines if "block" in line}
+        self._journal, self._ranks = journal, ranks
+        self._done = {str(line["block"]): line for line in journal.lines if "block" in line}
         order = [planned.name for planned in plan.blocks]
         self._next = dict(itertools.pairwise(order))
         self._ahead: dict[str, Future[dict[str, Tensor]]] = {}
@@ -63,7 +62,7 @@ class DiskBlocks:
 
     def pruned(self, name: str) -> list[SitePruned] | None:
         """The records in the journal of a block's sites; None if the block is not finished."""
-        return sites_of(self._done[name]) if name in self._done else None
+        return sites_of(self._done[name], self._journal) if name in self._done else None
 
     def restore(self, name: str, block: nn.Module) -> None:
         """Read the pruned block from the output."""
@@ -81,7 +80,7 @@ class DiskBlocks:
             return
         self._target.write(name, paths)
         line = {"block": name, "sites": [asdict(site) for site in sites]}
-        self._work.journal.add(line | {"digest": self._target.digest(planned)})
+        self._journal.add(line | {"digest": self._target.digest(planned)})
 
     def check(self) -> None:
         """Compare the blocks that an earlier run wrote with their checksums in the journal.
@@ -92,7 +91,7 @@ class DiskBlocks:
         for planned in self._plan.blocks:
             line = self._done.get(planned.name)
             if line is not None and line.get("digest") != self._target.digest(planned):
-                raise self._work.damaged(f"{planned.name} was changed")
+                raise self._journal.damaged(f"{planned.name} was changed")
 
     def verify(
         self, plan: Plan, visit: Callable[[str, nn.Module], None] = lambda name, block: None
@@ -125,8 +124,8 @@ def reads_ahead(device: str) -> bool:
     return device.startswith("cuda")
 
 
-def sites_of(line: dict[str, Any]) -> list[SitePruned]:
-    """The records of the pruned sites in a line of the journal.
+def sites_of(line: Line, journal: Journal) -> list[SitePruned]:
+    """The records of the pruned sites in a line of a journal.
 
     Raises:
         AptError: the line is damaged.
@@ -134,7 +133,4 @@ def sites_of(line: dict[str, Any]) -> list[SitePruned]:
     try:
         return [SitePruned(**{**s, "shape": tuple(s["shape"])}) for s in line.get("sites", ())]
     except (KeyError, TypeError) as error:
-        raise AptError(
-            f"the journal of the interrupted run is damaged: {first_line(error)}",
-            "delete the folder .NAME.apt beside the output NAME and begin again",
-        ) from error
+        raise journal.damaged(first_line(error)) from error

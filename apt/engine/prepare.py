@@ -25,11 +25,12 @@ from apt.engine.options import RunOptions
 from apt.engine.prune_options import record
 from apt.engine.shrink_plan import find_method, resolved, shrinking
 from apt.errors import AptError
+from apt.files.journal import differences
 from apt.locations.model_source import Source, find
 from apt.locations.paths import expanded
 from apt.output.json_values import json_value
 from apt.output.location import check_not_input, check_output
-from apt.output.report import differences, read_report
+from apt.output.report import read_report
 from apt.output.workplace import resumable
 from apt.planning.allocation import check_allocation
 from apt.planning.plan import Plan, make_plan

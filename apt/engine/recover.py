@@ -1,9 +1,7 @@
 """A whole run of ``apt-prune recover``, from a pruned directory to a recovered one."""
 
 import gc
-import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -27,7 +25,7 @@ from apt.engine.prepare import capped, check_place, check_same_run, finished_rep
 from apt.engine.recover_options import RecoverRunOptions
 from apt.engine.text import check_vocabulary
 from apt.errors import AptError, first_line
-from apt.events import CheckpointSaved, TrainingEvent, TrainingObserver
+from apt.events import TrainingObserver
 from apt.locations.model_source import find
 from apt.output.card import write_card
 from apt.output.location import check_space
@@ -37,7 +35,7 @@ from apt.plugin.registry import Registry
 from apt.plugin.specs import RecoverySpec
 from apt.recovery.law import EnoughTokens
 from apt.recovery.record import Training
-from apt.recovery.recover import DENSE_LOSS, STEPS, Job, NotRecoveredError, recover_model
+from apt.recovery.recover import DENSE_LOSS, STEPS, Job, NotRecoveredError, forget, recover_model
 from apt.text.datasets import digest, documents, evaluation_tokens, training_tokens
 from apt.text.special_tokens import bos_of
 
@@ -225,7 +223,8 @@ class RecoveryRun:
             loaded = load(shell, None, self._prepared.device)
             self._model = loaded.module
             self._check_masks()
-            self._begin(tokens)
+            if self._ranks.first:
+                self._begin(tokens)
             before = self._measure(held_out, "before")
             training, masks = recover_model(self._model, tokens, self._job())
             if not self._ranks.first:
@@ -330,10 +329,7 @@ class RecoveryRun:
 
     def _begin(self, tokens: Tensor) -> None:
         """Continue from the journal, or start a new output."""
-        if not self._ranks.first:
-            return
-        work, resume = self._work, self._options.resume
-        found = {
+        inputs = {
             "options": self._options.record(),
             "model": fingerprint(self._model),
             "text": digest(tokens),
@@ -341,49 +337,22 @@ class RecoveryRun:
             "threads": torch.get_num_threads(),
             "ranks": self._ranks.size,
         }
-        found = json.loads(json.dumps(found))
-        if resume:
-            work.journal.read()
-        if resume and work.has_work:
-            work.check_fingerprint(found)
-            return
-        work.begin()
-        for name in ("steps", "dense", "dense.partial"):
-            shutil.rmtree(work.folder / name, ignore_errors=True)
-        work.journal.add({"fingerprint": found})
+        if not (self._options.resume and self._work.resume(inputs)):
+            self._work.begin(inputs)
+            forget(self._work.folder)
 
     def _job(self) -> Job:
         prepared, options = self._prepared, self._options
-
-        def observe(event: TrainingEvent) -> None:
-            if isinstance(event, CheckpointSaved) and self._ranks.first:
-                self._work.journal.add({"checkpoint": event.step})
-            self._observe(event)
-
         rules = (EnoughTokens(),) if options.recover.tokens == "auto" else ()
         return Job(
             prepared.shell.adapter, prepared.spec, prepared.spec.load(), options.recover,
             self._work.folder,
             self._dense if prepared.spec.teacher else None, options.seed, prepared.device,
-            options.resume, self._ranks, rules, self._remember, observe, self._status,
+            self._ranks, rules, self._work.journal, self._observe, self._status,
         )  # fmt: skip
 
     def _dense(self) -> nn.Module:
         return load(_dense_shell(self._prepared), None, self._prepared.device).module
-
-    def _remember(self, key: str, compute: Callable[[], Any]) -> Any:
-        """The result of a function, or the one in the journal."""
-        if not self._ranks.first:
-            return None
-        if (known := self._known(key)) is not None:
-            return known
-        found = compute()
-        self._work.journal.add({key: found})
-        return found
-
-    def _known(self, key: str) -> Any:
-        """What the journal has by a key; None if it has nothing."""
-        return next((line[key] for line in self._work.journal.lines if key in line), None)
 
     def _measure(self, held_out: Tensor | None, when: str) -> dict[str, float]:
         found = {}
@@ -426,7 +395,7 @@ class RecoveryRun:
             "sparsity": sparsity_of(masks),
             "zeros": sum(int(mask.sum()) for mask in masks.values()),
             **_size(shell, earlier, masks),
-            DENSE_LOSS: self._known(DENSE_LOSS),
+            DENSE_LOSS: next(iter(self._work.journal.values(DENSE_LOSS)), None),
             "scores": scores,
             "seconds": round(time.perf_counter() - self._started, 3),
             "peak_memory_bytes": peak_memory(),

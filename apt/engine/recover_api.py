@@ -1,11 +1,8 @@
 """Recovery of a pruned model in memory, from a program."""
 
-import json
-import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -16,14 +13,13 @@ from apt.checkpoints.masks import masks_of, sparsity_of
 from apt.engine.api import find_adapter
 from apt.errors import AptError, name_of
 from apt.events import TrainingObserver
-from apt.files.writing import write_file
-from apt.output.report import differences
+from apt.files.journal import Journal, Line
 from apt.plugin.registry import registry
 from apt.plugin.specs import RecoverySpec
 from apt.recovery.law import EnoughTokens
 from apt.recovery.options import RecoverOptions
 from apt.recovery.record import Training
-from apt.recovery.recover import Job, recover_model
+from apt.recovery.recover import Job, forget, recover_model
 from apt.recovery.trainable import Recovery
 from apt.text.datasets import digest
 
@@ -79,7 +75,6 @@ def recover(
     setting |= {"model": fingerprint(model), "tokens": digest(tokens)}
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary) if folder is None else Path(folder)
-        memory = _Memory(place, setting, resume=resume)
         job = Job(
             instance,
             spec,
@@ -89,54 +84,35 @@ def recover(
             opened,
             seed,
             str(device),
-            resume,
             rules=(EnoughTokens(),) if options.tokens == "auto" else (),
-            remember=memory.remember,
+            journal=_journal(place, setting, resume=resume),
             observe=observe,
         )
         training, _ = recover_model(model, tokens, job)
     return training
 
 
-class _Memory:
-    """What a training in a folder has to remember if it is resumed, in a file.
+def _journal(folder: Path, inputs: Line, *, resume: bool) -> Journal:
+    """The journal of the training in a folder, which is made if it is missing.
 
-    Args:
-        folder: the folder; it is made if it is missing. Without ``resume``, an earlier training in
-            it is deleted.
-        setting: what the training depends on, as values for JSON.
-        resume: True to continue the training that is in the folder.
+    Without ``resume``, an earlier training in it is deleted.
 
     Raises:
-        AptError: the folder has a training with another setting.
+        AptError: the training to be resumed has other inputs, or is damaged.
     """
-
-    def __init__(self, folder: Path, setting: dict[str, Any], *, resume: bool) -> None:
-        self._path = folder / "training.json"
-        setting = json.loads(json.dumps(setting))
-        folder.mkdir(parents=True, exist_ok=True)
-        if resume and self._path.is_file():
-            self._known = json.loads(self._path.read_text(encoding="utf-8"))
-            if other := sorted(differences(self._known["setting"], setting)):
-                raise AptError(
-                    f"{folder} has another training: {', '.join(other)} differ",
-                    "choose another folder, or begin anew with resume=False",
-                )
-            return
-        for name in ("steps", "dense", "dense.partial"):
-            shutil.rmtree(folder / name, ignore_errors=True)
-        self._known = {"setting": setting}
-        self._write()
-
-    def remember(self, key: str, compute: Callable[[], Any]) -> Any:
-        """The result of ``compute``, or the one that was remembered by the same key."""
-        if key not in self._known:
-            self._known[key] = compute()
-            self._write()
-        return self._known[key]
-
-    def _write(self) -> None:
-        write_file(self._path, json.dumps(self._known), overwrite=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    remedy = "choose another folder, or begin anew with resume=False"
+    journal = Journal(folder / "journal.jsonl", f"the training in {folder}", remedy)
+    if resume:
+        journal.read()
+    if journal.lines:
+        journal.check(inputs)
+        return journal
+    if resume and (folder / "training.json").exists():
+        raise AptError(f"{folder} has a training of an earlier version of APT", remedy)
+    forget(folder)
+    journal.begin(inputs)
+    return journal
 
 
 def _kind(kind: str | Recovery) -> tuple[RecoverySpec, Recovery]:

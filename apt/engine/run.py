@@ -85,8 +85,8 @@ def execute(
         )
         if ranks.first:
             report = storage.write(replace(report, seconds=time.perf_counter() - started), plan)
-    if ranks.first and prepared.structure is not None and prepared.structure.journal is not None:
-        prepared.structure.journal.unlink(missing_ok=True)  # of a search, no longer needed
+    if ranks.first and prepared.structure is not None:
+        prepared.structure.journal.clear()  # of a search, no longer needed
     return storage.with_final_scores(report) if ranks.first else report
 
 

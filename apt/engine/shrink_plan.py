@@ -14,6 +14,7 @@ from apt.checkpoints.shrunk import empty_smaller
 from apt.engine.machine import choose_device
 from apt.engine.options import RunOptions
 from apt.errors import AptError, name_of
+from apt.files.journal import Journal
 from apt.planning.plan import Plan
 from apt.planning.structure import make_structured_plan
 from apt.plugin.registry import Registry
@@ -22,7 +23,6 @@ from apt.pruning.recipe import Recipe
 from apt.shrinking.choices import BlockChoice, GroupScores
 from apt.shrinking.latency import block_times
 from apt.shrinking.options import ShrinkOptions
-from apt.shrinking.search import search_journal
 from apt.shrinking.sizes import MULTIPLE, Sizes
 from apt.shrinking.structure_choice import StructureChoice
 from apt.shrinking.wanted_sizes import wanted_sizes, with_mode
@@ -34,10 +34,17 @@ Choice = GroupChoice | GroupScores | BlockChoice
 _PROMPT = 512  # tokens of the sample on which a latency is measured
 
 
-def journal_beside(output: Path) -> Path:
-    """The file beside an output with the losses that a search has computed."""
+def _journal_beside(output: Path) -> Journal:
+    """The journal beside an output, with the losses that a search has computed.
+
+    Raises:
+        AptError: the file is a link, was changed, or is not a journal.
+    """
     real = output.resolve()
-    return real.with_name(f".{real.name}.search.jsonl")
+    place = real.with_name(f".{real.name}.search.jsonl")
+    journal = Journal(place, "a search", "move it to another place, or delete it")
+    journal.read()
+    return journal
 
 
 def find_method(options: RunOptions, registry: Registry) -> MethodSpec:
@@ -174,10 +181,9 @@ def shrinking(
     choice = choice_of(
         options.shrink, *family, method, recipe, registry, notice,
         streams=options.stream, seed=options.seed, device=options.device,
-        journal=journal_beside(options.output),
     )  # fmt: skip
-    if choice.journal is not None:
-        search_journal(choice.journal)  # raises if the file is another one
+    if choice.mode == "search":
+        choice = replace(choice, journal=_journal_beside(options.output))
     structure = choice.provisional(shell.module, shell.adapter)
     plan = make_structured_plan(*family, structure, adjusted=recipe.targets is not None)
     if choice.drop:
@@ -198,7 +204,6 @@ def choice_of(
     streams: bool = False,
     seed: int = 0,
     device: str = "auto",
-    journal: Path | None = None,
 ) -> StructureChoice:
     """The choice of the structure of a smaller model.
 
@@ -214,7 +219,6 @@ def choice_of(
         streams: True if the blocks stay on disk.
         seed: the seed of a search.
         device: the device on which a latency is measured.
-        journal: the file of a search that can be resumed.
     """
     seconds = None
     if wish.budget == "latency" and not wish.explicit:
@@ -241,7 +245,6 @@ def choice_of(
         drop=tuple(wish.drop),
         search=wish.search,
         seed=seed,
-        journal=journal if mode == "search" else None,
     )
 
 

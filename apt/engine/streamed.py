@@ -6,7 +6,6 @@ from the input: an interrupted block is pruned again from the start, with the sa
 """
 
 import hashlib
-import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -122,20 +121,15 @@ class StreamedRun:
         Raises:
             AptError: the interrupted run had other options or inputs, or its files were changed.
         """
-        work, fingerprint = self._work, json.loads(json.dumps(fingerprint))
-        options = self._prepared.options
-        if options.resume:
-            work.journal.read()
-        if options.resume and work.journal.has("block"):
-            work.check_fingerprint(fingerprint)
+        work, options = self._work, self._prepared.options
+        if options.resume and work.resume(fingerprint):
             if not self._is_done():
                 self._check_copy()
             return
-        work.begin()
+        work.begin(fingerprint)
         self._status("copying the checkpoint")
         other = self._text.tokenizer if options.tokenizer else None
         self._stored.copy(work.out, other, options.max_shard_size)
-        work.journal.add({"fingerprint": fingerprint})
         work.journal.add({"copied": checksums(work.out)})
 
     def _check_copy(self) -> None:
@@ -144,10 +138,10 @@ class StreamedRun:
         self._status("checking the files of the interrupted run")
         pruned = pruned_tensors(_writable(self._prepared), self._stored.layout)
         try:
-            copied = dict(next(line["copied"] for line in work.journal.lines if "copied" in line))
+            copied = dict(work.journal.values("copied")[0])
             check_copy(self._stored.shards, work.out, copied, pruned)
-        except (AptError, OSError, StopIteration, TypeError, ValueError) as error:
-            raise work.damaged(getattr(error, "message", first_line(error))) from error
+        except (AptError, OSError, IndexError, TypeError, ValueError) as error:
+            raise work.journal.damaged(getattr(error, "message", first_line(error))) from error
 
     def _assemble(self) -> None:
         """Load the weights outside the blocks."""
@@ -165,7 +159,7 @@ class StreamedRun:
         )
         both = (self._dense, self._pruned)
         self.block_storage = DiskBlocks(
-            _writable(prepared), *both, prepared.device, self._work, self._ranks
+            _writable(prepared), *both, prepared.device, self._work.journal, self._ranks
         )
         self.block_storage.check()
 
@@ -203,12 +197,12 @@ class StreamedRun:
         Raises:
             AptError: they were changed since then.
         """
-        digests = [line["own_text"] for line in self._work.journal.lines if "own_text" in line]
+        digests = self._work.journal.values("own_text")
         if not digests:
             return None
         known = self._ranks.share(self._read_text() if self._ranks.first else None)
         if known is None or digest(known) != digests[-1]:
-            raise self._work.damaged(f"{self._work.tokens.name} was changed")
+            raise self._work.journal.damaged(f"{self._work.tokens.name} was changed")
         return known
 
     def _read_text(self) -> Tensor | None:
@@ -219,11 +213,7 @@ class StreamedRun:
 
     def remember(self, key: str, compute: Callable[[], Any]) -> Any:
         """A result in the journal; if it is not there yet, compute and record it."""
-        known = [line[key] for line in self._work.journal.lines if key in line]
-        if not known:
-            known = [compute()]
-            self._work.journal.add({key: known[0]})
-        return known[-1]
+        return self._work.journal.remember(key, compute)
 
     def measure(self, held_out: Tensor | None, when: str) -> dict[str, Any]:
         """Measure the model with its dense or pruned blocks, unless the journal has the result."""
@@ -239,10 +229,10 @@ class StreamedRun:
         """The metrics in the journal."""
         found: dict[str, Any] = {}
         try:
-            for line in self._work.journal.lines:
-                found |= line.get("scores", {})
+            for scores in self._work.journal.values("scores"):
+                found |= scores
         except (TypeError, ValueError) as error:
-            raise self._work.damaged("its journal has no scores") from error
+            raise self._work.journal.damaged("its journal has no scores") from error
         return found
 
     def write(self, report: Report, plan: Plan) -> Report:

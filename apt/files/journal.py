@@ -1,51 +1,63 @@
 """The journal of a run that can be resumed: a file of lines, each with a checksum.
 
-A line is written after the data that it describes are on disk. Its checksum covers all lines before
-it, so that a changed, added or removed line is detected. An incomplete last line is ignored.
+The first line has all that the run depends on. A line is written after the data that it describes
+are on disk. Its checksum covers all lines before it, so that a changed, added or removed line is
+detected. An incomplete last line is ignored.
 """
 
+import errno
 import hashlib
 import json
 import os
 import stat
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from apt.errors import AptError
 
 Line = dict[str, Any]
-_CHECKSUM = "checksum"
+_CHECKSUM, _INPUTS = "checksum", "fingerprint"
+_HEAD = f'{{"{_INPUTS}": '.encode()
 
 
 class Journal:
     """The lines of a file, which need not exist yet.
 
     Args:
-        path: the file.
-        remedy: the advice for a file that was changed.
+        path: the file; None keeps the lines in memory.
+        run: the run in words, for messages.
+        remedy: the advice for a file that cannot be used.
 
     Attributes:
         lines: the lines, without their checksums.
     """
 
-    def __init__(self, path: Path, remedy: str) -> None:
-        self.path, self.lines, self._remedy = path, list[Line](), remedy
+    def __init__(self, path: Path | None = None, run: str = "", remedy: str = "") -> None:
+        self.path, self.lines, self._run, self._remedy = path, list[Line](), run, remedy
         self._last = ""  # the checksum of the last line
 
     def read(self) -> None:
         """Read the complete lines, and remove an incomplete last line from the file.
 
         Raises:
-            AptError: a line before the last one was changed.
+            AptError: the file is no journal, or a line before the last one was changed.
         """
+        if self.path is None or not os.path.lexists(self.path):
+            return
         self.lines, self._last = [], ""
-        with open(_open(self.path), "r+b") as file:
-            raw_lines, complete = file.read().splitlines(keepends=True), 0
+        with open(_open(self.path, self._remedy), "r+b") as file:
+            raw, complete = file.read(), 0
+            if raw[: len(_HEAD)] != _HEAD[: len(raw)]:
+                raise AptError(
+                    f"{self.path} is not the journal of {self._run}, or was changed", self._remedy
+                )
+            raw_lines = raw.splitlines(keepends=True)
             for number, raw in enumerate(raw_lines, 1):
                 line = self._checked(raw)
                 if line is None:
                     if number < len(raw_lines):
-                        raise AptError(f"line {number} of {self.path} was changed", self._remedy)
+                        raise self.damaged(f"line {number} of {self.path} was changed")
                     file.truncate(complete)
                     return
                 self.lines.append(line)
@@ -69,32 +81,78 @@ class Journal:
 
     def add(self, line: Line) -> None:
         """Write a line and flush it to disk."""
-        checksum = self._checksum(line)
-        with open(_open(self.path), "ab") as file:
-            file.write(f"{json.dumps({**line, _CHECKSUM: checksum})}\n".encode())
-            file.flush()
-            os.fsync(file.fileno())
+        if self.path is not None:
+            checksum = self._checksum(line)
+            with open(_open(self.path, self._remedy), "ab") as file:
+                file.write(f"{json.dumps({**line, _CHECKSUM: checksum})}\n".encode())
+                file.flush()
+                os.fsync(file.fileno())
+            self._last = checksum
         self.lines.append(line)
-        self._last = checksum
 
     def clear(self) -> None:
         """Delete the file and forget its lines."""
-        self.path.unlink(missing_ok=True)
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
         self.lines, self._last = [], ""
 
-    def has(self, key: str) -> bool:
-        """True if a line has the key ``key``."""
-        return any(key in line for line in self.lines)
+    def begin(self, inputs: Line) -> None:
+        """Begin anew, with all that the run depends on, as values for JSON."""
+        self.clear()
+        self.add({_INPUTS: json.loads(json.dumps(inputs))})
+
+    def serves(self, inputs: Line) -> bool:
+        """True if the journal is that of a run with these inputs."""
+        return self.lines[:1] == [{_INPUTS: json.loads(json.dumps(inputs))}]
+
+    def check(self, inputs: Line) -> None:
+        """Raise if the journal is that of a run with other inputs."""
+        known = self.lines[0].get(_INPUTS)
+        if not isinstance(known, dict):
+            raise self.damaged(f"{self.path} has no {_INPUTS}")
+        if other := sorted(differences(known, json.loads(json.dumps(inputs)))):
+            raise AptError(
+                f"{self._run} is another run: {', '.join(other)} differ",
+                f"resume with the same options and inputs, or {self._remedy}",
+            )
+
+    def damaged(self, how: str) -> AptError:
+        """The error for what was changed since the interruption."""
+        return AptError(f"{self._run} is damaged: {how}", self._remedy)
+
+    def values(self, key: str) -> list[Any]:
+        """What the lines have by a key, the oldest first."""
+        return [line[key] for line in self.lines if key in line]
+
+    def remember(self, key: str, compute: Callable[[], Any]) -> Any:
+        """A result of plain values; if no line has it by this key, compute it and add it."""
+        if not (known := self.values(key)):
+            known = [compute()]
+            self.add({key: known[0]})
+        return known[-1]
 
 
-def _open(path: Path) -> int:
+def differences(known: Line, now: Line, prefix: str = "") -> Iterator[str]:
+    """The dotted names of the entries that differ."""
+    for key in {**known, **now}:
+        left, right = known.get(key), now.get(key)
+        if isinstance(left, dict) and isinstance(right, dict):
+            yield from differences(left, right, f"{prefix}{key}.")
+        elif left != right:
+            yield f"{prefix}{key}"
+
+
+def _open(path: Path, remedy: str) -> int:
     """Open a file for reading and appending. A link is refused: it may lead to another's file."""
+    link = AptError(f"{path} is a link or not a regular file", remedy)
     try:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
     except OSError as error:
-        raise AptError(f"{path} cannot be opened: {error.strerror}") from error
+        if error.errno in (errno.ELOOP, errno.EISDIR):
+            raise link from error
+        raise AptError(f"{path} cannot be opened: {error.strerror}", remedy) from error
     found = os.fstat(file)
     if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
         os.close(file)
-        raise AptError(f"{path} is a link or not a regular file", "delete it")
+        raise link
     return file

@@ -5,7 +5,7 @@ import platform
 import resource
 import sys
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
@@ -217,16 +217,6 @@ def _site(entry: dict[str, Any]) -> SitePruned:
 def _numbers(part: Any) -> Any:
     """The metrics of a model, with numbers for strings as in `_site`; another entry as it is."""
     return {name: float(value) for name, value in part.items()} if isinstance(part, dict) else part
-
-
-def differences(known: dict[str, Any], now: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """The dotted names of the entries that differ."""
-    for key in {**known, **now}:
-        left, right = known.get(key), now.get(key)
-        if isinstance(left, dict) and isinstance(right, dict):
-            yield from differences(left, right, f"{prefix}{key}.")
-        elif left != right:
-            yield f"{prefix}{key}"
 
 
 def portable(reference: str) -> str:

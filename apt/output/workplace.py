@@ -20,7 +20,7 @@ from apt.files.hashes import file_hashes, sha256
 from apt.files.journal import Journal, Line
 from apt.files.renaming import exchange, rename_new
 from apt.output.location import cannot_write, check_replaceable, workplace_of
-from apt.output.report import differences, listed_files, read_report
+from apt.output.report import listed_files, read_report
 
 _JOURNAL = "journal.jsonl"
 _RESUMABLE = ("block", "checkpoint")  # the keys of lines about work that can be continued
@@ -49,8 +49,10 @@ class Workplace:
         self.out, self._old = self.folder / "out", self.folder / "old"
         self.activations = self.folder / "activations"
         self.tokens = self.folder / "tokens.safetensors"
-        remedy = f"delete {self.folder} and begin again"
-        self.journal = Journal(self.folder / _JOURNAL, remedy)
+        self.journal = Journal(
+            self.folder / _JOURNAL, f"the interrupted run of {output}",
+            f"delete {self.folder} and begin again",
+        )  # fmt: skip
         self._has_earlier_work = False  # of an earlier run, until `begin` deletes it
 
     @contextmanager
@@ -63,7 +65,7 @@ class Workplace:
         with _removing_new_parents(self.folder), _locked(self):
             self._check_links()
             self._restore_old()
-            self._has_earlier_work = self.journal.path.exists() or self.complete
+            self._has_earlier_work = (self.folder / _JOURNAL).exists() or self.complete
             shutil.rmtree(self.activations, ignore_errors=True)
             self.activations.mkdir()
             try:
@@ -80,21 +82,31 @@ class Workplace:
     @property
     def has_work(self) -> bool:
         """True if the journal names finished blocks, or a checkpoint of a training."""
-        return any(map(self.journal.has, _RESUMABLE))
+        return any(map(self.journal.values, _RESUMABLE))
 
     @property
     def complete(self) -> bool:
         """True if there is a result with a report, which is the last file to be written."""
         return (self.out / REPORT).is_file()
 
-    def begin(self) -> None:
-        """Start a new output.
+    def resume(self, inputs: Line) -> bool:
+        """True if there is work of an interrupted run to continue from.
+
+        Raises:
+            AptError: the run had other ``inputs``, or its journal was changed.
+        """
+        self.journal.read()
+        if self.has_work:
+            self.journal.check(inputs)
+        return self.has_work
+
+    def begin(self, inputs: Line | None = None) -> None:
+        """Start a new output, of a run that depends on ``inputs`` if it can be resumed.
 
         Raises:
             AptError: there is an interrupted run to resume, or a complete result.
         """
-        if (self.folder / _JOURNAL).exists():
-            self.journal.read()
+        self.journal.read()
         if self.has_work:
             raise AptError(
                 f"there is an interrupted run of {self.name}",
@@ -110,6 +122,8 @@ class Workplace:
         self.journal.clear()
         self._has_earlier_work = False
         self.out.mkdir()
+        if inputs is not None:
+            self.journal.begin(inputs)
 
     def discard(self) -> None:
         """Forget the work, so that the folder is deleted when the lock is released."""
@@ -128,24 +142,6 @@ class Workplace:
         self._finish(folder)
         shutil.rmtree(self.out)
         folder.rename(self.out)
-
-    def check_fingerprint(self, fingerprint: Line) -> None:
-        """Raise if the interrupted run had other options, inputs or versions than this one."""
-        known = self.journal.lines[0].get("fingerprint")
-        if not isinstance(known, dict):
-            raise self.damaged("its journal has no fingerprint")
-        if other := sorted(differences(known, fingerprint)):
-            raise AptError(
-                f"the interrupted run of {self.name} is another run: {', '.join(other)} differ",
-                f"resume with the same options and inputs, or delete {self.folder}",
-            )
-
-    def damaged(self, how: str) -> AptError:
-        """The error for a workplace that was changed after the interruption."""
-        return AptError(
-            f"the interrupted run of {self.name} is damaged: {how}",
-            f"delete {self.folder} and begin again",
-        )
 
     def finish(self) -> None:
         """Publish the output of a streamed run, unless that has been done."""
@@ -169,7 +165,7 @@ class Workplace:
         return self._is_finished(self.out)
 
     def _is_finished(self, directory: Path) -> bool:
-        known = [line["finished"] for line in self.journal.lines if "finished" in line]
+        known = self.journal.values("finished")
         if not known or not (directory / REPORT).is_file():
             return False
         if sha256(directory / REPORT) != known[-1]:
@@ -225,7 +221,7 @@ class Workplace:
         for parent, folders, names in os.walk(self.folder):
             for path in (Path(parent) / name for name in (*folders, *names)):
                 if path.is_symlink() or (path.is_file() and path.stat().st_nlink > 1):
-                    raise self.damaged(f"{path} is a link")
+                    raise self.journal.damaged(f"{path} is a link")
 
 
 def resumable(output: Path) -> bool:

@@ -21,10 +21,12 @@ from apt.events import CheckpointSaved, HeldBack, TrainingObserver, TrainingStep
 from apt.recovery.moving_masks import MovingMasks
 from apt.recovery.record import StopRule, Training
 
-COMPLETE = "complete"
-"""The name of a file in a checkpoint that was completely written."""
-
 _DIVERGED = 2.0  # nats per token above the loss before the training
+
+
+def checkpoint_of(folder: Path, step: int) -> Path:
+    """The place of the checkpoint after a step, as the Trainer names it."""
+    return folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
 
 
 class Recorder(TrainerCallback):  # type: ignore[misc]
@@ -107,20 +109,16 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Mark the checkpoint as complete, and delete those before it but the best one."""
-        if state.is_world_process_zero:
-            place = Path(str(args.output_dir))
-            folder = place / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            if self._moving is not None:
-                self._moving.save(folder)
-            (folder / COMPLETE).touch()
-            kept = {folder.name, Path(state.best_model_checkpoint or "").name}
-            for old in place.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-                if old.name not in kept:
-                    # The mark first, so that a killed run does not continue from a part.
-                    (old / COMPLETE).unlink(missing_ok=True)
-                    shutil.rmtree(old)
+        """Tell that the checkpoint is complete; then delete those before it but the best one."""
+        folder = checkpoint_of(Path(str(args.output_dir)), state.global_step)
+        if state.is_world_process_zero and self._moving is not None:
+            self._moving.save(folder)
         self._observe(CheckpointSaved(state.global_step))
+        if state.is_world_process_zero:
+            kept = {folder.name, Path(state.best_model_checkpoint or "").name}
+            for old in folder.parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+                if old.name not in kept:
+                    shutil.rmtree(old)
 
     def _keep(self, step: int, loss: float) -> None:
         self._training.held_back[step] = loss

@@ -1,12 +1,12 @@
 """The recovery of a pruned model: its kept weights are trained, and its zeros stay."""
 
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,7 +18,8 @@ from apt.adapter.eval_mode import eval_mode
 from apt.checkpoints.masks import Masks, filled, masks_of
 from apt.distributed.ranks import Ranks
 from apt.errors import AptError, first_line
-from apt.events import TrainingObserver
+from apt.events import CheckpointSaved, TrainingEvent, TrainingObserver
+from apt.files.journal import Journal
 from apt.plugin.specs import RecoverySpec
 from apt.recovery.moving_masks import MovingMasks
 from apt.recovery.options import RecoverOptions
@@ -40,12 +41,11 @@ DENSE_LOSS = "dense_loss"
 STEPS = 1000
 """The number of steps if nothing else is asked for."""
 
+CHECKPOINT = "checkpoint"
+"""The key of the lines of a journal about checkpoints."""
+
 _MOST_HELD_BACK = 64
-
-
-def _compute(key: str, compute: Callable[[], Any]) -> Any:
-    """The result of ``compute``: a run in memory remembers nothing."""
-    return compute()
+_STEPS, _DENSE = "steps", "dense"  # the folders of the checkpoints and of the dense model's outputs
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,10 @@ class Job:
         dense: opens the dense model, with the tokens of the same tokenizer; None if there is none.
         seed: the seed for the order of the samples.
         device: the device.
-        resume: True to continue from the last checkpoint in ``folder``.
         ranks: the processes that train together.
         rules: rules that end the training early.
-        remember: returns the result of a function, or the one that an interrupted run has
-            remembered by the same key.
+        journal: the journal of the training, which the first rank writes. The training continues
+            from the last checkpoint that it names.
         observe: called with the events of the training.
         status: called with a text for each step outside the training.
     """
@@ -78,10 +77,9 @@ class Job:
     dense: Callable[[], nn.Module] | None = None
     seed: int = 0
     device: str = "cpu"
-    resume: bool = False
     ranks: Ranks = field(default_factory=Ranks)
     rules: tuple[StopRule, ...] = ()
-    remember: Callable[[str, Callable[[], Any]], Any] = _compute
+    journal: Journal = field(default_factory=Journal)
     observe: TrainingObserver = lambda event: None
     status: Callable[[str], None] = lambda text: None
 
@@ -122,7 +120,7 @@ def recover_model(model: nn.Module, tokens: Tensor, job: Job) -> tuple[Training,
             training = train(
                 trainable, masks, text, held_back, _plan(steps, job),
                 moving=_moving(model, trainable, masks, steps, job),
-                windows=_windows(model, steps, job), rules=job.rules, observe=job.observe,
+                windows=_windows(model, steps, job), rules=job.rules, observe=_recording(job),
             )  # fmt: skip
             _check_lower(training)
         trainable.merge()
@@ -172,10 +170,27 @@ def _undone_on_error(model: nn.Module, trainable: Trainable, job: Job) -> Iterat
 
 
 def _plan(steps: int, job: Job) -> TrainingPlan:
-    folder = job.folder / "steps"
+    known = job.ranks.share(job.journal.values(CHECKPOINT))
     return TrainingPlan(
-        job.options, steps, _rate(job), folder, job.seed, job.device, job.resume
-    )  # fmt: skip
+        job.options, steps, _rate(job), job.folder / _STEPS, job.seed, job.device, known
+    )
+
+
+def _recording(job: Job) -> TrainingObserver:
+    """The observer of a job, after the journal."""
+
+    def observe(event: TrainingEvent) -> None:
+        if isinstance(event, CheckpointSaved) and job.ranks.first:
+            job.journal.add({CHECKPOINT: event.step})
+        job.observe(event)
+
+    return observe
+
+
+def forget(folder: Path) -> None:
+    """Delete the checkpoints, and the outputs of the dense model, of an earlier training."""
+    for name in (_STEPS, _DENSE, f"{_DENSE}.partial"):
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _windows(model: nn.Module, steps: int, job: Job) -> BlockWindows | None:
@@ -227,7 +242,11 @@ def _amount(
     options = job.options
     if options.minutes is not None:
         windows = _windows(model, 1, job)
-        steps = job.remember("steps", lambda: _steps_in(trainable, windows, text, held_back, job))
+        steps = 0
+        if job.ranks.first:
+            steps = job.journal.remember(
+                "steps", lambda: _steps_in(trainable, windows, text, held_back, job)
+            )
         steps = job.ranks.share(steps)
     elif isinstance(options.tokens, int):
         steps = math.ceil(options.tokens / (options.batch * text.shape[1]))
@@ -309,7 +328,7 @@ def _refused(job: Job, fault: str) -> AptError:
 
 def _teacher(text: Tensor, held_back: Tensor, job: Job) -> Teacher:
     """The outputs of the dense model, computed by the first rank, which remembers its loss."""
-    folder = job.folder / "dense"
+    folder = job.folder / _DENSE
     if job.ranks.first and not folder.is_dir():
         if job.dense is None:
             raise AptError(f"recovery {job.spec.name} needs the dense model", "name it", ("dense",))
@@ -319,7 +338,7 @@ def _teacher(text: Tensor, held_back: Tensor, job: Job) -> Teacher:
             job.status(f"running the dense model: sample {done} of {total}")
 
         with eval_mode(dense), job.adapter.running(dense):
-            job.remember(DENSE_LOSS, lambda: _loss(dense, held_back, job.device))
+            job.journal.remember(DENSE_LOSS, lambda: _loss(dense, held_back, job.device))
             write_teacher(dense, text, job.options.top, folder, step)
     job.ranks.wait()
     return Teacher(folder)

@@ -6,7 +6,7 @@ This module adds the loss, the masks, and the rules by which training ends early
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,14 +22,13 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from apt.errors import AptError, first_line
 from apt.events import TrainingObserver
 from apt.recovery.moving_masks import MovingMasks
 from apt.recovery.options import RecoverOptions
 from apt.recovery.record import StopRule, Training
-from apt.recovery.recorder import COMPLETE, Recorder
+from apt.recovery.recorder import Recorder, checkpoint_of
 from apt.recovery.trainable import Trainable, next_token_loss
 from apt.recovery.windows import BlockWindows
 from apt.solver.precision import multiplies_bf16
@@ -64,7 +63,8 @@ class TrainingPlan:
         folder: the folder of the checkpoints.
         seed: the seed for the order of the samples.
         device: ``"cpu"``, or a CUDA device.
-        resume: True to continue from the last checkpoint in ``folder``.
+        known: the steps of the checkpoints in ``folder`` that were completely written. The
+            training continues from the last one.
     """
 
     options: RecoverOptions
@@ -73,7 +73,7 @@ class TrainingPlan:
     folder: Path
     seed: int = 0
     device: str = "cpu"
-    resume: bool = False
+    known: Sequence[int] = ()
 
 
 def train(
@@ -108,7 +108,7 @@ def train(
     training = Training(plan.steps, options.batch * tokens.shape[1])
     recorder = Recorder(training, rules, observe, moving)
     patience = EarlyStoppingCallback(options.patience)
-    last = _last_checkpoint(folder) if plan.resume else None
+    last = _last_checkpoint(plan)
     with _as_before(trainable.module), _masked_gradients(trainable, masks, recorder):
         trainer = _Trainer(
             model=trainable.module,
@@ -126,7 +126,7 @@ def train(
         trainer.train(resume_from_checkpoint=last)
         recorder.end(trainer)
         if moving is not None and training.best:
-            moving.restore(folder / f"{PREFIX_CHECKPOINT_DIR}-{training.best}")
+            moving.restore(checkpoint_of(folder, training.best))
     return training
 
 
@@ -244,11 +244,10 @@ def _checkpointing() -> dict[str, Any]:
     return {"gradient_checkpointing": True, **kwargs}
 
 
-def _last_checkpoint(folder: Path) -> str | None:
+def _last_checkpoint(plan: TrainingPlan) -> str | None:
     """The last checkpoint that was completely written; None if there is none."""
-    found = {int(path.parent.name.rpartition("-")[2]): path.parent for path in folder.glob(
-        f"{PREFIX_CHECKPOINT_DIR}-*/{COMPLETE}")}  # fmt: skip
-    return str(found[max(found)]) if found else None
+    found = [checkpoint_of(plan.folder, step) for step in plan.known]
+    return next((str(path) for path in reversed(found) if path.is_dir()), None)
 
 
 def _distributed() -> bool:

@@ -10,13 +10,10 @@ import random
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from apt.errors import AptError
-from apt.files.journal import Journal
 from apt.shrinking.sizes import Size
 
-_HEAD = b'{"inputs": '  # the beginning of a journal
 _BARREN = 10  # generations without a new candidate, after which the search ends
 
 
@@ -64,65 +61,6 @@ class SearchOptions:
     minutes: float | None = None
     population: int = 12
     children: int = 12
-
-
-class KnownLosses:
-    """The losses that are known already.
-
-    Args:
-        path: the file of their journal; None keeps them in memory.
-        inputs: a description of everything that the losses depend on. Those of other inputs are
-            forgotten.
-
-    Raises:
-        AptError: see `search_journal`.
-    """
-
-    def __init__(self, path: Path | None = None, inputs: str = "") -> None:
-        self._journal = None if path is None else search_journal(path)
-        self._losses = dict[str, float]()
-        if self._journal is None:
-            return
-        first, *lines = self._journal.lines or [{}]
-        if first == {"inputs": inputs}:
-            self._losses = {str(line["candidate"]): float(line["loss"]) for line in lines}
-        else:
-            self._journal.clear()
-            self._journal.add({"inputs": inputs})
-
-    def recall(self, candidate: str, compute: Callable[[], float]) -> float:
-        """The loss of the candidate with this key; if it is not known, compute and record it."""
-        if candidate not in self._losses:
-            self._losses[candidate] = compute()
-            if self._journal is not None:
-                self._journal.add({"candidate": candidate, "loss": self._losses[candidate]})
-        return self._losses[candidate]
-
-
-def search_journal(path: Path) -> Journal:
-    """The journal of a search in a file, which need not exist.
-
-    Raises:
-        AptError: the file is a link, was changed, or is not a journal of a search.
-    """
-    remedy = "move it to another place, or delete it"
-    journal = Journal(path, remedy)
-    if path.is_symlink():
-        raise AptError(f"{path} is a link", remedy)
-    if path.exists():
-        if not _begins_as_search(path):
-            raise AptError(f"{path} is not the journal of a search", remedy)
-        journal.read()
-    return journal
-
-
-def _begins_as_search(path: Path) -> bool:
-    """True for an empty file, and for one whose first line is that of a search's journal."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        first = file.read(len(_HEAD))
-    return first in (b"", _HEAD)
 
 
 @dataclass

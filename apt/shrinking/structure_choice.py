@@ -4,7 +4,6 @@ import hashlib
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -13,12 +12,13 @@ from torch import Tensor, nn
 from apt.adapter import Adapter, Groups
 from apt.checkpoints.load import fingerprint
 from apt.errors import AptError
+from apt.files.journal import Journal
 from apt.planning.structure import Removed, Structure
 from apt.plugin.specs import ShrinkMethodSpec
 from apt.shrinking.choices import BlockChoice, GroupScores
 from apt.shrinking.options import Mode
 from apt.shrinking.proxy import Proxy
-from apt.shrinking.search import Candidate, KnownLosses, Scored, Search, SearchOptions
+from apt.shrinking.search import Candidate, Scored, Search, SearchOptions
 from apt.shrinking.sizes import Size
 from apt.solver import ColumnGroups, MethodError, SolverOptions
 from apt.text.self_generated import own_text, writes
@@ -40,7 +40,7 @@ class StructureChoice:
         drop: the indices of the blocks to drop; empty leaves them to the choice of blocks.
         search: the options of a search.
         seed: the seed of a search.
-        journal: the file of the losses that a search knows already; None keeps them in memory.
+        journal: the journal of a search, with the losses that it knows already.
         scored: the candidates that were compared, those of lowest loss first; filled by `choose`.
     """
 
@@ -53,7 +53,7 @@ class StructureChoice:
     drop: tuple[int, ...] = ()
     search: SearchOptions = field(default_factory=SearchOptions)
     seed: int = 0
-    journal: Path | None = None
+    journal: Journal = field(default_factory=Journal)
     scored: list[Scored] = field(default_factory=list)
 
     def check_streamable(self) -> None:
@@ -159,12 +159,17 @@ class StructureChoice:
         started = time.monotonic()
         status("search: reading the inputs of the dense model")
         proxy = Proxy(model, adapter, rest, self.solver, fit_gaps=True)
-        known = KnownLosses(self.journal, self._inputs(model, few, rest))
+        inputs = {"inputs": self._inputs(model, few, rest)}
+        if not self.journal.serves(inputs):  # the losses of other inputs are forgotten
+            self.journal.begin(inputs)
 
         def loss(candidate: Candidate) -> float:
             dropped = [names[index] for index in candidate.dropped]
             kept = candidate.size.kept
-            return known.recall(candidate.key, lambda: proxy.loss(kept, dropped, few))
+            found: float = self.journal.remember(
+                candidate.key, lambda: proxy.loss(kept, dropped, few)
+            )
+            return found
 
         def alone(index: int) -> float:
             return loss(Candidate(Size({}, len(names) - 1, 1, 1), frozenset([index])))
