@@ -128,7 +128,6 @@ def test_a_journal(tmp_path, given, tail, sealed):
     with one_line(), work.locked():
         work.journal.read()
         for line in work.journal.lines:
-            sites_of(line)
-        if work.journal.has("block"):
-            work.check_fingerprint({"model": 1})
+            sites_of(line, work.journal)
+        work.resume({"model": 1})
         assert not work.published()

@@ -155,9 +155,9 @@ def test_every_rank_goes_on_with_the_block_as_it_is_stored(first, tmp_path):
     layout = {"block.weight": [Piece("block.weight")]}
     stored = StoredBlocks(Shards(tmp_path), layout, {"block": block}, "cpu")
     site = PlannedSite("block", Site("", "weight", "x"), (4, 4), NM(2, 4))
-    work = SimpleNamespace(journal=SimpleNamespace(lines=[], add=lambda line: None))
+    journal = SimpleNamespace(lines=[], add=lambda line: None)
     plan, ranks = Plan((PlannedBlock("block", (site,)),)), SimpleNamespace(first=first)
-    DiskBlocks(plan, stored, stored, "cpu", work, ranks).keep("block", block, [])
+    DiskBlocks(plan, stored, stored, "cpu", journal, ranks).keep("block", block, [])
     assert torch.equal(block.weight.data, exact.bfloat16().float())
     assert torch.equal(stored.read("block")["weight"], exact.bfloat16() if first else dense)
 

@@ -283,8 +283,7 @@ def test_a_block_that_is_read_ahead_but_never_opened_is_let_go():
     """A layer-wise run opens no block that is dropped."""
     plan = SimpleNamespace(blocks=[SimpleNamespace(name=str(index)) for index in range(5)])
     source = SimpleNamespace(read=lambda name: {}, open=lambda name, dense: nullcontext())
-    work = SimpleNamespace(journal=SimpleNamespace(lines=[]))
-    blocks = DiskBlocks(plan, source, source, "cuda", work, Ranks())
+    blocks = DiskBlocks(plan, source, source, "cuda", apt_journal.Journal(), Ranks())
     for name, ahead in (("0", ["1"]), ("2", ["3"]), ("3", ["4"]), ("4", [])):
         with blocks.open(name, None):
             assert list(blocks._ahead) == ahead

@@ -333,11 +333,19 @@ def test_a_loss_that_is_no_number_ends_the_training_and_is_recorded():
     assert math.isnan(next(event.loss for event in events if isinstance(event, TrainingStep)))
 
 
+def test_a_training_of_an_earlier_version_is_not_continued(tmp_path):
+    model, dense, tokens = pruned()
+    (tmp_path / "training.json").write_text('{"setting": {}}')
+    given = {"options": FEW, "dense": dense, "folder": tmp_path}
+    with pytest.raises(AptError, match="has a training of an earlier version"):
+        library.recover(model, tokens, resume=True, **given)
+
+
 def test_a_folder_serves_one_training(tmp_path):
     model, dense, tokens = pruned()
     given = {"options": FEW, "dense": dense, "folder": tmp_path}
     library.recover(model, tokens, **given)
-    with pytest.raises(AptError, match="has another training: .*tokens"):
+    with pytest.raises(AptError, match="is another run: .*tokens differ"):
         library.recover(model, tokens.flip(0), resume=True, **given)
     other, more, _ = pruned()
     both = torch.cat([tokens, tokens])  # the outputs of the dense model have to be computed anew

@@ -16,6 +16,7 @@ import apt as library
 from apt.calibration.batches import enter
 from apt.checkpoints.load import skeleton
 from apt.errors import AptError
+from apt.files.journal import Journal
 from apt.locations.model_source import find
 from apt.plugin.registry import registry
 from apt.shrinking import latency
@@ -24,7 +25,6 @@ from apt.shrinking.options import ShrinkOptions
 from apt.shrinking.proxy import Proxy
 from apt.shrinking.search import (
     Candidate,
-    KnownLosses,
     Scored,
     Search,
     SearchOptions,
@@ -186,8 +186,11 @@ def test_a_killed_search_continues_with_the_same_result(tmp_path):
         return loss
 
     def recalling(loss):
-        journal = KnownLosses(path, "a")
-        return lambda candidate: journal.recall(candidate.key, lambda: loss(candidate))
+        journal = Journal(path)
+        journal.read()
+        if not journal.serves({}):
+            journal.begin({})
+        return lambda candidate: journal.remember(candidate.key, lambda: loss(candidate))
 
     with pytest.raises(KeyboardInterrupt):
         Search(SIZES, range(10), recalling(killed_after(17)), options, 3).run()
@@ -198,7 +201,6 @@ def test_a_killed_search_continues_with_the_same_result(tmp_path):
     again = Search(SIZES, range(10), counted, options, 3).run()
     assert again == whole
     assert len(computed) == len(whole) - 17
-    assert KnownLosses(path, "other inputs")._losses == {}
 
 
 def test_the_given_candidates_are_evaluated_first():
