@@ -186,10 +186,10 @@ def find_model(
     reference: str, registry: "Registry", hub: Hub, *, trust_remote_code: bool = False
 ) -> "Source":
     """The location of the model. For a model on the hub, the hub is contacted."""
-    from apt.cli.output import status_line
+    from apt.cli.progress import Progress
     from apt.locations.model_source import find
 
-    with status_line(f"looking for {reference}"):
+    with Progress(f"looking for {reference}"):
         return find(reference, registry, trust_remote_code=trust_remote_code, hub=hub)
 
 

@@ -27,7 +27,8 @@ def convert(
     """
     check_dtype(dtype)
 
-    from apt.cli.output import notice, out, show_json, status_line
+    from apt.cli.output import notice, out, show_json
+    from apt.cli.progress import Progress
     from apt.plugin.registry import registry
 
     hub = args.read_hub(revision, token, cache_dir)
@@ -51,7 +52,7 @@ def convert(
             raise
         notice(f"without a tokenizer: {error.message}")
         found = None
-    with status_line("converting"):
+    with Progress("converting"):
         loaded = load(shell, read_dtype(dtype))
         with whole_directory(output, overwrite) as work, write_errors(output):
             save_model(loaded.module, found, work.out)

@@ -55,7 +55,8 @@ def pack(
     """
     columns = read_group(group)
     check_integers(quantize, columns)
-    from apt.cli.output import notice, out, show_json, status_line
+    from apt.cli.output import notice, out, show_json
+    from apt.cli.progress import Progress
     from apt.engine.packing import FORMATS, pack_model
     from apt.packing.directory import Rounding
     from apt.plugin.registry import registry
@@ -65,7 +66,7 @@ def pack(
 
     hub = args.read_hub(revision, token, cache_dir)
     source = args.find_model(model, registry(), hub, trust_remote_code=trust_remote_code)
-    with status_line("packing"):
+    with Progress("packing"):
         rounding = Rounding(quantize, columns) if quantize else None
         done = pack_model(
             source, output, registry(), notice,
@@ -121,7 +122,8 @@ def pack_output(pack: Path, options: "RunOptions") -> None:
 
     It is written by the first rank alone.
     """
-    from apt.cli.output import notice, status_line
+    from apt.cli.output import notice
+    from apt.cli.progress import Progress
     from apt.distributed.launch import whole_number
     from apt.engine.packing import pack_model
     from apt.plugin.registry import registry
@@ -130,7 +132,7 @@ def pack_output(pack: Path, options: "RunOptions") -> None:
         return
     remote = options.trust_remote_code
     source = args.find_model(str(options.output), registry(), Hub(), trust_remote_code=remote)
-    with status_line("packing"):
+    with Progress("packing"):
         done = pack_model(
             source, pack, registry(), notice, adapter=options.adapter, overwrite=options.overwrite
         )
@@ -147,12 +149,13 @@ def unpack(
 
     For example: apt-prune unpack ./packed --output ./pruned
     """
-    from apt.cli.output import notice, out, show_json, status_line
+    from apt.cli.output import notice, out, show_json
+    from apt.cli.progress import Progress
     from apt.engine.packing import unpack_model
     from apt.plugin.registry import registry
 
     source = args.find_model(str(model), registry(), Hub())
-    with status_line("unpacking"):
+    with Progress("unpacking"):
         count = unpack_model(source, output, notice, overwrite=overwrite)
     if as_json:
         show_json({"output": str(output), "matrices": count})

@@ -1,37 +1,41 @@
-"""The progress display of a run."""
+"""The progress display of a command."""
 
 import time
 from dataclasses import asdict
 from math import prod
 from statistics import fmean
 from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
 
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as Display
 
 from apt.cli.output import duration, err, has_live_display, notice, show_detail
 from apt.events import BlockStarted, BlockTuned, Event, Working
-from apt.planning.plan import Plan
+
+if TYPE_CHECKING:
+    from apt.planning.plan import Plan
 
 
-class RunProgress:
-    """Block, site, relative layer error and the time left, on standard error.
+class Progress:
+    """The current step, the work done and the time left, on standard error.
 
-    A changing display on a terminal; elsewhere a line for each block.
+    A changing display on a terminal; elsewhere lines.
 
     Args:
-        plan: the plan of the run.
-        notices: lines to print after the text has been read: reading it may fail.
+        text: the first step.
+        notices: lines to print after the first step, which reads text and may fail.
+
+    Attributes:
+        done: the amount of counted work that is done.
+        total: the amount of all counted work; 0 if there is none, or if it is not known yet.
     """
 
-    def __init__(self, plan: Plan, notices: list[str]) -> None:
-        self._total = sum(site.size for block in plan.blocks for site in block.pruned)
-        self._total += sum(prod(extra.shape) for block in plan.blocks for extra in block.extras)
-        self._done, self._solving = 0, False
-        self._origin = (time.perf_counter(), 0)  # when the first block that is solved began
-        self._number, self._blocks = 0, 0  # of the current block, from 1, and of all
-        self._notices, self._steps = notices, 0
-        self._errors: list[float] = []
-        self._progress = Progress(
+    def __init__(self, text: str = "", notices: list[str] | None = None) -> None:
+        self.done, self.total = 0, 0
+        self._origin: tuple[float, int] | None = None  # the time left counts from here
+        self._notices, self._steps = notices or [], 0
+        self._display = Display(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn("{task.fields[left]}"),
@@ -39,10 +43,12 @@ class RunProgress:
             transient=True,
             disable=not has_live_display(),
         )
-        self._task = self._progress.add_task("", total=self._total, left="")
+        self._task = self._display.add_task("", total=None, left="")
+        if text:
+            self.status(text)
 
-    def __enter__(self) -> "RunProgress":
-        self._progress.start()
+    def __enter__(self) -> Self:
+        self._display.start()
         return self
 
     def __exit__(
@@ -51,80 +57,110 @@ class RunProgress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._progress.stop()
+        self._display.stop()
+
+    def status(self, text: str) -> None:
+        """Show a step outside the counted work."""
+        self._steps += 1
+        if self._steps > 1:
+            self.print_notices()
+        show_detail(text)
+        self.show(text)
+
+    def show(self, text: str) -> None:
+        """Show a text and the counted work in the changing display."""
+        self._display.update(
+            self._task, description=text, completed=self.done, total=self.total or None,
+            left=self.left,
+        )  # fmt: skip
+
+    def print_notices(self) -> None:
+        """Print the notices, once."""
+        for line in self._notices:
+            notice(line)
+        self._notices.clear()
+
+    def now(self) -> tuple[float, int]:
+        """The time, and the work that is done."""
+        return time.perf_counter(), self.done
+
+    def begin(self, origin: tuple[float, int] | None = None) -> None:
+        """Count the time left from an earlier `now`, or from the present one, the first time."""
+        self._origin = self._origin or origin or self.now()
+
+    @property
+    def seconds_left(self) -> float | None:
+        """The time that the rest of the work takes; None if nothing has been done since `begin`."""
+        started, restored = self._origin or (0.0, self.done)
+        if not restored < self.done < self.total:
+            return None
+        each = (time.perf_counter() - started) / (self.done - restored)
+        return each * (self.total - self.done)
+
+    @property
+    def left(self) -> str:
+        """The time left as a text; empty if it is not known."""
+        seconds = self.seconds_left
+        return "" if seconds is None else f"{duration(seconds)} left"
+
+
+class PruningProgress(Progress):
+    """Block, site, relative layer error and the time left; without a display, a line per block.
+
+    Args:
+        plan: the plan of the run.
+        notices: see `Progress`.
+    """
+
+    def __init__(self, plan: "Plan", notices: list[str]) -> None:
+        super().__init__(notices=notices)
+        self.total = sum(site.size for block in plan.blocks for site in block.pruned)
+        self.total += sum(prod(extra.shape) for block in plan.blocks for extra in block.extras)
+        self._number, self._blocks = 0, 0  # of the current block, from 1, and of all
+        self._errors, self._began = list[float](), self.now()
 
     def status(self, text: str) -> None:
         """Show a step before or after the blocks."""
         self._end_block()
-        self._steps += 1
-        if self._steps > 1:  # the first step reads the text, which may fail
-            self._print_notices()
-        show_detail(text)
-        self._progress.update(self._task, description=text, left="")
+        super().status(text)
 
     def observe(self, event: Event) -> None:
         """Show an event of the pipeline."""
         if isinstance(event, BlockStarted):
-            self._begin_block(event)
-            return
-        if isinstance(event, Working):
-            self._solving |= event.doing == "solving"
-            self._show(event.doing)
-            return
-        if isinstance(event, BlockTuned):
+            self.print_notices()
+            self._end_block()
+            self._number, self._blocks, self._began = event.index + 1, event.blocks, self.now()
+            self.show(self._block)
+        elif isinstance(event, Working):
+            if event.doing == "solving":  # blocks of an earlier run take almost no time
+                self.begin(self._began)
+            self.show(f"{self._block}  {event.doing}")
+        elif isinstance(event, BlockTuned):
             text = f"tuned  error {event.before:.4f} → {event.after:.4f}"
-            self._show(text)
-            show_detail(f"{event.name}  {text}", "tuned", **asdict(event))
-            return
-        self._done += event.size
-        self._show(f"{event.kind}  error {event.relative_error:.4f}")
-        self._errors.append(event.relative_error)
-        show_detail(
-            f"{event.name}  error {event.relative_error:.4f}  {duration(event.seconds)}",
-            "site", **asdict(event),
-        )  # fmt: skip
+            self._detail(f"{self._block}  {text}", f"{event.name}  {text}", "tuned", event)
+        else:
+            self.done += event.size
+            self._errors.append(event.relative_error)
+            error = f"error {event.relative_error:.4f}"
+            line = f"{event.name}  {error}  {duration(event.seconds)}"
+            self._detail(f"{self._block}  {event.kind}  {error}", line, "site", event)
 
-    def _begin_block(self, event: BlockStarted) -> None:
-        self._print_notices()
-        self._end_block()
-        if not self._solving:  # blocks that an earlier run has pruned take almost no time
-            self._origin = (time.perf_counter(), self._done)
-        self._number, self._blocks = event.index + 1, event.blocks
-        self._progress.update(self._task, description=self._block, left=self._left())
-
-    def _show(self, text: str) -> None:
-        self._progress.update(
-            self._task, description=f"{self._block}  {text}", completed=self._done
-        )
+    def _detail(self, shown: str, line: str, name: str, event: Any) -> None:
+        self.show(shown)
+        show_detail(line, name, **asdict(event))
 
     def _end_block(self) -> None:
         """Print a line for the finished block, unless there is a changing display."""
         if self._number:
             error = fmean(self._errors) if self._errors else None
-            parts = [self._block, "" if error is None else f"mean error {error:.4f}", self._left()]
+            parts = [self._block, "" if error is None else f"mean error {error:.4f}", self.left]
             (show_detail if has_live_display() else notice)(
                 "  ".join(part for part in parts if part),
                 "block", block=self._number, blocks=self._blocks, error=error,
-                done=self._done / max(1, self._total), seconds_left=self._seconds_left(),
+                done=self.done / max(1, self.total), seconds_left=self.seconds_left,
             )  # fmt: skip
         self._number, self._errors = 0, []
-
-    def _print_notices(self) -> None:
-        for line in self._notices:
-            notice(line)
-        self._notices.clear()
 
     @property
     def _block(self) -> str:
         return f"block {self._number}/{self._blocks}"
-
-    def _seconds_left(self) -> float | None:
-        started, restored = self._origin
-        if not self._solving or not restored < self._done < self._total:
-            return None
-        share = (self._done - restored) / (self._total - restored)
-        return (time.perf_counter() - started) * (1 / share - 1)
-
-    def _left(self) -> str:
-        seconds = self._seconds_left()
-        return "" if seconds is None else f"{duration(seconds)} left"

@@ -7,9 +7,9 @@ import typer
 
 from apt.checkpoints.copies import REPORT
 from apt.cli.interruptions import interrupted
-from apt.cli.output import notice, out, show_error, show_json, status_line
+from apt.cli.output import notice, out, show_error, show_json
 from apt.cli.plan import Planned, show_plan
-from apt.cli.progress import RunProgress
+from apt.cli.progress import Progress, PruningProgress
 from apt.cli.run_arguments import Defaults
 from apt.cli.settings import save
 from apt.cli.summary import first_not_finite, show_report
@@ -52,8 +52,8 @@ def start(
             read = input_paths(prepared.shell.source, texts)
             save(context, given["save_config"], defaults.values, read)
         if given["dry_run"]:
-            with status_line("checking") as status:
-                prepared = replace(prepared, plan=planned_levels(prepared, status.update))
+            with Progress("checking") as progress:
+                prepared = replace(prepared, plan=planned_levels(prepared, progress.status))
             show_planned(prepared, defaults.lines, as_json=given["as_json"])
             return None
         report = run(prepared, ranks, defaults.lines, as_json=given["as_json"])
@@ -99,7 +99,7 @@ def run(prepared: Prepared, ranks: Ranks, notices: list[str], *, as_json: bool) 
         return None
     earlier = _written(prepared.options.output)
     try:
-        with RunProgress(prepared.plan, notices) as progress:
+        with PruningProgress(prepared.plan, notices) as progress:
             report = execute(prepared, progress.observe, progress.status, ranks=ranks)
     except AptError:
         raise

@@ -36,10 +36,11 @@ def reapply(
     hub = args.read_hub(revision, token, cache_dir)
     source = args.find_model(model, registry(), hub, trust_remote_code=trust_remote_code)
 
-    from apt.cli.output import notice, out, show_json, status_line
+    from apt.cli.output import notice, out, show_json
+    from apt.cli.progress import Progress
     from apt.engine.reapply import reapply as apply
 
-    with status_line("reapplying the masks"):
+    with Progress("reapplying the masks"):
         done = apply(
             masks,
             source,

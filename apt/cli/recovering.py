@@ -4,23 +4,19 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 
 import typer
-from rich.progress import BarColumn, Progress, TextColumn
 
 from apt.cli.interruptions import interrupted
 from apt.cli.output import (
     duration,
-    err,
-    has_live_display,
     notice,
     out,
-    show_detail,
     show_error,
     show_event,
     show_json,
 )
+from apt.cli.progress import Progress
 from apt.cli.pruning import show_complete
 from apt.distributed.launch import joined
 from apt.engine.recover import (
@@ -63,7 +59,7 @@ def start(
             return
         notices.append(f"kind: {prepared.spec.name}" + ("" if options.kind else " (default)"))
         try:
-            with RecoveryProgress(notices) as progress:
+            with TrainingProgress(notices) as progress:
                 report = RecoveryRun(prepared, progress.observe, progress.status, ranks).execute()
         except KeyboardInterrupt as error:
             raise interrupted(error, _afterwards(options)) from None
@@ -116,78 +112,25 @@ def _show(report: Report, prepared: PreparedRecovery, *, as_json: bool) -> None:
     )
 
 
-class RecoveryProgress:
-    """Step, losses, their curve and the time left, on standard error.
-
-    A changing display on a terminal; elsewhere a line for each measurement of the loss.
-
-    Args:
-        notices: lines to print after the text has been read: reading it may fail.
-    """
+class TrainingProgress(Progress):
+    """Step, losses, their curve and the time left; without a display, a line per measured loss."""
 
     def __init__(self, notices: list[str]) -> None:
-        self._notices, self._curve, self._statuses = notices, list[float](), 0
-        self._first: TrainingStep | None = None  # since the start or a resumption
-        self._last: TrainingStep | None = None
-        self._progress = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            TextColumn("{task.fields[left]}"),
-            console=err,
-            transient=True,
-            disable=not has_live_display(),
-        )
-        self._task = self._progress.add_task("", total=None, left="")
-
-    def __enter__(self) -> "RecoveryProgress":
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._progress.stop()
-
-    def status(self, text: str) -> None:
-        """Show a step outside the training."""
-        self._statuses += 1
-        if self._statuses > 1:
-            self._print_notices()
-        show_detail(text)
-        self._progress.update(self._task, description=text, left="")
+        super().__init__(notices=notices)
+        self._curve = list[float]()
 
     def observe(self, event: TrainingEvent) -> None:
         """Show an event of the training."""
         if isinstance(event, TrainingStep):
-            self._first, self._last = self._first or event, event
+            self.done, self.total = event.step, event.steps
+            self.begin()
             show_event("training step", **asdict(event))
-            self._progress.update(
-                self._task, total=event.steps, completed=event.step,
-                description=f"step {event.step}/{event.steps}  loss {event.loss:.3f}  "
-                f"{curve(self._curve)}",
-                left=self._left(),
-            )  # fmt: skip
+            step = f"step {event.step}/{event.steps}  loss {event.loss:.3f}"
+            self.show(f"{step}  {curve(self._curve)}")
         elif isinstance(event, HeldBack):
             self._curve.append(event.loss)
-            parts = [f"step {event.step}", f"loss on held-back samples {event.loss:.4f}"]
-            if self._last is not None:
-                parts.append(self._left())
+            parts = [f"step {event.step}", f"loss on held-back samples {event.loss:.4f}", self.left]
             notice("  ".join(part for part in parts if part), "held back", **asdict(event))
-
-    def _print_notices(self) -> None:
-        for line in self._notices:
-            notice(line)
-        self._notices.clear()
-
-    def _left(self) -> str:
-        first, last = self._first, self._last
-        if first is None or last is None or not first.step < last.step < last.steps:
-            return ""
-        each = (last.seconds - first.seconds) / (last.step - first.step)
-        return f"{duration(each * (last.steps - last.step))} left"
 
 
 def curve(losses: Sequence[float]) -> str:

@@ -11,7 +11,7 @@ import pytest
 from apt.adapter import Extra, Site
 from apt.cli import app
 from apt.cli.output import show_json
-from apt.cli.progress import RunProgress
+from apt.cli.progress import PruningProgress
 from apt.events import BlockStarted, SitePruned, Working
 from apt.output.report import Report
 from apt.output.timeline import Timeline
@@ -227,7 +227,7 @@ def test_blocks_of_an_earlier_run_are_not_part_of_the_time_left(monkeypatch):
     monkeypatch.setattr("apt.cli.progress.time.perf_counter", lambda: seconds[0])
     site = PlannedSite("q", Site("q", "q.weight", "x"), (4, 8), NM(2, 4))
     extra = PlannedExtra("conv1d", Extra("conv1d", "conv1d", "conv1d.weight"), (8, 4), NM(2, 4))
-    progress = RunProgress(Plan((PlannedBlock("block", (site,), (extra,)),) * 4), [])
+    progress = PruningProgress(Plan((PlannedBlock("block", (site,), (extra,)),) * 4), [])
     pruned = [
         SitePruned(entry.name, entry.name, entry.shape, "2:4", 16, 0.1, None, None, 9, 0.1)
         for entry in (extra, site)
@@ -238,7 +238,7 @@ def test_blocks_of_an_earlier_run_are_not_part_of_the_time_left(monkeypatch):
         for event in (BlockStarted("block", index, 4), *events):
             progress.observe(event)
             seconds[0] += 100 / 5 if events is solved else 0.1
-        left.append(progress._seconds_left())
+        left.append(progress.seconds_left)
     assert left == [None, None, pytest.approx(100), None]
 
 

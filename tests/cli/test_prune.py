@@ -312,13 +312,14 @@ def test_cells_of_tables_are_no_markup(capsys):
 def test_a_status_is_no_markup(text, monkeypatch):
     from rich.console import Console
 
-    from apt.cli import output
+    from apt.cli import output, progress
 
-    monkeypatch.setattr(output, "err", Console(file=StringIO(), force_terminal=True))
-    with output.status_line(text) as line:
-        line.update(text)
-        shown = line._spinner.renderable.text
-    assert shown.plain == text
+    terminal = Console(file=StringIO(), force_terminal=True)
+    for module in (output, progress):
+        monkeypatch.setattr(module, "err", terminal)
+    with progress.Progress(text) as shown:
+        shown.status(text)
+    assert text in terminal.file.getvalue()
 
 
 def test_debug_shows_the_traceback(apt):

@@ -76,7 +76,7 @@ def test_what_was_measured_is_not_measured_again(checkpoint, apt, monkeypatch):
     assert apt(*command, "-o", "whole").code == 0
     statuses = []
     monkeypatch.setattr(
-        "apt.cli.progress.RunProgress.status", lambda self, line: statuses.append(line)
+        "apt.cli.progress.PruningProgress.status", lambda self, line: statuses.append(line)
     )
 
     def failing(self, plan, visit):
