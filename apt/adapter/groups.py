@@ -86,8 +86,6 @@ def disconnect(parameters: Mapping[str, Tensor], groups: Groups, removed: Sequen
 
     Args:
         parameters: the parameters of the block by their paths within it.
-        groups: the groups.
-        removed: the indices of those to disconnect.
     """
     for part in groups.outputs:
         entry = parameters[part.parameter].detach().movedim(part.dim, 0)

@@ -18,7 +18,6 @@ class DenseActivations:
     """The activations of the same samples in the dense model.
 
     Attributes:
-        state: the state before the block.
         inputs: the inputs (tokens, in) of the block's sites, by name; in several parts if the
             block multiplies them in parts.
         drift: the drift of the residual stream (tokens, hidden) before the block: that of the

@@ -29,7 +29,6 @@ class Capture:
     compared with the first, by identity or by value.
 
     Args:
-        block: the block.
         sites: the sites whose inputs are summed; their weights are still dense.
         targets: the error-aware targets; None if there is no dense stream.
         routed: the block's routed sites that stay dense. Their tokens are counted if ``sites``
@@ -101,12 +100,8 @@ class Capture:
         """Run the block on all batches, up to the last site.
 
         Args:
-            adapter: the block's adapter.
-            block, index: the block and its index in the model.
-            batches: the batches before the block.
             dense: the dense weights (out, in) of sites that write to the residual stream before
                 ``sites``: the change of their products is added to the drift.
-            progress: called after each batch.
         """
         dense = dense or {}
         weights = {s: s.oriented(s.weight(block).data) for s in [*self.tokens, *dense]}

@@ -16,9 +16,7 @@ class BlockPass:
     """The pass of one batch through a block, product by product.
 
     Attributes:
-        tokens: the number of the batch's tokens.
         sample: the number of tokens in each of its samples.
-        dense: the activations of the dense model.
         drift: the drift of the residual stream (tokens, hidden) up to the current product.
         seen: the number of tokens that each site has received so far.
         parts: the number of parts in which each site has received them.
@@ -89,8 +87,6 @@ class BlockPass:
         `add_drift` must follow for the same site; it then adds the part that comes from pruning.
 
         Args:
-            site: a site that writes to the residual stream.
-            tokens: the slice of the batch's tokens.
             lost: ``(X_dense − X) Wᵀ`` (tokens, out).
         """
         assert self.drift is not None
@@ -104,7 +100,6 @@ class BlockPass:
         The part that `add_input_drift` has added already is left out.
 
         Args:
-            site: a site that writes to the residual stream.
             rows: its input (tokens, in).
             weight, dense: its weight (out, in), pruned and dense.
         """

@@ -15,8 +15,6 @@ def check_kind(reference: str, config: Any, *, packed: bool = False) -> None:
     """Raise for a model that no adapter can serve.
 
     Args:
-        reference: the user's name for the model.
-        config: its configuration, as an object of transformers.
         packed: True if a packed or quantised model will do: it can be measured, but not pruned.
 
     Raises:

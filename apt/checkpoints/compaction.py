@@ -42,7 +42,6 @@ def write_compacted(
 
     Args:
         shell: the dense model without weights.
-        plan: the plan of the run.
         masked: the blocks of ``source``.
         layout: the tensors for each parameter.
         source: the checkpoint with zeros, which has all blocks.

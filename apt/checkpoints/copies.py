@@ -145,8 +145,6 @@ def check_copy(
     """Raise if a copy differs from the original; delete files that were not copied.
 
     Args:
-        shards: the tensors of the original.
-        target: the copy.
         known: the `checksums` of the copy.
         pruned: the tensors that may differ.
 

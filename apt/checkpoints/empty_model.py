@@ -16,10 +16,6 @@ def model_without_weights(config: Any, *, trust_remote_code: bool) -> nn.Module:
 
     Everything else, such as buffers and tables of positions, is on the CPU. At no time is more than
     one parameter in memory, and none of its pages is written.
-
-    Args:
-        config: the model's configuration.
-        trust_remote_code: True if code from the checkpoint may run.
     """
     with _parameters_on_meta():
         module: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)

@@ -58,7 +58,6 @@ def local_copy(source: Source, ignored: Sequence[str] = ()) -> Path:
     """The directory of a checkpoint, downloaded if it is on the hub.
 
     Args:
-        source: the checkpoint.
         ignored: patterns of files that are not needed.
     """
     if not source.on_hub:

@@ -43,8 +43,6 @@ def skeleton(
     """The model on the meta device: modules and shapes, no weights.
 
     Args:
-        source: the model.
-        registry: the plugins.
         adapter: the name of an adapter; by default that of the model's type.
         packed: True if a packed or quantised model will do: it can be measured, but not pruned.
     """
@@ -90,10 +88,8 @@ def load(shell: Model, dtype: torch.dtype | None = None, device: str = "cpu") ->
     """Read the weights of a `skeleton`.
 
     Args:
-        shell: the model on the meta device.
         dtype: the dtype of the weights; None keeps that of the checkpoint's sites (fp32 for GGUF),
             see `apt.checkpoints.stored.Stored.dtype`.
-        device: the device of the weights.
 
     Raises:
         AptError: the checkpoint is damaged or incomplete, or has weights that are not finite.
@@ -197,8 +193,6 @@ def check_finite(module: nn.Module, reference: str, cast: torch.dtype | None = N
     """Raise if a weight is NaN or infinite.
 
     Args:
-        module: the model.
-        reference: the user's name for the model.
         cast: the dtype that its weights were cast to; None if they were not.
     """
     for name, parameter in module.named_parameters():

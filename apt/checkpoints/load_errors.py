@@ -19,8 +19,6 @@ def load_error(source: Source, error: Exception, hint: str) -> AptError:
     """The message for an exception that was raised while a model was loaded.
 
     Args:
-        source: the model.
-        error: the exception.
         hint: the remedy if no better one is known.
     """
     if _requires_code(error):

@@ -17,7 +17,6 @@ class Model:
     """A model with its source, adapter and checkpoint.
 
     Attributes:
-        source: the source that it is read from.
         module, config: the model and its configuration, as objects of transformers.
         spec, adapter: the adapter of its family.
         checkpoint: the reader and writer of its format; None for the format of transformers.

@@ -21,10 +21,8 @@ class StoredBlocks:
     """The blocks in a checkpoint.
 
     Args:
-        shards: the checkpoint.
         layout: the tensors of the checkpoint for each parameter of the model.
         blocks: the modules by name, on the meta device.
-        device: the device that a block is loaded to.
         dtype: the dtype of a block in memory; None keeps that of each tensor.
     """
 
@@ -44,7 +42,6 @@ class StoredBlocks:
         """While entered, the block is in memory; afterwards it is on the meta device again.
 
         Args:
-            name: the block.
             dense: its parameters, if they have been read already.
         """
         block = self._blocks[name]

@@ -20,9 +20,7 @@ def save_model(
     """Write weights, configuration and tokenizer.
 
     Args:
-        model: the model.
         tokenizer: its tokenizer; None writes no tokenizer.
-        directory: the directory to write to.
         checkpoint: the writer of another format; None writes safetensors as transformers does.
         max_shard_size: the largest size of a file of weights, such as ``"5GB"``; None leaves it to
             transformers.

@@ -28,10 +28,7 @@ def shrunk(
     """A model of the same class without some groups and blocks; the given model does not change.
 
     Args:
-        model: a causal language model of transformers.
-        adapter: the adapter of its family.
         removed: the removed groups of each block, by the block's name.
-        dropped: the names of the blocks that are dropped.
 
     Returns:
         The smaller model, which plain transformers saves and opens.
@@ -78,8 +75,6 @@ def empty_smaller(model: Any, adapter: Adapter, plan: Plan) -> Any:
 
     Args:
         model: the model; it may be on the meta device.
-        adapter: the adapter of its family.
-        plan: the plan of a run that removes groups and drops blocks.
 
     Raises:
         AptError: transformers has no model of these sizes.
@@ -122,10 +117,8 @@ def resized(
     """A copy of a configuration for fewer groups and blocks.
 
     Args:
-        config: the configuration.
         sizes: the groups of each kind, and the number that is removed.
         blocks: the indices of the blocks that are kept.
-        count: the number of all blocks.
     """
     record = config.to_dict()
     changed: dict[str, Any] = {

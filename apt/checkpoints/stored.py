@@ -30,8 +30,6 @@ class Stored:
     """A checkpoint in a local directory.
 
     Attributes:
-        directory: the directory.
-        shards: its tensors.
         layout: the tensors for each parameter of the model.
     """
 
@@ -80,8 +78,6 @@ class Stored:
         """Copy the checkpoint.
 
         Args:
-            target: an empty directory.
-            tokenizer: a tokenizer that replaces that of the checkpoint.
             largest: the largest size of a file of weights, such as ``"5GB"``; None keeps the files.
         """
         copy_files(side_files(self.directory), self.directory, target)

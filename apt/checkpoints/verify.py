@@ -16,8 +16,6 @@ class Verdict:
     """The result of the check of one site.
 
     Attributes:
-        name: the full name of the site.
-        holds: True if the site meets its pattern.
         zeros, size: the number of zeros, and of all weights.
         detail: a description of the fault; empty if there is none.
     """
@@ -43,8 +41,6 @@ def block_verdicts(
     """Count the zeros of a block.
 
     Args:
-        planned: the block with its patterns.
-        block: its module.
         expected: the exact number of zeros of sites, by name. Other sites may have more zeros than
             their pattern asks for.
     """

@@ -23,7 +23,6 @@ def explained(error: BaseException, owner: Any = None) -> str:
     """One line with the text of an exception and its place in the author's code.
 
     Args:
-        error: the exception.
         owner: the adapter or function that was called. Its definition is the place if the
             traceback has no line of the author's code.
     """

@@ -59,7 +59,6 @@ def without_known_faults(found: Outcome, seen: dict[str, str]) -> Outcome:
     """The outcome, with `Outcome.kept_by` set if all of its faults are known.
 
     Args:
-        found: the outcome.
         seen: all faults so far, with the check that found each; those of this one are added.
     """
     lines = [_without_place(line) for line in found.problem.splitlines()]

@@ -44,7 +44,6 @@ def token_losses(model: nn.Module, tokens: Tensor) -> Tensor:
     """The loss of each predicted token (windows, seqlen − 1), in nats.
 
     Args:
-        model: a causal language model of transformers.
         tokens: token ids (windows, seqlen).
     """
     device, found = next(model.parameters()).device, []
@@ -101,9 +100,7 @@ def continuations(
 
     Args:
         models: the dense model and the pruned one, of transformers.
-        tokenizer: their tokenizer.
         prompts: the token ids of each prompt (tokens,).
-        new: the number of tokens to write.
     """
 
     def text(tokens: Tensor) -> str:

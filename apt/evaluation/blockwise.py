@@ -24,7 +24,6 @@ def streamed(shell: Model, tokens: Tensor, device: str) -> Iterator[nn.Module]:
     Args:
         shell: the model without weights; see `open_stored` for the supported models.
         tokens: token ids (windows, seqlen).
-        device: the device of the run.
     """
     stored = open_stored(shell)
     dtype = stored.dtype(shell)
@@ -53,7 +52,6 @@ def carried(
         model: the model, its blocks on the meta device.
         adapter: the adapter of its family; the model's states must be tensors.
         tokens: token ids (windows, seqlen).
-        on_disk: the model's blocks.
         store: the store of the windows' states; None keeps them in memory.
 
     Raises:

@@ -26,7 +26,6 @@ def parts_of_logits(model: nn.Module, tokens: Tensor) -> Iterator[Tensor]:
     If the model's body cannot be separated from its head, the logits are a single part.
 
     Args:
-        model: a causal language model of transformers.
         tokens: token ids (samples, seqlen).
     """
     kept = next((found for found in _kept.get() if found.model is model), None)
@@ -80,7 +79,6 @@ class _BodyOutput:
     Attributes:
         samples, seqlen: the shape of the tokens.
         body: the outermost module that returns states; None if no module does.
-        output: its output.
         inside: True during the forward of a body.
         vocabulary: the number of logits of a token.
     """

@@ -109,7 +109,6 @@ def score_beside(spec: EvaluatorSpec, model: nn.Module, tokens: Tensor, dense: n
     """A metric of a model and of the dense one, or of the difference between them.
 
     Args:
-        spec: the metric.
         model, dense: causal language models of transformers.
         tokens: token ids (windows, seqlen).
     """
@@ -124,8 +123,6 @@ def score(
     """A metric of a model, and of each window if it is a mean of windows.
 
     Args:
-        spec: the metric.
-        model: a causal language model of transformers.
         tokens: token ids (windows, seqlen).
         dense: the dense model, for a metric that compares with it.
     """

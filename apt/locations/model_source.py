@@ -22,7 +22,6 @@ class Source:
     """The source of a model.
 
     Attributes:
-        reference: the reference that the user gave.
         location: a directory or a hub name.
         gguf: for GGUF, the file within the directory.
         trust_remote_code: True if code from the checkpoint may run.
@@ -70,8 +69,6 @@ def find(
 
     Args:
         reference: a directory, a ``.gguf`` file, ``zoo:NAME``, or a name on the hub.
-        registry: the plugins.
-        trust_remote_code: True if code from the checkpoint may run.
         hub: the settings for the hub. If it does not answer, only earlier downloads are read.
 
     Raises:

@@ -17,8 +17,6 @@ def write_card(directory: Path, report: Report, source: Path | None = None) -> N
     """Write ``README.md``: a summary of the run, then the card of the original model.
 
     Args:
-        directory: the pruned model.
-        report: the record of the run.
         source: the directory of the original model. Its card is kept, with licence and languages.
     """
     original, reference = _original(source), str(report.model["reference"])
@@ -165,7 +163,6 @@ def mark_as_packed(directory: Path, *, has_code: bool) -> None:
     """Add a section to the card of a packed model that says how it is opened.
 
     Args:
-        directory: the packed model.
         has_code: True if the directory has code that opens it without APT.
     """
     path, (start, end) = directory / CARD, _PACKED

@@ -179,8 +179,6 @@ def carry_report(source: Path, target: Path, reference: str) -> None:
     that a later run may replace them.
 
     Args:
-        source: the directory.
-        target: the copy.
         reference: the user's name for the model, for an empty report.
     """
     try:

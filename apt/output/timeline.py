@@ -14,12 +14,7 @@ _PRUNING = "pruning"
 
 
 class Timeline:
-    """Records when each phase of a run began, and the memory at the beginning of each block.
-
-    Args:
-        status: called with the text of each phase.
-        observe: called with each event.
-    """
+    """Records when each phase of a run began, and the memory at the beginning of each block."""
 
     def __init__(self, status: Callable[[str], None], observe: Observer) -> None:
         self._status, self._observe = status, observe

@@ -29,8 +29,6 @@ def write_compressed_tensors(
     """Write a checkpoint with the weights of the blocks' Linear modules as integers.
 
     Args:
-        directory: the checkpoint.
-        shell: the model, without weights.
         target: an empty directory.
         rounding: the kind of integers; with ``exact`` the weights must be integers times scales.
 

@@ -74,7 +74,6 @@ class Packed:
     """What packing made of a checkpoint.
 
     Attributes:
-        matrices: the number of packed matrices.
         dense_bytes, packed_bytes: the bytes of their tensors before and after.
         bound_bytes: the least bytes: the entropy of the masks, the values and the scales.
         total_bytes: the bytes of all tensors of the packed checkpoint.
@@ -113,7 +112,6 @@ def linear_tensors(shell: Model, shards: Shards, *, blocks: bool = False) -> dic
 
     Args:
         shell: the model, without weights.
-        shards: the tensors of the checkpoint.
         blocks: True to leave out modules outside the blocks, such as the language-model head.
 
     Raises:
@@ -138,8 +136,6 @@ def pack(
     """Write a checkpoint without the zeros of some matrices, where that needs fewer bytes.
 
     Args:
-        directory: the checkpoint.
-        names: the tensors that may be packed.
         target: an empty directory.
         rounding: the rounding of the kept weights; None keeps them as they are.
 
@@ -202,10 +198,6 @@ def _encoded(tensor: Tensor, rounding: Rounding | None) -> tuple[Entry, Parts]:
 def unpack(directory: Path, target: Path) -> int:
     """Write a packed checkpoint as a dense one, and return the number of matrices.
 
-    Args:
-        directory: the packed checkpoint.
-        target: an empty directory.
-
     Raises:
         AptError: it is not packed, has a newer version, or is damaged.
     """
@@ -224,9 +216,6 @@ def unpack(directory: Path, target: Path) -> int:
 
 class PackedShards(Shards):
     """The tensors of a packed directory as those of the plain checkpoint: matrices have zeros.
-
-    Args:
-        directory: the directory.
 
     Raises:
         AptError: it is not packed, lacks a tensor, or a file is damaged.
@@ -293,8 +282,6 @@ def rewrite(
     """Write each file of weights with changed tensors, and the index.
 
     Args:
-        shards: the tensors of the checkpoint.
-        target: the directory to write to.
         change: called with each tensor.
         stem: the beginning of the names of the files.
         described: the descriptions of the packed matrices so far, for files with checksums.

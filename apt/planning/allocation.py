@@ -64,11 +64,6 @@ class Allocation(Protocol):
 def allocated(name: str, allocation: Allocation, given: Unallocated) -> dict[str, float]:
     """The sparsities of an allocation, as plain numbers.
 
-    Args:
-        name: the name of the allocation.
-        allocation: the allocation.
-        given: the dense model.
-
     Raises:
         AptError: it returns something else.
     """
@@ -132,8 +127,6 @@ def with_shares(plan: Plan, name: str, shares: Mapping[str, float]) -> Plan:
     steps come.
 
     Args:
-        plan: the plan.
-        name: the name of the allocation.
         shares: the sparsity of each unstructured site.
 
     Raises:

@@ -251,8 +251,6 @@ def make_plan(
     """Plan a run; the model may be on the meta device.
 
     Args:
-        model: the model.
-        adapter: the adapter of its family.
         pattern: the pattern of every selected site without an override.
         selection: the sites to prune; all by default.
         per: the unit over which unstructured patterns are counted, those of overrides too, unless

@@ -10,7 +10,6 @@ def check_rounding(plan: Plan, notice: Callable[[str], None] = lambda line: None
     """Raise if a plan prunes no weight; report sites that lose no weight.
 
     Args:
-        plan: the plan of the run.
         notice: called with a line about the number of sites that lose no weight.
     """
     pruned = [site for block in plan.blocks for site in block.pruned]

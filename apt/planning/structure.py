@@ -46,10 +46,6 @@ def make_structured_plan(
     """The plan of a run that leads to ``structure``; the model may be on the meta device.
 
     Args:
-        model: the model.
-        adapter: the adapter of its family.
-        config: its configuration.
-        structure: the parts that are kept.
         adjusted: True if the sites that lose no columns are solved as well, to compensate for the
             errors before them. False leaves them as they are.
 

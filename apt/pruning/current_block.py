@@ -21,7 +21,6 @@ class CurrentBlock:
 
     Attributes:
         dropped: the dropped blocks between it and the next one that is kept.
-        sites: all its sites.
         dense: the dense weights (out, in) of those that write to the residual stream; none without
             a dense stream, since only the drift between the streams needs them.
         scales: the factors of the rows (out, 1) of each site with row importance.

@@ -33,13 +33,7 @@ def disconnect_groups(
     """Set the outputs of the groups to zero without which the block's output changes least.
 
     Args:
-        adapter: the block's adapter.
-        block: the block.
-        index: its index in the model.
         batches: this rank's batches before the block; the first ones are used.
-        planned: the groups.
-        ranks: the processes that have the other batches.
-        progress: called after each run of the block.
     """
     groups, chosen = planned.groups, planned.chosen
     if chosen is None:

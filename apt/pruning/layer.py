@@ -78,12 +78,8 @@ class SolvedSite:
     """A site whose solution is written to the model, but which may still be tuned.
 
     Attributes:
-        planned: the site.
         dense: its dense weight (out, in), in fp32.
         matrix: the Gram matrix (in, in) of its inputs.
-        tokens: the number of its inputs.
-        solution: the solution of the method.
-        seconds: the time of the solve.
     """
 
     planned: PlannedSite
@@ -99,8 +95,6 @@ class SiteSolver:
     """The solver of sites: a method with its options and targets.
 
     Args:
-        method: the pruning method, for the patterns of the plan.
-        options: its options.
         targets: the error-aware targets; None prunes layer-wise.
     """
 
@@ -120,9 +114,6 @@ class SiteSolver:
         """Solve one site and write the solution to its weight in place.
 
         Args:
-            block: its block.
-            planned: the site.
-            sums: the sums of its input.
             mean: the mean square of the tokens that are added to the Gram matrix of a routed site
                 with few tokens; see `Gram.with_missing_tokens`.
             scale: the factor of each row (out, 1) in the choice of the mask; None for equal rows.

@@ -40,12 +40,6 @@ def can_pause(adapter: Adapter, config: Any, seqlen: int, width: int) -> bool:
     The paused forwards of all batches keep their intermediate values at the same time. These take
     about as much memory as the stored activations of a run, except for attention matrices of long
     samples.
-
-    Args:
-        adapter: the model's adapter.
-        config: its configuration.
-        seqlen: the number of tokens in a sample.
-        width: the width of the residual stream.
     """
     return adapter.held(config, seqlen) <= _MAX_VALUES * width
 
@@ -78,9 +72,6 @@ class PausedForwards:
     """The paused forwards of all batches through a block; a context manager.
 
     Args:
-        adapter: the block's adapter.
-        block, index: the block and its index in the model.
-        batches: the batches before the block.
         sites: all sites of the block, none of which is routed or multiplied more than once.
         to_capture: the sites among them that are to be captured; others of the same inputs stay
             dense.
@@ -167,9 +158,6 @@ class PausedForwards:
 
     def finish(self, *, update_states: bool) -> None:
         """Continue all batches to the end of the block, with the present weights.
-
-        Args:
-            update_states: True to replace the batches' states by those after the block.
 
         Raises:
             AptError: a site did not receive every token, or not the input that it is declared to

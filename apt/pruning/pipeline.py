@@ -65,10 +65,8 @@ def prune_blocks(
 
     Args:
         model: the model; it is set to eval mode during the run.
-        adapter: the adapter of its family.
         plan: the pattern of each site, from `apt.planning.plan.make_plan`.
         tokens: calibration token ids (samples, seqlen).
-        method: the pruning method.
         recipe: the options; the default is layer-wise.
         block_storage: the storage of the blocks; None if all are in memory.
         store: the store of the activations between runs of blocks; None keeps them in memory. If
@@ -76,7 +74,6 @@ def prune_blocks(
             group of sites that is solved in order.
         ranks: the processes that prune together; None for a single one. Each of them calls this
             function with the same arguments and ends with the same model.
-        observe: called with each event.
 
     Raises:
         AptError: the tokens have another shape, activations are not finite, a site's inputs were

@@ -13,7 +13,6 @@ class Recipe:
     """The options for pruning the blocks of a model; `apt.PruneOptions` determines them.
 
     Args:
-        solver: the options of the method.
         targets: the error-aware targets; None prunes layer-wise.
         row_importance: the weighting of rows in the choice of masks; None weights all rows alike.
         reconstruction: the tuning of a block after its sites are solved; None for no tuning.

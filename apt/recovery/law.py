@@ -38,7 +38,6 @@ class Point:
         dense: the loss of the dense model; 0 if it is not known.
         rate: the share of all parameters that was pruned.
         parameters: the number of parameters before pruning.
-        tokens: the number of training tokens.
         loss: the loss, in nats per token.
     """
 
@@ -95,7 +94,6 @@ def fit_law(points: Sequence[Point], *, resamples: int = 0, seed: int = 0) -> La
         points: the measured losses, at tokens above 0.
         resamples: the number of bootstrap samples for the intervals. They draw whole curves, or
             points if there is one curve.
-        seed: the seed of these draws.
 
     Raises:
         AptError: there are too few points.

@@ -68,10 +68,7 @@ class MovingMasks:
     """The masks of a training, in progress.
 
     Args:
-        model: the model.
-        adapter: the adapter of its family.
         masks: the masks (True where pruned) by parameter. They are changed in place.
-        steps: the number of steps of the training.
     """
 
     def __init__(

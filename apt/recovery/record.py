@@ -11,9 +11,7 @@ class Training:
     Attributes:
         steps: the planned number of steps.
         tokens: the tokens of a step, over all processes.
-        losses: the loss of each step.
         held_back: the loss of the next token on the samples held back, by step.
-        seconds: the time of the training.
         best: the step whose weights were taken; 0 if no step lowered the loss on the samples held
             back, and the weights are those before the training.
         diverged: the step after which the loss diverged; None if it did not.

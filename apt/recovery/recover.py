@@ -53,19 +53,10 @@ class Job:
     """What a recovery needs beside the model and the text.
 
     Attributes:
-        adapter: the adapter of the model's family.
-        spec: the kind of recovery.
-        recovery: its target.
-        options: the options.
         folder: a folder for checkpoints and for the outputs of the dense model.
         dense: opens the dense model, with the tokens of the same tokenizer; None if there is none.
-        seed: the seed for the order of the samples.
-        device: the device.
-        ranks: the processes that train together.
-        rules: rules that end the training early.
         journal: the journal of the training, which the first rank writes. The training continues
             from the last checkpoint that it names.
-        observe: called with the events of the training.
         status: called with a text for each step outside the training.
     """
 
@@ -96,7 +87,6 @@ def recover_model(model: nn.Module, tokens: Tensor, job: Job) -> tuple[Training,
             same dtypes afterwards; the training is in fp32, or mixed with bf16 where the machine
             multiplies that fast.
         tokens: samples of text (samples, seqlen), without padding.
-        job: what else is needed.
 
     Returns:
         The record of the training, and the zeros that were kept.

@@ -51,9 +51,6 @@ def write_teacher(
     """Run the dense model on ``tokens`` (samples, seqlen), and write its outputs.
 
     Args:
-        model: the dense model, a causal language model of transformers.
-        tokens: the training samples.
-        top: the number of logits of each token.
         folder: the folder to write; it exists only when it is whole.
         step: called with the number of samples that are done, and of all.
     """

@@ -21,7 +21,6 @@ class BlockWindows(TrainerCallback):  # type: ignore[misc]
 
     Args:
         model: the model, in which the parameters to be trained require gradients.
-        adapter: the adapter of its family.
         size: the number of blocks of a window.
         steps: the number of steps of the training. Each window has as many, to within one.
     """

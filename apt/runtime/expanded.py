@@ -12,7 +12,6 @@ class ExpandedMatrix:
     """A packed matrix, whose rows are expanded by torch.
 
     Args:
-        entry: the description.
         mask: the plain bitmask (out, ⌈in / 8⌉).
         values: the kept values as they are stored.
         scales: the scales (out, groups); None for floats.

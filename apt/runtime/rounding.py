@@ -25,7 +25,6 @@ def nearest_integers(weight: Tensor, kind: str, group: ScaleGroup) -> tuple[Tens
     Integers are symmetric around 0, with scales as in `apt.solver.integers.scales_of`.
 
     Args:
-        weight: the matrix.
         kind: ``int8`` or ``int4``.
         group: the number of columns that share a scale, or a whole row.
     """

@@ -47,7 +47,6 @@ def check_packed_files(
     """Compare the tensors of packed files with their checksums.
 
     Args:
-        files: the files.
         records: the descriptions of the packed matrices, by name.
 
     Raises:

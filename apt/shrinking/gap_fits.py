@@ -21,11 +21,8 @@ class GapFits:
     """The least-squares fits of the gaps of a model.
 
     Args:
-        adapter: the adapter of the model's family.
-        blocks: the blocks of the dense model.
         batches: calibration tokens before the first block. All streams that are recorded stay in
             memory.
-        options: the damping.
     """
 
     def __init__(

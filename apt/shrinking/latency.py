@@ -30,10 +30,6 @@ def block_times(
 
     Args:
         model: the model; it may be on the meta device.
-        adapter: the adapter of its family.
-        config: its configuration.
-        device: the device to measure on.
-        seqlen: the number of tokens.
     """
     blocks = adapter.blocks(model)
     groups = {g.kind: g for _, block in blocks for g in adapter.groups(block, config)}

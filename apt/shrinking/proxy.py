@@ -38,11 +38,8 @@ class Proxy:
     """The approximations of the smaller models of a model; its weights are dense between calls.
 
     Args:
-        model: the dense model.
-        adapter: the adapter of its family.
         tokens: calibration token ids (samples, seqlen). One (in, in) Gram matrix in fp32 for each
             reader stays in memory.
-        options: the damping.
         fit_gaps: True if the block before a gap takes over what the dropped blocks do. The streams
             between all blocks stay in memory, of about 16 thousand tokens.
     """
@@ -74,7 +71,6 @@ class Proxy:
 
         Args:
             kept: the number of groups of each kind; kinds that are not named keep all.
-            dropped: the names of the blocks that are dropped.
             tokens: token ids (windows, seqlen).
         """
         with _changed(list(self._changes(kept, dropped))):

@@ -20,11 +20,7 @@ def structure_record(
     """What a smaller model keeps and lacks, and the candidates that it was chosen from.
 
     Args:
-        choice: the choice that was made.
-        plan: the plan that follows from it.
         model: the dense model; it may be on the meta device.
-        adapter: the adapter of its family.
-        config: its configuration.
     """
     sizes = Sizes(model, adapter, config, 1)
     modules, kept = dict(adapter.blocks(model)), dict[str, int]()

@@ -28,7 +28,6 @@ class Size:
 
     Args:
         kept: the number of groups of each kind in every block, without the kinds that keep all.
-        blocks: the number of blocks.
         share: the share of the blocks' parameters that is kept.
         cost: the share of the budget: ``share``, or the share of the blocks' time on this machine.
     """
@@ -51,8 +50,6 @@ class Sizes:
 
     Args:
         model: the model; it may be on the meta device.
-        adapter: the adapter of its family.
-        config: its configuration.
         multiple: the multiple that a number of channels must be.
         seconds: the time of a block with these numbers of groups, if the budget is time.
     """
@@ -92,11 +89,6 @@ class Sizes:
 
         Every combination of the number of blocks and of groups is completed by the number of groups
         of the most numerous kind that comes nearest.
-
-        Args:
-            keep: the wanted share of the budget.
-            width: True if groups may be removed.
-            depth: True if blocks may be dropped.
         """
         found = [
             min(self._completed(kept, blocks, width=width), key=lambda s: abs(s.cost - keep))

@@ -13,13 +13,7 @@ from apt.evaluation.metrics import perplexity
 
 @contextmanager
 def skipping(model: nn.Module, adapter: Adapter, blocks: Collection[str]) -> Iterator[None]:
-    """Inside the context, the blocks of these names pass their input on.
-
-    Args:
-        model: the model.
-        adapter: the adapter of its family.
-        blocks: the full names of the blocks.
-    """
+    """Inside the context, the blocks of these names pass their input on."""
     modules = dict(adapter.blocks(model))
     with ExitStack() as stack:
         for name in blocks:

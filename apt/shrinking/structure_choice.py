@@ -31,15 +31,9 @@ class StructureChoice:
     """The choice of the structure of a smaller model.
 
     Args:
-        mode: see `apt.shrinking.options.ShrinkOptions`.
         sizes: the sizes to choose from; the first comes nearest to the wish.
-        groups: the choice of groups.
-        blocks: the choice of blocks.
         whole: True if the model is in memory as a whole, so that widths can be compared.
-        solver: the damping.
         drop: the indices of the blocks to drop; empty leaves them to the choice of blocks.
-        search: the options of a search.
-        seed: the seed of a search.
         journal: the journal of a search, with the losses that it knows already.
         scored: the candidates that were compared, those of lowest loss first; filled by `choose`.
     """
@@ -89,10 +83,7 @@ class StructureChoice:
         """Choose a structure.
 
         Args:
-            model: the dense model.
-            adapter: the adapter of its family.
             tokens: calibration token ids (samples, seqlen).
-            status: called with a text for each step.
             bos, special: the first token of every sample, and special tokens, see
                 `apt.text.self_generated.own_text`.
         """

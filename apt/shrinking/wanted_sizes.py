@@ -18,8 +18,6 @@ def with_mode(options: ShrinkOptions, sizes: Sizes, chooses: str | None = None) 
     removed if the model is not deep, or if no number of blocks is near the wanted share.
 
     Args:
-        options: the options.
-        sizes: the sizes of the model.
         chooses: what the given method chooses, see `ShrinkMethodSpec`; None without a method.
     """
     if options.mode is not None or options.explicit:
@@ -41,7 +39,6 @@ def wanted_sizes(
 
     Args:
         sizes: the sizes of the model for a multiple of channels.
-        options: the options, see `with_mode`.
         notice: called with a line about each choice that the user did not make.
 
     Raises:

@@ -37,7 +37,6 @@ class Round:
 
     Args:
         penalties: the values of ρ, for eigenvalues with a geometric mean of 1.
-        steps: the steps at each penalty.
         relaxation: ω, between 1 (none) and 2.
         slack: the tolerance of the joint solve at the end of the round, as a multiple of
             `SolverOptions.tolerance`.

@@ -32,7 +32,6 @@ def prune_channels(
     """Prune ``weight`` (channels, k) under a loss that is quadratic in each channel.
 
     Args:
-        weight: the weights.
         gram: the Gram matrix of each channel (channels, k, k): the loss of a removal set P is
             ``w_P G_PP w_Pᵀ``.
         pattern: n:m in groups along k, whose removal sets are all tried, or a share of all weights.
@@ -60,7 +59,6 @@ class _Problem:
     Args:
         weight: the weights (channels, k) in fp64.
         matrix: ``H⁻¹`` if compensated, else ``G`` (channels, k, k).
-        compensated: see `prune_channels`.
     """
 
     def __init__(self, weight: Tensor, matrix: Tensor, compensated: bool) -> None:
@@ -169,9 +167,7 @@ def _by_groups(problem: _Problem, sets: Tensor, size: int) -> Tensor:
     The groups are visited in two rounds, or in one if a channel has a single group.
 
     Args:
-        problem: some channels.
         sets: the removal sets of a group (sets, m).
-        size: m.
     """
     mask = torch.zeros_like(problem.weight, dtype=torch.bool)
     starts = range(0, problem.width, size)

@@ -27,7 +27,6 @@ class PrecisionSettings:
     """The settings before `require_full`.
 
     Attributes:
-        older: the older setting.
         changed: the new settings of the operations that were changed; "none" if inherited.
     """
 

@@ -118,8 +118,6 @@ def scales_of(weight: Tensor, importance: Tensor, grid: IntegerGrid, dtype: torc
     Args:
         weight: the weights (out, in) in fp32.
         importance: the weight of the error of each column (in,).
-        grid: the integers.
-        dtype: the stored dtype.
     """
     rows, columns = weight.shape
     group = grid.columns(columns)

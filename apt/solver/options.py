@@ -75,9 +75,7 @@ def check_tensor(
     """Raise `MethodError` unless ``found`` is a tensor of this shape and dtype.
 
     Args:
-        found: the result of a method.
         name: its name in the message, with an article.
-        shape, dtype: those that it must have.
         device: the device on which it must be; None for any.
     """
     if not isinstance(found, Tensor):

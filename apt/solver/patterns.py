@@ -247,8 +247,6 @@ def surplus(weight: Tensor, dense: Tensor, pattern: SitePattern) -> int:
     A weight that is zero in ``dense`` (out, in) already is not removed.
 
     Args:
-        weight: the pruned weight (out, in).
-        dense: the weight before.
         pattern: the pattern; for groups of columns, whole groups are counted.
     """
     if isinstance(pattern, ColumnGroups):

@@ -36,8 +36,6 @@ def subject(registry: Registry, adapter: str, model: str | None = None) -> Subje
     """The subject of the checks for the adapter of that name.
 
     Args:
-        registry: the plugins.
-        adapter: the name of the adapter.
         model: a reference to a model; by default the adapter's example (`AdapterSpec.example`),
             else its embedded checkpoint.
 

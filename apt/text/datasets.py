@@ -28,7 +28,6 @@ def documents(
         source: a name that a plugin provides (``builtin``, ``wikitext2``), a local .txt, .jsonl or
             .parquet file, or a hub data set, ``NAME`` or ``NAME:CONFIG``.
         split: the part to read; a local file has the same part for both.
-        registry: the plugins.
         token: the access token for a gated or private data set of the hub.
 
     Raises:
@@ -102,8 +101,6 @@ def tokenize(tokenizer: Any, texts: Iterable[str], limit: int | None = None) -> 
     """The token ids (tokens,) of the documents joined by blank lines, without special tokens.
 
     Args:
-        tokenizer: the model's tokenizer.
-        texts: the documents.
         limit: the number of tokens needed; reading stops after enough text for them.
     """
     parts, size = [], 0
@@ -124,9 +121,7 @@ def windows(
     """Cut ``tokens`` (tokens,) into consecutive windows (windows, seqlen), at least ``samples``.
 
     Args:
-        tokens: the token ids of the text.
         samples: the number of windows needed; None for one.
-        seqlen: the tokens of each window.
         source: the name of the text's source, for messages.
         bos: the first token of each window, before ``seqlen - 1`` tokens of text; None for text
             alone.

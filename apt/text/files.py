@@ -96,7 +96,6 @@ def text_of(row: Any, where: str) -> str:
     """The text of a row: a plain string, its ``text`` field, or its only string field.
 
     Args:
-        row: the parsed row.
         where: the row or line number, for messages.
 
     Raises:

@@ -43,8 +43,6 @@ class RandomTokens:
         """The given samples (samples, seqlen) and the copies, in an order drawn by ``seed``.
 
         Args:
-            tokens: the token ids of the given samples.
-            vocabulary: the size of the vocabulary.
             special: special tokens, which are never drawn.
             seed: the seed of the tokens, their positions and the order.
         """

@@ -29,7 +29,6 @@ class Reconstruction:
         rate: the initial learning rate of Adam for an error of 1, as a share of the root mean
             square of each weight. It is multiplied by the square root of the error, since the
             deviations to correct scale with it. It decays to zero along a cosine.
-        epochs: the number of passes over the batches.
         held_back: the share of the batches that is held back; at least one batch is.
         tokens_per_batch: the approximate number of tokens of a step; see `step_tokens`.
         tokens: the approximate greatest number of tokens, from evenly spaced samples; at least two
@@ -88,14 +87,8 @@ def reconstruct(
     gradient from the rank that has its batch.
 
     Args:
-        adapter: the block's adapter.
-        block: the pruned block.
-        index: its index in the model.
         batches: this rank's batches: the states before the block, with the dense activations after
             the block. The last batches of all ranks are held back.
-        sites: the sites to tune.
-        options: the options of the tuning.
-        ranks: the processes that tune together; None for a single one.
         progress: called after each step, and after each batch on which the error is measured.
 
     Returns:

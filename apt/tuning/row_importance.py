@@ -63,14 +63,10 @@ class RowImportance:
         """The factors of the rows of each site's weight, (out, 1).
 
         Args:
-            adapter: the block's adapter.
             block: the block; its weights are still dense.
             index: its index in the model, which seeds the random signs.
             batches: the batches to use, with the dense inputs of the block's sites.
             starts: the state of the dense stream before the block, for each batch.
-            sites: the sites.
-            ranks: the processes that have the other batches.
-            progress: called after each batch.
         """
         sizes = {site.input: _squares(batches, site.input) for site in sites}
         ranks.add(*sizes.values())

@@ -52,12 +52,7 @@ class _Results(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class Removals:
-    """The changes in one block when weights are zero.
-
-    Args:
-        subject: the adapter, with a model in fp32.
-        step: the block, with its inputs.
-    """
+    """The changes in one block when weights are zero."""
 
     def __init__(self, subject: Subject, step: Step) -> None:
         self.step, self._adapter = step, subject.adapter
@@ -73,9 +68,7 @@ class Removals:
 
         Args:
             weight: the weights of an extra (channels, k); a view of the parameter.
-            channel: the channel.
             removed: the weights of the channel that are multiplied by ``left``.
-            left: the factor.
         """
         results = _Results(self._results)
         with _scaled(weight, channel, removed, left):
