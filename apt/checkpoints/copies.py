@@ -9,7 +9,7 @@ from pathlib import Path
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import load_file, save_file
 
-from apt.checkpoints.safetensors_io import INDEX, SINGLE, Shards
+from apt.checkpoints.safetensors_io import INDEX, SINGLE, Shards, synchronise
 from apt.errors import AptError
 from apt.files.hashes import sha256
 from apt.files.index import write_index
@@ -96,12 +96,6 @@ def copy_files(files: Iterable[Path], source: Path, target: Path) -> None:
         into.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, into)
         synchronise(into)
-
-
-def synchronise(path: Path) -> None:
-    """Flush a file to disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def copy_weights(shards: Shards, source: Path, target: Path, largest: str | None) -> None:

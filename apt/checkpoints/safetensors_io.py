@@ -8,16 +8,17 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from apt.errors import AptError, NotStoredError
-from apt.files.index import index_metadata, indexed_files
+from apt.files.index import index_metadata, indexed_files, write_index
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _PICKLED_INDEX = "pytorch_model.bin.index.json"
@@ -128,6 +129,39 @@ class Shards:
         finally:
             for file in files.values():
                 os.close(file)
+
+
+def write_files(
+    directory: Path,
+    parts: Iterable[tuple[dict[str, Tensor], dict[str, str] | None]],
+    count: int,
+    stem: str = "model",
+    about: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a checkpoint of ``count`` files, with an index if there are several.
+
+    Args:
+        parts: the tensors and the metadata of each file.
+        stem: the beginning of the names of the files.
+        about: the metadata of the index, without the size of all tensors.
+    """
+    places, size = dict[str, str](), 0
+    for number, (tensors, metadata) in enumerate(parts, 1):
+        place = f"-{number:05d}-of-{count:05d}" if count > 1 else ""
+        name = f"{stem}{place}.safetensors"
+        save_file(tensors, directory / name, metadata)
+        synchronise(directory / name)
+        places |= dict.fromkeys(tensors, name)
+        size += sum(tensor.nbytes for tensor in tensors.values())
+    if count > 1:
+        index = directory / f"{stem}.safetensors.index.json"
+        write_index(index, {**(about or {}), "total_size": size}, places)
+
+
+def synchronise(path: Path) -> None:
+    """Flush a file to disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def _bytes(raw: Tensor) -> memoryview:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from apt.adapter import Adapter
 from apt.calibration.storage import Store
-from apt.checkpoints.shrunk import empty_smaller
+from apt.checkpoints.smaller import empty_smaller
 from apt.distributed.ranks import Ranks
 from apt.events import Observer, SitePruned
 from apt.planning.allocation import (

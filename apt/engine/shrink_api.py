@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from apt.adapter import Adapter
-from apt.checkpoints.shrunk import smaller
+from apt.checkpoints.smaller import smaller
 from apt.distributed.ranks import Ranks
 from apt.engine.api import described, find_adapter
 from apt.engine.inputs import check_inputs

@@ -10,7 +10,7 @@ from torch import nn
 
 from apt.adapter import Adapter
 from apt.checkpoints.model import Model
-from apt.checkpoints.shrunk import empty_smaller
+from apt.checkpoints.smaller import empty_smaller
 from apt.engine.machine import choose_device
 from apt.engine.options import RunOptions
 from apt.errors import AptError, name_of

@@ -19,13 +19,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from apt.calibration.storage import DiskStore, Store
-from apt.checkpoints.compaction import check_compactable, write_compacted
 from apt.checkpoints.copies import check_copy, checksums, copied_size
 from apt.checkpoints.load import skeleton
 from apt.checkpoints.masks import MASKS, block_masks, write_masks
 from apt.checkpoints.model import Model
 from apt.checkpoints.offload import StoredBlocks, assemble
 from apt.checkpoints.safetensors_io import Shards
+from apt.checkpoints.smaller import check_writable, write_smaller
 from apt.checkpoints.stored import open_stored
 from apt.checkpoints.tensor_map import pruned_tensors
 from apt.distributed.ranks import Ranks
@@ -277,7 +277,7 @@ class StreamedRun:
         self._status("writing the smaller model")
         self.block_storage.verify(plan)
         shell, target = self._prepared.shell, self._work.fresh("small")
-        write_compacted(shell, plan, self._pruned, self._stored.layout, self._work.out, target)
+        write_smaller(shell, plan, self._pruned, self._stored.layout, self._work.out, target)
         open_stored(self._small_shell(target))
         return target
 
@@ -361,7 +361,7 @@ def check_streamable(prepared: Prepared) -> None:
     options = prepared.options
     stored = open_stored(prepared.shell)
     if prepared.structure is not None:
-        check_compactable(stored.layout)
+        check_writable(stored.layout)
         prepared.structure.check_streamable()
     if not prepared.registry.allocations.get(options.allocation).streams:
         raise AptError(

@@ -17,16 +17,14 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from apt import runtime
-from apt.checkpoints.copies import copy_files, side_files, synchronise
+from apt.checkpoints.copies import copy_files, side_files
 from apt.checkpoints.model import Model
-from apt.checkpoints.safetensors_io import Shards
+from apt.checkpoints.safetensors_io import Shards, synchronise, write_files
 from apt.checkpoints.tensor_map import layout_of
 from apt.errors import AptError, first_line
-from apt.files.index import write_index
 from apt.runtime.entries import (
     INDEX_PACKED,
     KEY,
@@ -286,29 +284,20 @@ def rewrite(
         stem: the beginning of the names of the files.
         described: the descriptions of the packed matrices so far, for files with checksums.
     """
-    places: dict[str, str] = {}
-    total, several = 0, len(shards.files) > 1
-    for number, path in enumerate(shards.files, 1):
-        made: dict[str, Tensor] = {}
-        for name in _names(shards, path):
-            made |= change(name, shards.read(name))
-        with safe_open(path, "pt") as file:
-            metadata = {k: v for k, v in (file.metadata() or {}).items() if k != CHECKSUMS}
-        if described is not None:
-            metadata[CHECKSUMS] = checksums(made, described())
-        place = f"-{number:05d}-of-{len(shards.files):05d}" if several else ""
-        name = f"{stem}{place}.safetensors"
-        save_file(made, target / name, metadata or None)
-        synchronise(target / name)
-        places |= dict.fromkeys(made, name)
-        total += sum(tensor.nbytes for tensor in made.values())
-    if several:
-        about = {**shards.about, "total_size": total}
-        write_index(target / f"{stem}.safetensors.index.json", about, places)
 
+    def parts() -> Iterator[tuple[Parts, dict[str, str] | None]]:
+        for path in shards.files:
+            made: Parts = {}
+            for name, entry in shards.entries.items():
+                if entry.file == path:
+                    made |= change(name, shards.read(name))
+            with safe_open(path, "pt") as file:
+                metadata = {k: v for k, v in (file.metadata() or {}).items() if k != CHECKSUMS}
+            if described is not None:
+                metadata[CHECKSUMS] = checksums(made, described())
+            yield made, metadata or None
 
-def _names(shards: Shards, path: Path) -> Iterator[str]:
-    return (name for name, entry in shards.entries.items() if entry.file == path)
+    write_files(target, parts(), len(shards.files), stem, shards.about)
 
 
 def finish(

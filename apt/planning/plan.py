@@ -209,6 +209,11 @@ class Plan:
         return [site.name for site in self.sites if site.pattern is None]
 
     @property
+    def dropped(self) -> list[str]:
+        """The names of the blocks that are dropped."""
+        return [block.name for block in self.blocks if block.dropped]
+
+    @property
     def per(self) -> Granularity | None:
         """The unit over which its unstructured patterns are counted; None without such patterns."""
         patterns = (site.pattern for site in self.sites)

@@ -1,6 +1,6 @@
 """The structure of a smaller model, and the plan of the run that leads to it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from apt.errors import AptError
 from apt.planning.plan import Plan, PlannedBlock, PlannedGroups, PlannedSite
 from apt.solver import ColumnGroups
 
-Removed = Mapping[str, tuple[int, ...]]
+Removed = Mapping[str, Sequence[int]]
 """The indices of the groups that are removed from a block, by kind."""
 
 
@@ -37,7 +37,9 @@ class Structure:
         """The pattern of the readers of ``groups`` in a block."""
         kept = self.kept.get(groups.kind, groups.count)
         chosen = self.removed.get(block, {}).get(groups.kind)
-        return ColumnGroups(groups.count, kept, groups.bins, chosen)
+        return ColumnGroups(
+            groups.count, kept, groups.bins, None if chosen is None else tuple(chosen)
+        )
 
 
 def make_structured_plan(

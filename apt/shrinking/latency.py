@@ -12,7 +12,7 @@ from torch import nn
 from apt.adapter import Adapter, Groups
 from apt.adapter.eval_mode import eval_mode
 from apt.checkpoints.empty_model import empty_of_class
-from apt.checkpoints.shrunk import resized
+from apt.checkpoints.smaller import resized
 
 _ROUNDS, _WARM_UP = 9, 2
 _LARGE = 2**27  # weights of an embedding, whose memory need not be written

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from apt.adapter import Adapter
-from apt.checkpoints.shrunk import empty_smaller
+from apt.checkpoints.smaller import empty_smaller
 from apt.planning.plan import Plan
 from apt.planning.structure import planned_groups
 from apt.shrinking.search import Scored, pareto_front
@@ -27,14 +27,13 @@ def structure_record(
     for planned in plan.blocks:
         if not planned.dropped:
             kept |= planned_groups(adapter, config, modules[planned.name], planned)
-    dropped = [block.name for block in plan.blocks if block.dropped]
-    size = sizes.size(kept, len(plan.blocks) - len(dropped))
+    size = sizes.size(kept, len(plan.blocks) - len(plan.dropped))
     empty = empty_smaller(model, adapter, plan)
     left = group_counts(empty, adapter, empty.config)
     return {
         "mode": choice.mode,
         "share": size.share,
-        "blocks": {"kept": size.blocks, "of": len(plan.blocks), "dropped": dropped},
+        "blocks": {"kept": size.blocks, "of": len(plan.blocks), "dropped": plan.dropped},
         "groups": {
             kind: {"kept": left.get(kind, size.kept.get(kind, groups.count)), "of": groups.count}
             for kind, groups in sizes.groups.items()

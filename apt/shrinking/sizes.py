@@ -10,7 +10,7 @@ from torch import nn
 
 from apt.adapter import Adapter, Groups
 from apt.adapter.groups import without
-from apt.checkpoints.shrunk import resized
+from apt.checkpoints.smaller import resized
 from apt.errors import AptError
 
 TOLERANCE = 0.01

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from apt.adapter.groups import disconnect, without
-from apt.checkpoints.shrunk import shrunk
+from apt.checkpoints.smaller import shrunk
 from apt.errors import AptError
 from tests.helpers.families import CONFIGS, random_model, random_tokens
 

@@ -13,7 +13,7 @@ import apt.output.workplace as apt_workplace
 from apt import AptError, PruneOptions, ShrinkOptions
 from apt.adapter.groups import without
 from apt.checkpoints.safetensors_io import Shards
-from apt.checkpoints.shrunk import smaller
+from apt.checkpoints.smaller import smaller
 from apt.planning.structure import Structure, make_structured_plan
 from apt.pruning.pipeline import prune_blocks
 from apt.pruning.recipe import Recipe

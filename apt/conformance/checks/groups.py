@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from apt.adapter import Adapter, Groups, Site
 from apt.adapter.groups import disconnect
-from apt.checkpoints.shrunk import shrunk
+from apt.checkpoints.smaller import shrunk
 from apt.conformance.checks.promise import Fault, promise
 from apt.conformance.checks.subject import Subject
 from apt.errors import AptError, first_line

@@ -1,0 +1,238 @@
+"""A smaller model, in memory or on disk: the dense model without some groups and blocks."""
+
+import copy
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from apt.adapter import Adapter, Groups
+from apt.adapter.groups import Removal, without
+from apt.checkpoints.copies import copy_files, side_files
+from apt.checkpoints.empty_model import empty_of_class
+from apt.checkpoints.model import Model
+from apt.checkpoints.offload import StoredBlocks
+from apt.checkpoints.safetensors_io import Shards, write_files
+from apt.checkpoints.tensor_map import Layout
+from apt.errors import AptError, first_line
+from apt.planning.plan import Plan
+from apt.planning.structure import Removed, planned_groups, removed_groups
+
+_CONFIG = "config.json"
+_PER_BLOCK = ("layer", "block")  # in the names of a configuration's lists with one entry a block
+
+
+def shrunk(
+    model: Any,
+    adapter: Adapter,
+    removed: Mapping[str, Removed],
+    dropped: Collection[str] = (),
+) -> Any:
+    """A model of the same class without some groups and blocks; the given model does not change.
+
+    Args:
+        removed: the removed groups of each block, by the block's name.
+
+    Returns:
+        The smaller model, which plain transformers saves and opens.
+
+    Raises:
+        AptError: a block or a kind of groups does not exist, the blocks do not keep the same number
+            of groups, or the configuration cannot express the smaller model.
+    """
+    blocks = adapter.blocks(model)
+    config = _smaller_config(adapter, model.config, blocks, removed, dropped)
+    inside = tuple(f"{name}." for name, _ in blocks)
+    state = {n: tensor for n, tensor in model.state_dict().items() if not n.startswith(inside)}
+    kept = ((name, block) for name, block in blocks if name not in dropped)
+    for (place, _), (name, block) in zip(blocks, kept, strict=False):
+        removals = _removals(adapter, model.config, block, removed.get(name, {}))
+        own = dict(block.state_dict()) | without(dict(block.named_parameters()), removals)
+        state |= {f"{place}.{path}": tensor for path, tensor in own.items()}
+    return _built(type(model), config, state, model)
+
+
+def smaller(model: Any, adapter: Adapter, plan: Plan) -> Any:
+    """The model without the groups and blocks that a run with ``plan`` has disconnected."""
+    config, modules = model.config, dict(adapter.blocks(model))
+    removed = {b.name: removed_groups(adapter, config, modules[b.name], b) for b in plan.blocks}
+    return shrunk(model, adapter, removed, plan.dropped)
+
+
+def empty_smaller(model: Any, adapter: Adapter, plan: Plan) -> Any:
+    """The smaller model of a plan without weights; the given one may be on the meta device.
+
+    Raises:
+        AptError: transformers has no model of these sizes.
+    """
+    config = copy.deepcopy(model.config)
+    empty: Any = empty_of_class(type(model), config, config)
+    removed = _last_groups(adapter, config, adapter.blocks(empty), plan)
+    return shrunk(empty, adapter, removed, plan.dropped)
+
+
+def check_writable(layout: Layout) -> None:
+    """Raise if a parameter is stored in several tensors, as those of experts may be."""
+    for name, pieces in layout.items():
+        if len(pieces) > 1:
+            raise AptError(
+                f"{name} is stored in {len(pieces)} tensors, which cannot be made smaller one by "
+                "one",
+                "do not stream",
+                ("stream",),
+            )
+
+
+def write_smaller(
+    shell: Model, plan: Plan, masked: StoredBlocks, layout: Layout, source: Path, target: Path
+) -> None:
+    """Write the smaller model of a run that has set columns to zero.
+
+    The blocks are read one by one. Each block that is kept has a file of its own.
+
+    Args:
+        shell: the dense model without weights.
+        masked: the blocks of ``source``.
+        source: the checkpoint with zeros, which has all blocks.
+        target: an empty directory.
+    """
+    blocks = shell.adapter.blocks(shell.module)
+    removed = _last_groups(shell.adapter, shell.config, blocks, plan)
+    config = _smaller_config(shell.adapter, shell.config, blocks, removed, plan.dropped)
+    copy_files((p for p in side_files(source) if p != source / _CONFIG), source, target)
+    config.save_pretrained(target)
+    parts = _stored_parts(shell, plan, masked, layout, Shards(source))
+    count = 1 + len(plan.blocks) - len(plan.dropped)
+    write_files(target, ((part, {"format": "pt"}) for part in parts), count)
+
+
+def _stored_parts(
+    shell: Model, plan: Plan, masked: StoredBlocks, layout: Layout, shards: Shards
+) -> Iterator[dict[str, Tensor]]:
+    """The tensors outside the blocks, and then those of each block that is kept, by their keys."""
+    inside = {
+        piece.key
+        for name, block in shell.adapter.blocks(shell.module)
+        for path, _ in block.named_parameters()
+        for piece in layout[f"{name}.{path}"]
+    }
+    yield {key: shards.read(key) for key in shards.entries if key not in inside}
+    kept = (planned for planned in plan.blocks if not planned.dropped)
+    for place, planned in zip(plan.blocks, kept, strict=False):
+        tensors = {}
+        with masked.open(planned.name) as block:
+            removed = removed_groups(shell.adapter, shell.config, block, planned)
+            removals = _removals(shell.adapter, shell.config, block, removed)
+            own = dict(block.named_parameters())
+            for path, tensor in (own | without(own, removals)).items():
+                dtype = shards.entries[layout[f"{planned.name}.{path}"][0].key].dtype
+                key = layout[f"{place.name}.{path}"][0].key
+                tensors[key] = tensor.detach().to("cpu", dtype).contiguous()
+        yield tensors
+
+
+def _last_groups(
+    adapter: Adapter, config: Any, blocks: Sequence[tuple[str, nn.Module]], plan: Plan
+) -> dict[str, Removed]:
+    """The last groups of each block, as many as a plan removes: shapes depend on the numbers."""
+    removed = dict[str, Removed]()
+    for (name, block), planned in zip(blocks, plan.blocks, strict=True):
+        kept = {} if planned.dropped else planned_groups(adapter, config, block, planned)
+        known = {groups.kind: groups for groups in adapter.groups(block, config)}
+        removed[name] = {kind: range(count, known[kind].count) for kind, count in kept.items()}
+    return removed
+
+
+def _removals(adapter: Adapter, config: Any, block: nn.Module, removed: Removed) -> list[Removal]:
+    known = {groups.kind: groups for groups in adapter.groups(block, config)}
+    return [(known[kind], indices) for kind, indices in removed.items()]
+
+
+def _smaller_config(
+    adapter: Adapter,
+    config: Any,
+    blocks: Sequence[tuple[str, nn.Module]],
+    removed: Mapping[str, Removed],
+    dropped: Collection[str],
+) -> Any:
+    """The configuration without some groups and blocks; see `shrunk` for the errors."""
+    names = [name for name, _ in blocks]
+    for name in [*removed, *dropped]:
+        if name not in names:
+            raise AptError(f"the model has no block {name}", f"names look like {names[0]}")
+    sizes = dict[str, tuple[Groups, int]]()
+    for name, block in blocks:
+        if name not in dropped:
+            _count_removed(sizes, name, adapter.groups(block, config), removed.get(name, {}))
+    kept = [index for index, name in enumerate(names) if name not in dropped]
+    if not kept:
+        raise AptError("no block would be left", "keep more")
+    return resized(config, sizes.values(), kept, len(names))
+
+
+def _count_removed(
+    sizes: dict[str, tuple[Groups, int]], block: str, known: Sequence[Groups], removed: Removed
+) -> None:
+    """Add the numbers of a block to those of the blocks before it, which must be the same."""
+    kinds = [groups.kind for groups in known]
+    for kind in removed:
+        if kind not in kinds:
+            has = ", ".join(kinds) or "no groups"
+            raise AptError(f"{block} has no groups of kind '{kind}'", f"it has: {has}")
+    for groups in known:
+        count = len(removed.get(groups.kind, ()))
+        _, first = sizes.setdefault(groups.kind, (groups, count))
+        if count != first:
+            raise AptError(f"{block} loses {count} {groups.kind}, and a block before it {first}")
+
+
+def resized(
+    config: Any, sizes: Iterable[tuple[Groups, int]], blocks: Sequence[int], count: int
+) -> Any:
+    """A copy of a configuration for fewer groups and blocks.
+
+    Args:
+        sizes: the groups of each kind, and the number that is removed.
+        blocks: the indices of the blocks that are kept, of ``count`` blocks.
+    """
+    record = config.to_dict()
+    changed: dict[str, Any] = {
+        field: value(groups.count - removed)
+        for groups, removed in sizes
+        if removed
+        for field, value in groups.fields.items()
+    }
+    if len(blocks) < count:
+        changed["num_hidden_layers"] = len(blocks)
+        for field, value in record.items():
+            named = any(word in field for word in _PER_BLOCK)
+            if named and isinstance(value, list) and len(value) == count:
+                changed[field] = [value[index] for index in blocks]
+    renamed = getattr(config, "attribute_map", {})
+    record |= {renamed.get(field, field): value for field, value in changed.items()}
+    try:
+        return type(config).from_dict(record)
+    except Exception as error:  # validation of a configuration raises many types
+        raise _inexpressible(type(config), first_line(error)) from error
+
+
+def _built(kind: Any, config: Any, state: dict[str, Tensor], model: Any) -> Any:
+    """A model with this configuration and these tensors."""
+    config.dtype = model.dtype
+    try:
+        built: Any = empty_of_class(kind, config, model.config)
+        loaded = built.load_state_dict(state, strict=False, assign=True)
+    except Exception as error:  # a class may refuse a configuration in any way
+        raise _inexpressible(kind, first_line(error)) from error
+    built.tie_weights()
+    missing = set(loaded.missing_keys).intersection(name for name, _ in built.named_parameters())
+    if wrong := [*loaded.unexpected_keys, *missing]:
+        raise _inexpressible(kind, f"{sorted(wrong)[0]} does not fit")
+    if getattr(model, "generation_config", None) is not None:
+        built.generation_config = copy.deepcopy(model.generation_config)
+    return built.to(model.device).train(model.training)
+
+
+def _inexpressible(kind: Any, reason: str) -> AptError:
+    return AptError(f"{kind.__name__} cannot express these sizes: {reason}")
