@@ -252,7 +252,7 @@ class RecoveryRun:
                 try:
                     yield
                 except NotRecoveredError:
-                    self._work.discard()
+                    self._work.journal.clear()  # nothing to resume from
                     raise
         except AptError as error:
             if self._work.worth_keeping and "resume" not in f"{error.hint} {error.options}":

@@ -4,7 +4,6 @@ For the output ``NAME`` it is ``.NAME.apt``. No other user can write in it, and 
 is deleted once the output is complete.
 """
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -18,6 +17,7 @@ from apt.checkpoints.copies import CARD, REPORT
 from apt.errors import AptError
 from apt.files.hashes import file_hashes, sha256
 from apt.files.journal import Journal, Line
+from apt.files.locking import locked
 from apt.files.renaming import exchange, rename_new
 from apt.output.location import cannot_write, check_replaceable, workplace_of
 from apt.output.report import listed_files, read_report
@@ -53,7 +53,6 @@ class Workplace:
             self.folder / _JOURNAL, f"the interrupted run of {output}",
             f"delete {self.folder} and begin again",
         )  # fmt: skip
-        self._has_earlier_work = False  # of an earlier run, until `begin` deletes it
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -65,7 +64,7 @@ class Workplace:
         with _removing_new_parents(self.folder), _locked(self):
             self._check_links()
             self._restore_old()
-            self._has_earlier_work = (self.folder / _JOURNAL).exists() or self.complete
+            self.journal.read()
             shutil.rmtree(self.activations, ignore_errors=True)
             self.activations.mkdir()
             try:
@@ -77,7 +76,7 @@ class Workplace:
     @property
     def worth_keeping(self) -> bool:
         """True if there is work to resume from, or a result that was not moved."""
-        return self._has_earlier_work or (self.out.is_dir() and (self.has_work or self.complete))
+        return self.has_work or self.complete
 
     @property
     def has_work(self) -> bool:
@@ -93,9 +92,8 @@ class Workplace:
         """True if there is work of an interrupted run to continue from.
 
         Raises:
-            AptError: the run had other ``inputs``, or its journal was changed.
+            AptError: the run had other ``inputs``.
         """
-        self.journal.read()
         if self.has_work:
             self.journal.check(inputs)
         return self.has_work
@@ -106,7 +104,6 @@ class Workplace:
         Raises:
             AptError: there is an interrupted run to resume, or a complete result.
         """
-        self.journal.read()
         if self.has_work:
             raise AptError(
                 f"there is an interrupted run of {self.name}",
@@ -120,15 +117,9 @@ class Workplace:
             )
         shutil.rmtree(self.out, ignore_errors=True)
         self.journal.clear()
-        self._has_earlier_work = False
         self.out.mkdir()
         if inputs is not None:
             self.journal.begin(inputs)
-
-    def discard(self) -> None:
-        """Forget the work, so that the folder is deleted when the lock is released."""
-        self.journal.clear()
-        self._has_earlier_work = False
 
     def fresh(self, name: str) -> Path:
         """An empty folder of this name in the workplace."""
@@ -235,12 +226,10 @@ def _locked(work: Workplace) -> Iterator[None]:
     while True:
         with write_errors(work.name):
             _make_folder(work.folder)
-        with _open_lock(work.folder / "lock") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise AptError(f"another run is writing {work.name}", "wait for it") from error
-            if not _is_at(lock, work.folder / "lock"):
+        with locked(place := work.folder / "lock") as lock:
+            if lock is None:
+                raise AptError(f"another run is writing {work.name}", "wait for it")
+            if not _is_at(lock, place):
                 continue  # its last holder deleted it in the meantime
             yield
             return
@@ -268,18 +257,10 @@ def _make_folder(folder: Path) -> None:
         raise AptError(f"{folder} is not a folder of this user", hint, ("output",))
 
 
-def _open_lock(path: Path) -> IO[str]:
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
-    try:
-        return open(os.open(path, flags, 0o600), "r+")
-    except OSError as error:
-        raise AptError(f"{path} cannot be opened: {error.strerror}", "delete it") from error
-
-
 def _is_at(lock: IO[str], path: Path) -> bool:
     """True if the open file is still the one at ``path``."""
     try:
-        return os.path.samestat(os.fstat(lock.fileno()), os.lstat(path))
+        return os.path.samestat(os.fstat(lock.fileno()), path.lstat())
     except OSError:
         return False
 
