@@ -8,10 +8,10 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from apt_lab.comparing.results import RESULTS
 from hostile_cases import QUICK, Case, sparse
 from safetensors.torch import load_file
 
-from apt.comparing.results import RESULTS
 from apt.packing.directory import pack
 
 _SMALL = ["--samples", "2", "--seqlen", "32", "--calibration", "t.txt"]

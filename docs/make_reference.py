@@ -20,7 +20,7 @@ FOLDER = Path(__file__).parent
 SPECS = (
     hookspecs.AdapterSpec, hookspecs.FormatSpec, hookspecs.MethodSpec, hookspecs.ShrinkMethodSpec,
     hookspecs.AllocationSpec, hookspecs.RecoverySpec, hookspecs.CalibrationSpec,
-    hookspecs.EvaluatorSpec,
+    hookspecs.EvaluatorSpec, hookspecs.CommandSpec,
 )  # fmt: skip
 DECLARED = (
     adapter.Site, adapter.Input, adapter.Extra, adapter.Call, adapter.Groups, adapter.Part,
@@ -236,7 +236,8 @@ def cli_page() -> str:
         *(
             f"## `{name}`\n\n{inspect.cleandoc(command.help)}\n\n{_usage(name, command)}"
             f"\n{_options(command)}"
-            for name, command in program.commands.items()
+            for name in program.list_commands(None)
+            for command in [program.get_command(None, name)]
         ),
     )
 

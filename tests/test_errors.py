@@ -18,7 +18,8 @@ FILES = [
     for path in sorted((ROOT / root).rglob("*.py"))
     if "tests" not in path.relative_to(ROOT).parts
 ]
-LIBRARY = [path for path in FILES if not path.is_relative_to(ROOT / "apt/cli")]
+COMMANDS = (ROOT / "apt/cli", ROOT / "plugins/apt_lab/commands")
+LIBRARY = [path for path in FILES if not any(map(path.is_relative_to, COMMANDS))]
 # Functions with an argument for options, and its position; `add_hint` takes all further ones.
 POSITIONS = {"AptError": 2, "NotStoredError": 2, "write_errors": 2, "cannot_write": 3}
 FLAG = re.compile(r"(?<![\w-])--[a-z]")
@@ -59,11 +60,11 @@ def named_options(tree: ast.Module) -> Iterator[str]:
 
 def flags() -> set[str]:
     """The flags of `apt` itself, and of the commands that run a model."""
-    commands = get_command(app).commands
+    program = get_command(app)
     return {
         flag
         for command in ("prune", "shrink", "recover", "eval", "bench")
-        for parameter in (*get_command(app).params, *commands[command].params)
+        for parameter in (*program.params, *program.get_command(None, command).params)
         for flag in (*parameter.opts, *parameter.secondary_opts)
     }
 

@@ -8,30 +8,9 @@ from pathlib import Path
 
 import typer
 
-from apt.cli import (
-    adapters,
-    bench,
-    check,
-    compare,
-    convert,
-    doctor,
-    evaluate,
-    inspect,
-    law,
-    methods,
-    packing,
-    plugins,
-    prune,
-    reapply,
-    recover,
-    report,
-    shrink,
-    verify,
-)
-from apt.cli.commands import Commands
+from apt.cli.commands import HELP_OPTIONS, Commands
 from apt.cli.commands import run as run_command
 from apt.cli.flags import flags_of
-from apt.cli.grouped_help import GroupedHelp
 from apt.cli.interruptions import interrupted, signals_as_exceptions
 from apt.cli.streams import guarded, program
 from apt.errors import AptError, resource_error
@@ -70,27 +49,8 @@ app = typer.Typer(
     epilog=_EPILOG,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=HELP_OPTIONS,
 )
-app.command("prune", cls=GroupedHelp)(prune.prune)
-app.command("shrink", cls=GroupedHelp)(shrink.shrink)
-app.command("recover", cls=GroupedHelp)(recover.recover)
-app.command("law")(law.law)
-app.command("reapply")(reapply.reapply)
-app.command("pack")(packing.pack)
-app.command("unpack")(packing.unpack)
-app.command("compare", cls=GroupedHelp)(compare.compare)
-app.command("report")(report.report)
-app.command("eval")(evaluate.evaluate)
-app.command("bench")(bench.bench)
-app.command("inspect")(inspect.inspect)
-app.command("verify")(verify.verify)
-app.command("check")(check.check)
-app.command("convert")(convert.convert)
-app.command("doctor")(doctor.doctor)
-app.command("adapters")(adapters.adapters)
-app.command("methods")(methods.methods)
-app.command("plugins")(plugins.plugins)
 
 _FLAGS = ("--debug", "--quiet", "-q", "--verbose", "-v")
 _WITH_VALUE = "--log-file"

@@ -83,15 +83,6 @@ METRIC = typer.Option(
     help="perplexity or accuracy; with apt-prune eval --dense also divergence or agreement; "
     "repeatable.",
 )  # fmt: skip
-TASKS = typer.Option(
-    [], "--tasks", metavar="LIST", rich_help_panel="Tasks",
-    help="Tasks of lm-evaluation-harness, or their YAML files, separated by commas. local stands "
-    "for six multiple-choice sets that need no network.",
-)  # fmt: skip
-LIMIT = typer.Option(
-    None, "--limit", metavar="N", rich_help_panel="Tasks",
-    help="Questions of each task; by default all.",
-)  # fmt: skip
 NO_BOS = typer.Option(
     False, "--no-bos", rich_help_panel="Calibration and measuring",
     help="Do not begin samples and windows with the token that the tokenizer adds.",
@@ -230,17 +221,3 @@ def parts(text: str, option: str) -> list[str]:
     if not all(parts):
         raise AptError(f"{option} '{text}' has an empty part", "separate names by single commas")
     return parts
-
-
-def read_tasks(given: list[str], *, trust_remote_code: bool) -> list[str]:
-    """The names of tasks in lists that are separated by commas.
-
-    Raises:
-        AptError: a task is not known, what it needs is not installed, or it would run code.
-    """
-    if not given:
-        return []
-    from apt.tasks.harness import check_tasks
-
-    names = [name for text in given for name in parts(text, "--tasks")]
-    return check_tasks(names, trust_remote_code=trust_remote_code)

@@ -1,13 +1,24 @@
-"""The group of all subcommands: its errors of usage and its interruptions are single lines."""
+"""The group of all subcommands: its errors of usage and its interruptions are single lines.
 
+A subcommand is imported when it is called or when its help is shown. The list of all of them shows
+their summaries.
+"""
+
+import warnings
+from collections.abc import Mapping
+from textwrap import shorten
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
+from apt.cli.grouped_help import GroupedHelp
 from apt.cli.interruptions import interrupted
 from apt.errors import AptError
+from apt.plugin.commands import MACHINE, MODELS, OWN
+from apt.plugin.specs import CommandSpec
 
+HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
 # typer has a copy of click in new versions, and click itself in older ones.
 _UsageError: Any = typer.BadParameter.__mro__[1]
 
@@ -21,6 +32,67 @@ class Commands(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
             raise interrupted(error) from None
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """The names of all subcommands, in the order of the help."""
+        return list(_listed())
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """A subcommand.
+
+        Raises:
+            AptError: there is none of that name, or it cannot be imported.
+        """
+        own = {spec.name: spec for spec in OWN}
+        if cmd_name in own:
+            return _command(own[cmd_name])
+        if ctx is not None and ctx.resilient_parsing and cmd_name not in _listed():
+            return None  # an unfinished word, which a shell completes
+        return _of_plugin(cmd_name)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write the summaries of all subcommands."""
+        summaries = {name: spec.summary for name, spec in _listed().items()}
+        room = formatter.width - 6 - max(map(len, summaries))
+        with formatter.section("Commands"):
+            formatter.write_dl(
+                [(name, shorten(text, room, placeholder="...")) for name, text in summaries.items()]
+            )
+
+
+def _listed() -> Mapping[str, CommandSpec]:
+    """All subcommands. If there is an error in the plugins, it is a warning."""
+    from apt.plugin.registry import listed_commands
+
+    try:
+        found = list(listed_commands().specs.values())
+    except AptError as error:
+        warnings.warn(f"plugin failed to load: {error}", stacklevel=2)
+        found = []
+    others = [spec for spec in found if spec not in OWN]
+    return {spec.name: spec for spec in (*MODELS, *others, *MACHINE)}
+
+
+def _of_plugin(name: str) -> Any:
+    from apt.plugin.registry import listed_commands, registry
+
+    commands = listed_commands()
+    if name not in commands.specs:  # a module that the list leaves out may have it
+        commands = registry().commands
+    spec = commands.get(name)
+    try:
+        return _command(spec)
+    except AptError as error:
+        distribution = commands.origins[spec.name].distribution
+        raise AptError(f"{distribution}: {error.message}", error.hint) from error
+
+
+def _command(spec: CommandSpec) -> Any:
+    """The command of typer for a function."""
+    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    with spec.loading():
+        app.command(spec.name, cls=GroupedHelp, context_settings=HELP_OPTIONS)(spec.load())
+        return typer.main.get_command(app)
 
 
 def run(app: typer.Typer, arguments: list[str], program: str) -> None:

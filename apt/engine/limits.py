@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from apt.errors import AptError
@@ -52,18 +52,6 @@ def check_windows(count: int | None, seqlen: int, name: str = "samples") -> None
     """
     if (count is not None and count < 1) or seqlen < 2:
         raise AptError(f"{name} must be at least 1 and seqlen at least 2", options=(name, "seqlen"))
-
-
-def check_limit(limit: int | None, tasks: Sequence[str]) -> None:
-    """Raise for a number of questions below 1, or without tasks."""
-    if limit is not None and limit < 1:
-        raise AptError(f"limit is {limit}; it must be at least 1", "", ("limit",))
-    if limit is not None and not tasks:
-        raise AptError(
-            "the limit counts the questions of tasks, and there are none",
-            "name tasks, or leave it out",
-            ("limit", "tasks"),
-        )
 
 
 def check_seed(seed: int) -> None:

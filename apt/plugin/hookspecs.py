@@ -19,6 +19,7 @@ from apt.plugin.specs import (
     AdapterSpec,
     AllocationSpec,
     CalibrationSpec,
+    CommandSpec,
     EvaluatorSpec,
     FormatSpec,
     MethodSpec,
@@ -78,6 +79,11 @@ def apt_evaluators() -> Iterable[EvaluatorSpec]:  # type: ignore[empty-body]
 @hookspec
 def apt_calibrations() -> Iterable[CalibrationSpec]:  # type: ignore[empty-body]
     """The text sources of this plugin."""
+
+
+@hookspec
+def apt_commands() -> Iterable[CommandSpec]:  # type: ignore[empty-body]
+    """The subcommands of this plugin. A name of one of APT's own commands is an error."""
 
 
 @hookspec

@@ -6,16 +6,20 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import pluggy
 
 from apt.errors import AptError, first_line, unknown
 from apt.plugin import hookspecs
+from apt.plugin.commands import OWN
 from apt.plugin.specs import (
     AdapterSpec,
     AllocationSpec,
     CalibrationSpec,
+    CommandSpec,
     EvaluatorSpec,
     FormatSpec,
     MethodSpec,
@@ -61,6 +65,9 @@ class Plugin:
         return f"{self.distribution}:{self.name}"
 
 
+_CORE = Plugin(OWN_DISTRIBUTION, "", "apt")  # no entry point
+
+
 @dataclass(frozen=True)
 class Catalog(Generic[S]):
     """All specs of one kind by name, with the plugin of each spec, and all plugins."""
@@ -90,6 +97,7 @@ class Registry:
     recoveries: Catalog[RecoverySpec]
     calibrations: Catalog[CalibrationSpec]
     evaluators: Catalog[EvaluatorSpec]
+    commands: Catalog[CommandSpec]
     plugins: Mapping[str, Plugin]
     observers: dict[str, pluggy.HookImpl]
 
@@ -97,7 +105,7 @@ class Registry:
         """The names of the specs of ``plugin``, and ``an observer`` if it has one."""
         catalogs = (
             self.adapters, self.formats, self.methods, self.shrink_methods, self.allocations,
-            self.recoveries, self.calibrations, self.evaluators,
+            self.recoveries, self.calibrations, self.evaluators, self.commands,
         )  # fmt: skip
         names = [
             name
@@ -211,14 +219,17 @@ class _Loader:
         said = first_line(error).partition(" in plugin ")[0]
         return f"plugin {self.plugins[key].distribution}: {said}"
 
-    def catalog(self, kind: str, hook: pluggy.HookCaller, of: type[S]) -> Catalog[S]:
+    def catalog(
+        self, kind: str, hook: pluggy.HookCaller, of: type[S], own: Iterable[S] = ()
+    ) -> Catalog[S]:
         """Call ``hook`` on every plugin and collect the specs. A duplicate name is an error.
 
         Names that differ in upper and lower case only are duplicates, as `Catalog.get` ignores it.
+        ``own`` are APT's own specs that do not come from a plugin.
         """
-        specs: dict[str, S] = {}
-        origins: dict[str, Plugin] = {}
-        names: dict[str, str] = {}
+        specs: dict[str, S] = {spec.name: spec for spec in own}
+        origins = dict.fromkeys(specs, _CORE)
+        names = {name.lower(): name for name in specs}
         for implementation in hook.get_hookimpls():
             origin = self.plugins[implementation.plugin_name]
             for spec in self._call(implementation, of):
@@ -304,6 +315,7 @@ def load_registry(entries: Iterable[EntryPoint], disable: str = "") -> Registry:
     recoveries = loader.catalog("recovery", hook.apt_recoveries, RecoverySpec)
     calibrations = loader.catalog("data set", hook.apt_calibrations, CalibrationSpec)
     evaluators = loader.catalog("metric", hook.apt_evaluators, EvaluatorSpec)
+    commands = loader.catalog("command", hook.apt_commands, CommandSpec, OWN)
     observers = {impl.plugin_name: impl for impl in hook.apt_site_pruned.get_hookimpls()}
     return Registry(
         adapters,
@@ -314,9 +326,29 @@ def load_registry(entries: Iterable[EntryPoint], disable: str = "") -> Registry:
         recoveries,
         calibrations,
         evaluators,
+        commands,
         loader.plugins,
         observers,
     )
+
+
+def _names_commands(entry: EntryPoint) -> bool:
+    """True unless the source of a plugin's module has no ``apt_commands``."""
+    try:
+        found = find_spec(entry.module)
+        return found is None or "apt_commands" in Path(str(found.origin)).read_text("utf-8")
+    except Exception:  # of any kind: loading the module tells what is wrong
+        return True
+
+
+@cache
+def listed_commands() -> Catalog[CommandSpec]:
+    """The commands of ``apt-prune --help``.
+
+    Most plugins have none and import torch: a module is loaded only if its source names the hook.
+    """
+    entries = filter(_names_commands, entry_points(group=hookspecs.PROJECT))
+    return load_registry(entries, os.environ.get(DISABLE, "")).commands
 
 
 @cache

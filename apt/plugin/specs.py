@@ -35,19 +35,23 @@ class Spec:
         Raises:
             AptError: it cannot be imported.
         """
-        with self._loading(self.target):
+        with self.loading():
             return resolve_name(self.target)
 
     @contextmanager
-    def _loading(self, what: str) -> Iterator[None]:
-        """Convert an exception of the plugin's code to an `AptError` of one line."""
+    def loading(self, what: str = "") -> Iterator[None]:
+        """Convert an exception of the plugin's code to an `AptError` of one line.
+
+        Args:
+            what: what is loaded; by default the target.
+        """
         try:
             yield
         except (AptError, KeyboardInterrupt):
             raise
         except BaseException as error:  # of any kind, as those of `apt.plugin.registry`
             raise AptError(
-                f"{what} of '{self.name}' does not load: {described(error)}",
+                f"{what or self.target} of '{self.name}' does not load: {described(error)}",
                 "reinstall or upgrade its package",
             ) from error
 
@@ -79,7 +83,7 @@ class AdapterSpec(Spec):
             AptError: the class cannot be imported, or its constructor raises an exception.
         """
         kind = self.load()
-        with self._loading(self.target):
+        with self.loading():
             return kind()
 
     def examine(self) -> Any:
@@ -95,7 +99,7 @@ class AdapterSpec(Spec):
         """
         if self.zoo is None:
             return None
-        with self._loading(self.zoo):
+        with self.loading(self.zoo):
             package, folder = self.zoo.split(":")
             return Path(str(files(package))) / folder
 
@@ -263,3 +267,12 @@ class CalibrationSpec(Spec):
             f"data set '{self.name}' gives {type(found).__name__} in place of documents",
             "use another text, and tell its author",
         )
+
+
+@dataclass(frozen=True)
+class CommandSpec(Spec):
+    """A subcommand of ``apt-prune``.
+
+    Its target is a function for typer: parameters with types, whose defaults are ``typer.Option``
+    or ``typer.Argument``, and a docstring, which is its help.
+    """

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from apt_lab.benchmark.generation import prompts, speed
+from apt_lab.benchmark.measures import Facts, Result, Speed, Turn, ratios, spread
+from apt_lab.benchmark.options import Setting, Work
+from apt_lab.benchmark.rounds import _order
+from apt_lab.benchmark.worker import Fault, Turns, fault, serve
+from apt_lab.commands.bench_summary import PaysFrom, show_results
 
-from apt.benchmark.generation import prompts, speed
-from apt.benchmark.measures import Facts, Result, Speed, Turn, ratios, spread
-from apt.benchmark.options import Setting, Work
-from apt.benchmark.rounds import _order
-from apt.benchmark.worker import Fault, Turns, fault, serve
-from apt.cli.bench_summary import PaysFrom, show_results
 from apt.errors import AptError
 from apt.locations.model_source import find
 from apt.plugin.registry import registry

@@ -9,10 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from apt_lab.comparing.cells import read_cells
+from apt_lab.comparing.claims import claimed
 from transformers import AutoModelForCausalLM
 
-from apt.comparing.cells import read_cells
-from apt.comparing.claims import claimed
 from apt.errors import AptError
 from apt.plugin.registry import registry
 from tests.helpers import TEXT

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from apt_lab.reporting.beside_dense import by_frequency, token_losses
+from apt_lab.reporting.heat import block_of, heat
 from safetensors.torch import load_file
 
 from apt.cli.reproduction import command_of
-from apt.evaluation.beside_dense import by_frequency, token_losses
 from apt.evaluation.metrics import perplexity
 from apt.output.report import Report
-from apt.reporting.heat import block_of, heat
 from tests.helpers import TEXT
 from tests.helpers.families import CONFIGS, random_model
 

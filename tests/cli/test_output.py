@@ -175,7 +175,8 @@ def commands():
     """The subcommands, as typer has them."""
     from typer.main import get_command
 
-    return get_command(app).commands
+    program = get_command(app)
+    return {name: program.get_command(None, name) for name in program.list_commands(None)}
 
 
 def test_numbers_of_a_report_are_numbers_again():

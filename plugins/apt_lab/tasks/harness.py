@@ -1,7 +1,7 @@
 """The run of tasks of lm-evaluation-harness on a loaded model.
 
 The harness (Gao et al., 10.5281/zenodo.10256836) finds the tasks, makes the prompts and scores the
-answers. Its tasks, the question sets of `apt.tasks.question_sets` and YAML files can be named.
+answers. Its tasks, the question sets of `apt_lab.tasks.question_sets` and YAML files can be named.
 """
 
 import io
@@ -21,9 +21,9 @@ from torch import nn
 
 from apt.adapter.eval_mode import eval_mode
 from apt.errors import AptError, first_line
-from apt.tasks.answers import Answers
-from apt.tasks.question_sets import GROUP, SETS, task_config
-from apt.tasks.task_files import check_task_file
+from apt_lab.tasks.answers import Answers
+from apt_lab.tasks.question_sets import GROUP, SETS, task_config
+from apt_lab.tasks.task_files import check_task_file
 
 _BATCH = 16
 

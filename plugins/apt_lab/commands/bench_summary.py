@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from apt.benchmark.measures import Result, Spread, Turn, ratios, spread
-from apt.benchmark.options import Work
 from apt.cli.output import out, show, show_json, size, table
+from apt_lab.benchmark.measures import Result, Spread, Turn, ratios, spread
+from apt_lab.benchmark.options import Work
 
 _Measure = Callable[[Turn], float]
 

@@ -7,11 +7,11 @@ from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 
-from apt.benchmark.measures import Facts, Turn
-from apt.benchmark.options import Setting, Work
-from apt.benchmark.worker import Fault, Turns, serve
 from apt.errors import AptError
 from apt.locations.model_source import Source
+from apt_lab.benchmark.measures import Facts, Turn
+from apt_lab.benchmark.options import Setting, Work
+from apt_lab.benchmark.worker import Fault, Turns, serve
 
 
 class _RemoteTraceback(Exception):

@@ -11,10 +11,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from apt.errors import AptError
 from apt.events import SitePruned
 from apt.output.report import Report, by_kind, versions
-from apt.reporting.beside import Beside
-from apt.reporting.charts import Bar, Line, bar_chart, line_chart
-from apt.reporting.comparisons import ComparisonSection
-from apt.reporting.heat import Heat, heat
+from apt_lab.reporting.beside import Beside
+from apt_lab.reporting.charts import Bar, Line, bar_chart, line_chart
+from apt_lab.reporting.comparisons import ComparisonSection
+from apt_lab.reporting.heat import Heat, heat
 
 _MIB = 2**20
 _RECOVERY = " (recovery)"
@@ -171,7 +171,7 @@ def render(subjects: Sequence[Subject], comparisons: Sequence[ComparisonSection]
         comparisons: the comparisons.
     """
     environment = Environment(
-        loader=PackageLoader("apt.reporting", "."),
+        loader=PackageLoader("apt_lab.reporting", "."),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from apt.benchmark.measures import Speed
 from apt.text.sampling import drawn, generator, vocabulary
 from apt.text.special_tokens import named_ids
+from apt_lab.benchmark.measures import Speed
 
 _WARM_UP = 2  # generated tokens: one prefill and one step of decoding
 

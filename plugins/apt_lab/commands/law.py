@@ -50,8 +50,8 @@ def law(
         raise AptError("law needs scipy", "pip install 'apt-prune[recover]'")
 
     from apt.cli.output import out, show, show_json, status_line, table
-    from apt.output.recoveries import read_points
     from apt.recovery.law import fit_law
+    from apt_lab.recoveries import read_points
 
     points = [point for directory in directories for point in read_points(directory)]
     with status_line("fitting"):
@@ -69,7 +69,7 @@ def law(
         for name, point in ends.items()
     ]
     if plot is not None:
-        from apt.cli.plots import draw_law
+        from apt_lab.plots import draw_law
 
         draw_law(points, fitted, plot)
     if as_json:

@@ -13,17 +13,17 @@ from multiprocessing.connection import Connection
 from threading import Thread
 from typing import Any
 
-from apt.benchmark.options import Setting, Work
 from apt.errors import AptError, described
 from apt.locations.model_source import Source
 from apt.locations.paths import user_error
+from apt_lab.benchmark.options import Setting, Work
 
 _NO_MEMORY = ("out of memory", "allocate memory")  # of CUDA and of the CPU
 
 
 @dataclass(frozen=True)
 class Turns:
-    """A request for the measures of one round, see `apt.benchmark.subject.Subject.turn`."""
+    """A request for the measures of one round, see `apt_lab.benchmark.subject.Subject.turn`."""
 
     work: Work
     seed: int
@@ -50,7 +50,7 @@ def serve(connection: Connection, source: Source, setting: Setting) -> None:
         try:
             from transformers.utils.logging import disable_progress_bar
 
-            from apt.benchmark.subject import Subject
+            from apt_lab.benchmark.subject import Subject
 
             disable_progress_bar()
             subject = Subject(source, setting)

@@ -3,11 +3,11 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 
-from apt.benchmark.measures import Result, Turn
-from apt.benchmark.options import Setting, Work
-from apt.benchmark.process import started
 from apt.errors import AptError
 from apt.locations.model_source import Source
+from apt_lab.benchmark.measures import Result, Turn
+from apt_lab.benchmark.options import Setting, Work
+from apt_lab.benchmark.process import started
 
 
 def bench(

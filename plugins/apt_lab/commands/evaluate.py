@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from apt.cli import arguments as args
-from apt.engine.limits import check_dtype, check_limit, check_windows
+from apt.engine.limits import check_dtype, check_windows
 from apt.errors import AptError
+from apt_lab.commands.arguments import LIMIT, TASKS, check_limit, read_tasks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -40,8 +41,8 @@ def evaluate(
         help="perplexity (the default) or accuracy; with --dense also divergence or agreement; "
         "repeatable.",
     ),
-    tasks: list[str] = args.TASKS,
-    limit: int | None = args.LIMIT,
+    tasks: list[str] = TASKS,
+    limit: int | None = LIMIT,
     dense: str | None = typer.Option(
         None,
         "--dense",
@@ -86,7 +87,7 @@ def evaluate(
     plain = [] if tasks and data is None else ["perplexity"]
     measures = [registry().evaluators.get(name) for name in metric or plain]
     _check_dense([spec.name for spec in measures if spec.dense], dense, stream=stream)
-    questions = args.read_tasks(tasks, trust_remote_code=trust_remote_code)
+    questions = read_tasks(tasks, trust_remote_code=trust_remote_code)
     hub = args.read_hub(revision, token, cache_dir)
 
     def find(name: str) -> "Source":
@@ -209,8 +210,8 @@ def _answered(
     if not tasks:
         return {}
     from apt.cli.output import has_live_display
-    from apt.tasks.answers import summary
-    from apt.tasks.harness import answer
+    from apt_lab.tasks.answers import summary
+    from apt_lab.tasks.harness import answer
 
     given: dict[str, Any] = {"progress": has_live_display(), "trust_remote_code": trust}
     found = [answer(m, reader, tasks, limit, **given) for m in models]
@@ -226,7 +227,7 @@ def _show(
     as_json: bool,
 ) -> None:
     from apt.cli.output import out, show, show_json
-    from apt.cli.score_tables import score_table, task_table
+    from apt_lab.commands.score_tables import score_table, task_table
 
     if as_json:
         record = {} if text is None else text.record(scores)

@@ -16,9 +16,6 @@ from apt.checkpoints.copies import CARD
 from apt.checkpoints.load import fingerprint, load, load_tokenizer, skeleton
 from apt.checkpoints.masks import masks_of, sparsity_of
 from apt.checkpoints.model import Model
-from apt.comparing.cells import Cell
-from apt.comparing.claims import claimed
-from apt.comparing.results import DENSE, Comparison, Row
 from apt.engine.api import prune_copy
 from apt.engine.prepare import capped
 from apt.engine.prune_options import PruneOptions
@@ -30,9 +27,12 @@ from apt.files.hashes import file_hashes
 from apt.locations.model_source import Source, find
 from apt.output.report import portable, versions
 from apt.plugin.registry import Registry
-from apt.tasks.harness import answer, task_setting
 from apt.text.datasets import calibration_tokens, digest, documents, evaluation_tokens
 from apt.text.special_tokens import bos_of
+from apt_lab.comparing.cells import Cell
+from apt_lab.comparing.claims import claimed
+from apt_lab.comparing.results import DENSE, Comparison, Row
+from apt_lab.tasks.harness import answer, task_setting
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class CompareOptions:
         others: directories that another tool pruned, which are measured too.
         data: the data sources to measure on, of different file names.
         metrics: the names of the metrics; they may compare with the dense model.
-        tasks: the names of tasks, see `apt.tasks.harness.check_tasks`.
+        tasks: the names of tasks, see `apt_lab.tasks.harness.check_tasks`.
         limit: the number of questions of each task; None for all.
         calibration: the data source of the calibration samples.
         samples, seqlen, seed: the number and length of the calibration samples, and the seed. The

@@ -13,18 +13,18 @@ from apt.checkpoints.load import fingerprint, load, load_tokenizer, skeleton
 from apt.engine.prepare import capped
 from apt.engine.text import check_same_vocabulary, check_vocabulary
 from apt.errors import AptError
-from apt.evaluation.beside_dense import (
+from apt.locations.model_source import Source, find
+from apt.output.report import Report
+from apt.plugin.registry import Registry
+from apt.text.datasets import documents, evaluation_tokens
+from apt.text.special_tokens import bos_of
+from apt_lab.reporting.beside_dense import (
     Continuation,
     FrequencyGroup,
     by_frequency,
     continuations,
     token_losses,
 )
-from apt.locations.model_source import Source, find
-from apt.output.report import Report
-from apt.plugin.registry import Registry
-from apt.text.datasets import documents, evaluation_tokens
-from apt.text.special_tokens import bos_of
 
 _SEQLEN, _WINDOWS = 512, 16
 _PROMPT, _NEW = 24, 40  # tokens

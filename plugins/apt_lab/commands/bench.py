@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from apt.benchmark.options import Setting, Work
 from apt.cli import arguments as args
+from apt_lab.benchmark.options import Setting, Work
 
 if TYPE_CHECKING:
     from apt.locations.model_source import Source
@@ -51,11 +51,11 @@ def bench(
     work = Work(prompt, generate, tuple(dict.fromkeys(batch)))
     setting.check()
     work.check()
-    from apt.benchmark.break_even import pays_from
-    from apt.benchmark.rounds import bench as measure
-    from apt.cli.bench_summary import PaysFrom, show_results
     from apt.cli.output import notice, status_line
     from apt.plugin.registry import registry
+    from apt_lab.benchmark.break_even import pays_from
+    from apt_lab.benchmark.rounds import bench as measure
+    from apt_lab.commands.bench_summary import PaysFrom, show_results
 
     hub = args.read_hub(revision, token, cache_dir)
     sources = [

@@ -8,9 +8,6 @@ from time import perf_counter
 
 import torch
 
-from apt.benchmark.generation import prompts, speed, synchronise
-from apt.benchmark.measures import Facts, Turn
-from apt.benchmark.options import Setting, Work
 from apt.checkpoints.formats import local_copy
 from apt.checkpoints.load import load, skeleton
 from apt.checkpoints.model import Model
@@ -22,6 +19,9 @@ from apt.locations.model_source import Source
 from apt.output.report import peak_memory, versions
 from apt.plugin.registry import registry
 from apt.text.self_generated import writes
+from apt_lab.benchmark.generation import prompts, speed, synchronise
+from apt_lab.benchmark.measures import Facts, Turn
+from apt_lab.benchmark.options import Setting, Work
 
 
 class Subject:

@@ -31,7 +31,7 @@ def task_table(tasks: Mapping[str, Mapping[str, Any]]) -> Table:
     """A row for each metric of each task, with the differences from the dense model if known.
 
     Args:
-        tasks: the summaries of `apt.tasks.answers.summary` by the name of the task.
+        tasks: the summaries of `apt_lab.tasks.answers.summary` by the name of the task.
     """
     dense = any("changed" in task for task in tasks.values())
     beside = [">dense", ">difference", "95 % interval", ">other answers"] if dense else []

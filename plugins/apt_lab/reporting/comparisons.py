@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from apt.evaluation.windows import spread
-from apt.reporting.charts import Bar, bar_chart
+from apt_lab.reporting.charts import Bar, bar_chart
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from apt.locations.hub import Hub
 from apt.locations.paths import kind_at
 
 if TYPE_CHECKING:
-    from apt.reporting.beside import Beside
-    from apt.reporting.comparisons import ComparisonSection
-    from apt.reporting.heat import Heat
-    from apt.reporting.page import Subject
+    from apt_lab.reporting.beside import Beside
+    from apt_lab.reporting.comparisons import ComparisonSection
+    from apt_lab.reporting.heat import Heat
+    from apt_lab.reporting.page import Subject
 
 
 def report(
@@ -65,9 +65,9 @@ def report(
     _check_measures(text, dense, prompts, png)
     from apt.cli.output import out, show_json
     from apt.cli.reproduction import command_of
-    from apt.comparing.results import RESULTS
     from apt.files.writing import write_file
-    from apt.reporting.page import read_subjects, render
+    from apt_lab.comparing.results import RESULTS
+    from apt_lab.reporting.page import read_subjects, render
 
     compared = [directory for directory in directories if (directory / RESULTS).is_file()]
     models = [directory for directory in directories if directory not in compared]
@@ -107,10 +107,10 @@ def _check_measures(text: str | None, dense: str | None, prompts: int, png: Path
 
 def _section(directory: Path, number: int) -> "ComparisonSection":
     """The section of a comparison."""
-    from apt.comparing.results import Comparison
-    from apt.comparing.tables import header, texts_of
-    from apt.reporting.comparisons import ComparisonSection
-    from apt.reporting.page import render
+    from apt_lab.comparing.results import Comparison
+    from apt_lab.comparing.tables import header, texts_of
+    from apt_lab.reporting.comparisons import ComparisonSection
+    from apt_lab.reporting.page import render
 
     found = Comparison.stored(directory)
     rows, name = found.ordered(), directory.resolve().name
@@ -132,7 +132,7 @@ def _beside(
     """What a model does beside the dense one."""
     from apt.cli.output import status_line
     from apt.plugin.registry import registry
-    from apt.reporting.beside import compare_texts, weights_before
+    from apt_lab.reporting.beside import compare_texts, weights_before
 
     report = subject.report
     name = dense or report.model.get("reference")
@@ -168,8 +168,8 @@ def _images(
 
 def _draw(images: "dict[Path, Heat]", *, overwrite: bool) -> None:
     """Draw tables into their files."""
-    from apt.cli.plots import draw_heat
     from apt.output.workplace import write_errors
+    from apt_lab.plots import draw_heat
 
     for path, table in images.items():
         with write_errors(path.parent):

@@ -9,13 +9,14 @@ import typer
 from apt.cli import arguments as args
 from apt.cli import run_arguments as run
 from apt.cli.interruptions import interrupted
-from apt.engine.limits import check_amount, check_limit, check_seed, check_windows
+from apt.engine.limits import check_amount, check_seed, check_windows
 from apt.errors import AptError
 from apt.files.writing import check_file
 from apt.locations.paths import kind_at
+from apt_lab.commands.arguments import LIMIT, TASKS, check_limit, read_tasks
 
 if TYPE_CHECKING:
-    from apt.comparing.results import Comparison
+    from apt_lab.comparing.results import Comparison
 
 _GRID = "Comparison"
 _FILES = ("comparison.md", "comparison.csv", "comparison.png")
@@ -48,8 +49,8 @@ def compare(
         ["perplexity"], "--metric", metavar="NAME", rich_help_panel=_GRID,
         help="perplexity, accuracy, divergence or agreement; repeatable.",
     ),
-    tasks: list[str] = args.TASKS,
-    limit: int | None = args.LIMIT,
+    tasks: list[str] = TASKS,
+    limit: int | None = LIMIT,
     calibration: str = typer.Option(
         "builtin", "--calibration", metavar="SRC", rich_help_panel=run.CALIBRATION_GROUP,
         help="Text to calibrate on.",
@@ -83,17 +84,17 @@ def compare(
 
     installed = registry()
     metrics = tuple(dict.fromkeys(installed.evaluators.get(name).name for name in metric))
-    questions = args.read_tasks(tasks, trust_remote_code=trust_remote_code)
+    questions = read_tasks(tasks, trust_remote_code=trust_remote_code)
     hub = args.read_hub(revision, token, cache_dir)
     source = args.find_model(model, installed, hub, trust_remote_code=trust_remote_code)
 
     from apt.cli.output import has_live_display, notice, status_line
-    from apt.comparing.cells import read_cells
-    from apt.comparing.grid import CompareOptions, Grid
-    from apt.comparing.results import RESULTS, Comparison
     from apt.engine.machine import choose_device
     from apt.engine.prepare import input_paths
     from apt.output.location import check_not_input
+    from apt_lab.comparing.cells import read_cells
+    from apt_lab.comparing.grid import CompareOptions, Grid
+    from apt_lab.comparing.results import RESULTS, Comparison
 
     options = CompareOptions(
         source,
@@ -167,8 +168,8 @@ def _check_place(output: Path) -> None:
         return
     if kind != "directory":
         raise AptError(f"--output {output} is not a directory")
-    from apt.comparing.claims import FOLDER
-    from apt.comparing.results import RESULTS
+    from apt_lab.comparing.claims import FOLDER
+    from apt_lab.comparing.results import RESULTS
 
     names = {path.name for path in output.iterdir()}
     if names - {FOLDER} and RESULTS not in names:
@@ -197,8 +198,8 @@ def _write(output: Path, comparison: "Comparison", rows: list[dict[str, Any]]) -
     """Write the tables, and the plot if matplotlib is installed."""
     from importlib.util import find_spec
 
-    from apt.comparing.tables import as_csv, markdown
     from apt.files.writing import write_file
+    from apt_lab.comparing.tables import as_csv, markdown
 
     setting = comparison.setting
     about = f"{setting['model']}, calibrated on {setting['calibration']}, "
@@ -206,7 +207,7 @@ def _write(output: Path, comparison: "Comparison", rows: list[dict[str, Any]]) -
     write_file(output / "comparison.md", about + markdown(rows), overwrite=True)
     write_file(output / "comparison.csv", as_csv(rows), overwrite=True)
     if find_spec("matplotlib") is not None:
-        from apt.cli.plots import draw_comparison
+        from apt_lab.plots import draw_comparison
 
         draw_comparison(rows, output / "comparison.png", overwrite=True)
 
@@ -215,8 +216,8 @@ def _show(
     output: Path, comparison: "Comparison", rows: list[dict[str, Any]], *, as_json: bool
 ) -> None:
     from apt.cli.output import out, show, show_json, table
-    from apt.comparing.results import RESULTS
-    from apt.comparing.tables import header, intervals, summaries, texts_of
+    from apt_lab.comparing.results import RESULTS
+    from apt_lab.comparing.tables import header, intervals, summaries, texts_of
 
     if as_json:
         told = [
