@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from apt.calibration.batches import Batch, enter
+from apt.calibration.batches import Batch, OpenBlock, enter
 from apt.calibration.capture import Capture
 from apt.plugin.registry import registry
 
@@ -59,7 +59,7 @@ def made(options: argparse.Namespace) -> tuple[Any, Any]:
 def calibrate(model: Any, adapter: Any, batches: list[Batch]) -> None:
     """Run every block with capture, all on the same states."""
     for index, (_, block) in enumerate(adapter.blocks(model)):
-        Capture(block, adapter.sites(block)).run(adapter, block, index, batches)
+        Capture(block, adapter.sites(block)).run(OpenBlock(adapter, block, index, batches))
 
 
 def tune(model: Any, adapter: Any, batch: Batch) -> None:

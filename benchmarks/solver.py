@@ -18,7 +18,7 @@ from common import open_model, sample, save, wiki
 from rich.console import Console
 from rich.table import Table
 
-from apt.calibration.batches import enter
+from apt.calibration.batches import OpenBlock, enter
 from apt.calibration.capture import Capture
 from apt.plugin.registry import registry
 from apt.solver import Gram, SolverOptions, parse_pattern, relative_layer_error
@@ -55,7 +55,7 @@ def capture(options: argparse.Namespace) -> list[dict[str, Any]]:
         if index in options.blocks:
             sites = model.adapter.sites(block)
             seen = Capture(block, sites)
-            seen.run(model.adapter, block, index, batches)
+            seen.run(OpenBlock(model.adapter, block, index, batches))
             layers = [
                 (f"{name}.{s.name}", s.oriented(s.weight(block).data).float().clone(), s.input)
                 for s in sites

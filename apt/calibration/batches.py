@@ -1,6 +1,7 @@
 """The calibration activations between two blocks, in batches."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -92,6 +93,40 @@ class Batch:
         self.store = store or MemoryStore()
         self.state, self.calls, self.tokens, self.dense = state, calls, tokens, dense
         self.sample = sample
+
+
+@dataclass
+class OpenBlock:
+    """A block that is in memory, with the batches before it.
+
+    Attributes:
+        index: its index in the model.
+        batches: this rank's batches.
+        ranks: the processes that have the other batches.
+        progress: called after each run of the block on a batch.
+    """
+
+    adapter: Adapter
+    module: nn.Module
+    index: int
+    batches: list[Batch]
+    ranks: Ranks = field(default_factory=Ranks)
+    progress: Callable[[], None] = lambda: None
+
+    def step(self, batch: Batch, state: State) -> State:
+        """The state after the block, from a state of a batch before it."""
+        return self.adapter.step(self.module, state, batch.calls[self.index])
+
+    def first_batches(self, tokens: float) -> list[Batch]:
+        """The first batches, with about ``tokens`` tokens together; at least one."""
+        return self.batches[: 1 + int((tokens - 1) // self.batches[0].tokens)]
+
+    def using(
+        self, batches: list[Batch], progress: Callable[[], None] | None = None
+    ) -> "OpenBlock":
+        """The same block, with other batches."""
+        progress = progress or self.progress
+        return OpenBlock(self.adapter, self.module, self.index, batches, self.ranks, progress)
 
 
 def check_shape(tokens: Tensor) -> None:

@@ -1,14 +1,14 @@
 """The capture of every weight's inputs: sums over the calibration tokens, checked for coverage."""
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
 
-from apt.adapter import Adapter, Site
-from apt.calibration.batches import Batch, DenseActivations
+from apt.adapter import Site
+from apt.calibration.batches import DenseActivations, OpenBlock
 from apt.calibration.passing import BlockPass
 from apt.calibration.sums import Sums
 from apt.calibration.targets import Targets
@@ -88,15 +88,7 @@ class Capture:
         }
         return sums
 
-    def run(
-        self,
-        adapter: Adapter,
-        block: nn.Module,
-        index: int,
-        batches: list[Batch],
-        dense: Mapping[Site, Tensor] | None = None,
-        progress: Callable[[], None] = lambda: None,
-    ) -> None:
+    def run(self, block: OpenBlock, dense: Mapping[Site, Tensor] | None = None) -> None:
         """Run the block on all batches, up to the last site.
 
         Args:
@@ -104,7 +96,7 @@ class Capture:
                 ``sites``: the change of their products is added to the drift.
         """
         dense = dense or {}
-        weights = {s: s.oriented(s.weight(block).data) for s in [*self.tokens, *dense]}
+        weights = {s: s.oriented(s.weight(block.module).data) for s in [*self.tokens, *dense]}
         passing: BlockPass | None = None
 
         def take(site: Site, inputs: Tensor) -> None:
@@ -122,14 +114,14 @@ class Capture:
             if all(passing.done(s) for s in weights):
                 raise _AllSeen
 
-        with adapter.capture(block, list(weights), take):
-            for batch in batches:
+        with block.adapter.capture(block.module, list(weights), take):
+            for batch in block.batches:
                 passing = BlockPass(batch)
                 with suppress(_AllSeen):
-                    adapter.step(block, batch.state, batch.calls[index])
+                    block.step(batch, batch.state)
                 passing = None
-                progress()
-        self.assert_coverage(sum(batch.tokens for batch in batches))
+                block.progress()
+        self.assert_coverage(sum(batch.tokens for batch in block.batches))
 
     def take(self, passing: BlockPass, site: Site, rows: Tensor) -> None:
         """Add an input ``rows`` (tokens, in) of a site, before its product is computed."""

@@ -1,14 +1,13 @@
 """The pass of the dense model's activations through a block."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from apt.adapter import Adapter, Site, State
-from apt.calibration.batches import Batch, Inputs
-from apt.distributed.ranks import Ranks
+from apt.calibration.batches import Inputs, OpenBlock
 
 
 class _InputRecorder:
@@ -24,36 +23,25 @@ class _InputRecorder:
             self._inputs.add(site.input, rows.reshape(-1, rows.shape[-1]))
 
 
-def advance_dense(
-    adapter: Adapter,
-    block: nn.Module,
-    index: int,
-    batches: list[Batch],
-    sites: Sequence[Site],
-    ranks: Ranks | None = None,
-    progress: Callable[[], None] = lambda: None,
-) -> None:
-    """Run the block, its weights still dense, on the dense stream; record its sites' inputs.
-
-    ``progress`` is called after each batch.
-    """
-    energy, ranks = 0.0, ranks or Ranks()
-    for batch in batches:
+def advance_dense(block: OpenBlock, sites: Sequence[Site]) -> None:
+    """Run the block, its weights still dense, on the dense stream; record its sites' inputs."""
+    energy, recorded = 0.0, [site for site in sites if not site.routed]
+    for batch in block.batches:
         dense = batch.dense
         assert dense is not None
-        stream = stream_rows(adapter, dense.state)
-        dense.drift = stream - stream_rows(adapter, batch.state)
+        stream = stream_rows(block.adapter, dense.state)
+        dense.drift = stream - stream_rows(block.adapter, batch.state)
         squares = mean_squares(stream)
         dense.scale = squares.sqrt()
         energy += float(squares.reciprocal().sum())
         dense.inputs.clear()
         record = _InputRecorder(dense.inputs).record
-        with adapter.capture(block, [site for site in sites if not site.routed], record):
-            dense.state = adapter.step(block, dense.state, batch.calls[index])
-        progress()
-    tokens = ranks.sum(sum(batch.tokens for batch in batches))
-    mean = math.sqrt(tokens / ranks.sum(energy))
-    for batch in batches:
+        with block.adapter.capture(block.module, recorded, record):
+            dense.state = block.step(batch, dense.state)
+        block.progress()
+    tokens = block.ranks.sum(sum(batch.tokens for batch in block.batches))
+    mean = math.sqrt(tokens / block.ranks.sum(energy))
+    for batch in block.batches:
         assert batch.dense is not None
         assert batch.dense.scale is not None
         batch.dense.scale /= mean

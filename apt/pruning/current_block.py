@@ -1,12 +1,12 @@
 """The block that is being pruned, with everything that its solves need."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from apt.adapter import Adapter, Site
-from apt.calibration.batches import Batch
+from apt.adapter import Site
+from apt.calibration.batches import OpenBlock
 from apt.calibration.targets import Targets
 from apt.planning.plan import PlannedBlock
 from apt.pruning.paused_forward import PausedForwards
@@ -15,8 +15,8 @@ Dropped = tuple[int, str, nn.Module]
 """The index, the name and the module of a dropped block."""
 
 
-@dataclass
-class CurrentBlock:
+@dataclass(kw_only=True)
+class CurrentBlock(OpenBlock):
     """The block that is being pruned.
 
     Attributes:
@@ -27,11 +27,7 @@ class CurrentBlock:
         propagated: True if the batches' states are already those after the block.
     """
 
-    adapter: Adapter
-    module: nn.Module
     planned: PlannedBlock
-    index: int
-    batches: list[Batch]
     dropped: Sequence[Dropped] = ()
     scales: dict[Site, Tensor] = field(default_factory=dict)
     propagated: bool = False
@@ -42,17 +38,7 @@ class CurrentBlock:
         writers = (site for site in self.sites if site.residual and both_streams)
         self.dense = {s: s.oriented(s.weight(self.module).data).clone() for s in writers}
 
-    def first_batches(self, tokens: float) -> list[Batch]:
-        """The first batches, with about ``tokens`` tokens together; at least one."""
-        count = 1 + int((tokens - 1) // self.batches[0].tokens)
-        return self.batches[:count]
-
-    def paused_forwards(
-        self, targets: Targets | None, progress: Callable[[], None]
-    ) -> PausedForwards:
+    def paused_forwards(self, targets: Targets | None) -> PausedForwards:
         """The paused forwards of all batches through the block."""
         to_capture = [entry.site for entry in self.planned.pruned]
-        block = (self.adapter, self.module, self.index)
-        return PausedForwards(
-            *block, self.batches, self.sites, to_capture, self.dense, targets, progress
-        )
+        return PausedForwards(self, self.sites, to_capture, self.dense, targets)

@@ -13,10 +13,10 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from apt.adapter import Adapter, Site, State
-from apt.calibration.batches import Batch
+from apt.calibration.batches import Batch, OpenBlock
 from apt.calibration.capture import Capture, as_rows
 from apt.calibration.passing import BlockPass
 from apt.calibration.sums import Sums
@@ -72,40 +72,33 @@ class PausedForwards:
     """The paused forwards of all batches through a block; a context manager.
 
     Args:
+        block: the block. It reports when a batch has reached a pause or the end.
         sites: all sites of the block, none of which is routed or multiplied more than once.
         to_capture: the sites among them that are to be captured; others of the same inputs stay
             dense.
         dense: the dense weights (out, in) of the sites that write to the residual stream; none
             without a dense stream.
         targets: the error-aware targets; None if there is no dense stream.
-        progress: called when a batch has reached a pause or the end.
     """
 
     def __init__(
         self,
-        adapter: Adapter,
-        block: nn.Module,
-        index: int,
-        batches: Sequence[Batch],
+        block: OpenBlock,
         sites: Sequence[Site],
         to_capture: Sequence[Site],
         dense: Mapping[Site, Tensor],
         targets: Targets | None = None,
-        progress: Callable[[], None] = lambda: None,
     ) -> None:
-        self._progress = progress
         self._block, self._dense, self._targets = block, dense, targets
-        self._weights = {site: site.oriented(site.weight(block).data) for site in sites}
+        self._weights = {site: site.oriented(site.weight(block.module).data) for site in sites}
         self._pending: dict[str, list[Site]] = {}
         for site in to_capture:
             self._pending.setdefault(site.input, []).append(site)
         self._captures: dict[str, Capture] = {}
-        self._tokens = sum(batch.tokens for batch in batches)
+        self._tokens = sum(batch.tokens for batch in block.batches)
         self._active: _PausedForward | None = None
         self._settings: tuple[Any, ...] = ()
-        self._forwards = [
-            _PausedForward(batch, partial(self._run, adapter, index)) for batch in batches
-        ]
+        self._forwards = [_PausedForward(batch, self._run) for batch in block.batches]
 
     def __enter__(self) -> Self:
         return self
@@ -132,7 +125,7 @@ class PausedForwards:
         if first.next_product is not None:
             return first.next_product[0].input
         for sites in self._pending.values():
-            Capture(self._block, sites).assert_coverage(self._tokens)
+            Capture(self._block.module, sites).assert_coverage(self._tokens)
         return None
 
     def capture(self, name: str) -> dict[str, Sums]:
@@ -150,7 +143,7 @@ class PausedForwards:
             ):
                 raise CannotPause
             reached.append((forward.block_pass, *forward.next_product))
-        capture = Capture(self._block, self._pending.pop(name), self._targets)
+        capture = Capture(self._block.module, self._pending.pop(name), self._targets)
         for block_pass, site, rows in reached:
             capture.take(block_pass, site, rows)
         self._captures[name] = capture
@@ -170,13 +163,7 @@ class PausedForwards:
         for capture in self._captures.values():
             capture.assert_coverage(self._tokens)
 
-    def _run(
-        self,
-        adapter: Adapter,
-        index: int,
-        forward: _PausedForward,
-        pause: Callable[[_Product], None],
-    ) -> State:
+    def _run(self, forward: _PausedForward, pause: Callable[[_Product], None]) -> State:
         """Run the forward of a batch, and pause before sites that are to be captured.
 
         Sites that stay dense may share the input of these sites. Their products cause no pause.
@@ -192,8 +179,9 @@ class PausedForwards:
                 pause((site, rows))
             self._record_product(forward.block_pass, site, rows)
 
-        with adapter.capture(self._block, list(self._weights), take):
-            return adapter.step(self._block, forward.batch.state, forward.batch.calls[index])
+        block = self._block
+        with block.adapter.capture(block.module, list(self._weights), take):
+            return block.step(forward.batch, forward.batch.state)
 
     def _record_product(self, block_pass: BlockPass, site: Site, rows: Tensor) -> None:
         """Add a product to the sums, the drift and the counts, just before it is computed."""
@@ -212,7 +200,7 @@ class PausedForwards:
         self._active, self._settings = forward, _settings()
         while forward.next_product is not None and forward.next_product[0].input not in until:
             forward.advance()
-        self._progress()
+        self._block.progress()
 
     def _drift_matters(self, block_pass: BlockPass) -> bool:
         """True if a site that is still to be captured compensates for the drift."""

@@ -128,10 +128,21 @@ class _Pruning:
             module = modules[planned.name]
             with self.block_storage.open(planned.name, module):
                 done += self.prune_opened(
-                    CurrentBlock(self.adapter, module, planned, index, batches, dropped),
-                    last=index == kept[-1],
+                    self.opened(planned, module, index, batches, dropped), last=index == kept[-1]
                 )
         return done
+
+    def opened(
+        self,
+        planned: PlannedBlock,
+        module: nn.Module,
+        index: int,
+        batches: list[Batch],
+        dropped: Sequence[Dropped],
+    ) -> CurrentBlock:
+        progress = partial(self.observe, Working(planned.name, "running"))
+        block = (self.adapter, module, index, batches, self.ranks, progress)
+        return CurrentBlock(*block, planned=planned, dropped=dropped)
 
     def prune_opened(self, current: CurrentBlock, *, last: bool) -> list[SitePruned]:
         """Prune or restore a block that is in memory, and run it unless it is the last one."""
@@ -153,9 +164,8 @@ class _Pruning:
             return known
         for batch in current.batches:
             if batch.dense is not None:
-                call = batch.calls[current.index]
-                batch.dense.state = self.adapter.step(current.module, batch.dense.state, call)
-                self.report_batch(current)
+                batch.dense.state = current.step(batch, batch.dense.state)
+                current.progress()
         self.pass_dropped(current.batches, current.dropped)
         self.block_storage.restore(name, current.module)
         for site in known:
@@ -238,8 +248,7 @@ class _Pruning:
         current.scales = self.advance_dense_stream(current)
         self.bridge_gap(current)
         for lost in current.planned.disconnected:
-            block = (self.adapter, current.module, current.index, current.batches)
-            disconnect_groups(*block, lost, self.ranks, partial(self.report_batch, current))
+            disconnect_groups(current, lost)
         current.planned = self.with_tied_groups(current)
         done = self.ranks.share(self.extras(current))
         solved: list[_Turn] = []
@@ -301,17 +310,12 @@ class _Pruning:
         wanted = [e.site for e in current.planned.pruned if how and how.serves(e.site, e.pattern)]
         first = current.first_batches(how.tokens / self.ranks.size) if how and wanted else []
         starts = [batch.dense.state for batch in first if batch.dense]
-        block = (self.adapter, current.module, current.index)
-        advance_dense(
-            *block, current.batches, current.sites, self.ranks, partial(self.report_batch, current)
-        )
+        advance_dense(current, current.sites)
         states = (batch.dense.state for batch in current.batches if batch.dense)
         check_finite(self.adapter, states, self.ranks)
         if how is None or not wanted:
             return {}
-        return how.scales(
-            *block, first, starts, wanted, self.ranks, partial(self.report_batch, current)
-        )
+        return how.scales(current.using(first), starts, wanted)
 
     def solve_round(
         self,
@@ -339,9 +343,7 @@ class _Pruning:
         planned, done = current.planned.extras, list[SitePruned]()
         if not planned:
             return []
-        block = (self.adapter, current.module, current.index, current.batches)
-        progress = partial(self.report_batch, current)
-        for extra in prune_extras(*block, planned, self.solver.options, self.ranks, progress):
+        for extra in prune_extras(current, planned, self.solver.options):
             self.observe(extra)
             done.append(extra)
         return done
@@ -360,11 +362,7 @@ class _Pruning:
         left = list(current.planned.pruned)
         whole = not any(site.routed or site.calls > 1 for site in current.sites)
         if self.recipe.ordered and self.can_pause and whole and left:
-            progress = partial(self.report_batch, current)
-            with (
-                suppress(CannotPause),
-                current.paused_forwards(self.solver.targets, progress) as forwards,
-            ):
+            with suppress(CannotPause), current.paused_forwards(self.solver.targets) as forwards:
                 while (name := forwards.next_input()) is not None:
                     sums = forwards.capture(name)
                     sums[name].add_up(self.ranks)
@@ -381,10 +379,9 @@ class _Pruning:
     def tune(self, current: CurrentBlock, how: Reconstruction) -> None:
         """Tune the kept weights of the block."""
         sites = [entry.site for entry in current.planned.pruned]
-        batches = current.batches[: self.tuning_batches]
-        block = (self.adapter, current.module, current.index)
         progress = partial(self.observe, Working(current.planned.name, "tuning"))
-        tuned = reconstruct(*block, batches, sites, how, self.ranks, progress)
+        block = current.using(current.batches[: self.tuning_batches], progress)
+        tuned = reconstruct(block, sites, how)
         if tuned is not None:
             self.observe(BlockTuned(current.planned.name, tuned.before, tuned.after))
 
@@ -397,8 +394,7 @@ class _Pruning:
         dense = [entry.site for entry in current.planned.sites if entry.pattern is None]
         routed = [site for site in dense if site.routed]
         capture = Capture(current.module, sites, self.solver.targets, routed)
-        block = (self.adapter, current.module, current.index)
-        capture.run(*block, current.batches, earlier, partial(self.report_batch, current))
+        capture.run(current, earlier)
         for each in capture.sums.values():
             each.add_up(self.ranks)
         return capture.sums
@@ -419,10 +415,6 @@ class _Pruning:
             self.observe(site)
         return done
 
-    def report_batch(self, current: CurrentBlock) -> None:
-        """Report that one more batch was run through the block."""
-        self.observe(Working(current.planned.name, "running"))
-
     def propagate(self, current: CurrentBlock) -> None:
         """Replace the state of every batch by the output of the pruned block, and check it."""
         check_finite(self.adapter, self.propagated(current), self.ranks)
@@ -431,8 +423,6 @@ class _Pruning:
         """The output of the pruned block for each batch, which is its next state."""
         for batch in current.batches:
             if not current.propagated:
-                batch.state = self.adapter.step(
-                    current.module, batch.state, batch.calls[current.index]
-                )
-                self.report_batch(current)
+                batch.state = current.step(batch, batch.state)
+                current.progress()
             yield batch.state

@@ -2,15 +2,14 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from apt.adapter import Adapter, Extra
-from apt.calibration.batches import Batch
-from apt.distributed.ranks import Ranks
+from apt.adapter import Extra
+from apt.calibration.batches import OpenBlock
 from apt.errors import AptError
 from apt.events import SitePruned
 from apt.planning.plan import PlannedExtra
@@ -26,36 +25,29 @@ class _Effect:
 
 
 def prune_extras(
-    adapter: Adapter,
-    block: nn.Module,
-    index: int,
-    batches: list[Batch],
-    planned: Sequence[PlannedExtra],
-    options: SolverOptions,
-    ranks: Ranks | None = None,
-    progress: Callable[[], None] = lambda: None,
+    block: OpenBlock, planned: Sequence[PlannedExtra], options: SolverOptions
 ) -> Iterator[SitePruned]:
     """Prune the extras ``planned`` in place, from one run of the block on all batches.
 
     They are pruned before the sites. The sites then receive the outputs of the pruned extras and
-    compensate for the error. ``progress`` is called after each batch.
+    compensate for the error.
 
     Raises:
         AptError: the adapter's ``effects`` report nothing for one of them.
     """
     found: dict[Extra, _Effect] = {}
-    ranks = ranks or Ranks()
 
     def take(extra: Extra, gram: Tensor, energy: float) -> None:
         known = found.setdefault(extra, _Effect(torch.zeros_like(gram), 0.0))
         known.gram += gram
         known.energy += energy
 
-    with adapter.effects(block, [entry.extra for entry in planned], take):
-        for batch in batches:
-            adapter.step(block, batch.state, batch.calls[index])
-            progress()
-    tokens = round(ranks.sum(sum(batch.tokens for batch in batches)))
+    ranks = block.ranks
+    with block.adapter.effects(block.module, [entry.extra for entry in planned], take):
+        for batch in block.batches:
+            block.step(batch, batch.state)
+            block.progress()
+    tokens = round(ranks.sum(sum(batch.tokens for batch in block.batches)))
     for entry in planned:
         if entry.extra not in found:
             raise AptError(
@@ -64,8 +56,8 @@ def prune_extras(
         effect = found[entry.extra]
         ranks.add(effect.gram)
         effect.energy = ranks.sum(effect.energy)
-        pruned = _prune(block, entry, effect, tokens, options)
-        ranks.send(entry.extra.weight(block).data, 0)
+        pruned = _prune(block.module, entry, effect, tokens, options)
+        ranks.send(entry.extra.weight(block.module).data, 0)
         yield pruned
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from apt.adapter import Adapter, Call, State
+from apt.calibration.batches import Batch, OpenBlock
 from apt.solver.precision import multiplies_bf16
 
 
@@ -22,14 +23,15 @@ class _Step(nn.Module):
 
 
 def stream_after(
-    adapter: Adapter, block: nn.Module, weights: dict[str, Tensor], state: State, call: Call
+    block: OpenBlock, weights: dict[str, Tensor], batch: Batch, state: State
 ) -> Tensor:
     """The residual stream (..., hidden) after ``block``, run with ``weights`` in place of its own.
 
     ``weights`` are given by parameter name.
     """
     given = {f"block.{name}": weight for name, weight in weights.items()}
-    stream: Any = functional_call(_Step(adapter, block), given, (state, call))
+    step = _Step(block.adapter, block.module)
+    stream: Any = functional_call(step, given, (state, batch.calls[block.index]))
     assert isinstance(stream, Tensor)
     return stream
 

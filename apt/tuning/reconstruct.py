@@ -8,16 +8,15 @@ lowest error on these are taken. If no step lowers this error, the weights stay 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from apt.adapter import Adapter, Site
-from apt.calibration.batches import Batch
+from apt.adapter import Site
+from apt.calibration.batches import Batch, OpenBlock
 from apt.calibration.dense_activations import bounded
-from apt.distributed.ranks import Ranks
 from apt.tuning.block_forward import mixed_precision, stream_after
 
 
@@ -71,36 +70,27 @@ class Tuned:
     after: float
 
 
-def reconstruct(
-    adapter: Adapter,
-    block: nn.Module,
-    index: int,
-    batches: list[Batch],
-    sites: Sequence[Site],
-    options: Reconstruction,
-    ranks: Ranks | None = None,
-    progress: Callable[[], None] = lambda: None,
-) -> Tuned | None:
+def reconstruct(block: OpenBlock, sites: Sequence[Site], options: Reconstruction) -> Tuned | None:
     """Tune the kept weights of ``sites`` in place; the block's weights change only at the end.
 
     The steps do not depend on the number of ranks: all ranks take each step together, with the
     gradient from the rank that has its batch.
 
     Args:
-        batches: this rank's batches: the states before the block, with the dense activations after
-            the block. The last batches of all ranks are held back.
-        progress: called after each step, and after each batch on which the error is measured.
+        block: the block. Its batches have the dense activations after the block. The last batches
+            of all ranks are held back. It reports each step, and each batch on which the error is
+            measured.
 
     Returns:
         The errors before and after; None if there are too few batches to hold one back.
     """
-    ranks = ranks or Ranks()
+    ranks, batches = block.ranks, block.batches
     count = round(ranks.sum(len(batches)))
     held = max(1, round(options.held_back * count))
     if count <= held:
         return None
     passed = len(ranks.mine(range(count - held)))
-    tuning = _Tuning(adapter, block, index, sites, ranks, progress)
+    tuning = _Tuning(block, sites)
     before = lowest = tuning.error(batches[passed:], held)
     for group in tuning.adam.param_groups:
         group["lr"] *= options.rate * math.sqrt(before)
@@ -114,7 +104,7 @@ def reconstruct(
             place, owner = turn // ranks.size, ranks.owner(turn)
             tuning.descend(batches[place] if owner == ranks.rank else None, owner)
             schedule.step()
-            progress()
+            block.progress()
         error = tuning.error(batches[passed:], held)
         if error < lowest:
             lowest, best = error, tuning.snapshot()
@@ -125,25 +115,16 @@ def reconstruct(
 class _Tuning:
     """The kept weights of a block in fp32, with their masks and the state of Adam."""
 
-    def __init__(
-        self,
-        adapter: Adapter,
-        block: nn.Module,
-        index: int,
-        sites: Sequence[Site],
-        ranks: Ranks,
-        progress: Callable[[], None],
-    ) -> None:
-        self._adapter, self._block, self._index = adapter, block, index
-        self._ranks, self._progress = ranks, progress
+    def __init__(self, block: OpenBlock, sites: Sequence[Site]) -> None:
+        self._block = block
         names = dict.fromkeys(site.parameter for site in sites)  # experts are slices of one
-        self._parameters = {name: block.get_parameter(name).detach() for name in names}
+        self._parameters = {name: block.module.get_parameter(name).detach() for name in names}
         masters = {name: p.float().clone() for name, p in self._parameters.items()}
         masks = {name: torch.zeros_like(master) for name, master in masters.items()}
         for site in sites:
             kept = masks[site.parameter]
             kept = kept if site.expert is None else kept[site.expert]
-            kept.copy_(site.weight(block) != 0)
+            kept.copy_(site.weight(block.module) != 0)
         sizes = [
             float(master[mask != 0].square().mean().sqrt())
             for master, mask in zip(masters.values(), masks.values(), strict=True)
@@ -157,10 +138,6 @@ class _Tuning:
         ]
         self.adam = torch.optim.Adam(groups, betas=(0.9, 0.95))
 
-    def _weights(self) -> dict[str, Tensor]:
-        parts = zip(self._parameters.items(), self._masters, strict=True)
-        return {name: master.to(p.dtype) for (name, p), master in parts}
-
     def snapshot(self) -> list[Tensor]:
         """A copy of the weights."""
         return [master.detach().clone() for master in self._masters]
@@ -169,7 +146,7 @@ class _Tuning:
         """Write the first rank's snapshot to the block; other ranks may have other roundings."""
         for parameter, value in zip(self._parameters.values(), snapshot, strict=True):
             parameter.copy_(value)
-            self._ranks.send(parameter.data, 0)
+            self._block.ranks.send(parameter.data, 0)
 
     def error(self, batches: list[Batch], count: int) -> float:
         """The mean error over ``count`` batches: ``batches`` and those of the other ranks."""
@@ -177,21 +154,22 @@ class _Tuning:
         for batch in batches:
             with torch.no_grad():
                 own += float(self._error(batch))
-            self._progress()
-        return self._ranks.sum(own) / count
+            self._block.progress()
+        return self._block.ranks.sum(own) / count
 
     def _error(self, batch: Batch) -> Tensor:
         """The error of a batch, as `Tuned` defines it."""
         assert batch.dense is not None
-        call = batch.calls[self._index]
-        given = stream_after(self._adapter, self._block, self._weights(), batch.state, call).float()
-        dense = self._adapter.residual(batch.dense.state).float()
+        parts = zip(self._parameters.items(), self._masters, strict=True)
+        weights = {name: master.to(p.dtype) for (name, p), master in parts}
+        given = stream_after(self._block, weights, batch, batch.state).float()
+        dense = self._block.adapter.residual(batch.dense.state).float()
         return ((given - dense).square().sum(-1) / bounded(dense.square().sum(-1))).mean()
 
     def descend(self, batch: Batch | None, owner: int) -> None:
         """Take one step on the batch of rank ``owner``; pruned weights stay zero."""
         for master, gradient in zip(self._masters, self._gradients(batch), strict=True):
-            self._ranks.send(gradient, owner)
+            self._block.ranks.send(gradient, owner)
             master.grad = gradient
         self.adam.step()
 

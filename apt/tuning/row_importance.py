@@ -15,16 +15,15 @@ Only a pattern that is counted over the whole layer benefits. A small p is robus
 a row on the calibration text differs from that on text of another kind.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from apt.adapter import Adapter, Site, State
-from apt.calibration.batches import Batch
+from apt.adapter import Site, State
+from apt.calibration.batches import Batch, OpenBlock
 from apt.calibration.dense_activations import bounded
-from apt.distributed.ranks import Ranks
 from apt.solver import SitePattern, Unstructured
 from apt.tuning.block_forward import mixed_precision, stream_after
 
@@ -50,33 +49,25 @@ class RowImportance:
         return shared_out and not site.routed
 
     def scales(
-        self,
-        adapter: Adapter,
-        block: nn.Module,
-        index: int,
-        batches: Sequence[Batch],
-        starts: Sequence[State],
-        sites: Sequence[Site],
-        ranks: Ranks,
-        progress: Callable[[], None] = lambda: None,
+        self, block: OpenBlock, starts: Sequence[State], sites: Sequence[Site]
     ) -> dict[Site, Tensor]:
         """The factors of the rows of each site's weight, (out, 1).
 
         Args:
-            block: the block; its weights are still dense.
-            index: its index in the model, which seeds the random signs.
-            batches: the batches to use, with the dense inputs of the block's sites.
+            block: the block, with its dense weights; its index seeds the random signs. The batches
+                have the dense inputs of its sites.
             starts: the state of the dense stream before the block, for each batch.
         """
+        ranks, batches = block.ranks, block.batches
         sizes = {site.input: _squares(batches, site.input) for site in sites}
         ranks.add(*sizes.values())
         names = dict.fromkeys(site.parameter for site in sites)
-        weights = {name: block.get_parameter(name).detach().requires_grad_() for name in names}
-        draw = torch.Generator().manual_seed(index * ranks.size + ranks.rank)
+        weights = {n: block.module.get_parameter(n).detach().requires_grad_() for n in names}
+        draw = torch.Generator().manual_seed(block.index * ranks.size + ranks.rank)
         rows = {site: torch.zeros((), device=sizes[site.input].device) for site in sites}
         for batch, start in zip(batches, starts, strict=True):
             with torch.enable_grad(), mixed_precision(list(weights.values())):
-                stream = stream_after(adapter, block, weights, start, batch.calls[index]).float()
+                stream = stream_after(block, weights, batch, start).float()
                 signs = torch.randint(0, 2, stream.shape, generator=draw).to(stream) * 2 - 1
                 relative = signs / bounded(stream.detach().square().sum(-1, keepdim=True)).sqrt()
                 found = torch.autograd.grad((stream * relative).sum(), list(weights.values()))
@@ -84,7 +75,7 @@ class RowImportance:
             for site in sites:
                 squares = site.oriented(gradients[site.parameter]).float().square()
                 rows[site] = rows[site] + (squares / sizes[site.input]).sum(1, keepdim=True)
-            progress()
+            block.progress()
         ranks.add(*rows.values())
         return {site: self._scale(row) for site, row in rows.items()}
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from apt import prune
 from apt.adapter import DecoderAdapter, Input
-from apt.calibration.batches import Batch, enter
+from apt.calibration.batches import Batch, OpenBlock, enter
 from apt.calibration.capture import Capture
 from apt.errors import AptError
 from apt.plugin.registry import registry
@@ -86,7 +86,7 @@ def test_chained_blocks_are_the_model(variant, attention, adapter_of):
 
 def captured_grams(adapter, block, sites, batch):
     capture = Capture(block, sites)
-    capture.run(adapter, block, 0, [batch])
+    capture.run(OpenBlock(adapter, block, 0, [batch]))
     return {name: sums.gram for name, sums in capture.sums.items()}
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import apt as library
 from apt.adapter import Site
-from apt.calibration.batches import Batch, enter
+from apt.calibration.batches import Batch, OpenBlock, enter
 from apt.calibration.capture import Capture
 from apt.calibration.dense_activations import advance_dense
 from apt.calibration.passing import BlockPass
@@ -62,7 +62,7 @@ def behind(adapter_of):
         for batch in batches:
             batch.dense.state = adapter.step(dense.model.layers[0], batch.state, batch.calls[0])
             batch.state = adapter.step(pruned.model.layers[0], batch.state, batch.calls[0])
-        advance_dense(adapter, block, 1, batches, adapter.sites(block))
+        advance_dense(OpenBlock(adapter, block, 1, batches), adapter.sites(block))
     return dense, pruned, adapter, batches
 
 
@@ -79,7 +79,7 @@ def test_the_sums_are_those_of_both_streams(behind):
     with torch.no_grad():
         for group in by_order(sites):
             capture = Capture(block, group, targets)
-            capture.run(adapter, block, 1, batches, earlier)
+            capture.run(OpenBlock(adapter, block, 1, batches), earlier)
             sums |= capture.sums
             if group[0].name == "self_attn.o_proj":
                 earlier = {group[0]: group[0].weight(block).clone()}
@@ -116,12 +116,14 @@ def test_paused_forwards_sum_the_same_as_separate_runs(behind):
     compared = []
     with (
         torch.no_grad(),
-        PausedForwards(adapter, block, 1, batches, sites, sites, dense, targets) as forwards,
+        PausedForwards(
+            OpenBlock(adapter, block, 1, batches), sites, sites, dense, targets
+        ) as forwards,
     ):
         while (name := forwards.next_input()) is not None:
             alone = Capture(block, group := [s for s in sites if s.input == name], targets)
             sums = forwards.capture(name)[name]
-            alone.run(adapter, block, 1, batches, earlier)
+            alone.run(OpenBlock(adapter, block, 1, batches), earlier)
             for site in group:
                 for both in zip(
                     [sums.cross, sums.error_products.get(site)],

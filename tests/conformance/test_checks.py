@@ -11,7 +11,7 @@ from transformers import (
 )
 
 from apt.adapter import Call, DecoderAdapter, Input
-from apt.calibration.batches import Batch
+from apt.calibration.batches import Batch, OpenBlock
 from apt.calibration.capture import Capture
 from apt.planning.plan import make_plan
 from apt.plugin.registry import registry
@@ -57,7 +57,7 @@ def test_a_shared_weight_is_one_site_that_sees_both_inputs():
     state = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
     capture = Capture(block, [site])
     with torch.no_grad():
-        capture.run(adapter, block, 0, [Batch(state, [Call()], 10)])
+        capture.run(OpenBlock(adapter, block, 0, [Batch(state, [Call()], 10)]))
         rows = torch.cat([state, torch.tanh(block.first(state))]).flatten(0, 1)
     torch.testing.assert_close(capture.sums["state"].gram.matrix, rows.T @ rows)
     assert capture.sums["state"].gram.tokens == 20

@@ -10,7 +10,7 @@ import torch
 import apt.pruning.paused_forward
 import apt.pruning.pipeline
 from apt.adapter.weight_tap import WeightTap
-from apt.calibration.batches import enter
+from apt.calibration.batches import OpenBlock, enter
 from apt.calibration.capture import Capture
 from apt.calibration.targets import Targets
 from apt.errors import AptError
@@ -210,14 +210,14 @@ def test_paused_forwards_run_the_block_once(adapter_of):
     batches = enter(adapter, model, tokens, 1)
     handle = block.register_forward_pre_hook(lambda module, args: count.append(1))
     sites = adapter.sites(block)
-    with PausedForwards(adapter, block, 0, batches, sites, sites, {}) as forwards:
+    with PausedForwards(OpenBlock(adapter, block, 0, batches), sites, sites, {}) as forwards:
         names = []
         while (name := forwards.next_input()) is not None:
             names.append(name)
             alone = Capture(block, [site for site in sites if site.input == name])
             sums = forwards.capture(name)[name]
             seen = len(count)
-            alone.run(adapter, block, 0, batches)
+            alone.run(OpenBlock(adapter, block, 0, batches))
             del count[seen:]
             torch.testing.assert_close(sums.gram.matrix, alone.sums[name].gram.matrix)
             for site in sites:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 import apt as library
-from apt.calibration.batches import Batch
+from apt.calibration.batches import Batch, OpenBlock
 from apt.errors import AptError
 from apt.evaluation.metrics import perplexity
 from apt.events import SitePruned
@@ -175,7 +175,11 @@ def test_effects_that_are_not_handed_over_are_an_error(adapter_of):
     plan = make_plan(model, adapter, Unstructured(0.5), also=["D"])
     adapter.effects = lambda block, extras, sink: torch.no_grad()
     with pytest.raises(AptError, match=r"mixer\.D cannot be pruned"):
-        list(prune_extras(adapter, block, index, [batch], plan.blocks[0].extras, SolverOptions()))
+        list(
+            prune_extras(
+                OpenBlock(adapter, block, index, [batch]), plan.blocks[0].extras, SolverOptions()
+            )
+        )
 
 
 def test_half_of_the_decays_cost_less_than_by_magnitude_and_hardly_anything():

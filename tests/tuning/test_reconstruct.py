@@ -10,7 +10,7 @@ from torch import nn
 
 import apt as library
 from apt.adapter import Call, Site
-from apt.calibration.batches import Batch, DenseActivations, enter
+from apt.calibration.batches import Batch, DenseActivations, OpenBlock, enter
 from apt.calibration.dense_activations import advance_dense
 from apt.engine.prune_options import PruneOptions
 from apt.events import BlockTuned
@@ -27,7 +27,7 @@ def pruned_block(adapter, model, batches):
     block = adapter.blocks(model)[0][1]
     sites = adapter.sites(block)
     with torch.no_grad():
-        advance_dense(adapter, block, 0, batches, sites)
+        advance_dense(OpenBlock(adapter, block, 0, batches), sites)
         for site in sites:
             site.weight(block)[:, ::4] = 0
     return block, sites
@@ -41,7 +41,9 @@ def test_it_lowers_the_error_on_what_was_held_back(name, dtype):
     batches = enter(adapter, model, tokens, 48, with_dense=True)
     block, sites = pruned_block(adapter, model, batches)
     before = {name: value.clone() for name, value in block.named_parameters()}
-    tuned = reconstruct(adapter, block, 0, batches, sites, Reconstruction(rate=0.1, epochs=3))
+    tuned = reconstruct(
+        OpenBlock(adapter, block, 0, batches), sites, Reconstruction(rate=0.1, epochs=3)
+    )
     assert tuned is not None
     assert tuned.after < tuned.before
     names = {site.parameter for site in sites}
@@ -60,7 +62,7 @@ def test_where_nothing_is_gained_the_start_stays(adapter_of):
     batches = enter(adapter, model, random_tokens(samples=6), 24, with_dense=True)
     block, sites = pruned_block(adapter, model, batches)
     before = copy.deepcopy(block.state_dict())
-    tuned = reconstruct(adapter, block, 0, batches, sites, Reconstruction(rate=1e4))
+    tuned = reconstruct(OpenBlock(adapter, block, 0, batches), sites, Reconstruction(rate=1e4))
     assert tuned is not None
     assert tuned.after == tuned.before
     for name, value in block.state_dict().items():
@@ -72,7 +74,7 @@ def test_one_batch_cannot_be_held_back(adapter_of):
     adapter = adapter_of(model)
     batches = enter(adapter, model, random_tokens(), with_dense=True)
     block, sites = pruned_block(adapter, model, batches)
-    assert reconstruct(adapter, block, 0, batches, sites, Reconstruction()) is None
+    assert reconstruct(OpenBlock(adapter, block, 0, batches), sites, Reconstruction()) is None
 
 
 @pytest.mark.parametrize("samples", [1, 2, 3])
@@ -104,7 +106,7 @@ def test_an_expert_without_tokens_in_a_step_stays(adapter_of):
     batches = [Batch(x, [Call((), {})], 16, DenseActivations(2 * x)) for x in streams]
     adapter = adapter_of(random_model("llama"))
     with torch.no_grad():
-        tuned = reconstruct(adapter, block, 0, batches, sites, Reconstruction(epochs=1))
+        tuned = reconstruct(OpenBlock(adapter, block, 0, batches), sites, Reconstruction(epochs=1))
     assert tuned.after < tuned.before
     same = [torch.equal(block.state_dict()[name], before[name]) for name in before]
     assert same == [False, True]
@@ -143,9 +145,9 @@ def test_a_part_of_the_samples_is_spread_over_all():
 def test_a_run_tunes_on_the_chosen_samples_and_prunes_on_all(monkeypatch):
     seen = []
 
-    def spy(adapter, block, index, batches, *rest):
-        seen.append(sum(batch.tokens for batch in batches))
-        return reconstruct(adapter, block, index, batches, *rest)
+    def spy(block, *rest):
+        seen.append(sum(batch.tokens for batch in block.batches))
+        return reconstruct(block, *rest)
 
     monkeypatch.setattr("apt.pruning.pipeline.reconstruct", spy)
     small_steps = partial(Reconstruction, tokens_per_batch=48)
@@ -170,7 +172,9 @@ def test_tuning_in_mixed_precision_ends_where_full_precision_does(name, monkeypa
         model, adapter = copy.deepcopy(loaded.module).float(), loaded.adapter
         batches = enter(adapter, model, tokens, 48, with_dense=True)
         block, sites = pruned_block(adapter, model, batches)
-        tuned = reconstruct(adapter, block, 0, batches, sites, Reconstruction(rate=0.1, epochs=3))
+        tuned = reconstruct(
+            OpenBlock(adapter, block, 0, batches), sites, Reconstruction(rate=0.1, epochs=3)
+        )
         assert tuned is not None
         after.append(tuned.after / tuned.before)
     assert after[0] < 1

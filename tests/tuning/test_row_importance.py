@@ -5,9 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from apt.calibration.batches import enter
+from apt.calibration.batches import OpenBlock, enter
 from apt.calibration.dense_activations import advance_dense
-from apt.distributed.ranks import Ranks
 from apt.engine.prune_options import PruneOptions
 from apt.planning.plan import make_plan
 from apt.plugin.registry import registry
@@ -29,18 +28,18 @@ def prepared(variant):
         batches = enter(adapter, model, TOKENS, with_dense=True)
         starts = [batch.dense.state for batch in batches]
         sites = [site for site in adapter.sites(block) if not site.routed]
-        advance_dense(adapter, block, 1, batches, sites)
+        advance_dense(OpenBlock(adapter, block, 1, batches), sites)
     return model, adapter, block, batches, starts, sites
 
 
 def exact(adapter, block, batches, starts, site):
     """``d`` from the whole Jacobian of the relative stream."""
     parameter = block.get_parameter(site.parameter).detach()
-    total = 0
+    opened, total = OpenBlock(adapter, block, 1, batches), 0
     for batch, start in zip(batches, starts, strict=True):
 
         def relative(weight, batch=batch, start=start):
-            stream = stream_after(adapter, block, {site.parameter: weight}, start, batch.calls[1])
+            stream = stream_after(opened, {site.parameter: weight}, batch, start)
             return stream / stream.detach().norm(dim=-1, keepdim=True)
 
         jacobian = torch.autograd.functional.jacobian(relative, parameter, vectorize=True)
@@ -54,9 +53,8 @@ def test_the_estimate_is_that_of_the_whole_jacobian(variant):
     model, adapter, block, batches, starts, sites = prepared(variant)
     draws, told_apart = 300, 0
     with adapter.running(model):
-        found = RowImportance(power=2).scales(
-            adapter, block, 1, batches * draws, starts * draws, sites, Ranks()
-        )
+        opened = OpenBlock(adapter, block, 1, batches * draws)
+        found = RowImportance(power=2).scales(opened, starts * draws, sites)
         for site in sites:
             expected = exact(adapter, block, batches, starts, site)
             scale = (expected / expected.mean()).clamp_min(0.01)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from apt.adapter import Site
-from apt.calibration.batches import Batch
 from apt.calibration.capture import Capture
 from apt.conformance.checks.promise import Fault, promise
 from apt.conformance.checks.seen import products
@@ -26,9 +25,8 @@ def check_capture(subject: Subject) -> Iterator[Fault]:
     """The captured rows of each site are the real input of its weight, in order."""
     for step in subject.steps():
         capture = Capture(step.block, step.sites)
-        batch = Batch(step.state, step.calls, subject.tokens.numel())
         try:
-            capture.run(subject.adapter, step.block, step.index, [batch])
+            capture.run(subject.opened(step))
         except AptError as error:
             yield Fault(step.name, f": {error.message}", "capture")
             continue
@@ -150,12 +148,8 @@ def check_in_time(subject: Subject) -> Iterator[Fault]:
 
 def _in_time(subject: Subject, step: Step) -> bool:
     block = copy.deepcopy(step.block)
-    sites = subject.adapter.sites(block)
-    batches = [Batch(step.state, step.calls, subject.tokens.numel()) for _ in range(2)]
-    with (
-        suppress(CannotPause),
-        PausedForwards(subject.adapter, block, step.index, batches, sites, sites, {}) as forwards,
-    ):
+    sites, opened = subject.adapter.sites(block), subject.opened(step, block, batches=2)
+    with suppress(CannotPause), PausedForwards(opened, sites, sites, {}) as forwards:
         while (given := forwards.next_input()) is not None:
             forwards.capture(given)
             for site in sites:
@@ -163,5 +157,5 @@ def _in_time(subject: Subject, step: Step) -> bool:
                     site.weight(block).data.mul_(-0.5)
         forwards.finish(update_states=True)
         after = first_tensor(subject.adapter.step(block, step.state, step.call))
-        return all(near(first_tensor(batch.state), after) for batch in batches)
+        return all(near(first_tensor(batch.state), after) for batch in opened.batches)
     return True

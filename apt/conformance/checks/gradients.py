@@ -25,7 +25,8 @@ def _without_gradient(subject: Subject, step: Step) -> Iterator[Fault]:
     states: list[Tensor] = []
     with torch.enable_grad():
         state = mapped(step.state, Tensor, lambda tensor: _counted(tensor, states))
-        stream = stream_after(subject.adapter, step.block, weights, state, step.call)
+        block = subject.opened(step)
+        stream = stream_after(block, weights, block.batches[0], state)
         # A plain sum would not do: a norm makes it constant.
         loss = (stream.flatten() * torch.linspace(-1, 1, stream.numel()).to(stream)).sum()
     if not stream.requires_grad:

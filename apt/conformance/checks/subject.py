@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from apt.adapter import Adapter, Call, Site, State
+from apt.calibration.batches import Batch, OpenBlock
 from apt.plugin.specs import AdapterSpec
 
 _LONGER = 48
@@ -71,6 +72,11 @@ class Subject:
     def step(self, step: Step) -> State:
         """The state after a block."""
         return self.adapter.step(step.block, step.state, step.call)
+
+    def opened(self, step: Step, block: nn.Module | None = None, batches: int = 1) -> OpenBlock:
+        """The block of a step, or a copy of it, with batches of the subject's tokens before it."""
+        given = [Batch(step.state, step.calls, self.tokens.numel()) for _ in range(batches)]
+        return OpenBlock(self.adapter, block or step.block, step.index, given)
 
     @torch.no_grad()
     def logits(self, model: nn.Module | None = None) -> Tensor:
