@@ -191,7 +191,7 @@ def _quieten_libraries() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")
     warnings.simplefilter("ignore")
     for shown in ("plugin failed to load", "observer failed"):
-        warnings.filterwarnings("always", message=shown)
+        warnings.filterwarnings("default", message=shown)  # each once
     warnings.showwarning = _warn
 
 

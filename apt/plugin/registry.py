@@ -341,7 +341,6 @@ def _names_commands(entry: EntryPoint) -> bool:
         return True
 
 
-@cache
 def listed_commands() -> Catalog[CommandSpec]:
     """The commands of ``apt-prune --help``.
 

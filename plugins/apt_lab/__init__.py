@@ -20,7 +20,8 @@ def apt_commands() -> list[CommandSpec]:
             "apt_lab.commands.bench:bench",
         ),
         CommandSpec(
-            "report", "Write one HTML page about pruned models and comparisons.",
+            "report",
+            "Write one HTML page about pruned models and comparisons, which needs no network.",
             "apt_lab.commands.report:report",
         ),
         CommandSpec(
