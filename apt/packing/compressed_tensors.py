@@ -4,7 +4,7 @@ vLLM and transformers open them (W4A16 and W8A16). The package compressed-tensor
 write them. Zeros stay zeros, but take as many bits as all other integers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,19 @@ from torch import Tensor, nn
 from apt.checkpoints.model import Model
 from apt.checkpoints.safetensors_io import Shards
 from apt.errors import AptError
-from apt.packing.directory import Packed, Rounding, check_finite, finish, linear_tensors, rewrite
+from apt.packing.directory import (
+    Packed,
+    Rounding,
+    check_finite,
+    finish,
+    linear_tensors,
+    relative_error,
+    rewrite,
+)
 from apt.runtime.entries import KEY, read_config
-from apt.runtime.rounding import exact_integers, nearest_integers
+from apt.runtime.rounding import BITS, exact_integers, nearest_integers
 from apt.solver.integers import ScaleGroup
 
-_BITS = {"int4": 4, "int8": 8}
 _PARTS = _PACKED, _SCALE, _SHAPE = "weight_packed", "weight_scale", "weight_shape"
 
 
@@ -42,22 +49,15 @@ def write_compressed_tensors(
     shards = Shards(directory)
     modules = linear_tensors(shell, shards, blocks=True)
     _check_group(shards, modules, rounding.group)
-    lost = whole = 0.0
-    dense = 0
 
     def converted(name: str, tensor: Tensor) -> dict[str, Tensor]:
-        nonlocal lost, whole, dense
         if name not in modules:
             return {name: tensor}
         check_finite(name, tensor)
         integers, scales = _integers(name, tensor, rounding)
-        dense += tensor.nbytes
-        found = dequantized(integers, scales)
-        lost += float((found.double() - tensor.double()).square().sum())
-        whole += float(tensor.double().square().sum())
         stem = name.removesuffix("weight")
         return {
-            f"{stem}{_PACKED}": packed(integers, _BITS[rounding.kind]),
+            f"{stem}{_PACKED}": packed(integers, BITS[rounding.kind]),
             f"{stem}{_SCALE}": scales,
             f"{stem}{_SHAPE}": torch.tensor(tensor.shape),
         }
@@ -65,10 +65,10 @@ def write_compressed_tensors(
     rewrite(shards, target, converted)
     finish(directory, target, {**config, KEY: _description(shell, modules, rounding)})
     written = Shards(target)
-    _verify(shards, written, modules, rounding)
+    error = relative_error(_verified(shards, written, modules, rounding))
     sizes = {name: entry.size for name, entry in written.entries.items()}
     parts = sum(size for name, size in sizes.items() if name.rpartition(".")[2] in _PARTS)
-    error = lost / whole if whole else 0.0
+    dense = sum(shards.entries[name].size for name in modules)
     return Packed(len(modules), dense, parts, parts, sum(sizes.values()), error)
 
 
@@ -95,11 +95,8 @@ def _integers(name: str, tensor: Tensor, rounding: Rounding) -> tuple[Tensor, Te
         return nearest_integers(tensor, rounding.kind, rounding.group)
     found = exact_integers(tensor, rounding.kind, rounding.group)
     if found is None:
-        raise AptError(
-            f"{name} does not consist of integers times scales",
-            "round it",
-            ("quantize",),
-        )
+        said = f"{name} does not consist of integers times scales"
+        raise AptError(said, "round it", ("quantize",))
     return found
 
 
@@ -140,10 +137,11 @@ def _description(shell: Model, modules: Mapping[str, str], rounding: Rounding) -
         if isinstance(module, nn.Linear) and name not in names
     ]
     weights = {
-        "num_bits": _BITS[rounding.kind],
+        "num_bits": BITS[rounding.kind],
         "type": "int",
         "symmetric": True,
-        **_strategy(rounding.group),
+        "strategy": "channel" if rounding.group == "row" else "group",
+        "group_size": None if rounding.group == "row" else rounding.group,
         "dynamic": False,
     }
     scheme = {"targets": ["Linear"], "weights": weights}
@@ -156,24 +154,18 @@ def _description(shell: Model, modules: Mapping[str, str], rounding: Rounding) -
     }
 
 
-def _strategy(group: ScaleGroup) -> dict[str, Any]:
-    """The columns that share a scale, in the words of compressed-tensors."""
-    if group == "row":
-        return {"strategy": "channel", "group_size": None}
-    return {"strategy": "group", "group_size": group}
-
-
-def _verify(
+def _verified(
     shards: Shards, written: Shards, modules: Mapping[str, str], rounding: Rounding
-) -> None:
-    """Check the integers and scales on disk against the original."""
-    for name in modules:
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The weights by the integers and scales on disk, and the original ones that they must fit."""
+    for name in (name for name in shards.entries if name in modules):
         original = shards.read(name)
         integers, scales = _integers(name, original, rounding)
         stem = name.removesuffix("weight")
         words = written.read(f"{stem}{_PACKED}")
-        found = unpacked(words, _BITS[rounding.kind], original.shape[1])
+        found = unpacked(words, BITS[rounding.kind], original.shape[1])
         same = torch.equal(found, integers) and torch.equal(written.read(f"{stem}{_SCALE}"), scales)
         values = dequantized(integers, scales)
         if not same or (rounding.exact and not torch.equal(values, original)):
             raise RuntimeError(f"{name} was not written exactly")
+        yield values, original

@@ -9,7 +9,7 @@ installed. docs/packed-format.md specifies the format.
 
 import json
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -148,10 +148,9 @@ def pack(
             f"no weight of {directory} belongs to a torch.nn.Linear module of its own",
             "other modules, such as Conv1D, cannot be packed",
         )
-    shards, entries, dense = Shards(directory), dict[str, Entry](), 0
+    shards, entries = Shards(directory), dict[str, Entry]()
 
     def packed(name: str, tensor: Tensor) -> dict[str, Tensor]:
-        nonlocal dense
         if name not in names or tensor.ndim != 2 or tensor.dtype not in FLOATS.values():
             return {name: tensor}
         if rounding is not None and not rounding.exact:
@@ -160,7 +159,6 @@ def pack(
         if sum(part.nbytes for part in parts.values()) >= tensor.nbytes:
             return {name: tensor}
         entries[name] = entry
-        dense += tensor.nbytes
         return {f"{name}_{part}": value for part, value in parts.items()}
 
     def described() -> dict[str, Any]:
@@ -178,11 +176,12 @@ def pack(
     finish(directory, target, {**config, **code, KEY: {**about, "matrices": described()}})
     if code:
         _write_code(target)
-    error = _verify(shards, PackedShards(target), entries, rounding)
+    error = relative_error(_verified(shards, PackedShards(target), entries, rounding))
     sizes = {name: entry.size for name, entry in stored_tensors(target).entries.items()}
-    parts = [size for name, size in sizes.items() if _matrix(name, entries)]
+    parts = sum(sizes.get(f"{name}_{part}", 0) for name in entries for part in PARTS)
+    dense = sum(shards.entries[name].size for name in entries)
     bounds = sum(bound(entry) for entry in entries.values())
-    return Packed(len(entries), dense, sum(parts), bounds, sum(sizes.values()), error)
+    return Packed(len(entries), dense, parts, bounds, sum(sizes.values()), error)
 
 
 def _encoded(tensor: Tensor, rounding: Rounding | None) -> tuple[Entry, Parts]:
@@ -204,7 +203,9 @@ def unpack(directory: Path, target: Path) -> int:
     shards.check()
 
     rewrite(shards, target, lambda name, tensor: {name: tensor}, _MODEL)
-    finish(directory, target, _without_code(config), [f"{name}.py" for name in _CODE.values()])
+    without = [KEY, *([_AUTO_MAP] if config.get(_AUTO_MAP) == OWN_CODE else [])]
+    plain = {key: value for key, value in config.items() if key not in without}
+    finish(directory, target, plain, [f"{name}.py" for name in _CODE.values()])
     written = Shards(target)
     for name in entries:
         if not _same(written.read(name), shards.read(name)):
@@ -264,12 +265,6 @@ def stored_tensors(directory: Path) -> Shards:
     return Shards(directory, SINGLE_PACKED, INDEX_PACKED)
 
 
-def _matrix(name: str, entries: Collection[str]) -> str | None:
-    """The packed matrix that a tensor belongs to; None if to none."""
-    matrix, _, part = name.rpartition("_")
-    return matrix if part in PARTS and matrix in entries else None
-
-
 def rewrite(
     shards: Shards,
     target: Path,
@@ -311,12 +306,6 @@ def finish(
     synchronise(target / _CONFIG)
 
 
-def _without_code(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration of the plain checkpoint."""
-    own = config.get(_AUTO_MAP) == OWN_CODE
-    return {k: v for k, v in config.items() if k != KEY and not (own and k == _AUTO_MAP)}
-
-
 def _write_code(target: Path) -> None:
     """Copy the modules that open the model where APT is not installed."""
     for module, name in _CODE.items():
@@ -326,15 +315,26 @@ def _write_code(target: Path) -> None:
         (target / f"{name}.py").write_text(text, encoding="utf-8")
 
 
-def _verify(
-    shards: Shards, written: "PackedShards", entries: Mapping[str, Entry], rounding: Rounding | None
-) -> float:
-    """Check each matrix on disk against the original, and return the relative rounding error.
+def relative_error(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """The squared errors of matrices, relative to the squares of the original ones behind them.
+
+    They are summed in fp64: the squares of weights near 1e30 are beyond fp32.
+    """
+    lost = whole = 0.0
+    for matrix, original in pairs:
+        lost += float((matrix.double() - original.double()).square().sum())
+        whole += float(original.double().square().sum())
+    return lost / whole if whole else 0.0
+
+
+def _verified(
+    shards: Shards, written: PackedShards, entries: Mapping[str, Entry], rounding: Rounding | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each matrix on disk, and the original that it must fit.
 
     Without rounding they are equal byte for byte, but for negative zeros. With rounding the matrix
     on disk is the one that was computed, and has the same zeros or more.
     """
-    lost = whole = 0.0
     for name in entries:
         matrix = written.read(name)
         original = shards.read(name)
@@ -343,10 +343,7 @@ def _verify(
         expected = original if lossless else decode(*_encoded(original, rounding))
         if not _same(matrix, expected):
             raise RuntimeError(f"{name} was not packed exactly")
-        # In fp64: the squares of weights near 1e30 are beyond fp32.
-        lost += float((matrix.double() - original.double()).square().sum())
-        whole += float(original.double().square().sum())
-    return lost / whole if whole else 0.0
+        yield matrix, original
 
 
 def check_finite(name: str, tensor: Tensor) -> None:

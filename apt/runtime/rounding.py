@@ -9,8 +9,8 @@ from torch import Tensor
 from apt.runtime.matrix import MASK, SCALES, VALUES, Entry, Parts, encode
 from apt.solver.integers import IntegerGrid, ScaleGroup, scales_of
 
-_BITS = {"int8": 8, "int4": 4}
-KINDS = {kind: IntegerGrid(bits).most for kind, bits in _BITS.items()}
+BITS = {"int8": 8, "int4": 4}
+KINDS = {kind: IntegerGrid(bits).most for kind, bits in BITS.items()}
 """The kinds of integers, and the largest magnitude of each."""
 
 
@@ -28,7 +28,7 @@ def nearest_integers(weight: Tensor, kind: str, group: ScaleGroup) -> tuple[Tens
         kind: ``int8`` or ``int4``.
         group: the number of columns that share a scale, or a whole row.
     """
-    grid, columns = IntegerGrid(_BITS[kind], group), columns_of(group, weight)
+    grid, columns = IntegerGrid(BITS[kind], group), columns_of(group, weight)
     scales = scales_of(weight.float(), torch.ones(weight.shape[1]), grid, weight.dtype)
     whole = (weight.float() / _spread(scales, weight, columns)).round().clamp(-grid.most, grid.most)
     return whole.to(torch.int8), scales.to(weight.dtype)
