@@ -132,31 +132,6 @@ def has_live_display() -> bool:
     return err.is_terminal and _level > Level.QUIET and not _events
 
 
-class StatusLine:
-    """Shows the current step: in a changing line on a terminal, with ``--verbose`` line by line."""
-
-    def __init__(self, spinner: Any = None) -> None:
-        self._spinner = spinner
-
-    def update(self, text: str) -> None:
-        """Show the next step."""
-        if self._spinner is not None:
-            self._spinner.update(Text(text))
-        show_detail(text)
-
-
-@contextmanager
-def status_line(text: str) -> Iterator[StatusLine]:
-    """While entered, show the current step."""
-    if not has_live_display():
-        plain = StatusLine()
-        plain.update(text)
-        yield plain
-        return
-    with err.status(Text(text)) as spinner:
-        yield StatusLine(spinner)
-
-
 class _Table(Table):
     """A table whose cells are literal text: ``apt-prune[gguf]`` is not markup."""
 

@@ -1,6 +1,5 @@
 """Checks of the options of a run against the model, the machine and the disk, before the work."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from apt.engine.options import RunOptions
 from apt.engine.prune_options import record
 from apt.engine.shrink_plan import find_method, resolved, shrinking
 from apt.errors import AptError
-from apt.files.journal import differences
+from apt.files.journal import check_same
 from apt.locations.model_source import Source, find
 from apt.locations.paths import expanded
 from apt.output.json_values import json_value
@@ -214,13 +213,10 @@ def check_same_run(output: Path, known: dict[str, Any], now: dict[str, Any]) -> 
         known: its options, as in its report.
         now: the options of the run to be resumed.
     """
-    other = sorted(differences(known, json.loads(json.dumps(json_value(now)))))
-    if other := [key for key in other if key.partition(".")[0] not in WITHOUT_EFFECT]:
-        raise AptError(
-            f"{output} is the result of another run: {', '.join(other)} differ",
-            "choose another output, or overwrite it without resuming",
-            ("output", "overwrite", "resume"),
-        )
+    fault = f"{output} is the result of another run"
+    hint = "choose another output, or overwrite it without resuming"
+    options = ("output", "overwrite", "resume")
+    check_same(fault, known, json_value(now), hint, options, WITHOUT_EFFECT)
 
 
 def _supported(

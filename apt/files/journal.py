@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -110,11 +110,8 @@ class Journal:
         known = self.lines[0].get(_INPUTS)
         if not isinstance(known, dict):
             raise self.damaged(f"{self.path} has no {_INPUTS}")
-        if other := sorted(differences(known, json.loads(json.dumps(inputs)))):
-            raise AptError(
-                f"{self._run} is another run: {', '.join(other)} differ",
-                f"resume with the same options and inputs, or {self._remedy}",
-            )
+        hint = f"resume with the same options and inputs, or {self._remedy}"
+        check_same(f"{self._run} is another run", known, inputs, hint)
 
     def damaged(self, how: str) -> AptError:
         """The error for what was changed since the interruption."""
@@ -132,12 +129,33 @@ class Journal:
         return known[-1]
 
 
-def differences(known: Line, now: Line, prefix: str = "") -> Iterator[str]:
+def check_same(
+    fault: str,
+    known: Line,
+    now: Line,
+    hint: str,
+    options: tuple[str, ...] = (),
+    ignored: Collection[str] = (),
+) -> None:
+    """Raise if what a run depends on differs from what another one depended on.
+
+    Args:
+        fault: the error, to which the names of the entries that differ are added.
+        known, now: what the runs depend on; ``known`` was read from JSON.
+        hint, options: the advice, see `AptError`.
+        ignored: the entries that may differ.
+    """
+    other = sorted(_differences(known, json.loads(json.dumps(now))))
+    if other := [name for name in other if name.partition(".")[0] not in ignored]:
+        raise AptError(f"{fault}: {', '.join(other)} differ", hint, options)
+
+
+def _differences(known: Line, now: Line, prefix: str = "") -> Iterator[str]:
     """The dotted names of the entries that differ."""
     for key in {**known, **now}:
         left, right = known.get(key), now.get(key)
         if isinstance(left, dict) and isinstance(right, dict):
-            yield from differences(left, right, f"{prefix}{key}.")
+            yield from _differences(left, right, f"{prefix}{key}.")
         elif left != right:
             yield f"{prefix}{key}"
 

@@ -51,7 +51,8 @@ def bench(
     work = Work(prompt, generate, tuple(dict.fromkeys(batch)))
     setting.check()
     work.check()
-    from apt.cli.output import notice, status_line
+    from apt.cli.output import notice
+    from apt.cli.progress import Progress
     from apt.plugin.registry import registry
     from apt_lab.benchmark.break_even import pays_from
     from apt_lab.benchmark.rounds import bench as measure
@@ -62,11 +63,11 @@ def bench(
         args.find_model(model, registry(), hub, trust_remote_code=trust_remote_code)
         for model in models
     ]
-    with status_line("starting a process for each model") as status:
-        work, results = measure(sources, setting, work, rounds, notice, status.update)
+    with Progress("starting a process for each model") as progress:
+        work, results = measure(sources, setting, work, rounds, notice, progress.status)
         pays = None
         if results[0].facts.device == "cpu" and any(map(_is_packed, sources)):
-            status.update("measuring from which share of zeros on packing pays")
+            progress.status("measuring from which share of zeros on packing pays")
             pays = PaysFrom(pays_from(results[0].facts.threads))
     show_results(work, results, pays, as_json=as_json)
 

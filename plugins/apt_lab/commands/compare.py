@@ -1,6 +1,7 @@
 """``apt-prune compare``."""
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from apt.locations.paths import kind_at
 from apt_lab.commands.arguments import LIMIT, TASKS, check_limit, read_tasks
 
 if TYPE_CHECKING:
+    from apt.cli.progress import Progress
     from apt_lab.comparing.results import Comparison
 
 _GRID = "Comparison"
@@ -88,7 +90,8 @@ def compare(
     hub = args.read_hub(revision, token, cache_dir)
     source = args.find_model(model, installed, hub, trust_remote_code=trust_remote_code)
 
-    from apt.cli.output import has_live_display, notice, status_line
+    from apt.cli.output import has_live_display, notice
+    from apt.cli.progress import Progress
     from apt.engine.machine import choose_device
     from apt.engine.prepare import input_paths
     from apt.output.location import check_not_input
@@ -114,49 +117,36 @@ def compare(
     _check_others(others)
     check_not_input(output, input_paths(source, (*data, calibration, *map(str, others))))
     try:
-        with status_line("starting") as status:
-            grid = Grid(options, installed, status.update, notice, progress=has_live_display())
+        with Progress("starting") as progress:
+            grid = Grid(options, installed, progress.status, notice, progress=has_live_display())
             comparison = Comparison(output / RESULTS, grid.setting())
             comparison.read()
             output.mkdir(parents=True, exist_ok=True)
-            rows = grid.run(comparison, _Told(grid.rows, len(comparison.rows)))
+            progress.total = grid.rows
+            # The dense model takes less time: the time left counts from its row on.
+            progress.begin((time.perf_counter(), max(1, len(comparison.rows))))
+            rows = grid.run(comparison, partial(_tell, progress))
     except KeyboardInterrupt as error:
         raise interrupted(error, "the same command continues") from None
     _show(output, comparison, rows, as_json=as_json)
     _write(output, comparison, rows)
 
 
-class _Told:
-    """Tells of each row as it comes, with the time that is left.
+def _tell(progress: "Progress", row: dict[str, Any]) -> None:
+    """Print a line about a row, with the time that is left."""
+    from apt.cli.output import notice
 
-    Args:
-        total: the number of rows of the comparison.
-        known: the number of rows that an earlier run has measured.
-    """
-
-    def __init__(self, total: int, known: int) -> None:
-        self._done, self._total, self._known = 0, total, known
-        self._started = time.perf_counter()
-
-    def __call__(self, row: dict[str, Any]) -> None:
-        """Print a line about a row."""
-        from apt.cli.output import duration, notice
-
-        self._done = done = self._done + 1
-        fresh, seconds = done - self._known, None
-        if fresh > 0 and 1 < done < self._total:  # the dense model takes less time
-            each = (time.perf_counter() - self._started) / fresh
-            seconds = each * (self._total - done)
-        left = "" if seconds is None else f"  {duration(seconds)} left"
-        figures = (
-            f"{metric} {value:.4g} on {text}"
-            for text, scores in row["scores"].items()
-            for metric, value in scores.items()
-        )
-        notice(
-            f"{done}/{self._total}  {row['key']}: {', '.join(figures)}{left}",
-            "row", done=done, rows=self._total, seconds_left=seconds, row=row,
-        )  # fmt: skip
+    progress.done += 1
+    figures = (
+        f"{metric} {value:.4g} on {text}"
+        for text, scores in row["scores"].items()
+        for metric, value in scores.items()
+    )
+    left = progress.left and f"  {progress.left}"
+    notice(
+        f"{progress.done}/{progress.total}  {row['key']}: {', '.join(figures)}{left}",
+        "row", done=progress.done, rows=progress.total, seconds_left=progress.seconds_left, row=row,
+    )  # fmt: skip
 
 
 def _check_place(output: Path) -> None:

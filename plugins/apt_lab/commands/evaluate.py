@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from apt.checkpoints.model import Model
-    from apt.cli.output import StatusLine
+    from apt.cli.progress import Progress
     from apt.evaluation.windows import Score
     from apt.locations.model_source import Source
     from apt.plugin.specs import EvaluatorSpec
@@ -81,7 +81,8 @@ def evaluate(
     if stream and (dtype != "auto" or tasks):
         whole = "--tasks" if tasks else "--dtype"
         raise AptError(f"{whole} needs the whole model in memory", f"leave out {whole} or --stream")
-    from apt.cli.output import notice, status_line
+    from apt.cli.output import notice
+    from apt.cli.progress import Progress
     from apt.plugin.registry import registry
 
     plain = [] if tasks and data is None else ["perplexity"]
@@ -119,13 +120,13 @@ def evaluate(
         check_same_vocabulary(shell, beside)
     for line in notices:
         notice(line)
-    with status_line("loading the model") as status, ExitStack() as stack:
+    with Progress("loading the model") as progress, ExitStack() as stack:
         given = text, read_dtype(dtype), choose_device(device)
         models = [stack.enter_context(_runnable(shell, *given, stream))]
         if beside is not None:
             models.append(stack.enter_context(_runnable(beside, *given, stream=False)))
-        scores = {} if text is None else _measured(models, text, measures, status)
-        status.update("answering tasks" if questions else "done")
+        scores = {} if text is None else _measured(models, text, measures, progress)
+        progress.status("answering tasks" if questions else "done")
         answered = _answered(models, reader, questions, limit, trust=trust_remote_code)
     _show(model, text, scores, answered, as_json=as_json)
     if text is not None:
@@ -179,7 +180,7 @@ def _measured(
     models: "Sequence[nn.Module]",
     text: _Text,
     measures: "Sequence[EvaluatorSpec]",
-    status: "StatusLine",
+    progress: "Progress",
 ) -> "dict[str, Score]":
     """The metrics of the first model, beside those of the dense model if it is given."""
     from apt.evaluation import kept_states
@@ -190,7 +191,7 @@ def _measured(
         for model in models if len(measures) > 1 else ():
             stack.enter_context(kept_states(model))
         for spec in measures:
-            status.update(f"measuring {spec.name} on {text.tokens.numel():,} tokens")
+            progress.status(f"measuring {spec.name} on {text.tokens.numel():,} tokens")
             if len(models) > 1:
                 scores[spec.name] = score_beside(spec, models[0], text.tokens, models[1])
             else:

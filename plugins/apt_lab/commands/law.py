@@ -49,12 +49,13 @@ def law(
     if find_spec("scipy") is None:
         raise AptError("law needs scipy", "pip install 'apt-prune[recover]'")
 
-    from apt.cli.output import out, show, show_json, status_line, table
+    from apt.cli.output import out, show, show_json, table
+    from apt.cli.progress import Progress
     from apt.recovery.law import fit_law
     from apt_lab.recoveries import read_points
 
     points = [point for directory in directories for point in read_points(directory)]
-    with status_line("fitting"):
+    with Progress("fitting"):
         fitted = fit_law(points, resamples=resamples)
     ends = {point.curve: point for point in sorted(points, key=lambda point: point.tokens)}
     predicted = [

@@ -130,7 +130,7 @@ def _beside(
     directory: Path, subject: "Subject", text: str, prompts: int, dense: str | None
 ) -> "Beside":
     """What a model does beside the dense one."""
-    from apt.cli.output import status_line
+    from apt.cli.progress import Progress
     from apt.plugin.registry import registry
     from apt_lab.reporting.beside import compare_texts, weights_before
 
@@ -139,9 +139,11 @@ def _beside(
     if not name:
         raise AptError(f"the report in {directory} names no dense model", "add --dense MODEL")
     source = args.find_model(str(name), registry(), Hub())
-    with status_line("loading the models") as status:
+    with Progress("loading the models") as progress:
         expected = None if dense else weights_before(report)
-        return compare_texts(directory, source, text, prompts, registry(), status.update, expected)
+        return compare_texts(
+            directory, source, text, prompts, registry(), progress.status, expected
+        )
 
 
 def _images(

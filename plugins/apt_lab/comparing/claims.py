@@ -1,18 +1,15 @@
 """Rows of a comparison that processes divide among themselves.
 
-Each row has a lock file beside the results. The system releases the lock of a process that ends,
-so the row of a killed process is free again.
+Each row has a lock file beside the results; the row of a killed process is free again.
 """
 
-import fcntl
 import hashlib
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 from apt.errors import AptError
+from apt.files.locking import locked
 
 FOLDER = ".claims"
 
@@ -29,24 +26,13 @@ def claimed(folder: Path, key: str, *, wait: bool) -> Iterator[bool]:
     Yields:
         False if another process measures it.
     """
-    path = folder / FOLDER / hashlib.sha256(key.encode()).hexdigest()[:16]
-    with _opened(path) as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        yield True
-
-
-def _opened(path: Path) -> IO[str]:
-    """Open the lock file of a row; links are not followed."""
+    place = folder / FOLDER
+    hint = f"delete {place}, or choose another output"
     try:
-        path.parent.mkdir(exist_ok=True)
-        return open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "r+")
+        place.mkdir(exist_ok=True)
     except OSError as error:
-        raise AptError(
-            f"the lock {path} cannot be opened: {error.strerror}",
-            f"delete {path.parent}, or choose another output",
-            ("output",),
-        ) from error
+        fault = f"the folder {place} of the locks cannot be opened: {error.strerror}"
+        raise AptError(fault, hint, ("output",)) from error
+    name = hashlib.sha256(key.encode()).hexdigest()[:16]
+    with locked(place / name, hint, ("output",), wait=wait) as lock:
+        yield lock is not None

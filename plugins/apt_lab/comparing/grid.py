@@ -30,7 +30,6 @@ from apt.plugin.registry import Registry
 from apt.text.datasets import calibration_tokens, digest, documents, evaluation_tokens
 from apt.text.special_tokens import bos_of
 from apt_lab.comparing.cells import Cell
-from apt_lab.comparing.claims import claimed
 from apt_lab.comparing.results import DENSE, Comparison, Row
 from apt_lab.tasks.harness import answer, task_setting
 
@@ -192,16 +191,15 @@ class Grid:
         self, comparison: Comparison, key: str, tell: Callable[[Row], None], *, wait: bool = False
     ) -> bool:
         """Measure a row if it is not known; False if another process measures it."""
-        with claimed(comparison.folder, f"row {key}", wait=wait) as mine:
-            comparison.read()
-            if (row := comparison.known(key)) is None:
-                if not mine:
-                    return False
-                self._status(f"measuring {key}")
-                row = {"key": key, **self._work[key]()}
-                comparison.add(row)
-        tell(row)
-        return True
+
+        def measure() -> Row:
+            self._status(f"measuring {key}")
+            return self._work[key]()
+
+        row = comparison.remember(key, measure, wait=wait)
+        if row is not None:
+            tell(row)
+        return row is not None
 
     def _unpruned(self) -> Row:
         return {"method": DENSE, "pattern": "", **self._scores(self._dense.module)}

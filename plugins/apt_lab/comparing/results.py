@@ -1,14 +1,14 @@
 """The results of a comparison: a file that grows row by row."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from apt.errors import AptError, described
 from apt.evaluation.windows import Windows
-from apt.files.journal import differences
+from apt.files.journal import check_same
 from apt.files.writing import write_file
 from apt.locations.paths import user_error
 from apt.output.json_values import json_value
@@ -64,12 +64,8 @@ class Comparison:
         if not self.path.is_file():
             return
         known = Comparison.stored(self.folder)
-        if other := sorted(differences(known.setting, json.loads(json.dumps(self.setting)))):
-            raise AptError(
-                f"{self.path} is another comparison: {', '.join(other)} differ",
-                "choose another output, or delete it",
-                ("output",),
-            )
+        fault, hint = f"{self.path} is another comparison", "choose another output, or delete it"
+        check_same(fault, known.setting, self.setting, hint, ("output",))
         self.rows = known.rows
 
     @property
@@ -93,8 +89,21 @@ class Comparison:
             )
         return [dense, *(row for row in self.rows if row is not dense)]
 
-    def add(self, row: Row) -> None:
-        """Add a row to the file."""
+    def remember(self, key: str, compute: Callable[[], Row], *, wait: bool = False) -> Row | None:
+        """The row of a key; if no process has measured it, compute it and add it to the file.
+
+        Returns:
+            The row; None if another process measures it, unless ``wait`` is given.
+        """
+        with claimed(self.folder, f"row {key}", wait=wait) as mine:
+            self.read()
+            row = self.known(key)
+            if row is None and mine:
+                row = {"key": key, **compute()}
+                self._add(row)
+            return row
+
+    def _add(self, row: Row) -> None:
         with claimed(self.folder, "the file", wait=True):
             self.read()
             self.rows.append(row)
