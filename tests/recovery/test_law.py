@@ -1,7 +1,7 @@
 """The P² law: what it recovers from curves, what it leaves out, and how many tokens are enough."""
 
 import math
-import sys
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from apt.recovery.record import Training
 
 
 def test_a_missing_package_is_one_line(apt, monkeypatch):
-    monkeypatch.setattr(sys.modules["apt_lab.commands.law"], "find_spec", lambda name: None)
+    monkeypatch.setattr(import_module("apt_lab.commands.law"), "find_spec", lambda name: None)
     run = apt("law", "recovered")
     assert run.code == 2
     assert "law needs scipy; pip install 'apt-prune[recover]'" in run.err
