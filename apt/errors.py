@@ -42,6 +42,11 @@ def unknown(kind: str, name: str, known: Iterable[str], where: str = "") -> AptE
     return AptError(f"no {kind} '{name}'", hint + where)
 
 
+def faulty(what: str, fault: str, kind: str, *options: str) -> AptError:
+    """The error for code of a plugin, such as ``method mine``, that returns what it must not."""
+    return AptError(f"{what} {fault}", f"use another {kind}, and tell its author", options)
+
+
 def name_of(kind: str, function: object) -> str:
     """The name of a function of the caller that is given in place of the name of a plugin.
 

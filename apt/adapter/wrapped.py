@@ -7,7 +7,6 @@ of classes and packages and by their attributes, so that no library is imported.
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
 
 from apt.errors import AptError
@@ -90,12 +89,8 @@ def _quantised(module: nn.Module) -> Iterator[str]:
             continue
         if type(tensor.data) is not Tensor:
             yield f"{_path(type(tensor.data))} ({name})"
-        if not _plain(tensor.dtype):
+        if not tensor.dtype.is_floating_point or tensor.dtype.itemsize == 1:
             yield f"{_path(type(module))} with {name} in {tensor.dtype}"
-
-
-def _plain(dtype: torch.dtype) -> bool:
-    return dtype.is_floating_point and dtype.itemsize > 1
 
 
 def _path(kind: type) -> str:

@@ -44,7 +44,10 @@ class BlockPass:
     def equals_kept(self, site: Site, rows: Tensor) -> bool:
         """True if the first site of the input received the same ``rows``."""
         parts, index = self._current[site.input], self.parts[site]
-        return index < len(parts) and _same(parts[index], rows)
+        if index >= len(parts) or parts[index].shape != rows.shape:
+            return False
+        same = parts[index].data_ptr() == rows.data_ptr()
+        return same or torch.equal(parts[index], rows)
 
     def release(self, sharing: Sequence[Site]) -> None:
         """Drop the kept input of the sites ``sharing`` it once all of them have received it."""
@@ -110,9 +113,3 @@ class BlockPass:
         else:
             drift += (self.dense_input(site, rows) @ dense.T).float()
             drift -= (rows @ weight.T).float()
-
-
-def _same(left: Tensor, right: Tensor) -> bool:
-    if left.data_ptr() == right.data_ptr() and left.shape == right.shape:
-        return True
-    return left.shape == right.shape and torch.equal(left, right)

@@ -22,6 +22,7 @@ REPORT = "apt_report.json"
 
 # Weights in other formats are not copied: they would be dense.
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
+_WEIGHTS = (*OTHER_WEIGHTS, ".safetensors")
 _INDICES = tuple(f"{kind}.index.json" for kind in (".bin", ".h5", ".msgpack", ".safetensors"))
 _LARGEST_HEADER = 2**27
 
@@ -38,14 +39,8 @@ def side_files(source: Path) -> Iterator[Path]:
 
 def links_outside(source: Path) -> list[Path]:
     """The links in a checkpoint that lead to files or folders outside it."""
-    found = [*_files(source), *_linked_folders(source)]
-    return [path for path in found if _is_outside_link(path, source)]
-
-
-def _linked_folders(source: Path) -> Iterator[Path]:
-    """The links to folders, which are not entered."""
-    for folder, folders, _ in _visible(source):
-        yield from (path for name in folders if (path := folder / name).is_symlink())
+    folders = (folder / name for folder, names, _ in _visible(source) for name in names)
+    return [path for path in (*_files(source), *folders) if _is_outside_link(path, source)]
 
 
 def _visible(source: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
@@ -59,13 +54,10 @@ def _visible(source: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
 
 def _files(source: Path) -> Iterator[Path]:
     for folder, _, names in _visible(source):
-        for path in (folder / name for name in names):
-            if not _is_weights(path) and path.name != REPORT and path.is_file():
+        for path in (folder / name for name in names if name != REPORT):
+            weights = path.suffix in _WEIGHTS or path.name.endswith(_INDICES)
+            if not weights and path.is_file():
                 yield path
-
-
-def _is_weights(path: Path) -> bool:
-    return path.suffix in (*OTHER_WEIGHTS, ".safetensors") or path.name.endswith(_INDICES)
 
 
 def _is_outside_link(path: Path, source: Path) -> bool:

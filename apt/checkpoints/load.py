@@ -103,7 +103,9 @@ def load(shell: Model, dtype: torch.dtype | None = None, device: str = "cpu") ->
 
         given = {"config": with_weights(shell.config)}
     if shell.checkpoint is None:
-        module, missing = _from_pretrained(source, dtype or _stored_dtype(shell), **given)
+        stored = None if dtype else find_stored(shell)  # None: tensors cannot be read one by one
+        own = stored.dtype(shell) if stored else None
+        module, missing = _from_pretrained(source, dtype or own, **given)
     else:
         module, missing = _from_checkpoint(source, shell.checkpoint, dtype)
     if missing:
@@ -114,12 +116,6 @@ def load(shell: Model, dtype: torch.dtype | None = None, device: str = "cpu") ->
         )
     check_finite(module, source.reference, dtype)
     return replace(shell, module=module.to(device).eval(), config=module.config)
-
-
-def _stored_dtype(shell: Model) -> torch.dtype | None:
-    """The dtype of the checkpoint's sites; None if its tensors cannot be read one by one."""
-    stored = find_stored(shell)
-    return stored.dtype(shell) if stored else None
 
 
 def _from_pretrained(

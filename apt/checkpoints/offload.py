@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -54,18 +53,19 @@ class StoredBlocks:
     @contextmanager
     def read_on_call(self) -> Iterator[None]:
         """While entered, the whole model can run: each block is read anew for each of its calls."""
-        with ExitStack() as stack:
-            for name, block in self._blocks.items():
-                read = partial(self._read_for_call, name)
-                for handle in (
-                    block.register_forward_pre_hook(read),
-                    block.register_forward_hook(_unload_after_call, always_call=True),
-                ):
-                    stack.callback(handle.remove)
-            yield
+        names = {block: name for name, block in self._blocks.items()}
 
-    def _read_for_call(self, name: str, block: nn.Module, args: Any) -> None:
-        _set_parameters(block, self.read(name), self._device)
+        def read(block: nn.Module, args: Any) -> None:
+            _set_parameters(block, self.read(names[block]), self._device)
+
+        def unload(block: nn.Module, args: Any, result: Any) -> None:
+            _unload(block)
+
+        with ExitStack() as stack:
+            for block in names:
+                stack.callback(block.register_forward_pre_hook(read).remove)
+                stack.callback(block.register_forward_hook(unload, always_call=True).remove)
+            yield
 
     def read(self, name: str) -> dict[str, Tensor]:
         """The parameters of a block.
@@ -118,10 +118,6 @@ def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
 
-def _unload_after_call(block: nn.Module, args: Any, result: Any) -> None:
-    _unload(block)
-
-
 def _unload(block: nn.Module) -> None:
     """Move a block to the meta device."""
     empty = {n: torch.empty_like(p, device="meta") for n, p in block.named_parameters()}
@@ -157,8 +153,9 @@ def assemble(
     with _without_blocks(module, blocks[0][0].rpartition(".")[0]):
         _check_complete(shell, module, given)
         module.to(device)
-    for _, block in blocks:
-        _move_buffers(block, device)
+    for owner in (part for _, block in blocks for part in block.modules()):
+        for name, buffer in owner.named_buffers(recurse=False):
+            setattr(owner, name, buffer.to(device))
     whole: nn.Module = module
     return whole
 
@@ -170,12 +167,6 @@ def _without_blocks(module: nn.Module, path: str) -> Iterator[None]:
     module.set_submodule(path, nn.ModuleList())
     yield
     module.set_submodule(path, blocks)
-
-
-def _move_buffers(block: nn.Module, device: str) -> None:
-    for owner in block.modules():
-        for name, buffer in owner.named_buffers(recurse=False):
-            setattr(owner, name, buffer.to(device))
 
 
 def _check_complete(shell: Model, module: nn.Module, given: Collection[str]) -> None:

@@ -60,14 +60,13 @@ class Stored:
         They do not if transformers transforms tensors but keeps their names and shapes.
         """
         return all(
-            torch.equal(parameter[piece.part].cpu(), self._read(piece.key, parameter.dtype))
+            torch.equal(
+                parameter[piece.part].cpu(), self.shards.read(piece.key).to(parameter.dtype)
+            )
             for name in names
             for parameter in [model.get_parameter(name).data]
             for piece in self.layout[name]
         )
-
-    def _read(self, key: str, dtype: torch.dtype) -> Tensor:
-        return self.shards.read(key).to(dtype)
 
     def check_finite(self) -> None:
         """Raise if a tensor of the model has values that are not finite."""

@@ -41,7 +41,9 @@ def _front_matter(original: ModelCard | None, reference: str) -> str:
     """The metadata of the original with those of this model, or the latter alone."""
     data: dict[str, Any] = vars(original.data) if original else {}
     data = {key: value for key, value in data.items() if value is not None}
-    data["tags"] = [tag for tag in _as_list(data.get("tags")) if tag not in _TAGS] + [*_TAGS]
+    tags = data.get("tags") or []
+    tags = tags if isinstance(tags, list) else [tags]
+    data["tags"] = [tag for tag in tags if tag not in _TAGS] + [*_TAGS]
     data.setdefault("library_name", "transformers")
     data.setdefault("pipeline_tag", "text-generation")
     if reference.count("/") == 1:  # a name on the hub
@@ -52,10 +54,6 @@ def _front_matter(original: ModelCard | None, reference: str) -> str:
         if original is None:
             raise
         return _front_matter(None, reference)
-
-
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value] if value else []
 
 
 def _about(report: Report, reference: str) -> str:
@@ -88,7 +86,9 @@ def _recovered(report: Report) -> str:
 def _pruned(report: Report, reference: str) -> str:
     options, text = report.options, report.calibration
     small = bool(report.structure)
-    done = _smaller(report) if small else _sparse(report)
+    done = f"{report.sparsity:.2%} of the weights in {len(report.sites)} matrices are zero."
+    done = _smaller(report) if small else done
+    shape = " × ".join(map(str, text["shape"]))
     lines = [
         f"# {reference}, {'smaller' if small else 'pruned'}",
         "",
@@ -99,7 +99,7 @@ def _pruned(report: Report, reference: str) -> str:
         f"| original | {reference} |",
         *([] if small else [f"| pattern | {options['pattern']} |"]),
         f"| method | {options['method']} |",
-        f"| calibration | {text['source']}, {_shape(text['shape'])} tokens |",
+        f"| calibration | {text['source']}, {shape} tokens |",
         f"| mean relative layer error | {report.relative_layer_error:.4f} |",
         *_scores(report),
         "",
@@ -109,19 +109,11 @@ def _pruned(report: Report, reference: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _sparse(report: Report) -> str:
-    return f"{report.sparsity:.2%} of the weights in {len(report.sites)} matrices are zero."
-
-
 def _smaller(report: Report) -> str:
     blocks, groups = report.structure["blocks"], report.structure["groups"]
     kept = [f"{g['kept']} of {g['of']} {kind}" for kind, g in groups.items() if g["kept"] < g["of"]]
     parts = ", ".join([f"{blocks['kept']} of {blocks['of']} blocks", *kept])
     return f"it keeps {report.structure['share']:.2%} of the parameters of its blocks: {parts}."
-
-
-def _shape(shape: list[int]) -> str:
-    return " × ".join(map(str, shape))
 
 
 def _scores(report: Report) -> list[str]:

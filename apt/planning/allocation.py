@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor, nn
 
@@ -69,23 +69,20 @@ def allocated(name: str, allocation: Allocation, given: Unallocated) -> dict[str
     """
     found: object = allocation(given)
     if not isinstance(found, Mapping):
-        raise AptError(
-            f"allocation {name} returns {type(found).__name__}, not the sparsities of the sites",
-            "choose another allocation",
-            ("allocation",),
-        )
-    return {str(site): _number(name, site, share) for site, share in found.items()}
+        fault = f"returns {type(found).__name__}, not the sparsities of the sites"
+        raise _unusable(name, fault)
+    shares = dict[str, float]()
+    for site, share in found.items():
+        try:
+            shares[str(site)] = float(share)
+        except (TypeError, ValueError) as error:
+            fault = f"gives {type(share).__name__} as the sparsity of {site}"
+            raise _unusable(name, fault) from error
+    return shares
 
 
-def _number(name: str, site: object, share: Any) -> float:
-    try:
-        return float(share)
-    except (TypeError, ValueError) as error:
-        raise AptError(
-            f"allocation {name} gives {type(share).__name__} as the sparsity of {site}",
-            "choose another allocation",
-            ("allocation",),
-        ) from error
+def _unusable(name: str, fault: str) -> AptError:
+    return AptError(f"allocation {name} {fault}", "choose another allocation", ("allocation",))
 
 
 def unstructured(plan: Plan | PlannedBlock) -> list[PlannedSite]:
@@ -138,11 +135,7 @@ def with_shares(plan: Plan, name: str, shares: Mapping[str, float]) -> Plan:
         least = -1e-9 if isinstance(site.pattern, MixedNM) else 0
         if not least < shares.get(site.name, least) < 1:
             given = f"{shares[site.name]:g}" if site.name in shares else "no value"
-            raise AptError(
-                f"allocation {name} gives {given} as the sparsity of {site.name}",
-                "choose another allocation",
-                ("allocation",),
-            )
+            raise _unusable(name, f"gives {given} as the sparsity of {site.name}")
     total = sum(Unstructured(sparsity_of(site)).count(site.size) for site in sites)
     drift = sum((shares[site.name] - sparsity_of(site)) * site.size for site in sites)
     drift /= max(sum(site.size for site in sites), 1)

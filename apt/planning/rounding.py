@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from apt.errors import AptError
-from apt.planning.plan import Plan, PlannedSite, removed_by
+from apt.planning.plan import Plan, removed_by
 
 
 def check_rounding(plan: Plan, notice: Callable[[str], None] = lambda line: None) -> None:
@@ -17,13 +17,9 @@ def check_rounding(plan: Plan, notice: Callable[[str], None] = lambda line: None
     if not whole:
         return
     first = whole[0]
-    said = f"{first.pattern} of the weights of {first.name} {_counted(first)} rounds to none"
+    row = getattr(first.pattern, "per", None) == "row"
+    count = f"{first.shape[1]:,} in each row" if row else f"{first.size:,}"
+    said = f"{first.pattern} of the weights of {first.name} ({count}) rounds to none"
     if len(whole) == len(pruned) and not any(block.extras for block in plan.blocks):
         raise AptError(f"nothing would be pruned: {said}", "give a larger sparsity", ("sparsity",))
     notice(f"{len(whole)} of {len(pruned)} sites lose no weight: {said}")
-
-
-def _counted(site: PlannedSite) -> str:
-    if getattr(site.pattern, "per", None) == "row":
-        return f"({site.shape[1]:,} in each row)"
-    return f"({site.size:,})"

@@ -8,7 +8,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, Literal
 
-from apt.errors import AptError, described
+from apt.errors import AptError, described, faulty
 from apt.field_types import check_fields
 
 
@@ -228,11 +228,8 @@ class EvaluatorSpec(Spec):
         try:
             return float(value)
         except (TypeError, ValueError) as error:
-            raise AptError(
-                f"metric {self.name} returns {type(value).__name__}, not a number",
-                "use another metric, and tell its author",
-                ("metric",),
-            ) from error
+            fault = f"returns {type(value).__name__}, not a number"
+            raise faulty(f"metric {self.name}", fault, "metric", "metric") from error
 
 
 @dataclass(frozen=True)
@@ -254,19 +251,13 @@ class CalibrationSpec(Spec):
         Raises:
             AptError: the source does not load, or has something other than strings.
         """
-        found = self.load()(split)
-        if not isinstance(found, Iterable) or isinstance(found, str):
-            raise self._no_text(found)
-        for document in found:
-            if not isinstance(document, str):
-                raise self._no_text(document)
+        texts = self.load()(split)
+        known = isinstance(texts, Iterable) and not isinstance(texts, str)
+        for document in texts if known else [texts]:
+            if not known or not isinstance(document, str):
+                fault = f"gives {type(document).__name__} in place of documents"
+                raise faulty(f"data set '{self.name}'", fault, "text")
             yield document
-
-    def _no_text(self, found: Any) -> AptError:
-        return AptError(
-            f"data set '{self.name}' gives {type(found).__name__} in place of documents",
-            "use another text, and tell its author",
-        )
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from apt.calibration.sums import Sums
 from apt.calibration.targets import Targets
-from apt.errors import AptError
+from apt.errors import AptError, faulty
 from apt.events import SitePruned
 from apt.planning.plan import PlannedSite
 from apt.solver import (
@@ -126,7 +126,8 @@ class SiteSolver:
         weight = planned.site.oriented(planned.site.weight(block).data)
         dense, scale = weight.to(torch.float32, copy=True), scale.to(weight.device)
         solution = self._solution(planned, dense, sums, mean, scale)
-        _synchronise(weight.device)
+        if weight.is_cuda:
+            torch.cuda.synchronize(weight.device)
         seconds = time.perf_counter() - started
         self._check_weight(planned, dense, solution)
         pruned = (solution.weight / scale).add_(0.0).to(weight.dtype)  # no negative zeros
@@ -141,11 +142,8 @@ class SiteSolver:
         """
         assert planned.pattern is not None
         if not solution.weight.isfinite().all():
-            raise self._refused(
-                f"returns a weight of {planned.name} that is not finite",
-                "use more damping, or another method",
-                ("damping", "method"),
-            )
+            said = f"{self._method} returns a weight of {planned.name} that is not finite"
+            raise AptError(said, "use more damping, or another method", ("damping", "method"))
         if solution.weight[solution.mask].any():
             raise self._refused(f"returns a weight of {planned.name} that is not zero at its mask")
         unit = "groups" if isinstance(planned.pattern, ColumnGroups) else "weights"
@@ -158,16 +156,13 @@ class SiteSolver:
                 f"removes fewer {unit} of {planned.name} than its pattern {planned.pattern}"
             )
 
-    def _refused(
-        self,
-        fault: str,
-        hint: str = "use another method, and tell its author",
-        options: tuple[str, ...] = ("method",),
-    ) -> AptError:
-        """The error for a method that does not do what it must."""
+    @property
+    def _method(self) -> str:
         method = self.method.choose if isinstance(self.method, GroupRemoval) else self.method
-        name = getattr(method, "__name__", type(method).__name__)
-        return AptError(f"method {name} {fault}", hint, options)
+        return f"method {getattr(method, '__name__', type(method).__name__)}"
+
+    def _refused(self, fault: str) -> AptError:
+        return faulty(self._method, fault, "method", "method")
 
     def chosen_groups(self, block: nn.Module, planned: PlannedSite, sums: Sums) -> ColumnGroups:
         """The pattern of a site with the groups that the method removes; the weight stays."""
@@ -214,10 +209,13 @@ def round_site(
 
 
 def measured(block: nn.Module, solved: SolvedSite) -> SitePruned:
-    """The record of a solved site, measured on the weight as written."""
+    """The record of a solved site, measured and checked on the weight as written."""
     planned, solution = solved.planned, solved.solution
     weight = planned.site.oriented(planned.site.weight(block).data)
-    _check(planned, weight, solution.mask)
+    _check_finite(planned, weight)
+    assert planned.pattern is not None
+    if bool(weight[solution.mask].any()) or not meets(weight, planned.pattern):
+        raise RuntimeError(f"{planned.name}: the method did not meet {planned.pattern}")
     return SitePruned(
         planned.name,
         planned.site.kind,
@@ -239,14 +237,6 @@ def mean_square(grams: Iterable[Gram]) -> float:
     return sum(total for total, _ in sums) / tokens if tokens else 1.0
 
 
-def _check(planned: PlannedSite, weight: Tensor, mask: Tensor) -> None:
-    """Raise if the weight as written is not finite, or violates the mask or the pattern."""
-    _check_finite(planned, weight)
-    assert planned.pattern is not None
-    if bool(weight[mask].any()) or not meets(weight, planned.pattern):
-        raise RuntimeError(f"{planned.name}: the method did not meet {planned.pattern}")
-
-
 def _check_finite(planned: PlannedSite, weight: Tensor) -> None:
     """Raise if a weight is not finite in the dtype in which it is stored."""
     if not torch.isfinite(weight).all():
@@ -255,8 +245,3 @@ def _check_finite(planned: PlannedSite, weight: Tensor) -> None:
             "try dtype float32, or more damping",
             ("dtype", "damping"),
         )
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -17,7 +17,7 @@ from apt.adapter import Adapter
 from apt.adapter.eval_mode import eval_mode
 from apt.checkpoints.masks import Masks, filled, masks_of
 from apt.distributed.ranks import Ranks
-from apt.errors import AptError, first_line
+from apt.errors import AptError, faulty, first_line
 from apt.events import CheckpointSaved, TrainingEvent, TrainingObserver
 from apt.files.journal import Journal
 from apt.plugin.specs import RecoverySpec
@@ -304,16 +304,12 @@ def _trainable(
     with torch.random.fork_rng():
         torch.manual_seed(job.seed)
         found: object = job.recovery(Unrecovered(model, job.adapter, masks, job.options, teacher))
+    if isinstance(found, Trainable) and any(p.requires_grad for p in found.module.parameters()):
+        return found
+    fault = "returns a Trainable without a parameter that needs gradients"
     if not isinstance(found, Trainable):
-        raise _refused(job, f"returns {type(found).__name__}, not an apt.extending.Trainable")
-    if not any(parameter.requires_grad for parameter in found.module.parameters()):
-        raise _refused(job, "returns a Trainable without a parameter that needs gradients")
-    return found
-
-
-def _refused(job: Job, fault: str) -> AptError:
-    hint = "use another kind, and tell its author"
-    return AptError(f"recovery {job.spec.name} {fault}", hint, ("kind",))
+        fault = f"returns {type(found).__name__}, not an apt.extending.Trainable"
+    raise faulty(f"recovery {job.spec.name}", fault, "kind", "kind")
 
 
 def _teacher(text: Tensor, held_back: Tensor, job: Job) -> Teacher:

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerState
 
@@ -26,10 +25,11 @@ class BlockWindows(TrainerCallback):  # type: ignore[misc]
     """
 
     def __init__(self, model: nn.Module, adapter: Adapter, size: int, steps: int) -> None:
-        trained = [found for _, b in adapter.blocks(model) if (found := _trained(b))]
+        blocks = ([p for p in b.parameters() if p.requires_grad] for _, b in adapter.blocks(model))
+        trained = [parameters for parameters in blocks if parameters]
         self._steps = steps
         self._windows = [
-            [p for found in trained[start : start + size] for p in found]
+            [p for parameters in trained[start : start + size] for p in parameters]
             for start in range(0, len(trained), size)
         ]
 
@@ -40,7 +40,9 @@ class BlockWindows(TrainerCallback):  # type: ignore[misc]
         self, args: Any, state: TrainerState, control: Any, *, optimizer: Any, **_: Any
     ) -> None:
         """Train the window of this step, and forget the moments of the others."""
-        self._train(state.global_step * len(self) // self._steps, optimizer)
+        for parameter in self._select(state.global_step * len(self) // self._steps):
+            parameter.grad = None
+            optimizer.state.pop(parameter, None)
 
     @contextmanager
     def middle(self) -> Iterator[None]:
@@ -52,11 +54,6 @@ class BlockWindows(TrainerCallback):  # type: ignore[misc]
             for parameter in others:
                 parameter.requires_grad_(True)
 
-    def _train(self, current: int, optimizer: torch.optim.Optimizer) -> None:
-        for parameter in self._select(current):
-            parameter.grad = None
-            optimizer.state.pop(parameter, None)
-
     def _select(self, current: int) -> list[nn.Parameter]:
         """Require gradients of one window; returns the parameters of the others, without any."""
         others = []
@@ -65,7 +62,3 @@ class BlockWindows(TrainerCallback):  # type: ignore[misc]
                 parameter.requires_grad_(index == current)
             others += window if index != current else []
         return others
-
-
-def _trained(block: nn.Module) -> list[nn.Parameter]:
-    return [p for p in block.parameters() if p.requires_grad]

@@ -27,7 +27,8 @@ class DenseLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Multiply (…, in) → (…, out)."""
         rows = x.reshape(-1, self.in_features)
-        if len(rows) > FEW or x.dtype != torch.bfloat16 or not _serves(self) or self._needs_grad(x):
+        trained = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
+        if len(rows) > FEW or x.dtype != torch.bfloat16 or not _serves(self) or trained:
             return super().forward(x)
         if self._address != self.weight.data_ptr():  # the first time, and after a move
             self._kernel = kernels().DenseMatrix(self.weight.data)
@@ -36,9 +37,6 @@ class DenseLinear(nn.Linear):
         if self.bias is not None:
             found = found + self.bias
         return found.view(*x.shape[:-1], self.out_features)
-
-    def _needs_grad(self, x: Tensor) -> bool:
-        return torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
 
 
 def _serves(linear: nn.Linear) -> bool:

@@ -95,7 +95,7 @@ def _exact_scales(weight: Tensor, most: int, group: int) -> Tensor | None:
     for level in range(most, 0, -1):
         near = (largest[left].float() / level).to(weight.dtype)
         for towards in (None, math.inf, 0.0):  # the quotient was rounded: its neighbours too
-            scale = near if towards is None else _next(near, towards)
+            scale = near if towards is None else near.nextafter(torch.full_like(near, towards))
             exact = _gives(parts[left], scale, most)
             scales[left[exact]] = scale[exact]
             left, near = left[~exact], near[~exact]
@@ -110,7 +110,3 @@ def _gives(weights: Tensor, scales: Tensor, most: int) -> Tensor:
     whole = (weights.float() / wide).round()
     same = ((whole * wide).to(weights.dtype) == weights) & (whole.abs() <= most)
     return same.all(1) & (scales > 0)
-
-
-def _next(values: Tensor, towards: float) -> Tensor:
-    return torch.nextafter(values, torch.full_like(values, towards))

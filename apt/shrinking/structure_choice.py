@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from apt.adapter import Adapter, Groups
 from apt.checkpoints.load import fingerprint
-from apt.errors import AptError
+from apt.errors import AptError, faulty
 from apt.files.journal import Journal
 from apt.planning.structure import Removed, Structure
 from apt.plugin.specs import ShrinkMethodSpec
@@ -109,7 +109,9 @@ class StructureChoice:
             try:
                 removed = _lowest(model, adapter, structure, scores)
             except MethodError as error:
-                raise _refused(self.groups, str(error)) from error
+                raise faulty(
+                    f"method {self.groups.name}", str(error), "method", "method"
+                ) from error
             structure = replace(structure, removed=removed)
         return structure
 
@@ -120,7 +122,8 @@ class StructureChoice:
         found = cast(BlockChoice, self.blocks.load())(model, adapter, tokens, count)
         dropped = list(found) if isinstance(found, Iterable) else []
         if len(set(dropped)) != count or len(dropped) != count or not set(dropped) <= set(names):
-            raise _refused(self.blocks, f"returns {found!r}, not the names of {count} blocks")
+            fault = f"returns {found!r}, not the names of {count} blocks"
+            raise faulty(f"method {self.blocks.name}", fault, "method", "method")
         return dropped
 
     def _widest(
@@ -235,9 +238,3 @@ def _scores_of(scores: Mapping[str, Mapping[str, Tensor]], block: str, groups: G
     if found.isnan().any():
         raise MethodError(f"returns a score that is NaN for the {groups.kind} of {block}")
     return found
-
-
-def _refused(method: ShrinkMethodSpec, fault: str) -> AptError:
-    return AptError(
-        f"method {method.name} {fault}", "use another method, and tell its author", ("method",)
-    )

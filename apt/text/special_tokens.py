@@ -1,6 +1,5 @@
 """Special tokens: the BOS token, and the tokens that are never drawn at random."""
 
-from collections.abc import Iterator
 from typing import Any
 
 from apt.errors import AptError
@@ -25,13 +24,8 @@ def special_ids(tokenizer: Any) -> tuple[int, ...]:
 def named_ids(model: Any) -> tuple[int, ...]:
     """The tokens that a model's configurations name, ``pad_token_id`` for instance, in order."""
     configs = (getattr(model, name, None) for name in ("config", "generation_config"))
-    return tuple(sorted({token for config in configs if config for token in _named(config)}))
-
-
-def _named(config: Any) -> Iterator[int]:
-    for name in vars(config):
-        if name.endswith("_token_id"):
-            yield from tokens_of(config, name)
+    named = ((c, name) for c in configs if c for name in vars(c) if name.endswith("_token_id"))
+    return tuple(sorted({token for entry in named for token in tokens_of(*entry)}))
 
 
 def tokens_of(config: Any, name: str) -> list[int]:
