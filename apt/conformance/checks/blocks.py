@@ -6,21 +6,21 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from apt.conformance.checks.promise import Fault, promise
+from apt.conformance.checks.promise import Fault, Faults, promise
 from apt.conformance.checks.recording import Passed, record
 from apt.conformance.checks.subject import Subject
 from apt.conformance.checks.tensors import first_tensor
 from apt.errors import first_line
 
 
-@promise
-def check_blocks(subject: Subject) -> Iterator[Fault]:
+@promise()
+def check_blocks(subject: Subject) -> Faults:
     """Chained blocks have the same inputs and outputs as in the model, bit for bit."""
     yield from chained(subject, subject.tokens)
 
 
-@promise
-def check_batches(subject: Subject) -> Iterator[Fault]:
+@promise("positions")
+def check_batches(subject: Subject) -> Faults:
     """The same holds on a second batch and on other lengths, entered after the first batch."""
     if wrong := list(chained(subject, subject.tokens)):
         yield from wrong  # the other batches would repeat it
@@ -28,12 +28,11 @@ def check_batches(subject: Subject) -> Iterator[Fault]:
     limit, length = subject.positions(), subject.tokens.shape[1]
     configured = getattr(getattr(subject.model, "config", None), "max_position_embeddings", None)
     if limit is not None and limit < length and limit != configured:  # rotary ones can go on
-        said = f"the model accepts {length} tokens, but positions() is {limit}"
-        yield Fault("", said, "positions")
+        yield "", f"the model accepts {length} tokens, but positions() is {limit}"
     for which, tokens in (subject.others() | subject.long()).items():
         if not accepts(subject, tokens):
-            said = f"the model does not accept {tokens.shape[1]} tokens, but positions() is {limit}"
-            yield Fault("", said, "positions")
+            said = f"the model does not accept {tokens.shape[1]} tokens"
+            yield "", f"{said}, but positions() is {limit}"
             continue
         place = ""
         try:
@@ -92,8 +91,8 @@ def _differs(found: Tensor, expected: Passed) -> str | None:
     return f": its shape is {tuple(found.shape)}, not {tuple(expected.first.shape)}"
 
 
-@promise
-def check_stream(subject: Subject) -> Iterator[Fault]:
+@promise("residual")
+def check_stream(subject: Subject) -> Faults:
     """residual() returns the input of the next block: (samples, seqlen, hidden)."""
     blocks = subject.blocks()
     seen = record(subject.model, [block for _, block, _ in blocks], subject.tokens)
@@ -101,8 +100,6 @@ def check_stream(subject: Subject) -> Iterator[Fault]:
         expected, found = seen.inputs[step.index], subject.adapter.residual(step.state)
         if found.shape != expected.first.shape:
             shapes = f"of shape {tuple(found.shape)}, not {tuple(expected.first.shape)}"
-            yield Fault(step.name, f": residual() is {shapes}", "residual")
+            yield step.name, f": residual() is {shapes}"
         elif not expected.is_stream(found):
-            yield Fault(
-                step.name, ": residual() is not the stream that enters it in the model", "residual"
-            )
+            yield step.name, ": residual() is not the stream that enters it in the model"

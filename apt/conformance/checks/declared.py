@@ -1,11 +1,10 @@
 """Checks of an adapter as a whole: its attributes, its model types, its example."""
 
-from collections.abc import Iterator
 from difflib import get_close_matches
 from typing import Any
 
 from apt.adapter import Adapter, DecoderAdapter, Input
-from apt.conformance.checks.promise import Fault, promise
+from apt.conformance.checks.promise import Faults, promise
 from apt.conformance.checks.subject import Subject
 from apt.conformance.layer_kinds import default_kinds, kinds
 from apt.plugin.registry import registry
@@ -21,13 +20,13 @@ _DECLARED = {
 }
 
 
-@promise
-def check_declaration(subject: Subject) -> Iterator[Fault]:
+@promise()
+def check_declaration(subject: Subject) -> Faults:
     """The adapter has every method, and its attributes are of the right types."""
     adapter = subject.adapter
     for method in _METHODS:
         if not callable(getattr(adapter, method, None)):
-            yield Fault("", lacks(adapter, method))
+            yield "", lacks(adapter, method)
     if isinstance(adapter, DecoderAdapter):
         for name, (kind, readers) in _DECLARED.items():
             read = all(getattr(type(adapter), r) is getattr(DecoderAdapter, r) for r in readers)
@@ -39,29 +38,29 @@ def lacks(adapter: Adapter, name: str) -> str:
     return f"{type(adapter).__name__} has no '{name}'"
 
 
-def _attribute(adapter: Adapter, name: str, kind: type, *, needed: bool) -> Iterator[Fault]:
+def _attribute(adapter: Adapter, name: str, kind: type, *, needed: bool) -> Faults:
     if not hasattr(adapter, name):
         if needed:
-            yield Fault("", lacks(adapter, name))
+            yield "", lacks(adapter, name)
         return
     value = getattr(adapter, name)
     if name == "blocks_path":
         if not isinstance(value, str):
-            yield Fault("", f"blocks_path is {value!r}, not the path of the list of blocks")
+            yield "", f"blocks_path is {value!r}, not the path of the list of blocks"
     elif not isinstance(value, tuple):
-        yield Fault("", f"{name} is {_shown(value)}, not a tuple: write ({_shown(value)},)")
+        yield "", f"{name} is {_shown(value)}, not a tuple: write ({_shown(value)},)"
     else:
         for part in value:
             if not isinstance(part, kind):
-                yield Fault("", f"{name} has {_shown(part)}, which is not of type {kind.__name__}")
+                yield "", f"{name} has {_shown(part)}, which is not of type {kind.__name__}"
 
 
 def _shown(value: Any) -> str:
     return f"Input({value.name!r}, …)" if isinstance(value, Input) else repr(value)
 
 
-@promise
-def check_model_types(subject: Subject) -> Iterator[Fault]:
+@promise()
+def check_model_types(subject: Subject) -> Faults:
     """``model_types`` of the spec name the family of the example; no other adapter claims it."""
     spec, config = subject.spec, getattr(subject.model, "config", None)
     kind = getattr(config, "model_type", None) or type(subject.model).__name__
@@ -69,18 +68,16 @@ def check_model_types(subject: Subject) -> Iterator[Fault]:
         return
     if not spec.model_types:
         if spec.example is not None or spec.zoo is not None:
-            said = f"model_types of adapter '{spec.name}' is empty, its example is a '{kind}'"
-            yield Fault("", said)
+            yield "", f"model_types of adapter '{spec.name}' is empty, its example is a '{kind}'"
         return
     if kind not in spec.model_types:
         named = ", ".join(map(repr, spec.model_types))
-        said = f"model_types of adapter '{spec.name}' name {named}, its example is a '{kind}'"
-        yield Fault("", said)
+        yield "", f"model_types of adapter '{spec.name}' name {named}, its example is a '{kind}'"
     yield from _unknown(spec, kind)
     yield from _claimed(spec)
 
 
-def _unknown(spec: AdapterSpec, kind: str) -> Iterator[Fault]:
+def _unknown(spec: AdapterSpec, kind: str) -> Faults:
     """Types that transformers does not know and that are similar to a known one."""
     from transformers import CONFIG_MAPPING
 
@@ -88,28 +85,23 @@ def _unknown(spec: AdapterSpec, kind: str) -> Iterator[Fault]:
     for name in set(spec.model_types) - known - {kind}:
         close = get_close_matches(name, known - set(spec.model_types), n=1, cutoff=0.8)
         if close:
-            said = f"no model of transformers is of type '{name}': did you mean '{close[0]}'?"
-            yield Fault("", said)
+            yield "", f"no model of transformers is of type '{name}': did you mean '{close[0]}'?"
 
 
-def _claimed(spec: AdapterSpec) -> Iterator[Fault]:
+def _claimed(spec: AdapterSpec) -> Faults:
     for other in registry().adapters.specs.values():
         for name in spec.model_types if other.name != spec.name else ():
             if name in other.model_types:
-                said = f"model type '{name}' is claimed by adapter '{other.name}' as well"
-                yield Fault("", said)
+                yield "", f"model type '{name}' is claimed by adapter '{other.name}' as well"
 
 
-@promise
-def check_kinds(subject: Subject) -> Iterator[Fault]:
+@promise()
+def check_kinds(subject: Subject) -> Faults:
     """The model has a layer of each kind in the default configuration of its class."""
     config: Any = getattr(subject.model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     there = kinds(text)
     for missing in default_kinds(type(text)):
         if missing not in there:
-            said = (
-                f"the model has no layer of kind '{missing}', which {type(text).__name__} has by "
-                "default: mistakes in that kind would not show"
-            )
-            yield Fault("", said)
+            said = f"the model has no layer of kind '{missing}', which {type(text).__name__} has by"
+            yield "", f"{said} default: mistakes in that kind would not show"

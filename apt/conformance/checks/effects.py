@@ -8,7 +8,7 @@ from torch import Tensor
 
 from apt.adapter import Extra
 from apt.conformance.checks.predictions import Predictions
-from apt.conformance.checks.promise import Fault, promise
+from apt.conformance.checks.promise import Fault, Faults, promise
 from apt.conformance.checks.removals import Removals
 from apt.conformance.checks.subject import Step, Subject
 from apt.conformance.checks.tensors import near
@@ -19,35 +19,31 @@ _ROUNDING = 1e-4  # of the largest eigenvalue
 _CHANNELS = 32  # of each kind, that are compared with the effects of removals
 
 
-@promise
-def check_effects(subject: Subject) -> Iterator[Fault]:
+@promise("effects")
+def check_effects(subject: Subject) -> Faults:
     """A Gram matrix and an energy of every extra; they predict the changes by removed weights."""
     subject.logits()  # the first run may create state in the model itself
-    before, faults, refused = snapshot(subject.model), list[Fault](), False
+    before, faults, refused = snapshot(subject.model), list[Fault | tuple[str, str]](), False
     for step in subject.steps():
         extras = subject.adapter.extras(step.block)
         try:
             faults += _faults(subject, step, extras) if extras else ()
         except AptError:  # it refuses, for instance an older transformers, as it would in a run
             refused = True
-    faults += [
-        Fault("", f"effects {change}", "effects")
-        for change in changes(before, snapshot(subject.model))
-    ]
+    faults += [("", f"effects {change}") for change in changes(before, snapshot(subject.model))]
     yield from faults
     if not faults and not refused:
         yield from _unlike_removals(subject)
 
 
-def _faults(subject: Subject, step: Step, extras: Sequence[Extra]) -> Iterator[Fault]:
+def _faults(subject: Subject, step: Step, extras: Sequence[Extra]) -> Faults:
     for extra, reports in _reported(subject, step, extras).items():
         channels, width = extra.weight(step.block).shape
         if not reports:
-            yield Fault(step.name, f".{extra.name} is an extra, but has no effects", "effects")
+            yield step.name, f".{extra.name} is an extra, but has no effects"
         for gram, energy in reports:
             if wrong := _wrong(gram, energy, (channels, width, width)):
-                said = f".{extra.name}: its effects have {wrong}"
-                yield Fault(step.name, said, "effects")
+                yield step.name, f".{extra.name}: its effects have {wrong}"
 
 
 def _reported(

@@ -1,7 +1,6 @@
 """Checks of the inputs of weights: captured rows, order, timing, and the residual stream."""
 
 import copy
-from collections.abc import Iterator
 from contextlib import suppress
 from itertools import combinations
 
@@ -10,9 +9,8 @@ from torch import Tensor
 
 from apt.adapter import Site
 from apt.calibration.capture import Capture
-from apt.conformance.checks.promise import Fault, promise
-from apt.conformance.checks.seen import products
-from apt.conformance.checks.subject import Step, Subject
+from apt.conformance.checks.promise import Faults, promise
+from apt.conformance.checks.subject import Step, Subject, products
 from apt.conformance.checks.tensors import first_tensor, near
 from apt.conformance.oracle import Seen, Stream
 from apt.conformance.snapshot import changes, snapshot
@@ -20,20 +18,20 @@ from apt.errors import AptError
 from apt.pruning.paused_forward import CannotPause, PausedForwards
 
 
-@promise
-def check_capture(subject: Subject) -> Iterator[Fault]:
+@promise("capture")
+def check_capture(subject: Subject) -> Faults:
     """The captured rows of each site are the real input of its weight, in order."""
     for step in subject.steps():
         capture = Capture(step.block, step.sites)
         try:
             capture.run(subject.opened(step))
         except AptError as error:
-            yield Fault(step.name, f": {error.message}", "capture")
+            yield step.name, f": {error.message}"
             continue
         rows = _captured(subject, step)
         for site, seen in products(subject, step).items():
             if wrong := _capture_fault(capture, site, seen) or _row_fault(rows[site], seen):
-                yield Fault(step.name, f".{site.name}{wrong}", "capture")
+                yield step.name, f".{site.name}{wrong}"
 
 
 def _captured(subject: Subject, step: Step) -> dict[Site, list[Tensor]]:
@@ -65,8 +63,8 @@ def _capture_fault(capture: Capture, site: Site, seen: Seen) -> str:
     return ""
 
 
-@promise
-def check_order(subject: Subject) -> Iterator[Fault]:
+@promise("sites")
+def check_order(subject: Subject) -> Faults:
     """Sites run in their order, and residual sites of one order have one input."""
     for step in subject.steps():
         seen = products(subject, step)
@@ -74,32 +72,18 @@ def check_order(subject: Subject) -> Iterator[Fault]:
         for site in sorted(seen, key=lambda site: seen[site].first):
             firsts.setdefault(site.input, site)
         for before, after in combinations(firsts.values(), 2):
-            if before.order > after.order and not _in_two_experts(before, after):
-                said = (
-                    f".{before.name} of order {before.order} is multiplied before {after.name} "
-                    f"of order {after.order}"
-                )
-                yield Fault(step.name, said, "sites")
+            # Two experts run in sequence, but independently.
+            experts = before.routed and after.routed and _expert(before) != _expert(after)
+            if before.order > after.order and not experts:
+                given = f".{before.name} of order {before.order}"
+                yield step.name, f"{given} is multiplied before {after.name} of order {after.order}"
                 break
-        yield from _of_equal_order(step)
-
-
-def _of_equal_order(step: Step) -> Iterator[Fault]:
-    """A fault if the last site that writes to the stream cannot be told by the orders."""
-    residual = [site for site in step.sites if site.residual]
-    for one, other in combinations(residual, 2):
-        if one.order == other.order and one.input != other.input:
-            said = (
-                f".{one.name} and {other.name} are residual, with different inputs, but both of "
-                f"order {one.order}"
-            )
-            yield Fault(step.name, said, "sites")
-            return
-
-
-def _in_two_experts(one: Site, other: Site) -> bool:
-    """True if the sites belong to two experts, which run in sequence but independently."""
-    return one.routed and other.routed and _expert(one) != _expert(other)
+        # The orders must tell the last site that writes to the stream.
+        for one, other in combinations((site for site in step.sites if site.residual), 2):
+            if one.order == other.order and one.input != other.input:
+                said = f".{one.name} and {other.name} are residual, with different inputs, but both"
+                yield step.name, f"{said} of order {one.order}"
+                break
 
 
 def _expert(site: Site) -> tuple[str, int | None]:
@@ -108,8 +92,8 @@ def _expert(site: Site) -> tuple[str, int | None]:
     return path.rpartition(".")[0], site.expert
 
 
-@promise
-def check_residual(subject: Subject) -> Iterator[Fault]:
+@promise("sites")
+def check_residual(subject: Subject) -> Faults:
     """Exactly the sites whose product is added to the residual stream are declared residual."""
     whole = copy.deepcopy(subject.model).float()
     subject = Subject(subject.adapter, whole, subject.tokens)
@@ -121,29 +105,24 @@ def check_residual(subject: Subject) -> Iterator[Fault]:
         for site in step.sites:
             added = site in stream.added
             if site.residual and not added:
-                said = (
-                    " is declared residual, but its product is not added unchanged to the stream "
-                    "at the start of the block"
-                )
+                said = "is declared residual, but its product is not added unchanged to the stream"
+                yield step.name, f".{site.name} {said} at the start of the block"
             elif added and not site.residual and not site.routed:
-                said = " adds its product to the residual stream, but is not declared residual"
-            else:
-                continue
-            yield Fault(step.name, f".{site.name}{said}", "sites")
+                said = "adds its product to the residual stream, but is not declared residual"
+                yield step.name, f".{site.name} {said}"
 
 
-@promise
-def check_in_time(subject: Subject) -> Iterator[Fault]:
+@promise("capture")
+def check_in_time(subject: Subject) -> Faults:
     """A weight that changes when its input is captured is used as changed, in every batch."""
     before = snapshot(subject.model)
     for step in subject.steps():
         if any(site.routed or site.calls > 1 for site in step.sites):
             continue
         if not _in_time(subject, step):
-            said = ": an input is captured too late: its weight has already been used"
-            yield Fault(step.name, said, "capture")
+            yield step.name, ": an input is captured too late: its weight has already been used"
     for change in changes(before, snapshot(subject.model)):
-        yield Fault("", f"capture of two batches at once {change}", "capture")
+        yield "", f"capture of two batches at once {change}"
 
 
 def _in_time(subject: Subject, step: Step) -> bool:

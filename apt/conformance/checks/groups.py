@@ -2,7 +2,6 @@
 
 import copy
 import tempfile
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from apt.adapter import Adapter, Groups, Site
 from apt.adapter.groups import disconnect
 from apt.checkpoints.smaller import shrunk
-from apt.conformance.checks.promise import Fault, promise
+from apt.conformance.checks.promise import Fault, Faults, promise
 from apt.conformance.checks.subject import Subject
 from apt.errors import AptError, first_line
 from apt.shrinking.skipping import skipping
@@ -24,11 +23,11 @@ _TOLERANCE = 1e-3  # of the effect that the removal has
 _LEAST = 1e-5  # of the largest logit
 
 
-@promise
-def check_groups(subject: Subject) -> Iterator[Fault]:
+@promise("groups")
+def check_groups(subject: Subject) -> Faults:
     """Without a group, or a block, the model equals one that does not depend on it."""
     config: Any = getattr(subject.model, "config", None)
-    kinds, faults = dict[str, None](), list[Fault]()
+    kinds, faults = dict[str, None](), list[Fault | tuple[str, str]]()
     for name, block, sites in subject.blocks():
         for groups in subject.adapter.groups(block, config):
             kinds[groups.kind] = None
@@ -41,35 +40,32 @@ def check_groups(subject: Subject) -> Iterator[Fault]:
     yield from _dropped(subject)
 
 
-def _misdeclared(
-    name: str, block: nn.Module, groups: Groups, sites: dict[str, Site]
-) -> Iterator[Fault]:
+def _misdeclared(name: str, block: nn.Module, groups: Groups, sites: dict[str, Site]) -> Faults:
     """Faults of a declaration by itself."""
     parameters = dict(block.named_parameters())
     for part in (*groups.parts, *groups.outputs):
         if part.parameter not in parameters:
-            yield Fault(name, f": {groups.kind} have a part in {part.parameter}, which is no "
-                        "parameter of it", "groups")  # fmt: skip
+            said = f": {groups.kind} have a part in {part.parameter}, which is no parameter of it"
+            yield name, said
             continue
         end = part.start + groups.count * part.each
         length = parameters[part.parameter].shape[part.dim]
         if end > length:
-            yield Fault(name, f": {groups.kind} have {end} entries in dimension {part.dim} of "
-                        f"{part.parameter}, which has {length}", "groups")  # fmt: skip
+            said = f": {groups.kind} have {end} entries in dimension {part.dim} of"
+            yield name, f"{said} {part.parameter}, which has {length}"
     for reader in groups.readers:
         if reader not in sites:
-            said = f": {groups.kind} have the reader {reader}, which is no site"
-            yield Fault(name, said, "groups")
+            yield name, f": {groups.kind} have the reader {reader}, which is no site"
             continue
         width = sites[reader].oriented(sites[reader].weight(block)).shape[1]
         if width % groups.count:
-            said = f": {reader} has {width} inputs, not a multiple of {groups.count} {groups.kind}"
-            yield Fault(name, said, "groups")
+            said = f"{width} inputs, not a multiple of {groups.count} {groups.kind}"
+            yield name, f": {reader} has {said}"
     if not groups.readers and not groups.outputs:
-        yield Fault(name, f": {groups.kind} have neither readers nor outputs", "groups")
+        yield name, f": {groups.kind} have neither readers nor outputs"
 
 
-def _removed(subject: Subject, kind: str) -> Iterator[Fault]:
+def _removed(subject: Subject, kind: str) -> Faults:
     """Faults in the model without half of the groups of a kind."""
     adapter, model = subject.adapter, copy.deepcopy(subject.model).float()
     masked: Any = copy.deepcopy(model)
@@ -83,10 +79,9 @@ def _removed(subject: Subject, kind: str) -> Iterator[Fault]:
         except AptError as error:
             said = said or error.message
     if small is None:
-        yield Fault("", f"{kind} cannot be removed: {said}", "groups")
+        yield "", f"{kind} cannot be removed: {said}"
         return
-    mask = _mask(adapter, masked, kind, removed)
-    with mask:
+    with _mask(adapter, masked, kind, removed):
         expected = subject.logits(masked)
     size = float((expected - subject.logits(model)).abs().max())
     try:
@@ -95,8 +90,7 @@ def _removed(subject: Subject, kind: str) -> Iterator[Fault]:
         yield _fails(kind, "some", error)
         return
     if not _equal(found, expected, size):
-        yield Fault("", f"the model without some {kind} differs from one that does not depend on "
-                    "them", "groups")  # fmt: skip
+        yield "", f"the model without some {kind} differs from one that does not depend on them"
     yield from _fewest(subject, model, kind)
     with tempfile.TemporaryDirectory() as folder:
         small.save_pretrained(folder)
@@ -105,7 +99,7 @@ def _removed(subject: Subject, kind: str) -> Iterator[Fault]:
             yield Fault("", f"the model without some {kind} is another one after it is loaded")
 
 
-def _fewest(subject: Subject, model: Any, kind: str) -> Iterator[Fault]:
+def _fewest(subject: Subject, model: Any, kind: str) -> Faults:
     """A fault of the model with the fewest groups of a kind that its configuration can express."""
     for share in _LARGE_SHARES:
         removed = _some(subject.adapter, model, kind, share)
@@ -120,12 +114,12 @@ def _fewest(subject: Subject, model: Any, kind: str) -> Iterator[Fault]:
         return
 
 
-def _fails(kind: str, removed: str, error: Exception) -> Fault:
+def _fails(kind: str, removed: str, error: Exception) -> tuple[str, str]:
     said = f"the model without {removed} {kind} does not run: {first_line(error)}"
-    return Fault("", f"{said}: is 'least' too small?", "groups")
+    return "", f"{said}: is 'least' too small?"
 
 
-def _dropped(subject: Subject) -> Iterator[Fault]:
+def _dropped(subject: Subject) -> Faults:
     """Faults in the model without its second block, if the configuration can express it."""
     names = [name for name, _, _ in subject.blocks()]
     if len(names) < 2:

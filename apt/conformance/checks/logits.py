@@ -1,6 +1,5 @@
 """A check that the blocks are complete: chained, they give the logits of the model."""
 
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -9,18 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from apt.conformance.checks.blocks import accepts, chained
-from apt.conformance.checks.promise import Fault, promise
+from apt.conformance.checks.promise import Fault, Faults, promise
 from apt.conformance.checks.recording import record, removed
 from apt.conformance.checks.subject import Subject
 from apt.conformance.checks.tensors import same
 
 
-@promise
-def check_logits(subject: Subject) -> Iterator[Fault]:
+@promise("blocks")
+def check_logits(subject: Subject) -> Faults:
     """No block is missing, and the output of the last one gives the logits of the model."""
     blocks = [block for _, block, _ in subject.blocks()]
     for name in _beside(subject, blocks):
-        yield Fault(name, " runs beside the blocks, but blocks() leaves it out", "blocks")
+        yield name, " runs beside the blocks, but blocks() leaves it out"
     others = [tokens for tokens in subject.others().values() if accepts(subject, tokens)]
     for tokens in (subject.tokens, *others):
         if not _gives_logits(replace(subject, tokens=tokens), blocks):
@@ -78,13 +77,8 @@ def _beside(subject: Subject, blocks: list[nn.Module]) -> list[str]:
         if module not in inside | around and (module in members or type(module) in kinds)
     }
     given = record(subject.model, blocks, subject.tokens).inputs[0].first
-    return [
-        name for name in _given(subject, likely, tuple(given.shape)) if not _within(name, likely)
-    ]
-
-
-def _within(name: str, others: dict[str, nn.Module]) -> bool:
-    return any(name.startswith(f"{other}.") for other in others)
+    inner = tuple(f"{name}." for name in likely)
+    return [n for n in _given(subject, likely, tuple(given.shape)) if not n.startswith(inner)]
 
 
 def _given(subject: Subject, modules: dict[str, nn.Module], shape: tuple[int, ...]) -> list[str]:

@@ -25,6 +25,10 @@ class Fault:
     method: str = ""
 
 
+Faults = Iterator[Fault | tuple[str, str]]
+"""The faults of a check: for the method that it checks, pairs of the place and what is said."""
+
+
 class Nonconformance(AssertionError):
     """The faults of an adapter, one in each line.
 
@@ -37,23 +41,30 @@ class Nonconformance(AssertionError):
         super().__init__("\n".join(line for line, _ in self.lines))
 
 
-def promise(faults: Callable[[Subject], Iterator[Fault]]) -> Check:
-    """Turn a generator of faults into a check that raises them all as a `Nonconformance`."""
+def promise(method: str = "") -> Callable[[Callable[[Subject], Faults]], Check]:
+    """Turn a generator of faults into a check that raises them all as a `Nonconformance`.
 
-    @wraps(faults)
-    def check(subject: Subject) -> None:
-        found: list[Fault] = []
-        try:
-            for fault in faults(subject):
-                found.append(fault)
-        except Exception as error:
-            if not found:
-                raise
-            raise Nonconformance(found) from error
-        if found:
-            raise Nonconformance(found)
+    Args:
+        method: the method of the adapter that is checked; empty for the adapter as a whole.
+    """
 
-    return check
+    def decorated(faults: Callable[[Subject], Faults]) -> Check:
+        @wraps(faults)
+        def check(subject: Subject) -> None:
+            found: list[Fault] = []
+            try:
+                for fault in faults(subject):
+                    found.append(fault if isinstance(fault, Fault) else Fault(*fault, method))
+            except Exception as error:
+                if not found:
+                    raise
+                raise Nonconformance(found) from error
+            if found:
+                raise Nonconformance(found)
+
+        return check
+
+    return decorated
 
 
 def _lines(faults: list[Fault]) -> list[tuple[str, str]]:

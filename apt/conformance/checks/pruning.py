@@ -2,32 +2,30 @@
 
 import copy
 import tempfile
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from apt.conformance.checks.promise import Fault, promise
-from apt.conformance.checks.seen import products
-from apt.conformance.checks.subject import Subject
+from apt.conformance.checks.promise import Fault, Faults, promise
+from apt.conformance.checks.subject import Subject, products
 from apt.planning.plan import make_plan
 from apt.pruning.pipeline import prune_blocks
 from apt.solver import NM, Pattern, Unstructured, ss
 from apt.solver.patterns import meets
 
 
-@promise
-def check_identity(subject: Subject) -> Iterator[Fault]:
+@promise()
+def check_identity(subject: Subject) -> Faults:
     """A run that prunes no weight changes no bit of the model."""
     pruned = _pruned(subject, Unstructured(1e-12)).state_dict()
     for name, value in subject.model.state_dict().items():
         if not torch.equal(pruned[name], value):
-            yield Fault("", f"{name} changes although nothing is pruned")
+            yield "", f"{name} changes although nothing is pruned"
 
 
-@promise
-def check_pruning(subject: Subject) -> Iterator[Fault]:
+@promise()
+def check_pruning(subject: Subject) -> Faults:
     """Only sites are pruned, along their inputs, and shared parameters stay shared."""
     pruned = _pruned(subject, pattern := _pattern(subject))
     there = Subject(subject.adapter, pruned, subject.tokens)
@@ -40,23 +38,25 @@ def check_pruning(subject: Subject) -> Iterator[Fault]:
     touched = {f"{name}.{site.parameter}" for name, _, sites in subject.blocks() for site in sites}
     for name, value in subject.model.named_parameters():
         if name not in touched and not torch.equal(weights[name], value):
-            yield Fault("", f"{name} is not a site, but pruning changes it")
+            yield "", f"{name} is not a site, but pruning changes it"
     if _sharing(pruned) != _sharing(subject.model):
-        yield Fault("", "shared parameters are no longer shared after pruning")
+        yield "", "shared parameters are no longer shared after pruning"
 
 
-@promise
-def check_saving(subject: Subject) -> Iterator[Fault]:
+@promise()
+def check_saving(subject: Subject) -> Faults:
     """A pruned model gives the same logits after it is saved and loaded by transformers."""
     pruned: Any = _pruned(subject, _pattern(subject))
     with tempfile.TemporaryDirectory() as folder:
         pruned.save_pretrained(folder)
         # by default transformers 4 loads fp32; kernels of attention differ in rounding
-        loaded = type(pruned).from_pretrained(folder, dtype="auto", **_attention(pruned)).eval()
+        kernel = getattr(pruned.config, "_attn_implementation", None)
+        given = {"dtype": "auto", **({"attn_implementation": kernel} if kernel else {})}
+        loaded = type(pruned).from_pretrained(folder, **given).eval()
         subject.adapter.check(loaded.config)
         if not torch.equal(subject.logits(loaded), subject.logits(pruned)):
             said = "the model gives other logits after it is saved and loaded"
-            yield Fault("", said + _changed_number(pruned, loaded))
+            yield "", said + _changed_number(pruned, loaded)
 
 
 def _changed_number(before: nn.Module, after: nn.Module) -> str:
@@ -68,11 +68,6 @@ def _changed_number(before: nn.Module, after: nn.Module) -> str:
             if isinstance(value, int | float) and now != value:
                 return f": {attribute} of {name or 'the model'} is {value}, and then {now}"
     return ""
-
-
-def _attention(model: Any) -> dict[str, str]:
-    kernel = getattr(model.config, "_attn_implementation", None)
-    return {"attn_implementation": kernel} if kernel else {}
 
 
 def _pattern(subject: Subject) -> NM:

@@ -1,20 +1,16 @@
 """Checks of the declared sites: names, orientation, completeness."""
 
 from collections import Counter
-from collections.abc import Iterator
 
 from torch import nn
 
 from apt.adapter import Adapter, Site
-from apt.conformance.checks.promise import Fault, promise
-from apt.conformance.checks.seen import products
-from apt.conformance.checks.subject import Subject
-
-_UNDECLARED = " is not a site, not an extra, and not listed in left_dense"
+from apt.conformance.checks.promise import Fault, Faults, promise
+from apt.conformance.checks.subject import Subject, products
 
 
-@promise
-def check_names(subject: Subject) -> Iterator[Fault]:
+@promise("sites")
+def check_names(subject: Subject) -> Faults:
     """Blocks and sites have their paths in the model as names; site names are unique in a block."""
     paths = dict(subject.model.named_modules(remove_duplicate=False))
     for name, block, sites in subject.blocks():
@@ -32,32 +28,28 @@ def check_names(subject: Subject) -> Iterator[Fault]:
             expected = path if site.expert is None else f"{path}.{site.expert}"
             if site.name != expected:
                 which = f"{site.parameter}{_slice(site.expert)}"
-                said = f": the site of {which} is named {site.name}, not {expected}"
-                yield Fault(name, said, "sites")
+                yield name, f": the site of {which} is named {site.name}, not {expected}"
         for twice in [n for n, count in Counter(s.name for s in sites).items() if count > 1]:
-            yield Fault(name, f": two sites are named {twice}", "sites")
+            yield name, f": two sites are named {twice}"
 
 
-@promise
-def check_sites(subject: Subject) -> Iterator[Fault]:
+@promise("sites")
+def check_sites(subject: Subject) -> Faults:
     """Each weight of a block is a site, an extra, or listed in left_dense; each site is used."""
     for name, block, sites in subject.blocks():
         weights = Counter((site.parameter, site.expert) for site in sites)
         for (parameter, expert), count in weights.items():
             if count > 1:
-                said = f".{parameter}{_slice(expert)} is declared as {count} sites"
-                yield Fault(name, said, "sites")
+                yield name, f".{parameter}{_slice(expert)} is declared as {count} sites"
         for weight in _undeclared(subject.adapter, block, sites):
-            yield Fault(name, f".{weight}{_UNDECLARED}", "sites")
+            yield name, f".{weight} is not a site, not an extra, and not listed in left_dense"
     for step in subject.steps():
         seen = products(subject, step)
         for site in step.sites:
             if site not in seen and not site.routed:
-                said = f".{site.name} is a site, but is never multiplied"
-                yield Fault(step.name, said, "sites")
+                yield step.name, f".{site.name} is a site, but is never multiplied"
     for name in _never_routed(subject):
-        said = f"{name} is declared routed, but every block multiplies it with every token"
-        yield Fault("", said, "sites")
+        yield "", f"{name} is declared routed, but every block multiplies it with every token"
 
 
 def _never_routed(subject: Subject) -> list[str]:
@@ -73,8 +65,8 @@ def _never_routed(subject: Subject) -> list[str]:
     return [name for name, always in every.items() if always]
 
 
-@promise
-def check_orientation(subject: Subject) -> Iterator[Fault]:
+@promise("sites")
+def check_orientation(subject: Subject) -> Faults:
     """A site is declared transposed if and only if its weight is stored (in, out)."""
     for step in subject.steps():
         for site, seen in products(subject, step).items():
@@ -82,7 +74,7 @@ def check_orientation(subject: Subject) -> Iterator[Fault]:
             if stored != site.transposed:
                 truth = "(in, out)" if stored else "(out, in)"
                 declared = f"but declared transposed={site.transposed}"
-                yield Fault(step.name, f".{site.name} is stored {truth}, {declared}", "sites")
+                yield step.name, f".{site.name} is stored {truth}, {declared}"
 
 
 def _undeclared(adapter: Adapter, block: nn.Module, sites: list[Site]) -> list[str]:
@@ -94,7 +86,7 @@ def _undeclared(adapter: Adapter, block: nn.Module, sites: list[Site]) -> list[s
     dense = set(left_dense(adapter, block))
     found = []
     for name, parameter in block.named_parameters():
-        if parameter.ndim < 2 or name in whole or _is_left(name, dense):
+        if parameter.ndim < 2 or name in whole or {name, name.rpartition(".")[0]} & dense:
             continue
         missing = [i for i in range(len(parameter)) if (name, i) not in slices]
         found += [f"{name}[{i}]" for i in missing] if name in stacked else [name]
@@ -108,10 +100,6 @@ def left_dense(adapter: Adapter, block: nn.Module) -> tuple[str, ...]:
     """
     of = getattr(adapter, "left_dense_of", None)
     return tuple(of(block)) if of is not None else getattr(adapter, "left_dense", ())
-
-
-def _is_left(name: str, dense: set[str]) -> bool:
-    return name in dense or name.rpartition(".")[0] in dense
 
 
 def _slice(expert: int | None) -> str:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from apt.adapter import Adapter, Call, Site, State
 from apt.calibration.batches import Batch, OpenBlock
+from apt.conformance.oracle import Oracle, Seen
 from apt.plugin.specs import AdapterSpec
 
 _LONGER = 48
@@ -121,3 +122,11 @@ class Subject:
         """Token ids (samples, seqlen): those of ``tokens`` from the last to the first, repeated."""
         ids, wanted = self.tokens.flatten().flip(0), samples * seqlen
         return ids.repeat(wanted // ids.numel() + 1)[:wanted].view(samples, seqlen)
+
+
+def products(subject: Subject, step: Step) -> dict[Site, Seen]:
+    """The products with each site that runs in a step."""
+    oracle = Oracle({site: site.weight(step.block).data for site in step.sites})
+    with oracle:
+        subject.step(step)
+    return oracle.seen

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from apt.adapter import Site
-from apt.conformance.checks.promise import Fault, promise
+from apt.conformance.checks.promise import Fault, Faults, promise
 from apt.conformance.checks.recording import removed
 from apt.conformance.checks.subject import Subject
 from apt.conformance.checks.tensors import first_tensor, near, same
@@ -20,8 +20,8 @@ class StopError(Exception):
     """An exception that an adapter does not expect."""
 
 
-@promise
-def check_running(subject: Subject) -> Iterator[Fault]:
+@promise("running")
+def check_running(subject: Subject) -> Faults:
     """running() leaves nothing behind, even if an exception ends it."""
     adapter, model = subject.adapter, subject.model
     subject.logits()  # the first run may create state in the model itself
@@ -31,18 +31,18 @@ def check_running(subject: Subject) -> Iterator[Fault]:
     yield from _left("running", before, model)
     before = snapshot(model)
     if _swallows(adapter.running(model)):
-        yield Fault("", "running swallows an exception", "running")
+        yield "", "running swallows an exception"
     yield from _left("running", before, model, " when an exception ends it")
     whole = copy.deepcopy(model).float()  # kernels differ more in other dtypes
     logits = subject.logits(whole)
     with adapter.running(whole):
         within = subject.logits(whole)
     if not near(within, logits):
-        yield Fault("", "the model gives other logits within running", "running")
+        yield "", "the model gives other logits within running"
 
 
-@promise
-def check_untouched(subject: Subject) -> Iterator[Fault]:
+@promise("capture")
+def check_untouched(subject: Subject) -> Faults:
     """enter, step and capture do not change the logits and leave nothing behind."""
     logits, model = subject.logits(), subject.model
     before = snapshot(model)
@@ -62,14 +62,14 @@ def check_untouched(subject: Subject) -> Iterator[Fault]:
             watched = first_tensor(subject.step(step))
         yield from _changed("capture", changes(around, process()))
         if not torch.equal(plain, watched):
-            yield Fault(step.name, ": capture changes its output", "capture")
+            yield step.name, ": capture changes its output"
     yield from _left("capture", before, model)
     if not torch.equal(subject.logits(), logits):
-        yield Fault("", "the model gives other logits after capture", "capture")
+        yield "", "the model gives other logits after capture"
 
 
-@promise
-def check_exception(subject: Subject) -> Iterator[Fault]:
+@promise("capture")
+def check_exception(subject: Subject) -> Faults:
     """enter and capture leave nothing behind if an exception ends them."""
     logits, model = subject.logits(), subject.model
     before = snapshot(model)
@@ -79,11 +79,11 @@ def check_exception(subject: Subject) -> Iterator[Fault]:
     yield from _capture_stopped(subject)
     yield from _left("capture", before, model, " when an exception ends it")
     if not torch.equal(subject.logits(), logits):
-        yield Fault("", "the model gives other logits after an exception", "capture")
+        yield "", "the model gives other logits after an exception"
 
 
-@promise
-def check_repeat(subject: Subject) -> Iterator[Fault]:
+@promise("step")
+def check_repeat(subject: Subject) -> Faults:
     """A repeated step gives the same result, and changes neither its state nor its call."""
     for step in subject.steps():
         before = _tensors_in([step.state, step.call])
@@ -93,7 +93,7 @@ def check_repeat(subject: Subject) -> Iterator[Fault]:
             yield Fault(step.name, said, "enter")
             continue
         if not same(first_tensor(subject.step(step)), first):
-            yield Fault(step.name, ": a step gives another result the second time", "step")
+            yield step.name, ": a step gives another result the second time"
 
 
 def _swallows(context: AbstractContextManager[None]) -> bool:
@@ -126,7 +126,7 @@ def _enter_stopped(subject: Subject) -> None:
         subject.adapter.enter(subject.model, subject.tokens)
 
 
-def _capture_stopped(subject: Subject) -> Iterator[Fault]:
+def _capture_stopped(subject: Subject) -> Faults:
     def stop(site: Site, rows: Tensor) -> None:
         raise StopError
 
@@ -136,7 +136,7 @@ def _capture_stopped(subject: Subject) -> Iterator[Fault]:
             subject.step(step)
     except StopError:
         return
-    yield Fault(step.name, ": an exception of the sink does not reach the caller", "capture")
+    yield step.name, ": an exception of the sink does not reach the caller"
 
 
 def _tensors_in(value: Any, depth: int = 8) -> list[tuple[Any, ...]]:
