@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from apt.adapter.eval_mode import eval_mode
+    from apt.adapter.recording import eval_mode
     from apt.calibration.batches import Batch, enter
     from apt.checkpoints.formats import Checkpoint, find_file
     from apt.planning.allocation import Allocation, Unallocated, sparsity_of, unstructured
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
         next_token_loss,
         train_only,
     )
-    from apt.shrinking.choices import BlockChoice, GroupScores
     from apt.shrinking.skipping import loss_without
+    from apt.shrinking.structure_choice import BlockChoice, GroupScores
     from apt.text.datasets import Split, hub_documents
     from apt.text.files import read_file
 
@@ -63,7 +63,7 @@ __all__ = [
     "unstructured",
 ]
 _LAZY = {
-    "apt.adapter.eval_mode": ("eval_mode",),
+    "apt.adapter.recording": ("eval_mode",),
     "apt.calibration.batches": ("Batch", "enter"),
     "apt.checkpoints.formats": ("Checkpoint", "find_file"),
     "apt.planning.allocation": ("Allocation", "Unallocated", "sparsity_of", "unstructured"),
@@ -74,7 +74,7 @@ _LAZY = {
     "apt.recovery.trainable": (
         "Loss", "Recovery", "Trainable", "Unrecovered", "next_token_loss", "train_only",
     ),
-    "apt.shrinking.choices": ("BlockChoice", "GroupScores"),
+    "apt.shrinking.structure_choice": ("BlockChoice", "GroupScores"),
     "apt.shrinking.skipping": ("loss_without",),
     "apt.text.datasets": ("Split", "hub_documents"),
     "apt.text.files": ("read_file",),

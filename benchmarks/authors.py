@@ -27,7 +27,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from apt.adapter import Adapter, Groups, Site
-from apt.adapter.eval_mode import eval_mode
+from apt.adapter.recording import eval_mode
 from apt.calibration.batches import Batch, enter
 from apt.planning.allocation import Unallocated
 from apt.planning.plan import make_plan

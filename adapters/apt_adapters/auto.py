@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from apt.adapter import Call, DecoderAdapter, Site, State, record_calls
 from apt.adapter.decoder import members
-from apt.adapter.eval_mode import eval_mode
+from apt.adapter.recording import eval_mode
 from apt.conformance.checks import CHECKS, Nonconformance, Subject
 from apt.conformance.oracle import PRODUCTS, Stream, storage_of
 from apt.errors import AptError, described, first_line

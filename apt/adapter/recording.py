@@ -79,3 +79,15 @@ def stubbed(blocks: Sequence[nn.Module], stub: Callable[..., Any]) -> Iterator[N
             del block.forward
             if forward is not None:
                 block.forward = forward
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Set ``model`` to eval mode inside the context; restore the mode of every module on exit."""
+    training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, was in training:
+            module.training = was

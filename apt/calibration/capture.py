@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from apt.adapter import Site
 from apt.calibration.batches import DenseActivations, OpenBlock
 from apt.calibration.passing import BlockPass
-from apt.calibration.sums import Sums
-from apt.calibration.targets import Targets
+from apt.calibration.targets import Sums, Targets
 from apt.errors import AptError
 from apt.solver import Gram
 from apt.solver.precision import full_precision

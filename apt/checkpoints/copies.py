@@ -5,10 +5,12 @@ import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import load_file, save_file
 
+from apt.checkpoints.formats import Checkpoint
 from apt.checkpoints.safetensors_io import INDEX, SINGLE, Shards, synchronise
 from apt.errors import AptError
 from apt.files.hashes import sha256
@@ -150,3 +152,44 @@ def check_copy(
     for name in shards.entries.keys() - set(pruned):
         if shards.digest([name]) != copied.digest([name]):
             raise AptError(f"{name} in {copied.entries[name].file} was changed")
+
+
+# transformers would write this file without the fields that it does not know.
+_ALWAYS_COPIED = "generation_config.json"
+
+
+def save_model(
+    model: Any,
+    tokenizer: Any,
+    directory: Path,
+    checkpoint: Checkpoint | None = None,
+    max_shard_size: str | None = None,
+) -> None:
+    """Write weights, configuration and tokenizer.
+
+    Args:
+        tokenizer: its tokenizer; None writes no tokenizer.
+        checkpoint: the writer of another format; None writes safetensors as transformers does.
+        max_shard_size: the largest size of a file of weights, such as ``"5GB"``; None leaves it to
+            transformers.
+    """
+    if checkpoint is None:
+        largest = {"max_shard_size": max_shard_size} if max_shard_size else {}
+        model.save_pretrained(directory, **largest)
+    else:
+        checkpoint.write(model.state_dict(), directory)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+
+
+def keep_side_files(source: Path, directory: Path) -> None:
+    """Copy the files of a checkpoint that `save_model` does not write, such as LICENSE."""
+    copy_files(
+        (
+            path
+            for path in side_files(source)
+            if path.name == _ALWAYS_COPIED or not (directory / path.relative_to(source)).exists()
+        ),
+        source,
+        directory,
+    )

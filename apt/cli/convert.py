@@ -34,8 +34,8 @@ def convert(
     hub = args.read_hub(revision, token, cache_dir)
     source = args.find_model(model, registry(), hub, trust_remote_code=trust_remote_code)
 
+    from apt.checkpoints.copies import keep_side_files, save_model
     from apt.checkpoints.load import load, load_tokenizer, skeleton
-    from apt.checkpoints.save import keep_side_files, save_model
     from apt.checkpoints.stored import local_directory
     from apt.engine.machine import read_dtype
     from apt.output.location import check_output

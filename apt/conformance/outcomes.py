@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from apt.adapter import Adapter
-from apt.adapter.eval_mode import eval_mode
+from apt.adapter.recording import eval_mode
 from apt.conformance.checks import ALONE, CHECKS, Check, Nonconformance, Subject
 from apt.conformance.error_location import explained, place_of
 from apt.conformance.snapshot import preserved

@@ -11,11 +11,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from apt.calibration.storage import Store
-from apt.checkpoints.copies import CARD, copied_size
+from apt.checkpoints.copies import CARD, copied_size, keep_side_files, save_model
 from apt.checkpoints.load import fingerprint, load, skeleton
 from apt.checkpoints.masks import MASKS, masks_of, write_masks
 from apt.checkpoints.model import Model
-from apt.checkpoints.save import keep_side_files, save_model
 from apt.checkpoints.smaller import smaller
 from apt.checkpoints.stored import Stored, find_stored, local_directory
 from apt.checkpoints.verify import failures, verify

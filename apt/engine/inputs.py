@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from apt.adapter import Adapter
-from apt.adapter.eval_mode import eval_mode
+from apt.adapter.recording import eval_mode
 from apt.calibration.batches import check_shape
 from apt.engine.text import check_vocabulary
 from apt.errors import AptError

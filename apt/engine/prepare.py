@@ -36,7 +36,7 @@ from apt.planning.plan import Plan, make_plan
 from apt.planning.rounding import check_rounding
 from apt.plugin.registry import Registry
 from apt.plugin.specs import MethodSpec
-from apt.pruning.recipe import Recipe
+from apt.pruning.layer import Recipe
 from apt.shrinking.structure_choice import StructureChoice
 from apt.solver import Unstructured
 from apt.text.augmentation import Augmentation

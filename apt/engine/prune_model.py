@@ -24,9 +24,8 @@ from apt.planning.plan import Plan
 from apt.planning.structure import make_structured_plan
 from apt.plugin.registry import Registry
 from apt.pruning.block_storage import BlockStorage, MemoryBlocks
-from apt.pruning.layer import SiteMethod
+from apt.pruning.layer import Recipe, SiteMethod
 from apt.pruning.pipeline import prune_blocks
-from apt.pruning.recipe import Recipe
 from apt.shrinking.structure_choice import StructureChoice
 from apt.text.augmentation import Augmentation
 

@@ -12,7 +12,7 @@ from apt.calibration.targets import Targets
 from apt.engine.limits import check_prune_options
 from apt.errors import AptError
 from apt.plugin.specs import MethodSpec, ShrinkMethodSpec
-from apt.pruning.recipe import Recipe
+from apt.pruning.layer import Recipe
 from apt.solver import Effort, IntegerGrid, SolverOptions
 from apt.solver.gram import DAMPING
 from apt.solver.integers import ScaleGroup

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from apt.checkpoints.copies import keep_side_files, save_model
 from apt.checkpoints.load import load, load_tokenizer, skeleton
 from apt.checkpoints.masks import (
     MASKS,
@@ -16,7 +17,6 @@ from apt.checkpoints.masks import (
     sparsity_of,
 )
 from apt.checkpoints.model import Model
-from apt.checkpoints.save import keep_side_files, save_model
 from apt.checkpoints.stored import local_directory
 from apt.engine.prepare import check_place
 from apt.errors import AptError

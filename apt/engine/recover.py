@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apt.adapter.eval_mode import eval_mode
+from apt.adapter.recording import eval_mode
+from apt.checkpoints.copies import keep_side_files, save_model
 from apt.checkpoints.load import fingerprint, load, load_tokenizer, skeleton
 from apt.checkpoints.masks import MASKS, Masks, filled, masks_of, sparsity_of, write_masks
 from apt.checkpoints.model import Model
-from apt.checkpoints.save import keep_side_files, save_model
 from apt.checkpoints.stored import local_directory
 from apt.distributed.ranks import Ranks
 from apt.engine.limits import check_seed, check_shard_size, check_windows

@@ -19,12 +19,11 @@ from apt.planning.plan import Plan
 from apt.planning.structure import make_structured_plan
 from apt.plugin.registry import Registry
 from apt.plugin.specs import MethodSpec, ShrinkMethodSpec
-from apt.pruning.recipe import Recipe
-from apt.shrinking.choices import BlockChoice, GroupScores
+from apt.pruning.layer import Recipe
 from apt.shrinking.latency import block_times
 from apt.shrinking.options import ShrinkOptions
 from apt.shrinking.sizes import MULTIPLE, Sizes
-from apt.shrinking.structure_choice import StructureChoice
+from apt.shrinking.structure_choice import BlockChoice, GroupScores, StructureChoice
 from apt.shrinking.wanted_sizes import wanted_sizes, with_mode
 from apt.solver import GroupChoice, GroupRemoval, joint_removal
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from apt.adapter import Adapter, stub_output, stubbed
-from apt.adapter.eval_mode import eval_mode
+from apt.adapter.recording import eval_mode
 from apt.calibration.batches import Batch, enter
 from apt.calibration.storage import Store
 from apt.checkpoints.model import Model

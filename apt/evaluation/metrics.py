@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from apt.adapter.eval_mode import eval_mode
+from apt.adapter.recording import eval_mode
 from apt.evaluation.logits import parts_of_logits
 
 _TOKENS_PER_BATCH = 2048

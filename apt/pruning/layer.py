@@ -2,14 +2,13 @@
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from apt.calibration.sums import Sums
-from apt.calibration.targets import Targets
+from apt.calibration.targets import Sums, Targets
 from apt.errors import AptError, faulty
 from apt.events import SitePruned
 from apt.planning.plan import PlannedSite
@@ -31,6 +30,8 @@ from apt.solver import (
 )
 from apt.solver.gram import DAMPING
 from apt.solver.patterns import surplus
+from apt.tuning.reconstruct import Reconstruction
+from apt.tuning.row_importance import RowImportance
 
 P = TypeVar("P", bound=SitePattern, contravariant=True)
 
@@ -245,3 +246,25 @@ def _check_finite(planned: PlannedSite, weight: Tensor) -> None:
             "try dtype float32, or more damping",
             ("dtype", "damping"),
         )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The options for pruning the blocks of a model; `apt.PruneOptions` determines them.
+
+    Args:
+        targets: the error-aware targets; None prunes layer-wise.
+        row_importance: the weighting of rows in the choice of masks; None weights all rows alike.
+        reconstruction: the tuning of a block after its sites are solved; None for no tuning.
+        ordered: True to solve the sites of a block in their order of execution, each on the outputs
+            of the pruned sites before it (true-sequential).
+        integers: the integers that kept weights are rounded to, after the tuning of their block;
+            None for no rounding.
+    """
+
+    solver: SolverOptions = field(default_factory=SolverOptions)
+    targets: Targets | None = None
+    row_importance: RowImportance | None = None
+    reconstruction: Reconstruction | None = None
+    ordered: bool = False
+    integers: IntegerGrid | None = None

@@ -19,8 +19,7 @@ from apt.adapter import Adapter, Site, State
 from apt.calibration.batches import Batch, OpenBlock
 from apt.calibration.capture import Capture, as_rows
 from apt.calibration.passing import BlockPass
-from apt.calibration.sums import Sums
-from apt.calibration.targets import Targets
+from apt.calibration.targets import Sums, Targets
 from apt.pruning.suspended import Suspended
 from apt.pruning.warning_handler import can_preserve_handler
 

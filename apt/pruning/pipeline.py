@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from apt.adapter import Adapter, Site, State
-from apt.adapter.eval_mode import eval_mode
+from apt.adapter.recording import eval_mode
 from apt.calibration.batches import TOKENS_PER_BATCH, Batch, check_finite, check_shape, enter
 from apt.calibration.capture import Capture
 from apt.calibration.dense_activations import advance_dense
 from apt.calibration.storage import MemoryStore, Store
-from apt.calibration.sums import Sums
+from apt.calibration.targets import Sums
 from apt.distributed.ranks import Ranks
 from apt.errors import AptError
 from apt.events import BlockStarted, BlockTuned, Observer, SitePruned, Working
@@ -27,6 +27,7 @@ from apt.pruning.block_storage import BlockStorage, MemoryBlocks
 from apt.pruning.current_block import CurrentBlock, Dropped
 from apt.pruning.disconnecting import disconnect_groups
 from apt.pruning.layer import (
+    Recipe,
     SiteMethod,
     SiteSolver,
     SolvedSite,
@@ -35,7 +36,6 @@ from apt.pruning.layer import (
     round_site,
 )
 from apt.pruning.paused_forward import CannotPause, can_pause
-from apt.pruning.recipe import Recipe
 from apt.pruning.ssm_parameters import prune_extras
 from apt.tuning.reconstruct import Reconstruction, reconstruct
 

@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from apt.adapter.eval_mode import eval_mode
+from apt.adapter.recording import eval_mode
 from apt.events import CheckpointSaved, HeldBack, TrainingObserver, TrainingStep
 from apt.recovery.moving_masks import MovingMasks
 from apt.recovery.record import StopRule, Training

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from apt.adapter import Adapter
-from apt.adapter.eval_mode import eval_mode
+from apt.adapter.recording import eval_mode
 from apt.checkpoints.masks import Masks, filled, masks_of
 from apt.distributed.ranks import Ranks
 from apt.errors import AptError, faulty, first_line

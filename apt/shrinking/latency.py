@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from apt.adapter import Adapter, Groups
-from apt.adapter.eval_mode import eval_mode
+from apt.adapter.recording import eval_mode
 from apt.checkpoints.empty_model import empty_of_class
 from apt.checkpoints.smaller import resized
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from apt.adapter import Adapter, Groups, Site
-from apt.adapter.eval_mode import eval_mode
+from apt.adapter.recording import eval_mode
 from apt.calibration.batches import Batch, enter
 from apt.calibration.capture import as_rows
 from apt.shrinking.gap_fits import GapFits

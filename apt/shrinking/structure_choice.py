@@ -4,7 +4,7 @@ import hashlib
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,34 @@ from apt.errors import AptError, faulty
 from apt.files.journal import Journal
 from apt.planning.structure import Removed, Structure
 from apt.plugin.specs import ShrinkMethodSpec
-from apt.shrinking.choices import BlockChoice, GroupScores
 from apt.shrinking.options import Mode
 from apt.shrinking.proxy import Proxy
 from apt.shrinking.search import Candidate, Scored, Search, SearchOptions
 from apt.shrinking.sizes import Size
 from apt.solver import ColumnGroups, MethodError, SolverOptions
 from apt.text.self_generated import own_text, writes
+
+
+class GroupScores(Protocol):
+    """The importance of the groups of every block, by block and by kind.
+
+    The groups of lowest importance are removed, the same number in each block.
+    """
+
+    def __call__(
+        self, model: nn.Module, adapter: Adapter, tokens: Tensor, /
+    ) -> Mapping[str, Mapping[str, Tensor]]:
+        """Scores (count,) by block and kind, from calibration ``tokens`` (samples, seqlen)."""
+
+
+class BlockChoice(Protocol):
+    """The blocks to drop."""
+
+    def __call__(
+        self, model: nn.Module, adapter: Adapter, tokens: Tensor, count: int, /
+    ) -> Sequence[str]:
+        """The names of ``count`` blocks, from calibration ``tokens`` (samples, seqlen)."""
+
 
 _FITNESS_TOKENS = 2048
 

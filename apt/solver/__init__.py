@@ -18,8 +18,7 @@ from apt.solver.group_removal import (
     removal_order,
 )
 from apt.solver.integers import IntegerGrid, rounded
-from apt.solver.least_squares import Joint, joint_weights
-from apt.solver.loss import relative_layer_error
+from apt.solver.least_squares import Joint, joint_weights, relative_layer_error
 from apt.solver.options import (
     EFFORTS,
     Effort,

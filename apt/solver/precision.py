@@ -1,17 +1,16 @@
 """Full fp32 products whatever the settings of the process, and the test for fast bf16 products."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from threading import Lock
 from typing import Any
 
 import torch
 
-from apt.solver.fp32 import PrecisionSettings, require_full, restore
-
 _lock = Lock()
 _inside = 0  # the entered contexts of all threads: torch's settings belong to the process
-_before: PrecisionSettings
+_before: "PrecisionSettings"
 
 
 @contextmanager
@@ -58,3 +57,69 @@ def _leave() -> None:
         _inside -= 1
         if not _inside:
             restore(_before)
+
+
+Operation = tuple[str, str]  # a backend and one of its operations, as torch names them
+_ROOT: Operation = ("generic", "all")
+_PRODUCTS: tuple[Operation, ...] = (("cuda", "matmul"), ("mkldnn", "matmul"))
+_FULL = ("none", "ieee")
+_HIGHEST = "highest"
+_get: Any = getattr(torch._C, "_get_fp32_precision_getter", None)
+_set: Any = getattr(torch._C, "_set_fp32_precision_setter", None)
+
+
+@dataclass(frozen=True)
+class PrecisionSettings:
+    """The settings of fp32 products before `require_full`; torch has two that must agree.
+
+    Since torch 2.9, the products of each backend have a setting of their own
+    (``torch.backends.fp32_precision``), which is inherited from a parent if it is not set. The
+    older one for all backends (`torch.set_float32_matmul_precision`) overwrites the new ones. To
+    read it is an error if the two disagree, as they do after the new one alone was changed.
+
+    Attributes:
+        changed: the new settings of the operations that were changed; "none" if inherited.
+    """
+
+    older: str
+    changed: Mapping[Operation, str]
+
+
+def require_full() -> PrecisionSettings:
+    """Allow only full fp32 products, and return the settings before; change no more than needed."""
+    operations = _PRODUCTS if _get is not None else ()
+    own = {operation: _own(operation) for operation in operations}
+    reduced = [operation for operation in operations if _get(*operation) not in _FULL]
+    for operation in reduced:
+        _set(*operation, "ieee")
+    older = torch.get_float32_matmul_precision()  # no error: the two settings agree now
+    if older == _HIGHEST:
+        return PrecisionSettings(older, {operation: own[operation] for operation in reduced})
+    torch.set_float32_matmul_precision(_HIGHEST)
+    return PrecisionSettings(older, own)
+
+
+def restore(settings: PrecisionSettings) -> None:
+    """Undo `require_full`, which returned ``settings``."""
+    if settings.older != _HIGHEST:
+        torch.set_float32_matmul_precision(settings.older)
+    for operation, value in settings.changed.items():
+        _set(*operation, value)
+
+
+def _own(operation: Operation) -> str:
+    """The setting of the operation itself, "none" if it is inherited.
+
+    torch returns the effective value, inherited or not. A value equal to the parent's is inherited
+    if it changes together with the parent's. To test this, the parent is set to full precision and
+    then set back.
+    """
+    value: str = _get(*operation)
+    parent = _ROOT if operation[1] == "all" else (operation[0], "all")
+    if value in _FULL or operation == _ROOT or value != _get(*parent):
+        return value
+    before = _own(parent)
+    _set(*parent, "ieee")
+    inherited = _get(*operation) != value
+    _set(*parent, before)
+    return "none" if inherited else value

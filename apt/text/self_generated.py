@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin
 
-from apt.adapter.eval_mode import eval_mode
+from apt.adapter.recording import eval_mode
 from apt.errors import AptError
 from apt.text.datasets import text_width, with_bos
 from apt.text.sampling import drawn, generator, vocabulary

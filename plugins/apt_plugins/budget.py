@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from apt.adapter import Adapter, Site, State
-from apt.adapter.eval_mode import eval_mode
+from apt.adapter.recording import eval_mode
 from apt.calibration.batches import enter
 from apt.calibration.dense_activations import mean_squares, stream_rows
 from apt.planning.allocation import Unallocated, sparsity_of, unstructured

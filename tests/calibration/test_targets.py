@@ -17,9 +17,9 @@ from apt.calibration.passing import BlockPass
 from apt.calibration.targets import Targets
 from apt.errors import AptError
 from apt.planning.plan import make_plan
+from apt.pruning.layer import Recipe
 from apt.pruning.paused_forward import PausedForwards
 from apt.pruning.pipeline import prune_blocks
-from apt.pruning.recipe import Recipe
 from apt.solver import NM, Gram, ss
 from tests.helpers.families import CONFIGS, FAMILIES, random_model, random_tokens, zoo_model
 
@@ -145,7 +145,7 @@ def test_the_target_solves_its_normal_equations():
     draw = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64)  # noqa: E731
     weight, pruned, dense, drift = draw(4, 10), draw(80, 10), draw(80, 10), draw(80, 4)
     from apt.adapter import Site
-    from apt.calibration.sums import Sums
+    from apt.calibration.targets import Sums
 
     site = Site("out", "out.weight", "x", residual=True)
     sums = Sums(Gram.of(pruned), (dense - pruned).T @ pruned, {site: 0.6 * drift.T @ pruned})

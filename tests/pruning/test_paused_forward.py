@@ -16,9 +16,9 @@ from apt.calibration.targets import Targets
 from apt.errors import AptError
 from apt.planning.plan import Selection, make_plan
 from apt.pruning import warning_handler
+from apt.pruning.layer import Recipe
 from apt.pruning.paused_forward import CannotPause, PausedForwards
 from apt.pruning.pipeline import prune_blocks
-from apt.pruning.recipe import Recipe
 from apt.pruning.suspended import Suspended
 from apt.pruning.warning_handler import can_preserve_handler
 from apt.solver import NM, ss

@@ -13,8 +13,8 @@ from apt.events import BlockStarted, BlockTuned, SitePruned, Working
 from apt.planning.plan import Selection, make_plan
 from apt.plugin.registry import registry
 from apt.pruning.current_block import CurrentBlock
+from apt.pruning.layer import Recipe
 from apt.pruning.pipeline import prune_blocks
-from apt.pruning.recipe import Recipe
 from apt.solver import NM, DampedGram, Gram, Solution, SolverOptions, Unstructured, sm, ss
 from apt.solver.patterns import meets
 from tests.helpers.families import CONFIGS, FAMILIES, random_model, random_tokens

@@ -18,7 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import TrainingArguments
 
 import apt as library
-from apt.adapter.eval_mode import eval_mode
+from apt.adapter.recording import eval_mode
 from apt.checkpoints.masks import masks_of
 from apt.engine import recover_api
 from apt.engine.api import find_adapter

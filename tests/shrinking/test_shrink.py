@@ -15,8 +15,8 @@ from apt.adapter.groups import without
 from apt.checkpoints.safetensors_io import Shards
 from apt.checkpoints.smaller import smaller
 from apt.planning.structure import Structure, make_structured_plan
+from apt.pruning.layer import Recipe
 from apt.pruning.pipeline import prune_blocks
-from apt.pruning.recipe import Recipe
 from apt.shrinking.skipping import loss_without
 from apt.solver import GroupRemoval, joint_removal
 from tests.engine.test_streaming import PLACES, KilledError, cut, weights

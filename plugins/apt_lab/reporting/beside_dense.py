@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apt.adapter.eval_mode import eval_mode
+from apt.adapter.recording import eval_mode
 from apt.evaluation.logits import parts_of_logits
 from apt.evaluation.metrics import windows_at_once
 

@@ -19,7 +19,7 @@ from unittest.mock import patch
 
 from torch import nn
 
-from apt.adapter.eval_mode import eval_mode
+from apt.adapter.recording import eval_mode
 from apt.errors import AptError, first_line
 from apt_lab.tasks.answers import Answers
 from apt_lab.tasks.question_sets import GROUP, SETS, task_config
