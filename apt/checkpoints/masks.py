@@ -61,11 +61,7 @@ def write_masks(masks: Masks, path: Path) -> None:
 
 
 def read_masks(path: Path) -> Masks:
-    """Read a file of masks.
-
-    Raises:
-        AptError: the file is not one, or is damaged.
-    """
+    """Read a file of masks; raises `AptError` if the file is not one, or is damaged."""
     try:
         with safe_open(path, "pt") as file:
             shapes = json.loads((file.metadata() or {})[_SHAPES])

@@ -68,11 +68,7 @@ class StoredBlocks:
             yield
 
     def read(self, name: str) -> dict[str, Tensor]:
-        """The parameters of a block.
-
-        Raises:
-            AptError: a value is not finite.
-        """
+        """The parameters of a block; raises `AptError` if a value is not finite."""
         pinned, read = self._device.startswith("cuda"), {}
         for path, parameter in self._blocks[name].named_parameters():
             tensor = self._parameter(f"{name}.{path}", parameter.shape)

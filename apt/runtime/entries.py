@@ -31,11 +31,7 @@ KEY = "quantization_config"
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """The configuration of a checkpoint.
-
-    Raises:
-        AptError: there is none, or it is damaged.
-    """
+    """The configuration of a checkpoint; raises `AptError` if there is none, or it is damaged."""
     try:
         return dict(json.loads((directory / "config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError) as error:

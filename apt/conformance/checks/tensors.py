@@ -12,11 +12,7 @@ def near(found: Tensor, expected: Tensor, share: float = 1e-4) -> bool:
 
 
 def first_tensor(value: Any) -> Tensor:
-    """The first tensor in a state, a tuple or a mapping.
-
-    Raises:
-        TypeError: it has no tensor.
-    """
+    """The first tensor in a state, a tuple or a mapping; raises `TypeError` if it has no tensor."""
     item = value
     while not isinstance(item, Tensor):
         try:
