@@ -35,7 +35,14 @@ from apt.plugin.registry import Registry
 from apt.plugin.specs import RecoverySpec
 from apt.recovery.law import EnoughTokens
 from apt.recovery.record import Training
-from apt.recovery.recover import DENSE_LOSS, STEPS, Job, NotRecoveredError, forget, recover_model
+from apt.recovery.recover import (
+    DENSE_LOSS,
+    STEPS,
+    NotRecoveredError,
+    RecoveryJob,
+    forget,
+    recover_model,
+)
 from apt.text.datasets import digest, documents, evaluation_tokens, training_tokens
 from apt.text.special_tokens import bos_of
 
@@ -341,10 +348,10 @@ class RecoveryRun:
             self._work.begin(inputs)
             forget(self._work.folder)
 
-    def _job(self) -> Job:
+    def _job(self) -> RecoveryJob:
         prepared, options = self._prepared, self._options
         rules = (EnoughTokens(),) if options.recover.tokens == "auto" else ()
-        return Job(
+        return RecoveryJob(
             prepared.shell.adapter, prepared.spec, prepared.spec.load(), options.recover,
             self._work.folder,
             self._dense if prepared.spec.teacher else None, options.seed, prepared.device,

@@ -19,7 +19,7 @@ from apt.plugin.specs import RecoverySpec
 from apt.recovery.law import EnoughTokens
 from apt.recovery.options import RecoverOptions
 from apt.recovery.record import Training
-from apt.recovery.recover import Job, forget, recover_model
+from apt.recovery.recover import RecoveryJob, forget, recover_model
 from apt.recovery.trainable import Recovery
 from apt.text.datasets import digest
 
@@ -75,7 +75,7 @@ def recover(
     setting |= {"model": fingerprint(model), "tokens": digest(tokens)}
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary) if folder is None else Path(folder)
-        job = Job(
+        job = RecoveryJob(
             instance,
             spec,
             made,

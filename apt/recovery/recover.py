@@ -49,7 +49,7 @@ _STEPS, _DENSE = "steps", "dense"  # the folders of the checkpoints and of the d
 
 
 @dataclass(frozen=True)
-class Job:
+class RecoveryJob:
     """What a recovery needs beside the model and the text.
 
     Attributes:
@@ -79,7 +79,7 @@ class NotRecoveredError(AptError):
     """The training did not lower the loss on the samples held back."""
 
 
-def recover_model(model: nn.Module, tokens: Tensor, job: Job) -> tuple[Training, Masks]:
+def recover_model(model: nn.Module, tokens: Tensor, job: RecoveryJob) -> tuple[Training, Masks]:
     """Train a pruned model, in place.
 
     Args:
@@ -107,11 +107,8 @@ def recover_model(model: nn.Module, tokens: Tensor, job: Job) -> tuple[Training,
         trainable = _trainable(model, masks, text, held_back, job)
         with _undone_on_error(model, trainable, job):
             steps, text = amount or _amount(model, trainable, text, len(held_back), job)
-            training = train(
-                trainable, masks, text, held_back, _plan(steps, job),
-                moving=_moving(model, trainable, masks, steps, job),
-                windows=_windows(model, steps, job), rules=job.rules, observe=_recording(job),
-            )  # fmt: skip
+            plan = _plan(model, trainable, masks, steps, job)
+            training = train(trainable, masks, text, held_back, plan)
             _check_lower(training)
         trainable.merge()
     if (wrong := filled(masks, model)) is not None:
@@ -138,7 +135,7 @@ def _in_fp32(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _undone_on_error(model: nn.Module, trainable: Trainable, job: Job) -> Iterator[None]:
+def _undone_on_error(model: nn.Module, trainable: Trainable, job: RecoveryJob) -> Iterator[None]:
     """Restore the model if an exception ends the training; meanwhile its weights are on disk."""
     trained = {str(i): p for i, p in enumerate(model.parameters()) if p.requires_grad}
     before = job.folder / f"before-{job.ranks.rank}.safetensors"
@@ -159,22 +156,34 @@ def _undone_on_error(model: nn.Module, trainable: Trainable, job: Job) -> Iterat
         before.unlink()
 
 
-def _plan(steps: int, job: Job) -> TrainingPlan:
-    known = job.ranks.share(job.journal.values(CHECKPOINT))
-    return TrainingPlan(
-        job.options, steps, _rate(job), job.folder / _STEPS, job.seed, job.device, known
-    )
+def _plan(
+    model: nn.Module, trainable: Trainable, masks: Masks, steps: int, job: RecoveryJob
+) -> TrainingPlan:
+    """The plan of the training, whose checkpoints are recorded in the journal of the job.
 
-
-def _recording(job: Job) -> TrainingObserver:
-    """The observer of a job, after the journal."""
+    Raises:
+        AptError: masks shall move, and the kind of recovery trains adapters.
+    """
+    moving = None
+    if job.options.move_masks:
+        if not trainable.masked:
+            raise AptError(
+                f"recovery {job.spec.name} trains adapters, and its masks cannot move",
+                "use the kind distill or layers",
+                ("kind", "move_masks"),
+            )
+        moving = MovingMasks(model, job.adapter, masks, steps)
 
     def observe(event: TrainingEvent) -> None:
         if isinstance(event, CheckpointSaved) and job.ranks.first:
             job.journal.add({CHECKPOINT: event.step})
         job.observe(event)
 
-    return observe
+    return TrainingPlan(
+        job.options, steps, job.spec.rate if job.options.rate is None else job.options.rate,
+        job.folder / _STEPS, job.seed, job.device, job.ranks.share(job.journal.values(CHECKPOINT)),
+        moving, _windows(model, steps, job), job.rules, observe,
+    )  # fmt: skip
 
 
 def forget(folder: Path) -> None:
@@ -183,34 +192,11 @@ def forget(folder: Path) -> None:
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
-def _windows(model: nn.Module, steps: int, job: Job) -> BlockWindows | None:
+def _windows(model: nn.Module, steps: int, job: RecoveryJob) -> BlockWindows | None:
     """The windows of blocks, if blocks are trained in turn."""
     if job.options.window is None:
         return None
     return BlockWindows(model, job.adapter, job.options.window, steps)
-
-
-def _moving(
-    model: nn.Module, trainable: Trainable, masks: Masks, steps: int, job: Job
-) -> MovingMasks | None:
-    """The masks, if they move during the training.
-
-    Raises:
-        AptError: the kind of recovery trains adapters.
-    """
-    if not job.options.move_masks:
-        return None
-    if not trainable.masked:
-        raise AptError(
-            f"recovery {job.spec.name} trains adapters, and its masks cannot move",
-            "use the kind distill or layers",
-            ("kind", "move_masks"),
-        )
-    return MovingMasks(model, job.adapter, masks, steps)
-
-
-def _rate(job: Job) -> float:
-    return job.spec.rate if job.options.rate is None else job.options.rate
 
 
 def _split(tokens: Tensor, options: RecoverOptions) -> tuple[Tensor, Tensor]:
@@ -226,7 +212,7 @@ def _split(tokens: Tensor, options: RecoverOptions) -> tuple[Tensor, Tensor]:
 
 
 def _amount(
-    model: nn.Module, trainable: Trainable, text: Tensor, held_back: int, job: Job
+    model: nn.Module, trainable: Trainable, text: Tensor, held_back: int, job: RecoveryJob
 ) -> tuple[int, Tensor]:
     """The number of steps, and the samples that they use."""
     options = job.options
@@ -260,7 +246,11 @@ def _blocks_trained(model: nn.Module, adapter: Adapter) -> Iterator[None]:
 
 
 def _steps_in(
-    trainable: Trainable, windows: BlockWindows | None, text: Tensor, held_back: int, job: Job
+    trainable: Trainable,
+    windows: BlockWindows | None,
+    text: Tensor,
+    held_back: int,
+    job: RecoveryJob,
 ) -> int:
     """The number of steps in the given minutes, from the time of one step.
 
@@ -297,7 +287,7 @@ def _now(device: torch.device) -> float:
 
 
 def _trainable(
-    model: nn.Module, masks: Masks, text: Tensor, held_back: Tensor, job: Job
+    model: nn.Module, masks: Masks, text: Tensor, held_back: Tensor, job: RecoveryJob
 ) -> Trainable:
     """What the kind of recovery trains."""
     teacher = _teacher(text, held_back, job) if job.spec.teacher else None
@@ -312,7 +302,7 @@ def _trainable(
     raise faulty(f"recovery {job.spec.name}", fault, "kind", "kind")
 
 
-def _teacher(text: Tensor, held_back: Tensor, job: Job) -> Teacher:
+def _teacher(text: Tensor, held_back: Tensor, job: RecoveryJob) -> Teacher:
     """The outputs of the dense model, computed by the first rank, which remembers its loss."""
     folder = job.folder / _DENSE
     if job.ranks.first and not folder.is_dir():

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import (
@@ -57,14 +58,12 @@ class TrainingPlan:
     """How long and how fast a model is trained, and where.
 
     Attributes:
-        options: the options.
-        steps: the number of steps.
         rate: the highest learning rate.
         folder: the folder of the checkpoints.
-        seed: the seed for the order of the samples.
-        device: ``"cpu"``, or a CUDA device.
         known: the steps of the checkpoints in ``folder`` that were completely written. The
             training continues from the last one.
+        moving: the masks, if they move; None if they stay.
+        windows: the windows of blocks, if blocks are trained in turn; None to train all together.
     """
 
     options: RecoverOptions
@@ -74,6 +73,10 @@ class TrainingPlan:
     seed: int = 0
     device: str = "cpu"
     known: Sequence[int] = ()
+    moving: MovingMasks | None = None
+    windows: BlockWindows | None = None
+    rules: tuple[StopRule, ...] = ()
+    observe: TrainingObserver = lambda event: None
 
 
 def train(
@@ -82,40 +85,30 @@ def train(
     tokens: Tensor,
     held_back: Tensor,
     plan: TrainingPlan,
-    *,
-    moving: MovingMasks | None = None,
-    windows: BlockWindows | None = None,
-    rules: tuple[StopRule, ...] = (),
-    observe: TrainingObserver = lambda event: None,
 ) -> Training:
     """Train, and leave the best weights in the module of ``trainable``.
 
     Args:
-        trainable: what is trained.
         masks: the zeros to keep, by parameter; they are moved to the device of the training.
         tokens: the training samples (samples, seqlen).
         held_back: the samples on which the loss is measured (samples, seqlen).
-        plan: how long and how fast it is trained.
-        moving: the masks, if they move; None if they stay.
-        windows: the windows of blocks, if blocks are trained in turn; None to train all together.
-        rules: further rules that end the training early.
-        observe: called with the events of the training.
 
     Raises:
         AptError: the optimizer is unknown or not installed.
     """
-    options, folder = plan.options, plan.folder
-    training = Training(plan.steps, options.batch * tokens.shape[1])
-    recorder = Recorder(training, rules, observe, moving)
-    patience = EarlyStoppingCallback(options.patience)
-    last = _last_checkpoint(plan)
+    moving, windows = plan.moving, [] if plan.windows is None else [plan.windows]
+    training = Training(plan.steps, plan.options.batch * tokens.shape[1])
+    recorder = Recorder(training, plan.rules, plan.observe, moving)
+    patience = EarlyStoppingCallback(plan.options.patience)
+    written = [checkpoint_of(plan.folder, step) for step in plan.known]
+    last = next((str(path) for path in reversed(written) if path.is_dir()), None)
     with _as_before(trainable.module), _masked_gradients(trainable, masks, recorder):
         trainer = _Trainer(
             model=trainable.module,
-            args=_arguments(trainable.module, plan, len(windows) if windows else 0),
+            args=_arguments(trainable.module, plan),
             train_dataset=Samples(tokens),
             eval_dataset=Samples(held_back),
-            callbacks=[recorder, patience, *([] if windows is None else [windows])],
+            callbacks=[recorder, patience, *windows],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.use(trainable)
@@ -126,7 +119,7 @@ def train(
         trainer.train(resume_from_checkpoint=last)
         recorder.end(trainer)
         if moving is not None and training.best:
-            moving.restore(checkpoint_of(folder, training.best))
+            moving.restore(checkpoint_of(plan.folder, training.best))
     return training
 
 
@@ -170,11 +163,11 @@ def is_mixed(module: nn.Module, device: torch.device) -> bool:
     return whole and multiplies_bf16(device)
 
 
-def _arguments(module: nn.Module, plan: TrainingPlan, windows: int) -> TrainingArguments:
-    """The arguments of the Trainer; with windows of blocks, their number."""
-    options, steps = plan.options, plan.steps
-    every = max(1, math.ceil(steps / options.checks))
-    processes = int(torch.distributed.get_world_size()) if _distributed() else 1
+def _arguments(module: nn.Module, plan: TrainingPlan) -> TrainingArguments:
+    """The arguments of the Trainer."""
+    options, steps, device = plan.options, plan.steps, torch.device(plan.device)
+    every, windows = max(1, math.ceil(steps / options.checks)), len(plan.windows or ())
+    processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     share, rest = divmod(options.batch, processes)
     if rest:
         raise AptError(
@@ -199,8 +192,8 @@ def _arguments(module: nn.Module, plan: TrainingPlan, windows: int) -> TrainingA
             **(_checkpointing() if options.checkpointing else {}),
             optim=options.optimizer,
             max_grad_norm=1.0,
-            bf16=is_mixed(module, torch.device(plan.device)),
-            use_cpu=torch.device(plan.device).type == "cpu",
+            bf16=is_mixed(module, device),
+            use_cpu=device.type == "cpu",
             seed=plan.seed % 2**32,  # the range of numpy
             logging_steps=1,
             logging_nan_inf_filter=False,  # it would hide that a training diverges
@@ -212,7 +205,7 @@ def _arguments(module: nn.Module, plan: TrainingPlan, windows: int) -> TrainingA
             metric_for_best_model="eval_loss",
             greater_is_better=False,
             remove_unused_columns=False,
-            dataloader_pin_memory=torch.device(plan.device).type != "cpu",
+            dataloader_pin_memory=device.type != "cpu",
             report_to=[],
             disable_tqdm=True,
             log_level="error",
@@ -225,7 +218,7 @@ def _arguments(module: nn.Module, plan: TrainingPlan, windows: int) -> TrainingA
             "use adamw_torch or adafactor",
             ("optimizer",),
         ) from error
-    if made.device != torch.device(plan.device) and torch.device(plan.device).index:
+    if made.device != device and device.index:
         raise AptError(
             f"the training runs on {made.device}, not on {plan.device}",
             "select the GPU with CUDA_VISIBLE_DEVICES",
@@ -242,16 +235,6 @@ def _checkpointing() -> dict[str, Any]:
     # The reentrant form, an old default, computes no gradients if the inputs need none.
     kwargs = {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
     return {"gradient_checkpointing": True, **kwargs}
-
-
-def _last_checkpoint(plan: TrainingPlan) -> str | None:
-    """The last checkpoint that was completely written; None if there is none."""
-    found = [checkpoint_of(plan.folder, step) for step in plan.known]
-    return next((str(path) for path in reversed(found) if path.is_dir()), None)
-
-
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 @contextmanager
