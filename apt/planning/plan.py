@@ -268,14 +268,14 @@ def make_plan(
             model has no such extra.
     """
     selection, per = selection or Selection(), getattr(pattern, "per", None) or per
-    blocks = [
-        PlannedBlock(
-            name,
-            tuple(_planned(adapter, name, block, pattern, selection, per)),
-            tuple(_extras(adapter, name, block, pattern, selection, also)),
-        )
-        for name, block in adapter.blocks(model)
-    ]
+    blocks = list[PlannedBlock]()
+    for name, block in adapter.blocks(model):
+        sites = [
+            _planned(block, site, name, selection, pattern, per) for site in adapter.sites(block)
+        ]
+        some = [extra for extra in adapter.extras(block) if extra.kind in also]
+        extras = [_planned_extra(block, extra, name, selection, pattern) for extra in some]
+        blocks.append(PlannedBlock(name, tuple(sites), tuple(filter(None, extras))))
     plan = Plan(tuple(blocks))
     _check_extras(adapter, model, also)
     check_globs(plan, selection)
@@ -324,66 +324,43 @@ def _refuse_shared(modules: dict[str, nn.Module], plan: Plan) -> None:
 
 
 def _planned(
-    adapter: Adapter,
-    prefix: str,
-    block: nn.Module,
-    default: Pattern,
-    selection: Selection,
-    per: Granularity,
-) -> list[PlannedSite]:
-    planned = []
-    for site in adapter.sites(block):
-        out, width = site.oriented(site.weight(block)).shape
-        name = f"{prefix}.{site.name}"
-        pattern = selection.pattern(name, default)
-        if isinstance(pattern, NM | MixedNM) and width % pattern.m:
-            raise AptError(
-                f"{name} has {width} inputs, not a multiple of {pattern.m} (pattern {pattern})",
-                f"skip '*.{site.name}'",
-                ("skip",),
-            )
-        if isinstance(pattern, Unstructured):
-            pattern = pattern.counted(per)
-        fixed = selection.override(name) is not None and not isinstance(pattern, MixedNM)
-        planned.append(PlannedSite(name, site, (out, width), pattern, fixed))
-    return planned
+    block: nn.Module, site: Site, prefix: str, chosen: Selection, default: Pattern, per: Granularity
+) -> PlannedSite:
+    out, width = site.oriented(site.weight(block)).shape
+    name = f"{prefix}.{site.name}"
+    pattern = chosen.pattern(name, default)
+    if isinstance(pattern, NM | MixedNM) and width % pattern.m:
+        said = f"{name} has {width} inputs, not a multiple of {pattern.m} (pattern {pattern})"
+        raise AptError(said, f"skip '*.{site.name}'", ("skip",))
+    if isinstance(pattern, Unstructured):
+        pattern = pattern.counted(per)
+    fixed = chosen.override(name) is not None and not isinstance(pattern, MixedNM)
+    return PlannedSite(name, site, (out, width), pattern, fixed)
 
 
-def _extras(
-    adapter: Adapter,
-    prefix: str,
-    block: nn.Module,
-    default: Pattern,
-    selection: Selection,
-    also: Sequence[str],
-) -> list[PlannedExtra]:
-    planned = []
-    for extra in (extra for extra in adapter.extras(block) if extra.kind in also):
-        name = f"{prefix}.{extra.name}"
-        channels, width = extra.weight(block).shape
-        pattern = selection.pattern(name, default)
-        if pattern is None:
-            continue
-        if isinstance(pattern, MixedNM):  # an allocation gives patterns to sites only
-            pattern = Unstructured(pattern.sparsity)
-        if isinstance(pattern, NM) and width % pattern.m:
-            raise AptError(
-                f"{name} has {width} weights per channel, not a multiple of {pattern.m} "
-                f"(pattern {pattern})",
-                f"give it a separate sparsity: '*.{extra.name}=0.5'",
-                ("overrides",),
-            )
-        if isinstance(pattern, NM) and comb(pattern.m, pattern.n) > MAX_REMOVAL_SETS:
-            raise AptError(
-                f"{name} cannot be pruned to {pattern}: a group has more than "
-                f"{MAX_REMOVAL_SETS:,} removal sets",
-                f"give it a separate sparsity: '*.{extra.name}=0.5'",
-                ("overrides",),
-            )
-        if isinstance(pattern, Unstructured):
-            pattern = pattern.counted("layer")
-        planned.append(PlannedExtra(name, extra, (channels, width), pattern))
-    return planned
+def _planned_extra(
+    block: nn.Module, extra: Extra, prefix: str, chosen: Selection, default: Pattern
+) -> PlannedExtra | None:
+    """The plan of an extra; None if it stays dense."""
+    name, (channels, width) = f"{prefix}.{extra.name}", extra.weight(block).shape
+    pattern = chosen.pattern(name, default)
+    if pattern is None:
+        return None
+    if isinstance(pattern, NM):
+        fault = ""
+        if width % pattern.m:
+            fault = f"has {width} weights per channel, not a multiple of {pattern.m} "
+            fault += f"(pattern {pattern})"
+        elif comb(pattern.m, pattern.n) > MAX_REMOVAL_SETS:
+            fault = f"cannot be pruned to {pattern}: a group has more than "
+            fault += f"{MAX_REMOVAL_SETS:,} removal sets"
+        if fault:
+            hint = f"give it a separate sparsity: '*.{extra.name}=0.5'"
+            raise AptError(f"{name} {fault}", hint, ("overrides",))
+    else:  # an allocation gives patterns to sites only, so MixedNM becomes a plain sparsity
+        mixed = isinstance(pattern, MixedNM)
+        pattern = (Unstructured(pattern.sparsity) if mixed else pattern).counted("layer")
+    return PlannedExtra(name, extra, (channels, width), pattern)
 
 
 def _check_extras(adapter: Adapter, model: nn.Module, also: Sequence[str]) -> None:

@@ -90,24 +90,23 @@ class Sizes:
         Every combination of the number of blocks and of groups is completed by the number of groups
         of the most numerous kind that comes nearest.
         """
-        found = [
-            min(self._completed(kept, blocks, width=width), key=lambda s: abs(s.cost - keep))
-            for kept in (self._partial() if width else [dict[str, int]()])
-            for blocks in (range(1, self.blocks + 1) if depth else [self.blocks])
-        ]
-        smaller = [size for size in found if size.kept or size.blocks < self.blocks]
+        nearest = (
+            min(sizes, key=lambda s: abs(s.cost - keep)) for sizes in self._all(width, depth)
+        )
+        smaller = [size for size in nearest if size.kept or size.blocks < self.blocks]
         return sorted(smaller, key=lambda size: (round(abs(size.cost - keep), 6), -size.cost))
 
     def every(self, *, width: bool, depth: bool) -> list[Size]:
         """All sizes for which something is removed, the smallest first; there may be none."""
-        found = [
-            size
-            for kept in (self._partial() if width else [dict[str, int]()])
-            for blocks in (range(1, self.blocks + 1) if depth else [self.blocks])
-            for size in self._completed(kept, blocks, width=width)
-            if size.kept or size.blocks < self.blocks
-        ]
-        return sorted(found, key=lambda size: size.cost)
+        every = (size for sizes in self._all(width, depth) for size in sizes)
+        smaller = [size for size in every if size.kept or size.blocks < self.blocks]
+        return sorted(smaller, key=lambda size: size.cost)
+
+    def _all(self, width: bool, depth: bool) -> Iterator[Iterator[Size]]:
+        """For each number of blocks, and of groups of all kinds but one: the sizes with these."""
+        for kept in self._partial() if width else [dict[str, int]()]:
+            for blocks in range(1, self.blocks + 1) if depth else [self.blocks]:
+                yield self._completed(kept, blocks, width=width)
 
     def size(self, kept: Mapping[str, int], blocks: int) -> Size:
         """The size with these numbers of groups and blocks.
