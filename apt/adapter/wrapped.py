@@ -43,9 +43,9 @@ def refuse_wrapped(model: nn.Module) -> None:
     A compiled model is accepted if only the whole of it was compiled: its blocks are plain.
     """
     for name, module in model.named_modules():
-        found = _of_class(module) or _of_weight(module) or (_compiled(module) if name else None)
-        if found is not None:
-            wrapper, advice = found
+        wrapped = _of_class(module) or _of_weight(module) or (_compiled(module) if name else None)
+        if wrapped is not None:
+            wrapper, advice = wrapped
             raise AptError(f"{name or 'the model'} is wrapped by {wrapper}", advice)
 
 
@@ -76,7 +76,7 @@ def _of_weight(module: nn.Module) -> tuple[str, str] | None:
                 return _path(type(hook)), _HOOKS[kind.__name__]
     for chain in getattr(module, "parametrizations", {}).values():
         return _path(type(chain[0])), _PARAMETRIZED
-    return next(((found, _QUANTISED) for found in _quantised(module)), None)
+    return next(((quantised, _QUANTISED) for quantised in _quantised(module)), None)
 
 
 def _quantised(module: nn.Module) -> Iterator[str]:

@@ -144,8 +144,8 @@ class InStore(Generic[T]):
     def __get__(self, instance: Any, owner: type) -> "T | InStore[T]":
         if instance is None:
             return self
-        found: T = instance.store.get(getattr(instance, self._name))
-        return found
+        value: T = instance.store.get(getattr(instance, self._name))
+        return value
 
     def __set__(self, instance: Any, value: T) -> None:
         setattr(instance, self._name, instance.store.put(value))

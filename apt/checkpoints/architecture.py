@@ -51,10 +51,10 @@ def check_kind(reference: str, config: Any, *, packed: bool = False) -> None:
 
 def quantised_with(config: Any) -> str | None:
     """The method of a ``quantization_config``; None if the weights are not quantised."""
-    found = getattr(config, "quantization_config", None)
-    if not found:
+    quantised = getattr(config, "quantization_config", None)
+    if not quantised:
         return None
-    fields = found if isinstance(found, dict) else getattr(found, "__dict__", {})
+    fields = quantised if isinstance(quantised, dict) else getattr(quantised, "__dict__", {})
     method = fields.get("quant_method") or "an unnamed method"
     if method == "bitsandbytes" or any(f"_load_in_{b}bit" in fields for b in (4, 8)):
         return "bitsandbytes"

@@ -49,7 +49,7 @@ def _visible(source: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
     """The folders of a checkpoint that are not hidden, with their folders and files."""
     for folder, folders, names in os.walk(source):
         folders[:], names = (
-            sorted(name for name in found if not name.startswith(".")) for found in (folders, names)
+            sorted(name for name in each if not name.startswith(".")) for each in (folders, names)
         )
         yield Path(folder), folders, names
 
@@ -112,12 +112,12 @@ def checksums(directory: Path) -> dict[str, str]:
 
     That of a safetensors file covers its header and its size only: the tensors will change.
     """
-    found = {}
+    hashes = {}
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
         if path.is_file() and name != CARD:
-            found[name] = _of_header(path) if path.suffix == ".safetensors" else sha256(path)
-    return found
+            hashes[name] = _of_header(path) if path.suffix == ".safetensors" else sha256(path)
+    return hashes
 
 
 def _of_header(path: Path) -> str:
@@ -139,14 +139,14 @@ def check_copy(
     Raises:
         AptError: a byte differs, or a file is missing.
     """
-    found = checksums(target)
-    for name in found.keys() - known.keys():
+    now = checksums(target)
+    for name in now.keys() - known.keys():
         (target / name).unlink()
     for folder, _, _ in os.walk(target, topdown=False):
         if not os.listdir(folder):
             os.rmdir(folder)
     for name, checksum in known.items():
-        if found.get(name) != checksum:
+        if now.get(name) != checksum:
             raise AptError(f"{target / name} was changed")
     copied = Shards(target)
     for name in shards.entries.keys() - set(pruned):

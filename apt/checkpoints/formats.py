@@ -38,8 +38,8 @@ def find_file(location: str, name: str, hub: Hub | None = None) -> Path | None:
         OSError: there is no such repository, the hub does not answer, or it denies access.
     """
     options = {"_raise_exceptions_for_missing_entries": False, **(hub or Hub()).options()}
-    found = cached_file(location, name, **options)
-    return Path(found) if found else None
+    path = cached_file(location, name, **options)
+    return Path(path) if path else None
 
 
 def find_source_file(source: Source, name: str) -> Path | None:

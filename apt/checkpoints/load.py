@@ -154,12 +154,12 @@ def _from_checkpoint(
     """The model as a plugin reads it; each weight keeps its stored dtype if ``dtype`` is None."""
     module: Any = _empty_model(source, checkpoint.config)
     with _loading(source):
-        found = module.load_state_dict(checkpoint.read(), strict=False, assign=True)
+        loaded = module.load_state_dict(checkpoint.read(), strict=False, assign=True)
     module.tie_weights()
     empty = [name for name, tensor in module.state_dict().items() if tensor.is_meta]
-    if found.unexpected_keys:
+    if loaded.unexpected_keys:
         raise AptError(
-            f"{source.reference} has {found.unexpected_keys[0]}, which "
+            f"{source.reference} has {loaded.unexpected_keys[0]}, which "
             f"{type(module).__name__} does not have",
             "is its config.json the right one?",
         )
@@ -213,10 +213,10 @@ def load_tokenizer(source: Source, other: str | None = None) -> Any:
         place, hub = str(expanded(other)), _hub_for_tokenizer(source, other)
         options = {"trust_remote_code": source.trust_remote_code, **hub.options()}
     try:
-        found = AutoTokenizer.from_pretrained(place, **options)
-        if len(found) <= len(found.all_special_tokens):  # some families make one without any file
+        reader = AutoTokenizer.from_pretrained(place, **options)
+        if len(reader) <= len(reader.all_special_tokens):  # some families make one without any file
             raise ValueError("there is no file with a vocabulary")
-        return found
+        return reader
     except Exception as error:  # `tokenizers` raises plain exceptions
         raise tokenizer_error(other or source.reference, error, hub) from error
 

@@ -30,10 +30,10 @@ Masks = dict[str, Tensor]
 
 def masks_of(model: nn.Module, adapter: Adapter) -> Masks:
     """The zeros of all parameters that can be pruned and have some."""
-    found: Masks = {}
+    masks: Masks = {}
     for name, block in adapter.blocks(model):
-        found |= block_masks(name, block, adapter)
-    return found
+        masks |= block_masks(name, block, adapter)
+    return masks
 
 
 def block_masks(name: str, block: nn.Module, adapter: Adapter) -> Masks:

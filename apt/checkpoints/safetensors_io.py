@@ -98,12 +98,12 @@ class Shards:
 
     def digest(self, names: Iterable[str]) -> str:
         """A checksum of tensors as stored on disk."""
-        found = hashlib.blake2b(digest_size=16)
+        hasher = hashlib.blake2b(digest_size=16)
         for name in names:
             raw = self.read(name).reshape(-1).view(torch.uint8)
-            found.update(f"{name}\n".encode())
-            found.update(_bytes(raw))
-        return found.hexdigest()
+            hasher.update(f"{name}\n".encode())
+            hasher.update(_bytes(raw))
+        return hasher.hexdigest()
 
     def write(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Write tensors over their own bytes, each in its stored dtype, and flush them to disk.

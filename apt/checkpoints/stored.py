@@ -51,8 +51,8 @@ class Stored:
         }
         for block in plan.blocks if plan else ():
             names |= {f"{block.name}.{extra.extra.parameter}" for extra in block.extras}
-        found = {self.shards.entries[self.layout[name][0].key].dtype for name in names}
-        return found.pop() if len(found) == 1 else _WIDEST
+        dtypes = {self.shards.entries[self.layout[name][0].key].dtype for name in names}
+        return dtypes.pop() if len(dtypes) == 1 else _WIDEST
 
     def equals(self, model: nn.Module, names: Iterable[str]) -> bool:
         """True if the parameters of these names equal the stored tensors, cast to their dtypes.
@@ -129,12 +129,12 @@ def find_stored(shell: Model) -> Stored | None:
 def local_directory(shell: Model) -> Path:
     """The local directory of the checkpoint of a model."""
     source = shell.source
-    found = find_source_file(source, "config.json")
-    if found is None:
+    config = find_source_file(source, "config.json")
+    if config is None:
         raise AptError(f"{source.location} has no config.json", "is the checkpoint complete?")
     if not source.on_hub:
-        return found.parent
+        return config.parent
     try:
         return local_copy(source, _UNREAD)
     except OSError:  # no network: use the earlier download
-        return found.parent
+        return config.parent

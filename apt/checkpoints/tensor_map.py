@@ -38,16 +38,16 @@ def layout_of(shell: Model, shards: Shards) -> Layout:
         AptError: a parameter is stored as integers.
     """
     prefix = f"{getattr(shell.module, 'base_model_prefix', '')}."
-    found = {}
+    layout = {}
     for name, tensor in shell.module.state_dict().items():
         for known in (name, name.removeprefix(prefix)):
             if pieces := _pieces(known, tuple(tensor.shape), shards):
                 _check_stored(name, tensor, pieces, shards)
-                found[name] = pieces
+                layout[name] = pieces
                 break
     for block, module in shell.adapter.blocks(shell.module):
         for name, parameter in module.named_parameters():
-            pieces = found.get(f"{block}.{name}", [])
+            pieces = layout.get(f"{block}.{name}", [])
             if not pieces or not _match(pieces, parameter, shards):
                 raise NotStoredError(
                     f"{shell.source.reference} cannot be streamed: {block}.{name} is stored "
@@ -55,7 +55,7 @@ def layout_of(shell: Model, shards: Shards) -> Layout:
                     "do not stream it",
                     ("stream",),
                 )
-    return found
+    return layout
 
 
 def _check_stored(name: str, tensor: torch.Tensor, pieces: Sequence[Piece], shards: Shards) -> None:
@@ -112,7 +112,7 @@ def pruned_of(block: PlannedBlock, layout: Layout) -> list[str]:
 
 def pruned_parameters(block: PlannedBlock) -> list[str]:
     """The paths within a block of the parameters that pruning changes."""
-    found = [entry.site.parameter for entry in block.pruned]
-    found += [entry.extra.parameter for entry in block.extras]
-    found += [part.parameter for entry in block.disconnected for part in entry.groups.outputs]
-    return list(dict.fromkeys(found))
+    paths = [entry.site.parameter for entry in block.pruned]
+    paths += [entry.extra.parameter for entry in block.extras]
+    paths += [part.parameter for entry in block.disconnected for part in entry.groups.outputs]
+    return list(dict.fromkeys(paths))

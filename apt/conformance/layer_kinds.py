@@ -12,7 +12,7 @@ def kinds(config: Any) -> list[str]:
     For a model of several parts, they are those of its language model.
     """
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    listed = next((found for name in _LISTED if (found := getattr(text, name, None))), None)
+    listed = next((value for name in _LISTED if (value := getattr(text, name, None))), None)
     return list(dict.fromkeys(listed)) if isinstance(listed, list | tuple) else []
 
 
@@ -33,8 +33,8 @@ def every_kind(config_class: Any) -> dict[str, Any]:
         ``num_hidden_layers``; ``layer_types`` if the class has this argument and several kinds; and
         ``sliding_window``, shorter than the samples of the checks, if the class has one.
     """
-    found, fields = default_kinds(config_class), config_class().to_dict()
+    layers, fields = default_kinds(config_class), config_class().to_dict()
     window = {"sliding_window": _WINDOW} if fields.get("sliding_window") else {}
-    if len(found) < 2 or "layer_types" not in fields:
+    if len(layers) < 2 or "layer_types" not in fields:
         return {"num_hidden_layers": 2, **window}
-    return {"num_hidden_layers": len(found), "layer_types": found, **window}
+    return {"num_hidden_layers": len(layers), "layer_types": layers, **window}

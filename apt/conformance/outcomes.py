@@ -55,30 +55,30 @@ def outcomes(subject: Subject) -> Iterator[Outcome]:
         yield without_known_faults(outcome(name, subject), seen)
 
 
-def without_known_faults(found: Outcome, seen: dict[str, str]) -> Outcome:
+def without_known_faults(result: Outcome, seen: dict[str, str]) -> Outcome:
     """The outcome, with `Outcome.kept_by` set if all of its faults are known.
 
     Args:
         seen: all faults so far, with the check that found each; those of this one are added.
     """
-    lines = [_without_place(line) for line in found.problem.splitlines()]
+    lines = [_without_place(line) for line in result.problem.splitlines()]
     if lines and all(line in seen for line in lines):
-        return replace(found, kept_by=seen[lines[0]])
+        return replace(result, kept_by=seen[lines[0]])
     for line in lines:
-        seen.setdefault(line, found.name)
-    return found
+        seen.setdefault(line, result.name)
+    return result
 
 
 def _without_place(line: str) -> str:
     return re.sub(r" \([^()]*:\d+\)$", "", line)
 
 
-def fault_lines(found: Sequence[Outcome]) -> list[str]:
+def fault_lines(results: Sequence[Outcome]) -> list[str]:
     """A line for each fault, with the check that found it and the checks that could not run."""
     lines = []
-    for one in found:
+    for one in results:
         if one.problem and not one.kept_by:
-            prevented = ", ".join(other.name for other in found if other.kept_by == one.name)
+            prevented = ", ".join(other.name for other in results if other.kept_by == one.name)
             first, *rest = one.problem.splitlines()
             first += f"; prevents: {prevented}" if prevented else ""
             lines += [f"{one.name}: {line}" for line in (first, *rest)]
@@ -88,15 +88,15 @@ def fault_lines(found: Sequence[Outcome]) -> list[str]:
 def outcome(name: str, subject: Subject) -> Outcome:
     """The outcome of the check of that name. An exception counts as a fault."""
     check = CHECKS[name]
-    found = Outcome(name, (check.__doc__ or "").splitlines()[0])
+    result = Outcome(name, (check.__doc__ or "").splitlines()[0])
     try:
         run(check, subject)
     except Nonconformance as error:
         lines = [line + place_of(subject.adapter, method) for line, method in error.lines]
-        return replace(found, problem="\n".join(lines))
+        return replace(result, problem="\n".join(lines))
     except Exception as error:  # a fault of the adapter may cause any exception
-        return replace(found, problem=explained(error, subject.adapter))
-    return found
+        return replace(result, problem=explained(error, subject.adapter))
+    return result
 
 
 def run(check: Check, subject: Subject) -> None:
@@ -113,5 +113,5 @@ def run(check: Check, subject: Subject) -> None:
 def spec_of(adapter: Adapter) -> AdapterSpec | None:
     """The spec of an adapter's class in the installed plugins; None if it is not unique."""
     target = f"{type(adapter).__module__}:{type(adapter).__qualname__}"
-    found = [spec for spec in registry().adapters.specs.values() if spec.target == target]
-    return found[0] if len(found) == 1 else None
+    specs = [spec for spec in registry().adapters.specs.values() if spec.target == target]
+    return specs[0] if len(specs) == 1 else None

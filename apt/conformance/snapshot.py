@@ -66,11 +66,11 @@ def process() -> Snapshot:
 
 def changes(before: Snapshot, after: Snapshot) -> list[str]:
     """The differences of two snapshots, in words."""
-    found = [f"leaves {name} behind" for name in after if name not in before]
-    found += [f"takes {name} away" for name in before if name not in after]
+    lines = [f"leaves {name} behind" for name in after if name not in before]
+    lines += [f"takes {name} away" for name in before if name not in after]
     both = before.keys() & after.keys()
-    found += [f"changes {n}" for n in before if n in both and not _equal(before[n], after[n])]
-    return found
+    lines += [f"changes {n}" for n in before if n in both and not _equal(before[n], after[n])]
+    return lines
 
 
 def _equal(one: Any, other: Any) -> bool:

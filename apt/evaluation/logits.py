@@ -28,7 +28,7 @@ def parts_of_logits(model: nn.Module, tokens: Tensor) -> Iterator[Tensor]:
     Args:
         tokens: token ids (samples, seqlen).
     """
-    kept = next((found for found in _kept.get() if found.model is model), None)
+    kept = next((each for each in _kept.get() if each.model is model), None)
     recorded = None if kept is None else kept.find(tokens)
     if recorded is None:
         recorded = _BodyOutput(len(tokens), tokens.shape[1])
@@ -162,8 +162,8 @@ def _key(tokens: Tensor) -> tuple[torch.Size, bytes]:
 def _bodies(model: nn.Module) -> list[nn.Module]:
     """The candidates for the body: some models call their base model, others its decoder."""
     base = getattr(model, "base_model", None)
-    found = [base, getattr(base, "decoder", None)]
-    return [each for each in found if isinstance(each, nn.Module) and each is not model]
+    candidates = [base, getattr(base, "decoder", None)]
+    return [each for each in candidates if isinstance(each, nn.Module) and each is not model]
 
 
 @contextmanager

@@ -46,10 +46,10 @@ class Windows:
     @classmethod
     def of(cls, row: Mapping[str, Any], text: str, metric: str) -> "Windows | None":
         """The windows that a row of a comparison has for a text and a metric; None without any."""
-        found = row.get("windows", {}).get(text, {}).get(metric)
-        if found is None:
+        known = row.get("windows", {}).get(text, {}).get(metric)
+        if known is None:
             return None
-        return cls(found["mean"], [float(value) for value in found["values"]])
+        return cls(known["mean"], [float(value) for value in known["values"]])
 
     def record(self) -> dict[str, Any]:
         """The windows as values for JSON."""
@@ -72,12 +72,12 @@ class Windows:
             dense = Windows(self.mean, [self.value] * len(self.values))
         if len(self.values) != len(dense.values):
             return None
-        found = mean_difference(self._scaled, dense._scaled)
-        if found is None or not math.isfinite(found.error):
+        delta = mean_difference(self._scaled, dense._scaled)
+        if delta is None or not math.isfinite(delta.error):
             return None
         start = math.fsum(dense._scaled) / len(dense.values)
-        error = found.error if self.mean == "arithmetic" else self.value * found.error
-        return Spread(error, self._unscaled(start + found.low), self._unscaled(start + found.high))
+        error = delta.error if self.mean == "arithmetic" else self.value * delta.error
+        return Spread(error, self._unscaled(start + delta.low), self._unscaled(start + delta.high))
 
     @property
     def _scaled(self) -> list[float]:

@@ -168,9 +168,9 @@ def mark_as_unpacked(directory: Path) -> None:
     """Remove the section of `mark_as_packed`, and the card if nothing else is left."""
     path, (start, end) = directory / CARD, _PACKED
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    head, found, tail = text.partition(start)
+    head, marker, tail = text.partition(start)
     _, closed, rest = tail.partition(end)
-    if not found or not closed:
+    if not marker or not closed:
         return
     if head or rest:
         write_file(path, head + rest, overwrite=True)

@@ -100,13 +100,13 @@ def _refuse(fault: str, files: Collection[str]) -> None:
 
 def relative_paths(directory: Path) -> list[str]:
     """The relative paths of all files, links and empty folders in a directory."""
-    found = []
+    paths = []
     for folder, folders, names in os.walk(directory):
         here = Path(folder)
         links = [name for name in folders if (here / name).is_symlink()]
         empty = [""] if not folders and not names and here != directory else []
-        found += [(here / n).relative_to(directory).as_posix() for n in (*names, *links, *empty)]
-    return sorted(found)
+        paths += [(here / n).relative_to(directory).as_posix() for n in (*names, *links, *empty)]
+    return sorted(paths)
 
 
 def _written_by_apt(target: Path) -> dict[str, str]:

@@ -117,8 +117,8 @@ class Report:
             "ranks": [asdict(work) for work in self.ranks],
             "sites": [{**asdict(site), "sparsity": site.sparsity} for site in self.sites],
         }
-        found: dict[str, Any] = json_value(record)
-        return {name: found[name] for name in _ORDER}
+        plain: dict[str, Any] = json_value(record)
+        return {name: plain[name] for name in _ORDER}
 
     @classmethod
     def from_dict(cls, record: dict[str, Any], name: str = "the report") -> "Report":
@@ -225,13 +225,13 @@ def portable(reference: str) -> str:
 
 def versions() -> dict[str, str]:
     """The versions that can change a result."""
-    found = {"python": platform.python_version(), "platform": platform.platform()}
+    known = {"python": platform.python_version(), "platform": platform.platform()}
     for package in _PACKAGES:
         try:
-            found[package] = version(package)
+            known[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return known
 
 
 def peak_memory() -> dict[str, int]:

@@ -93,11 +93,11 @@ def _check_group(shards: Shards, modules: Mapping[str, str], group: ScaleGroup) 
 def _integers(name: str, tensor: Tensor, rounding: Rounding) -> tuple[Tensor, Tensor]:
     if not rounding.exact:
         return nearest_integers(tensor, rounding.kind, rounding.group)
-    found = exact_integers(tensor, rounding.kind, rounding.group)
-    if found is None:
+    exact = exact_integers(tensor, rounding.kind, rounding.group)
+    if exact is None:
         said = f"{name} does not consist of integers times scales"
         raise AptError(said, "round it", ("quantize",))
-    return found
+    return exact
 
 
 def packed(integers: Tensor, bits: int) -> Tensor:
@@ -117,15 +117,15 @@ def unpacked(words: Tensor, bits: int, columns: int) -> Tensor:
     values = words.contiguous().view(torch.uint8)
     if bits == 4:
         values = torch.stack([values & 15, values >> 4], 2).flatten(1)
-    found: Tensor = values[:, :columns].to(torch.int16) - 2 ** (bits - 1)
-    return found.to(torch.int8)
+    integers: Tensor = values[:, :columns].to(torch.int16) - 2 ** (bits - 1)
+    return integers.to(torch.int8)
 
 
 def dequantized(integers: Tensor, scales: Tensor) -> Tensor:
     """Integers (out, in) times their scales (out, groups), in the dtype of the scales."""
     group = integers.shape[1] // scales.shape[1]
-    found: Tensor = integers * scales.float().repeat_interleave(group, 1)
-    return found.to(scales.dtype)
+    values: Tensor = integers * scales.float().repeat_interleave(group, 1)
+    return values.to(scales.dtype)
 
 
 def _description(shell: Model, modules: Mapping[str, str], rounding: Rounding) -> dict[str, Any]:
@@ -163,8 +163,8 @@ def _verified(
         integers, scales = _integers(name, original, rounding)
         stem = name.removesuffix("weight")
         words = written.read(f"{stem}{_PACKED}")
-        found = unpacked(words, BITS[rounding.kind], original.shape[1])
-        same = torch.equal(found, integers) and torch.equal(written.read(f"{stem}{_SCALE}"), scales)
+        back = unpacked(words, BITS[rounding.kind], original.shape[1])
+        same = torch.equal(back, integers) and torch.equal(written.read(f"{stem}{_SCALE}"), scales)
         values = dequantized(integers, scales)
         if not same or (rounding.exact and not torch.equal(values, original)):
             raise RuntimeError(f"{name} was not written exactly")

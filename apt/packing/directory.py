@@ -242,9 +242,9 @@ class PackedShards(Shards):
         if name not in self._matrices:
             return super().read(name)
         parts = {part: f"{name}_{part}" for part in PARTS}
-        found = {part: self._stored.read(k) for part, k in parts.items() if k in self._stored}
+        given = {part: self._stored.read(k) for part, k in parts.items() if k in self._stored}
         try:
-            return decode(self._matrices[name], found)
+            return decode(self._matrices[name], given)
         except (KeyError, ValueError) as error:
             raise AptError(
                 f"{name} is damaged: {first_line(error)}", "pack the model again"

@@ -67,12 +67,12 @@ def allocated(name: str, allocation: Allocation, given: Unallocated) -> dict[str
     Raises:
         AptError: it returns something else.
     """
-    found: object = allocation(given)
-    if not isinstance(found, Mapping):
-        fault = f"returns {type(found).__name__}, not the sparsities of the sites"
+    returned: object = allocation(given)
+    if not isinstance(returned, Mapping):
+        fault = f"returns {type(returned).__name__}, not the sparsities of the sites"
         raise _unusable(name, fault)
     shares = dict[str, float]()
-    for site, share in found.items():
+    for site, share in returned.items():
         try:
             shares[str(site)] = float(share)
         except (TypeError, ValueError) as error:

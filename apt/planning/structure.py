@@ -117,11 +117,11 @@ def planned_groups(
     adapter: Adapter, config: Any, block: nn.Module, planned: PlannedBlock
 ) -> dict[str, int]:
     """The number of groups of each kind that a block keeps, for the kinds that lose some."""
-    found = {entry.groups.kind: entry.kept for entry in planned.disconnected}
+    kept = {entry.groups.kind: entry.kept for entry in planned.disconnected}
     for groups in adapter.groups(block, config):
         if (pattern := _pattern(planned, groups)) is not None:
-            found[groups.kind] = pattern.kept
-    return found
+            kept[groups.kind] = pattern.kept
+    return kept
 
 
 def _pattern(planned: PlannedBlock, groups: Groups) -> ColumnGroups | None:
@@ -147,8 +147,8 @@ def removed_groups(
         if groups.kind in kept:
             pattern = ColumnGroups(groups.count, kept[groups.kind], groups.bins)
             empty = disconnected(parameters, groups)
-        elif (found := _pattern(planned, groups)) is not None:
-            pattern, empty = found, torch.ones(groups.count, dtype=torch.bool)
+        elif (read := _pattern(planned, groups)) is not None:
+            pattern, empty = read, torch.ones(groups.count, dtype=torch.bool)
             for reader in groups.readers:
                 site = sites[reader]
                 empty &= pattern.zeros(site.oriented(site.weight(block).detach())).cpu()

@@ -43,7 +43,7 @@ def machine() -> list[Finding]:
     """Processor, its bfloat16, and every GPU."""
     capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     native = [name for name in ("amx_bf16", "avx512_bf16") if capabilities.get(name)]
-    found = [
+    findings = [
         Finding("python", platform.python_version()),
         Finding(
             "processor",
@@ -53,11 +53,11 @@ def machine() -> list[Finding]:
     ]
     if not torch.cuda.is_available():
         reason = "" if torch.version.cuda else f" (torch {torch.__version__} is built without CUDA)"
-        return [*found, Finding("GPU", f"none{reason}")]
+        return [*findings, Finding("GPU", f"none{reason}")]
     for index in range(torch.cuda.device_count()):
         name, memory = torch.cuda.get_device_name(index), torch.cuda.mem_get_info(index)[1]
-        found.append(Finding(f"GPU {index}", f"{name}, {memory / 2**30:.0f} GiB"))
-    return found
+        findings.append(Finding(f"GPU {index}", f"{name}, {memory / 2**30:.0f} GiB"))
+    return findings
 
 
 def packages() -> Iterator[Finding]:
@@ -65,11 +65,11 @@ def packages() -> Iterator[Finding]:
     for name in _REQUIRED:
         yield Finding(name, version(name))
     for name, purpose, module, remedy in _OPTIONAL:
-        found = try_import(name, module)
-        if found is None:
+        finding = try_import(name, module)
+        if finding is None:
             yield Finding(name, f"not installed; for {purpose}", remedy)
         else:
-            yield found
+            yield finding
 
 
 def try_import(distribution: str, module: str) -> Finding | None:

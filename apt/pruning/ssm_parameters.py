@@ -35,10 +35,10 @@ def prune_extras(
     Raises:
         AptError: the adapter's ``effects`` report nothing for one of them.
     """
-    found: dict[Extra, _Effect] = {}
+    sums: dict[Extra, _Effect] = {}
 
     def take(extra: Extra, gram: Tensor, energy: float) -> None:
-        known = found.setdefault(extra, _Effect(torch.zeros_like(gram), 0.0))
+        known = sums.setdefault(extra, _Effect(torch.zeros_like(gram), 0.0))
         known.gram += gram
         known.energy += energy
 
@@ -49,11 +49,11 @@ def prune_extras(
             block.progress()
     tokens = round(ranks.sum(sum(batch.tokens for batch in block.batches)))
     for entry in planned:
-        if entry.extra not in found:
+        if entry.extra not in sums:
             raise AptError(
                 f"{entry.name} cannot be pruned: the adapter's effects report nothing for it"
             )
-        effect = found[entry.extra]
+        effect = sums[entry.extra]
         ranks.add(effect.gram)
         effect.energy = ranks.sum(effect.energy)
         pruned = _prune(block.module, entry, effect, tokens, options)

@@ -184,12 +184,12 @@ def _fit(
     best = None
     for start in _starts(names, near):
         inside = np.clip(start, np.add(lower, 1e-6), np.subtract(upper, 1e-6))
-        found = least_squares(
+        solved = least_squares(
             residuals, inside, bounds=(lower, upper), loss="soft_l1", f_scale=0.05,
             max_nfev=_EVALUATIONS,
         )  # fmt: skip
-        if best is None or found.cost < best.cost:
-            best = found
+        if best is None or solved.cost < best.cost:
+            best = solved
     assert best is not None
     return values(best.x)
 
@@ -222,14 +222,14 @@ def slope_difference(values: dict[str, float], points: Sequence[Point]) -> float
 
     It is the mean over the steps of all curves.
     """
-    found = []
+    differences = []
     for curve in _curves(points):
         given = _arrays(curve)
         if len(curve) > 1:
             tokens = np.diff(given["tokens"])
             measured = np.diff(given["loss"]) / tokens
-            found.append(np.abs(measured - np.diff(_predict(values, given)) / tokens))
-    return float(np.concatenate(found).mean()) if found else 0.0
+            differences.append(np.abs(measured - np.diff(_predict(values, given)) / tokens))
+    return float(np.concatenate(differences).mean()) if differences else 0.0
 
 
 def _curves(points: Sequence[Point]) -> list[list[Point]]:
@@ -249,17 +249,17 @@ def _intervals(
 ) -> dict[str, tuple[float, float]]:
     """The 90 % intervals of the fitted parameters over bootstrap samples, fitted from there."""
     names = list(values)
-    draw, found = np.random.default_rng(seed), list[dict[str, float]]()
+    draw, fits = np.random.default_rng(seed), list[dict[str, float]]()
     curves = _curves(points)
     units: list[list[Point]] = curves if len(curves) > 1 else [[point] for point in points]
     for _ in range(resamples):
         chosen = [units[i] for i in draw.integers(len(units), size=len(units))]
         some = [point for unit in chosen for point in unit]
         if set(_identified(some)[0]) >= set(names) and len({p.tokens for p in some}) > 1:
-            found.append(_fit(names, some, values))
-    if not found:
+            fits.append(_fit(names, some, values))
+    if not fits:
         return {}
-    ends = {name: np.quantile([one[name] for one in found], [0.05, 0.95]) for name in names}
+    ends = {name: np.quantile([one[name] for one in fits], [0.05, 0.95]) for name in names}
     return {name: (float(low), float(high)) for name, (low, high) in ends.items()}
 
 

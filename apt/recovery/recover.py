@@ -293,12 +293,12 @@ def _trainable(
     teacher = _teacher(text, held_back, job) if job.spec.teacher else None
     with torch.random.fork_rng():
         torch.manual_seed(job.seed)
-        found: object = job.recovery(Unrecovered(model, job.adapter, masks, job.options, teacher))
-    if isinstance(found, Trainable) and any(p.requires_grad for p in found.module.parameters()):
-        return found
+        made: object = job.recovery(Unrecovered(model, job.adapter, masks, job.options, teacher))
+    if isinstance(made, Trainable) and any(p.requires_grad for p in made.module.parameters()):
+        return made
     fault = "returns a Trainable without a parameter that needs gradients"
-    if not isinstance(found, Trainable):
-        fault = f"returns {type(found).__name__}, not an apt.extending.Trainable"
+    if not isinstance(made, Trainable):
+        fault = f"returns {type(made).__name__}, not an apt.extending.Trainable"
     raise faulty(f"recovery {job.spec.name}", fault, "kind", "kind")
 
 

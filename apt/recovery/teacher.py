@@ -60,15 +60,15 @@ def write_teacher(
     device = next(model.parameters()).device
     for index, sample in enumerate(tokens):
         output = model(input_ids=sample[None].to(device), output_hidden_states=True)
-        found = _outputs(output, top)
+        outputs = _outputs(output, top)
         if not arrays:
             arrays = [
                 np.lib.format.open_memmap(
                     partial / name, "w+", value.dtype, (len(tokens), *value.shape)
                 )
-                for name, value in zip(_FILES, found, strict=True)
+                for name, value in zip(_FILES, outputs, strict=True)
             ]
-        for array, value in zip(arrays, found, strict=True):
+        for array, value in zip(arrays, outputs, strict=True):
             array[index] = value
         step(index + 1, len(tokens))
     for array in arrays:

@@ -43,13 +43,13 @@ class Unrecovered:
 
     def linears(self) -> list[str]:
         """The full names of the `torch.nn.Linear` modules whose weights can be pruned."""
-        found = []
+        paths = []
         for name, block in self.adapter.blocks(self.model):
             for site in self.adapter.sites(block):
                 path, _, leaf = site.parameter.rpartition(".")
                 if leaf == "weight" and isinstance(block.get_submodule(path), nn.Linear):
-                    found.append(f"{name}.{path}")
-        return list(dict.fromkeys(found))
+                    paths.append(f"{name}.{path}")
+        return list(dict.fromkeys(paths))
 
 
 def _nothing() -> None:

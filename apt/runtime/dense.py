@@ -33,10 +33,10 @@ class DenseLinear(nn.Linear):
         if self._address != self.weight.data_ptr():  # the first time, and after a move
             self._kernel = kernels().DenseMatrix(self.weight.data)
             self._address = self.weight.data_ptr()
-        found: Tensor = self._kernel.product(rows).to(x.dtype)
+        product: Tensor = self._kernel.product(rows).to(x.dtype)
         if self.bias is not None:
-            found = found + self.bias
-        return found.view(*x.shape[:-1], self.out_features)
+            product = product + self.bias
+        return product.view(*x.shape[:-1], self.out_features)
 
 
 def _serves(linear: nn.Linear) -> bool:

@@ -179,12 +179,12 @@ class PackedLinear(nn.Module):
         if self.weight_values.device != self._place:  # moved one by one, as accelerate does
             self._build()
         rows = x.reshape(-1, self.in_features)
-        found = None if rows.requires_grad else self._native(rows)
-        if found is None:
-            found = self._expanded(rows)
+        product = None if rows.requires_grad else self._native(rows)
+        if product is None:
+            product = self._expanded(rows)
         if self.bias is not None:
-            found = found + self.bias
-        shaped: Tensor = found.view(*x.shape[:-1], self.out_features)
+            product = product + self.bias
+        shaped: Tensor = product.view(*x.shape[:-1], self.out_features)
         return shaped
 
     def _native(self, rows: Tensor) -> Tensor | None:

@@ -45,5 +45,5 @@ def load(directory: Path | str, **options: Any) -> nn.Module:
             f"{directory} lacks {len(missing)} tensors of the model, such as {missing[0]}",
             "is the checkpoint complete?",
         )
-    found: nn.Module = model.eval()
-    return found
+    loaded: nn.Module = model.eval()
+    return loaded

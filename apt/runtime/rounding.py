@@ -50,14 +50,14 @@ def exact_integers(weight: Tensor, kind: str, group: ScaleGroup) -> tuple[Tensor
 
 def encode_rounded(weight: Tensor, kind: str, group: ScaleGroup) -> tuple[Entry, Parts]:
     """A matrix (out, in) as its bitmask and its kept weights; see `nearest_integers`."""
-    found = nearest_integers(weight, kind, group)
-    return _encoded(weight, *found, kind, columns_of(group, weight))
+    whole = nearest_integers(weight, kind, group)
+    return _encoded(weight, *whole, kind, columns_of(group, weight))
 
 
 def encode_integers(weight: Tensor, kind: str, group: ScaleGroup) -> tuple[Entry, Parts] | None:
     """A matrix as its bitmask and the integers that it consists of; see `exact_integers`."""
-    found = exact_integers(weight, kind, group)
-    return None if found is None else _encoded(weight, *found, kind, columns_of(group, weight))
+    whole = exact_integers(weight, kind, group)
+    return None if whole is None else _encoded(weight, *whole, kind, columns_of(group, weight))
 
 
 def _encoded(

@@ -18,9 +18,9 @@ def with_weights(config: Any) -> Any:
 
     transformers looks for the weights there, and the code beside them is not used.
     """
-    found = without_own_code(copy.deepcopy(config))
-    found.transformers_weights = _weights(found)
-    return found
+    named = without_own_code(copy.deepcopy(config))
+    named.transformers_weights = _weights(named)
+    return named
 
 
 def without_own_code(config: Any) -> Any:

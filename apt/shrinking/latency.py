@@ -74,14 +74,14 @@ def _seconds(model: nn.Module, adapter: Adapter, seqlen: int, device: str) -> fl
     tokens = torch.randint(config.vocab_size, (1, seqlen), device=device, generator=draw)
     with eval_mode(model), adapter.running(model):
         state, calls = adapter.enter(model, tokens)
-        block, found = adapter.blocks(model)[0][1], list[float]()
+        block, times = adapter.blocks(model)[0][1], list[float]()
         for _ in range(_WARM_UP + _ROUNDS):
             _wait(device)
             started = time.perf_counter()
             adapter.step(block, state, calls[0])
             _wait(device)
-            found.append(time.perf_counter() - started)
-    return median(found[_WARM_UP:])
+            times.append(time.perf_counter() - started)
+    return median(times[_WARM_UP:])
 
 
 def _generator(device: str) -> torch.Generator:

@@ -170,10 +170,10 @@ def _changed(changes: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
 def _readers(adapter: Adapter, block: nn.Module, config: Any) -> list[_Reader]:
     """The readers of all groups of a block, with empty Gram matrices."""
     sites = {site.name: site for site in adapter.sites(block)}
-    grams, found = dict[str, Gram](), list[_Reader]()
+    grams, readers = dict[str, Gram](), list[_Reader]()
     for groups in adapter.groups(block, config):
         for name in groups.readers:
             weight = sites[name].oriented(sites[name].weight(block).data)
             gram = grams.setdefault(name, Gram(weight.shape[1], weight.device))
-            found.append(_Reader(sites[name], groups, gram))
-    return found
+            readers.append(_Reader(sites[name], groups, gram))
+    return readers

@@ -140,10 +140,10 @@ class StructureChoice:
         self, model: nn.Module, adapter: Adapter, tokens: Tensor, names: Sequence[str], count: int
     ) -> list[str]:
         """The names of the blocks that the choice of blocks drops."""
-        found = cast(BlockChoice, self.blocks.load())(model, adapter, tokens, count)
-        dropped = list(found) if isinstance(found, Iterable) else []
+        chosen = cast(BlockChoice, self.blocks.load())(model, adapter, tokens, count)
+        dropped = list(chosen) if isinstance(chosen, Iterable) else []
         if len(set(dropped)) != count or len(dropped) != count or not set(dropped) <= set(names):
-            fault = f"returns {found!r}, not the names of {count} blocks"
+            fault = f"returns {chosen!r}, not the names of {count} blocks"
             raise faulty(f"method {self.blocks.name}", fault, "method", "method")
         return dropped
 
@@ -181,10 +181,10 @@ class StructureChoice:
         def loss(candidate: Candidate) -> float:
             dropped = [names[index] for index in candidate.dropped]
             kept = candidate.size.kept
-            found: float = self.journal.remember(
+            value: float = self.journal.remember(
                 candidate.key, lambda: proxy.loss(kept, dropped, few)
             )
-            return found
+            return value
 
         def alone(index: int) -> float:
             return loss(Candidate(Size({}, len(names) - 1, 1, 1), frozenset([index])))
@@ -192,13 +192,13 @@ class StructureChoice:
         status("search: ranking the blocks by the loss without each of them")
         ranking = sorted(range(len(names)), key=alone)
         first = self._first(model, adapter, few, names)
-        found = Search(
+        scored = Search(
             self.sizes, ranking, loss, self.search, self.seed, first,
             lambda count, lowest: status(f"search: {count} candidates, lowest loss {lowest:.4f}"),
             started,
         ).run()  # fmt: skip
-        self.scored.extend(found)
-        return found[0].candidate
+        self.scored.extend(scored)
+        return scored[0].candidate
 
     def _first(
         self, model: nn.Module, adapter: Adapter, tokens: Tensor, names: Sequence[str]
@@ -248,14 +248,14 @@ def _lowest(
 def _scores_of(scores: Mapping[str, Mapping[str, Tensor]], block: str, groups: Groups) -> Tensor:
     """The scores (count,) of the groups of a block."""
     try:
-        found: object = scores[block][groups.kind]
+        own: object = scores[block][groups.kind]
     except (TypeError, KeyError, IndexError) as error:
         raise MethodError(f"returns no scores for the {groups.kind} of {block}") from error
-    if not isinstance(found, Tensor) or found.shape != (groups.count,):
-        kind = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+    if not isinstance(own, Tensor) or own.shape != (groups.count,):
+        kind = f"shape {tuple(own.shape)}" if isinstance(own, Tensor) else type(own).__name__
         raise MethodError(
             f"returns scores of {kind} for the {groups.kind} of {block}, not ({groups.count},)"
         )
-    if found.isnan().any():
+    if own.isnan().any():
         raise MethodError(f"returns a score that is NaN for the {groups.kind} of {block}")
-    return found
+    return own

@@ -79,24 +79,24 @@ def _chosen(
 ) -> list[Size]:
     """The sizes near the wanted share, if need be of a smaller multiple; else the nearest one."""
     keep, best = options.keep, first
-    found = _near(best, keep, mode)
-    if not found:
+    nearest = _near(best, keep, mode)
+    if not nearest:
         raise AptError("this model has one block and no groups: nothing can be removed")
     multiples = [MULTIPLE >> n for n in range(1, MULTIPLE.bit_length())]
     for multiple in multiples if options.multiple_of is None and first.groups else []:
-        if _met(found, keep):
+        if _met(nearest, keep):
             break
         smaller = _near(sizes(multiple), keep, mode)
-        if abs(smaller[0].cost - keep) < abs(found[0].cost - keep):
-            best, found = sizes(multiple), smaller
+        if abs(smaller[0].cost - keep) < abs(nearest[0].cost - keep):
+            best, nearest = sizes(multiple), smaller
     if best is not first:
         notice(f"multiple of channels: {best.multiple}, since no multiple of {MULTIPLE} comes near")
-    if _met(found, keep):
-        near = [size for size in found if abs(size.cost - keep) <= TOLERANCE]
+    if _met(nearest, keep):
+        near = [size for size in nearest if abs(size.cost - keep) <= TOLERANCE]
         return sorted(near, key=lambda size: len(size.kept))
     _check_range(best, keep, mode)
-    notice(f"keep: {found[0].cost:.2%}, the nearest to {keep:.2%}: {found[0]}")
-    return [found[0]]
+    notice(f"keep: {nearest[0].cost:.2%}, the nearest to {keep:.2%}: {nearest[0]}")
+    return [nearest[0]]
 
 
 def _check_range(sizes: Sizes, keep: float, mode: Mode) -> None:
@@ -145,5 +145,5 @@ def _near(sizes: Sizes, keep: float, mode: Mode) -> list[Size]:
     return sizes.near(keep, width=mode != "depth", depth=mode != "width")
 
 
-def _met(found: list[Size], keep: float) -> bool:
-    return bool(found) and abs(found[0].cost - keep) <= TOLERANCE
+def _met(nearest: list[Size], keep: float) -> bool:
+    return bool(nearest) and abs(nearest[0].cost - keep) <= TOLERANCE

@@ -96,8 +96,8 @@ def admm(
     best = None if start is None else joint_weights(dense, damped, start, None, options.tolerance)
     for part in ROUNDS[options.effort]:
         mask, start = _search(dense, damped, pattern, part, best)
-        found = joint_weights(dense, damped, mask, start, part.slack * options.tolerance)
-        best = found if best is None else _better(best, found, pattern)
+        solved = joint_weights(dense, damped, mask, start, part.slack * options.tolerance)
+        best = solved if best is None else _better(best, solved, pattern)
     assert best is not None
     return Solution(best.weight.to(weight.dtype), best.mask, damped.damping, best.residual)
 
@@ -159,15 +159,15 @@ def _keep(values: Tensor, pattern: Pattern, kept: Tensor, spare: Tensor) -> None
     torch.mul(values, magnitudes, out=kept)
 
 
-def _better(best: Joint, found: Joint, pattern: Pattern) -> Joint:
+def _better(best: Joint, solved: Joint, pattern: Pattern) -> Joint:
     """The better of two solutions, row by row if each row on its own meets the pattern."""
-    gained = found.loss < best.loss
+    gained = solved.loss < best.loss
     if not isinstance(pattern, NM) and pattern.per != "row":
-        return found if float(found.loss.sum()) < float(best.loss.sum()) else best
+        return solved if float(solved.loss.sum()) < float(best.loss.sum()) else best
     rows = gained.unsqueeze(1)
     return Joint(
-        torch.where(rows, found.weight, best.weight),
-        torch.where(rows, found.mask, best.mask),
-        torch.minimum(found.loss, best.loss),
-        max(found.residual, best.residual),
+        torch.where(rows, solved.weight, best.weight),
+        torch.where(rows, solved.mask, best.mask),
+        torch.minimum(solved.loss, best.loss),
+        max(solved.residual, best.residual),
     )

@@ -133,16 +133,16 @@ def _path(problem: _Problem) -> Iterator[tuple[Tensor, Tensor]]:
 
 def _by_sizes(problem: _Problem, pattern: Unstructured) -> Tensor:
     """The mask for a share of all weights, or of the weights of each channel."""
-    found = list(_path(problem))
+    path = list(_path(problem))
     if pattern.per == "row":
         size = pattern.count(problem.width)
         sizes = torch.full((problem.channels,), size, device=problem.weight.device)
     else:
-        rising = _hull(torch.stack([losses for _, losses in found], 1))
+        rising = _hull(torch.stack([losses for _, losses in path], 1))
         count = pattern.count(rising.numel())
         sizes = lowest_k(rising.reshape(1, -1), count).view_as(rising).sum(1)
-    none = torch.zeros_like(found[0][0])
-    sets = torch.stack([none, *(sets for sets, _ in found)])
+    none = torch.zeros_like(path[0][0])
+    sets = torch.stack([none, *(sets for sets, _ in path)])
     return sets[sizes, torch.arange(problem.channels, device=sizes.device)]
 
 

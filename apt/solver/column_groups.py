@@ -84,5 +84,5 @@ class ColumnGroups:
         """True if every bin of ``weight`` (out, in) has enough groups of zeros."""
         if weight.shape[1] % self.count:
             return False
-        found = self.zeros(weight).view(self.bins, -1).sum(1)
-        return bool((found >= self.removed // self.bins).all())
+        empty = self.zeros(weight).view(self.bins, -1).sum(1)
+        return bool((empty >= self.removed // self.bins).all())

@@ -65,9 +65,9 @@ def _solved(
     options: SolverOptions,
 ) -> Solution:
     """The solution of the method, checked."""
-    found = method(weight, gram, pattern, options)
-    check_solution(found, weight)
-    return found
+    solution = method(weight, gram, pattern, options)
+    check_solution(solution, weight)
+    return solution
 
 
 def _with_zeros(
@@ -83,11 +83,11 @@ def _with_zeros(
     A method that keeps such a zero nevertheless has pruned a live weight of the same group. The
     largest of these are kept instead, as they were.
     """
-    found = _solved(method, weight.masked_fill(first, 0), gram, pattern, options)
-    counts, needed = zero_counts(found.mask, pattern)
-    if bool((counts != needed).any()) or not bool((first & ~found.mask).any()):
-        return found
-    ranks = weight.abs().masked_fill(~found.mask, torch.inf).masked_fill(first, -1)
+    solution = _solved(method, weight.masked_fill(first, 0), gram, pattern, options)
+    counts, needed = zero_counts(solution.mask, pattern)
+    if bool((counts != needed).any()) or not bool((first & ~solution.mask).any()):
+        return solution
+    ranks = weight.abs().masked_fill(~solution.mask, torch.inf).masked_fill(first, -1)
     mask = lowest(ranks, pattern)
-    kept = torch.where(found.mask, weight, found.weight)
-    return replace(found, weight=kept.masked_fill(mask, 0), mask=mask)
+    kept = torch.where(solution.mask, weight, solution.weight)
+    return replace(solution, weight=kept.masked_fill(mask, 0), mask=mask)

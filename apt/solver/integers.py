@@ -73,14 +73,14 @@ def rounded(
     spread = scales_of(weight, matrix.diagonal(), grid, dtype)
     width = weight.shape[1]
     spread = spread.repeat_interleave(grid.columns(width), 1)[:, :width]
-    found = weight.clone()
+    values = weight.clone()
     for _ in range(passes):
-        _descend(found, weight, matrix, kept, spread, grid.most, dtype)
-    return found
+        _descend(values, weight, matrix, kept, spread, grid.most, dtype)
+    return values
 
 
 def _descend(
-    found: Tensor,
+    values: Tensor,
     weight: Tensor,
     matrix: Tensor,
     kept: Tensor,
@@ -89,23 +89,23 @@ def _descend(
     dtype: torch.dtype,
 ) -> None:
     """Round each column once, in place."""
-    gradient = (found - weight) @ matrix
+    gradient = (values - weight) @ matrix
     diagonal = matrix.diagonal()
     for start in range(0, weight.shape[1], _BLOCK):
         block = slice(start, min(start + _BLOCK, weight.shape[1]))
-        before, inside = found[:, block].clone(), matrix[block, block]
+        before, inside = values[:, block].clone(), matrix[block, block]
         local = gradient[:, block]
         for place in range(block.stop - start):
             column = start + place
-            wanted = found[:, column] - local[:, place] / diagonal[column]
+            wanted = values[:, column] - local[:, place] / diagonal[column]
             scale = spread[:, column]
             level = (wanted / scale).round().clamp(-most, most)
             value = (level * scale).to(dtype).float() * kept[:, column] + 0.0  # no negative zeros
-            local += (value - found[:, column]).unsqueeze(1) * inside[place]
-            found[:, column] = value
+            local += (value - values[:, column]).unsqueeze(1) * inside[place]
+            values[:, column] = value
         if block.stop < weight.shape[1]:
             rest = slice(block.stop, None)
-            gradient[:, rest] += (found[:, block] - before) @ matrix[block, rest]
+            gradient[:, rest] += (values[:, block] - before) @ matrix[block, rest]
 
 
 def scales_of(weight: Tensor, importance: Tensor, grid: IntegerGrid, dtype: torch.dtype) -> Tensor:
@@ -124,19 +124,19 @@ def scales_of(weight: Tensor, importance: Tensor, grid: IntegerGrid, dtype: torc
     groups = math.ceil(columns / group)
     missing = groups * group - columns
     weighting = torch.nn.functional.pad(importance, (0, missing)).view(groups, group)
-    found = weight.new_empty(rows, groups)
+    scales = weight.new_empty(rows, groups)
     step = max(1, _CHUNK // max(1, groups * group))
     for start in range(0, rows, step):
         some = torch.nn.functional.pad(weight[start : start + step], (0, missing))
         parts = some.view(-1, groups, group)
-        found[start : start + step] = _best_scales(parts, weighting, grid.most, dtype)
-    return found
+        scales[start : start + step] = _best_scales(parts, weighting, grid.most, dtype)
+    return scales
 
 
 def _best_scales(parts: Tensor, weighting: Tensor, most: int, dtype: torch.dtype) -> Tensor:
     """The scale of each group of some rows (rows, groups, group), see `scales_of`."""
     whole = (parts.abs().amax(2) / most).clamp_min(1e-30)
-    found, best = whole, torch.full_like(whole, math.inf)
+    scales, best = whole, torch.full_like(whole, math.inf)
     least = torch.finfo(dtype).tiny / 2**8  # a subnormal number, since scales of fp16 are small
     levels = torch.empty_like(parts)
     for factor in _SHRINK:
@@ -145,5 +145,5 @@ def _best_scales(parts: Tensor, weighting: Tensor, most: int, dtype: torch.dtype
         levels.round_().clamp_(-most, most).mul_(scale.unsqueeze(2)).sub_(parts).square_()
         error = levels.mul_(weighting).sum(2)
         better = error < best
-        found, best = torch.where(better, scale, found), torch.where(better, error, best)
-    return found
+        scales, best = torch.where(better, scale, scales), torch.where(better, error, best)
+    return scales

@@ -66,22 +66,22 @@ def check_solution(found: object, weight: Tensor) -> None:
 
 
 def check_tensor(
-    found: object,
+    value: object,
     name: str,
     shape: torch.Size,
     dtype: torch.dtype,
     device: torch.device | None = None,
 ) -> None:
-    """Raise `MethodError` unless ``found`` is a tensor of this shape and dtype.
+    """Raise `MethodError` unless ``value`` is a tensor of this shape and dtype.
 
     Args:
         name: its name in the message, with an article.
         device: the device on which it must be; None for any.
     """
-    if not isinstance(found, Tensor):
-        raise MethodError(f"returns {type(found).__name__} as {name}, not a tensor")
-    for own, wanted in ((tuple(found.shape), tuple(shape)), (found.dtype, dtype)):
+    if not isinstance(value, Tensor):
+        raise MethodError(f"returns {type(value).__name__} as {name}, not a tensor")
+    for own, wanted in ((tuple(value.shape), tuple(shape)), (value.dtype, dtype)):
         if own != wanted:
             raise MethodError(f"returns {name} of {own}, not {wanted}")
-    if device is not None and found.device != device:
-        raise MethodError(f"returns {name} on {found.device}, not {device}")
+    if device is not None and value.device != device:
+        raise MethodError(f"returns {name} on {value.device}, not {device}")

@@ -106,12 +106,12 @@ def parse_pattern(text: str) -> Pattern:
         ValueError: the text has none of these forms, or is out of range.
     """
     text = text.strip()
-    if found := re.fullmatch(r"auto:(\d+)@([^@]+)", text):
-        whole = parse_pattern(found[2])
+    if match := re.fullmatch(r"auto:(\d+)@([^@]+)", text):
+        whole = parse_pattern(match[2])
         if isinstance(whole, Unstructured):
-            return MixedNM(whole.sparsity, m=int(found[1]))
-    if found := re.fullmatch(r"(\d+):(\d+)", text):
-        return NM(int(found[1]), int(found[2]))
+            return MixedNM(whole.sparsity, m=int(match[1]))
+    if match := re.fullmatch(r"(\d+):(\d+)", text):
+        return NM(int(match[1]), int(match[2]))
     try:
         share = float(text[:-1]) / 100 if text.endswith("%") else float(text)
     except ValueError:

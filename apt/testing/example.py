@@ -60,13 +60,13 @@ def subject(registry: Registry, adapter: str, model: str | None = None) -> Subje
         return Subject(made, module.eval(), _tokens(module), spec)
     if faults:
         raise NoSubject(faults)
-    found = load(skeleton(find(model or f"zoo:{spec.name}", registry), registry, spec.name))
+    opened = load(skeleton(find(model or f"zoo:{spec.name}", registry), registry, spec.name))
     of_family = model is None or (spec.example is None and spec.zoo is None)
     made_of_model = Subject(
-        found.adapter, found.module, _tokens(found.module), spec if of_family else None
+        opened.adapter, opened.module, _tokens(opened.module), spec if of_family else None
     )
     if model is not None:
-        made_of_model.adapter.blocks(found.module)  # raises if the adapter does not fit the model
+        made_of_model.adapter.blocks(opened.module)  # raises if the adapter does not fit the model
     return made_of_model
 
 

@@ -67,11 +67,11 @@ class _Checks(pytest.Collector):
 class _Item(pytest.Item):
     def runtest(self) -> None:
         assert isinstance(self.parent, _Checks)
-        found = self.parent.outcome(self.name)
-        if found.kept_by:
-            pytest.skip(f"a fault that '{found.kept_by}' has found prevents this check")
-        if found.problem:
-            pytest.fail(found.problem, pytrace=False)
+        outcome = self.parent.outcome(self.name)
+        if outcome.kept_by:
+            pytest.skip(f"a fault that '{outcome.kept_by}' has found prevents this check")
+        if outcome.problem:
+            pytest.fail(outcome.problem, pytrace=False)
 
     def reportinfo(self) -> tuple[Any, int | None, str]:
         return self.path, None, f"{self.parent.name if self.parent else ''}: {self.name}"

@@ -113,8 +113,8 @@ def _field_of(row: Any, where: str) -> str:
     fields = row if isinstance(row, dict) else {}
     texts = [value for value in fields.values() if isinstance(value, str)]
     if "text" in fields and not isinstance(fields["text"], str):
-        found = "null" if fields["text"] is None else type(fields["text"]).__name__
-        raise ValueError(f"{where} has {found} instead of a string in its field 'text'")
+        kind = "null" if fields["text"] is None else type(fields["text"]).__name__
+        raise ValueError(f"{where} has {kind} instead of a string in its field 'text'")
     if "text" in fields:
         return str(fields["text"])
     if len(texts) != 1:

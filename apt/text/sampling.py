@@ -38,14 +38,14 @@ def drawn(
 
     Special tokens are drawn again. The state of the generator afterwards does not depend on this.
     """
-    found = torch.randint(vocabulary, shape, generator=draw)
+    tokens = torch.randint(vocabulary, shape, generator=draw)
     barred = torch.isin(torch.arange(vocabulary), torch.tensor(list(special), dtype=torch.long))
-    again, plain = barred[found], torch.arange(vocabulary)[~barred]
+    again, plain = barred[tokens], torch.arange(vocabulary)[~barred]
     if again.any() and len(plain):
         state = draw.get_state()
-        found[again] = plain[torch.randint(len(plain), (int(again.sum()),), generator=draw)]
+        tokens[again] = plain[torch.randint(len(plain), (int(again.sum()),), generator=draw)]
         draw.set_state(state)
-    return found
+    return tokens
 
 
 def vocabulary(model: nn.Module) -> int:

@@ -70,8 +70,8 @@ class RowImportance:
                 stream = stream_after(block, weights, batch, start).float()
                 signs = torch.randint(0, 2, stream.shape, generator=draw).to(stream) * 2 - 1
                 relative = signs / bounded(stream.detach().square().sum(-1, keepdim=True)).sqrt()
-                found = torch.autograd.grad((stream * relative).sum(), list(weights.values()))
-            gradients = dict(zip(names, found, strict=True))
+                each = torch.autograd.grad((stream * relative).sum(), list(weights.values()))
+            gradients = dict(zip(names, each, strict=True))
             for site in sites:
                 squares = site.oriented(gradients[site.parameter]).float().square()
                 rows[site] = rows[site] + (squares / sizes[site.input]).sum(1, keepdim=True)

@@ -82,13 +82,13 @@ def _compared(subject: Subject, tokens: Tensor) -> Iterator[tuple[str, Fault | N
             return
 
 
-def _differs(found: Tensor, expected: Passed) -> str | None:
+def _differs(state: Tensor, expected: Passed) -> str | None:
     """None if a state equals that of the model; else a description of the difference or ""."""
-    if expected.is_stream(found):
+    if expected.is_stream(state):
         return None
-    if found.shape == expected.first.shape:
+    if state.shape == expected.first.shape:
         return ""
-    return f": its shape is {tuple(found.shape)}, not {tuple(expected.first.shape)}"
+    return f": its shape is {tuple(state.shape)}, not {tuple(expected.first.shape)}"
 
 
 @promise("residual")
@@ -97,9 +97,9 @@ def check_stream(subject: Subject) -> Faults:
     blocks = subject.blocks()
     seen = record(subject.model, [block for _, block, _ in blocks], subject.tokens)
     for step in subject.steps():
-        expected, found = seen.inputs[step.index], subject.adapter.residual(step.state)
-        if found.shape != expected.first.shape:
-            shapes = f"of shape {tuple(found.shape)}, not {tuple(expected.first.shape)}"
+        expected, stream = seen.inputs[step.index], subject.adapter.residual(step.state)
+        if stream.shape != expected.first.shape:
+            shapes = f"of shape {tuple(stream.shape)}, not {tuple(expected.first.shape)}"
             yield step.name, f": residual() is {shapes}"
-        elif not expected.is_stream(found):
+        elif not expected.is_stream(stream):
             yield step.name, ": residual() is not the stream that enters it in the model"

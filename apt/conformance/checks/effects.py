@@ -50,14 +50,14 @@ def _reported(
     subject: Subject, step: Step, extras: Sequence[Extra]
 ) -> dict[Extra, list[tuple[Tensor, float]]]:
     """The Gram matrices and energies that the adapter reports of each extra in one step."""
-    found: dict[Extra, list[tuple[Tensor, float]]] = {extra: [] for extra in extras}
+    reports: dict[Extra, list[tuple[Tensor, float]]] = {extra: [] for extra in extras}
 
     def take(extra: Extra, gram: Tensor, energy: float) -> None:
-        found[extra].append((gram, energy))
+        reports[extra].append((gram, energy))
 
     with subject.adapter.effects(step.block, extras, take):
         subject.step(step)
-    return found
+    return reports
 
 
 def _wrong(gram: Tensor, energy: float, shape: tuple[int, ...]) -> str:
@@ -78,15 +78,15 @@ def _unlike_removals(subject: Subject) -> Iterator[Fault]:
     whole = copy.deepcopy(subject.model).float()
     subject = Subject(subject.adapter, whole, subject.tokens[:2])
     steps = [step for step in subject.steps() if subject.adapter.extras(step.block)]
-    found: dict[str, tuple[Step, Extra, Predictions]] = {}
+    kinds: dict[str, tuple[Step, Extra, Predictions]] = {}
     for step in steps:
         removals, extras = Removals(subject, step), subject.adapter.extras(step.block)
         for extra, reports in _reported(subject, step, extras).items():
             first = (step, extra, Predictions(extra.removal))
-            _, _, predictions = found.setdefault(extra.kind, first)
+            _, _, predictions = kinds.setdefault(extra.kind, first)
             gram = torch.stack([gram for gram, _ in reports]).sum(0)
             predictions.compare(removals, extra, gram, max(2, _CHANNELS // len(steps)))
-    for step, extra, predictions in found.values():
+    for step, extra, predictions in kinds.values():
         if (wrong := predictions.fault()) is not None:
             said, method = wrong
             yield Fault(step.name, f".{extra.name}: {said}", method)

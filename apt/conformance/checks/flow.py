@@ -36,14 +36,14 @@ def check_capture(subject: Subject) -> Faults:
 
 def _captured(subject: Subject, step: Step) -> dict[Site, list[Tensor]]:
     """The inputs (tokens, in) that the adapter captures of each site in one step."""
-    found: dict[Site, list[Tensor]] = {site: [] for site in step.sites}
+    rows: dict[Site, list[Tensor]] = {site: [] for site in step.sites}
 
     def take(site: Site, inputs: Tensor) -> None:
-        found[site].append(inputs.detach().reshape(-1, inputs.shape[-1]).double())
+        rows[site].append(inputs.detach().reshape(-1, inputs.shape[-1]).double())
 
     with subject.adapter.capture(step.block, step.sites, take):
         subject.step(step)
-    return found
+    return rows
 
 
 def _row_fault(captured: list[Tensor], seen: Seen) -> str:

@@ -85,17 +85,17 @@ def _removed(subject: Subject, kind: str) -> Faults:
         expected = subject.logits(masked)
     size = float((expected - subject.logits(model)).abs().max())
     try:
-        found = subject.logits(small)
+        logits = subject.logits(small)
     except Exception as error:
         yield _fails(kind, "some", error)
         return
-    if not _equal(found, expected, size):
+    if not _equal(logits, expected, size):
         yield "", f"the model without some {kind} differs from one that does not depend on them"
     yield from _fewest(subject, model, kind)
     with tempfile.TemporaryDirectory() as folder:
         small.save_pretrained(folder)
         loaded = type(small).from_pretrained(folder, dtype="auto").eval()
-        if not _equal(subject.logits(loaded), found, size):
+        if not _equal(subject.logits(loaded), logits, size):
             yield Fault("", f"the model without some {kind} is another one after it is loaded")
 
 
@@ -137,7 +137,7 @@ def _dropped(subject: Subject) -> Faults:
 
 def _some(adapter: Adapter, model: Any, kind: str, share: float) -> dict[str, list[int]]:
     """A share of the groups of each block, the same number of each bin; at least one."""
-    found = {}
+    chosen = {}
     for index, (name, block) in enumerate(adapter.blocks(model)):
         for groups in adapter.groups(block, model.config):
             if groups.kind == kind:
@@ -145,12 +145,12 @@ def _some(adapter: Adapter, model: Any, kind: str, share: float) -> dict[str, li
                 bins = 1 if one else groups.bins
                 each = groups.count // bins
                 gone = min(max(1, int(each * share)), each - -(-groups.least // bins))
-                found[name] = [
+                chosen[name] = [
                     first + (index + i) % each
                     for first in range(0, groups.count, each)
                     for i in range(gone)
                 ]
-    return found
+    return chosen
 
 
 def _mask(
@@ -194,9 +194,9 @@ class _Unrouted(TorchFunctionMode):
         return result
 
 
-def _equal(found: Tensor, expected: Tensor, effect: float) -> bool:
+def _equal(logits: Tensor, expected: Tensor, effect: float) -> bool:
     """True if logits are equal up to rounding, compared with the effect of a removal."""
-    if found.shape != expected.shape:
+    if logits.shape != expected.shape:
         return False
     allowed = _TOLERANCE * effect + _LEAST * float(expected.abs().max())
-    return float((found - expected).abs().max()) <= allowed
+    return float((logits - expected).abs().max()) <= allowed

@@ -38,8 +38,8 @@ def _gives_logits(subject: Subject, blocks: list[nn.Module]) -> bool:
     if stream.shape[:2] != subject.tokens.shape:
         return True  # `check_stream` reports it
     with _ending_in(blocks[-1], stream):
-        found = subject.logits()
-    return same(found, subject.logits())
+        logits = subject.logits()
+    return same(logits, subject.logits())
 
 
 def _ending_in(last: nn.Module, stream: Tensor) -> AbstractContextManager[None]:
@@ -83,7 +83,7 @@ def _beside(subject: Subject, blocks: list[nn.Module]) -> list[str]:
 
 def _given(subject: Subject, modules: dict[str, nn.Module], shape: tuple[int, ...]) -> list[str]:
     """The ``modules`` that run, have matrices, and have a first input of that ``shape``."""
-    found: dict[str, None] = {}
+    names: dict[str, None] = {}
     handles = []
     for name, module in modules.items():
         if not any(parameter.ndim > 1 for parameter in module.parameters()):
@@ -92,9 +92,9 @@ def _given(subject: Subject, modules: dict[str, nn.Module], shape: tuple[int, ..
         def before(module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
             values = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
             if values and tuple(values[0].shape) == shape:
-                found[name] = None
+                names[name] = None
 
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
     with removed(handles):
         subject.logits()
-    return list(found)
+    return list(names)

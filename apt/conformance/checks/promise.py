@@ -51,16 +51,16 @@ def promise(method: str = "") -> Callable[[Callable[[Subject], Faults]], Check]:
     def decorated(faults: Callable[[Subject], Faults]) -> Check:
         @wraps(faults)
         def check(subject: Subject) -> None:
-            found: list[Fault] = []
+            seen: list[Fault] = []
             try:
                 for fault in faults(subject):
-                    found.append(fault if isinstance(fault, Fault) else Fault(*fault, method))
+                    seen.append(fault if isinstance(fault, Fault) else Fault(*fault, method))
             except Exception as error:
-                if not found:
+                if not seen:
                     raise
-                raise Nonconformance(found) from error
-            if found:
-                raise Nonconformance(found)
+                raise Nonconformance(seen) from error
+            if seen:
+                raise Nonconformance(seen)
 
         return check
 

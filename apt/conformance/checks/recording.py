@@ -23,10 +23,10 @@ class Passed:
     first: Tensor
     whole: Tensor | None = None
 
-    def is_stream(self, found: Tensor) -> bool:
-        """True if ``found`` is the residual stream."""
+    def is_stream(self, tensor: Tensor) -> bool:
+        """True if ``tensor`` is the residual stream."""
         parts = (self.first, self.whole)
-        return any(same(found, part) for part in parts if part is not None)
+        return any(same(tensor, part) for part in parts if part is not None)
 
 
 @dataclass
@@ -40,20 +40,20 @@ class Recording:
 @torch.no_grad()
 def record(model: nn.Module, blocks: Sequence[nn.Module], tokens: Tensor) -> Recording:
     """The inputs and outputs of ``blocks`` when ``model`` runs on ``tokens`` (samples, seqlen)."""
-    found = Recording()
+    recording = Recording()
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.inputs.append(_passed(args or tuple(kwargs.values())))
+        recording.inputs.append(_passed(args or tuple(kwargs.values())))
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
-        found.outputs.append(_passed(output))
+        recording.outputs.append(_passed(output))
 
     once = dict.fromkeys(blocks)  # a block may be in the list several times
     handles = [b.register_forward_pre_hook(before, with_kwargs=True) for b in once]
     handles += [b.register_forward_hook(after) for b in once]
     with removed(handles):
         model(tokens)
-    return found
+    return recording
 
 
 @contextmanager

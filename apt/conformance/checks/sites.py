@@ -84,13 +84,13 @@ def _undeclared(adapter: Adapter, block: nn.Module, sites: list[Site]) -> list[s
     slices = {(site.parameter, site.expert) for site in sites}
     stacked = {site.parameter for site in sites if site.expert is not None}
     dense = set(left_dense(adapter, block))
-    found = []
+    undeclared = []
     for name, parameter in block.named_parameters():
         if parameter.ndim < 2 or name in whole or {name, name.rpartition(".")[0]} & dense:
             continue
         missing = [i for i in range(len(parameter)) if (name, i) not in slices]
-        found += [f"{name}[{i}]" for i in missing] if name in stacked else [name]
-    return found
+        undeclared += [f"{name}[{i}]" for i in missing] if name in stacked else [name]
+    return undeclared
 
 
 def left_dense(adapter: Adapter, block: nn.Module) -> tuple[str, ...]:

@@ -5,9 +5,9 @@ from typing import Any
 from torch import Tensor
 
 
-def near(found: Tensor, expected: Tensor, share: float = 1e-4) -> bool:
+def near(tensor: Tensor, expected: Tensor, share: float = 1e-4) -> bool:
     """True if the distance of two tensors is at most ``share`` of the norm."""
-    distance = (found.double() - expected.double()).norm()
+    distance = (tensor.double() - expected.double()).norm()
     return bool(distance <= share * expected.double().norm().clamp(min=1e-12))
 
 
@@ -22,6 +22,6 @@ def first_tensor(value: Any) -> Tensor:
     return item
 
 
-def same(found: Tensor, expected: Tensor) -> bool:
+def same(tensor: Tensor, expected: Tensor) -> bool:
     """True if two tensors have the same shape and values, whatever their dtypes."""
-    return found.shape == expected.shape and bool((found == expected).all())
+    return tensor.shape == expected.shape and bool((tensor == expected).all())

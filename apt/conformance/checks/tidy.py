@@ -111,8 +111,8 @@ def _left(method: str, before: Any, model: nn.Module, when: str = "") -> Iterato
     return _changed(method, changes(before, snapshot(model)), when)
 
 
-def _changed(method: str, found: list[str], when: str = "") -> Iterator[Fault]:
-    return (Fault("", f"{method} {change}{when}", method) for change in found)
+def _changed(method: str, changed: list[str], when: str = "") -> Iterator[Fault]:
+    return (Fault("", f"{method} {change}{when}", method) for change in changed)
 
 
 def _enter_stopped(subject: Subject) -> None:
@@ -152,4 +152,4 @@ def _tensors_in(value: Any, depth: int = 8) -> list[tuple[Any, ...]]:
         parts = list(value)
     else:
         parts = list(getattr(value, "__dict__", {}).values())
-    return [found for part in parts for found in _tensors_in(part, depth - 1)]
+    return [each for part in parts for each in _tensors_in(part, depth - 1)]
