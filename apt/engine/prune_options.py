@@ -18,7 +18,7 @@ from apt.solver.gram import DAMPING
 from apt.solver.integers import ScaleGroup
 from apt.text.augmentation import Augmentation
 from apt.text.random_tokens import RandomTokens
-from apt.tuning.reconstruct import Reconstruction
+from apt.tuning.block_tuning import BlockTuning
 from apt.tuning.row_importance import RowImportance
 
 DAMPING_ERROR_AWARE = 0.05
@@ -135,7 +135,7 @@ class PruneOptions:
             SolverOptions(damping=damping, effort=self.effort, block_size=self.block_size),
             self._targets(method) if aware else None,
             self._row_importance() if aware else None,
-            self._reconstruction(method),
+            self._tuning(method),
             _or(self.ordered, aware),
             IntegerGrid(int(self.quantize[3:]), self.group) if self.quantize else None,
         )
@@ -176,14 +176,14 @@ class PruneOptions:
         power = _or(self.row_importance, base.power)
         return replace(base, power=power) if power else None
 
-    def _reconstruction(self, method: MethodSpec) -> Reconstruction | None:
+    def _tuning(self, method: MethodSpec) -> BlockTuning | None:
         preset = self._preset(method)
         if not (epochs := _or(self.tuning_epochs, preset.tuning_epochs)):
             return None
         usual = preset if preset.tuning_epochs else PRESETS["default"]
         if isinstance(method, ShrinkMethodSpec):
             usual = replace(usual, tuning_rate=method.tuning_rate)
-        return Reconstruction(
+        return BlockTuning(
             rate=_or(self.tuning_rate, usual.tuning_rate),
             epochs=epochs,
             tokens=_or(self.tuning_tokens, usual.tuning_tokens) or None,
@@ -196,7 +196,7 @@ def _or(value: T | None, default: T) -> T:
 
 def record(recipe: Recipe, augmentation: Augmentation) -> dict[str, Any]:
     """The options of a run with all defaults filled in, by their names in `PruneOptions`."""
-    targets, tuned = recipe.targets, recipe.reconstruction
+    targets, tuned = recipe.targets, recipe.tuning
     random = augmentation.random_tokens
     return {
         "effort": recipe.solver.effort,

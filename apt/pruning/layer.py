@@ -30,7 +30,7 @@ from apt.solver import (
 )
 from apt.solver.gram import DAMPING
 from apt.solver.patterns import surplus
-from apt.tuning.reconstruct import Reconstruction
+from apt.tuning.block_tuning import BlockTuning
 from apt.tuning.row_importance import RowImportance
 
 P = TypeVar("P", bound=SitePattern, contravariant=True)
@@ -255,7 +255,7 @@ class Recipe:
     Args:
         targets: the error-aware targets; None prunes layer-wise.
         row_importance: the weighting of rows in the choice of masks; None weights all rows alike.
-        reconstruction: the tuning of a block after its sites are solved; None for no tuning.
+        tuning: the tuning of a block after its sites are solved; None for no tuning.
         ordered: True to solve the sites of a block in their order of execution, each on the outputs
             of the pruned sites before it (true-sequential).
         integers: the integers that kept weights are rounded to, after the tuning of their block;
@@ -265,6 +265,6 @@ class Recipe:
     solver: SolverOptions = field(default_factory=SolverOptions)
     targets: Targets | None = None
     row_importance: RowImportance | None = None
-    reconstruction: Reconstruction | None = None
+    tuning: BlockTuning | None = None
     ordered: bool = False
     integers: IntegerGrid | None = None

@@ -37,7 +37,7 @@ from apt.pruning.layer import (
 )
 from apt.pruning.paused_forward import CannotPause, can_pause
 from apt.pruning.ssm_parameters import prune_extras
-from apt.tuning.reconstruct import Reconstruction, reconstruct
+from apt.tuning.block_tuning import BlockTuning, tune_block
 
 
 @torch.inference_mode(mode=False)  # the caller's inference mode would rule out gradients
@@ -71,7 +71,7 @@ def prune_blocks(
         block_storage: the storage of the blocks; None if all are in memory.
         store: the store of the activations between runs of blocks; None keeps them in memory. If
             they leave the model's device, forwards cannot pause, and a block is run again for each
-            group of sites that is solved in order.
+            stage of sites that is solved in order.
         ranks: the processes that prune together; None for a single one. Each of them calls this
             function with the same arguments and ends with the same model.
 
@@ -209,7 +209,7 @@ class _Pruning:
         Raises:
             AptError: a rank has no batches.
         """
-        how, batches, rest = self.recipe.reconstruction, list[Batch](), tokens
+        how, batches, rest = self.recipe.tuning, list[Batch](), tokens
         if how is not None:
             chosen = how.chosen(*tokens.shape)
             size = how.step_tokens(int(chosen.sum()), tokens.shape[1])
@@ -253,24 +253,24 @@ class _Pruning:
         done = self.ranks.share(self.extras(current))
         solved: list[_Turn] = []
         rounds: list[dict[int, PlannedSite]] = []
-        with closing(self.captured(current)) as groups:
-            for group, sums in groups:
-                mean = mean_square(sums[e.site.input].gram for e in group if e.site.routed)
-                last = {entry.site.input: entry for entry in group}
-                for turns in self.ranks.rounds(group):
+        with closing(self.captured(current)) as stages:
+            for stage, sums in stages:
+                mean = mean_square(sums[e.site.input].gram for e in stage if e.site.routed)
+                last = {entry.site.input: entry for entry in stage}
+                for turns in self.ranks.rounds(stage):
                     solved += self.solve_round(current, turns, sums, mean)
                     for entry in turns.values():
                         if entry is last[entry.site.input]:
                             del sums[entry.site.input]  # with its factors, which are large
                     rounds.append(turns)
-                    if self.recipe.reconstruction is None:
+                    if self.recipe.tuning is None:
                         done += self.finish(current.module, solved, rounds)
         for batch in current.batches:
             if batch.dense is not None:
                 batch.dense.inputs.clear()
                 batch.dense.gap = None
-        if self.recipe.reconstruction is not None and current.planned.pruned:
-            self.tune(current, self.recipe.reconstruction)
+        if self.recipe.tuning is not None and current.planned.pruned:
+            self.tune(current, self.recipe.tuning)
             done += self.finish(current.module, solved, rounds)
         return done
 
@@ -351,13 +351,12 @@ class _Pruning:
     def captured(
         self, current: CurrentBlock
     ) -> Generator[tuple[list[PlannedSite], dict[str, Sums]]]:
-        """Groups of sites to solve one after another, with the sums of their inputs over all ranks.
+        """The sites in stages, each solved from one run, with the sums of their inputs.
 
-        Nothing else refers to the sums, so that those that are deleted are freed.
-
-        If the sites are solved in order, one paused forward per batch gives all groups. It requires
-        that inputs are not split into parts and that forwards can pause. Otherwise the block is run
-        again for each group.
+        The sums are those over all ranks. Nothing else refers to them, so that those that are
+        deleted are freed. If the sites are solved in order, one paused forward per batch gives all
+        stages. It requires that inputs are not split into parts and that forwards can pause.
+        Otherwise the block is run again for each stage.
         """
         left = list(current.planned.pruned)
         whole = not any(site.routed or site.calls > 1 for site in current.sites)
@@ -366,22 +365,22 @@ class _Pruning:
                 while (name := forwards.next_input()) is not None:
                     sums = forwards.capture(name)
                     sums[name].add_up(self.ranks)
-                    group = [entry for entry in left if entry.site.input == name]
+                    stage = [entry for entry in left if entry.site.input == name]
                     left = [entry for entry in left if entry.site.input != name]
-                    yield group, sums
+                    yield stage, sums
                 current.propagated = (
-                    self.recipe.reconstruction is None and not self.block_storage.repeatable
+                    self.recipe.tuning is None and not self.block_storage.repeatable
                 )
                 forwards.finish(update_states=current.propagated)
-        for group in self.groups(left):
-            yield group, self.capture(current, [entry.site for entry in group])
+        for stage in self.stages(left):
+            yield stage, self.capture(current, [entry.site for entry in stage])
 
-    def tune(self, current: CurrentBlock, how: Reconstruction) -> None:
+    def tune(self, current: CurrentBlock, how: BlockTuning) -> None:
         """Tune the kept weights of the block."""
         sites = [entry.site for entry in current.planned.pruned]
         progress = partial(self.observe, Working(current.planned.name, "tuning"))
         block = current.using(current.batches[: self.tuning_batches], progress)
-        tuned = reconstruct(block, sites, how)
+        tuned = tune_block(block, sites, how)
         if tuned is not None:
             self.observe(BlockTuned(current.planned.name, tuned.before, tuned.after))
 
@@ -399,12 +398,12 @@ class _Pruning:
             each.add_up(self.ranks)
         return capture.sums
 
-    def groups(self, sites: Sequence[PlannedSite]) -> Iterable[list[PlannedSite]]:
-        """Groups of ``sites``: each group is solved from one run of the block."""
+    def stages(self, sites: Sequence[PlannedSite]) -> Iterable[list[PlannedSite]]:
+        """The stages of ``sites``: each stage is solved from one run of the block."""
         if not self.recipe.ordered:
             return [list(sites)] if sites else []
         by_order = sorted(sites, key=lambda entry: entry.site.order)
-        return [list(group) for _, group in groupby(by_order, key=lambda entry: entry.site.order)]
+        return [list(stage) for _, stage in groupby(by_order, key=lambda entry: entry.site.order)]
 
     def measure(self, block: nn.Module, solved: Sequence[_Turn]) -> list[SitePruned]:
         """Measure each written site on the rank that solved it, and report the sites of all."""

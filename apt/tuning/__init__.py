@@ -1,1 +1,1 @@
-"""The parts of pruning that use gradients: row importance and block reconstruction."""
+"""The parts of pruning that use gradients: row importance and block tuning."""

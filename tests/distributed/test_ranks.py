@@ -30,7 +30,7 @@ from apt.events import SitePruned
 from apt.planning.plan import Plan, PlannedBlock, PlannedSite
 from apt.plugin.registry import Registry
 from apt.solver import NM
-from apt.tuning.reconstruct import Reconstruction
+from apt.tuning.block_tuning import BlockTuning
 from tests.engine.test_streaming import weights
 from tests.helpers import TEXT
 from tests.helpers.families import CONFIGS, random_model, random_tokens
@@ -53,9 +53,9 @@ def pruned(variant, run, tokens=TOKENS, ranks=None):
     """A model's weights and the report of a run, tuned in steps of a sample whatever the ranks."""
     model = random_model(variant)
     also = ("conv1d",) if variant == "mamba2" else ()
-    small_steps = partial(Reconstruction, tokens_per_batch=tokens.shape[1])
+    small_steps = partial(BlockTuning, tokens_per_batch=tokens.shape[1])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("apt.engine.prune_options.Reconstruction", small_steps)
+        patch.setattr("apt.engine.prune_options.BlockTuning", small_steps)
         report = apt.prune(model, tokens, pattern="2:4", also=also, ranks=ranks, **RUNS[run])
     return model.state_dict(), report
 

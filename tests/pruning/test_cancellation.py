@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import apt as library
-import apt.tuning.reconstruct
+import apt.tuning.block_tuning
 from apt.engine.prune_options import PruneOptions
 from apt.events import BlockStarted, SitePruned, Working
 from apt.planning.plan import make_plan
@@ -20,7 +20,7 @@ from apt.plugin.registry import registry
 from apt.pruning.pipeline import prune_blocks
 from apt.solver import NM, Unstructured
 from apt.solver.patterns import meets
-from apt.tuning.reconstruct import Reconstruction
+from apt.tuning.block_tuning import BlockTuning
 from tests.helpers.families import CONFIGS, random_model, random_tokens
 
 TOKENS, PATTERN = random_tokens(6, 12), NM(2, 4)
@@ -34,8 +34,8 @@ class Enough(Exception):
 @pytest.fixture(autouse=True)
 def tuned_on_little(monkeypatch):
     """Tuning in steps of two samples, so that there are some."""
-    small_steps = partial(Reconstruction, tokens_per_batch=24)
-    monkeypatch.setattr("apt.engine.prune_options.Reconstruction", small_steps)
+    small_steps = partial(BlockTuning, tokens_per_batch=24)
+    monkeypatch.setattr("apt.engine.prune_options.BlockTuning", small_steps)
 
 
 @pytest.fixture(autouse=True)
@@ -139,8 +139,8 @@ def test_no_more_than_one_step_goes_by_between_two_events(pattern, ordered, effo
 
         return called
 
-    descend = apt.tuning.reconstruct._Tuning.descend
-    monkeypatch.setattr("apt.tuning.reconstruct._Tuning.descend", counted("tuning", descend))
+    descend = apt.tuning.block_tuning._Descent.descend
+    monkeypatch.setattr("apt.tuning.block_tuning._Descent.descend", counted("tuning", descend))
     monkeypatch.setattr(adapter, "step", counted("running", adapter.step))
     options = PruneOptions(effort=effort, error_aware=True, ordered=ordered)
     recipe = options.recipe(method)

@@ -1,4 +1,4 @@
-"""Local reconstruction: zeros stay, the held-back error never rises, half precision is served."""
+"""Block tuning: zeros stay, the held-back error never rises, half precision is served."""
 
 import copy
 from dataclasses import replace
@@ -16,7 +16,7 @@ from apt.engine.prune_options import PruneOptions
 from apt.events import BlockTuned
 from apt.plugin.registry import registry
 from apt.solver.patterns import NM, meets
-from apt.tuning.reconstruct import Reconstruction, reconstruct
+from apt.tuning.block_tuning import BlockTuning, tune_block
 from tests.helpers.families import FAMILIES, random_model, random_tokens, zoo_model
 
 BEST = PruneOptions(effort="best", own_samples=0)
@@ -41,8 +41,8 @@ def test_it_lowers_the_error_on_what_was_held_back(name, dtype):
     batches = enter(adapter, model, tokens, 48, with_dense=True)
     block, sites = pruned_block(adapter, model, batches)
     before = {name: value.clone() for name, value in block.named_parameters()}
-    tuned = reconstruct(
-        OpenBlock(adapter, block, 0, batches), sites, Reconstruction(rate=0.1, epochs=3)
+    tuned = tune_block(
+        OpenBlock(adapter, block, 0, batches), sites, BlockTuning(rate=0.1, epochs=3)
     )
     assert tuned is not None
     assert tuned.after < tuned.before
@@ -62,7 +62,7 @@ def test_where_nothing_is_gained_the_start_stays(adapter_of):
     batches = enter(adapter, model, random_tokens(samples=6), 24, with_dense=True)
     block, sites = pruned_block(adapter, model, batches)
     before = copy.deepcopy(block.state_dict())
-    tuned = reconstruct(OpenBlock(adapter, block, 0, batches), sites, Reconstruction(rate=1e4))
+    tuned = tune_block(OpenBlock(adapter, block, 0, batches), sites, BlockTuning(rate=1e4))
     assert tuned is not None
     assert tuned.after == tuned.before
     for name, value in block.state_dict().items():
@@ -74,7 +74,7 @@ def test_one_batch_cannot_be_held_back(adapter_of):
     adapter = adapter_of(model)
     batches = enter(adapter, model, random_tokens(), with_dense=True)
     block, sites = pruned_block(adapter, model, batches)
-    assert reconstruct(OpenBlock(adapter, block, 0, batches), sites, Reconstruction()) is None
+    assert tune_block(OpenBlock(adapter, block, 0, batches), sites, BlockTuning()) is None
 
 
 @pytest.mark.parametrize("samples", [1, 2, 3])
@@ -106,7 +106,7 @@ def test_an_expert_without_tokens_in_a_step_stays(adapter_of):
     batches = [Batch(x, [Call((), {})], 16, DenseActivations(2 * x)) for x in streams]
     adapter = adapter_of(random_model("llama"))
     with torch.no_grad():
-        tuned = reconstruct(OpenBlock(adapter, block, 0, batches), sites, Reconstruction(epochs=1))
+        tuned = tune_block(OpenBlock(adapter, block, 0, batches), sites, BlockTuning(epochs=1))
     assert tuned.after < tuned.before
     same = [torch.equal(block.state_dict()[name], before[name]) for name in before]
     assert same == [False, True]
@@ -134,12 +134,12 @@ def test_a_strictly_layer_wise_run_is_not_tuned():
 
 
 def test_a_part_of_the_samples_is_spread_over_all():
-    chosen = Reconstruction(tokens=24 * 5).chosen(20, 24)
+    chosen = BlockTuning(tokens=24 * 5).chosen(20, 24)
     assert chosen.nonzero().flatten().tolist() == [0, 4, 8, 12, 16]
-    assert Reconstruction(tokens=24 * 20).chosen(20, 24).all()
-    assert Reconstruction(tokens=None).chosen(20, 24).all()
-    assert Reconstruction(tokens=10).chosen(20, 24).sum() == 2
-    assert Reconstruction(tokens=10).chosen(1, 24).sum() == 1
+    assert BlockTuning(tokens=24 * 20).chosen(20, 24).all()
+    assert BlockTuning(tokens=None).chosen(20, 24).all()
+    assert BlockTuning(tokens=10).chosen(20, 24).sum() == 2
+    assert BlockTuning(tokens=10).chosen(1, 24).sum() == 1
 
 
 def test_a_run_tunes_on_the_chosen_samples_and_prunes_on_all(monkeypatch):
@@ -147,11 +147,11 @@ def test_a_run_tunes_on_the_chosen_samples_and_prunes_on_all(monkeypatch):
 
     def spy(block, *rest):
         seen.append(sum(batch.tokens for batch in block.batches))
-        return reconstruct(block, *rest)
+        return tune_block(block, *rest)
 
-    monkeypatch.setattr("apt.pruning.pipeline.reconstruct", spy)
-    small_steps = partial(Reconstruction, tokens_per_batch=48)
-    monkeypatch.setattr("apt.engine.prune_options.Reconstruction", small_steps)
+    monkeypatch.setattr("apt.pruning.pipeline.tune_block", spy)
+    small_steps = partial(BlockTuning, tokens_per_batch=48)
+    monkeypatch.setattr("apt.engine.prune_options.BlockTuning", small_steps)
     options = replace(BEST, tuning_tokens=24 * 10)
     report = library.prune(
         random_model("llama"), random_tokens(samples=32), pattern="2:4", options=options
@@ -167,13 +167,13 @@ def test_tuning_in_mixed_precision_ends_where_full_precision_does(name, monkeypa
     for native in (False, True):
         mixed = torch.autocast("cpu", torch.bfloat16, native)
         monkeypatch.setattr(
-            "apt.tuning.reconstruct.mixed_precision", lambda weights, mixed=mixed: mixed
+            "apt.tuning.block_tuning.mixed_precision", lambda weights, mixed=mixed: mixed
         )
         model, adapter = copy.deepcopy(loaded.module).float(), loaded.adapter
         batches = enter(adapter, model, tokens, 48, with_dense=True)
         block, sites = pruned_block(adapter, model, batches)
-        tuned = reconstruct(
-            OpenBlock(adapter, block, 0, batches), sites, Reconstruction(rate=0.1, epochs=3)
+        tuned = tune_block(
+            OpenBlock(adapter, block, 0, batches), sites, BlockTuning(rate=0.1, epochs=3)
         )
         assert tuned is not None
         after.append(tuned.after / tuned.before)
@@ -188,5 +188,5 @@ def test_tuning_in_mixed_precision_ends_where_full_precision_does(name, monkeypa
 def test_more_effort_tunes_longer(effort, aware, epochs):
     options = PruneOptions(effort=effort, error_aware=aware)
     recipe = options.recipe(registry().methods.get("admm"))
-    assert (recipe.reconstruction.epochs if recipe.reconstruction else None) == epochs
-    assert options.recipe(registry().methods.get("ss")).reconstruction is None
+    assert (recipe.tuning.epochs if recipe.tuning else None) == epochs
+    assert options.recipe(registry().methods.get("ss")).tuning is None

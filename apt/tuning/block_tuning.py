@@ -1,4 +1,4 @@
-"""Local reconstruction: the kept weights of a pruned block are tuned towards the dense output.
+"""Block tuning: the kept weights of a pruned block are tuned towards the dense output.
 
 The closed form of a layer ignores the nonlinear operations between the layers of a block. So, as in
 EBFT (arXiv 2402.12419), the kept weights of a block are tuned by gradient descent, with fixed
@@ -21,7 +21,7 @@ from apt.tuning.block_forward import mixed_precision, stream_after
 
 
 @dataclass(frozen=True)
-class Reconstruction:
+class BlockTuning:
     """The options of a block's tuning.
 
     Args:
@@ -70,7 +70,7 @@ class Tuned:
     after: float
 
 
-def reconstruct(block: OpenBlock, sites: Sequence[Site], options: Reconstruction) -> Tuned | None:
+def tune_block(block: OpenBlock, sites: Sequence[Site], options: BlockTuning) -> Tuned | None:
     """Tune the kept weights of ``sites`` in place; the block's weights change only at the end.
 
     The steps do not depend on the number of ranks: all ranks take each step together, with the
@@ -90,29 +90,29 @@ def reconstruct(block: OpenBlock, sites: Sequence[Site], options: Reconstruction
     if count <= held:
         return None
     passed = len(ranks.mine(range(count - held)))
-    tuning = _Tuning(block, sites)
-    before = lowest = tuning.error(batches[passed:], held)
-    for group in tuning.adam.param_groups:
+    descent = _Descent(block, sites)
+    before = lowest = descent.error(batches[passed:], held)
+    for group in descent.adam.param_groups:
         group["lr"] *= options.rate * math.sqrt(before)
-    best = tuning.snapshot()
+    best = descent.snapshot()
     steps = options.epochs * (count - held)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        tuning.adam, lambda n: (1 + math.cos(math.pi * min(n / steps, 1))) / 2
+        descent.adam, lambda n: (1 + math.cos(math.pi * min(n / steps, 1))) / 2
     )
     for _ in range(options.epochs):
         for turn in range(count - held):
             place, owner = turn // ranks.size, ranks.owner(turn)
-            tuning.descend(batches[place] if owner == ranks.rank else None, owner)
+            descent.descend(batches[place] if owner == ranks.rank else None, owner)
             schedule.step()
             block.progress()
-        error = tuning.error(batches[passed:], held)
+        error = descent.error(batches[passed:], held)
         if error < lowest:
-            lowest, best = error, tuning.snapshot()
-    tuning.write(best)
+            lowest, best = error, descent.snapshot()
+    descent.write(best)
     return Tuned(before, lowest)
 
 
-class _Tuning:
+class _Descent:
     """The kept weights of a block in fp32, with their masks and the state of Adam."""
 
     def __init__(self, block: OpenBlock, sites: Sequence[Site]) -> None:
