@@ -48,7 +48,7 @@ def write_compressed_tensors(
         raise AptError(f"{directory} is packed or quantised already")
     shards = Shards(directory)
     modules = linear_tensors(shell, shards, blocks=True)
-    _check_group(shards, modules, rounding.group)
+    _check_group(shards, modules, rounding.scale_group)
 
     def converted(name: str, tensor: Tensor) -> dict[str, Tensor]:
         if name not in modules:
@@ -92,8 +92,8 @@ def _check_group(shards: Shards, modules: Mapping[str, str], group: ScaleGroup) 
 
 def _integers(name: str, tensor: Tensor, rounding: Rounding) -> tuple[Tensor, Tensor]:
     if not rounding.exact:
-        return nearest_integers(tensor, rounding.kind, rounding.group)
-    exact = exact_integers(tensor, rounding.kind, rounding.group)
+        return nearest_integers(tensor, rounding.kind, rounding.scale_group)
+    exact = exact_integers(tensor, rounding.kind, rounding.scale_group)
     if exact is None:
         said = f"{name} does not consist of integers times scales"
         raise AptError(said, "round it", ("quantize",))
@@ -140,8 +140,8 @@ def _description(shell: Model, modules: Mapping[str, str], rounding: Rounding) -
         "num_bits": BITS[rounding.kind],
         "type": "int",
         "symmetric": True,
-        "strategy": "channel" if rounding.group == "row" else "group",
-        "group_size": None if rounding.group == "row" else rounding.group,
+        "strategy": "channel" if rounding.scale_group == "row" else "group",
+        "group_size": None if rounding.scale_group == "row" else rounding.scale_group,
         "dynamic": False,
     }
     scheme = {"targets": ["Linear"], "weights": weights}

@@ -93,13 +93,13 @@ class Rounding:
 
     Args:
         kind: ``int8`` or ``int4``.
-        group: the number of columns that share a scale, or a whole row.
+        scale_group: the number of columns that share a scale, or a whole row.
         exact: True to use integers only for matrices that consist of integers times scales, which
             `apt.PruneOptions.quantize` makes; all others keep their values.
     """
 
     kind: str
-    group: ScaleGroup = 128
+    scale_group: ScaleGroup = 128
     exact: bool = False
 
 
@@ -188,8 +188,8 @@ def _encoded(tensor: Tensor, rounding: Rounding | None) -> tuple[Entry, Parts]:
     if rounding is None:
         return encode(tensor)
     if rounding.exact:
-        return encode_integers(tensor, rounding.kind, rounding.group) or encode(tensor)
-    return encode_rounded(tensor, rounding.kind, rounding.group)
+        return encode_integers(tensor, rounding.kind, rounding.scale_group) or encode(tensor)
+    return encode_rounded(tensor, rounding.kind, rounding.scale_group)
 
 
 def unpack(directory: Path, target: Path) -> int:
