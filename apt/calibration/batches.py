@@ -139,11 +139,8 @@ def check_finite(adapter: Adapter, states: Iterable[State], ranks: Ranks) -> Non
     """Raise on all ranks if one of them has a state after a block that is not finite."""
     bad = sum(not adapter.residual(state).isfinite().all() for state in states)
     if ranks.sum(bad):
-        raise AptError(
-            "the activations after it are not finite",
-            "try dtype float32, or bfloat16 instead of float16",
-            ("dtype",),
-        )
+        fault = "the activations after it are not finite"
+        raise AptError(fault, "try dtype float32, or bfloat16 instead of float16", ("dtype",))
 
 
 def enter(

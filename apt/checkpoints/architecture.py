@@ -28,20 +28,14 @@ def check_kind(reference: str, config: Any, *, packed: bool = False) -> None:
             f"{reference} is packed, and its weights cannot be changed", "apt-prune unpack it first"
         )
     if method and method != METHOD and not packed:
-        raise AptError(
-            f"{reference} is quantised with {method}, and its weights cannot be pruned",
-            "prune the original model, and quantise the result",
-        )
+        fault = f"{reference} is quantised with {method}, and its weights cannot be pruned"
+        raise AptError(fault, "prune the original model, and quantise the result")
     if getattr(config, "is_encoder_decoder", False):
-        raise AptError(
-            f"{reference} is an encoder-decoder model (type '{kind}')",
-            f"{_PRUNED}, which have only a decoder",
-        )
+        fault = f"{reference} is an encoder-decoder model (type '{kind}')"
+        raise AptError(fault, f"{_PRUNED}, which have only a decoder")
     if _bidirectional(config):
-        raise AptError(
-            f"{reference} is an encoder (type '{kind}'), which reads text in both directions",
-            f"{_PRUNED}, which predict the next token",
-        )
+        fault = f"{reference} is an encoder (type '{kind}'), which reads text in both directions"
+        raise AptError(fault, f"{_PRUNED}, which predict the next token")
     if not _causal(config):
         raise AptError(
             f"{reference} is of type '{kind}', of which transformers has no causal language model",

@@ -73,10 +73,8 @@ def _empty_model(source: Source, config: Any) -> nn.Module:
     """A model without weights, in eval mode."""
     layers = getattr(config, "num_hidden_layers", 0)
     if isinstance(layers, int) and layers > _MOST_LAYERS:  # each is a module, even without weights
-        raise AptError(
-            f"{source.reference} does not load: it would have {layers:,} layers",
-            _DAMAGED,
-        )
+        fault = f"{source.reference} does not load: it would have {layers:,} layers"
+        raise AptError(fault, _DAMAGED)
     with _loading(source, _DAMAGED), torch.device("meta"):
         module: nn.Module = AutoModelForCausalLM.from_config(
             config, trust_remote_code=source.trust_remote_code
@@ -142,10 +140,8 @@ def _mismatched(source: Source, module: Any, mismatch: Any) -> AptError:
     stored = f"is {tuple(shapes[0])}" if shapes else "has another shape"
     expected = module.state_dict().get(name)
     wanted = "another" if expected is None else tuple(expected.shape)
-    return AptError(
-        f"{name} of {source.reference} {stored}, but {wanted} by its configuration",
-        "is its config.json the right one?",
-    )
+    fault = f"{name} of {source.reference} {stored}, but {wanted} by its configuration"
+    return AptError(fault, "is its config.json the right one?")
 
 
 def _from_checkpoint(
@@ -195,15 +191,10 @@ def check_finite(module: nn.Module, reference: str, cast: torch.dtype | None = N
         if torch.isfinite(parameter).all():
             continue
         if cast is torch.float16 and not parameter.isnan().any():
-            raise AptError(
-                f"{name} of {reference} has values beyond 65,504, the largest of float16",
-                "use dtype bfloat16 or float32",
-                ("dtype",),
-            )
-        raise AptError(
-            f"{name} of {reference} holds values that are not finite",
-            "the checkpoint is damaged; get it again",
-        )
+            fault = f"{name} of {reference} has values beyond 65,504, the largest of float16"
+            raise AptError(fault, "use dtype bfloat16 or float32", ("dtype",))
+        fault = f"{name} of {reference} holds values that are not finite"
+        raise AptError(fault, "the checkpoint is damaged; get it again")
 
 
 def load_tokenizer(source: Source, other: str | None = None) -> Any:

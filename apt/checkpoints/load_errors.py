@@ -64,10 +64,8 @@ def _hub_error(source: Source, error: Exception) -> AptError | None:
             f"'{name}' has no revision '{source.hub.revision}'", "check its page", ("revision",)
         )
     if isinstance(error, OSError) or "HFValidationError" in causes:
-        return AptError(
-            f"no such model: '{name}' is neither a local directory nor available on the hub",
-            _hub_hint(source.reference),
-        )
+        fault = f"no such model: '{name}' is neither a local directory nor available on the hub"
+        return AptError(fault, _hub_hint(source.reference))
     return None
 
 
@@ -124,11 +122,8 @@ def _requires_code(error: Exception) -> bool:
 
 
 def _code_error(name: str) -> AptError:
-    return AptError(
-        f"{name} needs code from its repository, which is not run by default",
-        "read that code, then allow it",
-        ("trust_remote_code",),
-    )
+    fault = f"{name} needs code from its repository, which is not run by default"
+    return AptError(fault, "read that code, then allow it", ("trust_remote_code",))
 
 
 def _hub_hint(reference: str) -> str:

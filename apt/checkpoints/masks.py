@@ -70,10 +70,8 @@ def read_masks(path: Path) -> Masks:
                 raise ValueError("its shapes and tensors have different names")
             return {name: _unpacked(file.get_tensor(name), shapes[name]) for name in names}
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise AptError(
-            f"{path} is not a file of masks: {first_line(error)}",
-            f"name a pruned model, or a file {MASKS}",
-        ) from error
+        fault = f"{path} is not a file of masks: {first_line(error)}"
+        raise AptError(fault, f"name a pruned model, or a file {MASKS}") from error
 
 
 def _unpacked(packed: Tensor, shape: list[int]) -> Tensor:
@@ -108,10 +106,8 @@ def check_masks(masks: Mapping[str, Tensor], model: nn.Module, name: str) -> Non
     parameters = _parameters(model)
     for key, mask in masks.items():
         if key not in parameters:
-            raise AptError(
-                f"{name} has masks of another model: {key} is missing in this one",
-                "name the model that was fine-tuned from the pruned one",
-            )
+            fault = f"{name} has masks of another model: {key} is missing in this one"
+            raise AptError(fault, "name the model that was fine-tuned from the pruned one")
         if parameters[key].shape != mask.shape:
             raise AptError(
                 f"{name} has masks of another model: {key} is {_shape(mask)} there, and "

@@ -90,10 +90,8 @@ class Shards:
         """Read a tensor, and raise if a value is not finite."""
         tensor = self.read(name)
         if not torch.isfinite(tensor).all():
-            raise AptError(
-                f"{name} in {self.entries[name].file} holds values that are not finite",
-                "the checkpoint is damaged; get it again",
-            )
+            fault = f"{name} in {self.entries[name].file} holds values that are not finite"
+            raise AptError(fault, "the checkpoint is damaged; get it again")
         return tensor
 
     def digest(self, names: Iterable[str]) -> str:
@@ -226,10 +224,8 @@ def _check_dtypes(path: Path, header: dict[str, Any]) -> None:
     for name, item in header.items():
         kind = item["dtype"]
         if isinstance(kind, str) and kind.startswith(("F8", "F6_", "F4")):
-            raise AptError(
-                f"{name} in {path} is stored as {kind}: the checkpoint is quantised",
-                "prune the original, and quantise the result",
-            )
+            fault = f"{name} in {path} is stored as {kind}: the checkpoint is quantised"
+            raise AptError(fault, "prune the original, and quantise the result")
 
 
 def _entry(path: Path, item: Any, base: int, length: int) -> Entry:

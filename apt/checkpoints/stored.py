@@ -103,17 +103,12 @@ def open_stored(shell: Model) -> Stored:
         AptError: it is not in the format of transformers, or transformers renames its tensors.
     """
     if shell.checkpoint is not None or shell.source.gguf:
-        raise NotStoredError(
-            "only checkpoints of transformers can be streamed",
-            "convert it first with apt-prune convert",
-            ("stream",),
-        )
+        fault = "only checkpoints of transformers can be streamed"
+        raise NotStoredError(fault, "convert it first with apt-prune convert", ("stream",))
     directory = local_directory(shell)
     if directory / "config.json" not in side_files(directory):
-        raise NotStoredError(
-            f"{directory / 'config.json'} is a link to a file outside the checkpoint",
-            "copy that file into the checkpoint",
-        )
+        fault = f"{directory / 'config.json'} is a link to a file outside the checkpoint"
+        raise NotStoredError(fault, "copy that file into the checkpoint")
     shards = Shards(directory)
     return Stored(directory, shards, layout_of(shell, shards))
 

@@ -69,10 +69,8 @@ def _check_stored(name: str, tensor: torch.Tensor, pieces: Sequence[Piece], shar
     if tensor.is_floating_point() and any(
         not shards.entries[piece.key].dtype.is_floating_point for piece in pieces
     ):
-        raise AptError(
-            f"{name} is stored as integers: the checkpoint is quantised",
-            "prune the original, and quantise the result",
-        )
+        fault = f"{name} is stored as integers: the checkpoint is quantised"
+        raise AptError(fault, "prune the original, and quantise the result")
 
 
 def _pieces(name: str, shape: tuple[int, ...], shards: Shards) -> list[Piece]:

@@ -46,10 +46,8 @@ def _check_rendezvous(size: int) -> None:
     """Raise if the environment lacks the variables by which ranks connect to each other."""
     missing = [name for name in _RENDEZVOUS if not os.environ.get(name)]
     if missing:
-        raise AptError(
-            f"WORLD_SIZE is {size}, but {missing[0]} is not set",
-            "start several processes with torchrun, or unset WORLD_SIZE",
-        )
+        fault = f"WORLD_SIZE is {size}, but {missing[0]} is not set"
+        raise AptError(fault, "start several processes with torchrun, or unset WORLD_SIZE")
     whole_number("MASTER_PORT", 0)
     if (rank := whole_number("RANK", 0)) >= size:
         raise AptError(f"RANK is {rank}, but WORLD_SIZE is {size}", "ranks count from 0")
@@ -58,10 +56,8 @@ def _check_rendezvous(size: int) -> None:
 def _own_device() -> int:
     place, devices = whole_number("LOCAL_RANK", 0), torch.cuda.device_count()
     if place >= devices:
-        raise AptError(
-            f"this machine has {devices} CUDA devices, too few for local rank {place}",
-            f"start at most {devices} processes on a machine",
-        )
+        fault = f"this machine has {devices} CUDA devices, too few for local rank {place}"
+        raise AptError(fault, f"start at most {devices} processes on a machine")
     return place
 
 

@@ -126,11 +126,8 @@ def _check_name(target: Path) -> None:
     longest = os.pathconf(_existing_parent(target), "PC_NAME_MAX")
     if len(os.fsencode(_FOLDER.format(target.name))) > longest:
         room = longest - len(_FOLDER.format(""))
-        raise AptError(
-            f"the name {target.name[:20]}… of the output is longer than {room} bytes",
-            _CHOOSE_ANOTHER,
-            _OUTPUT,
-        )
+        fault = f"the name {target.name[:20]}… of the output is longer than {room} bytes"
+        raise AptError(fault, _CHOOSE_ANOTHER, _OUTPUT)
 
 
 def _check_place(directory: Path, target: Path, inputs: Sequence[Path]) -> None:

@@ -144,10 +144,8 @@ def pack(
     if KEY in config:
         raise AptError(f"{directory} is packed or quantised already")
     if not names:
-        raise AptError(
-            f"no weight of {directory} belongs to a torch.nn.Linear module of its own",
-            "other modules, such as Conv1D, cannot be packed",
-        )
+        fault = f"no weight of {directory} belongs to a torch.nn.Linear module of its own"
+        raise AptError(fault, "other modules, such as Conv1D, cannot be packed")
     shards, entries = Shards(directory), dict[str, Entry]()
 
     def packed(name: str, tensor: Tensor) -> dict[str, Tensor]:
@@ -166,10 +164,8 @@ def pack(
 
     rewrite(shards, target, packed, _PACKED, described)
     if not entries:
-        raise AptError(
-            f"no matrix of {directory} has so many zeros that packing makes it smaller",
-            "name a pruned model",
-        )
+        fault = f"no matrix of {directory} has so many zeros that packing makes it smaller"
+        raise AptError(fault, "name a pruned model")
     weights = SINGLE_PACKED if len(shards.files) == 1 else INDEX_PACKED
     about = {"quant_method": METHOD, "version": VERSION, "weights": weights}
     code = {} if config.get(_AUTO_MAP) else {_AUTO_MAP: OWN_CODE}  # a model may have its own
@@ -227,10 +223,8 @@ class PackedShards(Shards):
         for name, entry in self._matrices.items():
             for part in (MASK, VALUES, *([SCALES] if entry.group else [])):
                 if (place := self.entries.pop(f"{name}_{part}", None)) is None:
-                    raise AptError(
-                        f"{directory} lacks {name}_{part}, which its config.json describes",
-                        "is the checkpoint complete?",
-                    )
+                    fault = f"{directory} lacks {name}_{part}, which its config.json describes"
+                    raise AptError(fault, "is the checkpoint complete?")
                 self.entries[name] = replace(place, dtype=FLOATS[entry.dtype], shape=entry.shape)
 
     def read(self, name: str) -> Tensor:

@@ -109,11 +109,8 @@ def is_needed(name: str, plan: Plan) -> bool:
 def check_allocation(name: str, plan: Plan) -> None:
     """Raise if no site has a sparsity that the allocation could change."""
     if name != UNIFORM and not unstructured(plan):
-        raise AptError(
-            f"allocation {name} cannot be used: n:m or overrides fix the sparsity of every site",
-            "give a sparsity",
-            ("sparsity",),
-        )
+        fault = f"allocation {name} cannot be used: n:m or overrides fix the sparsity of every site"
+        raise AptError(fault, "give a sparsity", ("sparsity",))
 
 
 def with_shares(plan: Plan, name: str, shares: Mapping[str, float]) -> Plan:

@@ -241,11 +241,8 @@ def mean_square(grams: Iterable[Gram]) -> float:
 def _check_finite(planned: PlannedSite, weight: Tensor) -> None:
     """Raise if a weight is not finite in the dtype in which it is stored."""
     if not torch.isfinite(weight).all():
-        raise AptError(
-            f"the pruned weight of {planned.name} is not finite in {weight.dtype}",
-            "try dtype float32, or more damping",
-            ("dtype", "damping"),
-        )
+        fault = f"the pruned weight of {planned.name} is not finite in {weight.dtype}"
+        raise AptError(fault, "try dtype float32, or more damping", ("dtype", "damping"))
 
 
 @dataclass(frozen=True)

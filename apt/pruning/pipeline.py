@@ -218,11 +218,8 @@ class _Pruning:
         if len(rest):
             batches += self.batches(model, rest, TOKENS_PER_BATCH)
         if self.ranks.sum(not batches):
-            raise AptError(
-                f"too few samples: some of {self.ranks.size} ranks have none",
-                "give more samples, or start fewer ranks",
-                ("samples",),
-            )
+            fault = f"too few samples: some of {self.ranks.size} ranks have none"
+            raise AptError(fault, "give more samples, or start fewer ranks", ("samples",))
         self.ranks.work.tokens = sum(batch.tokens for batch in batches)
         return batches
 

@@ -167,11 +167,8 @@ def _plan(
     moving = None
     if job.options.move_masks:
         if not trainable.masked:
-            raise AptError(
-                f"recovery {job.spec.name} trains adapters, and its masks cannot move",
-                "use the kind distill or layers",
-                ("kind", "move_masks"),
-            )
+            fault = f"recovery {job.spec.name} trains adapters, and its masks cannot move"
+            raise AptError(fault, "use the kind distill or layers", ("kind", "move_masks"))
         moving = MovingMasks(model, job.adapter, masks, steps)
 
     def observe(event: TrainingEvent) -> None:
@@ -338,8 +335,5 @@ def _check_lower(training: Training) -> None:
         if training.diverged is not None
         else "the training did not lower the loss"
     )
-    raise NotRecoveredError(
-        f"{what}: {lowest:.4f} on the samples held back, {before:.4f} before",
-        "use a lower rate, or more text",
-        ("rate", "calibration"),
-    )
+    fault = f"{what}: {lowest:.4f} on the samples held back, {before:.4f} before"
+    raise NotRecoveredError(fault, "use a lower rate, or more text", ("rate", "calibration"))

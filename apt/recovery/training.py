@@ -170,11 +170,8 @@ def _arguments(module: nn.Module, plan: TrainingPlan) -> TrainingArguments:
     processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     share, rest = divmod(options.batch, processes)
     if rest:
-        raise AptError(
-            f"a step of {options.batch} samples cannot be divided among {processes} processes",
-            "choose a multiple",
-            ("batch",),
-        )
+        fault = f"a step of {options.batch} samples cannot be divided among {processes} processes"
+        raise AptError(fault, "choose a multiple", ("batch",))
     # A divisor, so that a step has exactly its samples.
     each = max(n for n in range(1, min(share, options.samples_at_once) + 1) if share % n == 0)
     try:
@@ -213,17 +210,11 @@ def _arguments(module: nn.Module, plan: TrainingPlan) -> TrainingArguments:
     except ValueError as error:
         if options.optimizer not in str(error):
             raise
-        raise AptError(
-            f"optimizer '{options.optimizer}' is unknown to transformers",
-            "use adamw_torch or adafactor",
-            ("optimizer",),
-        ) from error
+        fault = f"optimizer '{options.optimizer}' is unknown to transformers"
+        raise AptError(fault, "use adamw_torch or adafactor", ("optimizer",)) from error
     if made.device != device and device.index:
-        raise AptError(
-            f"the training runs on {made.device}, not on {plan.device}",
-            "select the GPU with CUDA_VISIBLE_DEVICES",
-            ("device",),
-        )
+        fault = f"the training runs on {made.device}, not on {plan.device}"
+        raise AptError(fault, "select the GPU with CUDA_VISIBLE_DEVICES", ("device",))
     made._n_gpu = min(made._n_gpu, 1)  # more would be DataParallel, with more samples in a step
     return made
 

@@ -35,10 +35,8 @@ def read_config(directory: Path) -> dict[str, Any]:
     try:
         return dict(json.loads((directory / "config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise AptError(
-            f"{directory / 'config.json'} cannot be read: {first_line(error)}",
-            "get the model again",
-        ) from error
+        fault = f"{directory / 'config.json'} cannot be read: {first_line(error)}"
+        raise AptError(fault, "get the model again") from error
 
 
 def is_packed(directory: Path) -> bool:
@@ -71,14 +69,10 @@ def described_entries(about: Mapping[str, Any], where: str) -> dict[str, Entry]:
     version = about.get("version")
     if version != VERSION:
         older = isinstance(version, int) and version < VERSION
-        raise AptError(
-            f"{where} has version {version} of the packed format, and this APT reads {VERSION}",
-            "pack the pruned model again" if older else "install a newer APT",
-        )
+        fault = f"{where} has version {version} of the packed format, and this APT reads {VERSION}"
+        raise AptError(fault, "pack the pruned model again" if older else "install a newer APT")
     try:
         return {name: Entry.read(record) for name, record in about["matrices"].items()}
     except (KeyError, AttributeError, TypeError, ValueError) as error:
-        raise AptError(
-            f"the description of the packed matrices in {where} is damaged: {first_line(error)}",
-            "pack the model again",
-        ) from error
+        fault = f"the description of the packed matrices in {where} is damaged: {first_line(error)}"
+        raise AptError(fault, "pack the model again") from error

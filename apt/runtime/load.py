@@ -41,9 +41,7 @@ def load(directory: Path | str, **options: Any) -> nn.Module:
             f"{directory} does not load: {first_line(error)}", "pack the model again"
         ) from error
     if missing := sorted(info["missing_keys"]):
-        raise AptError(
-            f"{directory} lacks {len(missing)} tensors of the model, such as {missing[0]}",
-            "is the checkpoint complete?",
-        )
+        fault = f"{directory} lacks {len(missing)} tensors of the model, such as {missing[0]}"
+        raise AptError(fault, "is the checkpoint complete?")
     loaded: nn.Module = model.eval()
     return loaded

@@ -72,10 +72,8 @@ class ShrinkOptions:
             self._check_explicit()
         minutes = self.search.minutes
         if self.search.evaluations < 1 or (minutes is not None and not minutes > 0):
-            raise AptError(
-                "a search needs at least one candidate and some time",
-                options=("evaluations", "minutes"),
-            )
+            fault = "a search needs at least one candidate and some time"
+            raise AptError(fault, options=("evaluations", "minutes"))
 
     def _check_explicit(self) -> None:
         """Raise for an option that chooses a size, or that contradicts the given one."""

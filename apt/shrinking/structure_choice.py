@@ -79,11 +79,8 @@ class StructureChoice:
             )
         used = [spec for spec in (self.groups, self.blocks) if not spec.streams]
         if used:
-            raise AptError(
-                f"method {used[0].name} needs the whole model in memory",
-                "choose another method, or do not stream",
-                ("method", "stream"),
-            )
+            fault = f"method {used[0].name} needs the whole model in memory"
+            raise AptError(fault, "choose another method, or do not stream", ("method", "stream"))
 
     def provisional(self, model: nn.Module, adapter: Adapter) -> Structure:
         """A structure of the first size; the blocks that it drops may not be chosen yet."""

@@ -50,11 +50,8 @@ def wanted_sizes(
     first, mode = sizes(options.multiple_of or MULTIPLE), options.mode
     assert mode is not None
     if mode == "width" and not first.groups:
-        raise AptError(
-            "this family's configuration has no widths that could be smaller",
-            "drop blocks instead",
-            ("depth_only",),
-        )
+        fault = "this family's configuration has no widths that could be smaller"
+        raise AptError(fault, "drop blocks instead", ("depth_only",))
     if mode == "search":
         _check_searchable(first)
     return mode, _chosen(sizes, first, options, mode, notice)

@@ -39,51 +39,39 @@ def solve_live(
     Raises:
         MethodError: the method returns no solution of the weight that it got.
     """
+
+    def solved(weight: Tensor, gram: Gram, pattern: SitePattern) -> Solution:
+        solution = method(weight, gram, pattern, options)
+        check_solution(solution, weight)
+        return solution
+
     dead = gram.dead
     if isinstance(pattern, ColumnGroups) or not bool(dead.any()) or bool(dead.all()):
-        return _solved(method, weight, gram, pattern, options)
+        return solved(weight, gram, pattern)
     first = lowest(weight.abs().masked_fill(~dead, torch.inf), pattern)
     if isinstance(pattern, NM):
-        return _with_zeros(method, weight, gram, pattern, options, first & dead)
+        return _with_zeros(solved, weight, gram, pattern, first & dead)
     rows = 1 if pattern.per == "row" else len(weight)
     count = pattern.count(rows * len(dead)) - rows * int(dead.sum())
     live = rows * int((~dead).sum())
     if not 0 < count < live:  # the method has nothing to choose
         return Solution(weight.masked_fill(first, 0), first)
     rest = replace(pattern, sparsity=count / live)
-    part = _solved(method, weight[:, ~dead], gram.live, rest, options)
+    part = solved(weight[:, ~dead], gram.live, rest)
     pruned, mask = torch.zeros_like(weight), torch.ones_like(first)
     pruned[:, ~dead], mask[:, ~dead] = part.weight, part.mask
     return replace(part, weight=pruned, mask=mask)
 
 
-def _solved(
-    method: Callable[..., Solution],
-    weight: Tensor,
-    gram: Gram,
-    pattern: SitePattern,
-    options: SolverOptions,
-) -> Solution:
-    """The solution of the method, checked."""
-    solution = method(weight, gram, pattern, options)
-    check_solution(solution, weight)
-    return solution
-
-
 def _with_zeros(
-    method: Callable[..., Solution],
-    weight: Tensor,
-    gram: Gram,
-    pattern: NM,
-    options: SolverOptions,
-    first: Tensor,
+    solved: Callable[..., Solution], weight: Tensor, gram: Gram, pattern: NM, first: Tensor
 ) -> Solution:
     """A layer solved for n:m with zeros at ``first`` (out, in), which every score ranks lowest.
 
     A method that keeps such a zero nevertheless has pruned a live weight of the same group. The
     largest of these are kept instead, as they were.
     """
-    solution = _solved(method, weight.masked_fill(first, 0), gram, pattern, options)
+    solution = solved(weight.masked_fill(first, 0), gram, pattern)
     counts, needed = zero_counts(solution.mask, pattern)
     if bool((counts != needed).any()) or not bool((first & ~solution.mask).any()):
         return solution

@@ -74,10 +74,8 @@ def hub_documents(
     called = called or name
     remote = "/" in name or any("://" in path for path in (files or {}).values())
     if remote and not offline() and not reachable():
-        raise AptError(
-            f"data set '{called}' is on the hub, and {no_answer()}",
-            "check the network, or give a local file",
-        )
+        fault = f"data set '{called}' is on the hub, and {no_answer()}"
+        raise AptError(fault, "check the network, or give a local file")
     import datasets
 
     wanted = ("train",) if split == "calibration" else ("test", "validation")
@@ -91,10 +89,8 @@ def hub_documents(
         for number, row in enumerate(part, 1):
             yield text_of(row, f"row {number}")
     except Exception as error:  # the exceptions of `datasets` have no common base class
-        raise AptError(
-            f"data set '{called}' cannot be read: {first_line(error)}",
-            "check the name and the network, or give a local file",
-        ) from error
+        fault = f"data set '{called}' cannot be read: {first_line(error)}"
+        raise AptError(fault, "check the name and the network, or give a local file") from error
 
 
 def tokenize(tokenizer: Any, texts: Iterable[str], limit: int | None = None) -> Tensor:

@@ -68,16 +68,11 @@ def own_text(
         AptError: the model cannot generate text, or the shape or the seed is out of range.
     """
     if samples < 0 or seqlen < 2:
-        raise AptError(
-            f"{samples} samples of {seqlen} tokens cannot be generated",
-            "give 0 or more samples of at least 2 tokens",
-        )
+        fault = f"{samples} samples of {seqlen} tokens cannot be generated"
+        raise AptError(fault, "give 0 or more samples of at least 2 tokens")
     if not isinstance(model, GenerationMixin):
-        raise AptError(
-            f"{type(model).__name__} cannot generate calibration text",
-            "use 0 own samples",
-            ("own_samples",),
-        )
+        fault = f"{type(model).__name__} cannot generate calibration text"
+        raise AptError(fault, "use 0 own samples", ("own_samples",))
     device, width = next(model.parameters()).device, text_width(seqlen, bos)
     piece = min(width, _PIECE)
     count = math.ceil(samples * width / piece)

@@ -37,8 +37,6 @@ def tokens_of(config: Any, name: str) -> list[int]:
     value = getattr(config, name, None)
     tokens = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(token, int) for token in tokens):
-        raise AptError(
-            f"{name} of the model's configuration is {value!r}, which is no token",
-            "correct its config.json or generation_config.json",
-        )
+        fault = f"{name} of the model's configuration is {value!r}, which is no token"
+        raise AptError(fault, "correct its config.json or generation_config.json")
     return tokens
