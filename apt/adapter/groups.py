@@ -82,11 +82,7 @@ def entries(part: Part, group: int) -> slice:
 
 
 def disconnect(parameters: Mapping[str, Tensor], groups: Groups, removed: Sequence[int]) -> None:
-    """Set the outputs of some groups without readers to zero, in place.
-
-    Args:
-        parameters: the parameters of the block by their paths within it.
-    """
+    """Set the outputs of some groups without readers to zero, in the parameters by path."""
     for part in groups.outputs:
         entry = parameters[part.parameter].detach().movedim(part.dim, 0)
         for group in removed:
@@ -108,15 +104,7 @@ Removal = tuple[Groups, Sequence[int]]
 
 
 def without(parameters: Mapping[str, Tensor], removals: Sequence[Removal]) -> dict[str, Tensor]:
-    """The parameters of a block without the removed groups.
-
-    Args:
-        parameters: the parameters of the block by their paths within it.
-        removals: the removed groups of each kind. Kinds may have entries in common.
-
-    Returns:
-        Smaller copies of the parameters that change, by path.
-    """
+    """Smaller copies of the parameters that change, by path, of a block without some groups."""
     kept: dict[str, dict[int, Tensor]] = {}
     for groups, removed in removals:
         for part in groups.parts:

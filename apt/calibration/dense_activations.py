@@ -53,10 +53,7 @@ def mean_squares(stream: Tensor) -> Tensor:
 
 
 def bounded(squares: Tensor) -> Tensor:
-    """The squared sizes of tokens, bounded below as divisors: no token may dominate.
-
-    A token can even be zero, such as one of padding in a model without biases.
-    """
+    """The squared sizes of tokens, bounded below as divisors: no token, even zero, may dominate."""
     least = (squares.median() / 16).clamp(min=torch.finfo(squares.dtype).tiny)
     return squares.clamp(min=least)
 

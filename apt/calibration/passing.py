@@ -65,10 +65,7 @@ class BlockPass:
         self.parts[site] += 1
 
     def done(self, site: Site) -> bool:
-        """True if ``site`` has received the whole batch; False for a routed site.
-
-        The number of a routed site's tokens is not known before the end of the forward.
-        """
+        """True if ``site`` has received the whole batch; False for a routed site."""
         return not site.routed and self.seen[site] == site.calls * self.tokens
 
     def dense_input(self, site: Site, rows: Tensor) -> Tensor:

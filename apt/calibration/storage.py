@@ -74,13 +74,7 @@ class _OnCpu:
 
 
 class DiskStore:
-    """A store that writes tensors to files in ``folder``.
-
-    A file is deleted after the last reference to the handle that `put` returned is gone.
-
-    Raises:
-        OSError: a file cannot be written.
-    """
+    """A store in files of ``folder``; each is deleted with the last reference to its handle."""
 
     with_model = False
 

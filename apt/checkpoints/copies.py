@@ -108,10 +108,7 @@ def copy_weights(shards: Shards, source: Path, target: Path, largest: str | None
 
 
 def checksums(directory: Path) -> dict[str, str]:
-    """A checksum for every file of a directory by its relative path, without the model card.
-
-    That of a safetensors file covers its header and its size only: the tensors will change.
-    """
+    """Checksums by relative path, without the card; those of safetensors cover header and size."""
     hashes = {}
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()

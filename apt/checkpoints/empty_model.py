@@ -24,10 +24,7 @@ def model_without_weights(config: Any, *, trust_remote_code: bool) -> nn.Module:
 
 
 def empty_of_class(kind: Any, config: Any, like: Any) -> nn.Module:
-    """A model of the class ``kind`` as `model_without_weights` makes it.
-
-    It has the implementations of attention and experts of the configuration ``like``.
-    """
+    """As `model_without_weights`, of a class, with the implementations of ``like``."""
     chosen = {
         name: value
         for name in ("attn_implementation", "experts_implementation")

@@ -43,11 +43,7 @@ def find_file(location: str, name: str, hub: Hub | None = None) -> Path | None:
 
 
 def find_source_file(source: Source, name: str) -> Path | None:
-    """A file of a model's directory or repository; None if there is no such file.
-
-    Raises:
-        AptError: the search fails, for instance because the hub does not answer.
-    """
+    """A file of a model, or None; raises `AptError` if the search fails, as without an answer."""
     try:
         return find_file(source.location, name, source.hub)
     except (OSError, ValueError) as error:
@@ -55,11 +51,7 @@ def find_source_file(source: Source, name: str) -> Path | None:
 
 
 def local_copy(source: Source, ignored: Sequence[str] = ()) -> Path:
-    """The directory of a checkpoint, downloaded if it is on the hub.
-
-    Args:
-        ignored: patterns of files that are not needed.
-    """
+    """The directory of a checkpoint; one on the hub is downloaded without ``ignored`` patterns."""
     if not source.on_hub:
         return Path(source.location)
     from huggingface_hub import snapshot_download

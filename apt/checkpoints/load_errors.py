@@ -16,11 +16,7 @@ from apt.plugin.registry import registry
 
 
 def load_error(source: Source, error: Exception, hint: str) -> AptError:
-    """The message for an exception that was raised while a model was loaded.
-
-    Args:
-        hint: the remedy if no better one is known.
-    """
+    """The message for an exception while a model was loaded; ``hint`` if no remedy is known."""
     if _requires_code(error):
         return _code_error(source.reference)
     if any(isinstance(cause, pickle.UnpicklingError) for cause in _chain(error)):

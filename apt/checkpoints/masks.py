@@ -96,11 +96,7 @@ class Removed:
 
 
 def check_masks(masks: Mapping[str, Tensor], model: nn.Module, name: str) -> None:
-    """Raise if masks are those of another model.
-
-    Raises:
-        AptError: a parameter is missing, or has another shape.
-    """
+    """Raise if masks are those of another model: a parameter is missing, or has another shape."""
     if not masks:
         raise AptError(f"{name} has no zeros", "name the pruned model")
     parameters = _parameters(model)

@@ -38,11 +38,7 @@ class StoredBlocks:
 
     @contextmanager
     def open(self, name: str, dense: dict[str, Tensor] | None = None) -> Iterator[nn.Module]:
-        """While entered, the block is in memory; afterwards it is on the meta device again.
-
-        Args:
-            dense: its parameters, if they have been read already.
-        """
+        """While entered, the block is in memory, with its ``dense`` parameters if already read."""
         block = self._blocks[name]
         _set_parameters(block, self.read(name) if dense is None else dense, self._device)
         try:
@@ -131,11 +127,7 @@ def _set_parameters(block: nn.Module, tensors: dict[str, Tensor], device: str) -
 def assemble(
     shell: Model, shards: Shards, layout: Layout, device: str, dtype: torch.dtype | None = None
 ) -> nn.Module:
-    """The model with the parameters of its blocks on the meta device and all others in memory.
-
-    Raises:
-        AptError: the checkpoint lacks a tensor outside the blocks.
-    """
+    """The model in memory but for its blocks; raises `AptError` if a tensor is missing."""
     source = shell.source
     module: Any = model_without_weights(
         copy.deepcopy(shell.config), trust_remote_code=source.trust_remote_code

@@ -104,11 +104,7 @@ class Shards:
         return hasher.hexdigest()
 
     def write(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Write tensors over their own bytes, each in its stored dtype, and flush them to disk.
-
-        Raises:
-            OSError: a file has become a link, which may lead outside the output.
-        """
+        """Write tensors over their own bytes, in their dtypes; raises `OSError` for a link."""
         files: dict[Path, int] = {}
         try:
             for name, tensor in tensors:
@@ -180,11 +176,7 @@ def _files(directory: Path, single: str, index: str) -> tuple[list[Path], dict[s
 
 
 def check_files(directory: Path) -> None:
-    """Raise if the weights of a directory, of any format, are damaged or unsafe.
-
-    The headers are checked. An index must not name a file outside the directory: libraries would
-    open that file.
-    """
+    """Raise if weights are damaged, or an index names a file outside, which would be read."""
     if (directory / INDEX).is_file() or (directory / SINGLE).is_file():
         Shards(directory)
     elif (directory / _PICKLED_INDEX).is_file():

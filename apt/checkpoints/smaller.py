@@ -61,11 +61,7 @@ def smaller(model: Any, adapter: Adapter, plan: Plan) -> Any:
 
 
 def empty_smaller(model: Any, adapter: Adapter, plan: Plan) -> Any:
-    """The smaller model of a plan without weights; the given one may be on the meta device.
-
-    Raises:
-        AptError: transformers has no model of these sizes.
-    """
+    """A plan's smaller model without weights; raises `AptError` if none is possible."""
     config = copy.deepcopy(model.config)
     empty: Any = empty_of_class(type(model), config, config)
     removed = _last_groups(adapter, config, adapter.blocks(empty), plan)

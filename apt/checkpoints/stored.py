@@ -27,11 +27,7 @@ _WIDEST = torch.float32  # if the pruned tensors are stored in several dtypes
 
 @dataclass(frozen=True)
 class Stored:
-    """A checkpoint in a local directory.
-
-    Attributes:
-        layout: the tensors for each parameter of the model.
-    """
+    """A checkpoint in a local directory, with the tensors for each parameter of the model."""
 
     directory: Path
     shards: Shards
@@ -55,10 +51,7 @@ class Stored:
         return dtypes.pop() if len(dtypes) == 1 else _WIDEST
 
     def equals(self, model: nn.Module, names: Iterable[str]) -> bool:
-        """True if the parameters of these names equal the stored tensors, cast to their dtypes.
-
-        They do not if transformers transforms tensors but keeps their names and shapes.
-        """
+        """True if these parameters equal the stored tensors: transformers may transform them."""
         return all(
             torch.equal(
                 parameter[piece.part].cpu(), self.shards.read(piece.key).to(parameter.dtype)
@@ -74,11 +67,7 @@ class Stored:
             self.shards.read_finite(key)
 
     def copy(self, target: Path, tokenizer: Any = None, largest: str | None = None) -> None:
-        """Copy the checkpoint.
-
-        Args:
-            largest: the largest size of a file of weights, such as ``"5GB"``; None keeps the files.
-        """
+        """Copy the checkpoint; ``largest``, such as ``"5GB"``, limits its files."""
         copy_files(side_files(self.directory), self.directory, target)
         copy_weights(self.shards, self.directory, target, largest)
         if tokenizer is not None:
@@ -97,11 +86,7 @@ class Stored:
 
 
 def open_stored(shell: Model) -> Stored:
-    """The checkpoint of a model.
-
-    Raises:
-        AptError: it is not in the format of transformers, or transformers renames its tensors.
-    """
+    """The checkpoint; raises `AptError` if its tensors are not the parameters of the model."""
     if shell.checkpoint is not None or shell.source.gguf:
         fault = "only checkpoints of transformers can be streamed"
         raise NotStoredError(fault, "convert it first with apt-prune convert", ("stream",))

@@ -16,12 +16,7 @@ _STACKED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",
 
 @dataclass(frozen=True)
 class Piece:
-    """A tensor of a checkpoint.
-
-    Args:
-        key: its name in the checkpoint.
-        part: its index in the parameter; by default it is the whole parameter.
-    """
+    """The ``key`` of a tensor in a checkpoint, and the ``part`` of the parameter that it is."""
 
     key: str
     part: tuple[int | slice, ...] = ()

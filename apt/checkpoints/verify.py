@@ -13,12 +13,7 @@ from apt.solver.patterns import meets
 
 @dataclass(frozen=True)
 class Verdict:
-    """The result of the check of one site.
-
-    Attributes:
-        zeros, size: the number of zeros, and of all weights.
-        detail: a description of the fault; empty if there is none.
-    """
+    """The check of one site: its zeros, of all its weights, and the fault if it has one."""
 
     name: str
     holds: bool
@@ -38,12 +33,7 @@ def verify(
 def block_verdicts(
     planned: PlannedBlock, block: nn.Module, expected: Mapping[str, int] | None = None
 ) -> Iterator[Verdict]:
-    """Count the zeros of a block.
-
-    Args:
-        expected: the exact number of zeros of sites, by name. Other sites may have more zeros than
-            their pattern asks for.
-    """
+    """Count the zeros of a block: ``expected`` by site, or at least those of its pattern."""
     exact = expected or {}
     for entry in planned.pruned:
         assert entry.pattern is not None

@@ -90,11 +90,7 @@ class Oracle(TorchDispatchMode, Generic[K]):  # type: ignore[no-untyped-call]
 
 
 class Stream(TorchDispatchMode, Generic[K]):  # type: ignore[no-untyped-call]
-    """While entered, follows the residual stream through the additions of a block.
-
-    Attributes:
-        added: the keys of the ``weights`` whose products were added to the stream unchanged.
-    """
+    """While entered, follows the stream; ``added`` are the weights whose products it takes."""
 
     def __init__(self, weights: Mapping[K, Tensor], stream: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

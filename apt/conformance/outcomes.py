@@ -56,11 +56,7 @@ def outcomes(subject: Subject) -> Iterator[Outcome]:
 
 
 def without_known_faults(result: Outcome, seen: dict[str, str]) -> Outcome:
-    """The outcome, with `Outcome.kept_by` set if all of its faults are known.
-
-    Args:
-        seen: all faults so far, with the check that found each; those of this one are added.
-    """
+    """The outcome, with `Outcome.kept_by` set if all its faults are in ``seen``."""
     lines = [_without_place(line) for line in result.problem.splitlines()]
     if lines and all(line in seen for line in lines):
         return replace(result, kept_by=seen[lines[0]])
@@ -100,10 +96,7 @@ def outcome(name: str, subject: Subject) -> Outcome:
 
 
 def run(check: Check, subject: Subject) -> None:
-    """Run a check on a model in eval mode, within `Adapter.running` as in a run.
-
-    The state of the process is restored for the next check.
-    """
+    """Run a check in eval mode, within `Adapter.running`; the state of the process is restored."""
     with preserved(), eval_mode(subject.model):
         within = nullcontext() if check in ALONE else subject.adapter.running(subject.model)
         with within:

@@ -62,11 +62,7 @@ def _own_device() -> int:
 
 
 def whole_number(variable: str, default: int, least: int = 0) -> int:
-    """The value of an environment variable that contains a whole number of at least ``least``.
-
-    Raises:
-        AptError: it has another value.
-    """
+    """The whole number of an environment variable; raises `AptError` if it is another value."""
     text = os.environ.get(variable, str(default))
     if not text.isascii() or not text.isdigit() or int(text) < least:
         raise AptError(

@@ -19,12 +19,7 @@ from apt.errors import AptError
 
 @contextmanager
 def streamed(shell: Model, tokens: Tensor, device: str) -> Iterator[nn.Module]:
-    """A model that can be run on the windows of ``tokens``; its blocks are read one by one.
-
-    Args:
-        shell: the model without weights; see `open_stored` for the supported models.
-        tokens: token ids (windows, seqlen).
-    """
+    """A model for the windows of ``tokens`` (windows, seqlen), whose blocks are read one by one."""
     stored = open_stored(shell)
     dtype = stored.dtype(shell)
     parts = (stored.shards, stored.layout)

@@ -30,11 +30,7 @@ class Difference:
 
 
 def mean_difference(one: Sequence[float], other: Sequence[float]) -> Difference | None:
-    """The mean of ``one`` − ``other``, value by value; None for fewer than two values.
-
-    Args:
-        one, other: values of the same questions or windows, in the same order.
-    """
+    """The mean of ``one`` − ``other``, pair by pair; None for fewer than two values."""
     each = [a - b for a, b in zip(one, other, strict=True)]
     if len(each) < 2:
         return None

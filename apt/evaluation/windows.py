@@ -19,12 +19,7 @@ Mean = Literal["arithmetic", "geometric"]
 
 @dataclass(frozen=True)
 class Spread:
-    """The uncertainty of a metric.
-
-    Attributes:
-        error: its standard error.
-        low, high: its 95 % confidence interval.
-    """
+    """The standard error of a metric, and its 95 % confidence interval from ``low`` to ``high``."""
 
     error: float
     low: float
@@ -106,12 +101,7 @@ class Score:
 
 
 def score_beside(spec: EvaluatorSpec, model: nn.Module, tokens: Tensor, dense: nn.Module) -> Score:
-    """A metric of a model and of the dense one, or of the difference between them.
-
-    Args:
-        model, dense: causal language models of transformers.
-        tokens: token ids (windows, seqlen).
-    """
+    """A metric of a model and of the dense one, or of their difference, on (windows, seqlen)."""
     value, own = score(spec, model, tokens, dense)
     other, others = (None, None) if spec.dense else score(spec, dense, tokens, None)
     return Score(value, other, None if own is None else own.spread(others))
@@ -120,12 +110,7 @@ def score_beside(spec: EvaluatorSpec, model: nn.Module, tokens: Tensor, dense: n
 def score(
     spec: EvaluatorSpec, model: nn.Module, tokens: Tensor, dense: nn.Module | None
 ) -> tuple[float, Windows | None]:
-    """A metric of a model, and of each window if it is a mean of windows.
-
-    Args:
-        tokens: token ids (windows, seqlen).
-        dense: the dense model, for a metric that compares with it.
-    """
+    """A metric of a model on ``tokens`` (windows, seqlen), and of each if it is a mean of them."""
     beside = [dense] if spec.dense else []
     if spec.mean is None:
         return spec.measure(model, tokens, *beside), None
@@ -136,12 +121,6 @@ def score(
 def spread(
     row: Mapping[str, Any], dense: Mapping[str, Any], text: str, metric: str
 ) -> Spread | None:
-    """The uncertainty of a metric of a row, see `Windows.spread`; None if it is not known.
-
-    Args:
-        row: a row of a comparison.
-        dense: the row of the dense model.
-        text, metric: the names of the text and of the metric.
-    """
+    """The uncertainty of a metric of a row, see `Windows.spread`; None if it is not known."""
     own, other = Windows.of(row, text, metric), Windows.of(dense, text, metric)
     return None if own is None or other is None else own.spread(other)

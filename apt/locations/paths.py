@@ -26,11 +26,7 @@ _REMEDIES = {
 
 
 def expanded(path: str | Path) -> Path:
-    """The path with the home directory in place of ``~``.
-
-    Raises:
-        AptError: it names a user who has no home directory.
-    """
+    """The path with the home directory in place of ``~``; raises `AptError` if there is none."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
@@ -39,11 +35,7 @@ def expanded(path: str | Path) -> Path:
 
 
 def kind_at(path: Path) -> Kind | None:
-    """The kind of file at ``path``, with links followed; None if there is none.
-
-    Raises:
-        AptError: it cannot be examined: permission is missing, or the path is too long.
-    """
+    """The kind of file at ``path``, links followed, or None; raises `AptError` if unreadable."""
     try:
         mode = path.stat().st_mode
     except OSError as error:

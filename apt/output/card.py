@@ -14,11 +14,7 @@ _TAGS = ("apt-prune", "pruned")
 
 
 def write_card(directory: Path, report: Report, source: Path | None = None) -> None:
-    """Write ``README.md``: a summary of the run, then the card of the original model.
-
-    Args:
-        source: the directory of the original model. Its card is kept, with licence and languages.
-    """
+    """Write ``README.md``: a summary of the run, then the card of the original in ``source``."""
     original, reference = _original(source), str(report.model["reference"])
     parts = [f"---\n{_front_matter(original, reference)}\n---\n", _about(report, reference)]
     if original is not None and original.text.strip():
@@ -152,11 +148,7 @@ _NOT_WITHOUT = "Without APT it cannot be opened."
 
 
 def mark_as_packed(directory: Path, *, has_code: bool) -> None:
-    """Add a section to the card of a packed model that says how it is opened.
-
-    Args:
-        has_code: True if the directory has code that opens it without APT.
-    """
+    """Add a section to the card that says how a packed model is opened, with APT and without."""
     path, (start, end) = directory / CARD, _PACKED
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     head, rest = _front_matter_of(text)

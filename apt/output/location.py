@@ -58,12 +58,7 @@ def check_output(directory: Path, overwrite: bool, inputs: Sequence[Path] = ()) 
 
 
 def check_not_input(directory: Path, inputs: Sequence[Path]) -> None:
-    """Raise if an output directory is or contains a protected place, or is inside an input.
-
-    Args:
-        directory: the directory; a link is followed.
-        inputs: files and directories that the run reads.
-    """
+    """Raise if an output is or contains a protected place, or is inside one of ``inputs``."""
     _check_place(directory, Path(os.path.realpath(directory)), inputs)
 
 

@@ -252,11 +252,7 @@ def _peak_resident() -> int:
 
 
 def read_report(directory: Path) -> dict[str, Any] | None:
-    """The record in ``directory``; None if there is none.
-
-    Raises:
-        AptError: the record is damaged.
-    """
+    """The record in ``directory``, or None; raises `AptError` if it is damaged."""
     path = directory / REPORT
     if not path.is_file():
         return None

@@ -101,10 +101,7 @@ def _integers(name: str, tensor: Tensor, rounding: Rounding) -> tuple[Tensor, Te
 
 
 def packed(integers: Tensor, bits: int) -> Tensor:
-    """Integers (out, in) of 4 or 8 bits in int32 (out, words), the first one in the lowest bits.
-
-    They are stored with an offset of half their range, so that all are positive.
-    """
+    """Integers (out, in) of 4 or 8 bits, made positive, in int32 (out, words), lowest first."""
     values = (integers.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8)
     padded: Tensor = nn.functional.pad(values, (0, -values.shape[1] % (32 // bits)))
     if bits == 4:

@@ -189,11 +189,7 @@ def _encoded(tensor: Tensor, rounding: Rounding | None) -> tuple[Entry, Parts]:
 
 
 def unpack(directory: Path, target: Path) -> int:
-    """Write a packed checkpoint as a dense one, and return the number of matrices.
-
-    Raises:
-        AptError: it is not packed, has a newer version, or is damaged.
-    """
+    """Write a packed checkpoint as a dense one; raises `AptError` if it is damaged."""
     config, entries = read_config(directory), read_entries(directory)
     shards = PackedShards(directory)
     shards.check()
@@ -210,11 +206,7 @@ def unpack(directory: Path, target: Path) -> int:
 
 
 class PackedShards(Shards):
-    """The tensors of a packed directory as those of the plain checkpoint: matrices have zeros.
-
-    Raises:
-        AptError: it is not packed, lacks a tensor, or a file is damaged.
-    """
+    """The tensors of a packed directory as those of the plain checkpoint: matrices have zeros."""
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory, SINGLE_PACKED, INDEX_PACKED)
@@ -228,11 +220,7 @@ class PackedShards(Shards):
                 self.entries[name] = replace(place, dtype=FLOATS[entry.dtype], shape=entry.shape)
 
     def read(self, name: str) -> Tensor:
-        """Read a tensor, or expand a matrix (out, in).
-
-        Raises:
-            AptError: the tensors of the matrix are damaged.
-        """
+        """Read a tensor, or expand a matrix (out, in); raises `AptError` if it is damaged."""
         if name not in self._matrices:
             return super().read(name)
         parts = {part: f"{name}_{part}" for part in PARTS}
@@ -245,11 +233,7 @@ class PackedShards(Shards):
             ) from error
 
     def check(self) -> None:
-        """Compare every tensor, and the descriptions of the matrices, with their checksums.
-
-        Raises:
-            AptError: a checksum differs.
-        """
+        """Compare all tensors and descriptions with their checksums; raises `AptError`."""
         records = {name: entry.record() for name, entry in self._matrices.items()}
         check_packed_files(self.files, records)
 
@@ -310,10 +294,7 @@ def _write_code(target: Path) -> None:
 
 
 def relative_error(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """The squared errors of matrices, relative to the squares of the original ones behind them.
-
-    They are summed in fp64: the squares of weights near 1e30 are beyond fp32.
-    """
+    """The squared errors relative to the original squares, in fp64: 1e30² is beyond fp32."""
     lost = whole = 0.0
     for matrix, original in pairs:
         lost += float((matrix.double() - original.double()).square().sum())

@@ -62,11 +62,7 @@ class Allocation(Protocol):
 
 
 def allocated(name: str, allocation: Allocation, given: Unallocated) -> dict[str, float]:
-    """The sparsities of an allocation, as plain numbers.
-
-    Raises:
-        AptError: it returns something else.
-    """
+    """The sparsities of an allocation, as numbers; raises `AptError` for something else."""
     returned: object = allocation(given)
     if not isinstance(returned, Mapping):
         fault = f"returns {type(returned).__name__}, not the sparsities of the sites"
@@ -150,10 +146,7 @@ def step_of(site: PlannedSite) -> int:
 
 
 def _exact(sites: Sequence[PlannedSite], shares: Mapping[str, float], total: int) -> dict[str, int]:
-    """Numbers of steps near the shares with ``total`` zeros; the largest fractions are rounded up.
-
-    An unstructured site loses at least one weight.
-    """
+    """Numbers of steps near the shares, with ``total`` zeros; largest fractions are rounded up."""
     units = {site.name: step_of(site) for site in sites}
     least = {site.name: int(not isinstance(site.pattern, MixedNM)) for site in sites}
     most = {site.name: site.size // units[site.name] - 1 for site in sites}

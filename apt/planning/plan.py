@@ -74,11 +74,7 @@ class Selection:
 
 
 def read_pattern(pattern: Pattern | str | float) -> Pattern:
-    """The pattern itself, or the one that a text such as ``"2:4"`` or a sparsity stands for.
-
-    Raises:
-        AptError: it stands for no pattern.
-    """
+    """The pattern, or that of a text such as ``"2:4"``; raises `AptError` if there is none."""
     if isinstance(pattern, Pattern):
         return pattern
     try:
@@ -308,10 +304,7 @@ def _check_overrides(plan: Plan, selection: Selection) -> None:
 
 
 def _refuse_shared(modules: dict[str, nn.Module], plan: Plan) -> None:
-    """Refuse to prune a weight that several blocks share.
-
-    Each block would prune it separately, and a site that shall stay dense would lose weights.
-    """
+    """Refuse to prune a weight that several blocks share: each would prune it separately."""
     owners: dict[tuple[nn.Parameter, int | None], PlannedSite] = {}
     for block in plan.blocks:
         for entry in block.sites:

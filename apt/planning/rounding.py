@@ -7,11 +7,7 @@ from apt.planning.plan import Plan, removed_by
 
 
 def check_rounding(plan: Plan, notice: Callable[[str], None] = lambda line: None) -> None:
-    """Raise if a plan prunes no weight; report sites that lose no weight.
-
-    Args:
-        notice: called with a line about the number of sites that lose no weight.
-    """
+    """Raise if a plan prunes no weight; ``notice`` gets a line about sites that lose none."""
     pruned = [site for block in plan.blocks for site in block.pruned]
     whole = [site for site in pruned if not removed_by(site.pattern, site.shape)]
     if not whole:

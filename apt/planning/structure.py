@@ -136,10 +136,7 @@ def _pattern(planned: PlannedBlock, groups: Groups) -> ColumnGroups | None:
 def removed_groups(
     adapter: Adapter, config: Any, block: nn.Module, planned: PlannedBlock
 ) -> Removed:
-    """The groups of a block on which its output no longer depends, as many as planned of each kind.
-
-    If there are more of them than planned, the first ones are taken.
-    """
+    """The first groups on which a block's output does not depend, as many as planned."""
     sites: dict[str, Site] = {entry.site.name: entry.site for entry in planned.sites}
     parameters, removed = dict(block.named_parameters()), dict[str, tuple[int, ...]]()
     kept = {entry.groups.kind: entry.kept for entry in planned.disconnected}

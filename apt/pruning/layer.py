@@ -93,11 +93,7 @@ class SolvedSite:
 
 @dataclass(frozen=True)
 class SiteSolver:
-    """The solver of sites: a method with its options and targets.
-
-    Args:
-        targets: the error-aware targets; None prunes layer-wise.
-    """
+    """The solver of sites: a method with its options and targets; None prunes layer-wise."""
 
     method: SiteMethod[Any]
     options: SolverOptions
@@ -137,10 +133,7 @@ class SiteSolver:
         return SolvedSite(planned, dense, sums.gram.matrix, sums.gram.tokens, solution, seconds)
 
     def _check_weight(self, planned: PlannedSite, dense: Tensor, solution: Solution) -> None:
-        """Raise if a weight is not finite, or its zeros are not those of the mask and the pattern.
-
-        The solution is checked before it is cast: tiny weights may become zero in another dtype.
-        """
+        """Raise unless the weight is finite and has its zeros; a cast could make more."""
         assert planned.pattern is not None
         if not solution.weight.isfinite().all():
             said = f"{self._method} returns a weight of {planned.name} that is not finite"

@@ -114,11 +114,7 @@ class PausedForwards:
                 stack.callback(forward.products.close)
 
     def next_input(self) -> str | None:
-        """Continue the first batch to the next input that is to be captured; None after the last.
-
-        Raises:
-            AptError: the forward has ended, but some of these inputs were not reached.
-        """
+        """Continue the first batch to the next input to capture; None after the last."""
         first = self._forwards[0]
         self._advance_to(first, self._pending)
         if first.next_product is not None:
@@ -163,10 +159,7 @@ class PausedForwards:
             capture.assert_coverage(self._tokens)
 
     def _run(self, forward: _PausedForward, pause: Callable[[_Product], None]) -> State:
-        """Run the forward of a batch, and pause before sites that are to be captured.
-
-        Sites that stay dense may share the input of these sites. Their products cause no pause.
-        """
+        """Run the forward of a batch, and pause before sites that are to be captured."""
 
         def take(site: Site, inputs: Tensor) -> None:
             if forward is not self._active:  # a hook on the block fires for every batch
@@ -208,10 +201,7 @@ class PausedForwards:
 
 
 def _settings() -> tuple[Any, ...]:
-    """Settings of torch that belong to the thread: a paused forward would impose its own on others.
-
-    A forward that has changed them does not pause.
-    """
+    """Settings of torch that belong to the thread; a forward that changes them does not pause."""
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),

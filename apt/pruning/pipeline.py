@@ -183,10 +183,7 @@ class _Pruning:
                     self.observe(Working(name, "running"))
 
     def bridge_gap(self, current: CurrentBlock) -> None:
-        """Run the dropped blocks behind the block, and record what they add to the stream.
-
-        The last site that writes to the stream takes it over, as far as a linear function can.
-        """
+        """Record what dropped blocks add; the last site that writes takes it over."""
         writers = [site for site in current.sites if site.residual and not site.routed]
         if not current.dropped or not self.error_aware:
             return
@@ -204,11 +201,7 @@ class _Pruning:
         return stream.float().reshape(-1, stream.shape[-1]).clone()
 
     def enter(self, model: nn.Module, tokens: Tensor) -> list[Batch]:
-        """This rank's batches before the first block; smaller ones for tuning come first.
-
-        Raises:
-            AptError: a rank has no batches.
-        """
+        """This rank's batches before the first block; smaller ones for tuning come first."""
         how, batches, rest = self.recipe.tuning, list[Batch](), tokens
         if how is not None:
             chosen = how.chosen(*tokens.shape)

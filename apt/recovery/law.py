@@ -218,10 +218,7 @@ _START = {
 
 
 def slope_difference(values: dict[str, float], points: Sequence[Point]) -> float:
-    """The mean difference of the slopes of measured and fitted curves, in nats per million tokens.
-
-    It is the mean over the steps of all curves.
-    """
+    """The mean difference of measured and fitted slopes, in nats per million tokens."""
     differences = []
     for curve in _curves(points):
         given = _arrays(curve)
@@ -264,12 +261,7 @@ def _intervals(
 
 
 class EnoughTokens:
-    """Ends a training once the law of its own curve says that more tokens hardly help.
-
-    Args:
-        threshold: the gain of twice the tokens that is not worth them, in nats per token.
-        least: the number of measurements before the law is asked.
-    """
+    """Ends a training once, by the law, twice the tokens gain less than ``threshold`` nats."""
 
     def __init__(self, threshold: float = THRESHOLD, least: int = 5) -> None:
         self._threshold, self._least = threshold, least

@@ -65,11 +65,7 @@ class _Entry:
 
 
 class MovingMasks:
-    """The masks of a training, in progress.
-
-    Args:
-        masks: the masks (True where pruned) by parameter. They are changed in place.
-    """
+    """The masks of a training by parameter, True where pruned; they are changed in place."""
 
     def __init__(
         self, model: nn.Module, adapter: Adapter, masks: Mapping[str, Tensor], steps: int

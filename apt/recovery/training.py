@@ -232,10 +232,7 @@ def _checkpointing() -> dict[str, Any]:
 def _masked_gradients(
     trainable: Trainable, masks: dict[str, Tensor], recorder: Recorder
 ) -> Iterator[None]:
-    """While entered, the gradients of masked weights are zero, so that no optimizer moves them.
-
-    A zero weight with zero gradients has zero moments, and no decay.
-    """
+    """While entered, masked weights have zero gradients, and so zero moments and no decay."""
     if not trainable.masked:
         yield
         return

@@ -12,10 +12,7 @@ _LEAST = 2**20  # weights from which on the kernels pay
 
 
 class DenseLinear(nn.Linear):
-    """A Linear module in bf16 whose products of a few vectors are those of ``apt-kernels``.
-
-    The weight stays where it is, and may be tied.
-    """
+    """A Linear in bf16 whose products of a few vectors are those of ``apt-kernels``."""
 
     _kernel: Any = None
     _address = 0

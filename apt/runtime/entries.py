@@ -49,11 +49,7 @@ def is_packed(directory: Path) -> bool:
 
 
 def read_entries(directory: Path) -> dict[str, Entry]:
-    """The descriptions of the packed matrices, by the name of their tensor.
-
-    Raises:
-        AptError: the checkpoint is not packed, has a newer version, or its description is damaged.
-    """
+    """The descriptions of packed matrices by name; raises `AptError` if not packed, or newer."""
     about = read_config(directory).get(KEY)
     if not isinstance(about, dict) or about.get("quant_method") != METHOD:
         raise AptError(f"{directory} is not packed", "name a directory that apt-prune pack wrote")
@@ -61,11 +57,7 @@ def read_entries(directory: Path) -> dict[str, Entry]:
 
 
 def described_entries(about: Mapping[str, Any], where: str) -> dict[str, Entry]:
-    """The descriptions of the packed matrices in a ``quantization_config``.
-
-    Raises:
-        AptError: the version is newer, or a description is damaged.
-    """
+    """The descriptions in a ``quantization_config``; raises `AptError` if newer or damaged."""
     version = about.get("version")
     if version != VERSION:
         older = isinstance(version, int) and version < VERSION

@@ -9,13 +9,7 @@ _ONES = torch.tensor([bin(byte).count("1") for byte in range(256)])  # of a byte
 
 
 class ExpandedMatrix:
-    """A packed matrix, whose rows are expanded by torch.
-
-    Args:
-        mask: the plain bitmask (out, ⌈in / 8⌉).
-        values: the kept values as they are stored.
-        scales: the scales (out, groups); None for floats.
-    """
+    """A matrix that torch expands: a bitmask (out, ⌈in / 8⌉), scales (out, groups) or None."""
 
     def __init__(self, entry: Entry, mask: Tensor, values: Tensor, scales: Tensor | None) -> None:
         self._entry, self._mask, self._values, self._scales = entry, mask, values, scales

@@ -44,14 +44,7 @@ def _weights(config: Any) -> str:
 def check_packed_files(
     files: Iterable[Path | str], records: Mapping[str, Mapping[str, Any]]
 ) -> None:
-    """Compare the tensors of packed files with their checksums.
-
-    Args:
-        records: the descriptions of the packed matrices, by name.
-
-    Raises:
-        AptError: a checksum differs.
-    """
+    """Compare the tensors of packed files with their checksums; raises `AptError`."""
     for path in files:
         try:
             for _ in checked_tensors(path, records):
@@ -63,11 +56,7 @@ def check_packed_files(
 
 
 def local_files(config: Any) -> list[Path]:
-    """The files of the weights of a packed model in a local directory; none for one on the hub.
-
-    Args:
-        config: the configuration, which has the name of the directory.
-    """
+    """The files of a packed model's weights in its local directory; none for one on the hub."""
     path = Path(str(getattr(config, "_name_or_path", ""))) / _weights(config)
     if not path.is_file():
         return []

@@ -18,12 +18,7 @@ from apt.solver.precision import full_precision
 
 
 class GapFits:
-    """The least-squares fits of the gaps of a model.
-
-    Args:
-        batches: calibration tokens before the first block. All streams that are recorded stay in
-            memory.
-    """
+    """The least-squares fits of the gaps of a model; all streams that it records stay in memory."""
 
     def __init__(
         self,

@@ -17,11 +17,7 @@ from apt.shrinking.structure_choice import StructureChoice
 def structure_record(
     choice: StructureChoice, plan: Plan, model: nn.Module, adapter: Adapter, config: Any
 ) -> dict[str, Any]:
-    """What a smaller model keeps and lacks, and the candidates that it was chosen from.
-
-    Args:
-        model: the dense model; it may be on the meta device.
-    """
+    """What a smaller model keeps and lacks, and the candidates that it was chosen from."""
     sizes = Sizes(model, adapter, config, 1)
     modules, kept = dict(adapter.blocks(model)), dict[str, int]()
     for planned in plan.blocks:

@@ -109,11 +109,7 @@ class Sizes:
                 yield self._completed(kept, blocks, width=width)
 
     def size(self, kept: Mapping[str, int], blocks: int) -> Size:
-        """The size with these numbers of groups and blocks.
-
-        Raises:
-            AptError: a kind does not exist, or there are too few or too many groups or blocks.
-        """
+        """The size with these numbers; raises `AptError` if a kind or a number is not possible."""
         for kind, count in kept.items():
             if kind not in self.groups:
                 known = ", ".join(self.groups) or "no groups"

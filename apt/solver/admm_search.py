@@ -136,10 +136,7 @@ def _search(
 
 
 def _add_product(target: Tensor, proximal: Tensor, spare: Tensor, out: Tensor) -> None:
-    """Write ``target + proximal spare`` (in, out) to ``out``.
-
-    ``proximal`` (in, in) may be in bf16, see `Scaled.proximal`.
-    """
+    """Write ``target + proximal spare`` (in, out) to ``out``; ``proximal`` may be in bf16."""
     if proximal.dtype == spare.dtype:
         torch.addmm(target, proximal, spare, out=out)
     else:

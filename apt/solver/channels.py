@@ -54,12 +54,7 @@ def _inverse(gram: Tensor, damping: float) -> Tensor:
 
 
 class _Problem:
-    """The weights and matrices of some channels, and the losses of removal sets.
-
-    Args:
-        weight: the weights (channels, k) in fp64.
-        matrix: ``H⁻¹`` if compensated, else ``G`` (channels, k, k).
-    """
+    """Weights (channels, k) in fp64, with ``H⁻¹`` if compensated, else ``G`` (channels, k, k)."""
 
     def __init__(self, weight: Tensor, matrix: Tensor, compensated: bool) -> None:
         self.weight, self._matrix, self._compensated = weight, matrix, compensated
@@ -162,13 +157,7 @@ def _hull(losses: Tensor) -> Tensor:
 
 
 def _by_groups(problem: _Problem, sets: Tensor, size: int) -> Tensor:
-    """The mask for n:m: the best set of each group, given the sets of the other groups.
-
-    The groups are visited in two rounds, or in one if a channel has a single group.
-
-    Args:
-        sets: the removal sets of a group (sets, m).
-    """
+    """The mask for n:m: in each group the best of ``sets`` (sets, m), given the others."""
     mask = torch.zeros_like(problem.weight, dtype=torch.bool)
     starts = range(0, problem.width, size)
     for start in [*starts, *(starts if len(starts) > 1 else ())]:

@@ -285,12 +285,7 @@ class DampedGram:
 
 
 class Scaled:
-    """``S⁻¹ H S⁻¹`` for a diagonal ``S``.
-
-    Attributes:
-        scale: the diagonal of ``S`` (in,); weights scale as ``W S``.
-        matrix: the scaled matrix (in, in).
-    """
+    """``S⁻¹ H S⁻¹`` (in, in) for a diagonal ``S``, ``scale`` (in,); weights scale as ``W S``."""
 
     def __init__(self, scale: Tensor, matrix: Tensor) -> None:
         self.scale, self.matrix = scale, matrix
@@ -298,10 +293,7 @@ class Scaled:
 
     @cached_property
     def outliers(self) -> tuple[Tensor, Tensor]:
-        """Approximations of the largest eigenvalues (count,) and their eigenvectors (in, count).
-
-        They come from subspace iteration. The count is `OUTLIERS`, or less if the matrix is small.
-        """
+        """The largest eigenvalues (count,), about, and their eigenvectors (in, count)."""
         count = max(1, min(OUTLIERS, len(self.matrix) // 8))
         generator = torch.Generator().manual_seed(0)
         basis = torch.randn(len(self.matrix), count, generator=generator, device="cpu")
@@ -374,10 +366,7 @@ def _inverse_by_halves(matrix: Tensor) -> Tensor:
 
 
 def upper_root(matrix: Tensor) -> Tensor | None:
-    """The upper triangular ``R`` with ``matrix = R Rᵀ``; None if the matrix has no such root.
-
-    It is the lower Cholesky factor of the matrix with rows and columns reversed.
-    """
+    """The upper triangular ``R`` with ``matrix = R Rᵀ``; None if the matrix has no such root."""
     lower, info = torch.linalg.cholesky_ex(matrix.flip(0, 1))
     safe = float(lower.diagonal().min()) > torch.finfo(matrix.dtype).tiny ** 0.5
     return lower.flip(0, 1) if not int(info) and safe else None

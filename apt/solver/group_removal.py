@@ -169,11 +169,7 @@ def removal_loss(weight: Tensor, damped: DampedGram, removed: Tensor) -> float:
 
 
 class _GreedyRemoval:
-    """The state of a greedy removal.
-
-    Attributes:
-        removed: True for the groups that are removed (count,).
-    """
+    """The state of a greedy removal; ``removed`` (count,) is True for the groups that are gone."""
 
     def __init__(self, weight: Tensor, damped: DampedGram, groups: ColumnGroups) -> None:
         self._groups = groups

@@ -76,11 +76,7 @@ def joint_weights(
 
 
 def _direct(dense: Tensor, matrix: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Solve the normal equations of every row by Cholesky, padded by the identity where pruned.
-
-    Returns:
-        The solution (out, in), the loss of every row (out,), and the residual (out, in).
-    """
+    """By Cholesky: the solution (out, in), the losses (out,), the residual (out, in)."""
     right = (dense @ matrix).mul_(keep)
     rows = max(1, _CHUNK // matrix.numel())
     parts = []

@@ -214,11 +214,7 @@ def about_highest(magnitudes: Tensor, pattern: Pattern) -> Tensor:
 
 
 def _nth_largest(values: list[Tensor], n: int) -> Tensor:
-    """The element-wise ``n``-th largest of tensors of equal shape, by a partial bubble sort.
-
-    Whole tensors are compared at once, which is many times faster than `torch.topk` on many short
-    rows.
-    """
+    """The element-wise ``n``-th largest, by a partial bubble sort: faster than `torch.topk`."""
     rank = len(values) - n + 1
     up = rank > n  # bubble from the nearer end
     for end in range(len(values) - 1, len(values) - 1 - min(n, rank), -1):
@@ -242,13 +238,7 @@ def meets(weight: Tensor, pattern: SitePattern) -> bool:
 
 
 def surplus(weight: Tensor, dense: Tensor, pattern: SitePattern) -> int:
-    """The number of weights that a method removed beyond a pattern.
-
-    A weight that is zero in ``dense`` (out, in) already is not removed.
-
-    Args:
-        pattern: the pattern; for groups of columns, whole groups are counted.
-    """
+    """The number of weights, or groups, that are zero beyond a pattern, but not in ``dense``."""
     if isinstance(pattern, ColumnGroups):
         gone = pattern.zeros(weight) & ~pattern.zeros(dense)
         counts, needed = gone.view(pattern.bins, -1).sum(1), pattern.removed // pattern.bins
@@ -258,10 +248,7 @@ def surplus(weight: Tensor, dense: Tensor, pattern: SitePattern) -> int:
 
 
 def zero_counts(zeros: Tensor, pattern: Pattern) -> tuple[Tensor, int]:
-    """The ones of a mask (out, in) in each unit of a pattern, and the number that it prunes there.
-
-    A unit is a group of n:m, a row, or the whole layer.
-    """
+    """The ones of a mask (out, in) in each group of n:m, row or layer, and the number due there."""
     if isinstance(pattern, NM):
         return zeros.reshape(-1, pattern.m).sum(1), pattern.m - pattern.n
     if pattern.per == "row":

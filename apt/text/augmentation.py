@@ -12,13 +12,7 @@ from apt.text.self_generated import own_text
 
 @dataclass(frozen=True)
 class Augmentation:
-    """The samples that are added to the given calibration samples.
-
-    Args:
-        own_samples: the number of samples that the model generates.
-        random_tokens: the copies with random tokens, of given and generated samples; None adds
-            none.
-    """
+    """The samples that are added to the given ones: own text, and copies with random tokens."""
 
     own_samples: int = 0
     random_tokens: RandomTokens | None = None
@@ -41,11 +35,7 @@ class Augmentation:
         bos: int | None = None,
         special: Collection[int] | None = None,
     ) -> Tensor:
-        """``tokens`` (samples, seqlen) and generated samples, in an order drawn by ``seed``.
-
-        Raises:
-            AptError: the model cannot generate text.
-        """
+        """``tokens`` (samples, seqlen) and generated samples, in an order drawn by ``seed``."""
         if not self.own_samples:
             return tokens
         own = own_text(model, self.own_samples, tokens.shape[1], seed, bos=bos, special=special)

@@ -94,11 +94,7 @@ def hub_documents(
 
 
 def tokenize(tokenizer: Any, texts: Iterable[str], limit: int | None = None) -> Tensor:
-    """The token ids (tokens,) of the documents joined by blank lines, without special tokens.
-
-    Args:
-        limit: the number of tokens needed; reading stops after enough text for them.
-    """
+    """The ids (tokens,) of documents joined by blank lines; ``limit`` tokens or all are needed."""
     parts, size = [], 0
     for text in texts:
         parts.append(text)
@@ -144,10 +140,7 @@ def text_width(seqlen: int, bos: int | None) -> int:
 
 
 def with_bos(texts: Tensor, bos: int | None) -> Tensor:
-    """``texts`` (samples, width) with ``bos`` before each (samples, width + 1).
-
-    If ``bos`` is None, ``texts`` are returned unchanged.
-    """
+    """``texts`` (samples, width), each behind ``bos`` unless it is None."""
     if bos is None:
         return texts
     return torch.cat([texts.new_full((len(texts), 1), bos), texts], dim=1)
@@ -162,10 +155,7 @@ def calibration_tokens(
     source: str,
     bos: int | None = None,
 ) -> Tensor:
-    """Calibration samples (samples, seqlen): windows drawn by ``seed``, without overlap.
-
-    The arguments are those of `windows`.
-    """
+    """Windows (samples, seqlen) drawn by ``seed``, without overlap; see `windows`."""
     if not samples:
         return torch.empty(0, seqlen, dtype=torch.long)
     # Four times as many windows as samples, so that seeds give different samples.
@@ -183,10 +173,7 @@ def training_tokens(
     source: str,
     bos: int | None = None,
 ) -> Tensor:
-    """At most ``most`` windows (windows, seqlen) of a text, in an order drawn by ``seed``.
-
-    The other arguments are those of `windows`.
-    """
+    """At most ``most`` windows (windows, seqlen), in an order drawn by ``seed``; see `windows`."""
     tokens = tokenize(tokenizer, texts, limit=most * text_width(seqlen, bos))
     cut = windows(tokens, None, seqlen, source, bos)[:most]
     return cut[torch.randperm(len(cut), generator=generator(seed))]

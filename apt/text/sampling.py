@@ -9,11 +9,7 @@ from apt.errors import AptError
 
 
 def generator(seed: int) -> torch.Generator:
-    """A random generator with this seed.
-
-    Raises:
-        AptError: the seed is out of the range of torch.
-    """
+    """A random generator; raises `AptError` if the seed is out of the range of torch."""
     try:
         return torch.Generator().manual_seed(seed)
     except (OverflowError, RuntimeError, TypeError, ValueError) as error:  # depends on the release
@@ -23,10 +19,7 @@ def generator(seed: int) -> torch.Generator:
 
 
 def mixed(given: Tensor, more: Tensor, seed: int = 0) -> Tensor:
-    """The samples of ``given`` and ``more`` (samples, seqlen) in an order drawn by ``seed``.
-
-    They have the device and the dtype of ``given``.
-    """
+    """The samples of both (samples, seqlen) in an order drawn by ``seed``, like ``given``."""
     both = torch.cat([given, more.to(given)])
     return both[torch.randperm(len(both), generator=generator(seed))]
 

@@ -6,10 +6,7 @@ from apt.errors import AptError
 
 
 def bos_of(tokenizer: Any) -> int | None:
-    """The token that a tokenizer adds at the beginning of every text; None if it adds none.
-
-    It is determined by a test, since a tokenizer may define a BOS token and not add it.
-    """
+    """The token that a tokenizer does add at the beginning of every text; None if it adds none."""
     ids, bos = tokenizer("x")["input_ids"], tokenizer.bos_token_id
     return bos if bos is not None and ids[:1] == [bos] else None
 
@@ -29,11 +26,7 @@ def named_ids(model: Any) -> tuple[int, ...]:
 
 
 def tokens_of(config: Any, name: str) -> list[int]:
-    """The tokens of an entry of a configuration: none, one or several.
-
-    Raises:
-        AptError: the entry is something else.
-    """
+    """The tokens of an entry of a configuration; raises `AptError` if it holds something else."""
     value = getattr(config, name, None)
     tokens = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(token, int) for token in tokens):

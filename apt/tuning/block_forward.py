@@ -25,10 +25,7 @@ class _Step(nn.Module):
 def stream_after(
     block: OpenBlock, weights: dict[str, Tensor], batch: Batch, state: State
 ) -> Tensor:
-    """The residual stream (..., hidden) after ``block``, run with ``weights`` in place of its own.
-
-    ``weights`` are given by parameter name.
-    """
+    """The residual stream (…, hidden) after ``block``, run with other weights by their names."""
     given = {f"block.{name}": weight for name, weight in weights.items()}
     step = _Step(block.adapter, block.module)
     stream: Any = functional_call(step, given, (state, batch.calls[block.index]))

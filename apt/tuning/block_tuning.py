@@ -51,10 +51,7 @@ class BlockTuning:
         return chosen
 
     def step_tokens(self, samples: int, seqlen: int) -> int:
-        """The approximate number of tokens of a step on ``samples`` samples.
-
-        They are at most half of the samples, so that two make two batches, one to be held back.
-        """
+        """The approximate number of tokens of a step: at most half, as one batch is held back."""
         return min(self.tokens_per_batch, math.ceil(samples / 2) * seqlen)
 
 
@@ -174,10 +171,7 @@ class _Descent:
         self.adam.step()
 
     def _gradients(self, batch: Batch | None) -> list[Tensor]:
-        """The gradients of the error on ``batch``; empty tensors if another rank has the batch.
-
-        The gradient of an expert without tokens in the batch is zero.
-        """
+        """The gradients of the error on ``batch``; empty tensors if another rank has the batch."""
         if batch is None:
             return [torch.empty_like(master) for master in self._masters]
         with torch.enable_grad(), self._mixed:

@@ -13,12 +13,7 @@ from apt.conformance.checks.tensors import first_tensor, same
 
 @dataclass(frozen=True)
 class Passed:
-    """An input or output of a block: a stream in one tensor, or in two parts.
-
-    Attributes:
-        first: the first tensor.
-        whole: the sum of the first two tensors if they may be parts of a stream; else None.
-    """
+    """An input or output of a block: a stream in one tensor, or in two, with their sum."""
 
     first: Tensor
     whole: Tensor | None = None

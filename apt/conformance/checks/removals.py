@@ -24,11 +24,7 @@ _ROUNDING = 1e-12  # of the squared norm, below which nothing has changed
 
 
 class _Results(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While entered, keeps the floating-point results of operators, or compares them.
-
-    Args:
-        plain: the results to compare with, None for one that is not compared; empty to keep them.
-    """
+    """While entered, keeps the results of operators, or measures how they differ from ``plain``."""
 
     def __init__(self, plain: Sequence[Tensor | None] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -64,12 +60,7 @@ class Removals:
         self._results = [one if _distance(one, other) else None for one, other in pairs]
 
     def changes(self, weight: Tensor, channel: int, removed: list[int], left: float = 0) -> Tensor:
-        """The squared change at each place when weights of a channel are zero.
-
-        Args:
-            weight: the weights of an extra (channels, k); a view of the parameter.
-            removed: the weights of the channel that are multiplied by ``left``.
-        """
+        """The squared changes when some weights of a channel are multiplied by ``left``."""
         results = _Results(self._results)
         with _scaled(weight, channel, removed, left):
             inputs, output = self._run(self.step.state, results)

@@ -18,15 +18,7 @@ _CHEAP = 2**31  # tokens times parameters of a run of about a second
 
 @dataclass(frozen=True)
 class Step:
-    """A block, with its inputs.
-
-    Attributes:
-        name, block, index: the block and its position among the blocks.
-        sites: its sites.
-        state: the state that enters it.
-        call: the arguments of its call.
-        calls: the arguments of the calls of all blocks.
-    """
+    """A block with its sites, the state that enters it, and the calls of all blocks."""
 
     name: str
     block: nn.Module
