@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from apt.checkpoints.empty_model import model_without_weights
 from apt.checkpoints.model import Model
 from apt.checkpoints.safetensors_io import Shards
-from apt.checkpoints.tensor_map import Layout, pruned_of
+from apt.checkpoints.stored import Layout, pruned_of
 from apt.errors import AptError
 from apt.planning.plan import PlannedBlock
 

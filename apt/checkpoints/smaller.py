@@ -14,7 +14,7 @@ from apt.checkpoints.empty_model import empty_of_class
 from apt.checkpoints.model import Model
 from apt.checkpoints.offload import StoredBlocks
 from apt.checkpoints.safetensors_io import Shards, write_files
-from apt.checkpoints.tensor_map import Layout
+from apt.checkpoints.stored import Layout
 from apt.errors import AptError, first_line
 from apt.planning.plan import Plan
 from apt.planning.structure import Removed, planned_groups, removed_groups

@@ -43,8 +43,7 @@ def inspect(
     from apt.engine.machine import choose_device
     from apt.engine.prepare import capped
     from apt.engine.prune_options import PruneOptions
-    from apt.planning.plan import make_plan
-    from apt.planning.rounding import check_rounding
+    from apt.planning.plan import check_rounding, make_plan
 
     wanted = args.read_pattern(sparsity, pattern, None) or args.parse("2:4")
     device, on_disk = choose_device(device), activations == "disk"

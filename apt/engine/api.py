@@ -23,8 +23,7 @@ from apt.errors import AptError, name_of
 from apt.events import Observer, telling
 from apt.output.report import Report, portable
 from apt.planning.allocation import Allocation, check_allocation, default_allocation
-from apt.planning.plan import Plan, Selection, make_plan, read_pattern
-from apt.planning.rounding import check_rounding
+from apt.planning.plan import Plan, Selection, check_rounding, make_plan, read_pattern
 from apt.plugin.registry import Registry, registry
 from apt.plugin.specs import MethodSpec
 from apt.pruning.layer import Method

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from torch import Tensor, nn
 
 from apt.checkpoints.offload import StoredBlocks
-from apt.checkpoints.tensor_map import pruned_parameters
+from apt.checkpoints.stored import pruned_parameters
 from apt.checkpoints.verify import block_verdicts, failures
 from apt.distributed.ranks import Ranks
 from apt.errors import first_line

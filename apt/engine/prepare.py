@@ -32,8 +32,7 @@ from apt.output.location import check_not_input, check_output
 from apt.output.report import read_report
 from apt.output.workplace import resumable
 from apt.planning.allocation import check_allocation
-from apt.planning.plan import Plan, make_plan
-from apt.planning.rounding import check_rounding
+from apt.planning.plan import Plan, check_rounding, make_plan
 from apt.plugin.registry import Registry
 from apt.plugin.specs import MethodSpec
 from apt.pruning.layer import Recipe

@@ -16,8 +16,7 @@ from apt.pruning.layer import Recipe
 from apt.solver import Effort, IntegerGrid, SolverOptions
 from apt.solver.gram import DAMPING
 from apt.solver.integers import ScaleGroup
-from apt.text.augmentation import Augmentation
-from apt.text.random_tokens import RandomTokens
+from apt.text.augmentation import Augmentation, RandomTokens
 from apt.tuning.block_tuning import BlockTuning
 from apt.tuning.row_importance import RowImportance
 

@@ -26,8 +26,7 @@ from apt.checkpoints.model import Model
 from apt.checkpoints.offload import StoredBlocks, assemble
 from apt.checkpoints.safetensors_io import Shards
 from apt.checkpoints.smaller import check_writable, write_smaller
-from apt.checkpoints.stored import open_stored
-from apt.checkpoints.tensor_map import pruned_tensors
+from apt.checkpoints.stored import open_stored, pruned_tensors
 from apt.distributed.ranks import Ranks
 from apt.engine.disk_blocks import DiskBlocks
 from apt.engine.estimate import activations_on_disk

@@ -11,8 +11,7 @@ from apt.checkpoints.load import load, skeleton
 from apt.checkpoints.model import Model
 from apt.checkpoints.offload import StoredBlocks
 from apt.checkpoints.safetensors_io import Shards
-from apt.checkpoints.stored import find_stored
-from apt.checkpoints.tensor_map import layout_of
+from apt.checkpoints.stored import find_stored, layout_of
 from apt.checkpoints.verify import Verdict, block_verdicts, failures, verify
 from apt.errors import AptError, described
 from apt.files.hashes import changed_files
@@ -26,11 +25,11 @@ from apt.planning.plan import (
     PlannedSite,
     Selection,
     check_globs,
+    check_rounding,
     make_plan,
     read_pattern,
     removed_by,
 )
-from apt.planning.rounding import check_rounding
 from apt.plugin.registry import Registry
 from apt.runtime.entries import METHOD
 from apt.shrinking.record import group_counts

@@ -23,7 +23,7 @@ from apt import runtime
 from apt.checkpoints.copies import copy_files, side_files
 from apt.checkpoints.model import Model
 from apt.checkpoints.safetensors_io import Shards, synchronise, write_files
-from apt.checkpoints.tensor_map import layout_of
+from apt.checkpoints.stored import layout_of
 from apt.errors import AptError, first_line
 from apt.runtime.entries import (
     INDEX_PACKED,

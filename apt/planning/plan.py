@@ -1,6 +1,6 @@
 """The plan of a run: the pattern of each site, checked before any work is done."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import comb
@@ -363,3 +363,18 @@ def _check_extras(adapter: Adapter, model: nn.Module, also: Sequence[str]) -> No
         if kind not in kinds:
             known = ", ".join(sorted(kinds)) or "nothing but its sites"
             raise AptError(f"this model has no '{kind}' to prune", f"it has: {known}")
+
+
+def check_rounding(plan: Plan, notice: Callable[[str], None] = lambda line: None) -> None:
+    """Raise if a plan prunes no weight; ``notice`` gets a line about sites that lose none."""
+    pruned = [site for block in plan.blocks for site in block.pruned]
+    whole = [site for site in pruned if not removed_by(site.pattern, site.shape)]
+    if not whole:
+        return
+    first = whole[0]
+    row = getattr(first.pattern, "per", None) == "row"
+    count = f"{first.shape[1]:,} in each row" if row else f"{first.size:,}"
+    said = f"{first.pattern} of the weights of {first.name} ({count}) rounds to none"
+    if len(whole) == len(pruned) and not any(block.extras for block in plan.blocks):
+        raise AptError(f"nothing would be pruned: {said}", "give a larger sparsity", ("sparsity",))
+    notice(f"{len(whole)} of {len(pruned)} sites lose no weight: {said}")

@@ -20,8 +20,7 @@ from apt.calibration.batches import Batch, OpenBlock
 from apt.calibration.capture import Capture, as_rows
 from apt.calibration.passing import BlockPass
 from apt.calibration.targets import Sums, Targets
-from apt.pruning.suspended import Suspended
-from apt.pruning.warning_handler import can_preserve_handler
+from apt.pruning.suspended import Suspended, can_preserve_handler
 
 _Product = tuple[Site, Tensor]
 

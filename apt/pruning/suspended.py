@@ -1,13 +1,15 @@
 """A function in a greenlet of its own, which is suspended at every call of its callback."""
 
+import ctypes
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from contextvars import copy_context
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import torch
 from greenlet import getcurrent, greenlet
-
-from apt.pruning.warning_handler import preserved_handler
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -56,3 +58,46 @@ class Suspended(Iterator[T], Generic[T, R]):
     def _call_back(self, item: T) -> None:
         with preserved_handler():
             self._greenlet.parent.switch(item)
+
+
+# c10::WarningUtils::get_warning_handler() and set_warning_handler(WarningHandler*), as GCC and
+# Clang name them.
+_GET = "_ZN3c1012WarningUtils19get_warning_handlerEv"
+_SET = "_ZN3c1012WarningUtils19set_warning_handlerEPNS_14WarningHandlerE"
+
+
+@contextmanager
+def preserved_handler() -> Iterator[None]:
+    """Set torch's handler of warnings on exit to that on entry, if torch allows it.
+
+    During some of its functions, torch keeps the handler on the function's C stack and a pointer to
+    it in a thread-local variable. The weight tap calls back from inside such a function. When the
+    greenlet is suspended, its C stack is moved away. Without protection, the pointer would then
+    refer to other data, and the next warning would corrupt it.
+    """
+    functions = _functions()
+    if functions is None:
+        yield
+        return
+    get, put = functions
+    handler = get()
+    try:
+        yield
+    finally:
+        put(handler)
+
+
+def can_preserve_handler() -> bool:
+    """True if the handler can be read and set in this build of torch."""
+    return _functions() is not None
+
+
+@cache
+def _functions() -> tuple[Any, Any] | None:
+    for library in Path(torch.__file__).with_name("lib").glob("libc10.*"):
+        with suppress(OSError, AttributeError):
+            c10 = ctypes.PyDLL(str(library))
+            get, put = getattr(c10, _GET), getattr(c10, _SET)
+            get.restype, put.argtypes, put.restype = ctypes.c_void_p, [ctypes.c_void_p], None
+            return get, put
+    return None

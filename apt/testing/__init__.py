@@ -6,7 +6,7 @@ so on, `embedded` returns a small trained model.
 """
 
 from apt.conformance.checks import CHECKS, Nonconformance, Subject
-from apt.conformance.layer_kinds import every_kind
+from apt.conformance.checks.declared import every_kind
 from apt.conformance.outcomes import Outcome, check_adapter
 from apt.testing.suite import AdapterConformance, embedded, random_tokens
 

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import nn
 
-from apt.evaluation.intervals import quantile
-from apt.evaluation.windows import Windows, score, score_beside, spread
+from apt.evaluation.windows import Windows, quantile, score, score_beside, spread
 from apt.plugin.specs import EvaluatorSpec
 
 POSITIVE = st.floats(0.01, 1000)

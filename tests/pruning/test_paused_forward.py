@@ -19,8 +19,7 @@ from apt.pruning import warning_handler
 from apt.pruning.layer import Recipe
 from apt.pruning.paused_forward import CannotPause, PausedForwards
 from apt.pruning.pipeline import prune_blocks
-from apt.pruning.suspended import Suspended
-from apt.pruning.warning_handler import can_preserve_handler
+from apt.pruning.suspended import Suspended, can_preserve_handler
 from apt.solver import NM, ss
 from tests.helpers.families import CONFIGS, random_model, random_tokens
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import apt as library
 from apt.engine.prune_options import PruneOptions
 from apt.plugin.registry import registry
-from apt.text.random_tokens import RandomTokens
+from apt.text.augmentation import RandomTokens
 from tests.helpers.families import FAMILIES, zoo_model
 
 SEQLEN, VOCABULARY = 16, 1000

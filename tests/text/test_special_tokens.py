@@ -13,8 +13,8 @@ from apt.checkpoints.load import load, skeleton
 from apt.evaluation.metrics import perplexity
 from apt.locations.model_source import find
 from apt.plugin.registry import registry
+from apt.text.augmentation import RandomTokens
 from apt.text.datasets import calibration_tokens, evaluation_tokens, tokenize, windows
-from apt.text.random_tokens import RandomTokens
 from apt.text.sampling import drawn
 from apt.text.special_tokens import bos_of, named_ids
 from tests.helpers import TEXT
@@ -208,6 +208,6 @@ def test_programs_spare_what_the_configurations_name(monkeypatch):
     model.generation_config.eos_token_id = [0, 7]
     assert named_ids(model) == (0, 7)
     seen = []
-    monkeypatch.setattr("apt.text.random_tokens.drawn", spy(seen))
+    monkeypatch.setattr("apt.text.augmentation.drawn", spy(seen))
     library.prune(model, random_tokens(), pattern="2:4")
     assert seen == [(0, 7)]

@@ -8,8 +8,13 @@ run (`apt.conformance.oracle`). A small random model is enough.
 from apt.conformance.checks.blocks import check_batches, check_blocks, check_stream
 from apt.conformance.checks.declared import check_declaration, check_kinds, check_model_types
 from apt.conformance.checks.effects import check_effects
-from apt.conformance.checks.flow import check_capture, check_in_time, check_order, check_residual
-from apt.conformance.checks.gradients import check_gradients
+from apt.conformance.checks.flow import (
+    check_capture,
+    check_gradients,
+    check_in_time,
+    check_order,
+    check_residual,
+)
 from apt.conformance.checks.groups import check_groups
 from apt.conformance.checks.logits import check_logits
 from apt.conformance.checks.promise import Check, Fault, Nonconformance, promise

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from apt.conformance.checks.promise import Fault, Faults, promise
-from apt.conformance.checks.recording import Passed, record
+from apt.conformance.checks.recording import Passed, first_tensor, record
 from apt.conformance.checks.subject import Subject
-from apt.conformance.checks.tensors import first_tensor
 from apt.errors import first_line
 
 

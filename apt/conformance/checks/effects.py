@@ -9,9 +9,9 @@ from torch import Tensor
 from apt.adapter import Extra
 from apt.conformance.checks.predictions import Predictions
 from apt.conformance.checks.promise import Fault, Faults, promise
+from apt.conformance.checks.recording import near
 from apt.conformance.checks.removals import Removals
 from apt.conformance.checks.subject import Step, Subject
-from apt.conformance.checks.tensors import near
 from apt.conformance.snapshot import changes, snapshot
 from apt.errors import AptError
 

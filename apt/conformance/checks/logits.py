@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from apt.conformance.checks.blocks import accepts, chained
 from apt.conformance.checks.promise import Fault, Faults, promise
-from apt.conformance.checks.recording import record, removed
+from apt.conformance.checks.recording import record, removed, same
 from apt.conformance.checks.subject import Subject
-from apt.conformance.checks.tensors import same
 
 
 @promise("blocks")

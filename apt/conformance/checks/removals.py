@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from apt.adapter import State
 from apt.calibration.storage import mapped
+from apt.conformance.checks.recording import first_tensor
 from apt.conformance.checks.subject import Step, Subject
-from apt.conformance.checks.tensors import first_tensor
 from apt.conformance.oracle import Oracle
 
 _UNSET = ("empty", "empty_like", "empty_strided", "new_empty")

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from apt.adapter import Site
 from apt.conformance.checks.promise import Fault, Faults, promise
-from apt.conformance.checks.recording import removed
+from apt.conformance.checks.recording import first_tensor, near, removed, same
 from apt.conformance.checks.subject import Subject
-from apt.conformance.checks.tensors import first_tensor, near, same
 from apt.conformance.snapshot import changes, process, snapshot
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from apt.evaluation.intervals import Difference, mean_difference
+from apt.evaluation.windows import Difference, mean_difference
 
 
 @dataclass(frozen=True)
