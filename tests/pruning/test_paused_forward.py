@@ -15,7 +15,7 @@ from apt.calibration.capture import Capture
 from apt.calibration.targets import Targets
 from apt.errors import AptError
 from apt.planning.plan import Selection, make_plan
-from apt.pruning import warning_handler
+from apt.pruning import suspended
 from apt.pruning.layer import Recipe
 from apt.pruning.paused_forward import CannotPause, PausedForwards
 from apt.pruning.pipeline import prune_blocks
@@ -79,7 +79,7 @@ def test_torch_still_lets_its_warning_handler_be_kept():
 
 @pytest.mark.skipif(not can_preserve_handler(), reason="needs torch's handler of warnings")
 def test_what_waits_within_a_function_of_torch_leaves_the_others_their_warning_handler():
-    handler, _ = warning_handler._functions()
+    handler, _ = suspended._functions()
     before, weight, own = handler(), torch.ones(4, 4), []
 
     def work(wait):
