@@ -16,10 +16,15 @@ from apt.errors import AptError
 
 if TYPE_CHECKING:
     from apt.distributed.ranks import Ranks
-    from apt.engine.api import calibration_tokens, evaluation_tokens, prune, prune_copy
+    from apt.engine.api import (
+        calibration_tokens,
+        evaluation_tokens,
+        prune,
+        prune_copy,
+        recover,
+        shrink,
+    )
     from apt.engine.prune_options import PruneOptions
-    from apt.engine.recover_api import recover
-    from apt.engine.shrink_api import shrink
     from apt.evaluation.metrics import accuracy, perplexity
     from apt.output.report import Report
     from apt.planning.plan import Selection
@@ -61,8 +66,8 @@ _LAZY = {
     "perplexity": "apt.evaluation.metrics",
     "prune": "apt.engine.api",
     "prune_copy": "apt.engine.api",
-    "recover": "apt.engine.recover_api",
-    "shrink": "apt.engine.shrink_api",
+    "recover": "apt.engine.api",
+    "shrink": "apt.engine.api",
 }
 
 

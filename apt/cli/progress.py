@@ -67,6 +67,9 @@ class Progress:
         show_detail(text)
         self.show(text)
 
+    def observe(self, event: Any) -> None:
+        """Show an event of the work."""
+
     def show(self, text: str) -> None:
         """Show a text and the counted work in the changing display."""
         self._display.update(

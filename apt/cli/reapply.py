@@ -34,28 +34,25 @@ def reapply(
     from apt.plugin.registry import registry
 
     hub = args.read_hub(revision, token, cache_dir)
-    source = args.find_model(model, registry(), hub, trust_remote_code=trust_remote_code)
+    args.find_model(model, registry(), hub, trust_remote_code=trust_remote_code)
 
     from apt.cli.output import notice, out, show_json
     from apt.cli.progress import Progress
-    from apt.engine.reapply import reapply as apply
+    from apt.engine.reapply_task import ReapplyOptions
+    from apt.engine.run import run as run_task
 
+    options = ReapplyOptions(
+        masks, model, output, adapter, overwrite, max_shard_size, trust_remote_code, hub
+    )
     with Progress("reapplying the masks"):
-        done = apply(
-            masks,
-            source,
-            output,
-            registry(),
-            adapter,
-            notice,
-            overwrite=overwrite,
-            max_shard_size=max_shard_size,
-        )
+        done = run_task(options, notice=notice).reapplied
     if as_json:
-        show_json({"output": str(output), **vars(done)})
+        names = ("weights", "share", "sparsity", "parameters")
+        show_json({"output": str(output), **{name: done[name] for name in names}})
         return
     out.print(
-        f"{output}: {done.weights:,} weights set to zero again ({done.share:.2%} of the sum of "
-        f"squares); {done.sparsity:.2%} zeros in {done.parameters} matrices, verified on disk",
+        f"{output}: {done['weights']:,} weights set to zero again ({done['share']:.2%} of the sum "
+        f"of squares); {done['sparsity']:.2%} zeros in {done['parameters']} matrices, verified on "
+        "disk",
         markup=False,
     )

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import typer
 
-from apt.cli.interruptions import interrupted
 from apt.cli.output import (
     duration,
     notice,
@@ -17,18 +16,12 @@ from apt.cli.output import (
     show_json,
 )
 from apt.cli.progress import Progress
-from apt.cli.pruning import show_complete
+from apt.cli.pruning import performed
 from apt.distributed.launch import joined
-from apt.engine.recover import (
-    PreparedRecovery,
-    RecoveryRun,
-    already_recovered,
-    prepare_recovery,
-)
 from apt.engine.recover_options import RecoverRunOptions
+from apt.engine.recover_task import RecoverTask, prepare_recovery
 from apt.events import HeldBack, TrainingEvent, TrainingStep
 from apt.output.report import Report
-from apt.output.workplace import resumable
 from apt.plugin.registry import Registry
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -53,19 +46,12 @@ def start(
         as_json: print the summary as one JSON object.
     """
     with joined() as ranks:
-        prepared = prepare_recovery(options, installed, notices.append)
-        if already_recovered(prepared):
-            show_complete(options.output, as_json=as_json)
+        task = prepare_recovery(options, installed, notices.append)
+        notices.append(f"kind: {task.spec.name}" + ("" if options.kind else " (default)"))
+        report = performed(task, ranks, TrainingProgress(notices), as_json=as_json)
+        if report is None or not ranks.first:
             return
-        notices.append(f"kind: {prepared.spec.name}" + ("" if options.kind else " (default)"))
-        try:
-            with TrainingProgress(notices) as progress:
-                report = RecoveryRun(prepared, progress.observe, progress.status, ranks).execute()
-        except KeyboardInterrupt as error:
-            raise interrupted(error, _afterwards(options)) from None
-        if not ranks.first:
-            return
-    _show(report, prepared, as_json=as_json)
+    _show(report, task, as_json=as_json)
     training = report.recovery["training"]
     if plot is not None:
         from apt.cli.plots import draw_training
@@ -79,15 +65,9 @@ def start(
         raise typer.Exit(2)
 
 
-def _afterwards(options: RecoverRunOptions) -> str:
-    if resumable(options.output):
-        return "to continue, give the same command with --resume"
-    return "nothing was written"
-
-
-def _show(report: Report, prepared: PreparedRecovery, *, as_json: bool) -> None:
+def _show(report: Report, task: RecoverTask, *, as_json: bool) -> None:
     """Print the summary of a recovery."""
-    record, options = report.recovery, prepared.options
+    record, options = report.recovery, task.options
     training = record["training"]
     if as_json:
         show_json({"output": str(options.output), **record})
@@ -106,7 +86,7 @@ def _show(report: Report, prepared: PreparedRecovery, *, as_json: bool) -> None:
     )
     zeros = f"{record['zeros']:,} zeros kept" if record["zeros"] else "no zeros to keep"
     out.print(
-        f"{options.output}: {zeros}, verified on disk; kind {prepared.spec.name}; "
+        f"{options.output}: {zeros}, verified on disk; kind {task.spec.name}; "
         f"{duration(record['seconds'])}",
         markup=False,
     )

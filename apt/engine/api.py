@@ -1,35 +1,42 @@
-"""Pruning an in-memory model from a program."""
+"""The functions for programs: the engine of a whole run, without an output directory."""
 
 import copy
-import time
+import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypedDict, TypeVar, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from apt.adapter import Adapter
-from apt.adapter.wrapped import refuse_wrapped
-from apt.checkpoints.load import fingerprint
+from apt.checkpoints.masks import masks_of, sparsity_of
+from apt.checkpoints.smaller import smaller
 from apt.distributed.ranks import Ranks
-from apt.engine.inputs import check_inputs
-from apt.engine.limits import check_activations, check_windows
-from apt.engine.machine import activation_store
-from apt.engine.new_report import calibration_of
-from apt.engine.prune_model import Job, named_allocation, prune_model
-from apt.engine.prune_options import PruneOptions, record
+from apt.engine.given import GivenModel
+from apt.engine.limits import check_windows
+from apt.engine.prune_options import PruneOptions
+from apt.engine.pruning_plan import Sparsity, find_method, sparse_pruning
+from apt.engine.recover_task import check_recovery
+from apt.engine.shrink_plan import Choice, smaller_pruning
 from apt.errors import AptError, name_of
-from apt.events import Observer, telling
-from apt.output.report import Report, portable
-from apt.planning.allocation import Allocation, check_allocation, default_allocation
-from apt.planning.plan import Plan, Selection, check_rounding, make_plan, read_pattern
-from apt.plugin.registry import Registry, registry
-from apt.plugin.specs import MethodSpec
+from apt.events import Observer, TrainingObserver
+from apt.files.journal import Journal, Line
+from apt.output.report import Report
+from apt.planning.allocation import Allocation
+from apt.planning.plan import Selection, read_pattern
+from apt.plugin.registry import registry
+from apt.plugin.specs import RecoverySpec
 from apt.pruning.layer import Method
+from apt.recovery.options import RecoverOptions
+from apt.recovery.record import Training
+from apt.recovery.recover import RecoveryJob, forget, recover_model
+from apt.recovery.trainable import Recovery
+from apt.shrinking.options import ShrinkOptions
 from apt.solver import Pattern
 from apt.text import datasets
-from apt.text.special_tokens import bos_of, named_ids, special_ids
+from apt.text.datasets import digest
+from apt.text.special_tokens import bos_of
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -127,62 +134,166 @@ def prune(
         The record of the run; ``report.sites`` has one entry for each pruned site.
 
     Raises:
-        AptError: a name is unknown, an option is out of range, the pattern does not fit or prunes
-            nothing, or the model cannot be pruned.
+        AptError: a name is unknown, an option is out of range or not used by the method, the
+            pattern does not fit or prunes nothing, or the model cannot be pruned.
     """
-    started, ranks = time.perf_counter(), ranks or Ranks()
-    check_activations(activations, streamed=False)
-    installed, options = registry(), options or PruneOptions()
-    spec, function = find_method(method, installed)
-    adapter_name, instance = find_adapter(adapter, model, installed)
-    check_inputs(model, instance, tokens)
-    wanted = read_pattern(pattern)
-    plan = make_plan(model, instance, wanted, selection, spec.per, also)
-    check_rounding(plan)
-    job = Job(
-        instance,
-        plan,
-        function,
-        options.recipe(spec),
-        options.augmentation(spec, len(tokens)),
-        allocation=_allocation(allocation, wanted, plan, installed),
-        seed=seed,
-        bos=bos_of(tokenizer) if tokenizer else None,
-        special=special_ids(tokenizer) if tokenizer else named_ids(model),
+    given = GivenModel(model, tokens, adapter, activations, ranks, observe)
+    wanted = Sparsity(read_pattern(pattern), selection or Selection(), also, allocation)
+    spec, function = find_method(method, given.registry)
+    dense, options = given.dense(tokens, seed), options or PruneOptions()
+    job = sparse_pruning(dense, wanted, spec, function, options)
+    known = {
+        "pattern": str(wanted.pattern),
+        "per": job.plan.per,
+        "method": spec.name,
+        "allocation": job.allocation_name,
+        "also": list(also),
+        "seed": seed,
+        "activations": activations,
+        **wanted.selection.record(),
+    }
+    return given.pruned(tokens, job, tokenizer, known)[1]
+
+
+@torch.inference_mode(mode=False)  # in which a copy would be of inference tensors
+def shrink(
+    model: nn.Module,
+    tokens: Tensor,
+    *,
+    size: ShrinkOptions | None = None,
+    adapter: str | Adapter | None = None,
+    method: str | Choice | None = None,
+    options: PruneOptions | None = None,
+    tokenizer: Any = None,
+    seed: int = 0,
+    activations: str = "memory",
+    ranks: Ranks | None = None,
+    observe: Observer = lambda event: None,
+) -> tuple[Any, Report]:
+    """Make a smaller dense model of a causal language model of transformers.
+
+    The given model does not change. A copy of it is needed during the run.
+
+    Args:
+        model: the model.
+        tokens: calibration token ids (samples, seqlen), without padding.
+        size: the options of the smaller model; by default 75 % of the parameters of the blocks.
+        adapter: the name of an adapter, or an adapter; by default the one that serves the model's
+            type.
+        method: the name of a choice of groups, or of blocks in mode ``"depth"``; or a function: an
+            `apt.solver.GroupChoice`, an `apt.extending.GroupScores`, or, where only blocks are
+            dropped, an `apt.extending.BlockChoice`.
+        options: the options that the weights depend on. ``row_importance`` has no effect.
+        tokenizer, seed, activations, ranks, observe: as in `apt.prune`.
+
+    Returns:
+        The smaller model, of the same class, and the record of the run. Its ``structure`` says what
+        the model keeps.
+
+    Raises:
+        AptError: no smaller model meets the options, an option is out of range or not used by the
+            method, or the model cannot be pruned.
+    """
+    given = GivenModel(model, tokens, adapter, activations, ranks, observe)
+    wish, spec, job = smaller_pruning(
+        given.dense(tokens, seed), size or ShrinkOptions(), method, options or PruneOptions()
     )
-    check_allocation(job.allocation_name, plan)
-    report = Report(
-        options={
-            "pattern": str(wanted),
-            "per": plan.per,
-            "method": spec.name,
-            "allocation": job.allocation_name,
-            "also": list(also),
-            "seed": seed,
-            "activations": activations,
-            **(selection or Selection()).record(),
-            **record(job.recipe, job.augmentation),
-        },
-        model=described(model, adapter_name),
-        calibration={"source": "", "own_samples": job.augmentation.own_samples, "bos": job.bos},
-    )
-    tokens = job.with_own_text(model, tokens, ranks)
-    plan, sites = prune_model(
-        model,
-        tokens,
-        job,
-        store=activation_store(activations),
-        ranks=ranks,
-        observe=telling(observe, installed.site_pruned) if ranks.first else observe,
-    )
-    report = replace(
-        report,
-        calibration=report.calibration | calibration_of(tokens),
-        sites=sites,
-        skipped=plan.dense,
-        ranks=ranks.gather(ranks.work),
-    )
-    return report.timed(time.perf_counter() - started)
+    known = {
+        "shrink": wish.record(),
+        "method": spec.name,
+        "seed": seed,
+        "activations": activations,
+    }
+    given.model = copy.deepcopy(model)
+    plan, report = given.pruned(tokens, job, tokenizer, known)
+    return smaller(given.model, given.adapter, plan), report
+
+
+def recover(
+    model: nn.Module,
+    tokens: Tensor,
+    *,
+    kind: str | Recovery = "distill",
+    options: RecoverOptions | None = None,
+    dense: nn.Module | None = None,
+    adapter: str | Adapter | None = None,
+    seed: int = 0,
+    folder: Path | str | None = None,
+    resume: bool = False,
+    observe: TrainingObserver = lambda event: None,
+) -> Training:
+    """Train the kept weights of a pruned model, in place; every zero stays zero.
+
+    Args:
+        model: the pruned model, a causal language model of transformers.
+        tokens: samples of text (samples, seqlen), without padding. The last ones are held back to
+            measure the loss.
+        kind: the name of a kind of recovery, or a function, which is trained with a rate of 1e-4.
+        options: the options of the training.
+        dense: the dense model, for the kind ``distill``; it is not changed.
+        adapter: the name of an adapter, or an adapter; by default the one that serves the model's
+            type.
+        seed: the seed for the order of the samples and for new adapters.
+        folder: a folder for checkpoints; by default a temporary one. Without ``resume``, those of
+            an earlier training there are deleted.
+        resume: True to continue from the last checkpoint in ``folder``, with the same arguments.
+        observe: called with the events of the training.
+
+    Returns:
+        The record of the training.
+
+    Raises:
+        AptError: the model has no zeros and the kind needs some, an option is out of range or not
+            used by the kind, ``folder`` has another training, or the training did not lower the
+            loss on the samples held back. The weights are then those before the training.
+    """
+    options, spec, function = options or RecoverOptions(), *_kind(kind)
+    check_recovery(options, spec, registry())
+    given = GivenModel(model, tokens, adapter)
+    if spec.zeros and not sparsity_of(masks_of(model, given.adapter)):
+        raise AptError("the model has no zeros", "prune it first, or use the kind layers")
+    inputs = {"kind": spec.name, "seed": seed, "options": options.record()}
+    inputs |= {"model": given.weights, "tokens": digest(tokens)}
+    with tempfile.TemporaryDirectory() as temporary:
+        place = Path(temporary) if folder is None else Path(folder)
+        job = RecoveryJob(
+            given.adapter, spec, function, options, place,
+            None if dense is None else lambda: dense, seed, given.device,
+            journal=_journal(place, inputs, resume=resume), observe=observe,
+        )  # fmt: skip
+        return recover_model(model, tokens, job)[0]
+
+
+def _journal(folder: Path, inputs: Line, *, resume: bool) -> Journal:
+    """The journal of the training in a folder, which is made if it is missing.
+
+    Without ``resume``, an earlier training in it is deleted.
+
+    Raises:
+        AptError: the training to be resumed has other inputs, or is damaged.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    remedy = "choose another folder, or begin anew with resume=False"
+    journal = Journal(folder / "journal.jsonl", f"the training in {folder}", remedy)
+    if resume:
+        journal.read()
+    if journal.lines:
+        journal.check(inputs)
+        return journal
+    if resume and (folder / "training.json").exists():
+        raise AptError(f"{folder} has a training of an earlier version of APT", remedy)
+    forget(folder)
+    journal.begin(inputs)
+    return journal
+
+
+def _kind(kind: str | Recovery) -> tuple[RecoverySpec, Recovery]:
+    """A kind of recovery and its spec."""
+    if isinstance(kind, str):
+        spec = registry().recoveries.get(kind)
+        return spec, spec.load()
+    name = name_of("kind", kind)
+    return RecoverySpec(name, "a function of the caller", ""), kind
 
 
 def calibration_tokens(
@@ -235,69 +346,3 @@ def evaluation_tokens(
     check_windows(samples, seqlen)
     found = datasets.documents(source, "evaluation", registry())
     return datasets.evaluation_tokens(tokenizer, found, samples, seqlen, source, bos_of(tokenizer))
-
-
-def find_adapter(
-    adapter: str | Adapter | None, model: nn.Module, installed: Registry
-) -> tuple[str, Adapter]:
-    """The name of the adapter for a model, and the adapter.
-
-    Raises:
-        AptError: no adapter serves the model's type, the model has no configuration, what was
-            given is no adapter, or a module of the model is a wrapper.
-    """
-    refuse_wrapped(model)
-    if adapter is not None and not isinstance(adapter, str):
-        if isinstance(adapter, type) or not hasattr(adapter, "blocks"):
-            raise AptError(f"adapter is {adapter!r}", "give its name, or an instance of its class")
-        name, instance = type(adapter).__name__, adapter
-    elif adapter is None and getattr(model, "config", None) is None:
-        raise AptError(
-            f"{type(model).__name__} has no config, so its family is not known",
-            "choose an adapter",
-            ("adapter",),
-        )
-    else:
-        spec = (
-            installed.adapters.get(adapter) if adapter else installed.adapter_for(model_type(model))
-        )
-        name, instance = spec.name, spec.make()
-    if (config := getattr(model, "config", None)) is not None:
-        instance.check(config)
-    return name, instance
-
-
-def model_type(model: nn.Module) -> str:
-    """The ``model_type`` of a model's configuration; without one, the name of its class."""
-    return str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
-
-
-def find_method(method: str | Method | None, installed: Registry) -> tuple[MethodSpec, Method]:
-    """A method and its spec; a function has the spec of a method without options."""
-    if method is None or isinstance(method, str):
-        spec = installed.methods.get(method) if method else installed.default_method()
-        return spec, spec.load()
-    name = name_of("method", method)
-    return MethodSpec(name, "a function of the caller", ""), method
-
-
-def _allocation(
-    allocation: str | Allocation | None, pattern: Pattern, plan: Plan, installed: Registry
-) -> tuple[str, Allocation] | None:
-    if allocation is None or isinstance(allocation, str):
-        return named_allocation(allocation or default_allocation(pattern), plan, installed)
-    return name_of("allocation", allocation), allocation
-
-
-def described(model: nn.Module, adapter: str) -> dict[str, Any]:
-    """The entry of the report for a model in memory.
-
-    The reference is that of the model's configuration; without one, the name of its class.
-    """
-    name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
-    return {
-        "reference": portable(str(name)),
-        "type": model_type(model),
-        "adapter": adapter,
-        "sha256": fingerprint(model),
-    }

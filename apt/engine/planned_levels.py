@@ -2,73 +2,48 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
-
-from torch import nn
 
 from apt.checkpoints.load import load
 from apt.checkpoints.offload import StoredBlocks, assemble
 from apt.checkpoints.stored import open_stored
 from apt.distributed.ranks import Ranks
-from apt.engine.machine import read_dtype
-from apt.engine.prepare import Prepared
-from apt.engine.prune_model import named_allocation
-from apt.engine.run import job_of
-from apt.engine.text import read_text
-from apt.planning.allocation import Opened, Unallocated, allocated, with_shares
+from apt.engine.disk_blocks import DiskBlocks
+from apt.engine.prune_model import final_plan, with_own_text
+from apt.engine.prune_task import PruneTask
+from apt.engine.store import ModelStore
 from apt.planning.plan import Plan
 
 
-def planned_levels(prepared: Prepared, status: Callable[[str], None]) -> Plan:
+def planned_levels(task: PruneTask, status: Callable[[str], None]) -> Plan:
     """The plan of a run; for an allocation, the text and the model are read as in the run.
 
     Args:
-        prepared: the checked run.
+        task: the checked run.
         status: called with a text for each step.
     """
-    plan, shell = prepared.plan, prepared.shell
-    if prepared.structure is not None:
-        return plan
-    named = named_allocation(prepared.options.allocation, plan, prepared.registry)
-    if named is None:
-        return plan
-    name, allocation = named
+    if task.job.allocation is None:
+        return task.job.plan
     status("reading text")
-    text = read_text(prepared)
+    text, store = task.read_text(Ranks()), ModelStore(status=status)
     status("loading the model")
-    model, opened, readable = (_on_disk if prepared.options.stream else _in_memory)(prepared)
-    text.check(model, shell.source.reference)
-    if prepared.augmentation.own_samples:
-        status("generating calibration text")
-    with readable:
-        tokens = job_of(prepared, text).with_own_text(model, text.tokens, Ranks())
-    status(f"distributing the sparsity ({name})")
-    aware = prepared.recipe.targets is not None
-    given = Unallocated(model, shell.adapter, plan, tokens, opened, aware)
-    return with_shares(plan, name, allocated(name, allocation, given))
+    with (_open_on_disk if task.stream else _load)(task, store):
+        tokens = with_own_text(store, text.tokens, task.job_on(text))
+    return final_plan(store, tokens, task.job)
 
 
-_Parts = tuple[nn.Module, Opened, AbstractContextManager[None]]
+def _load(task: PruneTask, store: ModelStore) -> AbstractContextManager[None]:
+    """Load the model; return a context in which it can run."""
+    store.model = load(task.shell, task.dtype or task.shell.dtype, task.device).module
+    return nullcontext()
 
 
-def _in_memory(prepared: Prepared) -> _Parts:
-    """The model, the function that opens a block, and a context in which the model can run."""
-    shell, dtype = prepared.shell, read_dtype(prepared.options.dtype)
-    model = load(shell, dtype or shell.dtype, prepared.device).module
-    return model, lambda name, block: nullcontext(), nullcontext()
-
-
-def _on_disk(prepared: Prepared) -> _Parts:
-    """The same for a model whose blocks are on disk."""
-    shell = prepared.shell
-    stored = open_stored(shell)
-    dtype = stored.dtype(shell, prepared.plan)
-    parts = stored.shards, stored.layout
-    model: Any = assemble(shell, *parts, prepared.device, dtype)
-    blocks = dict(shell.adapter.blocks(model))
-    source = StoredBlocks(*parts, blocks, prepared.device, dtype)
-
-    def opened(name: str, block: nn.Module) -> AbstractContextManager[Any]:
-        return source.open(name)
-
-    return model, opened, source.read_on_call()
+def _open_on_disk(task: PruneTask, store: ModelStore) -> AbstractContextManager[None]:
+    """Load the weights outside the blocks; return a context in which the model can run."""
+    stored = open_stored(task.shell)
+    parts, dtype = (stored.shards, stored.layout), stored.dtype(task.shell, task.plan)
+    store.model = assemble(task.shell, *parts, task.device, dtype)
+    blocks = dict(task.shell.adapter.blocks(store.model))
+    source = StoredBlocks(*parts, blocks, task.device, dtype)
+    both = (source, source)
+    store.blocks = DiskBlocks(task.job.plan, *both, task.device, store.journal, store.ranks)
+    return source.read_on_call()

@@ -1,40 +1,33 @@
-"""The part of a run that changes weights, common to the command line and `apt.prune`."""
+"""The pruning of a model block by block, for whole runs and for programs."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from apt.adapter import Adapter
-from apt.calibration.storage import Store
 from apt.checkpoints.smaller import empty_smaller
-from apt.distributed.ranks import Ranks
-from apt.events import Observer, SitePruned
+from apt.engine.reports import calibration_of
+from apt.engine.store import ModelStore
+from apt.output.report import Report
 from apt.planning.allocation import (
     UNIFORM,
     Allocation,
     Unallocated,
     allocated,
-    is_needed,
     with_shares,
 )
 from apt.planning.plan import Plan
 from apt.planning.structure import make_structured_plan
-from apt.plugin.registry import Registry
-from apt.pruning.block_storage import BlockStorage, MemoryBlocks
 from apt.pruning.layer import Recipe, SiteMethod
 from apt.pruning.pipeline import prune_blocks
+from apt.shrinking.record import structure_record
 from apt.shrinking.structure_choice import StructureChoice
 from apt.text.augmentation import Augmentation
 
-Remember = Callable[[str, Callable[[], Any]], Any]
-"""A function of a key and a computation that returns the result, computed or known already."""
-
 
 @dataclass(frozen=True)
-class Job:
+class Pruning:
     """The adapter, plan, method and settings for pruning one model.
 
     Attributes:
@@ -62,90 +55,92 @@ class Job:
     special: tuple[int, ...] = ()
 
     @property
+    def aware(self) -> bool:
+        """True if the run is error-aware."""
+        return self.recipe.targets is not None
+
+    @property
     def allocation_name(self) -> str:
         """The name of the allocation."""
         return self.allocation[0] if self.allocation else UNIFORM
 
-    def with_own_text(self, model: nn.Module, tokens: Tensor, ranks: Ranks) -> Tensor:
-        """The given tokens and those that the model generates, the same on all ranks."""
-        if ranks.first:
-            tokens = self.augmentation.with_own_text(
-                model, tokens, self.seed, bos=self.bos, special=self.special
-            )
-        return ranks.share(tokens)
-
-
-def named_allocation(name: str, plan: Plan, registry: Registry) -> tuple[str, Allocation] | None:
-    """The allocation with this name and its function; None if the plan's patterns are final."""
-    spec = registry.allocations.get(name)
-    return (spec.name, spec.load()) if is_needed(spec.name, plan) else None
-
 
 def prune_model(
-    model: nn.Module,
-    tokens: Tensor,
-    job: Job,
-    *,
-    block_storage: BlockStorage | None = None,
-    store: Store | None = None,
-    ranks: Ranks,
-    observe: Observer,
-    status: Callable[[str], None] = lambda line: None,
-    readable: Callable[[], AbstractContextManager[None]] = nullcontext,
-    remember: Remember = lambda key, compute: compute(),
-) -> tuple[Plan, list[SitePruned]]:
-    """Distribute the sparsity, add samples with random tokens, and prune block by block.
+    store: ModelStore, tokens: Tensor, job: Pruning, report: Report
+) -> tuple[Plan, Report]:
+    """Generate text, distribute the sparsity, and prune block by block.
 
     Args:
-        model: the model, pruned in place.
-        tokens: calibration token ids (samples, seqlen), with those that the model has generated.
+        store: the model, pruned in place.
+        tokens: calibration token ids (samples, seqlen).
         job: the adapter, plan, method and settings.
-        block_storage, store: the places of blocks and activations, see `prune_blocks`.
-        ranks: the processes that prune together.
-        observe: called with each event.
-        status: called with a text for each step outside the loop over blocks.
-        readable: a context in which the whole dense model can run.
-        remember: returns a value that an interrupted run has computed, or computes it.
+        report: the report at the beginning of the run.
 
     Returns:
-        The plan with the final patterns, and the record of each site.
+        The plan with the final patterns, and the report with the record of each site.
     """
-    plan, blocks = job.plan, block_storage or MemoryBlocks()
-    if job.structure is not None:
-        with readable():
-            plan = _structured(model, tokens, job, status) if ranks.first else plan
-    elif job.allocation is not None and ranks.first:
-        name, allocation = job.allocation
-        status(f"distributing the sparsity ({name})")
-        aware = job.recipe.targets is not None
-        given = Unallocated(model, job.adapter, plan, tokens, blocks.open, aware)
-        shares = remember("shares", lambda: allocated(name, allocation, given))
-        plan = with_shares(plan, name, shares)
-    plan = ranks.share(plan)
-    tokens = job.augmentation.with_random_tokens(model, tokens, job.special)
+    tokens = with_own_text(store, tokens, job)
+    plan = final_plan(store, tokens, job)
     sites = prune_blocks(
-        model,
+        store.model,
         job.adapter,
         plan,
-        tokens,
+        job.augmentation.with_random_tokens(store.model, tokens, job.special),
         job.method,
         job.recipe,
-        block_storage=blocks,
-        store=store,
-        ranks=ranks,
-        observe=observe,
+        block_storage=store.blocks,
+        store=store.activations,
+        ranks=store.ranks,
+        observe=store.observe,
     )
-    return plan, sites
+    structure = {}
+    if job.structure is not None:
+        config = getattr(store.model, "config", None)
+        structure = structure_record(job.structure, plan, store.model, job.adapter, config)
+    return plan, replace(
+        report,
+        calibration=report.calibration | calibration_of(tokens),
+        sites=sites,
+        skipped=plan.dense,
+        ranks=store.ranks.gather(store.ranks.work),
+        structure=structure,
+    )
 
 
-def _structured(model: nn.Module, tokens: Tensor, job: Job, status: Callable[[str], None]) -> Plan:
+def with_own_text(store: ModelStore, tokens: Tensor, job: Pruning) -> Tensor:
+    """The given tokens (samples, seqlen) and those that the model generates."""
+
+    def generate() -> Tensor:
+        return job.augmentation.with_own_text(
+            store.model, tokens, job.seed, bos=job.bos, special=job.special
+        )
+
+    return store.generated(generate) if job.augmentation.own_samples else tokens
+
+
+def final_plan(store: ModelStore, tokens: Tensor, job: Pruning) -> Plan:
+    """The plan with the structure or the sparsities that follow from the dense model."""
+    plan = job.plan
+    if job.structure is not None:
+        with store.readable():
+            plan = _structured(store, tokens, job) if store.ranks.first else plan
+    elif job.allocation is not None and store.ranks.first:
+        name, allocation = job.allocation
+        store.status(f"distributing the sparsity ({name})")
+        given = Unallocated(store.model, job.adapter, plan, tokens, store.blocks.open, job.aware)
+        shares = store.journal.remember("shares", lambda: allocated(name, allocation, given))
+        plan = with_shares(plan, name, shares)
+    return store.ranks.share(plan)
+
+
+def _structured(store: ModelStore, tokens: Tensor, job: Pruning) -> Plan:
     """The plan of a smaller model."""
     assert job.structure is not None
+    model = store.model
     structure = job.structure.choose(
-        model, job.adapter, tokens, status, bos=job.bos, special=job.special
+        model, job.adapter, tokens, store.status, bos=job.bos, special=job.special
     )
     config = getattr(model, "config", None)
-    adjusted = job.recipe.targets is not None
-    plan = make_structured_plan(model, job.adapter, config, structure, adjusted=adjusted)
+    plan = make_structured_plan(model, job.adapter, config, structure, adjusted=job.aware)
     empty_smaller(model, job.adapter, plan)  # raises if transformers has no model of these sizes
     return plan

@@ -1,120 +1,112 @@
-"""A whole run of ``apt-prune prune``, from the options to a directory on disk."""
+"""A whole run, from the options to a directory on disk: the same for all tasks."""
 
-import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from apt.distributed.ranks import Ranks
-from apt.engine.in_memory import InMemoryRun
-from apt.engine.measures import scores
-from apt.engine.new_report import calibration_of, new_report
-from apt.engine.prepare import Prepared
-from apt.engine.prune_model import Job, named_allocation, prune_model
-from apt.engine.shrink_plan import removal
-from apt.engine.storage import RunStorage
-from apt.engine.streamed import StreamedRun
-from apt.engine.text import Text, read_text
-from apt.events import Observer, telling
+from apt.engine.in_memory import InMemory
+from apt.engine.options import RunOptions
+from apt.engine.output_store import OutputStore
+from apt.engine.prepare import finished_report
+from apt.engine.prune_task import prepare_pruning
+from apt.engine.reapply_task import ReapplyOptions, prepare_reapplying
+from apt.engine.recover_options import RecoverRunOptions
+from apt.engine.recover_task import prepare_recovery
+from apt.engine.streamed import Streamed
+from apt.engine.task import Task
+from apt.events import telling
 from apt.output.report import Report
 from apt.output.timeline import Timeline
-from apt.planning.plan import Plan
-from apt.shrinking.record import structure_record
+from apt.plugin.registry import Registry, registry
+
+RunOptionsOfAnyTask = RunOptions | RecoverRunOptions | ReapplyOptions
+
+
+def run(
+    options: RunOptionsOfAnyTask,
+    *,
+    observe: Callable[[Any], None] = lambda event: None,
+    status: Callable[[str], None] = lambda text: None,
+    notice: Callable[[str], None] = lambda line: None,
+    ranks: Ranks | None = None,
+) -> Report:
+    """Do what a command does: read a model, change it, and write a directory.
+
+    An interrupted run that is streamed, or that trains, is continued by the same call with
+    ``resume=True`` in its options.
+
+    Args:
+        options: the options of the command.
+        observe: called with every event of `apt.events`. An exception that it raises ends the run.
+        status: called with a text for each step outside the loop over blocks or steps.
+        notice: called with a line about each option that was changed to fit the model, and about
+            what is replaced or left out.
+        ranks: the processes that work together; only the first writes.
+
+    Returns:
+        The record of the run, as in ``apt_report.json``.
+
+    Raises:
+        AptError: an option does not fit the model, the machine or the disk, or there is an error of
+            the checkpoint, the text, the training or the disk. Nothing is written then, except for
+            the workplace from which the run can be resumed.
+    """
+    task = prepare(options, registry(), notice)
+    return finished_report(task) or execute(task, observe, status, ranks=ranks)
+
+
+def prepare(
+    options: RunOptionsOfAnyTask,
+    registry: Registry,
+    notice: Callable[[str], None] = lambda line: None,
+) -> Task:
+    """Check everything that can be checked before the work begins.
+
+    Args:
+        options: the options of the run.
+        registry: the plugins.
+        notice: called with a line about each option that was changed to fit the model.
+
+    Raises:
+        AptError: an option does not fit the model, the machine or the disk.
+    """
+    if isinstance(options, RunOptions):
+        return prepare_pruning(options, registry, notice)
+    if isinstance(options, RecoverRunOptions):
+        return prepare_recovery(options, registry, notice)
+    return prepare_reapplying(options, registry, notice)
 
 
 def execute(
-    prepared: Prepared,
-    observe: Observer,
+    task: Task,
+    observe: Callable[[Any], None],
     status: Callable[[str], None],
     *,
     ranks: Ranks | None = None,
 ) -> Report:
-    """Read text and model, prune, write and verify.
+    """Read text and model, do the task, write and verify, measure, and complete the report.
 
     Args:
-        prepared: the checked run.
-        observe: called with the events of `apt.events`.
-        status: called with a text for each step outside the loop over blocks.
-        ranks: the processes that prune together. Only the first measures and writes, but all read:
-            a streamed output must be in a place that every process can read.
-
-    Raises:
-        AptError: an error of the checkpoint, the text or the disk. Nothing is written then, except
-            for the workplace from which a streamed run can be resumed.
+        task: the checked run.
+        observe, status, ranks: as for `run`. All ranks read: a streamed output must be in a place
+            that every process can read.
     """
-    started, ranks = time.perf_counter(), ranks or Ranks()
+    ranks = ranks or Ranks()
     if ranks.first:
-        observe = telling(observe, prepared.registry.site_pruned)
+        observe = telling(observe, task.registry.site_pruned)
     timeline = Timeline(status, observe)
-    status = timeline.status
-    storage: RunStorage = (StreamedRun if prepared.options.stream else InMemoryRun)(
-        prepared, timeline, ranks
-    )
-    storage.check_space()
-    with storage.opened():
-        status("reading text")
-        text = read_text(prepared)
-        text = text if ranks.first else replace(text, held_out=None)
-        report = storage.begin(text, new_report(prepared, text))
-        if (earlier := storage.earlier_report()) is not None:
-            return earlier
-        text.check(storage.model, prepared.shell.source.reference)
-        job = job_of(prepared, text)
-        tokens = storage.own_text(job, text.tokens)
-        before = storage.measure(text.held_out, "before")
-        plan, sites = prune_model(
-            storage.model,
-            tokens,
-            job,
-            block_storage=storage.block_storage,
-            store=storage.store,
-            ranks=ranks,
-            observe=timeline.observe,
-            status=status,
-            readable=storage.readable,
-            remember=storage.remember,
-        )
-        report = replace(
-            report,
-            calibration=report.calibration | calibration_of(tokens),
-            sites=sites,
-            skipped=plan.dense,
-            scores=scores(prepared, text.held_out, before),
-            ranks=ranks.gather(ranks.work),
-            structure=_structure(prepared, plan),
-        )
-        if ranks.first:
-            report = storage.write(replace(report, seconds=time.perf_counter() - started), plan)
-    if ranks.first and prepared.structure is not None:
-        prepared.structure.journal.clear()  # of a search, no longer needed
-    return storage.with_final_scores(report) if ranks.first else report
-
-
-def job_of(prepared: Prepared, text: Text) -> Job:
-    """The adapter, plan, method and settings of a run."""
-    options, method = prepared.options, prepared.method.load()
-    allocation = None
-    if prepared.structure is None:
-        allocation = named_allocation(options.allocation, prepared.plan, prepared.registry)
-    if prepared.structure is not None and options.shrink is not None:
-        method = removal(prepared.structure, options.shrink.compensate)
-    return Job(
-        prepared.shell.adapter,
-        prepared.plan,
-        method,
-        prepared.recipe,
-        prepared.augmentation,
-        allocation=allocation,
-        structure=prepared.structure,
-        seed=options.seed,
-        bos=text.bos,
-        special=text.special,
-    )
-
-
-def _structure(prepared: Prepared, plan: Plan) -> dict[str, Any]:
-    """The record of the structure of a smaller model; empty for a sparse one."""
-    shell = prepared.shell
-    if prepared.structure is None:
-        return {}
-    return structure_record(prepared.structure, plan, shell.module, shell.adapter, shell.config)
+    store: OutputStore = (Streamed if task.stream else InMemory)(task, timeline, ranks)
+    store.check_space()
+    with store.opened():
+        store.status("reading text")
+        text = task.read_text(ranks)
+        report = store.begin(text)
+        if store.is_done():
+            return store.earlier_report()
+        store.measure("before")
+        changed = task.change(store, text, report)
+        if not ranks.first:
+            return changed.report
+        report = store.write(changed)
+    task.forget()
+    return store.complete(report)

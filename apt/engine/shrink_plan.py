@@ -1,21 +1,17 @@
 """The plan of a smaller model, before the model is loaded."""
 
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
-
-from apt.adapter import Adapter
-from apt.checkpoints.model import Model
 from apt.checkpoints.smaller import empty_smaller
 from apt.engine.machine import choose_device
-from apt.engine.options import RunOptions
+from apt.engine.prune_model import Pruning
+from apt.engine.prune_options import PruneOptions
+from apt.engine.pruning_plan import Dense
 from apt.errors import AptError, name_of
 from apt.files.journal import Journal
-from apt.planning.plan import Plan
 from apt.planning.structure import make_structured_plan
 from apt.plugin.registry import Registry
 from apt.plugin.specs import MethodSpec, ShrinkMethodSpec
@@ -33,7 +29,7 @@ Choice = GroupChoice | GroupScores | BlockChoice
 _PROMPT = 512  # tokens of the sample on which a latency is measured
 
 
-def _journal_beside(output: Path) -> Journal:
+def journal_beside(output: Path) -> Journal:
     """The journal beside an output, with the losses that a search has computed.
 
     Raises:
@@ -46,60 +42,65 @@ def _journal_beside(output: Path) -> Journal:
     return journal
 
 
-def find_method(options: RunOptions, registry: Registry) -> MethodSpec:
-    """The method of a run: of sparse pruning, or of the choice of a smaller model."""
-    name, wish = options.method, options.shrink
-    if wish is None:
-        return registry.methods.get(name) if name else registry.default_method()
-    if name:
-        return registry.shrink_methods.get(name)
-    return registry.default_shrink_method(blocks=_only_blocks(wish), streams=options.stream)
-
-
 def _only_blocks(wish: ShrinkOptions) -> bool:
     """True if no groups are removed."""
     return wish.mode == "depth" or (wish.explicit and not wish.sizes)
 
 
-def resolved(
-    wish: ShrinkOptions,
-    method: str | Choice | None,
-    model: nn.Module,
-    adapter: Adapter,
-    config: Any,
-    registry: Registry,
-    notice: Callable[[str], None] = lambda line: None,
-    *,
-    streams: bool = False,
+def smaller_pruning(
+    dense: Dense, wish: ShrinkOptions, method: str | Choice | None, options: PruneOptions
+) -> tuple[ShrinkOptions, MethodSpec, Pruning]:
+    """The pruning to a smaller model, whose structure may still change.
+
+    Args:
+        dense: the dense model.
+        wish: the options of the smaller model.
+        method: the choice of groups or of blocks, or its name; by default that of the mode.
+        options: the options that the weights depend on.
+
+    Returns:
+        The options with a mode, the spec of the method, and the pruning.
+
+    Raises:
+        AptError: an option is out of range, the method does not fit the mode, or no smaller model
+            meets the options.
+    """
+    model, adapter, config = dense.model, dense.adapter, dense.config
+    wish, spec = _resolved(dense, wish, method)
+    recipe, augmentation = dense.settings(options, spec)
+    choice = _choice(dense, wish, spec, recipe)
+    structure, aware = choice.provisional(model, adapter), recipe.targets is not None
+    plan = make_structured_plan(model, adapter, config, structure, adjusted=aware)
+    if choice.drop:
+        empty_smaller(model, adapter, plan)  # raises if there is no such model
+    job = Pruning(
+        adapter, plan, _removal(choice, wish.compensate), recipe, augmentation,
+        structure=choice, seed=dense.seed,
+    )  # fmt: skip
+    return wish, spec, job
+
+
+def _resolved(
+    dense: Dense, wish: ShrinkOptions, method: str | Choice | None
 ) -> tuple[ShrinkOptions, ShrinkMethodSpec]:
     """The options with a mode, and the method with that name, or the default one of the mode.
 
     The method is error-aware by default where blocks are dropped: the others make up for them.
 
-    Args:
-        wish: the options of the smaller model.
-        method: the choice of groups or of blocks, or its name.
-        model: the model; it may be on the meta device.
-        adapter: the adapter of its family.
-        config: its configuration.
-        registry: the plugins.
-        notice: called with a line about the mode, if it is a default.
-        streams: True if the blocks stay on disk.
-
     Raises:
         AptError: an option is out of range, or the method does not fit the mode.
     """
     wish.check()
-    found = _found(method, wish, registry) if method else None
-    sizes = Sizes(model, adapter, config, wish.multiple_of or MULTIPLE)
+    found = _found(method, wish, dense.registry) if method else None
+    sizes = Sizes(dense.model, dense.adapter, dense.config, wish.multiple_of or MULTIPLE)
     known, wish = wish, with_mode(wish, sizes, found.chooses if found else None)
     if wish.mode != known.mode:
-        notice(f"mode: {wish.mode} (default)")
+        dense.notice(f"mode: {wish.mode} (default)")
     if found is not None:
         _check_fit(found, wish)
     blocks = _only_blocks(wish)
     drops = blocks or wish.blocks is not None or bool(wish.drop) or wish.mode == "search"
-    spec = found or registry.default_shrink_method(blocks=blocks, streams=streams)
+    spec = found or dense.registry.default_shrink_method(blocks=blocks, streams=dense.streams)
     return wish, replace(spec, error_aware=True) if drops else spec
 
 
@@ -156,83 +157,23 @@ def _check_fit(method: ShrinkMethodSpec, wish: ShrinkOptions) -> None:
         )
 
 
-def shrinking(
-    options: RunOptions,
-    shell: Model,
-    method: MethodSpec,
-    recipe: Recipe,
-    registry: Registry,
-    notice: Callable[[str], None],
-) -> tuple[StructureChoice, Plan]:
-    """The choice of the structure of a smaller model, and a plan that it may still change.
-
-    Raises:
-        AptError: no smaller model meets the options, or the checkpoint has a format of its own.
-    """
-    assert options.shrink is not None
-    assert isinstance(method, ShrinkMethodSpec)
-    if shell.checkpoint is not None:
-        raise AptError(
-            f"{shell.source.reference} is not in the format of transformers",
-            "convert it first with apt-prune convert",
-        )
-    family = (shell.module, shell.adapter, shell.config)
-    choice = choice_of(
-        options.shrink, *family, method, recipe, registry, notice,
-        streams=options.stream, seed=options.seed, device=options.device,
-    )  # fmt: skip
-    if choice.mode == "search":
-        choice = replace(choice, journal=_journal_beside(options.output))
-    structure = choice.provisional(shell.module, shell.adapter)
-    plan = make_structured_plan(*family, structure, adjusted=recipe.targets is not None)
-    if choice.drop:
-        empty_smaller(shell.module, shell.adapter, plan)  # raises if there is no such model
-    return choice, plan
-
-
-def choice_of(
-    wish: ShrinkOptions,
-    model: nn.Module,
-    adapter: Adapter,
-    config: Any,
-    method: ShrinkMethodSpec,
-    recipe: Recipe,
-    registry: Registry,
-    notice: Callable[[str], None] = lambda line: None,
-    *,
-    streams: bool = False,
-    seed: int = 0,
-    device: str = "auto",
+def _choice(
+    dense: Dense, wish: ShrinkOptions, method: ShrinkMethodSpec, recipe: Recipe
 ) -> StructureChoice:
-    """The choice of the structure of a smaller model.
-
-    Args:
-        wish: the options of the smaller model.
-        model: the model; it may be on the meta device.
-        adapter: the adapter of its family.
-        config: its configuration.
-        method: the choice of groups or of blocks.
-        recipe: the settings of the run.
-        registry: the plugins.
-        notice: called with a line about each choice that the user did not make.
-        streams: True if the blocks stay on disk.
-        seed: the seed of a search.
-        device: the device on which a latency is measured.
-    """
+    """The choice of the structure of a smaller model."""
+    family, notice = (dense.model, dense.adapter, dense.config), dense.notice
     seconds = None
     if wish.budget == "latency" and not wish.explicit:
-        device = choose_device(device)
+        device = choose_device(dense.device)
         notice(f"latency: a block is timed on {device}, with each number of groups of each kind")
-        seconds = block_times(model, adapter, config, device, _PROMPT)
-    mode, found = wanted_sizes(
-        lambda multiple: Sizes(model, adapter, config, multiple, seconds), wish, notice
-    )
-    if streams and mode == "width" and len(found) > 1:
+        seconds = block_times(*family, device, _PROMPT)
+    mode, found = wanted_sizes(lambda multiple: Sizes(*family, multiple, seconds), wish, notice)
+    if dense.streams and mode == "width" and len(found) > 1:
         notice(
             f"size: {found[0]}; a streamed run does not compare the {len(found)} possible widths"
         )
     by_blocks = method.chooses == "blocks"
-    others = registry.default_shrink_method(blocks=not by_blocks, streams=streams)
+    others = dense.registry.default_shrink_method(blocks=not by_blocks, streams=dense.streams)
     groups, blocks = (others, method) if by_blocks else (method, others)
     return StructureChoice(
         mode,
@@ -240,14 +181,14 @@ def choice_of(
         groups,
         blocks,
         recipe.solver,
-        whole=not streams,
+        whole=not dense.streams,
         drop=tuple(wish.drop),
         search=wish.search,
-        seed=seed,
+        seed=dense.seed,
     )
 
 
-def removal(choice: StructureChoice, compensate: bool | None) -> GroupRemoval:
+def _removal(choice: StructureChoice, compensate: bool | None) -> GroupRemoval:
     """The method of the sites: the removal of groups that ``choice`` has chosen or leaves open."""
     spec = choice.groups
     exact = spec.compensate if compensate is None else compensate

@@ -1,16 +1,17 @@
-"""The texts of a run as tokens: for calibration, and for metrics."""
+"""The texts of a run as tokens: for calibration or training, and for metrics."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from apt.checkpoints.load import load_tokenizer
 from apt.checkpoints.model import Model
-from apt.engine.prepare import Prepared
 from apt.errors import AptError
-from apt.text.datasets import calibration_tokens, documents, evaluation_tokens
+from apt.plugin.registry import Registry
+from apt.text.datasets import documents, evaluation_tokens
 from apt.text.special_tokens import bos_of, special_ids
 
 
@@ -19,55 +20,59 @@ class Text:
     """The texts of a run.
 
     Attributes:
-        tokenizer: the tokenizer.
-        tokens: the given calibration token ids (samples, seqlen).
+        tokenizer: the tokenizer; None if the model has none.
+        tokens: the token ids (samples, seqlen) to calibrate or to train on.
         held_out: token ids (windows, seqlen) to measure on; None to measure nothing.
         bos: the first token of every sample and window; None for no such token.
         special: the special tokens.
     """
 
     tokenizer: Any
-    tokens: Tensor
-    held_out: Tensor | None
-    bos: int | None
-    special: tuple[int, ...]
-
-    def check(self, model: nn.Module, reference: str) -> None:
-        """Raise if a token has no embedding in the model."""
-        for tokens in (self.tokens, self.held_out):
-            if tokens is not None:
-                check_vocabulary(tokens, model, reference)
+    tokens: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.long))
+    held_out: Tensor | None = None
+    bos: int | None = None
+    special: tuple[int, ...] = ()
 
 
-def read_text(prepared: Prepared) -> Text:
+def read_text(
+    options: Any,
+    shell: Model,
+    registry: Registry,
+    draw: Callable[[Any, Iterable[str], int | None], Tensor],
+    *,
+    windows: int | None,
+    measures: bool,
+) -> Text:
     """Read and tokenise the text of a run.
 
+    Args:
+        options: the options of the run.
+        shell: the model without weights.
+        registry: the plugins.
+        draw: a function from the tokenizer, the documents and the first token of a sample to the
+            samples.
+        windows: the number of windows to measure on at most; None for all.
+        measures: True if this rank measures.
+
     Raises:
-        AptError: a data source or the tokenizer cannot be read, or there is too little text.
+        AptError: a data source or the tokenizer cannot be read, there is too little text, or a
+            token has no embedding in the model.
     """
-    options = prepared.options
-    tokenizer = load_tokenizer(prepared.shell.source, options.tokenizer)
+    tokenizer, token = load_tokenizer(shell.source, options.tokenizer), options.hub.token
     bos = bos_of(tokenizer) if options.bos else None
-    given = _calibration(prepared, tokenizer, bos)
-    held_out = _held_out(prepared, tokenizer, bos) if options.evaluation else None
-    return Text(tokenizer, given, held_out, bos, special_ids(tokenizer))
-
-
-def _calibration(prepared: Prepared, tokenizer: Any, bos: int | None) -> Tensor:
-    options, source = prepared.options, prepared.options.calibration
     found: Iterable[str] = ()
-    if options.samples:
-        found = documents(source, "calibration", prepared.registry, options.hub.token)
-    return calibration_tokens(
-        tokenizer, found, options.samples, options.seqlen, options.seed, source, bos
-    )
-
-
-def _held_out(prepared: Prepared, tokenizer: Any, bos: int | None) -> Tensor:
-    options, source = prepared.options, str(prepared.options.evaluation)
-    found = documents(source, "evaluation", prepared.registry, options.hub.token)
-    most = options.samples or prepared.augmentation.own_samples
-    return evaluation_tokens(tokenizer, found, most, options.seqlen, source, bos, fewer=True)
+    if options.samples != 0:
+        found = documents(options.calibration, "calibration", registry, token)
+    tokens, held_out = draw(tokenizer, found, bos), None
+    check_vocabulary(tokens, shell.module, options.model)
+    if options.evaluation is not None and measures:
+        source = options.evaluation
+        found = documents(source, "evaluation", registry, token)
+        held_out = evaluation_tokens(
+            tokenizer, found, windows, options.seqlen, source, bos, fewer=True
+        )
+        check_vocabulary(held_out, shell.module, options.model)
+    return Text(tokenizer, tokens, held_out, bos, special_ids(tokenizer))
 
 
 def check_vocabulary(tokens: Tensor, module: nn.Module, reference: str) -> None:

@@ -21,9 +21,10 @@ from apt.errors import AptError, faulty, first_line
 from apt.events import CheckpointSaved, TrainingEvent, TrainingObserver
 from apt.files.journal import Journal
 from apt.plugin.specs import RecoverySpec
+from apt.recovery.law import EnoughTokens
 from apt.recovery.moving_masks import MovingMasks
 from apt.recovery.options import RecoverOptions
-from apt.recovery.record import StopRule, Training
+from apt.recovery.record import Training
 from apt.recovery.teacher import Teacher, write_teacher
 from apt.recovery.trainable import (
     Recovery,
@@ -69,7 +70,6 @@ class RecoveryJob:
     seed: int = 0
     device: str = "cpu"
     ranks: Ranks = field(default_factory=Ranks)
-    rules: tuple[StopRule, ...] = ()
     journal: Journal = field(default_factory=Journal)
     observe: TrainingObserver = lambda event: None
     status: Callable[[str], None] = lambda text: None
@@ -164,6 +164,7 @@ def _plan(
     Raises:
         AptError: masks shall move, and the kind of recovery trains adapters.
     """
+    rules = (EnoughTokens(),) if job.options.tokens == "auto" else ()
     moving = None
     if job.options.move_masks:
         if not trainable.masked:
@@ -179,7 +180,7 @@ def _plan(
     return TrainingPlan(
         job.options, steps, job.spec.rate if job.options.rate is None else job.options.rate,
         job.folder / _STEPS, job.seed, job.device, job.ranks.share(job.journal.values(CHECKPOINT)),
-        moving, _windows(model, steps, job), job.rules, observe,
+        moving, _windows(model, steps, job), rules, observe,
     )  # fmt: skip
 
 

@@ -76,7 +76,7 @@ def test_an_interrupted_command_says_so_and_leaves_nothing(apt, monkeypatch, tmp
 
     modules = {
         "pack": "apt.engine.packing", "unpack": "apt.engine.packing",
-        "apply_masks": "apt.engine.reapply",
+        "apply_masks": "apt.engine.reapply_task",
         "save_model": "apt.checkpoints.copies", "render": "apt_lab.reporting.page",
         "load": "apt.checkpoints.load" if words[0] == "eval" else "apt.engine.in_memory",
     }  # fmt: skip

@@ -73,7 +73,7 @@ def test_a_disk_too_small_is_told_before_the_work(checkpoint, apt, small_disk):
 
 
 def test_a_disk_that_fills_up_meanwhile(checkpoint, apt, small_disk, monkeypatch):
-    monkeypatch.setattr("apt.engine.in_memory.check_space", lambda directory, needed: None)
+    monkeypatch.setattr("apt.engine.output_store.check_space", lambda directory, needed: None)
     run = apt("prune", checkpoint("llama"), *SMALL, "-o", small_disk / "out")
     assert run.code == 2
     assert "cannot write" in run.err
@@ -166,10 +166,11 @@ def test_links_out_of_the_output_are_not_followed(apt, checkpoint, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_run_that_is_asked_to_end(apt, checkpoint, monkeypatch, number):
     command = ("prune", checkpoint("llama"), *SMALL, "--method", "wanda", "-o", "out")
-    monkeypatch.setattr(
-        "apt.engine.in_memory.write_card", lambda *arguments: os.kill(os.getpid(), number)
-    )
-    run = apt(*command)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "apt.engine.output_store.write_card", lambda *arguments: os.kill(os.getpid(), number)
+        )
+        run = apt(*command)
     assert run.code == (143 if number == signal.SIGTERM else 130)
     assert "interrupted; nothing was written" in run.err
     assert not list(Path().iterdir())

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from apt.engine import in_memory
+from apt.engine.in_memory import InMemory
 from apt.errors import AptError
 from apt.files import renaming
 from apt.files.renaming import exchange, rename_new
@@ -281,14 +281,14 @@ def test_folders_that_were_made_for_nothing_are_gone_again(tmp_path):
 
 def test_a_result_that_took_the_place_meanwhile_is_left(apt, monkeypatch):
     """The metrics of a run are written once its output is in place, and others may replace it."""
-    measure = in_memory.measure
+    measure = InMemory.measure
 
-    def while_another_run_ends(prepared, module, held_out, when, status):
+    def while_another_run_ends(self, when):
         if when == "after":
             Path("out/apt_report.json").write_text('{"options": {}, "skipped": []}')
-        return measure(prepared, module, held_out, when, status)
+        return measure(self, when)
 
-    monkeypatch.setattr(in_memory, "measure", while_another_run_ends)
+    monkeypatch.setattr(InMemory, "measure", while_another_run_ends)
     result = apt("prune", "zoo:llama", *QUICK, "--eval", TEXT, "-o", "out")
     assert result.code == 2
     assert "out was replaced by another run before its metrics were written" in result.err

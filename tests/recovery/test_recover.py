@@ -20,8 +20,8 @@ from transformers import TrainingArguments
 import apt as library
 from apt.adapter.recording import eval_mode
 from apt.checkpoints.masks import masks_of
-from apt.engine import recover_api
-from apt.engine.api import find_adapter
+from apt.engine import api
+from apt.engine.given import find_adapter
 from apt.errors import AptError
 from apt.events import HeldBack, TrainingStep
 from apt.plugin.registry import registry
@@ -36,7 +36,8 @@ from tests.helpers import ROOT
 from tests.helpers.families import FAMILIES, random_model, random_tokens
 
 KINDS = ("spp", "lora", "layers", "distill")
-FEW = RecoverOptions(steps=4, checks=2, batch=4, rate=1e-2, hidden=0.1)
+FEW = RecoverOptions(steps=4, checks=2, batch=4, rate=1e-2)
+LIGHT = {"distill": {"hidden": 0.1}}  # the options of a kind that no other one uses
 
 
 def pruned(name="llama", pattern="0.6", dtype=torch.float32):
@@ -70,7 +71,7 @@ def test_every_kind_lowers_the_loss_and_keeps_every_zero(kind, pattern):
     if kind == "distill":  # towards a dense model that knows the text
         library.recover(dense, tokens, kind="layers", options=RecoverOptions(
             steps=40, batch=8, rate=1e-2, blocks=3))  # fmt: skip
-    options = RecoverOptions(steps=8, checks=2, batch=4, rate=1e-2, blocks=3, hidden=0.1)
+    options = RecoverOptions(steps=8, checks=2, batch=4, rate=1e-2, **LIGHT.get(kind, {}))
     training = library.recover(model, tokens, kind=kind, options=options, dense=dense)
     assert same_zeros(before, model)
     assert loss(model, tokens) < start
@@ -86,7 +87,8 @@ def test_every_family_is_recovered_in_its_own_dtype(kind, family):
     names = [name for name, _ in model.named_modules()]
     flags = {n: (p.dtype, p.requires_grad) for n, p in model.named_parameters()}
     with suppress(NotRecoveredError):  # a few steps need not help a random model
-        library.recover(model, tokens, kind=kind, options=FEW, dense=dense)
+        few = replace(FEW, **LIGHT.get(kind, {}))
+        library.recover(model, tokens, kind=kind, options=few, dense=dense)
     assert same_zeros(before, model)
     assert [name for name, _ in model.named_modules()] == names
     assert {n: (p.dtype, p.requires_grad) for n, p in model.named_parameters()} == flags
@@ -167,8 +169,16 @@ def test_masks_that_move_keep_every_count(pattern):
         size = mask.shape[1] if pattern == "0.6" else int(pattern[-1])
         counts = [m.view(len(m), -1, size).sum(-1) for m in (mask, after[name])]
         assert torch.equal(*counts), name
+    moving = RecoverOptions(steps=2, move_masks=True)
+    with pytest.raises(AptError, match="recovery spp does not use move_masks"):
+        library.recover(model, tokens, kind="spp", options=moving)
+
+    def adapters(given):
+        tuned = get_peft_model(given.model, LoraConfig(target_modules=given.linears(), r=2))
+        return Trainable(tuned, undo=tuned.unload)
+
     with pytest.raises(AptError, match="its masks cannot move"):
-        library.recover(model, tokens, kind="spp", options=RecoverOptions(steps=2, move_masks=True))
+        library.recover(model, tokens, kind=adapters, options=moving)
 
 
 def test_masks_that_move_are_in_the_checkpoints(tmp_path):
@@ -199,7 +209,8 @@ def test_blocks_are_trained_in_turn(kind):
         if isinstance(event, TrainingStep):
             trained.append([any(p.requires_grad for p in b.parameters()) for b in blocks])
 
-    options = RecoverOptions(steps=30, checks=30, patience=30, rate=1e-2, hidden=0.1, window=1)
+    own = LIGHT.get(kind, {})
+    options = RecoverOptions(steps=30, checks=30, patience=30, rate=1e-2, window=1, **own)
     best = library.recover(
         model, tokens, kind=kind, options=options, dense=dense, observe=see
     ).best  # the model is the one after this step
@@ -250,7 +261,7 @@ class Killed(Exception):
 
 @pytest.mark.parametrize("kind", ["spp", "lora", "distill"])
 def test_a_resumed_training_has_the_same_losses_and_weights(kind, tmp_path):
-    options = RecoverOptions(steps=6, checks=3, batch=4, rate=3e-3, hidden=0.1)
+    options = RecoverOptions(steps=6, checks=3, batch=4, rate=3e-3, **LIGHT.get(kind, {}))
     model, dense, tokens = pruned()
     whole = library.recover(model, tokens, kind=kind, options=options, dense=dense)
 
@@ -388,7 +399,8 @@ def test_a_time_decides_the_number_of_steps(kind, window, monkeypatch):
     monkeypatch.setattr(recovery, "_now", lambda device: next(clock))
     model, dense, tokens = pruned()
     model.requires_grad_(False)
-    options = RecoverOptions(minutes=0.1, checks=1, batch=4, rate=1e-2, window=window, hidden=0.1)
+    own = LIGHT.get(kind, {})
+    options = RecoverOptions(minutes=0.1, checks=1, batch=4, rate=1e-2, window=window, **own)
     events = []
     with suppress(NotRecoveredError):
         library.recover(
@@ -410,7 +422,7 @@ def test_a_kind_with_a_teacher_chooses_among_all_parameters(minutes, monkeypatch
         return Trainable(given.model)
 
     spec = RecoverySpec("own", "", "", teacher=True)
-    monkeypatch.setattr(recover_api, "_kind", lambda kind: (spec, own))
+    monkeypatch.setattr(api, "_kind", lambda kind: (spec, own))
     steps = 1 if minutes is None else None
     with suppress(AptError):
         library.recover(

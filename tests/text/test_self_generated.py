@@ -126,7 +126,7 @@ def test_what_cannot_be_is_told_first(options, said, apt):
 
 
 def test_a_model_that_cannot_write_does_without_unless_asked(apt, monkeypatch):
-    monkeypatch.setattr("apt.engine.prepare.writes", lambda module: False)
+    monkeypatch.setattr("apt.engine.pruning_plan.writes", lambda module: False)
     result = apt(*COMMAND, "--samples", 6, "--effort", "best", "-o", "out")
     assert result.code == 0, result.err
     assert "own samples: 0 (not 2: LlamaForCausalLM cannot generate text)" in result.err

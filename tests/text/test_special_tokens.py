@@ -111,9 +111,7 @@ def test_a_run_begins_samples_and_windows_with_it_and_says_so(
     stream, given, bos, with_bos, beginning, apt, monkeypatch
 ):
     seen = []
-    monkeypatch.setattr(
-        "apt.engine.new_report.digest", lambda tokens: seen.append(tokens) or "0" * 64
-    )
+    monkeypatch.setattr("apt.engine.reports.digest", lambda tokens: seen.append(tokens) or "0" * 64)
     result = apt("prune", with_bos, *COMMAND, *stream, *given, "-o", "out")
     assert result.code == 0, result.err
     report = json.loads(Path("out/apt_report.json").read_text())
@@ -163,9 +161,7 @@ def test_own_text_begins_with_it(seqlen, monkeypatch):
 
 def test_own_samples_begin_with_it(with_bos, apt, monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        "apt.engine.new_report.digest", lambda tokens: seen.append(tokens) or "0" * 64
-    )
+    monkeypatch.setattr("apt.engine.reports.digest", lambda tokens: seen.append(tokens) or "0" * 64)
     options = ("--own-samples", 2, "--method", "wanda", "-o", "out")
     assert apt("prune", with_bos, *COMMAND, *options).code == 0
     assert seen[-1].shape == (6, SEQLEN)

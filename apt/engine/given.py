@@ -1,0 +1,171 @@
+"""A model that a program passes: its checks, its adapter and its report."""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apt.adapter import Adapter
+from apt.adapter.recording import eval_mode
+from apt.adapter.wrapped import refuse_wrapped
+from apt.calibration.batches import check_shape
+from apt.distributed.ranks import Ranks
+from apt.engine.limits import check_activations
+from apt.engine.machine import activation_store
+from apt.engine.prune_model import Pruning, prune_model
+from apt.engine.prune_options import record
+from apt.engine.pruning_plan import Dense
+from apt.engine.reports import described
+from apt.engine.store import ModelStore
+from apt.engine.text import check_vocabulary
+from apt.errors import AptError
+from apt.events import telling
+from apt.output.report import Report
+from apt.planning.plan import Plan
+from apt.plugin.registry import Registry, registry
+from apt.text.special_tokens import bos_of, named_ids, special_ids
+
+
+class GivenModel(ModelStore):
+    """A model that a program passes, changed in place.
+
+    Args:
+        model: the model.
+        tokens: the token ids (samples, seqlen).
+        adapter: the name of an adapter, or an adapter; None for the one that serves the model.
+        activations: ``"memory"`` or ``"cpu"``.
+        ranks: the processes that work together.
+        observe: called with each event.
+
+    Raises:
+        AptError: no adapter serves the model, it cannot be changed in place, or it cannot run on
+            the tokens.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokens: Tensor,
+        adapter: str | Adapter | None,
+        activations: str = "memory",
+        ranks: Ranks | None = None,
+        observe: Callable[[Any], None] = lambda event: None,
+    ) -> None:
+        self._started, self.registry, ranks = time.perf_counter(), registry(), ranks or Ranks()
+        check_activations(activations, streamed=False)
+        self._name, self.adapter = find_adapter(adapter, model, self.registry)
+        _check_inputs(model, self.adapter, tokens)
+        if ranks.first:
+            observe = telling(observe, self.registry.site_pruned)
+        super().__init__(ranks, observe)
+        self.model, self.activations = model, activation_store(activations)
+        self.device = str(next(model.parameters()).device)
+
+    def dense(self, tokens: Tensor, seed: int) -> Dense:
+        """The model before it is pruned on ``tokens`` (samples, seqlen)."""
+        config = getattr(self.model, "config", None)
+        return Dense(
+            self.model, self.adapter, config, self.registry, len(tokens), seed, device=self.device
+        )
+
+    def pruned(
+        self, tokens: Tensor, job: Pruning, tokenizer: Any, options: dict[str, Any]
+    ) -> tuple[Plan, Report]:
+        """Prune the model.
+
+        Args:
+            tokens: the given calibration samples.
+            job: the pruning.
+            tokenizer: the model's tokenizer, or None.
+            options: the options for the report, without those of `apt.PruneOptions`.
+        """
+        job = replace(
+            job,
+            bos=bos_of(tokenizer) if tokenizer else None,
+            special=special_ids(tokenizer) if tokenizer else named_ids(self.model),
+        )
+        name = getattr(getattr(self.model, "config", None), "_name_or_path", "")
+        name = str(name or type(self.model).__name__)
+        report = Report(
+            options=options | record(job.recipe, job.augmentation),
+            model=described(name, _model_type(self.model), self._name) | {"sha256": self.weights},
+            calibration={
+                "source": "", "own_samples": job.augmentation.own_samples, "bos": job.bos
+            },
+        )  # fmt: skip
+        plan, report = prune_model(self, tokens, job, report)
+        return plan, report.timed(time.perf_counter() - self._started)
+
+
+def find_adapter(
+    adapter: str | Adapter | None, model: nn.Module, registry: Registry
+) -> tuple[str, Adapter]:
+    """The name of the adapter for a model, and the adapter.
+
+    Raises:
+        AptError: no adapter serves the model's type, the model has no configuration, what was
+            given is no adapter, or a module of the model is a wrapper.
+    """
+    refuse_wrapped(model)
+    if adapter is not None and not isinstance(adapter, str):
+        if isinstance(adapter, type) or not hasattr(adapter, "blocks"):
+            raise AptError(f"adapter is {adapter!r}", "give its name, or an instance of its class")
+        name, instance = type(adapter).__name__, adapter
+    elif adapter is None and getattr(model, "config", None) is None:
+        raise AptError(
+            f"{type(model).__name__} has no config, so its family is not known",
+            "choose an adapter",
+            ("adapter",),
+        )
+    else:
+        known = registry.adapters
+        spec = known.get(adapter) if adapter else registry.adapter_for(_model_type(model))
+        name, instance = spec.name, spec.make()
+    if (config := getattr(model, "config", None)) is not None:
+        instance.check(config)
+    return name, instance
+
+
+def _model_type(model: nn.Module) -> str:
+    """The ``model_type`` of a model's configuration; without one, the name of its class."""
+    return str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
+
+
+def _check_inputs(model: nn.Module, adapter: Adapter, tokens: Tensor) -> None:
+    """Raise `AptError` if the model cannot be changed in place, or cannot run on the tokens."""
+    _check_weights(model)
+    check_shape(tokens)
+    if tokens.dtype not in (torch.int64, torch.int32):
+        raise AptError(f"tokens are {tokens.dtype}", "give token ids as torch.int64")
+    check_vocabulary(tokens, model, "these tokens")
+    _check_length(model, adapter, tokens)
+
+
+def _check_length(model: nn.Module, adapter: Adapter, tokens: Tensor) -> None:
+    """Raise if the model fails beyond its positions, as with a table; rotary ones go on."""
+    positions = adapter.positions(getattr(model, "config", None))
+    if positions is None or tokens.shape[1] <= positions:
+        return
+    try:
+        with torch.no_grad(), eval_mode(model), adapter.running(model):
+            model(tokens[:1].to(next(model.parameters()).device))
+    except (IndexError, RuntimeError) as error:
+        raise AptError(
+            f"samples have {tokens.shape[1]} tokens, and the model has {positions} positions",
+            "give shorter samples",
+        ) from error
+
+
+def _check_weights(model: nn.Module) -> None:
+    """Raise if a parameter has no values, or values that cannot be written or differentiated."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise AptError(f"{name} has no values in memory", "load the whole model into memory")
+        if parameter.is_inference():
+            raise AptError(
+                f"{name} is an inference tensor, which cannot be tuned",
+                "load the model outside of torch.inference_mode",
+            )

@@ -1,0 +1,245 @@
+"""The task of ``apt-prune prune`` and ``shrink``."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apt.checkpoints.model import Model
+from apt.checkpoints.smaller import check_writable
+from apt.checkpoints.stored import open_stored
+from apt.distributed.launch import whole_number
+from apt.distributed.ranks import Ranks
+from apt.engine.estimate import activations_on_disk
+from apt.engine.limits import (
+    check_activations,
+    check_amount,
+    check_dtype,
+    check_seed,
+    check_shard_size,
+)
+from apt.engine.machine import check_tokens, choose_device, read_dtype
+from apt.engine.options import RunOptions
+from apt.engine.prepare import Notice, capped, open_model
+from apt.engine.prune_model import Pruning, prune_model
+from apt.engine.prune_options import record
+from apt.engine.pruning_plan import Dense, Sparsity, find_method, sparse_pruning
+from apt.engine.reports import calibration_of, described, report_beside
+from apt.engine.shrink_plan import journal_beside, smaller_pruning
+from apt.engine.store import ModelStore
+from apt.engine.task import WITHOUT_EFFECT, Changed, Task
+from apt.engine.text import Text, read_text
+from apt.errors import AptError
+from apt.files.journal import Line
+from apt.output.report import Report, portable
+from apt.planning.plan import Plan
+from apt.planning.structure import Structure, make_structured_plan
+from apt.plugin.registry import Registry
+from apt.plugin.specs import MethodSpec
+from apt.solver import Unstructured
+from apt.text.datasets import calibration_tokens, digest
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneTask(Task):
+    """The pruning of a model on disk, to a sparse or to a smaller one, see `Task`.
+
+    Attributes:
+        job: the pruning.
+        method: the spec of its method.
+    """
+
+    options: RunOptions
+    job: Pruning
+    method: MethodSpec
+    doing = "pruning"
+
+    @property
+    def samples(self) -> int:
+        """The number of all calibration samples."""
+        return self.job.augmentation.samples(self.options.samples, self.options.seqlen)
+
+    def record(self) -> dict[str, Any]:
+        """All options with defaults filled in, as values for JSON, for the report."""
+        per = {"per": self.job.plan.per}
+        return self.options.record() | per | record(self.job.recipe, self.job.augmentation)
+
+    def space(self, written: int) -> int:
+        """The bytes of the output, and of what a streamed run has on disk meanwhile."""
+        options, shell = self.options, self.shell
+        if not options.stream:
+            return written
+        if options.activations == "disk":
+            tokens = self.samples * options.seqlen
+            written += activations_on_disk(shell, self.job.plan, tokens, shell.dtype)
+        return written * 2 if self.job.structure else written  # the smaller model beside the other
+
+    def read_text(self, ranks: Ranks) -> Text:
+        """The calibration samples, and at most as many windows to measure on."""
+        options = self.options
+
+        def draw(tokenizer: Any, texts: Iterable[str], bos: int | None) -> Tensor:
+            return calibration_tokens(
+                tokenizer, texts, options.samples, options.seqlen, options.seed,
+                options.calibration, bos,
+            )  # fmt: skip
+
+        return read_text(
+            options, self.shell, self.registry, draw,
+            windows=options.samples or self.job.augmentation.own_samples, measures=ranks.first,
+        )  # fmt: skip
+
+    def begin(self, store: ModelStore, text: Text) -> Report:
+        """A report with the options, the model and the text."""
+        options, shell = self.options, self.shell
+        return Report(
+            options=self.record(),
+            model=described(options.model, shell.config.model_type, shell.spec.name)
+            | {"sha256": store.weights},
+            calibration={
+                "source": portable(options.calibration),
+                "own_samples": self.job.augmentation.own_samples,
+                "bos": text.bos,
+                **calibration_of(text.tokens),
+            },
+            earlier=report_beside(shell.source),
+        )
+
+    def inputs(self, store: ModelStore, text: Text, report: Report) -> Line:
+        """All inputs that the result depends on."""
+        return {
+            "model": report.model,
+            "calibration": report.calibration,
+            "evaluation": None if text.held_out is None else digest(text.held_out),
+            "options": {k: v for k, v in report.options.items() if k not in WITHOUT_EFFECT},
+        }
+
+    def change(self, store: ModelStore, text: Text, report: Report) -> Changed:
+        """Prune the model."""
+        plan, report = prune_model(store, text.tokens, self.job_on(text), report)
+        return Changed(report, plan, save_masks=self.options.save_masks)
+
+    def job_on(self, text: Text) -> Pruning:
+        """The pruning on a text."""
+        return replace(self.job, bos=text.bos, special=text.special)
+
+    def finished(
+        self, report: Report, scores: dict[str, Any], timeline: dict[str, Any], seconds: float
+    ) -> Report:
+        """The report with what was measured, the timeline, and the time of the run."""
+        return replace(report, scores=scores, timeline=timeline).timed(seconds)
+
+    def forget(self) -> None:
+        """Delete the journal of a search."""
+        if self.job.structure is not None:
+            self.job.structure.journal.clear()
+
+
+def prepare_pruning(options: RunOptions, registry: Registry, notice: Notice) -> PruneTask:
+    """Check the options of a pruning.
+
+    Raises:
+        AptError: an option does not fit the model, the machine or the disk.
+    """
+    _check_numbers(options)
+    texts = (options.calibration, options.evaluation, options.tokenizer)
+    shell = open_model(options, texts, registry, notice)
+    dense = Dense(
+        shell.module, shell.adapter, shell.config, registry, options.samples, options.seed,
+        options.stream, options.device, notice,
+    )  # fmt: skip
+    made = _sparse if options.shrink is None else _smaller
+    options, method, job = made(options, shell, dense)
+    seqlen = capped(options.seqlen, shell, notice)
+    options = replace(options, method=method.name, adapter=shell.spec.name, seqlen=seqlen)
+    task = PruneTask(
+        options=options, registry=registry, shell=shell, device=choose_device(options.device),
+        dtype=read_dtype(options.dtype), plan=_writable(shell, job), job=job, method=method,
+    )  # fmt: skip
+    _check_memory(task)
+    if options.stream:
+        _check_streamable(task)
+    return task
+
+
+_Made = tuple[RunOptions, MethodSpec, Pruning]
+
+
+def _sparse(options: RunOptions, shell: Model, dense: Dense) -> _Made:
+    """The pruning to a sparse model."""
+    assert options.pattern is not None
+    spec, function = find_method(options.method, dense.registry)
+    wanted = Sparsity(options.pattern, options.selection, options.also, options.allocation)
+    job = sparse_pruning(dense, wanted, spec, function, options.prune)
+    if shell.config.model_type not in shell.spec.model_types:
+        dense.notice(f"adapter {shell.spec.name}: {job.plan.outline()}")
+    if isinstance(options.pattern, Unstructured):
+        options = replace(options, pattern=options.pattern.counted(spec.per))
+    return options, spec, job
+
+
+def _smaller(options: RunOptions, shell: Model, dense: Dense) -> _Made:
+    """The pruning to a smaller model."""
+    assert options.shrink is not None
+    if shell.checkpoint is not None:
+        raise AptError(
+            f"{shell.source.reference} is not in the format of transformers",
+            "convert it first with apt-prune convert",
+        )
+    wish, spec, job = smaller_pruning(dense, options.shrink, options.method, options.prune)
+    if wish.mode == "search" and job.structure is not None:
+        journal = journal_beside(options.output)
+        job = replace(job, structure=replace(job.structure, journal=journal))
+    return replace(options, shrink=wish), spec, job
+
+
+def _writable(shell: Model, job: Pruning) -> Plan:
+    """The plan with all blocks that may be written: those to drop may not be chosen yet."""
+    if job.structure is None:
+        return job.plan
+    structure = Structure(job.structure.sizes[0].kept)
+    return make_structured_plan(
+        shell.module, shell.adapter, shell.config, structure, adjusted=job.aware
+    )
+
+
+def _check_numbers(options: RunOptions) -> None:
+    check_amount(options.samples, options.seqlen, options.prune.own_samples)
+    check_seed(options.seed)
+    options.prune.check()
+    check_dtype(options.dtype)
+    check_shard_size(options.max_shard_size)
+    check_activations(options.activations, streamed=options.stream)
+
+
+def _check_memory(task: PruneTask) -> None:
+    """Raise if the samples with one stream of their activations do not fit into memory."""
+    options, shell = task.options, task.shell
+    held = 0 if options.activations == "disk" else shell.config.hidden_size * shell.dtype.itemsize
+    ranks = whole_number("WORLD_SIZE", 1, least=1)
+    samples = task.job.augmentation.written(options.samples)
+    each = torch.long.itemsize + held
+    check_tokens(samples, options.seqlen, each, task.device, ranks)
+
+
+def _check_streamable(task: PruneTask) -> None:
+    """Raise if a run cannot be streamed."""
+    options, structure = task.options, task.job.structure
+    stored = open_stored(task.shell)
+    if structure is not None:
+        check_writable(stored.layout)
+        structure.check_streamable()
+    if not task.registry.allocations.get(options.allocation).streams:
+        raise AptError(
+            f"allocation {options.allocation} needs the whole model in memory",
+            "choose another one, or do not stream",
+            ("allocation", "stream"),
+        )
+    if options.dtype != "auto":
+        raise AptError(
+            "another dtype than the default needs the whole model in memory",
+            "leave out the dtype, or do not stream",
+            ("dtype", "stream"),
+        )

@@ -1,0 +1,152 @@
+"""The plan and the settings of a pruning, from its options: the same for runs and programs."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+
+from apt.adapter import Adapter
+from apt.engine.prune_model import Pruning
+from apt.engine.prune_options import PruneOptions
+from apt.errors import AptError, name_of
+from apt.planning.allocation import Allocation, check_allocation, default_allocation, is_needed
+from apt.planning.plan import Plan, Selection, check_rounding, make_plan
+from apt.plugin.registry import Registry
+from apt.plugin.specs import MethodSpec
+from apt.pruning.layer import Method, Recipe
+from apt.solver import Pattern
+from apt.text.augmentation import Augmentation
+from apt.text.self_generated import writes
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The dense model of a run.
+
+    Attributes:
+        model: the model; it may be on the meta device.
+        adapter: the adapter of its family.
+        config: its configuration.
+        registry: the plugins.
+        samples: the number of the given calibration samples.
+        seed: the seed for the text that the model generates, and for a search.
+        streams: True if the blocks stay on disk.
+        device: the device on which a latency is measured.
+        notice: called with a line about each choice that the user did not make.
+    """
+
+    model: nn.Module
+    adapter: Adapter
+    config: Any
+    registry: Registry
+    samples: int
+    seed: int = 0
+    streams: bool = False
+    device: str = "auto"
+    notice: Callable[[str], None] = lambda line: None
+
+    def settings(self, options: PruneOptions, method: MethodSpec) -> tuple[Recipe, Augmentation]:
+        """What the options mean for a method.
+
+        Raises:
+            AptError: an option is out of range, or the method does not use it.
+        """
+        options.check()
+        _check_used(options, method, self.registry)
+        recipe, added = options.recipe(method), options.augmentation(method, self.samples)
+        if options.own_samples is not None or not added.own_samples or writes(self.model):
+            return recipe, added
+        kind = type(self.model).__name__
+        self.notice(f"own samples: 0 (not {added.own_samples}: {kind} cannot generate text)")
+        return recipe, replace(added, own_samples=0)
+
+
+def _check_used(options: PruneOptions, method: MethodSpec, registry: Registry) -> None:
+    """Raise for an option that the method does not use."""
+    known = registry.methods.specs.values()
+    if options.effort != "default" and not method.efforts:
+        others = ", ".join(spec.name for spec in known if spec.efforts)
+        raise AptError(
+            f"method {method.name} does not use the effort",
+            f"methods with it: {others}",
+            ("effort",),
+        )
+    if options.block_size is not None and not method.blocks:
+        others = ", ".join(spec.name for spec in known if spec.blocks)
+        raise AptError(
+            f"method {method.name} does not use a block size",
+            f"methods with it: {others}",
+            ("block_size",),
+        )
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """The zeros that are wanted.
+
+    Attributes:
+        pattern: the pattern of every selected site.
+        selection: the sites to prune, and the sites with other patterns.
+        also: kinds of parameters to prune beside the Linears.
+        allocation: the distribution of an unstructured sparsity over the sites, or its name; None
+            for that of the pattern.
+    """
+
+    pattern: Pattern
+    selection: Selection = field(default_factory=Selection)
+    also: Sequence[str] = ()
+    allocation: str | Allocation | None = None
+
+
+def sparse_pruning(
+    dense: Dense, wanted: Sparsity, method: MethodSpec, function: Method, options: PruneOptions
+) -> Pruning:
+    """The pruning to a sparse model.
+
+    Args:
+        dense: the dense model.
+        wanted: the zeros.
+        method: the spec of the pruning method.
+        function: the method.
+        options: the options that the weights depend on.
+
+    Raises:
+        AptError: an option is out of range, or the pattern does not fit the model.
+    """
+    recipe, augmentation = dense.settings(options, method)
+    plan = make_plan(
+        dense.model, dense.adapter, wanted.pattern, wanted.selection, method.per, wanted.also
+    )
+    check_rounding(plan, dense.notice)
+    allocation = wanted.allocation or default_allocation(wanted.pattern)
+    return Pruning(
+        dense.adapter, plan, function, recipe, augmentation,
+        _allocation(allocation, plan, dense.registry), seed=dense.seed,
+    )  # fmt: skip
+
+
+def _allocation(
+    allocation: str | Allocation, plan: Plan, registry: Registry
+) -> tuple[str, Allocation] | None:
+    """The name and the function of an allocation; None if the plan's patterns are final.
+
+    Raises:
+        AptError: the name is unknown, or no site has a sparsity that it could change.
+    """
+    if not isinstance(allocation, str):
+        named = name_of("allocation", allocation), allocation
+        check_allocation(named[0], plan)
+        return named
+    spec = registry.allocations.get(allocation)
+    check_allocation(spec.name, plan)
+    return (spec.name, spec.load()) if is_needed(spec.name, plan) else None
+
+
+def find_method(method: str | Method | None, registry: Registry) -> tuple[MethodSpec, Method]:
+    """A method and its spec; a function has the spec of a method without options."""
+    if method is None or isinstance(method, str):
+        spec = registry.methods.get(method) if method else registry.default_method()
+        return spec, spec.load()
+    name = name_of("method", method)
+    return MethodSpec(name, "a function of the caller", ""), method

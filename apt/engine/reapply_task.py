@@ -1,0 +1,123 @@
+"""The task of ``apt-prune reapply``: the zeros of a pruned model in one that was fine-tuned."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from apt.checkpoints.load import load, load_tokenizer, skeleton
+from apt.checkpoints.masks import (
+    MASKS,
+    Masks,
+    apply_masks,
+    check_masks,
+    masks_of,
+    read_masks,
+    sparsity_of,
+)
+from apt.distributed.ranks import Ranks
+from apt.engine.limits import check_shard_size
+from apt.engine.prepare import Notice, open_model
+from apt.engine.reports import continued
+from apt.engine.store import ModelStore
+from apt.engine.task import Changed, Task
+from apt.engine.text import Text
+from apt.errors import AptError
+from apt.locations.hub import Hub
+from apt.locations.model_source import find
+from apt.locations.paths import kind_at
+from apt.output.report import Report, portable, read_report
+from apt.plugin.registry import Registry
+
+
+@dataclass(frozen=True)
+class ReapplyOptions:
+    """The options of ``apt-prune reapply``.
+
+    Args:
+        masks: a file of masks, or the directory of a pruned model.
+        model: the model: a directory or a hub name.
+        output: the directory to write.
+        adapter: the name of an adapter; by default that of the model's type.
+        overwrite: True if the output of an earlier run may be replaced.
+        max_shard_size: the largest size of a file of weights.
+        trust_remote_code: True if code from the checkpoint may run.
+        hub: the settings for the hub.
+    """
+
+    masks: Path
+    model: str
+    output: Path
+    adapter: str | None = None
+    overwrite: bool = False
+    max_shard_size: str | None = None
+    trust_remote_code: bool = False
+    hub: Hub = field(default_factory=Hub)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReapplyTask(Task):
+    """The zeros of a pruned model on disk in another one, see `Task`.
+
+    Attributes:
+        masks: the masks.
+        report: the report of the pruned model; an empty one if it has none.
+    """
+
+    options: ReapplyOptions
+    masks: Masks
+    report: Report
+    doing = "reapplying"
+
+    def read_text(self, ranks: Ranks) -> Text:
+        """The tokenizer alone, if there is one."""
+        try:
+            return Text(load_tokenizer(self.shell.source))
+        except AptError:
+            return Text(None)
+
+    def begin(self, store: ModelStore, text: Text) -> Report:
+        """The report of the pruned model."""
+        return self.report
+
+    def change(self, store: ModelStore, text: Text, report: Report) -> Changed:
+        """Set the masked weights to zero."""
+        removed = apply_masks(self.masks, store.model)
+        options = self.options
+        record = {
+            "masks": portable(str(options.masks)),
+            "model": portable(options.model),
+            "weights": removed.weights,
+            "share": removed.share,
+            "sparsity": sparsity_of(self.masks),
+            "parameters": len(self.masks),
+        }
+        return Changed(replace(report, reapplied=record), masks=self.masks)
+
+
+def prepare_reapplying(options: ReapplyOptions, registry: Registry, notice: Notice) -> ReapplyTask:
+    """Check the options of a reapplication, and read the masks.
+
+    Raises:
+        AptError: the masks cannot be read or belong to another model, or the output cannot be
+            written.
+    """
+    check_shard_size(options.max_shard_size)
+    masks = options.masks
+    shell = open_model(options, (str(masks),), registry, notice)
+    kind = kind_at(masks)
+    if kind not in ("file", "directory"):
+        fault = "does not exist" if kind is None else "is neither a file nor a directory"
+        raise AptError(f"{masks} {fault}", f"name a pruned model, or a file {MASKS}")
+    found = read_masks(masks) if kind == "file" else _masks_of(options, registry)
+    check_masks(found, shell.module, str(masks))
+    report = continued(read_report(masks) if kind == "directory" else None, shell, masks)
+    return ReapplyTask(
+        options=options, registry=registry, shell=shell, device="cpu", masks=found, report=report
+    )
+
+
+def _masks_of(options: ReapplyOptions, registry: Registry) -> Masks:
+    """The masks of a pruned model."""
+    remote = options.trust_remote_code
+    source = find(f"{options.masks.resolve()}", registry, trust_remote_code=remote)
+    pruned = load(skeleton(source, registry, options.adapter))
+    return masks_of(pruned.module, pruned.adapter)

@@ -1,0 +1,296 @@
+"""The task of ``apt-prune recover``."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from apt.checkpoints.load import load, skeleton
+from apt.checkpoints.masks import Masks, masks_of, sparsity_of
+from apt.checkpoints.model import Model
+from apt.distributed.ranks import Ranks
+from apt.engine.limits import check_seed, check_shard_size, check_windows
+from apt.engine.machine import choose_device
+from apt.engine.prepare import Notice, capped, open_model
+from apt.engine.recover_options import RecoverRunOptions
+from apt.engine.reports import continued, report_beside
+from apt.engine.store import ModelStore
+from apt.engine.task import Changed, Task
+from apt.engine.text import Text, read_text
+from apt.errors import AptError, first_line
+from apt.files.journal import Line
+from apt.locations.model_source import Source, find
+from apt.output.report import Report, peak_memory, versions
+from apt.plugin.registry import Registry
+from apt.plugin.specs import RecoverySpec
+from apt.recovery.options import RecoverOptions
+from apt.recovery.recover import (
+    CHECKPOINT,
+    DENSE_LOSS,
+    STEPS,
+    NotRecoveredError,
+    RecoveryJob,
+    forget,
+    recover_model,
+)
+from apt.text.datasets import digest, training_tokens
+
+_MOST_SAMPLES = 10_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoverTask(Task):
+    """The training of a pruned model on disk, see `Task`.
+
+    Attributes:
+        spec: the kind of recovery.
+        earlier: the report beside the model; empty if there is none.
+    """
+
+    options: RecoverRunOptions
+    spec: RecoverySpec
+    earlier: dict[str, Any]
+    doing = "recovery"
+    resumable = True
+
+    def recorded(self, report: Report) -> dict[str, Any]:
+        """The options of the training in the report of a finished run."""
+        options: dict[str, Any] = report.recovery.get("options", {})
+        return options
+
+    def space(self, written: int) -> int:
+        """The bytes of the weights in fp32, and of the outputs of the dense model.
+
+        The weights before the training and the output are on disk at one time. If all weights are
+        trained, there are also three checkpoints, each with two moments.
+        """
+        copies = 2 + 3 * 3 if self.spec.teacher else 4
+        weights = sum(p.numel() * 4 for p in self.shell.module.parameters())
+        return copies * weights + self._teacher_bytes()
+
+    def _teacher_bytes(self) -> int:
+        """The bytes of the outputs of the dense model: the top logits and the hidden states.
+
+        0 if the number of samples is not known yet.
+        """
+        options, hidden = self.options, int(self.shell.config.hidden_size)
+        open_ended = options.recover.minutes is not None or options.recover.tokens == "auto"
+        if open_ended or not self.spec.teacher:
+            return 0
+        samples = self._useful_samples()
+        return samples * options.seqlen * (6 * options.recover.top + 2 * hidden)
+
+    def read_text(self, ranks: Ranks) -> Text:
+        """The samples to train on, and all windows to measure on."""
+        options = self.options
+        most = options.samples or self._useful_samples()
+
+        def draw(tokenizer: Any, texts: Iterable[str], bos: int | None) -> Tensor:
+            return training_tokens(
+                tokenizer, texts, most, options.seqlen, options.seed, options.calibration, bos
+            )
+
+        return read_text(
+            options, self.shell, self.registry, draw, windows=None, measures=ranks.first
+        )
+
+    def _useful_samples(self) -> int:
+        """The number of samples that the steps use, with those that are held back."""
+        recover, seqlen = self.options.recover, self.options.seqlen
+        if recover.minutes is not None or recover.tokens == "auto":
+            return _MOST_SAMPLES
+        used = math.ceil(recover.tokens / seqlen) if isinstance(recover.tokens, int) else (
+            (recover.steps or STEPS) * recover.batch
+        )  # fmt: skip
+        return min(_MOST_SAMPLES, math.ceil(used / (1 - recover.held_back)) + 1)
+
+    def begin(self, store: ModelStore, text: Text) -> Report:
+        """The report of the pruned model.
+
+        Raises:
+            AptError: the model is dense, and the kind needs zeros or a smaller model.
+        """
+        masks = masks_of(store.model, self.shell.adapter)
+        smaller = self.earlier.get("structure")
+        if sparsity_of(masks) > 0.01 or smaller or self.spec.dense:
+            return continued(self.earlier, self.shell, Path(self.shell.source.location))
+        raise AptError(
+            f"{self.options.model} has no zeros, and no report that says how it became smaller",
+            "recover a model that was pruned; for dropped blocks use the kind layers",
+            ("kind",),
+        )
+
+    def inputs(self, store: ModelStore, text: Text, report: Report) -> Line:
+        """All inputs that the result depends on."""
+        return {
+            "options": self.options.record(),
+            "model": store.weights,
+            "text": digest(text.tokens),
+        }
+
+    def change(self, store: ModelStore, text: Text, report: Report) -> Changed:
+        """Train the model."""
+        options, shell = self.options, self.shell
+        dense = partial(_dense_model, self) if self.spec.teacher else None
+        job = RecoveryJob(
+            shell.adapter, self.spec, self.spec.load(), options.recover, store.folder, dense,
+            options.seed, self.device, store.ranks, store.journal, store.observe, store.status,
+        )  # fmt: skip
+        if store.ranks.first and not store.journal.values(CHECKPOINT):
+            forget(store.folder)
+        try:
+            training, masks = recover_model(store.model, text.tokens, job)
+        except NotRecoveredError:
+            store.journal.clear()  # nothing to resume from
+            raise
+        record = {
+            "options": options.record(),
+            "text": {"shape": list(text.tokens.shape), "sha256": digest(text.tokens)},
+            "training": training.record(),
+            "sparsity": sparsity_of(masks),
+            "zeros": sum(int(mask.sum()) for mask in masks.values()),
+            **_size(shell, self.earlier, masks),
+            DENSE_LOSS: next(iter(store.journal.values(DENSE_LOSS)), None),
+            "scores": {},
+            "seconds": 0.0,
+            "peak_memory_bytes": {},
+            "ranks": store.ranks.size,
+            "versions": versions(),
+            "earlier": self.earlier.get("recovery", {}),
+        }
+        save = options.save_masks and bool(masks)
+        return Changed(replace(report, recovery=record), masks=masks, save_masks=save)
+
+    def finished(
+        self, report: Report, scores: dict[str, Any], timeline: dict[str, Any], seconds: float
+    ) -> Report:
+        """The report with what was measured, and with the time of the run."""
+        measured = {
+            "scores": scores,
+            "seconds": round(seconds, 3),
+            "peak_memory_bytes": peak_memory(),
+        }
+        return replace(report, recovery=report.recovery | measured)
+
+
+def _size(shell: Model, earlier: dict[str, Any], masks: Masks) -> dict[str, Any]:
+    """The number of parameters before the pruning, and the share of them that was pruned."""
+    now = sum(p.numel() for p in shell.module.parameters())
+    share = (earlier.get("structure") or {}).get("share") or 1.0
+    blocks = sum(p.numel() for _, b in shell.adapter.blocks(shell.module) for p in b.parameters())
+    before = round(now + blocks * (1 / share - 1))
+    zeros = sum(int(mask.sum()) for mask in masks.values())
+    return {"parameters_before": before, "rate": (before - now + zeros) / before}
+
+
+def prepare_recovery(options: RecoverRunOptions, registry: Registry, notice: Notice) -> RecoverTask:
+    """Check the options of a recovery.
+
+    Raises:
+        AptError: an option does not fit the model, the machine or the disk.
+    """
+    check_windows(options.samples, options.seqlen)
+    check_seed(options.seed)
+    check_shard_size(options.max_shard_size)
+    spec = registry.recoveries.get(options.kind or "distill")
+    check_recovery(options.recover, spec, registry)
+    texts = (options.calibration, options.evaluation, options.tokenizer, options.dense)
+    shell = open_model(options, texts, registry, notice)
+    earlier = _report_beside(shell.source)
+    if spec.zeros and earlier.get("structure"):
+        raise AptError(
+            f"recovery {spec.name} serves models with zeros, and {options.model} is a smaller one",
+            "use the kind layers, distill or lora",
+            ("kind",),
+        )
+    seqlen = capped(options.seqlen, shell, notice)
+    options = replace(options, kind=spec.name, adapter=shell.spec.name, seqlen=seqlen)
+    task = RecoverTask(
+        options=options, registry=registry, shell=shell, device=choose_device(options.device),
+        spec=spec, earlier=earlier,
+    )  # fmt: skip
+    if spec.teacher:
+        _dense_shell(task)
+    return task
+
+
+def check_recovery(options: RecoverOptions, spec: RecoverySpec, registry: Registry) -> None:
+    """Raise `AptError` if an option is out of range, or the kind of recovery does not use it."""
+    options.check()
+    options.check_used(spec, registry.recoveries.specs.values())
+
+
+def _report_beside(source: Source) -> dict[str, Any]:
+    """The report of the pruning; empty if there is none.
+
+    Raises:
+        AptError: it is damaged.
+    """
+    report = report_beside(source)
+    if not report:
+        return report
+    where = f"the report in {source.location}"
+    Report.from_dict(report, where)
+    try:
+        share = float((report.get("structure") or {}).get("share", 1))
+        if not 0 < share <= 1:
+            raise ValueError(f"a smaller model has a share of {share} of the parameters")
+    except (AttributeError, TypeError, ValueError) as error:
+        raise AptError(
+            f"{where} is damaged: {first_line(error)}", "delete it to recover without it"
+        ) from error
+    return report
+
+
+def _dense_model(task: RecoverTask) -> nn.Module:
+    return load(_dense_shell(task), None, task.device).module
+
+
+def _dense_shell(task: RecoverTask) -> Model:
+    """The dense model on the meta device.
+
+    Raises:
+        AptError: it is not known or cannot be opened, or has another vocabulary.
+    """
+    options, registry = task.options, task.registry
+    given = options.dense or task.earlier.get("model", {}).get("reference")
+    if given is None:
+        raise AptError(
+            f"recovery {task.spec.name} needs the dense model, and no report names it",
+            "name it",
+            ("dense",),
+        )
+    if Path(given).exists() and Path(given).resolve() == Path(options.model).resolve():
+        raise _another_dense(f"{given} is the pruned model itself")
+    try:
+        source = find(
+            given, registry, trust_remote_code=options.trust_remote_code,
+            hub=options.hub.without_revision(),
+        )  # fmt: skip
+        shell = skeleton(source, registry)
+    except AptError as error:
+        if options.dense is None:
+            error.add_hint("the report names this dense model: give its place", "dense")
+        raise
+    sizes = [m.module.get_input_embeddings().weight.shape[0] for m in (shell, task.shell)]  # type: ignore[operator]
+    if sizes[0] != sizes[1]:
+        raise _another_dense(
+            f"the dense model {given} has {sizes[0]} tokens, and {options.model} has {sizes[1]}"
+        )
+    widths = [model.config.hidden_size for model in (shell, task.shell)]
+    if options.recover.hidden and widths[0] != widths[1]:
+        raise AptError(
+            f"the hidden states of {given} have {widths[0]} features, and those of "
+            f"{options.model} have {widths[1]}",
+            "name the model from which it was pruned, or use the logits alone: hidden 0",
+            ("dense", "hidden"),
+        )
+    return shell
+
+
+def _another_dense(fault: str) -> AptError:
+    return AptError(fault, "name the model from which it was pruned", ("dense",))

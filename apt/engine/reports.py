@@ -1,0 +1,52 @@
+"""The reports with which runs begin."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from apt.checkpoints.model import Model
+from apt.locations.model_source import Source
+from apt.output.report import Report, portable, read_report
+from apt.text.datasets import digest
+
+
+def described(reference: str, kind: str, adapter: str) -> dict[str, Any]:
+    """The entry for a model, without the hash of its weights.
+
+    Args:
+        reference: the user's name for it.
+        kind: its ``model_type``.
+        adapter: the name of the adapter.
+    """
+    return {"reference": portable(reference), "type": kind, "adapter": adapter}
+
+
+def calibration_of(tokens: Tensor) -> dict[str, Any]:
+    """The shape and hash of calibration tokens (samples, seqlen)."""
+    return {"shape": list(tokens.shape), "sha256": digest(tokens.cpu())}
+
+
+def report_beside(source: Source) -> dict[str, Any]:
+    """The record beside the given model; empty if there is none.
+
+    Raises:
+        AptError: it is damaged.
+    """
+    if source.on_hub or source.gguf:
+        return {}
+    return read_report(Path(source.location)) or {}
+
+
+def continued(record: dict[str, Any] | None, shell: Model, where: Path) -> Report:
+    """The report of the pruning before this run; one without a run if there is none.
+
+    Args:
+        record: the record of the pruning.
+        shell: the model.
+        where: the directory of the record, for messages.
+    """
+    if record:
+        return Report.from_dict(record, f"the report in {where}")
+    reference = shell.source.reference
+    return Report({}, described(reference, shell.config.model_type, shell.spec.name), {})

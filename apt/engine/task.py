@@ -1,0 +1,110 @@
+"""What a run does to a model: prune it, make it smaller, train it, or set weights to zero again."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+
+from apt.checkpoints.masks import Masks
+from apt.checkpoints.model import Model
+from apt.distributed.ranks import Ranks
+from apt.engine.store import ModelStore
+from apt.engine.text import Text
+from apt.files.journal import Line
+from apt.output.report import Report
+from apt.planning.plan import Plan
+from apt.plugin.registry import Registry
+
+WITHOUT_EFFECT = ("overwrite", "resume", "stream", "activations")
+"""The options that do not change the result, but for rounding."""
+
+
+@dataclass(frozen=True)
+class Changed:
+    """The result of a task.
+
+    Attributes:
+        report: the report with the record of the task.
+        plan: the pattern of each site; None if the zeros are those of ``masks``.
+        masks: the masks of the model (True where pruned), if there is no plan.
+        save_masks: True if the masks are written beside the model.
+    """
+
+    report: Report
+    plan: Plan | None = None
+    masks: Masks = field(default_factory=dict)
+    save_masks: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A run that has passed all checks that need neither weights nor text.
+
+    Attributes:
+        options: the options of the run, with defaults filled in.
+        registry: the plugins.
+        shell: the model without weights.
+        device: the device of the weights.
+        dtype: the dtype of the weights; None for that of the checkpoint.
+        plan: a plan with all parameters that may change; None if any may.
+        doing: what is done, for messages.
+        resumable: True if an interrupted run in memory can be resumed.
+    """
+
+    doing: ClassVar[str]
+    resumable: ClassVar[bool] = False
+
+    options: Any
+    registry: Registry
+    shell: Model
+    device: str
+    dtype: torch.dtype | None = None
+    plan: Plan | None = None
+
+    @property
+    def stream(self) -> bool:
+        """True if the blocks stay on disk."""
+        return bool(getattr(self.options, "stream", False))
+
+    @property
+    def resume(self) -> bool:
+        """True if an interrupted run is to be continued."""
+        return bool(getattr(self.options, "resume", False))
+
+    def record(self) -> dict[str, Any]:
+        """The options for the report, as values for JSON."""
+        record: dict[str, Any] = self.options.record()
+        return record
+
+    def recorded(self, report: Report) -> dict[str, Any]:
+        """The options in the report of a finished run."""
+        return report.options
+
+    def space(self, written: int) -> int:
+        """The bytes of disk that the run needs, for an output of ``written`` bytes."""
+        return written
+
+    def read_text(self, ranks: Ranks) -> Text:
+        """Read and tokenise the text of the run; only the first rank measures."""
+        raise NotImplementedError
+
+    def begin(self, store: ModelStore, text: Text) -> Report:
+        """Check the weights, and begin the report."""
+        raise NotImplementedError
+
+    def inputs(self, store: ModelStore, text: Text, report: Report) -> Line:
+        """All that the result depends on, for the journal of a run that can be resumed."""
+        raise NotImplementedError
+
+    def change(self, store: ModelStore, text: Text, report: Report) -> Changed:
+        """Change the model."""
+        raise NotImplementedError
+
+    def finished(
+        self, report: Report, scores: dict[str, Any], timeline: dict[str, Any], seconds: float
+    ) -> Report:
+        """The report with what was measured, the timeline, and the time of the run."""
+        return report
+
+    def forget(self) -> None:
+        """Delete what would be needed to resume the run: the output is published."""
