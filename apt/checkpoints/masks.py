@@ -83,7 +83,7 @@ def _unpacked(packed: Tensor, shape: list[int]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Removed:
+class Cleared:
     """What masks removed from a model that was not zero there.
 
     Attributes:
@@ -117,7 +117,7 @@ def _shape(tensor: Tensor) -> str:
 
 
 @torch.no_grad()
-def apply_masks(masks: Mapping[str, Tensor], model: nn.Module) -> Removed:
+def apply_masks(masks: Mapping[str, Tensor], model: nn.Module) -> Cleared:
     """Set the masked weights to zero."""
     parameters, weights, cut, total = _parameters(model), 0, 0.0, 0.0
     for name, mask in masks.items():
@@ -128,7 +128,7 @@ def apply_masks(masks: Mapping[str, Tensor], model: nn.Module) -> Removed:
         cut += float(squares[mask].sum(dtype=torch.float64))
         weights += int((parameter[mask] != 0).sum())
         parameter.masked_fill_(mask, 0)
-    return Removed(weights, cut / total if total else 0.0)
+    return Cleared(weights, cut / total if total else 0.0)
 
 
 def filled(masks: Mapping[str, Tensor], model: nn.Module) -> str | None:

@@ -21,6 +21,10 @@ _OVERWRITE = ("overwrite", "output")
 _FOLDER = ".{}.apt"
 
 
+def _unusable(fault: str) -> AptError:
+    return AptError(fault, _CHOOSE_ANOTHER, _OUTPUT)
+
+
 def workplace_of(output: Path) -> Path:
     """The folder ``.NAME.apt`` beside an output directory ``NAME``: the workplace of a run."""
     output = Path(os.path.realpath(output))
@@ -51,9 +55,7 @@ def check_output(directory: Path, overwrite: bool, inputs: Sequence[Path] = ()) 
         lost = check_replaceable(target, overwrite, str(directory))
         _check_writable(target)
     except OSError as error:
-        raise AptError(
-            f"cannot write {directory}: {error.strerror}", _CHOOSE_ANOTHER, _OUTPUT
-        ) from error
+        raise _unusable(f"cannot write {directory}: {error.strerror}") from error
     return lost
 
 
@@ -67,7 +69,7 @@ def check_replaceable(target: Path, overwrite: bool, name: str) -> str:
     if not os.path.lexists(target):
         return ""
     if not target.is_dir():
-        raise AptError(f"{name} exists and is not a directory", _CHOOSE_ANOTHER, _OUTPUT)
+        raise _unusable(f"{name} exists and is not a directory")
     entries = set(relative_paths(target))
     if not entries:
         return ""
@@ -75,9 +77,8 @@ def check_replaceable(target: Path, overwrite: bool, name: str) -> str:
     own = {REPORT, *written} if written else set()
     _refuse(f"{name} exists and has files that APT did not write", entries - own)
     if not overwrite:
-        raise AptError(
-            f"{name} exists and is not empty", "overwrite it, or choose another", _OVERWRITE
-        )
+        fault = f"{name} exists and is not empty"
+        raise AptError(fault, "overwrite it, or choose another", _OVERWRITE)
     _refuse(f"{name} exists and was changed since APT wrote it", changed_files(target, written))
     return f"{name}, the result of an earlier run, with its {len(entries)} files"
 
@@ -86,11 +87,8 @@ def _refuse(fault: str, files: Collection[str]) -> None:
     """Raise if a fault has files."""
     if files:
         shown = ", ".join(sorted(files)[:3]) + (", …" if len(files) > 3 else "")
-        raise AptError(
-            f"{fault}: {shown}",
-            f"APT never deletes such files; {_CHOOSE_ANOTHER}",
-            _OUTPUT,
-        )
+        hint = f"APT never deletes such files; {_CHOOSE_ANOTHER}"
+        raise AptError(f"{fault}: {shown}", hint, _OUTPUT)
 
 
 def relative_paths(directory: Path) -> list[str]:
@@ -114,26 +112,25 @@ def _check_links(directory: Path) -> None:
     """Raise if the path contains a link whose target does not exist."""
     for path in (directory, *directory.parents):
         if path.is_symlink() and not path.exists():
-            raise AptError(f"{path} is a link to a missing file", _CHOOSE_ANOTHER, _OUTPUT)
+            raise _unusable(f"{path} is a link to a missing file")
 
 
 def _check_name(target: Path) -> None:
     longest = os.pathconf(_existing_parent(target), "PC_NAME_MAX")
     if len(os.fsencode(_FOLDER.format(target.name))) > longest:
         room = longest - len(_FOLDER.format(""))
-        fault = f"the name {target.name[:20]}… of the output is longer than {room} bytes"
-        raise AptError(fault, _CHOOSE_ANOTHER, _OUTPUT)
+        raise _unusable(f"the name {target.name[:20]}… of the output is longer than {room} bytes")
 
 
 def _check_place(directory: Path, target: Path, inputs: Sequence[Path]) -> None:
     """Raise if the target is or contains a protected place, or is inside an input."""
     for name, place in _protected(inputs):
         if target == place:
-            raise AptError(f"{directory} is {name}", _CHOOSE_ANOTHER, _OUTPUT)
+            raise _unusable(f"{directory} is {name}")
         if target in place.parents:
-            raise AptError(f"{directory} contains {name}, {place}", _CHOOSE_ANOTHER, _OUTPUT)
+            raise _unusable(f"{directory} contains {name}, {place}")
         if name == _INPUT and place in target.parents:
-            raise AptError(f"{directory} is inside {name}, {place}", _CHOOSE_ANOTHER, _OUTPUT)
+            raise _unusable(f"{directory} is inside {name}, {place}")
     if target.is_mount():
         raise AptError(f"{directory} is a mount point", "choose a directory on it", _OUTPUT)
 
@@ -155,16 +152,14 @@ def _protected(inputs: Sequence[Path]) -> Iterator[tuple[str, Path]]:
 def _check_writable(target: Path) -> None:
     parent = _existing_parent(target)
     if not parent.is_dir():
-        raise AptError(f"{parent} is not a directory", _CHOOSE_ANOTHER, _OUTPUT)
+        raise _unusable(f"{parent} is not a directory")
     try:
         with tempfile.TemporaryFile(dir=parent):
             pass
     except OSError as error:
-        raise AptError(
-            f"cannot write in {parent}: {error.strerror}", _CHOOSE_ANOTHER, _OUTPUT
-        ) from error
+        raise _unusable(f"cannot write in {parent}: {error.strerror}") from error
     if target.is_dir() and not os.access(target, os.W_OK | os.X_OK):
-        raise AptError(f"cannot write in {target}: Permission denied", _CHOOSE_ANOTHER, _OUTPUT)
+        raise _unusable(f"cannot write in {target}: Permission denied")
 
 
 def check_space(directory: Path, needed: int) -> None:
@@ -172,12 +167,8 @@ def check_space(directory: Path, needed: int) -> None:
     parent = _existing_parent(Path(os.path.realpath(directory)))
     needed, free = needed + needed // 100 + 2**20, shutil.disk_usage(parent).free
     if free < needed:
-        raise AptError(
-            f"{parent} has {free / 2**20:,.0f} MiB left, but the output needs "
-            f"{needed / 2**20:,.0f} MiB",
-            _CHOOSE_ANOTHER,
-            _OUTPUT,
-        )
+        left = f"{parent} has {free / 2**20:,.0f} MiB left"
+        raise _unusable(f"{left}, but the output needs {needed / 2**20:,.0f} MiB")
 
 
 def _existing_parent(directory: Path) -> Path:
