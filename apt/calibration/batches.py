@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apt.adapter import Adapter, Call, State
+from apt.adapter import Adapter, Call, Site, State
 from apt.calibration.storage import InStore, MemoryStore, Store, mapped
 from apt.distributed.ranks import Ranks
 from apt.errors import AptError
@@ -48,14 +48,18 @@ class Inputs(Mapping[str, list[Tensor]]):
     def __init__(self, store: Store) -> None:
         self._store = store
         self._parts: dict[str, list[Any]] = {}
+        self._owners: dict[str, Site] = {}
 
-    def add(self, name: str, part: Tensor) -> None:
-        """Append a part of the input ``name``."""
-        self._parts.setdefault(name, []).append(self._store.put(part))
+    def record(self, site: Site, rows: Tensor) -> None:
+        """Append a part (…, in) of an input, if it is passed to the first of the input's sites."""
+        if self._owners.setdefault(site.input, site) == site:
+            part = self._store.put(rows.reshape(-1, rows.shape[-1]))
+            self._parts.setdefault(site.input, []).append(part)
 
     def clear(self) -> None:
         """Remove all inputs."""
         self._parts.clear()
+        self._owners.clear()
 
     def __getitem__(self, name: str) -> list[Tensor]:
         return [self._store.get(part) for part in self._parts[name]]

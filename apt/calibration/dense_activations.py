@@ -7,20 +7,7 @@ import torch
 from torch import Tensor
 
 from apt.adapter import Adapter, Site, State
-from apt.calibration.batches import Inputs, OpenBlock
-
-
-class _InputRecorder:
-    """Records the inputs of a block's sites, each input once."""
-
-    def __init__(self, inputs: Inputs) -> None:
-        self._inputs = inputs
-        self._owners: dict[str, Site] = {}
-
-    def record(self, site: Site, rows: Tensor) -> None:
-        """Record an input at the first site that it is passed to."""
-        if self._owners.setdefault(site.input, site) == site:
-            self._inputs.add(site.input, rows.reshape(-1, rows.shape[-1]))
+from apt.calibration.batches import OpenBlock
 
 
 def advance_dense(block: OpenBlock, sites: Sequence[Site]) -> None:
@@ -35,8 +22,7 @@ def advance_dense(block: OpenBlock, sites: Sequence[Site]) -> None:
         dense.scale = squares.sqrt()
         energy += float(squares.reciprocal().sum())
         dense.inputs.clear()
-        record = _InputRecorder(dense.inputs).record
-        with block.adapter.capture(block.module, recorded, record):
+        with block.adapter.capture(block.module, recorded, dense.inputs.record):
             dense.state = block.step(batch, dense.state)
         block.progress()
     tokens = block.ranks.sum(sum(batch.tokens for batch in block.batches))

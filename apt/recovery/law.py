@@ -20,6 +20,7 @@ from apt.recovery.record import Training
 
 Array = Any  # of numpy
 _LEAST_POINTS = 4
+_LEAST_CHECKS = 5  # measurements before the law is asked
 _STARTS = 8
 _EVALUATIONS = 200  # of the residuals for a start; a curve without a slope would need any number
 _FLAT = 1e-3  # nats between the losses of a curve, below which tokens have no measurable effect
@@ -260,25 +261,16 @@ def _intervals(
     return {name: (float(low), float(high)) for name, (low, high) in ends.items()}
 
 
-class EnoughTokens:
-    """Ends a training once, by the law, twice the tokens gain less than ``threshold`` nats."""
-
-    def __init__(self, threshold: float = THRESHOLD, least: int = 5) -> None:
-        self._threshold, self._least = threshold, least
-
-    def reason(self, training: Training) -> str | None:
-        """The tokens that are enough, if the training has had them."""
-        points = points_of_curve(training)
-        if len(points) < self._least:
-            return None
-        tokens = points[-1].tokens
-        enough = fit_law(points).enough(points[-1], self._threshold)
-        if tokens < enough:
-            return None
-        return (
-            f"enough tokens: the law predicts {self._threshold:g} nats less from twice as many "
-            f"as {enough:,.0f}"
-        )
+def enough_tokens(training: Training) -> str | None:
+    """A rule that ends a training once, by the law of its own curve, more tokens hardly help."""
+    points = points_of_curve(training)
+    if len(points) < _LEAST_CHECKS:
+        return None
+    enough = fit_law(points).enough(points[-1])
+    if points[-1].tokens < enough:
+        return None
+    said = f"enough tokens: the law predicts {THRESHOLD:g} nats less from twice as many"
+    return f"{said} as {enough:,.0f}"
 
 
 def points_of_curve(training: Training) -> list[Point]:

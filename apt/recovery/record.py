@@ -1,7 +1,8 @@
 """The record of a training, and the rules that end one early."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 
 @dataclass
@@ -40,8 +41,5 @@ class Training:
         return {**vars(self), "held_back": [list(pair) for pair in self.held_back.items()]}
 
 
-class StopRule(Protocol):
-    """A rule that ends a training early."""
-
-    def reason(self, training: Training) -> str | None:
-        """Why the training ends now, or None; asked after each measurement of the loss."""
+StopRule = Callable[[Training], str | None]
+"""Why a training ends now, or None; asked after each measurement of the loss."""

@@ -103,7 +103,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         if not loss < training.held_back.get(0, math.inf) + _DIVERGED:
             self._diverge(state, control)
         for rule in self._rules:
-            if reason := rule.reason(training):
+            if reason := rule(training):
                 training.stopped, control.should_training_stop = reason, True
 
     def on_save(

@@ -21,7 +21,7 @@ from apt.errors import AptError, faulty, first_line
 from apt.events import CheckpointSaved, TrainingEvent, TrainingObserver
 from apt.files.journal import Journal
 from apt.plugin.specs import RecoverySpec
-from apt.recovery.law import EnoughTokens
+from apt.recovery.law import enough_tokens
 from apt.recovery.moving_masks import MovingMasks
 from apt.recovery.options import RecoverOptions
 from apt.recovery.record import Training
@@ -164,7 +164,7 @@ def _plan(
     Raises:
         AptError: masks shall move, and the kind of recovery trains adapters.
     """
-    rules = (EnoughTokens(),) if job.options.tokens == "auto" else ()
+    rules = (enough_tokens,) if job.options.tokens == "auto" else ()
     moving = None
     if job.options.move_masks:
         if not trainable.masked:

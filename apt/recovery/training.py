@@ -7,8 +7,9 @@ This module adds the loss, the masks, and the rules by which training ends early
 import math
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -238,25 +239,17 @@ def _masked_gradients(
         return
     parameters = dict(trainable.module.named_parameters(remove_duplicate=False))
     masks |= {name: mask.to(parameters[name].device) for name, mask in masks.items()}
-    handles = [
-        parameters[name].register_hook(_Masked(name, mask, recorder))  # type: ignore[no-untyped-call]
-        for name, mask in masks.items()
-        if parameters[name].requires_grad
-    ]
-    try:
+
+    def masked(gradient: Tensor, name: str, mask: Tensor) -> Tensor:
+        recorder.see(name, gradient)
+        return gradient.masked_fill(mask, 0)
+
+    with ExitStack() as stack:
+        for name, mask in masks.items():
+            if parameters[name].requires_grad:
+                hook: Any = partial(masked, name=name, mask=mask)
+                stack.callback(parameters[name].register_hook(hook).remove)  # type: ignore[no-untyped-call]
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-class _Masked:
-    def __init__(self, name: str, mask: Tensor, recorder: Recorder) -> None:
-        self._name, self._mask, self._recorder = name, mask, recorder
-
-    def __call__(self, gradient: Tensor) -> Tensor:
-        self._recorder.see(self._name, gradient)
-        return gradient.masked_fill(self._mask, 0)
 
 
 class _Trainer(Trainer):  # type: ignore[misc]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from apt.adapter import Site
 from apt.calibration.batches import Batch, DenseActivations, enter
 from apt.calibration.storage import DiskStore, MemoryStore
 from apt.checkpoints.safetensors_io import Shards
@@ -42,14 +43,14 @@ def test_what_is_written_over_stays_on_disk(tmp_path):
 
 def test_a_file_is_gone_once_nobody_asks_for_it(tmp_path):
     batch = Batch(torch.ones(5), [], 5, DenseActivations(torch.zeros(5), DiskStore(tmp_path)))
-    batch.dense.inputs.add("x", torch.ones(3))
+    batch.dense.inputs.record(Site("s", "s", "x"), torch.ones(1, 3))
     assert len(list(tmp_path.iterdir())) == 2
     found = batch.dense.inputs["x"][0]
     batch.dense.state = torch.full((5,), 2.0)
     batch.dense.inputs.clear()
     gc.collect()
     assert len(list(tmp_path.iterdir())) == 1
-    assert torch.equal(found, torch.ones(3)), "what is still read"
+    assert torch.equal(found, torch.ones(1, 3)), "what is still read"
     del batch
     gc.collect()
     assert not list(tmp_path.iterdir())

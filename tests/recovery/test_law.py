@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apt.errors import AptError
-from apt.recovery.law import EnoughTokens, Point, fit_law, points_of_curve
+from apt.recovery.law import Point, enough_tokens, fit_law, points_of_curve
 from apt.recovery.record import Training
 
 
@@ -105,10 +105,9 @@ def test_a_training_ends_once_its_tokens_are_enough():
         losses = {0: 4.0} | {s: 3 + 0.4 * (s * 1000 / 1e6) ** -power for s in steps}
         return Training(10_000, 1000, held_back=losses)
 
-    rule = EnoughTokens()
-    assert rule.reason(curve(4, 1.0)) is None  # too few measurements
-    assert rule.reason(curve(6, 0.3)) is None  # twice the tokens still help
-    reason = rule.reason(curve(300, 0.9))
+    assert enough_tokens(curve(4, 1.0)) is None  # too few measurements
+    assert enough_tokens(curve(6, 0.3)) is None  # twice the tokens still help
+    reason = enough_tokens(curve(300, 0.9))
     assert reason is not None
     assert "enough tokens" in reason
     assert [point.tokens for point in points_of_curve(curve(2, 1.0))] == [1e5, 2e5]
