@@ -3,14 +3,16 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 FAMILIES = $(addprefix -e ,$(wildcard plugins/apt-*))  # as separate packages
-OLDEST = transformers==4.57.1
+# Both ends of the declared ranges. On Linux PyPI has torch for CUDA, which also runs on CPUs.
+OLDEST = torch==2.6.0 transformers==4.57.1
+NEWEST = --upgrade torch transformers
 # The parts of mamba_ssm that need no compiler for GPUs: its Python code, and kernels in Triton.
 KERNELS = causal-conv1d==1.7.0 mamba-ssm==2.3.2.post1 triton==3.7.1
 # Modules are compiled when they are imported: of most packages few are.
 INSTALL = $(BIN)/pip install --quiet --no-compile
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: demo test lint check docs benchmarks kernels sanitize neon template matrix clean
+.PHONY: demo test lint check docs benchmarks kernels sanitize neon template matrix matrix-oldest matrix-newest clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/apt prune --adapter llama --eval builtin --output out/llama-2of4 --overwrite
@@ -56,11 +58,19 @@ neon:
 template:
 	.ci/template $(PYTHON)
 
-# The tests on the oldest and the newest transformers of the declared range.
-matrix: test
-	$(PYTHON) -m venv $(VENV)-oldest
-	$(VENV)-oldest/bin/pip install --quiet -e '.[test]' '$(OLDEST)'
-	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n 2 tests
+# The tests on the oldest and the newest Python, torch and transformers of the declared ranges. Each
+# end needs some 6 GB of disk.
+matrix: matrix-oldest matrix-newest
+
+matrix-oldest:
+	python3.11 -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/pip install --quiet --no-compile -e '.[test]' $(FAMILIES) $(OLDEST)
+	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n 2 --dist worksteal
+
+matrix-newest:
+	python3.13 -m venv $(VENV)-newest
+	$(VENV)-newest/bin/pip install --quiet --no-compile -e '.[test]' $(FAMILIES) $(NEWEST)
+	OMP_NUM_THREADS=1 $(VENV)-newest/bin/python -m pytest -n 2 --dist worksteal
 
 $(VENV)/.runtime: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -80,4 +90,4 @@ $(VENV)/.kernels: $(VENV)/.development
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest out dist
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest out dist
