@@ -191,9 +191,12 @@ def differences(first: Any, second: Any, place: str = "") -> Iterator[str]:
         yield f"{place}: {json.dumps(first)} → {json.dumps(second)}"
 
 
-def compare(first: Path, second: Path, most: int) -> int:
-    """Print the differences of two results, at most some of each run; their number."""
-    one, two = (json.loads(path.read_text(encoding="utf-8")) for path in (first, second))
+def compare(first: Path, second: Path, only: str, most: int) -> int:
+    """Print the differences of two results, at most some of each run; the number of such runs."""
+    one, two = (
+        {k: v for k, v in json.loads(path.read_text(encoding="utf-8")).items() if fnmatch(k, only)}
+        for path in (first, second)
+    )
     total = 0
     for name in [*one, *(two.keys() - one.keys())]:
         found = sorted(differences(one.get(name, {}), two.get(name, {}), name))
@@ -206,12 +209,24 @@ def compare(first: Path, second: Path, most: int) -> int:
     return total
 
 
+def selected(only: str) -> dict[str, str | None]:
+    """The commands, and None for programs, whose names match, and those whose files they read."""
+    every: dict[str, str | None] = {**commands(), **dict.fromkeys(PROGRAMS)}
+    wanted: set[str] = set()
+    queue = [name for name in every if fnmatch(name, only)]
+    while queue:
+        wanted.add(name := queue.pop())
+        queue += {*re.findall(r"\.\./([\w.-]+)/", every[name] or "")} & every.keys() - wanted
+    return {name: command for name, command in every.items() if name in wanted}
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, metavar="FILE", help="run everything, and write FILE")
     parser.add_argument("--compare", type=Path, nargs=2, metavar="FILE", help="compare two results")
     parser.add_argument("--most", type=int, default=5, help="differences to print of each run")
-    parser.add_argument("--only", default="*", metavar="GLOB", help="runs with these names")
+    parser.add_argument("--only", default="*", metavar="GLOB", help="runs with these names, and "
+                        "those whose files they read")  # fmt: skip
     parser.add_argument("--folder", type=Path, help="keep the written files here")
     options = parser.parse_args()
     if (options.out is None) == (options.compare is None):
@@ -222,23 +237,20 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     options = arguments()
     if options.compare:
-        raise SystemExit(bool(compare(*options.compare, options.most)))
+        raise SystemExit(bool(compare(*options.compare, options.only, options.most)))
     root = (options.folder or Path(tempfile.mkdtemp(prefix="golden-"))).resolve()
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir(parents=True)
     shutil.copyfile(ROOT / "tests/text.txt", root / Path(TEXT).name)
     models(root / "models")
-    wanted: dict[str, str | None] = {**commands(), **dict.fromkeys(PROGRAMS)}
     records = {}
-    started = time.perf_counter()
-    for name, command in wanted.items():
-        if fnmatch(name, options.only):
-            before = time.perf_counter()
-            records[name] = run(name, root, command)
-            seconds = time.perf_counter() - before
-            print(f"{name}: {records[name]['status']}, {seconds:.1f} s", flush=True)
+    for name, command in selected(options.only).items():
+        before = time.process_time()
+        records[name] = run(name, root, command)
+        seconds = time.process_time() - before
+        print(f"{name}: {records[name]['status']}, {seconds:.1f} s", flush=True)
     options.out.write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n")
-    print(f"{len(records)} runs, {time.perf_counter() - started:.0f} s")
+    print(f"{len(records)} runs, {time.process_time():.0f} s of CPU time")
     if options.folder is None:
         shutil.rmtree(root)
 
