@@ -49,6 +49,7 @@ _SUBSTITUTIONS = [
 ]
 _TIMES = re.compile(r"(?:solve s|seconds)\s*\|?$")  # the last heading of a table
 _LAST = re.compile(rf"\s*{_NUMBER}\s*(\|?)$")
+_BAR = re.compile(r"\d+%\|")  # a progress bar of another library
 _LARGEST = 100_000  # bytes of a text that is kept as it is
 
 
@@ -63,6 +64,8 @@ def lines(text: str, root: Path) -> list[Any]:
     """The lines of a text without noise; a line of JSON as a value."""
     made, table = [], False
     for line in text.replace(str(root), "ROOT").splitlines():
+        if _BAR.search(line):
+            continue
         if line.startswith(("{", "[")):
             with contextlib.suppress(ValueError):
                 made.append(normal(json.loads(line)))
@@ -170,6 +173,11 @@ def run(name: str, root: Path, command: str | None) -> dict[str, Any]:
     return {"command": command, **record, "files": written(folder, root)}
 
 
+def matches(name: str, globs: str) -> bool:
+    """True if a name matches one of several globs, separated by commas."""
+    return any(fnmatch(name, glob) for glob in globs.split(","))
+
+
 def differences(first: Any, second: Any, place: str = "") -> Iterator[str]:
     """The places in which two values differ, with the two values."""
     if isinstance(first, dict) and isinstance(second, dict):
@@ -194,7 +202,7 @@ def differences(first: Any, second: Any, place: str = "") -> Iterator[str]:
 def compare(first: Path, second: Path, only: str, most: int) -> int:
     """Print the differences of two results, at most some of each run; the number of such runs."""
     one, two = (
-        {k: v for k, v in json.loads(path.read_text(encoding="utf-8")).items() if fnmatch(k, only)}
+        {k: v for k, v in json.loads(path.read_text(encoding="utf-8")).items() if matches(k, only)}
         for path in (first, second)
     )
     total = 0
@@ -213,7 +221,7 @@ def selected(only: str) -> dict[str, str | None]:
     """The commands, and None for programs, whose names match, and those whose files they read."""
     every: dict[str, str | None] = {**commands(), **dict.fromkeys(PROGRAMS)}
     wanted: set[str] = set()
-    queue = [name for name in every if fnmatch(name, only)]
+    queue = [name for name in every if matches(name, only)]
     while queue:
         wanted.add(name := queue.pop())
         queue += {*re.findall(r"\.\./([\w.-]+)/", every[name] or "")} & every.keys() - wanted
@@ -225,7 +233,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, metavar="FILE", help="run everything, and write FILE")
     parser.add_argument("--compare", type=Path, nargs=2, metavar="FILE", help="compare two results")
     parser.add_argument("--most", type=int, default=5, help="differences to print of each run")
-    parser.add_argument("--only", default="*", metavar="GLOB", help="runs with these names, and "
+    parser.add_argument("--only", default="*", metavar="GLOBS", help="runs with these names, and "
                         "those whose files they read")  # fmt: skip
     parser.add_argument("--folder", type=Path, help="keep the written files here")
     options = parser.parse_args()

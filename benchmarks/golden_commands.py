@@ -12,7 +12,7 @@ from typing import Any
 SMALL = "--samples 4 --seqlen 64 --seed 1"
 PRUNE = f"prune zoo:llama {SMALL} -o out"
 SHRINK = f"shrink zoo:llama {SMALL} -o out"
-RECOVER = "recover ../admm-2to4/out --seqlen 64 --batch 2 --steps 4 -o out"
+RECOVER = "recover ../admm-2to4/out --seqlen 64 --batch 2 --steps 8 -o out"
 COMPARE = f"compare zoo:llama {SMALL} --windows 2 -o out"
 TEXT = "../text.txt"
 FAMILIES = ("falcon_h1", "gpt2", "gpt_neox", "jamba", "qwen3_moe")
@@ -76,7 +76,8 @@ def _pruned() -> dict[str, str]:
         "tuning": "--pattern 2:4 --tuning-epochs 2 --tuning-rate 0.1 --tuning-tokens 128",
         "random-tokens": "--pattern 2:4 --random-tokens 1",
         "own-samples": "--pattern 2:4 --own-samples 2",
-        "solver": "--sparsity 0.5 --damping 0.1 --block-size 64 --row-importance 0",
+        "damping": "--sparsity 0.5 --damping 0.1 --row-importance 0",
+        "block-size": "--sparsity 0.5 --method mm --block-size 64",
         "int4": "--pattern 2:4 --quantize int4 --group 64",
         "int8": "--sparsity 0.5 --quantize int8 --group row",
         "float32": "--pattern 2:4 --dtype float32",
@@ -88,6 +89,9 @@ def _pruned() -> dict[str, str]:
         "json": "--pattern 2:4 --eval builtin --json",
         "config-saved": "--sparsity 0.6 --allocation atp --effort fast --skip *.o_proj "
         "--tuning-epochs 1 --save-config options.toml",
+        "unused-damping": "--pattern 2:4 --method magnitude --damping 0.1",
+        "too-long": "--pattern 2:4 --method wanda --seqlen 100000",
+        "nothing-to-resume": "--pattern 2:4 --method wanda --stream --resume",
         "verbose": "--pattern 2:4 --method wanda --verbose --log-file messages.log",
     }
     return {
@@ -190,21 +194,23 @@ def _smaller() -> dict[str, str]:
 
 def _recovered() -> dict[str, str]:
     """Runs of ``recover`` and of ``reapply``."""
-    eight = RECOVER.replace("--steps 4", "--steps 8 --checks 4")
+    checked = f"{RECOVER} --checks 4"
     return {
-        "recover-spp": f"{RECOVER} --kind spp --rank 4 --dropout 0.1",
+        "recover-spp": f"{RECOVER} --kind spp --rank 4 --dropout 0.1 --rate 2e-2",
         "recover-lora": f"{RECOVER} --kind lora",
-        "recover-layers": f"{RECOVER} --kind layers --blocks 1 --eval builtin --save-masks --json",
+        "recover-layers": f"{RECOVER} --kind layers --blocks 1 --rate 1e-3 --eval builtin --save-masks "
+        "--json",
         "recover-distill": f"{RECOVER} --samples-at-once 1 --seed 2",
-        "recover-hidden": f"{RECOVER} --hidden 0.5 --top 8 --rate 2e-5 --gradient-checkpointing "
+        "recover-hidden": f"{RECOVER} --hidden 0.5 --top 8 --rate 1e-3 --gradient-checkpointing "
         "--held-back 0.2 --checks 2",
-        "recover-moved": f"{RECOVER} --kind layers --move-masks",
-        "recover-window": f"{RECOVER} --window 2",
-        "recover-tokens": f"{RECOVER.replace('--steps 4', '--tokens 1024')} --kind layers",
-        "recover-smaller": f"{RECOVER.replace('admm-2to4', 'width')} --calibration {TEXT}",
+        "recover-moved": f"{RECOVER} --kind layers --move-masks --rate 1e-3",
+        "recover-window": f"{RECOVER} --window 2 --rate 1e-3",
+        "recover-tokens": f"{RECOVER.replace('--steps 8', '--tokens 1024')} --kind layers",
+        "recover-smaller": f"{RECOVER.replace('admm-2to4', 'width')} --calibration {TEXT} "
+        "--rate 1e-3",
         "recover-mamba": RECOVER.replace("admm-2to4", "mamba-2to4") + " --kind layers",
-        "recover-layers-killed": f"{eight} --kind layers",
-        "recover-distill-killed": eight,
+        "recover-layers-killed": f"{checked} --kind layers",
+        "recover-distill-killed": checked,
         "reapply": "reapply ../masks/out zoo:llama -o out",
         "reapply-directory": "reapply ../admm-2to4/out ../recover-layers/out -o out --json "
         "--max-shard-size 1MB",
@@ -266,7 +272,6 @@ def _refused() -> dict[str, str]:
         "random": "--random-tokens x",
         "method": "--method wando",
         "method-other": "--method joint",
-        "unused": "--method magnitude --damping 0.1",
         "allocation": "--pattern 2:4 --allocation owl",
         "per": "--sparsity 0.5 --per block --allocation owl",
         "both": "--sparsity 0.5 --pattern 2:4",
@@ -274,22 +279,17 @@ def _refused() -> dict[str, str]:
         "only": "--only nothing.*",
         "group": "--quantize int4 --group 3",
         "seqlen": "--seqlen 1",
-        "too-long": "--seqlen 100000",
         "disk": "--activations disk",
         "dtype": "--dtype int3",
         "shard": "--max-shard-size 5",
         "metric": "--eval builtin --metric divergence",
         "text": "--calibration nowhere.txt",
-        "resume": "--stream --resume",
-        "resume-memory": "--resume",
     }
     return {
         **{f"refused-{name}": f"{PRUNE} {words}" for name, words in mistakes.items()},
         "refused-json": f"{PRUNE} --alpha 2 --json",
         "refused-exists": "pack ../admm-2to4/out -o ../width/out",
         "refused-keep": f"{SHRINK} --keep 2",
-        "refused-two": f"{SHRINK} --keep 0.5 --blocks 2",
-        "refused-search": f"{SHRINK} --evaluations 3",
         "refused-size": f"{SHRINK} --size rooms=2",
         "refused-dense": "recover zoo:llama --kind spp -o out",
         "refused-steps": f"{RECOVER} --steps 0",
@@ -371,7 +371,7 @@ def _recovered_in_memory(kind: str) -> Callable[[Path], None]:
         model, tokenizer = embedded("llama")
         tokens = apt.calibration_tokens(tokenizer, samples=4, seqlen=64, seed=1)
         pruned, _ = apt.prune_copy(model, tokens, pattern="2:4", method="wanda")
-        options = apt.RecoverOptions(steps=4, batch=2)
+        options = apt.RecoverOptions(steps=8, batch=2, rate=1e-2)
         training = apt.recover(pruned, tokens, kind=kind, dense=model, options=options, seed=1)
         pruned.save_pretrained(folder / "out")
         (folder / "training.json").write_text(json.dumps(asdict(training)))
