@@ -249,7 +249,7 @@ def main() -> None:
     root = (options.folder or Path(tempfile.mkdtemp(prefix="golden-"))).resolve()
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir(parents=True)
-    shutil.copyfile(ROOT / "tests/text.txt", root / Path(TEXT).name)
+    shutil.copyfile(ROOT / "tests/helpers/text.txt", root / Path(TEXT).name)
     models(root / "models")
     records = {}
     for name, command in selected(options.only).items():

@@ -198,8 +198,8 @@ def _recovered() -> dict[str, str]:
     return {
         "recover-spp": f"{RECOVER} --kind spp --rank 4 --dropout 0.1 --rate 2e-2",
         "recover-lora": f"{RECOVER} --kind lora",
-        "recover-layers": f"{RECOVER} --kind layers --blocks 1 --rate 1e-3 --eval builtin --save-masks "
-        "--json",
+        "recover-layers": f"{RECOVER} --kind layers --blocks 1 --rate 1e-3 --eval builtin "
+        "--save-masks --json",
         "recover-distill": f"{RECOVER} --samples-at-once 1 --seed 2",
         "recover-hidden": f"{RECOVER} --hidden 0.5 --top 8 --rate 1e-3 --gradient-checkpointing "
         "--held-back 0.2 --checks 2",
