@@ -1,11 +1,13 @@
 """Fixtures: adapters, checkpoints on disk, the command line in process."""
 
 import gc
+import io
 import json
 import os
 import shutil
 import signal
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,12 +44,6 @@ def pytest_collection_finish():
     gc.freeze()
 
 
-@pytest.fixture
-def adapter_of():
-    """The adapter for a model."""
-    return lambda model: registry().adapter_for(model.config.model_type).load()()
-
-
 @pytest.fixture(scope="session")
 def tokenizer():
     """The zoo's tokenizer."""
@@ -70,20 +66,41 @@ def checkpoint(tmp_path_factory, tokenizer):
     return write
 
 
+def _run(*arguments):
+    """Run the command line in this process: its exit status."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["apt", *map(str, arguments)])
+        try:
+            main()
+        except SystemExit as stop:
+            return stop.code or 0
+    return 0
+
+
 @pytest.fixture
 def apt(monkeypatch, capsys, tmp_path):
     """Run the command line in a directory of its own: ``apt("prune", …)`` → code, out, err."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["apt", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code or 0
+        code = _run(*arguments)
         out, err = capsys.readouterr()
         return SimpleNamespace(code=code, out=out, err=err)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def output_of(tmp_path_factory):
+    """A function that runs a command once for all tests, and returns its output directory."""
+    made = {}
+
+    def run(*command):
+        if command not in made:
+            made[command] = tmp_path_factory.mktemp("output") / "out"
+            with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as said:
+                assert _run(*command, "-o", made[command]) == 0, said.getvalue()
+        return made[command]
 
     return run
 

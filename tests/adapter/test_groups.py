@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from apt.adapter.groups import disconnect, without
 from apt.checkpoints.smaller import shrunk
 from apt.errors import AptError
-from tests.helpers.families import CONFIGS, random_model, random_tokens
+from tests.helpers.families import CONFIGS, adapter_of, random_model, random_tokens
 
 WITH_GROUPS = {
     "llama": ("channels", "heads"),
@@ -61,9 +61,7 @@ def silence(model, adapter, removed):
 
 @pytest.mark.parametrize(("variant", "kind"), CASES)
 @torch.no_grad()
-def test_a_smaller_model_equals_one_in_which_nothing_reads_the_groups(
-    variant, kind, adapter_of, tmp_path
-):
+def test_a_smaller_model_equals_one_in_which_nothing_reads_the_groups(variant, kind, tmp_path):
     model = random_model(variant)
     adapter = adapter_of(model)
     removed = removed_groups(model, adapter, kind)
@@ -79,7 +77,7 @@ def test_a_smaller_model_equals_one_in_which_nothing_reads_the_groups(
     assert torch.equal(opened(tokens).logits, smaller(tokens).logits)
 
 
-def test_entries_of_several_kinds_are_removed_once(adapter_of):
+def test_entries_of_several_kinds_are_removed_once():
     """A query head, and the key/value head that it belongs to."""
     model = random_model("llama-grouped-tied")
     adapter = adapter_of(model)
@@ -92,7 +90,7 @@ def test_entries_of_several_kinds_are_removed_once(adapter_of):
     assert smaller["self_attn.q_proj.weight"].shape[0] == expected
 
 
-def test_blocks_must_lose_the_same_number(adapter_of):
+def test_blocks_must_lose_the_same_number():
     model = random_model("llama-grouped-tied")
     adapter = adapter_of(model)
     first = adapter.blocks(model)[0][0]
@@ -101,13 +99,13 @@ def test_blocks_must_lose_the_same_number(adapter_of):
 
 
 @pytest.mark.parametrize("variant", ["bloom"])
-def test_a_family_whose_configuration_has_no_widths_declares_none(variant, adapter_of):
+def test_a_family_whose_configuration_has_no_widths_declares_none(variant):
     model = random_model(variant)
     adapter = adapter_of(model)
     assert adapter.groups(adapter.blocks(model)[0][1], model.config) == []
 
 
-def test_widths_that_a_configuration_cannot_express_are_refused(adapter_of):
+def test_widths_that_a_configuration_cannot_express_are_refused():
     """transformers opens a LLaMA only if the hidden size is a multiple of the number of heads."""
     model = random_model("llama")
     adapter = adapter_of(model)

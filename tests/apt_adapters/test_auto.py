@@ -15,7 +15,16 @@ from apt.cli import app
 from apt.errors import AptError
 from apt.plugin.registry import registry
 from apt.testing import CHECKS, check_adapter
-from tests.helpers.families import _HEADS, _IDS, _SMALL, CONFIGS, Twice, random_model, random_tokens
+from tests.helpers.families import (
+    _HEADS,
+    _IDS,
+    _SMALL,
+    CONFIGS,
+    Twice,
+    adapter_of,
+    random_model,
+    random_tokens,
+)
 
 AUTO = registry().adapters.get("auto").load()
 TOKENS = random_tokens(2, 16)
@@ -54,7 +63,7 @@ def essentials(sites: list[Site]):
 
 
 @pytest.mark.parametrize("variant", [name for name in CONFIGS if name != "jamba"])  # experts
-def test_it_finds_what_the_shipped_adapters_declare(variant, adapter_of):
+def test_it_finds_what_the_shipped_adapters_declare(variant):
     model, auto = random_model(variant), AUTO()
     theirs = adapter_of(model)
     assert [n for n, _ in auto.blocks(model)] == [n for n, _ in theirs.blocks(model)]

@@ -13,7 +13,7 @@ from apt.calibration.batches import Batch, OpenBlock, enter
 from apt.calibration.capture import Capture
 from apt.errors import AptError
 from apt.plugin.registry import registry
-from tests.helpers.families import ATTENTION, CONFIGS, random_model, random_tokens
+from tests.helpers.families import ATTENTION, CONFIGS, adapter_of, random_model, random_tokens
 
 VARIANTS = [
     *[pytest.param(name, "sdpa", id=f"{name}-sdpa") for name in ATTENTION if name != "bloom"],
@@ -73,7 +73,7 @@ def linear_inputs(block):
 
 @torch.no_grad()
 @pytest.mark.parametrize(("variant", "attention"), VARIANTS)
-def test_chained_blocks_are_the_model(variant, attention, adapter_of):
+def test_chained_blocks_are_the_model(variant, attention):
     model = random_model(variant, attention=attention)
     adapter, tokens = adapter_of(model), random_tokens()
     expected = states_before_blocks(model, adapter, tokens)
@@ -92,7 +92,7 @@ def captured_grams(adapter, block, sites, batch):
 
 @torch.no_grad()
 @pytest.mark.parametrize(("variant", "attention"), VARIANTS)
-def test_every_linear_is_captured_exactly(variant, attention, adapter_of):
+def test_every_linear_is_captured_exactly(variant, attention):
     model = random_model(variant, attention=attention)
     adapter, tokens = adapter_of(model), random_tokens()
     state, calls = adapter.enter(model, tokens)
@@ -117,7 +117,7 @@ def test_every_linear_is_captured_exactly(variant, attention, adapter_of):
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("variant", ["llama-grouped-tied", "opt-350m", "bloom", "mamba"])
-def test_half_precision_blocks_keep_their_own_state_dtype(variant, dtype, adapter_of):
+def test_half_precision_blocks_keep_their_own_state_dtype(variant, dtype):
     model = random_model(variant, dtype)
     adapter, tokens = adapter_of(model), random_tokens()
     expected = states_before_blocks(model, adapter, tokens)
@@ -130,7 +130,7 @@ def test_half_precision_blocks_keep_their_own_state_dtype(variant, dtype, adapte
         assert state.dtype == torch.float32
 
 
-def test_a_forward_is_whole_again_after_entering(adapter_of):
+def test_a_forward_is_whole_again_after_entering():
     model, tokens = random_model("opt"), random_tokens()
     before = model(tokens).logits
     adapter_of(model).enter(model, tokens)
@@ -138,7 +138,7 @@ def test_a_forward_is_whole_again_after_entering(adapter_of):
     assert not any("forward" in vars(module) for module in model.modules())
 
 
-def test_stubs_are_removed_when_the_model_fails(adapter_of):
+def test_stubs_are_removed_when_the_model_fails():
     model = random_model("llama")
     with pytest.raises(IndexError):
         adapter_of(model).enter(model, torch.tensor([[10**6]]))
@@ -146,7 +146,7 @@ def test_stubs_are_removed_when_the_model_fails(adapter_of):
 
 
 @torch.no_grad()
-def test_equal_masks_and_positions_are_kept_once(adapter_of):
+def test_equal_masks_and_positions_are_kept_once():
     model = random_model("llama", attention="eager")
     batches = enter(adapter_of(model), model, random_tokens(samples=6), 48)
     assert [len(batch.state) for batch in batches] == [2, 2, 2]
@@ -154,7 +154,7 @@ def test_equal_masks_and_positions_are_kept_once(adapter_of):
     assert len(masks) == 1
 
 
-def test_an_adapter_of_another_family_is_refused(adapter_of):
+def test_an_adapter_of_another_family_is_refused():
     with pytest.raises(AptError, match=r"LlamaAdapter does not fit .*no 'model\.layers'"):
         adapter_of(random_model("llama")).blocks(random_model("mamba"))
 
@@ -228,13 +228,13 @@ def hooks_but(block, sites, sink, missed=None):
         handle.remove()
 
 
-def test_a_weight_that_hooks_miss_is_an_error_that_names_it(adapter_of):
+def test_a_weight_that_hooks_miss_is_an_error_that_names_it():
     model = random_model("mamba")
     with pytest.raises(AptError, match="mixer.dt_proj saw 0 of 96 calibration tokens"):
         captured(adapter_of(model), model, partial(hooks_but, missed="mixer.dt_proj"))
 
 
-def test_tokens_counted_twice_are_an_error(adapter_of):
+def test_tokens_counted_twice_are_an_error():
     model = random_model("llama")
 
     @contextmanager
@@ -250,7 +250,7 @@ def test_tokens_counted_twice_are_an_error(adapter_of):
         captured(adapter_of(model), model, twice)
 
 
-def test_bloom_that_slices_its_weights_is_refused(adapter_of):
+def test_bloom_that_slices_its_weights_is_refused():
     model = random_model("bloom")
     model.config.slow_but_exact, model.config.pretraining_tp = True, 2
     with pytest.raises(AptError, match="slow_but_exact"):

@@ -22,7 +22,7 @@ from apt.errors import AptError
 from apt.locations.model_source import find
 from apt.plugin.registry import registry
 from apt.runtime.linear import kernels
-from tests.helpers.families import CONFIGS, random_model
+from tests.helpers.families import CONFIGS, adapter_of, random_model
 from tests.helpers.processes import start
 
 LITTLE = ("--prompt", 16, "--generate", 4, "--batch", 2, "--threads", 1)
@@ -76,7 +76,7 @@ def test_models_take_turns_and_are_compared(apt):
 
 
 @pytest.mark.parametrize("variant", [name for name in CONFIGS if name != "opt-350m"])
-def test_each_step_of_decoding_is_one_token_and_no_text_ends(variant, adapter_of):
+def test_each_step_of_decoding_is_one_token_and_no_text_ends(variant):
     model, lengths = random_model(variant), []
     model.generation_config.eos_token_id = list(range(2048))
     model.generation_config.do_sample = True

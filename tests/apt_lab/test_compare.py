@@ -260,17 +260,9 @@ DAMAGE = {
 
 
 @pytest.fixture(scope="module")
-def compared(tmp_path_factory, checkpoint):
-    import sys
-
-    from apt.cli import main
-
-    folder = tmp_path_factory.mktemp("compared") / "out"
-    words = ["compare", checkpoint("llama"), *SMALL, "--methods", "wanda", "--patterns", "0.5"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["apt", *map(str, words), "-o", str(folder)])
-        main()
-    return folder, words
+def compared(output_of, checkpoint):
+    words = ("compare", checkpoint("llama"), *SMALL, "--methods", "wanda", "--patterns", "0.5")
+    return output_of(*words), words
 
 
 @pytest.mark.parametrize("name", DAMAGE)

@@ -18,7 +18,7 @@ from apt.planning.plan import Plan, PlannedBlock, PlannedSite, Selection, make_p
 from apt.plugin.registry import registry
 from apt.solver import NM, MixedNM, Unstructured
 from apt.solver.patterns import lowest_k
-from tests.helpers.families import FAMILIES, random_model, random_tokens, zoo_model
+from tests.helpers.families import FAMILIES, adapter_of, random_model, random_tokens, zoo_model
 
 TOKENS = random_tokens(samples=6)
 
@@ -28,7 +28,7 @@ def allocation(name):
 
 
 @pytest.mark.parametrize("variant", FAMILIES.values())
-def test_owl_keeps_the_sparsity_in_all_and_spares_blocks_with_outliers(variant, adapter_of):
+def test_owl_keeps_the_sparsity_in_all_and_spares_blocks_with_outliers(variant):
     model = random_model(variant)
     adapter = adapter_of(model)
     blocks = adapter.blocks(model)
@@ -47,7 +47,7 @@ def test_owl_keeps_the_sparsity_in_all_and_spares_blocks_with_outliers(variant, 
     assert max(means) - min(means) <= 0.161
 
 
-def test_owl_counts_outliers_as_its_paper_defines_them(adapter_of):
+def test_owl_counts_outliers_as_its_paper_defines_them():
     """By hand, for a LLaMA: scores |w|·‖x‖ of a block's Linears, five times their mean."""
     model = random_model("llama")
     adapter, inputs, expected = adapter_of(model), {}, []
@@ -73,7 +73,7 @@ def test_owl_counts_outliers_as_its_paper_defines_them(adapter_of):
     assert [b - a for a, b in pairwise(found)] == pytest.approx(steps, abs=1e-3)
 
 
-def test_sites_with_nm_or_left_dense_are_left_as_they_are(adapter_of):
+def test_sites_with_nm_or_left_dense_are_left_as_they_are():
     model = random_model("opt")
     selection = Selection(skip=("*.fc1",), overrides=(("*.fc2", NM(2, 4)),))
     report = library.prune(
@@ -99,7 +99,7 @@ def test_an_allocation_needs_an_unstructured_pattern():
         (lambda name: None, r"gives no value as the sparsity of .*q_proj"),
     ],
 )
-def test_an_allocation_that_breaks_its_promise_is_named(shift, message, adapter_of):
+def test_an_allocation_that_breaks_its_promise_is_named(shift, message):
     model = random_model("llama")
     plan = make_plan(model, adapter_of(model), Unstructured(0.5))
     shares = {s.name: 0.5 + d for s in plan.sites if (d := shift(s.name)) is not None}
@@ -200,7 +200,7 @@ def test_the_tail_begins_near_the_first_peak_where_it_fits_best():
 
 
 @torch.no_grad()
-def test_alphapruning_spares_blocks_with_heavy_tails(adapter_of):
+def test_alphapruning_spares_blocks_with_heavy_tails():
     model = random_model("llama")
     adapter = adapter_of(model)
     blocks = adapter.blocks(model)
@@ -226,7 +226,7 @@ def test_alphapruning_spares_blocks_with_heavy_tails(adapter_of):
 
 
 @torch.no_grad()
-def test_atp_is_an_arithmetic_progression(adapter_of):
+def test_atp_is_an_arithmetic_progression():
     model = random_model("opt")
     adapter = adapter_of(model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -277,7 +277,7 @@ def mean_of(shares, plan, block):
 
 @torch.no_grad()
 @pytest.mark.parametrize("variant", FAMILIES.values())
-def test_auto_spares_what_changes_the_output(variant, adapter_of):
+def test_auto_spares_what_changes_the_output(variant):
     """A block that writes a tenth to the stream matters less, and loses more."""
     model = random_model(variant)
     adapter = adapter_of(model)
@@ -307,7 +307,7 @@ ONE = ("*.layers.0.*.q_proj",)
      (Unstructured(0.7), ONE)],
     ids=str,
 )  # fmt: skip
-def test_auto_keeps_the_total_where_the_loss_is_linear(pattern, only, name, aware, adapter_of):
+def test_auto_keeps_the_total_where_the_loss_is_linear(pattern, only, name, aware):
     """Every weight then costs the same, and one threshold takes many at once."""
     model = random_model("opt")
     plan = make_plan(model, adapter_of(model), pattern, Selection(only=only))
@@ -321,7 +321,7 @@ def test_auto_keeps_the_total_where_the_loss_is_linear(pattern, only, name, awar
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["llama", "mamba"])
-def test_a_search_over_levels_finds_a_lower_loss_and_leaves_the_model(family, adapter_of):
+def test_a_search_over_levels_finds_a_lower_loss_and_leaves_the_model(family):
     model, tokens, _ = zoo_model(family, 8, 128)
     plan = make_plan(model.module, model.adapter, Unstructured(0.7))
     before = {name: value.clone() for name, value in model.module.state_dict().items()}
@@ -345,7 +345,7 @@ def fitness(given, shares):
 
 
 @torch.no_grad()
-def test_auto_lowers_the_loss_of_a_model_whose_blocks_differ(adapter_of):
+def test_auto_lowers_the_loss_of_a_model_whose_blocks_differ():
     losses = {}
     for name in ("uniform", "auto"):
         model = random_model("llama")
@@ -360,7 +360,7 @@ def test_auto_lowers_the_loss_of_a_model_whose_blocks_differ(adapter_of):
 
 
 @torch.no_grad()
-def test_auto_prunes_early_blocks_more_in_an_error_aware_run(adapter_of):
+def test_auto_prunes_early_blocks_more_in_an_error_aware_run():
     model = random_model("llama")
     adapter = adapter_of(model)
     plan = make_plan(model, adapter, Unstructured(0.5))

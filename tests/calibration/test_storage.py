@@ -13,8 +13,8 @@ from apt.adapter import Site
 from apt.calibration.batches import Batch, DenseActivations, enter
 from apt.calibration.storage import DiskStore, MemoryStore
 from apt.checkpoints.safetensors_io import Shards
-from tests.engine.test_streaming import PLACES, SMALL, KilledError, check_full_disk, cut, weights
-from tests.helpers.families import FAMILIES, random_model
+from tests.helpers.families import FAMILIES, adapter_of, random_model
+from tests.helpers.interrupted import PLACES, SMALL, KilledError, check_full_disk, cut, weights
 
 Pair = namedtuple("Pair", "left right")
 
@@ -69,7 +69,7 @@ def test_files_that_are_gone_already_are_no_fault(tmp_path, monkeypatch):
     assert not said
 
 
-def test_nothing_but_files_is_held_between_blocks(tmp_path, adapter_of):
+def test_nothing_but_files_is_held_between_blocks(tmp_path):
     model, tokens = random_model("llama"), torch.arange(48).reshape(4, 12)
     batches = enter(
         adapter_of(model), model, tokens, 24, with_dense=True, store=DiskStore(tmp_path)
@@ -103,8 +103,8 @@ def command(checkpoint):
     return ("prune", checkpoint("llama"), *SMALL, "--stream", "--activations", "disk")
 
 
-def test_a_run_that_was_killed_leaves_no_activations_behind(command, apt, monkeypatch):
-    assert apt(*command, "-o", "whole").code == 0
+def test_a_run_that_was_killed_leaves_no_activations_behind(command, apt, output_of, monkeypatch):
+    whole = output_of(*command)
     with monkeypatch.context() as patch:
         patch.setattr("apt.calibration.storage.weakref.finalize", lambda *args, **kwargs: None)
         cut(patch, PLACES["journal"], 4, KilledError())
@@ -115,11 +115,11 @@ def test_a_run_that_was_killed_leaves_no_activations_behind(command, apt, monkey
     activations.mkdir()  # SIGKILL leaves them
     (activations / "0").write_bytes(b"activations")
     assert apt(*command, "-o", "out", "--resume").code == 0
-    assert weights("out") == weights("whole")
+    assert weights("out") == weights(whole)
     assert not list(Path().glob(".out*"))
 
 
-def test_a_disk_that_fills_up_is_told(command, apt, monkeypatch):
+def test_a_disk_that_fills_up_is_told(command, apt, output_of, monkeypatch):
     original, calls = DiskStore._write, []
 
     def full(self, tensor):
@@ -128,11 +128,11 @@ def test_a_disk_that_fills_up_is_told(command, apt, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
         return original(self, tensor)
 
-    assert apt(*command, "-o", "whole").code == 0
+    whole = output_of(*command)
     with monkeypatch.context() as patch:
         patch.setattr(DiskStore, "_write", full)
         result = apt(*command, "-o", "out")
-    check_full_disk(result, command, apt)
+    check_full_disk(result, command, apt, whole)
 
 
 @pytest.mark.parametrize(

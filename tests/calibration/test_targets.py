@@ -21,7 +21,14 @@ from apt.pruning.layer import Recipe
 from apt.pruning.paused_forward import PausedForwards
 from apt.pruning.pipeline import prune_blocks
 from apt.solver import NM, Gram, ss
-from tests.helpers.families import CONFIGS, FAMILIES, random_model, random_tokens, zoo_model
+from tests.helpers.families import (
+    CONFIGS,
+    FAMILIES,
+    adapter_of,
+    random_model,
+    random_tokens,
+    zoo_model,
+)
 
 
 def inputs_of(model, names, tokens):
@@ -52,7 +59,7 @@ def disturbed(model, share=0.2):
 
 
 @pytest.fixture
-def behind(adapter_of):
+def behind():
     """Block 1 of a LLaMA behind a disturbed block 0: both models, the adapter, and its batches."""
     dense = random_model("llama")
     pruned, adapter = disturbed(dense), adapter_of(dense)
@@ -161,7 +168,7 @@ def test_the_target_solves_its_normal_equations():
 
 @torch.no_grad()
 @pytest.mark.parametrize("variant", FAMILIES.values())
-def test_in_no_strength_at_all_targets_change_nothing(variant, adapter_of):
+def test_in_no_strength_at_all_targets_change_nothing(variant):
     """Only sites that write to the stream differ then, by the weighting of tokens."""
     plain, aware = random_model(variant), random_model(variant)
     adapter, tokens = adapter_of(plain), random_tokens(samples=6)
@@ -203,7 +210,7 @@ def test_the_pruned_zoo_models_end_nearer_to_the_dense_ones(name):
 
 
 @pytest.mark.parametrize("variant", CONFIGS)
-def test_every_configuration_takes_targets(variant, adapter_of):
+def test_every_configuration_takes_targets(variant):
     model = random_model(variant)
     report = library.prune(model, random_tokens(samples=6), pattern="0.5", method="ss",
                            options=library.PruneOptions(error_aware=True))  # fmt: skip
@@ -224,7 +231,7 @@ def in_halves(adapter, block, sites, sink, whole):
         yield
 
 
-def test_a_weight_multiplied_in_parts_is_the_same_as_in_one(adapter_of):
+def test_a_weight_multiplied_in_parts_is_the_same_as_in_one():
     weights = []
     for halved in (False, True):
         model = random_model("llama")
@@ -240,7 +247,7 @@ def test_a_weight_multiplied_in_parts_is_the_same_as_in_one(adapter_of):
     torch.testing.assert_close(weights[1], weights[0], rtol=1e-3, atol=1e-4)
 
 
-def test_streams_that_multiply_other_tokens_cannot_be_compared(adapter_of):
+def test_streams_that_multiply_other_tokens_cannot_be_compared():
     model = random_model("llama")
     adapter = adapter_of(model)
     calls, whole = [], type(adapter).capture
@@ -257,7 +264,7 @@ def test_streams_that_multiply_other_tokens_cannot_be_compared(adapter_of):
         prune_blocks(model, adapter, plan, random_tokens(), ss, Recipe(targets=Targets()))
 
 
-def test_sites_that_do_not_write_to_the_blocks_own_stream_are_not_declared_so(adapter_of):
+def test_sites_that_do_not_write_to_the_blocks_own_stream_are_not_declared_so():
     post_norm = random_model("opt-350m")
     sites = adapter_of(post_norm).sites(post_norm.model.decoder.layers[0])
     assert [site.name for site in sites if site.residual] == ["self_attn.out_proj"]

@@ -18,14 +18,14 @@ from apt.plugin.registry import registry
 from apt.pruning.pipeline import prune_blocks
 from apt.solver import NM, ss
 from apt.testing import CHECKS, AdapterConformance, check_adapter
-from tests.helpers.families import CONFIGS, Twice, random_model, random_tokens
+from tests.helpers.families import CONFIGS, Twice, adapter_of, random_model, random_tokens
 
 LLAMA = registry().adapters.get("llama").load()
 TOKENS = random_tokens(2, 16)
 
 
 @pytest.mark.parametrize("variant", CONFIGS)
-def test_the_adapters_that_ship_conform(variant, adapter_of):
+def test_the_adapters_that_ship_conform(variant):
     model = random_model(variant)
     problems = {o.name: o.problem for o in check_adapter(adapter_of(model), model, TOKENS)}
     assert problems == dict.fromkeys(CHECKS, "")

@@ -31,9 +31,9 @@ from apt.planning.plan import Plan, PlannedBlock, PlannedSite
 from apt.plugin.registry import Registry
 from apt.solver import NM
 from apt.tuning.block_tuning import BlockTuning
-from tests.engine.test_streaming import weights
 from tests.helpers import TEXT
 from tests.helpers.families import CONFIGS, random_model, random_tokens
+from tests.helpers.interrupted import weights
 from tests.helpers.processes import forked, on_ranks
 
 TOKENS = random_tokens(samples=8)

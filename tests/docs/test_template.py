@@ -1,7 +1,6 @@
 """The template's package conforms as it is, and its example has a layer of every kind."""
 
 import re
-import shutil
 import tomllib
 from types import ModuleType
 
@@ -11,6 +10,7 @@ from transformers import JambaConfig, LlamaConfig, MistralConfig
 
 from apt.testing import CHECKS, check_adapter, every_kind, random_tokens
 from tests.helpers import ROOT
+from tests.helpers.template import copied
 
 SOURCE = ROOT / "template/kinds/adapter.py.jinja"
 ANSWERS = {
@@ -63,18 +63,6 @@ def test_a_configuration_that_takes_no_kinds_is_given_none(config_class, window)
 
 def test_every_check_has_a_line_that_says_what_it_looks_at():
     assert all(check.__doc__.endswith(".") for check in CHECKS.values())
-
-
-def copied(folder, **answers):
-    """The package that copier makes of the template as it is now, not as it was last committed."""
-    copier = pytest.importorskip("copier")
-    there = folder / "repository"
-    shutil.copytree(ROOT / "template", there / "template", dirs_exist_ok=True)
-    shutil.copy(ROOT / "copier.yml", there)
-    made = folder / "made"
-    copier.run_copy(str(there), made, data=answers, defaults=True, quiet=True)
-    project = tomllib.loads((made / "pyproject.toml").read_text())["project"]
-    return made.rename(folder / project["name"])
 
 
 def test_a_name_with_a_hyphen_has_a_module_with_an_underscore(tmp_path):

@@ -16,8 +16,8 @@ import yaml
 import apt as library
 from apt.plugin.registry import registry
 from apt.testing import check_adapter, embedded, random_tokens
-from tests.docs.test_template import copied
 from tests.helpers import ROOT
+from tests.helpers.template import copied
 
 _NAMED = re.compile(r"# ([\w./]+)\n")
 

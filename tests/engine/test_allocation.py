@@ -11,8 +11,8 @@ from apt.checkpoints.safetensors_io import Shards
 from apt.planning.allocation import with_shares
 from apt.planning.plan import make_plan
 from apt.solver import NM, MixedNM, Unstructured, parse_pattern
-from tests.engine.test_streaming import PLACES, KilledError, cut
-from tests.helpers.families import random_model, random_tokens
+from tests.helpers.families import adapter_of, random_model, random_tokens
+from tests.helpers.interrupted import PLACES, KilledError, cut
 
 SMALL = ("--samples", 4, "--seqlen", 32, "--effort", "fast")
 AUTO = ("--sparsity", 0.6, "--allocation", "auto")
@@ -41,9 +41,9 @@ def test_a_streamed_run_has_the_same_allocation(name, checkpoint, apt):
         torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-5)
 
 
-def test_an_interrupted_run_keeps_its_allocation(checkpoint, apt, monkeypatch):
+def test_an_interrupted_run_keeps_its_allocation(checkpoint, apt, output_of, monkeypatch):
     command = ("prune", checkpoint("llama"), *AUTO, *SMALL, "--stream")
-    assert apt(*command, "-o", "whole").code == 0
+    whole = output_of(*command)
     with monkeypatch.context() as patch:
         cut(patch, PLACES["journal"], 5, KilledError())
         with pytest.raises(KilledError):
@@ -54,7 +54,7 @@ def test_an_interrupted_run_keeps_its_allocation(checkpoint, apt, monkeypatch):
         patch.setattr("apt_plugins.budget.auto", None)  # not computed again
         result = apt(*command, "-o", "out", "--resume")
     assert result.code == 0, result.err
-    assert zeros_of(report_of("out")) == zeros_of(report_of("whole"))
+    assert zeros_of(report_of("out")) == zeros_of(report_of(whole))
 
 
 def test_mixed_nm_has_the_exact_total_and_is_verified(apt):
@@ -82,7 +82,7 @@ def total_size(reference):
     return sum(s.size for s in make_plan(shell.module, shell.adapter, Unstructured(0.5)).sites)
 
 
-def test_levels_may_leave_a_site_dense(adapter_of):
+def test_levels_may_leave_a_site_dense():
     model = random_model("llama")
     plan = make_plan(model, adapter_of(model), MixedNM(0.25, m=8))
     first = plan.sites[0].name

@@ -3,7 +3,6 @@
 import os
 import resource
 import signal
-import subprocess
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,8 +13,9 @@ import apt as library
 from apt.errors import AptError
 from apt.files.journal import Journal
 from apt.plugin.registry import registry
-from tests.engine.test_streaming import SMALL, weights
 from tests.helpers.families import random_model, random_tokens
+from tests.helpers.interrupted import SMALL, signalled, weights
+from tests.helpers.mounting import mounted
 
 TOKENS = random_tokens(samples=8)
 
@@ -55,13 +55,8 @@ def test_a_file_that_cannot_grow(apt, checkpoint, stream):
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 256 KiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
-    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("a file system can be mounted by root only")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    with mounted(tmp_path / "disk", "-o", "size=256k") as folder:
+        yield folder
 
 
 def test_a_disk_too_small_is_told_before_the_work(checkpoint, apt, small_disk):
@@ -125,7 +120,7 @@ class BrokenError(Exception):
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["memory", "stream"])
-def test_a_method_that_raises_in_the_middle(apt, checkpoint, monkeypatch, stream):
+def test_a_method_that_raises_in_the_middle(apt, output_of, checkpoint, monkeypatch, stream):
     spec = registry().methods.get("wanda")
     whole, calls = spec.load(), []
 
@@ -147,9 +142,8 @@ def test_a_method_that_raises_in_the_middle(apt, checkpoint, monkeypatch, stream
     assert not Path("out").exists()
     if stream:
         assert apt("prune", checkpoint("llama"), *SMALL, *options, "--resume").code == 0
-        options[options.index("out")] = "whole"
-        assert apt("prune", checkpoint("llama"), *SMALL, *options).code == 0
-        assert weights("out") == weights("whole")
+        whole = output_of("prune", checkpoint("llama"), *SMALL, "--method", "wanda", "--stream")
+        assert weights("out") == weights(whole)
 
 
 def test_links_out_of_the_output_are_not_followed(apt, checkpoint, tmp_path):
@@ -174,15 +168,7 @@ def test_a_run_that_is_asked_to_end(apt, checkpoint, monkeypatch, number):
     assert run.code == (143 if number == signal.SIGTERM else 130)
     assert "interrupted; nothing was written" in run.err
     assert not list(Path().iterdir())
-    original, calls = Journal.add, []
-
-    def add(self, line):
-        original(self, line)
-        calls.append(line)
-        if len(calls) == 4:
-            os.kill(os.getpid(), number)
-
-    monkeypatch.setattr(Journal, "add", add)
+    monkeypatch.setattr(Journal, "add", signalled(4, number))
     run = apt(*command, "--stream")
     assert run.code == (143 if number == signal.SIGTERM else 130)
     assert "give the same command with --resume" in run.err

@@ -1,8 +1,6 @@
 """Block by block from disk to disk: the same bytes as in memory, also when a run is cut short."""
 
 import errno
-import json
-import os
 import shutil
 import signal
 import threading
@@ -13,28 +11,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import apt.checkpoints.safetensors_io as apt_shards
-import apt.files.journal as apt_journal
-import apt.output.workplace as apt_workplace
 from apt.checkpoints.safetensors_io import Shards
 from apt.distributed.ranks import Ranks
 from apt.engine.disk_blocks import DiskBlocks
-from tests.helpers import TEXT
+from apt.files.journal import Journal
+from apt.output.workplace import Workplace
 from tests.helpers.families import CONFIGS, FAMILIES, random_model
+from tests.helpers.interrupted import (
+    PLACES,
+    SMALL,
+    KilledError,
+    check_full_disk,
+    cut,
+    signalled,
+    weights,
+)
 from tests.helpers.processes import start
-
-SMALL = ("--samples", 4, "--seqlen", 24, "--pattern", "2:4", "--calibration", TEXT)
-
-
-class KilledError(BaseException):
-    """Stands in for a process that is gone: nothing catches it."""
-
-
-def weights(folder):
-    """Everything in an output but the times that its report has."""
-    files = {p.name: p.read_bytes() for p in Path(folder).iterdir() if p.name != "apt_report.json"}
-    report = json.loads((Path(folder) / "apt_report.json").read_text())
-    return files, [(s["name"], s["zeros"], s["relative_error"]) for s in report["sites"]]
 
 
 @pytest.fixture
@@ -85,27 +77,6 @@ def test_layout_and_every_other_file_stay(sharded, apt):
     assert not Path("out/pytorch_model.bin").exists()
 
 
-def cut(monkeypatch, place, count, error):
-    """Let the ``count``-th call of a function of the journal or the shards fail."""
-    owner, name = place
-    original, calls = getattr(owner, name), []
-
-    def failing(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == count:
-            raise error
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(owner, name, failing)
-
-
-PLACES = {
-    "write": (apt_shards.os, "pwrite"),
-    "journal": (apt_journal.Journal, "add"),
-    "appear": (apt_workplace, "rename_new"),
-}
-
-
 @pytest.mark.parametrize(
     ("place", "count", "effort"),
     [("write", 1, "default"), ("write", 9, "default"), ("write", 9, "fast"),
@@ -113,10 +84,10 @@ PLACES = {
      ("appear", 1, "fast")],
 )  # fmt: skip
 def test_a_run_that_is_cut_short_goes_on_to_the_same_bytes(
-    place, count, effort, checkpoint, apt, monkeypatch
+    place, count, effort, checkpoint, apt, output_of, monkeypatch
 ):
     command = ("prune", checkpoint("llama"), *SMALL, "--stream", "--effort", effort)
-    assert apt(*command, "-o", "whole").code == 0
+    whole = output_of(*command)
     with monkeypatch.context() as patch:
         cut(patch, PLACES[place], count, KilledError())
         with pytest.raises(KilledError):
@@ -128,13 +99,15 @@ def test_a_run_that_is_cut_short_goes_on_to_the_same_bytes(
         assert "(--resume)" in refused.err
     result = apt(*command, "-o", "out", "--resume")
     assert result.code == 0, result.err
-    assert weights("out") == weights("whole")
+    assert weights("out") == weights(whole)
     assert not list(Path().glob(".out*"))
 
 
-def test_a_run_that_is_cut_short_once_its_output_is_there_is_done(checkpoint, apt, monkeypatch):
+def test_a_run_that_is_cut_short_once_its_output_is_there_is_done(
+    checkpoint, apt, output_of, monkeypatch
+):
     command = ("prune", checkpoint("llama"), *SMALL, "--stream", "--effort", "fast")
-    assert apt(*command, "-o", "whole").code == 0
+    whole = output_of(*command)
     original = shutil.rmtree
 
     def failing(path, *args, **kwargs):
@@ -150,26 +123,17 @@ def test_a_run_that_is_cut_short_once_its_output_is_there_is_done(checkpoint, ap
     assert "exists and is not empty" in apt(*command, "-o", "out").err
     result = apt(*command, "-o", "out", "--resume")
     assert result.code == 0, result.err
-    assert weights("out") == weights("whole")
+    assert weights("out") == weights(whole)
     assert not list(Path().glob(".out*"))
 
 
-def check_full_disk(result, command, apt):
-    """A run that a full disk has ended says so, and can be gone on with."""
-    assert result.code == 2
-    assert "No space left on device" in result.err
-    assert "--resume" in result.err
-    assert apt(*command, "-o", "out", "--resume").code == 0
-    assert weights("out") == weights("whole")
-
-
-def test_a_full_disk_loses_nothing(checkpoint, apt, monkeypatch):
+def test_a_full_disk_loses_nothing(checkpoint, apt, output_of, monkeypatch):
     command = ("prune", checkpoint("llama"), *SMALL, "--stream")
-    assert apt(*command, "-o", "whole").code == 0
+    whole = output_of(*command)
     with monkeypatch.context() as patch:
         cut(patch, PLACES["write"], 9, OSError(errno.ENOSPC, "No space left on device"))
         result = apt(*command, "-o", "out")
-    check_full_disk(result, command, apt)
+    check_full_disk(result, command, apt, whole)
 
 
 def test_another_command_is_not_gone_on_with(checkpoint, apt, monkeypatch):
@@ -184,9 +148,11 @@ def test_another_command_is_not_gone_on_with(checkpoint, apt, monkeypatch):
     assert apt(*command, "--resume").code == 0
 
 
-def test_a_journal_cut_within_a_line_is_read_as_far_as_it_is_whole(checkpoint, apt, monkeypatch):
+def test_a_journal_cut_within_a_line_is_read_as_far_as_it_is_whole(
+    checkpoint, apt, output_of, monkeypatch
+):
     command = ("prune", checkpoint("llama"), *SMALL, "--stream")
-    assert apt(*command, "-o", "whole").code == 0
+    whole = output_of(*command)
     with monkeypatch.context() as patch:
         cut(patch, PLACES["journal"], 5, KilledError())
         with pytest.raises(KilledError):
@@ -194,12 +160,12 @@ def test_a_journal_cut_within_a_line_is_read_as_far_as_it_is_whole(checkpoint, a
     journal = Path(".out.apt/journal.jsonl")
     journal.write_bytes(journal.read_bytes()[:-30])
     assert apt(*command, "-o", "out", "--resume").code == 0
-    assert weights("out") == weights("whole")
+    assert weights("out") == weights(whole)
 
 
 def test_two_runs_do_not_write_one_output(checkpoint, apt):
     for options in (["--stream"], ["--stream", "--resume"], []):
-        with apt_workplace.Workplace(Path("out")).locked():
+        with Workplace(Path("out")).locked():
             result = apt("prune", checkpoint("llama"), *SMALL, *options, "-o", "out")
         assert result.code == 2
         assert "another run is writing" in result.err
@@ -233,32 +199,24 @@ def test_a_disk_too_small_is_told_first(checkpoint, apt, monkeypatch):
 
 def kill_after_two_blocks():
     """Let this process be killed once two blocks are on disk."""
-    original, written = apt_journal.Journal.add, []
-
-    def add(self, line):
-        original(self, line)
-        written.append(line)
-        if len(written) == 4:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    apt_journal.Journal.add = add
+    Journal.add = signalled(4, signal.SIGKILL)
 
 
-def test_a_process_that_is_killed_is_gone_on_with(checkpoint, tmp_path, apt):
+def test_a_process_that_is_killed_is_gone_on_with(checkpoint, tmp_path, apt, output_of):
     command = ("prune", checkpoint("llama"), *SMALL, "--stream")
-    assert apt(*command, "-o", "whole").code == 0
+    whole = output_of(*command)
     process = start(tmp_path, *command, "-o", "out", before=kill_after_two_blocks)
     process.join()
     assert process.exitcode == -signal.SIGKILL, Path("said").read_text()
     assert not Path("out").exists()
     assert Path(".out.apt/journal.jsonl").read_bytes().count(b"\n") == 4
     assert apt(*command, "-o", "out", "--resume").code == 0
-    assert weights("out") == weights("whole")
+    assert weights("out") == weights(whole)
 
 
-def test_the_next_block_is_read_while_one_has_its_turn(checkpoint, apt, monkeypatch):
+def test_the_next_block_is_read_while_one_has_its_turn(checkpoint, apt, output_of, monkeypatch):
     command = ("prune", checkpoint("llama"), *SMALL, "--stream")
-    assert apt(*command, "-o", "whole").code == 0
+    whole = output_of(*command)
     readers, original = [], Shards.read
 
     def read(self, name):
@@ -276,14 +234,14 @@ def test_the_next_block_is_read_while_one_has_its_turn(checkpoint, apt, monkeypa
     ahead = {name for name, main in readers if not main}
     assert any(".layers.0." in name for name in in_main - ahead)
     assert any(".layers.1." in name for name in ahead)
-    assert weights("out") == weights("whole")
+    assert weights("out") == weights(whole)
 
 
 def test_a_block_that_is_read_ahead_but_never_opened_is_let_go():
     """A layer-wise run opens no block that is dropped."""
     plan = SimpleNamespace(blocks=[SimpleNamespace(name=str(index)) for index in range(5)])
     source = SimpleNamespace(read=lambda name: {}, open=lambda name, dense: nullcontext())
-    blocks = DiskBlocks(plan, source, source, "cuda", apt_journal.Journal(), Ranks())
+    blocks = DiskBlocks(plan, source, source, "cuda", Journal(), Ranks())
     for name, ahead in (("0", ["1"]), ("2", ["3"]), ("3", ["4"]), ("4", [])):
         with blocks.open(name, None):
             assert list(blocks._ahead) == ahead
@@ -309,17 +267,17 @@ def test_a_damaged_block_that_is_read_ahead_is_told_in_its_turn(checkpoint, apt,
     assert "finished blocks are in .out.apt: resume the run (--resume)" in result.err
 
 
-def test_a_run_goes_on_with_its_activations_elsewhere(checkpoint, apt, monkeypatch):
+def test_a_run_goes_on_with_its_activations_elsewhere(checkpoint, apt, output_of, monkeypatch):
     """As a run that died for lack of memory has to."""
     command = ("prune", checkpoint("llama"), *SMALL, "--stream", "--effort", "fast")
-    assert apt(*command, "-o", "whole").code == 0
+    whole = output_of(*command)
     with monkeypatch.context() as patch:
         cut(patch, PLACES["journal"], 5, KilledError())
         with pytest.raises(KilledError):
             apt(*command, "-o", "out")
     result = apt(*command, "-o", "out", "--resume", "--activations", "disk")
     assert result.code == 0, result.err
-    whole, out = (Shards(Path(name)) for name in ("whole", "out"))
+    whole, out = Shards(whole), Shards(Path("out"))
     for name in whole.entries:
         torch.testing.assert_close(whole.read(name), out.read(name), rtol=1e-3, atol=1e-5)
     assert apt(*command, "-o", "out", "--resume").code == 0  # it is the same run, and complete
@@ -336,10 +294,12 @@ def test_a_run_that_needs_another_selection_is_not_to_be_resumed(tmp_path, token
     assert result.err.endswith("skip 'model.layers.1.mlp.down_proj' (--skip)\n")
 
 
-def test_text_that_the_model_wrote_is_kept_for_a_resumed_run(checkpoint, apt, monkeypatch):
+def test_text_that_the_model_wrote_is_kept_for_a_resumed_run(
+    checkpoint, apt, output_of, monkeypatch
+):
     command = ("prune", checkpoint("llama"), *SMALL, "--stream", "--own-samples", 2)
     command = (*command, "--effort", "fast", "--eval", "builtin")
-    assert apt(*command, "-o", "whole").code == 0
+    whole = output_of(*command)
     with monkeypatch.context() as patch:
         cut(patch, PLACES["journal"], 6, KilledError())
         with pytest.raises(KilledError):
@@ -348,7 +308,7 @@ def test_text_that_the_model_wrote_is_kept_for_a_resumed_run(checkpoint, apt, mo
         patch.setattr("apt.text.augmentation.own_text", lambda *args, **kwargs: 1 / 0)
         result = apt(*command, "-o", "out", "--resume")
     assert result.code == 0, result.err
-    assert weights("out") == weights("whole")
+    assert weights("out") == weights(whole)
 
 
 def test_kept_text_that_was_changed_is_refused(checkpoint, apt, monkeypatch):

@@ -10,8 +10,8 @@ import torch
 
 from apt.checkpoints.safetensors_io import Shards
 from apt.files.journal import Journal
-from tests.engine.test_streaming import PLACES, KilledError, cut, weights
 from tests.helpers import TEXT
+from tests.helpers.interrupted import PLACES, KilledError, cut, weights
 
 TAMPERINGS = int(os.environ.get("APT_TAMPERINGS", "30"))
 QUICK = ("--samples", 2, "--seqlen", 16, "--pattern", "2:4", "--calibration", TEXT, "--stream")
@@ -19,10 +19,8 @@ QUICK = ("--samples", 2, "--seqlen", 16, "--pattern", "2:4", "--calibration", TE
 
 @pytest.fixture
 def cut_short(checkpoint, apt, monkeypatch):
-    """A function that leaves a run of some blocks, and returns its command; ``whole`` is another's
-    result."""
+    """A function that leaves a run of some blocks, and returns its command."""
     command = ("prune", checkpoint("llama"), *QUICK, "--method", "wanda")
-    assert apt(*command, "-o", "whole").code == 0
 
     def leave(lines=5):
         with monkeypatch.context() as patch:
@@ -34,16 +32,21 @@ def cut_short(checkpoint, apt, monkeypatch):
     return leave
 
 
-def check(apt, command):
+@pytest.fixture
+def check(apt, output_of):
     """Go on: the result is that of a whole run, or the change is told and nothing appears."""
-    run = apt(*command)
-    if run.code == 0:
-        assert weights("out") == weights("whole")
-        return "harmless"
-    assert run.code == 2, run.err
-    assert "delete" in run.err
-    assert not Path("out").exists()
-    return "seen"
+
+    def go_on(command):
+        run = apt(*command)
+        if run.code == 0:
+            assert weights("out") == weights(output_of(*command[:-3]))
+            return "harmless"
+        assert run.code == 2, run.err
+        assert "delete" in run.err
+        assert not Path("out").exists()
+        return "seen"
+
+    return go_on
 
 
 def flip(path, draw):
@@ -54,7 +57,7 @@ def flip(path, draw):
 
 
 @pytest.mark.parametrize("lines", [4, 5, 6], ids=["one block", "two blocks", "all blocks"])
-def test_a_bit_that_flips_in_any_file(cut_short, apt, lines):
+def test_a_bit_that_flips_in_any_file(cut_short, check, lines):
     command, draw, found = cut_short(lines), random.Random(lines), []
     shutil.copytree(".out.apt", "left")
     files = sorted(p.relative_to("left") for p in Path("left").rglob("*") if p.stat().st_size)
@@ -64,7 +67,7 @@ def test_a_bit_that_flips_in_any_file(cut_short, apt, lines):
             shutil.rmtree(leftover, ignore_errors=True)
         shutil.copytree("left", ".out.apt")
         flip(Path(".out.apt") / files[number % len(files)], draw)
-        found.append(check(apt, command))
+        found.append(check(command))
     print(f"{lines}: {len(found)} flips, {found.count('seen')} seen, the others did no harm")
     assert found.count("seen") > len(found) / 3
 
@@ -89,24 +92,24 @@ def test_a_tensor_that_is_changed(cut_short, apt, name):
     assert not Path("out").exists()
 
 
-def test_a_tensor_of_a_block_to_come_is_written_anew(cut_short, apt):
+def test_a_tensor_of_a_block_to_come_is_written_anew(cut_short, check):
     command, out, name = cut_short(), Path(".out.apt/out"), "model.layers.2.mlp.up_proj.weight"
     Shards(out).write([(name, torch.ones_like(Shards(out).read(name)))])
-    assert check(apt, command) == "harmless"
+    assert check(command) == "harmless"
 
 
-def test_lines_that_no_run_has_written(cut_short, apt):
+def test_lines_that_no_run_has_written(cut_short, check):
     command, path = cut_short(), Path(".out.apt/journal.jsonl")
     before = path.read_bytes()
     for line in (b'{"finished": true}\n', b'{"finished": {}, "checksum": ""}\n', b"[]\n", b"\xff"):
         path.write_bytes(before + line)
-        assert check(apt, command) == "harmless"
+        assert check(command) == "harmless"
         shutil.rmtree("out")
         cut_short()
     forged = Journal(path, "")
     forged.read()
     forged.add({"finished": {}})
-    assert check(apt, command) == "harmless"
+    assert check(command) == "harmless"
 
 
 def test_a_line_that_is_taken_out_or_changed(cut_short, apt):
@@ -120,12 +123,12 @@ def test_a_line_that_is_taken_out_or_changed(cut_short, apt):
         assert not Path("out").exists()
 
 
-def test_files_that_are_added_do_not_appear(cut_short, apt):
+def test_files_that_are_added_do_not_appear(cut_short, check):
     command = cut_short()
     Path(".out.apt/out/evil.py").write_text("raise SystemExit")
     Path(".out.apt/out/deep").mkdir()
     Path(".out.apt/out/deep/evil.bin").write_bytes(b"x")
-    assert check(apt, command) == "harmless"
+    assert check(command) == "harmless"
 
 
 def test_a_finished_run_that_is_gone_on_with_is_complete(cut_short, apt):

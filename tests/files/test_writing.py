@@ -88,17 +88,8 @@ def model(tmp_path_factory, checkpoint):
 
 
 @pytest.fixture(scope="module")
-def pruned(tmp_path_factory):
-    import sys
-
-    from apt.cli import main
-
-    folder = tmp_path_factory.mktemp("pruned")
-    words = ["prune", "zoo:llama", *map(str, QUICK), "-o", str(folder / "out")]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["apt", *words])
-        main()
-    return folder / "out"
+def pruned(output_of):
+    return output_of("prune", "zoo:llama", *QUICK)
 
 
 WRITERS = {

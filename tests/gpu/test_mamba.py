@@ -12,7 +12,7 @@ from apt.adapter import DecoderAdapter
 from apt.conformance.oracle import Oracle
 from apt.solver import NM
 from apt.solver.patterns import meets
-from tests.helpers.families import random_model, random_tokens
+from tests.helpers.families import adapter_of, random_model, random_tokens
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
@@ -45,7 +45,7 @@ def test_fused_and_plain_forwards_agree(model):
 
 
 @torch.no_grad()
-def test_capture_sees_every_weight_and_changes_nothing(model, adapter_of):
+def test_capture_sees_every_weight_and_changes_nothing(model):
     adapter: DecoderAdapter = adapter_of(model)
     with adapter.running(model):
         state, calls = adapter.enter(model, TOKENS.cuda())
@@ -76,7 +76,7 @@ def test_a_model_is_pruned_through_its_kernels(model):
 
 
 @torch.no_grad()
-def test_the_time_that_capture_takes_is_told(model, adapter_of, record_property):
+def test_the_time_that_capture_takes_is_told(model, record_property):
     adapter, tokens = adapter_of(model), random_tokens(16, 512).cuda()
     state, calls = adapter.enter(model, tokens)
     block = adapter.blocks(model)[0][1]

@@ -80,6 +80,11 @@ def random_model(variant, dtype=torch.float32, attention=None):
     return model.to(dtype).eval()
 
 
+def adapter_of(model):
+    """The adapter for a model."""
+    return registry().adapter_for(model.config.model_type).load()()
+
+
 class Twice(torch.nn.ModuleList):
     """A list of blocks through which the model goes twice."""
 

@@ -10,7 +10,7 @@ from apt_adapters.processor import on_processor
 import apt as library
 from apt.events import BlockTuned
 from apt.testing import CHECKS, Subject
-from tests.helpers.families import random_model, random_tokens
+from tests.helpers.families import adapter_of, random_model, random_tokens
 
 TOKENS = random_tokens(2, 8)
 # Those that need few forwards: Triton's interpreter, which Mamba 2 runs in, is slow.
@@ -30,7 +30,7 @@ def counted(monkeypatch, module, name):
 
 
 @pytest.mark.parametrize("variant", ["mamba", "falcon-mamba", "jamba", "mamba2"])
-def test_adapters_conform_with_the_kernels_kept_on(variant, adapter_of, monkeypatch):
+def test_adapters_conform_with_the_kernels_kept_on(variant, monkeypatch):
     import causal_conv1d_cuda
 
     calls = counted(monkeypatch, causal_conv1d_cuda, "causal_conv1d_fwd")

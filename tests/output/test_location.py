@@ -4,7 +4,6 @@ import os
 import shutil
 import socket
 import stat
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from apt.output.location import check_output, workplace_of
 from apt.output.report import Report
 from apt.output.workplace import Workplace, whole_directory
 from tests.helpers import TEXT
+from tests.helpers.mounting import mounted
 
 QUICK = ("--samples", 2, "--seqlen", 16, "--pattern", "2:4", "--method", "wanda")
 
@@ -135,17 +135,10 @@ def test_places_that_are_taken(house, apt, monkeypatch, mode):
 
 
 def test_a_mount_point_is_refused(house, tmp_path):
-    folder = tmp_path / "mount"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "tmpfs", str(folder)]
-    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("a file system can be mounted by root only")
-    try:
+    with mounted(tmp_path / "mount") as folder:
         with pytest.raises(AptError, match="is a mount point"):
             check_output(folder, overwrite=True)
         check_output(folder / "out", overwrite=True)
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @pytest.mark.parametrize("options", [(), ("--stream",), ("--overwrite",)], ids=str)

@@ -15,7 +15,7 @@ from apt.plugin.registry import registry
 from apt.pruning.pipeline import prune_blocks
 from apt.solver import NM
 from apt.solver.patterns import meets
-from tests.helpers.families import CONFIGS, random_model, random_tokens
+from tests.helpers.families import CONFIGS, adapter_of, random_model, random_tokens
 
 PATTERN, TOKENS = NM(2, 4), random_tokens(samples=3, seqlen=12)
 few = settings(max_examples=10, deadline=None)
@@ -24,10 +24,6 @@ few = settings(max_examples=10, deadline=None)
 @cache
 def dense_model(variant):
     return random_model(variant)
-
-
-def adapter_of(model):
-    return registry().adapter_for(model.config.model_type).load()()
 
 
 @st.composite

@@ -21,7 +21,7 @@ from apt.pruning.paused_forward import CannotPause, PausedForwards
 from apt.pruning.pipeline import prune_blocks
 from apt.pruning.suspended import Suspended, can_preserve_handler
 from apt.solver import NM, ss
-from tests.helpers.families import CONFIGS, random_model, random_tokens
+from tests.helpers.families import CONFIGS, adapter_of, random_model, random_tokens
 
 
 def test_what_waits_goes_on_when_it_is_asked_to():
@@ -115,7 +115,7 @@ def test_a_context_variable_is_a_waiting_functions_own():
     waiting.close()
 
 
-def test_a_forward_with_settings_of_its_own_is_run_again(adapter_of):
+def test_a_forward_with_settings_of_its_own_is_run_again():
     model, seen = random_model("llama"), []
     module = model.model.layers[0].mlp
     module.forward = torch.autocast("cpu", torch.bfloat16)(module.forward)
@@ -131,7 +131,7 @@ def test_a_forward_with_settings_of_its_own_is_run_again(adapter_of):
     assert set(seen) == {False}
 
 
-def test_no_forward_pauses_if_the_handler_cannot_be_preserved(adapter_of, monkeypatch):
+def test_no_forward_pauses_if_the_handler_cannot_be_preserved(monkeypatch):
     monkeypatch.setattr(apt.pruning.paused_forward, "can_preserve_handler", lambda: False)
     model = random_model("llama")
     plan = make_plan(model, adapter_of(model), NM(2, 4))
@@ -143,7 +143,7 @@ def test_no_forward_pauses_if_the_handler_cannot_be_preserved(adapter_of, monkey
 
 @pytest.mark.parametrize("aware", [True, False])
 @pytest.mark.parametrize("variant", CONFIGS)
-def test_paused_forwards_give_the_result_of_separate_runs(variant, aware, adapter_of, monkeypatch):
+def test_paused_forwards_give_the_result_of_separate_runs(variant, aware, monkeypatch):
     models = []
     for pauses in (True, False):
         model = random_model(variant)
@@ -172,9 +172,7 @@ def test_paused_forwards_give_the_result_of_separate_runs(variant, aware, adapte
 @pytest.mark.parametrize(
     ("variant", "pauses"), [("bloom", False), ("llama", True), ("mamba", True)]
 )
-def test_matrices_of_attention_are_not_held_for_all_batches(
-    variant, pauses, adapter_of, monkeypatch
-):
+def test_matrices_of_attention_are_not_held_for_all_batches(variant, pauses, monkeypatch):
     model, began = random_model(variant), []
     adapter = adapter_of(model)
     monkeypatch.setattr(apt.pruning.paused_forward, "_MAX_VALUES", 1)
@@ -186,7 +184,7 @@ def test_matrices_of_attention_are_not_held_for_all_batches(
     assert bool(began) == pauses
 
 
-def test_how_much_a_forward_holds(adapter_of):
+def test_how_much_a_forward_holds():
     for variant, matrices in (("bloom", 3), ("llama", 0), ("opt", 0), ("mamba", 0)):
         model = random_model(variant)
         held = adapter_of(model).held(model.config, 50)
@@ -202,7 +200,7 @@ def raise_cannot_pause(forwards):
 
 
 @torch.no_grad()
-def test_paused_forwards_run_the_block_once(adapter_of):
+def test_paused_forwards_run_the_block_once():
     model, tokens = random_model("opt"), random_tokens(samples=2)
     adapter, count = adapter_of(model), []
     block = model.model.decoder.layers[0]
@@ -232,7 +230,7 @@ def test_paused_forwards_run_the_block_once(adapter_of):
         torch.testing.assert_close(batch.state, state)
 
 
-def test_what_shares_no_input_and_what_is_never_reached_are_named(adapter_of):
+def test_what_shares_no_input_and_what_is_never_reached_are_named():
     model = random_model("llama")
     adapter, whole = adapter_of(model), type(adapter_of(model)).capture
 
@@ -259,7 +257,7 @@ def test_what_shares_no_input_and_what_is_never_reached_are_named(adapter_of):
             prune_blocks(model, adapter, plan, random_tokens(), ss, Recipe(ordered=True))
 
 
-def test_a_block_that_is_left_dense_is_only_run(adapter_of):
+def test_a_block_that_is_left_dense_is_only_run():
     model = random_model("llama")
     plan = make_plan(model, adapter_of(model), NM(2, 4), Selection(skip=("model.layers.1.*",)))
     done = prune_blocks(

@@ -17,7 +17,7 @@ from apt.pruning.layer import Recipe
 from apt.pruning.pipeline import prune_blocks
 from apt.solver import NM, DampedGram, Gram, Solution, SolverOptions, Unstructured, sm, ss
 from apt.solver.patterns import meets
-from tests.helpers.families import CONFIGS, FAMILIES, random_model, random_tokens
+from tests.helpers.families import CONFIGS, FAMILIES, adapter_of, random_model, random_tokens
 
 METHODS = list(registry().methods.specs)
 TOKENS = random_tokens(samples=6)
@@ -34,7 +34,7 @@ def site_parameters(model, adapter):
 
 @pytest.mark.parametrize("pattern", ["0.5", "2:4"])
 @pytest.mark.parametrize("variant", CONFIGS)
-def test_sites_are_pruned_and_nothing_else_changes(variant, pattern, adapter_of):
+def test_sites_are_pruned_and_nothing_else_changes(variant, pattern):
     model = random_model(variant)
     before = copy.deepcopy(model.state_dict())
     report = library.prune(model, TOKENS, pattern=pattern)
@@ -75,7 +75,7 @@ def test_every_method_meets_every_pattern(method, pattern):
         assert not parameter[parameter == 0].signbit().any(), name  # no negative zeros
 
 
-def test_the_next_block_sees_what_the_pruned_one_gives(adapter_of):
+def test_the_next_block_sees_what_the_pruned_one_gives():
     model, tokens = random_model("llama"), random_tokens()
     adapter, seen, samples = adapter_of(model), [], []
 
@@ -98,7 +98,7 @@ def test_the_next_block_sees_what_the_pruned_one_gives(adapter_of):
     torch.testing.assert_close(variance, inputs[0].var(1, unbiased=False).mean(0))
 
 
-def test_in_order_later_sites_see_pruned_earlier_ones(adapter_of):
+def test_in_order_later_sites_see_pruned_earlier_ones():
     tokens, found = random_tokens(), {}
     for ordered in (False, True):
         model = random_model("opt")
@@ -159,7 +159,7 @@ def test_damping_follows_the_mode_unless_it_is_given(aware, given, damping):
     assert {site.damping for site in report.sites} == {damping} == {report.options["damping"]}
 
 
-def test_the_reported_error_is_the_measured_one(adapter_of):
+def test_the_reported_error_is_the_measured_one():
     model = random_model("opt")
     dense = copy.deepcopy(model)
     selection = Selection(only=("model.decoder.layers.0.fc1",))
@@ -194,7 +194,7 @@ def test_every_module_is_left_in_its_own_mode():
     assert set(modes.values()) == {True, False}
 
 
-def test_a_method_that_misses_the_pattern_is_named(adapter_of):
+def test_a_method_that_misses_the_pattern_is_named():
     model = random_model("llama")
 
     def lazy(weight, gram, pattern, options):
@@ -205,7 +205,7 @@ def test_a_method_that_misses_the_pattern_is_named(adapter_of):
         prune_blocks(model, adapter_of(model), plan, TOKENS, lazy)
 
 
-def test_dead_inputs_are_named(adapter_of):
+def test_dead_inputs_are_named():
     model = random_model("opt")
     torch.nn.init.zeros_(model.model.decoder.layers[1].fc1.weight)
     torch.nn.init.constant_(model.model.decoder.layers[1].fc1.bias, -1)
@@ -251,7 +251,7 @@ def test_tokens_of_another_shape_are_refused(shape):
         library.prune(random_model("opt"), torch.ones(shape, dtype=torch.long), pattern="2:4")
 
 
-def test_joint_compensation_lowers_the_error_of_the_first_block(adapter_of):
+def test_joint_compensation_lowers_the_error_of_the_first_block():
     errors = {}
     for method in (ss, sm):
         model = random_model("llama")
@@ -263,7 +263,7 @@ def test_joint_compensation_lowers_the_error_of_the_first_block(adapter_of):
     assert all(m < s for m, s in zip(errors[sm], errors[ss], strict=True))
 
 
-def test_a_weight_that_two_blocks_share_is_refused_by_name(adapter_of):
+def test_a_weight_that_two_blocks_share_is_refused_by_name():
     model = random_model("llama")
     layers = model.model.layers
     layers[2].mlp.up_proj.weight = layers[0].mlp.up_proj.weight
@@ -288,7 +288,7 @@ def test_a_token_whose_stream_is_zero_is_no_fault(pattern):
     assert all(event.after < event.before for event in tuned)
 
 
-def test_a_solution_that_is_not_finite_is_not_written(adapter_of):
+def test_a_solution_that_is_not_finite_is_not_written():
     model = random_model("llama")
     dense = copy.deepcopy(model.state_dict())
 

@@ -18,7 +18,7 @@ from apt.planning.plan import Selection, make_plan
 from apt.pruning.ssm_parameters import prune_extras
 from apt.solver import NM, SolverOptions, Unstructured
 from apt.solver.patterns import meets
-from tests.helpers.families import CONFIGS, random_model, random_tokens, zoo_model
+from tests.helpers.families import CONFIGS, adapter_of, random_model, random_tokens, zoo_model
 
 VARIANTS = ["mamba", "falcon-mamba", "mamba2", "jamba", "falcon-h1"]
 KINDS = ("conv1d", "A_log", "D")
@@ -55,7 +55,7 @@ def read_by_out_proj(adapter, block, index, batch):
 @torch.no_grad()
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("kind", ["A_log", "D"])
-def test_effects_are_what_removing_a_channel_changes(variant, kind, adapter_of):
+def test_effects_are_what_removing_a_channel_changes(variant, kind):
     model = random_model(variant)
     adapter = adapter_of(model)
     _, block, index, batch = first_block(model, adapter)
@@ -85,7 +85,7 @@ def test_effects_are_what_removing_a_channel_changes(variant, kind, adapter_of):
 
 
 @torch.no_grad()
-def test_several_entries_of_a_channel_change_what_their_gram_matrix_says(adapter_of):
+def test_several_entries_of_a_channel_change_what_their_gram_matrix_says():
     model = random_model("mamba")
     adapter = adapter_of(model)
     _, block, index, batch = first_block(model, adapter)
@@ -103,7 +103,7 @@ def test_several_entries_of_a_channel_change_what_their_gram_matrix_says(adapter
 
 
 @torch.no_grad()
-def test_the_convolution_multiplies_its_last_inputs(adapter_of):
+def test_the_convolution_multiplies_its_last_inputs():
     model = random_model("mamba")
     adapter = adapter_of(model)
     _, block, index, batch = first_block(model, adapter)
@@ -168,7 +168,7 @@ def test_the_convolution_takes_patterns_and_what_does_not_fit_is_told():
         library.prune(random_model("llama"), TOKENS, pattern="0.5", also=["conv1d"])
 
 
-def test_effects_that_are_not_handed_over_are_an_error(adapter_of):
+def test_effects_that_are_not_handed_over_are_an_error():
     model = random_model("mamba")
     adapter = adapter_of(model)
     _, block, index, batch = first_block(model, adapter)

@@ -34,13 +34,13 @@ from apt.shrinking.sizes import TOLERANCE, Size, Sizes
 from apt.shrinking.skipping import loss_without
 from apt.shrinking.wanted_sizes import wanted_sizes, with_mode
 from apt.solver import ColumnGroups, Gram, SolverOptions
-from tests.helpers.families import FAMILIES, random_model, random_tokens
+from tests.helpers.families import FAMILIES, adapter_of, random_model, random_tokens
 
 TOKENS = random_tokens(4, 24)
 DAMPED = SolverOptions(damping=0.01)
 
 
-def sizes_of(variant, adapter_of, multiple=8, seconds=None):
+def sizes_of(variant, multiple=8, seconds=None):
     model = random_model(variant)
     return Sizes(model, adapter_of(model), model.config, multiple, seconds)
 
@@ -49,10 +49,7 @@ def sizes_of(variant, adapter_of, multiple=8, seconds=None):
 @settings(deadline=None, max_examples=15)
 @given(keep=st.floats(0.3, 0.95))
 def test_the_nearest_size_is_found(variant, keep):
-    def adapter_of(model):
-        return registry().adapter_for(model.config.model_type).load()()
-
-    sizes = sizes_of(variant, adapter_of, 1)
+    sizes = sizes_of(variant, 1)
     found = sizes.near(keep, width=True, depth=True)
     assert [abs(s.cost - keep) for s in found] == pytest.approx(
         sorted(abs(s.cost - keep) for s in found), abs=1e-6
@@ -64,13 +61,13 @@ def test_the_nearest_size_is_found(variant, keep):
     assert costs[0] <= found[0].cost <= costs[-1] < 1
 
 
-def test_a_latency_budget_counts_time(adapter_of):
+def test_a_latency_budget_counts_time():
     times = {(): 4.0, (("channels", 32),): 3.0}
 
     def seconds(kept):
         return times.get(tuple(kept.items()), 4.0)
 
-    sizes = sizes_of("opt", adapter_of, 32, seconds)
+    sizes = sizes_of("opt", 32, seconds)
     found = sizes.near(0.75, width=True, depth=False)
     assert [dict(size.kept) for size in found] == [{"channels": 32}]
     assert found[0].cost == 0.75
@@ -244,7 +241,7 @@ def test_generations_of_known_candidates_do_not_end_the_search():
 
 
 @torch.no_grad()
-def test_a_loss_that_is_no_number_is_the_highest(adapter_of):
+def test_a_loss_that_is_no_number_is_the_highest():
     model = random_model("llama")
     adapter = adapter_of(model)
     model.lm_head.weight.fill_(torch.nan)
@@ -266,7 +263,7 @@ def test_the_pareto_front_has_no_candidate_that_another_one_beats():
 
 
 @torch.no_grad()
-def test_an_approximation_leaves_the_model_as_it_was(adapter_of):
+def test_an_approximation_leaves_the_model_as_it_was():
     model = random_model("llama-grouped-tied")
     adapter = adapter_of(model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -280,7 +277,7 @@ def test_an_approximation_leaves_the_model_as_it_was(adapter_of):
 
 
 @torch.no_grad()
-def test_the_block_before_a_gap_takes_over_the_dropped_blocks(adapter_of):
+def test_the_block_before_a_gap_takes_over_the_dropped_blocks():
     """Its writer's weight is the weighted least-squares fit of what they add to the stream."""
     model = random_model("llama")
     adapter, tokens = adapter_of(model), random_tokens(40, 24)
@@ -331,7 +328,7 @@ def test_scores_of_columns_are_those_of_their_papers():
     assert sorted(energy.argsort()[:2].tolist()) == chosen("group-wanda", weight, inputs)
 
 
-def test_llm_pruner_scores_channels_by_its_formulas(adapter_of):
+def test_llm_pruner_scores_channels_by_its_formulas():
     """From the gradients of plain backward passes, one for each sample of equal length."""
     model = random_model("llama")
     adapter = adapter_of(model)
@@ -358,7 +355,7 @@ def test_llm_pruner_scores_channels_by_its_formulas(adapter_of):
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_llm_pruner_takes_parameters_that_the_loss_does_not_use(adapter_of):
+def test_llm_pruner_takes_parameters_that_the_loss_does_not_use():
     """As of an expert that sees no token."""
     model = random_model("llama")
     adapter = adapter_of(model)
@@ -370,7 +367,7 @@ def test_llm_pruner_takes_parameters_that_the_loss_does_not_use(adapter_of):
 
 
 @pytest.mark.parametrize("variant", FAMILIES.values())
-def test_llm_pruner_scores_the_groups_of_every_family(variant, adapter_of):
+def test_llm_pruner_scores_the_groups_of_every_family(variant):
     """A magnitude of a sum is at most the sum of the magnitudes."""
     model = random_model(variant)
     adapter = adapter_of(model)
@@ -387,7 +384,7 @@ def test_llm_pruner_scores_the_groups_of_every_family(variant, adapter_of):
 
 
 @torch.no_grad()
-def test_flap_scores_a_constant_input_as_nothing(adapter_of):
+def test_flap_scores_a_constant_input_as_nothing():
     model = random_model("opt")
     adapter = adapter_of(model)
     _, block = adapter.blocks(model)[0]

@@ -19,9 +19,9 @@ from apt.pruning.layer import Recipe
 from apt.pruning.pipeline import prune_blocks
 from apt.shrinking.skipping import loss_without
 from apt.solver import GroupRemoval, joint_removal
-from tests.engine.test_streaming import PLACES, KilledError, cut, weights
 from tests.helpers import TEXT
-from tests.helpers.families import CONFIGS, random_model, random_tokens
+from tests.helpers.families import CONFIGS, adapter_of, random_model, random_tokens
+from tests.helpers.interrupted import PLACES, KilledError, cut, weights
 from tests.helpers.processes import on_ranks
 
 SMALL = ("--samples", 4, "--seqlen", 48, "--calibration", TEXT)
@@ -46,7 +46,7 @@ SIZES = {
 
 
 @pytest.mark.parametrize("variant", SIZES)
-def test_a_smaller_model_opens_in_plain_transformers(variant, adapter_of, tmp_path):
+def test_a_smaller_model_opens_in_plain_transformers(variant, tmp_path):
     model = random_model(variant)
     before = copy.deepcopy(model.state_dict())
     blocks = None if variant == "jamba" else 2
@@ -77,7 +77,7 @@ def test_a_smaller_model_opens_in_plain_transformers(variant, adapter_of, tmp_pa
     ],
 )
 @torch.no_grad()
-def test_the_model_of_zeros_equals_the_smaller_one(variant, kept, dropped, adapter_of):
+def test_the_model_of_zeros_equals_the_smaller_one(variant, kept, dropped):
     """What the loop over blocks leaves behind, with dropped blocks skipped."""
     model = random_model(variant)
     adapter = adapter_of(model)
@@ -109,7 +109,7 @@ def test_exact_weights_and_tuning_come_nearer_to_the_dense_model(effort):
 
 
 @torch.no_grad()
-def test_the_block_before_a_gap_is_fitted_to_the_stream_behind_it(adapter_of):
+def test_the_block_before_a_gap_is_fitted_to_the_stream_behind_it():
     model = random_model("llama")
     names = [name for name, _ in adapter_of(model).blocks(model)]
     wish = ShrinkOptions(blocks=2, mode="depth")
@@ -128,7 +128,7 @@ def test_the_block_before_a_gap_is_fitted_to_the_stream_behind_it(adapter_of):
 
 
 @pytest.mark.parametrize("method", ["block-influence", "angular"])
-def test_a_block_that_changes_nothing_is_dropped(method, adapter_of):
+def test_a_block_that_changes_nothing_is_dropped(method):
     model = random_model("llama")
     adapter = adapter_of(model)
     _, block = adapter.blocks(model)[1]
@@ -141,7 +141,7 @@ def test_a_block_that_changes_nothing_is_dropped(method, adapter_of):
     torch.testing.assert_close(small(TOKENS).logits, model(TOKENS).logits)
 
 
-def test_the_block_without_which_the_loss_is_lowest_is_dropped(adapter_of):
+def test_the_block_without_which_the_loss_is_lowest_is_dropped():
     model = random_model("llama")
     names = [name for name, _ in adapter_of(model).blocks(model)]
     losses = {name: loss_without(model, adapter_of(model), TOKENS, [name]) for name in names}
@@ -236,11 +236,11 @@ def test_a_streamed_run_writes_the_blocks_behind_a_dropped_one(tokenizer, apt):
     ("place", "count"), [("write", 2), ("journal", 5), ("small", 1), ("appear", 1)]
 )
 def test_a_streamed_run_that_is_cut_short_goes_on_to_the_same_bytes(
-    place, count, checkpoint, apt, monkeypatch
+    place, count, checkpoint, apt, output_of, monkeypatch
 ):
     sizes = ("--size", "channels=32", "--size", "heads=2", "--blocks", 2)
     command = ("shrink", checkpoint("llama-grouped-tied"), *SMALL, *sizes, "--stream")
-    assert apt(*command, "-o", "whole").code == 0
+    whole = output_of(*command)
     places = PLACES | {"small": (apt_workplace.Workplace, "replace_out")}
     with monkeypatch.context() as patch:
         cut(patch, places[place], count, KilledError())
@@ -249,7 +249,7 @@ def test_a_streamed_run_that_is_cut_short_goes_on_to_the_same_bytes(
     assert not Path("out").exists()
     result = apt(*command, "-o", "out", "--resume")
     assert result.code == 0, result.err
-    assert weights("out") == weights("whole")
+    assert weights("out") == weights(whole)
     assert not list(Path().glob(".out*"))
 
 
@@ -357,7 +357,7 @@ def test_a_streamed_run_names_the_width_that_it_takes(options, apt):
     assert (said in result.err) == bool(options)
 
 
-def test_entries_of_two_kinds_go_once(adapter_of):
+def test_entries_of_two_kinds_go_once():
     model = random_model("mamba")
     adapter = adapter_of(model)
     _, block = adapter.blocks(model)[0]
@@ -367,7 +367,7 @@ def test_entries_of_two_kinds_go_once(adapter_of):
     assert found["mixer.A_log"].shape == (whole[0] - 1, whole[1] - 2)
 
 
-def test_a_site_loses_groups_of_one_kind_only(adapter_of):
+def test_a_site_loses_groups_of_one_kind_only():
     model = random_model("llama-grouped-tied")
     structure = Structure({"heads": 2, "key-value-heads": 1})
     with pytest.raises(AptError, match="o_proj cannot lose groups of two kinds"):

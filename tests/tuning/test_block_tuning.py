@@ -17,7 +17,7 @@ from apt.events import BlockTuned
 from apt.plugin.registry import registry
 from apt.solver.patterns import NM, meets
 from apt.tuning.block_tuning import BlockTuning, tune_block
-from tests.helpers.families import FAMILIES, random_model, random_tokens, zoo_model
+from tests.helpers.families import FAMILIES, adapter_of, random_model, random_tokens, zoo_model
 
 BEST = PruneOptions(effort="best", own_samples=0)
 
@@ -56,7 +56,7 @@ def test_it_lowers_the_error_on_what_was_held_back(name, dtype):
             assert torch.equal(value, before[name])
 
 
-def test_where_nothing_is_gained_the_start_stays(adapter_of):
+def test_where_nothing_is_gained_the_start_stays():
     model = random_model("llama")
     adapter = adapter_of(model)
     batches = enter(adapter, model, random_tokens(samples=6), 24, with_dense=True)
@@ -69,7 +69,7 @@ def test_where_nothing_is_gained_the_start_stays(adapter_of):
         assert torch.equal(value, before[name])
 
 
-def test_one_batch_cannot_be_held_back(adapter_of):
+def test_one_batch_cannot_be_held_back():
     model = random_model("llama")
     adapter = adapter_of(model)
     batches = enter(adapter, model, random_tokens(), with_dense=True)
@@ -98,7 +98,7 @@ class Experts(nn.Module):
         return stream + self.experts[0](stream)
 
 
-def test_an_expert_without_tokens_in_a_step_stays(adapter_of):
+def test_an_expert_without_tokens_in_a_step_stays():
     block = Experts()
     sites = [Site(f"experts.{i}", f"experts.{i}.weight", f"{i}", routed=True) for i in (0, 1)]
     before = copy.deepcopy(block.state_dict())

@@ -1,0 +1,64 @@
+"""Runs that end early, and what they have to come to once they are gone on with."""
+
+import json
+import os
+from pathlib import Path
+
+import apt.checkpoints.safetensors_io as apt_shards
+import apt.files.journal as apt_journal
+import apt.output.workplace as apt_workplace
+from tests.helpers import TEXT
+
+SMALL = ("--samples", 4, "--seqlen", 24, "--pattern", "2:4", "--calibration", TEXT)
+PLACES = {
+    "write": (apt_shards.os, "pwrite"),
+    "journal": (apt_journal.Journal, "add"),
+    "appear": (apt_workplace, "rename_new"),
+}
+
+
+class KilledError(BaseException):
+    """Stands in for a process that is gone: nothing catches it."""
+
+
+def cut(monkeypatch, place, count, error):
+    """Let the ``count``-th call of a function of the journal or the shards fail."""
+    owner, name = place
+    original, calls = getattr(owner, name), []
+
+    def failing(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == count:
+            raise error
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, failing)
+
+
+def signalled(count, number):
+    """A journal's ``add`` that sends this process a signal after its ``count``-th line."""
+    original, calls = apt_journal.Journal.add, []
+
+    def add(self, line):
+        original(self, line)
+        calls.append(line)
+        if len(calls) == count:
+            os.kill(os.getpid(), number)
+
+    return add
+
+
+def weights(folder):
+    """Everything in an output but the times that its report has."""
+    files = {p.name: p.read_bytes() for p in Path(folder).iterdir() if p.name != "apt_report.json"}
+    report = json.loads((Path(folder) / "apt_report.json").read_text())
+    return files, [(s["name"], s["zeros"], s["relative_error"]) for s in report["sites"]]
+
+
+def check_full_disk(result, command, apt, whole):
+    """A run that a full disk has ended says so, and can be gone on with."""
+    assert result.code == 2
+    assert "No space left on device" in result.err
+    assert "--resume" in result.err
+    assert apt(*command, "-o", "out", "--resume").code == 0
+    assert weights("out") == weights(whole)
