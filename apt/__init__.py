@@ -1,12 +1,13 @@
 """APT: one-shot post-training pruning of language models.
 
-`prune` prunes a model in memory, and `prune_copy` prunes a copy of it. `shrink` makes a smaller
-model, and `recover` trains what is kept. The calibration tokens come from `calibration_tokens` or
-`own_text`; `perplexity` and `accuracy` measure a model on `evaluation_tokens`. `PruneOptions`,
-`ShrinkOptions` and `RecoverOptions` have the options. With `Ranks` several processes prune one
-model together. `apt.solver` works on plain tensors, `apt.adapter`, `apt.extending` and
-`apt.hookspecs` are for plugins, and `apt.testing` checks adapters. Importing this package does not
-import torch.
+`run` does what a command does, with the options `PruneRun`, `ShrinkRun`, `RecoverRun` or
+`ReapplyRun`. `prune` prunes a model in memory, and `prune_copy` prunes a copy of it. `shrink` makes
+a smaller model, and `recover` trains what is kept. The calibration tokens come from
+`calibration_tokens` or `own_text`; `perplexity` and `accuracy` measure a model on
+`evaluation_tokens`. `PruneOptions`, `ShrinkOptions` and `RecoverOptions` have the options. With
+`Ranks` several processes prune one model together. `apt.solver` works on plain tensors,
+`apt.adapter`, `apt.extending` and `apt.hookspecs` are for plugins, and `apt.testing` checks
+adapters. Importing this package does not import torch.
 """
 
 from importlib import import_module
@@ -24,22 +25,33 @@ if TYPE_CHECKING:
         recover,
         shrink,
     )
-    from apt.engine.prune_options import PruneOptions
+    from apt.engine.run import run
     from apt.evaluation.metrics import accuracy, perplexity
+    from apt.options import (
+        PruneOptions,
+        PruneRun,
+        ReapplyRun,
+        RecoverOptions,
+        RecoverRun,
+        ShrinkOptions,
+        ShrinkRun,
+    )
     from apt.output.report import Report
     from apt.planning.plan import Selection
-    from apt.recovery.options import RecoverOptions
-    from apt.shrinking.options import ShrinkOptions
     from apt.text.self_generated import own_text
 
 __all__ = [
     "AptError",
     "PruneOptions",
+    "PruneRun",
     "Ranks",
+    "ReapplyRun",
     "RecoverOptions",
+    "RecoverRun",
     "Report",
     "Selection",
     "ShrinkOptions",
+    "ShrinkRun",
     "__version__",
     "accuracy",
     "calibration_tokens",
@@ -49,25 +61,21 @@ __all__ = [
     "prune",
     "prune_copy",
     "recover",
+    "run",
     "shrink",
 ]
 __version__ = "0.1.0"
 _LAZY = {
-    "PruneOptions": "apt.engine.prune_options",
+    **dict.fromkeys(("PruneOptions", "RecoverOptions", "ShrinkOptions"), "apt.options"),
+    **dict.fromkeys(("PruneRun", "ReapplyRun", "RecoverRun", "ShrinkRun"), "apt.options"),
+    **dict.fromkeys(("calibration_tokens", "evaluation_tokens"), "apt.engine.api"),
+    **dict.fromkeys(("prune", "prune_copy", "recover", "shrink"), "apt.engine.api"),
+    **dict.fromkeys(("accuracy", "perplexity"), "apt.evaluation.metrics"),
     "Ranks": "apt.distributed.ranks",
-    "RecoverOptions": "apt.recovery.options",
     "Report": "apt.output.report",
     "Selection": "apt.planning.plan",
-    "ShrinkOptions": "apt.shrinking.options",
-    "accuracy": "apt.evaluation.metrics",
-    "calibration_tokens": "apt.engine.api",
-    "evaluation_tokens": "apt.engine.api",
     "own_text": "apt.text.self_generated",
-    "perplexity": "apt.evaluation.metrics",
-    "prune": "apt.engine.api",
-    "prune_copy": "apt.engine.api",
-    "recover": "apt.engine.api",
-    "shrink": "apt.engine.api",
+    "run": "apt.engine.run",
 }
 
 

@@ -21,19 +21,24 @@ def check_fields(declared: Any) -> None:
     declaring: Any = next(c for c in classes if c.__module__.partition(".")[0] == "apt")
     kinds = _kinds_of(declaring)
     for field in fields(declaring):
-        value, allowed = getattr(declared, field.name), kinds[field.name]
-        if not any(_fits(value, kind) for kind in allowed):
-            fault = _fault(value, allowed)
+        if fault := misfit(getattr(declared, field.name), kinds[field.name]):
             raise TypeError(f"{declaring.__name__} {declared.name!r}: {field.name} {fault}")
 
 
 @cache
 def _kinds_of(declaring: Any) -> dict[str, tuple[Any, ...]]:
     """The types that each annotation of a class allows."""
-    return {
-        name: get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-        for name, hint in get_type_hints(declaring).items()
-    }
+    return {name: alternatives(hint) for name, hint in get_type_hints(declaring).items()}
+
+
+def alternatives(hint: Any) -> tuple[Any, ...]:
+    """The types of a union, or the type itself."""
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def misfit(value: Any, kinds: tuple[Any, ...]) -> str:
+    """Why a value has none of these types; empty if it has one."""
+    return "" if any(_fits(value, kind) for kind in kinds) else _fault(value, kinds)
 
 
 def _fits(value: Any, kind: Any) -> bool:
@@ -41,6 +46,8 @@ def _fits(value: Any, kind: Any) -> bool:
         return value in get_args(kind)
     if get_origin(kind) is tuple:
         return isinstance(value, tuple) and all(_fits(item, get_args(kind)[0]) for item in value)
+    if get_origin(kind) is not None:  # a mapping
+        return isinstance(value, get_origin(kind))
     if isinstance(value, bool):  # True is an int in Python, but no number of anything
         return kind is bool
     return isinstance(value, (int, float) if kind is float else kind)
@@ -59,4 +66,4 @@ def _fault(value: Any, allowed: tuple[Any, ...]) -> str:
 def _worded(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return " or ".join(map(repr, get_args(kind)))
-    return "None" if kind is NoneType else str(kind.__name__)
+    return "None" if kind is NoneType else str(getattr(kind, "__name__", kind))

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from apt.adapter import Site
 from apt.calibration.batches import enter
 from apt.checkpoints.model import Model
-from apt.engine.prune_options import PruneOptions
+from apt.engine.recipes import augmentation_of, recipe_of
+from apt.options import PruneOptions
 from apt.output.report import peak_memory
 from apt.planning.plan import make_plan
 from apt.plugin.registry import registry
@@ -88,10 +89,10 @@ def run(
     pruned, spec = copy.deepcopy(module), registry().methods.get("admm")
     plan = make_plan(pruned, model.adapter, parse_pattern(pattern), per=spec.per)
     options = PruneOptions(effort=effort, error_aware=aware)  # type: ignore[arg-type]
-    augmentation = options.augmentation(spec, len(tokens))
+    augmentation = augmentation_of(options, spec, len(tokens))
     started = time.perf_counter()
     tokens = augmentation.with_random_tokens(pruned, augmentation.with_own_text(pruned, tokens))
-    recipe = options.recipe(spec)
+    recipe = recipe_of(options, spec)
     sites = prune_blocks(pruned, model.adapter, plan, tokens, spec.load(), recipe)
     return time.perf_counter() - started, sum(site.seconds for site in sites)
 

@@ -118,7 +118,7 @@ def options() -> Iterator[Case]:
                         "--sparsity 0.5 --per block --allocation owl",
                         "--sparsity 0.99 --allocation atp", "--sparsity 0.95 --allocation owl",
                         "--sparsity 0.995 --allocation alphapruning",
-                        "--sparsity 0.6 --allocation atp --stream", "--sparsity 0.6 --plot x.gif",
+                        "--sparsity 0.6 --allocation atp --stream", "--sparsity 0.6 --pack x",
                         "--sparsity 0.6 --allocation auto --stream", "--pattern 2:4 --per model",
                     ))):  # fmt: skip
         yield Case("options", " ".join(command), command, may=(1,))
@@ -176,8 +176,8 @@ def recoveries() -> Iterator[Case]:
     values = {
         "--rate": ["0", "-1", "nan", "inf", "1e30", "1e-30", "x"],
         "--batch": ["0", "-1", "x", "100000"],
-        "--samples-at-once": ["0", "-1", "1", "x"],
-        "--held-back": ["0", "1", "-1", "nan", "0.99", "1e-9", "x"],
+        "--micro-batch": ["0", "-1", "1", "x"],
+        "--validation-share": ["0", "1", "-1", "nan", "0.99", "1e-9", "x"],
         "--checks": ["0", "-1", "1000", "x"],
         "--patience": ["0", "-1", "x"],
         "--optimizer": ["nonsense", "", "adafactor", "adamw_bnb_8bit", "sgd"],

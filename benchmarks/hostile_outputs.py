@@ -23,7 +23,6 @@ _SEARCH = ["shrink", "m", "--search", "--keep", "0.75", "--evaluations", "1", *_
 WRITERS: dict[str, list[str]] = {
     "page.html": ["report", "r", "-o", "page.html"],
     "i/r-sparsity.png": ["report", "r", "-o", "page.html", "--png", "i"],
-    "plot.png": ["prune", "m", *QUICK, "--plot", "plot.png"],
     "search.png": [*_SEARCH, "--plot", "search.png"],
     ".out.search.jsonl": _SEARCH,
     "loss.png": [*_RECOVER, "--plot", "loss.png"],

@@ -131,7 +131,7 @@ def models(
 
         def joint(pattern: str = pattern) -> nn.Module:
             return pruned(
-                model, tokens, tokenizer, pattern, quantize="int4", group=options.group
+                model, tokens, tokenizer, pattern, quantize="int4", scale_group=options.group
             )  # fmt: skip
 
         for name, source, how in (

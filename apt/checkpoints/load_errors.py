@@ -52,8 +52,7 @@ def _hub_error(source: Source, error: Exception) -> AptError | None:
     if "GatedRepoError" in causes:
         return AptError(
             f"access to '{name}' is restricted",
-            "ask for access on its page on the hub, then give a token or run `hf auth login`",
-            ("token",),
+            "ask for access on its page on the hub, then run `hf auth login` or set HF_TOKEN",
         )
     if "RevisionNotFoundError" in causes:
         return AptError(

@@ -10,11 +10,11 @@ import typer
 
 from apt.cli.commands import HELP_OPTIONS, Commands
 from apt.cli.commands import run as run_command
-from apt.cli.flags import flags_of
 from apt.cli.interruptions import interrupted, signals_as_exceptions
 from apt.cli.streams import guarded, program
 from apt.errors import AptError, resource_error
 from apt.locations.paths import user_error
+from apt.options import flags_of
 
 # Subcommands of the package manager `apt` of Debian.
 _PACKAGE_MANAGER = [
@@ -190,7 +190,7 @@ def _quieten_libraries() -> None:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
     warnings.simplefilter("ignore")
-    for shown in ("plugin failed to load", "observer failed"):
+    for shown in ("plugin failed to load", "observer failed", ".* is now .*; the old name"):
         warnings.filterwarnings("default", message=shown)  # each once
     warnings.showwarning = _warn
 

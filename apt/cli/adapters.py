@@ -1,9 +1,9 @@
 """``apt-prune adapters``."""
 
-from apt.cli import arguments as args
+from apt.options import PrintingOptions
 
 
-def adapters(as_json: bool = args.JSON) -> None:
+def adapters(printing: PrintingOptions) -> None:
     """List the supported model families."""
     from apt.cli.listing import show_rows
     from apt.plugin.registry import registry
@@ -19,4 +19,4 @@ def adapters(as_json: bool = args.JSON) -> None:
         }
         for name, spec in sorted(installed.specs.items())
     ]
-    show_rows(rows, as_json=as_json)
+    show_rows(rows, as_json=printing.as_json)

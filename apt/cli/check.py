@@ -5,19 +5,13 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from apt.cli import arguments as args
+from apt.options import CheckRun, PrintingOptions
 
 if TYPE_CHECKING:
     from apt.testing import Outcome, Subject
 
 
-def check(
-    adapter: str = typer.Argument(help="Name of the adapter; listed by: apt-prune adapters."),
-    model: str | None = typer.Argument(
-        None, help="Model to check it with; by default the adapter's example or embedded model."
-    ),
-    as_json: bool = args.JSON,
-) -> None:
+def check(run: CheckRun, printing: PrintingOptions) -> None:
     """Check an adapter.
 
     The exit status is 1 if a check fails. It is 2 if no check can run: the adapter or its example
@@ -27,8 +21,8 @@ def check(
     """
     from apt.conformance.outcomes import outcomes
 
-    found = list(outcomes(_subject(adapter, model)))
-    _show(adapter, found, as_json=as_json)
+    found = list(outcomes(_subject(run.adapter, run.model)))
+    _show(run.adapter, found, as_json=printing.as_json)
     if any(outcome.problem for outcome in found):
         raise typer.Exit(1)
 

@@ -12,6 +12,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from apt.cli.from_options import command
 from apt.cli.grouped_help import GroupedHelp
 from apt.cli.interruptions import interrupted
 from apt.errors import AptError
@@ -88,10 +89,11 @@ def _of_plugin(name: str) -> Any:
 
 
 def _command(spec: CommandSpec) -> Any:
-    """The command of typer for a function."""
+    """The command of typer for a function of options, or for one whose parameters typer reads."""
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     with spec.loading():
-        app.command(spec.name, cls=GroupedHelp, context_settings=HELP_OPTIONS)(spec.load())
+        act = command(spec.load())
+        app.command(spec.name, cls=GroupedHelp, context_settings=HELP_OPTIONS)(act)
         return typer.main.get_command(app)
 
 
@@ -107,16 +109,6 @@ def run(app: typer.Typer, arguments: list[str], program: str) -> None:
     except _UsageError as error:
         command = error.ctx.command_path if error.ctx else program
         message = " ".join(error.format_message().split()).rstrip(".")
-        raise AptError(message + _in_file(error), f"see {command} --help") from error
+        raise AptError(message, f"see {command} --help") from error
     if isinstance(status, int) and status:
         raise SystemExit(status)
-
-
-def _in_file(error: Any) -> str:
-    """The file of ``--config``, if the wrong value of an option is there."""
-    context, parameter = error.ctx, getattr(error, "param", None)
-    if context is None or parameter is None:
-        return ""
-    source = context.get_parameter_source(parameter.name)
-    from_file = getattr(source, "name", "") == "DEFAULT_MAP"
-    return f" (in {context.params.get('config')})" if from_file else ""

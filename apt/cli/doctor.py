@@ -2,10 +2,10 @@
 
 import typer
 
-from apt.cli import arguments as args
+from apt.options import PrintingOptions
 
 
-def doctor(as_json: bool = args.JSON) -> None:
+def doctor(printing: PrintingOptions) -> None:
     """Show the state of this machine, packages and plugins.
 
     Also shows the implementation that is used for each model family. The exit status is 1 if a
@@ -26,7 +26,7 @@ def doctor(as_json: bool = args.JSON) -> None:
         "plugins that failed": list(plugins(installed)),
         "families": list(families(installed)),
     }
-    if as_json:
+    if printing.as_json:
         show_json({name: [asdict(f) for f in found] for name, found in sections.items()})
     else:
         for name, found in sections.items():

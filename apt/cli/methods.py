@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from apt.cli import arguments as args
+from apt.options import PrintingOptions
 
 
-def methods(as_json: bool = args.JSON) -> None:
+def methods(printing: PrintingOptions) -> None:
     """List methods, allocations and kinds of recovery.
 
     The most accurate methods of prune and of shrink come first.
@@ -42,7 +42,7 @@ def methods(as_json: bool = args.JSON) -> None:
         }
         for use, spec, catalog in found
     ]
-    show_rows(rows, as_json=as_json)
+    show_rows(rows, as_json=printing.as_json)
 
 
 def _ranked(catalog: Any) -> list[Any]:

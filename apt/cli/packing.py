@@ -3,79 +3,37 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import typer
-
-from apt.cli import arguments as args
-from apt.cli import run_arguments as run
-from apt.engine.limits import check_integers, read_group
+from apt.cli.opening import find_model
 from apt.errors import AptError
-from apt.locations.hub import Hub
+from apt.options import PackRun, PrintingOptions, PruneRun, RemoteOptions, UnpackRun
 
 if TYPE_CHECKING:
-    from apt.engine.options import RunOptions
-    from apt.locations.model_source import Source
     from apt.packing.directory import Packed
 
-_OUTPUT = typer.Option(..., "--output", "-o", help="Directory to write.")
 
-
-def pack(
-    model: str = typer.Argument(help="A pruned model: a directory or hub name."),
-    output: Path = _OUTPUT,
-    quantize: str | None = typer.Option(
-        None,
-        "--quantize",
-        metavar="KIND",
-        help="Round the kept weights to the nearest int8 or int4.",
-    ),
-    group: str = typer.Option(
-        "128",
-        "--group",
-        metavar="N|row",
-        help="Columns that share a scale with --quantize, or row for one scale a row.",
-    ),
-    form: str = typer.Option(
-        "apt",
-        "--format",
-        metavar="NAME",
-        help="apt leaves the zeros out. compressed-tensors keeps them, as integers that vLLM and "
-        "transformers open; it needs --quantize, or a model that was pruned with it.",
-    ),
-    overwrite: bool = run.OVERWRITE,
-    adapter: str | None = args.ADAPTER,
-    trust_remote_code: bool = args.REMOTE,
-    revision: str | None = args.REVISION,
-    token: str | None = args.TOKEN,
-    cache_dir: str | None = args.CACHE_DIR,
-    as_json: bool = args.JSON,
-) -> None:
+def pack(run: PackRun, printing: PrintingOptions) -> None:
     """Write a pruned model without its zeros: smaller on disk and in memory.
 
     Programs open it with apt.runtime.load. For example: apt-prune pack ./pruned --output ./packed
     """
-    columns = read_group(group)
-    check_integers(quantize, columns)
+    source = find_model(run.model, run)
+
     from apt.cli.output import notice, out, show_json
     from apt.cli.progress import Progress
-    from apt.engine.packing import FORMATS, pack_model
+    from apt.engine.packing import pack_model
     from apt.packing.directory import Rounding
     from apt.plugin.registry import registry
 
-    if form not in FORMATS:
-        raise AptError(f"--format {form} is not one of {', '.join(FORMATS)}")
-
-    hub = args.read_hub(revision, token, cache_dir)
-    source = args.find_model(model, registry(), hub, trust_remote_code=trust_remote_code)
     with Progress("packing"):
-        rounding = Rounding(quantize, columns) if quantize else None
+        rounding = Rounding(run.quantize, run.scale_group) if run.quantize else None
         done = pack_model(
-            source, output, registry(), notice,
-            adapter=adapter, rounding=rounding, form=form, overwrite=overwrite,
+            source, run.output, registry(), notice,
+            adapter=run.adapter, rounding=rounding, form=run.form, overwrite=run.overwrite,
         )  # fmt: skip
-    if as_json:
-        show_json({"output": str(output), **vars(done)})
+    if printing.as_json:
+        show_json({"output": str(run.output), **vars(done)})
     else:
-        out.print(_summary(output, done), markup=False)
+        out.print(_summary(run.output, done), markup=False)
 
 
 def _summary(output: Path, done: "Packed") -> str:
@@ -92,13 +50,8 @@ def _summary(output: Path, done: "Packed") -> str:
     )
 
 
-def check_packed_place(pack: Path, options: "RunOptions", source: "Source") -> None:
+def check_packed_place(pack: Path, run: PruneRun) -> None:
     """Raise if the packed model of a run cannot be written, before the run.
-
-    Args:
-        pack: the directory to write.
-        options: the options of the run.
-        source: the model of the run.
 
     Raises:
         AptError: the directory is that of the pruned model or of an input, is inside one or
@@ -107,17 +60,18 @@ def check_packed_place(pack: Path, options: "RunOptions", source: "Source") -> N
     from apt.engine.prepare import input_paths
     from apt.output.location import check_output
 
-    place, output = pack.resolve(), options.output.resolve()
+    place, output = pack.resolve(), run.directory.resolve()
     if place.is_relative_to(output) or output.is_relative_to(place):
         raise AptError(
-            f"--pack {pack} is the output itself, inside it or around it",
+            f"pack {pack} is the output itself, inside it or around it",
             "choose another directory",
+            ("pack",),
         )
-    texts = (options.calibration, options.evaluation, options.tokenizer)
-    check_output(pack, options.overwrite, input_paths(source, texts))
+    texts = (run.calibration, run.evaluation, run.tokenizer)
+    check_output(pack, run.overwrite, input_paths(find_model(run.model, run), texts))
 
 
-def pack_output(pack: Path, options: "RunOptions") -> None:
+def pack_output(pack: Path, run: PruneRun) -> None:
     """Write the packed form of a run's output, and print a line about it.
 
     It is written by the first rank alone.
@@ -130,21 +84,16 @@ def pack_output(pack: Path, options: "RunOptions") -> None:
 
     if whole_number("WORLD_SIZE", 1) > 1 and whole_number("RANK", 0):
         return
-    remote = options.trust_remote_code
-    source = args.find_model(str(options.output), registry(), Hub(), trust_remote_code=remote)
+    remote = RemoteOptions(trust_remote_code=run.trust_remote_code)
+    source = find_model(str(run.directory), remote)
     with Progress("packing"):
         done = pack_model(
-            source, pack, registry(), notice, adapter=options.adapter, overwrite=options.overwrite
+            source, pack, registry(), notice, adapter=run.adapter, overwrite=run.overwrite
         )
     notice(_summary(pack, done))
 
 
-def unpack(
-    model: Path = typer.Argument(help="A directory that apt-prune pack wrote."),
-    output: Path = _OUTPUT,
-    overwrite: bool = run.OVERWRITE,
-    as_json: bool = args.JSON,
-) -> None:
+def unpack(run: UnpackRun, printing: PrintingOptions) -> None:
     """Write a packed model as a dense one, for plain transformers and other tools.
 
     For example: apt-prune unpack ./packed --output ./pruned
@@ -152,12 +101,11 @@ def unpack(
     from apt.cli.output import notice, out, show_json
     from apt.cli.progress import Progress
     from apt.engine.packing import unpack_model
-    from apt.plugin.registry import registry
 
-    source = args.find_model(str(model), registry(), Hub())
+    source = find_model(run.model, RemoteOptions())
     with Progress("unpacking"):
-        count = unpack_model(source, output, notice, overwrite=overwrite)
-    if as_json:
-        show_json({"output": str(output), "matrices": count})
+        count = unpack_model(source, run.output, notice, overwrite=run.overwrite)
+    if printing.as_json:
+        show_json({"output": str(run.output), "matrices": count})
     else:
-        out.print(f"{output}: {count} matrices unpacked", markup=False)
+        out.print(f"{run.output}: {count} matrices unpacked", markup=False)

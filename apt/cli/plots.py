@@ -8,7 +8,6 @@ from typing import Any
 
 from apt.files.writing import write_file
 from apt.locations.paths import expanded
-from apt.output.report import Report
 
 
 def draw_candidates(
@@ -40,29 +39,6 @@ def draw_candidates(
         axes.set_xlabel(label)
     left.set_ylabel("loss on calibration text")
     left.legend()
-    write_figure(figure, path, overwrite=overwrite)
-
-
-def draw_sparsities(report: Report, path: Path, *, overwrite: bool = False) -> None:
-    """Draw the sparsity of the sites of each kind, block by block.
-
-    Args:
-        report: the report of a run.
-        path: the file to write.
-        overwrite: True if a file there may be replaced.
-    """
-    kinds: dict[str, dict[int, list[float]]] = {}
-    for site in report.sites:
-        block = next((int(part) for part in site.name.split(".") if part.isdigit()), 0)
-        kinds.setdefault(site.kind, {}).setdefault(block, []).append(site.sparsity)
-    figure, axes = pyplot().subplots(figsize=(8, 4))
-    for kind, blocks in sorted(kinds.items()):
-        means = [sum(values) / len(values) for values in blocks.values()]
-        axes.plot(list(blocks), means, "-o", markersize=3, label=kind)
-    axes.axhline(report.sparsity, color="tab:gray", linestyle=":", label="all sites")
-    axes.set_xlabel("block")
-    axes.set_ylabel("sparsity")
-    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     write_figure(figure, path, overwrite=overwrite)
 
 

@@ -1,9 +1,9 @@
 """``apt-prune plugins``."""
 
-from apt.cli import arguments as args
+from apt.options import PrintingOptions
 
 
-def plugins(as_json: bool = args.JSON) -> None:
+def plugins(printing: PrintingOptions) -> None:
     """List the installed plugins.
 
     Each one is listed with its specs, and with the error if it did not load.
@@ -21,4 +21,4 @@ def plugins(as_json: bool = args.JSON) -> None:
         }
         for plugin in installed.plugins.values()
     ]
-    show_rows(rows, as_json=as_json)
+    show_rows(rows, as_json=printing.as_json)

@@ -1,5 +1,6 @@
 """The part of ``apt-prune prune`` and ``shrink`` after their options are read."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import typer
@@ -9,57 +10,61 @@ from apt.cli.interruptions import interrupted
 from apt.cli.output import notice, out, show_error, show_json
 from apt.cli.plan import Planned, show_plan
 from apt.cli.progress import Progress, PruningProgress
-from apt.cli.run_arguments import Defaults
-from apt.cli.settings import save
 from apt.cli.summary import first_not_finite, show_report
 from apt.distributed.launch import joined
 from apt.distributed.ranks import Ranks
-from apt.engine.options import RunOptions
 from apt.engine.planned_levels import planned_levels
 from apt.engine.prepare import finished_report, input_paths
 from apt.engine.prune_task import PruneTask, prepare_pruning
 from apt.engine.run import execute
 from apt.engine.task import Task
 from apt.errors import AptError
+from apt.options import (
+    ConfigOptions,
+    DryRunOptions,
+    PrintingOptions,
+    PruneRun,
+    RecoverRun,
+    ShrinkRun,
+    write_options,
+)
 from apt.output.report import Report
 from apt.output.workplace import resumable
 from apt.planning.plan import Plan
-from apt.plugin.registry import Registry
+from apt.plugin.registry import registry
 
 
 def start(
-    context: typer.Context, options: RunOptions, installed: Registry, defaults: Defaults
+    run: PruneRun | ShrinkRun,
+    config: ConfigOptions,
+    plan: DryRunOptions,
+    printing: PrintingOptions,
+    notices: list[str],
 ) -> Report | None:
     """Check a run; then show its plan (``--dry-run``), or prune and print a summary.
 
     Args:
-        context: the command with its options.
-        options: the options of the run.
-        installed: the registered plugins.
-        defaults: the defaults that were chosen.
+        run: the options of the run, with names.
+        config, plan, printing: the other options of the command.
+        notices: lines about the defaults that were chosen.
 
     Returns:
         The report, on the first rank; None if nothing was pruned.
     """
-    given = context.params
     with joined() as ranks:
-        task = prepare_pruning(options, installed, defaults.lines.append)
-        if given["method"] is None:
-            defaults.choose("method", task.method.name)
-        if given["save_config"] is not None and ranks.first:
-            texts = (options.calibration, options.evaluation, options.tokenizer)
-            read = input_paths(task.shell.source, texts)
-            save(context, given["save_config"], defaults.values, read)
-        if given["dry_run"]:
+        task = prepare_pruning(run, registry(), notices.append)
+        if ranks.first:
+            save_config(config, replace(run, method=task.method.name), task)
+        if plan.dry_run:
             with Progress("checking") as progress:
-                plan = planned_levels(task, progress.status)
-            for line in defaults.lines:
+                planned = _planned(task, planned_levels(task, progress.status))
+            for line in notices:
                 notice(line)
-            show_plan(_planned(task, plan), as_json=given["as_json"])
+            show_plan(planned, as_json=printing.as_json)
             return None
-        display = PruningProgress(task.job.plan, defaults.lines)
+        display = PruningProgress(task.job.plan, notices)
         try:
-            report = performed(task, ranks, display, as_json=given["as_json"])
+            report = performed(task, ranks, display, as_json=printing.as_json)
         except AptError:
             raise
         except Exception as error:
@@ -67,11 +72,18 @@ def start(
             raise
         if report is None:
             return None
-        show_report(report, task.options, installed, as_json=given["as_json"])
-        if wrong := first_not_finite(report.scores, options.metrics):
+        show_report(report, task, as_json=printing.as_json)
+        if wrong := first_not_finite(report.scores, run.metrics):
             show_error(f"the {wrong} is not a finite number: the model's outputs are not")
             raise typer.Exit(1)
         return report if ranks.first else None
+
+
+def save_config(config: ConfigOptions, run: PruneRun | ShrinkRun | RecoverRun, task: Task) -> None:
+    """Write the options of a command to the file of ``--save-config``, if it is given."""
+    if config.save_config is not None:
+        texts = (run.calibration, run.evaluation, run.tokenizer, getattr(run, "dense", None))
+        write_options(config.save_config, run, input_paths(task.shell.source, texts))
 
 
 def _planned(task: PruneTask, plan: Plan) -> Planned:
@@ -138,6 +150,6 @@ def _origins(task: PruneTask) -> str:
     found = methods.origins[method], known.adapters.origins[adapter]
     note = f"method {method} comes from {found[0].distribution}, adapter {adapter} from "
     note += found[1].distribution
-    if task.stream and resumable(task.options.output):
+    if task.stream and resumable(task.options.directory):
         note += "; the finished blocks are on disk: once it is corrected, continue with --resume"
     return note

@@ -16,50 +16,51 @@ from apt.cli.output import (
     show_json,
 )
 from apt.cli.progress import Progress
-from apt.cli.pruning import performed
+from apt.cli.pruning import performed, save_config
 from apt.distributed.launch import joined
-from apt.engine.recover_options import RecoverRunOptions
 from apt.engine.recover_task import RecoverTask, prepare_recovery
 from apt.events import HeldBack, TrainingEvent, TrainingStep
+from apt.options import ConfigOptions, PrintingOptions, RecoverRun
 from apt.output.report import Report
-from apt.plugin.registry import Registry
+from apt.plugin.registry import registry
 
 _BARS = "▁▂▃▄▅▆▇█"
 _WIDTH = 24  # of the curve in the display
 
 
 def start(
-    options: RecoverRunOptions,
-    installed: Registry,
-    notices: list[str],
+    run: RecoverRun,
+    config: ConfigOptions,
     plot: Path | None,
-    *,
-    as_json: bool,
+    printing: PrintingOptions,
+    notices: list[str],
 ) -> None:
     """Train, and print a summary.
 
     Args:
-        options: the options of the run.
-        installed: the registered plugins.
-        notices: lines about defaults, to be printed once the run has begun.
+        run: the options of the run, with names.
+        config: the file of options to write.
         plot: the file of the plot; None for no plot.
-        as_json: print the summary as one JSON object.
+        printing: what is printed.
+        notices: lines about defaults, to be printed once the run has begun.
     """
     with joined() as ranks:
-        task = prepare_recovery(options, installed, notices.append)
-        notices.append(f"kind: {task.spec.name}" + ("" if options.kind else " (default)"))
-        report = performed(task, ranks, TrainingProgress(notices), as_json=as_json)
+        task = prepare_recovery(run, registry(), notices.append)
+        if ranks.first:
+            save_config(config, run, task)
+        notices.append(f"kind: {task.spec.name}" + ("" if run.kind else " (default)"))
+        report = performed(task, ranks, TrainingProgress(notices), as_json=printing.as_json)
         if report is None or not ranks.first:
             return
-    _show(report, task, as_json=as_json)
+    _show(report, task, as_json=printing.as_json)
     training = report.recovery["training"]
     if plot is not None:
         from apt.cli.plots import draw_training
 
-        draw_training(training, plot, overwrite=options.overwrite)
+        draw_training(training, plot, overwrite=run.overwrite)
     if training["diverged"] is not None:
         show_error(
-            f"the loss diverged after {training['diverged']} steps; {options.output} has the state "
+            f"the loss diverged after {training['diverged']} steps; {run.output} has the state "
             f"after {training['best']}: use a lower --rate"
         )
         raise typer.Exit(2)

@@ -7,17 +7,19 @@ from functools import partial
 from typing import Any
 
 from apt.cli.output import duration, out, show, show_json, size, table
-from apt.engine.options import RunOptions
+from apt.engine.opening import selection_of
+from apt.engine.prune_task import PruneTask
+from apt.options import PruneRun
 from apt.output.report import Report, by_kind, peak_memory
-from apt.plugin.registry import Registry
 
 _BEST = 10  # candidates in the table, beside those of the Pareto front
 
 
-def show_report(report: Report, options: RunOptions, registry: Registry, *, as_json: bool) -> None:
+def show_report(report: Report, task: PruneTask, *, as_json: bool) -> None:
     """Print the summary of a run and the place of the result."""
+    options, registry = task.options, task.registry
     if as_json:
-        show_json(_record(report, options))
+        show_json(_record(report, task))
         return
     _show_kinds(report)
     _show_warnings(report)
@@ -28,9 +30,7 @@ def show_report(report: Report, options: RunOptions, registry: Registry, *, as_j
         out.print(line, markup=False)
     if report.structure:
         _show_candidates(report.structure["candidates"])
-    result = (
-        structure_line(report.structure) if report.structure else _sparsity_line(report, options)
-    )
+    result = structure_line(report.structure) if report.structure else _sparsity_line(report, task)
     out.print(
         f"{options.output}: {result}, verified on disk; mean relative layer error "
         f"{report.relative_layer_error:.4f}; {duration(report.seconds)}, peak memory "
@@ -39,14 +39,14 @@ def show_report(report: Report, options: RunOptions, registry: Registry, *, as_j
     )
 
 
-def _sparsity_line(report: Report, options: RunOptions) -> str:
+def _sparsity_line(report: Report, task: PruneTask) -> str:
     """The share of zeros, and the number of sites that the allocation left dense."""
     line = f"{report.sparsity:.2%} zeros in the pruned sites"
-    if options.pattern is None:
+    if task.pattern is None or not isinstance(task.options, PruneRun):
         return line
-    pattern = partial(options.selection.pattern, default=options.pattern)
+    pattern = partial(selection_of(task.options).pattern, default=task.pattern)
     dense = sum(pattern(name) is not None for name in report.skipped)
-    return f"{line} ({dense} more left dense by {options.allocation})" if dense else line
+    return f"{line} ({dense} more left dense by {task.options.allocation})" if dense else line
 
 
 def structure_line(structure: Mapping[str, Any]) -> str:
@@ -88,11 +88,12 @@ def _change(before: float, after: float, better: str) -> str:
     return f" ({abs(after / before - 1):.1%} {'better' if improved else 'worse'})"
 
 
-def _record(report: Report, options: RunOptions) -> dict[str, Any]:
+def _record(report: Report, task: PruneTask) -> dict[str, Any]:
+    options = task.options
     return {
         "output": str(options.output),
         "model": options.model,
-        "pattern": str(options.pattern) if options.pattern else None,
+        "pattern": str(task.pattern) if task.pattern else None,
         "structure": report.structure,
         "method": options.method,
         "sparsity": report.sparsity,

@@ -5,30 +5,15 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from apt.cli import arguments as args
 from apt.errors import AptError, shortened
 from apt.locations.paths import kind_at
+from apt.options import PrintingOptions, VerifyRun
 
 if TYPE_CHECKING:
     from apt.engine.verification import Verified
 
 
-def verify(
-    directory: Path = typer.Argument(help="The model's directory."),
-    sparsity: str | None = args.SPARSITY,
-    pattern: str | None = args.PATTERN,
-    per: str | None = args.PER,
-    adapter: str | None = args.ADAPTER,
-    only: list[str] | None = args.ONLY,
-    skip: list[str] | None = args.SKIP,
-    override: list[str] | None = args.OVERRIDE,
-    at_least: bool = typer.Option(
-        False, "--at-least", rich_help_panel=args.PATTERN_GROUP,
-        help="With a pattern: accept more zeros than it asks for, as other tools leave them.",
-    ),
-    as_json: bool = args.JSON,
-    trust_remote_code: bool = args.REMOTE,
-) -> None:  # fmt: skip
+def verify(run: VerifyRun, printing: PrintingOptions) -> None:
     """Check a model on disk: its files, and the zeros of every site.
 
     The exit status is 1 if a file was changed, or if a site has too few zeros or too many. Files
@@ -39,22 +24,20 @@ def verify(
     zeros in its report. With a pattern, the sites that the report lists as left dense on request
     are named and not counted, and --per is that of the run.
     """
-    args.check_pattern_options(sparsity, pattern, per)
-    if at_least and sparsity is None and pattern is None:
-        raise AptError("--at-least needs a pattern", "add --sparsity or --pattern")
-    if kind_at(directory) != "directory":
-        raise AptError(f"no such directory: {shortened(str(directory))}", "check the path")
+    if kind_at(run.directory) != "directory":
+        raise AptError(f"no such directory: {shortened(str(run.directory))}", "check the path")
 
     from apt.cli.output import notice
+    from apt.engine.opening import pattern_of, selection_of
     from apt.engine.verification import verify_directory
     from apt.plugin.registry import registry
 
-    given = args.read_pattern(sparsity, pattern, per)
+    given = pattern_of(run)
     found = verify_directory(
-        directory, registry(), given, args.read_selection(only, skip, override), notice,
-        adapter=adapter, at_least=at_least, trust_remote_code=trust_remote_code,
+        run.directory, registry(), given, selection_of(run), notice, adapter=run.adapter,
+        at_least=run.at_least, trust_remote_code=run.trust_remote_code,
     )  # fmt: skip
-    _show(directory, found, by_report=given is None, as_json=as_json)
+    _show(run.directory, found, by_report=given is None, as_json=printing.as_json)
     if found.failed or found.problems:
         raise typer.Exit(1)
 

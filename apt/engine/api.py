@@ -14,25 +14,28 @@ from apt.checkpoints.masks import masks_of, sparsity_of
 from apt.checkpoints.smaller import smaller
 from apt.distributed.ranks import Ranks
 from apt.engine.given import GivenModel
-from apt.engine.limits import check_windows
-from apt.engine.prune_options import PruneOptions
 from apt.engine.pruning_plan import Sparsity, find_method, sparse_pruning
 from apt.engine.recover_task import check_recovery
 from apt.engine.shrink_plan import Choice, smaller_pruning
 from apt.errors import AptError, name_of
 from apt.events import Observer, TrainingObserver
 from apt.files.journal import Journal, Line
+from apt.options import (
+    Activations,
+    PruneOptions,
+    RecoverOptions,
+    ShrinkOptions,
+    check_windows,
+)
 from apt.output.report import Report
 from apt.planning.allocation import Allocation
 from apt.planning.plan import Selection, read_pattern
 from apt.plugin.registry import registry
 from apt.plugin.specs import RecoverySpec
 from apt.pruning.layer import Method
-from apt.recovery.options import RecoverOptions
 from apt.recovery.record import Training
 from apt.recovery.recover import RecoveryJob, forget, recover_model
 from apt.recovery.trainable import Recovery
-from apt.shrinking.options import ShrinkOptions
 from apt.solver import Pattern
 from apt.text import datasets
 from apt.text.datasets import digest
@@ -53,7 +56,7 @@ class PruneArguments(TypedDict, total=False):
     also: Sequence[str]
     tokenizer: Any
     seed: int
-    activations: str
+    activations: Activations
     ranks: Ranks | None
     observe: Observer
 
@@ -87,7 +90,7 @@ def prune(
     also: Sequence[str] = (),
     tokenizer: Any = None,
     seed: int = 0,
-    activations: str = "memory",
+    activations: Activations = "memory",
     ranks: Ranks | None = None,
     observe: Observer = lambda event: None,
 ) -> Report:
@@ -166,7 +169,7 @@ def shrink(
     options: PruneOptions | None = None,
     tokenizer: Any = None,
     seed: int = 0,
-    activations: str = "memory",
+    activations: Activations = "memory",
     ranks: Ranks | None = None,
     observe: Observer = lambda event: None,
 ) -> tuple[Any, Report]:
@@ -199,7 +202,7 @@ def shrink(
         given.dense(tokens, seed), size or ShrinkOptions(), method, options or PruneOptions()
     )
     known = {
-        "shrink": wish.record(),
+        "shrink": wish.size_record(),
         "method": spec.name,
         "seed": seed,
         "activations": activations,

@@ -9,9 +9,9 @@ from torch import nn
 
 from apt.calibration.batches import TOKENS_PER_BATCH
 from apt.checkpoints.model import Model
-from apt.engine.prune_options import PRESETS
 from apt.evaluation.logits import part_bytes
 from apt.evaluation.metrics import windows_at_once
+from apt.options import PRESETS
 from apt.output.report import peak_memory
 from apt.planning.plan import Plan, PlannedBlock
 from apt.pruning.paused_forward import can_pause

@@ -13,16 +13,16 @@ from apt.adapter.recording import eval_mode
 from apt.adapter.wrapped import refuse_wrapped
 from apt.calibration.batches import check_shape
 from apt.distributed.ranks import Ranks
-from apt.engine.limits import check_activations
 from apt.engine.machine import activation_store
 from apt.engine.prune_model import Pruning, prune_model
-from apt.engine.prune_options import record
 from apt.engine.pruning_plan import Dense
+from apt.engine.recipes import record
 from apt.engine.reports import described
 from apt.engine.store import ModelStore
 from apt.engine.text import check_vocabulary
 from apt.errors import AptError
 from apt.events import telling
+from apt.options import Activations, StreamOptions
 from apt.output.report import Report
 from apt.planning.plan import Plan
 from apt.plugin.registry import Registry, registry
@@ -50,12 +50,12 @@ class GivenModel(ModelStore):
         model: nn.Module,
         tokens: Tensor,
         adapter: str | Adapter | None,
-        activations: str = "memory",
+        activations: Activations = "memory",
         ranks: Ranks | None = None,
         observe: Callable[[Any], None] = lambda event: None,
     ) -> None:
         self._started, self.registry, ranks = time.perf_counter(), registry(), ranks or Ranks()
-        check_activations(activations, streamed=False)
+        StreamOptions(activations=activations).check()
         self._name, self.adapter = find_adapter(adapter, model, self.registry)
         _check_inputs(model, self.adapter, tokens)
         if ranks.first:

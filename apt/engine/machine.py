@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 
 from apt.calibration.storage import CpuStore, MemoryStore, Store
-from apt.engine.limits import DTYPES, check_dtype
 from apt.errors import AptError
 
 _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -15,9 +14,7 @@ _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_b
 
 def read_dtype(name: str) -> torch.dtype | None:
     """The dtype of that name; None for ``auto``, which keeps that of the checkpoint."""
-    check_dtype(name)
-    found: torch.dtype | None = getattr(torch, name) if name in DTYPES else None
-    return found
+    return None if name == "auto" else getattr(torch, name)
 
 
 def choose_device(name: str) -> str:

@@ -20,9 +20,10 @@ from apt.engine.task import WITHOUT_EFFECT, Changed, Task
 from apt.engine.text import Text
 from apt.errors import AptError, first_line
 from apt.files.journal import Line
+from apt.locations.paths import portable
 from apt.output.card import write_card
 from apt.output.location import check_space
-from apt.output.report import Report, portable, versions
+from apt.output.report import Report, versions
 from apt.output.timeline import Timeline
 from apt.output.workplace import Workplace
 

@@ -7,10 +7,11 @@ from typing import Any
 from apt.checkpoints.copies import links_outside
 from apt.checkpoints.load import skeleton
 from apt.checkpoints.model import Model
+from apt.engine.opening import find_source
 from apt.engine.task import WITHOUT_EFFECT, Task
 from apt.errors import AptError
 from apt.files.journal import check_same
-from apt.locations.model_source import Source, find
+from apt.locations.model_source import Source
 from apt.locations.paths import expanded
 from apt.output.json_values import json_value
 from apt.output.location import check_not_input, check_output
@@ -32,9 +33,7 @@ def open_model(
         registry: the plugins.
         notice: called with a line about what is replaced or left out.
     """
-    source = find(
-        options.model, registry, trust_remote_code=options.trust_remote_code, hub=options.hub
-    )
+    source = find_source(options.model, options, registry)
     resume = getattr(options, "resume", False)
     check_place(options.output, source, texts, notice, overwrite=options.overwrite, resume=resume)
     return skeleton(source, registry, options.adapter)

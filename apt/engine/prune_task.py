@@ -13,19 +13,12 @@ from apt.checkpoints.stored import open_stored
 from apt.distributed.launch import whole_number
 from apt.distributed.ranks import Ranks
 from apt.engine.estimate import activations_on_disk
-from apt.engine.limits import (
-    check_activations,
-    check_amount,
-    check_dtype,
-    check_seed,
-    check_shard_size,
-)
 from apt.engine.machine import check_tokens, choose_device, read_dtype
-from apt.engine.options import RunOptions
+from apt.engine.opening import pattern_of, selection_of
 from apt.engine.prepare import Notice, capped, open_model
 from apt.engine.prune_model import Pruning, prune_model
-from apt.engine.prune_options import record
 from apt.engine.pruning_plan import Dense, Sparsity, find_method, sparse_pruning
+from apt.engine.recipes import record
 from apt.engine.reports import calibration_of, described, report_beside
 from apt.engine.shrink_plan import journal_beside, smaller_pruning
 from apt.engine.store import ModelStore
@@ -33,12 +26,15 @@ from apt.engine.task import WITHOUT_EFFECT, Changed, Task
 from apt.engine.text import Text, read_text
 from apt.errors import AptError
 from apt.files.journal import Line
-from apt.output.report import Report, portable
+from apt.locations.paths import portable
+from apt.options import PruneRun, ShrinkRun
+from apt.output.report import Report
+from apt.planning.allocation import UNIFORM
 from apt.planning.plan import Plan
 from apt.planning.structure import Structure, make_structured_plan
 from apt.plugin.registry import Registry
 from apt.plugin.specs import MethodSpec
-from apt.solver import Unstructured
+from apt.solver import Pattern, Unstructured
 from apt.text.datasets import calibration_tokens, digest
 
 
@@ -51,10 +47,16 @@ class PruneTask(Task):
         method: the spec of its method.
     """
 
-    options: RunOptions
+    options: PruneRun | ShrinkRun
     job: Pruning
     method: MethodSpec
     doing = "pruning"
+
+    @property
+    def pattern(self) -> Pattern | None:
+        """The pattern of a sparse model, with the unit in which it is counted."""
+        found = pattern_of(self.options) if isinstance(self.options, PruneRun) else None
+        return found.counted(self.method.per) if isinstance(found, Unstructured) else found
 
     @property
     def samples(self) -> int:
@@ -63,8 +65,10 @@ class PruneTask(Task):
 
     def record(self) -> dict[str, Any]:
         """All options with defaults filled in, as values for JSON, for the report."""
-        per = {"per": self.job.plan.per}
-        return self.options.record() | per | record(self.job.recipe, self.job.augmentation)
+        known: dict[str, Any] = {"per": self.job.plan.per}
+        if isinstance(self.options, PruneRun):
+            known |= {"pattern": str(self.pattern)} | selection_of(self.options).record()
+        return self.options.record() | known | record(self.job.recipe, self.job.augmentation)
 
     def space(self, written: int) -> int:
         """The bytes of the output, and of what a streamed run has on disk meanwhile."""
@@ -119,7 +123,8 @@ class PruneTask(Task):
     def change(self, store: ModelStore, text: Text, report: Report) -> Changed:
         """Prune the model."""
         plan, report = prune_model(store, text.tokens, self.job_on(text), report)
-        return Changed(report, plan, save_masks=self.options.save_masks)
+        save_masks = isinstance(self.options, PruneRun) and self.options.save_masks
+        return Changed(report, plan, save_masks=save_masks)
 
     def job_on(self, text: Text) -> Pruning:
         """The pruning on a text."""
@@ -137,22 +142,24 @@ class PruneTask(Task):
             self.job.structure.journal.clear()
 
 
-def prepare_pruning(options: RunOptions, registry: Registry, notice: Notice) -> PruneTask:
-    """Check the options of a pruning.
+def prepare_pruning(options: PruneRun | ShrinkRun, registry: Registry, notice: Notice) -> PruneTask:
+    """Check a pruning.
 
     Raises:
         AptError: an option does not fit the model, the machine or the disk.
     """
-    _check_numbers(options)
+    options = replace(options, stream=options.stream or options.resume)
     texts = (options.calibration, options.evaluation, options.tokenizer)
     shell = open_model(options, texts, registry, notice)
     dense = Dense(
         shell.module, shell.adapter, shell.config, registry, options.samples, options.seed,
         options.stream, options.device, notice,
     )  # fmt: skip
-    made = _sparse if options.shrink is None else _smaller
+    made: Any = _sparse if isinstance(options, PruneRun) else _smaller
     options, method, job = made(options, shell, dense)
     seqlen = capped(options.seqlen, shell, notice)
+    if options.method is None:
+        notice(f"method: {method.name} (default)")
     options = replace(options, method=method.name, adapter=shell.spec.name, seqlen=seqlen)
     task = PruneTask(
         options=options, registry=registry, shell=shell, device=choose_device(options.device),
@@ -164,35 +171,32 @@ def prepare_pruning(options: RunOptions, registry: Registry, notice: Notice) -> 
     return task
 
 
-_Made = tuple[RunOptions, MethodSpec, Pruning]
-
-
-def _sparse(options: RunOptions, shell: Model, dense: Dense) -> _Made:
+def _sparse(options: PruneRun, shell: Model, dense: Dense) -> tuple[PruneRun, MethodSpec, Pruning]:
     """The pruning to a sparse model."""
-    assert options.pattern is not None
+    pattern = pattern_of(options)
+    assert pattern is not None
     spec, function = find_method(options.method, dense.registry)
-    wanted = Sparsity(options.pattern, options.selection, options.also, options.allocation)
-    job = sparse_pruning(dense, wanted, spec, function, options.prune)
+    wanted = Sparsity(pattern, selection_of(options), options.also, options.allocation)
+    job = sparse_pruning(dense, wanted, spec, function, options)
     if shell.config.model_type not in shell.spec.model_types:
         dense.notice(f"adapter {shell.spec.name}: {job.plan.outline()}")
-    if isinstance(options.pattern, Unstructured):
-        options = replace(options, pattern=options.pattern.counted(spec.per))
     return options, spec, job
 
 
-def _smaller(options: RunOptions, shell: Model, dense: Dense) -> _Made:
+def _smaller(
+    options: ShrinkRun, shell: Model, dense: Dense
+) -> tuple[ShrinkRun, MethodSpec, Pruning]:
     """The pruning to a smaller model."""
-    assert options.shrink is not None
     if shell.checkpoint is not None:
         raise AptError(
             f"{shell.source.reference} is not in the format of transformers",
             "convert it first with apt-prune convert",
         )
-    wish, spec, job = smaller_pruning(dense, options.shrink, options.method, options.prune)
-    if wish.mode == "search" and job.structure is not None:
-        journal = journal_beside(options.output)
+    options, spec, job = smaller_pruning(dense, options, options.method, options)
+    if options.mode == "search" and job.structure is not None:
+        journal = journal_beside(options.directory)
         job = replace(job, structure=replace(job.structure, journal=journal))
-    return replace(options, shrink=wish), spec, job
+    return options, spec, job
 
 
 def _writable(shell: Model, job: Pruning) -> Plan:
@@ -203,15 +207,6 @@ def _writable(shell: Model, job: Pruning) -> Plan:
     return make_structured_plan(
         shell.module, shell.adapter, shell.config, structure, adjusted=job.aware
     )
-
-
-def _check_numbers(options: RunOptions) -> None:
-    check_amount(options.samples, options.seqlen, options.prune.own_samples)
-    check_seed(options.seed)
-    options.prune.check()
-    check_dtype(options.dtype)
-    check_shard_size(options.max_shard_size)
-    check_activations(options.activations, streamed=options.stream)
 
 
 def _check_memory(task: PruneTask) -> None:
@@ -231,9 +226,10 @@ def _check_streamable(task: PruneTask) -> None:
     if structure is not None:
         check_writable(stored.layout)
         structure.check_streamable()
-    if not task.registry.allocations.get(options.allocation).streams:
+    allocation = getattr(options, "allocation", UNIFORM)
+    if not task.registry.allocations.get(allocation).streams:
         raise AptError(
-            f"allocation {options.allocation} needs the whole model in memory",
+            f"allocation {allocation} needs the whole model in memory",
             "choose another one, or do not stream",
             ("allocation", "stream"),
         )

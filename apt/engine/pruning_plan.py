@@ -8,8 +8,9 @@ from torch import nn
 
 from apt.adapter import Adapter
 from apt.engine.prune_model import Pruning
-from apt.engine.prune_options import PruneOptions
-from apt.errors import AptError, name_of
+from apt.engine.recipes import augmentation_of, recipe_of
+from apt.errors import name_of
+from apt.options import PruneOptions, SolveOptions
 from apt.planning.allocation import Allocation, check_allocation, default_allocation, is_needed
 from apt.planning.plan import Plan, Selection, check_rounding, make_plan
 from apt.plugin.registry import Registry
@@ -46,39 +47,20 @@ class Dense:
     device: str = "auto"
     notice: Callable[[str], None] = lambda line: None
 
-    def settings(self, options: PruneOptions, method: MethodSpec) -> tuple[Recipe, Augmentation]:
+    def settings(self, options: SolveOptions, method: MethodSpec) -> tuple[Recipe, Augmentation]:
         """What the options mean for a method.
 
         Raises:
             AptError: an option is out of range, or the method does not use it.
         """
-        options.check()
-        _check_used(options, method, self.registry)
-        recipe, added = options.recipe(method), options.augmentation(method, self.samples)
+        known = self.registry.methods.specs.values()
+        options.check_used(method, known, "method")
+        recipe, added = recipe_of(options, method), augmentation_of(options, method, self.samples)
         if options.own_samples is not None or not added.own_samples or writes(self.model):
             return recipe, added
         kind = type(self.model).__name__
         self.notice(f"own samples: 0 (not {added.own_samples}: {kind} cannot generate text)")
         return recipe, replace(added, own_samples=0)
-
-
-def _check_used(options: PruneOptions, method: MethodSpec, registry: Registry) -> None:
-    """Raise for an option that the method does not use."""
-    known = registry.methods.specs.values()
-    if options.effort != "default" and not method.efforts:
-        others = ", ".join(spec.name for spec in known if spec.efforts)
-        raise AptError(
-            f"method {method.name} does not use the effort",
-            f"methods with it: {others}",
-            ("effort",),
-        )
-    if options.block_size is not None and not method.blocks:
-        others = ", ".join(spec.name for spec in known if spec.blocks)
-        raise AptError(
-            f"method {method.name} does not use a block size",
-            f"methods with it: {others}",
-            ("block_size",),
-        )
 
 
 @dataclass(frozen=True)

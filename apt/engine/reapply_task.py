@@ -1,7 +1,6 @@
 """The task of ``apt-prune reapply``: the zeros of a pruned model in one that was fine-tuned."""
 
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 from apt.checkpoints.load import load, load_tokenizer, skeleton
 from apt.checkpoints.masks import (
@@ -14,43 +13,17 @@ from apt.checkpoints.masks import (
     sparsity_of,
 )
 from apt.distributed.ranks import Ranks
-from apt.engine.limits import check_shard_size
+from apt.engine.opening import find_source
 from apt.engine.prepare import Notice, open_model
 from apt.engine.reports import continued
 from apt.engine.store import ModelStore
 from apt.engine.task import Changed, Task
 from apt.engine.text import Text
 from apt.errors import AptError
-from apt.locations.hub import Hub
-from apt.locations.model_source import find
-from apt.locations.paths import kind_at
-from apt.output.report import Report, portable, read_report
+from apt.locations.paths import kind_at, portable
+from apt.options import ReapplyRun
+from apt.output.report import Report, read_report
 from apt.plugin.registry import Registry
-
-
-@dataclass(frozen=True)
-class ReapplyOptions:
-    """The options of ``apt-prune reapply``.
-
-    Args:
-        masks: a file of masks, or the directory of a pruned model.
-        model: the model: a directory or a hub name.
-        output: the directory to write.
-        adapter: the name of an adapter; by default that of the model's type.
-        overwrite: True if the output of an earlier run may be replaced.
-        max_shard_size: the largest size of a file of weights.
-        trust_remote_code: True if code from the checkpoint may run.
-        hub: the settings for the hub.
-    """
-
-    masks: Path
-    model: str
-    output: Path
-    adapter: str | None = None
-    overwrite: bool = False
-    max_shard_size: str | None = None
-    trust_remote_code: bool = False
-    hub: Hub = field(default_factory=Hub)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +35,7 @@ class ReapplyTask(Task):
         report: the report of the pruned model; an empty one if it has none.
     """
 
-    options: ReapplyOptions
+    options: ReapplyRun
     masks: Masks
     report: Report
     doing = "reapplying"
@@ -93,14 +66,13 @@ class ReapplyTask(Task):
         return Changed(replace(report, reapplied=record), masks=self.masks)
 
 
-def prepare_reapplying(options: ReapplyOptions, registry: Registry, notice: Notice) -> ReapplyTask:
+def prepare_reapplying(options: ReapplyRun, registry: Registry, notice: Notice) -> ReapplyTask:
     """Check the options of a reapplication, and read the masks.
 
     Raises:
         AptError: the masks cannot be read or belong to another model, or the output cannot be
             written.
     """
-    check_shard_size(options.max_shard_size)
     masks = options.masks
     shell = open_model(options, (str(masks),), registry, notice)
     kind = kind_at(masks)
@@ -115,9 +87,8 @@ def prepare_reapplying(options: ReapplyOptions, registry: Registry, notice: Noti
     )
 
 
-def _masks_of(options: ReapplyOptions, registry: Registry) -> Masks:
+def _masks_of(options: ReapplyRun, registry: Registry) -> Masks:
     """The masks of a pruned model."""
-    remote = options.trust_remote_code
-    source = find(f"{options.masks.resolve()}", registry, trust_remote_code=remote)
+    source = find_source(f"{options.masks.resolve()}", replace(options, revision=None), registry)
     pruned = load(skeleton(source, registry, options.adapter))
     return masks_of(pruned.module, pruned.adapter)

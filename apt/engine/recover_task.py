@@ -13,21 +13,20 @@ from apt.checkpoints.load import load, skeleton
 from apt.checkpoints.masks import Masks, masks_of, sparsity_of
 from apt.checkpoints.model import Model
 from apt.distributed.ranks import Ranks
-from apt.engine.limits import check_seed, check_shard_size, check_windows
 from apt.engine.machine import choose_device
+from apt.engine.opening import find_source
 from apt.engine.prepare import Notice, capped, open_model
-from apt.engine.recover_options import RecoverRunOptions
 from apt.engine.reports import continued, report_beside
 from apt.engine.store import ModelStore
 from apt.engine.task import Changed, Task
 from apt.engine.text import Text, read_text
 from apt.errors import AptError, first_line
 from apt.files.journal import Line
-from apt.locations.model_source import Source, find
+from apt.locations.model_source import Source
+from apt.options import RecoverOptions, RecoverRun
 from apt.output.report import Report, peak_memory, versions
 from apt.plugin.registry import Registry
 from apt.plugin.specs import RecoverySpec
-from apt.recovery.options import RecoverOptions
 from apt.recovery.recover import (
     CHECKPOINT,
     DENSE_LOSS,
@@ -51,7 +50,7 @@ class RecoverTask(Task):
         earlier: the report beside the model; empty if there is none.
     """
 
-    options: RecoverRunOptions
+    options: RecoverRun
     spec: RecoverySpec
     earlier: dict[str, Any]
     doing = "recovery"
@@ -78,11 +77,11 @@ class RecoverTask(Task):
         0 if the number of samples is not known yet.
         """
         options, hidden = self.options, int(self.shell.config.hidden_size)
-        open_ended = options.recover.minutes is not None or options.recover.tokens == "auto"
+        open_ended = options.minutes is not None or options.tokens == "auto"
         if open_ended or not self.spec.teacher:
             return 0
         samples = self._useful_samples()
-        return samples * options.seqlen * (6 * options.recover.top + 2 * hidden)
+        return samples * options.seqlen * (6 * options.top + 2 * hidden)
 
     def read_text(self, ranks: Ranks) -> Text:
         """The samples to train on, and all windows to measure on."""
@@ -100,13 +99,13 @@ class RecoverTask(Task):
 
     def _useful_samples(self) -> int:
         """The number of samples that the steps use, with those that are held back."""
-        recover, seqlen = self.options.recover, self.options.seqlen
+        recover, seqlen = self.options, self.options.seqlen
         if recover.minutes is not None or recover.tokens == "auto":
             return _MOST_SAMPLES
         used = math.ceil(recover.tokens / seqlen) if isinstance(recover.tokens, int) else (
             (recover.steps or STEPS) * recover.batch
         )  # fmt: skip
-        return min(_MOST_SAMPLES, math.ceil(used / (1 - recover.held_back)) + 1)
+        return min(_MOST_SAMPLES, math.ceil(used / (1 - recover.validation_share)) + 1)
 
     def begin(self, store: ModelStore, text: Text) -> Report:
         """The report of the pruned model.
@@ -137,7 +136,7 @@ class RecoverTask(Task):
         options, shell = self.options, self.shell
         dense = partial(_dense_model, self) if self.spec.teacher else None
         job = RecoveryJob(
-            shell.adapter, self.spec, self.spec.load(), options.recover, store.folder, dense,
+            shell.adapter, self.spec, self.spec.load(), options, store.folder, dense,
             options.seed, self.device, store.ranks, store.journal, store.observe, store.status,
         )  # fmt: skip
         if store.ranks.first and not store.journal.values(CHECKPOINT):
@@ -187,17 +186,14 @@ def _size(shell: Model, earlier: dict[str, Any], masks: Masks) -> dict[str, Any]
     return {"parameters_before": before, "rate": (before - now + zeros) / before}
 
 
-def prepare_recovery(options: RecoverRunOptions, registry: Registry, notice: Notice) -> RecoverTask:
+def prepare_recovery(options: RecoverRun, registry: Registry, notice: Notice) -> RecoverTask:
     """Check the options of a recovery.
 
     Raises:
         AptError: an option does not fit the model, the machine or the disk.
     """
-    check_windows(options.samples, options.seqlen)
-    check_seed(options.seed)
-    check_shard_size(options.max_shard_size)
     spec = registry.recoveries.get(options.kind or "distill")
-    check_recovery(options.recover, spec, registry)
+    check_recovery(options, spec, registry)
     texts = (options.calibration, options.evaluation, options.tokenizer, options.dense)
     shell = open_model(options, texts, registry, notice)
     earlier = _report_beside(shell.source)
@@ -221,7 +217,7 @@ def prepare_recovery(options: RecoverRunOptions, registry: Registry, notice: Not
 def check_recovery(options: RecoverOptions, spec: RecoverySpec, registry: Registry) -> None:
     """Raise `AptError` if an option is out of range, or the kind of recovery does not use it."""
     options.check()
-    options.check_used(spec, registry.recoveries.specs.values())
+    options.check_used(spec, registry.recoveries.specs.values(), "recovery")
 
 
 def _report_beside(source: Source) -> dict[str, Any]:
@@ -267,10 +263,7 @@ def _dense_shell(task: RecoverTask) -> Model:
     if Path(given).exists() and Path(given).resolve() == Path(options.model).resolve():
         raise _another_dense(f"{given} is the pruned model itself")
     try:
-        source = find(
-            given, registry, trust_remote_code=options.trust_remote_code,
-            hub=options.hub.without_revision(),
-        )  # fmt: skip
+        source = find_source(given, replace(options, revision=None), registry)
         shell = skeleton(source, registry)
     except AptError as error:
         if options.dense is None:
@@ -282,7 +275,7 @@ def _dense_shell(task: RecoverTask) -> Model:
             f"the dense model {given} has {sizes[0]} tokens, and {options.model} has {sizes[1]}"
         )
     widths = [model.config.hidden_size for model in (shell, task.shell)]
-    if options.recover.hidden and widths[0] != widths[1]:
+    if options.hidden and widths[0] != widths[1]:
         raise AptError(
             f"the hidden states of {given} have {widths[0]} features, and those of "
             f"{options.model} have {widths[1]}",

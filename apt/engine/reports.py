@@ -7,7 +7,8 @@ from torch import Tensor
 
 from apt.checkpoints.model import Model
 from apt.locations.model_source import Source
-from apt.output.report import Report, portable, read_report
+from apt.locations.paths import portable
+from apt.output.report import Report, read_report
 from apt.text.datasets import digest
 
 

@@ -5,25 +5,25 @@ from typing import Any
 
 from apt.distributed.ranks import Ranks
 from apt.engine.in_memory import InMemory
-from apt.engine.options import RunOptions
+from apt.engine.opening import with_names
 from apt.engine.output_store import OutputStore
 from apt.engine.prepare import finished_report
 from apt.engine.prune_task import prepare_pruning
-from apt.engine.reapply_task import ReapplyOptions, prepare_reapplying
-from apt.engine.recover_options import RecoverRunOptions
+from apt.engine.reapply_task import prepare_reapplying
 from apt.engine.recover_task import prepare_recovery
 from apt.engine.streamed import Streamed
 from apt.engine.task import Task
 from apt.events import telling
+from apt.options import PruneRun, ReapplyRun, RecoverRun, ShrinkRun
 from apt.output.report import Report
 from apt.output.timeline import Timeline
 from apt.plugin.registry import Registry, registry
 
-RunOptionsOfAnyTask = RunOptions | RecoverRunOptions | ReapplyOptions
+AnyRun = PruneRun | ShrinkRun | RecoverRun | ReapplyRun
 
 
 def run(
-    options: RunOptionsOfAnyTask,
+    options: AnyRun,
     *,
     observe: Callable[[Any], None] = lambda event: None,
     status: Callable[[str], None] = lambda text: None,
@@ -36,7 +36,7 @@ def run(
     ``resume=True`` in its options.
 
     Args:
-        options: the options of the command.
+        options: the options of the command, such as `apt.PruneRun`.
         observe: called with every event of `apt.events`. An exception that it raises ends the run.
         status: called with a text for each step outside the loop over blocks or steps.
         notice: called with a line about each option that was changed to fit the model, and about
@@ -51,28 +51,31 @@ def run(
             the checkpoint, the text, the training or the disk. Nothing is written then, except for
             the workplace from which the run can be resumed.
     """
+    if not isinstance(options, ReapplyRun):
+        options = with_names(options, registry(), notice)
     task = prepare(options, registry(), notice)
     return finished_report(task) or execute(task, observe, status, ranks=ranks)
 
 
 def prepare(
-    options: RunOptionsOfAnyTask,
+    options: AnyRun,
     registry: Registry,
     notice: Callable[[str], None] = lambda line: None,
 ) -> Task:
     """Check everything that can be checked before the work begins.
 
     Args:
-        options: the options of the run.
+        options: the options of the run, with the names of `with_names`.
         registry: the plugins.
         notice: called with a line about each option that was changed to fit the model.
 
     Raises:
         AptError: an option does not fit the model, the machine or the disk.
     """
-    if isinstance(options, RunOptions):
+    options.check()
+    if isinstance(options, PruneRun | ShrinkRun):
         return prepare_pruning(options, registry, notice)
-    if isinstance(options, RecoverRunOptions):
+    if isinstance(options, RecoverRun):
         return prepare_recovery(options, registry, notice)
     return prepare_reapplying(options, registry, notice)
 

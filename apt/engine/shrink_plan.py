@@ -3,26 +3,27 @@
 import inspect
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from apt.checkpoints.smaller import empty_smaller
 from apt.engine.machine import choose_device
 from apt.engine.prune_model import Pruning
-from apt.engine.prune_options import PruneOptions
 from apt.engine.pruning_plan import Dense
 from apt.errors import AptError, name_of
 from apt.files.journal import Journal
+from apt.options import ShrinkOptions, SolveOptions
 from apt.planning.structure import make_structured_plan
 from apt.plugin.registry import Registry
 from apt.plugin.specs import MethodSpec, ShrinkMethodSpec
 from apt.pruning.layer import Recipe
 from apt.shrinking.latency import block_times
-from apt.shrinking.options import ShrinkOptions
+from apt.shrinking.search import SearchOptions
 from apt.shrinking.sizes import MULTIPLE, Sizes
 from apt.shrinking.structure_choice import BlockChoice, GroupScores, StructureChoice
 from apt.shrinking.wanted_sizes import wanted_sizes, with_mode
 from apt.solver import GroupChoice, GroupRemoval, joint_removal
 
+S = TypeVar("S", bound=ShrinkOptions)
 Choice = GroupChoice | GroupScores | BlockChoice
 """A choice of what to remove."""
 
@@ -48,8 +49,8 @@ def _only_blocks(wish: ShrinkOptions) -> bool:
 
 
 def smaller_pruning(
-    dense: Dense, wish: ShrinkOptions, method: str | Choice | None, options: PruneOptions
-) -> tuple[ShrinkOptions, MethodSpec, Pruning]:
+    dense: Dense, wish: S, method: str | Choice | None, options: SolveOptions
+) -> tuple[S, MethodSpec, Pruning]:
     """The pruning to a smaller model, whose structure may still change.
 
     Args:
@@ -80,9 +81,7 @@ def smaller_pruning(
     return wish, spec, job
 
 
-def _resolved(
-    dense: Dense, wish: ShrinkOptions, method: str | Choice | None
-) -> tuple[ShrinkOptions, ShrinkMethodSpec]:
+def _resolved(dense: Dense, wish: S, method: str | Choice | None) -> tuple[S, ShrinkMethodSpec]:
     """The options with a mode, and the method with that name, or the default one of the mode.
 
     The method is error-aware by default where blocks are dropped: the others make up for them.
@@ -183,7 +182,7 @@ def _choice(
         recipe.solver,
         whole=not dense.streams,
         drop=tuple(wish.drop),
-        search=wish.search,
+        search=SearchOptions(wish.evaluations, wish.minutes),
         seed=dense.seed,
     )
 

@@ -11,11 +11,12 @@ from apt.distributed.ranks import Ranks
 from apt.engine.store import ModelStore
 from apt.engine.text import Text
 from apt.files.journal import Line
+from apt.options import PruneRun
 from apt.output.report import Report
 from apt.planning.plan import Plan
 from apt.plugin.registry import Registry
 
-WITHOUT_EFFECT = ("overwrite", "resume", "stream", "activations")
+WITHOUT_EFFECT = tuple(one.key for one in PruneRun.OPTIONS if not one.option.effect)
 """The options that do not change the result, but for rounding."""
 
 

@@ -58,16 +58,16 @@ def read_text(
         AptError: a data source or the tokenizer cannot be read, there is too little text, or a
             token has no embedding in the model.
     """
-    tokenizer, token = load_tokenizer(shell.source, options.tokenizer), options.hub.token
+    tokenizer = load_tokenizer(shell.source, options.tokenizer)
     bos = bos_of(tokenizer) if options.bos else None
     found: Iterable[str] = ()
     if options.samples != 0:
-        found = documents(options.calibration, "calibration", registry, token)
+        found = documents(options.calibration, "calibration", registry)
     tokens, held_out = draw(tokenizer, found, bos), None
     check_vocabulary(tokens, shell.module, options.model)
     if options.evaluation is not None and measures:
         source = options.evaluation
-        found = documents(source, "evaluation", registry, token)
+        found = documents(source, "evaluation", registry)
         held_out = evaluation_tokens(
             tokenizer, found, windows, options.seqlen, source, bos, fewer=True
         )

@@ -15,21 +15,16 @@ class Hub:
 
     Attributes:
         revision: a branch, a tag or a commit; None for the main branch.
-        token: the access token; None for the one stored by ``hf auth login``.
-        cache_dir: the directory for downloads; None for the default one.
         local: True if only earlier downloads are read, without contacting the hub.
     """
 
     revision: str | None = None
-    token: str | None = None
-    cache_dir: str | None = None
     local: bool = False
 
     def options(self) -> dict[str, Any]:
         """The arguments for ``from_pretrained`` and the functions of huggingface_hub."""
         local = {"local_files_only": True} if self.local else {}
-        given = {"revision": self.revision, "token": self.token, "cache_dir": self.cache_dir}
-        return {**{name: value for name, value in given.items() if value is not None}, **local}
+        return {**({"revision": self.revision} if self.revision is not None else {}), **local}
 
     def without_revision(self) -> "Hub":
         """The settings for another repository, which has other revisions."""

@@ -34,6 +34,12 @@ def expanded(path: str | Path) -> Path:
         raise AptError(f"{user} is no user's home directory", "check the path") from error
 
 
+def portable(reference: str) -> str:
+    """A reference to a model or a text, without the parent folders of a local path."""
+    path = expanded(reference)
+    return path.resolve().name if path.is_absolute() or path.exists() else reference
+
+
 def kind_at(path: Path) -> Kind | None:
     """The kind of file at ``path``, links followed, or None; raises `AptError` if unreadable."""
     try:

@@ -22,7 +22,7 @@ from apt.errors import AptError, described
 from apt.events import SitePruned
 from apt.files.hashes import file_hashes, sha256
 from apt.files.writing import write_file
-from apt.locations.paths import expanded, user_error
+from apt.locations.paths import portable, user_error
 from apt.output.json_values import json_value
 
 _PACKAGES = ("apt-prune", "torch", "transformers", "safetensors", "tokenizers", "datasets")
@@ -215,12 +215,6 @@ def _site(entry: dict[str, Any]) -> SitePruned:
 def _numbers(part: Any) -> Any:
     """The metrics of a model, with numbers for strings as in `_site`; another entry as it is."""
     return {name: float(value) for name, value in part.items()} if isinstance(part, dict) else part
-
-
-def portable(reference: str) -> str:
-    """A reference to a model or a text, without the parent folders of a local path."""
-    path = expanded(reference)
-    return path.resolve().name if path.is_absolute() or path.exists() else reference
 
 
 def versions() -> dict[str, str]:

@@ -20,10 +20,10 @@ from apt.distributed.ranks import Ranks
 from apt.errors import AptError, faulty, first_line
 from apt.events import CheckpointSaved, TrainingEvent, TrainingObserver
 from apt.files.journal import Journal
+from apt.options import RecoverOptions
 from apt.plugin.specs import RecoverySpec
 from apt.recovery.law import enough_tokens
 from apt.recovery.moving_masks import MovingMasks
-from apt.recovery.options import RecoverOptions
 from apt.recovery.record import Training
 from apt.recovery.teacher import Teacher, write_teacher
 from apt.recovery.trainable import (
@@ -205,7 +205,9 @@ def _split(tokens: Tensor, options: RecoverOptions) -> tuple[Tensor, Tensor]:
             "give more text, or a smaller seqlen",
             ("calibration", "samples", "seqlen"),
         )
-    count = min(max(1, round(options.held_back * len(tokens))), _MOST_HELD_BACK, len(tokens) - 1)
+    count = min(
+        max(1, round(options.validation_share * len(tokens))), _MOST_HELD_BACK, len(tokens) - 1
+    )
     return tokens[:-count], tokens[-count:]
 
 
@@ -255,7 +257,7 @@ def _steps_in(
     A kind with a teacher is prepared after the teacher has run. The step that is timed for it
     trains all blocks by the loss of the next token.
     """
-    options, given = job.options, text[: job.options.samples_at_once].to(job.device)
+    options, given = job.options, text[: job.options.micro_batch].to(job.device)
     model, device = trainable.module.to(job.device), torch.device(job.device)
     mixed = torch.autocast(device.type, torch.bfloat16, is_mixed(model, device))
     batch = {"input_ids": given, "row": torch.arange(len(given), device=device)}

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from apt.adapter import Adapter
-from apt.recovery.options import RecoverOptions
+from apt.options import RecoverOptions
 from apt.recovery.teacher import Teacher
 
 Loss = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]

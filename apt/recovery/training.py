@@ -27,8 +27,8 @@ from transformers import (
 
 from apt.errors import AptError, first_line
 from apt.events import TrainingObserver
+from apt.options import RecoverOptions
 from apt.recovery.moving_masks import MovingMasks
-from apt.recovery.options import RecoverOptions
 from apt.recovery.record import StopRule, Training
 from apt.recovery.recorder import Recorder, checkpoint_of
 from apt.recovery.trainable import Trainable, next_token_loss
@@ -174,7 +174,7 @@ def _arguments(module: nn.Module, plan: TrainingPlan) -> TrainingArguments:
         fault = f"a step of {options.batch} samples cannot be divided among {processes} processes"
         raise AptError(fault, "choose a multiple", ("batch",))
     # A divisor, so that a step has exactly its samples.
-    each = max(n for n in range(1, min(share, options.samples_at_once) + 1) if share % n == 0)
+    each = max(n for n in range(1, min(share, options.micro_batch) + 1) if share % n == 0)
     try:
         made = TrainingArguments(
             output_dir=str(plan.folder),

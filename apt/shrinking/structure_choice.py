@@ -13,9 +13,9 @@ from apt.adapter import Adapter, Groups
 from apt.checkpoints.load import fingerprint
 from apt.errors import AptError, faulty
 from apt.files.journal import Journal
+from apt.options import Mode
 from apt.planning.structure import Removed, Structure
 from apt.plugin.specs import ShrinkMethodSpec
-from apt.shrinking.options import Mode
 from apt.shrinking.proxy import Proxy
 from apt.shrinking.search import Candidate, Scored, Search, SearchOptions
 from apt.shrinking.sizes import Size

@@ -2,16 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar
 
 from apt.errors import AptError
-from apt.shrinking.options import Mode, ShrinkOptions
+from apt.options import Mode, ShrinkOptions
 from apt.shrinking.sizes import MULTIPLE, TOLERANCE, Size, Sizes
 
+S = TypeVar("S", bound=ShrinkOptions)
 _DEEP = 8  # blocks; on smaller models of the zoo, fewer groups cost as little or less
 _NEAR = 0.02
 
 
-def with_mode(options: ShrinkOptions, sizes: Sizes, chooses: str | None = None) -> ShrinkOptions:
+def with_mode(options: S, sizes: Sizes, chooses: str | None = None) -> S:
     """The options with a mode, unless they give the numbers of blocks and groups themselves.
 
     By default blocks are dropped, since that costs the least accuracy in deep models. Groups are

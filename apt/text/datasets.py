@@ -19,16 +19,13 @@ Split = Literal["calibration", "evaluation"]
 _CHARACTERS_PER_TOKEN = 32  # far above the mean of any tokenizer, so that enough text is read
 
 
-def documents(
-    source: str, split: Split, registry: Registry, token: str | None = None
-) -> Iterator[str]:
+def documents(source: str, split: Split, registry: Registry) -> Iterator[str]:
     """The documents of a data source.
 
     Args:
         source: a name that a plugin provides (``builtin``, ``wikitext2``), a local .txt, .jsonl or
             .parquet file, or a hub data set, ``NAME`` or ``NAME:CONFIG``.
         split: the part to read; a local file has the same part for both.
-        token: the access token for a gated or private data set of the hub.
 
     Raises:
         AptError: the source does not exist or cannot be read.
@@ -45,7 +42,7 @@ def documents(
     if "/" not in source:
         raise unknown("data set", source, registry.calibrations.specs)
     name, _, config = source.partition(":")
-    return hub_documents(name, config or None, split, token=token)
+    return hub_documents(name, config or None, split)
 
 
 def hub_documents(

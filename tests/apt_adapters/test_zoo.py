@@ -6,9 +6,9 @@ import pytest
 
 import apt as library
 from apt.checkpoints.load import load, load_tokenizer, skeleton
-from apt.engine.prune_options import PruneOptions
 from apt.evaluation.metrics import perplexity
 from apt.locations.model_source import find
+from apt.options import PruneOptions
 from apt.plugin.registry import registry
 from apt.text.datasets import calibration_tokens, evaluation_tokens
 from tests.helpers.families import FAMILIES, builtin

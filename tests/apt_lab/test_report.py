@@ -12,9 +12,9 @@ import pytest
 import torch
 from apt_lab.reporting.beside_dense import by_frequency, token_losses
 from apt_lab.reporting.heat import block_of, heat
+from apt_lab.reproduction import command_of
 from safetensors.torch import load_file
 
-from apt.cli.reproduction import command_of
 from apt.evaluation.metrics import perplexity
 from apt.output.report import Report
 from tests.helpers import TEXT

@@ -197,6 +197,8 @@ def test_every_option_has_a_sentence_in_its_help():
 def test_every_option_of_a_run_is_in_the_documentation(command):
     page = (ROOT / "docs/usage.md").read_text()
     for parameter in commands()[command].params:
+        if getattr(parameter, "hidden", False):
+            continue
         for option in (*parameter.opts, *parameter.secondary_opts):
             if option.startswith("--") and option != "--help":
                 assert f"`{option}" in page, option

@@ -168,9 +168,9 @@ def test_each_ingredient_has_an_option(apt):
 
 
 def test_an_ingredient_of_error_aware_runs_is_refused_in_others(apt):
-    run = apt("prune", "zoo:llama", *SMALL, "--layer-wise", "--alpha", 0.5)
+    run = apt("prune", "zoo:llama", *SMALL, "--layer-wise", "--input-correction", 0.5)
     assert run.code == 2
-    assert "alpha has no effect in a layer-wise run" in run.err
+    assert "input correction has no effect in a layer-wise run" in run.err
 
 
 def test_wanda_is_verified_by_row(apt):
@@ -230,13 +230,16 @@ BAD = [
     (["prune", "zoo:llama", "--sparsity", "0"], "sparsity 0 is outside (0, 1)"),
     (["prune", "zoo:llama", "--sparsity", "nan"], "sparsity nan is outside (0, 1)"),
     (["prune", "zoo:llama", "--sparsity", "half"], "'half' is neither a sparsity"),
-    (["prune", "zoo:llama", "--sparsity", "2:4"], "use --pattern 2:4"),
+    (
+        ["prune", "zoo:llama", "--sparsity", "2:4"],
+        "sparsity 2:4 is a pattern; give it so (--pattern)",
+    ),
     (["prune", "zoo:llama", "--sparsity", "0.5", "--pattern", "2:4"], "both given"),
     (["prune", "zoo:llama", "--pattern", "4:2"], "pattern 4:2 keeps 4 of 2"),
     (["prune", "zoo:llama", "--pattern", "0:4"], "0 < N < M"),
     (["prune", "zoo:llama", "--pattern", "2:5"], "192 inputs, not a multiple of 5"),
     (["prune", "zoo:llama", *TOKENS, "--pattern", "32:64", "--method", "mm"], "use mask S"),
-    (["prune", "zoo:llama", "--per", "column"], "none of row, layer, block, model"),
+    (["prune", "zoo:llama", "--per", "column"], "is not one of row, layer, block, model"),
     (["prune", "zoo:llama", "--samples", "10000"], "too little text: builtin gives"),
     (["prune", "zoo:llama", "--samples", "0"], "(--samples, --own-samples)"),
     (
@@ -244,16 +247,16 @@ BAD = [
         "full exists and has files that APT did not write: x",
     ),
     (["prune", "zoo:llama", "--output", "full/x"], "full/x exists and is not a directory"),
-    (["prune", "zoo:llama", "--dtype", "int8"], "no dtype 'int8'"),
+    (["prune", "zoo:llama", "--dtype", "int8"], "dtype 'int8' is not one of auto"),
     (["prune", "zoo:llama", "--device", "tpu"], "device 'tpu' is not available"),
     (["prune", "zoo:llama", "--device", "cuda:99"], "device 'cuda:99' is not available"),
     (
         ["prune", "zoo:llama", "--block-size", "64"],
-        "admm does not use a block size; methods with it: sm, mm",
+        "admm does not use block size; those that use it: sm, mm",
     ),
-    (["prune", "zoo:llama", "--effort", "fast", "--method", "ss"], "ss does not use the effort"),
+    (["prune", "zoo:llama", "--effort", "fast", "--method", "ss"], "ss does not use effort"),
     (["prune", "zoo:llama", "--effort", "most"], "effort 'most' is not one of fast, default, best"),
-    (["prune", "zoo:llama", "--damping=-1"], "damping -1 is not a number from 0 to"),
+    (["prune", "zoo:llama", "--damping=-1"], "damping is -1; it must be from 0 to"),
     (
         ["prune", "zoo:llama", *TOKENS, "--block-size", "6", "--method", "sm"],
         "block size 6 is not a multiple of 4",

@@ -42,7 +42,7 @@ RUNS = {
     "layer-wise": {"options": apt.PruneOptions(error_aware=False)},
     "at once": {"options": apt.PruneOptions(effort="fast", ordered=False)},
     "default": {},
-    "integers": {"options": apt.PruneOptions(effort="fast", quantize="int4", group=64)},
+    "integers": {"options": apt.PruneOptions(effort="fast", quantize="int4", scale_group=64)},
 }
 CASES = [("llama-grouped-tied", run) for run in RUNS] + [
     (variant, "wanda") for variant in ("opt", "bloom", "mamba2", "jamba") if variant in CONFIGS
@@ -55,7 +55,7 @@ def pruned(variant, run, tokens=TOKENS, ranks=None):
     also = ("conv1d",) if variant == "mamba2" else ()
     small_steps = partial(BlockTuning, tokens_per_batch=tokens.shape[1])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("apt.engine.prune_options.BlockTuning", small_steps)
+        patch.setattr("apt.engine.recipes.BlockTuning", small_steps)
         report = apt.prune(model, tokens, pattern="2:4", also=also, ranks=ranks, **RUNS[run])
     return model.state_dict(), report
 

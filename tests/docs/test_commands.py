@@ -73,7 +73,7 @@ def shortened(words):
         else:
             found.append(WORDS.get(word, word))
     if "--quantize" in found:
-        found += ["--group", "64"]  # which divides the matrices of the model
+        found += ["--scale-group", "64"]  # which divides the matrices of the model
     if "spp" in found:
         found += ["--rate", "2e-2"]  # for a few steps
     given = iter(ADDED.get(words[0], "").split())

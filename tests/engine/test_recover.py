@@ -272,7 +272,7 @@ def test_damaged_masks_are_errors(tmp_path, shapes):
         (("--steps", 5, "--minutes", 1), "steps and minutes exclude each other"),
         (("--tokens", "many"), "--tokens many is not a number of tokens"),
         (("--rate", "nan"), "rate is nan; it must be above 0"),
-        (("--held-back", 1), "held_back is 1.0; it must be between 0 and 1"),
+        (("--validation-share", 1), "validation share is 1; it must be above 0 and below 1"),
         (("--kind", "ssp"), "did you mean 'spp'?"),
         (("--optimizer", "adam", "--kind", "layers"), "optimizer 'adam' is unknown"),
         (("--samples", 1, "--kind", "layers"), "the text has 1 samples"),

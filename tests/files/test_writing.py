@@ -92,9 +92,10 @@ def pruned(output_of):
     return output_of("prune", "zoo:llama", *QUICK)
 
 
+SEARCH = ("--search", "--keep", 0.75, "--evaluations", 1, *QUICK[:-2])
 WRITERS = {
     "report": ("page.html", ("report", "out", "-o", "page.html")),
-    "plot": ("p.png", ("prune", "m", *QUICK, "-o", "new", "--plot", "p.png")),
+    "plot": ("p.png", ("shrink", "m", *SEARCH, "-o", "new", "--plot", "p.png")),
     "save-config": ("s.toml", ("prune", "m", *QUICK, "-o", "new", "--save-config", "s.toml")),
     "log": ("l.log", ("--log-file", "l.log", "methods")),
     "image": ("i/out-sparsity.png", ("report", "out", "-o", "page.html", "--png", "i")),
@@ -142,7 +143,7 @@ def test_commands_replace_a_file_only_if_asked(apt, model, pruned, name):
 INSIDE = {
     "compare": ("compare", "m", "--methods", "wanda", "--patterns", "0.5", "-o", "m/c"),
     "save-config": ("prune", "m", *QUICK, "-o", "new", "--save-config", "m/s.toml"),
-    "plot": ("prune", "m", *QUICK, "-o", "new", "--plot", "m/p.png"),
+    "plot": ("shrink", "m", *SEARCH, "-o", "new", "--plot", "m/p.png"),
     "log": ("--log-file", "m/config.json", "methods"),
     "report": ("report", "out", "-o", "out/page.html"),
     "image": ("report", "out", "-o", "page.html", "--png", "out/images"),

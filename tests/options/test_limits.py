@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from apt.distributed.launch import joined
-from apt.engine import limits
 from apt.engine.machine import check_tokens, choose_device, memory
 from apt.errors import AptError
+from apt.options import PRESETS, CalibrationOptions, DtypeOptions
 from apt.solver import EFFORTS
 from apt.solver.options import Effort
 from tests.helpers import TEXT
@@ -19,24 +19,27 @@ Q = ("--samples", 4, "--seqlen", 64, "--method", "wanda", "--calibration", TEXT)
 
 REFUSED = [
     (("prune", "zoo:llama", "--seed", "1" + "0" * 23), "seed 1" + "0" * 23 + " is out of range"),
-    (("prune", "zoo:llama", "--damping", "1e308"), "damping 1e+308 is not a number from 0 to"),
-    (("prune", "zoo:llama", "--damping", "nan"), "damping nan is not a number from 0 to"),
-    (("prune", "zoo:llama", "--samples", "-1"), "must not be negative"),
-    (("prune", "zoo:llama", "--per", "row"), "needs --sparsity"),
+    (("prune", "zoo:llama", "--damping", "1e308"), "damping is 1e+308; it must be from 0 to 1e+06"),
+    (("prune", "zoo:llama", "--damping", "nan"), "damping is nan; it must be from 0 to"),
+    (("prune", "zoo:llama", "--samples", "-1"), "samples is -1; it must be at least 0"),
+    (("prune", "zoo:llama", "--per", "row"), "needs a sparsity"),
     (("prune", "zoo:llama", "--per", "row", "--pattern", "2:4"), "an n:m pattern is the same in"),
-    (("prune", "zoo:llama", "--activations", "tape"), "use memory, cpu, disk (--activations)"),
+    (
+        ("prune", "zoo:llama", "--activations", "tape"),
+        "activations 'tape' is not one of memory, cpu, disk (--activations)",
+    ),
     (
         ("prune", "zoo:llama", "--max-shard-size", "5"),
         "'5' is not a file size; write 5GB or 500MB (--max-shard-size)",
     ),
     (("prune", "zoo:llama", "--max-shard-size", "0GB"), "'0GB' is not a file size"),
-    (("inspect", "zoo:llama", "--samples", "0"), "samples must be at least 1"),
-    (("inspect", "zoo:llama", "--samples", "-2"), "samples must be at least 1"),
-    (("inspect", "zoo:llama", "--seqlen", "1"), "seqlen at least 2 (--samples, --seqlen)"),
-    (("eval", "zoo:llama", "--samples", "0"), "samples must be at least 1"),
-    (("eval", "zoo:llama", "--dtype", "float8"), "no dtype 'float8'"),
-    (("convert", "zoo:llama", "-o", "out", "--dtype", "int4"), "no dtype 'int4'"),
-    (("verify", ".", "--pattern", "2:4", "--per", "row"), "needs --sparsity"),
+    (("inspect", "zoo:llama", "--samples", "0"), "samples is 0; it must be at least 1"),
+    (("inspect", "zoo:llama", "--samples", "-2"), "samples is -2; it must be at least 1"),
+    (("inspect", "zoo:llama", "--seqlen", "1"), "seqlen is 1; it must be at least 2 (--seqlen)"),
+    (("eval", "zoo:llama", "--samples", "0"), "samples is 0; it must be at least 1"),
+    (("eval", "zoo:llama", "--dtype", "float8"), "dtype 'float8' is not one of auto, float32"),
+    (("convert", "zoo:llama", "-o", "out", "--dtype", "int4"), "dtype 'int4' is not one of auto"),
+    (("verify", ".", "--pattern", "2:4", "--per", "row"), "needs a sparsity"),
     (("prune", "./nowhere", "--pattern", "2:4"), "no such model"),
 ]
 
@@ -64,13 +67,15 @@ def test_they_are_found_without_torch():
 
 
 def test_the_names_are_those_of_torch_and_the_solver():
-    assert limits.EFFORTS == EFFORTS == typing.get_args(Effort)
-    assert all(isinstance(getattr(torch, name), torch.dtype) for name in limits.DTYPES)
+    assert tuple(PRESETS) == EFFORTS == typing.get_args(Effort)
+    auto, *names = DtypeOptions.OPTIONS[0].choices
+    assert auto == "auto"
+    assert all(isinstance(getattr(torch, name), torch.dtype) for name in names)
 
 
 @pytest.mark.parametrize("seed", [-(2**63), 0, 2**64 - 1])
 def test_every_seed_that_is_let_through_is_taken(seed):
-    limits.check_seed(seed)
+    CalibrationOptions(seed=seed).check()
     torch.Generator().manual_seed(seed)
 
 
@@ -79,7 +84,7 @@ def test_no_other_seed_is(seed):
     with pytest.raises((RuntimeError, ValueError)):  # by the side
         torch.Generator().manual_seed(seed)
     with pytest.raises(AptError, match="out of range"):
-        limits.check_seed(seed)
+        CalibrationOptions(seed=seed).check()
 
 
 @pytest.mark.filterwarnings("ignore:'mkldnn' is no longer used")

@@ -34,7 +34,7 @@ def test_integers_are_packed_as_compressed_tensors_packs_them(rows, columns, bit
 @pytest.fixture
 def pruned(apt):
     """A directory with weights in int4, groups of 64."""
-    run = apt("prune", "zoo:llama", *RUN, "--quantize", "int4", "--group", 64, "-o", "pruned")
+    run = apt("prune", "zoo:llama", *RUN, "--quantize", "int4", "--scale-group", 64, "-o", "pruned")
     assert run.code == 0, run.err
     return Path("pruned")
 
@@ -66,7 +66,7 @@ def test_any_model_is_rounded_to_integers_and_keeps_its_zeros(apt):
     assert apt("prune", "zoo:opt", *RUN, "-o", "pruned").code == 0
     for kind, least in (("int8", 1e-4), ("int4", 2e-2)):
         run = apt(
-            "pack", "pruned", *EXPORT, "--quantize", kind, "--group", 64, "-o", kind, "--json"
+            "pack", "pruned", *EXPORT, "--quantize", kind, "--scale-group", 64, "-o", kind, "--json"
         )
         assert run.code == 0, run.err
         assert 0 < json.loads(run.out)["relative_error"] < least

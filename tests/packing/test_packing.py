@@ -577,14 +577,16 @@ def test_verify_checks_a_packed_model(apt, checkpoint):
 def test_a_group_is_at_most_a_row(apt, checkpoint, group):
     """Memory and time follow the columns, not the number."""
     run = ("prune", checkpoint("llama"), "--sparsity", 0.7, "--method", "magnitude", "--quantize",
-           "int4", "--group", group, "-o", "pruned", "--pack", "packed")  # fmt: skip
+           "int4", "--scale-group", group, "-o", "pruned", "--pack", "packed")  # fmt: skip
     assert apt(*run).code == 0
     entries = read_entries(Path("packed")).values()
     assert all(entry.groups == 1 and entry.values == "int4" for entry in entries)
     assert apt("unpack", "packed", "-o", "back").code == 0
     files = [Path(name, "model.safetensors").read_bytes() for name in ("pruned", "back")]
     assert files[0] == files[1]
-    assert apt("pack", "pruned", "--quantize", "int8", "--group", group, "-o", "other").code == 0
+    assert (
+        apt("pack", "pruned", "--quantize", "int8", "--scale-group", group, "-o", "other").code == 0
+    )
 
 
 @settings(deadline=None, max_examples=60)
@@ -621,7 +623,7 @@ def test_the_scale_is_searched():
 @pytest.mark.parametrize(("kind", "least"), [("int8", 0.999), ("int4", 0.95)])
 def test_a_model_with_integers_is_near_the_plain_one(apt, pruned, kind, least):
     path = pruned()
-    done = apt("pack", path, "-o", "packed", "--quantize", kind, "--group", 64, "--json")
+    done = apt("pack", path, "-o", "packed", "--quantize", kind, "--scale-group", 64, "--json")
     assert done.code == 0, done.err
     record = json.loads(done.out)
     assert 0 < record["relative_error"] < 1 - least
@@ -635,7 +637,7 @@ def test_a_model_with_integers_is_near_the_plain_one(apt, pruned, kind, least):
     assert torch.allclose(found, expected, atol=2e-3 * float(expected.abs().max()))
     for arguments, text in [
         (("--quantize", "int3"), "quantize 'int3' is not known"),
-        (("--quantize", kind, "--group", 100), "is not a multiple of 64"),
+        (("--quantize", kind, "--scale-group", 100), "is not a multiple of 64"),
     ]:
         run = apt("pack", path, "-o", "x", *arguments)
         assert run.code == 2
@@ -644,7 +646,7 @@ def test_a_model_with_integers_is_near_the_plain_one(apt, pruned, kind, least):
 
 def test_a_quantised_run_is_packed_as_integers_without_loss(apt, checkpoint):
     options = ("--sparsity", 0.6, "--samples", 4, "--seqlen", 32, "--quantize", "int4",
-               "--group", 64, "--calibration", TEXT)  # fmt: skip
+               "--scale-group", 64, "--calibration", TEXT)  # fmt: skip
     run = apt("prune", checkpoint("llama"), *options, "-o", "pruned", "--pack", "packed")
     assert run.code == 0, run.err
     entries = read_entries(Path("packed"))
@@ -657,7 +659,7 @@ def test_a_quantised_run_is_packed_as_integers_without_loss(apt, checkpoint):
     assert apt("verify", "pruned").code == 0
     for arguments, text in [
         (("--quantize", "int2"), "quantize 'int2' is not known"),
-        (("--quantize", "int4", "--group", 32), "is not a multiple of 64"),
+        (("--quantize", "int4", "--scale-group", 32), "is not a multiple of 64"),
     ]:
         refused = apt("prune", checkpoint("llama"), "--sparsity", 0.6, *arguments, "-o", "x")
         assert refused.code == 2
@@ -666,7 +668,7 @@ def test_a_quantised_run_is_packed_as_integers_without_loss(apt, checkpoint):
 
 def test_integers_in_another_dtype_multiply_inputs_in_it(apt, pruned):
     path = pruned("mamba")
-    assert apt("pack", path, "-o", "packed", "--quantize", "int8", "--group", 64).code == 0
+    assert apt("pack", path, "-o", "packed", "--quantize", "int8", "--scale-group", 64).code == 0
     assert any("dt_proj" in name for name in read_entries(Path("packed")))
     model, tokens = runtime.load("packed", dtype=torch.bfloat16), torch.arange(1, 9)[None]
     found = {m.weight.dtype for m in model.modules() if isinstance(m, PackedLinear)}

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apt.calibration.storage import DiskStore
-from apt.engine.prune_options import PruneOptions
+from apt.engine.recipes import recipe_of
+from apt.options import PruneOptions
 from apt.planning.plan import Selection, make_plan
 from apt.plugin.registry import registry
 from apt.pruning.pipeline import prune_blocks
@@ -41,7 +42,7 @@ def prune(model, only, folder, *, aware, ordered, effort, on_disk):
     options = PruneOptions(effort=effort, error_aware=aware, ordered=ordered)
     store = DiskStore(folder) if on_disk else None
     return plan, prune_blocks(
-        model, adapter, plan, TOKENS, method.load(), options.recipe(method), store=store
+        model, adapter, plan, TOKENS, method.load(), recipe_of(options, method), store=store
     )
 
 

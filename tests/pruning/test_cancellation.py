@@ -6,15 +6,18 @@ import threading
 from functools import cache, partial
 from itertools import pairwise
 
+import apt.tuning.reconstruct
 import pytest
 import torch
+from apt.engine.prune_options import PruneOptions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import apt as library
 import apt.tuning.block_tuning
-from apt.engine.prune_options import PruneOptions
+from apt.engine.recipes import recipe_of
 from apt.events import BlockStarted, SitePruned, Working
+from apt.options import PruneOptions
 from apt.planning.plan import make_plan
 from apt.plugin.registry import registry
 from apt.pruning.pipeline import prune_blocks
@@ -35,7 +38,7 @@ class Enough(Exception):
 def tuned_on_little(monkeypatch):
     """Tuning in steps of two samples, so that there are some."""
     small_steps = partial(BlockTuning, tokens_per_batch=24)
-    monkeypatch.setattr("apt.engine.prune_options.BlockTuning", small_steps)
+    monkeypatch.setattr("apt.engine.recipes.BlockTuning", small_steps)
 
 
 @pytest.fixture(autouse=True)
@@ -143,7 +146,7 @@ def test_no_more_than_one_step_goes_by_between_two_events(pattern, ordered, effo
     monkeypatch.setattr("apt.tuning.block_tuning._Descent.descend", counted("tuning", descend))
     monkeypatch.setattr(adapter, "step", counted("running", adapter.step))
     options = PruneOptions(effort=effort, error_aware=True, ordered=ordered)
-    recipe = options.recipe(method)
+    recipe = recipe_of(options, method)
     plan = make_plan(model, adapter, pattern)
     solve = counted("solving", method.load())
     prune_blocks(model, adapter, plan, TOKENS, solve, recipe, observe=happened.append)

@@ -24,10 +24,10 @@ from apt.engine import api
 from apt.engine.given import find_adapter
 from apt.errors import AptError
 from apt.events import HeldBack, TrainingStep
+from apt.options import RecoverOptions
 from apt.plugin.registry import registry
 from apt.plugin.specs import RecoverySpec
 from apt.recovery import recover as recovery
-from apt.recovery.options import RecoverOptions
 from apt.recovery.recover import NotRecoveredError
 from apt.recovery.teacher import divergence, relative_error
 from apt.recovery.trainable import Trainable, Unrecovered, next_token_loss, train_only
@@ -316,7 +316,7 @@ def test_the_callers_model_and_random_state_are_as_before(kind, ends):
 
 def test_a_step_has_all_its_samples():
     model, _, tokens = pruned()
-    options = RecoverOptions(steps=2, checks=1, batch=6, samples_at_once=4, rate=1e-2)
+    options = RecoverOptions(steps=2, checks=1, batch=6, micro_batch=4, rate=1e-2)
     seen = []
 
     def kind(given):

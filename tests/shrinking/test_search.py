@@ -18,10 +18,10 @@ from apt.checkpoints.load import skeleton
 from apt.errors import AptError
 from apt.files.journal import Journal
 from apt.locations.model_source import find
+from apt.options import ShrinkOptions
 from apt.plugin.registry import registry
 from apt.shrinking import latency
 from apt.shrinking.gap_fits import GapFits
-from apt.shrinking.options import ShrinkOptions
 from apt.shrinking.proxy import Proxy
 from apt.shrinking.search import (
     Candidate,

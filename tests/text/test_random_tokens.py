@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import apt as library
-from apt.engine.prune_options import PruneOptions
+from apt.engine.recipes import augmentation_of
+from apt.options import PruneOptions
 from apt.plugin.registry import registry
 from apt.text.augmentation import RandomTokens
 from tests.helpers.families import FAMILIES, zoo_model
@@ -73,4 +74,4 @@ def test_a_default_run_of_every_family_sees_them(name):
 )
 def test_who_gets_them(method, effort, aware, expected):
     spec, options = registry().methods.get(method), PruneOptions(effort=effort, error_aware=aware)
-    assert options.augmentation(spec, 6).random_tokens == expected
+    assert augmentation_of(options, spec, 6).random_tokens == expected

@@ -12,8 +12,8 @@ import apt as library
 from apt.adapter import Call, Site
 from apt.calibration.batches import Batch, DenseActivations, OpenBlock, enter
 from apt.calibration.dense_activations import advance_dense
-from apt.engine.prune_options import PruneOptions
 from apt.events import BlockTuned
+from apt.options import PruneOptions
 from apt.plugin.registry import registry
 from apt.solver.patterns import NM, meets
 from apt.tuning.block_tuning import BlockTuning, tune_block
@@ -151,7 +151,7 @@ def test_a_run_tunes_on_the_chosen_samples_and_prunes_on_all(monkeypatch):
 
     monkeypatch.setattr("apt.pruning.pipeline.tune_block", spy)
     small_steps = partial(BlockTuning, tokens_per_batch=48)
-    monkeypatch.setattr("apt.engine.prune_options.BlockTuning", small_steps)
+    monkeypatch.setattr("apt.engine.recipes.BlockTuning", small_steps)
     options = replace(BEST, tuning_tokens=24 * 10)
     report = library.prune(
         random_model("llama"), random_tokens(samples=32), pattern="2:4", options=options

@@ -7,7 +7,8 @@ import torch
 
 from apt.calibration.batches import OpenBlock, enter
 from apt.calibration.dense_activations import advance_dense
-from apt.engine.prune_options import PruneOptions
+from apt.engine.recipes import recipe_of
+from apt.options import PruneOptions
 from apt.planning.plan import make_plan
 from apt.plugin.registry import registry
 from apt.pruning.pipeline import prune_blocks
@@ -73,7 +74,7 @@ def masks(variant, importance, pattern="0.5", unread=None):
         for _, block in adapter.blocks(model):
             block.mlp.down_proj.weight.data[:, unread] *= 1e-3
     spec = registry().methods.get("admm")
-    recipe = replace(PruneOptions(effort="fast").recipe(spec), row_importance=importance)
+    recipe = replace(recipe_of(PruneOptions(effort="fast"), spec), row_importance=importance)
     plan = make_plan(model, adapter, parse_pattern(pattern), per="layer")
     prune_blocks(model, adapter, plan, TOKENS, spec.load(), recipe)
     block = adapter.blocks(model)[0][1]
@@ -105,5 +106,5 @@ def test_patterns_of_every_row_are_left_alone():
 
 def test_a_layer_wise_run_weighs_nothing():
     spec = registry().methods.get("admm")
-    assert PruneOptions(error_aware=False).recipe(spec).row_importance is None
-    assert PruneOptions().recipe(spec).row_importance == RowImportance()
+    assert recipe_of(PruneOptions(error_aware=False), spec).row_importance is None
+    assert recipe_of(PruneOptions(), spec).row_importance == RowImportance()

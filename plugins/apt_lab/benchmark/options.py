@@ -1,10 +1,8 @@
 """The options of a benchmark. This module imports no torch."""
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from apt.engine.limits import check_dtype
 from apt.errors import AptError
 
 
@@ -24,17 +22,6 @@ class Setting:
     dtype: str = "auto"
     threads: int | None = None
 
-    def check(self) -> None:
-        """Raise if the dtype is unknown or the number of threads is out of range."""
-        check_dtype(self.dtype)
-        most = os.cpu_count() or 1
-        if self.threads is not None and not 1 <= self.threads <= most:
-            raise AptError(
-                f"{self.threads} threads are not between 1 and {most}, the processors of this "
-                "machine",
-                options=("threads",),
-            )
-
 
 @dataclass(frozen=True)
 class Work:
@@ -49,17 +36,6 @@ class Work:
     prompt: int = 512
     generate: int = 64
     batches: tuple[int, ...] = (1, 8)
-
-    def check(self) -> None:
-        """Raise if a number is too small to measure anything."""
-        if self.prompt < 1 or self.generate < 2:
-            raise AptError(
-                "the prompt must have at least 1 token, and at least 2 must be generated",
-                "the first generated token belongs to the prefill",
-                ("prompt", "generate"),
-            )
-        if not self.batches or min(self.batches) < 1:
-            raise AptError("a batch must have at least 1 sequence", options=("batch",))
 
     def fitted(self, positions: Mapping[str, int | None], notice: Callable[[str], None]) -> "Work":
         """The same work, with a prompt that fits the positions of every model.

@@ -38,8 +38,6 @@ def bench(
     Raises:
         AptError: an option is out of range, or a model does not load, fails or needs more memory.
     """
-    setting.check()
-    work.check()
     if rounds < 1:
         raise AptError("there must be at least 1 round", options=("rounds",))
     names = [source.reference for source in sources]

@@ -5,90 +5,33 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
-
-from apt.cli import arguments as args
-from apt.cli import run_arguments as run
 from apt.cli.interruptions import interrupted
-from apt.engine.limits import check_amount, check_seed, check_windows
+from apt.cli.opening import find_model
 from apt.errors import AptError
 from apt.files.writing import check_file
 from apt.locations.paths import kind_at
-from apt_lab.commands.arguments import LIMIT, TASKS, check_limit, read_tasks
+from apt.options import PrintingOptions
+from apt_lab.options import CompareRun, parts
 
 if TYPE_CHECKING:
     from apt.cli.progress import Progress
     from apt_lab.comparing.results import Comparison
 
-_GRID = "Comparison"
 _FILES = ("comparison.md", "comparison.csv", "comparison.png")
 
 
-def compare(
-    model: str = typer.Argument(help="The dense model: a directory, hub name, .gguf or zoo:NAME."),
-    methods: str = typer.Option(
-        "magnitude,wanda,ss,admm", "--methods", metavar="LIST", rich_help_panel=_GRID,
-        help="Methods, separated by commas; each NAME[:EFFORT][/ALLOCATION], for example "
-        "admm:fast or wanda/owl. n:m patterns use no allocation.",
-    ),
-    patterns: str = typer.Option(
-        "0.5,2:4", "--patterns", metavar="LIST", rich_help_panel=_GRID,
-        help="Patterns, separated by commas, for example 0.5,0.7,2:4.",
-    ),
-    others: list[Path] = typer.Option(
-        [], "--with", metavar="DIR", rich_help_panel=_GRID,
-        help="A directory that another tool pruned, measured in the same way; repeatable.",
-    ),
-    data: list[str] = typer.Option(
-        ["builtin"], "--data", metavar="SRC", rich_help_panel=_GRID,
-        help="Text to measure on; repeatable.",
-    ),
-    windows: int | None = typer.Option(
-        None, "--windows", metavar="N", rich_help_panel=_GRID,
-        help="Windows of each text; by default all.",
-    ),
-    metric: list[str] = typer.Option(
-        ["perplexity"], "--metric", metavar="NAME", rich_help_panel=_GRID,
-        help="perplexity, accuracy, divergence or agreement; repeatable.",
-    ),
-    tasks: list[str] = TASKS,
-    limit: int | None = LIMIT,
-    calibration: str = typer.Option(
-        "builtin", "--calibration", metavar="SRC", rich_help_panel=run.CALIBRATION_GROUP,
-        help="Text to calibrate on.",
-    ),
-    samples: int = run.SAMPLES,
-    seqlen: int = run.SEQLEN,
-    seed: int = run.SEED,
-    trust_remote_code: bool = args.REMOTE,
-    revision: str | None = args.REVISION,
-    token: str | None = args.TOKEN,
-    cache_dir: str | None = args.CACHE_DIR,
-    device: str = args.DEVICE,
-    output: Path = typer.Option(
-        ..., "--output", "-o", rich_help_panel=run.OUTPUT_GROUP,
-        help="Directory for the results. The same command continues an interrupted comparison; "
-        "several processes with this command divide the rows.",
-    ),
-    as_json: bool = args.JSON,
-) -> None:  # fmt: skip
+def compare(run: CompareRun, printing: PrintingOptions) -> None:
     """Compare methods and patterns on one model.
 
     For example: apt-prune compare zoo:llama --methods wanda,admm --patterns 0.5,2:4 --output cmp
     """
-    check_amount(samples, seqlen)
-    check_windows(windows, seqlen, "windows")
-    check_seed(seed)
-    check_limit(limit, tasks)
-    _check_place(output)
-    _check_data(data)
+    _check_place(run.output)
     from apt.plugin.registry import registry
 
     installed = registry()
-    metrics = tuple(dict.fromkeys(installed.evaluators.get(name).name for name in metric))
-    questions = read_tasks(tasks, trust_remote_code=trust_remote_code)
-    hub = args.read_hub(revision, token, cache_dir)
-    source = args.find_model(model, installed, hub, trust_remote_code=trust_remote_code)
+    metrics = tuple(dict.fromkeys(installed.evaluators.get(name).name for name in run.metrics))
+    tasks = run.known_tasks(trust_remote_code=run.trust_remote_code)
+    source = find_model(run.model, run)
 
     from apt.cli.output import has_live_display, notice
     from apt.cli.progress import Progress
@@ -99,37 +42,27 @@ def compare(
     from apt_lab.comparing.grid import CompareOptions, Grid
     from apt_lab.comparing.results import RESULTS, Comparison
 
+    cells = read_cells(parts(run.methods, "methods"), parts(run.patterns, "patterns"), installed)
     options = CompareOptions(
-        source,
-        read_cells(args.parts(methods, "--methods"), args.parts(patterns, "--patterns"), installed),
-        tuple(others),
-        tuple(dict.fromkeys(data)),
-        metrics,
-        questions,
-        limit,
-        calibration,
-        samples,
-        seqlen,
-        seed,
-        windows,
-        choose_device(device),
-    )
-    _check_others(others)
-    check_not_input(output, input_paths(source, (*data, calibration, *map(str, others))))
+        source, cells, run.others, tuple(dict.fromkeys(run.data)), metrics, tasks, run.limit,
+        run.calibration, run.samples, run.seqlen, run.seed, run.windows, choose_device(run.device),
+    )  # fmt: skip
+    texts = (*run.data, run.calibration, *map(str, run.others))
+    check_not_input(run.output, input_paths(source, texts))
     try:
         with Progress("starting") as progress:
             grid = Grid(options, installed, progress.status, notice, progress=has_live_display())
-            comparison = Comparison(output / RESULTS, grid.setting())
+            comparison = Comparison(run.output / RESULTS, grid.setting())
             comparison.read()
-            output.mkdir(parents=True, exist_ok=True)
+            run.output.mkdir(parents=True, exist_ok=True)
             progress.total = grid.rows
             # The dense model takes less time: the time left counts from its row on.
             progress.begin((time.perf_counter(), max(1, len(comparison.rows))))
             rows = grid.run(comparison, partial(_tell, progress))
     except KeyboardInterrupt as error:
         raise interrupted(error, "the same command continues") from None
-    _show(output, comparison, rows, as_json=as_json)
-    _write(output, comparison, rows)
+    _show(run.output, comparison, rows, as_json=printing.as_json)
+    _write(run.output, comparison, rows)
 
 
 def _tell(progress: "Progress", row: dict[str, Any]) -> None:
@@ -153,35 +86,22 @@ def _check_place(output: Path) -> None:
     """Raise if the directory has files other than those of a comparison."""
     kind = kind_at(output)
     if output.is_symlink() and kind is None:
-        raise AptError(f"--output {output} is a link to a missing file", "choose another")
+        raise AptError(
+            f"output {output} is a link to a missing file", "choose another", ("output",)
+        )
     if kind is None:
         return
     if kind != "directory":
-        raise AptError(f"--output {output} is not a directory")
+        raise AptError(f"output {output} is not a directory", options=("output",))
     from apt_lab.comparing.claims import FOLDER
     from apt_lab.comparing.results import RESULTS
 
     names = {path.name for path in output.iterdir()}
     if names - {FOLDER} and RESULTS not in names:
-        raise AptError(f"--output {output} has other files", "choose another directory")
+        fault = f"output {output} has other files"
+        raise AptError(fault, "choose another directory", ("output",))
     for name in (RESULTS, *_FILES):
         check_file(output / name, overwrite=True, options=("output",))
-
-
-def _check_data(data: list[str]) -> None:
-    """Raise if two texts have the same file name, by which results name them."""
-    from apt.output.report import portable
-
-    names: dict[str, str] = {}
-    for source in dict.fromkeys(data):
-        if (other := names.setdefault(portable(source), source)) != source:
-            raise AptError(f"--data {other} and {source} have the same name", "rename one")
-
-
-def _check_others(directories: list[Path]) -> None:
-    for directory in directories:
-        if not directory.is_dir():
-            raise AptError(f"--with {directory} is not a directory")
 
 
 def _write(output: Path, comparison: "Comparison", rows: list[dict[str, Any]]) -> None:

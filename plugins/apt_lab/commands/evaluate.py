@@ -1,17 +1,17 @@
 """``apt-prune eval``."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from apt.cli import arguments as args
-from apt.engine.limits import check_dtype, check_windows
+from apt.cli.opening import find_model
 from apt.errors import AptError
-from apt_lab.commands.arguments import LIMIT, TASKS, check_limit, read_tasks
+from apt.options import PrintingOptions
+from apt_lab.options import EvalRun
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,81 +20,25 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from apt.checkpoints.model import Model
-    from apt.cli.progress import Progress
     from apt.evaluation.windows import Score
-    from apt.locations.model_source import Source
     from apt.plugin.specs import EvaluatorSpec
 
 
-def evaluate(
-    model: str = typer.Argument(help="Directory, hub name, .gguf file or zoo:NAME."),
-    data: str | None = typer.Option(
-        None,
-        "--data",
-        metavar="SRC",
-        help="Text, builtin by default; the same values as --calibration of apt-prune prune.",
-    ),
-    metric: list[str] | None = typer.Option(
-        None,
-        "--metric",
-        metavar="NAME",
-        help="perplexity (the default) or accuracy; with --dense also divergence or agreement; "
-        "repeatable.",
-    ),
-    tasks: list[str] = TASKS,
-    limit: int | None = LIMIT,
-    dense: str | None = typer.Option(
-        None,
-        "--dense",
-        metavar="MODEL",
-        help="The dense model, to compare the metrics and the answers to --tasks with; the metrics "
-        "divergence and agreement need it.",
-    ),
-    samples: int | None = typer.Option(
-        None, "--samples", help="Number of windows; by default all."
-    ),
-    seqlen: int = typer.Option(
-        2048, "--seqlen", help="Tokens of a window; at most the model's positions."
-    ),
-    adapter: str | None = args.ADAPTER,
-    device: str = args.DEVICE,
-    dtype: str = args.DTYPE,
-    tokenizer: str | None = args.TOKENIZER,
-    no_bos: bool = args.NO_BOS,
-    stream: bool = typer.Option(
-        False, "--stream", help="Read block by block, with one block in memory at a time."
-    ),
-    as_json: bool = args.JSON,
-    trust_remote_code: bool = args.REMOTE,
-    revision: str | None = args.REVISION,
-    token: str | None = args.TOKEN,
-    cache_dir: str | None = args.CACHE_DIR,
-) -> None:
+def evaluate(run: EvalRun, printing: PrintingOptions) -> None:
     """Measure a model over consecutive windows of text, or let it answer tasks.
 
     With --tasks, text is measured only if --metric or --data is given. The exit status is 1 if a
     measure is not a finite number.
     """
-    check_windows(samples, seqlen)
-    check_dtype(dtype)
-    check_limit(limit, tasks)
-    if stream and (dtype != "auto" or tasks):
-        whole = "--tasks" if tasks else "--dtype"
-        raise AptError(f"{whole} needs the whole model in memory", f"leave out {whole} or --stream")
     from apt.cli.output import notice
     from apt.cli.progress import Progress
     from apt.plugin.registry import registry
 
-    plain = [] if tasks and data is None else ["perplexity"]
-    measures = [registry().evaluators.get(name) for name in metric or plain]
-    _check_dense([spec.name for spec in measures if spec.dense], dense, stream=stream)
-    questions = read_tasks(tasks, trust_remote_code=trust_remote_code)
-    hub = args.read_hub(revision, token, cache_dir)
-
-    def find(name: str) -> "Source":
-        return args.find_model(name, registry(), hub, trust_remote_code=trust_remote_code)
-
-    source = find(model)
+    plain = () if run.tasks and run.data is None else ("perplexity",)
+    measures = [registry().evaluators.get(name) for name in run.metrics or plain]
+    _check_dense([spec.name for spec in measures if spec.dense], run.dense)
+    questions = run.known_tasks(trust_remote_code=run.trust_remote_code)
+    source = find_model(run.model, run)
 
     from apt.checkpoints.load import load_tokenizer, skeleton
     from apt.checkpoints.stored import open_stored
@@ -102,35 +46,36 @@ def evaluate(
     from apt.engine.prepare import capped
     from apt.engine.text import check_same_vocabulary
 
-    beside = None if dense is None else skeleton(find(dense), registry(), packed=True)
-    shell = skeleton(source, registry(), adapter, packed=not stream)
-    if adapter is not None:
+    dense = None if run.dense is None else find_model(run.dense, run)
+    beside = None if dense is None else skeleton(dense, registry(), packed=True)
+    shell = skeleton(source, registry(), run.adapter, packed=not run.stream)
+    if run.adapter is not None:
         for _, block in shell.adapter.blocks(shell.module):
             shell.adapter.sites(block)  # raises if the adapter is for another family
-    if stream:
+    if run.stream:
         open_stored(shell)
     notices: list[str] = []
-    reader = load_tokenizer(source, tokenizer)
+    reader = load_tokenizer(source, run.tokenizer)
     text = None
     if measures:
-        seqlen = capped(seqlen, shell, notices.append)
-        text = _read_text(data or "builtin", reader, samples, seqlen, token, no_bos=no_bos)
+        text = _read_text(run, reader, capped(run.seqlen, shell, notices.append))
         text.check(shell)
     if beside is not None:
         check_same_vocabulary(shell, beside)
     for line in notices:
         notice(line)
     with Progress("loading the model") as progress, ExitStack() as stack:
-        given = text, read_dtype(dtype), choose_device(device)
-        models = [stack.enter_context(_runnable(shell, *given, stream))]
+        given = text, read_dtype(run.dtype), choose_device(run.device)
+        models = [stack.enter_context(_runnable(shell, *given, run.stream))]
         if beside is not None:
             models.append(stack.enter_context(_runnable(beside, *given, stream=False)))
-        scores = {} if text is None else _measured(models, text, measures, progress)
+        scores = {} if text is None else _measured(models, text, measures, progress.status)
         progress.status("answering tasks" if questions else "done")
-        answered = _answered(models, reader, questions, limit, trust=trust_remote_code)
-    _show(model, text, scores, answered, as_json=as_json)
+        trust = run.trust_remote_code
+        answered = _answered(models, reader, questions, run.limit, trust=trust)
+    _show(run.model, text, scores, answered, as_json=printing.as_json)
     if text is not None:
-        _check_finite(scores, model, text.name)
+        _check_finite(scores, run.model, text.name)
 
 
 @dataclass(frozen=True)
@@ -163,16 +108,15 @@ class _Text:
         }  # fmt: skip
 
 
-def _read_text(
-    source: str, reader: Any, samples: int | None, seqlen: int, token: str | None, *, no_bos: bool
-) -> _Text:
+def _read_text(run: EvalRun, reader: Any, seqlen: int) -> _Text:
     from apt.plugin.registry import registry
     from apt.text.datasets import documents, evaluation_tokens
     from apt.text.special_tokens import bos_of
 
-    found = documents(source, "evaluation", registry(), token)
-    bos = None if no_bos else bos_of(reader)
-    tokens = evaluation_tokens(reader, found, samples, seqlen, source, bos)
+    source = run.data or "builtin"
+    found = documents(source, "evaluation", registry())
+    bos = bos_of(reader) if run.bos else None
+    tokens = evaluation_tokens(reader, found, run.samples, seqlen, source, bos)
     return _Text(source, tokens, bos, "" if bos is None else str(reader.bos_token))
 
 
@@ -180,7 +124,7 @@ def _measured(
     models: "Sequence[nn.Module]",
     text: _Text,
     measures: "Sequence[EvaluatorSpec]",
-    progress: "Progress",
+    status: Callable[[str], None],
 ) -> "dict[str, Score]":
     """The metrics of the first model, beside those of the dense model if it is given."""
     from apt.evaluation import kept_states
@@ -191,7 +135,7 @@ def _measured(
         for model in models if len(measures) > 1 else ():
             stack.enter_context(kept_states(model))
         for spec in measures:
-            progress.status(f"measuring {spec.name} on {text.tokens.numel():,} tokens")
+            status(f"measuring {spec.name} on {text.tokens.numel():,} tokens")
             if len(models) > 1:
                 scores[spec.name] = score_beside(spec, models[0], text.tokens, models[1])
             else:
@@ -247,14 +191,12 @@ def _show(
         show(task_table(answered))
 
 
-def _check_dense(metrics: Sequence[str], dense: str | None, *, stream: bool) -> None:
-    """Raise if a metric needs a dense model that is not given, or that cannot be streamed."""
+def _check_dense(metrics: Sequence[str], dense: str | None) -> None:
+    """Raise if a metric needs a dense model that is not given."""
     if metrics and dense is None:
         raise AptError(
-            f"the metric {metrics[0]} compares with the dense model", "add --dense MODEL"
+            f"the metric {metrics[0]} compares with the dense model", "name it", ("dense",)
         )
-    if dense is not None and stream:
-        raise AptError("--dense needs both models in memory", "leave out --stream")
 
 
 def _check_finite(scores: "Mapping[str, Score]", model: str, data: str) -> None:

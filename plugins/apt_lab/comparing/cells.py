@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from apt.engine.limits import EFFORTS
 from apt.errors import AptError
+from apt.options import Effort, PruneOptions
 from apt.planning.allocation import default_allocation
 from apt.planning.plan import read_pattern
 from apt.plugin.registry import Registry
@@ -23,7 +23,7 @@ class Cell:
     """
 
     method: str
-    effort: str
+    effort: Effort
     allocation: str
     pattern: str
 
@@ -61,12 +61,14 @@ def _cell(text: str, pattern: str, registry: Registry) -> Cell:
     name, _, allocation = text.partition("/")
     name, _, effort = name.partition(":")
     spec = registry.methods.get(name)
-    if (effort := effort or "default") not in EFFORTS:
-        raise AptError(f"{text}: effort '{effort}' is not one of {', '.join(EFFORTS)}")
-    if effort != "default" and not spec.efforts:
-        raise AptError(f"{text}: method {spec.name} does not use the effort")
+    options = PruneOptions(effort=effort or "default")  # type: ignore[arg-type]
+    try:
+        options.check()
+        options.check_used(spec, registry.methods.specs.values(), "method")
+    except AptError as error:
+        raise AptError(f"{text}: {error.message}", error.hint) from error
     plain = default_allocation(wanted)
     chosen = registry.allocations.get(allocation).name if allocation else plain
     if not isinstance(wanted, Unstructured):
         chosen = plain
-    return Cell(spec.name, effort, chosen, str(wanted))
+    return Cell(spec.name, options.effort, chosen, str(wanted))

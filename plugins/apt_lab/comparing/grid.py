@@ -18,14 +18,15 @@ from apt.checkpoints.masks import masks_of, sparsity_of
 from apt.checkpoints.model import Model
 from apt.engine.api import prune_copy
 from apt.engine.prepare import capped
-from apt.engine.prune_options import PruneOptions
 from apt.engine.text import check_same_vocabulary, check_vocabulary
 from apt.evaluation import kept_states
 from apt.evaluation.windows import score
 from apt.events import Observer
 from apt.files.hashes import file_hashes
 from apt.locations.model_source import Source, find
-from apt.output.report import portable, versions
+from apt.locations.paths import portable
+from apt.options import PruneOptions
+from apt.output.report import versions
 from apt.plugin.registry import Registry
 from apt.text.datasets import calibration_tokens, digest, documents, evaluation_tokens
 from apt.text.special_tokens import bos_of
@@ -118,9 +119,7 @@ class Grid:
 
     def _calibration(self) -> Tensor:
         options = self._options
-        texts = documents(
-            options.calibration, "calibration", self._registry, options.source.hub.token
-        )
+        texts = documents(options.calibration, "calibration", self._registry)
         return calibration_tokens(
             self._tokenizer, texts, options.samples, self._seqlen, options.seed,
             options.calibration, bos_of(self._tokenizer),
@@ -128,10 +127,10 @@ class Grid:
 
     def _windows(self) -> dict[str, Tensor]:
         """The token ids (windows, seqlen) of each text."""
-        options, token = self._options, self._options.source.hub.token
+        options = self._options
         return {
             name: evaluation_tokens(
-                self._tokenizer, documents(name, "evaluation", self._registry, token),
+                self._tokenizer, documents(name, "evaluation", self._registry),
                 options.windows, self._seqlen, name, bos_of(self._tokenizer),
             )
             for name in options.data
@@ -211,7 +210,7 @@ class Grid:
             pattern=cell.pattern,
             adapter=self._dense.spec.name,
             method=cell.method,
-            options=PruneOptions(effort=cell.effort),  # type: ignore[arg-type]
+            options=PruneOptions(effort=cell.effort),
             allocation=cell.allocation,
             tokenizer=self._tokenizer,
             seed=self._options.seed,

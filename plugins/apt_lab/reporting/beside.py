@@ -75,7 +75,7 @@ def compare_texts(
     sources = dense, find(str(directory), registry)
     shells = [skeleton(found, registry, packed=True) for found in sources]
     check_same_vocabulary(shells[1], shells[0])
-    texts = documents(source, "evaluation", registry, dense.hub.token)
+    texts = documents(source, "evaluation", registry)
     bos = bos_of(tokenizer)
     room = min(capped(_SEQLEN, shell, lambda line: None) for shell in shells)
     tokens = evaluation_tokens(tokenizer, texts, _WINDOWS, room, source, bos, fewer=True)
@@ -95,7 +95,7 @@ def compare_texts(
             losses.append(token_losses(model.module, tokens))
     status("writing text")
     length = min(_PROMPT, room // 2)
-    texts = documents(source, "evaluation", registry, dense.hub.token)
+    texts = documents(source, "evaluation", registry)
     begins = _beginnings(tokenizer, texts, prompts, length)
     new = min(_NEW, room - length)
     written = continuations([model.module for model in models], tokenizer, begins, new)

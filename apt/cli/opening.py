@@ -1,0 +1,61 @@
+"""What a command checks before it imports torch: names, places, and the model."""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TypeVar
+
+from apt.engine.opening import find_source, with_names
+from apt.errors import AptError
+from apt.files.writing import check_file
+from apt.locations.model_source import Source
+from apt.locations.paths import expanded, kind_at
+from apt.options import PruneRun, RecoverRun, RemoteOptions, ShrinkRun
+from apt.plugin.registry import registry
+
+R = TypeVar("R", bound=PruneRun | ShrinkRun | RecoverRun)
+
+
+def opened(options: R) -> tuple[R, list[str]]:
+    """The options with a model, a text and an output, and notices about the defaults."""
+    from apt.cli.progress import Progress
+
+    notices: list[str] = []
+    with Progress(f"looking for {options.model or 'the model'}"):
+        return with_names(options, registry(), notices.append), notices
+
+
+def find_model(reference: str, options: RemoteOptions) -> Source:
+    """The location of a model. For a model on the hub, the hub is contacted."""
+    from apt.cli.progress import Progress
+
+    with Progress(f"looking for {reference}"):
+        return find_source(reference, options, registry())
+
+
+def check_new_file(
+    path: Path, *inputs: str | Path | None, overwrite: bool | None, option: str = "output"
+) -> None:
+    """Raise if a file cannot be written, before the work.
+
+    Args:
+        path: the file.
+        inputs: what the command reads; the file must not be inside.
+        overwrite: True if a file there may be replaced; None for a command without that option.
+        option: the option that names the file.
+    """
+    places = [expanded(given) for given in inputs if given]
+    read = [place for place in places if kind_at(place)]
+    check_file(expanded(path), overwrite=overwrite, inputs=read, options=(option,))
+
+
+def check_plot(
+    plot: Path | None, *inputs: str | Path | None, overwrite: bool | None = None
+) -> None:
+    """Raise if a plot cannot be drawn, before the work; see `check_new_file`."""
+    if plot is None:
+        return
+    if plot.suffix not in (".png", ".svg", ".pdf"):
+        raise AptError(f"plot {plot} is not a .png, .svg or .pdf file", options=("plot",))
+    check_new_file(plot, *inputs, overwrite=overwrite, option="plot")
+    if find_spec("matplotlib") is None:
+        raise AptError("a plot needs matplotlib", "pip install 'apt-prune[plot]'", ("plot",))

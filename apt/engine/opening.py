@@ -1,0 +1,173 @@
+"""The names in the options of a run: plugins, the model, the pattern. Most need no torch."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from apt.errors import AptError
+from apt.locations.hub import Hub
+from apt.locations.model_source import Source, find
+from apt.options import (
+    MeasuringOptions,
+    ModelRun,
+    PatternOptions,
+    PruneRun,
+    RecoverRun,
+    RemoteOptions,
+    ShrinkRun,
+)
+from apt.plugin.registry import Registry
+
+if TYPE_CHECKING:
+    from apt.planning.plan import Selection
+    from apt.solver import Pattern
+
+R = TypeVar("R", bound=PruneRun | ShrinkRun | RecoverRun)
+
+PER_ALLOCATION = {"block": "auto-block", "model": "auto"}
+"""The allocations of the units of a sparsity that several sites share."""
+
+
+def hub_of(options: RemoteOptions) -> Hub:
+    """The settings for the hub."""
+    return Hub(options.revision)
+
+
+def find_source(reference: str, options: RemoteOptions, registry: Registry) -> Source:
+    """The location of a model. For a model on the hub, the hub is contacted.
+
+    Raises:
+        AptError: there is no such model.
+    """
+    trust, hub = options.trust_remote_code, hub_of(options)
+    return find(reference, registry, trust_remote_code=trust, hub=hub)
+
+
+def with_names(options: R, registry: Registry, notice: Callable[[str], None]) -> R:
+    """The options with a model, a text and an output, and with the names of plugins as declared.
+
+    Args:
+        options: the options of a run.
+        registry: the plugins.
+        notice: called with a line about each default.
+
+    Raises:
+        AptError: a name is unknown, or the model is not found.
+    """
+    made: Any = options
+
+    def choose(**values: Any) -> None:
+        nonlocal made
+        for name, value in values.items():
+            notice(f"{name}: {value} (default)")
+        made = replace(made, **values)
+
+    if not options.model and not isinstance(options, RecoverRun):
+        choose(model=_embedded(options, registry))
+    made = replace(made, metrics=_metrics(options, registry), **_plugin(options, registry))
+    source = find_source(made.model, options, registry)
+    if isinstance(options, PruneRun):
+        if pattern_of(options) is None:
+            choose(pattern="2:4")
+        made = replace(made, allocation=_allocation(made, registry))
+    if options.calibration == made.default("calibration"):
+        notice(f"calibration: {options.calibration} (default)")
+    if options.output is None:
+        choose(output=Path("-".join([source.name, *_suffixes(made, registry)])))
+    return made  # type: ignore[no-any-return]
+
+
+def _plugin(options: PruneRun | ShrinkRun | RecoverRun, registry: Registry) -> dict[str, str]:
+    """The name of the method or the kind, as its plugin declares it; empty if none is given."""
+    if isinstance(options, RecoverRun):
+        kind = options.kind
+        return {} if kind is None else {"kind": registry.recoveries.get(kind).name}
+    known = registry.methods if isinstance(options, PruneRun) else registry.shrink_methods
+    return {} if options.method is None else {"method": known.get(options.method).name}
+
+
+def _embedded(options: ModelRun, registry: Registry) -> str:
+    """The embedded model of the adapter."""
+    if options.adapter is None:
+        raise AptError(
+            "no MODEL is given", "name one, or an adapter for its embedded model", ("adapter",)
+        )
+    return f"zoo:{registry.adapters.get(options.adapter).name}"
+
+
+def _metrics(options: MeasuringOptions, registry: Registry) -> tuple[str, ...]:
+    """The names of the metrics, none of which needs a dense model."""
+    found = [registry.evaluators.get(name) for name in options.metrics]
+    for spec in found:
+        if spec.dense:
+            raise AptError(
+                f"the metric {spec.name} compares with the dense model",
+                "measure it afterwards with apt-prune eval, which takes the dense model",
+            )
+    return tuple(spec.name for spec in found)
+
+
+def _allocation(options: PruneRun, registry: Registry) -> str:
+    """The name of the allocation: the given one, or the one that the unit or the pattern implies.
+
+    Raises:
+        AptError: it is unknown, or contradicts the unit.
+    """
+    from apt.planning.allocation import default_allocation
+
+    name, pattern = options.allocation, pattern_of(options)
+    assert pattern is not None
+    if options.per in PER_ALLOCATION:
+        if name is not None:
+            raise AptError(
+                f"per {options.per} and allocation {name} exclude each other",
+                "choose one",
+                ("per", "allocation"),
+            )
+        name = PER_ALLOCATION[options.per]
+    return registry.allocations.get(name or default_allocation(pattern)).name
+
+
+def _suffixes(options: PruneRun | ShrinkRun | RecoverRun, registry: Registry) -> list[str]:
+    """The parts of the name of a directory that depend on the options."""
+    if isinstance(options, PruneRun):
+        pattern = str(pattern_of(options))
+        plain = pattern.replace("auto:", "auto").replace(":", "of").replace("@", "-")
+        return [plain, options.method or registry.default_method().name]
+    return ["recovered"] if isinstance(options, RecoverRun) else options.suffixes()
+
+
+def pattern_of(options: PatternOptions) -> "Pattern | None":
+    """The pattern of the options; None if none is given.
+
+    Raises:
+        AptError: it is not a pattern.
+    """
+    from apt.planning.plan import read_pattern
+    from apt.solver import NM, Unstructured
+
+    per = getattr(options, "per", None)
+    if options.sparsity is None:
+        return None if options.pattern is None else read_pattern(options.pattern)
+    if options.mixed:
+        return read_pattern(f"{options.pattern}@{options.sparsity}")
+    found = read_pattern(options.sparsity)
+    if isinstance(found, NM):
+        raise AptError(f"sparsity {options.sparsity} is a pattern", "give it so", ("pattern",))
+    if isinstance(found, Unstructured) and per in ("row", "layer"):
+        return Unstructured(found.sparsity, per)
+    return found
+
+
+def selection_of(options: PatternOptions) -> "Selection":
+    """The sites that the options select, and the overrides with their patterns.
+
+    Raises:
+        AptError: an override has no pattern.
+    """
+    from apt.planning.plan import Selection, read_pattern
+
+    pairs = (text.rpartition("=") for text in options.overrides)
+    overrides = tuple((glob, read_pattern(pattern)) for glob, _, pattern in pairs)
+    return Selection(options.only, options.skip, overrides)

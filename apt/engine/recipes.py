@@ -1,0 +1,133 @@
+"""From the options of pruning to the settings of the loop over blocks, with defaults filled in."""
+
+import math
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from apt.calibration.targets import Targets
+from apt.errors import AptError
+from apt.options import PRESETS, Preset, PruneOptions, SolveOptions
+from apt.plugin.specs import MethodSpec, ShrinkMethodSpec
+from apt.pruning.layer import Recipe
+from apt.solver import IntegerGrid, SolverOptions
+from apt.solver.gram import DAMPING
+from apt.text.augmentation import Augmentation, RandomTokens
+from apt.tuning.block_tuning import BlockTuning
+from apt.tuning.row_importance import RowImportance
+
+DAMPING_ERROR_AWARE = 0.05
+T = TypeVar("T")
+
+
+def recipe_of(options: SolveOptions, method: MethodSpec) -> Recipe:
+    """The settings for pruning blocks with a method.
+
+    Raises:
+        AptError: an option is out of range, or needs an error-aware run and this is not one.
+    """
+    options.check()
+    sparse = options if isinstance(options, PruneOptions) else PruneOptions()
+    if sparse.quantize and isinstance(method, ShrinkMethodSpec):
+        raise AptError(
+            "a smaller dense model is not quantised here",
+            "quantise the result with the tool of your runtime",
+            ("quantize",),
+        )
+    aware = is_aware(options, method)
+    if not aware:
+        _check_layer_wise(options)
+    damping = _or(options.damping, DAMPING_ERROR_AWARE if aware else DAMPING)
+    bits = int(sparse.quantize[3:]) if sparse.quantize else None
+    return Recipe(
+        SolverOptions(damping=damping, effort=options.effort, block_size=sparse.block_size),
+        _targets(options, method) if aware else None,
+        _row_importance(sparse.row_importance) if aware else None,
+        _tuning(options, method),
+        _or(options.ordered, aware),
+        IntegerGrid(bits, sparse.scale_group) if bits else None,
+    )
+
+
+def augmentation_of(options: SolveOptions, method: MethodSpec, samples: int) -> Augmentation:
+    """The augmentation of ``samples`` calibration samples."""
+    preset = _preset(options, method)
+    copies = _or(options.random_tokens, preset.random_tokens)
+    if options.random_tokens is None and isinstance(method, ShrinkMethodSpec):
+        copies = max(copies, method.random_tokens)
+    return Augmentation(
+        _or(options.own_samples, math.ceil(preset.own_samples * samples)),
+        RandomTokens(copies=copies) if copies else None,
+    )
+
+
+def is_aware(options: SolveOptions, method: MethodSpec) -> bool:
+    """True if a run of ``method`` is error-aware."""
+    return _or(options.error_aware, method.error_aware)
+
+
+def record(recipe: Recipe, augmentation: Augmentation) -> dict[str, Any]:
+    """The options of a run with all defaults filled in, by their names in reports."""
+    targets, tuned = recipe.targets, recipe.tuning
+    random = augmentation.random_tokens
+    return {
+        "effort": recipe.solver.effort,
+        "error_aware": targets is not None,
+        "alpha": targets.alpha if targets else 0.0,
+        "beta": targets.beta if targets else 0.0,
+        "row_importance": recipe.row_importance.power if recipe.row_importance else 0.0,
+        "ordered": recipe.ordered,
+        "tuning_epochs": tuned.epochs if tuned else 0,
+        "tuning_rate": tuned.rate if tuned else 0.0,
+        "tuning_tokens": (tuned.tokens or 0) if tuned else 0,
+        "random_tokens": random.copies if random else 0.0,
+        "own_samples": augmentation.own_samples,
+        "damping": recipe.solver.damping,
+        "block_size": recipe.solver.block_size,
+        "quantize": f"int{recipe.integers.bits}" if recipe.integers else None,
+        "group": recipe.integers.group if recipe.integers else IntegerGrid.group,
+    }
+
+
+def _preset(options: SolveOptions, method: MethodSpec) -> Preset:
+    searches = is_aware(options, method) and method.efforts
+    return PRESETS[options.effort if searches else "fast"]
+
+
+def _check_layer_wise(options: SolveOptions) -> None:
+    for name in ("input_correction", "drift_correction", "row_importance", "tuning_epochs"):
+        if getattr(options, name, None):
+            raise AptError(
+                f"{name.replace('_', ' ')} has no effect in a layer-wise run",
+                "leave it out, or make the run error-aware",
+                (name, "error_aware"),
+            )
+
+
+def _targets(options: SolveOptions, method: MethodSpec) -> Targets:
+    base = Targets(0, 0) if isinstance(method, ShrinkMethodSpec) else Targets()
+    alpha, beta = options.input_correction, options.drift_correction
+    return Targets(_or(alpha, base.alpha), _or(beta, base.beta))
+
+
+def _row_importance(given: float | None) -> RowImportance | None:
+    base = RowImportance()
+    power = _or(given, base.power)
+    return replace(base, power=power) if power else None
+
+
+def _tuning(options: SolveOptions, method: MethodSpec) -> BlockTuning | None:
+    preset = _preset(options, method)
+    if not (epochs := _or(options.tuning_epochs, preset.tuning_epochs)):
+        return None
+    usual = preset if preset.tuning_epochs else PRESETS["default"]
+    if isinstance(method, ShrinkMethodSpec):
+        usual = replace(usual, tuning_rate=method.tuning_rate)
+    return BlockTuning(
+        rate=_or(options.tuning_rate, usual.tuning_rate),
+        epochs=epochs,
+        tokens=_or(options.tuning_tokens, usual.tuning_tokens) or None,
+    )
+
+
+def _or(value: T | None, default: T) -> T:
+    return default if value is None else value

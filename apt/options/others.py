@@ -1,0 +1,102 @@
+"""The options of the commands that neither prune nor train."""
+
+from pathlib import Path
+from typing import Literal
+
+from apt.errors import AptError
+from apt.options.declaration import Options, option, options
+from apt.options.shared import (
+    SELECTION,
+    TEXT,
+    AdapterOptions,
+    DtypeOptions,
+    IntegerOptions,
+    PatternOptions,
+    RemoteOptions,
+    SampleOptions,
+    ShardOptions,
+    StreamOptions,
+    TokenizerOptions,
+    UnitOptions,
+    WritingOptions,
+)
+
+ANY_MODEL = "Directory, hub name, .gguf file or zoo:NAME."
+
+
+@options
+class ReapplyRun(AdapterOptions, RemoteOptions, WritingOptions, ShardOptions):
+    """The options of ``apt-prune reapply``."""
+
+    masks: Path = option(
+        "A file of masks, written with --save-masks, or the directory of a pruned model.",
+        positional=True, place=True,
+    )  # fmt: skip
+    model: str = option(
+        "The model that was fine-tuned from the pruned one: a directory or hub name.",
+        positional=True, place=True,
+    )  # fmt: skip
+
+
+@options
+class PackRun(AdapterOptions, RemoteOptions, WritingOptions, IntegerOptions):
+    """The options of ``apt-prune pack``."""
+
+    model: str = option("A pruned model: a directory or hub name.", positional=True, place=True)
+    form: Literal["apt", "compressed-tensors"] = option(
+        "apt leaves the zeros out. compressed-tensors keeps them, as integers that vLLM and "
+        "transformers open; it needs --quantize, or a model that was pruned with it.",
+        default="apt", flag="--format", metavar="NAME",
+    )  # fmt: skip
+
+
+@options
+class UnpackRun(WritingOptions):
+    """The options of ``apt-prune unpack``."""
+
+    model: str = option("A directory that apt-prune pack wrote.", positional=True, place=True)
+
+
+@options
+class ConvertRun(RemoteOptions, TokenizerOptions, DtypeOptions, WritingOptions):
+    """The options of ``apt-prune convert``."""
+
+    model: str = option(ANY_MODEL, positional=True, place=True)
+
+
+@options
+class InspectRun(AdapterOptions, RemoteOptions, PatternOptions, SampleOptions, StreamOptions):
+    """The options of ``apt-prune inspect``."""
+
+    samples: int = option(
+        "Calibration samples of the planned run.", default=128, panel=TEXT, within="[1, ∞)"
+    )
+    model: str = option(ANY_MODEL, positional=True, place=True)
+
+
+@options
+class VerifyRun(AdapterOptions, RemoteOptions, UnitOptions):
+    """The options of ``apt-prune verify``."""
+
+    directory: Path = option("The model's directory.", positional=True)
+    at_least: bool = option(
+        "With a pattern: accept more zeros than it asks for, as other tools leave them.",
+        default=False, panel=SELECTION,
+    )  # fmt: skip
+
+    def check(self) -> None:
+        """Raise `AptError` if options contradict each other; see `Options.check`."""
+        super().check()
+        if self.at_least and self.sparsity is None and self.pattern is None:
+            raise AptError("at least needs a pattern", "add a sparsity or a pattern", ("at_least",))
+
+
+@options
+class CheckRun(Options):
+    """The options of ``apt-prune check``."""
+
+    adapter: str = option("Name of the adapter; listed by: apt-prune adapters.", positional=True)
+    model: str | None = option(
+        "Model to check it with; by default the adapter's example or embedded model.",
+        default=None, positional=True,
+    )  # fmt: skip

@@ -1,0 +1,209 @@
+"""The options of pruning, and the defaults that depend on the effort."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from apt.errors import AptError
+from apt.options.declaration import Options, option, options
+from apt.options.shared import (
+    ACCURACY,
+    OUTPUT,
+    RUNNING,
+    SELECTION,
+    TEXT,
+    DtypeOptions,
+    IntegerOptions,
+    MaskOptions,
+    MeasuringOptions,
+    MethodOptions,
+    ModelOptions,
+    OutputOptions,
+    SampleOptions,
+    StreamOptions,
+    UnitOptions,
+)
+
+Effort = Literal["fast", "default", "best"]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """The defaults of an effort, in an error-aware run of a method with a mask search.
+
+    Attributes:
+        tuning_epochs, tuning_rate, tuning_tokens, random_tokens: see `PruneOptions`.
+        own_samples: the number of generated samples for each given sample.
+    """
+
+    tuning_epochs: int
+    tuning_rate: float
+    tuning_tokens: int
+    random_tokens: float
+    own_samples: float
+
+
+PRESETS: dict[Effort, Preset] = {
+    "fast": Preset(0, 0.0, 0, random_tokens=0.0, own_samples=0.0),
+    "default": Preset(1, 0.05, 3 * 2**12, random_tokens=0.25, own_samples=0.0),
+    "best": Preset(8, 0.025, 0, random_tokens=0.0, own_samples=0.25),
+}
+"""The presets by effort. The cost of the tuning of ``default`` does not grow with the number of
+tokens. Own samples improve the result more than random tokens do, but cost more."""
+
+
+@options
+class SolveOptions(Options):
+    """The options of the loop over blocks, for a sparse and for a smaller model.
+
+    ``None`` means the default, which depends on the effort or on the method. Each option can be set
+    separately, for instance for an ablation. Sources are in methods.md: "The target" (error_aware,
+    input_correction α, drift_correction β), "Block tuning" (after EBFT, arXiv 2402.12419), "Random
+    tokens"; own samples are after arXiv 2410.17170. `apt.shrink` has other defaults: 0 for the two
+    corrections, and 0.03 for ``tuning_rate``.
+    """
+
+    own_samples: int | None = option(
+        "Samples that the model generates, beside --samples. By default a fourth of "
+        "--samples with --effort best, else 0.",
+        default=None, panel=TEXT, metavar="N", within="[0, ∞)",
+    )  # fmt: skip
+    random_tokens: float | None = option(
+        "Copies with random tokens for each sample. By default 0.25 with --effort default "
+        "in an error-aware run, else 0.",
+        default=None, panel=TEXT, metavar="R", within="[0, 100]",
+        meaning="it is a number of copies for each sample, such as 0.25",
+    )  # fmt: skip
+    effort: Effort = option(
+        "fast, default or best: the length of the mask search, and the defaults of "
+        "tuning, random tokens and own samples.",
+        default="default", panel=ACCURACY, metavar="LEVEL", used_if="efforts",
+    )  # fmt: skip
+    error_aware: bool | None = option(
+        "Each site compensates a part of the error of the sites before it, or none of it. "
+        "The default depends on the method.",
+        default=None, panel=ACCURACY, flag="--error-aware/--layer-wise",
+    )  # fmt: skip
+    input_correction: float | None = option(
+        "Share of the error of its inputs that a site compensates. By default 0.25.",
+        default=None, panel=ACCURACY, metavar="A", within="[0, 1]", formerly="alpha",
+        meaning="it is a share of an error, such as 0.25",
+    )  # fmt: skip
+    drift_correction: float | None = option(
+        "Share of the drift of the residual stream that a site which writes to this stream "
+        "compensates. By default 0.25.",
+        default=None, panel=ACCURACY, metavar="B", within="[0, 1]", formerly="beta",
+        meaning="it is a share of an error, such as 0.25",
+    )  # fmt: skip
+    ordered: bool | None = option(
+        "Solve the sites of a block one after the other (true-sequential), or all on the "
+        "inputs of the dense block. By default ordered if error-aware.",
+        default=None, panel=ACCURACY, flag="--ordered/--at-once",
+    )  # fmt: skip
+    tuning_epochs: int | None = option(
+        "Passes of block tuning by gradients; 0 turns it off. By effort 0, 1 or 8.",
+        default=None, panel=ACCURACY, metavar="N", within="[0, 1000]",
+        meaning="it is a number of passes, such as 1",
+    )  # fmt: skip
+    tuning_rate: float | None = option(
+        "First learning rate of the tuning, as a share of a weight's size. By default 0.05, "
+        "with --effort best 0.025.",
+        default=None, panel=ACCURACY, metavar="R", within="[0, 1]",
+        meaning="it is a share of a weight's size, such as 0.05",
+    )  # fmt: skip
+    tuning_tokens: int | None = option(
+        "Calibration tokens for the tuning; 0 uses all. By default 12288, with --effort best "
+        "all.",
+        default=None, panel=ACCURACY, metavar="N", within="[0, ∞)",
+        meaning="it is a number of tokens; 0 uses all",
+    )  # fmt: skip
+    damping: float | None = option(
+        "Share of the mean diagonal of the Gram matrix (Hessian) that is added to it. By "
+        "default 0.05 if error-aware, else 0.01.", default=None,
+        # Above this the Gram matrix has no effect, and fp32 overflows.
+        panel=ACCURACY, within="[0, 1e6]",
+        meaning="it is a share of the mean diagonal, such as 0.05",
+    )  # fmt: skip
+
+
+@options
+class PruneOptions(IntegerOptions, SolveOptions):
+    """The options that the pruned weights depend on, beside model, tokens, pattern and method.
+
+    See `apt.options.prune.SolveOptions`. A row importance of p lets rows that are more important to
+    the block keep more weights (methods.md, "Row importance"). Integers are rounded after the
+    tuning of their block, so that later roundings and later blocks make up for the error.
+    """
+
+    row_importance: float | None = option(
+        "Exponent by which more important rows keep more weights; 0 turns it off. By default "
+        "0.35.",
+        default=None, panel=ACCURACY, metavar="P", within="[0, 2]",
+        meaning="it is a power, such as 0.35",
+    )  # fmt: skip
+    block_size: int | None = option(
+        "Columns of one joint compensation; by default all.",
+        default=None, panel=ACCURACY, within="[1, ∞)", used_if="blocks",
+    )  # fmt: skip
+    quantize: Literal["int8", "int4"] | None = option(
+        "Round the kept weights to int8 or int4 times a scale, so that what follows makes up "
+        "for the error.",
+        default=None, panel=ACCURACY, metavar="KIND",
+    )  # fmt: skip
+
+
+@options
+class ModelRun(
+    ModelOptions,
+    MeasuringOptions,
+    SampleOptions,
+    MethodOptions,
+    SolveOptions,
+    StreamOptions,
+    DtypeOptions,
+    OutputOptions,
+):
+    """The options that ``apt-prune prune`` and ``shrink`` have in common."""
+
+    model: str = option(
+        "Directory, hub name, .gguf file or zoo:NAME; by default that of the adapter.",
+        default="", positional=True, place=True,
+    )  # fmt: skip
+    resume: bool = option(
+        "Continue an interrupted --stream run of the same command.",
+        default=False, panel=RUNNING, saved=False, effect=False,
+    )  # fmt: skip
+
+    def check(self) -> None:
+        """Raise `AptError` if an option is out of range, or options contradict each other."""
+        super().check()
+        if self.samples == 0 and not self.own_samples:
+            raise AptError(
+                "there are no samples to calibrate on",
+                "use at least one sample or one own sample",
+                ("samples", "own_samples"),
+            )
+
+    def record(self) -> dict[str, Any]:
+        """See `Options.record`; the entries of a sparse model are there for a smaller one too."""
+        plain = {"pattern": None, "allocation": "uniform", "also": (), "save_masks": False}
+        return plain | {"only": (), "skip": (), "overrides": {}} | super().record()
+
+
+@options
+class PruneRun(ModelRun, UnitOptions, PruneOptions, MaskOptions):
+    """The options of ``apt-prune prune``: a whole run from a model to a directory."""
+
+    allocation: str | None = option(
+        "Distribution of --sparsity over the sites, listed by: apt-prune methods. By default "
+        "uniform; auto for --pattern auto:M.",
+        default=None, panel=SELECTION, metavar="NAME",
+    )  # fmt: skip
+    also: tuple[str, ...] = option(
+        "Prune these parameters too; for Mamba conv1d, A_log or D; repeatable.",
+        default=(), panel=SELECTION, metavar="KIND",
+    )  # fmt: skip
+    pack: Path | None = option(
+        "Also write the model without its zeros to DIR, as apt-prune pack does.",
+        default=None, panel=OUTPUT, metavar="DIR", recorded=False, effect=False,
+    )  # fmt: skip

@@ -1,0 +1,393 @@
+"""Options that several commands have in common."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from apt.errors import AptError
+from apt.options.declaration import Options, option, options
+
+MODEL, SELECTION, TEXT, ACCURACY, RUNNING, OUTPUT = (
+    "Model", "Pattern and selection", "Calibration and measuring", "Accuracy", "Running", "Output",
+)  # fmt: skip
+SIZE, TRAINING = "Size", "Training"
+PANELS = ("", MODEL, SIZE, TRAINING, SELECTION, TEXT, ACCURACY, RUNNING, OUTPUT)
+"""The headings in the help of a command, in this order; others follow."""
+
+Activations = Literal["memory", "cpu", "disk"]
+_SEEDS = (-(2**63), 2**64 - 1)  # the range of torch's generators
+
+
+@options
+class RemoteOptions(Options):
+    """Options for reading a model of the hub."""
+
+    trust_remote_code: bool = option(
+        "Run code from the checkpoint, or code that task files name.", default=False, panel=MODEL
+    )
+    revision: str | None = option(
+        "Branch, tag or commit of a model on the hub.", default=None, panel=MODEL, metavar="REV"
+    )
+
+
+@options
+class AdapterOptions(Options):
+    """Options for opening a model."""
+
+    adapter: str | None = option(
+        "Adapter; by default the one for the model type.", default=None, panel=MODEL, metavar="NAME"
+    )
+
+
+@options
+class TokenizerOptions(Options):
+    """Options for the tokenizer."""
+
+    tokenizer: str | None = option(
+        "Directory or hub name; by default the model's own.",
+        default=None, panel=MODEL, metavar="NAME", place=True,
+    )  # fmt: skip
+
+
+@options
+class ModelOptions(AdapterOptions, TokenizerOptions, RemoteOptions):
+    """Options for opening a model with its tokenizer."""
+
+
+@options
+class PatternOptions(Options):
+    """Options for the pattern of the sites."""
+
+    sparsity: float | str | None = option(
+        "Share of weights to prune, for example 0.5.",
+        default=None, panel=SELECTION, metavar="S", recorded=False,
+    )  # fmt: skip
+    pattern: str | None = option(
+        "Keep N of every M inputs, for example 2:4. auto:M with --sparsity chooses an N for "
+        "each site.",
+        default=None, panel=SELECTION, metavar="N:M",
+    )  # fmt: skip
+    only: tuple[str, ...] = option(
+        "Prune only matching sites; repeatable.", default=(), panel=SELECTION, metavar="GLOB"
+    )
+    skip: tuple[str, ...] = option(
+        "Leave matching sites dense; repeatable.", default=(), panel=SELECTION, metavar="GLOB"
+    )
+    overrides: tuple[str, ...] = option(
+        "Another pattern for sites that match GLOB; repeatable.",
+        default=(), panel=SELECTION, flag="--override", metavar="GLOB=S|N:M",
+    )  # fmt: skip
+
+    @property
+    def mixed(self) -> bool:
+        """True for n:m patterns with an n for each site."""
+        return self.pattern is not None and self.pattern.startswith("auto:")
+
+    def check(self) -> None:
+        """Raise `AptError` if options contradict each other; see `Options.check`."""
+        super().check()
+        if self.sparsity is not None and self.pattern is not None and not self.mixed:
+            raise AptError(
+                "sparsity and pattern are both given", "choose one", ("sparsity", "pattern")
+            )
+        if self.mixed and self.sparsity is None and "@" not in str(self.pattern):
+            raise AptError(
+                f"pattern {self.pattern} needs a sparsity", "add one, such as 0.5", ("sparsity",)
+            )
+        for text in self.overrides:
+            glob, equals, _ = text.rpartition("=")
+            if not equals or not glob:
+                raise AptError(
+                    f"override {text} has no GLOB=PATTERN", "write '*.q_proj=0.4'", ("overrides",)
+                )
+
+
+@options
+class UnitOptions(PatternOptions):
+    """Options for a pattern with the unit in which its sparsity is counted."""
+
+    per: Literal["row", "layer", "block", "model"] | None = option(
+        "Unit in which --sparsity is counted: row, layer, block or model. The last two "
+        "choose a sparsity for each site, as the allocations auto-block and auto do.",
+        default=None, panel=SELECTION, metavar="UNIT",
+    )  # fmt: skip
+
+    def check(self) -> None:
+        """Raise `AptError` if options contradict each other; see `Options.check`."""
+        super().check()
+        if self.per is not None and (self.sparsity is None or self.mixed):
+            raise AptError(
+                f"per {self.per} needs a sparsity",
+                "an n:m pattern is the same in every row: leave out the unit",
+                ("per", "sparsity"),
+            )
+
+
+@options
+class CalibrationOptions(Options):
+    """Options for the text of a run."""
+
+    calibration: str = option(
+        "builtin, wikitext2, ptb, c4, a hub data set, or a .txt, .jsonl or .parquet file.",
+        default="builtin", panel=TEXT, metavar="SRC", place=True,
+    )  # fmt: skip
+    bos: bool = option(
+        "Do not begin samples and windows with the token that the tokenizer adds.",
+        default=True, panel=TEXT, flag="/--no-bos",
+    )  # fmt: skip
+    seed: int = option(
+        "Seed for the choice of samples and for the text that the model generates.",
+        default=0,
+        panel=TEXT,
+    )
+
+    def check(self) -> None:
+        """Raise `AptError` if an option is out of range."""
+        super().check()
+        if not _SEEDS[0] <= self.seed <= _SEEDS[1]:
+            raise AptError(
+                f"seed {self.seed} is out of range",
+                "give a whole number from 0 to 2**64 - 1",
+                ("seed",),
+            )
+
+
+@options
+class SampleOptions(Options):
+    """Options for the number of calibration samples."""
+
+    samples: int = option(
+        "Calibration samples drawn from the text.", default=128, panel=TEXT, within="[0, ∞)"
+    )
+    seqlen: int = option(
+        "Tokens of a sample; at most the model's positions.",
+        default=2048,
+        panel=TEXT,
+        within="[2, ∞)",
+    )
+
+
+@options
+class MeasuringOptions(CalibrationOptions):
+    """Options for the text of a run, and for what is measured before and after."""
+
+    evaluation: str | None = option(
+        "Measure the model on this text before and after.",
+        default=None, panel=TEXT, flag="--eval", metavar="SRC", place=True,
+    )  # fmt: skip
+    metrics: tuple[str, ...] = option(
+        "perplexity or accuracy; with apt-prune eval --dense also divergence or "
+        "agreement; repeatable.",
+        default=("perplexity",), panel=TEXT, flag="--metric", metavar="NAME",
+    )  # fmt: skip
+
+
+@options
+class MethodOptions(Options):
+    """Options for the method."""
+
+    method: str | None = option(
+        "Pruning method, listed by: apt-prune methods. By default the most accurate.",
+        default=None, panel=ACCURACY, metavar="NAME",
+    )  # fmt: skip
+
+
+@options
+class DeviceOptions(Options):
+    """Options for the device."""
+
+    device: str = option(
+        "cpu, cuda, …; auto uses a GPU if there is one.", default="auto", panel=RUNNING
+    )
+
+
+@options
+class DtypeOptions(Options):
+    """Options for the dtype of the weights."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "float32, bfloat16 or float16; auto keeps the checkpoint's.", default="auto", panel=RUNNING
+    )
+
+
+@options
+class StreamOptions(DeviceOptions):
+    """Options for a run that may read and write block by block."""
+
+    stream: bool = option(
+        "Read and write block by block, with one block in memory at a time.",
+        default=False, panel=RUNNING, effect=False,
+    )  # fmt: skip
+    activations: Activations = option(
+        "Place of the calibration activations: memory (with the model), cpu (beside a "
+        "GPU), or disk (with --stream).",
+        default="memory", panel=RUNNING, metavar="WHERE", effect=False,
+    )  # fmt: skip
+
+    def check(self) -> None:
+        """Raise `AptError` if options contradict each other; see `Options.check`."""
+        super().check()
+        if self.activations == "disk" and not self.stream and not getattr(self, "resume", False):
+            raise AptError(
+                "activations are kept on disk by streamed runs only",
+                "stream the run as well",
+                ("activations", "stream"),
+            )
+
+
+@options
+class WritingOptions(Options):
+    """Options for a directory that must be named."""
+
+    output: Path = option("Directory to write.", panel=OUTPUT, short="-o")
+    overwrite: bool = option(
+        "Replace the output of an earlier run.",
+        default=False,
+        panel=OUTPUT,
+        saved=False,
+        effect=False,
+    )
+
+
+@options
+class ShardOptions(Options):
+    """Options for the files of weights."""
+
+    max_shard_size: str | None = option(
+        "Largest file of weights, for example 5GB; by default as in the checkpoint.",
+        default=None, panel=OUTPUT, metavar="SIZE",
+    )  # fmt: skip
+
+    def check(self) -> None:
+        """Raise `AptError` if the size of a file has no number or no unit."""
+        super().check()
+        if self.max_shard_size is None:
+            return
+        number, unit = self.max_shard_size.strip()[:-2].strip(), self.max_shard_size.strip()[-2:]
+        if (
+            not number.isdecimal()
+            or not int(number)
+            or unit.upper() not in ("KB", "MB", "GB", "TB")
+        ):
+            raise AptError(
+                f"{self.max_shard_size!r} is not a file size",
+                "write 5GB or 500MB",
+                ("max_shard_size",),
+            )
+
+
+@options
+class OutputOptions(ShardOptions):
+    """Options for the output of a run."""
+
+    output: Path | None = option("Directory to write.", default=None, panel=OUTPUT, short="-o")
+    overwrite: bool = option(
+        "Replace the output of an earlier run.",
+        default=False,
+        panel=OUTPUT,
+        saved=False,
+        effect=False,
+    )
+
+    @property
+    def directory(self) -> Path:
+        """The directory to write, once it is chosen."""
+        assert self.output is not None
+        return self.output
+
+
+@options
+class MaskOptions(Options):
+    """Options for masks."""
+
+    save_masks: bool = option(
+        "Write the masks beside the model, one bit for each weight, for apt-prune reapply.",
+        default=False, panel=OUTPUT,
+    )  # fmt: skip
+
+
+@options
+class ConfigOptions(Options):
+    """Options for a file of options."""
+
+    config: Path | None = option(
+        'Take options from a TOML file with lines such as pattern = "2:4". Options on the '
+        "command line take precedence.",
+        default=None, panel=RUNNING, metavar="FILE", saved=False,
+    )  # fmt: skip
+    save_config: Path | None = option(
+        "Write the options of this command to a TOML file for --config.",
+        default=None, panel=RUNNING, metavar="FILE", saved=False,
+    )  # fmt: skip
+
+
+@options
+class DryRunOptions(Options):
+    """Options for showing a run in place of doing it."""
+
+    dry_run: bool = option(
+        "Show the plan and write nothing.", default=False, panel=RUNNING, saved=False
+    )
+
+
+@options
+class PrintingOptions(Options):
+    """Options for what a command prints."""
+
+    as_json: bool = option(
+        "Print one JSON object, and progress and errors as lines of JSON on standard error.",
+        default=False, panel=OUTPUT, flag="--json", saved=False,
+    )  # fmt: skip
+
+
+def read_columns(text: str) -> Any:
+    """The value of an option for the columns that share a scale: a number, or ``row``.
+
+    Raises:
+        AptError: it is neither.
+    """
+    if text == "row":
+        return text
+    if not text.removeprefix("-").isdecimal():
+        raise AptError(
+            f"scale group '{text}' is neither a number nor row", options=("scale_group",)
+        )
+    return int(text)
+
+
+@options
+class IntegerOptions(Options):
+    """Options for weights of integers."""
+
+    quantize: Literal["int8", "int4"] | None = option(
+        "Round the kept weights to the nearest int8 or int4.",
+        default=None,
+        panel=ACCURACY,
+        metavar="KIND",
+    )
+    scale_group: int | Literal["row"] = option(
+        "Columns that share a scale with --quantize, or row for one scale a row.",
+        default=128, panel=ACCURACY, metavar="N|row", read=read_columns, formerly="group",
+    )  # fmt: skip
+
+    def check(self) -> None:
+        """Raise `AptError` for a group that the kernels cannot use; see `Options.check`."""
+        super().check()
+        group = self.scale_group
+        if group != "row" and (group < 64 or group % 64):
+            raise AptError(
+                f"scale group {group} is not a multiple of 64",
+                "write for example 128, or row",
+                ("scale_group",),
+            )
+
+
+def check_windows(count: int | None, seqlen: int, name: str = "samples") -> None:
+    """Raise for amounts that give no windows.
+
+    Args:
+        count: the number of windows; None for all.
+        seqlen: their tokens.
+        name: the name of the option for ``count``.
+    """
+    if (count is not None and count < 1) or seqlen < 2:
+        raise AptError(f"{name} must be at least 1 and seqlen at least 2", options=(name, "seqlen"))

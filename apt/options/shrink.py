@@ -1,0 +1,139 @@
+"""The options that decide how small a model becomes, and what it loses."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from apt.errors import AptError
+from apt.options.declaration import Options, option, options
+from apt.options.prune import ModelRun
+from apt.options.shared import ACCURACY, SIZE
+
+Budget = Literal["parameters", "latency"]
+Mode = Literal["width", "depth", "search"]
+_MODES = (
+    ("--width-only", "width", "Remove channels, heads or states, and no block. The default for "
+     "models of fewer than 8 blocks, and where no number of blocks is within 2 % of --keep."),
+    ("--depth-only", "depth", "Drop whole blocks, and nothing else. The default for other models."),
+    ("--search", "search", "Search for the best numbers of blocks, heads and channels, and for the "
+     "blocks."),
+)  # fmt: skip
+
+
+def read_sizes(texts: list[str]) -> dict[str, int]:
+    """The numbers of groups by kind, of texts such as ``channels=1024``.
+
+    Raises:
+        AptError: a text has another form.
+    """
+    found = {}
+    for text in texts:
+        kind, equals, number = text.partition("=")
+        if not equals or not kind or not number.isdecimal():
+            raise AptError(f"size {text} is not KIND=N", "write channels=1024", ("sizes",))
+        found[kind] = int(number)
+    return found
+
+
+@options
+class ShrinkOptions(Options):
+    """The options of a smaller model."""
+
+    keep: float = option(
+        "Share of the parameters of the blocks that is kept.",
+        default=0.75, panel=SIZE, metavar="S", within="(0, 1)",
+        meaning="it is a share of the blocks' parameters, such as 0.75",
+    )  # fmt: skip
+    budget: Budget = option(
+        "--keep is a share of the parameters, or of the latency: the time of a "
+        "forward through the blocks, measured on this machine.",
+        default="parameters", panel=SIZE, metavar="WHAT",
+    )  # fmt: skip
+    mode: Mode | None = option("What is removed.", default=None, panel=SIZE, switches=_MODES)
+    compensate: bool | None = option(
+        "Solve the weights of the kept columns exactly, or keep them as they are. The "
+        "default depends on the method.",
+        default=None, panel=ACCURACY, flag="--compensate/--no-compensate",
+    )  # fmt: skip
+    multiple_of: int | None = option(
+        "The number of channels is a multiple of N. By default 64, or a smaller power of two "
+        "where none comes within 1 % of --keep.",
+        default=None, panel=SIZE, metavar="N", within="[1, ∞)",
+    )  # fmt: skip
+    sizes: Mapping[str, int] = option(
+        "Keep N groups of a kind in every block, for example channels=1024, in place of "
+        "--keep; repeatable.",
+        default_factory=dict, panel=SIZE, flag="--size", metavar="KIND=N", read=read_sizes,
+        text=lambda sizes: [f"{kind}={number}" for kind, number in sizes.items()],
+    )  # fmt: skip
+    blocks: int | None = option(
+        "Keep N blocks, in place of --keep.", default=None, panel=SIZE, metavar="N"
+    )
+    drop: tuple[int, ...] = option(
+        "Drop the block with this index, from 0, in place of --keep; repeatable.",
+        default=(), panel=SIZE, metavar="INDEX",
+    )  # fmt: skip
+    evaluations: int = option(
+        "Candidates that --search evaluates at most.",
+        default=120, panel=SIZE, metavar="N", within="[1, ∞)",
+    )  # fmt: skip
+    minutes: float | None = option(
+        "Time for --search; by default no limit.",
+        default=None, panel=SIZE, metavar="M", within="(0, ∞)",
+    )  # fmt: skip
+
+    @property
+    def explicit(self) -> bool:
+        """True if the size is given in place of a share."""
+        return bool(self.sizes) or self.blocks is not None or bool(self.drop)
+
+    def check(self) -> None:
+        """Raise `AptError` if an option is out of range, or options contradict each other."""
+        super().check()
+        if not self.explicit:
+            return
+        by_blocks = self.blocks is not None or bool(self.drop)
+        fits = {None: True, "width": not by_blocks, "depth": not self.sizes, "search": False}
+        if not fits[self.mode]:
+            raise _not_used(f"mode '{self.mode}'", "mode")
+        if self.budget != "parameters":
+            raise _not_used(f"budget '{self.budget}'", "budget")
+        if self.multiple_of is not None:
+            raise _not_used(f"a multiple of {self.multiple_of}", "multiple_of")
+
+    def suffixes(self) -> list[str]:
+        """The parts of the name of a directory that depend on the size."""
+        sizes = [f"{number}-{kind}" for kind, number in self.sizes.items()]
+        blocks = [f"{self.blocks}-blocks"] if self.blocks is not None else []
+        blocks += [f"without-{'-'.join(map(str, sorted(self.drop)))}"] if self.drop else []
+        parts = [*blocks, *sizes] if self.explicit else [f"keep-{self.keep:g}"]
+        return parts + ([self.mode] if self.mode else [])
+
+    def size_record(self) -> dict[str, Any]:
+        """The options of the size alone, as values for JSON, for the report."""
+        names = ("keep", "budget", "mode", "compensate", "multiple_of", "blocks")
+        search = {"evaluations": self.evaluations, "minutes": self.minutes}
+        return {name: getattr(self, name) for name in names} | {
+            "sizes": dict(self.sizes), "drop": list(self.drop), "search": search
+        }  # fmt: skip
+
+
+def _not_used(what: str, option: str) -> AptError:
+    said = f"{what} is for a share to keep, and does not fit the given blocks or groups"
+    return AptError(said, "leave it out", (option,))
+
+
+@options
+class ShrinkRun(ModelRun, ShrinkOptions):
+    """The options of ``apt-prune shrink``: a whole run from a model to a smaller one."""
+
+    method: str | None = option(
+        "Choice of groups or of blocks, listed by: apt-prune methods. By default the most "
+        "accurate. It decides which of the two are removed.",
+        default=None, panel=ACCURACY, metavar="NAME",
+    )  # fmt: skip
+
+    def record(self) -> dict[str, Any]:
+        """See `Options.record`; the options of the size are one entry."""
+        size = {one.name for one in ShrinkOptions.OPTIONS}
+        plain = {name: value for name, value in super().record().items() if name not in size}
+        return plain | {"shrink": self.size_record()}
