@@ -18,7 +18,6 @@ def inspect(run: InspectRun, printing: PrintingOptions) -> None:
     from apt.engine.machine import choose_device
     from apt.engine.opening import pattern_of, selection_of
     from apt.engine.prepare import capped
-    from apt.engine.prune_options import PruneOptions
     from apt.engine.recipes import augmentation_of
     from apt.planning.plan import check_rounding, make_plan
     from apt.plugin.registry import registry

@@ -6,10 +6,8 @@ import threading
 from functools import cache, partial
 from itertools import pairwise
 
-import apt.tuning.reconstruct
 import pytest
 import torch
-from apt.engine.prune_options import PruneOptions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
