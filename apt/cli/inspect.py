@@ -1,6 +1,6 @@
 """``apt-prune inspect``."""
 
-from apt.options import InspectRun, PrintingOptions
+from apt.options import InspectRun, PrintingOptions, PruneOptions
 
 
 def inspect(run: InspectRun, printing: PrintingOptions) -> None:
