@@ -85,7 +85,7 @@ def test_each_message_in_the_troubleshooting_tables_is_one_of_the_code():
     texts = "\n".join(raised())
     missing = []
     for message in quoted:
-        pieces = (piece.strip(" ':") for piece in message.split("…"))  # the code may join them
+        pieces = (piece.strip(" ':") for piece in re.split("[…,]", message))  # joined in the code
         if not all(piece in texts for piece in pieces):
             missing.append(message)
     assert len(quoted) > 40
