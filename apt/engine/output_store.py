@@ -112,22 +112,19 @@ class OutputStore(ModelStore, ABC):
             "threads": torch.get_num_threads(),
             "ranks": self.ranks.size,
         }
-        if self.task.resume and self.work.resume(inputs):
-            return True
-        self.work.begin(inputs)
-        return False
+        return self.work.begin(inputs, resume=self.task.resume)
 
     def is_done(self) -> bool:
         """True if an interrupted run had completed its output."""
-        return self.work.published() or self.work.finished()
+        return self.work.done is not None
 
     def earlier_report(self) -> Report:
         """Publish the output of a run that was interrupted after that was complete."""
-        work = self.work
-        report = Report.read(work.output if work.published() else work.out)
+        assert self.work.done is not None
+        report = Report.read(self.work.done)
         self.ranks.wait()
         if self.ranks.first:
-            work.finish()
+            self.work.finish()
         return report
 
     def measure(self, when: str) -> None:

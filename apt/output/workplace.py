@@ -88,22 +88,23 @@ class Workplace:
         """True if there is a result with a report, which is the last file to be written."""
         return (self.out / REPORT).is_file()
 
-    def resume(self, inputs: Line) -> bool:
-        """True if there is work of an interrupted run to continue from.
+    def begin(self, inputs: Line | None = None, *, resume: bool = False) -> bool:
+        """Start a new output, or continue an interrupted run.
+
+        Args:
+            inputs: what the run depends on, if it can be resumed.
+            resume: True to continue from the work of an interrupted run, if there is any.
+
+        Returns:
+            True if an interrupted run is continued.
 
         Raises:
-            AptError: the run had other ``inputs``.
+            AptError: the interrupted run had other inputs, or is not to be resumed; or there is a
+                complete result.
         """
-        if self.has_work:
-            self.journal.check(inputs)
-        return self.has_work
-
-    def begin(self, inputs: Line | None = None) -> None:
-        """Start a new output, of a run that depends on ``inputs`` if it can be resumed.
-
-        Raises:
-            AptError: there is an interrupted run to resume, or a complete result.
-        """
+        if self.has_work and resume:
+            self.journal.check(inputs or {})
+            return True
         if self.has_work:
             raise AptError(
                 f"there is an interrupted run of {self.name}",
@@ -120,6 +121,7 @@ class Workplace:
         self.out.mkdir()
         if inputs is not None:
             self.journal.begin(inputs)
+        return False
 
     def fresh(self, name: str) -> Path:
         """An empty folder of this name in the workplace."""
@@ -135,11 +137,12 @@ class Workplace:
         folder.rename(self.out)
 
     def finish(self) -> None:
-        """Publish the output of a streamed run, unless that has been done."""
-        if self.published():
+        """Publish the output of a run that can be resumed, unless that has been done."""
+        done = self.done
+        if done == self.output:
             shutil.rmtree(self.folder)
             return
-        if not self.finished():
+        if done is None:
             self._finish(self.out)
         self.publish()
 
@@ -147,13 +150,10 @@ class Workplace:
         """Record a complete output, by the hash of its report, which has those of its files."""
         self.journal.add({"finished": sha256(directory / REPORT)})
 
-    def published(self) -> bool:
-        """True if an earlier run was interrupted after its output had been published."""
-        return self._is_finished(self.output)
-
-    def finished(self) -> bool:
-        """True if an earlier run was interrupted before its complete output was published."""
-        return self._is_finished(self.out)
+    @property
+    def done(self) -> Path | None:
+        """The complete output of the interrupted run, published or not; None if there is none."""
+        return next(filter(self._is_finished, (self.output, self.out)), None)
 
     def _is_finished(self, directory: Path) -> bool:
         known = self.journal.values("finished")

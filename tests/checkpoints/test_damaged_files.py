@@ -129,5 +129,5 @@ def test_a_journal(tmp_path, given, tail, sealed):
         work.journal.read()
         for line in work.journal.lines:
             sites_of(line, work.journal)
-        work.resume({"model": 1})
-        assert not work.published()
+        assert work.done is None
+        work.begin({"model": 1}, resume=True)
