@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from apt.cli.plots import pyplot, write_figure
-from apt.evaluation.windows import spread
 from apt.recovery.law import Law, Point
 from apt_lab.reporting.heat import Heat
+from apt_lab.windows import spread
 
 
 def draw_heat(table: Heat, path: Path, *, overwrite: bool = False) -> None:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from apt.checkpoints.model import Model
-    from apt.evaluation.windows import Score
     from apt.plugin.specs import EvaluatorSpec
+    from apt_lab.windows import Score
 
 
 def evaluate(run: EvalRun, printing: PrintingOptions) -> None:
@@ -128,7 +128,7 @@ def _measured(
 ) -> "dict[str, Score]":
     """The metrics of the first model, beside those of the dense model if it is given."""
     from apt.evaluation import kept_states
-    from apt.evaluation.windows import Score, score_beside
+    from apt_lab.windows import Score, score_beside
 
     scores = {}
     with ExitStack() as stack:

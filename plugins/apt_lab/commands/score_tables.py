@@ -8,7 +8,7 @@ from rich.table import Table
 from apt.cli.output import table
 
 if TYPE_CHECKING:
-    from apt.evaluation.windows import Score
+    from apt_lab.windows import Score
 
 
 def score_table(scores: "Mapping[str, Score]") -> Table:

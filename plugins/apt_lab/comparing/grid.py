@@ -20,7 +20,6 @@ from apt.engine.api import prune_copy
 from apt.engine.prepare import capped
 from apt.engine.text import check_same_vocabulary, check_vocabulary
 from apt.evaluation import kept_states
-from apt.evaluation.windows import score
 from apt.events import Observer
 from apt.files.hashes import file_hashes
 from apt.locations.model_source import Source, find
@@ -33,6 +32,7 @@ from apt.text.special_tokens import bos_of
 from apt_lab.comparing.cells import Cell
 from apt_lab.comparing.results import DENSE, Comparison, Row
 from apt_lab.tasks.harness import answer, task_setting
+from apt_lab.windows import score
 
 
 @dataclass(frozen=True)

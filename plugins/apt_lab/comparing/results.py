@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from apt.errors import AptError, described
-from apt.evaluation.windows import Windows
 from apt.files.journal import check_same
 from apt.files.writing import write_file
 from apt.locations.paths import user_error
 from apt.output.json_values import json_value
 from apt_lab.comparing.claims import claimed
 from apt_lab.tasks.answers import Answers
+from apt_lab.windows import Windows
 
 RESULTS = "comparison.json"
 DENSE = "dense"

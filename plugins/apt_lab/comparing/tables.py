@@ -11,9 +11,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from apt.evaluation.windows import spread
 from apt_lab.comparing.results import Row
 from apt_lab.tasks.answers import Answers, summary
+from apt_lab.windows import spread
 
 ERRORS = (
     "±: the standard error. For metrics of text it is that of the difference from the dense model, "

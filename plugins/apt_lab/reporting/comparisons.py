@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from apt.evaluation.windows import spread
 from apt_lab.reporting.charts import Bar, bar_chart
+from apt_lab.windows import spread
 
 
 @dataclass(frozen=True)

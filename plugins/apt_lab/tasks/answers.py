@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from apt.evaluation.windows import Difference, mean_difference
+from apt_lab.windows import Difference, mean_difference
 
 
 @dataclass(frozen=True)

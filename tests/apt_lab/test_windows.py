@@ -5,12 +5,12 @@ import statistics
 
 import pytest
 import torch
+from apt_lab.windows import Windows, quantile, score, score_beside, spread
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 from torch import nn
 
-from apt.evaluation.windows import Windows, quantile, score, score_beside, spread
 from apt.plugin.specs import EvaluatorSpec
 
 POSITIVE = st.floats(0.01, 1000)
