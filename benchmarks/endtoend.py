@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from apt.adapter import Site
 from apt.calibration.batches import enter
-from apt.checkpoints.model import Model
+from apt.checkpoints.opened import Opened
 from apt.engine.recipes import augmentation_of, recipe_of
 from apt.options import PruneOptions
 from apt.output.report import peak_memory
@@ -52,7 +52,7 @@ def arguments() -> argparse.Namespace:
 
 
 @torch.no_grad()
-def limit(model: Model, module: nn.Module, tokens: Tensor) -> dict[str, float]:
+def limit(model: Opened, module: nn.Module, tokens: Tensor) -> dict[str, float]:
     """Seconds of one forward of all blocks, of all Gram products and of all cross products."""
     adapter, batches = model.adapter, enter(model.adapter, module, tokens)
     spent = {"forward": 0.0, "gram": 0.0, "cross": 0.0}
@@ -83,7 +83,7 @@ def limit(model: Model, module: nn.Module, tokens: Tensor) -> dict[str, float]:
 
 
 def run(
-    model: Model, module: nn.Module, tokens: Tensor, pattern: str, effort: str, aware: bool
+    model: Opened, module: nn.Module, tokens: Tensor, pattern: str, effort: str, aware: bool
 ) -> tuple[float, float]:
     """The seconds of a whole run, and of its solves."""
     pruned, spec = copy.deepcopy(module), registry().methods.get("admm")
@@ -106,7 +106,7 @@ def against_limit(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def _against_limit(
-    options: argparse.Namespace, model: Model, tokens: Tensor
+    options: argparse.Namespace, model: Opened, tokens: Tensor
 ) -> Iterator[dict[str, Any]]:
     parts = limit(model, model.module, tokens)
     limits = {
@@ -141,7 +141,7 @@ def scaling(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 @contextmanager
-def cut(model: Model, blocks: int | None) -> Iterator[None]:
+def cut(model: Opened, blocks: int | None) -> Iterator[None]:
     """While entered, the model has only its first blocks."""
     path, _, _ = model.adapter.blocks(model.module)[0][0].rpartition(".")
     whole = model.module.get_submodule(path)
@@ -153,7 +153,7 @@ def cut(model: Model, blocks: int | None) -> Iterator[None]:
         setattr(model.module.get_submodule(parent), leaf, whole)
 
 
-def _scaled(model: Model, tokens: Tensor, blocks: int, pattern: str) -> dict[str, Any]:
+def _scaled(model: Opened, tokens: Tensor, blocks: int, pattern: str) -> dict[str, Any]:
     """A run of the model cut to its first blocks."""
     with cut(model, blocks):
         seconds, solve = run(model, model.module, tokens, pattern, "default", True)

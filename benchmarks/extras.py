@@ -25,7 +25,7 @@ from transformers.models.mamba import modeling_mamba
 
 from apt.adapter import Extra
 from apt.calibration.batches import Batch, enter
-from apt.checkpoints.model import Model
+from apt.checkpoints.opened import Opened
 from apt.evaluation.metrics import perplexity
 from apt.planning.plan import make_plan
 from apt.plugin.registry import registry
@@ -44,7 +44,7 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def ours(model: Model, module: nn.Module, kind: str, sparsity: str, tokens: Tensor) -> None:
+def ours(model: Opened, module: nn.Module, kind: str, sparsity: str, tokens: Tensor) -> None:
     """Prune as ``apt-prune prune --also`` does, with every site left dense."""
     plan = make_plan(module, model.adapter, parse_pattern(sparsity), also=[kind])
     dense = [
@@ -55,7 +55,7 @@ def ours(model: Model, module: nn.Module, kind: str, sparsity: str, tokens: Tens
 
 
 def by_score(
-    model: Model,
+    model: Opened,
     module: nn.Module,
     kind: str,
     sparsity: str,
@@ -71,7 +71,7 @@ def by_score(
 
 
 def prune_block(
-    model: Model,
+    model: Opened,
     block: nn.Module,
     index: int,
     batches: list[Batch],

@@ -23,9 +23,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import apt
-from apt.checkpoints.load import load, skeleton
+from apt.checkpoints.load import load, open_shell
 from apt.checkpoints.masks import masks_of, sparsity_of
-from apt.checkpoints.model import Model
+from apt.checkpoints.opened import Opened
 from apt.evaluation.metrics import perplexity
 from apt.locations.model_source import find
 from apt.plugin.registry import registry
@@ -62,17 +62,17 @@ def environment(work: Path) -> Path:
     return python
 
 
-def other(python: Path, work: Path, modifier: str, pattern: str) -> tuple[Model, float, str]:
+def other(python: Path, work: Path, modifier: str, pattern: str) -> tuple[Opened, float, str]:
     """A model that llm-compressor pruned, the seconds, and its version."""
     output = work / "pruned"
     command = [python, WORKER, work, output, modifier, pattern, str(torch.get_num_threads())]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     told = json.loads(done.stdout.splitlines()[-1])
-    loaded = load(skeleton(find(str(output), registry()), registry(), packed=True))
+    loaded = load(open_shell(find(str(output), registry()), registry(), packed=True))
     return loaded, told["seconds"], told["version"]
 
 
-def measured(model: Model, module: Any, held_out: dict[str, Tensor]) -> Row:
+def measured(model: Opened, module: Any, held_out: dict[str, Tensor]) -> Row:
     with model.adapter.running(module):
         scores = {name: perplexity(module, tokens) for name, tokens in held_out.items()}
     return {**scores, "zeros": sparsity_of(masks_of(module, model.adapter))}

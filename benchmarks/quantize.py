@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import apt
-from apt.checkpoints.model import Model
+from apt.checkpoints.opened import Opened
 from apt.evaluation.metrics import perplexity
 from apt.runtime.matrix import Parts, decode, encode
 from apt.runtime.rounding import encode_integers, encode_rounded
@@ -49,7 +49,7 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def weights(model: Model, module: nn.Module) -> list[nn.Parameter]:
+def weights(model: Opened, module: nn.Module) -> list[nn.Parameter]:
     """The weights of all sites."""
     return [
         block.get_parameter(site.parameter)
@@ -62,25 +62,27 @@ def size(parts: Parts) -> int:
     return sum(part.numel() * part.element_size() for part in parts.values())
 
 
-def dense(model: Model) -> Made:
+def dense(model: Opened) -> Made:
     return model.module, sum(w.numel() * 2 for w in weights(model, model.module))
 
 
-def gptq(model: Model, options: argparse.Namespace, python: Path) -> Made:
+def gptq(model: Opened, options: argparse.Namespace, python: Path) -> Made:
     """Dense int4 by GPTQ; a scale of 16 bits for each group."""
     found, _, _ = other(python, options.work, "GPTQModifier", str(options.group))
     count = sum(w.numel() for w in weights(model, model.module))
     return found.module, count * (4 + 16 / options.group) / 8
 
 
-def pruned(model: Model, tokens: Tensor, tokenizer: Any, pattern: str, **options: Any) -> nn.Module:
+def pruned(
+    model: Opened, tokens: Tensor, tokenizer: Any, pattern: str, **options: Any
+) -> nn.Module:
     return apt.prune_copy(
         model.module, tokens, pattern=pattern, adapter=model.spec.name, tokenizer=tokenizer,
         options=apt.PruneOptions(**options),
     )[0]  # fmt: skip
 
 
-def packed(model: Model, module: nn.Module, group: int, how: str) -> Made:
+def packed(model: Opened, module: nn.Module, group: int, how: str) -> Made:
     """A packed model, with values as they are, rounded, or found to be integers."""
     module, total = copy.deepcopy(module), 0
     for weight in weights(model, module):
@@ -97,7 +99,7 @@ def packed(model: Model, module: nn.Module, group: int, how: str) -> Made:
     return module, total
 
 
-def prepare(options: argparse.Namespace) -> tuple[Model, Any, Tensor, dict[str, Tensor]]:
+def prepare(options: argparse.Namespace) -> tuple[Opened, Any, Tensor, dict[str, Tensor]]:
     """The model in bf16, on disk as well, its tokenizer, and the tokens."""
     model, tokenizer = open_model()
     model.module.to(torch.bfloat16)
@@ -115,7 +117,7 @@ def prepare(options: argparse.Namespace) -> tuple[Model, Any, Tensor, dict[str, 
 
 
 def models(
-    options: argparse.Namespace, model: Model, tokenizer: Any, tokens: Tensor
+    options: argparse.Namespace, model: Opened, tokenizer: Any, tokens: Tensor
 ) -> dict[str, Callable[[], Made]]:
     """The function that makes the model of each row."""
     found: dict[str, Callable[[], Made]] = {"dense": partial(dense, model)}

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import apt
 from apt.checkpoints.masks import masks_of, sparsity_of
-from apt.checkpoints.model import Model
+from apt.checkpoints.opened import Opened
 from apt.evaluation.metrics import perplexity
 from apt.plugin.registry import registry
 from apt.recovery.recover import NotRecoveredError
@@ -83,7 +83,7 @@ def texts(options: argparse.Namespace, tokenizer: Any) -> tuple[Tensor, Tensor, 
     )
 
 
-def prune(model: Model, options: argparse.Namespace, tokens: Tensor, tokenizer: Any) -> Any:
+def prune(model: Opened, options: argparse.Namespace, tokens: Tensor, tokenizer: Any) -> Any:
     """The pruned model."""
     given = {"adapter": model.spec.name, "tokenizer": tokenizer}
     if options.pattern.startswith("without:"):
@@ -106,7 +106,7 @@ def read_row(row: str) -> tuple[str, apt.RecoverOptions]:
 
 
 def recover(
-    model: Model, pruned: nn.Module, row: str, tokens: Tensor
+    model: Opened, pruned: nn.Module, row: str, tokens: Tensor
 ) -> tuple[nn.Module, dict[str, Any]]:
     """A recovered copy, with the record of its training."""
     kind, options = read_row(row)

@@ -29,7 +29,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import apt
-from apt.checkpoints.model import Model
+from apt.checkpoints.opened import Opened
 from apt.evaluation.metrics import perplexity
 from apt.plugin.registry import registry
 from apt.solver import ColumnGroups
@@ -95,7 +95,7 @@ def _value(text: str) -> Any:
 
 
 def shrink(
-    model: Model, text: str, keep: float, tokens: Tensor, tokenizer: Any
+    model: Opened, text: str, keep: float, tokens: Tensor, tokenizer: Any
 ) -> tuple[nn.Module, Row]:
     """A smaller model, with its size and the time that it took."""
     method, size, options = read_row(text, keep)
@@ -117,7 +117,7 @@ def shrink(
 
 
 @torch.no_grad()
-def zeroed(model: Model, text: str, tokens: Tensor) -> tuple[nn.Module, Row]:
+def zeroed(model: Opened, text: str, tokens: Tensor) -> tuple[nn.Module, Row]:
     """A copy of the model without the outputs of channels of the lowest scores of a method."""
     name, *words = text.removeprefix("zeros:").split("/")
     wish = {"first": 0, "last": 0, **{k: int(v) for k, _, v in (w.partition("=") for w in words)}}

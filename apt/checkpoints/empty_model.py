@@ -11,7 +11,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoModelForCausalLM
 
 
-def model_without_weights(config: Any, *, trust_remote_code: bool) -> nn.Module:
+def empty_model(config: Any, *, trust_remote_code: bool) -> nn.Module:
     """A causal language model, in eval mode, with its parameters on the meta device.
 
     Everything else, such as buffers and tables of positions, is on the CPU. At no time is more than
@@ -24,7 +24,7 @@ def model_without_weights(config: Any, *, trust_remote_code: bool) -> nn.Module:
 
 
 def empty_of_class(kind: Any, config: Any, like: Any) -> nn.Module:
-    """As `model_without_weights`, of a class, with the implementations of ``like``."""
+    """As `empty_model`, of a class, with the implementations of ``like``."""
     chosen = {
         name: value
         for name in ("attn_implementation", "experts_implementation")

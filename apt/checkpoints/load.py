@@ -16,7 +16,7 @@ from apt.adapter import Adapter
 from apt.checkpoints.architecture import check_kind, quantised_with
 from apt.checkpoints.formats import Checkpoint, open_checkpoint
 from apt.checkpoints.load_errors import load_error, tokenizer_error
-from apt.checkpoints.model import Model
+from apt.checkpoints.opened import Opened
 from apt.checkpoints.safetensors_io import check_files
 from apt.checkpoints.stored import find_stored
 from apt.errors import AptError, shortened
@@ -37,10 +37,10 @@ def read_config(source: Source) -> Any:
         return without_own_code(AutoConfig.from_pretrained(source.location, **source.options()))
 
 
-def skeleton(
+def open_shell(
     source: Source, registry: Registry, adapter: str | None = None, *, packed: bool = False
-) -> Model:
-    """The model on the meta device: modules and shapes, no weights.
+) -> Opened:
+    """Open a model without its weights: modules and shapes, on the meta device.
 
     Args:
         adapter: the name of an adapter; by default that of the model's type.
@@ -53,7 +53,7 @@ def skeleton(
     instance: Adapter = spec.make()
     instance.check(config)
     module = _empty_model(source, config)
-    return Model(source, module, config, spec, instance, checkpoint)
+    return Opened(source, module, config, spec, instance, checkpoint)
 
 
 def _read_configuration(source: Source, registry: Registry) -> tuple[Checkpoint | None, Any]:
@@ -82,8 +82,8 @@ def _empty_model(source: Source, config: Any) -> nn.Module:
     return module.eval()
 
 
-def load(shell: Model, dtype: torch.dtype | None = None, device: str = "cpu") -> Model:
-    """Read the weights of a `skeleton`.
+def load(shell: Opened, dtype: torch.dtype | None = None, device: str = "cpu") -> Opened:
+    """Read the weights of what `open_shell` opened.
 
     Args:
         dtype: the dtype of the weights; None keeps that of the checkpoint's sites (fp32 for GGUF),

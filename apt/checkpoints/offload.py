@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apt.checkpoints.empty_model import model_without_weights
-from apt.checkpoints.model import Model
+from apt.checkpoints.empty_model import empty_model
+from apt.checkpoints.opened import Opened
 from apt.checkpoints.safetensors_io import Shards
 from apt.checkpoints.stored import Layout, pruned_of
 from apt.errors import AptError
@@ -125,11 +125,15 @@ def _set_parameters(block: nn.Module, tensors: dict[str, Tensor], device: str) -
 
 
 def assemble(
-    shell: Model, shards: Shards, layout: Layout, device: str, dtype: torch.dtype | None = None
+    shell: Opened,
+    shards: Shards,
+    layout: Layout,
+    device: str,
+    dtype: torch.dtype | None = None,
 ) -> nn.Module:
     """The model in memory but for its blocks; raises `AptError` if a tensor is missing."""
     source = shell.source
-    module: Any = model_without_weights(
+    module: Any = empty_model(
         copy.deepcopy(shell.config), trust_remote_code=source.trust_remote_code
     )
     blocks = shell.adapter.blocks(module)
@@ -157,7 +161,7 @@ def _without_blocks(module: nn.Module, path: str) -> Iterator[None]:
     module.set_submodule(path, blocks)
 
 
-def _check_complete(shell: Model, module: nn.Module, given: Collection[str]) -> None:
+def _check_complete(shell: Opened, module: nn.Module, given: Collection[str]) -> None:
     """Raise if a weight outside the blocks is neither in the checkpoint nor tied to another."""
     tied = {p.data_ptr() for n, p in module.state_dict().items() if n in given}
     for name, tensor in module.state_dict().items():

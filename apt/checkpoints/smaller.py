@@ -11,8 +11,8 @@ from apt.adapter import Adapter, Groups
 from apt.adapter.groups import Removal, without
 from apt.checkpoints.copies import copy_files, side_files
 from apt.checkpoints.empty_model import empty_of_class
-from apt.checkpoints.model import Model
 from apt.checkpoints.offload import StoredBlocks
+from apt.checkpoints.opened import Opened
 from apt.checkpoints.safetensors_io import Shards, write_files
 from apt.checkpoints.stored import Layout
 from apt.errors import AptError, first_line
@@ -81,7 +81,7 @@ def check_writable(layout: Layout) -> None:
 
 
 def write_smaller(
-    shell: Model, plan: Plan, masked: StoredBlocks, layout: Layout, source: Path, target: Path
+    shell: Opened, plan: Plan, masked: StoredBlocks, layout: Layout, source: Path, target: Path
 ) -> None:
     """Write the smaller model of a run that has set columns to zero.
 
@@ -104,7 +104,7 @@ def write_smaller(
 
 
 def _stored_parts(
-    shell: Model, plan: Plan, masked: StoredBlocks, layout: Layout, shards: Shards
+    shell: Opened, plan: Plan, masked: StoredBlocks, layout: Layout, shards: Shards
 ) -> Iterator[dict[str, Tensor]]:
     """The tensors outside the blocks, and then those of each block that is kept, by their keys."""
     inside = {

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from apt.checkpoints.copies import OTHER_WEIGHTS, copy_files, copy_weights, side_files
 from apt.checkpoints.formats import find_source_file, local_copy
-from apt.checkpoints.model import Model
+from apt.checkpoints.opened import Opened
 from apt.checkpoints.safetensors_io import Shards
 from apt.errors import AptError, NotStoredError
 from apt.planning.plan import Plan, PlannedBlock
@@ -34,7 +34,7 @@ class Piece:
 Layout = Mapping[str, Sequence[Piece]]
 
 
-def layout_of(shell: Model, shards: Shards) -> Layout:
+def layout_of(shell: Opened, shards: Shards) -> Layout:
     """The pieces of all parameters in a checkpoint.
 
     Raises:
@@ -133,7 +133,7 @@ class Stored:
     shards: Shards
     layout: Layout
 
-    def dtype(self, shell: Model, plan: Plan | None = None) -> torch.dtype:
+    def dtype(self, shell: Opened, plan: Plan | None = None) -> torch.dtype:
         """The dtype that the model runs in: the stored dtype of its sites.
 
         Other tensors, such as norms and routers, may have another one, and so may the
@@ -185,7 +185,7 @@ class Stored:
                     yield piece.key, model.get_parameter(name).data[piece.part]
 
 
-def open_stored(shell: Model) -> Stored:
+def open_stored(shell: Opened) -> Stored:
     """The checkpoint; raises `AptError` if its tensors are not the parameters of the model."""
     if shell.checkpoint is not None or shell.source.gguf:
         fault = "only checkpoints of transformers can be streamed"
@@ -198,7 +198,7 @@ def open_stored(shell: Model) -> Stored:
     return Stored(directory, shards, layout_of(shell, shards))
 
 
-def find_stored(shell: Model) -> Stored | None:
+def find_stored(shell: Opened) -> Stored | None:
     """The checkpoint of a model; None where `open_stored` raises `NotStoredError`."""
     try:
         return open_stored(shell)
@@ -206,7 +206,7 @@ def find_stored(shell: Model) -> Stored | None:
         return None
 
 
-def local_directory(shell: Model) -> Path:
+def local_directory(shell: Opened) -> Path:
     """The local directory of the checkpoint of a model."""
     source = shell.source
     config = find_source_file(source, "config.json")

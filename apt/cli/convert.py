@@ -16,7 +16,7 @@ def convert(run: ConvertRun, printing: PrintingOptions) -> None:
     source = find_model(run.model, run)
 
     from apt.checkpoints.copies import keep_side_files, save_model
-    from apt.checkpoints.load import load, load_tokenizer, skeleton
+    from apt.checkpoints.load import load, load_tokenizer, open_shell
     from apt.checkpoints.stored import local_directory
     from apt.cli.output import notice, out, show_json
     from apt.cli.progress import Progress
@@ -28,7 +28,7 @@ def convert(run: ConvertRun, printing: PrintingOptions) -> None:
 
     if lost := check_output(run.output, run.overwrite, source.files()):
         notice(f"replaces {lost}")
-    shell = skeleton(source, registry())
+    shell = open_shell(source, registry())
     try:
         found = load_tokenizer(source, run.tokenizer)
     except AptError as error:

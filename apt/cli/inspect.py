@@ -12,7 +12,7 @@ def inspect(run: InspectRun, printing: PrintingOptions) -> None:
 
     source = find_model(run.model, run)
 
-    from apt.checkpoints.load import skeleton
+    from apt.checkpoints.load import open_shell
     from apt.cli.output import notice
     from apt.cli.plan import Planned, show_plan
     from apt.engine.machine import choose_device
@@ -24,7 +24,7 @@ def inspect(run: InspectRun, printing: PrintingOptions) -> None:
     from apt.solver import NM
 
     device = choose_device(run.device)
-    shell = skeleton(source, registry(), run.adapter)
+    shell = open_shell(source, registry(), run.adapter)
     selection = selection_of(run)
     plan = make_plan(shell.module, shell.adapter, pattern_of(run) or NM(2, 4), selection)
     seqlen = capped(run.seqlen, shell, notice)

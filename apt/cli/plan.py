@@ -6,7 +6,7 @@ from itertools import groupby
 from typing import Any
 
 from apt.adapter import Site
-from apt.checkpoints.model import Model
+from apt.checkpoints.opened import Opened
 from apt.cli.output import duration, out, show, show_json, size, table
 from apt.engine.estimate import Estimate, estimate
 from apt.planning.plan import Plan
@@ -28,7 +28,7 @@ class Planned:
         own_text: True if the model generates calibration text.
     """
 
-    shell: Model
+    shell: Opened
     plan: Plan
     samples: int
     seqlen: int

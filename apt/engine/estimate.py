@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from apt.calibration.batches import TOKENS_PER_BATCH
-from apt.checkpoints.model import Model
+from apt.checkpoints.opened import Opened
 from apt.evaluation.logits import part_bytes
 from apt.evaluation.metrics import windows_at_once
 from apt.options import PRESETS
@@ -65,7 +65,7 @@ class Estimate:
 
 
 def estimate(
-    shell: Model,
+    shell: Opened,
     plan: Plan,
     samples: int,
     seqlen: int,
@@ -116,13 +116,13 @@ def estimate(
     )
 
 
-def _measuring(shell: Model, seqlen: int, each: int) -> int:
+def _measuring(shell: Opened, seqlen: int, each: int) -> int:
     """Bytes of a part of the logits, and ``each`` bytes for each token of a batch of windows."""
     windows = windows_at_once(seqlen)
     return part_bytes(vocabulary(shell.module), windows, seqlen) + windows * seqlen * each
 
 
-def _generating(shell: Model, blocks: int, seqlen: int, bytes_each: int) -> int:
+def _generating(shell: Opened, blocks: int, seqlen: int, bytes_each: int) -> int:
     """Bytes of the logits of the next tokens, and of the cached keys and values."""
     config, cached = shell.config, cached_tokens(seqlen)
     heads = getattr(config, "num_attention_heads", None) or 1
@@ -132,7 +132,7 @@ def _generating(shell: Model, blocks: int, seqlen: int, bytes_each: int) -> int:
     return logits + keys_and_values
 
 
-def activations_on_disk(shell: Model, plan: Plan, tokens: int, dtype: torch.dtype) -> int:
+def activations_on_disk(shell: Opened, plan: Plan, tokens: int, dtype: torch.dtype) -> int:
     """Bytes of the calibration activations that an error-aware run keeps on disk."""
     kept = max(_kept(block, shell.config, dtype.itemsize) for block in plan.blocks)
     drift: int = shell.config.hidden_size * _FP32

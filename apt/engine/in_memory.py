@@ -11,7 +11,7 @@ from apt.adapter.recording import eval_mode
 from apt.checkpoints.copies import CARD, copied_size, keep_side_files, save_model
 from apt.checkpoints.load import fingerprint, load
 from apt.checkpoints.masks import MASKS, filled, masks_of, write_masks
-from apt.checkpoints.model import Model
+from apt.checkpoints.opened import Opened
 from apt.checkpoints.smaller import smaller
 from apt.checkpoints.stored import Stored, find_stored, local_directory
 from apt.checkpoints.verify import failures, verify
@@ -138,7 +138,7 @@ class InMemory(OutputStore):
         return super().complete(report)
 
 
-def _is_stored(stored: Stored, model: Model) -> bool:
+def _is_stored(stored: Stored, model: Opened) -> bool:
     """True if the blocks equal the stored tensors, so that the output can be a modified copy."""
     names = [
         f"{name}.{path}"

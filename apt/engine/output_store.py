@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apt.checkpoints.load import skeleton
-from apt.checkpoints.model import Model
+from apt.checkpoints.load import open_shell
+from apt.checkpoints.opened import Opened
 from apt.checkpoints.stored import local_directory
 from apt.distributed.ranks import Ranks
 from apt.engine.store import ModelStore
@@ -157,11 +157,11 @@ class OutputStore(ModelStore, ABC):
     def _publish(self) -> None:
         (self.work.finish if self._resumable else self.work.publish)()
 
-    def _saved(self, directory: Path) -> Model:
+    def _saved(self, directory: Path) -> Opened:
         """The written model, without weights."""
         shell = self.task.shell
         source = replace(shell.source, location=str(directory), gguf=None)
-        return skeleton(source, self.task.registry, shell.spec.name)
+        return open_shell(source, self.task.registry, shell.spec.name)
 
     def _record(
         self, report: Report, directory: Path, changed: Collection[str] | None = None

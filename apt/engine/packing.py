@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from apt.checkpoints.load import skeleton
+from apt.checkpoints.load import open_shell
 from apt.checkpoints.safetensors_io import Shards
 from apt.checkpoints.stored import local_directory
 from apt.engine.prepare import check_place
@@ -54,7 +54,7 @@ def pack_model(
     """
     check_place(output, source, (), notice, overwrite=overwrite, resume=False)
     check_not_packed(source)
-    shell = skeleton(source, registry, adapter)
+    shell = open_shell(source, registry, adapter)
     directory = local_directory(shell)
     shards = Shards(directory)
     check_space(output, sum(entry.size for entry in shards.entries.values()))

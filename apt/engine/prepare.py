@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from apt.checkpoints.copies import links_outside
-from apt.checkpoints.load import skeleton
-from apt.checkpoints.model import Model
+from apt.checkpoints.load import open_shell
+from apt.checkpoints.opened import Opened
 from apt.engine.opening import find_source
 from apt.engine.task import WITHOUT_EFFECT, Task
 from apt.errors import AptError
@@ -24,7 +24,7 @@ Notice = Callable[[str], None]
 
 def open_model(
     options: Any, texts: Sequence[str | None], registry: Registry, notice: Notice
-) -> Model:
+) -> Opened:
     """The model of a run, without weights, after a check of the place of the output.
 
     Args:
@@ -36,7 +36,7 @@ def open_model(
     source = find_source(options.model, options, registry)
     resume = getattr(options, "resume", False)
     check_place(options.output, source, texts, notice, overwrite=options.overwrite, resume=resume)
-    return skeleton(source, registry, options.adapter)
+    return open_shell(source, registry, options.adapter)
 
 
 def check_place(
@@ -95,7 +95,7 @@ def finished_report(task: Task) -> Report | None:
     return report
 
 
-def capped(seqlen: int, model: Model, notice: Notice) -> int:
+def capped(seqlen: int, model: Opened, notice: Notice) -> int:
     """``seqlen``, or the number of the model's positions if that is smaller.
 
     Raises:

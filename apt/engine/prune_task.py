@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apt.checkpoints.model import Model
+from apt.checkpoints.opened import Opened
 from apt.checkpoints.smaller import check_writable
 from apt.checkpoints.stored import open_stored
 from apt.distributed.launch import whole_number
@@ -171,7 +171,7 @@ def prepare_pruning(options: PruneRun | ShrinkRun, registry: Registry, notice: N
     return task
 
 
-def _sparse(options: PruneRun, shell: Model, dense: Dense) -> tuple[PruneRun, MethodSpec, Pruning]:
+def _sparse(options: PruneRun, shell: Opened, dense: Dense) -> tuple[PruneRun, MethodSpec, Pruning]:
     """The pruning to a sparse model."""
     pattern = pattern_of(options)
     assert pattern is not None
@@ -184,7 +184,7 @@ def _sparse(options: PruneRun, shell: Model, dense: Dense) -> tuple[PruneRun, Me
 
 
 def _smaller(
-    options: ShrinkRun, shell: Model, dense: Dense
+    options: ShrinkRun, shell: Opened, dense: Dense
 ) -> tuple[ShrinkRun, MethodSpec, Pruning]:
     """The pruning to a smaller model."""
     if shell.checkpoint is not None:
@@ -199,7 +199,7 @@ def _smaller(
     return options, spec, job
 
 
-def _writable(shell: Model, job: Pruning) -> Plan:
+def _writable(shell: Opened, job: Pruning) -> Plan:
     """The plan with all blocks that may be written: those to drop may not be chosen yet."""
     if job.structure is None:
         return job.plan

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from apt.checkpoints.load import load, load_tokenizer, skeleton
+from apt.checkpoints.load import load, load_tokenizer, open_shell
 from apt.checkpoints.masks import (
     MASKS,
     Masks,
@@ -90,5 +90,5 @@ def prepare_reapplying(options: ReapplyRun, registry: Registry, notice: Notice) 
 def _masks_of(options: ReapplyRun, registry: Registry) -> Masks:
     """The masks of a pruned model."""
     source = find_source(f"{options.masks.resolve()}", replace(options, revision=None), registry)
-    pruned = load(skeleton(source, registry, options.adapter))
+    pruned = load(open_shell(source, registry, options.adapter))
     return masks_of(pruned.module, pruned.adapter)

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from apt.checkpoints.load import load, skeleton
+from apt.checkpoints.load import load, open_shell
 from apt.checkpoints.masks import Masks, masks_of, sparsity_of
-from apt.checkpoints.model import Model
+from apt.checkpoints.opened import Opened
 from apt.distributed.ranks import Ranks
 from apt.engine.machine import choose_device
 from apt.engine.opening import find_source
@@ -176,7 +176,7 @@ class RecoverTask(Task):
         return replace(report, recovery=report.recovery | measured)
 
 
-def _size(shell: Model, earlier: dict[str, Any], masks: Masks) -> dict[str, Any]:
+def _size(shell: Opened, earlier: dict[str, Any], masks: Masks) -> dict[str, Any]:
     """The number of parameters before the pruning, and the share of them that was pruned."""
     now = sum(p.numel() for p in shell.module.parameters())
     share = (earlier.get("structure") or {}).get("share") or 1.0
@@ -246,7 +246,7 @@ def _dense_model(task: RecoverTask) -> nn.Module:
     return load(_dense_shell(task), None, task.device).module
 
 
-def _dense_shell(task: RecoverTask) -> Model:
+def _dense_shell(task: RecoverTask) -> Opened:
     """The dense model on the meta device.
 
     Raises:
@@ -264,7 +264,7 @@ def _dense_shell(task: RecoverTask) -> Model:
         raise _another_dense(f"{given} is the pruned model itself")
     try:
         source = find_source(given, replace(options, revision=None), registry)
-        shell = skeleton(source, registry)
+        shell = open_shell(source, registry)
     except AptError as error:
         if options.dense is None:
             error.add_hint("the report names this dense model: give its place", "dense")

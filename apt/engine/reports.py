@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from apt.checkpoints.model import Model
+from apt.checkpoints.opened import Opened
 from apt.locations.model_source import Source
 from apt.locations.paths import portable
 from apt.output.report import Report, read_report
@@ -39,7 +39,7 @@ def report_beside(source: Source) -> dict[str, Any]:
     return read_report(Path(source.location)) or {}
 
 
-def continued(record: dict[str, Any] | None, shell: Model, where: Path) -> Report:
+def continued(record: dict[str, Any] | None, shell: Opened, where: Path) -> Report:
     """The report of the pruning before this run; one without a run if there is none.
 
     Args:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 
 from apt.checkpoints.masks import Masks
-from apt.checkpoints.model import Model
+from apt.checkpoints.opened import Opened
 from apt.distributed.ranks import Ranks
 from apt.engine.store import ModelStore
 from apt.engine.text import Text
@@ -57,7 +57,7 @@ class Task:
 
     options: Any
     registry: Registry
-    shell: Model
+    shell: Opened
     device: str
     dtype: torch.dtype | None = None
     plan: Plan | None = None

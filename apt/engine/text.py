@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from apt.checkpoints.load import load_tokenizer
-from apt.checkpoints.model import Model
+from apt.checkpoints.opened import Opened
 from apt.errors import AptError
 from apt.plugin.registry import Registry
 from apt.text.datasets import documents, evaluation_tokens
@@ -36,7 +36,7 @@ class Text:
 
 def read_text(
     options: Any,
-    shell: Model,
+    shell: Opened,
     registry: Registry,
     draw: Callable[[Any, Iterable[str], int | None], Tensor],
     *,
@@ -89,7 +89,7 @@ def check_vocabulary(tokens: Tensor, module: nn.Module, reference: str) -> None:
         )
 
 
-def check_same_vocabulary(model: Model, dense: Model) -> None:
+def check_same_vocabulary(model: Opened, dense: Opened) -> None:
     """Raise if two models have different numbers of tokens."""
     sizes = [m.module.get_input_embeddings().weight.shape[0] for m in (model, dense)]  # type: ignore[operator]
     if sizes[0] != sizes[1]:

@@ -7,9 +7,9 @@ from typing import Any
 
 from apt.checkpoints.architecture import quantised_with
 from apt.checkpoints.copies import CARD
-from apt.checkpoints.load import load, skeleton
-from apt.checkpoints.model import Model
+from apt.checkpoints.load import load, open_shell
 from apt.checkpoints.offload import StoredBlocks
+from apt.checkpoints.opened import Opened
 from apt.checkpoints.safetensors_io import Shards
 from apt.checkpoints.stored import find_stored, layout_of
 from apt.checkpoints.verify import Verdict, block_verdicts, failures, verify
@@ -94,7 +94,7 @@ def verify_directory(
         raise _no_pattern()
     problems = _changed(directory, report, notice)
     source = find(f"{directory.resolve()}", registry, trust_remote_code=trust_remote_code)
-    shell = skeleton(replace(source, reference=str(directory)), registry, adapter, packed=True)
+    shell = open_shell(replace(source, reference=str(directory)), registry, adapter, packed=True)
     method = quantised_with(shell.config)
     if method == METHOD:
         PackedShards(directory).check()
@@ -154,7 +154,7 @@ class Expected:
 
 
 def count_zeros(
-    shell: Model, directory: Path, expected: Expected, *, packed: bool
+    shell: Opened, directory: Path, expected: Expected, *, packed: bool
 ) -> Iterator[Verdict]:
     """Count the zeros of all sites, block by block if the checkpoint can be read so.
 
@@ -181,7 +181,7 @@ def count_zeros(
 
 
 def expected_by_pattern(
-    shell: Model,
+    shell: Opened,
     report: Mapping[str, Any],
     pattern: Pattern,
     selection: Selection,
@@ -224,7 +224,7 @@ def _zeros(site: PlannedSite, record: Mapping[str, Any] | None) -> int:
 
 
 def expected_by_report(
-    shell: Model, report: Mapping[str, Any], selection: Selection, notice: Notice
+    shell: Opened, report: Mapping[str, Any], selection: Selection, notice: Notice
 ) -> Expected:
     """What the options of the run asked for, and the zeros that its report says.
 
@@ -257,7 +257,7 @@ def expected_by_report(
     return Expected(str(pattern), plan, zeros, tuple(problems))
 
 
-def _asked(shell: Model, report: Mapping[str, Any]) -> Plan:
+def _asked(shell: Opened, report: Mapping[str, Any]) -> Plan:
     """The plan of a run, before its allocation."""
     options = _options(report)
     only, skip = (tuple(options.get(name) or ()) for name in ("only", "skip"))
@@ -375,7 +375,7 @@ def _no_pattern() -> AptError:
 _GIVE_PATTERN = "give a sparsity or a pattern", ("sparsity", "pattern")
 
 
-def verify_structure(shell: Model, structure: Mapping[str, Any]) -> list[str]:
+def verify_structure(shell: Opened, structure: Mapping[str, Any]) -> list[str]:
     """The differences between a smaller model and the structure in its report.
 
     Raises:

@@ -11,14 +11,14 @@ from apt.adapter import Adapter, stub_output, stubbed
 from apt.adapter.recording import eval_mode
 from apt.calibration.batches import Batch, enter
 from apt.calibration.storage import Store
-from apt.checkpoints.model import Model
 from apt.checkpoints.offload import StoredBlocks, assemble
+from apt.checkpoints.opened import Opened
 from apt.checkpoints.stored import open_stored
 from apt.errors import AptError
 
 
 @contextmanager
-def streamed(shell: Model, tokens: Tensor, device: str) -> Iterator[nn.Module]:
+def streamed(shell: Opened, tokens: Tensor, device: str) -> Iterator[nn.Module]:
     """A model for the windows of ``tokens`` (windows, seqlen), whose blocks are read one by one."""
     stored = open_stored(shell)
     dtype = stored.dtype(shell)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apt.checkpoints.model import Model
+from apt.checkpoints.opened import Opened
 from apt.checkpoints.safetensors_io import Shards
 from apt.errors import AptError
 from apt.packing.directory import (
@@ -31,7 +31,7 @@ _PARTS = _PACKED, _SCALE, _SHAPE = "weight_packed", "weight_scale", "weight_shap
 
 
 def write_compressed_tensors(
-    directory: Path, shell: Model, target: Path, rounding: Rounding
+    directory: Path, shell: Opened, target: Path, rounding: Rounding
 ) -> Packed:
     """Write a checkpoint with the weights of the blocks' Linear modules as integers.
 
@@ -125,7 +125,7 @@ def dequantized(integers: Tensor, scales: Tensor) -> Tensor:
     return values.to(scales.dtype)
 
 
-def _description(shell: Model, modules: Mapping[str, str], rounding: Rounding) -> dict[str, Any]:
+def _description(shell: Opened, modules: Mapping[str, str], rounding: Rounding) -> dict[str, Any]:
     """The ``quantization_config``."""
     names = set(modules.values())
     ignored = [

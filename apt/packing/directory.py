@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from apt import runtime
 from apt.checkpoints.copies import copy_files, side_files
-from apt.checkpoints.model import Model
+from apt.checkpoints.opened import Opened
 from apt.checkpoints.safetensors_io import Shards, synchronise, write_files
 from apt.checkpoints.stored import layout_of
 from apt.errors import AptError, first_line
@@ -103,7 +103,7 @@ class Rounding:
     exact: bool = False
 
 
-def linear_tensors(shell: Model, shards: Shards, *, blocks: bool = False) -> dict[str, str]:
+def linear_tensors(shell: Opened, shards: Shards, *, blocks: bool = False) -> dict[str, str]:
     """The Linear modules by the tensors of their weights.
 
     A module that shares its weight with an embedding is left out: only dense weights can be tied.

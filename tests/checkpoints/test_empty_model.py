@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, RwkvConfig
 
 from apt.adapter import DecoderAdapter
-from apt.checkpoints.empty_model import model_without_weights
-from apt.checkpoints.load import skeleton
+from apt.checkpoints.empty_model import empty_model
+from apt.checkpoints.load import open_shell
 from apt.checkpoints.offload import assemble
 from apt.checkpoints.safetensors_io import Shards
 from apt.checkpoints.stored import open_stored
@@ -59,7 +59,7 @@ def written(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("config", [*CONFIGS.values(), GEMMA3, RWKV], ids=lambda c: c.model_type)
 def test_parameters_are_empty_and_buffers_are_the_models_own(config):
-    model = model_without_weights(config, trust_remote_code=False)
+    model = empty_model(config, trust_remote_code=False)
     assert not model.training
     assert all(parameter.is_meta for parameter in model.parameters())
     whole = AutoModelForCausalLM.from_config(config)
@@ -85,7 +85,7 @@ def test_what_another_thread_makes_has_its_weights(monkeypatch):
         return torch.nn.Linear(2, 2)
 
     monkeypatch.setattr("apt.checkpoints.empty_model.AutoModelForCausalLM.from_config", elsewhere)
-    assert model_without_weights(Config(), trust_remote_code=False).weight.is_meta
+    assert empty_model(Config(), trust_remote_code=False).weight.is_meta
     assert not made[0].weight.is_meta
     assert not torch.nn.Linear(2, 2).weight.is_meta
 
@@ -111,7 +111,7 @@ def test_layers_of_several_kinds_stream_to_the_same_bytes(written, apt):
 def test_layers_that_count_themselves_are_assembled(written):
     """RWKV: what a block begins with depends on how many there are."""
     folder, model = written(RWKV)
-    shell = skeleton(find(str(folder), registry()), registry(), "auto")
+    shell = open_shell(find(str(folder), registry()), registry(), "auto")
     shell = replace(shell, adapter=RwkvAdapter())
     stored = open_stored(shell)
     module = assemble(shell, stored.shards, stored.layout, "cpu")
@@ -128,7 +128,7 @@ def test_what_the_checkpoint_lacks_outside_the_blocks_is_named(written):
     state = {n: t for n, t in model.state_dict().items() if n != "lm_head.weight"}
     del state["model.norm.weight"]
     model.save_pretrained(folder, state_dict=state)
-    shell = skeleton(find(str(folder), registry()), registry(), "auto")
+    shell = open_shell(find(str(folder), registry()), registry(), "auto")
     stored = open_stored(shell)
     with pytest.raises(AptError, match=r"lacks model\.norm\.weight"):
         assemble(shell, stored.shards, stored.layout, "cpu")

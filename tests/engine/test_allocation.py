@@ -73,11 +73,11 @@ def test_mixed_nm_has_the_exact_total_and_is_verified(apt):
 
 
 def total_size(reference):
-    from apt.checkpoints.load import skeleton
+    from apt.checkpoints.load import open_shell
     from apt.locations.model_source import find
     from apt.plugin.registry import registry
 
-    shell = skeleton(find(reference, registry()), registry())
+    shell = open_shell(find(reference, registry()), registry())
     return sum(s.size for s in make_plan(shell.module, shell.adapter, Unstructured(0.5)).sites)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from apt.checkpoints.load import load, skeleton
+from apt.checkpoints.load import load, open_shell
 from apt.errors import AptError
 from apt.evaluation.blockwise import streamed
 from apt.locations.model_source import find
@@ -28,7 +28,7 @@ def scores(folder):
 
 @pytest.fixture
 def shell(checkpoint):
-    return lambda variant: skeleton(find(str(checkpoint(variant)), registry()), registry())
+    return lambda variant: open_shell(find(str(checkpoint(variant)), registry()), registry())
 
 
 @pytest.mark.parametrize("variant", CONFIGS)

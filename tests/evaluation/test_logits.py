@@ -12,7 +12,7 @@ from transformers import (
 )
 
 import apt.evaluation.logits
-from apt.checkpoints.load import skeleton
+from apt.checkpoints.load import open_shell
 from apt.engine.estimate import estimate
 from apt.evaluation.blockwise import streamed
 from apt.evaluation.logits import kept_states, parts_of_logits
@@ -121,7 +121,7 @@ def test_a_body_that_is_wrapped_stays_wrapped_where_the_model_fails():
 @torch.no_grad()
 @pytest.mark.parametrize("variant", ["llama", "opt", "bloom", "mamba"])
 def test_a_streamed_model_is_measured_so(variant, checkpoint, monkeypatch):
-    shell = skeleton(find(str(checkpoint(variant)), registry()), registry())
+    shell = open_shell(find(str(checkpoint(variant)), registry()), registry())
     monkeypatch.setattr("apt.evaluation.logits.PART", 2 * 4 * VOCABULARY * SAMPLES)
     heads = []
     with streamed(shell, TOKENS, "cpu") as module:
@@ -140,7 +140,7 @@ def test_how_much_a_part_takes_is_bounded():
 
 
 def test_the_estimate_counts_measuring_and_writing(monkeypatch):
-    shell = skeleton(find("zoo:llama", registry()), registry())
+    shell = open_shell(find("zoo:llama", registry()), registry())
     plan = make_plan(shell.module, shell.adapter, NM(2, 4))
 
     def needs(**how):

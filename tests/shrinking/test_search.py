@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import apt as library
 from apt.calibration.batches import enter
-from apt.checkpoints.load import skeleton
+from apt.checkpoints.load import open_shell
 from apt.errors import AptError
 from apt.files.journal import Journal
 from apt.locations.model_source import find
@@ -95,7 +95,7 @@ def test_latencies_are_measured_for_each_kind_and_draw_from_no_random_state(monk
 
 
 def test_a_smaller_multiple_is_used_only_where_none_comes_near():
-    shell, said = skeleton(find("zoo:opt", registry()), registry()), []
+    shell, said = open_shell(find("zoo:opt", registry()), registry()), []
 
     def sizes(multiple):
         return Sizes(shell.module, shell.adapter, shell.config, multiple)

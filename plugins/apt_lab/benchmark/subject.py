@@ -9,8 +9,8 @@ from time import perf_counter
 import torch
 
 from apt.checkpoints.formats import local_copy
-from apt.checkpoints.load import load, skeleton
-from apt.checkpoints.model import Model
+from apt.checkpoints.load import load, open_shell
+from apt.checkpoints.opened import Opened
 from apt.checkpoints.safetensors_io import Shards
 from apt.checkpoints.stored import local_directory
 from apt.engine.machine import choose_device, read_dtype
@@ -39,7 +39,7 @@ class Subject:
         if setting.threads is not None:
             torch.set_num_threads(setting.threads)
         self._device, self._dtype = choose_device(setting.device), read_dtype(setting.dtype)
-        shell = skeleton(source, registry(), setting.adapter, packed=True)
+        shell = open_shell(source, registry(), setting.adapter, packed=True)
         _check(shell)
         self._idle = peak_memory()["cpu"]
         self._shell = _downloaded(shell) if source.on_hub else shell
@@ -88,7 +88,7 @@ class Subject:
         return Turn(seconds, dtype, speeds, peak)
 
 
-def _check(shell: Model) -> None:
+def _check(shell: Opened) -> None:
     """Raise if the adapter does not fit the model, or the model cannot generate text."""
     for _, block in shell.adapter.blocks(shell.module):
         shell.adapter.sites(block)
@@ -99,7 +99,7 @@ def _check(shell: Model) -> None:
         )
 
 
-def _downloaded(shell: Model) -> Model:
+def _downloaded(shell: Opened) -> Opened:
     """A model of the hub, to be read from its local copy, so that no load uses the network."""
     source = shell.source
     try:
@@ -109,7 +109,7 @@ def _downloaded(shell: Model) -> Model:
     return replace(shell, source=replace(source, hub=replace(source.hub, local=True)))
 
 
-def _weight_files(shell: Model) -> list[Path]:
+def _weight_files(shell: Opened) -> list[Path]:
     source = shell.source
     if source.gguf:
         return source.files()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from apt.checkpoints.model import Model
+    from apt.checkpoints.opened import Opened
     from apt.plugin.specs import EvaluatorSpec
     from apt_lab.windows import Score
 
@@ -40,15 +40,15 @@ def evaluate(run: EvalRun, printing: PrintingOptions) -> None:
     questions = run.known_tasks(trust_remote_code=run.trust_remote_code)
     source = find_model(run.model, run)
 
-    from apt.checkpoints.load import load_tokenizer, skeleton
+    from apt.checkpoints.load import load_tokenizer, open_shell
     from apt.checkpoints.stored import open_stored
     from apt.engine.machine import choose_device, read_dtype
     from apt.engine.prepare import capped
     from apt.engine.text import check_same_vocabulary
 
     dense = None if run.dense is None else find_model(run.dense, run)
-    beside = None if dense is None else skeleton(dense, registry(), packed=True)
-    shell = skeleton(source, registry(), run.adapter, packed=not run.stream)
+    beside = None if dense is None else open_shell(dense, registry(), packed=True)
+    shell = open_shell(source, registry(), run.adapter, packed=not run.stream)
     if run.adapter is not None:
         for _, block in shell.adapter.blocks(shell.module):
             shell.adapter.sites(block)  # raises if the adapter is for another family
@@ -87,7 +87,7 @@ class _Text:
     bos: int | None
     first: str
 
-    def check(self, model: "Model") -> None:
+    def check(self, model: "Opened") -> None:
         """Raise if a token has no embedding in the model."""
         from apt.engine.text import check_vocabulary
 
@@ -211,7 +211,7 @@ def _check_finite(scores: "Mapping[str, Score]", model: str, data: str) -> None:
 
 @contextmanager
 def _runnable(
-    shell: "Model", text: _Text | None, dtype: "torch.dtype | None", device: str, stream: bool
+    shell: "Opened", text: _Text | None, dtype: "torch.dtype | None", device: str, stream: bool
 ) -> "Iterator[nn.Module]":
     """The model, ready to run; with ``stream`` block by block on the tokens of ``text``."""
     from apt.checkpoints.load import load

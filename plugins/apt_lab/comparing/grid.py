@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from apt.checkpoints.architecture import quantised_with
 from apt.checkpoints.copies import CARD
-from apt.checkpoints.load import fingerprint, load, load_tokenizer, skeleton
+from apt.checkpoints.load import fingerprint, load, load_tokenizer, open_shell
 from apt.checkpoints.masks import masks_of, sparsity_of
-from apt.checkpoints.model import Model
+from apt.checkpoints.opened import Opened
 from apt.engine.api import prune_copy
 from apt.engine.prepare import capped
 from apt.engine.text import check_same_vocabulary, check_vocabulary
@@ -99,7 +99,7 @@ class Grid:
         self._status, self._observe, self._progress = status, observe, progress
         self._metrics = {name: registry.evaluators.get(name) for name in options.metrics}
         status("reading text")
-        shell = skeleton(options.source, registry)
+        shell = open_shell(options.source, registry)
         self._seqlen = capped(options.seqlen, shell, notice)
         self._tokenizer = load_tokenizer(options.source)
         self._tokens, self._held_out = self._calibration(), self._windows()
@@ -115,7 +115,7 @@ class Grid:
             found = hashlib.sha256(json.dumps(file_hashes(path, [CARD])).encode()).hexdigest()
             self._work[f"with {name} {found[:12]}"] = partial(self._other, name, path)
         status("loading the model")
-        self._dense: Model = load(shell, None, options.device)
+        self._dense: Opened = load(shell, None, options.device)
 
     def _calibration(self) -> Tensor:
         options = self._options
@@ -142,9 +142,9 @@ class Grid:
         own = path.resolve().name
         return own if names.count(own) == 1 else str(path)
 
-    def _other_shell(self, path: Path) -> Model:
+    def _other_shell(self, path: Path) -> Opened:
         """The model in a directory of another tool, without weights."""
-        return skeleton(find(str(path.resolve()), self._registry), self._registry, packed=True)
+        return open_shell(find(str(path.resolve()), self._registry), self._registry, packed=True)
 
     def setting(self) -> dict[str, Any]:
         """What all rows have in common, for the file of the results."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apt.checkpoints.load import fingerprint, load, load_tokenizer, skeleton
+from apt.checkpoints.load import fingerprint, load, load_tokenizer, open_shell
 from apt.engine.prepare import capped
 from apt.engine.text import check_same_vocabulary, check_vocabulary
 from apt.errors import AptError
@@ -73,7 +73,7 @@ def compare_texts(
     status(f"reading {source}")
     tokenizer = load_tokenizer(dense)
     sources = dense, find(str(directory), registry)
-    shells = [skeleton(found, registry, packed=True) for found in sources]
+    shells = [open_shell(found, registry, packed=True) for found in sources]
     check_same_vocabulary(shells[1], shells[0])
     texts = documents(source, "evaluation", registry)
     bos = bos_of(tokenizer)

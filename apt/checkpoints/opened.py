@@ -1,4 +1,4 @@
-"""A model with its source, adapter and checkpoint."""
+"""An opened model, with its source, adapter and checkpoint."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +13,8 @@ from apt.plugin.specs import AdapterSpec
 
 
 @dataclass(frozen=True)
-class Model:
-    """A model with its source, adapter and checkpoint.
+class Opened:
+    """An opened model, with its source, adapter and checkpoint.
 
     Attributes:
         module, config: the model and its configuration, as objects of transformers.
