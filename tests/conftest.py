@@ -30,10 +30,7 @@ if os.environ.get("CI"):
     settings.load_profile("ci")
 
 # A job in the background ignores Ctrl-C, and one under nohup SIGHUP. Some tests send both.
-for number, usual in (
-    (signal.SIGINT, signal.default_int_handler),
-    (signal.SIGHUP, signal.SIG_DFL),
-):
+for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, usual)
 

@@ -96,13 +96,7 @@ class Recipe(NamedTuple):
     embedding_scale: float = 1.0
 
 
-NAMES = {
-    "llama": "LLaMA",
-    "opt": "OPT",
-    "bloom": "BLOOM",
-    "mamba": "Mamba",
-    "mamba2": "Mamba2",
-}
+NAMES = {"llama": "LLaMA", "opt": "OPT", "bloom": "BLOOM", "mamba": "Mamba", "mamba2": "Mamba2"}
 
 # Hidden sizes, feed-forward sizes and ranks are multiples of 8, so that the input width of every
 # linear layer can be cut into the groups of 4 or 8 of semi-structured sparsity.
@@ -324,19 +318,11 @@ def train(model: torch.nn.Module, recipe: Recipe, ids: Tensor, held_out: Tensor)
 def _report(step: int, loss: float, held_out: float, started: float) -> None:
     """Print one line of progress."""
     seconds = time.monotonic() - started
-    print(
-        f"step {step} loss {loss:.3f} held-out {held_out:.2f} {seconds:.0f} s",
-        flush=True,
-    )
+    print(f"step {step} loss {loss:.3f} held-out {held_out:.2f} {seconds:.0f} s", flush=True)
 
 
 def model_card(
-    family: str,
-    recipe: Recipe,
-    model: torch.nn.Module,
-    unique: int,
-    exact: float,
-    rounded: float,
+    family: str, recipe: Recipe, model: torch.nn.Module, unique: int, exact: float, rounded: float
 ) -> str:
     """The model card of a checkpoint: architecture, training and evaluation."""
     seen = recipe.steps * TOKENS_PER_STEP
@@ -367,10 +353,7 @@ def model_card(
 
 
 def save(
-    model: torch.nn.Module,
-    tokenizer: PreTrainedTokenizerFast,
-    directory: Path,
-    card: str,
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, directory: Path, card: str
 ) -> None:
     """Write a checkpoint that transformers 4.57 and 5 both load."""
     directory.mkdir(parents=True, exist_ok=True)

@@ -186,8 +186,7 @@ def _assert_most(name: str, block: nn.Module, sites: list[Site]) -> None:
     if not found or matrices > _MOST_LEFT * total or sum(left.values()) > total / 2:
         largest = max(left, key=lambda n: left[n], default="a matrix")
         raise AptError(
-            f"adapter auto found no input of {name}.{largest}, a large part of the block",
-            _HINT,
+            f"adapter auto found no input of {name}.{largest}, a large part of the block", _HINT
         )
 
 

@@ -4,16 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from apt.adapter import (
-    Call,
-    Groups,
-    Input,
-    Site,
-    State,
-    expert_groups,
-    expert_sites,
-    one_by_one,
-)
+from apt.adapter import Call, Groups, Input, Site, State, expert_groups, expert_sites, one_by_one
 from apt_adapters.mamba import StateSpaceAdapter
 
 _ATTENTION = (

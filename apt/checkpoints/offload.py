@@ -125,11 +125,7 @@ def _set_parameters(block: nn.Module, tensors: dict[str, Tensor], device: str) -
 
 
 def assemble(
-    shell: Opened,
-    shards: Shards,
-    layout: Layout,
-    device: str,
-    dtype: torch.dtype | None = None,
+    shell: Opened, shards: Shards, layout: Layout, device: str, dtype: torch.dtype | None = None
 ) -> nn.Module:
     """The model in memory but for its blocks; raises `AptError` if a tensor is missing."""
     source = shell.source

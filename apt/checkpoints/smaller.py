@@ -24,10 +24,7 @@ _PER_BLOCK = ("layer", "block")  # in the names of a configuration's lists with 
 
 
 def shrunk(
-    model: Any,
-    adapter: Adapter,
-    removed: Mapping[str, Removed],
-    dropped: Collection[str] = (),
+    model: Any, adapter: Adapter, removed: Mapping[str, Removed], dropped: Collection[str] = ()
 ) -> Any:
     """A model of the same class without some groups and blocks; the given model does not change.
 

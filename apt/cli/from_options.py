@@ -10,13 +10,7 @@ import typer
 
 from apt.errors import AptError
 from apt.locations.paths import expanded
-from apt.options import (
-    PANELS,
-    Declared,
-    Options,
-    read_options,
-    warn_renamed,
-)
+from apt.options import PANELS, Declared, Options, read_options, warn_renamed
 
 
 def command(act: Callable[..., None]) -> Callable[..., None]:

@@ -21,10 +21,7 @@ def draw_candidates(
         overwrite: True if a file there may be replaced.
     """
     figure, (left, right) = pyplot().subplots(1, 2, figsize=(9, 3.6), sharey=True)
-    for axes, key, label in (
-        (left, "cost", "share of the budget"),
-        (right, "blocks", "blocks"),
-    ):
+    for axes, key, label in ((left, "cost", "share of the budget"), (right, "blocks", "blocks")):
         axes.plot(
             [entry[key] for entry in candidates],
             [entry["loss"] for entry in candidates],

@@ -4,15 +4,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from apt.errors import AptError
-from apt.options import (
-    OUTPUT,
-    ConfigOptions,
-    Options,
-    PrintingOptions,
-    RecoverRun,
-    option,
-    options,
-)
+from apt.options import OUTPUT, ConfigOptions, Options, PrintingOptions, RecoverRun, option, options
 
 
 @options

@@ -7,14 +7,7 @@ from pathlib import Path
 
 import typer
 
-from apt.cli.output import (
-    duration,
-    notice,
-    out,
-    show_error,
-    show_event,
-    show_json,
-)
+from apt.cli.output import duration, notice, out, show_error, show_event, show_json
 from apt.cli.progress import Progress
 from apt.cli.pruning import performed, save_config
 from apt.distributed.launch import joined

@@ -20,13 +20,7 @@ from apt.engine.shrink_plan import Choice, smaller_pruning
 from apt.errors import AptError, name_of
 from apt.events import Observer, TrainingObserver
 from apt.files.journal import Journal, Line
-from apt.options import (
-    Activations,
-    PruneOptions,
-    RecoverOptions,
-    ShrinkOptions,
-    check_windows,
-)
+from apt.options import Activations, PruneOptions, RecoverOptions, ShrinkOptions, check_windows
 from apt.output.report import Report
 from apt.planning.allocation import Allocation
 from apt.planning.plan import Selection, read_pattern

@@ -10,13 +10,7 @@ from apt.checkpoints.smaller import empty_smaller
 from apt.engine.reports import calibration_of
 from apt.engine.store import ModelStore
 from apt.output.report import Report
-from apt.planning.allocation import (
-    UNIFORM,
-    Allocation,
-    Unallocated,
-    allocated,
-    with_shares,
-)
+from apt.planning.allocation import UNIFORM, Allocation, Unallocated, allocated, with_shares
 from apt.planning.plan import Plan
 from apt.planning.structure import make_structured_plan
 from apt.pruning.layer import Recipe, SiteMethod

@@ -58,9 +58,7 @@ def run(
 
 
 def prepare(
-    options: AnyRun,
-    registry: Registry,
-    notice: Callable[[str], None] = lambda line: None,
+    options: AnyRun, registry: Registry, notice: Callable[[str], None] = lambda line: None
 ) -> Task:
     """Check everything that can be checked before the work begins.
 

@@ -59,11 +59,7 @@ class Source:
 
 
 def find(
-    reference: str,
-    registry: Registry,
-    *,
-    trust_remote_code: bool = False,
-    hub: Hub | None = None,
+    reference: str, registry: Registry, *, trust_remote_code: bool = False, hub: Hub | None = None
 ) -> Source:
     """Resolve a reference to a model.
 

@@ -35,17 +35,7 @@ from apt.runtime.entries import (
     read_config,
     read_entries,
 )
-from apt.runtime.matrix import (
-    FLOATS,
-    MASK,
-    SCALES,
-    VALUES,
-    Entry,
-    Parts,
-    bound,
-    decode,
-    encode,
-)
+from apt.runtime.matrix import FLOATS, MASK, SCALES, VALUES, Entry, Parts, bound, decode, encode
 from apt.runtime.packed_file import CHECKSUMS, PARTS, checksums
 from apt.runtime.rounding import encode_integers, encode_rounded
 from apt.runtime.weights import check_packed_files

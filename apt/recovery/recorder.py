@@ -7,13 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import (
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from apt.adapter.recording import eval_mode

@@ -26,13 +26,7 @@ from apt.recovery.law import enough_tokens
 from apt.recovery.moving_masks import MovingMasks
 from apt.recovery.record import Training
 from apt.recovery.teacher import Teacher, write_teacher
-from apt.recovery.trainable import (
-    Recovery,
-    Trainable,
-    Unrecovered,
-    next_token_loss,
-    train_only,
-)
+from apt.recovery.trainable import Recovery, Trainable, Unrecovered, next_token_loss, train_only
 from apt.recovery.training import TrainingPlan, is_mixed, train
 from apt.recovery.windows import BlockWindows
 

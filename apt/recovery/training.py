@@ -18,12 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import (
-    EarlyStoppingCallback,
-    PrinterCallback,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments
 
 from apt.errors import AptError, first_line
 from apt.events import TrainingObserver

@@ -19,14 +19,7 @@ from apt.solver.group_removal import (
 )
 from apt.solver.integers import IntegerGrid, rounded
 from apt.solver.least_squares import Joint, joint_weights, relative_layer_error
-from apt.solver.options import (
-    EFFORTS,
-    Effort,
-    MethodError,
-    Solution,
-    SolverOptions,
-    check_solution,
-)
+from apt.solver.options import EFFORTS, Effort, MethodError, Solution, SolverOptions, check_solution
 from apt.solver.patterns import (
     NM,
     Granularity,

@@ -176,9 +176,7 @@ def _sites(block: PlannedBlock) -> list[PlannedSite]:
     return unstructured(Plan((block,)))
 
 
-def _norms(
-    given: Unallocated,
-) -> Iterator[tuple[nn.Module, PlannedBlock, dict[Site, Tensor]]]:
+def _norms(given: Unallocated) -> Iterator[tuple[nn.Module, PlannedBlock, dict[Site, Tensor]]]:
     """Each block, opened, with the norms of the inputs (in,) of its unstructured sites."""
     adapter, model = given.adapter, given.model
     with eval_mode(model), adapter.running(model):
@@ -210,9 +208,7 @@ def _wanda(block: nn.Module, site: Site, norms: Mapping[Site, Tensor]) -> Tensor
 
 @contextmanager
 def _pruned(
-    given: Unallocated,
-    norms: Mapping[str, Mapping[Site, Tensor]],
-    shares: Mapping[str, float],
+    given: Unallocated, norms: Mapping[str, Mapping[Site, Tensor]], shares: Mapping[str, float]
 ) -> Iterator[None]:
     """Inside the context, each row has lost its weights of the lowest scores."""
     kept = []

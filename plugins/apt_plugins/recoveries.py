@@ -21,10 +21,7 @@ def spp(given: Unrecovered) -> Trainable:
 
     rank = given.options.rank or 16
     config = SppConfig(
-        r=rank,
-        dropout=given.options.dropout,
-        target_modules=_linears(given),
-        task_type="CAUSAL_LM",
+        r=rank, dropout=given.options.dropout, target_modules=_linears(given), task_type="CAUSAL_LM"
     )
     tuned = get_peft_model(given.model, config)
     return Trainable(tuned, merge=tuned.merge_and_unload, undo=tuned.unload)

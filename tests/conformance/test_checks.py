@@ -3,12 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-)
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from apt.adapter import Call, DecoderAdapter, Input
 from apt.calibration.batches import Batch, OpenBlock

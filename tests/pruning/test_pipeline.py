@@ -150,8 +150,7 @@ def test_events_tell_the_whole_story():
 
 
 @pytest.mark.parametrize(
-    ("aware", "given", "damping"),
-    [(True, None, 0.05), (False, None, 0.01), (True, 0.02, 0.02)],
+    ("aware", "given", "damping"), [(True, None, 0.05), (False, None, 0.01), (True, 0.02, 0.02)]
 )
 def test_damping_follows_the_mode_unless_it_is_given(aware, given, damping):
     options = library.PruneOptions(error_aware=aware, damping=given)

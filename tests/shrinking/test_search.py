@@ -23,13 +23,7 @@ from apt.plugin.registry import registry
 from apt.shrinking import latency
 from apt.shrinking.gap_fits import GapFits
 from apt.shrinking.proxy import Proxy
-from apt.shrinking.search import (
-    Candidate,
-    Scored,
-    Search,
-    SearchOptions,
-    pareto_front,
-)
+from apt.shrinking.search import Candidate, Scored, Search, SearchOptions, pareto_front
 from apt.shrinking.sizes import TOLERANCE, Size, Sizes
 from apt.shrinking.skipping import loss_without
 from apt.shrinking.wanted_sizes import wanted_sizes, with_mode
