@@ -23,7 +23,7 @@ def convert(run: ConvertRun, printing: PrintingOptions) -> None:
     from apt.engine.machine import read_dtype
     from apt.output.location import check_output
     from apt.output.report import carry_report
-    from apt.output.workplace import whole_directory, write_errors
+    from apt.output.staging import whole_directory, write_errors
     from apt.plugin.registry import registry
 
     if lost := check_output(run.output, run.overwrite, source.files()):

@@ -29,7 +29,7 @@ from apt.options import (
     write_options,
 )
 from apt.output.report import Report
-from apt.output.workplace import resumable
+from apt.output.staging import resumable
 from apt.planning.plan import Plan
 from apt.plugin.registry import registry
 

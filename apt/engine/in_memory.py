@@ -22,8 +22,8 @@ from apt.engine.task import Changed, Task
 from apt.engine.text import Text
 from apt.errors import AptError
 from apt.output.report import Report, read_report
+from apt.output.staging import write_errors
 from apt.output.timeline import Timeline
-from apt.output.workplace import write_errors
 from apt.planning.plan import Plan
 
 

@@ -24,8 +24,8 @@ from apt.locations.paths import portable
 from apt.output.card import write_card
 from apt.output.location import check_space
 from apt.output.report import Report, versions
+from apt.output.staging import Staging
 from apt.output.timeline import Timeline
-from apt.output.workplace import Workplace
 
 
 class MeasurementError(AptError):
@@ -56,12 +56,12 @@ class OutputStore(ModelStore, ABC):
         ranks: the processes that work together. Only the first writes.
     """
 
-    work: Workplace
+    work: Staging
 
     def __init__(self, task: Task, timeline: Timeline, ranks: Ranks) -> None:
         super().__init__(ranks, timeline.observe, timeline.status)
         self.task, self._timeline, self._started = task, timeline, time.perf_counter()
-        self.work = Workplace(task.options.output, task.options.overwrite)
+        self.work = Staging(task.options.output, task.options.overwrite)
         self._resumable = task.stream or task.resumable
         if self._resumable:
             self.journal = self.work.journal
@@ -81,7 +81,7 @@ class OutputStore(ModelStore, ABC):
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """While entered, the workplace is locked. After an error, work to resume from is kept."""
+        """While entered, the staging folder is locked. After an error, work is kept."""
         work = self.work
         try:
             with work.locked() if self.ranks.first else nullcontext():

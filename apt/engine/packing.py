@@ -13,7 +13,7 @@ from apt.locations.model_source import Source
 from apt.output.card import mark_as_packed, mark_as_unpacked
 from apt.output.location import check_space
 from apt.output.report import carry_report, read_report
-from apt.output.workplace import whole_directory, write_errors
+from apt.output.staging import whole_directory, write_errors
 from apt.packing.compressed_tensors import write_compressed_tensors
 from apt.packing.directory import OWN_CODE_FILE, Packed, Rounding, linear_tensors, pack, unpack
 from apt.plugin.registry import Registry

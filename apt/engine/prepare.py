@@ -16,7 +16,7 @@ from apt.locations.paths import expanded
 from apt.output.json_values import json_value
 from apt.output.location import check_not_input, check_output
 from apt.output.report import Report, read_report
-from apt.output.workplace import resumable
+from apt.output.staging import resumable
 from apt.plugin.registry import Registry
 
 Notice = Callable[[str], None]

@@ -49,7 +49,7 @@ def run(
     Raises:
         AptError: an option does not fit the model, the machine or the disk, or there is an error of
             the checkpoint, the text, the training or the disk. Nothing is written then, except for
-            the workplace from which the run can be resumed.
+            the staging folder from which the run can be resumed.
     """
     if not isinstance(options, ReapplyRun):
         options = with_names(options, registry(), notice)

@@ -32,8 +32,8 @@ from apt.engine.text import Text
 from apt.errors import AptError, first_line
 from apt.evaluation.blockwise import carried, streamed
 from apt.output.report import Report
+from apt.output.staging import write_errors
 from apt.output.timeline import Timeline
-from apt.output.workplace import write_errors
 from apt.planning.plan import Plan
 from apt.text.datasets import digest
 
@@ -63,7 +63,7 @@ class Streamed(OutputStore):
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """While entered, the workplace is locked. After an error, finished blocks are kept."""
+        """While entered, the staging folder is locked. After an error, finished blocks are kept."""
         resume = "correct that, then resume the run", ("resume",)
         with write_errors(self.work.name, *resume), super().opened():
             yield

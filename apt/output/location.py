@@ -25,8 +25,8 @@ def _unusable(fault: str) -> AptError:
     return AptError(fault, _CHOOSE_ANOTHER, _OUTPUT)
 
 
-def workplace_of(output: Path) -> Path:
-    """The folder ``.NAME.apt`` beside an output directory ``NAME``: the workplace of a run."""
+def staging_folder(output: Path) -> Path:
+    """The folder ``.NAME.apt`` beside an output directory ``NAME``: the staging folder of a run."""
     output = Path(os.path.realpath(output))
     return output.parent / _FOLDER.format(output.name)
 

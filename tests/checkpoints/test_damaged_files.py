@@ -12,7 +12,7 @@ from apt.checkpoints.load import load, open_shell
 from apt.engine.disk_blocks import sites_of
 from apt.errors import AptError
 from apt.locations.model_source import find
-from apt.output.workplace import Workplace
+from apt.output.staging import Staging
 from apt.planning.plan import make_plan
 from apt.plugin.registry import registry
 from apt.solver import parse_pattern
@@ -114,7 +114,7 @@ lines = st.one_of(
 @anything
 @given(given=st.lists(lines, max_size=4), tail=st.binary(max_size=20), sealed=st.booleans())
 def test_a_journal(tmp_path, given, tail, sealed):
-    work = Workplace(tmp_path / "out")
+    work = Staging(tmp_path / "out")
     work.folder.mkdir(exist_ok=True)
     work.journal.path.unlink(missing_ok=True)
     if sealed:
@@ -124,7 +124,7 @@ def test_a_journal(tmp_path, given, tail, sealed):
     else:
         raw = "".join(json.dumps(line) + "\n" for line in given).encode()
         work.journal.path.write_bytes(raw + tail)
-    work = Workplace(tmp_path / "out")
+    work = Staging(tmp_path / "out")
     with one_line(), work.locked():
         work.journal.read()
         for line in work.journal.lines:

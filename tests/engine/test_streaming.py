@@ -15,7 +15,7 @@ from apt.checkpoints.safetensors_io import Shards
 from apt.distributed.ranks import Ranks
 from apt.engine.disk_blocks import DiskBlocks
 from apt.files.journal import Journal
-from apt.output.workplace import Workplace
+from apt.output.staging import Staging
 from tests.helpers.families import CONFIGS, FAMILIES, random_model
 from tests.helpers.interrupted import (
     PLACES,
@@ -165,7 +165,7 @@ def test_a_journal_cut_within_a_line_is_read_as_far_as_it_is_whole(
 
 def test_two_runs_do_not_write_one_output(checkpoint, apt):
     for options in (["--stream"], ["--stream", "--resume"], []):
-        with Workplace(Path("out")).locked():
+        with Staging(Path("out")).locked():
             result = apt("prune", checkpoint("llama"), *SMALL, *options, "-o", "out")
         assert result.code == 2
         assert "another run is writing" in result.err

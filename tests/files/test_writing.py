@@ -225,15 +225,15 @@ def fine_tune(path):
 
 def test_a_result_that_is_changed_during_the_run_is_kept(apt, pruned, monkeypatch):
     shutil.copytree(pruned, "out")
-    from apt.output.workplace import Workplace
+    from apt.output.staging import Staging
 
-    publish = Workplace.publish
+    publish = Staging.publish
 
     def changed(work):
         Path("out/config.json").write_text("{}")
         publish(work)
 
-    monkeypatch.setattr(Workplace, "publish", changed)
+    monkeypatch.setattr(Staging, "publish", changed)
     run = apt("prune", "zoo:llama", *QUICK, "-o", "out", "--overwrite")
     assert run.code == 2
     assert "was changed since APT wrote it: config.json, and was not replaced" in run.err

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import apt.checkpoints.safetensors_io as apt_shards
 import apt.files.journal as apt_journal
-import apt.output.workplace as apt_workplace
+import apt.output.staging as apt_staging
 from tests.helpers import TEXT
 
 SMALL = ("--samples", 4, "--seqlen", 24, "--pattern", "2:4", "--calibration", TEXT)
 PLACES = {
     "write": (apt_shards.os, "pwrite"),
     "journal": (apt_journal.Journal, "add"),
-    "appear": (apt_workplace, "rename_new"),
+    "appear": (apt_staging, "rename_new"),
 }
 
 

@@ -12,10 +12,10 @@ from apt.engine.in_memory import InMemory
 from apt.errors import AptError
 from apt.files import renaming
 from apt.files.renaming import exchange, rename_new
-from apt.output import workplace as workplaces
-from apt.output.location import check_output, workplace_of
+from apt.output import staging
+from apt.output.location import check_output, staging_folder
 from apt.output.report import Report
-from apt.output.workplace import Workplace, whole_directory
+from apt.output.staging import Staging, whole_directory
 from tests.helpers import TEXT
 from tests.helpers.mounting import mounted
 
@@ -143,19 +143,19 @@ def test_a_mount_point_is_refused(house, tmp_path):
 
 @pytest.mark.parametrize("options", [(), ("--stream",), ("--overwrite",)], ids=str)
 def test_what_appears_during_the_run_is_left_alone(checkpoint, apt, monkeypatch, options):
-    original = workplaces.set_permissions
+    original = staging.set_permissions
 
     def appear(partial):
         original(partial)
         Path("out").mkdir()
         Path("out/thesis.txt").write_text("years of work")
 
-    monkeypatch.setattr("apt.output.workplace.set_permissions", appear)
+    monkeypatch.setattr("apt.output.staging.set_permissions", appear)
     run = apt("prune", checkpoint("llama"), *QUICK, "--calibration", TEXT, "-o", "out", *options)
     assert run.code == 2
     assert "was not replaced; the result is complete, in out-1" in run.err
     assert [p.name for p in Path("out").iterdir()] == ["thesis.txt"]
-    monkeypatch.setattr("apt.output.workplace.set_permissions", original)
+    monkeypatch.setattr("apt.output.staging.set_permissions", original)
     assert apt("verify", "out-1").code == 0
     assert sorted(p.name for p in Path().iterdir()) == ["out", "out-1"]
 
@@ -206,10 +206,10 @@ def test_a_run_that_is_killed_between_two_renames_leaves_the_old_result(tmp_path
     write(tmp_path / "out")
     before = snapshot(tmp_path / "out")
     monkeypatch.setattr(renaming, "_system_rename", lambda *arguments: False)
-    work = Workplace(tmp_path / "out", overwrite=True)
+    work = Staging(tmp_path / "out", overwrite=True)
     work.out.mkdir(parents=True)
     work.output.rename(work.folder / "old")
-    with Workplace(tmp_path / "out").locked():
+    with Staging(tmp_path / "out").locked():
         assert snapshot(tmp_path / "out") == before
 
 
@@ -225,8 +225,8 @@ def test_renames_that_lose_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["link", "file", "foreign"])
-def test_a_workplace_that_is_not_ours_is_refused(tmp_path, kind):
-    folder, outside = workplace_of(tmp_path / "out"), tmp_path / "outside"
+def test_a_staging_folder_that_is_not_ours_is_refused(tmp_path, kind):
+    folder, outside = staging_folder(tmp_path / "out"), tmp_path / "outside"
     (outside / "out").mkdir(parents=True)
     (outside / "out" / "kept").write_text("kept")
     if kind == "link":
@@ -246,13 +246,13 @@ def test_a_workplace_that_is_not_ours_is_refused(tmp_path, kind):
 
 @pytest.mark.parametrize("name", ["journal.jsonl", "lock", "out", "out/model.safetensors"])
 @pytest.mark.parametrize("hard", [False, True], ids=["symbolic", "hard"])
-def test_links_in_a_workplace_are_not_followed(tmp_path, name, hard):
+def test_links_in_a_staging_folder_are_not_followed(tmp_path, name, hard):
     if hard and name == "out":
         pytest.skip("folders have no hard links")
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "kept").write_text("kept")
-    link = workplace_of(tmp_path / "out") / name
+    link = staging_folder(tmp_path / "out") / name
     link.parent.mkdir(parents=True)
     if hard:
         os.link(outside / "kept", link)

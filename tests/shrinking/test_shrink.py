@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import apt as apt_package
-import apt.output.workplace as apt_workplace
+import apt.output.staging as apt_staging
 from apt import AptError, PruneOptions, ShrinkOptions
 from apt.adapter.groups import without
 from apt.checkpoints.safetensors_io import Shards
@@ -241,7 +241,7 @@ def test_a_streamed_run_that_is_cut_short_goes_on_to_the_same_bytes(
     sizes = ("--size", "channels=32", "--size", "heads=2", "--blocks", 2)
     command = ("shrink", checkpoint("llama-grouped-tied"), *SMALL, *sizes, "--stream")
     whole = output_of(*command)
-    places = PLACES | {"small": (apt_workplace.Workplace, "replace_out")}
+    places = PLACES | {"small": (apt_staging.Staging, "replace_out")}
     with monkeypatch.context() as patch:
         cut(patch, places[place], count, KilledError())
         with pytest.raises(KilledError):

@@ -125,7 +125,7 @@ def _images(subjects: "list[Subject]", folder: Path, run: ReportRun) -> "dict[Pa
 
 def _draw(images: "dict[Path, Heat]", *, overwrite: bool) -> None:
     """Draw tables into their files."""
-    from apt.output.workplace import write_errors
+    from apt.output.staging import write_errors
     from apt_lab.plots import draw_heat
 
     for path, table in images.items():

@@ -1,4 +1,4 @@
-"""The workplace of a run: a temporary folder beside the output, with a lock and the partial output.
+"""The staging folder of a run: beside the output, with a lock and the partial output.
 
 For the output ``NAME`` it is ``.NAME.apt``. No other user can write in it, and it has no links. It
 is deleted once the output is complete.
@@ -19,15 +19,15 @@ from apt.files.hashes import file_hashes, sha256
 from apt.files.journal import Journal, Line
 from apt.files.locking import locked
 from apt.files.renaming import exchange, rename_new
-from apt.output.location import cannot_write, check_replaceable, workplace_of
+from apt.output.location import cannot_write, check_replaceable, staging_folder
 from apt.output.report import listed_files, read_report
 
 _JOURNAL = "journal.jsonl"
 _RESUMABLE = ("block", "checkpoint")  # the keys of lines about work that can be continued
 
 
-class Workplace:
-    """The temporary folder of a run, see `apt.output.location.workplace_of`.
+class Staging:
+    """The staging folder of a run, see `apt.output.location.staging_folder`.
 
     Args:
         output: the output directory; a link is followed.
@@ -36,7 +36,7 @@ class Workplace:
     Attributes:
         output: the real path of the output directory.
         name: the path of the output directory as the user gave it.
-        folder: the path of the workplace.
+        folder: its path.
         out: the partial output, which becomes the output directory at the end.
         activations: a folder for activations on disk, which no later run uses.
         tokens: the calibration text that the model has generated.
@@ -45,7 +45,7 @@ class Workplace:
 
     def __init__(self, output: Path, overwrite: bool = False) -> None:
         self.name, self.overwrite = output, overwrite
-        self.output, self.folder = Path(os.path.realpath(output)), workplace_of(output)
+        self.output, self.folder = Path(os.path.realpath(output)), staging_folder(output)
         self.out, self._old = self.folder / "out", self.folder / "old"
         self.activations = self.folder / "activations"
         self.tokens = self.folder / "tokens.safetensors"
@@ -124,14 +124,14 @@ class Workplace:
         return False
 
     def fresh(self, name: str) -> Path:
-        """An empty folder of this name in the workplace."""
+        """An empty folder of this name."""
         folder = self.folder / name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         return folder
 
     def replace_out(self, folder: Path) -> None:
-        """Make a complete folder of the workplace the output to publish."""
+        """Publish another folder than ``out``, from `fresh`, when it is complete."""
         self._finish(folder)
         shutil.rmtree(self.out)
         folder.rename(self.out)
@@ -165,7 +165,7 @@ class Workplace:
         return file_hashes(directory, without) == {k: v for k, v in listed.items() if k != CARD}
 
     def publish(self) -> None:
-        """Move the output to its place, and delete the workplace.
+        """Move the output to its place, and delete the staging folder.
 
         Raises:
             AptError: a file that may not be replaced was created there. The output is then moved
@@ -217,12 +217,12 @@ class Workplace:
 
 def resumable(output: Path) -> bool:
     """True if there is an interrupted run of an output."""
-    return (workplace_of(output) / _JOURNAL).exists()
+    return (staging_folder(output) / _JOURNAL).exists()
 
 
 @contextmanager
-def _locked(work: Workplace) -> Iterator[None]:
-    """Hold the lock of a workplace, which is created if it does not exist."""
+def _locked(work: Staging) -> Iterator[None]:
+    """Hold the lock of a staging folder, which is created if it does not exist."""
     while True:
         with write_errors(work.name):
             _make_folder(work.folder)
@@ -266,13 +266,13 @@ def _is_at(lock: IO[str], path: Path) -> bool:
 
 
 @contextmanager
-def whole_directory(output: Path, overwrite: bool = False) -> Iterator[Workplace]:
-    """A workplace whose ``out`` is published as ``output`` at the end, or deleted after an error.
+def whole_directory(output: Path, overwrite: bool = False) -> Iterator[Staging]:
+    """A staging folder: ``out`` in it is published at the end, or deleted after an error.
 
     Raises:
-        AptError: see `Workplace`.
+        AptError: see `Staging`.
     """
-    work = Workplace(output, overwrite)
+    work = Staging(output, overwrite)
     with work.locked():
         work.begin()
         yield work

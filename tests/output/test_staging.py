@@ -7,7 +7,7 @@ import pytest
 from apt.errors import AptError
 from apt.output.location import check_output
 from apt.output.report import Report
-from apt.output.workplace import whole_directory, write_errors
+from apt.output.staging import whole_directory, write_errors
 
 
 def write_and_fail(target, error):
