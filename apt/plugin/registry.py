@@ -103,16 +103,9 @@ class Registry:
 
     def offers(self, plugin: Plugin) -> list[str]:
         """The names of the specs of ``plugin``, and ``an observer`` if it has one."""
-        catalogs = (
-            self.adapters, self.formats, self.methods, self.shrink_methods, self.allocations,
-            self.recoveries, self.calibrations, self.evaluators, self.commands,
-        )  # fmt: skip
-        names = [
-            name
-            for catalog in catalogs
-            for name, origin in catalog.origins.items()
-            if origin.key == plugin.key
-        ]
+        catalogs = [each for each in vars(self).values() if isinstance(each, Catalog)]
+        origins = [pair for catalog in catalogs for pair in catalog.origins.items()]
+        names = [name for name, origin in origins if origin.key == plugin.key]
         return names + ["an observer"] * (plugin.key in self.observers)
 
     def site_pruned(self, event: Any) -> None:
@@ -307,36 +300,26 @@ def load_registry(entries: Iterable[EntryPoint], disable: str = "") -> Registry:
         hint = f"correct the hook's name, or leave the plugin out with {DISABLE}"
         raise AptError(loader.unknown_hook(error), hint) from error
     hook = loader.manager.hook
-    adapters = loader.catalog("adapter", hook.apt_adapters, AdapterSpec)
-    formats = loader.catalog("format", hook.apt_formats, FormatSpec)
-    methods = loader.catalog("method", hook.apt_methods, MethodSpec)
-    shrinking = loader.catalog("shrink method", hook.apt_shrink_methods, ShrinkMethodSpec)
-    allocations = loader.catalog("allocation", hook.apt_allocations, AllocationSpec)
-    recoveries = loader.catalog("recovery", hook.apt_recoveries, RecoverySpec)
-    calibrations = loader.catalog("data set", hook.apt_calibrations, CalibrationSpec)
-    evaluators = loader.catalog("metric", hook.apt_evaluators, EvaluatorSpec)
-    commands = loader.catalog("command", hook.apt_commands, CommandSpec, OWN)
-    observers = {impl.plugin_name: impl for impl in hook.apt_site_pruned.get_hookimpls()}
     return Registry(
-        adapters,
-        formats,
-        methods,
-        shrinking,
-        allocations,
-        recoveries,
-        calibrations,
-        evaluators,
-        commands,
+        loader.catalog("adapter", hook.apt_adapters, AdapterSpec),
+        loader.catalog("format", hook.apt_formats, FormatSpec),
+        loader.catalog("method", hook.apt_methods, MethodSpec),
+        loader.catalog("shrink method", hook.apt_shrink_methods, ShrinkMethodSpec),
+        loader.catalog("allocation", hook.apt_allocations, AllocationSpec),
+        loader.catalog("recovery", hook.apt_recoveries, RecoverySpec),
+        loader.catalog("data set", hook.apt_calibrations, CalibrationSpec),
+        loader.catalog("metric", hook.apt_evaluators, EvaluatorSpec),
+        loader.catalog("command", hook.apt_commands, CommandSpec, OWN),
         loader.plugins,
-        observers,
+        {impl.plugin_name: impl for impl in hook.apt_site_pruned.get_hookimpls()},
     )
 
 
 def _names_commands(entry: EntryPoint) -> bool:
     """True unless the source of a plugin's module has no ``apt_commands``."""
     try:
-        found = find_spec(entry.module)
-        return found is None or "apt_commands" in Path(str(found.origin)).read_text("utf-8")
+        source = find_spec(entry.module)
+        return source is None or "apt_commands" in Path(str(source.origin)).read_text("utf-8")
     except Exception:  # of any kind: loading the module tells what is wrong
         return True
 

@@ -91,10 +91,7 @@ def test_a_training_and_a_reapplication_are_runs_too(checkpoint, tmp_path, monke
 def test_a_program_meets_the_checks_of_the_shell():
     model, tokens = random_model("llama"), random_tokens()
     for given, message in (
-        (
-            {"method": "wanda", "options": library.PruneOptions(effort="best")},
-            "effort",
-        ),
+        ({"method": "wanda", "options": library.PruneOptions(effort="best")}, "effort"),
         ({"method": "wanda", "options": library.PruneOptions(block_size=64)}, "block size"),
         ({"allocation": "owl"}, "allocation owl cannot be used"),
     ):
