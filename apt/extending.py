@@ -1,8 +1,8 @@
 """What the code of a plugin needs beside `apt.adapter`, `apt.solver` and the specs.
 
 The interfaces of methods, choices of groups and blocks, allocations, recoveries, formats and texts,
-and helpers to write them with. A name is imported on its first use, so that a method does not wait
-for the libraries of a recovery.
+helpers to write them with, and what opens a model for a command. A name is imported on its first
+use, so that a method does not wait for the libraries of a recovery.
 """
 
 from importlib import import_module
@@ -12,9 +12,16 @@ if TYPE_CHECKING:
     from apt.adapter.recording import eval_mode
     from apt.calibration.batches import Batch, enter
     from apt.checkpoints.formats import Checkpoint, find_file
+    from apt.checkpoints.load import load, load_tokenizer, open_shell
+    from apt.checkpoints.opened import Opened
+    from apt.engine.machine import choose_device, read_dtype
+    from apt.engine.prepare import capped
+    from apt.engine.text import check_same_vocabulary, check_vocabulary
+    from apt.locations.model_source import Source
     from apt.planning.allocation import Allocation, Unallocated, sparsity_of, unstructured
     from apt.planning.plan import Plan, PlannedBlock, PlannedSite
     from apt.plugin.doctor import Finding, try_import
+    from apt.plugin.registry import Registry, registry
     from apt.pruning.layer import Method
     from apt.recovery.teacher import Teacher, divergence, relative_error
     from apt.recovery.trainable import (
@@ -39,23 +46,35 @@ __all__ = [
     "GroupScores",
     "Loss",
     "Method",
+    "Opened",
     "Plan",
     "PlannedBlock",
     "PlannedSite",
     "Recovery",
+    "Registry",
+    "Source",
     "Split",
     "Teacher",
     "Trainable",
     "Unallocated",
     "Unrecovered",
+    "capped",
+    "check_same_vocabulary",
+    "check_vocabulary",
+    "choose_device",
     "divergence",
     "enter",
     "eval_mode",
     "find_file",
     "hub_documents",
+    "load",
+    "load_tokenizer",
     "loss_without",
     "next_token_loss",
+    "open_shell",
+    "read_dtype",
     "read_file",
+    "registry",
     "relative_error",
     "sparsity_of",
     "train_only",
@@ -66,9 +85,16 @@ _LAZY = {
     "apt.adapter.recording": ("eval_mode",),
     "apt.calibration.batches": ("Batch", "enter"),
     "apt.checkpoints.formats": ("Checkpoint", "find_file"),
+    "apt.checkpoints.load": ("load", "load_tokenizer", "open_shell"),
+    "apt.checkpoints.opened": ("Opened",),
+    "apt.engine.machine": ("choose_device", "read_dtype"),
+    "apt.engine.prepare": ("capped",),
+    "apt.engine.text": ("check_same_vocabulary", "check_vocabulary"),
+    "apt.locations.model_source": ("Source",),
     "apt.planning.allocation": ("Allocation", "Unallocated", "sparsity_of", "unstructured"),
     "apt.planning.plan": ("Plan", "PlannedBlock", "PlannedSite"),
     "apt.plugin.doctor": ("Finding", "try_import"),
+    "apt.plugin.registry": ("Registry", "registry"),
     "apt.pruning.layer": ("Method",),
     "apt.recovery.teacher": ("Teacher", "divergence", "relative_error"),
     "apt.recovery.trainable": (

@@ -11,7 +11,8 @@ from typing import Any
 from typer.main import get_command
 
 import apt
-from apt import adapter, events, extending, hookspecs, runtime, solver, testing
+from apt import adapter, console, events, extending, hookspecs, runtime, solver, testing
+from apt import options as apt_options
 from apt.cli import app
 from apt.distributed.ranks import Work
 from apt.plugin import hookspecs as hooks
@@ -41,10 +42,21 @@ RECOVERIES = (
 )  # fmt: skip
 TEXTS = (extending.read_file, extending.hub_documents)
 RUNNING = (extending.eval_mode, extending.enter, extending.Batch)
+OPENING = (
+    extending.registry, extending.Registry, extending.Source, extending.Opened,
+    extending.open_shell, extending.load, extending.load_tokenizer, extending.choose_device,
+    extending.read_dtype, extending.capped, extending.check_vocabulary,
+    extending.check_same_vocabulary,
+)  # fmt: skip
+OPTIONS = (apt_options.option, apt_options.Option, apt_options.options, apt_options.Options)
+SHARED = (
+    apt_options.AdapterOptions, apt_options.TokenizerOptions, apt_options.RemoteOptions,
+    apt_options.DeviceOptions, apt_options.DtypeOptions, apt_options.PrintingOptions,
+)  # fmt: skip
 FORMATS = (extending.Checkpoint, extending.find_file, extending.Finding, extending.try_import)
 EVENTS = (events.BlockStarted, events.Working, events.SitePruned, events.BlockTuned)
 _MODULES = re.compile(r"\b(?:[a-z_]+\.)+(?=[A-Za-z_])")
-_FUNCTIONS = re.compile(r"<function .*? at 0x[0-9a-f]+>")
+_FUNCTIONS = re.compile(r"<\w+ [\w.<> ]*?at 0x[0-9a-f]+>")
 _UNPACKED = re.compile(r"\*<class '(?:\w+\.)*(\w+)'>")
 _WIDTH = 96
 _COMPLETION = ("install_completion", "show_completion")  # typer's own
@@ -175,6 +187,16 @@ def hooks_page() -> str:
         map(whole, RUNNING),
         "## Formats, and findings of the doctor\n",
         map(whole, FORMATS),
+        "## Commands\n",
+        "The parameters of a command are classes of options, which `apt.options` declares. Their\n"
+        "base classes have the options that several commands share.\n",
+        map(whole, OPTIONS),
+        (entry(shared) for shared in SHARED),
+        "What opens a model is in `apt.extending`:\n",
+        map(entry, OPENING),
+        "## What a command prints with\n",
+        "`apt.console`: results go to standard output, the rest to standard error.\n",
+        (whole(getattr(console, name)) for name in console.__all__),
         "## Events\n",
         "`apt.events`: `apt.prune(observe=…)` is called with all of them, the hook\n"
         "`apt_site_pruned` with `SitePruned`.\n",

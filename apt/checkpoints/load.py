@@ -86,8 +86,7 @@ def load(shell: Opened, dtype: torch.dtype | None = None, device: str = "cpu") -
     """Read the weights of what `open_shell` opened.
 
     Args:
-        dtype: the dtype of the weights; None keeps that of the checkpoint's sites (fp32 for GGUF),
-            see `apt.checkpoints.stored.Stored.dtype`.
+        dtype: the dtype of the weights; None keeps that of the checkpoint's sites (fp32 for GGUF).
 
     Raises:
         AptError: the checkpoint is damaged or incomplete, or has weights that are not finite.

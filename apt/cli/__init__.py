@@ -14,7 +14,6 @@ from apt.cli.interruptions import interrupted, signals_as_exceptions
 from apt.cli.streams import guarded, program
 from apt.errors import AptError, resource_error
 from apt.locations.paths import user_error
-from apt.options import flags_of
 
 # Subcommands of the package manager `apt` of Debian.
 _PACKAGE_MANAGER = [
@@ -116,6 +115,8 @@ def _run(arguments: list[str]) -> None:
         shown = None if "--debug" in arguments else _shown(error)
         if shown is None:
             raise
+        from apt.options import flags_of
+
         *lines, last = shown.faults
         _fail(*lines, last + flags_of(shown.options))
 

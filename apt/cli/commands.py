@@ -12,7 +12,6 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from apt.cli.from_options import command
 from apt.cli.grouped_help import GroupedHelp
 from apt.cli.interruptions import interrupted
 from apt.errors import AptError
@@ -90,6 +89,8 @@ def _of_plugin(name: str) -> Any:
 
 def _command(spec: CommandSpec) -> Any:
     """The command of typer for a function of options, or for one whose parameters typer reads."""
+    from apt.cli.from_options import command
+
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     with spec.loading():
         act = command(spec.load())

@@ -90,6 +90,11 @@ def _line(line: str, event: str, fields: Mapping[str, Any]) -> str:
     return json.dumps(json_value({"event": event, **(fields or {"text": line})}), allow_nan=False)
 
 
+def say(line: str) -> None:
+    """Print a line of results."""
+    out.print(line, markup=False)
+
+
 def notice(line: str, event: str = "notice", **fields: Any) -> None:
     """Print a line beside the results, unless ``--quiet`` is given.
 

@@ -300,6 +300,7 @@ def calibration_tokens(
     samples: int = 128,
     seqlen: int = 2048,
     seed: int = 0,
+    bos: bool = True,
 ) -> Tensor:
     """Calibration samples from a data source, the same as those of ``apt-prune prune``.
 
@@ -310,6 +311,7 @@ def calibration_tokens(
         samples: the number of samples. They do not overlap.
         seqlen: the number of tokens of a sample.
         seed: the seed for the choice of samples.
+        bos: False to begin no sample with the special token.
 
     Returns:
         Token ids (samples, seqlen).
@@ -319,12 +321,17 @@ def calibration_tokens(
     """
     check_windows(samples, seqlen)
     found = datasets.documents(source, "calibration", registry())
-    bos = bos_of(tokenizer)
-    return datasets.calibration_tokens(tokenizer, found, samples, seqlen, seed, source, bos)
+    first = bos_of(tokenizer) if bos else None
+    return datasets.calibration_tokens(tokenizer, found, samples, seqlen, seed, source, first)
 
 
 def evaluation_tokens(
-    tokenizer: Any, source: str = "builtin", *, samples: int | None = None, seqlen: int = 2048
+    tokenizer: Any,
+    source: str = "builtin",
+    *,
+    samples: int | None = None,
+    seqlen: int = 2048,
+    bos: bool = True,
 ) -> Tensor:
     """Windows of a data source to measure on, the same as those of ``apt-prune eval``.
 
@@ -333,6 +340,7 @@ def evaluation_tokens(
         source: ``builtin``, the name of a data set, or a .txt, .jsonl or .parquet file.
         samples: the number of windows; None for all of the text.
         seqlen: the number of tokens of a window.
+        bos: False to begin no window with the special token.
 
     Returns:
         Token ids (windows, seqlen).
@@ -342,4 +350,5 @@ def evaluation_tokens(
     """
     check_windows(samples, seqlen)
     found = datasets.documents(source, "evaluation", registry())
-    return datasets.evaluation_tokens(tokenizer, found, samples, seqlen, source, bos_of(tokenizer))
+    first = bos_of(tokenizer) if bos else None
+    return datasets.evaluation_tokens(tokenizer, found, samples, seqlen, source, first)

@@ -130,7 +130,7 @@ class SolveOptions(Options):
 class PruneOptions(IntegerOptions, SolveOptions):
     """The options that the pruned weights depend on, beside model, tokens, pattern and method.
 
-    See `apt.options.prune.SolveOptions`. A row importance of p lets rows that are more important to
+    See `apt.options.SolveOptions`. A row importance of p lets rows that are more important to
     the block keep more weights (methods.md, "Row importance"). Integers are rounded after the
     tuning of their block, so that later roundings and later blocks make up for the error.
     """

@@ -103,9 +103,13 @@ class Registry:
 
     def offers(self, plugin: Plugin) -> list[str]:
         """The names of the specs of ``plugin``, and ``an observer`` if it has one."""
-        catalogs = [each for each in vars(self).values() if isinstance(each, Catalog)]
-        origins = [pair for catalog in catalogs for pair in catalog.origins.items()]
-        names = [name for name, origin in origins if origin.key == plugin.key]
+        catalogs = [entry for entry in vars(self).values() if isinstance(entry, Catalog)]
+        names = [
+            name
+            for catalog in catalogs
+            for name, origin in catalog.origins.items()
+            if origin.key == plugin.key
+        ]
         return names + ["an observer"] * (plugin.key in self.observers)
 
     def site_pruned(self, event: Any) -> None:
@@ -318,8 +322,8 @@ def load_registry(entries: Iterable[EntryPoint], disable: str = "") -> Registry:
 def _names_commands(entry: EntryPoint) -> bool:
     """True unless the source of a plugin's module has no ``apt_commands``."""
     try:
-        source = find_spec(entry.module)
-        return source is None or "apt_commands" in Path(str(source.origin)).read_text("utf-8")
+        found = find_spec(entry.module)
+        return found is None or "apt_commands" in Path(str(found.origin)).read_text("utf-8")
     except Exception:  # of any kind: loading the module tells what is wrong
         return True
 

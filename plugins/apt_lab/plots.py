@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from apt.cli.plots import pyplot, write_figure
+from apt.console import pyplot, write_figure
 from apt.recovery.law import Law, Point
 from apt_lab.reporting.heat import Heat
 from apt_lab.windows import spread

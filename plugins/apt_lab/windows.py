@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from apt.plugin.specs import EvaluatorSpec
+from apt.hookspecs import EvaluatorSpec
 
 # The 97.5 % quantiles of Student's t distribution with 1 to 30 degrees of freedom.
 _QUANTILES = (

@@ -13,10 +13,10 @@ import pytest
 import torch
 from apt_lab.benchmark.generation import prompts, speed
 from apt_lab.benchmark.measures import Facts, Result, Speed, Turn, ratios, spread
-from apt_lab.benchmark.options import Setting, Work
-from apt_lab.benchmark.rounds import _order
+from apt_lab.benchmark.rounds import _order, fitted
 from apt_lab.benchmark.worker import Fault, Turns, fault, serve
 from apt_lab.commands.bench_summary import PaysFrom, show_results
+from apt_lab.options import BenchRun
 
 from apt.errors import AptError
 from apt.locations.model_source import find
@@ -111,12 +111,12 @@ def test_ratios_are_those_of_each_round():
 
 
 def test_the_prompt_is_shortened_to_the_model_with_the_fewest_positions():
-    lines, work = [], Work(prompt=100, generate=10)
-    assert work.fitted({"a": None, "b": 110}, lines.append) is work
-    assert work.fitted({"a": 64, "b": 110}, lines.append).prompt == 54
+    lines, run = [], BenchRun(models=("a", "b"), prompt=100, generate=10)
+    assert fitted(run, {"a": None, "b": 110}, lines.append) is run
+    assert fitted(run, {"a": 64, "b": 110}, lines.append).prompt == 54
     assert lines == ["prompt: 54 tokens (not 100: a has 64 positions, and 10 tokens are generated)"]
     with pytest.raises(AptError, match="a has 10 positions, too few") as refused:
-        work.fitted({"a": 10}, lines.append)
+        fitted(run, {"a": 10}, lines.append)
     assert refused.value.options == ("generate",)
 
 
@@ -127,12 +127,12 @@ def result(model, *decode):
 
 
 def test_the_table_has_medians_ranges_and_ratios(capsys):
-    work = Work(batches=(8,))
-    show_results(work, [result("dense", 10, 30, 20)], as_json=False)
+    run = BenchRun(models=("dense",), batch=(8,))
+    show_results(run, [result("dense", 10, 30, 20)], as_json=False)
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert rows[1] == ["dense", "8", "1,000", "20", "(10–30)"]
     assert rows[3] == ["dense", "1.000", "512.0", "MiB", "2.0", "MiB", "1,000,000", "float32"]
-    show_results(work, [result("dense", 10, 20), result("pruned", 20, 30)], as_json=False)
+    show_results(run, [result("dense", 10, 20), result("pruned", 20, 30)], as_json=False)
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].split() == ["pruned", "8", "1,000", "1.00", "25", "(20–30)", "1.75",
                                 "(1.50–2.00)"]  # fmt: skip
@@ -149,9 +149,9 @@ def test_the_table_has_medians_ranges_and_ratios(capsys):
 )
 def test_it_says_from_where_on_packing_pays(share, text, capsys):
     found = [result("dense", 10, 20), result("packed", 20, 30)]
-    show_results(Work(batches=(8,)), found, PaysFrom(share), as_json=False)
+    show_results(BenchRun(models=("dense",), batch=(8,)), found, PaysFrom(share), as_json=False)
     assert text in capsys.readouterr().out.splitlines()[-1]
-    show_results(Work(batches=(8,)), found, PaysFrom(share), as_json=True)
+    show_results(BenchRun(models=("dense",), batch=(8,)), found, PaysFrom(share), as_json=True)
     assert json.loads(capsys.readouterr().out)["packed_pays_from"] == share
 
 
@@ -169,12 +169,12 @@ def test_a_packed_model_is_measured_beside_the_break_even(apt):
     ("words", "line"),
     [
         (("--batch", 0), "a batch must have at least 1 sequence (--batch)"),
-        (("--prompt", 0), "the prompt must have at least 1 token"),
-        (("--generate", 1), "at least 2 must be generated"),
-        (("--rounds", 0), "there must be at least 1 round (--rounds)"),
+        (("--prompt", 0), "prompt is 0; it must be at least 1 (--prompt)"),
+        (("--generate", 1), "generate is 1; it must be at least 2 (--generate)"),
+        (("--rounds", 0), "rounds is 0; it must be at least 1 (--rounds)"),
         (("--threads", 0), "0 threads are not between 1 and"),
         (("--threads", 10**9), "the processors of this machine (--threads)"),
-        (("--dtype", "int4"), "no dtype 'int4'"),
+        (("--dtype", "int4"), "dtype 'int4' is not one of auto, float32"),
         (("--revision", "main"), "a revision is for models of the hub"),
         (("./nowhere",), "no such model: './nowhere' does not exist"),
     ],
@@ -203,9 +203,10 @@ def test_a_model_that_raises_is_a_fault(faulty):
     ours, theirs = Pipe()
     source = find(str(faulty("raise ValueError('no such kernel')")), registry(),
                   trust_remote_code=True)  # fmt: skip
-    ours.send(Turns(Work(4, 2, (1,)), 0))
+    run = BenchRun(models=("m",), prompt=4, generate=2, batch=(1,), device="cpu")
+    ours.send(Turns(run, 0))
     with warnings.catch_warnings():
-        serve(theirs, source, Setting(device="cpu"))
+        serve(theirs, source, run)
     assert isinstance(ours.recv(), Facts)
     found = ours.recv()
     assert isinstance(found, Fault)

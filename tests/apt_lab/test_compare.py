@@ -143,7 +143,7 @@ def test_texts_of_one_name_are_refused(apt, checkpoint, tmp_path):
     done = apt("compare", checkpoint("llama"), *SMALL[:-2], "--data", "a/text.txt", "--data",
                "b/text.txt", "-o", "out")  # fmt: skip
     assert done.code == 2
-    assert "--data a/text.txt and b/text.txt have the same name" in done.err
+    assert "data a/text.txt and b/text.txt have the same name; rename one (--data)" in done.err
 
 
 def test_a_killed_comparison_continues_and_measures_no_row_twice(apt, checkpoint, tmp_path):
@@ -194,21 +194,21 @@ def test_a_row_is_free_again_when_its_process_ends(tmp_path):
 
 
 def test_cells_have_short_names_and_no_doubles():
-    found = read_cells(["admm", "admm:fast", "ss/auto", "SS/uniform"], ["0.5", "2:4"], registry())
+    found = read_cells(["admm", "admm:fast", "ss/auto", "SS/uniform"], ["0.5", "2:4"])
     assert [cell.key for cell in found] == [
         "admm 0.5", "admm:fast 0.5", "ss/auto 0.5", "ss 0.5", "admm 2:4", "admm:fast 2:4", "ss 2:4"
     ]  # fmt: skip
-    mixed = read_cells(["ss"], ["auto:8@0.5"], registry())
+    mixed = read_cells(["ss"], ["auto:8@0.5"])
     assert mixed[0].label == "ss"
     for method, pattern, message in (
         ("nonsense", "0.5", "no method 'nonsense'"),
         ("admm:long", "0.5", "effort 'long'"),
-        ("wanda:fast", "0.5", "does not use the effort"),
+        ("wanda:fast", "0.5", "does not use effort"),
         ("ss/nowhere", "0.5", "no allocation 'nowhere'"),
         ("ss", "5:4", "5:4"),
     ):
         with pytest.raises(AptError, match=message):
-            read_cells([method], [pattern], registry())
+            read_cells([method], [pattern])
 
 
 def test_mistakes_are_one_line(apt, checkpoint, tmp_path):
@@ -220,9 +220,9 @@ def test_mistakes_are_one_line(apt, checkpoint, tmp_path):
         (("--patterns", "", "-o", "out"), "has an empty part"),
         (("--methods", "wnda", "-o", "out"), "did you mean 'wanda'?"),
         (("--metric", "nonsense", "-o", "out"), "nonsense"),
-        (("--with", "nowhere", "-o", "out"), "--with nowhere is not a directory"),
+        (("--with", "nowhere", "-o", "out"), "nowhere is not a directory (--with)"),
         (("--data", "nowhere.txt", "-o", "out"), "nowhere.txt"),
-        (("--windows", 0, "-o", "out"), "windows must be at least 1"),
+        (("--windows", 0, "-o", "out"), "windows is 0; it must be at least 1"),
         (("-o", "full"), "has other files"),
         (("-o", "full/mine.txt"), "is not a directory"),
     ):

@@ -2,16 +2,20 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from apt_lab.evaluating import evaluate
+from apt_lab.options import EvalRun
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import apt as apt_package
 from apt.checkpoints.load import load_tokenizer
 from apt.cli.summary import first_not_finite
+from apt.errors import AptError
 from apt.locations.model_source import find
 from apt.plugin.registry import registry
 from apt.text.datasets import digest, documents, evaluation_tokens
@@ -130,8 +134,8 @@ def test_perplexity_stands_beside_that_of_the_dense_model(apt, checkpoint):
 def test_metrics_beside_the_dense_model_need_one(apt, checkpoint):
     model, text = checkpoint("llama"), ("--data", TEXT, "--samples", 1, "--seqlen", 16)
     for arguments, message in (
-        (("--metric", "divergence"), "add --dense MODEL"),
-        (("--dense", model, "--stream"), "--dense needs both models in memory"),
+        (("--metric", "divergence"), "name it (--dense)"),
+        (("--dense", model, "--stream"), "dense needs the whole model in memory"),
         (("--metric", "agreement", "--dense", "nowhere"), "nowhere"),
     ):
         done = apt("eval", model, *text, *arguments)
@@ -139,7 +143,7 @@ def test_metrics_beside_the_dense_model_need_one(apt, checkpoint):
         assert message in done.err
     done = apt("prune", model, "--metric", "divergence", "--eval", TEXT, "-o", "out")
     assert done.code == 2
-    assert "apt-prune eval DIR --dense MODEL" in done.err
+    assert "measure it afterwards with apt-prune eval" in done.err
 
 
 def test_a_program_measures_on_the_same_windows(apt, checkpoint):
@@ -151,3 +155,20 @@ def test_a_program_measures_on_the_same_windows(apt, checkpoint):
     assert digest(tokens) == record["tokens_sha256"]
     module = AutoModelForCausalLM.from_pretrained(model)
     assert apt_package.perplexity(module, tokens) == pytest.approx(record["perplexity"], rel=1e-4)
+
+
+def test_a_program_measures_as_the_command_does(apt, checkpoint):
+    model, steps = str(checkpoint("llama")), []
+    run = EvalRun(
+        model=model, dense=model, data=str(TEXT), metrics=("perplexity", "agreement"),
+        samples=2, seqlen=16, bos=False,
+    )  # fmt: skip
+    found = evaluate(run, steps.append)
+    words = ("--dense", model, "--data", TEXT, "--samples", 2, "--seqlen", 16, "--no-bos")
+    told = apt("eval", model, *words, "--metric", "perplexity", "--metric", "agreement", "--json")
+    assert json.loads(told.out) == json.loads(json.dumps(found.record()))
+    assert found.scores["agreement"].value == 1
+    assert found.bos is found.not_finite is None
+    assert steps[-1] == "measuring agreement on 32 tokens"
+    with pytest.raises(AptError, match="samples is 0"):
+        evaluate(replace(run, samples=0))

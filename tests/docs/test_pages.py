@@ -108,8 +108,8 @@ def test_each_link_leads_to_a_page_and_a_heading(page):
             assert not anchor or anchor in anchors(target), link
 
 
-PUBLIC = ("apt", "apt.adapter", "apt.events", "apt.extending", "apt.hookspecs", "apt.runtime",
-          "apt.solver", "apt.testing")  # fmt: skip
+PUBLIC = ("apt", "apt.adapter", "apt.console", "apt.events", "apt.extending", "apt.hookspecs",
+          "apt.options", "apt.runtime", "apt.solver", "apt.testing")  # fmt: skip
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -8,10 +8,10 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 
 from apt.errors import AptError
-from apt.locations.model_source import Source
+from apt.extending import Source
 from apt_lab.benchmark.measures import Facts, Turn
-from apt_lab.benchmark.options import Setting, Work
 from apt_lab.benchmark.worker import Fault, Turns, serve
+from apt_lab.options import BenchRun
 
 
 class _RemoteTraceback(Exception):
@@ -34,18 +34,18 @@ class Worker:
         assert isinstance(found, Facts)
         return found
 
-    def turn(self, work: Work, seed: int) -> Turn:
+    def turn(self, run: BenchRun, seed: int) -> Turn:
         """Let the worker load and measure its model, and wait.
 
         Args:
-            work: the tokens to process.
+            run: the options.
             seed: the seed of the prompts.
 
         Raises:
             AptError: the worker failed or was killed.
         """
         with suppress(BrokenPipeError):  # it has ended, which the answer tells
-            self._connection.send(Turns(work, seed))
+            self._connection.send(Turns(run, seed))
         found = self._answer()
         assert isinstance(found, Turn)
         return found
@@ -77,11 +77,11 @@ class Worker:
 
 
 @contextmanager
-def started(source: Source, setting: Setting) -> Iterator[Worker]:
+def started(source: Source, run: BenchRun) -> Iterator[Worker]:
     """A worker, which is killed on exit: it has nothing to save."""
     context = get_context("spawn")  # a fork would share memory with this process
     ours, theirs = context.Pipe()
-    process = context.Process(target=serve, args=(theirs, source, setting), daemon=True)
+    process = context.Process(target=serve, args=(theirs, source, run), daemon=True)
     try:
         with _ctrl_c_blocked():
             process.start()

@@ -1,23 +1,22 @@
 """Rounds over several models: each model has its turn in each round."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 
 from apt.errors import AptError
-from apt.locations.model_source import Source
+from apt.extending import Source
 from apt_lab.benchmark.measures import Result, Turn
-from apt_lab.benchmark.options import Setting, Work
 from apt_lab.benchmark.process import started
+from apt_lab.options import BenchRun
 
 
 def bench(
+    run: BenchRun,
     sources: Sequence[Source],
-    setting: Setting,
-    work: Work,
-    rounds: int,
     notice: Callable[[str], None] = lambda line: None,
     status: Callable[[str], None] = lambda line: None,
-) -> tuple[Work, list[Result]]:
+) -> tuple[BenchRun, list[Result]]:
     """Measure models, each in a process of its own; while one measures, the others wait.
 
     In each round each model is loaded, measured and released. So the weights of one model are in
@@ -25,33 +24,31 @@ def bench(
     round is in the opposite order.
 
     Args:
+        run: the options.
         sources: the models; one may be given twice, which shows the noise of the machine.
-        setting: the way in which they are loaded.
-        work: the tokens that each processes in a round.
-        rounds: the number of rounds.
         notice: called with a line if the prompt is shortened to fit the models.
         status: called with a line before each turn.
 
     Returns:
-        The work with the prompt that was used, and the measures of each model.
+        The options with the prompt that was used, and the measures of each model.
 
     Raises:
         AptError: an option is out of range, or a model does not load, fails or needs more memory.
     """
-    if rounds < 1:
-        raise AptError("there must be at least 1 round", options=("rounds",))
+    run.check()
+    run = replace(run, batch=tuple(dict.fromkeys(run.batch)))
     names = [source.reference for source in sources]
     with ExitStack() as stack:
-        workers = [stack.enter_context(started(source, setting)) for source in sources]
+        workers = [stack.enter_context(started(source, run)) for source in sources]
         facts = [worker.facts() for worker in workers]
         limits = {name: found.positions for name, found in zip(names, facts, strict=True)}
-        work = work.fitted(limits, notice)
+        run = fitted(run, limits, notice)
         turns: list[list[Turn]] = [[] for _ in workers]
-        for number, index in _order(rounds, len(workers)):
-            status(f"round {number + 1}/{rounds}: {names[index]}")
-            turns[index].append(workers[index].turn(work, number))
+        for number, index in _order(run.rounds, len(workers)):
+            status(f"round {number + 1}/{run.rounds}: {names[index]}")
+            turns[index].append(workers[index].turn(run, number))
     found = zip(names, facts, turns, strict=True)
-    return work, [Result(name, known, tuple(measures)) for name, known, measures in found]
+    return run, [Result(name, known, tuple(measures)) for name, known, measures in found]
 
 
 def _order(rounds: int, models: int) -> Iterator[tuple[int, int]]:
@@ -59,3 +56,39 @@ def _order(rounds: int, models: int) -> Iterator[tuple[int, int]]:
     for number in range(rounds):
         order = range(models)
         yield from ((number, index) for index in (reversed(order) if number % 2 else order))
+
+
+def fitted(
+    run: BenchRun, positions: Mapping[str, int | None], notice: Callable[[str], None]
+) -> BenchRun:
+    """The same work, with a prompt that fits the positions of every model.
+
+    All models receive the same number of tokens, since their speeds are compared.
+
+    Args:
+        run: the options.
+        positions: the positions of each model by its name; None if unlimited.
+        notice: called with a line if the prompt is shortened.
+
+    Raises:
+        AptError: a model has too few positions for the generated tokens.
+    """
+    limits = {name: most for name, most in positions.items() if most is not None}
+    if not limits:
+        return run
+    name = min(limits, key=limits.__getitem__)
+    room = limits[name] - run.generate
+    if room < 1:
+        raise AptError(
+            f"{name} has {limits[name]} positions, too few for a prompt and {run.generate} "
+            "generated tokens",
+            "generate fewer",
+            ("generate",),
+        )
+    if run.prompt <= room:
+        return run
+    notice(
+        f"prompt: {room} tokens (not {run.prompt}: {name} has {limits[name]} positions, and "
+        f"{run.generate} tokens are generated)"
+    )
+    return replace(run, prompt=room)

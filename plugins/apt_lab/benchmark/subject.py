@@ -9,19 +9,15 @@ from time import perf_counter
 import torch
 
 from apt.checkpoints.formats import local_copy
-from apt.checkpoints.load import load, open_shell
-from apt.checkpoints.opened import Opened
 from apt.checkpoints.safetensors_io import Shards
 from apt.checkpoints.stored import local_directory
-from apt.engine.machine import choose_device, read_dtype
 from apt.errors import AptError, NotStoredError
-from apt.locations.model_source import Source
+from apt.extending import Opened, Source, choose_device, load, open_shell, read_dtype, registry
 from apt.output.report import peak_memory, versions
-from apt.plugin.registry import registry
 from apt.text.self_generated import writes
 from apt_lab.benchmark.generation import prompts, speed, synchronise
 from apt_lab.benchmark.measures import Facts, Turn
-from apt_lab.benchmark.options import Setting, Work
+from apt_lab.options import BenchRun
 
 
 class Subject:
@@ -29,17 +25,17 @@ class Subject:
 
     Args:
         source: the model.
-        setting: the way in which it is loaded.
+        run: the options.
 
     Raises:
         AptError: the model does not load, it cannot generate text, or there is no such device.
     """
 
-    def __init__(self, source: Source, setting: Setting) -> None:
-        if setting.threads is not None:
-            torch.set_num_threads(setting.threads)
-        self._device, self._dtype = choose_device(setting.device), read_dtype(setting.dtype)
-        shell = open_shell(source, registry(), setting.adapter, packed=True)
+    def __init__(self, source: Source, run: BenchRun) -> None:
+        if run.threads is not None:
+            torch.set_num_threads(run.threads)
+        self._device, self._dtype = choose_device(run.device), read_dtype(run.dtype)
+        shell = open_shell(source, registry(), run.adapter, packed=True)
         _check(shell)
         self._idle = peak_memory()["cpu"]
         self._shell = _downloaded(shell) if source.on_hub else shell
@@ -58,11 +54,11 @@ class Subject:
             versions=versions(),
         )
 
-    def turn(self, work: Work, seed: int) -> Turn:
+    def turn(self, run: BenchRun, seed: int) -> Turn:
         """Load the model, measure each batch, and release the model.
 
         Args:
-            work: the tokens to process.
+            run: the options.
             seed: the seed of the prompts.
         """
         on_cuda = self._device.startswith("cuda")
@@ -74,8 +70,8 @@ class Subject:
         seconds = perf_counter() - start
         with model.adapter.running(model.module):
             speeds = tuple(
-                speed(model.module, prompts(model.module, batch, work.prompt, seed), work.generate)
-                for batch in work.batches
+                speed(model.module, prompts(model.module, batch, run.prompt, seed), run.generate)
+                for batch in run.batch
             )
         peak = {"cpu": peak_memory()["cpu"]}
         if on_cuda:

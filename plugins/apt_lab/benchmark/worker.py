@@ -14,9 +14,9 @@ from threading import Thread
 from typing import Any
 
 from apt.errors import AptError, described
-from apt.locations.model_source import Source
+from apt.extending import Source
 from apt.locations.paths import user_error
-from apt_lab.benchmark.options import Setting, Work
+from apt_lab.options import BenchRun
 
 _NO_MEMORY = ("out of memory", "allocate memory")  # of CUDA and of the CPU
 
@@ -25,7 +25,7 @@ _NO_MEMORY = ("out of memory", "allocate memory")  # of CUDA and of the CPU
 class Turns:
     """A request for the measures of one round, see `apt_lab.benchmark.subject.Subject.turn`."""
 
-    work: Work
+    run: BenchRun
     seed: int
 
 
@@ -39,7 +39,7 @@ class Fault:
     traceback: str
 
 
-def serve(connection: Connection, source: Source, setting: Setting) -> None:
+def serve(connection: Connection, source: Source, run: BenchRun) -> None:
     """The main function of a worker.
 
     It sends the facts about the model, then the measures for each request; a `Fault` if it fails.
@@ -53,10 +53,10 @@ def serve(connection: Connection, source: Source, setting: Setting) -> None:
             from apt_lab.benchmark.subject import Subject
 
             disable_progress_bar()
-            subject = Subject(source, setting)
+            subject = Subject(source, run)
             connection.send(subject.facts())
             while (request := _received(connection)) is not None:
-                connection.send(subject.turn(request.work, request.seed))
+                connection.send(subject.turn(request.run, request.seed))
         except BrokenPipeError:
             raise
         except Exception as error:

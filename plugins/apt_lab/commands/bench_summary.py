@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from apt.cli.output import out, show, show_json, size, table
+from apt.console import say, show, show_json, size, table
 from apt_lab.benchmark.measures import Result, Spread, Turn, ratios, spread
-from apt_lab.benchmark.options import Work
+from apt_lab.options import BenchRun
 
 _Measure = Callable[[Turn], float]
 
@@ -32,12 +32,12 @@ class PaysFrom:
 
 
 def show_results(
-    work: Work, results: Sequence[Result], pays: PaysFrom | None = None, *, as_json: bool
+    run: BenchRun, results: Sequence[Result], pays: PaysFrom | None = None, *, as_json: bool
 ) -> None:
     """Print the measures of all models, with their ratios to the first.
 
     Args:
-        work: what was measured.
+        run: the options.
         results: the measures of each model.
         pays: the share of zeros from which on packed products are faster; None if no model is
             packed.
@@ -45,42 +45,41 @@ def show_results(
     """
     if as_json:
         found = {} if pays is None else {"packed_pays_from": pays.share}
-        show_json({**_record(work, results), **found})
+        show_json({**_record(run, results), **found})
         return
-    _show_speeds(work, results)
+    _show_speeds(run, results)
     _show_sizes(results)
     facts, rounds = results[0].facts, len(results[0].turns)
     counted = "1 round" if rounds == 1 else f"median (smallest–largest) of {rounds} rounds"
     threads = f"{facts.threads} thread{'s' if facts.threads > 1 else ''}"
-    out.print(
-        f"{counted}; {work.prompt} tokens of prompt, {work.generate} generated; on {facts.device} "
-        f"({threads if facts.device == 'cpu' else facts.device_name})",
-        markup=False,
+    say(
+        f"{counted}; {run.prompt} tokens of prompt, {run.generate} generated; on {facts.device} "
+        f"({threads if facts.device == 'cpu' else facts.device_name})"
     )
-    for line in (*_without_gain(work, results), *([pays.line] if pays else [])):
-        out.print(line, markup=False)
+    for line in (*_without_gain(run, results), *([pays.line] if pays else [])):
+        say(line)
 
 
-def _without_gain(work: Work, results: Sequence[Result]) -> Iterator[str]:
+def _without_gain(run: BenchRun, results: Sequence[Result]) -> Iterator[str]:
     """A line for each model that was not faster than the first one in all rounds."""
     for result in results[1:]:
         slow = [
             f"{name} of {batch} {'sequence' if batch == 1 else 'sequences'}"
             for name, measure in (("prefill", _prefill), ("decoding", _decode))
-            for place, batch in enumerate(work.batches)
+            for place, batch in enumerate(run.batch)
             if (found := _ratio(measure(place), result, results)) and found.smallest <= 1
         ]
         if slow:
             yield f"{result.model} is not faster than {results[0].model} in: {', '.join(slow)}"
 
 
-def _show_speeds(work: Work, results: Sequence[Result]) -> None:
+def _show_speeds(run: BenchRun, results: Sequence[Result]) -> None:
     """Print a row for each model and batch."""
     several = len(results) > 1
     ratio = [">ratio"] if several else []
     made = table("model", ">batch", ">prefill tokens/s", *ratio, ">decode tokens/s", *ratio)
     for result in results:
-        for place, batch in enumerate(work.batches):
+        for place, batch in enumerate(run.batch):
             measures = (_prefill(place), _decode(place))
             cells = (c for m in measures for c in _cells(m, result, results, ",.0f"))
             made.add_row(result.model, str(batch), *cells)
@@ -142,20 +141,22 @@ def _decode(place: int) -> _Measure:
     return lambda turn: turn.speeds[place].decode
 
 
-def _record(work: Work, results: Sequence[Result]) -> dict[str, Any]:
+def _record(run: BenchRun, results: Sequence[Result]) -> dict[str, Any]:
     facts = results[0].facts
     return {
-        **asdict(work),
+        "prompt": run.prompt,
+        "generate": run.generate,
+        "batches": run.batch,
         "rounds": len(results[0].turns),
         "device": facts.device,
         "device_name": facts.device_name,
         "threads": facts.threads,
         "versions": facts.versions,
-        "models": [_model_record(work, result, results) for result in results],
+        "models": [_model_record(run, result, results) for result in results],
     }
 
 
-def _model_record(work: Work, result: Result, results: Sequence[Result]) -> dict[str, Any]:
+def _model_record(run: BenchRun, result: Result, results: Sequence[Result]) -> dict[str, Any]:
     def measured(measure: _Measure) -> dict[str, Any]:
         values, ratio = result.each(measure), _ratio(measure, result, results)
         return {**asdict(spread(values)), "ratio": asdict(ratio) if ratio else None,
@@ -172,6 +173,6 @@ def _model_record(work: Work, result: Result, results: Sequence[Result]) -> dict
         "speeds": [
             {"batch": batch, "prefill_tokens_per_second": measured(_prefill(place)),
              "decode_tokens_per_second": measured(_decode(place))}
-            for place, batch in enumerate(work.batches)
+            for place, batch in enumerate(run.batch)
         ],
     }  # fmt: skip

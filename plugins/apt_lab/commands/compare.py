@@ -5,16 +5,24 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from apt.cli.interruptions import interrupted
-from apt.cli.opening import find_model
+from apt.console import (
+    Progress,
+    find_model,
+    has_live_display,
+    interrupted,
+    notice,
+    say,
+    show,
+    show_json,
+    table,
+)
 from apt.errors import AptError
 from apt.files.writing import check_file
 from apt.locations.paths import kind_at
 from apt.options import PrintingOptions
-from apt_lab.options import CompareRun, parts
+from apt_lab.options import CompareRun
 
 if TYPE_CHECKING:
-    from apt.cli.progress import Progress
     from apt_lab.comparing.results import Comparison
 
 _FILES = ("comparison.md", "comparison.csv", "comparison.png")
@@ -26,32 +34,20 @@ def compare(run: CompareRun, printing: PrintingOptions) -> None:
     For example: apt-prune compare zoo:llama --methods wanda,admm --patterns 0.5,2:4 --output cmp
     """
     _check_place(run.output)
-    from apt.plugin.registry import registry
-
-    installed = registry()
-    metrics = tuple(dict.fromkeys(installed.evaluators.get(name).name for name in run.metrics))
     tasks = run.known_tasks(trust_remote_code=run.trust_remote_code)
     source = find_model(run.model, run)
 
-    from apt.cli.output import has_live_display, notice
-    from apt.cli.progress import Progress
-    from apt.engine.machine import choose_device
     from apt.engine.prepare import input_paths
     from apt.output.location import check_not_input
-    from apt_lab.comparing.cells import read_cells
-    from apt_lab.comparing.grid import CompareOptions, Grid
+    from apt_lab.comparing.grid import Grid
     from apt_lab.comparing.results import RESULTS, Comparison
 
-    cells = read_cells(parts(run.methods, "methods"), parts(run.patterns, "patterns"), installed)
-    options = CompareOptions(
-        source, cells, run.others, tuple(dict.fromkeys(run.data)), metrics, tasks, run.limit,
-        run.calibration, run.samples, run.seqlen, run.seed, run.windows, choose_device(run.device),
-    )  # fmt: skip
     texts = (*run.data, run.calibration, *map(str, run.others))
     check_not_input(run.output, input_paths(source, texts))
     try:
         with Progress("starting") as progress:
-            grid = Grid(options, installed, progress.status, notice, progress=has_live_display())
+            live = has_live_display()
+            grid = Grid(run, source, tasks, progress.status, notice, progress=live)
             comparison = Comparison(run.output / RESULTS, grid.setting())
             comparison.read()
             run.output.mkdir(parents=True, exist_ok=True)
@@ -65,10 +61,8 @@ def compare(run: CompareRun, printing: PrintingOptions) -> None:
     _write(run.output, comparison, rows)
 
 
-def _tell(progress: "Progress", row: dict[str, Any]) -> None:
+def _tell(progress: Progress, row: dict[str, Any]) -> None:
     """Print a line about a row, with the time that is left."""
-    from apt.cli.output import notice
-
     progress.done += 1
     figures = (
         f"{metric} {value:.4g} on {text}"
@@ -125,7 +119,6 @@ def _write(output: Path, comparison: "Comparison", rows: list[dict[str, Any]]) -
 def _show(
     output: Path, comparison: "Comparison", rows: list[dict[str, Any]], *, as_json: bool
 ) -> None:
-    from apt.cli.output import out, show, show_json, table
     from apt_lab.comparing.results import RESULTS
     from apt_lab.comparing.tables import header, intervals, summaries, texts_of
 
@@ -140,4 +133,4 @@ def _show(
     for row in rows:
         made.add_row(*texts_of(row, rows[0]))
     show(made)
-    out.print(f"{output}: {RESULTS}, comparison.md, comparison.csv", markup=False)
+    say(f"{output}: {RESULTS}, comparison.md, comparison.csv")

@@ -2,7 +2,7 @@
 
 from importlib.util import find_spec
 
-from apt.cli.opening import check_plot
+from apt.console import Progress, check_plot, say, show, show_json, table
 from apt.errors import AptError
 from apt.options import PrintingOptions
 from apt_lab.options import LawRun
@@ -18,8 +18,6 @@ def law(run: LawRun, printing: PrintingOptions) -> None:
     if find_spec("scipy") is None:
         raise AptError("law needs scipy", "pip install 'apt-prune[recover]'")
 
-    from apt.cli.output import out, show, show_json, table
-    from apt.cli.progress import Progress
     from apt.recovery.law import fit_law
     from apt_lab.recoveries import read_points
 
@@ -52,7 +50,7 @@ def law(run: LawRun, printing: PrintingOptions) -> None:
         parameters.add_row(name, f"{value:.4g}", interval)
     show(parameters)
     for line in fitted.missing:
-        out.print(line, markup=False)
+        say(line)
     more = [f">after {run.tokens:,.0f}"] if run.tokens else []
     runs = table("run", ">tokens", ">loss", ">fitted", ">enough tokens", *more)
     for entry in predicted:
@@ -65,8 +63,7 @@ def law(run: LawRun, printing: PrintingOptions) -> None:
             *([f"{entry['predicted']:.4f}"] if run.tokens else []),
         )
     show(runs)
-    out.print(
+    say(
         f"mean error {fitted.error:.4f} nats, average slope difference "
-        f"{fitted.slope_difference:.4g} nats per million tokens",
-        markup=False,
+        f"{fitted.slope_difference:.4g} nats per million tokens"
     )

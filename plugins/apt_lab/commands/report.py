@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from apt.cli.opening import check_new_file, find_model
+from apt.console import Progress, check_new_file, find_model, say, show_json
 from apt.errors import AptError, first_line
 from apt.locations.paths import kind_at
 from apt.options import PrintingOptions, RemoteOptions
@@ -25,7 +25,6 @@ def report(run: ReportRun, printing: PrintingOptions) -> None:
     """
     check_new_file(run.output, *run.directories, run.text, run.dense, overwrite=run.overwrite)
     _check_png(run.png)
-    from apt.cli.output import out, show_json
     from apt.files.writing import write_file
     from apt_lab.comparing.results import RESULTS
     from apt_lab.reporting.page import read_subjects, render
@@ -53,7 +52,7 @@ def report(run: ReportRun, printing: PrintingOptions) -> None:
         show_json({"output": str(run.output), **counts, "bytes": size})
     else:
         parts = [f"{n} {name if n > 1 else name[:-1]}" for name, n in counts.items() if n]
-        out.print(f"{run.output}: {', '.join(parts)}, {size:,} bytes", markup=False)
+        say(f"{run.output}: {', '.join(parts)}, {size:,} bytes")
 
 
 def _check_png(png: Path | None) -> None:
@@ -86,8 +85,7 @@ def _section(directory: Path, number: int) -> "ComparisonSection":
 
 def _beside(directory: Path, subject: "Subject", text: str, run: ReportRun) -> "Beside":
     """What a model does beside the dense one."""
-    from apt.cli.progress import Progress
-    from apt.plugin.registry import registry
+    from apt.extending import registry
     from apt_lab.reporting.beside import compare_texts, weights_before
 
     report = subject.report

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from apt.errors import AptError
+from apt.extending import registry
 from apt.options import Effort, PruneOptions
 from apt.planning.allocation import default_allocation
 from apt.planning.plan import read_pattern
-from apt.plugin.registry import Registry
 from apt.solver import Unstructured
 
 
@@ -41,34 +41,33 @@ class Cell:
         return f"{self.label} {self.pattern}"
 
 
-def read_cells(methods: Sequence[str], patterns: Sequence[str], registry: Registry) -> list[Cell]:
+def read_cells(methods: Sequence[str], patterns: Sequence[str]) -> list[Cell]:
     """The cells of all methods with all patterns.
 
     Args:
         methods: ``NAME[:EFFORT][/ALLOCATION]``. An allocation is left out with n:m patterns.
         patterns: patterns as text.
-        registry: the plugins.
 
     Raises:
         AptError: a name or a pattern is not known, or a method does not use an effort.
     """
-    found = [_cell(method, pattern, registry) for pattern in patterns for method in methods]
+    found = [_cell(method, pattern) for pattern in patterns for method in methods]
     return list(dict.fromkeys(found))
 
 
-def _cell(text: str, pattern: str, registry: Registry) -> Cell:
+def _cell(text: str, pattern: str) -> Cell:
     wanted = read_pattern(pattern)
     name, _, allocation = text.partition("/")
     name, _, effort = name.partition(":")
-    spec = registry.methods.get(name)
+    spec = registry().methods.get(name)
     options = PruneOptions(effort=effort or "default")  # type: ignore[arg-type]
     try:
         options.check()
-        options.check_used(spec, registry.methods.specs.values(), "method")
+        options.check_used(spec, registry().methods.specs.values(), "method")
     except AptError as error:
         raise AptError(f"{text}: {error.message}", error.hint) from error
     plain = default_allocation(wanted)
-    chosen = registry.allocations.get(allocation).name if allocation else plain
+    chosen = registry().allocations.get(allocation).name if allocation else plain
     if not isinstance(wanted, Unstructured):
         chosen = plain
     return Cell(spec.name, options.effort, chosen, str(wanted))

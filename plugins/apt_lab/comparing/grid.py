@@ -4,162 +4,120 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from apt import calibration_tokens, evaluation_tokens, prune_copy
 from apt.checkpoints.architecture import quantised_with
 from apt.checkpoints.copies import CARD
-from apt.checkpoints.load import fingerprint, load, load_tokenizer, open_shell
+from apt.checkpoints.load import fingerprint
 from apt.checkpoints.masks import masks_of, sparsity_of
-from apt.checkpoints.opened import Opened
-from apt.engine.api import prune_copy
-from apt.engine.prepare import capped
-from apt.engine.text import check_same_vocabulary, check_vocabulary
 from apt.evaluation import kept_states
-from apt.events import Observer
+from apt.extending import (
+    Opened,
+    Source,
+    capped,
+    check_same_vocabulary,
+    check_vocabulary,
+    choose_device,
+    load,
+    load_tokenizer,
+    open_shell,
+    registry,
+)
 from apt.files.hashes import file_hashes
-from apt.locations.model_source import Source, find
+from apt.locations.model_source import find
 from apt.locations.paths import portable
 from apt.options import PruneOptions
 from apt.output.report import versions
-from apt.plugin.registry import Registry
-from apt.text.datasets import calibration_tokens, digest, documents, evaluation_tokens
-from apt.text.special_tokens import bos_of
-from apt_lab.comparing.cells import Cell
+from apt.text.datasets import digest
+from apt_lab.comparing.cells import Cell, read_cells
 from apt_lab.comparing.results import DENSE, Comparison, Row
+from apt_lab.options import CompareRun, parts
 from apt_lab.tasks.harness import answer, task_setting
 from apt_lab.windows import score
-
-
-@dataclass(frozen=True)
-class CompareOptions:
-    """What a comparison compares.
-
-    Args:
-        source: the dense model.
-        cells: the runs.
-        others: directories that another tool pruned, which are measured too.
-        data: the data sources to measure on, of different file names.
-        metrics: the names of the metrics; they may compare with the dense model.
-        tasks: the names of tasks, see `apt_lab.tasks.harness.check_tasks`.
-        limit: the number of questions of each task; None for all.
-        calibration: the data source of the calibration samples.
-        samples, seqlen, seed: the number and length of the calibration samples, and the seed. The
-            length is at most the number of the model's positions.
-        windows: the number of windows of each text to measure on; None for all.
-        device: the device.
-    """
-
-    source: Source
-    cells: Sequence[Cell]
-    others: Sequence[Path] = ()
-    data: Sequence[str] = ("builtin",)
-    metrics: Sequence[str] = ("perplexity",)
-    tasks: Sequence[str] = ()
-    limit: int | None = None
-    calibration: str = "builtin"
-    samples: int = 128
-    seqlen: int = 2048
-    seed: int = 0
-    windows: int | None = None
-    device: str = "cpu"
 
 
 class Grid:
     """The model and the texts of a comparison, loaded once.
 
     Args:
-        options: what is compared.
-        registry: the plugins.
+        run: the options.
+        source: the dense model.
+        tasks: the names of tasks, see `apt_lab.tasks.harness.check_tasks`.
         status: called with a text for each step.
         notice: called with a line about a value that was changed.
-        observe: called with the events of each run.
         progress: True if lm-evaluation-harness may show its progress on standard error.
 
     Raises:
-        AptError: the model, a text or a directory cannot be read, or a directory has a model of
-            another vocabulary.
+        AptError: a name is not known, the model, a text or a directory cannot be read, or a
+            directory has a model of another vocabulary.
     """
 
     def __init__(
         self,
-        options: CompareOptions,
-        registry: Registry,
+        run: CompareRun,
+        source: Source,
+        tasks: Sequence[str] = (),
         status: Callable[[str], None] = lambda text: None,
         notice: Callable[[str], None] = lambda text: None,
-        observe: Observer = lambda event: None,
         *,
         progress: bool = False,
     ) -> None:
-        self._options, self._registry = options, registry
-        self._status, self._observe, self._progress = status, observe, progress
-        self._metrics = {name: registry.evaluators.get(name) for name in options.metrics}
+        self._run, self._tasks = run, tasks
+        self._status, self._progress = status, progress
+        self._device = choose_device(run.device)
+        found = [registry().evaluators.get(name) for name in run.metrics]
+        self._metrics = {spec.name: spec for spec in found}
+        cells = read_cells(parts(run.methods, "methods"), parts(run.patterns, "patterns"))
         status("reading text")
-        shell = open_shell(options.source, registry)
-        self._seqlen = capped(options.seqlen, shell, notice)
-        self._tokenizer = load_tokenizer(options.source)
-        self._tokens, self._held_out = self._calibration(), self._windows()
+        shell = open_shell(source, registry())
+        self._tokenizer = load_tokenizer(source)
+        given: dict[str, Any] = {"seqlen": capped(run.seqlen, shell, notice), "bos": run.bos}
+        self._tokens = calibration_tokens(
+            self._tokenizer, run.calibration, samples=run.samples, seed=run.seed, **given
+        )
+        self._held_out = {
+            name: evaluation_tokens(self._tokenizer, name, samples=run.windows, **given)
+            for name in run.data
+        }
         for tokens in (self._tokens, *self._held_out.values()):
-            check_vocabulary(tokens, shell.module, options.source.reference)
+            check_vocabulary(tokens, shell.module, source.reference)
         self._work: dict[str, Callable[[], Row]] = {DENSE: self._unpruned}
-        self._work |= {cell.key: partial(self._pruned, cell) for cell in options.cells}
-        for path in options.others:
+        self._work |= {cell.key: partial(self._pruned, cell) for cell in cells}
+        for path in run.others:
             status(f"reading {path}")
-            check_same_vocabulary(self._other_shell(path), shell)
+            check_same_vocabulary(_other_shell(path), shell)
             name = self._name_of(path)
             # With a checksum of the files, so that a directory that has changed is measured anew.
-            found = hashlib.sha256(json.dumps(file_hashes(path, [CARD])).encode()).hexdigest()
-            self._work[f"with {name} {found[:12]}"] = partial(self._other, name, path)
+            checksum = hashlib.sha256(json.dumps(file_hashes(path, [CARD])).encode()).hexdigest()
+            self._work[f"with {name} {checksum[:12]}"] = partial(self._other, name, path)
         status("loading the model")
-        self._dense: Opened = load(shell, None, options.device)
-
-    def _calibration(self) -> Tensor:
-        options = self._options
-        texts = documents(options.calibration, "calibration", self._registry)
-        return calibration_tokens(
-            self._tokenizer, texts, options.samples, self._seqlen, options.seed,
-            options.calibration, bos_of(self._tokenizer),
-        )  # fmt: skip
-
-    def _windows(self) -> dict[str, Tensor]:
-        """The token ids (windows, seqlen) of each text."""
-        options = self._options
-        return {
-            name: evaluation_tokens(
-                self._tokenizer, documents(name, "evaluation", self._registry),
-                options.windows, self._seqlen, name, bos_of(self._tokenizer),
-            )
-            for name in options.data
-        }  # fmt: skip
+        self._dense: Opened = load(shell, None, self._device)
 
     def _name_of(self, path: Path) -> str:
         """The name of a directory of another tool; with its path if another one has this name."""
-        names = [other.resolve().name for other in self._options.others]
+        names = [other.resolve().name for other in self._run.others]
         own = path.resolve().name
         return own if names.count(own) == 1 else str(path)
 
-    def _other_shell(self, path: Path) -> Opened:
-        """The model in a directory of another tool, without weights."""
-        return open_shell(find(str(path.resolve()), self._registry), self._registry, packed=True)
-
     def setting(self) -> dict[str, Any]:
         """What all rows have in common, for the file of the results."""
-        options = self._options
+        run = self._run
         return {
-            "model": portable(options.source.reference),
+            "model": portable(run.model),
             "weights": fingerprint(self._dense.module),
-            "calibration": portable(options.calibration),
+            "calibration": portable(run.calibration),
             "tokens": digest(self._tokens),
             "shape": list(self._tokens.shape),
-            "seed": options.seed,
+            "seed": run.seed,
             "data": {portable(name): digest(t) for name, t in self._held_out.items()},
             "windows": {portable(name): list(t.shape) for name, t in self._held_out.items()},
-            "metrics": list(options.metrics),
-            **(task_setting(options.tasks, options.limit) if options.tasks else {}),
+            "metrics": list(self._metrics),
+            **(task_setting(self._tasks, run.limit) if self._tasks else {}),
             "versions": versions(),
         }
 
@@ -213,8 +171,7 @@ class Grid:
             options=PruneOptions(effort=cell.effort),
             allocation=cell.allocation,
             tokenizer=self._tokenizer,
-            seed=self._options.seed,
-            observe=self._observe,
+            seed=self._run.seed,
         )
         return {
             "method": cell.label,
@@ -227,7 +184,7 @@ class Grid:
 
     def _other(self, name: str, path: Path) -> Row:
         """A row for a model that another tool pruned."""
-        loaded = load(self._other_shell(path), None, self._options.device)
+        loaded = load(_other_shell(path), None, self._device)
         row = {"method": name, "pattern": "", **self._scores(loaded.module)}
         if quantised_with(loaded.config) is None:  # others have no plain weights
             row["sparsity"] = sparsity_of(masks_of(loaded.module, loaded.adapter))
@@ -247,12 +204,16 @@ class Grid:
                     scores[metric], each = score(spec, module, tokens, self._dense.module)
                     if each is not None:
                         windows[metric] = each.record()
-            if self._options.tasks:
+            if self._tasks:
                 self._status("answering tasks")
                 answers = answer(
-                    module, self._tokenizer, self._options.tasks, self._options.limit,
-                    progress=self._progress,
-                    trust_remote_code=self._options.source.trust_remote_code,
+                    module, self._tokenizer, self._tasks, self._run.limit,
+                    progress=self._progress, trust_remote_code=self._run.trust_remote_code,
                 )  # fmt: skip
                 row["tasks"] = {own.task: own.record() for own in answers}
         return row
+
+
+def _other_shell(path: Path) -> Opened:
+    """The model in a directory of another tool, without weights."""
+    return open_shell(find(str(path.resolve()), registry()), registry(), packed=True)

@@ -9,13 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apt.checkpoints.load import fingerprint, load, load_tokenizer, open_shell
-from apt.engine.prepare import capped
-from apt.engine.text import check_same_vocabulary, check_vocabulary
+from apt import Report
+from apt.checkpoints.load import fingerprint
 from apt.errors import AptError
-from apt.locations.model_source import Source, find
-from apt.output.report import Report
-from apt.plugin.registry import Registry
+from apt.extending import (
+    Registry,
+    Source,
+    capped,
+    check_same_vocabulary,
+    check_vocabulary,
+    load,
+    load_tokenizer,
+    open_shell,
+)
+from apt.locations.model_source import find
 from apt.text.datasets import documents, evaluation_tokens
 from apt.text.special_tokens import bos_of
 from apt_lab.reporting.beside_dense import (

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apt.adapter.recording import eval_mode
 from apt.evaluation.logits import parts_of_logits
 from apt.evaluation.metrics import windows_at_once
+from apt.extending import eval_mode
 
 _EDGES = (1, 3, 9, 27, 81)  # the largest counts of the groups of tokens
 

@@ -8,9 +8,10 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from apt import Report
 from apt.errors import AptError
 from apt.events import SitePruned
-from apt.output.report import Report, by_kind, versions
+from apt.output.report import by_kind, versions
 from apt_lab.reporting.beside import Beside
 from apt_lab.reporting.charts import Bar, Line, bar_chart, line_chart
 from apt_lab.reporting.comparisons import ComparisonSection

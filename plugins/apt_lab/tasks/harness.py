@@ -19,8 +19,8 @@ from unittest.mock import patch
 
 from torch import nn
 
-from apt.adapter.recording import eval_mode
 from apt.errors import AptError, first_line
+from apt.extending import eval_mode
 from apt_lab.tasks.answers import Answers
 from apt_lab.tasks.question_sets import GROUP, SETS, task_config
 from apt_lab.tasks.task_files import check_task_file

@@ -1,0 +1,213 @@
+"""The metrics of a model on text, and its answers to tasks; beside the dense model if it is given.
+
+The options are checked before torch is imported.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from apt.engine.opening import find_source
+from apt.errors import AptError
+from apt.extending import registry
+from apt.hookspecs import EvaluatorSpec
+from apt_lab.options import EvalRun
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from apt.extending import Opened, Source
+    from apt_lab.windows import Score
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured of a model.
+
+    Attributes:
+        run: the options.
+        tokens: the windows of the text (windows, seqlen); None if no text was measured.
+        bos: the token that begins each window, as an id and as text; None without such a token.
+        scores: the metrics on the text by name.
+        tasks: the summary of each task, see `apt_lab.tasks.answers.summary`.
+    """
+
+    run: EvalRun
+    tokens: "Tensor | None"
+    bos: tuple[int, str] | None
+    scores: "Mapping[str, Score]"
+    tasks: Mapping[str, Any]
+
+    @property
+    def not_finite(self) -> str | None:
+        """The first metric that is not a finite number."""
+        return next((k for k, one in self.scores.items() if not math.isfinite(one.value)), None)
+
+    def record(self) -> dict[str, Any]:
+        """What was measured, as values for JSON."""
+        tasks = {"tasks": self.tasks} if self.tasks else {}
+        if self.tokens is None:
+            return {"model": self.run.model, **tasks}
+        from apt.text.datasets import digest
+
+        windows, seqlen = self.tokens.shape
+        dense = {name: one.dense for name, one in self.scores.items() if one.dense is not None}
+        spreads = {name: asdict(one.spread) for name, one in self.scores.items() if one.spread}
+        return {
+            "model": self.run.model, "data": self.run.data,
+            **{name: one.value for name, one in self.scores.items()},
+            **({"dense": dense} if dense else {}), **({"spread": spreads} if spreads else {}),
+            "windows": windows, "seqlen": seqlen, "bos": self.bos and self.bos[0],
+            "tokens_sha256": digest(self.tokens), **tasks,
+        }  # fmt: skip
+
+
+def evaluate(
+    run: EvalRun,
+    status: Callable[[str], None] = lambda text: None,
+    notice: Callable[[str], None] = lambda line: None,
+    *,
+    progress: bool = False,
+) -> Evaluation:
+    """Measure a model: what ``apt-prune eval`` does.
+
+    Args:
+        run: the options.
+        status: called with a text for each step.
+        notice: called with a line about a value that was changed.
+        progress: True if lm-evaluation-harness may show its progress on standard error.
+
+    Raises:
+        AptError: an option is wrong, or a model, the text or a task cannot be read.
+    """
+    run.check()
+    measures = _metrics(run)
+    tasks = run.known_tasks(trust_remote_code=run.trust_remote_code)
+    sources = []
+    for reference in (run.model, run.dense) if run.dense else (run.model,):
+        status(f"looking for {reference}")
+        sources.append(find_source(reference, run, registry()))
+    run = replace(run, data=run.data or "builtin")
+
+    from apt.extending import load_tokenizer
+    from apt.text.special_tokens import bos_of
+
+    shells = _shells(run, sources)
+    tokenizer = load_tokenizer(sources[0], run.tokenizer)
+    tokens = _windows(run, tokenizer, shells[0], notice) if measures else None
+    first = bos_of(tokenizer) if run.bos else None
+    status("loading the model")
+    with ExitStack() as stack:
+        models = [stack.enter_context(_runnable(shell, tokens, run)) for shell in shells]
+        scores = {} if tokens is None else _scores(models, tokens, measures, status)
+        if tasks:
+            status("answering tasks")
+        answered = _answers(models, tokenizer, tasks, run, progress=progress)
+    bos = None if first is None else (first, str(tokenizer.bos_token))
+    return Evaluation(run, tokens, bos, scores, answered)
+
+
+def _metrics(run: EvalRun) -> list[EvaluatorSpec]:
+    """The metrics on text; none if tasks alone are answered."""
+    plain = () if run.tasks and run.data is None else ("perplexity",)
+    found = [registry().evaluators.get(name) for name in run.metrics or plain]
+    if run.dense is None and (beside := [spec.name for spec in found if spec.dense]):
+        raise AptError(
+            f"the metric {beside[0]} compares with the dense model", "name it", ("dense",)
+        )
+    return found
+
+
+def _shells(run: EvalRun, sources: "Sequence[Source]") -> "list[Opened]":
+    """The model, and the dense one if it is given, without weights."""
+    from apt.checkpoints.stored import open_stored
+    from apt.extending import check_same_vocabulary, open_shell
+
+    model = open_shell(sources[0], registry(), run.adapter, packed=not run.stream)
+    if run.adapter is not None:
+        for _, block in model.adapter.blocks(model.module):
+            model.adapter.sites(block)  # raises if the adapter is for another family
+    if run.stream:
+        open_stored(model)
+    if run.dense is None:
+        return [model]
+    dense = open_shell(sources[1], registry(), packed=True)
+    check_same_vocabulary(model, dense)
+    return [model, dense]
+
+
+def _windows(
+    run: EvalRun, tokenizer: Any, model: "Opened", notice: Callable[[str], None]
+) -> "Tensor":
+    from apt import evaluation_tokens
+    from apt.extending import capped, check_vocabulary
+
+    notices: list[str] = []
+    seqlen = capped(run.seqlen, model, notices.append)
+    tokens = evaluation_tokens(
+        tokenizer, str(run.data), samples=run.samples, seqlen=seqlen, bos=run.bos
+    )
+    check_vocabulary(tokens, model.module, model.source.reference)
+    for line in notices:
+        notice(line)
+    return tokens
+
+
+@contextmanager
+def _runnable(shell: "Opened", tokens: "Tensor | None", run: EvalRun) -> "Iterator[nn.Module]":
+    """A model, ready to run; a streamed one block by block on these tokens."""
+    from apt.evaluation.blockwise import streamed
+    from apt.extending import choose_device, load, read_dtype
+
+    device = choose_device(run.device)
+    if run.stream and tokens is not None:
+        with streamed(shell, tokens, device) as module:
+            yield module
+        return
+    loaded = load(shell, read_dtype(run.dtype), device)
+    with loaded.adapter.running(loaded.module):
+        yield loaded.module
+
+
+def _scores(
+    models: "Sequence[nn.Module]",
+    tokens: "Tensor",
+    measures: Sequence[EvaluatorSpec],
+    status: Callable[[str], None],
+) -> "dict[str, Score]":
+    """The metrics of the first model, beside those of the dense model if it is given."""
+    from apt.evaluation import kept_states
+    from apt_lab.windows import Score, score_beside
+
+    scores = {}
+    with ExitStack() as stack:
+        for model in models if len(measures) > 1 else ():
+            stack.enter_context(kept_states(model))
+        for spec in measures:
+            status(f"measuring {spec.name} on {tokens.numel():,} tokens")
+            if len(models) > 1:
+                scores[spec.name] = score_beside(spec, models[0], tokens, models[1])
+            else:
+                scores[spec.name] = Score(spec.measure(models[0], tokens))
+    return scores
+
+
+def _answers(
+    models: "Sequence[nn.Module]",
+    tokenizer: Any,
+    tasks: Sequence[str],
+    run: EvalRun,
+    *,
+    progress: bool,
+) -> dict[str, Any]:
+    """The summary of each task, with the differences from the dense model if it is given."""
+    if not tasks:
+        return {}
+    from apt_lab.tasks.answers import summary
+    from apt_lab.tasks.harness import answer
+
+    given: dict[str, Any] = {"progress": progress, "trust_remote_code": run.trust_remote_code}
+    found = [answer(model, tokenizer, tasks, run.limit, **given) for model in models]
+    return {own.task: summary(own, *others) for own, *others in zip(*found, strict=True)}
