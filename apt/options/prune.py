@@ -54,14 +54,7 @@ tokens. Own samples improve the result more than random tokens do, but cost more
 
 @options
 class SolveOptions(Options):
-    """The options of the loop over blocks, for a sparse and for a smaller model.
-
-    ``None`` means the default, which depends on the effort or on the method. Each option can be set
-    separately, for instance for an ablation. Sources are in methods.md: "The target" (error_aware,
-    input_correction α, drift_correction β), "Block tuning" (after EBFT, arXiv 2402.12419), "Random
-    tokens"; own samples are after arXiv 2410.17170. `apt.shrink` has other defaults: 0 for the two
-    corrections, and 0.03 for ``tuning_rate``.
-    """
+    """The options of the loop over blocks, for a sparse and for a smaller model."""
 
     own_samples: int | None = option(
         "Samples that the model generates, beside --samples. By default a fourth of "
@@ -112,8 +105,7 @@ class SolveOptions(Options):
         meaning="it is a share of a weight's size, such as 0.05",
     )  # fmt: skip
     tuning_tokens: int | None = option(
-        "Calibration tokens for the tuning; 0 uses all. By default 12288, with --effort best "
-        "all.",
+        "Calibration tokens for the tuning; 0 uses all. By default 12288, with --effort best all.",
         default=None, panel=ACCURACY, metavar="N", within="[0, ∞)",
         meaning="it is a number of tokens; 0 uses all",
     )  # fmt: skip
@@ -130,14 +122,16 @@ class SolveOptions(Options):
 class PruneOptions(IntegerOptions, SolveOptions):
     """The options that the pruned weights depend on, beside model, tokens, pattern and method.
 
-    See `apt.options.SolveOptions`. A row importance of p lets rows that are more important to
-    the block keep more weights (methods.md, "Row importance"). Integers are rounded after the
-    tuning of their block, so that later roundings and later blocks make up for the error.
+    ``None`` means the default, which depends on the effort or on the method. Each option can be set
+    separately, for instance for an ablation. Sources are in methods.md: "The target" (error_aware,
+    input_correction α, drift_correction β), "Row importance", "Block tuning" (after EBFT, arXiv
+    2402.12419), "Random tokens"; own samples are after arXiv 2410.17170. Integers are rounded after
+    the tuning of their block, so that later roundings and later blocks make up for the error.
+    `apt.shrink` has other defaults: 0 for the two corrections, and 0.03 for ``tuning_rate``.
     """
 
     row_importance: float | None = option(
-        "Exponent by which more important rows keep more weights; 0 turns it off. By default "
-        "0.35.",
+        "Exponent by which more important rows keep more weights; 0 turns it off. By default 0.35.",
         default=None, panel=ACCURACY, metavar="P", within="[0, 2]",
         meaning="it is a power, such as 0.35",
     )  # fmt: skip

@@ -58,11 +58,8 @@ class RecoverOptions(Options):
     )  # fmt: skip
     batch: int = option(
         "Samples of a step, over all processes.",
-        default=8,
-        panel=TRAINING,
-        metavar="N",
-        within="[1, ∞)",
-    )
+        default=8, panel=TRAINING, metavar="N", within="[1, ∞)",
+    )  # fmt: skip
     micro_batch: int = option(
         "Samples that run together. Fewer need less memory; the result is the same.",
         default=8, panel=TRAINING, metavar="N", within="[1, ∞)", formerly="samples_at_once",
@@ -158,10 +155,8 @@ class RecoverRun(
     )  # fmt: skip
     seqlen: int = option(
         "Tokens of a sample; at most the model's positions.",
-        default=512,
-        panel=TEXT,
-        within="[2, ∞)",
-    )
+        default=512, panel=TEXT, within="[2, ∞)",
+    )  # fmt: skip
     seed: int = option(
         "Seed for the order of the samples and for new adapters.", default=0, panel=TEXT
     )

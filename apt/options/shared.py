@@ -136,9 +136,8 @@ class CalibrationOptions(Options):
     )  # fmt: skip
     seed: int = option(
         "Seed for the choice of samples and for the text that the model generates.",
-        default=0,
-        panel=TEXT,
-    )
+        default=0, panel=TEXT,
+    )  # fmt: skip
 
     def check(self) -> None:
         """Raise `AptError` if an option is out of range."""
@@ -160,10 +159,8 @@ class SampleOptions(Options):
     )
     seqlen: int = option(
         "Tokens of a sample; at most the model's positions.",
-        default=2048,
-        panel=TEXT,
-        within="[2, ∞)",
-    )
+        default=2048, panel=TEXT, within="[2, ∞)",
+    )  # fmt: skip
 
 
 @options
@@ -241,11 +238,8 @@ class WritingOptions(Options):
     output: Path = option("Directory to write.", panel=OUTPUT, short="-o")
     overwrite: bool = option(
         "Replace the output of an earlier run.",
-        default=False,
-        panel=OUTPUT,
-        saved=False,
-        effect=False,
-    )
+        default=False, panel=OUTPUT, saved=False, effect=False,
+    )  # fmt: skip
 
 
 @options
@@ -282,11 +276,8 @@ class OutputOptions(ShardOptions):
     output: Path | None = option("Directory to write.", default=None, panel=OUTPUT, short="-o")
     overwrite: bool = option(
         "Replace the output of an earlier run.",
-        default=False,
-        panel=OUTPUT,
-        saved=False,
-        effect=False,
-    )
+        default=False, panel=OUTPUT, saved=False, effect=False,
+    )  # fmt: skip
 
     @property
     def directory(self) -> Path:
@@ -360,10 +351,8 @@ class IntegerOptions(Options):
 
     quantize: Literal["int8", "int4"] | None = option(
         "Round the kept weights to the nearest int8 or int4.",
-        default=None,
-        panel=ACCURACY,
-        metavar="KIND",
-    )
+        default=None, panel=ACCURACY, metavar="KIND",
+    )  # fmt: skip
     scale_group: int | Literal["row"] = option(
         "Columns that share a scale with --quantize, or row for one scale a row.",
         default=128, panel=ACCURACY, metavar="N|row", read=read_columns, formerly="group",
