@@ -14,10 +14,8 @@ def prune(
 
     run, notices = opened(run)
 
-    from apt.cli import packing, pruning
+    from apt.cli.pruning import pack_result, start
 
-    if run.pack is not None:
-        packing.check_packed_place(run.pack, run)
-    pruning.start(run, config, plan, printing, notices)
-    if run.pack is not None and not plan.dry_run:  # also where the output was complete before
-        packing.pack_output(run.pack, run)
+    start(run, config, plan, printing, notices)
+    if not plan.dry_run:
+        pack_result(run)  # also where the output was complete before

@@ -8,11 +8,13 @@ import typer
 from apt.checkpoints.copies import REPORT
 from apt.cli.interruptions import interrupted
 from apt.cli.output import notice, out, show_error, show_json
+from apt.cli.packing import packed_line
 from apt.cli.plan import Planned, show_plan
 from apt.cli.progress import Progress, PruningProgress
 from apt.cli.summary import first_not_finite, show_report
-from apt.distributed.launch import joined
+from apt.distributed.launch import joined, whole_number
 from apt.distributed.ranks import Ranks
+from apt.engine.packing import pack_output
 from apt.engine.planned_levels import planned_levels
 from apt.engine.prepare import finished_report, input_paths
 from apt.engine.prune_task import PruneTask, prepare_pruning
@@ -77,6 +79,16 @@ def start(
             show_error(f"the {wrong} is not a finite number: the model's outputs are not")
             raise typer.Exit(1)
         return report if ranks.first else None
+
+
+def pack_result(run: PruneRun) -> None:
+    """Write the packed form of the output, if it is asked for; the first rank alone does it."""
+    if run.pack is None or (whole_number("WORLD_SIZE", 1) > 1 and whole_number("RANK", 0)):
+        return
+    with Progress("packing"):
+        done = pack_output(run, registry(), notice)
+    assert done is not None
+    notice(packed_line(run.pack, done))
 
 
 def save_config(config: ConfigOptions, run: PruneRun | ShrinkRun | RecoverRun, task: Task) -> None:

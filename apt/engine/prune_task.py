@@ -15,7 +15,8 @@ from apt.distributed.ranks import Ranks
 from apt.engine.estimate import activations_on_disk
 from apt.engine.machine import check_tokens, choose_device, read_dtype
 from apt.engine.opening import pattern_of, selection_of
-from apt.engine.prepare import Notice, capped, open_model
+from apt.engine.packing import check_packed_place
+from apt.engine.prepare import Notice, capped, input_paths, open_model
 from apt.engine.prune_model import Pruning, prune_model
 from apt.engine.pruning_plan import Dense, Sparsity, find_method, sparse_pruning
 from apt.engine.recipes import record
@@ -151,6 +152,8 @@ def prepare_pruning(options: PruneRun | ShrinkRun, registry: Registry, notice: N
     options = replace(options, stream=options.stream or options.resume)
     texts = (options.calibration, options.evaluation, options.tokenizer)
     shell = open_model(options, texts, registry, notice)
+    if isinstance(options, PruneRun):
+        check_packed_place(options, input_paths(shell.source, texts))
     dense = Dense(
         shell.module, shell.adapter, shell.config, registry, options.samples, options.seed,
         options.stream, options.device, notice,

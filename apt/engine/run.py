@@ -7,6 +7,7 @@ from apt.distributed.ranks import Ranks
 from apt.engine.in_memory import InMemory
 from apt.engine.opening import with_names
 from apt.engine.output_store import OutputStore
+from apt.engine.packing import pack_output
 from apt.engine.prepare import finished_report
 from apt.engine.prune_task import prepare_pruning
 from apt.engine.reapply_task import prepare_reapplying
@@ -54,7 +55,10 @@ def run(
     if not isinstance(options, ReapplyRun):
         options = with_names(options, registry(), notice)
     task = prepare(options, registry(), notice)
-    return finished_report(task) or execute(task, observe, status, ranks=ranks)
+    report = finished_report(task) or execute(task, observe, status, ranks=ranks)
+    if isinstance(options, PruneRun) and (ranks is None or ranks.first):
+        pack_output(options, task.registry, notice)
+    return report
 
 
 def prepare(
