@@ -29,7 +29,7 @@ def check(run: CheckRun, printing: PrintingOptions) -> None:
 
 def _show(adapter: str, found: "list[Outcome]", *, as_json: bool) -> None:
     """Print the outcome of every check."""
-    from apt.cli.output import out, show, show_json, table
+    from apt.cli.output import say, show, show_json, table
     from apt.conformance.outcomes import fault_lines
 
     states = {
@@ -52,8 +52,8 @@ def _show(adapter: str, found: "list[Outcome]", *, as_json: bool) -> None:
         made.add_row(outcome.name, states[outcome.name], outcome.summary)
     show(made)
     for line in fault_lines(found):
-        out.print(line, markup=False)
-    out.print(f"{adapter}: {holding} of {len(found)} checks hold", markup=False)
+        say(line)
+    say(f"{adapter}: {holding} of {len(found)} checks hold")
 
 
 def _subject(adapter: str, model: str | None) -> "Subject":

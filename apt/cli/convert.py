@@ -18,7 +18,7 @@ def convert(run: ConvertRun, printing: PrintingOptions) -> None:
     from apt.checkpoints.copies import keep_side_files, save_model
     from apt.checkpoints.load import load, load_tokenizer, open_shell
     from apt.checkpoints.stored import local_directory
-    from apt.cli.output import notice, out, show_json
+    from apt.cli.output import notice, say, show_json
     from apt.cli.progress import Progress
     from apt.engine.machine import read_dtype
     from apt.output.location import check_output
@@ -47,4 +47,4 @@ def convert(run: ConvertRun, printing: PrintingOptions) -> None:
     if printing.as_json:
         show_json({"output": str(run.output), "class": kind, "tokenizer": found is not None})
     else:
-        out.print(f"{run.output}: {kind}", markup=False)
+        say(f"{run.output}: {kind}")

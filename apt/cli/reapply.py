@@ -12,7 +12,7 @@ def reapply(run: ReapplyRun, printing: PrintingOptions) -> None:
 
     find_model(run.model, run)
 
-    from apt.cli.output import notice, out, show_json
+    from apt.cli.output import notice, say, show_json
     from apt.cli.progress import Progress
     from apt.engine.run import run as run_task
 
@@ -22,9 +22,8 @@ def reapply(run: ReapplyRun, printing: PrintingOptions) -> None:
         names = ("weights", "share", "sparsity", "parameters")
         show_json({"output": str(run.output), **{name: done[name] for name in names}})
         return
-    out.print(
+    say(
         f"{run.output}: {done['weights']:,} weights set to zero again ({done['share']:.2%} of the "
         f"sum of squares); {done['sparsity']:.2%} zeros in {done['parameters']} matrices, verified "
-        "on disk",
-        markup=False,
+        "on disk"
     )

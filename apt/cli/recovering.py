@@ -7,7 +7,7 @@ from pathlib import Path
 
 import typer
 
-from apt.cli.output import duration, notice, out, show_error, show_event, show_json
+from apt.cli.output import duration, notice, say, show_error, show_event, show_json
 from apt.cli.progress import Progress
 from apt.cli.pruning import performed, save_config
 from apt.distributed.launch import joined
@@ -69,20 +69,18 @@ def _show(report: Report, task: RecoverTask, *, as_json: bool) -> None:
     scores = record["scores"]
     for metric in options.metrics if scores else ():
         before, after = scores["before"][metric], scores["after"][metric]
-        out.print(f"{metric} on {options.evaluation}: {before:.4g} → {after:.4g}", markup=False)
+        say(f"{metric} on {options.evaluation}: {before:.4g} → {after:.4g}")
     losses = dict(training["held_back"])
     stopped = f" ({training['stopped']})" if training["stopped"] else ""
     best, steps = training["best"], training["steps"]
-    out.print(
+    say(
         f"loss on the samples held back: {losses[0]:.4f} → {losses[best]:.4f} after {best} of "
-        f"{steps} steps of {training['tokens']:,} tokens{stopped}",
-        markup=False,
+        f"{steps} steps of {training['tokens']:,} tokens{stopped}"
     )
     zeros = f"{record['zeros']:,} zeros kept" if record["zeros"] else "no zeros to keep"
-    out.print(
+    say(
         f"{options.output}: {zeros}, verified on disk; kind {task.spec.name}; "
-        f"{duration(record['seconds'])}",
-        markup=False,
+        f"{duration(record['seconds'])}"
     )
 
 

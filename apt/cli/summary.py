@@ -6,7 +6,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from apt.cli.output import duration, out, show, show_json, size, table
+from apt.cli.output import duration, say, show, show_json, size, table
 from apt.engine.opening import selection_of
 from apt.engine.prune_task import PruneTask
 from apt.options import PruneRun
@@ -27,15 +27,14 @@ def show_report(report: Report, task: PruneTask, *, as_json: bool) -> None:
         before, after = report.scores["before"][metric], report.scores["after"][metric]
         change = _change(before, after, registry.evaluators.get(metric).better)
         line = f"{metric} on {options.evaluation}: {before:.4g} → {after:.4g}{change}"
-        out.print(line, markup=False)
+        say(line)
     if report.structure:
         _show_candidates(report.structure["candidates"])
     result = structure_line(report.structure) if report.structure else _sparsity_line(report, task)
-    out.print(
+    say(
         f"{options.output}: {result}, verified on disk; mean relative layer error "
         f"{report.relative_layer_error:.4f}; {duration(report.seconds)}, peak memory "
-        f"{size(sum(peak_memory().values()))}",
-        markup=False,
+        f"{size(sum(peak_memory().values()))}"
     )
 
 
@@ -127,13 +126,12 @@ def _show_warnings(report: Report) -> None:
     asked = report.options["damping"]
     for event in report.sites:
         if asked is not None and event.damping is not None and event.damping > asked:
-            out.print(f"{event.name} needed damping {event.damping:g}", markup=False)
+            say(f"{event.name} needed damping {event.damping:g}")
     if starved := [site for site in report.sites if site.starved]:
         first = starved[0]
-        out.print(
+        say(
             f"{len(starved)} sites saw fewer tokens than they have inputs ({first.name}: "
-            f"{first.tokens:,} of {first.shape[1]:,}); more --samples would help",
-            markup=False,
+            f"{first.tokens:,} of {first.shape[1]:,}); more --samples would help"
         )
 
 
