@@ -221,7 +221,7 @@ def test_the_time_of_the_ranking_counts(monkeypatch):
         return 1.0
 
     monkeypatch.setattr(Proxy, "loss", slow)
-    size = ShrinkOptions(mode="search", multiple_of=8, search=SearchOptions(minutes=1))
+    size = ShrinkOptions(mode="search", multiple_of=8, minutes=1)
     how = library.PruneOptions(effort="fast")
     _, report = library.shrink(random_model("llama"), TOKENS, size=size, options=how)
     assert len(report.structure["candidates"]) == 1
