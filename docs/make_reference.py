@@ -44,7 +44,7 @@ TEXTS = (extending.read_file, extending.hub_documents)
 RUNNING = (extending.eval_mode, extending.enter, extending.Batch)
 OPENING = (
     extending.registry, extending.Registry, extending.Source, extending.Opened,
-    extending.open_shell, extending.load, extending.load_tokenizer, extending.choose_device,
+    extending.open_skeleton, extending.load, extending.load_tokenizer, extending.choose_device,
     extending.read_dtype, extending.capped, extending.check_vocabulary,
     extending.check_same_vocabulary,
 )  # fmt: skip

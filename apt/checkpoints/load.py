@@ -37,7 +37,7 @@ def read_config(source: Source) -> Any:
         return without_own_code(AutoConfig.from_pretrained(source.location, **source.options()))
 
 
-def open_shell(
+def open_skeleton(
     source: Source, registry: Registry, adapter: str | None = None, *, packed: bool = False
 ) -> Opened:
     """Open a model without its weights: modules and shapes, on the meta device.
@@ -52,7 +52,7 @@ def open_shell(
     spec = registry.adapters.get(adapter) if adapter else registry.adapter_for(config.model_type)
     instance: Adapter = spec.make()
     instance.check(config)
-    module = _empty_model(source, config)
+    module = _skeleton_module(source, config)
     return Opened(source, module, config, spec, instance, checkpoint)
 
 
@@ -69,7 +69,7 @@ def _read_configuration(source: Source, registry: Registry) -> tuple[Checkpoint 
         return checkpoint, checkpoint.config
 
 
-def _empty_model(source: Source, config: Any) -> nn.Module:
+def _skeleton_module(source: Source, config: Any) -> nn.Module:
     """A model without weights, in eval mode."""
     layers = getattr(config, "num_hidden_layers", 0)
     if isinstance(layers, int) and layers > _MOST_LAYERS:  # each is a module, even without weights
@@ -82,8 +82,8 @@ def _empty_model(source: Source, config: Any) -> nn.Module:
     return module.eval()
 
 
-def load(shell: Opened, dtype: torch.dtype | None = None, device: str = "cpu") -> Opened:
-    """Read the weights of what `open_shell` opened.
+def load(skeleton: Opened, dtype: torch.dtype | None = None, device: str = "cpu") -> Opened:
+    """Read the weights of what `open_skeleton` opened.
 
     Args:
         dtype: the dtype of the weights; None keeps that of the checkpoint's sites (fp32 for GGUF).
@@ -91,20 +91,20 @@ def load(shell: Opened, dtype: torch.dtype | None = None, device: str = "cpu") -
     Raises:
         AptError: the checkpoint is damaged or incomplete, or has weights that are not finite.
     """
-    source = shell.source
+    source = skeleton.source
     if not source.on_hub and not source.gguf:
         check_files(Path(source.location))
     given = {}
-    if quantised_with(shell.config) == METHOD:
+    if quantised_with(skeleton.config) == METHOD:
         import apt.runtime.quantizer  # noqa: F401  # registers the format with transformers
 
-        given = {"config": with_weights(shell.config)}
-    if shell.checkpoint is None:
-        stored = None if dtype else find_stored(shell)  # None: tensors cannot be read one by one
-        own = stored.dtype(shell) if stored else None
+        given = {"config": with_weights(skeleton.config)}
+    if skeleton.checkpoint is None:
+        stored = None if dtype else find_stored(skeleton)  # None: tensors cannot be read one by one
+        own = stored.dtype(skeleton) if stored else None
         module, missing = _from_pretrained(source, dtype or own, **given)
     else:
-        module, missing = _from_checkpoint(source, shell.checkpoint, dtype)
+        module, missing = _from_checkpoint(source, skeleton.checkpoint, dtype)
     if missing:
         raise AptError(
             f"{source.reference} lacks {len(missing)} weights of {type(module).__name__}, "
@@ -112,7 +112,7 @@ def load(shell: Opened, dtype: torch.dtype | None = None, device: str = "cpu") -
             "is the checkpoint complete and in the format of transformers?",
         )
     check_finite(module, source.reference, dtype)
-    return replace(shell, module=module.to(device).eval(), config=module.config)
+    return replace(skeleton, module=module.to(device).eval(), config=module.config)
 
 
 def _from_pretrained(
@@ -147,7 +147,7 @@ def _from_checkpoint(
     source: Source, checkpoint: Checkpoint, dtype: torch.dtype | None
 ) -> tuple[Any, list[str]]:
     """The model as a plugin reads it; each weight keeps its stored dtype if ``dtype`` is None."""
-    module: Any = _empty_model(source, checkpoint.config)
+    module: Any = _skeleton_module(source, checkpoint.config)
     with _loading(source):
         loaded = module.load_state_dict(checkpoint.read(), strict=False, assign=True)
     module.tie_weights()

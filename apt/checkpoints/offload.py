@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apt.checkpoints.empty_model import empty_model
 from apt.checkpoints.opened import Opened
 from apt.checkpoints.safetensors_io import Shards
+from apt.checkpoints.skeletons import skeleton_module
 from apt.checkpoints.stored import Layout, pruned_of
 from apt.errors import AptError
 from apt.planning.plan import PlannedBlock
@@ -125,21 +125,21 @@ def _set_parameters(block: nn.Module, tensors: dict[str, Tensor], device: str) -
 
 
 def assemble(
-    shell: Opened, shards: Shards, layout: Layout, device: str, dtype: torch.dtype | None = None
+    skeleton: Opened, shards: Shards, layout: Layout, device: str, dtype: torch.dtype | None = None
 ) -> nn.Module:
     """The model in memory but for its blocks; raises `AptError` if a tensor is missing."""
-    source = shell.source
-    module: Any = empty_model(
-        copy.deepcopy(shell.config), trust_remote_code=source.trust_remote_code
+    source = skeleton.source
+    module: Any = skeleton_module(
+        copy.deepcopy(skeleton.config), trust_remote_code=source.trust_remote_code
     )
-    blocks = shell.adapter.blocks(module)
+    blocks = skeleton.adapter.blocks(module)
     inside = {f"{name}.{path}" for name, block in blocks for path, _ in block.named_parameters()}
     given = {n: layout[n][0].key for n in module.state_dict() if n in layout and n not in inside}
     tensors = {n: cast(shards.read_finite(key), dtype) for n, key in given.items()}
     module.load_state_dict(tensors, strict=False, assign=True)
     module.tie_weights()
     with _without_blocks(module, blocks[0][0].rpartition(".")[0]):
-        _check_complete(shell, module, given)
+        _check_complete(skeleton, module, given)
         module.to(device)
     for owner in (part for _, block in blocks for part in block.modules()):
         for name, buffer in owner.named_buffers(recurse=False):
@@ -157,9 +157,11 @@ def _without_blocks(module: nn.Module, path: str) -> Iterator[None]:
     module.set_submodule(path, blocks)
 
 
-def _check_complete(shell: Opened, module: nn.Module, given: Collection[str]) -> None:
+def _check_complete(skeleton: Opened, module: nn.Module, given: Collection[str]) -> None:
     """Raise if a weight outside the blocks is neither in the checkpoint nor tied to another."""
     tied = {p.data_ptr() for n, p in module.state_dict().items() if n in given}
     for name, tensor in module.state_dict().items():
         if name not in given and tensor.data_ptr() not in tied:
-            raise AptError(f"{shell.source.reference} lacks {name}", "is the checkpoint complete?")
+            raise AptError(
+                f"{skeleton.source.reference} lacks {name}", "is the checkpoint complete?"
+            )

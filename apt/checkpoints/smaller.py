@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from apt.adapter import Adapter, Groups
 from apt.adapter.groups import Removal, without
 from apt.checkpoints.copies import copy_files, side_files
-from apt.checkpoints.empty_model import empty_of_class
 from apt.checkpoints.offload import StoredBlocks
 from apt.checkpoints.opened import Opened
 from apt.checkpoints.safetensors_io import Shards, write_files
+from apt.checkpoints.skeletons import skeleton_of_class
 from apt.checkpoints.stored import Layout
 from apt.errors import AptError, first_line
 from apt.planning.plan import Plan
@@ -57,10 +57,10 @@ def smaller(model: Any, adapter: Adapter, plan: Plan) -> Any:
     return shrunk(model, adapter, removed, plan.dropped)
 
 
-def empty_smaller(model: Any, adapter: Adapter, plan: Plan) -> Any:
+def smaller_skeleton(model: Any, adapter: Adapter, plan: Plan) -> Any:
     """A plan's smaller model without weights; raises `AptError` if none is possible."""
     config = copy.deepcopy(model.config)
-    empty: Any = empty_of_class(type(model), config, config)
+    empty: Any = skeleton_of_class(type(model), config, config)
     removed = _last_groups(adapter, config, adapter.blocks(empty), plan)
     return shrunk(empty, adapter, removed, plan.dropped)
 
@@ -78,35 +78,35 @@ def check_writable(layout: Layout) -> None:
 
 
 def write_smaller(
-    shell: Opened, plan: Plan, masked: StoredBlocks, layout: Layout, source: Path, target: Path
+    skeleton: Opened, plan: Plan, masked: StoredBlocks, layout: Layout, source: Path, target: Path
 ) -> None:
     """Write the smaller model of a run that has set columns to zero.
 
     The blocks are read one by one. Each block that is kept has a file of its own.
 
     Args:
-        shell: the dense model without weights.
+        skeleton: the dense model without weights.
         masked: the blocks of ``source``.
         source: the checkpoint with zeros, which has all blocks.
         target: an empty directory.
     """
-    blocks = shell.adapter.blocks(shell.module)
-    removed = _last_groups(shell.adapter, shell.config, blocks, plan)
-    config = _smaller_config(shell.adapter, shell.config, blocks, removed, plan.dropped)
+    blocks = skeleton.adapter.blocks(skeleton.module)
+    removed = _last_groups(skeleton.adapter, skeleton.config, blocks, plan)
+    config = _smaller_config(skeleton.adapter, skeleton.config, blocks, removed, plan.dropped)
     copy_files((p for p in side_files(source) if p != source / _CONFIG), source, target)
     config.save_pretrained(target)
-    parts = _stored_parts(shell, plan, masked, layout, Shards(source))
+    parts = _stored_parts(skeleton, plan, masked, layout, Shards(source))
     count = 1 + len(plan.blocks) - len(plan.dropped)
     write_files(target, ((part, {"format": "pt"}) for part in parts), count)
 
 
 def _stored_parts(
-    shell: Opened, plan: Plan, masked: StoredBlocks, layout: Layout, shards: Shards
+    skeleton: Opened, plan: Plan, masked: StoredBlocks, layout: Layout, shards: Shards
 ) -> Iterator[dict[str, Tensor]]:
     """The tensors outside the blocks, and then those of each block that is kept, by their keys."""
     inside = {
         piece.key
-        for name, block in shell.adapter.blocks(shell.module)
+        for name, block in skeleton.adapter.blocks(skeleton.module)
         for path, _ in block.named_parameters()
         for piece in layout[f"{name}.{path}"]
     }
@@ -115,8 +115,8 @@ def _stored_parts(
     for place, planned in zip(plan.blocks, kept, strict=False):
         tensors = {}
         with masked.open(planned.name) as block:
-            removed = removed_groups(shell.adapter, shell.config, block, planned)
-            removals = _removals(shell.adapter, shell.config, block, removed)
+            removed = removed_groups(skeleton.adapter, skeleton.config, block, planned)
+            removals = _removals(skeleton.adapter, skeleton.config, block, removed)
             own = dict(block.named_parameters())
             for path, tensor in (own | without(own, removals)).items():
                 dtype = shards.entries[layout[f"{planned.name}.{path}"][0].key].dtype
@@ -214,7 +214,7 @@ def _built(kind: Any, config: Any, state: dict[str, Tensor], model: Any) -> Any:
     """A model with this configuration and these tensors."""
     config.dtype = model.dtype
     try:
-        built: Any = empty_of_class(kind, config, model.config)
+        built: Any = skeleton_of_class(kind, config, model.config)
         loaded = built.load_state_dict(state, strict=False, assign=True)
     except Exception as error:  # a class may refuse a configuration in any way
         raise _inexpressible(kind, first_line(error)) from error

@@ -34,27 +34,27 @@ class Piece:
 Layout = Mapping[str, Sequence[Piece]]
 
 
-def layout_of(shell: Opened, shards: Shards) -> Layout:
+def layout_of(skeleton: Opened, shards: Shards) -> Layout:
     """The pieces of all parameters in a checkpoint.
 
     Raises:
         NotStoredError: a parameter of a block is missing or has another shape.
         AptError: a parameter is stored as integers.
     """
-    prefix = f"{getattr(shell.module, 'base_model_prefix', '')}."
+    prefix = f"{getattr(skeleton.module, 'base_model_prefix', '')}."
     layout = {}
-    for name, tensor in shell.module.state_dict().items():
+    for name, tensor in skeleton.module.state_dict().items():
         for known in (name, name.removeprefix(prefix)):
             if pieces := _pieces(known, tuple(tensor.shape), shards):
                 _check_stored(name, tensor, pieces, shards)
                 layout[name] = pieces
                 break
-    for block, module in shell.adapter.blocks(shell.module):
+    for block, module in skeleton.adapter.blocks(skeleton.module):
         for name, parameter in module.named_parameters():
             pieces = layout.get(f"{block}.{name}", [])
             if not pieces or not _match(pieces, parameter, shards):
                 raise NotStoredError(
-                    f"{shell.source.reference} cannot be streamed: {block}.{name} is stored "
+                    f"{skeleton.source.reference} cannot be streamed: {block}.{name} is stored "
                     "differently than in the model",
                     "do not stream it",
                     ("stream",),
@@ -133,7 +133,7 @@ class Stored:
     shards: Shards
     layout: Layout
 
-    def dtype(self, shell: Opened, plan: Plan | None = None) -> torch.dtype:
+    def dtype(self, skeleton: Opened, plan: Plan | None = None) -> torch.dtype:
         """The dtype that the model runs in: the stored dtype of its sites.
 
         Other tensors, such as norms and routers, may have another one, and so may the
@@ -142,8 +142,8 @@ class Stored:
         """
         names = {
             f"{name}.{site.parameter}"
-            for name, block in shell.adapter.blocks(shell.module)
-            for site in shell.adapter.sites(block)
+            for name, block in skeleton.adapter.blocks(skeleton.module)
+            for site in skeleton.adapter.sites(block)
         }
         for block in plan.blocks if plan else ():
             names |= {f"{block.name}.{extra.extra.parameter}" for extra in block.extras}
@@ -185,30 +185,30 @@ class Stored:
                     yield piece.key, model.get_parameter(name).data[piece.part]
 
 
-def open_stored(shell: Opened) -> Stored:
+def open_stored(skeleton: Opened) -> Stored:
     """The checkpoint; raises `AptError` if its tensors are not the parameters of the model."""
-    if shell.checkpoint is not None or shell.source.gguf:
+    if skeleton.checkpoint is not None or skeleton.source.gguf:
         fault = "only checkpoints of transformers can be streamed"
         raise NotStoredError(fault, "convert it first with apt-prune convert", ("stream",))
-    directory = local_directory(shell)
+    directory = local_directory(skeleton)
     if directory / "config.json" not in side_files(directory):
         fault = f"{directory / 'config.json'} is a link to a file outside the checkpoint"
         raise NotStoredError(fault, "copy that file into the checkpoint")
     shards = Shards(directory)
-    return Stored(directory, shards, layout_of(shell, shards))
+    return Stored(directory, shards, layout_of(skeleton, shards))
 
 
-def find_stored(shell: Opened) -> Stored | None:
+def find_stored(skeleton: Opened) -> Stored | None:
     """The checkpoint of a model; None where `open_stored` raises `NotStoredError`."""
     try:
-        return open_stored(shell)
+        return open_stored(skeleton)
     except NotStoredError:
         return None
 
 
-def local_directory(shell: Opened) -> Path:
+def local_directory(skeleton: Opened) -> Path:
     """The local directory of the checkpoint of a model."""
-    source = shell.source
+    source = skeleton.source
     config = find_source_file(source, "config.json")
     if config is None:
         raise AptError(f"{source.location} has no config.json", "is the checkpoint complete?")

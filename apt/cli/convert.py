@@ -16,7 +16,7 @@ def convert(run: ConvertRun, printing: PrintingOptions) -> None:
     source = find_model(run.model, run)
 
     from apt.checkpoints.copies import keep_side_files, save_model
-    from apt.checkpoints.load import load, load_tokenizer, open_shell
+    from apt.checkpoints.load import load, load_tokenizer, open_skeleton
     from apt.checkpoints.stored import local_directory
     from apt.cli.output import notice, say, show_json
     from apt.cli.progress import Progress
@@ -28,7 +28,7 @@ def convert(run: ConvertRun, printing: PrintingOptions) -> None:
 
     if lost := check_output(run.output, run.overwrite, source.files()):
         notice(f"replaces {lost}")
-    shell = open_shell(source, registry())
+    skeleton = open_skeleton(source, registry())
     try:
         found = load_tokenizer(source, run.tokenizer)
     except AptError as error:
@@ -37,7 +37,7 @@ def convert(run: ConvertRun, printing: PrintingOptions) -> None:
         notice(f"without a tokenizer: {error.message}")
         found = None
     with Progress("converting"):
-        loaded = load(shell, read_dtype(run.dtype))
+        loaded = load(skeleton, read_dtype(run.dtype))
         with whole_directory(run.output, run.overwrite) as work, write_errors(run.output):
             save_model(loaded.module, found, work.out)
             if not source.gguf:

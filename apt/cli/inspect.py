@@ -12,7 +12,7 @@ def inspect(run: InspectRun, printing: PrintingOptions) -> None:
 
     source = find_model(run.model, run)
 
-    from apt.checkpoints.load import open_shell
+    from apt.checkpoints.load import open_skeleton
     from apt.cli.output import notice
     from apt.cli.plan import Planned, show_plan
     from apt.engine.machine import choose_device
@@ -24,12 +24,12 @@ def inspect(run: InspectRun, printing: PrintingOptions) -> None:
     from apt.solver import NM
 
     device = choose_device(run.device)
-    shell = open_shell(source, registry(), run.adapter)
+    skeleton = open_skeleton(source, registry(), run.adapter)
     selection = selection_of(run)
-    plan = make_plan(shell.module, shell.adapter, pattern_of(run) or NM(2, 4), selection)
-    seqlen = capped(run.seqlen, shell, notice)
+    plan = make_plan(skeleton.module, skeleton.adapter, pattern_of(run) or NM(2, 4), selection)
+    seqlen = capped(run.seqlen, skeleton, notice)
     check_rounding(plan, notice)
     usual = augmentation_of(PruneOptions(), registry().default_method(), run.samples)
     count, on_disk = usual.samples(run.samples, seqlen), run.activations == "disk"
-    planned = Planned(shell, plan, count, seqlen, device, streamed=run.stream, on_disk=on_disk)
+    planned = Planned(skeleton, plan, count, seqlen, device, streamed=run.stream, on_disk=on_disk)
     show_plan(planned, as_json=printing.as_json)

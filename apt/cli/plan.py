@@ -19,7 +19,7 @@ class Planned:
     """A planned run.
 
     Attributes:
-        shell: the model, without weights.
+        skeleton: the model, without weights.
         plan: the pattern of each site.
         samples, seqlen: the number of calibration samples, and the tokens of each.
         device: the device that the model runs on.
@@ -28,7 +28,7 @@ class Planned:
         own_text: True if the model generates calibration text.
     """
 
-    shell: Opened
+    skeleton: Opened
     plan: Plan
     samples: int
     seqlen: int
@@ -40,12 +40,12 @@ class Planned:
     @property
     def parameters(self) -> int:
         """The number of parameters of the whole model."""
-        return sum(p.numel() for p in self.shell.module.parameters())
+        return sum(p.numel() for p in self.skeleton.module.parameters())
 
     def needs(self) -> Estimate:
         """The memory and time of the run."""
         return estimate(
-            self.shell, self.plan, self.samples, self.seqlen, self.shell.dtype, self.device,
+            self.skeleton, self.plan, self.samples, self.seqlen, self.skeleton.dtype, self.device,
             streamed=self.streamed, on_disk=self.on_disk, own_text=self.own_text,
         )  # fmt: skip
 
@@ -61,11 +61,11 @@ def show_plan(planned: Planned, *, as_json: bool) -> None:
 
 
 def _record(planned: Planned) -> dict[str, Any]:
-    shell, needs = planned.shell, planned.needs()
+    skeleton, needs = planned.skeleton, planned.needs()
     return {
-        "model": shell.source.reference,
-        "class": type(shell.module).__name__,
-        "adapter": shell.spec.name,
+        "model": skeleton.source.reference,
+        "class": type(skeleton.module).__name__,
+        "adapter": skeleton.spec.name,
         "parameters": planned.parameters,
         "blocks": [block.name for block in planned.plan.blocks],
         "groups": _groups(planned),
@@ -87,12 +87,13 @@ def _record(planned: Planned) -> dict[str, Any]:
 
 
 def _show_outline(planned: Planned) -> None:
-    shell, plan = planned.shell, planned.plan
+    skeleton, plan = planned.skeleton, planned.plan
     in_sites = sum(site.size for site in plan.sites)
     out.print(
-        f"{shell.source.reference}: {type(shell.module).__name__}, adapter {shell.spec.name}, "
-        f"{planned.parameters:,} parameters, {in_sites:,} of them in {len(plan.sites)} sites of "
-        f"{len(plan.blocks)} blocks; + marks outputs that are added to the residual stream",
+        f"{skeleton.source.reference}: {type(skeleton.module).__name__}, adapter "
+        f"{skeleton.spec.name}, {planned.parameters:,} parameters, {in_sites:,} of them in "
+        f"{len(plan.sites)} sites of {len(plan.blocks)} blocks; + marks outputs that are added to "
+        "the residual stream",
         markup=False,
     )
     if groups := _groups(planned):
@@ -102,11 +103,11 @@ def _show_outline(planned: Planned) -> None:
 
 def _groups(planned: Planned) -> dict[str, int]:
     """The number of groups of each kind in a block, which `apt-prune shrink` can remove."""
-    adapter, module = planned.shell.adapter, planned.shell.module
+    adapter, module = planned.skeleton.adapter, planned.skeleton.module
     return {
         groups.kind: groups.count
         for _, block in adapter.blocks(module)
-        for groups in adapter.groups(block, planned.shell.config)
+        for groups in adapter.groups(block, planned.skeleton.config)
     }
 
 

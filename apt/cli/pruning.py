@@ -95,14 +95,14 @@ def save_config(config: ConfigOptions, run: PruneRun | ShrinkRun | RecoverRun, t
     """Write the options of a command to the file of ``--save-config``, if it is given."""
     if config.save_config is not None:
         texts = (run.calibration, run.evaluation, run.tokenizer, getattr(run, "dense", None))
-        write_options(config.save_config, run, input_paths(task.shell.source, texts))
+        write_options(config.save_config, run, input_paths(task.skeleton.source, texts))
 
 
 def _planned(task: PruneTask, plan: Plan) -> Planned:
     """The plan of a run, for printing."""
     options = task.options
     return Planned(
-        task.shell,
+        task.skeleton,
         plan,
         task.samples,
         options.seqlen,
@@ -157,7 +157,7 @@ def _after_interruption(task: Task, earlier: int | None) -> str:
 
 def _origins(task: PruneTask) -> str:
     """A note for a traceback: the packages of the method and the adapter of a run."""
-    method, adapter, known = task.method.name, task.shell.spec.name, task.registry
+    method, adapter, known = task.method.name, task.skeleton.spec.name, task.registry
     methods = known.methods if task.job.structure is None else known.shrink_methods
     found = methods.origins[method], known.adapters.origins[adapter]
     note = f"method {method} comes from {found[0].distribution}, adapter {adapter} from "

@@ -65,7 +65,7 @@ class Estimate:
 
 
 def estimate(
-    shell: Opened,
+    skeleton: Opened,
     plan: Plan,
     samples: int,
     seqlen: int,
@@ -79,7 +79,7 @@ def estimate(
     """Estimate an error-aware run of ``plan`` on ``samples`` of ``seqlen`` tokens.
 
     Args:
-        shell: the model, without weights.
+        skeleton: the model, without weights.
         plan: the pattern of each site.
         samples, seqlen: the number of all calibration samples, and the tokens of each.
         dtype: the dtype of weights and activations.
@@ -88,12 +88,12 @@ def estimate(
         on_disk: True if no more than one batch of activations is in memory at a time.
         own_text: True if the model generates calibration text.
     """
-    bytes_each, config = dtype.itemsize, shell.config
+    bytes_each, config = dtype.itemsize, skeleton.config
     tokens = samples * seqlen
-    held = shell.adapter.held(config, seqlen)
-    waits = not on_disk and can_pause(shell.adapter, config, seqlen, config.hidden_size)
-    blocks = [module for _, module in shell.adapter.blocks(shell.module)]
-    parameters, in_blocks = _parameters(shell.module), [_parameters(block) for block in blocks]
+    held = skeleton.adapter.held(config, seqlen)
+    waits = not on_disk and can_pause(skeleton.adapter, config, seqlen, config.hidden_size)
+    blocks = [module for _, module in skeleton.adapter.blocks(skeleton.module)]
+    parameters, in_blocks = _parameters(skeleton.module), [_parameters(block) for block in blocks]
     if streamed:
         parameters += max(in_blocks) - sum(in_blocks)
     widest = max(sum(site.shape) for site in plan.sites)
@@ -104,38 +104,38 @@ def estimate(
         weights=parameters * bytes_each,
         activations=(min(tokens, TOKENS_PER_BATCH) if on_disk else tokens)
         * max(_activations(b, config, bytes_each, held if waits else 0) for b in plan.blocks),
-        disk=activations_on_disk(shell, plan, tokens, dtype) if on_disk else 0,
+        disk=activations_on_disk(skeleton, plan, tokens, dtype) if on_disk else 0,
         grams=max(_gram_bytes(block) for block in plan.blocks),
         working=min(tokens, TOKENS_PER_BATCH) * (4 * widest + held) * bytes_each
         + max(8 * largest, 5 * tuned) * _FP32,
         predicting=max(
-            _measuring(shell, seqlen, (4 * widest + held) * bytes_each),
-            _generating(shell, len(blocks), seqlen, bytes_each) if own_text else 0,
+            _measuring(skeleton, seqlen, (4 * widest + held) * bytes_each),
+            _generating(skeleton, len(blocks), seqlen, bytes_each) if own_text else 0,
         ),
         seconds=_operations(plan, tokens) / _throughput(device),
     )
 
 
-def _measuring(shell: Opened, seqlen: int, each: int) -> int:
+def _measuring(skeleton: Opened, seqlen: int, each: int) -> int:
     """Bytes of a part of the logits, and ``each`` bytes for each token of a batch of windows."""
     windows = windows_at_once(seqlen)
-    return part_bytes(vocabulary(shell.module), windows, seqlen) + windows * seqlen * each
+    return part_bytes(vocabulary(skeleton.module), windows, seqlen) + windows * seqlen * each
 
 
-def _generating(shell: Opened, blocks: int, seqlen: int, bytes_each: int) -> int:
+def _generating(skeleton: Opened, blocks: int, seqlen: int, bytes_each: int) -> int:
     """Bytes of the logits of the next tokens, and of the cached keys and values."""
-    config, cached = shell.config, cached_tokens(seqlen)
+    config, cached = skeleton.config, cached_tokens(seqlen)
     heads = getattr(config, "num_attention_heads", None) or 1
     width = config.hidden_size * (getattr(config, "num_key_value_heads", None) or heads) // heads
-    logits = part_bytes(vocabulary(shell.module), logits_at_once(), 1)
+    logits = part_bytes(vocabulary(skeleton.module), logits_at_once(), 1)
     keys_and_values: int = cached * blocks * 2 * width * bytes_each
     return logits + keys_and_values
 
 
-def activations_on_disk(shell: Opened, plan: Plan, tokens: int, dtype: torch.dtype) -> int:
+def activations_on_disk(skeleton: Opened, plan: Plan, tokens: int, dtype: torch.dtype) -> int:
     """Bytes of the calibration activations that an error-aware run keeps on disk."""
-    kept = max(_kept(block, shell.config, dtype.itemsize) for block in plan.blocks)
-    drift: int = shell.config.hidden_size * _FP32
+    kept = max(_kept(block, skeleton.config, dtype.itemsize) for block in plan.blocks)
+    drift: int = skeleton.config.hidden_size * _FP32
     return tokens * (kept + drift)
 
 

@@ -34,23 +34,23 @@ class InMemory(OutputStore):
         super().__init__(task, timeline, ranks)
         self._dtype, self._stored = task.dtype, None
         if task.dtype is None and task.plan is not None:
-            self._stored = find_stored(task.shell)
+            self._stored = find_stored(task.skeleton)
         self.activations = activation_store(getattr(task.options, "activations", "memory"))
 
     def _written_bytes(self) -> int:
         if self._stored is not None:
             return copied_size(self._stored.directory, self._stored.shards)
-        shell = self.task.shell
-        dtype = self._dtype or shell.dtype
-        return sum(p.numel() for p in shell.module.parameters()) * dtype.itemsize
+        skeleton = self.task.skeleton
+        dtype = self._dtype or skeleton.dtype
+        return sum(p.numel() for p in skeleton.module.parameters()) * dtype.itemsize
 
     def begin(self, text: Text) -> Report:
         """Load the model, and begin the report."""
         self.status("loading the model")
         task, self.text = self.task, text
         if self._stored is not None:
-            self._dtype = self._stored.dtype(task.shell, task.plan)
-        loaded = load(task.shell, self._dtype, task.device)
+            self._dtype = self._stored.dtype(task.skeleton, task.plan)
+        loaded = load(task.skeleton, self._dtype, task.device)
         self.model = loaded.module
         if self._stored is not None and not _is_stored(self._stored, loaded):
             self._stored = None
@@ -64,7 +64,7 @@ class InMemory(OutputStore):
 
     @contextmanager
     def _measurable(self, held_out: Tensor, when: str) -> Iterator[nn.Module]:
-        with eval_mode(self.model), self.task.shell.adapter.running(self.model):
+        with eval_mode(self.model), self.task.skeleton.adapter.running(self.model):
             yield self.model
 
     def write(self, changed: Changed) -> Report:
@@ -72,7 +72,7 @@ class InMemory(OutputStore):
         self.status("saving and verifying")
         plan, out, written = changed.plan, self.work.out, None
         if plan is not None and plan.structured:
-            self.model, self._stored = smaller(self.model, self.task.shell.adapter, plan), None
+            self.model, self._stored = smaller(self.model, self.task.skeleton.adapter, plan), None
             written = fingerprint(self.model)
         with write_errors(self.work.name):
             self._save(plan, out)
@@ -82,7 +82,7 @@ class InMemory(OutputStore):
         report = changed.report.with_zeros(self._verify(changed, written))
         with write_errors(self.work.name):
             if changed.save_masks:
-                masks = masks_of(self.model, self.task.shell.adapter) if plan else changed.masks
+                masks = masks_of(self.model, self.task.skeleton.adapter) if plan else changed.masks
                 write_masks(masks, out / MASKS)
             report = self._record(report, out)
         self._publish()
@@ -90,15 +90,15 @@ class InMemory(OutputStore):
 
     def _save(self, plan: Plan | None, directory: Path) -> None:
         """Write the model, as a copy of its checkpoint if that is possible."""
-        options, tokenizer, shell = self.task.options, self.text.tokenizer, self.task.shell
+        options, tokenizer, skeleton = self.task.options, self.text.tokenizer, self.task.skeleton
         if self._stored is not None and plan is not None:
             other = tokenizer if options.tokenizer else None
             self._stored.copy(directory, other, options.max_shard_size)
             self._stored.write(self.model, plan, directory)
             return
-        save_model(self.model, tokenizer, directory, shell.checkpoint, options.max_shard_size)
-        if not shell.source.gguf:
-            keep_side_files(local_directory(shell), directory)
+        save_model(self.model, tokenizer, directory, skeleton.checkpoint, options.max_shard_size)
+        if not skeleton.source.gguf:
+            keep_side_files(local_directory(skeleton), directory)
 
     def _verify(self, changed: Changed, written: str | None) -> dict[str, int]:
         """Check the zeros of the saved model, or that a smaller one has the hash ``written``.
@@ -114,7 +114,7 @@ class InMemory(OutputStore):
             if (wrong := filled(changed.masks, self.model)) is not None:
                 raise RuntimeError(f"{wrong} on disk lost zeros")
             return {}
-        verdicts = verify(self.model, self.task.shell.adapter, changed.plan)
+        verdicts = verify(self.model, self.task.skeleton.adapter, changed.plan)
         if failed := failures(verdicts):
             raise RuntimeError(f"{failed[0].name} on disk: {failed[0].detail}")
         return {verdict.name: verdict.zeros for verdict in verdicts}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apt.checkpoints.load import open_shell
+from apt.checkpoints.load import open_skeleton
 from apt.checkpoints.opened import Opened
 from apt.checkpoints.stored import local_directory
 from apt.distributed.ranks import Ranks
@@ -159,15 +159,15 @@ class OutputStore(ModelStore, ABC):
 
     def _saved(self, directory: Path) -> Opened:
         """The written model, without weights."""
-        shell = self.task.shell
-        source = replace(shell.source, location=str(directory), gguf=None)
-        return open_shell(source, self.task.registry, shell.spec.name)
+        skeleton = self.task.skeleton
+        source = replace(skeleton.source, location=str(directory), gguf=None)
+        return open_skeleton(source, self.task.registry, skeleton.spec.name)
 
     def _record(
         self, report: Report, directory: Path, changed: Collection[str] | None = None
     ) -> Report:
         """Write the model card and the report; for ``changed`` see `Report.write`."""
-        scores, held_out, shell = self._scores, self.text.held_out, self.task.shell
+        scores, held_out, skeleton = self._scores, self.text.held_out, self.task.skeleton
         if held_out is not None and scores:
             source = portable(str(self.task.options.evaluation))
             scores = {"source": source, "shape": list(held_out.shape), **scores}
@@ -175,7 +175,7 @@ class OutputStore(ModelStore, ABC):
         report = self.task.finished(report, scores, self._timeline.record(), seconds)
         if self._problem is not None:
             report = replace(report, problems=[*report.problems, self._problem.record])
-        write_card(directory, report, None if shell.source.gguf else local_directory(shell))
+        write_card(directory, report, None if skeleton.source.gguf else local_directory(skeleton))
         return report.write(directory, changed)
 
     def complete(self, report: Report) -> Report:

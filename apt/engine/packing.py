@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from apt.checkpoints.load import open_shell
+from apt.checkpoints.load import open_skeleton
 from apt.checkpoints.safetensors_io import Shards
 from apt.checkpoints.stored import local_directory
 from apt.engine.opening import find_source
@@ -39,15 +39,15 @@ def pack_model(run: PackRun, registry: Registry, notice: Notice = lambda line: N
     check_place(run.output, source, (), notice, overwrite=run.overwrite, resume=False)
     if is_packed(Path(source.location)):
         raise AptError(f"{source.reference} is packed already", "name the pruned model")
-    shell = open_shell(source, registry, run.adapter)
-    directory = local_directory(shell)
+    skeleton = open_skeleton(source, registry, run.adapter)
+    directory = local_directory(skeleton)
     shards = Shards(directory)
     check_space(run.output, sum(entry.size for entry in shards.entries.values()))
     asked = Rounding(run.quantize, run.scale_group) if run.quantize else None
     rounding = asked or _integers(directory)
     # Only the blocks are rounded: the language-model head is as it was trained.
     rounds = rounding is not None and not rounding.exact
-    names = linear_tensors(shell, shards, blocks=rounds)
+    names = linear_tensors(skeleton, shards, blocks=rounds)
     if run.form != "apt" and rounding is None:
         raise AptError(
             f"{run.form} stores integers, and {source.reference} was not quantised",
@@ -56,7 +56,7 @@ def pack_model(run: PackRun, registry: Registry, notice: Notice = lambda line: N
         )
     with whole_directory(run.output, run.overwrite) as work, write_errors(run.output):
         if run.form != "apt" and rounding is not None:
-            done = write_compressed_tensors(directory, shell, work.out, rounding)
+            done = write_compressed_tensors(directory, skeleton, work.out, rounding)
         else:
             done = pack(directory, names, work.out, rounding)
             mark_as_packed(work.out, has_code=(work.out / OWN_CODE_FILE).is_file())

@@ -33,16 +33,16 @@ def planned_levels(task: PruneTask, status: Callable[[str], None]) -> Plan:
 
 def _load(task: PruneTask, store: ModelStore) -> AbstractContextManager[None]:
     """Load the model; return a context in which it can run."""
-    store.model = load(task.shell, task.dtype or task.shell.dtype, task.device).module
+    store.model = load(task.skeleton, task.dtype or task.skeleton.dtype, task.device).module
     return nullcontext()
 
 
 def _open_on_disk(task: PruneTask, store: ModelStore) -> AbstractContextManager[None]:
     """Load the weights outside the blocks; return a context in which the model can run."""
-    stored = open_stored(task.shell)
-    parts, dtype = (stored.shards, stored.layout), stored.dtype(task.shell, task.plan)
-    store.model = assemble(task.shell, *parts, task.device, dtype)
-    blocks = dict(task.shell.adapter.blocks(store.model))
+    stored = open_stored(task.skeleton)
+    parts, dtype = (stored.shards, stored.layout), stored.dtype(task.skeleton, task.plan)
+    store.model = assemble(task.skeleton, *parts, task.device, dtype)
+    blocks = dict(task.skeleton.adapter.blocks(store.model))
     source = StoredBlocks(*parts, blocks, task.device, dtype)
     both = (source, source)
     store.blocks = DiskBlocks(task.job.plan, *both, task.device, store.journal, store.ranks)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from apt.checkpoints.copies import links_outside
-from apt.checkpoints.load import open_shell
+from apt.checkpoints.load import open_skeleton
 from apt.checkpoints.opened import Opened
 from apt.engine.opening import find_source
 from apt.engine.task import WITHOUT_EFFECT, Task
@@ -36,7 +36,7 @@ def open_model(
     source = find_source(options.model, options, registry)
     resume = getattr(options, "resume", False)
     check_place(options.output, source, texts, notice, overwrite=options.overwrite, resume=resume)
-    return open_shell(source, registry, options.adapter)
+    return open_skeleton(source, registry, options.adapter)
 
 
 def check_place(

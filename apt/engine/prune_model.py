@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from apt.adapter import Adapter
-from apt.checkpoints.smaller import empty_smaller
+from apt.checkpoints.smaller import smaller_skeleton
 from apt.engine.reports import calibration_of
 from apt.engine.store import ModelStore
 from apt.output.report import Report
@@ -136,5 +136,5 @@ def _structured(store: ModelStore, tokens: Tensor, job: Pruning) -> Plan:
     )
     config = getattr(model, "config", None)
     plan = make_structured_plan(model, job.adapter, config, structure, adjusted=job.aware)
-    empty_smaller(model, job.adapter, plan)  # raises if transformers has no model of these sizes
+    smaller_skeleton(model, job.adapter, plan)  # raises if transformers has no model of these sizes
     return plan

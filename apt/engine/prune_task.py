@@ -73,12 +73,12 @@ class PruneTask(Task):
 
     def space(self, written: int) -> int:
         """The bytes of the output, and of what a streamed run has on disk meanwhile."""
-        options, shell = self.options, self.shell
+        options, skeleton = self.options, self.skeleton
         if not options.stream:
             return written
         if options.activations == "disk":
             tokens = self.samples * options.seqlen
-            written += activations_on_disk(shell, self.job.plan, tokens, shell.dtype)
+            written += activations_on_disk(skeleton, self.job.plan, tokens, skeleton.dtype)
         return written * 2 if self.job.structure else written  # the smaller model beside the other
 
     def read_text(self, ranks: Ranks) -> Text:
@@ -92,16 +92,16 @@ class PruneTask(Task):
             )  # fmt: skip
 
         return read_text(
-            options, self.shell, self.registry, draw,
+            options, self.skeleton, self.registry, draw,
             windows=options.samples or self.job.augmentation.own_samples, measures=ranks.first,
         )  # fmt: skip
 
     def begin(self, store: ModelStore, text: Text) -> Report:
         """A report with the options, the model and the text."""
-        options, shell = self.options, self.shell
+        options, skeleton = self.options, self.skeleton
         return Report(
             options=self.record(),
-            model=described(options.model, shell.config.model_type, shell.spec.name)
+            model=described(options.model, skeleton.config.model_type, skeleton.spec.name)
             | {"sha256": store.weights},
             calibration={
                 "source": portable(options.calibration),
@@ -109,7 +109,7 @@ class PruneTask(Task):
                 "bos": text.bos,
                 **calibration_of(text.tokens),
             },
-            earlier=report_beside(shell.source),
+            earlier=report_beside(skeleton.source),
         )
 
     def inputs(self, store: ModelStore, text: Text, report: Report) -> Line:
@@ -151,22 +151,22 @@ def prepare_pruning(options: PruneRun | ShrinkRun, registry: Registry, notice: N
     """
     options = replace(options, stream=options.stream or options.resume)
     texts = (options.calibration, options.evaluation, options.tokenizer)
-    shell = open_model(options, texts, registry, notice)
+    skeleton = open_model(options, texts, registry, notice)
     if isinstance(options, PruneRun):
-        check_packed_place(options, input_paths(shell.source, texts))
+        check_packed_place(options, input_paths(skeleton.source, texts))
     dense = Dense(
-        shell.module, shell.adapter, shell.config, registry, options.samples, options.seed,
+        skeleton.module, skeleton.adapter, skeleton.config, registry, options.samples, options.seed,
         options.stream, options.device, notice,
     )  # fmt: skip
     made: Any = _sparse if isinstance(options, PruneRun) else _smaller
-    options, method, job = made(options, shell, dense)
-    seqlen = capped(options.seqlen, shell, notice)
+    options, method, job = made(options, skeleton, dense)
+    seqlen = capped(options.seqlen, skeleton, notice)
     if options.method is None:
         notice(f"method: {method.name} (default)")
-    options = replace(options, method=method.name, adapter=shell.spec.name, seqlen=seqlen)
+    options = replace(options, method=method.name, adapter=skeleton.spec.name, seqlen=seqlen)
     task = PruneTask(
-        options=options, registry=registry, shell=shell, device=choose_device(options.device),
-        dtype=read_dtype(options.dtype), plan=_writable(shell, job), job=job, method=method,
+        options=options, registry=registry, skeleton=skeleton, device=choose_device(options.device),
+        dtype=read_dtype(options.dtype), plan=_writable(skeleton, job), job=job, method=method,
     )  # fmt: skip
     _check_memory(task)
     if options.stream:
@@ -174,25 +174,27 @@ def prepare_pruning(options: PruneRun | ShrinkRun, registry: Registry, notice: N
     return task
 
 
-def _sparse(options: PruneRun, shell: Opened, dense: Dense) -> tuple[PruneRun, MethodSpec, Pruning]:
+def _sparse(
+    options: PruneRun, skeleton: Opened, dense: Dense
+) -> tuple[PruneRun, MethodSpec, Pruning]:
     """The pruning to a sparse model."""
     pattern = pattern_of(options)
     assert pattern is not None
     spec, function = find_method(options.method, dense.registry)
     wanted = Sparsity(pattern, selection_of(options), options.also, options.allocation)
     job = sparse_pruning(dense, wanted, spec, function, options)
-    if shell.config.model_type not in shell.spec.model_types:
-        dense.notice(f"adapter {shell.spec.name}: {job.plan.outline()}")
+    if skeleton.config.model_type not in skeleton.spec.model_types:
+        dense.notice(f"adapter {skeleton.spec.name}: {job.plan.outline()}")
     return options, spec, job
 
 
 def _smaller(
-    options: ShrinkRun, shell: Opened, dense: Dense
+    options: ShrinkRun, skeleton: Opened, dense: Dense
 ) -> tuple[ShrinkRun, MethodSpec, Pruning]:
     """The pruning to a smaller model."""
-    if shell.checkpoint is not None:
+    if skeleton.checkpoint is not None:
         raise AptError(
-            f"{shell.source.reference} is not in the format of transformers",
+            f"{skeleton.source.reference} is not in the format of transformers",
             "convert it first with apt-prune convert",
         )
     options, spec, job = smaller_pruning(dense, options, options.method, options)
@@ -202,20 +204,24 @@ def _smaller(
     return options, spec, job
 
 
-def _writable(shell: Opened, job: Pruning) -> Plan:
+def _writable(skeleton: Opened, job: Pruning) -> Plan:
     """The plan with all blocks that may be written: those to drop may not be chosen yet."""
     if job.structure is None:
         return job.plan
     structure = Structure(job.structure.sizes[0].kept)
     return make_structured_plan(
-        shell.module, shell.adapter, shell.config, structure, adjusted=job.aware
+        skeleton.module, skeleton.adapter, skeleton.config, structure, adjusted=job.aware
     )
 
 
 def _check_memory(task: PruneTask) -> None:
     """Raise if the samples with one stream of their activations do not fit into memory."""
-    options, shell = task.options, task.shell
-    held = 0 if options.activations == "disk" else shell.config.hidden_size * shell.dtype.itemsize
+    options, skeleton = task.options, task.skeleton
+    held = (
+        0
+        if options.activations == "disk"
+        else skeleton.config.hidden_size * skeleton.dtype.itemsize
+    )
     ranks = whole_number("WORLD_SIZE", 1, least=1)
     samples = task.job.augmentation.written(options.samples)
     each = torch.long.itemsize + held
@@ -225,7 +231,7 @@ def _check_memory(task: PruneTask) -> None:
 def _check_streamable(task: PruneTask) -> None:
     """Raise if a run cannot be streamed."""
     options, structure = task.options, task.job.structure
-    stored = open_stored(task.shell)
+    stored = open_stored(task.skeleton)
     if structure is not None:
         check_writable(stored.layout)
         structure.check_streamable()

@@ -26,7 +26,7 @@ class Dense:
     """The dense model of a run.
 
     Attributes:
-        model: the model; it may be on the meta device.
+        model: the model; it may be a skeleton.
         adapter: the adapter of its family.
         config: its configuration.
         registry: the plugins.

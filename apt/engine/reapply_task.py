@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from apt.checkpoints.load import load, load_tokenizer, open_shell
+from apt.checkpoints.load import load, load_tokenizer, open_skeleton
 from apt.checkpoints.masks import (
     MASKS,
     Masks,
@@ -43,7 +43,7 @@ class ReapplyTask(Task):
     def read_text(self, ranks: Ranks) -> Text:
         """The tokenizer alone, if there is one."""
         try:
-            return Text(load_tokenizer(self.shell.source))
+            return Text(load_tokenizer(self.skeleton.source))
         except AptError:
             return Text(None)
 
@@ -74,21 +74,26 @@ def prepare_reapplying(options: ReapplyRun, registry: Registry, notice: Notice) 
             written.
     """
     masks = options.masks
-    shell = open_model(options, (str(masks),), registry, notice)
+    skeleton = open_model(options, (str(masks),), registry, notice)
     kind = kind_at(masks)
     if kind not in ("file", "directory"):
         fault = "does not exist" if kind is None else "is neither a file nor a directory"
         raise AptError(f"{masks} {fault}", f"name a pruned model, or a file {MASKS}")
     found = read_masks(masks) if kind == "file" else _masks_of(options, registry)
-    check_masks(found, shell.module, str(masks))
-    report = continued(read_report(masks) if kind == "directory" else None, shell, masks)
+    check_masks(found, skeleton.module, str(masks))
+    report = continued(read_report(masks) if kind == "directory" else None, skeleton, masks)
     return ReapplyTask(
-        options=options, registry=registry, shell=shell, device="cpu", masks=found, report=report
+        options=options,
+        registry=registry,
+        skeleton=skeleton,
+        device="cpu",
+        masks=found,
+        report=report,
     )
 
 
 def _masks_of(options: ReapplyRun, registry: Registry) -> Masks:
     """The masks of a pruned model."""
     source = find_source(f"{options.masks.resolve()}", replace(options, revision=None), registry)
-    pruned = load(open_shell(source, registry, options.adapter))
+    pruned = load(open_skeleton(source, registry, options.adapter))
     return masks_of(pruned.module, pruned.adapter)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from apt.checkpoints.load import load, open_shell
+from apt.checkpoints.load import load, open_skeleton
 from apt.checkpoints.masks import Masks, masks_of, sparsity_of
 from apt.checkpoints.opened import Opened
 from apt.distributed.ranks import Ranks
@@ -68,7 +68,7 @@ class RecoverTask(Task):
         trained, there are also three checkpoints, each with two moments.
         """
         copies = 2 + 3 * 3 if self.spec.teacher else 4
-        weights = sum(p.numel() * 4 for p in self.shell.module.parameters())
+        weights = sum(p.numel() * 4 for p in self.skeleton.module.parameters())
         return copies * weights + self._teacher_bytes()
 
     def _teacher_bytes(self) -> int:
@@ -76,7 +76,7 @@ class RecoverTask(Task):
 
         0 if the number of samples is not known yet.
         """
-        options, hidden = self.options, int(self.shell.config.hidden_size)
+        options, hidden = self.options, int(self.skeleton.config.hidden_size)
         open_ended = options.minutes is not None or options.tokens == "auto"
         if open_ended or not self.spec.teacher:
             return 0
@@ -94,7 +94,7 @@ class RecoverTask(Task):
             )
 
         return read_text(
-            options, self.shell, self.registry, draw, windows=None, measures=ranks.first
+            options, self.skeleton, self.registry, draw, windows=None, measures=ranks.first
         )
 
     def _useful_samples(self) -> int:
@@ -113,10 +113,10 @@ class RecoverTask(Task):
         Raises:
             AptError: the model is dense, and the kind needs zeros or a smaller model.
         """
-        masks = masks_of(store.model, self.shell.adapter)
+        masks = masks_of(store.model, self.skeleton.adapter)
         smaller = self.earlier.get("structure")
         if sparsity_of(masks) > 0.01 or smaller or self.spec.dense:
-            return continued(self.earlier, self.shell, Path(self.shell.source.location))
+            return continued(self.earlier, self.skeleton, Path(self.skeleton.source.location))
         raise AptError(
             f"{self.options.model} has no zeros, and no report that says how it became smaller",
             "recover a model that was pruned; for dropped blocks use the kind layers",
@@ -133,10 +133,10 @@ class RecoverTask(Task):
 
     def change(self, store: ModelStore, text: Text, report: Report) -> Changed:
         """Train the model."""
-        options, shell = self.options, self.shell
+        options, skeleton = self.options, self.skeleton
         dense = partial(_dense_model, self) if self.spec.teacher else None
         job = RecoveryJob(
-            shell.adapter, self.spec, self.spec.load(), options, store.folder, dense,
+            skeleton.adapter, self.spec, self.spec.load(), options, store.folder, dense,
             options.seed, self.device, store.ranks, store.journal, store.observe, store.status,
         )  # fmt: skip
         if store.ranks.first and not store.journal.values(CHECKPOINT):
@@ -152,7 +152,7 @@ class RecoverTask(Task):
             "training": training.record(),
             "sparsity": sparsity_of(masks),
             "zeros": sum(int(mask.sum()) for mask in masks.values()),
-            **_size(shell, self.earlier, masks),
+            **_size(skeleton, self.earlier, masks),
             DENSE_LOSS: next(iter(store.journal.values(DENSE_LOSS)), None),
             "scores": {},
             "seconds": 0.0,
@@ -176,11 +176,13 @@ class RecoverTask(Task):
         return replace(report, recovery=report.recovery | measured)
 
 
-def _size(shell: Opened, earlier: dict[str, Any], masks: Masks) -> dict[str, Any]:
+def _size(skeleton: Opened, earlier: dict[str, Any], masks: Masks) -> dict[str, Any]:
     """The number of parameters before the pruning, and the share of them that was pruned."""
-    now = sum(p.numel() for p in shell.module.parameters())
+    now = sum(p.numel() for p in skeleton.module.parameters())
     share = (earlier.get("structure") or {}).get("share") or 1.0
-    blocks = sum(p.numel() for _, b in shell.adapter.blocks(shell.module) for p in b.parameters())
+    blocks = sum(
+        p.numel() for _, b in skeleton.adapter.blocks(skeleton.module) for p in b.parameters()
+    )
     before = round(now + blocks * (1 / share - 1))
     zeros = sum(int(mask.sum()) for mask in masks.values())
     return {"parameters_before": before, "rate": (before - now + zeros) / before}
@@ -195,22 +197,22 @@ def prepare_recovery(options: RecoverRun, registry: Registry, notice: Notice) ->
     spec = registry.recoveries.get(options.kind or "distill")
     check_recovery(options, spec, registry)
     texts = (options.calibration, options.evaluation, options.tokenizer, options.dense)
-    shell = open_model(options, texts, registry, notice)
-    earlier = _report_beside(shell.source)
+    skeleton = open_model(options, texts, registry, notice)
+    earlier = _report_beside(skeleton.source)
     if spec.zeros and earlier.get("structure"):
         raise AptError(
             f"recovery {spec.name} serves models with zeros, and {options.model} is a smaller one",
             "use the kind layers, distill or lora",
             ("kind",),
         )
-    seqlen = capped(options.seqlen, shell, notice)
-    options = replace(options, kind=spec.name, adapter=shell.spec.name, seqlen=seqlen)
+    seqlen = capped(options.seqlen, skeleton, notice)
+    options = replace(options, kind=spec.name, adapter=skeleton.spec.name, seqlen=seqlen)
     task = RecoverTask(
-        options=options, registry=registry, shell=shell, device=choose_device(options.device),
+        options=options, registry=registry, skeleton=skeleton, device=choose_device(options.device),
         spec=spec, earlier=earlier,
     )  # fmt: skip
     if spec.teacher:
-        _dense_shell(task)
+        _dense_skeleton(task)
     return task
 
 
@@ -243,10 +245,10 @@ def _report_beside(source: Source) -> dict[str, Any]:
 
 
 def _dense_model(task: RecoverTask) -> nn.Module:
-    return load(_dense_shell(task), None, task.device).module
+    return load(_dense_skeleton(task), None, task.device).module
 
 
-def _dense_shell(task: RecoverTask) -> Opened:
+def _dense_skeleton(task: RecoverTask) -> Opened:
     """The dense model on the meta device.
 
     Raises:
@@ -264,17 +266,17 @@ def _dense_shell(task: RecoverTask) -> Opened:
         raise _another_dense(f"{given} is the pruned model itself")
     try:
         source = find_source(given, replace(options, revision=None), registry)
-        shell = open_shell(source, registry)
+        skeleton = open_skeleton(source, registry)
     except AptError as error:
         if options.dense is None:
             error.add_hint("the report names this dense model: give its place", "dense")
         raise
-    sizes = [m.module.get_input_embeddings().weight.shape[0] for m in (shell, task.shell)]  # type: ignore[operator]
+    sizes = [m.module.get_input_embeddings().weight.shape[0] for m in (skeleton, task.skeleton)]  # type: ignore[operator]
     if sizes[0] != sizes[1]:
         raise _another_dense(
             f"the dense model {given} has {sizes[0]} tokens, and {options.model} has {sizes[1]}"
         )
-    widths = [model.config.hidden_size for model in (shell, task.shell)]
+    widths = [model.config.hidden_size for model in (skeleton, task.skeleton)]
     if options.hidden and widths[0] != widths[1]:
         raise AptError(
             f"the hidden states of {given} have {widths[0]} features, and those of "
@@ -282,7 +284,7 @@ def _dense_shell(task: RecoverTask) -> Opened:
             "name the model from which it was pruned, or use the logits alone: hidden 0",
             ("dense", "hidden"),
         )
-    return shell
+    return skeleton
 
 
 def _another_dense(fault: str) -> AptError:

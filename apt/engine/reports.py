@@ -39,15 +39,15 @@ def report_beside(source: Source) -> dict[str, Any]:
     return read_report(Path(source.location)) or {}
 
 
-def continued(record: dict[str, Any] | None, shell: Opened, where: Path) -> Report:
+def continued(record: dict[str, Any] | None, skeleton: Opened, where: Path) -> Report:
     """The report of the pruning before this run; one without a run if there is none.
 
     Args:
         record: the record of the pruning.
-        shell: the model.
+        skeleton: the model.
         where: the directory of the record, for messages.
     """
     if record:
         return Report.from_dict(record, f"the report in {where}")
-    reference = shell.source.reference
-    return Report({}, described(reference, shell.config.model_type, shell.spec.name), {})
+    reference = skeleton.source.reference
+    return Report({}, described(reference, skeleton.config.model_type, skeleton.spec.name), {})

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from apt.checkpoints.smaller import empty_smaller
+from apt.checkpoints.smaller import smaller_skeleton
 from apt.engine.machine import choose_device
 from apt.engine.prune_model import Pruning
 from apt.engine.pruning_plan import Dense
@@ -73,7 +73,7 @@ def smaller_pruning(
     structure, aware = choice.provisional(model, adapter), recipe.targets is not None
     plan = make_structured_plan(model, adapter, config, structure, adjusted=aware)
     if choice.drop:
-        empty_smaller(model, adapter, plan)  # raises if there is no such model
+        smaller_skeleton(model, adapter, plan)  # raises if there is no such model
     job = Pruning(
         adapter, plan, _removal(choice, wish.compensate), recipe, augmentation,
         structure=choice, seed=dense.seed,

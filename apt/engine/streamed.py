@@ -51,7 +51,7 @@ class Streamed(OutputStore):
 
     def __init__(self, task: Task, timeline: Timeline, ranks: Ranks) -> None:
         super().__init__(task, timeline, ranks)
-        self._stored, where = open_stored(task.shell), task.options.activations
+        self._stored, where = open_stored(task.skeleton), task.options.activations
         on_disk = where == "disk"
         self.activations = DiskStore(self.work.activations) if on_disk else activation_store(where)
         self._dense: StoredBlocks
@@ -135,9 +135,9 @@ class Streamed(OutputStore):
         """Load the weights outside the blocks."""
         self.status("loading the weights outside the blocks")
         task, stored = self.task, self._stored
-        dtype = stored.dtype(task.shell, task.plan)
-        self.model = assemble(task.shell, stored.shards, stored.layout, task.device, dtype)
-        blocks = dict(task.shell.adapter.blocks(self.model))
+        dtype = stored.dtype(task.skeleton, task.plan)
+        self.model = assemble(task.skeleton, stored.shards, stored.layout, task.device, dtype)
+        blocks = dict(task.skeleton.adapter.blocks(self.model))
         self._dense, self._pruned = (
             StoredBlocks(shards, stored.layout, blocks, task.device, dtype)
             for shards in (stored.shards, Shards(self.work.out))
@@ -175,7 +175,7 @@ class Streamed(OutputStore):
 
     @contextmanager
     def _measurable(self, held_out: Tensor, when: str) -> Iterator[nn.Module]:
-        adapter = self.task.shell.adapter
+        adapter = self.task.skeleton.adapter
         if self._small is not None:
             with streamed(self._saved(self._small), held_out, self.task.device) as module:
                 yield module
@@ -202,7 +202,7 @@ class Streamed(OutputStore):
 
     def _verify(self, plan: Plan, *, masks: bool) -> dict[str, int]:
         """Check the written blocks, and write their masks on request; returns the zeros by site."""
-        found, adapter = dict[str, Tensor](), self.task.shell.adapter
+        found, adapter = dict[str, Tensor](), self.task.skeleton.adapter
 
         def collect(name: str, block: nn.Module) -> None:
             if masks:
@@ -217,8 +217,8 @@ class Streamed(OutputStore):
         """Write the smaller model beside the blocks with zeros, and check that it opens."""
         self.status("writing the smaller model")
         self.blocks.verify(plan)
-        shell, target = self.task.shell, self.work.fresh("small")
-        write_smaller(shell, plan, self._pruned, self._stored.layout, self.work.out, target)
+        skeleton, target = self.task.skeleton, self.work.fresh("small")
+        write_smaller(skeleton, plan, self._pruned, self._stored.layout, self.work.out, target)
         open_stored(self._saved(target))
         return target
 

@@ -44,7 +44,7 @@ class Task:
     Attributes:
         options: the options of the run, with defaults filled in.
         registry: the plugins.
-        shell: the model without weights.
+        skeleton: the model without weights.
         device: the device of the weights.
         dtype: the dtype of the weights; None for that of the checkpoint.
         plan: a plan with all parameters that may change; None if any may.
@@ -57,7 +57,7 @@ class Task:
 
     options: Any
     registry: Registry
-    shell: Opened
+    skeleton: Opened
     device: str
     dtype: torch.dtype | None = None
     plan: Plan | None = None

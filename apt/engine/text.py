@@ -36,7 +36,7 @@ class Text:
 
 def read_text(
     options: Any,
-    shell: Opened,
+    skeleton: Opened,
     registry: Registry,
     draw: Callable[[Any, Iterable[str], int | None], Tensor],
     *,
@@ -47,7 +47,7 @@ def read_text(
 
     Args:
         options: the options of the run.
-        shell: the model without weights.
+        skeleton: the model without weights.
         registry: the plugins.
         draw: a function from the tokenizer, the documents and the first token of a sample to the
             samples.
@@ -58,20 +58,20 @@ def read_text(
         AptError: a data source or the tokenizer cannot be read, there is too little text, or a
             token has no embedding in the model.
     """
-    tokenizer = load_tokenizer(shell.source, options.tokenizer)
+    tokenizer = load_tokenizer(skeleton.source, options.tokenizer)
     bos = bos_of(tokenizer) if options.bos else None
     found: Iterable[str] = ()
     if options.samples != 0:
         found = documents(options.calibration, "calibration", registry)
     tokens, held_out = draw(tokenizer, found, bos), None
-    check_vocabulary(tokens, shell.module, options.model)
+    check_vocabulary(tokens, skeleton.module, options.model)
     if options.evaluation is not None and measures:
         source = options.evaluation
         found = documents(source, "evaluation", registry)
         held_out = evaluation_tokens(
             tokenizer, found, windows, options.seqlen, source, bos, fewer=True
         )
-        check_vocabulary(held_out, shell.module, options.model)
+        check_vocabulary(held_out, skeleton.module, options.model)
     return Text(tokenizer, tokens, held_out, bos, special_ids(tokenizer))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from apt.checkpoints.architecture import quantised_with
 from apt.checkpoints.copies import CARD
-from apt.checkpoints.load import load, open_shell
+from apt.checkpoints.load import load, open_skeleton
 from apt.checkpoints.offload import StoredBlocks
 from apt.checkpoints.opened import Opened
 from apt.checkpoints.safetensors_io import Shards
@@ -94,8 +94,10 @@ def verify_directory(
         raise _no_pattern()
     problems = _changed(directory, report, notice)
     source = find(f"{directory.resolve()}", registry, trust_remote_code=trust_remote_code)
-    shell = open_shell(replace(source, reference=str(directory)), registry, adapter, packed=True)
-    method = quantised_with(shell.config)
+    skeleton = open_skeleton(
+        replace(source, reference=str(directory)), registry, adapter, packed=True
+    )
+    method = quantised_with(skeleton.config)
     if method == METHOD:
         PackedShards(directory).check()
     elif method:
@@ -108,19 +110,19 @@ def verify_directory(
                 "leave these options out, or give a pattern",
                 ("only", "skip", "overrides"),
             )
-        problems += verify_structure(shell, structure)
+        problems += verify_structure(skeleton, structure)
         return Verified(structure=structure, problems=tuple(problems))
     try:
         if pattern is None:
-            expected = expected_by_report(shell, report, selection, notice)
+            expected = expected_by_report(skeleton, report, selection, notice)
         else:
             expected = expected_by_pattern(
-                shell, report, pattern, selection, notice, at_least=at_least
+                skeleton, report, pattern, selection, notice, at_least=at_least
             )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         fault = f"the report in {directory} is damaged: {described(error)}"
         raise AptError(fault, *_GIVE_PATTERN) from error
-    verdicts = count_zeros(shell, directory, expected, packed=method == METHOD)
+    verdicts = count_zeros(skeleton, directory, expected, packed=method == METHOD)
     return Verified(expected.pattern, tuple(verdicts), problems=(*problems, *expected.problems))
 
 
@@ -154,34 +156,34 @@ class Expected:
 
 
 def count_zeros(
-    shell: Opened, directory: Path, expected: Expected, *, packed: bool
+    skeleton: Opened, directory: Path, expected: Expected, *, packed: bool
 ) -> Iterator[Verdict]:
     """Count the zeros of all sites, block by block if the checkpoint can be read so.
 
     Args:
-        shell: the model without weights.
+        skeleton: the model without weights.
         directory: its directory.
         expected: the patterns and the numbers of zeros.
         packed: True if the model is packed. Rounding may then have made more zeros.
     """
     plan, exact = expected.plan, {} if packed else expected.zeros
-    stored = find_stored(shell) if not packed else None
+    stored = find_stored(skeleton) if not packed else None
     if packed:
         shards: Shards = PackedShards(directory)
-        layout = layout_of(shell, shards)
+        layout = layout_of(skeleton, shards)
     elif stored is not None:
         shards, layout = stored.shards, stored.layout
     else:
-        yield from verify(load(shell).module, shell.adapter, plan, exact)
+        yield from verify(load(skeleton).module, skeleton.adapter, plan, exact)
         return
-    on_disk = StoredBlocks(shards, layout, dict(shell.adapter.blocks(shell.module)), "cpu")
+    on_disk = StoredBlocks(shards, layout, dict(skeleton.adapter.blocks(skeleton.module)), "cpu")
     for planned in plan.blocks:
         with on_disk.open(planned.name) as block:
             yield from block_verdicts(planned, block, exact)
 
 
 def expected_by_pattern(
-    shell: Opened,
+    skeleton: Opened,
     report: Mapping[str, Any],
     pattern: Pattern,
     selection: Selection,
@@ -196,7 +198,7 @@ def expected_by_pattern(
     and that were kept, and weights that were rounded to zero.
 
     Args:
-        shell: the model without weights.
+        skeleton: the model without weights.
         report: the report beside the model; empty if there is none.
         pattern, selection: the pattern of each site.
         notice: called with a line about sites that are not counted.
@@ -205,7 +207,7 @@ def expected_by_pattern(
     if dense := _dense(report):
         notice(f"left dense on request: {', '.join(dense)}")
         selection = replace(selection, skip=(*selection.skip, *dense))
-    plan = make_plan(shell.module, shell.adapter, pattern, selection, _per(report))
+    plan = make_plan(skeleton.module, skeleton.adapter, pattern, selection, _per(report))
     check_rounding(plan, notice)
     recorded = {site["name"]: site for site in _sites(report)} if report.get("sites") else {}
     zeros = {
@@ -224,12 +226,12 @@ def _zeros(site: PlannedSite, record: Mapping[str, Any] | None) -> int:
 
 
 def expected_by_report(
-    shell: Opened, report: Mapping[str, Any], selection: Selection, notice: Notice
+    skeleton: Opened, report: Mapping[str, Any], selection: Selection, notice: Notice
 ) -> Expected:
     """What the options of the run asked for, and the zeros that its report says.
 
     Args:
-        shell: the model without weights.
+        skeleton: the model without weights.
         report: the report beside the model.
         selection: the sites to check, and the patterns to expect in place of those of the run.
         notice: called with a line about sites that are not counted.
@@ -241,7 +243,7 @@ def expected_by_report(
     records = {str(site["name"]): site for site in _sites(report)}
     if dense := _dense(report):
         notice(f"left dense on request: {', '.join(dense)}")
-    asked = _asked(shell, report)
+    asked = _asked(skeleton, report)
     allocated = _allocated(asked, report)
     plan = Plan(tuple(_with_records(b, records, allocated, dense) for b in asked.blocks))
     problems = [*_unlike(plan, records), *_wrong_total(asked, plan, allocated)]
@@ -257,14 +259,14 @@ def expected_by_report(
     return Expected(str(pattern), plan, zeros, tuple(problems))
 
 
-def _asked(shell: Opened, report: Mapping[str, Any]) -> Plan:
+def _asked(skeleton: Opened, report: Mapping[str, Any]) -> Plan:
     """The plan of a run, before its allocation."""
     options = _options(report)
     only, skip = (tuple(options.get(name) or ()) for name in ("only", "skip"))
     overrides = tuple((options.get("overrides") or {}).items())
     return make_plan(
-        shell.module,
-        shell.adapter,
+        skeleton.module,
+        skeleton.adapter,
         read_pattern(str(options.get("pattern"))),
         Selection(only, skip, overrides),
         _per(report),
@@ -375,14 +377,14 @@ def _no_pattern() -> AptError:
 _GIVE_PATTERN = "give a sparsity or a pattern", ("sparsity", "pattern")
 
 
-def verify_structure(shell: Opened, structure: Mapping[str, Any]) -> list[str]:
+def verify_structure(skeleton: Opened, structure: Mapping[str, Any]) -> list[str]:
     """The differences between a smaller model and the structure in its report.
 
     Raises:
         AptError: the report is damaged.
     """
-    counts = group_counts(shell.module, shell.adapter, shell.config)
-    found = {"blocks": len(shell.adapter.blocks(shell.module))} | counts
+    counts = group_counts(skeleton.module, skeleton.adapter, skeleton.config)
+    found = {"blocks": len(skeleton.adapter.blocks(skeleton.module))} | counts
     try:
         said = {str(kind): int(entry["kept"]) for kind, entry in structure["groups"].items()}
         said["blocks"] = int(structure["blocks"]["kept"])

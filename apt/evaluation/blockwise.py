@@ -18,14 +18,14 @@ from apt.errors import AptError
 
 
 @contextmanager
-def streamed(shell: Opened, tokens: Tensor, device: str) -> Iterator[nn.Module]:
+def streamed(skeleton: Opened, tokens: Tensor, device: str) -> Iterator[nn.Module]:
     """A model for the windows of ``tokens`` (windows, seqlen), whose blocks are read one by one."""
-    stored = open_stored(shell)
-    dtype = stored.dtype(shell)
+    stored = open_stored(skeleton)
+    dtype = stored.dtype(skeleton)
     parts = (stored.shards, stored.layout)
-    module = assemble(shell, *parts, device, dtype)
-    on_disk = StoredBlocks(*parts, dict(shell.adapter.blocks(module)), device, dtype)
-    with carried(module, shell.adapter, tokens, on_disk):
+    module = assemble(skeleton, *parts, device, dtype)
+    on_disk = StoredBlocks(*parts, dict(skeleton.adapter.blocks(module)), device, dtype)
+    with carried(module, skeleton.adapter, tokens, on_disk):
         yield module
 
 

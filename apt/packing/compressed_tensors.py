@@ -31,7 +31,7 @@ _PARTS = _PACKED, _SCALE, _SHAPE = "weight_packed", "weight_scale", "weight_shap
 
 
 def write_compressed_tensors(
-    directory: Path, shell: Opened, target: Path, rounding: Rounding
+    directory: Path, skeleton: Opened, target: Path, rounding: Rounding
 ) -> Packed:
     """Write a checkpoint with the weights of the blocks' Linear modules as integers.
 
@@ -47,7 +47,7 @@ def write_compressed_tensors(
     if KEY in config:
         raise AptError(f"{directory} is packed or quantised already")
     shards = Shards(directory)
-    modules = linear_tensors(shell, shards, blocks=True)
+    modules = linear_tensors(skeleton, shards, blocks=True)
     _check_group(shards, modules, rounding.scale_group)
 
     def converted(name: str, tensor: Tensor) -> dict[str, Tensor]:
@@ -63,7 +63,7 @@ def write_compressed_tensors(
         }
 
     rewrite(shards, target, converted)
-    finish(directory, target, {**config, KEY: _description(shell, modules, rounding)})
+    finish(directory, target, {**config, KEY: _description(skeleton, modules, rounding)})
     written = Shards(target)
     error = relative_error(_verified(shards, written, modules, rounding))
     sizes = {name: entry.size for name, entry in written.entries.items()}
@@ -125,12 +125,14 @@ def dequantized(integers: Tensor, scales: Tensor) -> Tensor:
     return values.to(scales.dtype)
 
 
-def _description(shell: Opened, modules: Mapping[str, str], rounding: Rounding) -> dict[str, Any]:
+def _description(
+    skeleton: Opened, modules: Mapping[str, str], rounding: Rounding
+) -> dict[str, Any]:
     """The ``quantization_config``."""
     names = set(modules.values())
     ignored = [
         name
-        for name, module in shell.module.named_modules()
+        for name, module in skeleton.module.named_modules()
         if isinstance(module, nn.Linear) and name not in names
     ]
     weights = {

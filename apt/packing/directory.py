@@ -93,24 +93,26 @@ class Rounding:
     exact: bool = False
 
 
-def linear_tensors(shell: Opened, shards: Shards, *, blocks: bool = False) -> dict[str, str]:
+def linear_tensors(skeleton: Opened, shards: Shards, *, blocks: bool = False) -> dict[str, str]:
     """The Linear modules by the tensors of their weights.
 
     A module that shares its weight with an embedding is left out: only dense weights can be tied.
 
     Args:
-        shell: the model, without weights.
+        skeleton: the model, without weights.
         blocks: True to leave out modules outside the blocks, such as the language-model head.
 
     Raises:
         NotStoredError: the checkpoint stores parameters differently than the model.
     """
-    layout = layout_of(shell, shards)
-    inside = tuple(f"{name}." for name, _ in shell.adapter.blocks(shell.module))
-    shared = Counter(map(id, dict(shell.module.named_parameters(remove_duplicate=False)).values()))
+    layout = layout_of(skeleton, shards)
+    inside = tuple(f"{name}." for name, _ in skeleton.adapter.blocks(skeleton.module))
+    shared = Counter(
+        map(id, dict(skeleton.module.named_parameters(remove_duplicate=False)).values())
+    )
     return {
         layout[f"{name}.weight"][0].key: name
-        for name, module in shell.module.named_modules()
+        for name, module in skeleton.module.named_modules()
         if isinstance(module, nn.Linear)
         and f"{name}.weight" in layout
         and shared[id(module.weight)] == 1

@@ -249,7 +249,7 @@ def make_plan(
     per: Granularity = "layer",
     also: Sequence[str] = (),
 ) -> Plan:
-    """Plan a run; the model may be on the meta device.
+    """Plan a run; the model may be a skeleton.
 
     Args:
         pattern: the pattern of every selected site without an override.

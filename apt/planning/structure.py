@@ -45,7 +45,7 @@ class Structure:
 def make_structured_plan(
     model: nn.Module, adapter: Adapter, config: Any, structure: Structure, *, adjusted: bool = True
 ) -> Plan:
-    """The plan of a run that leads to ``structure``; the model may be on the meta device.
+    """The plan of a run that leads to ``structure``; the model may be a skeleton.
 
     Args:
         adjusted: True if the sites that lose no columns are solved as well, to compensate for the

@@ -11,7 +11,7 @@ from torch import nn
 
 from apt.adapter import Adapter, Groups
 from apt.adapter.recording import eval_mode
-from apt.checkpoints.empty_model import empty_of_class
+from apt.checkpoints.skeletons import skeleton_of_class
 from apt.checkpoints.smaller import resized
 
 _ROUNDS, _WARM_UP = 9, 2
@@ -29,7 +29,7 @@ def block_times(
     have different readers, so that the times that they save add up.
 
     Args:
-        model: the model; it may be on the meta device.
+        model: the model; it may be a skeleton.
     """
     blocks = adapter.blocks(model)
     groups = {g.kind: g for _, block in blocks for g in adapter.groups(block, config)}
@@ -55,7 +55,7 @@ def _one_block(
 ) -> nn.Module:
     """A model of one block with ``kept`` groups."""
     removed = [(groups[name], groups[name].count - count) for name, count in kept.items()]
-    model = empty_of_class(kind, resized(config, removed, range(1), blocks), config)
+    model = skeleton_of_class(kind, resized(config, removed, range(1), blocks), config)
     draw = _generator(device)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from apt.adapter import Adapter
-from apt.checkpoints.smaller import empty_smaller
+from apt.checkpoints.smaller import smaller_skeleton
 from apt.planning.plan import Plan
 from apt.planning.structure import planned_groups
 from apt.shrinking.search import Scored, pareto_front
@@ -24,7 +24,7 @@ def structure_record(
         if not planned.dropped:
             kept |= planned_groups(adapter, config, modules[planned.name], planned)
     size = sizes.size(kept, len(plan.blocks) - len(plan.dropped))
-    empty = empty_smaller(model, adapter, plan)
+    empty = smaller_skeleton(model, adapter, plan)
     left = group_counts(empty, adapter, empty.config)
     return {
         "mode": choice.mode,

@@ -49,7 +49,7 @@ class Sizes:
     """All sizes of the smaller models of a model.
 
     Args:
-        model: the model; it may be on the meta device.
+        model: the model; it may be a skeleton.
         multiple: the multiple that a number of channels must be.
         seconds: the time of a block with these numbers of groups, if the budget is time.
     """

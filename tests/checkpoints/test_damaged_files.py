@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from apt.checkpoints.load import load, open_shell
+from apt.checkpoints.load import load, open_skeleton
 from apt.engine.disk_blocks import sites_of
 from apt.errors import AptError
 from apt.locations.model_source import find
@@ -54,7 +54,7 @@ def one_line():
 def test_a_configuration_of_mamba_ssm(tmp_path, config, width):
     (tmp_path / "config.json").write_text(json.dumps({**config, "d_model": width}))
     with one_line():
-        assert open_shell(find(str(tmp_path), registry()), registry()).checkpoint is not None
+        assert open_skeleton(find(str(tmp_path), registry()), registry()).checkpoint is not None
 
 
 FIELDS = ["hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size", "hidden_act",
@@ -78,14 +78,14 @@ def test_a_configuration_of_transformers(tmp_path, variant, field, value):
     config = random_model(variant).config.to_dict() | {field: value}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with one_line():
-        model = open_shell(find(str(tmp_path), registry()), registry())
+        model = open_skeleton(find(str(tmp_path), registry()), registry())
         make_plan(model.module, model.adapter, parse_pattern("2:4"))
 
 
 def test_a_configuration_nested_without_end(tmp_path):
     (tmp_path / "config.json").write_text('{"d_model":' + "[" * 100_000)
     with pytest.raises(AptError, match="^[^\n]* does not load[^\n]*$"):
-        open_shell(find(str(tmp_path), registry()), registry())
+        open_skeleton(find(str(tmp_path), registry()), registry())
 
 
 @pytest.mark.parametrize("stored", [[1, 2], {"backbone": 3}, torch.zeros(3), {1: torch.zeros(3)}])
@@ -94,7 +94,7 @@ def test_weights_of_mamba_ssm_that_are_no_weights(tmp_path, stored):
     (tmp_path / "config.json").write_text(json.dumps(native))
     torch.save(stored, tmp_path / "pytorch_model.bin")
     with pytest.raises(AptError, match="does not load|lacks|has"):
-        load(open_shell(find(str(tmp_path), registry()), registry()))
+        load(open_skeleton(find(str(tmp_path), registry()), registry()))
 
 
 json_values = st.recursive(

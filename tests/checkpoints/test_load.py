@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from apt.checkpoints.load import fingerprint, load, load_tokenizer, open_shell
+from apt.checkpoints.load import fingerprint, load, load_tokenizer, open_skeleton
 from apt.errors import AptError
 from apt.locations.model_source import find
 from apt.plugin.registry import registry
@@ -19,7 +19,7 @@ from tests.helpers.families import FAMILIES
 
 
 def loaded(reference, **options):
-    return load(open_shell(find(str(reference), registry()), registry()), **options)
+    return load(open_skeleton(find(str(reference), registry()), registry()), **options)
 
 
 @pytest.fixture
@@ -48,12 +48,12 @@ def test_an_adapter_that_does_not_load_is_one_line(checkpoint):
     specs = {**adapters.specs, "llama": replace(adapters.get("llama"), target="typo:Mine")}
     installed = replace(registry(), adapters=replace(adapters, specs=specs))
     with pytest.raises(AptError, match="^typo:Mine of 'llama' does not load: No module named"):
-        open_shell(find(str(checkpoint("llama")), installed), installed)
+        open_skeleton(find(str(checkpoint("llama")), installed), installed)
 
 
 def test_a_shell_holds_no_weights(checkpoint):
-    shell = open_shell(find(str(checkpoint("bloom")), registry()), registry())
-    assert {p.device.type for p in shell.module.parameters()} == {"meta"}
+    skeleton = open_skeleton(find(str(checkpoint("bloom")), registry()), registry())
+    assert {p.device.type for p in skeleton.module.parameters()} == {"meta"}
 
 
 @pytest.mark.parametrize(

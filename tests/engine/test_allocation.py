@@ -73,12 +73,14 @@ def test_mixed_nm_has_the_exact_total_and_is_verified(apt):
 
 
 def total_size(reference):
-    from apt.checkpoints.load import open_shell
+    from apt.checkpoints.load import open_skeleton
     from apt.locations.model_source import find
     from apt.plugin.registry import registry
 
-    shell = open_shell(find(reference, registry()), registry())
-    return sum(s.size for s in make_plan(shell.module, shell.adapter, Unstructured(0.5)).sites)
+    skeleton = open_skeleton(find(reference, registry()), registry())
+    return sum(
+        s.size for s in make_plan(skeleton.module, skeleton.adapter, Unstructured(0.5)).sites
+    )
 
 
 def test_levels_may_leave_a_site_dense():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from apt.checkpoints.load import load, open_shell
+from apt.checkpoints.load import load, open_skeleton
 from apt.checkpoints.masks import MASKS, masks_of, read_masks, write_masks
 from apt.errors import AptError
 from apt.locations.model_source import find
@@ -39,7 +39,7 @@ def pruned(apt, checkpoint):
 
 
 def opened(directory):
-    found = load(open_shell(find(str(directory), registry()), registry()))
+    found = load(open_skeleton(find(str(directory), registry()), registry()))
     return found.module, masks_of(found.module, found.adapter)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from apt.checkpoints.load import load, open_shell
+from apt.checkpoints.load import load, open_skeleton
 from apt.errors import AptError
 from apt.evaluation.blockwise import streamed
 from apt.locations.model_source import find
@@ -27,34 +27,34 @@ def scores(folder):
 
 
 @pytest.fixture
-def shell(checkpoint):
-    return lambda variant: open_shell(find(str(checkpoint(variant)), registry()), registry())
+def skeleton(checkpoint):
+    return lambda variant: open_skeleton(find(str(checkpoint(variant)), registry()), registry())
 
 
 @pytest.mark.parametrize("variant", CONFIGS)
 @torch.no_grad()
-def test_windows_in_any_batches_give_the_whole_models_logits(variant, shell):
+def test_windows_in_any_batches_give_the_whole_models_logits(variant, skeleton):
     tokens = random_tokens(samples=5, seqlen=16)
-    model = load(shell(variant)).module
-    with streamed(shell(variant), tokens, "cpu") as hollow:
+    model = load(skeleton(variant)).module
+    with streamed(skeleton(variant), tokens, "cpu") as module:
         for rows in ([0, 1, 2, 3, 4], [4, 0], [3, 3]):
-            given, expected = hollow(tokens[rows]).logits, model(tokens[rows]).logits
+            given, expected = module(tokens[rows]).logits, model(tokens[rows]).logits
             torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-4)
-        named = hollow(input_ids=tokens[:2], use_cache=False).logits
+        named = module(input_ids=tokens[:2], use_cache=False).logits
         torch.testing.assert_close(named, model(tokens[:2]).logits, rtol=1e-4, atol=1e-4)
-        blocks = [block for _, block in shell(variant).adapter.blocks(hollow)]
+        blocks = [block for _, block in skeleton(variant).adapter.blocks(module)]
         assert [next(block.parameters()).is_meta for block in blocks] == [True, True, False]
     assert next(blocks[-1].parameters()).is_meta
     assert "forward" not in vars(blocks[0])
 
 
-def test_other_tokens_than_the_windows_are_refused(shell):
+def test_other_tokens_than_the_windows_are_refused(skeleton):
     tokens = random_tokens(samples=2, seqlen=16)
     with (
-        streamed(shell("llama"), tokens, "cpu") as hollow,
+        streamed(skeleton("llama"), tokens, "cpu") as module,
         pytest.raises(AptError, match="none of the given windows"),
     ):
-        hollow(tokens[:, :8])
+        module(tokens[:, :8])
 
 
 @pytest.mark.parametrize("activations", ["memory", "disk"])

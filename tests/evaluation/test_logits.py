@@ -12,7 +12,7 @@ from transformers import (
 )
 
 import apt.evaluation.logits
-from apt.checkpoints.load import open_shell
+from apt.checkpoints.load import open_skeleton
 from apt.engine.estimate import estimate
 from apt.evaluation.blockwise import streamed
 from apt.evaluation.logits import kept_states, parts_of_logits
@@ -121,10 +121,10 @@ def test_a_body_that_is_wrapped_stays_wrapped_where_the_model_fails():
 @torch.no_grad()
 @pytest.mark.parametrize("variant", ["llama", "opt", "bloom", "mamba"])
 def test_a_streamed_model_is_measured_so(variant, checkpoint, monkeypatch):
-    shell = open_shell(find(str(checkpoint(variant)), registry()), registry())
+    skeleton = open_skeleton(find(str(checkpoint(variant)), registry()), registry())
     monkeypatch.setattr("apt.evaluation.logits.PART", 2 * 4 * VOCABULARY * SAMPLES)
     heads = []
-    with streamed(shell, TOKENS, "cpu") as module:
+    with streamed(skeleton, TOKENS, "cpu") as module:
         module.get_output_embeddings().register_forward_hook(
             lambda head, args, logits: heads.append(logits.shape[1])
         )
@@ -140,11 +140,11 @@ def test_how_much_a_part_takes_is_bounded():
 
 
 def test_the_estimate_counts_measuring_and_writing(monkeypatch):
-    shell = open_shell(find("zoo:llama", registry()), registry())
-    plan = make_plan(shell.module, shell.adapter, NM(2, 4))
+    skeleton = open_skeleton(find("zoo:llama", registry()), registry())
+    plan = make_plan(skeleton.module, skeleton.adapter, NM(2, 4))
 
     def needs(**how):
-        return estimate(shell, plan, 1, 32, torch.float32, "cpu", streamed=False, **how)
+        return estimate(skeleton, plan, 1, 32, torch.float32, "cpu", streamed=False, **how)
 
     small = needs()
     assert needs(own_text=True).predicting >= small.predicting

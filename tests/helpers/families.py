@@ -18,7 +18,7 @@ from transformers import (
     OPTConfig,
 )
 
-from apt.checkpoints.load import load, load_tokenizer, open_shell
+from apt.checkpoints.load import load, load_tokenizer, open_skeleton
 from apt.locations.model_source import find
 from apt.plugin.registry import registry
 from apt.text.datasets import calibration_tokens, documents
@@ -111,4 +111,4 @@ def zoo_model(name, samples, seqlen):
         calibration_tokens(tokenizer, [builtin(split)], samples, seqlen, 0, "builtin")
         for split in ("calibration", "evaluation")
     ]
-    return load(open_shell(source, registry())), *tokens
+    return load(open_skeleton(source, registry())), *tokens

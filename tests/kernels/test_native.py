@@ -104,10 +104,10 @@ def test_native_models_are_pruned_in_memory_as_their_conversions_are(kind, writt
     model, folder = written(kind)
     report = library.prune(model, TOKENS, pattern="2:4", method="sm")
     assert report.model.items() >= {"type": "MambaLMHeadModel", "adapter": "mamba-ssm"}.items()
-    from apt.checkpoints.load import load, open_shell
+    from apt.checkpoints.load import load, open_skeleton
     from apt.locations.model_source import find
 
-    converted = load(open_shell(find(str(folder), registry()), registry())).module
+    converted = load(open_skeleton(find(str(folder), registry()), registry())).module
     library.prune(converted, TOKENS, pattern="2:4", method="sm")
     theirs = dict(converted.named_parameters())
     for site in report.sites:

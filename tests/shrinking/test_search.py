@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import apt as library
 from apt.calibration.batches import enter
-from apt.checkpoints.load import open_shell
+from apt.checkpoints.load import open_skeleton
 from apt.errors import AptError
 from apt.files.journal import Journal
 from apt.locations.model_source import find
@@ -89,10 +89,10 @@ def test_latencies_are_measured_for_each_kind_and_draw_from_no_random_state(monk
 
 
 def test_a_smaller_multiple_is_used_only_where_none_comes_near():
-    shell, said = open_shell(find("zoo:opt", registry()), registry()), []
+    skeleton, said = open_skeleton(find("zoo:opt", registry()), registry()), []
 
     def sizes(multiple):
-        return Sizes(shell.module, shell.adapter, shell.config, multiple)
+        return Sizes(skeleton.module, skeleton.adapter, skeleton.config, multiple)
 
     wish = with_mode(ShrinkOptions(keep=0.8), sizes(64))
     mode, found = wanted_sizes(sizes, wish, said.append)

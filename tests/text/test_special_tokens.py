@@ -9,7 +9,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 
 import apt as library
-from apt.checkpoints.load import load, open_shell
+from apt.checkpoints.load import load, open_skeleton
 from apt.evaluation.metrics import perplexity
 from apt.locations.model_source import find
 from apt.plugin.registry import registry
@@ -42,7 +42,7 @@ def beginning(tokenizer):
 @pytest.fixture
 def with_bos(checkpoint, beginning, tmp_path):
     """A checkpoint whose tokenizer begins every text with a token of its own."""
-    model = load(open_shell(find(str(checkpoint("llama")), registry()), registry())).module
+    model = load(open_skeleton(find(str(checkpoint("llama")), registry()), registry())).module
     model.save_pretrained(tmp_path / "llama")
     beginning().save_pretrained(tmp_path / "llama")
     return tmp_path / "llama"
@@ -120,7 +120,7 @@ def test_a_run_begins_samples_and_windows_with_it_and_says_so(
     reader, texts = beginning(), [TEXT.read_text()]
     assert torch.equal(seen[0], calibration_tokens(reader, texts, 4, SEQLEN, 0, "x", bos))
     held_out = evaluation_tokens(reader, texts, 4, SEQLEN, "x", bos)
-    pruned = load(open_shell(find("out", registry()), registry())).module
+    pruned = load(open_skeleton(find("out", registry()), registry())).module
     measured = report["scores"]["after"]["perplexity"]
     assert measured == pytest.approx(perplexity(pruned, held_out), rel=1e-4)
     evaluated = apt("eval", "out", "--data", TEXT, *COMMAND[4:], *stream, *given, "--json")
@@ -140,10 +140,10 @@ def test_another_tokenizer_is_asked_instead(checkpoint, with_bos, apt):
 def test_the_library_gives_what_the_shell_gives(with_bos, beginning, apt):
     result = apt("prune", with_bos, "--pattern", "2:4", *COMMAND, "-o", "out")
     assert result.code == 0, result.err
-    model = load(open_shell(find(str(with_bos), registry()), registry())).module
+    model = load(open_skeleton(find(str(with_bos), registry()), registry())).module
     tokens = calibration_tokens(beginning(), [TEXT.read_text()], 4, SEQLEN, 0, "x", BOS)
     library.prune(model, tokens, pattern="2:4", tokenizer=beginning())
-    pruned = load(open_shell(find("out", registry()), registry())).module.state_dict()
+    pruned = load(open_skeleton(find("out", registry()), registry())).module.state_dict()
     assert all(torch.equal(pruned[name], value) for name, value in model.state_dict().items())
 
 

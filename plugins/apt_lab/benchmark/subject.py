@@ -12,7 +12,7 @@ from apt.checkpoints.formats import local_copy
 from apt.checkpoints.safetensors_io import Shards
 from apt.checkpoints.stored import local_directory
 from apt.errors import AptError, NotStoredError
-from apt.extending import Opened, Source, choose_device, load, open_shell, read_dtype, registry
+from apt.extending import Opened, Source, choose_device, load, open_skeleton, read_dtype, registry
 from apt.output.report import peak_memory, versions
 from apt.text.self_generated import writes
 from apt_lab.benchmark.generation import prompts, speed, synchronise
@@ -35,18 +35,18 @@ class Subject:
         if run.threads is not None:
             torch.set_num_threads(run.threads)
         self._device, self._dtype = choose_device(run.device), read_dtype(run.dtype)
-        shell = open_shell(source, registry(), run.adapter, packed=True)
-        _check(shell)
+        skeleton = open_skeleton(source, registry(), run.adapter, packed=True)
+        _check(skeleton)
         self._idle = peak_memory()["cpu"]
-        self._shell = _downloaded(shell) if source.on_hub else shell
+        self._skeleton = _downloaded(skeleton) if source.on_hub else skeleton
 
     def facts(self) -> Facts:
         """The facts that do not change from round to round."""
-        shell = self._shell
+        skeleton = self._skeleton
         return Facts(
-            parameters=sum(parameter.numel() for parameter in shell.module.parameters()),
-            weight_bytes=sum(path.stat().st_size for path in _weight_files(shell)),
-            positions=shell.adapter.positions(shell.config),
+            parameters=sum(parameter.numel() for parameter in skeleton.module.parameters()),
+            weight_bytes=sum(path.stat().st_size for path in _weight_files(skeleton)),
+            positions=skeleton.adapter.positions(skeleton.config),
             idle_bytes=self._idle,
             device=self._device,
             device_name=_device_name(self._device),
@@ -65,7 +65,7 @@ class Subject:
         if on_cuda:
             torch.cuda.reset_peak_memory_stats(self._device)
         start = perf_counter()
-        model = load(self._shell, self._dtype, self._device)
+        model = load(self._skeleton, self._dtype, self._device)
         synchronise(torch.device(self._device))
         seconds = perf_counter() - start
         with model.adapter.running(model.module):
@@ -84,32 +84,32 @@ class Subject:
         return Turn(seconds, dtype, speeds, peak)
 
 
-def _check(shell: Opened) -> None:
+def _check(skeleton: Opened) -> None:
     """Raise if the adapter does not fit the model, or the model cannot generate text."""
-    for _, block in shell.adapter.blocks(shell.module):
-        shell.adapter.sites(block)
-    if not writes(shell.module):
+    for _, block in skeleton.adapter.blocks(skeleton.module):
+        skeleton.adapter.sites(block)
+    if not writes(skeleton.module):
         raise AptError(
-            f"{type(shell.module).__name__} of {shell.source.reference} cannot generate text",
+            f"{type(skeleton.module).__name__} of {skeleton.source.reference} cannot generate text",
             "its decoding speed cannot be measured",
         )
 
 
-def _downloaded(shell: Opened) -> Opened:
+def _downloaded(skeleton: Opened) -> Opened:
     """A model of the hub, to be read from its local copy, so that no load uses the network."""
-    source = shell.source
+    source = skeleton.source
     try:
-        Shards(local_directory(shell))
+        Shards(local_directory(skeleton))
     except NotStoredError:  # its weights are in another format
         local_copy(source)
-    return replace(shell, source=replace(source, hub=replace(source.hub, local=True)))
+    return replace(skeleton, source=replace(source, hub=replace(source.hub, local=True)))
 
 
-def _weight_files(shell: Opened) -> list[Path]:
-    source = shell.source
+def _weight_files(skeleton: Opened) -> list[Path]:
+    source = skeleton.source
     if source.gguf:
         return source.files()
-    directory = local_directory(shell)
+    directory = local_directory(skeleton)
     try:
         return Shards(directory).files
     except NotStoredError:

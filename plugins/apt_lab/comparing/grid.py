@@ -25,7 +25,7 @@ from apt.extending import (
     choose_device,
     load,
     load_tokenizer,
-    open_shell,
+    open_skeleton,
     registry,
 )
 from apt.files.hashes import file_hashes
@@ -74,9 +74,9 @@ class Grid:
         self._metrics = {spec.name: spec for spec in found}
         cells = read_cells(parts(run.methods, "methods"), parts(run.patterns, "patterns"))
         status("reading text")
-        shell = open_shell(source, registry())
+        skeleton = open_skeleton(source, registry())
         self._tokenizer = load_tokenizer(source)
-        given: dict[str, Any] = {"seqlen": capped(run.seqlen, shell, notice), "bos": run.bos}
+        given: dict[str, Any] = {"seqlen": capped(run.seqlen, skeleton, notice), "bos": run.bos}
         self._tokens = calibration_tokens(
             self._tokenizer, run.calibration, samples=run.samples, seed=run.seed, **given
         )
@@ -85,18 +85,18 @@ class Grid:
             for name in run.data
         }
         for tokens in (self._tokens, *self._held_out.values()):
-            check_vocabulary(tokens, shell.module, source.reference)
+            check_vocabulary(tokens, skeleton.module, source.reference)
         self._work: dict[str, Callable[[], Row]] = {DENSE: self._unpruned}
         self._work |= {cell.key: partial(self._pruned, cell) for cell in cells}
         for path in run.others:
             status(f"reading {path}")
-            check_same_vocabulary(_other_shell(path), shell)
+            check_same_vocabulary(_other_skeleton(path), skeleton)
             name = self._name_of(path)
             # With a checksum of the files, so that a directory that has changed is measured anew.
             checksum = hashlib.sha256(json.dumps(file_hashes(path, [CARD])).encode()).hexdigest()
             self._work[f"with {name} {checksum[:12]}"] = partial(self._other, name, path)
         status("loading the model")
-        self._dense: Opened = load(shell, None, self._device)
+        self._dense: Opened = load(skeleton, None, self._device)
 
     def _name_of(self, path: Path) -> str:
         """The name of a directory of another tool; with its path if another one has this name."""
@@ -184,7 +184,7 @@ class Grid:
 
     def _other(self, name: str, path: Path) -> Row:
         """A row for a model that another tool pruned."""
-        loaded = load(_other_shell(path), None, self._device)
+        loaded = load(_other_skeleton(path), None, self._device)
         row = {"method": name, "pattern": "", **self._scores(loaded.module)}
         if quantised_with(loaded.config) is None:  # others have no plain weights
             row["sparsity"] = sparsity_of(masks_of(loaded.module, loaded.adapter))
@@ -214,6 +214,6 @@ class Grid:
         return row
 
 
-def _other_shell(path: Path) -> Opened:
+def _other_skeleton(path: Path) -> Opened:
     """The model in a directory of another tool, without weights."""
-    return open_shell(find(str(path.resolve()), registry()), registry(), packed=True)
+    return open_skeleton(find(str(path.resolve()), registry()), registry(), packed=True)

@@ -20,7 +20,7 @@ from apt.extending import (
     check_vocabulary,
     load,
     load_tokenizer,
-    open_shell,
+    open_skeleton,
 )
 from apt.locations.model_source import find
 from apt.text.datasets import documents, evaluation_tokens
@@ -80,15 +80,15 @@ def compare_texts(
     status(f"reading {source}")
     tokenizer = load_tokenizer(dense)
     sources = dense, find(str(directory), registry)
-    shells = [open_shell(found, registry, packed=True) for found in sources]
-    check_same_vocabulary(shells[1], shells[0])
+    skeletons = [open_skeleton(found, registry, packed=True) for found in sources]
+    check_same_vocabulary(skeletons[1], skeletons[0])
     texts = documents(source, "evaluation", registry)
     bos = bos_of(tokenizer)
-    room = min(capped(_SEQLEN, shell, lambda line: None) for shell in shells)
+    room = min(capped(_SEQLEN, skeleton, lambda line: None) for skeleton in skeletons)
     tokens = evaluation_tokens(tokenizer, texts, _WINDOWS, room, source, bos, fewer=True)
-    check_vocabulary(tokens, shells[0].module, dense.reference)
+    check_vocabulary(tokens, skeletons[0].module, dense.reference)
     status("loading the models")
-    models = [load(shell, None, "cpu") for shell in shells]
+    models = [load(skeleton, None, "cpu") for skeleton in skeletons]
     if weights not in (None, fingerprint(models[0].module)):
         raise AptError(
             f"{dense.reference} is not the model from which {directory} was pruned",

@@ -10,10 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, RwkvConfig
 
 from apt.adapter import DecoderAdapter
-from apt.checkpoints.empty_model import empty_model
-from apt.checkpoints.load import open_shell
+from apt.checkpoints.load import open_skeleton
 from apt.checkpoints.offload import assemble
 from apt.checkpoints.safetensors_io import Shards
+from apt.checkpoints.skeletons import skeleton_module
 from apt.checkpoints.stored import open_stored
 from apt.errors import AptError
 from apt.evaluation.metrics import perplexity
@@ -59,7 +59,7 @@ def written(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("config", [*CONFIGS.values(), GEMMA3, RWKV], ids=lambda c: c.model_type)
 def test_parameters_are_empty_and_buffers_are_the_models_own(config):
-    model = empty_model(config, trust_remote_code=False)
+    model = skeleton_module(config, trust_remote_code=False)
     assert not model.training
     assert all(parameter.is_meta for parameter in model.parameters())
     whole = AutoModelForCausalLM.from_config(config)
@@ -84,8 +84,8 @@ def test_what_another_thread_makes_has_its_weights(monkeypatch):
         thread.join()
         return torch.nn.Linear(2, 2)
 
-    monkeypatch.setattr("apt.checkpoints.empty_model.AutoModelForCausalLM.from_config", elsewhere)
-    assert empty_model(Config(), trust_remote_code=False).weight.is_meta
+    monkeypatch.setattr("apt.checkpoints.skeletons.AutoModelForCausalLM.from_config", elsewhere)
+    assert skeleton_module(Config(), trust_remote_code=False).weight.is_meta
     assert not made[0].weight.is_meta
     assert not torch.nn.Linear(2, 2).weight.is_meta
 
@@ -111,10 +111,10 @@ def test_layers_of_several_kinds_stream_to_the_same_bytes(written, apt):
 def test_layers_that_count_themselves_are_assembled(written):
     """RWKV: what a block begins with depends on how many there are."""
     folder, model = written(RWKV)
-    shell = open_shell(find(str(folder), registry()), registry(), "auto")
-    shell = replace(shell, adapter=RwkvAdapter())
-    stored = open_stored(shell)
-    module = assemble(shell, stored.shards, stored.layout, "cpu")
+    skeleton = open_skeleton(find(str(folder), registry()), registry(), "auto")
+    skeleton = replace(skeleton, adapter=RwkvAdapter())
+    stored = open_stored(skeleton)
+    module = assemble(skeleton, stored.shards, stored.layout, "cpu")
     assert all(parameter.is_meta for parameter in module.rwkv.blocks.parameters())
     outer = {n: p for n, p in module.state_dict().items() if "blocks" not in n}
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in outer.items())
@@ -128,7 +128,7 @@ def test_what_the_checkpoint_lacks_outside_the_blocks_is_named(written):
     state = {n: t for n, t in model.state_dict().items() if n != "lm_head.weight"}
     del state["model.norm.weight"]
     model.save_pretrained(folder, state_dict=state)
-    shell = open_shell(find(str(folder), registry()), registry(), "auto")
-    stored = open_stored(shell)
+    skeleton = open_skeleton(find(str(folder), registry()), registry(), "auto")
+    stored = open_stored(skeleton)
     with pytest.raises(AptError, match=r"lacks model\.norm\.weight"):
-        assemble(shell, stored.shards, stored.layout, "cpu")
+        assemble(skeleton, stored.shards, stored.layout, "cpu")

@@ -11,7 +11,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoModelForCausalLM
 
 
-def empty_model(config: Any, *, trust_remote_code: bool) -> nn.Module:
+def skeleton_module(config: Any, *, trust_remote_code: bool) -> nn.Module:
     """A causal language model, in eval mode, with its parameters on the meta device.
 
     Everything else, such as buffers and tables of positions, is on the CPU. At no time is more than
@@ -23,8 +23,8 @@ def empty_model(config: Any, *, trust_remote_code: bool) -> nn.Module:
     return whole
 
 
-def empty_of_class(kind: Any, config: Any, like: Any) -> nn.Module:
-    """As `empty_model`, of a class, with the implementations of ``like``."""
+def skeleton_of_class(kind: Any, config: Any, like: Any) -> nn.Module:
+    """As `skeleton_module`, of a class, with the implementations of ``like``."""
     chosen = {
         name: value
         for name in ("attn_implementation", "experts_implementation")
