@@ -10,13 +10,23 @@ import typer
 
 from apt.errors import AptError
 from apt.locations.paths import expanded
-from apt.options import PANELS, Declared, Options, read_options, warn_renamed
+from apt.options import (
+    PANELS,
+    ConfigOptions,
+    Declared,
+    Options,
+    PrintingOptions,
+    read_options,
+    warn_renamed,
+    write_options,
+)
 
 
 def command(act: Callable[..., None]) -> Callable[..., None]:
     """The function for typer of a command whose parameters are classes of options.
 
-    The command has a flag for each option of each class. The docstring of ``act`` is its help.
+    The command has a flag for each option of each class, and ``--config`` and ``--save-config``.
+    The docstring of ``act`` is its help.
 
     Args:
         act: the command. Each parameter is annotated with a class of options; a function with
@@ -26,12 +36,14 @@ def command(act: Callable[..., None]) -> Callable[..., None]:
     kinds: dict[str, Any] = {name: hints.get(name) for name in inspect.signature(act).parameters}
     if not kinds or not all(isinstance(k, type) and issubclass(k, Options) for k in kinds.values()):
         return act
-    known = {one.name: one for kind in kinds.values() for one in kind.OPTIONS}
+    saves = ConfigOptions not in kinds.values() and set(kinds.values()) != {PrintingOptions}
+    every = [*kinds.values(), *([ConfigOptions] if saves else [])]
+    known = {one.name: one for kind in every for one in kind.OPTIONS}
     order = sorted(known.values(), key=lambda one: _panel(one.option.panel))
     shown = [parameter for one in order for parameter in _parameters(one)]
     if "config" in known:
         config = next(parameter for parameter in shown if parameter.name == "config")
-        config.default.callback = _loading(list(kinds.values()))
+        config.default.callback = _loading(every)
         config.default.is_eager = True
 
     def run(context: typer.Context, **given: Any) -> None:
@@ -39,6 +51,9 @@ def command(act: Callable[..., None]) -> Callable[..., None]:
         made = {name: _made(kind, values) for name, kind in kinds.items()}
         for options in made.values():
             options.check()
+        if saves and values.get("save_config") is not None:
+            run_options = next(iter(made.values()))
+            write_options(values["save_config"], run_options, _places(run_options))
         act(**made)
 
     first = inspect.Parameter("context", _ANY, annotation=typer.Context)
@@ -55,10 +70,21 @@ def _loading(kinds: list[type[Options]]) -> Callable[..., Path | None]:
     def load(context: typer.Context, path: Path | None) -> Path | None:
         if path is not None:
             values = context.meta[_IN_FILE] = read_options(expanded(path), kinds)
-            context.default_map = {name: str(values[name]) for name in required if name in values}
+            context.default_map = {n: _text(values[n]) for n in required if n in values}
         return path
 
     return load
+
+
+def _text(value: Any) -> Any:
+    return list(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _places(options: Options) -> list[Path]:
+    """The local files and directories that options name."""
+    named = [getattr(options, one.name) for one in options.OPTIONS if one.option.place]
+    names = (name for value in named for name in (value if isinstance(value, tuple) else [value]))
+    return [path for name in names if name and (path := expanded(name)).exists()]
 
 
 _IN_FILE = "apt.options in a file"

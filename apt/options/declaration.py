@@ -320,6 +320,6 @@ def _uses(spec: Any, one: Declared) -> bool:
 def _plain(one: Declared, value: Any) -> Any:
     if isinstance(value, Path):
         return value.name
-    if one.option.place and value is not None:
+    if one.option.place and isinstance(value, str):
         return portable(value)
     return dict(value) if isinstance(value, Mapping) else value

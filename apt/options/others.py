@@ -78,7 +78,7 @@ class InspectRun(AdapterOptions, RemoteOptions, PatternOptions, SampleOptions, S
 class VerifyRun(AdapterOptions, RemoteOptions, UnitOptions):
     """The options of ``apt-prune verify``."""
 
-    directory: Path = option("The model's directory.", positional=True)
+    directory: Path = option("The model's directory.", positional=True, place=True)
     at_least: bool = option(
         "With a pattern: accept more zeros than it asks for, as other tools leave them.",
         default=False, panel=SELECTION,

@@ -175,7 +175,10 @@ class BenchRun(AdapterOptions, RemoteOptions, DeviceOptions, DtypeOptions):
     """The options of ``apt-prune bench``."""
 
     models: tuple[str, ...] = option(
-        "Directories, hub names, .gguf files or zoo:NAME.", positional=True, metavar="MODEL"
+        "Directories, hub names, .gguf files or zoo:NAME.",
+        positional=True,
+        metavar="MODEL",
+        place=True,
     )
     prompt: int = option("Tokens of a prompt; they are random.", default=512, within="[1, ∞)")
     generate: int = option(
@@ -210,7 +213,7 @@ class ReportRun(Options):
 
     directories: tuple[Path, ...] = option(
         "Models that prune, shrink or recover wrote, or comparisons that compare wrote.",
-        positional=True, metavar="DIR",
+        positional=True, metavar="DIR", place=True,
     )  # fmt: skip
     output: Path = option("The HTML file to write.", default=Path("report.html"), short="-o")
     text: str | None = option(
@@ -249,7 +252,10 @@ class LawRun(Options):
     """The options of ``apt-prune law``."""
 
     directories: tuple[Path, ...] = option(
-        "Recovered models, written by apt-prune recover.", positional=True, metavar="DIR"
+        "Recovered models, written by apt-prune recover.",
+        positional=True,
+        metavar="DIR",
+        place=True,
     )
     tokens: float | None = option(
         "Also predict the loss after N training tokens.",
