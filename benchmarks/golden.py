@@ -257,7 +257,7 @@ def main() -> None:
         records[name] = run(name, root, command)
         seconds = time.process_time() - before
         print(f"{name}: {records[name]['status']}, {seconds:.1f} s", flush=True)
-    options.out.write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n")
+        options.out.write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n")
     print(f"{len(records)} runs, {time.process_time():.0f} s of CPU time")
     if options.folder is None:
         shutil.rmtree(root)
