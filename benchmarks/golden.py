@@ -36,7 +36,7 @@ from golden_commands import KILLS, PROGRAMS, TEXT, Kill, commands, models
 ROOT = Path(__file__).resolve().parent.parent
 NOISE = {
     "seconds", "solve_seconds", "seconds_left", "peak_memory_bytes", "memory", "timeline",
-    "versions", "created", "bytes_at_peak",
+    "versions", "created", "process",
 }  # fmt: skip
 """Keys of JSON objects whose values change from run to run."""
 
@@ -64,13 +64,14 @@ def lines(text: str, root: Path) -> list[Any]:
     """The lines of a text without noise; a line of JSON as a value."""
     made, table = [], False
     for line in text.replace(str(root), "ROOT").splitlines():
-        if _BAR.search(line):
+        if _BAR.search(line) or not line.strip():
+            table = False
             continue
         if line.startswith(("{", "[")):
             with contextlib.suppress(ValueError):
                 made.append(normal(json.loads(line)))
                 continue
-        table = bool(_TIMES.search(line)) or (table and bool(line.strip()))
+        table = bool(_TIMES.search(line)) or table
         if table:
             line = _LAST.sub(r" N\1", line)
         for pattern, replacement in _SUBSTITUTIONS:
