@@ -126,7 +126,7 @@ class Declared:
     @property
     def repeatable(self) -> bool:
         """True if the value consists of several values."""
-        return get_origin(self.kind) is tuple or self.kind is Mapping
+        return get_origin(self.kind) in (tuple, Mapping)
 
     @property
     def choices(self) -> tuple[Any, ...]:
