@@ -12,6 +12,7 @@ import apt as library
 from apt.adapter import Call, Site
 from apt.calibration.batches import Batch, DenseActivations, OpenBlock, enter
 from apt.calibration.dense_activations import advance_dense
+from apt.engine.recipes import recipe_of
 from apt.events import BlockTuned
 from apt.options import PruneOptions
 from apt.plugin.registry import registry
@@ -187,6 +188,6 @@ def test_tuning_in_mixed_precision_ends_where_full_precision_does(name, monkeypa
 )
 def test_more_effort_tunes_longer(effort, aware, epochs):
     options = PruneOptions(effort=effort, error_aware=aware)
-    recipe = options.recipe(registry().methods.get("admm"))
+    recipe = recipe_of(options, registry().methods.get("admm"))
     assert (recipe.tuning.epochs if recipe.tuning else None) == epochs
-    assert options.recipe(registry().methods.get("ss")).tuning is None
+    assert recipe_of(options, registry().methods.get("ss")).tuning is None
