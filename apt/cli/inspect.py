@@ -14,7 +14,8 @@ def inspect(run: InspectRun, printing: PrintingOptions) -> None:
 
     from apt.checkpoints.load import open_skeleton
     from apt.cli.output import notice
-    from apt.cli.plan import Planned, show_plan
+    from apt.cli.plan import show_plan
+    from apt.engine.estimate import Planned
     from apt.engine.machine import choose_device
     from apt.engine.opening import pattern_of, selection_of
     from apt.engine.prepare import capped

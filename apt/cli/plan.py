@@ -1,53 +1,16 @@
 """A plan as a table, or as JSON."""
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import groupby
 from typing import Any
 
 from apt.adapter import Site
-from apt.checkpoints.opened import Opened
 from apt.cli.output import duration, out, show, show_json, size, table
-from apt.engine.estimate import Estimate, estimate
+from apt.engine.estimate import Planned, estimate
 from apt.planning.plan import Plan
 
 _Row = tuple[Site, tuple[int, int], str]
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A planned run.
-
-    Attributes:
-        skeleton: the model, without weights.
-        plan: the pattern of each site.
-        samples, seqlen: the number of calibration samples, and the tokens of each.
-        device: the device that the model runs on.
-        streamed: True if no more than one block is in memory at a time.
-        on_disk: True if no more than one batch of activations is in memory at a time.
-        own_text: True if the model generates calibration text.
-    """
-
-    skeleton: Opened
-    plan: Plan
-    samples: int
-    seqlen: int
-    device: str
-    streamed: bool = False
-    on_disk: bool = False
-    own_text: bool = False
-
-    @property
-    def parameters(self) -> int:
-        """The number of parameters of the whole model."""
-        return sum(p.numel() for p in self.skeleton.module.parameters())
-
-    def needs(self) -> Estimate:
-        """The memory and time of the run."""
-        return estimate(
-            self.skeleton, self.plan, self.samples, self.seqlen, self.skeleton.dtype, self.device,
-            streamed=self.streamed, on_disk=self.on_disk, own_text=self.own_text,
-        )  # fmt: skip
 
 
 def show_plan(planned: Planned, *, as_json: bool) -> None:
@@ -61,7 +24,7 @@ def show_plan(planned: Planned, *, as_json: bool) -> None:
 
 
 def _record(planned: Planned) -> dict[str, Any]:
-    skeleton, needs = planned.skeleton, planned.needs()
+    skeleton, needs = planned.skeleton, estimate(planned)
     return {
         "model": skeleton.source.reference,
         "class": type(skeleton.module).__name__,
@@ -141,7 +104,7 @@ def _grouped(rows: list[_Row]) -> Iterable[tuple[tuple[str, tuple[int, int], str
 
 
 def _show_needs(planned: Planned) -> None:
-    needs = planned.needs()
+    needs = estimate(planned)
     disk = f", {size(needs.disk)} of disk" if planned.on_disk else ""
     out.print(
         f"calibration {planned.samples} × {planned.seqlen} tokens: about {size(needs.memory)} of "

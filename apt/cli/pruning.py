@@ -9,11 +9,12 @@ from apt.checkpoints.copies import REPORT
 from apt.cli.interruptions import interrupted
 from apt.cli.output import notice, out, show_error, show_json
 from apt.cli.packing import packed_line
-from apt.cli.plan import Planned, show_plan
+from apt.cli.plan import show_plan
 from apt.cli.progress import Progress, PruningProgress
 from apt.cli.summary import first_not_finite, show_report
 from apt.distributed.launch import joined, whole_number
 from apt.distributed.ranks import Ranks
+from apt.engine.estimate import Planned
 from apt.engine.packing import pack_output
 from apt.engine.planned_levels import planned_levels
 from apt.engine.prepare import finished_report, input_paths

@@ -28,16 +28,12 @@ def verify(run: VerifyRun, printing: PrintingOptions) -> None:
         raise AptError(f"no such directory: {shortened(str(run.directory))}", "check the path")
 
     from apt.cli.output import notice
-    from apt.engine.opening import pattern_of, selection_of
     from apt.engine.verification import verify_directory
     from apt.plugin.registry import registry
 
-    given = pattern_of(run)
-    found = verify_directory(
-        run.directory, registry(), given, selection_of(run), notice, adapter=run.adapter,
-        at_least=run.at_least, trust_remote_code=run.trust_remote_code,
-    )  # fmt: skip
-    _show(run.directory, found, by_report=given is None, as_json=printing.as_json)
+    found = verify_directory(run, registry(), notice)
+    by_report = run.sparsity is None and run.pattern is None
+    _show(run.directory, found, by_report=by_report, as_json=printing.as_json)
     if found.failed or found.problems:
         raise typer.Exit(1)
 

@@ -64,37 +64,46 @@ class Estimate:
         return self.process + max(self.weights + run, _READING)
 
 
-def estimate(
-    skeleton: Opened,
-    plan: Plan,
-    samples: int,
-    seqlen: int,
-    dtype: torch.dtype,
-    device: str,
-    *,
-    streamed: bool,
-    on_disk: bool = False,
-    own_text: bool = False,
-) -> Estimate:
-    """Estimate an error-aware run of ``plan`` on ``samples`` of ``seqlen`` tokens.
+@dataclass(frozen=True)
+class Planned:
+    """A planned run.
 
-    Args:
+    Attributes:
         skeleton: the model, without weights.
         plan: the pattern of each site.
         samples, seqlen: the number of all calibration samples, and the tokens of each.
-        dtype: the dtype of weights and activations.
         device: the device that the model runs on.
         streamed: True if no more than one block is in memory at a time.
         on_disk: True if no more than one batch of activations is in memory at a time.
         own_text: True if the model generates calibration text.
     """
-    bytes_each, config = dtype.itemsize, skeleton.config
-    tokens = samples * seqlen
+
+    skeleton: Opened
+    plan: Plan
+    samples: int
+    seqlen: int
+    device: str
+    streamed: bool = False
+    on_disk: bool = False
+    own_text: bool = False
+
+    @property
+    def parameters(self) -> int:
+        """The number of parameters of the whole model."""
+        return _parameters(self.skeleton.module)
+
+
+def estimate(planned: Planned) -> Estimate:
+    """Estimate an error-aware run of a plan."""
+    skeleton, plan, seqlen = planned.skeleton, planned.plan, planned.seqlen
+    on_disk = planned.on_disk
+    bytes_each, config = skeleton.dtype.itemsize, skeleton.config
+    tokens = planned.samples * seqlen
     held = skeleton.adapter.held(config, seqlen)
     waits = not on_disk and can_pause(skeleton.adapter, config, seqlen, config.hidden_size)
     blocks = [module for _, module in skeleton.adapter.blocks(skeleton.module)]
-    parameters, in_blocks = _parameters(skeleton.module), [_parameters(block) for block in blocks]
-    if streamed:
+    parameters, in_blocks = planned.parameters, [_parameters(block) for block in blocks]
+    if planned.streamed:
         parameters += max(in_blocks) - sum(in_blocks)
     widest = max(sum(site.shape) for site in plan.sites)
     largest = max(site.size for site in plan.sites)
@@ -104,15 +113,15 @@ def estimate(
         weights=parameters * bytes_each,
         activations=(min(tokens, TOKENS_PER_BATCH) if on_disk else tokens)
         * max(_activations(b, config, bytes_each, held if waits else 0) for b in plan.blocks),
-        disk=activations_on_disk(skeleton, plan, tokens, dtype) if on_disk else 0,
+        disk=activations_on_disk(skeleton, plan, tokens) if on_disk else 0,
         grams=max(_gram_bytes(block) for block in plan.blocks),
         working=min(tokens, TOKENS_PER_BATCH) * (4 * widest + held) * bytes_each
         + max(8 * largest, 5 * tuned) * _FP32,
         predicting=max(
             _measuring(skeleton, seqlen, (4 * widest + held) * bytes_each),
-            _generating(skeleton, len(blocks), seqlen, bytes_each) if own_text else 0,
+            _generating(skeleton, len(blocks), seqlen, bytes_each) if planned.own_text else 0,
         ),
-        seconds=_operations(plan, tokens) / _throughput(device),
+        seconds=_operations(plan, tokens) / _throughput(planned.device),
     )
 
 
@@ -132,9 +141,9 @@ def _generating(skeleton: Opened, blocks: int, seqlen: int, bytes_each: int) -> 
     return logits + keys_and_values
 
 
-def activations_on_disk(skeleton: Opened, plan: Plan, tokens: int, dtype: torch.dtype) -> int:
+def activations_on_disk(skeleton: Opened, plan: Plan, tokens: int) -> int:
     """Bytes of the calibration activations that an error-aware run keeps on disk."""
-    kept = max(_kept(block, skeleton.config, dtype.itemsize) for block in plan.blocks)
+    kept = max(_kept(block, skeleton.config, skeleton.dtype.itemsize) for block in plan.blocks)
     drift: int = skeleton.config.hidden_size * _FP32
     return tokens * (kept + drift)
 

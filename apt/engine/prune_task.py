@@ -78,7 +78,7 @@ class PruneTask(Task):
             return written
         if options.activations == "disk":
             tokens = self.samples * options.seqlen
-            written += activations_on_disk(skeleton, self.job.plan, tokens, skeleton.dtype)
+            written += activations_on_disk(skeleton, self.job.plan, tokens)
         return written * 2 if self.job.structure else written  # the smaller model beside the other
 
     def read_text(self, ranks: Ranks) -> Text:

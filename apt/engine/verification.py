@@ -13,9 +13,10 @@ from apt.checkpoints.opened import Opened
 from apt.checkpoints.safetensors_io import Shards
 from apt.checkpoints.stored import find_stored, layout_of
 from apt.checkpoints.verify import Verdict, block_verdicts, failures, verify
+from apt.engine.opening import find_source, pattern_of, selection_of
 from apt.errors import AptError, described
 from apt.files.hashes import changed_files
-from apt.locations.model_source import find
+from apt.options import VerifyRun
 from apt.output.report import listed_files, read_report
 from apt.packing.directory import PackedShards
 from apt.planning.allocation import UNIFORM, is_needed, sparsity_of, step_of, unstructured
@@ -62,41 +63,28 @@ class Verified:
         return failures(self.verdicts)
 
 
-def verify_directory(
-    directory: Path,
-    registry: Registry,
-    pattern: Pattern | None,
-    selection: Selection,
-    notice: Notice,
-    *,
-    adapter: str | None = None,
-    at_least: bool = False,
-    trust_remote_code: bool = False,
-) -> Verified:
+def verify_directory(run: VerifyRun, registry: Registry, notice: Notice) -> Verified:
     """Check the files of a model on disk, and its zeros or sizes.
 
+    Without a pattern, the sites must meet that of the run, by its report.
+
     Args:
-        directory: the directory.
+        run: the options.
         registry: the plugins.
-        pattern: the pattern that the sites must meet; None for that of the run, by its report.
-        selection: the sites to check.
         notice: called with a line about what is not checked.
-        adapter: the name of an adapter; by default that of the model's type.
-        at_least: True to accept more zeros than the pattern asks for.
-        trust_remote_code: True if code from the checkpoint may run.
 
     Raises:
         AptError: the model cannot be read, there is neither a pattern nor a report, or a smaller
             model is to be compared with a selection.
     """
+    directory, pattern, selection = run.directory, pattern_of(run), selection_of(run)
     report = read_report(directory) or {}
     if pattern is None and not report:
         raise _no_pattern()
     problems = _changed(directory, report, notice)
-    source = find(f"{directory.resolve()}", registry, trust_remote_code=trust_remote_code)
-    skeleton = open_skeleton(
-        replace(source, reference=str(directory)), registry, adapter, packed=True
-    )
+    source = find_source(f"{directory.resolve()}", run, registry)
+    source = replace(source, reference=str(directory))
+    skeleton = open_skeleton(source, registry, run.adapter, packed=True)
     method = quantised_with(skeleton.config)
     if method == METHOD:
         PackedShards(directory).check()
@@ -117,7 +105,7 @@ def verify_directory(
             expected = expected_by_report(skeleton, report, selection, notice)
         else:
             expected = expected_by_pattern(
-                skeleton, report, pattern, selection, notice, at_least=at_least
+                skeleton, report, pattern, selection, notice, at_least=run.at_least
             )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         fault = f"the report in {directory} is damaged: {described(error)}"

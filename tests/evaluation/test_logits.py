@@ -13,7 +13,7 @@ from transformers import (
 
 import apt.evaluation.logits
 from apt.checkpoints.load import open_skeleton
-from apt.engine.estimate import estimate
+from apt.engine.estimate import Planned, estimate
 from apt.evaluation.blockwise import streamed
 from apt.evaluation.logits import kept_states, parts_of_logits
 from apt.evaluation.metrics import accuracy, agreement, divergence, perplexity
@@ -144,7 +144,7 @@ def test_the_estimate_counts_measuring_and_writing(monkeypatch):
     plan = make_plan(skeleton.module, skeleton.adapter, NM(2, 4))
 
     def needs(**how):
-        return estimate(skeleton, plan, 1, 32, torch.float32, "cpu", streamed=False, **how)
+        return estimate(Planned(skeleton, plan, 1, 32, "cpu", **how))
 
     small = needs()
     assert needs(own_text=True).predicting >= small.predicting
