@@ -135,7 +135,7 @@ class OutputStore(ModelStore, ABC):
         found = {}
         with self._measurable(held_out, when) as model:
             for name in task.options.metrics:
-                self.status(f"measuring {name} {when} {task.doing}")
+                self.status(f"measuring {name} {when}{task.event}")
                 found[name] = task.registry.evaluators.get(name).measure(model, held_out)
         self._scores[when] = found
 

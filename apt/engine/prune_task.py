@@ -51,7 +51,7 @@ class PruneTask(Task):
     options: PruneRun | ShrinkRun
     job: Pruning
     method: MethodSpec
-    doing = "pruning"
+    event = " pruning"
 
     @property
     def pattern(self) -> Pattern | None:

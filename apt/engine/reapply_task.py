@@ -38,7 +38,6 @@ class ReapplyTask(Task):
     options: ReapplyRun
     masks: Masks
     report: Report
-    doing = "reapplying"
 
     def read_text(self, ranks: Ranks) -> Text:
         """The tokenizer alone, if there is one."""

@@ -53,7 +53,6 @@ class RecoverTask(Task):
     options: RecoverRun
     spec: RecoverySpec
     earlier: dict[str, Any]
-    doing = "recovery"
     resumable = True
 
     def recorded(self, report: Report) -> dict[str, Any]:

@@ -48,11 +48,11 @@ class Task:
         device: the device of the weights.
         dtype: the dtype of the weights; None for that of the checkpoint.
         plan: a plan with all parameters that may change; None if any may.
-        doing: what is done, for messages.
+        event: what is measured before and after, for messages.
         resumable: True if an interrupted run in memory can be resumed.
     """
 
-    doing: ClassVar[str]
+    event: ClassVar[str] = ""
     resumable: ClassVar[bool] = False
 
     options: Any
