@@ -20,7 +20,7 @@ from apt.engine.prepare import Notice, capped, input_paths, open_model
 from apt.engine.prune_model import Pruning, prune_model
 from apt.engine.pruning_plan import Dense, Sparsity, find_method, sparse_pruning
 from apt.engine.recipes import record
-from apt.engine.reports import calibration_of, described, report_beside
+from apt.engine.reports import calibration_of, described, in_order, report_beside
 from apt.engine.shrink_plan import journal_beside, smaller_pruning
 from apt.engine.store import ModelStore
 from apt.engine.task import WITHOUT_EFFECT, Changed, Task
@@ -37,6 +37,13 @@ from apt.plugin.registry import Registry
 from apt.plugin.specs import MethodSpec
 from apt.solver import Pattern, Unstructured
 from apt.text.datasets import calibration_tokens, digest
+
+_ORDER = (
+    "model", "pattern", "output", "adapter", "method", "calibration", "evaluation", "metrics",
+    "allocation", "samples", "seqlen", "seed", "device", "dtype", "overwrite", "max_shard_size",
+    "also", "save_masks", "stream", "resume", "activations", "tokenizer", "trust_remote_code",
+    "bos", "revision", "only", "skip", "overrides", "shrink", "per",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +76,8 @@ class PruneTask(Task):
         known: dict[str, Any] = {"per": self.job.plan.per}
         if isinstance(self.options, PruneRun):
             known |= {"pattern": str(self.pattern)} | selection_of(self.options).record()
-        return self.options.record() | known | record(self.job.recipe, self.job.augmentation)
+        chosen = record(self.job.recipe, self.job.augmentation)
+        return in_order(self.options.record() | known | chosen, (*_ORDER, *chosen))
 
     def space(self, written: int) -> int:
         """The bytes of the output, and of what a streamed run has on disk meanwhile."""

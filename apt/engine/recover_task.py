@@ -16,7 +16,7 @@ from apt.distributed.ranks import Ranks
 from apt.engine.machine import choose_device
 from apt.engine.opening import find_source
 from apt.engine.prepare import Notice, capped, open_model
-from apt.engine.reports import continued, report_beside
+from apt.engine.reports import continued, in_order, report_beside
 from apt.engine.store import ModelStore
 from apt.engine.task import Changed, Task
 from apt.engine.text import Text, read_text
@@ -39,6 +39,11 @@ from apt.recovery.recover import (
 from apt.text.datasets import digest, training_tokens
 
 _MOST_SAMPLES = 10_000
+_ORDER = (
+    "model", "kind", "dense", "calibration", "evaluation", "metrics", "samples", "seqlen", "seed",
+    "save_masks", "adapter", "tokenizer", "device", "max_shard_size", "trust_remote_code", "bos",
+    "revision",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +59,10 @@ class RecoverTask(Task):
     spec: RecoverySpec
     earlier: dict[str, Any]
     resumable = True
+
+    def record(self) -> dict[str, Any]:
+        """The options for the report, as values for JSON."""
+        return in_order(self.options.record(), _ORDER)
 
     def recorded(self, report: Report) -> dict[str, Any]:
         """The options of the training in the report of a finished run."""
@@ -124,11 +133,7 @@ class RecoverTask(Task):
 
     def inputs(self, store: ModelStore, text: Text, report: Report) -> Line:
         """All inputs that the result depends on."""
-        return {
-            "options": self.options.record(),
-            "model": store.weights,
-            "text": digest(text.tokens),
-        }
+        return {"options": self.record(), "model": store.weights, "text": digest(text.tokens)}
 
     def change(self, store: ModelStore, text: Text, report: Report) -> Changed:
         """Train the model."""
@@ -146,7 +151,7 @@ class RecoverTask(Task):
             store.journal.clear()  # nothing to resume from
             raise
         record = {
-            "options": options.record(),
+            "options": self.record(),
             "text": {"shape": list(text.tokens.shape), "sha256": digest(text.tokens)},
             "training": training.record(),
             "sparsity": sparsity_of(masks),

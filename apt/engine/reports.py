@@ -1,5 +1,6 @@
 """The reports with which runs begin."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,11 @@ def described(reference: str, kind: str, adapter: str) -> dict[str, Any]:
         adapter: the name of the adapter.
     """
     return {"reference": portable(reference), "type": kind, "adapter": adapter}
+
+
+def in_order(record: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """A record with these entries first, in this order."""
+    return {name: record[name] for name in names if name in record} | record
 
 
 def calibration_of(tokens: Tensor) -> dict[str, Any]:

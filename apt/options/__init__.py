@@ -62,11 +62,12 @@ from apt.options.shared import (
     WritingOptions,
     check_windows,
 )
-from apt.options.shrink import Budget, Mode, ShrinkOptions, ShrinkRun
+from apt.options.shrink import GENERATION, Budget, Mode, ShrinkOptions, ShrinkRun
 
 __all__ = [
     "ACCURACY",
     "ANY_MODEL",
+    "GENERATION",
     "MODEL",
     "OUTPUT",
     "PANELS",

@@ -18,6 +18,9 @@ _MODES = (
      "blocks."),
 )  # fmt: skip
 
+GENERATION = {"population": 12, "children": 12}
+"""The sizes of a search that have no option, see `apt.shrinking.search.SearchOptions`."""
+
 
 def read_sizes(texts: list[str]) -> dict[str, int]:
     """The numbers of groups by kind, of texts such as ``channels=1024``.
@@ -110,9 +113,10 @@ class ShrinkOptions(Options):
 
     def size_record(self) -> dict[str, Any]:
         """The options of the size alone, as values for JSON, for the report."""
-        names = ("keep", "budget", "mode", "compensate", "multiple_of", "blocks")
-        search = {"evaluations": self.evaluations, "minutes": self.minutes}
-        return {name: getattr(self, name) for name in names} | {
+        names = ("keep", "budget", "mode", "compensate", "multiple_of", "sizes", "blocks", "drop")
+        search = {"evaluations": self.evaluations, "minutes": self.minutes, **GENERATION}
+        plain = {name: getattr(self, name) for name in names}
+        return plain | {
             "sizes": dict(self.sizes), "drop": list(self.drop), "search": search
         }  # fmt: skip
 

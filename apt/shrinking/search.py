@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from apt.errors import AptError
+from apt.options import GENERATION
 from apt.shrinking.sizes import Size
 
 _BARREN = 10  # generations without a new candidate, after which the search ends
@@ -59,8 +60,8 @@ class SearchOptions:
 
     evaluations: int = 120
     minutes: float | None = None
-    population: int = 12
-    children: int = 12
+    population: int = GENERATION["population"]
+    children: int = GENERATION["children"]
 
 
 @dataclass
