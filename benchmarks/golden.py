@@ -49,6 +49,7 @@ _SUBSTITUTIONS = [
 ]
 _TIMES = re.compile(r"(?:solve s|seconds)\s*\|?$")  # the last heading of a table
 _LAST = re.compile(rf"\s*{_NUMBER}\s*(\|?)$")
+_PACKED = {"apt_packed.safetensors"}  # its hash in a report, see `weights`
 _BAR = re.compile(r"\d+%\|")  # a progress bar of another library
 _LARGEST = 100_000  # bytes of a text that is kept as it is
 
@@ -56,7 +57,7 @@ _LARGEST = 100_000  # bytes of a text that is kept as it is
 def normal(value: Any) -> Any:
     """A value from JSON without noise."""
     if isinstance(value, dict):
-        return {k: "-" if k in NOISE else normal(v) for k, v in value.items()}
+        return {k: "-" if k in NOISE or k in _PACKED else normal(v) for k, v in value.items()}
     return [normal(v) for v in value] if isinstance(value, list) else value
 
 
@@ -80,11 +81,20 @@ def lines(text: str, root: Path) -> list[Any]:
     return made
 
 
+def weights(data: bytes) -> str:
+    """The SHA-256 of a safetensors file. The order of its metadata differs from run to run."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8:end]), sort_keys=True).encode()
+    return hashlib.sha256(header + data[end:]).hexdigest()
+
+
 def content(path: Path, root: Path) -> Any:
     """What a file has: its value if it is JSON, lines if it is a text, else its SHA-256."""
     if path.is_symlink():
         return f"link to {os.readlink(path)}"
     data = path.read_bytes()
+    if path.suffix == ".safetensors":
+        return weights(data)
     if path.suffix == ".csv":  # a table of a comparison
         head, *rows = [line.split(",") for line in data.decode().splitlines()]
         return [[n if h != "seconds" else "-" for h, n in zip(head, row, strict=True)]
@@ -99,9 +109,35 @@ def content(path: Path, root: Path) -> Any:
 
 
 def written(folder: Path, root: Path) -> dict[str, Any]:
-    """All files below a folder."""
+    """All files below a folder, but for the locks of a comparison."""
     paths = sorted(p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
-    return {str(path.relative_to(folder)): content(path, root) for path in paths}
+    names = {path: str(path.relative_to(folder)) for path in paths}
+    return {name: content(path, root) for path, name in names.items() if ".claims" not in name}
+
+
+def freeze(folder: Path) -> None:
+    """Set all times in reports and comparisons below a folder to one value.
+
+    A page about them, or a comparison with them, is then the same in each run.
+    """
+
+    def frozen(key: str, value: Any) -> Any:
+        if key == "timeline" and value:
+            phases = [[name, number] for number, (name, _) in enumerate(value["phases"])]
+            return {"phases": phases, "memory": [[0, 2**30], [1, 2**30]], "end": len(phases)}
+        if key == "created":
+            return "2026-01-01T00:00:00+00:00"
+        if isinstance(value, dict):
+            return {k: frozen(k, v) for k, v in value.items()}
+        if isinstance(value, list):
+            return [frozen("", v) for v in value]
+        return value if value is None else 2**30 if key in ("cpu", "cuda") else (
+            1.5 if key in NOISE else value
+        )  # fmt: skip
+
+    for path in [*folder.rglob("apt_report.json"), *folder.rglob("comparison.json")]:
+        text = path.read_text(encoding="utf-8")
+        path.write_text(json.dumps(frozen("", json.loads(text)), indent=2) + "\n")
 
 
 def quiet_call(function: Callable[[], object], folder: Path) -> tuple[int, str, str]:
@@ -171,7 +207,9 @@ def run(name: str, root: Path, command: str | None) -> dict[str, Any]:
         function = command_line(command.split())
     status, out, err = quiet_call(function, folder)
     record = {"status": status, "out": lines(out, root), "err": lines(err, root)}
-    return {"command": command, **record, "files": written(folder, root)}
+    record |= {"command": command, "files": written(folder, root)}
+    freeze(folder)
+    return record
 
 
 def matches(name: str, globs: str) -> bool:
