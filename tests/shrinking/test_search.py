@@ -408,7 +408,7 @@ def test_a_search_at_the_shell_reports_and_draws_its_candidates(apt, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--plot", "x.png"), "--plot draws the candidates of a search"),
+        (("--plot", "x.png"), "plot draws the candidates of a search"),
         (("--search", "--plot", "x.gif"), "is not a .png, .svg or .pdf file"),
         (("--search", "--plot", "none/x.png"), "its folder does not exist"),
     ],
