@@ -90,49 +90,39 @@ def prune(
 ) -> Report:
     """Prune a causal language model of transformers in place.
 
-    If a run ends early, by an error, an observer or Ctrl-C, no hook, thread, mode or precision
-    setting is left behind. The model is then partly pruned: blocks before the current one are
-    pruned and tuned, blocks after it are dense, and each site of the current block is dense or
-    meets its pattern. Use `prune_copy` to keep the original model.
+    A run that ends early leaves a model that is partly pruned (embedding.md, "Progress and
+    cancellation"). Use `prune_copy` to keep the original model.
 
     Args:
         model: the model.
         tokens: calibration token ids (samples, seqlen), without padding; see
-            `apt.calibration_tokens`. If the model's tokenizer begins each text with a special
-            token, each sample should begin with it.
+            `apt.calibration_tokens`.
         pattern: ``"2:4"``, ``"0.5"`` or 0.5, ``"auto:8@0.5"`` for n:8 with an n of its own for each
             site, or a pattern of `apt.solver`.
-        adapter: the name of an adapter, or an adapter; by default the one that serves the model's
-            type.
-        method: the name of a method, or a function `apt.extending.Method`; by default the most
-            accurate method.
-        selection: the sites to prune, and the sites with other patterns; by default all sites.
-        options: the options that the weights depend on; see `apt.PruneOptions`.
-        allocation: the distribution of an unstructured sparsity over the sites: a name, or a
-            function `apt.extending.Allocation`. By default ``"auto"`` for mixed n:m, and
-            the same for every site otherwise.
+        adapter: an adapter or its name; by default the one that serves the model's type.
+        method: an `apt.extending.Method` or its name; by default the most accurate one.
+        selection: the sites to prune, and those with other patterns; by default all sites.
+        options: the options that the weights depend on.
+        allocation: the distribution of an unstructured sparsity over the sites: an
+            `apt.extending.Allocation` or its name. By default ``"auto"`` for mixed n:m, and the
+            same for every site otherwise.
         also: kinds of parameters to prune beside the Linears, by their names in the adapter.
-        tokenizer: the model's tokenizer. It gives the special tokens, which never occur among
-            random tokens, and the first token of the text that the model generates. Without it the
-            special tokens are those of the model's configurations.
+        tokenizer: the model's tokenizer, which gives the special tokens; they never occur among
+            random tokens. By default they are those of the model's configurations.
         seed: the seed for the text that the model generates.
-        activations: ``"memory"`` keeps the calibration activations on the device of the model,
-            ``"cpu"`` in CPU memory beside a model on a GPU.
-        ranks: the processes of torch.distributed that prune together, `apt.Ranks` of their group.
-            Each process makes this call with an equal model and the same arguments, and gets the
-            same weights. None prunes in this process alone, even if there is a process group.
-        observe: called with every event of `apt.events`, from the thread that prunes: after each
-            solve, each step of tuning and each batch that is run through a block. To cancel the
-            run, raise an exception from it; the exception reaches the caller. With several ranks,
-            raise it on all of them at the same `BlockStarted` or `SitePruned`, the events that all
-            get alike: a rank that is left alone waits for the others.
+        activations: the place of the calibration activations: ``"memory"``, on the device of the
+            model, or ``"cpu"``, beside a model on a GPU.
+        ranks: the processes that prune together (distributed.md, "From a program"). None prunes in
+            this process alone, even if there is a process group.
+        observe: called with every event of `apt.events`, from the thread that prunes. An exception
+            that it raises ends the run, and reaches the caller.
 
     Returns:
         The record of the run; ``report.sites`` has one entry for each pruned site.
 
     Raises:
-        AptError: a name is unknown, an option is out of range or not used by the method, the
-            pattern does not fit or prunes nothing, or the model cannot be pruned.
+        AptError: an option is unknown, out of range or not used by the method, the pattern does not
+            fit or prunes nothing, or the model cannot be pruned.
     """
     given = GivenModel(model, tokens, adapter, activations, ranks, observe)
     wanted = Sparsity(read_pattern(pattern), selection or Selection(), also, allocation)
@@ -140,15 +130,10 @@ def prune(
     dense, options = given.dense(tokens, seed), options or PruneOptions()
     job = sparse_pruning(dense, wanted, spec, function, options)
     known = {
-        "pattern": str(wanted.pattern),
-        "per": job.plan.per,
-        "method": spec.name,
-        "allocation": job.allocation_name,
-        "also": list(also),
-        "seed": seed,
-        "activations": activations,
-        **wanted.selection.record(),
-    }
+        "pattern": str(wanted.pattern), "per": job.plan.per, "method": spec.name,
+        "allocation": job.allocation_name, "also": list(also), "seed": seed,
+        "activations": activations, **wanted.selection.record(),
+    }  # fmt: skip
     return given.pruned(tokens, job, tokenizer, known)[1]
 
 
@@ -195,12 +180,8 @@ def shrink(
     wish, spec, job = smaller_pruning(
         given.dense(tokens, seed), size or ShrinkOptions(), method, options or PruneOptions()
     )
-    known = {
-        "shrink": wish.size_record(),
-        "method": spec.name,
-        "seed": seed,
-        "activations": activations,
-    }
+    known = {"shrink": wish.size_record(), "method": spec.name, "seed": seed}
+    known |= {"activations": activations}
     given.model = copy.deepcopy(model)
     plan, report = given.pruned(tokens, job, tokenizer, known)
     return smaller(given.model, given.adapter, plan), report
