@@ -54,6 +54,7 @@ class Dense:
             AptError: an option is out of range, or the method does not use it.
         """
         known = self.registry.methods.specs.values()
+        options.check()
         options.check_used(method, known, "method")
         recipe, added = recipe_of(options, method), augmentation_of(options, method, self.samples)
         if options.own_samples is not None or not added.own_samples or writes(self.model):

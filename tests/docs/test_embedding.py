@@ -93,14 +93,17 @@ def test_two_threads_restore_what_was_allowed():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"damping": 1e308}, "damping 1e+308 is not a number from 0 to 1e+06"),
-        ({"damping": float("nan")}, "damping nan is not"),
-        ({"damping": -1.0}, "damping -1 is not"),
-        ({"block_size": 0}, "block size 0 is not positive"),
+        ({"damping": 1e308}, "damping is 1e+308; it must be from 0 to 1e+06"),
+        ({"damping": float("nan")}, "damping is nan; it must be"),
+        ({"damping": -1.0}, "damping is -1; it must be"),
+        ({"block_size": 0}, "block size is 0; it must be at least 1"),
         ({"effort": "most"}, "effort 'most' is not one of fast, default, best"),
-        ({"alpha": 1.5}, "alpha 1.5 is not a number from 0 to 1"),
-        ({"tuning_epochs": -1}, "tuning epochs -1 is not"),
-        ({"error_aware": False, "beta": 0.5}, "beta has no effect in a layer-wise run"),
+        ({"input_correction": 1.5}, "input correction is 1.5; it must be from 0 to 1"),
+        ({"tuning_epochs": -1}, "tuning epochs is -1; it must be"),
+        (
+            {"error_aware": False, "drift_correction": 0.5},
+            "drift correction has no effect in a layer-wise run",
+        ),
     ],
 )
 def test_options_out_of_range_are_refused_before_any_weight_changes(options, message):

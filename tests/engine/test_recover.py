@@ -123,7 +123,7 @@ def test_a_smaller_model_is_recovered_by_its_last_layers(apt, checkpoint):
     unused = apt("recover", "small", *TRAIN, "--kind", "lora", "--blocks", 2, "-o", "out")
     assert unused.code == 2
     assert "recovery lora does not use blocks" in unused.err
-    assert "kinds with it: layers (--blocks)" in unused.err
+    assert "those that use it: layers (--blocks)" in unused.err
     dense = ("--dense", checkpoint("llama"), "--rate", 1e-2)
     usual = apt("recover", "small", *TRAIN, *dense, "-o", "usual")
     assert usual.code == 0, usual.err
@@ -270,7 +270,7 @@ def test_damaged_masks_are_errors(tmp_path, shapes):
     ("arguments", "message"),
     [
         (("--steps", 5, "--minutes", 1), "steps and minutes exclude each other"),
-        (("--tokens", "many"), "--tokens many is not a number of tokens"),
+        (("--tokens", "many"), "tokens many is not a number of tokens"),
         (("--rate", "nan"), "rate is nan; it must be above 0"),
         (("--validation-share", 1), "validation share is 1; it must be above 0 and below 1"),
         (("--kind", "ssp"), "did you mean 'spp'?"),
@@ -303,7 +303,7 @@ def test_a_law_without_recoveries_is_an_error(apt, pruned):
     pruned()
     assert "has no report of a recovery" in apt("law", "pruned").err
     assert "has no report of a recovery" in apt("law", "nothing").err
-    assert "--threshold 0.0 is not above 0" in apt("law", "pruned", "--threshold", 0).err
+    assert "threshold is 0; it must be above 0" in apt("law", "pruned", "--threshold", 0).err
 
 
 def test_the_kinds_are_listed(apt):
