@@ -42,6 +42,9 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         self._started = time.perf_counter()
         with eval_mode(trainer.model):
             self._keep(0, trainer.evaluate()["eval_loss"])
+        if trainer.args.world_size > 1:
+            # Else accelerate takes the model for one whose gradients are shared already.
+            vars(trainer.model).pop("_is_accelerate_prepared", None)
         if checkpoint is None:
             return
         state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))

@@ -193,10 +193,15 @@ def test_resuming_a_finished_recovery_changes_nothing(apt, pruned, tmp_path):
     assert not list(tmp_path.glob("out-*"))
 
 
-def test_two_processes_train_one_model(pruned, tmp_path):
+def test_two_processes_train_one_model(apt, pruned, tmp_path):
+    """Each step has the samples of both, so that the losses are those of a single process."""
     pruned()
-    codes, said = on_ranks(2, tmp_path, *COMMAND, "--steps", 4, "--checks", 2, "-o", "out")
+    command = (*COMMAND, "--rate", 3e-2, "--steps", 8, "--checks", 2)
+    assert apt(*command, "-o", "alone").code == 0
+    codes, said = on_ranks(2, tmp_path, *command, "-o", "out")
     assert codes == [0, 0], said
+    alone, losses = (training(tmp_path, name)["losses"] for name in ("alone", "out"))
+    assert losses == pytest.approx(alone, rel=1e-2)
     report = json.loads((tmp_path / "out" / "apt_report.json").read_text())
     assert report["recovery"]["ranks"] == 2
     assert same(opened(tmp_path / "out")[1], opened(tmp_path / "pruned")[1])
