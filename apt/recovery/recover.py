@@ -90,7 +90,7 @@ def recover_model(model: nn.Module, tokens: Tensor, job: RecoveryJob) -> tuple[T
         AptError: the kind of recovery does not serve this model, or filled zeros.
     """
     masks = masks_of(model, job.adapter)
-    text, held_back = _split(tokens, job.options)
+    text, held_back = _split(tokens, job.options, job.ranks.size)
     with _in_fp32(model), job.adapter.running(model):
         job.status("preparing")
         amount = None
@@ -191,8 +191,11 @@ def _windows(model: nn.Module, steps: int, job: RecoveryJob) -> BlockWindows | N
     return BlockWindows(model, job.adapter, job.options.window, steps)
 
 
-def _split(tokens: Tensor, options: RecoverOptions) -> tuple[Tensor, Tensor]:
-    """The samples to train on, and the last ones, which are held back."""
+def _split(tokens: Tensor, options: RecoverOptions, processes: int) -> tuple[Tensor, Tensor]:
+    """The samples to train on, and the last ones, which are held back.
+
+    Each process measures as many: the Trainer would give some of them two samples of the same.
+    """
     if len(tokens) < 2:
         raise AptError(
             f"the text has {len(tokens)} samples, and a recovery needs at least 2",
@@ -202,6 +205,8 @@ def _split(tokens: Tensor, options: RecoverOptions) -> tuple[Tensor, Tensor]:
     count = min(
         max(1, round(options.validation_share * len(tokens))), _MOST_HELD_BACK, len(tokens) - 1
     )
+    if (more := count + -count % processes) < len(tokens):
+        count = more
     return tokens[:-count], tokens[-count:]
 
 
