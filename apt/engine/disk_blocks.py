@@ -22,10 +22,8 @@ class DiskBlocks:
     """Blocks on disk, see `apt.pruning.block_storage.BlockStorage`.
 
     Args:
-        plan: the plan of the run.
         source, target: the blocks of the input, and those of the output.
         device: the device of the current block. For a GPU, the next block is read in advance.
-        journal: the journal of the run.
         ranks: the processes that prune together. Only the first one writes.
     """
 
@@ -96,15 +94,7 @@ class DiskBlocks:
     def verify(
         self, plan: Plan, visit: Callable[[str, nn.Module], None] = lambda name, block: None
     ) -> dict[str, int]:
-        """Check the written blocks against the final plan.
-
-        Args:
-            plan: the plan.
-            visit: called with the name of each written block and the block.
-
-        Returns:
-            The zeros of each site.
-        """
+        """The zeros of each site in the written blocks, each of which is shown to ``visit``."""
         zeros = dict[str, int]()
         for planned in plan.blocks:
             with self._target.open(planned.name) as block:

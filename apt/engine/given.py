@@ -30,15 +30,7 @@ from apt.text.special_tokens import bos_of, named_ids, special_ids
 
 
 class GivenModel(ModelStore):
-    """A model that a program passes, changed in place.
-
-    Args:
-        model: the model.
-        tokens: the token ids (samples, seqlen).
-        adapter: the name of an adapter, or an adapter; None for the one that serves the model.
-        activations: ``"memory"`` or ``"cpu"``.
-        ranks: the processes that work together.
-        observe: called with each event.
+    """A model that a program passes, changed in place; the arguments are those of `apt.prune`.
 
     Raises:
         AptError: no adapter serves the model, it cannot be changed in place, or it cannot run on
@@ -74,14 +66,7 @@ class GivenModel(ModelStore):
     def pruned(
         self, tokens: Tensor, job: Pruning, tokenizer: Any, options: dict[str, Any]
     ) -> tuple[Plan, Report]:
-        """Prune the model.
-
-        Args:
-            tokens: the given calibration samples.
-            job: the pruning.
-            tokenizer: the model's tokenizer, or None.
-            options: the options for the report, without those of `apt.PruneOptions`.
-        """
+        """Prune the model; ``options`` are those of the report, without `apt.PruneOptions`."""
         job = replace(
             job,
             bos=bos_of(tokenizer) if tokenizer else None,
@@ -106,8 +91,7 @@ def find_adapter(
     """The name of the adapter for a model, and the adapter.
 
     Raises:
-        AptError: no adapter serves the model's type, the model has no configuration, what was
-            given is no adapter, or a module of the model is a wrapper.
+        AptError: there is none for the model, or a module of the model is a wrapper.
     """
     refuse_wrapped(model)
     if adapter is not None and not isinstance(adapter, str):

@@ -123,8 +123,7 @@ class InMemory(OutputStore):
         """Measure the published model, and complete its report.
 
         Raises:
-            MeasurementError: a measurement failed.
-            AptError: another run has replaced the output in the meantime.
+            AptError: a measurement failed, or another run has replaced the output in the meantime.
         """
         if self.text.held_out is None:
             return report

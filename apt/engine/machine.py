@@ -50,14 +50,7 @@ def memory(device: str) -> int:
 
 
 def check_tokens(samples: int, seqlen: int, bytes_each: int, device: str, processes: int) -> None:
-    """Raise if the calibration tokens alone do not fit into memory.
-
-    Args:
-        samples, seqlen: the number of samples, and the tokens of each.
-        bytes_each: the least memory for each token.
-        device: a device that may hold activations, beside the main memory.
-        processes: the number of processes that share the samples.
-    """
+    """Raise if the calibration tokens, of at least ``bytes_each``, do not fit into memory."""
     needed, there = samples * seqlen * bytes_each // processes, memory(device)
     if needed > there:
         raise AptError(

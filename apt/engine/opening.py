@@ -47,10 +47,7 @@ def find_source(reference: str, options: RemoteOptions, registry: Registry) -> S
 def with_names(options: R, registry: Registry, notice: Callable[[str], None]) -> R:
     """The options with a model, a text and an output, and with the names of plugins as declared.
 
-    Args:
-        options: the options of a run.
-        registry: the plugins.
-        notice: called with a line about each default.
+    ``notice`` is called with a line about each default.
 
     Raises:
         AptError: a name is unknown, or the model is not found.

@@ -48,12 +48,7 @@ class MeasurementError(AptError):
 class OutputStore(ModelStore, ABC):
     """A model that is read from a checkpoint, changed by a task, and written to a directory.
 
-    The methods are called in the order in which they stand here.
-
-    Args:
-        task: the task.
-        timeline: receives the events, and a text for each step.
-        ranks: the processes that work together. Only the first writes.
+    The methods are called in the order in which they stand here. Only the first rank writes.
     """
 
     work: Staging

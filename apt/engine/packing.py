@@ -27,16 +27,11 @@ def pack_model(run: PackRun, registry: Registry, notice: Notice = lambda line: N
     Without ``quantize`` the weights stay as they are: integers if the run that pruned them made
     such.
 
-    Args:
-        run: the options.
-        registry: the plugins.
-        notice: called with a line about what is replaced or left out.
-
     Raises:
         AptError: the model cannot be read, has nothing to pack, or the output cannot be written.
     """
     source = find_source(run.model, run, registry)
-    check_place(run.output, source, (), notice, overwrite=run.overwrite, resume=False)
+    check_place(run, source, (), notice)
     if is_packed(Path(source.location)):
         raise AptError(f"{source.reference} is packed already", "name the pruned model")
     skeleton = open_skeleton(source, registry, run.adapter)
@@ -67,13 +62,9 @@ def pack_model(run: PackRun, registry: Registry, notice: Notice = lambda line: N
 def check_packed_place(run: PruneRun, inputs: list[Path]) -> None:
     """Raise if the packed model of a run cannot be written, before the run.
 
-    Args:
-        run: the options of the run.
-        inputs: what the run reads.
-
     Raises:
-        AptError: the directory is that of the pruned model or of an input, is inside one or
-            contains one, or it exists.
+        AptError: the directory exists, or is that of the pruned model or of an input, inside one or
+            around one.
     """
     if run.pack is None:
         return
@@ -102,15 +93,12 @@ def pack_output(run: PruneRun, registry: Registry, notice: Notice) -> Packed | N
 def unpack_model(run: UnpackRun, registry: Registry, notice: Notice = lambda line: None) -> int:
     """Write a packed model as a dense one, and return the number of matrices.
 
-    Args:
-        run, registry, notice: as for `pack_model`.
-
     Raises:
         AptError: the model is not packed or is damaged, or the output cannot be written.
     """
     source = find_source(run.model, RemoteOptions(), registry)
     directory = Path(source.location)
-    check_place(run.output, source, (), notice, overwrite=run.overwrite, resume=False)
+    check_place(run, source, (), notice)
     entries = read_entries(directory)
     check_space(run.output, sum(4 * e.shape[0] * e.shape[1] for e in entries.values()))
     with whole_directory(run.output, run.overwrite) as work, write_errors(run.output):

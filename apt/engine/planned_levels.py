@@ -15,12 +15,7 @@ from apt.planning.plan import Plan
 
 
 def planned_levels(task: PruneTask, status: Callable[[str], None]) -> Plan:
-    """The plan of a run; for an allocation, the text and the model are read as in the run.
-
-    Args:
-        task: the checked run.
-        status: called with a text for each step.
-    """
+    """The plan of a run; for an allocation, the text and the model are read as in the run."""
     if task.job.allocation is None:
         return task.job.plan
     status("reading text")

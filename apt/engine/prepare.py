@@ -27,53 +27,27 @@ def open_model(
 ) -> Opened:
     """The model of a run, without weights, after a check of the place of the output.
 
-    Args:
-        options: the options of the run.
-        texts: what the run reads beside the model, see `input_paths`.
-        registry: the plugins.
-        notice: called with a line about what is replaced or left out.
+    ``texts`` are what the run reads beside the model, see `input_paths`.
     """
     source = find_source(options.model, options, registry)
-    resume = getattr(options, "resume", False)
-    check_place(options.output, source, texts, notice, overwrite=options.overwrite, resume=resume)
+    check_place(options, source, texts, notice)
     return open_skeleton(source, registry, options.adapter)
 
 
-def check_place(
-    output: Path,
-    source: Source,
-    texts: Sequence[str | None],
-    notice: Notice,
-    *,
-    overwrite: bool,
-    resume: bool,
-) -> None:
-    """Check the place of the output, and notify the user of an earlier result to be replaced.
-
-    Args:
-        output: the directory to write.
-        source: the model.
-        texts: what the run reads beside the model, see `input_paths`.
-        notice: called with a line about what is replaced or left out.
-        overwrite, resume: the options of the run.
-    """
-    inputs = input_paths(source, texts)
-    if resume and (resumable(output) or read_report(output)):
+def check_place(options: Any, source: Source, texts: Sequence[str | None], notice: Notice) -> None:
+    """Check the place of the output, and notify the user of an earlier result to be replaced."""
+    inputs, output = input_paths(source, texts), options.output
+    if getattr(options, "resume", False) and (resumable(output) or read_report(output)):
         check_not_input(output, inputs)
         return
     for link in [] if source.gguf else links_outside(Path(source.location)):
         notice(f"left out: {link} is a link to a file outside the checkpoint")
-    if lost := check_output(output, overwrite, inputs):
+    if lost := check_output(output, options.overwrite, inputs):
         notice(f"replaces {lost}")
 
 
 def input_paths(source: Source, texts: Sequence[str | None]) -> list[Path]:
-    """The local files and directories that a run reads.
-
-    Args:
-        source: the model.
-        texts: data sources, tokenizer and other models; None for one that is not used.
-    """
+    """The local files and directories of a model and of texts, tokenizers and other models."""
     given = [path for name in texts if name and (path := expanded(name)).exists()]
     return [*source.files(), *given]
 

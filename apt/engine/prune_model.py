@@ -25,16 +25,11 @@ class Pruning:
     """The adapter, plan, method and settings for pruning one model.
 
     Attributes:
-        adapter: the adapter of the model's family.
-        plan: the pattern of each site.
-        method: the pruning method.
-        recipe: the settings of the method.
         augmentation: the calibration samples beside the given ones.
         allocation: the name and the function of an allocation; None keeps the plan's patterns.
         structure: the choice of the structure of a smaller model; None for a sparse one.
         seed: the seed for the text that the model generates.
         bos: the first token of every sample; None for no such token.
-        special: the special tokens.
     """
 
     adapter: Adapter
@@ -67,7 +62,6 @@ def prune_model(
     Args:
         store: the model, pruned in place.
         tokens: calibration token ids (samples, seqlen).
-        job: the adapter, plan, method and settings.
         report: the report at the beginning of the run.
 
     Returns:

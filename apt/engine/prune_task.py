@@ -48,12 +48,7 @@ _ORDER = (
 
 @dataclass(frozen=True, kw_only=True)
 class PruneTask(Task):
-    """The pruning of a model on disk, to a sparse or to a smaller one, see `Task`.
-
-    Attributes:
-        job: the pruning.
-        method: the spec of its method.
-    """
+    """The pruning of a model on disk, to a sparse or to a smaller one."""
 
     options: PruneRun | ShrinkRun
     job: Pruning

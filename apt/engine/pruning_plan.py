@@ -27,9 +27,6 @@ class Dense:
 
     Attributes:
         model: the model; it may be a skeleton.
-        adapter: the adapter of its family.
-        config: its configuration.
-        registry: the plugins.
         samples: the number of the given calibration samples.
         seed: the seed for the text that the model generates, and for a search.
         streams: True if the blocks stay on disk.
@@ -66,15 +63,7 @@ class Dense:
 
 @dataclass(frozen=True)
 class Sparsity:
-    """The zeros that are wanted.
-
-    Attributes:
-        pattern: the pattern of every selected site.
-        selection: the sites to prune, and the sites with other patterns.
-        also: kinds of parameters to prune beside the Linears.
-        allocation: the distribution of an unstructured sparsity over the sites, or its name; None
-            for that of the pattern.
-    """
+    """The zeros that are wanted; see `apt.prune`."""
 
     pattern: Pattern
     selection: Selection = field(default_factory=Selection)
@@ -85,14 +74,7 @@ class Sparsity:
 def sparse_pruning(
     dense: Dense, wanted: Sparsity, method: MethodSpec, function: Method, options: PruneOptions
 ) -> Pruning:
-    """The pruning to a sparse model.
-
-    Args:
-        dense: the dense model.
-        wanted: the zeros.
-        method: the spec of the pruning method.
-        function: the method.
-        options: the options that the weights depend on.
+    """The pruning to a sparse model, with a method and its spec.
 
     Raises:
         AptError: an option is out of range, or the pattern does not fit the model.

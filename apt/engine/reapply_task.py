@@ -28,12 +28,7 @@ from apt.plugin.registry import Registry
 
 @dataclass(frozen=True, kw_only=True)
 class ReapplyTask(Task):
-    """The zeros of a pruned model on disk in another one, see `Task`.
-
-    Attributes:
-        masks: the masks.
-        report: the report of the pruned model; an empty one if it has none.
-    """
+    """The zeros of a pruned model on disk, whose report it is, in another one."""
 
     options: ReapplyRun
     masks: Masks

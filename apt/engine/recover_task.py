@@ -48,12 +48,7 @@ _ORDER = (
 
 @dataclass(frozen=True, kw_only=True)
 class RecoverTask(Task):
-    """The training of a pruned model on disk, see `Task`.
-
-    Attributes:
-        spec: the kind of recovery.
-        earlier: the report beside the model; empty if there is none.
-    """
+    """The training of a pruned model on disk; ``earlier`` is the report beside it, or empty."""
 
     options: RecoverRun
     spec: RecoverySpec

@@ -14,13 +14,7 @@ from apt.text.datasets import digest
 
 
 def described(reference: str, kind: str, adapter: str) -> dict[str, Any]:
-    """The entry for a model, without the hash of its weights.
-
-    Args:
-        reference: the user's name for it.
-        kind: its ``model_type``.
-        adapter: the name of the adapter.
-    """
+    """The entry for a model: its name, ``model_type`` and adapter."""
     return {"reference": portable(reference), "type": kind, "adapter": adapter}
 
 
@@ -46,13 +40,7 @@ def report_beside(source: Source) -> dict[str, Any]:
 
 
 def continued(record: dict[str, Any] | None, skeleton: Opened, where: Path) -> Report:
-    """The report of the pruning before this run; one without a run if there is none.
-
-    Args:
-        record: the record of the pruning.
-        skeleton: the model.
-        where: the directory of the record, for messages.
-    """
+    """The report of the pruning before this run, from ``where``; an empty one without it."""
     if record:
         return Report.from_dict(record, f"the report in {where}")
     reference = skeleton.source.reference

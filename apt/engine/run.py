@@ -64,12 +64,7 @@ def run(
 def prepare(
     options: AnyRun, registry: Registry, notice: Callable[[str], None] = lambda line: None
 ) -> Task:
-    """Check everything that can be checked before the work begins.
-
-    Args:
-        options: the options of the run, with the names of `with_names`.
-        registry: the plugins.
-        notice: called with a line about each option that was changed to fit the model.
+    """Check everything that can be checked before the work begins, with the names of `with_names`.
 
     Raises:
         AptError: an option does not fit the model, the machine or the disk.
@@ -91,10 +86,7 @@ def execute(
 ) -> Report:
     """Read text and model, do the task, write and verify, measure, and complete the report.
 
-    Args:
-        task: the checked run.
-        observe, status, ranks: as for `run`. All ranks read: a streamed output must be in a place
-            that every process can read.
+    All ranks read: a streamed output must be in a place that every process can read.
     """
     ranks = ranks or Ranks()
     if ranks.first:

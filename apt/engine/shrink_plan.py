@@ -54,7 +54,6 @@ def smaller_pruning(
     """The pruning to a smaller model, whose structure may still change.
 
     Args:
-        dense: the dense model.
         wish: the options of the smaller model.
         method: the choice of groups or of blocks, or its name; by default that of the mode.
         options: the options that the weights depend on.
@@ -85,9 +84,6 @@ def _resolved(dense: Dense, wish: S, method: str | Choice | None) -> tuple[S, Sh
     """The options with a mode, and the method with that name, or the default one of the mode.
 
     The method is error-aware by default where blocks are dropped: the others make up for them.
-
-    Raises:
-        AptError: an option is out of range, or the method does not fit the mode.
     """
     wish.check()
     found = _found(method, wish, dense.registry) if method else None

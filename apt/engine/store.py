@@ -19,11 +19,6 @@ from apt.pruning.block_storage import BlockStorage, MemoryBlocks
 class ModelStore:
     """A model in memory, and the surroundings of a run.
 
-    Args:
-        ranks: the processes that work together.
-        observe: called with each event.
-        status: called with a text for each step outside the loop over blocks.
-
     Attributes:
         model: the model.
         blocks: the storage of its blocks.

@@ -43,9 +43,6 @@ class Task:
 
     Attributes:
         options: the options of the run, with defaults filled in.
-        registry: the plugins.
-        skeleton: the model without weights.
-        device: the device of the weights.
         dtype: the dtype of the weights; None for that of the checkpoint.
         plan: a plan with all parameters that may change; None if any may.
         event: what is measured before and after, for messages.

@@ -47,8 +47,6 @@ def read_text(
 
     Args:
         options: the options of the run.
-        skeleton: the model without weights.
-        registry: the plugins.
         draw: a function from the tokenizer, the documents and the first token of a sample to the
             samples.
         windows: the number of windows to measure on at most; None for all.

@@ -68,11 +68,6 @@ def verify_directory(run: VerifyRun, registry: Registry, notice: Notice) -> Veri
 
     Without a pattern, the sites must meet that of the run, by its report.
 
-    Args:
-        run: the options.
-        registry: the plugins.
-        notice: called with a line about what is not checked.
-
     Raises:
         AptError: the model cannot be read, there is neither a pattern nor a report, or a smaller
             model is to be compared with a selection.
@@ -148,11 +143,7 @@ def count_zeros(
 ) -> Iterator[Verdict]:
     """Count the zeros of all sites, block by block if the checkpoint can be read so.
 
-    Args:
-        skeleton: the model without weights.
-        directory: its directory.
-        expected: the patterns and the numbers of zeros.
-        packed: True if the model is packed. Rounding may then have made more zeros.
+    If the model is packed, rounding may have made more zeros.
     """
     plan, exact = expected.plan, {} if packed else expected.zeros
     stored = find_stored(skeleton) if not packed else None
@@ -184,13 +175,6 @@ def expected_by_pattern(
     The sites that the report lists as left dense are not counted. A site may have the zeros that
     the report says if its pattern there is the given one: weights that were zero in the dense model
     and that were kept, and weights that were rounded to zero.
-
-    Args:
-        skeleton: the model without weights.
-        report: the report beside the model; empty if there is none.
-        pattern, selection: the pattern of each site.
-        notice: called with a line about sites that are not counted.
-        at_least: True to accept more zeros.
     """
     if dense := _dense(report):
         notice(f"left dense on request: {', '.join(dense)}")
@@ -218,11 +202,7 @@ def expected_by_report(
 ) -> Expected:
     """What the options of the run asked for, and the zeros that its report says.
 
-    Args:
-        skeleton: the model without weights.
-        report: the report beside the model.
-        selection: the sites to check, and the patterns to expect in place of those of the run.
-        notice: called with a line about sites that are not counted.
+    A selection has the sites to check, and patterns to expect in place of those of the run.
 
     Raises:
         AptError: there is no report of a run, or it is damaged; or a glob matches no site.
