@@ -8,17 +8,19 @@ import shutil
 import signal
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from hypothesis import settings
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 from apt.cli import main
 from apt.plugin.registry import registry
 from tests.helpers.families import random_model
+from tests.helpers.processes import forked
 
 disable_progress_bar()  # the command line does that before it imports transformers
 
@@ -33,6 +35,24 @@ if os.environ.get("CI"):
 for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, usual)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _long_texts_are_tokenised_once():
+    """The embedded text takes a second to tokenise, in each of a hundred runs."""
+    plain, known = PreTrainedTokenizerFast.__call__, {}
+
+    def call(self, text=None, *args, **options):
+        if args or not isinstance(text, str) or len(text) < 100_000:
+            return plain(self, text, *args, **options)
+        key = (self.backend_tokenizer.to_str(), text, *sorted(options.items()))
+        if key not in known:
+            known[key] = plain(self, text, **options)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PreTrainedTokenizerFast, "__call__", call)
+        yield
 
 
 def pytest_collection_finish():
@@ -100,6 +120,13 @@ def output_of(tmp_path_factory):
         return made[command]
 
     return run
+
+
+@pytest.fixture
+def forked_workers(monkeypatch):
+    """The workers of ``bench`` are forked from a process that has imported what takes seconds."""
+    ensure_running()  # before `bench` blocks SIGINT, which the server would pass on
+    monkeypatch.setattr("apt_lab.benchmark.process.get_context", lambda kind: forked)
 
 
 @pytest.fixture

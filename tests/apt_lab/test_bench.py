@@ -155,6 +155,7 @@ def test_it_says_from_where_on_packing_pays(share, text, capsys):
     assert json.loads(capsys.readouterr().out)["packed_pays_from"] == share
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_a_packed_model_is_measured_beside_the_break_even(apt):
     words = ("--sparsity", 0.7, "--method", "magnitude", "--samples", 2, "--seqlen", 16)
     assert apt("prune", "zoo:llama", *words, "--pack", "packed", "-o", "pruned").code == 0

@@ -113,6 +113,7 @@ PREPARED = {
 }
 
 
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.parametrize("page", PAGES)
 def test_the_commands_of_a_page_work(page, apt, models):
     for name, source in PREPARED.get(page, {}).items():

@@ -18,6 +18,8 @@ def test_the_notebook_runs_offline(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells)  # outputs would go stale
+    for cell in notebook.cells:
+        cell.source = cell.source.replace("samples=32, seqlen=256", "samples=8, seqlen=128")
     NotebookClient(
         notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
     ).execute()

@@ -1,10 +1,8 @@
 """The pages that build an adapter: all of their code runs, and what they quote is said."""
 
-import os
 import re
 import runpy
 import shlex
-import subprocess
 import sys
 import tomllib
 from functools import cache
@@ -17,6 +15,7 @@ import apt as library
 from apt.plugin.registry import registry
 from apt.testing import check_adapter, embedded, random_tokens
 from tests.helpers import ROOT
+from tests.helpers.processes import run_pytest
 from tests.helpers.template import copied
 
 _NAMED = re.compile(r"# ([\w./]+)\n")
@@ -99,7 +98,6 @@ def test_the_adapter_conforms_with_its_last_method_and_before():
 @pytest.fixture
 def shell(apt, tmp_path, monkeypatch):
     """Run the commands of a page's block, and install modules for them."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     installed = []
 
     def run(commands, status=0):
@@ -113,7 +111,8 @@ def shell(apt, tmp_path, monkeypatch):
                 runpy.run_path(*words, run_name="__main__")
             else:
                 assert program == "pytest"
-                subprocess.run([sys.executable, "-m", "pytest", "-q", *words], check=True)
+                tested, lines = run_pytest(tmp_path, *words)
+                assert tested == 0, lines
         return said
 
     def install(module, folder):
@@ -123,7 +122,6 @@ def shell(apt, tmp_path, monkeypatch):
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 0.1.0\n")
         (info / "entry_points.txt").write_text(f"[apt]\n{module} = {module}\n")
         monkeypatch.syspath_prepend(folder)
-        monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
         installed.append(module)
         run.again()
 

@@ -177,6 +177,24 @@ def test_a_run_that_is_asked_to_end(apt, checkpoint, monkeypatch, number):
     assert [p.name for p in Path().iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_that_the_caller_ignores_ends_no_run(
+    apt, output_of, checkpoint, monkeypatch, number
+):
+    """A script's job in the background ignores Ctrl-C, and one under nohup SIGHUP."""
+    command = ("prune", checkpoint("llama"), *SMALL, "--method", "wanda", "--stream")
+    whole = output_of(*command)
+    monkeypatch.setattr(Journal, "add", signalled(4, number))
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        run = apt(*command, "-o", "out")
+        assert signal.getsignal(number) is signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+    assert run.code == 0, run.err
+    assert weights("out") == weights(whole)
+
+
 def test_a_stream_that_is_refused_leaves_nothing(apt, checkpoint, monkeypatch):
     error = AptError("no", "such")
     monkeypatch.setattr(

@@ -5,18 +5,30 @@ import os
 import socket
 import sys
 
+import pytest
+
 from apt.cli import main
 
 forked = multiprocessing.get_context("forkserver")
 forked.set_forkserver_preload(["tests.helpers.families"])
 
 
-def _command(folder, arguments, environment, before):
+def _enter(folder):
+    """Go to a folder, and add what is printed from now on to its file ``said``."""
     os.chdir(folder)
-    os.environ.update(environment)
     with open("said", "a") as said:
         for stream in (1, 2):
             os.dup2(said.fileno(), stream)
+
+
+def _pytest(folder, files):
+    _enter(folder)
+    sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *files]))
+
+
+def _command(folder, arguments, environment, before):
+    os.environ.update(environment)
+    _enter(folder)
     if before:
         before()
     sys.argv = ["apt", *map(str, arguments)]
@@ -35,6 +47,14 @@ def start(folder, *arguments, before=None, **environment):
     process = forked.Process(target=_command, args=(folder, arguments, environment, before))
     process.start()
     return process
+
+
+def run_pytest(folder, *files):
+    """Run the tests in files of a folder: pytest's exit status, and what it says."""
+    process = forked.Process(target=_pytest, args=(folder, files))
+    process.start()
+    process.join()
+    return process.exitcode, (folder / "said").read_text()
 
 
 def on_ranks(size, folder, *arguments):
