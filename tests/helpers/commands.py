@@ -1,0 +1,68 @@
+"""The commands whose options are declared: their classes, and options as words for a shell."""
+
+import inspect
+from functools import cache
+from typing import get_type_hints
+
+import typer
+
+from apt.cli.from_options import command
+from apt.options import Options
+from apt.plugin.registry import listed_commands
+
+
+@cache
+def declared():
+    """The functions of all commands that take classes of options, by name."""
+    known = {spec.name: spec.load() for spec in listed_commands().specs.values()}
+    return {name: act for name, act in known.items() if kinds_of(act)}
+
+
+def kinds_of(act):
+    """The classes of options of a command, by the names of its parameters."""
+    hints = get_type_hints(act)
+    kinds = {name: hints.get(name) for name in inspect.signature(act).parameters}
+    all_declared = all(isinstance(k, type) and issubclass(k, Options) for k in kinds.values())
+    return kinds if all_declared else {}
+
+
+def words(kind, given):
+    """The words of a command line that give options the values of a dictionary."""
+    before, after = [], []
+    for one in (one for one in kind.OPTIONS if one.name in given):
+        value, (yes, no) = given[one.name], one.flags
+        if one.option.switches:
+            after += [flag for flag, meaning, _ in one.option.switches if meaning == value]
+        elif one.kind is bool:
+            after.append(yes if value else no)
+        else:
+            items = one.option.text(value) if one.repeatable and one.option.read else value
+            items = list(items) if one.repeatable else [items]
+            if one.option.positional:
+                before += items
+            else:
+                after += [word for item in items for word in (yes, item)]
+    return [*map(str, before), *map(str, after)]
+
+
+@cache
+def _parser(name):
+    """The command line of a command that does nothing but remember what it gets."""
+    act, got = declared()[name], {}
+
+    def take(**made):
+        got.update(made)
+
+    take.__signature__ = inspect.signature(act)
+    take.__annotations__ = get_type_hints(act)
+    app = typer.Typer(add_completion=False)
+    app.command()(command(take))
+    return typer.main.get_command(app), got
+
+
+def taken(name, arguments):
+    """The objects that a command gets from the words of a command line, by class."""
+    parse, got = _parser(name)
+    got.clear()
+    parse(arguments, standalone_mode=False)
+    return {type(options): options for options in got.values()}

@@ -1,0 +1,143 @@
+"""Shell, file and program: every option of every command is the same object in all three."""
+
+import json
+from dataclasses import MISSING
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from apt.errors import AptError
+from apt.options import ConfigOptions, read_options, write_options
+from apt.options.declaration import _interval
+from tests.helpers.commands import declared, kinds_of, taken, words
+
+CLASSES = {kind: name for name, act in declared().items() for kind in kinds_of(act).values()}
+KINDS = [pytest.param(kind, name, id=f"{name} {kind.__name__}") for kind, name in CLASSES.items()]
+RUNS = [param for param in KINDS if len(param.values[0].OPTIONS) > 2]
+NAMES = st.text("abcdefgh0123456789", min_size=1, max_size=6).map("n{}".format)
+# Options that have other values than their type says.
+VALUES = {
+    "sparsity": st.sampled_from(["0.25", "50%"]),
+    "pattern": st.sampled_from(["2:4", "auto:8"]),
+    "overrides": st.sampled_from([("*.q_proj=0.4",), ("*.a=2:4", "*.b=dense"), ("no pattern",)]),
+    "tokens": st.integers(1, 10**7) | st.just("auto"),
+    "sizes": st.dictionaries(st.sampled_from(["a", "b"]), st.integers(1, 999), min_size=1),
+    "max_shard_size": st.sampled_from(["5GB", "500MB", "5 bananas"]),
+    "scale_group": st.integers(1, 512) | st.just("row"),
+}  # fmt: skip
+
+
+def numbers(one):
+    """The numbers that an option may be, and some beyond."""
+    _, low, high, _ = _interval(one.option.within or "(-1000, 1000)")
+    if one.kind is int:
+        return st.integers(max(int(low), -1000) - 1, int(min(high, 1e6)) + 1)
+    return st.floats(max(low, -1e3) - 0.5, min(high, 1e6) + 0.5)
+
+
+def values(one):
+    """Values of an option that can be given at a shell."""
+    if one.name in VALUES and (one.name != "tokens" or one.option.read):
+        return VALUES[one.name]
+    if one.option.switches:
+        return st.sampled_from([value for _, value, _ in one.option.switches])
+    if one.choices:
+        return st.sampled_from(one.choices)
+    if one.kind is bool:
+        said = zip((True, False), one.flags, strict=True)
+        return st.sampled_from([value for value, flag in said if flag])
+    if one.kind in (int, float):
+        return numbers(one)
+    if one.repeatable:
+        item = get_args(one.kind)[0]
+        items = st.integers(0, 99) if item is int else NAMES.map(item)
+        return st.lists(items, min_size=1, max_size=3).map(tuple)
+    return NAMES.map(Path) if one.kind is Path else NAMES
+
+
+def strategies(kind):
+    """The values of each option that the command line has, by name."""
+    shown = (one for one in kind.OPTIONS if any(one.flags) or one.option.switches)
+    return {one.name: values(one) for one in shown if one.name != "config"}
+
+
+def least(kind):
+    """Values of the options without a default."""
+    needed = [one for one in kind.OPTIONS if one.default is MISSING]
+    return {
+        one.name: (get_args(one.kind)[0]("given"),) if one.repeatable else one.kind("given")
+        for one in needed
+    }
+
+
+def outcome(act):
+    """What a function returns, or what its error says."""
+    try:
+        return act()
+    except AptError as error:
+        return error.message, error.hint, error.options
+
+
+def checked(kind, given):
+    """The options that a program makes."""
+    options = kind(**given)
+    options.check()
+    return options
+
+
+def rest(name, but):
+    """Words for the other options that a command cannot do without."""
+    others = [kind for kind in kinds_of(declared()[name]).values() if kind is not but]
+    return [word for kind in others for word in words(kind, least(kind))]
+
+
+def check(kind, name, given, folder):
+    """The command and the file have what the program has, or the same error."""
+    options = outcome(lambda: checked(kind, given))
+    assert outcome(lambda: taken(name, [*words(kind, given), *rest(name, kind)])[kind]) == options
+    saved = {one.name for one in kind.OPTIONS if one.option.saved}
+    if isinstance(options, tuple) or not saved:
+        return
+    assert json.dumps(options.record())
+    path = folder / "options.toml"
+    path.unlink(missing_ok=True)
+    write_options(path, options)
+    others = {option: value for option, value in given.items() if option not in saved}
+    assert kind(**read_options(path, [kind]), **others) == options
+    if ConfigOptions in kinds_of(declared()[name]).values():
+        line = ["--config", str(path), *words(kind, others), *rest(name, kind)]
+        assert taken(name, line)[kind] == options
+
+
+@pytest.mark.parametrize(("kind", "name"), KINDS)
+def test_every_option_is_the_same_in_all_three(kind, name, tmp_path):
+    @settings(max_examples=2, deadline=None)
+    @given(st.fixed_dictionaries(strategies(kind)))
+    def holds(values):
+        for option, value in values.items():
+            check(kind, name, least(kind) | {option: value}, tmp_path)
+
+    holds()
+
+
+@pytest.mark.parametrize(("kind", "name"), RUNS)
+def test_so_are_several_options_together(kind, name, tmp_path):
+    others = strategies(kind)
+    needed = {option: others.pop(option) for option in least(kind)}
+
+    @settings(max_examples=25, deadline=None)
+    @given(st.fixed_dictionaries(needed, optional=others))
+    def holds(values):
+        check(kind, name, values, tmp_path)
+
+    holds()
+
+
+def test_every_command_of_apt_is_here():
+    assert set(declared()) >= {
+        "prune", "shrink", "recover", "reapply", "pack", "unpack", "inspect", "verify", "check",
+        "convert", "eval", "compare", "bench", "report", "law",
+    }  # fmt: skip
