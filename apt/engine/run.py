@@ -52,6 +52,7 @@ def run(
             the checkpoint, the text, the training or the disk. Nothing is written then, except for
             the staging folder from which the run can be resumed.
     """
+    options.check()
     if not isinstance(options, ReapplyRun):
         options = with_names(options, registry(), notice)
     task = prepare(options, registry(), notice)
@@ -69,7 +70,6 @@ def prepare(
     Raises:
         AptError: an option does not fit the model, the machine or the disk.
     """
-    options.check()
     if isinstance(options, PruneRun | ShrinkRun):
         return prepare_pruning(options, registry, notice)
     if isinstance(options, RecoverRun):

@@ -101,7 +101,7 @@ def check(kind, name, given, folder):
     saved = {one.name for one in kind.OPTIONS if one.option.saved}
     if isinstance(options, tuple) or not saved:
         return
-    assert json.dumps(options.record())
+    assert json.dumps(options.record(), default=str)
     path = folder / "options.toml"
     path.unlink(missing_ok=True)
     write_options(path, options)
