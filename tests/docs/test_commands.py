@@ -25,7 +25,8 @@ NOT_HERE = {
 }
 WORDS = {
     "facebook/opt-125m": "opt", "MODEL": "llama", "DENSE": "llama", "SMALL": "llama",
-    "MODEL-keep-0.75": "llama", "c4": "text.txt", "wikitext2": "text.txt", "ptb": "text.txt",
+    "MODEL-keep-0.75": "llama", "DIR": "start", "c4": "text.txt", "wikitext2": "text.txt",
+    "ptb": "text.txt",
     "my-text.jsonl": "text.txt", "text.jsonl": "builtin", "channels=1024": "channels=256",
     "heads=6": "heads=4",
 }  # fmt: skip
