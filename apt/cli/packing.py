@@ -17,7 +17,7 @@ def pack(run: PackRun, printing: PrintingOptions) -> None:
     """
     find_model(run.model, run)
 
-    from apt.cli.output import notice, out, show_json
+    from apt.cli.output import notice, say, show_json
     from apt.cli.progress import Progress
     from apt.engine.packing import pack_model
     from apt.plugin.registry import registry
@@ -27,7 +27,7 @@ def pack(run: PackRun, printing: PrintingOptions) -> None:
     if printing.as_json:
         show_json({"output": str(run.output), **vars(done)})
     else:
-        out.print(packed_line(run.output, done), markup=False)
+        say(packed_line(run.output, done))
 
 
 def packed_line(output: Path, done: "Packed") -> str:
@@ -52,7 +52,7 @@ def unpack(run: UnpackRun, printing: PrintingOptions) -> None:
     """
     find_model(run.model, RemoteOptions())
 
-    from apt.cli.output import notice, out, show_json
+    from apt.cli.output import notice, say, show_json
     from apt.cli.progress import Progress
     from apt.engine.packing import unpack_model
     from apt.plugin.registry import registry
@@ -62,4 +62,4 @@ def unpack(run: UnpackRun, printing: PrintingOptions) -> None:
     if printing.as_json:
         show_json({"output": str(run.output), "matrices": count})
     else:
-        out.print(f"{run.output}: {count} matrices unpacked", markup=False)
+        say(f"{run.output}: {count} matrices unpacked")

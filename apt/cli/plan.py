@@ -6,7 +6,7 @@ from itertools import groupby
 from typing import Any
 
 from apt.adapter import Site
-from apt.cli.output import duration, out, show, show_json, size, table
+from apt.cli.output import duration, say, show, show_json, size, table
 from apt.engine.estimate import Planned, estimate
 from apt.planning.plan import Plan
 
@@ -52,16 +52,15 @@ def _record(planned: Planned) -> dict[str, Any]:
 def _show_outline(planned: Planned) -> None:
     skeleton, plan = planned.skeleton, planned.plan
     in_sites = sum(site.size for site in plan.sites)
-    out.print(
+    say(
         f"{skeleton.source.reference}: {type(skeleton.module).__name__}, adapter "
         f"{skeleton.spec.name}, {planned.parameters:,} parameters, {in_sites:,} of them in "
         f"{len(plan.sites)} sites of {len(plan.blocks)} blocks; + marks outputs that are added to "
-        "the residual stream",
-        markup=False,
+        "the residual stream"
     )
     if groups := _groups(planned):
         listed = ", ".join(f"{count} {kind}" for kind, count in groups.items())
-        out.print(f"groups in a block, for apt-prune shrink: {listed}", markup=False)
+        say(f"groups in a block, for apt-prune shrink: {listed}")
 
 
 def _groups(planned: Planned) -> dict[str, int]:
@@ -106,12 +105,11 @@ def _grouped(rows: list[_Row]) -> Iterable[tuple[tuple[str, tuple[int, int], str
 def _show_needs(planned: Planned) -> None:
     needs = estimate(planned)
     disk = f", {size(needs.disk)} of disk" if planned.on_disk else ""
-    out.print(
+    say(
         f"calibration {planned.samples} × {planned.seqlen} tokens: about {size(needs.memory)} of "
         f"memory (process {size(needs.process)}, weights {size(needs.weights)}, "
         f"activations {size(needs.activations)}, Gram matrices {size(needs.grams)}, "
         f"working {size(needs.working)}; while it is measured, weights and "
         f"{size(needs.predicting)}){disk} and at least {duration(needs.seconds)} on "
-        f"{planned.device}",
-        markup=False,
+        f"{planned.device}"
     )

@@ -7,7 +7,7 @@ import typer
 
 from apt.checkpoints.copies import REPORT
 from apt.cli.interruptions import interrupted
-from apt.cli.output import notice, out, show_error, show_json
+from apt.cli.output import notice, say, show_error, show_json
 from apt.cli.packing import packed_line
 from apt.cli.plan import show_plan
 from apt.cli.progress import Progress, PruningProgress
@@ -131,7 +131,7 @@ def performed(task: Task, ranks: Ranks, display: Progress, *, as_json: bool) -> 
         if as_json:
             show_json({"output": str(output), "complete": True})
         else:
-            out.print(f"{output}: already complete", markup=False)
+            say(f"{output}: already complete")
         return None
     earlier = _written(output)
     try:

@@ -39,16 +39,16 @@ def verify(run: VerifyRun, printing: PrintingOptions) -> None:
 
 
 def _show(directory: Path, found: "Verified", *, by_report: bool, as_json: bool) -> None:
-    from apt.cli.output import out, show_json
+    from apt.cli.output import say, show_json
 
     if as_json:
         show_json(_record(directory, found))
         return
     for verdict in found.failed:
-        out.print(f"{verdict.name}: {verdict.detail}", markup=False)
+        say(f"{verdict.name}: {verdict.detail}")
     for problem in found.problems:
-        out.print(problem, markup=False)
-    out.print(f"{directory}: {_summary(found, by_report=by_report)}", markup=False)
+        say(problem)
+    say(f"{directory}: {_summary(found, by_report=by_report)}")
 
 
 def _record(directory: Path, found: "Verified") -> dict[str, object]:
