@@ -44,11 +44,6 @@ class Pruning:
     special: tuple[int, ...] = ()
 
     @property
-    def aware(self) -> bool:
-        """True if the run is error-aware."""
-        return self.recipe.targets is not None
-
-    @property
     def allocation_name(self) -> str:
         """The name of the allocation."""
         return self.allocation[0] if self.allocation else UNIFORM
@@ -115,7 +110,9 @@ def final_plan(store: ModelStore, tokens: Tensor, job: Pruning) -> Plan:
     elif job.allocation is not None and store.ranks.first:
         name, allocation = job.allocation
         store.status(f"distributing the sparsity ({name})")
-        given = Unallocated(store.model, job.adapter, plan, tokens, store.blocks.open, job.aware)
+        given = Unallocated(
+            store.model, job.adapter, plan, tokens, store.blocks.open, job.recipe.error_aware
+        )
         shares = store.journal.remember("shares", lambda: allocated(name, allocation, given))
         plan = with_shares(plan, name, shares)
     return store.ranks.share(plan)
@@ -129,6 +126,8 @@ def _structured(store: ModelStore, tokens: Tensor, job: Pruning) -> Plan:
         model, job.adapter, tokens, store.status, bos=job.bos, special=job.special
     )
     config = getattr(model, "config", None)
-    plan = make_structured_plan(model, job.adapter, config, structure, adjusted=job.aware)
+    plan = make_structured_plan(
+        model, job.adapter, config, structure, adjusted=job.recipe.error_aware
+    )
     smaller_skeleton(model, job.adapter, plan)  # raises if transformers has no model of these sizes
     return plan

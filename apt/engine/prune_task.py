@@ -213,7 +213,11 @@ def _writable(skeleton: Opened, job: Pruning) -> Plan:
         return job.plan
     structure = Structure(job.structure.sizes[0].kept)
     return make_structured_plan(
-        skeleton.module, skeleton.adapter, skeleton.config, structure, adjusted=job.aware
+        skeleton.module,
+        skeleton.adapter,
+        skeleton.config,
+        structure,
+        adjusted=job.recipe.error_aware,
     )
 
 

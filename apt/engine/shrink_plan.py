@@ -69,7 +69,7 @@ def smaller_pruning(
     wish, spec = _resolved(dense, wish, method)
     recipe, augmentation = dense.settings(options, spec)
     choice = _choice(dense, wish, spec, recipe)
-    structure, aware = choice.provisional(model, adapter), recipe.targets is not None
+    structure, aware = choice.provisional(model, adapter), recipe.error_aware
     plan = make_structured_plan(model, adapter, config, structure, adjusted=aware)
     if choice.drop:
         smaller_skeleton(model, adapter, plan)  # raises if there is no such model

@@ -1,26 +1,43 @@
-"""The block that is being pruned, with everything that its solves need."""
+"""The block that is being pruned: its sites are solved in stages, tuned, rounded and measured."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import groupby
+from operator import itemgetter
 
 from torch import Tensor, nn
 
 from apt.adapter import Site
-from apt.calibration.batches import OpenBlock
-from apt.calibration.targets import Targets
-from apt.planning.plan import PlannedBlock
-from apt.pruning.paused_forward import PausedForwards
+from apt.calibration.batches import Batch, OpenBlock, check_finite
+from apt.calibration.capture import Capture
+from apt.calibration.dense_activations import advance_dense
+from apt.calibration.targets import Sums
+from apt.events import BlockTuned, Observer, SitePruned, Working
+from apt.planning.plan import PlannedBlock, PlannedSite
+from apt.pruning.disconnecting import disconnect_groups
+from apt.pruning.layer import SiteSolver, SolvedSite, mean_square, measured, round_site
+from apt.pruning.paused_forward import CannotPause, PausedForwards
+from apt.pruning.ssm_parameters import prune_extras
+from apt.tuning.block_tuning import BlockTuning, tune_block
 
 Dropped = tuple[int, str, nn.Module]
 """The index, the name and the module of a dropped block."""
 
+_Turn = tuple[int, SolvedSite]  # a solved site and its turn, which also determines its rank
+
 
 @dataclass(kw_only=True)
 class CurrentBlock(OpenBlock):
-    """The block that is being pruned.
+    """The block that is being pruned, with everything that its solves need.
 
     Attributes:
         dropped: the dropped blocks between it and the next one that is kept.
+        pass_dropped: runs them on the dense stream.
+        tuning_batches: the number of batches for tuning, which are the first ones.
+        can_pause: True if forwards can pause within the block.
+        repeatable: see `BlockStorage`.
         dense: the dense weights (out, in) of those that write to the residual stream; none without
             a dense stream, since only the drift between the streams needs them.
         scales: the factors of the rows (out, 1) of each site with row importance.
@@ -28,17 +45,202 @@ class CurrentBlock(OpenBlock):
     """
 
     planned: PlannedBlock
-    dropped: Sequence[Dropped] = ()
+    dropped: Sequence[Dropped]
+    solver: SiteSolver
+    observe: Observer
+    pass_dropped: Callable[[Sequence[Dropped]], None]
+    tuning_batches: int
+    can_pause: bool
+    repeatable: bool
     scales: dict[Site, Tensor] = field(default_factory=dict)
     propagated: bool = False
 
     def __post_init__(self) -> None:
         self.sites = self.adapter.sites(self.module)
-        both_streams = self.batches[0].dense is not None
-        writers = (site for site in self.sites if site.residual and both_streams)
+        writers = (site for site in self.sites if site.residual and self.solver.recipe.error_aware)
         self.dense = {s: s.oriented(s.weight(self.module).data).clone() for s in writers}
 
-    def paused_forwards(self, targets: Targets | None) -> PausedForwards:
+    def prune(self) -> list[SitePruned]:
+        """Prune the block: its extras, then its sites; then tune it.
+
+        The outputs that it is tuned towards are those of the dense model before the next block that
+        is not dropped.
+        """
+        self.scales = self._advance_dense_stream()
+        self._bridge_gap()
+        for lost in self.planned.disconnected:
+            disconnect_groups(self, lost)
+        self.planned = self._with_tied_groups()
+        done = self.ranks.share(self._extras())
+        solved: list[_Turn] = []
+        rounds: list[dict[int, PlannedSite]] = []
+        with closing(self._captured()) as stages:
+            for stage, sums in stages:
+                mean = mean_square(sums[e.site.input].gram for e in stage if e.site.routed)
+                last = {entry.site.input: entry for entry in stage}
+                for turns in self.ranks.rounds(stage):
+                    solved += self._solve_round(turns, sums, mean)
+                    for entry in turns.values():
+                        if entry is last[entry.site.input]:
+                            del sums[entry.site.input]  # with its factors, which are large
+                    rounds.append(turns)
+                    if self.solver.recipe.tuning is None:
+                        done += self._finish(solved, rounds)
+        for batch in self.batches:
+            if batch.dense is not None:
+                batch.dense.inputs.clear()
+                batch.dense.gap = None
+        if self.solver.recipe.tuning is not None and self.planned.pruned:
+            self._tune(self.solver.recipe.tuning)
+            done += self._finish(solved, rounds)
+        return done
+
+    def _advance_dense_stream(self) -> dict[Site, Tensor]:
+        """Run the block on the dense stream; returns the row scales of sites that use them."""
+        if not self.solver.recipe.error_aware:
+            return {}
+        how = self.solver.recipe.row_importance
+        wanted = [e.site for e in self.planned.pruned if how and how.serves(e.site, e.pattern)]
+        first = self.first_batches(how.tokens / self.ranks.size) if how and wanted else []
+        starts = [batch.dense.state for batch in first if batch.dense]
+        advance_dense(self, self.sites)
+        states = (batch.dense.state for batch in self.batches if batch.dense)
+        check_finite(self.adapter, states, self.ranks)
+        if how is None or not wanted:
+            return {}
+        return how.scales(self.using(first), starts, wanted)
+
+    def _bridge_gap(self) -> None:
+        """Record what dropped blocks add; the last site that writes takes it over."""
+        writers = [site for site in self.sites if site.residual and not site.routed]
+        if not self.dropped or not self.solver.recipe.error_aware:
+            return
+        before = [self._dense_stream(batch) for batch in self.batches]
+        self.pass_dropped(self.dropped)
+        for batch, start in zip(self.batches, before, strict=True):
+            if writers and batch.dense is not None:
+                batch.dense.gap = self._dense_stream(batch) - start
+                batch.dense.gap_input = max(writers, key=lambda site: site.order).input
+
+    def _dense_stream(self, batch: Batch) -> Tensor:
+        """The residual stream (tokens, hidden) of the dense model in fp32."""
+        assert batch.dense is not None
+        stream = self.adapter.residual(batch.dense.state)
+        return stream.float().reshape(-1, stream.shape[-1]).clone()
+
+    def _with_tied_groups(self) -> PlannedBlock:
+        """The planned block, with a choice of the groups that several sites lose together."""
+        planned = self.planned
+        for tied in planned.tied:
+            last = next(entry for entry in planned.sites if entry.site.name == tied[-1])
+            sums = self._capture([last.site])[last.site.input]
+            pattern = self.ranks.share(self.solver.chosen_groups(self.module, last, sums))
+            planned = planned.with_patterns(dict.fromkeys(tied, pattern))
+        return planned
+
+    def _extras(self) -> list[SitePruned]:
+        """Prune the planned extras of the block."""
+        planned, done = self.planned.extras, list[SitePruned]()
+        for extra in prune_extras(self, planned, self.solver.recipe.solver) if planned else ():
+            self.observe(extra)
+            done.append(extra)
+        return done
+
+    def _captured(self) -> Generator[tuple[list[PlannedSite], dict[str, Sums]]]:
+        """The sites in stages, each solved from one run, with the sums of their inputs.
+
+        The sums are those over all ranks. Nothing else refers to them, so that those that are
+        deleted are freed. If the sites are solved in order, one paused forward per batch gives all
+        stages. It requires that inputs are not split into parts and that forwards can pause.
+        Otherwise the block is run again for each stage.
+        """
+        left = list(self.planned.pruned)
+        whole = not any(site.routed or site.calls > 1 for site in self.sites)
+        if self.solver.recipe.ordered and self.can_pause and whole and left:
+            with suppress(CannotPause), self._paused_forwards() as forwards:
+                while (name := forwards.next_input()) is not None:
+                    sums = forwards.capture(name)
+                    sums[name].add_up(self.ranks)
+                    stage = [entry for entry in left if entry.site.input == name]
+                    left = [entry for entry in left if entry.site.input != name]
+                    yield stage, sums
+                self.propagated = self.solver.recipe.tuning is None and not self.repeatable
+                forwards.finish(update_states=self.propagated)
+        for stage in self._stages(left):
+            yield stage, self._capture([entry.site for entry in stage])
+
+    def _paused_forwards(self) -> PausedForwards:
         """The paused forwards of all batches through the block."""
         to_capture = [entry.site for entry in self.planned.pruned]
-        return PausedForwards(self, self.sites, to_capture, self.dense, targets)
+        return PausedForwards(self, self.sites, to_capture, self.dense, self.solver.recipe.targets)
+
+    def _stages(self, sites: Sequence[PlannedSite]) -> Iterable[list[PlannedSite]]:
+        """The stages of ``sites``: each stage is solved from one run of the block."""
+        if not self.solver.recipe.ordered:
+            return [list(sites)] if sites else []
+        by_order = sorted(sites, key=lambda entry: entry.site.order)
+        return [list(stage) for _, stage in groupby(by_order, key=lambda entry: entry.site.order)]
+
+    def _capture(self, sites: list[Site]) -> dict[str, Sums]:
+        """The sums of the inputs of ``sites`` over all ranks, from a separate run of the block."""
+        last = max(site.order for site in sites)
+        earlier = {site: weight for site, weight in self.dense.items() if site.order < last}
+        dense = [entry.site for entry in self.planned.sites if entry.pattern is None]
+        routed = [site for site in dense if site.routed]
+        capture = Capture(self.module, sites, self.solver.recipe.targets, routed)
+        capture.run(self, earlier)
+        for each in capture.sums.values():
+            each.add_up(self.ranks)
+        return capture.sums
+
+    def _solve_round(
+        self, turns: dict[int, PlannedSite], sums: dict[str, Sums], mean: float
+    ) -> list[_Turn]:
+        """Solve this rank's site of a round, and receive the weights of the other ranks' sites."""
+        own = []
+        for turn, entry in turns.items():
+            if self.ranks.owner(turn) == self.ranks.rank:
+                given, scale = sums[entry.site.input], self.scales.get(entry.site)
+                solved = self.solver.solve(self.module, entry, given, mean=mean, scale=scale)
+                self.ranks.work.solves += 1
+                self.ranks.work.solve_seconds += solved.seconds
+                own.append((turn, solved))
+                self.observe(Working(self.planned.name, "solving"))
+        self._exchange(turns)
+        return own
+
+    def _exchange(self, turns: dict[int, PlannedSite]) -> None:
+        """Send the weights of a round that this rank has written, and receive the others."""
+        for turn, entry in turns.items():
+            self.ranks.send(entry.site.weight(self.module).data, self.ranks.owner(turn))
+
+    def _tune(self, how: BlockTuning) -> None:
+        """Tune the kept weights of the block."""
+        sites = [entry.site for entry in self.planned.pruned]
+        progress = partial(self.observe, Working(self.planned.name, "tuning"))
+        block = self.using(self.batches[: self.tuning_batches], progress)
+        tuned = tune_block(block, sites, how)
+        if tuned is not None:
+            self.observe(BlockTuned(self.planned.name, tuned.before, tuned.after))
+
+    def _finish(
+        self, solved: list[_Turn], rounds: list[dict[int, PlannedSite]]
+    ) -> list[SitePruned]:
+        """Round the solved sites if the recipe says so, and measure them. Both lists are emptied.
+
+        Each rank rounds and measures the sites that it solved, and the others receive their
+        weights and their records.
+        """
+        if (integers := self.solver.recipe.integers) is not None:
+            for _, each in solved:
+                round_site(self.module, each, integers, self.solver.recipe.solver.damping)
+            for turns in rounds:
+                self._exchange(turns)
+        own = [(turn, measured(self.module, each)) for turn, each in solved]
+        gathered = [pair for part in self.ranks.gather(own) for pair in part]
+        done = [site for _, site in sorted(gathered, key=itemgetter(0))]
+        for site in done:
+            self.observe(site)
+        solved.clear()
+        rounds.clear()
+        return done

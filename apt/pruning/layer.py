@@ -75,6 +75,33 @@ class Method(SiteMethod[Pattern], Protocol):
 
 
 @dataclass(frozen=True)
+class Recipe:
+    """The options for pruning the blocks of a model; `apt.PruneOptions` determines them.
+
+    Args:
+        targets: the error-aware targets; None prunes layer-wise.
+        row_importance: the weighting of rows in the choice of masks; None weights all rows alike.
+        tuning: the tuning of a block after its sites are solved; None for no tuning.
+        ordered: True to solve the sites of a block in their order of execution, each on the outputs
+            of the pruned sites before it (true-sequential).
+        integers: the integers that kept weights are rounded to, after the tuning of their block;
+            None for no rounding.
+    """
+
+    solver: SolverOptions = field(default_factory=SolverOptions)
+    targets: Targets | None = None
+    row_importance: RowImportance | None = None
+    tuning: BlockTuning | None = None
+    ordered: bool = False
+    integers: IntegerGrid | None = None
+
+    @property
+    def error_aware(self) -> bool:
+        """True if the activations of the dense model are computed as well."""
+        return self.targets is not None
+
+
+@dataclass(frozen=True)
 class SolvedSite:
     """A site whose solution is written to the model, but which may still be tuned.
 
@@ -93,11 +120,10 @@ class SolvedSite:
 
 @dataclass(frozen=True)
 class SiteSolver:
-    """The solver of sites: a method with its options and targets; None prunes layer-wise."""
+    """The solver of sites: a method, and the options and the targets of a recipe."""
 
     method: SiteMethod[Any]
-    options: SolverOptions
-    targets: Targets | None
+    recipe: Recipe
 
     def solve(
         self,
@@ -175,10 +201,11 @@ class SiteSolver:
         gram = sums.gram.with_missing_tokens(mean) if planned.site.routed else sums.gram
         try:
             target = dense
-            if self.targets is not None and not planned.site.routed:
-                damped = gram.damped(self.options.damping)
-                target = self.targets.weight(dense, planned.site, sums, damped)
-            return solve_live(self.method, target * scale, gram, planned.pattern, self.options)
+            options, targets = self.recipe.solver, self.recipe.targets
+            if targets is not None and not planned.site.routed:
+                damped = gram.damped(options.damping)
+                target = targets.weight(dense, planned.site, sums, damped)
+            return solve_live(self.method, target * scale, gram, planned.pattern, options)
         except MethodError as error:
             raise self._refused(f"{error}, for {planned.name}") from error
         except SolverError as error:
@@ -236,25 +263,3 @@ def _check_finite(planned: PlannedSite, weight: Tensor) -> None:
     if not torch.isfinite(weight).all():
         fault = f"the pruned weight of {planned.name} is not finite in {weight.dtype}"
         raise AptError(fault, "try dtype float32, or more damping", ("dtype", "damping"))
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """The options for pruning the blocks of a model; `apt.PruneOptions` determines them.
-
-    Args:
-        targets: the error-aware targets; None prunes layer-wise.
-        row_importance: the weighting of rows in the choice of masks; None weights all rows alike.
-        tuning: the tuning of a block after its sites are solved; None for no tuning.
-        ordered: True to solve the sites of a block in their order of execution, each on the outputs
-            of the pruned sites before it (true-sequential).
-        integers: the integers that kept weights are rounded to, after the tuning of their block;
-            None for no rounding.
-    """
-
-    solver: SolverOptions = field(default_factory=SolverOptions)
-    targets: Targets | None = None
-    row_importance: RowImportance | None = None
-    tuning: BlockTuning | None = None
-    ordered: bool = False
-    integers: IntegerGrid | None = None
