@@ -99,8 +99,9 @@ class _Pruning:
             self.observe(BlockStarted(planned.name, index, len(plan.blocks)))
             module = modules[planned.name]
             with self.block_storage.open(planned.name, module):
-                current = self.current(planned, module, index, batches, dropped)
-                done += self.prune_opened(current, last=index == kept[-1])
+                done += self.prune_opened(  # no name keeps the block and its copies alive
+                    self.current(planned, module, index, batches, dropped), last=index == kept[-1]
+                )
         return done
 
     def current(
