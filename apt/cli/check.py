@@ -21,20 +21,20 @@ def check(run: CheckRun, printing: PrintingOptions) -> None:
     """
     from apt.conformance.outcomes import outcomes
 
-    found = list(outcomes(_subject(run.adapter, run.model)))
-    _show(run.adapter, found, as_json=printing.as_json)
-    if any(outcome.problem for outcome in found):
+    results = list(outcomes(_subject(run.adapter, run.model)))
+    _show(run.adapter, results, as_json=printing.as_json)
+    if any(outcome.problem for outcome in results):
         raise typer.Exit(1)
 
 
-def _show(adapter: str, found: "list[Outcome]", *, as_json: bool) -> None:
+def _show(adapter: str, results: "list[Outcome]", *, as_json: bool) -> None:
     """Print the outcome of every check."""
     from apt.cli.output import say, show, show_json, table
     from apt.conformance.outcomes import fault_lines
 
     states = {
         outcome.name: "not run" if outcome.kept_by else "failed" if outcome.problem else "ok"
-        for outcome in found
+        for outcome in results
     }
     holding = list(states.values()).count("ok")
     if as_json:
@@ -42,18 +42,18 @@ def _show(adapter: str, found: "list[Outcome]", *, as_json: bool) -> None:
             {
                 "adapter": adapter,
                 "checks": states,
-                "problems": fault_lines(found),
+                "problems": fault_lines(results),
                 "holding": holding,
             }
         )
         return
     made = table("check", "", "meaning")
-    for outcome in found:
+    for outcome in results:
         made.add_row(outcome.name, states[outcome.name], outcome.summary)
     show(made)
-    for line in fault_lines(found):
+    for line in fault_lines(results):
         say(line)
-    say(f"{adapter}: {holding} of {len(found)} checks hold")
+    say(f"{adapter}: {holding} of {len(results)} checks hold")
 
 
 def _subject(adapter: str, model: str | None) -> "Subject":
@@ -68,8 +68,8 @@ def _subject(adapter: str, model: str | None) -> "Subject":
     from apt.testing.example import subject
 
     with warnings.catch_warnings(record=True) as caught:
-        found = registry()
-    made = subject(found, adapter, model)
+        installed = registry()
+    made = subject(installed, adapter, model)
     for warning in caught:
         notice(f"{program()}: warning: {warning.message}")
     return made

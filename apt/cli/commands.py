@@ -65,11 +65,11 @@ def _listed() -> Mapping[str, CommandSpec]:
     from apt.plugin.registry import listed_commands
 
     try:
-        found = list(listed_commands().specs.values())
+        specs = list(listed_commands().specs.values())
     except AptError as error:
         warnings.warn(f"plugin failed to load: {error}", stacklevel=2)
-        found = []
-    others = [spec for spec in found if spec not in OWN]
+        specs = []
+    others = [spec for spec in specs if spec not in OWN]
     return {spec.name: spec for spec in (*MODELS, *others, *MACHINE)}
 
 

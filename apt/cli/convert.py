@@ -30,21 +30,21 @@ def convert(run: ConvertRun, printing: PrintingOptions) -> None:
         notice(f"replaces {lost}")
     skeleton = open_skeleton(source, registry())
     try:
-        found = load_tokenizer(source, run.tokenizer)
+        tokenizer = load_tokenizer(source, run.tokenizer)
     except AptError as error:
         if run.tokenizer is not None:
             raise
         notice(f"without a tokenizer: {error.message}")
-        found = None
+        tokenizer = None
     with Progress("converting"):
         loaded = load(skeleton, read_dtype(run.dtype))
         with whole_directory(run.output, run.overwrite) as work, write_errors(run.output):
-            save_model(loaded.module, found, work.out)
+            save_model(loaded.module, tokenizer, work.out)
             if not source.gguf:
                 keep_side_files(local_directory(loaded), work.out)
             carry_report(Path(source.location), work.out, source.reference)
     kind = type(loaded.module).__name__
     if printing.as_json:
-        show_json({"output": str(run.output), "class": kind, "tokenizer": found is not None})
+        show_json({"output": str(run.output), "class": kind, "tokenizer": tokenizer is not None})
     else:
         say(f"{run.output}: {kind}")

@@ -27,13 +27,13 @@ def doctor(printing: PrintingOptions) -> None:
         "families": list(families(installed)),
     }
     if printing.as_json:
-        show_json({name: [asdict(f) for f in found] for name, found in sections.items()})
+        show_json({name: [asdict(f) for f in findings] for name, findings in sections.items()})
     else:
-        for name, found in sections.items():
-            if found:
+        for name, findings in sections.items():
+            if findings:
                 made = table(name, "", "remedy")
-                for finding in found:
+                for finding in findings:
                     made.add_row(finding.what, finding.state, finding.remedy)
                 show(made)
-    if any(finding.broken for found in sections.values() for finding in found):
+    if any(finding.broken for findings in sections.values() for finding in findings):
         raise typer.Exit(1)

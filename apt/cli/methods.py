@@ -21,15 +21,15 @@ def methods(printing: PrintingOptions) -> None:
         UNIFORM,
         *(installed.default_shrink_method(blocks=blocks).name for blocks in (False, True)),
     }
-    found: list[tuple[str, Any, Any]] = [
+    specs: list[tuple[str, Any, Any]] = [
         ("prune", spec, installed.methods) for spec in _ranked(installed.methods)
     ] + [
         (removed[spec.chooses], spec, installed.shrink_methods)
         for spec in sorted(_ranked(installed.shrink_methods), key=lambda s: s.chooses == "blocks")
     ]
     shared = installed.allocations
-    found += [("prune: allocation", spec, shared) for spec in shared.specs.values()]
-    found += [
+    specs += [("prune: allocation", spec, shared) for spec in shared.specs.values()]
+    specs += [
         ("recover", spec, installed.recoveries) for spec in installed.recoveries.specs.values()
     ]
     rows = [
@@ -40,7 +40,7 @@ def methods(printing: PrintingOptions) -> None:
             "from": catalog.origins[spec.name].distribution,
             "summary": f"{spec.summary} (default)" if spec.name in defaults else spec.summary,
         }
-        for use, spec, catalog in found
+        for use, spec, catalog in specs
     ]
     show_rows(rows, as_json=printing.as_json)
 

@@ -160,9 +160,9 @@ def _origins(task: PruneTask) -> str:
     """A note for a traceback: the packages of the method and the adapter of a run."""
     method, adapter, known = task.method.name, task.skeleton.spec.name, task.registry
     methods = known.methods if task.job.structure is None else known.shrink_methods
-    found = methods.origins[method], known.adapters.origins[adapter]
-    note = f"method {method} comes from {found[0].distribution}, adapter {adapter} from "
-    note += found[1].distribution
+    origins = methods.origins[method], known.adapters.origins[adapter]
+    note = f"method {method} comes from {origins[0].distribution}, adapter {adapter} from "
+    note += origins[1].distribution
     if task.stream and resumable(task.options.directory):
         note += "; the finished blocks are on disk: once it is corrected, continue with --resume"
     return note

@@ -31,51 +31,53 @@ def verify(run: VerifyRun, printing: PrintingOptions) -> None:
     from apt.engine.verification import verify_directory
     from apt.plugin.registry import registry
 
-    found = verify_directory(run, registry(), notice)
+    verified = verify_directory(run, registry(), notice)
     by_report = run.sparsity is None and run.pattern is None
-    _show(run.directory, found, by_report=by_report, as_json=printing.as_json)
-    if found.failed or found.problems:
+    _show(run.directory, verified, by_report=by_report, as_json=printing.as_json)
+    if verified.failed or verified.problems:
         raise typer.Exit(1)
 
 
-def _show(directory: Path, found: "Verified", *, by_report: bool, as_json: bool) -> None:
+def _show(directory: Path, verified: "Verified", *, by_report: bool, as_json: bool) -> None:
     from apt.cli.output import say, show_json
 
     if as_json:
-        show_json(_record(directory, found))
+        show_json(_record(directory, verified))
         return
-    for verdict in found.failed:
+    for verdict in verified.failed:
         say(f"{verdict.name}: {verdict.detail}")
-    for problem in found.problems:
+    for problem in verified.problems:
         say(problem)
-    say(f"{directory}: {_summary(found, by_report=by_report)}")
+    say(f"{directory}: {_summary(verified, by_report=by_report)}")
 
 
-def _record(directory: Path, found: "Verified") -> dict[str, object]:
+def _record(directory: Path, verified: "Verified") -> dict[str, object]:
     return {
         "directory": str(directory),
-        "pattern": found.pattern or None,
-        "structure": dict(found.structure) or None,
-        "sites": len(found.verdicts),
-        "zeros": sum(verdict.zeros for verdict in found.verdicts),
-        "weights": sum(verdict.size for verdict in found.verdicts),
-        "failed": [{"name": verdict.name, "detail": verdict.detail} for verdict in found.failed],
-        "problems": list(found.problems),
+        "pattern": verified.pattern or None,
+        "structure": dict(verified.structure) or None,
+        "sites": len(verified.verdicts),
+        "zeros": sum(verdict.zeros for verdict in verified.verdicts),
+        "weights": sum(verdict.size for verdict in verified.verdicts),
+        "failed": [{"name": verdict.name, "detail": verdict.detail} for verdict in verified.failed],
+        "problems": list(verified.problems),
     }
 
 
-def _summary(found: "Verified", *, by_report: bool) -> str:
+def _summary(verified: "Verified", *, by_report: bool) -> str:
     from apt.cli.summary import structure_line
 
-    if found.structure:
-        as_said = "not as the report says" if found.problems else "as the report says"
-        return f"{structure_line(found.structure)}, {as_said}"
-    if not found.verdicts:
-        return "its files differ" if found.problems else "its files are as the report says"
-    zeros, size = (sum(n) for n in zip(*((v.zeros, v.size) for v in found.verdicts), strict=True))
-    meeting = len(found.verdicts) - len(found.failed)
-    asked = f"their pattern in the report ({found.pattern})" if by_report else found.pattern
+    if verified.structure:
+        as_said = "not as the report says" if verified.problems else "as the report says"
+        return f"{structure_line(verified.structure)}, {as_said}"
+    if not verified.verdicts:
+        return "its files differ" if verified.problems else "its files are as the report says"
+    zeros, size = (
+        sum(n) for n in zip(*((v.zeros, v.size) for v in verified.verdicts), strict=True)
+    )
+    meeting = len(verified.verdicts) - len(verified.failed)
+    asked = f"their pattern in the report ({verified.pattern})" if by_report else verified.pattern
     return (
-        f"{meeting} of {len(found.verdicts)} sites meet {asked}; "
+        f"{meeting} of {len(verified.verdicts)} sites meet {asked}; "
         f"{zeros / size:.4%} of their weights are zero"
     )

@@ -301,9 +301,9 @@ def calibration_tokens(
         AptError: an amount is out of range, or the source cannot be read or has too little text.
     """
     check_windows(samples, seqlen)
-    found = datasets.documents(source, "calibration", registry())
+    texts = datasets.documents(source, "calibration", registry())
     first = bos_of(tokenizer) if bos else None
-    return datasets.calibration_tokens(tokenizer, found, samples, seqlen, seed, source, first)
+    return datasets.calibration_tokens(tokenizer, texts, samples, seqlen, seed, source, first)
 
 
 def evaluation_tokens(
@@ -330,6 +330,6 @@ def evaluation_tokens(
         AptError: an amount is out of range, or the source cannot be read or has too little text.
     """
     check_windows(samples, seqlen)
-    found = datasets.documents(source, "evaluation", registry())
+    texts = datasets.documents(source, "evaluation", registry())
     first = bos_of(tokenizer) if bos else None
-    return datasets.evaluation_tokens(tokenizer, found, samples, seqlen, source, first)
+    return datasets.evaluation_tokens(tokenizer, texts, samples, seqlen, source, first)

@@ -95,14 +95,14 @@ def _embedded(options: ModelRun, registry: Registry) -> str:
 
 def _metrics(options: MeasuringOptions, registry: Registry) -> tuple[str, ...]:
     """The names of the metrics, none of which needs a dense model."""
-    found = [registry.evaluators.get(name) for name in options.metrics]
-    for spec in found:
+    specs = [registry.evaluators.get(name) for name in options.metrics]
+    for spec in specs:
         if spec.dense:
             raise AptError(
                 f"the metric {spec.name} compares with the dense model",
                 "measure it afterwards with apt-prune eval, which takes the dense model",
             )
-    return tuple(spec.name for spec in found)
+    return tuple(spec.name for spec in specs)
 
 
 def _allocation(options: PruneRun, registry: Registry) -> str:
@@ -149,12 +149,12 @@ def pattern_of(options: PatternOptions) -> "Pattern | None":
         return None if options.pattern is None else read_pattern(options.pattern)
     if options.mixed:
         return read_pattern(f"{options.pattern}@{options.sparsity}")
-    found = read_pattern(options.sparsity)
-    if isinstance(found, NM):
+    pattern = read_pattern(options.sparsity)
+    if isinstance(pattern, NM):
         raise AptError(f"sparsity {options.sparsity} is a pattern", "give it so", ("pattern",))
-    if isinstance(found, Unstructured) and per in ("row", "layer"):
-        return Unstructured(found.sparsity, per)
-    return found
+    if isinstance(pattern, Unstructured) and per in ("row", "layer"):
+        return Unstructured(pattern.sparsity, per)
+    return pattern
 
 
 def selection_of(options: PatternOptions) -> "Selection":

@@ -127,12 +127,12 @@ class OutputStore(ModelStore, ABC):
         task, held_out = self.task, self.text.held_out
         if held_out is None or when in self._scores:
             return
-        found = {}
+        scores = {}
         with self._measurable(held_out, when) as model:
             for name in task.options.metrics:
                 self.status(f"measuring {name} {when}{task.event}")
-                found[name] = task.registry.evaluators.get(name).measure(model, held_out)
-        self._scores[when] = found
+                scores[name] = task.registry.evaluators.get(name).measure(model, held_out)
+        self._scores[when] = scores
 
     @abstractmethod
     def _measurable(self, held_out: Tensor, when: str) -> AbstractContextManager[nn.Module]:

@@ -58,8 +58,8 @@ class PruneTask(Task):
     @property
     def pattern(self) -> Pattern | None:
         """The pattern of a sparse model, with the unit in which it is counted."""
-        found = pattern_of(self.options) if isinstance(self.options, PruneRun) else None
-        return found.counted(self.method.per) if isinstance(found, Unstructured) else found
+        asked = pattern_of(self.options) if isinstance(self.options, PruneRun) else None
+        return asked.counted(self.method.per) if isinstance(asked, Unstructured) else asked
 
     @property
     def samples(self) -> int:

@@ -73,15 +73,15 @@ def prepare_reapplying(options: ReapplyRun, registry: Registry, notice: Notice) 
     if kind not in ("file", "directory"):
         fault = "does not exist" if kind is None else "is neither a file nor a directory"
         raise AptError(f"{masks} {fault}", f"name a pruned model, or a file {MASKS}")
-    found = read_masks(masks) if kind == "file" else _masks_of(options, registry)
-    check_masks(found, skeleton.module, str(masks))
+    loaded = read_masks(masks) if kind == "file" else _masks_of(options, registry)
+    check_masks(loaded, skeleton.module, str(masks))
     report = continued(read_report(masks) if kind == "directory" else None, skeleton, masks)
     return ReapplyTask(
         options=options,
         registry=registry,
         skeleton=skeleton,
         device="cpu",
-        masks=found,
+        masks=loaded,
         report=report,
     )
 

@@ -86,16 +86,16 @@ def _resolved(dense: Dense, wish: S, method: str | Choice | None) -> tuple[S, Sh
     The method is error-aware by default where blocks are dropped: the others make up for them.
     """
     wish.check()
-    found = _found(method, wish, dense.registry) if method else None
+    named = _found(method, wish, dense.registry) if method else None
     sizes = Sizes(dense.model, dense.adapter, dense.config, wish.multiple_of or MULTIPLE)
-    known, wish = wish, with_mode(wish, sizes, found.chooses if found else None)
+    known, wish = wish, with_mode(wish, sizes, named.chooses if named else None)
     if wish.mode != known.mode:
         dense.notice(f"mode: {wish.mode} (default)")
-    if found is not None:
-        _check_fit(found, wish)
+    if named is not None:
+        _check_fit(named, wish)
     blocks = _only_blocks(wish)
     drops = blocks or wish.blocks is not None or bool(wish.drop) or wish.mode == "search"
-    spec = found or dense.registry.default_shrink_method(blocks=blocks, streams=dense.streams)
+    spec = named or dense.registry.default_shrink_method(blocks=blocks, streams=dense.streams)
     return wish, replace(spec, error_aware=True) if drops else spec
 
 
@@ -162,17 +162,17 @@ def _choice(
         device = choose_device(dense.device)
         notice(f"latency: a block is timed on {device}, with each number of groups of each kind")
         seconds = block_times(*family, device, _PROMPT)
-    mode, found = wanted_sizes(lambda multiple: Sizes(*family, multiple, seconds), wish, notice)
-    if dense.streams and mode == "width" and len(found) > 1:
+    mode, sizes = wanted_sizes(lambda multiple: Sizes(*family, multiple, seconds), wish, notice)
+    if dense.streams and mode == "width" and len(sizes) > 1:
         notice(
-            f"size: {found[0]}; a streamed run does not compare the {len(found)} possible widths"
+            f"size: {sizes[0]}; a streamed run does not compare the {len(sizes)} possible widths"
         )
     by_blocks = method.chooses == "blocks"
     others = dense.registry.default_shrink_method(blocks=not by_blocks, streams=dense.streams)
     groups, blocks = (others, method) if by_blocks else (method, others)
     return StructureChoice(
         mode,
-        found,
+        sizes,
         groups,
         blocks,
         recipe.solver,

@@ -71,13 +71,13 @@ class Streamed(OutputStore):
     @cached_property
     def weights(self) -> str:
         """The SHA-256 of the files of the weights."""
-        found = hashlib.sha256()
+        digest = hashlib.sha256()
         for path in self._stored.shards.files:
-            found.update(f"{path.name}\n".encode())
+            digest.update(f"{path.name}\n".encode())
             with path.open("rb") as file:
                 while chunk := file.read(_CHUNK):
-                    found.update(chunk)
-        return found.hexdigest()
+                    digest.update(chunk)
+        return digest.hexdigest()
 
     def readable(self) -> AbstractContextManager[None]:
         """While entered, the dense model can run: each block is read for each of its calls."""
@@ -202,15 +202,15 @@ class Streamed(OutputStore):
 
     def _verify(self, plan: Plan, *, masks: bool) -> dict[str, int]:
         """Check the written blocks, and write their masks on request; returns the zeros by site."""
-        found, adapter = dict[str, Tensor](), self.task.skeleton.adapter
+        masks, adapter = dict[str, Tensor](), self.task.skeleton.adapter
 
         def collect(name: str, block: nn.Module) -> None:
             if masks:
-                found.update(block_masks(name, block, adapter))
+                masks.update(block_masks(name, block, adapter))
 
         zeros = self.blocks.verify(plan, collect)
         if masks:
-            write_masks(found, self.work.out / MASKS)
+            write_masks(masks, self.work.out / MASKS)
         return zeros
 
     def _compact(self, plan: Plan) -> Path:

@@ -58,16 +58,16 @@ def read_text(
     """
     tokenizer = load_tokenizer(skeleton.source, options.tokenizer)
     bos = bos_of(tokenizer) if options.bos else None
-    found: Iterable[str] = ()
+    texts: Iterable[str] = ()
     if options.samples != 0:
-        found = documents(options.calibration, "calibration", registry)
-    tokens, held_out = draw(tokenizer, found, bos), None
+        texts = documents(options.calibration, "calibration", registry)
+    tokens, held_out = draw(tokenizer, texts, bos), None
     check_vocabulary(tokens, skeleton.module, options.model)
     if options.evaluation is not None and measures:
         source = options.evaluation
-        found = documents(source, "evaluation", registry)
+        texts = documents(source, "evaluation", registry)
         held_out = evaluation_tokens(
-            tokenizer, found, windows, options.seqlen, source, bos, fewer=True
+            tokenizer, texts, windows, options.seqlen, source, bos, fewer=True
         )
         check_vocabulary(held_out, skeleton.module, options.model)
     return Text(tokenizer, tokens, held_out, bos, special_ids(tokenizer))

@@ -263,11 +263,11 @@ def _with_records(
     An allocation of n:m may leave a site dense.
     """
     served = [site for site in block.pruned if site.name in allocated]
-    found: dict[str, SitePattern | None] = {
+    counted: dict[str, SitePattern | None] = {
         s.site.name: _recorded(s, records[s.name]) for s in served if s.name in records
     }
     left = {site.site.name: None for site in served if site.name in dense}
-    return block.with_patterns(found | left)
+    return block.with_patterns(counted | left)
 
 
 def _recorded(site: PlannedSite, record: Mapping[str, Any]) -> Pattern:
@@ -281,18 +281,18 @@ def _unlike(plan: Plan, records: Mapping[str, Any]) -> Iterator[str]:
     """The sites whose pattern in the report is not the one that was asked for."""
     for block in plan.blocks:
         for entry in block.targets:
-            found = records[entry.name]["pattern"] if entry.name in records else "nothing"
-            if str(entry.pattern) != str(found):
-                yield f"{entry.name}: {entry.pattern} was asked for, and the report has {found}"
+            recorded = records[entry.name]["pattern"] if entry.name in records else "nothing"
+            if str(entry.pattern) != str(recorded):
+                yield f"{entry.name}: {entry.pattern} was asked for, and the report has {recorded}"
 
 
 def _wrong_total(asked: Plan, plan: Plan, allocated: Collection[str]) -> Iterator[str]:
     """A line if an allocation did not keep the total."""
     sites = [site for site in asked.sites if site.name in allocated]
     wanted = sum(Unstructured(sparsity_of(site)).count(site.size) for site in sites)
-    found = sum(removed_by(s.pattern, s.shape) for s in plan.sites if s.name in allocated)
-    if abs(found - wanted) > max(map(step_of, sites), default=0):
-        yield f"the patterns in the report remove {found:,} weights, and {wanted:,} were asked for"
+    total = sum(removed_by(s.pattern, s.shape) for s in plan.sites if s.name in allocated)
+    if abs(total - wanted) > max(map(step_of, sites), default=0):
+        yield f"the patterns in the report remove {total:,} weights, and {wanted:,} were asked for"
 
 
 def _selected(block: PlannedBlock, selection: Selection) -> PlannedBlock:
@@ -313,8 +313,8 @@ _ANY = Unstructured(0.5)  # the default of a selection, which is not used
 
 
 def _options(report: Mapping[str, Any]) -> dict[str, Any]:
-    found = report.get("options")
-    return found if isinstance(found, dict) else {}
+    options = report.get("options")
+    return options if isinstance(options, dict) else {}
 
 
 def _dense(report: Mapping[str, Any]) -> list[str]:
@@ -352,11 +352,11 @@ def verify_structure(skeleton: Opened, structure: Mapping[str, Any]) -> list[str
         AptError: the report is damaged.
     """
     counts = group_counts(skeleton.module, skeleton.adapter, skeleton.config)
-    found = {"blocks": len(skeleton.adapter.blocks(skeleton.module))} | counts
+    counted = {"blocks": len(skeleton.adapter.blocks(skeleton.module))} | counts
     try:
         said = {str(kind): int(entry["kept"]) for kind, entry in structure["groups"].items()}
         said["blocks"] = int(structure["blocks"]["kept"])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise AptError("the report's structure is damaged", "delete the report") from error
     # A smaller model may have fewer kinds of groups, see `group_counts`.
-    return [f"{found[k]} {k}, not {n}" for k, n in said.items() if found.get(k, n) != n]
+    return [f"{counted[k]} {k}, not {n}" for k, n in said.items() if counted.get(k, n) != n]

@@ -38,10 +38,10 @@ def index_metadata(index: Path) -> dict[str, Any]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     """The file of each tensor."""
-    found = _read(index)
-    if "weight_map" not in found:
+    index_file = _read(index)
+    if "weight_map" not in index_file:
         raise AptError(f"{index} has no 'weight_map'", _GET_AGAIN)
-    weights = found["weight_map"]
+    weights = index_file["weight_map"]
     named = isinstance(weights, dict) and all(isinstance(v, str) for v in weights.values())
     if not named or not weights:
         raise AptError(f"{index} is damaged: no map of weights", _GET_AGAIN)
@@ -50,10 +50,10 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found: Any = json.loads(path.read_bytes())
-        if not isinstance(found, dict):
+        content: Any = json.loads(path.read_bytes())
+        if not isinstance(content, dict):
             raise ValueError("it is not a mapping")
-        return found
+        return content
     except (OSError, ValueError, RecursionError) as error:
         raise AptError(f"{path} is damaged: {error}", _GET_AGAIN) from error
 

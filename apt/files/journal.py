@@ -169,8 +169,8 @@ def _open(path: Path, remedy: str) -> int:
         if error.errno in (errno.ELOOP, errno.EISDIR):
             raise link from error
         raise AptError(f"{path} cannot be opened: {error.strerror}", remedy) from error
-    found = os.fstat(file)
-    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+    status = os.fstat(file)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
         os.close(file)
         raise link
     return file

@@ -19,7 +19,7 @@ def read_options(path: Path, kinds: Sequence[type[Options]]) -> dict[str, Any]:
     known = {
         key: (one, value) for kind in kinds for one in kind.OPTIONS for key, value in _keys(one)
     }
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for written, raw in _read(path).items():
         key = written.replace("_", "-")
         if key not in known:
@@ -29,14 +29,14 @@ def read_options(path: Path, kinds: Sequence[type[Options]]) -> dict[str, Any]:
         if key == _former(one):
             warn_renamed(f"{key} in {path}", one.flags[0].lstrip("-"))
         if value is None:
-            found[one.name] = _value(f"{key} in {path}", one, raw)
+            values[one.name] = _value(f"{key} in {path}", one, raw)
         elif not isinstance(raw, bool):
             raise AptError(f"{key} in {path} is neither true nor false")
         elif raw:
-            found[one.name] = value
+            values[one.name] = value
         elif value in (True, False):
-            found[one.name] = not value
-    return found
+            values[one.name] = not value
+    return values
 
 
 def write_options(path: Path, options: Options, inputs: Sequence[Path] = ()) -> None:

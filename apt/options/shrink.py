@@ -28,13 +28,13 @@ def read_sizes(texts: list[str]) -> dict[str, int]:
     Raises:
         AptError: a text has another form.
     """
-    found = {}
+    sizes = {}
     for text in texts:
         kind, equals, number = text.partition("=")
         if not equals or not kind or not number.isdecimal():
             raise AptError(f"size {text} is not KIND=N", "write channels=1024", ("sizes",))
-        found[kind] = int(number)
-    return found
+        sizes[kind] = int(number)
+    return sizes
 
 
 @options

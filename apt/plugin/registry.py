@@ -136,10 +136,10 @@ class Registry:
             blocks: True for a choice of blocks.
             streams: True if the blocks stay on disk.
         """
-        found = self.shrink_methods.specs.values()
+        specs = self.shrink_methods.specs.values()
         known = [
             spec
-            for spec in found
+            for spec in specs
             if (spec.chooses == "blocks") is blocks and spec.streams >= streams
         ]
         return _most_accurate(self.shrink_methods, known)
@@ -167,9 +167,9 @@ R = TypeVar("R", bound=MethodSpec)
 
 def _most_accurate(catalog: Catalog[R], specs: Iterable[R]) -> R:
     """The spec with the highest rank among those of APT; among all if it has none."""
-    found = list(specs)
-    own = [s for s in found if catalog.origins[s.name].distribution_name == OWN_DISTRIBUTION]
-    return max(own or found, key=lambda spec: spec.rank)
+    known = list(specs)
+    own = [s for s in known if catalog.origins[s.name].distribution_name == OWN_DISTRIBUTION]
+    return max(own or known, key=lambda spec: spec.rank)
 
 
 class _Loader:
@@ -241,15 +241,15 @@ class _Loader:
     def _call(self, implementation: pluggy.HookImpl, of: type[S]) -> list[S]:
         try:
             declared: Iterable[S] = implementation.function()  # type: ignore[assignment]
-            found = list(declared)
-            if wrong := [spec for spec in found if not isinstance(spec, of)]:
+            specs = list(declared)
+            if wrong := [spec for spec in specs if not isinstance(spec, of)]:
                 raise TypeError(f"{wrong[0]!r} is not of type {of.__name__}")
         except KeyboardInterrupt:
             raise
         except BaseException as error:
             self.note(implementation.plugin_name, error)
             return []
-        return found
+        return specs
 
 
 def _unavailable(plugins: Iterable[Plugin]) -> str:
@@ -322,8 +322,8 @@ def load_registry(entries: Iterable[EntryPoint], disable: str = "") -> Registry:
 def _names_commands(entry: EntryPoint) -> bool:
     """True unless the source of a plugin's module has no ``apt_commands``."""
     try:
-        found = find_spec(entry.module)
-        return found is None or "apt_commands" in Path(str(found.origin)).read_text("utf-8")
+        module = find_spec(entry.module)
+        return module is None or "apt_commands" in Path(str(module.origin)).read_text("utf-8")
     except Exception:  # of any kind: loading the module tells what is wrong
         return True
 
