@@ -202,15 +202,15 @@ class Streamed(OutputStore):
 
     def _verify(self, plan: Plan, *, masks: bool) -> dict[str, int]:
         """Check the written blocks, and write their masks on request; returns the zeros by site."""
-        masks, adapter = dict[str, Tensor](), self.task.skeleton.adapter
+        written, adapter = dict[str, Tensor](), self.task.skeleton.adapter
 
         def collect(name: str, block: nn.Module) -> None:
             if masks:
-                masks.update(block_masks(name, block, adapter))
+                written.update(block_masks(name, block, adapter))
 
         zeros = self.blocks.verify(plan, collect)
         if masks:
-            write_masks(masks, self.work.out / MASKS)
+            write_masks(written, self.work.out / MASKS)
         return zeros
 
     def _compact(self, plan: Plan) -> Path:
