@@ -150,7 +150,7 @@ def test_a_run_tunes_on_the_chosen_samples_and_prunes_on_all(monkeypatch):
         seen.append(sum(batch.tokens for batch in block.batches))
         return tune_block(block, *rest)
 
-    monkeypatch.setattr("apt.pruning.pipeline.tune_block", spy)
+    monkeypatch.setattr("apt.pruning.current_block.tune_block", spy)
     small_steps = partial(BlockTuning, tokens_per_batch=48)
     monkeypatch.setattr("apt.engine.recipes.BlockTuning", small_steps)
     options = replace(BEST, tuning_tokens=24 * 10)
