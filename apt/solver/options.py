@@ -53,16 +53,16 @@ class MethodError(TypeError):
     """A method returned something other than it must. The text continues "method NAME …"."""
 
 
-def check_solution(returned: object, weight: Tensor) -> None:
+def check_solution(found: object, weight: Tensor) -> None:
     """Raise unless a method returned a solution for ``weight`` (out, in).
 
     Raises:
         MethodError: it is no `Solution`, or its tensors have another shape, dtype or device.
     """
-    if not isinstance(returned, Solution):
-        raise MethodError(f"returns {type(returned).__name__}, not an apt.solver.Solution")
-    check_tensor(returned.weight, "a weight", weight.shape, weight.dtype, weight.device)
-    check_tensor(returned.mask, "a mask", weight.shape, torch.bool, weight.device)
+    if not isinstance(found, Solution):
+        raise MethodError(f"returns {type(found).__name__}, not an apt.solver.Solution")
+    check_tensor(found.weight, "a weight", weight.shape, weight.dtype, weight.device)
+    check_tensor(found.mask, "a mask", weight.shape, torch.bool, weight.device)
 
 
 def check_tensor(
