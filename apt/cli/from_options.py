@@ -12,6 +12,7 @@ from apt.errors import AptError
 from apt.locations.paths import expanded
 from apt.options import (
     PANELS,
+    TEXT,
     ConfigOptions,
     Declared,
     Options,
@@ -91,8 +92,8 @@ _IN_FILE = "apt.options in a file"
 _ANY = inspect.Parameter.KEYWORD_ONLY
 
 
-def _panel(name: str) -> int:
-    return PANELS.index(name) if name in PANELS else len(PANELS)
+def _panel(name: str) -> float:
+    return PANELS.index(name) if name in PANELS else PANELS.index(TEXT) + 0.5
 
 
 def _made(kind: type[Options], values: dict[str, Any]) -> Options:

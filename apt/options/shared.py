@@ -11,7 +11,7 @@ MODEL, SELECTION, TEXT, ACCURACY, RUNNING, OUTPUT = (
 )  # fmt: skip
 SIZE, TRAINING = "Size", "Training"
 PANELS = ("", MODEL, SIZE, TRAINING, SELECTION, TEXT, ACCURACY, RUNNING, OUTPUT)
-"""The headings in the help of a command, in this order; others follow."""
+"""The headings in the help of a command, in this order; others come after the text."""
 
 Activations = Literal["memory", "cpu", "disk"]
 _SEEDS = (-(2**63), 2**64 - 1)  # the range of torch's generators

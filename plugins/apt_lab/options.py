@@ -8,6 +8,7 @@ from apt.locations.paths import portable
 from apt.options import (
     ANY_MODEL,
     OUTPUT,
+    RUNNING,
     TEXT,
     AdapterOptions,
     CalibrationOptions,
@@ -21,7 +22,7 @@ from apt.options import (
     options,
 )
 
-_GRID, _TASKS = "Comparison", "Tasks"
+_GRID, _TASKS, _WORK = "Comparison", "Tasks", "Work"
 
 
 def parts(text: str, name: str) -> list[str]:
@@ -104,7 +105,9 @@ class EvalRun(
         "Do not begin windows with the token that the tokenizer adds.",
         default=True, panel=TEXT, flag="/--no-bos",
     )  # fmt: skip
-    stream: bool = option("Read block by block, with one block in memory at a time.", default=False)
+    stream: bool = option(
+        "Read block by block, with one block in memory at a time.", default=False, panel=RUNNING
+    )
 
     def check(self) -> None:
         """Raise `AptError` if options contradict each other; see `Options.check`."""
@@ -180,18 +183,25 @@ class BenchRun(AdapterOptions, RemoteOptions, DeviceOptions, DtypeOptions):
         metavar="MODEL",
         place=True,
     )
-    prompt: int = option("Tokens of a prompt; they are random.", default=512, within="[1, ∞)")
+    prompt: int = option(
+        "Tokens of a prompt; they are random.", default=512, panel=_WORK, within="[1, ∞)"
+    )
     generate: int = option(
         "Tokens to generate after a prompt; the first one belongs to the prefill.",
-        default=64, within="[2, ∞)",
+        default=64, panel=_WORK, within="[2, ∞)",
     )  # fmt: skip
     batch: tuple[int, ...] = option(
-        "Number of sequences that run together; repeatable.", default=(1, 8)
+        "Number of sequences that run together; repeatable.", default=(1, 8), panel=_WORK
     )
     rounds: int = option(
-        "Number of rounds; each loads and measures every model.", default=5, within="[1, ∞)"
+        "Number of rounds; each loads and measures every model.",
+        default=5,
+        panel=_WORK,
+        within="[1, ∞)",
     )
-    threads: int | None = option("CPU threads; by default those of torch.", default=None)
+    threads: int | None = option(
+        "CPU threads; by default those of torch.", default=None, panel=RUNNING
+    )
 
     def check(self) -> None:
         """Raise `AptError` if an option is out of range."""
