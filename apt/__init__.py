@@ -41,29 +41,11 @@ if TYPE_CHECKING:
     from apt.text.self_generated import own_text
 
 __all__ = [
-    "AptError",
-    "PruneOptions",
-    "PruneRun",
-    "Ranks",
-    "ReapplyRun",
-    "RecoverOptions",
-    "RecoverRun",
-    "Report",
-    "Selection",
-    "ShrinkOptions",
-    "ShrinkRun",
-    "__version__",
-    "accuracy",
-    "calibration_tokens",
-    "evaluation_tokens",
-    "own_text",
-    "perplexity",
-    "prune",
-    "prune_copy",
-    "recover",
-    "run",
-    "shrink",
-]
+    "AptError", "PruneOptions", "PruneRun", "Ranks", "ReapplyRun", "RecoverOptions", "RecoverRun",
+    "Report", "Selection", "ShrinkOptions", "ShrinkRun", "__version__", "accuracy",
+    "calibration_tokens", "evaluation_tokens", "own_text", "perplexity", "prune", "prune_copy",
+    "recover", "run", "shrink",
+]  # fmt: skip
 __version__ = "0.1.0"
 _LAZY = {
     **dict.fromkeys(("PruneOptions", "RecoverOptions", "ShrinkOptions"), "apt.options"),

@@ -23,22 +23,7 @@ from apt.cli.plots import pyplot, write_figure
 from apt.cli.progress import Progress
 
 __all__ = [
-    "Progress",
-    "check_new_file",
-    "check_plot",
-    "duration",
-    "find_model",
-    "has_live_display",
-    "interrupted",
-    "notice",
-    "pyplot",
-    "say",
-    "show",
-    "show_detail",
-    "show_error",
-    "show_json",
-    "show_rows",
-    "size",
-    "table",
-    "write_figure",
-]
+    "Progress", "check_new_file", "check_plot", "duration", "find_model", "has_live_display",
+    "interrupted", "notice", "pyplot", "say", "show", "show_detail", "show_error", "show_json",
+    "show_rows", "size", "table", "write_figure",
+]  # fmt: skip

@@ -17,16 +17,6 @@ from apt.plugin.specs import (
 )
 
 __all__ = [
-    "API",
-    "OLDEST_API",
-    "AdapterSpec",
-    "AllocationSpec",
-    "CalibrationSpec",
-    "CommandSpec",
-    "EvaluatorSpec",
-    "FormatSpec",
-    "MethodSpec",
-    "RecoverySpec",
-    "ShrinkMethodSpec",
-    "hookimpl",
-]
+    "API", "OLDEST_API", "AdapterSpec", "AllocationSpec", "CalibrationSpec", "CommandSpec",
+    "EvaluatorSpec", "FormatSpec", "MethodSpec", "RecoverySpec", "ShrinkMethodSpec", "hookimpl",
+]  # fmt: skip

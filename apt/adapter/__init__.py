@@ -13,24 +13,7 @@ from apt.adapter.sites import Call, Effects, Extra, Sink, Site, State
 from apt.adapter.weight_tap import WeightTap
 
 __all__ = [
-    "Adapter",
-    "Call",
-    "DecoderAdapter",
-    "Effects",
-    "Extra",
-    "Groups",
-    "Input",
-    "Part",
-    "Sink",
-    "Site",
-    "State",
-    "WeightTap",
-    "columns",
-    "expert_groups",
-    "expert_sites",
-    "one_by_one",
-    "record_calls",
-    "rows",
-    "stub_output",
-    "stubbed",
-]
+    "Adapter", "Call", "DecoderAdapter", "Effects", "Extra", "Groups", "Input", "Part", "Sink",
+    "Site", "State", "WeightTap", "columns", "expert_groups", "expert_sites", "one_by_one",
+    "record_calls", "rows", "stub_output", "stubbed",
+]  # fmt: skip

@@ -11,13 +11,6 @@ from apt.conformance.outcomes import Outcome, check_adapter
 from apt.testing.suite import AdapterConformance, embedded, random_tokens
 
 __all__ = [
-    "CHECKS",
-    "AdapterConformance",
-    "Nonconformance",
-    "Outcome",
-    "Subject",
-    "check_adapter",
-    "embedded",
-    "every_kind",
-    "random_tokens",
-]
+    "CHECKS", "AdapterConformance", "Nonconformance", "Outcome", "Subject", "check_adapter",
+    "embedded", "every_kind", "random_tokens",
+]  # fmt: skip
