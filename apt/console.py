@@ -5,7 +5,6 @@ command gets its options from `apt.options`, and models from `apt.extending`.
 """
 
 from apt.cli.interruptions import interrupted
-from apt.cli.listing import show_rows
 from apt.cli.opening import check_new_file, check_plot, find_model
 from apt.cli.output import (
     duration,
@@ -16,6 +15,7 @@ from apt.cli.output import (
     show_detail,
     show_error,
     show_json,
+    show_rows,
     size,
     table,
 )

@@ -17,27 +17,10 @@ from apt.locations.paths import user_error
 
 # Subcommands of the package manager `apt` of Debian.
 _PACKAGE_MANAGER = [
-    "install",
-    "remove",
-    "purge",
-    "autoremove",
-    "update",
-    "upgrade",
-    "full-upgrade",
-    "dist-upgrade",
-    "search",
-    "show",
-    "list",
-    "policy",
-    "edit-sources",
-    "source",
-    "build-dep",
-    "download",
-    "changelog",
-    "clean",
-    "autoclean",
-    "satisfy",
-]
+    "install", "remove", "purge", "autoremove", "update", "upgrade", "full-upgrade",
+    "dist-upgrade", "search", "show", "list", "policy", "edit-sources", "source", "build-dep",
+    "download", "changelog", "clean", "autoclean", "satisfy",
+]  # fmt: skip
 
 _EPILOG = "The options above can be given with every command, before or after its name."
 

@@ -10,15 +10,15 @@ from textwrap import shorten
 from typing import Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperArgument, TyperCommand, TyperGroup
 
-from apt.cli.grouped_help import GroupedHelp
 from apt.cli.interruptions import interrupted
 from apt.errors import AptError
 from apt.plugin.commands import MACHINE, MODELS, OWN
 from apt.plugin.specs import CommandSpec
 
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
+_REST = "Options"
 # typer has a copy of click in new versions, and click itself in older ones.
 _UsageError: Any = typer.BadParameter.__mro__[1]
 
@@ -96,6 +96,34 @@ def _command(spec: CommandSpec) -> Any:
         act = command(spec.load())
         app.command(spec.name, cls=GroupedHelp, context_settings=HELP_OPTIONS)(act)
         return typer.main.get_command(app)
+
+
+class GroupedHelp(TyperCommand):
+    """A command whose options are grouped by ``rich_help_panel``, in the order of declaration.
+
+    They are grouped if each of them has a group, and there are several groups.
+    """
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write a section for each group; ``--help`` comes last."""
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            if (line := parameter.get_help_record(ctx)) is not None:
+                groups.setdefault(_group(parameter), []).append(line)
+        rest = groups.pop(_REST, [])
+        if len(rest) > 1 or len(groups) < 3:
+            super().format_options(ctx, formatter)
+            return
+        for name, lines in [*groups.items(), (_REST, rest)]:
+            if lines:
+                with formatter.section(name):
+                    formatter.write_dl(lines)
+
+
+def _group(parameter: Any) -> str:
+    if isinstance(parameter, TyperArgument):
+        return "Arguments"
+    return getattr(parameter, "rich_help_panel", None) or _REST
 
 
 def run(app: typer.Typer, arguments: list[str], program: str) -> None:

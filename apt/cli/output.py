@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from enum import IntEnum
 from pathlib import Path
@@ -164,6 +164,17 @@ def show(made: Table) -> None:
 def show_json(record: Any) -> None:
     """Print a record as one line of JSON. Numbers that are not finite become strings."""
     out.print(json.dumps(json_value(record), allow_nan=False), markup=False)
+
+
+def show_rows(rows: Sequence[dict[str, str]], *, as_json: bool) -> None:
+    """Print rows that have the same keys, which are the table's columns; or as JSON."""
+    if as_json:
+        show_json(rows)
+        return
+    made = table(*(rows[0] if rows else ()))
+    for row in rows:
+        made.add_row(*row.values())
+    show(made)
 
 
 def size(count: float) -> str:

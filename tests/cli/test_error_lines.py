@@ -125,15 +125,15 @@ def test_want_of_memory_is_one_line():
 
 
 def test_what_a_plugin_prints_does_not_reach_the_json(apt, monkeypatch):
-    from apt.cli import listing
+    from apt.cli import installed
 
-    shown = listing.show_rows
+    shown = installed.show_rows
 
     def loud(rows, *, as_json):
         print("hello from a plugin")
         shown(rows, as_json=as_json)
 
-    monkeypatch.setattr(listing, "show_rows", loud)
+    monkeypatch.setattr(installed, "show_rows", loud)
     run = apt("plugins", "--json")
     assert json.loads(run.out)
     assert "hello from a plugin" in run.err

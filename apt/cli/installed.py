@@ -1,0 +1,117 @@
+"""``apt-prune doctor``, ``adapters``, ``methods`` and ``plugins``: what is installed."""
+
+from dataclasses import asdict
+from typing import Any
+
+import typer
+
+from apt.cli.output import show, show_json, show_rows, table
+from apt.options import PrintingOptions
+from apt.plugin.registry import registry
+
+
+def doctor(printing: PrintingOptions) -> None:
+    """Show the state of this machine, packages and plugins.
+
+    Also shows the implementation that is used for each model family. The exit status is 1 if a
+    component is installed but does not work.
+    """
+    from apt.plugin.doctor import Finding, families, machine, packages, plugins
+    from apt.runtime.linear import describe_kernels
+
+    installed = registry()
+    sections = {
+        "machine": machine(),
+        "packages": list(packages()),
+        "packed models": [Finding("products", *describe_kernels())],
+        "plugins that failed": list(plugins(installed)),
+        "families": list(families(installed)),
+    }
+    if printing.as_json:
+        show_json({name: [asdict(f) for f in findings] for name, findings in sections.items()})
+    else:
+        for name, findings in sections.items():
+            if findings:
+                made = table(name, "", "remedy")
+                for finding in findings:
+                    made.add_row(finding.what, finding.state, finding.remedy)
+                show(made)
+    if any(finding.broken for findings in sections.values() for finding in findings):
+        raise typer.Exit(1)
+
+
+def adapters(printing: PrintingOptions) -> None:
+    """List the supported model families."""
+    installed = registry().adapters
+    rows = [
+        {
+            "adapter": name,
+            "model types": ", ".join(spec.model_types),
+            "embedded": f"zoo:{name}" if spec.zoo else "",
+            "from": installed.origins[name].distribution,
+            "summary": spec.summary,
+        }
+        for name, spec in sorted(installed.specs.items())
+    ]
+    show_rows(rows, as_json=printing.as_json)
+
+
+def methods(printing: PrintingOptions) -> None:
+    """List methods, allocations and kinds of recovery.
+
+    The most accurate methods of prune and of shrink come first.
+    """
+    from apt.planning.allocation import UNIFORM
+
+    installed = registry()
+    removed = {"columns": "shrink: groups", "groups": "shrink: groups", "blocks": "shrink: blocks"}
+    defaults = {
+        installed.default_method().name,
+        UNIFORM,
+        *(installed.default_shrink_method(blocks=blocks).name for blocks in (False, True)),
+    }
+    specs: list[tuple[str, Any, Any]] = [
+        ("prune", spec, installed.methods) for spec in _ranked(installed.methods)
+    ] + [
+        (removed[spec.chooses], spec, installed.shrink_methods)
+        for spec in sorted(_ranked(installed.shrink_methods), key=lambda s: s.chooses == "blocks")
+    ]
+    shared = installed.allocations
+    specs += [("prune: allocation", spec, shared) for spec in shared.specs.values()]
+    specs += [
+        ("recover", spec, installed.recoveries) for spec in installed.recoveries.specs.values()
+    ]
+    rows = [
+        {
+            "method": spec.name,
+            "for": use,
+            "source": spec.source,
+            "from": catalog.origins[spec.name].distribution,
+            "summary": f"{spec.summary} (default)" if spec.name in defaults else spec.summary,
+        }
+        for use, spec, catalog in specs
+    ]
+    show_rows(rows, as_json=printing.as_json)
+
+
+def _ranked(catalog: Any) -> list[Any]:
+    """The specs of a catalog, those of the highest rank first."""
+    return sorted(catalog.specs.values(), key=lambda spec: -spec.rank)
+
+
+def plugins(printing: PrintingOptions) -> None:
+    """List the installed plugins.
+
+    Each one is listed with its specs, and with the error if it did not load.
+    """
+    installed = registry()
+    rows = [
+        {
+            "distribution": plugin.distribution,
+            "entry point": f"{plugin.name} = {plugin.module}",
+            "offers": ", ".join(installed.offers(plugin)) or "–",
+            "state": "disabled" if plugin.disabled else plugin.problem or "loaded",
+        }
+        for plugin in installed.plugins.values()
+    ]
+    show_rows(rows, as_json=printing.as_json)
