@@ -11,6 +11,7 @@ import pytest
 
 import apt as library
 from apt.events import SitePruned
+from apt.plugin.specs import EvaluatorSpec
 from tests.helpers import TEXT
 from tests.helpers.families import random_model, random_tokens
 
@@ -86,6 +87,27 @@ def test_a_training_and_a_reapplication_are_runs_too(checkpoint, tmp_path, monke
     assert trained.recovery["training"]["steps"] == 4
     again = library.ReapplyRun(masks=Path("pruned"), model="trained", output=Path("again"))
     assert library.run(again).reapplied["weights"] == 0  # the training has kept all zeros
+
+
+def test_a_trained_model_is_not_lost_by_a_measurement_that_fails(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    library.run(options(checkpoint("llama"), "pruned", method="wanda"))
+    measure, calls = EvaluatorSpec.measure, []
+
+    def once(self, *given):
+        calls.append(given)
+        return measure(self, *given) if len(calls) == 1 else 1 / 0
+
+    monkeypatch.setattr(EvaluatorSpec, "measure", once)
+    run = library.RecoverRun(
+        model="pruned", output=Path("trained"), kind="layers", steps=4, batch=2, rate=1e-2,
+        seqlen=32, calibration=str(TEXT), evaluation=str(TEXT),
+    )  # fmt: skip
+    with pytest.raises(library.AptError, match="written and verified, but measuring it failed"):
+        library.run(run)
+    report = library.Report.read(Path("trained"))
+    assert report.problems == ["measuring it failed: ZeroDivisionError: division by zero"]
+    assert set(report.recovery["scores"]) == {"source", "shape", "before"}
 
 
 def test_a_program_meets_the_checks_of_the_shell():
