@@ -41,7 +41,6 @@ def start(
         task = prepare_recovery(run, registry(), notices.append)
         if ranks.first:
             save_config(config, run, task)
-        notices.append(f"kind: {task.spec.name}" + ("" if run.kind else " (default)"))
         report = performed(task, ranks, TrainingProgress(notices), as_json=printing.as_json)
         if report is None or not ranks.first:
             return

@@ -205,6 +205,7 @@ def prepare_recovery(options: RecoverRun, registry: Registry, notice: Notice) ->
             ("kind",),
         )
     seqlen = capped(options.seqlen, skeleton, notice)
+    said = f"kind: {spec.name}" + ("" if options.kind else " (default)")
     options = replace(options, kind=spec.name, adapter=skeleton.spec.name, seqlen=seqlen)
     task = RecoverTask(
         options=options, registry=registry, skeleton=skeleton, device=choose_device(options.device),
@@ -212,6 +213,7 @@ def prepare_recovery(options: RecoverRun, registry: Registry, notice: Notice) ->
     )  # fmt: skip
     if spec.teacher:
         _dense_skeleton(task)
+    notice(said)
     return task
 
 
