@@ -157,15 +157,15 @@ def test_units_of_several_sites_are_allocations(unit, name, apt):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--pattern", "auto:8"), "--pattern auto:8 needs --sparsity"),
+        (("--pattern", "auto:8"), "pattern auto:8 needs a sparsity"),
         (("--pattern", "auto:x", "--sparsity", "0.5"), "is neither a sparsity"),
         (("--pattern", "auto:1", "--sparsity", "0.5"), "groups of 1 weights"),
         (("--pattern", "auto:8", "--sparsity", "1.5"), "is outside (0, 1)"),
         (("--pattern", "auto:7", "--sparsity", "0.5"), "not a multiple of 7"),
         (("--pattern", "auto:8", "--sparsity", "0.95"), "no n:8 has a sparsity above 0.875"),
-        (("--pattern", "2:4", "--per", "model"), "--per model needs --sparsity"),
+        (("--pattern", "2:4", "--per", "model"), "per model needs a sparsity"),
         (("--sparsity", "0.5", "--per", "model", "--allocation", "owl"), "exclude each other"),
-        (("--sparsity", "0.5", "--per", "room"), "none of row, layer, block, model"),
+        (("--sparsity", "0.5", "--per", "room"), "not one of row, layer, block, model"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(arguments, said, apt):

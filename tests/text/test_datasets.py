@@ -88,7 +88,7 @@ def test_unknown_sources_are_named(source, message):
 
 @pytest.mark.parametrize("name", ["abisee/cnn_dailymail:3.0.0", "someone/text-v1.5"])
 def test_data_sets_of_the_hub_may_have_dots(name, monkeypatch):
-    def found(name, config, split, token):
+    def found(name, config, split):
         return iter([f"{name} {config}"])
 
     monkeypatch.setattr("apt.text.datasets.hub_documents", found)

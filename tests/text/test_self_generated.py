@@ -114,7 +114,7 @@ def test_added_samples_have_the_device_and_dtype_of_the_given_ones():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--own-samples", -1), "must not be negative"),
+        (("--own-samples", -1), "own samples is -1; it must be at least 0"),
         (("--samples", 0), "use at least one sample or one own sample (--samples, --own-samples)"),
     ],
 )
