@@ -21,13 +21,13 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from apt_lab.law import Point, fit_law
 from common import open_model, save
 from rich.console import Console
 from torch import Tensor, nn
 
 import apt
 from apt.plugin.registry import registry
-from apt.recovery.law import Point, fit_law
 from apt.text.datasets import documents, tokenize, windows
 
 _FIRST = 0.5  # of the tokens of a run: the points that the law is fitted to

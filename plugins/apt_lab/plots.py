@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from apt.console import pyplot, write_figure
-from apt.recovery.law import Law, Point
+from apt_lab.law import Law, Point
 from apt_lab.reporting.heat import Heat
 from apt_lab.windows import spread
 

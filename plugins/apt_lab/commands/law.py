@@ -18,8 +18,7 @@ def law(run: LawRun, printing: PrintingOptions) -> None:
     if find_spec("scipy") is None:
         raise AptError("law needs scipy", "pip install 'apt-prune[recover]'")
 
-    from apt.recovery.law import fit_law
-    from apt_lab.recoveries import read_points
+    from apt_lab.law import fit_law, read_points
 
     points = [point for directory in run.directories for point in read_points(directory)]
     with Progress("fitting"):
