@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from apt.checkpoints.formats import Checkpoint
-from apt.checkpoints.safetensors_io import INDEX, SINGLE, Shards, synchronise
+from apt.checkpoints.safetensors_io import INDEX, SINGLE, Shards, synchronise, write_files
 from apt.errors import AptError
 from apt.files.hashes import sha256
-from apt.files.index import write_index
 
 CARD = "README.md"
 """The model card. A run writes a new one at its end."""
@@ -99,12 +98,9 @@ def copy_weights(shards: Shards, source: Path, target: Path, largest: str | None
         return
     tensors = {name: x for path in shards.files for name, x in load_file(path).items()}
     split = split_torch_state_dict_into_shards(tensors, max_shard_size=largest)
-    for name, keys in split.filename_to_tensors.items():
-        part = {key: tensors[key] for key in keys}
-        save_file(part, target / name, metadata={"format": "pt"})
-        synchronise(target / name)
-    if split.is_sharded:
-        write_index(target / INDEX, split.metadata, split.tensor_to_filename)
+    groups = split.filename_to_tensors.values()
+    parts = (({key: tensors[key] for key in keys}, {"format": "pt"}) for keys in groups)
+    write_files(target, parts, len(groups))
 
 
 def checksums(directory: Path) -> dict[str, str]:
