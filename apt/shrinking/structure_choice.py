@@ -2,9 +2,9 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -105,141 +105,141 @@ class StructureChoice:
             bos, special: the first token of every sample, and special tokens, see
                 `apt.text.self_generated.own_text`.
         """
-        names = [name for name, _ in adapter.blocks(model)]
-        size, dropped = self.sizes[0], [names[index] for index in sorted(set(self.drop))]
-        if self.mode == "search":
-            few, rest = _split(tokens)
-            if writes(model):
-                status("search: generating text")
-                own = own_text(model, len(few), few.shape[1], self.seed, bos=bos, special=special)
-                few = torch.cat([few, own.to(few)])
-            best = self._searched(model, adapter, few, rest, names, status)
-            size, dropped = best.size, [names[index] for index in sorted(best.dropped)]
-        elif self.mode == "width" and self.whole and len(self.sizes) > 1:
-            size = self._widest(model, adapter, tokens, status)
-        if size.blocks < len(names) and not dropped:
-            status(f"choosing the blocks to drop ({self.blocks.name})")
-            dropped = self._dropped(model, adapter, tokens, names, len(names) - size.blocks)
+        return _Choosing(self, model, adapter, tokens, status).structure(bos, special)
+
+
+@dataclass
+class _Choosing:
+    """A choice that is being made for a model."""
+
+    choice: StructureChoice
+    model: nn.Module
+    adapter: Adapter
+    tokens: Tensor
+    status: Callable[[str], None]
+
+    def __post_init__(self) -> None:
+        self.names = [name for name, _ in self.adapter.blocks(self.model)]
+        few = max(1, _FITNESS_TOKENS // self.tokens.shape[1])
+        self.few = self.tokens[:few]  # the samples for the losses of candidates
+        self.rest = self.tokens[few:] if len(self.tokens) >= 2 * few else self.tokens  # for fits
+
+    def structure(self, bos: int | None, special: Collection[int] | None) -> Structure:
+        """The structure; see `StructureChoice.choose`."""
+        how, size = self.choice, self.choice.sizes[0]
+        dropped = [self.names[index] for index in sorted(set(how.drop))]
+        if how.mode == "search":
+            if writes(self.model):
+                self.status("search: generating text")
+                count, seqlen = self.few.shape
+                own = own_text(self.model, count, seqlen, how.seed, bos=bos, special=special)
+                self.few = torch.cat([self.few, own.to(self.few)])
+            best = self.searched()
+            size, dropped = best.size, [self.names[index] for index in sorted(best.dropped)]
+        elif how.mode == "width" and how.whole and len(how.sizes) > 1:
+            size = self.widest()
+        if size.blocks < len(self.names) and not dropped:
+            self.status(f"choosing the blocks to drop ({how.blocks.name})")
+            dropped = self.dropped(len(self.names) - size.blocks, self.tokens)
         structure = Structure(size.kept, frozenset(dropped))
-        if size.kept and self.groups.chooses == "groups":
-            status(f"choosing the groups to remove ({self.groups.name})")
-            scores = cast(GroupScores, self.groups.load())(model, adapter, tokens)
-            try:
-                removed = _lowest(model, adapter, structure, scores)
-            except MethodError as error:
-                raise faulty(
-                    f"method {self.groups.name}", str(error), "method", "method"
-                ) from error
-            structure = replace(structure, removed=removed)
+        if size.kept and how.groups.chooses == "groups":
+            self.status(f"choosing the groups to remove ({how.groups.name})")
+            structure = replace(structure, removed=self.removed(structure))
         return structure
 
-    def _dropped(
-        self, model: nn.Module, adapter: Adapter, tokens: Tensor, names: Sequence[str], count: int
-    ) -> list[str]:
+    def dropped(self, count: int, tokens: Tensor) -> list[str]:
         """The names of the blocks that the choice of blocks drops."""
-        chosen = cast(BlockChoice, self.blocks.load())(model, adapter, tokens, count)
+        method = self.choice.blocks
+        chosen = cast(BlockChoice, method.load())(self.model, self.adapter, tokens, count)
         dropped = list(chosen) if isinstance(chosen, Iterable) else []
-        if len(set(dropped)) != count or len(dropped) != count or not set(dropped) <= set(names):
+        if not len(set(dropped)) == len(dropped) == count or not set(dropped) <= set(self.names):
             fault = f"returns {chosen!r}, not the names of {count} blocks"
-            raise faulty(f"method {self.blocks.name}", fault, "method", "method")
+            raise faulty(f"method {method.name}", fault, "method", "method")
         return dropped
 
-    def _widest(
-        self, model: nn.Module, adapter: Adapter, tokens: Tensor, status: Callable[[str], None]
-    ) -> Size:
+    def widest(self) -> Size:
         """The size of lowest loss among those of equal depth."""
-        status(f"comparing {len(self.sizes)} widths")
-        few, rest = _split(tokens)
-        proxy = Proxy(model, adapter, rest, self.solver)
-        for size in self.sizes:
-            loss = proxy.loss(size.kept, (), few)
-            self.scored.append(Scored(Candidate(size, frozenset()), loss))
-        self.scored.sort(key=lambda scored: scored.loss)
-        return self.scored[0].candidate.size
+        sizes, scored = self.choice.sizes, self.choice.scored
+        self.status(f"comparing {len(sizes)} widths")
+        proxy = Proxy(self.model, self.adapter, self.rest, self.choice.solver)
+        for size in sizes:
+            loss = proxy.loss(size.kept, (), self.few)
+            scored.append(Scored(Candidate(size, frozenset()), loss))
+        scored.sort(key=lambda each: each.loss)
+        return scored[0].candidate.size
 
     @torch.no_grad()
-    def _searched(
-        self,
-        model: nn.Module,
-        adapter: Adapter,
-        few: Tensor,
-        rest: Tensor,
-        names: Sequence[str],
-        status: Callable[[str], None],
-    ) -> Candidate:
-        """The candidate of lowest loss on ``few`` samples, with fits to the ``rest``."""
-        started = time.monotonic()
-        status("search: reading the inputs of the dense model")
-        proxy = Proxy(model, adapter, rest, self.solver, fit_gaps=True)
-        inputs = {"inputs": self._inputs(model, few, rest)}
-        if not self.journal.serves(inputs):  # the losses of other inputs are forgotten
-            self.journal.begin(inputs)
+    def searched(self) -> Candidate:
+        """The candidate of lowest loss."""
+        how, count, started = self.choice, len(self.names), time.monotonic()
+        self.status("search: reading the inputs of the dense model")
+        proxy = Proxy(self.model, self.adapter, self.rest, how.solver, fit_gaps=True)
+        inputs = {"inputs": self.inputs()}
+        if not how.journal.serves(inputs):  # the losses of other inputs are forgotten
+            how.journal.begin(inputs)
 
         def loss(candidate: Candidate) -> float:
-            dropped = [names[index] for index in candidate.dropped]
+            dropped = [self.names[index] for index in candidate.dropped]
             kept = candidate.size.kept
-            value: float = self.journal.remember(
-                candidate.key, lambda: proxy.loss(kept, dropped, few)
+            value: float = how.journal.remember(
+                candidate.key, lambda: proxy.loss(kept, dropped, self.few)
             )
             return value
 
         def alone(index: int) -> float:
-            return loss(Candidate(Size({}, len(names) - 1, 1, 1), frozenset([index])))
+            return loss(Candidate(Size({}, count - 1, 1, 1), frozenset([index])))
 
-        status("search: ranking the blocks by the loss without each of them")
-        ranking = sorted(range(len(names)), key=alone)
-        first = self._first(model, adapter, few, names)
-        scored = Search(
-            self.sizes, ranking, loss, self.search, self.seed, first,
-            lambda count, lowest: status(f"search: {count} candidates, lowest loss {lowest:.4f}"),
-            started,
-        ).run()  # fmt: skip
-        self.scored.extend(scored)
+        def tell(number: int, lowest: float) -> None:
+            self.status(f"search: {number} candidates, lowest loss {lowest:.4f}")
+
+        self.status("search: ranking the blocks by the loss without each of them")
+        ranking = sorted(range(count), key=alone)
+        first = self.first()
+        scored = Search(how.sizes, ranking, loss, how.search, how.seed, first, tell, started).run()
+        how.scored.extend(scored)
         return scored[0].candidate
 
-    def _first(
-        self, model: nn.Module, adapter: Adapter, tokens: Tensor, names: Sequence[str]
-    ) -> list[Candidate]:
+    def first(self) -> list[Candidate]:
         """Every size, without the blocks that the choice of blocks drops."""
-        chosen = {0: frozenset[int]()}
-        for count in {len(names) - size.blocks for size in self.sizes} - {0}:
-            dropped = self._dropped(model, adapter, tokens, names, count)
-            chosen[count] = frozenset(map(names.index, dropped))
-        return [Candidate(size, chosen[len(names) - size.blocks]) for size in self.sizes]
+        chosen, sizes = {0: frozenset[int]()}, self.choice.sizes
+        for count in {len(self.names) - size.blocks for size in sizes} - {0}:
+            chosen[count] = frozenset(map(self.names.index, self.dropped(count, self.few)))
+        return [Candidate(size, chosen[len(self.names) - size.blocks]) for size in sizes]
 
-    def _inputs(self, model: nn.Module, *tokens: Tensor) -> str:
+    def inputs(self) -> str:
         """A hash of everything that the losses of candidates depend on."""
-        parts = (fingerprint(model), [t.tolist() for t in tokens], self.solver.damping, "gap fits")
+        tokens, damping = [self.few.tolist(), self.rest.tolist()], self.choice.solver.damping
+        parts = (fingerprint(self.model), tokens, damping, "gap fits")
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
-
-def _split(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """About `_FITNESS_TOKENS` tokens for losses, and other ones for fits, if there are as many."""
-    few = max(1, _FITNESS_TOKENS // tokens.shape[1])
-    return tokens[:few], tokens[few:] if len(tokens) >= 2 * few else tokens
+    def removed(self, structure: Structure) -> dict[str, Removed]:
+        """The groups of the lowest scores of each block."""
+        method, config = self.choice.groups, getattr(self.model, "config", None)
+        scores = cast(GroupScores, method.load())(self.model, self.adapter, self.tokens)
+        removed = dict[str, Removed]()
+        try:
+            for name, block in self.adapter.blocks(self.model):
+                if name not in structure.dropped:
+                    groups = self.adapter.groups(block, config)
+                    removed[name] = dict(_lowest(name, groups, structure, scores))
+        except MethodError as error:
+            raise faulty(f"method {method.name}", str(error), "method", "method") from error
+        return removed
 
 
 def _lowest(
-    model: nn.Module,
-    adapter: Adapter,
+    block: str,
+    kinds: Iterable[Groups],
     structure: Structure,
     scores: Mapping[str, Mapping[str, Tensor]],
-) -> dict[str, Removed]:
-    """The groups of the lowest scores of each block."""
-    config: Any = getattr(model, "config", None)
-    removed = dict[str, Removed]()
-    for name, block in adapter.blocks(model):
-        if name in structure.dropped:
-            continue
-        own = dict[str, tuple[int, ...]]()
-        for groups in adapter.groups(block, config):
-            kept = structure.kept.get(groups.kind, groups.count)
-            if kept < groups.count:
-                pattern = ColumnGroups(groups.count, kept, groups.bins)
-                mask = pattern.lowest(_scores_of(scores, name, groups).cpu())
-                own[groups.kind] = tuple(mask.nonzero().squeeze(1).tolist())
-        removed[name] = own
-    return removed
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The groups of the lowest scores of a block, by kind."""
+    for groups in kinds:
+        kept = structure.kept.get(groups.kind, groups.count)
+        if kept < groups.count:
+            pattern = ColumnGroups(groups.count, kept, groups.bins)
+            mask = pattern.lowest(_scores_of(scores, block, groups).cpu())
+            yield groups.kind, tuple(mask.nonzero().squeeze(1).tolist())
 
 
 def _scores_of(scores: Mapping[str, Mapping[str, Tensor]], block: str, groups: Groups) -> Tensor:
