@@ -636,7 +636,7 @@ def test_a_model_with_integers_is_near_the_plain_one(apt, pruned, kind, least):
     # The products round their inputs to 16 bits of the largest one in a group.
     assert torch.allclose(found, expected, atol=2e-3 * float(expected.abs().max()))
     for arguments, text in [
-        (("--quantize", "int3"), "quantize 'int3' is not known"),
+        (("--quantize", "int3"), "quantize 'int3' is not one of"),
         (("--quantize", kind, "--scale-group", 100), "is not a multiple of 64"),
     ]:
         run = apt("pack", path, "-o", "x", *arguments)
@@ -658,7 +658,7 @@ def test_a_quantised_run_is_packed_as_integers_without_loss(apt, checkpoint):
     assert (report["options"]["quantize"], report["options"]["group"]) == ("int4", 64)
     assert apt("verify", "pruned").code == 0
     for arguments, text in [
-        (("--quantize", "int2"), "quantize 'int2' is not known"),
+        (("--quantize", "int2"), "quantize 'int2' is not one of"),
         (("--quantize", "int4", "--scale-group", 32), "is not a multiple of 64"),
     ]:
         refused = apt("prune", checkpoint("llama"), "--sparsity", 0.6, *arguments, "-o", "x")
