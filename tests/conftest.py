@@ -24,7 +24,7 @@ from tests.helpers.processes import forked
 
 disable_progress_bar()  # the command line does that before it imports transformers
 
-pytest_plugins = ["pytester"]
+pytest_plugins = ["pytester", "tests.helpers.durations"]
 
 # CI repeats the same examples: a red run is a change's doing. Elsewhere they are drawn anew.
 settings.register_profile("ci", derandomize=True)
