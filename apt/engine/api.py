@@ -95,8 +95,7 @@ def prune(
 
     Args:
         model: the model.
-        tokens: calibration token ids (samples, seqlen), without padding; see
-            `apt.calibration_tokens`.
+        tokens: calibration token ids (samples, seqlen), see `apt.calibration_tokens`.
         pattern: ``"2:4"``, ``"0.5"`` or 0.5, ``"auto:8@0.5"`` for n:8 with an n of its own for each
             site, or a pattern of `apt.solver`.
         adapter: an adapter or its name; by default the one that serves the model's type.
@@ -107,15 +106,12 @@ def prune(
             `apt.extending.Allocation` or its name. By default ``"auto"`` for mixed n:m, and the
             same for every site otherwise.
         also: kinds of parameters to prune beside the Linears, by their names in the adapter.
-        tokenizer: the model's tokenizer, which gives the special tokens; they never occur among
-            random tokens. By default they are those of the model's configurations.
+        tokenizer: the model's tokenizer, for the special tokens; by default those of its config.
         seed: the seed for the text that the model generates.
-        activations: the place of the calibration activations: ``"memory"``, on the device of the
-            model, or ``"cpu"``, beside a model on a GPU.
+        activations: their place, ``"memory"`` (with the model) or ``"cpu"`` (beside a GPU).
         ranks: the processes that prune together (distributed.md, "From a program"). None prunes in
             this process alone, even if there is a process group.
-        observe: called with every event of `apt.events`, from the thread that prunes. An exception
-            that it raises ends the run, and reaches the caller.
+        observe: called with every event of `apt.events`. An exception of it ends the run.
 
     Returns:
         The record of the run; ``report.sites`` has one entry for each pruned site.
