@@ -1,4 +1,4 @@
-"""What plain option values may be, and what a machine can do."""
+"""What plain values of options may be."""
 
 import subprocess
 import sys
@@ -7,15 +7,10 @@ import typing
 import pytest
 import torch
 
-from apt.distributed.launch import joined
-from apt.engine.machine import check_tokens, choose_device, memory
 from apt.errors import AptError
 from apt.options import PRESETS, CalibrationOptions, DtypeOptions
 from apt.solver import EFFORTS
 from apt.solver.options import Effort
-from tests.helpers import TEXT
-
-Q = ("--samples", 4, "--seqlen", 64, "--method", "wanda", "--calibration", TEXT)
 
 REFUSED = [
     (("prune", "zoo:llama", "--seed", "1" + "0" * 23), "seed 1" + "0" * 23 + " is out of range"),
@@ -85,73 +80,3 @@ def test_no_other_seed_is(seed):
         torch.Generator().manual_seed(seed)
     with pytest.raises(AptError, match="out of range"):
         CalibrationOptions(seed=seed).check()
-
-
-@pytest.mark.filterwarnings("ignore:'mkldnn' is no longer used")
-@pytest.mark.parametrize("name", ["meta", "mkldnn", "xla", "hpu", "", "cuda:99", "gpu"])
-def test_a_device_that_computes_nothing_is_refused(name):
-    with pytest.raises(AptError, match=f"device '{name}' is not available here"):
-        choose_device(name)
-    assert choose_device("cpu") == "cpu"
-
-
-def test_samples_that_no_memory_holds_are_refused_before_any_work(apt):
-    for option in ("--samples", "--own-samples"):
-        run = apt("prune", "zoo:llama", *Q, option, 999_999_999)
-        assert run.code == 2
-        assert "GiB of memory, and there are" in run.err
-        assert len(run.err.splitlines()) == 1
-
-
-def test_samples_are_held_against_memory_by_all_processes_together():
-    total = memory("cpu")
-    check_tokens(1, 2, total // 2, "cpu", 1)
-    with pytest.raises(AptError, match="2 samples of 2 tokens take more than"):
-        check_tokens(2, 2, total // 2, "cpu", 1)
-    check_tokens(2, 2, total // 2, "cpu", 2)
-
-
-@pytest.mark.parametrize(
-    ("variables", "said"),
-    [
-        ({"WORLD_SIZE": "x"}, "WORLD_SIZE is 'x', not a whole number from 1 up"),
-        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0', not a whole number from 1 up"),
-        ({"WORLD_SIZE": "-2"}, "WORLD_SIZE is '-2'"),
-        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but RANK is not set"),
-        ({"WORLD_SIZE": "2", "RANK": "0"}, "but MASTER_ADDR is not set"),
-        ({"WORLD_SIZE": "2", "RANK": "x", "MASTER_ADDR": "h", "MASTER_PORT": "1"}, "RANK is 'x'"),
-        ({"WORLD_SIZE": "2", "RANK": "9", "MASTER_ADDR": "h", "MASTER_PORT": "1"}, "RANK is 9"),
-        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "h", "MASTER_PORT": "p"}, "PORT is 'p'"),
-    ],
-    ids=lambda value: str(value) if isinstance(value, dict) else "",
-)
-def test_nonsense_of_the_environment_is_named(monkeypatch, variables, said):
-    for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(AptError, match=said), joined():
-        pass
-
-
-@pytest.mark.parametrize("per", ["layer", "row"])
-def test_a_sparsity_that_rounds_to_nothing_is_refused(apt, per):
-    run = apt("prune", "zoo:llama", *Q, "--sparsity", "0.000001", "--per", per)
-    assert run.code == 2
-    assert "nothing would be pruned: 1e-06 of the weights of model.layers.0" in run.err
-    assert "rounds to none" in run.err
-
-
-def test_sites_that_lose_nothing_are_counted(apt):
-    # k_proj and v_proj have a third of the weights of q_proj, and round to none.
-    run = apt("inspect", "zoo:llama", "--sparsity", "0.00002", "--samples", 1, "--seqlen", 64)
-    assert run.code == 0
-    assert "sites lose no weight: 2e-05 of the weights of model.layers.0.self_attn." in run.err
-
-
-@pytest.mark.parametrize("positions", [-5, 0, 1])
-@pytest.mark.parametrize("command", ["prune", "eval", "inspect"])
-def test_a_model_without_positions_is_refused(apt, edited, command, positions):
-    run = apt(command, edited("llama", max_position_embeddings=positions))
-    assert run.code == 2
-    assert f"has {positions} positions, and a sample needs at least 2" in run.err
