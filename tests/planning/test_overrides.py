@@ -110,7 +110,7 @@ def test_verify_counts_both_ways(apt):
     Path("out/apt_report.json").unlink()
     assert apt("verify", "out", "--sparsity", 0.5).code == 1
     assert apt("verify", "out", "--sparsity", 0.5, "--at-least").code == 0
-    assert "--at-least needs a pattern" in apt("verify", "out", "--at-least").err
+    assert "at least needs a pattern" in apt("verify", "out", "--at-least").err
 
 
 def test_the_unit_of_an_override_is_that_of_the_run(apt):

@@ -170,7 +170,7 @@ def test_masks_that_move_keep_every_count(pattern):
         counts = [m.view(len(m), -1, size).sum(-1) for m in (mask, after[name])]
         assert torch.equal(*counts), name
     moving = RecoverOptions(steps=2, move_masks=True)
-    with pytest.raises(AptError, match="recovery spp does not use move_masks"):
+    with pytest.raises(AptError, match="recovery spp does not use move masks"):
         library.recover(model, tokens, kind="spp", options=moving)
 
     def adapters(given):
@@ -570,12 +570,12 @@ def test_the_divergence_is_that_of_the_full_vocabulary_and_merges_the_rest():
 
 def test_options_out_of_range_are_errors_that_name_the_option():
     wrong = {
-        "steps": 0, "tokens": 0, "minutes": math.inf, "rate": 0, "batch": 0, "held_back": 1.0,
-        "checks": 0, "patience": 0, "rank": 0, "blocks": 0, "hidden": -1.0, "top": 0,
+        "steps": 0, "tokens": 0, "minutes": math.inf, "rate": 0, "batch": 0, "checks": 0,
+        "validation_share": 1.0, "patience": 0, "rank": 0, "blocks": 0, "hidden": -1.0, "top": 0,
         "dropout": 1.0,
     }  # fmt: skip
     for name, value in wrong.items():
-        with pytest.raises(AptError, match=name) as caught:
+        with pytest.raises(AptError, match=name.replace("_", " ")) as caught:
             RecoverOptions(**{name: value}).check()
         assert name in caught.value.options
     with pytest.raises(AptError, match="exclude each other"):
@@ -588,13 +588,17 @@ def test_an_option_of_another_kind_is_an_error_that_names_its_kinds():
     known = registry().recoveries.specs
     every = {"rank": 4, "dropout": 0.1, "blocks": 1, "move_masks": True, "hidden": 0.5, "top": 8}
     for kind in KINDS:
-        RecoverOptions().check_used(known[kind], known.values())
+        RecoverOptions().check_used(known[kind], known.values(), "recovery")
         for name in every.keys() - {*known[kind].options}:
-            with pytest.raises(AptError, match=f"{kind} does not use {name}") as caught:
-                RecoverOptions(**{name: every[name]}).check_used(known[kind], known.values())
+            with pytest.raises(
+                AptError, match=f"{kind} does not use {name.replace('_', ' ')}"
+            ) as caught:
+                RecoverOptions(**{name: every[name]}).check_used(
+                    known[kind], known.values(), "recovery"
+                )
             assert caught.value.options == (name,)
     spec = replace(known["spp"], options=None)
-    RecoverOptions(**every).check_used(spec, known.values())
+    RecoverOptions(**every).check_used(spec, known.values(), "recovery")
 
 
 def test_what_a_recovery_lacks_is_an_error():
