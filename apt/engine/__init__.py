@@ -1,1 +1,1 @@
-"""A whole run: options, checks before the work, orchestration in memory or streamed."""
+"""One run for all tasks: check, open, read text, change, write, verify, measure, report."""

@@ -14,7 +14,7 @@ from apt.options import PruneOptions, SolveOptions
 from apt.planning.allocation import Allocation, check_allocation, default_allocation, is_needed
 from apt.planning.plan import Plan, Selection, check_rounding, make_plan
 from apt.plugin.registry import Registry
-from apt.plugin.specs import MethodSpec
+from apt.plugin.specs import MethodSpec, ShrinkMethodSpec
 from apt.pruning.layer import Method, Recipe
 from apt.solver import Pattern
 from apt.text.augmentation import Augmentation
@@ -50,9 +50,10 @@ class Dense:
         Raises:
             AptError: an option is out of range, or the method does not use it.
         """
-        known = self.registry.methods.specs.values()
+        smaller = isinstance(method, ShrinkMethodSpec)
+        known: Any = self.registry.shrink_methods if smaller else self.registry.methods
         options.check()
-        options.check_used(method, known, "method")
+        options.check_used(method, known.specs.values(), "method")
         recipe, added = recipe_of(options, method), augmentation_of(options, method, self.samples)
         if options.own_samples is not None or not added.own_samples or writes(self.model):
             return recipe, added
