@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from apt.adapter import Extra, Site
-from apt.cli import app
 from apt.cli.output import show_json
 from apt.cli.progress import PruningProgress
 from apt.events import BlockStarted, SitePruned, Working
@@ -18,6 +17,7 @@ from apt.output.timeline import Timeline
 from apt.planning.plan import Plan, PlannedBlock, PlannedExtra, PlannedSite
 from apt.solver import NM
 from tests.helpers import ROOT, TEXT
+from tests.helpers.commands import commands
 
 SMALL = ("--samples", 4, "--seqlen", 64)
 WANDA = ("prune", "zoo:llama", *SMALL, "--method", "wanda", "--pattern", "2:4", "-o", "out")
@@ -169,14 +169,6 @@ def test_numbers_that_are_none_are_strings(capsys):
     show_json({"a": [float("nan"), float("inf"), -float("inf"), 1.5], "b": (1, None)})
     told = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(name))
     assert told == {"a": ["NaN", "Infinity", "-Infinity", 1.5], "b": [1, None]}
-
-
-def commands():
-    """The subcommands, as typer has them."""
-    from typer.main import get_command
-
-    program = get_command(app)
-    return {name: program.get_command(None, name) for name in program.list_commands(None)}
 
 
 def test_numbers_of_a_report_are_numbers_again():

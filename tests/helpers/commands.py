@@ -5,10 +5,18 @@ from functools import cache
 from typing import get_type_hints
 
 import typer
+from typer.main import get_command
 
+from apt.cli import app
 from apt.cli.from_options import command
 from apt.options import Options
 from apt.plugin.registry import listed_commands
+
+
+def commands():
+    """All subcommands, as typer has them."""
+    program = get_command(app)
+    return {name: program.get_command(None, name) for name in program.list_commands(None)}
 
 
 @cache
@@ -55,9 +63,9 @@ def _parser(name):
 
     take.__signature__ = inspect.signature(act)
     take.__annotations__ = get_type_hints(act)
-    app = typer.Typer(add_completion=False)
-    app.command()(command(take))
-    return typer.main.get_command(app), got
+    program = typer.Typer(add_completion=False)
+    program.command()(command(take))
+    return get_command(program), got
 
 
 def taken(name, arguments):

@@ -5,13 +5,12 @@ import subprocess
 import sys
 
 import pytest
-from typer.main import get_command
 
-from apt.cli import app
 from apt.errors import AptError
 from apt.hookspecs import CommandSpec
 from apt.plugin.commands import OWN
 from apt.plugin.registry import load_registry, registry
+from tests.helpers.commands import commands
 
 PLUGIN = '''"""A command beside one that does not import, and one that typer does not understand."""
 
@@ -76,11 +75,6 @@ def installed(tmp_path, monkeypatch):
     registry.cache_clear()
     for module in ("counting", "heavy"):
         sys.modules.pop(module, None)
-
-
-def commands():
-    program = get_command(app)
-    return {name: program.get_command(None, name) for name in program.list_commands(None)}
 
 
 def test_each_summary_is_the_first_sentence_of_the_help():
