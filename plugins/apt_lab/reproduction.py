@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from apt.options import Declared, PruneRun, ShrinkRun
+from apt.planning.allocation import UNIFORM
 
 _NEVER = ("model", "output", "overwrite", "resume", "pattern", "sparsity", "per", "overrides")
 
@@ -36,7 +37,7 @@ def command_of(report: Mapping[str, Any]) -> str:
 def _words(one: Declared, value: Any) -> Iterator[str]:
     """The words for an option; none for a default that does not depend on others."""
     yes, no = one.flags
-    if value is None or value == one.default or value == []:
+    if value in (None, one.default, []) or (one.name, value) == ("allocation", UNIFORM):
         return
     if one.option.switches:
         yield from (flag for flag, meaning, _ in one.option.switches if meaning == value)
