@@ -43,14 +43,14 @@ def pack_model(run: PackRun, registry: Registry, notice: Notice = lambda line: N
     # Only the blocks are rounded: the language-model head is as it was trained.
     rounds = rounding is not None and not rounding.exact
     names = linear_tensors(skeleton, shards, blocks=rounds)
-    if run.form != "apt" and rounding is None:
+    if run.format != "apt" and rounding is None:
         raise AptError(
-            f"{run.form} stores integers, and {source.reference} was not quantised",
+            f"{run.format} stores integers, and {source.reference} was not quantised",
             "round its weights",
             ("quantize",),
         )
     with whole_directory(run.output, run.overwrite) as work, write_errors(run.output):
-        if run.form != "apt" and rounding is not None:
+        if run.format != "apt" and rounding is not None:
             done = write_compressed_tensors(directory, skeleton, work.out, rounding)
         else:
             done = pack(directory, names, work.out, rounding)

@@ -43,10 +43,10 @@ class PackRun(AdapterOptions, RemoteOptions, WritingOptions, IntegerOptions):
     """The options of ``apt-prune pack``."""
 
     model: str = option("A pruned model: a directory or hub name.", positional=True, place=True)
-    form: Literal["apt", "compressed-tensors"] = option(
+    format: Literal["apt", "compressed-tensors"] = option(
         "apt leaves the zeros out. compressed-tensors keeps them, as integers that vLLM and "
         "transformers open; it needs --quantize, or a model that was pruned with it.",
-        default="apt", flag="--format", metavar="NAME",
+        default="apt", metavar="NAME",
     )  # fmt: skip
 
 

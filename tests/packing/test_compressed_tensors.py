@@ -99,7 +99,7 @@ def test_what_measures_opens_it_and_what_changes_it_does_not(apt, pruned):
         ((), "compressed-tensors stores integers, and zoo:llama was not quantised"),
         (("--quantize", "int4"), "group 128 does not divide matrices of 192 columns"),
         (("--quantize", "int2"), "quantize 'int2' is not one of"),
-        (("--format", "gguf"), "form 'gguf' is not one of apt, compressed-tensors (--format)"),
+        (("--format", "gguf"), "format 'gguf' is not one of apt, compressed-tensors (--format)"),
     ],
 )
 def test_mistakes_are_one_line(apt, arguments, text):
