@@ -65,12 +65,12 @@ matrix: matrix-oldest matrix-newest
 
 matrix-oldest:
 	python3.11 -m venv $(VENV)-oldest
-	$(VENV)-oldest/bin/pip install --quiet --no-compile -e '.[test]' $(OLD_FAMILIES) $(OLDEST)
+	$(VENV)-oldest/bin/pip install --quiet --no-compile -e '.[dev]' $(OLD_FAMILIES) $(OLDEST)
 	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n 2 --dist worksteal --ignore plugins/apt-moe
 
 matrix-newest:
 	python3.13 -m venv $(VENV)-newest
-	$(VENV)-newest/bin/pip install --quiet --no-compile -e '.[test]' $(FAMILIES) $(NEWEST)
+	$(VENV)-newest/bin/pip install --quiet --no-compile -e '.[dev]' $(FAMILIES) $(NEWEST)
 	OMP_NUM_THREADS=1 $(VENV)-newest/bin/python -m pytest -n 2 --dist worksteal
 
 $(VENV)/.runtime: pyproject.toml
