@@ -360,7 +360,7 @@ def _shrunk_in_memory(**arguments: Any) -> Callable[[Path], None]:
     return program
 
 
-def _recovered_in_memory(kind: str) -> Callable[[Path], None]:
+def _recovered_in_memory(kind: str, rate: float | None = None) -> Callable[[Path], None]:
     def program(folder: Path) -> None:
         import json
         from dataclasses import asdict
@@ -371,7 +371,7 @@ def _recovered_in_memory(kind: str) -> Callable[[Path], None]:
         model, tokenizer = embedded("llama")
         tokens = apt.calibration_tokens(tokenizer, samples=4, seqlen=64, seed=1)
         pruned, _ = apt.prune_copy(model, tokens, pattern="2:4", method="wanda")
-        options = apt.RecoverOptions(steps=8, batch=2, rate=1e-2)
+        options = apt.RecoverOptions(steps=8, batch=2, rate=rate)
         training = apt.recover(pruned, tokens, kind=kind, dense=model, options=options, seed=1)
         pruned.save_pretrained(folder / "out")
         (folder / "training.json").write_text(json.dumps(asdict(training)))
@@ -403,7 +403,7 @@ PROGRAMS: dict[str, Callable[[Path], None]] = {
     "program-blocks": _shrunk_in_memory(blocks=3),
     "program-layers": _recovered_in_memory("layers"),
     "program-distill": _recovered_in_memory("distill"),
-    "program-spp": _recovered_in_memory("spp"),
+    "program-spp": _recovered_in_memory("spp", 1e-2),
     "program-text": _own_text,
 }
 """Programs by name; each one gets its folder."""
