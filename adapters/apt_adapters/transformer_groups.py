@@ -24,7 +24,8 @@ def attention_heads(block: nn.Module, config: Any) -> list[Groups]:
     If several query heads share a key/value head, there are two kinds: query heads, of which the
     same number goes from each key/value head, and key/value heads with all their query heads.
     """
-    heads, shared, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    heads, shared = config.num_attention_heads, config.num_key_value_heads
+    size = config.head_dim or config.hidden_size // heads
     queries = heads // shared
     together = [
         *rows(block, _Q, queries * size),
@@ -32,12 +33,17 @@ def attention_heads(block: nn.Module, config: Any) -> list[Groups]:
         *rows(block, _V, size),
         columns(_O, queries * size),
     ]
+    same = {} if config.head_dim else {"head_dim": lambda kept: size}  # Mistral before 5.0
     fields: dict[str, Callable[[int], int]] = {
         "num_attention_heads": lambda kept: kept * queries,
         "num_key_value_heads": int,
+        **same,
     }
     whole = Groups("key-value-heads", shared, (_O,), tuple(together), fields)
     if queries == 1:
         return [Groups("heads", heads, (_O,), tuple(together), fields)]
     parts = (*rows(block, _Q, size), columns(_O, size))
-    return [Groups("heads", heads, (_O,), parts, {"num_attention_heads": int}, shared), whole]
+    return [
+        Groups("heads", heads, (_O,), parts, {"num_attention_heads": int, **same}, shared),
+        whole,
+    ]

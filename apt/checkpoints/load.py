@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from apt.adapter import Adapter
 from apt.checkpoints.architecture import check_kind, quantised_with
@@ -34,7 +34,12 @@ _DAMAGED = "is its config.json damaged?"
 def read_config(source: Source) -> Any:
     """The model's configuration."""
     with _loading(source, _DAMAGED):
-        return without_own_code(AutoConfig.from_pretrained(source.location, **source.options()))
+        config = AutoConfig.from_pretrained(source.location, **source.options())
+        if source.gguf is None and config.model_type in source.location:
+            entries, _ = PretrainedConfig.get_config_dict(source.location, **source.options())
+            if not entries.keys() & {"model_type", "auto_map"}:  # transformers 4 guesses by name
+                raise ValueError("config.json has no model_type")
+        return without_own_code(config)
 
 
 def open_skeleton(

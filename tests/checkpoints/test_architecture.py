@@ -12,7 +12,8 @@ from apt.plugin.registry import registry
 
 ENCODER_DECODERS = ["T5Config", "BartConfig", "WhisperConfig", "MT5Config", "PegasusConfig"]
 ENCODERS = ["BertConfig", "RobertaConfig", "XLMConfig", "ElectraConfig", "ModernBertConfig"]
-OTHERS = ["ViTConfig", "CLIPConfig", "LlavaConfig", "Wav2Vec2Config"]
+OTHERS = ["ViTConfig", "CLIPConfig", "LlavaConfig"]
+(OTHERS if transformers.__version__ >= "5" else ENCODERS).append("Wav2Vec2Config")
 
 
 def refusal(path, adapter=None):

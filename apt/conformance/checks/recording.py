@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
 import torch
@@ -45,8 +46,17 @@ def record(model: nn.Module, blocks: Sequence[nn.Module], tokens: Tensor) -> Rec
     handles = [b.register_forward_pre_hook(before, with_kwargs=True) for b in once]
     handles += [b.register_forward_hook(after) for b in once]
     with removed(handles):
-        model(tokens)
+        uncached(model, tokens)
     return recording
+
+
+def uncached(model: nn.Module, tokens: Tensor) -> Any:
+    """The output of a model without a cache, in which keys would lie otherwise in memory.
+
+    With torch 2.6 the products of attention then differ in the last bit.
+    """
+    known = "use_cache" in signature(model.forward).parameters
+    return model(tokens, use_cache=False) if known else model(tokens)
 
 
 @contextmanager

@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from apt.adapter import Adapter, Call, Site, State
 from apt.calibration.batches import Batch, OpenBlock
+from apt.conformance.checks.recording import uncached
 from apt.conformance.oracle import Oracle, Seen
 from apt.plugin.specs import AdapterSpec
 
@@ -74,7 +74,7 @@ class Subject:
     @torch.no_grad()
     def logits(self, model: nn.Module | None = None) -> Tensor:
         """The logits of the model, or of another one, for the tokens."""
-        output: Any = (model or self.model)(self.tokens)
+        output = uncached(model or self.model, self.tokens)
         logits: Tensor = output if isinstance(output, Tensor) else output.logits
         return logits
 
