@@ -138,7 +138,7 @@ def test_a_disk_that_fills_up_is_told(command, apt, output_of, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "said"),
     [(["--activations", "disk"], "stream the run as well (--activations, --stream)"),
-     (["--activations", "tape", "--stream"], "use memory, cpu, disk (--activations)")],
+     (["--activations", "tape", "--stream"], "is not one of memory, cpu, disk (--activations)")],
 )  # fmt: skip
 def test_where_they_cannot_be(options, said, checkpoint, apt):
     for command in (("prune", "-o", "out"), ("inspect",)):
