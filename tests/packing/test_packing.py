@@ -377,6 +377,7 @@ def test_a_tied_weight_that_is_stored_as_well_stays_dense(apt, pruned, tmp_path)
     assert torch.allclose(found.logits, expected.logits, atol=1e-4)
 
 
+@PLAIN
 def test_a_packed_head_is_left_out_of_the_model_without_it(apt, pruned, tmp_path):
     path = changed(pruned(), tmp_path / "head", lambda t: t["lm_head.weight"][:, ::2].zero_())
     assert apt("pack", path, "-o", "packed").code == 0
