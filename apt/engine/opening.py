@@ -29,18 +29,13 @@ PER_ALLOCATION = {"block": "auto-block", "model": "auto"}
 """The allocations of the units of a sparsity that several sites share."""
 
 
-def hub_of(options: RemoteOptions) -> Hub:
-    """The settings for the hub."""
-    return Hub(options.revision)
-
-
 def find_source(reference: str, options: RemoteOptions, registry: Registry) -> Source:
     """The location of a model. For a model on the hub, the hub is contacted.
 
     Raises:
         AptError: there is no such model.
     """
-    trust, hub = options.trust_remote_code, hub_of(options)
+    trust, hub = options.trust_remote_code, Hub(options.revision)
     return find(reference, registry, trust_remote_code=trust, hub=hub)
 
 
