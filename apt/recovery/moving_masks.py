@@ -1,8 +1,10 @@
 """Masks that move during a training, with exact counts (after RigL, arXiv 1911.11134).
 
 Now and then each row of a weight loses some of its smallest kept weights, and gets back as many
-pruned weights with the largest gradients, which begin at zero. Every row keeps its number of
-pruned weights, and for n:m every group does.
+pruned weights with the largest gradients. Every row keeps its number of pruned weights, and for
+n:m every group does. A weight that comes back begins beside zero, not at zero: it may never get a
+gradient, where the neuron that it feeds has lost all its outputs, and would then be one zero too
+many.
 """
 
 import math
@@ -20,6 +22,7 @@ from apt.checkpoints.masks import MASKS, read_masks, write_masks
 _EXCHANGES = 20
 _SHARE = 0.1  # of the kept weights of a row, in the first exchange; it falls along a cosine
 _UNTIL = 0.75  # of the steps: the last weights that are grown are trained for the rest
+_START = 2.0**-20  # of a weight that comes back: no effect on the loss, and not 0 in float16
 _GROUPS = (2, 4, 8, 16, 32, 64)
 _ALIKE = 0.99  # the least share of the groups that have the same count, in an n:m mask
 
@@ -132,7 +135,10 @@ def _entries(
 def _exchange(
     weight: Tensor, gradient: Tensor, mask: Tensor, group: int | None, share: float
 ) -> int:
-    """Exchange weights in each row of ``mask`` (out, in), in place; the number of exchanges."""
+    """Exchange weights in each row of ``weight`` and ``mask`` (out, in); the number of exchanges.
+
+    Both are changed in place; the weights that are lost are zeroed by the caller.
+    """
     size = weight.abs().masked_fill(mask, torch.inf)
     gain = gradient.abs().masked_fill(~mask, -1)
     kept = int((~mask).sum())
@@ -147,6 +153,8 @@ def _exchange(
     rows = torch.arange(len(mask), device=mask.device).unsqueeze(1).expand_as(dropped)[usable]
     mask[rows, dropped[usable]] = True
     mask[rows, grown[usable]] = False
+    start = torch.full_like(weight[rows, grown[usable]], _START)
+    weight[rows, grown[usable]] = start.copysign(-gradient[rows, grown[usable]])
     return int(usable.sum())
 
 
