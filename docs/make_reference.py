@@ -27,8 +27,8 @@ DECLARED = (
     adapter.Site, adapter.Input, adapter.Extra, adapter.Call, adapter.Groups, adapter.Part,
 )  # fmt: skip
 HELPERS = (
-    adapter.expert_sites, adapter.one_by_one, adapter.WeightTap, adapter.record_calls,
-    adapter.stubbed, adapter.rows, adapter.columns, adapter.expert_groups,
+    adapter.Experts, adapter.one_by_one, adapter.WeightTap, adapter.record_calls,
+    adapter.stubbed, adapter.rows, adapter.columns,
 )  # fmt: skip
 METHODS = (extending.Method,)
 CHOICES = (extending.GroupScores, extending.BlockChoice, extending.loss_without)

@@ -8,7 +8,7 @@ capture misses something.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,11 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from apt.adapter import Call, DecoderAdapter, Site, State, record_calls
+from apt.adapter import Call, DecoderAdapter, Groups, Site, State, one_by_one, record_calls
 from apt.adapter.decoder import members
+from apt.adapter.experts import expert_groups
+from apt.adapter.groups import tensors_of
 from apt.adapter.recording import eval_mode
 from apt.conformance.checks import CHECKS, Nonconformance, Subject
-from apt.conformance.oracle import PRODUCTS, Stream, storage_of
+from apt.conformance.oracle import PRODUCTS, Stream, is_stack, slices_of, storage_of, used_rows
 from apt.errors import AptError, described, first_line
 
 _HINT = "it needs an adapter of its own, see docs/adapters.md"
@@ -58,7 +60,8 @@ class AutoAdapter(DecoderAdapter):
         config = _as_dict(model)  # blocks of equal shapes can be pre-norm and post-norm
         if config != self._config or any(_kind(block) not in self._found for _, block in blocks):
             with eval_mode(model):
-                self._found |= self._examine(_with_values(model), path)
+                filled = _with_distinct_values(model, [block for _, block in blocks])
+                self._found |= self._examine(filled, path)
             self._config = config
         return blocks
 
@@ -72,6 +75,28 @@ class AutoAdapter(DecoderAdapter):
         """The parameters of the block for which no product with the tokens was observed."""
         sites = {site.parameter for site in self.sites(block)}
         return tuple(name for name, _ in block.named_parameters() if name not in sites)
+
+    def groups(self, block: nn.Module, config: Any) -> list[Groups]:
+        """The stacked experts of the block; no other groups."""
+        sites = self.sites(block)
+        stacked = dict.fromkeys(
+            site.parameter for site in sites if site.routed and site.expert is not None
+        )
+        owners = {parameter.rpartition(".")[0] for parameter in stacked}
+        if len(owners) != 1:
+            return []
+        owner = owners.pop()
+        parent, pruned = owner.rpartition(".")[0], {site.parameter for site in sites}
+        beside = [
+            name
+            for name in tensors_of(block)
+            if name.startswith(f"{parent}." if parent else "")
+            and not name.startswith(f"{owner}.")
+            and name not in pruned
+        ]
+        names = [parameter.rpartition(".")[2] for parameter in stacked]
+        found = expert_groups(block, owner, names, beside, config)
+        return [] if found is None else [found]
 
     def enter(self, model: nn.Module, tokens: Tensor) -> tuple[State, list[Call]]:
         """Record every block's call; the first time, check the sites that were found."""
@@ -87,14 +112,16 @@ class AutoAdapter(DecoderAdapter):
         blocks = dict(model.get_submodule(path).named_children())
         device = next(model.parameters()).device
         tokens = torch.arange(16, device=device).view(2, 8)
+        draw = torch.Generator().manual_seed(0)  # a router gives nothing to tokens of zeros
         with _explained(f"{type(model).__name__} with stubs for its blocks"):
             state, calls = record_calls(model, list(blocks.values()), tokens)
         for (name, block), call in zip(blocks.items(), calls, strict=True):
             if _kind(block) in found:
                 continue
-            trace = _Trace(block, state)
-            with _explained(f"{path}.{name} by itself"), trace:
-                self.step(block, state, call)
+            stream = torch.randn(state.shape, generator=draw).to(state)
+            trace = _Trace(block, stream)
+            with _explained(f"{path}.{name} by itself"), one_by_one(block), trace:
+                self.step(block, stream, call)
             sites = trace.sites(tokens.numel())
             _assert_most(f"{path}.{name}", block, sites)
             found[_kind(block)] = sites
@@ -177,7 +204,7 @@ def _zeros(like: Tensor) -> Tensor:
 
 
 def _assert_most(name: str, block: nn.Module, sites: list[Site]) -> None:
-    """Raise if many weights of a block are not sites, as with stacked or routed experts."""
+    """Raise if many weights of a block are not sites."""
     found = {site.parameter for site in sites}
     sizes = {n: p.numel() for n, p in block.named_parameters() if p.ndim > 1}
     left = {n: size for n, size in sizes.items() if n not in found}
@@ -193,8 +220,12 @@ def _assert_most(name: str, block: nn.Module, sites: list[Site]) -> None:
 def _is_matrix(block: nn.Module, name: str) -> bool:
     """True for the weight of a Linear and for stacked matrices; False for a convolution."""
     owner = block.get_submodule(name.rpartition(".")[0])
-    stacked = block.get_parameter(name).ndim > 2 and not isinstance(owner, _CONVOLUTIONS)
+    stacked = block.get_parameter(name).ndim > 2 and not _is_convolution(block, name)
     return stacked or isinstance(owner, nn.Linear)
+
+
+def _is_convolution(block: nn.Module, name: str) -> bool:
+    return isinstance(block.get_submodule(name.rpartition(".")[0]), _CONVOLUTIONS)
 
 
 def _largest_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -217,6 +248,9 @@ def _kind(block: nn.Module) -> Any:
     return type(block), shapes
 
 
+_Key = tuple[str, int | None]  # the path of a parameter, and the index of an expert in a stack
+
+
 @dataclass
 class _Use:
     """The products with one matrix.
@@ -232,36 +266,69 @@ class _Use:
     transposed: bool = False
 
 
-class _Trace(Stream[str]):  # type: ignore[no-untyped-call]
+class _Trace(Stream[_Key]):  # type: ignore[no-untyped-call]
     """Records the inputs of a block's matrices, and the products added to the residual stream."""
 
     def __init__(self, block: nn.Module, stream: Tensor) -> None:
-        matrices = {name: p for name, p in block.named_parameters() if p.ndim == 2}
+        self._tensors = matrices = dict(_matrices(block))
         super().__init__(matrices, stream)
-        self._matrices = {storage_of(p): (name, p) for name, p in matrices.items()}
-        self._uses: dict[str, _Use] = {}
+        self._matrices = {storage_of(p): (key, p) for key, p in matrices.items()}
+        self._lists = {n for n, m in block.named_modules() if isinstance(m, nn.ModuleList)}
+        self._families = _families(matrices, self._lists)
+        self._uses: dict[_Key, _Use] = {}
 
     def sites(self, tokens: int) -> list[Site]:
-        """The matrices that multiply all ``tokens``, once or several times, as sites."""
-        inputs: dict[tuple[Any, ...], tuple[str, int]] = {}
-        found = []
-        for name, use in self._uses.items():
-            if any(rows != tokens for rows in use.rows):
+        """The matrices that multiply all ``tokens``, once or several times, as sites.
+
+        So are those of experts, which multiply every token a number of times together.
+        """
+        whole = {key for key, use in self._uses.items() if set(use.rows) == {tokens}}
+        routed = {
+            key
+            for key in self._uses
+            if not whole.issuperset(self._families[key])
+            and self._share_out(self._families[key], tokens)
+        }
+        names: dict[tuple[Any, ...], str] = {}  # of the inputs
+        orders: dict[str, int] = {}
+        found: dict[_Key, Site] = {}
+        for key, use in self._uses.items():
+            if key in found or key not in whole | routed or self._routes(key, routed):
                 continue  # it multiplies other values, a table of positions for instance
-            short = name.removesuffix(".weight")
-            given, order = inputs.setdefault(use.inputs[0], (short, len(inputs)))
-            found.append(
-                Site(
-                    short,
-                    name,
-                    given,
-                    order,
-                    name in self.added,
-                    use.transposed,
+            name = names.setdefault(use.inputs[0], _short(key))
+            order = orders.setdefault(name, len(orders))
+            if key in routed:
+                found |= _expert_sites(self._families[key], order, use)
+            else:
+                found[key] = Site(
+                    _short(key), key[0], name, order, key in self.added, use.transposed, key[1],
                     calls=len(use.rows),
-                )
-            )
-        return found
+                )  # fmt: skip
+        return list(found.values())
+
+    def _share_out(self, members: Sequence[_Key], tokens: int) -> bool:
+        """True if matrices multiply every token a number of times, all of them together."""
+        rows = sum(sum(self._uses[key].rows) for key in members if key in self._uses)
+        return len(members) > 1 and rows > 0 and rows % tokens == 0
+
+    def _routes(self, key: _Key, routed: Collection[_Key]) -> bool:
+        """True for the weight of a router or of a gate, which is beside experts.
+
+        It has an output for each of them, or one in all.
+        """
+        shape = self._tensors[key].shape
+        outputs = shape[1] if self._uses[key].transposed else shape[0]
+        return key not in routed and any(
+            outputs in (1, len(self._families[other])) and key[0].startswith(self._around(other))
+            for other in routed
+        )
+
+    def _around(self, key: _Key) -> str:
+        """The beginning of the paths of what is beside the experts with a matrix."""
+        experts = _role(key[0], self._lists).partition(".*")[0]
+        if key[1] is not None:
+            experts = experts.rpartition(".")[0]
+        return f"{experts.rpartition('.')[0]}.".lstrip(".")
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -275,13 +342,62 @@ class _Trace(Stream[str]):  # type: ignore[no-untyped-call]
         return result
 
     def _use(self, factor: Tensor, other: Tensor, *, turned: bool) -> None:
-        name, matrix = self._matrices.get(storage_of(factor), (None, None))
-        if factor.ndim == 3 and factor.stride(0) == 0:
-            factor = factor[0]  # one matrix, expanded over the samples
-        if name is None or matrix is None or factor.numel() != matrix.numel():
+        if storage_of(factor) not in self._matrices:
             return
-        weight = factor.transpose(-1, -2) if turned else factor  # as in X Wᵀ: (in, out)
-        use = self._uses.setdefault(name, _Use())
-        use.inputs.append((*storage_of(other), other.numel()))
-        use.rows.append(other.numel() // weight.shape[-2])
-        use.transposed = weight.stride(-1) == 1 and weight.shape[-1] > 1
+        if turned:
+            factor, other = factor.transpose(-1, -2), other.transpose(-1, -2)  # as in X Wᵀ
+        for weight, inputs in slices_of(factor, other):
+            key, matrix = self._matrices.get(storage_of(weight), (None, None))
+            if key is None or matrix is None or weight.numel() != matrix.numel():
+                continue
+            use = self._uses.setdefault(key, _Use())
+            use.inputs.append((*storage_of(inputs), inputs.numel()))
+            use.rows.append(len(used_rows(inputs, is_stack(factor))))
+            use.transposed = weight.stride(-1) == 1 and weight.shape[-1] > 1
+
+
+def _matrices(block: nn.Module) -> Iterator[tuple[_Key, Tensor]]:
+    """The matrices of a block; those of stacked experts one by one."""
+    for name, parameter in block.named_parameters():
+        if parameter.ndim == 2:
+            yield (name, None), parameter
+        elif parameter.ndim == 3 and not _is_convolution(block, name):
+            for expert, weight in enumerate(parameter):
+                yield (name, expert), weight
+
+
+def _families(matrices: Collection[_Key], lists: Collection[str]) -> dict[_Key, list[_Key]]:
+    """For each matrix, those in the same role: the slices of a stack, for instance.
+
+    So are the weights of one path in the members of a ``ModuleList``. Any other one is alone.
+    """
+    families: dict[str, list[_Key]] = {}
+    for key in matrices:
+        families.setdefault(_role(key[0], lists), []).append(key)
+    return {key: members for members in families.values() for key in members}
+
+
+def _role(parameter: str, lists: Collection[str]) -> str:
+    """The path of a parameter, without the index in the innermost ``ModuleList``."""
+    names = parameter.split(".")
+    for place in range(len(names) - 1, 0, -1):
+        if ".".join(names[:place]) in lists:
+            return ".".join([*names[:place], "*", *names[place + 1 :]])
+    return parameter
+
+
+def _expert_sites(members: Sequence[_Key], order: int, use: _Use) -> dict[_Key, Site]:
+    """The routed sites of matrices in the same role; one of them is used like ``use``."""
+    return {
+        (parameter, expert): Site(
+            _short((parameter, expert)), parameter, f"input {order} of {index}", order,
+            transposed=use.transposed, expert=expert, routed=True,
+        )
+        for index, (parameter, expert) in enumerate(members)
+    }  # fmt: skip
+
+
+def _short(key: _Key) -> str:
+    """The name of a site."""
+    name = key[0].removesuffix(".weight")
+    return name if key[1] is None else f"{name}.{key[1]}"

@@ -1,10 +1,8 @@
 """Hybrids of attention and state-space mixers: Jamba and Falcon-H1."""
 
-from typing import Any
-
 from torch import nn
 
-from apt.adapter import Call, Groups, Input, Site, State, expert_groups, expert_sites, one_by_one
+from apt.adapter import Experts, Input
 from apt_adapters.mamba import StateSpaceAdapter
 
 _ATTENTION = (
@@ -17,7 +15,6 @@ _MIXER = (
     Input("time_step", ("mamba.dt_proj",)),
     Input("scanned", ("mamba.out_proj",), residual=True),
 )
-_STACKED = ("gate_up_proj", "down_proj")
 _MLP = (
     Input("mlp", ("feed_forward.gate_proj", "feed_forward.up_proj")),
     Input("neurons", ("feed_forward.down_proj",), residual=True),
@@ -25,14 +22,11 @@ _MLP = (
 
 
 class JambaAdapter(StateSpaceAdapter):
-    """``JambaForCausalLM``: blocks of attention or of Mamba, with an MLP or routed experts.
-
-    The router stays dense.
-    """
+    """``JambaForCausalLM``: blocks of attention or of Mamba, with an MLP or routed experts."""
 
     blocks_path = "model.layers"
     mixer = "mamba"
-    left_dense = ("feed_forward.router",)
+    experts = (Experts("feed_forward.experts", router="feed_forward.router"),)
 
     def positions(self, config: object) -> None:
         """No limit: the model has no position embeddings."""
@@ -40,41 +34,7 @@ class JambaAdapter(StateSpaceAdapter):
     def inputs_of(self, block: nn.Module) -> tuple[Input, ...]:
         """The inputs of a block of its kind: attention or Mamba, with an MLP or experts."""
         inputs = _MIXER if hasattr(block, "mamba") else _ATTENTION
-        return inputs if _experts(block) else inputs + _MLP
-
-    def sites(self, block: nn.Module) -> list[Site]:
-        """The Linears, and two slices of stacked parameters for each expert."""
-        sites, experts = super().sites(block), _experts(block)
-        if experts is not None:
-            order = len(self.inputs_of(block))
-            count = experts.get_parameter("down_proj").shape[0]
-            sites += expert_sites("feed_forward.experts", count, _STACKED, order)
-        return sites
-
-    def groups(self, block: nn.Module, config: Any) -> list[Groups]:
-        """The experts of a block with experts; none in another block."""
-        experts = _experts(block)
-        if experts is None:
-            return []
-        return [
-            expert_groups(
-                "feed_forward.experts",
-                "feed_forward.router.weight",
-                config.num_experts,
-                _STACKED,
-                "num_experts",
-                config.num_experts_per_tok,
-            )
-        ]
-
-    def step(self, block: nn.Module, state: State, call: Call) -> State:
-        """Run the block, with its experts one by one."""
-        with one_by_one(_experts(block)):
-            return super().step(block, state, call)
-
-
-def _experts(block: nn.Module) -> nn.Module | None:
-    return getattr(getattr(block, "feed_forward", None), "experts", None)
+        return inputs if self.experts_of(block) else inputs + _MLP
 
 
 class FalconH1Adapter(StateSpaceAdapter):

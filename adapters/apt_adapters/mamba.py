@@ -5,8 +5,8 @@ are other projections. The weight tap, the default capture of adapters, observes
 this module does not depend on the path of the forward.
 """
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar
 
 from torch import nn
@@ -25,9 +25,11 @@ class StateSpaceAdapter(DecoderAdapter):
 
     mixer: ClassVar[str] = "mixer"
 
-    def running(self, model: nn.Module) -> AbstractContextManager[None]:
+    @contextmanager
+    def running(self, model: nn.Module) -> Iterator[None]:
         """On a CPU, replace the kernels by functions for the CPU."""
-        return on_processor(model)
+        with super().running(model), on_processor(model):
+            yield
 
     def extras(self, block: nn.Module) -> list[Extra]:
         """The convolution, the decays and the skip weights of the mixer."""

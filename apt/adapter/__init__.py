@@ -5,7 +5,7 @@ of Linears whose paths are declared. Adapter packages import everything from thi
 """
 
 from apt.adapter.decoder import DecoderAdapter, Input
-from apt.adapter.experts import expert_groups, expert_sites, one_by_one
+from apt.adapter.experts import Experts, one_by_one
 from apt.adapter.groups import Groups, Part, columns, rows
 from apt.adapter.protocol import Adapter
 from apt.adapter.recording import record_calls, stub_output, stubbed
@@ -13,7 +13,7 @@ from apt.adapter.sites import Call, Effects, Extra, Sink, Site, State
 from apt.adapter.weight_tap import WeightTap
 
 __all__ = [
-    "Adapter", "Call", "DecoderAdapter", "Effects", "Extra", "Groups", "Input", "Part", "Sink",
-    "Site", "State", "WeightTap", "columns", "expert_groups", "expert_sites", "one_by_one",
-    "record_calls", "rows", "stub_output", "stubbed",
+    "Adapter", "Call", "DecoderAdapter", "Effects", "Experts", "Extra", "Groups", "Input", "Part",
+    "Sink", "Site", "State", "WeightTap", "columns", "one_by_one", "record_calls", "rows",
+    "stub_output", "stubbed",
 ]  # fmt: skip

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from apt.adapter.experts import Experts, one_by_one
 from apt.adapter.groups import Groups
 from apt.adapter.recording import record_calls
 from apt.adapter.sites import Call, Effects, Extra, Sink, Site, State
@@ -39,13 +40,15 @@ class DecoderAdapter:
     Attributes:
         blocks_path: the path of the ``ModuleList`` of blocks.
         inputs: the inputs of a block in the order of the forward pass.
+        experts: the routed experts of its blocks; a block may have none of them.
         left_dense: paths within a block of parameters, or of modules with a weight, that are
-            neither site nor extra, for instance a router.
+            neither site nor extra. The routers of ``experts`` need not be listed.
         transposed: types of modules other than Linear whose weight is stored (in, out).
     """
 
     blocks_path: ClassVar[str]
     inputs: ClassVar[tuple[Input, ...]]
+    experts: ClassVar[tuple[Experts, ...]] = ()
     left_dense: ClassVar[tuple[str, ...]] = ()
     transposed: ClassVar[tuple[type[nn.Module], ...]] = ()
 
@@ -63,8 +66,8 @@ class DecoderAdapter:
         return 0 if fused else heads * seqlen
 
     def running(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Change nothing."""
-        return nullcontext()
+        """Multiply the experts one after the other, see `one_by_one`."""
+        return one_by_one(model)
 
     def blocks(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         """The modules in the list at ``blocks_path``."""
@@ -82,12 +85,25 @@ class DecoderAdapter:
         """``inputs``; override this if the model has blocks of several kinds."""
         return self.inputs
 
+    def experts_of(self, block: nn.Module) -> list[Experts]:
+        """Those of ``experts`` that the block has."""
+        paths = dict(block.named_modules())
+        return [experts for experts in self.experts if experts.path in paths]
+
+    def left_dense_of(self, block: nn.Module) -> tuple[str, ...]:
+        """``left_dense``, and the routers of the experts that the block has."""
+        return (*self.left_dense, *(experts.router for experts in self.experts_of(block)))
+
     def sites(self, block: nn.Module) -> list[Site]:
-        """The declared Linears, checked against the module tree."""
+        """The declared Linears, checked against the module tree, and the declared experts."""
+        experts, left = self.experts_of(block), self.left_dense_of(block)
+        inside = tuple(f"{path}." for path in (*left, *(each.path for each in experts)))
         present = {
             name: module
             for name, module in block.named_modules()
-            if isinstance(module, (nn.Linear, *self.transposed)) and name not in self.left_dense
+            if isinstance(module, (nn.Linear, *self.transposed))
+            and name not in left
+            and not name.startswith(inside)
         }
         inputs = self.inputs_of(block)
         names = {linear for entry in inputs for linear in entry.linears}
@@ -114,7 +130,10 @@ class DecoderAdapter:
                     entry.residual,
                     isinstance(present[linear], self.transposed),
                 )
-        return list(declared.values())
+        sites = list(declared.values())
+        for each in experts:
+            sites += each.sites(block, 1 + max((site.order for site in sites), default=-1))
+        return sites
 
     def extras(self, block: nn.Module) -> list[Extra]:
         """No extras."""
@@ -127,8 +146,8 @@ class DecoderAdapter:
         return nullcontext()
 
     def groups(self, block: nn.Module, config: Any) -> list[Groups]:
-        """No groups."""
-        return []
+        """The experts of the block; no other groups."""
+        return [groups for each in self.experts_of(block) for groups in each.groups(block, config)]
 
     def enter(self, model: nn.Module, tokens: Tensor) -> tuple[State, list[Call]]:
         """Record the call of every block in one run of the model with stubs for blocks."""

@@ -1,16 +1,80 @@
-"""Stacked experts: three-dimensional parameters whose slices are the weights of the experts."""
+"""Experts: weights of which a router gives each token a few."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from apt.adapter.groups import Groups, Part
+from apt.adapter.groups import Groups, Part, tensors_of
 from apt.adapter.sites import Site
+from apt.field_types import check_fields
+
+# The fields of configurations that have these numbers, in the order in which they are looked up.
+_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_PICKED = (
+    "num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts", "moe_k",
+    "num_experts_per_token",
+)  # fmt: skip
 
 
-def expert_sites(path: str, experts: int, parameters: Sequence[str], order: int) -> list[Site]:
+@dataclass(frozen=True)
+class Experts:
+    """The routed experts of a block, for `DecoderAdapter.experts`.
+
+    Their weights are the slices of stacked parameters (experts, …), as in transformers 5, or those
+    of the members of a ``ModuleList``, as in earlier releases. What is beside them, such as a
+    shared expert, is declared like any other Linear.
+
+    Args:
+        path: the path within the block of the module that owns the experts.
+        router: the path within the block of the router, which stays dense.
+        stacked: the names of the stacked parameters, in the order in which they are multiplied.
+        linears: the names of the Linears of one member of a ``ModuleList``, in the order in which
+            they are multiplied; those in one tuple share their input.
+        transposed: True if the slices of the stacked parameters are stored (in, out).
+    """
+
+    path: str
+    router: str
+    stacked: tuple[str, ...] = ("gate_up_proj", "down_proj")
+    linears: tuple[tuple[str, ...], ...] = (("gate_proj", "up_proj"), ("down_proj",))
+    transposed: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @property
+    def name(self) -> str:
+        """Its path."""
+        return self.path
+
+    def sites(self, block: nn.Module, order: int) -> list[Site]:
+        """The sites of all experts, the first of which are multiplied in ``order``."""
+        owner = block.get_submodule(self.path)
+        if isinstance(owner, nn.ModuleList):
+            return listed_sites(self.path, len(owner), self.linears, order)
+        count = len(block.get_parameter(f"{self.path}.{self.stacked[0]}"))
+        return expert_sites(self.path, count, self.stacked, order, transposed=self.transposed)
+
+    def groups(self, block: nn.Module, config: Any) -> list[Groups]:
+        """The experts as groups; none in a ``ModuleList``, whose members have other names."""
+        if isinstance(block.get_submodule(self.path), nn.ModuleList):
+            return []
+        parent = self.path.rpartition(".")[0]
+        beside = [
+            name
+            for name in tensors_of(block)
+            if name.startswith(f"{self.router}.") or name.rpartition(".")[0] == parent
+        ]
+        found = expert_groups(block, self.path, self.stacked, beside, config)
+        return [] if found is None else [found]
+
+
+def expert_sites(
+    path: str, experts: int, parameters: Sequence[str], order: int, *, transposed: bool = False
+) -> list[Site]:
     """A site for each slice of stacked parameters, each with an input of its own.
 
     Args:
@@ -18,59 +82,96 @@ def expert_sites(path: str, experts: int, parameters: Sequence[str], order: int)
         experts: the number of experts.
         parameters: the parameters' names, in the order in which they are multiplied.
         order: the order of the first parameter's sites.
+        transposed: True if the slices are stored (in, out).
     """
     return [
         Site(
             f"{path}.{name}.{expert}", f"{path}.{name}", f"{name} of {expert}", order + place,
-            expert=expert, routed=True,
+            transposed=transposed, expert=expert, routed=True,
         )
         for expert in range(experts)
         for place, name in enumerate(parameters)
     ]  # fmt: skip
 
 
+def listed_sites(
+    path: str, experts: int, linears: Sequence[Sequence[str]], order: int
+) -> list[Site]:
+    """A site for each Linear of the experts in a ``ModuleList``; see `Experts.linears`."""
+    return [
+        Site(
+            f"{path}.{expert}.{name}", f"{path}.{expert}.{name}.weight",
+            f"{' and '.join(names)} of {expert}", order + place, routed=True,
+        )
+        for expert in range(experts)
+        for place, names in enumerate(linears)
+        for name in names
+    ]  # fmt: skip
+
+
 def expert_groups(
-    path: str, router: str, experts: int, parameters: Sequence[str], field: str, least: int
-) -> Groups:
-    """The experts of a block, as groups.
+    block: nn.Module, path: str, stacked: Sequence[str], beside: Iterable[str], config: Any
+) -> Groups | None:
+    """The experts of a block, as groups; None if the configuration's number of experts differs.
+
+    If a router selects among groups of experts first (``n_group``), each of these is a bin.
 
     Args:
         path: the path within the block of the module that owns the stacked parameters.
-        router: the path of the router's weight (experts, hidden).
-        experts: the number of experts.
-        parameters: the parameters' names, the last of which produces the output.
-        field: the configuration's number of experts.
-        least: the number of experts that a token is sent to.
+        stacked: the parameters' names, the last of which produces the output.
+        beside: the paths of the router's parameters and buffers.
+        config: the model's configuration.
     """
-    stacked = [Part(f"{path}.{name}") for name in parameters]
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    tensors, output = tensors_of(block), f"{path}.{stacked[-1]}"
+    count = len(tensors[output])
+    field = next((name for name in _COUNTS if getattr(config, name, None) == count), None)
+    if field is None:
+        return None
+    inside = [name for name in tensors if name.startswith(f"{path}.")]
+    parts = [Part(name) for name in (*inside, *beside) if _counts(tensors[name], count)]
+    outputs = [part for part in parts if part.parameter.startswith(output)]  # a bias as well
+    bins = getattr(config, "n_group", None) or 1
     return Groups(
-        "experts",
-        experts,
-        (),
-        (*stacked, Part(router)),
-        {field: int},
-        least=least,
-        outputs=(stacked[-1],),
-        routed=True,
-    )
+        "experts", count, (), tuple(parts), {field: int}, bins, _least(config, bins),
+        tuple(outputs), routed=True,
+    )  # fmt: skip
+
+
+def _counts(tensor: Tensor, count: int) -> bool:
+    """True if a tensor has an entry for each of ``count`` experts."""
+    return tensor.ndim > 0 and len(tensor) == count
+
+
+def _least(config: Any, bins: int) -> int:
+    """The least number of experts of which a router can select as many as it does.
+
+    A router that selects groups of experts scores them by the best two of each.
+    """
+    picked = next((n for name in _PICKED if (n := getattr(config, name, None))), 1)
+    selected = getattr(config, "topk_group", None) or bins
+    return max(-(-picked // selected), 2 if bins > 1 else 1) * bins
 
 
 @contextmanager
-def one_by_one(experts: nn.Module | None) -> Iterator[None]:
-    """Inside the context, multiply expert by expert.
+def one_by_one(model: nn.Module) -> Iterator[None]:
+    """Inside the context, the experts of a model or a block are multiplied one after the other.
 
-    Grouped kernels multiply all slices in one call, which the weight tap cannot observe.
-
-    Args:
-        experts: the module of the experts, as in transformers 5; None has no effect.
+    Grouped kernels of transformers 5 multiply all slices in one call, which the weight tap cannot
+    observe.
     """
-    if experts is None:
-        yield
-        return
-    config: Any = experts.config
-    before = config._experts_implementation
-    config._experts_implementation = "eager"
+    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    configs = {id(config): config for config in found if _dispatches(config)}
+    before = {key: config._experts_implementation for key, config in configs.items()}
     try:
+        for config in configs.values():
+            config._experts_implementation = "eager"
         yield
     finally:
-        config._experts_implementation = before
+        for key, config in configs.items():
+            config._experts_implementation = before[key]
+
+
+def _dispatches(config: Any) -> bool:
+    """True if a configuration selects the kernels of experts."""
+    return hasattr(config, "_experts_implementation")

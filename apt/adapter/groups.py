@@ -14,7 +14,7 @@ class Part:
     Group ``g`` has the entries ``start + g * each`` to ``start + (g + 1) * each - 1``.
 
     Args:
-        parameter: the path of the parameter within the block.
+        parameter: the path within the block of the parameter, or of a buffer that is stored.
         dim: the dimension of the parameter in which the entries are.
         each: the number of consecutive entries of one group.
         start: the first entry of the first group.
@@ -81,6 +81,11 @@ def entries(part: Part, group: int) -> slice:
     return slice(first, first + part.each)
 
 
+def tensors_of(block: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers of a block by path: what the parts of groups can name."""
+    return dict(block.named_parameters()) | dict(block.named_buffers())
+
+
 def disconnect(parameters: Mapping[str, Tensor], groups: Groups, removed: Sequence[int]) -> None:
     """Set the outputs of some groups without readers to zero, in the parameters by path."""
     for part in groups.outputs:
@@ -104,10 +109,13 @@ Removal = tuple[Groups, Sequence[int]]
 
 
 def without(parameters: Mapping[str, Tensor], removals: Sequence[Removal]) -> dict[str, Tensor]:
-    """Smaller copies of the parameters that change, by path, of a block without some groups."""
+    """Smaller copies of the parameters that change, by path, of a block without some groups.
+
+    Parts of tensors that are not among ``parameters``, such as buffers, are ignored.
+    """
     kept: dict[str, dict[int, Tensor]] = {}
     for groups, removed in removals:
-        for part in groups.parts:
+        for part in (part for part in groups.parts if part.parameter in parameters):
             dims = kept.setdefault(part.parameter, {})
             length = parameters[part.parameter].shape[part.dim]
             mask = dims.setdefault(part.dim, torch.ones(length, dtype=torch.bool))

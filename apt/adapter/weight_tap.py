@@ -20,10 +20,12 @@ _FACTORS: dict[Any, tuple[int, int]] = {
     torch.matmul: (0, 1),
     torch.mm: (0, 1),
     torch.addmm: (1, 2),
+    torch.bmm: (0, 1),
     Tensor.matmul: (0, 1),
     Tensor.__matmul__: (0, 1),
     Tensor.__rmatmul__: (1, 0),
     Tensor.mm: (0, 1),
+    Tensor.bmm: (0, 1),
     Tensor.addmm: (1, 2),
 }
 _KEYWORDS = ("input", "self", "mat1", "weight", "mat2", "other")  # in the order of positions
@@ -33,7 +35,9 @@ class WeightTap(TorchFunctionMode, Generic[K]):
     """Inside the context, pass the other factor of every product with a watched weight to ``sink``.
 
     A watched weight is recognised by its storage, so views and transposes of it are recognised too.
-    The factor is passed as (..., in), from either side of the product. The tap misses products
+    The factor is passed as (..., in), from either side of the product. A product with a whole stack
+    of weights (experts, …) is one with each of them. Rows of zeros are then left out: a router
+    gives a token to some experts by multiplying it by zero for all others. The tap misses products
     with a copy of the weight (by autocast, parametrizations or ``torch.compile``). Callers must
     assert that every weight was seen.
 
@@ -57,10 +61,18 @@ class WeightTap(TorchFunctionMode, Generic[K]):
         return func(*args, **kwargs)
 
     def _report(self, left: Any, right: Any) -> None:
-        if (key := self._find(right)) is not None:
+        if self._is_stack(right):
+            for rows, weight in zip(left.expand(len(right), -1, -1), right, strict=True):
+                self._report(rows[rows.any(-1)], weight)
+        elif (key := self._find(right)) is not None:
             self._sink(key, left)
         elif (key := self._find(left)) is not None:
             self._sink(key, right.transpose(-1, -2))
+
+    def _is_stack(self, factor: Any) -> bool:
+        """True for a tensor (experts, …) whose first slice is a watched weight."""
+        stacked = isinstance(factor, Tensor) and factor.ndim == 3 and len(factor) > 1
+        return stacked and factor.stride(0) != 0 and self._find(factor[0]) is not None
 
     def _find(self, factor: Any) -> K | None:
         """The key of the weight that equals ``factor`` or its transpose; None if there is none."""

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from apt.adapter import Adapter, Groups
-from apt.adapter.groups import Removal, without
+from apt.adapter.groups import Removal, tensors_of, without
 from apt.checkpoints.copies import copy_files, side_files
 from apt.checkpoints.offload import StoredBlocks
 from apt.checkpoints.opened import Opened
@@ -45,7 +45,7 @@ def shrunk(
     kept = ((name, block) for name, block in blocks if name not in dropped)
     for (place, _), (name, block) in zip(blocks, kept, strict=False):
         removals = _removals(adapter, model.config, block, removed.get(name, {}))
-        own = dict(block.state_dict()) | without(dict(block.named_parameters()), removals)
+        own = dict(block.state_dict()) | without(tensors_of(block), removals)
         state |= {f"{place}.{path}": tensor for path, tensor in own.items()}
     return _built(type(model), config, state, model)
 
@@ -107,8 +107,8 @@ def _stored_parts(
     inside = {
         piece.key
         for name, block in skeleton.adapter.blocks(skeleton.module)
-        for path, _ in block.named_parameters()
-        for piece in layout[f"{name}.{path}"]
+        for path in tensors_of(block)
+        for piece in layout.get(f"{name}.{path}", ())
     }
     yield {key: shards.read(key) for key in shards.entries if key not in inside}
     kept = (planned for planned in plan.blocks if not planned.dropped)
@@ -117,7 +117,7 @@ def _stored_parts(
         with masked.open(planned.name) as block:
             removed = removed_groups(skeleton.adapter, skeleton.config, block, planned)
             removals = _removals(skeleton.adapter, skeleton.config, block, removed)
-            own = dict(block.named_parameters())
+            own = {p: t for p, t in tensors_of(block).items() if f"{planned.name}.{p}" in layout}
             for path, tensor in (own | without(own, removals)).items():
                 dtype = shards.entries[layout[f"{planned.name}.{path}"][0].key].dtype
                 key = layout[f"{place.name}.{path}"][0].key

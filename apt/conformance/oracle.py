@@ -4,7 +4,7 @@ Every matrix product calls one of a few operators. There a weight is recognised 
 however the product is written. The strides of the factor give the orientation of the stored weight.
 """
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -75,18 +75,45 @@ class Oracle(TorchDispatchMode, Generic[K]):  # type: ignore[no-untyped-call]
 
     def _record(self, factor: Tensor, other: Tensor, rows: Callable[[Tensor], Tensor]) -> None:
         """Record a product if ``factor`` is a watched weight; ``rows`` gives the form ``X Wᵀ``."""
-        key, weight = self._weights.get(storage_of(factor), (None, None))
-        if factor.ndim == 3 and factor.stride(0) == 0:
-            factor = factor[0]  # one matrix for all samples
-        if key is None or weight is None or factor.numel() != weight.numel():
+        if storage_of(factor) not in self._weights:
             return
-        inputs, turned = rows(other), rows(factor)
-        seen = self.seen.setdefault(key, Seen(first=self._products))
-        seen.inputs.append(inputs.reshape(-1, inputs.shape[-1]).double())
-        if min(turned.shape[-2:]) > 1:
-            seen.stored.append(turned.stride(-1) == 1)  # (in, out), and contiguous along out
-        else:
-            seen.stored.append(None)
+        for weight, inputs in slices_of(rows(factor), rows(other)):
+            key, watched = self._weights.get(storage_of(weight), (None, None))
+            if key is None or watched is None or weight.numel() != watched.numel():
+                continue
+            seen = self.seen.setdefault(key, Seen(first=self._products))
+            seen.inputs.append(used_rows(inputs, is_stack(factor)).double())
+            if min(weight.shape) > 1:
+                seen.stored.append(weight.stride(-1) == 1)  # (in, out), and contiguous along out
+            else:
+                seen.stored.append(None)
+
+
+def slices_of(factor: Tensor, inputs: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The weights (in, out) in one factor of a product, with their inputs (…, in).
+
+    A factor of three dimensions is one matrix, expanded over the samples, or a stack of experts.
+    """
+    if factor.ndim == 2:
+        yield factor, inputs
+    elif is_stack(factor):
+        yield from zip(factor, inputs, strict=True)
+    else:
+        yield factor[0], inputs
+
+
+def is_stack(factor: Tensor) -> bool:
+    """True for several matrices in one factor, False for one that is expanded over samples."""
+    return factor.ndim == 3 and len(factor) > 1 and factor.stride(0) != 0
+
+
+def used_rows(inputs: Tensor, stacked: bool) -> Tensor:
+    """The rows (tokens, in) of a weight's inputs, for a stack those that are not zero.
+
+    A router gives a token to some experts by multiplying it by zero for all others.
+    """
+    rows = inputs.reshape(-1, inputs.shape[-1])
+    return rows[rows.any(-1)] if stacked else rows
 
 
 class Stream(TorchDispatchMode, Generic[K]):  # type: ignore[no-untyped-call]

@@ -1,6 +1,8 @@
 """The adapter that finds out by itself: as declared where that is known, conforming elsewhere."""
 
 import copy
+from functools import partial
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -26,6 +28,7 @@ from tests.helpers.families import (
     random_tokens,
 )
 
+STACKED = find_spec("transformers.integrations.moe") is not None  # from transformers 5 on
 AUTO = registry().adapters.get("auto").load()
 TOKENS = random_tokens(2, 16)
 _WIDE = {"intermediate_size": 64, "num_key_value_heads": 2, **_SMALL, **_HEADS, **_IDS}
@@ -43,13 +46,43 @@ OTHERS = {
     "Mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64, "vocab_size": 2048},
     "GPTNeoX": {k: v for k, v in _WIDE.items() if k != "num_key_value_heads"},
 }
+EXPERTS = {
+    "Mixtral": False,
+    "Qwen2Moe": False,
+    "DeepseekV3": False,
+    "GptOss": True,
+    "Llama4Text": True,
+}
+"""Families with stacked experts; True if the slices are stored (in, out)."""
+if STACKED:  # by the transformers that is installed
+    _MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 16, **_WIDE}
+    OTHERS |= {
+        "Mixtral": {"num_local_experts": 4, **_WIDE},
+        "Qwen2Moe": {
+            "num_experts": 4, "shared_expert_intermediate_size": 16, "mlp_only_layers": [0], **_MOE
+        },
+        "DeepseekV3": {
+            **_MOE, "num_key_value_heads": 4, "n_routed_experts": 8, "n_group": 2, "topk_group": 1,
+            "first_k_dense_replace": 1, "q_lora_rank": 16, "kv_lora_rank": 8, "v_head_dim": 8,
+            "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "n_shared_experts": 1,
+        },
+        "GptOss": {"num_local_experts": 4, "head_dim": 8, **_MOE},
+        "Llama4Text": {
+            "num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 64,
+            "head_dim": 8, "interleave_moe_layer_step": 2, **_WIDE, "num_hidden_layers": 4,
+        },
+    }  # fmt: skip
 
 
 def of(name, device="cpu"):
     torch.manual_seed(0)
     with torch.device(device):
         config = getattr(transformers, f"{name}Config")(**copy.deepcopy(OTHERS[name]))
-        return AutoModelForCausalLM.from_config(config).eval()
+        model = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        if parameter.ndim == 3:  # llama4 leaves its experts as they are
+            nn.init.normal_(parameter, std=0.05)
+    return model
 
 
 def essentials(sites: list[Site]):
@@ -62,7 +95,7 @@ def essentials(sites: list[Site]):
     return sorted(sorted(group) for group in inputs.values())
 
 
-@pytest.mark.parametrize("variant", [name for name in CONFIGS if name != "jamba"])  # experts
+@pytest.mark.parametrize("variant", CONFIGS)
 def test_it_finds_what_the_shipped_adapters_declare(variant):
     model, auto = random_model(variant), AUTO()
     theirs = adapter_of(model)
@@ -71,7 +104,7 @@ def test_it_finds_what_the_shipped_adapters_declare(variant):
         assert essentials(auto.sites(block)) == essentials(theirs.sites(block))
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", [n for n in OTHERS if n not in ("Mixtral", "Qwen2Moe")])
 def test_it_conforms_on_families_without_an_adapter(name):
     model = of(name)
     problems = {o.name: o.problem for o in check_adapter(AUTO(), model, TOKENS)}
@@ -95,15 +128,41 @@ def test_it_prunes(tmp_path):
     assert len(report.sites) == 12
 
 
-@pytest.mark.parametrize("width", [64, 8], ids=["most of a block", "less than half"])
-def test_experts_are_refused(width):
-    sizes = {**_WIDE, "intermediate_size": width}
-    config = transformers.MixtralConfig(num_local_experts=4, **sizes)
-    model = AutoModelForCausalLM.from_config(config).eval()
+def test_experts_of_a_product_that_is_not_read_are_refused():
+    """Slices that are copied before they are multiplied cannot be observed."""
+    model = of("Mixtral")
+    for block in model.model.layers:
+        block.mlp.experts.forward = partial(_copied, block.mlp.experts)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(AptError, match=r"found no input of model\.layers\.0\.\S*experts"):
         library.prune(model, TOKENS, pattern="2:4", adapter="auto")
     assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+
+
+def _copied(experts, states, index, weights):
+    """Every expert on every token, by copies of their weights."""
+    up = torch.einsum("th,eoh->teo", states, experts.gate_up_proj)
+    gate, up = up.chunk(2, -1)
+    return torch.einsum("tei,ehi->th", gate * up, experts.down_proj)
+
+
+@pytest.mark.parametrize("name", [name for name in OTHERS if name in EXPERTS])
+def test_experts_are_pruned_and_their_routers_are_not(name):
+    model = of(name)
+    before = copy.deepcopy(model.state_dict())
+    report = library.prune(model, random_tokens(4, 32), pattern="2:4", adapter="auto")
+    assert report.sparsity == 0.5
+    after = model.state_dict()
+    stacks = [n for n in after if n.endswith(("experts.gate_up_proj", "experts.down_proj"))]
+    for stack in stacks:
+        weight = after[stack].movedim(1 + EXPERTS[name], -1)
+        assert ((weight.unflatten(-1, (-1, 4)) != 0).sum(-1) == 2).all()
+    changed = {n for n in after if not torch.equal(after[n], before[n])}
+    assert stacks
+    assert changed >= set(stacks)
+    assert not [
+        n for n in changed if "gate.weight" in n or "router" in n or "shared_expert_gate" in n
+    ]
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

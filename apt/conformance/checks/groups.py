@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from apt.adapter import Adapter, Groups, Site
-from apt.adapter.groups import disconnect
+from apt.adapter.groups import disconnect, tensors_of
 from apt.checkpoints.smaller import shrunk
 from apt.conformance.checks.promise import Fault, Faults, promise
 from apt.conformance.checks.subject import Subject
@@ -42,7 +42,7 @@ def check_groups(subject: Subject) -> Faults:
 
 def _misdeclared(name: str, block: nn.Module, groups: Groups, sites: dict[str, Site]) -> Faults:
     """Faults of a declaration by itself."""
-    parameters = dict(block.named_parameters())
+    parameters = tensors_of(block)
     for part in (*groups.parts, *groups.outputs):
         if part.parameter not in parameters:
             said = f": {groups.kind} have a part in {part.parameter}, which is no parameter of it"
@@ -160,7 +160,7 @@ def _mask(
     routers = list[tuple[Tensor, list[int]]]()
     for name, block in adapter.blocks(model):
         sites = {site.name: site for site in adapter.sites(block)}
-        parameters = dict(block.named_parameters())
+        parameters = tensors_of(block)
         for groups in adapter.groups(block, model.config):
             if groups.kind != kind:
                 continue

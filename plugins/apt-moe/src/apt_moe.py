@@ -4,17 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from apt.adapter import (
-    Call,
-    DecoderAdapter,
-    Groups,
-    Input,
-    Site,
-    State,
-    expert_groups,
-    expert_sites,
-    one_by_one,
-)
+from apt.adapter import DecoderAdapter, Experts, Input
 from apt.hookspecs import AdapterSpec, hookimpl
 
 APT_API = 1
@@ -23,7 +13,6 @@ _ATTENTION = (
     Input("attention", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
     Input("heads", ("self_attn.o_proj",), residual=True),
 )
-_STACKED = ("gate_up_proj", "down_proj")
 _DENSE = (
     Input("mlp", ("mlp.gate_proj", "mlp.up_proj")),
     Input("neurons", ("mlp.down_proj",), residual=True),
@@ -34,37 +23,11 @@ class Qwen3MoeAdapter(DecoderAdapter):
     """``Qwen3MoeForCausalLM``. The router is left dense."""
 
     blocks_path = "model.layers"
-    left_dense = ("mlp.gate",)
+    experts = (Experts("mlp.experts", router="mlp.gate"),)
 
     def inputs_of(self, block: nn.Module) -> tuple[Input, ...]:
         """The inputs of a block with experts or with a plain MLP."""
-        return _ATTENTION if _experts(block) else _ATTENTION + _DENSE
-
-    def sites(self, block: nn.Module) -> list[Site]:
-        """The Linears, and two sites for each expert."""
-        sites, experts = super().sites(block), _experts(block)
-        if experts is not None:
-            sites += expert_sites("mlp.experts", experts.num_experts, _STACKED, order=2)
-        return sites
-
-    def groups(self, block: nn.Module, config: Any) -> list[Groups]:
-        """The experts of a block with experts; none in another block."""
-        if _experts(block) is None:
-            return []
-        count, least = config.num_experts, config.num_experts_per_tok
-        return [
-            expert_groups("mlp.experts", "mlp.gate.weight", count, _STACKED, "num_experts", least)
-        ]
-
-    def step(self, block: nn.Module, state: State, call: Call) -> State:
-        """Run the block, one expert at a time."""
-        with one_by_one(_experts(block)):
-            return super().step(block, state, call)
-
-
-def _experts(block: nn.Module) -> Any:
-    """The experts; None if the block has a plain MLP, or is one of another family."""
-    return getattr(getattr(block, "mlp", None), "experts", None)
+        return _ATTENTION if self.experts_of(block) else _ATTENTION + _DENSE
 
 
 def example(**options: Any) -> Any:
