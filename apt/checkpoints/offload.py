@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from apt.checkpoints.opened import Opened
+from apt.checkpoints.pieces import Layout, read_parameter, write_parameters
 from apt.checkpoints.safetensors_io import Shards
 from apt.checkpoints.skeletons import skeleton_module
-from apt.checkpoints.stored import Layout, pruned_of
+from apt.checkpoints.stored import pruned_of
 from apt.errors import AptError
 from apt.planning.plan import PlannedBlock
 
@@ -67,19 +68,10 @@ class StoredBlocks:
         """The parameters of a block; raises `AptError` if a value is not finite."""
         pinned, read = self._device.startswith("cuda"), {}
         for path, parameter in self._blocks[name].named_parameters():
-            tensor = self._parameter(f"{name}.{path}", parameter.shape)
+            pieces = self._layout[f"{name}.{path}"]
+            tensor = cast(read_parameter(pieces, parameter.shape, self._shards), self._dtype)
             read[path] = tensor.pin_memory() if pinned else tensor
         return read
-
-    def _parameter(self, name: str, shape: torch.Size) -> Tensor:
-        """A parameter, assembled from its tensors."""
-        pieces = self._layout[name]
-        if len(pieces) == 1:
-            return cast(self._shards.read_finite(pieces[0].key), self._dtype)
-        whole = torch.empty(shape, dtype=self._shards.entries[pieces[0].key].dtype)
-        for piece in pieces:
-            whole[piece.part] = self._shards.read_finite(piece.key)
-        return cast(whole, self._dtype)
 
     def restore(self, name: str) -> None:
         """Read the parameters of a block that is in memory from the checkpoint again."""
@@ -87,11 +79,9 @@ class StoredBlocks:
 
     def write(self, name: str, paths: Iterable[str]) -> None:
         """Write these parameters of a block that is in memory to the checkpoint."""
-        self._shards.write(
-            (piece.key, self._blocks[name].get_parameter(path)[piece.part])
-            for path in paths
-            for piece in self._layout[f"{name}.{path}"]
-        )
+        block = self._blocks[name]
+        parameters = ((self._layout[f"{name}.{p}"], block.get_parameter(p)) for p in paths)
+        write_parameters(parameters, self._shards)
 
     def round(self, name: str, paths: Iterable[str]) -> None:
         """Round these parameters of a block that is in memory to the values that `write` stores."""
@@ -134,8 +124,12 @@ def assemble(
     )
     blocks = skeleton.adapter.blocks(module)
     inside = {f"{name}.{path}" for name, block in blocks for path, _ in block.named_parameters()}
-    given = {n: layout[n][0].key for n in module.state_dict() if n in layout and n not in inside}
-    tensors = {n: cast(shards.read_finite(key), dtype) for n, key in given.items()}
+    state = module.state_dict()
+    given = {name: layout[name] for name in state if name in layout and name not in inside}
+    tensors = {
+        name: cast(read_parameter(pieces, state[name].shape, shards), dtype)
+        for name, pieces in given.items()
+    }
     module.load_state_dict(tensors, strict=False, assign=True)
     module.tie_weights()
     with _without_blocks(module, blocks[0][0].rpartition(".")[0]):

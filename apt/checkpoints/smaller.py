@@ -12,9 +12,9 @@ from apt.adapter.groups import Removal, tensors_of, without
 from apt.checkpoints.copies import copy_files, side_files
 from apt.checkpoints.offload import StoredBlocks
 from apt.checkpoints.opened import Opened
+from apt.checkpoints.pieces import Layout
 from apt.checkpoints.safetensors_io import Shards, write_files
 from apt.checkpoints.skeletons import skeleton_of_class
-from apt.checkpoints.stored import Layout
 from apt.errors import AptError, first_line
 from apt.planning.plan import Plan
 from apt.planning.structure import Removed, planned_groups, removed_groups
@@ -66,12 +66,11 @@ def smaller_skeleton(model: Any, adapter: Adapter, plan: Plan) -> Any:
 
 
 def check_writable(layout: Layout) -> None:
-    """Raise if a parameter is stored in several tensors, as those of experts may be."""
+    """Raise if a parameter is not one stored tensor, as those of experts may be."""
     for name, pieces in layout.items():
-        if len(pieces) > 1:
+        if len(pieces) > 1 or not pieces[0].whole:
             raise AptError(
-                f"{name} is stored in {len(pieces)} tensors, which cannot be made smaller one by "
-                "one",
+                f"{name} is not stored as one tensor, and cannot be made smaller one by one",
                 "do not stream",
                 ("stream",),
             )

@@ -4,7 +4,7 @@ Most outputs are copies of such a checkpoint in which the pruned tensors are ove
 tensors and files do not change.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,92 +12,58 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from apt.checkpoints.conversions import Converted, converted
 from apt.checkpoints.copies import OTHER_WEIGHTS, copy_files, copy_weights, side_files
 from apt.checkpoints.formats import find_source_file, local_copy
 from apt.checkpoints.opened import Opened
+from apt.checkpoints.pieces import Layout, Piece, write_parameters
 from apt.checkpoints.safetensors_io import Shards
 from apt.errors import AptError, NotStoredError
 from apt.planning.plan import Plan, PlannedBlock
-
-_STACKED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-"""Parameters that stack the tensors of single experts, and the tensors in each slice."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """The ``key`` of a tensor in a checkpoint, and the ``part`` of the parameter that it is."""
-
-    key: str
-    part: tuple[int | slice, ...] = ()
-
-
-Layout = Mapping[str, Sequence[Piece]]
 
 
 def layout_of(skeleton: Opened, shards: Shards) -> Layout:
     """The pieces of all parameters in a checkpoint.
 
     Raises:
-        NotStoredError: a parameter of a block is missing or has another shape.
+        NotStoredError: a parameter of a block is missing, has another shape, or is not made of
+            pieces of what is stored.
         AptError: a parameter is stored as integers.
     """
-    prefix = f"{getattr(skeleton.module, 'base_model_prefix', '')}."
-    layout = {}
-    for name, tensor in skeleton.module.state_dict().items():
-        for known in (name, name.removeprefix(prefix)):
-            if pieces := _pieces(known, tuple(tensor.shape), shards):
-                _check_stored(name, tensor, pieces, shards)
-                layout[name] = pieces
-                break
+    layout, faults = dict[str, Sequence[Piece]](), dict[str, str]()
+    state, found = skeleton.module.state_dict(), converted(skeleton.module, shards)
+    for name, made in found.items():
+        if made.fault:
+            faults[name] = f": {made.fault}"
+        else:
+            _check_stored(name, state[name], made, shards)
+            layout[name] = made.pieces
     for block, module in skeleton.adapter.blocks(skeleton.module):
-        for name, parameter in module.named_parameters():
-            pieces = layout.get(f"{block}.{name}", [])
-            if not pieces or not _match(pieces, parameter, shards):
+        for name in (f"{block}.{path}" for path, _ in module.named_parameters()):
+            dtypes = {shards.entries[piece.key].dtype for piece in layout.get(name, ())}
+            if len(dtypes) != 1:
                 raise NotStoredError(
-                    f"{skeleton.source.reference} cannot be streamed: {block}.{name} is stored "
-                    "differently than in the model",
+                    f"{skeleton.source.reference} cannot be streamed: {name} is stored differently "
+                    f"than in the model{faults.get(name, '')}",
                     "do not stream it",
                     ("stream",),
                 )
     return layout
 
 
-def _check_stored(name: str, tensor: torch.Tensor, pieces: Sequence[Piece], shards: Shards) -> None:
+def _check_stored(name: str, tensor: Tensor, made: Converted, shards: Shards) -> None:
     """Raise if a parameter is stored in another shape or as integers."""
-    if len(pieces) == 1 and shards.entries[pieces[0].key].shape != tuple(tensor.shape):
+    if made.shape != tuple(tensor.shape):
         raise NotStoredError(
-            f"{name} has shape {shards.entries[pieces[0].key].shape} in the checkpoint, "
+            f"{name} has shape {made.shape} in the checkpoint, "
             f"{tuple(tensor.shape)} by its configuration",
             "is config.json that of another checkpoint?",
         )
     if tensor.is_floating_point() and any(
-        not shards.entries[piece.key].dtype.is_floating_point for piece in pieces
+        not shards.entries[piece.key].dtype.is_floating_point for piece in made.pieces
     ):
         fault = f"{name} is stored as integers: the checkpoint is quantised"
         raise AptError(fault, "prune the original, and quantise the result")
-
-
-def _pieces(name: str, shape: tuple[int, ...], shards: Shards) -> list[Piece]:
-    """The pieces of a parameter; empty if it is not in the checkpoint."""
-    if name in shards:
-        return [Piece(name)]
-    owner, _, own = name.rpartition(".")
-    kinds = _STACKED.get(own, ()) if len(shape) == 3 else ()
-    pieces = []
-    for expert in range(shape[0] if kinds else 0):
-        rows = shape[1] // len(kinds)
-        for place, kind in enumerate(kinds):
-            here = slice(place * rows, (place + 1) * rows)
-            pieces.append(Piece(f"{owner}.{expert}.{kind}.weight", (expert, here)))
-    return pieces if all(piece.key in shards for piece in pieces) else []
-
-
-def _match(pieces: Sequence[Piece], parameter: torch.Tensor, shards: Shards) -> bool:
-    """True if each piece has the right shape and all have the same dtype."""
-    entries = [shards.entries[piece.key] for piece in pieces]
-    shapes = [tuple(parameter[piece.part].shape) for piece in pieces]
-    same = len({entry.dtype for entry in entries}) == 1
-    return same and [entry.shape for entry in entries] == shapes
 
 
 def pruned_tensors(plan: Plan, layout: Layout) -> list[str]:
@@ -107,9 +73,8 @@ def pruned_tensors(plan: Plan, layout: Layout) -> list[str]:
 
 def pruned_of(block: PlannedBlock, layout: Layout) -> list[str]:
     """`pruned_tensors` of one block."""
-    return [
-        piece.key for path in pruned_parameters(block) for piece in layout[f"{block.name}.{path}"]
-    ]
+    names = (f"{block.name}.{path}" for path in pruned_parameters(block))
+    return list(dict.fromkeys(piece.key for name in names for piece in layout[name]))
 
 
 def pruned_parameters(block: PlannedBlock) -> list[str]:
@@ -153,9 +118,7 @@ class Stored:
     def equals(self, model: nn.Module, names: Iterable[str]) -> bool:
         """True if these parameters equal the stored tensors: transformers may transform them."""
         return all(
-            torch.equal(
-                parameter[piece.part].cpu(), self.shards.read(piece.key).to(parameter.dtype)
-            )
+            torch.equal(parameter[piece.part].cpu(), piece.read(self.shards).to(parameter.dtype))
             for name in names
             for parameter in [model.get_parameter(name).data]
             for piece in self.layout[name]
@@ -175,14 +138,9 @@ class Stored:
 
     def write(self, model: nn.Module, plan: Plan, target: Path) -> None:
         """Write the pruned parameters of a model into a copy of the checkpoint."""
-        Shards(target).write(self._pruned(model, plan))
-
-    def _pruned(self, model: nn.Module, plan: Plan) -> Iterable[tuple[str, Tensor]]:
-        for block in plan.blocks:
-            for path in pruned_parameters(block):
-                name = f"{block.name}.{path}"
-                for piece in self.layout[name]:
-                    yield piece.key, model.get_parameter(name).data[piece.part]
+        names = [f"{b.name}.{path}" for b in plan.blocks for path in pruned_parameters(b)]
+        parameters = ((self.layout[name], model.get_parameter(name)) for name in names)
+        write_parameters(parameters, Shards(target))
 
 
 def open_stored(skeleton: Opened) -> Stored:

@@ -111,10 +111,11 @@ def linear_tensors(skeleton: Opened, shards: Shards, *, blocks: bool = False) ->
         map(id, dict(skeleton.module.named_parameters(remove_duplicate=False)).values())
     )
     return {
-        layout[f"{name}.weight"][0].key: name
+        pieces[0].key: name
         for name, module in skeleton.module.named_modules()
+        for pieces in [layout.get(f"{name}.weight", ())]
         if isinstance(module, nn.Linear)
-        and f"{name}.weight" in layout
+        and [piece.whole for piece in pieces] == [True]
         and shared[id(module.weight)] == 1
         and (not blocks or name.startswith(inside))
     }

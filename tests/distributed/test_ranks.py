@@ -22,8 +22,8 @@ import apt
 from apt.adapter import Site
 from apt.calibration.batches import check_finite
 from apt.checkpoints.offload import StoredBlocks
+from apt.checkpoints.pieces import Piece
 from apt.checkpoints.safetensors_io import Shards
-from apt.checkpoints.stored import Piece
 from apt.distributed.ranks import Ranks
 from apt.engine.disk_blocks import DiskBlocks
 from apt.events import SitePruned

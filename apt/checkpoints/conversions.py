@@ -1,0 +1,324 @@
+"""How transformers makes parameters of stored tensors.
+
+transformers 5 keeps each family in the names of its first checkpoint, and converts on loading: it
+renames tensors, stacks those of single experts, joins, cuts and transposes them. Its own mappings
+say how. This file follows them by shapes alone, without any data. transformers 4 converts nothing.
+"""
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
+from math import prod
+from typing import Any
+
+from torch import nn
+
+from apt.checkpoints.pieces import Piece
+from apt.checkpoints.safetensors_io import Shards
+
+try:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, dot_natural_key, rename_source_key
+except ImportError:  # transformers 4
+    get_model_conversion_mapping = None
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A parameter as transformers makes it: its shape, and its pieces.
+
+    Attributes:
+        fault: why this file does not follow what transformers does; there are no pieces then.
+    """
+
+    shape: tuple[int, ...] = ()
+    pieces: tuple[Piece, ...] = ()
+    fault: str = ""
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """Positions in a dimension of a tensor, and in dimension ``dim`` of what is stored.
+
+    The stored tensor has no such dimension if ``dim`` is None.
+    """
+
+    place: range
+    dim: int | None
+    source: range
+
+    def at(self, chosen: slice) -> "_Axis":
+        """The same for some of the positions."""
+        return replace(self, place=self.place[chosen], source=self.source[chosen])
+
+    def moved(self, step: int) -> "_Axis":
+        """The same with other places."""
+        place = range(self.place.start + step, self.place.stop + step, self.place.step)
+        return replace(self, place=place)
+
+
+@dataclass(frozen=True)
+class _Box:
+    """A part of a tensor that comes from one stored tensor, which has the shape ``stored``."""
+
+    key: str
+    stored: tuple[int, ...]
+    axes: tuple[_Axis, ...]
+
+    def having(self, dim: int, axis: _Axis) -> "_Box":
+        """The box with another axis."""
+        return replace(self, axes=(*self.axes[:dim], axis, *self.axes[dim + 1 :]))
+
+
+@dataclass(frozen=True)
+class _Value:
+    """A tensor, by the stored tensors that it is made of."""
+
+    shape: tuple[int, ...]
+    boxes: tuple[_Box, ...]
+
+
+class _NotFollowedError(Exception):
+    """What transformers does is not known here."""
+
+
+_Values = dict[str, list[_Value]]
+"""The tensors in the midst of a conversion, by the patterns that matched their names."""
+
+
+def converted(module: nn.Module, shards: Shards) -> dict[str, Converted]:
+    """All parameters and buffers of a model that are in a checkpoint."""
+    state = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    if get_model_conversion_mapping is None:
+        return _by_name(state, f"{getattr(module, 'base_model_prefix', '')}.", shards)
+    found = dict[str, Converted]()
+    for name, (converter, values) in _collected(module, state, shards).items():
+        try:
+            made = _applied(converter, name, values, state)
+        except _NotFollowedError as error:
+            names = {name, *_targets(converter, name)}
+            made = dict.fromkeys(names, Converted(fault=str(error)))
+        for target, result in made.items():
+            twice = Converted(fault="it comes from several tensors")
+            found[target] = twice if target in found else result
+    return found
+
+
+def _by_name(state: Mapping[str, Any], prefix: str, shards: Shards) -> dict[str, Converted]:
+    """The parameters whose names are in the checkpoint, with or without the model's prefix."""
+    keys = {name: name if name in shards else name.removeprefix(prefix) for name in state}
+    return {
+        name: Converted(shards.entries[key].shape, (Piece(key),))
+        for name, key in keys.items()
+        if key in shards
+    }
+
+
+def _collected(
+    module: Any, state: Mapping[str, Any], shards: Shards
+) -> dict[str, tuple[Any, _Values]]:
+    """The stored tensors of each parameter, and their converter; None if they are renamed only."""
+    mapping = get_model_conversion_mapping(module)
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    renamings = [entry for entry in mapping if not isinstance(entry, WeightConverter)]
+    owners = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+    prefix = getattr(module, "base_model_prefix", "")
+    exists = dict.fromkeys(state, True)  # transformers asks whether a name gives None
+    found = dict[str, tuple[Any, _Values]]()
+    for key in sorted(shards.entries, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, prefix, exists)
+        if name not in state and key in state:
+            name, pattern = rename_source_key(key, [], [], prefix, exists)
+        if name in state:
+            _, values = found.setdefault(name, (owners.get(pattern), {}))
+            values.setdefault(pattern or key, []).append(_stored(key, shards.entries[key].shape))
+    return found
+
+
+def _stored(key: str, shape: tuple[int, ...]) -> _Value:
+    axes = tuple(_Axis(range(size), dim, range(size)) for dim, size in enumerate(shape))
+    return _Value(shape, (_Box(key, shape, axes),))
+
+
+def _applied(
+    converter: Any, name: str, values: _Values, state: Mapping[str, tuple[int, ...]]
+) -> dict[str, Converted]:
+    """The parameters that a converter makes of stored tensors."""
+    if converter is None:
+        return {name: _result(_single(values))}
+    names = _targets(converter, name)
+    for operation in converter.operations:
+        kind = type(operation).__name__
+        if kind not in _OPERATIONS:
+            raise _NotFollowedError(f"transformers converts it by {kind}")
+        values = _OPERATIONS[kind](operation, values, converter, [state.get(n, ()) for n in names])
+    if set(values) != set(converter.target_patterns):
+        raise _NotFollowedError("transformers would not make it of the tensors that are there")
+    return {
+        target: _result(_single({pattern: values[pattern]}))
+        for target, pattern in zip(names, converter.target_patterns, strict=True)
+        if target in state
+    }
+
+
+def _targets(converter: Any, name: str) -> list[str]:
+    """The names of the parameters that a converter makes, of which ``name`` is the first."""
+    if converter is None or len(converter.target_patterns) == 1:
+        return [name]
+    first, *others = converter.target_patterns
+    before, _, after = name.partition(first)
+    return [name, *(f"{before}{other}{after}" for other in others)]
+
+
+def _single(values: _Values) -> _Value:
+    """The only tensor."""
+    given = [value for several in values.values() for value in several]
+    if len(given) != 1:
+        raise _NotFollowedError("it comes from several tensors")
+    return given[0]
+
+
+def _stacked(operation: Any, values: _Values, converter: Any, shapes: Any) -> _Values:
+    """Each list of tensors as one tensor with a new dimension."""
+    stacked: _Values = {}
+    for pattern, several in values.items():
+        name = converter.target_patterns[0] if len(values) == 1 else pattern
+        boxes = tuple(
+            replace(box, axes=(*box.axes[: operation.dim], new, *box.axes[operation.dim :]))
+            for index, value in enumerate(several)
+            for new in [_Axis(range(index, index + 1), None, range(1))]
+            for box in value.boxes
+        )
+        shape = list(_common([value.shape for value in several]))
+        shape.insert(operation.dim, len(several))
+        stacked[name] = [_Value(tuple(shape), boxes)]
+    return stacked
+
+
+def _joined(operation: Any, values: _Values, converter: Any, shapes: Any) -> _Values:
+    """All tensors one after another along a dimension, in the order of the patterns."""
+    dim = operation.dim
+    several = [v for pattern in converter.source_patterns for v in values.get(pattern, ())]
+    rest = _common([(*v.shape[:dim], *v.shape[dim + 1 :]) for v in several])
+    starts = list(accumulate((value.shape[dim] for value in several), initial=0))
+    boxes = tuple(
+        box.having(dim, box.axes[dim].moved(start))
+        for start, value in zip(starts, several, strict=False)
+        for box in value.boxes
+    )
+    joined = _Value((*rest[:dim], starts[-1], *rest[dim:]), boxes)
+    return {converter.target_patterns[0]: [joined]}
+
+
+def _chunked(operation: Any, values: _Values, converter: Any, shapes: Any) -> _Values:
+    """One tensor as equal parts along a dimension."""
+    count, size = len(converter.target_patterns), _single(values).shape[operation.dim]
+    if size % count or getattr(operation, "num_shards_attribute", None):
+        raise _NotFollowedError(f"transformers cuts it into {count} parts of unequal sizes")
+    return _cut(_single(values), operation.dim, [size // count] * count, converter)
+
+
+def _split(operation: Any, values: _Values, converter: Any, shapes: Any) -> _Values:
+    """One tensor as parts along a dimension that have the sizes of the parameters."""
+    if not all(shapes):
+        raise _NotFollowedError("the model lacks a part of what is stored")
+    return _cut(_single(values), operation.dim, [s[operation.dim] for s in shapes], converter)
+
+
+def _cut(value: _Value, dim: int, sizes: Sequence[int], converter: Any) -> _Values:
+    edges = list(accumulate(sizes, initial=0))
+    if edges[-1] != value.shape[dim]:
+        raise _NotFollowedError("its parts have other sizes in the model")
+    return {
+        pattern: [_Value((*value.shape[:dim], stop - start, *value.shape[dim + 1 :]), boxes)]
+        for pattern, (start, stop) in zip(converter.target_patterns, pairwise(edges), strict=True)
+        for boxes in [tuple(_inside(value.boxes, dim, start, stop))]
+    }
+
+
+def _inside(boxes: Sequence[_Box], dim: int, start: int, stop: int) -> Iterator[_Box]:
+    """What lies between two places, with places counted from the first."""
+    for box in boxes:
+        place = box.axes[dim].place
+        axis = box.axes[dim].at(slice(bisect_left(place, start), bisect_left(place, stop)))
+        if axis.place:
+            yield box.having(dim, axis.moved(-start))
+
+
+def _transposed(operation: Any, values: _Values, converter: Any, shapes: Any) -> _Values:
+    """One tensor with two dimensions exchanged, or as it is if it has the right shape already."""
+    value, (a, b) = _single(values), (operation.dim0, operation.dim1)
+    name = (converter.source_patterns if len(shapes) > 1 else converter.target_patterns)[0]
+    if getattr(operation, "check_dims", False) and value.shape == shapes[0]:
+        return {name: [value]}
+    order = list(range(len(value.shape)))
+    order[a], order[b] = order[b], order[a]
+    boxes = tuple(replace(box, axes=tuple(box.axes[dim] for dim in order)) for box in value.boxes)
+    return {name: [_Value(tuple(value.shape[dim] for dim in order), boxes)]}
+
+
+def _uninterleaved(operation: Any, values: _Values, converter: Any, shapes: Any) -> _Values:
+    """One tensor with its even places along a dimension before the odd ones."""
+    value, dim = _single(values), operation.dim
+    half = value.shape[dim] // 2
+    if operation.inverse or value.shape[dim] % 2:
+        raise _NotFollowedError("transformers interleaves it")
+    boxes = []
+    for box in value.boxes:
+        place = box.axes[dim].place
+        for odd in (0, 1):
+            axis = box.axes[dim].at(slice((odd - place.start) % 2, None, 2))
+            if axis.place and axis.place.step == 2:
+                first = odd * half + axis.place.start // 2
+                every = range(first, first + len(axis.place))
+                boxes.append(box.having(dim, replace(axis, place=every)))
+    return {converter.target_patterns[0]: [_Value(value.shape, tuple(boxes))]}
+
+
+def _common(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """The shape that all have."""
+    if len(set(shapes)) != 1:
+        raise _NotFollowedError("its tensors have different shapes")
+    return shapes[0]
+
+
+_OPERATIONS: dict[str, Callable[[Any, _Values, Any, Any], _Values]] = {
+    "MergeModulelist": _stacked,
+    "Concatenate": _joined,
+    "Chunk": _chunked,
+    "Split": _split,
+    "Transpose": _transposed,
+    "Interleave": _uninterleaved,
+}
+"""What is done for each operation of transformers, by the name of its class."""
+
+
+def _result(value: _Value) -> Converted:
+    """The pieces of a tensor; raises if some of it comes from nowhere."""
+    if sum(prod(len(axis.place) for axis in box.axes) for box in value.boxes) != prod(value.shape):
+        raise _NotFollowedError("a part of it is not stored")
+    return Converted(value.shape, tuple(_piece(box, value.shape) for box in value.boxes))
+
+
+def _piece(box: _Box, shape: tuple[int, ...]) -> Piece:
+    """The piece of a parameter of some shape."""
+    inside = [(axis.dim, axis.source) for axis in box.axes if axis.dim is not None]
+    order = tuple(dim for dim, _ in inside)
+    sources = [source for _, source in sorted(inside, key=lambda entry: entry[0])]
+    of = tuple(map(_slice, sources))
+    part = tuple(_slice(axis.place) if axis.dim is not None else axis.place[0] for axis in box.axes)
+    return Piece(
+        box.key,
+        () if part == tuple(map(_all, shape)) else part,
+        () if of == tuple(map(_all, box.stored)) else of,
+        () if order == tuple(sorted(order)) else order,
+    )
+
+
+def _all(size: int) -> slice:
+    return slice(0, size, 1)
+
+
+def _slice(places: range) -> slice:
+    return slice(places.start, places[-1] + 1, places.step)
