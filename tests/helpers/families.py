@@ -18,6 +18,13 @@ from transformers import (
     OPTConfig,
 )
 
+# A run of pytest within pytest forgets the modules that it imports, but transformers does not.
+from transformers.models.falcon_h1 import modeling_falcon_h1  # noqa: F401
+from transformers.models.falcon_mamba import modeling_falcon_mamba  # noqa: F401
+from transformers.models.jamba import modeling_jamba  # noqa: F401
+from transformers.models.mamba import modeling_mamba  # noqa: F401
+from transformers.models.mamba2 import modeling_mamba2  # noqa: F401
+
 from apt.checkpoints.load import load, load_tokenizer, open_skeleton
 from apt.locations.model_source import find
 from apt.plugin.registry import registry
