@@ -184,15 +184,24 @@ def _valued(tensor: Tensor) -> Tensor:
 
 
 def _with_distinct_values(model: nn.Module, blocks: Sequence[nn.Module]) -> nn.Module:
-    """The same as `_with_values`, but the first block of each kind has random, distinct values."""
+    """The same as `_with_values`, but the first block of each kind has random, distinct values.
+
+    The others share them: they would send nothing to their experts with zeros.
+    """
     filled = _with_values(model)
     if filled is model:
         return model
     draw, names = torch.Generator().manual_seed(0), {m: n for n, m in model.named_modules()}
-    for block in {_kind(block): block for block in reversed(blocks)}.values():
-        for parameter in filled.get_submodule(names[block]).parameters():
-            spread = torch.randn(parameter.shape, generator=draw) * _SPREAD
-            parameter.data.copy_(spread if parameter.ndim > 1 else spread + 1)
+    first: dict[Any, dict[str, nn.Parameter]] = {}
+    for block in blocks:
+        own = dict(filled.get_submodule(names[block]).named_parameters())
+        same = first.setdefault(_kind(block), own)
+        for path, parameter in own.items():
+            if same is own:
+                spread = torch.randn(parameter.shape, generator=draw) * _SPREAD
+                parameter.data.copy_(spread if parameter.ndim > 1 else spread + 1)
+            else:
+                parameter.data = same[path].data
     return filled
 
 

@@ -7,7 +7,14 @@ from threading import Thread
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, RwkvConfig
+import transformers
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    Llama4TextConfig,
+    MixtralConfig,
+    RwkvConfig,
+)
 
 from apt.adapter import DecoderAdapter
 from apt.checkpoints.load import open_skeleton
@@ -33,6 +40,18 @@ RWKV = RwkvConfig(
     num_hidden_layers=2, attention_hidden_size=32, context_length=64, **SIZES,
     bos_token_id=0, eos_token_id=0,
 )  # fmt: skip
+_MIXTURE = {
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    "max_position_embeddings": 128, "num_local_experts": 4, "num_experts_per_tok": 2,
+}  # fmt: skip
+MIXTURES = [
+    MixtralConfig(**_MIXTURE, **SIZES, **IDS),
+    Llama4TextConfig(
+        intermediate_size_mlp=32, interleave_moe_layer_step=1, **_MIXTURE, **SIZES, **IDS
+    ),
+]
+if int(transformers.__version__.split(".")[0]) < 5:  # experts are modules there, not stacked
+    MIXTURES = []
 DATA = ("--samples", 4, "--seqlen", 24)
 
 
@@ -48,7 +67,7 @@ def written(tmp_path, tokenizer):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config).eval()
         for parameter in model.parameters():
-            if parameter.ndim == 2:
+            if parameter.ndim > 1:
                 torch.nn.init.normal_(parameter, std=0.3)
         model.save_pretrained(tmp_path / "model")
         tokenizer.save_pretrained(tmp_path / "model")
@@ -90,9 +109,13 @@ def test_what_another_thread_makes_has_its_weights(monkeypatch):
     assert not torch.nn.Linear(2, 2).weight.is_meta
 
 
-def test_layers_of_several_kinds_stream_to_the_same_bytes(written, apt):
-    """Gemma 3: a rotary table for each kind, which a model of one block would lack."""
-    folder, _ = written(GEMMA3)
+@pytest.mark.parametrize("config", [GEMMA3, *MIXTURES], ids=lambda config: config.model_type)
+def test_layers_of_all_kinds_stream_to_the_same_bytes(config, written, apt):
+    """Gemma 3 has a rotary table for each kind, which a model of one block would lack.
+
+    Experts are stored one by one in other names (Mixtral), or as they are (Llama 4).
+    """
+    folder, _ = written(config)
     found = {}
     for name, how in (("memory", ()), ("disk", ("--stream",))):
         command = (folder, "--adapter", "auto", *DATA, *how)
@@ -102,7 +125,7 @@ def test_layers_of_several_kinds_stream_to_the_same_bytes(written, apt):
         assert evaluated.code == 0, evaluated.err
         found[name] = json.loads(evaluated.out)["perplexity"]
     memory, disk = (Shards(Path(name)) for name in ("memory", "disk"))
-    assert memory.entries.keys() == disk.entries.keys()
+    assert memory.entries.keys() == disk.entries.keys() == Shards(folder).entries.keys()
     assert all(torch.equal(memory.read(name), disk.read(name)) for name in memory.entries)
     assert found["disk"] == pytest.approx(found["memory"], rel=1e-6)
 
