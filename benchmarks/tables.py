@@ -280,6 +280,46 @@ def products(rows: Rows) -> str:
     return table(header, lines)
 
 
+TITLES = {"causal": "Causal language models", "image": "Models that take images and text"}
+SERVED = ("own", "auto")
+
+
+def served(rows: Rows) -> str:
+    """How many model types are served, and by what."""
+    counts = {s: sum(row["served"] == s for row in rows) for s in (*SERVED, "refused", "not built")}
+    own, general = (counts[name] for name in SERVED)
+    said = f"Of {len(rows)} types {own + general} are served: {own} by an adapter of their own, "
+    said += f"{general} by `auto`; {counts['refused']} are refused"
+    return said + (
+        f", and {counts['not built']} could not be built." if counts["not built"] else "."
+    )
+
+
+def family(row: Row) -> list[str]:
+    """The line of a type that is served."""
+    kept = "yes" if row["untouched"] else "**no**"
+    exact = row["pattern"] if row["exact"] else f"**not {row['pattern']}**"
+    experts = "yes" if row["experts"] else ""
+    return [f"`{row['type']}`", row["adapter"], experts, f"{row['share']:.1%}", exact, kept]
+
+
+def families(rows: Rows) -> str:
+    """Both tables of model types: those that are served, and the others with the reason."""
+    parts = []
+    head = ["type", "adapter", "experts", "in sites", "exact", "rest untouched"]
+    for name, title in TITLES.items():
+        own = [row for row in rows if row["table"] == name]
+        lines = [family(row) for row in own if row["served"] in SERVED]
+        others = [
+            [f"`{row['type']}`", row["served"], row["reason"].replace("|", "\\|")]
+            for row in own
+            if row["served"] not in SERVED
+        ]
+        parts += [f"## {title}", served(own), table(head, lines)]
+        parts += [table(["type", "", "reason"], others)]
+    return "\n\n".join(parts)
+
+
 TABLES: Mapping[str, tuple[str, Callable[[Rows], str]]] = {
     "smollm2": ("smollm2", comparison),
     "tasks": ("smollm2", tasks),
@@ -298,6 +338,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Rows], str]]] = {
     "llm_compressor": ("llm_compressor", beside),
     "stream": ("stream", stream),
     "stream-7b": ("stream-7b", stream),
+    "families": ("families", families),
     "quantize": ("quantize", quantized),
     "packed": ("packed", packed_models),
     "packed-threads": ("packed-threads", packed_models),

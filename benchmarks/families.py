@@ -1,0 +1,204 @@
+"""Which model types of transformers APT prunes: one tiny random model of each is pruned.
+
+All types with a causal language model, and all that take images and text, are in the table. A row
+says which adapter served the type, which share of the matrices of the blocks was pruned, if the
+pattern is exact, and if all other values are the same bit for bit; or why the type was refused::
+
+    python benchmarks/families.py --json benchmarks/results/families.json
+    python benchmarks/pages.py
+    python benchmarks/families.py --only 'qwen3*' deepseek_v3
+
+The whole takes some minutes on one core.
+"""
+
+import argparse
+import signal
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import tiny
+import torch
+import transformers
+from common import save
+from tables import TITLES, served
+from torch import Tensor, nn
+
+import apt
+from apt.adapter import Adapter, Site
+from apt.errors import AptError, described
+from apt.options import PruneOptions
+from apt.plugin.registry import registry
+
+Row = dict[str, Any]
+Weights = list[tuple[Site, Tensor]]  # views of the weights as they are stored
+
+PATTERNS = ("2:4", "0.5")
+"""The first is used wherever it fits."""
+SECONDS = 120  # for one type
+
+
+class _TooLong(Exception):
+    pass
+
+
+@contextmanager
+def limited(seconds: float) -> Iterator[None]:
+    """Raise in the middle of what takes longer."""
+
+    def end(*_: Any) -> None:
+        raise _TooLong(f"not done after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def adapter_for(model_type: str) -> tuple[str, Adapter]:
+    """The name of the adapter that serves a type, ``auto`` for most, and the adapter."""
+    specs = registry().adapters.specs
+    own = [spec for spec in specs.values() if model_type in spec.model_types]
+    spec = own[0] if own else specs["auto"]
+    return spec.name, spec.load()()
+
+
+def row(model_type: str, table: str) -> Row:
+    """The row of a type. An exception of any kind becomes the reason of a refusal."""
+    made: Row = {"type": model_type, "table": table, "adapter": "", "reason": ""}
+    try:
+        with limited(SECONDS):
+            model = tiny.model(model_type, image=table == "image")
+    except Exception as error:
+        return {**made, "served": "not built", "reason": _sentence(error)}
+    name, adapter = adapter_for(model_type)
+    try:
+        with limited(SECONDS):
+            found = pruned(model, adapter)
+    except Exception as error:
+        reason = error.message if isinstance(error, AptError) else f"fails: {_sentence(error)}"
+        return {**made, "served": "refused", "reason": reason}
+    by = "auto" if name == "auto" else "own"
+    return {**made, "served": by, "adapter": name, **found}
+
+
+def _sentence(error: Exception) -> str:
+    """The first sentence of an exception's text."""
+    return described(error).partition(". ")[0]
+
+
+def pruned(model: nn.Module, adapter: Adapter) -> Row:
+    """What pruning changes in a model, by the first pattern that fits."""
+    before = {name: value.clone() for name, value in tensors(model)}
+    for pattern in PATTERNS:
+        model.load_state_dict(before, strict=False)
+        try:
+            apt.prune(
+                model, tiny.tokens(), pattern=pattern, adapter=adapter, method="ss",
+                options=PruneOptions(),
+            )  # fmt: skip
+        except AptError as error:
+            if "pattern" not in error.options or pattern == PATTERNS[-1]:
+                raise
+            continue
+        return compared(model, adapter, pattern, before)
+    raise AssertionError("no pattern is left")
+
+
+def compared(model: nn.Module, adapter: Adapter, pattern: str, before: dict[str, Tensor]) -> Row:
+    """The share of the weights that are sites, and what became of them and of the others."""
+    blocks = adapter.blocks(model)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    weights = [
+        (site, site.weight(block).detach(), block.get_parameter(site.parameter))
+        for _, block in blocks
+        for site in adapter.sites(block)
+    ]
+    matrices = {
+        parameter: parameter.numel()
+        for _, block in blocks
+        for parameter in block.parameters()
+        if parameter.ndim > 1
+    }
+    exact = all(is_exact(site.oriented(weight), pattern) for site, weight, _ in weights)
+    total = sum(weight.numel() for _, weight, _ in weights)
+    for site, weight, parameter in weights:  # back to the values of before
+        old = before[names[parameter]]
+        weight.copy_(old if site.expert is None else old[site.expert])
+    return {
+        "share": total / sum(matrices.values()),
+        "experts": len({site.expert for site, _, _ in weights} - {None}),
+        "pattern": pattern,
+        "exact": exact,
+        "untouched": all(same(value, before[name]) for name, value in tensors(model)),
+    }
+
+
+def tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """All parameters and buffers of a model, each once."""
+    yield from ((name, value.detach()) for name, value in model.named_parameters())
+    yield from model.named_buffers()
+
+
+def same(one: Tensor, other: Tensor) -> bool:
+    """True if two tensors are equal bit for bit."""
+    return one.shape == other.shape and bool(
+        torch.equal(
+            one.contiguous().view(-1).view(torch.uint8),
+            other.contiguous().view(-1).view(torch.uint8),
+        )
+    )
+
+
+def is_exact(weight: Tensor, pattern: str) -> bool:
+    """True if a weight (out, in) has the zeros of the pattern, no more and no fewer."""
+    zeros = weight == 0
+    if pattern == "2:4":
+        return bool((zeros.unflatten(1, (-1, 4)).sum(2) == 2).all())
+    return int(zeros.sum()) == round(zeros.numel() * float(pattern))
+
+
+def types(table: str) -> Sequence[str]:
+    """The model types of a table."""
+    names = {"causal": tiny.CAUSAL, "image": tiny.IMAGE}[table]
+    return sorted(names)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--only", nargs="+", metavar="GLOB", default=["*"])
+    parser.add_argument("--tables", nargs="+", choices=TITLES, default=[*TITLES])
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    transformers.utils.logging.set_verbosity_error()
+    rows = []
+    for table in options.tables:
+        for model_type in types(table):
+            if any(fnmatch(model_type, glob) for glob in options.only):
+                rows.append(row(model_type, table))
+                print(told(rows[-1]), flush=True)
+    for table in options.tables:
+        print(served([r for r in rows if r["table"] == table]), file=sys.stderr)
+    save(options.json, rows)
+
+
+def told(row: Row) -> str:
+    """A row as a line."""
+    head = f"{row['type']:28} {row['served']:9}"
+    if row["reason"]:
+        return f"{head} {row['reason']}"
+    marks = [m for m in ("exact", "untouched") if not row[m]]
+    wrong = f"  NOT {' and NOT '.join(marks)}" if marks else ""
+    return f"{head} {row['share']:6.1%} {row['pattern']} {row['experts'] or ''}{wrong}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,296 @@
+"""Tiny random models of any model type of transformers.
+
+The default configuration of the type is made smaller field by field: widths, heads, layers,
+experts, ranks, the vocabulary, and the parts for images and sound. Of lists with an entry for each
+layer, a layer of every kind is kept. The few types for which this does not suffice are in
+`SPECIAL`::
+
+    model = tiny.model("qwen3_5_moe")
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as IMAGE,
+)
+
+Fields = dict[str, Any]
+
+LAYERS = 4
+VOCABULARY = 512
+_FIRST, _LAST = 110, 250  # ordinary tokens: special ones are below and above
+_SPREAD = 0.1  # standard deviation of the weights
+
+SIZES = (
+    (r"qk_head_dim", 16),  # qk_nope_head_dim and qk_rope_head_dim
+    (r"(vision_|v_|swa_|sliding_)?.*head_?dim|head_size|d_kv|d_head|kv_channels|dim_head", 8),
+    (r".*(key_value|kv)_heads", 2),
+    (r".*heads(_per_layer)?|n_heads?|n_head_kv", 4),
+    (r"n_groups|mamba_n_?groups", 2),
+    (r"rotary_dim", 8),
+    (r"n_group|num_expert_group", 2),
+    (r"topk_group", 1),
+    (r"(.*_)?num_experts_per_tok(en)?|moe_(topk|top_k|k)|.*experts_per_tok", 2),
+    (r".*num_(local_)?experts|moe_num_experts|n_routed_experts|num_expert", 4),
+    (r"zero_expert_num", 2),
+    (r".*shared_experts?", 1),
+    (r"first_k_dense_replace|num_dense_layers|num_kv_shared_layers", 1),
+    (r".*(intermediate|ffn|ff|mlp|feed_forward|expert|inner|ffn_hidden)_?(size|dim)s?", 64),
+    (r"d_ff|d_inner|dff|dim_ff|ffn_dim|intermediate_size_mlp|.*ffn_hidden_size", 64),
+    (r"decoder_ffn_dim|encoder_ffn_dim", 64),
+    (r".*lora_rank|.*_rank|hc_lowrank", 16),
+    (r".*hidden_size(_global|s)?|.*_hidden_dim|d_model|n_embd|.*embed(ding)?_(dim|size)", 32),
+    (r".*(embed|embedding|emb|model|out|output|input|in|projection|hidden)_dim", 32),
+    (r".*vocab(_size)?|vocab_size.*|.*_vocab|.*codebook_size", VOCABULARY),
+    (r"(.*_)?(num_)?(.*_)?layers|n_layers?|depth|num_blocks|.*_depth", LAYERS),
+    (r".*position_embeddings|.*positions|n_ctx|max_seq_len|context_length|max_.*_length", 128),
+    (r"model_max_length", 128),
+    (r".*window(_size|_len)?|local_attention|attention_chunk_size", 8),
+    (r".*chunk_size", 8),
+    (r".*state(_size)?|mamba_d_state", 8),
+    (r"d_conv|conv_kernel(_size)?", 4),
+    (r"image_size|.*img_size", 28),
+    (r"index_topk", 8),
+)
+"""Patterns of names of fields, and the largest value of a tiny model."""
+
+_COUNT = r"num_hidden_layers|n_layers?|num_layers|depth|decoder_layers|layers"
+_TOKEN = r".*(token_id|token_index|_idx|_index|_id|_ids)"
+_INDICES = r".*(_idxs|_layer_ids|layers|_indexes|_indices|_block_indexes)"
+_LANGUAGE = r"text_config|decoder(_config)?"
+
+NEEDED: dict[str, Fields] = {
+    "gemma4_assistant": {
+        "text_config": {
+            "hidden_size_per_layer_input": 0,
+            "vocab_size_per_layer_input": 0,
+            "num_kv_shared_layers": 30,
+        }
+    }
+}
+"""Fields of types that have no default configuration."""
+
+_HEAD: Fields = {"head_dim": 8}
+_THREE: Fields = {  # rotary positions in time, height and width
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+}
+_HYBRID = ["linear_attention", "hybrid"] * 2
+
+SPECIAL: dict[str, Fields] = {
+    "cohere_compass_text": {
+        "rope_parameters": {
+            "full_attention": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "mrope_section": [2, 1, 1],
+            }
+        }
+    },
+    "chameleon": {"vocabulary_map": {"<image>": 300}},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
+    "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
+    "dory": {
+        "num_hidden_layers": 4,
+        "n_input_layers": 1,
+        "n_recurrent_layers": 2,
+        "n_output_layers": 1,
+        "layer_types": None,
+    },
+    "deepseek_ocr2_text": {
+        "mlp_layer_types": ["dense", "sparse"] * 2,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+    },
+    "deepseek_v2": {"num_experts_per_tok": 2, "first_k_dense_replace": 1},
+    "dots1": {
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "num_experts_per_tok": 2,
+    },
+    "dots3_note_audio_encoder": {"adapter_input_size": 32},
+    "dots3_note_text": {"head_dim": 16},
+    "gemma3n_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 3,
+        "num_hidden_layers": 6,
+        "num_kv_shared_layers": 2,
+        "intermediate_size": [64] * 6,
+        "activation_sparsity_pattern": [0.5] * 3 + [0.0] * 3,
+    },
+    "granite4_vision": {"deepstack_layer_map": [[0, 1]], "spatial_target_layers": [0, 1]},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "hunyuan_v1_dense": _HEAD,
+    "hunyuan_v1_moe": _HEAD,
+    "hunyuan_vl_text": _HEAD,
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "mamba2": {"num_heads": 4, "head_dim": 16},
+    "ministral": _HEAD,
+    "nemotron": {"head_dim": 8, "num_key_value_heads": 2},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+    },
+    "reformer": {"is_decoder": True, "axial_pos_embds_dim": [16, 16], "axial_pos_shape": [16, 8]},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"layers_block_type": _HYBRID, "attention_hidden_size": 64, "attention_head_dim": 16},
+    "zamba2": {
+        "layers_block_type": _HYBRID,
+        "hybrid_layer_ids": [1, 3],
+        "mamba_headdim": 16,
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+    },
+    "ernie4_5_vl_moe_text": _THREE,
+    "glm46v_text": _THREE,
+    "glm4v_text": _THREE,
+    "glm_ocr_text": _THREE,
+    "glmga_text": _THREE,
+    "qwen2_5_omni_text": _THREE,
+    "qwen2_5_vl_text": _THREE,
+    "qwen2_vl_text": _THREE,
+    "paddleocr_vl_text": _THREE,
+    "glm4v_moe_text": {**_THREE, "head_dim": 16},
+}
+"""Fields of single types, by type: they replace those that the rules give."""
+
+
+def config(model_type: str, **fields: Any) -> Any:
+    """The configuration of a tiny model.
+
+    Args:
+        model_type: the type of the configuration.
+        fields: values that replace those of the rules; a dictionary replaces those of a part.
+    """
+    kind = CONFIG_MAPPING[model_type]
+    needed = NEEDED.get(model_type, {})
+    small = _merged(needed, shrunk(kind(**needed).to_dict()))
+    return kind(**_merged(small, fields))
+
+
+def model(model_type: str, *, image: bool = False, **fields: Any) -> Any:
+    """A tiny model with random values for all parameters, in fp32.
+
+    Args:
+        model_type: the type of its configuration.
+        image: True for the class that takes images and text; by default that for text.
+        fields: see `config`.
+    """
+    torch.manual_seed(0)
+    kind = getattr(transformers, (IMAGE if image else CAUSAL)[model_type])
+    whole = config(model_type, **fields)
+    parts = [
+        whole,
+        *(value for value in vars(whole).values() if isinstance(value, PreTrainedConfig)),
+    ]
+    own = next((part for part in parts if isinstance(part, kind.config_class)), whole)
+    return with_values(kind._from_config(own).float().eval())
+
+
+def with_values(made: nn.Module) -> nn.Module:
+    """The model with new values for its parameters: some classes leave memory uninitialised."""
+    draw = torch.Generator().manual_seed(0)
+    for parameter in made.parameters():
+        values = torch.randn(parameter.shape, generator=draw) * _SPREAD
+        parameter.data.copy_(values if parameter.ndim > 1 else values + 1)
+    return made
+
+
+def tokens(samples: int = 4, seqlen: int = 32) -> Tensor:
+    """Ids of ordinary tokens (samples, seqlen)."""
+    draw = torch.Generator().manual_seed(0)
+    return torch.randint(_FIRST, _LAST, (samples, seqlen), generator=draw)
+
+
+def shrunk(fields: Fields, layers: int = LAYERS) -> Fields:
+    """The fields that differ in a tiny model, from all fields of a large one; parts included.
+
+    Args:
+        fields: the fields of a configuration.
+        layers: the number of layers, which is larger if there are more kinds of layers.
+    """
+    count = next((v for n, v in fields.items() if re.fullmatch(_COUNT, n) and _is_int(v)), 0)
+    kept = list(_kept(fields, count, layers))
+    made = {name: _small(name, value, count, kept) for name, value in fields.items()}
+    heads = [n for n in ("num_attention_heads", "num_key_value_heads") if n in fields]
+    if len(heads) == 2 and fields[heads[0]] == fields[heads[1]]:  # no groups of heads
+        made[heads[1]] = made[heads[0]]
+    changed = {n: v for n, v in made.items() if v != fields[n] or n == "model_type"}
+    return _merged(changed, SPECIAL.get(fields.get("model_type", ""), {}))
+
+
+def _kept(fields: Fields, count: int, layers: int) -> list[int]:
+    """The layers of a tiny model: one of each kind, and the first ones."""
+    if count <= layers:
+        return list(range(count))
+    lists = [value for value in fields.values() if _is_per_layer(value, count)]
+    chosen = [set(value) for name, value in fields.items() if _is_indices(name, value, count)]
+    kinds: dict[str, int] = {}
+    for layer in range(count):
+        kind = [*(each[layer] for each in lists), *(layer in each for each in chosen)]
+        kinds.setdefault(repr(kind), layer)
+    first = [*kinds.values(), *(layer for layer in range(count) if layer not in kinds.values())]
+    return sorted(first[: max(layers, min(len(kinds), 2 * layers))])
+
+
+def _small(name: str, value: Any, count: int, kept: Sequence[int]) -> Any:
+    """The value of a field in a tiny model."""
+    if isinstance(value, dict):
+        if name == "per_layer_config":
+            own = {int(layer): each for layer, each in value.items()}
+            return {str(kept.index(n)): shrunk(own[n]) for n in own if n in kept}
+        if "model_type" in value or name.endswith("config"):
+            return shrunk(value, LAYERS if re.fullmatch(_LANGUAGE, name) else 2)
+        return _small_rotation(value)
+    if _is_per_layer(value, count):
+        return [_small(name, value[layer], 0, ()) for layer in kept]
+    if _is_indices(name, value, count):
+        return [kept.index(layer) for layer in value if layer in kept]
+    if isinstance(value, list):
+        return [_small(name, each, 0, ()) for each in value]
+    if not _is_int(value):
+        return value
+    if kept and (re.fullmatch(_COUNT, name) or (name == "num_kv_shared_layers" and value == count)):
+        return len(kept)
+    if re.fullmatch(_TOKEN, name):
+        return value if value < _FIRST else _LAST + value % (VOCABULARY - _LAST)
+    return min([value, *(most for pattern, most in SIZES if re.fullmatch(pattern, name))][:2])
+
+
+def _small_rotation(value: Any) -> Any:
+    """The parameters of rotary positions, for heads of width 8."""
+    if not isinstance(value, dict):
+        return value
+    return {n: [2, 1, 1] if n == "mrope_section" else _small_rotation(v) for n, v in value.items()}
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_per_layer(value: Any, count: int) -> bool:
+    return isinstance(value, list) and len(value) == count > 1
+
+
+def _is_indices(name: str, value: Any, count: int) -> bool:
+    """True for a list of the layers of a kind."""
+    listed = isinstance(value, list) and not _is_per_layer(value, count)
+    return listed and re.fullmatch(_INDICES, name) is not None and count > 0
+
+
+def _merged(fields: Fields, other: Fields) -> Fields:
+    """The fields with those of ``other`` in their places, parts included."""
+    both = dict(fields)
+    for name, value in other.items():
+        part = isinstance(value, dict) and isinstance(both.get(name), dict)
+        both[name] = _merged(both[name], value) if part else value
+    return both

@@ -1,0 +1,86 @@
+"""The table of model types: rows made now, and what makes a row wrong."""
+
+import json
+from importlib import import_module
+
+import pytest
+import torch
+import transformers
+
+from tests.helpers import ROOT
+from tests.helpers.families import adapter_of
+
+RESULTS = json.loads((ROOT / "benchmarks/results/families.json").read_text(encoding="utf-8"))
+VERSION = RESULTS["versions"]["transformers"]
+TABLE = {(row["type"], row["table"]): row for row in RESULTS["rows"]}
+STRUCTURES = {
+    "phi": "attention and MLP side by side",
+    "qwen3_5_text": "a recurrence in linear attention",
+    "deepseek_v3": "latent attention, then experts with one that is shared",
+    "gpt_oss": "experts with biases, gate and up interleaved",
+    "llama4_text": "every expert multiplied by every token",
+    "nemotron_h": "blocks of one mixer each",
+    "gemma4_text": "embeddings of each layer",
+    "jamba": "an adapter of its own",
+    "hrm_text": "blocks that are called several times: refused",
+    "zamba2": "a weight in several blocks: refused",
+}
+
+
+@pytest.fixture(autouse=True)
+def benchmarks(monkeypatch):
+    """The folder of the benchmarks, whose files import each other."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+
+
+@pytest.mark.skipif(transformers.__version__ != VERSION, reason="the table is of another version")
+@pytest.mark.parametrize("kind", STRUCTURES)
+def test_a_row_is_that_of_the_table(kind):
+    assert import_module("families").row(kind, "causal") == TABLE[kind, "causal"]
+
+
+@pytest.mark.skipif(transformers.__version__ != VERSION, reason="the table is of another version")
+def test_the_language_model_of_several_parts_is_pruned():
+    assert import_module("families").row("llava", "image") == TABLE["llava", "image"]
+
+
+def test_the_table_has_every_type_and_the_page_its_version():
+    tiny = import_module("tiny")
+    if transformers.__version__ == VERSION:
+        wanted = {(kind, "causal") for kind in tiny.CAUSAL} | {
+            (kind, "image") for kind in tiny.IMAGE
+        }
+        assert set(TABLE) == wanted
+    assert f"transformers {VERSION}" in (ROOT / "docs/families.md").read_text(encoding="utf-8")
+
+
+def test_values_that_change_beside_the_sites_are_noticed(monkeypatch):
+    families, tiny = import_module("families"), import_module("tiny")
+    prune = families.apt.prune
+
+    def careless(model, *args, **options):
+        prune(model, *args, **options)
+        model.model.norm.weight.data[0] += 1e-3
+        model.model.layers[1].mlp.down_proj.weight.data[0, 0] = 0.0
+        model.model.layers[1].mlp.down_proj.weight.data[0, 1] = 0.0
+        model.model.layers[1].mlp.down_proj.weight.data[0, 2] = 0.0
+
+    monkeypatch.setattr(families.apt, "prune", careless)
+    model = tiny.model("llama")
+    found = families.pruned(model, adapter_of(model))
+    assert (found["exact"], found["untouched"]) == (False, False)
+
+
+def test_an_exception_of_a_model_is_the_reason_of_its_row(monkeypatch):
+    families = import_module("families")
+    monkeypatch.setattr(families, "SECONDS", 0.1)
+    monkeypatch.setattr(families.tiny, "model", lambda kind, image: endless())
+    found = families.row("llama", "causal")
+    assert (found["served"], found["reason"]) == ("not built", "not done after 0.1 s")
+
+
+def endless():
+    """Multiply until an alarm ends it."""
+    x = torch.eye(2)
+    while True:
+        x = x @ x
