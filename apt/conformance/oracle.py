@@ -23,6 +23,7 @@ PRODUCTS: dict[Any, tuple[int, int]] = {
     _aten.baddbmm.default: (1, 2),
 }
 _SUMS = (_aten.add.Tensor, _aten.add_.Tensor)
+_SELECTIONS = (_aten.topk.default, _aten.sort.default, _aten.max.dim, _aten.argmax.default)
 _COPIES = (_aten.clone.default, _aten._to_copy.default)
 
 
@@ -161,6 +162,38 @@ class Stream(TorchDispatchMode, Generic[K]):  # type: ignore[no-untyped-call]
 
     def _products_in(self, tensor: Tensor) -> set[K]:
         return self._products.get(_address(tensor), set())
+
+
+class Selection(TorchDispatchMode, Generic[K]):  # type: ignore[no-untyped-call]
+    """While entered, finds the weights of routers: ``routers`` are those whose products select.
+
+    A product reaches a selection (top-k) through operators other than products.
+    """
+
+    def __init__(self, weights: Mapping[K, Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.routers: set[K] = set()
+        self._weights = {storage_of(weight): key for key, weight in weights.items()}
+        self._products: dict[int, set[K]] = {}
+        self._alive: list[Tensor] = []  # so that no address is used again
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the operator, and record which products its results depend on."""
+        results = func(*args, **(kwargs or {}))
+        tensors = [x for x in args if isinstance(x, Tensor)]
+        if func in PRODUCTS:
+            found = {self._weights[s] for s in map(storage_of, tensors) if s in self._weights}
+        else:
+            found = set().union(*(self._products.get(_address(x), set()) for x in tensors))
+        if func in _SELECTIONS:
+            self.routers |= found
+        for result in results if isinstance(results, (tuple, list)) else (results,):
+            if found and isinstance(result, Tensor):
+                self._alive.append(result)
+                self._products.setdefault(_address(result), set()).update(found)
+        return results
 
 
 def _address(tensor: Tensor) -> int:

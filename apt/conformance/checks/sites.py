@@ -6,7 +6,8 @@ from torch import nn
 
 from apt.adapter import Adapter, Site
 from apt.conformance.checks.promise import Fault, Faults, promise
-from apt.conformance.checks.subject import Subject, products
+from apt.conformance.checks.subject import Step, Subject, products
+from apt.conformance.oracle import Selection
 
 
 @promise("sites")
@@ -48,8 +49,21 @@ def check_sites(subject: Subject) -> Faults:
         for site in step.sites:
             if site not in seen and not site.routed:
                 yield step.name, f".{site.name} is a site, but is never multiplied"
+        for name in _routers(subject, step):
+            said = "selects the experts of a token: declare it as their router, which stays dense"
+            yield step.name, f".{name} is a site, but its product {said}"
     for name in _never_routed(subject):
         yield "", f"{name} is declared routed, but every block multiplies it with every token"
+
+
+def _routers(subject: Subject, step: Step) -> list[str]:
+    """The names of the sites of a block with experts that are the weights of routers."""
+    if not any(site.routed for site in step.sites):
+        return []
+    selection = Selection({site: site.weight(step.block).data for site in step.sites})
+    with selection:
+        subject.step(step)
+    return [site.name for site in step.sites if site in selection.routers and not site.routed]
 
 
 def _never_routed(subject: Subject) -> list[str]:

@@ -28,6 +28,7 @@ from tests.conformance.mutants.declared import (
     NoParameter,
     OneKind,
     Renamed,
+    RouterPruned,
     SomeExpertsForgotten,
     TooLong,
     TooShort,
@@ -130,6 +131,9 @@ MUTANTS: dict[str, Mutant] = {
         ExpertsForgotten, "sites",
         r"experts\.gate_up_proj is not a site, not an extra, and not listed in left_dense",
         "jamba",
+    ),
+    "a router pruned": Mutant(
+        RouterPruned, "sites", r"router is a site, but its product selects the experts", "jamba"
     ),
     "an expert forgotten": Mutant(
         SomeExpertsForgotten, "sites", r"experts\.gate_up_proj\[3\] is not a site", "jamba"

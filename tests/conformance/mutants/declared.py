@@ -3,7 +3,7 @@
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
-from apt.adapter import DecoderAdapter
+from apt.adapter import DecoderAdapter, Site
 from tests.conformance.mutants.models import JAMBA, LLAMA, MAMBA, OPT, Gemma
 
 
@@ -149,3 +149,11 @@ class ExpertsForgotten(JAMBA):
 class SomeExpertsForgotten(JAMBA):
     def sites(self, block):
         return [site for site in super().sites(block) if site.expert != 3]
+
+
+class RouterPruned(JAMBA):
+    def sites(self, block):
+        sites, router = super().sites(block), "feed_forward.router"
+        if self.experts_of(block):
+            sites.append(Site(router, f"{router}.weight", "router", len(sites)))
+        return sites

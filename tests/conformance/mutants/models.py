@@ -73,8 +73,9 @@ RIGHT = {
     "mamba": MAMBA,
     "mamba2": MAMBA2,
     "jamba": JAMBA,
+    "jamba, three experts": JAMBA,
 }
 """The right adapters of the models."""
 
 if "jamba" not in CONFIGS:  # experts are modules in transformers 4
-    del RIGHT["jamba"]
+    del RIGHT["jamba"], RIGHT["jamba, three experts"]
