@@ -1,6 +1,6 @@
-"""Train one tiny checkpoint of the zoo: ``python zoo/train.py llama|opt|bloom|mamba|mamba2``.
+"""Train one tiny checkpoint of the zoo: ``python zoo/train.py llama|opt|bloom|mamba|mamba2|moe``.
 
-A checkpoint is a model of about two million parameters and its own tokenizer, both trained from
+A checkpoint is a model of two or three million parameters and its own tokenizer, both trained from
 scratch on the training documents of ``corpus.py``. One CPU core is enough.
 """
 
@@ -21,6 +21,7 @@ from apt_adapters.processor import on_processor
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.models.qwen2_moe.modeling_qwen2_moe import load_balancing_loss_func
 
 ZOO_DIR = Path(__file__).resolve().parents[1] / "adapters" / "apt_adapters" / "zoo"
 EOS, PAD = "</s>", "<pad>"
@@ -94,9 +95,18 @@ class Recipe(NamedTuple):
     steps: int
     learning_rate: float
     embedding_scale: float = 1.0
+    model_type: str = ""  # empty: the name of the checkpoint
+    balance: float = 0.0  # the factor of the loss that shares the tokens out among experts
 
 
-NAMES = {"llama": "LLaMA", "opt": "OPT", "bloom": "BLOOM", "mamba": "Mamba", "mamba2": "Mamba2"}
+NAMES = {
+    "llama": "LLaMA",
+    "opt": "OPT",
+    "bloom": "BLOOM",
+    "mamba": "Mamba",
+    "mamba2": "Mamba2",
+    "moe": "Qwen2-MoE",
+}
 
 # Hidden sizes, feed-forward sizes and ranks are multiples of 8, so that the input width of every
 # linear layer can be cut into the groups of 4 or 8 of semi-structured sparsity.
@@ -185,6 +195,26 @@ RECIPES = {
         steps=1400,
         learning_rate=4e-3,
     ),
+    "moe": Recipe(
+        {
+            "hidden_size": 192,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "mlp_only_layers": [0],
+            "intermediate_size": 384,
+            "num_experts": 16,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "shared_expert_intermediate_size": 96,
+            "max_position_embeddings": CONTEXT,
+        },
+        window=256,
+        steps=1400,
+        learning_rate=4e-3,
+        model_type="qwen2_moe",
+        balance=0.01,
+    ),
 }
 
 
@@ -232,7 +262,7 @@ def build_model(family: str, recipe: Recipe) -> torch.nn.Module:
     """Initialise a model of a family with fixed random weights."""
     torch.manual_seed(SEED)
     config = AutoConfig.for_model(
-        family,
+        recipe.model_type or family,
         vocab_size=VOCABULARY,
         tie_word_embeddings=True,
         bos_token_id=EOS_ID,
@@ -261,13 +291,16 @@ def batches(ids: Tensor, window: int, seed: int) -> Iterator[Tensor]:
 def build_optimizer(model: torch.nn.Module, learning_rate: float) -> torch.optim.Optimizer:
     """Create AdamW with weight decay on matrices only, not on biases, norms and dynamics."""
     named = list(model.named_parameters())
-    decayed = [p for n, p in named if p.ndim == 2 and not n.endswith("A_log")]
-    kept = [p for n, p in named if p.ndim != 2 or n.endswith("A_log")]
     groups = [
-        {"params": decayed, "weight_decay": WEIGHT_DECAY},
-        {"params": kept, "weight_decay": 0.0},
+        {"params": [p for n, p in named if _decays(n, p)], "weight_decay": WEIGHT_DECAY},
+        {"params": [p for n, p in named if not _decays(n, p)], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)
+
+
+def _decays(name: str, parameter: Tensor) -> bool:
+    """Whether a parameter is a matrix or a stack of the experts' matrices."""
+    return (parameter.ndim == 2 and not name.endswith("A_log")) or ".experts." in name
 
 
 def schedule(step: int, steps: int) -> float:
@@ -280,8 +313,28 @@ def schedule(step: int, steps: int) -> float:
 
 def loss_of(model: torch.nn.Module, windows: Tensor) -> Tensor:
     """Return the mean negative log-likelihood of every token but the first of each window."""
-    logits = model(input_ids=windows, use_cache=False).logits[:, :-1]
-    return F.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
+    logits = model(input_ids=windows, use_cache=False).logits
+    return next_token_loss(logits, windows)
+
+
+def next_token_loss(logits: Tensor, windows: Tensor) -> Tensor:
+    """Return the mean negative log-likelihood of every token but the first of each window."""
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), windows[:, 1:].flatten())
+
+
+def balanced_loss(model: torch.nn.Module, windows: Tensor, factor: float) -> Tensor:
+    """Return `loss_of` plus ``factor`` times the load-balancing loss of Switch Transformer.
+
+    transformers sums the counts of all blocks before it balances them. A block may then use few of
+    its experts if another one uses the others. So the loss is computed for each block by itself.
+    """
+    output = model(input_ids=windows, use_cache=False, output_router_logits=True)
+    config = model.config
+    losses = [
+        load_balancing_loss_func((logits,), config.num_experts, config.num_experts_per_tok)
+        for logits in output.router_logits
+    ]
+    return next_token_loss(output.logits, windows) + factor * sum(losses) / len(losses)
 
 
 @torch.no_grad()
@@ -305,7 +358,11 @@ def train(model: torch.nn.Module, recipe: Recipe, ids: Tensor, held_out: Tensor)
     for step in range(1, recipe.steps + 1):
         windows = next(short if step % LONG_EVERY else long)
         with torch.autocast("cpu", torch.bfloat16):
-            loss = loss_of(model, windows)
+            loss = (
+                balanced_loss(model, windows, recipe.balance)
+                if recipe.balance
+                else loss_of(model, windows)
+            )
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

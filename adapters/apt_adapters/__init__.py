@@ -5,7 +5,7 @@ from apt.hookspecs import AdapterSpec, FormatSpec, hookimpl
 
 @hookimpl
 def apt_adapters() -> list[AdapterSpec]:
-    """The adapters of LLaMA, OPT, BLOOM, Mamba and its hybrids, and one for any other model."""
+    """The adapters of the families that ship with APT, and one for any other model."""
     return [
         AdapterSpec(
             "llama",
@@ -43,6 +43,12 @@ def apt_adapters() -> list[AdapterSpec]:
             model_types=("mamba2",),
             zoo="apt_adapters:zoo/mamba2",
             doctor="apt_adapters.kernels:mamba2",
+        ),
+        AdapterSpec(
+            "moe",
+            "Mixtures of experts built like LLaMA: Qwen2-MoE, Mixtral, OLMoE",
+            "apt_adapters.mixtures:MixtureAdapter",
+            model_types=("qwen2_moe", "mixtral", "olmoe"),
         ),
         AdapterSpec(
             "jamba",

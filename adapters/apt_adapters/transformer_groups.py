@@ -25,7 +25,8 @@ def attention_heads(block: nn.Module, config: Any) -> list[Groups]:
     same number goes from each key/value head, and key/value heads with all their query heads.
     """
     heads, shared = config.num_attention_heads, config.num_key_value_heads
-    size = config.head_dim or config.hidden_size // heads
+    given = getattr(config, "head_dim", None)
+    size = given or config.hidden_size // heads
     queries = heads // shared
     together = [
         *rows(block, _Q, queries * size),
@@ -33,7 +34,7 @@ def attention_heads(block: nn.Module, config: Any) -> list[Groups]:
         *rows(block, _V, size),
         columns(_O, queries * size),
     ]
-    same = {} if config.head_dim else {"head_dim": lambda kept: size}  # Mistral before 5.0
+    same = {} if given else {"head_dim": lambda kept: size}  # Qwen2-MoE, Mistral before 5.0
     fields: dict[str, Callable[[int], int]] = {
         "num_attention_heads": lambda kept: kept * queries,
         "num_key_value_heads": int,

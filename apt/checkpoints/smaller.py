@@ -21,6 +21,8 @@ from apt.planning.structure import Removed, planned_groups, removed_groups
 
 _CONFIG = "config.json"
 _PER_BLOCK = ("layer", "block")  # in the names of a configuration's lists with one entry a block
+_INDICES = ("mlp_only_layers", "moe_layers", "attn_layer_indices", "full_attn_idxs")
+"""Lists of the blocks of one kind, by their indices."""
 
 
 def shrunk(
@@ -199,7 +201,9 @@ def resized(
         changed["num_hidden_layers"] = len(blocks)
         for field, value in record.items():
             named = any(word in field for word in _PER_BLOCK)
-            if named and isinstance(value, list) and len(value) == count:
+            if field in _INDICES and isinstance(value, list):
+                changed[field] = [place for place, index in enumerate(blocks) if index in value]
+            elif named and isinstance(value, list) and len(value) == count:
                 changed[field] = [value[index] for index in blocks]
     renamed = getattr(config, "attribute_map", {})
     record |= {renamed.get(field, field): value for field, value in changed.items()}

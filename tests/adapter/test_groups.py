@@ -19,11 +19,12 @@ WITH_GROUPS = {
     "mamba": ("channels", "states"),
     "mamba2": ("states",),
     "falcon-mamba": ("channels",),
+    "qwen2-moe": ("heads",),
 }
 
 
 def family(variant):
-    return variant if variant.startswith("falcon") else variant.partition("-")[0]
+    return variant if variant in WITH_GROUPS else variant.partition("-")[0]
 
 
 CASES = [

@@ -15,7 +15,10 @@ from transformers import (
     Mamba2Config,
     MambaConfig,
     MistralConfig,
+    MixtralConfig,
+    OlmoeConfig,
     OPTConfig,
+    Qwen2MoeConfig,
 )
 
 # A run of pytest within pytest forgets the modules that it imports, but transformers does not.
@@ -68,7 +71,18 @@ CONFIGS = {
         attention_in_multiplier=0.75, attention_out_multiplier=0.5, mlp_multipliers=[0.5, 0.25],
         **_GROUPED, **_SMALL, **_HEADS, **_IDS,
     ),
+    "qwen2-moe": Qwen2MoeConfig(
+        num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, mlp_only_layers=[1],
+        shared_expert_intermediate_size=24, **_GROUPED, **_SMALL, **_HEADS, **_IDS,
+    ),
 }  # fmt: skip
+# Served by the adapter of another variant; few tests use them.
+ALIKE = {
+    "mixtral": MixtralConfig(num_local_experts=4, **_GROUPED, **_SMALL, **_HEADS, **_IDS),
+    "olmoe": OlmoeConfig(
+        num_experts=4, num_experts_per_tok=2, **_GROUPED, **_SMALL, **_HEADS, **_IDS
+    ),
+}
 if int(transformers.__version__.split(".")[0]) < 5:  # experts are modules there, not stacked
     del CONFIGS["jamba"]
 SCANS = ["mamba", "mamba-no-fp32-residual", "falcon-mamba", "mamba2", "jamba", "falcon-h1"]
@@ -80,7 +94,7 @@ def random_model(variant, dtype=torch.float32, attention=None):
     """A random model whose weights are large enough for every path to matter."""
     torch.manual_seed(0)
     options = {"attn_implementation": attention} if attention else {}
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[variant]), **options)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy((CONFIGS | ALIKE)[variant]), **options)
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2 and "A_log" not in name:
             torch.nn.init.normal_(parameter, std=0.3 if "x_proj" not in name else 0.6)

@@ -42,6 +42,7 @@ SIZES = {
     "mamba2": {"states": 4},
     "bloom": {},
     **({"jamba": {"experts": 2}} if "jamba" in CONFIGS else {}),
+    **({"qwen2-moe": {"experts": 3, "channels": 40}} if "qwen2-moe" in CONFIGS else {}),
 }
 
 
@@ -49,7 +50,7 @@ SIZES = {
 def test_a_smaller_model_opens_in_plain_transformers(variant, tmp_path):
     model = random_model(variant)
     before = copy.deepcopy(model.state_dict())
-    blocks = None if variant == "jamba" else 2
+    blocks = None if variant in {"jamba", "qwen2-moe"} else 2
     wish = ShrinkOptions(sizes=SIZES[variant], blocks=blocks)
     small, report = apt_package.shrink(model, TOKENS, size=wish)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -74,6 +75,7 @@ def test_a_smaller_model_opens_in_plain_transformers(variant, tmp_path):
         ("mamba", {"channels": 40, "states": 5}, [0, 1]),
         ("mamba2", {"states": 4}, []),
         ("bloom", {}, [0, 2]),
+        *([("qwen2-moe", {}, [0])] if "qwen2-moe" in CONFIGS else []),
     ],
 )
 @torch.no_grad()
