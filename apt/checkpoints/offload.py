@@ -1,6 +1,5 @@
 """A model whose blocks stay in its checkpoint while everything else is in memory."""
 
-import copy
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -23,7 +22,7 @@ class StoredBlocks:
     Args:
         layout: the tensors of the checkpoint for each parameter of the model.
         blocks: the modules by name, on the meta device.
-        dtype: the dtype of a block in memory; None keeps that of each tensor.
+        cast: True to give a tensor the dtype that its parameter has on the meta device.
     """
 
     def __init__(
@@ -32,10 +31,11 @@ class StoredBlocks:
         layout: Layout,
         blocks: Mapping[str, nn.Module],
         device: str,
-        dtype: torch.dtype | None = None,
+        *,
+        cast: bool = False,
     ) -> None:
         self._shards, self._layout, self._blocks = shards, layout, blocks
-        self._device, self._dtype = device, dtype
+        self._device, self._cast = device, cast
 
     @contextmanager
     def open(self, name: str, dense: dict[str, Tensor] | None = None) -> Iterator[nn.Module]:
@@ -69,7 +69,8 @@ class StoredBlocks:
         pinned, read = self._device.startswith("cuda"), {}
         for path, parameter in self._blocks[name].named_parameters():
             pieces = self._layout[f"{name}.{path}"]
-            tensor = cast(read_parameter(pieces, parameter.shape, self._shards), self._dtype)
+            tensor = read_parameter(pieces, parameter.shape, self._shards)
+            tensor = cast(tensor, parameter.dtype if self._cast else None)
             read[path] = tensor.pin_memory() if pinned else tensor
         return read
 
@@ -120,14 +121,14 @@ def assemble(
     """The model in memory but for its blocks; raises `AptError` if a tensor is missing."""
     source = skeleton.source
     module: Any = skeleton_module(
-        copy.deepcopy(skeleton.config), trust_remote_code=source.trust_remote_code
+        skeleton.config, dtype, trust_remote_code=source.trust_remote_code
     )
     blocks = skeleton.adapter.blocks(module)
     inside = {f"{name}.{path}" for name, block in blocks for path, _ in block.named_parameters()}
     state = module.state_dict()
     given = {name: layout[name] for name in state if name in layout and name not in inside}
     tensors = {
-        name: cast(read_parameter(pieces, state[name].shape, shards), dtype)
+        name: cast(read_parameter(pieces, state[name].shape, shards), dtype and state[name].dtype)
         for name, pieces in given.items()
     }
     module.load_state_dict(tensors, strict=False, assign=True)

@@ -1,5 +1,7 @@
 """A model without weights but with everything else that its constructor creates."""
 
+import copy
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import get_ident
@@ -8,19 +10,53 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, __version__
+
+_WHOLE_COMPONENTS = int(__version__.split(".")[0]) < 5
 
 
-def skeleton_module(config: Any, *, trust_remote_code: bool) -> nn.Module:
+def skeleton_module(
+    config: Any, dtype: torch.dtype | None = None, *, trust_remote_code: bool
+) -> nn.Module:
     """A causal language model, in eval mode, with its parameters on the meta device.
 
     Everything else, such as buffers and tables of positions, is on the CPU. At no time is more than
     one parameter in memory, and none of its pages is written.
+
+    Args:
+        dtype: the dtype of the model; by default that of its configuration. What its class keeps in
+            fp32, such as a router, has that dtype, as in a model that transformers loads.
     """
+    config = copy.deepcopy(config)
+    if dtype is not None:
+        config.dtype = dtype
     with _parameters_on_meta():
         module: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    if dtype is not None:
+        _keep_fp32(module, dtype)
     whole: nn.Module = module.eval()
     return whole
+
+
+def _keep_fp32(module: Any, dtype: torch.dtype) -> None:
+    """Give the tensors fp32 that the class keeps in it: some only beside fp16, others always."""
+    kept = set[str]()
+    if dtype in (torch.float16, torch.bfloat16):
+        kept |= set(module._keep_in_fp32_modules_strict or ())
+    if dtype == torch.float16:
+        kept |= set(module._keep_in_fp32_modules or ())
+    if not kept:
+        return
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if tensor.is_floating_point() and any(_names(pattern, name) for pattern in kept):
+            tensor.data = tensor.data.float()
+
+
+def _names(pattern: str, name: str) -> bool:
+    """True if a pattern of transformers means a tensor: version 4 compares whole components."""
+    if _WHOLE_COMPONENTS:
+        return re.search(rf"((^|\.){pattern}($|\.))", name) is not None
+    return re.search(pattern.replace("*", ".*"), name) is not None
 
 
 def skeleton_of_class(kind: Any, config: Any, like: Any) -> nn.Module:

@@ -38,7 +38,7 @@ def _open_on_disk(task: PruneTask, store: ModelStore) -> AbstractContextManager[
     parts, dtype = (stored.shards, stored.layout), stored.dtype(task.skeleton, task.plan)
     store.model = assemble(task.skeleton, *parts, task.device, dtype)
     blocks = dict(task.skeleton.adapter.blocks(store.model))
-    source = StoredBlocks(*parts, blocks, task.device, dtype)
+    source = StoredBlocks(*parts, blocks, task.device, cast=True)
     both = (source, source)
     store.blocks = DiskBlocks(task.job.plan, *both, task.device, store.journal, store.ranks)
     return source.read_on_call()

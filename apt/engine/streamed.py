@@ -139,7 +139,7 @@ class Streamed(OutputStore):
         self.model = assemble(task.skeleton, stored.shards, stored.layout, task.device, dtype)
         blocks = dict(task.skeleton.adapter.blocks(self.model))
         self._dense, self._pruned = (
-            StoredBlocks(shards, stored.layout, blocks, task.device, dtype)
+            StoredBlocks(shards, stored.layout, blocks, task.device, cast=True)
             for shards in (stored.shards, Shards(self.work.out))
         )
         both = (self._dense, self._pruned)

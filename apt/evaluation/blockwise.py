@@ -24,7 +24,7 @@ def streamed(skeleton: Opened, tokens: Tensor, device: str) -> Iterator[nn.Modul
     dtype = stored.dtype(skeleton)
     parts = (stored.shards, stored.layout)
     module = assemble(skeleton, *parts, device, dtype)
-    on_disk = StoredBlocks(*parts, dict(skeleton.adapter.blocks(module)), device, dtype)
+    on_disk = StoredBlocks(*parts, dict(skeleton.adapter.blocks(module)), device, cast=True)
     with carried(module, skeleton.adapter, tokens, on_disk):
         yield module
 

@@ -11,6 +11,8 @@ import transformers
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
+    Glm4MoeConfig,
+    GptOssConfig,
     Llama4TextConfig,
     MixtralConfig,
     RwkvConfig,
@@ -50,6 +52,11 @@ MIXTURES = [
         intermediate_size_mlp=32, interleave_moe_layer_step=1, **_MIXTURE, **SIZES, **IDS
     ),
 ]
+GLM4_MOE = Glm4MoeConfig(
+    num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+    first_k_dense_replace=1, n_routed_experts=4, moe_intermediate_size=8, **SIZES, **IDS,
+)  # fmt: skip
+GPT_OSS = GptOssConfig(**_MIXTURE, **SIZES, **IDS)
 if int(transformers.__version__.split(".")[0]) < 5:  # experts are modules there, not stacked
     MIXTURES = []
 DATA = ("--samples", 4, "--seqlen", 24)
@@ -89,6 +96,20 @@ def test_parameters_are_empty_and_buffers_are_the_models_own(config):
     assert dict(model.named_buffers()).keys() == expected.keys()
     for name, buffer in model.named_buffers():
         assert torch.equal(buffer, expected[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("config", [GLM4_MOE, GPT_OSS], ids=lambda config: config.model_type)
+def test_dtypes_are_those_that_transformers_loads(config, dtype, tmp_path):
+    """Routers stay in fp32 beside any other dtype, and the norms of gpt-oss beside fp16."""
+    AutoModelForCausalLM.from_config(config).to(dtype).save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).state_dict()
+    model = skeleton_module(config, dtype, trust_remote_code=False)
+    assert {n: t.dtype for n, t in model.state_dict().items()} == {
+        n: t.dtype for n, t in loaded.items()
+    }
+    kept = {n for n, t in loaded.items() if t.dtype == torch.float32}
+    assert bool(kept) == (config is GLM4_MOE or dtype is torch.float16)
 
 
 def test_what_another_thread_makes_has_its_weights(monkeypatch):
