@@ -56,8 +56,7 @@ class WeightTap(TorchFunctionMode, Generic[K]):
     ) -> Any:
         """Report the other factor if ``func`` is a product with a watched weight; then call it."""
         kwargs = kwargs or {}
-        if func in _FACTORS:
-            self._report(*_factors(func, args, kwargs))
+        self._report(*factors_of(func, args, kwargs))
         return func(*args, **kwargs)
 
     def _report(self, left: Any, right: Any) -> None:
@@ -86,8 +85,10 @@ class WeightTap(TorchFunctionMode, Generic[K]):
         return key if same or flipped else None
 
 
-def _factors(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    """The left and the right factor among positional and keyword arguments; None if missing."""
+def factors_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """The left and the right factor of a product; None for other functions and missing factors."""
+    if func not in _FACTORS:
+        return None, None
     left, right = _FACTORS[func]
     given = list(args)
     for name in _KEYWORDS:

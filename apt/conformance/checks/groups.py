@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from apt.adapter import Adapter, Groups, Site
+from apt.adapter import Adapter, Groups, Site, Unrouted
 from apt.adapter.groups import disconnect, tensors_of
 from apt.checkpoints.smaller import shrunk
 from apt.conformance.checks.promise import Fault, Faults, promise
@@ -157,7 +156,7 @@ def _mask(
     adapter: Adapter, model: Any, kind: str, removed: dict[str, list[int]]
 ) -> AbstractContextManager[Any]:
     """Disconnect groups of a model; inside the context, its routers do not choose them either."""
-    routers = list[tuple[Tensor, list[int]]]()
+    routers = dict[Tensor, Tensor]()
     for name, block in adapter.blocks(model):
         sites = {site.name: site for site in adapter.sites(block)}
         parameters = tensors_of(block)
@@ -171,27 +170,10 @@ def _mask(
             if groups.routed:
                 outputs = {part.parameter for part in groups.outputs}
                 flat = [p.parameter for p in groups.parts if parameters[p.parameter].ndim == 2]
-                routers += [
-                    (parameters[path], removed[name]) for path in flat if path not in outputs
-                ]
-    return _Unrouted(routers) if routers else nullcontext()
-
-
-class _Unrouted(TorchFunctionMode):
-    """While entered, products with the weights of routers are −∞ for the groups removed."""
-
-    def __init__(self, routers: list[tuple[Tensor, list[int]]]) -> None:
-        super().__init__()
-        self._removed = {id(weight): removed for weight, removed in routers}
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Call the function, and mask its result if an argument is the weight of a router."""
-        result = func(*args, **(kwargs or {}))
-        if func is nn.functional.linear and id(args[1]) in self._removed:
-            result[..., self._removed[id(args[1])]] = -torch.inf
-        return result
+                gone = torch.zeros(groups.count, dtype=torch.bool)
+                gone[removed[name]] = True
+                routers |= {parameters[p]: gone for p in flat if p not in outputs}
+    return Unrouted(routers) if routers else nullcontext()
 
 
 def _equal(logits: Tensor, expected: Tensor, effect: float) -> bool:
