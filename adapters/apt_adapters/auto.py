@@ -24,7 +24,15 @@ from apt.adapter.experts import expert_groups
 from apt.adapter.groups import tensors_of
 from apt.adapter.recording import eval_mode
 from apt.conformance.checks import CHECKS, Nonconformance, Subject
-from apt.conformance.oracle import PRODUCTS, Stream, is_stack, slices_of, storage_of, used_rows
+from apt.conformance.oracle import (
+    PRODUCTS,
+    Selection,
+    Stream,
+    is_stack,
+    slices_of,
+    storage_of,
+    used_rows,
+)
 from apt.errors import AptError, described, first_line
 
 _HINT = "it needs an adapter of its own, see docs/adapters.md"
@@ -119,10 +127,10 @@ class AutoAdapter(DecoderAdapter):
             if _kind(block) in found:
                 continue
             stream = torch.randn(state.shape, generator=draw).to(state)
-            trace = _Trace(block, stream)
-            with _explained(f"{path}.{name} by itself"), one_by_one(block), trace:
+            trace, selection = _Trace(block, stream), Selection(dict(_matrices(block)))
+            with _explained(f"{path}.{name} by itself"), one_by_one(block), selection, trace:
                 self.step(block, stream, call)
-            sites = trace.sites(tokens.numel())
+            sites = trace.sites(tokens.numel(), selection.routers)
             _assert_most(f"{path}.{name}", block, sites)
             found[_kind(block)] = sites
         return found
@@ -286,10 +294,15 @@ class _Trace(Stream[_Key]):  # type: ignore[no-untyped-call]
         self._families = _families(matrices, self._lists)
         self._uses: dict[_Key, _Use] = {}
 
-    def sites(self, tokens: int) -> list[Site]:
+    def sites(self, tokens: int, selecting: Collection[_Key]) -> list[Site]:
         """The matrices that multiply all ``tokens``, once or several times, as sites.
 
         So are those of experts, which multiply every token a number of times together.
+
+        Args:
+            tokens: the number of tokens in the run.
+            selecting: the matrices whose products select something, as those of routers do. Beside
+                experts they are no sites.
         """
         whole = {key for key, use in self._uses.items() if set(use.rows) == {tokens}}
         routed = {
@@ -302,8 +315,10 @@ class _Trace(Stream[_Key]):  # type: ignore[no-untyped-call]
         orders: dict[str, int] = {}
         found: dict[_Key, Site] = {}
         for key, use in self._uses.items():
-            if key in found or key not in whole | routed or self._routes(key, routed):
+            if key in found or key not in whole | routed:
                 continue  # it multiplies other values, a table of positions for instance
+            if (routed and key in selecting) or self._gates(key, routed):
+                continue
             name = names.setdefault(use.inputs[0], _short(key))
             order = orders.setdefault(name, len(orders))
             if key in routed:
@@ -320,11 +335,8 @@ class _Trace(Stream[_Key]):  # type: ignore[no-untyped-call]
         rows = sum(sum(self._uses[key].rows) for key in members if key in self._uses)
         return len(members) > 1 and rows > 0 and rows % tokens == 0
 
-    def _routes(self, key: _Key, routed: Collection[_Key]) -> bool:
-        """True for the weight of a router or of a gate, which is beside experts.
-
-        It has an output for each of them, or one in all.
-        """
+    def _gates(self, key: _Key, routed: Collection[_Key]) -> bool:
+        """True for the weight of a gate beside experts: it has one output, or one for each."""
         shape = self._tensors[key].shape
         outputs = shape[1] if self._uses[key].transposed else shape[0]
         return key not in routed and any(

@@ -167,7 +167,8 @@ class DecoderAdapter:
         self, block: nn.Module, sites: Sequence[Site], sink: Sink
     ) -> AbstractContextManager[None]:
         """Watch every product with a site's weight, even if its module is not called."""
-        return WeightTap({site: site.weight(block) for site in sites}, sink)
+        routed = [site for site in sites if site.routed]
+        return WeightTap({site: site.weight(block) for site in sites}, sink, routed)
 
 
 def members(layers: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -5,7 +5,7 @@ A forward hook fires only if a Linear is called as a module. Mamba multiplies by
 cases. The tap observes the product itself.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -21,11 +21,13 @@ _FACTORS: dict[Any, tuple[int, int]] = {
     torch.mm: (0, 1),
     torch.addmm: (1, 2),
     torch.bmm: (0, 1),
+    torch.baddbmm: (1, 2),
     Tensor.matmul: (0, 1),
     Tensor.__matmul__: (0, 1),
     Tensor.__rmatmul__: (1, 0),
     Tensor.mm: (0, 1),
     Tensor.bmm: (0, 1),
+    Tensor.baddbmm: (1, 2),
     Tensor.addmm: (1, 2),
 }
 _KEYWORDS = ("input", "self", "mat1", "weight", "mat2", "other")  # in the order of positions
@@ -36,18 +38,25 @@ class WeightTap(TorchFunctionMode, Generic[K]):
 
     A watched weight is recognised by its storage, so views and transposes of it are recognised too.
     The factor is passed as (..., in), from either side of the product. A product with a whole stack
-    of weights (experts, …) is one with each of them. Rows of zeros are then left out: a router
-    gives a token to some experts by multiplying it by zero for all others. The tap misses products
+    of weights (experts, …) is one with each of them. The tap misses products
     with a copy of the weight (by autocast, parametrizations or ``torch.compile``). Callers must
     assert that every weight was seen.
 
     Args:
         weights: the 2-D weights to watch, by key.
         sink: called with the key and the other factor, before the product is computed.
+        routed: the keys of experts' weights. In a product with a whole stack, a router has
+            multiplied the tokens of other experts by zero; such rows are left out.
     """
 
-    def __init__(self, weights: Mapping[K, Tensor], sink: Callable[[K, Tensor], None]) -> None:
+    def __init__(
+        self,
+        weights: Mapping[K, Tensor],
+        sink: Callable[[K, Tensor], None],
+        routed: Collection[K] = (),
+    ) -> None:
         super().__init__()
+        self._routed = set(routed)
         self._sink = sink
         self._weights = {weight.data_ptr(): (key, weight) for key, weight in weights.items()}
 
@@ -62,7 +71,8 @@ class WeightTap(TorchFunctionMode, Generic[K]):
     def _report(self, left: Any, right: Any) -> None:
         if self._is_stack(right):
             for rows, weight in zip(left.expand(len(right), -1, -1), right, strict=True):
-                self._report(rows[rows.any(-1)], weight)
+                key = self._find(weight)
+                self._report(rows[rows.any(-1)] if key in self._routed else rows, weight)
         elif (key := self._find(right)) is not None:
             self._sink(key, left)
         elif (key := self._find(left)) is not None:
@@ -70,7 +80,7 @@ class WeightTap(TorchFunctionMode, Generic[K]):
 
     def _is_stack(self, factor: Any) -> bool:
         """True for a tensor (experts, …) whose first slice is a watched weight."""
-        stacked = isinstance(factor, Tensor) and factor.ndim == 3 and len(factor) > 1
+        stacked = isinstance(factor, Tensor) and factor.ndim == 3
         return stacked and factor.stride(0) != 0 and self._find(factor[0]) is not None
 
     def _find(self, factor: Any) -> K | None:

@@ -4,7 +4,7 @@ Every matrix product calls one of a few operators. There a weight is recognised 
 however the product is written. The strides of the factor give the orientation of the stored weight.
 """
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -55,10 +55,15 @@ class Seen:
 
 
 class Oracle(TorchDispatchMode, Generic[K]):  # type: ignore[no-untyped-call]
-    """While entered, collects the inputs of the ``weights`` (2-D, by key)."""
+    """While entered, collects the inputs of the ``weights`` (2-D, by key).
 
-    def __init__(self, weights: Mapping[K, Tensor]) -> None:
+    The ``routed`` ones get a token of zeros for each token that is not theirs if all experts of a
+    stack are multiplied at once; these are left out.
+    """
+
+    def __init__(self, weights: Mapping[K, Tensor], routed: Collection[K] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._routed = set(routed)
         self.seen: dict[K, Seen] = {}
         self._weights = {storage_of(weight): (key, weight) for key, weight in weights.items()}
         self._products = 0
@@ -83,7 +88,8 @@ class Oracle(TorchDispatchMode, Generic[K]):  # type: ignore[no-untyped-call]
             if key is None or watched is None or weight.numel() != watched.numel():
                 continue
             seen = self.seen.setdefault(key, Seen(first=self._products))
-            seen.inputs.append(used_rows(inputs, is_stack(factor)).double())
+            skipped = key in self._routed and is_stack(factor)
+            seen.inputs.append(used_rows(inputs, skipped).double())
             if min(weight.shape) > 1:
                 seen.stored.append(weight.stride(-1) == 1)  # (in, out), and contiguous along out
             else:

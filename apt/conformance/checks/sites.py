@@ -58,12 +58,15 @@ def check_sites(subject: Subject) -> Faults:
 
 def _routers(subject: Subject, step: Step) -> list[str]:
     """The names of the sites of a block with experts that are the weights of routers."""
-    if not any(site.routed for site in step.sites):
+    experts = max(Counter(site.order for site in step.sites if site.routed).values(), default=0)
+    if not experts:
         return []
-    selection = Selection({site: site.weight(step.block).data for site in step.sites})
+    weights = {site: site.weight(step.block).data for site in step.sites if not site.routed}
+    selection = Selection(weights)
     with selection:
         subject.step(step)
-    return [site.name for site in step.sites if site in selection.routers and not site.routed]
+    # Other products select tokens, for sparse attention; they have an output for each head.
+    return [s.name for s in selection.routers if len(s.oriented(weights[s])) >= experts]
 
 
 def _never_routed(subject: Subject) -> list[str]:

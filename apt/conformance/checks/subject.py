@@ -118,7 +118,8 @@ class Subject:
 
 def products(subject: Subject, step: Step) -> dict[Site, Seen]:
     """The products with each site that runs in a step."""
-    oracle = Oracle({site: site.weight(step.block).data for site in step.sites})
+    routed = [site for site in step.sites if site.routed]
+    oracle = Oracle({site: site.weight(step.block).data for site in step.sites}, routed)
     with oracle:
         subject.step(step)
     return oracle.seen
