@@ -105,16 +105,23 @@ class Recipe:
 class SolvedSite:
     """A site whose solution is written to the model, but which may still be tuned.
 
+    The solved sites of a block wait for its tuning together, so nothing in fp32 but the Gram
+    matrices is kept.
+
     Attributes:
-        dense: its dense weight (out, in), in fp32.
+        dense: its dense weight (out, in), in the dtype in which it is stored.
         matrix: the Gram matrix (in, in) of its inputs.
+        mask: True where it is pruned (out, in).
+        damping, residual: see `apt.solver.Solution`.
     """
 
     planned: PlannedSite
     dense: Tensor
     matrix: Tensor
     tokens: int
-    solution: Solution
+    mask: Tensor
+    damping: float | None
+    residual: float | None
     seconds: float
 
 
@@ -147,7 +154,8 @@ class SiteSolver:
         """
         started, scale = time.perf_counter(), torch.ones(()) if scale is None else scale
         weight = planned.site.oriented(planned.site.weight(block).data)
-        dense, scale = weight.to(torch.float32, copy=True), scale.to(weight.device)
+        stored, scale = weight.clone(), scale.to(weight.device)
+        dense = stored.float()
         solution = self._solution(planned, dense, sums, mean, scale)
         if weight.is_cuda:
             torch.cuda.synchronize(weight.device)
@@ -156,7 +164,10 @@ class SiteSolver:
         pruned = (solution.weight / scale).add_(0.0).to(weight.dtype)  # no negative zeros
         _check_finite(planned, pruned)
         weight.copy_(pruned)
-        return SolvedSite(planned, dense, sums.gram.matrix, sums.gram.tokens, solution, seconds)
+        return SolvedSite(
+            planned, stored, sums.gram.matrix, sums.gram.tokens,
+            solution.mask, solution.damping, solution.residual, seconds,
+        )  # fmt: skip
 
     def _check_weight(self, planned: PlannedSite, dense: Tensor, solution: Solution) -> None:
         """Raise unless the weight is finite and has its zeros; a cast could make more."""
@@ -231,11 +242,11 @@ def round_site(
 
 def measured(block: nn.Module, solved: SolvedSite) -> SitePruned:
     """The record of a solved site, measured and checked on the weight as written."""
-    planned, solution = solved.planned, solved.solution
+    planned = solved.planned
     weight = planned.site.oriented(planned.site.weight(block).data)
     _check_finite(planned, weight)
     assert planned.pattern is not None
-    if bool(weight[solution.mask].any()) or not meets(weight, planned.pattern):
+    if bool(weight[solved.mask].any()) or not meets(weight, planned.pattern):
         raise RuntimeError(f"{planned.name}: the method did not meet {planned.pattern}")
     return SitePruned(
         planned.name,
@@ -243,9 +254,9 @@ def measured(block: nn.Module, solved: SolvedSite) -> SitePruned:
         planned.shape,
         str(planned.pattern),
         int((weight == 0).sum()),
-        relative_layer_error(solved.dense, weight.float(), solved.matrix),
-        solution.damping,
-        solution.residual,
+        relative_layer_error(solved.dense.float(), weight.float(), solved.matrix),
+        solved.damping,
+        solved.residual,
         solved.tokens,
         solved.seconds,
     )

@@ -68,7 +68,7 @@ class Tuned:
 
 
 def tune_block(block: OpenBlock, sites: Sequence[Site], options: BlockTuning) -> Tuned | None:
-    """Tune the kept weights of ``sites`` in place; the block's weights change only at the end.
+    """Tune the kept weights of ``sites`` in place.
 
     The steps do not depend on the number of ranks: all ranks take each step together, with the
     gradient from the rank that has its batch.
@@ -89,60 +89,68 @@ def tune_block(block: OpenBlock, sites: Sequence[Site], options: BlockTuning) ->
     passed = len(ranks.mine(range(count - held)))
     descent = _Descent(block, sites)
     before = lowest = descent.error(batches[passed:], held)
-    for group in descent.adam.param_groups:
-        group["lr"] *= options.rate * math.sqrt(before)
-    best = descent.snapshot()
-    steps = options.epochs * (count - held)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        descent.adam, lambda n: (1 + math.cos(math.pi * min(n / steps, 1))) / 2
-    )
-    for _ in range(options.epochs):
+    rate, steps = options.rate * math.sqrt(before), options.epochs * (count - held)
+    for epoch in range(options.epochs):
         for turn in range(count - held):
             place, owner = turn // ranks.size, ranks.owner(turn)
+            done = (epoch * (count - held) + turn) / steps
+            descent.set_rates(rate, (1 + math.cos(math.pi * done)) / 2)
             descent.descend(batches[place] if owner == ranks.rank else None, owner)
-            schedule.step()
             block.progress()
         error = descent.error(batches[passed:], held)
         if error < lowest:
-            lowest, best = error, descent.snapshot()
-    descent.write(best)
+            lowest = error
+            descent.write()
+    descent.share()
     return Tuned(before, lowest)
 
 
 class _Descent:
-    """The kept weights of a block in fp32, with their masks and the state of Adam."""
+    """The kept weights of a block in fp32, with their masks and the state of Adam.
+
+    These take several times the memory of the block, which is large if it has experts. So there is
+    no further copy: the best weights are in the block itself, and gradients are freed early.
+    """
 
     def __init__(self, block: OpenBlock, sites: Sequence[Site]) -> None:
         self._block = block
         names = dict.fromkeys(site.parameter for site in sites)  # experts are slices of one
         self._parameters = {name: block.module.get_parameter(name).detach() for name in names}
         masters = {name: p.float().clone() for name, p in self._parameters.items()}
-        masks = {name: torch.zeros_like(master) for name, master in masters.items()}
+        masks = {
+            name: torch.zeros_like(master, dtype=torch.bool) for name, master in masters.items()
+        }
         for site in sites:
             kept = masks[site.parameter]
             kept = kept if site.expert is None else kept[site.expert]
             kept.copy_(site.weight(block.module) != 0)
-        sizes = [
-            float(master[mask != 0].square().mean().sqrt())
+        self._sizes = [
+            float(master[mask].square().mean().sqrt())
             for master, mask in zip(masters.values(), masks.values(), strict=True)
         ]
         self._mixed = mixed_precision(list(self._parameters.values()))
         self._masks = list(masks.values())
         self._masters = [master.requires_grad_() for master in masters.values()]
-        groups = [
-            {"params": [master], "lr": size}
-            for master, size in zip(self._masters, sizes, strict=True)
-        ]
-        self.adam = torch.optim.Adam(groups, betas=(0.9, 0.95))
+        groups = [{"params": [master]} for master in self._masters]
+        self._adam = torch.optim.Adam(groups, betas=(0.9, 0.95))
 
-    def snapshot(self) -> list[Tensor]:
-        """A copy of the weights."""
-        return [master.detach().clone() for master in self._masters]
+    def set_rates(self, rate: float, decay: float) -> None:
+        """Set the learning rate to ``rate``, times the size of each weight, times ``decay``.
 
-    def write(self, snapshot: list[Tensor]) -> None:
-        """Write the first rank's snapshot to the block; other ranks may have other roundings."""
-        for parameter, value in zip(self._parameters.values(), snapshot, strict=True):
-            parameter.copy_(value)
+        A scheduler of torch would do the same, but it and Adam refer to each other, so that all
+        memory would stay in use after the tuning.
+        """
+        for group, size in zip(self._adam.param_groups, self._sizes, strict=True):
+            group["lr"] = size * rate * decay
+
+    def write(self) -> None:
+        """Write the weights to the block."""
+        for parameter, master in zip(self._parameters.values(), self._masters, strict=True):
+            parameter.copy_(master)
+
+    def share(self) -> None:
+        """Take over the block of the first rank: other ranks may have other roundings."""
+        for parameter in self._parameters.values():
             self._block.ranks.send(parameter.data, 0)
 
     def error(self, batches: list[Batch], count: int) -> float:
@@ -168,7 +176,8 @@ class _Descent:
         for master, gradient in zip(self._masters, self._gradients(batch), strict=True):
             self._block.ranks.send(gradient, owner)
             master.grad = gradient
-        self.adam.step()
+        self._adam.step()
+        self._adam.zero_grad()
 
     def _gradients(self, batch: Batch | None) -> list[Tensor]:
         """The gradients of the error on ``batch``; empty tensors if another rank has the batch."""
