@@ -157,6 +157,5 @@ def _check_complete(skeleton: Opened, module: nn.Module, given: Collection[str])
     tied = {p.data_ptr() for n, p in module.state_dict().items() if n in given}
     for name, tensor in module.state_dict().items():
         if name not in given and tensor.data_ptr() not in tied:
-            raise AptError(
-                f"{skeleton.source.reference} lacks {name}", "is the checkpoint complete?"
-            )
+            fault = f"{skeleton.source.reference} lacks {name}, or stores it in an unknown way"
+            raise AptError(fault, "is the checkpoint complete? if so, do not stream it")
