@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from apt.checkpoints.opened import Opened
-from apt.checkpoints.pieces import Layout, read_parameter, write_parameters
+from apt.checkpoints.parameters import read_parameter, write_parameters
 from apt.checkpoints.safetensors_io import Shards
 from apt.checkpoints.skeletons import skeleton_module
 from apt.checkpoints.stored import pruned_of
 from apt.errors import AptError
+from apt.layouts.pieces import Layout
 from apt.planning.plan import PlannedBlock
 
 

@@ -72,6 +72,11 @@ class Shards:
     def __contains__(self, name: str) -> bool:
         return name in self.entries
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor."""
+        return {name: entry.shape for name, entry in self.entries.items()}
+
     def read(self, name: str) -> Tensor:
         """Read a tensor into new memory."""
         entry = self.entries[name]

@@ -12,10 +12,10 @@ from apt.adapter.groups import Removal, tensors_of, without
 from apt.checkpoints.copies import copy_files, side_files
 from apt.checkpoints.offload import StoredBlocks
 from apt.checkpoints.opened import Opened
-from apt.checkpoints.pieces import Layout
 from apt.checkpoints.safetensors_io import Shards, write_files
 from apt.checkpoints.skeletons import skeleton_of_class
 from apt.errors import AptError, first_line
+from apt.layouts.pieces import Layout
 from apt.planning.plan import Plan
 from apt.planning.structure import Removed, planned_groups, removed_groups
 

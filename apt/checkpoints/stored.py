@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apt.checkpoints.conversions import Converted, converted
 from apt.checkpoints.copies import OTHER_WEIGHTS, copy_files, copy_weights, side_files
 from apt.checkpoints.formats import find_source_file, local_copy
 from apt.checkpoints.opened import Opened
-from apt.checkpoints.pieces import Layout, Piece, write_parameters
+from apt.checkpoints.parameters import write_parameters
 from apt.checkpoints.safetensors_io import Shards
 from apt.errors import AptError, NotStoredError
+from apt.layouts.conversions import Converted, converted
+from apt.layouts.pieces import Layout, Piece
 from apt.planning.plan import Plan, PlannedBlock
 
 
@@ -31,7 +32,7 @@ def layout_of(skeleton: Opened, shards: Shards) -> Layout:
         AptError: a parameter is stored as integers.
     """
     layout, faults = dict[str, Sequence[Piece]](), dict[str, str]()
-    state, found = skeleton.module.state_dict(), converted(skeleton.module, shards)
+    state, found = skeleton.module.state_dict(), converted(skeleton.module, shards.shapes)
     for name, made in found.items():
         if made.fault:
             faults[name] = f": {made.fault}"
@@ -118,7 +119,10 @@ class Stored:
     def equals(self, model: nn.Module, names: Iterable[str]) -> bool:
         """True if these parameters equal the stored tensors: transformers may transform them."""
         return all(
-            torch.equal(parameter[piece.part].cpu(), piece.read(self.shards).to(parameter.dtype))
+            torch.equal(
+                parameter[piece.part].cpu(),
+                piece.taken(self.shards.read(piece.key)).to(parameter.dtype),
+            )
             for name in names
             for parameter in [model.get_parameter(name).data]
             for piece in self.layout[name]

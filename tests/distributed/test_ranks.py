@@ -22,11 +22,11 @@ import apt
 from apt.adapter import Site
 from apt.calibration.batches import check_finite
 from apt.checkpoints.offload import StoredBlocks
-from apt.checkpoints.pieces import Piece
 from apt.checkpoints.safetensors_io import Shards
 from apt.distributed.ranks import Ranks
 from apt.engine.disk_blocks import DiskBlocks
 from apt.events import SitePruned
+from apt.layouts.pieces import Piece
 from apt.planning.plan import Plan, PlannedBlock, PlannedSite
 from apt.plugin.registry import Registry
 from apt.solver import NM

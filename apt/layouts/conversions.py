@@ -14,8 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from apt.checkpoints.pieces import Piece
-from apt.checkpoints.safetensors_io import Shards
+from apt.layouts.pieces import Piece
 
 try:
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -87,13 +86,17 @@ _Values = dict[str, list[_Value]]
 """The tensors in the midst of a conversion, by the patterns that matched their names."""
 
 
-def converted(module: nn.Module, shards: Shards) -> dict[str, Converted]:
-    """All parameters and buffers of a model that are in a checkpoint."""
+Shapes = Mapping[str, tuple[int, ...]]
+"""The shapes of tensors by name."""
+
+
+def converted(module: nn.Module, stored: Shapes) -> dict[str, Converted]:
+    """All parameters and buffers of a model that are among stored tensors."""
     state = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     if get_model_conversion_mapping is None:
-        return _by_name(state, f"{getattr(module, 'base_model_prefix', '')}.", shards)
+        return _by_name(state, f"{getattr(module, 'base_model_prefix', '')}.", stored)
     found = dict[str, Converted]()
-    for name, (converter, values) in _collected(module, state, shards).items():
+    for name, (converter, values) in _collected(module, state, stored).items():
         try:
             made = _applied(converter, name, values, state)
         except _NotFollowedError as error:
@@ -105,19 +108,17 @@ def converted(module: nn.Module, shards: Shards) -> dict[str, Converted]:
     return found
 
 
-def _by_name(state: Mapping[str, Any], prefix: str, shards: Shards) -> dict[str, Converted]:
-    """The parameters whose names are in the checkpoint, with or without the model's prefix."""
-    keys = {name: name if name in shards else name.removeprefix(prefix) for name in state}
+def _by_name(state: Shapes, prefix: str, stored: Shapes) -> dict[str, Converted]:
+    """The parameters whose names are stored, with or without the model's prefix."""
     return {
-        name: Converted(shards.entries[key].shape, (Piece(key),))
-        for name, key in keys.items()
-        if key in shards
+        name: Converted(stored[key], (Piece(key),))
+        for name in state
+        for key in [f"{prefix}{name}", name.removeprefix(prefix), name]  # the last one counts
+        if key in stored
     }
 
 
-def _collected(
-    module: Any, state: Mapping[str, Any], shards: Shards
-) -> dict[str, tuple[Any, _Values]]:
+def _collected(module: Any, state: Shapes, stored: Shapes) -> dict[str, tuple[Any, _Values]]:
     """The stored tensors of each parameter, and their converter; None if they are renamed only."""
     mapping = get_model_conversion_mapping(module)
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -126,13 +127,13 @@ def _collected(
     prefix = getattr(module, "base_model_prefix", "")
     exists = dict.fromkeys(state, True)  # transformers asks whether a name gives None
     found = dict[str, tuple[Any, _Values]]()
-    for key in sorted(shards.entries, key=dot_natural_key):
+    for key in sorted(stored, key=dot_natural_key):
         name, pattern = rename_source_key(key, renamings, converters, prefix, exists)
         if name not in state and key in state:
             name, pattern = rename_source_key(key, [], [], prefix, exists)
         if name in state:
             _, values = found.setdefault(name, (owners.get(pattern), {}))
-            values.setdefault(pattern or key, []).append(_stored(key, shards.entries[key].shape))
+            values.setdefault(pattern or key, []).append(_stored(key, stored[key]))
     return found
 
 

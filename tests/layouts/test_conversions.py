@@ -8,12 +8,12 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from apt.checkpoints import conversions
-from apt.checkpoints.conversions import converted
-from apt.checkpoints.pieces import read_parameter, write_parameters
+from apt.checkpoints.parameters import read_parameter, write_parameters
 from apt.checkpoints.safetensors_io import Shards
 from apt.checkpoints.stored import layout_of
 from apt.errors import NotStoredError
+from apt.layouts import conversions
+from apt.layouts.conversions import converted
 
 loading = pytest.importorskip("transformers.core_model_loading", reason="transformers 4 has none")
 
@@ -188,7 +188,7 @@ def test_what_is_not_followed_is_refused_with_its_name(monkeypatch, tmp_path):
         monkeypatch, tmp_path, {"up": (4, 4)}, {"ups": (4, 4)},
         source_patterns=["ups"], target_patterns=["up"], operations=[Reversed(0, 1)],
     )  # fmt: skip
-    assert converted(model, shards)["layers.0.up"].fault
+    assert converted(model, shards.shapes)["layers.0.up"].fault
     with pytest.raises(NotStoredError, match=r"layers\.0\.up is .* converts it by Reversed"):
         layout(model, shards, "layers")
 
