@@ -130,8 +130,8 @@ def _show_warnings(report: Report) -> None:
     if starved := [site for site in report.sites if site.starved]:
         first = starved[0]
         say(
-            f"{len(starved)} sites saw fewer tokens than they have inputs ({first.name}: "
-            f"{first.tokens:,} of {first.shape[1]:,}); more --samples would help"
+            f"{len(starved)} of {len(report.sites)} sites saw fewer tokens than they have inputs "
+            f"({first.name}: {first.tokens:,} of {first.shape[1]:,}); more --samples would help"
         )
 
 

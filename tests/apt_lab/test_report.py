@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from apt_lab.reporting.beside_dense import by_frequency, token_losses
-from apt_lab.reporting.heat import block_of, heat
+from apt_lab.reporting.heat import block_of, expert_of, heat
 from apt_lab.reproduction import command_of
 from safetensors.torch import load_file
 
@@ -228,6 +228,17 @@ def test_experts_share_a_cell(apt, prune):
     assert {block_of(site) for site in experts} == {"model.layers.2"}
     table = heat("Error", sites, lambda site: site.sparsity, str)
     assert len(table.rows) == 3
+    assert table.columns.count(experts[0].kind) == 1
+
+
+@pytest.mark.skipif("jamba" not in CONFIGS, reason="experts are modules in this transformers")
+def test_the_page_shows_the_tokens_of_each_expert(apt, prune):
+    page = page_of(apt, directory := prune("a", "--method", "wanda", variant="jamba"))
+    up = [s for s in Report.read(directory).sites if s.kind.endswith("gate_up_proj")]
+    table = heat("Tokens", up, lambda site: site.tokens, str, expert_of)
+    assert table.columns == [str(index) for index in range(len(up))]
+    assert [float(cell.text) for cell in table.rows[0][1]] == [site.tokens for site in up]
+    assert "Tokens of each expert" in page
 
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")

@@ -19,11 +19,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class Heat:
-    """A table with a row for each block and a column for each kind of site.
+    """A table with a row for each block and a column for each kind of site, or for each expert.
 
     Attributes:
         title: what the values are.
-        columns: the kinds.
+        columns: the kinds, or the indices of the experts.
         rows: the name of each block with its cells; None where a block has no site of a kind.
         lowest, highest: the texts of the ends of the scale.
     """
@@ -46,25 +46,27 @@ def heat(
     sites: Sequence[SitePruned],
     value: Callable[[SitePruned], float],
     write: Callable[[float], str],
+    column: Callable[[SitePruned], str] = lambda site: site.kind,
 ) -> Heat:
-    """The table of a value of the sites; that of experts is their mean.
+    """The table of a value of the sites; that of sites in the same column is their mean.
 
     Args:
         title: what the values are.
         sites: the pruned sites, in the order of the blocks.
         value: the value of a site.
         write: the text of a value.
+        column: the column of a site.
     """
     groups: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for site in sites:
-        groups[block_of(site)][site.kind].append(value(site))
+        groups[block_of(site)][column(site)].append(value(site))
     means = {
         block: {kind: fmean(values) for kind, values in kinds.items()}
         for block, kinds in groups.items()
     }
     finite = [v for kinds in means.values() for v in kinds.values() if math.isfinite(v)]
     low, high = min(finite, default=0.0), max(finite, default=0.0)
-    columns = list(dict.fromkeys(site.kind for site in sites))
+    columns = list(dict.fromkeys(column(site) for site in sites))
 
     def cell(number: float | None) -> Cell | None:
         if number is None:
@@ -76,9 +78,14 @@ def heat(
     return Heat(title, columns, rows, write(low), write(high))
 
 
+def expert_of(site: SitePruned) -> str:
+    """The index of an expert of a stack; empty for another site."""
+    name, _, index = site.name.rpartition(".")
+    return index if name.endswith(site.kind) and not site.name.endswith(site.kind) else ""
+
+
 def block_of(site: SitePruned) -> str:
     """The full name of a site's block."""
-    name = site.name.removesuffix(site.kind)
-    if name == site.name:  # an expert: its index stands behind the kind
-        name = site.name.rpartition(".")[0].removesuffix(site.kind)
+    index = expert_of(site)  # it stands behind the kind
+    name = site.name.removesuffix(f".{index}" if index else "").removesuffix(site.kind)
     return name.rstrip(".") or site.name

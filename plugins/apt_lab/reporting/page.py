@@ -15,7 +15,7 @@ from apt.output.report import by_kind, versions
 from apt_lab.reporting.beside import Beside
 from apt_lab.reporting.charts import Bar, Line, bar_chart, line_chart
 from apt_lab.reporting.comparisons import ComparisonSection
-from apt_lab.reporting.heat import Heat, heat
+from apt_lab.reporting.heat import Heat, expert_of, heat
 
 _MIB = 2**20
 _RECOVERY = " (recovery)"
@@ -76,10 +76,16 @@ class Subject:
         sites = self.report.sites
         if not sites:
             return []
-        return [
-            heat("Relative layer error", sites, _error, lambda value: f"{value:.3f}"),
-            heat("Sparsity", sites, _sparsity, lambda value: f"{value:.1%}"),
+        heats = [
+            heat("Relative layer error by block and kind", sites, _error, "{:.3f}".format),
+            heat("Sparsity by block and kind", sites, _sparsity, "{:.1%}".format),
         ]
+        if experts := [site for site in sites if expert_of(site)]:
+            heats += [
+                heat("Tokens of each expert", experts, _tokens, "{:,.0f}".format, expert_of),
+                heat("Relative layer error by expert", experts, _error, "{:.3f}".format, expert_of),
+            ]
+        return heats
 
     @property
     def kinds(self) -> list[Any]:
@@ -131,6 +137,10 @@ class Subject:
 
 def _error(site: SitePruned) -> float:
     return site.relative_error
+
+
+def _tokens(site: SitePruned) -> float:
+    return site.tokens
 
 
 def _sparsity(site: SitePruned) -> float:
