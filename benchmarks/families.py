@@ -134,7 +134,7 @@ def compared(model: nn.Module, adapter: Adapter, pattern: str, before: dict[str,
         weight.copy_(old if site.expert is None else old[site.expert])
     return {
         "share": total / sum(matrices.values()),
-        "experts": len({site.expert for site, _, _ in weights} - {None}),
+        "experts": any(site.routed for site, _, _ in weights),
         "pattern": pattern,
         "exact": exact,
         "untouched": all(same(value, before[name]) for name, value in tensors(model)),
@@ -197,7 +197,7 @@ def told(row: Row) -> str:
         return f"{head} {row['reason']}"
     marks = [m for m in ("exact", "untouched") if not row[m]]
     wrong = f"  NOT {' and NOT '.join(marks)}" if marks else ""
-    return f"{head} {row['share']:6.1%} {row['pattern']} {row['experts'] or ''}{wrong}"
+    return f"{head} {row['share']:6.1%} {row['pattern']} {'experts' * row['experts']}{wrong}"
 
 
 if __name__ == "__main__":

@@ -141,6 +141,7 @@ SPECIAL: dict[str, Fields] = {
         "indexer_compress_ratio": 2,
     },
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": [16, 16], "axial_pos_shape": [16, 8]},
+    "rwkv": {"rescale_every": 2},  # as in a model of more than six blocks
     "xmod": {"default_language": "en_XX"},
     "zamba": {"layers_block_type": _HYBRID, "attention_hidden_size": 64, "attention_head_dim": 16},
     "zamba2": {

@@ -8,7 +8,7 @@ from apt.adapter.decoder import DecoderAdapter, Input
 from apt.adapter.experts import Experts, one_by_one
 from apt.adapter.groups import Groups, Part, columns, rows
 from apt.adapter.protocol import Adapter
-from apt.adapter.recording import record_calls, stub_output, stubbed
+from apt.adapter.recording import passed_state, record_calls, stub_output, stubbed
 from apt.adapter.routing import Routing, Unrouted, routings
 from apt.adapter.sites import Call, Effects, Extra, Sink, Site, State
 from apt.adapter.weight_tap import WeightTap
@@ -16,5 +16,5 @@ from apt.adapter.weight_tap import WeightTap
 __all__ = [
     "Adapter", "Call", "DecoderAdapter", "Effects", "Experts", "Extra", "Groups", "Input", "Part",
     "Routing", "Sink", "Site", "State", "Unrouted", "WeightTap", "columns", "one_by_one",
-    "record_calls", "routings", "rows", "stub_output", "stubbed",
+    "passed_state", "record_calls", "routings", "rows", "stub_output", "stubbed",
 ]  # fmt: skip

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,18 @@ from apt.adapter.sites import Call
 from apt.errors import AptError
 
 _STATE = "hidden_states"
+
+
+_Form = Callable[[Tensor], Any]
+# What blocks return, in the order in which it is tried. A tensor is last: a model that unpacks two
+# values from it would take two samples.
+_FORMS: tuple[_Form, ...] = (
+    lambda state: (state,),
+    lambda state: (state, None),
+    lambda state: (state, None, None),
+    lambda state: state,
+)
+_form_of: WeakKeyDictionary[nn.Module, _Form] = WeakKeyDictionary()
 
 
 class _LastBlock(Exception):
@@ -22,7 +35,8 @@ def record_calls(
 ) -> tuple[Tensor, list[Call]]:
     """Run ``model`` once with every block stubbed, and record the call of each block.
 
-    Blocks of different kinds thus keep their own masks and positions.
+    Blocks of different kinds thus keep their own masks and positions. What else a block returns
+    than its state is None in this run, a cache or attention weights for instance.
 
     Args:
         model: a transformers model.
@@ -32,35 +46,65 @@ def record_calls(
     Returns:
         The state before the first block (samples, seqlen, hidden) and one call for each block.
     """
-    states: list[Tensor] = []
-    calls: list[Call] = []
+    failures: list[tuple[int, Exception]] = []
+    for form in _FORMS:
+        states: list[Tensor] = []
+        calls: list[Call] = []
+        try:
+            _run(model, blocks, tokens, form, states, calls)
+        except AptError:
+            raise
+        except Exception as error:  # perhaps the model cannot unpack what its blocks returned
+            failures.append((len(calls), error))
+            continue
+        _form_of.update(dict.fromkeys(blocks, form))
+        return states[0], calls
+    raise max(failures, key=lambda failure: failure[0])[1]  # of the run that went furthest
 
-    def stub(*args: Any, **kwargs: Any) -> tuple[Tensor]:
-        (state,) = passed = stub_output(args, kwargs)
+
+def _run(
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    tokens: Tensor,
+    form: _Form,
+    states: list[Tensor],
+    calls: list[Call],
+) -> None:
+    """Run ``model`` up to its last block, and append the state and the call of each block."""
+
+    def stub(*args: Any, **kwargs: Any) -> Any:
+        state = passed_state(args, kwargs)
         states.append(state)
         given = {name: value for name, value in kwargs.items() if args or name != _STATE}
         calls.append(Call(args[1:], given, None if args else _STATE))
         if len(calls) == len(blocks):
             raise _LastBlock
-        return passed
+        return form(state)
 
     with stubbed(blocks, stub), torch.no_grad():
         try:
             base: Any = model.base_model
             base(tokens, use_cache=False)
         except _LastBlock:
-            return states[0], calls
+            return
     raise AptError(f"{type(model).__name__} called {len(calls)} of its {len(blocks)} blocks")
 
 
-def stub_output(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor]:
-    """The output of a stub that is called with these arguments: its input state, in a tuple.
+def stub_output(args: tuple[Any, ...], kwargs: dict[str, Any], block: nn.Module) -> Any:
+    """The output of a stub of ``block`` that is called with these arguments: its input state.
 
-    A model whose blocks return tuples unpacks it. Any other model passes the tuple to the next
-    stub, which unpacks it. So a stub need not know the return type of its block.
+    It has the form that `record_calls` found for the block. By default this is a tuple of the state
+    alone. A model whose blocks return tuples unpacks it. Most others pass it to the next stub,
+    which unpacks it.
     """
-    state = args[0] if args else kwargs[_STATE]
-    return (state[0] if isinstance(state, tuple) else state,)
+    return _form_of.get(block, _FORMS[0])(passed_state(args, kwargs))
+
+
+def passed_state(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The state among the arguments of a block; a stub before it may have put it in a tuple."""
+    passed: Any = args[0] if args else kwargs[_STATE]
+    state: Tensor = passed[0] if isinstance(passed, tuple) else passed
+    return state
 
 
 @contextmanager

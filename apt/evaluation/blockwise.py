@@ -1,6 +1,6 @@
 """The run of a model on given windows of text with only one block in memory at a time."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -57,11 +57,17 @@ def carried(
     with eval_mode(model), adapter.running(model), ExitStack() as stack:
         windows = _Windows(_carry(model, adapter, tokens, on_disk, names, store), tokens)
         block = stack.enter_context(on_disk.open(last))
-        stack.enter_context(stubbed(passing, lambda *args, **kwargs: stub_output(args, kwargs)))
+        for module in passing:
+            stack.enter_context(stubbed([module], _passing(module)))
         for module, hook in ((model, windows.look_up), (block, windows.replace_state)):
             handle = module.register_forward_pre_hook(hook, with_kwargs=True)
             stack.callback(handle.remove)
         yield
+
+
+def _passing(block: nn.Module) -> Callable[..., Any]:
+    """A stub of ``block`` that passes its input on."""
+    return lambda *args, **kwargs: stub_output(args, kwargs, block)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from apt.adapter import Adapter, stub_output, stubbed
+from apt.adapter import Adapter, passed_state, stubbed
 from apt.evaluation.metrics import perplexity
 
 
@@ -31,7 +31,7 @@ def _passing(forward: Callable[..., Any]) -> Callable[..., Any]:
     lengths: list[int | None] = []
 
     def passed(*args: Any, **kwargs: Any) -> Any:
-        (state,) = stub_output(args, kwargs)
+        state = passed_state(args, kwargs)
         if lengths in ([None], [1]):
             return state if lengths == [None] else (state,)
         result = forward(*args, **kwargs)

@@ -23,6 +23,11 @@ PRODUCTS = {
     "mm": (W, lambda: torch.mm(ROWS, W.T)),
     "mm-method": (W, lambda: W.mm(ROWS.T)),
     "addmm": (STORED_IN_OUT, lambda: torch.addmm(torch.zeros(6), ROWS, STORED_IN_OUT)),
+    "baddbmm": (
+        STORED_IN_OUT,
+        lambda: torch.baddbmm(torch.zeros(6), ROWS[None], STORED_IN_OUT[None]),
+    ),
+    "bmm-keywords": (W, lambda: torch.bmm(ROWS[None], mat2=W.T[None])),
     "module": (W, lambda: _linear()(X)),
     "view": (W, lambda: F.linear(X, W.view(6, 4))),
 }

@@ -199,9 +199,9 @@ def test_the_limit_of_positions_is_known_by_its_other_names():
 
 
 def test_what_cannot_be_run_is_refused_in_a_line():
-    config = transformers.RwkvConfig(hidden_size=32, num_hidden_layers=2, vocab_size=2048)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    with pytest.raises(AptError, match=r"adapter auto cannot run Rwkv") as caught:
+    model = of("GPTJ")
+    model.transformer.h[1].mlp = None
+    with pytest.raises(AptError, match=r"adapter auto cannot run transformer\.h\.1") as caught:
         library.prune(model, TOKENS, pattern="2:4", adapter="auto")
     assert "adapter of its own" in caught.value.hint
 

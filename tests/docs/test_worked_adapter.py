@@ -39,7 +39,7 @@ def parts(page):
 
 
 RWKV = parts("worked-adapter.md")
-IMPORTS, DECLARATION, ENTER, INPUTS_OF, RUNNING, HOOK = range(6)
+IMPORTS, DECLARATION, INPUTS_OF, RUNNING, HOOK = range(5)
 QUOTED = [text.strip() for text in blocks("worked-adapter.md", "text")]
 
 
@@ -67,18 +67,18 @@ _VALUE, _RECEPTANCE = (
 )
 RESCALED = (("rescale_every=0,", "rescale_every=1,"),)
 MISTAKES = [
+    (DECLARATION, ((_VALUE + _RECEPTANCE, _RECEPTANCE + _VALUE),)),
+    (DECLARATION, ((_VALUE, _VALUE.replace(",)),", ",), residual=True),")),)),
     (DECLARATION, ()),
-    (ENTER, ((_VALUE + _RECEPTANCE, _RECEPTANCE + _VALUE),)),
-    (ENTER, ((_VALUE, _VALUE.replace(",)),", ",), residual=True),")),)),
-    (ENTER, ()),
     (INPUTS_OF, RESCALED),
     (INPUTS_OF, RESCALED),
 ]
 
 
 def test_auto_refuses_the_family_as_the_page_says():
+    model = module(IMPORTS, RESCALED).example()
     with pytest.raises(library.AptError, match=re.escape(QUOTED[0])):
-        library.prune(module(0).example(), random_tokens(128), pattern="2:4", adapter="auto")
+        library.prune(model, random_tokens(128), pattern="2:4", adapter="auto")
 
 
 @pytest.mark.parametrize(("place", "mistake"), list(enumerate(MISTAKES, 1)))

@@ -1,0 +1,89 @@
+"""The recording of calls: what blocks return is found out by runs with stubs."""
+
+import pytest
+import torch
+from torch import nn
+
+from apt.adapter import record_calls, stub_output
+from apt.errors import AptError
+
+
+class Model(nn.Module):
+    """Three blocks, and what the model does with what a block returns."""
+
+    def __init__(self, take):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.take = take
+
+    @property
+    def base_model(self):
+        return self
+
+    def forward(self, tokens, use_cache):
+        state = torch.ones(*tokens.shape, 4)
+        for place, block in enumerate(self.blocks):
+            state = self.take(block(state, place=place))
+        return state
+
+
+def pair(result):
+    state, _ = result
+    return state
+
+
+def triple(result):
+    state, _, _ = result
+    return state
+
+
+def normed(result):
+    return result.float()
+
+
+def as_it_is(result):
+    return result
+
+
+FORMS = {
+    as_it_is: lambda found: (found,),
+    pair: lambda found: (found, None),
+    triple: lambda found: (found, None, None),
+    normed: lambda found: found,
+}
+
+
+@pytest.mark.parametrize("take", FORMS, ids=lambda take: take.__name__)
+def test_the_form_of_a_blocks_output_is_found(take):
+    model = Model(take)
+    state, calls = record_calls(model, list(model.blocks), torch.zeros(2, 3))
+    assert state.shape == (2, 3, 4)
+    assert [call.kwargs for call in calls] == [{"place": place} for place in range(3)]
+    given = torch.tensor(1)
+    assert stub_output((given,), {}, model.blocks[0]) == FORMS[take](given)
+
+
+def test_the_error_of_the_run_that_went_furthest_is_raised():
+    unpacked = []
+
+    def fail(result):
+        state, _ = result
+        if unpacked:
+            raise KeyError("the second block")
+        unpacked.append(state)
+        return state
+
+    model = Model(fail)
+    with pytest.raises(KeyError, match="the second block"):
+        record_calls(model, list(model.blocks), torch.zeros(2, 3))
+
+
+def test_blocks_that_are_not_called_are_named():
+    model = Model(pair)
+    with pytest.raises(AptError, match="Model called 3 of its 4 blocks"):
+        record_calls(model, [*model.blocks, nn.Linear(4, 4)], torch.zeros(2, 3))
+
+
+def test_a_stub_of_a_block_that_was_not_recorded_returns_a_tuple():
+    given = torch.tensor(1)
+    assert stub_output(((given,),), {}, nn.Linear(2, 2)) == (given,)
