@@ -30,16 +30,8 @@ _FACTORS: dict[Any, tuple[int, int]] = {
     Tensor.baddbmm: (1, 2),
     Tensor.addmm: (1, 2),
 }
-_KEYWORDS = (
-    "input",
-    "self",
-    "mat1",
-    "batch1",
-    "weight",
-    "mat2",
-    "batch2",
-    "other",
-)  # in the order of positions
+# In the order of positions.
+_KEYWORDS = ("input", "self", "mat1", "batch1", "weight", "mat2", "batch2", "other")
 
 
 class WeightTap(TorchFunctionMode, Generic[K]):
