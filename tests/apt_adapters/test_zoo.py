@@ -14,7 +14,7 @@ from apt.text.datasets import calibration_tokens, evaluation_tokens
 from tests.helpers.families import FAMILIES, builtin
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "mamba2", "moe"])
+@pytest.mark.parametrize("family", [*FAMILIES, "mamba2"])
 def test_pruning_costs_perplexity_and_methods_can_be_ranked(family):
     source = find(f"zoo:{family}", registry())
     model, tokenizer = load(open_skeleton(source, registry())), load_tokenizer(source)

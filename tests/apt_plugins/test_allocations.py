@@ -27,7 +27,8 @@ def allocation(name):
     return registry().allocations.get(name).load()
 
 
-@pytest.mark.parametrize("variant", FAMILIES.values())
+# The neurons of random experts have outliers of their own.
+@pytest.mark.parametrize("variant", [name for name in FAMILIES.values() if name != "qwen2-moe"])
 def test_owl_keeps_the_sparsity_in_all_and_spares_blocks_with_outliers(variant):
     model = random_model(variant)
     adapter = adapter_of(model)

@@ -172,15 +172,13 @@ def test_in_no_strength_at_all_targets_change_nothing(variant):
     """Only sites that write to the stream differ then, by the weighting of tokens."""
     plain, aware = random_model(variant), random_model(variant)
     adapter, tokens = adapter_of(plain), random_tokens(samples=6)
-    kinds = {s.name for s in adapter.sites(adapter.blocks(plain)[0][1]) if not s.residual}
+    inner = [site for site in adapter.sites(adapter.blocks(plain)[0][1]) if not site.residual]
     for model, targets in ((plain, None), (aware, Targets(0, 0))):
         plan = make_plan(model, adapter, NM(2, 4))
         prune_blocks(model, adapter, plan, tokens, ss, Recipe(targets=targets))
     first, second = (adapter.blocks(model)[0][1] for model in (plain, aware))
-    for kind in kinds:
-        torch.testing.assert_close(
-            first.get_submodule(kind).weight, second.get_submodule(kind).weight
-        )
+    for site in inner:
+        torch.testing.assert_close(site.weight(first), site.weight(second))
 
 
 def drift_after(model, dense, adapter, tokens):
@@ -192,7 +190,8 @@ def drift_after(model, dense, adapter, tokens):
     return float(((ours - theirs).square().sum(-1) / theirs.square().sum(-1)).mean())
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+# Experts take no targets, and nearly all weights of a mixture are experts'.
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "moe"])
 def test_the_pruned_zoo_models_end_nearer_to_the_dense_ones(name):
     """On tokens that had no part in pruning, for each trained checkpoint."""
     dense, *parts = zoo_model(name, samples=16, seqlen=128)

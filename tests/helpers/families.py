@@ -88,7 +88,10 @@ if not STACKED:
     del CONFIGS["jamba"]
 SCANS = ["mamba", "mamba-no-fp32-residual", "falcon-mamba", "mamba2", "jamba", "falcon-h1"]
 ATTENTION = [name for name in CONFIGS if name not in SCANS]
-FAMILIES = {"llama": "llama-grouped-tied", "opt": "opt", "bloom": "bloom", "mamba": "mamba"}
+FAMILIES = {
+    "llama": "llama-grouped-tied", "opt": "opt", "bloom": "bloom", "mamba": "mamba",
+    "moe": "qwen2-moe",
+}  # fmt: skip
 
 
 def random_model(variant, dtype=torch.float32, attention=None):
@@ -97,7 +100,7 @@ def random_model(variant, dtype=torch.float32, attention=None):
     options = {"attn_implementation": attention} if attention else {}
     model = AutoModelForCausalLM.from_config(copy.deepcopy((CONFIGS | ALIKE)[variant]), **options)
     for name, parameter in model.named_parameters():
-        if parameter.ndim == 2 and "A_log" not in name:
+        if (parameter.ndim == 2 and "A_log" not in name) or ".experts." in name:
             torch.nn.init.normal_(parameter, std=0.3 if "x_proj" not in name else 0.6)
     return model.to(dtype).eval()
 

@@ -57,7 +57,7 @@ def test_nothing_replaced_is_a_copy():
 def test_a_default_run_of_every_family_sees_them(name):
     model, tokens, _ = zoo_model(name, samples=6, seqlen=32)
     _, report = library.prune_copy(model.module, tokens, pattern="2:4")
-    assert {site.tokens for site in report.sites} == {8 * 32}
+    assert {site.tokens for site in report.sites if ".experts." not in site.name} == {8 * 32}
     assert report.options["random_tokens"] == 0.25
     assert report.calibration["shape"] == [6, 32]
 
