@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from apt.planning.plan import Plan, PlannedBlock, PlannedSite
     from apt.plugin.doctor import Finding, try_import
     from apt.plugin.registry import Registry, registry
+    from apt.pruning.expert_choice import ExpertChoice
     from apt.pruning.layer import Method
+    from apt.pruning.routed_experts import RoutedExperts
     from apt.recovery.teacher import Teacher, divergence, relative_error
     from apt.recovery.trainable import (
         Loss,
@@ -38,9 +40,10 @@ if TYPE_CHECKING:
     from apt.text.files import read_file
 
 __all__ = [
-    "Allocation", "Batch", "BlockChoice", "Checkpoint", "Finding", "GroupScores", "Loss",
-    "Method", "Opened", "Plan", "PlannedBlock", "PlannedSite", "Recovery", "Registry", "Source",
-    "Split", "Teacher", "Trainable", "Unallocated", "Unrecovered", "capped",
+    "Allocation", "Batch", "BlockChoice", "Checkpoint", "ExpertChoice", "Finding",
+    "GroupScores", "Loss", "Method", "Opened", "Plan", "PlannedBlock", "PlannedSite", "Recovery",
+    "Registry", "RoutedExperts", "Source", "Split", "Teacher", "Trainable", "Unallocated",
+    "Unrecovered", "capped",
     "check_same_vocabulary", "check_vocabulary", "choose_device", "divergence", "enter",
     "eval_mode", "find_file", "hub_documents", "load", "load_tokenizer", "loss_without",
     "next_token_loss", "open_skeleton", "read_dtype", "read_file", "registry", "relative_error",
@@ -60,7 +63,9 @@ _LAZY = {
     "apt.planning.plan": ("Plan", "PlannedBlock", "PlannedSite"),
     "apt.plugin.doctor": ("Finding", "try_import"),
     "apt.plugin.registry": ("Registry", "registry"),
+    "apt.pruning.expert_choice": ("ExpertChoice",),
     "apt.pruning.layer": ("Method",),
+    "apt.pruning.routed_experts": ("RoutedExperts",),
     "apt.recovery.teacher": ("Teacher", "divergence", "relative_error"),
     "apt.recovery.trainable": (
         "Loss", "Recovery", "Trainable", "Unrecovered", "next_token_loss", "train_only",

@@ -40,8 +40,7 @@ class Routing:
         Experts multiply their tokens in the order of the picks: those for which they are the first
         pick come before the others.
         """
-        chosen = self.index.T.eq(expert)
-        picks, tokens = chosen.nonzero().T
+        picks, tokens = self.index.T.eq(expert).nonzero().T
         return tokens, self.weights[tokens, picks]
 
 

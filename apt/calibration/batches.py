@@ -1,13 +1,14 @@
 """The calibration activations between two blocks, in batches."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from apt.adapter import Adapter, Call, Site, State
+from apt.adapter import Adapter, Call, Site, State, Unrouted
 from apt.calibration.storage import InStore, MemoryStore, Store, mapped
 from apt.distributed.ranks import Ranks
 from apt.errors import AptError
@@ -108,6 +109,7 @@ class OpenBlock:
         batches: this rank's batches.
         ranks: the processes that have the other batches.
         progress: called after each run of the block on a batch.
+        unrouted: True for the experts that its routers no longer choose, see `Unrouted`.
     """
 
     adapter: Adapter
@@ -116,10 +118,16 @@ class OpenBlock:
     batches: list[Batch]
     ranks: Ranks = field(default_factory=Ranks)
     progress: Callable[[], None] = lambda: None
+    unrouted: Mapping[Tensor, Tensor] = field(default_factory=dict)
 
     def step(self, batch: Batch, state: State) -> State:
         """The state after the block, from a state of a batch before it."""
-        return self.adapter.step(self.module, state, batch.calls[self.index])
+        with self.routed():
+            return self.adapter.step(self.module, state, batch.calls[self.index])
+
+    def routed(self) -> AbstractContextManager[Any]:
+        """Inside the context, the routers do not choose the experts of ``unrouted``."""
+        return Unrouted(self.unrouted) if self.unrouted else nullcontext()
 
     def first_batches(self, tokens: float) -> list[Batch]:
         """The first batches, with about ``tokens`` tokens together; at least one."""
@@ -130,7 +138,8 @@ class OpenBlock:
     ) -> "OpenBlock":
         """The same block, with other batches."""
         progress = progress or self.progress
-        return OpenBlock(self.adapter, self.module, self.index, batches, self.ranks, progress)
+        own = (self.adapter, self.module, self.index, batches, self.ranks)
+        return OpenBlock(*own, progress, self.unrouted)
 
 
 def check_shape(tokens: Tensor) -> None:

@@ -82,7 +82,11 @@ def pruned_parameters(block: PlannedBlock) -> list[str]:
     """The paths within a block of the parameters that pruning changes."""
     paths = [entry.site.parameter for entry in block.pruned]
     paths += [entry.extra.parameter for entry in block.extras]
-    paths += [part.parameter for entry in block.disconnected for part in entry.groups.outputs]
+    for entry in block.disconnected:
+        outputs = [part.parameter for part in entry.groups.outputs]
+        inside = tuple(f"{path.rpartition('.')[0]}." for path in outputs)  # of experts, all change
+        parts = [part.parameter for part in entry.groups.parts if part.parameter.startswith(inside)]
+        paths += parts if entry.groups.routed else outputs
     return list(dict.fromkeys(paths))
 
 

@@ -64,17 +64,27 @@ def methods(printing: PrintingOptions) -> None:
     from apt.planning.allocation import UNIFORM
 
     installed = registry()
-    removed = {"columns": "shrink: groups", "groups": "shrink: groups", "blocks": "shrink: blocks"}
+    removed = {
+        "columns": "shrink: groups", "groups": "shrink: groups", "experts": "shrink: experts",
+        "blocks": "shrink: blocks",
+    }  # fmt: skip
+    order = list(dict.fromkeys(removed.values()))
     defaults = {
         installed.default_method().name,
         UNIFORM,
-        *(installed.default_shrink_method(blocks=blocks).name for blocks in (False, True)),
+        installed.default_shrink_method("groups").name,
+        installed.default_shrink_method("experts").name,
+        installed.default_shrink_method("blocks").name,
     }
+
+    def by_use(spec: Any) -> int:
+        return order.index(removed[spec.chooses])
+
     specs: list[tuple[str, Any, Any]] = [
         ("prune", spec, installed.methods) for spec in _ranked(installed.methods)
     ] + [
         (removed[spec.chooses], spec, installed.shrink_methods)
-        for spec in sorted(_ranked(installed.shrink_methods), key=lambda s: s.chooses == "blocks")
+        for spec in sorted(_ranked(installed.shrink_methods), key=by_use)
     ]
     shared = installed.allocations
     specs += [("prune: allocation", spec, shared) for spec in shared.specs.values()]

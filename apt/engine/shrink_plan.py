@@ -1,6 +1,7 @@
 """The plan of a smaller model, before the model is loaded."""
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -15,6 +16,7 @@ from apt.options import ShrinkOptions, SolveOptions
 from apt.planning.structure import make_structured_plan
 from apt.plugin.registry import Registry
 from apt.plugin.specs import MethodSpec, ShrinkMethodSpec
+from apt.pruning.expert_choice import ExpertRemoval
 from apt.pruning.layer import Recipe
 from apt.shrinking.latency import block_times
 from apt.shrinking.search import SearchOptions
@@ -68,7 +70,9 @@ def smaller_pruning(
     model, adapter, config = dense.model, dense.adapter, dense.config
     wish, spec = _resolved(dense, wish, method)
     recipe, augmentation = dense.settings(options, spec)
+    named = method is not None
     choice = _choice(dense, wish, spec, recipe)
+    recipe = replace(recipe, experts=_expert_removal(choice, wish.compensate, named=named))
     structure, aware = choice.provisional(model, adapter), recipe.error_aware
     plan = make_structured_plan(model, adapter, config, structure, adjusted=aware)
     if choice.drop:
@@ -91,11 +95,14 @@ def _resolved(dense: Dense, wish: S, method: str | Choice | None) -> tuple[S, Sh
     known, wish = wish, with_mode(wish, sizes, named.chooses if named else None)
     if wish.mode != known.mode:
         dense.notice(f"mode: {wish.mode} (default)")
+    kinds = [] if _only_blocks(wish) else [*(wish.sizes or sizes.automatic)]
+    experts = [kind for kind in kinds if kind in sizes.groups and sizes.groups[kind].routed]
     if named is not None:
-        _check_fit(named, wish)
-    blocks = _only_blocks(wish)
-    drops = blocks or wish.blocks is not None or bool(wish.drop) or wish.mode == "search"
-    spec = named or dense.registry.default_shrink_method(blocks=blocks, streams=dense.streams)
+        _check_fit(named, wish, experts)
+    drops = not kinds or wish.blocks is not None or bool(wish.drop) or wish.mode == "search"
+    kind: Literal["groups", "experts", "blocks"] = "blocks" if not kinds else "groups"
+    kind = "experts" if kinds and experts == kinds else kind
+    spec = named or dense.registry.default_shrink_method(kind, streams=dense.streams)
     return wish, replace(spec, error_aware=True) if drops else spec
 
 
@@ -135,8 +142,14 @@ def _takes(function: Any, count: int) -> bool:
     return True
 
 
-def _check_fit(method: ShrinkMethodSpec, wish: ShrinkOptions) -> None:
+def _check_fit(method: ShrinkMethodSpec, wish: ShrinkOptions, experts: Sequence[str]) -> None:
     """Raise if a method chooses what is not removed."""
+    if method.chooses == "experts" and not experts:
+        raise AptError(
+            f"method {method.name} chooses experts, and none are removed here",
+            "give a number of experts, or choose another method",
+            ("method", "sizes"),
+        )
     blocks = method.chooses == "blocks"
     if _only_blocks(wish) and not blocks:
         raise AptError(
@@ -167,14 +180,18 @@ def _choice(
         notice(
             f"size: {sizes[0]}; a streamed run does not compare the {len(sizes)} possible widths"
         )
-    by_blocks = method.chooses == "blocks"
-    others = dense.registry.default_shrink_method(blocks=not by_blocks, streams=dense.streams)
-    groups, blocks = (others, method) if by_blocks else (method, others)
+    own = "groups" if method.chooses == "columns" else method.chooses
+
+    def chosen(kind: Literal["groups", "experts", "blocks"]) -> ShrinkMethodSpec:
+        default = dense.registry.default_shrink_method
+        return method if kind == own else default(kind, streams=dense.streams)
+
     return StructureChoice(
         mode,
         sizes,
-        groups,
-        blocks,
+        chosen("groups"),
+        chosen("experts"),
+        chosen("blocks"),
         recipe.solver,
         whole=not dense.streams,
         drop=tuple(wish.drop),
@@ -188,3 +205,13 @@ def _removal(choice: StructureChoice, compensate: bool | None) -> GroupRemoval:
     spec = choice.groups
     exact = spec.compensate if compensate is None else compensate
     return GroupRemoval(spec.load() if spec.chooses == "columns" else joint_removal, exact)
+
+
+def _expert_removal(
+    choice: StructureChoice, compensate: bool | None, *, named: bool
+) -> ExpertRemoval:
+    """How the experts become fewer, of which ``choice`` may have chosen some."""
+    scored, spec = choice.groups.chooses == "groups", choice.experts
+    usual = (choice.groups if scored else spec).compensate
+    exact = usual if compensate is None else compensate
+    return ExpertRemoval(spec.load(), spec.merges, exact, named)

@@ -8,7 +8,7 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import pluggy
 
@@ -129,19 +129,18 @@ class Registry:
         """
         return _most_accurate(self.methods, self.methods.specs.values())
 
-    def default_shrink_method(self, *, blocks: bool, streams: bool = False) -> ShrinkMethodSpec:
-        """The most accurate of APT's own choices of blocks, or of groups of columns.
+    def default_shrink_method(
+        self, kind: Literal["groups", "experts", "blocks"], *, streams: bool = False
+    ) -> ShrinkMethodSpec:
+        """The most accurate of APT's own choices of blocks, of experts, or of other groups.
 
         Args:
-            blocks: True for a choice of blocks.
+            kind: what it chooses.
             streams: True if the blocks stay on disk.
         """
+        chosen = {"blocks": ("blocks",), "experts": ("experts",), "groups": ("columns", "groups")}
         specs = self.shrink_methods.specs.values()
-        known = [
-            spec
-            for spec in specs
-            if (spec.chooses == "blocks") is blocks and spec.streams >= streams
-        ]
+        known = [s for s in specs if s.chooses in chosen[kind] and s.streams >= streams]
         return _most_accurate(self.shrink_methods, known)
 
     def adapter_for(self, model_type: str) -> AdapterSpec:

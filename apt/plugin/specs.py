@@ -142,17 +142,21 @@ class ShrinkMethodSpec(MethodSpec):
 
     Args:
         chooses: what its target chooses. ``"columns"``: the groups of columns of one weight, an
-            `apt.solver.GroupChoice`. ``"groups"``: an `apt.extending.GroupScores`, the
+            `apt.solver.GroupChoice`. ``"experts"``: the experts of one block, an
+            `apt.extending.ExpertChoice`. ``"groups"``: an `apt.extending.GroupScores`, the
             importance of the groups of the whole model. ``"blocks"``: an
             `apt.extending.BlockChoice`, the blocks to drop.
-        compensate: True if the kept columns have exact least-squares weights by default.
+        compensate: True if the kept columns, or the last weights of the kept experts, have exact
+            least-squares weights by default.
+        merges: True if removed experts are averaged into those that are kept.
         random_tokens: the copies with random tokens for each sample by default, if layer-wise.
         tuning_rate: the first learning rate of the tuning, if error-aware.
         streams: True if it calls each block about once, so that the blocks can stay on disk.
     """
 
-    chooses: Literal["columns", "groups", "blocks"] = "columns"
+    chooses: Literal["columns", "experts", "groups", "blocks"] = "columns"
     compensate: bool = False
+    merges: bool = False
     random_tokens: float = 0.0
     tuning_rate: float = 0.03
     streams: bool = True

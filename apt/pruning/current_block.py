@@ -20,6 +20,7 @@ from apt.pruning.disconnecting import disconnect_groups
 from apt.pruning.layer import SiteSolver, SolvedSite, mean_square, measured, round_site
 from apt.pruning.paused_forward import CannotPause, PausedForwards
 from apt.pruning.ssm_parameters import prune_extras
+from apt.solver.gram import DAMPING
 from apt.tuning.block_tuning import BlockTuning, tune_block
 
 Dropped = tuple[int, str, nn.Module]
@@ -69,7 +70,8 @@ class CurrentBlock(OpenBlock):
         self.scales = self._advance_dense_stream()
         self._bridge_gap()
         for lost in self.planned.disconnected:
-            disconnect_groups(self, lost)
+            recipe = self.solver.recipe
+            disconnect_groups(self, lost, recipe.experts, recipe.solver.damping or DAMPING)
         self.planned = self._with_tied_groups()
         done = self.ranks.share(self._extras())
         solved: list[_Turn] = []

@@ -1,38 +1,114 @@
 """The removal of groups without readers: states of a scan, and experts.
 
-No matrix multiplies the outputs of these groups. So they are chosen by what the block's output
-loses: the block is run on a few tokens without each of them (for experts, this is close to the
-saliency of REAP, arXiv 2510.13999). The sites behind them then compensate for the loss.
+No matrix multiplies the outputs of these groups. So they are chosen by what the block loses. Inside
+a block that is pruned, the outputs of removed groups are zero, and its router does not choose them.
 """
 
-import torch
+from collections.abc import Iterable
 
-from apt.adapter.groups import disconnect
+import torch
+from torch import Tensor, nn
+
+from apt.adapter import Groups
+from apt.adapter.groups import disconnect, disconnected, tensors_of
 from apt.calibration.batches import OpenBlock
+from apt.errors import AptError, faulty
 from apt.planning.plan import PlannedGroups
-from apt.solver import ColumnGroups
+from apt.pruning.expert_choice import ExpertChoice, ExpertRemoval
+from apt.pruning.expert_weights import compensate, dense_outputs
+from apt.pruning.merging import merge_experts
+from apt.pruning.routed_experts import RoutedExperts, routers_of
+from apt.solver import ColumnGroups, MethodError
+from apt.solver.group_removal import check_removed
 from apt.tuning.block_forward import stream_after
 
 _TOKENS = 2048
 
 
-def disconnect_groups(block: OpenBlock, planned: PlannedGroups) -> None:
-    """Set the outputs of the groups to zero without which the block's output changes least."""
+def disconnect_groups(
+    block: OpenBlock, planned: PlannedGroups, how: ExpertRemoval, damping: float
+) -> None:
+    """Choose groups, and set their outputs to zero; see `ExpertRemoval` for experts."""
     groups, chosen = planned.groups, planned.chosen
-    if chosen is None:
-        losses = torch.zeros(groups.count)
-        parameters = {path: p.detach() for path, p in block.module.named_parameters()}
-        for batch in block.first_batches(_TOKENS):
-            whole = stream_after(block, {}, batch, batch.state).float()
-            for group in range(groups.count):
-                paths = {part.parameter for part in groups.outputs}
-                without = {path: parameters[path].clone() for path in paths}
-                disconnect(without, groups, [group])
-                changed = stream_after(block, without, batch, batch.state).float()
-                size = whole.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
-                losses[group] += float(((whole - changed).square().sum(-1) / size).sum())
-                block.progress()
-        block.ranks.add(losses)
-        pattern = ColumnGroups(groups.count, planned.kept, groups.bins)
-        chosen = tuple(block.ranks.share(pattern.lowest(losses).nonzero().squeeze(1).tolist()))
-    disconnect(dict(block.module.named_parameters()), groups, chosen)
+    experts = _readable(block, groups, how) if groups.routed else None
+    if chosen is None and experts is not None and how.choose is not None:
+        chosen = _chosen(experts, planned, how.choose)
+    chosen = tuple(block.ranks.share(chosen or _by_effect(block, planned)))
+    targets = dense_outputs(block, groups) if experts is not None and how.compensate else []
+    if experts is not None and how.merge:
+        _merge(block, groups, experts, chosen)
+    del experts  # the outputs are large
+    disconnect(tensors_of(block.module), groups, chosen)
+    block.unrouted = unrouted(block.module, [planned])
+    if targets:
+        kept = set(range(groups.count)) - set(chosen)
+        compensate(block, groups, kept, targets, damping)
+
+
+def unrouted(block: nn.Module, removed: Iterable[PlannedGroups]) -> dict[Tensor, Tensor]:
+    """The masks (experts,) of experts whose outputs are zero, by the weights of their routers."""
+    tensors, masks = tensors_of(block), dict[Tensor, Tensor]()
+    for planned in removed:
+        if planned.groups.routed:
+            mask = disconnected(tensors, planned.groups)
+            masks |= {
+                router: mask.to(router.device) for router in routers_of(block, planned.groups)
+            }
+    return masks
+
+
+def _readable(block: OpenBlock, groups: Groups, how: ExpertRemoval) -> RoutedExperts | None:
+    """The experts on calibration tokens; None if only the effect of each can be known."""
+    if how.choose is None:
+        return None
+    try:
+        return RoutedExperts(block, groups)
+    except AptError as error:
+        if how.named:
+            raise AptError(error.message, "leave the method out", ("method",)) from error
+        return None
+
+
+def _chosen(
+    experts: RoutedExperts, planned: PlannedGroups, choose: ExpertChoice
+) -> tuple[int, ...]:
+    """The experts that a choice removes."""
+    groups = ColumnGroups(planned.groups.count, planned.kept, planned.groups.bins)
+    name = getattr(choose, "__name__", type(choose).__name__)
+    try:
+        mask = choose(experts, groups)
+        check_removed(mask, groups)
+    except MethodError as error:
+        raise faulty(f"method {name}", str(error), "method", "method") from error
+    return tuple(mask.nonzero().squeeze(1).tolist())
+
+
+def _by_effect(block: OpenBlock, planned: PlannedGroups) -> tuple[int, ...]:
+    """The groups without which the block's output changes least, each by itself."""
+    groups = planned.groups
+    losses = torch.zeros(groups.count)
+    parameters = {path: p.detach() for path, p in block.module.named_parameters()}
+    for batch in block.first_batches(_TOKENS):
+        whole = stream_after(block, {}, batch, batch.state).float()
+        for group in range(groups.count):
+            paths = {part.parameter for part in groups.outputs}
+            without = {path: parameters[path].clone() for path in paths}
+            disconnect(without, groups, [group])
+            changed = stream_after(block, without, batch, batch.state).float()
+            size = whole.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+            losses[group] += float(((whole - changed).square().sum(-1) / size).sum())
+            block.progress()
+    block.ranks.add(losses)
+    pattern = ColumnGroups(groups.count, planned.kept, groups.bins)
+    return tuple(pattern.lowest(losses).nonzero().squeeze(1).tolist())
+
+
+def _merge(
+    block: OpenBlock, groups: Groups, experts: RoutedExperts, removed: tuple[int, ...]
+) -> None:
+    """Average the removed experts into the others; all ranks get the weights of the first one."""
+    mask = ColumnGroups(groups.count, groups.count).mask(removed)
+    merge_experts(block.module, block.adapter, groups, experts, mask)
+    tensors = tensors_of(block.module)
+    for part in groups.parts:
+        block.ranks.send(tensors[part.parameter].data, 0)

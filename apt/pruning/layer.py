@@ -12,6 +12,7 @@ from apt.calibration.targets import Sums, Targets
 from apt.errors import AptError, faulty
 from apt.events import SitePruned
 from apt.planning.plan import PlannedSite
+from apt.pruning.expert_choice import ExpertRemoval
 from apt.solver import (
     ColumnGroups,
     Gram,
@@ -86,6 +87,7 @@ class Recipe:
             of the pruned sites before it (true-sequential).
         integers: the integers that kept weights are rounded to, after the tuning of their block;
             None for no rounding.
+        experts: the removal of experts, in a plan that removes some.
     """
 
     solver: SolverOptions = field(default_factory=SolverOptions)
@@ -94,6 +96,7 @@ class Recipe:
     tuning: BlockTuning | None = None
     ordered: bool = False
     integers: IntegerGrid | None = None
+    experts: ExpertRemoval = field(default_factory=ExpertRemoval)
 
     @property
     def error_aware(self) -> bool:

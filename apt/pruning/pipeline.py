@@ -20,6 +20,7 @@ from apt.events import BlockStarted, Observer, SitePruned, Working
 from apt.planning.plan import Plan, PlannedBlock
 from apt.pruning.block_storage import BlockStorage, MemoryBlocks
 from apt.pruning.current_block import CurrentBlock, Dropped
+from apt.pruning.disconnecting import unrouted
 from apt.pruning.layer import Recipe, SiteMethod, SiteSolver
 from apt.pruning.paused_forward import can_pause
 
@@ -144,6 +145,7 @@ class _Pruning:
                 current.progress()
         self.pass_dropped(current.batches, current.dropped)
         self.block_storage.restore(name, current.module)
+        current.unrouted = unrouted(current.module, current.planned.disconnected)
         for site in known:
             self.observe(site)
         return known

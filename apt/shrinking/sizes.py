@@ -137,7 +137,7 @@ class Sizes:
 
     def _partial(self) -> Iterator[dict[str, int]]:
         """All combinations of the kinds with few groups, of which at most one per reader loses."""
-        few = [groups for kind, groups in self._automatic.items() if kind != self._many]
+        few = [groups for kind, groups in self.automatic.items() if kind != self._many]
         counts = [_numbers(groups, groups.bins) for groups in few]
         for chosen in product(*counts):
             pairs = zip(few, chosen, strict=True)
@@ -148,7 +148,7 @@ class Sizes:
                 yield kept
 
     @property
-    def _automatic(self) -> dict[str, Groups]:
+    def automatic(self) -> dict[str, Groups]:
         """The kinds that are reduced without being named: those with readers, if there are any."""
         read = {kind: groups for kind, groups in self.groups.items() if groups.readers}
         return read or self.groups
@@ -156,7 +156,7 @@ class Sizes:
     @property
     def _many(self) -> str | None:
         """The kind with the most groups."""
-        known = self._automatic
+        known = self.automatic
         return max(known, key=lambda kind: known[kind].count, default=None)
 
     def _completed(self, kept: dict[str, int], blocks: int, *, width: bool) -> Iterator[Size]:

@@ -53,6 +53,7 @@ class StructureChoice:
 
     Args:
         sizes: the sizes to choose from; the first comes nearest to the wish.
+        groups, experts, blocks: the methods that choose what is removed.
         whole: True if the model is in memory as a whole, so that widths can be compared.
         drop: the indices of the blocks to drop; empty leaves them to the choice of blocks.
         journal: the journal of a search, with the losses that it knows already.
@@ -62,6 +63,7 @@ class StructureChoice:
     mode: Mode
     sizes: Sequence[Size]
     groups: ShrinkMethodSpec
+    experts: ShrinkMethodSpec
     blocks: ShrinkMethodSpec
     solver: SolverOptions
     whole: bool = True
@@ -77,7 +79,8 @@ class StructureChoice:
             raise AptError(
                 "a search needs the whole model in memory", "do not stream", ("search", "stream")
             )
-        used = [spec for spec in (self.groups, self.blocks) if not spec.streams]
+        specs = (self.groups, self.experts, self.blocks)
+        used = [spec for spec in specs if not spec.streams]
         if used:
             fault = f"method {used[0].name} needs the whole model in memory"
             raise AptError(fault, "choose another method, or do not stream", ("method", "stream"))

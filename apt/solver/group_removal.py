@@ -80,13 +80,18 @@ class GroupRemoval:
         self, weight: Tensor, gram: Gram, groups: ColumnGroups, options: SolverOptions
     ) -> Tensor:
         mask = self.choose(weight, gram, groups, options)
-        check_tensor(mask, "a mask of groups", torch.Size([groups.count]), torch.bool)
-        each, wanted = mask.view(groups.bins, -1).sum(1).tolist(), groups.removed // groups.bins
-        if set(each) != {wanted}:
-            bins = f"in {groups.bins} bins, not {wanted} in each" if groups.bins > 1 else ""
-            removed = ", ".join(map(str, each))
-            raise MethodError(f"removes {removed} groups {bins or f'instead of {wanted}'}")
+        check_removed(mask, groups)
         return mask
+
+
+def check_removed(mask: Tensor, groups: ColumnGroups) -> None:
+    """Raise `MethodError` unless a choice returned the mask of the groups to remove."""
+    check_tensor(mask, "a mask of groups", torch.Size([groups.count]), torch.bool)
+    each, wanted = mask.view(groups.bins, -1).sum(1).tolist(), groups.removed // groups.bins
+    if set(each) != {wanted}:
+        bins = f"in {groups.bins} bins, not {wanted} in each" if groups.bins > 1 else ""
+        removed = ", ".join(map(str, each))
+        raise MethodError(f"removes {removed} groups {bins or f'instead of {wanted}'}")
 
 
 @full_precision()

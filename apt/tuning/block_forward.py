@@ -28,7 +28,8 @@ def stream_after(
     """The residual stream (…, hidden) after ``block``, run with other weights by their names."""
     given = {f"block.{name}": weight for name, weight in weights.items()}
     step = _Step(block.adapter, block.module)
-    stream: Any = functional_call(step, given, (state, batch.calls[block.index]))
+    with block.routed():
+        stream: Any = functional_call(step, given, (state, batch.calls[block.index]))
     assert isinstance(stream, Tensor)
     return stream
 

@@ -53,9 +53,11 @@ def apt_methods() -> list[MethodSpec]:
 def apt_shrink_methods() -> list[ShrinkMethodSpec]:
     """The default choice of groups and of blocks, and baselines."""
     groups, blocks = "apt_plugins.group_choices", "apt_plugins.block_choices"
+    experts = "apt_plugins.expert_choices"
     aware: dict[str, Any] = {"error_aware": True, "efforts": True}
     whole: dict[str, Any] = {"efforts": True, "chooses": "groups", "streams": False}
     dropped: dict[str, Any] = {**aware, "chooses": "blocks"}
+    routed: dict[str, Any] = {"chooses": "experts", "compensate": True, "efforts": True}
     pruner = "arXiv 2305.11627"
     return [
         ShrinkMethodSpec("joint", "groups by greedy joint removal, weights solved exactly",
@@ -76,6 +78,17 @@ def apt_shrink_methods() -> list[ShrinkMethodSpec]:
         ShrinkMethodSpec("llm-pruner-mix",
                          "groups of the smallest Σ |w ∂L/∂w − ½ (w ∂L/∂w)²|, no update",
                          f"{groups}:llm_pruner_mix", 21, pruner, **whole),
+        ShrinkMethodSpec("expert-joint", "experts whose tokens the others serve best, jointly",
+                         "apt.pruning.expert_choice:joint_experts", 100, **routed),
+        ShrinkMethodSpec("reap", "experts of the smallest mean of g ‖f(x)‖", f"{experts}:reap", 40,
+                         "arXiv 2510.13999", **routed),
+        ShrinkMethodSpec("expert-effect", "experts of the smallest Σ ‖g f(x)‖² / ‖h‖²",
+                         f"{experts}:by_effect", 50, **routed),
+        ShrinkMethodSpec("expert-frequency", "experts of the fewest tokens",
+                         f"{experts}:by_frequency", 30, "arXiv 2206.00277", **routed),
+        ShrinkMethodSpec("expert-merge", "the experts of reap, averaged into others that are alike",
+                         f"{experts}:reap", 35, "after arXiv 2604.04356 and 2410.08589",
+                         merges=True, **routed),
         ShrinkMethodSpec("last", "the last blocks", f"{blocks}:last", 10, "arXiv 2411.15558",
                          **dropped),
         ShrinkMethodSpec("angular", "consecutive blocks over which the stream turns least",

@@ -1,0 +1,155 @@
+"""The experts of a block on calibration tokens: what they compute, and what the router chooses."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apt.adapter import Groups, Routing, Unrouted, routings
+from apt.adapter.groups import tensors_of
+from apt.calibration.batches import OpenBlock
+from apt.calibration.dense_activations import mean_squares, stream_rows
+
+_TOKENS = 8192
+_OUTPUTS = 2**28  # elements of the outputs of all experts: 1 GiB
+
+
+class _Routed(Exception):
+    """Ends a run of a block when its router has chosen."""
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run of the part of a block that has the experts, on one batch."""
+
+    call: Callable[[], Any]
+    tokens: int
+
+
+class RoutedExperts:
+    """The experts of a block, on some calibration tokens.
+
+    Attributes:
+        count: the number of experts.
+        routing: what the router decides on these tokens.
+        sizes: the mean square of each token (tokens,) on the stream after the block. Errors are
+            divided by it, since the norm before the next block divides the stream by its root.
+
+    Args:
+        block: the block with its dense weights, and the batches before it.
+        groups: its experts.
+
+    Raises:
+        AptError: the module of the experts does not get the indices of each token's experts.
+    """
+
+    def __init__(self, block: OpenBlock, groups: Groups) -> None:
+        self.count = groups.count
+        path = owner_of(groups)
+        self._experts: Any = block.module.get_submodule(path)
+        self._routers = routers_of(block.module, groups)
+        self._runs, found, sizes = list[_Run](), list[Routing](), list[Tensor]()
+        width = block.adapter.residual(block.batches[0].state).shape[-1]
+        for batch in block.first_batches(min(_TOKENS, _OUTPUTS // (groups.count * width))):
+            run = partial(block.step, batch, batch.state)
+            part = path.rpartition(".")[0]
+            with _calls(block.module, part) as calls, routings(self._experts, found.append):
+                after = run()
+            self._runs.append(_Run(calls[0] if calls else run, len(found[-1].inputs)))
+            sizes.append(mean_squares(stream_rows(block.adapter, after)).squeeze(1))
+            block.progress()
+        self.routing, self.sizes = _joined(found), torch.cat(sizes)
+
+    def rerouted(self, removed: Tensor) -> Routing:
+        """What the router decides if some experts do not exist.
+
+        Args:
+            removed: True for these experts, (experts,) or, for each token, (tokens, experts).
+        """
+        found, rest = list[Routing](), removed.to(self.sizes.device)
+
+        def stop(routing: Routing) -> None:
+            found.append(routing)
+            raise _Routed
+
+        for run in self._runs:
+            mask, rest = (
+                (rest, rest) if rest.ndim == 1 else (rest[: run.tokens], rest[run.tokens :])
+            )
+            masks = dict.fromkeys(self._routers, mask)
+            with suppress(_Routed), routings(self._experts, stop), Unrouted(masks):
+                run.call()
+        return _joined(found)
+
+    @cached_property
+    def outputs(self) -> Tensor:
+        """The output of every expert for every token (experts, tokens, hidden), in fp32."""
+        inputs = self.routing.inputs
+        ones = inputs.new_ones(len(inputs), self.count)
+        every = inputs.new_empty(self.count, *inputs.shape, dtype=torch.float32)
+        for expert in range(self.count):
+            index = torch.full((len(inputs), 1), expert, device=inputs.device)
+            every[expert] = self._experts(inputs, index, ones)
+        return every
+
+    def output(self, routing: Routing) -> Tensor:
+        """The sum (tokens, hidden) of the outputs of the chosen experts by their weights."""
+        tokens = torch.arange(len(self.sizes), device=self.sizes.device)
+        total = torch.zeros_like(self.outputs[0])
+        for index, weights in zip(routing.index.T, routing.weights.T, strict=True):
+            total += self.outputs[index, tokens] * weights.unsqueeze(1)
+        return total
+
+    def norms(self) -> Tensor:
+        """The weight of each pick times the norm of the expert's output (tokens, picked)."""
+        tokens = torch.arange(len(self.sizes), device=self.sizes.device)
+        picks = zip(self.routing.index.T, self.routing.weights.T, strict=True)
+        return torch.stack([self.outputs[i, tokens].norm(dim=1) * w.abs() for i, w in picks], 1)
+
+    def sums(self, values: Tensor) -> Tensor:
+        """The sums (experts,) of the values of picks (tokens, picked) over the experts' tokens."""
+        zeros = torch.zeros(self.count, dtype=torch.float64, device=values.device)
+        return zeros.index_add(0, self.routing.index.flatten(), values.flatten().double())
+
+
+def owner_of(groups: Groups) -> str:
+    """The path within a block of the module that owns the weights of its experts."""
+    return groups.outputs[0].parameter.rpartition(".")[0]
+
+
+def routers_of(block: nn.Module, groups: Groups) -> list[Tensor]:
+    """The weights of the router of some experts."""
+    inside, tensors = f"{owner_of(groups)}.", tensors_of(block)
+    beside = [part.parameter for part in groups.parts if not part.parameter.startswith(inside)]
+    return [tensors[path] for path in beside if tensors[path].ndim == 2]
+
+
+@contextmanager
+def _calls(block: nn.Module, path: str) -> Iterator[list[Callable[[], Any]]]:
+    """Inside the context, record the calls of a part of a block; none of the block itself."""
+    calls = list[Callable[[], Any]]()
+
+    def record(module: nn.Module, args: Any, kwargs: Any) -> None:
+        calls.append(partial(module, *args, **kwargs))
+
+    part = block.get_submodule(path)
+    handle = part.register_forward_pre_hook(record, with_kwargs=True)
+    try:
+        yield calls
+    finally:
+        handle.remove()
+    if not path:
+        calls.clear()
+
+
+def _joined(parts: Sequence[Routing]) -> Routing:
+    """The routing of several batches as one."""
+    return Routing(
+        torch.cat([part.inputs for part in parts]),
+        torch.cat([part.index for part in parts]),
+        torch.cat([part.weights for part in parts]),
+    )
