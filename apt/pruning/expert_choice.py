@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -105,22 +106,50 @@ class _Search:
         return (each >= self._groups.removed // self._groups.bins).nonzero().squeeze(1).tolist()
 
     def _losses_without(self, removed: Tensor, closed: Iterable[int]) -> Tensor:
-        """The loss without each expert (experts,) beside ``removed``; ∞ in the ``closed`` bins.
-
-        Only the tokens of an expert have other experts without it. So one run of the router for
-        each pick, in which every token lacks the expert that it picks there, gives all losses.
-        """
-        experts = self._experts
-        routing = experts.rerouted(removed)
-        now = self._errors(routing)
-        losses = now.sum().repeat(self._groups.count)
-        for pick in routing.index.T:
-            lacking = removed | torch.nn.functional.one_hot(pick, len(removed)).bool()
-            losses.index_add_(0, pick, self._errors(experts.rerouted(lacking)) - now)
+        """The loss without each expert (experts,) beside ``removed``; ∞ in the ``closed`` bins."""
+        losses = self._local(removed) if self._is_local else self._every(removed)
         losses[removed] = math.inf
         for each in closed:
             losses.view(self._groups.bins, -1)[each] = math.inf
         return losses
+
+    def _local(self, removed: Tensor) -> Tensor:
+        """The losses from one run of the router for each pick.
+
+        In that run, every token lacks the expert that it picks there.
+        """
+        routing = self._experts.rerouted(removed)
+        now = self._errors(routing)
+        losses = now.sum().repeat(self._groups.count)
+        for pick in routing.index.T:
+            lacking = removed | torch.nn.functional.one_hot(pick, len(removed)).bool()
+            losses.index_add_(0, pick, self._errors(self._experts.rerouted(lacking)) - now)
+        return losses
+
+    def _every(self, removed: Tensor) -> Tensor:
+        """The losses from a run of the router for each expert that is left."""
+        losses = torch.full((len(removed),), math.inf, dtype=torch.double, device=removed.device)
+        for expert in (~removed).nonzero().squeeze(1).tolist():
+            lacking = removed.clone()
+            lacking[expert] = True
+            losses[expert] = self._errors(self._experts.rerouted(lacking)).sum()
+        return losses
+
+    @cached_property
+    def _is_local(self) -> bool:
+        """True if the removal of an expert changes nothing for the tokens that do not pick it.
+
+        It changes their weights if these are shares of all experts, as in Qwen2-MoE, and it may
+        change their experts if a router selects groups of experts first.
+        """
+        routing = self._experts.routing
+        rarest = int(self._experts.sums(torch.ones_like(routing.weights)).argmin())
+        removed = torch.zeros_like(self.removed)
+        removed[rarest] = True
+        other, rest = self._experts.rerouted(removed), (routing.index != rarest).all(1)
+        return torch.equal(other.index[rest], routing.index[rest]) and torch.allclose(
+            other.weights[rest], routing.weights[rest]
+        )
 
     def _errors(self, routing: Routing) -> Tensor:
         """The relative error of each token (tokens,) with these experts."""

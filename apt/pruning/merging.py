@@ -21,7 +21,8 @@ def merge_experts(
 ) -> None:
     """Average each removed expert into one of the others, in place.
 
-    It is that with the most similar output on the removed expert's tokens.
+    It is that with the most similar output on the removed expert's tokens. An expert without
+    tokens is merged into none.
 
     Args:
         experts: the experts of the dense block, on calibration tokens.
@@ -31,12 +32,12 @@ def merge_experts(
     weights = _Weights(block, adapter, groups)
     tokens = experts.sums(torch.ones_like(experts.routing.weights))
     clusters: dict[int, list[int]] = {expert: [expert] for expert in kept}
-    for expert in removed.nonzero().squeeze(1).tolist():
+    for expert in (removed.cpu() & (tokens.cpu() > 0)).nonzero().squeeze(1).tolist():
         clusters[most_similar(experts, expert, kept)].append(expert)
     for first, members in clusters.items():
         if len(members) > 1:
-            shares = tokens[members].clamp_min(1)
-            weights.average(members, first, (shares / shares.sum()).tolist())
+            shares = tokens[members] / tokens[members].sum()
+            weights.average(members, first, shares.tolist())
 
 
 def most_similar(experts: RoutedExperts, expert: int, others: Sequence[int]) -> int:
