@@ -46,6 +46,7 @@ SUITE = {
             ("bloom", "0.5 2:4"),
             ("mamba", "0.5 0.6 2:4"),
             ("mamba2", "0.5 0.6 2:4"),
+            ("moe", "0.5 2:4 0.7"),
         )
     },
     "stream": "stream.py --blocks 2 8 32 --hidden 1024 --samples 2 --seqlen 128 --method ss",
