@@ -70,7 +70,7 @@ from tests.conformance.mutants.grouping import (
     WrongOutputs,
     WrongReader,
 )
-from tests.conformance.mutants.models import JAMBA, MAMBA, MAMBA2, RIGHT
+from tests.conformance.mutants.models import JAMBA, MAMBA, MAMBA2, MOE, RIGHT
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,14 @@ MUTANTS: dict[str, Mutant] = {
         ExpertsForgotten, "sites",
         r"experts\.gate_up_proj is not a site, not an extra, and not listed in left_dense",
         "jamba",
+    ),
+    "a shared expert forgotten": Mutant(
+        altered(MOE, **{f"mlp_shared_expert_{name}_proj": None for name in ("gate", "up", "down")}),
+        "sites", r"mlp\.shared_expert\.gate_proj\.weight is not a site", "qwen2-moe",
+    ),
+    "a shared expert taken for residual": Mutant(
+        altered(MOE, mlp_shared_expert_down_proj={"residual": True}), "residual",
+        r"shared_expert\.down_proj is declared residual, but", "qwen2-moe",
     ),
     "a router pruned": Mutant(
         RouterPruned, "sites", r"router is a site, but its product selects the experts", "jamba"

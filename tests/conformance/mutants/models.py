@@ -17,6 +17,7 @@ OPT = registry().adapters.get("opt").load()
 MAMBA = registry().adapters.get("mamba").load()
 MAMBA2 = registry().adapters.get("mamba2").load()
 JAMBA = registry().adapters.get("jamba").load()
+MOE = registry().adapters.get("moe").load()
 
 
 class Gemma(DecoderAdapter):
@@ -63,6 +64,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "mamba2": lambda: random_model("mamba2"),
     "jamba": lambda: random_model("jamba"),
     "jamba, three experts": three_experts,
+    "qwen2-moe": lambda: random_model("qwen2-moe"),
 }
 RIGHT = {
     "llama": LLAMA,
