@@ -19,6 +19,7 @@ from apt.text.sampling import vocabulary
 from apt.text.self_generated import cached_tokens, logits_at_once
 
 _FP32 = 4
+_TUNED = 5.5  # of a tuned weight: its value, gradient, moments, mask, and the dense one
 _FORWARDS = 4  # the dense stream, the pruned one before and after tuning, and the drift
 _TUNING = 3.5  # a forward, its backward, and the validation samples
 _TEXT = 150 * 2**20  # memory that stays allocated after reading and tokenising text
@@ -116,7 +117,7 @@ def estimate(planned: Planned) -> Estimate:
         disk=activations_on_disk(skeleton, plan, tokens) if on_disk else 0,
         grams=max(_gram_bytes(block) for block in plan.blocks),
         working=min(tokens, TOKENS_PER_BATCH) * (4 * widest + held) * bytes_each
-        + max(8 * largest, 5 * tuned) * _FP32,
+        + max(8 * largest, int(_TUNED * tuned)) * _FP32,
         predicting=max(
             _measuring(skeleton, seqlen, (4 * widest + held) * bytes_each),
             _generating(skeleton, len(blocks), seqlen, bytes_each) if planned.own_text else 0,
@@ -182,8 +183,15 @@ def _shared_inputs(block: PlannedBlock) -> dict[str, int]:
 
 
 def _gram_bytes(block: PlannedBlock) -> int:
-    total = 0
+    """Bytes of Gram matrices, with cross matrices and factors but for experts.
+
+    The factors of an expert are freed before the next one is solved.
+    """
+    shared, total = _shared_inputs(block), 0
     for name, width in _inputs(block).items():
+        if name not in shared:
+            total += width * width * _FP32
+            continue
         outputs = sum(entry.shape[0] for entry in block.pruned if entry.site.input == name)
         total += (5 * width + min(width, outputs)) * width * _FP32
     return total
