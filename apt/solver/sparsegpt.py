@@ -139,8 +139,10 @@ class _Sweep:
 
 def _single(columns: Tensor, factor: Tensor, mask: Tensor, coefficients: Tensor) -> None:
     """Remove the masked weights column by column and update the columns to the right, in place."""
-    for j, pivot in enumerate(factor.diagonal().tolist()):
-        removed = torch.mul(columns[j], mask[j], out=coefficients[j]).div_(pivot)
+    coefficients.copy_(mask)
+    rows = zip(columns, coefficients, factor.diagonal().tolist(), strict=True)
+    for j, (column, removed, pivot) in enumerate(rows):
+        removed.mul_(column).div_(pivot)
         columns[j:].addr_(factor[j, j:], removed, alpha=-1)
 
 

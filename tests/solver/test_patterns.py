@@ -101,3 +101,14 @@ def test_the_count_is_exact_where_most_scores_are_nan():
     scores = torch.rand(65_000, generator=torch.Generator().manual_seed(0))
     scores[torch.rand(65_000, generator=torch.Generator().manual_seed(1)) < 0.6] = torch.nan
     assert int(lowest_k(scores.unsqueeze(0), 39_000).sum()) == 39_000
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.4, "row"), Unstructured(0.37), NM(2, 4)])
+@pytest.mark.parametrize("levels", [0, 6])  # with 6 levels, many scores are equal
+def test_numpy_selects_what_torch_does(monkeypatch, pattern, levels):
+    scores = torch.rand(24, 64, generator=torch.Generator().manual_seed(0))
+    scores = (scores * levels).floor() if levels else scores
+    found = [lowest(scores, pattern), about_highest(scores, pattern)]
+    monkeypatch.setattr("apt.solver.patterns._selects_in_numpy", lambda values: False)
+    assert torch.equal(found[0], lowest(scores, pattern))
+    assert torch.equal(found[1], about_highest(scores, pattern))
