@@ -15,7 +15,15 @@ from apt.output.location import check_output, check_space
 from apt.output.report import carry_report, read_report
 from apt.output.staging import whole_directory, write_errors
 from apt.packing.compressed_tensors import write_compressed_tensors
-from apt.packing.directory import OWN_CODE_FILE, Packed, Rounding, linear_tensors, pack, unpack
+from apt.packing.directory import (
+    OWN_CODE_FILE,
+    Packed,
+    Rounding,
+    expert_tensors,
+    linear_tensors,
+    pack,
+    unpack,
+)
 from apt.plugin.registry import Registry
 from apt.runtime.entries import is_packed, read_entries
 from apt.runtime.rounding import KINDS
@@ -42,7 +50,7 @@ def pack_model(run: PackRun, registry: Registry, notice: Notice = lambda line: N
     rounding = asked or _integers(directory)
     # Only the blocks are rounded: the language-model head is as it was trained.
     rounds = rounding is not None and not rounding.exact
-    names = linear_tensors(skeleton, shards, blocks=rounds)
+    names = {*linear_tensors(skeleton, shards, blocks=rounds), *expert_tensors(skeleton, shards)}
     if run.format != "apt" and rounding is None:
         raise AptError(
             f"{run.format} stores integers, and {source.reference} was not quantised",

@@ -32,9 +32,11 @@ from apt.runtime.entries import (
     OWN_CODE,
     SINGLE_PACKED,
     VERSION,
+    WITH_STACKS,
     read_config,
     read_entries,
 )
+from apt.runtime.experts import are_matrices
 from apt.runtime.matrix import FLOATS, MASK, SCALES, VALUES, Entry, Parts, bound, decode, encode
 from apt.runtime.packed_file import CHECKSUMS, PARTS, checksums
 from apt.runtime.rounding import encode_integers, encode_rounded
@@ -96,7 +98,8 @@ class Rounding:
 def linear_tensors(skeleton: Opened, shards: Shards, *, blocks: bool = False) -> dict[str, str]:
     """The Linear modules by the tensors of their weights.
 
-    A module that shares its weight with an embedding is left out: only dense weights can be tied.
+    Left out are modules that share their weight with an embedding, since only dense weights can be
+    tied, and those of a class that does more than multiply, such as Llama 4's router.
 
     Args:
         skeleton: the model, without weights.
@@ -115,10 +118,27 @@ def linear_tensors(skeleton: Opened, shards: Shards, *, blocks: bool = False) ->
         for name, module in skeleton.module.named_modules()
         for pieces in [layout.get(f"{name}.weight", ())]
         if isinstance(module, nn.Linear)
+        and type(module).forward is nn.Linear.forward
         and [piece.whole for piece in pieces] == [True]
         and shared[id(module.weight)] == 1
         and (not blocks or name.startswith(inside))
     }
+
+
+def expert_tensors(skeleton: Opened, shards: Shards) -> set[str]:
+    """The tensors of stacked experts: that of each expert, or the stack as it is.
+
+    Raises:
+        NotStoredError: the checkpoint stores parameters differently than the model.
+    """
+    layout = layout_of(skeleton, shards)
+    stacks = {
+        f"{name}.{site.parameter}"
+        for name, block in skeleton.adapter.blocks(skeleton.module)
+        for site in skeleton.adapter.sites(block)
+        if site.expert is not None
+    }
+    return {p.key for stack in stacks if are_matrices(layout[stack]) for p in layout[stack]}
 
 
 def pack(
@@ -137,12 +157,12 @@ def pack(
     if KEY in config:
         raise AptError(f"{directory} is packed or quantised already")
     if not names:
-        fault = f"no weight of {directory} belongs to a torch.nn.Linear module of its own"
+        fault = f"no weight of {directory} belongs to a Linear module of its own, or to experts"
         raise AptError(fault, "other modules, such as Conv1D, cannot be packed")
     shards, entries = Shards(directory), dict[str, Entry]()
 
     def packed(name: str, tensor: Tensor) -> dict[str, Tensor]:
-        if name not in names or tensor.ndim != 2 or tensor.dtype not in FLOATS.values():
+        if name not in names or tensor.ndim < 2 or tensor.dtype not in FLOATS.values():
             return {name: tensor}
         if rounding is not None and not rounding.exact:
             check_finite(name, tensor)
@@ -160,7 +180,9 @@ def pack(
         fault = f"no matrix of {directory} has so many zeros that packing makes it smaller"
         raise AptError(fault, "name a pruned model")
     weights = SINGLE_PACKED if len(shards.files) == 1 else INDEX_PACKED
-    about = {"quant_method": METHOD, "version": VERSION, "weights": weights}
+    stacks = any(len(entry.shape) > 2 for entry in entries.values())
+    version = WITH_STACKS if stacks else VERSION
+    about = {"quant_method": METHOD, "version": version, "weights": weights}
     code = {} if config.get(_AUTO_MAP) else {_AUTO_MAP: OWN_CODE}  # a model may have its own
     finish(directory, target, {**config, **code, KEY: {**about, "matrices": described()}})
     if code:
@@ -174,11 +196,17 @@ def pack(
 
 
 def _encoded(tensor: Tensor, rounding: Rounding | None) -> tuple[Entry, Parts]:
+    """A matrix, or a stack as one matrix of all its rows."""
+    entry, parts = _encoded_rows(tensor.flatten(0, -2), rounding)
+    return replace(entry, shape=tuple(tensor.shape)), parts
+
+
+def _encoded_rows(matrix: Tensor, rounding: Rounding | None) -> tuple[Entry, Parts]:
     if rounding is None:
-        return encode(tensor)
+        return encode(matrix)
     if rounding.exact:
-        return encode_integers(tensor, rounding.kind, rounding.scale_group) or encode(tensor)
-    return encode_rounded(tensor, rounding.kind, rounding.scale_group)
+        return encode_integers(matrix, rounding.kind, rounding.scale_group) or encode(matrix)
+    return encode_rounded(matrix, rounding.kind, rounding.scale_group)
 
 
 def unpack(directory: Path, target: Path) -> int:

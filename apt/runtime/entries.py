@@ -11,8 +11,8 @@ from apt.runtime.matrix import Entry
 METHOD = "apt_packed"
 """The value of ``quant_method`` in ``config.json``."""
 
-VERSION = 2
-"""The version of the format."""
+VERSION, WITH_STACKS = 2, 3
+"""The versions of the format: that of matrices alone, and that of stacks of matrices too."""
 
 SINGLE_PACKED = "apt_packed.safetensors"
 """The file of the weights. Plain transformers must not take it for weights of the model."""
@@ -59,9 +59,12 @@ def read_entries(directory: Path) -> dict[str, Entry]:
 def described_entries(about: Mapping[str, Any], where: str) -> dict[str, Entry]:
     """The descriptions in a ``quantization_config``; raises `AptError` if newer or damaged."""
     version = about.get("version")
-    if version != VERSION:
+    if version not in (VERSION, WITH_STACKS):
         older = isinstance(version, int) and version < VERSION
-        fault = f"{where} has version {version} of the packed format, and this APT reads {VERSION}"
+        fault = (
+            f"{where} has version {version} of the packed format, and this APT reads {VERSION} and "
+            f"{WITH_STACKS}"
+        )
         raise AptError(fault, "pack the pruned model again" if older else "install a newer APT")
     try:
         return {name: Entry.read(record) for name, record in about["matrices"].items()}

@@ -20,7 +20,7 @@ class ExpandedMatrix:
         """Rows ``first`` to ``last`` with their zeros (last − first, in)."""
         shifts = torch.arange(8, device=self._mask.device, dtype=torch.uint8)
         bits = (self._mask[first:last, :, None] >> shifts) & 1
-        kept = bits.view(last - first, -1)[:, : self._entry.shape[1]].bool()
+        kept = bits.view(last - first, -1)[:, : self._entry.columns].bool()
         dense = torch.zeros(kept.shape, dtype=dtype, device=kept.device)
         dense[kept] = self._read(self._starts[first], self._starts[last], kept, first).to(dtype)
         return dense

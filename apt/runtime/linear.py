@@ -67,15 +67,15 @@ class PackedLinear(nn.Module):
     def __init__(self, entry: Entry, *, bias: bool, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.entry = entry
-        self.out_features, self.in_features = entry.shape
+        self.out_features, self.in_features = entry.rows, entry.columns
         count = -(-entry.kept // 2) if entry.values == "int4" else entry.kept
         self.register_buffer(f"weight_{MASK}", torch.empty(entry.stored, dtype=torch.uint8))
         self.register_buffer(f"weight_{VALUES}", torch.empty(count, dtype=_STORED[entry.values]))
         scales = None
         if entry.group:
-            scales = torch.empty(entry.shape[0], entry.groups, dtype=FLOATS[entry.dtype])
+            scales = torch.empty(entry.rows, entry.groups, dtype=FLOATS[entry.dtype])
         self.register_buffer(f"weight_{SCALES}", scales)
-        self.bias = nn.Parameter(torch.empty(entry.shape[0], dtype=dtype)) if bias else None
+        self.bias = nn.Parameter(torch.empty(entry.rows, dtype=dtype)) if bias else None
         self._dtype = dtype or FLOATS[entry.dtype]
         self._matrix: Any = None
         self._place: torch.device | None = None  # of the tensors that the matrix was made of
@@ -176,8 +176,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply (…, in) → (…, out)."""
-        if self.weight_values.device != self._place:  # moved one by one, as accelerate does
-            self._build()
+        self._follow()
         rows = x.reshape(-1, self.in_features)
         product = None if rows.requires_grad else self._native(rows)
         if product is None:
@@ -209,13 +208,19 @@ class PackedLinear(nn.Module):
         step = max(1, tile // max(1, self.in_features))
         ends = [*range(0, max(1, self.out_features), step), self.out_features]
         parts = [
-            nn.functional.linear(rows, self._tile(first, last, rows.dtype))
+            nn.functional.linear(rows, self.rows(first, last, rows.dtype))
             for first, last in pairwise(ends)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
-    def _tile(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
-        """Rows of the matrix, in a dtype that the kernels may not have."""
+    def _follow(self) -> None:
+        """Make the matrix anew if its tensors were moved one by one, as accelerate does."""
+        if self.weight_values.device != self._place:
+            self._build()
+
+    def rows(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        """Rows ``first`` to ``last`` with their zeros, in a dtype that the kernels may not have."""
+        self._follow()
         wide = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
         dense: Tensor = self._matrix.expand(first, last, wide)
         return dense.to(dtype)

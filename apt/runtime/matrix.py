@@ -1,4 +1,4 @@
-"""One packed matrix: its bitmask and its kept values, or their quantised form.
+"""One packed matrix, or a stack of them: its bitmask and its kept values, or integers for them.
 
 docs/packed-format.md specifies the layout to the bit. Data can come from untrusted files, so it
 is checked before use.
@@ -29,7 +29,8 @@ class Entry:
     """The description of a packed matrix.
 
     Attributes:
-        shape: the shape of the matrix (out, in).
+        shape: the shape of the matrix (out, in), or of a stack of matrices (count, out, in), which
+            is packed as one matrix of all their rows.
         dtype: the dtype of the matrix: ``bfloat16``, ``float16`` or ``float32``.
         kept: the number of kept weights.
         mask: ``bits``, or ``deflate`` if the bitmask is compressed.
@@ -38,7 +39,7 @@ class Entry:
         group: the number of columns that share a scale; 0 without scales.
     """
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     dtype: str
     kept: int
     mask: str
@@ -47,9 +48,19 @@ class Entry:
     group: int = 0
 
     @property
+    def rows(self) -> int:
+        """The number of rows, of all matrices of a stack."""
+        return math.prod(self.shape[:-1])
+
+    @property
+    def columns(self) -> int:
+        """The number of columns."""
+        return self.shape[-1]
+
+    @property
     def mask_bytes(self) -> int:
         """The number of bytes of the plain bitmask."""
-        return self.shape[0] * math.ceil(self.shape[1] / 8)
+        return self.rows * math.ceil(self.columns / 8)
 
     @property
     def value_bytes(self) -> int:
@@ -60,7 +71,7 @@ class Entry:
     @property
     def groups(self) -> int:
         """The number of scales of a row."""
-        return math.ceil(self.shape[1] / self.group) if self.group else 0
+        return math.ceil(self.columns / self.group) if self.group else 0
 
     def record(self) -> dict[str, Any]:
         """The description as values for JSON."""
@@ -78,9 +89,9 @@ class Entry:
         except (TypeError, KeyError) as error:
             raise ValueError(f"not the description of a matrix: {error}") from error
         numbers = (*entry.shape, entry.kept, entry.group, entry.stored)
-        if len(entry.shape) != 2 or not all(type(n) is int and n >= 0 for n in numbers):
+        if len(entry.shape) not in (2, 3) or not all(type(n) is int and n >= 0 for n in numbers):
             raise ValueError("shape, kept and group must be whole numbers")
-        if max(*entry.shape, entry.group) >= _LARGEST:
+        if max(*entry.shape, entry.rows, entry.group) >= _LARGEST:
             raise ValueError(f"shape {entry.shape} with groups of {entry.group} columns")
         known = entry.dtype in FLOATS and entry.mask in (_BITS, _DEFLATE)
         if not known or entry.values not in (entry.dtype, *_INTEGERS):
@@ -106,8 +117,7 @@ def encode(weight: Tensor) -> tuple[Entry, Parts]:
     kept = weight != 0
     coding, mask = _coded(kept)
     dtype = str(weight.dtype).removeprefix("torch.")
-    rows, columns = weight.shape
-    entry = Entry((rows, columns), dtype, int(kept.sum()), coding, dtype, mask.numel())
+    entry = Entry(tuple(weight.shape), dtype, int(kept.sum()), coding, dtype, mask.numel())
     return entry, {MASK: mask, VALUES: weight[kept]}
 
 
@@ -133,8 +143,8 @@ def bitmask(entry: Entry, coded: Tensor) -> Tensor:
         data = _inflated(data, entry.mask_bytes)
     if len(data) != entry.mask_bytes:
         raise ValueError(f"the mask has {len(data):,} bytes, not {entry.mask_bytes:,}")
-    rows, columns = entry.shape
-    plain = np.frombuffer(data, np.uint8).reshape(rows, math.ceil(columns / 8))
+    columns = entry.columns
+    plain = np.frombuffer(data, np.uint8).reshape(entry.rows, math.ceil(columns / 8))
     count = int(_ONES[plain].sum(dtype=np.int64))
     if count != entry.kept:
         raise ValueError(f"the mask keeps {count:,} weights, not {entry.kept:,}")
@@ -187,13 +197,13 @@ def check_sizes(entry: Entry, parts: Mapping[str, Tensor]) -> None:
     values, scales = parts[VALUES], parts.get(SCALES)
     if values.dtype != stored or values.shape != (count,):
         raise ValueError(f"the values are {tuple(values.shape)} of {values.dtype}")
-    if entry.group and (scales is None or scales.shape != (entry.shape[0], entry.groups)):
+    if entry.group and (scales is None or scales.shape != (entry.rows, entry.groups)):
         raise ValueError("the scales are missing or have another shape")
 
 
 def places(entry: Entry, plain: Tensor) -> tuple[Tensor, Tensor]:
     """The rows and the columns of the kept weights (kept,), in their order."""
-    bits = np.unpackbits(plain.numpy(), axis=1, count=entry.shape[1], bitorder="little")
+    bits = np.unpackbits(plain.numpy(), axis=1, count=entry.columns, bitorder="little")
     rows, columns = np.nonzero(bits)
     return torch.from_numpy(rows), torch.from_numpy(columns)
 
@@ -205,17 +215,17 @@ def _nibbles(values: Tensor, count: int) -> Tensor:
 
 
 def decode(entry: Entry, parts: Mapping[str, Tensor]) -> Tensor:
-    """The matrix (out, in).
+    """The matrix (out, in) or the stack (count, out, in).
 
     Raises:
         ValueError: the parts do not fit the description.
     """
     plain = bitmask(entry, parts[MASK])
     values = kept_values(entry, parts, plain)
-    matrix = torch.zeros(entry.shape, dtype=FLOATS[entry.dtype])
-    bits = np.unpackbits(plain.numpy(), axis=1, count=entry.shape[1], bitorder="little")
+    matrix = torch.zeros(entry.rows, entry.columns, dtype=FLOATS[entry.dtype])
+    bits = np.unpackbits(plain.numpy(), axis=1, count=entry.columns, bitorder="little")
     matrix[torch.from_numpy(bits.view(bool))] = values
-    return matrix
+    return matrix.view(entry.shape)
 
 
 def bound(entry: Entry) -> float:
@@ -223,5 +233,5 @@ def bound(entry: Entry) -> float:
     size = math.prod(entry.shape)
     share = entry.kept / size if size else 0.0
     bits = -sum(p * math.log2(p) for p in (share, 1 - share) if p > 0)
-    scales = entry.shape[0] * entry.groups * FLOATS[entry.dtype].itemsize
+    scales = entry.rows * entry.groups * FLOATS[entry.dtype].itemsize
     return size * bits / 8 + entry.value_bytes + scales

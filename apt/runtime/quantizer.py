@@ -9,8 +9,17 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from apt.errors import AptError, first_line
+from apt.layouts.conversions import Converted, converted
 from apt.runtime.dense import use_kernels
 from apt.runtime.entries import METHOD, described_entries
+from apt.runtime.experts import (
+    PackedStack,
+    StoredTensors,
+    are_matrices,
+    device_near,
+    prepare_for_stacks,
+    put_stack,
+)
 from apt.runtime.linear import PackedLinear
 from apt.runtime.matrix import Entry
 from apt.runtime.weights import check_packed_files, local_files
@@ -59,27 +68,50 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
-        entries = self.quantization_config.entries()
-        records = {name: entry.record() for name, entry in entries.items()}
-        check_packed_files(checkpoint_files or local_files(model.config), records)
+        self._entries = self.quantization_config.entries()
+        records = {name: entry.record() for name, entry in self._entries.items()}
+        files = checkpoint_files or local_files(model.config)
+        check_packed_files(files, records)
+        self._stored = StoredTensors(files, self._entries)
+        self._stacks = dict[str, PackedStack]()
+        used = {
+            key
+            for name, made in converted(model, self._stored.shapes).items()
+            for key in self._put(model, name, made)
+        }
         base = getattr(model, "base_model_prefix", "")
-        prefix, headless = f"{base}.", bool(base) and not hasattr(model, base)
-        linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-        for name, entry in entries.items():
-            path = name.removesuffix(".weight")
-            paths = (path, prefix + path, path.removeprefix(prefix))
-            known = next((p for p in paths if p in linears), None)
-            if known is None and headless and not path.startswith(prefix):
+        headless = bool(base) and not hasattr(model, base)
+        for name in self._entries.keys() - used:
+            if headless and not name.startswith(f"{base}."):
                 continue  # a module of the head, which AutoModel leaves out
-            if known is None or linears[known].weight.shape != entry.shape:
-                raise AptError(
-                    f"the configuration describes {name}, which the model does not have in this "
-                    "shape",
-                    "pack the model again",
-                )
-            _replace(model, known, linears[known], entry)
+            raise AptError(
+                f"the configuration describes {name}, which the model does not have in this shape",
+                "pack the model again",
+            )
+        if self._stacks:
+            prepare_for_stacks(model)
+
+    def _put(self, model: nn.Module, name: str, made: Converted) -> list[str]:
+        """Put a packed module in the place of a parameter; returns the packed matrices of it."""
+        keys = [piece.key for piece in made.pieces if piece.key in self._entries]
+        path, _, own = name.rpartition(".")
+        owner = model.get_submodule(path)
+        parameter = dict(owner.named_parameters(recurse=False)).get(own)
+        if not keys or parameter is None or parameter.shape != made.shape:
+            return []
+        if isinstance(owner, nn.Linear) and own == "weight":
+            _replace(model, path, owner, self._entries[keys[0]])
+        elif len(made.shape) == 3 and are_matrices(made.pieces):
+            self._stacks[name] = put_stack(owner, own, made.pieces)
+        else:
+            return []
+        return keys
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        for name, stack in self._stacks.items():
+            keys = dict.fromkeys(piece.key for piece in stack.pieces)
+            device = device_near(model, name)
+            stack.fill({key: self._stored.matrix(key, stack.dtype, device) for key in keys})
         for name, module in model.named_modules():
             if isinstance(module, PackedLinear):
                 try:

@@ -309,7 +309,7 @@ def first(about):
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (lambda about: about.update(version=3), "has version 3 of the packed format"),
+        (lambda about: about.update(version=4), "has version 4 of the packed format"),
         (lambda about: about.pop("matrices"), "is damaged"),
         (lambda about: about.update(matrices=[1]), "is damaged"),
         (lambda about: first(about).pop("kept"), "is damaged"),
