@@ -23,6 +23,11 @@ class PlainMatrix(nn.Module):
         super().__init__()
         self.register_buffer("weight", weight)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the matrix."""
+        return self.weight.dtype
+
     def rows(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
         """Rows ``first`` to ``last``, of all matrices of a stack."""
         return self.weight.flatten(0, -2)[first:last].to(dtype)
@@ -45,8 +50,8 @@ class PackedStack(nn.Module):
 
     def __init__(self, shape: Sequence[int], dtype: torch.dtype, pieces: Sequence[Piece]) -> None:
         super().__init__()
-        self.shape, self.dtype, self.pieces = torch.Size(shape), dtype, tuple(pieces)
-        self._matrices = nn.ModuleList()
+        self.shape, self.pieces = torch.Size(shape), tuple(pieces)
+        self._matrices, self._dtype = nn.ModuleList(), dtype
         self._of: list[list[int]] = [[] for _ in range(self.shape[0])]
         for number, piece in enumerate(self.pieces):
             for expert in [piece.part[0]] if piece.part else range(self.shape[0]):
@@ -56,6 +61,11 @@ class PackedStack(nn.Module):
     def fill(self, matrices: Mapping[str, Matrix]) -> None:
         """Set the matrices, by the name of their tensor."""
         self._matrices.extend(matrices[piece.key] for piece in self.pieces)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the matrices."""
+        return cast(Matrix, self._matrices[0]).dtype if len(self._matrices) else self._dtype
 
     @property
     def device(self) -> torch.device:

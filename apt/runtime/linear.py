@@ -120,6 +120,11 @@ class PackedLinear(nn.Module):
             self.weight_values = self._matrix.values
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of `weight`."""
+        return self._dtype
+
+    @property
     def _scales(self) -> Tensor | None:
         return self.get_buffer(f"weight_{SCALES}") if self.entry.group else None
 
