@@ -157,7 +157,8 @@ def pack(
     if KEY in config:
         raise AptError(f"{directory} is packed or quantised already")
     if not names:
-        fault = f"no weight of {directory} belongs to a Linear module of its own, or to experts"
+        owners = "a torch.nn.Linear module of its own, or to stacked experts"
+        fault = f"no weight of {directory} belongs to {owners}"
         raise AptError(fault, "other modules, such as Conv1D, cannot be packed")
     shards, entries = Shards(directory), dict[str, Entry]()
 
