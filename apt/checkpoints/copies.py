@@ -168,11 +168,20 @@ def save_model(
     """
     if checkpoint is None:
         largest = {"max_shard_size": max_shard_size} if max_shard_size else {}
+        _declare_tied(model)
         model.save_pretrained(directory, **largest)
     else:
         checkpoint.write(model.state_dict(), directory)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
+
+
+def _declare_tied(model: Any) -> None:
+    """Let transformers 4 save a Mamba 2 whose head is its embedding: its class declares no ties."""
+    if getattr(model, "_tied_weights_keys", None) == [] and model.config.tie_word_embeddings:
+        head = model.get_output_embeddings()
+        name = next(name for name, module in model.named_modules() if module is head)
+        model._dynamic_tied_weights_keys = [f"{name}.weight"]
 
 
 def keep_side_files(source: Path, directory: Path) -> None:

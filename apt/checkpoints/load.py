@@ -213,7 +213,7 @@ def load_tokenizer(source: Source, other: str | None = None) -> Any:
             raise ValueError("there is no file with a vocabulary")
         return reader
     except Exception as error:  # `tokenizers` raises plain exceptions
-        raise tokenizer_error(other or source.reference, error, hub) from error
+        raise tokenizer_error(other or source.reference, place, error, hub) from error
 
 
 def _hub_for_tokenizer(source: Source, name: str) -> Hub:

@@ -29,8 +29,8 @@ def load_error(source: Source, error: Exception, hint: str) -> AptError:
             return known
         if known := resource_error(cause):
             return known
-    if (path := _unreadable(Path(source.location))) is not None:
-        return AptError(f"cannot use {path}: no permission to read it", "ask for it, or use a copy")
+    if known := _unreadable(Path(source.location), "*.safetensors"):
+        return known
     if source.on_hub and (known := _hub_error(source, error)):
         return known
     if known := _damaged_index(source, error):
@@ -75,12 +75,15 @@ def _no_network() -> str:
     return "the network is switched off by HF_HUB_OFFLINE" if offline() else no_answer()
 
 
-def _unreadable(directory: Path) -> Path | None:
-    """A file of weights without read permission. safetensors would call it missing."""
+def _unreadable(directory: Path, pattern: str) -> AptError | None:
+    """The message for a file without read permission, which loaders may call missing."""
     if not directory.is_dir():
         return None
-    weights = sorted(directory.glob("*.safetensors"))
-    return next((p for p in weights if not os.access(p, os.R_OK, effective_ids=True)), None)
+    for path in sorted(directory.glob(pattern)):
+        if not os.access(path, os.R_OK, effective_ids=True):
+            fault = f"cannot use {path}: no permission to read it"
+            return AptError(fault, "ask for it, or use a copy")
+    return None
 
 
 def _damaged_index(source: Source, error: Exception) -> AptError | None:
@@ -94,10 +97,12 @@ def _damaged_index(source: Source, error: Exception) -> AptError | None:
     return AptError(f"{path} has no '{error.args[0]}'", "get the checkpoint again")
 
 
-def tokenizer_error(reference: str, error: Exception, hub: Hub) -> AptError:
-    """The message for an exception that was raised while a tokenizer was loaded."""
+def tokenizer_error(reference: str, place: str, error: Exception, hub: Hub) -> AptError:
+    """The message for an exception that was raised while a tokenizer was loaded from ``place``."""
     if _requires_code(error):
         return _code_error(f"the tokenizer of {reference}")
+    if known := _unreadable(Path(place), "tokenizer*"):
+        return known
     if hub.local and _is_absent(error):
         return AptError(
             f"no such tokenizer: '{reference}' is not a local directory and has not been "

@@ -139,7 +139,8 @@ def assemble(
         module.to(device)
     for owner in (part for _, block in blocks for part in block.modules()):
         for name, buffer in owner.named_buffers(recurse=False):
-            setattr(owner, name, buffer.to(device))
+            # Some are of type `nn.Parameter`: `setattr` would make them parameters of the block.
+            owner._buffers[name] = buffer.to(device)
     whole: nn.Module = module
     return whole
 

@@ -86,6 +86,8 @@ class PackedLinear(nn.Module):
         Raises:
             ValueError: they do not fit the description.
         """
+        if self.weight_values.dtype == self._dtype:
+            self._cast(self._dtype)  # transformers 4 has done so while loading
         parts = self._parts()
         check_sizes(self.entry, parts)
         plain = bitmask(self.entry, parts[MASK].cpu())

@@ -11,6 +11,8 @@ from typing import Any
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import cached_file
 
+# Some releases of transformers copy only the files that the first one imports.
+from apt.runtime.matrix import Entry  # noqa: F401
 from apt.runtime.packed_file import dense_tensors
 
 _FOR_FILES = ("revision", "cache_dir", "token", "local_files_only", "subfolder", "force_download")

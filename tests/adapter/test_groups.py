@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
-import transformers
 from transformers import AutoModelForCausalLM
 
 from apt.adapter.groups import disconnect, without
 from apt.checkpoints.smaller import shrunk
 from apt.errors import AptError
 from tests.helpers.families import CONFIGS, STACKED, adapter_of, random_model, random_tokens
+from tests.helpers.releases import needs
 
 WITH_GROUPS = {
     "llama": ("channels", "heads"),
@@ -107,7 +107,7 @@ def test_a_family_whose_configuration_has_no_widths_declares_none(variant):
     assert adapter.groups(adapter.blocks(model)[0][1], model.config) == []
 
 
-@pytest.mark.skipif(transformers.__version__ < "5", reason="it accepts any number of heads")
+@needs("transformers", "5", "LlamaConfig refuses some numbers of heads")
 def test_widths_that_a_configuration_cannot_express_are_refused():
     """transformers opens a LLaMA only if the hidden size is a multiple of the number of heads."""
     model = random_model("llama")

@@ -12,9 +12,12 @@ from apt.options import PruneOptions
 from apt.plugin.registry import registry
 from apt.text.datasets import calibration_tokens, evaluation_tokens
 from tests.helpers.families import FAMILIES, builtin
+from tests.helpers.releases import SCAN
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "mamba2"])
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=SCAN if "mamba" in f else ()) for f in (*FAMILIES, "mamba2")]
+)
 def test_pruning_costs_perplexity_and_methods_can_be_ranked(family):
     source = find(f"zoo:{family}", registry())
     model, tokenizer = load(open_skeleton(source, registry())), load_tokenizer(source)

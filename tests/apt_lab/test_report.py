@@ -19,6 +19,7 @@ from apt.evaluation.metrics import perplexity
 from apt.output.report import Report
 from tests.helpers import TEXT
 from tests.helpers.families import CONFIGS, random_model
+from tests.helpers.releases import EXTRAS
 
 SMALL = ("--samples", 4, "--seqlen", 16, "--calibration", "text.txt")
 
@@ -83,7 +84,9 @@ def test_several_models_are_compared(apt, prune):
             "*.q_proj=0.3",
         ),
         ("--pattern", "auto:4", "--sparsity", 0.5, "--method", "ss", "--seed", 3),
-        ("--sparsity", 0.5, "--layer-wise", "--also", "conv1d", "--stream"),
+        pytest.param(
+            ("--sparsity", 0.5, "--layer-wise", "--also", "conv1d", "--stream"), marks=EXTRAS
+        ),
     ],
 )
 def test_the_command_of_a_report_reproduces_the_model(apt, prune, arguments):

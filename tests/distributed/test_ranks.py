@@ -35,6 +35,7 @@ from tests.helpers import TEXT
 from tests.helpers.families import CONFIGS, random_model, random_tokens
 from tests.helpers.interrupted import weights
 from tests.helpers.processes import forked, on_ranks
+from tests.helpers.releases import EXTRAS_SINCE, since
 
 TOKENS = random_tokens(samples=8)
 RUNS = {
@@ -52,7 +53,7 @@ CASES = [("llama-grouped-tied", run) for run in RUNS] + [
 def pruned(variant, run, tokens=TOKENS, ranks=None):
     """A model's weights and the report of a run, tuned in steps of a sample whatever the ranks."""
     model = random_model(variant)
-    also = ("conv1d",) if variant == "mamba2" else ()
+    also = ("conv1d",) if variant == "mamba2" and since(*EXTRAS_SINCE) else ()
     small_steps = partial(BlockTuning, tokens_per_batch=tokens.shape[1])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("apt.engine.recipes.BlockTuning", small_steps)

@@ -10,6 +10,7 @@ import shutil
 import pytest
 
 from tests.helpers import ROOT, TEXT
+from tests.helpers.releases import EXTRAS
 
 PAGES = {
     "README.md": 13, "docs/allocation.md": 7, "docs/choosing.md": 2, "docs/mamba.md": 2,
@@ -115,7 +116,9 @@ PREPARED = {
 
 
 @pytest.mark.usefixtures("forked_workers")
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize(
+    "page", [pytest.param(p, marks=EXTRAS if p == "docs/mamba.md" else ()) for p in PAGES]
+)
 def test_the_commands_of_a_page_work(page, apt, models):
     for name, source in PREPARED.get(page, {}).items():
         shutil.copytree(source, name)

@@ -4,17 +4,16 @@ import copy
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, OlmoConfig, pipeline
 
@@ -28,11 +27,9 @@ from apt.runtime.linear import PackedLinear, kernels
 from apt.runtime.matrix import MASK, SCALES, VALUES, Entry, bitmask, bound, decode, encode, places
 from apt.runtime.rounding import KINDS, encode_rounded
 from tests.helpers import TEXT
+from tests.helpers.releases import needs
 
-PLAIN = pytest.mark.skipif(
-    Version(version("transformers")) < Version("5.20"),
-    reason="plain from_pretrained opens packed models since transformers 5.20",
-)
+PLAIN = needs("transformers", "5.20", "plain from_pretrained of a packed model")
 
 FLOATS = st.sampled_from([torch.bfloat16, torch.float16, torch.float32])
 
@@ -496,9 +493,9 @@ print(type(again.model.layers[0].mlp.up_proj).__name__)
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        ([], "refused: Error no file named model.safetensors"),
-        (["--trust"], "PackedLinear True\nLinear"),
-        (["--trust", "--without-apt"], "Linear True\nLinear"),
+        ([], r"refused: Error no file named .*\bmodel\.safetensors"),
+        (["--trust"], r"PackedLinear True\nLinear"),
+        (["--trust", "--without-apt"], r"Linear True\nLinear"),
     ],
 )
 def test_plain_transformers_refuses_a_packed_model_or_opens_it_right(
@@ -508,7 +505,7 @@ def test_plain_transformers_refuses_a_packed_model_or_opens_it_right(
     words = [sys.executable, "-c", OPENS, pruned(), "packed", *flags]
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
     found = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
-    assert found.stdout.startswith(expected), found.stderr
+    assert re.match(expected, found.stdout), found.stderr
 
 
 def test_the_code_beside_the_weights_finds_damage(apt, pruned, tmp_path):

@@ -19,14 +19,12 @@ from apt.pruning.ssm_parameters import prune_extras
 from apt.solver import NM, SolverOptions, Unstructured
 from apt.solver.patterns import meets
 from tests.helpers.families import CONFIGS, adapter_of, random_model, random_tokens, zoo_model
+from tests.helpers.releases import EXTRAS
 
 VARIANTS = ["mamba", "falcon-mamba", "mamba2", "jamba", "falcon-h1"]
 KINDS = ("conv1d", "A_log", "D")
 TOKENS = random_tokens(3, 16)
-modeling = pytest.importorskip("transformers.models.mamba.modeling_mamba")
-pytestmark = pytest.mark.skipif(
-    not hasattr(modeling, "mamba_selective_scan"), reason="needs transformers 5.24"
-)
+pytestmark = EXTRAS
 
 
 @torch.no_grad()

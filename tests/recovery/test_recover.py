@@ -302,6 +302,8 @@ def test_the_callers_model_and_random_state_are_as_before(kind, ends):
     torch.manual_seed(1)
     random.seed(1)
     given, options = {"dense": dense, "observe": end}, replace(FEW, checkpointing=True, rate=2e-3)
+    if kind == "spp":  # a few of its steps help none of the samples held back
+        options = replace(options, steps=12, rate=1e-2)
     with pytest.raises(Killed) if ends else nullcontext():
         library.recover(model, tokens, kind=kind, options=options, **given)
     assert model.config.use_cache is True

@@ -23,6 +23,7 @@ from tests.helpers import TEXT
 from tests.helpers.families import CONFIGS, STACKED, adapter_of, random_model, random_tokens
 from tests.helpers.interrupted import PLACES, KilledError, cut, weights
 from tests.helpers.processes import on_ranks
+from tests.helpers.releases import needs
 
 SMALL = ("--samples", 4, "--seqlen", 48, "--calibration", TEXT)
 TOKENS = random_tokens(6, 24)
@@ -325,6 +326,7 @@ def test_a_search_among_groups_that_no_site_reads_is_refused(apt):
     assert "(--depth-only, --width-only)" in result.err
 
 
+@needs("transformers", "5", "LlamaConfig refuses some numbers of heads")
 def test_widths_that_the_configuration_cannot_express_are_refused():
     with pytest.raises(AptError, match="LlamaConfig cannot express these sizes: .*hidden size"):
         apt_package.shrink(random_model("llama"), TOKENS, size=ShrinkOptions(sizes={"heads": 3}))

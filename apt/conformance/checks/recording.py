@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from inspect import signature
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
@@ -55,7 +55,8 @@ def uncached(model: nn.Module, tokens: Tensor) -> Any:
 
     With torch 2.6 the products of attention then differ in the last bit.
     """
-    known = "use_cache" in signature(model.forward).parameters
+    parameters = signature(model.forward).parameters.values()
+    known = any(p.name == "use_cache" or p.kind is Parameter.VAR_KEYWORD for p in parameters)
     return model(tokens, use_cache=False) if known else model(tokens)
 
 

@@ -90,6 +90,6 @@ def test_kernels_compile_for_gpus(kind, capability):
         (triton_kernels.expand, {"dense": "*bf16", "first": "i32"}, fixed),
     ):
         types = {**pointers, **own, **sizes, **dict.fromkeys(constants, "constexpr")}
-        source = ASTSource(fn=kernel, signature=types, constexprs=constants)
+        source = ASTSource(kernel, types, constants)
         made = triton.compile(source, target=GPUTarget("cuda", capability, 32))
         assert len(made.asm["cubin"]) > 1000
