@@ -346,7 +346,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Rows], str]]] = {
     "products": ("products", products),
     **{
         f"zoo-{name}": (f"zoo-{name}", lambda rows: pivot(rows, with_error("wiki", "dictionary")))
-        for name in ("llama", "opt", "bloom", "mamba", "mamba2")
+        for name in ("llama", "opt", "bloom", "mamba", "mamba2", "moe")
     },
 }
 """The files of each table, and the function that writes it."""
