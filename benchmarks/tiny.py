@@ -8,6 +8,7 @@ layer, a layer of every kind is kept. The few types for which this does not suff
     model = tiny.model("qwen3_5_moe")
 """
 
+import copy
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -30,7 +31,7 @@ _SPREAD = 0.1  # standard deviation of the weights
 
 SIZES = (
     (r"qk_head_dim", 16),  # qk_nope_head_dim and qk_rope_head_dim
-    (r"(vision_|v_|swa_|sliding_)?.*head_?dim|head_size|d_kv|d_head|kv_channels|dim_head", 8),
+    (r"(vision_|v_|swa_|sliding_)?.*head_?dim|head_size|d_kv|d_head|kv_channels|.*dim_head", 8),
     (r".*(key_value|kv)_heads", 2),
     (r".*heads(_per_layer)?|n_heads?|n_head_kv", 4),
     (r"n_groups|mamba_n_?groups", 2),
@@ -56,12 +57,14 @@ SIZES = (
     (r".*chunk_size", 8),
     (r".*state(_size)?|mamba_d_state", 8),
     (r"d_conv|conv_kernel(_size)?", 4),
+    (r".*channels?", 32),
     (r"image_size|.*img_size", 28),
+    (r"index_kpool", 4),
     (r"index_topk", 8),
 )
 """Patterns of names of fields, and the largest value of a tiny model."""
 
-_COUNT = r"num_hidden_layers|n_layers?|num_layers|depth|decoder_layers|layers"
+_COUNT = r"num_hidden_layers|num_blocks|n_layers?|num_layers|depth|decoder_layers|layers"
 _TOKEN = r".*(token_id|token_index|_idx|_index|_id|_ids)"
 _INDICES = r".*(_idxs|_layer_ids|layers|_indexes|_indices|_block_indexes)"
 _LANGUAGE = r"text_config|decoder(_config)?"
@@ -81,6 +84,7 @@ _HEAD: Fields = {"head_dim": 8}
 _THREE: Fields = {  # rotary positions in time, height and width
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
 }
+_MAP = {"<image>": 300}
 _HYBRID = ["linear_attention", "hybrid"] * 2
 
 SPECIAL: dict[str, Fields] = {
@@ -93,7 +97,14 @@ SPECIAL: dict[str, Fields] = {
             }
         }
     },
-    "chameleon": {"vocabulary_map": {"<image>": 300}},
+    "apertus1p5": {
+        "image_token_offset": 300,
+        "audio_token_offset": 364,
+        "vision_config": {"codebook_size": 64},
+        "audio_config": {"codebook_size": 64},
+    },
+    "chameleon": {"vocabulary_map": _MAP},
+    "chameleon_vqgan": {"channel_multiplier": [1], "num_res_blocks": 1},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
     "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
     "dory": {
@@ -117,6 +128,10 @@ SPECIAL: dict[str, Fields] = {
     },
     "dots3_note_audio_encoder": {"adapter_input_size": 32},
     "dots3_note_text": {"head_dim": 16},
+    "emu3": {"vocabulary_map": _MAP},
+    "ernie4_5_vl_moe_text": {
+        "rope_parameters": {**_THREE["rope_parameters"], "mrope_section": [1, 1, 2]}
+    },
     "gemma3n_text": {
         "layer_types": ["sliding_attention", "full_attention"] * 3,
         "num_hidden_layers": 6,
@@ -124,14 +139,23 @@ SPECIAL: dict[str, Fields] = {
         "intermediate_size": [64] * 6,
         "activation_sparsity_pattern": [0.5] * 3 + [0.0] * 3,
     },
-    "granite4_vision": {"deepstack_layer_map": [[0, 1]], "spatial_target_layers": [0, 1]},
+    "granite4_vision": {
+        "deepstack_layer_map": [[0, 1]],
+        "spatial_target_layers": [0, 1],
+        "downsample_rate": "1/2",
+        "vision_config": {"hidden_size": 64},  # a head of the projector has 64 of them
+    },
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "hunyuan_v1_dense": _HEAD,
     "hunyuan_v1_moe": _HEAD,
-    "hunyuan_vl_text": _HEAD,
+    "hunyuan_vl_text": {**_THREE, **_HEAD},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 4, "head_dim": 16},
     "ministral": _HEAD,
+    "mistral4": {"head_dim": 16},
+    "mistral_large4": {"kv_source_layers": None},
+    "mistral_large4_text": {"kv_source_layers": None},
+    "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
     "nemotron": {"head_dim": 8, "num_key_value_heads": 2},
     "qwen4_exp_text": {
         "indexer_n_heads": 4,
@@ -140,8 +164,12 @@ SPECIAL: dict[str, Fields] = {
         "indexer_budget": 8,
         "indexer_compress_ratio": 2,
     },
+    "phi4_multimodal_audio": {"num_blocks": 1},
+    "radio": {"video_temporal_patch_size": 2},
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": [16, 16], "axial_pos_shape": [16, 8]},
     "rwkv": {"rescale_every": 2},  # as in a model of more than six blocks
+    "step3p5": {"sliding_window": 8},
+    "wavtokenizer_encoder": {"codebook_dim": 32},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"layers_block_type": _HYBRID, "attention_hidden_size": 64, "attention_head_dim": 16},
     "zamba2": {
@@ -151,11 +179,10 @@ SPECIAL: dict[str, Fields] = {
         "attention_hidden_size": 64,
         "attention_head_dim": 16,
     },
-    "ernie4_5_vl_moe_text": _THREE,
     "glm46v_text": _THREE,
     "glm4v_text": _THREE,
-    "glm_ocr_text": _THREE,
-    "glmga_text": _THREE,
+    "glm_ocr_text": {**_THREE, **_HEAD},
+    "glmga": {"text_config": _HEAD},
     "qwen2_5_omni_text": _THREE,
     "qwen2_5_vl_text": _THREE,
     "qwen2_vl_text": _THREE,
@@ -174,7 +201,8 @@ def config(model_type: str, **fields: Any) -> Any:
     """
     kind = CONFIG_MAPPING[model_type]
     needed = NEEDED.get(model_type, {})
-    small = _merged(needed, shrunk(kind(**needed).to_dict()))
+    large = kind(**copy.deepcopy(needed)).to_dict()
+    small = _merged(copy.deepcopy(needed), shrunk(large))
     return kind(**_merged(small, fields))
 
 
@@ -226,7 +254,8 @@ def shrunk(fields: Fields, layers: int = LAYERS) -> Fields:
     if len(heads) == 2 and fields[heads[0]] == fields[heads[1]]:  # no groups of heads
         made[heads[1]] = made[heads[0]]
     changed = {n: v for n, v in made.items() if v != fields[n] or n == "model_type"}
-    return _merged(changed, SPECIAL.get(fields.get("model_type", ""), {}))
+    special = SPECIAL.get(fields.get("model_type", ""), {})
+    return _merged(changed, copy.deepcopy(special))  # configurations change what they are given
 
 
 def _kept(fields: Fields, count: int, layers: int) -> list[int]:

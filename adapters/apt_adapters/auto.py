@@ -17,6 +17,7 @@ from weakref import WeakSet
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from apt.adapter import Call, DecoderAdapter, Groups, Site, State, one_by_one, record_calls
 from apt.adapter.decoder import members
@@ -62,7 +63,7 @@ class AutoAdapter(DecoderAdapter):
         return super().held(_text_config(config), seqlen)
 
     def blocks(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
-        """The modules of the ``ModuleList`` with the most parameters."""
+        """The modules of the language model's ``ModuleList`` with the most parameters."""
         path, layers = _largest_list(model)
         blocks = [(f"{path}.{name}", block) for name, block in members(layers)]
         config = _as_dict(model)  # blocks of equal shapes can be pre-norm and post-norm
@@ -131,7 +132,7 @@ class AutoAdapter(DecoderAdapter):
             with _explained(f"{path}.{name} by itself"), one_by_one(block), selection, trace:
                 self.step(block, stream, call)
             sites = trace.sites(tokens.numel(), selection.routers)
-            _assert_most(f"{path}.{name}", block, sites)
+            _assert_most(f"{path}.{name}", block, sites, trace.unread(block))
             found[_kind(block)] = sites
         return found
 
@@ -220,10 +221,10 @@ def _zeros(like: Tensor) -> Tensor:
     return untouched[: like.numel()].view(like.shape)
 
 
-def _assert_most(name: str, block: nn.Module, sites: list[Site]) -> None:
-    """Raise if many weights of a block are not sites."""
+def _assert_most(name: str, block: nn.Module, sites: list[Site], unread: Collection[str]) -> None:
+    """Raise if many weights of a block are not sites, not counting those that no operator reads."""
     found = {site.parameter for site in sites}
-    sizes = {n: p.numel() for n, p in block.named_parameters() if p.ndim > 1}
+    sizes = {n: p.numel() for n, p in block.named_parameters() if p.ndim > 1 and n not in unread}
     left = {n: size for n, size in sizes.items() if n not in found}
     matrices = sum(size for n, size in left.items() if _is_matrix(block, n))
     total = sum(sizes.values())
@@ -246,6 +247,7 @@ def _is_convolution(block: nn.Module, name: str) -> bool:
 
 
 def _largest_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The list with the most parameters in the language model; in the model if that has none."""
     sizes = {
         name: sum(p.numel() for p in module.parameters())
         for name, module in model.named_modules()
@@ -253,10 +255,19 @@ def _largest_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
     }
     if not sizes:
         raise AptError(f"adapter auto finds no list of blocks in {type(model).__name__}", _HINT)
-    path = max(sizes, key=lambda name: sizes[name])
+    language = _language_model(model)
+    inside = {id(module) for module in language.modules()}
+    own = [name for name in sizes if id(model.get_submodule(name)) in inside]
+    path = max(own or sizes, key=lambda name: sizes[name])
     layers = model.get_submodule(path)
     assert isinstance(layers, nn.ModuleList)
     return path, layers
+
+
+def _language_model(model: Any) -> nn.Module:
+    """The part that produces the text: an encoder of images beside it can be larger."""
+    found = model.get_decoder() if hasattr(model, "get_decoder") else model
+    return found if isinstance(found, nn.Module) else model
 
 
 def _kind(block: nn.Module) -> Any:
@@ -293,6 +304,19 @@ class _Trace(Stream[_Key]):  # type: ignore[no-untyped-call]
         self._lists = {n for n, m in block.named_modules() if isinstance(m, nn.ModuleList)}
         self._families = _families(matrices, self._lists)
         self._uses: dict[_Key, _Use] = {}
+        self._read: set[int] = set()  # the storages of all operands
+
+    def unread(self, block: nn.Module) -> set[str]:
+        """The parameters that no operator read: the cross attention of a decoder without encoder.
+
+        A member of a ``ModuleList`` may be an expert that none of the few tokens was sent to.
+        """
+        return {
+            name
+            for name, parameter in block.named_parameters()
+            if parameter.untyped_storage().data_ptr() not in self._read
+            and _role(name, self._lists) == name
+        }
 
     def sites(self, tokens: int, selecting: Collection[_Key]) -> list[Site]:
         """The matrices that multiply all ``tokens``, once or several times, as sites.
@@ -356,6 +380,8 @@ class _Trace(Stream[_Key]):  # type: ignore[no-untyped-call]
     ) -> Any:
         """Call the operator; if it is a product, record its factors."""
         result = super().__torch_dispatch__(func, types, args, kwargs)
+        operands = (x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
+        self._read.update(operand.untyped_storage().data_ptr() for operand in operands)
         if func in PRODUCTS:
             left, right = (args[place] for place in PRODUCTS[func])
             self._use(right, left, turned=False)

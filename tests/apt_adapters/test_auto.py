@@ -252,3 +252,42 @@ def test_where_the_blocks_weights_lie_on_disk_it_is_proven_on_others(name, monke
     monkeypatch.setattr("apt.adapter.weight_tap.WeightTap._report", lambda self, left, right: None)
     with pytest.raises(AptError, match="adapter auto does not fit"):
         AUTO().enter(model, TOKENS)
+
+
+def test_a_cross_attention_that_nothing_reads_stays_dense():
+    config = transformers.BartConfig(
+        d_model=32, decoder_layers=2, decoder_ffn_dim=64, decoder_attention_heads=4, is_decoder=True,
+        encoder_layers=0, vocab_size=2048, max_position_embeddings=64,
+        **{**_IDS, "pad_token_id": 3},
+    )  # fmt: skip
+    model = transformers.BartForCausalLM(config).eval()
+    before = copy.deepcopy(model.state_dict())
+    report = library.prune(model, TOKENS, pattern="2:4", adapter="auto")
+    assert len(report.sites) == 12
+    for name, value in model.state_dict().items():
+        assert "encoder_attn" not in name or torch.equal(value, before[name])
+
+
+def test_an_expert_that_nothing_reads_is_missed():
+    """A list of experts, the last of which no token reaches."""
+    model = random_model("llama")
+    for layer in model.model.layers:
+        layer.mlp.late = nn.ModuleList(nn.Linear(32, 128) for _ in range(8))
+    with pytest.raises(
+        AptError, match=r"found no input of model\.layers\.0\.mlp\.late\.\d\.weight"
+    ):
+        AUTO().blocks(model)
+
+
+def test_the_blocks_are_those_of_the_language_model_beside_a_larger_encoder():
+    vision = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4}
+    config = transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(**_WIDE),
+        vision_config=transformers.CLIPVisionConfig(
+            num_attention_heads=4, image_size=28, patch_size=14, **vision
+        ),
+    )
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    assert [name for name, _ in AUTO().blocks(model)] == [
+        f"model.language_model.layers.{index}" for index in range(3)
+    ]
