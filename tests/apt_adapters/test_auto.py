@@ -256,8 +256,8 @@ def test_where_the_blocks_weights_lie_on_disk_it_is_proven_on_others(name, monke
 
 def test_a_cross_attention_that_nothing_reads_stays_dense():
     config = transformers.BartConfig(
-        d_model=32, decoder_layers=2, decoder_ffn_dim=64, decoder_attention_heads=4, is_decoder=True,
-        encoder_layers=0, vocab_size=2048, max_position_embeddings=64,
+        d_model=32, decoder_layers=2, decoder_ffn_dim=64, decoder_attention_heads=4,
+        is_decoder=True, encoder_layers=0, vocab_size=2048, max_position_embeddings=64,
         **{**_IDS, "pad_token_id": 3},
     )  # fmt: skip
     model = transformers.BartForCausalLM(config).eval()
