@@ -20,7 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from common import FORTUNES, dictionary, fortunes, known_rows, open_model, sample, save, wiki
+from common import FORTUNES, calibration_and_texts, known_rows, open_model, save
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -30,7 +30,6 @@ from apt.checkpoints.opened import Opened
 from apt.evaluation.metrics import perplexity
 from apt.planning.allocation import Unallocated
 from apt.plugin.registry import registry
-from apt.text.datasets import documents
 
 METHODS = [
     "magnitude", "wanda", "sparseswaps", "ss", "sm", "alps",
@@ -59,23 +58,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     return parser.parse_args()
-
-
-def texts(options: argparse.Namespace, tokenizer: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    """The calibration tokens, and the evaluation tokens of each text."""
-    calibration, evaluation = wiki()
-    if options.text:
-        calibration, evaluation = (
-            list(documents(options.text, split, registry()))
-            for split in ("calibration", "evaluation")
-        )
-    held_out = {"wiki": evaluation, "fortunes": fortunes(options.fortunes)}
-    if options.dictionary:
-        held_out["dictionary"] = dictionary(options.dictionary)
-    return sample(tokenizer, calibration, options.samples, options.seqlen), {
-        name: sample(tokenizer, text, options.eval_samples, options.seqlen, options.skip)
-        for name, text in held_out.items()
-    }
 
 
 def read_method(name: str) -> tuple[str, apt.PruneOptions, str | None]:
@@ -134,7 +116,7 @@ def prune(
 def measure(options: argparse.Namespace, known: list[Row]) -> Iterator[Row]:
     """One row for each run."""
     model, tokenizer = open_model(options.model)
-    tokens, held_out = texts(options, tokenizer)
+    tokens, held_out = calibration_and_texts(options, tokenizer)
     measured = {(row["method"], row["pattern"]): row for row in known}
     runs = [("dense", "")] + [(m, p) for p in options.patterns for m in options.methods]
     for method, pattern in runs:

@@ -30,7 +30,7 @@ from apt.checkpoints.load import load, load_tokenizer, open_skeleton
 from apt.checkpoints.opened import Opened
 from apt.locations.model_source import find
 from apt.plugin.registry import registry
-from apt.text.datasets import tokenize, windows
+from apt.text.datasets import documents, tokenize, windows
 
 COMMIT = "APT_BENCHMARK_COMMIT"  # the variable in which a suite states the commit
 ROW_OPTIONS = {
@@ -102,6 +102,28 @@ def sample(tokenizer: Any, texts: list[str], samples: int, seqlen: int, skip: in
     count = samples + skip
     tokens = windows(tokenize(tokenizer, texts, count * seqlen), count, seqlen, "the text")
     return tokens[skip:count]
+
+
+def calibration_and_texts(options: Namespace, tokenizer: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """The calibration tokens, and the evaluation tokens of each text.
+
+    Args:
+        options: ``text``, a data source or None; ``fortunes``; ``dictionary``, a file or None;
+            ``samples``, ``eval_samples``, ``seqlen`` and ``skip``.
+    """
+    calibration, evaluation = wiki()
+    if options.text:
+        calibration, evaluation = (
+            list(documents(options.text, split, registry()))
+            for split in ("calibration", "evaluation")
+        )
+    held_out = {"wiki": evaluation, "fortunes": fortunes(options.fortunes)}
+    if options.dictionary:
+        held_out["dictionary"] = dictionary(options.dictionary)
+    return sample(tokenizer, calibration, options.samples, options.seqlen), {
+        name: sample(tokenizer, text, options.eval_samples, options.seqlen, options.skip)
+        for name, text in held_out.items()
+    }
 
 
 def known_rows(options: Namespace) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import FORTUNES, fortunes, known_rows, open_model, sample, save, wiki
+from common import FORTUNES, calibration_and_texts, known_rows, open_model, save
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -68,7 +68,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--skip", type=int, default=TUNED_ON, help="leading windows to leave out; 0: tuning windows"
     )
+    parser.add_argument("--text", help="a data source instead of the wiki summaries")
     parser.add_argument("--fortunes", type=Path, default=FORTUNES, help="folder of the second text")
+    parser.add_argument("--dictionary", type=Path, help="a third text: foldoc.dict.dz")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--save", type=Path, help="write each smaller model into this folder")
     return parser.parse_args()
@@ -139,12 +141,7 @@ def zeroed(model: Opened, text: str, tokens: Tensor) -> tuple[nn.Module, Row]:
 def measure(options: argparse.Namespace, known: dict[str, Row]) -> Iterator[Row]:
     """One row for each smaller model, after that of the dense one."""
     model, tokenizer = open_model(options.model)
-    calibration, evaluation = wiki()
-    tokens = sample(tokenizer, calibration, options.samples, options.seqlen)
-    held_out = {
-        name: sample(tokenizer, text, options.eval_samples, options.seqlen, options.skip)
-        for name, text in {"wiki": evaluation, "fortunes": fortunes(options.fortunes)}.items()
-    }
+    tokens, held_out = calibration_and_texts(options, tokenizer)
     for text in ["dense", *options.rows]:
         if text in known:
             yield known[text]
@@ -166,7 +163,8 @@ def measure(options: argparse.Namespace, known: dict[str, Row]) -> Iterator[Row]
 def main() -> None:
     options, console = arguments(), Console()
     found = known_rows(options)
-    columns = ["wiki", "fortunes", "share", "blocks", "seconds"]
+    third = ["dictionary"] if options.dictionary else []
+    columns = ["wiki", "fortunes", *third, "share", "blocks", "seconds"]
     table, rows = Table("row", *columns), list[Row]()
     for row in measure(options, {row["row"]: row for row in found}):
         rows.append(row)
