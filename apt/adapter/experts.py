@@ -143,12 +143,34 @@ def _counts(tensor: Tensor, count: int) -> bool:
     return tensor.ndim > 0 and len(tensor) == count
 
 
+def picked_experts(config: Any) -> int | None:
+    """The number of experts that a router picks for a token; None if it is not known."""
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return next((n for name in _PICKED if (n := getattr(config, name, None))), None)
+
+
+def idle_parameters(block: nn.Module, sites: Iterable[Site], picked: int) -> int:
+    """The parameters of the experts of a block that a token does not use, with ``picked`` ones."""
+    routed = [site for site in sites if site.routed]
+    if not routed:
+        return 0
+    first = min(site.order for site in routed)
+    count = len({site.input for site in routed if site.order == first})
+    stacks = {site.parameter.rpartition(".")[0] for site in routed if site.expert is not None}
+    owned = {site.parameter for site in routed}
+    for name, _ in block.named_parameters():  # biases are no sites
+        if name.rpartition(".")[0] in stacks:
+            owned.add(name)
+    whole = sum(block.get_parameter(name).numel() for name in owned)
+    return whole * (count - picked) // count
+
+
 def _least(config: Any, bins: int) -> int:
     """The least number of experts of which a router can select as many as it does.
 
     A router that selects groups of experts scores them by the best two of each.
     """
-    picked = next((n for name in _PICKED if (n := getattr(config, name, None))), 1)
+    picked = picked_experts(config) or 1
     selected = getattr(config, "topk_group", None) or bins
     return max(-(-picked // selected), 2 if bins > 1 else 1) * bins
 

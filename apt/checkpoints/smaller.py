@@ -67,10 +67,22 @@ def smaller_skeleton(model: Any, adapter: Adapter, plan: Plan) -> Any:
     return shrunk(empty, adapter, removed, plan.dropped)
 
 
-def check_writable(layout: Layout) -> None:
-    """Raise if a parameter is not one stored tensor, as those of experts may be."""
+def check_writable(skeleton: Opened, plan: Plan, layout: Layout) -> None:
+    """Raise if a parameter is a part of a stored tensor, or if the stored parts of one change.
+
+    Experts that are stored one by one do not change: those that are removed are not written.
+    """
+    changed = dict[str, set[int]]()
+    blocks = skeleton.adapter.blocks(skeleton.module)
+    for (name, block), planned in zip(blocks, plan.blocks, strict=True):
+        kept = planned_groups(skeleton.adapter, skeleton.config, block, planned)
+        for groups in skeleton.adapter.groups(block, skeleton.config):
+            for part in groups.parts if groups.kind in kept else ():
+                changed.setdefault(f"{name}.{part.parameter}", set()).add(part.dim)
     for name, pieces in layout.items():
-        if len(pieces) > 1 or not pieces[0].whole:
+        single = all(piece.part and isinstance(piece.part[0], int) for piece in pieces)
+        fits = pieces[0].whole or changed.get(name, set()) <= ({0} if single else set())
+        if any(piece.of for piece in pieces) or not fits:
             raise AptError(
                 f"{name} is not stored as one tensor, and cannot be made smaller one by one",
                 "do not stream",
@@ -121,8 +133,11 @@ def _stored_parts(
             own = {p: t for p, t in tensors_of(block).items() if f"{planned.name}.{p}" in layout}
             for path, tensor in (own | without(own, removals)).items():
                 dtype = shards.entries[layout[f"{planned.name}.{path}"][0].key].dtype
-                key = layout[f"{place.name}.{path}"][0].key
-                tensors[key] = tensor.detach().to("cpu", dtype).contiguous()
+                whole = tensor.detach().to("cpu", dtype)
+                for piece in layout[f"{place.name}.{path}"]:
+                    first = piece.part[0] if piece.part else 0
+                    if not isinstance(first, int) or first < len(whole):  # experts that are left
+                        tensors[piece.key] = piece.given(whole).contiguous()
         yield tensors
 
 

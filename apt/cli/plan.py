@@ -30,6 +30,7 @@ def _record(planned: Planned) -> dict[str, Any]:
         "class": type(skeleton.module).__name__,
         "adapter": skeleton.spec.name,
         "parameters": planned.parameters,
+        "active_parameters": planned.active_parameters,
         "blocks": [block.name for block in planned.plan.blocks],
         "groups": _groups(planned),
         "sites": [
@@ -52,9 +53,11 @@ def _record(planned: Planned) -> dict[str, Any]:
 def _show_outline(planned: Planned) -> None:
     skeleton, plan = planned.skeleton, planned.plan
     in_sites = sum(site.size for site in plan.sites)
+    active = planned.active_parameters
+    some = f" ({active:,} for a token)" if active < planned.parameters else ""
     say(
         f"{skeleton.source.reference}: {type(skeleton.module).__name__}, adapter "
-        f"{skeleton.spec.name}, {planned.parameters:,} parameters, {in_sites:,} of them in "
+        f"{skeleton.spec.name}, {planned.parameters:,} parameters{some}, {in_sites:,} of them in "
         f"{len(plan.sites)} sites of {len(plan.blocks)} blocks; + marks outputs that are added to "
         "the residual stream"
     )

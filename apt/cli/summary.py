@@ -31,10 +31,10 @@ def show_report(report: Report, task: PruneTask, *, as_json: bool) -> None:
     if report.structure:
         _show_candidates(report.structure["candidates"])
     result = structure_line(report.structure) if report.structure else _sparsity_line(report, task)
+    error = f"mean relative layer error {report.relative_layer_error:.4f}; " if report.sites else ""
     say(
-        f"{options.output}: {result}, verified on disk; mean relative layer error "
-        f"{report.relative_layer_error:.4f}; {duration(report.seconds)}, peak memory "
-        f"{size(sum(peak_memory().values()))}"
+        f"{options.output}: {result}, verified on disk; {error}{duration(report.seconds)}, "
+        f"peak memory {size(sum(peak_memory().values()))}"
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from apt.adapter.experts import idle_parameters, picked_experts
 from apt.calibration.batches import TOKENS_PER_BATCH
 from apt.checkpoints.opened import Opened
 from apt.evaluation.logits import part_bytes
@@ -92,6 +93,16 @@ class Planned:
     def parameters(self) -> int:
         """The number of parameters of the whole model."""
         return _parameters(self.skeleton.module)
+
+    @property
+    def active_parameters(self) -> int:
+        """The number of parameters that a token uses: those of the experts that it is given."""
+        adapter, skeleton = self.skeleton.adapter, self.skeleton
+        if (picked := picked_experts(skeleton.config)) is None:
+            return self.parameters
+        blocks = [block for _, block in adapter.blocks(skeleton.module)]
+        idle = (idle_parameters(block, adapter.sites(block), picked) for block in blocks)
+        return self.parameters - sum(idle)
 
 
 def estimate(planned: Planned) -> Estimate:

@@ -240,7 +240,8 @@ def _check_streamable(task: PruneTask) -> None:
     options, structure = task.options, task.job.structure
     stored = open_stored(task.skeleton)
     if structure is not None:
-        check_writable(stored.layout)
+        assert task.plan is not None
+        check_writable(task.skeleton, task.plan, stored.layout)
         structure.check_streamable()
     allocation = getattr(options, "allocation", UNIFORM)
     if not task.registry.allocations.get(allocation).streams:

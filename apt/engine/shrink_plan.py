@@ -91,7 +91,8 @@ def _resolved(dense: Dense, wish: S, method: str | Choice | None) -> tuple[S, Sh
     """
     wish.check()
     named = _found(method, wish, dense.registry) if method else None
-    sizes = Sizes(dense.model, dense.adapter, dense.config, wish.multiple_of or MULTIPLE)
+    family, multiple = (dense.model, dense.adapter, dense.config), wish.multiple_of or MULTIPLE
+    sizes = Sizes(*family, multiple, experts=_chooses_experts(named))
     known, wish = wish, with_mode(wish, sizes, named.chooses if named else None)
     if wish.mode != known.mode:
         dense.notice(f"mode: {wish.mode} (default)")
@@ -104,6 +105,11 @@ def _resolved(dense: Dense, wish: S, method: str | Choice | None) -> tuple[S, Sh
     kind = "experts" if kinds and experts == kinds else kind
     spec = named or dense.registry.default_shrink_method(kind, streams=dense.streams)
     return wish, replace(spec, error_aware=True) if drops else spec
+
+
+def _chooses_experts(method: ShrinkMethodSpec | None) -> bool:
+    """True if a method was named that chooses experts, so that these are what becomes fewer."""
+    return method is not None and method.chooses == "experts"
 
 
 @dataclass(frozen=True)
@@ -175,7 +181,12 @@ def _choice(
         device = choose_device(dense.device)
         notice(f"latency: a block is timed on {device}, with each number of groups of each kind")
         seconds = block_times(*family, device, _PROMPT)
-    mode, sizes = wanted_sizes(lambda multiple: Sizes(*family, multiple, seconds), wish, notice)
+    experts = _chooses_experts(method)
+
+    def sizes_of(multiple: int) -> Sizes:
+        return Sizes(*family, multiple, seconds, experts=experts)
+
+    mode, sizes = wanted_sizes(sizes_of, wish, notice)
     if dense.streams and mode == "width" and len(sizes) > 1:
         notice(
             f"size: {sizes[0]}; a streamed run does not compare the {len(sizes)} possible widths"

@@ -85,6 +85,7 @@ def _pruned(report: Report, reference: str) -> str:
     done = f"{report.sparsity:.2%} of the weights in {len(report.sites)} matrices are zero."
     done = _smaller(report) if small else done
     shape = " × ".join(map(str, text["shape"]))
+    error = report.relative_layer_error
     lines = [
         f"# {reference}, {'smaller' if small else 'pruned'}",
         "",
@@ -96,7 +97,7 @@ def _pruned(report: Report, reference: str) -> str:
         *([] if small else [f"| pattern | {options['pattern']} |"]),
         f"| method | {options['method']} |",
         f"| calibration | {text['source']}, {shape} tokens |",
-        f"| mean relative layer error | {report.relative_layer_error:.4f} |",
+        *([f"| mean relative layer error | {error:.4f} |"] if report.sites else []),
         *_scores(report),
         "",
         *([] if small else [_NO_FASTER]),

@@ -2,19 +2,19 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from apt.adapter import Groups, Routing, Unrouted, routings
+from apt.adapter import Groups, Routing, State, Unrouted, routings
 from apt.adapter.groups import tensors_of
-from apt.calibration.batches import OpenBlock
+from apt.calibration.batches import Batch, OpenBlock
 from apt.calibration.dense_activations import mean_squares, stream_rows
 
-_TOKENS = 8192
+_TOKENS = 4096
 _OUTPUTS = 2**28  # elements of the outputs of all experts: 1 GiB
 
 
@@ -24,10 +24,18 @@ class _Routed(Exception):
 
 @dataclass(frozen=True)
 class _Run:
-    """A run of the part of a block that has the experts, on one batch."""
+    """The last call of a router, or else of a part of a block with the router, on one batch.
+
+    Attributes:
+        call: the call.
+        tokens: the number of tokens of the batch.
+        chosen: the positions of the indices and of the weights in what the router returns; None if
+            they are only known when the experts are called.
+    """
 
     call: Callable[[], Any]
     tokens: int
+    chosen: tuple[int, int] | None = None
 
 
 class RoutedExperts:
@@ -55,14 +63,28 @@ class RoutedExperts:
         self._runs, found, sizes = list[_Run](), list[Routing](), list[Tensor]()
         width = block.adapter.residual(block.batches[0].state).shape[-1]
         for batch in block.first_batches(min(_TOKENS, _OUTPUTS // (groups.count * width))):
-            run = partial(block.step, batch, batch.state)
-            part = path.rpartition(".")[0]
-            with _calls(block.module, part) as calls, routings(self._experts, found.append):
-                after = run()
-            self._runs.append(_Run(calls[0] if calls else run, len(found[-1].inputs)))
+            after = self._record(block, batch, path.rpartition(".")[0], found)
             sizes.append(mean_squares(stream_rows(block.adapter, after)).squeeze(1))
             block.progress()
         self.routing, self.sizes = _joined(found), torch.cat(sizes)
+
+    def _record(self, block: OpenBlock, batch: Batch, part: str, found: list[Routing]) -> State:
+        """Run a batch, and record how its routing is computed again; returns the state after it."""
+        run = partial(block.step, batch, batch.state)
+        router = _owner(block.module, self._routers[0])
+        around = block.module.get_submodule(part)
+        with (
+            _calls(around) as whole,
+            _calls(router) as alone,
+            routings(self._experts, found.append),
+        ):
+            after = run()
+        tokens, (call, result) = len(found[-1].inputs), alone[-1]
+        if (chosen := _positions(result, found[-1])) is not None:
+            self._runs.append(_Run(call, tokens, chosen))
+        else:
+            self._runs.append(_Run(whole[-1][0] if part else run, tokens))
+        return after
 
     def rerouted(self, removed: Tensor) -> Routing:
         """What the router decides if some experts do not exist.
@@ -77,13 +99,16 @@ class RoutedExperts:
             raise _Routed
 
         for run in self._runs:
-            mask, rest = (
-                (rest, rest) if rest.ndim == 1 else (rest[: run.tokens], rest[run.tokens :])
-            )
+            mask = rest
+            if rest.ndim > 1:
+                mask, rest = rest[: run.tokens], rest[run.tokens :]
             masks = dict.fromkeys(self._routers, mask)
             with suppress(_Routed), routings(self._experts, stop), Unrouted(masks):
-                run.call()
-        return _joined(found)
+                result = run.call()
+                if run.chosen is not None:
+                    index, weights = (result[place] for place in run.chosen)
+                    found.append(Routing(self.routing.inputs, index, weights))
+        return replace(_joined(found), inputs=self.routing.inputs)
 
     @cached_property
     def outputs(self) -> Tensor:
@@ -129,21 +154,40 @@ def routers_of(block: nn.Module, groups: Groups) -> list[Tensor]:
 
 
 @contextmanager
-def _calls(block: nn.Module, path: str) -> Iterator[list[Callable[[], Any]]]:
-    """Inside the context, record the calls of a part of a block; none of the block itself."""
-    calls = list[Callable[[], Any]]()
+def _calls(module: nn.Module) -> Iterator[list[tuple[Callable[[], Any], Any]]]:
+    """Inside the context, record the calls of a module, each with its result."""
+    calls = list[tuple[Callable[[], Any], Any]]()
 
-    def record(module: nn.Module, args: Any, kwargs: Any) -> None:
-        calls.append(partial(module, *args, **kwargs))
+    def record(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+        calls.append((partial(module, *args, **kwargs), result))
 
-    part = block.get_submodule(path)
-    handle = part.register_forward_pre_hook(record, with_kwargs=True)
+    handle = module.register_forward_hook(record, with_kwargs=True)
     try:
         yield calls
     finally:
         handle.remove()
-    if not path:
-        calls.clear()
+
+
+def _owner(block: nn.Module, parameter: Tensor) -> nn.Module:
+    """The module that owns a parameter."""
+    modules = block.modules()
+    return next(m for m in modules if any(p is parameter for p in m.parameters(recurse=False)))
+
+
+def _positions(result: Any, routing: Routing) -> tuple[int, int] | None:
+    """The positions of a routing's indices and weights in what a router returns."""
+    places = list[int]()
+    for wanted in (routing.index, routing.weights):
+        for place, each in enumerate(result if isinstance(result, tuple) else ()):
+            if isinstance(each, Tensor) and _same(each, wanted):
+                places.append(place)
+                break
+    return (places[0], places[1]) if len(places) == 2 else None
+
+
+def _same(left: Tensor, right: Tensor) -> bool:
+    """True if two tensors are one in memory."""
+    return (left.data_ptr(), left.shape, left.dtype) == (right.data_ptr(), right.shape, right.dtype)
 
 
 def _joined(parts: Sequence[Routing]) -> Routing:

@@ -52,6 +52,7 @@ class Sizes:
         model: the model; it may be a skeleton.
         multiple: the multiple that a number of channels must be.
         seconds: the time of a block with these numbers of groups, if the budget is time.
+        experts: True if experts are reduced without being named, and nothing else.
     """
 
     def __init__(
@@ -61,8 +62,10 @@ class Sizes:
         config: Any,
         multiple: int,
         seconds: Callable[[Mapping[str, int]], float] | None = None,
+        *,
+        experts: bool = False,
     ) -> None:
-        self._seconds = seconds
+        self._seconds, self._experts = seconds, experts
         self._blocks, self._adapter, self._config = adapter.blocks(model), adapter, config
         self.multiple, self.blocks = multiple, len(self._blocks)
         self.groups = {
@@ -150,6 +153,8 @@ class Sizes:
     @property
     def automatic(self) -> dict[str, Groups]:
         """The kinds that are reduced without being named: those with readers, if there are any."""
+        if self._experts:
+            return {kind: groups for kind, groups in self.groups.items() if groups.routed}
         read = {kind: groups for kind, groups in self.groups.items() if groups.readers}
         return read or self.groups
 

@@ -1,6 +1,8 @@
 """The choice of experts: every score and every loss is that of a plain computation by hand."""
 
+import copy
 import itertools
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -24,19 +26,25 @@ pytest.importorskip("transformers.core_model_loading", reason="transformers 4 ha
 FAMILIES = ["qwen2_moe", "deepseek_v3", "gpt_oss"]
 
 
+@cache
+def opened(family, samples, **sizes):
+    """A model, its adapter, and calibration tokens before its last block."""
+    model, adapter = mixture(family, **sizes), AutoAdapter()
+    model.config._experts_implementation = "eager"
+    tokens = torch.randint(0, 64, (samples, 16), generator=torch.Generator().manual_seed(1))
+    batches = enter(adapter, model, tokens, 32)
+    for batch in batches:
+        _, block = adapter.blocks(model)[0]
+        batch.state = adapter.step(block, batch.state, batch.calls[0])
+    return model, adapter, batches
+
+
 class Case:
     """The last block of a model, opened on calibration tokens."""
 
     def __init__(self, family, samples=4, **sizes):
-        model, self.adapter = mixture(family, **sizes), AutoAdapter()
-        tokens = torch.randint(0, 64, (samples, 16), generator=torch.Generator().manual_seed(1))
-        blocks = self.adapter.blocks(model)
-        model.config._experts_implementation = "eager"
-        with torch.no_grad():
-            batches = enter(self.adapter, model, tokens, 32)
-            for batch in batches:
-                batch.state = self.adapter.step(blocks[0][1], batch.state, batch.calls[0])
-        self.module = blocks[1][1]
+        model, self.adapter, batches = opened(family, samples, **sizes)
+        self.module = copy.deepcopy(self.adapter.blocks(model)[1][1])
         self.groups = self.adapter.groups(self.module, model.config)[0]
         self.block = OpenBlock(self.adapter, self.module, 1, batches)
         _, self.owner = experts_of(self.module)
@@ -204,8 +212,8 @@ def test_equal_experts_are_merged_without_a_change(case):
     """An expert whose neurons are those of another in another order becomes a part of it."""
     pairs, order = {0: 1, 6: 5}, torch.randperm(case.owner.down_proj[0].numel() // 16)
     for name, tensor in case.owner.named_parameters():
-        for copy, first in pairs.items():
-            tensor[copy] = permuted(case.owner, name, tensor[first].clone(), order)
+        for twin, first in pairs.items():
+            tensor[twin] = permuted(case.owner, name, tensor[first].clone(), order)
     before = {name: tensor.clone() for name, tensor in case.owner.named_parameters()}
     for parameter in router(case).parameters():
         parameter *= 0.01

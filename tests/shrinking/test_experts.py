@@ -1,0 +1,125 @@
+"""Fewer experts, from the command line: exact counts, plain transformers, streams, bad input."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import apt as apt_package
+from apt import AptError, ShrinkOptions
+from tests.helpers import TEXT
+from tests.helpers.interrupted import PLACES, KilledError, cut
+from tests.helpers.mixtures import mixture
+
+pytest.importorskip("transformers.core_model_loading", reason="transformers 4 has lists of experts")
+
+SMALL = ("--samples", 4, "--seqlen", 48, "--calibration", TEXT)
+METHODS = ["expert-joint", "reap", "expert-effect", "expert-frequency", "expert-merge"]
+TOKENS = torch.randint(1, 64, (8, 24), generator=torch.Generator().manual_seed(0))
+
+
+def tensors(folder):
+    return {k: v for f in Path(folder).glob("*.safetensors") for k, v in load_file(f).items()}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_removes_experts_and_leaves_all_else_as_it_is(method, tmp_path):
+    model, size = mixture("qwen2_moe"), ShrinkOptions(sizes={"experts": 5})
+    small, report = apt_package.shrink(model, TOKENS, size=size, method=method)
+    assert report.structure["groups"]["experts"] == {"kept": 5, "of": 8}
+    small.save_pretrained(tmp_path)
+    loaded, before = AutoModelForCausalLM.from_pretrained(tmp_path), model.state_dict()
+    assert torch.equal(loaded(TOKENS).logits, small(TOKENS).logits)
+    assert loaded.config.num_experts == 5
+    for name, tensor in loaded.state_dict().items():
+        if "mlp.experts" in name or name.endswith("mlp.gate.weight"):
+            assert len(tensor) == 5
+        else:
+            assert torch.equal(tensor, before[name]), name
+        if name.endswith("mlp.gate.weight"):
+            rows = [row.tolist() for row in before[name]]
+            assert all(row.tolist() in rows for row in tensor)
+
+
+def test_a_streamed_run_writes_the_same_bytes_and_goes_on_after_its_end(apt, monkeypatch):
+    words = ("shrink", "zoo:moe", "--size", "experts=6", "--method", "expert-merge", *SMALL)
+    assert apt(*words, "-o", "whole").code == 0
+    with monkeypatch.context() as patch:
+        cut(patch, PLACES["journal"], 4, KilledError())
+        with pytest.raises(KilledError):
+            apt(*words, "--stream", "-o", "streamed")
+    result = apt(*words, "--resume", "-o", "streamed")
+    assert result.code == 0, result.err
+    whole, streamed = tensors("whole"), tensors("streamed")
+    assert whole.keys() == streamed.keys()
+    assert all(torch.equal(tensor, streamed[name]) for name, tensor in whole.items())
+
+
+def distance(model, **options):
+    size = ShrinkOptions(sizes={"experts": 4}, compensate=options.pop("compensate", None))
+    small, _ = apt_package.shrink(model, TOKENS, adapter="auto", size=size, **options)
+    with torch.no_grad():
+        return float((small(TOKENS).logits - model(TOKENS).logits).norm())
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
+def test_compensation_brings_the_model_nearer_to_the_dense_one(family):
+    model = mixture(family)
+    assert distance(model) < 0.95 * distance(model, compensate=False)
+
+
+def test_groups_of_a_router_lose_the_same_number_each():
+    size = ShrinkOptions(sizes={"experts": 6})
+    small, _ = apt_package.shrink(mixture("deepseek_v3"), TOKENS, adapter="auto", size=size)
+    assert small.config.n_routed_experts == 6
+    assert small(TOKENS).logits.isfinite().all()
+    odd = ShrinkOptions(sizes={"experts": 5})
+    with pytest.raises(AptError, match="experts can be 4 to 8, in steps of 2, not 5"):
+        apt_package.shrink(mixture("deepseek_v3"), TOKENS, adapter="auto", size=odd)
+
+
+def test_experts_whose_router_cannot_be_read_are_chosen_by_their_effect():
+    model = mixture("llama4_text")
+    assert distance(model) > 0
+    with pytest.raises(AptError, match="Llama4TextExperts does not get the indices .* leave the m"):
+        distance(model, method="reap")
+
+
+def test_a_method_of_experts_removes_as_many_as_the_share_says(apt):
+    result = apt("shrink", "zoo:moe", "--method", "reap", "--keep", "0.65", *SMALL, "-o", "o")
+    assert result.code == 0, result.err
+    report = json.loads(Path("o/apt_report.json").read_text())
+    assert report["structure"]["groups"]["experts"]["kept"] == 8
+    assert report["structure"]["share"] == pytest.approx(0.65, abs=0.01)
+    assert "mean relative layer error" not in result.out + result.err  # no matrix lost columns
+
+
+def test_inspect_says_how_many_parameters_a_token_uses(apt):
+    result = apt("inspect", "zoo:moe", "--json")
+    found = json.loads(result.out)
+    model = AutoModelForCausalLM.from_pretrained(
+        Path(apt_package.__file__).parents[1] / "adapters/apt_adapters/zoo/moe"
+    )
+    inside = sum(p.numel() for n, p in model.named_parameters() if "mlp.experts" in n)
+    assert found["parameters"] == sum(p.numel() for p in model.parameters())
+    assert found["active_parameters"] == found["parameters"] - inside * 14 // 16
+
+
+BAD = {
+    "experts can be 2 to 16, not 1": ("zoo:moe", "--size", "experts=1"),
+    "experts can be 2 to 16, not 17": ("zoo:moe", "--size", "experts=17"),
+    "the model has no experts to remove; it has: channels": ("zoo:llama", "--size", "experts=4"),
+    "method reap chooses experts, and none are removed": ("zoo:llama", "--method", "reap"),
+    "method reap chooses experts, and none are": ("zoo:moe", "--method", "reap", "--depth-only"),
+}
+
+
+@pytest.mark.parametrize("said", BAD)
+def test_bad_input_is_refused_in_one_line(said, apt):
+    result = apt("shrink", *BAD[said], *SMALL, "-o", "out")
+    assert result.code == 2
+    assert said in result.err.splitlines()[-1]
+    assert not Path("out").exists()
