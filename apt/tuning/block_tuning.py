@@ -89,13 +89,17 @@ def tune_block(block: OpenBlock, sites: Sequence[Site], options: BlockTuning) ->
     passed = len(ranks.mine(range(count - held)))
     descent = _Descent(block, sites)
     before = lowest = descent.error(batches[passed:], held)
-    rate, steps = options.rate * math.sqrt(before), options.epochs * (count - held)
-    for epoch in range(options.epochs):
+    for group in descent.adam.param_groups:
+        group["lr"] *= options.rate * math.sqrt(before)
+    steps = options.epochs * (count - held)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        descent.adam, lambda n: (1 + math.cos(math.pi * min(n / steps, 1))) / 2
+    )
+    for _ in range(options.epochs):
         for turn in range(count - held):
             place, owner = turn // ranks.size, ranks.owner(turn)
-            done = (epoch * (count - held) + turn) / steps
-            descent.set_rates(rate, (1 + math.cos(math.pi * done)) / 2)
             descent.descend(batches[place] if owner == ranks.rank else None, owner)
+            schedule.step()
             block.progress()
         error = descent.error(batches[passed:], held)
         if error < lowest:
@@ -116,7 +120,7 @@ class _Descent:
         self._block = block
         names = dict.fromkeys(site.parameter for site in sites)  # experts are slices of one
         self._parameters = {name: block.module.get_parameter(name).detach() for name in names}
-        masters = {name: p.float().clone() for name, p in self._parameters.items()}
+        masters = {name: p.to(torch.float32, copy=True) for name, p in self._parameters.items()}
         masks = {
             name: torch.zeros_like(master, dtype=torch.bool) for name, master in masters.items()
         }
@@ -124,29 +128,23 @@ class _Descent:
             kept = masks[site.parameter]
             kept = kept if site.expert is None else kept[site.expert]
             kept.copy_(site.weight(block.module) != 0)
-        self._sizes = [
+        sizes = [
             float(master[mask].square().mean().sqrt())
             for master, mask in zip(masters.values(), masks.values(), strict=True)
         ]
         self._mixed = mixed_precision(list(self._parameters.values()))
         self._masks = list(masks.values())
         self._masters = [master.requires_grad_() for master in masters.values()]
-        groups = [{"params": [master]} for master in self._masters]
-        self._adam = torch.optim.Adam(groups, betas=(0.9, 0.95))
-
-    def set_rates(self, rate: float, decay: float) -> None:
-        """Set the learning rate to ``rate``, times the size of each weight, times ``decay``.
-
-        A scheduler of torch would do the same, but it and Adam refer to each other, so that all
-        memory would stay in use after the tuning.
-        """
-        for group, size in zip(self._adam.param_groups, self._sizes, strict=True):
-            group["lr"] = size * rate * decay
+        groups = [
+            {"params": [master], "lr": size}
+            for master, size in zip(self._masters, sizes, strict=True)
+        ]
+        self.adam = torch.optim.Adam(groups, betas=(0.9, 0.95))
 
     def write(self) -> None:
         """Write the weights to the block."""
         for parameter, master in zip(self._parameters.values(), self._masters, strict=True):
-            parameter.copy_(master)
+            parameter.copy_(master.detach())
 
     def share(self) -> None:
         """Take over the block of the first rank: other ranks may have other roundings."""
@@ -176,8 +174,8 @@ class _Descent:
         for master, gradient in zip(self._masters, self._gradients(batch), strict=True):
             self._block.ranks.send(gradient, owner)
             master.grad = gradient
-        self._adam.step()
-        self._adam.zero_grad()
+        self.adam.step()
+        self.adam.zero_grad()
 
     def _gradients(self, batch: Batch | None) -> list[Tensor]:
         """The gradients of the error on ``batch``; empty tensors if another rank has the batch."""
