@@ -5,13 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import (
-    AutoModelForCausalLM,
-    GptOssConfig,
-    Llama4TextConfig,
-    MixtralConfig,
-    NemotronHConfig,
-)
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import apt.runtime as runtime
 from apt.checkpoints.safetensors_io import Shards
@@ -31,16 +25,17 @@ SIZES = {
 }  # fmt: skip
 LOCAL = {"num_hidden_layers": 2, "num_local_experts": 3, **SIZES}
 CONFIGS = {
-    "one by one, renamed": MixtralConfig(**LOCAL),
-    "a stack (in, out)": GptOssConfig(**LOCAL),
-    "multiplied at once": Llama4TextConfig(
-        intermediate_size_mlp=96, interleave_moe_layer_step=1, **LOCAL
-    ),
-    "another prefix": NemotronHConfig(
-        layers_block_type=["attention", "moe"], n_routed_experts=4, moe_intermediate_size=96,
-        moe_shared_expert_intermediate_size=96, mamba_num_heads=4, mamba_head_dim=16, n_groups=2,
-        ssm_state_size=8, chunk_size=8, n_group=1, topk_group=1, use_mamba_kernels=False, **SIZES,
-    ),
+    "one by one, renamed": {"model_type": "mixtral", **LOCAL},
+    "a stack (in, out)": {"model_type": "gpt_oss", **LOCAL},
+    "multiplied at once": {
+        "model_type": "llama4_text", "intermediate_size_mlp": 96, "interleave_moe_layer_step": 1,
+        **LOCAL,
+    },
+    "another prefix": {
+        "model_type": "nemotron_h", "layers_block_type": ["attention", "moe"],
+        "n_routed_experts": 4, "moe_intermediate_size": 96, "n_group": 1, "topk_group": 1,
+        "moe_shared_expert_intermediate_size": 96, **SIZES,
+    },
 }  # fmt: skip
 TOKENS = torch.arange(1, 25).view(2, 12)
 
@@ -49,7 +44,9 @@ TOKENS = torch.arange(1, 25).view(2, 12)
 def pruned(request, tmp_path):
     """A model with zeros in all matrices of its blocks, its directory, and their tensors."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[request.param], dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(**CONFIGS[request.param]), dtype=torch.bfloat16
+    )
     model.save_pretrained(tmp_path / "dense")
     shards = Shards(tmp_path / "dense")
     names = [n for n, e in shards.entries.items() if "layers" in n and min(e.shape[-2:]) > 4]
