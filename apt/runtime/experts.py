@@ -36,11 +36,36 @@ class PlainMatrix(nn.Module):
 Matrix = PackedLinear | PlainMatrix
 
 
-class PackedStack(nn.Module):
-    """A stacked parameter (experts, …) whose matrices are packed.
+class _LikeTensor:
+    """What the code of a model takes for a tensor: functions and methods get all of it, dense."""
 
-    To the code of a model it is a tensor. ``stack[expert]`` expands the matrix of one expert, so
-    that the others stay packed. Functions and methods of torch get all of them, expanded.
+    def dense(self) -> Tensor:
+        """The tensor."""
+        raise NotImplementedError
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or not hasattr(Tensor, name):
+            raise AttributeError(f"{type(self).__name__} has no {name}")
+        return getattr(self.dense(), name)
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        return function(*map(_dense, args), **{k: _dense(v) for k, v in (kwargs or {}).items()})
+
+
+def _dense(value: Any) -> Any:
+    """An argument with dense tensors."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_dense, value))
+    return value.dense() if isinstance(value, _LikeTensor) else value
+
+
+class PackedStack(nn.Module, _LikeTensor):
+    """A stacked parameter (experts, …) whose matrices are packed, as if it were a tensor.
+
+    ``stack[expert]`` is the matrix of one expert, so that the others stay packed.
 
     Args:
         shape: the shape of the parameter.
@@ -80,54 +105,75 @@ class PackedStack(nn.Module):
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, index: Any) -> Tensor:
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return _LikeTensor.__getattr__(self, name)
+
+    def __getitem__(self, index: Any) -> Any:
         """The matrix of an expert, or any other part."""
         if isinstance(index, int) or (isinstance(index, Tensor) and index.ndim == 0):
-            return self._expert(range(self.shape[0])[int(index)])
+            return PackedExpert(self, range(self.shape[0])[int(index)])
         return self.dense()[index]
 
-    def _expert(self, expert: int) -> Tensor:
-        """The matrix of an expert."""
-        parts = [(self.pieces[number], self._part(number, expert)) for number in self._of[expert]]
+    def dense(self) -> Tensor:
+        """The whole parameter."""
+        return torch.stack([self[expert].dense() for expert in range(self.shape[0])])
+
+    def of(self, expert: int) -> list[tuple[Piece, Matrix]]:
+        """The matrices that an expert's is made of."""
+        return [(self.pieces[n], cast(Matrix, self._matrices[n])) for n in self._of[expert]]
+
+
+class PackedExpert(_LikeTensor):
+    """The matrix of one expert of a stack. It is dense while it is used."""
+
+    def __init__(self, stack: PackedStack, expert: int) -> None:
+        self._stack, self._expert = stack, expert
+        self.shape, self.ndim = stack.shape[1:], stack.ndim - 1
+        self.dtype, self.device = stack.dtype, stack.device
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """A part of the matrix."""
+        return self.dense()[index]
+
+    def dense(self) -> Tensor:
+        """The matrix."""
+        parts = [(p, self._rows(p, matrix)) for p, matrix in self._stack.of(self._expert)]
         if len(parts) == 1:
             return parts[0][1]
-        whole = parts[0][1].new_empty(self.shape[1:])
+        whole = parts[0][1].new_empty(self.shape)
         for piece, part in parts:
             whole[piece.part[1:]] = part
         return whole
 
-    def _part(self, number: int, expert: int) -> Tensor:
-        """What a piece has of the matrix of an expert."""
-        piece, matrix = self.pieces[number], cast(Matrix, self._matrices[number])
+    def _rows(self, piece: Piece, matrix: Matrix) -> Tensor:
+        """What a piece has of the matrix."""
         turned = bool(piece.order) and piece.order[-2] > piece.order[-1]
         if piece.part:
             rows = matrix.rows(0, _rows_of(matrix), self.dtype)
         else:
-            count = self.shape[2] if turned else self.shape[1]
+            count, expert = self.shape[1] if turned else self.shape[0], self._expert
             rows = matrix.rows(expert * count, (expert + 1) * count, self.dtype)
         return rows.T if turned else rows
 
-    def dense(self) -> Tensor:
-        """The whole parameter."""
-        return torch.stack([self._expert(expert) for expert in range(self.shape[0])])
-
-    def __getattr__(self, name: str) -> Any:
-        """A method of a tensor that this class does not have is that of the whole parameter."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name.startswith("_") or not hasattr(Tensor, name):
-                raise
-        return getattr(self.dense(), name)
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`torch.nn.functional.linear`, by the packed matrices if each gives some of the rows."""
+        parts = self._stack.of(self._expert)
+        if not all(isinstance(m, PackedLinear) and p.part and not p.order for p, m in parts):
+            return nn.functional.linear(x, self.dense(), bias)
+        product = torch.cat([cast(PackedLinear, matrix)(x) for _, matrix in parts], -1)
+        return product if bias is None else product + bias
 
     @classmethod
     def __torch_function__(
         cls, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """A function of torch with the whole parameter."""
-        given = [arg.dense() if isinstance(arg, cls) else arg for arg in args]
-        named = {k: v.dense() if isinstance(v, cls) else v for k, v in (kwargs or {}).items()}
-        return function(*given, **named)
+        """Multiply by the packed matrix, or call the function with the dense one."""
+        if function is nn.functional.linear and len(args) > 1 and isinstance(args[1], cls):
+            return args[1].linear(args[0], *args[2:], **(kwargs or {}))
+        return super().__torch_function__(function, types, args, kwargs)
 
 
 def are_matrices(pieces: Sequence[Piece]) -> bool:
