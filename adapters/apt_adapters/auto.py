@@ -40,7 +40,6 @@ _HINT = "it needs an adapter of its own, see docs/adapters.md"
 _SPREAD = 0.05  # standard deviation of random values in place of missing weights
 _CHECKS = ("sites", "orientation", "capture", "order", "blocks", "logits", "untouched", "in_time")
 _MOST_LEFT = 0.1  # the share of a block's weights in matrices that are not read as sites
-_POSITIONS = ("max_position_embeddings", "max_seq_len")
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -51,16 +50,6 @@ class AutoAdapter(DecoderAdapter):
         self._found: dict[Any, list[Site]] = {}
         self._config: Any = None  # that of the model for which they were found
         self._checked: WeakSet[nn.Module] = WeakSet()
-
-    def positions(self, config: Any) -> int | None:
-        """The limit in the configuration of the text model, under one of its usual names."""
-        parts = (config, _text_config(config))
-        found = (getattr(part, name, None) for part in parts for name in _POSITIONS)
-        return next((limit for limit in found if limit is not None), None)
-
-    def held(self, config: Any, seqlen: int) -> int:
-        """As for any decoder, by the configuration of the text model."""
-        return super().held(_text_config(config), seqlen)
 
     def blocks(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         """The modules of the language model's ``ModuleList`` with the most parameters."""
@@ -157,11 +146,6 @@ def _explained(subject: str) -> Iterator[None]:
         raise AptError(error.message, error.hint or _HINT) from error
     except Exception as error:
         raise AptError(f"adapter auto cannot run {subject}: {described(error)}", _HINT) from error
-
-
-def _text_config(config: Any) -> Any:
-    """The part of a configuration that describes the language model."""
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def _as_dict(model: nn.Module) -> dict[str, Any] | None:

@@ -11,9 +11,12 @@ from apt.adapter.experts import Experts, one_by_one
 from apt.adapter.groups import Groups
 from apt.adapter.recording import record_calls
 from apt.adapter.sites import Call, Effects, Extra, Sink, Site, State
+from apt.adapter.text_config import text_config
 from apt.adapter.weight_tap import WeightTap
 from apt.errors import AptError
 from apt.field_types import check_fields
+
+_POSITIONS = ("max_position_embeddings", "max_seq_len")
 
 
 @dataclass(frozen=True)
@@ -56,13 +59,16 @@ class DecoderAdapter:
         """Accept every configuration."""
 
     def positions(self, config: Any) -> int | None:
-        """The configuration's ``max_position_embeddings``."""
-        return getattr(config, "max_position_embeddings", None)
+        """The configuration's ``max_position_embeddings``, or another usual name of it."""
+        text = text_config(config)
+        found = (getattr(text, name, None) for name in _POSITIONS)
+        return next((positions for positions in found if positions is not None), None)
 
     def held(self, config: Any, seqlen: int) -> int:
         """The values of one attention matrix per head; 0 with a fused attention kernel."""
-        heads: int = getattr(config, "num_attention_heads", None) or 0
-        fused = getattr(config, "_attn_implementation", None) != "eager"
+        text = text_config(config)
+        heads: int = getattr(text, "num_attention_heads", None) or 0
+        fused = getattr(text, "_attn_implementation", None) != "eager"
         return 0 if fused else heads * seqlen
 
     def running(self, model: nn.Module) -> AbstractContextManager[None]:

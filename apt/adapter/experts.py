@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from apt.adapter.groups import Groups, Part, tensors_of
 from apt.adapter.sites import Site
+from apt.adapter.text_config import text_config
 from apt.field_types import check_fields
 
 # The fields of configurations that have these numbers, in the order in which they are looked up.
@@ -122,8 +123,8 @@ def expert_groups(
         beside: the paths of the router's parameters and buffers.
         config: the model's configuration.
     """
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    tensors, output = tensors_of(block), f"{path}.{stacked[-1]}"
+    config, tensors = text_config(config), tensors_of(block)
+    output = f"{path}.{stacked[-1]}"
     count = len(tensors[output])
     field = next((name for name in _COUNTS if getattr(config, name, None) == count), None)
     if field is None:

@@ -1,8 +1,10 @@
-"""A check, by the configuration, that a model can be pruned."""
+"""What a configuration says of its model: the class that opens it, and whether it can be pruned."""
 
 from typing import Any
 
-from transformers import AutoModelForCausalLM
+import transformers
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GenerationMixin
 from transformers.models.auto import modeling_auto
 
 from apt.errors import AptError
@@ -36,7 +38,7 @@ def check_kind(reference: str, config: Any, *, packed: bool = False) -> None:
     if _bidirectional(config):
         fault = f"{reference} is an encoder (type '{kind}'), which reads text in both directions"
         raise AptError(fault, f"{_PRUNED}, which predict the next token")
-    if not _causal(config):
+    if not _has_own_code(config) and class_of(config) is None:
         raise AptError(
             f"{reference} is of type '{kind}', of which transformers has no causal language model",
             _PRUNED,
@@ -62,9 +64,39 @@ def _bidirectional(config: Any) -> bool:
     return getattr(config, "model_type", None) in masked and not decoder
 
 
-def _causal(config: Any) -> bool:
-    if "AutoModelForCausalLM" in (
-        getattr(config, "auto_map", None) or {}
-    ):  # code in its repository
-        return True
-    return type(config) in AutoModelForCausalLM._model_mapping
+def _has_own_code(config: Any) -> bool:
+    """True if the repository of a model has the code of its class."""
+    return "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+
+
+def class_of(config: Any) -> Any:
+    """The class of transformers that opens a model; None if there is none that writes text.
+
+    It is the class that the configuration names. A multimodal checkpoint is thus opened as a whole:
+    for some types, the class for causal language models leaves the parts for images out.
+    """
+    for name in getattr(config, "architectures", None) or ():
+        kind = getattr(transformers, name, None)
+        writes = isinstance(kind, type) and issubclass(kind, GenerationMixin)
+        if writes and getattr(kind, "config_class", None) is type(config):
+            return kind
+    for auto in (AutoModelForImageTextToText, AutoModelForCausalLM):
+        if type(config) in auto._model_mapping:
+            return auto._model_mapping[type(config)]
+    return None
+
+
+def opening_class(config: Any) -> Any:
+    """As `class_of`, but the automatic class for a model with code of its own."""
+    return AutoModelForCausalLM if _has_own_code(config) else class_of(config)
+
+
+def without_weights(config: Any, *, trust_remote_code: bool) -> nn.Module:
+    """A model of the class that opens it, with new weights on the current device."""
+    kind = opening_class(config)
+    made: nn.Module = (
+        kind.from_config(config, trust_remote_code=trust_remote_code)
+        if kind is AutoModelForCausalLM
+        else kind._from_config(config)
+    )
+    return made

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from apt.adapter import Adapter
-from apt.checkpoints.architecture import check_kind, quantised_with
+from apt.checkpoints.architecture import check_kind, opening_class, quantised_with, without_weights
 from apt.checkpoints.formats import Checkpoint, open_checkpoint
 from apt.checkpoints.load_errors import load_error, tokenizer_error
 from apt.checkpoints.opened import Opened
@@ -81,9 +81,7 @@ def _skeleton_module(source: Source, config: Any) -> nn.Module:
         fault = f"{source.reference} does not load: it would have {layers:,} layers"
         raise AptError(fault, _DAMAGED)
     with _loading(source, _DAMAGED), torch.device("meta"):
-        module: nn.Module = AutoModelForCausalLM.from_config(
-            config, trust_remote_code=source.trust_remote_code
-        )
+        module = without_weights(config, trust_remote_code=source.trust_remote_code)
     return module.eval()
 
 
@@ -107,7 +105,7 @@ def load(skeleton: Opened, dtype: torch.dtype | None = None, device: str = "cpu"
     if skeleton.checkpoint is None:
         stored = None if dtype else find_stored(skeleton)  # None: tensors cannot be read one by one
         own = stored.dtype(skeleton) if stored else None
-        module, missing = _from_pretrained(source, dtype or own, **given)
+        module, missing = _from_pretrained(skeleton, dtype or own, **given)
     else:
         module, missing = _from_checkpoint(source, skeleton.checkpoint, dtype)
     if missing:
@@ -121,13 +119,14 @@ def load(skeleton: Opened, dtype: torch.dtype | None = None, device: str = "cpu"
 
 
 def _from_pretrained(
-    source: Source, dtype: torch.dtype | None, **given: Any
+    skeleton: Opened, dtype: torch.dtype | None, **given: Any
 ) -> tuple[Any, list[str]]:
     """The model as transformers reads it, and the names of missing weights."""
+    source = skeleton.source
     wanted = dtype or (torch.float32 if source.gguf else "auto")
     with _loading(source), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        module, info = AutoModelForCausalLM.from_pretrained(
+        module, info = opening_class(skeleton.config).from_pretrained(
             source.location, dtype=wanted, output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are reported below
             **source.options(), **given,

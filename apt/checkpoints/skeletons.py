@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from transformers import AutoModelForCausalLM, __version__
+from transformers import __version__
+
+from apt.checkpoints.architecture import without_weights
 
 _WHOLE_COMPONENTS = int(__version__.split(".")[0]) < 5
 
@@ -31,7 +33,7 @@ def skeleton_module(
     if dtype is not None:
         config.dtype = dtype
     with _parameters_on_meta():
-        module: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        module: Any = without_weights(config, trust_remote_code=trust_remote_code)
     if dtype is not None:
         _keep_fp32(module, dtype)
     whole: nn.Module = module.eval()

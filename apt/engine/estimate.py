@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from apt.adapter.experts import idle_parameters, picked_experts
+from apt.adapter.text_config import hidden_size, text_config
 from apt.calibration.batches import TOKENS_PER_BATCH
 from apt.checkpoints.opened import Opened
 from apt.evaluation.logits import part_bytes
@@ -112,7 +113,7 @@ def estimate(planned: Planned) -> Estimate:
     bytes_each, config = skeleton.dtype.itemsize, skeleton.config
     tokens = planned.samples * seqlen
     held = skeleton.adapter.held(config, seqlen)
-    waits = not on_disk and can_pause(skeleton.adapter, config, seqlen, config.hidden_size)
+    waits = not on_disk and can_pause(skeleton.adapter, config, seqlen, hidden_size(config))
     blocks = [module for _, module in skeleton.adapter.blocks(skeleton.module)]
     parameters, in_blocks = planned.parameters, [_parameters(block) for block in blocks]
     if planned.streamed:
@@ -145,9 +146,9 @@ def _measuring(skeleton: Opened, seqlen: int, each: int) -> int:
 
 def _generating(skeleton: Opened, blocks: int, seqlen: int, bytes_each: int) -> int:
     """Bytes of the logits of the next tokens, and of the cached keys and values."""
-    config, cached = skeleton.config, cached_tokens(seqlen)
+    config, cached = text_config(skeleton.config), cached_tokens(seqlen)
     heads = getattr(config, "num_attention_heads", None) or 1
-    width = config.hidden_size * (getattr(config, "num_key_value_heads", None) or heads) // heads
+    width = hidden_size(config) * (getattr(config, "num_key_value_heads", None) or heads) // heads
     logits = part_bytes(vocabulary(skeleton.module), logits_at_once(), 1)
     keys_and_values: int = cached * blocks * 2 * width * bytes_each
     return logits + keys_and_values
@@ -156,7 +157,7 @@ def _generating(skeleton: Opened, blocks: int, seqlen: int, bytes_each: int) -> 
 def activations_on_disk(skeleton: Opened, plan: Plan, tokens: int) -> int:
     """Bytes of the calibration activations that an error-aware run keeps on disk."""
     kept = max(_kept(block, skeleton.config, skeleton.dtype.itemsize) for block in plan.blocks)
-    drift: int = skeleton.config.hidden_size * _FP32
+    drift: int = hidden_size(skeleton.config) * _FP32
     return tokens * (kept + drift)
 
 
@@ -176,15 +177,15 @@ def _activations(block: PlannedBlock, config: Any, bytes_each: int, held: int) -
     residual stream. Before a product in attention the ``held`` activations may be larger.
     """
     last = max(_shared_inputs(block).values(), default=0)
-    waiting = 2 * config.hidden_size + max(last, held)
+    waiting = 2 * hidden_size(config) + max(last, held)
     kept = _kept(block, config, bytes_each)
-    total: int = kept + waiting * bytes_each + 2 * config.hidden_size * _FP32
+    total: int = kept + waiting * bytes_each + 2 * hidden_size(config) * _FP32
     return total
 
 
 def _kept(block: PlannedBlock, config: Any, bytes_each: int) -> int:
     """Bytes for each token: the two streams, and the dense inputs."""
-    total: int = (2 * config.hidden_size + sum(_shared_inputs(block).values())) * bytes_each
+    total: int = (2 * hidden_size(config) + sum(_shared_inputs(block).values())) * bytes_each
     return total
 
 

@@ -31,7 +31,11 @@ def open_model(
     """
     source = find_source(options.model, options, registry)
     check_place(options, source, texts, notice)
-    return open_skeleton(source, registry, options.adapter)
+    opened = open_skeleton(source, registry, options.adapter)
+    if options.adapter is None and not opened.spec.model_types:
+        kind = opened.config.model_type
+        notice(f"adapter: {opened.spec.name} (default, since none is for type '{kind}' alone)")
+    return opened
 
 
 def check_place(options: Any, source: Source, texts: Sequence[str | None], notice: Notice) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apt.adapter.text_config import hidden_size
 from apt.checkpoints.opened import Opened
 from apt.checkpoints.smaller import check_writable
 from apt.checkpoints.stored import open_stored
@@ -227,7 +228,7 @@ def _check_memory(task: PruneTask) -> None:
     held = (
         0
         if options.activations == "disk"
-        else skeleton.config.hidden_size * skeleton.dtype.itemsize
+        else hidden_size(skeleton.config) * skeleton.dtype.itemsize
     )
     ranks = whole_number("WORLD_SIZE", 1, least=1)
     samples = task.job.augmentation.written(options.samples)

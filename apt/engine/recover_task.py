@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from apt.adapter.text_config import hidden_size
 from apt.checkpoints.load import load, open_skeleton
 from apt.checkpoints.masks import Masks, masks_of, sparsity_of
 from apt.checkpoints.opened import Opened
@@ -79,7 +80,7 @@ class RecoverTask(Task):
 
         0 if the number of samples is not known yet.
         """
-        options, hidden = self.options, int(self.skeleton.config.hidden_size)
+        options, hidden = self.options, hidden_size(self.skeleton.config)
         open_ended = options.minutes is not None or options.tokens == "auto"
         if open_ended or not self.spec.teacher:
             return 0
@@ -277,7 +278,7 @@ def _dense_skeleton(task: RecoverTask) -> Opened:
         raise _another_dense(
             f"the dense model {given} has {sizes[0]} tokens, and {options.model} has {sizes[1]}"
         )
-    widths = [model.config.hidden_size for model in (skeleton, task.skeleton)]
+    widths = [hidden_size(model.config) for model in (skeleton, task.skeleton)]
     if options.hidden and widths[0] != widths[1]:
         raise AptError(
             f"the hidden states of {given} have {widths[0]} features, and those of "

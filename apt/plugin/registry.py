@@ -144,17 +144,21 @@ class Registry:
         return _most_accurate(self.shrink_methods, known)
 
     def adapter_for(self, model_type: str) -> AdapterSpec:
-        """The only adapter that claims ``model_type``."""
-        claims = [s for s in self.adapters.specs.values() if model_type in s.model_types]
+        """The only adapter that claims ``model_type``; if there is none, the one for any type.
+
+        Raises:
+            AptError: there is none of either, or several.
+        """
+        known = self.adapters.specs.values()
+        claims = [spec for spec in known if model_type in spec.model_types]
+        claims = claims or [spec for spec in known if not spec.model_types]
         if len(claims) == 1:
             return claims[0]
         if not claims:
-            supported = sorted(t for s in self.adapters.specs.values() for t in s.model_types)
-            general = [s.name for s in self.adapters.specs.values() if not s.model_types]
-            others = f", or try adapter {general[0]}" if general else ""
+            supported = ", ".join(sorted(kind for spec in known for kind in spec.model_types))
             raise AptError(
                 f"no adapter serves models of type '{model_type}'",
-                f"install a package with one{others}; supported: {', '.join(supported)}",
+                f"install a package with one; supported: {supported}",
                 ("adapter",),
             )
         names = " and ".join(f"'{spec.name}'" for spec in claims)

@@ -11,6 +11,7 @@ from torch import nn
 
 from apt.adapter import Adapter, Groups
 from apt.adapter.recording import eval_mode
+from apt.adapter.text_config import text_config
 from apt.checkpoints.skeletons import skeleton_of_class
 from apt.checkpoints.smaller import resized
 
@@ -69,9 +70,10 @@ def _one_block(
 @torch.no_grad()
 def _seconds(model: nn.Module, adapter: Adapter, seqlen: int, device: str) -> float:
     """The median time of a forward of the first block."""
-    config: Any = model.config
     draw = _generator(device)
-    tokens = torch.randint(config.vocab_size, (1, seqlen), device=device, generator=draw)
+    tokens = torch.randint(
+        text_config(model.config).vocab_size, (1, seqlen), device=device, generator=draw
+    )
     with eval_mode(model), adapter.running(model):
         state, calls = adapter.enter(model, tokens)
         block, times = adapter.blocks(model)[0][1], list[float]()

@@ -5,6 +5,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 
+from apt.adapter.text_config import text_config
 from apt.errors import AptError
 
 
@@ -44,4 +45,6 @@ def drawn(
 def vocabulary(model: nn.Module) -> int:
     """The size of the vocabulary of a causal language model of transformers."""
     embeddings: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
-    return min(len(embeddings), getattr(model.config, "vocab_size", None) or len(embeddings))
+    return min(
+        len(embeddings), getattr(text_config(model.config), "vocab_size", None) or len(embeddings)
+    )

@@ -4,6 +4,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from apt.adapter import Adapter, DecoderAdapter, Input
+from apt.adapter.text_config import text_config
 from apt.conformance.checks.promise import Faults, promise
 from apt.conformance.checks.subject import Subject
 from apt.plugin.registry import registry
@@ -98,7 +99,7 @@ def _claimed(spec: AdapterSpec) -> Faults:
 def check_kinds(subject: Subject) -> Faults:
     """The model has a layer of each kind in the default configuration of its class."""
     config: Any = getattr(subject.model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = text_config(config)
     there = kinds(text)
     for missing in default_kinds(type(text)):
         if missing not in there:
@@ -115,7 +116,7 @@ def kinds(config: Any) -> list[str]:
 
     For a model of several parts, they are those of its language model.
     """
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = text_config(config)
     listed = next((value for name in _LISTED if (value := getattr(text, name, None))), None)
     return list(dict.fromkeys(listed)) if isinstance(listed, list | tuple) else []
 

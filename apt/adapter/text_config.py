@@ -1,0 +1,21 @@
+"""The part of a configuration that describes the language model."""
+
+from typing import Any
+
+from apt.errors import AptError
+
+_WIDTHS = ("hidden_size", "d_model", "n_embd", "dim")
+
+
+def text_config(config: Any) -> Any:
+    """The configuration of the language model, which multimodal configurations have as a part."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def hidden_size(config: Any) -> int:
+    """The width of the residual stream of the language model, under one of its usual names."""
+    text = text_config(config)
+    width = next((n for name in _WIDTHS if isinstance(n := getattr(text, name, None), int)), None)
+    if width is None:
+        raise AptError(f"{type(text).__name__} does not give the width of the residual stream")
+    return width
