@@ -76,8 +76,9 @@ def apt_adapters() -> list[AdapterSpec]:
         ),
         AdapterSpec(
             "auto",
-            "Any causal language model of transformers, examined by a run; chosen by name only",
+            "Any causal language model of transformers, examined by a run; the default of types without one",
             "apt_adapters.auto:AutoAdapter",
+            default=True,
         ),
     ]
 

@@ -75,8 +75,9 @@ def class_of(config: Any) -> Any:
     It is the class that the configuration names. A multimodal checkpoint is thus opened as a whole:
     for some types, the class for causal language models leaves the parts for images out.
     """
-    for name in getattr(config, "architectures", None) or ():
-        kind = getattr(transformers, name, None)
+    named = getattr(config, "architectures", None)
+    for name in named if isinstance(named, list) else ():
+        kind = getattr(transformers, str(name), None)
         writes = isinstance(kind, type) and issubclass(kind, GenerationMixin)
         if writes and getattr(kind, "config_class", None) is type(config):
             return kind

@@ -32,7 +32,7 @@ def open_model(
     source = find_source(options.model, options, registry)
     check_place(options, source, texts, notice)
     opened = open_skeleton(source, registry, options.adapter)
-    if options.adapter is None and not opened.spec.model_types:
+    if options.adapter is None and opened.spec.default:
         kind = opened.config.model_type
         notice(f"adapter: {opened.spec.name} (default, since none is for type '{kind}' alone)")
     return opened

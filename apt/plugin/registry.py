@@ -144,14 +144,14 @@ class Registry:
         return _most_accurate(self.shrink_methods, known)
 
     def adapter_for(self, model_type: str) -> AdapterSpec:
-        """The only adapter that claims ``model_type``; if there is none, the one for any type.
+        """The only adapter that claims ``model_type``; if there is none, the default one.
 
         Raises:
             AptError: there is none of either, or several.
         """
         known = self.adapters.specs.values()
         claims = [spec for spec in known if model_type in spec.model_types]
-        claims = claims or [spec for spec in known if not spec.model_types]
+        claims = claims or [spec for spec in known if spec.default]
         if len(claims) == 1:
             return claims[0]
         if not claims:

@@ -62,7 +62,8 @@ class AdapterSpec(Spec):
 
     Args:
         model_types: the supported values of ``model_type`` in configurations. Empty for an adapter
-            that is chosen only by name.
+            that is chosen only by name, or as the default of other types.
+        default: True for the adapter of the models whose type no adapter supports.
         zoo: ``"package:folder"`` of a checkpoint that ships with the adapter, for ``zoo:NAME``.
         example: ``"module:function"`` that returns a small random model of the family.
             ``apt-prune check`` checks the adapter with it.
@@ -72,6 +73,7 @@ class AdapterSpec(Spec):
     """
 
     model_types: tuple[str, ...] = ()
+    default: bool = False
     zoo: str | None = None
     example: str | None = None
     doctor: str | None = None

@@ -5,6 +5,7 @@ import json
 import pytest
 import transformers
 
+from apt.checkpoints.architecture import class_of
 from apt.checkpoints.load import open_skeleton
 from apt.errors import AptError
 from apt.locations.model_source import find
@@ -12,7 +13,7 @@ from apt.plugin.registry import registry
 
 ENCODER_DECODERS = ["T5Config", "BartConfig", "WhisperConfig", "MT5Config", "PegasusConfig"]
 ENCODERS = ["BertConfig", "RobertaConfig", "XLMConfig", "ElectraConfig", "ModernBertConfig"]
-OTHERS = ["ViTConfig", "CLIPConfig", "LlavaConfig"]
+OTHERS = ["ViTConfig", "CLIPConfig"]
 (OTHERS if transformers.__version__ >= "5" else ENCODERS).append("Wav2Vec2Config")
 
 
@@ -66,11 +67,22 @@ def test_decoders_made_of_encoders_are_let_through(tmp_path):
         num_attention_heads=4, intermediate_size=64,
     )  # fmt: skip
     config.save_pretrained(tmp_path)
-    assert "no adapter serves models of type 'bert'" in refusal(tmp_path)
+    opened = open_skeleton(find(str(tmp_path), registry()), registry())
+    assert opened.spec.name == "auto"
 
 
 def test_code_of_its_own_may_be_a_causal_language_model(tmp_path):
     auto = {"AutoModelForCausalLM": "theirs.Model"}
     config = transformers.ViTConfig().to_dict() | {"auto_map": auto}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert "no adapter serves models of type 'vit'" in refusal(tmp_path)
+    assert "needs code from its repository" in refusal(tmp_path)
+
+
+def test_the_class_that_a_configuration_names_opens_it(tmp_path):
+    """Qwen3.5 has a class for text alone, which leaves the tower for images out."""
+    whole = pytest.importorskip("transformers.models.qwen3_5").Qwen3_5Config()
+    assert class_of(whole).__name__ == "Qwen3_5ForConditionalGeneration"
+    assert class_of(transformers.LlavaConfig()).__name__ == "LlavaForConditionalGeneration"
+    for wrong in (["LlamaForCausalLM"], ["NoSuchClass"], 5, [5], None):  # of another type, or none
+        config = transformers.GPT2Config(architectures=wrong)
+        assert class_of(config).__name__ == "GPT2LMHeadModel"

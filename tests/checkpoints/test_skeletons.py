@@ -124,7 +124,7 @@ def test_what_another_thread_makes_has_its_weights(monkeypatch):
         thread.join()
         return torch.nn.Linear(2, 2)
 
-    monkeypatch.setattr("apt.checkpoints.skeletons.AutoModelForCausalLM.from_config", elsewhere)
+    monkeypatch.setattr("apt.checkpoints.skeletons.without_weights", elsewhere)
     assert skeleton_module(Config(), trust_remote_code=False).weight.is_meta
     assert not made[0].weight.is_meta
     assert not torch.nn.Linear(2, 2).weight.is_meta
