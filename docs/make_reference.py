@@ -31,7 +31,10 @@ HELPERS = (
     adapter.stubbed, adapter.rows, adapter.columns,
 )  # fmt: skip
 METHODS = (extending.Method,)
-CHOICES = (extending.GroupScores, extending.BlockChoice, extending.loss_without)
+CHOICES = (
+    extending.GroupScores, extending.BlockChoice, extending.ExpertChoice, extending.RoutedExperts,
+    extending.loss_without,
+)  # fmt: skip
 ALLOCATIONS = (
     extending.Allocation, extending.Unallocated, extending.Plan, extending.PlannedBlock,
     extending.PlannedSite, extending.unstructured, extending.sparsity_of,
