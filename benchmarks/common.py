@@ -34,7 +34,8 @@ from apt.text.datasets import documents, tokenize, windows
 
 COMMIT = "APT_BENCHMARK_COMMIT"  # the variable in which a suite states the commit
 ROW_OPTIONS = {
-    "json", "plot", "save", "methods", "patterns", "pattern", "rows", "shapes", "efforts",
+    "json", "plot", "save", "methods", "patterns", "pattern", "rows", "experts", "shapes",
+    "efforts",
 }  # fmt: skip
 """Options that choose rows, and places of output."""
 FORTUNES = Path("/usr/share/games/fortunes")

@@ -11,7 +11,10 @@ A row is MODE[:METHOD] and options of ``apt.PruneOptions`` and ``apt.ShrinkOptio
 channels that METHOD removes to zero, and leaves the first K and the last L blocks whole, as the
 authors of LLM-Pruner do. No configuration describes such a model. Rows are added to the JSON file
 as soon as they are measured. A row in the file is not measured again. ``--save FOLDER`` writes the
-smaller models.
+smaller models. For a mixture of experts::
+
+    python benchmarks/shrink.py --model zoo:moe --text builtin --samples 64 --seqlen 256 \\
+        --eval-samples 112 --dictionary foldoc.dict.dz --experts 12 8 4
 """
 
 import argparse
@@ -53,6 +56,7 @@ ROWS = [
     "zeros:llm-pruner/channels=1024",
     "zeros:llm-pruner/channels=945/first=3/last=1",  # the same total in 26 of 30 blocks
 ]
+EXPERTS = ["expert-frequency", "reap", "expert-merge", "expert-effect", "expert-joint"]
 TUNED_ON = 16  # windows of each evaluation text, used to choose APT's defaults: not reported
 Row = dict[str, Any]
 
@@ -62,6 +66,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", help="a model reference; SmolLM2 by default")
     parser.add_argument("--keep", type=float, default=0.75)
     parser.add_argument("--rows", nargs="+", default=ROWS)
+    parser.add_argument(
+        "--experts", nargs="+", type=int, metavar="N",
+        help="the rows of every choice of N experts, with and without exact weights",
+    )  # fmt: skip
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--eval-samples", type=int, default=16)
@@ -73,7 +81,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dictionary", type=Path, help="a third text: foldoc.dict.dz")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--save", type=Path, help="write each smaller model into this folder")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.experts:
+        options.rows = [
+            f'width:{name}/sizes={{"experts":{count}}}/compensate={exact}'
+            for count in options.experts
+            for name in EXPERTS
+            for exact in ("false", "true")
+        ]
+    return options
 
 
 def read_row(text: str, keep: float) -> tuple[str | None, apt.ShrinkOptions, apt.PruneOptions]:

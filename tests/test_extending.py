@@ -126,7 +126,7 @@ def nothing(*given):
 
 
 REFUSED = {
-    "any number": (nothing, {"blocks": 2}, "nothing is not a function of 3 or of 4 arguments"),
+    "any number": (nothing, {"blocks": 2}, "nothing is not a function of 2, of 3 or of 4 a"),
     "no function": (5, {"blocks": 2}, "method is 5; give its name, or a function"),
     "no blocks": (
         lambda m, a, t, c: None, {"blocks": 2},

@@ -159,8 +159,9 @@ def shrink(
         adapter: the name of an adapter, or an adapter; by default the one that serves the model's
             type.
         method: the name of a choice of groups, or of blocks in mode ``"depth"``; or a function: an
-            `apt.solver.GroupChoice`, an `apt.extending.GroupScores`, or, where only blocks are
-            dropped, an `apt.extending.BlockChoice`.
+            `apt.solver.GroupChoice`, an `apt.extending.ExpertChoice`, an
+            `apt.extending.GroupScores`, or, where only blocks are dropped, an
+            `apt.extending.BlockChoice`.
         options: the options that the weights depend on. ``row_importance`` has no effect.
         tokenizer, seed, activations, ranks, observe: as in `apt.prune`.
 

@@ -16,7 +16,7 @@ from apt.options import ShrinkOptions, SolveOptions
 from apt.planning.structure import make_structured_plan
 from apt.plugin.registry import Registry
 from apt.plugin.specs import MethodSpec, ShrinkMethodSpec
-from apt.pruning.expert_choice import ExpertRemoval
+from apt.pruning.expert_choice import ExpertChoice, ExpertRemoval
 from apt.pruning.layer import Recipe
 from apt.shrinking.latency import block_times
 from apt.shrinking.search import SearchOptions
@@ -26,7 +26,7 @@ from apt.shrinking.wanted_sizes import wanted_sizes, with_mode
 from apt.solver import GroupChoice, GroupRemoval, joint_removal
 
 S = TypeVar("S", bound=ShrinkOptions)
-Choice = GroupChoice | GroupScores | BlockChoice
+Choice = GroupChoice | ExpertChoice | GroupScores | BlockChoice
 """A choice of what to remove."""
 
 _PROMPT = 512  # tokens of the sample on which a latency is measured
@@ -128,15 +128,19 @@ def _found(method: str | Choice, wish: ShrinkOptions, registry: Registry) -> Shr
     if isinstance(method, str):
         return registry.shrink_methods.get(method)
     name = name_of("method", method)
-    taken = [count for count in (3, 4) if _takes(method, count)]
+    taken = [count for count in (2, 3, 4) if _takes(method, count)]
     if len(taken) != 1:
         raise AptError(
-            f"method {name} is not a function of 3 or of 4 arguments",
-            "give an apt.extending.GroupScores or BlockChoice, or an apt.solver.GroupChoice",
+            f"method {name} is not a function of 2, of 3 or of 4 arguments",
+            "give an apt.extending.ExpertChoice, GroupScores or BlockChoice, or an "
+            "apt.solver.GroupChoice",
         )
-    of_four: Literal["blocks", "columns"] = "blocks" if _only_blocks(wish) else "columns"
-    chooses = "groups" if taken == [3] else of_four
-    return _Function(name, "a function of the caller", "", chooses=chooses, function=method)
+    chooses: dict[int, Literal["blocks", "columns", "experts", "groups"]] = {
+        2: "experts", 3: "groups", 4: "blocks" if _only_blocks(wish) else "columns"
+    }  # fmt: skip
+    return _Function(
+        name, "a function of the caller", "", chooses=chooses[taken[0]], function=method
+    )
 
 
 def _takes(function: Any, count: int) -> bool:

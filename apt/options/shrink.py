@@ -53,8 +53,8 @@ class ShrinkOptions(Options):
     )  # fmt: skip
     mode: Mode | None = option("What is removed.", default=None, panel=SIZE, switches=_MODES)
     compensate: bool | None = option(
-        "Solve the weights of the kept columns exactly, or keep them as they are. The "
-        "default depends on the method.",
+        "Solve the weights of the kept columns, and the last weights of the kept experts, exactly, "
+        "or keep them as they are. The default depends on the method.",
         default=None, panel=ACCURACY, flag="--compensate/--no-compensate",
     )  # fmt: skip
     multiple_of: int | None = option(

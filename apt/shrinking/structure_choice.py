@@ -26,7 +26,8 @@ from apt.text.self_generated import own_text, writes
 class GroupScores(Protocol):
     """The importance of the groups of every block, by block and by kind.
 
-    The groups of lowest importance are removed, the same number in each block.
+    The groups of lowest importance are removed, the same number in each block. Kinds that no site
+    reads, such as experts, need no scores: they are then chosen as without this method.
     """
 
     def __call__(
@@ -239,10 +240,16 @@ def _lowest(
     """The groups of the lowest scores of a block, by kind."""
     for groups in kinds:
         kept = structure.kept.get(groups.kind, groups.count)
-        if kept < groups.count:
+        if kept < groups.count and (groups.readers or _has_scores(scores, block, groups)):
             pattern = ColumnGroups(groups.count, kept, groups.bins)
             mask = pattern.lowest(_scores_of(scores, block, groups).cpu())
             yield groups.kind, tuple(mask.nonzero().squeeze(1).tolist())
+
+
+def _has_scores(scores: object, block: str, groups: Groups) -> bool:
+    """True if a method scored groups that no site reads."""
+    own = scores.get(block) if isinstance(scores, Mapping) else None
+    return isinstance(own, Mapping) and groups.kind in own
 
 
 def _scores_of(scores: Mapping[str, Mapping[str, Tensor]], block: str, groups: Groups) -> Tensor:

@@ -35,7 +35,7 @@ def flap(model: nn.Module, adapter: Adapter, tokens: Tensor) -> Scores:
     """``Σ_j ‖w_j‖² Var(x_j)`` of each group: the fluctuation of FLAP (arXiv 2312.11983, eq. 5).
 
     FLAP adds the mean of the removed products to a bias. Most models have none there, so this part
-    is left out.
+    is left out. Groups that no weight reads, such as experts, have no score.
     """
     scores: Scores = {}
     with eval_mode(model), adapter.running(model):
@@ -56,6 +56,7 @@ def flap(model: nn.Module, adapter: Adapter, tokens: Tensor) -> Scores:
                     torch.stack([varied[r] for r in groups.readers]).sum(0), groups.count
                 )
                 for groups in found
+                if groups.readers
             }
     return scores
 

@@ -88,6 +88,34 @@ def test_experts_whose_router_cannot_be_read_are_chosen_by_their_effect():
         distance(model, method="reap")
 
 
+def the_first(experts, groups):
+    return groups.mask(tuple(range(groups.removed)))
+
+
+def test_a_function_of_two_arguments_chooses_experts():
+    model = mixture("qwen2_moe")
+    size = ShrinkOptions(sizes={"experts": 6}, compensate=False)
+    small, _ = apt_package.shrink(model, TOKENS, size=size, method=the_first)
+    for small_layer, layer in zip(small.model.layers, model.model.layers, strict=True):
+        left, right = small_layer.mlp.experts, layer.mlp.experts
+        assert torch.equal(left.gate_up_proj, right.gate_up_proj[2:])
+        assert torch.equal(left.down_proj, right.down_proj[2:])
+
+
+WRONG = {
+    "method none_of_them removes 0 groups instead of 2": lambda experts, groups: groups.mask(()),
+    "method none_of_them returns NoneType as a mask": lambda experts, groups: None,
+}
+
+
+@pytest.mark.parametrize("said", WRONG)
+def test_a_choice_that_removes_too_few_experts_is_refused(said):
+    choose, size = WRONG[said], ShrinkOptions(sizes={"experts": 6})
+    choose.__name__ = "none_of_them"
+    with pytest.raises(AptError, match=said):
+        apt_package.shrink(mixture("qwen2_moe"), TOKENS, size=size, method=choose)
+
+
 def test_a_method_of_experts_removes_as_many_as_the_share_says(apt):
     result = apt("shrink", "zoo:moe", "--method", "reap", "--keep", "0.65", *SMALL, "-o", "o")
     assert result.code == 0, result.err
