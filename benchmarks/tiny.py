@@ -84,6 +84,12 @@ _HEAD: Fields = {"head_dim": 8}
 _THREE: Fields = {  # rotary positions in time, height and width
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
 }
+_GEMMA4: Fields = {
+    "enable_moe_block": True,
+    "num_experts": 4,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 32,
+}
 _MAP = {"<image>": 300}
 _HYBRID = ["linear_attention", "hybrid"] * 2
 
@@ -132,6 +138,8 @@ SPECIAL: dict[str, Fields] = {
     "ernie4_5_vl_moe_text": {
         "rope_parameters": {**_THREE["rope_parameters"], "mrope_section": [1, 1, 2]}
     },
+    "gemma4_assistant": {"text_config": {"enable_moe_block": False}},
+    "gemma4_text": _GEMMA4,
     "gemma3n_text": {
         "layer_types": ["sliding_attention", "full_attention"] * 3,
         "num_hidden_layers": 6,
@@ -147,7 +155,7 @@ SPECIAL: dict[str, Fields] = {
     },
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "hunyuan_v1_dense": _HEAD,
-    "hunyuan_v1_moe": _HEAD,
+    "hunyuan_v1_moe": {**_HEAD, "num_experts": 4, "moe_topk": 2},
     "hunyuan_vl_text": {**_THREE, **_HEAD},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 4, "head_dim": 16},

@@ -112,14 +112,19 @@ class AutoAdapter(DecoderAdapter):
         tokens = torch.arange(16, device=device).view(2, 8)
         draw = torch.Generator().manual_seed(0)  # a router gives nothing to tokens of zeros
         with _explained(f"{type(model).__name__} with stubs for its blocks"):
-            state, calls = record_calls(model, list(blocks.values()), tokens)
+            first, calls = record_calls(model, list(blocks.values()), tokens)
+        state: State = first
         for (name, block), call in zip(blocks.items(), calls, strict=True):
-            if _kind(block) in found:
+            if _kind(block) in found and call.keeps == 1:
                 continue
-            stream = torch.randn(state.shape, generator=draw).to(state)
+            stream = torch.randn(first.shape, generator=draw).to(first)
+            before = (stream, *state[1:]) if isinstance(state, tuple) else stream
             trace, selection = _Trace(block, stream), Selection(dict(_matrices(block)))
             with _explained(f"{path}.{name} by itself"), one_by_one(block), selection, trace:
-                self.step(block, stream, call)
+                after = self.step(block, before, call)
+            state = after if call.keeps > 1 else state
+            if _kind(block) in found:
+                continue
             sites = trace.sites(tokens.numel(), selection.routers)
             _assert_most(f"{path}.{name}", block, sites, trace.unread(block))
             found[_kind(block)] = sites

@@ -160,13 +160,16 @@ class DecoderAdapter:
         return record_calls(model, [block for _, block in self.blocks(model)], tokens)
 
     def step(self, block: nn.Module, state: State, call: Call) -> State:
-        """Replay the block's call; if the block returns a tuple, the state is its first element."""
-        result = call.replay(block, state)
-        return result[0] if isinstance(result, tuple) else result
+        """Replay the block's call.
+
+        If the block returns a tuple, the state is its first element, and those that later blocks
+        take.
+        """
+        return call.state_in(call.replay(block, state))
 
     def residual(self, state: State) -> Tensor:
-        """The state, which is the residual stream."""
-        stream: Tensor = state
+        """The state, or its first element: the residual stream."""
+        stream: Tensor = state[0] if isinstance(state, tuple) else state
         return stream
 
     def capture(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -14,13 +15,24 @@ from apt.errors import AptError
 _STATE = "hidden_states"
 
 
+@dataclass(frozen=True)
+class _Other:
+    """Stands for a value that a block returns beside the stream.
+
+    Attributes:
+        place: its place among the values.
+    """
+
+    place: int
+
+
 _Form = Callable[[Tensor], Any]
 # What blocks return, in the order in which it is tried. A tensor is last: a model that unpacks two
 # values from it would take two samples.
 _FORMS: tuple[_Form, ...] = (
     lambda state: (state,),
-    lambda state: (state, None),
-    lambda state: (state, None, None),
+    lambda state: (state, _Other(1)),
+    lambda state: (state, _Other(1), _Other(2)),
     lambda state: state,
 )
 _form_of: WeakKeyDictionary[nn.Module, _Form] = WeakKeyDictionary()
@@ -35,8 +47,8 @@ def record_calls(
 ) -> tuple[Tensor, list[Call]]:
     """Run ``model`` once with every block stubbed, and record the call of each block.
 
-    Blocks of different kinds thus keep their own masks and positions. What else a block returns
-    than its state is None in this run, a cache or attention weights for instance.
+    Blocks of different kinds thus keep their own masks and positions. If a block takes what the
+    block before returned beside the stream, its call says so, with None for the value.
 
     Args:
         model: a transformers model.
@@ -58,7 +70,8 @@ def record_calls(
             failures.append((len(calls), error))
             continue
         _form_of.update(dict.fromkeys(blocks, form))
-        return states[0], calls
+        taken = {place for call in calls for place in call.carried.values()}
+        return states[0], [replace(call, keeps=1 + max(taken, default=0)) for call in calls]
     raise max(failures, key=lambda failure: failure[0])[1]  # of the run that went furthest
 
 
@@ -76,7 +89,11 @@ def _run(
         state = passed_state(args, kwargs)
         states.append(state)
         given = {name: value for name, value in kwargs.items() if args or name != _STATE}
-        calls.append(Call(args[1:], given, None if args else _STATE))
+        others: list[tuple[int | str, Any]] = [*enumerate(args[1:]), *given.items()]
+        carried = {key: value.place for key, value in others if isinstance(value, _Other)}
+        rest = tuple(None if isinstance(value, _Other) else value for value in args[1:])
+        named = {n: None if isinstance(value, _Other) else value for n, value in given.items()}
+        calls.append(Call(rest, named, None if args else _STATE, carried))
         if len(calls) == len(blocks):
             raise _LastBlock
         return form(state)

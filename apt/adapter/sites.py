@@ -95,14 +95,35 @@ class Call:
     Args:
         args, kwargs: the other arguments.
         keyword: the keyword of the state; None if the state was the first positional argument.
+        carried: the other arguments that the block before returned beside the stream, by their
+            position or keyword, with their places among what it returned.
+        keeps: the number of values, the stream included, that blocks of the model take from the
+            block before. If there are several, a state is a tuple of them.
     """
 
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     keyword: str | None = None
+    carried: dict[int | str, int] = field(default_factory=dict)
+    keeps: int = 1
 
-    def replay(self, block: nn.Module, state: Tensor) -> Any:
+    def replay(self, block: nn.Module, state: State) -> Any:
         """Call ``block`` with these arguments and another state."""
+        args, kwargs = list(self.args), dict(self.kwargs)
+        if self.keeps > 1 and isinstance(state, tuple):
+            for key, place in self.carried.items():
+                if isinstance(key, int):
+                    args[key] = state[place]
+                else:
+                    kwargs[key] = state[place]
+            state = state[0]
         if self.keyword is None:
-            return block(state, *self.args, **self.kwargs)
-        return block(*self.args, **{self.keyword: state}, **self.kwargs)
+            return block(state, *args, **kwargs)
+        return block(*args, **{self.keyword: state}, **kwargs)
+
+    def state_in(self, result: Any) -> State:
+        """The state after a block, in what it returned: the first value, and those it passes on."""
+        if not isinstance(result, tuple):
+            return result
+        kept = result[: self.keeps]
+        return kept if any(value is not None for value in kept[1:]) else kept[0]

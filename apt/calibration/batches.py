@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -194,7 +194,7 @@ def enter(
             return memo[id(tensor)]
 
         shared = [
-            Call(mapped(c.args, Tensor, pooled), mapped(c.kwargs, Tensor, pooled), c.keyword)
+            replace(c, args=mapped(c.args, Tensor, pooled), kwargs=mapped(c.kwargs, Tensor, pooled))
             for c in calls
         ]
         dense = DenseActivations(state, store) if with_dense else None

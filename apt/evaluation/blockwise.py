@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apt.adapter import Adapter, stub_output, stubbed
+from apt.adapter import Adapter, State, stub_output, stubbed
 from apt.adapter.recording import eval_mode
 from apt.calibration.batches import Batch, enter
 from apt.calibration.storage import Store
@@ -45,7 +45,7 @@ def carried(
 
     Args:
         model: the model, its blocks on the meta device.
-        adapter: the adapter of its family; the model's states must be tensors.
+        adapter: the adapter of its family.
         tokens: token ids (windows, seqlen).
         store: the store of the windows' states; None keeps them in memory.
 
@@ -92,7 +92,7 @@ class _Windows:
     """Hooks that pass the states of the requested windows to the last block."""
 
     def __init__(self, batches: Sequence[Batch], tokens: Tensor) -> None:
-        places = [(batch, row) for batch in batches for row in range(len(batch.state))]
+        places = [(batch, row) for batch in batches for row in range(len(_part(batch.state, 0)))]
         keys = (tuple(window) for window in tokens.tolist())
         self._places = dict(zip(keys, places, strict=True))
         self._requested: list[tuple[Batch, int]] = []
@@ -113,5 +113,19 @@ class _Windows:
         self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """A hook before the last block: replace its state by that of the windows."""
-        state = torch.stack([batch.state[row] for batch, row in self._requested])
-        return ((state, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": state})
+        call = self._requested[0][0].calls[-1]
+        given, named = list(args), dict(kwargs)
+        carried = call.carried if isinstance(self._requested[0][0].state, tuple) else {}
+        for key, place in [(call.keyword or -1, 0), *carried.items()]:
+            value = torch.stack([_part(batch.state, place)[row] for batch, row in self._requested])
+            if isinstance(key, int):
+                given[key + 1] = value  # the state is before the other arguments
+            else:
+                named[key] = value
+        return tuple(given), named
+
+
+def _part(state: State, place: int) -> Tensor:
+    """The stream in a state (place 0), or another value that a block passes on."""
+    part: Tensor = state[place] if isinstance(state, tuple) else state
+    return part

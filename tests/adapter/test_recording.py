@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from apt.adapter import record_calls, stub_output
+from apt.adapter import DecoderAdapter, record_calls, stub_output
 from apt.errors import AptError
 
 
@@ -45,12 +45,8 @@ def as_it_is(result):
     return result
 
 
-FORMS = {
-    as_it_is: lambda found: (found,),
-    pair: lambda found: (found, None),
-    triple: lambda found: (found, None, None),
-    normed: lambda found: found,
-}
+FORMS = {as_it_is: 1, pair: 2, triple: 3, normed: None}
+"""The number of values that a block returns; None for the stream without a tuple."""
 
 
 @pytest.mark.parametrize("take", FORMS, ids=lambda take: take.__name__)
@@ -60,7 +56,43 @@ def test_the_form_of_a_blocks_output_is_found(take):
     assert state.shape == (2, 3, 4)
     assert [call.kwargs for call in calls] == [{"place": place} for place in range(3)]
     given = torch.tensor(1)
-    assert stub_output((given,), {}, model.blocks[0]) == FORMS[take](given)
+    found = stub_output((given,), {}, model.blocks[0])
+    values = found if isinstance(found, tuple) else [found]
+    assert (values[0], FORMS[take]) == (given, len(found) if isinstance(found, tuple) else None)
+
+
+class Passing(Model):
+    """Each block takes a second value from the block before, by position or by its name."""
+
+    def __init__(self, by_name):
+        super().__init__(None)
+        self.blocks = nn.ModuleList(Counting() for _ in range(3))
+        self.by_name = by_name
+
+    def forward(self, tokens, use_cache):
+        state, other = torch.ones(*tokens.shape, 4), None
+        for block in self.blocks:
+            state, other = block(state, other=other) if self.by_name else block(state, other)
+        return state
+
+
+class Counting(nn.Module):
+    """Adds what it was given, and passes on one more."""
+
+    def forward(self, state, other=None):
+        other = 0 if other is None else other
+        return state + other, other + 1
+
+
+@pytest.mark.parametrize(("by_name", "key"), [(False, 0), (True, "other")])
+def test_what_a_block_passes_on_beside_the_stream_is_part_of_the_state(by_name, key):
+    model, adapter = Passing(by_name), DecoderAdapter()
+    state, calls = record_calls(model, list(model.blocks), torch.zeros(2, 3))
+    assert [(call.carried, call.keeps) for call in calls] == [({}, 2), ({key: 1}, 2), ({key: 1}, 2)]
+    for block, call in zip(model.blocks, calls, strict=True):
+        state = adapter.step(block, state, call)
+    assert state[1] == 3
+    assert adapter.residual(state).equal(torch.full((2, 3, 4), 1.0 + 0 + 1 + 2))
 
 
 def test_the_error_of_the_run_that_went_furthest_is_raised():

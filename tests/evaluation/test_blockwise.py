@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ from apt.errors import AptError
 from apt.evaluation.blockwise import streamed
 from apt.locations.model_source import find
 from apt.plugin.registry import registry
-from tests.helpers import TEXT
+from tests.helpers import ROOT, TEXT
 from tests.helpers.families import CONFIGS, random_tokens
+from tests.helpers.releases import needs
 
 MEASURED = ("--eval", TEXT, "--metric", "perplexity", "--metric", "accuracy")
 COMMAND = (
@@ -126,3 +128,19 @@ def test_what_cannot_be_read_block_by_block_is_told(apt, tmp_path, checkpoint):
     refused = apt("eval", bare, "--stream")
     assert refused.code == 2
     assert "only safetensors can be streamed" in refused.err
+
+
+@needs("transformers", "5.24", "Zaya and HY 4")
+@pytest.mark.parametrize("kind", ["zaya", "hy_v4"])
+@torch.no_grad()
+def test_what_blocks_pass_on_beside_the_stream_reaches_the_last_one(kind, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    tiny = import_module("tiny")
+    tiny.model(kind).save_pretrained(tmp_path)
+    tokens = tiny.tokens(samples=5, seqlen=16)
+    source = find(str(tmp_path), registry())
+    model = load(open_skeleton(source, registry(), "auto")).module
+    with streamed(open_skeleton(source, registry(), "auto"), tokens, "cpu") as module:
+        for rows in ([0, 1, 2, 3, 4], [4, 0]):
+            given, expected = module(tokens[rows]).logits, model(tokens[rows]).logits
+            torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-4)
