@@ -110,11 +110,14 @@ def _run(
 def stub_output(args: tuple[Any, ...], kwargs: dict[str, Any], block: nn.Module) -> Any:
     """The output of a stub of ``block`` that is called with these arguments: its input state.
 
-    It has the form that `record_calls` found for the block. By default this is a tuple of the state
-    alone. A model whose blocks return tuples unpacks it. Most others pass it to the next stub,
-    which unpacks it.
+    It has the form that `record_calls` found for the block, with None for other values. By default
+    this is a tuple of the state alone. A model whose blocks return tuples unpacks it. Most others
+    pass it to the next stub, which unpacks it.
     """
-    return _form_of.get(block, _FORMS[0])(passed_state(args, kwargs))
+    found = _form_of.get(block, _FORMS[0])(passed_state(args, kwargs))
+    if isinstance(found, tuple):
+        return tuple(None if isinstance(value, _Other) else value for value in found)
+    return found
 
 
 def passed_state(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
