@@ -1,11 +1,12 @@
 """The forward of a block as a function of its weights, for their gradients."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 
 from apt.adapter import Adapter, Call, State
 from apt.calibration.batches import Batch, OpenBlock
@@ -22,13 +23,40 @@ class _Step(nn.Module):
         return self._adapter.residual(self._adapter.step(self.block, state, call))
 
 
+class _Slices(TorchFunctionMode):
+    """Inside the context, all slices of a stack of experts have one gradient together.
+
+    The gradient of ``stack[expert]`` is a tensor of the size of the whole stack, so that the time
+    of a backward pass would grow with the square of the number of experts.
+    """
+
+    def __init__(self, stacks: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._slices = {id(stack): stack.unbind() for stack in stacks}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Return the slice of a stack for an index of one expert; else call ``func``."""
+        if func is Tensor.__getitem__ and id(args[0]) in self._slices and _is_one(args[1]):
+            return self._slices[id(args[0])][int(args[1])]
+        return func(*args, **(kwargs or {}))
+
+
+def _is_one(index: Any) -> bool:
+    """True for the index of a single entry: a number, or a tensor that is one."""
+    if isinstance(index, Tensor):
+        return index.ndim == 0 and not index.is_floating_point() and index.dtype != torch.bool
+    return isinstance(index, int) and not isinstance(index, bool)
+
+
 def stream_after(
     block: OpenBlock, weights: dict[str, Tensor], batch: Batch, state: State
 ) -> Tensor:
     """The residual stream (…, hidden) after ``block``, run with other weights by their names."""
     given = {f"block.{name}": weight for name, weight in weights.items()}
     step = _Step(block.adapter, block.module)
-    with block.routed():
+    with _Slices(weight for weight in weights.values() if weight.ndim == 3):
         stream: Any = functional_call(step, given, (state, batch.calls[block.index]))
     assert isinstance(stream, Tensor)
     return stream

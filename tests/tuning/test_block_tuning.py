@@ -17,6 +17,7 @@ from apt.events import BlockTuned
 from apt.options import PruneOptions
 from apt.plugin.registry import registry
 from apt.solver.patterns import NM, meets
+from apt.tuning import block_forward
 from apt.tuning.block_tuning import BlockTuning, tune_block
 from tests.helpers.families import FAMILIES, adapter_of, random_model, random_tokens, zoo_model
 
@@ -111,6 +112,39 @@ def test_an_expert_without_tokens_in_a_step_stays():
     assert tuned.after < tuned.before
     same = [torch.equal(block.state_dict()[name], before[name]) for name in before]
     assert same == [False, True]
+
+
+class Stack(nn.Module):
+    """All tokens go to each of three experts, whose index is a number or a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 8, 8))
+
+    def forward(self, state):
+        experts = [self.weight[0], self.weight[torch.tensor(1)], self.weight[2]]
+        return state + sum(state @ expert.T for expert in experts)
+
+
+def test_the_slices_of_a_stack_have_one_gradient_together(monkeypatch):
+    """A gradient of each slice would be as large as the stack."""
+    block, state = Stack(), torch.randn(1, 16, 8)
+    batch = Batch(state, [Call((), {})], 16)
+    opened = OpenBlock(adapter_of(random_model("llama")), block, 0, [batch])
+    found = []
+    for index in (block_forward._is_one, lambda index: False):
+        monkeypatch.setattr(block_forward, "_is_one", index)
+        stream = block_forward.stream_after(opened, {"weight": block.weight}, batch, state)
+        steps, names = [stream.grad_fn], set()
+        while steps:
+            step = steps.pop()
+            names.add(step.name())
+            steps += [before for before, _ in step.next_functions if before]
+        found.append((torch.autograd.grad(stream.square().sum(), block.weight)[0], names))
+    assert torch.equal(found[0][0], found[1][0])
+    assert "UnbindBackward0" in found[0][1]
+    assert not {"SelectBackward0", "IndexBackward0"} & found[0][1]
+    assert {"SelectBackward0", "IndexBackward0"} & found[1][1]
 
 
 def test_best_effort_tunes_every_block_and_reports_what_was_written():
