@@ -36,7 +36,8 @@ def disconnect_groups(
     chosen = tuple(block.ranks.share(chosen or _by_effect(block, planned)))
     targets = dense_outputs(block, groups) if experts is not None and how.compensate else []
     if experts is not None and how.merge:
-        _merge(block, groups, experts, chosen)
+        removed = ColumnGroups(groups.count, planned.kept, groups.bins).mask(chosen)
+        merge_experts(block.module, block.adapter, groups, experts, removed)
     del experts  # the outputs are large
     disconnect(tensors_of(block.module), groups, chosen)
     block.unrouted = unrouted(block.module, [planned])
@@ -101,14 +102,3 @@ def _by_effect(block: OpenBlock, planned: PlannedGroups) -> tuple[int, ...]:
     block.ranks.add(losses)
     pattern = ColumnGroups(groups.count, planned.kept, groups.bins)
     return tuple(pattern.lowest(losses).nonzero().squeeze(1).tolist())
-
-
-def _merge(
-    block: OpenBlock, groups: Groups, experts: RoutedExperts, removed: tuple[int, ...]
-) -> None:
-    """Average the removed experts into the others; all ranks get the weights of the first one."""
-    mask = ColumnGroups(groups.count, groups.count).mask(removed)
-    merge_experts(block.module, block.adapter, groups, experts, mask)
-    tensors = tensors_of(block.module)
-    for part in groups.parts:
-        block.ranks.send(tensors[part.parameter].data, 0)

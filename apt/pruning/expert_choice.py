@@ -108,6 +108,7 @@ class _Search:
     def _losses_without(self, removed: Tensor, closed: Iterable[int]) -> Tensor:
         """The loss without each expert (experts,) beside ``removed``; ∞ in the ``closed`` bins."""
         losses = self._local(removed) if self._is_local else self._every(removed)
+        self._experts.over_ranks(losses)
         losses[removed] = math.inf
         for each in closed:
             losses.view(self._groups.bins, -1)[each] = math.inf
@@ -128,7 +129,7 @@ class _Search:
 
     def _every(self, removed: Tensor) -> Tensor:
         """The losses from a run of the router for each expert that is left."""
-        losses = torch.full((len(removed),), math.inf, dtype=torch.double, device=removed.device)
+        losses = torch.zeros(len(removed), dtype=torch.double, device=removed.device)
         for expert in (~removed).nonzero().squeeze(1).tolist():
             lacking = removed.clone()
             lacking[expert] = True
@@ -147,9 +148,9 @@ class _Search:
         removed = torch.zeros_like(self.removed)
         removed[rarest] = True
         other, rest = self._experts.rerouted(removed), (routing.index != rarest).all(1)
-        return torch.equal(other.index[rest], routing.index[rest]) and torch.allclose(
-            other.weights[rest], routing.weights[rest]
-        )
+        same = torch.equal(other.index[rest], routing.index[rest])
+        same = same and torch.allclose(other.weights[rest], routing.weights[rest])
+        return not self._experts.over_ranks(torch.tensor([float(not same)]))
 
     def _errors(self, routing: Routing) -> Tensor:
         """The relative error of each token (tokens,) with these experts."""

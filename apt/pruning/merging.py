@@ -45,8 +45,8 @@ def most_similar(experts: RoutedExperts, expert: int, others: Sequence[int]) -> 
     tokens, weights = experts.routing.tokens_of(expert)
     outputs = experts.outputs[:, tokens]
     size = (weights.float().square() / experts.sizes[tokens]).unsqueeze(1)
-    losses = [float(((outputs[o] - outputs[expert]).square() * size).sum()) for o in others]
-    return others[min(range(len(others)), key=losses.__getitem__)]
+    losses = [((outputs[other] - outputs[expert]).square() * size).sum() for other in others]
+    return others[int(experts.over_ranks(torch.stack(losses)).argmin())]
 
 
 def matched(similarity: Tensor) -> Tensor:

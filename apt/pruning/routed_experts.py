@@ -41,6 +41,8 @@ class _Run:
 class RoutedExperts:
     """The experts of a block, on some calibration tokens.
 
+    If several processes prune together, each has its own tokens, and all must make the same calls.
+
     Attributes:
         count: the number of experts.
         routing: what the router decides on these tokens.
@@ -62,7 +64,8 @@ class RoutedExperts:
         self._routers = routers_of(block.module, groups)
         self._runs, found, sizes = list[_Run](), list[Routing](), list[Tensor]()
         width = block.adapter.residual(block.batches[0].state).shape[-1]
-        for batch in block.first_batches(min(_TOKENS, _OUTPUTS // (groups.count * width))):
+        self._ranks, most = block.ranks, min(_TOKENS, _OUTPUTS // (groups.count * width))
+        for batch in block.first_batches(most / block.ranks.size):
             after = self._record(block, batch, path.rpartition(".")[0], found)
             sizes.append(mean_squares(stream_rows(block.adapter, after)).squeeze(1))
             block.progress()
@@ -136,9 +139,16 @@ class RoutedExperts:
         return torch.stack([self.outputs[i, tokens].norm(dim=1) * w.abs() for i, w in picks], 1)
 
     def sums(self, values: Tensor) -> Tensor:
-        """The sums (experts,) of the values of picks (tokens, picked) over the experts' tokens."""
+        """The sums (experts,) of values of picks (tokens, picked), over the tokens of all ranks."""
         zeros = torch.zeros(self.count, dtype=torch.float64, device=values.device)
-        return zeros.index_add(0, self.routing.index.flatten(), values.flatten().double())
+        return self.over_ranks(
+            zeros.index_add(0, self.routing.index.flatten(), values.flatten().double())
+        )
+
+    def over_ranks(self, sums: Tensor) -> Tensor:
+        """The sums over all ranks, of those over this rank's tokens; in place."""
+        self._ranks.add(sums)
+        return sums
 
 
 def owner_of(groups: Groups) -> str:
