@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from transformers import __version__
+from transformers import PreTrainedModel, __version__
 
 from apt.checkpoints.architecture import without_weights
 
@@ -36,6 +36,7 @@ def skeleton_module(
         module: Any = without_weights(config, trust_remote_code=trust_remote_code)
     if dtype is not None:
         _keep_fp32(module, dtype)
+        _renew_buffers(module, module)
     whole: nn.Module = module.eval()
     return whole
 
@@ -52,6 +53,18 @@ def _keep_fp32(module: Any, dtype: torch.dtype) -> None:
     for name, tensor in module.state_dict(keep_vars=True).items():
         if tensor.is_floating_point() and any(_names(pattern, name) for pattern in kept):
             tensor.data = tensor.data.float()
+
+
+@torch.no_grad()
+def _renew_buffers(module: nn.Module, owner: Any) -> None:
+    """Compute the buffers anew that are not stored, as transformers does for a loaded model.
+
+    In the constructor, tables of positions are computed in the dtype of the model.
+    """
+    for child in module.children():
+        _renew_buffers(child, child if isinstance(child, PreTrainedModel) else owner)
+    if module._non_persistent_buffers_set:
+        owner._init_weights(module)
 
 
 def _names(pattern: str, name: str) -> bool:
