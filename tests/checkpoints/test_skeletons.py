@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
     Glm4MoeConfig,
+    GPTJConfig,
     GptOssConfig,
     Llama4TextConfig,
     MixtralConfig,
@@ -110,6 +111,20 @@ def test_dtypes_are_those_that_transformers_loads(config, dtype, tmp_path):
     }
     kept = {n for n, t in loaded.items() if t.dtype == torch.float32}
     assert bool(kept) == (config is GLM4_MOE or dtype is torch.float16)
+
+
+def test_buffers_that_are_not_stored_are_those_of_a_loaded_model(tmp_path):
+    """GPT-J's table of positions: computed in bf16, it would have other angles."""
+    config = GPTJConfig(
+        n_embd=32, n_layer=2, n_head=2, rotary_dim=8, vocab_size=64, n_positions=64, **IDS
+    )
+    model = AutoModelForCausalLM.from_config(config).bfloat16()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    buffers = dict(skeleton_module(config, torch.bfloat16, trust_remote_code=False).named_buffers())
+    expected = dict(loaded.named_buffers())
+    assert buffers.keys() == expected.keys()
+    assert all(torch.equal(buffers[name], buffer) for name, buffer in expected.items())
 
 
 def test_what_another_thread_makes_has_its_weights(monkeypatch):
