@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 import apt
 from apt.adapter import Adapter, Site
+from apt.checkpoints.architecture import check_kind
 from apt.errors import AptError, described
 from apt.options import PruneOptions
 from apt.plugin.registry import registry
@@ -80,6 +81,7 @@ def row(model_type: str, table: str) -> Row:
         return {**made, "served": "not built", "reason": _sentence(error)}
     name, adapter = adapter_for(model_type)
     try:
+        check_kind(f"a model of type {model_type}", model.config)
         with limited(SECONDS):
             found = pruned(model, adapter)
     except Exception as error:

@@ -230,6 +230,8 @@ def model(model_type: str, *, image: bool = False, **fields: Any) -> Any:
         *(value for value in vars(whole).values() if isinstance(value, PreTrainedConfig)),
     ]
     own = next((part for part in parts if isinstance(part, kind.config_class)), whole)
+    if not image and getattr(own, "is_decoder", None) is False:
+        own.is_decoder = True  # by default BERT and its relatives read in both directions
     return with_values(kind._from_config(own).float().eval())
 
 
