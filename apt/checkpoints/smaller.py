@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from apt.adapter import Adapter, Groups
 from apt.adapter.groups import Removal, tensors_of, without
+from apt.adapter.text_config import text_config
 from apt.checkpoints.copies import copy_files, side_files
 from apt.checkpoints.offload import StoredBlocks
 from apt.checkpoints.opened import Opened
@@ -20,7 +21,8 @@ from apt.planning.plan import Plan
 from apt.planning.structure import Removed, planned_groups, removed_groups
 
 _CONFIG = "config.json"
-_PER_BLOCK = ("layer", "block")  # in the names of a configuration's lists with one entry a block
+_PER_BLOCK = ("layer", "block", "idx")  # in the names of fields that go by block
+_FIRST = ("first_k_dense_replace", "num_dense_layers")  # numbers of first blocks of one kind
 _INDICES = ("mlp_only_layers", "moe_layers", "attn_layer_indices", "full_attn_idxs")
 """Lists of the blocks of one kind, by their indices."""
 
@@ -202,10 +204,12 @@ def resized(
     """A copy of a configuration for fewer groups and blocks.
 
     Args:
+        config: the configuration; if it is a multimodal one, its part for text is changed.
         sizes: the groups of each kind, and the number that is removed.
         blocks: the indices of the blocks that are kept, of ``count`` blocks.
     """
-    record = config.to_dict()
+    text = text_config(config)
+    record = text.to_dict()
     changed: dict[str, Any] = {
         field: value(groups.count - removed)
         for groups, removed in sizes
@@ -214,18 +218,51 @@ def resized(
     }
     if len(blocks) < count:
         changed["num_hidden_layers"] = len(blocks)
-        for field, value in record.items():
-            named = any(word in field for word in _PER_BLOCK)
-            if field in _INDICES and isinstance(value, list):
-                changed[field] = [place for place, index in enumerate(blocks) if index in value]
-            elif named and isinstance(value, list) and len(value) == count:
-                changed[field] = [value[index] for index in blocks]
-    renamed = getattr(config, "attribute_map", {})
+        changed |= dict(_per_block(record, blocks, count))
+    renamed = getattr(text, "attribute_map", {})
     record |= {renamed.get(field, field): value for field, value in changed.items()}
+    if text is not config:
+        part = next(name for name, value in vars(config).items() if value is text)
+        record = config.to_dict() | {part: record}
     try:
         return type(config).from_dict(record)
     except Exception as error:  # validation of a configuration raises many types
         raise _inexpressible(type(config), first_line(error)) from error
+
+
+def _per_block(
+    record: Mapping[str, Any], blocks: Sequence[int], count: int
+) -> Iterator[tuple[str, Any]]:
+    """The fields of a configuration that go by block, with their values for the kept blocks.
+
+    They are lists with one entry a block, lists of the indices of some blocks, mappings by index,
+    and numbers of the first blocks that are of one kind.
+    """
+    for field, value in record.items():
+        if field in _FIRST and isinstance(value, int):
+            yield field, sum(index < value for index in blocks)
+        if not any(word in field for word in _PER_BLOCK):
+            continue
+        if isinstance(value, list) and _are_indices(field, value, count):
+            yield field, [place for place, index in enumerate(blocks) if index in value]
+        elif isinstance(value, list) and len(value) == count:
+            yield field, [value[index] for index in blocks]
+        elif isinstance(value, dict) and _are_indices(field, [*map(_index, value)], count):
+            known = {_index(key): (type(key), each) for key, each in value.items()}
+            kept = ((place, known[index]) for place, index in enumerate(blocks) if index in known)
+            yield field, {kind(place): each for place, (kind, each) in kept}
+
+
+def _are_indices(field: str, values: Sequence[Any], count: int) -> bool:
+    """True for the indices of some blocks; a list of ``count`` numbers has one for each block."""
+    distinct = all(type(value) is int and 0 <= value < count for value in values)
+    few = len(values) < count or field in _INDICES
+    return distinct and few and 0 < len(values) == len(set(values))
+
+
+def _index(key: Any) -> Any:
+    """The index that is the key of a mapping, which JSON writes as text."""
+    return int(key) if isinstance(key, str) and key.isdecimal() else key
 
 
 def _built(kind: Any, config: Any, state: dict[str, Tensor], model: Any) -> Any:

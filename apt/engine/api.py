@@ -30,6 +30,7 @@ from apt.pruning.layer import Method
 from apt.recovery.record import Training
 from apt.recovery.recover import RecoveryJob, forget, recover_model
 from apt.recovery.trainable import Recovery
+from apt.shrinking.same_function import check_same_function
 from apt.solver import Pattern
 from apt.text import datasets
 from apt.text.datasets import digest
@@ -181,7 +182,9 @@ def shrink(
     known |= {"activations": activations}
     given.model = copy.deepcopy(model)
     plan, report = given.pruned(tokens, job, tokenizer, known)
-    return smaller(given.model, given.adapter, plan), report
+    small = smaller(given.model, given.adapter, plan)
+    check_same_function(given.model, small, given.adapter, plan, tokens)
+    return small, report
 
 
 def recover(

@@ -25,6 +25,7 @@ from apt.output.report import Report, read_report
 from apt.output.staging import write_errors
 from apt.output.timeline import Timeline
 from apt.planning.plan import Plan
+from apt.shrinking.same_function import check_same_function
 
 
 class InMemory(OutputStore):
@@ -72,7 +73,10 @@ class InMemory(OutputStore):
         self.status("saving and verifying")
         plan, out, written = changed.plan, self.work.out, None
         if plan is not None and plan.structured:
-            self.model, self._stored = smaller(self.model, self.task.skeleton.adapter, plan), None
+            adapter, tokens = self.task.skeleton.adapter, self.text.tokens
+            small = smaller(self.model, adapter, plan)
+            check_same_function(self.model, small, adapter, plan, tokens)
+            self.model, self._stored = small, None
             written = fingerprint(self.model)
         with write_errors(self.work.name):
             self._save(plan, out)

@@ -1,0 +1,72 @@
+"""A check that a smaller model computes what the model computes that was fitted."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apt.adapter import Adapter, Unrouted
+from apt.adapter.recording import eval_mode
+from apt.errors import AptError
+from apt.planning.plan import Plan
+from apt.pruning.disconnecting import unrouted
+from apt.shrinking.skipping import skipping
+
+_TOKENS = 64  # of one sample
+
+
+@torch.no_grad()
+def check_same_function(
+    model: nn.Module, small: nn.Module, adapter: Adapter, plan: Plan, tokens: Tensor
+) -> None:
+    """Raise if the smaller model gives other logits than the model that was fitted.
+
+    Some families scale by the number of blocks, or by the position of a block, and a model without
+    some blocks is then another function.
+
+    Args:
+        model: the model whose groups are disconnected; the dropped blocks are skipped.
+        small: the model without these groups and blocks.
+        tokens: token ids (samples, seqlen).
+
+    Raises:
+        AptError: the logits differ by more than rounding explains.
+    """
+    few = tokens[:1, :_TOKENS].to(next(model.parameters()).device)
+    with _fitted(model, adapter, plan):
+        expected = _logits(model, few)
+    with eval_mode(small), adapter.running(small):
+        found = _logits(small, few)
+    difference = float((found - expected).norm() / expected.norm())
+    allowed = torch.finfo(next(small.parameters()).dtype).eps ** 0.5
+    if not difference <= allowed:
+        config: Any = small.config
+        raise AptError(
+            f"the smaller model is another function than the one that was fitted: its logits "
+            f"differ by {difference:.2%}; {type(config).__name__} may scale by the number of "
+            "blocks, or by their positions",
+            "remove groups instead of blocks",
+            ("width_only",),
+        )
+
+
+@contextmanager
+def _fitted(model: nn.Module, adapter: Adapter, plan: Plan) -> Iterator[None]:
+    """While entered, the model runs without what a plan removes."""
+    modules, masks = dict(adapter.blocks(model)), dict[Tensor, Tensor]()
+    for block in plan.blocks:
+        masks |= unrouted(modules[block.name], block.disconnected)
+    with (
+        eval_mode(model),
+        adapter.running(model),
+        skipping(model, adapter, plan.dropped),
+        Unrouted(masks),
+    ):
+        yield
+
+
+def _logits(model: Any, tokens: Tensor) -> Tensor:
+    logits: Tensor = model(tokens, use_cache=False).logits
+    return logits.float()

@@ -1,0 +1,54 @@
+"""A smaller model computes what the model computes that was fitted, or it is refused."""
+
+from importlib import import_module
+
+import pytest
+import transformers
+
+import apt as library
+from apt import ShrinkOptions
+from apt.checkpoints.smaller import resized
+from apt.errors import AptError
+from tests.helpers import ROOT
+
+pytestmark = pytest.mark.skipif(transformers.__version__ < "5.20", reason="some types are newer")
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The maker of tiny random models of any type."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return import_module("tiny")
+
+
+def without_second(tiny, kind):
+    size = ShrinkOptions(drop=(1,))
+    return library.shrink(tiny.model(kind), tiny.tokens(), size=size, method=None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"), [("minicpm3", "MiniCPM3Config"), ("diffllama", "DiffLlamaConfig")]
+)
+def test_families_that_depend_on_the_number_or_place_of_blocks_are_refused(tiny, kind, config):
+    with pytest.raises(AptError, match=rf"differ by \d+\.\d+%; {config} may scale by the number"):
+        without_second(tiny, kind)
+
+
+def test_fields_of_the_configuration_that_go_by_layer_follow(tiny):
+    """LFM2 has a list of the kinds of its layers, Qwen2-MoE one of the dense ones by index."""
+    small, _ = without_second(tiny, "lfm2")
+    kinds = tiny.config("lfm2").layer_types
+    assert small.config.layer_types == [kinds[0], *kinds[2:]]
+    mixture = tiny.config("qwen2_moe", mlp_only_layers=[0, 2])
+    assert resized(mixture, (), [0, 2, 3], 4).mlp_only_layers == [0, 1]
+    deep = tiny.config("deepseek_v3", first_k_dense_replace=2)
+    assert resized(deep, (), [1, 2, 3], 4).first_k_dense_replace == 1
+
+
+def test_the_text_part_of_a_multimodal_configuration_is_changed(tiny):
+    whole = tiny.config("gemma3")
+    small = resized(whole, (), [0, 1, 3], 4)
+    assert small.get_text_config().num_hidden_layers == 3
+    kinds = whole.get_text_config().layer_types
+    assert small.get_text_config().layer_types == [*kinds[:2], kinds[3]]
+    assert small.vision_config.to_dict() == whole.vision_config.to_dict()
