@@ -28,7 +28,8 @@ DECLARED = (
 )  # fmt: skip
 HELPERS = (
     adapter.Experts, adapter.one_by_one, adapter.WeightTap, adapter.record_calls,
-    adapter.stubbed, adapter.rows, adapter.columns, adapter.routings, adapter.Routing,
+    adapter.stubbed, adapter.rows, adapter.columns, adapter.mlp_channels, adapter.attention_heads,
+    adapter.routings, adapter.Routing,
     adapter.Unrouted,
 )  # fmt: skip
 METHODS = (extending.Method,)

@@ -4,8 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from apt.adapter import DecoderAdapter, Groups, Input
-from apt_adapters.transformer_groups import attention_heads, mlp_channels
+from apt.adapter import DecoderAdapter, Groups, Input, attention_heads, mlp_channels
 
 
 class LlamaAdapter(DecoderAdapter):

@@ -5,8 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from apt.adapter import DecoderAdapter, Experts, Groups, Input, Site
-from apt_adapters.transformer_groups import attention_heads, mlp_channels
+from apt.adapter import DecoderAdapter, Experts, Groups, Input, Site, attention_heads, mlp_channels
 
 _ATTENTION = (
     Input("attention", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),

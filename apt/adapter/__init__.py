@@ -11,10 +11,12 @@ from apt.adapter.protocol import Adapter
 from apt.adapter.recording import passed_state, record_calls, stub_output, stubbed
 from apt.adapter.routing import Routing, Unrouted, routings
 from apt.adapter.sites import Call, Effects, Extra, Sink, Site, State
+from apt.adapter.transformer_groups import attention_heads, mlp_channels
 from apt.adapter.weight_tap import WeightTap
 
 __all__ = [
     "Adapter", "Call", "DecoderAdapter", "Effects", "Experts", "Extra", "Groups", "Input", "Part",
-    "Routing", "Sink", "Site", "State", "Unrouted", "WeightTap", "columns", "one_by_one",
-    "passed_state", "record_calls", "routings", "rows", "stub_output", "stubbed",
+    "Routing", "Sink", "Site", "State", "Unrouted", "WeightTap", "attention_heads", "columns",
+    "mlp_channels", "one_by_one", "passed_state", "record_calls", "routings", "rows",
+    "stub_output", "stubbed",
 ]  # fmt: skip

@@ -9,7 +9,9 @@ import transformers
 from safetensors.torch import load_file
 
 from tests.helpers import ROOT, TEXT
+from tests.helpers.releases import needs
 
+pytestmark = needs("transformers", "5.20", "some types of models")
 KINDS = ["qwen3_5", "gemma3", "llava", "qwen2_5_vl", "mistral3"]
 IMAGES = {"vision_config": {"image_size": 32, "patch_size": 16}}  # of four patches
 SMALL = {"llava": IMAGES, "gemma3": {**IMAGES, "mm_tokens_per_image": 4}}
@@ -37,7 +39,6 @@ def multimodal(tmp_path_factory, tokenizer):
     return write
 
 
-@pytest.mark.skipif(transformers.__version__ < "5.20", reason="some types are newer")
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_language_model_is_pruned_and_the_rest_keeps_its_bytes(multimodal, apt, kind):
     folder, tensors = multimodal(kind), {}

@@ -3,15 +3,15 @@
 from importlib import import_module
 
 import pytest
-import transformers
 
 import apt as library
 from apt import ShrinkOptions
 from apt.checkpoints.smaller import resized
 from apt.errors import AptError
 from tests.helpers import ROOT
+from tests.helpers.releases import needs
 
-pytestmark = pytest.mark.skipif(transformers.__version__ < "5.20", reason="some types are newer")
+pytestmark = needs("transformers", "5.20", "some types of models")
 
 
 @pytest.fixture

@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from apt.adapter import DecoderAdapter, Input
+from torch import nn
+
+from apt.adapter import DecoderAdapter, Groups, Input, attention_heads, mlp_channels
 from apt.hookspecs import AdapterSpec, hookimpl
 
 APT_API = 1
@@ -18,6 +20,10 @@ class QwenAdapter(DecoderAdapter):
         Input("mlp", ("mlp.gate_proj", "mlp.up_proj")),
         Input("neurons", ("mlp.down_proj",), residual=True),
     )
+
+    def groups(self, block: nn.Module, config: Any) -> list[Groups]:
+        """The channels of the MLP, and the heads of the attention."""
+        return [mlp_channels(block, config), *attention_heads(block, config)]
 
 
 def example() -> Any:

@@ -5,13 +5,19 @@ from typing import Any
 
 from torch import nn
 
-from apt.adapter import Groups, columns, rows
+from apt.adapter.groups import Groups, columns, rows
 
 _Q, _K, _V, _O = (f"self_attn.{name}_proj" for name in "qkvo")
 
 
 def mlp_channels(block: nn.Module, config: Any, mlp: str = "mlp") -> Groups:
-    """The channels of a gated MLP."""
+    """The channels of a gated MLP with the Linears ``gate_proj``, ``up_proj`` and ``down_proj``.
+
+    Args:
+        block: the block.
+        config: the configuration; its ``intermediate_size`` is the number of channels.
+        mlp: the path of the MLP within the block.
+    """
     down = f"{mlp}.down_proj"
     parts = [*rows(block, f"{mlp}.gate_proj"), *rows(block, f"{mlp}.up_proj"), columns(down)]
     fields = {"intermediate_size": int}
@@ -19,7 +25,9 @@ def mlp_channels(block: nn.Module, config: Any, mlp: str = "mlp") -> Groups:
 
 
 def attention_heads(block: nn.Module, config: Any) -> list[Groups]:
-    """The heads of an attention whose configuration has a separate ``head_dim``.
+    """The heads of ``self_attn``, with the Linears ``q_proj``, ``k_proj``, ``v_proj``, ``o_proj``.
+
+    The configuration must allow a ``head_dim`` of its own.
 
     If several query heads share a key/value head, there are two kinds: query heads, of which the
     same number goes from each key/value head, and key/value heads with all their query heads.
