@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as IMAGE,
@@ -225,10 +225,7 @@ def model(model_type: str, *, image: bool = False, **fields: Any) -> Any:
     torch.manual_seed(0)
     kind = getattr(transformers, (IMAGE if image else CAUSAL)[model_type])
     whole = config(model_type, **fields)
-    parts = [
-        whole,
-        *(value for value in vars(whole).values() if isinstance(value, PreTrainedConfig)),
-    ]
+    parts = [whole, *(value for value in vars(whole).values() if hasattr(value, "model_type"))]
     own = next((part for part in parts if isinstance(part, kind.config_class)), whole)
     if not image and getattr(own, "is_decoder", None) is False:
         own.is_decoder = True  # by default BERT and its relatives read in both directions

@@ -21,6 +21,7 @@ STRUCTURES = {
     "llama4_text": "every expert multiplied by every token",
     "nemotron_h": "blocks of one mixer each",
     "gemma4_text": "embeddings of each layer",
+    "zaya": "blocks that pass more than the stream to each other",
     "jamba": "an adapter of its own",
     "hrm_text": "blocks that are called several times: refused",
     "zamba2": "a weight in several blocks: refused",
