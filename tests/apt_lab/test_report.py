@@ -271,7 +271,8 @@ def test_a_page_beside_the_dense_model(apt, checkpoint, prune):
     body = page.partition('class="texts"')[2].partition("</table>")[0]
     assert body.count("<tr>") == 3
     names = {path.name for path in Path("images").iterdir()}
-    assert names == {"a-relative-layer-error.png", "a-sparsity.png"}
+    heats = ("relative-layer-error", "sparsity")
+    assert names == {f"a-{heat}-by-block-and-kind.png" for heat in heats}
     for arguments, text in [
         (("--dense", "m"), "the dense model is used with a text only"),
         (("--text", "text.txt", "--prompts", -1), "prompts is -1"),
