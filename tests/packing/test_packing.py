@@ -520,7 +520,6 @@ def test_the_code_beside_the_weights_finds_damage(apt, pruned, tmp_path):
     assert "model.norm.weight differs from its checksum" in found.stdout, found.stderr
 
 
-@PLAIN
 def test_lm_eval_measures_a_packed_model_by_its_own_options(apt, pruned, monkeypatch, tmp_path):
     huggingface = pytest.importorskip("lm_eval.models.huggingface")
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
