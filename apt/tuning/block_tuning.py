@@ -181,9 +181,22 @@ class _Descent:
         """The gradients of the error on ``batch``; empty tensors if another rank has the batch."""
         if batch is None:
             return [torch.empty_like(master) for master in self._masters]
-        with torch.enable_grad(), self._mixed:
-            loss = self._error(batch)
+        loss = self._loss(batch)
         gradients = torch.autograd.grad(
             loss, self._masters, allow_unused=True, materialize_grads=True
         )
         return [g.mul_(mask) for g, mask in zip(gradients, self._masks, strict=True)]
+
+    def _loss(self, batch: Batch) -> Tensor:
+        """The error on a batch with its graph, in mixed precision if the block can be run in it.
+
+        Some blocks write products into tensors that autocast leaves in fp32, such as X-MOD's.
+        """
+        try:
+            with torch.enable_grad(), self._mixed:
+                return self._error(batch)
+        except RuntimeError:
+            if not self._mixed._enabled:
+                raise
+            self._mixed = torch.autocast(self._mixed.device, enabled=False)
+            return self._loss(batch)

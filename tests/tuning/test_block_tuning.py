@@ -3,6 +3,7 @@
 import copy
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 
 import pytest
 import torch
@@ -19,7 +20,9 @@ from apt.plugin.registry import registry
 from apt.solver.patterns import NM, meets
 from apt.tuning import block_forward
 from apt.tuning.block_tuning import BlockTuning, tune_block
+from tests.helpers import ROOT
 from tests.helpers.families import FAMILIES, adapter_of, random_model, random_tokens, zoo_model
+from tests.helpers.releases import needs
 
 BEST = PruneOptions(effort="best", own_samples=0)
 
@@ -225,3 +228,16 @@ def test_more_effort_tunes_longer(effort, aware, epochs):
     recipe = recipe_of(options, registry().methods.get("admm"))
     assert (recipe.tuning.epochs if recipe.tuning else None) == epochs
     assert recipe_of(options, registry().methods.get("ss")).tuning is None
+
+
+@needs("transformers", "5.20", "tiny models of any type")
+def test_a_block_that_cannot_be_run_in_mixed_precision_is_tuned_without(monkeypatch):
+    """X-MOD writes products, which autocast makes bf16, into a tensor of fp32."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.setattr("apt.tuning.block_forward.multiplies_bf16", lambda device: True)
+    tiny, events = import_module("tiny"), []
+    report = library.prune(tiny.model("xmod"), tiny.tokens(), pattern="2:4", observe=events.append)
+    assert report.sparsity == 0.5
+    tuned = [event for event in events if isinstance(event, BlockTuned)]
+    assert tuned
+    assert all(event.after < event.before for event in tuned)
