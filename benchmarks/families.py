@@ -8,12 +8,15 @@ pattern is exact, and if all other values are the same bit for bit; or why the t
     python benchmarks/pages.py
     python benchmarks/families.py --only 'qwen3*' deepseek_v3
 
-The whole takes some minutes on one core.
+The whole takes some minutes on one core. With ``--streamed``, every type that is served is saved,
+and pruned by the command line in memory and streamed: both write the same bytes, or a line says
+what differs.
 """
 
 import argparse
 import signal
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,19 +28,28 @@ import tiny
 import torch
 import transformers
 from common import save
-from tables import TITLES, served
+from tables import SERVED, TITLES, served
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 import apt
 from apt.adapter import Adapter, Site
 from apt.checkpoints.architecture import check_kind
+from apt.checkpoints.load import load_tokenizer
+from apt.cli import app
 from apt.errors import AptError, described
+from apt.locations.model_source import find
 from apt.options import PruneOptions
 from apt.plugin.registry import registry
 
 Row = dict[str, Any]
 Weights = list[tuple[Site, Tensor]]  # views of the weights as they are stored
 
+COMMAND = (
+    *("--pattern", "2:4", "--method", "ss", "--samples", "4", "--seqlen", "16"),
+    *("--calibration", str(Path(__file__).parent.parent / "tests/helpers/text.txt")),
+)
+"""The options of ``apt-prune prune`` with ``--streamed``."""
 PATTERNS = ("2:4", "0.5")
 """The first is used wherever it fits."""
 SECONDS = 120  # for one type
@@ -167,6 +179,26 @@ def is_exact(weight: Tensor, pattern: str) -> bool:
     return int(zeros.sum()) == round(zeros.numel() * float(pattern))
 
 
+def streamed(row: Row) -> str:
+    """What the command line writes for a saved model of a type, in memory and streamed."""
+    tokenizer = load_tokenizer(find("zoo:llama", registry()))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)
+        for part in (tiny.model(row["type"], image=row["table"] == "image"), tokenizer):
+            part.save_pretrained(path / "model")
+        written = []
+        for way in ("memory", "streamed"):
+            flags = ["--stream"] * (way == "streamed") + ["-o", str(path / way)]
+            run = CliRunner().invoke(
+                app, ["prune", str(path / "model"), "--adapter", row["adapter"], *COMMAND, *flags]
+            )
+            if run.exit_code:
+                return f"{way}: {getattr(run.exception, 'message', run.exception)}"
+            files = (path / way).glob("*.safetensors")
+            written.append({file.name: file.read_bytes() for file in files})
+    return "streamed: the same bytes" if written[0] == written[1] else "streamed: OTHER BYTES"
+
+
 def types(table: str) -> Sequence[str]:
     """The model types of a table."""
     names = {"causal": tiny.CAUSAL, "image": tiny.IMAGE}[table]
@@ -178,6 +210,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="GLOB", default=["*"])
     parser.add_argument("--tables", nargs="+", choices=TITLES, default=[*TITLES])
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--streamed", action="store_true")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     transformers.utils.logging.set_verbosity_error()
@@ -187,6 +220,8 @@ def main() -> None:
             if any(fnmatch(model_type, glob) for glob in options.only):
                 rows.append(row(model_type, table))
                 print(told(rows[-1]), flush=True)
+                if options.streamed and rows[-1]["served"] in SERVED:
+                    print(f"{'':28} {streamed(rows[-1])}", flush=True)
     for table in options.tables:
         print(served([r for r in rows if r["table"] == table]), file=sys.stderr)
     save(options.json, rows)

@@ -25,7 +25,7 @@ from transformers.models.auto.modeling_auto import (
 Fields = dict[str, Any]
 
 LAYERS = 4
-VOCABULARY = 512
+VOCABULARY = 2048  # that of the tokenizer of the embedded models
 _FIRST, _LAST = 110, 250  # ordinary tokens: special ones are below and above
 _SPREAD = 0.1  # standard deviation of the weights
 
