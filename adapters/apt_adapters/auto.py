@@ -84,13 +84,13 @@ class AutoAdapter(DecoderAdapter):
         if len(owners) != 1:
             return []
         owner = owners.pop()
-        parent, pruned = owner.rpartition(".")[0], {site.parameter for site in sites}
+        within = owner[: owner.rfind(".") + 1]  # a router has no sites, unlike an attention
+        paths = [site.parameter for site in sites if site.parameter.startswith(within)]
+        busy = {path.removeprefix(within).partition(".")[0] for path in paths}
         beside = [
             name
             for name in tensors_of(block)
-            if name.startswith(f"{parent}." if parent else "")
-            and not name.startswith(f"{owner}.")
-            and name not in pruned
+            if name.startswith(within) and name.removeprefix(within).partition(".")[0] not in busy
         ]
         names = [parameter.rpartition(".")[2] for parameter in stacked]
         found = expert_groups(block, owner, names, beside, config)
