@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from apt.checkpoints.opened import Opened
-from apt.checkpoints.parameters import read_parameter, write_parameters
+from apt.checkpoints.parameters import read_parameter, round_parameter, write_parameters
 from apt.checkpoints.safetensors_io import Shards
 from apt.checkpoints.skeletons import skeleton_module
 from apt.checkpoints.stored import pruned_of
@@ -88,9 +88,8 @@ class StoredBlocks:
     def round(self, name: str, paths: Iterable[str]) -> None:
         """Round these parameters of a block that is in memory to the values that `write` stores."""
         for path in paths:
-            values = self._blocks[name].get_parameter(path).data
-            stored = self._shards.entries[self._layout[f"{name}.{path}"][0].key].dtype
-            values.copy_(values.to(stored))
+            parameter = self._blocks[name].get_parameter(path)
+            round_parameter(parameter, self._layout[f"{name}.{path}"], self._shards)
 
     def digest(self, block: PlannedBlock) -> str:
         """A checksum of the stored tensors of a block's pruned parameters."""

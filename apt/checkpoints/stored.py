@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from apt.checkpoints.copies import OTHER_WEIGHTS, copy_files, copy_weights, side_files
 from apt.checkpoints.formats import find_source_file, local_copy
 from apt.checkpoints.opened import Opened
-from apt.checkpoints.parameters import write_parameters
+from apt.checkpoints.parameters import round_parameter, write_parameters
 from apt.checkpoints.safetensors_io import Shards
 from apt.errors import AptError, NotStoredError
 from apt.layouts.conversions import Converted, converted
@@ -143,6 +143,22 @@ class Stored:
         copy_weights(self.shards, self.directory, target, largest)
         if tokenizer is not None:
             tokenizer.save_pretrained(target)
+
+    def rounds(self, model: nn.Module, plan: Plan) -> bool:
+        """True if a pruned parameter of a model is stored in another dtype."""
+        return any(
+            model.get_parameter(name).dtype != self.shards.entries[self.layout[name][0].key].dtype
+            for block in plan.blocks
+            for path in pruned_parameters(block)
+            for name in [f"{block.name}.{path}"]
+        )
+
+    def round(self, planned: PlannedBlock, block: nn.Module) -> None:
+        """Round the pruned parameters of a block to the values that `write` stores."""
+        for path in pruned_parameters(planned):
+            round_parameter(
+                block.get_parameter(path), self.layout[f"{planned.name}.{path}"], self.shards
+            )
 
     def write(self, model: nn.Module, plan: Plan, target: Path) -> None:
         """Write the pruned parameters of a model into a copy of the checkpoint."""

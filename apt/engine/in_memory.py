@@ -1,7 +1,7 @@
 """A run with the whole model in memory."""
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,10 +21,12 @@ from apt.engine.output_store import OutputStore
 from apt.engine.task import Changed, Task
 from apt.engine.text import Text
 from apt.errors import AptError
+from apt.events import SitePruned
 from apt.output.report import Report, read_report
 from apt.output.staging import write_errors
 from apt.output.timeline import Timeline
 from apt.planning.plan import Plan
+from apt.pruning.block_storage import MemoryBlocks
 from apt.shrinking.same_function import check_same_function
 
 
@@ -55,6 +57,8 @@ class InMemory(OutputStore):
         self.model = loaded.module
         if self._stored is not None and not _is_stored(self._stored, loaded):
             self._stored = None
+        if self._stored is not None and task.plan is not None:
+            self.blocks = _storage(self._stored, self.model, task.plan)
         del loaded
         report = task.begin(self, text)
         if self._resumable:
@@ -139,6 +143,28 @@ class InMemory(OutputStore):
         with write_errors(output):
             report = self._record(report, output, changed=[CARD])
         return super().complete(report)
+
+
+def _storage(stored: Stored, model: nn.Module, plan: Plan) -> MemoryBlocks:
+    if plan.structured or not stored.rounds(model, plan):
+        return MemoryBlocks()
+    return _RoundedBlocks(stored, plan)
+
+
+class _RoundedBlocks(MemoryBlocks):
+    """Blocks in memory that are written into a checkpoint with some weights in another dtype.
+
+    As in a streamed run, those that follow get what the stored weights of a pruned block give.
+    """
+
+    repeatable = True
+
+    def __init__(self, stored: Stored, plan: Plan) -> None:
+        self._stored, self._plan = stored, {planned.name: planned for planned in plan.blocks}
+
+    def keep(self, name: str, block: nn.Module, sites: Sequence[SitePruned]) -> None:
+        """Round the pruned weights to their dtypes in the checkpoint."""
+        self._stored.round(self._plan[name], block)
 
 
 def _is_stored(stored: Stored, model: Opened) -> bool:
