@@ -205,7 +205,7 @@ def _with_distinct_values(model: nn.Module, blocks: Sequence[nn.Module]) -> nn.M
 
 def _zeros(like: Tensor) -> Tensor:
     """Zeros whose memory pages the operating system allocates only when they are written."""
-    size = max(1, like.numel() * like.element_size())
+    size = max(1, like.numel()) * like.element_size()
     untouched = torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(like.dtype)
     return untouched[: like.numel()].view(like.shape)
 

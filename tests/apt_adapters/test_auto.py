@@ -166,6 +166,12 @@ def test_experts_are_pruned_and_their_routers_are_not(name):
     ]
 
 
+def test_an_empty_tensor_on_the_meta_device_does_no_harm():
+    model = of("StableLm", "meta")
+    model.register_buffer("positions", torch.empty(0, 3, device="meta"))
+    assert len(AUTO().blocks(model)) == 3
+
+
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_blocks_that_run_several_times_are_refused(device):
     model = random_model("llama")
