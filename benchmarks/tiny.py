@@ -176,6 +176,7 @@ SPECIAL: dict[str, Fields] = {
     "radio": {"video_temporal_patch_size": 2},
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": [16, 16], "axial_pos_shape": [16, 8]},
     "rwkv": {"rescale_every": 2},  # as in a model of more than six blocks
+    "smolvlm_vision": {"image_size": 64},  # patches of 32
     "step3p5": {"sliding_window": 8},
     "wavtokenizer_encoder": {"codebook_dim": 32},
     "xmod": {"default_language": "en_XX"},
