@@ -1,5 +1,6 @@
 """The options that decide how small a model becomes, and what it loses."""
 
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -20,20 +21,23 @@ _MODES = (
 
 GENERATION = {"population": 12, "children": 12}
 """The sizes of a search that have no option, see `apt.shrinking.search.SearchOptions`."""
+_SHARE = re.compile(r"0?\.\d*[1-9]\d*")
 
 
-def read_sizes(texts: list[str]) -> dict[str, int]:
-    """The numbers of groups by kind, of texts such as ``channels=1024``.
+def read_sizes(texts: list[str]) -> dict[str, int | float]:
+    """The numbers, or shares, of groups by kind, of texts such as ``channels=1024``.
 
     Raises:
         AptError: a text has another form.
     """
-    sizes = {}
+    sizes = dict[str, int | float]()
     for text in texts:
         kind, equals, number = text.partition("=")
-        if not equals or not kind or not number.isdecimal():
-            raise AptError(f"size {text} is not KIND=N", "write channels=1024", ("sizes",))
-        sizes[kind] = int(number)
+        share = _SHARE.fullmatch(number) is not None
+        if not equals or not kind or not (share or number.isdecimal()):
+            hint = "write channels=1024, or a share such as experts=0.5"
+            raise AptError(f"size {text} is not KIND=N", hint, ("sizes",))
+        sizes[kind] = float(number) if share else int(number)
     return sizes
 
 
@@ -62,9 +66,9 @@ class ShrinkOptions(Options):
         "where none comes within 1 % of --keep.",
         default=None, panel=SIZE, metavar="N", within="[1, ∞)",
     )  # fmt: skip
-    sizes: Mapping[str, int] = option(
-        "Keep N groups of a kind in every block, for example channels=1024, in place of "
-        "--keep; repeatable.",
+    sizes: Mapping[str, int | float] = option(
+        "Keep N groups of a kind in every block, for example channels=1024, or a share of them, "
+        "experts=0.5, in place of --keep; repeatable.",
         default_factory=dict, panel=SIZE, flag="--size", metavar="KIND=N", read=read_sizes,
         text=lambda sizes: [f"{kind}={number}" for kind, number in sizes.items()],
     )  # fmt: skip

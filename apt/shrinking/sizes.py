@@ -111,8 +111,13 @@ class Sizes:
             for blocks in range(1, self.blocks + 1) if depth else [self.blocks]:
                 yield self._completed(kept, blocks, width=width)
 
-    def size(self, kept: Mapping[str, int], blocks: int) -> Size:
-        """The size with these numbers; raises `AptError` if a kind or a number is not possible."""
+    def size(self, wanted: Mapping[str, int | float], blocks: int) -> Size:
+        """The size with these numbers, or shares, of groups of each kind.
+
+        Raises:
+            AptError: a kind or a number is not possible.
+        """
+        kept = {kind: self._number(kind, number) for kind, number in wanted.items()}
         for kind, count in kept.items():
             if kind not in self.groups:
                 known = ", ".join(self.groups) or "no groups"
@@ -127,6 +132,13 @@ class Sizes:
         fewer = {kind: n for kind, n in kept.items() if n < self.groups[kind].count}
         resized(self._config, self._removed(fewer), range(blocks), self.blocks)
         return self._sized(fewer, blocks)
+
+    def _number(self, kind: str, wanted: int | float) -> int:
+        """The number that a share of the groups of a kind is, as many of each bin."""
+        if isinstance(wanted, int) or kind not in self.groups:
+            return int(wanted)
+        groups = self.groups[kind]
+        return round(wanted * groups.count / groups.bins) * groups.bins
 
     def _sized(self, kept: Mapping[str, int], blocks: int) -> Size:
         share = self._parameters(kept) / self._whole * blocks / self.blocks

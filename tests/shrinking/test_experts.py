@@ -116,6 +116,12 @@ def test_a_choice_that_removes_too_few_experts_is_refused(said):
         apt_package.shrink(mixture("qwen2_moe"), TOKENS, size=size, method=choose)
 
 
+def test_a_share_of_the_experts_is_as_many_of_each_bin():
+    size = ShrinkOptions(sizes={"experts": 0.7}, compensate=False)
+    small, _ = apt_package.shrink(mixture("deepseek_v3"), TOKENS, adapter="auto", size=size)
+    assert small.config.n_routed_experts == 6
+
+
 def test_a_method_of_experts_removes_as_many_as_the_share_says(apt):
     result = apt("shrink", "zoo:moe", "--method", "reap", "--keep", "0.65", *SMALL, "-o", "o")
     assert result.code == 0, result.err
@@ -139,6 +145,8 @@ def test_inspect_says_how_many_parameters_a_token_uses(apt):
 BAD = {
     "experts can be 2 to 16, not 1": ("zoo:moe", "--size", "experts=1"),
     "experts can be 2 to 16, not 17": ("zoo:moe", "--size", "experts=17"),
+    "experts can be 2 to 16, not 0": ("zoo:moe", "--size", "experts=.01"),
+    "size experts=1.5 is not KIND=N; write": ("zoo:moe", "--size", "experts=1.5"),
     "the model has no experts to remove; it has: channels": ("zoo:llama", "--size", "experts=4"),
     "method reap chooses experts, and none are removed": ("zoo:llama", "--method", "reap"),
     "method reap chooses experts, and none are": ("zoo:moe", "--method", "reap", "--depth-only"),
