@@ -98,7 +98,7 @@ def _resolved(dense: Dense, wish: S, method: str | Choice | None) -> tuple[S, Sh
         dense.notice(f"mode: {wish.mode} (default)")
     kinds = [] if _only_blocks(wish) else [*(wish.sizes or sizes.automatic)]
     experts = [kind for kind in kinds if kind in sizes.groups and sizes.groups[kind].routed]
-    if named is not None:
+    if named is not None and sizes.groups.keys() >= set(kinds):  # the others are refused by name
         _check_fit(named, wish, experts)
     drops = not kinds or wish.blocks is not None or bool(wish.drop) or wish.mode == "search"
     kind: Literal["groups", "experts", "blocks"] = "blocks" if not kinds else "groups"

@@ -121,7 +121,7 @@ class RoutedExperts:
         every = inputs.new_empty(self.count, *inputs.shape, dtype=torch.float32)
         for expert in range(self.count):
             index = torch.full((len(inputs), 1), expert, device=inputs.device)
-            every[expert] = self._experts(inputs, index, ones)
+            every[expert] = self._experts(inputs, index, ones).view(inputs.shape)
         return every
 
     def output(self, routing: Routing) -> Tensor:

@@ -148,6 +148,13 @@ BAD = {
     "experts can be 2 to 16, not 0": ("zoo:moe", "--size", "experts=.01"),
     "size experts=1.5 is not KIND=N; write": ("zoo:moe", "--size", "experts=1.5"),
     "the model has no experts to remove; it has: channels": ("zoo:llama", "--size", "experts=4"),
+    "the model has no experts to remove; it has": (
+        "zoo:llama",
+        "--method",
+        "reap",
+        "--size",
+        "experts=4",
+    ),
     "method reap chooses experts, and none are removed": ("zoo:llama", "--method", "reap"),
     "method reap chooses experts, and none are": ("zoo:moe", "--method", "reap", "--depth-only"),
 }
