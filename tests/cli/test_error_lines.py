@@ -146,4 +146,4 @@ def test_pictures_do_not_depend_on_the_backend_of_the_environment(apt, monkeypat
     words = [sys.executable, "-m", "apt", "report", "out", "-o", "page.html", "--png", "i"]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert Path("i/out-sparsity.png").stat().st_size > 1000
+    assert Path("i/out-sparsity-by-block-and-kind.png").stat().st_size > 1000

@@ -98,7 +98,10 @@ WRITERS = {
     "plot": ("p.png", ("shrink", "m", *SEARCH, "-o", "new", "--plot", "p.png")),
     "save-config": ("s.toml", ("prune", "m", *QUICK, "-o", "new", "--save-config", "s.toml")),
     "log": ("l.log", ("--log-file", "l.log", "methods")),
-    "image": ("i/out-sparsity.png", ("report", "out", "-o", "page.html", "--png", "i")),
+    "image": (
+        "i/out-sparsity-by-block-and-kind.png",
+        ("report", "out", "-o", "page.html", "--png", "i"),
+    ),
 }
 
 
