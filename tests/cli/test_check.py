@@ -162,9 +162,9 @@ FAILURES = {
          "prevents: {*}"],
     ),
     "three faults": (
-        {'"mlp.up_proj")': '"mlp.up_proj"), residual=True', '("olmo",)': '("olmoe",)',
+        {'"mlp.up_proj")': '"mlp.up_proj"), residual=True', '("olmo",)': '("olmo2",)',
          "    # more\n": "    def residual(self, state):\n        return 2 * state\n"},
-        ["model_types: model_types of adapter 'mine' name 'olmoe', its example is a 'olmo'"
+        ["model_types: model_types of adapter 'mine' name 'olmo2', its example is a 'olmo'"
          "{class Mine}",
          "stream: model.layers.0: residual() is not the stream that enters it in the model (the "
          "same in 1 more blocks){def residual}",
