@@ -117,12 +117,13 @@ class RoutedExperts:
     def outputs(self) -> Tensor:
         """The output of every expert for every token (experts, tokens, hidden), in fp32."""
         inputs = self.routing.inputs
-        ones = inputs.new_ones(len(inputs), self.count)
-        every = inputs.new_empty(self.count, *inputs.shape, dtype=torch.float32)
-        for expert in range(self.count):
-            index = torch.full((len(inputs), 1), expert, device=inputs.device)
-            every[expert] = self._experts(inputs, index, ones).view(inputs.shape)
-        return every
+        return torch.stack([self._output_of(e, inputs).float() for e in range(self.count)])
+
+    def _output_of(self, expert: int, inputs: Tensor) -> Tensor:
+        """The output (tokens, hidden) of one expert, without a weight of the router."""
+        index = torch.full((len(inputs), 1), expert, device=inputs.device)
+        out: Tensor = self._experts(inputs, index, inputs.new_ones(len(inputs), self.count))
+        return out.view(inputs.shape)
 
     def output(self, routing: Routing) -> Tensor:
         """The sum (tokens, hidden) of the outputs of the chosen experts by their weights."""
@@ -134,9 +135,13 @@ class RoutedExperts:
 
     def norms(self) -> Tensor:
         """The weight of each pick times the norm of the expert's output (tokens, picked)."""
-        tokens = torch.arange(len(self.sizes), device=self.sizes.device)
-        picks = zip(self.routing.index.T, self.routing.weights.T, strict=True)
-        return torch.stack([self.outputs[i, tokens].norm(dim=1) * w.abs() for i, w in picks], 1)
+        norms = torch.zeros(self.routing.index.shape, device=self.sizes.device)
+        for expert in range(self.count):  # on its own tokens alone, unlike `outputs`
+            own = self.routing.index == expert
+            inputs = self.routing.inputs[own.any(1)]
+            if len(inputs):
+                norms[own] = self._output_of(expert, inputs).float().norm(dim=1)
+        return norms * self.routing.weights.float().abs()
 
     def sums(self, values: Tensor) -> Tensor:
         """The sums (experts,) of values of picks (tokens, picked), over the tokens of all ranks."""
