@@ -124,7 +124,8 @@ class _Search:
         losses = now.sum().repeat(self._groups.count)
         for pick in routing.index.T:
             lacking = removed | torch.nn.functional.one_hot(pick, len(removed)).bool()
-            losses.index_add_(0, pick, self._errors(self._experts.rerouted(lacking)) - now)
+            change = self._errors(self._experts.rerouted(lacking)) - now
+            losses.index_add_(0, pick[: len(change)], change)
         return losses
 
     def _every(self, removed: Tensor) -> Tensor:
@@ -153,6 +154,6 @@ class _Search:
         return not self._experts.over_ranks(torch.tensor([float(not same)]))
 
     def _errors(self, routing: Routing) -> Tensor:
-        """The relative error of each token (tokens,) with these experts."""
+        """The relative error of each of the first tokens (few,) with these experts."""
         lost = self._dense - self._experts.output(routing)
-        return lost.square().sum(1).double() / self._experts.sizes
+        return lost.square().sum(1).double() / self._experts.sizes[: len(lost)]

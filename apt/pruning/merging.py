@@ -43,6 +43,8 @@ def merge_experts(
 def most_similar(experts: RoutedExperts, expert: int, others: Sequence[int]) -> int:
     """The expert of ``others`` whose output differs least on the tokens of ``expert``."""
     tokens, weights = experts.routing.tokens_of(expert)
+    first = tokens < experts.few
+    tokens, weights = tokens[first], weights[first]
     outputs = experts.outputs[:, tokens]
     size = (weights.float().square() / experts.sizes[tokens]).unsqueeze(1)
     losses = [((outputs[other] - outputs[expert]).square() * size).sum() for other in others]

@@ -48,6 +48,7 @@ class RoutedExperts:
         routing: what the router decides on these tokens.
         sizes: the mean square of each token (tokens,) on the stream after the block. Errors are
             divided by it, since the norm before the next block divides the stream by its root.
+        few: the number of tokens for which the outputs of all experts fit into 1 GiB.
 
     Args:
         block: the block with its dense weights, and the batches before it.
@@ -64,12 +65,13 @@ class RoutedExperts:
         self._routers = routers_of(block.module, groups)
         self._runs, found, sizes = list[_Run](), list[Routing](), list[Tensor]()
         width = block.adapter.residual(block.batches[0].state).shape[-1]
-        self._ranks, most = block.ranks, min(_TOKENS, _OUTPUTS // (groups.count * width))
-        for batch in block.first_batches(most / block.ranks.size):
+        self._ranks = block.ranks
+        for batch in block.first_batches(_TOKENS / block.ranks.size):
             after = self._record(block, batch, path.rpartition(".")[0], found)
             sizes.append(mean_squares(stream_rows(block.adapter, after)).squeeze(1))
             block.progress()
         self.routing, self.sizes = _joined(found), torch.cat(sizes)
+        self.few = min(len(self.sizes), max(1, _OUTPUTS // (groups.count * width)))
 
     def _record(self, block: OpenBlock, batch: Batch, part: str, found: list[Routing]) -> State:
         """Run a batch, and record how its routing is computed again; returns the state after it."""
@@ -115,8 +117,8 @@ class RoutedExperts:
 
     @cached_property
     def outputs(self) -> Tensor:
-        """The output of every expert for every token (experts, tokens, hidden), in fp32."""
-        inputs = self.routing.inputs
+        """The output of every expert for the first tokens (experts, few, hidden), in fp32."""
+        inputs = self.routing.inputs[: self.few]
         return torch.stack([self._output_of(e, inputs).float() for e in range(self.count)])
 
     def _output_of(self, expert: int, inputs: Tensor) -> Tensor:
@@ -126,11 +128,11 @@ class RoutedExperts:
         return out.view(inputs.shape)
 
     def output(self, routing: Routing) -> Tensor:
-        """The sum (tokens, hidden) of the outputs of the chosen experts by their weights."""
-        tokens = torch.arange(len(self.sizes), device=self.sizes.device)
+        """The sum (few, hidden) of the outputs of the chosen experts by their weights."""
+        tokens = torch.arange(self.few, device=self.sizes.device)
         total = torch.zeros_like(self.outputs[0])
         for index, weights in zip(routing.index.T, routing.weights.T, strict=True):
-            total += self.outputs[index, tokens] * weights.unsqueeze(1)
+            total += self.outputs[index[: self.few], tokens] * weights[: self.few].unsqueeze(1)
         return total
 
     def norms(self) -> Tensor:

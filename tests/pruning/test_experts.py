@@ -13,6 +13,7 @@ from apt_plugins import expert_choices
 from apt.adapter import routings
 from apt.calibration.batches import OpenBlock, enter
 from apt.planning.plan import PlannedGroups
+from apt.pruning import routed_experts
 from apt.pruning.disconnecting import disconnect_groups
 from apt.pruning.expert_choice import ExpertRemoval, joint_experts
 from apt.pruning.expert_weights import compensate, dense_outputs
@@ -131,6 +132,17 @@ def test_the_first_removal_is_exact(family):
     losses = losses_by_hand(case, 7)
     chosen = joint_experts(RoutedExperts(case.block, case.groups), case.pattern(7))
     assert losses[tuple(chosen.tolist())] == min(losses.values())
+
+
+def test_the_outputs_of_all_experts_are_those_of_as_many_tokens_as_fit(case, monkeypatch):
+    monkeypatch.setattr(routed_experts, "_OUTPUTS", 8 * 16 * 20)
+    experts = RoutedExperts(case.block, case.groups)
+    assert experts.outputs.shape == (8, 20, 16)
+    assert len(experts.sizes) == 64
+    assert int(joint_experts(experts, case.pattern(6)).sum()) == 2
+    how = ExpertRemoval(expert_choices.reap, merge=True)
+    disconnect_groups(case.block, PlannedGroups(case.groups, 6, (0, 6)), how, 0.01)
+    assert all(p.isfinite().all() for p in case.owner.parameters())
 
 
 def test_outputs_add_up_to_those_of_the_block(case):
