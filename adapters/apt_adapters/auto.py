@@ -330,7 +330,7 @@ class _Trace(Stream[_Key]):  # type: ignore[no-untyped-call]
         for key, use in self._uses.items():
             if key in found or key not in whole | routed:
                 continue  # it multiplies other values, a table of positions for instance
-            if (routed and key in selecting) or self._gates(key, routed):
+            if (routed and key in selecting) or self._gates(key, routed, bool(selecting)):
                 continue
             name = names.setdefault(use.inputs[0], _short(key))
             order = orders.setdefault(name, len(orders))
@@ -348,12 +348,17 @@ class _Trace(Stream[_Key]):  # type: ignore[no-untyped-call]
         rows = sum(sum(self._uses[key].rows) for key in members if key in self._uses)
         return len(members) > 1 and rows > 0 and rows % tokens == 0
 
-    def _gates(self, key: _Key, routed: Collection[_Key]) -> bool:
-        """True for the weight of a gate beside experts: it has one output, or one for each."""
+    def _gates(self, key: _Key, routed: Collection[_Key], router: bool) -> bool:
+        """True for the weight of a gate beside experts: it has one output.
+
+        Where no router was found by what it selects, a matrix with one output for each expert is
+        taken for it.
+        """
         shape = self._tensors[key].shape
         outputs = shape[1] if self._uses[key].transposed else shape[0]
         return key not in routed and any(
-            outputs in (1, len(self._families[other])) and key[0].startswith(self._around(other))
+            (outputs == 1 or (outputs == len(self._families[other]) and not router))
+            and key[0].startswith(self._around(other))
             for other in routed
         )
 
