@@ -21,9 +21,12 @@ from torch.utils._pytree import tree_leaves
 
 from apt.adapter import Call, DecoderAdapter, Groups, Site, State, one_by_one, record_calls
 from apt.adapter.decoder import members
+from apt.adapter.expert_channels import expert_channels, experts_width
 from apt.adapter.experts import expert_groups
 from apt.adapter.groups import tensors_of
 from apt.adapter.recording import eval_mode
+from apt.checkpoints.skeletons import skeleton_of_class
+from apt.checkpoints.smaller import resized
 from apt.conformance.checks import CHECKS, Nonconformance, Subject
 from apt.conformance.oracle import (
     PRODUCTS,
@@ -48,6 +51,7 @@ class AutoAdapter(DecoderAdapter):
 
     def __init__(self) -> None:
         self._found: dict[Any, list[Site]] = {}
+        self._channels: dict[Any, Groups] = {}  # of experts
         self._config: Any = None  # that of the model for which they were found
         self._checked: WeakSet[nn.Module] = WeakSet()
 
@@ -60,6 +64,7 @@ class AutoAdapter(DecoderAdapter):
             with eval_mode(model):
                 filled = _with_distinct_values(model, [block for _, block in blocks])
                 self._found |= self._examine(filled, path)
+            self._channels |= _channels_of_experts(model, path, self._found)
             self._config = config
         return blocks
 
@@ -75,14 +80,19 @@ class AutoAdapter(DecoderAdapter):
         return tuple(name for name, _ in block.named_parameters() if name not in sites)
 
     def groups(self, block: nn.Module, config: Any) -> list[Groups]:
-        """The stacked experts of the block; no other groups."""
+        """The stacked experts of the block, and the channels inside them; no other groups."""
+        channels = self._channels.get(_kind(block))
+        experts = self._experts(block, config)
+        return [groups for groups in (experts, channels) if groups is not None]
+
+    def _experts(self, block: nn.Module, config: Any) -> Groups | None:
         sites = self.sites(block)
         stacked = dict.fromkeys(
             site.parameter for site in sites if site.routed and site.expert is not None
         )
         owners = {parameter.rpartition(".")[0] for parameter in stacked}
         if len(owners) != 1:
-            return []
+            return None
         owner = owners.pop()
         within = owner[: owner.rfind(".") + 1]  # a router has no sites, unlike an attention
         paths = [site.parameter for site in sites if site.parameter.startswith(within)]
@@ -93,8 +103,7 @@ class AutoAdapter(DecoderAdapter):
             if name.startswith(within) and name.removeprefix(within).partition(".")[0] not in busy
         ]
         names = [parameter.rpartition(".")[2] for parameter in stacked]
-        found = expert_groups(block, owner, names, beside, config)
-        return [] if found is None else [found]
+        return expert_groups(block, owner, names, beside, config)
 
     def enter(self, model: nn.Module, tokens: Tensor) -> tuple[State, list[Call]]:
         """Record every block's call; the first time, check the sites that were found."""
@@ -157,6 +166,46 @@ def _as_dict(model: nn.Module) -> dict[str, Any] | None:
     """The values of the model's configuration, if it has one."""
     config: Any = getattr(model, "config", None)
     return config.to_dict() if hasattr(config, "to_dict") else None
+
+
+def _channels_of_experts(model: Any, path: str, sites: dict[Any, list[Site]]) -> dict[Any, Groups]:
+    """The channels inside experts, by the kind of their block.
+
+    A model without weights, whose experts have another width, shows what follows this width. There
+    are no such groups if that is more than the experts and MLPs of the blocks.
+    """
+    blocks = {f"{path}.{name}": block for name, block in members(model.get_submodule(path))}
+    config = getattr(model, "config", None)
+    known = {experts_width(block, sites[_kind(block)], config) for block in blocks.values()}
+    widths = [width for width in known if width is not None]
+    if len(widths) != 1:
+        return {}
+    changed, found, inside = _following(model, *widths[0]), dict[Any, Groups](), set[str]()
+    for name, block in blocks.items():
+        start, kind = f"{name}.", _kind(block)
+        follow = {p.removeprefix(start): d for p, d in changed.items() if p.startswith(start)}
+        groups = expert_channels(block, sites[kind], widths[0], follow)
+        if groups is not None and {(p.parameter, p.dim) for p in groups.parts} == {*follow.items()}:
+            found[kind] = groups
+            inside.update(start + path for path in follow)
+    return found if inside == changed.keys() else {}
+
+
+def _following(model: Any, field: str, count: int) -> dict[str, int]:
+    """The dimension of each parameter that follows a width; none if another one is refused."""
+    other = count // 2 if count % 2 == 0 else 2 * count
+    groups = Groups("width", count, (), (), {field: int})
+    try:
+        config = resized(model.config, [(groups, count - other)], (), 0)
+        changed = dict(skeleton_of_class(type(model), config, model.config).named_parameters())
+    except Exception:  # a configuration, or a class, may refuse a width in any way
+        return {}
+    return {
+        name: dim
+        for name, parameter in model.named_parameters()
+        for dim, size in enumerate(parameter.shape)
+        if name in changed and changed[name].shape[dim : dim + 1] != (size,)
+    }
 
 
 def _with_values(model: nn.Module) -> nn.Module:

@@ -1,8 +1,11 @@
 """Hybrids of attention and state-space mixers: Jamba and Falcon-H1."""
 
+from dataclasses import replace
+from typing import Any
+
 from torch import nn
 
-from apt.adapter import Experts, Input
+from apt.adapter import Experts, Groups, Input, mlp_channels
 from apt_adapters.mamba import StateSpaceAdapter
 
 _ATTENTION = (
@@ -35,6 +38,12 @@ class JambaAdapter(StateSpaceAdapter):
         """The inputs of a block of its kind: attention or Mamba, with an MLP or experts."""
         inputs = _MIXER if hasattr(block, "mamba") else _ATTENTION
         return inputs if self.experts_of(block) else inputs + _MLP
+
+    def groups(self, block: nn.Module, config: Any) -> list[Groups]:
+        """The experts, and their channels: an MLP has as many, by the same field."""
+        if self.experts_of(block):
+            return super().groups(block, config)
+        return [replace(mlp_channels(block, config, "feed_forward"), kind="expert-channels")]
 
 
 class FalconH1Adapter(StateSpaceAdapter):

@@ -3,10 +3,12 @@
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
 
+from apt.adapter.expert_channels import expert_channels, experts_width
 from apt.adapter.groups import Groups, Part, tensors_of
 from apt.adapter.sites import Site
 from apt.adapter.text_config import text_config
@@ -35,6 +37,8 @@ class Experts:
         linears: the names of the Linears of one member of a ``ModuleList``, in the order in which
             they are multiplied; those in one tuple share their input.
         transposed: True if the slices of the stacked parameters are stored (in, out).
+        shared: the path within the block of a shared expert, with Linears of the same names, if its
+            width is that of the routed experts or a multiple of it by the configuration.
     """
 
     path: str
@@ -42,6 +46,7 @@ class Experts:
     stacked: tuple[str, ...] = ("gate_up_proj", "down_proj")
     linears: tuple[tuple[str, ...], ...] = (("gate_proj", "up_proj"), ("down_proj",))
     transposed: bool = False
+    shared: str = ""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -60,7 +65,7 @@ class Experts:
         return expert_sites(self.path, count, self.stacked, order, transposed=self.transposed)
 
     def groups(self, block: nn.Module, config: Any) -> list[Groups]:
-        """The experts as groups; none in a ``ModuleList``, whose members have other names."""
+        """The experts, and their channels; none in a ``ModuleList``, whose names would change."""
         if isinstance(block.get_submodule(self.path), nn.ModuleList):
             return []
         parent = self.path.rpartition(".")[0]
@@ -69,8 +74,23 @@ class Experts:
             for name in tensors_of(block)
             if name.startswith(f"{self.router}.") or name.rpartition(".")[0] == parent
         ]
-        found = expert_groups(block, self.path, self.stacked, beside, config)
-        return [] if found is None else [found]
+        readers, follow = self._shared(block)
+        sites = [*self.sites(block, 0), *readers]
+        width = experts_width(block, sites, config)
+        found = [
+            expert_groups(block, self.path, self.stacked, beside, config),
+            expert_channels(block, sites, width, follow) if width else None,
+        ]
+        return [groups for groups in found if groups is not None]
+
+    def _shared(self, block: nn.Module) -> tuple[list[Site], dict[str, int]]:
+        """The last Linears of the shared expert, and the dimensions that follow its width."""
+        *first, last = ([f"{self.shared}.{name}" for name in names] for names in self.linears)
+        readers = [Site(path, f"{path}.weight", path) for path in last]
+        rows = {f"{path}.{kind}": 0 for path in chain(*first) for kind in ("weight", "bias")}
+        tensors, follow = tensors_of(block), rows | {site.parameter: 1 for site in readers}
+        there = {path: dim for path, dim in follow.items() if self.shared and path in tensors}
+        return [site for site in readers if site.parameter in there], there
 
 
 def expert_sites(

@@ -1,10 +1,12 @@
 """Groups: the entries of a block's parameters that can only be removed together."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from apt.adapter.sites import Site
 
 
 @dataclass(frozen=True)
@@ -18,12 +20,15 @@ class Part:
         dim: the dimension of the parameter in which the entries are.
         each: the number of consecutive entries of one group.
         start: the first entry of the first group.
+        reader: for groups that are apart, the name of the site whose columns the entries belong to;
+            empty for a stack, which has a slice for each expert.
     """
 
     parameter: str
     dim: int = 0
     each: int = 1
     start: int = 0
+    reader: str = ""
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,10 @@ class Groups:
         routed: True if a router distributes the tokens among the groups. The router then chooses
             among those that are left, so that a model without a group does not equal one in which
             the group's output is zero.
+        multiple: what the number of groups of a bin that a model keeps must be a multiple of.
+        apart: True if every reader has channels of its own, as experts have, and loses other ones
+            than the rest, as many. A column of it is a channel. The channels that are removed are
+            moved behind the others, see `gather`: then they are at the same places everywhere.
     """
 
     kind: str
@@ -61,6 +70,17 @@ class Groups:
     least: int = 1
     outputs: tuple[Part, ...] = ()
     routed: bool = False
+    multiple: int = 1
+    apart: bool = False
+
+    @property
+    def step(self) -> int:
+        """The step from one number of groups that a model can keep to the next."""
+        return self.bins * self.multiple
+
+    def columns_of(self, reader: str) -> int:
+        """The number of columns of a reader; a shared expert can have several for each group."""
+        return self.count * next((part.each for part in self.parts if part.reader == reader), 1)
 
 
 def rows(block: nn.Module, linear: str, each: int = 1, start: int = 0) -> Iterator[Part]:
@@ -102,6 +122,35 @@ def disconnected(parameters: Mapping[str, Tensor], groups: Groups) -> Tensor:
         zero = [not bool(entry[entries(part, group)].any()) for group in range(groups.count)]
         empty &= torch.tensor(zero)
     return empty
+
+
+def entries_of(parameters: Mapping[str, Tensor], groups: Groups, reader: Site) -> Iterator[Tensor]:
+    """What belongs to the columns of one reader of groups that are apart.
+
+    Returns:
+        A view (columns, entries, …) of each part.
+    """
+    width = reader.oriented(reader.slice_of(parameters[reader.parameter])).shape[1]
+    for part in groups.parts:
+        if part.reader not in ("", reader.name) or (not part.reader and reader.expert is None):
+            continue
+        tensor = parameters[part.parameter].movedim(part.dim, -1)
+        if not part.reader:
+            tensor = tensor[reader.expert]
+        own = tensor.narrow(-1, part.start, groups.count * part.each)
+        yield torch.unflatten(own, -1, (width, -1)).movedim((-2, -1), (0, 1))
+
+
+def gather(parameters: Mapping[str, Tensor], groups: Groups, readers: Iterable[Site]) -> None:
+    """Move the columns of zeros of each reader behind its others, and what belongs to them.
+
+    The block remains the same function, up to rounding.
+    """
+    for reader in readers:
+        weight = reader.oriented(reader.slice_of(parameters[reader.parameter].detach()))
+        order = (weight == 0).all(0).int().argsort(stable=True)
+        for own in entries_of(parameters, groups, reader):
+            own.detach().copy_(own.detach()[order])
 
 
 Removal = tuple[Groups, Sequence[int]]

@@ -56,7 +56,10 @@ class Site:
 
     def weight(self, block: nn.Module) -> Tensor:
         """The weight in ``block`` as stored: the parameter, or a view of the expert's slice."""
-        parameter = block.get_parameter(self.parameter)
+        return self.slice_of(block.get_parameter(self.parameter))
+
+    def slice_of(self, parameter: Tensor) -> Tensor:
+        """The weight as stored, of its parameter."""
         return parameter if self.expert is None else parameter[self.expert]
 
     def oriented(self, weight: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from apt.checkpoints.opened import Opened
 from apt.checkpoints.safetensors_io import Shards, write_files
 from apt.checkpoints.skeletons import skeleton_of_class
 from apt.errors import AptError, first_line
-from apt.layouts.pieces import Layout
+from apt.layouts.pieces import Layout, Piece
 from apt.planning.plan import Plan
-from apt.planning.structure import Removed, planned_groups, removed_groups
+from apt.planning.structure import Removed, removed_groups
 
 _CONFIG = "config.json"
 _PER_BLOCK = ("layer", "block", "idx")  # in the names of fields that go by block
@@ -56,8 +57,8 @@ def shrunk(
 
 def smaller(model: Any, adapter: Adapter, plan: Plan) -> Any:
     """The model without the groups and blocks that a run with ``plan`` has disconnected."""
-    config, modules = model.config, dict(adapter.blocks(model))
-    removed = {b.name: removed_groups(adapter, config, modules[b.name], b) for b in plan.blocks}
+    modules = dict(adapter.blocks(model))
+    removed = {b.name: removed_groups(modules[b.name], b) for b in plan.blocks}
     return shrunk(model, adapter, removed, plan.dropped)
 
 
@@ -65,31 +66,60 @@ def smaller_skeleton(model: Any, adapter: Adapter, plan: Plan) -> Any:
     """A plan's smaller model without weights; raises `AptError` if none is possible."""
     config = copy.deepcopy(model.config)
     empty: Any = skeleton_of_class(type(model), config, config)
-    removed = _last_groups(adapter, config, adapter.blocks(empty), plan)
+    removed = _last_groups(plan)
     return shrunk(empty, adapter, removed, plan.dropped)
 
 
 def check_writable(skeleton: Opened, plan: Plan, layout: Layout) -> None:
-    """Raise if a parameter is a part of a stored tensor, or if the stored parts of one change.
+    """Raise if a parameter is a part of a stored tensor, or if what is removed is cut into pieces.
 
-    Experts that are stored one by one do not change: those that are removed are not written.
+    Experts may be stored one by one: those that are removed are not written. A gate may be stored
+    beside the weight that it is joined with: each has all channels.
     """
-    changed = dict[str, set[int]]()
-    blocks = skeleton.adapter.blocks(skeleton.module)
-    for (name, block), planned in zip(blocks, plan.blocks, strict=True):
-        kept = planned_groups(skeleton.adapter, skeleton.config, block, planned)
-        for groups in skeleton.adapter.groups(block, skeleton.config):
-            for part in groups.parts if groups.kind in kept else ():
-                changed.setdefault(f"{name}.{part.parameter}", set()).add(part.dim)
+    parts = dict[str, list[tuple[int, range]]]()
+    for planned in plan.blocks:
+        for groups in (entry.groups for entry in planned.groups):
+            for part in groups.parts:
+                inside = range(part.start + 1, part.start + groups.count * part.each)
+                parts.setdefault(f"{planned.name}.{part.parameter}", []).append((part.dim, inside))
     for name, pieces in layout.items():
-        single = all(piece.part and isinstance(piece.part[0], int) for piece in pieces)
-        fits = pieces[0].whole or changed.get(name, set()) <= ({0} if single else set())
-        if any(piece.of for piece in pieces) or not fits:
+        cuts = (
+            (piece.part[dim], inside)
+            for piece in pieces
+            if piece.part
+            for dim, inside in parts.get(name, ())
+        )
+        whole = all(
+            isinstance(cut, int) or not {cut.start, cut.stop}.intersection(inside)
+            for cut, inside in cuts
+        )
+        if any(piece.of for piece in pieces) or not whole:
             raise AptError(
                 f"{name} is not stored as one tensor, and cannot be made smaller one by one",
                 "do not stream",
                 ("stream",),
             )
+
+
+def _moved(piece: Piece, parameter: str, removals: Sequence[Removal]) -> Piece:
+    """A piece of a parameter, in the one without some groups."""
+
+    def place(dim: int, end: int) -> int:
+        """The end of a piece, which is not within the entries of groups."""
+        return end - sum(
+            len(removed) * part.each
+            for groups, removed in removals
+            for part in groups.parts
+            if part.parameter == parameter and part.dim == dim and part.start < end
+        )
+
+    part = (
+        slice(place(dim, cut.start), place(dim, cut.stop), cut.step)
+        if isinstance(cut, slice)
+        else cut
+        for dim, cut in enumerate(piece.part)
+    )
+    return replace(piece, part=tuple(part))
 
 
 def write_smaller(
@@ -106,7 +136,7 @@ def write_smaller(
         target: an empty directory.
     """
     blocks = skeleton.adapter.blocks(skeleton.module)
-    removed = _last_groups(skeleton.adapter, skeleton.config, blocks, plan)
+    removed = _last_groups(plan)
     config = _smaller_config(skeleton.adapter, skeleton.config, blocks, removed, plan.dropped)
     copy_files((p for p in side_files(source) if p != source / _CONFIG), source, target)
     config.save_pretrained(target)
@@ -130,29 +160,28 @@ def _stored_parts(
     for place, planned in zip(plan.blocks, kept, strict=False):
         tensors = {}
         with masked.open(planned.name) as block:
-            removed = removed_groups(skeleton.adapter, skeleton.config, block, planned)
+            removed = removed_groups(block, planned)
             removals = _removals(skeleton.adapter, skeleton.config, block, removed)
             own = {p: t for p, t in tensors_of(block).items() if f"{planned.name}.{p}" in layout}
             for path, tensor in (own | without(own, removals)).items():
                 dtype = shards.entries[layout[f"{planned.name}.{path}"][0].key].dtype
                 whole = tensor.detach().to("cpu", dtype)
-                for piece in layout[f"{place.name}.{path}"]:
+                for stored in layout[f"{place.name}.{path}"]:
+                    piece = _moved(stored, path, removals)
                     first = piece.part[0] if piece.part else 0
                     if not isinstance(first, int) or first < len(whole):  # experts that are left
                         tensors[piece.key] = piece.given(whole).contiguous()
         yield tensors
 
 
-def _last_groups(
-    adapter: Adapter, config: Any, blocks: Sequence[tuple[str, nn.Module]], plan: Plan
-) -> dict[str, Removed]:
+def _last_groups(plan: Plan) -> dict[str, Removed]:
     """The last groups of each block, as many as a plan removes: shapes depend on the numbers."""
-    removed = dict[str, Removed]()
-    for (name, block), planned in zip(blocks, plan.blocks, strict=True):
-        kept = {} if planned.dropped else planned_groups(adapter, config, block, planned)
-        known = {groups.kind: groups for groups in adapter.groups(block, config)}
-        removed[name] = {kind: range(count, known[kind].count) for kind, count in kept.items()}
-    return removed
+    return {
+        planned.name: {
+            entry.groups.kind: range(entry.kept, entry.groups.count) for entry in planned.groups
+        }
+        for planned in plan.blocks
+    }
 
 
 def _removals(adapter: Adapter, config: Any, block: nn.Module, removed: Removed) -> list[Removal]:

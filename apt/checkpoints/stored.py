@@ -82,6 +82,8 @@ def pruned_parameters(block: PlannedBlock) -> list[str]:
     """The paths within a block of the parameters that pruning changes."""
     paths = [entry.site.parameter for entry in block.pruned]
     paths += [entry.extra.parameter for entry in block.extras]
+    for groups in (entry.groups for entry in block.groups if entry.groups.apart):
+        paths += [part.parameter for part in groups.parts]
     for entry in block.disconnected:
         outputs = [part.parameter for part in entry.groups.outputs]
         inside = tuple(f"{path.rpartition('.')[0]}." for path in outputs)  # of experts, all change

@@ -135,7 +135,7 @@ class PlannedExtra:
 
 @dataclass(frozen=True)
 class PlannedGroups:
-    """Groups without readers, of which a number is kept; ``chosen`` are removed if it is given."""
+    """Groups of which a number is kept; ``chosen`` are removed if it is given."""
 
     groups: Groups
     kept: int
@@ -150,7 +150,7 @@ class PlannedBlock:
         name: its full name.
         sites, extras: its sites and extras; none if it is dropped.
         dropped: True if the whole block is removed from the model.
-        disconnected: the groups without readers that lose some.
+        groups: the groups that lose some.
         tied: the names of sites that lose the same groups of columns, the last of which decides.
     """
 
@@ -158,8 +158,18 @@ class PlannedBlock:
     sites: tuple[PlannedSite, ...]
     extras: tuple[PlannedExtra, ...] = ()
     dropped: bool = False
-    disconnected: tuple[PlannedGroups, ...] = ()
+    groups: tuple[PlannedGroups, ...] = ()
     tied: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def disconnected(self) -> list[PlannedGroups]:
+        """The groups without readers that lose some."""
+        return [entry for entry in self.groups if not entry.groups.readers]
+
+    @property
+    def kept(self) -> dict[str, int]:
+        """The number of groups of each kind that are kept, for the kinds that lose some."""
+        return {entry.groups.kind: entry.kept for entry in self.groups}
 
     @property
     def pruned(self) -> list[PlannedSite]:
@@ -220,7 +230,7 @@ class Plan:
         """True if groups of columns or whole blocks are removed."""
         return any(
             block.dropped
-            or block.disconnected
+            or block.groups
             or any(isinstance(site.pattern, ColumnGroups) for site in block.sites)
             for block in self.blocks
         )

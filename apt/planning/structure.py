@@ -14,7 +14,7 @@ from apt.planning.plan import Plan, PlannedBlock, PlannedGroups, PlannedSite
 from apt.solver import ColumnGroups
 
 Removed = Mapping[str, Sequence[int]]
-"""The indices of the groups that are removed from a block, by kind."""
+"""The indices of the groups that are removed from a block, by kind, or of the columns by reader."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Structure:
         kept: the number of groups of each kind that every block keeps. Kinds that are not named
             keep all.
         dropped: the full names of the blocks that are dropped.
-        removed: the groups that are removed from each block, by the block's name; empty leaves the
-            choice to the method.
+        removed: the groups that are removed from each block, by the block's name, and the columns
+            of each reader of groups that are apart; empty leaves the choice to the method.
     """
 
     kept: Mapping[str, int] = field(default_factory=dict)
@@ -36,10 +36,17 @@ class Structure:
     def groups(self, block: str, groups: Groups) -> ColumnGroups:
         """The pattern of the readers of ``groups`` in a block."""
         kept = self.kept.get(groups.kind, groups.count)
-        chosen = self.removed.get(block, {}).get(groups.kind)
-        return ColumnGroups(
-            groups.count, kept, groups.bins, None if chosen is None else tuple(chosen)
-        )
+        return ColumnGroups(groups.count, kept, groups.bins, self._chosen(block, groups.kind))
+
+    def columns(self, block: str, groups: Groups, reader: str) -> ColumnGroups:
+        """The pattern of one reader of groups that are apart."""
+        width = groups.columns_of(reader)
+        kept = self.kept.get(groups.kind, groups.count) * width // groups.count
+        return ColumnGroups(width, kept, chosen=self._chosen(block, reader))
+
+    def _chosen(self, block: str, name: str) -> tuple[int, ...] | None:
+        chosen = self.removed.get(block, {}).get(name)
+        return None if chosen is None else tuple(chosen)
 
 
 def make_structured_plan(
@@ -77,18 +84,19 @@ def _planned(
     adjusted: bool,
 ) -> PlannedBlock:
     patterns, tied = dict[str, ColumnGroups](), list[tuple[str, ...]]()
-    disconnected = list[PlannedGroups]()
+    smaller = list[PlannedGroups]()
     for groups in adapter.groups(block, config):
         pattern = structure.groups(name, groups)
         if not pattern.removed:
             continue
-        if not groups.readers:
-            disconnected.append(PlannedGroups(groups, pattern.kept, pattern.chosen))
+        smaller.append(PlannedGroups(groups, pattern.kept, pattern.chosen))
         for reader in groups.readers:
             if reader in patterns:
                 raise AptError(f"{name}.{reader} cannot lose groups of two kinds")
             patterns[reader] = pattern
-        if pattern.chosen is None and len(groups.readers) > 1:
+            if groups.apart:
+                patterns[reader] = structure.columns(name, groups, reader)
+        if pattern.chosen is None and len(groups.readers) > 1 and not groups.apart:
             tied.append(groups.readers)
     planned = []
     for site in adapter.sites(block):
@@ -96,7 +104,7 @@ def _planned(
         rest = ColumnGroups(1, 1) if adjusted and not site.routed else None
         kept = patterns.get(site.name, rest)
         planned.append(PlannedSite(f"{name}.{site.name}", site, (rows, width), kept))
-    return PlannedBlock(name, tuple(planned), disconnected=tuple(disconnected), tied=tuple(tied))
+    return PlannedBlock(name, tuple(planned), groups=tuple(smaller), tied=tuple(tied))
 
 
 def _check_names(
@@ -113,44 +121,16 @@ def _check_names(
         raise AptError(f"the model has no groups of kind '{missing[0]}'", f"it has: {known}")
 
 
-def planned_groups(
-    adapter: Adapter, config: Any, block: nn.Module, planned: PlannedBlock
-) -> dict[str, int]:
-    """The number of groups of each kind that a block keeps, for the kinds that lose some."""
-    kept = {entry.groups.kind: entry.kept for entry in planned.disconnected}
-    for groups in adapter.groups(block, config):
-        if (pattern := _pattern(planned, groups)) is not None:
-            kept[groups.kind] = pattern.kept
-    return kept
-
-
-def _pattern(planned: PlannedBlock, groups: Groups) -> ColumnGroups | None:
-    """The pattern of the readers of groups; None if they lose no columns of this kind."""
-    for entry in planned.sites:
-        pattern = entry.pattern
-        if entry.site.name in groups.readers and isinstance(pattern, ColumnGroups):
-            return pattern if pattern.removed and pattern.count == groups.count else None
-    return None
-
-
-def removed_groups(
-    adapter: Adapter, config: Any, block: nn.Module, planned: PlannedBlock
-) -> Removed:
+def removed_groups(block: nn.Module, planned: PlannedBlock) -> Removed:
     """The first groups on which a block's output does not depend, as many as planned."""
     sites: dict[str, Site] = {entry.site.name: entry.site for entry in planned.sites}
     parameters, removed = dict(block.named_parameters()), dict[str, tuple[int, ...]]()
-    kept = {entry.groups.kind: entry.kept for entry in planned.disconnected}
-    for groups in adapter.groups(block, config):
-        if groups.kind in kept:
-            pattern = ColumnGroups(groups.count, kept[groups.kind], groups.bins)
-            empty = disconnected(parameters, groups)
-        elif (read := _pattern(planned, groups)) is not None:
-            pattern, empty = read, torch.ones(groups.count, dtype=torch.bool)
-            for reader in groups.readers:
-                site = sites[reader]
-                empty &= pattern.zeros(site.oriented(site.weight(block).detach())).cpu()
-        else:
-            continue
+    for groups, kept in ((entry.groups, entry.kept) for entry in planned.groups):
+        pattern = ColumnGroups(groups.count, kept, groups.bins)
+        empty = disconnected(parameters, groups)
+        for reader in groups.readers:
+            site = sites[reader]
+            empty &= pattern.zeros(site.oriented(site.weight(block).detach())).cpu()
         scores = torch.where(empty, 0.0, 1.0)
         removed[groups.kind] = tuple(pattern.lowest(scores).nonzero().squeeze(1).tolist())
     return removed

@@ -10,6 +10,7 @@ from operator import itemgetter
 from torch import Tensor, nn
 
 from apt.adapter import Site
+from apt.adapter.groups import gather, tensors_of
 from apt.calibration.batches import Batch, OpenBlock, check_finite
 from apt.calibration.capture import Capture
 from apt.calibration.dense_activations import advance_dense
@@ -95,7 +96,14 @@ class CurrentBlock(OpenBlock):
         if self.solver.recipe.tuning is not None and self.planned.pruned:
             self._tune(self.solver.recipe.tuning)
             done += self._finish(solved, rounds)
+        self._gather()
         return done
+
+    def _gather(self) -> None:
+        """Move the channels that each reader has lost behind its others; see `gather`."""
+        for groups in (entry.groups for entry in self.planned.groups if entry.groups.apart):
+            readers = [site for site in self.sites if site.name in groups.readers]
+            gather(tensors_of(self.module), groups, readers)
 
     def _advance_dense_stream(self) -> dict[Site, Tensor]:
         """Run the block on the dense stream; returns the row scales of sites that use them."""

@@ -8,7 +8,7 @@ approximation of a smaller model has these weights, and skips dropped blocks.
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from apt.adapter import Adapter, Groups, Site
 from apt.adapter.recording import eval_mode
 from apt.calibration.batches import Batch, enter
 from apt.calibration.capture import as_rows
+from apt.pruning.layer import mean_square
 from apt.shrinking.gap_fits import GapFits
 from apt.shrinking.skipping import loss_without
 from apt.solver import ColumnGroups, Gram, SolverOptions, keep_columns, removal_order
@@ -33,6 +34,14 @@ class _Reader:
     groups: Groups
     gram: Gram
 
+    def pattern(self, kept: int) -> ColumnGroups:
+        """The pattern of its columns."""
+        count, bins = self.groups.count, self.groups.bins
+        if self.groups.apart:
+            columns = self.groups.columns_of(self.site.name)
+            return ColumnGroups(columns, kept * columns // count)
+        return ColumnGroups(count, kept, bins)
+
 
 class Proxy:
     """The approximations of the smaller models of a model; its weights are dense between calls.
@@ -40,6 +49,7 @@ class Proxy:
     Args:
         tokens: calibration token ids (samples, seqlen). One (in, in) Gram matrix in fp32 for each
             reader stays in memory.
+        kinds: the kinds of groups of which some may be removed.
         fit_gaps: True if the block before a gap takes over what the dropped blocks do. The streams
             between all blocks stay in memory, of about 16 thousand tokens.
     """
@@ -50,11 +60,12 @@ class Proxy:
         adapter: Adapter,
         tokens: Tensor,
         options: SolverOptions,
+        kinds: Collection[str],
         *,
         fit_gaps: bool = False,
     ) -> None:
         self._model, self._adapter = model, adapter
-        self._options = options
+        self._options, self._kinds = options, kinds
         self._names, self._blocks = zip(*adapter.blocks(model), strict=True)
         self._readers: list[list[_Reader]] = []
         self._orders: dict[tuple[int, str], Tensor] = {}
@@ -105,21 +116,24 @@ class Proxy:
         if behind > index + 1:
             value = value + self._gaps.change(index, behind)
         if reader is not None and kept is not None:
-            groups = reader.groups
-            order = self._order(index, reader)[: groups.count - kept]
-            removed = ColumnGroups(groups.count, kept, groups.bins).mask(order)
-            columns = removed.repeat_interleave(value.shape[1] // groups.count).to(value.device)
+            pattern = reader.pattern(kept)
+            removed = pattern.mask(self._order(index, reader)[: pattern.removed])
+            columns = pattern.columns(removed, value.shape[1]).to(value.device)
             damped = reader.gram.damped(self._options.damping)
             value = keep_columns(value, damped, columns).weight
         return value.to(weight.dtype)
 
     def _order(self, index: int, reader: _Reader) -> Tensor:
-        """The order of removal of all groups but one of each bin, for all readers of the groups."""
-        key = (index, reader.groups.kind)
+        """The order of removal of all groups but one of each bin, for all readers of the groups.
+
+        Readers of groups that are apart have an order each.
+        """
+        groups = reader.groups
+        key = (index, reader.site.name if groups.apart else groups.kind)
         if key not in self._orders:
-            last = next(r for r in reversed(self._readers[index]) if r.groups is reader.groups)
-            pattern = ColumnGroups(last.groups.count, last.groups.bins, last.groups.bins)
-            dense = self._weight(index, last.site).float()
+            last = next(r for r in reversed(self._readers[index]) if r.groups is groups)
+            last = reader if groups.apart else last
+            dense, pattern = self._weight(index, last.site).float(), last.pattern(groups.bins)
             self._orders[key] = removal_order(dense, last.gram, pattern, self._options)
         return self._orders[key]
 
@@ -128,7 +142,7 @@ class Proxy:
         """Sum the inputs of all readers, and record the streams, in one pass over the model."""
         config = getattr(self._model, "config", None)
         for index, block in enumerate(self._blocks):
-            self._readers.append(_readers(self._adapter, block, config))
+            self._readers.append(self._readers_of(block, config))
             grams = {reader.site: reader.gram for reader in self._readers[index]}
             weights = {site: self._weight(index, site) for site in grams}
 
@@ -145,8 +159,31 @@ class Proxy:
             with self._adapter.capture(block, list(grams), add):
                 for batch in batches:
                     batch.state = self._adapter.step(block, batch.state, batch.calls[index])
+            self._readers[-1] = _with_missing_tokens(self._readers[-1])
         if self._fit_gaps:
             self._gaps.record()
+
+    def _readers_of(self, block: nn.Module, config: Any) -> list[_Reader]:
+        """The readers of the groups of a block, with empty Gram matrices."""
+        sites = {site.name: site for site in self._adapter.sites(block)}
+        grams, readers = dict[str, Gram](), list[_Reader]()
+        for groups in self._adapter.groups(block, config):
+            for name in groups.readers if groups.kind in self._kinds else ():
+                weight = sites[name].oriented(sites[name].weight(block).data)
+                gram = grams.setdefault(name, Gram(weight.shape[1], weight.device))
+                readers.append(_Reader(sites[name], groups, gram))
+        return readers
+
+
+def _with_missing_tokens(readers: Sequence[_Reader]) -> list[_Reader]:
+    """The readers; to the Gram matrices of experts, the tokens are added that they lack."""
+    mean = mean_square(reader.gram for reader in readers if reader.site.routed)
+    return [
+        replace(reader, gram=reader.gram.with_missing_tokens(mean))
+        if reader.site.routed
+        else reader
+        for reader in readers
+    ]
 
 
 def _few(batches: Sequence[Batch]) -> Sequence[Batch]:
@@ -165,15 +202,3 @@ def _changed(changes: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
     finally:
         for (weight, _), value in zip(changes, dense, strict=True):
             weight.copy_(value)
-
-
-def _readers(adapter: Adapter, block: nn.Module, config: Any) -> list[_Reader]:
-    """The readers of all groups of a block, with empty Gram matrices."""
-    sites = {site.name: site for site in adapter.sites(block)}
-    grams, readers = dict[str, Gram](), list[_Reader]()
-    for groups in adapter.groups(block, config):
-        for name in groups.readers:
-            weight = sites[name].oriented(sites[name].weight(block).data)
-            gram = grams.setdefault(name, Gram(weight.shape[1], weight.device))
-            readers.append(_Reader(sites[name], groups, gram))
-    return readers

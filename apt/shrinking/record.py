@@ -8,7 +8,6 @@ from torch import nn
 from apt.adapter import Adapter
 from apt.checkpoints.smaller import smaller_skeleton
 from apt.planning.plan import Plan
-from apt.planning.structure import planned_groups
 from apt.shrinking.search import Scored, pareto_front
 from apt.shrinking.sizes import Sizes
 from apt.shrinking.structure_choice import StructureChoice
@@ -19,10 +18,9 @@ def structure_record(
 ) -> dict[str, Any]:
     """What a smaller model keeps and lacks, and the candidates that it was chosen from."""
     sizes = Sizes(model, adapter, config, 1)
-    modules, kept = dict(adapter.blocks(model)), dict[str, int]()
+    kept = dict[str, int]()
     for planned in plan.blocks:
-        if not planned.dropped:
-            kept |= planned_groups(adapter, config, modules[planned.name], planned)
+        kept |= planned.kept
     size = sizes.size(kept, len(plan.blocks) - len(plan.dropped))
     empty = smaller_skeleton(model, adapter, plan)
     left = group_counts(empty, adapter, empty.config)

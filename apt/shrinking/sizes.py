@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from math import lcm
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ class Sizes:
         """The sizes whose cost is nearest to ``keep``, the nearest first.
 
         Every combination of the number of blocks and of groups is completed by the number of groups
-        of the most numerous kind that comes nearest.
+        of the largest kind that comes nearest.
         """
         nearest = (
             min(sizes, key=lambda s: abs(s.cost - keep)) for sizes in self._all(width, depth)
@@ -123,9 +124,9 @@ class Sizes:
                 known = ", ".join(self.groups) or "no groups"
                 raise AptError(f"the model has no {kind} to remove", f"it has: {known}")
             groups = self.groups[kind]
-            least = max(groups.least, groups.bins)
-            if not least <= count <= groups.count or count % groups.bins:
-                step = f", in steps of {groups.bins}" if groups.bins > 1 else ""
+            least = max(groups.least, groups.step)
+            if not least <= count <= groups.count or count % groups.step:
+                step = f", in steps of {groups.step}" if groups.step > 1 else ""
                 raise AptError(f"{kind} can be {least} to {groups.count}{step}, not {count}")
         if not 0 < blocks <= self.blocks:
             raise AptError(f"the number of blocks can be 1 to {self.blocks}, not {blocks}")
@@ -138,7 +139,7 @@ class Sizes:
         if isinstance(wanted, int) or kind not in self.groups:
             return int(wanted)
         groups = self.groups[kind]
-        return round(wanted * groups.count / groups.bins) * groups.bins
+        return round(wanted * groups.count / groups.step) * groups.step
 
     def _sized(self, kept: Mapping[str, int], blocks: int) -> Size:
         share = self._parameters(kept) / self._whole * blocks / self.blocks
@@ -152,8 +153,9 @@ class Sizes:
 
     def _partial(self) -> Iterator[dict[str, int]]:
         """All combinations of the kinds with few groups, of which at most one per reader loses."""
-        few = [groups for kind, groups in self.automatic.items() if kind != self._many]
-        counts = [_numbers(groups, groups.bins) for groups in few]
+        known = [groups for kind, groups in self.automatic.items() if kind != self._largest]
+        few = [groups for groups in known if groups.count < _FEW]
+        counts = [_numbers(groups, groups.step) for groups in few]
         for chosen in product(*counts):
             pairs = zip(few, chosen, strict=True)
             fewer = [(groups, count) for groups, count in pairs if count < groups.count]
@@ -171,20 +173,22 @@ class Sizes:
         return read or self.groups
 
     @property
-    def _many(self) -> str | None:
-        """The kind with the most groups."""
+    def _largest(self) -> str | None:
+        """The kind with the most parameters."""
         known = self.automatic
-        return max(known, key=lambda kind: known[kind].count, default=None)
+        least = {kind: max(groups.least, groups.step) for kind, groups in known.items()}
+        return min(known, key=lambda kind: self._parameters({kind: least[kind]}), default=None)
 
     def _completed(self, kept: dict[str, int], blocks: int, *, width: bool) -> Iterator[Size]:
-        """The size with every number of groups of the most numerous kind."""
-        kind = self._many
+        """The size with every number of groups of the largest kind."""
+        kind = self._largest
         if kind is None or not width:
             yield self._sized(kept, blocks)
             return
         groups = self.groups[kind]
         yield self._sized(kept, blocks)
-        for number in _numbers(groups, self.multiple if groups.count >= _FEW else groups.bins):
+        many = self.multiple if groups.count >= _FEW else 1
+        for number in _numbers(groups, lcm(groups.step, many)):
             if number < groups.count:
                 yield self._sized(kept | {kind: number}, blocks)
 

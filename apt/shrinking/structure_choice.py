@@ -19,7 +19,7 @@ from apt.plugin.specs import ShrinkMethodSpec
 from apt.shrinking.proxy import Proxy
 from apt.shrinking.search import Candidate, Scored, Search, SearchOptions
 from apt.shrinking.sizes import Size
-from apt.solver import ColumnGroups, MethodError, SolverOptions
+from apt.solver import MethodError, SolverOptions
 from apt.text.self_generated import own_text, writes
 
 
@@ -27,13 +27,17 @@ class GroupScores(Protocol):
     """The importance of the groups of every block, by block and by kind.
 
     The groups of lowest importance are removed, the same number in each block. Kinds that no site
-    reads, such as experts, need no scores: they are then chosen as without this method.
+    reads, such as experts, need no scores: they are then chosen as without this method. If groups
+    are apart, as the channels of experts are, the columns of each reader have scores.
     """
 
     def __call__(
         self, model: nn.Module, adapter: Adapter, tokens: Tensor, /
     ) -> Mapping[str, Mapping[str, Tensor]]:
-        """Scores (count,) by block and kind, from calibration ``tokens`` (samples, seqlen)."""
+        """Scores (count,) by block and kind, from calibration ``tokens`` (samples, seqlen).
+
+        Those of groups that are apart are by block and reader, (columns,).
+        """
 
 
 class BlockChoice(Protocol):
@@ -73,6 +77,11 @@ class StructureChoice:
     seed: int = 0
     journal: Journal = field(default_factory=Journal)
     scored: list[Scored] = field(default_factory=list)
+
+    @property
+    def kinds(self) -> set[str]:
+        """The kinds of groups of which some size lacks some."""
+        return {kind for size in self.sizes for kind in size.kept}
 
     def check_streamable(self) -> None:
         """Raise if the model must be in memory as a whole."""
@@ -165,7 +174,7 @@ class _Choosing:
         """The size of lowest loss among those of equal depth."""
         sizes, scored = self.choice.sizes, self.choice.scored
         self.status(f"comparing {len(sizes)} widths")
-        proxy = Proxy(self.model, self.adapter, self.rest, self.choice.solver)
+        proxy = Proxy(self.model, self.adapter, self.rest, self.choice.solver, self.choice.kinds)
         for size in sizes:
             loss = proxy.loss(size.kept, (), self.few)
             scored.append(Scored(Candidate(size, frozenset()), loss))
@@ -177,7 +186,8 @@ class _Choosing:
         """The candidate of lowest loss."""
         how, count, started = self.choice, len(self.names), time.monotonic()
         self.status("search: reading the inputs of the dense model")
-        proxy = Proxy(self.model, self.adapter, self.rest, how.solver, fit_gaps=True)
+        known = (self.model, self.adapter, self.rest, how.solver, how.kinds)
+        proxy = Proxy(*known, fit_gaps=True)
         inputs = {"inputs": self.inputs()}
         if not how.journal.serves(inputs):  # the losses of other inputs are forgotten
             how.journal.begin(inputs)
@@ -237,13 +247,16 @@ def _lowest(
     structure: Structure,
     scores: Mapping[str, Mapping[str, Tensor]],
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The groups of the lowest scores of a block, by kind."""
+    """The groups of the lowest scores of a block, by kind, or by reader if they are apart."""
     for groups in kinds:
-        kept = structure.kept.get(groups.kind, groups.count)
-        if kept < groups.count and (groups.readers or _has_scores(scores, block, groups)):
-            pattern = ColumnGroups(groups.count, kept, groups.bins)
-            mask = pattern.lowest(_scores_of(scores, block, groups).cpu())
-            yield groups.kind, tuple(mask.nonzero().squeeze(1).tolist())
+        pattern = structure.groups(block, groups)
+        patterns = {groups.kind: pattern}
+        if groups.apart:
+            patterns = {r: structure.columns(block, groups, r) for r in groups.readers}
+        if pattern.removed and (groups.readers or _has_scores(scores, block, groups)):
+            for name, each in patterns.items():
+                mask = each.lowest(_scores_of(scores, block, name, each.count).cpu())
+                yield name, tuple(mask.nonzero().squeeze(1).tolist())
 
 
 def _has_scores(scores: object, block: str, groups: Groups) -> bool:
@@ -252,17 +265,17 @@ def _has_scores(scores: object, block: str, groups: Groups) -> bool:
     return isinstance(own, Mapping) and groups.kind in own
 
 
-def _scores_of(scores: Mapping[str, Mapping[str, Tensor]], block: str, groups: Groups) -> Tensor:
-    """The scores (count,) of the groups of a block."""
+def _scores_of(
+    scores: Mapping[str, Mapping[str, Tensor]], block: str, name: str, count: int
+) -> Tensor:
+    """The scores (count,) of the groups of a kind, or of the columns of a reader, in a block."""
     try:
-        own: object = scores[block][groups.kind]
+        own: object = scores[block][name]
     except (TypeError, KeyError, IndexError) as error:
-        raise MethodError(f"returns no scores for the {groups.kind} of {block}") from error
-    if not isinstance(own, Tensor) or own.shape != (groups.count,):
+        raise MethodError(f"returns no scores for the {name} of {block}") from error
+    if not isinstance(own, Tensor) or own.shape != (count,):
         kind = f"shape {tuple(own.shape)}" if isinstance(own, Tensor) else type(own).__name__
-        raise MethodError(
-            f"returns scores of {kind} for the {groups.kind} of {block}, not ({groups.count},)"
-        )
+        raise MethodError(f"returns scores of {kind} for the {name} of {block}, not ({count},)")
     if own.isnan().any():
-        raise MethodError(f"returns a score that is NaN for the {groups.kind} of {block}")
+        raise MethodError(f"returns a score that is NaN for the {name} of {block}")
     return own

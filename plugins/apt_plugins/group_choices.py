@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from apt.adapter import Adapter, Groups, Site
+from apt.adapter.groups import entries_of
 from apt.extending import enter, eval_mode
 from apt.solver import ColumnGroups, Gram, SolverOptions
 
@@ -56,8 +57,8 @@ def flap(model: nn.Module, adapter: Adapter, tokens: Tensor) -> Scores:
                     torch.stack([varied[r] for r in groups.readers]).sum(0), groups.count
                 )
                 for groups in found
-                if groups.readers
-            }
+                if groups.readers and not groups.apart
+            } | {r: varied[r] for groups in found if groups.apart for r in groups.readers}
     return scores
 
 
@@ -104,15 +105,29 @@ def _taylor(
     scores: Scores = defaultdict(dict)
     for name, block in adapter.blocks(model):
         for groups in _groups(model, adapter, block):
+            if groups.apart:
+                inside = {p: salience[f"{name}.{p}"] for p, _ in block.named_parameters()}
+                for site in (site for site in adapter.sites(block) if site.name in groups.readers):
+                    columns = torch.zeros(groups.columns_of(site.name))
+                    for entry in entries_of(inside, groups, site):
+                        vectors = entry.reshape(*entry.shape[:2], -1)
+                        columns += _magnitude(vectors, by_vector=by_vector).sum(1).cpu()
+                    scores[name][site.name] = columns
+                continue
             total = torch.zeros(groups.count)
             for part in groups.parts:
                 entries = salience[f"{name}.{part.parameter}"].movedim(part.dim, 0)
                 vectors = entries.reshape(len(entries), -1)  # of a bias, single values
-                sums = vectors.sum(1).abs() if by_vector else vectors.abs().sum(1)
+                sums = _magnitude(vectors, by_vector=by_vector)
                 own = sums[part.start : part.start + groups.count * part.each]
                 total += _by_group(own, groups.count).cpu()
             scores[name][groups.kind] = total
     return dict(scores)
+
+
+def _magnitude(vectors: Tensor, *, by_vector: bool) -> Tensor:
+    """The magnitude of each vector, as one or as the sum of those of its values."""
+    return vectors.sum(-1).abs() if by_vector else vectors.abs().sum(-1)
 
 
 @torch.enable_grad()
@@ -178,7 +193,8 @@ class _Moments:
 
     def variance(self, site: Site) -> Tensor:
         """The variance of each input (in,)."""
-        count, first, second = self._sums[site]
+        unseen = (1, torch.zeros(()), torch.zeros(()))  # an expert without tokens
+        count, first, second = self._sums.get(site, unseen)
         return (second / count - (first / count).square()).clamp_min(0).float()
 
 

@@ -6,13 +6,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 _SIZES = {
-    "vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 12,
+    "vocab_size": 64, "hidden_size": 16, "intermediate_size": 40, "moe_intermediate_size": 24,
     "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4,
     "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
     "num_experts_per_tok": 2,
 }  # fmt: skip
 _TYPES = {
-    "qwen2_moe": {"num_experts": 8, "shared_expert_intermediate_size": 12},
+    "qwen2_moe": {"num_experts": 8, "shared_expert_intermediate_size": 24},
     "qwen3_moe": {"num_experts": 8, "norm_topk_prob": True},
     "deepseek_v3": {
         "n_routed_experts": 8, "n_group": 2, "topk_group": 1, "n_shared_experts": 1,

@@ -141,9 +141,10 @@ def _some(adapter: Adapter, model: Any, kind: str, share: float) -> dict[str, li
         for groups in adapter.groups(block, model.config):
             if groups.kind == kind:
                 one = groups.count == groups.bins  # then whole bins go
-                bins = 1 if one else groups.bins
+                bins, step = (1, 1) if one else (groups.bins, groups.multiple)
                 each = groups.count // bins
-                gone = min(max(1, int(each * share)), each - -(-groups.least // bins))
+                most = (each - -(-groups.least // bins)) // step
+                gone = min(max(1, int(each * share / step)), most) * step
                 chosen[name] = [
                     first + (index + i) % each
                     for first in range(0, groups.count, each)

@@ -56,9 +56,11 @@ from tests.conformance.mutants.entering import (
 )
 from tests.conformance.mutants.grouping import (
     AnotherReader,
+    Concatenated,
     FewExperts,
     GateForgotten,
     HalfHeads,
+    Interleaved,
     NoField,
     NoParameterOf,
     NoReader,
@@ -255,6 +257,14 @@ MUTANTS: dict[str, Mutant] = {
     "the router of experts forgotten": Mutant(
         RouterForgotten, "groups", r"experts cannot be removed: .*router", "jamba"
     ),
+    "gate and up of experts taken for pairs": Mutant(
+        Interleaved, "groups", "without some expert-channels differs from one that does not",
+        "jamba",
+    ),
+    "pairs of gate and up taken for one after the other": Mutant(
+        Concatenated, "groups", "without some expert-channels differs from one that does not",
+        "gpt-oss",
+    ),
     "no field for channels": Mutant(NoField, "groups", "channels cannot be removed"),
     "another reader": Mutant(
         AnotherReader, "groups", "without some heads differs from one that does not depend on"
@@ -342,4 +352,4 @@ for _model, _base in (("mamba", MAMBA), ("mamba2", MAMBA2)):
     }  # fmt: skip
 
 if "jamba" not in RIGHT:
-    MUTANTS = {name: mutant for name, mutant in MUTANTS.items() if "jamba" not in mutant.model}
+    MUTANTS = {n: m for n, m in MUTANTS.items() if not m.model.startswith(("jamba", "gpt-oss"))}

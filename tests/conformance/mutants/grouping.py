@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from apt.adapter import Part
-from tests.conformance.mutants.models import JAMBA, LLAMA, MAMBA
+from tests.conformance.mutants.models import JAMBA, LLAMA, MAMBA, GptOss
 
 
 def regrouped(change, kind="channels", base=LLAMA):
@@ -58,4 +58,24 @@ def shifted(groups):
 
 
 HalfHeads = regrouped(shifted, "heads")
+
+
+def interleaved(groups):
+    """The rows of the gate and the others are taken for pairs, where they are one after another."""
+    twice = [part for part in groups.parts if part.start]
+    paths = {part.parameter for part in twice}
+    pairs = tuple(replace(part, each=2, start=0) for part in twice)
+    return replace(groups, parts=(*(p for p in groups.parts if p.parameter not in paths), *pairs))
+
+
+def concatenated(groups):
+    """The rows of pairs are taken for rows of the gate, and then the others."""
+    pairs = [part for part in groups.parts if part.each == 2]
+    parts = [part for part in groups.parts if part.each != 2]
+    parts += [replace(p, each=1, start=start) for p in pairs for start in (0, groups.count)]
+    return replace(groups, parts=tuple(parts))
+
+
+Interleaved = regrouped(interleaved, "expert-channels", JAMBA)
+Concatenated = regrouped(concatenated, "expert-channels", GptOss)
 FewExperts = regrouped(lambda groups: replace(groups, least=1), "experts", JAMBA)

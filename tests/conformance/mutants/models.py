@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, OPTConfig
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma3TextConfig, OPTConfig
 
-from apt.adapter import DecoderAdapter
+from apt.adapter import DecoderAdapter, Experts
 from apt.plugin.registry import registry
 from tests.helpers.families import _HEADS, _IDS, _SMALL, CONFIGS, random_model
 
@@ -37,6 +37,15 @@ def gemma(kinds=("sliding_attention", "full_attention")):
     return AutoModelForCausalLM.from_config(config).eval()
 
 
+class GptOss(DecoderAdapter):
+    """A right one: GPT-OSS, whose experts have their gate and the other weight in pairs of rows."""
+
+    blocks_path = "model.layers"
+    inputs = LLAMA.inputs[:2]
+    experts = (Experts("mlp.experts", router="mlp.router", transposed=True),)
+    left_dense = ("mlp.experts.gate_up_proj_bias", "mlp.experts.down_proj_bias")
+
+
 def short():
     """A model with a table of 32 positions."""
     torch.manual_seed(0)
@@ -53,6 +62,18 @@ def three_experts():
     return AutoModelForCausalLM.from_config(config).eval()
 
 
+def gpt_oss():
+    """Two blocks with a sliding window and without."""
+    torch.manual_seed(0)
+    sizes = {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 8, "num_hidden_layers": 2}
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 16}
+    config = AutoConfig.for_model("gpt_oss", **_SMALL | _HEADS | _IDS | sizes | experts)
+    model = AutoModelForCausalLM.from_config(config, experts_implementation="eager").eval()
+    for tensor in model.parameters():
+        torch.nn.init.normal_(tensor, std=0.1)
+    return model
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "llama": lambda: random_model("llama"),
     "eager": lambda: random_model("llama", attention="eager"),
@@ -65,6 +86,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "jamba": lambda: random_model("jamba"),
     "jamba, three experts": three_experts,
     "qwen2-moe": lambda: random_model("qwen2-moe"),
+    "gpt-oss": gpt_oss,
 }
 RIGHT = {
     "llama": LLAMA,
@@ -76,8 +98,9 @@ RIGHT = {
     "mamba2": MAMBA2,
     "jamba": JAMBA,
     "jamba, three experts": JAMBA,
+    "gpt-oss": GptOss,
 }
 """The right adapters of the models."""
 
 if "jamba" not in CONFIGS:  # experts are modules in transformers 4
-    del RIGHT["jamba"], RIGHT["jamba, three experts"]
+    del RIGHT["jamba"], RIGHT["jamba, three experts"], RIGHT["gpt-oss"]

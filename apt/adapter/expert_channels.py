@@ -1,0 +1,110 @@
+"""The channels inside experts: each expert loses some of its own, all of them the same number."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from math import gcd
+from typing import Any
+
+from torch import Tensor, nn
+
+from apt.adapter.groups import Groups, Part, tensors_of
+from apt.adapter.sites import Site
+from apt.adapter.text_config import text_config
+
+# The fields of configurations that are the width of an expert, in the order of their preference.
+_FIELDS = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")
+
+_ALIGNED = 8  # grouped kernels of torch need rows of a multiple of 16 bytes: 8 values in bf16
+
+
+def experts_width(block: nn.Module, sites: Iterable[Site], config: Any) -> tuple[str, int] | None:
+    """The field of a configuration that is the width of a block's stacked experts, and its value.
+
+    Returns:
+        None without stacked experts, or without such a field.
+    """
+    readers, config = _readers(sites), text_config(config)
+    if not readers:
+        return None
+    count = readers[0].oriented(readers[0].weight(block)).shape[1]
+    field = next((name for name in _FIELDS if getattr(config, name, None) == count), None)
+    return None if field is None else (field, count)
+
+
+def expert_channels(
+    block: nn.Module, sites: Sequence[Site], width: tuple[str, int], follow: Mapping[str, int]
+) -> Groups | None:
+    """The channels of the stacked experts of a block, as groups that are apart.
+
+    Args:
+        block: the block.
+        sites: its sites: those of its experts, and those that read the channels of ``follow``.
+        width: the field of the configuration, and its value, see `experts_width`.
+        follow: other parameters whose size follows this field, such as those of a shared expert,
+            with the dimension that does.
+
+    Returns:
+        None if no site reads such channels, or if a parameter has another layout.
+    """
+    tensors, (field, count) = tensors_of(block), width
+    readers, parts = _readers(sites), list[Part]()
+    if readers:
+        parts += _stacked(block, [site for site in sites if site.expert == 0], readers[0], count)
+    own = follow.keys() - {part.parameter for part in parts}
+    for site in sites:
+        if site.parameter in own and follow[site.parameter] == int(not site.transposed):
+            readers.append(site)
+            parts += _beside(tensors, site, {path: follow[path] for path in sorted(own)}, count)
+    entries, dims = Counter[str](), {part.parameter: part.dim for part in parts}
+    for part in parts:
+        entries[part.parameter] += part.each * count
+    whole = all(entries[path] == tensors[path].shape[dim] for path, dim in dims.items())
+    if not readers or not whole or own - dims.keys():
+        return None
+    names = tuple(site.name for site in readers)
+    return Groups(
+        "expert-channels", count, names, tuple(parts), {field: int},
+        multiple=gcd(count, _ALIGNED), apart=True,
+    )  # fmt: skip
+
+
+def _readers(sites: Iterable[Site]) -> list[Site]:
+    """The last weights of stacked experts."""
+    routed = [site for site in sites if site.routed and site.expert is not None]
+    order = max((site.order for site in routed), default=0)
+    return [site for site in routed if site.order == order]
+
+
+def _stacked(block: nn.Module, first: Sequence[Site], last: Site, count: int) -> Iterator[Part]:
+    """The parts in the stacks of experts, by the sites of the first expert and its last one."""
+    tensors = tensors_of(block)
+    owner = block.get_submodule(last.parameter.rpartition(".")[0])
+    # A gate and the other weight are stored one after the other, or as pairs of rows.
+    pairs = not getattr(owner, "is_concatenated", True)
+    yield Part(last.parameter, 1 if last.transposed else 2)
+    for site in first:
+        if site.parameter == last.parameter:
+            continue
+        biases = [n for n, t in tensors.items() if n.startswith(site.parameter) and t.ndim == 2]
+        for path, dim in [(site.parameter, 1 + site.transposed), *((bias, 1) for bias in biases)]:
+            size = tensors[path].shape[dim]
+            yield from [Part(path, dim, size // count)] if pairs else _rows(path, dim, size, count)
+
+
+def _beside(
+    tensors: Mapping[str, Tensor], reader: Site, follow: Mapping[str, int], count: int
+) -> Iterator[Part]:
+    """The parts of a shared expert: its width is a multiple of that of the others."""
+    owner = reader.parameter.rsplit(".", 2)[0]
+    each = tensors[reader.parameter].shape[follow[reader.parameter]] // count
+    for path, dim in follow.items():
+        if path.rsplit(".", 2)[0] == owner:
+            yield from _rows(path, dim, tensors[path].shape[dim], count, each, reader.name)
+
+
+def _rows(
+    path: str, dim: int, size: int, count: int, each: int = 1, reader: str = ""
+) -> Iterator[Part]:
+    """The parts of a parameter that has every channel once, or several times in succession."""
+    for start in range(0, size, count * each):
+        yield Part(path, dim, each, start, reader)
