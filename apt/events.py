@@ -59,6 +59,21 @@ class SitePruned:
 
 
 @dataclass(frozen=True)
+class ExpertsRemoved:
+    """Experts of a block were removed.
+
+    Attributes:
+        name: the block.
+        experts: their indices.
+        merged: those that were averaged into another one, each with the index of that.
+    """
+
+    name: str
+    experts: tuple[int, ...]
+    merged: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True)
 class BlockTuned:
     """The kept weights of a block were tuned.
 
@@ -115,7 +130,10 @@ class HeldBack:
     loss: float
 
 
-Event = BlockStarted | Working | SitePruned | BlockTuned
+Done = SitePruned | ExpertsRemoved
+"""What a run records of a block."""
+
+Event = BlockStarted | Working | BlockTuned | Done
 Observer = Callable[[Event], None]
 
 

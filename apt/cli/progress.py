@@ -11,7 +11,7 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Display
 
 from apt.cli.output import duration, err, has_live_display, notice, show_detail
-from apt.events import BlockStarted, BlockTuned, Event, Working
+from apt.events import BlockStarted, BlockTuned, Event, ExpertsRemoved, Working
 
 if TYPE_CHECKING:
     from apt.planning.plan import Plan
@@ -141,6 +141,9 @@ class PruningProgress(Progress):
         elif isinstance(event, BlockTuned):
             text = f"tuned  error {event.before:.4f} → {event.after:.4f}"
             self._detail(f"{self._block}  {text}", f"{event.name}  {text}", "tuned", event)
+        elif isinstance(event, ExpertsRemoved):
+            text = f"without experts {', '.join(map(str, event.experts))}"
+            self._detail(f"{self._block}  experts", f"{event.name}  {text}", "experts", event)
         else:
             self.done += event.size
             self._errors.append(event.relative_error)

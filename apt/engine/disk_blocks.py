@@ -13,7 +13,7 @@ from apt.checkpoints.stored import pruned_parameters
 from apt.checkpoints.verify import block_verdicts, failures
 from apt.distributed.ranks import Ranks
 from apt.errors import first_line
-from apt.events import SitePruned
+from apt.events import Done, ExpertsRemoved, SitePruned
 from apt.files.journal import Journal, Line
 from apt.planning.plan import Plan
 
@@ -58,15 +58,15 @@ class DiskBlocks:
         with self._source.open(name, dense):
             yield
 
-    def pruned(self, name: str) -> list[SitePruned] | None:
-        """The records in the journal of a block's sites; None if the block is not finished."""
-        return sites_of(self._done[name], self._journal) if name in self._done else None
+    def pruned(self, name: str) -> list[Done] | None:
+        """The records in the journal of a block; None if the block is not finished."""
+        return records_of(self._done[name], self._journal) if name in self._done else None
 
     def restore(self, name: str, block: nn.Module) -> None:
         """Read the pruned block from the output."""
         self._target.restore(name)
 
-    def keep(self, name: str, block: nn.Module, sites: Sequence[SitePruned]) -> None:
+    def keep(self, name: str, block: nn.Module, done: Sequence[Done]) -> None:
         """Write the pruned parameters, and then a line in the journal.
 
         Every rank continues with the values as stored, as a resumed run does.
@@ -77,8 +77,12 @@ class DiskBlocks:
         if not self._ranks.first:
             return
         self._target.write(name, paths)
-        line = {"block": name, "sites": [asdict(site) for site in sites]}
-        self._journal.add(line | {"digest": self._target.digest(planned)})
+        records = {
+            "sites": [asdict(each) for each in done if isinstance(each, SitePruned)],
+            "experts": [asdict(each) for each in done if isinstance(each, ExpertsRemoved)],
+        }
+        line = {"block": name, **records, "digest": self._target.digest(planned)}
+        self._journal.add(line)
 
     def check(self) -> None:
         """Compare the blocks that an earlier run wrote with their checksums in the journal.
@@ -114,13 +118,18 @@ def reads_ahead(device: str) -> bool:
     return device.startswith("cuda")
 
 
-def sites_of(line: Line, journal: Journal) -> list[SitePruned]:
-    """The records of the pruned sites in a line of a journal.
+def records_of(line: Line, journal: Journal) -> list[Done]:
+    """The records of a block in a line of a journal.
 
     Raises:
         AptError: the line is damaged.
     """
     try:
-        return [SitePruned(**{**s, "shape": tuple(s["shape"])}) for s in line.get("sites", ())]
+        sites = [SitePruned(**{**s, "shape": tuple(s["shape"])}) for s in line.get("sites", ())]
+        return [*(_experts(**entry) for entry in line.get("experts", ())), *sites]
     except (KeyError, TypeError) as error:
         raise journal.damaged(first_line(error)) from error
+
+
+def _experts(name: str, experts: list[int], merged: list[tuple[int, int]]) -> ExpertsRemoved:
+    return ExpertsRemoved(name, tuple(experts), tuple((first, other) for first, other in merged))

@@ -21,7 +21,7 @@ from apt.engine.output_store import OutputStore
 from apt.engine.task import Changed, Task
 from apt.engine.text import Text
 from apt.errors import AptError
-from apt.events import SitePruned
+from apt.events import Done
 from apt.output.report import Report, read_report
 from apt.output.staging import write_errors
 from apt.output.timeline import Timeline
@@ -162,7 +162,7 @@ class _RoundedBlocks(MemoryBlocks):
     def __init__(self, stored: Stored, plan: Plan) -> None:
         self._stored, self._plan = stored, {planned.name: planned for planned in plan.blocks}
 
-    def keep(self, name: str, block: nn.Module, sites: Sequence[SitePruned]) -> None:
+    def keep(self, name: str, block: nn.Module, done: Sequence[Done]) -> None:
         """Round the pruned weights to their dtypes in the checkpoint."""
         self._stored.round(self._plan[name], block)
 

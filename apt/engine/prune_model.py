@@ -9,13 +9,14 @@ from apt.adapter import Adapter
 from apt.checkpoints.smaller import smaller_skeleton
 from apt.engine.reports import calibration_of
 from apt.engine.store import ModelStore
+from apt.events import Event, ExpertsRemoved
 from apt.output.report import Report
 from apt.planning.allocation import UNIFORM, Allocation, Unallocated, allocated, with_shares
 from apt.planning.plan import Plan
 from apt.planning.structure import make_structured_plan
 from apt.pruning.layer import Recipe, SiteMethod
 from apt.pruning.pipeline import prune_blocks
-from apt.shrinking.record import structure_record
+from apt.shrinking.record import removed_experts, structure_record
 from apt.shrinking.structure_choice import StructureChoice
 from apt.text.augmentation import Augmentation
 
@@ -64,6 +65,13 @@ def prune_model(
     """
     tokens = with_own_text(store, tokens, job)
     plan = final_plan(store, tokens, job)
+    experts = list[ExpertsRemoved]()
+
+    def observe(event: Event) -> None:
+        store.observe(event)
+        if isinstance(event, ExpertsRemoved):
+            experts.append(event)
+
     sites = prune_blocks(
         store.model,
         job.adapter,
@@ -74,12 +82,13 @@ def prune_model(
         block_storage=store.blocks,
         store=store.activations,
         ranks=store.ranks,
-        observe=store.observe,
+        observe=observe,
     )
     structure = {}
     if job.structure is not None:
         config = getattr(store.model, "config", None)
         structure = structure_record(job.structure, plan, store.model, job.adapter, config)
+        structure["experts"] = removed_experts(experts)
     return plan, replace(
         report,
         calibration=report.calibration | calibration_of(tokens),

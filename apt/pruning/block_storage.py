@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import nn
 
-from apt.events import SitePruned
+from apt.events import Done
 
 
 class BlockStorage(Protocol):
@@ -22,14 +22,14 @@ class BlockStorage(Protocol):
     def open(self, name: str, block: nn.Module) -> AbstractContextManager[None]:
         """A context in which the block's dense weights are in memory."""
 
-    def pruned(self, name: str) -> list[SitePruned] | None:
-        """The records of the block's sites from an earlier run; None if it is not pruned yet."""
+    def pruned(self, name: str) -> list[Done] | None:
+        """The records of the block from an earlier run; None if it is not pruned yet."""
 
     def restore(self, name: str, block: nn.Module) -> None:
         """Load the pruned weights of an earlier run into the block."""
 
-    def keep(self, name: str, block: nn.Module, sites: Sequence[SitePruned]) -> None:
-        """Store the pruned block and the records of its sites."""
+    def keep(self, name: str, block: nn.Module, done: Sequence[Done]) -> None:
+        """Store the pruned block and its records."""
 
 
 class MemoryBlocks:
@@ -41,12 +41,12 @@ class MemoryBlocks:
         """Do nothing: the weights are in memory."""
         return nullcontext()
 
-    def pruned(self, name: str) -> list[SitePruned] | None:
+    def pruned(self, name: str) -> list[Done] | None:
         """None: every run begins at the first block."""
         return None
 
     def restore(self, name: str, block: nn.Module) -> None:
         """Never called, since `pruned` returns None."""
 
-    def keep(self, name: str, block: nn.Module, sites: Sequence[SitePruned]) -> None:
+    def keep(self, name: str, block: nn.Module, done: Sequence[Done]) -> None:
         """Do nothing: the block stays in memory."""

@@ -1,6 +1,6 @@
 """The block that is being pruned: its sites are solved in stages, tuned, rounded and measured."""
 
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,7 +15,7 @@ from apt.calibration.batches import Batch, OpenBlock, check_finite
 from apt.calibration.capture import Capture
 from apt.calibration.dense_activations import advance_dense
 from apt.calibration.targets import Sums
-from apt.events import BlockTuned, Observer, SitePruned, Working
+from apt.events import BlockTuned, Done, ExpertsRemoved, Observer, SitePruned, Working
 from apt.planning.plan import PlannedBlock, PlannedSite
 from apt.pruning.disconnecting import disconnect_groups
 from apt.pruning.layer import SiteSolver, SolvedSite, mean_square, measured, round_site
@@ -62,19 +62,17 @@ class CurrentBlock(OpenBlock):
         writers = (site for site in self.sites if site.residual and self.solver.recipe.error_aware)
         self.dense = {s: s.oriented(s.weight(self.module).data).clone() for s in writers}
 
-    def prune(self) -> list[SitePruned]:
-        """Prune the block: its extras, then its sites; then tune it.
+    def prune(self) -> list[Done]:
+        """Prune the block: groups without readers, its extras, then its sites; then tune it.
 
         The outputs that it is tuned towards are those of the dense model before the next block that
         is not dropped.
         """
         self.scales = self._advance_dense_stream()
         self._bridge_gap()
-        for lost in self.planned.disconnected:
-            recipe = self.solver.recipe
-            disconnect_groups(self, lost, recipe.experts, recipe.solver.damping or DAMPING)
+        done = list[Done](self._disconnected())
         self.planned = self._with_tied_groups()
-        done = self.ranks.share(self._extras())
+        done += self.ranks.share(self._extras())
         solved: list[_Turn] = []
         rounds: list[dict[int, PlannedSite]] = []
         with closing(self._captured()) as stages:
@@ -98,6 +96,17 @@ class CurrentBlock(OpenBlock):
             done += self._finish(solved, rounds)
         self._gather()
         return done
+
+    def _disconnected(self) -> Iterator[ExpertsRemoved]:
+        """Disconnect the groups without readers; the records of those that are experts."""
+        recipe = self.solver.recipe
+        for lost in self.planned.disconnected:
+            damping = recipe.solver.damping or DAMPING
+            chosen, merged = disconnect_groups(self, lost, recipe.experts, damping)
+            if lost.groups.routed:
+                removed = ExpertsRemoved(self.planned.name, tuple(chosen), merged)
+                self.observe(removed)
+                yield removed
 
     def _gather(self) -> None:
         """Move the channels that each reader has lost behind its others; see `gather`."""

@@ -4,7 +4,7 @@ No matrix multiplies the outputs of these groups. So they are chosen by what the
 a block that is pruned, the outputs of removed groups are zero, and its router does not choose them.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +27,13 @@ _TOKENS = 2048
 
 def disconnect_groups(
     block: OpenBlock, planned: PlannedGroups, how: ExpertRemoval, damping: float
-) -> None:
-    """Choose groups, and set their outputs to zero; see `ExpertRemoval` for experts."""
-    groups, chosen = planned.groups, planned.chosen
+) -> tuple[Sequence[int], tuple[tuple[int, int], ...]]:
+    """Choose groups, and set their outputs to zero; see `ExpertRemoval` for experts.
+
+    Returns:
+        The indices of the groups, and those that were merged, each with the one that has them.
+    """
+    groups, chosen, merged = planned.groups, planned.chosen, tuple[tuple[int, int], ...]()
     experts = _readable(block, groups, how) if groups.routed else None
     if chosen is None and experts is not None and how.choose is not None:
         chosen = _chosen(experts, planned, how.choose)
@@ -37,13 +41,14 @@ def disconnect_groups(
     targets = dense_outputs(block, groups) if experts is not None and how.compensate else []
     if experts is not None and how.merge:
         removed = ColumnGroups(groups.count, planned.kept, groups.bins).mask(chosen)
-        merge_experts(block.module, block.adapter, groups, experts, removed)
+        merged = merge_experts(block.module, block.adapter, groups, experts, removed)
     del experts  # the outputs are large
     disconnect(tensors_of(block.module), groups, chosen)
     block.unrouted = unrouted(block.module, [planned])
     if targets:
         kept = set(range(groups.count)) - set(chosen)
         compensate(block, groups, kept, targets, damping)
+    return chosen, merged
 
 
 def unrouted(block: nn.Module, removed: Iterable[PlannedGroups]) -> dict[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from apt.pruning.routed_experts import RoutedExperts, owner_of
 @torch.no_grad()
 def merge_experts(
     block: nn.Module, adapter: Adapter, groups: Groups, experts: RoutedExperts, removed: Tensor
-) -> None:
+) -> tuple[tuple[int, int], ...]:
     """Average each removed expert into one of the others, in place.
 
     It is that with the most similar output on the removed expert's tokens. An expert without
@@ -27,6 +27,9 @@ def merge_experts(
     Args:
         experts: the experts of the dense block, on calibration tokens.
         removed: True for the experts that are removed (experts,).
+
+    Returns:
+        The removed experts that were merged, each with the one that it became a part of.
     """
     kept = (~removed).nonzero().squeeze(1).tolist()
     weights = _Weights(block, adapter, groups)
@@ -38,6 +41,7 @@ def merge_experts(
         if len(members) > 1:
             shares = tokens[members] / tokens[members].sum()
             weights.average(members, first, shares.tolist())
+    return tuple(sorted((other, first) for first, m in clusters.items() for other in m[1:]))
 
 
 def most_similar(experts: RoutedExperts, expert: int, others: Sequence[int]) -> int:

@@ -16,7 +16,7 @@ from apt.calibration.batches import TOKENS_PER_BATCH, Batch, check_finite, check
 from apt.calibration.storage import MemoryStore, Store
 from apt.distributed.ranks import Ranks
 from apt.errors import AptError
-from apt.events import BlockStarted, Observer, SitePruned, Working
+from apt.events import BlockStarted, Done, Observer, SitePruned, Working
 from apt.planning.plan import Plan, PlannedBlock
 from apt.pruning.block_storage import BlockStorage, MemoryBlocks
 from apt.pruning.current_block import CurrentBlock, Dropped
@@ -91,7 +91,7 @@ class _Pruning:
         self.can_pause = self.store.with_model and can_pause(
             self.adapter, config, tokens.shape[1], width
         )
-        done: list[SitePruned] = []
+        done: list[Done] = []
         kept = [index for index, planned in enumerate(plan.blocks) if not planned.dropped]
         blocks = [(i, name, module) for i, (name, module) in enumerate(modules.items())]
         self.pass_dropped(batches, blocks[: kept[0]])
@@ -103,7 +103,7 @@ class _Pruning:
                 done += self.prune_opened(  # no name keeps the block and its copies alive
                     self.current(planned, module, index, batches, dropped), last=index == kept[-1]
                 )
-        return done
+        return [record for record in done if isinstance(record, SitePruned)]
 
     def current(
         self,
@@ -121,7 +121,7 @@ class _Pruning:
             can_pause=self.can_pause, repeatable=self.block_storage.repeatable,
         )  # fmt: skip
 
-    def prune_opened(self, current: CurrentBlock, *, last: bool) -> list[SitePruned]:
+    def prune_opened(self, current: CurrentBlock, *, last: bool) -> list[Done]:
         """Prune or restore a block that is in memory, and run it unless it is the last one."""
         try:
             done = self.prune_or_restore(current)
@@ -132,7 +132,7 @@ class _Pruning:
             raise AptError(f"in {name}: {error.message}", error.hint, error.options) from error
         return done
 
-    def prune_or_restore(self, current: CurrentBlock) -> list[SitePruned]:
+    def prune_or_restore(self, current: CurrentBlock) -> list[Done]:
         """Prune a block, or restore it if an earlier run has pruned it."""
         name = current.planned.name
         if (known := self.block_storage.pruned(name)) is None:
@@ -146,8 +146,8 @@ class _Pruning:
         self.pass_dropped(current.batches, current.dropped)
         self.block_storage.restore(name, current.module)
         current.unrouted = unrouted(current.module, current.planned.disconnected)
-        for site in known:
-            self.observe(site)
+        for record in known:
+            self.observe(record)
         return known
 
     def pass_dropped(self, batches: list[Batch], dropped: Sequence[Dropped]) -> None:

@@ -7,6 +7,7 @@ from torch import nn
 
 from apt.adapter import Adapter
 from apt.checkpoints.smaller import smaller_skeleton
+from apt.events import ExpertsRemoved
 from apt.planning.plan import Plan
 from apt.shrinking.search import Scored, pareto_front
 from apt.shrinking.sizes import Sizes
@@ -33,6 +34,14 @@ def structure_record(
             for kind, groups in sizes.groups.items()
         },
         "candidates": _candidates(choice.scored),
+    }
+
+
+def removed_experts(removed: Sequence[ExpertsRemoved]) -> dict[str, dict[str, Any]]:
+    """The removed experts of each block, and for the merged ones those that they are a part of."""
+    return {
+        each.name: {"removed": list(each.experts), "merged": [list(pair) for pair in each.merged]}
+        for each in removed
     }
 
 

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from apt.checkpoints.load import load, open_skeleton
-from apt.engine.disk_blocks import sites_of
+from apt.engine.disk_blocks import records_of
 from apt.errors import AptError
 from apt.locations.model_source import find
 from apt.output.staging import Staging
@@ -102,11 +102,16 @@ json_values = st.recursive(
     max_leaves=8,
 )  # fmt: skip
 site_fields = st.dictionaries(st.sampled_from(["name", "shape", "zeros", "pattern", "x"]), values)
+expert_fields = st.dictionaries(st.sampled_from(["name", "experts", "merged"]), values)
 lines = st.one_of(
     json_values,
     st.fixed_dictionaries({"fingerprint": json_values}),
     st.fixed_dictionaries(
-        {"block": json_values, "sites": st.one_of(values, st.lists(site_fields))}
+        {
+            "block": json_values,
+            "sites": st.one_of(values, st.lists(site_fields)),
+            "experts": st.one_of(values, st.lists(expert_fields)),
+        }
     ),
 )
 
@@ -128,6 +133,6 @@ def test_a_journal(tmp_path, given, tail, sealed):
     with one_line(), work.locked():
         work.journal.read()
         for line in work.journal.lines:
-            sites_of(line, work.journal)
+            records_of(line, work.journal)
         assert work.done is None
         work.begin({"model": 1}, resume=True)

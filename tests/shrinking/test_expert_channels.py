@@ -18,7 +18,7 @@ from apt.solver import SolverOptions
 from tests.helpers import TEXT
 from tests.helpers.interrupted import PLACES, KilledError, cut
 from tests.helpers.mixtures import mixture
-from tests.shrinking.test_experts import TOKENS, tensors
+from tests.shrinking.test_experts import TOKENS, ZOO, tensors
 
 pytest.importorskip("transformers.core_model_loading", reason="transformers 4 has lists of experts")
 
@@ -126,9 +126,7 @@ def test_a_streamed_run_writes_the_same_bytes_and_goes_on_after_its_end(apt, mon
 def test_stacks_in_pairs_are_streamed_too(apt, monkeypatch):
     model = mixture("gpt_oss", vocab_size=2048, num_attention_heads=2)
     model.save_pretrained("dense")
-    AutoTokenizer.from_pretrained(
-        Path(library.__file__).parents[1] / "adapters/apt_adapters/zoo/moe"
-    ).save_pretrained("dense")
+    AutoTokenizer.from_pretrained(ZOO).save_pretrained("dense")
     words = ("shrink", "dense", "--size", "expert-channels=0.6", *SMALL)
     check_equal(*streamed(apt, monkeypatch, words))
 

@@ -16,6 +16,7 @@ from tests.helpers.mixtures import mixture
 
 pytest.importorskip("transformers.core_model_loading", reason="transformers 4 has lists of experts")
 
+ZOO = Path(apt_package.__file__).parents[1] / "adapters/apt_adapters/zoo/moe"
 SMALL = ("--samples", 4, "--seqlen", 48, "--calibration", TEXT)
 METHODS = ["expert-joint", "reap", "expert-effect", "expert-frequency", "expert-merge"]
 TOKENS = torch.randint(1, 64, (8, 24), generator=torch.Generator().manual_seed(0))
@@ -56,6 +57,26 @@ def test_a_streamed_run_writes_the_same_bytes_and_goes_on_after_its_end(apt, mon
     whole, streamed = tensors("whole"), tensors("streamed")
     assert whole.keys() == streamed.keys()
     assert all(torch.equal(tensor, streamed[name]) for name, tensor in whole.items())
+    check_record(apt)
+
+
+def check_record(apt):
+    """The reports and the page have the experts of each block that were merged, by their rows."""
+    found, other = (
+        json.loads(Path(f"{name}/apt_report.json").read_text())["structure"]["experts"]
+        for name in ("whole", "streamed")
+    )
+    assert found == other
+    assert apt("report", "streamed", "-o", "page.html").code == 0
+    page, small = Path("page.html").read_text(), tensors("streamed")
+    for block, entry in found.items():
+        dense = tensors(ZOO)[f"{block}.mlp.gate.weight"]
+        left = [e for e in range(16) if e not in entry["removed"]]
+        assert torch.equal(small[f"{block}.mlp.gate.weight"], dense[left])
+        assert {expert for expert, _ in entry["merged"]} <= set(entry["removed"])
+        assert {other for _, other in entry["merged"]} <= set(left)
+        assert f">{', '.join(map(str, entry['removed']))}<" in page
+        assert ", ".join(f"{expert} into {other}" for expert, other in entry["merged"]) in page
 
 
 def distance(model, **options):
@@ -134,9 +155,7 @@ def test_a_method_of_experts_removes_as_many_as_the_share_says(apt):
 def test_inspect_says_how_many_parameters_a_token_uses(apt):
     result = apt("inspect", "zoo:moe", "--json")
     found = json.loads(result.out)
-    model = AutoModelForCausalLM.from_pretrained(
-        Path(apt_package.__file__).parents[1] / "adapters/apt_adapters/zoo/moe"
-    )
+    model = AutoModelForCausalLM.from_pretrained(ZOO)
     inside = sum(p.numel() for n, p in model.named_parameters() if "mlp.experts" in n)
     assert found["parameters"] == sum(p.numel() for p in model.parameters())
     assert found["active_parameters"] == found["parameters"] - inside * 14 // 16

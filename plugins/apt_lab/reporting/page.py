@@ -88,6 +88,18 @@ class Subject:
         return heats
 
     @property
+    def experts(self) -> list[tuple[str, str, str]]:
+        """The removed experts of each block, and those that were merged into others."""
+        return [
+            (
+                block,
+                ", ".join(map(str, entry["removed"])),
+                ", ".join(f"{expert} into {other}" for expert, other in entry["merged"]),
+            )
+            for block, entry in self.report.structure.get("experts", {}).items()
+        ]
+
+    @property
     def kinds(self) -> list[Any]:
         """The summary of each kind of site."""
         return by_kind(self.report.sites)
