@@ -320,6 +320,17 @@ def families(rows: Rows) -> str:
     return "\n\n".join(parts)
 
 
+def widths(rows: Rows) -> str:
+    """What narrower models of several types compute."""
+    header = ["type", "adapter", "groups", "of", "kept", "difference", "warnings"]
+    lines = [
+        [f"`{r['type']}`", r["adapter"], f"`{r['kind']}`", str(r["count"]), str(r["kept"]),
+         f"{r['difference'] / r['effect']:.0e}", "; ".join(r["warnings"]) or "none"]
+        for r in rows
+    ]  # fmt: skip
+    return table(header, lines)
+
+
 TABLES: Mapping[str, tuple[str, Callable[[Rows], str]]] = {
     "smollm2": ("smollm2", comparison),
     "tasks": ("smollm2", tasks),
@@ -340,6 +351,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Rows], str]]] = {
     "stream-7b": ("stream-7b", stream),
     "families": ("families", families),
     "quantize": ("quantize", quantized),
+    "widths": ("widths", widths),
     "packed": ("packed", packed_models),
     "packed-threads": ("packed-threads", packed_models),
     "packed-1.5b": ("packed-1.5b", packed_models),

@@ -7,19 +7,17 @@ cannot be determined is refused. So is a model for which the conformance checks 
 capture misses something.
 """
 
-import copy
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakSet
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from apt.adapter import Call, DecoderAdapter, Groups, Site, State, one_by_one, record_calls
+from apt.adapter import Call, DecoderAdapter, Groups, Site, State, one_by_one
 from apt.adapter.decoder import members
 from apt.adapter.expert_channels import expert_channels, experts_width
 from apt.adapter.experts import expert_groups
@@ -38,9 +36,10 @@ from apt.conformance.oracle import (
     used_rows,
 )
 from apt.errors import AptError, described, first_line
+from apt_adapters.artificial import few_tokens, kind_of, runs, with_distinct_values
+from apt_adapters.widths import Widths, find_widths
 
 _HINT = "it needs an adapter of its own, see docs/adapters.md"
-_SPREAD = 0.05  # standard deviation of random values in place of missing weights
 _CHECKS = ("sites", "orientation", "capture", "order", "blocks", "logits", "untouched", "in_time")
 _MOST_LEFT = 0.1  # the share of a block's weights in matrices that are not read as sites
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -53,16 +52,19 @@ class AutoAdapter(DecoderAdapter):
         self._found: dict[Any, list[Site]] = {}
         self._channels: dict[Any, Groups] = {}  # of experts
         self._config: Any = None  # that of the model for which they were found
+        self._class: tuple[type[nn.Module], str] = nn.Module, ""  # that of the model, and its path
+        self._widths: dict[str, Widths] = {}  # by configuration
         self._checked: WeakSet[nn.Module] = WeakSet()
 
     def blocks(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         """The modules of the language model's ``ModuleList`` with the most parameters."""
         path, layers = _largest_list(model)
         blocks = [(f"{path}.{name}", block) for name, block in members(layers)]
+        self._class = type(model), path
         config = _as_dict(model)  # blocks of equal shapes can be pre-norm and post-norm
-        if config != self._config or any(_kind(block) not in self._found for _, block in blocks):
+        if config != self._config or any(kind_of(block) not in self._found for _, block in blocks):
             with eval_mode(model):
-                filled = _with_distinct_values(model, [block for _, block in blocks])
+                filled = with_distinct_values(model, [block for _, block in blocks])
                 self._found |= self._examine(filled, path)
             self._channels |= _channels_of_experts(model, path, self._found)
             self._config = config
@@ -70,9 +72,9 @@ class AutoAdapter(DecoderAdapter):
 
     def sites(self, block: nn.Module) -> list[Site]:
         """The sites found for blocks of the same kind."""
-        if _kind(block) not in self._found:
+        if kind_of(block) not in self._found:
             raise AptError(f"{type(block).__name__} is not a block of an examined model")
-        return self._found[_kind(block)]
+        return self._found[kind_of(block)]
 
     def left_dense_of(self, block: nn.Module) -> tuple[str, ...]:
         """The parameters of the block for which no product with the tokens was observed."""
@@ -80,12 +82,27 @@ class AutoAdapter(DecoderAdapter):
         return tuple(name for name, _ in block.named_parameters() if name not in sites)
 
     def groups(self, block: nn.Module, config: Any) -> list[Groups]:
-        """The stacked experts of the block, and the channels inside them; no other groups."""
-        channels = self._channels.get(_kind(block))
-        experts = self._experts(block, config)
-        return [groups for groups in (experts, channels) if groups is not None]
+        """Stacked experts, the channels inside them, and what `find_widths` finds."""
+        experts, channels = self._experts(block, config), self._channels.get(kind_of(block))
+        widths = self._widths_of(config).groups.get(kind_of(block), ())
+        return [groups for groups in (experts, channels, *widths) if groups is not None]
+
+    def ungrouped(self, block: nn.Module, config: Any) -> dict[str, str]:
+        """The sites of the block that cannot lose inputs, with the reasons."""
+        read = {name for groups in self.groups(block, config) for name in groups.readers}
+        reasons = self._widths_of(config).reasons.get(kind_of(block), {})
+        return {site: reason for site, reason in reasons.items() if site not in read}
+
+    def _widths_of(self, config: Any) -> Widths:
+        """What `find_widths` finds for a configuration of the model that was examined last."""
+        if not hasattr(config, "to_dict"):
+            return Widths()
+        if (key := repr(config.to_dict())) not in self._widths:
+            self._widths[key] = find_widths(self, *self._class, config)
+        return self._widths[key]
 
     def _experts(self, block: nn.Module, config: Any) -> Groups | None:
+        """The stacked experts of the block."""
         sites = self.sites(block)
         stacked = dict.fromkeys(
             site.parameter for site in sites if site.routed and site.expert is not None
@@ -116,31 +133,26 @@ class AutoAdapter(DecoderAdapter):
     def _examine(self, model: nn.Module, path: str) -> dict[Any, list[Site]]:
         """The sites of every kind of block, found by a run on a few tokens."""
         found: dict[Any, list[Site]] = {}
-        blocks = dict(model.get_submodule(path).named_children())
-        device = next(model.parameters()).device
-        tokens = torch.arange(16, device=device).view(2, 8)
-        draw = torch.Generator().manual_seed(0)  # a router gives nothing to tokens of zeros
+        layers = model.get_submodule(path)
+        blocks = [(f"{path}.{name}", block) for name, block in layers.named_children()]
+        tokens = few_tokens(model).numel()
         with _explained(f"{type(model).__name__} with stubs for its blocks"):
-            first, calls = record_calls(model, list(blocks.values()), tokens)
-        state: State = first
-        for (name, block), call in zip(blocks.items(), calls, strict=True):
-            if _kind(block) in found and call.keeps == 1:
-                continue
-            stream = torch.randn(first.shape, generator=draw).to(first)
-            before = (stream, *state[1:]) if isinstance(state, tuple) else stream
-            trace, selection = _Trace(block, stream), Selection(dict(_matrices(block)))
-            with _explained(f"{path}.{name} by itself"), one_by_one(block), selection, trace:
-                after = self.step(block, before, call)
-            state = after if call.keeps > 1 else state
-            if _kind(block) in found:
-                continue
-            sites = trace.sites(tokens.numel(), selection.routers)
-            _assert_most(f"{path}.{name}", block, sites, trace.unread(block))
-            found[_kind(block)] = sites
+            entered = runs(self, model, blocks)
+        with _explained(f"the blocks of {type(model).__name__}"):
+            for name, block, before, call in entered:
+                if kind_of(block) in found:
+                    continue
+                trace = _Trace(block, self.residual(before))
+                selection = Selection(dict(_matrices(block)))
+                with _explained(f"{name} by itself"), one_by_one(block), selection, trace:
+                    self.step(block, before, call)
+                sites = trace.sites(tokens, selection.routers)
+                _assert_most(name, block, sites, trace.unread(block))
+                found[kind_of(block)] = sites
         return found
 
     def _check_conformance(self, model: nn.Module, tokens: Tensor) -> None:
-        model = _with_distinct_values(model, [block for _, block in self.blocks(model)])
+        model = with_distinct_values(model, [block for _, block in self.blocks(model)])
         tokens = tokens.to(next(model.parameters()).device)
         with eval_mode(model), _explained(type(model).__name__):
             for name in _CHECKS:
@@ -176,13 +188,13 @@ def _channels_of_experts(model: Any, path: str, sites: dict[Any, list[Site]]) ->
     """
     blocks = {f"{path}.{name}": block for name, block in members(model.get_submodule(path))}
     config = getattr(model, "config", None)
-    known = {experts_width(block, sites[_kind(block)], config) for block in blocks.values()}
+    known = {experts_width(block, sites[kind_of(block)], config) for block in blocks.values()}
     widths = [width for width in known if width is not None]
     if len(widths) != 1:
         return {}
     changed, found, inside = _following(model, *widths[0]), dict[Any, Groups](), set[str]()
     for name, block in blocks.items():
-        start, kind = f"{name}.", _kind(block)
+        start, kind = f"{name}.", kind_of(block)
         follow = {p.removeprefix(start): d for p, d in changed.items() if p.startswith(start)}
         groups = expert_channels(block, sites[kind], widths[0], follow)
         if groups is not None and {(p.parameter, p.dim) for p in groups.parts} == {*follow.items()}:
@@ -206,57 +218,6 @@ def _following(model: Any, field: str, count: int) -> dict[str, int]:
         for dim, size in enumerate(parameter.shape)
         if name in changed and changed[name].shape[dim : dim + 1] != (size,)
     }
-
-
-def _with_values(model: nn.Module) -> nn.Module:
-    """The model, or a copy on the CPU with zeros for its parts on the meta device.
-
-    A model needs values to run, if only to decide if a mask is needed. Zeros that are never read
-    take no memory.
-    """
-    if not any(parameter.is_meta for parameter in model.parameters()):
-        return model
-    values: dict[int, Any] = {}
-    for module in model.modules():
-        plain = (value for value in vars(module).values() if isinstance(value, Tensor))
-        own = (*module.parameters(recurse=False), *module.buffers(recurse=False), *plain)
-        values |= {id(tensor): _valued(tensor) for tensor in own}
-    return copy.deepcopy(model, values)
-
-
-def _valued(tensor: Tensor) -> Tensor:
-    """The tensor on the CPU; zeros of the same shape and dtype if it is on the meta device."""
-    found = _zeros(tensor) if tensor.is_meta else tensor.detach().cpu()
-    return nn.Parameter(found, requires_grad=False) if isinstance(tensor, nn.Parameter) else found
-
-
-def _with_distinct_values(model: nn.Module, blocks: Sequence[nn.Module]) -> nn.Module:
-    """The same as `_with_values`, but the first block of each kind has random, distinct values.
-
-    The others share them: they would send nothing to their experts with zeros.
-    """
-    filled = _with_values(model)
-    if filled is model:
-        return model
-    draw, names = torch.Generator().manual_seed(0), {m: n for n, m in model.named_modules()}
-    first: dict[Any, dict[str, nn.Parameter]] = {}
-    for block in blocks:
-        own = dict(filled.get_submodule(names[block]).named_parameters())
-        same = first.setdefault(_kind(block), own)
-        for path, parameter in own.items():
-            if same is own:
-                spread = torch.randn(parameter.shape, generator=draw) * _SPREAD
-                parameter.data.copy_(spread if parameter.ndim > 1 else spread + 1)
-            else:
-                parameter.data = same[path].data
-    return filled
-
-
-def _zeros(like: Tensor) -> Tensor:
-    """Zeros whose memory pages the operating system allocates only when they are written."""
-    size = max(1, like.numel()) * like.element_size()
-    untouched = torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(like.dtype)
-    return untouched[: like.numel()].view(like.shape)
 
 
 def _assert_most(name: str, block: nn.Module, sites: list[Site], unread: Collection[str]) -> None:
@@ -306,12 +267,6 @@ def _language_model(model: Any) -> nn.Module:
     """The part that produces the text: an encoder of images beside it can be larger."""
     found = model.get_decoder() if hasattr(model, "get_decoder") else model
     return found if isinstance(found, nn.Module) else model
-
-
-def _kind(block: nn.Module) -> Any:
-    """The type and the parameter shapes of a block: equal for blocks of the same kind."""
-    shapes = tuple((name, tuple(p.shape)) for name, p in block.named_parameters())
-    return type(block), shapes
 
 
 _Key = tuple[str, int | None]  # the path of a parameter, and the index of an expert in a stack

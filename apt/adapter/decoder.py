@@ -155,6 +155,10 @@ class DecoderAdapter:
         """The experts of the block; no other groups."""
         return [groups for each in self.experts_of(block) for groups in each.groups(block, config)]
 
+    def ungrouped(self, block: nn.Module, config: Any) -> dict[str, str]:
+        """The names of sites whose inputs are no groups, with the reasons; none are known."""
+        return {}
+
     def enter(self, model: nn.Module, tokens: Tensor) -> tuple[State, list[Call]]:
         """Record the call of every block in one run of the model with stubs for blocks."""
         return record_calls(model, [block for _, block in self.blocks(model)], tokens)

@@ -91,13 +91,15 @@ def _parameters_on_meta() -> Iterator[None]:
     """While entered, modules that this thread creates have their parameters on the meta device."""
     here = get_ident()
 
-    def moved(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
         if get_ident() != here or parameter is None or parameter.is_meta:
             return None
         empty = torch.empty_like(parameter, device="meta")
-        return nn.Parameter(empty, requires_grad=parameter.requires_grad)
+        moved = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+        moved._is_hf_initialized = True  # type: ignore[attr-defined]  # random values take longest
+        return moved
 
-    handle = register_module_parameter_registration_hook(moved)
+    handle = register_module_parameter_registration_hook(on_meta)
     try:
         yield
     finally:

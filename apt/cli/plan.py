@@ -5,7 +5,7 @@ from dataclasses import asdict
 from itertools import groupby
 from typing import Any
 
-from apt.adapter import Site
+from apt.adapter import DecoderAdapter, Site
 from apt.cli.output import duration, say, show, show_json, size, table
 from apt.engine.estimate import Planned, estimate
 from apt.planning.plan import Plan
@@ -64,6 +64,8 @@ def _show_outline(planned: Planned) -> None:
     if groups := _groups(planned):
         listed = ", ".join(f"{count} {kind}" for kind, count in groups.items())
         say(f"groups in a block, for apt-prune shrink: {listed}")
+    for site, reason in _ungrouped(planned).items():
+        say(f"no groups for apt-prune shrink: {site}, since {reason}")
 
 
 def _groups(planned: Planned) -> dict[str, int]:
@@ -73,6 +75,18 @@ def _groups(planned: Planned) -> dict[str, int]:
         groups.kind: groups.count
         for _, block in adapter.blocks(module)
         for groups in adapter.groups(block, planned.skeleton.config)
+    }
+
+
+def _ungrouped(planned: Planned) -> dict[str, str]:
+    """The sites whose inputs are no groups, with the reasons that the adapter knows."""
+    adapter, module = planned.skeleton.adapter, planned.skeleton.module
+    if not isinstance(adapter, DecoderAdapter):
+        return {}
+    return {
+        site: reason
+        for _, block in adapter.blocks(module)
+        for site, reason in adapter.ungrouped(block, planned.skeleton.config).items()
     }
 
 

@@ -2,9 +2,10 @@
 
 from typing import Any
 
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from apt.adapter import DecoderAdapter, Input
+from apt.adapter import DecoderAdapter, Groups, Input, Part
 from apt.hookspecs import AdapterSpec, hookimpl
 
 APT_API = 1
@@ -21,6 +22,14 @@ class Gpt2Adapter(DecoderAdapter):
         Input("mlp", ("mlp.c_fc",)),
         Input("neurons", ("mlp.c_proj",), residual=True),
     )
+
+    def groups(self, block: nn.Module, config: Any) -> list[Groups]:
+        """The channels of the MLP. A head cannot go: the width of all heads is the hidden size."""
+        count = block.get_parameter(
+            "mlp.c_fc.bias"
+        ).numel()  # four times the hidden size by default
+        parts = (Part("mlp.c_fc.weight", 1), Part("mlp.c_fc.bias"), Part("mlp.c_proj.weight"))
+        return [Groups("channels", count, ("mlp.c_proj",), parts, {"n_inner": int})]
 
 
 def example() -> Any:

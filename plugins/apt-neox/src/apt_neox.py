@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from apt.adapter import DecoderAdapter, Input
+from torch import nn
+
+from apt.adapter import DecoderAdapter, Groups, Input, columns, rows
 from apt.hookspecs import AdapterSpec, hookimpl
 
 APT_API = 1
@@ -18,6 +20,13 @@ class NeoxAdapter(DecoderAdapter):
         Input("mlp", ("mlp.dense_h_to_4h",)),
         Input("neurons", ("mlp.dense_4h_to_h",), residual=True),
     )
+
+    def groups(self, block: nn.Module, config: Any) -> list[Groups]:
+        """The channels of the MLP. A head cannot go: the width of all heads is the hidden size."""
+        parts = (*rows(block, "mlp.dense_h_to_4h"), columns("mlp.dense_4h_to_h"))
+        fields = {"intermediate_size": int}
+        reader = ("mlp.dense_4h_to_h",)
+        return [Groups("channels", config.intermediate_size, reader, parts, fields)]
 
 
 def example(parallel: bool = True) -> Any:

@@ -1,0 +1,441 @@
+"""The channels and heads of any model, found by changes of its configuration.
+
+A field is a width if a smaller value makes some tensors of the blocks smaller, and no others. Sites
+that lose inputs are the readers of its groups. The entries of a group are found by a backward pass
+in a block with artificial values: a gradient of NaN for the inputs that one group produces reaches
+all entries on which these inputs depend, and those on which no other input depends are the group's
+own. In the end some groups are removed. The smaller block, called as the model of the smaller
+configuration calls it, must return what the whole block returns if it does not read these groups.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import combinations
+from math import gcd
+from operator import mul
+from re import fullmatch, sub
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from apt.adapter import Adapter, Call, Groups, Part, Site, State, one_by_one
+from apt.adapter.groups import tensors_of, without
+from apt.adapter.text_config import hidden_size, text_config
+from apt.checkpoints.skeletons import skeleton_of_class
+from apt.checkpoints.smaller import resized
+from apt_adapters.artificial import kind_of, runs, with_distinct_values, with_values
+
+Fields = Mapping[str, Callable[[int], int]]
+_Changes = dict[tuple[str, int], int]  # the entries of a group, by tensor and dimension
+_SHARED = r"_?(attention|key_value|key|value|kv)"  # in the names of numbers of heads of one kind
+_NUMBER_OF_HEADS = r"(num_|n_|decoder_)?(attention_)?heads?"
+_TRIED = 3  # smaller values of a field
+_SAME = 1e-3  # of the effect of the removal
+_ROUNDING = 1e-5  # of the largest output
+
+
+class _NoGroups(Exception):
+    """Why the changed entries of a block are not those of groups."""
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The first block of a kind, and its call."""
+
+    name: str
+    block: nn.Module
+    before: State
+    call: Call
+    sites: Sequence[Site]
+
+
+@dataclass
+class Widths:
+    """What was found.
+
+    Attributes:
+        groups: the groups of each kind of block.
+        reasons: for each kind of block, the sites that add to the stream and cannot lose inputs,
+            with the reasons.
+    """
+
+    groups: dict[Any, list[Groups]] = field(default_factory=dict)
+    reasons: dict[Any, dict[str, str]] = field(default_factory=dict)
+
+
+def find_widths(adapter: Adapter, kind: type[nn.Module], path: str, config: Any) -> Widths:
+    """Find the groups of a model.
+
+    Args:
+        adapter: knows the sites of its blocks.
+        kind: the class of the model.
+        path: the path of its list of blocks.
+        config: its configuration. A model that cannot be built from it has no groups.
+    """
+    try:
+        model = _Model(adapter, kind, path, config)
+    except Exception:  # a class of any origin can fail in any way
+        return Widths()
+    every = {width for _, _, width in model.sites()}
+    found = [model.groups(*each) for each in _given(text_config(config), every)]
+    unread = {width for _, _, width in model.unread(found)}
+    found += [model.groups(*each) for each in _unset(text_config(config), unread)]
+    widths = Widths(reasons=model.reasons(found))
+    for groups in _named([each for each in found if each]):
+        for block, each in groups.items():
+            widths.groups.setdefault(block, []).append(each)
+    return widths
+
+
+def _given(config: Any, inputs: set[int]) -> Iterator[tuple[int, Fields]]:
+    """The fields, alone and in pairs, that can be the number of groups of some inputs."""
+    record = config.to_dict()
+    known = {
+        name: value
+        for name, value in record.items()
+        if type(value) is int and value > 1 and any(width % value == 0 for width in inputs)
+    }
+    for name, value in known.items():
+        yield value, {name: int, **_size_of_heads(config, name, value)}
+    heads = sorted((name for name in known if _counts_heads(name)), key=lambda n: -known[n])
+    for many, few in combinations(heads, 2):
+        each, rest = divmod(known[many], known[few])
+        if not rest and sub(_SHARED, "", many) == sub(_SHARED, "", few):
+            fields = {many: int if each == 1 else partial(mul, each), few: int}
+            yield known[few], {**fields, **_size_of_heads(config, many, known[many])}
+
+
+def _unset(config: Any, inputs: set[int]) -> Iterator[tuple[int, Fields]]:
+    """The fields without a value that can be the number of some inputs: GPT-2's ``n_inner``."""
+    hints = {
+        name: hint
+        for kind in reversed(type(config).__mro__)
+        for name, hint in vars(kind).get("__annotations__", {}).items()
+    }
+    for name, value in config.to_dict().items():
+        if value is None and int in get_args(hints.get(name)):
+            yield from ((width, {name: int}) for width in inputs)
+
+
+def _counts_heads(name: str) -> bool:
+    return "head" in name and "dim" not in name and "size" not in name
+
+
+def _size_of_heads(config: Any, name: str, count: int) -> Fields:
+    """The size of a head, which would follow from the number of heads if it were not given."""
+    attention = fullmatch(_NUMBER_OF_HEADS, sub(_SHARED, "", name))
+    if not attention or getattr(config, "head_dim", None) is not None:
+        return {}
+    size = hidden_size(config) // count
+    return {"head_dim": lambda kept: size}
+
+
+class _Model:
+    """A model with artificial values, in which the first block of each kind is examined."""
+
+    def __init__(self, adapter: Adapter, kind: type[nn.Module], path: str, config: Any) -> None:
+        self._adapter, self._class, self._path, self._config = adapter, kind, path, config
+        skeleton = self._built(config)
+        blocks = self._blocks(skeleton)
+        self._shapes, self._kinds = _shapes(skeleton), {n: kind_of(b) for n, b in blocks}
+        filled = with_distinct_values(skeleton, [block for _, block in blocks])
+        named = list(skeleton.named_parameters(remove_duplicate=False))
+        times = Counter(id(parameter) for _, parameter in named)
+        self._shared = {name for name, parameter in named if times[id(parameter)] > 1}
+        self._failed: dict[tuple[Any, str], str] = {}
+        self._runs: dict[Any, _Run] = {}
+        for name, block, before, call in runs(adapter, filled, self._blocks(filled)):
+            run = _Run(name, block, before, call, adapter.sites(block))
+            self._runs.setdefault(self._kinds[name], run)
+
+    def _built(self, config: Any) -> nn.Module:
+        return skeleton_of_class(self._class, config, self._config).float().eval()
+
+    def _blocks(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        layers = model.get_submodule(self._path)
+        return [(f"{self._path}.{name}", block) for name, block in layers.named_children()]
+
+    def sites(self) -> Iterator[tuple[Any, Site, int]]:
+        """The sites of each kind of block that no router serves, and their numbers of inputs."""
+        for kind, run in self._runs.items():
+            for site in run.sites:
+                if not site.routed:
+                    yield kind, site, _width(site, run.block)
+
+    def unread(self, found: Sequence[Mapping[Any, Groups]]) -> Iterator[tuple[Any, Site, int]]:
+        """The sites that read no groups, but add to the stream, or could have fewer inputs."""
+        read = {(kind, name) for each in found for kind in each for name in each[kind].readers}
+        for kind, site, width in self.sites():
+            inner = site.residual or (kind, site.parameter) in self._failed
+            if inner and (kind, site.name) not in read:
+                yield kind, site, width
+
+    def reasons(self, found: Sequence[Mapping[Any, Groups]]) -> dict[Any, dict[str, str]]:
+        """Why these sites read no groups; see `Widths`."""
+        config, reasons = type(text_config(self._config)).__name__, dict[Any, dict[str, str]]()
+        for kind, site, _ in self.unread(found):
+            usual = f"no field of {config} changes its inputs alone"
+            why = self._failed.get((kind, site.parameter), usual)
+            reasons.setdefault(kind, {})[site.name] = why
+        return reasons
+
+    def groups(self, count: int, fields: Fields) -> dict[Any, Groups]:
+        """The groups of each kind of block that some fields count; none if they do not."""
+        given = Groups("", count, (), (), fields)
+        for kept in _smaller_numbers(count):
+            try:
+                config = resized(self._config, [(given, count - kept)], range(1), 1)
+                small = self._built(config)
+                changes = self._changes(small, count - kept)
+                called = self._called(small) if changes else {}
+            except Exception:  # a class can refuse a number in any way
+                continue
+            if not changes:
+                return {}
+            try:
+                found = {kind: self._laid_out(kind, given, c) for kind, c in changes.items()}
+                _check_runs(found.values())
+            except _NoGroups as error:
+                self._fail(changes, str(error))
+                return {}
+            heads = any(map(_counts_heads, fields))
+            for bins in _divisors(gcd(count, kept)) if heads else [1]:
+                binned = {kind: replace(groups, bins=bins) for kind, groups in found.items()}
+                if self._same(called, binned, kept):
+                    return binned
+            name = next(iter(fields))
+            self._fail(changes, f"with another {name} the block computes something else")
+        return {}
+
+    def _fail(self, changes: Mapping[Any, _Changes], reason: str) -> None:
+        for kind, each in changes.items():
+            for site in self._runs[kind].sites:
+                if (site.parameter, _inputs_of(site)) in each:
+                    self._failed[kind, site.parameter] = reason
+
+    def _changes(self, small: nn.Module, removed: int) -> dict[Any, _Changes]:
+        """What a group has in each kind of block; nothing if other tensors change as well."""
+        shapes, found = _shapes(small), {name: _Changes() for name in self._kinds}
+        if shapes.keys() != self._shapes.keys():
+            return {}
+        for name, shape in self._shapes.items():
+            if shapes[name] == shape:
+                continue
+            block = next((each for each in found if name.startswith(f"{each}.")), None)
+            lost = [one - other for one, other in zip(shape, shapes[name], strict=True)]
+            dims = [dim for dim, number in enumerate(lost) if number]
+            if block is None or len(dims) != 1 or name in self._shared:
+                return {}
+            if lost[dims[0]] < 0 or lost[dims[0]] % removed:
+                return {}
+            found[block][name.removeprefix(f"{block}."), dims[0]] = lost[dims[0]] // removed
+        kinds = dict[Any, _Changes]()
+        for block, kind in self._kinds.items():
+            if kinds.setdefault(kind, found[block]) != found[block]:
+                return {}
+        return {kind: changes for kind, changes in kinds.items() if changes}
+
+    def _laid_out(self, kind: Any, groups: Groups, changes: _Changes) -> Groups:
+        """The groups with their readers and parts.
+
+        Raises:
+            _NoGroups: a tensor has entries that belong to no group, or to several.
+        """
+        run, read = self._runs[kind], dict[tuple[str, int], Site]()
+        for site in run.sites:
+            if site.routed and any(path == site.parameter for path, _ in changes):
+                raise _NoGroups("its inputs are those of experts")
+            if (key := (site.parameter, _inputs_of(site))) in changes:
+                read[key] = site
+                if changes[key] * groups.count != _width(site, run.block):
+                    raise _NoGroups("it has inputs that belong to no group")
+        if not read:
+            raise _NoGroups("")
+        parts = {key: [Part(*key, changes[key])] for key in read}
+        others = [key for key in changes if key not in read]
+        own = self._own(run, {site: changes[key] for key, site in read.items()}, others)
+        for key, entries in zip(others, own, strict=True):
+            if len(entries) != changes[key]:
+                raise _NoGroups(f"entries of {key[0]} belong to several groups")
+            parts[key] = [Part(*key, len(each), each[0]) for each in _runs_in(entries)]
+        found = tuple(part for each in parts.values() for part in each)
+        return replace(groups, readers=tuple(site.name for site in read.values()), parts=found)
+
+    def _own(
+        self, run: _Run, readers: Mapping[Site, int], dims: Sequence[tuple[str, int]]
+    ) -> list[list[int]]:
+        """The entries on which only the first ``readers[site]`` inputs of the readers depend."""
+        inputs, parameters = dict[Site, Tensor](), dict(run.block.named_parameters())
+        if missing := [path for path, _ in dims if path not in parameters]:
+            raise _NoGroups(f"the buffer {missing[0]} changes as well")
+
+        def keep(site: Site, x: Tensor) -> None:
+            inputs[site] = x
+
+        tensors = [parameters[path].requires_grad_() for path, _ in dims]
+        tap = self._adapter.capture(run.block, list(readers), keep)
+        with torch.enable_grad(), one_by_one(run.block), tap:
+            self._adapter.step(run.block, run.before, run.call)
+        marks = []
+        for first in (True, False):
+            seeds = [_seed(x, readers[site], first=first) for site, x in inputs.items()]
+            marks.append(
+                torch.autograd.grad(
+                    list(inputs.values()), tensors, seeds, retain_graph=first, allow_unused=True
+                )
+            )
+        return [
+            (_reached(one, dim) & ~_reached(other, dim)).nonzero().flatten().tolist()
+            if one is not None and other is not None
+            else []
+            for (_, dim), one, other in zip(dims, *marks, strict=True)
+        ]
+
+    def _called(self, small: nn.Module) -> dict[str, tuple[nn.Module, Call]]:
+        """The blocks of a smaller model, which have no weights, and their calls."""
+        inside = {id(p): p for _, block in self._blocks(small) for p in block.parameters()}
+        filled = with_values(small, inside)
+        made = runs(self._adapter, filled, self._blocks(filled))
+        return {name: (block, call) for name, block, _, call in made}
+
+    @torch.no_grad()
+    def _same(
+        self, small: Mapping[str, tuple[nn.Module, Call]], groups: Mapping[Any, Groups], kept: int
+    ) -> bool:
+        """True if blocks without some groups return what they return if these are not read."""
+        for kind, each in groups.items():
+            run = self._runs[kind]
+            block, call = small[run.name]
+            for removed in _removals(each, kept):
+                expected, effect = self._unread(run, each, removed)
+                state = run.block.state_dict()
+                state |= without(tensors_of(run.block), [(each, removed)])
+                try:
+                    block.load_state_dict(state, assign=True)
+                    found = self._output(block, run.before, call)
+                except Exception:  # a class can refuse a number in any way
+                    return False
+                if not _near(found, expected, effect):
+                    return False
+        return True
+
+    def _output(self, block: nn.Module, before: State, call: Call) -> Tensor:
+        with one_by_one(block):
+            return self._adapter.residual(self._adapter.step(block, before, call))
+
+    def _unread(self, run: _Run, groups: Groups, removed: Sequence[int]) -> tuple[Tensor, float]:
+        """What a block returns if it does not read some groups, and what that changes."""
+        whole, block = self._output(run.block, run.before, run.call), run.block
+        weights = [
+            site.oriented(site.weight(block)) for site in run.sites if site.name in groups.readers
+        ]
+        before = [weight.clone() for weight in weights]
+        for weight in weights:
+            torch.unflatten(weight, 1, (groups.count, -1))[:, removed] = 0
+        found = self._output(block, run.before, run.call)
+        for weight, old in zip(weights, before, strict=True):
+            weight.copy_(old)
+        return found, float((found - whole).abs().max())
+
+
+def _check_runs(found: Collection[Groups]) -> None:
+    """Raise if groups of several columns are not heads: neighbours have nothing in common."""
+    heads = any("head" in name for groups in found for name in groups.fields)
+    if not heads and min(groups.parts[0].each for groups in found) > 1:  # those of a reader
+        raise _NoGroups("its inputs can only change many at a time")
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
+def _inputs_of(site: Site) -> int:
+    """The dimension of the inputs in the parameter of a site."""
+    return (0 if site.transposed else 1) + (site.expert is not None)
+
+
+def _width(site: Site, block: nn.Module) -> int:
+    return site.oriented(site.weight(block)).shape[1]
+
+
+def _smaller_numbers(count: int) -> list[int]:
+    """Some divisors of a number, the largest first."""
+    return [n for n in range(count // 2, 0, -1) if count % n == 0][:_TRIED]
+
+
+def _divisors(count: int) -> list[int]:
+    return [n for n in range(1, count + 1) if count % n == 0]
+
+
+def _seed(x: Tensor, columns: int, *, first: bool) -> Tensor:
+    """A gradient of NaN for the first columns, or for all others; and of zero for the rest."""
+    seed = torch.zeros_like(x)
+    seed[..., slice(columns) if first else slice(columns, None)] = torch.nan
+    return seed
+
+
+def _reached(gradient: Tensor, dim: int) -> Tensor:
+    """The mask of the entries of a dimension that a gradient of NaN has reached."""
+    return gradient.isnan().movedim(dim, 0).reshape(gradient.shape[dim], -1).any(1)
+
+
+def _runs_in(entries: Sequence[int]) -> list[list[int]]:
+    """Increasing numbers in runs of consecutive ones."""
+    found: list[list[int]] = []
+    for entry in entries:
+        if found and found[-1][-1] == entry - 1:
+            found[-1].append(entry)
+        else:
+            found.append([entry])
+    return found
+
+
+def _removals(groups: Groups, kept: int) -> Iterator[list[int]]:
+    """The first groups of every bin, and random ones."""
+    each, gone = groups.count // groups.bins, (groups.count - kept) // groups.bins
+    draw = torch.Generator().manual_seed(0)
+    for order in (torch.arange, partial(torch.randperm, generator=draw)):
+        yield [
+            first + index
+            for first in range(0, groups.count, each)
+            for index in sorted(order(each)[:gone].tolist())
+        ]
+
+
+def _near(found: Tensor, expected: Tensor, effect: float) -> bool:
+    allowed = _SAME * effect + _ROUNDING * float(expected.abs().max())
+    return found.shape == expected.shape and float((found - expected).abs().max()) <= allowed
+
+
+def _named(found: Sequence[dict[Any, Groups]]) -> Iterator[dict[Any, Groups]]:
+    """The same groups with the names of their kinds."""
+    taken = set[str]()
+    for place, groups in enumerate(found):
+        if any(_alike(groups, other) for other in found[place + 1 :]):
+            continue  # the same with one more field, the number of key/value heads
+        name = _name(next(iter(groups.values())), taken)
+        taken.add(name)
+        yield {kind: replace(each, kind=name) for kind, each in groups.items()}
+
+
+def _alike(groups: Mapping[Any, Groups], other: Mapping[Any, Groups]) -> bool:
+    """True if groups have the same parts in all kinds of blocks."""
+    parts = [{kind: set(each.parts) for kind, each in one.items()} for one in (groups, other)]
+    return parts[0] == parts[1]
+
+
+def _name(groups: Groups, taken: set[str]) -> str:
+    """The usual name of a kind, or the name of the field if another kind has it."""
+    field = next(name for name, value in groups.fields.items() if value is int)
+    usual = ""
+    if groups.parts[0].each == 1 and "attention" not in field:  # that of a reader
+        usual = "channels"
+    elif fullmatch(_NUMBER_OF_HEADS, field):
+        usual = "heads"
+    if usual and usual not in taken:
+        return usual
+    own = field.replace("num_", "").replace("_", "-").replace("kv-", "key-value-")
+    return sub("(intermediate|hidden)-size", "channels", own)
