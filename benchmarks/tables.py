@@ -321,13 +321,21 @@ def families(rows: Rows) -> str:
 
 
 def widths(rows: Rows) -> str:
-    """What narrower models of several types compute."""
-    header = ["type", "adapter", "groups", "of", "kept", "difference", "warnings"]
+    """What narrower models of several types keep of each kind of groups, and what they compute."""
+    header = ["type", "adapter", "kept", "largest difference", "warnings"]
+    types: dict[str, list[Row]] = {}
+    for row in rows:
+        types.setdefault(row["type"], []).append(row)
     lines = [
-        [f"`{r['type']}`", r["adapter"], f"`{r['kind']}`", str(r["count"]), str(r["kept"]),
-         f"{r['difference'] / r['effect']:.0e}", "; ".join(r["warnings"]) or "none"]
-        for r in rows
-    ]  # fmt: skip
+        [
+            f"`{name}`",
+            own[0]["adapter"],
+            ", ".join(f"{r['kept']} of {r['count']} `{r['kind']}`" for r in own),
+            f"{max(r['difference'] / r['effect'] for r in own):.0e}".replace("0e+00", "0"),
+            "; ".join(line for r in own for line in r["warnings"]) or "none",
+        ]
+        for name, own in types.items()
+    ]
     return table(header, lines)
 
 
