@@ -159,7 +159,7 @@ def shrink(
         size: the options of the smaller model; by default 75 % of the parameters of the blocks.
         adapter: the name of an adapter, or an adapter; by default the one that serves the model's
             type.
-        method: the name of a choice of groups, or of blocks in mode ``"depth"``; or a function: an
+        method: the name of a choice of groups, or of blocks; or a function: an
             `apt.solver.GroupChoice`, an `apt.extending.ExpertChoice`, an
             `apt.extending.GroupScores`, or, where only blocks are dropped, an
             `apt.extending.BlockChoice`.

@@ -12,7 +12,7 @@ from apt.engine.prune_model import Pruning
 from apt.engine.pruning_plan import Dense
 from apt.errors import AptError, name_of
 from apt.files.journal import Journal
-from apt.options import ShrinkOptions, SolveOptions
+from apt.options import Mode, ShrinkOptions, SolveOptions
 from apt.planning.structure import make_structured_plan
 from apt.plugin.registry import Registry
 from apt.plugin.specs import MethodSpec, ShrinkMethodSpec
@@ -20,9 +20,9 @@ from apt.pruning.expert_choice import ExpertChoice, ExpertRemoval
 from apt.pruning.layer import Recipe
 from apt.shrinking.latency import block_times
 from apt.shrinking.search import SearchOptions
-from apt.shrinking.sizes import MULTIPLE, Sizes
+from apt.shrinking.sizes import MULTIPLE, Size, Sizes
 from apt.shrinking.structure_choice import BlockChoice, GroupScores, StructureChoice
-from apt.shrinking.wanted_sizes import wanted_sizes, with_mode
+from apt.shrinking.wanted_sizes import wanted_sizes
 from apt.solver import GroupChoice, GroupRemoval, joint_removal
 
 S = TypeVar("S", bound=ShrinkOptions)
@@ -67,12 +67,16 @@ def smaller_pruning(
         AptError: an option is out of range, the method does not fit the mode, or no smaller model
             meets the options.
     """
+    wish.check()
     model, adapter, config = dense.model, dense.adapter, dense.config
-    wish, spec = _resolved(dense, wish, method)
+    named = _found(method, wish, dense.registry) if method else None
+    mode, sizes = _wanted(dense, wish, named)
+    wish = wish if wish.explicit else replace(wish, mode=mode)
+    spec = _resolved(dense, wish, named)
     recipe, augmentation = dense.settings(options, spec)
-    named = method is not None
-    choice = _choice(dense, wish, spec, recipe)
-    recipe = replace(recipe, experts=_expert_removal(choice, wish.compensate, named=named))
+    choice = _choice(dense, wish, spec, recipe, mode, sizes)
+    removal = _expert_removal(choice, wish.compensate, named=named is not None)
+    recipe = replace(recipe, experts=removal)
     structure, aware = choice.provisional(model, adapter), recipe.error_aware
     plan = make_structured_plan(model, adapter, config, structure, adjusted=aware)
     if choice.drop:
@@ -84,27 +88,46 @@ def smaller_pruning(
     return wish, spec, job
 
 
-def _resolved(dense: Dense, wish: S, method: str | Choice | None) -> tuple[S, ShrinkMethodSpec]:
-    """The options with a mode, and the method with that name, or the default one of the mode.
+def _wanted(
+    dense: Dense, wish: ShrinkOptions, named: ShrinkMethodSpec | None
+) -> tuple[Mode, list[Size]]:
+    """What is removed, and the sizes that meet the wish."""
+    family, notice = (dense.model, dense.adapter, dense.config), dense.notice
+    seconds = None
+    if wish.budget == "latency" and not wish.explicit:
+        device = choose_device(dense.device)
+        notice(f"latency: a block is timed on {device}, with each number of groups of each kind")
+        seconds = block_times(*family, device, _PROMPT)
+
+    def sizes_of(multiple: int) -> Sizes:
+        return Sizes(*family, multiple, seconds, experts=_chooses_experts(named))
+
+    mode, sizes = wanted_sizes(sizes_of, wish, notice, named.chooses if named else None)
+    if dense.streams and mode in ("width", "blocks-first") and len(sizes) > 1:
+        notice(
+            f"size: {sizes[0]}; a streamed run does not compare the {len(sizes)} possible widths"
+        )
+    return mode, sizes
+
+
+def _resolved(
+    dense: Dense, wish: ShrinkOptions, named: ShrinkMethodSpec | None
+) -> ShrinkMethodSpec:
+    """The method that was named, or the default one of what is removed.
 
     The method is error-aware by default where blocks are dropped: the others make up for them.
     """
-    wish.check()
-    named = _found(method, wish, dense.registry) if method else None
-    family, multiple = (dense.model, dense.adapter, dense.config), wish.multiple_of or MULTIPLE
-    sizes = Sizes(*family, multiple, experts=_chooses_experts(named))
-    known, wish = wish, with_mode(wish, sizes, named.chooses if named else None)
-    if wish.mode != known.mode:
-        dense.notice(f"mode: {wish.mode} (default)")
+    family = (dense.model, dense.adapter, dense.config)
+    sizes = Sizes(*family, MULTIPLE, experts=_chooses_experts(named))
     kinds = [] if _only_blocks(wish) else [*(wish.sizes or sizes.automatic)]
     experts = [kind for kind in kinds if kind in sizes.groups and sizes.groups[kind].routed]
     if named is not None and sizes.groups.keys() >= set(kinds):  # the others are refused by name
         _check_fit(named, wish, experts)
-    drops = not kinds or wish.blocks is not None or bool(wish.drop) or wish.mode == "search"
+    drops = wish.mode in ("search", "blocks-first") or wish.blocks is not None or bool(wish.drop)
     kind: Literal["groups", "experts", "blocks"] = "blocks" if not kinds else "groups"
     kind = "experts" if kinds and experts == kinds else kind
     spec = named or dense.registry.default_shrink_method(kind, streams=dense.streams)
-    return wish, replace(spec, error_aware=True) if drops else spec
+    return replace(spec, error_aware=True) if drops or not kinds else spec
 
 
 def _chooses_experts(method: ShrinkMethodSpec | None) -> bool:
@@ -167,34 +190,24 @@ def _check_fit(method: ShrinkMethodSpec, wish: ShrinkOptions, experts: Sequence[
             "choose a method for blocks",
             ("method", "depth_only"),
         )
-    if blocks and not _only_blocks(wish):
+    counted = wish.mode == "blocks-first" or wish.blocks is not None
+    if blocks and not _only_blocks(wish) and not counted:
         raise AptError(
-            f"method {method.name} chooses blocks, and nothing else is dropped here",
-            "choose a method for groups, or drop blocks only",
-            ("method", "depth_only"),
+            f"method {method.name} chooses blocks, and none are dropped by it here",
+            "choose a method for groups, or drop blocks first",
+            ("method", "blocks_first"),
         )
 
 
 def _choice(
-    dense: Dense, wish: ShrinkOptions, method: ShrinkMethodSpec, recipe: Recipe
+    dense: Dense,
+    wish: ShrinkOptions,
+    method: ShrinkMethodSpec,
+    recipe: Recipe,
+    mode: Mode,
+    sizes: Sequence[Size],
 ) -> StructureChoice:
-    """The choice of the structure of a smaller model."""
-    family, notice = (dense.model, dense.adapter, dense.config), dense.notice
-    seconds = None
-    if wish.budget == "latency" and not wish.explicit:
-        device = choose_device(dense.device)
-        notice(f"latency: a block is timed on {device}, with each number of groups of each kind")
-        seconds = block_times(*family, device, _PROMPT)
-    experts = _chooses_experts(method)
-
-    def sizes_of(multiple: int) -> Sizes:
-        return Sizes(*family, multiple, seconds, experts=experts)
-
-    mode, sizes = wanted_sizes(sizes_of, wish, notice)
-    if dense.streams and mode == "width" and len(sizes) > 1:
-        notice(
-            f"size: {sizes[0]}; a streamed run does not compare the {len(sizes)} possible widths"
-        )
+    """The choice of the structure of a smaller model, from sizes that meet the wish."""
     own = "groups" if method.chooses == "columns" else method.chooses
 
     def chosen(kind: Literal["groups", "experts", "blocks"]) -> ShrinkMethodSpec:

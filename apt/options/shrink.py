@@ -10,11 +10,13 @@ from apt.options.prune import ModelRun
 from apt.options.shared import ACCURACY, SIZE
 
 Budget = Literal["parameters", "latency"]
-Mode = Literal["width", "depth", "search"]
+Mode = Literal["width", "depth", "blocks-first", "search"]
 _MODES = (
     ("--width-only", "width", "Remove channels, heads or states, and no block. The default for "
-     "models of fewer than 8 blocks, and where no number of blocks is within 2 % of --keep."),
-    ("--depth-only", "depth", "Drop whole blocks, and nothing else. The default for other models."),
+     "models of fewer than 8 blocks."),
+    ("--blocks-first", "blocks-first", "Drop whole blocks, and remove as many channels or heads as "
+     "then differ from --keep. The default for other models."),
+    ("--depth-only", "depth", "Drop whole blocks, and nothing else: the number nearest to --keep."),
     ("--search", "search", "Search for the best numbers of blocks, heads and channels, and for the "
      "blocks."),
 )  # fmt: skip
@@ -63,7 +65,7 @@ class ShrinkOptions(Options):
     )  # fmt: skip
     multiple_of: int | None = option(
         "The number of channels is a multiple of N. By default 64, or a smaller power of two "
-        "where none comes within 1 % of --keep.",
+        "where none comes within 0.5 % of --keep.",
         default=None, panel=SIZE, metavar="N", within="[1, ∞)",
     )  # fmt: skip
     sizes: Mapping[str, int | float] = option(
@@ -99,8 +101,8 @@ class ShrinkOptions(Options):
         if not self.explicit:
             return
         by_blocks = self.blocks is not None or bool(self.drop)
-        fits = {None: True, "width": not by_blocks, "depth": not self.sizes, "search": False}
-        if not fits[self.mode]:
+        fits = {None: True, "width": not by_blocks, "depth": not self.sizes}
+        if not fits.get(self.mode, False):
             raise _not_used(f"mode '{self.mode}'", "mode")
         if self.budget != "parameters":
             raise _not_used(f"budget '{self.budget}'", "budget")

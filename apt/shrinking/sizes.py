@@ -14,7 +14,7 @@ from apt.adapter.groups import without
 from apt.checkpoints.smaller import resized
 from apt.errors import AptError
 
-TOLERANCE = 0.01
+TOLERANCE = 0.005
 """The largest deviation of the cost of a model from the wanted share."""
 
 MULTIPLE = 64
@@ -88,28 +88,28 @@ class Sizes:
                 said = f"{groups.count} {kind} in {groups.bins} equal parts are not possible"
                 raise AptError(said, "is its config.json damaged?")
 
-    def near(self, keep: float, *, width: bool, depth: bool) -> list[Size]:
-        """The sizes whose cost is nearest to ``keep``, the nearest first.
+    def near(self, keep: float, depths: Sequence[int], *, width: bool) -> list[Size]:
+        """The sizes of so many blocks whose cost is nearest to ``keep``, the nearest first.
 
         Every combination of the number of blocks and of groups is completed by the number of groups
         of the largest kind that comes nearest.
         """
         nearest = (
-            min(sizes, key=lambda s: abs(s.cost - keep)) for sizes in self._all(width, depth)
+            min(sizes, key=lambda s: abs(s.cost - keep)) for sizes in self._all(depths, width)
         )
         smaller = [size for size in nearest if size.kept or size.blocks < self.blocks]
         return sorted(smaller, key=lambda size: (round(abs(size.cost - keep), 6), -size.cost))
 
-    def every(self, *, width: bool, depth: bool) -> list[Size]:
-        """All sizes for which something is removed, the smallest first; there may be none."""
-        every = (size for sizes in self._all(width, depth) for size in sizes)
+    def every(self, depths: Sequence[int], *, width: bool) -> list[Size]:
+        """All sizes of so many blocks that lack something, the smallest first; perhaps none."""
+        every = (size for sizes in self._all(depths, width) for size in sizes)
         smaller = [size for size in every if size.kept or size.blocks < self.blocks]
         return sorted(smaller, key=lambda size: size.cost)
 
-    def _all(self, width: bool, depth: bool) -> Iterator[Iterator[Size]]:
+    def _all(self, depths: Sequence[int], width: bool) -> Iterator[Iterator[Size]]:
         """For each number of blocks, and of groups of all kinds but one: the sizes with these."""
         for kept in self._partial() if width else [dict[str, int]()]:
-            for blocks in range(1, self.blocks + 1) if depth else [self.blocks]:
+            for blocks in depths:
                 yield self._completed(kept, blocks, width=width)
 
     def size(self, wanted: Mapping[str, int | float], blocks: int) -> Size:

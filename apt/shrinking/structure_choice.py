@@ -149,11 +149,11 @@ class _Choosing:
                 self.few = torch.cat([self.few, own.to(self.few)])
             best = self.searched()
             size, dropped = best.size, [self.names[index] for index in sorted(best.dropped)]
-        elif how.mode == "width" and how.whole and len(how.sizes) > 1:
-            size = self.widest()
-        if size.blocks < len(self.names) and not dropped:
+        elif size.blocks < len(self.names) and not dropped:
             self.status(f"choosing the blocks to drop ({how.blocks.name})")
             dropped = self.dropped(len(self.names) - size.blocks, self.tokens)
+        if how.mode in ("width", "blocks-first") and how.whole and len(how.sizes) > 1:
+            size = self.widest(dropped)
         structure = Structure(size.kept, frozenset(dropped))
         if size.kept and how.groups.chooses == "groups":
             self.status(f"choosing the groups to remove ({how.groups.name})")
@@ -170,14 +170,16 @@ class _Choosing:
             raise faulty(f"method {method.name}", fault, "method", "method")
         return dropped
 
-    def widest(self) -> Size:
-        """The size of lowest loss among those of equal depth."""
+    def widest(self, dropped: Sequence[str]) -> Size:
+        """The size of lowest loss among those of equal depth, without the ``dropped`` blocks."""
         sizes, scored = self.choice.sizes, self.choice.scored
         self.status(f"comparing {len(sizes)} widths")
-        proxy = Proxy(self.model, self.adapter, self.rest, self.choice.solver, self.choice.kinds)
+        model, how = (self.model, self.adapter, self.rest), self.choice
+        proxy = Proxy(*model, how.solver, how.kinds, fit_gaps=bool(dropped))
+        indices = frozenset(map(self.names.index, dropped))
         for size in sizes:
-            loss = proxy.loss(size.kept, (), self.few)
-            scored.append(Scored(Candidate(size, frozenset()), loss))
+            loss = proxy.loss(size.kept, dropped, self.few)
+            scored.append(Scored(Candidate(size, indices), loss))
         scored.sort(key=lambda each: each.loss)
         return scored[0].candidate.size
 

@@ -1,47 +1,30 @@
 """The sizes that meet the wish of a user, or the reason why none does."""
 
-from collections.abc import Callable
-from dataclasses import replace
-from typing import TypeVar
+from collections.abc import Callable, Sequence
 
 from apt.errors import AptError
 from apt.options import Mode, ShrinkOptions
 from apt.shrinking.sizes import MULTIPLE, TOLERANCE, Size, Sizes
 
-S = TypeVar("S", bound=ShrinkOptions)
 _DEEP = 8  # blocks; on smaller models of the zoo, fewer groups cost as little or less
-_NEAR = 0.02
-
-
-def with_mode(options: S, sizes: Sizes, chooses: str | None = None) -> S:
-    """The options with a mode, unless they give the numbers of blocks and groups themselves.
-
-    By default blocks are dropped, since that costs the least accuracy in deep models. Groups are
-    removed if the model is not deep, or if no number of blocks is near the wanted share.
-
-    Args:
-        chooses: what the given method chooses, see `ShrinkMethodSpec`; None without a method.
-    """
-    if options.mode is not None or options.explicit:
-        return options
-    if chooses is not None:
-        return replace(options, mode="depth" if chooses == "blocks" else "width")
-    fewer = sizes.near(options.keep, width=False, depth=True)
-    near = bool(fewer) and abs(fewer[0].cost - options.keep) <= _NEAR
-    narrower = sizes.every(width=True, depth=False)
-    narrow = bool(narrower) and narrower[0].cost <= options.keep + TOLERANCE
-    deep = sizes.blocks >= _DEEP and near
-    return replace(options, mode="depth" if deep or not narrow else "width")
 
 
 def wanted_sizes(
-    sizes: Callable[[int], Sizes], options: ShrinkOptions, notice: Callable[[str], None]
+    sizes: Callable[[int], Sizes],
+    options: ShrinkOptions,
+    notice: Callable[[str], None],
+    chooses: str | None = None,
 ) -> tuple[Mode, list[Size]]:
-    """The mode, and the sizes that meet the options. Those that change the fewest kinds come first.
+    """What is removed, and the sizes that meet the options. The fewest kinds come first.
 
     Args:
         sizes: the sizes of the model for a multiple of channels.
         notice: called with a line about each choice that the user did not make.
+        chooses: what the given method chooses, see `ShrinkMethodSpec`; None without a method.
+
+    Returns:
+        The mode, and sizes of equal depth unless they are searched. The mode ``"blocks-first"``
+        becomes ``"depth"`` or ``"width"`` if nothing else is removed.
 
     Raises:
         AptError: the family has no groups, or no size is near the wish.
@@ -49,14 +32,32 @@ def wanted_sizes(
     options.check()
     if options.explicit:
         return _explicit(sizes(1), options)
-    first, mode = sizes(options.multiple_of or MULTIPLE), options.mode
-    assert mode is not None
+    first = sizes(options.multiple_of or MULTIPLE)
+    mode = options.mode or _usual_mode(first, options.keep, chooses)
     if mode == "width" and not first.groups:
         fault = "this family's configuration has no widths that could be smaller"
         raise AptError(fault, "drop blocks instead", ("depth_only",))
     if mode == "search":
         _check_searchable(first)
-    return mode, _chosen(sizes, first, options, mode, notice)
+    found = _chosen(sizes, first, options, mode, notice)
+    if mode == "blocks-first":
+        whole = found[0].blocks == first.blocks
+        mode = "width" if whole else "blocks-first" if any(size.kept for size in found) else "depth"
+    if options.mode is None:
+        notice(f"mode: {mode} (default)")
+    return mode, found
+
+
+def _usual_mode(sizes: Sizes, keep: float, chooses: str | None) -> Mode:
+    """What is removed by default: blocks first, since they cost the least accuracy in deep models.
+
+    Groups are removed if the model is not deep, or if the given method chooses them.
+    """
+    if chooses is not None:
+        return "blocks-first" if chooses == "blocks" else "width"
+    narrower = sizes.every([sizes.blocks], width=True)
+    narrow = bool(narrower) and narrower[0].cost <= keep + TOLERANCE
+    return "width" if narrow and sizes.blocks < _DEEP else "blocks-first"
 
 
 def _check_searchable(sizes: Sizes) -> None:
@@ -100,7 +101,7 @@ def _chosen(
 
 def _check_range(sizes: Sizes, keep: float, mode: Mode) -> None:
     """Raise if every size is smaller, or larger, than the wanted share."""
-    every = sizes.every(width=mode != "depth", depth=mode != "width")
+    every = sizes.every(_depths(sizes, mode), width=mode != "depth")
     smallest, largest = every[0], every[-1]
     if keep < smallest.cost - TOLERANCE:
         raise _out_of_range(keep, "smallest", smallest, "keep more")
@@ -141,7 +142,18 @@ def _check_drop(sizes: Sizes, options: ShrinkOptions) -> None:
 
 
 def _near(sizes: Sizes, keep: float, mode: Mode) -> list[Size]:
-    return sizes.near(keep, width=mode != "depth", depth=mode != "width")
+    """The sizes nearest to the wanted share; in ``"blocks-first"``, those of the fewest blocks."""
+    depths = _depths(sizes, mode)
+    for blocks in depths if mode == "blocks-first" else []:
+        if blocks >= (keep - TOLERANCE) * sizes.blocks:  # no width makes it larger
+            found = sizes.near(keep, [blocks], width=True)
+            if _met(found, keep):
+                return found
+    return sizes.near(keep, depths, width=mode != "depth")
+
+
+def _depths(sizes: Sizes, mode: Mode) -> Sequence[int]:
+    return [sizes.blocks] if mode == "width" else range(1, sizes.blocks + 1)
 
 
 def _met(nearest: list[Size], keep: float) -> bool:

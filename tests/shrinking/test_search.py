@@ -26,7 +26,7 @@ from apt.shrinking.proxy import Proxy
 from apt.shrinking.search import Candidate, Scored, Search, SearchOptions, pareto_front
 from apt.shrinking.sizes import TOLERANCE, Size, Sizes
 from apt.shrinking.skipping import loss_without
-from apt.shrinking.wanted_sizes import wanted_sizes, with_mode
+from apt.shrinking.wanted_sizes import wanted_sizes
 from apt.solver import ColumnGroups, Gram, SolverOptions
 from tests.helpers.families import FAMILIES, adapter_of, random_model, random_tokens
 from tests.helpers.releases import since
@@ -45,13 +45,13 @@ def sizes_of(variant, multiple=8, seconds=None):
 @given(keep=st.floats(0.3, 0.95))
 def test_the_nearest_size_is_found(variant, keep):
     sizes = sizes_of(variant, 1)
-    found = sizes.near(keep, width=True, depth=True)
+    found = sizes.near(keep, range(1, sizes.blocks + 1), width=True)
     assert [abs(s.cost - keep) for s in found] == pytest.approx(
         sorted(abs(s.cost - keep) for s in found), abs=1e-6
     )
     for size in found[:3]:
         assert sizes.size(size.kept, size.blocks).share == pytest.approx(size.share)
-    costs = [size.cost for size in sizes.every(width=True, depth=True)]
+    costs = [size.cost for size in sizes.every(range(1, sizes.blocks + 1), width=True)]
     assert costs == sorted(costs)
     assert costs[0] <= found[0].cost <= costs[-1] < 1
 
@@ -63,7 +63,7 @@ def test_a_latency_budget_counts_time():
         return times.get(tuple(kept.items()), 4.0)
 
     sizes = sizes_of("opt", 32, seconds)
-    found = sizes.near(0.75, width=True, depth=False)
+    found = sizes.near(0.75, [sizes.blocks], width=True)
     assert [dict(size.kept) for size in found] == [{"channels": 32}]
     assert found[0].cost == 0.75
     assert found[0].share != 0.75
@@ -81,7 +81,7 @@ def test_latencies_are_measured_for_each_kind_and_draw_from_no_random_state(monk
     model, state = random_model("llama"), torch.get_rng_state()
     adapter = registry().adapters.get("llama").load()()
     seconds = latency.block_times(model, adapter, model.config, "cpu", 16)
-    Sizes(model, adapter, model.config, 8, seconds).near(0.5, width=True, depth=True)
+    Sizes(model, adapter, model.config, 8, seconds).near(0.5, [1, 2, 3], width=True)
     heads = (1, 2) if since("transformers", "5") else (1, 2, 3)  # those that it can express
     assert sorted(made) == [(n, 64) for n in heads] + [(4, n) for n in range(1, 65)]
     assert seconds({"heads": 2, "channels": 16}) == 1 + 2 + 16 / 8
@@ -90,47 +90,78 @@ def test_latencies_are_measured_for_each_kind_and_draw_from_no_random_state(monk
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def llama_sizes(**fields):
+    """The sizes of a LLaMA without values, as a function of the multiple."""
+    config = LlamaConfig(vocab_size=64, **fields)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    adapter = registry().adapters.get("llama").load()()
+    return lambda multiple: Sizes(model, adapter, config, multiple)
+
+
 def test_a_smaller_multiple_is_used_only_where_none_comes_near():
     skeleton, said = open_skeleton(find("zoo:opt", registry()), registry()), []
 
     def sizes(multiple):
         return Sizes(skeleton.module, skeleton.adapter, skeleton.config, multiple)
 
-    wish = with_mode(ShrinkOptions(keep=0.8), sizes(64))
+    wish = ShrinkOptions(keep=0.8)
     mode, found = wanted_sizes(sizes, wish, said.append)
-    assert mode == wish.mode == "width"
+    assert mode == "width"
     assert abs(found[0].cost - 0.8) <= TOLERANCE
-    assert said[0] == "multiple of channels: 32, since no multiple of 64 comes near"
-    assert found[0].kept["channels"] % 32 == 0
-    wanted_sizes(sizes, replace(wish, multiple_of=128), said.append)
+    assert "multiple of channels: 8, since no multiple of 64 comes near" in said
+    assert "mode: width (default)" in said
+    assert found[0].kept["channels"] % 8 == 0
+    wanted_sizes(sizes, replace(wish, multiple_of=128, mode="width"), said.append)
     assert said[-1].startswith("keep: ")
     with pytest.raises(AptError, match="no model keeps 90.00%"):
         wanted_sizes(sizes, ShrinkOptions(keep=0.9, mode="depth"), said.append)
 
 
 @pytest.mark.parametrize(
-    ("layers", "keep", "method", "mode"),
+    ("layers", "wish", "chooses", "mode", "blocks"),
     [
-        (30, 0.75, None, "depth"),  # 23 blocks
-        (12, 0.75, None, "depth"),
-        (12, 0.8, None, "width"),  # 10 blocks are .83
-        (30, 0.99, None, "width"),  # 29 blocks are .967
-        (4, 0.75, None, "width"),  # not deep
-        (4, 0.05, None, "depth"),  # one head and 8 channels are .086
-        (30, 0.75, "groups", "width"),
-        (4, 0.75, "blocks", "depth"),
+        (30, {"keep": 0.9}, None, "depth", 27),
+        (30, {"keep": 0.75}, None, "blocks-first", 23),
+        (30, {"keep": 0.75, "mode": "depth"}, None, "depth", 23),
+        (12, {"keep": 0.815}, None, "blocks-first", 10),
+        (30, {"keep": 0.98}, None, "width", 30),  # 29 blocks are .967
+        (4, {"keep": 0.75}, None, "width", 4),  # not deep
+        (4, {"keep": 0.7, "mode": "blocks-first"}, None, "blocks-first", 3),
+        (4, {"keep": 0.05}, None, "blocks-first", 1),  # one head and 8 channels are .086
+        (30, {"keep": 0.75}, "groups", "width", 30),
+        (4, {"keep": 0.75}, "blocks", "depth", 3),
+        (4, {"keep": 0.7}, "blocks", "blocks-first", 3),
     ],
 )
-def test_the_default_mode_depends_on_the_depth(layers, keep, method, mode):
-    config = LlamaConfig(hidden_size=64, intermediate_size=256, num_hidden_layers=layers,
-                         num_attention_heads=4, vocab_size=64)  # fmt: skip
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    adapter = registry().adapters.get("llama").load()()
-    sizes = Sizes(model, adapter, config, 8)
-    assert with_mode(ShrinkOptions(keep=keep), sizes, method).mode == mode
-    for same in (ShrinkOptions(keep=keep, mode="search"), ShrinkOptions(blocks=3)):
-        assert with_mode(same, sizes, method) == same
+def test_blocks_are_dropped_first_in_a_deep_model(layers, wish, chooses, mode, blocks):
+    sizes = llama_sizes(hidden_size=64, intermediate_size=256, num_hidden_layers=layers,
+                        num_attention_heads=4)  # fmt: skip
+    wish = ShrinkOptions(multiple_of=8, **wish)
+    found, near = wanted_sizes(sizes, wish, lambda line: None, chooses)
+    assert found == mode
+    assert {size.blocks for size in near} == {blocks}
+    whole = {"width": False, "blocks-first": False, "depth": True}[mode]
+    assert {not size.kept for size in near} == {whole}
+    if mode == "blocks-first":
+        assert all(abs(size.cost - wish.keep) <= TOLERANCE for size in near)
+
+
+def test_the_sizes_of_smollm2_are_those_of_the_wish():
+    """SmolLM2-135M: 22.5 blocks of 30 are three quarters."""
+    sizes, said = (
+        llama_sizes(hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+                    num_attention_heads=9, num_key_value_heads=3),
+        [],
+    )  # fmt: skip
+    mode, found = wanted_sizes(sizes, ShrinkOptions(keep=0.75), said.append)
+    assert mode == "blocks-first"
+    kept = [(size.blocks, dict(size.kept), round(size.share, 4)) for size in found]
+    assert (24, {"channels": 1408}, 0.75) in kept
+    assert {(blocks, share) for blocks, _, share in kept} == {(24, 0.75)}
+    mode, found = wanted_sizes(sizes, ShrinkOptions(keep=0.75, mode="depth"), said.append)
+    assert [(size.blocks, dict(size.kept)) for size in found] == [(23, {})]
+    assert said[-1] == "keep: 76.67%, the nearest to 75.00%: 23 blocks"
 
 
 def a_size(blocks, kept=()):

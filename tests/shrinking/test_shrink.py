@@ -277,7 +277,7 @@ def test_ranks_make_the_model_that_one_process_makes(variant, checkpoint, tmp_pa
 BAD = {
     "keep is 2; it must be above 0 and below 1": ("--keep", "2"),
     "keep is nan; it must be above 0 and below 1": ("--keep", "nan"),
-    "no model keeps 1.00%: the smallest, 1 block, keeps": ("--keep", "0.01"),
+    "no model keeps 1.00%: the smallest, 1 block, 2 heads, 1 channel, keeps": ("--keep", "0.01"),
     "no model keeps 99.00%: the largest, 3 blocks, keeps 75.00%": ("--keep", "0.99",
                                                                    "--depth-only"),
     "heads can be 2 to 6, in steps of 2, not 5": ("--size", "heads=5"),
@@ -299,7 +299,8 @@ BAD = {
     "evaluations is 0; it must be at least 1": ("--search", "--evaluations", "0"),
     "mode 'search' is for a share to keep": ("--search", "--blocks", "3"),
     "mode 'depth' is for a share to keep": ("--depth-only", "--size", "channels=64"),
-    "leave it out (--width-only, --depth-only, --search)": ("--width-only", "--blocks", "2"),
+    "leave it out (--width-only, --blocks-first, --depth-only, --search)": ("--width-only",
+                                                                            "--blocks", "2"),
     "budget 'latency' is for a share to keep": ("--budget", "latency", "--drop", "1"),
     "a multiple of 64 is for a share to keep": ("--multiple-of", "64", "--blocks", "2"),
 }  # fmt: skip
