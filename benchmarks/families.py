@@ -40,6 +40,7 @@ from apt.cli import app
 from apt.errors import AptError, described
 from apt.locations.model_source import find
 from apt.options import PruneOptions
+from apt.planning.plan import shared_sites
 from apt.plugin.registry import registry
 
 Row = dict[str, Any]
@@ -128,12 +129,13 @@ def pruned(model: nn.Module, adapter: Adapter) -> Row:
 
 def compared(model: nn.Module, adapter: Adapter, pattern: str, before: dict[str, Tensor]) -> Row:
     """The share of the weights that are sites, and what became of them and of the others."""
-    blocks = adapter.blocks(model)
+    blocks, shared = adapter.blocks(model), shared_sites(model, adapter)  # these stay dense
     names = {parameter: name for name, parameter in model.named_parameters()}
     weights = [
         (site, site.weight(block).detach(), block.get_parameter(site.parameter))
-        for _, block in blocks
+        for name, block in blocks
         for site in adapter.sites(block)
+        if f"{name}.{site.name}" not in shared
     ]
     matrices = {
         parameter: parameter.numel()

@@ -180,7 +180,13 @@ SPECIAL: dict[str, Fields] = {
     "step3p5": {"sliding_window": 8},
     "wavtokenizer_encoder": {"codebook_dim": 32},
     "xmod": {"default_language": "en_XX"},
-    "zamba": {"layers_block_type": _HYBRID, "attention_hidden_size": 64, "attention_head_dim": 16},
+    "zamba": {
+        "layers_block_type": _HYBRID,
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "mamba_dt_rank": 2,  # these projections are as small a part of a block as in a large model
+        "mamba_d_state": 2,
+    },
     "zamba2": {
         "layers_block_type": _HYBRID,
         "hybrid_layer_ids": [1, 3],
@@ -230,6 +236,7 @@ def model(model_type: str, *, image: bool = False, **fields: Any) -> Any:
     own = next((part for part in parts if isinstance(part, kind.config_class)), whole)
     if not image and getattr(own, "is_decoder", None) is False:
         own.is_decoder = True  # by default BERT and its relatives read in both directions
+    own.architectures = [kind.__name__]  # as `save_pretrained` writes it
     return with_values(kind._from_config(own).float().eval())
 
 

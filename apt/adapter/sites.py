@@ -126,7 +126,7 @@ class Call:
 
     def state_in(self, result: Any) -> State:
         """The state after a block, in what it returned: the first value, and those it passes on."""
-        if not isinstance(result, tuple):
+        if not isinstance(result, tuple | list):
             return result
-        kept = result[: self.keeps]
+        kept = tuple(result[: self.keeps])
         return kept if any(value is not None for value in kept[1:]) else kept[0]

@@ -20,7 +20,7 @@ def inspect(run: InspectRun, printing: PrintingOptions) -> None:
     from apt.engine.opening import pattern_of, selection_of
     from apt.engine.prepare import capped
     from apt.engine.recipes import augmentation_of
-    from apt.planning.plan import check_rounding, make_plan
+    from apt.planning.plan import check_rounding, make_plan, tell_shared
     from apt.plugin.registry import registry
     from apt.solver import NM
 
@@ -29,6 +29,7 @@ def inspect(run: InspectRun, printing: PrintingOptions) -> None:
     selection = selection_of(run)
     plan = make_plan(skeleton.module, skeleton.adapter, pattern_of(run) or NM(2, 4), selection)
     seqlen = capped(run.seqlen, skeleton, notice)
+    tell_shared(plan, notice)
     check_rounding(plan, notice)
     usual = augmentation_of(PruneOptions(), registry().default_method(), run.samples)
     count, on_disk = usual.samples(run.samples, seqlen), run.activations == "disk"

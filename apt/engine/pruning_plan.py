@@ -12,7 +12,7 @@ from apt.engine.recipes import augmentation_of, recipe_of
 from apt.errors import name_of
 from apt.options import PruneOptions, SolveOptions
 from apt.planning.allocation import Allocation, check_allocation, default_allocation, is_needed
-from apt.planning.plan import Plan, Selection, check_rounding, make_plan
+from apt.planning.plan import Plan, Selection, check_rounding, make_plan, tell_shared
 from apt.plugin.registry import Registry
 from apt.plugin.specs import MethodSpec, ShrinkMethodSpec
 from apt.pruning.layer import Method, Recipe
@@ -84,6 +84,7 @@ def sparse_pruning(
     plan = make_plan(
         dense.model, dense.adapter, wanted.pattern, wanted.selection, method.per, wanted.also
     )
+    tell_shared(plan, dense.notice)
     check_rounding(plan, dense.notice)
     allocation = wanted.allocation or default_allocation(wanted.pattern)
     return Pruning(

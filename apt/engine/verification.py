@@ -177,7 +177,7 @@ def expected_by_pattern(
     and that were kept, and weights that were rounded to zero.
     """
     if dense := _dense(report):
-        notice(f"left dense on request: {', '.join(dense)}")
+        notice(f"left dense: {', '.join(dense)}")
         selection = replace(selection, skip=(*selection.skip, *dense))
     plan = make_plan(skeleton.module, skeleton.adapter, pattern, selection, _per(report))
     check_rounding(plan, notice)
@@ -210,7 +210,7 @@ def expected_by_report(
     pattern = _options(report).get("pattern")
     records = {str(site["name"]): site for site in _sites(report)}
     if dense := _dense(report):
-        notice(f"left dense on request: {', '.join(dense)}")
+        notice(f"left dense: {', '.join(dense)}")
     asked = _asked(skeleton, report)
     allocated = _allocated(asked, report)
     plan = Plan(tuple(_with_records(b, records, allocated, dense) for b in asked.blocks))

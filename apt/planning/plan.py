@@ -194,9 +194,14 @@ class PlannedBlock:
 
 @dataclass(frozen=True)
 class Plan:
-    """All blocks of a model."""
+    """All blocks of a model.
+
+    Attributes:
+        shared: the names of the sites whose weight several blocks use; they stay dense.
+    """
 
     blocks: tuple[PlannedBlock, ...]
+    shared: tuple[str, ...] = ()
 
     @property
     def sites(self) -> list[PlannedSite]:
@@ -270,10 +275,11 @@ def make_plan(
 
     Raises:
         AptError: the adapter does not fit the model, a pattern does not fit a site, a glob matches
-            no site, an override has no effect, no site is selected, blocks share a weight, or the
-            model has no such extra.
+            no site, an override has no effect, no site is selected, or the model has no such extra.
     """
     selection, per = selection or Selection(), getattr(pattern, "per", None) or per
+    shared = shared_sites(model, adapter)
+    selection = replace(selection, skip=(*selection.skip, *shared))
     blocks = list[PlannedBlock]()
     for name, block in adapter.blocks(model):
         sites = [
@@ -282,13 +288,13 @@ def make_plan(
         some = [extra for extra in adapter.extras(block) if extra.kind in also]
         extras = [_planned_extra(block, extra, name, selection, pattern) for extra in some]
         blocks.append(PlannedBlock(name, tuple(sites), tuple(filter(None, extras))))
-    plan = Plan(tuple(blocks))
+    plan = Plan(tuple(blocks), shared)
     _check_extras(adapter, model, also)
     check_globs(plan, selection)
     _check_overrides(plan, selection)
     if not any(block.pruned for block in plan.blocks):
-        raise AptError("no site is left to prune", "select more", ("only", "skip"))
-    _refuse_shared(dict(adapter.blocks(model)), plan)
+        several = f": several blocks use the weight of {shared[0]}" if shared else ""
+        raise AptError(f"no site is left to prune{several}", "select more", ("only", "skip"))
     return plan
 
 
@@ -313,17 +319,14 @@ def _check_overrides(plan: Plan, selection: Selection) -> None:
             )
 
 
-def _refuse_shared(modules: dict[str, nn.Module], plan: Plan) -> None:
-    """Refuse to prune a weight that several blocks share: each would prune it separately."""
-    owners: dict[tuple[nn.Parameter, int | None], PlannedSite] = {}
-    for block in plan.blocks:
-        for entry in block.sites:
-            parameter = modules[block.name].get_parameter(entry.site.parameter)
-            first = owners.setdefault((parameter, entry.site.expert), entry)
-            if first is not entry and (first.pattern or entry.pattern) is not None:
-                raise AptError(
-                    f"{first.name} and {entry.name} share one weight", "skip both", ("skip",)
-                )
+def shared_sites(model: nn.Module, adapter: Adapter) -> tuple[str, ...]:
+    """The names of the sites whose weight several blocks use: each would prune it separately."""
+    names: dict[tuple[nn.Parameter, int | None], list[str]] = {}
+    for name, block in adapter.blocks(model):
+        for site in adapter.sites(block):
+            key = (block.get_parameter(site.parameter), site.expert)
+            names.setdefault(key, []).append(f"{name}.{site.name}")
+    return tuple(name for users in names.values() if len(users) > 1 for name in users)
 
 
 def _planned(
@@ -373,6 +376,13 @@ def _check_extras(adapter: Adapter, model: nn.Module, also: Sequence[str]) -> No
         if kind not in kinds:
             known = ", ".join(sorted(kinds)) or "nothing but its sites"
             raise AptError(f"this model has no '{kind}' to prune", f"it has: {known}")
+
+
+def tell_shared(plan: Plan, notice: Callable[[str], None]) -> None:
+    """Call ``notice`` with a line about the sites that stay dense since blocks share them."""
+    if plan.shared:
+        count, first = len(plan.shared), plan.shared[0]
+        notice(f"left dense: {count} sites, whose weights several blocks use ({first}, …)")
 
 
 def check_rounding(plan: Plan, notice: Callable[[str], None] = lambda line: None) -> None:

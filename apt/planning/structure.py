@@ -1,6 +1,6 @@
 """The structure of a smaller model, and the plan of the run that leads to it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import nn
 from apt.adapter import Adapter, Groups, Site
 from apt.adapter.groups import disconnected
 from apt.errors import AptError
-from apt.planning.plan import Plan, PlannedBlock, PlannedGroups, PlannedSite
+from apt.planning.plan import Plan, PlannedBlock, PlannedGroups, PlannedSite, shared_sites
 from apt.solver import ColumnGroups
 
 Removed = Mapping[str, Sequence[int]]
@@ -62,16 +62,25 @@ def make_structured_plan(
         AptError: a kind of groups or a block does not exist, all blocks are dropped, or two kinds
             of groups are removed from one site.
     """
-    blocks = adapter.blocks(model)
+    blocks, shared = adapter.blocks(model), shared_sites(model, adapter)
     _check_names(adapter, config, blocks, structure)
-    return Plan(
-        tuple(
-            PlannedBlock(name, (), dropped=True)
-            if name in structure.dropped
-            else _planned(adapter, config, name, block, structure, adjusted=adjusted)
-            for name, block in blocks
-        )
+    planned = tuple(
+        PlannedBlock(name, (), dropped=True)
+        if name in structure.dropped
+        else _planned(adapter, config, name, block, structure, adjusted=adjusted)
+        for name, block in blocks
     )
+    return Plan(tuple(_with_shared(block, shared) for block in planned), shared)
+
+
+def _with_shared(block: PlannedBlock, shared: Collection[str]) -> PlannedBlock:
+    """The block without changes of the sites that several blocks use."""
+    used = [entry for entry in block.sites if entry.name in shared]
+    for entry in used:
+        if isinstance(entry.pattern, ColumnGroups) and entry.pattern.removed:
+            fault = f"{entry.name} cannot become smaller: several blocks use its weight"
+            raise AptError(fault, "drop blocks instead", ("depth_only",))
+    return block.with_patterns({entry.site.name: None for entry in used})
 
 
 def _planned(

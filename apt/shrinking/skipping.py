@@ -35,8 +35,9 @@ def _passing(forward: Callable[..., Any]) -> Callable[..., Any]:
         if lengths in ([None], [1]):
             return state if lengths == [None] else (state,)
         result = forward(*args, **kwargs)
-        lengths[:] = [len(result) if isinstance(result, tuple) else None]
-        return (state, *result[1:]) if isinstance(result, tuple) else state
+        several = isinstance(result, tuple | list)
+        lengths[:] = [len(result) if several else None]
+        return (state, *result[1:]) if several else state
 
     return passed
 

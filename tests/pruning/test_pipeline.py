@@ -10,7 +10,8 @@ import torch
 import apt as library
 from apt.errors import AptError
 from apt.events import BlockStarted, BlockTuned, SitePruned, Working
-from apt.planning.plan import Selection, make_plan
+from apt.planning.plan import Selection, make_plan, tell_shared
+from apt.planning.structure import Structure, make_structured_plan
 from apt.plugin.registry import registry
 from apt.pruning.current_block import CurrentBlock
 from apt.pruning.layer import Recipe
@@ -262,16 +263,35 @@ def test_joint_compensation_lowers_the_error_of_the_first_block():
     assert all(m < s for m, s in zip(errors[sm], errors[ss], strict=True))
 
 
-def test_a_weight_that_two_blocks_share_is_refused_by_name():
-    model = random_model("llama")
+def test_a_weight_that_two_blocks_share_stays_dense():
+    model, said = random_model("llama"), []
     layers = model.model.layers
     layers[2].mlp.up_proj.weight = layers[0].mlp.up_proj.weight
+    names = tuple(f"model.layers.{index}.mlp.up_proj" for index in (0, 2))
     one = Selection(skip=("model.layers.0.*",)), Selection(only=("model.layers.0.*",))
-    for selection in (None, *one):  # where one of the two stays dense, it would be pruned as well
-        with pytest.raises(AptError, match=r"\.0\.mlp\.up_proj and .*2\.mlp\.up_proj share one"):
-            make_plan(model, adapter_of(model), NM(2, 4), selection)
-    skip = Selection(skip=("*.mlp.up_proj",))
-    assert make_plan(model, adapter_of(model), NM(2, 4), skip)
+    for selection in (None, *one):  # where one of the two is not selected, neither is pruned
+        plan = make_plan(model, adapter_of(model), NM(2, 4), selection)
+        assert plan.shared == names
+        assert set(names) <= set(plan.dense)
+    tell_shared(plan, said.append)
+    assert said == [f"left dense: 2 sites, whose weights several blocks use ({names[0]}, …)"]
+    before = layers[0].mlp.up_proj.weight.clone()
+    report = library.prune(model, TOKENS, pattern="2:4")
+    assert torch.equal(layers[0].mlp.up_proj.weight, before)
+    assert not {site.name for site in report.sites} & set(names)
+    assert len(report.sites) == 3 * 7 - 2
+    with pytest.raises(AptError, match=r"several blocks use the weight of \S+0\.mlp"):
+        make_plan(model, adapter_of(model), NM(2, 4), Selection(only=("*.0.mlp.up_proj",)))
+
+
+def test_columns_of_a_weight_that_two_blocks_share_are_not_removed():
+    model, adapter = random_model("llama"), adapter_of(random_model("llama"))
+    layers = model.model.layers
+    layers[2].mlp.down_proj.weight = layers[0].mlp.down_proj.weight
+    with pytest.raises(AptError, match=r"0\.mlp\.down_proj cannot become smaller: several blocks"):
+        make_structured_plan(model, adapter, model.config, Structure({"channels": 32}))
+    plan = make_structured_plan(model, adapter, model.config, Structure(dropped={"model.layers.1"}))
+    assert {entry.name for entry in plan.sites if entry.pattern is None} == set(plan.shared)
 
 
 @pytest.mark.parametrize("pattern", ["0.5", "2:4"])
