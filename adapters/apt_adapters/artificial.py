@@ -41,7 +41,7 @@ def _runs(
         stream = torch.randn(first.shape, generator=draw).to(first)
         before = (stream, *state[1:]) if isinstance(state, tuple) else stream
         yield name, block, before, call
-        if call.keeps > 1:
+        if call.passes:
             with torch.no_grad(), one_by_one(block):
                 state = adapter.step(block, before, call)
 

@@ -164,12 +164,8 @@ class DecoderAdapter:
         return record_calls(model, [block for _, block in self.blocks(model)], tokens)
 
     def step(self, block: nn.Module, state: State, call: Call) -> State:
-        """Replay the block's call.
-
-        If the block returns a tuple, the state is its first element, and those that later blocks
-        take.
-        """
-        return call.state_in(call.replay(block, state))
+        """Replay the block's call, see `Call.run`."""
+        return call.run(block, state)
 
     def residual(self, state: State) -> Tensor:
         """The state, or its first element: the residual stream."""

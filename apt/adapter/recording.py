@@ -1,6 +1,6 @@
 """The recording of block calls: one run of the model with stubs in place of its blocks."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -48,7 +48,8 @@ def record_calls(
     """Run ``model`` once with every block stubbed, and record the call of each block.
 
     Blocks of different kinds thus keep their own masks and positions. If a block takes what the
-    block before returned beside the stream, its call says so, with None for the value.
+    block before returned beside the stream, its call says so, with None for the value. It also says
+    so of mappings that the blocks themselves fill.
 
     Args:
         model: a transformers model.
@@ -93,7 +94,8 @@ def _run(
         carried = {key: value.place for key, value in others if isinstance(value, _Other)}
         rest = tuple(None if isinstance(value, _Other) else value for value in args[1:])
         named = {n: None if isinstance(value, _Other) else value for n, value in given.items()}
-        calls.append(Call(rest, named, None if args else _STATE, carried))
+        shared = tuple(n for n, value in given.items() if _is_empty_mapping(value))
+        calls.append(Call(rest, named, None if args else _STATE, carried, shared=shared))
         if len(calls) == len(blocks):
             raise _LastBlock
         return form(state)
@@ -105,6 +107,11 @@ def _run(
         except _LastBlock:
             return
     raise AptError(f"{type(model).__name__} called {len(calls)} of its {len(blocks)} blocks")
+
+
+def _is_empty_mapping(value: Any) -> bool:
+    """True for a mapping that blocks can only fill, such as keys and values for later layers."""
+    return isinstance(value, MutableMapping) and not value
 
 
 def stub_output(args: tuple[Any, ...], kwargs: dict[str, Any], block: nn.Module) -> Any:

@@ -1,6 +1,7 @@
 """Sites, extras and recorded calls: the types by which an adapter describes a block."""
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -102,6 +103,8 @@ class Call:
             position or keyword, with their places among what it returned.
         keeps: the number of values, the stream included, that blocks of the model take from the
             block before. If there are several, a state is a tuple of them.
+        shared: the keywords of mappings that all blocks get: one fills them, and later ones read
+            them. What is in them is the last item of a state, which then is a tuple.
     """
 
     args: tuple[Any, ...] = ()
@@ -109,24 +112,34 @@ class Call:
     keyword: str | None = None
     carried: dict[int | str, int] = field(default_factory=dict)
     keeps: int = 1
+    shared: tuple[str, ...] = ()
 
-    def replay(self, block: nn.Module, state: State) -> Any:
-        """Call ``block`` with these arguments and another state."""
+    @property
+    def passes(self) -> bool:
+        """True if blocks pass more than the stream to later ones."""
+        return self.keeps > 1 or bool(self.shared)
+
+    def run(self, block: nn.Module, state: State) -> State:
+        """Call ``block`` with these arguments and a state; the state after it.
+
+        That is the first value that it returns, with those that later blocks take.
+        """
+        values = state if isinstance(state, tuple) else (state,)
         args, kwargs = list(self.args), dict(self.kwargs)
-        if self.keeps > 1 and isinstance(state, tuple):
-            for key, place in self.carried.items():
-                if isinstance(key, int):
-                    args[key] = state[place]
-                else:
-                    kwargs[key] = state[place]
-            state = state[0]
+        for key, place in self.carried.items() if len(values) > 1 else ():
+            if isinstance(key, int):
+                args[key] = values[place]
+            else:
+                kwargs[key] = values[place]
+        for name in self.shared:  # each state has its own
+            kwargs[name] = copy(kwargs[name])
+            kwargs[name].update(values[-1][name] if len(values) > 1 else {})
         if self.keyword is None:
-            return block(state, *args, **kwargs)
-        return block(*args, **{self.keyword: state}, **kwargs)
-
-    def state_in(self, result: Any) -> State:
-        """The state after a block, in what it returned: the first value, and those it passes on."""
-        if not isinstance(result, tuple | list):
-            return result
-        kept = tuple(result[: self.keeps])
+            result = block(values[0], *args, **kwargs)
+        else:
+            result = block(*args, **{self.keyword: values[0]}, **kwargs)
+        kept = tuple(result[: self.keeps]) if isinstance(result, tuple | list) else (result,)
+        if self.shared:
+            kept += (None,) * (self.keeps - len(kept))
+            return (*kept, {name: dict(kwargs[name]) for name in self.shared})
         return kept if any(value is not None for value in kept[1:]) else kept[0]

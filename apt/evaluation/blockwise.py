@@ -92,7 +92,9 @@ class _Windows:
     """Hooks that pass the states of the requested windows to the last block."""
 
     def __init__(self, batches: Sequence[Batch], tokens: Tensor) -> None:
-        places = [(batch, row) for batch in batches for row in range(len(_part(batch.state, 0)))]
+        counts = [batch.tokens // tokens.shape[1] for batch in batches]
+        self._dim = _samples_dim(batches[0], counts[0], tokens.shape[1])
+        places = [(b, row) for b, n in zip(batches, counts, strict=True) for row in range(n)]
         keys = (tuple(window) for window in tokens.tolist())
         self._places = dict(zip(keys, places, strict=True))
         self._requested: list[tuple[Batch, int]] = []
@@ -109,15 +111,24 @@ class _Windows:
                 ("stream", "metrics"),
             ) from None
 
+    def _state(self) -> tuple[Any, ...]:
+        """The state of the requested windows before the last block."""
+        states = [_values(batch.state) for batch, _ in self._requested]
+        rows = [row for _, row in self._requested]
+        streams, others = [state[0] for state in states], [state[1:] for state in states]
+        return (_stacked(streams, rows, self._dim), *_stacked(others, rows))
+
     def replace_state(
         self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """A hook before the last block: replace its state by that of the windows."""
-        call = self._requested[0][0].calls[-1]
+        call, state = self._requested[0][0].calls[-1], self._state()
         given, named = list(args), dict(kwargs)
-        carried = call.carried if isinstance(self._requested[0][0].state, tuple) else {}
+        for name in call.shared if len(state) > 1 else ():
+            named[name].update(state[-1][name])  # the model's own one, which its stubs did not fill
+        carried = call.carried if len(state) > 1 else {}
         for key, place in [(call.keyword or -1, 0), *carried.items()]:
-            value = torch.stack([_part(batch.state, place)[row] for batch, row in self._requested])
+            value = state[place]
             if isinstance(key, int):
                 given[key + 1] = value  # the state is before the other arguments
             else:
@@ -125,7 +136,26 @@ class _Windows:
         return tuple(given), named
 
 
-def _part(state: State, place: int) -> Tensor:
-    """The stream in a state (place 0), or another value that a block passes on."""
-    part: Tensor = state[place] if isinstance(state, tuple) else state
-    return part
+def _samples_dim(batch: Batch, samples: int, seqlen: int) -> int:
+    """The dimension of the samples in the stream: Gemma 3n has several streams before it."""
+    shape = tuple(_values(batch.state)[0].shape)
+    places = (dim for dim in range(len(shape)) if shape[dim : dim + 2] == (samples, seqlen))
+    return next(places, 0)
+
+
+def _values(state: State) -> tuple[Any, ...]:
+    """The stream in a state, and the other values that a block passes on."""
+    return state if isinstance(state, tuple) else (state,)
+
+
+def _stacked(parts: Sequence[Any], rows: Sequence[int], dim: int = 0) -> Any:
+    """Tensors, or containers of them, of one row of each part along a dimension."""
+    first = parts[0]
+    if isinstance(first, Tensor):
+        pairs = zip(parts, rows, strict=True)
+        return torch.stack([part.select(dim, row) for part, row in pairs], dim)
+    if isinstance(first, dict):
+        return {key: _stacked([part[key] for part in parts], rows) for key in first}
+    if isinstance(first, tuple):
+        return tuple(_stacked(items, rows) for items in zip(*parts, strict=True))
+    return first

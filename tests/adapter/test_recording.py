@@ -1,5 +1,7 @@
 """The recording of calls: what blocks return is found out by runs with stubs."""
 
+from collections import UserDict
+
 import pytest
 import torch
 from torch import nn
@@ -94,6 +96,41 @@ def test_what_a_block_passes_on_beside_the_stream_is_part_of_the_state(by_name, 
         state = adapter.step(block, state, call)
     assert state[1] == 3
     assert adapter.residual(state).equal(torch.full((2, 3, 4), 1.0 + 0 + 1 + 2))
+
+
+class Sharing(Model):
+    """The first block fills a mapping that later blocks read, as keys and values are shared."""
+
+    def __init__(self):
+        super().__init__(None)
+        self.blocks = nn.ModuleList(Filling() for _ in range(3))
+
+    def forward(self, tokens, use_cache):
+        state, shared = torch.ones(*tokens.shape, 4), UserDict()
+        for block in self.blocks:
+            state = block(state, shared=shared)
+        return state
+
+
+class Filling(nn.Module):
+    """Adds what the first block of a run was given."""
+
+    def forward(self, state, shared):
+        shared.setdefault("first", state)
+        return state + shared["first"]
+
+
+def test_what_a_block_leaves_for_later_ones_is_part_of_the_state():
+    model, adapter = Sharing(), DecoderAdapter()
+    state, calls = record_calls(model, list(model.blocks), torch.zeros(2, 3))
+    assert [call.shared for call in calls] == [("shared",)] * 3
+    states = [state, 10 * state]
+    for block, call in zip(model.blocks, calls, strict=True):  # two streams in turn
+        states = [adapter.step(block, each, call) for each in states]
+    for factor, after in zip((1.0, 10.0), states, strict=True):
+        assert adapter.residual(after).equal(torch.full((2, 3, 4), factor * 4))
+        assert after[-1]["shared"]["first"].equal(torch.full((2, 3, 4), factor))
+    assert not any(call.kwargs["shared"] for call in calls)
 
 
 def test_the_error_of_the_run_that_went_furthest_is_raised():

@@ -130,8 +130,8 @@ def test_what_cannot_be_read_block_by_block_is_told(apt, tmp_path, checkpoint):
     assert "only safetensors can be streamed" in refused.err
 
 
-@needs("transformers", "5.24", "Zaya and HY 4")
-@pytest.mark.parametrize("kind", ["zaya", "hy_v4"])
+@needs("transformers", "5.24", "Zaya, HY 4, keys and values for later layers")
+@pytest.mark.parametrize("kind", ["zaya", "hy_v4", "gemma3n_text"])
 @torch.no_grad()
 def test_what_blocks_pass_on_beside_the_stream_reaches_the_last_one(kind, monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
