@@ -82,7 +82,7 @@ class AutoAdapter(DecoderAdapter):
         return tuple(name for name, _ in block.named_parameters() if name not in sites)
 
     def groups(self, block: nn.Module, config: Any) -> list[Groups]:
-        """Stacked experts, the channels inside them, and what `find_widths` finds."""
+        """Experts, the channels inside them, and what `find_widths` finds."""
         experts, channels = self._experts(block, config), self._channels.get(kind_of(block))
         widths = self._widths_of(config).groups.get(kind_of(block), ())
         return [groups for groups in (experts, channels, *widths) if groups is not None]
@@ -102,12 +102,15 @@ class AutoAdapter(DecoderAdapter):
         return self._widths[key]
 
     def _experts(self, block: nn.Module, config: Any) -> Groups | None:
-        """The stacked experts of the block."""
+        """The experts of the block; None if it has none, or several lists or stacks of them."""
         sites = self.sites(block)
-        stacked = dict.fromkeys(
-            site.parameter for site in sites if site.routed and site.expert is not None
-        )
-        owners = {parameter.rpartition(".")[0] for parameter in stacked}
+        lists = {
+            name for name, module in block.named_modules() if isinstance(module, nn.ModuleList)
+        }
+        routed = {_role(site.parameter, lists): site for site in sites if site.routed}
+        owners = {
+            role.partition(".*")[0] if "*" in role else role.rpartition(".")[0] for role in routed
+        }
         if len(owners) != 1:
             return None
         owner = owners.pop()
@@ -119,7 +122,10 @@ class AutoAdapter(DecoderAdapter):
             for name in tensors_of(block)
             if name.startswith(within) and name.removeprefix(within).partition(".")[0] not in busy
         ]
-        names = [parameter.rpartition(".")[2] for parameter in stacked]
+        order = max(site.order for site in routed.values())
+        last = [role for role, site in routed.items() if site.order == order]
+        names = [role.removeprefix(f"{owner}.").removeprefix("*.") for role in last]
+        names = [name.removesuffix(".weight") for name in names]
         return expert_groups(block, owner, names, beside, config)
 
     def enter(self, model: nn.Module, tokens: Tensor) -> tuple[State, list[Call]]:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from apt.adapter import Adapter, Call, Groups, Part, Site, State, one_by_one
-from apt.adapter.groups import tensors_of, without
+from apt.adapter.groups import without
 from apt.adapter.text_config import hidden_size, text_config
 from apt.checkpoints.skeletons import skeleton_of_class
 from apt.checkpoints.smaller import resized
@@ -311,8 +311,7 @@ class _Model:
             block, call = small[run.name]
             for removed in _removals(each, kept):
                 expected, effect = self._unread(run, each, removed)
-                state = run.block.state_dict()
-                state |= without(tensors_of(run.block), [(each, removed)])
+                state = without(run.block.state_dict(), [(each, removed)])
                 try:
                     block.load_state_dict(state, assign=True)
                     found = self._output(block, run.before, call)

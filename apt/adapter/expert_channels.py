@@ -18,10 +18,10 @@ _ALIGNED = 8  # grouped kernels of torch need rows of a multiple of 16 bytes: 8 
 
 
 def experts_width(block: nn.Module, sites: Iterable[Site], config: Any) -> tuple[str, int] | None:
-    """The field of a configuration that is the width of a block's stacked experts, and its value.
+    """The field of a configuration that is the width of a block's experts, and its value.
 
     Returns:
-        None without stacked experts, or without such a field.
+        None without experts, or without such a field.
     """
     readers, config = _readers(sites), text_config(config)
     if not readers:
@@ -34,7 +34,7 @@ def experts_width(block: nn.Module, sites: Iterable[Site], config: Any) -> tuple
 def expert_channels(
     block: nn.Module, sites: Sequence[Site], width: tuple[str, int], follow: Mapping[str, int]
 ) -> Groups | None:
-    """The channels of the stacked experts of a block, as groups that are apart.
+    """The channels of the experts of a block, as groups that are apart.
 
     Args:
         block: the block.
@@ -47,7 +47,8 @@ def expert_channels(
         None if no site reads such channels, or if a parameter has another layout.
     """
     tensors, (field, count) = tensors_of(block), width
-    readers, parts = _readers(sites), list[Part]()
+    readers, parts = [s for s in _readers(sites) if s.expert is not None], list[Part]()
+    follow = {**_listed(tensors, sites), **follow}
     if readers:
         parts += _stacked(block, [site for site in sites if site.expert == 0], readers[0], count)
     own = follow.keys() - {part.parameter for part in parts}
@@ -69,10 +70,21 @@ def expert_channels(
 
 
 def _readers(sites: Iterable[Site]) -> list[Site]:
-    """The last weights of stacked experts."""
-    routed = [site for site in sites if site.routed and site.expert is not None]
+    """The last weights of experts."""
+    routed = [site for site in sites if site.routed]
     order = max((site.order for site in routed), default=0)
     return [site for site in routed if site.order == order]
+
+
+def _listed(tensors: Mapping[str, Tensor], sites: Sequence[Site]) -> dict[str, int]:
+    """The parameters of experts in a list, with the dimension of their channels."""
+    last, found = {site.parameter for site in _readers(sites)}, dict[str, int]()
+    for site in (site for site in sites if site.routed and site.expert is None):
+        rows = site.parameter not in last
+        found[site.parameter] = int(rows == site.transposed)
+        if rows and (bias := f"{site.parameter.removesuffix('weight')}bias") in tensors:
+            found[bias] = 0
+    return found
 
 
 def _stacked(block: nn.Module, first: Sequence[Site], last: Site, count: int) -> Iterator[Part]:
@@ -94,7 +106,7 @@ def _stacked(block: nn.Module, first: Sequence[Site], last: Site, count: int) ->
 def _beside(
     tensors: Mapping[str, Tensor], reader: Site, follow: Mapping[str, int], count: int
 ) -> Iterator[Part]:
-    """The parts of a shared expert: its width is a multiple of that of the others."""
+    """The parts of one expert in a list, or of a shared one, which can be several times as wide."""
     owner = reader.parameter.rsplit(".", 2)[0]
     each = tensors[reader.parameter].shape[follow[reader.parameter]] // count
     for path, dim in follow.items():

@@ -65,20 +65,20 @@ class Experts:
         return expert_sites(self.path, count, self.stacked, order, transposed=self.transposed)
 
     def groups(self, block: nn.Module, config: Any) -> list[Groups]:
-        """The experts, and their channels; none in a ``ModuleList``, whose names would change."""
-        if isinstance(block.get_submodule(self.path), nn.ModuleList):
-            return []
+        """The experts, and the channels inside them."""
         parent = self.path.rpartition(".")[0]
         beside = [
             name
             for name in tensors_of(block)
             if name.startswith(f"{self.router}.") or name.rpartition(".")[0] == parent
         ]
+        listed = isinstance(block.get_submodule(self.path), nn.ModuleList)
+        last = self.linears[-1] if listed else self.stacked[-1:]
         readers, follow = self._shared(block)
         sites = [*self.sites(block, 0), *readers]
         width = experts_width(block, sites, config)
         found = [
-            expert_groups(block, self.path, self.stacked, beside, config),
+            expert_groups(block, self.path, last, beside, config),
             expert_channels(block, sites, width, follow) if width else None,
         ]
         return [groups for groups in found if groups is not None]
@@ -131,31 +131,36 @@ def listed_sites(
 
 
 def expert_groups(
-    block: nn.Module, path: str, stacked: Sequence[str], beside: Iterable[str], config: Any
+    block: nn.Module, path: str, last: Sequence[str], beside: Iterable[str], config: Any
 ) -> Groups | None:
     """The experts of a block, as groups; None if the configuration's number of experts differs.
 
     If a router selects among groups of experts first (``n_group``), each of these is a bin.
 
     Args:
-        path: the path within the block of the module that owns the stacked parameters.
-        stacked: the parameters' names, the last of which produces the output.
+        path: the path within the block of the module that owns the stacked parameters, or of the
+            ``ModuleList`` of experts.
+        last: the names of the parameters, or of the Linears of one expert, that produce the output.
         beside: the paths of the router's parameters and buffers.
         config: the model's configuration.
     """
     config, tensors = text_config(config), tensors_of(block)
-    output = f"{path}.{stacked[-1]}"
-    count = len(tensors[output])
+    owner: Any = block.get_submodule(path)
+    listed = isinstance(owner, nn.ModuleList)
+    count = len(owner if listed else tensors[f"{path}.{last[0]}"])
     field = next((name for name in _COUNTS if getattr(config, name, None) == count), None)
     if field is None:
         return None
-    inside = [name for name in tensors if name.startswith(f"{path}.")]
+    inside = [] if listed else [name for name in tensors if name.startswith(f"{path}.")]
     parts = [Part(name) for name in (*inside, *beside) if _counts(tensors[name], count)]
-    outputs = [part for part in parts if part.parameter.startswith(output)]  # a bias as well
+    start = tuple(f"{path}.0.{name}." if listed else f"{path}.{name}" for name in last)
+    outputs = [Part(name) for name in tensors if name.startswith(start)]  # biases as well
+    if listed:
+        outputs = [Part(part.parameter.replace(f"{path}.0.", f"{path}.*.")) for part in outputs]
     bins = getattr(config, "n_group", None) or 1
     return Groups(
         "experts", count, (), tuple(parts), {field: int}, bins, _least(config, bins),
-        tuple(outputs), routed=True,
+        tuple(outputs), routed=True, members=path if listed else "",
     )  # fmt: skip
 
 

@@ -16,7 +16,8 @@ class Part:
     Group ``g`` has the entries ``start + g * each`` to ``start + (g + 1) * each - 1``.
 
     Args:
-        parameter: the path within the block of the parameter, or of a buffer that is stored.
+        parameter: the path within the block of the parameter, or of a buffer that is stored. An
+            asterisk stands for the index of a group, which then has the whole parameter.
         dim: the dimension of the parameter in which the entries are.
         each: the number of consecutive entries of one group.
         start: the first entry of the first group.
@@ -29,6 +30,10 @@ class Part:
     each: int = 1
     start: int = 0
     reader: str = ""
+
+    def path(self, group: int) -> str:
+        """The path of the parameter for one group."""
+        return self.parameter.replace("*", str(group))
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,8 @@ class Groups:
         routed: True if a router distributes the tokens among the groups. The router then chooses
             among those that are left, so that a model without a group does not equal one in which
             the group's output is zero.
+        members: the path of a list of modules, one for each group, which lacks those of the removed
+            groups; empty if the groups are entries of parameters alone.
         multiple: what the number of groups of a bin that a model keeps must be a multiple of.
         apart: True if every reader has channels of its own, as experts have, and loses other ones
             than the rest, as many. A column of it is a channel. The channels that are removed are
@@ -70,6 +77,7 @@ class Groups:
     least: int = 1
     outputs: tuple[Part, ...] = ()
     routed: bool = False
+    members: str = ""
     multiple: int = 1
     apart: bool = False
 
@@ -109,19 +117,23 @@ def tensors_of(block: nn.Module) -> dict[str, Tensor]:
 def disconnect(parameters: Mapping[str, Tensor], groups: Groups, removed: Sequence[int]) -> None:
     """Set the outputs of some groups without readers to zero, in the parameters by path."""
     for part in groups.outputs:
-        entry = parameters[part.parameter].detach().movedim(part.dim, 0)
         for group in removed:
-            entry[entries(part, group)] = 0
+            _output(parameters, part, group).zero_()
 
 
 def disconnected(parameters: Mapping[str, Tensor], groups: Groups) -> Tensor:
     """The mask (count,) of the groups without readers whose outputs are all zero."""
     empty = torch.ones(groups.count, dtype=torch.bool)
     for part in groups.outputs:
-        entry = parameters[part.parameter].detach().movedim(part.dim, 0)
-        zero = [not bool(entry[entries(part, group)].any()) for group in range(groups.count)]
+        zero = [not _output(parameters, part, group).any() for group in range(groups.count)]
         empty &= torch.tensor(zero)
     return empty
+
+
+def _output(parameters: Mapping[str, Tensor], part: Part, group: int) -> Tensor:
+    """A view of what produces the output of one group."""
+    values = parameters[part.path(group)].detach()
+    return values if "*" in part.parameter else values.movedim(part.dim, 0)[entries(part, group)]
 
 
 def entries_of(parameters: Mapping[str, Tensor], groups: Groups, reader: Site) -> Iterator[Tensor]:
@@ -158,7 +170,7 @@ Removal = tuple[Groups, Sequence[int]]
 
 
 def without(parameters: Mapping[str, Tensor], removals: Sequence[Removal]) -> dict[str, Tensor]:
-    """Smaller copies of the parameters that change, by path, of a block without some groups.
+    """The parameters, by path, of a block without some groups: smaller copies of those that change.
 
     Parts of tensors that are not among ``parameters``, such as buffers, are ignored.
     """
@@ -170,10 +182,26 @@ def without(parameters: Mapping[str, Tensor], removals: Sequence[Removal]) -> di
             mask = dims.setdefault(part.dim, torch.ones(length, dtype=torch.bool))
             first = part.start + part.each * torch.tensor([*removed], dtype=torch.long)
             mask[(first.unsqueeze(1) + torch.arange(part.each)).flatten()] = False
-    smaller = {}
+    smaller = dict(parameters)
     for path, dims in kept.items():
         smaller[path] = parameters[path].detach()
         for dim, mask in dims.items():
             indices = mask.nonzero().squeeze(1).to(smaller[path].device)
             smaller[path] = smaller[path].index_select(dim, indices)
+    for groups, removed in removals:
+        if groups.members:
+            smaller = dict(_without_members(smaller, groups.members, removed))
     return smaller
+
+
+def _without_members(
+    parameters: Mapping[str, Tensor], members: str, removed: Sequence[int]
+) -> Iterator[tuple[str, Tensor]]:
+    """The parameters without those of some members of a list; the others move up."""
+    for path, tensor in parameters.items():
+        index, _, name = path.removeprefix(f"{members}.").partition(".")
+        if not path.startswith(f"{members}."):
+            yield path, tensor
+        elif int(index) not in removed:
+            place = int(index) - sum(other < int(index) for other in removed)
+            yield f"{members}.{place}.{name}", tensor

@@ -44,6 +44,7 @@ class Routing:
         return tokens, self.weights[tokens, picks]
 
 
+_GIVEN = 3  # what experts get: the tokens, the indices and the weights
 Observer = Callable[[Routing], None]
 
 
@@ -57,9 +58,11 @@ def routings(experts: nn.Module, sink: Observer) -> Iterator[None]:
 
     Raises:
         AptError: the module does not get indices and weights: the experts of Llama 4, for example,
-            multiply every token.
+            multiply every token, and those in a list are called one by one.
     """
     names = list(inspect.signature(experts.forward).parameters)
+    if len(names) < _GIVEN:
+        raise _unknown(experts)
 
     def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = [*args, *(kwargs[name] for name in names[len(args) :] if name in kwargs)]
@@ -72,11 +75,15 @@ def routings(experts: nn.Module, sink: Observer) -> Iterator[None]:
         handle.remove()
 
 
+def _unknown(experts: nn.Module) -> AptError:
+    return AptError(f"{type(experts).__name__} does not get the indices of each token's experts")
+
+
 def _routing(experts: nn.Module, given: list[Any]) -> Routing:
     """The routing in the arguments of experts."""
-    if not all(isinstance(each, Tensor) for each in given[:3]) or len(given) < 3:
-        raise AptError(f"{type(experts).__name__} does not get the indices of each token's experts")
-    inputs, index, weights = (each.detach() for each in given[:3])
+    if not all(isinstance(each, Tensor) for each in given[:_GIVEN]) or len(given) < _GIVEN:
+        raise _unknown(experts)
+    inputs, index, weights = (each.detach() for each in given[:_GIVEN])
     index = index.reshape(-1, index.shape[-1])
     weights = weights.reshape(len(index), -1)
     if weights.shape != index.shape:  # weights of all experts, in older releases of transformers

@@ -50,7 +50,7 @@ def shrunk(
     kept = ((name, block) for name, block in blocks if name not in dropped)
     for (place, _), (name, block) in zip(blocks, kept, strict=False):
         removals = _removals(adapter, model.config, block, removed.get(name, {}))
-        own = dict(block.state_dict()) | without(tensors_of(block), removals)
+        own = without(block.state_dict(), removals)
         state |= {f"{place}.{path}": tensor for path, tensor in own.items()}
     return _built(type(model), config, state, model)
 
@@ -163,7 +163,7 @@ def _stored_parts(
             removed = removed_groups(block, planned)
             removals = _removals(skeleton.adapter, skeleton.config, block, removed)
             own = {p: t for p, t in tensors_of(block).items() if f"{planned.name}.{p}" in layout}
-            for path, tensor in (own | without(own, removals)).items():
+            for path, tensor in without(own, removals).items():
                 dtype = shards.entries[layout[f"{planned.name}.{path}"][0].key].dtype
                 whole = tensor.detach().to("cpu", dtype)
                 for stored in layout[f"{place.name}.{path}"]:

@@ -85,10 +85,11 @@ def pruned_parameters(block: PlannedBlock) -> list[str]:
     for groups in (entry.groups for entry in block.groups if entry.groups.apart):
         paths += [part.parameter for part in groups.parts]
     for entry in block.disconnected:
-        outputs = [part.parameter for part in entry.groups.outputs]
+        groups = entry.groups
+        outputs = [part.path(group) for part in groups.outputs for group in range(groups.count)]
         inside = tuple(f"{path.rpartition('.')[0]}." for path in outputs)  # of experts, all change
-        parts = [part.parameter for part in entry.groups.parts if part.parameter.startswith(inside)]
-        paths += parts if entry.groups.routed else outputs
+        parts = [part.parameter for part in groups.parts if part.parameter.startswith(inside)]
+        paths += parts if groups.routed and not groups.members else outputs
     return list(dict.fromkeys(paths))
 
 

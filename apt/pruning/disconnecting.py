@@ -97,7 +97,7 @@ def _by_effect(block: OpenBlock, planned: PlannedGroups) -> tuple[int, ...]:
     for batch in block.first_batches(_TOKENS):
         whole = stream_after(block, {}, batch, batch.state).float()
         for group in range(groups.count):
-            paths = {part.parameter for part in groups.outputs}
+            paths = {part.path(group) for part in groups.outputs}
             without = {path: parameters[path].clone() for path in paths}
             disconnect(without, groups, [group])
             changed = stream_after(block, without, batch, batch.state).float()

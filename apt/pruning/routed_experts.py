@@ -160,7 +160,7 @@ class RoutedExperts:
 
 def owner_of(groups: Groups) -> str:
     """The path within a block of the module that owns the weights of its experts."""
-    return groups.outputs[0].parameter.rpartition(".")[0]
+    return groups.members or groups.outputs[0].parameter.rpartition(".")[0]
 
 
 def routers_of(block: nn.Module, groups: Groups) -> list[Tensor]:

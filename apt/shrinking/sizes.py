@@ -224,7 +224,7 @@ class _Kind:
         """The number of parameters of a block with ``kept`` groups."""
         removals = [(g, range(kept[g.kind], g.count)) for g in self.groups if g.kind in kept]
         empty = {path: torch.empty(shape, device="meta") for path, shape in self.shapes}
-        return sum(tensor.numel() for tensor in (empty | without(empty, removals)).values())
+        return sum(tensor.numel() for tensor in without(empty, removals).values())
 
 
 def _kinds(

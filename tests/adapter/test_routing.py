@@ -92,5 +92,5 @@ def test_each_token_can_lack_another_expert(block, stream):
 
 def test_experts_without_indices_are_refused(stream):
     _, experts = experts_of(mixture("llama4_text").model.layers[0])
-    with routings(experts, print), pytest.raises(AptError, match="does not get the indices of"):
+    with pytest.raises(AptError, match="does not get the indices of"), routings(experts, print):
         experts(stream.view(-1, 16))

@@ -43,9 +43,11 @@ def _misdeclared(name: str, block: nn.Module, groups: Groups, sites: dict[str, S
     """Faults of a declaration by itself."""
     parameters = tensors_of(block)
     for part in (*groups.parts, *groups.outputs):
-        if part.parameter not in parameters:
+        if part.path(0) not in parameters:
             said = f": {groups.kind} have a part in {part.parameter}, which is no parameter of it"
             yield name, said
+            continue
+        if "*" in part.parameter:  # the whole parameter of a member
             continue
         end = part.start + groups.count * part.each
         length = parameters[part.parameter].shape[part.dim]
