@@ -61,9 +61,12 @@ from tests.conformance.mutants.grouping import (
     GateForgotten,
     HalfHeads,
     Interleaved,
+    NoBins,
     NoField,
     NoParameterOf,
     NoReader,
+    NormedHeads,
+    NormsForgotten,
     NoSite,
     OneReader,
     PartForgotten,
@@ -291,6 +294,15 @@ MUTANTS: dict[str, Mutant] = {
     "outputs of states that are decays": Mutant(
         WrongOutputs, "groups", "without some states differs from one that does not depend on",
         "mamba",
+    ),
+    "heads whose norm is over all of them": Mutant(
+        NormedHeads, "groups", "without some heads differs from one that does not depend", "olmo2"
+    ),
+    "the same without their entries of the norm": Mutant(
+        NormsForgotten, "groups", r"heads cannot be removed: .*_norm\.weight", "olmo2"
+    ),
+    "query heads that share no key": Mutant(
+        NoBins, "groups", "without some heads differs from one that does not depend", "grouped"
     ),
     "half of each query head": Mutant(HalfHeads, "groups", r"heads cannot be removed: .*q_proj"),
     "captured rows negated": Mutant(

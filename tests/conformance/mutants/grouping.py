@@ -48,6 +48,19 @@ WrongOutputs = regrouped(
 )
 
 
+NoBins = regrouped(lambda groups: replace(groups, bins=1), "heads")
+
+
+def with_norms(groups):
+    """Heads with their entries of the norms of q and k, which are over all heads together."""
+    norms = tuple(Part(f"self_attn.{name}_norm.weight", each=8) for name in "qk")
+    return replace(groups, parts=(*groups.parts, *norms))
+
+
+NormedHeads = regrouped(with_norms, "heads")
+NormsForgotten = regrouped(lambda groups: groups, "heads")
+
+
 def shifted(groups):
     """Each part of the query heads begins one entry too late."""
     parts = tuple(

@@ -62,6 +62,13 @@ def three_experts():
     return AutoModelForCausalLM.from_config(config).eval()
 
 
+def olmo2():
+    """A model that normalises q and k over all heads together."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("olmo2", intermediate_size=64, **_SMALL | _HEADS | _IDS)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
 def gpt_oss():
     """Two blocks with a sliding window and without."""
     torch.manual_seed(0)
@@ -87,6 +94,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "jamba, three experts": three_experts,
     "qwen2-moe": lambda: random_model("qwen2-moe"),
     "gpt-oss": gpt_oss,
+    "grouped": lambda: random_model("llama-grouped-tied"),
+    "olmo2": olmo2,
 }
 RIGHT = {
     "llama": LLAMA,
