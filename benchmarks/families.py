@@ -2,7 +2,8 @@
 
 All types with a causal language model, and all that take images and text, are in the table. A row
 says which adapter served the type, which share of the matrices of the blocks was pruned, if the
-pattern is exact, and if all other values are the same bit for bit; or why the type was refused::
+pattern is exact, if all other values are the same bit for bit, and what can be narrower; or why the
+type was refused::
 
     python benchmarks/families.py --json benchmarks/results/families.json
     python benchmarks/pages.py
@@ -151,10 +152,17 @@ def compared(model: nn.Module, adapter: Adapter, pattern: str, before: dict[str,
     return {
         "share": total / sum(matrices.values()),
         "experts": any(site.routed for site, _, _ in weights),
+        "groups": groups(model, adapter),
         "pattern": pattern,
         "exact": exact,
         "untouched": all(same(value, before[name]) for name, value in tensors(model)),
     }
+
+
+def groups(model: Any, adapter: Adapter) -> list[str]:
+    """The kinds of groups that `apt-prune shrink` can remove from some block."""
+    found = (adapter.groups(block, model.config) for _, block in adapter.blocks(model))
+    return list(dict.fromkeys(each.kind for kinds in found for each in kinds))
 
 
 def tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

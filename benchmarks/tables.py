@@ -300,13 +300,25 @@ def family(row: Row) -> list[str]:
     kept = "yes" if row["untouched"] else "**no**"
     exact = row["pattern"] if row["exact"] else f"**not {row['pattern']}**"
     experts = "yes" if row["experts"] else ""
-    return [f"`{row['type']}`", row["adapter"], experts, f"{row['share']:.1%}", exact, kept]
+    groups = ", ".join(f"`{kind}`" for kind in row["groups"])
+    return [f"`{row['type']}`", row["adapter"], experts, f"{row['share']:.1%}", exact, kept, groups]
+
+
+def narrower(rows: Rows) -> str:
+    """How many model types have groups that can be removed, and of which usual kinds."""
+    groups = [row["groups"] for row in rows if row["served"] in SERVED]
+    usual = ("channels", "heads", "key-value-heads", "experts", "expert-channels")
+    counts = [f"{sum(kind in own for own in groups)} `{kind}`" for kind in usual]
+    return (
+        f"{sum(map(bool, groups))} can be narrower: {', '.join(counts[:-1])} and {counts[-1]} "
+        "can go."
+    )
 
 
 def families(rows: Rows) -> str:
     """Both tables of model types: those that are served, and the others with the reason."""
     parts = []
-    head = ["type", "adapter", "experts", "in sites", "exact", "rest untouched"]
+    head = ["type", "adapter", "experts", "in sites", "exact", "rest untouched", "groups"]
     for name, title in TITLES.items():
         own = [row for row in rows if row["table"] == name]
         lines = [family(row) for row in own if row["served"] in SERVED]
@@ -315,7 +327,7 @@ def families(rows: Rows) -> str:
             for row in own
             if row["served"] not in SERVED
         ]
-        parts += [f"## {title}", served(own), table(head, lines)]
+        parts += [f"## {title}", f"{served(own)} {narrower(own)}", table(head, lines)]
         parts += [table(["type", "", "reason"], others)]
     return "\n\n".join(parts)
 
