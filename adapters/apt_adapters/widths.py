@@ -430,7 +430,8 @@ def _name(groups: Groups, taken: set[str]) -> str:
     """The usual name of a kind, or the name of the field if another kind has it."""
     field = next(name for name, value in groups.fields.items() if value is int)
     usual = ""
-    if groups.parts[0].each == 1 and "attention" not in field:  # that of a reader
+    other = any(word in field for word in ("attention", "expert", "shared"))
+    if groups.parts[0].each == 1 and not other:  # the part of a reader
         usual = "channels"
     elif fullmatch(_NUMBER_OF_HEADS, field):
         usual = "heads"
