@@ -23,12 +23,15 @@ def experts_width(block: nn.Module, sites: Iterable[Site], config: Any) -> tuple
     Returns:
         None without experts, or without such a field.
     """
-    readers, config = _readers(sites), text_config(config)
-    if not readers:
-        return None
-    count = readers[0].oriented(readers[0].weight(block)).shape[1]
-    field = next((name for name in _FIELDS if getattr(config, name, None) == count), None)
-    return None if field is None else (field, count)
+    count, config = neurons(block, sites), text_config(config)
+    fields = (name for name in _FIELDS if getattr(config, name, None) == count > 0)
+    return next(((field, count) for field in fields), None)
+
+
+def neurons(block: nn.Module, sites: Iterable[Site]) -> int:
+    """The number of channels inside an expert of a block; 0 without experts."""
+    widths = (site.oriented(site.weight(block)).shape[1] for site in _readers(sites))
+    return next(widths, 0)
 
 
 def expert_channels(

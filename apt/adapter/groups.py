@@ -136,11 +136,13 @@ def _output(parameters: Mapping[str, Tensor], part: Part, group: int) -> Tensor:
     return values if "*" in part.parameter else values.movedim(part.dim, 0)[entries(part, group)]
 
 
-def entries_of(parameters: Mapping[str, Tensor], groups: Groups, reader: Site) -> Iterator[Tensor]:
+def entries_of(
+    parameters: Mapping[str, Tensor], groups: Groups, reader: Site
+) -> Iterator[tuple[Part, Tensor]]:
     """What belongs to the columns of one reader of groups that are apart.
 
     Returns:
-        A view (columns, entries, …) of each part.
+        Each part, with a view (columns, entries, …) of it.
     """
     width = reader.oriented(reader.slice_of(parameters[reader.parameter])).shape[1]
     for part in groups.parts:
@@ -150,7 +152,7 @@ def entries_of(parameters: Mapping[str, Tensor], groups: Groups, reader: Site) -
         if not part.reader:
             tensor = tensor[reader.expert]
         own = tensor.narrow(-1, part.start, groups.count * part.each)
-        yield torch.unflatten(own, -1, (width, -1)).movedim((-2, -1), (0, 1))
+        yield part, torch.unflatten(own, -1, (width, -1)).movedim((-2, -1), (0, 1)).detach()
 
 
 def gather(parameters: Mapping[str, Tensor], groups: Groups, readers: Iterable[Site]) -> None:
@@ -161,8 +163,8 @@ def gather(parameters: Mapping[str, Tensor], groups: Groups, readers: Iterable[S
     for reader in readers:
         weight = reader.oriented(reader.slice_of(parameters[reader.parameter].detach()))
         order = (weight == 0).all(0).int().argsort(stable=True)
-        for own in entries_of(parameters, groups, reader):
-            own.detach().copy_(own.detach()[order])
+        for _, own in entries_of(parameters, groups, reader):
+            own.copy_(own[order])
 
 
 Removal = tuple[Groups, Sequence[int]]

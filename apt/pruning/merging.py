@@ -5,13 +5,15 @@ permuted without a change of its output. So they are matched with those of the e
 merged into, before the weights are averaged by the numbers of tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from apt.adapter import Adapter, Groups
-from apt.adapter.groups import tensors_of
+from apt.adapter import Adapter, Groups, Part
+from apt.adapter.expert_channels import expert_channels, neurons
+from apt.adapter.groups import entries_of, tensors_of
+from apt.errors import AptError
 from apt.pruning.routed_experts import RoutedExperts, owner_of
 
 
@@ -37,10 +39,10 @@ def merge_experts(
     clusters: dict[int, list[int]] = {expert: [expert] for expert in kept}
     for expert in (removed.cpu() & (tokens.cpu() > 0)).nonzero().squeeze(1).tolist():
         clusters[most_similar(experts, expert, kept)].append(expert)
-    for first, members in clusters.items():
+    for members in clusters.values():
         if len(members) > 1:
             shares = tokens[members] / tokens[members].sum()
-            weights.average(members, first, shares.tolist())
+            weights.average(members, shares.tolist())
     return tuple(sorted((other, first) for first, m in clusters.items() for other in m[1:]))
 
 
@@ -73,51 +75,52 @@ def matched(similarity: Tensor) -> Tensor:
 
 
 class _Weights:
-    """The weights of experts, as views whose first dimension are the neurons."""
+    """The weights of stacked experts, by the neurons that they belong to."""
 
     def __init__(self, block: nn.Module, adapter: Adapter, groups: Groups) -> None:
         owner, tensors = owner_of(groups), tensors_of(block)
-        inside = [part.parameter for part in groups.parts if part.parameter.startswith(f"{owner}.")]
-        self._tensors = {path: tensors[path].detach() for path in inside}
-        first = [site for site in adapter.sites(block) if site.expert == 0]
-        self._sites = {site.parameter: site for site in first if site.parameter in self._tensors}
-        self._last = max(self._sites.values(), key=lambda site: site.order)
-        self._neurons = self._last.oriented(self._last.weight(block)).shape[1]
-        # gate and up are stored one after the other, or as pairs of rows
-        self._concatenated: bool = getattr(block.get_submodule(owner), "is_concatenated", True)
+        sites = [site for site in adapter.sites(block) if site.parameter.startswith(f"{owner}.")]
+        channels = expert_channels(block, sites, ("", neurons(block, sites)), {})
+        if channels is None:
+            fault = f"the weights in {owner} are stored in a way that is not known"
+            raise AptError(fault, "choose a method that does not merge", ("method",))
+        self._channels, self._tensors = channels, tensors
+        self._last = [site for site in sites if site.name in channels.readers]
+        self._matrices = {site.parameter for site in sites}
+        self._biases = [p.parameter for p in groups.outputs if p.parameter not in self._matrices]
 
-    def average(self, members: Sequence[int], first: int, shares: Sequence[float]) -> None:
-        """Set an expert to the mean of some, with their neurons in the order of its own."""
-        orders = [self._order(member, first) for member in members]
-        for path in self._tensors:
-            parts = [self._view(path, member).float() for member in members]
-            if not self._is_shared(path):
-                parts = [part[order] for part, order in zip(parts, orders, strict=True)]
-            scaled = [share * part for share, part in zip(shares, parts, strict=True)]
-            self._view(path, first).copy_(torch.stack(scaled).sum(0))
+    def average(self, members: Sequence[int], shares: Sequence[float]) -> None:
+        """Set the first of some experts to their mean, with all neurons in the order of its own."""
+        orders = [self._order(members[0], member) for member in members]
+        entries = [[values for _, values in self._entries(member)] for member in members]
+        for same in zip(*entries, strict=True):
+            moved = [values[order] for values, order in zip(same, orders, strict=True)]
+            same[0].copy_(_mean(moved, shares))
+        for bias in (self._tensors[path].detach() for path in self._biases):
+            bias[members[0]] = _mean([bias[member] for member in members], shares)
 
-    def _order(self, expert: int, first: int) -> Tensor:
+    def _order(self, first: int, expert: int) -> Tensor:
         """The neurons of an expert that are matched with those of another, in their order."""
-        similarity: Tensor | None = None
-        for path in self._sites:
-            own, other = (self._view(path, e).float().flatten(1) for e in (first, expert))
-            each = nn.functional.normalize(own) @ nn.functional.normalize(other).T
-            similarity = each if similarity is None else similarity + each
-        assert similarity is not None
+        own, other = self._matrices_of(first), self._matrices_of(expert)
+        similarity = torch.stack([
+            nn.functional.normalize(own[path]) @ nn.functional.normalize(other[path]).T
+            for path in own
+        ]).sum(0)  # fmt: skip
         return matched(similarity.nan_to_num())
 
-    def _is_shared(self, path: str) -> bool:
-        """True for the bias of the last weight, which has no entry of each neuron."""
-        return path not in self._sites and path.startswith(self._last.parameter)
+    def _matrices_of(self, expert: int) -> dict[str, Tensor]:
+        """The weights of an expert (neurons, …), by parameter."""
+        found = dict[str, list[Tensor]]()
+        for part, values in self._entries(expert):
+            if part.parameter in self._matrices:
+                found.setdefault(part.parameter, []).append(values.float().flatten(1))
+        return {path: torch.cat(values, 1) for path, values in found.items()}
 
-    def _view(self, path: str, expert: int) -> Tensor:
-        """A tensor of an expert (neurons, …); as it is if it has no entry of each neuron."""
-        values, site = self._tensors[path][expert], self._sites.get(path)
-        if self._is_shared(path):
-            return values
-        values = values if site is None else site.oriented(values)
-        if site == self._last:
-            return values.T
-        if self._concatenated:
-            return torch.unflatten(values, 0, (-1, self._neurons)).transpose(0, 1)
-        return torch.unflatten(values, 0, (self._neurons, -1))
+    def _entries(self, expert: int) -> Iterator[tuple[Part, Tensor]]:
+        """Each part of an expert, as a view whose first dimension are the neurons."""
+        return entries_of(self._tensors, self._channels, self._last[expert])
+
+
+def _mean(values: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
+    """The mean of tensors, each with a weight."""
+    return torch.stack([s * v.float() for s, v in zip(shares, values, strict=True)]).sum(0)

@@ -109,7 +109,7 @@ def _taylor(
                 inside = {p: salience[f"{name}.{p}"] for p, _ in block.named_parameters()}
                 for site in (site for site in adapter.sites(block) if site.name in groups.readers):
                     columns = torch.zeros(groups.columns_of(site.name))
-                    for entry in entries_of(inside, groups, site):
+                    for _, entry in entries_of(inside, groups, site):
                         vectors = entry.reshape(*entry.shape[:2], -1)
                         columns += _magnitude(vectors, by_vector=by_vector).sum(1).cpu()
                     scores[name][site.name] = columns
