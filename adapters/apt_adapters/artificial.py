@@ -1,14 +1,28 @@
 """Models with artificial values for the weights that are not in memory."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import GenerationMixin
 
-from apt.adapter import Adapter, Call, State, one_by_one, record_calls
+from apt.adapter import (
+    Adapter,
+    Call,
+    State,
+    one_by_one,
+    passed_state,
+    record_calls,
+    stub_output,
+    stubbed,
+)
+from apt.adapter.recording import UncalledError
+from apt.conformance.checks.recording import uncached
 
 _SPREAD = 0.05  # standard deviation of random values
 
@@ -22,6 +36,64 @@ def kind_of(block: nn.Module) -> Any:
 def few_tokens(model: nn.Module) -> Tensor:
     """Token ids (2, 8) for a run of the model."""
     return torch.arange(16, device=next(model.parameters()).device).view(2, 8)
+
+
+def text_part(model: nn.Module, path: str, blocks: Sequence[nn.Module]) -> tuple[str, set[int]]:
+    """The part of a model that runs on text alone, and the blocks that it then calls.
+
+    That is the model, or a part around the blocks that writes text itself, if the model needs an
+    image for example. Layers that look at an image may not be called.
+
+    Args:
+        path: the path of the list of blocks.
+
+    Returns:
+        The path of the part, "" for the model, and the indices of the blocks.
+    """
+    names = path.split(".")
+    inner = (".".join(names[:count]) for count in range(1, len(names)))
+    parts = ["", *(p for p in inner if isinstance(model.get_submodule(p), GenerationMixin))]
+    failures, found = list[Exception](), list[tuple[str, set[int]]]()
+    for part in parts:
+        module = model.get_submodule(part)
+        try:
+            found.append((part, _called(module, blocks, few_tokens(model))))
+        except Exception as error:
+            failures.append(error)
+        else:
+            if part == parts[-1] or _ends(module, blocks, few_tokens(model)):
+                return found[-1]
+    if not found:
+        raise failures[0]
+    return found[0]
+
+
+def _called(model: nn.Module, blocks: Sequence[nn.Module], tokens: Tensor) -> set[int]:
+    """The indices of the blocks that a model calls."""
+    try:
+        record_calls(model, blocks, tokens)
+    except UncalledError as error:
+        return set(error.called)
+    return set(range(len(blocks)))
+
+
+def _ends(model: nn.Module, blocks: Sequence[nn.Module], tokens: Tensor) -> bool:
+    """True if a model with stubs for its blocks gives an output."""
+    for pass_on in (stub_output, lambda args, kwargs, block: passed_state(args, kwargs)):
+        with ExitStack() as stack:
+            for block in blocks:
+                stub = partial(_called_as, pass_on, block)
+                stack.enter_context(stubbed([block], stub))
+            try:
+                uncached(model, tokens)
+            except Exception:
+                continue
+        return True
+    return False
+
+
+def _called_as(stub: Callable[..., Any], block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return stub(args, kwargs, block)
 
 
 def runs(

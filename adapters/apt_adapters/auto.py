@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from apt.adapter import Call, DecoderAdapter, Groups, Site, State, one_by_one
+from apt.adapter import Call, DecoderAdapter, Groups, Site, State, one_by_one, record_calls
 from apt.adapter.decoder import members
 from apt.adapter.expert_channels import expert_channels, experts_width
 from apt.adapter.experts import expert_groups
@@ -36,7 +36,7 @@ from apt.conformance.oracle import (
     used_rows,
 )
 from apt.errors import AptError, described, first_line
-from apt_adapters.artificial import few_tokens, kind_of, runs, with_distinct_values
+from apt_adapters.artificial import few_tokens, kind_of, runs, text_part, with_distinct_values
 from apt_adapters.widths import Widths, find_widths
 
 _HINT = "it needs an adapter of its own, see docs/adapters.md"
@@ -53,22 +53,26 @@ class AutoAdapter(DecoderAdapter):
         self._channels: dict[Any, Groups] = {}  # of experts
         self._config: Any = None  # that of the model for which they were found
         self._class: tuple[type[nn.Module], str] = nn.Module, ""  # that of the model, and its path
+        self._part = ""  # the path of what runs on text alone
+        self._called: set[int] = set()  # the indices of the blocks that it calls
         self._widths: dict[str, Widths] = {}  # by configuration
         self._checked: WeakSet[nn.Module] = WeakSet()
 
     def blocks(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         """The modules of the language model's ``ModuleList`` with the most parameters."""
         path, layers = _largest_list(model)
-        blocks = [(f"{path}.{name}", block) for name, block in members(layers)]
+        every = [(f"{path}.{name}", block) for name, block in members(layers)]
         self._class = type(model), path
-        config = _as_dict(model)  # blocks of equal shapes can be pre-norm and post-norm
-        if config != self._config or any(kind_of(block) not in self._found for _, block in blocks):
+        config, known = _as_dict(model), [kind_of(block) in self._found for _, block in every]
+        # blocks of equal shapes can be pre-norm and post-norm
+        if not self._called or config != self._config or not all(known[i] for i in self._called):
             with eval_mode(model):
-                filled = with_distinct_values(model, [block for _, block in blocks])
+                filled = with_distinct_values(model, [block for _, block in every])
                 self._found |= self._examine(filled, path)
-            self._channels |= _channels_of_experts(model, path, self._found)
+            called = {name: block for i, (name, block) in enumerate(every) if i in self._called}
+            self._channels |= _channels_of_experts(model, called, self._found)
             self._config = config
-        return blocks
+        return [entry for index, entry in enumerate(every) if index in self._called]
 
     def sites(self, block: nn.Module) -> list[Site]:
         """The sites found for blocks of the same kind."""
@@ -133,17 +137,19 @@ class AutoAdapter(DecoderAdapter):
         if model not in self._checked:
             self._checked.add(model)
             self._check_conformance(model, tokens[:2, :16])
-        return super().enter(model, tokens)
+        blocks = [block for _, block in self.blocks(model)]
+        return record_calls(model.get_submodule(self._part), blocks, tokens)
 
     @torch.no_grad()
     def _examine(self, model: nn.Module, path: str) -> dict[Any, list[Site]]:
         """The sites of every kind of block, found by a run on a few tokens."""
         found: dict[Any, list[Site]] = {}
-        layers = model.get_submodule(path)
-        blocks = [(f"{path}.{name}", block) for name, block in layers.named_children()]
-        tokens = few_tokens(model).numel()
-        with _explained(f"{type(model).__name__} with stubs for its blocks"):
-            entered = runs(self, model, blocks)
+        layers, tokens = model.get_submodule(path), few_tokens(model).numel()
+        every = [(f"{path}.{name}", block) for name, block in members(layers)]
+        with _explained(f"{type(model).__name__} on text alone"):
+            self._part, self._called = text_part(model, path, [block for _, block in every])
+            blocks = [block for index, block in enumerate(every) if index in self._called]
+            entered = runs(self, model.get_submodule(self._part), blocks)
         with _explained(f"the blocks of {type(model).__name__}"):
             for name, block, before, call in entered:
                 if kind_of(block) in found:
@@ -160,10 +166,14 @@ class AutoAdapter(DecoderAdapter):
     def _check_conformance(self, model: nn.Module, tokens: Tensor) -> None:
         model = with_distinct_values(model, [block for _, block in self.blocks(model)])
         tokens = tokens.to(next(model.parameters()).device)
+        part, adapter = model.get_submodule(self._part), self
+        if self._part:
+            adapter = AutoAdapter()
+            adapter._checked.add(part)
         with eval_mode(model), _explained(type(model).__name__):
             for name in _CHECKS:
                 try:
-                    CHECKS[name](Subject(self, model, tokens))
+                    CHECKS[name](Subject(adapter, part, tokens))
                 except Nonconformance as error:
                     line = f"adapter auto does not fit: {first_line(error)}"
                     raise AptError(line, _HINT) from error
@@ -186,13 +196,14 @@ def _as_dict(model: nn.Module) -> dict[str, Any] | None:
     return config.to_dict() if hasattr(config, "to_dict") else None
 
 
-def _channels_of_experts(model: Any, path: str, sites: dict[Any, list[Site]]) -> dict[Any, Groups]:
+def _channels_of_experts(
+    model: Any, blocks: dict[str, nn.Module], sites: dict[Any, list[Site]]
+) -> dict[Any, Groups]:
     """The channels inside experts, by the kind of their block.
 
     A model without weights, whose experts have another width, shows what follows this width. There
     are no such groups if that is more than the experts and MLPs of the blocks.
     """
-    blocks = {f"{path}.{name}": block for name, block in members(model.get_submodule(path))}
     config = getattr(model, "config", None)
     known = {experts_width(block, sites[kind_of(block)], config) for block in blocks.values()}
     widths = [width for width in known if width is not None]

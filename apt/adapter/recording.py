@@ -1,8 +1,9 @@
 """The recording of block calls: one run of the model with stubs in place of its blocks."""
 
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -42,6 +43,18 @@ class _LastBlock(Exception):
     """Ends a recording run at the last block."""
 
 
+class UncalledError(AptError):
+    """A model does not call some of its blocks.
+
+    Attributes:
+        called: the indices of those that it calls.
+    """
+
+    def __init__(self, message: str, called: Sequence[int]) -> None:
+        super().__init__(message)
+        self.called = list(called)
+
+
 def record_calls(
     model: nn.Module, blocks: Sequence[nn.Module], tokens: Tensor
 ) -> tuple[Tensor, list[Call]]:
@@ -58,6 +71,9 @@ def record_calls(
 
     Returns:
         The state before the first block (samples, seqlen, hidden) and one call for each block.
+
+    Raises:
+        UncalledError: the model does not call some of the blocks.
     """
     failures: list[tuple[int, Exception]] = []
     for form in _FORMS:
@@ -86,9 +102,12 @@ def _run(
 ) -> None:
     """Run ``model`` up to its last block, and append the state and the call of each block."""
 
-    def stub(*args: Any, **kwargs: Any) -> Any:
+    called: list[int] = []
+
+    def stub(index: int, *args: Any, **kwargs: Any) -> Any:
         state = passed_state(args, kwargs)
         states.append(state)
+        called.append(index)
         given = {name: value for name, value in kwargs.items() if args or name != _STATE}
         others: list[tuple[int | str, Any]] = [*enumerate(args[1:]), *given.items()]
         carried = {key: value.place for key, value in others if isinstance(value, _Other)}
@@ -100,13 +119,16 @@ def _run(
             raise _LastBlock
         return form(state)
 
-    with stubbed(blocks, stub), torch.no_grad():
+    with ExitStack() as stack, torch.no_grad():
+        for index, block in enumerate(blocks):
+            stack.enter_context(stubbed([block], partial(stub, index)))
         try:
             base: Any = model.base_model
             base(tokens, use_cache=False)
         except _LastBlock:
             return
-    raise AptError(f"{type(model).__name__} called {len(calls)} of its {len(blocks)} blocks")
+    said = f"{type(model).__name__} called {len(calls)} of its {len(blocks)} blocks"
+    raise UncalledError(said, called)
 
 
 def _is_empty_mapping(value: Any) -> bool:

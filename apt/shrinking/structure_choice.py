@@ -141,18 +141,19 @@ class _Choosing:
         """The structure; see `StructureChoice.choose`."""
         how, size = self.choice, self.choice.sizes[0]
         dropped = [self.names[index] for index in sorted(set(how.drop))]
+        compares = how.mode in ("width", "blocks-first") and how.whole and len(how.sizes) > 1
+        if (how.mode == "search" or compares) and writes(self.model):
+            self.status("generating text")
+            count, seqlen = self.few.shape
+            own = own_text(self.model, count, seqlen, how.seed, bos=bos, special=special)
+            self.few = torch.cat([self.few, own.to(self.few)])
         if how.mode == "search":
-            if writes(self.model):
-                self.status("search: generating text")
-                count, seqlen = self.few.shape
-                own = own_text(self.model, count, seqlen, how.seed, bos=bos, special=special)
-                self.few = torch.cat([self.few, own.to(self.few)])
             best = self.searched()
             size, dropped = best.size, [self.names[index] for index in sorted(best.dropped)]
         elif size.blocks < len(self.names) and not dropped:
             self.status(f"choosing the blocks to drop ({how.blocks.name})")
             dropped = self.dropped(len(self.names) - size.blocks, self.tokens)
-        if how.mode in ("width", "blocks-first") and how.whole and len(how.sizes) > 1:
+        if compares:
             size = self.widest(dropped)
         structure = Structure(size.kept, frozenset(dropped))
         if size.kept and how.groups.chooses == "groups":

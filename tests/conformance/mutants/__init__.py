@@ -49,6 +49,8 @@ from tests.conformance.mutants.entering import (
     LiveCache,
     MixerCache,
     NoStream,
+    SecondDropped,
+    TowerTouched,
     TransposedStream,
     WithoutGradient,
     WrongEnter,
@@ -242,6 +244,12 @@ MUTANTS: dict[str, Mutant] = {
     ),
     "another step": Mutant(
         WrongStep, "blocks", r"layers\.0: the state after it differs from its output in the model"
+    ),
+    "a second value dropped": Mutant(
+        SecondDropped, "blocks", r"layers\.1: the state after it differs from its output", "echo"
+    ),
+    "a tower touched": Mutant(
+        TowerTouched, "pruning", r"vision_tower\.\S+ is not a site, but pruning changes it", "llava"
     ),
     "capture leaves a hook": Mutant(
         Leaking, "untouched", r"capture leaves a forward hook on model\.layers\.0"

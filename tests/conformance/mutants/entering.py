@@ -3,7 +3,7 @@
 import torch
 
 from apt.adapter import Call, stubbed
-from tests.conformance.mutants.models import LLAMA, MAMBA
+from tests.conformance.mutants.models import LLAMA, MAMBA, Echo, Llava
 
 
 class WrongStep(LLAMA):
@@ -15,6 +15,25 @@ class WrongEnter(LLAMA):
     def enter(self, model, tokens):
         state, calls = super().enter(model, tokens)
         return state + 1e-6, calls
+
+
+class SecondDropped(Echo):
+    """Keeps the stream alone of what a block returns."""
+
+    def step(self, block, state, call):
+        return self.residual(super().step(block, state, call))
+
+
+class TowerTouched(Llava):
+    """Changes the part for images while the language model runs."""
+
+    def enter(self, model, tokens):
+        self._tower = model.model.vision_tower
+        return super().enter(model, tokens)
+
+    def step(self, block, state, call):
+        next(self._tower.parameters()).data += 1e-3
+        return super().step(block, state, call)
 
 
 class WithoutGradient(LLAMA):

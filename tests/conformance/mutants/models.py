@@ -6,9 +6,20 @@ from dataclasses import replace
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, Gemma3TextConfig, OPTConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    OPTConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import CausalLMOutput
 
-from apt.adapter import DecoderAdapter, Experts
+from apt.adapter import DecoderAdapter, Experts, Input
 from apt.plugin.registry import registry
 from tests.helpers.families import _HEADS, _IDS, _SMALL, CONFIGS, random_model
 
@@ -81,6 +92,73 @@ def gpt_oss():
     return model
 
 
+class Llava(DecoderAdapter):
+    """A right one: LLaVA, of which the language model alone is pruned."""
+
+    blocks_path = "model.language_model.layers"
+    inputs = LLAMA.inputs
+
+
+def llava():
+    """A model with a part for images, which text does not run."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    images = {"image_size": 16, "patch_size": 8, "num_attention_heads": 2, **sizes}
+    words = CONFIGS["llama-grouped-tied"].to_dict()
+    vision = CLIPVisionConfig(**images)
+    config = LlavaConfig(vision_config=vision, text_config=words, image_token_index=5)
+    return LlavaForConditionalGeneration._from_config(config).eval()
+
+
+class EchoBlock(nn.Module):
+    """A block that returns the stream and what it adds to it, which the next block takes."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.own, self.echo = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, state, before=None):
+        """The stream after the block, and what it added."""
+        added = self.own(state)
+        before = state if before is None else before
+        return state + added + self.echo(before), added
+
+
+class EchoModel(PreTrainedModel):
+    """A language model whose blocks pass a second value to each other."""
+
+    config_class = LlamaConfig
+    base_model_prefix = "none"
+
+    def __init__(self, config):
+        super().__init__(config)
+        width = config.hidden_size
+        self.embedding = nn.Embedding(config.vocab_size, width)
+        self.layers = nn.ModuleList(EchoBlock(width) for _ in range(3))  # none can be dropped
+        self.head = nn.Linear(width, config.vocab_size)
+        self.post_init()
+
+    def forward(self, input_ids, use_cache=None):
+        """The logits."""
+        state, added = self.embedding(input_ids), None
+        for layer in self.layers:
+            state, added = layer(state, added)
+        return CausalLMOutput(logits=self.head(state))
+
+
+class Echo(DecoderAdapter):
+    """A right one, for `EchoModel`."""
+
+    blocks_path = "layers"
+    inputs = (Input("stream", ("own",), residual=True), Input("before", ("echo",), residual=True))
+
+
+def echo():
+    """A model whose blocks pass a second value to each other."""
+    torch.manual_seed(0)
+    return EchoModel(copy.deepcopy(CONFIGS["llama"])).eval()
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "llama": lambda: random_model("llama"),
     "eager": lambda: random_model("llama", attention="eager"),
@@ -96,6 +174,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "gpt-oss": gpt_oss,
     "grouped": lambda: random_model("llama-grouped-tied"),
     "olmo2": olmo2,
+    "llava": llava,
+    "echo": echo,
 }
 RIGHT = {
     "llama": LLAMA,
@@ -108,6 +188,8 @@ RIGHT = {
     "jamba": JAMBA,
     "jamba, three experts": JAMBA,
     "gpt-oss": GptOss,
+    "llava": Llava,
+    "echo": Echo,
 }
 """The right adapters of the models."""
 
