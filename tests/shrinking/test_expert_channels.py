@@ -71,7 +71,7 @@ def test_scores_of_whole_models_choose_channels_of_each_expert(method):
         assert torch.equal(narrow.gate_up_proj_bias[expert], owner.gate_up_proj_bias[expert, pairs])
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss"])
 @torch.no_grad()
 def test_compensation_brings_the_model_nearer_to_the_dense_one(family):
     model, distances = mixture(family), []
@@ -123,12 +123,14 @@ def test_a_streamed_run_writes_the_same_bytes_and_goes_on_after_its_end(apt, mon
     assert model.generate(**given, max_new_tokens=4, do_sample=False).shape[1] > 4
 
 
-def test_stacks_in_pairs_are_streamed_too(apt, monkeypatch):
+def test_stacks_in_pairs_are_streamed_too(apt):
     model = mixture("gpt_oss", vocab_size=2048, num_attention_heads=2)
     model.save_pretrained("dense")
     AutoTokenizer.from_pretrained(ZOO).save_pretrained("dense")
     words = ("shrink", "dense", "--size", "expert-channels=0.6", *SMALL)
-    check_equal(*streamed(apt, monkeypatch, words))
+    assert apt(*words, "-o", "whole").code == 0
+    assert apt(*words, "--stream", "-o", "streamed").code == 0
+    check_equal(tensors("whole"), tensors("streamed"))
 
 
 def test_a_share_of_the_parameters_narrows_experts(apt):
