@@ -7,9 +7,10 @@ cannot be determined is refused. So is a model for which the conformance checks 
 capture misses something.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from weakref import WeakSet
 
@@ -19,9 +20,9 @@ from torch.utils._pytree import tree_leaves
 
 from apt.adapter import Call, DecoderAdapter, Groups, Site, State, one_by_one, record_calls
 from apt.adapter.decoder import members
-from apt.adapter.expert_channels import expert_channels, experts_width
+from apt.adapter.expert_channels import expert_channels, experts_width, neurons
 from apt.adapter.experts import expert_groups
-from apt.adapter.groups import tensors_of
+from apt.adapter.groups import entries_of, tensors_of
 from apt.adapter.recording import eval_mode
 from apt.checkpoints.skeletons import skeleton_of_class
 from apt.checkpoints.smaller import resized
@@ -50,6 +51,7 @@ class AutoAdapter(DecoderAdapter):
 
     def __init__(self) -> None:
         self._found: dict[Any, list[Site]] = {}
+        self._pairs: dict[Any, bool] = {}  # see _in_pairs
         self._channels: dict[Any, Groups] = {}  # of experts
         self._config: Any = None  # that of the model for which they were found
         self._class: tuple[type[nn.Module], str] = nn.Module, ""  # that of the model, and its path
@@ -70,7 +72,7 @@ class AutoAdapter(DecoderAdapter):
                 filled = with_distinct_values(model, [block for _, block in every])
                 self._found |= self._examine(filled, path)
             called = {name: block for i, (name, block) in enumerate(every) if i in self._called}
-            self._channels |= _channels_of_experts(model, called, self._found)
+            self._channels |= _channels_of_experts(model, called, self._found, self._pairs)
             self._config = config
         return [entry for index, entry in enumerate(every) if index in self._called]
 
@@ -161,7 +163,12 @@ class AutoAdapter(DecoderAdapter):
                 sites = trace.sites(tokens, selection.routers)
                 _assert_most(name, block, sites, trace.unread(block))
                 found[kind_of(block)] = sites
+                whole = partial(self._stream_after, block, before, call)
+                self._pairs[kind_of(block)] = _in_pairs(block, sites, whole)
         return found
+
+    def _stream_after(self, block: nn.Module, state: State, call: Call) -> Tensor:
+        return self.residual(self.step(block, state, call))
 
     def _check_conformance(self, model: nn.Module, tokens: Tensor) -> None:
         model = with_distinct_values(model, [block for _, block in self.blocks(model)])
@@ -196,8 +203,34 @@ def _as_dict(model: nn.Module) -> dict[str, Any] | None:
     return config.to_dict() if hasattr(config, "to_dict") else None
 
 
+def _in_pairs(block: nn.Module, sites: Sequence[Site], run: Callable[[], Tensor]) -> bool:
+    """True if the rows of a gate and of the other weight alternate in the stacks of experts.
+
+    Then a run of the block does not depend on the first two rows if no expert reads its first
+    channel.
+    """
+    tensors, width = tensors_of(block), ("", neurons(block, sites))
+    channels = expert_channels(block, sites, width, {}, pairs=True)
+    if channels is None or not any(part.each > 1 for part in channels.parts):
+        return False
+    readers = [site for site in sites if site.name in channels.readers]
+    last = {site.parameter for site in readers}
+    found = [(p.parameter, v[0]) for s in readers for p, v in entries_of(tensors, channels, s)]
+    before = [values.clone() for _, values in found]
+    try:
+        for path, values in found:
+            values.mul_(path not in last)
+        expected = run()
+        for _, values in found:
+            values.neg_()
+        return torch.equal(run(), expected)
+    finally:
+        for (_, values), old in zip(found, before, strict=True):
+            values.copy_(old)
+
+
 def _channels_of_experts(
-    model: Any, blocks: dict[str, nn.Module], sites: dict[Any, list[Site]]
+    model: Any, blocks: dict[str, nn.Module], sites: dict[Any, list[Site]], pairs: dict[Any, bool]
 ) -> dict[Any, Groups]:
     """The channels inside experts, by the kind of their block.
 
@@ -213,7 +246,7 @@ def _channels_of_experts(
     for name, block in blocks.items():
         start, kind = f"{name}.", kind_of(block)
         follow = {p.removeprefix(start): d for p, d in changed.items() if p.startswith(start)}
-        groups = expert_channels(block, sites[kind], widths[0], follow)
+        groups = expert_channels(block, sites[kind], widths[0], follow, pairs=pairs.get(kind))
         if groups is not None and {(p.parameter, p.dim) for p in groups.parts} == {*follow.items()}:
             found[kind] = groups
             inside.update(start + path for path in follow)

@@ -35,7 +35,12 @@ def neurons(block: nn.Module, sites: Iterable[Site]) -> int:
 
 
 def expert_channels(
-    block: nn.Module, sites: Sequence[Site], width: tuple[str, int], follow: Mapping[str, int]
+    block: nn.Module,
+    sites: Sequence[Site],
+    width: tuple[str, int],
+    follow: Mapping[str, int],
+    *,
+    pairs: bool | None = None,
 ) -> Groups | None:
     """The channels of the experts of a block, as groups that are apart.
 
@@ -45,6 +50,8 @@ def expert_channels(
         width: the field of the configuration, and its value, see `experts_width`.
         follow: other parameters whose size follows this field, such as those of a shared expert,
             with the dimension that does.
+        pairs: True if the rows of a gate and of the other weight alternate in a stack, False if
+            they are one after the other; None if the module says it, as in transformers 5.
 
     Returns:
         None if no site reads such channels, or if a parameter has another layout.
@@ -53,7 +60,10 @@ def expert_channels(
     readers, parts = [s for s in _readers(sites) if s.expert is not None], list[Part]()
     follow = {**_listed(tensors, sites), **follow}
     if readers:
-        parts += _stacked(block, [site for site in sites if site.expert == 0], readers[0], count)
+        owner = block.get_submodule(readers[0].parameter.rpartition(".")[0])
+        pairs = not getattr(owner, "is_concatenated", True) if pairs is None else pairs
+        first = [site for site in sites if site.expert == 0]
+        parts += _stacked(tensors, first, readers[0], count, pairs=pairs)
     own = follow.keys() - {part.parameter for part in parts}
     for site in sites:
         if site.parameter in own and follow[site.parameter] == int(not site.transposed):
@@ -90,12 +100,10 @@ def _listed(tensors: Mapping[str, Tensor], sites: Sequence[Site]) -> dict[str, i
     return found
 
 
-def _stacked(block: nn.Module, first: Sequence[Site], last: Site, count: int) -> Iterator[Part]:
+def _stacked(
+    tensors: Mapping[str, Tensor], first: Sequence[Site], last: Site, count: int, *, pairs: bool
+) -> Iterator[Part]:
     """The parts in the stacks of experts, by the sites of the first expert and its last one."""
-    tensors = tensors_of(block)
-    owner = block.get_submodule(last.parameter.rpartition(".")[0])
-    # A gate and the other weight are stored one after the other, or as pairs of rows.
-    pairs = not getattr(owner, "is_concatenated", True)
     yield Part(last.parameter, 1 if last.transposed else 2)
     for site in first:
         if site.parameter == last.parameter:

@@ -152,7 +152,8 @@ def expert_groups(
     if field is None:
         return None
     inside = [] if listed else [name for name in tensors if name.startswith(f"{path}.")]
-    parts = [Part(name) for name in (*inside, *beside) if _counts(tensors[name], count)]
+    dims = {name: _dim_of(tensors[name], count) for name in (*inside, *beside)}
+    parts = [Part(name, dim) for name, dim in dims.items() if dim is not None]
     start = tuple(f"{path}.0.{name}." if listed else f"{path}.{name}" for name in last)
     outputs = [Part(name) for name in tensors if name.startswith(start)]  # biases as well
     if listed:
@@ -164,9 +165,10 @@ def expert_groups(
     )  # fmt: skip
 
 
-def _counts(tensor: Tensor, count: int) -> bool:
-    """True if a tensor has an entry for each of ``count`` experts."""
-    return tensor.ndim > 0 and len(tensor) == count
+def _dim_of(tensor: Tensor, count: int) -> int | None:
+    """The first dimension that has entries, if they are those of ``count`` experts."""
+    dim = next((dim for dim, size in enumerate(tensor.shape) if size > 1), None)
+    return dim if dim is not None and tensor.shape[dim] == count else None
 
 
 def picked_experts(config: Any) -> int | None:

@@ -166,8 +166,9 @@ def owner_of(groups: Groups) -> str:
 def routers_of(block: nn.Module, groups: Groups) -> list[Tensor]:
     """The weights of the router of some experts."""
     inside, tensors = f"{owner_of(groups)}.", tensors_of(block)
-    beside = [part.parameter for part in groups.parts if not part.parameter.startswith(inside)]
-    return [tensors[path] for path in beside if tensors[path].ndim == 2]
+    rows = [part.parameter for part in groups.parts if part.dim == 0]
+    beside = [tensors[path] for path in rows if not path.startswith(inside)]
+    return [tensor for tensor in beside if tensor.ndim == 2]
 
 
 @contextmanager

@@ -172,7 +172,8 @@ def _mask(
             disconnect(parameters, groups, removed[name])
             if groups.routed:
                 outputs = {part.parameter for part in groups.outputs}
-                flat = [p.parameter for p in groups.parts if parameters[p.parameter].ndim == 2]
+                rows = [p.parameter for p in groups.parts if p.dim == 0]
+                flat = [path for path in rows if parameters[path].ndim == 2]
                 gone = torch.zeros(groups.count, dtype=torch.bool)
                 gone[removed[name]] = True
                 routers |= {parameters[p]: gone for p in flat if p not in outputs}
