@@ -102,6 +102,8 @@ def _wanted(
     def sizes_of(multiple: int) -> Sizes:
         return Sizes(*family, multiple, seconds, experts=_chooses_experts(named))
 
+    if named is not None and _chooses_experts(named) and not wish.explicit:
+        _check_fit(named, wish, [] if _only_blocks(wish) else [*sizes_of(MULTIPLE).automatic])
     mode, sizes = wanted_sizes(sizes_of, wish, notice, named.chooses if named else None)
     if dense.streams and mode in ("width", "blocks-first") and len(sizes) > 1:
         notice(
