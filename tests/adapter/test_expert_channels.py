@@ -111,3 +111,18 @@ def test_a_width_on_which_more_depends_than_experts_is_left_alone():
     wider = Wider(copy.deepcopy(model.config)).eval()
     adapter = AutoAdapter()
     assert channels_of(adapter, adapter.blocks(wider)[0][1], wider.config) is None
+
+
+@pytest.mark.parametrize(("name", "each"), [("gpt_oss", 2), ("qwen3_moe", 1)])
+def test_a_run_tells_pairs_of_rows_where_the_module_does_not(name, each):
+    """As in transformers 4, and in code beside a checkpoint."""
+    model = model_of(name)
+    model.config._experts_implementation = "eager"
+    for layer in model.model.layers:
+        del layer.mlp.experts.is_concatenated
+    before = {path: tensor.clone() for path, tensor in model.state_dict().items()}
+    adapter = AutoAdapter()
+    groups = channels_of(adapter, adapter.blocks(model)[0][1], model.config)
+    rows = [part for part in groups.parts if "gate_up" in part.parameter]
+    assert {part.each for part in rows} == {each}
+    assert all(torch.equal(tensor, before[path]) for path, tensor in model.state_dict().items())
