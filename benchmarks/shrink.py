@@ -7,7 +7,8 @@ The default is SmolLM2-135M-Instruct with the texts of ``benchmarks/common.py``,
 
 A row is MODE[:METHOD] and options of ``apt.PruneOptions`` and ``apt.ShrinkOptions``:
 ``width:joint``, ``width:llm-pruner/compensate=true``, ``depth:loss/error_aware=false``,
-``width/sizes={"channels":1024}``, ``search``. ``zeros:METHOD/channels=N/first=K/last=L`` sets the
+``width/sizes={"channels":1024}``, ``search``; the mode of ``given/blocks=24`` follows from its
+numbers. ``zeros:METHOD/channels=N/first=K/last=L`` sets the
 channels that METHOD removes to zero, and leaves the first K and the last L blocks whole, as the
 authors of LLM-Pruner do. No configuration describes such a model. Rows are added to the JSON file
 as soon as they are measured. A row in the file is not measured again. ``--save FOLDER`` writes the
@@ -96,7 +97,7 @@ def read_row(text: str, keep: float) -> tuple[str | None, apt.ShrinkOptions, apt
     """The method and the options of a row."""
     name, *words = text.split("/")
     mode, _, method = name.partition(":")
-    size: Row = {"mode": mode, "keep": keep}
+    size: Row = {"mode": None if mode == "given" else mode, "keep": keep}
     options: Row = {}
     for word in words:
         option, _, value = word.partition("=")

@@ -172,6 +172,7 @@ SPECIAL: dict[str, Fields] = {
         "indexer_budget": 8,
         "indexer_compress_ratio": 2,
     },
+    "paligemma": {"text_config": {"num_key_value_heads": 1}},  # not the default of its type
     "phi4_multimodal_audio": {"num_blocks": 1},
     "radio": {"video_temporal_patch_size": 2},
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": [16, 16], "axial_pos_shape": [16, 8]},

@@ -39,8 +39,13 @@ def layout_of(skeleton: Opened, shards: Shards) -> Layout:
         else:
             _check_stored(name, state[name], made, shards)
             layout[name] = made.pieces
+    named = list(skeleton.module.named_parameters(remove_duplicate=False))
+    owners = {parameter: name for name, parameter in named if name in layout}
     for block, module in skeleton.adapter.blocks(skeleton.module):
-        for name in (f"{block}.{path}" for path, _ in module.named_parameters()):
+        for path, parameter in module.named_parameters():
+            name = f"{block}.{path}"
+            if name not in layout and parameter in owners:  # that of another block
+                layout[name] = layout[owners[parameter]]
             dtypes = {shards.entries[piece.key].dtype for piece in layout.get(name, ())}
             if len(dtypes) != 1:
                 raise NotStoredError(

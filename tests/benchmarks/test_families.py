@@ -24,7 +24,13 @@ STRUCTURES = {
     "zaya": "blocks that pass more than the stream to each other",
     "jamba": "an adapter of its own",
     "hrm_text": "blocks that are called several times: refused",
-    "zamba2": "a weight in several blocks: refused",
+    "zamba2": "weights that several blocks use: they stay dense",
+    "gemma3n_text": "keys and values that a block leaves for later ones",
+}
+IMAGES = {
+    "llava": "a language model beside a larger part for images",
+    "llama4": "a class that does not run on text, around a language model that does",
+    "mllama": "layers that look at an image: they stay dense",
 }
 
 
@@ -41,8 +47,9 @@ def test_a_row_is_that_of_the_table(kind):
 
 
 @pytest.mark.skipif(transformers.__version__ != VERSION, reason="the table is of another version")
-def test_the_language_model_of_several_parts_is_pruned():
-    assert import_module("families").row("llava", "image") == TABLE["llava", "image"]
+@pytest.mark.parametrize("kind", IMAGES)
+def test_the_language_model_of_several_parts_is_pruned(kind):
+    assert import_module("families").row(kind, "image") == TABLE[kind, "image"]
 
 
 def test_the_table_has_every_type_and_the_page_its_version():
