@@ -322,4 +322,5 @@ def _all(size: int) -> slice:
 
 
 def _slice(places: range) -> slice:
-    return slice(places.start, places[-1] + 1, places.step)
+    stop = places[-1] + 1 if places else places.start  # a tensor may be empty
+    return slice(places.start, stop, places.step)

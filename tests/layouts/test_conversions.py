@@ -138,6 +138,9 @@ OPERATIONS = {
         {"up": (4, 6, 3)}, {"ups": (3, 4, 6)}, ["ups"], ["up"],
         [loading.Transpose(0, 1), loading.Transpose(1, 2)],
     ),
+    "an empty one": (
+        {"up": (0, 4, 6)}, {"ups": (0, 6, 4)}, ["ups"], ["up"], [loading.Transpose(1, 2)],
+    ),
     "stacked, joined and transposed": (
         {"both": (2, 6, 8)},
         {f"mix.{i}.{n}": (4, 6) for i in range(2) for n in ("b", "a")},
