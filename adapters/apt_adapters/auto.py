@@ -54,7 +54,8 @@ class AutoAdapter(DecoderAdapter):
         self._pairs: dict[Any, bool] = {}  # see _in_pairs
         self._channels: dict[Any, Groups] = {}  # of experts
         self._config: Any = None  # that of the model for which they were found
-        self._class: tuple[type[nn.Module], str] = nn.Module, ""  # that of the model, and its path
+        self._class: type[nn.Module] = nn.Module  # that of the model
+        self._names: list[str] = []  # of its blocks
         self._part = ""  # the path of what runs on text alone
         self._called: set[int] = set()  # the indices of the blocks that it calls
         self._widths: dict[str, Widths] = {}  # by configuration
@@ -64,7 +65,6 @@ class AutoAdapter(DecoderAdapter):
         """The modules of the language model's ``ModuleList`` with the most parameters."""
         path, layers = _largest_list(model)
         every = [(f"{path}.{name}", block) for name, block in members(layers)]
-        self._class = type(model), path
         config, known = _as_dict(model), [kind_of(block) in self._found for _, block in every]
         # blocks of equal shapes can be pre-norm and post-norm
         if not self._called or config != self._config or not all(known[i] for i in self._called):
@@ -74,7 +74,9 @@ class AutoAdapter(DecoderAdapter):
             called = {name: block for i, (name, block) in enumerate(every) if i in self._called}
             self._channels |= _channels_of_experts(model, called, self._found, self._pairs)
             self._config = config
-        return [entry for index, entry in enumerate(every) if index in self._called]
+        found = [entry for index, entry in enumerate(every) if index in self._called]
+        self._class, self._names = type(model), [name for name, _ in found]
+        return found
 
     def sites(self, block: nn.Module) -> list[Site]:
         """The sites found for blocks of the same kind."""
@@ -104,7 +106,7 @@ class AutoAdapter(DecoderAdapter):
         if not hasattr(config, "to_dict"):
             return Widths()
         if (key := repr(config.to_dict())) not in self._widths:
-            self._widths[key] = find_widths(self, *self._class, config)
+            self._widths[key] = find_widths(self, self._class, config, self._names, self._part)
         return self._widths[key]
 
     def _experts(self, block: nn.Module, config: Any) -> Groups | None:

@@ -21,12 +21,12 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from apt.adapter import Adapter, Call, Groups, Part, Site, State, one_by_one
+from apt.adapter import Adapter, Call, Groups, Part, Site, State, one_by_one, record_calls
 from apt.adapter.groups import without
 from apt.adapter.text_config import hidden_size, text_config
 from apt.checkpoints.skeletons import skeleton_of_class
 from apt.checkpoints.smaller import resized
-from apt_adapters.artificial import kind_of, runs, with_distinct_values, with_values
+from apt_adapters.artificial import few_tokens, kind_of, runs, with_distinct_values, with_values
 
 Fields = Mapping[str, Callable[[int], int]]
 _Changes = dict[tuple[str, int], int]  # the entries of a group, by tensor and dimension
@@ -66,17 +66,20 @@ class Widths:
     reasons: dict[Any, dict[str, str]] = field(default_factory=dict)
 
 
-def find_widths(adapter: Adapter, kind: type[nn.Module], path: str, config: Any) -> Widths:
-    """Find the groups of a model.
+def find_widths(
+    adapter: Adapter, kind: type[nn.Module], config: Any, names: Sequence[str], part: str = ""
+) -> Widths:
+    """Find the groups of a model; none if it cannot be built from its configuration.
 
     Args:
         adapter: knows the sites of its blocks.
         kind: the class of the model.
-        path: the path of its list of blocks.
         config: its configuration. A model that cannot be built from it has no groups.
+        names: the names of its blocks.
+        part: the path of the part of the model that runs on text alone.
     """
     try:
-        model = _Model(adapter, kind, path, config)
+        model = _Model(adapter, kind, config, names, part)
     except Exception:  # a class of any origin can fail in any way
         return Widths()
     every = {width for _, _, width in model.sites()}
@@ -136,8 +139,11 @@ def _size_of_heads(config: Any, name: str, count: int) -> Fields:
 class _Model:
     """A model with artificial values, in which the first block of each kind is examined."""
 
-    def __init__(self, adapter: Adapter, kind: type[nn.Module], path: str, config: Any) -> None:
-        self._adapter, self._class, self._path, self._config = adapter, kind, path, config
+    def __init__(
+        self, adapter: Adapter, kind: type[nn.Module], config: Any, names: Sequence[str], part: str
+    ) -> None:
+        self._adapter, self._class, self._config = adapter, kind, config
+        self._names, self._part = names, part
         skeleton = self._built(config)
         blocks = self._blocks(skeleton)
         self._shapes, self._kinds = _shapes(skeleton), {n: kind_of(b) for n, b in blocks}
@@ -147,7 +153,8 @@ class _Model:
         self._shared = {name for name, parameter in named if times[id(parameter)] > 1}
         self._failed: dict[tuple[Any, str], str] = {}
         self._runs: dict[Any, _Run] = {}
-        for name, block, before, call in runs(adapter, filled, self._blocks(filled)):
+        runner = filled.get_submodule(part)
+        for name, block, before, call in runs(adapter, runner, self._blocks(filled)):
             run = _Run(name, block, before, call, adapter.sites(block))
             self._runs.setdefault(self._kinds[name], run)
 
@@ -155,8 +162,7 @@ class _Model:
         return skeleton_of_class(self._class, config, self._config).float().eval()
 
     def _blocks(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
-        layers = model.get_submodule(self._path)
-        return [(f"{self._path}.{name}", block) for name, block in layers.named_children()]
+        return [(name, model.get_submodule(name)) for name in self._names]
 
     def sites(self) -> Iterator[tuple[Any, Site, int]]:
         """The sites of each kind of block that no router serves, and their numbers of inputs."""
@@ -298,8 +304,9 @@ class _Model:
         """The blocks of a smaller model, which have no weights, and their calls."""
         inside = {id(p): p for _, block in self._blocks(small) for p in block.parameters()}
         filled = with_values(small, inside)
-        made = runs(self._adapter, filled, self._blocks(filled))
-        return {name: (block, call) for name, block, _, call in made}
+        blocks = [block for _, block in self._blocks(filled)]
+        _, calls = record_calls(filled.get_submodule(self._part), blocks, few_tokens(filled))
+        return dict(zip(self._names, zip(blocks, calls, strict=True), strict=True))
 
     @torch.no_grad()
     def _same(

@@ -76,11 +76,14 @@ def _names(pattern: str, name: str) -> bool:
 
 def skeleton_of_class(kind: Any, config: Any, like: Any) -> nn.Module:
     """As `skeleton_module`, of a class, with the implementations of ``like``."""
-    chosen = {
-        name: value
-        for name in ("attn_implementation", "experts_implementation")
-        if (value := getattr(like, f"_{name}", None))
+    parts = {name: getattr(like, name, None) for name in getattr(like, "sub_configs", ())}
+    own = {n: e for n, part in parts.items() if (e := getattr(part, "_experts_implementation", 0))}
+    given = {
+        "attn_implementation": getattr(like, "_attn_implementation", None),
+        # A tower for images may refuse one that it is given through the whole.
+        "experts_implementation": own or getattr(like, "_experts_implementation", None),
     }
+    chosen = {name: value for name, value in given.items() if value}
     with _parameters_on_meta():
         module: nn.Module = kind._from_config(config, **chosen)
     return module

@@ -34,6 +34,7 @@ KINDS = {
     "gpt_neox": {"channels"},
     "falcon": {"channels"},
     "starcoder2": ALL,
+    "gemma4_unified_text": ALL,  # blocks that pass keys and values to later ones
 }
 
 
