@@ -153,7 +153,7 @@ class Sizes:
 
     def _partial(self) -> Iterator[dict[str, int]]:
         """All combinations of the kinds with few groups, of which at most one per reader loses."""
-        known = [groups for kind, groups in self.automatic.items() if kind != self._largest]
+        known = [groups for kind, groups in self.automatic.items() if kind != self.largest]
         few = [groups for groups in known if groups.count < _FEW]
         counts = [_numbers(groups, groups.step) for groups in few]
         for chosen in product(*counts):
@@ -173,7 +173,7 @@ class Sizes:
         return read or self.groups
 
     @property
-    def _largest(self) -> str | None:
+    def largest(self) -> str | None:
         """The kind with the most parameters."""
         known = self.automatic
         least = {kind: max(groups.least, groups.step) for kind, groups in known.items()}
@@ -181,7 +181,7 @@ class Sizes:
 
     def _completed(self, kept: dict[str, int], blocks: int, *, width: bool) -> Iterator[Size]:
         """The size with every number of groups of the largest kind."""
-        kind = self._largest
+        kind = self.largest
         if kind is None or not width:
             yield self._sized(kept, blocks)
             return

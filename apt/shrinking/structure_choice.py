@@ -142,7 +142,8 @@ class _Choosing:
         how, size = self.choice, self.choice.sizes[0]
         dropped = [self.names[index] for index in sorted(set(how.drop))]
         compares = how.mode in ("width", "blocks-first") and how.whole and len(how.sizes) > 1
-        if (how.mode == "search" or compares) and writes(self.model):
+        drops = how.mode == "search" or (compares and how.mode == "blocks-first")
+        if drops and writes(self.model):
             self.status("generating text")
             count, seqlen = self.few.shape
             own = own_text(self.model, count, seqlen, how.seed, bos=bos, special=special)

@@ -40,7 +40,8 @@ def wanted_sizes(
     if mode == "search":
         _check_searchable(first)
     found = _chosen(sizes, first, options, mode, notice)
-    if mode == "blocks-first":
+    if mode == "blocks-first":  # fewer heads cost more than the losses of candidates say
+        found = [size for size in found if size.kept.keys() <= {first.largest}] or found
         whole = found[0].blocks == first.blocks
         mode = "width" if whole else "blocks-first" if any(size.kept for size in found) else "depth"
     if options.mode is None:

@@ -157,8 +157,7 @@ def test_the_sizes_of_smollm2_are_those_of_the_wish():
     mode, found = wanted_sizes(sizes, ShrinkOptions(keep=0.75), said.append)
     assert mode == "blocks-first"
     kept = [(size.blocks, dict(size.kept), round(size.share, 4)) for size in found]
-    assert (24, {"channels": 1408}, 0.75) in kept
-    assert {(blocks, share) for blocks, _, share in kept} == {(24, 0.75)}
+    assert kept == [(24, {"channels": 1408}, 0.75)]  # and not 6 heads, whose share is the same
     mode, found = wanted_sizes(sizes, ShrinkOptions(keep=0.75, mode="depth"), said.append)
     assert [(size.blocks, dict(size.kept)) for size in found] == [(23, {})]
     assert said[-1] == "keep: 76.67%, the nearest to 75.00%: 23 blocks"
