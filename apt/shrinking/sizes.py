@@ -76,7 +76,7 @@ class Sizes:
         }
         self._check_groups()
         self._kinds = _kinds(self._blocks, adapter, config)
-        self._known: dict[tuple[tuple[str, int], ...], int] = {}
+        self._known: dict[tuple[_Kind, tuple[tuple[str, int], ...]], int] = {}
         self._whole = self._parameters({})
 
     def _check_groups(self) -> None:
@@ -202,10 +202,13 @@ class Sizes:
 
     def _parameters(self, kept: Mapping[str, int]) -> int:
         """The number of parameters of all blocks with these numbers of groups."""
-        key = tuple(sorted(kept.items()))
-        if key not in self._known:
-            self._known[key] = sum(n * kind.parameters(kept) for kind, n in self._kinds.items())
-        return self._known[key]
+        return sum(n * self._parameters_of(kind, kept) for kind, n in self._kinds.items())
+
+    def _parameters_of(self, kind: "_Kind", kept: Mapping[str, int]) -> int:
+        own = tuple((g.kind, kept[g.kind]) for g in kind.groups if g.kind in kept)
+        if (kind, own) not in self._known:
+            self._known[kind, own] = kind.parameters(dict(own))
+        return self._known[kind, own]
 
 
 def _numbers(groups: Groups, step: int) -> Iterator[int]:
