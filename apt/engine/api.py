@@ -104,8 +104,9 @@ def prune(
         selection: the sites to prune, and those with other patterns; by default all sites.
         options: the options that the weights depend on.
         allocation: the distribution of an unstructured sparsity over the sites: an
-            `apt.extending.Allocation` or its name. By default ``"auto"`` for mixed n:m, and the
-            same for every site otherwise.
+            `apt.extending.Allocation` or its name. By default ``"auto"`` for mixed n:m and in
+            an error-aware run of the default method, unless the pattern has a ``per``; otherwise
+            the same for every site.
         also: kinds of parameters to prune beside the Linears, by their names in the adapter.
         tokenizer: the model's tokenizer, for the special tokens; by default those of its config.
         seed: the seed for the text that the model generates.

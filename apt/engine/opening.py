@@ -100,16 +100,13 @@ def _metrics(options: MeasuringOptions, registry: Registry) -> tuple[str, ...]:
     return tuple(spec.name for spec in specs)
 
 
-def _allocation(options: PruneRun, registry: Registry) -> str:
-    """The name of the allocation: the given one, or the one that the unit or the pattern implies.
+def _allocation(options: PruneRun, registry: Registry) -> str | None:
+    """The name of the allocation: the given one, or the one that the unit implies, or None.
 
     Raises:
         AptError: it is unknown, or contradicts the unit.
     """
-    from apt.planning.allocation import default_allocation
-
-    name, pattern = options.allocation, pattern_of(options)
-    assert pattern is not None
+    name = options.allocation
     if options.per in PER_ALLOCATION:
         if name is not None:
             raise AptError(
@@ -118,7 +115,7 @@ def _allocation(options: PruneRun, registry: Registry) -> str:
                 ("per", "allocation"),
             )
         name = PER_ALLOCATION[options.per]
-    return registry.allocations.get(name or default_allocation(pattern)).name
+    return None if name is None else registry.allocations.get(name).name
 
 
 def _suffixes(options: PruneRun | ShrinkRun | RecoverRun, registry: Registry) -> list[str]:

@@ -189,7 +189,7 @@ def _sparse(
     job = sparse_pruning(dense, wanted, spec, function, options)
     if skeleton.config.model_type not in skeleton.spec.model_types:
         dense.notice(f"adapter {skeleton.spec.name}: {job.plan.outline()}")
-    return options, spec, job
+    return replace(options, allocation=job.allocation_name), spec, job
 
 
 def _smaller(

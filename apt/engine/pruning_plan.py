@@ -11,7 +11,14 @@ from apt.engine.prune_model import Pruning
 from apt.engine.recipes import augmentation_of, recipe_of
 from apt.errors import name_of
 from apt.options import PruneOptions, SolveOptions
-from apt.planning.allocation import Allocation, check_allocation, default_allocation, is_needed
+from apt.planning.allocation import (
+    UNIFORM,
+    Allocation,
+    check_allocation,
+    default_allocation,
+    is_needed,
+    unstructured,
+)
 from apt.planning.plan import Plan, Selection, check_rounding, make_plan, tell_shared
 from apt.plugin.registry import Registry
 from apt.plugin.specs import MethodSpec, ShrinkMethodSpec
@@ -86,7 +93,12 @@ def sparse_pruning(
     )
     tell_shared(plan, dense.notice)
     check_rounding(plan, dense.notice)
-    allocation = wanted.allocation or default_allocation(wanted.pattern)
+    allocation = wanted.allocation
+    if allocation is None:
+        aware = recipe.error_aware and method.error_aware and bool(unstructured(plan))
+        allocation = default_allocation(wanted.pattern, error_aware=aware)
+        if allocation != UNIFORM:
+            dense.notice(f"allocation: {allocation} (default)")
     return Pruning(
         dense.adapter, plan, function, recipe, augmentation,
         _allocation(allocation, plan, dense.registry), seed=dense.seed,

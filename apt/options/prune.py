@@ -190,7 +190,7 @@ class PruneRun(ModelRun, UnitOptions, PruneOptions, MaskOptions):
 
     allocation: str | None = option(
         "Distribution of --sparsity over the sites, listed by: apt-prune methods. By default "
-        "uniform; auto for --pattern auto:M.",
+        "auto in an error-aware run of the default method and for --pattern auto:M, else uniform.",
         default=None, panel=SELECTION, metavar="NAME",
     )  # fmt: skip
     also: tuple[str, ...] = option(

@@ -12,8 +12,8 @@ from apt.errors import AptError
 from apt.planning.plan import Plan, PlannedBlock, PlannedSite
 from apt.solver import MixedNM, Pattern, Unstructured
 
-UNIFORM, MIXED = "uniform", "auto"
-"""The default allocations: of a sparsity, and of `apt.solver.MixedNM`."""
+UNIFORM, AUTO = "uniform", "auto"
+"""The default allocations."""
 
 _SLACK = 1e-3
 
@@ -92,9 +92,18 @@ def sparsity_of(site: PlannedSite) -> float:
     return site.pattern.sparsity
 
 
-def default_allocation(pattern: Pattern) -> str:
-    """The name of the allocation for a pattern, if none is given."""
-    return MIXED if isinstance(pattern, MixedNM) else UNIFORM
+def default_allocation(pattern: Pattern, *, error_aware: bool) -> str:
+    """The name of the allocation for a pattern, if none is given.
+
+    A sparsity that is given for each row or each layer is the same everywhere.
+
+    Args:
+        pattern: the pattern of the run.
+        error_aware: True for an error-aware run of a method that is error-aware by default. Other
+            methods are known with the same sparsity for every site.
+    """
+    free = isinstance(pattern, Unstructured) and pattern.per is None and error_aware
+    return AUTO if free or isinstance(pattern, MixedNM) else UNIFORM
 
 
 def is_needed(name: str, plan: Plan) -> bool:

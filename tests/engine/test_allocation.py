@@ -109,7 +109,7 @@ def test_every_method_prunes_mixed_nm(method):
 
 def test_a_dry_run_shows_the_levels_and_writes_nothing(apt, tmp_path):
     command = ("prune", "--adapter", "llama", *SMALL, "--dry-run", "--json")
-    plain = apt(*command, "--sparsity", 0.6)
+    plain = apt(*command, "--sparsity", 0.6, "--allocation", "uniform")
     shared = apt(*command, *AUTO)
     assert shared.code == 0, shared.err
     levels = [{s["pattern"] for s in json.loads(run.out)["sites"]} for run in (plain, shared)]

@@ -38,7 +38,7 @@ def site_parameters(model, adapter):
 def test_sites_are_pruned_and_nothing_else_changes(variant, pattern):
     model = random_model(variant)
     before = copy.deepcopy(model.state_dict())
-    report = library.prune(model, TOKENS, pattern=pattern)
+    report = library.prune(model, TOKENS, pattern=pattern, allocation="uniform")
     adapter = adapter_of(model)
     sites = site_parameters(model, adapter)
     assert len(report.sites) == sum(len(adapter.sites(b)) for _, b in adapter.blocks(model))
@@ -300,7 +300,7 @@ def test_a_token_whose_stream_is_zero_is_no_fault(pattern):
     model, tokens, events = random_model("llama"), random_tokens(samples=32), []
     model.model.embed_tokens.weight.data[5] = 0
     tokens[3, 0] = 5
-    library.prune(model, tokens, pattern=pattern, observe=events.append)
+    library.prune(model, tokens, pattern=pattern, allocation="uniform", observe=events.append)
     assert all(value.isfinite().all() for value in model.parameters())
     tuned = [event for event in events if isinstance(event, BlockTuned)]
     assert len(tuned) == 3

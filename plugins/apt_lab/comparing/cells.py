@@ -31,7 +31,8 @@ class Cell:
     def label(self) -> str:
         """The method, with what is not a default."""
         effort = "" if self.effort == "default" else f":{self.effort}"
-        plain = default_allocation(read_pattern(self.pattern))
+        aware = registry().methods.get(self.method).error_aware
+        plain = default_allocation(read_pattern(self.pattern), error_aware=aware)
         allocation = "" if self.allocation == plain else f"/{self.allocation}"
         return f"{self.method}{effort}{allocation}"
 
@@ -66,7 +67,7 @@ def _cell(text: str, pattern: str) -> Cell:
         options.check_used(spec, registry().methods.specs.values(), "method")
     except AptError as error:
         raise AptError(f"{text}: {error.message}", error.hint) from error
-    plain = default_allocation(wanted)
+    plain = default_allocation(wanted, error_aware=spec.error_aware)
     chosen = registry().allocations.get(allocation).name if allocation else plain
     if not isinstance(wanted, Unstructured):
         chosen = plain
