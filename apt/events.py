@@ -29,6 +29,8 @@ class SitePruned:
         residual: the residual of a joint solve's normal equations, see `apt.solver.Joint`.
         tokens: the number of calibration tokens that it received.
         seconds: the time of the solve.
+        order: the column of the dense weight that each column of the pruned one was, if the inputs
+            have changed places; None if they have not.
     """
 
     name: str
@@ -41,6 +43,7 @@ class SitePruned:
     residual: float | None
     tokens: int
     seconds: float
+    order: tuple[int, ...] | None = None
 
     @property
     def size(self) -> int:

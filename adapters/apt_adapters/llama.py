@@ -4,7 +4,15 @@ from typing import Any
 
 from torch import nn
 
-from apt.adapter import DecoderAdapter, Groups, Input, attention_heads, mlp_channels
+from apt.adapter import (
+    DecoderAdapter,
+    Groups,
+    Input,
+    Permutable,
+    attention_heads,
+    attention_values,
+    mlp_channels,
+)
 
 
 class LlamaAdapter(DecoderAdapter):
@@ -27,3 +35,9 @@ class LlamaAdapter(DecoderAdapter):
         if not hasattr(config, "num_key_value_heads"):
             return []
         return [mlp_channels(block, config), *attention_heads(block, config)]
+
+    def permutable(self, block: nn.Module, config: Any) -> list[Permutable]:
+        """The channels, and the values of each key/value head; none inside a larger model."""
+        if not hasattr(config, "num_key_value_heads"):
+            return []
+        return [*super().permutable(block, config), attention_values(block, config)]

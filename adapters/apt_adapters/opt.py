@@ -5,7 +5,16 @@ from typing import Any
 
 from torch import nn
 
-from apt.adapter import DecoderAdapter, Groups, Input, Site, columns, rows
+from apt.adapter import (
+    DecoderAdapter,
+    Groups,
+    Input,
+    Permutable,
+    Site,
+    attention_values,
+    columns,
+    rows,
+)
 
 
 class OptAdapter(DecoderAdapter):
@@ -30,3 +39,8 @@ class OptAdapter(DecoderAdapter):
         """The channels of the MLP. A head cannot go: the width of all heads is the hidden size."""
         parts = (*rows(block, "fc1"), columns("fc2"))
         return [Groups("channels", config.ffn_dim, ("fc2",), parts, {"ffn_dim": int})]
+
+    def permutable(self, block: nn.Module, config: Any) -> list[Permutable]:
+        """The channels, and the values of each head."""
+        values = attention_values(block, config, "self_attn.v_proj", "self_attn.out_proj")
+        return [*super().permutable(block, config), values]

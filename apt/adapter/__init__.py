@@ -7,6 +7,7 @@ of Linears whose paths are declared. Adapter packages import everything from thi
 from apt.adapter.decoder import DecoderAdapter, Input
 from apt.adapter.experts import Experts, one_by_one
 from apt.adapter.groups import Groups, Part, columns, rows
+from apt.adapter.permutations import Permutable, attention_values, permutable_channels
 from apt.adapter.protocol import Adapter
 from apt.adapter.recording import passed_state, record_calls, stub_output, stubbed
 from apt.adapter.routing import Routing, Unrouted, routings
@@ -16,7 +17,7 @@ from apt.adapter.weight_tap import WeightTap
 
 __all__ = [
     "Adapter", "Call", "DecoderAdapter", "Effects", "Experts", "Extra", "Groups", "Input", "Part",
-    "Routing", "Sink", "Site", "State", "Unrouted", "WeightTap", "attention_heads", "columns",
-    "mlp_channels", "one_by_one", "passed_state", "record_calls", "routings", "rows",
-    "stub_output", "stubbed",
+    "Permutable", "Routing", "Sink", "Site", "State", "Unrouted", "WeightTap", "attention_heads",
+    "attention_values", "columns", "mlp_channels", "one_by_one", "passed_state",
+    "permutable_channels", "record_calls", "routings", "rows", "stub_output", "stubbed",
 ]  # fmt: skip

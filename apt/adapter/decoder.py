@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from apt.adapter.experts import Experts, one_by_one
 from apt.adapter.groups import Groups
+from apt.adapter.permutations import Permutable, permutable_channels
 from apt.adapter.recording import record_calls
 from apt.adapter.sites import Call, Effects, Extra, Sink, Site, State
 from apt.adapter.text_config import text_config
@@ -154,6 +155,10 @@ class DecoderAdapter:
     def groups(self, block: nn.Module, config: Any) -> list[Groups]:
         """The experts of the block; no other groups."""
         return [groups for each in self.experts_of(block) for groups in each.groups(block, config)]
+
+    def permutable(self, block: nn.Module, config: Any) -> list[Permutable]:
+        """The channels among its groups."""
+        return list(permutable_channels(self.groups(block, config)))
 
     def ungrouped(self, block: nn.Module, config: Any) -> dict[str, str]:
         """The names of sites whose inputs are no groups, with the reasons; none are known."""

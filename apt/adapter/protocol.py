@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from apt.adapter.groups import Groups
+from apt.adapter.permutations import Permutable
 from apt.adapter.sites import Call, Effects, Extra, Sink, Site, State
 
 
@@ -68,6 +69,9 @@ class Adapter(Protocol):
 
         Only kinds that a configuration of the family can express are listed.
         """
+
+    def permutable(self, block: nn.Module, config: Any) -> list[Permutable]:
+        """The inputs of sites that can change places without a change of the block's function."""
 
     def enter(self, model: nn.Module, tokens: Tensor) -> tuple[State, list[Call]]:
         """The state before the first block, and the call of each block, for one batch.

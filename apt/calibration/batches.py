@@ -62,6 +62,11 @@ class Inputs(Mapping[str, list[Tensor]]):
         self._parts.clear()
         self._owners.clear()
 
+    def permute(self, name: str, order: Tensor) -> None:
+        """Put the columns of an input into an order (in,)."""
+        parts = [self._store.get(part) for part in self._parts[name]]
+        self._parts[name] = [self._store.put(part[:, order]) for part in parts]
+
     def __getitem__(self, name: str) -> list[Tensor]:
         return [self._store.get(part) for part in self._parts[name]]
 

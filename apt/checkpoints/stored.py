@@ -87,6 +87,7 @@ def pruned_parameters(block: PlannedBlock) -> list[str]:
     """The paths within a block of the parameters that pruning changes."""
     paths = [entry.site.parameter for entry in block.pruned]
     paths += [entry.extra.parameter for entry in block.extras]
+    paths += [part.parameter for each in block.permutable for part in each.parts]
     for groups in (entry.groups for entry in block.groups if entry.groups.apart):
         paths += [part.parameter for part in groups.parts]
     for entry in block.disconnected:

@@ -15,6 +15,7 @@ from apt.distributed.ranks import Ranks
 from apt.errors import first_line
 from apt.events import Done, ExpertsRemoved, SitePruned
 from apt.files.journal import Journal, Line
+from apt.output.report import read_site
 from apt.planning.plan import Plan
 
 
@@ -125,9 +126,9 @@ def records_of(line: Line, journal: Journal) -> list[Done]:
         AptError: the line is damaged.
     """
     try:
-        sites = [SitePruned(**{**s, "shape": tuple(s["shape"])}) for s in line.get("sites", ())]
+        sites = [read_site(entry) for entry in line.get("sites", ())]
         return [*(_experts(**entry) for entry in line.get("experts", ())), *sites]
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise journal.damaged(first_line(error)) from error
 
 

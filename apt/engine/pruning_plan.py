@@ -19,6 +19,7 @@ from apt.planning.allocation import (
     is_needed,
     unstructured,
 )
+from apt.planning.permutable import with_permutable
 from apt.planning.plan import Plan, Selection, check_rounding, make_plan, tell_shared
 from apt.plugin.registry import Registry
 from apt.plugin.specs import MethodSpec, ShrinkMethodSpec
@@ -93,6 +94,8 @@ def sparse_pruning(
     )
     tell_shared(plan, dense.notice)
     check_rounding(plan, dense.notice)
+    if recipe.permute:
+        plan = with_permutable(plan, dense.model, dense.adapter, dense.config)
     allocation = wanted.allocation
     if allocation is None:
         aware = recipe.error_aware and method.error_aware and bool(unstructured(plan))

@@ -43,6 +43,7 @@ def recipe_of(options: SolveOptions, method: MethodSpec) -> Recipe:
         _targets(options, method) if aware else None,
         _row_importance(sparse.row_importance) if aware else None,
         _tuning(options, method),
+        _or(sparse.permute, aware and method.error_aware and sparse is options),
         _or(options.ordered, aware),
         IntegerGrid(bits, sparse.scale_group) if bits else None,
     )
@@ -75,6 +76,7 @@ def record(recipe: Recipe, augmentation: Augmentation) -> dict[str, Any]:
         "alpha": targets.alpha if targets else 0.0,
         "beta": targets.beta if targets else 0.0,
         "row_importance": recipe.row_importance.power if recipe.row_importance else 0.0,
+        "permute": recipe.permute,
         "ordered": recipe.ordered,
         "tuning_epochs": tuned.epochs if tuned else 0,
         "tuning_rate": tuned.rate if tuned else 0.0,
@@ -94,7 +96,8 @@ def _preset(options: SolveOptions, method: MethodSpec) -> Preset:
 
 
 def _check_layer_wise(options: SolveOptions) -> None:
-    for name in ("input_correction", "drift_correction", "row_importance", "tuning_epochs"):
+    corrections = ("input_correction", "drift_correction")
+    for name in (*corrections, "row_importance", "tuning_epochs", "permute"):
         if getattr(options, name, None):
             raise AptError(
                 f"{name.replace('_', ' ')} has no effect in a layer-wise run",

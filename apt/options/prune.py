@@ -135,6 +135,11 @@ class PruneOptions(IntegerOptions, SolveOptions):
         default=None, panel=ACCURACY, metavar="P", within="[0, 2]",
         meaning="it is a power, such as 0.35",
     )  # fmt: skip
+    permute: bool | None = option(
+        "Change the order of channels and values before n:m, so that each group keeps more. By "
+        "default in error-aware runs.",
+        default=None, panel=ACCURACY, flag="--permute/--no-permute",
+    )  # fmt: skip
     block_size: int | None = option(
         "Columns of one joint compensation; by default all.",
         default=None, panel=ACCURACY, within="[1, ∞)", used_if="blocks",

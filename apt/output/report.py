@@ -138,7 +138,7 @@ class Report:
             known = {entry.name: record[entry.name] for entry in fields(cls)}
             known["files"] = listed_files(record)
             known["ranks"] = [Work(**work) for work in known["ranks"]]
-            known["sites"] = [_site(site) for site in known["sites"]]
+            known["sites"] = [read_site(site) for site in known["sites"]]
             known["scores"] = {name: _numbers(part) for name, part in known["scores"].items()}
         except (KeyError, TypeError, ValueError) as error:
             raise AptError(f"{name} is damaged: {described(error)}", _RESTORE) from error
@@ -204,12 +204,18 @@ _ORDER = (
 _ADDED = ("structure", "recovery", "reapplied", "timeline", "earlier")  # not in early reports
 
 
-def _site(entry: dict[str, Any]) -> SitePruned:
-    """The record of a site. Strings for numbers that are not finite become numbers again."""
-    known = {name: entry[name] for name in SitePruned.__dataclass_fields__}
-    numbers = {name: float(known[name]) for name in ("relative_error", "seconds")}
-    residual = None if known["residual"] is None else float(known["residual"])
-    return SitePruned(**known | numbers | {"residual": residual, "shape": tuple(known["shape"])})
+def read_site(entry: Mapping[str, Any]) -> SitePruned:
+    """The record of a site. Strings for numbers that are not finite become numbers again.
+
+    Raises:
+        KeyError, TypeError, ValueError: the record is damaged.
+    """
+    known = {"order": None, **entry}  # early records have no order
+    known = {name: known[name] for name in SitePruned.__dataclass_fields__}
+    known |= {name: float(known[name]) for name in ("relative_error", "seconds")}
+    known["residual"] = None if known["residual"] is None else float(known["residual"])
+    known["order"] = None if known["order"] is None else tuple(known["order"])
+    return SitePruned(**known | {"shape": tuple(known["shape"])})
 
 
 def _numbers(part: Any) -> Any:

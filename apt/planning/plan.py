@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from apt.adapter import Adapter, Extra, Groups, Site
+from apt.adapter import Adapter, Extra, Groups, Permutable, Site
 from apt.errors import AptError
 from apt.solver import (
     MAX_REMOVAL_SETS,
@@ -152,6 +152,7 @@ class PlannedBlock:
         dropped: True if the whole block is removed from the model.
         groups: the groups that lose some.
         tied: the names of sites that lose the same groups of columns, the last of which decides.
+        permutable: the inputs that change places before the sites are pruned.
     """
 
     name: str
@@ -160,6 +161,7 @@ class PlannedBlock:
     dropped: bool = False
     groups: tuple[PlannedGroups, ...] = ()
     tied: tuple[tuple[str, ...], ...] = ()
+    permutable: tuple[Permutable, ...] = ()
 
     @property
     def disconnected(self) -> list[PlannedGroups]:

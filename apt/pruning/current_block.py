@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
 from operator import itemgetter
@@ -20,6 +20,7 @@ from apt.planning.plan import PlannedBlock, PlannedSite
 from apt.pruning.disconnecting import disconnect_groups
 from apt.pruning.layer import SiteSolver, SolvedSite, mean_square, measured, round_site
 from apt.pruning.paused_forward import CannotPause, PausedForwards
+from apt.pruning.permuting import permute_inputs
 from apt.pruning.ssm_parameters import prune_extras
 from apt.solver.gram import DAMPING
 from apt.tuning.block_tuning import BlockTuning, tune_block
@@ -43,6 +44,8 @@ class CurrentBlock(OpenBlock):
         dense: the dense weights (out, in) of those that write to the residual stream; none without
             a dense stream, since only the drift between the streams needs them.
         scales: the factors of the rows (out, 1) of each site with row importance.
+        orders: the former column of each column, by the full name of a site whose inputs have
+            changed places.
         propagated: True if the batches' states are already those after the block.
     """
 
@@ -55,6 +58,7 @@ class CurrentBlock(OpenBlock):
     can_pause: bool
     repeatable: bool
     scales: dict[Site, Tensor] = field(default_factory=dict)
+    orders: dict[str, Tensor] = field(default_factory=dict)
     propagated: bool = False
 
     def __post_init__(self) -> None:
@@ -125,6 +129,7 @@ class CurrentBlock(OpenBlock):
         advance_dense(self, self.sites)
         states = (batch.dense.state for batch in self.batches if batch.dense)
         check_finite(self.adapter, states, self.ranks)
+        self.orders = permute_inputs(self, self.planned, self.dense)
         if how is None or not wanted:
             return {}
         return how.scales(self.using(first), starts, wanted)
@@ -255,7 +260,7 @@ class CurrentBlock(OpenBlock):
                 round_site(self.module, each, integers, self.solver.recipe.solver.damping)
             for turns in rounds:
                 self._exchange(turns)
-        own = [(turn, measured(self.module, each)) for turn, each in solved]
+        own = [(turn, self._record(each)) for turn, each in solved]
         gathered = [pair for part in self.ranks.gather(own) for pair in part]
         done = [site for _, site in sorted(gathered, key=itemgetter(0))]
         for site in done:
@@ -263,3 +268,9 @@ class CurrentBlock(OpenBlock):
         solved.clear()
         rounds.clear()
         return done
+
+    def _record(self, solved: SolvedSite) -> SitePruned:
+        """The record of a site, with the order of its inputs."""
+        order = self.orders.get(solved.planned.name)
+        found = measured(self.module, solved)
+        return found if order is None else replace(found, order=tuple(order.tolist()))

@@ -83,6 +83,7 @@ class Recipe:
         targets: the error-aware targets; None prunes layer-wise.
         row_importance: the weighting of rows in the choice of masks; None weights all rows alike.
         tuning: the tuning of a block after its sites are solved; None for no tuning.
+        permute: True to change the places of inputs of n:m sites before they are pruned.
         ordered: True to solve the sites of a block in their order of execution, each on the outputs
             of the pruned sites before it (true-sequential).
         integers: the integers that kept weights are rounded to, after the tuning of their block;
@@ -94,6 +95,7 @@ class Recipe:
     targets: Targets | None = None
     row_importance: RowImportance | None = None
     tuning: BlockTuning | None = None
+    permute: bool = False
     ordered: bool = False
     integers: IntegerGrid | None = None
     experts: ExpertRemoval = field(default_factory=ExpertRemoval)

@@ -1,0 +1,77 @@
+"""Permutations: inputs of a site that can change places without a change of the function.
+
+The rows that produce the inputs, and their biases, change places with them. Channels of an MLP can
+do so, and the values of each key/value head.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apt.adapter.groups import Groups, Part, columns, rows
+
+
+@dataclass(frozen=True)
+class Permutable:
+    """Inputs of a site that can change places.
+
+    An order (bins × size,) has the former place of the entry at each place. Entries stay in their
+    bin.
+
+    Args:
+        reader: the name of the site.
+        parts: the entries of all parameters that change places, columns of the reader included. A
+            part has ``each`` entries in every bin: those of the bin once, or several times in
+            succession, as query heads do that share the values of a key/value head.
+        size: the number of entries in a bin.
+        bins: the number of bins.
+    """
+
+    reader: str
+    parts: tuple[Part, ...]
+    size: int
+    bins: int = 1
+
+    def places(self, part: Part, order: Tensor) -> Tensor:
+        """The former place in the dimension of a part of each of its entries (bins × each,)."""
+        copies = part.each // self.size
+        firsts = self.size * torch.arange(self.bins * copies, device=order.device)
+        within = order.view(self.bins, 1, self.size) % self.size
+        return part.start + (firsts.view(self.bins, copies, 1) + within).flatten()
+
+    def permute(self, parameters: Mapping[str, Tensor], order: Tensor) -> None:
+        """Put the entries of the parameters, by path within the block, into an order."""
+        for part in self.parts:
+            entries = parameters[part.parameter].detach().movedim(part.dim, 0)
+            places = self.places(part, order.to(entries.device))
+            entries.narrow(0, part.start, len(places)).copy_(entries[places])
+
+
+def permutable_channels(groups: Sequence[Groups]) -> Iterator[Permutable]:
+    """The groups with one input of one site each, such as the channels of an MLP."""
+    for each in groups:
+        one = len(each.readers) == 1 and not (each.routed or each.apart or each.outputs)
+        if one and each.bins == 1 and all(part.each == 1 for part in each.parts):
+            parts = tuple(replace(part, each=each.count) for part in each.parts)
+            yield Permutable(each.readers[0], parts, each.count)
+
+
+def attention_values(
+    block: nn.Module, config: Any, value: str = "self_attn.v_proj", output: str = "self_attn.o_proj"
+) -> Permutable:
+    """The values of each key/value head of an attention with a Linear of its own for them.
+
+    Args:
+        block: the block.
+        config: the configuration, with ``num_attention_heads`` and, if key/value heads are shared,
+            ``num_key_value_heads``.
+        value, output: the paths of the Linears within the block.
+    """
+    heads = config.num_attention_heads
+    shared = getattr(config, "num_key_value_heads", None) or heads
+    size = block.get_parameter(f"{output}.weight").shape[1] // heads
+    parts = (*rows(block, value, size), columns(output, heads // shared * size))
+    return Permutable(output, parts, size, shared)

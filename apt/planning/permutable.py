@@ -1,0 +1,41 @@
+"""The inputs of n:m sites that change places before the pruning."""
+
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from apt.adapter import Adapter, Permutable
+from apt.planning.plan import Plan, PlannedBlock
+from apt.solver import NM, MixedNM
+
+
+def with_permutable(plan: Plan, model: nn.Module, adapter: Adapter, config: Any) -> Plan:
+    """The plan with the permutable inputs of its n:m sites.
+
+    A site that stays dense keeps its bytes, so no input changes places if it would have to.
+    """
+    modules = dict(adapter.blocks(model))
+    owners = Counter(
+        parameter for block in modules.values() for parameter in set(block.parameters())
+    )
+    blocks = list[PlannedBlock]()
+    for planned in plan.blocks:
+        block = modules[planned.name]
+        found = [each for each in adapter.permutable(block, config) if _serves(each, planned)]
+        own = {path for path, parameter in block.named_parameters() if owners[parameter] == 1}
+        found = [each for each in found if own.issuperset(part.parameter for part in each.parts)]
+        blocks.append(replace(planned, permutable=tuple(found)))
+    return Plan(tuple(blocks))
+
+
+def _serves(permutable: Permutable, planned: PlannedBlock) -> bool:
+    """True if the reader has an n:m pattern that fits, and no part belongs to a dense site."""
+    pattern = next((e.pattern for e in planned.sites if e.site.name == permutable.reader), None)
+    dense = {entry.site.parameter for entry in planned.sites if entry.pattern is None}
+    return (
+        isinstance(pattern, NM | MixedNM)
+        and permutable.size % pattern.m == 0
+        and not any(part.parameter in dense for part in permutable.parts)
+    )
