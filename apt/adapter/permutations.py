@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from apt.adapter.groups import Groups, Part, columns, rows
+from apt.adapter.sites import Site
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,25 @@ class Permutable:
         within = order.view(self.bins, 1, self.size) % self.size
         return part.start + (firsts.view(self.bins, copies, 1) + within).flatten()
 
+    def order_of(self, columns: Tensor) -> Tensor:
+        """The order (bins × size,) by that of the reader's columns."""
+        first = columns.view(self.bins, -1, self.size)[:, 0] % self.size
+        bins = torch.arange(self.bins, device=columns.device).unsqueeze(1)
+        return (first + self.size * bins).flatten()
+
     def permute(self, parameters: Mapping[str, Tensor], order: Tensor) -> None:
         """Put the entries of the parameters, by path within the block, into an order."""
         for part in self.parts:
             entries = parameters[part.parameter].detach().movedim(part.dim, 0)
             places = self.places(part, order.to(entries.device))
             entries.narrow(0, part.start, len(places)).copy_(entries[places])
+
+
+def columns_of(permutable: Permutable, reader: Site) -> Part | None:
+    """The part of the reader's columns; None if it is not declared."""
+    dim = int(not reader.transposed)
+    parts = (p for p in permutable.parts if (p.parameter, p.dim) == (reader.parameter, dim))
+    return next(parts, None)
 
 
 def permutable_channels(groups: Sequence[Groups]) -> Iterator[Permutable]:

@@ -1,11 +1,12 @@
 """The masks of a pruned model, and their file: one bit for each weight.
 
 The file has a tensor of bytes for each parameter, with 8 weights in a byte, the first one in the
-highest bit; a one means pruned. The shapes of the parameters are in its metadata.
+highest bit; a one means pruned. The shapes of the parameters are in its metadata, and so are the
+orders of inputs that have changed places.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -16,16 +17,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from apt.adapter import Adapter
+from apt.adapter import Adapter, Permutable
+from apt.adapter.groups import tensors_of
 from apt.errors import AptError, first_line
 
 MASKS = "apt_masks.safetensors"
 """The name of the file beside a pruned model."""
 
-_SHAPES = "shapes"
+_SHAPES, _ORDERS = "shapes", "orders"
 
 Masks = dict[str, Tensor]
 """The masks (True where pruned) by the full name of a parameter, in the shape of the parameter."""
+
+Orders = Mapping[str, Sequence[int]]
+"""The column of the dense weight that each column of a pruned weight was, by the full name of a
+site whose inputs have changed places."""
 
 
 def masks_of(model: nn.Module, adapter: Adapter) -> Masks:
@@ -50,14 +56,18 @@ def sparsity_of(masks: Masks) -> float:
     return sum(int(mask.sum()) for mask in masks.values()) / size if size else 0.0
 
 
-def write_masks(masks: Masks, path: Path) -> None:
-    """Write the file of masks."""
+def write_masks(masks: Masks, path: Path, orders: Orders | None = None) -> None:
+    """Write the file of masks, with the orders of inputs that have changed places."""
     packed = {
         name: torch.from_numpy(np.packbits(mask.cpu().numpy().reshape(-1)))
         for name, mask in masks.items()
     }
     shapes = {name: list(mask.shape) for name, mask in masks.items()}
-    save_file(packed, path, {_SHAPES: json.dumps(shapes)})
+    described = {_SHAPES: json.dumps(shapes)}
+    if orders:
+        described[_ORDERS] = json.dumps({name: [*order] for name, order in orders.items()})
+    )
+    save_file(packed, path, described)
 
 
 def read_masks(path: Path) -> Masks:
@@ -72,6 +82,19 @@ def read_masks(path: Path) -> Masks:
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         fault = f"{path} is not a file of masks: {first_line(error)}"
         raise AptError(fault, f"name a pruned model, or a file {MASKS}") from error
+
+
+def read_orders(path: Path) -> Orders:
+    """The orders in a file of masks; raises `AptError` if they are damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            orders: Orders = json.loads((file.metadata() or {}).get(_ORDERS, "{}"))
+        if not all(sorted(order) == [*range(len(order))] for order in orders.values()):
+            raise ValueError("an order is no permutation")
+    except (SafetensorError, OSError, ValueError, AttributeError, TypeError) as error:
+        fault = f"the orders in {path} cannot be read: {first_line(error)}"
+        raise AptError(fault, "name the directory of the pruned model") from error
+    return orders
 
 
 def _unpacked(packed: Tensor, shape: list[int]) -> Tensor:
@@ -114,6 +137,43 @@ def check_masks(masks: Mapping[str, Tensor], model: nn.Module, name: str) -> Non
 
 def _shape(tensor: Tensor) -> str:
     return " × ".join(map(str, tensor.shape))
+
+
+@torch.no_grad()
+def permute_as_masked(
+    masks: Mapping[str, Tensor], orders: Orders, model: nn.Module, adapter: Adapter
+) -> bool:
+    """Put the inputs of sites into the order of the pruned model, if they have the former one.
+
+    The weights that a mask removes are small in the order that the mask was made for. So the order
+    is the one in which the masks of these sites remove the smaller sum of squares.
+
+    Returns:
+        True if the inputs of the model have changed places.
+    """
+    config, before, after = getattr(model, "config", None), 0.0, 0.0
+    moves = list[tuple[nn.Module, Permutable, Tensor]]()
+    for name, block in adapter.blocks(model):
+        known = {s.name: s for s in adapter.sites(block) if f"{name}.{s.name}" in orders}
+        for permutable in adapter.permutable(block, config) if known else ():
+            if (site := known.get(permutable.reader)) is None:
+                continue
+            weight = site.oriented(site.weight(block).detach())
+            removed = site.oriented(masks[f"{name}.{site.parameter}"]).to(weight.device)
+            columns = torch.tensor(orders[f"{name}.{site.name}"], device=weight.device)
+            before += _energy(weight, removed)
+            after += _energy(weight[:, columns], removed)
+            moves.append((block, permutable, permutable.order_of(columns)))
+    if before <= after:
+        return False
+    for block, permutable, order in moves:
+        permutable.permute(tensors_of(block), order)
+    return True
+
+
+def _energy(weight: Tensor, mask: Tensor) -> float:
+    """The sum of squares of the masked weights."""
+    return float(weight[mask].float().square().sum(dtype=torch.float64))
 
 
 @torch.no_grad()

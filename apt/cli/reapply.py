@@ -19,9 +19,11 @@ def reapply(run: ReapplyRun, printing: PrintingOptions) -> None:
     with Progress("reapplying the masks"):
         done = run_task(run, notice=notice).reapplied
     if printing.as_json:
-        names = ("weights", "share", "sparsity", "parameters")
+        names = ("weights", "share", "sparsity", "parameters", "permuted")
         show_json({"output": str(run.output), **{name: done[name] for name in names}})
         return
+    if done["permuted"]:
+        say("the channels and values of MODEL now have the order of the pruned model")
     say(
         f"{run.output}: {done['weights']:,} weights set to zero again ({done['share']:.2%} of the "
         f"sum of squares); {done['sparsity']:.2%} zeros in {done['parameters']} matrices, verified "

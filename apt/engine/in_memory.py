@@ -91,7 +91,7 @@ class InMemory(OutputStore):
         with write_errors(self.work.name):
             if changed.save_masks:
                 masks = masks_of(self.model, self.task.skeleton.adapter) if plan else changed.masks
-                write_masks(masks, out / MASKS)
+                write_masks(masks, out / MASKS, report.orders)
             report = self._record(report, out)
         self._publish()
         return report

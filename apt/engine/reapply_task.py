@@ -6,10 +6,13 @@ from apt.checkpoints.load import load, load_tokenizer, open_skeleton
 from apt.checkpoints.masks import (
     MASKS,
     Masks,
+    Orders,
     apply_masks,
     check_masks,
     masks_of,
+    permute_as_masked,
     read_masks,
+    read_orders,
     sparsity_of,
 )
 from apt.distributed.ranks import Ranks
@@ -32,6 +35,7 @@ class ReapplyTask(Task):
 
     options: ReapplyRun
     masks: Masks
+    orders: Orders
     report: Report
 
     def read_text(self, ranks: Ranks) -> Text:
@@ -46,7 +50,9 @@ class ReapplyTask(Task):
         return self.report
 
     def change(self, store: ModelStore, text: Text, report: Report) -> Changed:
-        """Set the masked weights to zero."""
+        """Set the masked weights to zero, after its inputs have the order of the pruned model."""
+        adapter = self.skeleton.adapter
+        permuted = permute_as_masked(self.masks, self.orders, store.model, adapter)
         removed = apply_masks(self.masks, store.model)
         options = self.options
         record = {
@@ -56,6 +62,7 @@ class ReapplyTask(Task):
             "share": removed.share,
             "sparsity": sparsity_of(self.masks),
             "parameters": len(self.masks),
+            "permuted": permuted,
         }
         return Changed(replace(report, reapplied=record), masks=self.masks)
 
@@ -76,12 +83,14 @@ def prepare_reapplying(options: ReapplyRun, registry: Registry, notice: Notice) 
     loaded = read_masks(masks) if kind == "file" else _masks_of(options, registry)
     check_masks(loaded, skeleton.module, str(masks))
     report = continued(read_report(masks) if kind == "directory" else None, skeleton, masks)
+    orders = read_orders(masks) if kind == "file" else report.orders
     return ReapplyTask(
         options=options,
         registry=registry,
         skeleton=skeleton,
         device="cpu",
         masks=loaded,
+        orders=orders,
         report=report,
     )
 

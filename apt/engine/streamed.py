@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from apt.calibration.storage import DiskStore
 from apt.checkpoints.copies import check_copy, checksums, copied_size
-from apt.checkpoints.masks import MASKS, block_masks, write_masks
+from apt.checkpoints.masks import MASKS, Orders, block_masks, write_masks
 from apt.checkpoints.offload import StoredBlocks, assemble
 from apt.checkpoints.safetensors_io import Shards
 from apt.checkpoints.smaller import write_smaller
@@ -193,24 +193,30 @@ class Streamed(OutputStore):
         self._measure_after()
         if self._small is None:
             self.status("verifying")
-            report = report.with_zeros(self._verify(changed.plan, masks=changed.save_masks))
+            orders = report.orders if changed.save_masks else None
+            report = report.with_zeros(self._verify(changed.plan, orders))
         report = self._record(report, self._small or self.work.out)
         if self._small is not None:
             self.work.replace_out(self._small)
         self._publish()
         return report
 
-    def _verify(self, plan: Plan, *, masks: bool) -> dict[str, int]:
-        """Check the written blocks, and write their masks on request; returns the zeros by site."""
+    def _verify(self, plan: Plan, orders: Orders | None) -> dict[str, int]:
+        """Check the written blocks; returns the zeros by site.
+
+        Args:
+            plan: the plan.
+            orders: writes the masks, with these orders, see `write_masks`. None writes none.
+        """
         written, adapter = dict[str, Tensor](), self.task.skeleton.adapter
 
         def collect(name: str, block: nn.Module) -> None:
-            if masks:
+            if orders is not None:
                 written.update(block_masks(name, block, adapter))
 
         zeros = self.blocks.verify(plan, collect)
-        if masks:
-            write_masks(written, self.work.out / MASKS)
+        if orders is not None:
+            write_masks(written, self.work.out / MASKS, orders)
         return zeros
 
     def _compact(self, plan: Plan) -> Path:

@@ -99,6 +99,11 @@ class Report:
         """The mean relative layer error of the pruned sites; 0 without such sites."""
         return fmean(site.relative_error for site in self.sites) if self.sites else 0.0
 
+    @property
+    def orders(self) -> dict[str, tuple[int, ...]]:
+        """The orders of the sites whose inputs have changed places, see `SitePruned`."""
+        return {site.name: site.order for site in self.sites if site.order is not None}
+
     def with_zeros(self, zeros: Mapping[str, int]) -> "Report":
         """The report with the numbers of zeros that were counted on disk, by site."""
         sites = [replace(site, zeros=zeros.get(site.name, site.zeros)) for site in self.sites]

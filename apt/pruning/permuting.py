@@ -7,6 +7,7 @@ from torch import Tensor
 
 from apt.adapter import Permutable, Site
 from apt.adapter.groups import tensors_of
+from apt.adapter.permutations import columns_of
 from apt.calibration.batches import Batch, OpenBlock
 from apt.planning.plan import PlannedBlock, PlannedSite
 from apt.solver import NM
@@ -37,7 +38,9 @@ def permute_inputs(
             continue
         order = block.ranks.share(_order(block, permutable, entry, entry.pattern))
         permutable.permute(tensors_of(block.module), order)
-        columns = _columns(permutable, entry.site, order)
+        part = columns_of(permutable, entry.site)
+        assert part is not None
+        columns = permutable.places(part, order)
         for batch in block.batches:
             assert batch.dense is not None
             batch.dense.inputs.permute(entry.site.input, columns)
@@ -45,12 +48,6 @@ def permute_inputs(
             dense[entry.site] = dense[entry.site][:, columns]
         orders[entry.name] = columns
     return orders
-
-
-def _columns(permutable: Permutable, site: Site, order: Tensor) -> Tensor:
-    """The former column of each column of the reader."""
-    part = next(part for part in permutable.parts if part.parameter == site.parameter)
-    return permutable.places(part, order)
 
 
 def _order(block: OpenBlock, permutable: Permutable, entry: PlannedSite, pattern: NM) -> Tensor:

@@ -17,6 +17,7 @@ from apt.conformance.checks.flow import (
 )
 from apt.conformance.checks.groups import check_groups
 from apt.conformance.checks.logits import check_logits
+from apt.conformance.checks.permutations import check_permutable
 from apt.conformance.checks.promise import Check, Fault, Nonconformance, promise
 from apt.conformance.checks.pruning import check_identity, check_pruning, check_saving
 from apt.conformance.checks.sites import check_names, check_orientation, check_sites
@@ -36,7 +37,7 @@ CHECKS: dict[str, Check] = {
         check_untouched, check_exception, check_repeat, check_blocks, check_batches, check_stream,
         check_logits, check_sites, check_orientation, check_capture, check_order, check_residual,
         check_gradients, check_in_time, check_effects, check_identity, check_pruning, check_saving,
-        check_groups,
+        check_groups, check_permutable,
     )
 }  # fmt: skip
 """All checks by name, in the order in which they are run."""

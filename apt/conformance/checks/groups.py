@@ -90,13 +90,13 @@ def _removed(subject: Subject, kind: str) -> Faults:
     except Exception as error:
         yield _fails(kind, "some", error)
         return
-    if not _equal(logits, expected, size):
+    if not equal_up_to(logits, expected, size):
         yield "", f"the model without some {kind} differs from one that does not depend on them"
     yield from _fewest(subject, model, kind)
     with tempfile.TemporaryDirectory() as folder:
         small.save_pretrained(folder)
         loaded = type(small).from_pretrained(folder, dtype="auto").eval()
-        if not _equal(subject.logits(loaded), logits, size):
+        if not equal_up_to(subject.logits(loaded), logits, size):
             yield Fault("", f"the model without some {kind} is another one after it is loaded")
 
 
@@ -132,7 +132,7 @@ def _dropped(subject: Subject) -> Faults:
         return
     with skipping(model, subject.adapter, [names[1]]):
         expected = subject.logits(model)
-    if not _equal(subject.logits(small), expected, 0.0):
+    if not equal_up_to(subject.logits(small), expected, 0.0):
         yield Fault("", f"the model without {names[1]} differs from one that skips it", "blocks")
 
 
@@ -180,7 +180,7 @@ def _mask(
     return Unrouted(routers) if routers else nullcontext()
 
 
-def _equal(logits: Tensor, expected: Tensor, effect: float) -> bool:
+def equal_up_to(logits: Tensor, expected: Tensor, effect: float) -> bool:
     """True if logits are equal up to rounding, compared with the effect of a removal."""
     if logits.shape != expected.shape:
         return False

@@ -57,7 +57,9 @@ from tests.conformance.mutants.entering import (
     WrongStep,
 )
 from tests.conformance.mutants.grouping import (
+    AcrossHeads,
     AnotherReader,
+    ColumnsStay,
     Concatenated,
     FewExperts,
     GateForgotten,
@@ -70,9 +72,13 @@ from tests.conformance.mutants.grouping import (
     NormedHeads,
     NormsForgotten,
     NoSite,
+    NoSuchPart,
     OneReader,
     PartForgotten,
+    ReadByNone,
     RouterForgotten,
+    RowsStay,
+    TooLarge,
     TooMany,
     WrongOutputs,
     WrongReader,
@@ -289,6 +295,24 @@ MUTANTS: dict[str, Mutant] = {
     ),
     "a reader that is no site": Mutant(
         NoSite, "groups", r"layers\.0: channels have the reader mlp\.none, which is no site"
+    ),
+    "permutable channels of which rows stay": Mutant(
+        RowsStay, "permutable", r"^model\.layers\.0: the permutable inputs of mlp\.down_proj change"
+    ),
+    "values of several heads in one bin": Mutant(
+        AcrossHeads, "permutable", r"inputs of self_attn\.o_proj change the logits in another order"
+    ),
+    "permutable inputs of no site": Mutant(
+        ReadByNone, "permutable", r"the permutable inputs of mlp\.none are those of no site"
+    ),
+    "permutable inputs without columns": Mutant(
+        ColumnsStay, "permutable", r"have no part in the columns of mlp\.down_proj\.weight"
+    ),
+    "more permutable inputs than there are": Mutant(
+        TooLarge, "permutable", r"have 2 × \d+ entries from 0 in dimension 0 of mlp\.gate_proj"
+    ),
+    "permutable inputs of no parameter": Mutant(
+        NoSuchPart, "permutable", r"have a part in mlp\.none, which is no parameter of the block"
     ),
     "channels without reader": Mutant(
         NoReader, "groups", r"layers\.0: channels have neither readers nor outputs"

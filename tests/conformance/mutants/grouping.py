@@ -92,3 +92,38 @@ def concatenated(groups):
 Interleaved = regrouped(interleaved, "expert-channels", JAMBA)
 Concatenated = regrouped(concatenated, "expert-channels", GptOss)
 FewExperts = regrouped(lambda groups: replace(groups, least=1), "experts", JAMBA)
+
+
+def repermuted(change, base=LLAMA):
+    """The permutable inputs are changed by ``change``, if that returns something."""
+
+    class Repermuted(base):
+        def permutable(self, block, config):
+            known = super().permutable(block, config)
+            return [change(permutable) or permutable for permutable in known]
+
+    return Repermuted
+
+
+def no_up(permutable):
+    """The rows of ``up_proj`` are forgotten."""
+    parts = tuple(part for part in permutable.parts if "up_proj" not in part.parameter)
+    return replace(permutable, parts=parts)
+
+
+def across_heads(permutable):
+    """The values of all key/value heads are in one bin."""
+    if permutable.bins > 1:
+        parts = tuple(replace(p, each=p.each * permutable.bins) for p in permutable.parts)
+        return replace(permutable, parts=parts, size=permutable.size * permutable.bins, bins=1)
+    return None
+
+
+RowsStay = repermuted(no_up)
+AcrossHeads = repermuted(across_heads)
+ReadByNone = repermuted(lambda permutable: replace(permutable, reader="mlp.none"))
+ColumnsStay = repermuted(lambda permutable: replace(permutable, parts=permutable.parts[:-1]))
+TooLarge = repermuted(lambda permutable: replace(permutable, bins=permutable.bins + 1))
+NoSuchPart = repermuted(
+    lambda permutable: replace(permutable, parts=(Part("mlp.none"), *permutable.parts))
+)
