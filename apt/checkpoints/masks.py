@@ -66,7 +66,6 @@ def write_masks(masks: Masks, path: Path, orders: Orders | None = None) -> None:
     described = {_SHAPES: json.dumps(shapes)}
     if orders:
         described[_ORDERS] = json.dumps({name: [*order] for name, order in orders.items()})
-    )
     save_file(packed, path, described)
 
 
