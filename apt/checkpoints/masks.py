@@ -160,6 +160,11 @@ def permute_as_masked(
             weight = site.oriented(site.weight(block).detach())
             removed = site.oriented(masks[f"{name}.{site.parameter}"]).to(weight.device)
             columns = torch.tensor(orders[f"{name}.{site.name}"], device=weight.device)
+            if len(columns) != weight.shape[1]:
+                fault = (
+                    f"{name}.{site.name} has {len(columns)} inputs there, {weight.shape[1]} here"
+                )
+                raise AptError(f"the masks are those of another model: {fault}")
             before += _energy(weight, removed)
             after += _energy(weight[:, columns], removed)
             moves.append((block, permutable, permutable.order_of(columns)))

@@ -12,12 +12,19 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from apt.checkpoints.load import load, open_skeleton
-from apt.checkpoints.masks import MASKS, masks_of, read_masks, write_masks
+from apt.checkpoints.masks import (
+    MASKS,
+    masks_of,
+    permute_as_masked,
+    read_masks,
+    read_orders,
+    write_masks,
+)
 from apt.errors import AptError
 from apt.locations.model_source import find
 from apt.plugin.registry import registry
 from tests.helpers import TEXT
-from tests.helpers.families import FAMILIES
+from tests.helpers.families import FAMILIES, adapter_of
 from tests.helpers.processes import on_ranks, start
 
 TRAIN = ("--steps", 4, "--checks", 2, "--batch", 4, "--seqlen", 16, "--calibration", TEXT)
@@ -228,6 +235,39 @@ def test_masks_make_a_fine_tuned_model_sparse_again(apt, pruned):
         for name, parameter in tuned.named_parameters():
             mask = expected.get(name, torch.zeros_like(parameter, dtype=torch.bool))
             assert torch.equal(module.get_parameter(name), parameter.masked_fill(mask, 0))
+
+
+@pytest.mark.parametrize("mode", [(), ("--stream",)], ids=["in memory", "streamed"])
+def test_a_model_fine_tuned_from_the_dense_one_gets_the_order_of_the_masks(mode, apt, checkpoint):
+    dense = checkpoint("llama")
+    command = ("--pattern", "2:4", "--effort", "fast", "--samples", 4, "--seqlen", 16)
+    done = apt("prune", dense, *command, "--calibration", TEXT, "--save-masks", *mode, "-o", "p")
+    assert done.code == 0, done.err
+    expected, logits = opened("p")[1], []
+    for number, (masks, model) in enumerate(((f"p/{MASKS}", dense), ("p", dense), ("p", "p"))):
+        done = apt("reapply", masks, model, "-o", f"again{number}", "--json")
+        assert done.code == 0, done.err
+        assert json.loads(done.out)["permuted"] == (model == dense)
+        module, found = opened(f"again{number}")
+        assert same(found, expected)
+        logits.append(module(torch.arange(1, 17)[None]).logits)
+    assert torch.equal(logits[0], logits[1])
+    module, tokens = opened(dense)[0], torch.arange(1, 17)[None]
+    whole, file = module(tokens).logits, Path("p") / MASKS
+    assert permute_as_masked(read_masks(file), read_orders(file), module, adapter_of(module))
+    torch.testing.assert_close(module(tokens).logits, whole, rtol=0, atol=1e-4)
+
+
+def test_orders_that_do_not_fit_are_errors(apt, checkpoint, tmp_path):
+    dense, masks = checkpoint("llama"), tmp_path / MASKS
+    name = "model.layers.0.mlp.down_proj"
+    shape = opened(dense)[0].get_parameter(f"{name}.weight").shape
+    mask = {f"{name}.weight": torch.ones(shape, dtype=torch.bool)}
+    for order, said in (([0, 0], "an order is no permutation"), ([1, 0], "has 2 inputs there")):
+        write_masks(mask, masks, {name: order})
+        done = apt("reapply", masks, dense, "-o", "out")
+        assert done.code == 2
+        assert said in done.err
 
 
 def test_masks_that_do_not_fit_are_errors(apt, checkpoint, pruned):
