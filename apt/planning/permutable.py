@@ -1,6 +1,5 @@
 """The inputs of n:m sites that change places before the pruning."""
 
-from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -17,17 +16,12 @@ def with_permutable(plan: Plan, model: nn.Module, adapter: Adapter, config: Any)
     A site that stays dense keeps its bytes, so no input changes places if it would have to.
     """
     modules = dict(adapter.blocks(model))
-    owners = Counter(
-        parameter for block in modules.values() for parameter in set(block.parameters())
-    )
     blocks = list[PlannedBlock]()
     for planned in plan.blocks:
-        block = modules[planned.name]
-        found = [each for each in adapter.permutable(block, config) if _serves(each, planned)]
-        own = {path for path, parameter in block.named_parameters() if owners[parameter] == 1}
-        found = [each for each in found if own.issuperset(part.parameter for part in each.parts)]
-        blocks.append(replace(planned, permutable=tuple(found)))
-    return Plan(tuple(blocks))
+        known = adapter.permutable(modules[planned.name], config)
+        found = tuple(each for each in known if _serves(each, planned))
+        blocks.append(replace(planned, permutable=found))
+    return replace(plan, blocks=tuple(blocks))
 
 
 def _serves(permutable: Permutable, planned: PlannedBlock) -> bool:
