@@ -144,7 +144,7 @@ def with_shares(plan: Plan, name: str, shares: Mapping[str, float]) -> Plan:
     if abs(drift) > _SLACK:
         raise AptError(f"allocation {name} changes the overall sparsity by {drift:+.2%}")
     exact = _exact(sites, shares, total)
-    return Plan(tuple(_with(block, exact) for block in plan.blocks))
+    return replace(plan, blocks=tuple(_with(block, exact) for block in plan.blocks))
 
 
 def step_of(site: PlannedSite) -> int:
