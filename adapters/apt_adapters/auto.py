@@ -18,7 +18,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from apt.adapter import Call, DecoderAdapter, Groups, Site, State, one_by_one, record_calls
+from apt.adapter import (
+    Call,
+    DecoderAdapter,
+    Groups,
+    Permutable,
+    Site,
+    State,
+    one_by_one,
+    record_calls,
+)
 from apt.adapter.decoder import members
 from apt.adapter.expert_channels import expert_channels, experts_width, neurons
 from apt.adapter.experts import expert_groups
@@ -94,6 +103,11 @@ class AutoAdapter(DecoderAdapter):
         experts, channels = self._experts(block, config), self._channels.get(kind_of(block))
         widths = self._widths_of(config).groups.get(kind_of(block), ())
         return [groups for groups in (experts, channels, *widths) if groups is not None]
+
+    def permutable(self, block: nn.Module, config: Any) -> list[Permutable]:
+        """The channels among its groups, and the values within heads that `find_widths` finds."""
+        values = self._widths_of(config).values.get(kind_of(block), ())
+        return [*super().permutable(block, config), *values]
 
     def ungrouped(self, block: nn.Module, config: Any) -> dict[str, str]:
         """The sites of the block that cannot lose inputs, with the reasons."""

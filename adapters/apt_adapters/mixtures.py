@@ -5,7 +5,17 @@ from typing import Any
 
 from torch import nn
 
-from apt.adapter import DecoderAdapter, Experts, Groups, Input, Site, attention_heads, mlp_channels
+from apt.adapter import (
+    DecoderAdapter,
+    Experts,
+    Groups,
+    Input,
+    Permutable,
+    Site,
+    attention_heads,
+    attention_values,
+    mlp_channels,
+)
 
 _ATTENTION = (
     Input("attention", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
@@ -73,3 +83,7 @@ class MixtureAdapter(DecoderAdapter):
         if not (hasattr(block.self_attn, "q_norm") or hasattr(block.self_attn, "hidden_size")):
             groups += attention_heads(block, config)
         return groups
+
+    def permutable(self, block: nn.Module, config: Any) -> list[Permutable]:
+        """The channels of a dense block, and the values of each key/value head."""
+        return [*super().permutable(block, config), attention_values(block, config)]

@@ -21,7 +21,17 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from apt.adapter import Adapter, Call, Groups, Part, Site, State, one_by_one, record_calls
+from apt.adapter import (
+    Adapter,
+    Call,
+    Groups,
+    Part,
+    Permutable,
+    Site,
+    State,
+    one_by_one,
+    record_calls,
+)
 from apt.adapter.groups import without
 from apt.adapter.text_config import hidden_size, text_config
 from apt.checkpoints.skeletons import skeleton_of_class
@@ -60,10 +70,12 @@ class Widths:
         groups: the groups of each kind of block.
         reasons: for each kind of block, the sites that add to the stream and cannot lose inputs,
             with the reasons.
+        values: for each kind of block, the values of heads that can change places within a head.
     """
 
     groups: dict[Any, list[Groups]] = field(default_factory=dict)
     reasons: dict[Any, dict[str, str]] = field(default_factory=dict)
+    values: dict[Any, list[Permutable]] = field(default_factory=dict)
 
 
 def find_widths(
@@ -90,6 +102,7 @@ def find_widths(
     for groups in _named([each for each in found if each]):
         for block, each in groups.items():
             widths.groups.setdefault(block, []).append(each)
+    widths.values = {kind: model.values(kind, each) for kind, each in widths.groups.items()}
     return widths
 
 
@@ -328,6 +341,26 @@ class _Model:
                     return False
         return True
 
+    @torch.no_grad()
+    def values(self, kind: Any, every: Sequence[Groups]) -> list[Permutable]:
+        """The values within heads that can change places: the block returns the same."""
+        run, found = self._runs[kind], list[Permutable]()
+        whole = self._output(run.block, run.before, run.call)
+        for permutable in (each for groups in every for each in _within(groups)):
+            alone = self._shuffled(run, replace(permutable, parts=permutable.parts[-1:]))
+            effect = float((alone - whole).abs().max())
+            if effect > 0 and _near(self._shuffled(run, permutable), whole, effect):
+                found.append(permutable)
+        return found
+
+    def _shuffled(self, run: _Run, permutable: Permutable) -> Tensor:
+        """What a block returns if its permutable inputs are at other places, for the moment."""
+        parameters, order = dict(run.block.named_parameters()), permutable.random_order()
+        permutable.permute(parameters, order)
+        found = self._output(run.block, run.before, run.call)
+        permutable.permute(parameters, order.argsort())
+        return found
+
     def _output(self, block: nn.Module, before: State, call: Call) -> Tensor:
         with one_by_one(block):
             return self._adapter.residual(self._adapter.step(block, before, call))
@@ -345,6 +378,21 @@ class _Model:
         for weight, old in zip(weights, before, strict=True):
             weight.copy_(old)
         return found, float((found - whole).abs().max())
+
+
+def _within(groups: Groups) -> Iterator[Permutable]:
+    """Inputs that may be able to change places within each group, with the rows of one tensor."""
+    if len(groups.readers) != 1 or groups.routed or groups.apart:
+        return
+    columns, *others = groups.parts
+    modules = dict[tuple[str, int], list[Part]]()  # with their biases
+    for part in others:
+        modules.setdefault((part.parameter.rpartition(".")[0], part.start), []).append(part)
+    for parts in modules.values():
+        size = parts[0].each
+        alike = {(part.dim, part.each) for part in parts} == {(0, size)}
+        if alike and size > 1 and columns.each % size == 0:
+            yield Permutable(groups.readers[0], (*parts, columns), size, groups.count)
 
 
 def _check_runs(found: Collection[Groups]) -> None:

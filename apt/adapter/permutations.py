@@ -49,6 +49,12 @@ class Permutable:
         bins = torch.arange(self.bins, device=columns.device).unsqueeze(1)
         return (first + self.size * bins).flatten()
 
+    def random_order(self) -> Tensor:
+        """An order with each entry at some place of its bin, always the same one."""
+        draw = torch.Generator().manual_seed(0)
+        bins = [torch.randperm(self.size, generator=draw) for _ in range(self.bins)]
+        return torch.cat([self.size * index + order for index, order in enumerate(bins)])
+
     def permute(self, parameters: Mapping[str, Tensor], order: Tensor) -> None:
         """Put the entries of the parameters, by path within the block, into an order."""
         for part in self.parts:

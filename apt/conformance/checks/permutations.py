@@ -59,9 +59,7 @@ def _permuted(
     subject: Subject, model: nn.Module, block: nn.Module, permutable: Permutable
 ) -> Tensor:
     """The logits of a model in whose block some inputs are in another order, for the moment."""
-    size, generator = permutable.size, torch.Generator().manual_seed(0)
-    bins = [torch.randperm(size, generator=generator) + b * size for b in range(permutable.bins)]
-    order = torch.cat(bins)
+    order = permutable.random_order()
     with torch.no_grad():
         permutable.permute(tensors_of(block), order)
         try:

@@ -4,7 +4,15 @@ from typing import Any
 
 from torch import nn
 
-from apt.adapter import DecoderAdapter, Groups, Input, attention_heads, mlp_channels
+from apt.adapter import (
+    DecoderAdapter,
+    Groups,
+    Input,
+    Permutable,
+    attention_heads,
+    attention_values,
+    mlp_channels,
+)
 from apt.hookspecs import AdapterSpec, hookimpl
 
 APT_API = 1
@@ -24,6 +32,10 @@ class QwenAdapter(DecoderAdapter):
     def groups(self, block: nn.Module, config: Any) -> list[Groups]:
         """The channels of the MLP, and the heads of the attention."""
         return [mlp_channels(block, config), *attention_heads(block, config)]
+
+    def permutable(self, block: nn.Module, config: Any) -> list[Permutable]:
+        """The channels, and the values of each key/value head."""
+        return [*super().permutable(block, config), attention_values(block, config)]
 
 
 def example() -> Any:
