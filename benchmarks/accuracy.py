@@ -8,7 +8,7 @@ summaries of Wikipedia articles, evaluation on other summaries and on quotations
 
 A method is NAME or NAME:EFFORT, followed by options of ``apt.PruneOptions``: ``/layer-wise``,
 ``/at-once``, ``/alpha=0``, ``/tuning_epochs=0``, ``/random_tokens=0.5``, ``/own_samples=8``.
-``/allocation=auto`` is an allocation, which is computed once for each pattern. Rows are added to
+``/allocation=owl`` is an allocation, which is computed once for each pattern. Rows are added to
 the JSON file as soon as they are measured. A row in the file is not measured again.
 """
 

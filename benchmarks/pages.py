@@ -31,8 +31,8 @@ def row_of(name: str, **wanted: str) -> Row:
 
 def figures() -> dict[str, str]:
     """Sentences of README.md with figures, as patterns, and the text that the results give."""
-    plain = row_of("allocation", method="admm", pattern="0.7")["wiki"]
-    auto = row_of("allocation", method="admm/allocation=auto", pattern="0.7")["wiki"]
+    plain = row_of("allocation", method="admm/allocation=uniform", pattern="0.7")["wiki"]
+    auto = row_of("allocation", method="admm", pattern="0.7")["wiki"]
     packed, half, most = (
         row_of(name, model=f"{share}-bfloat16")["decode ratio"]["median"]
         for name, share in (("packed", 0.5), ("packed-1.5b", 0.5), ("packed-1.5b", 0.7))

@@ -25,8 +25,8 @@ LINES = {
     "wanda": ("Wanda", "#999999", "s"),
     "ss": ("SparseGPT", "#E69F00", "^"),
     "alps": ("ALPS", "#CC79A7", "v"),
-    "admm": ("APT", "#0072B2", "o"),
-    "admm/allocation=auto": ("APT, --allocation auto", "#009E73", "D"),
+    "admm/allocation=uniform": ("APT, --allocation uniform", "#0072B2", "o"),
+    "admm": ("APT", "#009E73", "D"),
 }
 
 

@@ -25,11 +25,12 @@ SPECS = (
 )  # fmt: skip
 DECLARED = (
     adapter.Site, adapter.Input, adapter.Extra, adapter.Call, adapter.Groups, adapter.Part,
+    adapter.Permutable,
 )  # fmt: skip
 HELPERS = (
     adapter.Experts, adapter.one_by_one, adapter.WeightTap, adapter.record_calls,
     adapter.stubbed, adapter.rows, adapter.columns, adapter.mlp_channels, adapter.attention_heads,
-    adapter.routings, adapter.Routing,
+    adapter.attention_values, adapter.permutable_channels, adapter.routings, adapter.Routing,
     adapter.Unrouted,
 )  # fmt: skip
 METHODS = (extending.Method,)
