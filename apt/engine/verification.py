@@ -66,7 +66,8 @@ class Verified:
 def verify_directory(run: VerifyRun, registry: Registry, notice: Notice) -> Verified:
     """Check the files of a model on disk, and its zeros or sizes.
 
-    Without a pattern, the sites must meet that of the run, by its report.
+    Without a pattern, the sites must meet that of the run, by its report. So must they if the
+    pattern is that of a run which distributed it over the sites.
 
     Raises:
         AptError: the model cannot be read, there is neither a pattern nor a report, or a smaller
@@ -96,7 +97,11 @@ def verify_directory(run: VerifyRun, registry: Registry, notice: Notice) -> Veri
         problems += verify_structure(skeleton, structure)
         return Verified(structure=structure, problems=tuple(problems))
     try:
-        if pattern is None:
+        if pattern is not None and _distributed(report, pattern):
+            notice("the run distributed this sparsity over the sites: see its report")
+            expected = expected_by_report(skeleton, report, selection, notice)
+            expected = replace(expected, zeros={}) if run.at_least else expected
+        elif pattern is None:
             expected = expected_by_report(skeleton, report, selection, notice)
         else:
             expected = expected_by_pattern(
@@ -107,6 +112,14 @@ def verify_directory(run: VerifyRun, registry: Registry, notice: Notice) -> Veri
         raise AptError(fault, *_GIVE_PATTERN) from error
     verdicts = count_zeros(skeleton, directory, expected, packed=method == METHOD)
     return Verified(expected.pattern, tuple(verdicts), problems=(*problems, *expected.problems))
+
+
+def _distributed(report: Mapping[str, Any], pattern: Pattern) -> bool:
+    """True if a pattern is that of a run that gave each site a sparsity of its own."""
+    options = _options(report) if report else {}
+    unit = getattr(pattern, "per", None)
+    allocated = str(options.get("allocation") or UNIFORM) != UNIFORM
+    return allocated and unit is None and str(options.get("pattern")) == str(pattern)
 
 
 def _changed(directory: Path, report: Mapping[str, Any], notice: Notice) -> list[str]:

@@ -173,3 +173,28 @@ def test_bad_input_is_refused_in_one_line(arguments, said, apt):
     assert result.code == 2
     assert said in result.err
     assert not Path("out").exists()
+
+
+def test_the_default_method_distributes_a_sparsity_and_verify_knows_it(apt):
+    command = ("prune", "--adapter", "llama", *SMALL, "--sparsity", 0.6)
+    result = apt(*command, "-o", "out")
+    assert result.code == 0, result.err
+    assert "allocation: auto (default)" in result.err
+    sites = report_of("out")["sites"]
+    assert len({site["pattern"] for site in sites}) > 5
+    total = 0.6 * sum(site["shape"][0] * site["shape"][1] for site in sites)
+    assert abs(sum(site["zeros"] for site in sites) - total) < len(sites)
+    for given, code in (((), 0), ((0.6,), 0), ((0.6, "--per", "layer"), 1), ((0.7,), 1)):
+        checked = apt("verify", "out", *(("--sparsity", *given) if given else ()))
+        assert checked.code == code, checked.err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--allocation", "uniform"), ("--per", "layer"), ("--layer-wise",), ("--method", "alps")],
+)
+def test_a_sparsity_is_the_same_everywhere_on_request_and_for_baselines(options, apt):
+    command = ("prune", "--adapter", "llama", *SMALL[:4], "--sparsity", 0.6, *options)
+    result = apt(*command, "-o", "out")
+    assert result.code == 0, result.err
+    assert {site["pattern"] for site in report_of("out")["sites"]} == {"0.6"}
