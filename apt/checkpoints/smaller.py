@@ -27,6 +27,8 @@ _FIRST = ("first_k_dense_replace", "num_dense_layers")  # numbers of first block
 _INDICES = ("mlp_only_layers", "moe_layers", "attn_layer_indices", "full_attn_idxs")
 """Lists of the blocks of one kind, by their indices."""
 
+_CYCLIC = ("block_types",)  # lists of kinds that begin again where they end
+
 
 def shrunk(
     model: Any, adapter: Adapter, removed: Mapping[str, Removed], dropped: Collection[str] = ()
@@ -274,6 +276,8 @@ def _per_block(
             continue
         if isinstance(value, list) and _are_indices(field, value, count):
             yield field, [place for place, index in enumerate(blocks) if index in value]
+        elif isinstance(value, list) and value and field in _CYCLIC:
+            yield field, [value[index % len(value)] for index in blocks]
         elif isinstance(value, list) and len(value) == count:
             yield field, [value[index] for index in blocks]
         elif isinstance(value, dict) and _are_indices(field, [*map(_index, value)], count):

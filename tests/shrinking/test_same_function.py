@@ -45,6 +45,18 @@ def test_fields_of_the_configuration_that_go_by_layer_follow(tiny):
     assert resized(deep, (), [1, 2, 3], 4).first_k_dense_replace == 1
 
 
+def test_kinds_that_repeat_and_sizes_by_layer_follow(tiny):
+    """Recurrent Gemma begins its list of kinds again; Gemma 4 has a mapping by index."""
+    cyclic = tiny.config("recurrent_gemma", num_hidden_layers=5)
+    assert cyclic.block_types == ["recurrent", "recurrent", "attention"]
+    kinds = resized(cyclic, (), [0, 2, 3, 4], 5).block_types
+    assert kinds == ["recurrent", "attention", "recurrent", "recurrent"]
+    sizes = {1: {"head_dim": 16}, 3: {"head_dim": 32}}
+    mapped = tiny.config("gemma4_text", per_layer_config=sizes)
+    found = resized(mapped, (), [0, 2, 3], 4).to_dict()["per_layer_config"]
+    assert {int(index): each for index, each in found.items()} == {2: sizes[3]}
+
+
 def test_the_text_part_of_a_multimodal_configuration_is_changed(tiny):
     whole = tiny.config("gemma3")
     small = resized(whole, (), [0, 1, 3], 4)
