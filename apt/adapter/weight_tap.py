@@ -60,6 +60,7 @@ class WeightTap(TorchFunctionMode, Generic[K]):
         self._routed = set(routed)
         self._sink = sink
         self._weights = {weight.data_ptr(): (key, weight) for key, weight in weights.items()}
+        self._storages = {weight.untyped_storage().data_ptr() for weight in weights.values()}
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -80,9 +81,11 @@ class WeightTap(TorchFunctionMode, Generic[K]):
             self._sink(key, right.transpose(-1, -2))
 
     def _is_stack(self, factor: Any) -> bool:
-        """True for a tensor (experts, …) whose first slice is a watched weight."""
-        stacked = isinstance(factor, Tensor) and factor.ndim == 3
-        return stacked and factor.stride(0) != 0 and self._find(factor[0]) is not None
+        """True for a tensor (experts, …) of which a slice is a watched weight."""
+        if not isinstance(factor, Tensor) or factor.ndim != 3 or factor.stride(0) == 0:
+            return False
+        known = factor.untyped_storage().data_ptr() in self._storages
+        return known and any(self._find(weight) is not None for weight in factor)
 
     def _find(self, factor: Any) -> K | None:
         """The key of the weight that equals ``factor`` or its transpose; None if there is none."""

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from apt.adapter import Adapter, Site, State
 from apt.calibration.batches import Batch, OpenBlock
@@ -96,6 +96,7 @@ class PausedForwards:
         self._tokens = sum(batch.tokens for batch in block.batches)
         self._active: _PausedForward | None = None
         self._settings: tuple[Any, ...] = ()
+        self._state = _state(block.module)
         self._forwards = [_PausedForward(batch, self._run) for batch in block.batches]
 
     def __enter__(self) -> Self:
@@ -167,6 +168,11 @@ class PausedForwards:
             if site in self._pending.get(site.input, ()):
                 if not can_preserve_handler() or _settings() != self._settings:
                     raise CannotPause
+                state = _state(self._block.module)
+                if state.keys() != self._state.keys() or any(
+                    state[key] is not self._state[key] for key in state
+                ):
+                    raise CannotPause  # the forward of another batch would overwrite it
                 pause((site, rows))
             self._record_product(forward.block_pass, site, rows)
 
@@ -197,6 +203,16 @@ class PausedForwards:
         """True if a site that is still to be captured compensates for the drift."""
         pending = (site for sites in self._pending.values() for site in sites)
         return block_pass.dense is not None and any(site.residual for site in pending)
+
+
+def _state(block: nn.Module) -> dict[tuple[str, str], Tensor]:
+    """The tensors that are plain attributes of modules, such as the state of a recurrence."""
+    return {
+        (path, name): value
+        for path, module in block.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor)
+    }
 
 
 def _settings() -> tuple[Any, ...]:

@@ -46,7 +46,12 @@ def test_fields_of_the_configuration_that_go_by_layer_follow(tiny):
 
 
 def test_kinds_that_repeat_and_sizes_by_layer_follow(tiny):
-    """Recurrent Gemma begins its list of kinds again; Gemma 4 has a mapping by index."""
+    """Recurrent Gemma begins its list of kinds again; Gemma 4 has a mapping by index.
+
+    A block of Recurrent Gemma keeps the state of a batch, so that forwards cannot pause.
+    """
+    small, _ = without_second(tiny, "recurrent_gemma")
+    assert small.config.block_types == ["recurrent", "attention", "recurrent"]
     cyclic = tiny.config("recurrent_gemma", num_hidden_layers=5)
     assert cyclic.block_types == ["recurrent", "recurrent", "attention"]
     kinds = resized(cyclic, (), [0, 2, 3, 4], 5).block_types
