@@ -48,7 +48,7 @@ def test_a_wrong_type_in_a_file_names_the_file(apt, text):
 
 
 def test_a_file_of_windows_is_read(apt):
-    Path("c.toml").write_bytes(b"\xef\xbb\xbf" + b'sparsity = "0.25"\r\n')
+    Path("c.toml").write_bytes(b"\xef\xbb\xbf" + b'sparsity = "0.25"\r\nper = "layer"\r\n')
     run = apt("prune", "zoo:llama", "--config", "c.toml", "--dry-run")
     assert run.code == 0, run.err
     assert "0.25" in run.out

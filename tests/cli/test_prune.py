@@ -24,7 +24,9 @@ def weights(model):
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("pattern", [("--pattern", "2:4"), ("--sparsity", "0.5")], ids=str)
+@pytest.mark.parametrize(
+    "pattern", [("--pattern", "2:4"), ("--sparsity", "0.5", "--per", "layer")], ids=str
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_zoo_models_are_pruned_and_open_in_plain_transformers(apt, family, pattern):
     run = apt("prune", "--adapter", family, *pattern, *SMALL, "-o", "out")
@@ -44,6 +46,8 @@ def test_zoo_models_are_pruned_and_open_in_plain_transformers(apt, family, patte
     for name, value in after.items():
         if name in sites:
             assert value.count_nonzero() <= value.numel() / 2
+        elif name.endswith(("v_proj.bias", "fc1.bias")) and "2:4" in pattern:  # in another order
+            assert torch.equal(value.sort().values, before[name].sort().values), name
         else:
             assert torch.equal(value, before[name]), name
     assert AutoTokenizer.from_pretrained("out")("a b").input_ids
@@ -118,7 +122,7 @@ def test_verify_leaves_out_what_the_run_was_told_to(apt):
     apt("prune", "zoo:bloom", *SMALL, "-o", "out", "--skip", "*.dense")
     run = apt("verify", "out", "--pattern", "2:4")
     assert run.code == 0
-    assert "left dense on request: transformer.h.0.self_attention.dense" in run.err
+    assert "left dense: transformer.h.0.self_attention.dense" in run.err
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"skipped": [], "options": null}'])

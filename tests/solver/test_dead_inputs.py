@@ -107,7 +107,8 @@ def test_a_pruned_model_has_no_weight_of_a_dead_input_left(name, aware):
     block.fc1.bias.data[:20] = -1e3  # ReLU gives zeros
     dense = block.fc2.weight.detach().clone()
     options = library.PruneOptions(error_aware=aware)
-    library.prune(model, random_tokens(), pattern="0.5", method=name, options=options)
+    given = {"pattern": "0.5", "method": name, "allocation": "uniform"}
+    library.prune(model, random_tokens(), **given, options=options)
     assert dense[:, :20].all()
     assert not block.fc2.weight[:, :20].any()
     assert int((block.fc2.weight == 0).sum()) == dense.numel() // 2
