@@ -9,7 +9,7 @@ from torch import nn
 from apt.adapter import Adapter
 from apt.engine.prune_model import Pruning
 from apt.engine.recipes import augmentation_of, recipe_of
-from apt.errors import name_of
+from apt.errors import AptError, name_of
 from apt.options import PruneOptions, SolveOptions
 from apt.planning.allocation import (
     UNIFORM,
@@ -96,6 +96,9 @@ def sparse_pruning(
     check_rounding(plan, dense.notice)
     if recipe.permute:
         plan = with_permutable(plan, dense.model, dense.adapter, dense.config)
+    if options.permute and not any(block.permutable for block in plan.blocks):
+        fault = "permute has no effect: no n:m site has inputs that can change places"
+        raise AptError(fault, "leave it out", ("permute",))
     allocation = wanted.allocation
     if allocation is None:
         aware = recipe.error_aware and method.error_aware and bool(unstructured(plan))

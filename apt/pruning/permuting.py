@@ -68,9 +68,10 @@ def _order(block: OpenBlock, permutable: Permutable, entry: PlannedSite, pattern
 def _weighted(batch: Batch, site: Site) -> Iterator[Tensor]:
     """The dense inputs of a site, divided by the sizes of their tokens if its errors are."""
     assert batch.dense is not None
-    first, scale = 0, batch.dense.scale
-    for rows in batch.dense.inputs[site.input]:
-        end = first + len(rows)
-        known = site.residual and scale is not None and len(scale) >= end
-        yield rows.float() / scale[first:end] if known and scale is not None else rows.float()
-        first = end
+    parts, scale = batch.dense.inputs[site.input], batch.dense.scale
+    if not site.residual or scale is None or site.calls > 1:
+        yield from (rows.float() for rows in parts)
+        return
+    sizes = torch.split(scale, [len(rows) for rows in parts])
+    for rows, size in zip(parts, sizes, strict=True):
+        yield rows.float() / size

@@ -90,7 +90,14 @@ def test_mixed_nm_changes_places_too():
     assert any(site.order for site in report.sites)
 
 
-def test_an_order_that_has_no_effect_is_refused():
-    options = PruneOptions(permute=True, error_aware=False)
-    with pytest.raises(library.AptError, match="permute has no effect in a layer-wise run"):
-        library.prune(random_model("llama"), TOKENS, pattern="2:4", options=options)
+@pytest.mark.parametrize(
+    ("pattern", "aware", "said"),
+    [
+        ("2:4", False, "permute has no effect in a layer-wise run"),
+        ("0.5", None, "permute has no effect: no n:m site has inputs that can change places"),
+    ],
+)
+def test_an_order_that_has_no_effect_is_refused(pattern, aware, said):
+    options = PruneOptions(permute=True, error_aware=aware)
+    with pytest.raises(library.AptError, match=said):
+        library.prune(random_model("llama"), TOKENS, pattern=pattern, options=options)
