@@ -28,7 +28,7 @@ def recover(
 
     inputs = (run.model, run.calibration, run.evaluation, run.dense)
     check_plot(picture.plot, *inputs, overwrite=run.overwrite)
-    missing = [name for name in ("accelerate", "peft", "scipy") if find_spec(name) is None]
+    missing = [name for name in ("accelerate", "peft") if find_spec(name) is None]
     if missing:
         raise AptError(f"recover needs {' and '.join(missing)}", "pip install 'apt-prune[recover]'")
     run, notices = opened(run)

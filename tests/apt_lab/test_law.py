@@ -1,7 +1,6 @@
 """The P² law: what it recovers from curves, and what it leaves out."""
 
 import math
-from importlib import import_module
 
 import numpy as np
 import pytest
@@ -10,14 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apt.errors import AptError
-
-
-def test_a_missing_package_is_one_line(apt, monkeypatch):
-    monkeypatch.setattr(import_module("apt_lab.commands.law"), "find_spec", lambda name: None)
-    run = apt("law", "recovered")
-    assert run.code == 2
-    assert "law needs scipy; pip install 'apt-prune[recover]'" in run.err
-
 
 TOKENS = [1e5, 3e5, 1e6, 3e6, 1e7]
 TRUE = {"gamma": -1.2, "delta": 0.2, "N_C": 0.8, "alpha": 0.3, "D_C": 0.5, "beta": 0.4, "E": 0.1}

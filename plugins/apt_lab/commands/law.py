@@ -1,9 +1,6 @@
 """``apt-prune law``."""
 
-from importlib.util import find_spec
-
 from apt.console import Progress, check_plot, say, show, show_json, table
-from apt.errors import AptError
 from apt.options import PrintingOptions
 from apt_lab.options import LawRun
 
@@ -15,9 +12,6 @@ def law(run: LawRun, printing: PrintingOptions) -> None:
     pruning rate and model size. For example: apt-prune law ./recovered
     """
     check_plot(run.plot, *run.directories)
-    if find_spec("scipy") is None:
-        raise AptError("law needs scipy", "pip install 'apt-prune[recover]'")
-
     from apt_lab.law import fit_law, read_points
 
     points = [point for directory in run.directories for point in read_points(directory)]
