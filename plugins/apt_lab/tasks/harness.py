@@ -7,6 +7,7 @@ answers. Its tasks, the question sets of `apt_lab.tasks.question_sets` and YAML 
 import io
 import logging
 import math
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
@@ -27,6 +28,7 @@ from apt_lab.tasks.question_sets import GROUP, SETS, task_config
 from apt_lab.tasks.task_files import check_task_file
 
 _BATCH = 16
+_RESAMPLES = 10_000  # of a metric that is no mean, for its standard error
 
 
 def check_tasks(names: Sequence[str], *, trust_remote_code: bool = False) -> list[str]:
@@ -115,7 +117,7 @@ def answer(
 
     wanted = [task_config(name) if name in SETS else name for name in names]
     sandbox = nullcontext() if trust_remote_code else _sandboxed_templates()
-    with eval_mode(model), _quiet(progress=progress), _no_environment(), sandbox:
+    with eval_mode(model), _quiet(progress=progress), _no_environment(), _one_process(), sandbox:
         runner = HFLM(
             model, backend="causal", tokenizer=tokenizer, batch_size=_BATCH,
             device=str(next(model.parameters()).device),
@@ -124,6 +126,7 @@ def answer(
             found = simple_evaluate(
                 runner, tasks=wanted, limit=limit, verbosity="ERROR",
                 task_manager=_index(own=not SETS.keys() >= set(names)),
+                bootstrap_iters=_RESAMPLES,
             )  # fmt: skip
         except Exception as error:  # for tasks of users the harness raises any type
             raise AptError(
@@ -181,6 +184,16 @@ def _no_environment() -> Iterator[None]:
         get_git_commit_hash=lambda: None,
         add_env_info=lambda results: None,
     ):
+        yield
+
+
+@contextmanager
+def _one_process() -> Iterator[None]:
+    """While entered, the harness resamples in this process.
+
+    It forks a pool otherwise, and the fork of a process with threads can deadlock.
+    """
+    with patch.dict(os.environ, {"DISABLE_MULTIPROC": "1"}):
         yield
 
 
