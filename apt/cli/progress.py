@@ -1,6 +1,8 @@
 """The progress display of a command."""
 
+import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from math import prod
 from statistics import fmean
@@ -10,11 +12,22 @@ from typing import TYPE_CHECKING, Any, Self
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Display
 
-from apt.cli.output import duration, err, has_live_display, notice, show_detail
-from apt.events import BlockStarted, BlockTuned, Event, ExpertsRemoved, Working
+from apt.cli.output import duration, err, has_live_display, notice, show_detail, show_event
+from apt.events import (
+    BlockStarted,
+    BlockTuned,
+    ExpertsRemoved,
+    HeldBack,
+    SitePruned,
+    TrainingStep,
+    Working,
+)
 
 if TYPE_CHECKING:
     from apt.planning.plan import Plan
+
+_BARS = "▁▂▃▄▅▆▇█"
+_WIDTH = 24  # of the curve in the display
 
 
 class Progress:
@@ -107,8 +120,43 @@ class Progress:
         return "" if seconds is None else f"{duration(seconds)} left"
 
 
-class PruningProgress(Progress):
+class TrainingProgress(Progress):
+    """Step, losses, their curve and the time left; without a display, a line per measured loss."""
+
+    def __init__(self, notices: list[str]) -> None:
+        super().__init__(notices=notices)
+        self._losses = list[float]()
+
+    def observe(self, event: Any) -> None:
+        """Show an event of the training."""
+        if isinstance(event, TrainingStep):
+            self.done, self.total = event.step, event.steps
+            self.begin()
+            show_event("training step", **asdict(event))
+            step = f"step {event.step}/{event.steps}  loss {event.loss:.3f}"
+            self.show(f"{step}  {curve(self._losses)}")
+        elif isinstance(event, HeldBack):
+            if not self._losses:  # what came before has another unit
+                self._origin = None
+            self._losses.append(event.loss)
+            parts = [f"step {event.step}", f"loss on held-back samples {event.loss:.4f}", self.left]
+            notice("  ".join(part for part in parts if part), "held back", **asdict(event))
+
+
+def curve(losses: Sequence[float]) -> str:
+    """A line of bars for the last losses, the highest loss as a full bar."""
+    shown = [loss for loss in losses if math.isfinite(loss)][-_WIDTH:]
+    if not shown:
+        return ""
+    low, high = min(shown), max(shown)
+    span = (high - low) or 1.0
+    return "".join(_BARS[round((loss - low) / span * (len(_BARS) - 1))] for loss in shown)
+
+
+class PruningProgress(TrainingProgress):
     """Block, site, relative layer error and the time left; without a display, a line per block.
+
+    A training that follows is shown as `TrainingProgress` does.
 
     Args:
         plan: the plan of the run.
@@ -127,8 +175,8 @@ class PruningProgress(Progress):
         self._end_block()
         super().status(text)
 
-    def observe(self, event: Event) -> None:
-        """Show an event of the pipeline."""
+    def observe(self, event: Any) -> None:
+        """Show an event of the pipeline, or of the training after it."""
         if isinstance(event, BlockStarted):
             self.print_notices()
             self._end_block()
@@ -144,12 +192,14 @@ class PruningProgress(Progress):
         elif isinstance(event, ExpertsRemoved):
             text = f"without experts {', '.join(map(str, event.experts))}"
             self._detail(f"{self._block}  experts", f"{event.name}  {text}", "experts", event)
-        else:
+        elif isinstance(event, SitePruned):
             self.done += event.size
             self._errors.append(event.relative_error)
             error = f"error {event.relative_error:.4f}"
             line = f"{event.name}  {error}  {duration(event.seconds)}"
             self._detail(f"{self._block}  {event.kind}  {error}", line, "site", event)
+        else:
+            super().observe(event)
 
     def _detail(self, shown: str, line: str, name: str, event: Any) -> None:
         self.show(shown)

@@ -30,6 +30,9 @@ def show_report(report: Report, task: PruneTask, *, as_json: bool) -> None:
         say(line)
     if report.structure:
         _show_candidates(report.structure["candidates"])
+    if task.training is not None:
+        training = report.recovery.get("training")
+        say(training_line(training) if training else report.problems[-1])
     result = structure_line(report.structure) if report.structure else _sparsity_line(report, task)
     error = f"mean relative layer error {report.relative_layer_error:.4f}; " if report.sites else ""
     say(
@@ -46,6 +49,17 @@ def _sparsity_line(report: Report, task: PruneTask) -> str:
     pattern = partial(selection_of(task.options).pattern, default=task.pattern)
     dense = sum(pattern(name) is not None for name in report.skipped)
     return f"{line} ({dense} more left dense by {task.options.allocation})" if dense else line
+
+
+def training_line(training: Mapping[str, Any]) -> str:
+    """The losses of a training in words, see `apt.recovery.record.Training`."""
+    losses = dict(training["held_back"])
+    stopped = f" ({training['stopped']})" if training["stopped"] else ""
+    best, steps = training["best"], training["steps"]
+    return (
+        f"loss on the samples held back: {losses[0]:.4f} → {losses[best]:.4f} after {best} of "
+        f"{steps} steps of {training['tokens']:,} tokens{stopped}"
+    )
 
 
 def structure_line(structure: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from apt.calibration.batches import TOKENS_PER_BATCH
 from apt.checkpoints.opened import Opened
 from apt.evaluation.logits import part_bytes
 from apt.evaluation.metrics import windows_at_once
-from apt.options import PRESETS
+from apt.options import PRESETS, Preset
 from apt.output.report import peak_memory
 from apt.planning.plan import Plan, PlannedBlock
 from apt.pruning.paused_forward import can_pause
@@ -27,6 +27,7 @@ _TUNING = 3.5  # a forward, its backward, and the validation samples
 _TEXT = 150 * 2**20  # memory that stays allocated after reading and tokenising text
 _READING = 140 * 2**20  # additional memory while text is read
 _SOLVE_STEPS = 40  # products of (out, in) by (in, in) in two rounds with their joint solves
+_FAST_STEPS = 12  # those of --effort fast
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def estimate(planned: Planned) -> Estimate:
             _measuring(skeleton, seqlen, (4 * widest + held) * bytes_each),
             _generating(skeleton, len(blocks), seqlen, bytes_each) if planned.own_text else 0,
         ),
-        seconds=_operations(plan, tokens) / _throughput(planned.device),
+        seconds=operations(plan, tokens, PRESETS["default"]) / throughput(planned.device),
     )
 
 
@@ -209,18 +210,24 @@ def _gram_bytes(block: PlannedBlock) -> int:
     return total
 
 
-def _operations(plan: Plan, tokens: int) -> float:
-    """Floating-point operations: forwards, Gram and cross products, factorisations and solves."""
-    total = 0.0
+def operations(plan: Plan, tokens: int, preset: Preset) -> float:
+    """Floating-point operations of an error-aware run with the settings of an effort.
+
+    They are those of forwards, tuning, Gram and cross products, factorisations and solves.
+    """
+    total, steps = 0.0, _SOLVE_STEPS if preset.tuning_epochs else _FAST_STEPS
+    tuned = preset.tuning_epochs * min(tokens, preset.tuning_tokens or tokens)
+    tokens = round(tokens * (1 + preset.own_samples))
+    forwards = _FORWARDS if preset.tuning_epochs else _FORWARDS - 1
     for block in plan.blocks:
-        passes = _FORWARDS * tokens + _TUNING * min(tokens, PRESETS["default"].tuning_tokens)
+        passes = forwards * tokens + _TUNING * tuned
         total += sum(passes * 2 * site.size for site in block.sites)
         total += sum(3 * tokens * w**2 + 6 * w**3 for w in _inputs(block).values())
-        total += sum(_SOLVE_STEPS * 2 * site.size * site.shape[1] for site in block.pruned)
+        total += sum(steps * 2 * site.size * site.shape[1] for site in block.pruned)
     return total
 
 
-def _throughput(device: str) -> float:
+def throughput(device: str) -> float:
     """Floating-point operations per second of an fp32 product, measured on this machine."""
     x = torch.randn(1024, 1024, device=device)
     x @ x

@@ -1,6 +1,5 @@
 """The model of a run that writes a directory, with what all such runs have in common."""
 
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -55,7 +54,7 @@ class OutputStore(ModelStore, ABC):
 
     def __init__(self, task: Task, timeline: Timeline, ranks: Ranks) -> None:
         super().__init__(ranks, timeline.observe, timeline.status)
-        self.task, self._timeline, self._started = task, timeline, time.perf_counter()
+        self.task, self._timeline = task, timeline
         self.work = Staging(task.options.output, task.options.overwrite)
         self._resumable = task.stream or task.resumable
         if self._resumable:
@@ -166,8 +165,7 @@ class OutputStore(ModelStore, ABC):
         if held_out is not None and scores:
             source = portable(str(self.task.options.evaluation))
             scores = {"source": source, "shape": list(held_out.shape), **scores}
-        seconds = time.perf_counter() - self._started
-        report = self.task.finished(report, scores, self._timeline.record(), seconds)
+        report = self.task.finished(report, scores, self._timeline.record(), self.seconds)
         if self._problem is not None:
             report = replace(report, problems=[*report.problems, self._problem.record])
         write_card(directory, report, None if skeleton.source.gguf else local_directory(skeleton))

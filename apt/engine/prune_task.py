@@ -21,11 +21,13 @@ from apt.engine.prepare import Notice, capped, input_paths, open_model
 from apt.engine.prune_model import Pruning, prune_model
 from apt.engine.pruning_plan import Dense, Sparsity, find_method, sparse_pruning
 from apt.engine.recipes import record
+from apt.engine.recover_task import RecoverTask
 from apt.engine.reports import calibration_of, described, in_order, report_beside
 from apt.engine.shrink_plan import journal_beside, smaller_pruning
 from apt.engine.store import ModelStore
 from apt.engine.task import WITHOUT_EFFECT, Changed, Task
 from apt.engine.text import Text, read_text
+from apt.engine.timed_run import fitted, training_of
 from apt.errors import AptError
 from apt.files.journal import Line
 from apt.locations.paths import portable
@@ -36,6 +38,7 @@ from apt.planning.plan import Plan
 from apt.planning.structure import Structure, make_structured_plan
 from apt.plugin.registry import Registry
 from apt.plugin.specs import MethodSpec
+from apt.recovery.recover import NotRecoveredError
 from apt.solver import Pattern, Unstructured
 from apt.text.datasets import calibration_tokens, digest
 
@@ -49,11 +52,16 @@ _ORDER = (
 
 @dataclass(frozen=True, kw_only=True)
 class PruneTask(Task):
-    """The pruning of a model on disk, to a sparse or to a smaller one."""
+    """The pruning of a model on disk, to a sparse or to a smaller one.
+
+    Attributes:
+        training: the distillation in what is left of a given time; None if no time is given.
+    """
 
     options: PruneRun | ShrinkRun
     job: Pruning
     method: MethodSpec
+    training: RecoverTask | None = None
     event = " pruning"
 
     @property
@@ -78,6 +86,8 @@ class PruneTask(Task):
     def space(self, written: int) -> int:
         """The bytes of the output, and of what a streamed run has on disk meanwhile."""
         options, skeleton = self.options, self.skeleton
+        if self.training is not None:
+            return self.training.space(written)
         if not options.stream:
             return written
         if options.activations == "disk":
@@ -126,8 +136,11 @@ class PruneTask(Task):
         }
 
     def change(self, store: ModelStore, text: Text, report: Report) -> Changed:
-        """Prune the model."""
+        """Prune the model, and train it if there is time."""
+        opening = store.seconds  # to write and to measure takes as long
         plan, report = prune_model(store, text.tokens, self.job_on(text), report)
+        if self.training is not None:
+            report = _trained(self.training, store, report, opening)
         save_masks = isinstance(self.options, PruneRun) and self.options.save_masks
         return Changed(report, plan, save_masks=save_masks)
 
@@ -147,6 +160,24 @@ class PruneTask(Task):
             self.job.structure.journal.clear()
 
 
+def _trained(training: RecoverTask, store: ModelStore, report: Report, closing: float) -> Report:
+    """Train a pruned model in what is left of the time, and return the report with the record.
+
+    Args:
+        closing: the seconds that the run needs afterwards.
+    """
+    assert training.options.minutes is not None
+    left = training.options.minutes - (store.seconds + closing) / 60
+    if left <= 0:
+        return replace(report, problems=[*report.problems, "no time was left for distillation"])
+    training = replace(training, options=replace(training.options, minutes=left))
+    store.status("distilling")
+    try:
+        return training.change(store, training.read_text(store.ranks), report).report
+    except NotRecoveredError as error:
+        return replace(report, problems=[*report.problems, error.message])
+
+
 def prepare_pruning(options: PruneRun | ShrinkRun, registry: Registry, notice: Notice) -> PruneTask:
     """Check a pruning.
 
@@ -163,14 +194,21 @@ def prepare_pruning(options: PruneRun | ShrinkRun, registry: Registry, notice: N
         options.stream, options.device, notice,
     )  # fmt: skip
     made: Any = _sparse if isinstance(options, PruneRun) else _smaller
-    options, method, job = made(options, skeleton, dense)
+    device, training = choose_device(options.device), None
     seqlen = capped(options.seqlen, skeleton, notice)
+    options = replace(options, adapter=skeleton.spec.name, seqlen=seqlen)
+    if isinstance(options, PruneRun) and options.minutes is not None:
+        _, method, job = made(options, skeleton, replace(dense, notice=lambda line: None))
+        options = fitted(options, job.plan, method, device, notice)
+        training = training_of(options, skeleton, registry, device)
+    options, method, job = made(options, skeleton, replace(dense, samples=options.samples))
     if options.method is None:
         notice(f"method: {method.name} (default)")
-    options = replace(options, method=method.name, adapter=skeleton.spec.name, seqlen=seqlen)
+    options = replace(options, method=method.name)
     task = PruneTask(
-        options=options, registry=registry, skeleton=skeleton, device=choose_device(options.device),
-        dtype=read_dtype(options.dtype), plan=_writable(skeleton, job), job=job, method=method,
+        options=options, registry=registry, skeleton=skeleton, device=device,
+        dtype=read_dtype(options.dtype), plan=None if training else _writable(skeleton, job),
+        job=job, method=method, training=training,
     )  # fmt: skip
     _check_memory(task)
     if options.stream:

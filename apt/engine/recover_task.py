@@ -49,11 +49,17 @@ _ORDER = (
 
 @dataclass(frozen=True, kw_only=True)
 class RecoverTask(Task):
-    """The training of a pruned model on disk; ``earlier`` is the report beside it, or empty."""
+    """The training of a pruned model on disk.
+
+    Attributes:
+        earlier: the report beside it, or empty.
+        source: the location of the dense model; None for that which the options or the report name.
+    """
 
     options: RecoverRun
     spec: RecoverySpec
     earlier: dict[str, Any]
+    source: Source | None = None
     resumable = True
 
     def record(self) -> dict[str, Any]:
@@ -247,7 +253,11 @@ def _report_beside(source: Source) -> dict[str, Any]:
 
 
 def _dense_model(task: RecoverTask) -> nn.Module:
-    return load(_dense_skeleton(task), None, task.device).module
+    if task.source is None:
+        skeleton = _dense_skeleton(task)
+    else:
+        skeleton = open_skeleton(task.source, task.registry, task.skeleton.spec.name)
+    return load(skeleton, None, task.device).module
 
 
 def _dense_skeleton(task: RecoverTask) -> Opened:

@@ -1,5 +1,6 @@
 """The place of a model while a task changes it: in memory, or with its blocks on disk."""
 
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
@@ -37,6 +38,7 @@ class ModelStore:
         status: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.ranks, self.observe, self.status = ranks or Ranks(), observe, status
+        self._started = time.perf_counter()
         self.blocks: BlockStorage = MemoryBlocks()
         self.activations: Store = MemoryStore()
         self.journal = Journal()
@@ -45,6 +47,11 @@ class ModelStore:
     def weights(self) -> str:
         """The hash of the weights, before they change."""
         return fingerprint(self.model)
+
+    @property
+    def seconds(self) -> float:
+        """The time since the beginning of the run."""
+        return time.perf_counter() - self._started
 
     def readable(self) -> AbstractContextManager[None]:
         """While entered, the whole dense model can run."""

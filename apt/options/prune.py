@@ -202,7 +202,32 @@ class PruneRun(ModelRun, UnitOptions, PruneOptions, MaskOptions):
         "Prune these parameters too; for Mamba conv1d, A_log or D; repeatable.",
         default=(), panel=SELECTION, metavar="KIND",
     )  # fmt: skip
+    minutes: float | None = option(
+        "Time for the whole run: effort and samples become smaller until they fit, and what is "
+        "left is spent on distillation, which keeps every zero.",
+        default=None, panel=ACCURACY, metavar="M", within="(0, ∞)",
+    )  # fmt: skip
     pack: Path | None = option(
         "Also write the model without its zeros to DIR, as apt-prune pack does.",
         default=None, panel=OUTPUT, metavar="DIR", recorded=False, effect=False,
     )  # fmt: skip
+
+    def check(self) -> None:
+        """Raise `AptError` if an option is out of range, or options contradict each other."""
+        super().check()
+        if self.minutes is None:
+            return
+        others = {"stream": self.stream, "resume": self.resume, "quantize": self.quantize}
+        if given := [name for name, value in others.items() if value]:
+            raise AptError(
+                f"minutes and {given[0]} exclude each other: a training needs the whole model in "
+                "memory, and changes integers",
+                "prune without minutes, and train the result with apt-prune recover",
+                ("minutes", given[0]),
+            )
+        if self.samples == 0:
+            raise AptError(
+                "a training needs text, and there are no samples",
+                "use samples",
+                ("minutes", "samples"),
+            )

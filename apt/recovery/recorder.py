@@ -32,8 +32,10 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         rules: tuple[StopRule, ...],
         observe: TrainingObserver,
         moving: MovingMasks | None,
+        ends: float | None = None,
     ) -> None:
         self._training, self._rules, self._observe = training, rules, observe
+        self._ends, self._measuring = ends, 0.0
         self._moving, self._next = moving, 1  # the number of the current step
         self._started = 0.0
 
@@ -42,6 +44,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         self._started = time.perf_counter()
         with eval_mode(trainer.model):
             self._keep(0, trainer.evaluate()["eval_loss"])
+        self._measuring = time.perf_counter() - self._started
         if trainer.args.world_size > 1:
             # Else accelerate takes the model for one whose gradients are shared already.
             vars(trainer.model).pop("_is_accelerate_prepared", None)
@@ -68,9 +71,12 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
-        """Move the masks, and measure the loss after the last step."""
+        """Move the masks, and measure the loss after the last step, or if the time is over."""
         if state.global_step >= state.max_steps:  # transformers 4.57 does not
             control.should_evaluate = True
+        elif self._ends is not None and time.perf_counter() + self._measuring > self._ends:
+            control.should_evaluate = control.should_save = control.should_training_stop = True
+            self._training.stopped = "the time was over"
         if self._moving is not None and self._moving.wants(state.global_step):
             self._training.exchanges += self._moving.move(state.global_step, given["optimizer"])
 

@@ -3,7 +3,7 @@
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +40,7 @@ CHECKPOINT = "checkpoint"
 """The key of the lines of a journal about checkpoints."""
 
 _MOST_HELD_BACK = 64
+_MEASURING = 0.1  # of a given time
 _STEPS, _DENSE = "steps", "dense"  # the folders of the checkpoints and of the dense model's outputs
 
 
@@ -89,19 +90,19 @@ def recover_model(model: nn.Module, tokens: Tensor, job: RecoveryJob) -> tuple[T
         NotRecoveredError: no step lowered the loss on the samples held back.
         AptError: the kind of recovery does not serve this model, or filled zeros.
     """
-    masks = masks_of(model, job.adapter)
+    started, masks = time.perf_counter(), masks_of(model, job.adapter)
     text, held_back = _split(tokens, job.options, job.ranks.size)
     with _in_fp32(model), job.adapter.running(model):
         job.status("preparing")
         amount = None
         if job.spec.teacher:  # the dense model runs on the samples of all steps, and no others
             with _blocks_trained(model, job.adapter):
-                amount = _amount(model, Trainable(model), text, len(held_back), job)
-            text = amount[1]
+                amount = _amount(model, Trainable(model), text, held_back, job)
+            _, text, held_back = amount
         trainable = _trainable(model, masks, text, held_back, job)
         with _undone_on_error(model, trainable, job):
-            steps, text = amount or _amount(model, trainable, text, len(held_back), job)
-            plan = _plan(model, trainable, masks, steps, job)
+            steps, text, held_back = amount or _amount(model, trainable, text, held_back, job)
+            plan = _plan(model, trainable, masks, steps, job, started)
             training = train(trainable, masks, text, held_back, plan)
             _check_lower(training)
         trainable.merge()
@@ -151,9 +152,17 @@ def _undone_on_error(model: nn.Module, trainable: Trainable, job: RecoveryJob) -
 
 
 def _plan(
-    model: nn.Module, trainable: Trainable, masks: Masks, steps: int, job: RecoveryJob
+    model: nn.Module,
+    trainable: Trainable,
+    masks: Masks,
+    steps: int,
+    job: RecoveryJob,
+    started: float,
 ) -> TrainingPlan:
     """The plan of the training, whose checkpoints are recorded in the journal of the job.
+
+    A training of one process that has a time, from ``started``, ends in time. Several processes
+    could not agree on its end.
 
     Raises:
         AptError: masks shall move, and the kind of recovery trains adapters.
@@ -171,10 +180,12 @@ def _plan(
             job.journal.add({CHECKPOINT: event.step})
         job.observe(event)
 
+    timed = job.options.minutes is not None and job.ranks.size == 1
     return TrainingPlan(
         job.options, steps, job.spec.rate if job.options.rate is None else job.options.rate,
         job.folder / _STEPS, job.seed, job.device, job.ranks.share(job.journal.values(CHECKPOINT)),
         moving, _windows(model, steps, job), rules, observe,
+        started + 60 * (job.options.minutes or 0) if timed else None,
     )  # fmt: skip
 
 
@@ -211,25 +222,39 @@ def _split(tokens: Tensor, options: RecoverOptions, processes: int) -> tuple[Ten
 
 
 def _amount(
-    model: nn.Module, trainable: Trainable, text: Tensor, held_back: int, job: RecoveryJob
-) -> tuple[int, Tensor]:
-    """The number of steps, and the samples that they use."""
+    model: nn.Module, trainable: Trainable, text: Tensor, held_back: Tensor, job: RecoveryJob
+) -> tuple[int, Tensor, Tensor]:
+    """The number of steps, the samples that they use, and the samples to measure the loss on."""
     options = job.options
     if options.minutes is not None:
-        windows = _windows(model, 1, job)
-        steps = 0
+        windows, given = _windows(model, 1, job), text[: options.micro_batch].to(job.device)
+        pace: list[float] = []
         if job.ranks.first:
-            steps = job.journal.remember(
-                "steps", lambda: _steps_in(trainable, windows, text, held_back, job)
-            )
-        steps = job.ranks.share(steps)
+            pace = job.journal.remember("pace", lambda: [*_pace(trainable, windows, given, job)])
+        steps, count = _steps_in(60 * options.minutes, job.ranks.share(pace), len(held_back), job)
+        held_back = held_back[:count]
     elif isinstance(options.tokens, int):
         steps = math.ceil(options.tokens / (options.batch * text.shape[1]))
     elif options.tokens == "auto":
         steps = max(1, len(text) // options.batch)
     else:
         steps = options.steps or STEPS
-    return steps, text[: steps * options.batch]
+    return steps, text[: steps * options.batch], held_back
+
+
+def _steps_in(
+    seconds: float, pace: Sequence[float], held_back: int, job: RecoveryJob
+) -> tuple[int, int]:
+    """The number of steps in a time, and of the samples on which the loss is measured.
+
+    To measure takes at most a tenth of the time, but for one sample of each process.
+    """
+    options, (step, forward), processes = job.options, pace, job.ranks.size
+    each = (options.checks + 1) * forward
+    most = max(processes, int(_MEASURING * seconds / each) // processes * processes)
+    count = min(held_back, most)
+    dense = forward * options.batch if job.spec.teacher else 0.0
+    return max(1, int((seconds - count * each) / (step + dense))), count
 
 
 @contextmanager
@@ -244,38 +269,41 @@ def _blocks_trained(model: nn.Module, adapter: Adapter) -> Iterator[None]:
             parameter.requires_grad_(gradient)
 
 
-def _steps_in(
-    trainable: Trainable,
-    windows: BlockWindows | None,
-    text: Tensor,
-    held_back: int,
-    job: RecoveryJob,
-) -> int:
-    """The number of steps in the given minutes, from the time of one step.
+def _pace(
+    trainable: Trainable, windows: BlockWindows | None, given: Tensor, job: RecoveryJob
+) -> tuple[float, float]:
+    """The seconds of a step, and of a forward of one sample.
 
-    A kind with a teacher is prepared after the teacher has run. The step that is timed for it
-    trains all blocks by the loss of the next token.
+    The optimizer's part is that of AdamW, with a rate of 0. A kind with a teacher is prepared after
+    the teacher has run. The step that is timed for it trains all blocks by the loss of the next
+    token.
+
+    Args:
+        given: samples (samples, seqlen) that run together.
     """
-    options, given = job.options, text[: job.options.micro_batch].to(job.device)
+    options = job.options
     model, device = trainable.module.to(job.device), torch.device(job.device)
     mixed = torch.autocast(device.type, torch.bfloat16, is_mixed(model, device))
     batch = {"input_ids": given, "row": torch.arange(len(given), device=device)}
     with nullcontext() if windows is None else windows.middle():
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=0.0)
         for _ in range(2):  # the first one is slower
             started = _now(device)
             with mixed:
                 loss = trainable.loss(model, batch)
             loss.backward()  # type: ignore[no-untyped-call]
-            step = (_now(device) - started) * options.batch / len(given) / job.ranks.size
+            gradients = _now(device)
+            nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            share = options.batch / len(given) / job.ranks.size
+            step = (gradients - started) * share + (_now(device) - gradients)
     model.zero_grad(set_to_none=True)
     with torch.no_grad(), mixed:
         started = _now(device)
         next_token_loss(model, {"input_ids": given})
         forward = (_now(device) - started) / len(given)
-    checks = (options.checks + 1) * held_back * forward
-    dense = forward * options.batch if job.spec.teacher else 0.0
-    assert options.minutes is not None
-    return max(1, int((60 * options.minutes - checks) / (step + dense)))
+    return step, forward
 
 
 def _now(device: torch.device) -> float:

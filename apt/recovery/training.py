@@ -60,6 +60,7 @@ class TrainingPlan:
             training continues from the last one.
         moving: the masks, if they move; None if they stay.
         windows: the windows of blocks, if blocks are trained in turn; None to train all together.
+        ends: the time of `time.perf_counter` at which the training ends; None for no such time.
     """
 
     options: RecoverOptions
@@ -73,6 +74,7 @@ class TrainingPlan:
     windows: BlockWindows | None = None
     rules: tuple[StopRule, ...] = ()
     observe: TrainingObserver = lambda event: None
+    ends: float | None = None
 
 
 def train(
@@ -94,7 +96,7 @@ def train(
     """
     moving, windows = plan.moving, [] if plan.windows is None else [plan.windows]
     training = Training(plan.steps, plan.options.batch * tokens.shape[1])
-    recorder = Recorder(training, plan.rules, plan.observe, moving)
+    recorder = Recorder(training, plan.rules, plan.observe, moving, plan.ends)
     patience = EarlyStoppingCallback(plan.options.patience)
     written = [checkpoint_of(plan.folder, step) for step in plan.known]
     last = next((str(path) for path in reversed(written) if path.is_dir()), None)

@@ -1,0 +1,88 @@
+"""A pruning of a given time: the effort and the samples that fit, and the training after it."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from importlib.util import find_spec
+
+from apt.checkpoints.opened import Opened
+from apt.engine.estimate import operations, throughput
+from apt.engine.recover_task import RecoverTask
+from apt.errors import AptError
+from apt.options import PRESETS, Effort, PruneRun, RecoverRun
+from apt.planning.plan import Plan
+from apt.plugin.registry import Registry
+from apt.plugin.specs import MethodSpec
+
+_PRUNING = 0.4  # of the time, at most
+_OVERHEAD = 1.3  # attention, activations and the allocation, which an estimate does not count
+_SHORT = 512  # tokens of a sample where the time is short
+_LEAST: dict[Effort, int] = {"best": 2**14, "default": 2**14, "fast": 2**12}  # tokens
+_STEP = 2048  # tokens of a step of the training
+
+
+def fitted(
+    options: PruneRun, plan: Plan, method: MethodSpec, device: str, notice: Callable[[str], None]
+) -> PruneRun:
+    """The options with the effort and the samples that take a part of the given time.
+
+    Both become smaller, never larger. The default effort becomes ``"fast"`` before there are fewer
+    than 16,384 tokens, and no effort has fewer than 4,096. A method without efforts is taken for
+    one of the effort ``"fast"``.
+    """
+    assert options.minutes is not None
+    budget, speed = _PRUNING * 60 * options.minutes, throughput(device)
+
+    def seconds(effort: Effort, tokens: int) -> float:
+        preset = PRESETS[effort if method.efforts else "fast"]
+        return _OVERHEAD * operations(plan, tokens, preset) / speed
+
+    for effort, samples, seqlen in _choices(options, efforts=method.efforts):
+        if seconds(effort, samples * seqlen) <= budget:
+            break
+    said = f"effort {effort}, " if method.efforts else ""
+    said += f"{samples} samples of {seqlen} tokens, then distillation"
+    notice(f"minutes: {options.minutes:g}: {said}")
+    return replace(options, effort=effort, samples=samples, seqlen=seqlen)
+
+
+def _choices(options: PruneRun, *, efforts: bool) -> Iterator[tuple[Effort, int, int]]:
+    """Efforts, samples and tokens of a sample, from those of the options down to the cheapest."""
+    yield options.effort, options.samples, options.seqlen
+    seqlen, whole = min(options.seqlen, _SHORT), options.samples * options.seqlen
+    levels: list[Effort] = [options.effort]
+    if efforts and options.effort == "default":
+        levels.append("fast")
+    for level in levels:
+        tokens, least = whole, _LEAST[level if efforts else "fast"]
+        while tokens >= min(whole, least):
+            yield level, max(1, tokens // seqlen), seqlen
+            tokens //= 2
+
+
+def training_of(
+    options: PruneRun, skeleton: Opened, registry: Registry, device: str
+) -> RecoverTask:
+    """The distillation after a pruning, which lasts as long as there is time.
+
+    Raises:
+        AptError: a package that it needs is not installed.
+    """
+    if missing := [name for name in ("accelerate", "peft") if find_spec(name) is None]:
+        raise AptError(
+            f"a run with minutes needs {' and '.join(missing)}",
+            "pip install 'apt-prune[recover]'",
+            ("minutes",),
+        )
+    seqlen = min(options.seqlen, _SHORT)
+    run = RecoverRun(
+        model=str(options.directory), output=options.directory, dense=options.model,
+        kind="distill", adapter=options.adapter, tokenizer=options.tokenizer,
+        calibration=options.calibration, bos=options.bos, seed=options.seed, seqlen=seqlen,
+        batch=max(1, _STEP // seqlen), checks=5, minutes=options.minutes, device=options.device,
+        trust_remote_code=options.trust_remote_code, revision=options.revision,
+        max_shard_size=options.max_shard_size,
+    )  # fmt: skip
+    return RecoverTask(
+        options=run, registry=registry, skeleton=skeleton, device=device,
+        spec=registry.recoveries.get("distill"), earlier={}, source=skeleton.source,
+    )  # fmt: skip

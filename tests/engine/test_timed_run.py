@@ -1,0 +1,112 @@
+"""A pruning of a given time: what is made smaller to fit, and the distillation after it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import apt as library
+from apt.checkpoints.load import load, open_skeleton
+from apt.engine import timed_run
+from apt.locations.model_source import find
+from apt.planning.plan import Selection, make_plan, read_pattern
+from apt.plugin.registry import registry
+from apt.recovery import recover as recovery
+from tests.helpers import TEXT
+
+
+@pytest.fixture(scope="module")
+def plan():
+    skeleton = open_skeleton(find("zoo:llama", registry()), registry())
+    half = read_pattern("0.5")
+    return make_plan(skeleton.module, skeleton.adapter, half, Selection(), None)
+
+
+@pytest.mark.parametrize(
+    ("minutes", "given", "fits"),
+    [
+        (1000, {}, ("default", 128, 2048)),
+        (1000, {"samples": 3, "seqlen": 100}, ("default", 3, 100)),
+        (1, {}, ("default", 64, 512)),
+        (1, {"seqlen": 256}, ("default", 128, 256)),
+        (0.2, {}, ("fast", 16, 512)),
+        (1e-6, {}, ("fast", 8, 512)),  # never less
+        (1e-6, {"samples": 2, "seqlen": 100}, ("fast", 2, 100)),
+        (1e-6, {"effort": "best"}, ("best", 32, 512)),  # the effort that was asked for
+    ],
+)
+def test_effort_and_samples_become_smaller_until_they_fit(plan, monkeypatch, minutes, given, fits):
+    monkeypatch.setattr(timed_run, "throughput", lambda device: 6e10)
+    lines = []
+    asked = library.PruneRun(model="zoo:llama", sparsity=0.5, minutes=minutes, **given)
+    method = registry().methods.get("admm")
+    found = timed_run.fitted(asked, plan, method, "cpu", lines.append)
+    assert (found.effort, found.samples, found.seqlen) == fits
+    assert lines == [
+        f"minutes: {minutes:g}: effort {fits[0]}, {fits[1]} samples of {fits[2]} tokens, "
+        "then distillation"
+    ]
+
+
+def test_a_method_without_efforts_has_fewer_samples(plan, monkeypatch):
+    monkeypatch.setattr(timed_run, "throughput", lambda device: 6e10)
+    asked = library.PruneRun(model="zoo:llama", sparsity=0.5, minutes=1e-6)
+    found = timed_run.fitted(asked, plan, registry().methods.get("wanda"), "cpu", print)
+    assert (found.effort, found.samples, found.seqlen) == ("default", 8, 512)
+
+
+WORDS = ("--sparsity", 0.7, "--method", "wanda", "--samples", 4, "--seqlen", 64,
+         "--save-masks", "--eval", TEXT)  # fmt: skip
+
+
+def test_what_is_left_of_the_time_is_spent_on_distillation(apt, monkeypatch):
+    """Here as much as 8 steps take, on any machine. Every zero stays, and no other is made."""
+    monkeypatch.setattr(recovery, "_steps_in", lambda seconds, *_: (8, 4))
+    plain = apt("prune", "zoo:llama", *WORDS, "-o", "plain")
+    run = apt("prune", "zoo:llama", *WORDS, "--minutes", 9, "-o", "timed")
+    assert (plain.code, run.code) == (0, 0), run.err
+    assert "loss on the samples held back: " in run.out
+    report = library.Report.read(Path("timed"))
+    training = report.recovery["training"]
+    assert report.recovery["options"]["kind"] == "distill"
+    assert report.options["minutes"] == 9
+    assert 8 < report.recovery["options"]["minutes"] < 9
+    losses = dict(training["held_back"])
+    assert losses[training["best"]] < losses[0]
+    assert report.scores["after"]["perplexity"] < library.Report.read(
+        Path("plain")).scores["after"]["perplexity"]  # fmt: skip
+    masks = [library.checkpoints.masks.read_masks(Path(n) / "apt_masks.safetensors") for n in
+             ("plain", "timed")]  # fmt: skip
+    assert masks[0].keys() == masks[1].keys()
+    assert all(torch.equal(masks[0][name], masks[1][name]) for name in masks[0])
+    assert apt("verify", "timed").code == 0
+    assert load(open_skeleton(find("timed", registry()), registry())).module is not None
+
+
+def test_a_training_that_has_no_time_is_left_out_and_said(apt):
+    run = apt("prune", "zoo:llama", *WORDS, "--minutes", 1e-6, "-o", "out")
+    assert run.code == 0, run.err
+    assert "no time was left for distillation" in run.out
+    report = json.loads(Path("out/apt_report.json").read_text())
+    assert report["problems"] == ["no time was left for distillation"]
+    assert report["recovery"] == {}
+
+
+@pytest.mark.parametrize("other", [("--stream",), ("--quantize", "int8"), ("--samples", 0)])
+def test_what_a_training_excludes_is_refused(apt, other):
+    own = ("--own-samples", 2) if other[0] == "--samples" else ()
+    run = apt("prune", "zoo:llama", "--minutes", 1, *other, *own, "-o", "out")
+    assert run.code == 2
+    assert run.err.count("\n") == 1
+    assert other[0] in run.err
+    assert "--minutes" in run.err
+    assert not Path("out").exists()
+
+
+def test_a_training_needs_its_packages(apt, monkeypatch):
+    monkeypatch.setattr(timed_run, "find_spec", lambda name: None if name == "peft" else True)
+    run = apt("prune", "zoo:llama", "--minutes", 1, "-o", "out")
+    assert run.code == 2
+    assert "needs peft" in run.err
+    assert "apt-prune[recover]" in run.err
