@@ -59,8 +59,9 @@ class BlockTuning:
 class Tuned:
     """The error of a block's output on the batches held back, before and after tuning.
 
-    The error of a batch is the mean over its tokens of ``‖h − h_dense‖² / ‖h_dense‖²``, with the
-    divisor bounded below. The error is the mean over the batches, which are of about equal size.
+    The error of a batch is the mean over its tokens of ``e = ‖h − h_dense‖² / ‖h_dense‖²``, with
+    the divisor bounded below, and ``1 + ln e`` in place of an ``e`` above 1. The error is the mean
+    over the batches, which are of about equal size.
     """
 
     before: float
@@ -107,6 +108,16 @@ def tune_block(block: OpenBlock, sites: Sequence[Site], options: BlockTuning) ->
             descent.write()
     descent.share()
     return Tuned(before, lowest)
+
+
+def _limited(errors: Tensor) -> Tensor:
+    """Relative errors of tokens, with logarithms above 1.
+
+    Where a block of the dense model removes the massive activation of a token, a small relative
+    error of what it adds is many times as large as what remains. Such a token would otherwise
+    outweigh all others, and raise the learning rate.
+    """
+    return torch.where(errors > 1, 1 + errors.clamp_min(1).log(), errors)
 
 
 class _Descent:
@@ -167,7 +178,8 @@ class _Descent:
         weights = {name: master.to(p.dtype) for (name, p), master in parts}
         given = stream_after(self._block, weights, batch, batch.state).float()
         dense = self._block.adapter.residual(batch.dense.state).float()
-        return ((given - dense).square().sum(-1) / bounded(dense.square().sum(-1))).mean()
+        errors = (given - dense).square().sum(-1) / bounded(dense.square().sum(-1))
+        return _limited(errors).mean()
 
     def descend(self, batch: Batch | None, owner: int) -> None:
         """Take one step on the batch of rank ``owner``; pruned weights stay zero."""
