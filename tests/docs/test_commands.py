@@ -73,7 +73,9 @@ def shortened(words):
         if word in INSTEAD:
             next(rest)
             search = word == "--minutes" and "--search" in words
-            found += ["--evaluations", "2"] if search else INSTEAD[word].split()
+            instead = "--minutes 0.05" if (words[0], word) == ("prune", "--minutes") else (
+                "--evaluations 2" if search else INSTEAD[word])  # fmt: skip
+            found += instead.split()
         else:
             found.append(WORDS.get(word, word))
     if "--quantize" in found:

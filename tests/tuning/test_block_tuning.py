@@ -61,6 +61,35 @@ def test_it_lowers_the_error_on_what_was_held_back(name, dtype):
             assert torch.equal(value, before[name])
 
 
+def test_a_token_far_from_the_dense_stream_does_not_outweigh_the_others():
+    """As where the dense block removes a massive activation: what is left is small beside it."""
+    loaded, tokens, _ = zoo_model("llama", samples=12, seqlen=48)
+    model, adapter = loaded.module, loaded.adapter
+    batches = enter(adapter, model, tokens, 48, with_dense=True)
+    block, sites = pruned_block(adapter, model, batches)
+    opened = OpenBlock(adapter, block, 0, batches)
+
+    @torch.no_grad()
+    def error():
+        """The mean relative error of the tokens behind the first one."""
+        found = [
+            (adapter.residual(opened.step(batch, batch.state)) - dense).square().sum(-1)
+            / dense.square().sum(-1)
+            for batch in batches
+            for dense in [adapter.residual(batch.dense.state)]
+        ]
+        return float(torch.cat(found)[:, 1:].mean())
+
+    for batch in batches:
+        state = batch.state.clone()
+        state[:, 0] *= 1e4
+        batch.state = state
+    before = error()
+    tuned = tune_block(opened, sites, BlockTuning(rate=0.1, epochs=3))
+    assert tuned is not None
+    assert error() < 0.9 * before
+
+
 def test_where_nothing_is_gained_the_start_stays():
     model = random_model("llama")
     adapter = adapter_of(model)
