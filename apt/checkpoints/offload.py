@@ -12,6 +12,7 @@ from apt.checkpoints.parameters import read_parameter, round_parameter, write_pa
 from apt.checkpoints.safetensors_io import Shards
 from apt.checkpoints.skeletons import skeleton_module
 from apt.checkpoints.stored import pruned_of
+from apt.devices import is_accelerator
 from apt.errors import AptError
 from apt.layouts.pieces import Layout
 from apt.planning.plan import PlannedBlock
@@ -67,7 +68,7 @@ class StoredBlocks:
 
     def read(self, name: str) -> dict[str, Tensor]:
         """The parameters of a block; raises `AptError` if a value is not finite."""
-        pinned, read = self._device.startswith("cuda"), {}
+        pinned, read = is_accelerator(self._device), {}
         for path, parameter in self._blocks[name].named_parameters():
             pieces = self._layout[f"{name}.{path}"]
             tensor = read_parameter(pieces, parameter.shape, self._shards)

@@ -20,6 +20,8 @@ from torch.nn.modules import module as modules
 from torch.overrides import _get_current_function_mode_stack, _pop_mode
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from apt.devices import kinds, random_state
+
 Snapshot = dict[str, Any]
 
 _PLAIN = (bool, int, float, str)
@@ -83,13 +85,12 @@ def _process() -> Iterator[tuple[str, Any]]:
     yield "torch's random state", torch.get_rng_state()
     yield "the random state of Python", random.getstate()
     yield "the random state of numpy", pickle.dumps(np.random.get_state())
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        yield "the random state of a GPU", torch.cuda.get_rng_state()
+    yield "the random state of a GPU", random_state()
     yield "torch's default dtype", torch.get_default_dtype()
     yield "torch's default device", torch.get_default_device()
     yield "torch's gradient mode", torch.is_grad_enabled()
     yield "torch's inference mode", torch.is_inference_mode_enabled()
-    yield "torch's autocast", (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
+    yield "torch's autocast", [torch.is_autocast_enabled(kind) for kind in kinds()]
     yield "torch's number of threads", torch.get_num_threads()
     yield "torch's deterministic mode", torch.are_deterministic_algorithms_enabled()
     yield "the environment", dict(os.environ)

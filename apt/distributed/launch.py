@@ -8,6 +8,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from apt.devices import best
 from apt.distributed.ranks import Ranks
 from apt.errors import AptError
 
@@ -32,9 +33,9 @@ def joined() -> Iterator[Ranks]:
         return
     _check_rendezvous(size)
     backend = "cpu:gloo"
-    if torch.cuda.is_available():
-        torch.cuda.set_device(_own_device())
-        backend += ",cuda:nccl"
+    if (kind := best()) != "cpu":
+        torch.get_device_module(kind).set_device(_own_device())
+        backend += f",{kind}:{dist.get_default_backend_for_device(kind)}"
     dist.init_process_group(backend, timeout=_TIMEOUT)
     try:
         yield Ranks(dist.group.WORLD)
@@ -54,9 +55,9 @@ def _check_rendezvous(size: int) -> None:
 
 
 def _own_device() -> int:
-    place, devices = whole_number("LOCAL_RANK", 0), torch.cuda.device_count()
+    place, devices = whole_number("LOCAL_RANK", 0), torch.accelerator.device_count()
     if place >= devices:
-        fault = f"this machine has {devices} CUDA devices, too few for local rank {place}"
+        fault = f"this machine has {devices} GPUs, too few for local rank {place}"
         raise AptError(fault, f"start at most {devices} processes on a machine")
     return place
 

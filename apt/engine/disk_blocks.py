@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from apt.checkpoints.offload import StoredBlocks
 from apt.checkpoints.stored import pruned_parameters
 from apt.checkpoints.verify import block_verdicts, failures
+from apt.devices import is_accelerator
 from apt.distributed.ranks import Ranks
 from apt.errors import first_line
 from apt.events import Done, ExpertsRemoved, SitePruned
@@ -116,7 +117,7 @@ def reads_ahead(device: str) -> bool:
 
     On a CPU that would need memory for a second block and gain little: the kernel reads ahead.
     """
-    return device.startswith("cuda")
+    return is_accelerator(device)
 
 
 def records_of(line: Line, journal: Journal) -> list[Done]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from apt.calibration.storage import CpuStore, MemoryStore, Store
+from apt.devices import best, total_memory
 from apt.errors import AptError
 
 _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -24,7 +25,7 @@ def choose_device(name: str) -> str:
         AptError: the device does not exist, or its results are wrong.
     """
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return best()
     try:
         two = float(torch.ones(2, 2, device=name).matmul(torch.ones(2, 2, device=name))[0, 0])
     except Exception as error:  # of many types: RuntimeError, AssertionError, ImportError, …
@@ -44,9 +45,7 @@ def memory(device: str) -> int:
     for path in _LIMITS:
         with suppress(OSError, ValueError):
             total = min(total, int(Path(path).read_text(encoding="ascii")))
-    if device.startswith("cuda"):
-        total += torch.cuda.get_device_properties(device).total_memory
-    return total
+    return total + total_memory(device)
 
 
 def check_tokens(samples: int, seqlen: int, bytes_each: int, device: str, processes: int) -> None:

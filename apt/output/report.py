@@ -14,9 +14,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
-
 from apt.checkpoints.copies import REPORT
+from apt.devices import accelerator, peak_allocated
 from apt.distributed.ranks import Work
 from apt.errors import AptError, described
 from apt.events import SitePruned
@@ -61,7 +60,7 @@ class Report:
         scores: the text, and each metric before and after pruning; empty if nothing was measured.
         ranks: the work of each process.
         problems: the metrics that could not be measured, with the errors.
-        peak_memory_bytes: the peak memory of the process, ``cpu``, and of a GPU, ``cuda``.
+        peak_memory_bytes: the peak memory of the process, ``cpu``, and of a GPU by its kind.
         files: the SHA-256 of each file of the output, by relative path, without the report.
         created: the time at which the run began, in UTC (ISO 8601).
         versions: the versions of Python, the platform and the packages that can change a result.
@@ -242,8 +241,8 @@ def versions() -> dict[str, str]:
 def peak_memory() -> dict[str, int]:
     """The peak resident memory of the process, and the peak memory of a GPU, in bytes."""
     peak = {"cpu": _peak_resident()}
-    if torch.cuda.is_available():
-        peak["cuda"] = torch.cuda.max_memory_allocated()
+    if (kind := accelerator()) is not None:
+        peak[kind] = peak_allocated(kind)
     return peak
 
 

@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from apt.devices import accelerator, name_of, total_memory
 from apt.errors import AptError, first_line
 from apt.plugin.registry import Registry
 from apt.plugin.specs import AdapterSpec
@@ -51,12 +52,14 @@ def machine() -> list[Finding]:
             + (f"bfloat16 by {native[0]}" if native else "no native bfloat16: tuning is slower"),
         ),
     ]
-    if not torch.cuda.is_available():
+    if (kind := accelerator()) is None:
         reason = "" if torch.version.cuda else f" (torch {torch.__version__} is built without CUDA)"
         return [*findings, Finding("GPU", f"none{reason}")]
-    for index in range(torch.cuda.device_count()):
-        name, memory = torch.cuda.get_device_name(index), torch.cuda.mem_get_info(index)[1]
-        findings.append(Finding(f"GPU {index}", f"{name}, {memory / 2**30:.0f} GiB"))
+    for index in range(torch.accelerator.device_count()):
+        device = f"{kind}:{index}"
+        memory = total_memory(device)
+        size = f", {memory / 2**30:.0f} GiB" if memory else ""
+        findings.append(Finding(f"GPU {index}", name_of(device) + size))
     return findings
 
 
@@ -114,6 +117,4 @@ def _family(spec: AdapterSpec) -> Iterator[Finding]:
         problem = f"{type(error).__name__}: {first_line(error)}"
         yield Finding(spec.name, problem, "reinstall its package", broken=True)
         return
-    yield Finding(
-        spec.name, f"torch on {'the GPU' if torch.cuda.is_available() else 'the processor'}"
-    )
+    yield Finding(spec.name, f"torch on {'the GPU' if accelerator() else 'the processor'}")

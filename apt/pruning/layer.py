@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from apt.calibration.targets import Sums, Targets
+from apt.devices import synchronize
 from apt.errors import AptError, faulty
 from apt.events import SitePruned
 from apt.planning.plan import PlannedSite
@@ -162,8 +163,7 @@ class SiteSolver:
         stored, scale = weight.clone(), scale.to(weight.device)
         dense = stored.float()
         solution = self._solution(planned, dense, sums, mean, scale)
-        if weight.is_cuda:
-            torch.cuda.synchronize(weight.device)
+        synchronize(weight.device)
         seconds = time.perf_counter() - started
         self._check_weight(planned, dense, solution)
         pruned = (solution.weight / scale).add_(0.0).to(weight.dtype)  # no negative zeros

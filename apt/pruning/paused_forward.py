@@ -20,6 +20,7 @@ from apt.calibration.batches import Batch, OpenBlock
 from apt.calibration.capture import Capture, as_rows
 from apt.calibration.passing import BlockPass
 from apt.calibration.targets import Sums, Targets
+from apt.devices import kinds
 from apt.pruning.suspended import Suspended, can_preserve_handler
 
 _Product = tuple[Site, Tensor]
@@ -220,7 +221,7 @@ def _settings() -> tuple[Any, ...]:
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
-        *(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")),
+        *(torch.is_autocast_enabled(device) for device in kinds()),
         torch._C._len_torch_function_stack(),
         torch._C._len_torch_dispatch_stack(),
     )

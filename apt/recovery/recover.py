@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from apt.adapter import Adapter
 from apt.adapter.recording import eval_mode
 from apt.checkpoints.masks import Masks, filled, masks_of
+from apt.devices import random_states_kept, synchronize
 from apt.distributed.ranks import Ranks
 from apt.errors import AptError, faulty, first_line
 from apt.events import CheckpointSaved, TrainingEvent, TrainingObserver
@@ -308,8 +309,7 @@ def _pace(
 
 def _now(device: torch.device) -> float:
     """The time in seconds, after all work that a device was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     return time.perf_counter()
 
 
@@ -318,7 +318,7 @@ def _trainable(
 ) -> Trainable:
     """What the kind of recovery trains."""
     teacher = _teacher(text, held_back, job) if job.spec.teacher else None
-    with torch.random.fork_rng():
+    with random_states_kept():
         torch.manual_seed(job.seed)
         made: object = job.recovery(Unrecovered(model, job.adapter, masks, job.options, teacher))
     if isinstance(made, Trainable) and any(p.requires_grad for p in made.module.parameters()):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments
 
+from apt.devices import multiplies_bf16, random_states_kept
 from apt.errors import AptError, first_line
 from apt.events import TrainingObserver
 from apt.options import RecoverOptions
@@ -28,7 +29,6 @@ from apt.recovery.record import StopRule, Training
 from apt.recovery.recorder import Recorder, checkpoint_of
 from apt.recovery.trainable import Trainable, next_token_loss
 from apt.recovery.windows import BlockWindows
-from apt.solver.precision import multiplies_bf16
 
 _WARM_UP = 0.03  # of the steps, as in SPP
 # transformers 5.24 calls gradient checkpointing activation checkpointing.
@@ -136,7 +136,7 @@ def _as_before(module: nn.Module) -> Iterator[None]:
     modes = {part: part.training for part in module.modules()}
     random_state, numpy_state = random.getstate(), numpy.random.get_state()
     try:
-        with torch.random.fork_rng():
+        with random_states_kept():
             yield
     finally:
         random.setstate(random_state)

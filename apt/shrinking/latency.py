@@ -14,6 +14,7 @@ from apt.adapter.recording import eval_mode
 from apt.adapter.text_config import text_config
 from apt.checkpoints.skeletons import skeleton_of_class
 from apt.checkpoints.smaller import resized
+from apt.devices import synchronize
 
 _ROUNDS, _WARM_UP = 9, 2
 _LARGE = 2**27  # weights of an embedding, whose memory need not be written
@@ -78,10 +79,10 @@ def _seconds(model: nn.Module, adapter: Adapter, seqlen: int, device: str) -> fl
         state, calls = adapter.enter(model, tokens)
         block, times = adapter.blocks(model)[0][1], list[float]()
         for _ in range(_WARM_UP + _ROUNDS):
-            _wait(device)
+            synchronize(device)
             started = time.perf_counter()
             adapter.step(block, state, calls[0])
-            _wait(device)
+            synchronize(device)
             times.append(time.perf_counter() - started)
     return median(times[_WARM_UP:])
 
@@ -89,8 +90,3 @@ def _seconds(model: nn.Module, adapter: Adapter, seqlen: int, device: str) -> fl
 def _generator(device: str) -> torch.Generator:
     """A generator for the device, so that the global random state stays as it is."""
     return torch.Generator(device).manual_seed(0)
-
-
-def _wait(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)

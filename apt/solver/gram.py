@@ -13,7 +13,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from apt.solver.precision import full_precision, multiplies_bf16
+from apt.devices import multiplies_bf16
+from apt.solver.precision import full_precision
 
 DAMPING = 0.01
 OUTLIERS = 8  # directions in which activations are far larger than elsewhere

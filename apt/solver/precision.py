@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from apt.devices import kinds
+
 _lock = Lock()
 _inside = 0  # the entered contexts of all threads: torch's settings belong to the process
 _before: "PrecisionSettings"
@@ -26,21 +28,12 @@ def full_precision() -> Iterator[None]:
     try:
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
-            for device in ("cpu", "cuda"):
+            for device in kinds():
                 if torch.is_autocast_enabled(device):
                     stack.enter_context(torch.autocast(device, enabled=False))
             yield
     finally:
         _leave()
-
-
-def multiplies_bf16(device: torch.device) -> bool:
-    """True if the device multiplies bf16 in hardware, several times as fast as fp32."""
-    if device.type == "cuda":
-        supported: bool = torch.cuda.is_bf16_supported(including_emulation=False)
-        return supported
-    has: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch
-    return device.type == "cpu" and bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
 def _enter() -> None:

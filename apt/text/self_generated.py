@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin
 
 from apt.adapter.recording import eval_mode
+from apt.devices import random_states_kept
 from apt.errors import AptError
 from apt.text.datasets import text_width, with_bos
 from apt.text.sampling import drawn, generator, vocabulary
@@ -94,12 +95,7 @@ def _continued(model: GenerationMixin, starts: Tensor, more: int, seed: int) -> 
         eos_token_id=tokens_of(own, "eos_token_id") or None, use_cache=own.use_cache,
         remove_invalid_values=True,  # the pruning reports non-finite activations with their block
     )  # fmt: skip
-    devices = [starts.device] if starts.device.type == "cuda" else []
-    with (
-        eval_mode(cast(nn.Module, model)),
-        torch.random.fork_rng(devices),
-        _generation_config(model, how),
-    ):
+    with eval_mode(cast(nn.Module, model)), random_states_kept(), _generation_config(model, how):
         torch.manual_seed(seed)
         parts = [
             model.generate(part, attention_mask=torch.ones_like(part), generation_config=how)

@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from apt.adapter import Adapter, Call, State
 from apt.calibration.batches import Batch, OpenBlock
-from apt.solver.precision import multiplies_bf16
+from apt.devices import multiplies_bf16
 
 
 class _Step(nn.Module):

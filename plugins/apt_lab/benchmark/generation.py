@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from apt.devices import synchronize
 from apt.text.sampling import drawn, generator, vocabulary
 from apt.text.special_tokens import named_ids
 from apt_lab.benchmark.measures import Speed
@@ -22,15 +23,9 @@ class _FirstToken:
 
     def __call__(self, tokens: Tensor, scores: Any, **_: Any) -> Tensor:
         if self.time is None:
-            synchronise(tokens.device)
+            synchronize(tokens.device)
             self.time = perf_counter()
         return torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait until the device has done its work."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def prompts(model: Any, batch: int, length: int, seed: int) -> Tensor:
@@ -68,13 +63,13 @@ def _timed(model: Any, tokens: Tensor, generate: int) -> tuple[float, float]:
     )  # fmt: skip
     model.generation_config = how
     first = _FirstToken()
-    synchronise(tokens.device)
+    synchronize(tokens.device)
     start = perf_counter()
     text = model.generate(
         tokens, attention_mask=torch.ones_like(tokens), generation_config=how,
         stopping_criteria=[first],
     )  # fmt: skip
-    synchronise(tokens.device)
+    synchronize(tokens.device)
     end = perf_counter()
     if first.time is None or text.shape[1] != tokens.shape[1] + generate:
         raise RuntimeError(f"it generated {text.shape[1] - tokens.shape[1]} tokens, not {generate}")

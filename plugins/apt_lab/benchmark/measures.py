@@ -52,8 +52,8 @@ class Turn:
         load_seconds: the time from files to a model that is ready on the device.
         dtype: the dtype of the weights.
         speeds: the speed of each batch.
-        peak_bytes: the peak memory of the process so far (``"cpu"``) and, on a CUDA device, that
-            of its tensors in this turn (``"cuda"``).
+        peak_bytes: the peak memory of the process so far (``"cpu"``) and, on a GPU, that of
+            its tensors in this turn, by the kind of device, such as ``"cuda"``.
     """
 
     load_seconds: float

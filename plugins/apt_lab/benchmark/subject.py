@@ -11,11 +11,12 @@ import torch
 from apt.checkpoints.formats import local_copy
 from apt.checkpoints.safetensors_io import Shards
 from apt.checkpoints.stored import local_directory
+from apt.devices import forget_peak, is_accelerator, name_of, peak_allocated, synchronize
 from apt.errors import AptError, NotStoredError
 from apt.extending import Opened, Source, choose_device, load, open_skeleton, read_dtype, registry
 from apt.output.report import peak_memory, versions
 from apt.text.self_generated import writes
-from apt_lab.benchmark.generation import prompts, speed, synchronise
+from apt_lab.benchmark.generation import prompts, speed
 from apt_lab.benchmark.measures import Facts, Turn
 from apt_lab.options import BenchRun
 
@@ -61,12 +62,10 @@ class Subject:
             run: the options.
             seed: the seed of the prompts.
         """
-        on_cuda = self._device.startswith("cuda")
-        if on_cuda:
-            torch.cuda.reset_peak_memory_stats(self._device)
+        forget_peak(self._device)
         start = perf_counter()
         model = load(self._skeleton, self._dtype, self._device)
-        synchronise(torch.device(self._device))
+        synchronize(self._device)
         seconds = perf_counter() - start
         with model.adapter.running(model.module):
             speeds = tuple(
@@ -74,13 +73,13 @@ class Subject:
                 for batch in run.batch
             )
         peak = {"cpu": peak_memory()["cpu"]}
-        if on_cuda:
-            peak["cuda"] = torch.cuda.max_memory_allocated(self._device)
+        if is_accelerator(self._device):
+            peak[torch.device(self._device).type] = peak_allocated(self._device)
         dtype = str(model.dtype).removeprefix("torch.")
         del model
         gc.collect()
-        if on_cuda:
-            torch.cuda.empty_cache()
+        if is_accelerator(self._device):
+            torch.accelerator.empty_cache()
         return Turn(seconds, dtype, speeds, peak)
 
 
@@ -117,6 +116,6 @@ def _weight_files(skeleton: Opened) -> list[Path]:
 
 
 def _device_name(device: str) -> str:
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
+    if is_accelerator(device):
+        return name_of(device)
     return platform.processor() or platform.machine()

@@ -89,7 +89,7 @@ def _show_speeds(run: BenchRun, results: Sequence[Result]) -> None:
 def _show_sizes(results: Sequence[Result]) -> None:
     """Print a row for each model."""
     ratio = [">ratio"] if len(results) > 1 else []
-    on_gpu = [">GPU memory"] if "cuda" in results[0].peak_bytes else []
+    on_gpu = [">GPU memory"] if len(results[0].peak_bytes) > 1 else []
     made = table(
         "model", ">load s", *ratio, ">peak memory", *on_gpu, ">weights on disk", ">parameters",
         "dtype",

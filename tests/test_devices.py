@@ -1,0 +1,73 @@
+"""Devices: every question about an accelerator is asked of torch's module for its kind."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from apt import devices
+
+
+@pytest.fixture
+def machine_with(monkeypatch):
+    """A function that gives this machine an accelerator of some kind."""
+
+    def give(kind, **module):
+        calls = []
+        known = {
+            "synchronize": lambda device: calls.append(("synchronize", device)),
+            "get_device_name": lambda device: f"the {kind} of a maker",
+            "get_device_properties": lambda device: SimpleNamespace(total_memory=2**30),
+            "max_memory_allocated": lambda device: 2**20,
+            "reset_peak_memory_stats": lambda device: calls.append(("forget", device)),
+        }
+        made = SimpleNamespace(**{n: f for n, f in (known | module).items() if f is not None})
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(kind))
+        monkeypatch.setattr(torch, "get_device_module", lambda device: made)
+        return calls
+
+    return give
+
+
+@pytest.mark.parametrize(("kind", "best"), [("cuda", "cuda"), ("xpu", "xpu"), ("mps", "cpu")])
+def test_a_run_that_names_no_device_uses_an_accelerator_that_can_solve(machine_with, kind, best):
+    assert devices.best() == "cpu"
+    machine_with(kind)
+    assert devices.best() == best
+    assert devices.kinds() == ("cpu", kind)
+
+
+def test_what_torch_knows_of_an_accelerator(machine_with):
+    calls = machine_with("xpu", is_bf16_supported=lambda: True)
+    assert devices.name_of("xpu:1") == "the xpu of a maker"
+    assert devices.total_memory("xpu") == 2**30
+    assert devices.peak_allocated("xpu") == 2**20
+    assert devices.multiplies_bf16("xpu")
+    devices.synchronize("xpu:1")
+    devices.forget_peak("xpu")
+    assert calls == [("synchronize", "xpu:1"), ("forget", "xpu")]
+
+
+def test_what_torch_does_not_know_is_left_out(machine_with):
+    names = ("get_device_name", "get_device_properties", "max_memory_allocated",
+             "reset_peak_memory_stats")  # fmt: skip
+    machine_with("mps", **dict.fromkeys(names))
+    assert devices.name_of("mps") == "mps"
+    assert devices.total_memory("mps") == devices.peak_allocated("mps") == 0
+    assert not devices.multiplies_bf16("mps")
+    devices.forget_peak("mps")
+
+
+@pytest.mark.parametrize("device", ["cpu", torch.device("cpu"), "meta"])
+def test_a_cpu_is_no_accelerator(device):
+    assert not devices.is_accelerator(device)
+    assert devices.total_memory(device) == 0
+    devices.synchronize(device)
+
+
+def test_random_states_are_as_before():
+    before = torch.get_rng_state()
+    with devices.random_states_kept():
+        torch.rand(3)
+    assert torch.equal(torch.get_rng_state(), before)
