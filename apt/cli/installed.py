@@ -6,16 +6,30 @@ from typing import Any
 import typer
 
 from apt.cli.output import show, show_json, show_rows, table
-from apt.options import PrintingOptions
+from apt.options import RUNNING, DeviceOptions, PrintingOptions, option, options
 from apt.plugin.registry import registry
 
 
-def doctor(printing: PrintingOptions) -> None:
+@options
+class TestOptions(DeviceOptions):
+    """The options of ``apt-prune doctor``."""
+
+    test: bool = option(
+        "Test this machine in about a minute: solves, captured inputs, a run, the same run "
+        "streamed, packed products, and two processes.",
+        default=False, panel=RUNNING, saved=False,
+    )  # fmt: skip
+
+
+def doctor(testing: TestOptions, printing: PrintingOptions) -> None:
     """Show the state of this machine, packages and plugins.
 
     Also shows the implementation that is used for each model family. The exit status is 1 if a
-    component is installed but does not work.
+    component is installed but does not work, or if a test fails.
     """
+    if testing.test:
+        _test(testing.device, as_json=printing.as_json)
+        return
     from apt.plugin.doctor import Finding, families, machine, packages, plugins
     from apt.runtime.linear import describe_kernels
 
@@ -37,6 +51,26 @@ def doctor(printing: PrintingOptions) -> None:
                     made.add_row(finding.what, finding.state, finding.remedy)
                 show(made)
     if any(finding.broken for findings in sections.values() for finding in findings):
+        raise typer.Exit(1)
+
+
+def _test(device: str, *, as_json: bool) -> None:
+    """Test a device, and print a table to be pasted into an issue."""
+    from apt.cli.progress import Progress
+    from apt.engine.machine import choose_device
+    from apt.engine.self_test import self_test
+
+    device = choose_device(device)
+    with Progress() as progress:
+        tests = list(self_test(device, registry(), progress.status))
+    if as_json:
+        show_json({"device": device, "tests": [asdict(test) for test in tests]})
+    else:
+        made = table(f"test of {device}", "outcome", "", ">seconds")
+        for test in tests:
+            made.add_row(test.what, test.outcome, test.detail, f"{test.seconds:.1f}")
+        show(made)
+    if any(test.outcome == "failed" for test in tests):
         raise typer.Exit(1)
 
 

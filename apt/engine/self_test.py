@@ -1,0 +1,236 @@
+"""Short tests of this machine: what a run needs, on one device, against the CPU or fp64."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from apt import devices
+from apt.adapter import Site
+from apt.calibration.capture import as_rows
+from apt.checkpoints.load import load, open_skeleton
+from apt.checkpoints.safetensors_io import Shards
+from apt.engine.packing import pack_model
+from apt.engine.run import run
+from apt.errors import first_line
+from apt.locations.model_source import find
+from apt.options import PackRun, PruneRun
+from apt.output.report import Report
+from apt.plugin.registry import Registry
+from apt.solver import Gram, SolverOptions, joint_weights
+from apt.text.sampling import generator
+
+Outcome = Literal["passed", "failed", "not there"]
+
+_CLOSE = 1e-3  # relative differences of fp32 results
+_CLOSE_BF16 = 0.05  # where products may be bf16
+_TIMEOUT = 300  # seconds, for two processes
+_RUN: dict[str, Any] = {"samples": 8, "seqlen": 64, "pattern": "2:4"}
+
+
+@dataclass(frozen=True)
+class Tested:
+    """The outcome of a test; ``detail`` is what was measured, or what is wrong."""
+
+    what: str
+    outcome: Outcome
+    detail: str
+    seconds: float
+
+
+class NotThereError(Exception):
+    """What a test needs is not on this machine."""
+
+
+def self_test(
+    device: str, registry: Registry, status: Callable[[str], None] = lambda text: None
+) -> Iterator[Tested]:
+    """Test solver, capture, a whole run, streaming, packed products, and two processes.
+
+    A test that fails does not end the others.
+
+    Args:
+        device: the device to test, as torch names it.
+        status: called with the name of each test before it runs.
+    """
+    with TemporaryDirectory(prefix="apt-test-") as folder:
+        machine = _Machine(device, registry, Path(folder))
+        for what, test in (
+            ("joint weights against fp64", machine.solver),
+            ("captured inputs against the CPU", machine.capture),
+            ("a run, its model opened again", machine.whole_run),
+            ("the same run, streamed", machine.streamed),
+            ("packed products against dense ones", machine.packed),
+            ("two processes", machine.ranks),
+        ):
+            status(what)
+            yield _tested(what, test)
+
+
+def _tested(what: str, test: Callable[[], str]) -> Tested:
+    started, outcome = time.perf_counter(), "passed"
+    try:
+        detail = test()
+    except NotThereError as error:
+        outcome, detail = "not there", str(error)
+    except Exception as error:  # whatever a machine may do wrong
+        outcome, detail = "failed", f"{type(error).__name__}: {first_line(error)}"
+    return Tested(what, outcome, detail, time.perf_counter() - started)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class _Machine:
+    """The tests on one device, which write into a folder."""
+
+    device: str
+    registry: Registry
+    folder: Path
+
+    def solver(self) -> str:
+        """The exact weights for a mask, with neighbouring inputs that are nearly the same."""
+        numbers = generator(0)
+        inputs = torch.randn(1024, 128, generator=numbers).cumsum(1)
+        weight = torch.randn(64, 128, generator=numbers)
+        mask = torch.rand(64, 128, generator=numbers) < 0.5
+        gram = Gram.of(inputs[None].to(self.device))
+        damped = gram.damped(SolverOptions().damping)
+        found = joint_weights(weight.to(self.device), damped, mask.to(self.device), tolerance=1e-9)
+        exact = _exact(weight.double(), damped.matrix.double().cpu(), mask)
+        difference = _relative(found.weight.double().cpu(), exact)
+        return _within(difference, _CLOSE, "from fp64")
+
+    def capture(self) -> str:
+        """The Gram matrices of the inputs of the first block."""
+        skeleton = open_skeleton(find(self._model(), self.registry), self.registry)
+        tokens = torch.randint(0, 100, (2, 32), generator=generator(0))
+        sums = []
+        for device in ("cpu", self.device):
+            opened = load(skeleton, torch.float32, device)
+            block = opened.adapter.blocks(opened.module)[0][1]
+            sites = opened.adapter.sites(block)
+            rows = dict[str, Tensor]()
+
+            weights = {site: site.oriented(site.weight(block)) for site in sites}
+
+            def add(
+                site: Site,
+                inputs: Tensor,
+                rows: dict[str, Tensor] = rows,
+                weights: dict[Site, Tensor] = weights,
+            ) -> None:
+                rows[site.name] = as_rows(site, inputs, weights[site]).cpu()
+
+            with torch.no_grad(), opened.adapter.capture(block, sites, add):
+                opened.module(tokens.to(device))
+            sums.append({name: x.T @ x for name, x in rows.items()})
+        difference = max(_relative(sums[1][name], value) for name, value in sums[0].items())
+        return _within(difference, _CLOSE, f"from the CPU, {len(sums[0])} sites")
+
+    def whole_run(self) -> str:
+        """The perplexity after a run; another device may not be worse than the CPU."""
+        found = self._pruned("run", self.device)
+        if not devices.is_accelerator(self.device):
+            return f"perplexity {found:.2f}"
+        here = self._pruned("cpu", "cpu")
+        return _within(abs(found / here - 1), _CLOSE_BF16, f"from the CPU's perplexity, {here:.2f}")
+
+    def streamed(self) -> str:
+        """The same bytes as in memory."""
+        self._need("run")
+        self._pruned("streamed", self.device, stream=True)
+        one, other = (self._weights(name) for name in ("run", "streamed"))
+        if one.keys() != other.keys() or any(not one[key].equal(other[key]) for key in one):
+            raise ValueError("the weights are not those of the run in memory")
+        return "the same bytes"
+
+    def packed(self) -> str:
+        """The logits of the packed model, beside those of the pruned one."""
+        from apt.runtime.load import load as load_packed
+
+        self._need("run")
+        target = self.folder / "packed"
+        pack_model(PackRun(model=str(self.folder / "run"), output=target), self.registry)
+        source = find(str(self.folder / "run"), self.registry)
+        dense = load(open_skeleton(source, self.registry), torch.float32, self.device).module
+        other = load_packed(target, dtype=torch.float32).to(self.device)
+        tokens = torch.randint(0, 100, (2, 32), generator=generator(0)).to(self.device)
+        with torch.no_grad():
+            logits = [model(tokens).logits.double().cpu() for model in (dense, other)]
+        return _within(_relative(logits[1], logits[0]), _CLOSE_BF16, "from the dense logits")
+
+    def ranks(self) -> str:
+        """Two processes of ``torchrun`` write what one writes, but for rounding."""
+        if devices.is_accelerator(self.device) and torch.accelerator.device_count() < 2:
+            raise NotThereError("needs two of these devices")
+        self._need("run")
+        words = [f"--{name}={value}" for name, value in {**_RUN, "device": self.device}.items()]
+        command = [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", "2", "-m", "apt", "prune", self._model(), "--eval", "builtin"),
+            *(*words, "--output", str(self.folder / "ranks")),
+        ]  # fmt: skip
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_TIMEOUT, check=False
+        )
+        if done.returncode:
+            lines = [line for line in done.stderr.splitlines() if line.startswith("apt: ")]
+            raise RuntimeError(lines[0] if lines else f"exit status {done.returncode}")
+        one, two = (_perplexity(Report.read(self.folder / name)) for name in ("run", "ranks"))
+        return _within(abs(two / one - 1), _CLOSE_BF16, "from the perplexity of one process")
+
+    def _model(self) -> str:
+        """An embedded model."""
+        for name, spec in self.registry.adapters.specs.items():
+            if spec.zoo:
+                return f"zoo:{name}"
+        raise NotThereError("no adapter with an embedded model is installed")
+
+    def _pruned(self, name: str, device: str, *, stream: bool = False) -> float:
+        """Prune the embedded model, and return its perplexity afterwards."""
+        report = run(PruneRun(
+            model=self._model(), output=self.folder / name, evaluation="builtin", device=device,
+            stream=stream, **_RUN,
+        ))  # fmt: skip
+        perplexity = _perplexity(report)
+        if not perplexity < 2 * float(report.scores["before"]["perplexity"]):
+            raise ValueError(f"the perplexity after pruning is {perplexity:.4g}")
+        return perplexity
+
+    def _need(self, name: str) -> None:
+        if not (self.folder / name / "config.json").is_file():
+            raise NotThereError("needs the run before it")
+
+    def _weights(self, name: str) -> dict[str, Tensor]:
+        shards = Shards(self.folder / name)
+        return {key: shards.read(key) for key in shards.entries}
+
+
+def _exact(weight: Tensor, matrix: Tensor, mask: Tensor) -> Tensor:
+    """The least-squares weights for a mask, row by row in fp64."""
+    rows = []
+    for row, pruned in zip(weight, mask, strict=True):
+        kept, made = ~pruned, torch.zeros_like(row)
+        made[kept] = torch.linalg.solve(matrix[kept][:, kept], (matrix @ row)[kept])
+        rows.append(made)
+    return torch.stack(rows)
+
+
+def _relative(found: Tensor, exact: Tensor) -> float:
+    return float((found - exact).norm() / exact.norm())
+
+
+def _within(difference: float, limit: float, what: str) -> str:
+    if not difference <= limit:
+        raise ValueError(f"a relative difference of {difference:.2g} {what}")
+    return f"a relative difference of {difference:.2g} {what}"
+
+
+def _perplexity(report: Report) -> float:
+    return float(report.scores["after"]["perplexity"])

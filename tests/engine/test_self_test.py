@@ -1,0 +1,97 @@
+"""``apt-prune doctor --test``: a machine that works passes, and each fault is found and named."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from apt.engine import self_test
+from apt.engine.self_test import self_test as outcomes_on
+from apt.plugin.registry import registry
+
+TINY = {"samples": 2, "seqlen": 16, "pattern": "2:4", "method": "wanda"}
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    """Small runs; two processes are started in tests/distributed."""
+    monkeypatch.setattr(self_test, "_RUN", TINY)
+    absent = self_test.NotThereError("left out here")
+    monkeypatch.setattr(self_test._Machine, "ranks", lambda machine: (_ for _ in ()).throw(absent))
+
+
+def test_this_machine_passes(apt):
+    run = apt("doctor", "--test", "--device", "cpu", "--json")
+    assert run.code == 0, run.out
+    found = json.loads(run.out)
+    assert found["device"] == "cpu"
+    outcomes = {test["what"]: test["outcome"] for test in found["tests"]}
+    assert list(outcomes.values()) == 5 * ["passed"] + ["not there"]
+    assert outcomes["two processes"] == "not there"
+    assert found["tests"][-1]["detail"] == "left out here"
+
+
+def outcome(what):
+    """The outcome of a test of the CPU whose name begins so, without those behind it."""
+    found = (test for test in outcomes_on("cpu", registry()) if test.what.startswith(what))
+    return next(found)
+
+
+def test_wrong_weights_are_found(monkeypatch, apt):
+    right = self_test.joint_weights
+
+    def wrong(weight, *given, **named):
+        found = right(weight, *given, **named)
+        return replace(found, weight=found.weight * 1.01)
+
+    monkeypatch.setattr(self_test, "joint_weights", wrong)
+    found = outcome("joint weights")
+    assert found.outcome == "failed"
+    assert "a relative difference of 0.01 from fp64" in found.detail
+    monkeypatch.setattr(self_test, "run", lambda options: 1 / 0)
+    run = apt("doctor", "--test")
+    assert run.code == 1
+    assert "failed" in run.out
+
+
+def test_inputs_that_differ_from_those_of_the_cpu_are_found(monkeypatch):
+    right, calls = self_test.as_rows, []
+
+    def wrong(*given):
+        calls.append(given)
+        return right(*given) * len(calls)
+
+    monkeypatch.setattr(self_test, "as_rows", wrong)
+    assert outcome("captured").outcome == "failed"
+
+
+def test_a_run_that_breaks_the_model_is_found(monkeypatch):
+    scores = {"before": {"perplexity": 10.0}, "after": {"perplexity": float("nan")}}
+    monkeypatch.setattr(self_test, "run", lambda options: SimpleNamespace(scores=scores))
+    found = outcome("a run")
+    assert (found.outcome, found.detail) == (
+        "failed", "ValueError: the perplexity after pruning is nan")  # fmt: skip
+
+
+def test_what_needs_a_run_is_left_out_without_it(monkeypatch):
+    monkeypatch.setattr(self_test, "run", lambda options: 1 / 0)
+    kinds = {test.what: test.outcome for test in outcomes_on("cpu", registry())}
+    assert kinds["a run, its model opened again"] == "failed"
+    assert kinds["packed products against dense ones"] == "not there"
+
+
+def test_without_an_embedded_model_nothing_can_be_run():
+    none = SimpleNamespace(adapters=SimpleNamespace(specs={}))
+    outcomes = [test.outcome for test in outcomes_on("cpu", none)]
+    assert outcomes[0] == "passed"
+    assert set(outcomes[1:]) == {"not there"}
+
+
+def test_exact_weights_meet_the_normal_equations():
+    matrix = torch.tensor([[2.0, 1.0], [1.0, 3.0]], dtype=torch.float64)
+    found = self_test._exact(
+        torch.tensor([[1.0, 2.0]], dtype=torch.float64), matrix, torch.tensor([[False, True]])
+    )
+    assert found.tolist() == [[2.0, 0.0]]  # (2 + 2) / 2
