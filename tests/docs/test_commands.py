@@ -23,6 +23,7 @@ NOT_HERE = {
     "--tasks": "needs questions that are not installed; apt_lab/test_tasks.py",
     "state-spaces/mamba-130m": "needs a checkpoint of mamba_ssm; checkpoints/test_load.py",
     "pruned-hf": "the same",
+    "doctor --test": "a minute; engine/test_self_test.py",
     **({} if STACKED else {"zoo:moe": "needs transformers 5"}),
     "w4a16": "its group divides no matrix of so small a model; packing/test_compressed_tensors.py",
 }
