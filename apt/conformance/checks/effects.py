@@ -75,6 +75,9 @@ def _wrong(gram: Tensor, energy: float, shape: tuple[int, ...]) -> str:
 @torch.no_grad()
 def _unlike_removals(subject: Subject) -> Iterator[Fault]:
     """Faults of effects that do not predict the changes when single weights are zero."""
+    blocks = subject.adapter.blocks(subject.model)
+    if not any(subject.adapter.extras(block) for _, block in blocks):
+        return
     whole = copy.deepcopy(subject.model).float()
     subject = Subject(subject.adapter, whole, subject.tokens[:2])
     steps = [step for step in subject.steps() if subject.adapter.extras(step.block)]

@@ -5,15 +5,14 @@ places, since an adapter is free to choose the place of the product whose loss i
 operator whose result changes, the input of the first site that changes, and the block's output.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from apt.adapter import State
+from apt.adapter import Site, State
 from apt.calibration.storage import mapped
 from apt.conformance.checks.recording import first_tensor
 from apt.conformance.checks.subject import Step, Subject
@@ -23,11 +22,14 @@ _UNSET = ("empty", "empty_like", "empty_strided", "new_empty")
 _ROUNDING = 1e-12  # of the squared norm, below which nothing has changed
 
 
-class _Results(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While entered, keeps the results of operators, or measures how they differ from ``plain``."""
+class _Results(Oracle[Site]):  # type: ignore[no-untyped-call]
+    """An oracle that keeps the results of operators, or finds how they differ from ``plain``.
 
-    def __init__(self, plain: Sequence[Tensor | None] = ()) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+    It is a mode of its own kind, not one beside the oracle: every mode slows every operator down.
+    """
+
+    def __init__(self, weights: Mapping[Site, Tensor], plain: Sequence[Tensor | None] = ()) -> None:
+        super().__init__(weights)
         self.kept: list[Tensor] = []
         self.change = 0.0
         self._compares, self._plain = bool(plain), iter(plain)
@@ -36,13 +38,15 @@ class _Results(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run the operator, and keep its result or measure the first change."""
-        result = func(*args, **(kwargs or {}))
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if self.change:
+            return result
         unset = func.overloadpacket.__name__ in _UNSET
         if unset or not isinstance(result, Tensor) or not result.is_floating_point():
             return result
         if not self._compares:
             self.kept.append(result.clone())
-        elif not self.change and (plain := next(self._plain, None)) is not None:
+        elif (plain := next(self._plain, None)) is not None:
             self.change = _distance(result, plain)
         return result
 
@@ -52,7 +56,8 @@ class Removals:
 
     def __init__(self, subject: Subject, step: Step) -> None:
         self.step, self._adapter = step, subject.adapter
-        results, turned = _Results(), _Results()
+        self._weights = {site: site.weight(step.block).data for site in step.sites}
+        results, turned = (_Results(self._weights) for _ in range(2))
         self._run(mapped(step.state, Tensor, _turned), turned)
         self._plain = self._run(step.state, results)
         pairs = zip(results.kept, turned.kept, strict=False)
@@ -61,7 +66,7 @@ class Removals:
 
     def changes(self, weight: Tensor, channel: int, removed: list[int], left: float = 0) -> Tensor:
         """The squared changes when some weights of a channel are multiplied by ``left``."""
-        results = _Results(self._results)
+        results = _Results(self._weights, self._results)
         with _scaled(weight, channel, removed, left):
             inputs, output = self._run(self.step.state, results)
         inner = (_distance(*pair) for pair in zip(inputs, self._plain[0], strict=False))
@@ -71,11 +76,9 @@ class Removals:
     @torch.no_grad()
     def _run(self, state: State, results: _Results) -> tuple[list[Tensor], Tensor]:
         """The inputs of the sites in order, and the block's output."""
-        block = self.step.block
-        oracle = Oracle({site: site.weight(block).data for site in self.step.sites})
-        with oracle, results:
-            output = self._adapter.step(block, state, self.step.call)
-        seen = sorted(oracle.seen.values(), key=lambda seen: seen.first)
+        with results:
+            output = self._adapter.step(self.step.block, state, self.step.call)
+        seen = sorted(results.seen.values(), key=lambda seen: seen.first)
         return [torch.cat(each.inputs) for each in seen], first_tensor(output)
 
 
