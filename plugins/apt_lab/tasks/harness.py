@@ -25,7 +25,7 @@ from apt.errors import AptError, first_line
 from apt.extending import eval_mode
 from apt_lab.tasks.answers import Answers
 from apt_lab.tasks.question_sets import GROUP, SETS, task_config
-from apt_lab.tasks.task_files import check_task_file
+from apt_lab.tasks.task_files import check_task_file, names_tasks
 
 _BATCH = 16
 _RESAMPLES = 10_000  # of a metric that is no mean, for its standard error
@@ -60,7 +60,7 @@ def check_tasks(names: Sequence[str], *, trust_remote_code: bool = False) -> lis
 
 
 @cache
-def _index(*, own: bool = True) -> Any:
+def _index(*, own: bool) -> Any:
     """The harness's index of tasks: making one takes seconds, unless its own tasks are left out."""
     from lm_eval.tasks import TaskManager
 
@@ -69,7 +69,7 @@ def _index(*, own: bool = True) -> Any:
 
 
 def _check_known(names: Sequence[str]) -> None:
-    known = _index().match_tasks(list(names))
+    known = _index(own=True).match_tasks(list(names))
     for name in names:
         if name not in known:
             raise AptError(
@@ -81,6 +81,11 @@ def _check_known(names: Sequence[str]) -> None:
 
 def _is_file(name: str) -> bool:
     return name.endswith((".yaml", ".yml"))
+
+
+def _may_name_others(name: str) -> bool:
+    """True for a task of the harness, and for a file that can name some."""
+    return not _is_file(name) or names_tasks(Path(name))
 
 
 def task_setting(names: Sequence[str], limit: int | None) -> dict[str, Any]:
@@ -115,6 +120,7 @@ def answer(
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
+    foreign = any(name not in SETS and _may_name_others(name) for name in names)
     wanted = [task_config(name) if name in SETS else name for name in names]
     sandbox = nullcontext() if trust_remote_code else _sandboxed_templates()
     with eval_mode(model), _quiet(progress=progress), _no_environment(), _one_process(), sandbox:
@@ -125,7 +131,7 @@ def answer(
         try:
             found = simple_evaluate(
                 runner, tasks=wanted, limit=limit, verbosity="ERROR",
-                task_manager=_index(own=not SETS.keys() >= set(names)),
+                task_manager=_index(own=foreign),
                 bootstrap_iters=_RESAMPLES,
             )  # fmt: skip
         except Exception as error:  # for tasks of users the harness raises any type

@@ -32,6 +32,12 @@ def check_task_file(path: Path, *, trust_remote_code: bool) -> None:
             )
 
 
+def names_tasks(path: Path) -> bool:
+    """True if a task file is a group, which can name tasks of the harness."""
+    contents = (_read(part) for part in _with_included(path, set()))
+    return any(isinstance(node.get("task"), list) for c in contents for node in _nodes(c))
+
+
 def _with_included(path: Path, seen: set[Path]) -> Iterator[Path]:
     """A task file and the files that it includes."""
     if path.resolve() in seen:
