@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import fmean
@@ -229,13 +230,16 @@ def _numbers(part: Any) -> Any:
 
 def versions() -> dict[str, str]:
     """The versions that can change a result."""
+    return dict(_versions())
+
+
+@cache  # the files of metadata are searched for and read
+def _versions() -> tuple[tuple[str, str], ...]:
     known = {"python": platform.python_version(), "platform": platform.platform()}
     for package in _PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             known[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return known
+    return tuple(known.items())
 
 
 def peak_memory() -> dict[str, int]:
