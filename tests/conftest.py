@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from apt_plugins import texts
 from hypothesis import settings
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
@@ -39,11 +40,11 @@ for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHU
 
 @pytest.fixture(autouse=True, scope="session")
 def _long_texts_are_tokenised_once():
-    """The embedded text takes a second to tokenise, in each of a hundred runs."""
+    """The embedded text takes seconds to tokenise, the short one a tenth of a small run."""
     plain, known = PreTrainedTokenizerFast.__call__, {}
 
     def call(self, text=None, *args, **options):
-        if args or not isinstance(text, str) or len(text) < 100_000:
+        if args or not isinstance(text, str) or len(text) < 5_000:
             return plain(self, text, *args, **options)
         key = (self.backend_tokenizer.to_str(), text, *sorted(options.items()))
         if key not in known:
@@ -59,6 +60,15 @@ def pytest_collection_finish():
     """Leave what is imported by now to itself: each run of the command line collects garbage."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    """The same for large libraries that are imported on use, once the tests of a file are done."""
+    done = nextitem is None or nextitem.path != item.path
+    if done and len(gc.get_objects(2)) > 50_000:
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -127,6 +137,17 @@ def forked_workers(monkeypatch):
     """The workers of ``bench`` are forked from a process that has imported what takes seconds."""
     ensure_running()  # before `bench` blocks SIGINT, which the server would pass on
     monkeypatch.setattr("apt_lab.benchmark.process.get_context", lambda kind: forked)
+
+
+@pytest.fixture
+def little_to_measure_on(monkeypatch):
+    """Of the embedded text to measure on, only the beginning is there."""
+    whole = texts.builtin
+
+    def shorter(split):
+        return (text[:50_000] if split == "evaluation" else text for text in whole(split))
+
+    monkeypatch.setattr(texts, "builtin", shorter)
 
 
 @pytest.fixture

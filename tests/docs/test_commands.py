@@ -35,11 +35,11 @@ WORDS = {
     "heads=6": "heads=4",
 }  # fmt: skip
 INSTEAD = {
-    "--minutes": "--steps 20", "--blocks": "--blocks 3", "--evaluations": "--evaluations 2",
+    "--minutes": "--steps 12", "--blocks": "--blocks 3", "--evaluations": "--evaluations 2",
     "--samples": "", "--seqlen": "", "--batch": "",
 }  # fmt: skip
 SMALL = "--samples 2 --seqlen 16 --calibration text.txt"
-TRAIN = "--samples 60 --batch 4 --seqlen 32 --steps 20 --checks 2 --calibration builtin"
+TRAIN = "--samples 60 --batch 4 --seqlen 32 --steps 12 --checks 2 --calibration builtin"
 ADDED = {
     "prune": f"{SMALL} --overwrite",
     "shrink": f"{SMALL} --overwrite",
@@ -120,7 +120,7 @@ PREPARED = {
 }
 
 
-@pytest.mark.usefixtures("forked_workers")
+@pytest.mark.usefixtures("forked_workers", "little_to_measure_on")
 @pytest.mark.parametrize(
     "page", [pytest.param(p, marks=EXTRAS if p == "docs/mamba.md" else ()) for p in PAGES]
 )

@@ -20,7 +20,7 @@ QUICK = ("--rounds", 1, "--prompt", 16, "--generate", 4, "--batch", 1)
 BLOCK = re.compile(r"```(console|python)\n(.*?)```", re.DOTALL)
 
 
-@pytest.mark.usefixtures("forked_workers")
+@pytest.mark.usefixtures("forked_workers", "little_to_measure_on")
 def test_the_tutorial_runs(apt, tmp_path):
     outputs, scope = [], {}
     assert Path.cwd() == tmp_path
