@@ -8,6 +8,9 @@ import sys
 import pytest
 from torch import nn
 
+# A run of pytest within pytest forgets the modules that it imports, but transformers does not.
+from transformers.models.olmo import modeling_olmo  # noqa: F401
+
 from apt.adapter import Input, Site
 from apt.plugin.registry import registry
 from apt.testing import CHECKS
@@ -222,10 +225,10 @@ def test_an_adapter_that_is_right(package, apt):
 
 
 def test_a_plugin_that_does_not_load_is_still_told_of_where_another_adapter_is_checked(
-    package, apt
+    package, apt, checkpoint
 ):
     package({"class Mine(": "class class Mine("})
-    done = apt("check", "opt")
+    done = apt("check", "opt", checkpoint("opt"))
     assert done.code == 0
     assert "plugin failed to load: mine 1.0: SyntaxError" in done.err
 

@@ -92,7 +92,7 @@ def test_the_command_line_on_the_wrong_model(apt, checkpoint):
 
 
 def test_the_pytest_plugin(pytester):
-    done = pytester.runpytest_inprocess("--apt-adapter", "mamba", "-v")
+    done = pytester.runpytest_inprocess("--apt-adapter", "llama", "-v")
     done.assert_outcomes(passed=len(CHECKS))
     done = pytester.runpytest_inprocess("--apt-adapter", "llamo")
     done.assert_outcomes(failed=1, skipped=len(CHECKS) - 1)

@@ -10,12 +10,15 @@ _OTHER = {"product": "effect", "effect": "product"}
 
 
 def misreported(kind, change, base=MAMBA):
-    """The Gram matrices of one kind of extra are changed by ``change``."""
+    """The Gram matrices of one kind of extra are changed by ``change``; it is the only kind."""
 
     class Misreported(base):
+        def extras(self, block):
+            return [extra for extra in super().extras(block) if extra.kind == kind]
+
         def effects(self, block, extras, sink):
             def changed(extra, gram, energy):
-                sink(extra, change(gram) if extra.kind == kind else gram, energy)
+                sink(extra, change(gram), energy)
 
             return super().effects(block, extras, changed)
 
@@ -23,13 +26,14 @@ def misreported(kind, change, base=MAMBA):
 
 
 def removed_otherwise(kind, base=MAMBA):
-    """One kind of extra is declared with the other removal."""
+    """The only kind of extra is declared with the other removal."""
 
     class Otherwise(base):
         def extras(self, block):
             return [
-                replace(extra, removal=_OTHER[extra.removal]) if extra.kind == kind else extra
+                replace(extra, removal=_OTHER[extra.removal])
                 for extra in super().extras(block)
+                if extra.kind == kind
             ]
 
     return Otherwise
