@@ -59,7 +59,7 @@ def test_a_file_of_windows_is_read(apt):
     [
         ("pack", ("pack", "zoo:llama", "-o", "out")),
         ("unpack", ("unpack", "packed", "-o", "out")),
-        ("apply_masks", ("reapply", "masks", "zoo:llama", "-o", "out")),
+        ("apply_masks", ("reapply", "masks", "MODEL", "-o", "out")),
         ("save_model", ("convert", "zoo:llama", "-o", "out")),
         ("load", ("eval", "zoo:llama")),
         ("render", ("report", "pruned", "-o", "page.html")),
@@ -67,10 +67,12 @@ def test_a_file_of_windows_is_read(apt):
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
-def test_an_interrupted_command_says_so_and_leaves_nothing(apt, monkeypatch, tmp_path, name, words):
+def test_an_interrupted_command_says_so_and_leaves_nothing(
+    apt, checkpoint, monkeypatch, tmp_path, name, words
+):
     if words[0] in ("unpack", "reapply", "report"):
-        made = ("prune", "zoo:llama", *QUICK, "-o", "pruned", "--pack", "packed", "--save-masks")
-        assert apt(*made).code == 0
+        made = ("-o", "pruned", "--pack", "packed", "--save-masks")
+        assert apt("prune", checkpoint("llama"), *QUICK, *made).code == 0
         os.rename("pruned/apt_masks.safetensors", "masks")
     before = sorted(tmp_path.iterdir())
 
@@ -86,7 +88,7 @@ def test_an_interrupted_command_says_so_and_leaves_nothing(apt, monkeypatch, tmp
             raise KeyboardInterrupt if number is signal.SIGINT else TerminatedError(number)
 
         monkeypatch.setattr(f"{modules[name]}.{name}", interrupt)
-        run = apt(*words)
+        run = apt(*(checkpoint("llama") if word == "MODEL" else word for word in words))
         assert run.code == 128 + number
         assert run.err.splitlines()[-1].startswith("apt: interrupted")
         assert sorted(tmp_path.iterdir()) == before

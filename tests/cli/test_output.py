@@ -61,19 +61,19 @@ def events(text):
     return [json.loads(line) for line in text.splitlines()]
 
 
-def test_with_json_all_progress_is_events(apt):
-    run = ("zoo:llama", "--calibration", TEXT, "--samples", 2, "--seqlen", 16, "--json")
+def test_with_json_all_progress_is_events(apt, checkpoint):
+    run = (checkpoint("llama"), "--calibration", TEXT, "--samples", 2, "--seqlen", 16, "--json")
     done = apt("prune", *run, "--pattern", "2:4", "--output", "out", "--effort", "fast")
     assert json.loads(done.out)["output"] == "out"
     found = events(done.err)
     kinds = {event["event"] for event in found}
     assert kinds == {"step", "notice", "site", "block"}
     blocks = [event for event in found if event["event"] == "block"]
-    assert [(event["block"], event["blocks"]) for event in blocks] == [(n, 4) for n in range(1, 5)]
-    assert [event["done"] for event in blocks] == [0.25, 0.5, 0.75, 1]
+    assert [(event["block"], event["blocks"]) for event in blocks] == [(n, 3) for n in range(1, 4)]
+    assert [event["done"] for event in blocks] == [1 / 3, 2 / 3, 1]
     assert blocks[0]["seconds_left"] > 0
     sites = [event for event in found if event["event"] == "site"]
-    assert len(sites) == 28
+    assert len(sites) == 21
     assert {"name", "shape", "zeros", "relative_error", "seconds"} <= sites[0].keys()
     quiet = apt("prune", *run, "--pattern", "0.5", "--output", "quiet", "--quiet")
     assert not quiet.err
@@ -91,16 +91,17 @@ def test_with_json_an_error_is_an_event(apt, words):
     assert "nothing" in last["text"]
 
 
-def test_a_recovery_and_a_comparison_tell_events(apt):
+def test_a_recovery_and_a_comparison_tell_events(apt, checkpoint):
     text = ("--calibration", TEXT, "--seqlen", 16, "--json")
     rows = apt(
-        "compare", "zoo:llama", *text, "--methods", "magnitude", "--patterns", "2:4",
+        "compare", checkpoint("llama"), *text, "--methods", "magnitude", "--patterns", "2:4",
         "--samples", 2, "--data", TEXT, "--windows", 2, "--output", "compared",
     )  # fmt: skip
     told = [event for event in events(rows.err) if event["event"] == "row"]
     assert [(event["done"], event["rows"]) for event in told] == [(1, 2), (2, 2)]
     assert told[1]["row"]["scores"][TEXT.name]["perplexity"] > 1
-    apt("prune", "zoo:llama", *text, "--samples", 2, "--method", "wanda", "--output", "pruned")
+    pruned = (*text, "--samples", 2, "--method", "wanda", "--output", "pruned")
+    apt("prune", checkpoint("llama"), *pruned)
     done = apt(
         "recover", "pruned", *text, "--kind", "layers", "--steps", 2, "--checks", 2, "--batch", 2
     )  # fmt: skip

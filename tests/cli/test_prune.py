@@ -24,10 +24,15 @@ def weights(model):
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
+# A sparsity is for one trained model of each kind, and for random ones below.
 @pytest.mark.parametrize(
-    "pattern", [("--pattern", "2:4"), ("--sparsity", "0.5", "--per", "layer")], ids=str
+    ("family", "pattern"),
+    [
+        *((family, ("--pattern", "2:4")) for family in FAMILIES),
+        *((family, ("--sparsity", "0.5", "--per", "layer")) for family in ("opt", "mamba")),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("family", FAMILIES)
 def test_zoo_models_are_pruned_and_open_in_plain_transformers(apt, family, pattern):
     run = apt("prune", "--adapter", family, *pattern, *SMALL, "-o", "out")
     assert run.code == 0, run.err
@@ -77,8 +82,18 @@ def test_each_default_is_said_in_one_line(apt):
     assert "verified on disk" in run.out
 
 
-def test_the_report_holds_what_a_rerun_needs(apt):
-    apt("prune", "zoo:mamba", "--method", "SS", *SMALL, "-o", "out", "--skip", "*.0.*.dt_proj")
+def test_the_report_holds_what_a_rerun_needs(apt, checkpoint):
+    apt(
+        "prune",
+        checkpoint("mamba"),
+        "--method",
+        "SS",
+        *SMALL,
+        "-o",
+        "out",
+        "--skip",
+        "*.0.*.dt_proj",
+    )
     report = json.loads(Path("out/apt_report.json").read_text())
     assert report["options"]["method"] == "ss"
     assert report["options"]["seqlen"] == 64
@@ -94,15 +109,15 @@ def test_the_report_holds_what_a_rerun_needs(apt):
     assert site["tokens"] == 256
 
 
-def test_two_runs_give_the_same_bytes(apt):
+def test_two_runs_give_the_same_bytes(apt, checkpoint):
     for name in ("a", "b"):
-        apt("prune", "zoo:llama", *SMALL, "-o", name)
+        apt("prune", checkpoint("llama"), *SMALL, "-o", name)
     first, second = (Path(name, "model.safetensors").read_bytes() for name in ("a", "b"))
     assert first == second
 
 
-def test_verify_finds_one_weight_too_many(apt):
-    apt("prune", "zoo:llama", *SMALL, "-o", "out")
+def test_verify_finds_one_weight_too_many(apt, checkpoint):
+    apt("prune", checkpoint("llama"), *SMALL, "-o", "out")
     tensors = load_file("out/model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight"
     row = tensors[name][3]
@@ -113,13 +128,13 @@ def test_verify_finds_one_weight_too_many(apt):
     assert "model.layers.1.mlp.up_proj: row 3 keeps 4 of inputs 8 to 11; 1 of" in run.out
     assert "model.safetensors was changed or removed since it was written" in run.out
     run = apt("verify", "out", "--pattern", "2:4", "--skip", "*.1.mlp.up_proj")
-    assert (run.code, "27 of 27 sites meet 2:4" in run.out) == (1, True)
+    assert (run.code, "20 of 20 sites meet 2:4" in run.out) == (1, True)
     Path("out/apt_report.json").unlink()
     assert apt("verify", "out", "--pattern", "2:4", "--skip", "*.1.mlp.up_proj").code == 0
 
 
-def test_verify_leaves_out_what_the_run_was_told_to(apt):
-    apt("prune", "zoo:bloom", *SMALL, "-o", "out", "--skip", "*.dense")
+def test_verify_leaves_out_what_the_run_was_told_to(apt, checkpoint):
+    apt("prune", checkpoint("bloom"), *SMALL, "-o", "out", "--skip", "*.dense")
     run = apt("verify", "out", "--pattern", "2:4")
     assert run.code == 0
     assert "left dense: transformer.h.0.self_attention.dense" in run.err
@@ -145,8 +160,8 @@ def test_a_damaged_report_is_one_line(apt, checkpoint, tmp_path, text):
     ],
     ids=str,
 )
-def test_the_mode_is_the_methods_unless_told(apt, options, alpha, ordered):
-    run = apt("prune", "zoo:llama", *SMALL, "-o", "out", *options)
+def test_the_mode_is_the_methods_unless_told(apt, checkpoint, options, alpha, ordered):
+    run = apt("prune", checkpoint("llama"), *SMALL, "-o", "out", *options)
     assert run.code == 0
     chosen = json.loads(Path("out/apt_report.json").read_text())["options"]
     assert (chosen["alpha"], chosen["beta"], chosen["ordered"]) == (alpha, alpha, ordered)
@@ -156,20 +171,20 @@ def test_the_mode_is_the_methods_unless_told(apt, options, alpha, ordered):
 
 
 @pytest.mark.parametrize(("effort", "epochs"), [("fast", 0), ("best", 8)])
-def test_the_effort_says_how_blocks_are_tuned(apt, effort, epochs):
-    run = apt("prune", "zoo:llama", *SMALL, "-o", "out", "--effort", effort)
+def test_the_effort_says_how_blocks_are_tuned(apt, checkpoint, effort, epochs):
+    run = apt("prune", checkpoint("llama"), *SMALL, "-o", "out", "--effort", effort)
     assert run.code == 0
     chosen = json.loads(Path("out/apt_report.json").read_text())["options"]
     assert chosen["tuning_epochs"] == epochs
 
 
-def test_each_ingredient_has_an_option(apt):
+def test_each_ingredient_has_an_option(apt, checkpoint):
     options = {
         "alpha": 0.5, "beta": 0, "row_importance": 0, "tuning_epochs": 2, "tuning_rate": 0.01,
         "tuning_tokens": 0, "random_tokens": 1, "own_samples": 1,
     }  # fmt: skip
     given = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    assert apt("prune", "zoo:llama", *SMALL, "-o", "out", *given).code == 0
+    assert apt("prune", checkpoint("llama"), *SMALL, "-o", "out", *given).code == 0
     chosen = json.loads(Path("out/apt_report.json").read_text())["options"]
     assert {name: chosen[name] for name in options} == options
 

@@ -57,8 +57,8 @@ def test_an_interrupted_run_keeps_its_allocation(checkpoint, apt, output_of, mon
     assert zeros_of(report_of("out")) == zeros_of(report_of(whole))
 
 
-def test_mixed_nm_has_the_exact_total_and_is_verified(apt):
-    result = apt("prune", "--adapter", "llama", "--pattern", "auto:8", "--sparsity", 0.5, *SMALL,
+def test_mixed_nm_has_the_exact_total_and_is_verified(apt, checkpoint):
+    result = apt("prune", checkpoint("llama"), "--pattern", "auto:8", "--sparsity", 0.5, *SMALL,
                  "-o", "out")  # fmt: skip
     assert result.code == 0, result.err
     report = report_of("out")
@@ -66,7 +66,7 @@ def test_mixed_nm_has_the_exact_total_and_is_verified(apt):
     assert len(patterns) > 1
     assert all(pattern.endswith(":8") for pattern in patterns)
     dense = {name: 0 for name in report["skipped"]}
-    assert sum((zeros_of(report) | dense).values()) == 0.5 * total_size("zoo:llama")
+    assert sum((zeros_of(report) | dense).values()) == 0.5 * total_size(str(checkpoint("llama")))
     assert report["options"]["pattern"] == "auto:8@0.5"
     assert report["options"]["allocation"] == "auto"
     assert apt("verify", "out").code == 0
@@ -107,8 +107,8 @@ def test_every_method_prunes_mixed_nm(method):
     assert parse_pattern("auto:4@50%") == MixedNM(0.5, m=4)
 
 
-def test_a_dry_run_shows_the_levels_and_writes_nothing(apt, tmp_path):
-    command = ("prune", "--adapter", "llama", *SMALL, "--dry-run", "--json")
+def test_a_dry_run_shows_the_levels_and_writes_nothing(apt, checkpoint, tmp_path):
+    command = ("prune", checkpoint("llama"), *SMALL, "--dry-run", "--json")
     plain = apt(*command, "--sparsity", 0.6, "--allocation", "uniform")
     shared = apt(*command, *AUTO)
     assert shared.code == 0, shared.err
@@ -122,9 +122,9 @@ def test_a_dry_run_shows_the_levels_and_writes_nothing(apt, tmp_path):
 
 
 @pytest.mark.parametrize("samples", [(4, 2), (0, 3)])
-def test_a_dry_run_shows_the_levels_of_the_run_with_generated_text(samples, apt):
+def test_a_dry_run_shows_the_levels_of_the_run_with_generated_text(samples, apt, checkpoint):
     given, own = samples
-    command = ("prune", "--adapter", "llama", *AUTO, "--seqlen", 32, "--effort", "fast",
+    command = ("prune", checkpoint("llama"), *AUTO, "--seqlen", 32, "--effort", "fast",
                "--samples", given, "--own-samples", own)  # fmt: skip
     plans = [apt(*command, "--dry-run", "--json", *mode) for mode in ((), ("--stream",))]
     assert [plan.code for plan in plans] == [0, 0], plans[0].err
@@ -134,8 +134,8 @@ def test_a_dry_run_shows_the_levels_of_the_run_with_generated_text(samples, apt)
         assert {s["name"]: s["pattern"] for s in json.loads(plan.out)["sites"]} == written
 
 
-def test_the_summary_counts_the_sites_that_an_allocation_leaves_dense(apt):
-    command = ("prune", "--adapter", "llama", "--pattern", "auto:4", "--sparsity", 0.3, *SMALL[:4],
+def test_the_summary_counts_the_sites_that_an_allocation_leaves_dense(apt, checkpoint):
+    command = ("prune", checkpoint("llama"), "--pattern", "auto:4", "--sparsity", 0.3, *SMALL[:4],
                "--method", "wanda", "--skip", "*.layers.0.*.q_proj")  # fmt: skip
     result = apt(*command, "-o", "out")
     assert result.code == 0, result.err
@@ -147,8 +147,8 @@ def test_the_summary_counts_the_sites_that_an_allocation_leaves_dense(apt):
 
 
 @pytest.mark.parametrize(("unit", "name"), [("block", "auto-block"), ("model", "auto")])
-def test_units_of_several_sites_are_allocations(unit, name, apt):
-    command = ("prune", "--adapter", "opt", "--sparsity", 0.6, *SMALL[:4], "--method", "wanda")
+def test_units_of_several_sites_are_allocations(unit, name, apt, checkpoint):
+    command = ("prune", checkpoint("opt"), "--sparsity", 0.6, *SMALL[:4], "--method", "wanda")
     assert apt(*command, "--per", unit, "-o", "unit").code == 0
     assert apt(*command, "--allocation", name, "-o", "name").code == 0
     assert zeros_of(report_of("unit")) == zeros_of(report_of("name"))
@@ -175,8 +175,8 @@ def test_bad_input_is_refused_in_one_line(arguments, said, apt):
     assert not Path("out").exists()
 
 
-def test_the_default_method_distributes_a_sparsity_and_verify_knows_it(apt):
-    command = ("prune", "--adapter", "llama", *SMALL, "--sparsity", 0.6)
+def test_the_default_method_distributes_a_sparsity_and_verify_knows_it(apt, checkpoint):
+    command = ("prune", checkpoint("llama"), *SMALL, "--sparsity", 0.6)
     result = apt(*command, "-o", "out")
     assert result.code == 0, result.err
     assert "allocation: auto (default)" in result.err
@@ -193,8 +193,8 @@ def test_the_default_method_distributes_a_sparsity_and_verify_knows_it(apt):
     "options",
     [("--allocation", "uniform"), ("--per", "layer"), ("--layer-wise",), ("--method", "alps")],
 )
-def test_a_sparsity_is_the_same_everywhere_on_request_and_for_baselines(options, apt):
-    command = ("prune", "--adapter", "llama", *SMALL[:4], "--sparsity", 0.6, *options)
+def test_a_sparsity_is_the_same_everywhere_on_request_and_for_baselines(options, apt, checkpoint):
+    command = ("prune", checkpoint("llama"), *SMALL[:4], "--sparsity", 0.6, *options)
     result = apt(*command, "-o", "out")
     assert result.code == 0, result.err
     assert {site["pattern"] for site in report_of("out")["sites"]} == {"0.6"}

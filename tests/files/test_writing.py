@@ -88,8 +88,8 @@ def model(tmp_path_factory, checkpoint):
 
 
 @pytest.fixture(scope="module")
-def pruned(output_of):
-    return output_of("prune", "zoo:llama", *QUICK)
+def pruned(output_of, model):
+    return output_of("prune", model, *QUICK)
 
 
 SEARCH = ("--search", "--keep", 0.75, "--evaluations", 1, *QUICK[:-2])
@@ -180,8 +180,8 @@ def test_a_log_is_appended_to_and_a_full_disk_is_one_line(tmp_path, monkeypatch,
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_the_journal_of_a_search_replaces_no_other_file(apt):
-    search = ("shrink", "zoo:llama", "--search", "--keep", 0.75, "--evaluations", 1, "--samples", 2,
+def test_the_journal_of_a_search_replaces_no_other_file(apt, model):
+    search = ("shrink", model, "--search", "--keep", 0.75, "--evaluations", 1, "--samples", 2,
               "--seqlen", 32, "--calibration", TEXT, "-o", "small")  # fmt: skip
     place = Path(".small.search.jsonl")
     place.write_text("my notes\n")
@@ -201,9 +201,9 @@ def test_the_journal_of_a_search_replaces_no_other_file(apt):
     assert not place.exists()
 
 
-def test_overwrite_replaces_the_unmodified_result_alone(apt, pruned):
+def test_overwrite_replaces_the_unmodified_result_alone(apt, model, pruned):
     shutil.copytree(pruned, "out")
-    again = ("prune", "zoo:llama", *QUICK, "-o", "out", "--overwrite")
+    again = ("prune", model, *QUICK, "-o", "out", "--overwrite")
     assert apt(*again).code == 0
     for name, change in {
         "model.safetensors": fine_tune,
@@ -226,7 +226,7 @@ def fine_tune(path):
     save_file(tensors, path, {"format": "pt"})
 
 
-def test_a_result_that_is_changed_during_the_run_is_kept(apt, pruned, monkeypatch):
+def test_a_result_that_is_changed_during_the_run_is_kept(apt, model, pruned, monkeypatch):
     shutil.copytree(pruned, "out")
     from apt.output.staging import Staging
 
@@ -237,7 +237,7 @@ def test_a_result_that_is_changed_during_the_run_is_kept(apt, pruned, monkeypatc
         publish(work)
 
     monkeypatch.setattr(Staging, "publish", changed)
-    run = apt("prune", "zoo:llama", *QUICK, "-o", "out", "--overwrite")
+    run = apt("prune", model, *QUICK, "-o", "out", "--overwrite")
     assert run.code == 2
     assert "was changed since APT wrote it: config.json, and was not replaced" in run.err
     assert Path("out/config.json").read_text() == "{}"

@@ -1,6 +1,7 @@
 """Overrides hold in every allocation, and `verify` compares what was asked with what is there."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -46,8 +47,8 @@ def test_an_override_is_exact_and_the_others_keep_their_total(allocation, own):
 
 
 @pytest.mark.parametrize("allocation", ["alphapruning", "auto"])
-def test_verify_holds_what_was_asked_against_what_is_there(apt, allocation):
-    run = ("prune", "zoo:llama", "--sparsity", 0.6, "--allocation", allocation, *QUICK,
+def test_verify_holds_what_was_asked_against_what_is_there(apt, checkpoint, allocation):
+    run = ("prune", checkpoint("llama"), "--sparsity", 0.6, "--allocation", allocation, *QUICK,
            "--override", "*.down_proj=0.3", "-o", "out")  # fmt: skip
     assert apt(*run).code == 0
     assert apt("verify", "out").code == 0
@@ -61,8 +62,9 @@ def test_verify_holds_what_was_asked_against_what_is_there(apt, allocation):
     assert f"{site['name']}: 0.3 was asked for, and the report has 0.42" in found.out
 
 
-def test_verify_finds_an_allocation_that_removed_too_little(apt):
-    run = ("prune", "zoo:llama", "--sparsity", 0.6, "--allocation", "owl", *QUICK, "-o", "out")
+def test_verify_finds_an_allocation_that_removed_too_little(apt, checkpoint):
+    run = ("prune", checkpoint("llama"), "--sparsity", 0.6, "--allocation", "owl", *QUICK, "-o",
+           "out")  # fmt: skip
     assert apt(*run).code == 0
     path = Path("out/apt_report.json")
     record = json.loads(path.read_text())
@@ -85,8 +87,8 @@ def test_verify_knows_sites_that_an_allocation_left_dense(apt):
     {"overrides": [1]}, {"overrides": {"*": [2]}}, {"pattern": 7}, {"only": 3}, {"also": 3},
     {"skip": [None]},
 ], ids=str)  # fmt: skip
-def test_a_report_with_other_types_is_one_line(apt, change):
-    assert apt("prune", "zoo:opt", "--sparsity", 0.5, *QUICK, "-o", "out").code == 0
+def test_a_report_with_other_types_is_one_line(apt, checkpoint, output_of, change):
+    shutil.copytree(output_of("prune", checkpoint("opt"), "--sparsity", 0.5, *QUICK), "out")
     path = Path("out/apt_report.json")
     record = json.loads(path.read_text())
     record["options"] |= change
@@ -96,8 +98,8 @@ def test_a_report_with_other_types_is_one_line(apt, change):
     assert "Traceback" not in found.err
 
 
-def test_verify_counts_both_ways(apt):
-    assert apt("prune", "zoo:opt", "--sparsity", 0.5, *QUICK, "-o", "out").code == 0
+def test_verify_counts_both_ways(apt, checkpoint, output_of):
+    shutil.copytree(output_of("prune", checkpoint("opt"), "--sparsity", 0.5, *QUICK), "out")
     tensors = load_file("out/model.safetensors")
     name = "model.decoder.layers.0.fc1"
     tensors[f"{name}.weight"][:40] = 0

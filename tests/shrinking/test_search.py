@@ -426,9 +426,9 @@ def test_flap_scores_a_constant_input_as_nothing():
     assert math.isfinite(float(first.sum()))
 
 
-def test_a_search_at_the_shell_reports_and_draws_its_candidates(apt, tmp_path):
+def test_a_search_at_the_shell_reports_and_draws_its_candidates(apt, checkpoint, tmp_path):
     text = ("--samples", 4, "--seqlen", 32)
-    result = apt("shrink", "--adapter", "llama", "--search", "--evaluations", 6, *text,
+    result = apt("shrink", checkpoint("llama"), "--search", "--evaluations", 6, *text,
                  "--plot", "search.png", "--effort", "fast", "-o", "out")  # fmt: skip
     assert result.code == 0, result.err
     assert "dropped blocks" in result.out

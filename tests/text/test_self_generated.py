@@ -10,15 +10,18 @@ import apt as library
 from apt.evaluation.metrics import perplexity
 from apt.text.sampling import mixed
 from tests.helpers import TEXT
-from tests.helpers.families import FAMILIES, zoo_model
-
-COMMAND = ("prune", "zoo:llama", "--pattern", "2:4", "--seqlen", 32, "--calibration", TEXT)
+from tests.helpers.families import FAMILIES, random_model, zoo_model
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_the_same_seed_writes_the_same_text(name):
-    model, *_ = zoo_model(name, samples=1, seqlen=8)
-    module = model.module.train()
+@pytest.fixture
+def command(checkpoint):
+    """A run with little text."""
+    return ("prune", checkpoint("llama"), "--pattern", "2:4", "--seqlen", 32, "--calibration", TEXT)
+
+
+@pytest.mark.parametrize("variant", FAMILIES.values())
+def test_the_same_seed_writes_the_same_text(variant):
+    module = random_model(variant).train()
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -32,19 +35,18 @@ def test_the_same_seed_writes_the_same_text(name):
 
 
 def test_a_penalty_of_the_model_does_not_change_its_text():
-    model, *_ = zoo_model("llama", samples=1, seqlen=8)
-    plain = library.own_text(model.module, 3, 40)
-    own = model.module.generation_config
+    model = random_model("llama")
+    plain = library.own_text(model, 3, 40)
+    own = model.generation_config
     own.repetition_penalty, own.no_repeat_ngram_size = 5.0, 2
-    assert torch.equal(library.own_text(model.module, 3, 40), plain)
-    assert model.module.generation_config is own
+    assert torch.equal(library.own_text(model, 3, 40), plain)
+    assert model.generation_config is own
 
 
 def test_a_long_sample_is_several_pieces(monkeypatch):
     monkeypatch.setattr("apt.text.self_generated._PIECE", 16)
     monkeypatch.setattr("apt.text.self_generated._AT_ONCE", 2)
-    model, *_ = zoo_model("llama", samples=1, seqlen=8)
-    tokens = library.own_text(model.module, 2, 40)
+    tokens = library.own_text(random_model("llama"), 2, 40)
     assert tokens.shape == (2, 40)
     starts = torch.randint(2048, (5, 1), generator=torch.Generator().manual_seed(0))
     assert torch.equal(tokens.flatten()[::16], starts.flatten())
@@ -81,14 +83,14 @@ def test_pruning_on_it_is_far_better_than_on_any_tokens():
         (("--samples", 0, "--own-samples", 3, "--method", "ss", "--eval", TEXT), 3, [3, 32]),
     ],
 )
-def test_the_command_line_has_the_model_write(options, own, shape, apt):
-    result = apt(*COMMAND, *options, "-o", "out")
+def test_the_command_line_has_the_model_write(options, own, shape, apt, command):
+    result = apt(*command, *options, "-o", "out")
     assert result.code == 0, result.err
     calibration = json.loads(Path("out/apt_report.json").read_text())["calibration"]
     assert (calibration["own_samples"], calibration["shape"]) == (own, shape)
 
 
-def test_given_text_stays_whole(apt, monkeypatch):
+def test_given_text_stays_whole(apt, command, monkeypatch):
     seen = []
 
     def watched(given, own, seed):
@@ -96,7 +98,8 @@ def test_given_text_stays_whole(apt, monkeypatch):
         return seen[-1][1]
 
     monkeypatch.setattr("apt.text.augmentation.mixed", watched)
-    assert apt(*COMMAND, "--samples", 6, "--own-samples", 2, "--method", "ss").code == 0
+    given = ("--samples", 6, "--own-samples", 2, "--method", "ss")
+    assert apt(*command, *given).code == 0
     [(given, both)] = seen
     rows = both.tolist()
     assert sum(row in rows for row in given.tolist()) == 6
@@ -118,16 +121,16 @@ def test_added_samples_have_the_device_and_dtype_of_the_given_ones():
         (("--samples", 0), "use at least one sample or one own sample (--samples, --own-samples)"),
     ],
 )
-def test_what_cannot_be_is_told_first(options, said, apt):
-    result = apt(*COMMAND, *options, "-o", "out")
+def test_what_cannot_be_is_told_first(options, said, apt, command):
+    result = apt(*command, *options, "-o", "out")
     assert result.code == 2
     assert said in result.err
     assert not Path("out").exists()
 
 
-def test_a_model_that_cannot_write_does_without_unless_asked(apt, monkeypatch):
+def test_a_model_that_cannot_write_does_without_unless_asked(apt, command, monkeypatch):
     monkeypatch.setattr("apt.engine.pruning_plan.writes", lambda module: False)
-    result = apt(*COMMAND, "--samples", 6, "--effort", "best", "-o", "out")
+    result = apt(*command, "--samples", 6, "--effort", "best", "-o", "out")
     assert result.code == 0, result.err
     assert "own samples: 0 (not 2: LlamaForCausalLM cannot generate text)" in result.err
     with pytest.raises(library.AptError, match="Linear cannot generate calibration text") as raised:
@@ -136,13 +139,13 @@ def test_a_model_that_cannot_write_does_without_unless_asked(apt, monkeypatch):
 
 
 def test_logits_that_are_no_numbers_are_left_to_the_pruning_to_tell():
-    model, *_ = zoo_model("llama", samples=1, seqlen=8)
-    model.module.get_output_embeddings().weight.data[3] = torch.nan
-    assert library.own_text(model.module, 2, 16).shape == (2, 16)
+    model = random_model("llama")
+    model.get_output_embeddings().weight.data[3] = torch.nan
+    assert library.own_text(model, 2, 16).shape == (2, 16)
 
 
-def test_a_streamed_run_writes_as_much(apt):
-    result = apt(*COMMAND, "--samples", 6, "--effort", "best", "--stream", "-o", "out")
+def test_a_streamed_run_writes_as_much(apt, command):
+    result = apt(*command, "--samples", 6, "--effort", "best", "--stream", "-o", "out")
     assert result.code == 0, result.err
     calibration = json.loads(Path("out/apt_report.json").read_text())["calibration"]
     assert (calibration["own_samples"], calibration["shape"][0]) == (2, 8)
