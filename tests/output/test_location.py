@@ -109,26 +109,29 @@ def test_places_that_are_refused_stay_as_they_are(house, apt, monkeypatch, mode)
         assert snapshot(house) == before, place
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_places_that_are_taken(house, apt, monkeypatch, mode):
+@pytest.mark.parametrize(
+    ("mode", "place"),
+    [*((mode, "new") for mode in MODES), ("memory", "deep/er/new"), ("stream", "../to-empty"),
+     ("overwrite", "../to-empty"), ("stream-overwrite", "deep/er/new")],
+)  # fmt: skip
+def test_places_that_are_taken(house, apt, monkeypatch, mode, place):
     monkeypatch.chdir(house / "work")
     (house / "empty").mkdir()
     (house / "to-empty").symlink_to(house / "empty")
     outside = snapshot(house / "foreign"), snapshot(house / "models")
-    for place in ("new", "deep/er/new", "../to-empty"):
-        command = ("prune", "../models/in", *QUICK, "--calibration", TEXT, "-o", place)
-        run = apt(*command, *MODES[mode])
-        assert run.code == 0, run.err
-        assert (Path(place) / "apt_report.json").is_file()
-        again = apt(*command, *MODES[mode])
-        assert (again.code == 0) == ("overwrite" in mode), again.err
-        assert ("replaces" in again.err) == ("overwrite" in mode)
-        (Path(place) / "notes.txt").write_text("mine")
-        kept = snapshot(place)
-        last = apt(*command, *MODES[mode])
-        assert last.code == 2
-        assert "files that APT did not write: notes.txt" in last.err
-        assert snapshot(place) == kept
+    command = ("prune", "../models/in", *QUICK, "--calibration", TEXT, "-o", place)
+    run = apt(*command, *MODES[mode])
+    assert run.code == 0, run.err
+    assert (Path(place) / "apt_report.json").is_file()
+    again = apt(*command, *MODES[mode])
+    assert (again.code == 0) == ("overwrite" in mode), again.err
+    assert ("replaces" in again.err) == ("overwrite" in mode)
+    (Path(place) / "notes.txt").write_text("mine")
+    kept = snapshot(place)
+    last = apt(*command, *MODES[mode])
+    assert last.code == 2
+    assert "files that APT did not write: notes.txt" in last.err
+    assert snapshot(place) == kept
     assert (house / "to-empty").is_symlink()
     assert (snapshot(house / "foreign"), snapshot(house / "models")) == outside
     assert not [p for p in house.rglob("*") if p.name.endswith(".apt")]

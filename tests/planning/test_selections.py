@@ -19,7 +19,7 @@ from apt.solver.patterns import meets
 from tests.helpers.families import CONFIGS, adapter_of, random_model, random_tokens
 
 PATTERN, TOKENS = NM(2, 4), random_tokens(samples=3, seqlen=12)
-few = settings(max_examples=10, deadline=None)
+few = settings(max_examples=5, deadline=None)  # of each of many variants
 
 
 @cache
