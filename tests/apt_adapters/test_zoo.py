@@ -21,8 +21,8 @@ from tests.helpers.releases import SCAN
 def test_pruning_costs_perplexity_and_methods_can_be_ranked(family):
     source = find(f"zoo:{family}", registry())
     model, tokenizer = load(open_skeleton(source, registry())), load_tokenizer(source)
-    tokens = calibration_tokens(tokenizer, [builtin("calibration")], 16, 128, 0, "builtin")
-    held_out = evaluation_tokens(tokenizer, [builtin("evaluation")], 16, 128, "builtin")
+    tokens = calibration_tokens(tokenizer, [builtin("calibration")], 16, 64, 0, "builtin")
+    held_out = evaluation_tokens(tokenizer, [builtin("evaluation")], 16, 64, "builtin")
 
     def score(module):
         with model.adapter.running(module):
@@ -30,8 +30,11 @@ def test_pruning_costs_perplexity_and_methods_can_be_ranked(family):
 
     dense = score(model.module)
     assert dense < 80
+    methods = ["admm", "sm", "ss", "wanda", "magnitude"]
+    if family != "llama":  # the slowest, between two others
+        methods.remove("sm")
     errors, scores = [], {}
-    for method in ("admm", "sm", "ss", "wanda", "magnitude"):
+    for method in methods:
         pruned = copy.deepcopy(model.module)
         report = library.prune(
             pruned,

@@ -215,6 +215,7 @@ def test_a_model_that_raises_is_a_fault(faulty):
     assert "modeling_faulty.py" in found.traceback
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_a_worker_that_dies_is_one_line(apt, faulty):
     path = faulty("os.kill(os.getpid(), 9)")
     run = apt("bench", path, *LITTLE, "--trust-remote-code")

@@ -194,7 +194,7 @@ def drift_after(model, dense, adapter, tokens):
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "moe"])
 def test_the_pruned_zoo_models_end_nearer_to_the_dense_ones(name):
     """On tokens that had no part in pruning, for each trained checkpoint."""
-    dense, *parts = zoo_model(name, samples=16, seqlen=128)
+    dense, *parts = zoo_model(name, samples=8, seqlen=64)
     drifts = []
     for aware in (False, True):
         model = copy.deepcopy(dense.module)

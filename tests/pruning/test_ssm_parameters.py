@@ -181,7 +181,7 @@ def test_effects_that_are_not_handed_over_are_an_error():
 
 
 def test_half_of_the_decays_cost_less_than_by_magnitude_and_hardly_anything():
-    model, tokens, held_out = zoo_model("mamba", 24, 128)
+    model, tokens, held_out = zoo_model("mamba", 12, 64)
     dense, pruned, naive = model.module, copy.deepcopy(model.module), copy.deepcopy(model.module)
     every = Selection(overrides=(("*_proj", Unstructured(1e-12)),))
     library.prune(pruned, tokens, pattern="0.5", also=["A_log"], selection=every, method="sm")

@@ -7,6 +7,7 @@ import random
 import re
 from contextlib import nullcontext, suppress
 from dataclasses import replace
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -40,11 +41,18 @@ FEW = RecoverOptions(steps=4, checks=2, batch=4, rate=1e-2)
 LIGHT = {"distill": {"hidden": 0.1}}  # the options of a kind that no other one uses
 
 
-def pruned(name="llama", pattern="0.6", dtype=torch.float32):
-    """A pruned random model, its dense original, and tokens that it can learn."""
+@cache
+def once_pruned(name, pattern, dtype):
+    """A pruned random model and its dense original, which nobody may change."""
     model = random_model(name).to(dtype)
     dense = copy.deepcopy(model)
     library.prune(model, random_tokens(), pattern=pattern, method="wanda")
+    return model, dense
+
+
+def pruned(name="llama", pattern="0.6", dtype=torch.float32):
+    """A pruned random model, its dense original, and tokens that it can learn."""
+    model, dense = copy.deepcopy(once_pruned(name, pattern, dtype))
     tokens = torch.arange(24 * 16).reshape(24, 16) % 50
     return model, dense, tokens
 
