@@ -92,7 +92,7 @@ def left_behind(model):
 def test_every_block_is_in_the_state_that_is_documented(variant, ordered):
     adapter = registry().adapter_for(dense_model(variant).config.model_type).load()()
 
-    @settings(max_examples=8, deadline=None)
+    @settings(max_examples=4, deadline=None)
     @given(turn=st.integers(0, len(events_of(variant, ordered)) - 1))
     def holds(turn):
         seen, dense = [], dense_model(variant)
