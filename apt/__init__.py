@@ -2,8 +2,9 @@
 
 `run` does what a command does, with the options `PruneRun`, `ShrinkRun`, `RecoverRun` or
 `ReapplyRun`. `prune` prunes a model in memory, and `prune_copy` prunes a copy of it. `shrink` makes
-a smaller model, and `recover` trains what is kept. The calibration tokens come from
-`calibration_tokens` or `own_text`; `perplexity` and `accuracy` measure a model on
+a smaller model, and `recover` trains what is kept. With `keep_zeros`, or the callback `KeepZeros`
+of transformers' Trainer, other code trains a pruned model, and every zero stays. The calibration
+tokens come from `calibration_tokens` or `own_text`; `perplexity` and `accuracy` measure a model on
 `evaluation_tokens`. `PruneOptions`, `ShrinkOptions` and `RecoverOptions` have the options. With
 `Ranks` several processes prune one model together. `apt.solver` works on plain tensors,
 `apt.adapter`, `apt.extending` and `apt.hookspecs` are for plugins, and `apt.testing` checks
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
         recover,
         shrink,
     )
+    from apt.engine.keep_zeros import KeepZeros, keep_zeros
     from apt.engine.run import run
     from apt.evaluation.metrics import accuracy, perplexity
     from apt.options import (
@@ -41,10 +43,10 @@ if TYPE_CHECKING:
     from apt.text.self_generated import own_text
 
 __all__ = [
-    "AptError", "PruneOptions", "PruneRun", "Ranks", "ReapplyRun", "RecoverOptions", "RecoverRun",
-    "Report", "Selection", "ShrinkOptions", "ShrinkRun", "__version__", "accuracy",
-    "calibration_tokens", "evaluation_tokens", "own_text", "perplexity", "prune", "prune_copy",
-    "recover", "run", "shrink",
+    "AptError", "KeepZeros", "PruneOptions", "PruneRun", "Ranks", "ReapplyRun", "RecoverOptions",
+    "RecoverRun", "Report", "Selection", "ShrinkOptions", "ShrinkRun", "__version__", "accuracy",
+    "calibration_tokens", "evaluation_tokens", "keep_zeros", "own_text", "perplexity", "prune",
+    "prune_copy", "recover", "run", "shrink",
 ]  # fmt: skip
 __version__ = "0.1.0"
 _LAZY = {
@@ -52,6 +54,7 @@ _LAZY = {
     **dict.fromkeys(("PruneRun", "ReapplyRun", "RecoverRun", "ShrinkRun"), "apt.options"),
     **dict.fromkeys(("calibration_tokens", "evaluation_tokens"), "apt.engine.api"),
     **dict.fromkeys(("prune", "prune_copy", "recover", "shrink"), "apt.engine.api"),
+    **dict.fromkeys(("KeepZeros", "keep_zeros"), "apt.engine.keep_zeros"),
     **dict.fromkeys(("accuracy", "perplexity"), "apt.evaluation.metrics"),
     "Ranks": "apt.distributed.ranks",
     "Report": "apt.output.report",

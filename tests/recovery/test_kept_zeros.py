@@ -1,0 +1,99 @@
+"""`apt.keep_zeros` and `apt.KeepZeros`: other code trains a pruned model, and every zero stays."""
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainingArguments
+
+import apt
+from apt.checkpoints.masks import masks_of
+from apt.recovery.trainable import next_token_loss
+from tests.helpers.families import adapter_of, random_model, random_tokens
+
+
+@pytest.fixture
+def pruned():
+    model = random_model("llama")
+    apt.prune(model, random_tokens(), pattern="2:4", method="magnitude")
+    return model
+
+
+def zeros(model):
+    return masks_of(model, adapter_of(model))
+
+
+def lost(before, model):
+    """The number of zeros that are none any more."""
+    return sum(int((mask & (model.get_parameter(n) != 0)).sum()) for n, mask in before.items())
+
+
+def train(model, optimizer, steps=3):
+    for _ in range(steps):
+        next_token_loss(model, {"input_ids": random_tokens()}).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [(torch.optim.AdamW, {"weight_decay": 0.1}), (torch.optim.SGD, {"momentum": 0.9})],
+)
+def test_every_zero_stays_and_all_else_is_trained(pruned, kind, options):
+    before, start = zeros(pruned), pruned.state_dict()
+    start = {name: value.clone() for name, value in start.items()}
+    kept = apt.keep_zeros(pruned)
+    train(pruned, kind(pruned.parameters(), lr=1e-2, **options))
+    assert lost(before, pruned) == 0
+    moved = [name for name, value in pruned.state_dict().items() if not value.equal(start[name])]
+    assert set(before) < set(moved)
+    kept.remove()
+    train(pruned, kind(pruned.parameters(), lr=1e-2, **options))
+    assert lost(before, pruned) > 0.9 * sum(int(mask.sum()) for mask in before.values())
+
+
+class Noisy(torch.optim.SGD):
+    """An optimizer that moves weights without a gradient."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        with torch.no_grad():
+            for parameter in self.param_groups[0]["params"]:
+                parameter.add_(1e-3)
+
+
+def test_an_optimizer_that_moves_every_weight_needs_to_be_named(pruned):
+    before, noisy = zeros(pruned), Noisy(pruned.parameters(), lr=1e-2)
+    kept = apt.keep_zeros(pruned, noisy)
+    train(pruned, noisy)
+    assert lost(before, pruned) == 0
+    kept.remove()
+    apt.keep_zeros(pruned)
+    train(pruned, noisy)
+    assert lost(before, pruned) > 0
+
+
+class Samples(Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return {"input_ids": random_tokens()[index], "labels": random_tokens()[index]}
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_the_callback_of_a_trainer(pruned, tmp_path, keeps):
+    before = zeros(pruned)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, learning_rate=1e-2, report_to=[], use_cpu=True,
+        per_device_train_batch_size=2, save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    callbacks = [apt.KeepZeros()] if keeps else []
+    Trainer(pruned, arguments, train_dataset=Samples(), callbacks=callbacks).train()
+    assert (lost(before, pruned) == 0) is keeps
+    train(pruned, torch.optim.SGD(pruned.parameters(), lr=1e-2))  # as any other model
+    assert lost(before, pruned) > 0
+
+
+def test_a_dense_model_is_refused():
+    with pytest.raises(apt.AptError, match="the model has no zeros"):
+        apt.keep_zeros(random_model("llama"))
