@@ -57,7 +57,7 @@ def same(left, right):
 
 # Of each family with each kind the weights are checked in recovery/test_recover.py.
 @pytest.mark.parametrize(
-    ("kind", "variant"), zip(cycle(["lora", "layers"]), FAMILIES.values(), strict=False)
+    ("kind", "variant"), list(zip(cycle(["lora", "layers"]), FAMILIES.values(), strict=False))
 )
 def test_every_family_is_recovered_on_disk_with_its_zeros_and_report(apt, pruned, kind, variant):
     pruned(variant)

@@ -156,7 +156,9 @@ class Echo(DecoderAdapter):
 def echo():
     """A model whose blocks pass a second value to each other."""
     torch.manual_seed(0)
-    return EchoModel(copy.deepcopy(CONFIGS["llama"])).eval()
+    config = copy.deepcopy(CONFIGS["llama"])
+    config._attn_implementation = "eager"  # it has none, and another test may have chosen one
+    return EchoModel(config).eval()
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
