@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from apt.cli import output
 from apt.cli.output import notice, out
 from apt.cli.streams import guarded
 from tests.helpers.processes import start
@@ -55,6 +56,8 @@ def test_a_full_standard_error_stops_no_work(tmp_path):
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_every_character_has_a_spelling(monkeypatch, encoding):
+    monkeypatch.setattr(output, "_events", False)  # whatever the last run of the process had
+    monkeypatch.setattr(output, "_level", output.Level.NORMAL)
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding=encoding)
     monkeypatch.setattr(sys, "stdout", stream)
