@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from apt.adapter.recording import eval_mode
     from apt.calibration.batches import Batch, enter
+    from apt.checkpoints.exporting import Export, Exportable, Exported
     from apt.checkpoints.formats import Checkpoint, find_file
     from apt.checkpoints.load import load, load_tokenizer, open_skeleton
     from apt.checkpoints.opened import Opened
@@ -40,7 +41,8 @@ if TYPE_CHECKING:
     from apt.text.files import read_file
 
 __all__ = [
-    "Allocation", "Batch", "BlockChoice", "Checkpoint", "ExpertChoice", "Finding",
+    "Allocation", "Batch", "BlockChoice", "Checkpoint", "ExpertChoice", "Export",
+    "Exportable", "Exported", "Finding",
     "GroupScores", "Loss", "Method", "Opened", "Plan", "PlannedBlock", "PlannedSite", "Recovery",
     "Registry", "RoutedExperts", "Source", "Split", "Teacher", "Trainable", "Unallocated",
     "Unrecovered", "capped",
@@ -52,6 +54,7 @@ __all__ = [
 _LAZY = {
     "apt.adapter.recording": ("eval_mode",),
     "apt.calibration.batches": ("Batch", "enter"),
+    "apt.checkpoints.exporting": ("Export", "Exportable", "Exported"),
     "apt.checkpoints.formats": ("Checkpoint", "find_file"),
     "apt.checkpoints.load": ("load", "load_tokenizer", "open_skeleton"),
     "apt.checkpoints.opened": ("Opened",),

@@ -10,6 +10,7 @@ from apt.plugin.specs import (
     CalibrationSpec,
     CommandSpec,
     EvaluatorSpec,
+    ExportSpec,
     FormatSpec,
     MethodSpec,
     RecoverySpec,
@@ -18,5 +19,6 @@ from apt.plugin.specs import (
 
 __all__ = [
     "API", "OLDEST_API", "AdapterSpec", "AllocationSpec", "CalibrationSpec", "CommandSpec",
-    "EvaluatorSpec", "FormatSpec", "MethodSpec", "RecoverySpec", "ShrinkMethodSpec", "hookimpl",
+    "EvaluatorSpec", "ExportSpec", "FormatSpec", "MethodSpec", "RecoverySpec", "ShrinkMethodSpec",
+    "hookimpl",
 ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -9,6 +10,7 @@ from apt.errors import AptError
 from apt.locations.hub import Hub
 from apt.locations.model_source import Source, find
 from apt.options import (
+    ExportRun,
     MeasuringOptions,
     ModelRun,
     PatternOptions,
@@ -18,6 +20,7 @@ from apt.options import (
     ShrinkRun,
 )
 from apt.plugin.registry import Registry
+from apt.plugin.specs import ExportSpec
 
 if TYPE_CHECKING:
     from apt.planning.plan import Selection
@@ -37,6 +40,35 @@ def find_source(reference: str, options: RemoteOptions, registry: Registry) -> S
     """
     trust, hub = options.trust_remote_code, Hub(options.revision)
     return find(reference, registry, trust_remote_code=trust, hub=hub)
+
+
+def check_export(run: ExportRun, registry: Registry) -> ExportSpec:
+    """The format of an export: the given one, or the one of the suffix of the output.
+
+    Raises:
+        AptError: there is none, or it needs a package that is not installed; or the output has
+            another suffix, or the type does not exist.
+    """
+    known = registry.exports
+    if run.format is not None:
+        spec = known.get(run.format)
+    else:
+        fitting = [one for one in known.specs.values() if run.output.suffix == one.suffix]
+        if len(fitting) != 1:
+            kinds = ", ".join(f"{one.name} ({one.suffix})" for one in known.specs.values())
+            fault = f"the suffix of {run.output} does not say the format"
+            raise AptError(fault, f"choose one: {kinds or 'none is installed'}", ("format",))
+        spec = fitting[0]
+    if run.output.suffix != spec.suffix:
+        fault = f"the output {run.output} is not a {spec.suffix} file"
+        raise AptError(fault, "choose another name", ("output",))
+    if run.type is not None and run.type not in spec.types:
+        types = ", ".join(spec.types) or "none to choose from"
+        raise AptError(f"{spec.name} has no type '{run.type}'", f"it writes {types}", ("type",))
+    for module in spec.requires:
+        if find_spec(module) is None:
+            raise AptError(f"{spec.name} files need the package {module}", spec.install)
+    return spec
 
 
 def with_names(options: R, registry: Registry, notice: Callable[[str], None]) -> R:

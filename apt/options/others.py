@@ -6,6 +6,8 @@ from typing import Literal
 from apt.errors import AptError
 from apt.options.declaration import Options, option, options
 from apt.options.shared import (
+    MODEL,
+    OUTPUT,
     SELECTION,
     TEXT,
     AdapterOptions,
@@ -62,6 +64,34 @@ class ConvertRun(RemoteOptions, TokenizerOptions, DtypeOptions, WritingOptions):
     """The options of ``apt-prune convert``."""
 
     model: str = option(ANY_MODEL, positional=True, place=True)
+
+
+@options
+class ExportRun(AdapterOptions, RemoteOptions):
+    """The options of ``apt-prune export``."""
+
+    model: str = option(
+        "A model, pruned or not: a directory, hub name or zoo:NAME.", positional=True, place=True
+    )
+    format: str | None = option(
+        "Export format, listed by: apt-prune plugins. By default the one of the suffix of the "
+        "output: gguf for .gguf.",
+        default=None, panel=OUTPUT, metavar="NAME",
+    )  # fmt: skip
+    type: str | None = option(
+        "Type of the weights; by default that of the checkpoint. "
+        "gguf: f32, bf16, f16, q8_0, q5_1, q5_0, q4_1 or q4_0.",
+        default=None, panel=OUTPUT, metavar="TYPE",
+    )  # fmt: skip
+    source: Path | None = option(
+        "The file that the model was made from, for its metadata and tokenizer; by default the one "
+        "that the report names, in the working directory or beside the model.",
+        default=None, panel=MODEL, metavar="FILE", place=True,
+    )  # fmt: skip
+    output: Path = option("File to write.", panel=OUTPUT, short="-o")
+    overwrite: bool = option(
+        "Replace a file there.", default=False, panel=OUTPUT, saved=False, effect=False
+    )
 
 
 @options

@@ -14,11 +14,13 @@ from typing import IO, NoReturn
 from safetensors import SafetensorError
 
 from apt.checkpoints.copies import CARD, REPORT
+from apt.checkpoints.safetensors_io import synchronise
 from apt.errors import AptError
 from apt.files.hashes import file_hashes, sha256
 from apt.files.journal import Journal, Line
 from apt.files.locking import locked
 from apt.files.renaming import exchange, rename_new
+from apt.files.writing import check_file
 from apt.output.location import cannot_write, check_replaceable, staging_folder
 from apt.output.report import listed_files, read_report
 
@@ -277,6 +279,30 @@ def whole_directory(output: Path, overwrite: bool = False) -> Iterator[Staging]:
         work.begin()
         yield work
         work.publish()
+
+
+@contextmanager
+def whole_file(output: Path, overwrite: bool = False) -> Iterator[Path]:
+    """The path of a file to create, which becomes the output at the end in one step.
+
+    Args:
+        output: the file; `apt.files.writing.check_file` has checked its place.
+        overwrite: True if a regular file there may be replaced.
+
+    Raises:
+        AptError: another run writes it, it was created in the meantime, or the disk is full.
+    """
+    work = Staging(output)
+    with work.locked(), write_errors(output):
+        work.begin()
+        yield (partial := work.out / output.name)
+        synchronise(partial)
+        check_file(output, overwrite=overwrite, options=("output",))
+        set_permissions(work.out)
+        if overwrite:
+            partial.replace(output)
+        else:
+            rename_new(partial, output)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ MODELS = (
         "Write a packed model as a dense one, for plain transformers and other tools.",
         "packing",
     ),
+    _in_cli("export", "Write a model in the file format of other software: GGUF for llama.cpp."),
     _in_cli("inspect", "Show the blocks and sites of a model."),
     _in_cli("verify", "Check a model on disk: its files, and the zeros of every site."),
     _in_cli("check", "Check an adapter."),

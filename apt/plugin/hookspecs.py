@@ -21,6 +21,7 @@ from apt.plugin.specs import (
     CalibrationSpec,
     CommandSpec,
     EvaluatorSpec,
+    ExportSpec,
     FormatSpec,
     MethodSpec,
     RecoverySpec,
@@ -49,6 +50,11 @@ def apt_adapters() -> Iterable[AdapterSpec]:  # type: ignore[empty-body]
 @hookspec
 def apt_formats() -> Iterable[FormatSpec]:  # type: ignore[empty-body]
     """The checkpoint formats that this plugin reads, beside the one of transformers."""
+
+
+@hookspec
+def apt_exports() -> Iterable[ExportSpec]:  # type: ignore[empty-body]
+    """The file formats of other software that this plugin writes."""
 
 
 @hookspec

@@ -21,6 +21,7 @@ from apt.plugin.specs import (
     CalibrationSpec,
     CommandSpec,
     EvaluatorSpec,
+    ExportSpec,
     FormatSpec,
     MethodSpec,
     RecoverySpec,
@@ -91,6 +92,7 @@ class Registry:
 
     adapters: Catalog[AdapterSpec]
     formats: Catalog[FormatSpec]
+    exports: Catalog[ExportSpec]
     methods: Catalog[MethodSpec]
     shrink_methods: Catalog[ShrinkMethodSpec]
     allocations: Catalog[AllocationSpec]
@@ -310,6 +312,7 @@ def load_registry(entries: Iterable[EntryPoint], disable: str = "") -> Registry:
     return Registry(
         loader.catalog("adapter", hook.apt_adapters, AdapterSpec),
         loader.catalog("format", hook.apt_formats, FormatSpec),
+        loader.catalog("export format", hook.apt_exports, ExportSpec),
         loader.catalog("method", hook.apt_methods, MethodSpec),
         loader.catalog("shrink method", hook.apt_shrink_methods, ShrinkMethodSpec),
         loader.catalog("allocation", hook.apt_allocations, AllocationSpec),

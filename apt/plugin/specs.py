@@ -117,6 +117,25 @@ class FormatSpec(Spec):
 
 
 @dataclass(frozen=True)
+class ExportSpec(Spec):
+    """A file format of other software, which ``apt-prune export`` writes.
+
+    Its target is an `apt.extending.Export`.
+
+    Args:
+        suffix: the suffix of the names of its files, such as ``".gguf"``.
+        types: the types of numbers that it writes, by their names for ``--type``.
+        requires: the modules that it imports beside those of APT.
+        install: the command that installs them, for the message if one is missing.
+    """
+
+    suffix: str = ""
+    types: tuple[str, ...] = ()
+    requires: tuple[str, ...] = ()
+    install: str = ""
+
+
+@dataclass(frozen=True)
 class MethodSpec(Spec):
     """A pruning method; its target is a function `apt.extending.Method`.
 

@@ -6,6 +6,7 @@ from apt.hookspecs import (
     AllocationSpec,
     CalibrationSpec,
     EvaluatorSpec,
+    ExportSpec,
     MethodSpec,
     RecoverySpec,
     ShrinkMethodSpec,
@@ -97,6 +98,19 @@ def apt_shrink_methods() -> list[ShrinkMethodSpec]:
                          f"{blocks}:block_influence", 30, "arXiv 2403.03853", **dropped),
         ShrinkMethodSpec("loss", "one by one, the block without which the loss is lowest",
                          f"{blocks}:by_loss", 40, "arXiv 2402.09025", **dropped, streams=False),
+    ]  # fmt: skip
+
+
+@hookimpl
+def apt_exports() -> list[ExportSpec]:
+    """GGUF."""
+    return [
+        ExportSpec(
+            "gguf", "for llama.cpp and Ollama, with metadata and tokenizer",
+            "apt_plugins.gguf_files.export:export", ".gguf",
+            ("f32", "bf16", "f16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"),
+            ("gguf",), "pip install 'apt-prune[gguf]'",
+        )
     ]  # fmt: skip
 
 

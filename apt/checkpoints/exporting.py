@@ -1,0 +1,115 @@
+"""What an export gets and returns: a model on disk, read parameter by parameter."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from apt.checkpoints.load import load_tokenizer
+from apt.checkpoints.opened import Opened
+from apt.checkpoints.parameters import read_parameter
+from apt.checkpoints.stored import Stored, open_stored
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export has written.
+
+    Attributes:
+        type: the type of most weights.
+        tensors: the number of tensors.
+        size: the bytes of the file.
+        zeros: the zeros in the matrices of the blocks, before the export.
+        kept: those of them that are zero in the file.
+        notes: a line for each choice that the user might not expect.
+    """
+
+    type: str
+    tensors: int
+    size: int
+    zeros: int
+    kept: int
+    notes: Sequence[str] = ()
+
+
+class Exportable:
+    """A model on disk, of which a parameter at a time is in memory.
+
+    Args:
+        opened: the model, without weights.
+        type: the type of the weights to write, one of the spec's; None for that of the checkpoint.
+        original: the file of the same format that the model was made from; None if there is none.
+
+    Raises:
+        AptError: the parameters cannot be read one by one.
+
+    Attributes:
+        config: the configuration, as an object of transformers.
+        module: the model without weights, on the meta device.
+        name: the user's name for the model.
+    """
+
+    def __init__(
+        self, opened: Opened, type: str | None = None, original: Path | None = None
+    ) -> None:
+        self.type, self.original = type, original
+        self.config: Any = opened.config
+        self.module: nn.Module = opened.module
+        self.name = opened.source.reference
+        self._opened = opened
+        self._stored: Stored = open_stored(opened)
+
+    @property
+    def directory(self) -> Path:
+        """The local directory, with the configuration and the tokenizer."""
+        return self._stored.directory
+
+    @cached_property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shapes of the stored parameters and buffers, by their names in the model.
+
+        Of tied parameters, only the stored one is listed.
+        """
+        state = self.module.state_dict()
+        return {name: tuple(state[name].shape) for name in self._stored.layout}
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype in which the weights of the sites are stored; fp32 if they have several."""
+        return self._stored.dtype(self._opened)
+
+    @property
+    def blocks(self) -> Sequence[str]:
+        """The names of the blocks."""
+        return [name for name, _ in self._opened.adapter.blocks(self.module)]
+
+    def tokenizer(self) -> Any:
+        """The tokenizer of the model; raises `AptError` if there is none."""
+        return load_tokenizer(self._opened.source)
+
+    def read(self, name: str) -> Tensor:
+        """A parameter, in its stored dtype; raises `AptError` if a value is not finite."""
+        return read_parameter(self._stored.layout[name], self.shapes[name], self._stored.shards)
+
+
+class Export(Protocol):
+    """A function that writes a model as a file; the target of `apt.hookspecs.ExportSpec`."""
+
+    def __call__(self, model: Exportable, target: Path, /) -> Exported:
+        """Write the file.
+
+        APT moves it to its place when it is complete, and deletes it after an error.
+
+        Args:
+            model: the model.
+            target: the path of the file to create.
+
+        Returns:
+            What was written, as counted in the file.
+
+        Raises:
+            AptError: the format cannot express the model.
+        """

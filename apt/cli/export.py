@@ -1,0 +1,31 @@
+"""``apt-prune export``."""
+
+from apt.cli.opening import check_new_file, find_model
+from apt.options import ExportRun, PrintingOptions
+
+
+def export(run: ExportRun, printing: PrintingOptions) -> None:
+    """Write a model in the file format of other software: GGUF for llama.cpp.
+
+    If the model was made from a file of that format, its metadata and its tokenizer are copied.
+
+    For example: apt-prune export ./pruned --type q8_0 --output pruned.gguf
+    """
+    from apt.engine.opening import check_export
+    from apt.plugin.registry import registry
+
+    check_export(run, registry())
+    check_new_file(run.output, run.model, run.source, overwrite=run.overwrite)
+    find_model(run.model, run)
+
+    from apt.cli.output import notice, say, show_json
+    from apt.cli.progress import Progress
+    from apt.engine.export import export_model
+
+    with Progress("exporting"):
+        done = export_model(run, registry(), notice)
+    if printing.as_json:
+        show_json({"output": str(run.output), **vars(done)})
+        return
+    zeros = f"{done.kept:,} of {done.zeros:,} zeros kept" if done.zeros else "no zeros"
+    say(f"{run.output}: {done.tensors} tensors, {done.type}, {done.size:,} bytes, {zeros}")

@@ -1,0 +1,85 @@
+"""Models as files of other software."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from apt.checkpoints.exporting import Export, Exportable, Exported
+from apt.checkpoints.load import open_skeleton
+from apt.checkpoints.stored import local_directory
+from apt.engine.opening import check_export, find_source
+from apt.engine.prepare import Notice
+from apt.errors import AptError, faulty
+from apt.files.writing import check_file
+from apt.locations.paths import expanded
+from apt.options import ExportRun
+from apt.output.report import read_report
+from apt.output.staging import whole_file
+from apt.plugin.registry import Registry
+from apt.plugin.specs import ExportSpec
+from apt.runtime.entries import is_packed
+
+
+def export_model(
+    run: ExportRun, registry: Registry, notice: Notice = lambda line: None
+) -> Exported:
+    """Write a model as a file of another format, in one step.
+
+    Raises:
+        AptError: the model cannot be read, the format cannot express it, or the file cannot be
+            written.
+    """
+    spec = check_export(run, registry)
+    source = find_source(run.model, run, registry)
+    output = expanded(run.output)
+    given = [expanded(run.source)] if run.source else []
+    check_file(
+        output, overwrite=run.overwrite, inputs=[*source.files(), *given], options=("output",)
+    )
+    if source.gguf:
+        raise AptError(f"{source.reference} is not a directory", "convert it, or prune it, first")
+    if not source.on_hub and is_packed(Path(source.location)):
+        raise AptError(f"{source.reference} is packed", "write it dense first: apt-prune unpack")
+    opened = open_skeleton(source, registry, run.adapter)
+    original = given[0] if given else _original(local_directory(opened), spec)
+    if original is not None:
+        notice(f"metadata and tokenizer: from {original}")
+    write: Export = spec.load()
+    with whole_file(output, run.overwrite) as partial:
+        done = write(Exportable(opened, run.type, original), partial)
+        if not isinstance(done, Exported) or not partial.is_file():
+            fault = "does not write a file, or does not say what it wrote"
+            raise faulty(f"export format {spec.name}", fault, "format", "format")
+    for line in done.notes:
+        notice(line)
+    return done
+
+
+def _original(directory: Path, spec: ExportSpec) -> Path | None:
+    """The file of this format that a model was made from, by its report; None if by none.
+
+    The report has no more of it than its name.
+
+    Raises:
+        AptError: it is neither in the working directory nor beside the model.
+    """
+    name = next(filter(lambda one: one.endswith(spec.suffix), _references(directory)), None)
+    if name is None:
+        return None
+    for place in (Path(name), directory.resolve().parent / name):
+        if place.is_file():
+            return place
+    raise AptError(
+        f"{directory} was made from {name}, which is neither here nor beside it",
+        "name it: its metadata and its tokenizer are needed",
+        ("source",),
+    )
+
+
+def _references(directory: Path) -> Iterator[str]:
+    """The models that a model was made from, the last one first, by the reports of all runs."""
+    record: Mapping[str, Any] | None = read_report(directory)
+    while isinstance(record, dict) and record:
+        model = record.get("model")
+        yield str(model.get("reference", "")) if isinstance(model, dict) else ""
+        record = record.get("earlier")

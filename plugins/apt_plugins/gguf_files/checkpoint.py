@@ -1,0 +1,104 @@
+"""The plan of a file for a model that was not made from one: what the package's own means allow.
+
+The names of tensors come from the package, and the entries are those that llama.cpp's converter
+writes. This file is for the families and the tokenizers of which all of that is known.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as Type
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from apt.errors import AptError
+from apt.extending import Exportable
+from apt_plugins.gguf_files.layouts import CONVERTER, architecture_of
+from apt_plugins.gguf_files.number_types import file_type
+from apt_plugins.gguf_files.tensors import planned_of, tensor_names
+from apt_plugins.gguf_files.vocabulary import add_vocabulary
+from apt_plugins.gguf_files.writing import Planned
+
+_FAMILIES = ("llama", "qwen2", "qwen3")
+_SCALED = "llama3"  # the scaling of rotary frequencies that is a tensor in GGUF
+_FREQUENCIES = "rope_freqs.weight"
+
+
+def from_checkpoint(
+    model: Exportable, target: Path, kind: Type
+) -> tuple[gguf.GGUFWriter, list[Planned]]:
+    """A writer with all metadata, and the tensors to write.
+
+    Raises:
+        AptError: the family or the tokenizer is not known here.
+    """
+    architecture, config = architecture_of(model), model.config
+    if architecture not in _FAMILIES:
+        fault = f"{model.name} was not made from a GGUF file, and is of type '{config.model_type}'"
+        raise _unknown(model, fault)
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ()) or (
+        architecture == "llama" and getattr(config, "sliding_window", None)
+    ):
+        raise _unknown(model, f"{model.name} attends within a window")
+    rope = _rope(config)
+    scaling = str(rope.get("rope_type", rope.get("type", "default")))
+    if scaling not in ("default", _SCALED):
+        raise _unknown(model, f"{model.name} has rotary frequencies of type '{scaling}'")
+    names = tensor_names(model, architecture)
+    if missing := model.shapes.keys() - names.values() - _tied(model):
+        raise _unknown(model, f"{min(missing)} of {model.name} has no name in GGUF")
+    tensors = [planned_of(model, *pair, architecture, kind) for pair in names.items()]
+    if scaling == _SCALED:
+        factors = _factors(config, float(rope["rope_theta"]))
+        tensors.append(Planned(_FREQUENCIES, factors.shape, Type.F32, lambda: factors))
+    writer = gguf.GGUFWriter(target, architecture)
+    total = sum(int(np.prod(planned.shape)) for planned in tensors)
+    writer.add_type("model")
+    writer.add_name(model.directory.resolve().name)
+    writer.add_size_label(gguf.size_label(total, total, 0, 0))
+    _add_sizes(writer, config, float(rope["rope_theta"]))
+    writer.add_file_type(file_type(kind))
+    add_vocabulary(writer, model)
+    return writer, tensors
+
+
+def _unknown(model: Exportable, fault: str) -> AptError:
+    return AptError(fault, f"{CONVERTER} {model.directory}")
+
+
+def _tied(model: Exportable) -> set[str]:
+    """The head, if it is that of the embeddings."""
+    return {"lm_head.weight"} if getattr(model.config, "tie_word_embeddings", False) else set()
+
+
+def _rope(config: Any) -> dict[str, Any]:
+    """The parameters of the rotary embedding, of transformers 4 or 5."""
+    given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    return {"rope_theta": getattr(config, "rope_theta", 10_000.0), **given}
+
+
+def _factors(config: Any, base: float) -> np.ndarray[Any, Any]:
+    """The factors by which the frequencies of rotary pairs are divided."""
+    scaled, _ = ROPE_INIT_FUNCTIONS[_SCALED](config, torch.device("cpu"))
+    steps = torch.arange(0, 2 * len(scaled), 2, dtype=torch.float32) / (2 * len(scaled))
+    factors: np.ndarray[Any, Any] = (1.0 / base**steps / scaled).numpy()
+    return factors
+
+
+def _add_sizes(writer: gguf.GGUFWriter, config: Any, base: float) -> None:
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(size)
+    writer.add_value_length(size)
+    writer.add_rope_freq_base(base)
+    writer.add_rope_dimension_count(size)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)

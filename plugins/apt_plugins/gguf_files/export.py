@@ -1,0 +1,40 @@
+"""The export: the metadata of a GGUF file or of a checkpoint, and the tensors one by one."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import gguf
+
+from apt.extending import Exportable, Exported
+from apt_plugins.gguf_files.checkpoint import from_checkpoint
+from apt_plugins.gguf_files.number_types import own_type, smaller_rows
+from apt_plugins.gguf_files.original import from_original
+from apt_plugins.gguf_files.writing import Planned, write_file
+
+
+def export(model: Exportable, target: Path) -> Exported:
+    """Write a model as a GGUF file; `apt.extending.Export`.
+
+    If the model was made from such a file, all that need not differ is copied from it. Otherwise
+    the metadata and the tokenizer are those of the checkpoint, for the families and tokenizers of
+    which they are known.
+
+    Raises:
+        AptError: the format cannot express the model, or a family or tokenizer is not known.
+    """
+    kind = own_type(model)
+    described = from_checkpoint if model.original is None else from_original
+    writer, tensors = described(model, target, kind)
+    counts = write_file(writer, tensors, kind)
+    return Exported(
+        kind.name.lower(), len(tensors), target.stat().st_size, counts.zeros, counts.kept,
+        _notes(tensors, kind),
+    )  # fmt: skip
+
+
+def _notes(tensors: Sequence[Planned], kind: gguf.GGMLQuantizationType) -> list[str]:
+    """A line if rows are too short for the type."""
+    short = [planned for planned in tensors if smaller_rows(planned.shape, kind)]
+    if not short:
+        return []
+    return [f"{len(short)} matrices are f16: their rows are not multiples of {kind.name}'s blocks"]

@@ -1,0 +1,123 @@
+"""The tokenizer of a checkpoint as entries of GGUF, for those that llama.cpp has under a name.
+
+llama.cpp cuts text into words by code of its own, which ``tokenizer.ggml.pre`` names. Its converter
+recognises a tokenizer by what it makes of a text. Here the steps themselves must be the same.
+"""
+
+import json
+from typing import Any
+
+import gguf
+
+from apt.errors import AptError
+from apt.extending import Exportable
+from apt_plugins.gguf_files.layouts import CONVERTER
+
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}|"
+    r" ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_BYTES, _WORDS_AND_BYTES = ("ByteLevel", False, False), ("ByteLevel", False, True)
+_STEPS = {
+    (_WORDS_AND_BYTES,): "gpt-2",
+    (("Digits", True), _WORDS_AND_BYTES): "smollm",
+    (("Split", _WORDS.format(digits="{1,3}")), _BYTES): "llama-bpe",
+    (("Split", _WORDS.format(digits="")), _BYTES): "qwen2",
+}
+"""The names of sequences of steps."""
+
+_WHOLE_WORDS = ("llama-bpe",)  # those that look up a word before they merge its bytes
+_UNNEEDED = ("NFC",)  # a normalizer that the converter leaves out too
+
+
+def add_vocabulary(writer: gguf.GGUFWriter, model: Exportable) -> None:
+    """Add tokens, merges, special tokens and the chat template.
+
+    Raises:
+        AptError: llama.cpp may not make the same tokens of a text.
+    """
+    tokenizer = model.tokenizer()
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    record = json.loads(backend.to_str()) if backend is not None else {}
+    name = _name(record)
+    if name is None:
+        fault = f"the tokenizer of {model.name} is none that is known here"
+        raise AptError(fault, f"{CONVERTER} {model.directory}")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(name)
+    _add_tokens(writer, tokenizer, model.config.vocab_size)
+    pairs = record["model"]["merges"]
+    writer.add_token_merges([p if isinstance(p, str) else " ".join(p) for p in pairs])
+    _add_special(writer, tokenizer, model)
+    if isinstance(tokenizer.chat_template, str):
+        writer.add_chat_template(tokenizer.chat_template)
+
+
+def _name(record: dict[str, Any]) -> str | None:
+    """The name of a tokenizer's steps in llama.cpp; None if there is none."""
+    model, normalizer = record.get("model", {}), record.get("normalizer")
+    first = record.get("pre_tokenizer") or {}
+    steps = first.get("pretokenizers", []) if first.get("type") == "Sequence" else [first]
+    name = _STEPS.get(tuple(map(_step, steps)))
+    same = (
+        model.get("type") == "BPE"
+        and not any(model.get(key) for key in ("byte_fallback", "dropout", "unk_token"))
+        and bool(model.get("ignore_merges")) == (name in _WHOLE_WORDS)
+        and (normalizer is None or normalizer.get("type") in _UNNEEDED)
+    )
+    return name if same else None
+
+
+def _step(step: dict[str, Any]) -> tuple[Any, ...]:
+    """A step, by all that changes where it cuts."""
+    kind = step.get("type")
+    if kind == "ByteLevel":
+        return kind, step.get("add_prefix_space", True), step.get("use_regex", True)
+    if kind == "Digits":
+        return kind, step.get("individual_digits")
+    usual = step.get("behavior") == "Isolated" and not step.get("invert")
+    return (kind, step.get("pattern", {}).get("Regex")) if usual else (kind, step)
+
+
+def _add_tokens(writer: gguf.GGUFWriter, tokenizer: Any, count: int) -> None:
+    """The tokens by number, with their kinds; numbers without a token get one that is unused."""
+    texts = {number: text for text, number in tokenizer.get_vocab().items()}
+    added = tokenizer.added_tokens_decoder
+    kinds = []
+    for number in range(count):
+        if number not in texts:
+            kinds.append(gguf.TokenType.UNUSED)
+        elif number in added:
+            special = added[number].special
+            kinds.append(gguf.TokenType.CONTROL if special else gguf.TokenType.USER_DEFINED)
+        else:
+            kinds.append(gguf.TokenType.NORMAL)
+    writer.add_token_list([texts.get(number, f"[PAD{number}]") for number in range(count)])
+    writer.add_token_types(kinds)
+
+
+def _add_special(writer: gguf.GGUFWriter, tokenizer: Any, model: Exportable) -> None:
+    """The special tokens, and those that the tokenizer adds to a text."""
+    ids = {
+        kind: getattr(tokenizer, f"{kind}_token_id", None) or _number(model.config, kind)
+        for kind in ("bos", "eos", "unk", "pad")
+    }
+    for kind, number in ids.items():
+        if number is not None:
+            getattr(writer, f"add_{kind}_token_id")(number)
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    begins, ends = ([ids[kind]] if ids[kind] is not None else [] for kind in ("bos", "eos"))
+    whole = tokenizer("a")["input_ids"]
+    for bos, eos in ((False, False), (True, False), (False, True), (True, True)):
+        if whole == begins * bos + plain + ends * eos:
+            writer.add_add_bos_token(bos)
+            writer.add_add_eos_token(eos)
+            return
+    fault = f"the tokenizer of {model.name} adds other tokens than the first and the last"
+    raise AptError(fault, f"{CONVERTER} {model.directory}")
+
+
+def _number(config: Any, kind: str) -> int | None:
+    """A token of the configuration, which may have several of a kind."""
+    number = getattr(config, f"{kind}_token_id", None)
+    return number if isinstance(number, int) else None
