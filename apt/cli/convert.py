@@ -12,7 +12,10 @@ def convert(run: ConvertRun, printing: PrintingOptions) -> None:
     For example: apt-prune convert ./mamba-130m-pruned --output ./mamba-130m-pruned-hf
     """
     from apt.cli.opening import find_model
+    from apt.engine.opening import check_directory_name
+    from apt.plugin.registry import registry
 
+    check_directory_name(run.output, registry())
     source = find_model(run.model, run)
 
     from apt.checkpoints.copies import keep_side_files, save_model
@@ -24,7 +27,6 @@ def convert(run: ConvertRun, printing: PrintingOptions) -> None:
     from apt.output.location import check_output
     from apt.output.report import carry_report
     from apt.output.staging import whole_directory, write_errors
-    from apt.plugin.registry import registry
 
     if lost := check_output(run.output, run.overwrite, source.files()):
         notice(f"replaces {lost}")

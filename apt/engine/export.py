@@ -33,6 +33,9 @@ def export_model(
     source = find_source(run.model, run, registry)
     output = expanded(run.output)
     given = [expanded(run.source)] if run.source else []
+    for path in given:
+        if not path.is_file():
+            raise AptError(f"no such file: {path}", "check the path", ("source",))
     check_file(
         output, overwrite=run.overwrite, inputs=[*source.files(), *given], options=("output",)
     )
@@ -42,14 +45,14 @@ def export_model(
         raise AptError(f"{source.reference} is packed", "write it dense first: apt-prune unpack")
     opened = open_skeleton(source, registry, run.adapter)
     original = given[0] if given else _original(local_directory(opened), spec)
-    if original is not None:
-        notice(f"metadata and tokenizer: from {original}")
     write: Export = spec.load()
     with whole_file(output, run.overwrite) as partial:
         done = write(Exportable(opened, run.type, original), partial)
         if not isinstance(done, Exported) or not partial.is_file():
             fault = "does not write a file, or does not say what it wrote"
             raise faulty(f"export format {spec.name}", fault, "format", "format")
+    if original is not None:
+        notice(f"metadata and tokenizer: from {original}")
     for line in done.notes:
         notice(line)
     return done

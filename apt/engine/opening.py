@@ -71,6 +71,17 @@ def check_export(run: ExportRun, registry: Registry) -> ExportSpec:
     return spec
 
 
+def check_directory_name(output: Path, registry: Registry) -> None:
+    """Raise if a directory would have the name of a file that an export writes."""
+    for spec in registry.exports.specs.values():
+        if output.suffix == spec.suffix:
+            raise AptError(
+                f"the output {output} is a directory, in the format of transformers",
+                f"name it {output.stem}, and then: apt-prune export {output.stem} -o {output}",
+                ("output",),
+            )
+
+
 def with_names(options: R, registry: Registry, notice: Callable[[str], None]) -> R:
     """The options with a model, a text and an output, and with the names of plugins as declared.
 
@@ -99,6 +110,7 @@ def with_names(options: R, registry: Registry, notice: Callable[[str], None]) ->
         notice(f"calibration: {options.calibration} (default)")
     if options.output is None:
         choose(output=Path("-".join([source.name, *_suffixes(made, registry)])))
+    check_directory_name(made.output, registry)
     return made  # type: ignore[no-any-return]
 
 

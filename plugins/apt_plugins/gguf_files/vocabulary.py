@@ -39,7 +39,7 @@ def add_vocabulary(writer: gguf.GGUFWriter, model: Exportable) -> None:
     tokenizer = model.tokenizer()
     backend = getattr(tokenizer, "backend_tokenizer", None)
     record = json.loads(backend.to_str()) if backend is not None else {}
-    name = _name(record)
+    name = name_of_steps(record)
     if name is None:
         fault = f"the tokenizer of {model.name} is none that is known here"
         raise AptError(fault, f"{CONVERTER} {model.directory}")
@@ -53,7 +53,7 @@ def add_vocabulary(writer: gguf.GGUFWriter, model: Exportable) -> None:
         writer.add_chat_template(tokenizer.chat_template)
 
 
-def _name(record: dict[str, Any]) -> str | None:
+def name_of_steps(record: dict[str, Any]) -> str | None:
     """The name of a tokenizer's steps in llama.cpp; None if there is none."""
     model, normalizer = record.get("model", {}), record.get("normalizer")
     first = record.get("pre_tokenizer") or {}
@@ -76,7 +76,7 @@ def _step(step: dict[str, Any]) -> tuple[Any, ...]:
     if kind == "Digits":
         return kind, step.get("individual_digits")
     usual = step.get("behavior") == "Isolated" and not step.get("invert")
-    return (kind, step.get("pattern", {}).get("Regex")) if usual else (kind, step)
+    return (kind, step.get("pattern", {}).get("Regex")) if usual else (kind,)
 
 
 def _add_tokens(writer: gguf.GGUFWriter, tokenizer: Any, count: int) -> None:

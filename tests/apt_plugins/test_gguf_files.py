@@ -1,0 +1,406 @@
+"""Models as GGUF files: every tensor and every entry, and the models that cannot be written."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split, Whitespace
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+gguf = pytest.importorskip("gguf", reason="the extra [gguf] is not installed")
+pytest.importorskip("accelerate", reason="the extra [gguf] is not installed")
+
+from apt_plugins.gguf_files.layouts import CHANGES  # noqa: E402
+from apt_plugins.gguf_files.vocabulary import name_of_steps  # noqa: E402
+
+import apt as package  # noqa: E402
+from apt.options import ExportRun  # noqa: E402
+from apt.plugin.registry import registry  # noqa: E402
+from tests.helpers import TEXT  # noqa: E402
+from tests.helpers.families import CONFIGS, random_model, random_tokens  # noqa: E402
+from tests.helpers.gguf_files import entries, read, write_llama, write_random  # noqa: E402
+
+SHORT = ("--samples", 4, "--seqlen", 24, "--calibration", TEXT)
+DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+
+
+def describe(writer):
+    """Metadata of kinds that transformers does not read."""
+    writer.add_name("A tiny model")
+    writer.add_size_label("42K")
+    writer.add_languages(["en", "de"])
+    writer.add_array("general.sizes", [1.5, -2.0])
+    writer.add_file_type(int(gguf.LlamaFileType.ALL_F32))
+    writer.add_bool("tokenizer.ggml.add_space_prefix", False)
+    writer.add_uint8("general.byte", 7)
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory, tokenizer):
+    """A GGUF file of a tiny LLaMA."""
+    path = tmp_path_factory.mktemp("original") / "tiny.gguf"
+    variant = "llama-grouped-tied"
+    write_llama(path, random_model(variant), CONFIGS[variant], tokenizer, describe)
+    return path
+
+
+@pytest.fixture(scope="module")
+def pruned(original, output_of):
+    """The directory of the pruned model."""
+    return output_of("prune", original, "--sparsity", "0.5", "--method", "wanda", *SHORT)
+
+
+@pytest.fixture(scope="module")
+def small(original, output_of):
+    """The directory of a model with fewer channels, heads and blocks."""
+    sizes = ("--size", "channels=40", "--size", "heads=2", "--blocks", 2)
+    return output_of("shrink", original, *sizes, *SHORT, "--effort", "fast")
+
+
+def equal(directory, path, dtype=torch.float32):
+    """True if a file has the tensors of a directory, bit for bit, with the values of a dtype."""
+    stored = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).state_dict()
+    made = read(path, dtype=torch.float32).state_dict()
+    assert stored.keys() == made.keys()
+    matrices = {name for name, tensor in stored.items() if tensor.ndim > 1}
+    return all(
+        torch.equal(made[name], tensor.to(dtype).float() if name in matrices else tensor)
+        for name, tensor in stored.items()
+    )
+
+
+@pytest.mark.parametrize("kind", DTYPES)
+def test_a_pruned_model_has_the_same_tensors_and_metadata(apt, original, pruned, tmp_path, kind):
+    shutil.copyfile(original, "tiny.gguf")  # where the report's name is looked for
+    run = apt("export", pruned, "--type", kind, "-o", "out.gguf", "--json")
+    assert run.code == 0, run.err
+    record = json.loads(run.out)
+    assert record["type"] == kind
+    assert record["zeros"] == record["kept"] > 3 * 32 * 32  # of the q and o of three blocks
+    assert record["size"] == Path("out.gguf").stat().st_size
+    assert equal(pruned, tmp_path / "out.gguf", DTYPES[kind])
+    before, after = entries(original), entries(tmp_path / "out.gguf")
+    assert before.keys() == after.keys()
+    differing = {key for key in before if before[key] != after[key]}
+    assert differing == (set() if kind == "f32" else {"general.file_type"})
+    names = [
+        [tensor.name for tensor in gguf.GGUFReader(str(path)).tensors]
+        for path in (original, tmp_path / "out.gguf")
+    ]
+    assert names[0] == names[1]
+
+
+def test_a_type_is_by_default_that_of_the_checkpoint(apt, original, pruned, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(pruned, dtype=torch.bfloat16)
+    model.save_pretrained("half")
+    run = apt("export", "half", "--source", original, "-o", "out.gguf")
+    assert run.code == 0, run.err
+    assert f"metadata and tokenizer: from {original}" in run.err
+    assert equal("half", tmp_path / "out.gguf")
+    kinds = {t.tensor_type.name for t in gguf.GGUFReader("out.gguf").tensors}
+    assert kinds == {"BF16", "F32"}
+
+
+def test_a_smaller_model_differs_in_its_sizes_alone(apt, original, small, tmp_path):
+    run = apt("export", small, "--source", original, "-o", "out.gguf")
+    assert run.code == 0, run.err
+    before, after = entries(original), entries(tmp_path / "out.gguf")
+    sizes = {"llama.block_count": 2, "llama.feed_forward_length": 40,
+             "llama.attention.head_count": 2, "llama.attention.key_length": 8,
+             "llama.attention.value_length": 8}  # fmt: skip
+    differing = {key for key in after if before.get(key) != after[key]}
+    assert differing == {*sizes, "general.size_label"}
+    fields = gguf.GGUFReader("out.gguf").fields
+    assert {key: fields[key].contents() for key in sizes} == sizes
+    assert fields["general.size_label"].contents() == "77K"  # 2 · (4 · 512 + 3 · 40 · 32) + …
+    assert equal(small, tmp_path / "out.gguf")
+    tokens = random_tokens(2, 12)
+    logits = [model(tokens).logits for model in (
+        AutoModelForCausalLM.from_pretrained(small), read(tmp_path / "out.gguf")
+    )]  # fmt: skip
+    torch.testing.assert_close(*logits)
+
+
+@pytest.mark.parametrize(("kind", "keeps"), [("q8_0", True), ("q4_0", True), ("q4_1", False)])
+def test_zeros_are_counted_in_what_is_written(apt, original, pruned, tmp_path, kind, keeps):
+    run = apt("export", pruned, "--source", original, "--type", kind, "-o", "q.gguf", "--json")
+    assert run.code == 0, run.err
+    record = json.loads(run.out)
+    made, stored = read(tmp_path / "q.gguf").model, AutoModelForCausalLM.from_pretrained(pruned)
+    kept = sum(
+        int(((weight == 0) & (made.get_parameter(name) == 0)).sum())
+        for name, weight in stored.model.named_parameters()
+        if name.startswith("layers.") and weight.ndim > 1
+    )
+    assert record["kept"] == kept
+    assert (record["kept"] == record["zeros"]) == keeps
+    fields = gguf.GGUFReader("q.gguf").fields
+    assert fields["general.quantization_version"].contents() == gguf.GGML_QUANT_VERSION
+    assert fields["general.file_type"].contents() == gguf.LlamaFileType[f"MOSTLY_{kind.upper()}"]
+    first = gguf.GGUFReader("q.gguf").tensors[0]
+    assert (first.name, first.tensor_type.name) == ("token_embd.weight", "Q8_0")
+
+
+def test_rows_without_whole_blocks_are_of_another_type(apt, original, small):
+    run = apt("export", small, "--source", original, "--type", "q8_0", "-o", "q.gguf")
+    assert run.code == 0, run.err
+    assert "4 matrices are f16: their rows are not multiples of Q8_0's blocks" in run.err
+    kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader("q.gguf").tensors}
+    assert kinds["blk.0.ffn_down.weight"] == kinds["blk.1.attn_output.weight"] == "F16"
+    assert kinds["blk.0.ffn_up.weight"] == "Q8_0"
+
+
+def test_every_type_of_the_help_is_one_that_the_package_makes():
+    types = registry().exports.get("gguf").types
+    said = next(one.option.help for one in ExportRun.OPTIONS if one.name == "type")
+    assert said.rpartition("gguf: ")[2] == f"{', '.join(types[:-1])} or {types[-1]}."
+    values = torch.randn(2, 64).numpy()
+    for kind in types:
+        gguf.quantize(values, gguf.GGMLQuantizationType[kind.upper()])
+
+
+FAMILIES = {
+    "qwen2": ("Qwen2Config", {}), "qwen3": ("Qwen3Config", {"head_dim": 128}),
+    "phi3": ("Phi3Config", {"vocab_size": 32064}), "starcoder2": ("Starcoder2Config", {}),
+    "gemma2": ("Gemma2Config", {"head_dim": 16}), "gemma3": ("Gemma3TextConfig", {"head_dim": 16}),
+    "llama": ("MistralConfig", {"head_dim": 8}),
+    "mamba": ("MambaConfig", {"state_size": 8, "time_step_rank": 4}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", CHANGES)
+def test_what_transformers_reads_is_written_back(apt, tmp_path, tokenizer, architecture):
+    kind, fields = FAMILIES[architecture]
+    given = {"vocab_size": 2048, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+             "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}  # fmt: skip
+    config = getattr(transformers, kind)(**given | fields)
+    write_random(tmp_path / "a.gguf", architecture, config, tokenizer)
+    assert apt("convert", "a.gguf", "-o", "a").code == 0
+    run = apt("export", "a", "-o", "b.gguf")
+    assert run.code == 0, run.err
+    before, after = (gguf.GGUFReader(name) for name in ("a.gguf", "b.gguf"))
+    assert [t.name for t in before.tensors] == [t.name for t in after.tensors]
+    for one, other in zip(before.tensors, after.tensors, strict=True):
+        values = [torch.tensor(tensor.data) for tensor in (one, other)]
+        # The logarithm of A, and norms less 1, are rounded.
+        torch.testing.assert_close(*values, rtol=2e-6, atol=2e-7 if "norm" in one.name else 0)
+    differing = {k for k, v in entries(tmp_path / "b.gguf").items()
+                 if entries(tmp_path / "a.gguf").get(k) != v}  # fmt: skip
+    heads = {f"{architecture}.attention.{kind}_length" for kind in ("key", "value")}
+    assert differing <= {"general.file_type", *heads}  # which transformers does not read
+
+
+SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 128, "rope_theta": 10000.0}  # fmt: skip
+
+
+def checkpoint_of(tokenizer, kind="LlamaConfig", **fields):
+    """The directory of a model that no GGUF file was."""
+    given = {"vocab_size": 2050, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+             "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}  # fmt: skip
+    torch.manual_seed(0)
+    config = getattr(transformers, kind)(**given | fields)
+    AutoModelForCausalLM.from_config(config).save_pretrained("model")
+    tokenizer.save_pretrained("model")
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("LlamaConfig", {}), ("LlamaConfig", {"head_dim": 16, "tie_word_embeddings": True}),
+        ("MistralConfig", {"sliding_window": None}), ("Qwen2Config", {}),
+        ("Qwen3Config", {"head_dim": 128}),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_that_was_no_gguf_is_one(apt, tmp_path, tokenizer, kind, fields):
+    checkpoint_of(tokenizer, kind, **fields)
+    run = apt("export", "model", "-o", "out.gguf")
+    assert run.code == 0, run.err
+    assert equal("model", tmp_path / "out.gguf")
+    tokens = random_tokens(2, 12)
+    stored = AutoModelForCausalLM.from_pretrained("model")
+    torch.testing.assert_close(read(tmp_path / "out.gguf")(tokens).logits, stored(tokens).logits)
+    if kind == "LlamaConfig":  # transformers has the words of Qwen for all files of Qwen
+        text = TEXT.read_text()[:2000]
+        made = AutoTokenizer.from_pretrained(tmp_path, gguf_file="out.gguf")
+        assert made(text)["input_ids"] == tokenizer(text)["input_ids"]
+    fields = gguf.GGUFReader("out.gguf").fields
+    if kind != "Qwen2Config":  # transformers has the words and the end of Qwen 2 for each of these
+        assert fields["tokenizer.ggml.pre"].contents() == "gpt-2"
+        assert fields["tokenizer.ggml.tokens"].contents()[-2:] == ["[PAD2048]", "[PAD2049]"]
+    assert fields["general.name"].contents() == "model"
+    assert fields["tokenizer.ggml.add_bos_token"].contents() is False
+
+
+def test_scaled_rotary_frequencies_are_a_tensor(apt, tokenizer):
+    checkpoint_of(tokenizer, rope_scaling=SCALED)
+    assert apt("export", "model", "-o", "out.gguf").code == 0
+    last = gguf.GGUFReader("out.gguf").tensors[-1]
+    # By the paper of Llama 3: as they are above 4 turns of 128 positions, by 8 below one.
+    assert last.name == "rope_freqs.weight"
+    assert last.data.tolist() == pytest.approx([1, 2.339, 8, 8], rel=1e-3)
+
+
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)  # of Qwen 2; that of Llama 3 has 1 to 3 digits
+
+
+@pytest.mark.parametrize(
+    ("steps", "merges", "name"),
+    [
+        ([ByteLevel(add_prefix_space=False)], {}, "gpt-2"),
+        ([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)], {}, "smollm"),
+        ([Split(Regex(WORDS), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)],
+         {}, "qwen2"),
+        ([Split(Regex(WORDS.replace("{N}|", "{N}{1,3}|")), "isolated"),
+          ByteLevel(add_prefix_space=False, use_regex=False)],
+         {"ignore_merges": True}, "llama-bpe"),
+        ([ByteLevel(add_prefix_space=True)], {}, None),
+        ([Digits(), ByteLevel(add_prefix_space=False)], {}, None),
+        ([ByteLevel(add_prefix_space=False)], {"ignore_merges": True}, None),
+        ([ByteLevel(add_prefix_space=False)], {"byte_fallback": True}, None),
+        ([Split(Regex(WORDS), "removed"), ByteLevel(add_prefix_space=False, use_regex=False)],
+         {}, None),
+        ([Whitespace()], {}, None),
+    ],
+)  # fmt: skip
+def test_a_tokenizer_is_known_by_its_steps(steps, merges, name):
+    made = Tokenizer(BPE(**merges))
+    made.pre_tokenizer = Sequence(steps) if len(steps) > 1 else steps[0]
+    assert name_of_steps(json.loads(made.to_str())) == name
+
+
+def one_line(run, *texts):
+    assert run.code == 2, run.err
+    assert len(run.err.splitlines()) == 1
+    assert all(text in run.err for text in texts), run.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "texts"),
+    [
+        (("zoo:opt", "-o", "x.gguf"), ["models of type 'opt'", "does not know this family"]),
+        (("zoo:bloom", "-o", "x.gguf"), ["models of type 'bloom'", "convert_hf_to_gguf.py"]),
+        (("zoo:mamba", "-o", "x.gguf"), ["not made from a GGUF file", "convert_hf_to_gguf.py"]),
+        (("zoo:llama", "-o", "x.bin"), ["does not say the format", "gguf (.gguf)", "--format"]),
+        (("zoo:llama", "--format", "gguf", "-o", "x"), ["x is not a .gguf file", "--output"]),
+        (("zoo:llama", "--format", "onnx", "-o", "x"), ["no export format 'onnx'"]),
+        (("zoo:llama", "--type", "q4_k", "-o", "x.gguf"),
+         ["has no type 'q4_k'", "f32, bf16, f16, q8_0, q5_1, q5_0, q4_1, q4_0"]),
+        (("zoo:llama", "--source", "no.gguf", "-o", "x.gguf"), ["no.gguf"]),
+        (("zoo:llama", "--source", TEXT, "-o", "x.gguf"), ["is not a GGUF file", "--source"]),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_line(apt, arguments, texts):
+    one_line(apt("export", *arguments), *texts)
+    assert not list(Path().iterdir())
+
+
+def test_a_file_is_replaced_on_request_only(apt):
+    for _ in range(2):
+        shutil.copyfile(TEXT, "x.gguf")
+        one_line(apt("export", "zoo:llama", "-o", "x.gguf"), "x.gguf exists", "--overwrite")
+        assert Path("x.gguf").read_bytes() == TEXT.read_bytes()
+        assert apt("export", "zoo:llama", "-o", "x.gguf", "--overwrite").code == 0
+        assert gguf.GGUFReader("x.gguf").tensors
+        assert sorted(path.name for path in Path().iterdir()) == ["x.gguf"]
+
+
+def test_nothing_is_left_of_a_file_that_cannot_be_written(apt, tokenizer):
+    checkpoint_of(tokenizer)
+    model = AutoModelForCausalLM.from_pretrained("model")
+    model.model.layers[1].mlp.down_proj.weight.data[0, 0] = 1e6
+    model.save_pretrained("model")
+    shutil.copyfile(TEXT, "x.gguf")
+    run = apt("export", "model", "--type", "f16", "--overwrite", "-o", "x.gguf")
+    one_line(run, "blk.1.ffn_down.weight has values beyond 65,504", "--type")
+    assert sorted(path.name for path in Path().iterdir()) == ["model", "x.gguf"]
+    assert Path("x.gguf").read_bytes() == TEXT.read_bytes()
+
+
+def test_a_file_that_the_model_was_not_made_from_is_refused(apt, original, pruned, tokenizer):
+    one_line(apt("export", pruned, "-o", "x.gguf"), "was made from tiny.gguf", "--source")
+    checkpoint_of(tokenizer)
+    run = apt("export", "model", "--source", original, "-o", "x.gguf")
+    one_line(run, "it has 2,048 tokens, not 2,050")
+    checkpoint_of(tokenizer, vocab_size=2048)  # with a head of its own, which the file has not
+    run = apt("export", "model", "--source", original, "-o", "x.gguf")
+    one_line(run, "it has no output.weight for lm_head.weight")
+    checkpoint_of(tokenizer, "Qwen2Config", vocab_size=2048)
+    run = apt("export", "model", "--source", original, "-o", "x.gguf")
+    one_line(run, "its architecture is llama, not qwen2")
+    damaged = Path("cut.gguf")
+    damaged.write_bytes(original.read_bytes()[:5000])
+    one_line(apt("export", pruned, "--source", "cut.gguf", "-o", "x.gguf"), "is damaged")
+
+
+def test_blocks_of_several_kinds_stay_where_they_are(apt, tmp_path, tokenizer):
+    config = transformers.Gemma2Config(
+        vocab_size=2048, hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=16,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
+    )  # fmt: skip
+    write_random(tmp_path / "a.gguf", "gemma2", config, tokenizer)
+    del config.layer_types[0]
+    config.num_hidden_layers = 1
+    AutoModelForCausalLM.from_config(config).save_pretrained("a")
+    tokenizer.save_pretrained("a")
+    run = apt("export", "a", "--source", "a.gguf", "-o", "b.gguf")
+    one_line(run, "blocks are of several kinds")
+
+
+@pytest.mark.parametrize(
+    ("fields", "texts"),
+    [
+        ({"kind": "MistralConfig", "sliding_window": 8}, ["attends within a window"]),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+         ["rotary frequencies of type 'linear'"]),
+    ],
+)  # fmt: skip
+def test_what_is_not_known_with_certainty_is_left_to_the_converter(apt, tokenizer, fields, texts):
+    checkpoint_of(tokenizer, **fields)
+    run = apt("export", "model", "-o", "x.gguf")
+    one_line(run, *texts, "run llama.cpp's convert_hf_to_gguf.py", "model")
+
+
+def test_an_unknown_tokenizer_is_left_to_the_converter(apt, tokenizer):
+    checkpoint_of(tokenizer)
+    place = Path("model/tokenizer.json")
+    record = json.loads(place.read_text())
+    record["pre_tokenizer"]["add_prefix_space"] = True
+    place.write_text(json.dumps(record))
+    one_line(apt("export", "model", "-o", "x.gguf"), "tokenizer of model is none that is known")
+
+
+def test_packed_models_and_files_are_refused(apt, original):
+    small = ("--sparsity", "0.8", "--method", "magnitude", *SHORT)
+    assert apt("prune", "zoo:llama", *small, "-o", "p", "--pack", "packed").code == 0
+    one_line(apt("export", "packed", "-o", "x.gguf"), "packed is packed", "apt-prune unpack")
+    one_line(apt("export", original, "-o", "x.gguf"), "is not a directory", "prune it")
+
+
+def test_the_package_is_asked_for_before_anything_else(apt, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
+    run = apt("export", "nowhere", "-o", "x.gguf")
+    one_line(run, "gguf files need the package gguf", "pip install 'apt-prune[gguf]'")
+
+
+@pytest.mark.parametrize("command", ["prune", "convert"])
+def test_a_directory_is_not_named_like_a_file(apt, command):
+    one_line(apt(command, "zoo:llama", "-o", "x.gguf"), "apt-prune export x -o x.gguf", "--output")
+
+
+def test_the_error_for_programs_is_the_same(tmp_path):
+    from apt.engine.export import export_model
+
+    run = ExportRun(model="zoo:llama", output=tmp_path / "x.gguf", type="q9")
+    with pytest.raises(package.AptError, match="has no type 'q9'"):
+        export_model(run, registry())
