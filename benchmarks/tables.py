@@ -351,6 +351,27 @@ def widths(rows: Rows) -> str:
     return table(header, lines)
 
 
+def llama_cpp(rows: Rows) -> str:
+    """What llama.cpp makes of exported files, beside transformers."""
+    header = [
+        "model", "type", "MiB", "perplexity in llama.cpp", "in transformers", "same text",
+        "zeros kept", "entries that differ",
+    ]  # fmt: skip
+    return table(header, [
+        [
+            row["model"],
+            f"`{row['type']}`",
+            f"{row['bytes'] / 2**20:.0f}",
+            f"{row['perplexity']:.2f}",
+            f"{row['perplexity in transformers']:.2f}",
+            f"{row['gaps'].count(None)} of {len(row['gaps'])}",
+            f"{row['kept']:,} of {row['zeros']:,}",
+            ", ".join(f"`{key.partition('.')[2]}`" for key in row["differing"]),
+        ]
+        for row in rows
+    ])  # fmt: skip
+
+
 TABLES: Mapping[str, tuple[str, Callable[[Rows], str]]] = {
     "smollm2": ("smollm2", comparison),
     "tasks": ("smollm2", tasks),
@@ -372,6 +393,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Rows], str]]] = {
     "families": ("families", families),
     "quantize": ("quantize", quantized),
     "widths": ("widths", widths),
+    "llama-cpp": ("llama-cpp", llama_cpp),
     "packed": ("packed", packed_models),
     "packed-threads": ("packed-threads", packed_models),
     "packed-1.5b": ("packed-1.5b", packed_models),

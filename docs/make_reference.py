@@ -19,9 +19,9 @@ from apt.plugin import hookspecs as hooks
 
 FOLDER = Path(__file__).parent
 SPECS = (
-    hookspecs.AdapterSpec, hookspecs.FormatSpec, hookspecs.MethodSpec, hookspecs.ShrinkMethodSpec,
-    hookspecs.AllocationSpec, hookspecs.RecoverySpec, hookspecs.CalibrationSpec,
-    hookspecs.EvaluatorSpec, hookspecs.CommandSpec,
+    hookspecs.AdapterSpec, hookspecs.FormatSpec, hookspecs.ExportSpec, hookspecs.MethodSpec,
+    hookspecs.ShrinkMethodSpec, hookspecs.AllocationSpec, hookspecs.RecoverySpec,
+    hookspecs.CalibrationSpec, hookspecs.EvaluatorSpec, hookspecs.CommandSpec,
 )  # fmt: skip
 DECLARED = (
     adapter.Site, adapter.Input, adapter.Extra, adapter.Call, adapter.Groups, adapter.Part,
@@ -59,6 +59,7 @@ SHARED = (
     apt_options.AdapterOptions, apt_options.TokenizerOptions, apt_options.RemoteOptions,
     apt_options.DeviceOptions, apt_options.DtypeOptions, apt_options.PrintingOptions,
 )  # fmt: skip
+EXPORTS = (extending.Export, extending.Exportable, extending.Exported)
 FORMATS = (extending.Checkpoint, extending.find_file, extending.Finding, extending.try_import)
 EVENTS = (events.BlockStarted, events.Working, events.SitePruned, events.BlockTuned)
 _MODULES = re.compile(r"\b(?:[a-z_]+\.)+(?=[A-Za-z_])")
@@ -193,6 +194,8 @@ def hooks_page() -> str:
         map(whole, RUNNING),
         "## Formats, and findings of the doctor\n",
         map(whole, FORMATS),
+        "## Exports\n",
+        map(whole, EXPORTS),
         "## Commands\n",
         "The parameters of a command are classes of options, which `apt.options` declares. Their\n"
         "base classes have the options that several commands share.\n",

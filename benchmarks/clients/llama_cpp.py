@@ -2,10 +2,11 @@
 
 Each directory is exported in each type, and opened by the server of llama.cpp, which comes from the
 package xllamacpp in an environment of its own. transformers computes the same in fp32, from the
-directory. A row says for how many of three prompts the next 32 tokens are the same text, what the
-perplexity is in both, which entries of the metadata differ from those of the original file, and how
-many zeros are left. llama.cpp rounds the inputs of a product to the type of the weights. Its attention
-and its cache are in fp32 here, as in transformers, so that nothing else is rounded::
+directory. A row has, for each of three prompts, null if the next 32 tokens are the same, else by how
+much the first other token is less probable in transformers, as a logarithm. It has the perplexity
+in both, the entries of the metadata that differ from those of the original file, and the number of
+zeros that are left. llama.cpp rounds the inputs of a product to the type of the weights. Its
+attention and its cache are in fp32 here, as in transformers, so that nothing else is rounded::
 
     python -m venv out/llama-cpp && out/llama-cpp/bin/pip install xllamacpp
     apt-prune prune SmolLM2-135M-Instruct.Q4_1.gguf --sparsity 0.5 --dtype bfloat16 -o out/half
@@ -42,8 +43,10 @@ from apt.text.datasets import documents, tokenize, windows
 
 Row = dict[str, Any]
 PROMPTS = (
-    "The capital of France is", "Once upon a time there was a", "Water boils in a kettle because",
-)  # fmt: skip
+    "The days of the week are Monday, Tuesday, Wednesday,",
+    "Paris is the capital of France. Berlin is the capital of Germany. Rome is the capital of",
+    "Water boils in a kettle because",
+)
 LENGTH = 32
 FIRST = 100  # probabilities that are asked for at first
 SERVER = """
@@ -78,10 +81,13 @@ class Server:
         with urllib.request.urlopen(request, timeout=600) as answer:
             return json.load(answer)
 
-    def text(self, prompt: str) -> str:
-        """The text of the most probable tokens after a prompt."""
-        answer = self.ask("completion", prompt=prompt, n_predict=LENGTH, temperature=0)
-        return str(answer["content"])
+    def following(self, prompt: str) -> list[int]:
+        """The most probable tokens after a prompt."""
+        answer = self.ask(
+            "completion", prompt=prompt, n_predict=LENGTH, temperature=0, return_tokens=True
+        )
+        found: list[int] = answer["tokens"]
+        return found
 
     def tokens(self, text: str) -> list[int]:
         """The tokens of a text."""
@@ -143,43 +149,66 @@ def entries(path: Path) -> dict[str, bytes]:
     }
 
 
-def by_transformers(directory: Path, options: argparse.Namespace) -> tuple[list[str], Tensor, Row]:
-    """The texts, the tokens of the windows, and what transformers finds."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    texts = []
-    for prompt in PROMPTS:
-        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-        made = model.generate(ids, max_new_tokens=LENGTH, do_sample=False)
-        texts.append(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
-    count = options.windows * options.seqlen
-    text = list(documents(options.text, "evaluation", registry()))
-    tokens = windows(tokenize(tokenizer, text, count), options.windows, options.seqlen, "the text")
-    tokens = tokens[: options.windows]
-    prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
-    return texts, tokens, {"perplexity": apt.perplexity(model, tokens), "prompts": prompts}
+class Reference:
+    """What transformers makes of a directory, in fp32."""
+
+    def __init__(self, directory: Path) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(directory)
+
+    def tokens(self, text: str) -> list[int]:
+        """The tokens of a text."""
+        found: list[int] = self.tokenizer(text)["input_ids"]
+        return found
+
+    def following(self, prompt: str) -> list[int]:
+        """The most probable tokens after a prompt."""
+        ids = torch.tensor([self.tokens(prompt)])
+        made = self.model.generate(ids, max_new_tokens=LENGTH, do_sample=False)
+        found: list[int] = made[0, ids.shape[1] :].tolist()
+        return found
+
+    @torch.no_grad()
+    def gap(self, prompt: str, own: list[int], other: list[int]) -> float | None:
+        """How much less probable, as a logarithm, the first other token is; None if none is."""
+        pairs = zip(own, other, strict=False)
+        place = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+        if place is None:
+            return None
+        ids = torch.tensor([self.tokens(prompt) + own[:place]])
+        logs = self.model(ids).logits[0, -1].log_softmax(-1)
+        return float(logs[own[place]] - logs[other[place]])
+
+    def windows(self, options: argparse.Namespace) -> Tensor:
+        """The windows of the text."""
+        count = options.windows * options.seqlen
+        text = list(documents(options.text, "evaluation", registry()))
+        tokens = tokenize(self.tokenizer, text, count)
+        return windows(tokens, options.windows, options.seqlen, "the text")[: options.windows]
 
 
 def rows(directory: Path, options: argparse.Namespace) -> Iterator[Row]:
     """A row for each type."""
-    texts, tokens, ours = by_transformers(directory, options)
-    vocabulary = json.loads((directory / "config.json").read_text())["vocab_size"]
+    reference = Reference(directory)
+    tokens = reference.windows(options)
+    perplexity = apt.perplexity(reference.model, tokens)
+    texts = [reference.following(prompt) for prompt in PROMPTS]
     for kind in options.types:
         with tempfile.TemporaryDirectory(dir=directory.parent) as folder:
             path = Path(folder) / f"{directory.name}.gguf"
             run = ExportRun(model=str(directory), output=path, type=kind, source=options.source)
             done = export_model(run, registry())
             with serving(options.python, path, options.threads) as server:
-                made = [server.text(prompt) for prompt in PROMPTS]
+                made = [server.following(prompt) for prompt in PROMPTS]
+                gaps = map(reference.gap, PROMPTS, texts, made)
                 yield {
                     "model": directory.name,
                     "type": kind,
                     "bytes": done.size,
-                    "same tokens": [server.tokens(p) for p in PROMPTS] == ours["prompts"],
-                    "same text": sum(a == b for a, b in zip(texts, made, strict=True)),
-                    "texts": list(zip(PROMPTS, texts, made, strict=True)),
-                    "perplexity": server.perplexity(tokens, vocabulary),
-                    "perplexity in transformers": ours["perplexity"],
+                    "same tokens": all(server.tokens(p) == reference.tokens(p) for p in PROMPTS),
+                    "gaps": list(gaps),
+                    "perplexity": server.perplexity(tokens, reference.model.config.vocab_size),
+                    "perplexity in transformers": perplexity,
                     "zeros": done.zeros,
                     "kept": done.kept,
                     "differing": differing(options.source, path),
@@ -192,10 +221,10 @@ def main() -> None:
     parser.add_argument("directories", type=Path, nargs="+")
     parser.add_argument("--source", type=Path, required=True, help="what they were made from")
     parser.add_argument("--python", type=Path, default=Path("out/llama-cpp/bin/python"))
-    parser.add_argument("--types", nargs="+", default=["f16", "bf16", "q8_0"])
+    parser.add_argument("--types", nargs="+", default=["f32", "f16", "bf16", "q8_0"])
     parser.add_argument("--text", default="builtin", help="a data source of APT")
     parser.add_argument("--windows", type=int, default=1)
-    parser.add_argument("--seqlen", type=int, default=256)
+    parser.add_argument("--seqlen", type=int, default=128)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -205,7 +234,7 @@ def main() -> None:
     for directory in options.directories:
         for row in rows(directory, options):
             found.append(row)
-            print(json.dumps({k: v for k, v in row.items() if k != "texts"}), flush=True)
+            print(json.dumps(row), flush=True)
             if options.json:
                 save(options.json, found)
 
