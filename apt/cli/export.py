@@ -1,7 +1,13 @@
 """``apt-prune export``."""
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from apt.cli.opening import check_new_file, find_model
 from apt.options import ExportRun, PrintingOptions
+
+if TYPE_CHECKING:
+    from apt.checkpoints.exporting import Exported
 
 
 def export(run: ExportRun, printing: PrintingOptions) -> None:
@@ -27,5 +33,10 @@ def export(run: ExportRun, printing: PrintingOptions) -> None:
     if printing.as_json:
         show_json({"output": str(run.output), **vars(done)})
         return
+    say(exported_line(run.output, done))
+
+
+def exported_line(output: Path, done: "Exported") -> str:
+    """The size of an exported file, and its zeros."""
     zeros = f"{done.kept:,} of {done.zeros:,} zeros kept" if done.zeros else "no zeros"
-    say(f"{run.output}: {done.tensors} tensors, {done.type}, {done.size:,} bytes, {zeros}")
+    return f"{output}: {done.tensors} tensors, {done.type}, {done.size:,} bytes, {zeros}"

@@ -14,8 +14,9 @@ def prune(
 
     run, notices = opened(run)
 
-    from apt.cli.pruning import pack_result, start
+    from apt.cli.pruning import export_result, pack_result, start
 
     start(run, config, plan, printing, notices)
     if not plan.dry_run:
         pack_result(run)  # also where the output was complete before
+        export_result(run)

@@ -6,6 +6,7 @@ from pathlib import Path
 import typer
 
 from apt.checkpoints.copies import REPORT
+from apt.cli.export import exported_line
 from apt.cli.interruptions import interrupted
 from apt.cli.output import notice, say, show_error, show_json
 from apt.cli.packing import packed_line
@@ -15,6 +16,7 @@ from apt.cli.summary import first_not_finite, show_report
 from apt.distributed.launch import joined, whole_number
 from apt.distributed.ranks import Ranks
 from apt.engine.estimate import Planned
+from apt.engine.export import export_output
 from apt.engine.packing import pack_output
 from apt.engine.planned_levels import planned_levels
 from apt.engine.prepare import finished_report, input_paths
@@ -82,9 +84,23 @@ def start(
         return report if ranks.first else None
 
 
+def export_result(run: PruneRun | ShrinkRun | RecoverRun) -> None:
+    """Export the output, if it is asked for; the first rank alone does it."""
+    if run.export is None or _is_later_rank():
+        return
+    with Progress("exporting"):
+        done = export_output(run, registry(), notice)
+    assert done is not None
+    notice(exported_line(run.export, done))
+
+
+def _is_later_rank() -> bool:
+    return bool(whole_number("WORLD_SIZE", 1) > 1 and whole_number("RANK", 0))
+
+
 def pack_result(run: PruneRun) -> None:
     """Write the packed form of the output, if it is asked for; the first rank alone does it."""
-    if run.pack is None or (whole_number("WORLD_SIZE", 1) > 1 and whole_number("RANK", 0)):
+    if run.pack is None or _is_later_rank():
         return
     with Progress("packing"):
         done = pack_output(run, registry(), notice)

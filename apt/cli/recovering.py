@@ -6,7 +6,7 @@ import typer
 
 from apt.cli.output import duration, say, show_error, show_json
 from apt.cli.progress import TrainingProgress
-from apt.cli.pruning import performed, save_config
+from apt.cli.pruning import export_result, performed, save_config
 from apt.cli.summary import training_line
 from apt.distributed.launch import joined
 from apt.engine.recover_task import RecoverTask, prepare_recovery
@@ -44,6 +44,7 @@ def start(
         from apt.cli.plots import draw_training
 
         draw_training(training, plot, overwrite=run.overwrite)
+    export_result(run)
     if training["diverged"] is not None:
         show_error(
             f"the loss diverged after {training['diverged']} steps; {run.output} has the state "

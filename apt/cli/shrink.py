@@ -47,6 +47,8 @@ def shrink(
     from apt.cli import pruning
 
     report = pruning.start(run, config, plan, printing, notices)
+    if not plan.dry_run:
+        pruning.export_result(run)
     if picture.plot is not None and report is not None:
         from apt.cli.plots import draw_candidates
 

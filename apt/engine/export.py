@@ -12,7 +12,7 @@ from apt.engine.prepare import Notice
 from apt.errors import AptError, faulty
 from apt.files.writing import check_file
 from apt.locations.paths import expanded
-from apt.options import ExportRun
+from apt.options import ExportRun, PruneRun, RecoverRun, ShrinkRun
 from apt.output.report import read_report
 from apt.output.staging import whole_file
 from apt.plugin.registry import Registry
@@ -56,6 +56,30 @@ def export_model(
     for line in done.notes:
         notice(line)
     return done
+
+
+def export_output(
+    run: PruneRun | ShrinkRun | RecoverRun, registry: Registry, notice: Notice
+) -> Exported | None:
+    """Export the output of a run, if the run asks for it.
+
+    If the run has read a GGUF file, for example, that is the original.
+
+    Raises:
+        AptError: see `export_model`; the output of the run is complete.
+    """
+    if run.export is None or run.output is None:
+        return None
+    source = find_source(run.model, run, registry)
+    exporting = ExportRun(
+        model=str(run.output), output=run.export, adapter=run.adapter, overwrite=run.overwrite,
+        trust_remote_code=run.trust_remote_code, source=source.files()[0] if source.gguf else None,
+    )  # fmt: skip
+    try:
+        return export_model(exporting, registry, notice)
+    except AptError as error:
+        fault = f"{run.output} is written and verified, but not exported: {error.message}"
+        raise AptError(fault, error.hint) from error
 
 
 def _original(directory: Path, spec: ExportSpec) -> Path | None:

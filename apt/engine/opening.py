@@ -42,8 +42,12 @@ def find_source(reference: str, options: RemoteOptions, registry: Registry) -> S
     return find(reference, registry, trust_remote_code=trust, hub=hub)
 
 
-def check_export(run: ExportRun, registry: Registry) -> ExportSpec:
+def check_export(
+    run: ExportRun, registry: Registry, options: tuple[str, ...] = ("format",)
+) -> ExportSpec:
     """The format of an export: the given one, or the one of the suffix of the output.
+
+    ``options`` choose the format, for the message.
 
     Raises:
         AptError: there is none, or it needs a package that is not installed; or the output has
@@ -57,7 +61,7 @@ def check_export(run: ExportRun, registry: Registry) -> ExportSpec:
         if len(fitting) != 1:
             kinds = ", ".join(f"{one.name} ({one.suffix})" for one in known.specs.values())
             fault = f"the suffix of {run.output} does not say the format"
-            raise AptError(fault, f"choose one: {kinds or 'none is installed'}", ("format",))
+            raise AptError(fault, f"choose one: {kinds or 'none is installed'}", options)
         spec = fitting[0]
     if run.output.suffix != spec.suffix:
         fault = f"the output {run.output} is not a {spec.suffix} file"
@@ -110,7 +114,22 @@ def with_names(options: R, registry: Registry, notice: Callable[[str], None]) ->
         notice(f"calibration: {options.calibration} (default)")
     if options.output is None:
         choose(output=Path("-".join([source.name, *_suffixes(made, registry)])))
-    check_directory_name(made.output, registry)
+    return _with_export(made, registry, notice)  # type: ignore[no-any-return]
+
+
+def _with_export(options: R, registry: Registry, notice: Callable[[str], None]) -> R:
+    """The options with a directory and a file to export, if the output is named like the file.
+
+    Raises:
+        AptError: no export writes a file of such a name.
+    """
+    made: Any = options
+    suffixes = {spec.suffix for spec in registry.exports.specs.values()}
+    if made.export is None and made.output.suffix in suffixes:
+        made = replace(made, output=made.output.with_suffix(""), export=made.output)
+        notice(f"output: {made.output}, and exported {made.export}")
+    if made.export is not None:
+        check_export(ExportRun(model=made.model, output=made.export), registry, ("export",))
     return made  # type: ignore[no-any-return]
 
 

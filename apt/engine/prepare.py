@@ -11,6 +11,7 @@ from apt.engine.opening import find_source
 from apt.engine.task import WITHOUT_EFFECT, Task
 from apt.errors import AptError
 from apt.files.journal import check_same
+from apt.files.writing import check_file
 from apt.locations.model_source import Source
 from apt.locations.paths import expanded
 from apt.output.json_values import json_value
@@ -41,6 +42,11 @@ def open_model(
 def check_place(options: Any, source: Source, texts: Sequence[str | None], notice: Notice) -> None:
     """Check the place of the output, and notify the user of an earlier result to be replaced."""
     inputs, output = input_paths(source, texts), options.output
+    if (file := getattr(options, "export", None)) is not None:
+        if expanded(file).resolve().is_relative_to(Path(output).resolve()):
+            fault = f"export {file} is inside the output"
+            raise AptError(fault, "choose another file", ("export",))
+        check_file(expanded(file), overwrite=options.overwrite, inputs=inputs, options=("export",))
     if getattr(options, "resume", False) and (resumable(output) or read_report(output)):
         check_not_input(output, inputs)
         return

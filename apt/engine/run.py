@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from apt.distributed.ranks import Ranks
+from apt.engine.export import export_output
 from apt.engine.in_memory import InMemory
 from apt.engine.opening import with_names
 from apt.engine.output_store import OutputStore
@@ -57,8 +58,11 @@ def run(
         options = with_names(options, registry(), notice)
     task = prepare(options, registry(), notice)
     report = finished_report(task) or execute(task, observe, status, ranks=ranks)
-    if isinstance(options, PruneRun) and (ranks is None or ranks.first):
-        pack_output(options, task.registry, notice)
+    if ranks is None or ranks.first:
+        if isinstance(options, PruneRun):
+            pack_output(options, task.registry, notice)
+        if not isinstance(options, ReapplyRun):
+            export_output(options, task.registry, notice)
     return report
 
 

@@ -273,7 +273,15 @@ class ShardOptions(Options):
 class OutputOptions(ShardOptions):
     """Options for the output of a run."""
 
-    output: Path | None = option("Directory to write.", default=None, panel=OUTPUT, short="-o")
+    output: Path | None = option(
+        "Directory to write. NAME.gguf means the directory NAME, and --export NAME.gguf.",
+        default=None, panel=OUTPUT, short="-o",
+    )  # fmt: skip
+    export: Path | None = option(
+        "Also write the model to FILE in the format of other software, as apt-prune export does: "
+        "NAME.gguf for llama.cpp.",
+        default=None, panel=OUTPUT, metavar="FILE", recorded=False, effect=False,
+    )  # fmt: skip
     overwrite: bool = option(
         "Replace the output of an earlier run.",
         default=False, panel=OUTPUT, saved=False, effect=False,

@@ -2,11 +2,11 @@
 
 Each directory is exported in each type, and opened by the server of llama.cpp, which comes from the
 package xllamacpp in an environment of its own. transformers computes the same in fp32, from the
-directory. A row has, for each of three prompts, null if the next 32 tokens are the same, else by how
-much the first other token is less probable in transformers, as a logarithm. It has the perplexity
-in both, the entries of the metadata that differ from those of the original file, and the number of
-zeros that are left. llama.cpp rounds the inputs of a product to the type of the weights. Its
-attention and its cache are in fp32 here, as in transformers, so that nothing else is rounded::
+directory. A row has, for each of three prompts, null if the next 32 tokens are the same, else by
+how much the first other token is less probable in transformers, as a logarithm. It has the
+perplexity in both, the entries of the metadata that differ from those of the original file, and the
+number of zeros that are left. llama.cpp rounds the inputs of a product to the type of the weights.
+Its attention and its cache are in fp32 here, as in transformers, so that nothing else is rounded::
 
     python -m venv out/llama-cpp && out/llama-cpp/bin/pip install xllamacpp
     apt-prune prune SmolLM2-135M-Instruct.Q4_1.gguf --sparsity 0.5 --dtype bfloat16 -o out/half

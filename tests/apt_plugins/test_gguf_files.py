@@ -393,9 +393,48 @@ def test_the_package_is_asked_for_before_anything_else(apt, monkeypatch):
     one_line(run, "gguf files need the package gguf", "pip install 'apt-prune[gguf]'")
 
 
-@pytest.mark.parametrize("command", ["prune", "convert"])
-def test_a_directory_is_not_named_like_a_file(apt, command):
-    one_line(apt(command, "zoo:llama", "-o", "x.gguf"), "apt-prune export x -o x.gguf", "--output")
+def test_a_converted_directory_is_not_named_like_a_file(apt):
+    run = apt("convert", "zoo:llama", "-o", "x.gguf")
+    one_line(run, "apt-prune export x -o x.gguf", "--output")
+
+
+def test_a_run_writes_the_file_beside_its_directory(apt, original, tmp_path):
+    Path("elsewhere").mkdir()
+    shutil.copyfile(original, "elsewhere/tiny.gguf")
+    run = apt("prune", "elsewhere/tiny.gguf", "--pattern", "2:4", "--method", "magnitude", *SHORT,
+              "-o", "x.gguf")  # fmt: skip
+    assert run.code == 0, run.err
+    assert "output: x, and exported x.gguf" in run.err
+    assert "zeros kept" in run.err
+    assert equal("x", tmp_path / "x.gguf")
+    before, after = entries(original), entries(tmp_path / "x.gguf")
+    assert [key for key in before if before[key] != after[key]] == []
+    assert apt("verify", "x").code == 0
+    again = apt("prune", "elsewhere/tiny.gguf", *SHORT, "-o", "y", "--export", "x.gguf")
+    one_line(again, "x.gguf exists", "--export")
+    inside = apt("prune", "zoo:llama", *SHORT, "-o", "y", "--export", "y/x.gguf")
+    one_line(inside, "export y/x.gguf is inside the output", "--export")
+    one_line(apt("prune", "zoo:llama", *SHORT, "--export", "y.bin"), "the suffix of y.bin")
+    assert not Path("y").exists()
+
+
+def test_a_program_exports_what_it_shrinks(apt, original, tmp_path):
+    run = package.ShrinkRun(
+        model=str(original), output=Path("small"), export=Path("small.gguf"), samples=4, seqlen=24,
+        sizes={"channels": 40}, calibration=str(TEXT), effort="fast",
+    )  # fmt: skip
+    package.run(run)
+    assert equal("small", tmp_path / "small.gguf")
+
+
+def test_a_model_that_cannot_be_exported_is_written(apt):
+    run = apt(
+        "prune", "zoo:opt", "--sparsity", 0.5, "--method", "magnitude", *SHORT, "-o", "x.gguf"
+    )
+    assert run.code == 2
+    assert run.err.splitlines()[-1].startswith("apt: x is written and verified, but not exported:")
+    assert Path("x/apt_report.json").is_file()
+    assert not Path("x.gguf").exists()
 
 
 def test_the_error_for_programs_is_the_same(tmp_path):
