@@ -61,6 +61,7 @@ def test_a_file_of_windows_is_read(apt):
         ("unpack", ("unpack", "packed", "-o", "out")),
         ("apply_masks", ("reapply", "masks", "MODEL", "-o", "out")),
         ("save_model", ("convert", "zoo:llama", "-o", "out")),
+        ("write_file", ("export", "zoo:llama", "-o", "out.gguf")),
         ("load", ("eval", "zoo:llama")),
         ("render", ("report", "pruned", "-o", "page.html")),
         ("load", ("prune", "zoo:llama", *QUICK, "-o", "out")),
@@ -79,6 +80,7 @@ def test_an_interrupted_command_says_so_and_leaves_nothing(
     modules = {
         "pack": "apt.engine.packing", "unpack": "apt.engine.packing",
         "apply_masks": "apt.engine.reapply_task",
+        "write_file": "apt_plugins.gguf_files.export",
         "save_model": "apt.checkpoints.copies", "render": "apt_lab.reporting.page",
         "load": "apt.checkpoints.load" if words[0] == "eval" else "apt.engine.in_memory",
     }  # fmt: skip

@@ -5,13 +5,9 @@ import json
 import gguf
 import numpy as np
 import torch
+from apt_plugins.gguf_files.layouts import names_in_gguf
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
-from transformers.modeling_gguf_pytorch_utils import (
-    TENSOR_PROCESSORS,
-    TensorProcessor,
-    get_gguf_hf_weights_map,
-)
 
 NAMES = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
@@ -78,9 +74,7 @@ def write_random(path, architecture, config, tokenizer):
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    blocks = config.num_hidden_layers
-    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)()
-    names = get_gguf_hf_weights_map(model, processor, architecture, blocks)
+    names = names_in_gguf(model, architecture, config.num_hidden_layers)
     state, draw = model.state_dict(), np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, architecture)
     for entry, name in GGUF_CONFIG_MAPPING[architecture].items():

@@ -139,5 +139,5 @@ def test_so_are_several_options_together(kind, name, tmp_path):
 def test_every_command_of_apt_is_here():
     assert set(declared()) >= {
         "prune", "shrink", "recover", "reapply", "pack", "unpack", "inspect", "verify", "check",
-        "convert", "eval", "compare", "bench", "report", "law",
+        "convert", "export", "eval", "compare", "bench", "report", "law",
     }  # fmt: skip

@@ -4,6 +4,7 @@ transformers converts them when it reads a GGUF file. These are the inverses.
 """
 
 from collections.abc import Callable, Mapping
+from inspect import signature
 from typing import Any
 
 import gguf
@@ -80,6 +81,8 @@ def architecture_of(model: Exportable) -> str:
 
 def names_in_gguf(module: nn.Module, architecture: str, blocks: int) -> dict[str, str]:
     """The parameters of a model by the names of their tensors in GGUF, as transformers reads it."""
-    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)()
-    names: dict[str, str] = get_gguf_hf_weights_map(module, processor, architecture, blocks)
+    given: dict[str, Any] = {"model_type": architecture, "num_layers": blocks}
+    if "processor" in signature(get_gguf_hf_weights_map).parameters:  # not in transformers 4.57
+        given["processor"] = TENSOR_PROCESSORS.get(architecture, TensorProcessor)()
+    names: dict[str, str] = get_gguf_hf_weights_map(module, **given)
     return names
