@@ -45,7 +45,7 @@ def original(tmp_path_factory, tokenizer):
     """A GGUF file of a tiny LLaMA."""
     path = tmp_path_factory.mktemp("original") / "tiny.gguf"
     variant = "llama-grouped-tied"
-    write_llama(path, random_model(variant), CONFIGS[variant], tokenizer, describe)
+    write_llama(path, random_model(variant), CONFIGS[variant], tokenizer, describe, 300)
     return path
 
 
@@ -166,7 +166,8 @@ def test_every_type_of_the_help_is_one_that_the_package_makes():
 
 FAMILIES = {
     "qwen2": ("Qwen2Config", {}), "qwen3": ("Qwen3Config", {"head_dim": 128}),
-    "phi3": ("Phi3Config", {"vocab_size": 32064}), "starcoder2": ("Starcoder2Config", {}),
+    "phi3": ("Phi3Config", {"vocab_size": 32064}),
+    "starcoder2": ("Starcoder2Config", {"vocab_size": 300}),
     "gemma2": ("Gemma2Config", {"head_dim": 16}), "gemma3": ("Gemma3TextConfig", {"head_dim": 16}),
     "llama": ("MistralConfig", {"head_dim": 8}),
     "mamba": ("MambaConfig", {"state_size": 8, "time_step_rank": 4}),
@@ -190,8 +191,8 @@ def test_what_transformers_reads_is_written_back(apt, tmp_path, tokenizer, archi
         values = [torch.tensor(tensor.data) for tensor in (one, other)]
         # The logarithm of A, and norms less 1, are rounded.
         torch.testing.assert_close(*values, rtol=2e-6, atol=2e-7 if "norm" in one.name else 0)
-    differing = {k for k, v in entries(tmp_path / "b.gguf").items()
-                 if entries(tmp_path / "a.gguf").get(k) != v}  # fmt: skip
+    known, made = (entries(tmp_path / name) for name in ("a.gguf", "b.gguf"))
+    differing = {key for key in made if known.get(key) != made[key]}
     heads = {f"{architecture}.attention.{kind}_length" for kind in ("key", "value")}
     assert differing <= {"general.file_type", *heads}  # which transformers does not read
 
@@ -355,7 +356,7 @@ def test_blocks_of_several_kinds_stay_where_they_are(apt, tmp_path, tokenizer):
     AutoModelForCausalLM.from_config(config).save_pretrained("a")
     tokenizer.save_pretrained("a")
     run = apt("export", "a", "--source", "a.gguf", "-o", "b.gguf")
-    one_line(run, "blocks are of several kinds")
+    one_line(run, "are of several kinds")
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,18 @@
 """Tiny GGUF files, written with the package gguf alone."""
 
 import json
+from inspect import signature
 
 import gguf
 import numpy as np
 import torch
-from apt_plugins.gguf_files.layouts import names_in_gguf
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
+from transformers.modeling_gguf_pytorch_utils import (
+    TENSOR_PROCESSORS,
+    TensorProcessor,
+    get_gguf_hf_weights_map,
+)
 
 NAMES = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
@@ -23,13 +28,15 @@ def permuted(weight, heads):
     return weight.reshape(shape).swapaxes(1, 2).reshape(weight.shape)
 
 
-def write_tokenizer(writer, tokenizer):
-    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+def write_tokenizer(writer, tokenizer, count=2048):
+    """The first tokens: the reader of the package needs most of its time for them."""
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])[:count]
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([token for token, _ in vocabulary])
     writer.add_token_types([1] * len(vocabulary))
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
-    writer.add_token_merges([" ".join(pair) for pair in merges])
+    known = {token for token, _ in vocabulary}
+    writer.add_token_merges([" ".join(pair) for pair in merges if "".join(pair) in known])
     writer.add_eos_token_id(0)
     writer.add_bos_token_id(0)
 
@@ -41,8 +48,11 @@ def finish(writer):
     writer.close()
 
 
-def write_llama(path, model, config, tokenizer, describe=lambda writer: None):
-    """A LLaMA without a head of its own; ``describe`` adds metadata."""
+def write_llama(path, model, config, tokenizer, describe=lambda writer: None, tokens=2048):
+    """A LLaMA without a head of its own; ``describe`` adds metadata.
+
+    The tokenizer has the first ``tokens``.
+    """
     writer = gguf.GGUFWriter(path, "llama")
     describe(writer)
     writer.add_block_count(config.num_hidden_layers)
@@ -54,7 +64,7 @@ def write_llama(path, model, config, tokenizer, describe=lambda writer: None):
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
     writer.add_vocab_size(config.vocab_size)
-    write_tokenizer(writer, tokenizer)
+    write_tokenizer(writer, tokenizer, tokens)
     writer.add_tensor("token_embd.weight", model.model.embed_tokens.weight.detach().numpy())
     writer.add_tensor("output_norm.weight", model.model.norm.weight.detach().numpy())
     for index, block in enumerate(model.model.layers):
@@ -67,6 +77,14 @@ def write_llama(path, model, config, tokenizer, describe=lambda writer: None):
     finish(writer)
 
 
+def names_by_transformers(model, architecture, blocks):
+    """The parameters by the names of their tensors."""
+    given = {"model_type": architecture, "num_layers": blocks}
+    if "processor" in signature(get_gguf_hf_weights_map).parameters:  # not in transformers 4.57
+        given["processor"] = TENSOR_PROCESSORS.get(architecture, TensorProcessor)()
+    return get_gguf_hf_weights_map(model, **given)
+
+
 def write_random(path, architecture, config, tokenizer):
     """A file of an architecture with random tensors, of which transformers decides what they are.
 
@@ -74,7 +92,7 @@ def write_random(path, architecture, config, tokenizer):
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    names = names_in_gguf(model, architecture, config.num_hidden_layers)
+    names = names_by_transformers(model, architecture, config.num_hidden_layers)
     state, draw = model.state_dict(), np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, architecture)
     for entry, name in GGUF_CONFIG_MAPPING[architecture].items():
@@ -83,7 +101,7 @@ def write_random(path, architecture, config, tokenizer):
             writer.add_float32(f"{architecture}.{entry}", value)
         elif isinstance(value, int):
             writer.add_uint32(f"{architecture}.{entry}", value)
-    write_tokenizer(writer, tokenizer)
+    write_tokenizer(writer, tokenizer, 300)
     for tensor, name in names.items():
         shape = [n for n in state[name].shape if n != 1]
         values = draw.normal(size=shape).astype(np.float32)

@@ -42,13 +42,11 @@ def from_checkpoint(
         architecture == "llama" and getattr(config, "sliding_window", None)
     ):
         raise _unknown(model, f"{model.name} attends within a window")
-    rope = _rope(config)
+    rope = rotary(config)
     scaling = str(rope.get("rope_type", rope.get("type", "default")))
     if scaling not in ("default", _SCALED):
         raise _unknown(model, f"{model.name} has rotary frequencies of type '{scaling}'")
     names = tensor_names(model, architecture)
-    if missing := model.shapes.keys() - names.values() - _tied(model):
-        raise _unknown(model, f"{min(missing)} of {model.name} has no name in GGUF")
     tensors = [planned_of(model, *pair, architecture, kind) for pair in names.items()]
     if scaling == _SCALED:
         factors = _factors(config, float(rope["rope_theta"]))
@@ -68,12 +66,7 @@ def _unknown(model: Exportable, fault: str) -> AptError:
     return AptError(fault, f"{CONVERTER} {model.directory}")
 
 
-def _tied(model: Exportable) -> set[str]:
-    """The head, if it is that of the embeddings."""
-    return {"lm_head.weight"} if getattr(model.config, "tie_word_embeddings", False) else set()
-
-
-def _rope(config: Any) -> dict[str, Any]:
+def rotary(config: Any) -> dict[str, Any]:
     """The parameters of the rotary embedding, of transformers 4 or 5."""
     given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     return {"rope_theta": getattr(config, "rope_theta", 10_000.0), **given}

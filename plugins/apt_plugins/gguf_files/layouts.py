@@ -1,20 +1,14 @@
 """How the tensors of a family differ between transformers and GGUF.
 
-transformers converts them when it reads a GGUF file. These are the inverses.
+transformers converts them when it reads a GGUF file, in its ``modeling_gguf_pytorch_utils``. These
+are the inverses.
 """
 
 from collections.abc import Callable, Mapping
-from inspect import signature
 from typing import Any
 
 import gguf
 import numpy as np
-from torch import nn
-from transformers.modeling_gguf_pytorch_utils import (
-    TENSOR_PROCESSORS,
-    TensorProcessor,
-    get_gguf_hf_weights_map,
-)
 
 from apt.errors import AptError
 from apt.extending import Exportable
@@ -77,12 +71,3 @@ def architecture_of(model: Exportable) -> str:
     raise AptError(
         fault, f"{CONVERTER} {model.directory}" if known else "GGUF does not know this family"
     )
-
-
-def names_in_gguf(module: nn.Module, architecture: str, blocks: int) -> dict[str, str]:
-    """The parameters of a model by the names of their tensors in GGUF, as transformers reads it."""
-    given: dict[str, Any] = {"model_type": architecture, "num_layers": blocks}
-    if "processor" in signature(get_gguf_hf_weights_map).parameters:  # not in transformers 4.57
-        given["processor"] = TENSOR_PROCESSORS.get(architecture, TensorProcessor)()
-    names: dict[str, str] = get_gguf_hf_weights_map(module, **given)
-    return names

@@ -14,7 +14,6 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 from gguf import GGUFValueType as Kind
-from transformers import AutoConfig
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
 from apt.errors import AptError, described
@@ -27,6 +26,7 @@ from apt_plugins.gguf_files.writing import Planned
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 _ARCHITECTURE, _TYPE = "general.architecture", "general.file_type"
 _SIZE = "general.size_label"
+_IN_TURN = ("gemma2", "gemma3")  # whose blocks have windows in turn
 
 
 def from_original(
@@ -78,45 +78,44 @@ def _other(model: Exportable, reason: str) -> AptError:
 
 
 def _changes(model: Exportable, reader: gguf.GGUFReader, architecture: str) -> dict[str, Any]:
-    """The entries that differ, with their values; new ones have the value None in the original."""
-    assert model.original is not None
-    known = AutoConfig.from_pretrained(model.original.parent, gguf_file=model.original.name)
-    if known.vocab_size != model.config.vocab_size:
-        raise _other(model, f"it has {known.vocab_size:,} tokens, not {model.config.vocab_size:,}")
-    changes = dict[str, Any]()
+    """The entries for which the configuration has another value, and those that are new."""
+    known = {key: field.contents() for key, field in _sizes(reader, architecture).items()}
+    tokens = known.get(f"{architecture}.vocab_size", _count(reader, "tokenizer.ggml.tokens"))
+    if tokens != model.config.vocab_size:
+        raise _other(model, f"it has {tokens:,} tokens, not {model.config.vocab_size:,}")
     fields: Mapping[str, str | None] = GGUF_CONFIG_MAPPING[architecture]
+    changes = dict[str, Any]()
     for entry, name in fields.items():
         key = f"{architecture}.{entry}"
-        if name is None or key not in reader.fields:
+        value = getattr(model.config, name, None) if name else None
+        if value is None or key not in known or _same(known[key], value):
             continue
-        value = getattr(model.config, name, None)
-        if _differs(getattr(known, name, None), value):
-            _check_scalar(model, reader, key)
-            changes[key] = value
-    _check_kinds(model, known)
+        if isinstance(known[key], list):
+            fault = f"{model.original} has a {key} for each block, and {model.name} has another"
+            raise AptError(fault, "a model with such an entry keeps its blocks and sizes")
+        changes[key] = value
+    if f"{architecture}.block_count" in changes and architecture in _IN_TURN:
+        fault = f"{model.name} lacks blocks, and the blocks of its family are of several kinds"
+        raise AptError(fault, "GGUF derives the kinds from their positions: keep all blocks")
     return changes | _head_sizes(model.config, architecture, reader)
 
 
-def _differs(before: Any, after: Any) -> bool:
-    """True if two values differ, as fp32 if they are numbers with a point."""
+def _sizes(reader: gguf.GGUFReader, architecture: str) -> dict[str, gguf.ReaderField]:
+    """The entries of an architecture."""
+    prefix = f"{architecture}."
+    return {key: field for key, field in reader.fields.items() if key.startswith(prefix)}
+
+
+def _count(reader: gguf.GGUFReader, key: str) -> int:
+    """The length of a list."""
+    return len(reader.fields[key].data) if key in reader.fields else 0
+
+
+def _same(before: Any, after: Any) -> bool:
+    """True if two values are the same, as fp32 if they are numbers with a point."""
     if isinstance(before, float) and isinstance(after, float):
-        return bool(np.float32(before) != np.float32(after))
-    return bool(before != after)
-
-
-def _check_scalar(model: Exportable, reader: gguf.GGUFReader, key: str) -> None:
-    """Raise if an entry has a value for each block."""
-    if reader.fields[key].types[0] is Kind.ARRAY:
-        fault = f"{model.original} has a {key} for each block, and {model.name} has another"
-        raise AptError(fault, "a model with such an entry keeps its blocks and sizes")
-
-
-def _check_kinds(model: Exportable, known: Any) -> None:
-    """Raise if blocks of several kinds are not where llama.cpp expects them, by their numbers."""
-    before, after = (getattr(config, "layer_types", None) for config in (known, model.config))
-    if before != after and before and len(set(before)) > 1:
-        fault = f"{model.name} lacks blocks, and its blocks are of several kinds in turn"
-        raise AptError(fault, "GGUF derives the kinds from their positions: keep all blocks")
+        return bool(np.float32(before) == np.float32(after))
+    return bool(before == after)
 
 
 def _head_sizes(config: Any, architecture: str, reader: gguf.GGUFReader) -> dict[str, int]:

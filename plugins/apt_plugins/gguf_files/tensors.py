@@ -1,12 +1,16 @@
 """The tensors of a file: the parameters of a model, by their names in GGUF."""
 
+import gguf
 import torch
 from gguf import GGMLQuantizationType as Type
 
+from apt.errors import AptError
 from apt.extending import Exportable
-from apt_plugins.gguf_files.layouts import CHANGES, names_in_gguf
+from apt_plugins.gguf_files.layouts import CHANGES, CONVERTER
 from apt_plugins.gguf_files.number_types import type_of
 from apt_plugins.gguf_files.writing import Array, Planned
+
+_HEAD = "output.weight"  # that of the embeddings, if the file has none
 
 
 def tensor_names(model: Exportable, architecture: str) -> dict[str, str]:
@@ -15,10 +19,17 @@ def tensor_names(model: Exportable, architecture: str) -> dict[str, str]:
     Raises:
         AptError: a parameter has no name in GGUF.
     """
-    names = names_in_gguf(model.module, architecture, len(model.blocks))
-    tied = getattr(model.config, "tie_word_embeddings", False)
-    names = {tensor: name for tensor, name in names.items() if name in model.shapes}
-    return {t: n for t, n in names.items() if not (tied and t == "output.weight")}
+    kind = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    known = gguf.get_tensor_name_map(kind, len(model.blocks))
+    found = dict[str, str]()
+    for name in model.shapes:
+        tensor = known.get_name(name, try_suffixes=(".weight", ".bias"))
+        if tensor is None:
+            fault = f"{name} of {model.name} has no name in GGUF"
+            raise AptError(fault, f"{CONVERTER} {model.directory}")
+        if tensor != _HEAD or not getattr(model.config, "tie_word_embeddings", False):
+            found[tensor] = name
+    return found
 
 
 def planned_of(model: Exportable, tensor: str, name: str, architecture: str, kind: Type) -> Planned:
