@@ -372,6 +372,12 @@ def llama_cpp(rows: Rows) -> str:
     ])  # fmt: skip
 
 
+def llama_cpp_families(rows: Rows) -> str:
+    """How far llama.cpp's probabilities are from those of transformers."""
+    lines = [[row["model"], f"{row['difference']:.0e}"] for row in rows]
+    return table(["model", "largest difference"], lines)
+
+
 TABLES: Mapping[str, tuple[str, Callable[[Rows], str]]] = {
     "smollm2": ("smollm2", comparison),
     "tasks": ("smollm2", tasks),
@@ -394,6 +400,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Rows], str]]] = {
     "quantize": ("quantize", quantized),
     "widths": ("widths", widths),
     "llama-cpp": ("llama-cpp", llama_cpp),
+    "llama-cpp-families": ("llama-cpp-families", llama_cpp_families),
     "packed": ("packed", packed_models),
     "packed-threads": ("packed-threads", packed_models),
     "packed-1.5b": ("packed-1.5b", packed_models),

@@ -12,6 +12,7 @@ from apt.checkpoints.load import load_tokenizer
 from apt.checkpoints.opened import Opened
 from apt.checkpoints.parameters import read_parameter
 from apt.checkpoints.stored import Stored, open_stored
+from apt.errors import AptError, NotStoredError
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,11 @@ class Exportable:
         self.module: nn.Module = opened.module
         self.name = opened.source.reference
         self._opened = opened
-        self._stored: Stored = open_stored(opened)
+        try:
+            self._stored: Stored = open_stored(opened)
+        except NotStoredError as error:
+            fault = f"{self.name} is not exported: its tensors cannot be read one by one"
+            raise AptError(fault, "write it anew, with apt-prune convert") from error
 
     @property
     def directory(self) -> Path:

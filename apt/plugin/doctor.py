@@ -16,7 +16,7 @@ from apt.plugin.specs import AdapterSpec
 _REQUIRED = ("torch", "transformers", "safetensors", "datasets", "pluggy")
 # Optional packages: name, purpose, module to import, and the command that installs it.
 _OPTIONAL = (
-    ("gguf", "reading .gguf files", "gguf", "pip install 'apt-prune[gguf]'"),
+    ("gguf", "reading and writing .gguf files", "gguf", "pip install 'apt-prune[gguf]'"),
     ("accelerate", "reading .gguf files", "accelerate", "pip install 'apt-prune[gguf]'"),
     ("lm-eval", "answering tasks", "lm_eval", "pip install 'apt-prune[eval]'"),
     ("peft", "recovery", "peft", "pip install 'apt-prune[recover]'"),

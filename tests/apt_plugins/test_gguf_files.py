@@ -390,6 +390,18 @@ def test_packed_models_and_files_are_refused(apt, original):
     one_line(apt("export", original, "-o", "x.gguf"), "is not a directory", "prune it")
 
 
+def test_pickled_weights_are_converted_first(apt, tokenizer):
+    checkpoint_of(tokenizer)
+    state = AutoModelForCausalLM.from_pretrained("model").state_dict()
+    torch.save(state, "model/pytorch_model.bin")
+    Path("model/model.safetensors").unlink()
+    run = apt("export", "model", "-o", "x.gguf")
+    one_line(run, "its tensors cannot be read one by one", "apt-prune convert")
+    assert "--stream" not in run.err
+    assert apt("convert", "model", "-o", "plain").code == 0
+    assert apt("export", "plain", "-o", "x.gguf").code == 0
+
+
 def test_the_package_is_asked_for_before_anything_else(apt, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     run = apt("export", "nowhere", "-o", "x.gguf")
