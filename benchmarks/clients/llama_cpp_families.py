@@ -4,8 +4,7 @@ A row has the largest difference between the logarithms of the probabilities of 
 random tokens, in llama.cpp and in transformers, both in fp32. The environment of llama.cpp is
 that of ``llama_cpp.py``::
 
-    python benchmarks/clients/llama_cpp_families.py --json benchmarks/results/llama-cpp-families.json
-    python benchmarks/pages.py
+    python benchmarks/clients/llama_cpp_families.py --json FILE
 """
 
 import argparse
