@@ -179,7 +179,7 @@ def test_the_page_on_plugins_shows_the_packages_of_the_template(tmp_path):
 
 
 def test_the_allocation_on_the_page_on_plugins_that_runs_the_model():
-    (source,) = (text for text in blocks(PLUGINS, "python") if not text.startswith('"""'))
+    (source,) = (text for text in blocks(PLUGINS, "python") if "def less_where" in text)
     scope = {}
     exec(source, scope)
     allocation = scope["less_where_the_stream_turns"]
