@@ -40,7 +40,7 @@ def wanted_sizes(
     if mode == "search":
         _check_searchable(first)
     found = _chosen(sizes, first, options, mode, notice)
-    if mode == "blocks-first":  # fewer heads cost more than the losses of candidates say
+    if mode == "blocks-first":  # tuning makes up for channels better than for heads
         found = [size for size in found if size.kept.keys() <= {first.largest}] or found
         whole = found[0].blocks == first.blocks
         mode = "width" if whole else "blocks-first" if any(size.kept for size in found) else "depth"
