@@ -13,7 +13,7 @@ KERNELS = causal-conv1d==1.7.0 mamba-ssm==2.3.2.post1 triton==3.7.1
 INSTALL = $(BIN)/pip install --quiet --no-compile
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: demo test lint check docs benchmarks kernels sanitize neon template matrix matrix-oldest matrix-newest clean
+.PHONY: demo test lint doctor check docs benchmarks kernels sanitize neon template matrix matrix-oldest matrix-newest clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/apt prune --adapter llama --eval builtin --output out/llama-2of4 --overwrite
@@ -27,6 +27,10 @@ lint: $(VENV)/.development
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The same short tests of this machine that users run.
+doctor: $(VENV)/.development
+	OMP_NUM_THREADS=1 $(BIN)/apt-prune doctor --test --device cpu
 
 check: lint test
 

@@ -15,7 +15,7 @@ class TestOptions(DeviceOptions):
     """The options of ``apt-prune doctor``."""
 
     test: bool = option(
-        "Test this machine in about a minute: solves, captured inputs, a run, the same run "
+        "Test this machine in half a minute: solves, captured inputs, a run, the same run "
         "streamed, packed products, and two processes.",
         default=False, panel=RUNNING, saved=False,
     )  # fmt: skip

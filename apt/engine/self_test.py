@@ -1,22 +1,24 @@
 """Short tests of this machine: what a run needs, on one device, against the CPU or fp64."""
 
-import subprocess
-import sys
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from socket import socket
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.spawn import start_processes
 
 from apt import devices
 from apt.adapter import Site
 from apt.calibration.capture import as_rows
 from apt.checkpoints.load import load, open_skeleton
 from apt.checkpoints.safetensors_io import Shards
+from apt.distributed.launch import joined
 from apt.engine.packing import pack_model
 from apt.engine.run import run
 from apt.errors import first_line
@@ -166,22 +168,19 @@ class _Machine:
         return _within(_relative(logits[1], logits[0]), _CLOSE_BF16, "from the dense logits")
 
     def ranks(self) -> str:
-        """Two processes of ``torchrun`` write what one writes, but for rounding."""
+        """Two processes write what one writes, but for rounding."""
         if devices.is_accelerator(self.device) and torch.accelerator.device_count() < 2:
             raise NotThereError("needs two of these devices")
         self._need("run")
-        words = [f"--{name}={value}" for name, value in {**_RUN, "device": self.device}.items()]
-        command = [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", "2", "-m", "apt", "prune", self._model(), "--eval", "builtin"),
-            *(*words, "--output", str(self.folder / "ranks")),
-        ]  # fmt: skip
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=_TIMEOUT, check=False
-        )
-        if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if line.startswith("apt: ")]
-            raise RuntimeError(lines[0] if lines else f"exit status {done.returncode}")
+        target = self.folder / "ranks"
+        arguments = (_free_port(), self._model(), self.device, target)
+        spawned: Any = start_processes(_prune_as_rank, arguments, 2, join=False)  # type: ignore[no-untyped-call]
+        end = time.perf_counter() + _TIMEOUT
+        while not spawned.join(1, grace_period=10):  # one process may end before the other
+            if time.perf_counter() > end:
+                for process in spawned.processes:
+                    process.kill()
+                raise TimeoutError(f"not done after {_TIMEOUT} s")
         one, two = (_perplexity(Report.read(self.folder / name)) for name in ("run", "ranks"))
         return _within(abs(two / one - 1), _CLOSE_BF16, "from the perplexity of one process")
 
@@ -210,6 +209,24 @@ class _Machine:
     def _weights(self, name: str) -> dict[str, Tensor]:
         shards = Shards(self.folder / name)
         return {key: shards.read(key) for key in shards.entries}
+
+
+def _prune_as_rank(rank: int, port: int, model: str, device: str, output: Path) -> None:
+    """Prune as one of two processes."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
+    with joined() as ranks:
+        run(
+            PruneRun(model=model, output=output, evaluation="builtin", device=device, **_RUN),
+            ranks=ranks,
+        )
+
+
+def _free_port() -> int:
+    """A port that no process listens on."""
+    with socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _exact(weight: Tensor, matrix: Tensor, mask: Tensor) -> Tensor:
