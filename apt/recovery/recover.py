@@ -42,6 +42,7 @@ CHECKPOINT = "checkpoint"
 
 _MOST_HELD_BACK = 64
 _MEASURING = 0.1  # of a given time
+_SLOW = 1.0  # seconds of the gradients of one sample, above which more are not timed
 _STEPS, _DENSE = "steps", "dense"  # the folders of the checkpoints and of the dense model's outputs
 
 
@@ -275,7 +276,7 @@ def _pace(
 ) -> tuple[float, float]:
     """The seconds of a step, and of a forward of one sample.
 
-    The optimizer's part is that of AdamW, with a rate of 0. A kind with a teacher is prepared after
+    The optimizer's part is that of AdamW, without gradients. A kind with a teacher is prepared after
     the teacher has run. The step that is timed for it trains all blocks by the loss of the next
     token.
 
@@ -285,25 +286,28 @@ def _pace(
     options = job.options
     model, device = trainable.module.to(job.device), torch.device(job.device)
     mixed = torch.autocast(device.type, torch.bfloat16, is_mixed(model, device))
-    batch = {"input_ids": given, "row": torch.arange(len(given), device=device)}
     with nullcontext() if windows is None else windows.middle():
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=0.0)
-        for _ in range(2):  # the first one is slower
+        for count in (1, len(given)):  # the first one warms up, and is enough where it is slow
+            batch = {"input_ids": given[:count], "row": torch.arange(count, device=device)}
             started = _now(device)
             with mixed:
                 loss = trainable.loss(model, batch)
             loss.backward()  # type: ignore[no-untyped-call]
             gradients = _now(device)
             nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.zero_grad(set_to_none=False)  # no weight moves, whatever the gradients are
             optimizer.step()
-            share = options.batch / len(given) / job.ranks.size
+            share = options.batch / count / job.ranks.size
             step = (gradients - started) * share + (_now(device) - gradients)
+            if gradients - started > _SLOW:
+                break
     model.zero_grad(set_to_none=True)
     with torch.no_grad(), mixed:
         started = _now(device)
-        next_token_loss(model, {"input_ids": given})
-        forward = (_now(device) - started) / len(given)
+        next_token_loss(model, {"input_ids": given[:count]})
+        forward = (_now(device) - started) / count
     return step, forward
 
 

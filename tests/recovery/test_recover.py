@@ -464,6 +464,18 @@ def test_the_step_that_is_timed_is_that_of_the_kind():
     assert trained[0] == ["lm_head.weight"]
 
 
+def test_timing_a_step_moves_no_weight(monkeypatch):
+    """Even where the gradients are not finite."""
+    model, dense, tokens = pruned()
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = torch.inf
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    monkeypatch.setattr(recovery, "_teacher", lambda *_: (_ for _ in ()).throw(AptError("stop")))
+    with pytest.raises(AptError, match="stop"):
+        library.recover(model, tokens, dense=dense, options=RecoverOptions(minutes=0.001))
+    assert all(value.equal(before[name]) for name, value in model.state_dict().items())
+
+
 def test_plain_lora_fills_zeros_where_spp_and_masked_lora_keep_them():
     model, _, tokens = pruned()
     before = zeros(model)
