@@ -99,11 +99,13 @@ def recover_model(model: nn.Module, tokens: Tensor, job: RecoveryJob) -> tuple[T
         amount = None
         if job.spec.teacher:  # the dense model runs on the samples of all steps, and no others
             with _blocks_trained(model, job.adapter):
-                amount = _amount(model, Trainable(model), text, held_back, job)
+                amount = _amount(model, Trainable(model), text, held_back, job, started)
             _, text, held_back = amount
         trainable = _trainable(model, masks, text, held_back, job)
         with _undone_on_error(model, trainable, job):
-            steps, text, held_back = amount or _amount(model, trainable, text, held_back, job)
+            steps, text, held_back = amount or _amount(
+                model, trainable, text, held_back, job, started
+            )
             plan = _plan(model, trainable, masks, steps, job, started)
             training = train(trainable, masks, text, held_back, plan)
             _check_lower(training)
@@ -224,16 +226,29 @@ def _split(tokens: Tensor, options: RecoverOptions, processes: int) -> tuple[Ten
 
 
 def _amount(
-    model: nn.Module, trainable: Trainable, text: Tensor, held_back: Tensor, job: RecoveryJob
+    model: nn.Module,
+    trainable: Trainable,
+    text: Tensor,
+    held_back: Tensor,
+    job: RecoveryJob,
+    started: float,
 ) -> tuple[int, Tensor, Tensor]:
-    """The number of steps, the samples that they use, and the samples to measure the loss on."""
+    """The number of steps, the samples that they use, and the samples to measure the loss on.
+
+    The given time begins at ``started``.
+    """
     options = job.options
     if options.minutes is not None:
         windows, given = _windows(model, 1, job), text[: options.micro_batch].to(job.device)
-        pace: list[float] = []
-        if job.ranks.first:
-            pace = job.journal.remember("pace", lambda: [*_pace(trainable, windows, given, job)])
-        steps, count = _steps_in(60 * options.minutes, job.ranks.share(pace), len(held_back), job)
+
+        def fitting() -> list[int]:
+            assert options.minutes is not None
+            pace = _pace(trainable, windows, given, job)
+            left = 60 * options.minutes - (time.perf_counter() - started)
+            return [*_steps_in(left, pace, len(held_back), job)]
+
+        chosen = job.journal.remember("amount", fitting) if job.ranks.first else []
+        steps, count = job.ranks.share(chosen)  # a training that is resumed has the same
         held_back = held_back[:count]
     elif isinstance(options.tokens, int):
         steps = math.ceil(options.tokens / (options.batch * text.shape[1]))
@@ -276,9 +291,9 @@ def _pace(
 ) -> tuple[float, float]:
     """The seconds of a step, and of a forward of one sample.
 
-    The optimizer's part is that of AdamW, without gradients. A kind with a teacher is prepared after
-    the teacher has run. The step that is timed for it trains all blocks by the loss of the next
-    token.
+    The optimizer's part is that of AdamW, without gradients. A kind with a teacher is prepared
+    after the teacher has run. The step that is timed for it trains all blocks by the loss of the
+    next token.
 
     Args:
         given: samples (samples, seqlen) that run together.

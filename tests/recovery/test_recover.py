@@ -5,6 +5,7 @@ import itertools
 import math
 import random
 import re
+import time
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import cache
@@ -462,6 +463,21 @@ def test_the_step_that_is_timed_is_that_of_the_kind():
     with suppress(NotRecoveredError):
         library.recover(model, tokens, kind=head, options=options)
     assert trained[0] == ["lm_head.weight"]
+
+
+def test_a_timed_training_that_is_resumed_has_the_same_steps(monkeypatch, tmp_path):
+    """Although the time is another one by then, and a step takes another time."""
+    model, _, tokens = pruned()
+    spec = registry().recoveries.get("distill")
+    options = RecoverOptions(minutes=1, batch=2)
+    adapter = find_adapter(None, model, registry())[1]
+    job = recovery.RecoveryJob(adapter, spec, spec.load(), options, tmp_path)
+    steps = []
+    for pace in ((0.5, 0.1), (0.25, 0.1)):
+        monkeypatch.setattr(recovery, "_pace", lambda *_, pace=pace: pace)
+        given = Trainable(model), tokens, tokens[:3], job, time.perf_counter() - 10
+        steps.append(recovery._amount(model, *given)[0])
+    assert steps == 2 * [int((60 - 10 - 3 * 11 * 0.1) / (0.5 + 0.2))]
 
 
 def test_timing_a_step_moves_no_weight(monkeypatch):
