@@ -41,7 +41,7 @@ def is_accelerator(device: torch.device | str) -> bool:
 def synchronize(device: torch.device | str) -> None:
     """Wait for all work that an accelerator was given; on a CPU there is nothing to wait for."""
     if is_accelerator(device):
-        _module(device).synchronize(device)
+        torch.accelerator.synchronize(torch.device(device))
 
 
 def name_of(device: torch.device | str) -> str:
@@ -71,8 +71,12 @@ def forget_peak(device: torch.device | str) -> None:
 
 
 def random_states_kept() -> AbstractContextManager[None]:
-    """While entered, torch's random states may change: then they are as before."""
-    return torch.random.fork_rng(device_type=accelerator() or "cuda")
+    """While entered, torch's random states may change: then they are as before.
+
+    Those of an accelerator that `best` leaves out are not kept: torch cannot do so for ``mps``.
+    """
+    kind = best()
+    return torch.random.fork_rng(device_type="cuda" if kind == "cpu" else kind)
 
 
 def random_state() -> Any:

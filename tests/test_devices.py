@@ -15,7 +15,6 @@ def machine_with(monkeypatch):
     def give(kind, **module):
         calls = []
         known = {
-            "synchronize": lambda device: calls.append(("synchronize", device)),
             "get_device_name": lambda device: f"the {kind} of a maker",
             "get_device_properties": lambda device: SimpleNamespace(total_memory=2**30),
             "max_memory_allocated": lambda device: 2**20,
@@ -24,7 +23,14 @@ def machine_with(monkeypatch):
         made = SimpleNamespace(**{n: f for n, f in (known | module).items() if f is not None})
         monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
         monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(kind))
-        monkeypatch.setattr(torch, "get_device_module", lambda device: made)
+        real = torch.get_device_module
+        monkeypatch.setattr(
+            torch, "get_device_module",
+            lambda device: made if torch.device(device).type == kind else real(device),
+        )  # fmt: skip
+        monkeypatch.setattr(
+            torch.accelerator, "synchronize", lambda device: calls.append(("synchronize", device))
+        )
         return calls
 
     return give
@@ -46,7 +52,7 @@ def test_what_torch_knows_of_an_accelerator(machine_with):
     assert devices.multiplies_bf16("xpu")
     devices.synchronize("xpu:1")
     devices.forget_peak("xpu")
-    assert calls == [("synchronize", "xpu:1"), ("forget", "xpu")]
+    assert calls == [("synchronize", torch.device("xpu:1")), ("forget", "xpu")]
 
 
 def test_what_torch_does_not_know_is_left_out(machine_with):
@@ -66,7 +72,11 @@ def test_a_cpu_is_no_accelerator(device):
     devices.synchronize(device)
 
 
-def test_random_states_are_as_before():
+@pytest.mark.parametrize("kind", [None, "mps"])
+def test_random_states_are_as_before(machine_with, kind):
+    """With mps, whose module has no function for the state of one device, too."""
+    if kind is not None:
+        machine_with(kind)
     before = torch.get_rng_state()
     with devices.random_states_kept():
         torch.rand(3)

@@ -1,9 +1,7 @@
 """``apt-prune recover``."""
 
-from importlib.util import find_spec
 from pathlib import Path
 
-from apt.errors import AptError
 from apt.options import OUTPUT, ConfigOptions, Options, PrintingOptions, RecoverRun, option, options
 
 
@@ -28,9 +26,6 @@ def recover(
 
     inputs = (run.model, run.calibration, run.evaluation, run.dense)
     check_plot(picture.plot, *inputs, overwrite=run.overwrite)
-    missing = [name for name in ("accelerate", "peft") if find_spec(name) is None]
-    if missing:
-        raise AptError(f"recover needs {' and '.join(missing)}", "pip install 'apt-prune[recover]'")
     run, notices = opened(run)
 
     from apt.cli.recovering import start

@@ -102,6 +102,7 @@ def with_names(options: R, registry: Registry, notice: Callable[[str], None]) ->
             notice(f"{name}: {value} (default)")
         made = replace(made, **values)
 
+    _check_packages(options)
     if not options.model and not isinstance(options, RecoverRun):
         choose(model=_embedded(options, registry))
     made = replace(made, metrics=_metrics(options, registry), **_plugin(options, registry))
@@ -131,6 +132,16 @@ def _with_export(options: R, registry: Registry, notice: Callable[[str], None]) 
     if made.export is not None:
         check_export(ExportRun(model=made.model, output=made.export), registry, ("export",))
     return made  # type: ignore[no-any-return]
+
+
+def _check_packages(options: PruneRun | ShrinkRun | RecoverRun) -> None:
+    """Raise if a package for the training of a run is not installed."""
+    timed = isinstance(options, PruneRun) and options.minutes is not None
+    if not (timed or isinstance(options, RecoverRun)):
+        return
+    if missing := [name for name in ("accelerate", "peft") if find_spec(name) is None]:
+        fault = f"a training needs {' and '.join(missing)}"
+        raise AptError(fault, "pip install 'apt-prune[recover]'")
 
 
 def _plugin(options: PruneRun | ShrinkRun | RecoverRun, registry: Registry) -> dict[str, str]:

@@ -2,12 +2,10 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from importlib.util import find_spec
 
 from apt.checkpoints.opened import Opened
 from apt.engine.estimate import operations, throughput
 from apt.engine.recover_task import RecoverTask
-from apt.errors import AptError
 from apt.options import PRESETS, Effort, PruneRun, RecoverRun
 from apt.planning.plan import Plan
 from apt.plugin.registry import Registry
@@ -62,17 +60,7 @@ def _choices(options: PruneRun, *, efforts: bool) -> Iterator[tuple[Effort, int,
 def training_of(
     options: PruneRun, skeleton: Opened, registry: Registry, device: str
 ) -> RecoverTask:
-    """The distillation after a pruning, which lasts as long as there is time.
-
-    Raises:
-        AptError: a package that it needs is not installed.
-    """
-    if missing := [name for name in ("accelerate", "peft") if find_spec(name) is None]:
-        raise AptError(
-            f"a run with minutes needs {' and '.join(missing)}",
-            "pip install 'apt-prune[recover]'",
-            ("minutes",),
-        )
+    """The distillation after a pruning, which lasts as long as there is time."""
     seqlen = min(options.seqlen, _SHORT)
     run = RecoverRun(
         model=str(options.directory), output=options.directory, dense=options.model,

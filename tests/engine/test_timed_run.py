@@ -8,7 +8,7 @@ import torch
 
 import apt as library
 from apt.checkpoints.load import load, open_skeleton
-from apt.engine import timed_run
+from apt.engine import opening, timed_run
 from apt.locations.model_source import find
 from apt.planning.plan import Selection, make_plan, read_pattern
 from apt.plugin.registry import registry
@@ -104,9 +104,14 @@ def test_what_a_training_excludes_is_refused(apt, other):
     assert not Path("out").exists()
 
 
-def test_a_training_needs_its_packages(apt, monkeypatch):
-    monkeypatch.setattr(timed_run, "find_spec", lambda name: None if name == "peft" else True)
-    run = apt("prune", "zoo:llama", "--minutes", 1, "-o", "out")
+@pytest.mark.parametrize(
+    "words", [("prune", "zoo:llama", "--minutes", 1), ("recover", "zoo:llama")]
+)
+def test_a_training_needs_its_packages(apt, monkeypatch, words):
+    monkeypatch.setattr(opening, "find_spec", lambda name: None if name == "peft" else True)
+    run = apt(*words, "-o", "out")
     assert run.code == 2
-    assert "needs peft" in run.err
+    assert "a training needs peft" in run.err
     assert "apt-prune[recover]" in run.err
+    with pytest.raises(library.AptError, match="a training needs peft"):
+        library.run(library.RecoverRun(model="zoo:llama", output=Path("out")))

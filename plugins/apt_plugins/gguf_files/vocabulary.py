@@ -99,8 +99,9 @@ def _add_tokens(writer: gguf.GGUFWriter, tokenizer: Any, count: int) -> None:
 def _add_special(writer: gguf.GGUFWriter, tokenizer: Any, model: Exportable) -> None:
     """The special tokens, and those that the tokenizer adds to a text."""
     ids = {
-        kind: getattr(tokenizer, f"{kind}_token_id", None) or _number(model.config, kind)
+        kind: _number(model.config, kind) if own is None else own  # the first token is number 0
         for kind in ("bos", "eos", "unk", "pad")
+        for own in [getattr(tokenizer, f"{kind}_token_id", None)]
     }
     for kind, number in ids.items():
         if number is not None:
