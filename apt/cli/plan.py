@@ -1,13 +1,14 @@
 """A plan as a table, or as JSON."""
 
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import groupby
 from typing import Any
 
 from apt.adapter import DecoderAdapter, Site
 from apt.cli.output import duration, say, show, show_json, size, table
 from apt.engine.estimate import Planned, estimate
+from apt.options import Activations
 from apt.planning.plan import Plan
 
 _Row = tuple[Site, tuple[int, int], str]
@@ -47,6 +48,16 @@ def _record(planned: Planned) -> dict[str, Any]:
         "seqlen": planned.seqlen,
         "device": planned.device,
         "needs": {**asdict(needs), "memory": needs.memory},
+        "seconds": _seconds(planned),
+    }
+
+
+def _seconds(planned: Planned) -> dict[str, dict[str, float]]:
+    """The seconds of each step, by effort."""
+    machine = planned.machine
+    return {
+        work.effort: {step: machine.seconds(part) for step, part in work.steps().items()}
+        for work in planned.works
     }
 
 
@@ -121,12 +132,43 @@ def _grouped(rows: list[_Row]) -> Iterable[tuple[tuple[str, tuple[int, int], str
 
 def _show_needs(planned: Planned) -> None:
     needs = estimate(planned)
-    disk = f", {size(needs.disk)} of disk" if planned.on_disk else ""
+    disk = f", {size(needs.disk)} of disk" if planned.activations == "disk" else ""
     say(
         f"calibration {planned.samples} × {planned.seqlen} tokens: about {size(needs.memory)} of "
         f"memory (process {size(needs.process)}, weights {size(needs.weights)}, "
         f"activations {size(needs.activations)}, Gram matrices {size(needs.grams)}, "
         f"working {size(needs.working)}; while it is measured, weights and "
-        f"{size(needs.predicting)}){disk} and at least {duration(needs.seconds)} on "
-        f"{planned.device}"
+        f"{size(needs.predicting)}){disk}"
     )
+    machine = planned.machine
+    if planned.on:
+        say(f"{planned.on}: {_fit(planned, machine.memory)}")
+    if planned.works:
+        times = (f"{w.effort} {duration(w.seconds(machine))}" for w in planned.works)
+        where = f"on {planned.on or planned.device}"
+        doubt = "" if machine.measured else " (60 % of its maker's figures; not measured)"
+        say(f"time by effort, error-aware, {where}: about {', '.join(times)}{doubt}")
+
+
+def _fit(planned: Planned, memory: int) -> str:
+    """The need of memory on an accelerator, and the options with which a run fits."""
+    needed = _on_device(planned)
+    said = f"{size(needed)} of its {size(memory)} of memory"
+    if needed <= memory:
+        return said
+    given, tried = planned.activations, "--stream --activations cpu"
+    others: dict[str, tuple[bool, Activations]] = {
+        "--activations cpu": (planned.streamed, "cpu"), "--stream": (True, given),
+        tried: (True, "cpu"),
+    }  # fmt: skip
+    for flags, (streamed, activations) in others.items():
+        needed = _on_device(replace(planned, streamed=streamed, activations=activations))
+        if needed <= memory:
+            return f"{said}; {size(needed)} with {flags}"
+    return f"{said}; even with {tried} {size(needed)}"
+
+
+def _on_device(planned: Planned) -> int:
+    """The peak memory of the accelerator."""
+    kept: Activations = "memory" if planned.activations == "memory" else "disk"
+    return estimate(replace(planned, activations=kept)).on_device

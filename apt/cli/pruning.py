@@ -15,6 +15,7 @@ from apt.cli.progress import Progress, PruningProgress
 from apt.cli.summary import first_not_finite, show_report
 from apt.distributed.launch import joined, whole_number
 from apt.distributed.ranks import Ranks
+from apt.engine.costs import PlannedWork
 from apt.engine.estimate import Planned
 from apt.engine.export import export_output
 from apt.engine.packing import pack_output
@@ -125,8 +126,23 @@ def _planned(task: PruneTask, plan: Plan) -> Planned:
         options.seqlen,
         task.device,
         streamed=options.stream,
-        on_disk=options.activations == "disk",
+        activations=options.activations,
         own_text=bool(task.job.augmentation.own_samples),
+        works=_works(task, plan),
+    )
+
+
+def _works(task: PruneTask, plan: Plan) -> tuple[PlannedWork, ...]:
+    """The work of an error-aware run of the default method; that of others is not known."""
+    options, job = task.options, task.job
+    usual = task.method.name == registry().default_method().name and job.recipe.error_aware
+    if not usual or not isinstance(options, PruneRun):
+        return ()
+    allocated = job.allocation is not None
+    return (
+        PlannedWork(
+            task.skeleton, plan, options.effort, options.samples, options.seqlen, allocated
+        ),
     )
 
 

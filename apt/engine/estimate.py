@@ -1,19 +1,18 @@
-"""An estimate of the memory and time of a run, from shapes alone."""
+"""An estimate of the memory of a run, from shapes alone."""
 
-import time
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from apt.adapter.experts import idle_parameters, picked_experts
 from apt.adapter.text_config import hidden_size, text_config
 from apt.calibration.batches import TOKENS_PER_BATCH
 from apt.checkpoints.opened import Opened
+from apt.engine.costs import MACHINES, Machine, PlannedWork, measured
 from apt.evaluation.logits import part_bytes
 from apt.evaluation.metrics import windows_at_once
-from apt.options import PRESETS, Preset
+from apt.options import Activations, MachineName
 from apt.output.report import peak_memory
 from apt.planning.plan import Plan, PlannedBlock
 from apt.pruning.paused_forward import can_pause
@@ -22,17 +21,13 @@ from apt.text.self_generated import cached_tokens, logits_at_once
 
 _FP32 = 4
 _TUNED = 5.5  # of a tuned weight: its value, gradient, moments, mask, and the dense one
-_FORWARDS = 4  # the dense stream, the pruned one before and after tuning, and the drift
-_TUNING = 3.5  # a forward, its backward, and the validation samples
 _TEXT = 150 * 2**20  # memory that stays allocated after reading and tokenising text
 _READING = 140 * 2**20  # additional memory while text is read
-_SOLVE_STEPS = 40  # products of (out, in) by (in, in) in two rounds with their joint solves
-_FAST_STEPS = 12  # those of --effort fast
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes of memory and seconds.
+    """Bytes of memory.
 
     Attributes:
         process: the memory of this process now, with Python and its libraries, and the memory that
@@ -48,8 +43,6 @@ class Estimate:
             one site, or the weights, gradients and moments of a block while it is tuned.
         predicting: the logits, and the tensors made from them, while the model is measured or
             generates calibration text. At that time only the weights are in memory beside them.
-        seconds: the time of an error-aware run of default effort. Attention and scans, which are
-            not products with weights, are not counted.
     """
 
     process: int
@@ -59,13 +52,17 @@ class Estimate:
     grams: int
     working: int
     predicting: int
-    seconds: float
 
     @property
     def memory(self) -> int:
         """The peak memory: that of the run, or that of reading text if the model is tiny."""
         run = max(self.activations + self.grams + self.working, self.predicting)
         return self.process + max(self.weights + run, _READING)
+
+    @property
+    def on_device(self) -> int:
+        """The peak memory of an accelerator."""
+        return self.weights + max(self.activations + self.grams + self.working, self.predicting)
 
 
 @dataclass(frozen=True)
@@ -78,8 +75,12 @@ class Planned:
         samples, seqlen: the number of all calibration samples, and the tokens of each.
         device: the device that the model runs on.
         streamed: True if no more than one block is in memory at a time.
-        on_disk: True if no more than one batch of activations is in memory at a time.
+        activations: the place of the activations. On an accelerator, there is no more than one
+            batch of them unless it is ``"memory"``.
         own_text: True if the model generates calibration text.
+        works: the work of the run with each effort that comes into question; none if it is not
+            known.
+        on: the name of the accelerator that the run is planned for; None for this machine.
     """
 
     skeleton: Opened
@@ -88,8 +89,15 @@ class Planned:
     seqlen: int
     device: str
     streamed: bool = False
-    on_disk: bool = False
+    activations: Activations = "memory"
     own_text: bool = False
+    works: tuple[PlannedWork, ...] = ()
+    on: MachineName | None = None
+
+    @property
+    def machine(self) -> Machine:
+        """What the device does in a second; a device of this machine is measured."""
+        return MACHINES[self.on] if self.on else measured(self.device)
 
     @property
     def parameters(self) -> int:
@@ -110,7 +118,7 @@ class Planned:
 def estimate(planned: Planned) -> Estimate:
     """Estimate an error-aware run of a plan."""
     skeleton, plan, seqlen = planned.skeleton, planned.plan, planned.seqlen
-    on_disk = planned.on_disk
+    on_disk = planned.activations == "disk"
     bytes_each, config = skeleton.dtype.itemsize, skeleton.config
     tokens = planned.samples * seqlen
     held = skeleton.adapter.held(config, seqlen)
@@ -135,7 +143,6 @@ def estimate(planned: Planned) -> Estimate:
             _measuring(skeleton, seqlen, (4 * widest + held) * bytes_each),
             _generating(skeleton, len(blocks), seqlen, bytes_each) if planned.own_text else 0,
         ),
-        seconds=operations(plan, tokens, PRESETS["default"]) / throughput(planned.device),
     )
 
 
@@ -208,31 +215,3 @@ def _gram_bytes(block: PlannedBlock) -> int:
         outputs = sum(entry.shape[0] for entry in block.pruned if entry.site.input == name)
         total += (5 * width + min(width, outputs)) * width * _FP32
     return total
-
-
-def operations(plan: Plan, tokens: int, preset: Preset) -> float:
-    """Floating-point operations of an error-aware run with the settings of an effort.
-
-    They are those of forwards, tuning, Gram and cross products, factorisations and solves.
-    """
-    total, steps = 0.0, _SOLVE_STEPS if preset.tuning_epochs else _FAST_STEPS
-    tuned = preset.tuning_epochs * min(tokens, preset.tuning_tokens or tokens)
-    tokens = round(tokens * (1 + preset.own_samples))
-    forwards = _FORWARDS if preset.tuning_epochs else _FORWARDS - 1
-    for block in plan.blocks:
-        passes = forwards * tokens + _TUNING * tuned
-        total += sum(passes * 2 * site.size for site in block.sites)
-        total += sum(3 * tokens * w**2 + 6 * w**3 for w in _inputs(block).values())
-        total += sum(steps * 2 * site.size * site.shape[1] for site in block.pruned)
-    return total
-
-
-def throughput(device: str) -> float:
-    """Floating-point operations per second of an fp32 product, measured on this machine."""
-    x = torch.randn(1024, 1024, device=device)
-    x @ x
-    started, rounds = time.perf_counter(), 8
-    for _ in range(rounds):
-        y = x @ x
-    float(y[0, 0])
-    return rounds * 2 * 1024**3 / (time.perf_counter() - started)

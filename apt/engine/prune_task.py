@@ -199,7 +199,7 @@ def prepare_pruning(options: PruneRun | ShrinkRun, registry: Registry, notice: N
     options = replace(options, adapter=skeleton.spec.name, seqlen=seqlen)
     if isinstance(options, PruneRun) and options.minutes is not None:
         _, method, job = made(options, skeleton, replace(dense, notice=lambda line: None))
-        options = fitted(options, job.plan, method, device, notice)
+        options = fitted(options, skeleton, job, method, device, notice)
         training = training_of(options, skeleton, registry, device)
     options, method, job = made(options, skeleton, replace(dense, samples=options.samples))
     if options.method is None:

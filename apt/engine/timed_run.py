@@ -4,22 +4,26 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from apt.checkpoints.opened import Opened
-from apt.engine.estimate import operations, throughput
+from apt.engine.costs import PlannedWork, measured
+from apt.engine.prune_model import Pruning
 from apt.engine.recover_task import RecoverTask
-from apt.options import PRESETS, Effort, PruneRun, RecoverRun
-from apt.planning.plan import Plan
+from apt.options import Effort, PruneRun, RecoverRun
 from apt.plugin.registry import Registry
 from apt.plugin.specs import MethodSpec
 
 _PRUNING = 0.4  # of the time, at most
-_OVERHEAD = 1.3  # attention, activations and the allocation, which an estimate does not count
 _SHORT = 512  # tokens of a sample where the time is short
 _LEAST: dict[Effort, int] = {"best": 2**14, "default": 2**14, "fast": 2**12}  # tokens
 _STEP = 2048  # tokens of a step of the training
 
 
 def fitted(
-    options: PruneRun, plan: Plan, method: MethodSpec, device: str, notice: Callable[[str], None]
+    options: PruneRun,
+    skeleton: Opened,
+    job: Pruning,
+    method: MethodSpec,
+    device: str,
+    notice: Callable[[str], None],
 ) -> PruneRun:
     """The options with the effort and the samples that take a part of the given time.
 
@@ -28,14 +32,15 @@ def fitted(
     one of the effort ``"fast"``.
     """
     assert options.minutes is not None
-    budget, speed = _PRUNING * 60 * options.minutes, throughput(device)
+    budget, machine = _PRUNING * 60 * options.minutes, measured(device)
 
-    def seconds(effort: Effort, tokens: int) -> float:
-        preset = PRESETS[effort if method.efforts else "fast"]
-        return _OVERHEAD * operations(plan, tokens, preset) / speed
+    def seconds(effort: Effort, samples: int, seqlen: int) -> float:
+        taken: Effort = effort if method.efforts else "fast"
+        allocated = job.allocation is not None
+        return PlannedWork(skeleton, job.plan, taken, samples, seqlen, allocated).seconds(machine)
 
     for effort, samples, seqlen in _choices(options, efforts=method.efforts):
-        if seconds(effort, samples * seqlen) <= budget:
+        if seconds(effort, samples, seqlen) <= budget:
             break
     said = f"effort {effort}, " if method.efforts else ""
     said += f"{samples} samples of {seqlen} tokens, then distillation"

@@ -8,11 +8,13 @@ from apt.options.declaration import Options, option, options
 from apt.options.shared import (
     MODEL,
     OUTPUT,
+    RUNNING,
     SELECTION,
     TEXT,
     AdapterOptions,
     DtypeOptions,
     IntegerOptions,
+    MachineName,
     PatternOptions,
     RemoteOptions,
     SampleOptions,
@@ -102,6 +104,10 @@ class InspectRun(AdapterOptions, RemoteOptions, PatternOptions, SampleOptions, S
         "Calibration samples of the planned run.", default=128, panel=TEXT, within="[1, ∞)"
     )
     model: str = option(ANY_MODEL, positional=True, place=True)
+    on: MachineName | None = option(
+        "Estimate the run for another device: h100, h200, a100, 4090 or mi300x.",
+        default=None, panel=RUNNING, metavar="NAME",
+    )  # fmt: skip
 
 
 @options

@@ -14,6 +14,7 @@ PANELS = ("", MODEL, SIZE, TRAINING, SELECTION, TEXT, ACCURACY, RUNNING, OUTPUT)
 """The headings in the help of a command, in this order; others come after the text."""
 
 Activations = Literal["memory", "cpu", "disk"]
+MachineName = Literal["h100", "h200", "a100", "4090", "mi300x"]
 _SEEDS = (-(2**63), 2**64 - 1)  # the range of torch's generators
 
 

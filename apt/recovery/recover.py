@@ -300,7 +300,7 @@ def _pace(
     """
     options = job.options
     model, device = trainable.module.to(job.device), torch.device(job.device)
-    mixed = torch.autocast(device.type, torch.bfloat16, is_mixed(model, device))
+    mixed = _mixed(model, job.device)
     with nullcontext() if windows is None else windows.middle():
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=0.0)
@@ -324,6 +324,12 @@ def _pace(
         next_token_loss(model, {"input_ids": given[:count]})
         forward = (_now(device) - started) / count
     return step, forward
+
+
+def _mixed(model: nn.Module, device: str) -> torch.autocast:
+    """The precision in which a model is trained: products in bf16, if that is faster."""
+    kind = torch.device(device)
+    return torch.autocast(kind.type, torch.bfloat16, is_mixed(model, kind))
 
 
 def _now(device: torch.device) -> float:
@@ -359,7 +365,8 @@ def _teacher(text: Tensor, held_back: Tensor, job: RecoveryJob) -> Teacher:
         def step(done: int, total: int) -> None:
             job.status(f"running the dense model: sample {done} of {total}")
 
-        with eval_mode(dense), job.adapter.running(dense):
+        mixed = _mixed(dense, job.device)
+        with eval_mode(dense), job.adapter.running(dense), mixed:
             job.journal.remember(DENSE_LOSS, lambda: _loss(dense, held_back, job.device))
             write_teacher(dense, text, job.options.top, folder, step)
     job.ranks.wait()

@@ -3,6 +3,7 @@
 The scores are squared weights in the balanced scaling, in which the default method ranks them.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -22,6 +23,7 @@ LEVELS = 512
 """The number of levels of the sparsity."""
 
 _DAMPING = 0.05
+_SORTED = 2**17  # scores of a kind of sites in a block that are sorted, about
 _KNOTS = (0.3, 0.5, 0.7, 0.9)  # sparsities at which the loss with exact weights is computed
 _ROWS = 32  # rows of a site on which it is computed
 _EXPERTS = 4  # experts of a kind on which it is computed
@@ -71,9 +73,19 @@ def _plain_losses(scores: Sequence[Tensor], pattern: SitePattern | None, levels:
         knots = [k / pattern.m for k in range(pattern.m + 1)]
         sums = [sum(_removed(score, pattern, knot) for score in scores) for knot in knots]
         return _interpolated(levels, torch.tensor(knots), torch.tensor(sums, dtype=torch.float64))
-    ordered = torch.cat([score.flatten() for score in scores]).sort().values.double()
+    every = sum(score.numel() for score in scores)
+    some = torch.cat([_spaced(score, every // _SORTED) for score in scores])
+    ordered = some.sort().values.double() * (every / len(some))
     below = torch.cat([torch.zeros_like(ordered[:1]), ordered.cumsum(0)]).cpu()
     return below[(levels * len(ordered)).long()]
+
+
+def _spaced(scores: Tensor, distance: int) -> Tensor:
+    """Evenly spaced scores, from all columns: the distance, at least 1, has no factor of theirs."""
+    distance = max(1, distance)
+    while math.gcd(distance, scores.shape[1]) > 1:
+        distance += 1
+    return scores.flatten()[::distance]
 
 
 def _removed(scores: Tensor, pattern: MixedNM, sparsity: float) -> float:

@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from apt_plugins import level_search
+from apt_plugins import level_search, site_losses
 from apt_plugins.allocations import MOST
 from apt_plugins.spectra import tail_from_middle, tail_from_peak
 from hypothesis import given, settings
@@ -383,3 +383,16 @@ def test_auto_prunes_early_blocks_more_in_an_error_aware_run():
         spread = max(shares.values()) - min(shares.values())
         gaps.append((mean_of(shares, plan, first) - mean_of(shares, plan, last)) / spread)
     assert gaps[1] > gaps[0]
+
+
+def test_losses_of_a_large_site_are_those_of_evenly_spaced_scores():
+    """The columns differ, so that every column must be among them."""
+    draw = torch.Generator().manual_seed(0)
+    scores = torch.rand(1000, 768, generator=draw) * torch.rand(768, generator=draw).pow(4)
+    levels = torch.linspace(0, 1, 33, dtype=torch.float64)
+    losses = site_losses._plain_losses([scores], Unstructured(0.5), levels)
+    ordered = scores.flatten().double().sort().values
+    exact = [float(ordered[: int(level * len(ordered))].sum()) for level in levels]
+    assert len(site_losses._spaced(scores, 5)) == -(-scores.numel() // 5)
+    assert len(site_losses._spaced(scores, 6)) == -(-scores.numel() // 7)
+    torch.testing.assert_close(losses[1:], torch.tensor(exact[1:]).double(), rtol=0.02, atol=0)

@@ -9,18 +9,31 @@ import torch
 import apt as library
 from apt.checkpoints.load import load, open_skeleton
 from apt.engine import opening, timed_run
+from apt.engine.costs import Machine
+from apt.engine.prune_model import Pruning
+from apt.engine.recipes import recipe_of
 from apt.locations.model_source import find
 from apt.planning.plan import Selection, make_plan, read_pattern
 from apt.plugin.registry import registry
 from apt.recovery import recover as recovery
+from apt.solver.admm_search import admm
+from apt.text.augmentation import Augmentation
 from tests.helpers import TEXT
 
 
 @pytest.fixture(scope="module")
-def plan():
+def job():
+    """The model and the pruning of a run."""
     skeleton = open_skeleton(find("zoo:llama", registry()), registry())
     half = read_pattern("0.5")
-    return make_plan(skeleton.module, skeleton.adapter, half, Selection(), None)
+    plan = make_plan(skeleton.module, skeleton.adapter, half, Selection(), None)
+    recipe = recipe_of(library.PruneOptions(), registry().methods.get("admm"))
+    return skeleton, Pruning(skeleton.adapter, plan, admm, recipe, Augmentation())
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    monkeypatch.setattr(timed_run, "measured", lambda device: Machine(5e10, 1e11, 2e10))
 
 
 @pytest.mark.parametrize(
@@ -36,12 +49,11 @@ def plan():
         (1e-6, {"effort": "best"}, ("best", 32, 512)),  # the effort that was asked for
     ],
 )
-def test_effort_and_samples_become_smaller_until_they_fit(plan, monkeypatch, minutes, given, fits):
-    monkeypatch.setattr(timed_run, "throughput", lambda device: 6e10)
+def test_effort_and_samples_become_smaller_until_they_fit(job, machine, minutes, given, fits):
     lines = []
     asked = library.PruneRun(model="zoo:llama", sparsity=0.5, minutes=minutes, **given)
     method = registry().methods.get("admm")
-    found = timed_run.fitted(asked, plan, method, "cpu", lines.append)
+    found = timed_run.fitted(asked, *job, method, "cpu", lines.append)
     assert (found.effort, found.samples, found.seqlen) == fits
     assert lines == [
         f"minutes: {minutes:g}: effort {fits[0]}, {fits[1]} samples of {fits[2]} tokens, "
@@ -49,10 +61,9 @@ def test_effort_and_samples_become_smaller_until_they_fit(plan, monkeypatch, min
     ]
 
 
-def test_a_method_without_efforts_has_fewer_samples(plan, monkeypatch):
-    monkeypatch.setattr(timed_run, "throughput", lambda device: 6e10)
+def test_a_method_without_efforts_has_fewer_samples(job, machine):
     asked = library.PruneRun(model="zoo:llama", sparsity=0.5, minutes=1e-6)
-    found = timed_run.fitted(asked, plan, registry().methods.get("wanda"), "cpu", print)
+    found = timed_run.fitted(asked, *job, registry().methods.get("wanda"), "cpu", print)
     assert (found.effort, found.samples, found.seqlen) == ("default", 8, 512)
 
 

@@ -1,0 +1,120 @@
+"""The work of a run by step, against torch's own count of operations, and its time on a machine."""
+
+import json
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from apt.adapter.text_config import hidden_size
+from apt.checkpoints.load import load, open_skeleton
+from apt.engine.costs import MACHINES, Machine, PlannedWork, Work, measured
+from apt.locations.model_source import find
+from apt.planning.plan import Selection, make_plan, read_pattern
+from apt.plugin.registry import registry
+from apt.solver import Gram, SolverOptions, Unstructured
+from apt.solver.admm_search import admm
+
+LLAMA = "zoo:llama"
+
+
+def work(effort="fast", samples=4, seqlen=128, model=LLAMA, **more):
+    skeleton = open_skeleton(find(model, registry()), registry())
+    plan = make_plan(skeleton.module, skeleton.adapter, read_pattern("0.5"), Selection(), "layer")
+    return PlannedWork(skeleton, plan, effort, samples, seqlen, **more)
+
+
+def operations(step):
+    return step.fp32 + step.bf16
+
+
+def test_the_forwards_are_those_that_torch_counts():
+    planned = work(samples=2, seqlen=64)
+    model = load(planned.skeleton).module
+    model.set_attn_implementation("eager")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(input_ids=torch.zeros(2, 64, dtype=torch.long), logits_to_keep=1)
+    head = 2 * 2 * hidden_size(model.config) * model.config.vocab_size
+    passes = 3  # of the effort fast
+    rotary = 0.01
+    assert operations(planned.steps()["forwards"]) / passes == pytest.approx(
+        counter.get_total_flops() - head, rel=rotary
+    )
+
+
+def test_the_search_is_what_torch_counts():
+    """The products of a search, its factorisations and its joint solves, for one site."""
+    planned = work("default")
+    site = max(planned.plan.sites, key=lambda site: site.size)
+    gram = Gram.of(torch.randn(600, site.shape[1]))
+    with FlopCounterMode(display=False) as counter:
+        admm(torch.randn(site.shape), gram, Unstructured(0.5, "layer"), SolverOptions())
+    product = 2 * site.size * site.shape[1]
+    steps = planned.steps()
+    whole = sum(2 * s.size * s.shape[1] for s in planned.plan.sites)
+    predicted = product / whole * (operations(steps["search"]) + operations(steps["joint solves"]))
+    # torch counts neither factorisations nor triangular solves.
+    assert predicted == pytest.approx(counter.get_total_flops(), rel=0.35)
+
+
+def test_more_effort_is_more_work_and_has_more_steps():
+    found = {effort: work(effort).steps() for effort in ("fast", "default", "best")}
+    assert "tuning" not in found["fast"]
+    assert "own text" in found["best"]
+    assert "allocation" in work(allocated=True).steps()
+    sums = [sum(operations(step) for step in steps.values()) for steps in found.values()]
+    assert sums == sorted(sums)
+
+
+def test_a_token_is_given_some_of_the_experts():
+    planned = work(model="zoo:moe")
+    every = sum(2 * site.size for site in planned.plan.sites) * 3 * planned.tokens
+    assert operations(planned.steps()["forwards"]) < every
+
+
+def test_a_machine_adds_up_the_time():
+    assert Machine(2.0, 4.0, 8.0).seconds(Work(2.0, 4.0, 8.0)) == 3.0
+
+
+def test_this_machine_is_measured():
+    machine = measured("cpu")
+    assert machine.measured
+    assert min(machine.fp32, machine.bf16, machine.bandwidth) > 1e7
+
+
+def test_inspect_tells_the_time_on_another_machine(apt):
+    run = apt("inspect", LLAMA, "--sparsity", 0.5, "--on", "4090", "--json")
+    assert run.code == 0, run.err
+    seconds = json.loads(run.out)["seconds"]
+    assert list(seconds) == ["fast", "default", "best"]
+    planned = work("fast", samples=128, seqlen=512, allocated=True)
+    assert seconds["fast"] == pytest.approx(
+        {step: MACHINES["4090"].seconds(part) for step, part in planned.steps().items()}
+    )
+
+
+SHAPE = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
+         "num_attention_heads": 64, "num_key_value_heads": 8, "dtype": "bfloat16",
+         "max_position_embeddings": 4096, "architectures": ["LlamaForCausalLM"],
+         "model_type": "llama", "vocab_size": 32000}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--on", "mi300x"), "with --activations cpu"),
+        (("--on", "h100"), "with --stream --activations cpu"),
+        (("--on", "4090", "--samples", 512), "; even with --stream --activations cpu"),
+    ],
+)
+def test_inspect_tells_with_what_a_model_fits(apt, tmp_path, words, said):
+    (tmp_path / "config.json").write_text(json.dumps(SHAPE))
+    run = apt("inspect", tmp_path, "--sparsity", 0.5, *words)
+    assert run.code == 0, run.err
+    assert said in " ".join(run.out.split())
+
+
+def test_an_unknown_machine_is_refused(apt):
+    run = apt("inspect", LLAMA, "--on", "h1")
+    assert run.code == 2
+    assert "on 'h1' is not one of h100, h200, a100, 4090, mi300x (--on)" in run.err
