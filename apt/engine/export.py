@@ -6,6 +6,7 @@ from typing import Any
 
 from apt.checkpoints.exporting import Export, Exportable, Exported
 from apt.checkpoints.load import open_skeleton
+from apt.checkpoints.opened import Opened
 from apt.checkpoints.stored import local_directory
 from apt.engine.opening import check_export, find_source
 from apt.engine.prepare import Notice
@@ -56,6 +57,29 @@ def export_model(
     for line in done.notes:
         notice(line)
     return done
+
+
+def check_exportable(
+    run: PruneRun | ShrinkRun | RecoverRun, opened: Opened, registry: Registry
+) -> None:
+    """Raise if the output of a run is to be exported to a format that cannot express the model.
+
+    A model that is not stored as the output will be, such as a GGUF file, is not checked.
+
+    Raises:
+        AptError: see `export_model`.
+    """
+    if run.export is None:
+        return
+    spec = check_export(ExportRun(model=run.model, output=run.export), registry)
+    if spec.check is None or opened.source.gguf:
+        return
+    original = _original(local_directory(opened), spec)
+    try:
+        model = Exportable(opened, original=original)
+    except AptError:
+        return
+    spec.examine(model)
 
 
 def export_output(

@@ -14,6 +14,7 @@ from apt.checkpoints.stored import open_stored
 from apt.distributed.launch import whole_number
 from apt.distributed.ranks import Ranks
 from apt.engine.estimate import activations_on_disk
+from apt.engine.export import check_exportable
 from apt.engine.machine import check_tokens, choose_device, read_dtype
 from apt.engine.opening import pattern_of, selection_of
 from apt.engine.packing import check_packed_place
@@ -187,6 +188,7 @@ def prepare_pruning(options: PruneRun | ShrinkRun, registry: Registry, notice: N
     options = replace(options, stream=options.stream or options.resume)
     texts = (options.calibration, options.evaluation, options.tokenizer)
     skeleton = open_model(options, texts, registry, notice)
+    check_exportable(options, skeleton, registry)
     if isinstance(options, PruneRun):
         check_packed_place(options, input_paths(skeleton.source, texts))
     dense = Dense(

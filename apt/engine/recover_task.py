@@ -14,6 +14,7 @@ from apt.checkpoints.load import load, open_skeleton
 from apt.checkpoints.masks import Masks, masks_of, sparsity_of
 from apt.checkpoints.opened import Opened
 from apt.distributed.ranks import Ranks
+from apt.engine.export import check_exportable
 from apt.engine.machine import choose_device
 from apt.engine.opening import find_source
 from apt.engine.prepare import Notice, capped, open_model
@@ -204,6 +205,7 @@ def prepare_recovery(options: RecoverRun, registry: Registry, notice: Notice) ->
     check_recovery(options, spec, registry)
     texts = (options.calibration, options.evaluation, options.tokenizer, options.dense)
     skeleton = open_model(options, texts, registry, notice)
+    check_exportable(options, skeleton, registry)
     earlier = _report_beside(skeleton.source)
     if spec.zeros and earlier.get("structure"):
         raise AptError(

@@ -127,12 +127,23 @@ class ExportSpec(Spec):
         types: the types of numbers that it writes, by their names for ``--type``.
         requires: the modules that it imports beside those of APT.
         install: the command that installs them, for the message if one is missing.
+        check: ``"module:function"`` of an `apt.extending.Exportable`, which raises
+            `apt.errors.AptError` if the format cannot express the model. A run that is to be
+            exported calls it first, with the model that it reads. None if there is none.
     """
 
     suffix: str = ""
     types: tuple[str, ...] = ()
     requires: tuple[str, ...] = ()
     install: str = ""
+    check: str | None = None
+
+    def examine(self, model: Any) -> None:
+        """Call the check, if there is one."""
+        if self.check is not None:
+            with self.loading(self.check):
+                check = resolve_name(self.check)
+            check(model)
 
 
 @dataclass(frozen=True)

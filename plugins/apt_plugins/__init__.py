@@ -109,7 +109,7 @@ def apt_exports() -> list[ExportSpec]:
             "gguf", "for llama.cpp and Ollama, with metadata and tokenizer",
             "apt_plugins.gguf_files.export:export", ".gguf",
             ("f32", "bf16", "f16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"),
-            ("gguf",), "pip install 'apt-prune[gguf]'",
+            ("gguf",), "pip install 'apt-prune[gguf]'", "apt_plugins.gguf_files.export:check",
         )
     ]  # fmt: skip
 

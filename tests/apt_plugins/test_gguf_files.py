@@ -442,13 +442,13 @@ def test_a_program_exports_what_it_shrinks(apt, original, tmp_path):
     assert equal("small", tmp_path / "small.gguf")
 
 
-def test_a_model_that_cannot_be_exported_is_written(apt):
+def test_a_model_that_cannot_be_exported_is_refused_before_the_run(apt):
     run = apt(
         "prune", "zoo:opt", "--sparsity", 0.5, "--method", "magnitude", *SHORT, "-o", "x.gguf"
     )
     assert run.code == 2
-    assert run.err.splitlines()[-1].startswith("apt: x is written and verified, but not exported:")
-    assert Path("x/apt_report.json").is_file()
+    assert "no GGUF is written of models of type 'opt'" in run.err.splitlines()[-1]
+    assert not Path("x").exists()
     assert not Path("x.gguf").exists()
 
 

@@ -23,13 +23,25 @@ def export(model: Exportable, target: Path) -> Exported:
         AptError: the format cannot express the model, or a family or tokenizer is not known.
     """
     kind = own_type(model)
-    described = from_checkpoint if model.original is None else from_original
-    writer, tensors = described(model, target, kind)
+    writer, tensors = _planned(model, target, kind)
     counts = write_file(writer, tensors, kind)
     return Exported(
         kind.name.lower(), len(tensors), target.stat().st_size, counts.zeros, counts.kept,
         _notes(tensors, kind),
     )  # fmt: skip
+
+
+def check(model: Exportable) -> None:
+    """Raise `AptError` if the format cannot express a model, or it is not known here."""
+    _planned(model, Path(model.name), own_type(model))
+
+
+def _planned(
+    model: Exportable, target: Path, kind: gguf.GGMLQuantizationType
+) -> tuple[gguf.GGUFWriter, list[Planned]]:
+    """A writer, which has written nothing yet, and the tensors to write."""
+    described = from_checkpoint if model.original is None else from_original
+    return described(model, target, kind)
 
 
 def _notes(tensors: Sequence[Planned], kind: gguf.GGMLQuantizationType) -> list[str]:
