@@ -146,7 +146,7 @@ def _show_needs(planned: Planned) -> None:
     if planned.works:
         times = (f"{w.effort} {duration(w.seconds(machine))}" for w in planned.works)
         where = f"on {planned.on or planned.device}"
-        doubt = "" if machine.measured else " (60 % of its maker's figures; not measured)"
+        doubt = "" if machine.measured else " (40 % of its maker's figures; not measured)"
         say(f"time by effort, error-aware, {where}: about {', '.join(times)}{doubt}")
 
 

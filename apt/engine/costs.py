@@ -75,8 +75,8 @@ class Machine:
 
 
 def _promised(fp32: float, bf16: float, bandwidth: float, memory: int) -> Machine:
-    """A device by the figures of its maker: TFLOPS, GB/s and GB, of which 60 % are reached."""
-    reached = 0.6
+    """A device by the figures of its maker: TFLOPS, GB/s and GB, of which 40 % are reached."""
+    reached = 0.4
     return Machine(
         reached * fp32 * 1e12, reached * bf16 * 1e12, reached * bandwidth * 1e9,
         memory * 10**9, measured=False,

@@ -14,7 +14,7 @@ from apt.plugin.specs import MethodSpec
 _PRUNING = 0.4  # of the time, at most
 _SHORT = 512  # tokens of a sample where the time is short
 _LEAST: dict[Effort, int] = {"best": 2**14, "default": 2**14, "fast": 2**12}  # tokens
-_STEP = 2048  # tokens of a step of the training
+_STEP = 512  # tokens of a step of the training: with few steps, more and smaller ones are better
 
 
 def fitted(
