@@ -75,8 +75,10 @@ def random_states_kept() -> AbstractContextManager[None]:
 
     Those of an accelerator that `best` leaves out are not kept: torch cannot do so for ``mps``.
     """
-    kind = best()
-    return torch.random.fork_rng(device_type="cuda" if kind == "cpu" else kind)
+    if (kind := best()) == "cpu":
+        return torch.random.fork_rng(devices=[])
+    every = range(torch.accelerator.device_count())  # named, or torch warns that they are several
+    return torch.random.fork_rng(devices=every, device_type=kind)
 
 
 def random_state() -> Any:
