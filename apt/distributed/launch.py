@@ -66,11 +66,8 @@ def _own_device() -> int:
     place, devices = whole_number("LOCAL_RANK", 0), torch.accelerator.device_count()
     if place >= devices:
         fault = f"this machine has {devices} GPUs, too few for local rank {place}"
-        raise AptError(
-            fault,
-            f"start at most {devices} processes on a machine, or use the device cpu",
-            ("device",),
-        )
+        hint = f"start at most {devices} processes on a machine, or use the device cpu"
+        raise AptError(fault, hint, ("device",))
     return place
 
 

@@ -170,7 +170,7 @@ def _set_mask(pattern: NM, device: torch.device) -> Callable[[Tensor, Tensor], T
 
     def choose(columns: Tensor, factor: Tensor) -> Tensor:
         inverse = factor.T @ factor
-        # Parts of a positive definite matrix: to check the inverses of each group would wait for it.
+        # Parts of a positive definite matrix: a check in each group would wait for the device.
         joint = torch.linalg.inv_ex(inverse[sets[:, :, None], sets[:, None, :]]).inverse
         rows = max(1, _CHUNK // sets.numel())
         best = torch.cat([_best_set(part, sets, joint) for part in torch.split(columns.T, rows)])

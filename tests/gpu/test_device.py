@@ -62,7 +62,9 @@ def test_models_are_pruned_as_on_the_cpu(variant, dtype):
         for name, parameter in model.named_parameters():
             if f"{name.removesuffix('.weight')}" in {site.name for site in report.sites}:
                 assert meets(parameter, NM(2, 4))
-    assert errors[0] == pytest.approx(errors[1], rel=0.05)
+    # In bf16, the scan of Mamba on a CPU rounds in other places than the one on a device.
+    tolerance = 0.05 if dtype == torch.float32 else 0.1
+    assert errors[0] == pytest.approx(errors[1], rel=tolerance)
 
 
 @pytest.mark.parametrize("where", ["memory", "cpu", "disk"])
