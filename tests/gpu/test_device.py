@@ -110,15 +110,19 @@ def test_tf32_does_not_reach_the_solver():
 
 
 @pytest.mark.parametrize("kind", ["spp", "lora", "layers", "distill"])
-def test_a_recovery_keeps_every_zero(kind):
+def test_a_recovery_keeps_every_zero_and_trains_on_the_device(kind):
     model = random_model("llama").to(DEVICE)
     dense = copy.deepcopy(model)
     library.prune(model, random_tokens(), pattern="2:4", method="wanda")
     before = {n: p == 0 for n, p in model.named_parameters() if "proj" in n}
     options = library.RecoverOptions(steps=4, checks=2, batch=4, rate=1e-2, hidden=0.1)
     tokens = torch.arange(24 * 16).reshape(24, 16) % 50
+    seen = set()
+    embedding = model.get_input_embeddings()
+    embedding.register_forward_pre_hook(lambda module, args: seen.add(args[0].device.type))
     with suppress(AptError):  # a few steps need not help a random model
         library.recover(model, tokens, kind=kind, options=options, dense=dense)
+    assert seen == {DEVICE}
     for name, mask in before.items():
         assert torch.equal(model.get_parameter(name) == 0, mask), name
         assert model.get_parameter(name).device.type == DEVICE
@@ -171,7 +175,8 @@ def test_what_ranks_share_lies_on_no_device():
     assert all(meets(w, NM(2, 4)) for n, w in model.named_parameters() if "proj" in n)
 
 
-def test_random_states_of_every_device_are_kept_without_a_warning():
+def test_random_states_of_every_device_are_kept_without_a_warning(monkeypatch):
+    monkeypatch.setattr(torch.random, "_fork_rng_warned_already", False)
     before = [torch.get_rng_state(), devices.random_state()]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
