@@ -101,6 +101,11 @@ def multiplies_bf16(device: torch.device | str) -> bool:
     return bool(ask and ask())
 
 
+def runs_triton(device: torch.device | str) -> bool:
+    """True if APT's kernels in Triton run on a device: they were tried on those of CUDA only."""
+    return torch.device(device).type == "cuda"
+
+
 def _module(device: torch.device | str) -> Any:
     """The module of torch for a kind of device, such as `torch.cuda`."""
     return torch.get_device_module(torch.device(device))

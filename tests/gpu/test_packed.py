@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(DEVICE is None, reason="no accelerator")
 def test_a_packed_module_multiplies_on_a_device(kind, vectors, triton, monkeypatch):
     if not triton:
         monkeypatch.setattr(linear, "gpu_matrix", lambda: None)
-    elif DEVICE != "cuda" or linear.gpu_matrix() is None:
+    elif not devices.runs_triton(DEVICE) or linear.gpu_matrix() is None:
         pytest.skip("needs CUDA, apt-kernels and triton")
     matrix = torch.randn(256, 1000).bfloat16().masked_fill_(torch.rand(256, 1000) < 0.6, 0)
     entry, parts = encode(matrix) if kind == "bfloat16" else encode_rounded(matrix, kind, 128)
