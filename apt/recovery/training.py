@@ -164,10 +164,10 @@ def is_mixed(module: nn.Module, device: torch.device) -> bool:
 class _Arguments(TrainingArguments):  # type: ignore[misc]
     @property
     def device(self) -> torch.device:
-        """The device that accelerate's state has now; the Trainer would keep the first one."""
-        self._setup_devices  # noqa: B018  # which makes that state
-        found: torch.device = self.distributed_state.device
-        return found
+        """The device of the Trainer; or of accelerate, if the Trainer knows only the CPU."""
+        found: torch.device = super().device
+        own: torch.device = self.distributed_state.device
+        return own if found.type == "cpu" else found
 
 
 def _arguments(module: nn.Module, plan: TrainingPlan) -> TrainingArguments:

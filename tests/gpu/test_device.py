@@ -192,19 +192,3 @@ def test_a_smaller_model_is_timed(checkpoint, apt):
     command = ("shrink", checkpoint("llama"), "--samples", 4, "--seqlen", 24, "--width-only")
     run = apt(*command, "--budget", "latency", "--multiple-of", 8, "--device", DEVICE, "-o", "out")
     assert run.code == 0, run.err
-
-
-@pytest.mark.parametrize("method", [ss, mm], ids=lambda method: method.__name__)
-def test_waits_for_the_device_do_not_grow_with_the_width(method, monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-    from transfers import Questions
-
-    asked = []
-    for width in (128, 512):
-        weight, gram = problem(3, 32, width)
-        there = Gram.from_sum(gram.matrix.to(DEVICE), gram.tokens)
-        options = SolverOptions(tolerance=1.0)  # one step of conjugate gradients
-        with Questions(DEVICE) as questions:
-            method(weight.to(DEVICE), there, NM(2, 4), options)
-        asked.append(questions.found.total())
-    assert asked[0] == asked[1]

@@ -1,0 +1,27 @@
+"""Solves ask a device for numbers outside of loops over columns; on a CPU, which never waits, too."""
+
+from pathlib import Path
+
+import pytest
+
+from apt import devices
+from apt.solver import NM, Gram, SolverOptions, mm, ss
+from tests.helpers.problems import problem
+
+DEVICE = devices.best()
+
+
+@pytest.mark.parametrize("method", [ss, mm], ids=lambda method: method.__name__)
+def test_waits_for_the_device_do_not_grow_with_the_width(method, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    from transfers import Questions
+
+    asked = []
+    for width in (128, 512):
+        weight, gram = problem(3, 32, width)
+        there = Gram.from_sum(gram.matrix.to(DEVICE), gram.tokens)
+        options = SolverOptions(tolerance=1.0)  # one step of conjugate gradients
+        with Questions(DEVICE) as questions:
+            method(weight.to(DEVICE), there, NM(2, 4), options)
+        asked.append(questions.found.total())
+    assert asked[0] == asked[1]
