@@ -1,4 +1,4 @@
-"""Solves ask a device for numbers outside of loops over columns, on a CPU too, which never waits."""
+"""Solves ask a device for no numbers in loops over columns; on a CPU too, which never waits."""
 
 from pathlib import Path
 
