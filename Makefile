@@ -13,7 +13,7 @@ KERNELS = causal-conv1d==1.7.0 mamba-ssm==2.3.2.post1 triton==3.7.1
 INSTALL = $(BIN)/pip install --quiet --no-compile
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: demo test lint doctor check docs benchmarks kernels sanitize neon template matrix matrix-oldest matrix-newest clean
+.PHONY: demo test lint doctor check docs benchmarks kernels device sanitize neon template matrix matrix-oldest matrix-newest clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/apt prune --adapter llama --eval builtin --output out/llama-2of4 --overwrite
@@ -49,6 +49,11 @@ kernels: $(VENV)/.kernels
 	PYTHONPATH=$(VENV)/kernels OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/kernels
 	PYTHONPATH=$(VENV)/kernels $(BIN)/python -m pytest plugins/apt-kernels/tests/test_gpu.py
 	PYTHONPATH=$(VENV)/kernels TRITON_INTERPRET=1 $(BIN)/python -m pytest plugins/apt-kernels/tests/test_gpu.py
+
+# The tests of accelerators on one that pytorch simulates, in memory that the CPU may not touch. It is
+# built from a checkout of pytorch of about the installed version: `make device OPENREG=DIR`.
+device: $(VENV)/.development
+	.ci/device $(BIN)/python "$(OPENREG)" $(VENV)/openreg
 
 # The tests of the products with packed matrices, with the sanitizers of addresses and of undefined
 # behaviour.

@@ -75,8 +75,10 @@ def random_states_kept() -> AbstractContextManager[None]:
 
     Those of an accelerator that `best` leaves out are not kept: torch cannot do so for ``mps``.
     """
-    kind = best()
-    return torch.random.fork_rng(device_type="cuda" if kind == "cpu" else kind)
+    if (kind := best()) == "cpu":
+        return torch.random.fork_rng(devices=[])
+    every = range(torch.accelerator.device_count())  # named, or torch warns that they are several
+    return torch.random.fork_rng(devices=every, device_type=kind)
 
 
 def random_state() -> Any:
@@ -97,6 +99,11 @@ def multiplies_bf16(device: torch.device | str) -> bool:
         return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
     ask = getattr(_module(device), "is_bf16_supported", None)
     return bool(ask and ask())
+
+
+def runs_triton(device: torch.device | str) -> bool:
+    """True if APT's kernels in Triton run on a device: they were tried on those of CUDA only."""
+    return torch.device(device).type == "cuda"
 
 
 def _module(device: torch.device | str) -> Any:

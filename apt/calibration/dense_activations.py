@@ -12,7 +12,7 @@ from apt.calibration.batches import OpenBlock
 
 def advance_dense(block: OpenBlock, sites: Sequence[Site]) -> None:
     """Run the block, its weights still dense, on the dense stream; record its sites' inputs."""
-    energy, recorded = 0.0, [site for site in sites if not site.routed]
+    energies, recorded = list[Tensor](), [site for site in sites if not site.routed]
     for batch in block.batches:
         dense = batch.dense
         assert dense is not None
@@ -20,12 +20,13 @@ def advance_dense(block: OpenBlock, sites: Sequence[Site]) -> None:
         dense.drift = stream - stream_rows(block.adapter, batch.state)
         squares = mean_squares(stream)
         dense.scale = squares.sqrt()
-        energy += float(squares.reciprocal().sum())
+        energies.append(squares.reciprocal().sum())
         dense.inputs.clear()
         with block.adapter.capture(block.module, recorded, dense.inputs.record):
             dense.state = block.step(batch, dense.state)
         block.progress()
     tokens = block.ranks.sum(sum(batch.tokens for batch in block.batches))
+    energy = sum(torch.stack(energies).tolist())  # one wait for a device
     mean = math.sqrt(tokens / block.ranks.sum(energy))
     for batch in block.batches:
         assert batch.dense is not None

@@ -57,7 +57,7 @@ def start(
     Returns:
         The report, on the first rank; None if nothing was pruned.
     """
-    with joined() as ranks:
+    with joined(run.device) as ranks:
         task = prepare_pruning(run, registry(), notices.append)
         if ranks.first:
             save_config(config, replace(run, method=task.method.name), task)

@@ -31,7 +31,7 @@ def start(
         printing: what is printed.
         notices: lines about defaults, to be printed once the run has begun.
     """
-    with joined() as ranks:
+    with joined(run.device) as ranks:
         task = prepare_recovery(run, registry(), notices.append)
         if ranks.first:
             save_config(config, run, task)

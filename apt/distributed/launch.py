@@ -18,11 +18,15 @@ _RENDEZVOUS = ("RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @contextmanager
-def joined() -> Iterator[Ranks]:
+def joined(device: str = "auto") -> Iterator[Ranks]:
     """The ranks that ``torchrun`` has started; a single rank without ``torchrun``.
 
     CPU tensors are exchanged by gloo, CUDA tensors by NCCL. Each rank uses the CUDA device with its
     local rank as the index.
+
+    Args:
+        device: the device that the ranks were told to use. For ``cpu`` there may be more ranks than
+            accelerators.
 
     Raises:
         AptError: the environment variables of ``torchrun`` have invalid values.
@@ -32,15 +36,19 @@ def joined() -> Iterator[Ranks]:
         yield Ranks()
         return
     _check_rendezvous(size)
-    backend = "cpu:gloo"
-    if (kind := best()) != "cpu":
-        torch.get_device_module(kind).set_device(_own_device())
-        backend += f",{kind}:{dist.get_default_backend_for_device(kind)}"
-    dist.init_process_group(backend, timeout=_TIMEOUT)
+    dist.init_process_group(_backend(device), timeout=_TIMEOUT)
     try:
         yield Ranks(dist.group.WORLD)
     finally:
         dist.destroy_process_group()
+
+
+def _backend(device: str) -> str:
+    """What exchanges the tensors of each kind of device; selects the accelerator of this rank."""
+    if device == "cpu" or (kind := best()) == "cpu":
+        return "cpu:gloo"
+    torch.get_device_module(kind).set_device(_own_device())
+    return f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}"
 
 
 def _check_rendezvous(size: int) -> None:
@@ -58,7 +66,8 @@ def _own_device() -> int:
     place, devices = whole_number("LOCAL_RANK", 0), torch.accelerator.device_count()
     if place >= devices:
         fault = f"this machine has {devices} GPUs, too few for local rank {place}"
-        raise AptError(fault, f"start at most {devices} processes on a machine")
+        hint = f"start at most {devices} processes on a machine, or use the device cpu"
+        raise AptError(fault, hint, ("device",))
     return place
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.spawn import start_processes
+from torch.multiprocessing.spawn import ProcessException, start_processes
 
 from apt import devices
 from apt.adapter import Site
@@ -176,11 +176,14 @@ class _Machine:
         arguments = (_free_port(), self._model(), self.device, target)
         spawned: Any = start_processes(_prune_as_rank, arguments, 2, join=False)  # type: ignore[no-untyped-call]
         end = time.perf_counter() + _TIMEOUT
-        while not spawned.join(1, grace_period=10):  # one process may end before the other
-            if time.perf_counter() > end:
-                for process in spawned.processes:
-                    process.kill()
-                raise TimeoutError(f"not done after {_TIMEOUT} s")
+        try:
+            while not spawned.join(1, grace_period=10):  # one process may end before the other
+                if time.perf_counter() > end:
+                    for process in spawned.processes:
+                        process.kill()
+                    raise TimeoutError(f"not done after {_TIMEOUT} s")
+        except ProcessException as error:  # the last line of its traceback says what is wrong
+            raise RuntimeError(str(error).strip().splitlines()[-1]) from error
         one, two = (_perplexity(Report.read(self.folder / name)) for name in ("run", "ranks"))
         return _within(abs(two / one - 1), _CLOSE_BF16, "from the perplexity of one process")
 
@@ -215,7 +218,7 @@ def _prune_as_rank(rank: int, port: int, model: str, device: str, output: Path) 
     """Prune as one of two processes."""
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
-    with joined() as ranks:
+    with joined(device) as ranks:
         run(
             PruneRun(model=model, output=output, evaluation="builtin", device=device, **_RUN),
             ranks=ranks,

@@ -180,7 +180,7 @@ class SiteSolver:
         if not solution.weight.isfinite().all():
             said = f"{self._method} returns a weight of {planned.name} that is not finite"
             raise AptError(said, "use more damping, or another method", ("damping", "method"))
-        if solution.weight[solution.mask].any():
+        if ((solution.weight != 0) & solution.mask).any():
             raise self._refused(f"returns a weight of {planned.name} that is not zero at its mask")
         unit = "groups" if isinstance(planned.pattern, ColumnGroups) else "weights"
         if more := surplus(solution.weight, dense, planned.pattern):
@@ -251,7 +251,7 @@ def measured(block: nn.Module, solved: SolvedSite) -> SitePruned:
     weight = planned.site.oriented(planned.site.weight(block).data)
     _check_finite(planned, weight)
     assert planned.pattern is not None
-    if bool(weight[solved.mask].any()) or not meets(weight, planned.pattern):
+    if bool(((weight != 0) & solved.mask).any()) or not meets(weight, planned.pattern):
         raise RuntimeError(f"{planned.name}: the method did not meet {planned.pattern}")
     return SitePruned(
         planned.name,

@@ -36,7 +36,8 @@ def permute_inputs(
         entry = entries[permutable.reader]
         if not isinstance(entry.pattern, NM):  # an allocation may have left it dense
             continue
-        order = block.ranks.share(_order(block, permutable, entry, entry.pattern))
+        own = _order(block, permutable, entry, entry.pattern)
+        order = block.ranks.share(own.cpu()).to(own.device)  # another rank has another device
         permutable.permute(tensors_of(block.module), order)
         part = columns_of(permutable, entry.site)
         assert part is not None

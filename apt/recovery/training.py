@@ -161,6 +161,15 @@ def is_mixed(module: nn.Module, device: torch.device) -> bool:
     return whole and multiplies_bf16(device)
 
 
+class _Arguments(TrainingArguments):  # type: ignore[misc]
+    @property
+    def device(self) -> torch.device:
+        """The device of the Trainer; or of accelerate, if the Trainer knows only the CPU."""
+        found: torch.device = super().device
+        own: torch.device = self.distributed_state.device
+        return own if found.type == "cpu" else found
+
+
 def _arguments(module: nn.Module, plan: TrainingPlan) -> TrainingArguments:
     """The arguments of the Trainer."""
     options, steps, device = plan.options, plan.steps, torch.device(plan.device)
@@ -173,7 +182,7 @@ def _arguments(module: nn.Module, plan: TrainingPlan) -> TrainingArguments:
     # A divisor, so that a step has exactly its samples.
     each = max(n for n in range(1, min(share, options.micro_batch) + 1) if share % n == 0)
     try:
-        made = TrainingArguments(
+        made = _Arguments(
             output_dir=str(plan.folder),
             max_steps=steps,
             learning_rate=plan.rate,
@@ -210,7 +219,9 @@ def _arguments(module: nn.Module, plan: TrainingPlan) -> TrainingArguments:
             raise
         fault = f"optimizer '{options.optimizer}' is unknown to transformers"
         raise AptError(fault, "use adamw_torch or adafactor", ("optimizer",)) from error
-    if made.device != device and device.index:
+    if made.device.type == "cpu" != device.type and processes == 1:
+        made.distributed_state.device = device  # accelerate knows some kinds of devices only
+    if made.device.type != device.type or (made.device != device and device.index):
         fault = f"the training runs on {made.device}, not on {plan.device}"
         raise AptError(fault, "select the GPU with CUDA_VISIBLE_DEVICES", ("device",))
     made._n_gpu = min(made._n_gpu, 1)  # more would be DataParallel, with more samples in a step

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from apt.devices import is_accelerator, runs_triton
 from apt.runtime.expanded import ExpandedMatrix
 from apt.runtime.matrix import FLOATS, MASK, SCALES, VALUES, Entry, bitmask, check_sizes, decode
 
 _STORED = {**FLOATS, "int8": torch.int8, "int4": torch.uint8}
 FEW = 8  # vectors up to which a product reads the packed matrix; for more, it is expanded
 _SOME = 64  # vectors up to which the kernels' own product with expanded rows is as fast as torch's
-_TILES = {"cpu": 2**20, "cuda": 2**24}  # elements of expanded rows that are multiplied at a time
+_TILE = 2**20  # elements of expanded rows that a CPU multiplies at a time
+_DEVICE_TILE = 2**24  # the same on an accelerator
 _COLUMNS = 64  # groups of the kernels are multiples of it
 
 
@@ -107,9 +109,8 @@ class PackedLinear(nn.Module):
     def _build(self) -> None:
         """Make the matrix of the present device, and share its memory."""
         mask, values, scales = self.weight_mask, self.weight_values, self._scales
-        on_gpu, group = values.device.type == "cuda", self.entry.group
-        self._place = values.device
-        if on_gpu and (made := gpu_matrix()) is not None:
+        self._place, group = values.device, self.entry.group
+        if runs_triton(values.device) and (made := gpu_matrix()) is not None:
             self._matrix = made(self.in_features, mask, values, scales, group)
             return
         native = kernels() if values.device.type == "cpu" else None
@@ -211,7 +212,7 @@ class PackedLinear(nn.Module):
 
     def _expanded(self, rows: Tensor) -> Tensor:
         """The product through dense rows of the matrix, a tile at a time."""
-        tile = _TILES.get(rows.device.type, 2**20)
+        tile = _DEVICE_TILE if is_accelerator(rows.device) else _TILE
         step = max(1, tile // max(1, self.in_features))
         ends = [*range(0, max(1, self.out_features), step), self.out_features]
         parts = [

@@ -15,6 +15,7 @@ from apt.adapter.text_config import text_config
 from apt.checkpoints.skeletons import skeleton_of_class
 from apt.checkpoints.smaller import resized
 from apt.devices import synchronize
+from apt.text.sampling import generator
 
 _ROUNDS, _WARM_UP = 9, 2
 _LARGE = 2**27  # weights of an embedding, whose memory need not be written
@@ -58,12 +59,13 @@ def _one_block(
     """A model of one block with ``kept`` groups."""
     removed = [(groups[name], groups[name].count - count) for name, count in kept.items()]
     model = skeleton_of_class(kind, resized(config, removed, range(1), blocks), config)
-    draw = _generator(device)
+    draw = generator(0)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             values = torch.zeros(parameter.shape, dtype=parameter.dtype, device=device)
             if parameter.numel() < _LARGE:
-                values.normal_(0, _VALUES, generator=draw)
+                drawn = torch.empty(parameter.shape, dtype=parameter.dtype)
+                values.copy_(drawn.normal_(0, _VALUES, generator=draw))
             setattr(module, name, nn.Parameter(values))
     return model.to(device)
 
@@ -71,10 +73,8 @@ def _one_block(
 @torch.no_grad()
 def _seconds(model: nn.Module, adapter: Adapter, seqlen: int, device: str) -> float:
     """The median time of a forward of the first block."""
-    draw = _generator(device)
-    tokens = torch.randint(
-        text_config(model.config).vocab_size, (1, seqlen), device=device, generator=draw
-    )
+    vocabulary = text_config(model.config).vocab_size
+    tokens = torch.randint(vocabulary, (1, seqlen), generator=generator(0)).to(device)
     with eval_mode(model), adapter.running(model):
         state, calls = adapter.enter(model, tokens)
         block, times = adapter.blocks(model)[0][1], list[float]()
@@ -85,8 +85,3 @@ def _seconds(model: nn.Module, adapter: Adapter, seqlen: int, device: str) -> fl
             synchronize(device)
             times.append(time.perf_counter() - started)
     return median(times[_WARM_UP:])
-
-
-def _generator(device: str) -> torch.Generator:
-    """A generator for the device, so that the global random state stays as it is."""
-    return torch.Generator(device).manual_seed(0)

@@ -343,21 +343,26 @@ def positive_inverse(matrix: Tensor) -> Tensor:
     Raises:
         torch.linalg.LinAlgError: the matrix is not positive definite.
     """
-    try:
-        return _inverse_by_halves(matrix)
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        if matrix.dtype == torch.float64:
-            raise
-        return _inverse_by_halves(matrix.double()).to(matrix.dtype)
+    failures = list[Tensor]()
+    inverse = _inverse_by_halves(matrix, failures)
+    if not bool(torch.stack(failures).any()):  # to ask after each part would wait for a device
+        return inverse
+    if matrix.dtype == torch.float64:
+        raise torch.linalg.LinAlgError("the matrix is not positive definite")  # type: ignore[attr-defined]
+    return positive_inverse(matrix.double()).to(matrix.dtype)
 
 
-def _inverse_by_halves(matrix: Tensor) -> Tensor:
+def _inverse_by_halves(matrix: Tensor, failures: list[Tensor]) -> Tensor:
+    """The inverse; ``failures`` gets a number for each factorisation, 0 if it succeeded."""
     half = len(matrix) // 2
     if half < _LEAF:
-        return torch.cholesky_inverse(torch.linalg.cholesky(matrix))
-    corner, side = _inverse_by_halves(matrix[:half, :half]), matrix[half:, :half]
+        lower, info = torch.linalg.cholesky_ex(matrix)
+        failures.append(info)
+        return torch.cholesky_inverse(lower)
+    corner, side = _inverse_by_halves(matrix[:half, :half], failures), matrix[half:, :half]
     ratio = side @ corner
-    last = _inverse_by_halves(torch.addmm(matrix[half:, half:], ratio, side.T, alpha=-1))
+    rest = torch.addmm(matrix[half:, half:], ratio, side.T, alpha=-1)
+    last = _inverse_by_halves(rest, failures)
     inverse, across = torch.empty_like(matrix), last @ ratio
     torch.addmm(corner, ratio.T, across, out=inverse[:half, :half])
     torch.neg(across, out=inverse[half:, :half])

@@ -70,8 +70,8 @@ def joint_weights(
     else:
         first = dense if start is None else start * unit.scale
         solution, loss, left = _iterate(dense, unit, keep, first * keep, tolerance, max_steps)
-    energy = 2 * float(loss.sum())
-    residual = float(left.norm()) / math.sqrt(energy) if energy > 0 else 0.0
+    lost, size = torch.stack([loss.sum(), left.norm()]).tolist()
+    residual = size / math.sqrt(2 * lost) if lost > 0 else 0.0
     return Joint(solution.div_(unit.scale), mask, loss, residual)
 
 
@@ -108,7 +108,8 @@ def _iterate(
         residual.addcmul_(step, image, value=-1)
         lowered = (step * power).div_(2)
         loss.sub_(lowered)
-        if float(lowered.sum()) <= tolerance * max(float(loss.sum()), 0.0):
+        gained, left = torch.stack([lowered.sum(), loss.sum()]).tolist()  # one wait for a device
+        if gained <= tolerance * max(left, 0.0):
             break
         precondition(residual, scaled)
         previous, power = power, _dot(residual, scaled)

@@ -76,7 +76,7 @@ def _solve(
     width = weight.shape[1]
     damped = gram.damped(options.damping)
     dense = weight.to(damped.matrix.dtype)
-    sweep = _Sweep(pattern, options.mask_window, multiple_mask, width)
+    sweep = _Sweep(pattern, options.mask_window, multiple_mask, dense)
     if not multiple:
         pruned, mask = sweep.run(dense, damped.factor)
     elif options.block_size is None or options.block_size >= width:
@@ -94,8 +94,8 @@ class _Sweep:
     Weights are transposed, (in, out), so that a column of the layer is one contiguous row.
     """
 
-    def __init__(self, pattern: Pattern, window: int, multiple_mask: bool, width: int) -> None:
-        self.pattern = pattern
+    def __init__(self, pattern: Pattern, window: int, multiple_mask: bool, weight: Tensor) -> None:
+        self.pattern, width = pattern, weight.shape[1]
         self.window, self.strip = window, _STRIP
         self.choose: Callable[[Tensor, Tensor], Tensor] | None = None
         if isinstance(pattern, NM):
@@ -103,7 +103,9 @@ class _Sweep:
                 raise SolverError(f"the input width {width} is not a multiple of {pattern.m}")
             self.window = self.strip = pattern.m
             self.window *= max(1, _WINDOW // pattern.m)
-            self.choose = _set_mask(pattern) if multiple_mask else _group_mask(pattern)
+            self.choose = (
+                _set_mask(pattern, weight.device) if multiple_mask else _group_mask(pattern)
+            )
 
     def run(self, weight: Tensor, factor: Tensor, offset: int = 0) -> tuple[Tensor, Tensor]:
         """Prune ``weight`` (out, in): returns the compensated weights and the mask, both (out, in).
@@ -140,7 +142,7 @@ class _Sweep:
 def _single(columns: Tensor, factor: Tensor, mask: Tensor, coefficients: Tensor) -> None:
     """Remove the masked weights column by column and update the columns to the right, in place."""
     coefficients.copy_(mask)
-    rows = zip(columns, coefficients, factor.diagonal().tolist(), strict=True)
+    rows = zip(columns, coefficients, factor.diagonal(), strict=True)
     for j, (column, removed, pivot) in enumerate(rows):
         removed.mul_(column).div_(pivot)
         columns[j:].addr_(factor[j, j:], removed, alpha=-1)
@@ -156,7 +158,7 @@ def _group_mask(pattern: NM) -> Callable[[Tensor, Tensor], Tensor]:
     return choose
 
 
-def _set_mask(pattern: NM) -> Callable[[Tensor, Tensor], Tensor]:
+def _set_mask(pattern: NM, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
     """Mask M of one group: the removal set of least joint loss, of all C(m, n)."""
     removed = pattern.m - pattern.n
     if math.comb(pattern.m, removed) > MAX_REMOVAL_SETS:
@@ -164,14 +166,14 @@ def _set_mask(pattern: NM) -> Callable[[Tensor, Tensor], Tensor]:
             f"mask M would enumerate {math.comb(pattern.m, removed):,} removal sets per group "
             f"for {pattern}; use mask S (ss or sm)"
         )
-    sets = torch.tensor(list(combinations(range(pattern.m), removed)), device="cpu")
+    sets = torch.tensor(list(combinations(range(pattern.m), removed)), device=device)
 
     def choose(columns: Tensor, factor: Tensor) -> Tensor:
-        indices = sets.to(columns.device)
         inverse = factor.T @ factor
-        joint = torch.linalg.inv(inverse[indices[:, :, None], indices[:, None, :]])
-        rows = max(1, _CHUNK // (indices.numel()))
-        best = torch.cat([_best_set(part, indices, joint) for part in torch.split(columns.T, rows)])
+        # Parts of a positive definite matrix: a check in each group would wait for the device.
+        joint = torch.linalg.inv_ex(inverse[sets[:, :, None], sets[:, None, :]]).inverse
+        rows = max(1, _CHUNK // sets.numel())
+        best = torch.cat([_best_set(part, sets, joint) for part in torch.split(columns.T, rows)])
         return torch.zeros_like(columns, dtype=torch.bool).scatter_(0, best.T, True)
 
     return choose

@@ -164,11 +164,12 @@ class _Descent:
 
     def error(self, batches: list[Batch], count: int) -> float:
         """The mean error over ``count`` batches: ``batches`` and those of the other ranks."""
-        own = 0.0
+        errors = list[Tensor]()
         for batch in batches:
             with torch.no_grad():
-                own += float(self._error(batch))
+                errors.append(self._error(batch))
             self._block.progress()
+        own = sum(torch.stack(errors).tolist()) if errors else 0.0  # one wait for a device
         return self._block.ranks.sum(own) / count
 
     def _error(self, batch: Batch) -> Tensor:

@@ -1,7 +1,9 @@
 """The environment of a process that torchrun has started."""
 
 import pytest
+import torch
 
+from apt.distributed import launch
 from apt.distributed.launch import joined
 from apt.errors import AptError
 
@@ -27,3 +29,12 @@ def test_nonsense_of_the_environment_is_named(monkeypatch, variables, said):
         monkeypatch.setenv(name, value)
     with pytest.raises(AptError, match=said), joined():
         pass
+
+
+def test_more_ranks_than_accelerators_need_the_cpu(monkeypatch):
+    monkeypatch.setattr(launch, "best", lambda: "xpu")
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert launch._backend("cpu") == "cpu:gloo"
+    with pytest.raises(AptError, match="this machine has 1 GPUs, too few for local rank 1"):
+        launch._backend("auto")
