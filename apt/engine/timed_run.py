@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+from apt.adapter.text_config import hidden_size
 from apt.checkpoints.opened import Opened
 from apt.engine.costs import PlannedWork, measured
 from apt.engine.prune_model import Pruning
@@ -14,7 +15,9 @@ from apt.plugin.specs import MethodSpec
 _PRUNING = 0.4  # of the time, at most
 _SHORT = 512  # tokens of a sample where the time is short
 _LEAST: dict[Effort, int] = {"best": 2**14, "default": 2**14, "fast": 2**12}  # tokens
-_STEP = 512  # tokens of a step of the training: with few steps, more and smaller ones are better
+# With few steps, more and smaller ones are better, and so is a higher rate than that of `recover`.
+_STEP = 512  # tokens of a step of the training
+_RATE, _WIDTH = 4e-4, 576  # measured on SmolLM2; a wider model needs a lower rate (2203.03466)
 
 
 def fitted(
@@ -67,11 +70,13 @@ def training_of(
 ) -> RecoverTask:
     """The distillation after a pruning, which lasts as long as there is time."""
     seqlen = min(options.seqlen, _SHORT)
+    rate = _RATE * min(1.0, _WIDTH / hidden_size(skeleton.config))
     run = RecoverRun(
         model=str(options.directory), output=options.directory, dense=options.model,
         kind="distill", adapter=options.adapter, tokenizer=options.tokenizer,
         calibration=options.calibration, bos=options.bos, seed=options.seed, seqlen=seqlen,
-        batch=max(1, _STEP // seqlen), checks=5, minutes=options.minutes, device=options.device,
+        batch=max(1, _STEP // seqlen), rate=rate, checks=5, minutes=options.minutes,
+        device=options.device,
         trust_remote_code=options.trust_remote_code, revision=options.revision,
         max_shard_size=options.max_shard_size,
     )  # fmt: skip

@@ -1,10 +1,12 @@
 """A pruning of a given time: what is made smaller to fit, and the distillation after it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 import apt as library
 from apt.checkpoints.load import load, open_skeleton
@@ -65,6 +67,15 @@ def test_a_method_without_efforts_has_fewer_samples(job, machine):
     asked = library.PruneRun(model="zoo:llama", sparsity=0.5, minutes=1e-6)
     found = timed_run.fitted(asked, *job, registry().methods.get("wanda"), "cpu", print)
     assert (found.effort, found.samples, found.seqlen) == ("default", 8, 512)
+
+
+@pytest.mark.parametrize(("width", "rate"), [(128, 4e-4), (576, 4e-4), (4608, 5e-5)])
+def test_a_wider_model_is_trained_with_a_lower_rate(job, width, rate):
+    skeleton = replace(job[0], config=LlamaConfig(hidden_size=width))
+    asked = library.PruneRun(model="zoo:llama", sparsity=0.5, minutes=9, output=Path("out"))
+    training = timed_run.training_of(asked, skeleton, registry(), "cpu").options
+    assert training.rate == pytest.approx(rate)
+    assert training.batch * training.seqlen == 512
 
 
 WORDS = ("--sparsity", 0.7, "--method", "wanda", "--samples", 4, "--seqlen", 64,
