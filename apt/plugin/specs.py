@@ -128,7 +128,7 @@ class ExportSpec(Spec):
         requires: the modules that it imports beside those of APT.
         install: the command that installs them, for the message if one is missing.
         check: ``"module:function"`` of an `apt.extending.Exportable`, which raises
-            `apt.errors.AptError` if the format cannot express the model. A run that is to be
+            `apt.AptError` if the format cannot express the model. A run that is to be
             exported calls it first, with the model that it reads. None if there is none.
     """
 
