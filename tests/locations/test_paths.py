@@ -1,5 +1,7 @@
 """Paths that cannot be looked at, read or used: one line each, for every command."""
 
+import codecs
+import importlib
 import os
 import shutil
 import subprocess
@@ -25,11 +27,13 @@ def no_rights(tmp_path):
     for folder in (tmp_path, *tmp_path.parents[:3]):
         folder.chmod(folder.stat().st_mode | 0o055)
     exec(LOADED)  # what is imported later may not be readable
+    codecs.lookup("utf-8-sig")  # a module too; Python remembers that it was not found
     os.seteuid(NOBODY)
     try:
         yield
     finally:
         os.seteuid(0)
+        importlib.invalidate_caches()  # of folders that could not be listed
 
 
 @pytest.fixture
