@@ -21,9 +21,10 @@ def inspect(run: InspectRun, printing: PrintingOptions) -> None:
     from apt.engine.opening import pattern_of, selection_of
     from apt.engine.prepare import capped
     from apt.engine.recipes import augmentation_of
-    from apt.planning.allocation import UNIFORM, default_allocation
+    from apt.planning.allocation import default_allocation
     from apt.planning.plan import check_rounding, make_plan, tell_shared
     from apt.plugin.registry import registry
+    from apt.plugin.specs import UNIFORM
     from apt.solver import NM
     from apt.solver.options import EFFORTS
 

@@ -8,6 +8,7 @@ import typer
 from apt.cli.output import show, show_json, show_rows, table
 from apt.options import RUNNING, DeviceOptions, PrintingOptions, option, options
 from apt.plugin.registry import registry
+from apt.plugin.specs import AUTO
 
 
 @options
@@ -95,8 +96,6 @@ def methods(printing: PrintingOptions) -> None:
 
     The most accurate methods of prune and of shrink come first.
     """
-    from apt.planning.allocation import UNIFORM
-
     installed = registry()
     removed = {
         "columns": "shrink: groups", "groups": "shrink: groups", "experts": "shrink: experts",
@@ -105,7 +104,7 @@ def methods(printing: PrintingOptions) -> None:
     order = list(dict.fromkeys(removed.values()))
     defaults = {
         installed.default_method().name,
-        UNIFORM,
+        AUTO,
         installed.default_shrink_method("groups").name,
         installed.default_shrink_method("experts").name,
         installed.default_shrink_method("blocks").name,

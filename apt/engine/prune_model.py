@@ -11,9 +11,10 @@ from apt.engine.reports import calibration_of
 from apt.engine.store import ModelStore
 from apt.events import Event, ExpertsRemoved
 from apt.output.report import Report
-from apt.planning.allocation import UNIFORM, Allocation, Unallocated, allocated, with_shares
+from apt.planning.allocation import Allocation, Unallocated, allocated, with_shares
 from apt.planning.plan import Plan
 from apt.planning.structure import make_structured_plan
+from apt.plugin.specs import UNIFORM
 from apt.pruning.layer import Recipe, SiteMethod
 from apt.pruning.pipeline import prune_blocks
 from apt.shrinking.record import removed_experts, structure_record

@@ -34,11 +34,10 @@ from apt.files.journal import Line
 from apt.locations.paths import portable
 from apt.options import PruneRun, ShrinkRun
 from apt.output.report import Report
-from apt.planning.allocation import UNIFORM
 from apt.planning.plan import Plan
 from apt.planning.structure import Structure, make_structured_plan
 from apt.plugin.registry import Registry
-from apt.plugin.specs import MethodSpec
+from apt.plugin.specs import UNIFORM, MethodSpec
 from apt.recovery.recover import NotRecoveredError
 from apt.solver import Pattern, Unstructured
 from apt.text.datasets import calibration_tokens, digest

@@ -12,7 +12,6 @@ from apt.engine.recipes import augmentation_of, recipe_of
 from apt.errors import AptError, name_of
 from apt.options import PruneOptions, SolveOptions
 from apt.planning.allocation import (
-    UNIFORM,
     Allocation,
     check_allocation,
     default_allocation,
@@ -22,7 +21,7 @@ from apt.planning.allocation import (
 from apt.planning.permutable import with_permutable
 from apt.planning.plan import Plan, Selection, check_rounding, make_plan, tell_shared
 from apt.plugin.registry import Registry
-from apt.plugin.specs import MethodSpec, ShrinkMethodSpec
+from apt.plugin.specs import UNIFORM, MethodSpec, ShrinkMethodSpec
 from apt.pruning.layer import Method, Recipe
 from apt.solver import Pattern
 from apt.text.augmentation import Augmentation

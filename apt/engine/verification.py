@@ -19,7 +19,7 @@ from apt.files.hashes import changed_files
 from apt.options import VerifyRun
 from apt.output.report import listed_files, read_report
 from apt.packing.directory import PackedShards
-from apt.planning.allocation import UNIFORM, is_needed, sparsity_of, step_of, unstructured
+from apt.planning.allocation import is_needed, sparsity_of, step_of, unstructured
 from apt.planning.plan import (
     Plan,
     PlannedBlock,
@@ -32,6 +32,7 @@ from apt.planning.plan import (
     removed_by,
 )
 from apt.plugin.registry import Registry
+from apt.plugin.specs import UNIFORM
 from apt.runtime.entries import METHOD
 from apt.shrinking.record import group_counts
 from apt.solver import Pattern, SitePattern, Unstructured

@@ -10,10 +10,8 @@ from torch import Tensor, nn
 from apt.adapter import Adapter
 from apt.errors import AptError
 from apt.planning.plan import Plan, PlannedBlock, PlannedSite
+from apt.plugin.specs import AUTO, UNIFORM
 from apt.solver import MixedNM, Pattern, Unstructured
-
-UNIFORM, AUTO = "uniform", "auto"
-"""The default allocations."""
 
 _SLACK = 1e-3
 

@@ -194,6 +194,10 @@ class ShrinkMethodSpec(MethodSpec):
     streams: bool = True
 
 
+UNIFORM, AUTO = "uniform", "auto"
+"""The names of the default allocations; `apt.planning.allocation.default_allocation` chooses."""
+
+
 @dataclass(frozen=True)
 class AllocationSpec(Spec):
     """An allocation of sparsity to sites; its target is an `apt.extending.Allocation`.

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from apt.options import Declared, PruneRun, ShrinkRun
-from apt.planning.allocation import UNIFORM
+from apt.plugin.specs import UNIFORM
 
 _NEVER = ("model", "output", "overwrite", "resume", "pattern", "sparsity", "per", "overrides")
 

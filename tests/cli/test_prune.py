@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from importlib.metadata import distributions
 from io import StringIO
 from pathlib import Path
 
@@ -370,8 +371,12 @@ def test_ctrl_c_is_130(apt, monkeypatch):
     assert run.err.endswith("apt: interrupted; nothing was written\n")
 
 
-def test_help_imports_no_torch():
-    code = "import sys, apt.cli; sys.argv = ['apt']\ntry: apt.cli.main()\nexcept SystemExit: pass\n"
+@pytest.mark.parametrize("command", ["--help", "methods"])
+def test_what_is_listed_needs_no_torch(command, monkeypatch):
+    families = {dist.name for dist in distributions() if dist.name.startswith("apt-")}
+    monkeypatch.setenv("APT_DISABLE_PLUGINS", " ".join(families - {"apt-prune"}))  # in one file
+    code = f"import sys, apt.cli; sys.argv = ['apt', {command!r}]\n"
+    code += "try: apt.cli.main()\nexcept SystemExit: pass\n"
     check = "print([m for m in ('torch', 'transformers') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code + check], capture_output=True, text=True)
     assert "prune" in done.stdout
