@@ -13,6 +13,7 @@ they are measured. A row in the file is not measured again.
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -72,13 +73,13 @@ def run(options: argparse.Namespace, pattern: str, minutes: float, folder: Path)
     subprocess.run(command, check=True)
     seconds = time.perf_counter() - started
     report = json.loads((folder / "pruned" / REPORT).read_text(encoding="utf-8"))
-    training = report.get("recovery") or {}
+    training = (report.get("recovery") or {}).get("training", {})
     return {
         "seconds": seconds,
         "effort": report["options"]["effort"],
-        "tokens": report["samples"] * report["seqlen"],
+        "tokens": math.prod(report["calibration"]["shape"]),
         "zeros": report["sparsity"],
-        "steps": training.get("steps", 0),
+        "steps": len(training.get("losses", ())),
         "training": {key: training.get(key) for key in ("seconds", "best", "held_back")},
     }
 

@@ -30,6 +30,7 @@ from apt.output.report import Report, peak_memory, versions
 from apt.plugin.registry import Registry
 from apt.plugin.specs import RecoverySpec
 from apt.recovery.recover import (
+    BATCH,
     CHECKPOINT,
     DENSE_LOSS,
     STEPS,
@@ -114,7 +115,7 @@ class RecoverTask(Task):
         if recover.minutes is not None or recover.tokens == "auto":
             return _MOST_SAMPLES
         used = math.ceil(recover.tokens / seqlen) if isinstance(recover.tokens, int) else (
-            (recover.steps or STEPS) * recover.batch
+            (recover.steps or STEPS) * (recover.batch or BATCH)
         )  # fmt: skip
         return min(_MOST_SAMPLES, math.ceil(used / (1 - recover.validation_share)) + 1)
 
@@ -154,7 +155,7 @@ class RecoverTask(Task):
             store.journal.clear()  # nothing to resume from
             raise
         record = {
-            "options": self.record(),
+            "options": self.record() | {"batch": training.tokens // text.tokens.shape[1]},
             "text": {"shape": list(text.tokens.shape), "sha256": digest(text.tokens)},
             "training": training.record(),
             "sparsity": sparsity_of(masks),

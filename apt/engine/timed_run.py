@@ -15,8 +15,7 @@ from apt.plugin.specs import MethodSpec
 _PRUNING = 0.4  # of the time, at most
 _SHORT = 512  # tokens of a sample where the time is short
 _LEAST: dict[Effort, int] = {"best": 2**14, "default": 2**14, "fast": 2**12}  # tokens
-# With few steps, more and smaller ones are better, and so is a higher rate than that of `recover`.
-_STEP = 512  # tokens of a step of the training
+# With few steps, a higher rate than that of `recover` is better.
 _RATE, _WIDTH = 4e-4, 576  # measured on SmolLM2; a wider model needs a lower rate (2203.03466)
 
 
@@ -75,7 +74,7 @@ def training_of(
         model=str(options.directory), output=options.directory, dense=options.model,
         kind="distill", adapter=options.adapter, tokenizer=options.tokenizer,
         calibration=options.calibration, bos=options.bos, seed=options.seed, seqlen=seqlen,
-        batch=max(1, _STEP // seqlen), rate=rate, checks=5, minutes=options.minutes,
+        rate=rate, checks=5, minutes=options.minutes,
         device=options.device,
         trust_remote_code=options.trust_remote_code, revision=options.revision,
         max_shard_size=options.max_shard_size,

@@ -56,9 +56,10 @@ class RecoverOptions(Options):
         "Highest learning rate; the default depends on the kind.",
         default=None, panel=TRAINING, metavar="R", within="(0, ∞)",
     )  # fmt: skip
-    batch: int = option(
-        "Samples of a step, over all processes.",
-        default=8, panel=TRAINING, metavar="N", within="[1, ∞)",
+    batch: int | None = option(
+        "Samples of a step, over all processes. By default 8, and with --minutes fewer if there "
+        "would be less than 400 steps.",
+        default=None, panel=TRAINING, metavar="N", within="[1, ∞)",
     )  # fmt: skip
     micro_batch: int = option(
         "Samples that run together. Fewer need less memory; the result is the same.",

@@ -3,7 +3,7 @@
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,14 +34,15 @@ from apt.recovery.windows import BlockWindows
 DENSE_LOSS = "dense_loss"
 """The key by which the loss of the dense model on the samples held back is remembered."""
 
-STEPS = 1000
-"""The number of steps if nothing else is asked for."""
+STEPS, BATCH = 1000, 8
+"""The number of steps, and of the samples of a step, if nothing else is asked for."""
 
 CHECKPOINT = "checkpoint"
 """The key of the lines of a journal about checkpoints."""
 
 _MOST_HELD_BACK = 64
 _MEASURING = 0.1  # of a given time
+_ENOUGH_STEPS = 400  # of a given time, above which a step may have more samples
 _SLOW = 1.0  # seconds of the gradients of one sample, above which more are not timed
 _STEPS, _DENSE = "steps", "dense"  # the folders of the checkpoints and of the dense model's outputs
 
@@ -100,14 +101,12 @@ def recover_model(model: nn.Module, tokens: Tensor, job: RecoveryJob) -> tuple[T
         if job.spec.teacher:  # the dense model runs on the samples of all steps, and no others
             with _blocks_trained(model, job.adapter):
                 amount = _amount(model, Trainable(model), text, held_back, job, started)
-            _, text, held_back = amount
+            text, held_back = amount.text, amount.held_back
         trainable = _trainable(model, masks, text, held_back, job)
         with _undone_on_error(model, trainable, job):
-            steps, text, held_back = amount or _amount(
-                model, trainable, text, held_back, job, started
-            )
-            plan = _plan(model, trainable, masks, steps, job, started)
-            training = train(trainable, masks, text, held_back, plan)
+            amount = amount or _amount(model, trainable, text, held_back, job, started)
+            plan = _plan(model, trainable, masks, amount, job, started)
+            training = train(trainable, masks, amount.text, amount.held_back, plan)
             _check_lower(training)
         trainable.merge()
     if (wrong := filled(masks, model)) is not None:
@@ -115,6 +114,25 @@ def recover_model(model: nn.Module, tokens: Tensor, job: RecoveryJob) -> tuple[T
             f"recovery {job.spec.name} filled zeros of {wrong}", "use another kind of recovery"
         )
     return training, masks
+
+
+@dataclass(frozen=True)
+class _Amount:
+    """How much is trained: the steps, their samples, all samples, and those to measure on."""
+
+    steps: int
+    batch: int
+    text: Tensor
+    held_back: Tensor
+
+
+@dataclass(frozen=True)
+class _Pace:
+    """Seconds of a sample with its gradients, of the optimizer, and of a sample's forward."""
+
+    sample: float
+    update: float
+    forward: float
 
 
 @contextmanager
@@ -159,7 +177,7 @@ def _plan(
     model: nn.Module,
     trainable: Trainable,
     masks: Masks,
-    steps: int,
+    amount: _Amount,
     job: RecoveryJob,
     started: float,
 ) -> TrainingPlan:
@@ -171,6 +189,7 @@ def _plan(
     Raises:
         AptError: masks shall move, and the kind of recovery trains adapters.
     """
+    steps = amount.steps
     rules = (enough_tokens,) if job.options.tokens == "auto" else ()
     moving = None
     if job.options.move_masks:
@@ -185,11 +204,11 @@ def _plan(
         job.observe(event)
 
     timed = job.options.minutes is not None and job.ranks.size == 1
+    rate = job.spec.rate if job.options.rate is None else job.options.rate
     return TrainingPlan(
-        job.options, steps, job.spec.rate if job.options.rate is None else job.options.rate,
-        job.folder / _STEPS, job.seed, job.device, job.ranks.share(job.journal.values(CHECKPOINT)),
-        moving, _windows(model, steps, job), rules, observe,
-        started + 60 * (job.options.minutes or 0) if timed else None,
+        job.options, steps, amount.batch, rate, job.folder / _STEPS, job.seed, job.device,
+        job.ranks.share(job.journal.values(CHECKPOINT)), moving, _windows(model, steps, job), rules,
+        observe, started + 60 * (job.options.minutes or 0) if timed else None,
     )  # fmt: skip
 
 
@@ -232,12 +251,13 @@ def _amount(
     held_back: Tensor,
     job: RecoveryJob,
     started: float,
-) -> tuple[int, Tensor, Tensor]:
-    """The number of steps, the samples that they use, and the samples to measure the loss on.
+) -> _Amount:
+    """The steps, and the samples that they use and that are measured.
 
     The given time begins at ``started``.
     """
     options = job.options
+    batch = options.batch or BATCH
     if options.minutes is not None:
         windows, given = _windows(model, 1, job), text[: options.micro_batch].to(job.device)
 
@@ -248,30 +268,38 @@ def _amount(
             return [*_steps_in(left, pace, len(held_back), job)]
 
         chosen = job.journal.remember("amount", fitting) if job.ranks.first else []
-        steps, count = job.ranks.share(chosen)  # a training that is resumed has the same
+        steps, count, batch = job.ranks.share(chosen)  # a training that is resumed has the same
         held_back = held_back[:count]
     elif isinstance(options.tokens, int):
-        steps = math.ceil(options.tokens / (options.batch * text.shape[1]))
+        steps = math.ceil(options.tokens / (batch * text.shape[1]))
     elif options.tokens == "auto":
-        steps = max(1, len(text) // options.batch)
+        steps = max(1, len(text) // batch)
     else:
         steps = options.steps or STEPS
-    return steps, text[: steps * options.batch], held_back
+    return _Amount(steps, batch, text[: steps * batch], held_back)
 
 
 def _steps_in(
-    seconds: float, pace: Sequence[float], held_back: int, job: RecoveryJob
-) -> tuple[int, int]:
-    """The number of steps in a time, and of the samples on which the loss is measured.
+    seconds: float, pace: _Pace, held_back: int, job: RecoveryJob
+) -> tuple[int, int, int]:
+    """The steps in a time, the samples on which the loss is measured, and those of a step.
 
-    To measure takes at most a tenth of the time, but for one sample of each process.
+    To measure takes at most a tenth of the time, but for one sample of each process. With few
+    steps, more of them with fewer samples each are better.
     """
-    options, (step, forward), processes = job.options, pace, job.ranks.size
-    each = (options.checks + 1) * forward
+    options, processes = job.options, job.ranks.size
+    each = (options.checks + 1) * pace.forward
     most = max(processes, int(_MEASURING * seconds / each) // processes * processes)
     count = min(held_back, most)
-    dense = forward * options.batch if job.spec.teacher else 0.0
-    return max(1, int((seconds - count * each) / (step + dense))), count
+    sample = pace.sample / processes + (pace.forward if job.spec.teacher else 0.0)
+
+    def steps(batch: int) -> int:
+        return max(1, int((seconds - count * each) / (batch * sample + pace.update)))
+
+    batch = options.batch or BATCH
+    while options.batch is None and steps(batch) < _ENOUGH_STEPS and batch % (2 * processes) == 0:
+        batch //= 2
+    return steps(batch), count, batch
 
 
 @contextmanager
@@ -288,8 +316,8 @@ def _blocks_trained(model: nn.Module, adapter: Adapter) -> Iterator[None]:
 
 def _pace(
     trainable: Trainable, windows: BlockWindows | None, given: Tensor, job: RecoveryJob
-) -> tuple[float, float]:
-    """The seconds of a step, and of a forward of one sample.
+) -> _Pace:
+    """The pace on one process.
 
     The optimizer's part is that of AdamW, without gradients. A kind with a teacher is prepared
     after the teacher has run. The step that is timed for it trains all blocks by the loss of the
@@ -298,7 +326,6 @@ def _pace(
     Args:
         given: samples (samples, seqlen) that run together.
     """
-    options = job.options
     model, device = trainable.module.to(job.device), torch.device(job.device)
     mixed = _mixed(model, job.device)
     with nullcontext() if windows is None else windows.middle():
@@ -314,8 +341,7 @@ def _pace(
             nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.zero_grad(set_to_none=False)  # no weight moves, whatever the gradients are
             optimizer.step()
-            share = options.batch / count / job.ranks.size
-            step = (gradients - started) * share + (_now(device) - gradients)
+            sample, update = (gradients - started) / count, _now(device) - gradients
             if gradients - started > _SLOW:
                 break
     model.zero_grad(set_to_none=True)
@@ -323,7 +349,7 @@ def _pace(
         started = _now(device)
         next_token_loss(model, {"input_ids": given[:count]})
         forward = (_now(device) - started) / count
-    return step, forward
+    return _Pace(sample, update, forward)
 
 
 def _mixed(model: nn.Module, device: str) -> torch.autocast:

@@ -54,6 +54,7 @@ class TrainingPlan:
     """How long and how fast a model is trained, and where.
 
     Attributes:
+        batch: the samples of a step, over all processes.
         rate: the highest learning rate.
         folder: the folder of the checkpoints.
         known: the steps of the checkpoints in ``folder`` that were completely written. The
@@ -65,6 +66,7 @@ class TrainingPlan:
 
     options: RecoverOptions
     steps: int
+    batch: int
     rate: float
     folder: Path
     seed: int = 0
@@ -95,7 +97,7 @@ def train(
         AptError: the optimizer is unknown or not installed.
     """
     moving, windows = plan.moving, [] if plan.windows is None else [plan.windows]
-    training = Training(plan.steps, plan.options.batch * tokens.shape[1])
+    training = Training(plan.steps, plan.batch * tokens.shape[1])
     recorder = Recorder(training, plan.rules, plan.observe, moving, plan.ends)
     patience = EarlyStoppingCallback(plan.options.patience)
     written = [checkpoint_of(plan.folder, step) for step in plan.known]
@@ -175,9 +177,9 @@ def _arguments(module: nn.Module, plan: TrainingPlan) -> TrainingArguments:
     options, steps, device = plan.options, plan.steps, torch.device(plan.device)
     every, windows = max(1, math.ceil(steps / options.checks)), len(plan.windows or ())
     processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    share, rest = divmod(options.batch, processes)
+    share, rest = divmod(plan.batch, processes)
     if rest:
-        fault = f"a step of {options.batch} samples cannot be divided among {processes} processes"
+        fault = f"a step of {plan.batch} samples cannot be divided among {processes} processes"
         raise AptError(fault, "choose a multiple", ("batch",))
     # A divisor, so that a step has exactly its samples.
     each = max(n for n in range(1, min(share, options.micro_batch) + 1) if share % n == 0)

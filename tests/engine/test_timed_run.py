@@ -75,7 +75,7 @@ def test_a_wider_model_is_trained_with_a_lower_rate(job, width, rate):
     asked = library.PruneRun(model="zoo:llama", sparsity=0.5, minutes=9, output=Path("out"))
     training = timed_run.training_of(asked, skeleton, registry(), "cpu").options
     assert training.rate == pytest.approx(rate)
-    assert training.batch * training.seqlen == 512
+    assert training.batch is None  # chosen by the time
 
 
 WORDS = ("--sparsity", 0.7, "--method", "wanda", "--samples", 4, "--seqlen", 64,
@@ -84,7 +84,7 @@ WORDS = ("--sparsity", 0.7, "--method", "wanda", "--samples", 4, "--seqlen", 64,
 
 def test_what_is_left_of_the_time_is_spent_on_distillation(apt, monkeypatch):
     """Here as much as 8 steps take, on any machine. Every zero stays, and no other is made."""
-    monkeypatch.setattr(recovery, "_steps_in", lambda seconds, *_: (8, 4))
+    monkeypatch.setattr(recovery, "_steps_in", lambda seconds, *_: (8, 4, 8))
     plain = apt("prune", "zoo:llama", *WORDS, "-o", "plain")
     run = apt("prune", "zoo:llama", *WORDS, "--minutes", 9, "-o", "timed")
     assert (plain.code, run.code) == (0, 0), run.err

@@ -473,11 +473,28 @@ def test_a_timed_training_that_is_resumed_has_the_same_steps(monkeypatch, tmp_pa
     adapter = find_adapter(None, model, registry())[1]
     job = recovery.RecoveryJob(adapter, spec, spec.load(), options, tmp_path)
     steps = []
-    for pace in ((0.5, 0.1), (0.25, 0.1)):
+    for pace in (recovery._Pace(0.2, 0.1, 0.1), recovery._Pace(0.1, 0.05, 0.1)):
         monkeypatch.setattr(recovery, "_pace", lambda *_, pace=pace: pace)
         given = Trainable(model), tokens, tokens[:3], job, time.perf_counter() - 10
-        steps.append(recovery._amount(model, *given)[0])
+        steps.append(recovery._amount(model, *given).steps)
     assert steps == 2 * [int((60 - 10 - 3 * 11 * 0.1) / (0.5 + 0.2))]
+
+
+@pytest.mark.parametrize(
+    ("minutes", "given", "processes", "batch"),
+    [(60, None, 1, 8), (30, None, 1, 4), (10, None, 1, 1), (10, None, 2, 2), (10, 8, 1, 8)],
+)
+def test_in_a_short_time_a_step_has_fewer_samples(tmp_path, minutes, given, processes, batch):
+    """A sample takes a second on each process, and nothing else takes any time."""
+    spec = registry().recoveries.get("lora")
+    job = recovery.RecoveryJob(
+        None, spec, None, RecoverOptions(minutes=minutes, batch=given), tmp_path,
+        ranks=SimpleNamespace(size=processes),
+    )  # fmt: skip
+    pace = recovery._Pace(1.0, 0.0, 1e-9)
+    steps, _, found = recovery._steps_in(60 * minutes, pace, 4, job)
+    assert found == batch
+    assert steps == pytest.approx(60 * minutes * processes / batch, abs=1.1)
 
 
 def test_timing_a_step_moves_no_weight(monkeypatch):
