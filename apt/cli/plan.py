@@ -54,6 +54,8 @@ def _record(planned: Planned) -> dict[str, Any]:
 
 def _seconds(planned: Planned) -> dict[str, dict[str, float]]:
     """The seconds of each step, by effort."""
+    if not planned.works:
+        return {}
     machine = planned.machine
     return {
         work.effort: {step: machine.seconds(part) for step, part in work.steps().items()}
@@ -140,10 +142,10 @@ def _show_needs(planned: Planned) -> None:
         f"working {size(needs.working)}; while it is measured, weights and "
         f"{size(needs.predicting)}){disk}"
     )
-    machine = planned.machine
     if planned.on:
-        say(f"{planned.on}: {_fit(planned, machine.memory)}")
+        say(f"{planned.on}: {_fit(planned, planned.machine.memory)}")
     if planned.works:
+        machine = planned.machine
         times = (f"{w.effort} {duration(w.seconds(machine))}" for w in planned.works)
         where = f"on {planned.on or planned.device}"
         doubt = "" if machine.measured else " (40 % of its maker's figures; not measured)"

@@ -173,7 +173,7 @@ def _block_work(run: PlannedWork, block: PlannedBlock) -> dict[str, Work]:
     forward, passes = _forward(run, block), 4 if preset.tuning_epochs else 3
     factored = 1 + sum(len(part.penalties) for part in rounds)
     stepped = sum(len(part.penalties) * part.steps for part in rounds)
-    widths = list(_inputs(block).values())
+    widths = list(block.inputs.values())
     products = [2.0 * site.size * site.shape[1] for site in block.pruned]
     narrow = sum(p for p, s in zip(products, block.pruned, strict=True) if s.shape[1] < _SHORT)
     size = sum(site.size for site in block.pruned)
@@ -212,7 +212,7 @@ def _forward(run: PlannedWork, block: PlannedBlock) -> Work:
     multiplied = sum(2.0 * s.size * (share if s.site.routed else 1) for s in block.sites)
     if getattr(config, "num_attention_heads", None):
         multiplied += 4.0 * run.seqlen * hidden_size(config)
-    moved = _BESIDE * dtype.itemsize * sum(_inputs(block).values())
+    moved = _BESIDE * dtype.itemsize * sum(block.inputs.values())
     return _products(multiplied, dtype) + Work(moved=moved)
 
 
@@ -230,8 +230,3 @@ def _picked_share(config: Any, block: PlannedBlock) -> float:
     first = min(site.order for site in routed)
     count = len({site.input for site in routed if site.order == first})
     return min(1.0, picked / count)
-
-
-def _inputs(block: PlannedBlock) -> dict[str, int]:
-    """The width of each distinct input of the pruned sites."""
-    return {entry.site.input: entry.shape[1] for entry in block.pruned}

@@ -173,11 +173,6 @@ def _parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _inputs(block: PlannedBlock) -> dict[str, int]:
-    """The width of each distinct input of the pruned sites."""
-    return {entry.site.input: entry.shape[1] for entry in block.pruned}
-
-
 def _activations(block: PlannedBlock, config: Any, bytes_each: int, held: int) -> int:
     """Bytes for each token: kept activations, those of a forward that waits, and the drift.
 
@@ -208,7 +203,7 @@ def _gram_bytes(block: PlannedBlock) -> int:
     The factors of an expert are freed before the next one is solved.
     """
     shared, total = _shared_inputs(block), 0
-    for name, width in _inputs(block).items():
+    for name, width in block.inputs.items():
         if name not in shared:
             total += width * width * _FP32
             continue

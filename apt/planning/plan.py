@@ -179,6 +179,11 @@ class PlannedBlock:
         return [site for site in self.sites if site.pattern is not None]
 
     @property
+    def inputs(self) -> dict[str, int]:
+        """The width of each distinct input of the pruned sites."""
+        return {entry.site.input: entry.shape[1] for entry in self.pruned}
+
+    @property
     def targets(self) -> list["PlannedSite | PlannedExtra"]:
         """The sites and extras that are to be pruned."""
         return [*self.pruned, *self.extras]
