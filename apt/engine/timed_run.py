@@ -1,5 +1,6 @@
 """A pruning of a given time: the effort and the samples that fit, and the training after it."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from apt.plugin.specs import MethodSpec
 _PRUNING = 0.4  # of the time, at most
 _SHORT = 512  # tokens of a sample where the time is short
 _LEAST: dict[Effort, int] = {"best": 2**14, "default": 2**14, "fast": 2**12}  # tokens
+_BETWEEN, _CHECKS = 3, 5  # minutes between measurements of the loss, and the most measurements
 # With few steps, a higher rate than that of `recover` is better.
 _RATE, _WIDTH = 4e-4, 576  # measured on SmolLM2; a wider model needs a lower rate (2203.03466)
 
@@ -69,12 +71,13 @@ def training_of(
 ) -> RecoverTask:
     """The distillation after a pruning, which lasts as long as there is time."""
     seqlen = min(options.seqlen, _SHORT)
+    checks = min(_CHECKS, math.ceil((options.minutes or 0) / _BETWEEN))
     rate = _RATE * min(1.0, _WIDTH / hidden_size(skeleton.config))
     run = RecoverRun(
         model=str(options.directory), output=options.directory, dense=options.model,
         kind="distill", adapter=options.adapter, tokenizer=options.tokenizer,
         calibration=options.calibration, bos=options.bos, seed=options.seed, seqlen=seqlen,
-        rate=rate, checks=5, minutes=options.minutes,
+        rate=rate, checks=checks, minutes=options.minutes,
         device=options.device,
         trust_remote_code=options.trust_remote_code, revision=options.revision,
         max_shard_size=options.max_shard_size,

@@ -36,7 +36,7 @@ class RecoverOptions(Options):
     """The options that the result of a recovery depends on, beside the text.
 
     At most one of ``steps``, ``tokens`` and ``minutes`` is given. The rate rises over the first 3 %
-    of the steps, and falls along a cosine.
+    of the steps, and falls along a cosine; with ``minutes``, it falls to zero within the time.
     """
 
     steps: int | None = option(
@@ -80,7 +80,7 @@ class RecoverOptions(Options):
     optimizer: str = option(
         "Optimizer of transformers, for example adafactor or adamw_bnb_8bit, whose "
         "states are smaller.",
-        default="adamw_torch", panel=TRAINING, metavar="NAME",
+        default="adamw_torch_fused", panel=TRAINING, metavar="NAME",
     )  # fmt: skip
     checkpointing: bool = option(
         "Compute activations again in the backward pass, which needs less memory.",

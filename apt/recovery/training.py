@@ -6,7 +6,8 @@ This module adds the loss, the masks, and the rules by which training ends early
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -111,7 +112,7 @@ def train(
             callbacks=[recorder, patience, *windows],
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.use(trainable)
+        trainer.use(trainable, None if windows else plan.ends)
         recorder.begin(trainer, last)
         patience.early_stopping_patience_counter = training.checks_since_best
         if last is not None and moving is not None:
@@ -265,13 +266,30 @@ def _masked_gradients(
 class _Trainer(Trainer):  # type: ignore[misc]
     loss_is_scaled_for_ga = False  # the loss is a mean over the batch
 
-    def use(self, trainable: Trainable) -> None:
-        self._trainable = trainable
+    def use(self, trainable: Trainable, ends: float | None) -> None:
+        """Set what is trained, and when the rate is zero, a time of `time.perf_counter`."""
+        self._trainable, self._ends = trainable, ends
+
+    def create_scheduler(self, *given: Any, **named: Any) -> Any:
+        """The schedule by steps, or by the time if that is further; the rate ends at zero."""
+        scheduler = super().create_scheduler(*given, **named)
+        if self._ends is not None:
+            scheduler.lr_lambdas = [
+                partial(self._in_time, factor, time.perf_counter())
+                for factor in scheduler.lr_lambdas
+            ]
+        return scheduler
+
+    def _in_time(self, factor: Callable[[float], float], begun: float, step: int) -> float:
+        """A factor of the learning rate, which is given as a function of the step."""
+        assert self._ends is not None
+        share = (time.perf_counter() - begun) / max(self._ends - begun, 1e-9)
+        return factor(max(step, min(share, 1.0) * self.args.max_steps))
 
     def create_optimizer(self, *given: Any, **named: Any) -> Any:
         try:
             return super().create_optimizer(*given, **named)
-        except ImportError as error:
+        except (ImportError, RuntimeError) as error:  # a fused one is not there for all devices
             raise AptError(
                 f"optimizer {self.args.optim} cannot be used: {first_line(error)}",
                 "install its package, or use adamw_torch or adafactor",

@@ -29,7 +29,9 @@ from apt.events import HeldBack, TrainingStep
 from apt.options import RecoverOptions
 from apt.plugin.registry import registry
 from apt.plugin.specs import RecoverySpec
+from apt.recovery import recorder
 from apt.recovery import recover as recovery
+from apt.recovery import training as recovery_training
 from apt.recovery.recover import NotRecoveredError
 from apt.recovery.teacher import divergence, relative_error
 from apt.recovery.trainable import Trainable, Unrecovered, next_token_loss, train_only
@@ -402,6 +404,12 @@ def test_automatic_tokens_use_the_text_once_at_most():
     assert library.recover(model, tokens, kind="layers", options=many).steps == 4  # of 32 tokens
 
 
+def set_clock(monkeypatch, seconds):
+    """Replace the clock of a training."""
+    for module in (recovery, recovery_training, recorder):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=seconds))
+
+
 @pytest.mark.parametrize("window", [None, 1])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_time_decides_the_number_of_steps(kind, window, monkeypatch):
@@ -411,6 +419,7 @@ def test_a_time_decides_the_number_of_steps(kind, window, monkeypatch):
     """
     clock = itertools.count()
     monkeypatch.setattr(recovery, "_now", lambda device: next(clock))
+    set_clock(monkeypatch, lambda: 0.0)
     model, dense, tokens = pruned()
     model.requires_grad_(False)
     own = LIGHT.get(kind, {})
@@ -424,6 +433,26 @@ def test_a_time_decides_the_number_of_steps(kind, window, monkeypatch):
     step = 4 / 8 + 1 + (4 / 8 if kind == "distill" else 0)  # with the dense model's forward
     assert events[-1].step == int((6 - 2 * held_back / 8) / step)
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["distill", "layers"])
+def test_the_rate_falls_to_zero_within_the_time(kind, monkeypatch):
+    """Although a step takes far more time than was expected: some seconds here."""
+    monkeypatch.setattr(recovery, "_pace", lambda *_: recovery._Pace(0.1, 0.0, 0.1))
+    clock = itertools.count()
+    set_clock(monkeypatch, lambda: float(next(clock)))
+    model, dense, tokens = pruned()
+    options = RecoverOptions(minutes=1, checks=1, batch=2, rate=1e-3)
+    events = []
+    with suppress(NotRecoveredError):
+        library.recover(
+            model, tokens, kind=kind, options=options, dense=dense, observe=events.append
+        )
+    steps = [event for event in events if isinstance(event, TrainingStep)]
+    rates = [event.rate for event in steps]
+    assert 3 < len(rates) < steps[-1].steps
+    assert max(rates) > 0.5e-3
+    assert rates[-1] < 0.1e-3
 
 
 @pytest.mark.parametrize("minutes", [None, 0.001])
