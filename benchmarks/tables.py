@@ -108,6 +108,38 @@ def patterns(rows: Rows) -> str:
     return pivot(kept, lambda row: scores(row)[0])
 
 
+def timed(rows: Rows) -> str:
+    """Perplexities of runs of a given time."""
+    dense, *runs = rows
+    shown = sorted(runs, key=lambda row: row["minutes"])
+    columns = list(dict.fromkeys(row["pattern"] for row in ordered(runs)))
+    lines = [
+        [
+            f"`--minutes {minutes:g}`" if minutes else "no `--minutes`",
+            *(
+                BOTH(row)
+                for pattern in columns
+                for row in shown
+                if (row["minutes"], row["pattern"]) == (minutes, pattern)
+            ),
+        ]
+        for minutes in dict.fromkeys(row["minutes"] for row in shown)
+    ]
+    header = [f"dense {BOTH(dense)}", *(COLUMNS.get(pattern, pattern) for pattern in columns)]
+    return table(header, lines)
+
+
+def costs(rows: Rows) -> str:
+    """Predicted and measured times, of whole runs and of their solves."""
+    lines = []
+    for row in rows:
+        shape, effort, samples = row["row"].split("/")
+        times = [f"{row[key]:.0f}" for key in ("predicted", "seconds", "solving", "solved")]
+        lines.append([shape, effort, samples, *times])
+    header = ["shape", "effort", "samples", "predicted, s", "measured", "its solves", "measured"]
+    return table(header, lines)
+
+
 def efforts(rows: Rows) -> str:
     """Perplexities by effort, at 2:4."""
     names = {
@@ -388,6 +420,8 @@ TABLES: Mapping[str, tuple[str, Callable[[Rows], str]]] = {
     "own": ("own", lambda rows: pivot(rows, BOTH)),
     "paper": ("paper", lambda rows: pivot(rows, with_error("wiki"))),
     "joint": ("paper", joint),
+    "minutes": ("minutes", timed),
+    "costs": ("costs", costs),
     "tokens": ("tokens", tokens),
     "solver": ("solver", solver),
     "endtoend": ("endtoend", against_limit),
