@@ -410,6 +410,29 @@ def llama_cpp_families(rows: Rows) -> str:
     return table(["model", "largest difference"], lines)
 
 
+def deployments(rows: Rows) -> str:
+    """What a model buys in transformers and in llama.cpp."""
+
+    def each(row: Row, key: str, scale: float = 1.0) -> str:
+        return " / ".join(f"{scale * found[key]:.0f}" for found in row["threads"].values())
+
+    scored = "wiki" in rows[0]
+    lines = [
+        [
+            row["model"],
+            row["runtime"],
+            f"{row['bytes'] / 2**20:.0f}",
+            f"{row['threads']['1']['peak'] / 2**20:.0f}",
+            each(row, "decode"),
+            each(row, "prefill"),
+            *([BOTH(row)] if scored else []),
+        ]
+        for row in rows
+    ]
+    header = ["model", "runtime", "file, MiB", "memory, MiB", "decoding, tokens/s", "prompts"]
+    return table([*header, *(["perplexity"] if scored else [])], lines)
+
+
 TABLES: Mapping[str, tuple[str, Callable[[Rows], str]]] = {
     "smollm2": ("smollm2", comparison),
     "tasks": ("smollm2", tasks),
@@ -435,6 +458,8 @@ TABLES: Mapping[str, tuple[str, Callable[[Rows], str]]] = {
     "widths": ("widths", widths),
     "llama-cpp": ("llama-cpp", llama_cpp),
     "llama-cpp-families": ("llama-cpp-families", llama_cpp_families),
+    "deployments": ("deployments", deployments),
+    "deployments-1.5b": ("deployments-1.5b", deployments),
     "packed": ("packed", packed_models),
     "packed-threads": ("packed-threads", packed_models),
     "packed-1.5b": ("packed-1.5b", packed_models),

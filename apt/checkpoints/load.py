@@ -1,10 +1,12 @@
 """Loading of a model and its adapter from a source (directory, hub name, GGUF file)."""
 
+import copy
 import hashlib
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +126,9 @@ def _from_pretrained(
     """The model as transformers reads it, and the names of missing weights."""
     source = skeleton.source
     wanted = dtype or (torch.float32 if source.gguf else "auto")
-    with _loading(source), warnings.catch_warnings():
+    if source.gguf:
+        given = {"config": copy.deepcopy(skeleton.config)}  # to read it again takes seconds
+    with _loading(source), _one_name_table(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         module, info = opening_class(skeleton.config).from_pretrained(
             source.location, dtype=wanted, output_loading_info=True,
@@ -135,6 +139,25 @@ def _from_pretrained(
         raise _mismatched(source, module, mismatch)
     missing = sorted(info["missing_keys"])
     return (_unquantised(module) if source.gguf and not missing else module), missing
+
+
+@contextmanager
+def _one_name_table() -> Iterator[None]:
+    """While entered, the names of GGUF tensors are made once.
+
+    transformers makes them for each module of a model, which takes longer than to read the weights.
+    """
+    try:
+        import gguf
+    except ImportError:
+        yield
+        return
+    made = gguf.get_tensor_name_map
+    gguf.get_tensor_name_map = cache(made)
+    try:
+        yield
+    finally:
+        gguf.get_tensor_name_map = made
 
 
 def _mismatched(source: Source, module: Any, mismatch: Any) -> AptError:

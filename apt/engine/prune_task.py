@@ -1,5 +1,6 @@
 """The task of ``apt-prune prune`` and ``shrink``."""
 
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -184,6 +185,7 @@ def prepare_pruning(options: PruneRun | ShrinkRun, registry: Registry, notice: N
     Raises:
         AptError: an option does not fit the model, the machine or the disk.
     """
+    started = time.perf_counter()
     options = replace(options, stream=options.stream or options.resume)
     texts = (options.calibration, options.evaluation, options.tokenizer)
     skeleton = open_model(options, texts, registry, notice)
@@ -198,10 +200,12 @@ def prepare_pruning(options: PruneRun | ShrinkRun, registry: Registry, notice: N
     device, training = choose_device(options.device), None
     seqlen = capped(options.seqlen, skeleton, notice)
     options = replace(options, adapter=skeleton.spec.name, seqlen=seqlen)
-    if isinstance(options, PruneRun) and options.minutes is not None:
+    if isinstance(options, PruneRun) and (minutes := options.minutes) is not None:
         _, method, job = made(options, skeleton, replace(dense, notice=lambda line: None))
         options = fitted(options, skeleton, job, method, device, notice)
-        training = training_of(options, skeleton, registry, device)
+        taken = (time.perf_counter() - started) / 60
+        left = replace(options, minutes=max(minutes - taken, 0.0))
+        training = training_of(left, skeleton, registry, device)
     options, method, job = made(options, skeleton, replace(dense, samples=options.samples))
     if options.method is None:
         notice(f"method: {method.name} (default)")

