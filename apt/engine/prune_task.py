@@ -168,13 +168,15 @@ def _trained(training: RecoverTask, store: ModelStore, report: Report, closing: 
         closing: the seconds that the run needs afterwards.
     """
     assert training.options.minutes is not None
+    store.status("reading text")
+    text = training.read_text(store.ranks)
     left = training.options.minutes - (store.seconds + closing) / 60
     if left <= 0:
         return replace(report, problems=[*report.problems, "no time was left for distillation"])
     training = replace(training, options=replace(training.options, minutes=left))
     store.status("distilling")
     try:
-        return training.change(store, training.read_text(store.ranks), report).report
+        return training.change(store, text, report).report
     except NotRecoveredError as error:
         return replace(report, problems=[*report.problems, error.message])
 
