@@ -56,7 +56,7 @@ half a step and costs almost nothing.
 """
 
 _FIRST = Round((1.2,), 4, 1.8, 300)
-_SECOND = Round((0.5, 0.66, 0.86, 1.1, 1.4), 6)
+_SECOND = Round((0.5, 0.66, 0.86, 1.1, 1.4), 4)
 _LONG = Round((0.5, 0.6, 0.7, 0.8, 0.95, 1.1, 1.3), 6)
 ROUNDS: dict[Effort, tuple[Round, ...]] = {
     "fast": (_FIRST,),
