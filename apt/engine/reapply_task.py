@@ -1,6 +1,8 @@
 """The task of ``apt-prune reapply``: the zeros of a pruned model in one that was fine-tuned."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from apt.checkpoints.load import load, load_tokenizer, open_skeleton
 from apt.checkpoints.masks import (
@@ -82,7 +84,7 @@ def prepare_reapplying(options: ReapplyRun, registry: Registry, notice: Notice) 
         raise AptError(f"{masks} {fault}", f"name a pruned model, or a file {MASKS}")
     loaded = read_masks(masks) if kind == "file" else _masks_of(options, registry)
     check_masks(loaded, skeleton.module, str(masks))
-    report = continued(read_report(masks) if kind == "directory" else None, skeleton, masks)
+    report = continued(_report_of(masks), skeleton, masks)
     orders = read_orders(masks) if kind == "file" else report.orders
     return ReapplyTask(
         options=options,
@@ -93,6 +95,16 @@ def prepare_reapplying(options: ReapplyRun, registry: Registry, notice: Notice) 
         orders=orders,
         report=report,
     )
+
+
+def _report_of(masks: Path) -> dict[str, Any] | None:
+    """The record of the pruned model that has these masks; None if there is none.
+
+    A file of masks has its usual name as long as it is beside the model.
+    """
+    if masks.name == MASKS and masks.is_file():
+        return read_report(masks.parent)
+    return read_report(masks) if masks.is_dir() else None
 
 
 def _masks_of(options: ReapplyRun, registry: Registry) -> Masks:

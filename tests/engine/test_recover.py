@@ -251,6 +251,7 @@ def test_a_model_fine_tuned_from_the_dense_one_gets_the_order_of_the_masks(mode,
         done = apt("reapply", masks, model, "-o", f"again{number}", "--json")
         assert done.code == 0, done.err
         assert json.loads(done.out)["permuted"] == (model == dense)
+        assert apt("verify", f"again{number}").code == 0  # which needs the report of the pruning
         module, found = opened(f"again{number}")
         assert same(found, expected)
         logits.append(module(torch.arange(1, 17)[None]).logits)
