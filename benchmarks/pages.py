@@ -23,7 +23,7 @@ def results(name: str) -> Row:
     return found
 
 
-def row_of(name: str, **wanted: str) -> Row:
+def row_of(name: str, **wanted: str | float) -> Row:
     """The row of a file with these values."""
     rows: list[Row] = results(name)["rows"]
     return next(row for row in rows if all(row.get(k) == v for k, v in wanted.items()))
@@ -37,7 +37,15 @@ def figures() -> dict[str, str]:
         row_of(name, model=f"{share}-bfloat16")["decode ratio"]["median"]
         for name, share in (("packed", 0.5), ("packed-1.5b", 0.5), ("packed-1.5b", 0.7))
     )
+    dense, *timed = (
+        row_of("minutes", pattern=pattern, minutes=minutes)["wiki"]
+        for pattern, minutes in (("dense", 0), ("2:4", 5.0), ("0.7", 5.0))
+    )
     return {
+        r"perplexity of [\d.]+ at 2:4, and of [\d.]+ with 70 % zeros; dense it has [\d.]+": (
+            f"perplexity of {timed[0]:.1f} at 2:4, and of {timed[1]:.1f} with 70 % zeros; "
+            f"dense it has {dense:.1f}"
+        ),
         r"SmolLM2 decodes [\d.]+ times as fast": f"SmolLM2 decodes {packed:.1f} times as fast",
         r"billion parameters [\d.]+ times, with 70 % [\d.]+ times": (
             f"billion parameters {half:.1f} times, with 70 % {most:.1f} times"

@@ -14,7 +14,7 @@ from tests.helpers.families import STACKED
 from tests.helpers.releases import EXTRAS
 
 PAGES = {
-    "README.md": 13, "docs/allocation.md": 9, "docs/choosing.md": 4, "docs/mamba.md": 2,
+    "README.md": 14, "docs/allocation.md": 9, "docs/choosing.md": 4, "docs/mamba.md": 2,
     "docs/migrating.md": 4, "docs/packing.md": 7, "docs/recovery.md": 9,
     "docs/shrinking.md": 9 if STACKED else 7, "docs/usage.md": 20,
 }  # fmt: skip
