@@ -87,16 +87,18 @@ def test_more_effort_never_gives_a_worse_layer(seed, pattern):
 @pytest.mark.parametrize("effort", EFFORTS)
 @pytest.mark.parametrize("pattern", ["0.5", "0.7", "2:4"])
 def test_products_of_few_bits_find_as_good_a_mask(pattern, effort, monkeypatch):
-    weight, exact = problem(13, 96, 256, tokens=1024)
-    errors, options = [], SolverOptions(effort=effort)
+    """On average: on one layer either of them is better by up to a percent."""
+    errors, options = torch.zeros(2), SolverOptions(effort=effort)
     monkeypatch.setattr("apt.solver.gram._BF16_WIDTH", 256)
-    for few in (False, True):
-        monkeypatch.setattr("apt.solver.gram.multiplies_bf16", lambda device, few=few: few)
-        gram = Gram.from_sum(exact.matrix.float(), exact.tokens)
-        proximal = gram.damped(0.01).balanced.proximal(0.5)
-        assert proximal.dtype == (torch.bfloat16 if few else torch.float32)
-        solution = admm(weight.float(), gram, parse_pattern(pattern), options)
-        errors.append(error(weight.float(), gram, solution))
+    for seed in range(13, 17):
+        weight, exact = problem(seed, 96, 256, tokens=1024)
+        for few in (False, True):
+            monkeypatch.setattr("apt.solver.gram.multiplies_bf16", lambda device, few=few: few)
+            gram = Gram.from_sum(exact.matrix.float(), exact.tokens)
+            proximal = gram.damped(0.01).balanced.proximal(0.5)
+            assert proximal.dtype == (torch.bfloat16 if few else torch.float32)
+            solution = admm(weight.float(), gram, parse_pattern(pattern), options)
+            errors[int(few)] += error(weight.float(), gram, solution)
     assert errors[0] != errors[1]
     assert errors[1] < 1.01 * errors[0]
     assert exact.damped(0.01).balanced.proximal(0.5).dtype == torch.float64
