@@ -433,6 +433,27 @@ def deployments(rows: Rows) -> str:
     return table([*header, *(["perplexity"] if scored else [])], lines)
 
 
+def runtimes(rows: Rows) -> str:
+    """What other runtimes make of directories, or why they make nothing of them."""
+    lines = [
+        [
+            row["model"],
+            f"`{row['kind']}`",
+            *(
+                [row["error"], "", ""]
+                if "error" in row
+                else [
+                    f"{row['same']} of {row['prompts']}",
+                    f"{row['speed']:.0f}",
+                    f"{row['bytes'] / 2**20:.0f}",
+                ]
+            ),
+        ]
+        for row in rows
+    ]
+    return table(["model", "weights", "same text", "tokens/s", "files, MiB"], lines)
+
+
 TABLES: Mapping[str, tuple[str, Callable[[Rows], str]]] = {
     "smollm2": ("smollm2", comparison),
     "tasks": ("smollm2", tasks),
@@ -458,8 +479,8 @@ TABLES: Mapping[str, tuple[str, Callable[[Rows], str]]] = {
     "widths": ("widths", widths),
     "llama-cpp": ("llama-cpp", llama_cpp),
     "llama-cpp-families": ("llama-cpp-families", llama_cpp_families),
+    "runtimes": ("runtimes", runtimes),
     "deployments": ("deployments", deployments),
-    "deployments-1.5b": ("deployments-1.5b", deployments),
     "packed": ("packed", packed_models),
     "packed-threads": ("packed-threads", packed_models),
     "packed-1.5b": ("packed-1.5b", packed_models),

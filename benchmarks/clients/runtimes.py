@@ -55,33 +55,6 @@ def generate(ids):
         sampling_topk=1, include_prompt_in_result=False)
     return found[0].sequences_ids[0]
 """
-OPENVINO = """
-import openvino, optimum.intel, torch
-from optimum.intel import OVModelForCausalLM
-version = f"{openvino.__version__.split('-')[0]}, optimum-intel {optimum.intel.__version__}"
-model = OVModelForCausalLM.from_pretrained(
-    directory, export=True, load_in_8bit=kind == "int8",
-    ov_config={"INFERENCE_NUM_THREADS": threads})
-model.save_pretrained(work)
-
-def generate(ids):
-    made = model.generate(
-        torch.tensor([ids]), max_new_tokens=length, min_new_tokens=length, do_sample=False)
-    return made[0, len(ids):].tolist()
-"""
-VLLM = """
-import os
-os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-               "OMP_NUM_THREADS": str(threads)}
-import vllm
-version = vllm.__version__
-model = vllm.LLM(directory, dtype=kind, max_model_len=512, enforce_eager=True)
-how = vllm.SamplingParams(temperature=0, max_tokens=length, ignore_eos=True)
-
-def generate(ids):
-    made = model.generate({"prompt_token_ids": ids}, how, use_tqdm=False)
-    return list(made[0].outputs[0].token_ids)
-"""
 TAIL = """
 texts = [generate(ids) for ids in prompts]
 started = time.perf_counter()
@@ -90,11 +63,7 @@ for ids in prompts:
 speed = length * len(prompts) / (time.perf_counter() - started)
 print("RESULT " + json.dumps({"texts": texts, "speed": speed, "version": version}), flush=True)
 """
-SCRIPTS = {
-    "ctranslate2": (CTRANSLATE2, ("float32", "bfloat16", "int8")),
-    "openvino": (OPENVINO, ("float32", "int8")),
-    "vllm": (VLLM, ("float32", "bfloat16")),
-}
+SCRIPTS = {"ctranslate2": (CTRANSLATE2, ("float32", "bfloat16", "int8"))}
 
 
 def reference(directory: Path) -> tuple[list[list[int]], list[list[int]]]:
