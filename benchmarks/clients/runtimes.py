@@ -25,15 +25,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import save
+from llama_cpp import LENGTH, PROMPTS
 
 Row = dict[str, Any]
-PROMPTS = (
-    "The days of the week are Monday, Tuesday, Wednesday,",
-    "Paris is the capital of France. Berlin is the capital of Germany. Rome is the capital of",
-    "Water boils in a kettle because",
-)
-LENGTH = 32
-
 # A script defines ``version`` and ``generate``, which continues tokens by LENGTH others.
 HEAD = """
 import json, sys, time
