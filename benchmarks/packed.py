@@ -79,12 +79,15 @@ def models(options: argparse.Namespace) -> list[Row]:
     model.config.dtype = "bfloat16"
     folders = [options.work / "dense"]
     model.save_pretrained(folders[0])
-    linears = linears_of(model)
+    linears = {
+        f"{name}.weight": module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and "lm_head" not in name
+    }
     dense = {name: module.weight.data for name, module in linears.items()}
     for pattern in options.patterns:
         for name, module in linears.items():
-            module.weight.data = dense[name]
-        pruned_by_magnitude(model, pattern)
+            module.weight.data = dense[name].masked_fill(removed(dense[name], pattern), 0)
         pruned = options.work / "pruned"
         model.save_pretrained(pruned)
         for kind in options.kinds:
@@ -100,22 +103,6 @@ def models(options: argparse.Namespace) -> list[Row]:
     ]  # fmt: skip
     done = subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE, text=True)
     return [speeds_of(model) for model in json.loads(done.stdout)["models"]]
-
-
-def linears_of(model: Any) -> dict[str, torch.nn.Linear]:
-    """The Linear modules of the blocks, by the names of their weights."""
-    return {
-        f"{name}.weight": module
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and "lm_head" not in name
-    }
-
-
-def pruned_by_magnitude(model: Any, pattern: str) -> None:
-    """Set the smallest weights of each Linear module to zero, in a copy of its weight."""
-    for module in linears_of(model).values():
-        weight = module.weight.data
-        module.weight.data = weight.masked_fill(removed(weight, pattern), 0)
 
 
 def speeds_of(model: Row) -> Row:

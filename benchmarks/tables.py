@@ -129,17 +129,6 @@ def timed(rows: Rows) -> str:
     return table(header, lines)
 
 
-def costs(rows: Rows) -> str:
-    """Predicted and measured times, of whole runs and of their solves."""
-    lines = []
-    for row in rows:
-        shape, effort, samples = row["row"].split("/")
-        times = [f"{row[key]:.0f}" for key in ("predicted", "seconds", "solving", "solved")]
-        lines.append([shape, effort, samples, *times])
-    header = ["shape", "effort", "samples", "predicted, s", "measured", "its solves", "measured"]
-    return table(header, lines)
-
-
 def efforts(rows: Rows) -> str:
     """Perplexities by effort, at 2:4."""
     names = {
@@ -413,11 +402,14 @@ def llama_cpp_families(rows: Rows) -> str:
 def deployments(rows: Rows) -> str:
     """What a model buys in transformers and in llama.cpp."""
 
-    def each(row: Row, key: str, scale: float = 1.0) -> str:
-        return " / ".join(f"{scale * found[key]:.0f}" for found in row["threads"].values())
+    def each(row: Row, key: str) -> str:
+        return " / ".join(f"{found[key]:.0f}" for found in row["threads"].values())
 
-    scored = "wiki" in rows[0]
-    lines = [
+    header = [
+        "model", "runtime", "file, MiB", "memory, MiB", "decoding, tokens/s", "prompts",
+        "perplexity",
+    ]  # fmt: skip
+    return table(header, [
         [
             row["model"],
             row["runtime"],
@@ -425,12 +417,10 @@ def deployments(rows: Rows) -> str:
             f"{row['threads']['1']['peak'] / 2**20:.0f}",
             each(row, "decode"),
             each(row, "prefill"),
-            *([BOTH(row)] if scored else []),
+            BOTH(row),
         ]
         for row in rows
-    ]
-    header = ["model", "runtime", "file, MiB", "memory, MiB", "decoding, tokens/s", "prompts"]
-    return table([*header, *(["perplexity"] if scored else [])], lines)
+    ])  # fmt: skip
 
 
 def runtimes(rows: Rows) -> str:
@@ -465,7 +455,6 @@ TABLES: Mapping[str, tuple[str, Callable[[Rows], str]]] = {
     "paper": ("paper", lambda rows: pivot(rows, with_error("wiki"))),
     "joint": ("paper", joint),
     "minutes": ("minutes", timed),
-    "costs": ("costs", costs),
     "tokens": ("tokens", tokens),
     "solver": ("solver", solver),
     "endtoend": ("endtoend", against_limit),

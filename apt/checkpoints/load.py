@@ -4,7 +4,7 @@ import copy
 import hashlib
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -104,6 +104,8 @@ def load(skeleton: Opened, dtype: torch.dtype | None = None, device: str = "cpu"
         import apt.runtime.quantizer  # noqa: F401  # registers the format with transformers
 
         given = {"config": with_weights(skeleton.config)}
+    elif source.gguf:
+        given = {"config": copy.deepcopy(skeleton.config)}  # to read it again takes seconds
     if skeleton.checkpoint is None:
         stored = None if dtype else find_stored(skeleton)  # None: tensors cannot be read one by one
         own = stored.dtype(skeleton) if stored else None
@@ -126,9 +128,8 @@ def _from_pretrained(
     """The model as transformers reads it, and the names of missing weights."""
     source = skeleton.source
     wanted = dtype or (torch.float32 if source.gguf else "auto")
-    if source.gguf:
-        given = {"config": copy.deepcopy(skeleton.config)}  # to read it again takes seconds
-    with _loading(source), _one_name_table(), warnings.catch_warnings():
+    names = _one_name_table() if source.gguf else nullcontext()
+    with _loading(source), names, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         module, info = opening_class(skeleton.config).from_pretrained(
             source.location, dtype=wanted, output_loading_info=True,
@@ -143,9 +144,9 @@ def _from_pretrained(
 
 @contextmanager
 def _one_name_table() -> Iterator[None]:
-    """While entered, the names of GGUF tensors are made once.
+    """While entered, the table of the names of GGUF tensors is built once.
 
-    transformers makes them for each module of a model, which takes longer than to read the weights.
+    transformers builds it for each module of a model, which takes longer than to read the weights.
     """
     try:
         import gguf

