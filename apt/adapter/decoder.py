@@ -158,7 +158,7 @@ class DecoderAdapter:
 
     def permutable(self, block: nn.Module, config: Any) -> list[Permutable]:
         """The channels among its groups."""
-        return list(permutable_channels(self.groups(block, config)))
+        return list(permutable_channels(self.groups(block, config), self.sites(block)))
 
     def ungrouped(self, block: nn.Module, config: Any) -> dict[str, str]:
         """The names of sites whose inputs are no groups, with the reasons; none are known."""

@@ -29,12 +29,15 @@ class Permutable:
             succession, as query heads do that share the values of a key/value head.
         size: the number of entries in a bin.
         bins: the number of bins.
+        expert: the index of the expert whose slices of stacked parameters (experts, …) are meant;
+            None if the parameters are not stacked.
     """
 
     reader: str
     parts: tuple[Part, ...]
     size: int
     bins: int = 1
+    expert: int | None = None
 
     def places(self, part: Part, order: Tensor) -> Tensor:
         """The former place in the dimension of a part of each of its entries (bins × each,)."""
@@ -58,25 +61,48 @@ class Permutable:
     def permute(self, parameters: Mapping[str, Tensor], order: Tensor) -> None:
         """Put the entries of the parameters, by path within the block, into an order."""
         for part in self.parts:
-            entries = parameters[part.parameter].detach().movedim(part.dim, 0)
+            entries = parameters[part.parameter].detach().movedim(part.dim, -1)
+            entries = (entries if self.expert is None else entries[self.expert]).movedim(-1, 0)
             places = self.places(part, order.to(entries.device))
             entries.narrow(0, part.start, len(places)).copy_(entries[places])
 
 
 def columns_of(permutable: Permutable, reader: Site) -> Part | None:
     """The part of the reader's columns; None if it is not declared."""
-    dim = int(not reader.transposed)
+    dim = int(not reader.transposed) + (reader.expert is not None)
     parts = (p for p in permutable.parts if (p.parameter, p.dim) == (reader.parameter, dim))
     return next(parts, None)
 
 
-def permutable_channels(groups: Sequence[Groups]) -> Iterator[Permutable]:
-    """The groups with one input of one site each, such as the channels of an MLP."""
+def permutable_channels(groups: Sequence[Groups], sites: Sequence[Site]) -> Iterator[Permutable]:
+    """The channels of an MLP, and of each expert.
+
+    Args:
+        groups: the groups of a block. Those with one input of one site each are channels, and so
+            are those of experts.
+        sites: the sites of the block.
+    """
+    known, seen = {site.name: site for site in sites}, set[str]()
     for each in groups:
         one = len(each.readers) == 1 and not (each.routed or each.apart or each.outputs)
         if one and each.bins == 1 and all(part.each == 1 for part in each.parts):
             parts = tuple(replace(part, each=each.count) for part in each.parts)
+            seen.add(each.readers[0])
             yield Permutable(each.readers[0], parts, each.count)
+    for each in (each for each in groups if each.apart):
+        for reader in (known[name] for name in each.readers if name not in seen):
+            if (found := _channels_of(each, reader)) is not None:
+                yield found
+
+
+def _channels_of(groups: Groups, reader: Site) -> Permutable | None:
+    """The channels that one reader of groups of experts has; None if a stack has them in pairs."""
+    stacked, size = reader.expert is not None, groups.columns_of(reader.name)
+    own = [part for part in groups.parts if part.reader == ("" if stacked else reader.name)]
+    if stacked and any(part.each > 1 for part in own):
+        return None
+    parts = tuple(replace(part, each=size, reader="") for part in own)
+    return Permutable(reader.name, parts, size, expert=reader.expert)
 
 
 def attention_values(

@@ -4,15 +4,27 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from apt.adapter import Adapter, Site, State
-from apt.calibration.batches import OpenBlock
+from apt.calibration.batches import Inputs, OpenBlock
 
 
-def advance_dense(block: OpenBlock, sites: Sequence[Site]) -> None:
-    """Run the block, its weights still dense, on the dense stream; record its sites' inputs."""
+def advance_dense(
+    block: OpenBlock, sites: Sequence[Site], summed: Sequence[Site] = ()
+) -> dict[Site, Tensor]:
+    """Run the block, its weights still dense, on the dense stream; record its sites' inputs.
+
+    Args:
+        block: the block.
+        sites: its sites; the inputs of those that are not routed are recorded.
+        summed: routed sites.
+
+    Returns:
+        The sums of the squares of the inputs (in,) of ``summed`` over the tokens of all ranks.
+    """
     energies, recorded = list[Tensor](), [site for site in sites if not site.routed]
+    sums = {site: _zeros(site, block.module) for site in summed}
     for batch in block.batches:
         dense = batch.dense
         assert dense is not None
@@ -22,9 +34,18 @@ def advance_dense(block: OpenBlock, sites: Sequence[Site]) -> None:
         dense.scale = squares.sqrt()
         energies.append(squares.reciprocal().sum())
         dense.inputs.clear()
-        with block.adapter.capture(block.module, recorded, dense.inputs.record):
+
+        def take(site: Site, rows: Tensor, inputs: Inputs = dense.inputs) -> None:
+            if site in sums:
+                sums[site] += rows.reshape(-1, rows.shape[-1]).float().square().sum(0)
+            else:
+                inputs.record(site, rows)
+
+        with block.adapter.capture(block.module, [*recorded, *sums], take):
             dense.state = block.step(batch, dense.state)
         block.progress()
+    for each in sums.values():
+        block.ranks.add(each)
     tokens = block.ranks.sum(sum(batch.tokens for batch in block.batches))
     energy = sum(torch.stack(energies).tolist())  # one wait for a device
     mean = math.sqrt(tokens / block.ranks.sum(energy))
@@ -32,6 +53,13 @@ def advance_dense(block: OpenBlock, sites: Sequence[Site]) -> None:
         assert batch.dense is not None
         assert batch.dense.scale is not None
         batch.dense.scale /= mean
+    return sums
+
+
+def _zeros(site: Site, block: nn.Module) -> Tensor:
+    """A zero in fp32 for each input of a site."""
+    weight = site.oriented(site.weight(block))
+    return torch.zeros(weight.shape[1], device=weight.device)
 
 
 def mean_squares(stream: Tensor) -> Tensor:

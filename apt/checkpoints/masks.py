@@ -158,7 +158,8 @@ def permute_as_masked(
             if (site := known.get(permutable.reader)) is None:
                 continue
             weight = site.oriented(site.weight(block).detach())
-            removed = site.oriented(masks[f"{name}.{site.parameter}"]).to(weight.device)
+            mask = site.slice_of(masks[f"{name}.{site.parameter}"])
+            removed = site.oriented(mask).to(weight.device)
             columns = torch.tensor(orders[f"{name}.{site.name}"], device=weight.device)
             if len(columns) != weight.shape[1]:
                 fault = (

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import re
 import resource
 import sys
 from collections import defaultdict
@@ -150,13 +151,13 @@ class Report:
         return cls(**known)
 
     @classmethod
-    def read(cls, directory: Path) -> "Report":
+    def read(cls, directory: Path | str) -> "Report":
         """The report in ``directory``.
 
         Raises:
             AptError: there is no report, or it cannot be read.
         """
-        record = read_report(directory)
+        record = read_report(Path(directory))
         if record is None:
             raise AptError(f"{directory} has no {REPORT}", "a run of APT writes it")
         return cls.from_dict(record, f"the report in {directory}")
@@ -196,7 +197,11 @@ def carry_report(source: Path, target: Path, reference: str) -> None:
 
 def _write(record: dict[str, Any], directory: Path) -> None:
     text = json.dumps(record, indent=2, allow_nan=False) + "\n"
+    text = _NUMBERS.sub(lambda found: "".join(found[0].split()).replace(",", ", "), text)
     write_file(directory / REPORT, text, overwrite=True)
+
+
+_NUMBERS = re.compile(r"\[\n[-+.,\deE\s]+\]")  # lists of numbers, which get one line each
 
 
 _ORDER = (

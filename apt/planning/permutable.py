@@ -28,9 +28,10 @@ def with_permutable(plan: Plan, model: nn.Module, adapter: Adapter, config: Any)
 def _serves(permutable: Permutable, planned: PlannedBlock) -> bool:
     """True if the reader has an n:m pattern that fits, and no part belongs to a dense site."""
     pattern = next((e.pattern for e in planned.sites if e.site.name == permutable.reader), None)
-    dense = {entry.site.parameter for entry in planned.sites if entry.pattern is None}
+    sites = (entry.site for entry in planned.sites if entry.pattern is None)
+    dense = {(site.parameter, site.expert) for site in sites}
     return (
         isinstance(pattern, NM | MixedNM)
         and permutable.size % pattern.m == 0
-        and not any(part.parameter in dense for part in permutable.parts)
+        and not any((part.parameter, permutable.expert) in dense for part in permutable.parts)
     )

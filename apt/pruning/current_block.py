@@ -20,7 +20,7 @@ from apt.planning.plan import PlannedBlock, PlannedSite
 from apt.pruning.disconnecting import disconnect_groups
 from apt.pruning.layer import SiteSolver, SolvedSite, mean_square, measured, round_site
 from apt.pruning.paused_forward import CannotPause, PausedForwards
-from apt.pruning.permuting import permute_inputs
+from apt.pruning.permuting import permute_inputs, permuted_experts
 from apt.pruning.ssm_parameters import prune_extras
 from apt.solver.gram import DAMPING
 from apt.tuning.block_tuning import BlockTuning, tune_block
@@ -126,10 +126,10 @@ class CurrentBlock(OpenBlock):
         wanted = [e.site for e in self.planned.pruned if how and how.serves(e.site, e.pattern)]
         first = self.first_batches(how.tokens / self.ranks.size) if how and wanted else []
         starts = [batch.dense.state for batch in first if batch.dense]
-        advance_dense(self, self.sites)
+        squares = advance_dense(self, self.sites, permuted_experts(self.planned))
         states = (batch.dense.state for batch in self.batches if batch.dense)
         check_finite(self.adapter, states, self.ranks)
-        self.orders = permute_inputs(self, self.planned, self.dense)
+        self.orders = permute_inputs(self, self.planned, self.dense, squares)
         if how is None or not wanted:
             return {}
         return how.scales(self.using(first), starts, wanted)

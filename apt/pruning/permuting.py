@@ -1,6 +1,6 @@
 """Permutations before n:m: inputs change places so that each group keeps more."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -14,8 +14,16 @@ from apt.solver import NM
 from apt.solver.permutation import best_order
 
 
+def permuted_experts(planned: PlannedBlock) -> list[Site]:
+    """The sites of experts whose inputs change places."""
+    return [entry.site for entry, _ in _permuted(planned) if entry.site.routed]
+
+
 def permute_inputs(
-    block: OpenBlock, planned: PlannedBlock, dense: dict[Site, Tensor]
+    block: OpenBlock,
+    planned: PlannedBlock,
+    dense: dict[Site, Tensor],
+    squares: Mapping[Site, Tensor],
 ) -> dict[str, Tensor]:
     """Change the places of the permutable inputs of a block whose sites are dense.
 
@@ -26,23 +34,22 @@ def permute_inputs(
         block: the block; its recorded dense inputs change places too.
         planned: its sites and permutable inputs.
         dense: dense weights (out, in) by site, whose columns change places too.
+        squares: the sums of the squares of the inputs (in,) of `permuted_experts`.
 
     Returns:
         The former column of each column (in,), by the full name of the site.
     """
     orders = dict[str, Tensor]()
-    entries = {entry.site.name: entry for entry in planned.sites}
-    for permutable in planned.permutable:
-        entry = entries[permutable.reader]
-        if not isinstance(entry.pattern, NM):  # an allocation may have left it dense
-            continue
-        own = _order(block, permutable, entry, entry.pattern)
+    for entry, permutable in _permuted(planned):
+        site = entry.site
+        energy = squares[site] if site.routed else _energy(block, site)
+        own = _order(block, permutable, entry, energy)
         order = block.ranks.share(own.cpu()).to(own.device)  # another rank has another device
         permutable.permute(tensors_of(block.module), order)
         part = columns_of(permutable, entry.site)
         assert part is not None
         columns = permutable.places(part, order)
-        for batch in block.batches:
+        for batch in block.batches if not entry.site.routed else ():
             assert batch.dense is not None
             batch.dense.inputs.permute(entry.site.input, columns)
         if entry.site in dense:
@@ -51,19 +58,36 @@ def permute_inputs(
     return orders
 
 
-def _order(block: OpenBlock, permutable: Permutable, entry: PlannedSite, pattern: NM) -> Tensor:
-    """The best order of the permutable inputs of a site."""
-    site, size = entry.site, permutable.size
-    weight = site.oriented(site.weight(block.module).data).float()
-    energy = weight.new_zeros(weight.shape[1])
-    for batch in block.batches:
-        for rows in _weighted(batch, site):
-            energy += rows.square().sum(0)
-    block.ranks.add(energy)
+def _permuted(planned: PlannedBlock) -> Iterator[tuple[PlannedSite, Permutable]]:
+    """The permutable inputs of n:m sites; an allocation may have left some of them dense."""
+    entries = {entry.site.name: entry for entry in planned.sites}
+    for permutable in planned.permutable:
+        if isinstance(entries[permutable.reader].pattern, NM):
+            yield entries[permutable.reader], permutable
+
+
+def _order(block: OpenBlock, permutable: Permutable, entry: PlannedSite, energy: Tensor) -> Tensor:
+    """The best order of the permutable inputs of a site, by their sums of squares (in,)."""
+    assert isinstance(entry.pattern, NM)
+    pattern, size = entry.pattern, permutable.size
+    weight = entry.site.oriented(entry.site.weight(block.module).data).float()
+    if not energy.any():  # an expert without tokens
+        energy = torch.ones_like(energy)
     scores = (weight.square() * energy).view(len(weight), permutable.bins, -1, size)
     bins = scores.permute(1, 2, 0, 3).reshape(permutable.bins, -1, size)
     found = [best_order(own, pattern) + size * index for index, own in enumerate(bins)]
     return torch.cat(found)
+
+
+def _energy(block: OpenBlock, site: Site) -> Tensor:
+    """The sums of the squares of the dense inputs (in,) of a site over the tokens of all ranks."""
+    weight = site.oriented(site.weight(block.module).data)
+    energy = torch.zeros(weight.shape[1], device=weight.device)
+    for batch in block.batches:
+        for rows in _weighted(batch, site):
+            energy += rows.square().sum(0)
+    block.ranks.add(energy)
+    return energy
 
 
 def _weighted(batch: Batch, site: Site) -> Iterator[Tensor]:

@@ -240,9 +240,13 @@ def test_masks_make_a_fine_tuned_model_sparse_again(apt, pruned):
             assert torch.equal(module.get_parameter(name), parameter.masked_fill(mask, 0))
 
 
-@pytest.mark.parametrize("mode", [(), ("--stream",)], ids=["in memory", "streamed"])
-def test_a_model_fine_tuned_from_the_dense_one_gets_the_order_of_the_masks(mode, apt, checkpoint):
-    dense = checkpoint("llama")
+@pytest.mark.parametrize(
+    ("family", "mode"), [("llama", ()), ("llama", ("--stream",)), ("mixtral", ("--stream",))]
+)
+def test_a_model_fine_tuned_from_the_dense_one_gets_the_order_of_the_masks(
+    family, mode, apt, checkpoint
+):
+    dense = checkpoint(family)
     command = ("--pattern", "2:4", "--effort", "fast", "--samples", 4, "--seqlen", 16)
     done = apt("prune", dense, *command, "--calibration", TEXT, "--save-masks", *mode, "-o", "p")
     assert done.code == 0, done.err

@@ -8,7 +8,7 @@ import torch
 import apt as library
 from apt import PruneOptions, Selection
 from apt.adapter.groups import tensors_of
-from tests.helpers.families import adapter_of, random_model, random_tokens, zoo_model
+from tests.helpers.families import STACKED, adapter_of, random_model, random_tokens, zoo_model
 
 TOKENS = random_tokens()
 UNCHANGED = PruneOptions(
@@ -16,7 +16,10 @@ UNCHANGED = PruneOptions(
 )
 """With Wanda, whose kept weights keep their values, and no target but the dense weight."""
 
-FAMILIES = ["llama", "mistral", "opt", "opt-350m", "llama-grouped-tied"]
+FAMILIES = [
+    "llama", "mistral", "opt", "opt-350m", "llama-grouped-tied",
+    "mixtral", "qwen2-moe", *(["jamba"] if STACKED else []),
+]  # fmt: skip
 
 
 def permuted(model, report):

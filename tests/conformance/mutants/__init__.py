@@ -77,6 +77,7 @@ from tests.conformance.mutants.grouping import (
     PartForgotten,
     ReadByNone,
     RouterForgotten,
+    RowsOfExpertStay,
     RowsStay,
     TooLarge,
     TooMany,
@@ -298,6 +299,10 @@ MUTANTS: dict[str, Mutant] = {
     ),
     "permutable channels of which rows stay": Mutant(
         RowsStay, "permutable", r"^model\.layers\.0: the permutable inputs of mlp\.down_proj change"
+    ),
+    "permutable channels of experts of which rows stay": Mutant(
+        RowsOfExpertStay, "permutable",
+        r"the permutable inputs of feed_forward\.experts\.down_proj\.\d change the logits", "jamba",
     ),
     "values of several heads in one bin": Mutant(
         AcrossHeads, "permutable", r"inputs of self_attn\.o_proj change the logits in another order"

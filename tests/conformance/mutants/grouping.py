@@ -119,7 +119,16 @@ def across_heads(permutable):
     return None
 
 
+def no_gate_up(permutable):
+    """The rows of the gate and of the other weight of an expert are forgotten."""
+    if permutable.expert is None:
+        return None
+    parts = tuple(part for part in permutable.parts if "gate_up" not in part.parameter)
+    return replace(permutable, parts=parts)
+
+
 RowsStay = repermuted(no_up)
+RowsOfExpertStay = repermuted(no_gate_up, JAMBA)
 AcrossHeads = repermuted(across_heads)
 ReadByNone = repermuted(lambda permutable: replace(permutable, reader="mlp.none"))
 ColumnsStay = repermuted(lambda permutable: replace(permutable, parts=permutable.parts[:-1]))
