@@ -118,13 +118,14 @@ def answer(
         AptError: a task cannot be read or answered.
     """
     from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
+
+    from apt_lab.tasks.shared_contexts import SharedContexts
 
     foreign = any(name not in SETS and _may_name_others(name) for name in names)
     wanted = [task_config(name) if name in SETS else name for name in names]
     sandbox = nullcontext() if trust_remote_code else _sandboxed_templates()
     with eval_mode(model), _quiet(progress=progress), _no_environment(), _one_process(), sandbox:
-        runner = HFLM(
+        runner = SharedContexts(
             model, backend="causal", tokenizer=tokenizer, batch_size=_BATCH,
             device=str(next(model.parameters()).device),
         )  # fmt: skip
