@@ -9,7 +9,8 @@ OLD_FAMILIES = $(addprefix -e ,$(filter-out %/apt-moe,$(wildcard plugins/apt-*))
 NEWEST = --upgrade torch transformers
 # The parts of mamba_ssm that need no compiler for GPUs: its Python code, and kernels in Triton.
 KERNELS = causal-conv1d==1.7.0 mamba-ssm==2.3.2.post1 triton==3.7.1
-# Modules are compiled when they are imported: of most packages few are.
+# Modules are compiled when they are imported: of most packages few are. A new pip (`--upgrade-deps`)
+# installs in half the time of that of Python 3.11.
 INSTALL = $(BIN)/pip install --quiet --no-compile
 export PYTHONDONTWRITEBYTECODE =
 
@@ -73,22 +74,22 @@ template:
 matrix: matrix-oldest matrix-newest
 
 matrix-oldest:
-	python3.11 -m venv $(VENV)-oldest
+	python3.11 -m venv --upgrade-deps $(VENV)-oldest
 	$(VENV)-oldest/bin/pip install --quiet --no-compile -e '.[dev]' $(OLD_FAMILIES) $(OLDEST)
 	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n 2 --dist worksteal --ignore plugins/apt-moe
 
 matrix-newest:
-	python3.13 -m venv $(VENV)-newest
+	python3.13 -m venv --upgrade-deps $(VENV)-newest
 	$(VENV)-newest/bin/pip install --quiet --no-compile -e '.[dev]' $(FAMILIES) $(NEWEST)
 	OMP_NUM_THREADS=1 $(VENV)-newest/bin/python -m pytest -n 2 --dist worksteal
 
 $(VENV)/.runtime: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv --upgrade-deps $(VENV)
 	$(BIN)/pip install --quiet .
 	touch $@
 
 $(VENV)/.development: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv --upgrade-deps $(VENV)
 	$(INSTALL) -e '.[dev]' $(FAMILIES)
 	touch $@
 
