@@ -103,10 +103,36 @@ def tokens(record: Record) -> Figure:
     return figure
 
 
+def minutes(record: Record) -> Figure:
+    """Perplexity against the time of the run, pattern by pattern, on both texts."""
+    figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.6))
+    dense, *rows = record["rows"]
+    shown = sorted((row for row in rows if row["minutes"]), key=lambda row: row["minutes"])
+    times = sorted({row["minutes"] for row in shown})
+    lines = (("0.7", "#E69F00", "^"), ("2:4", "#0072B2", "o"), ("0.5", "#009E73", "D"))
+    for axes, (text, title) in zip(panels, TEXTS, strict=True):
+        for pattern, colour, marker in lines:
+            found = [(row["minutes"], row[text]) for row in shown if row["pattern"] == pattern]
+            name = COLUMNS.get(pattern, pattern)
+            axes.plot(*zip(*found, strict=True), color=colour, marker=marker, label=name)
+        axes.axhline(dense[text], color="black", linewidth=1, linestyle=":")
+        axes.annotate("dense", (times[0], dense[text]), va="bottom", fontsize="small")
+        axes.set_xscale("log")
+        axes.set_xticks(times, [f"{time:g}" for time in times])
+        axes.minorticks_off()
+        axes.set_xlabel("--minutes, on two cores")
+        axes.set_title(title, fontsize="medium")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("perplexity of SmolLM2-135M")
+    panels[0].legend(fontsize="small")
+    return figure
+
+
 PICTURES: Mapping[str, tuple[str, Callable[[Record], Figure]]] = {
     "sparsity.png": ("allocation", sparsity),
     "methods.png": ("smollm2", methods),
     "tokens.png": ("tokens", tokens),
+    "minutes.png": ("minutes", minutes),
 }
 """The file of the results that each picture is made from, and the function that draws it."""
 

@@ -60,10 +60,11 @@ SUITE = {
     "packed-1.5b": "packed.py --shape 1.5b",
     "products": "packed.py --matrices",
     "minutes": "minutes.py --patterns 0.5 2:4 0.7 --minutes 2 5 10 30",
+    "costs": "costs.py",
 }
 TIMED = {
     "solver", "endtoend", "scaling", "stream", "stream-7b", "mamba", "llm_compressor",
-    "packed-threads", "minutes",
+    "packed-threads", "minutes", "costs",
 }  # fmt: skip
 """Tables of times with two threads: nothing else should run. The others have one thread. Those of
 packed models are times as well; two processes of this script can make the rest side by side."""

@@ -111,22 +111,30 @@ def patterns(rows: Rows) -> str:
 def timed(rows: Rows) -> str:
     """Perplexities of runs of a given time."""
     dense, *runs = rows
-    shown = sorted(runs, key=lambda row: row["minutes"])
+    cells = {(row["minutes"], row["pattern"]): BOTH(row) for row in runs}
     columns = list(dict.fromkeys(row["pattern"] for row in ordered(runs)))
     lines = [
         [
             f"`--minutes {minutes:g}`" if minutes else "no `--minutes`",
-            *(
-                BOTH(row)
-                for pattern in columns
-                for row in shown
-                if (row["minutes"], row["pattern"]) == (minutes, pattern)
-            ),
+            *(cells.get((minutes, pattern), "") for pattern in columns),
         ]
-        for minutes in dict.fromkeys(row["minutes"] for row in shown)
+        for minutes in sorted({minutes for minutes, _ in cells})
     ]
     header = [f"dense {BOTH(dense)}", *(COLUMNS.get(pattern, pattern) for pattern in columns)]
     return table(header, lines)
+
+
+def costs(rows: Rows) -> str:
+    """Predicted and measured seconds, of whole runs and of their solves."""
+    lines = []
+    for row in rows:
+        shape, effort, samples = row["row"].split("/")
+        run, solves = row["predicted"] / row["seconds"], row["solving"] / row["solved"]
+        times = (f"{row[key]:.0f}" for key in ("predicted", "seconds"))
+        own = (f"{row[key]:.0f}" for key in ("solving", "solved"))
+        lines.append([shape, effort, samples, *times, f"{run:.2f}", *own, f"{solves:.2f}"])
+    header = ["shape", "effort", "samples", "predicted, s", "measured", "ratio"]
+    return table([*header, "its solves, s", "measured", "ratio"], lines)
 
 
 def efforts(rows: Rows) -> str:
@@ -455,6 +463,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Rows], str]]] = {
     "paper": ("paper", lambda rows: pivot(rows, with_error("wiki"))),
     "joint": ("paper", joint),
     "minutes": ("minutes", timed),
+    "costs": ("costs", costs),
     "tokens": ("tokens", tokens),
     "solver": ("solver", solver),
     "endtoend": ("endtoend", against_limit),

@@ -30,10 +30,10 @@ def requests():
 
 @pytest.mark.parametrize(
     ("family", "shared"),
-    [("llama", True), ("opt", True), ("mistral", False), ("bloom", False), ("mamba", False)],
-)  # Mistral attends to a few tokens only, BLOOM has no positions, Mamba no attention
+    [("llama", True), ("opt", True), ("mistral", True), ("bloom", False), ("mamba", False)],
+)  # BLOOM takes no positions, and Mamba mixes all tokens
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_likelihoods_are_those_of_the_harness(family, shared, dtype, tokenizer, monkeypatch):
+def test_likelihoods_are_those_of_the_harness(family, shared, dtype, monkeypatch, tokenizer):
     model, asked, rows = random_model(family).to(dtype), requests(), []
     given = {"pretrained": model, "backend": "causal", "tokenizer": tokenizer, "batch_size": 4,
              "max_length": LONG, "device": "cpu", "softmax_dtype": "float32"}  # fmt: skip
@@ -51,6 +51,26 @@ def test_likelihoods_are_those_of_the_harness(family, shared, dtype, tokenizer, 
     for (value, greedy), (other, likeliest) in zip(found, expected, strict=True):
         assert value == pytest.approx(other, rel=1e-5 if exact else 0.02)
         assert greedy == likeliest or not exact
-    branching = sum(question.branches for question in _questions(asked, LONG))
-    assert 0 < branching < 12
-    assert sum(question.branches for question in rows) == 1 + branching * shared
+    questions = _questions(asked, LONG)
+    window = getattr(model.config, "sliding_window", None) or LONG
+    branching = [q for q in questions if q.branches and shared and len(q.row) <= window]
+    assert bool(branching) == shared
+    together = [row for row in rows if row in branching]
+    assert len(together) == len(branching)
+
+
+def test_a_model_whose_choices_see_each_other_is_noticed(monkeypatch, tokenizer):
+    model = random_model("llama")
+    forward = model.forward
+
+    def mixing(*args, attention_mask=None, **kwargs):
+        """It ignores masks of its own shape, as a layer without attention does."""
+        plain = attention_mask is None or attention_mask.ndim < 4
+        return forward(*args, attention_mask=attention_mask if plain else None, **kwargs)
+
+    given = {"pretrained": model, "backend": "causal", "tokenizer": tokenizer, "batch_size": 4,
+             "max_length": LONG, "device": "cpu"}  # fmt: skip
+    expected = HFLM(**given)._loglikelihood_tokens(requests(), True)
+    monkeypatch.setattr(model, "forward", mixing)
+    found = SharedContexts(**given)._loglikelihood_tokens(requests(), True)
+    assert [value for value, _ in found] == pytest.approx([v for v, _ in expected], rel=1e-5)

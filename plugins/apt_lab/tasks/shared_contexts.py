@@ -19,7 +19,9 @@ Request = tuple[tuple[str, str], list[int], list[int]]  # texts, and tokens: con
 Likelihood = tuple[float, bool]  # the sum over the tokens; True if each of them is the likeliest
 
 _LONGEST = 8  # times the length of the context, for a row: attention costs more with its length
-_TOLERANCE = 0.05  # in nats, and as a share: what rounding may change, in bf16 too
+# Differences of likelihoods by rounding, in nats and as a share.
+_SAME_SHAPES = 1e-4
+_FP32, _LESS = 1e-3, 0.02
 
 
 @dataclass
@@ -58,17 +60,15 @@ class SharedContexts(HFLM):  # type: ignore[misc]
     """A model for the harness that runs a question once, whatever the number of its choices.
 
     A model that refuses such rows, or computes other likelihoods with them, is run as the harness
-    does. The longest question tells, since a layer may attend to the last tokens only.
+    does. The longest question tells.
     """
 
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[Likelihood]:
         questions = _questions(requests, self.max_length)
-        branching = [question for question in questions if question.branches]
         simple = [question for question in questions if not question.branches]
-        if not self._serves(requests, branching):
-            branching = []
+        branching = self._served([question for question in questions if question.branches])
         size, found = int(self.batch_size), dict[int, Likelihood]()
         batches = [*_batches(branching, size), *_batches(simple, size)]
         for batch in tqdm(batches, disable=disable_tqdm, desc="Answering questions"):
@@ -81,22 +81,31 @@ class SharedContexts(HFLM):  # type: ignore[misc]
             found |= zip(rest, alone, strict=True)
         return [found[index] for index in range(len(requests))]
 
-    def _serves(self, requests: Sequence[Request], questions: Sequence[Question]) -> bool:
-        """True if two choices of the longest question have the likelihoods that they have alone."""
-        if not questions:
-            return True
-        longest = max(questions, key=lambda question: len(question.row))
-        last = [i for i in longest.requests if len(requests[i][2]) > 1][-2:]
-        probe = Question(longest.context, [requests[i][2] for i in last], last)
+    def _served(self, questions: Sequence[Question]) -> Sequence[Question]:
+        """The questions, or those within a sliding window; none if the model cannot run them."""
+        window = getattr(self.config.get_text_config(), "sliding_window", None) or self.max_length
+        served = [question for question in questions if len(question.row) <= window]
+        longest = max(served, key=lambda question: len(question.row), default=None)
+        return served if longest is None or self._is_exact(longest) else []
+
+    def _is_exact(self, question: Question) -> bool:
+        """True if a choice has the likelihood that it has alone, whatever the choice before it."""
+        first, last = [choice for choice in question.choices if len(choice) > 1][-2:]
+
+        def likelihood(*before: list[int]) -> float:
+            choices = [*before, last]
+            row = Question(question.context, choices, [*range(len(choices))])
+            return self._likelihoods([row])[len(before)][0]
+
+        alone, rounding = likelihood(), _FP32 if self.model.dtype == torch.float32 else _LESS
         try:
-            found = self._likelihoods([probe])
+            behind = likelihood(first)
+            behind_another = likelihood(question.context[:1] * len(first))
         except Exception:  # models refuse masks and positions by exceptions of any type
             return False
-        alone = super()._loglikelihood_tokens([requests[i] for i in last], True)
-        return all(
-            abs(found[index][0] - value) <= _TOLERANCE * (1 + abs(value))
-            for index, (value, _) in zip(last, alone, strict=True)
-        )
+        size = 1 + abs(alone)
+        leaks = not abs(behind_another - behind) <= _SAME_SHAPES * size
+        return not leaks and abs(behind - alone) <= rounding * size
 
     def _likelihoods(self, batch: Sequence[Question]) -> dict[int, Likelihood]:
         """The likelihoods of the choices of some questions, by request."""
