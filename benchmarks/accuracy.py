@@ -55,6 +55,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--text", help="a data source instead of the wiki summaries")
     parser.add_argument("--fortunes", type=Path, default=FORTUNES, help="folder of the second text")
     parser.add_argument("--dictionary", type=Path, help="a third text: foldoc.dict.dz")
+    parser.add_argument("--seed", type=int, help="draws the samples, and is that of the run")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     return parser.parse_args()
@@ -90,7 +91,7 @@ def allocation_of(name: str, pattern: str) -> Callable[..., dict[str, float]]:
 
 
 def prune(
-    model: Opened, name: str, pattern: str, tokens: Tensor, tokenizer: Any
+    model: Opened, name: str, pattern: str, tokens: Tensor, tokenizer: Any, seed: int = 0
 ) -> tuple[nn.Module, Row]:
     """A pruned copy, with its layer error and times."""
     method, options, allocation = read_method(name)
@@ -103,6 +104,7 @@ def prune(
         method=method,
         options=options,
         tokenizer=tokenizer,
+        seed=seed,
         allocation=allocation_of(allocation, pattern) if allocation else None,
     )
     return module, {
@@ -125,7 +127,7 @@ def measure(options: argparse.Namespace, known: list[Row]) -> Iterator[Row]:
             continue
         module, row = model.module, dict[str, Any]()
         if method != "dense":
-            module, row = prune(model, method, pattern, tokens, tokenizer)
+            module, row = prune(model, method, pattern, tokens, tokenizer, options.seed or 0)
         with model.adapter.running(module):
             scores = {name: perplexity(module, text) for name, text in held_out.items()}
         yield {"method": method, "pattern": pattern, **scores, **row}

@@ -30,7 +30,7 @@ from apt.checkpoints.load import load, load_tokenizer, open_skeleton
 from apt.checkpoints.opened import Opened
 from apt.locations.model_source import find
 from apt.plugin.registry import registry
-from apt.text.datasets import documents, tokenize, windows
+from apt.text.datasets import calibration_tokens, documents, tokenize, windows
 
 COMMIT = "APT_BENCHMARK_COMMIT"  # the variable in which a suite states the commit
 ROW_OPTIONS = {
@@ -123,7 +123,8 @@ def calibration_and_texts(options: Namespace, tokenizer: Any) -> tuple[Tensor, d
 
     Args:
         options: ``text``, a data source or None; ``fortunes``; ``dictionary``, a file or None;
-            ``samples``, ``eval_samples``, ``seqlen`` and ``skip``.
+            ``samples``, ``eval_samples``, ``seqlen`` and ``skip``; ``seed``, if there is one, draws
+            the calibration tokens, which are the first ones otherwise.
     """
     calibration, evaluation = wiki()
     if options.text:
@@ -134,7 +135,11 @@ def calibration_and_texts(options: Namespace, tokenizer: Any) -> tuple[Tensor, d
     held_out = {"wiki": evaluation, "fortunes": fortunes(options.fortunes)}
     if options.dictionary:
         held_out["dictionary"] = dictionary(options.dictionary)
-    return sample(tokenizer, calibration, options.samples, options.seqlen), {
+    size, seed = (options.samples, options.seqlen), getattr(options, "seed", None)
+    tokens = sample(tokenizer, calibration, *size)
+    if seed is not None:
+        tokens = calibration_tokens(tokenizer, calibration, *size, seed, "the text")
+    return tokens, {
         name: sample(tokenizer, text, options.eval_samples, options.seqlen, options.skip)
         for name, text in held_out.items()
     }

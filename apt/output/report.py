@@ -195,13 +195,13 @@ def carry_report(source: Path, target: Path, reference: str) -> None:
     _write({**record, "files": file_hashes(target, [REPORT])}, target)
 
 
+_NUMBERS = re.compile(r"\[\n[-+.,\deE\s]+\]")  # lists of numbers, which get one line each
+
+
 def _write(record: dict[str, Any], directory: Path) -> None:
     text = json.dumps(record, indent=2, allow_nan=False) + "\n"
     text = _NUMBERS.sub(lambda found: "".join(found[0].split()).replace(",", ", "), text)
     write_file(directory / REPORT, text, overwrite=True)
-
-
-_NUMBERS = re.compile(r"\[\n[-+.,\deE\s]+\]")  # lists of numbers, which get one line each
 
 
 _ORDER = (

@@ -39,22 +39,23 @@ def permute_inputs(
     Returns:
         The former column of each column (in,), by the full name of the site.
     """
-    orders = dict[str, Tensor]()
+    orders, parameters = dict[str, Tensor](), tensors_of(block.module)
     for entry, permutable in _permuted(planned):
         site = entry.site
         energy = squares[site] if site.routed else _energy(block, site)
         own = _order(block, permutable, entry, energy)
         order = block.ranks.share(own.cpu()).to(own.device)  # another rank has another device
-        permutable.permute(tensors_of(block.module), order)
-        part = columns_of(permutable, entry.site)
+        permutable.permute(parameters, order)
+        part = columns_of(permutable, site)
         assert part is not None
-        columns = permutable.places(part, order)
-        for batch in block.batches if not entry.site.routed else ():
+        orders[entry.name] = columns = permutable.places(part, order)
+        if site in dense:
+            dense[site] = dense[site][:, columns]
+        if site.routed:  # its inputs are not recorded
+            continue
+        for batch in block.batches:
             assert batch.dense is not None
-            batch.dense.inputs.permute(entry.site.input, columns)
-        if entry.site in dense:
-            dense[entry.site] = dense[entry.site][:, columns]
-        orders[entry.name] = columns
+            batch.dense.inputs.permute(site.input, columns)
     return orders
 
 
