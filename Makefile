@@ -85,7 +85,7 @@ matrix-newest:
 
 $(VENV)/.runtime: pyproject.toml
 	$(PYTHON) -m venv --upgrade-deps $(VENV)
-	$(BIN)/pip install --quiet .
+	$(INSTALL) .
 	touch $@
 
 $(VENV)/.development: pyproject.toml
