@@ -19,9 +19,10 @@ Request = tuple[tuple[str, str], list[int], list[int]]  # texts, and tokens: con
 Likelihood = tuple[float, bool]  # the sum over the tokens; True if each of them is the likeliest
 
 _LONGEST = 8  # times the length of the context, for a row: attention costs more with its length
-# Differences of likelihoods by rounding, in nats and as a share.
-_SAME_SHAPES = 1e-4
-_FP32, _LESS = 1e-3, 0.02
+# Differences of likelihoods that rounding explains, in nats and as a share of the likelihood: with
+# other tokens in rows of the same shape, and in rows of another shape.
+_SAME_SHAPE = 1e-4
+_FP32, _BF16 = 1e-3, 0.02
 
 
 @dataclass
@@ -97,14 +98,14 @@ class SharedContexts(HFLM):  # type: ignore[misc]
             row = Question(question.context, choices, [*range(len(choices))])
             return self._likelihoods([row])[len(before)][0]
 
-        alone, rounding = likelihood(), _FP32 if self.model.dtype == torch.float32 else _LESS
+        alone, rounding = likelihood(), _FP32 if self.model.dtype == torch.float32 else _BF16
         try:
             behind = likelihood(first)
             behind_another = likelihood(question.context[:1] * len(first))
         except Exception:  # models refuse masks and positions by exceptions of any type
             return False
         size = 1 + abs(alone)
-        leaks = not abs(behind_another - behind) <= _SAME_SHAPES * size
+        leaks = not abs(behind_another - behind) <= _SAME_SHAPE * size
         return not leaks and abs(behind - alone) <= rounding * size
 
     def _likelihoods(self, batch: Sequence[Question]) -> dict[int, Likelihood]:
