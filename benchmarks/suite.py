@@ -28,8 +28,16 @@ ZOO += " admm/layer-wise admm --dictionary /usr/share/dictd/foldoc.dict.dz --pat
 SUITE = {
     "smollm2": "comparison.py",
     "variants": "accuracy.py --eval-samples 16 --patterns 0.5 2:4"
-    " --methods admm admm:fast admm/layer-wise admm/random_tokens=0"
-    " admm/random_tokens=0/row_importance=0 admm/random_tokens=0/row_importance=0/tuning_epochs=0",
+    " --methods admm admm:fast admm/layer-wise "
+    + " ".join(
+        "admm/allocation=uniform/permute=false" + parts
+        for parts in (
+            "",
+            "/random_tokens=0",
+            "/random_tokens=0/row_importance=0",
+            "/random_tokens=0/row_importance=0/tuning_epochs=0",
+        )
+    ),
     "own": "accuracy.py --eval-samples 16 --patterns 2:4 --methods ss/own_samples=8"
     " admm/own_samples=8/random_tokens=0 admm:best admm:best/own_samples=0",
     "paper": "accuracy.py --eval-samples 16 --patterns 2:4 4:8 --methods ss sm ms mm",

@@ -6,6 +6,7 @@ from typing import Any
 Row = dict[str, Any]
 Rows = Sequence[Row]
 Cell = Callable[[Row], str]
+PLAIN = "admm/allocation=uniform/permute=false"
 NAMES = {
     "magnitude": "magnitude",
     "wanda": "Wanda",
@@ -19,9 +20,10 @@ NAMES = {
     "admm:fast": "`admm`, fast",
     "admm:best": "`admm`, best",
     "admm/layer-wise": "`admm`, layer-wise",
-    "admm/random_tokens=0": "… without random tokens",
-    "admm/random_tokens=0/row_importance=0": "… nor rows weighted",
-    "admm/random_tokens=0/row_importance=0/tuning_epochs=0": "… nor blocks tuned",
+    PLAIN: "… without allocation and permutation",
+    f"{PLAIN}/random_tokens=0": "… nor random tokens",
+    f"{PLAIN}/random_tokens=0/row_importance=0": "… nor rows weighted",
+    f"{PLAIN}/random_tokens=0/row_importance=0/tuning_epochs=0": "… nor blocks tuned",
     "ss/own_samples=8": "SS (SparseGPT), own text",
     "admm/own_samples=8/random_tokens=0": "`admm`, own text",
     "admm:best/own_samples=0": "`admm`, best, without own text",

@@ -49,6 +49,50 @@ def generate(ids):
         sampling_topk=1, include_prompt_in_result=False)
     return found[0].sequences_ids[0]
 """
+OPENVINO = """
+import openvino
+import torch
+from optimum.intel import OVModelForCausalLM
+version = openvino.__version__
+bits, _, sparse = kind.partition(", ")
+settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+if sparse:
+    settings["CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE"] = 0.4
+model = OVModelForCausalLM.from_pretrained(
+    directory, export=True, load_in_8bit=bits == "int8", ov_config=settings)
+model.save_pretrained(work)
+"""
+ONNX = """
+import onnxruntime
+import torch
+from optimum.onnxruntime import ORTModelForCausalLM
+version = onnxruntime.__version__
+settings = onnxruntime.SessionOptions()
+settings.intra_op_num_threads = threads
+model = ORTModelForCausalLM.from_pretrained(directory, export=True, session_options=settings)
+model.save_pretrained(work)
+"""
+GENERATE = """
+def generate(ids):
+    given = torch.tensor([ids])
+    made = model.generate(
+        given, attention_mask=torch.ones_like(given), max_new_tokens=length,
+        min_new_tokens=length, do_sample=False)
+    return made[0, len(ids):].tolist()
+"""
+VLLM = """
+import os
+os.environ.update(
+    VLLM_CPU_KVCACHE_SPACE="1", VLLM_ENABLE_V1_MULTIPROCESSING="0", OMP_NUM_THREADS=str(threads))
+import vllm
+version = vllm.__version__
+model = vllm.LLM(directory, dtype=kind, max_model_len=512)
+greedy = vllm.SamplingParams(temperature=0, max_tokens=length, ignore_eos=True)
+
+def generate(ids):
+    (made,) = model.generate({"prompt_token_ids": ids}, greedy, use_tqdm=False)
+    return list(made.outputs[0].token_ids)
+"""
 TAIL = """
 texts = [generate(ids) for ids in prompts]
 started = time.perf_counter()
@@ -57,7 +101,12 @@ for ids in prompts:
 speed = length * len(prompts) / (time.perf_counter() - started)
 print("RESULT " + json.dumps({"texts": texts, "speed": speed, "version": version}), flush=True)
 """
-SCRIPTS = {"ctranslate2": (CTRANSLATE2, ("float32", "bfloat16", "int8"))}
+SCRIPTS = {
+    "ctranslate2": (CTRANSLATE2, ("float32", "bfloat16", "int8")),
+    "onnx": (ONNX + GENERATE, ("float32",)),
+    "openvino": (OPENVINO + GENERATE, ("float32", "int8", "int8, sparse")),
+    "vllm": (VLLM, ("float32", "bfloat16")),
+}
 
 
 def reference(directory: Path) -> tuple[list[list[int]], list[list[int]]]:
