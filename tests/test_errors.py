@@ -61,12 +61,13 @@ def named_options(tree: ast.Module) -> Iterator[str]:
 
 
 def flags() -> set[str]:
-    """The flags of `apt` itself, and of the commands that run a model."""
+    """The flags of `apt` itself, and of the commands that run a model, but for former names."""
     program = get_command(app)
     return {
         flag
         for command in program.list_commands(None)
         for parameter in (*program.params, *program.get_command(None, command).params)
+        if not getattr(parameter, "hidden", False)
         for flag in (*parameter.opts, *parameter.secondary_opts)
     }
 

@@ -86,7 +86,7 @@ def _check_group(shards: Shards, modules: Mapping[str, str], group: ScaleGroup) 
             f"group {group} does not divide matrices of {wrong[0]} columns, which "
             "compressed-tensors needs",
             advice,
-            ("group",),
+            ("scale_group",),
         )
 
 

@@ -99,7 +99,7 @@ def test_what_measures_opens_it_and_what_changes_it_does_not(apt, pruned, monkey
     ("arguments", "text"),
     [
         ((), "compressed-tensors stores integers, and zoo:llama was not quantised"),
-        (("--quantize", "int4"), "group 128 does not divide matrices of 192 columns"),
+        (("--quantize", "int4"), "columns, which compressed-tensors needs; use 64 (--scale-group)"),
         (("--quantize", "int2"), "quantize 'int2' is not one of"),
         (("--format", "gguf"), "format 'gguf' is not one of apt, compressed-tensors (--format)"),
     ],
