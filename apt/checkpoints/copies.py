@@ -11,6 +11,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import load_file
 
 from apt.checkpoints.formats import Checkpoint
+from apt.checkpoints.former_names import add_rope_names, save_tokenizer
 from apt.checkpoints.safetensors_io import INDEX, SINGLE, Shards, synchronise, write_files
 from apt.errors import AptError
 from apt.files.hashes import sha256
@@ -170,10 +171,11 @@ def save_model(
         largest = {"max_shard_size": max_shard_size} if max_shard_size else {}
         _declare_tied(model)
         model.save_pretrained(directory, **largest)
+        add_rope_names(model.config, directory)
     else:
         checkpoint.write(model.state_dict(), directory)
     if tokenizer is not None:
-        tokenizer.save_pretrained(directory)
+        save_tokenizer(tokenizer, directory)
 
 
 def _declare_tied(model: Any) -> None:

@@ -12,6 +12,7 @@ from apt.adapter import Adapter, Groups
 from apt.adapter.groups import Removal, tensors_of, without
 from apt.adapter.text_config import text_config
 from apt.checkpoints.copies import copy_files, side_files
+from apt.checkpoints.former_names import save_config
 from apt.checkpoints.offload import StoredBlocks
 from apt.checkpoints.opened import Opened
 from apt.checkpoints.safetensors_io import Shards, write_files
@@ -141,7 +142,7 @@ def write_smaller(
     removed = _last_groups(plan)
     config = _smaller_config(skeleton.adapter, skeleton.config, blocks, removed, plan.dropped)
     copy_files((p for p in side_files(source) if p != source / _CONFIG), source, target)
-    config.save_pretrained(target)
+    save_config(config, target)
     parts = _stored_parts(skeleton, plan, masked, layout, Shards(source))
     count = 1 + len(plan.blocks) - len(plan.dropped)
     write_files(target, ((part, {"format": "pt"}) for part in parts), count)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from apt.checkpoints.copies import OTHER_WEIGHTS, copy_files, copy_weights, side_files
 from apt.checkpoints.formats import find_source_file, local_copy
+from apt.checkpoints.former_names import save_tokenizer
 from apt.checkpoints.opened import Opened
 from apt.checkpoints.parameters import round_parameter, write_parameters
 from apt.checkpoints.safetensors_io import Shards
@@ -151,7 +152,7 @@ class Stored:
         copy_files(side_files(self.directory), self.directory, target)
         copy_weights(self.shards, self.directory, target, largest)
         if tokenizer is not None:
-            tokenizer.save_pretrained(target)
+            save_tokenizer(tokenizer, target)
 
     def rounds(self, model: nn.Module, plan: Plan) -> bool:
         """True if a pruned parameter of a model is stored in another dtype."""

@@ -83,7 +83,8 @@ def generate(ids):
 VLLM = """
 import os
 os.environ.update(
-    VLLM_CPU_KVCACHE_SPACE="1", VLLM_ENABLE_V1_MULTIPROCESSING="0", OMP_NUM_THREADS=str(threads))
+    VLLM_CPU_KVCACHE_SPACE="1", VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_CPU_OMP_THREADS_BIND=",".join(map(str, range(threads))))
 import vllm
 version = vllm.__version__
 model = vllm.LLM(directory, dtype=kind, max_model_len=512)
