@@ -71,6 +71,15 @@ def dense_model(options: argparse.Namespace) -> Any:
     return model
 
 
+def linears(model: Any) -> dict[str, torch.nn.Linear]:
+    """The Linears of the blocks, by the names of their weights."""
+    return {
+        f"{name}.weight": module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and "lm_head" not in name
+    }
+
+
 def models(options: argparse.Namespace) -> list[Row]:
     """Dense and packed models, measured in turns by ``apt-prune bench``."""
     shutil.rmtree(options.work, ignore_errors=True)
@@ -79,14 +88,10 @@ def models(options: argparse.Namespace) -> list[Row]:
     model.config.dtype = "bfloat16"
     folders = [options.work / "dense"]
     model.save_pretrained(folders[0])
-    linears = {
-        f"{name}.weight": module
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and "lm_head" not in name
-    }
-    dense = {name: module.weight.data for name, module in linears.items()}
+    pruned_ones = linears(model)
+    dense = {name: module.weight.data for name, module in pruned_ones.items()}
     for pattern in options.patterns:
-        for name, module in linears.items():
+        for name, module in pruned_ones.items():
             module.weight.data = dense[name].masked_fill(removed(dense[name], pattern), 0)
         pruned = options.work / "pruned"
         model.save_pretrained(pruned)
@@ -94,7 +99,7 @@ def models(options: argparse.Namespace) -> list[Row]:
             folders.append(options.work / f"{pattern.replace(':', 'of')}-{kind}")
             folders[-1].mkdir()
             rounding = None if kind == "bfloat16" else Rounding(kind, GROUP)
-            pack(pruned, list(linears), folders[-1], rounding)
+            pack(pruned, list(pruned_ones), folders[-1], rounding)
         shutil.rmtree(pruned)
     command = [
         Path(sys.executable).with_name("apt-prune"), "bench", *folders, "--json", "--batch", "1",

@@ -413,13 +413,13 @@ def deployments(rows: Rows) -> str:
     """What a model buys in transformers and in llama.cpp."""
 
     def each(row: Row, key: str) -> str:
-        return " / ".join(f"{found[key]:.0f}" for found in row["threads"].values())
+        return " / ".join(
+            f"{found[key]:.{1 if found[key] < 20 else 0}f}" for found in row["threads"].values()
+        )
 
-    header = [
-        "model", "runtime", "file, MiB", "memory, MiB", "decoding, tokens/s", "prompts",
-        "perplexity",
-    ]  # fmt: skip
-    return table(header, [
+    header = ["model", "runtime", "file, MiB", "memory, MiB", "decoding, tokens/s", "prompts"]
+    measured = "wiki" in rows[0]
+    return table(header + ["perplexity"] * measured, [
         [
             row["model"],
             row["runtime"],
@@ -427,7 +427,7 @@ def deployments(rows: Rows) -> str:
             f"{row['threads']['1']['peak'] / 2**20:.0f}",
             each(row, "decode"),
             each(row, "prefill"),
-            BOTH(row),
+            *([BOTH(row)] if measured else []),
         ]
         for row in rows
     ])  # fmt: skip
@@ -491,6 +491,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Rows], str]]] = {
     "llama-cpp-families": ("llama-cpp-families", llama_cpp_families),
     "runtimes": ("runtimes", runtimes),
     "deployments": ("deployments", deployments),
+    "deployments-1.5b": ("deployments-1.5b", deployments),
     "packed": ("packed", packed_models),
     "packed-threads": ("packed-threads", packed_models),
     "packed-1.5b": ("packed-1.5b", packed_models),

@@ -9,11 +9,15 @@ process. The perplexities are those of the weights in fp32 in APT, on the texts 
 
     python -m venv out/llama-cpp && out/llama-cpp/bin/pip install xllamacpp
     python benchmarks/clients/deployments.py --json out/deployments.json
+    python benchmarks/clients/deployments.py --shape 1.5b --work out/deployments-1.5b \\
+        --json out/deployments-1.5b.json
 
-The models are made in ``--work``, where a model that is there already is used.
+The models are made in ``--work``, where a model that is there already is used. With ``--shape``
+they are random, without perplexities, and the smaller one lacks a fourth of the blocks.
 """
 
 import argparse
+import copy
 import json
 import statistics
 import subprocess
@@ -29,6 +33,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import FORTUNES, calibration_and_texts, calibration_file, open_model, save, smollm2
+from packed import SHAPES, dense_model, linears, removed
 
 from apt.evaluation.metrics import perplexity
 
@@ -63,6 +68,7 @@ print("RESULT " + json.dumps({
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=[*SHAPES], help="of a random model; SmolLM2 without it")
     parser.add_argument("--minutes", type=float, default=5.0, help="for each model")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=512)
@@ -115,8 +121,7 @@ class Models:
         """A packed model. What is rounded while it is packed is unpacked for its perplexity."""
         name = "-".join([plain.name, "packed", *words[1:]])
         path = self.make(name, "pack", plain, *words)
-        same = self.make(f"{name}-unpacked", "unpack", path) if words else plain
-        self.show(label, path, same)
+        self.show(label, path, self.folder / f"{name}-unpacked" if words else plain)
 
     def export(self, label: str, plain: Path, kind: str, *words: Any) -> None:
         """A GGUF file."""
@@ -141,6 +146,38 @@ def forms(options: argparse.Namespace) -> Models:
             ("dense", whole), ("half", half), ("two-four", two_four), ("small", small)
         )
     )  # fmt: skip
+    show_forms(models, dense, half, two_four, small, "--source", source)
+    return models
+
+
+def random_forms(options: argparse.Namespace) -> Models:
+    """A model with random weights in all forms, with the tokenizer of SmolLM2."""
+    models = Models(options.work)
+    paths = [models.folder / name for name in ("dense", "half", "two-four", "small")]
+    dense, half, two_four, small = paths
+    if not all((path / "tokenizer.json").exists() for path in paths):
+        model, (_, tokenizer) = dense_model(options), open_model()
+        model.config.dtype = "bfloat16"
+        model.save_pretrained(dense)
+        for path, pattern in ((half, "0.5"), (two_four, "2:4")):
+            pruned = copy.deepcopy(model)
+            for module in linears(pruned).values():
+                module.weight.data.masked_fill_(removed(module.weight.data, pattern), 0)
+            pruned.save_pretrained(path)
+        blocks = model.model.layers
+        del blocks[3 * len(blocks) // 4 :]
+        model.config.num_hidden_layers = len(blocks)
+        model.save_pretrained(small)
+        for path in paths:
+            tokenizer.save_pretrained(path)
+    show_forms(models, *paths)
+    return models
+
+
+def show_forms(
+    models: Models, dense: Path, half: Path, two_four: Path, small: Path, *source: Any
+) -> None:
+    """Pack and export the models, and measure each form."""
     models.show("dense, bf16", dense)
     models.pack("50 %, packed, bf16", half)
     models.pack("50 %, packed, int8", half, "--quantize", "int8")
@@ -148,10 +185,9 @@ def forms(options: argparse.Namespace) -> Models:
     models.show("75 % of the size, bf16", small)
     models.pack("75 % of the size, packed, int4", small, "--quantize", "int4")
     for kind in ("bf16", "q8_0", "q4_0"):
-        models.export(f"dense, `{kind}`", dense, kind, "--source", source)
+        models.export(f"dense, `{kind}`", dense, kind, *source)
     for kind in ("q8_0", "q4_0"):
-        models.export(f"75 % of the size, `{kind}`", small, kind, "--source", source)
-    return models
+        models.export(f"75 % of the size, `{kind}`", small, kind, *source)
 
 
 def size(path: Path) -> int:
@@ -210,8 +246,8 @@ def scores(path: Path, texts: dict[str, Tensor]) -> Row:
 
 def measure(options: argparse.Namespace) -> Iterator[Row]:
     """A row for each model."""
-    models = forms(options)
-    _, texts = calibration_and_texts(options, open_model()[1])
+    models = random_forms(options) if options.shape else forms(options)
+    texts = {} if options.shape else calibration_and_texts(options, open_model()[1])[1]
     by_threads = {threads: speeds(models, threads, options) for threads in options.threads}
     for label, (path, plain) in models.shown.items():
         yield {
@@ -219,7 +255,7 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
             "runtime": "llama.cpp" if path.suffix == ".gguf" else "transformers",
             "bytes": size(path),
             "threads": {str(threads): found[label] for threads, found in by_threads.items()},
-            **scores(plain, texts),
+            **(scores(models.make(plain.name, "unpack", path), texts) if texts else {}),
         }
 
 
