@@ -1,8 +1,9 @@
 """Names of transformers 4 in the files that transformers 5 writes.
 
 Many runtimes still use transformers 4. It ignores the field ``rope_parameters`` without a message,
-so that a model gets the default base frequency of its architecture, and it refuses the tokenizer
-class ``TokenizersBackend``. transformers 5 reads the names of both.
+so that a model gets the default base frequency of its architecture. It refuses the tokenizer class
+``TokenizersBackend``, and a list of ``extra_special_tokens``. transformers 5 reads the names of
+both.
 """
 
 import json
@@ -41,12 +42,17 @@ def add_rope_names(config: Any, directory: Path) -> None:
 
 
 def save_tokenizer(tokenizer: Any, directory: Path) -> None:
-    """Write the files of a tokenizer, with the former name of the class of fast tokenizers."""
+    """Write the files of a tokenizer, with the former names of its class and special tokens."""
     tokenizer.save_pretrained(directory)
     path = directory / "tokenizer_config.json"
     values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    named = dict(values)
     if values.get("tokenizer_class") == "TokenizersBackend":
-        _write(path, values | {"tokenizer_class": "PreTrainedTokenizerFast"})
+        named["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(values.get("extra_special_tokens"), list):
+        named["additional_special_tokens"] = named.pop("extra_special_tokens")
+    if named != values:
+        _write(path, named)
 
 
 def _with_rope_names(values: Mapping[str, Any]) -> Values:

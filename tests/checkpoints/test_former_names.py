@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, PretrainedConfig
 
-from apt.checkpoints.former_names import save_config
+from apt.checkpoints.former_names import save_config, save_tokenizer
 
 LLAMA_3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -102,3 +102,15 @@ def test_outputs_have_them(apt, tmp_path):
     assert values["tokenizer_class"] == "PreTrainedTokenizerFast"
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "fp32")
     assert tokenizer.decode(tokenizer("A text.")["input_ids"]).strip() == "A text."
+
+
+def test_special_tokens_have_their_former_name(checkpoint, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint("llama"))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<one>", "<two>"]})
+    save_tokenizer(tokenizer, tmp_path)
+    values = read(tmp_path / "tokenizer_config.json")
+    assert values["additional_special_tokens"] == ["<one>", "<two>"]
+    assert not isinstance(values.get("extra_special_tokens"), list)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert again.all_special_tokens == tokenizer.all_special_tokens
+    assert again("a<two>b")["input_ids"] == tokenizer("a<two>b")["input_ids"]
