@@ -41,7 +41,8 @@ def main() -> None:
     done = subprocess.run(
         command, cwd=texts, check=True, stdout=subprocess.PIPE, text=True, env=os.environ
     )
-    save(options.json, json.loads(done.stdout)["rows"])
+    rows = json.loads(done.stdout)["rows"]
+    save(options.json, [{k: v for k, v in row.items() if k != "windows"} for row in rows])
 
 
 if __name__ == "__main__":

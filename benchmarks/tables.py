@@ -417,7 +417,7 @@ def deployments(rows: Rows) -> str:
 
     def each(row: Row, key: str) -> str:
         return " / ".join(
-            f"{found[key]:.{1 if found[key] < 20 else 0}f}" for found in row["threads"].values()
+            f"{found[key]:.{1 if found[key] < 10 else 0}f}" for found in row["threads"].values()
         )
 
     header = ["model", "runtime", "file, MiB", "memory, MiB", "decoding, tokens/s", "prompts"]
