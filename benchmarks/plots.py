@@ -128,11 +128,37 @@ def minutes(record: Record) -> Figure:
     return figure
 
 
+def deployments(record: Record) -> Figure:
+    """Perplexity against the speed of decoding, model by model, on both texts."""
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=False)
+    runtimes = {"transformers": ("#0072B2", "o"), "llama.cpp": ("#E69F00", "^")}
+    for axes, (text, title) in zip(panels, TEXTS, strict=True):
+        for runtime, (colour, marker) in runtimes.items():
+            shown = [row for row in record["rows"] if row["runtime"] == runtime]
+            speeds = [row["threads"]["2"]["decode"] for row in shown]
+            axes.scatter(
+                speeds, [row[text] for row in shown], color=colour, marker=marker, label=runtime
+            )
+            for row, speed in zip(shown, speeds, strict=True):
+                axes.annotate(
+                    row["model"].replace("`", ""), (speed, row[text]), xytext=(4, 4),
+                    textcoords="offset points", fontsize=7,
+                )  # fmt: skip
+        axes.set_yscale("log")
+        axes.set_xlabel("tokens per second, on two threads")
+        axes.set_title(title, fontsize="medium")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("perplexity of SmolLM2-135M")
+    panels[0].legend(fontsize="small")
+    return figure
+
+
 PICTURES: Mapping[str, tuple[str, Callable[[Record], Figure]]] = {
     "sparsity.png": ("allocation", sparsity),
     "methods.png": ("smollm2", methods),
     "tokens.png": ("tokens", tokens),
     "minutes.png": ("minutes", minutes),
+    "deployments.png": ("deployments", deployments),
 }
 """The file of the results that each picture is made from, and the function that draws it."""
 

@@ -74,10 +74,10 @@ def gptq(model: Opened, options: argparse.Namespace, python: Path) -> Made:
 
 
 def pruned(
-    model: Opened, tokens: Tensor, tokenizer: Any, pattern: str, **options: Any
+    model: Opened, module: nn.Module, tokens: Tensor, tokenizer: Any, pattern: str, **options: Any
 ) -> nn.Module:
     return apt.prune_copy(
-        model.module, tokens, pattern=pattern, adapter=model.spec.name, tokenizer=tokenizer,
+        module, tokens, pattern=pattern, adapter=model.spec.name, tokenizer=tokenizer,
         options=apt.PruneOptions(**options),
     )[0]  # fmt: skip
 
@@ -120,28 +120,33 @@ def models(
     options: argparse.Namespace, model: Opened, tokenizer: Any, tokens: Tensor
 ) -> dict[str, Callable[[], Made]]:
     """The function that makes the model of each row."""
+    integers: dict[str, Any] = {"quantize": "int4", "scale_group": options.group}
+    prune = partial(pruned, model, tokens=tokens, tokenizer=tokenizer)
+    known: dict[str, nn.Module] = {"dense": model.module}
+
+    def plain(pattern: str) -> nn.Module:
+        if pattern not in known:
+            known[pattern] = prune(module=model.module, pattern=pattern)
+        return known[pattern]
+
+    def made(start: str, how: str, pattern: str = "", **more: Any) -> Callable[[], Made]:
+        def make() -> Made:
+            module = plain(start)
+            if pattern:
+                module = prune(module=module, pattern=pattern, **more)
+            return packed(model, module, options.group, how)
+
+        return make
+
     found: dict[str, Callable[[], Made]] = {"dense": partial(dense, model)}
     python = environment(options.work)
     found["dense int4 (GPTQ)"] = partial(gptq, model, options, python)
+    found["dense int4"] = made("dense", "integers", "0", **integers)
     for pattern in options.patterns:
-        made: list[nn.Module] = []
-
-        def plain(pattern: str = pattern, made: list[nn.Module] = made) -> nn.Module:
-            if not made:
-                made.append(pruned(model, tokens, tokenizer, pattern))
-            return made[0]
-
-        def joint(pattern: str = pattern) -> nn.Module:
-            return pruned(
-                model, tokens, tokenizer, pattern, quantize="int4", scale_group=options.group
-            )  # fmt: skip
-
-        for name, source, how in (
-            (pattern, plain, "kept"),
-            (f"{pattern}, then int4", plain, "rounded"),
-            (f"{pattern} and int4 jointly", joint, "integers"),
-        ):
-            found[name] = lambda s=source, h=how: packed(model, s(), options.group, h)
+        found[pattern] = made(pattern, "kept")
+        found[f"{pattern}, then the nearest int4"] = made(pattern, "rounded")
+        found[f"{pattern}, then int4"] = made(pattern, "integers", "0", **integers)
+        found[f"{pattern} and int4 jointly"] = made("dense", "integers", pattern, **integers)
     return found
 
 

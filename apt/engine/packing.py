@@ -27,6 +27,7 @@ from apt.packing.directory import (
 from apt.plugin.registry import Registry
 from apt.runtime.entries import is_packed, read_entries
 from apt.runtime.rounding import KINDS
+from apt.solver.integers import COLUMNS
 
 
 def pack_model(run: PackRun, registry: Registry, notice: Notice = lambda line: None) -> Packed:
@@ -51,6 +52,9 @@ def pack_model(run: PackRun, registry: Registry, notice: Notice = lambda line: N
     # Only the blocks are rounded: the language-model head is as it was trained.
     rounds = rounding is not None and not rounding.exact
     names = {*linear_tensors(skeleton, shards, blocks=rounds), *expert_tensors(skeleton, shards)}
+    group = rounding.scale_group if rounding is not None else COLUMNS
+    if run.format == "apt" and isinstance(group, int) and group % COLUMNS:
+        notice(f"scale group {group}: no multiple of {COLUMNS}, so torch expands each matrix")
     if run.format != "apt" and rounding is None:
         raise AptError(
             f"{run.format} stores integers, and {source.reference} was not quantised",

@@ -92,7 +92,7 @@ def sparse_pruning(
         dense.model, dense.adapter, wanted.pattern, wanted.selection, method.per, wanted.also
     )
     tell_shared(plan, dense.notice)
-    check_rounding(plan, dense.notice)
+    check_rounding(plan, dense.notice, recipe.integers is not None)
     if recipe.permute:
         plan = with_permutable(plan, dense.model, dense.adapter, dense.config)
     if options.permute and not any(block.permutable for block in plan.blocks):

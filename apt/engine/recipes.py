@@ -29,8 +29,8 @@ def recipe_of(options: SolveOptions, method: MethodSpec) -> Recipe:
     sparse = options if isinstance(options, PruneOptions) else PruneOptions()
     if sparse.quantize and isinstance(method, ShrinkMethodSpec):
         raise AptError(
-            "a smaller dense model is not quantised here",
-            "quantise the result with the tool of your runtime",
+            "a smaller dense model is not quantised in the same run",
+            "quantise the result: apt-prune prune DIRECTORY --sparsity 0 --quantize int4",
             ("quantize",),
         )
     aware = is_aware(options, method)

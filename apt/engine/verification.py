@@ -194,7 +194,7 @@ def expected_by_pattern(
         notice(f"left dense: {', '.join(dense)}")
         selection = replace(selection, skip=(*selection.skip, *dense))
     plan = make_plan(skeleton.module, skeleton.adapter, pattern, selection, _per(report))
-    check_rounding(plan, notice)
+    check_rounding(plan, notice, quantized=True)
     recorded = {site["name"]: site for site in _sites(report)} if report.get("sites") else {}
     zeros = {
         site.name: _zeros(site, recorded.get(site.name))

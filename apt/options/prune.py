@@ -219,10 +219,13 @@ class PruneRun(ModelRun, UnitOptions, PruneOptions, MaskOptions):
             return
         others = {"stream": self.stream, "resume": self.resume, "quantize": self.quantize}
         if given := [name for name, value in others.items() if value]:
+            hint = "prune without minutes, and train the result with apt-prune recover"
+            if given == ["quantize"]:
+                hint = "quantise the result: apt-prune prune DIRECTORY --sparsity 0 --quantize int4"
             raise AptError(
                 f"minutes and {given[0]} exclude each other: a training needs the whole model in "
                 "memory, and changes integers",
-                "prune without minutes, and train the result with apt-prune recover",
+                hint,
                 ("minutes", given[0]),
             )
         if self.samples == 0:

@@ -59,7 +59,7 @@ class PatternOptions(Options):
     """Options for the pattern of the sites."""
 
     sparsity: float | str | None = option(
-        "Share of weights to prune, for example 0.5.",
+        "Share of weights to prune, for example 0.5. 0 removes none, for --quantize alone.",
         default=None, panel=SELECTION, metavar="S", recorded=False,
     )  # fmt: skip
     pattern: str | None = option(
@@ -368,12 +368,12 @@ class IntegerOptions(Options):
     )  # fmt: skip
 
     def check(self) -> None:
-        """Raise `AptError` for a group that the kernels cannot use; see `Options.check`."""
+        """Raise `AptError` for a group that no runtime knows; see `Options.check`."""
         super().check()
         group = self.scale_group
-        if group != "row" and (group < 64 or group % 64):
+        if group != "row" and (group < 32 or group % 32):
             raise AptError(
-                f"scale group {group} is not a multiple of 64",
+                f"scale group {group} is not a multiple of 32",
                 "write for example 128, or row",
                 ("scale_group",),
             )

@@ -81,26 +81,29 @@ def _recovered(report: Report) -> str:
 
 def _pruned(report: Report, reference: str) -> str:
     options, text = report.options, report.calibration
-    small = bool(report.structure)
+    small, integers = bool(report.structure), options.get("quantize")
+    rounds = bool(report.sites) and all(site.pattern == "0" for site in report.sites)
     done = f"{report.sparsity:.2%} of the weights in {len(report.sites)} matrices are zero."
     done = _smaller(report) if small else done
+    verb, word = ("rounded", "rounded") if rounds else ("pruned", "smaller" if small else "pruned")
     shape = " × ".join(map(str, text["shape"]))
     error = report.relative_layer_error
     lines = [
-        f"# {reference}, {'smaller' if small else 'pruned'}",
+        f"# {reference}, {word}",
         "",
-        f"[APT](https://arxiv.org/abs/2410.15567) pruned this model after training: {done}",
+        f"[APT](https://arxiv.org/abs/2410.15567) {verb} this model after training: {done}",
         "",
         "| | |",
         "| --- | --- |",
         f"| original | {reference} |",
-        *([] if small else [f"| pattern | {options['pattern']} |"]),
-        f"| method | {options['method']} |",
+        *([] if small or rounds else [f"| pattern | {options['pattern']} |"]),
+        *([f"| weights | {integers}, scale group {options['group']} |"] if integers else []),
+        *([] if rounds else [f"| method | {options['method']} |"]),
         f"| calibration | {text['source']}, {shape} tokens |",
         *([f"| mean relative layer error | {error:.4f} |"] if report.sites else []),
         *_scores(report),
         "",
-        *([] if small else [_NO_FASTER]),
+        *([] if small or rounds else [_NO_FASTER]),
         f"`{REPORT}` has all options and the record of each matrix.",
     ]
     return "\n".join(lines) + "\n"

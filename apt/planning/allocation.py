@@ -100,6 +100,8 @@ def default_allocation(pattern: Pattern, *, error_aware: bool) -> str:
         error_aware: True for an error-aware run of a method that is error-aware by default. Other
             methods are known with the same sparsity for every site.
     """
+    if not pattern.sparsity:
+        return UNIFORM
     free = isinstance(pattern, Unstructured) and pattern.per is None and error_aware
     return AUTO if free or isinstance(pattern, MixedNM) else UNIFORM
 

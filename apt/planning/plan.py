@@ -392,10 +392,18 @@ def tell_shared(plan: Plan, notice: Callable[[str], None]) -> None:
         notice(f"left dense: {count} sites, whose weights several blocks use ({first}, …)")
 
 
-def check_rounding(plan: Plan, notice: Callable[[str], None] = lambda line: None) -> None:
-    """Raise if a plan prunes no weight; ``notice`` gets a line about sites that lose none."""
+def check_rounding(
+    plan: Plan, notice: Callable[[str], None] = lambda line: None, quantized: bool = False
+) -> None:
+    """Raise if a plan prunes no weight; ``notice`` gets a line about sites that lose none.
+
+    Args:
+        quantized: True if weights become integers, so that a sparsity of 0 has an effect.
+    """
     pruned = [site for block in plan.blocks for site in block.pruned]
     whole = [site for site in pruned if not removed_by(site.pattern, site.shape)]
+    if quantized:
+        whole = [site for site in whole if str(site.pattern) != "0"]
     if not whole:
         return
     first = whole[0]
@@ -403,5 +411,6 @@ def check_rounding(plan: Plan, notice: Callable[[str], None] = lambda line: None
     count = f"{first.shape[1]:,} in each row" if row else f"{first.size:,}"
     said = f"{first.pattern} of the weights of {first.name} ({count}) rounds to none"
     if len(whole) == len(pruned) and not any(block.extras for block in plan.blocks):
-        raise AptError(f"nothing would be pruned: {said}", "give a larger sparsity", ("sparsity",))
+        hint = "give a larger sparsity" + ", or quantize" * (str(first.pattern) == "0")
+        raise AptError(f"nothing would be pruned: {said}", hint, ("sparsity",))
     notice(f"{len(whole)} of {len(pruned)} sites lose no weight: {said}")

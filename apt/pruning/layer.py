@@ -25,6 +25,8 @@ from apt.solver import (
     Solution,
     SolverError,
     SolverOptions,
+    Unstructured,
+    keep_zeros,
     meets,
     relative_layer_error,
     rounded,
@@ -221,6 +223,8 @@ class SiteSolver:
             if targets is not None and not planned.site.routed:
                 damped = gram.damped(options.damping)
                 target = targets.weight(dense, planned.site, sums, damped)
+            if isinstance(planned.pattern, Unstructured) and not planned.pattern.sparsity:
+                return keep_zeros(target * scale, gram, dense == 0, options)
             return solve_live(self.method, target * scale, gram, planned.pattern, options)
         except MethodError as error:
             raise self._refused(f"{error}, for {planned.name}") from error

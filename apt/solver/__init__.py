@@ -18,7 +18,7 @@ from apt.solver.group_removal import (
     removal_order,
 )
 from apt.solver.integers import IntegerGrid, rounded
-from apt.solver.least_squares import Joint, joint_weights, relative_layer_error
+from apt.solver.least_squares import Joint, joint_weights, keep_zeros, relative_layer_error
 from apt.solver.options import EFFORTS, Effort, MethodError, Solution, SolverOptions, check_solution
 from apt.solver.patterns import (
     NM,
@@ -40,6 +40,6 @@ __all__ = [
     "Granularity", "GroupChoice", "GroupRemoval", "IntegerGrid", "Joint", "MethodError",
     "MixedNM", "Pattern", "SitePattern", "Solution", "SolverError", "SolverOptions",
     "Unstructured", "admm", "check_solution", "full_precision", "joint_removal", "joint_weights",
-    "keep_columns", "lowest", "lowest_k", "meets", "mm", "ms", "parse_pattern",
+    "keep_columns", "keep_zeros", "lowest", "lowest_k", "meets", "mm", "ms", "parse_pattern",
     "relative_layer_error", "removal_loss", "removal_order", "rounded", "sm", "solve_live", "ss",
 ]  # fmt: skip

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from apt.solver.gram import DampedGram, Scaled
+from apt.solver.gram import DampedGram, Gram, Scaled
+from apt.solver.options import Solution, SolverOptions
 from apt.solver.precision import full_precision
 
 _DIRECT = 96  # columns up to which one factorisation per row is faster than conjugate gradients
@@ -73,6 +74,25 @@ def joint_weights(
     lost, size = torch.stack([loss.sum(), left.norm()]).tolist()
     residual = size / math.sqrt(2 * lost) if lost > 0 else 0.0
     return Joint(solution.div_(unit.scale), mask, loss, residual)
+
+
+def keep_zeros(weight: Tensor, gram: Gram, zeros: Tensor, options: SolverOptions) -> Solution:
+    """The solution of a layer that loses no weights: the joint weights for its own zeros.
+
+    Args:
+        weight: the target (out, in).
+        gram: the Gram matrix of the inputs.
+        zeros: True where the dense weight is zero (out, in).
+        options: the damping and the tolerance.
+
+    Raises:
+        SolverError: the Gram matrix is unusable.
+    """
+    if not zeros.any():
+        return Solution(weight, zeros)
+    damped = gram.damped(options.damping)
+    solved = joint_weights(weight, damped, zeros, None, options.tolerance)
+    return Solution(solved.weight.to(weight.dtype), zeros, damped.damping, solved.residual)
 
 
 def _direct(dense: Tensor, matrix: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:

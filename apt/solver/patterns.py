@@ -22,7 +22,7 @@ class Unstructured:
     """A share of the weights is pruned, at any position.
 
     Args:
-        sparsity: the share of weights pruned, strictly between 0 and 1.
+        sparsity: the share of weights pruned, below 1. 0 keeps the zeros that are there.
         per: the unit over which the share is counted, each output row or the whole layer;
             None leaves the choice to the method.
     """
@@ -31,8 +31,8 @@ class Unstructured:
     per: Granularity | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.sparsity < 1:
-            raise ValueError(f"sparsity {self.sparsity:g} is outside (0, 1)")
+        if not 0 <= self.sparsity < 1:
+            raise ValueError(f"sparsity {self.sparsity:g} is outside [0, 1)")
 
     def __str__(self) -> str:
         return f"{self.sparsity:{_DIGITS}}"
@@ -62,6 +62,8 @@ class MixedNM(Unstructured):
         super().__post_init__()
         if self.m < 2:
             raise ValueError(f"groups of {self.m} weights have no n:m pattern")
+        if not self.sparsity:
+            raise ValueError(f"no n:{self.m} has a sparsity of 0")
         if self.sparsity > (most := 1 - 1 / self.m):
             raise ValueError(f"no n:{self.m} has a sparsity above {most:g}")
 

@@ -16,6 +16,7 @@ gguf = pytest.importorskip("gguf", reason="the extra [gguf] is not installed")
 pytest.importorskip("accelerate", reason="the extra [gguf] is not installed")
 
 from apt_plugins.gguf_files.layouts import CHANGES  # noqa: E402
+from apt_plugins.gguf_files.own_integers import as_q4_0  # noqa: E402
 from apt_plugins.gguf_files.vocabulary import name_of_steps  # noqa: E402
 
 import apt as package  # noqa: E402
@@ -144,6 +145,31 @@ def test_zeros_are_counted_in_what_is_written(apt, original, pruned, tmp_path, k
     assert fields["general.file_type"].contents() == gguf.LlamaFileType[f"MOSTLY_{kind.upper()}"]
     first = gguf.GGUFReader("q.gguf").tensors[0]
     assert (first.name, first.tensor_type.name) == ("token_embd.weight", "Q8_0")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("group", [32, 64])
+def test_a_model_of_integers_has_the_same_ones_in_the_file(apt, original, pruned, dtype, group):
+    how = ("--sparsity", 0, "--quantize", "int4", "--scale-group", group, "--dtype", dtype)
+    run = apt("prune", pruned, *how, *SHORT, "--effort", "fast", "-o", "whole")
+    assert run.code == 0, run.err
+    run = apt("export", "whole", "--source", original, "--type", "q4_0", "-o", "q.gguf")
+    assert run.code == 0, run.err
+    assert "matrices have the integers of the model" in run.err
+    made = read(Path("q.gguf")).model
+    stored = AutoModelForCausalLM.from_pretrained("whole", dtype=torch.float32).model
+    step = 2**-8 if dtype == "bfloat16" else 2**-10  # a scale is fp16 there
+    for name, weight in stored.named_parameters():
+        if name.startswith("layers.") and weight.ndim > 1:
+            torch.testing.assert_close(made.get_parameter(name), weight, rtol=step, atol=0)
+
+
+def test_scales_that_fp16_cannot_express_are_chosen_anew():
+    integers = torch.randint(-7, 8, (4, 64), generator=torch.Generator().manual_seed(0)).float()
+    assert as_q4_0((integers * 0.01).numpy()) is not None
+    for scale in (1e6, 1e-8):
+        assert as_q4_0((integers * scale).numpy()) is None
+    assert as_q4_0((integers + 0.01 * torch.randn(4, 64)).numpy()) is None
 
 
 def test_rows_without_whole_blocks_are_of_another_type(apt, original, small):

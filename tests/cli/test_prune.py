@@ -249,9 +249,9 @@ BAD = [
     (["prune", "zoo:llama", "--method", "wand"], "no method 'wand'; did you mean 'wanda'"),
     (["prune", "zoo:llama", "--calibration", "builtn"], "no data set 'builtn'; did you mean"),
     (["prune", "zoo:llama", "--adapter", "mamba"], "MambaAdapter does not fit LlamaForCausalLM"),
-    (["prune", "zoo:llama", "--sparsity", "1"], "sparsity 1 is outside (0, 1)"),
-    (["prune", "zoo:llama", "--sparsity", "0"], "sparsity 0 is outside (0, 1)"),
-    (["prune", "zoo:llama", "--sparsity", "nan"], "sparsity nan is outside (0, 1)"),
+    (["prune", "zoo:llama", "--sparsity", "1"], "sparsity 1 is outside [0, 1)"),
+    (["prune", "zoo:llama", "--sparsity", "-1"], "sparsity -1 is outside [0, 1)"),
+    (["prune", "zoo:llama", "--sparsity", "nan"], "sparsity nan is outside [0, 1)"),
     (["prune", "zoo:llama", "--sparsity", "half"], "'half' is neither a sparsity"),
     (
         ["prune", "zoo:llama", "--sparsity", "2:4"],

@@ -127,7 +127,7 @@ def test_a_sparsity_may_be_a_number_and_a_pattern_a_text():
     ("pattern", "selection", "message"),
     [
         (None, {}, "'None' is neither a sparsity such as 0.5 nor a pattern"),
-        (1.5, {}, "outside (0, 1)"),
+        (1.5, {}, "outside [0, 1)"),
         ("0.5", {"overrides": (("*.fc1", "5:4"),)}, "5:4"),
         ("0.5", {"skip": "*.fc1"}, "skip is one text, '*.fc1', and not a tuple of globs; give ('*"),
         ("0.000001", {}, "nothing would be pruned: 1e-06 of the weights of"),

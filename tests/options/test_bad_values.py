@@ -51,7 +51,7 @@ BAD = [
     ("prune", {"per": "row"}, "per row needs a sparsity"),
     ("prune", {"per": "room", "pattern": None, "sparsity": "0.5"}, "per 'room' is not one of row"),
     ("prune", {"sparsity": "0.5"}, "sparsity and pattern are both given"),
-    ("prune", {"sparsity": "1", "pattern": None}, "sparsity 1 is outside (0, 1)"),
+    ("prune", {"sparsity": "1", "pattern": None}, "sparsity 1 is outside [0, 1)"),
     ("prune", {"pattern": "4:2"}, "4:2"),
     ("prune", {"pattern": "half"}, "is neither a sparsity"),
     ("prune", {"pattern": "auto:8"}, "pattern auto:8 needs a sparsity"),

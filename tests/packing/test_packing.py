@@ -647,7 +647,7 @@ def test_a_model_with_integers_is_near_the_plain_one(apt, pruned, kind, least):
     assert torch.allclose(found, expected, atol=2e-3 * float(expected.abs().max()))
     for arguments, text in [
         (("--quantize", "int3"), "quantize 'int3' is not one of"),
-        (("--quantize", kind, "--scale-group", 100), "is not a multiple of 64"),
+        (("--quantize", kind, "--scale-group", 100), "is not a multiple of 32"),
     ]:
         run = apt("pack", path, "-o", "x", *arguments)
         assert run.code == 2
@@ -669,7 +669,7 @@ def test_a_quantised_run_is_packed_as_integers_without_loss(apt, checkpoint):
     assert apt("verify", "pruned").code == 0
     for arguments, text in [
         (("--quantize", "int2"), "quantize 'int2' is not one of"),
-        (("--quantize", "int4", "--scale-group", 32), "is not a multiple of 64"),
+        (("--quantize", "int4", "--scale-group", 16), "is not a multiple of 32"),
     ]:
         refused = apt("prune", checkpoint("llama"), "--sparsity", 0.6, *arguments, "-o", "x")
         assert refused.code == 2

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apt.solver import Gram, joint_weights
+from apt.solver import Gram, SolverOptions, joint_weights, keep_zeros
 from tests.helpers.problems import least_squares, problem, quadratic_loss, seeds
 
 joint = importlib.import_module("apt.solver.least_squares")
@@ -50,6 +50,17 @@ def test_every_step_lowers_every_row(seed, steps):
     ]
     for before, after in itertools.pairwise(losses):
         assert (after <= before * (1 + 1e-9)).all()
+
+
+@settings(deadline=None, max_examples=15)
+@given(seeds, st.floats(0, 1))
+def test_a_layer_that_loses_nothing_keeps_its_zeros(seed, share):
+    target, gram = problem(seed, 4, 20)
+    zeros = random_mask(seed, target.shape, share)
+    found = keep_zeros(target, gram, zeros, SolverOptions(damping=0.01))
+    expected = least_squares(target, gram.damped(0.01).matrix, zeros)
+    torch.testing.assert_close(found.weight, expected.to(target.dtype), rtol=1e-4, atol=1e-5)
+    assert torch.equal(found.mask, zeros)
 
 
 def test_the_default_tolerance_is_within_half_a_percent_of_the_optimum():

@@ -9,7 +9,7 @@ from apt.extending import Exportable, Exported
 from apt_plugins.gguf_files.checkpoint import from_checkpoint
 from apt_plugins.gguf_files.number_types import own_type, smaller_rows
 from apt_plugins.gguf_files.original import from_original
-from apt_plugins.gguf_files.writing import Planned, write_file
+from apt_plugins.gguf_files.writing import Counts, Planned, write_file
 
 
 def export(model: Exportable, target: Path) -> Exported:
@@ -27,7 +27,7 @@ def export(model: Exportable, target: Path) -> Exported:
     counts = write_file(writer, tensors, kind)
     return Exported(
         kind.name.lower(), len(tensors), target.stat().st_size, counts.zeros, counts.kept,
-        _notes(tensors, kind),
+        _notes(tensors, kind, counts),
     )  # fmt: skip
 
 
@@ -44,9 +44,13 @@ def _planned(
     return described(model, target, kind)
 
 
-def _notes(tensors: Sequence[Planned], kind: gguf.GGMLQuantizationType) -> list[str]:
-    """A line if rows are too short for the type."""
-    short = [planned for planned in tensors if smaller_rows(planned.shape, kind)]
-    if not short:
-        return []
-    return [f"{len(short)} matrices are f16: their rows are not multiples of {kind.name}'s blocks"]
+def _notes(
+    tensors: Sequence[Planned], kind: gguf.GGMLQuantizationType, counts: Counts
+) -> list[str]:
+    """Lines about rows that are too short for the type, and about a model's own integers."""
+    short = sum(smaller_rows(planned.shape, kind) for planned in tensors)
+    lines = {
+        f"matrices are f16: their rows are not multiples of {kind.name}'s blocks": short,
+        "matrices have the integers of the model": counts.integers,
+    }
+    return [f"{count} {line}" for line, count in lines.items() if count]

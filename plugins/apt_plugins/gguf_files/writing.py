@@ -11,6 +11,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 
 from apt.errors import AptError
+from apt_plugins.gguf_files.own_integers import as_q4_0
 
 Array = np.ndarray[Any, Any]
 
@@ -42,10 +43,17 @@ class Planned:
 
 @dataclass
 class Counts:
-    """The zeros in the matrices of the blocks, and those that are zero in the file."""
+    """What was counted in the matrices of the blocks.
+
+    Attributes:
+        zeros: their zeros.
+        kept: the zeros that are zero in the file.
+        integers: the matrices whose own integers are in the file.
+    """
 
     zeros: int = 0
     kept: int = 0
+    integers: int = 0
 
 
 def write_file(writer: gguf.GGUFWriter, tensors: Sequence[Planned], kind: Type) -> Counts:
@@ -92,8 +100,10 @@ def _data(planned: Planned, counts: Counts) -> Array:
     values = np.ascontiguousarray(planned.values())
     if planned.raw:
         return values
+    own = as_q4_0(values) if planned.type is Type.Q4_0 else None
+    counts.integers += own is not None
     with np.errstate(over="ignore"):
-        data = gguf.quantize(values, planned.type)
+        data = gguf.quantize(values, planned.type) if own is None else own
     if planned.type is Type.F16 and not np.isfinite(data).all():
         fault = f"{planned.name} has values beyond 65,504, the largest of f16"
         raise AptError(fault, "write bf16 or f32", ("type",))
