@@ -129,27 +129,27 @@ def minutes(record: Record) -> Figure:
 
 
 def deployments(record: Record) -> Figure:
-    """Perplexity against the speed of decoding, model by model, on both texts."""
-    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=False)
+    """Perplexity against the speed of decoding, on both texts; the models have numbers."""
+    figure, panels = pyplot.subplots(1, 3, figsize=(11, 3.8), width_ratios=(1, 1, 0.8))
     runtimes = {"transformers": ("#0072B2", "o"), "llama.cpp": ("#E69F00", "^")}
-    for axes, (text, title) in zip(panels, TEXTS, strict=True):
+    rows = list(enumerate(record["rows"], 1))
+    for axes, (text, title) in zip(panels, TEXTS, strict=False):
         for runtime, (colour, marker) in runtimes.items():
-            shown = [row for row in record["rows"] if row["runtime"] == runtime]
-            speeds = [row["threads"]["2"]["decode"] for row in shown]
-            axes.scatter(
-                speeds, [row[text] for row in shown], color=colour, marker=marker, label=runtime
-            )
-            for row, speed in zip(shown, speeds, strict=True):
+            shown = [(n, row) for n, row in rows if row["runtime"] == runtime]
+            places = [(row["threads"]["2"]["decode"], row[text]) for _, row in shown]
+            axes.scatter(*zip(*places, strict=True), color=colour, marker=marker, label=runtime)
+            for (number, _), place in zip(shown, places, strict=True):
                 axes.annotate(
-                    row["model"].replace("`", ""), (speed, row[text]), xytext=(4, 4),
-                    textcoords="offset points", fontsize=7,
-                )  # fmt: skip
-        axes.set_yscale("log")
+                    str(number), place, xytext=(4, 4), textcoords="offset points", fontsize="small"
+                )
         axes.set_xlabel("tokens per second, on two threads")
         axes.set_title(title, fontsize="medium")
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("perplexity of SmolLM2-135M")
     panels[0].legend(fontsize="small")
+    names = "\n".join(f"{number}  {row['model'].replace('`', '')}" for number, row in rows)
+    panels[2].text(0, 1, names, va="top", fontsize="small", linespacing=1.5)
+    panels[2].axis("off")
     return figure
 
 

@@ -87,6 +87,9 @@ def sparse_pruning(
     Raises:
         AptError: an option is out of range, or the pattern does not fit the model.
     """
+    if not wanted.pattern.sparsity:  # tuning and random tokens make up for weights that are gone
+        epochs, copies = options.tuning_epochs or 0, options.random_tokens or 0
+        options = replace(options, tuning_epochs=epochs, random_tokens=copies)
     recipe, augmentation = dense.settings(options, method)
     plan = make_plan(
         dense.model, dense.adapter, wanted.pattern, wanted.selection, method.per, wanted.also

@@ -22,7 +22,7 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -140,13 +140,23 @@ def forms(options: argparse.Namespace) -> Models:
     size = ("--keep", 0.75, "--samples", options.samples, "--seqlen", options.seqlen)
     one_shot = models.make("small-one-shot", "shrink", whole, *size, *how)
     small = models.make("small-fp32", "recover", one_shot, "--dense", whole, *timed)
+    to_integers = (
+        "--sparsity", 0, "--quantize", "int4", "--dtype", "bfloat16", *size[2:], *how
+    )  # fmt: skip
+    integers = {
+        (path, group): models.make(
+            f"{path.name}-int4-{group}", "prune", path, *to_integers, "--scale-group", group
+        )
+        for path, group in ((whole, 32), (small, 32), (small, 64))
+    }
+    rounded = [integers[whole, 32], integers[small, 32], integers[small, 64]]
     dense, half, two_four, small = (
         models.make(name, "convert", path, "--dtype", "bfloat16")
         for name, path in (
             ("dense", whole), ("half", half), ("two-four", two_four), ("small", small)
         )
     )  # fmt: skip
-    show_forms(models, dense, half, two_four, small, "--source", source)
+    show_forms(models, dense, half, two_four, small, rounded, "--source", source)
     return models
 
 
@@ -170,24 +180,41 @@ def random_forms(options: argparse.Namespace) -> Models:
         model.save_pretrained(small)
         for path in paths:
             tokenizer.save_pretrained(path)
-    show_forms(models, *paths)
+    show_forms(models, *paths, [])
     return models
 
 
 def show_forms(
-    models: Models, dense: Path, half: Path, two_four: Path, small: Path, *source: Any
+    models: Models,
+    dense: Path,
+    half: Path,
+    two_four: Path,
+    small: Path,
+    rounded: Sequence[Path],
+    *source: Any,
 ) -> None:
-    """Pack and export the models, and measure each form."""
+    """Pack and export the models, and measure each form.
+
+    Args:
+        rounded: the dense and the smaller model as integers of 4 bits with the scales of ``q4_0``,
+            and the smaller one with those of the packed format. Without them, the weights become
+            the nearest integers.
+    """
     models.show("dense, bf16", dense)
     models.pack("50 %, packed, bf16", half)
     models.pack("50 %, packed, int8", half, "--quantize", "int8")
     models.pack("2:4, packed, bf16", two_four)
     models.show("75 % of the size, bf16", small)
-    models.pack("75 % of the size, packed, int4", small, "--quantize", "int4")
+    if rounded:
+        models.pack("75 % of the size, packed, int4", rounded[2])
+    else:
+        models.pack("75 % of the size, packed, int4", small, "--quantize", "int4")
     for kind in ("bf16", "q8_0", "q4_0"):
         models.export(f"dense, `{kind}`", dense, kind, *source)
     for kind in ("q8_0", "q4_0"):
         models.export(f"75 % of the size, `{kind}`", small, kind, *source)
+    for name, path in zip(("dense", "75 % of the size"), rounded, strict=False):
+        models.export(f"{name}, int4 as `q4_0`", path, "q4_0", *source)
 
 
 def size(path: Path) -> int:
