@@ -43,6 +43,8 @@ class Exportable:
         opened: the model, without weights.
         type: the type of the weights to write, one of the spec's; None for that of the checkpoint.
         original: the file of the same format that the model was made from; None if there is none.
+        integers: ``"int8"`` or ``"int4"`` if the weights of the blocks are such integers times
+            scales; else None.
 
     Raises:
         AptError: the parameters cannot be read one by one.
@@ -54,9 +56,13 @@ class Exportable:
     """
 
     def __init__(
-        self, opened: Opened, type: str | None = None, original: Path | None = None
+        self,
+        opened: Opened,
+        type: str | None = None,
+        original: Path | None = None,
+        integers: str | None = None,
     ) -> None:
-        self.type, self.original = type, original
+        self.type, self.original, self.integers = type, original, integers
         self.config: Any = opened.config
         self.module: nn.Module = opened.module
         self.name = opened.source.reference

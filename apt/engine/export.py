@@ -9,6 +9,7 @@ from apt.checkpoints.load import open_skeleton
 from apt.checkpoints.opened import Opened
 from apt.checkpoints.stored import local_directory
 from apt.engine.opening import check_export, find_source
+from apt.engine.packing import integers_of
 from apt.engine.prepare import Notice
 from apt.errors import AptError, faulty
 from apt.files.writing import check_file
@@ -45,10 +46,13 @@ def export_model(
     if not source.on_hub and is_packed(Path(source.location)):
         raise AptError(f"{source.reference} is packed", "write it dense first: apt-prune unpack")
     opened = open_skeleton(source, registry, run.adapter)
-    original = given[0] if given else _original(local_directory(opened), spec)
+    directory = local_directory(opened)
+    original = given[0] if given else _original(directory, spec)
+    integers = integers_of(directory)
     write: Export = spec.load()
     with whole_file(output, run.overwrite) as partial:
-        done = write(Exportable(opened, run.type, original), partial)
+        model = Exportable(opened, run.type, original, integers.kind if integers else None)
+        done = write(model, partial)
         if not isinstance(done, Exported) or not partial.is_file():
             fault = "does not write a file, or does not say what it wrote"
             raise faulty(f"export format {spec.name}", fault, "format", "format")

@@ -48,7 +48,7 @@ def pack_model(run: PackRun, registry: Registry, notice: Notice = lambda line: N
     shards = Shards(directory)
     check_space(run.output, sum(entry.size for entry in shards.entries.values()))
     asked = Rounding(run.quantize, run.scale_group) if run.quantize else None
-    rounding = asked or _integers(directory)
+    rounding = asked or integers_of(directory)
     # Only the blocks are rounded: the language-model head is as it was trained.
     rounds = rounding is not None and not rounding.exact
     names = {*linear_tensors(skeleton, shards, blocks=rounds), *expert_tensors(skeleton, shards)}
@@ -120,11 +120,16 @@ def unpack_model(run: UnpackRun, registry: Registry, notice: Notice = lambda lin
     return count
 
 
-def _integers(directory: Path) -> Rounding | None:
-    """The integers that a model consists of, by its report; None if it was not quantised."""
+def integers_of(directory: Path) -> Rounding | None:
+    """The integers that a model consists of, by its report; None if it was not quantised.
+
+    A model that was trained afterwards does not consist of them.
+    """
     report = read_report(directory) or {}
     options = report.get("options")
     if not isinstance(options, dict) or options.get("quantize") not in KINDS:
+        return None
+    if report.get("recovery") or report.get("reapplied"):
         return None
     group: Any = options.get("group")
     known = isinstance(group, int) or group == "row"

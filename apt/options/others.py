@@ -81,7 +81,7 @@ class ExportRun(AdapterOptions, RemoteOptions):
         default=None, panel=OUTPUT, metavar="NAME",
     )  # fmt: skip
     type: str | None = option(
-        "Type of the weights; by default that of the checkpoint. "
+        "Type of the weights; by default that of the checkpoint or of its integers. "
         "gguf: f32, bf16, f16, q8_0, q5_1, q5_0, q4_1 or q4_0.",
         default=None, panel=OUTPUT, metavar="TYPE",
     )  # fmt: skip

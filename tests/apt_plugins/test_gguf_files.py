@@ -153,8 +153,9 @@ def test_a_model_of_integers_has_the_same_ones_in_the_file(apt, original, pruned
     how = ("--sparsity", 0, "--quantize", "int4", "--scale-group", group, "--dtype", dtype)
     run = apt("prune", pruned, *how, *SHORT, "--effort", "fast", "-o", "whole")
     assert run.code == 0, run.err
-    run = apt("export", "whole", "--source", original, "--type", "q4_0", "-o", "q.gguf")
+    run = apt("export", "whole", "--source", original, "-o", "q.gguf")
     assert run.code == 0, run.err
+    assert gguf.GGUFReader("q.gguf").tensors[1].tensor_type.name == "Q4_0"
     assert "matrices have the integers of the model" in run.err
     made = read(Path("q.gguf")).model
     stored = AutoModelForCausalLM.from_pretrained("whole", dtype=torch.float32).model

@@ -9,6 +9,7 @@ from gguf import GGMLQuantizationType as Type
 from apt.extending import Exportable
 
 _OF_DTYPE = {torch.float32: Type.F32, torch.float16: Type.F16, torch.bfloat16: Type.BF16}
+_OF_INTEGERS = {"int8": Type.Q8_0, "int4": Type.Q4_0}
 _FEW_BITS = (Type.Q5_1, Type.Q5_0, Type.Q4_1, Type.Q4_0)
 _BOTH_ENDS = ("token_embd.weight", "output.weight")
 # Those that llama.cpp's converter writes as f32 too, beside norms, biases and vectors.
@@ -16,8 +17,10 @@ _EXACT = ("ffn_gate_inp.weight", "ssm_conv1d.weight", "position_embd.weight", "_
 
 
 def own_type(model: Exportable) -> Type:
-    """The type of the weights: the given one, or that of the checkpoint."""
-    return _OF_DTYPE[model.dtype] if model.type is None else Type[model.type.upper()]
+    """The type of the weights: the given one, that of its integers, or that of the checkpoint."""
+    if model.type is not None:
+        return Type[model.type.upper()]
+    return _OF_INTEGERS[model.integers] if model.integers else _OF_DTYPE[model.dtype]
 
 
 def type_of(name: str, shape: Sequence[int], kind: Type) -> Type:
