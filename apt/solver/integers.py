@@ -70,61 +70,13 @@ def rounded(
         passes: the number of passes.
     """
     kept = weight != 0
-    scales, width = scales_of(weight, matrix.diagonal(), grid, dtype), weight.shape[1]
+    spread = scales_of(weight, matrix.diagonal(), grid, dtype)
+    width = weight.shape[1]
+    spread = spread.repeat_interleave(grid.columns(width), 1)[:, :width]
     values = weight.clone()
-    for turn in range(passes):
-        if turn:
-            values, scales = _refitted(values, weight, matrix, scales, grid, dtype)
-        _descend(values, weight, matrix, kept, _spread(scales, grid, width), grid.most, dtype)
+    for _ in range(passes):
+        _descend(values, weight, matrix, kept, spread, grid.most, dtype)
     return values
-
-
-def _refitted(
-    values: Tensor,
-    weight: Tensor,
-    matrix: Tensor,
-    scales: Tensor,
-    grid: IntegerGrid,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """The same integers with the scales (out, groups) that minimise the error of the output.
-
-    The scales ``s`` of a row solve the normal equations ``(L H Lᵀ) s = L H wᵀ``, where ``L``
-    (groups, in) has the integers of each group in a row of its own. A row keeps its scales if the
-    rounded solution is not better.
-
-    Returns:
-        The values (out, in), and the scales.
-    """
-    width, group = weight.shape[1], grid.columns(weight.shape[1])
-    levels = (values / _spread(scales, grid, width)).round()
-    missing = scales.shape[1] * group - width
-
-    def by_group(products: Tensor) -> Tensor:
-        padded = torch.nn.functional.pad(products * levels, (0, missing))
-        return padded.view(len(weight), -1, group).sum(2)
-
-    right = by_group(weight @ matrix)
-    parts = (slice(start, start + group) for start in range(0, width, group))
-    left = torch.stack([by_group(levels[:, part] @ matrix[part]) for part in parts], 1)
-    diagonal = left.diagonal(dim1=1, dim2=2)
-    unused = diagonal <= 0  # no weight of the group is kept: any scale will do
-    diagonal.copy_(torch.where(unused, 1, diagonal * (1 + 1e-6)))
-    right = torch.where(unused, scales, right)
-    found = torch.linalg.solve(left, right).to(dtype).float()
-    better = (found > 0).all(1) & (_loss(found, left, right) < _loss(scales, left, right))
-    scales = torch.where(better.unsqueeze(1), found, scales)
-    return (levels * _spread(scales, grid, width)).to(dtype).float(), scales
-
-
-def _loss(scales: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """The loss of each row (out,), up to a constant."""
-    return ((left @ scales.unsqueeze(2)).squeeze(2) - 2 * right).mul(scales).sum(1)
-
-
-def _spread(scales: Tensor, grid: IntegerGrid, width: int) -> Tensor:
-    """The scale of each weight (out, in)."""
-    return scales.repeat_interleave(grid.columns(width), 1)[:, :width]
 
 
 def _descend(
