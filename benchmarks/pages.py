@@ -41,7 +41,15 @@ def figures() -> dict[str, str]:
         row_of("minutes", pattern=pattern, minutes=minutes)["wiki"]
         for pattern, minutes in (("dense", 0), ("2:4", 5.0), ("0.7", 5.0))
     )
+    fine, coarse, whole = (
+        row_of("deployments", model=f"dense, {form}")["wiki"]
+        for form in ("int4 as `q4_0`", "`q4_0`", "`bf16`")
+    )
     return {
+        r"then has a perplexity of [\d.]+, and of [\d.]+ with the rounding of .*? it has [\d.]+": (
+            f"then has a perplexity of {fine:.1f}, and of {coarse:.1f} with the rounding of "
+            f"llama.cpp; in bf16 it has {whole:.1f}"
+        ),
         r"perplexity of [\d.]+ at 2:4, and of [\d.]+ with 70 % zeros; dense it has [\d.]+": (
             f"perplexity of {timed[0]:.1f} at 2:4, and of {timed[1]:.1f} with 70 % zeros; "
             f"dense it has {dense:.1f}"
