@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from apt.engine.packing import integers_of
 from apt.runtime.rounding import exact_integers
 from tests.helpers import TEXT
 
@@ -45,6 +46,14 @@ def test_a_smaller_model_becomes_integers_after_its_training(apt, checkpoint):
     assert apt("shrink", checkpoint("llama"), "--blocks", 1, *SHORT, "-o", "small").code == 0
     assert apt("prune", "small", *INT4, *SHORT, "-o", "out", "--pack", "packed").code == 0
     assert all(exact_integers(w, "int4", 32) is not None for w in matrices("out").values())
+
+
+def test_a_model_that_was_trained_afterwards_does_not_consist_of_integers(apt, sparse):
+    assert apt("prune", sparse, *INT4, *SHORT, "-o", "out").code == 0
+    assert integers_of(Path("out")).kind == "int4"
+    path = Path("out/apt_report.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "recovery": {"steps": 1}}))
+    assert integers_of(Path("out")) is None
 
 
 def test_without_integers_a_sparsity_of_0_is_refused(apt, sparse):
