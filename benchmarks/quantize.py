@@ -141,11 +141,13 @@ def models(
     found: dict[str, Callable[[], Made]] = {"dense": partial(dense, model)}
     python = environment(options.work)
     found["dense int4 (GPTQ)"] = partial(gptq, model, options, python)
-    found["dense int4"] = made("dense", "integers", "0", **integers)
+    found["dense int4 with --sparsity 0"] = made("dense", "integers", "0", **integers)
     for pattern in options.patterns:
         found[pattern] = made(pattern, "kept")
-        found[f"{pattern}, then the nearest int4"] = made(pattern, "rounded")
-        found[f"{pattern}, then int4"] = made(pattern, "integers", "0", **integers)
+        found[f"{pattern}, then int4"] = made(pattern, "rounded")
+        found[f"{pattern}, then int4 with --sparsity 0"] = made(
+            pattern, "integers", "0", **integers
+        )
         found[f"{pattern} and int4 jointly"] = made("dense", "integers", pattern, **integers)
     return found
 
