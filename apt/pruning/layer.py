@@ -26,11 +26,11 @@ from apt.solver import (
     SolverError,
     SolverOptions,
     Unstructured,
-    keep_zeros,
     meets,
     relative_layer_error,
     rounded,
     solve_live,
+    solve_masked,
 )
 from apt.solver.gram import DAMPING
 from apt.solver.patterns import surplus
@@ -226,7 +226,7 @@ class SiteSolver:
                 damped = gram.damped(options.damping)
                 target = targets.weight(dense, planned.site, sums, damped)
             if _keeps_all(planned.pattern):
-                return keep_zeros(target * scale, gram, dense == 0, options)
+                return solve_masked(target * scale, gram, dense == 0, options)
             return solve_live(self.method, target * scale, gram, planned.pattern, options)
         except MethodError as error:
             raise self._refused(f"{error}, for {planned.name}") from error

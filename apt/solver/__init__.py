@@ -18,7 +18,7 @@ from apt.solver.group_removal import (
     removal_order,
 )
 from apt.solver.integers import IntegerGrid, rounded
-from apt.solver.least_squares import Joint, joint_weights, keep_zeros, relative_layer_error
+from apt.solver.least_squares import Joint, joint_weights, relative_layer_error, solve_masked
 from apt.solver.options import EFFORTS, Effort, MethodError, Solution, SolverOptions, check_solution
 from apt.solver.patterns import (
     NM,
@@ -37,9 +37,9 @@ from apt.solver.sparsegpt import MAX_REMOVAL_SETS, mm, ms, sm, ss
 
 __all__ = [
     "EFFORTS", "MAX_REMOVAL_SETS", "NM", "ColumnGroups", "DampedGram", "Effort", "Gram",
-    "Granularity", "GroupChoice", "GroupRemoval", "IntegerGrid", "Joint", "MethodError",
-    "MixedNM", "Pattern", "SitePattern", "Solution", "SolverError", "SolverOptions",
-    "Unstructured", "admm", "check_solution", "full_precision", "joint_removal", "joint_weights",
-    "keep_columns", "keep_zeros", "lowest", "lowest_k", "meets", "mm", "ms", "parse_pattern",
-    "relative_layer_error", "removal_loss", "removal_order", "rounded", "sm", "solve_live", "ss",
+    "Granularity", "GroupChoice", "GroupRemoval", "IntegerGrid", "Joint", "MethodError", "MixedNM",
+    "Pattern", "SitePattern", "Solution", "SolverError", "SolverOptions", "Unstructured", "admm",
+    "check_solution", "full_precision", "joint_removal", "joint_weights", "keep_columns", "lowest",
+    "lowest_k", "meets", "mm", "ms", "parse_pattern", "relative_layer_error", "removal_loss",
+    "removal_order", "rounded", "sm", "solve_live", "solve_masked", "ss",
 ]  # fmt: skip

@@ -76,23 +76,23 @@ def joint_weights(
     return Joint(solution.div_(unit.scale), mask, loss, residual)
 
 
-def keep_zeros(weight: Tensor, gram: Gram, zeros: Tensor, options: SolverOptions) -> Solution:
-    """The solution of a layer that loses no weights: the joint weights for its own zeros.
+def solve_masked(weight: Tensor, gram: Gram, mask: Tensor, options: SolverOptions) -> Solution:
+    """The solution of a layer for a given mask, with the weights of `joint_weights`.
 
     Args:
-        weight: the target (out, in).
-        gram: the Gram matrix of the inputs.
-        zeros: True where the dense weight is zero (out, in).
+        weight: the dense ``W`` or another target (out, in).
+        gram: the Gram matrix of the inputs (in, in).
+        mask: True where a weight is pruned (out, in).
         options: the damping and the tolerance.
 
     Raises:
         SolverError: the Gram matrix is unusable.
     """
-    if not zeros.any():
-        return Solution(weight, zeros)
+    if not mask.any():
+        return Solution(weight, mask)
     damped = gram.damped(options.damping)
-    solved = joint_weights(weight, damped, zeros, None, options.tolerance)
-    return Solution(solved.weight.to(weight.dtype), zeros, damped.damping, solved.residual)
+    solved = joint_weights(weight, damped, mask, None, options.tolerance)
+    return Solution(solved.weight.to(weight.dtype), mask, damped.damping, solved.residual)
 
 
 def _direct(dense: Tensor, matrix: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:

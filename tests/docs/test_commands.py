@@ -28,9 +28,9 @@ NOT_HERE = {
     "w4a16": "its group divides no matrix of so small a model; packing/test_compressed_tensors.py",
 }
 WORDS = {
-    "facebook/opt-125m": "opt", "MODEL": "llama", "DENSE": "llama", "SMALL": "llama", "./trained": "llama",
-    "MODEL-keep-0.75": "llama", "DIR": "start", "c4": "text.txt", "wikitext2": "text.txt",
-    "ptb": "text.txt",
+    "facebook/opt-125m": "opt", "MODEL": "llama", "DENSE": "llama", "SMALL": "llama",
+    "./trained": "llama", "MODEL-keep-0.75": "llama", "DIR": "start", "c4": "text.txt",
+    "wikitext2": "text.txt", "ptb": "text.txt",
     "my-text.jsonl": "text.txt", "text.jsonl": "builtin", "channels=1024": "channels=256",
     "heads=6": "heads=4",
 }  # fmt: skip

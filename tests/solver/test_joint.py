@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apt.solver import Gram, SolverOptions, joint_weights, keep_zeros
+from apt.solver import Gram, SolverOptions, joint_weights, solve_masked
 from tests.helpers.problems import least_squares, problem, quadratic_loss, seeds
 
 joint = importlib.import_module("apt.solver.least_squares")
@@ -54,10 +54,10 @@ def test_every_step_lowers_every_row(seed, steps):
 
 @settings(deadline=None, max_examples=15)
 @given(seeds, st.floats(0, 1))
-def test_a_layer_that_loses_nothing_keeps_its_zeros(seed, share):
+def test_a_given_mask_is_solved_jointly(seed, share):
     target, gram = problem(seed, 4, 20)
     zeros = random_mask(seed, target.shape, share)
-    found = keep_zeros(target, gram, zeros, SolverOptions(damping=0.01))
+    found = solve_masked(target, gram, zeros, SolverOptions(damping=0.01))
     expected = least_squares(target, gram.damped(0.01).matrix, zeros)
     torch.testing.assert_close(found.weight, expected.to(target.dtype), rtol=1e-4, atol=1e-5)
     assert torch.equal(found.mask, zeros)
