@@ -46,7 +46,7 @@ def figures() -> dict[str, str]:
         for form in ("int4 as `q4_0`", "`q4_0`", "`bf16`")
     )
     return {
-        r"then has a perplexity of [\d.]+, and of [\d.]+ with the rounding of .*? it has [\d.]+": (
+        r"then has a perplexity of [\d.]+, and of [\d.]+ with the rounding of .*? it has \d+\.\d": (
             f"then has a perplexity of {fine:.1f}, and of {coarse:.1f} with the rounding of "
             f"llama.cpp; in bf16 it has {whole:.1f}"
         ),
