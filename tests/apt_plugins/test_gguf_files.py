@@ -168,7 +168,9 @@ def test_a_model_of_integers_has_the_same_ones_in_the_file(apt, original, pruned
 
 def test_scales_that_fp16_cannot_express_are_chosen_anew():
     integers = torch.randint(-7, 8, (4, 64), generator=torch.Generator().manual_seed(0)).float()
-    assert as_q4_0((integers * 0.01).numpy()) is not None
+    written = as_q4_0((integers * 0.01).numpy())
+    stacked = as_q4_0((integers * 0.01).view(2, 2, 64).numpy())
+    assert (stacked == written.reshape(2, 2, -1)).all()
     for scale in (1e6, 1e-8):
         assert as_q4_0((integers * scale).numpy()) is None
     assert as_q4_0((integers + 0.01 * torch.randn(4, 64)).numpy()) is None

@@ -19,7 +19,7 @@ _NARROW = 2.0**-9  # the error of a scale in fp16, relative to it: half a step o
 
 
 def as_q4_0(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any] | None:
-    """The bytes (out, in / 32 · 18) of a matrix (out, in) in fp32 as ``q4_0``.
+    """The bytes (…, in / 32 · 18) of a matrix (…, in) in fp32 as ``q4_0``.
 
     Each block has its scale in fp16, then its integers plus 8 as halves of bytes: the first 16 are
     the lower halves.
@@ -28,7 +28,7 @@ def as_q4_0(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any] | None:
         None for a matrix that does not consist of integers from −7 to 7 times a scale for each
         block, or has a scale that fp16 cannot express.
     """
-    stored = _as_stored(torch.from_numpy(values))
+    stored = _as_stored(torch.from_numpy(values).flatten(0, -2))
     first = exact_integers(stored[:8], "int4", BLOCK)  # most matrices end here, after little work
     found = first and exact_integers(stored, "int4", BLOCK)
     if found is None:
@@ -41,7 +41,7 @@ def as_q4_0(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any] | None:
     levels = (integers + 8).to(torch.uint8).view(rows, groups, 2, BLOCK // 2)
     halves = levels[:, :, 0] | (levels[:, :, 1] << 4)
     written = torch.cat([half.view(rows, groups, 1).view(torch.uint8), halves], 2)
-    return written.flatten(1).numpy()
+    return written.view(*values.shape[:-1], -1).numpy()
 
 
 def _as_stored(values: Tensor) -> Tensor:
