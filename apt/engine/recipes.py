@@ -30,7 +30,7 @@ def recipe_of(options: SolveOptions, method: MethodSpec) -> Recipe:
     if sparse.quantize and isinstance(method, ShrinkMethodSpec):
         raise AptError(
             "a smaller dense model is not quantised in the same run",
-            "quantise the result: apt-prune prune DIRECTORY --sparsity 0 --quantize int4",
+            "quantise the result in a run of its own: prune it with a sparsity of 0",
             ("quantize",),
         )
     aware = is_aware(options, method)

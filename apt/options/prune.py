@@ -221,7 +221,7 @@ class PruneRun(ModelRun, UnitOptions, PruneOptions, MaskOptions):
         if given := [name for name, value in others.items() if value]:
             hint = "prune without minutes, and train the result with apt-prune recover"
             if given == ["quantize"]:
-                hint = "quantise the result: apt-prune prune DIRECTORY --sparsity 0 --quantize int4"
+                hint = "quantise the result in a run of its own: prune it with a sparsity of 0"
             raise AptError(
                 f"minutes and {given[0]} exclude each other: a training needs the whole model in "
                 "memory, and changes integers",
