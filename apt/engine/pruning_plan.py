@@ -23,7 +23,7 @@ from apt.planning.plan import Plan, Selection, check_rounding, make_plan, tell_s
 from apt.plugin.registry import Registry
 from apt.plugin.specs import UNIFORM, MethodSpec, ShrinkMethodSpec
 from apt.pruning.layer import Method, Recipe
-from apt.solver import Pattern
+from apt.solver import Pattern, keeps_all
 from apt.text.augmentation import Augmentation
 from apt.text.self_generated import writes
 
@@ -87,7 +87,7 @@ def sparse_pruning(
     Raises:
         AptError: an option is out of range, or the pattern does not fit the model.
     """
-    if not wanted.pattern.sparsity:  # tuning and random tokens make up for weights that are gone
+    if keeps_all(wanted.pattern):  # tuning and random tokens make up for weights that are gone
         epochs, copies = options.tuning_epochs or 0, options.random_tokens or 0
         options = replace(options, tuning_epochs=epochs, random_tokens=copies)
     recipe, augmentation = dense.settings(options, method)

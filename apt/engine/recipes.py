@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from apt.calibration.targets import Targets
 from apt.errors import AptError
 from apt.options import PRESETS, Preset, PruneOptions, SolveOptions
+from apt.options.prune import QUANTISE_AFTER
 from apt.plugin.specs import MethodSpec, ShrinkMethodSpec
 from apt.pruning.layer import Recipe
 from apt.solver import IntegerGrid, SolverOptions
@@ -29,9 +30,7 @@ def recipe_of(options: SolveOptions, method: MethodSpec) -> Recipe:
     sparse = options if isinstance(options, PruneOptions) else PruneOptions()
     if sparse.quantize and isinstance(method, ShrinkMethodSpec):
         raise AptError(
-            "a smaller dense model is not quantised in the same run",
-            "quantise the result in a run of its own: prune it with a sparsity of 0",
-            ("quantize",),
+            "a smaller dense model is not quantised in the same run", QUANTISE_AFTER, ("quantize",)
         )
     aware = is_aware(options, method)
     if not aware:

@@ -25,6 +25,8 @@ from apt.options.shared import (
 )
 
 Effort = Literal["fast", "default", "best"]
+QUANTISE_AFTER = "quantise the result in a run of its own: prune it with a sparsity of 0"
+"""What to do where integers exclude another option."""
 
 
 @dataclass(frozen=True)
@@ -221,7 +223,7 @@ class PruneRun(ModelRun, UnitOptions, PruneOptions, MaskOptions):
         if given := [name for name, value in others.items() if value]:
             hint = "prune without minutes, and train the result with apt-prune recover"
             if given == ["quantize"]:
-                hint = "quantise the result in a run of its own: prune it with a sparsity of 0"
+                hint = QUANTISE_AFTER
             raise AptError(
                 f"minutes and {given[0]} exclude each other: a training needs the whole model in "
                 "memory, and changes integers",

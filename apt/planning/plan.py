@@ -18,6 +18,7 @@ from apt.solver import (
     Pattern,
     SitePattern,
     Unstructured,
+    keeps_all,
     parse_pattern,
 )
 from apt.solver.patterns import Granularity
@@ -403,7 +404,7 @@ def check_rounding(
     pruned = [site for block in plan.blocks for site in block.pruned]
     whole = [site for site in pruned if not removed_by(site.pattern, site.shape)]
     if quantized:
-        whole = [site for site in whole if str(site.pattern) != "0"]
+        whole = [site for site in whole if not keeps_all(site.pattern)]
     if not whole:
         return
     first = whole[0]
@@ -411,6 +412,6 @@ def check_rounding(
     count = f"{first.shape[1]:,} in each row" if row else f"{first.size:,}"
     said = f"{first.pattern} of the weights of {first.name} ({count}) rounds to none"
     if len(whole) == len(pruned) and not any(block.extras for block in plan.blocks):
-        hint = "give a larger sparsity" + ", or quantize" * (str(first.pattern) == "0")
+        hint = "give a larger sparsity" + ", or quantize" * keeps_all(first.pattern)
         raise AptError(f"nothing would be pruned: {said}", hint, ("sparsity",))
     notice(f"{len(whole)} of {len(pruned)} sites lose no weight: {said}")

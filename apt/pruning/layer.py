@@ -25,7 +25,7 @@ from apt.solver import (
     Solution,
     SolverError,
     SolverOptions,
-    Unstructured,
+    keeps_all,
     meets,
     relative_layer_error,
     rounded,
@@ -184,7 +184,7 @@ class SiteSolver:
             raise AptError(said, "use more damping, or another method", ("damping", "method"))
         if ((solution.weight != 0) & solution.mask).any():
             raise self._refused(f"returns a weight of {planned.name} that is not zero at its mask")
-        if _keeps_all(planned.pattern):  # a sum can be zero by chance
+        if keeps_all(planned.pattern):  # a sum can be zero by chance
             return
         unit = "groups" if isinstance(planned.pattern, ColumnGroups) else "weights"
         if more := surplus(solution.weight, dense, planned.pattern):
@@ -225,7 +225,7 @@ class SiteSolver:
             if targets is not None and not planned.site.routed:
                 damped = gram.damped(options.damping)
                 target = targets.weight(dense, planned.site, sums, damped)
-            if _keeps_all(planned.pattern):
+            if keeps_all(planned.pattern):
                 return solve_masked(target * scale, gram, dense == 0, options)
             return solve_live(self.method, target * scale, gram, planned.pattern, options)
         except MethodError as error:
@@ -237,11 +237,6 @@ class SiteSolver:
         except Exception as error:
             error.add_note(f"while {planned.name} was pruned")
             raise
-
-
-def _keeps_all(pattern: SitePattern) -> bool:
-    """True if a site loses no weight; its zeros stay, and no method is asked."""
-    return isinstance(pattern, Unstructured) and not pattern.sparsity
 
 
 def round_site(

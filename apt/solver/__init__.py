@@ -27,6 +27,7 @@ from apt.solver.patterns import (
     Pattern,
     SitePattern,
     Unstructured,
+    keeps_all,
     lowest,
     lowest_k,
     meets,
@@ -39,7 +40,7 @@ __all__ = [
     "EFFORTS", "MAX_REMOVAL_SETS", "NM", "ColumnGroups", "DampedGram", "Effort", "Gram",
     "Granularity", "GroupChoice", "GroupRemoval", "IntegerGrid", "Joint", "MethodError", "MixedNM",
     "Pattern", "SitePattern", "Solution", "SolverError", "SolverOptions", "Unstructured", "admm",
-    "check_solution", "full_precision", "joint_removal", "joint_weights", "keep_columns", "lowest",
-    "lowest_k", "meets", "mm", "ms", "parse_pattern", "relative_layer_error", "removal_loss",
-    "removal_order", "rounded", "sm", "solve_live", "solve_masked", "ss",
+    "check_solution", "full_precision", "joint_removal", "joint_weights", "keep_columns",
+    "keeps_all", "lowest", "lowest_k", "meets", "mm", "ms", "parse_pattern", "relative_layer_error",
+    "removal_loss", "removal_order", "rounded", "sm", "solve_live", "solve_masked", "ss",
 ]  # fmt: skip

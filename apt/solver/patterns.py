@@ -102,6 +102,11 @@ SitePattern = Pattern | ColumnGroups
 """The patterns of a site: those of sparse and those of structured pruning."""
 
 
+def keeps_all(pattern: SitePattern | None) -> bool:
+    """True for a sparsity of 0: no weight is removed, and the zeros that are there stay."""
+    return isinstance(pattern, Unstructured) and not pattern.sparsity
+
+
 def parse_pattern(text: str) -> Pattern:
     """Read ``0.5``, ``50%``, ``2:4`` or ``auto:8@0.5``, which is `MixedNM`.
 
