@@ -412,6 +412,19 @@ def llama_cpp_families(rows: Rows) -> str:
     return table(["model", "largest difference"], lines)
 
 
+def llama_cpp_tokens(rows: Rows) -> str:
+    """How many documents have the same tokens in llama.cpp."""
+    texts = {"wiki": "Wikipedia", "fortunes": "fortunes", "runs": "runs of spaces"}
+    lines = [
+        [
+            row["tokenizer"], f"{row['tokens']:,}",
+            *(f"{row[text]} of {row['documents']}" for text in texts),
+        ]
+        for row in rows
+    ]  # fmt: skip
+    return table(["tokenizer", "tokens", *texts.values()], lines)
+
+
 def deployments(rows: Rows) -> str:
     """What a model buys in transformers and in llama.cpp."""
 
@@ -492,6 +505,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Rows], str]]] = {
     "widths": ("widths", widths),
     "llama-cpp": ("llama-cpp", llama_cpp),
     "llama-cpp-families": ("llama-cpp-families", llama_cpp_families),
+    "llama-cpp-tokens": ("llama-cpp-tokens", llama_cpp_tokens),
     "runtimes": ("runtimes", runtimes),
     "deployments": ("deployments", deployments),
     "deployments-1.5b": ("deployments-1.5b", deployments),

@@ -24,7 +24,7 @@ from apt.options import ExportRun  # noqa: E402
 from apt.plugin.registry import registry  # noqa: E402
 from tests.helpers import TEXT  # noqa: E402
 from tests.helpers.families import CONFIGS, random_model, random_tokens  # noqa: E402
-from tests.helpers.gguf_files import entries, read, write_llama, write_random  # noqa: E402
+from tests.helpers.gguf_files import checkpoint_of, entries, read, write_llama, write_random  # noqa: E402
 
 SHORT = ("--samples", 4, "--seqlen", 24, "--calibration", TEXT)
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -229,17 +229,6 @@ def test_what_transformers_reads_is_written_back(apt, tmp_path, tokenizer, archi
 
 SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 128, "rope_theta": 10000.0}  # fmt: skip
-
-
-def checkpoint_of(tokenizer, kind="LlamaConfig", **fields):
-    """The directory of a model that no GGUF file was."""
-    given = {"vocab_size": 2050, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-             "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
-             "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}  # fmt: skip
-    torch.manual_seed(0)
-    config = getattr(transformers, kind)(**given | fields)
-    AutoModelForCausalLM.from_config(config).save_pretrained("model")
-    tokenizer.save_pretrained("model")
 
 
 @pytest.mark.parametrize(

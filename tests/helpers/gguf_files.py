@@ -6,6 +6,7 @@ from inspect import signature
 import gguf
 import numpy as np
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 from transformers.modeling_gguf_pytorch_utils import (
@@ -127,3 +128,14 @@ def entries(path):
         for key, field in reader.fields.items()
         if not key.startswith("GGUF.")
     }
+
+
+def checkpoint_of(tokenizer, kind="LlamaConfig", **fields):
+    """Write a random model that no GGUF file was to the directory ``model``."""
+    given = {"vocab_size": 2050, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+             "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}  # fmt: skip
+    torch.manual_seed(0)
+    config = getattr(transformers, kind)(**given | fields)
+    AutoModelForCausalLM.from_config(config).save_pretrained("model")
+    tokenizer.save_pretrained("model")

@@ -1,17 +1,21 @@
-"""The tokenizer of a checkpoint as entries of GGUF, for those that llama.cpp has under a name.
+"""The tokenizer of a checkpoint as entries of GGUF, for those of which llama.cpp has the steps.
 
 llama.cpp cuts text into words by code of its own, which ``tokenizer.ggml.pre`` names. Its converter
 recognises a tokenizer by what it makes of a text. Here the steps themselves must be the same.
+Tokenizers of SentencePiece cut no words.
 """
 
 import json
+from collections.abc import Container, Mapping
 from typing import Any
 
 import gguf
+from gguf import TokenType
 
 from apt.errors import AptError
 from apt.extending import Exportable
 from apt_plugins.gguf_files.layouts import CONVERTER
+from apt_plugins.gguf_files.sentencepiece import BYTES, SPACE, Pieces, pieces_of
 
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}|"
@@ -31,7 +35,7 @@ _UNNEEDED = ("NFC",)  # a normalizer that the converter leaves out too
 
 
 def add_vocabulary(writer: gguf.GGUFWriter, model: Exportable) -> None:
-    """Add tokens, merges, special tokens and the chat template.
+    """Add tokens, merges or scores, special tokens and the chat template.
 
     Raises:
         AptError: llama.cpp may not make the same tokens of a text.
@@ -39,15 +43,20 @@ def add_vocabulary(writer: gguf.GGUFWriter, model: Exportable) -> None:
     tokenizer = model.tokenizer()
     backend = getattr(tokenizer, "backend_tokenizer", None)
     record = json.loads(backend.to_str()) if backend is not None else {}
-    name = name_of_steps(record)
-    if name is None:
+    if (name := name_of_steps(record)) is not None:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(name)
+        _add_tokens(writer, tokenizer, model.config.vocab_size)
+        pairs = record["model"]["merges"]
+        writer.add_token_merges([p if isinstance(p, str) else " ".join(p) for p in pairs])
+    elif (pieces := pieces_of(record, tokenizer.get_added_vocab())) is not None:
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        _add_tokens(writer, tokenizer, model.config.vocab_size, pieces)
+        writer.add_add_space_prefix(pieces.prefix)
+    else:
         fault = f"the tokenizer of {model.name} is none that is known here"
         raise AptError(fault, f"{CONVERTER} {model.directory}")
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(name)
-    _add_tokens(writer, tokenizer, model.config.vocab_size)
-    pairs = record["model"]["merges"]
-    writer.add_token_merges([p if isinstance(p, str) else " ".join(p) for p in pairs])
     _add_special(writer, tokenizer, model)
     if isinstance(tokenizer.chat_template, str):
         writer.add_chat_template(tokenizer.chat_template)
@@ -79,21 +88,40 @@ def _step(step: dict[str, Any]) -> tuple[Any, ...]:
     return (kind, step.get("pattern", {}).get("Regex")) if usual else (kind,)
 
 
-def _add_tokens(writer: gguf.GGUFWriter, tokenizer: Any, count: int) -> None:
-    """The tokens by number, with their kinds; numbers without a token get one that is unused."""
-    texts = {number: text for text, number in tokenizer.get_vocab().items()}
+def _add_tokens(
+    writer: gguf.GGUFWriter, tokenizer: Any, count: int, pieces: Pieces | None = None
+) -> None:
+    """The tokens by number, with their kinds and the scores of ``pieces``.
+
+    Numbers without a token get one that is unused.
+    """
+    known = {number: text for text, number in tokenizer.get_vocab().items()}
     added = tokenizer.added_tokens_decoder
-    kinds = []
-    for number in range(count):
-        if number not in texts:
-            kinds.append(gguf.TokenType.UNUSED)
-        elif number in added:
-            special = added[number].special
-            kinds.append(gguf.TokenType.CONTROL if special else gguf.TokenType.USER_DEFINED)
-        else:
-            kinds.append(gguf.TokenType.NORMAL)
-    writer.add_token_list([texts.get(number, f"[PAD{number}]") for number in range(count)])
-    writer.add_token_types(kinds)
+    tokens = [(known.get(at, f"[PAD{at}]"), _kind(at, known, added)) for at in range(count)]
+    if pieces is not None:
+        tokens = [_piece(*token, tokenizer.unk_token) for token in tokens]
+        writer.add_token_scores([pieces.score(text) for text, _ in tokens])
+    writer.add_token_list([text for text, _ in tokens])
+    writer.add_token_types([kind for _, kind in tokens])
+
+
+def _kind(number: int, known: Container[int], added: Mapping[int, Any]) -> TokenType:
+    """The kind of a token, of which ``known`` ones have a text."""
+    if number not in known:
+        return TokenType.UNUSED
+    if number not in added:
+        return TokenType.NORMAL
+    return TokenType.CONTROL if added[number].special else TokenType.USER_DEFINED
+
+
+def _piece(text: str, kind: TokenType, unknown: str | None) -> tuple[str, TokenType]:
+    """A token of SentencePiece, which has two kinds more."""
+    if text == unknown:
+        return text, TokenType.UNKNOWN
+    if text in BYTES:
+        return text, TokenType.BYTE
+    added = kind == TokenType.USER_DEFINED  # found in a text before its spaces are marked
+    return text.replace(SPACE, " ") if added else text, kind
 
 
 def _add_special(writer: gguf.GGUFWriter, tokenizer: Any, model: Exportable) -> None:
