@@ -50,7 +50,16 @@ def _serves(linear: nn.Linear) -> bool:
 
 
 def use_kernels(model: nn.Module) -> None:
-    """Let the Linear modules of a model use the kernels where they are faster."""
+    """Let the Linear modules of a loaded model use the kernels where they are faster.
+
+    The dense weights move to the large pages that packed ones have. As long as one of them is in a
+    file in memory, as they were loaded, the pages of the packed ones there stay as well.
+    """
+    if (native := kernels()) is None:
+        return
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu":
+            parameter.data = native.in_large_pages(parameter.data)
     for module in model.modules():
         if type(module) is nn.Linear and _serves(module):
             module.__class__ = DenseLinear

@@ -121,6 +121,8 @@ class PackedLinear(nn.Module):
         self.weight_mask = self._matrix.mask
         if self.entry.values != "int4":  # the kernels have them in another order
             self.weight_values = self._matrix.values
+        if scales is not None:  # no longer in the file that they were loaded from
+            self._buffers[f"weight_{SCALES}"] = scales.clone()
 
     @property
     def dtype(self) -> torch.dtype:

@@ -717,6 +717,15 @@ def test_a_packed_model_in_another_dtype_is_the_dense_one_in_it(apt, pruned):
 
 
 @pytest.mark.skipif(kernels() is None, reason="needs apt-kernels with its library")
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux says which files are in memory")
+def test_the_file_of_a_loaded_model_is_not_in_memory(apt, pruned):
+    assert apt("pack", pruned(), "-o", "packed").code == 0
+    model = runtime.load("packed")
+    assert str(Path("packed").absolute()) not in Path("/proc/self/maps").read_text()
+    del model
+
+
+@pytest.mark.skipif(kernels() is None, reason="needs apt-kernels with its library")
 def test_a_dense_head_of_a_packed_model_uses_the_kernels():
     module = torch.nn.Linear(1024, 1100, bias=True).bfloat16().requires_grad_(False)
     plain = torch.nn.Linear(64, 64).bfloat16()

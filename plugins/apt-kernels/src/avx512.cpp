@@ -4,20 +4,13 @@
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,fma,f16c,popcnt,avx2")
-#include <immintrin.h>
+#include "expand512.inc"
 
 namespace apt {
 namespace {
 
 constexpr int LANES = 16;
 using Lanes = __m512;
-
-// A load into a register: the expansion of values in memory is many times slower (on Zen 4 and 5).
-inline __m512i loaded(const void *values) {
-    __m512i found = _mm512_loadu_si512(values);
-    asm("" : "+v"(found));
-    return found;
-}
 
 inline Lanes zero() { return _mm512_setzero_ps(); }
 inline Lanes same(float value) { return _mm512_set1_ps(value); }
@@ -50,9 +43,8 @@ struct Word16 {
     __m512i halves[2];
     Word16(const uint8_t *values, uint64_t bits) {
         const __mmask32 low = static_cast<__mmask32>(bits), high = static_cast<__mmask32>(bits >> 32);
-        halves[0] = _mm512_maskz_expand_epi16(low, loaded(values));
-        halves[1] = _mm512_maskz_expand_epi16(
-            high, loaded(values + 2 * __builtin_popcount(low)));
+        halves[0] = expanded16(values, low);
+        halves[1] = expanded16(values + 2 * __builtin_popcount(low), high);
     }
     inline __m256i quarter(int part) const {
         const __m512i half = halves[part >> 1];
@@ -100,14 +92,14 @@ struct Word<FP32> {
         }
     }
     inline Lanes lanes(int part) const {
-        return _mm512_maskz_expand_ps(masks[part], _mm512_castsi512_ps(loaded(values[part])));
+        return expanded32(values[part], masks[part]);
     }
 };
 
 template <>
 struct Word<INT8> : Word8 {
     Word(const uint8_t *values, uint64_t bits) {
-        bytes = _mm512_maskz_expand_epi8(bits, loaded(values));
+        bytes = expanded8(_mm512_loadu_si512(values), bits);
     }
     inline Lanes lanes(int part) const { return widened_int8(quarter(part)); }
 };
@@ -121,7 +113,7 @@ struct Word<INT4> : Word8 {
         const __m512i spread = _mm512_or_si512(pairs, _mm512_slli_epi16(pairs, 4));
         const __m512i halves = _mm512_and_si512(spread, _mm512_set1_epi8(15));
         const __m512i whole = _mm512_sub_epi8(halves, _mm512_set1_epi8(8));
-        bytes = _mm512_maskz_expand_epi8(bits, whole);
+        bytes = expanded8(whole, bits);
     }
     inline Lanes lanes(int part) const { return widened_int8(quarter(part)); }
 };

@@ -6,17 +6,10 @@
 #pragma GCC push_options
 #pragma GCC target( \
     "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx512bf16,avx512vnni,fma,f16c,popcnt,avx2")
-#include <immintrin.h>
+#include "expand512.inc"
 
 namespace apt {
 namespace {
-
-// A load into a register: the expansion of values in memory is many times slower (on Zen 4 and 5).
-inline __m512i loaded(const void *values) {
-    __m512i found = _mm512_loadu_si512(values);
-    asm("" : "+v"(found));
-    return found;
-}
 
 constexpr int64_t AHEAD = 4096;  // bytes of values to ask for in advance
 
@@ -41,8 +34,8 @@ void all_rows(const Matrix &m, const uint16_t *x, int64_t first, int64_t last, f
             const uint8_t *middle = place + 2 * __builtin_popcount(low);
             _mm_prefetch(reinterpret_cast<const char *>(place + AHEAD), _MM_HINT_T0);
             _mm_prefetch(reinterpret_cast<const char *>(place + AHEAD + 64), _MM_HINT_T0);
-            const __m512bh first_half = as_bf16(_mm512_maskz_expand_epi16(low, loaded(place)));
-            const __m512bh second_half = as_bf16(_mm512_maskz_expand_epi16(high, loaded(middle)));
+            const __m512bh first_half = as_bf16(expanded16(place, low));
+            const __m512bh second_half = as_bf16(expanded16(middle, high));
             place += 2 * __builtin_popcountll(bits);
             for (int b = 0; b < batch; ++b) {
                 const uint16_t *given = x + b * width + word * WORD;
@@ -61,13 +54,13 @@ void all_rows(const Matrix &m, const uint16_t *x, int64_t first, int64_t last, f
 // 64 integers in their columns.
 template <int32_t kind>
 inline __m512i integers(const uint8_t *values, uint64_t bits) {
-    if (kind == INT8) return _mm512_maskz_expand_epi8(bits, loaded(values));
+    if (kind == INT8) return expanded8(_mm512_loadu_si512(values), bits);
     const __m512i pairs =
         _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(values)));
     // The byte ab becomes the bytes b, a.
     const __m512i spread = _mm512_or_si512(pairs, _mm512_slli_epi16(pairs, 4));
     const __m512i halves = _mm512_and_si512(spread, _mm512_set1_epi8(15));
-    return _mm512_maskz_expand_epi8(bits, _mm512_sub_epi8(halves, _mm512_set1_epi8(8)));
+    return expanded8(_mm512_sub_epi8(halves, _mm512_set1_epi8(8)), bits);
 }
 
 // Integers times vectors in two parts of 8 bits. Sums of a group are exact: `Split` serves no wide ones.

@@ -1,5 +1,6 @@
 """The products of every instruction set that this processor has, against dense matrices."""
 
+import mmap
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from shutil import which
 
 import pytest
 import torch
-from apt_kernels import LEVEL, LEVELS, DenseMatrix, Matrix, available, library
+from apt_kernels import LEVEL, LEVELS, DenseMatrix, Matrix, available, in_large_pages, library
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -306,6 +307,38 @@ def matrix_of(weight, level):
     matrix = DenseMatrix(weight)
     matrix.use(level)
     return matrix
+
+
+@given(
+    st.lists(st.integers(0, 3000), min_size=1, max_size=8),
+    st.sampled_from([torch.uint8, torch.bfloat16, torch.float32]),
+)
+def test_copies_share_a_region_without_overlap(sizes, dtype):
+    given = [torch.arange(size).to(dtype) for size in sizes]
+    copies = [in_large_pages(values) for values in given]
+    for values, copy in zip(given, copies, strict=True):
+        assert torch.equal(copy, values)
+        assert copy.data_ptr() != values.data_ptr() or not len(values)
+        copy.zero_()
+    assert all(torch.equal(values, torch.arange(len(values)).to(dtype)) for values in given)
+    again = [in_large_pages(values.view(1, -1)) for values in given]
+    assert all(torch.equal(copy[0], values) for copy, values in zip(again, given, strict=True))
+    assert not any(copy.any() for copy in copies)
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="large pages are those of Linux")
+def test_a_region_is_given_back_with_its_last_tensor():
+    def mapped(place):
+        maps = Path("/proc/self/maps").read_text().splitlines()
+        ranges = [[int(end, 16) for end in line.split()[0].split("-")] for line in maps]
+        return any(first <= place < last for first, last in ranges)
+
+    large = in_large_pages(torch.ones(2**26 + 1, dtype=torch.uint8))  # a region of its own
+    first, place = large[:1], large.data_ptr()
+    del large
+    assert mapped(place)
+    del first
+    assert not mapped(place)
 
 
 def test_tensors_that_do_not_fit_are_refused():

@@ -8,6 +8,7 @@ instruction set of this one.
 
 from apt_kernels.library import LEVEL, LEVELS, available
 from apt_kernels.matrix import DenseMatrix, Matrix
+from apt_kernels.memory import in_large_pages
 
-__all__ = ["LEVEL", "LEVELS", "DenseMatrix", "Matrix", "available"]
+__all__ = ["LEVEL", "LEVELS", "DenseMatrix", "Matrix", "available", "in_large_pages"]
 __version__ = "0.1.0"

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from apt_kernels.library import LEVEL, LEVELS, LIBRARY, Fields
+from apt_kernels.memory import in_large_pages
 
 _KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3, torch.uint8: 4}
 _INT4 = 4
 _WORD = 64  # columns
-_BEYOND = 256  # bytes that the kernels may read behind the last value
 
 
 class Kernel:
@@ -42,7 +42,7 @@ class Kernel:
         self._scales = None if scales is None else scales.float().contiguous()
         self._fields = Fields(
             self._mask.data_ptr(), words if len(mask) == self.rows else 0,
-            self._values.data_ptr(), self._offsets.data_ptr(),
+            _address(values), self._offsets.data_ptr(),
             None if self._scales is None else self._scales.data_ptr(),
             self.rows, words, group // _WORD, self._kind,
         )  # fmt: skip
@@ -117,7 +117,7 @@ class Kernel:
 
 
 class Matrix(Kernel):
-    """A matrix without its zeros.
+    """A matrix without its zeros, in memory of its own.
 
     Args:
         columns: the number of columns.
@@ -163,9 +163,8 @@ class Matrix(Kernel):
         groups = -(-columns // group) if group else 0
         if scales is not None and scales.shape != (rows, groups):
             raise ValueError(f"scales of {tuple(scales.shape)} for {groups} groups")
-        values = values.contiguous()
-        self._tail = _moved_tail(values, offsets)
-        super().__init__(columns, whole, values, offsets, scales, group)
+        parts = in_large_pages(whole), in_large_pages(values)
+        super().__init__(columns, *parts, offsets, scales, group)
 
     @property
     def mask(self) -> Tensor:
@@ -203,20 +202,10 @@ class DenseMatrix(Kernel):
         super().__init__(columns, mask, weight.detach().view(-1), offsets)
 
 
-def _moved_tail(values: Tensor, offsets: Tensor) -> Tensor:
-    """A copy of the values of the last rows, with memory behind it that can be read.
-
-    The offsets of these rows then lead to the copy. All other values stay where they are, which
-    may be a file in memory.
-    """
-    size = values.nbytes
-    ends = torch.cat([offsets[1:], torch.tensor([size])])
-    first = int((ends + _BEYOND <= size).sum())
-    begin = int(offsets[first]) if first < len(offsets) else size
-    tail = torch.zeros(size - begin + _BEYOND, dtype=torch.uint8)
-    tail[: size - begin] = values.view(torch.uint8)[begin:]
-    offsets[first:] += tail.data_ptr() - values.data_ptr() - begin
-    return tail
+def _address(values: Tensor) -> int:
+    """The place of values in memory, which torch does not say if there are none."""
+    start = values.untyped_storage().data_ptr()
+    return start + values.storage_offset() * values.element_size()
 
 
 def _whole_words(mask: Tensor, words: int) -> Tensor:
