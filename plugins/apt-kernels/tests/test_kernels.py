@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from shutil import which
 
@@ -324,6 +325,12 @@ def test_copies_share_a_region_without_overlap(sizes, dtype):
     again = [in_large_pages(values.view(1, -1)) for values in given]
     assert all(torch.equal(copy[0], values) for copy, values in zip(again, given, strict=True))
     assert not any(copy.any() for copy in copies)
+
+
+def test_several_threads_get_memory_of_their_own():
+    with ThreadPoolExecutor(8) as pool:
+        copies = list(pool.map(lambda n: in_large_pages(torch.full((64,), n)), range(2000)))
+    assert all((copy == number).all() for number, copy in enumerate(copies))
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="large pages are those of Linux")

@@ -4,7 +4,7 @@ transformers joins the two pieces that come first among the merges. llama.cpp jo
 whose text together is a token, those of the highest score first, and of equal scores the leftmost.
 Both make the same tokens if the merges have all pairs of each token, one token after the other.
 Runs of one character, as of spaces, often have one score in common. Their merges are then in the
-order of the length of the first piece, the longest first, by which a run grows from the left too.
+order of the lengths of the two pieces, the longest first, by which a run grows from the left too.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -15,7 +15,9 @@ from typing import Any
 Pair = Sequence[str]
 SPACE = "▁"
 _SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-_NO_WORDS = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious"}
+_NO_WORDS = {
+    "type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False
+}  # fmt: skip
 _PREFIXES = {"always": True, "first": True, "never": False}
 BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
 """The tokens of single bytes, for characters that are no token."""
@@ -82,8 +84,9 @@ def _grow_from_the_left(merges: Sequence[Pair]) -> bool:
     """True if pairs of one score are joined in the same order by ranks and from the left."""
     if len({"".join(pair) for pair in merges}) == 1:
         return True
+    lengths = [(len(first), len(second)) for first, second in merges]
     one = len(set("".join(map("".join, merges)))) == 1
-    return one and all(len(first[0]) >= len(then[0]) for first, then in pairwise(merges))
+    return one and all(pair >= then for pair, then in pairwise(lengths))
 
 
 def _prefix(record: dict[str, Any]) -> bool | None:
@@ -92,7 +95,7 @@ def _prefix(record: dict[str, Any]) -> bool | None:
     if cut is not None and cut.get("type") == "Metaspace" and normalizer is None:
         marks = cut.get("replacement") == SPACE and not cut.get("split", True)
         return _PREFIXES[cut["prepend_scheme"]] if marks else None
-    if cut is not None and {**cut, "invert": False} != {**_NO_WORDS, "invert": False}:
+    if cut not in (None, _NO_WORDS):  # no spaces are left to cut at
         return None
     if normalizer == _SPACES:
         return False

@@ -6,6 +6,7 @@ addresses takes a third of the time. The pages of a file in memory are of this s
 
 import mmap
 from contextlib import suppress
+from threading import Lock
 from weakref import ReferenceType, ref
 
 import torch
@@ -23,12 +24,14 @@ class _Region(mmap.mmap):
 
 
 _last: "ReferenceType[_Region] | None" = None
+_turn = Lock()  # several threads may load models
 
 
 def in_large_pages(values: Tensor) -> Tensor:
     """A copy of ``values`` on the processor, with `BEYOND` bytes behind it that can be read."""
     size = values.nbytes
-    place = _reserved(-(-(size + BEYOND) // _ALIGNMENT) * _ALIGNMENT)
+    with _turn:
+        place = _reserved(-(-(size + BEYOND) // _ALIGNMENT) * _ALIGNMENT)
     copy = place[:size].view(values.dtype).view(values.shape)
     return copy.copy_(values)
 
