@@ -55,6 +55,15 @@ def random_model(kind: str, fields: dict[str, Any]) -> Any:
     return model.float().eval()
 
 
+def exported(model: Any, tokenizer: Any, folder: str) -> Path:
+    """The GGUF file of a model and its tokenizer, in a folder."""
+    path = Path(folder) / "model.gguf"
+    model.save_pretrained(f"{folder}/model")
+    tokenizer.save_pretrained(f"{folder}/model")
+    export_model(ExportRun(model=f"{folder}/model", output=path), registry())
+    return path
+
+
 @torch.no_grad()
 def difference(model: Any, python: Path, path: Path, tokens: Tensor) -> float:
     """The largest difference of a logarithm of a probability after tokens (seqlen)."""
@@ -81,10 +90,7 @@ def main() -> None:
     for name, (kind, fields) in MODELS.items():
         model = random_model(kind, fields)
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "model.gguf"
-            model.save_pretrained(f"{folder}/model")
-            tokenizer.save_pretrained(f"{folder}/model")
-            export_model(ExportRun(model=f"{folder}/model", output=path), registry())
+            path = exported(model, tokenizer, folder)
             largest = difference(model, options.python, path, tokens)
         rows.append({"model": name, "difference": largest})
         print(rows[-1], flush=True)

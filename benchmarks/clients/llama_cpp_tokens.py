@@ -19,15 +19,13 @@ from typing import Any
 import torch
 import transformers
 from llama_cpp import Row, serving
-from llama_cpp_families import random_model
+from llama_cpp_families import exported, random_model
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer, decoders, normalizers, processors
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import generate_merges
 
-from apt.engine.export import export_model
-from apt.options import ExportRun
 from apt.plugin.registry import registry
 
 from common import FORTUNES, fortunes, package_file, save, wiki  # isort: skip  # of llama_cpp
@@ -103,10 +101,7 @@ def main() -> None:
         tokenizer = make()
         model = random_model("LlamaConfig", {"vocab_size": len(tokenizer)})
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "model.gguf"
-            model.save_pretrained(f"{folder}/model")
-            tokenizer.save_pretrained(f"{folder}/model")
-            export_model(ExportRun(model=f"{folder}/model", output=path), registry())
+            path = exported(model, tokenizer, folder)
             row = compared(tokenizer, options.python, path, documents)
         rows.append({"tokenizer": name} | row)
         print(rows[-1], flush=True)
