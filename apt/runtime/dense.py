@@ -52,8 +52,8 @@ def _serves(linear: nn.Linear) -> bool:
 def use_kernels(model: nn.Module) -> None:
     """Let the Linear modules of a loaded model use the kernels where they are faster.
 
-    The dense weights move to the large pages that packed ones have. As long as one of them is in a
-    file in memory, as they were loaded, the pages of the packed ones there stay as well.
+    The dense weights are copied to large pages, as the packed ones were. Loading maps the whole
+    file into memory, and it stays mapped as long as one tensor refers to it.
     """
     if (native := kernels()) is None:
         return

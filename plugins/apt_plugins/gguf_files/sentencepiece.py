@@ -3,8 +3,8 @@
 transformers joins the two pieces that come first among the merges. llama.cpp joins any two pieces
 whose text together is a token, those of the highest score first, and of equal scores the leftmost.
 Both make the same tokens if the merges have all pairs of each token, one token after the other.
-Runs of one character, as of spaces, often have one score in common. Their merges are then in the
-order of the lengths of the two pieces, the longest first, by which a run grows from the left too.
+Runs of one character, for example of spaces, often have the same score. Their merges must be sorted
+by the lengths of the two pieces, the longest first. Then transformers also joins from the left.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
