@@ -32,6 +32,7 @@ SHAPES = {  # hidden and intermediate size, heads, heads of keys and values, blo
     "0.5b": (896, 4864, 14, 2, 6),
     "1.5b": (1536, 8960, 12, 2, 3),
     "7b": (4096, 11008, 32, 32, 1),
+    "70b": (8192, 28672, 64, 8, 1),
 }
 ROWS = [
     "smollm2/fast/16", "smollm2/default/16", "0.5b/fast/16", "0.5b/default/16", "1.5b/fast/16",
@@ -55,14 +56,19 @@ def opened(shape: str) -> Opened:
     model, _ = open_model()
     if shape == "smollm2":
         return model
-    hidden, intermediate, heads, pairs, blocks = SHAPES[shape]
-    config = LlamaConfig(
-        hidden_size=hidden, intermediate_size=intermediate, num_attention_heads=heads,
-        num_key_value_heads=pairs, num_hidden_layers=blocks, vocab_size=8192,
-        dtype=torch.bfloat16,
-    )  # fmt: skip
+    config = shaped(shape)
     module = LlamaForCausalLM(config).bfloat16().eval()
     return replace(model, module=module, config=config)
+
+
+def shaped(shape: str) -> LlamaConfig:
+    """A LLaMA with a few blocks of a shape."""
+    hidden, intermediate, heads, pairs, blocks = SHAPES[shape]
+    return LlamaConfig(
+        hidden_size=hidden, intermediate_size=intermediate, num_attention_heads=heads,
+        num_key_value_heads=pairs, num_hidden_layers=blocks, vocab_size=8192,
+        dtype=torch.bfloat16, architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
 
 
 def predicted(model: Opened, row: Row, options: argparse.Namespace) -> Row:

@@ -56,16 +56,19 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def checkpoint(folder: Path, blocks: int, options: argparse.Namespace) -> Path:
-    """Write a random LLaMA in bf16, with one file for each block."""
+def shaped(blocks: int, options: argparse.Namespace) -> LlamaConfig:
     hidden = options.hidden
-    config = LlamaConfig(
+    return LlamaConfig(
         hidden_size=hidden, intermediate_size=options.intermediate or hidden * 11 // 4,
         num_hidden_layers=blocks, num_attention_heads=hidden // 64,
         num_key_value_heads=hidden // 64, vocab_size=options.vocabulary, dtype=torch.bfloat16,
         architectures=["LlamaForCausalLM"],
     )  # fmt: skip
-    target = folder / f"llama-{blocks}"
+
+
+def checkpoint(folder: Path, config: LlamaConfig) -> Path:
+    """Write a random LLaMA in bf16, with one file for each block."""
+    target = folder / "llama"
     config.save_pretrained(target)
     zoo = registry().adapters.get("llama").zoo_path()
     AutoTokenizer.from_pretrained(zoo).save_pretrained(target)
@@ -121,7 +124,7 @@ def main() -> None:
             seconds, peak = (median(one[key] for one in found) for key in ("seconds", "peak"))
             rows.append({"model": options.model, "run": name, "seconds": seconds, "peak": peak})
     for blocks in options.blocks:
-        model = checkpoint(folder, blocks, options)
+        model = checkpoint(folder, shaped(blocks, options))
         size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
         row = {"model": f"{blocks} blocks", "run": "streamed", "weights": size}
         rows.append({**row, **run(model, folder / "out", options, "--stream")})

@@ -69,6 +69,7 @@ SUITE = {
     "products": "packed.py --matrices",
     "minutes": "minutes.py --patterns 0.5 2:4 0.7 --minutes 2 5 10 30",
     "costs": "costs.py",
+    "memory": "memory.py",
 }
 TIMED = {
     "solver", "endtoend", "scaling", "stream", "stream-7b", "mamba", "llm_compressor",

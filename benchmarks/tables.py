@@ -142,6 +142,12 @@ def costs(rows: Rows) -> str:
     return table([*header, "its solves, s", "measured", "ratio"], lines)
 
 
+def memories(rows: Rows) -> str:
+    """Predicted and measured peak memory."""
+    lines = [[*row["row"].split("/"), gib(row["predicted"]), gib(row["peak"])] for row in rows]
+    return table(["shape", "method", "predicted", "measured"], lines)
+
+
 def efforts(rows: Rows) -> str:
     """Perplexities by effort, at 2:4."""
     names = {
@@ -213,6 +219,10 @@ def solver(rows: Rows) -> str:
 
 def mib(count: float) -> str:
     return f"{count / 2**20:,.0f} MiB"
+
+
+def gib(count: float) -> str:
+    return f"{count / 2**30:.1f} GiB"
 
 
 def stream(rows: Rows) -> str:
@@ -492,6 +502,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Rows], str]]] = {
     "joint": ("paper", joint),
     "minutes": ("minutes", timed),
     "costs": ("costs", costs),
+    "memory": ("memory", memories),
     "tokens": ("tokens", tokens),
     "solver": ("solver", solver),
     "endtoend": ("endtoend", against_limit),

@@ -14,12 +14,14 @@ from apt.evaluation.logits import part_bytes
 from apt.evaluation.metrics import windows_at_once
 from apt.options import Activations, MachineName
 from apt.output.report import peak_memory
-from apt.planning.plan import Plan, PlannedBlock
+from apt.planning.plan import Plan, PlannedBlock, PlannedSite
 from apt.pruning.paused_forward import can_pause
 from apt.text.sampling import vocabulary
 from apt.text.self_generated import cached_tokens, logits_at_once
 
 _FP32 = 4
+_FACTORS = 6  # of a Gram matrix, each as large: damped, its root, scaled twice, an inverse twice
+_SOLVED = 8  # of a weight, as large: dense, target, kept, dual variable, …
 _TUNED = 5.5  # of a tuned weight: its value, gradient, moments, mask, and the dense one
 _TEXT = 150 * 2**20  # memory that stays allocated after reading and tokenising text
 _READING = 140 * 2**20  # additional memory while text is read
@@ -38,9 +40,10 @@ class Estimate:
             blocks, the inputs of the dense stream within a block, and the activations of batches
             that wait before a product.
         disk: the part of the activations that is on disk.
-        grams: the Gram and cross matrices of the largest block, with their factors.
+        grams: the Gram matrices of the largest block.
         working: the activations of one batch inside a block, and the larger of two: the solve of
-            one site, or the weights, gradients and moments of a block while it is tuned.
+            one site with the factors of its Gram matrix, or the weights, gradients and moments of a
+            block while it is tuned.
         predicting: the logits, and the tensors made from them, while the model is measured or
             generates calibration text. At that time only the weights are in memory beside them.
     """
@@ -128,7 +131,7 @@ def estimate(planned: Planned) -> Estimate:
     if planned.streamed:
         parameters += max(in_blocks) - sum(in_blocks)
     widest = max(sum(site.shape) for site in plan.sites)
-    largest = max(site.size for site in plan.sites)
+    solved = max(_solve_bytes(entry) for block in plan.blocks for entry in block.pruned)
     tuned = max(sum(entry.size for entry in block.pruned) for block in plan.blocks)
     return Estimate(
         process=peak_memory()["cpu"] + _TEXT,
@@ -138,7 +141,7 @@ def estimate(planned: Planned) -> Estimate:
         disk=activations_on_disk(skeleton, plan, tokens) if on_disk else 0,
         grams=max(_gram_bytes(block) for block in plan.blocks),
         working=min(tokens, TOKENS_PER_BATCH) * (4 * widest + held) * bytes_each
-        + max(8 * largest, int(_TUNED * tuned)) * _FP32,
+        + max(solved, int(_TUNED * tuned) * _FP32),
         predicting=max(
             _measuring(skeleton, seqlen, (4 * widest + held) * bytes_each),
             _generating(skeleton, len(blocks), seqlen, bytes_each) if planned.own_text else 0,
@@ -198,15 +201,11 @@ def _shared_inputs(block: PlannedBlock) -> dict[str, int]:
 
 
 def _gram_bytes(block: PlannedBlock) -> int:
-    """Bytes of Gram matrices, with cross matrices and factors but for experts.
+    """Bytes of the Gram matrices, which are kept until the sites of the block are measured."""
+    return sum(width * width for width in block.inputs.values()) * _FP32
 
-    The factors of an expert are freed before the next one is solved.
-    """
-    shared, total = _shared_inputs(block), 0
-    for name, width in block.inputs.items():
-        if name not in shared:
-            total += width * width * _FP32
-            continue
-        outputs = sum(entry.shape[0] for entry in block.pruned if entry.site.input == name)
-        total += (5 * width + min(width, outputs)) * width * _FP32
-    return total
+
+def _solve_bytes(entry: PlannedSite) -> int:
+    """Bytes of a site's solve: its cross matrix, the factors of its Gram matrix, its weights."""
+    out, width = entry.shape
+    return ((_FACTORS * width + min(width, out)) * width + _SOLVED * entry.size) * _FP32

@@ -315,15 +315,23 @@ class Scaled:
         """
         if penalty in self._proximal:
             return self._proximal[penalty]
-        shifted = self.matrix.clone()
-        shifted.diagonal().add_(penalty)
-        inverse = positive_inverse(shifted).mul_(penalty)
+        inverse = self._shifted_inverse(penalty).mul_(penalty)
         wide = len(inverse) >= _BF16_WIDTH and inverse.dtype == torch.float32
         if wide and multiplies_bf16(inverse.device):
             inverse = inverse.bfloat16()
         if (len(self._proximal) + 1) * inverse.numel() <= _CACHE:
             self._proximal[penalty] = inverse
         return inverse
+
+    def _shifted_inverse(self, penalty: float) -> Tensor:
+        """``(H + ρI)⁻¹`` (in, in). The diagonal is changed in place, since a copy is large."""
+        diagonal = self.matrix.diagonal()
+        before = diagonal.clone()
+        diagonal.add_(penalty)
+        try:
+            return positive_inverse(self.matrix)
+        finally:
+            diagonal.copy_(before)
 
 
 def _attempts(dtype: torch.dtype, damping: float) -> Iterator[tuple[torch.dtype, float]]:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apt.solver import NM, Gram, SolverError, SolverOptions, sm
-from apt.solver.gram import positive_inverse, upper_root
+from apt.solver.gram import Scaled, positive_inverse, upper_root
 from tests.helpers.problems import problem, seeds
 
 
@@ -203,3 +203,15 @@ def test_inverses_survive_inputs_that_share_a_large_direction(share):
     expected = torch.linalg.inv(damped.matrix.double())
     for inverse, least in ((damped.inverse, 1e-3), (positive_inverse(damped.matrix), 0.1)):
         assert (inverse.double() - expected).norm() / expected.norm() < least
+
+
+def test_a_shift_of_the_diagonal_is_taken_back():
+    matrix = problem(3, 1, 12)[1].damped(0.01).balanced.matrix
+    shifted = matrix + 0.5 * torch.eye(12)
+    scaled = Scaled(torch.ones(12), matrix.clone())
+    torch.testing.assert_close(scaled.proximal(0.5), 0.5 * torch.linalg.inv(shifted))
+    assert torch.equal(scaled.matrix, matrix)
+    scaled = Scaled(torch.ones(12), -matrix)
+    with pytest.raises(torch.linalg.LinAlgError):
+        scaled.proximal(0.5)
+    assert torch.equal(scaled.matrix, -matrix)
