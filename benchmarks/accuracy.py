@@ -95,6 +95,7 @@ def prune(
 ) -> tuple[nn.Module, Row]:
     """A pruned copy, with its layer error and times."""
     method, options, allocation = read_method(name)
+    computed = allocation not in (None, "uniform")
     started = time.perf_counter()
     module, report = apt.prune_copy(
         model.module,
@@ -105,7 +106,7 @@ def prune(
         options=options,
         tokenizer=tokenizer,
         seed=seed,
-        allocation=allocation_of(allocation, pattern) if allocation else None,
+        allocation=allocation_of(allocation, pattern) if computed else allocation,
     )
     return module, {
         "zeros": report.sparsity,

@@ -158,13 +158,14 @@ def _fit(planned: Planned, memory: int) -> str:
     said = f"{size(needed)} of its {size(memory)} of memory"
     if needed <= memory:
         return said
-    given, tried = planned.activations, "--stream --activations cpu"
-    others: dict[str, tuple[bool, Activations]] = {
-        "--activations cpu": (planned.streamed, "cpu"), "--stream": (True, given),
-        tried: (True, "cpu"),
+    given, tried = planned.activations, "--stream --activations cpu --effort fast"
+    others: dict[str, tuple[bool, Activations, bool]] = {
+        "--activations cpu": (planned.streamed, "cpu", True), "--stream": (True, given, True),
+        "--stream --activations cpu": (True, "cpu", True), tried: (True, "cpu", False),
     }  # fmt: skip
-    for flags, (streamed, activations) in others.items():
-        needed = _on_device(replace(planned, streamed=streamed, activations=activations))
+    for flags, (streamed, activations, tuned) in others.items():
+        other = replace(planned, streamed=streamed, activations=activations, tuned=tuned)
+        needed = _on_device(other)
         if needed <= memory:
             return f"{said}; {size(needed)} with {flags}"
     return f"{said}; even with {tried} {size(needed)}"

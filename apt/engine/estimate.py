@@ -81,6 +81,7 @@ class Planned:
         activations: the place of the activations. On an accelerator, there is no more than one
             batch of them unless it is ``"memory"``.
         own_text: True if the model generates calibration text.
+        tuned: True if the blocks are tuned; not so with effort ``"fast"``.
         works: the work of the run with each effort that comes into question; none if it is not
             known.
         on: the name of the accelerator that the run is planned for; None for this machine.
@@ -94,6 +95,7 @@ class Planned:
     streamed: bool = False
     activations: Activations = "memory"
     own_text: bool = False
+    tuned: bool = True
     works: tuple[PlannedWork, ...] = ()
     on: MachineName | None = None
 
@@ -132,7 +134,7 @@ def estimate(planned: Planned) -> Estimate:
         parameters += max(in_blocks) - sum(in_blocks)
     widest = max(sum(site.shape) for site in plan.sites)
     solved = max(_solve_bytes(entry) for block in plan.blocks for entry in block.pruned)
-    tuned = max(sum(entry.size for entry in block.pruned) for block in plan.blocks)
+    in_block = max(sum(entry.size for entry in block.pruned) for block in plan.blocks)
     return Estimate(
         process=peak_memory()["cpu"] + _TEXT,
         weights=parameters * bytes_each,
@@ -141,7 +143,7 @@ def estimate(planned: Planned) -> Estimate:
         disk=activations_on_disk(skeleton, plan, tokens) if on_disk else 0,
         grams=max(_gram_bytes(block) for block in plan.blocks),
         working=min(tokens, TOKENS_PER_BATCH) * (4 * widest + held) * bytes_each
-        + max(solved, int(_TUNED * tuned) * _FP32),
+        + max(solved, int(_TUNED * in_block) * _FP32 * planned.tuned),
         predicting=max(
             _measuring(skeleton, seqlen, (4 * widest + held) * bytes_each),
             _generating(skeleton, len(blocks), seqlen, bytes_each) if planned.own_text else 0,

@@ -260,6 +260,15 @@ def test_a_checkpoint_that_was_no_gguf_is_one(apt, tmp_path, tokenizer, kind, fi
     assert fields["tokenizer.ggml.add_bos_token"].contents() is False
 
 
+def test_a_token_with_number_0_is_not_a_missing_one(apt, tokenizer):
+    checkpoint_of(tokenizer, bos_token_id=5, eos_token_id=7)
+    assert apt("export", "model", "-o", "out.gguf").code == 0
+    fields = gguf.GGUFReader("out.gguf").fields
+    ids = {kind: fields[f"tokenizer.ggml.{kind}_token_id"].contents() for kind in ("bos", "eos")}
+    assert ids == {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
+    assert ids == {"bos": 0, "eos": 0}
+
+
 def test_scaled_rotary_frequencies_are_a_tensor(apt, tokenizer):
     checkpoint_of(tokenizer, rope_scaling=SCALED)
     assert apt("export", "model", "-o", "out.gguf").code == 0

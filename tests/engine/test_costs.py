@@ -99,16 +99,23 @@ SHAPE = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 8
          "model_type": "llama", "vocab_size": 32000}  # fmt: skip
 
 
+EXPERTS = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+           "num_attention_heads": 32, "architectures": ["MixtralForCausalLM"],
+           "model_type": "mixtral"}  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("shape", "words", "said"),
     [
-        (("--on", "mi300x"), "with --activations cpu"),
-        (("--on", "h100"), "with --stream --activations cpu"),
-        (("--on", "4090", "--samples", 512), "; even with --stream --activations cpu"),
+        ({}, ("--on", "mi300x"), "with --activations cpu"),
+        ({}, ("--on", "h100"), "with --stream --activations cpu"),
+        (EXPERTS, ("--on", "4090"), "; 17.8 GiB with --stream --activations cpu --effort fast"),
+        ({}, ("--on", "4090", "--samples", 512),
+         "; even with --stream --activations cpu --effort fast"),
     ],
-)
-def test_inspect_tells_with_what_a_model_fits(apt, tmp_path, words, said):
-    (tmp_path / "config.json").write_text(json.dumps(SHAPE))
+)  # fmt: skip
+def test_inspect_tells_with_what_a_model_fits(apt, tmp_path, shape, words, said):
+    (tmp_path / "config.json").write_text(json.dumps(SHAPE | shape))
     run = apt("inspect", tmp_path, "--sparsity", 0.5, *words)
     assert run.code == 0, run.err
     assert said in " ".join(run.out.split())
