@@ -22,7 +22,9 @@ from apt.text.self_generated import cached_tokens, logits_at_once
 _FP32 = 4
 _FACTORS = 6  # of a Gram matrix, each as large: damped, its root, scaled twice, an inverse twice
 _SOLVED = 8  # of a weight, as large: dense, target, kept, dual variable, …
-_TUNED = 5.5  # of a tuned weight: its value, gradient, moments, mask, and the dense one
+_TUNED = (
+    7  # of a tuned weight: value, gradient, moments; in two bytes value, gradient, dense; masks
+)
 _TEXT = 150 * 2**20  # memory that stays allocated after reading and tokenising text
 _READING = 140 * 2**20  # additional memory while text is read
 
@@ -143,7 +145,7 @@ def estimate(planned: Planned) -> Estimate:
         disk=activations_on_disk(skeleton, plan, tokens) if on_disk else 0,
         grams=max(_gram_bytes(block) for block in plan.blocks),
         working=min(tokens, TOKENS_PER_BATCH) * (4 * widest + held) * bytes_each
-        + max(solved, int(_TUNED * in_block) * _FP32 * planned.tuned),
+        + max(solved, _TUNED * in_block * _FP32 * planned.tuned),
         predicting=max(
             _measuring(skeleton, seqlen, (4 * widest + held) * bytes_each),
             _generating(skeleton, len(blocks), seqlen, bytes_each) if planned.own_text else 0,
