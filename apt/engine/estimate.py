@@ -20,11 +20,9 @@ from apt.text.sampling import vocabulary
 from apt.text.self_generated import cached_tokens, logits_at_once
 
 _FP32 = 4
-_FACTORS = 6  # of a Gram matrix, each as large: damped, its root, scaled twice, an inverse twice
-_SOLVED = 8  # of a weight, as large: dense, target, kept, dual variable, …
-_TUNED = (
-    7  # of a tuned weight: value, gradient, moments; in two bytes value, gradient, dense; masks
-)
+_FACTORS = 6  # matrices of a Gram matrix's size: damped, its root, scaled twice, an inverse twice
+_SOLVED = 8  # matrices of a weight's size during its solve: dense, target, kept, dual variable, …
+_TUNED = 28  # bytes of a tuned weight: fp32 value, gradient, moments; bf16 value, gradients; masks
 _TEXT = 150 * 2**20  # memory that stays allocated after reading and tokenising text
 _READING = 140 * 2**20  # additional memory while text is read
 
@@ -145,7 +143,7 @@ def estimate(planned: Planned) -> Estimate:
         disk=activations_on_disk(skeleton, plan, tokens) if on_disk else 0,
         grams=max(_gram_bytes(block) for block in plan.blocks),
         working=min(tokens, TOKENS_PER_BATCH) * (4 * widest + held) * bytes_each
-        + max(solved, _TUNED * in_block * _FP32 * planned.tuned),
+        + max(solved, _TUNED * in_block * planned.tuned),
         predicting=max(
             _measuring(skeleton, seqlen, (4 * widest + held) * bytes_each),
             _generating(skeleton, len(blocks), seqlen, bytes_each) if planned.own_text else 0,
