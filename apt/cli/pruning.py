@@ -34,7 +34,7 @@ from apt.options import (
     ShrinkRun,
     write_options,
 )
-from apt.output.report import Report
+from apt.output.report import Report, peak_memory
 from apt.output.staging import resumable
 from apt.planning.plan import Plan
 from apt.plugin.registry import registry
@@ -63,7 +63,8 @@ def start(
             save_config(config, replace(run, method=task.method.name), task)
         if plan.dry_run:
             with Progress("checking") as progress:
-                planned = _planned(task, planned_levels(task, progress.status))
+                process = peak_memory()["cpu"]
+                planned = _planned(task, planned_levels(task, progress.status), process)
             for line in notices:
                 notice(line)
             show_plan(planned, as_json=printing.as_json)
@@ -116,7 +117,7 @@ def save_config(config: ConfigOptions, run: PruneRun | ShrinkRun | RecoverRun, t
         write_options(config.save_config, run, input_paths(task.skeleton.source, texts))
 
 
-def _planned(task: PruneTask, plan: Plan) -> Planned:
+def _planned(task: PruneTask, plan: Plan, process: int) -> Planned:
     """The plan of a run, for printing."""
     options = task.options
     return Planned(
@@ -128,7 +129,10 @@ def _planned(task: PruneTask, plan: Plan) -> Planned:
         streamed=options.stream,
         activations=options.activations,
         own_text=bool(task.job.augmentation.own_samples),
+        error_aware=task.job.recipe.error_aware,
+        tuned=task.job.recipe.tuning is not None,
         works=_works(task, plan),
+        process=process,
     )
 
 

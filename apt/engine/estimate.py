@@ -1,7 +1,6 @@
 """An estimate of the memory of a run, from shapes alone."""
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -81,10 +80,12 @@ class Planned:
         activations: the place of the activations. On an accelerator, there is no more than one
             batch of them unless it is ``"memory"``.
         own_text: True if the model generates calibration text.
+        error_aware: True if the activations of the dense model are computed as well.
         tuned: True if the blocks are tuned; not so with effort ``"fast"``.
         works: the work of the run with each effort that comes into question; none if it is not
             known.
         on: the name of the accelerator that the run is planned for; None for this machine.
+        process: the bytes of this process, before an allocation loads the model.
     """
 
     skeleton: Opened
@@ -95,9 +96,11 @@ class Planned:
     streamed: bool = False
     activations: Activations = "memory"
     own_text: bool = False
+    error_aware: bool = True
     tuned: bool = True
     works: tuple[PlannedWork, ...] = ()
     on: MachineName | None = None
+    process: int = field(default_factory=lambda: peak_memory()["cpu"])
 
     @property
     def machine(self) -> Machine:
@@ -121,9 +124,9 @@ class Planned:
 
 
 def estimate(planned: Planned) -> Estimate:
-    """Estimate an error-aware run of a plan."""
+    """Estimate a run of a plan by a method that solves with factors of the Gram matrices."""
     skeleton, plan, seqlen = planned.skeleton, planned.plan, planned.seqlen
-    on_disk = planned.activations == "disk"
+    on_disk, aware = planned.activations == "disk", planned.error_aware
     bytes_each, config = skeleton.dtype.itemsize, skeleton.config
     tokens = planned.samples * seqlen
     held = skeleton.adapter.held(config, seqlen)
@@ -136,11 +139,11 @@ def estimate(planned: Planned) -> Estimate:
     solved = max(_solve_bytes(entry) for block in plan.blocks for entry in block.pruned)
     in_block = max(sum(entry.size for entry in block.pruned) for block in plan.blocks)
     return Estimate(
-        process=peak_memory()["cpu"] + _TEXT,
+        process=planned.process + _TEXT,
         weights=parameters * bytes_each,
         activations=(min(tokens, TOKENS_PER_BATCH) if on_disk else tokens)
-        * max(_activations(b, config, bytes_each, held if waits else 0) for b in plan.blocks),
-        disk=activations_on_disk(skeleton, plan, tokens) if on_disk else 0,
+        * max(_activations(b, planned, held if waits else 0) for b in plan.blocks),
+        disk=on_disk * activations_on_disk(skeleton, plan, tokens, error_aware=aware),
         grams=max(_gram_bytes(block) for block in plan.blocks),
         working=min(tokens, TOKENS_PER_BATCH) * (4 * widest + held) * bytes_each
         + max(solved, _TUNED * in_block * planned.tuned),
@@ -167,10 +170,10 @@ def _generating(skeleton: Opened, blocks: int, seqlen: int, bytes_each: int) -> 
     return logits + keys_and_values
 
 
-def activations_on_disk(skeleton: Opened, plan: Plan, tokens: int) -> int:
-    """Bytes of the calibration activations that an error-aware run keeps on disk."""
-    kept = max(_kept(block, skeleton.config, skeleton.dtype.itemsize) for block in plan.blocks)
-    drift: int = hidden_size(skeleton.config) * _FP32
+def activations_on_disk(skeleton: Opened, plan: Plan, tokens: int, *, error_aware: bool) -> int:
+    """Bytes of the calibration activations that a run keeps on disk."""
+    kept = max(_kept(block, skeleton, error_aware) for block in plan.blocks)
+    drift = hidden_size(skeleton.config) * _FP32 if error_aware else 0
     return tokens * (kept + drift)
 
 
@@ -178,23 +181,25 @@ def _parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _activations(block: PlannedBlock, config: Any, bytes_each: int, held: int) -> int:
+def _activations(block: PlannedBlock, planned: Planned, held: int) -> int:
     """Bytes for each token: kept activations, those of a forward that waits, and the drift.
 
     A forward that waits before the last product holds its input, a normalised stream and the
     residual stream. Before a product in attention the ``held`` activations may be larger.
     """
-    last = max(_shared_inputs(block).values(), default=0)
-    waiting = 2 * hidden_size(config) + max(last, held)
-    kept = _kept(block, config, bytes_each)
-    total: int = kept + waiting * bytes_each + 2 * hidden_size(config) * _FP32
-    return total
+    skeleton = planned.skeleton
+    last, width = max(_shared_inputs(block).values(), default=0), hidden_size(skeleton.config)
+    waiting = (2 * width + max(last, held)) * skeleton.dtype.itemsize
+    drift = 2 * width * _FP32 if planned.error_aware else 0
+    return _kept(block, skeleton, planned.error_aware) + waiting + drift
 
 
-def _kept(block: PlannedBlock, config: Any, bytes_each: int) -> int:
-    """Bytes for each token: the two streams, and the dense inputs."""
-    total: int = (2 * hidden_size(config) + sum(_shared_inputs(block).values())) * bytes_each
-    return total
+def _kept(block: PlannedBlock, skeleton: Opened, error_aware: bool) -> int:
+    """Bytes for each token: one stream, or two and the dense inputs."""
+    width = hidden_size(skeleton.config)
+    if error_aware:
+        width += width + sum(_shared_inputs(block).values())
+    return width * skeleton.dtype.itemsize
 
 
 def _shared_inputs(block: PlannedBlock) -> dict[str, int]:

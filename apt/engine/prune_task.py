@@ -93,7 +93,8 @@ class PruneTask(Task):
             return written
         if options.activations == "disk":
             tokens = self.samples * options.seqlen
-            written += activations_on_disk(skeleton, self.job.plan, tokens)
+            aware = self.job.recipe.error_aware
+            written += activations_on_disk(skeleton, self.job.plan, tokens, error_aware=aware)
         return written * 2 if self.job.structure else written  # the smaller model beside the other
 
     def read_text(self, ranks: Ranks) -> Text:

@@ -125,3 +125,17 @@ def test_an_unknown_machine_is_refused(apt):
     run = apt("inspect", LLAMA, "--on", "h1")
     assert run.code == 2
     assert "on 'h1' is not one of h100, h200, a100, 4090, mi300x (--on)" in run.err
+
+
+def test_a_dry_run_counts_the_memory_of_its_own_options(apt):
+    needs = {}
+    for words in ((), ("--effort", "fast"), ("--layer-wise",)):
+        how = ("prune", LLAMA, "--sparsity", 0.5, "--samples", 8, "--dry-run", "--json", *words)
+        run = apt(*how)
+        assert run.code == 0, run.err
+        needs[words] = json.loads(run.out)["needs"]
+    usual, fast, layer_wise = needs.values()
+    assert fast["working"] < usual["working"]
+    # One stream of 192 and a forward that waits, in place of two, the inputs and the drift.
+    assert layer_wise["activations"] < fast["activations"] / 2
+    assert {each["weights"] for each in needs.values()} == {usual["weights"]}
