@@ -136,7 +136,7 @@ def estimate(planned: Planned) -> Estimate:
     if planned.streamed:
         parameters += max(in_blocks) - sum(in_blocks)
     widest = max(sum(site.shape) for site in plan.sites)
-    solved = max(_solve_bytes(entry) for block in plan.blocks for entry in block.pruned)
+    solved = max((_solve_bytes(e) for block in plan.blocks for e in block.pruned), default=0)
     in_block = max(sum(entry.size for entry in block.pruned) for block in plan.blocks)
     return Estimate(
         process=planned.process + _TEXT,
@@ -196,10 +196,8 @@ def _activations(block: PlannedBlock, planned: Planned, held: int) -> int:
 
 def _kept(block: PlannedBlock, skeleton: Opened, error_aware: bool) -> int:
     """Bytes for each token: one stream, or two and the dense inputs."""
-    width = hidden_size(skeleton.config)
-    if error_aware:
-        width += width + sum(_shared_inputs(block).values())
-    return width * skeleton.dtype.itemsize
+    stream, inputs = hidden_size(skeleton.config), sum(_shared_inputs(block).values())
+    return (2 * stream + inputs if error_aware else stream) * skeleton.dtype.itemsize
 
 
 def _shared_inputs(block: PlannedBlock) -> dict[str, int]:

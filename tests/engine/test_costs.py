@@ -139,3 +139,11 @@ def test_a_dry_run_counts_the_memory_of_its_own_options(apt):
     # One stream of 192 and a forward that waits, in place of two, the inputs and the drift.
     assert layer_wise["activations"] < fast["activations"] / 2
     assert {each["weights"] for each in needs.values()} == {usual["weights"]}
+
+
+def test_a_dry_run_counts_no_solve_where_only_blocks_are_dropped(apt):
+    run = apt("shrink", LLAMA, "--depth-only", "--layer-wise", "--dry-run", "--json")
+    assert run.code == 0, run.err
+    needs = json.loads(run.out)["needs"]
+    assert needs["grams"] == 0
+    assert needs["memory"] > needs["process"]
