@@ -26,7 +26,7 @@ from stream import checkpoint
 from apt.checkpoints.copies import REPORT
 from apt.solver import EFFORTS
 
-ROWS = ["0.5b/fast", "1.5b/fast", "1.5b/default", "7b/fast", "70b/wanda"]
+ROWS = ["0.5b/fast", "1.5b/default", "7b/fast", "70b/wanda"]
 
 
 def arguments() -> argparse.Namespace:
