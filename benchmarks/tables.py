@@ -141,7 +141,10 @@ def costs(rows: Rows) -> str:
 
 def memories(rows: Rows) -> str:
     """Predicted and measured peak memory."""
-    lines = [[*row["row"].split("/"), gib(row["predicted"]), gib(row["peak"])] for row in rows]
+    lines = [
+        [*row["row"].split("/"), gib(row["predicted"]), gib(row["peak"])]
+        for row in sorted(rows, key=lambda row: float(row["predicted"]))
+    ]
     return table(["shape", "method", "predicted", "measured"], lines)
 
 
