@@ -56,7 +56,8 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def shaped(blocks: int, options: argparse.Namespace) -> LlamaConfig:
+def configuration(blocks: int, options: argparse.Namespace) -> LlamaConfig:
+    """A LLaMA with as many blocks, of the widths in the options."""
     hidden = options.hidden
     return LlamaConfig(
         hidden_size=hidden, intermediate_size=options.intermediate or hidden * 11 // 4,
@@ -124,7 +125,7 @@ def main() -> None:
             seconds, peak = (median(one[key] for one in found) for key in ("seconds", "peak"))
             rows.append({"model": options.model, "run": name, "seconds": seconds, "peak": peak})
     for blocks in options.blocks:
-        model = checkpoint(folder, shaped(blocks, options))
+        model = checkpoint(folder, configuration(blocks, options))
         size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
         row = {"model": f"{blocks} blocks", "run": "streamed", "weights": size}
         rows.append({**row, **run(model, folder / "out", options, "--stream")})
