@@ -1,8 +1,8 @@
-"""The peak memory of streamed runs, and what `apt-prune inspect` predicts.
+"""The peak memory of streamed runs, and what ``--dry-run`` predicts.
 
 A row is SHAPE/METHOD, with a shape of ``benchmarks/costs.py`` and an effort of the default method,
 or another method. The model is a random LLaMA with a few blocks of that shape, and the peak memory
-of a streamed run does not grow with their number. The prediction is for the default method::
+of a streamed run does not grow with their number::
 
     python benchmarks/memory.py --rows 7b/fast 70b/wanda --json out/memory.json
 
@@ -39,17 +39,17 @@ def arguments() -> argparse.Namespace:
 
 
 def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """The bytes that ``apt-prune inspect`` predicts, and those of ``apt-prune prune``."""
+    """The bytes that ``--dry-run`` predicts for a run, and those that it needs."""
     shape, method = name.split("/")
     how = ["--effort" if method in EFFORTS else "--method", method]
     with TemporaryDirectory(prefix="apt-memory-") as folder:
         model, output = checkpoint(Path(folder), shaped(shape)), Path(folder, "out")
-        plan = [
-            str(model), "--sparsity", "0.5", "--stream",
-            "--samples", str(options.samples), "--seqlen", str(options.seqlen),
+        run = [
+            "prune", str(model), "--sparsity", "0.5", "--stream", *how, "--json",
+            "--samples", str(options.samples), "--seqlen", str(options.seqlen), "-o", str(output),
         ]  # fmt: skip
-        predicted = json.loads(apt_prune("inspect", *plan, "--json"))["needs"]["memory"]
-        apt_prune("prune", *plan, *how, "--json", "-o", str(output))
+        predicted = json.loads(apt_prune(*run, "--dry-run"))["needs"]["memory"]
+        apt_prune(*run)
         report = json.loads((output / REPORT).read_text())
     return {"row": name, "predicted": predicted, "peak": report["peak_memory_bytes"]["cpu"]}
 

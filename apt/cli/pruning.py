@@ -131,6 +131,7 @@ def _planned(task: PruneTask, plan: Plan, process: int) -> Planned:
         own_text=bool(task.job.augmentation.own_samples),
         error_aware=task.job.recipe.error_aware,
         tuned=task.job.recipe.tuning is not None,
+        factors=task.method.factors,
         works=_works(task, plan),
         process=process,
     )

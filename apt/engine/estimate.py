@@ -82,6 +82,7 @@ class Planned:
         own_text: True if the model generates calibration text.
         error_aware: True if the activations of the dense model are computed as well.
         tuned: True if the blocks are tuned; not so with effort ``"fast"``.
+        factors: True if the method factorises Gram matrices.
         works: the work of the run with each effort that comes into question; none if it is not
             known.
         on: the name of the accelerator that the run is planned for; None for this machine.
@@ -98,6 +99,7 @@ class Planned:
     own_text: bool = False
     error_aware: bool = True
     tuned: bool = True
+    factors: bool = True
     works: tuple[PlannedWork, ...] = ()
     on: MachineName | None = None
     process: int = field(default_factory=lambda: peak_memory()["cpu"])
@@ -124,7 +126,7 @@ class Planned:
 
 
 def estimate(planned: Planned) -> Estimate:
-    """Estimate a run of a plan by a method that solves with factors of the Gram matrices."""
+    """Estimate a run of a plan."""
     skeleton, plan, seqlen = planned.skeleton, planned.plan, planned.seqlen
     on_disk, aware = planned.activations == "disk", planned.error_aware
     bytes_each, config = skeleton.dtype.itemsize, skeleton.config
@@ -136,7 +138,9 @@ def estimate(planned: Planned) -> Estimate:
     if planned.streamed:
         parameters += max(in_blocks) - sum(in_blocks)
     widest = max(sum(site.shape) for site in plan.sites)
-    solved = max((_solve_bytes(e) for block in plan.blocks for e in block.pruned), default=0)
+    solved = max(
+        (_solve_bytes(e, planned.factors) for block in plan.blocks for e in block.pruned), default=0
+    )
     in_block = max(sum(entry.size for entry in block.pruned) for block in plan.blocks)
     return Estimate(
         process=planned.process + _TEXT,
@@ -210,7 +214,8 @@ def _gram_bytes(block: PlannedBlock) -> int:
     return sum(width * width for width in block.inputs.values()) * _FP32
 
 
-def _solve_bytes(entry: PlannedSite) -> int:
+def _solve_bytes(entry: PlannedSite, factors: bool) -> int:
     """Bytes of a site's solve: its cross matrix, the factors of its Gram matrix, its weights."""
     out, width = entry.shape
-    return ((_FACTORS * width + min(width, out)) * width + _SOLVED * entry.size) * _FP32
+    grams = (_FACTORS * width + min(width, out)) * width * factors
+    return (grams + _SOLVED * entry.size) * _FP32

@@ -1,6 +1,7 @@
 """A run with the whole model in memory."""
 
 import gc
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -92,6 +93,8 @@ class InMemory(OutputStore):
             if changed.save_masks:
                 masks = masks_of(self.model, self.task.skeleton.adapter) if plan else changed.masks
                 write_masks(masks, out / MASKS, report.orders)
+            if changed.adapter is not None:
+                shutil.copytree(changed.adapter, out / changed.adapter.name, dirs_exist_ok=True)
             report = self._record(report, out)
         self._publish()
         return report

@@ -42,10 +42,11 @@ from apt.recovery.recover import (
 from apt.text.datasets import digest, training_tokens
 
 _MOST_SAMPLES = 10_000
+_ADAPTER = "adapter"
 _ORDER = (
     "model", "kind", "dense", "calibration", "evaluation", "metrics", "samples", "seqlen", "seed",
-    "save_masks", "adapter", "tokenizer", "device", "max_shard_size", "trust_remote_code", "bos",
-    "revision",
+    "save_masks", "save_adapter", "adapter", "tokenizer", "device", "max_shard_size",
+    "trust_remote_code", "bos", "revision",
 )  # fmt: skip
 
 
@@ -123,11 +124,19 @@ class RecoverTask(Task):
         """The report of the pruned model.
 
         Raises:
-            AptError: the model is dense, and the kind needs zeros or a smaller model.
+            AptError: the model is dense, and the kind needs zeros or a smaller model; or its
+                adapter is to be saved, and other software would fill the zeros with it.
         """
-        masks = masks_of(store.model, self.skeleton.adapter)
+        sparse = sparsity_of(masks_of(store.model, self.skeleton.adapter)) > 0.01
         smaller = self.earlier.get("structure")
-        if sparsity_of(masks) > 0.01 or smaller or self.spec.dense:
+        if self.options.save_adapter and sparse and not self.spec.zeros:
+            raise AptError(
+                f"{self.options.model} has zeros, and peft would fill them with an adapter of "
+                f"{self.spec.name}",
+                "use the kind spp, or do not save the adapter",
+                ("save_adapter",),
+            )
+        if sparse or smaller or self.spec.dense:
             return continued(self.earlier, self.skeleton, Path(self.skeleton.source.location))
         raise AptError(
             f"{self.options.model} has no zeros, and no report that says how it became smaller",
@@ -143,9 +152,11 @@ class RecoverTask(Task):
         """Train the model."""
         options, skeleton = self.options, self.skeleton
         dense = partial(_dense_model, self) if self.spec.teacher else None
+        adapter = store.folder / _ADAPTER if options.save_adapter else None
         job = RecoveryJob(
             skeleton.adapter, self.spec, self.spec.load(), options, store.folder, dense,
             options.seed, self.device, store.ranks, store.journal, store.observe, store.status,
+            adapter,
         )  # fmt: skip
         if store.ranks.first and not store.journal.values(CHECKPOINT):
             forget(store.folder)
@@ -170,7 +181,8 @@ class RecoverTask(Task):
             "earlier": self.earlier.get("recovery", {}),
         }
         save = options.save_masks and bool(masks)
-        return Changed(replace(report, recovery=record), masks=masks, save_masks=save)
+        report = replace(report, recovery=record)
+        return Changed(report, masks=masks, save_masks=save, adapter=adapter)
 
     def finished(
         self, report: Report, scores: dict[str, Any], timeline: dict[str, Any], seconds: float

@@ -1,6 +1,7 @@
 """What a run does to a model: prune it, make it smaller, train it, or set weights to zero again."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -29,12 +30,14 @@ class Changed:
         plan: the pattern of each site; None if the zeros are those of ``masks``.
         masks: the masks of the model (True where pruned), if there is no plan.
         save_masks: True if the masks are written beside the model.
+        adapter: the folder of a trained adapter, which becomes a part of the output.
     """
 
     report: Report
     plan: Plan | None = None
     masks: Masks = field(default_factory=dict)
     save_masks: bool = False
+    adapter: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ from typing import Any
 from apt.errors import AptError
 from apt.options.declaration import Options, option, options
 from apt.options.shared import (
+    OUTPUT,
     RUNNING,
     TEXT,
     TRAINING,
@@ -161,6 +162,11 @@ class RecoverRun(
     seed: int = option(
         "Seed for the order of the samples and for new adapters.", default=0, panel=TEXT
     )
+    save_adapter: bool = option(
+        "Also write the trained adapter of spp or lora in the format of peft: the folder adapter "
+        "of the output. For lora the model must have no zeros.",
+        default=False, panel=OUTPUT, used_if="options",
+    )  # fmt: skip
     resume: bool = option(
         "Continue an interrupted training of the same command.",
         default=False, panel=RUNNING, saved=False, effect=False,

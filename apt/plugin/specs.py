@@ -158,6 +158,7 @@ class MethodSpec(Spec):
         error_aware: True if its targets are error-aware by default, see methods.md, "The target".
         efforts: True if it uses ``SolverOptions.effort``.
         blocks: True if it uses ``SolverOptions.block_size``.
+        factors: False if it factorises no Gram matrix. The predicted memory of a run is then less.
     """
 
     rank: int = 0
@@ -166,6 +167,7 @@ class MethodSpec(Spec):
     error_aware: bool = False
     efforts: bool = False
     blocks: bool = False
+    factors: bool = True
 
 
 @dataclass(frozen=True)
@@ -224,8 +226,9 @@ class RecoverySpec(Spec):
         teacher: True if it needs the dense model.
         dense: True if it also serves models without zeros and without a report, such as those from
             which another tool dropped blocks.
-        options: the names of the options ``rank``, ``blocks``, ``move_masks``, ``hidden`` and
-            ``top`` that it uses; ``apt-prune recover`` refuses the others. None accepts them all.
+        options: the names of the options ``rank``, ``dropout``, ``blocks``, ``move_masks``,
+            ``hidden``, ``top`` and ``save_adapter`` that it uses; ``apt-prune recover`` refuses the
+            others. None accepts them all.
     """
 
     source: str = ""

@@ -57,6 +57,8 @@ class RecoveryJob:
         journal: the journal of the training, which the first rank writes. The training continues
             from the last checkpoint that it names.
         status: called with a text for each step outside the training.
+        saved_adapter: the directory to which the first rank writes the trained adapter, before it
+            is merged; None to write none.
     """
 
     adapter: Adapter
@@ -71,6 +73,7 @@ class RecoveryJob:
     journal: Journal = field(default_factory=Journal)
     observe: TrainingObserver = lambda event: None
     status: Callable[[str], None] = lambda text: None
+    saved_adapter: Path | None = None
 
 
 class NotRecoveredError(AptError):
@@ -108,6 +111,8 @@ def recover_model(model: nn.Module, tokens: Tensor, job: RecoveryJob) -> tuple[T
             plan = _plan(model, trainable, masks, amount, job, started)
             training = train(trainable, masks, amount.text, amount.held_back, plan)
             _check_lower(training)
+        if job.saved_adapter is not None and trainable.save is not None and job.ranks.first:
+            trainable.save(job.saved_adapter)
         trainable.merge()
     if (wrong := filled(masks, model)) is not None:
         raise AptError(
@@ -373,6 +378,9 @@ def _trainable(
         torch.manual_seed(job.seed)
         made: object = job.recovery(Unrecovered(model, job.adapter, masks, job.options, teacher))
     if isinstance(made, Trainable) and any(p.requires_grad for p in made.module.parameters()):
+        if job.saved_adapter is not None and made.save is None:
+            fault = f"recovery {job.spec.name} trains no adapter that can be saved"
+            raise AptError(fault, "leave the option out", ("save_adapter",))
         return made
     fault = "returns a Trainable without a parameter that needs gradients"
     if not isinstance(made, Trainable):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -69,6 +70,8 @@ class Trainable:
         merge: called after the training. Then the trained weights are in the given model.
         undo: called in place of ``merge`` if the training fails. Weights of the given model that
             were trained are restored by the caller.
+        save: writes the trained adapter to a directory, in the format of peft; None if there is no
+            adapter. It is called before ``merge``, for the option ``save_adapter``.
         masked: True if the parameters that are trained have zeros, which are then kept by masking
             the gradients.
     """
@@ -77,6 +80,7 @@ class Trainable:
     loss: Loss = next_token_loss
     merge: Callable[[], Any] = field(default=_nothing)
     undo: Callable[[], Any] = field(default=_nothing)
+    save: Callable[[Path], Any] | None = None
     masked: bool = False
 
 

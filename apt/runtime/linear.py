@@ -125,6 +125,12 @@ class PackedLinear(nn.Module):
             self._buffers[f"weight_{SCALES}"] = scales.clone()
 
     @property
+    def kernel(self) -> Any:
+        """The matrix of ``apt-kernels``; None if something else multiplies it."""
+        self._follow()
+        return None if isinstance(self._matrix, ExpandedMatrix) else self._matrix
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype of `weight`."""
         return self._dtype

@@ -10,6 +10,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from apt.errors import AptError, first_line
 from apt.layouts.conversions import Converted, converted
+from apt.runtime.decoding import decode_by_kernels
 from apt.runtime.dense import use_kernels
 from apt.runtime.entries import METHOD, described_entries
 from apt.runtime.experts import (
@@ -121,6 +122,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
                         f"{name}.weight is damaged: {first_line(error)}", "pack the model again"
                     ) from error
         use_kernels(model)
+        decode_by_kernels(model)
         # It cannot be trained, and products that record gradients do not use the kernels.
         return model.requires_grad_(False)
 

@@ -2,11 +2,17 @@
 
 from setuptools import Extension, setup
 
-NAMES = ("library", "portable", "avx2", "avx512", "avx512_bf16", "tiled", "neon")
+NAMES = ("library", "block", "portable", "avx2", "avx512", "avx512_bf16", "tiled", "neon")
 LIBRARY = Extension(
     "apt_kernels._library",
     sources=["src/module.cpp", *(f"src/{name}.cpp" for name in NAMES)],
-    depends=["src/matrix.h", "src/pool.h", "src/vectors.inc", "src/expand512.inc"],
+    depends=[
+        "src/matrix.h",
+        "src/products.h",
+        "src/pool.h",
+        "src/vectors.inc",
+        "src/expand512.inc",
+    ],
     extra_compile_args=["-O3", "-std=c++17", "-pthread", "-fvisibility=hidden"],
     extra_link_args=["-pthread"],
     py_limited_api=True,

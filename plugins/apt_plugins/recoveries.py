@@ -24,7 +24,7 @@ def spp(given: Unrecovered) -> Trainable:
         r=rank, dropout=given.options.dropout, target_modules=_linears(given), task_type="CAUSAL_LM"
     )
     tuned = get_peft_model(given.model, config)
-    return Trainable(tuned, merge=tuned.merge_and_unload, undo=tuned.unload)
+    return _adapter(tuned)
 
 
 def lora(given: Unrecovered) -> Trainable:
@@ -41,7 +41,14 @@ def lora(given: Unrecovered) -> Trainable:
         target_modules=names, r=rank, lora_alpha=2 * rank, task_type="CAUSAL_LM"
     )  # fmt: skip
     tuned = get_peft_model(given.model, config)
-    return Trainable(tuned, merge=tuned.merge_and_unload, undo=tuned.unload)
+    return _adapter(tuned)
+
+
+def _adapter(tuned: Any) -> Trainable:
+    """The adapter of a model of peft."""
+    return Trainable(
+        tuned, merge=tuned.merge_and_unload, undo=tuned.unload, save=tuned.save_pretrained
+    )
 
 
 def _linears(given: Unrecovered) -> list[str]:

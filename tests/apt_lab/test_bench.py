@@ -161,6 +161,9 @@ def test_a_packed_model_is_measured_beside_the_break_even(apt):
     assert apt("prune", "zoo:llama", *words, "--pack", "packed", "-o", "pruned").code == 0
     run = apt("bench", "pruned", "packed", *LITTLE, "--batch", 1, "--rounds", 1, "--json")
     assert run.code == 0, run.err
+    sizes = [model["weight_bytes"] for model in json.loads(run.out)["models"]]
+    files = [Path("pruned/model.safetensors"), Path("packed/apt_packed.safetensors")]
+    assert sizes == [file.stat().st_size for file in files]
     share = json.loads(run.out)["packed_pays_from"]
     assert share in {None, *(n / 10 for n in range(10))}
     assert share is None or kernels() is not None

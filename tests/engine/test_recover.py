@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from apt_plugins.spp import SppConfig
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -87,6 +89,52 @@ def test_every_family_is_recovered_on_disk_with_its_zeros_and_report(apt, pruned
     again = apt("recover", "pruned", *TRAIN, "--kind", kind, "-o", "out")
     assert again.code == 2
     assert "--overwrite" in again.err
+
+
+def same_logits(base, adapter, merged, error):
+    """True if an adapter of peft on a model has the logits of the merged model."""
+    models = [AutoModelForCausalLM.from_pretrained(m, dtype=torch.float32) for m in (base, merged)]
+    tokens, tuned = torch.arange(12)[None], PeftModel.from_pretrained(models[0], adapter)
+    with torch.no_grad():
+        logits, expected = tuned(tokens).logits, models[1](tokens).logits
+        with tuned.disable_adapter():
+            changed = float((expected - tuned(tokens).logits).norm())
+    return float((expected - logits).norm()) < error * changed
+
+
+def test_peft_opens_the_adapter_of_a_smaller_model(apt, checkpoint):
+    done = apt(
+        "shrink", checkpoint("llama"), "--keep", 0.75, "--method", "flap", "--samples", 4,
+        "--seqlen", 16, "--calibration", TEXT, "-o", "small",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    options = (*TRAIN, "--kind", "lora", "--rate", 1e-2, "--save-adapter")
+    done = apt("recover", "small", *options, "-o", "out")
+    assert done.code == 0, done.err
+    assert same_logits("small", "out/adapter", "out", 1e-4)
+    kept = json.loads(Path("out/adapter/adapter_config.json").read_text())
+    assert kept["base_model_name_or_path"] == "small"
+    assert "adapter/adapter_model.safetensors" in json.loads(
+        Path("out/apt_report.json").read_text()
+    )["files"]  # fmt: skip
+    assert apt("verify", "out").code == 0
+    again = apt("recover", "small", *TRAIN, "--kind", "layers", "--save-adapter", "-o", "other")
+    assert again.code == 2
+    assert "those that use it: spp, lora" in again.err
+
+
+def test_the_adapter_of_a_model_with_zeros_keeps_them(apt):
+    words = ("--sparsity", 0.7, "--method", "magnitude", "--samples", 2, "--seqlen", 16)
+    assert apt("prune", "zoo:llama", *words, "-o", "pruned").code == 0
+    options = (*TRAIN, "--steps", 8, "--rate", 0.1, "--save-adapter")
+    done = apt("recover", "pruned", *options, "--kind", "spp", "-o", "out")
+    assert done.code == 0, done.err
+    assert SppConfig.from_pretrained("out/adapter").r == 16  # registers the kind with peft
+    assert same_logits("pruned", "out/adapter", "out", 0.1)
+    refused = apt("recover", "pruned", *options, "--kind", "lora", "-o", "other")
+    assert refused.code == 2
+    assert "peft would fill them with an adapter of lora" in refused.err
+    assert not Path("other").exists()
 
 
 def test_distillation_finds_the_dense_model_and_the_law_reads_its_report(apt, checkpoint, pruned):

@@ -148,6 +148,8 @@ def test_the_estimate_counts_measuring_and_writing(monkeypatch):
 
     small = needs()
     assert needs(own_text=True).predicting >= small.predicting
+    untuned, scored = needs(tuned=False), needs(tuned=False, factors=False)
+    assert scored.working < untuned.working <= small.working
     monkeypatch.setattr("apt.engine.estimate.vocabulary", lambda model: 2**22)
     large = needs()
     assert large.predicting > 2**30

@@ -15,6 +15,10 @@ using Lanes = __m256;
 inline Lanes zero() { return _mm256_setzero_ps(); }
 inline Lanes same(float value) { return _mm256_set1_ps(value); }
 inline Lanes load(const float *x) { return _mm256_loadu_ps(x); }
+inline Lanes load(const uint16_t *x) {
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i *>(x));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+}
 inline void store(float *x, Lanes lanes) { _mm256_storeu_ps(x, lanes); }
 inline void store(uint16_t *x, Lanes lanes) {
     alignas(32) float values[LANES];
@@ -118,7 +122,8 @@ struct Word<INT4> {
 #include "vectors.inc"
 
 const Kernels &avx2() {
-    static const Kernels kernels{product, expand<float>, expand<uint16_t>, nullptr, false};
+    static const Kernels kernels{product, expand<float>, expand<uint16_t>,
+                                 attend<float>, attend<uint16_t>, nullptr, false};
     return kernels;
 }
 

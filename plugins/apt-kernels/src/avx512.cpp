@@ -15,6 +15,12 @@ using Lanes = __m512;
 inline Lanes zero() { return _mm512_setzero_ps(); }
 inline Lanes same(float value) { return _mm512_set1_ps(value); }
 inline Lanes load(const float *x) { return _mm512_loadu_ps(x); }
+inline Lanes widened_bf16(__m256i half) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+inline Lanes load(const uint16_t *x) {
+    return widened_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(x)));
+}
 inline void store(float *x, Lanes lanes) { _mm512_storeu_ps(x, lanes); }
 inline void store(uint16_t *x, Lanes lanes) {  // rounded as in to_bf16
     const __m512i bits = _mm512_castps_si512(lanes);
@@ -29,10 +35,6 @@ inline void store(uint16_t *x, Lanes lanes) {  // rounded as in to_bf16
 inline Lanes scaled(Lanes lanes, float factor) { return _mm512_mul_ps(lanes, same(factor)); }
 inline Lanes multiply_add(Lanes a, Lanes b, Lanes sum) { return _mm512_fmadd_ps(a, b, sum); }
 inline float total(Lanes lanes) { return _mm512_reduce_add_ps(lanes); }
-
-inline Lanes widened_bf16(__m256i half) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-}
 
 inline Lanes widened_int8(__m128i quarter) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(quarter));
@@ -142,7 +144,8 @@ void expand_half(const Matrix &m, int64_t first, int64_t last, uint16_t *dense) 
 }  // namespace
 
 const Kernels &avx512() {
-    static const Kernels kernels{product, expand<float>, expand_half, nullptr, false};
+    static const Kernels kernels{product, expand<float>, expand_half,
+                                 attend<float>, attend<uint16_t>, nullptr, false};
     return kernels;
 }
 

@@ -127,7 +127,8 @@ void product(const Matrix &m, const Vectors &x, int64_t first, int64_t last, flo
 }  // namespace
 
 const Kernels &avx512_bf16() {
-    static const Kernels kernels{product, avx512().expand, avx512().expand_bf16, tiled, true};
+    static const Kernels kernels{product, avx512().expand, avx512().expand_bf16,
+                                 avx512().attend, avx512().attend_bf16, tiled, true};
     return kernels;
 }
 

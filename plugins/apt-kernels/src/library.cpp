@@ -1,13 +1,11 @@
 // The functions that Python calls through ctypes, and the choice of the instruction set.
 #include <algorithm>
 #include <atomic>
-#include <cmath>
 #include <cstdlib>
 #include <memory>
-#include <vector>
 
-#include "matrix.h"
 #include "pool.h"
+#include "products.h"
 
 namespace apt {
 namespace {
@@ -33,20 +31,6 @@ int supported() {
     return PORTABLE;
 }
 
-const Kernels &kernels_of(int level) {
-    switch (level) {
-#if defined(__x86_64__) && defined(__GNUC__)
-        case AVX2: return avx2();
-        case AVX512: return avx512();
-        case AVX512_BF16: return avx512_bf16();
-#endif
-#if defined(__aarch64__)
-        case NEON: return neon();
-#endif
-        default: return portable();
-    }
-}
-
 // GOMP_parallel of an OpenMP runtime: calls a function on each thread of a team.
 using Parallel = void (*)(void (*)(void *), void *, unsigned threads, unsigned flags);
 std::atomic<Parallel> openmp{nullptr};
@@ -68,8 +52,22 @@ Pool &pool() {
     return *pool;
 }
 
-// Runs work(part) for each part. On the threads of torch if they are known: they wait for the next
-// operation by spinning, so threads beside them would get no processor.
+}  // namespace
+
+const Kernels &kernels_of(int level) {
+    switch (level) {
+#if defined(__x86_64__) && defined(__GNUC__)
+        case AVX2: return avx2();
+        case AVX512: return avx512();
+        case AVX512_BF16: return avx512_bf16();
+#endif
+#if defined(__aarch64__)
+        case NEON: return neon();
+#endif
+        default: return portable();
+    }
+}
+
 void parallel(int parts, const std::function<void(int)> &work) {
     Pool &own = pool();
     const Parallel team = openmp.load();
@@ -87,9 +85,7 @@ void parallel(int parts, const std::function<void(int)> &work) {
         &shared, 0, 0);
 }
 
-int64_t least_rows(const Matrix &m) {  // of a part: below 2^15 columns, a thread costs more
-    return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, WORD * m.words));
-}
+namespace {
 
 // Rows without the columns that fill up the last word.
 template <class T>
@@ -109,65 +105,8 @@ void expand_rows(const Matrix &m, Expand<T> expand, int64_t first, int64_t last,
     });
 }
 
-// The vectors of a product with integers in two parts of 8 bits.
-class Split {
-  public:
-    Split(const Matrix &m, const float *x, int64_t batch) {
-        if (!m.group_words || !batch || std::min(m.group_words, m.words) > MOST) return;
-        const int64_t width = WORD * m.words, step = WORD * m.group_words;
-        const int64_t groups = (width + step - 1) / step;
-        parts_.resize(2 * batch * width);
-        scales_.resize(batch * groups);
-        uint8_t *high = parts_.data(), *low = high + batch * width;
-        for (int64_t b = 0; b < batch; ++b) {
-            for (int64_t g = 0; g < groups; ++g) {
-                const int64_t begin = b * width + g * step;
-                const int64_t count = std::min(step, width - g * step);
-                scales_[b * groups + g] = split(x + begin, count, high + begin, low + begin);
-                finite_ = finite_ && std::isfinite(scales_[b * groups + g]);
-            }
-        }
-    }
-
-    Vectors vectors(int64_t batch, const float *x, const uint16_t *xb) const {
-        if (scales_.empty() || !finite_) return {batch, x, xb, nullptr, nullptr, nullptr};
-        const uint8_t *high = parts_.data();
-        return {batch, x, xb, high, high + parts_.size() / 2, scales_.data()};
-    }
-
-  private:
-    static constexpr int64_t MOST = 128;  // words of a group; the sums of 130 overflow 32 bits
-
-    static float split(const float *x, int64_t count, uint8_t *high, uint8_t *low) {
-        float most = 0.0f, sum = 0.0f;  // the sum is not finite if a value is not
-        for (int64_t i = 0; i < count; ++i) {
-            most = std::max(most, std::fabs(x[i]));
-            sum += x[i] * 0.0f;
-        }
-        if (!std::isfinite(sum)) return sum;
-        const float scale = most / 32512.0f;
-        const float inverse = most > 0.0f ? 32512.0f / most : 0.0f;
-        for (int64_t i = 0; i < count; ++i) {
-            const int whole = static_cast<int>(std::nearbyintf(x[i] * inverse)) + 32768;
-            high[i] = static_cast<uint8_t>(whole >> 8);
-            low[i] = static_cast<uint8_t>(whole & 255);
-        }
-        return scale;
-    }
-
-    std::vector<uint8_t> parts_;
-    std::vector<float> scales_;
-    bool finite_ = true;
-};
-
 }  // namespace
 }  // namespace apt
-
-#if defined(_WIN32)
-#define EXPORT extern "C" __declspec(dllexport)
-#else
-#define EXPORT extern "C" __attribute__((visibility("default")))
-#endif
 
 // The best instruction set of this processor.
 EXPORT int apt_level() { return apt::supported(); }

@@ -48,10 +48,18 @@ using Expand = void (*)(const Matrix &, int64_t first, int64_t last, T *dense);
 using Tiled = void (*)(const Matrix &, const uint16_t *x, int64_t batch, int64_t first, int64_t last,
                        uint16_t *y);
 
+// The attention of one head for one query (width): the softmax of its scaled products with the keys
+// (length, width), times the values (length, width). `scores` (length) is overwritten.
+template <class T>
+using Attend = void (*)(const float *query, const T *keys, const T *values, int64_t length,
+                        int64_t width, float scaling, float *scores, float *out);
+
 struct Kernels {
     Product product;
     Expand<float> expand;
     Expand<uint16_t> expand_bf16;
+    Attend<float> attend;
+    Attend<uint16_t> attend_bf16;
     Tiled tiled;  // null if there is none
     bool split;   // true if products with integers use `Vectors::high` and `Vectors::low`
 };
@@ -98,6 +106,12 @@ inline float from_fp16(uint16_t bits) {
     std::memcpy(&value, &wide, 4);
     return value;
 }
+
+inline float widened(float value) { return value; }
+inline float widened(uint16_t bits) { return from_bf16(bits); }
+
+// The softmax, in place.
+void softmax(float *scores, int64_t length);
 
 // INT4 values of a word begin at a whole byte: two in a byte, the lower half first, from -8 to 7.
 inline int nibble(const uint8_t *values, int index) {

@@ -16,6 +16,11 @@ struct Lanes {
 inline Lanes same(float value) { return {vdupq_n_f32(value), vdupq_n_f32(value)}; }
 inline Lanes zero() { return same(0.0f); }
 inline Lanes load(const float *x) { return {vld1q_f32(x), vld1q_f32(x + 4)}; }
+inline Lanes load(const uint16_t *x) {
+    const uint16x8_t half = vld1q_u16(x);
+    return {vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(half), 16)),
+            vreinterpretq_f32_u32(vshll_n_u16(vget_high_u16(half), 16))};
+}
 inline void store(float *x, Lanes lanes) {
     vst1q_f32(x, lanes.first);
     vst1q_f32(x + 4, lanes.last);
@@ -127,7 +132,8 @@ struct Word<INT4> {
 #include "vectors.inc"
 
 const Kernels &neon() {
-    static const Kernels kernels{product, expand<float>, expand<uint16_t>, nullptr, false};
+    static const Kernels kernels{product, expand<float>, expand<uint16_t>,
+                                 attend<float>, attend<uint16_t>, nullptr, false};
     return kernels;
 }
 

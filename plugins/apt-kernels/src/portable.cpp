@@ -74,10 +74,26 @@ void expand(const Matrix &m, int64_t first, int64_t last, T *dense) {
     }
 }
 
+template <class T>
+void attend(const float *query, const T *keys, const T *values, int64_t length, int64_t width,
+            float scaling, float *scores, float *out) {
+    for (int64_t t = 0; t < length; ++t) {
+        float sum = 0.0f;
+        for (int64_t i = 0; i < width; ++i) sum += query[i] * widened(keys[t * width + i]);
+        scores[t] = scaling * sum;
+    }
+    softmax(scores, length);
+    for (int64_t i = 0; i < width; ++i) {
+        out[i] = 0.0f;
+        for (int64_t t = 0; t < length; ++t) out[i] += scores[t] * widened(values[t * width + i]);
+    }
+}
+
 }  // namespace
 
 const Kernels &portable() {
-    static const Kernels kernels{product, expand<float>, expand<uint16_t>, nullptr, false};
+    static const Kernels kernels{product, expand<float>, expand<uint16_t>,
+                                 attend<float>, attend<uint16_t>, nullptr, false};
     return kernels;
 }
 

@@ -15,6 +15,8 @@ from apt.devices import forget_peak, is_accelerator, name_of, peak_allocated, sy
 from apt.errors import AptError, NotStoredError
 from apt.extending import Opened, Source, choose_device, load, open_skeleton, read_dtype, registry
 from apt.output.report import peak_memory, versions
+from apt.packing.directory import stored_tensors
+from apt.runtime.entries import is_packed
 from apt.text.self_generated import writes
 from apt_lab.benchmark.generation import prompts, speed
 from apt_lab.benchmark.measures import Facts, Turn
@@ -109,6 +111,8 @@ def _weight_files(skeleton: Opened) -> list[Path]:
     if source.gguf:
         return source.files()
     directory = local_directory(skeleton)
+    if is_packed(directory):
+        return stored_tensors(directory).files
     try:
         return Shards(directory).files
     except NotStoredError:

@@ -6,9 +6,10 @@ The functions are C++, for AVX-512 (VBMI2, BF16), AVX2, NEON and any other proce
 instruction set of this one.
 """
 
+from apt_kernels.block import Block
 from apt_kernels.library import LEVEL, LEVELS, available
 from apt_kernels.matrix import DenseMatrix, Matrix
 from apt_kernels.memory import in_large_pages
 
-__all__ = ["LEVEL", "LEVELS", "DenseMatrix", "Matrix", "available", "in_large_pages"]
+__all__ = ["LEVEL", "LEVELS", "Block", "DenseMatrix", "Matrix", "available", "in_large_pages"]
 __version__ = "0.1.0"

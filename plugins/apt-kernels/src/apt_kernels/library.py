@@ -1,7 +1,7 @@
 """The compiled library and its functions."""
 
 import ctypes
-from ctypes import POINTER, c_int, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_float, c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
 
 import torch
@@ -17,6 +17,18 @@ class Fields(ctypes.Structure):
         ("mask", c_void_p), ("mask_stride", c_int64), ("values", c_void_p),
         ("offsets", c_void_p), ("scales", c_void_p),
         ("rows", c_int64), ("words", c_int64), ("group_words", c_int64), ("kind", c_int32),
+    )  # fmt: skip
+
+
+class BlockFields(ctypes.Structure):
+    """``apt::Block`` of ``block.cpp``."""
+
+    _fields_ = (
+        *((name, POINTER(Fields)) for name in ("q", "k", "v", "o", "gate", "up", "down")),
+        *((f"{name}_bias", c_void_p) for name in ("q", "k", "v", "o")),
+        *((f"{name}_norm", c_void_p) for name in ("input", "output", "q", "k")),
+        *((name, c_int64) for name in ("hidden", "heads", "kv_heads", "head_width")),
+        ("epsilon", c_float), ("scaling", c_float), ("level", c_int32),
     )  # fmt: skip
 
 
@@ -38,6 +50,9 @@ def _load() -> ctypes.CDLL | None:
         pointer, c_int64, c_int64, c_int64, c_void_p, c_int, c_int, c_int
     ]  # fmt: skip
     found.apt_expand.restype = None
+    places = [c_void_p] * 6
+    found.apt_block.argtypes = [POINTER(BlockFields), *places, c_int64, c_int64, c_int, c_int]
+    found.apt_block.restype = None
     found.apt_use_openmp.argtypes = [c_void_p]
     found.apt_use_openmp.restype = None
     if team := torch_openmp():

@@ -24,6 +24,10 @@ class Kernel:
         offsets: the bytes before the values of each row (rows,).
         scales: the factors of integers (rows, groups); None for floats.
         group: the number of columns that share a scale.
+
+    Attributes:
+        fields: the matrix as the library has it.
+        level: the number of the instruction set.
     """
 
     def __init__(
@@ -37,21 +41,21 @@ class Kernel:
     ) -> None:
         self.columns, self.rows = columns, len(offsets)
         words = -(-columns // _WORD)
-        self._kind, self._level = _KINDS[values.dtype], LEVELS.index(LEVEL)
+        self._kind, self.level = _KINDS[values.dtype], LEVELS.index(LEVEL)
         self._mask, self._values, self._offsets = mask, values, offsets
         self._scales = None if scales is None else scales.float().contiguous()
-        self._fields = Fields(
+        self.fields = Fields(
             self._mask.data_ptr(), words if len(mask) == self.rows else 0,
             _address(values), self._offsets.data_ptr(),
             None if self._scales is None else self._scales.data_ptr(),
             self.rows, words, group // _WORD, self._kind,
         )  # fmt: skip
-        self._pointer = ctypes.pointer(self._fields)
+        self._pointer = ctypes.pointer(self.fields)
         self._padded = words * _WORD
 
     def use(self, level: str) -> None:
         """Use another instruction set, which the processor must have."""
-        self._level = LEVELS.index(level)
+        self.level = LEVELS.index(level)
 
     def product(self, x: Tensor) -> Tensor:
         """``x`` (n, columns) times the transposed matrix: (n, rows) in fp32.
@@ -68,7 +72,7 @@ class Kernel:
         y = torch.empty(len(x), self.rows)
         LIBRARY.apt_product(
             self._pointer, wide.data_ptr(), None if half is None else half.data_ptr(), len(x),
-            y.data_ptr(), torch.get_num_threads(), self._level,
+            y.data_ptr(), torch.get_num_threads(), self.level,
         )  # fmt: skip
         return y
 
@@ -87,7 +91,7 @@ class Kernel:
         given, y = self._pad(x.contiguous()), torch.empty(len(x), self.rows, dtype=x.dtype)
         done = LIBRARY.apt_tiled(
             self._pointer, given.data_ptr(), len(x), y.data_ptr(), torch.get_num_threads(),
-            self._level,
+            self.level,
         )  # fmt: skip
         return y if done else None
 
@@ -111,7 +115,7 @@ class Kernel:
         dense = torch.empty(last - first, self.columns, dtype=dtype)
         LIBRARY.apt_expand(
             self._pointer, first, last, self.columns, dense.data_ptr(),
-            int(dtype == torch.bfloat16), torch.get_num_threads(), self._level,
+            int(dtype == torch.bfloat16), torch.get_num_threads(), self.level,
         )  # fmt: skip
         return dense
 

@@ -1,0 +1,125 @@
+"""A block of LLaMA for one token: one call in place of some 40 operations of torch."""
+
+import ctypes
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from apt_kernels.library import LIBRARY, BlockFields
+from apt_kernels.matrix import Kernel
+
+MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
+VECTORS = ("q_bias", "k_bias", "v_bias", "o_bias", "input_norm", "output_norm", "q_norm", "k_norm")
+_NEEDED = ("input_norm", "output_norm")
+
+
+class Block:
+    """A block of LLaMA, Mistral, Qwen 2 or Qwen 3, which runs on one token after those in a cache.
+
+    Args:
+        matrices: the matrices of the block by `MATRICES`.
+        vectors: its norms and biases by `VECTORS`; those that it lacks are left out. They are
+            copied.
+        head_width: the number of channels of a head.
+        epsilon: what the norms add to the variance.
+        scaling: the factor of the products of queries and keys.
+
+    Raises:
+        RuntimeError: the library was not compiled.
+        ValueError: the shapes do not fit together.
+    """
+
+    def __init__(
+        self,
+        matrices: Mapping[str, Kernel],
+        vectors: Mapping[str, Tensor],
+        head_width: int,
+        epsilon: float,
+        scaling: float,
+    ) -> None:
+        if LIBRARY is None:
+            raise RuntimeError("apt_kernels was installed without a compiler")
+        self._matrices = dict(matrices)
+        self._vectors = {n: v.detach().float().contiguous().clone() for n, v in vectors.items()}
+        self.hidden, self.head_width = matrices["q"].columns, head_width
+        self.heads = matrices["q"].rows // head_width
+        self.kv_heads = matrices["k"].rows // head_width
+        self._check()
+        self._fields = BlockFields(
+            *(ctypes.pointer(matrices[name].fields) for name in MATRICES),
+            *(self._address(name) for name in VECTORS),
+            self.hidden, self.heads, self.kv_heads, head_width, epsilon, scaling,
+            matrices["q"].level,
+        )  # fmt: skip
+        self._pointer = ctypes.pointer(self._fields)
+
+    def _address(self, name: str) -> int | None:
+        vector = self._vectors.get(name)
+        return None if vector is None else vector.data_ptr()
+
+    def _check(self) -> None:
+        """Raise for shapes with which the kernels would read or write outside of their memory."""
+        width, heads, kv_heads = self.head_width, self.heads, self.kv_heads
+        middle = self._matrices["gate"].rows
+        inner, outer, shared = heads * width, self.hidden, kv_heads * width
+        shapes = {
+            "q": (inner, outer), "k": (shared, outer), "v": (shared, outer), "o": (outer, inner),
+            "gate": (middle, outer), "up": (middle, outer), "down": (outer, middle),
+        }  # fmt: skip
+        sizes = {
+            "q_bias": inner, "k_bias": shared, "v_bias": shared, "o_bias": outer,
+            "input_norm": outer, "output_norm": outer, "q_norm": width, "k_norm": width,
+        }  # fmt: skip
+        for name, shape in shapes.items():
+            found = self._matrices[name].rows, self._matrices[name].columns
+            if found != shape:
+                raise ValueError(f"matrix {name} of {found}, not of {shape}")
+        for name, vector in self._vectors.items():
+            if vector.shape != (sizes[name],):
+                raise ValueError(f"{name} of {tuple(vector.shape)}, not of {sizes[name]}")
+        if missing := [name for name in _NEEDED if name not in self._vectors]:
+            raise ValueError(f"a block without {', '.join(missing)}")
+        if width % 2 or not kv_heads or heads % kv_heads:
+            raise ValueError(f"{heads} heads of {width} channels for {kv_heads} of keys")
+
+    def step(
+        self, x: Tensor, cosines: Tensor, sines: Tensor, keys: Tensor, values: Tensor
+    ) -> Tensor:
+        """The block of the last token, whose key and value are written to the cache.
+
+        Args:
+            x: the input of the block (hidden,), in bf16 or fp32, as all other tensors.
+            cosines, sines: the rotary embedding of its position (head_width,).
+            keys, values: the cache (kv_heads, length, head_width). The last place is that of this
+                token. Only the heads may be apart from each other in memory.
+
+        Returns:
+            The output of the block (hidden,).
+
+        Raises:
+            ValueError: a tensor has another shape, dtype or layout.
+        """
+        assert LIBRARY is not None
+        length = keys.shape[1]
+        expected = (
+            (x, (self.hidden,)), (cosines, (self.head_width,)), (sines, (self.head_width,)),
+            (keys, (self.kv_heads, length, self.head_width)), (values, keys.shape),
+        )  # fmt: skip
+        rows = (self.head_width, 1)
+        if (
+            not all(t.shape == shape and t.dtype == x.dtype for t, shape in expected)
+            or not all(t.stride(-1) == 1 for t in (x, cosines, sines))
+            or keys.stride() != values.stride()
+            or keys.stride()[1:] != rows
+            or x.dtype not in (torch.bfloat16, torch.float32)
+            or not length
+        ):
+            raise ValueError("tensors of other shapes, dtypes or layouts than those of the block")
+        out = torch.empty_like(x)
+        LIBRARY.apt_block(
+            self._pointer, x.data_ptr(), out.data_ptr(), cosines.data_ptr(), sines.data_ptr(),
+            keys.data_ptr(), values.data_ptr(), keys.stride(0), length,
+            x.dtype == torch.bfloat16, torch.get_num_threads(),
+        )  # fmt: skip
+        return out
