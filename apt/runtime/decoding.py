@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from apt.runtime.expanded import ExpandedMatrix
 from apt.runtime.linear import PackedLinear, kernels
 
 _SERVED = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
@@ -54,7 +55,7 @@ class Decoder:
 
     def is_current(self) -> bool:
         """True if the weights are where they were."""
-        return all(_source(part) == place for part, place in self._parts)
+        return all([_source(part) == source for part, source in self._parts])
 
     def is_watched(self) -> bool:
         """True if a hook waits for a part of the block."""
@@ -147,14 +148,20 @@ def _silu() -> nn.Module:
 
 
 def _kernel(linear: nn.Module) -> Any:
-    if isinstance(linear, PackedLinear):
-        return linear.kernel
-    return kernels().DenseMatrix(linear.weight)
+    """The matrix of ``apt-kernels`` of a Linear module.
+
+    Raises:
+        ValueError: the kernels do not serve it.
+    """
+    found = linear.matrix if isinstance(linear, PackedLinear) else None
+    if isinstance(found, ExpandedMatrix):
+        raise ValueError("a matrix that is expanded")
+    return found or kernels().DenseMatrix(linear.weight)
 
 
 def _source(part: Any) -> Any:
     """What a decoder has of a module: the matrix, or the place of the weight."""
-    return part.kernel if isinstance(part, PackedLinear) else part.weight.data_ptr()
+    return part.matrix if isinstance(part, PackedLinear) else part.weight.data_ptr()
 
 
 def _cached(layer: Any, x: Tensor, named: dict[str, Any]) -> Any:

@@ -61,6 +61,10 @@ class PackedLinear(nn.Module):
         bias: True if there is a bias.
         dtype: the dtype of the bias, and of `weight` once it is prepared; None keeps the dtype of
             the description.
+
+    Attributes:
+        matrix: what multiplies on the present device: a matrix of ``apt-kernels``, or an
+            `ExpandedMatrix`; None before `prepare`. It is another one if the weights change.
     """
 
     weight_mask: Tensor
@@ -79,7 +83,7 @@ class PackedLinear(nn.Module):
         self.register_buffer(f"weight_{SCALES}", scales)
         self.bias = nn.Parameter(torch.empty(entry.rows, dtype=dtype)) if bias else None
         self._dtype = dtype or FLOATS[entry.dtype]
-        self._matrix: Any = None
+        self.matrix: Any = None
         self._place: torch.device | None = None  # of the tensors that the matrix was made of
 
     def prepare(self) -> None:
@@ -111,24 +115,18 @@ class PackedLinear(nn.Module):
         mask, values, scales = self.weight_mask, self.weight_values, self._scales
         self._place, group = values.device, self.entry.group
         if runs_triton(values.device) and (made := gpu_matrix()) is not None:
-            self._matrix = made(self.in_features, mask, values, scales, group)
+            self.matrix = made(self.in_features, mask, values, scales, group)
             return
         native = kernels() if values.device.type == "cpu" else None
         if native is None or group % _COLUMNS:
-            self._matrix = ExpandedMatrix(self.entry, mask, values, scales)
+            self.matrix = ExpandedMatrix(self.entry, mask, values, scales)
             return
-        self._matrix = native.Matrix(self.in_features, mask, values, scales, group)
-        self.weight_mask = self._matrix.mask
+        self.matrix = native.Matrix(self.in_features, mask, values, scales, group)
+        self.weight_mask = self.matrix.mask
         if self.entry.values != "int4":  # the kernels have them in another order
-            self.weight_values = self._matrix.values
+            self.weight_values = self.matrix.values
         if scales is not None:  # no longer in the file that they were loaded from
             self._buffers[f"weight_{SCALES}"] = scales.clone()
-
-    @property
-    def kernel(self) -> Any:
-        """The matrix of ``apt-kernels``; None if something else multiplies it."""
-        self._follow()
-        return None if isinstance(self._matrix, ExpandedMatrix) else self._matrix
 
     @property
     def dtype(self) -> torch.dtype:
@@ -145,7 +143,7 @@ class PackedLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
         """Move to another device or dtype. Masks, integers and scales keep their dtypes."""
-        if self._matrix is None:
+        if self.matrix is None:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
             return self
         like = fn(torch.empty(0, dtype=self._dtype, device=self.weight_values.device))
@@ -163,9 +161,9 @@ class PackedLinear(nn.Module):
         """Load, and make the matrix anew: its places depend on the mask."""
         super()._load_from_state_dict(*arguments)
         state, prefix, *_, errors = arguments
-        if self._matrix is None or not any(f"{prefix}{name}" in state for name in self._buffers):
+        if self.matrix is None or not any(f"{prefix}{name}" in state for name in self._buffers):
             return
-        self._matrix = None
+        self.matrix = None
         try:
             self.prepare()
         except ValueError as error:
@@ -173,7 +171,7 @@ class PackedLinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy makes a matrix of its own."""
-        return {**vars(self), "_matrix": None, "_built": self._matrix is not None}
+        return {**vars(self), "matrix": None, "_built": self.matrix is not None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         built = state.pop("_built")
@@ -207,14 +205,14 @@ class PackedLinear(nn.Module):
 
         With several threads torch's is slower: other threads expanded the rows that one multiplies.
         """
-        if isinstance(self._matrix, ExpandedMatrix):
+        if isinstance(self.matrix, ExpandedMatrix):
             return None
         if len(rows) <= FEW:
-            product: Tensor = self._matrix.product(rows)
+            product: Tensor = self.matrix.product(rows)
             return product.to(rows.dtype)
         faster = len(rows) <= _SOME or torch.get_num_threads() > 1
         if faster and rows.device.type == "cpu":
-            tiled: Tensor | None = self._matrix.tiled(rows)
+            tiled: Tensor | None = self.matrix.tiled(rows)
             return tiled
         return None
 
@@ -238,7 +236,7 @@ class PackedLinear(nn.Module):
         """Rows ``first`` to ``last`` with their zeros, in a dtype that the kernels may not have."""
         self._follow()
         wide = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-        dense: Tensor = self._matrix.expand(first, last, wide)
+        dense: Tensor = self.matrix.expand(first, last, wide)
         return dense.to(dtype)
 
     def extra_repr(self) -> str:

@@ -29,7 +29,7 @@ def test_a_packed_module_multiplies_on_a_device(kind, vectors, triton, monkeypat
     module.prepare()
     dense = module.dense()
     moved = module.to(DEVICE)
-    assert isinstance(moved._matrix, ExpandedMatrix) is not triton
+    assert isinstance(moved.matrix, ExpandedMatrix) is not triton
     x = torch.randn(vectors, 1000).bfloat16()
     found = moved(x.to(DEVICE)).cpu().float()
     expected = x.float() @ dense.float().T

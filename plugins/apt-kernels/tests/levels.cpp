@@ -5,7 +5,7 @@
 #include <random>
 #include <vector>
 
-#include "../src/matrix.h"
+#include "../src/products.h"
 
 extern "C" {
 int apt_level();
@@ -79,6 +79,33 @@ int compare(int kind, int64_t rows, int64_t words, double share, int64_t batch, 
     return wrong;
 }
 
+// The attention of a head, with keys and values in bf16 and in fp32.
+int compare_attention(int64_t length, int64_t width) {
+    const apt::Kernels &plain = apt::kernels_of(0), &wide = apt::kernels_of(apt_level());
+    std::vector<float> query(width), keys(length * width), values(length * width);
+    std::vector<float> one(width), other(width), scores(length);
+    for (auto *each : {&query, &keys, &values}) {
+        for (auto &value : *each) value = apt::from_bf16(apt::to_bf16(normal()));
+    }
+    std::vector<uint16_t> half_keys(keys.size()), half_values(values.size());
+    for (size_t i = 0; i < keys.size(); ++i) {
+        half_keys[i] = apt::to_bf16(keys[i]);
+        half_values[i] = apt::to_bf16(values[i]);
+    }
+    int wrong = 0;
+    const auto check = [&] {
+        for (int64_t i = 0; i < width; ++i) wrong += !(std::fabs(one[i] - other[i]) <= 1e-4f);
+    };
+    plain.attend(query.data(), keys.data(), values.data(), length, width, 0.2f, scores.data(), one.data());
+    wide.attend(query.data(), keys.data(), values.data(), length, width, 0.2f, scores.data(), other.data());
+    check();
+    wide.attend_bf16(query.data(), half_keys.data(), half_values.data(), length, width, 0.2f,
+                     scores.data(), other.data());
+    check();
+    if (wrong) std::printf("attention of %ld x %ld: %d wrong\n", (long)length, (long)width, wrong);
+    return wrong;
+}
+
 }  // namespace
 
 int main() {
@@ -93,6 +120,12 @@ int main() {
                     }
                 }
             }
+        }
+    }
+    for (int64_t width : {2, 6, 20, 64, 100}) {
+        for (int64_t length : {1, 2, 37}) {
+            wrong += compare_attention(length, width);
+            ++cases;
         }
     }
     std::printf("level %d: %d cases, %d wrong\n", apt_level(), cases, wrong);
