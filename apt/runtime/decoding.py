@@ -37,10 +37,8 @@ class Decoder:
         vectors = {f"{name}_norm": norm.weight for name, norm in norms.items()}
         vectors |= {f"{n}_bias": m.bias for n, m in linears.items() if m.bias is not None}
         epsilons = {norm.variance_epsilon for norm in norms.values()}
-        if len(epsilons) > 1 or not isinstance(mlp.act_fn, nn.SiLU | type(_silu())):
+        if len(epsilons) > 1 or type(mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
             raise ValueError("the block is not one of LLaMA")
-        if vectors.keys() & {"gate_bias", "up_bias", "down_bias"}:
-            raise ValueError("the MLP has biases")
         self._parts = [(linear, _source(linear)) for linear in (*linears.values(), *norms.values())]
         self._hooks = [
             hooks
@@ -137,14 +135,6 @@ def _decoding(kind: Any) -> type[nn.Module]:
 def _empty(kind: Any) -> nn.Module:
     """A block of this class without its parts, for a copy."""
     return _decoding(kind).__new__(_decoding(kind))
-
-
-@lru_cache
-def _silu() -> nn.Module:
-    from transformers.activations import ACT2FN
-
-    made: nn.Module = ACT2FN["silu"]
-    return made
 
 
 def _kernel(linear: nn.Module) -> Any:

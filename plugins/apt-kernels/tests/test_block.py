@@ -143,6 +143,8 @@ def test_what_does_not_fit_is_refused():
             Block(kernels | wrong, vectors, 32, EPSILON, SCALING)
     with pytest.raises(ValueError, match="q_norm of"):
         Block(kernels, vectors | {"q_norm": torch.ones(31)}, 32, EPSILON, SCALING)
+    with pytest.raises(ValueError, match="a block with gate_bias"):
+        Block(kernels, vectors | {"gate_bias": torch.ones(64)}, 32, EPSILON, SCALING)
     with pytest.raises(ValueError, match="without output_norm"):
         Block(kernels, {"input_norm": vectors["input_norm"]}, 32, EPSILON, SCALING)
     with pytest.raises(ValueError, match="heads of"):

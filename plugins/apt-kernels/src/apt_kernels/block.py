@@ -75,6 +75,8 @@ class Block:
             found = self._matrices[name].rows, self._matrices[name].columns
             if found != shape:
                 raise ValueError(f"matrix {name} of {found}, not of {shape}")
+        if unknown := sorted(self._vectors.keys() - sizes.keys()):
+            raise ValueError(f"a block with {', '.join(unknown)}")
         for name, vector in self._vectors.items():
             if vector.shape != (sizes[name],):
                 raise ValueError(f"{name} of {tuple(vector.shape)}, not of {sizes[name]}")
