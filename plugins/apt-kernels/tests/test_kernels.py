@@ -389,3 +389,23 @@ def test_tensors_that_do_not_fit_are_refused():
         for multiply in (matrix.product, matrix.tiled):
             with pytest.raises(ValueError, match="vectors of shape"):
                 multiply(x.bfloat16())
+
+
+def in_files():
+    """The bytes of files that are in the memory of this process."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("RssFile:")[1].split()[0])
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="large pages are those of Linux")
+def test_a_copied_file_leaves_memory(tmp_path):
+    size = 2**25
+    (tmp_path / "values").write_bytes(bytes(range(256)) * (size // 256))
+    values = torch.from_file(str(tmp_path / "values"), False, size, dtype=torch.uint8)
+    total, before = int(values.sum()), in_files()
+    copy = in_large_pages(values[100:-100])
+    assert in_files() < before - size // 2
+    assert torch.equal(copy, values[100:-100])  # which is read again
+    assert int(values.sum()) == total
+    plain = torch.arange(size // 8)
+    assert torch.equal(in_large_pages(plain), plain)

@@ -4,8 +4,10 @@ A product reads a matrix once, from beginning to end. With pages of 4 KiB the tr
 addresses takes a third of the time. The pages of a file in memory are of this size.
 """
 
+import ctypes
 import mmap
 from contextlib import suppress
+from pathlib import Path
 from threading import Lock
 from weakref import ReferenceType, ref
 
@@ -15,6 +17,7 @@ from torch import Tensor
 BEYOND = 256  # bytes that the kernels may read behind the last value
 _REGION = 64 * 2**20  # bytes of memory for many matrices
 _ALIGNMENT = 64
+_PAGEOUT = 21  # MADV_PAGEOUT of Linux 5.4, which Python does not name
 
 
 class _Region(mmap.mmap):
@@ -24,16 +27,50 @@ class _Region(mmap.mmap):
 
 
 _last: "ReferenceType[_Region] | None" = None
+_files: list[tuple[int, int]] = []  # the places of files when they were last asked for
 _turn = Lock()  # several threads may load models
 
 
 def in_large_pages(values: Tensor) -> Tensor:
-    """A copy of ``values`` on the processor, with `BEYOND` bytes behind it that can be read."""
+    """A copy of ``values`` on the processor, with `BEYOND` bytes behind it that can be read.
+
+    The memory of ``values`` is given back if it is that of a file, which can be read again.
+    """
     size = values.nbytes
     with _turn:
         place = _reserved(-(-(size + BEYOND) // _ALIGNMENT) * _ALIGNMENT)
     copy = place[:size].view(values.dtype).view(values.shape)
-    return copy.copy_(values)
+    copy.copy_(values)
+    _give_back(values)
+    return copy
+
+
+def _give_back(values: Tensor) -> None:
+    """Let the system take back the pages of a file in memory. They are not changed by this."""
+    page = mmap.PAGESIZE
+    first = -(-values.data_ptr() // page) * page
+    size = (values.data_ptr() + values.nbytes) // page * page - first
+    if size > 0 and values.is_contiguous() and _is_of_a_file(first):
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), _PAGEOUT)
+
+
+def _is_of_a_file(address: int) -> bool:
+    """True if a file is mapped to this address; False where the system does not say so."""
+    global _files
+    if not any(first <= address < last for first, last in _files):
+        _files = _mapped_files()
+    return any(first <= address < last for first, last in _files)
+
+
+def _mapped_files() -> list[tuple[int, int]]:
+    """The places of the files that are mapped into the memory of this process, on Linux."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return []
+    mapped = (line.split(maxsplit=5) for line in lines)
+    spans = (parts[0].split("-") for parts in mapped if len(parts) == 6 and parts[5][0] == "/")
+    return [(int(first, 16), int(last, 16)) for first, last in spans]
 
 
 def _reserved(size: int) -> Tensor:
