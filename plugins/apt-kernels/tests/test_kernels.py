@@ -279,7 +279,7 @@ def test_the_largest_integers_of_a_wide_group_are_summed_exactly(level, columns)
 
 
 @pytest.mark.skipif(
-    not (which("aarch64-linux-gnu-g++") and which("qemu-aarch64")),
+    SANITIZED or not (which("aarch64-linux-gnu-g++") and which("qemu-aarch64")),
     reason="needs a cross compiler and an emulator: g++-aarch64-linux-gnu, qemu-user",
 )
 def test_the_products_for_arm_are_those_in_plain_cpp():
