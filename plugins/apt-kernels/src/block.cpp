@@ -97,8 +97,9 @@ void normalise(const float *x, int64_t width, const float *weight, float epsilon
     }
 }
 
+// Rounds the result of a product, and adds the bias if there is one.
 template <class T>
-void add_bias(float *values, int64_t count, const float *bias) {
+void finish(float *values, int64_t count, const float *bias) {
     for (int64_t i = 0; i < count; ++i) values[i] = rounded<T>(values[i]);
     if (!bias) return;
     for (int64_t i = 0; i < count; ++i) values[i] = rounded<T>(values[i] + bias[i]);
@@ -155,9 +156,9 @@ void step(const Block &b, const T *x, T *out, const T *cosines, const T *sines, 
     normed.finish();
     std::vector<float> q(b.heads * width), k(b.kv_heads * width), v(b.kv_heads * width);
     multiply({{b.q, q.data()}, {b.k, k.data()}, {b.v, v.data()}}, normed, kernels, threads, nothing);
-    add_bias<T>(q.data(), q.size(), b.q_bias);
-    add_bias<T>(k.data(), k.size(), b.k_bias);
-    add_bias<T>(v.data(), v.size(), b.v_bias);
+    finish<T>(q.data(), q.size(), b.q_bias);
+    finish<T>(k.data(), k.size(), b.k_bias);
+    finish<T>(v.data(), v.size(), b.v_bias);
     place(b, q.data(), b.heads, b.q_norm, cosines, sines);
     place(b, k.data(), b.kv_heads, b.k_norm, cosines, sines);
     remember(b, k.data(), keys, stride, length);
@@ -178,7 +179,7 @@ void step(const Block &b, const T *x, T *out, const T *cosines, const T *sines, 
     });
     attended.finish();
     multiply({{b.o, result.data()}}, attended, kernels, threads, nothing);
-    add_bias<T>(result.data(), b.hidden, b.o_bias);
+    finish<T>(result.data(), b.hidden, b.o_bias);
     for (int64_t i = 0; i < b.hidden; ++i) stream[i] = rounded<T>(stream[i] + result[i]);
 
     normalise<T>(stream.data(), b.hidden, b.output_norm, b.epsilon, normed.values());

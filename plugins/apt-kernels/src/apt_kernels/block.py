@@ -6,11 +6,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from apt_kernels.library import LIBRARY, BlockFields
+from apt_kernels.library import LIBRARY, MATRICES, VECTORS, BlockFields
 from apt_kernels.matrix import Kernel
 
-MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
-VECTORS = ("q_bias", "k_bias", "v_bias", "o_bias", "input_norm", "output_norm", "q_norm", "k_norm")
 _NEEDED = ("input_norm", "output_norm")
 
 
@@ -18,9 +16,9 @@ class Block:
     """A block of LLaMA, Mistral, Qwen 2 or Qwen 3, which runs on one token after those in a cache.
 
     Args:
-        matrices: the matrices of the block by `MATRICES`.
-        vectors: its norms and biases by `VECTORS`; those that it lacks are left out. They are
-            copied.
+        matrices: the matrices of the block by `apt_kernels.library.MATRICES`.
+        vectors: its norms and biases by `apt_kernels.library.VECTORS`; those that it lacks are left
+            out. They are copied.
         head_width: the number of channels of a head.
         epsilon: what the norms add to the variance.
         scaling: the factor of the products of queries and keys.

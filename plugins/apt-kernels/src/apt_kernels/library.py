@@ -20,13 +20,17 @@ class Fields(ctypes.Structure):
     )  # fmt: skip
 
 
+MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
+VECTORS = ("q_bias", "k_bias", "v_bias", "o_bias", "input_norm", "output_norm", "q_norm", "k_norm")
+"""The matrices and the vectors of ``apt::Block``, in its order."""
+
+
 class BlockFields(ctypes.Structure):
     """``apt::Block`` of ``block.cpp``."""
 
     _fields_ = (
-        *((name, POINTER(Fields)) for name in ("q", "k", "v", "o", "gate", "up", "down")),
-        *((f"{name}_bias", c_void_p) for name in ("q", "k", "v", "o")),
-        *((f"{name}_norm", c_void_p) for name in ("input", "output", "q", "k")),
+        *((name, POINTER(Fields)) for name in MATRICES),
+        *((name, c_void_p) for name in VECTORS),
         *((name, c_int64) for name in ("hidden", "heads", "kv_heads", "head_width")),
         ("epsilon", c_float), ("scaling", c_float), ("level", c_int32),
     )  # fmt: skip
