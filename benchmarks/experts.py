@@ -107,15 +107,15 @@ class Experts:
             elif method == "admm":
                 _ = damped.unit.outliers
                 for part in ROUNDS[effort or "default"]:
-                    for penalty in part.penalties:
-                        damped.balanced.proximal(penalty)
+                    for _ in damped.balanced.proximals(part.penalties):
+                        pass
 
     @full_precision()
     def parts(self) -> Iterator[dict[str, Any]]:
         """The seconds of each part of the methods for 128 experts, one by one and stacked."""
         weights, grams = self.weights, torch.stack([g.damped().matrix for g in self.grams])
         roots = torch.linalg.cholesky(torch.linalg.inv(grams)).mT.contiguous()
-        proximal = torch.stack([g.damped().balanced.proximal(1.2) for g in self.grams])
+        proximal = torch.stack([next(g.damped().balanced.proximals([1.2])) for g in self.grams])
         targets, spare = weights.mT.contiguous(), weights.mT.contiguous()
         mixed = torch.empty_like(targets)
 

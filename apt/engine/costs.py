@@ -22,6 +22,7 @@ from apt.options import PRESETS, Effort, MachineName, PruneOptions
 from apt.planning.plan import Plan, PlannedBlock
 from apt.plugin.registry import registry
 from apt.solver.admm_search import ROUNDS
+from apt.solver.gram import NODES
 from apt.text.augmentation import Augmentation
 from apt.text.self_generated import logits_at_once
 
@@ -171,8 +172,8 @@ def _block_work(run: PlannedWork, block: PlannedBlock) -> dict[str, Work]:
     preset, tokens, rounds = PRESETS[run.effort], run.tokens, ROUNDS[run.effort]
     tuned = preset.tuning_epochs * min(tokens, preset.tuning_tokens or tokens)
     forward, passes = _forward(run, block), 4 if preset.tuning_epochs else 3
-    factored = 1 + sum(len(part.penalties) for part in rounds)
-    stepped = sum(len(part.penalties) * part.steps for part in rounds)
+    factored = 1 + min(len(NODES), len({p for part in rounds for p in part.penalties}))
+    stepped = sum(len(part.penalties) for part in rounds)
     widths = list(block.inputs.values())
     products = [2.0 * site.size * site.shape[1] for site in block.pruned]
     narrow = sum(p for p, s in zip(products, block.pruned, strict=True) if s.shape[1] < _SHORT)

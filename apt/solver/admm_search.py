@@ -9,14 +9,14 @@ dual variable ``Y`` drives both together while the penalty ρ grows::
 
 The search works on a matrix scaled halfway between a unit diagonal and a unit diagonal of its
 inverse (`DampedGram.balanced`). Three measures make it converge in few steps: over-relaxation ω
-where steps are few; few penalties with several steps each, since only a new penalty costs a
-factorisation; and restarts. At a fixed point ``ρY = (W − D) H`` outside the mask, so that any
-solved mask is a warm start: a round begins at the weights of the previous round, and its result
+where steps are few; penalties that grow with each step, at the price of two inverses
+(`Scaled.proximals`); and restarts. At a fixed point ``ρY = (W − D) H`` outside the mask, so that
+any solved mask is a warm start: a round begins at the weights of the previous round, and its result
 is kept if it is better. More rounds, hence more effort, never return a worse layer.
 
 A step costs one product of (in, in) by (in, out) and an estimated threshold. Only the last mask of
-a round has the exact count. The product is in bf16 where bf16 is faster (`Scaled.proximal`): its
-rounding errors do not harm the search, but they would harm the joint solve.
+a round has the exact count. The product is in bf16 where bf16 is faster (`Scaled.proximals`):
+its rounding errors do not harm the search, but they would harm the joint solve.
 """
 
 from dataclasses import dataclass
@@ -36,14 +36,13 @@ class Round:
     """One descent from small penalties to large ones.
 
     Args:
-        penalties: the values of ρ, for eigenvalues with a geometric mean of 1.
+        penalties: ρ of each step, for eigenvalues with a geometric mean of 1.
         relaxation: ω, between 1 (none) and 2.
         slack: the tolerance of the joint solve at the end of the round, as a multiple of
             `SolverOptions.tolerance`.
     """
 
     penalties: tuple[float, ...]
-    steps: int
     relaxation: float = 1.0
     slack: float = 1.0
 
@@ -55,9 +54,17 @@ With the identity for H, the fixed point is a multiple of the pruned weights. Th
 half a step and costs almost nothing.
 """
 
-_FIRST = Round((1.2,), 4, 1.8, 300)
-_SECOND = Round((0.5, 0.66, 0.86, 1.1, 1.4), 4)
-_LONG = Round((0.5, 0.6, 0.7, 0.8, 0.95, 1.1, 1.3), 6)
+_LOWEST, _HIGHEST = 0.5, 1.25
+
+
+def _rising(steps: int) -> tuple[float, ...]:
+    """Penalties in equal ratios."""
+    return tuple(_LOWEST * (_HIGHEST / _LOWEST) ** (i / (steps - 1)) for i in range(steps))
+
+
+_FIRST = Round((1.2,) * 4, 1.8, 300)
+_SECOND = Round(_rising(16))
+_LONG = Round(_rising(36))
 ROUNDS: dict[Effort, tuple[Round, ...]] = {
     "fast": (_FIRST,),
     "default": (_FIRST, _SECOND),
@@ -121,16 +128,18 @@ def _search(
         dual = scaled.matrix @ spare
         dual.mul_(kept == 0).div_(part.penalties[0])
     penalty, mixed = part.penalties[0], torch.empty_like(target)
-    for following in part.penalties:
-        proximal = scaled.proximal(following)
-        dual.mul_(penalty / following)
-        penalty = following
-        for _ in range(part.steps):
-            torch.sub(kept, dual, out=spare).sub_(target)
-            _add_product(target, proximal, spare, mixed)
-            mixed.mul_(part.relaxation).add_(kept, alpha=1 - part.relaxation).add_(dual)
-            _keep(mixed, pattern, kept, spare)
-            torch.sub(mixed, kept, out=dual)
+    proximals = scaled.proximals(part.penalties)
+    for following, proximal in zip(part.penalties, proximals, strict=True):
+        if following != penalty:
+            dual.mul_(penalty / following)
+            penalty = following
+        torch.sub(kept, dual, out=spare).sub_(target)
+        _add_product(target, proximal, spare, mixed)
+        if part.relaxation != 1:
+            mixed.mul_(part.relaxation).add_(kept, alpha=1 - part.relaxation)
+        mixed.add_(dual)
+        _keep(mixed, pattern, kept, spare)
+        torch.sub(mixed, kept, out=dual)
     magnitudes, start = mixed.T.contiguous().abs_(), kept.T.contiguous()
     return lowest(magnitudes, pattern), start.div_(scaled.scale)
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apt.solver import NM, Gram, SolverError, SolverOptions, sm
-from apt.solver.gram import Scaled, positive_inverse, upper_root
+from apt.solver.gram import NODES, Scaled, positive_inverse, upper_root
 from tests.helpers.problems import problem, seeds
 
 
@@ -129,8 +129,22 @@ def test_scaling_leaves_the_problem_as_it_is(which):
         torch.testing.assert_close(scaled.matrix.diagonal(), torch.ones(30).double())
     else:
         assert float(torch.linalg.det(scaled.matrix)) == pytest.approx(1)
-    expected = 0.3 * torch.linalg.inv(scaled.matrix + 0.3 * torch.eye(30, dtype=torch.float64))
-    torch.testing.assert_close(scaled.proximal(0.3), expected)
+    expected = 0.6 * torch.linalg.inv(scaled.matrix + 0.6 * torch.eye(30, dtype=torch.float64))
+    torch.testing.assert_close(next(scaled.proximals([0.6])), expected)
+
+
+@pytest.mark.parametrize("penalty", [0.5, 0.6, 0.61, 0.86, 1.19, 1.2, 1.25, 1.4])
+def test_the_operators_of_all_penalties_come_from_two_inverses(penalty):
+    values = torch.cat([torch.zeros(1), torch.logspace(-6, 6, 999)]).double()
+    rotation = torch.linalg.qr(torch.randn(1000, 1000, dtype=torch.float64)).Q
+    scaled = Scaled(torch.ones(1000), (rotation * values) @ rotation.T)
+    for _ in range(2):  # of the second pass no matrix is inverted
+        *_, operator = scaled.proximals([0.6, 1.2, penalty])
+        found = ((rotation.T @ operator) * rotation.T).sum(1)
+        exact = penalty / (values + penalty)
+        least = 1e-6 if penalty in NODES else 0.007
+        assert float((found - exact).abs().max()) < least
+        scaled.matrix.fill_(torch.nan)
 
 
 def test_the_sum_of_the_tokens_is_kept():
@@ -207,11 +221,11 @@ def test_inverses_survive_inputs_that_share_a_large_direction(share):
 
 def test_a_shift_of_the_diagonal_is_taken_back():
     matrix = problem(3, 1, 12)[1].damped(0.01).balanced.matrix
-    shifted = matrix + 0.5 * torch.eye(12)
+    shifted = matrix + 0.6 * torch.eye(12)
     scaled = Scaled(torch.ones(12), matrix.clone())
-    torch.testing.assert_close(scaled.proximal(0.5), 0.5 * torch.linalg.inv(shifted))
+    torch.testing.assert_close(next(scaled.proximals([0.6])), 0.6 * torch.linalg.inv(shifted))
     assert torch.equal(scaled.matrix, matrix)
     scaled = Scaled(torch.ones(12), -matrix)
     with pytest.raises(torch.linalg.LinAlgError):
-        scaled.proximal(0.5)
+        next(scaled.proximals([0.6]))
     assert torch.equal(scaled.matrix, -matrix)

@@ -95,13 +95,13 @@ def test_products_of_few_bits_find_as_good_a_mask(pattern, effort, monkeypatch):
         for few in (False, True):
             monkeypatch.setattr("apt.solver.gram.multiplies_bf16", lambda device, few=few: few)
             gram = Gram.from_sum(exact.matrix.float(), exact.tokens)
-            proximal = gram.damped(0.01).balanced.proximal(0.5)
+            proximal = next(gram.damped(0.01).balanced.proximals([0.5]))
             assert proximal.dtype == (torch.bfloat16 if few else torch.float32)
             solution = admm(weight.float(), gram, parse_pattern(pattern), options)
             errors[int(few)] += error(weight.float(), gram, solution)
     assert errors[0] != errors[1]
     assert errors[1] < 1.01 * errors[0]
-    assert exact.damped(0.01).balanced.proximal(0.5).dtype == torch.float64
+    assert next(exact.damped(0.01).balanced.proximals([0.5])).dtype == torch.float64
 
 
 @settings(deadline=None, max_examples=10)
