@@ -68,6 +68,9 @@ def test_a_report_is_read_as_it_was_written(checkpoint, apt):
     assert names | {"sparsity", "relative_layer_error"} == found.keys()
     with pytest.raises(library.AptError, match="schema 7, not 1"):
         library.Report.from_dict(found | {"schema": 7})
+    for scores in ([], None):
+        with pytest.raises(library.AptError, match="is damaged"):
+            library.Report.from_dict(found | {"scores": scores})
     with pytest.raises(library.AptError, match="has no apt_report"):
         library.Report.read(checkpoint("opt"))
 

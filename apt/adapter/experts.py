@@ -60,9 +60,24 @@ class Experts:
         """The sites of all experts, the first of which are multiplied in ``order``."""
         owner = block.get_submodule(self.path)
         if isinstance(owner, nn.ModuleList):
-            return listed_sites(self.path, len(owner), self.linears, order)
+            return [
+                Site(
+                    f"{self.path}.{expert}.{name}", f"{self.path}.{expert}.{name}.weight",
+                    f"{' and '.join(names)} of {expert}", order + place, routed=True,
+                )
+                for expert in range(len(owner))
+                for place, names in enumerate(self.linears)
+                for name in names
+            ]  # fmt: skip
         count = len(block.get_parameter(f"{self.path}.{self.stacked[0]}"))
-        return expert_sites(self.path, count, self.stacked, order, transposed=self.transposed)
+        return [
+            Site(
+                f"{self.path}.{name}.{expert}", f"{self.path}.{name}", f"{name} of {expert}",
+                order + place, transposed=self.transposed, expert=expert, routed=True,
+            )
+            for expert in range(count)
+            for place, name in enumerate(self.stacked)
+        ]  # fmt: skip
 
     def groups(self, block: nn.Module, config: Any) -> list[Groups]:
         """The experts, and the channels inside them."""
@@ -91,43 +106,6 @@ class Experts:
         tensors, follow = tensors_of(block), rows | {site.parameter: 1 for site in readers}
         there = {path: dim for path, dim in follow.items() if self.shared and path in tensors}
         return [site for site in readers if site.parameter in there], there
-
-
-def expert_sites(
-    path: str, experts: int, parameters: Sequence[str], order: int, *, transposed: bool = False
-) -> list[Site]:
-    """A site for each slice of stacked parameters, each with an input of its own.
-
-    Args:
-        path: the path within the block of the module that owns the parameters.
-        experts: the number of experts.
-        parameters: the parameters' names, in the order in which they are multiplied.
-        order: the order of the first parameter's sites.
-        transposed: True if the slices are stored (in, out).
-    """
-    return [
-        Site(
-            f"{path}.{name}.{expert}", f"{path}.{name}", f"{name} of {expert}", order + place,
-            transposed=transposed, expert=expert, routed=True,
-        )
-        for expert in range(experts)
-        for place, name in enumerate(parameters)
-    ]  # fmt: skip
-
-
-def listed_sites(
-    path: str, experts: int, linears: Sequence[Sequence[str]], order: int
-) -> list[Site]:
-    """A site for each Linear of the experts in a ``ModuleList``; see `Experts.linears`."""
-    return [
-        Site(
-            f"{path}.{expert}.{name}", f"{path}.{expert}.{name}.weight",
-            f"{' and '.join(names)} of {expert}", order + place, routed=True,
-        )
-        for expert in range(experts)
-        for place, names in enumerate(linears)
-        for name in names
-    ]  # fmt: skip
 
 
 def expert_groups(
@@ -173,8 +151,7 @@ def _dim_of(tensor: Tensor, count: int) -> int | None:
 
 def picked_experts(config: Any) -> int | None:
     """The number of experts that a router picks for a token; None if it is not known."""
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return next((n for name in _PICKED if (n := getattr(config, name, None))), None)
+    return next((n for name in _PICKED if (n := getattr(text_config(config), name, None))), None)
 
 
 def idle_parameters(block: nn.Module, sites: Iterable[Site], picked: int) -> int:
@@ -211,7 +188,7 @@ def one_by_one(model: nn.Module) -> Iterator[None]:
     observe.
     """
     found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
-    configs = {id(config): config for config in found if _dispatches(config)}
+    configs = {id(config): config for config in found if hasattr(config, "_experts_implementation")}
     before = {key: config._experts_implementation for key, config in configs.items()}
     try:
         for config in configs.values():
@@ -220,8 +197,3 @@ def one_by_one(model: nn.Module) -> Iterator[None]:
     finally:
         for key, config in configs.items():
             config._experts_implementation = before[key]
-
-
-def _dispatches(config: Any) -> bool:
-    """True if a configuration selects the kernels of experts."""
-    return hasattr(config, "_experts_implementation")

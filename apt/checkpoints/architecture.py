@@ -29,7 +29,7 @@ def check_kind(reference: str, config: Any, *, packed: bool = False) -> None:
         raise AptError(
             f"{reference} is packed, and its weights cannot be changed", "apt-prune unpack it first"
         )
-    if method and method != METHOD and not packed:
+    if method and not packed:
         fault = f"{reference} is quantised with {method}, and its weights cannot be pruned"
         raise AptError(fault, "prune the original model, and quantise the result")
     if getattr(config, "is_encoder_decoder", False):

@@ -247,7 +247,7 @@ def _hub_for_tokenizer(source: Source, name: str) -> Hub:
         raise AptError(
             f"no such tokenizer: {shortened(name)} is not a directory", "check it", ("tokenizer",)
         )
-    return source.hub.without_revision().or_local()
+    return Hub().or_local()
 
 
 def fingerprint(module: nn.Module) -> str:

@@ -1,6 +1,5 @@
 """One-line messages for the exceptions of the loaders of models and tokenizers."""
 
-import json
 import os
 import pickle
 from collections.abc import Iterator
@@ -39,7 +38,7 @@ def load_error(source: Source, error: Exception, hint: str) -> AptError:
 
 
 def _hub_error(source: Source, error: Exception) -> AptError | None:
-    """The message for a model that the hub does not provide; None if the download succeeded."""
+    """The message for a model that the hub does not provide; None for other failures."""
     name, causes = shortened(source.reference), {type(cause).__name__ for cause in _chain(error)}
     if source.hub.local and not _is_absent(error):
         return None
@@ -58,7 +57,7 @@ def _hub_error(source: Source, error: Exception) -> AptError | None:
         return AptError(
             f"'{name}' has no revision '{source.hub.revision}'", "check its page", ("revision",)
         )
-    if isinstance(error, OSError) or "HFValidationError" in causes:
+    if causes & {"RepositoryNotFoundError", "HFValidationError"}:
         fault = f"no such model: '{name}' is neither a local directory nor available on the hub"
         return AptError(fault, _hub_hint(source.reference))
     return None
@@ -87,14 +86,11 @@ def _unreadable(directory: Path, pattern: str) -> AptError | None:
 
 
 def _damaged_index(source: Source, error: Exception) -> AptError | None:
-    """The message for an index of several files that lacks an entry."""
-    path = Path(source.location) / INDEX
-    if not isinstance(error, KeyError) or not path.is_file():
+    """The message for an index of several files without metadata, which transformers reads."""
+    path, missing = Path(source.location) / INDEX, "metadata"
+    if not isinstance(error, KeyError) or error.args != (missing,) or not path.is_file():
         return None
-    index = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(index, dict) or error.args[0] in index:
-        return None
-    return AptError(f"{path} has no '{error.args[0]}'", "get the checkpoint again")
+    return AptError(f"{path} has no '{missing}'", "get the checkpoint again")
 
 
 def tokenizer_error(reference: str, place: str, error: Exception, hub: Hub) -> AptError:

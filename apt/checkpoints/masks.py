@@ -7,9 +7,9 @@ orders of inputs that have changed places.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -88,12 +88,17 @@ def read_orders(path: Path) -> Orders:
     try:
         with safe_open(path, "pt") as file:
             orders: Orders = json.loads((file.metadata() or {}).get(_ORDERS, "{}"))
-        if not all(sorted(order) == [*range(len(order))] for order in orders.values()):
+        if not all(map(_is_permutation, orders.values())):
             raise ValueError("an order is no permutation")
-    except (SafetensorError, OSError, ValueError, AttributeError, TypeError) as error:
+    except (SafetensorError, OSError, ValueError, AttributeError, RecursionError) as error:
         fault = f"the orders in {path} cannot be read: {first_line(error)}"
         raise AptError(fault, "name the directory of the pruned model") from error
     return orders
+
+
+def _is_permutation(order: Any) -> bool:
+    whole = isinstance(order, list) and all(type(index) is int for index in order)
+    return whole and sorted(order) == [*range(len(order))]
 
 
 def _unpacked(packed: Tensor, shape: list[int]) -> Tensor:
@@ -102,19 +107,6 @@ def _unpacked(packed: Tensor, shape: list[int]) -> Tensor:
         raise ValueError("a tensor does not fit its shape")
     bits = np.unpackbits(packed.numpy(), count=count)
     return torch.from_numpy(bits.view(bool)).view(shape)
-
-
-@dataclass(frozen=True)
-class Cleared:
-    """What masks removed from a model that was not zero there.
-
-    Attributes:
-        weights: the number of weights that were not zero.
-        share: their squares as a share of those of all weights in the parameters with masks.
-    """
-
-    weights: int
-    share: float
 
 
 def check_masks(masks: Mapping[str, Tensor], model: nn.Module, name: str) -> None:
@@ -157,8 +149,9 @@ def permute_as_masked(
         for permutable in adapter.permutable(block, config) if known else ():
             if (site := known.get(permutable.reader)) is None:
                 continue
-            weight = site.oriented(site.weight(block).detach())
-            mask = site.slice_of(masks[f"{name}.{site.parameter}"])
+            if (whole := masks.get(f"{name}.{site.parameter}")) is None:  # it has no zeros
+                continue
+            weight, mask = site.oriented(site.weight(block).detach()), site.slice_of(whole)
             removed = site.oriented(mask).to(weight.device)
             columns = torch.tensor(orders[f"{name}.{site.name}"], device=weight.device)
             if len(columns) != weight.shape[1]:
@@ -182,8 +175,13 @@ def _energy(weight: Tensor, mask: Tensor) -> float:
 
 
 @torch.no_grad()
-def apply_masks(masks: Mapping[str, Tensor], model: nn.Module) -> Cleared:
-    """Set the masked weights to zero."""
+def apply_masks(masks: Mapping[str, Tensor], model: nn.Module) -> tuple[int, float]:
+    """Set the masked weights to zero.
+
+    Returns:
+        The number of weights that were not zero, and their squares as a share of those of all
+        weights in the parameters with masks.
+    """
     parameters, weights, cut, total = _parameters(model), 0, 0.0, 0.0
     for name, mask in masks.items():
         parameter = parameters[name]
@@ -193,20 +191,16 @@ def apply_masks(masks: Mapping[str, Tensor], model: nn.Module) -> Cleared:
         cut += float(squares[mask].sum(dtype=torch.float64))
         weights += int((parameter[mask] != 0).sum())
         parameter.masked_fill_(mask, 0)
-    return Cleared(weights, cut / total if total else 0.0)
+    return weights, cut / total if total else 0.0
 
 
 def filled(masks: Mapping[str, Tensor], model: nn.Module) -> str | None:
     """The name of a parameter with a masked weight that is not zero; None if there is none."""
     parameters = _parameters(model)
-    return next(
-        (
-            n
-            for n, mask in masks.items()
-            if bool(parameters[n][mask.to(parameters[n].device)].any())
-        ),
-        None,
-    )
+    for name, mask in masks.items():
+        if bool(parameters[name][mask.to(parameters[name].device)].any()):
+            return name
+    return None
 
 
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:

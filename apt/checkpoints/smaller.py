@@ -22,7 +22,6 @@ from apt.layouts.pieces import Layout, Piece
 from apt.planning.plan import Plan
 from apt.planning.structure import Removed, removed_groups
 
-_CONFIG = "config.json"
 _PER_BLOCK = ("layer", "block", "idx")  # in the names of fields that go by block
 _FIRST = ("first_k_dense_replace", "num_dense_layers")  # numbers of first blocks of one kind
 _INDICES = ("mlp_only_layers", "moe_layers", "attn_layer_indices", "full_attn_idxs")
@@ -141,7 +140,7 @@ def write_smaller(
     blocks = skeleton.adapter.blocks(skeleton.module)
     removed = _last_groups(plan)
     config = _smaller_config(skeleton.adapter, skeleton.config, blocks, removed, plan.dropped)
-    copy_files((p for p in side_files(source) if p != source / _CONFIG), source, target)
+    copy_files(side_files(source), source, target)
     save_config(config, target)
     parts = _stored_parts(skeleton, plan, masked, layout, Shards(source))
     count = 1 + len(plan.blocks) - len(plan.dropped)

@@ -180,7 +180,6 @@ def _quieten_libraries() -> None:
 
 
 def _warn(message: Warning | str, *place: object, **more: object) -> None:
-    from apt.cli.output import log, notice
+    from apt.cli.output import notice
 
-    log.warning(message)
     notice(f"{program()}: warning: {message}")

@@ -24,12 +24,11 @@ def convert(run: ConvertRun, printing: PrintingOptions) -> None:
     from apt.cli.output import notice, say, show_json
     from apt.cli.progress import Progress
     from apt.engine.machine import read_dtype
-    from apt.output.location import check_output
+    from apt.engine.prepare import check_place
     from apt.output.report import carry_report
     from apt.output.staging import whole_directory, write_errors
 
-    if lost := check_output(run.output, run.overwrite, source.files()):
-        notice(f"replaces {lost}")
+    check_place(run, source, (run.tokenizer,), notice)
     skeleton = open_skeleton(source, registry())
     try:
         tokenizer = load_tokenizer(source, run.tokenizer)

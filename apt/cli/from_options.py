@@ -54,7 +54,7 @@ def command(act: Callable[..., None]) -> Callable[..., None]:
             options.check()
         if saves and values.get("save_config") is not None:
             run_options = next(iter(made.values()))
-            write_options(values["save_config"], run_options, _places(run_options))
+            write_options(expanded(values["save_config"]), run_options, _places(run_options))
         act(**made)
 
     first = inspect.Parameter("context", _ANY, annotation=typer.Context)

@@ -28,7 +28,7 @@ class Level(IntEnum):
     VERBOSE = 2
 
 
-def _is_first_rank() -> bool:
+def is_first_rank() -> bool:
     """True in the first of the processes that torchrun starts: only that one prints."""
     several = os.environ.get("WORLD_SIZE", "1") != "1"
     return not several or os.environ.get("RANK", "0") == "0"
@@ -37,7 +37,7 @@ def _is_first_rank() -> bool:
 def _console(*, stderr: bool = False, width: int | None = None) -> Console:
     return Console(
         stderr=stderr, width=width, highlight=False, soft_wrap=True, emoji=False,
-        quiet=not _is_first_rank(),
+        quiet=not is_first_rank(),
     )  # fmt: skip
 
 
@@ -60,7 +60,7 @@ def set_up(level: Level, log_file: Path | None) -> None:
     _level = level
     log.handlers.clear()
     log.addHandler(logging.NullHandler())
-    if log_file is None or not _is_first_rank():
+    if log_file is None or not is_first_rank():
         return
     log.addHandler(open_log(expanded(log_file)))
     log.setLevel(logging.INFO)
@@ -179,11 +179,13 @@ def show_rows(rows: Sequence[dict[str, str]], *, as_json: bool) -> None:
 
 def size(count: float) -> str:
     """A number of bytes in a readable unit."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+    if count < 1024:
+        return f"{count:.0f} B"
+    for unit in ("KiB", "MiB"):
         count /= 1024
-    raise AssertionError
+        if count < 1024:
+            return f"{count:.1f} {unit}"
+    return f"{count / 1024:.1f} GiB"
 
 
 def duration(seconds: float) -> str:

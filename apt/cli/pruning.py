@@ -8,12 +8,12 @@ import typer
 from apt.checkpoints.copies import REPORT
 from apt.cli.export import exported_line
 from apt.cli.interruptions import interrupted
-from apt.cli.output import notice, say, show_error, show_json
+from apt.cli.output import is_first_rank, notice, say, show_error, show_json
 from apt.cli.packing import packed_line
 from apt.cli.plan import show_plan
 from apt.cli.progress import Progress, PruningProgress
 from apt.cli.summary import first_not_finite, show_report
-from apt.distributed.launch import joined, whole_number
+from apt.distributed.launch import joined
 from apt.distributed.ranks import Ranks
 from apt.engine.costs import PlannedWork
 from apt.engine.estimate import Planned
@@ -88,7 +88,7 @@ def start(
 
 def export_result(run: PruneRun | ShrinkRun | RecoverRun) -> None:
     """Export the output, if it is asked for; the first rank alone does it."""
-    if run.export is None or _is_later_rank():
+    if run.export is None or not is_first_rank():
         return
     with Progress("exporting"):
         done = export_output(run, registry(), notice)
@@ -96,13 +96,9 @@ def export_result(run: PruneRun | ShrinkRun | RecoverRun) -> None:
     notice(exported_line(run.export, done))
 
 
-def _is_later_rank() -> bool:
-    return bool(whole_number("WORLD_SIZE", 1) > 1 and whole_number("RANK", 0))
-
-
 def pack_result(run: PruneRun) -> None:
     """Write the packed form of the output, if it is asked for; the first rank alone does it."""
-    if run.pack is None or _is_later_rank():
+    if run.pack is None or not is_first_rank():
         return
     with Progress("packing"):
         done = pack_output(run, registry(), notice)
@@ -146,7 +142,7 @@ def _works(task: PruneTask, plan: Plan) -> tuple[PlannedWork, ...]:
     allocated = job.allocation is not None
     return (
         PlannedWork(
-            task.skeleton, plan, options.effort, options.samples, options.seqlen, allocated
+            task.skeleton, plan, options.effort, options.samples, options.seqlen, allocated, options
         ),
     )
 
@@ -189,6 +185,9 @@ def _after_interruption(task: Task, earlier: int | None) -> str:
     output = task.options.output
     if (task.stream or task.resumable) and resumable(output):
         return "to continue, give the same command with --resume"
+    structure = task.job.structure if isinstance(task, PruneTask) else None
+    if structure is not None and structure.journal.lines:
+        return "the same command continues the search"
     complete = _written(output) not in (None, earlier)
     return f"{output} is complete" if complete else "nothing was written"
 

@@ -36,8 +36,11 @@ def start(
         if ranks.first:
             save_config(config, run, task)
         report = performed(task, ranks, TrainingProgress(notices), as_json=printing.as_json)
-        if report is None or not ranks.first:
+        if not ranks.first:
             return
+    if report is None:
+        export_result(run)
+        return
     _show(report, task, as_json=printing.as_json)
     training = report.recovery["training"]
     if plot is not None:

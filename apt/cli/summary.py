@@ -139,7 +139,7 @@ def _show_warnings(report: Report) -> None:
     """Print lines about raised damping and about too few tokens."""
     asked = report.options["damping"]
     for event in report.sites:
-        if asked is not None and event.damping is not None and event.damping > asked:
+        if event.damping is not None and event.damping > asked:
             say(f"{event.name} needed damping {event.damping:g}")
     if starved := [site for site in report.sites if site.starved]:
         first = starved[0]

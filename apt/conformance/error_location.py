@@ -28,7 +28,8 @@ def explained(error: BaseException, owner: Any = None) -> str:
     """
     if isinstance(error, AptError):
         return error.message + (_own_frame(error) or place_of(owner))
-    if isinstance(error, AttributeError) and owner is not None and error.obj is owner:
+    own = owner is not None and not isinstance(owner, type)
+    if isinstance(error, AttributeError) and own and error.obj is owner:
         return f"{type(owner).__name__} has no '{error.name}'{place_of(owner)}"
     text = str(error.msg) if isinstance(error, SyntaxError) else first_line(error)
     text = text if text == type(error).__name__ else f"{type(error).__name__}: {text}"

@@ -7,7 +7,7 @@ that it moves, or is a factor of the step, which was measured on SmolLM2 with on
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,8 +17,8 @@ from apt.adapter.experts import picked_experts
 from apt.adapter.text_config import hidden_size, text_config
 from apt.checkpoints.opened import Opened
 from apt.devices import multiplies_bf16
-from apt.engine.recipes import augmentation_of
-from apt.options import PRESETS, Effort, MachineName, PruneOptions
+from apt.engine.recipes import augmentation_of, tuning_of
+from apt.options import Effort, MachineName, PruneOptions, SolveOptions
 from apt.planning.plan import Plan, PlannedBlock
 from apt.plugin.registry import registry
 from apt.solver.admm_search import ROUNDS
@@ -126,6 +126,7 @@ class PlannedWork:
         effort: the effort, which decides on tuning, random tokens and own text.
         samples, seqlen: the number of given samples, and the tokens of each.
         allocated: True if an allocation distributes the sparsity; the work is that of `auto`.
+        options: what is given for tuning, random tokens and own text.
     """
 
     skeleton: Opened
@@ -134,12 +135,21 @@ class PlannedWork:
     samples: int
     seqlen: int
     allocated: bool = False
+    options: SolveOptions = field(default_factory=PruneOptions)
 
     @property
     def augmentation(self) -> Augmentation:
         """What is added to the given samples."""
         method = registry().default_method()
-        return augmentation_of(PruneOptions(effort=self.effort), method, self.samples)
+        return augmentation_of(replace(self.options, effort=self.effort), method, self.samples)
+
+    @property
+    def tuned(self) -> int:
+        """The tokens of all steps of block tuning."""
+        tuning = tuning_of(replace(self.options, effort=self.effort), registry().default_method())
+        if tuning is None:
+            return 0
+        return tuning.epochs * min(self.tokens, tuning.tokens or self.tokens)
 
     @property
     def tokens(self) -> int:
@@ -169,9 +179,8 @@ class PlannedWork:
 
 
 def _block_work(run: PlannedWork, block: PlannedBlock) -> dict[str, Work]:
-    preset, tokens, rounds = PRESETS[run.effort], run.tokens, ROUNDS[run.effort]
-    tuned = preset.tuning_epochs * min(tokens, preset.tuning_tokens or tokens)
-    forward, passes = _forward(run, block), 4 if preset.tuning_epochs else 3
+    tokens, tuned, rounds = run.tokens, run.tuned, ROUNDS[run.effort]
+    forward, passes = _forward(run, block), 4 if tuned else 3
     factored = 1 + min(len(NODES), len({p for part in rounds for p in part.penalties}))
     stepped = sum(len(part.penalties) for part in rounds)
     widths = list(block.inputs.values())
@@ -193,7 +202,7 @@ def _block_work(run: PlannedWork, block: PlannedBlock) -> dict[str, Work]:
         "joint solves": Work(
             fp32=_JOINT * len(rounds) * sum(products) / 2, moved=_FP32 * _SCANS * _JOINT * size
         ),
-        "tuning": mixed * (_BACKWARD * _TUNING * tuned) + adam * (1 if tuned else 0),
+        "tuning": mixed * (_BACKWARD * _TUNING * tuned) + adam,
     }
     if whole_layer:
         work["row importance"] = mixed * (_BACKWARD * min(tokens, _IMPORTANCE))

@@ -13,7 +13,6 @@ from apt.engine.packing import integers_of
 from apt.engine.prepare import Notice
 from apt.errors import AptError, faulty
 from apt.files.writing import check_file
-from apt.locations.paths import expanded
 from apt.options import ExportRun, PruneRun, RecoverRun, ShrinkRun
 from apt.output.report import read_report
 from apt.output.staging import whole_file
@@ -33,8 +32,7 @@ def export_model(
     """
     spec = check_export(run, registry)
     source = find_source(run.model, run, registry)
-    output = expanded(run.output)
-    given = [expanded(run.source)] if run.source else []
+    output, given = run.output, [run.source] if run.source else []
     for path in given:
         if not path.is_file():
             raise AptError(f"no such file: {path}", "check the path", ("source",))
@@ -96,11 +94,11 @@ def export_output(
     Raises:
         AptError: see `export_model`; the output of the run is complete.
     """
-    if run.export is None or run.output is None:
+    if run.export is None:
         return None
     source = find_source(run.model, run, registry)
     exporting = ExportRun(
-        model=str(run.output), output=run.export, adapter=run.adapter, overwrite=run.overwrite,
+        model=str(run.directory), output=run.export, adapter=run.adapter, overwrite=run.overwrite,
         trust_remote_code=run.trust_remote_code, source=source.files()[0] if source.gguf else None,
     )  # fmt: skip
     try:

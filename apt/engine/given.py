@@ -1,6 +1,5 @@
 """A model that a program passes: its checks, its adapter and its report."""
 
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -46,7 +45,7 @@ class GivenModel(ModelStore):
         ranks: Ranks | None = None,
         observe: Callable[[Any], None] = lambda event: None,
     ) -> None:
-        self._started, self.registry, ranks = time.perf_counter(), registry(), ranks or Ranks()
+        self.registry, ranks = registry(), ranks or Ranks()
         StreamOptions(activations=activations).check()
         self._name, self.adapter = find_adapter(adapter, model, self.registry)
         _check_inputs(model, self.adapter, tokens)
@@ -82,7 +81,7 @@ class GivenModel(ModelStore):
             },
         )  # fmt: skip
         plan, report = prune_model(self, tokens, job, report)
-        return plan, report.timed(time.perf_counter() - self._started)
+        return plan, report.timed(self.seconds)
 
 
 def find_adapter(

@@ -111,7 +111,7 @@ def with_names(options: R, registry: Registry, notice: Callable[[str], None]) ->
         if pattern_of(options) is None:
             choose(pattern="2:4")
         made = replace(made, allocation=_allocation(made, registry))
-    if options.calibration == made.default("calibration"):
+    if options.calibration == MeasuringOptions.calibration:
         notice(f"calibration: {options.calibration} (default)")
     if options.output is None:
         choose(output=Path("-".join([source.name, *_suffixes(made, registry)])))

@@ -1,11 +1,12 @@
 """Packed copies of checkpoints, and dense copies of packed ones."""
 
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from apt.checkpoints.load import open_skeleton
 from apt.checkpoints.safetensors_io import Shards
-from apt.checkpoints.stored import local_directory
+from apt.checkpoints.stored import layout_of, local_directory
 from apt.engine.opening import find_source
 from apt.engine.prepare import Notice, check_place
 from apt.errors import AptError
@@ -51,7 +52,8 @@ def pack_model(run: PackRun, registry: Registry, notice: Notice = lambda line: N
     rounding = asked or integers_of(directory)
     # Only the blocks are rounded: the language-model head is as it was trained.
     rounds = rounding is not None and not rounding.exact
-    names = {*linear_tensors(skeleton, shards, blocks=rounds), *expert_tensors(skeleton, shards)}
+    layout = layout_of(skeleton, shards)
+    names = {*linear_tensors(skeleton, layout, blocks=rounds), *expert_tensors(skeleton, layout)}
     group = rounding.scale_group if rounding is not None else COLUMNS
     if run.format == "apt" and isinstance(group, int) and group % COLUMNS:
         notice(f"scale group {group}: no multiple of {COLUMNS}, so torch expands each matrix")
@@ -112,7 +114,7 @@ def unpack_model(run: UnpackRun, registry: Registry, notice: Notice = lambda lin
     directory = Path(source.location)
     check_place(run, source, (), notice)
     entries = read_entries(directory)
-    check_space(run.output, sum(4 * e.shape[0] * e.shape[1] for e in entries.values()))
+    check_space(run.output, sum(4 * prod(entry.shape) for entry in entries.values()))
     with whole_directory(run.output, run.overwrite) as work, write_errors(run.output):
         count = unpack(directory, work.out)
         mark_as_unpacked(work.out)

@@ -43,10 +43,10 @@ def check_place(options: Any, source: Source, texts: Sequence[str | None], notic
     """Check the place of the output, and notify the user of an earlier result to be replaced."""
     inputs, output = input_paths(source, texts), options.output
     if (file := getattr(options, "export", None)) is not None:
-        if expanded(file).resolve().is_relative_to(Path(output).resolve()):
+        if file.resolve().is_relative_to(output.resolve()):
             fault = f"export {file} is inside the output"
             raise AptError(fault, "choose another file", ("export",))
-        check_file(expanded(file), overwrite=options.overwrite, inputs=inputs, options=("export",))
+        check_file(file, overwrite=options.overwrite, inputs=inputs, options=("export",))
     if getattr(options, "resume", False) and (resumable(output) or read_report(output)):
         check_not_input(output, inputs)
         return

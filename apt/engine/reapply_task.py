@@ -55,13 +55,13 @@ class ReapplyTask(Task):
         """Set the masked weights to zero, after its inputs have the order of the pruned model."""
         adapter = self.skeleton.adapter
         permuted = permute_as_masked(self.masks, self.orders, store.model, adapter)
-        removed = apply_masks(self.masks, store.model)
+        weights, share = apply_masks(self.masks, store.model)
         options = self.options
         record = {
             "masks": portable(str(options.masks)),
             "model": portable(options.model),
-            "weights": removed.weights,
-            "share": removed.share,
+            "weights": weights,
+            "share": share,
             "sparsity": sparsity_of(self.masks),
             "parameters": len(self.masks),
             "permuted": permuted,

@@ -41,8 +41,11 @@ def recipe_of(options: SolveOptions, method: MethodSpec) -> Recipe:
         SolverOptions(damping=damping, effort=options.effort, block_size=sparse.block_size),
         _targets(options, method) if aware else None,
         _row_importance(sparse.row_importance) if aware else None,
-        _tuning(options, method),
-        _or(sparse.permute, aware and method.error_aware and sparse is options),
+        tuning_of(options, method),
+        _or(
+            sparse.permute,
+            aware and method.error_aware and not isinstance(method, ShrinkMethodSpec),
+        ),
         _or(options.ordered, aware),
         IntegerGrid(bits, sparse.scale_group) if bits else None,
     )
@@ -117,7 +120,8 @@ def _row_importance(given: float | None) -> RowImportance | None:
     return replace(base, power=power) if power else None
 
 
-def _tuning(options: SolveOptions, method: MethodSpec) -> BlockTuning | None:
+def tuning_of(options: SolveOptions, method: MethodSpec) -> BlockTuning | None:
+    """The block tuning of a run; None for no tuning."""
     preset = _preset(options, method)
     if not (epochs := _or(options.tuning_epochs, preset.tuning_epochs)):
         return None

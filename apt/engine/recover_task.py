@@ -67,12 +67,14 @@ class RecoverTask(Task):
 
     def record(self) -> dict[str, Any]:
         """The options for the report, as values for JSON."""
-        return in_order(self.options.record(), _ORDER)
+        batch = self.options.batch or (None if self.options.minutes is not None else BATCH)
+        return in_order(self.options.record() | {"batch": batch}, _ORDER)
 
     def recorded(self, report: Report) -> dict[str, Any]:
         """The options of the training in the report of a finished run."""
         options: dict[str, Any] = report.recovery.get("options", {})
-        return options
+        chosen = self.options.minutes is not None and self.options.batch is None
+        return options | {"batch": None} if chosen else options
 
     def space(self, written: int) -> int:
         """The bytes of the weights in fp32, and of the outputs of the dense model.

@@ -41,7 +41,8 @@ def fitted(
     def seconds(effort: Effort, samples: int, seqlen: int) -> float:
         taken: Effort = effort if method.efforts else "fast"
         allocated = job.allocation is not None
-        return PlannedWork(skeleton, job.plan, taken, samples, seqlen, allocated).seconds(machine)
+        work = PlannedWork(skeleton, job.plan, taken, samples, seqlen, allocated, options)
+        return work.seconds(machine)
 
     for effort, samples, seqlen in _choices(options, efforts=method.efforts):
         if seconds(effort, samples, seqlen) <= budget:

@@ -86,6 +86,9 @@ def verify_directory(run: VerifyRun, registry: Registry, notice: Notice) -> Veri
     if method == METHOD:
         PackedShards(directory).check()
     elif method:
+        if not report:
+            fault = f"{directory} is quantised with {method}, and has no report"
+            raise AptError(fault, "only the files that a report names can be verified")
         notice(f"its weights are quantised with {method}, and zeros are not counted")
         return Verified(problems=tuple(problems))
     if pattern is None and (structure := report.get("structure")):
@@ -98,12 +101,12 @@ def verify_directory(run: VerifyRun, registry: Registry, notice: Notice) -> Veri
         problems += verify_structure(skeleton, structure)
         return Verified(structure=structure, problems=tuple(problems))
     try:
-        if pattern is not None and _distributed(report, pattern):
+        distributed = pattern is not None and _distributed(report, pattern)
+        if distributed:
             notice("the run distributed this sparsity over the sites: see its report")
+        if pattern is None or distributed:
             expected = expected_by_report(skeleton, report, selection, notice)
             expected = replace(expected, zeros={}) if run.at_least else expected
-        elif pattern is None:
-            expected = expected_by_report(skeleton, report, selection, notice)
         else:
             expected = expected_by_pattern(
                 skeleton, report, pattern, selection, notice, at_least=run.at_least

@@ -108,16 +108,10 @@ def _mean(model: nn.Module, tokens: Tensor, measure: Callable[[Tensor, Tensor], 
     device, total = next(model.parameters()).device, 0.0
     with eval_mode(model):
         for batch in torch.split(tokens, windows_at_once(tokens.shape[1])):
-            total += _total(model, batch.to(device), measure)
+            place = 1
+            for logits in parts_of_logits(model, batch := batch.to(device)):
+                following = batch[:, place : place + logits.shape[1]]
+                place += logits.shape[1]
+                seen = logits[:, : following.shape[1]]
+                total += float(measure(seen.flatten(0, 1), following.flatten()))
     return total / (tokens.shape[0] * (tokens.shape[1] - 1))
-
-
-def _total(model: nn.Module, batch: Tensor, measure: Callable[[Tensor, Tensor], Tensor]) -> float:
-    """The sum of ``measure`` over the windows of a batch (windows, seqlen)."""
-    total, place = 0.0, 1
-    for logits in parts_of_logits(model, batch):
-        following = batch[:, place : place + logits.shape[1]]
-        place += logits.shape[1]
-        seen = logits[:, : following.shape[1]]
-        total += float(measure(seen.flatten(0, 1), following.flatten()))
-    return total

@@ -26,10 +26,6 @@ class Hub:
         local = {"local_files_only": True} if self.local else {}
         return {**({"revision": self.revision} if self.revision is not None else {}), **local}
 
-    def without_revision(self) -> "Hub":
-        """The settings for another repository, which has other revisions."""
-        return replace(self, revision=None)
-
     def or_local(self) -> "Hub":
         """The same settings, or, if the hub does not answer, those for earlier downloads only."""
         return self if reachable() else replace(self, local=True)

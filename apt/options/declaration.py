@@ -296,11 +296,6 @@ class Options:
                     f"{what} {spec.name} does not use {one.words}", f"those that use it: {others}"
                 )
 
-    @classmethod
-    def default(cls, name: str) -> Any:
-        """The default of an option."""
-        return next(one.default for one in cls.OPTIONS if one.name == name)
-
     def record(self) -> dict[str, Any]:
         """The options as values for JSON, by their names in reports."""
         return {

@@ -32,10 +32,10 @@ def read_options(path: Path, kinds: Sequence[type[Options]]) -> dict[str, Any]:
             values[one.name] = _value(f"{key} in {path}", one, raw)
         elif not isinstance(raw, bool):
             raise AptError(f"{key} in {path} is neither true nor false")
-        elif raw:
-            values[one.name] = value
-        elif value in (True, False):
-            values[one.name] = not value
+        elif raw or value in (True, False):
+            chosen = value if raw else not value
+            if values.setdefault(one.name, chosen) != chosen:
+                raise AptError(f"{key} in {path} contradicts another line", "leave one of them out")
     return values
 
 
@@ -128,6 +128,6 @@ def _plain(name: str, kind: type, item: str | float) -> Any:
     if kind is int and isinstance(item, float):
         raise AptError(f"{name} is {item}, not a whole number")
     try:
-        return kind(item)
+        return Path(str(item)) if kind is Path else kind(item)
     except ValueError as error:
         raise AptError(f"{name} is '{item}', not a number") from error

@@ -25,11 +25,12 @@ def read_amount(text: str) -> int | str:
     """
     if text == "auto":
         return text
-    if not text.replace("_", "").isdecimal():
+    digits = text.replace("_", "")
+    if not digits.isdecimal():
         raise AptError(
             f"tokens {text} is not a number of tokens", "write 1000000, or auto", ("tokens",)
         )
-    return int(text)
+    return int(digits)
 
 
 @options

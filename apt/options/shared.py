@@ -379,13 +379,13 @@ class IntegerOptions(Options):
             )
 
 
-def check_windows(count: int | None, seqlen: int, name: str = "samples") -> None:
+def check_windows(count: int | None, seqlen: int) -> None:
     """Raise for amounts that give no windows.
 
     Args:
         count: the number of windows; None for all.
         seqlen: their tokens.
-        name: the name of the option for ``count``.
     """
     if (count is not None and count < 1) or seqlen < 2:
-        raise AptError(f"{name} must be at least 1 and seqlen at least 2", options=(name, "seqlen"))
+        fault = "samples must be at least 1 and seqlen at least 2"
+        raise AptError(fault, options=("samples", "seqlen"))

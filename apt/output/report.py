@@ -146,7 +146,7 @@ class Report:
             known["ranks"] = [Work(**work) for work in known["ranks"]]
             known["sites"] = [read_site(site) for site in known["sites"]]
             known["scores"] = {name: _numbers(part) for name, part in known["scores"].items()}
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise AptError(f"{name} is damaged: {described(error)}", _RESTORE) from error
         return cls(**known)
 
@@ -229,7 +229,7 @@ def read_site(entry: Mapping[str, Any]) -> SitePruned:
 
 
 def _numbers(part: Any) -> Any:
-    """The metrics of a model, with numbers for strings as in `_site`; another entry as it is."""
+    """The metrics of a model, with numbers for strings; another entry as it is."""
     return {name: float(value) for name, value in part.items()} if isinstance(part, dict) else part
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from apt.checkpoints.opened import Opened
 from apt.checkpoints.safetensors_io import Shards
+from apt.checkpoints.stored import layout_of
 from apt.errors import AptError
 from apt.packing.directory import (
     Packed,
@@ -40,14 +41,12 @@ def write_compressed_tensors(
         rounding: the kind of integers; with ``exact`` the weights must be integers times scales.
 
     Raises:
-        AptError: the checkpoint is packed or quantised already, the group does not divide the
-            columns of a matrix, or a matrix does not consist of integers.
+        AptError: the group does not divide the columns of a matrix, or a matrix does not consist
+            of integers.
     """
     config = read_config(directory)
-    if KEY in config:
-        raise AptError(f"{directory} is packed or quantised already")
     shards = Shards(directory)
-    modules = linear_tensors(skeleton, shards, blocks=True)
+    modules = linear_tensors(skeleton, layout_of(skeleton, shards), blocks=True)
     _check_group(shards, modules, rounding.scale_group)
 
     def converted(name: str, tensor: Tensor) -> dict[str, Tensor]:

@@ -23,8 +23,8 @@ from apt import runtime
 from apt.checkpoints.copies import copy_files, side_files
 from apt.checkpoints.opened import Opened
 from apt.checkpoints.safetensors_io import Shards, synchronise, write_files
-from apt.checkpoints.stored import layout_of
 from apt.errors import AptError, first_line
+from apt.layouts.pieces import Layout
 from apt.runtime.entries import (
     INDEX_PACKED,
     KEY,
@@ -95,7 +95,7 @@ class Rounding:
     exact: bool = False
 
 
-def linear_tensors(skeleton: Opened, shards: Shards, *, blocks: bool = False) -> dict[str, str]:
+def linear_tensors(skeleton: Opened, layout: Layout, *, blocks: bool = False) -> dict[str, str]:
     """The Linear modules by the tensors of their weights.
 
     Left out are modules that share their weight with an embedding, since only dense weights can be
@@ -103,12 +103,9 @@ def linear_tensors(skeleton: Opened, shards: Shards, *, blocks: bool = False) ->
 
     Args:
         skeleton: the model, without weights.
+        layout: the tensors of its parameters.
         blocks: True to leave out modules outside the blocks, such as the language-model head.
-
-    Raises:
-        NotStoredError: the checkpoint stores parameters differently than the model.
     """
-    layout = layout_of(skeleton, shards)
     inside = tuple(f"{name}." for name, _ in skeleton.adapter.blocks(skeleton.module))
     shared = Counter(
         map(id, dict(skeleton.module.named_parameters(remove_duplicate=False)).values())
@@ -125,13 +122,8 @@ def linear_tensors(skeleton: Opened, shards: Shards, *, blocks: bool = False) ->
     }
 
 
-def expert_tensors(skeleton: Opened, shards: Shards) -> set[str]:
-    """The tensors of stacked experts: that of each expert, or the stack as it is.
-
-    Raises:
-        NotStoredError: the checkpoint stores parameters differently than the model.
-    """
-    layout = layout_of(skeleton, shards)
+def expert_tensors(skeleton: Opened, layout: Layout) -> set[str]:
+    """The tensors of stacked experts: that of each expert, or the stack as it is."""
     stacks = {
         f"{name}.{site.parameter}"
         for name, block in skeleton.adapter.blocks(skeleton.module)
@@ -151,11 +143,9 @@ def pack(
         rounding: the rounding of the kept weights; None keeps them as they are.
 
     Raises:
-        AptError: the checkpoint is packed already, has too few zeros, or is damaged.
+        AptError: the checkpoint has too few zeros, or is damaged.
     """
     config = read_config(directory)
-    if KEY in config:
-        raise AptError(f"{directory} is packed or quantised already")
     if not names:
         owners = "a torch.nn.Linear module of its own, or to stacked experts"
         fault = f"no weight of {directory} belongs to {owners}"
@@ -198,16 +188,12 @@ def pack(
 
 def _encoded(tensor: Tensor, rounding: Rounding | None) -> tuple[Entry, Parts]:
     """A matrix, or a stack as one matrix of all its rows."""
-    entry, parts = _encoded_rows(tensor.flatten(0, -2), rounding)
+    matrix, found = tensor.flatten(0, -2), None
+    if rounding is not None:
+        encoded = encode_integers if rounding.exact else encode_rounded
+        found = encoded(matrix, rounding.kind, rounding.scale_group)
+    entry, parts = found or encode(matrix)
     return replace(entry, shape=tuple(tensor.shape)), parts
-
-
-def _encoded_rows(matrix: Tensor, rounding: Rounding | None) -> tuple[Entry, Parts]:
-    if rounding is None:
-        return encode(matrix)
-    if rounding.exact:
-        return encode_integers(matrix, rounding.kind, rounding.scale_group) or encode(matrix)
-    return encode_rounded(matrix, rounding.kind, rounding.scale_group)
 
 
 def unpack(directory: Path, target: Path) -> int:

@@ -59,11 +59,10 @@ def make_structured_plan(
             errors before them. False leaves them as they are.
 
     Raises:
-        AptError: a kind of groups or a block does not exist, all blocks are dropped, or two kinds
-            of groups are removed from one site.
+        AptError: two kinds of groups are removed from one site, or one that several blocks share
+            would become smaller.
     """
     blocks, shared = adapter.blocks(model), shared_sites(model, adapter)
-    _check_names(adapter, config, blocks, structure)
     planned = tuple(
         PlannedBlock(name, (), dropped=True)
         if name in structure.dropped
@@ -114,20 +113,6 @@ def _planned(
         kept = patterns.get(site.name, rest)
         planned.append(PlannedSite(f"{name}.{site.name}", site, (rows, width), kept))
     return PlannedBlock(name, tuple(planned), groups=tuple(smaller), tied=tuple(tied))
-
-
-def _check_names(
-    adapter: Adapter, config: Any, blocks: list[tuple[str, nn.Module]], structure: Structure
-) -> None:
-    names = {name for name, _ in blocks}
-    if unknown := sorted((structure.dropped | structure.removed.keys()) - names):
-        raise AptError(f"the model has no block {unknown[0]}", f"its blocks: {', '.join(names)}")
-    if structure.dropped >= names:
-        raise AptError("no block would be left", "keep more")
-    kinds = {groups.kind for _, block in blocks for groups in adapter.groups(block, config)}
-    if missing := sorted(structure.kept.keys() - kinds):
-        known = ", ".join(sorted(kinds)) or "no groups"
-        raise AptError(f"the model has no groups of kind '{missing[0]}'", f"it has: {known}")
 
 
 def removed_groups(block: nn.Module, planned: PlannedBlock) -> Removed:

@@ -173,6 +173,9 @@ R = TypeVar("R", bound=MethodSpec)
 def _most_accurate(catalog: Catalog[R], specs: Iterable[R]) -> R:
     """The spec with the highest rank among those of APT; among all if it has none."""
     known = list(specs)
+    if not known:
+        fault = f"no {catalog.kind} is installed{_unavailable(catalog.plugins.values())}"
+        raise AptError(fault, "install a package with one, or leave out APT_DISABLE_PLUGINS")
     own = [s for s in known if catalog.origins[s.name].distribution_name == OWN_DISTRIBUTION]
     return max(own or known, key=lambda spec: spec.rank)
 

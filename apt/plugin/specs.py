@@ -272,7 +272,7 @@ class EvaluatorSpec(Spec):
             return float(value)
         except (TypeError, ValueError) as error:
             fault = f"returns {type(value).__name__}, not a number"
-            raise faulty(f"metric {self.name}", fault, "metric", "metric") from error
+            raise faulty(f"metric {self.name}", fault, "metric", "metrics") from error
 
 
 @dataclass(frozen=True)

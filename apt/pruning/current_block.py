@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from apt.adapter import Site
 from apt.adapter.groups import gather, tensors_of
-from apt.calibration.batches import Batch, OpenBlock, check_finite
+from apt.calibration.batches import OpenBlock, check_finite
 from apt.calibration.capture import Capture
-from apt.calibration.dense_activations import advance_dense
+from apt.calibration.dense_activations import advance_dense, stream_rows
 from apt.calibration.targets import Sums
 from apt.events import BlockTuned, Done, ExpertsRemoved, Observer, SitePruned, Working
 from apt.planning.plan import PlannedBlock, PlannedSite
@@ -22,7 +22,6 @@ from apt.pruning.layer import SiteSolver, SolvedSite, mean_square, measured, rou
 from apt.pruning.paused_forward import CannotPause, PausedForwards
 from apt.pruning.permuting import permute_inputs, permuted_experts
 from apt.pruning.ssm_parameters import prune_extras
-from apt.solver.gram import DAMPING
 from apt.tuning.block_tuning import BlockTuning, tune_block
 
 Dropped = tuple[int, str, nn.Module]
@@ -105,7 +104,7 @@ class CurrentBlock(OpenBlock):
         """Disconnect the groups without readers; the records of those that are experts."""
         recipe = self.solver.recipe
         for lost in self.planned.disconnected:
-            damping = recipe.solver.damping or DAMPING
+            damping = recipe.solver.damping
             chosen, merged = disconnect_groups(self, lost, recipe.experts, damping)
             if lost.groups.routed:
                 removed = ExpertsRemoved(self.planned.name, tuple(chosen), merged)
@@ -139,18 +138,13 @@ class CurrentBlock(OpenBlock):
         writers = [site for site in self.sites if site.residual and not site.routed]
         if not self.dropped or not self.solver.recipe.error_aware:
             return
-        before = [self._dense_stream(batch) for batch in self.batches]
+        dense = [batch.dense for batch in self.batches if batch.dense is not None]
+        before = [stream_rows(self.adapter, each.state).clone() for each in dense]
         self.pass_dropped(self.dropped)
-        for batch, start in zip(self.batches, before, strict=True):
-            if writers and batch.dense is not None:
-                batch.dense.gap = self._dense_stream(batch) - start
-                batch.dense.gap_input = max(writers, key=lambda site: site.order).input
-
-    def _dense_stream(self, batch: Batch) -> Tensor:
-        """The residual stream (tokens, hidden) of the dense model in fp32."""
-        assert batch.dense is not None
-        stream = self.adapter.residual(batch.dense.state)
-        return stream.float().reshape(-1, stream.shape[-1]).clone()
+        for each, start in zip(dense, before, strict=True):
+            if writers:
+                each.gap = stream_rows(self.adapter, each.state) - start
+                each.gap_input = max(writers, key=lambda site: site.order).input
 
     def _with_tied_groups(self) -> PlannedBlock:
         """The planned block, with a choice of the groups that several sites lose together."""

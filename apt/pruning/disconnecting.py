@@ -26,7 +26,7 @@ _TOKENS = 2048
 
 
 def disconnect_groups(
-    block: OpenBlock, planned: PlannedGroups, how: ExpertRemoval, damping: float
+    block: OpenBlock, planned: PlannedGroups, how: ExpertRemoval, damping: float | None
 ) -> tuple[Sequence[int], tuple[tuple[int, int], ...]]:
     """Choose groups, and set their outputs to zero; see `ExpertRemoval` for experts.
 
@@ -44,7 +44,7 @@ def disconnect_groups(
         merged = merge_experts(block.module, block.adapter, groups, experts, removed)
     del experts  # the outputs are large
     disconnect(tensors_of(block.module), groups, chosen)
-    block.unrouted = unrouted(block.module, [planned])
+    block.unrouted = {**block.unrouted, **unrouted(block.module, [planned])}
     if targets:
         kept = set(range(groups.count)) - set(chosen)
         compensate(block, groups, kept, targets, damping)

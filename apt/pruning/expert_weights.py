@@ -88,7 +88,7 @@ def compensate(
     groups: Groups,
     kept: Collection[int],
     targets: list[DenseOutputs],
-    damping: float,
+    damping: float | None,
 ) -> None:
     """Solve the last weights of the experts that are left for the outputs of all dense experts.
 
@@ -155,10 +155,8 @@ def _inputs(
 ) -> tuple[Routing, dict[Site, Tensor]]:
     """The routing of a batch, and the inputs (tokens, in) of the last weights of experts."""
     found, owner = list[Routing](), block.module.get_submodule(owner_of(groups))
-    inputs = {
-        site: site.oriented(site.weight(block.module).data).new_zeros(0, _width(block, site))
-        for site in sites
-    }
+    weights = {site: site.oriented(site.weight(block.module).data) for site in sites}
+    inputs = {site: weight.new_zeros(0, weight.shape[1]) for site, weight in weights.items()}
 
     def take(site: Site, rows: Tensor) -> None:
         inputs[site] = torch.cat([inputs[site], rows.reshape(-1, rows.shape[-1])])
@@ -167,11 +165,6 @@ def _inputs(
         block.step(batch, batch.state)
     block.progress()
     return found[-1], inputs
-
-
-def _width(block: OpenBlock, site: Site) -> int:
-    """The number of inputs of a site."""
-    return site.oriented(site.weight(block.module)).shape[1]
 
 
 def _expert(block: OpenBlock, site: Site, tokens: list[Tensor], rows: list[Tensor]) -> _Expert:

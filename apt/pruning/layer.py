@@ -246,7 +246,7 @@ def round_site(
     weight = solved.planned.site.oriented(solved.planned.site.weight(block).data)
     matrix = solved.matrix / max(solved.tokens, 1)
     mean = float(matrix.diagonal().mean())
-    more = mean * (DAMPING if damping is None else damping) or 1.0
+    more = mean * (damping or DAMPING) or 1.0  # some, for the sake of dead inputs
     matrix = matrix + more * torch.eye(len(matrix), device=matrix.device)
     weight.copy_(rounded(weight.float(), matrix, integers, weight.dtype))
 

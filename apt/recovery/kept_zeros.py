@@ -1,6 +1,7 @@
 """The zeros of a pruned model that stay while other code trains it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ class KeptZeros:
     ) -> None:
         self._masks = masks
         self._handles = [
-            parameter.register_hook(_masking(mask))  # type: ignore[no-untyped-call]
+            parameter.register_hook(partial(Tensor.masked_fill, mask=mask, value=0))  # type: ignore[no-untyped-call]
             for parameter, mask in masks.items()
             if parameter.requires_grad
         ]
@@ -40,7 +41,3 @@ class KeptZeros:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-
-
-def _masking(mask: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda gradient: gradient.masked_fill(mask, 0)

@@ -63,8 +63,7 @@ class _Entry:
 
     def view(self, tensor: Tensor) -> Tensor:
         """The part (out, in) of a tensor in the shape of the parameter."""
-        part = tensor if self.site.expert is None else tensor[self.site.expert]
-        return self.site.oriented(part)
+        return self.site.oriented(self.site.slice_of(tensor))
 
 
 class MovingMasks:
@@ -128,8 +127,8 @@ def _entries(
             name = f"{block_name}.{site.parameter}"
             if name not in masks:
                 continue
-            made = _Entry(block.get_parameter(site.parameter), site, None)
-            yield name, _Entry(made.parameter, site, group_of(made.view(masks[name])))
+            group = group_of(site.oriented(site.slice_of(masks[name])))
+            yield name, _Entry(block.get_parameter(site.parameter), site, group)
 
 
 def _exchange(
@@ -161,8 +160,9 @@ def _exchange(
 def _in_groups(size: Tensor, gain: Tensor, group: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """One exchange in each of the ``count`` groups of a row with the largest gradients."""
     grouped = size.view(len(size), -1, group), gain.view(len(gain), -1, group)
-    smallest, (best, at) = grouped[0].argmin(-1), grouped[1].max(-1)
+    (least, smallest), (best, at) = grouped[0].min(-1), grouped[1].max(-1)
     chosen = best.topk(min(count, best.shape[1]), 1).indices
     start = chosen * group
     dropped, grown = start + smallest.gather(1, chosen), start + at.gather(1, chosen)
-    return dropped, grown, best.gather(1, chosen) >= 0
+    usable = (least.gather(1, chosen) < torch.inf) & (best.gather(1, chosen) >= 0)
+    return dropped, grown, usable

@@ -142,8 +142,9 @@ class _Pace:
 
 @contextmanager
 def _in_fp32(model: nn.Module) -> Iterator[None]:
-    """While entered, the parameters are fp32; then they have their dtypes and flags again."""
+    """While entered, parameters and buffers are fp32; then they have their dtypes again."""
     before = {n: (p.dtype, p.requires_grad) for n, p in model.named_parameters()}
+    buffers = {name: buffer.dtype for name, buffer in model.named_buffers()}
     model.float()
     try:
         yield
@@ -154,6 +155,8 @@ def _in_fp32(model: nn.Module) -> Iterator[None]:
                 dtype, gradient = before[name]
                 parameter.data = parameter.data.to(dtype)
                 parameter.requires_grad_(gradient)
+        for name, buffer in model.named_buffers():
+            buffer.data = buffer.data.to(buffers.get(name, buffer.dtype))
 
 
 @contextmanager

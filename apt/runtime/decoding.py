@@ -39,7 +39,12 @@ class Decoder:
         epsilons = {norm.variance_epsilon for norm in norms.values()}
         if len(epsilons) > 1 or type(mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
             raise ValueError("the block is not one of LLaMA")
-        self._parts = [(linear, _source(linear)) for linear in (*linears.values(), *norms.values())]
+        places = [(attention, f"{n}_proj") for n in ("q", "k", "v", "o")]
+        places += [(mlp, f"{n}_proj") for n in ("gate", "up", "down")]
+        places += [(layer, f"{n}_layernorm") for n in ("input", "post_attention")]
+        places += [(attention, f"{n}_norm") for n in "qk" if n in norms]
+        parts = [(owner._modules, name, owner.get_submodule(name)) for owner, name in places]
+        self._parts = [(*part, _source(part[-1])) for part in parts]
         self._hooks = [
             hooks
             for module in layer.modules()
@@ -52,8 +57,13 @@ class Decoder:
         )  # fmt: skip
 
     def is_current(self) -> bool:
-        """True if the weights are where they were."""
-        return all([_source(part) == source for part, source in self._parts])
+        """True if the block has the same modules, and these the same weights."""
+        return all(
+            [
+                modules[name] is part and _source(part) == source
+                for modules, name, part, source in self._parts
+            ]
+        )
 
     def is_watched(self) -> bool:
         """True if a hook waits for a part of the block."""
@@ -150,8 +160,16 @@ def _kernel(linear: nn.Module) -> Any:
 
 
 def _source(part: Any) -> Any:
-    """What a decoder has of a module: the matrix, or the place of the weight."""
-    return part.matrix if isinstance(part, PackedLinear) else part.weight.data_ptr()
+    """What a decoder has of a module: its matrix or weight, and its bias."""
+    weight = part.matrix if isinstance(part, PackedLinear) else _version(part.weight)
+    return weight, _version(part._parameters.get("bias"))
+
+
+def _version(tensor: Tensor | None) -> Any:
+    """The place of a tensor, and the number of its changes: a decoder copies norms and biases."""
+    if tensor is None:
+        return None
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
 def _cached(layer: Any, x: Tensor, named: dict[str, Any]) -> Any:

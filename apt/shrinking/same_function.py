@@ -29,12 +29,13 @@ def check_same_function(
     Args:
         model: the model whose groups are disconnected; the dropped blocks are skipped.
         small: the model without these groups and blocks.
-        tokens: token ids (samples, seqlen).
+        tokens: token ids (samples, seqlen); if there are no samples, one token is repeated.
 
     Raises:
         AptError: the logits differ by more than rounding explains.
     """
-    few = tokens[:1, :_TOKENS].to(next(model.parameters()).device)
+    given = tokens if len(tokens) else tokens.new_ones(1, tokens.shape[1])
+    few = given[:1, :_TOKENS].to(next(model.parameters()).device)
     with _fitted(model, adapter, plan):
         expected = _logits(model, few)
     with eval_mode(small), adapter.running(small):

@@ -54,14 +54,10 @@ class SearchOptions:
             without each block, from which the search starts.
         minutes: the time budget, including that start; None for no limit. The result then depends
             on the machine. The start is completed, and one candidate evaluated, in any case.
-        population: the number of candidates that are mutated and crossed over.
-        children: the number of new candidates in each generation.
     """
 
     evaluations: int = 120
     minutes: float | None = None
-    population: int = GENERATION["population"]
-    children: int = GENERATION["children"]
 
 
 @dataclass
@@ -102,7 +98,7 @@ class Search:
         barren = 0
         while not self._done() and barren < _BARREN:
             before = len(self._found)
-            self._evaluate(self._child() for _ in range(self.options.children))
+            self._evaluate(self._child() for _ in range(GENERATION["children"]))
             barren = barren + 1 if len(self._found) == before else 0
         return self._ranked()
 
@@ -128,7 +124,7 @@ class Search:
 
     def _child(self) -> Candidate:
         """A mutated candidate or a cross of two, both from the population."""
-        parents = [scored.candidate for scored in self._ranked()[: self.options.population]]
+        parents = [scored.candidate for scored in self._ranked()[: GENERATION["population"]]]
         first, second = self._draw.choice(parents), self._draw.choice(parents)
         if first.key != second.key and self._draw.random() < 0.5:
             size = self._draw.choice([first.size, second.size])

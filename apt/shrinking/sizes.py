@@ -181,12 +181,11 @@ class Sizes:
 
     def _completed(self, kept: dict[str, int], blocks: int, *, width: bool) -> Iterator[Size]:
         """The size with every number of groups of the largest kind."""
-        kind = self.largest
-        if kind is None or not width:
-            yield self._sized(kept, blocks)
+        yield self._sized(kept, blocks)
+        kind = self.largest if width else None
+        if kind is None:
             return
         groups = self.groups[kind]
-        yield self._sized(kept, blocks)
         many = self.multiple if groups.count >= _FEW else 1
         for number in _numbers(groups, lcm(groups.step, many)):
             if number < groups.count:

@@ -67,21 +67,15 @@ class GroupRemoval:
         if not groups.removed:
             return Solution(weight.clone(), torch.zeros_like(weight, dtype=torch.bool), None)
         if groups.chosen is None:
-            removed = self._chosen(weight, gram, groups, options).to(weight.device)
+            removed = self.choose(weight, gram, groups, options)
+            check_removed(removed, groups)
         else:
-            removed = groups.mask(groups.chosen).to(weight.device)
-        columns = groups.columns(removed, weight.shape[1])
+            removed = groups.mask(groups.chosen)
+        columns = groups.columns(removed.to(weight.device), weight.shape[1])
         if self.compensate:
             return keep_columns(weight, gram.damped(options.damping), columns)
         mask = columns.expand_as(weight).clone()
         return Solution(weight.masked_fill(mask, 0), mask, None)
-
-    def _chosen(
-        self, weight: Tensor, gram: Gram, groups: ColumnGroups, options: SolverOptions
-    ) -> Tensor:
-        mask = self.choose(weight, gram, groups, options)
-        check_removed(mask, groups)
-        return mask
 
 
 def check_removed(mask: Tensor, groups: ColumnGroups) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from apt.adapter.text_config import text_config
 from apt.checkpoints.load import load, open_skeleton
 from apt.conformance.checks import Subject
 from apt.conformance.error_location import at, explained, place_of
@@ -124,7 +125,7 @@ def _example(spec: AdapterSpec, origin: Plugin) -> nn.Module:
         got = "None" if module is None else f"a {type(module).__name__}"
         line = f"the example of adapter '{spec.name}' returns {got}, not a model"
         raise NoSubject([line + place_of(function)])
-    if not hasattr(getattr(module, "config", None), "vocab_size"):
+    if not hasattr(text_config(getattr(module, "config", None)), "vocab_size"):
         line = f"the example of adapter '{spec.name}' has no config.vocab_size"
         raise NoSubject([line + place_of(function)])
     return module
@@ -156,4 +157,4 @@ def _place_of_text(origin: Plugin, text: str) -> str:
 
 
 def _tokens(module: Any) -> Tensor:
-    return random_tokens(module.config.vocab_size)
+    return random_tokens(text_config(module.config).vocab_size)

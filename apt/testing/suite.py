@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from apt.adapter import Adapter
+from apt.adapter.text_config import text_config
 from apt.checkpoints.load import load, load_tokenizer, open_skeleton
 from apt.conformance.checks import CHECKS, Subject
 from apt.conformance.outcomes import outcome, spec_of
@@ -56,8 +57,7 @@ class AdapterConformance(ABC):
 
     def tokens(self, model: nn.Module) -> Tensor:
         """Token ids (samples, seqlen)."""
-        config: Any = model.config
-        return random_tokens(config.vocab_size)
+        return random_tokens(text_config(model.config).vocab_size)
 
 
 def _test(name: str) -> Callable[[AdapterConformance], None]:

@@ -24,13 +24,13 @@ def documents(source: str, split: Split, registry: Registry) -> Iterator[str]:
 
     Args:
         source: a name that a plugin provides (``builtin``, ``wikitext2``), a local .txt, .jsonl or
-            .parquet file, or a hub data set, ``NAME`` or ``NAME:CONFIG``.
+            .parquet file, or a hub data set, ``OWNER/NAME`` or ``OWNER/NAME:CONFIG``.
         split: the part to read; a local file has the same part for both.
 
     Raises:
         AptError: the source does not exist or cannot be read.
     """
-    if source.lower() in registry.calibrations.specs:
+    if source.lower() in map(str.lower, registry.calibrations.specs):
         return registry.calibrations.get(source).documents(split)
     path = expanded(source)
     kind = kind_at(path) if source else None

@@ -56,7 +56,7 @@ def stream_after(
     """The residual stream (…, hidden) after ``block``, run with other weights by their names."""
     given = {f"block.{name}": weight for name, weight in weights.items()}
     step = _Step(block.adapter, block.module)
-    with _Slices(weight for weight in weights.values() if weight.ndim == 3):
+    with block.routed(), _Slices(weight for weight in weights.values() if weight.ndim == 3):
         stream: Any = functional_call(step, given, (state, batch.calls[block.index]))
     assert isinstance(stream, Tensor)
     return stream

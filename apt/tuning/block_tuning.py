@@ -136,11 +136,9 @@ class _Descent:
             name: torch.zeros_like(master, dtype=torch.bool) for name, master in masters.items()
         }
         for site in sites:
-            kept = masks[site.parameter]
-            kept = kept if site.expert is None else kept[site.expert]
-            kept.copy_(site.weight(block.module) != 0)
-        sizes = [
-            float(master[mask].square().mean().sqrt())
+            site.slice_of(masks[site.parameter]).copy_(site.weight(block.module) != 0)
+        sizes = [  # 0 for a weight that is zero everywhere
+            float(master[mask].square().mean().nan_to_num().sqrt())
             for master, mask in zip(masters.values(), masks.values(), strict=True)
         ]
         self._mixed = mixed_precision(list(self._parameters.values()))

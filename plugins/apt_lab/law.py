@@ -34,6 +34,7 @@ class Point:
         dense: the loss of the dense model; 0 if it is not known.
         rate: the share of all parameters that was pruned.
         parameters: the number of parameters before pruning.
+        tokens: the number of training tokens.
         loss: the loss, in nats per token.
     """
 
@@ -90,7 +91,7 @@ def fit_law(points: Sequence[Point], *, resamples: int = 0, seed: int = 0) -> La
         AptError: there are too few points.
     """
     points = [point for point in points if point.tokens > 0 and math.isfinite(point.loss)]
-    known = {(point.curve, point.tokens) for point in points}
+    known = {point.tokens for point in points}
     if len(known) < _LEAST_POINTS:
         raise AptError(
             f"the law needs losses at {_LEAST_POINTS} different numbers of tokens at least, and "

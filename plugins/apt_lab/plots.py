@@ -36,15 +36,8 @@ def draw_heat(table: Heat, path: Path, *, overwrite: bool = False) -> None:
     write_figure(figure, path, overwrite=overwrite)
 
 
-def draw_law(points: Sequence[Point], law: Law, path: Path, *, overwrite: bool = False) -> None:
-    """Draw the measured losses of each run, and the fitted law.
-
-    Args:
-        points: the measured losses.
-        law: the fitted law.
-        path: the file to write.
-        overwrite: True if a file there may be replaced.
-    """
+def draw_law(points: Sequence[Point], law: Law, path: Path) -> None:
+    """Draw the measured losses of each run, and the fitted law, into a new file."""
     figure, axes = pyplot().subplots(figsize=(7, 4.5))
     for name in dict.fromkeys(point.curve for point in points):
         run = sorted((p for p in points if p.curve == name), key=lambda point: point.tokens)
@@ -55,18 +48,15 @@ def draw_law(points: Sequence[Point], law: Law, path: Path, *, overwrite: bool =
     axes.set_xlabel("training tokens")
     axes.set_ylabel("nats per token (points: measured, lines: law)")
     axes.legend(fontsize="small")
-    write_figure(figure, path, overwrite=overwrite)
+    write_figure(figure, path, overwrite=False)
 
 
-def draw_comparison(
-    rows: Sequence[Mapping[str, Any]], path: Path, *, overwrite: bool = False
-) -> None:
+def draw_comparison(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw the first metric of each text as bars with their intervals, by text and pattern.
 
     Args:
         rows: the rows of a comparison; the first one is the dense model.
-        path: the file to write.
-        overwrite: True if a file there may be replaced.
+        path: the file to write, or to replace.
     """
     dense, *others = rows
     patterns = list(dict.fromkeys(row["pattern"] for row in others)) or [""]
@@ -88,4 +78,4 @@ def draw_comparison(
             panel.invert_yaxis()
             panel.set_title(f"{text}, {pattern or 'others'}", fontsize="small")
             panel.set_xlabel(f"{metric} (line: dense)", fontsize="small")
-    write_figure(figure, path, overwrite=overwrite)
+    write_figure(figure, path, overwrite=True)

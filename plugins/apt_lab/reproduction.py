@@ -11,11 +11,15 @@ _NEVER = ("model", "output", "overwrite", "resume", "pattern", "sparsity", "per"
 
 
 def command_of(report: Mapping[str, Any]) -> str:
-    """The command of the run that wrote a report; empty if the report has no options of a run.
+    """The command of the run that wrote a report; empty if one command does not give the model.
 
-    Local paths have only their last part, as in the report.
+    A model that was trained or fine-tuned after its pruning took several. Local paths have only
+    their last part, as in the report.
     """
     known: dict[str, Any] = dict(report.get("options") or {})
+    trained = report.get("recovery") or {}
+    if report.get("reapplied") or (trained and not known.get("minutes")) or trained.get("earlier"):
+        return ""
     size = known.pop("shrink", None)
     if not known.get("model") or not (known.get("pattern") or size):
         return ""

@@ -15,7 +15,6 @@ from apt.adapter import Site
 from apt.extending import (
     Plan,
     PlannedBlock,
-    PlannedSite,
     Unallocated,
     enter,
     eval_mode,
@@ -97,7 +96,7 @@ def _by_tails(
 ) -> dict[str, float]:
     alphas = dict[str, float]()
     for planned, block in given.blocks():
-        sites = _sites(planned)
+        sites = unstructured(planned)
         with given.opened(planned.name, block):
             found = [exponent(s.site.oriented(s.site.weight(block).data)) for s in sites]
         if per_block and sites:
@@ -140,7 +139,7 @@ def atp(given: Unallocated) -> dict[str, float]:
     ``β`` is the multiple of `STEP` for which the model, pruned by Wanda's score, has the lowest
     loss on about 2,048 calibration tokens. No sparsity is above `MOST` or below 0.
     """
-    if sum(bool(_sites(block)) for block in given.plan.blocks) < 2:
+    if sum(bool(unstructured(block)) for block in given.plan.blocks) < 2:
         return uniform(given)  # every β is the same
     few = given.tokens[: max(1, _ATP_TOKENS // given.tokens.shape[1])]
     norms = {planned.name: found for _, planned, found in _norms(given)}
@@ -162,18 +161,13 @@ def _progression(plan: Plan, slope: float) -> dict[str, float]:
 
 def _shifted(plan: Plan, shifts: Sequence[float]) -> dict[str, float]:
     """The sparsities of the plan plus the shift of each block; the shifts are centred first."""
-    sizes = [sum(site.size for site in _sites(block)) for block in plan.blocks]
+    sizes = [sum(site.size for site in unstructured(block)) for block in plan.blocks]
     mean = sum(s * n for s, n in zip(shifts, sizes, strict=True)) / sum(sizes)
     return {
         site.name: sparsity_of(site) + shift - mean
         for block, shift in zip(plan.blocks, shifts, strict=True)
-        for site in _sites(block)
+        for site in unstructured(block)
     }
-
-
-def _sites(block: PlannedBlock) -> list[PlannedSite]:
-    """The unstructured sites of a block."""
-    return unstructured(Plan((block,)))
 
 
 def _norms(given: Unallocated) -> Iterator[tuple[nn.Module, PlannedBlock, dict[Site, Tensor]]]:
@@ -184,7 +178,9 @@ def _norms(given: Unallocated) -> Iterator[tuple[nn.Module, PlannedBlock, dict[S
         for index, (planned, block) in enumerate(given.blocks()):
             squares = dict[Site, Tensor]()
             with given.opened(planned.name, block):
-                with adapter.capture(block, [s.site for s in _sites(planned)], _adding(squares)):
+                with adapter.capture(
+                    block, [s.site for s in unstructured(planned)], _adding(squares)
+                ):
                     for batch in batches:
                         batch.state = adapter.step(block, batch.state, batch.calls[index])
                 yield block, planned, {site: total.sqrt() for site, total in squares.items()}
@@ -214,7 +210,7 @@ def _pruned(
     kept = []
     try:
         for planned, block in given.blocks():
-            for site in _sites(planned):
+            for site in unstructured(planned):
                 scores = _wanda(block, site.site, norms[planned.name])
                 mask = lowest_k(scores, round(shares[site.name] * scores.shape[1]))
                 weight = site.site.oriented(site.site.weight(block).data)

@@ -35,7 +35,8 @@ def lora(given: Unrecovered) -> Trainable:
 
     rank = given.options.rank or 16
     names = _linears(given)
-    if "mamba" in str(getattr(getattr(given.model, "config", None), "model_type", "")):
+    kind = str(getattr(getattr(given.model, "config", None), "model_type", ""))
+    if "mamba" in kind or kind in ("falcon_h1", "nemotron_h"):
         names = [name for name in names if name.rpartition(".")[2] not in _ALONE]
     config = masked_lora(
         target_modules=names, r=rank, lora_alpha=2 * rank, task_type="CAUSAL_LM"

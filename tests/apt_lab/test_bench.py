@@ -52,6 +52,7 @@ def faulty(checkpoint, tmp_path):
     return write
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_models_take_turns_and_are_compared(apt):
     run = apt("bench", "zoo:llama", "zoo:mamba", *LITTLE, "--batch", 1, "--rounds", 2, "--json")
     assert run.code == 0, run.err

@@ -126,6 +126,7 @@ def test_a_smaller_and_a_recovered_model_have_pages(apt, prune, checkpoint):
     assert recovered.code == 0, recovered.err
     page = page_of(apt, "r")
     assert "Loss of the recovery" in page
+    assert "The command that reproduces it" not in page
     assert "perplexity on text.txt (recovery)" in page
     small = apt("shrink", checkpoint("llama"), "--drop", 1, *SMALL, "--effort", "fast", "-o", "s")
     assert small.code == 0, small.err

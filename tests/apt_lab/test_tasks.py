@@ -272,6 +272,9 @@ def test_a_file_needs_the_tasks_of_the_harness_only_if_it_is_a_group(task_file):
 CODE = {
     "!function": ('"{{q}}"', "!function evil.run"),
     "in a list": ("[{metric: acc}]", "[{metric: !function evil.run}]"),
+    "in a list of lists": ("[{metric: acc}]", "[{metric: acc, more: [[!function evil.run]]}]"),
+    "a key": ("{metric: acc}", "{metric: acc, !function evil.run: 1}"),
+    "in a set": ("{metric: acc}", "{metric: acc, more: !!set {!function evil.run}}"),
     "hf_evaluate": ("{metric: acc}", "{metric: acc, hf_evaluate: true}"),
     "another metric": ("{metric: acc}", "{metric: ./evil.py}"),
     "data set with code": ("questions.jsonl}", "questions.jsonl, trust_remote_code: true}"),

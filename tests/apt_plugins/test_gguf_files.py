@@ -147,8 +147,7 @@ def test_zeros_are_counted_in_what_is_written(apt, original, pruned, tmp_path, k
     assert (first.name, first.tensor_type.name) == ("token_embd.weight", "Q8_0")
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("group", [32, 64])
+@pytest.mark.parametrize(("dtype", "group"), [("bfloat16", 32), ("float32", 64)])
 def test_a_model_of_integers_has_the_same_ones_in_the_file(apt, original, pruned, dtype, group):
     how = ("--sparsity", 0, "--quantize", "int4", "--scale-group", group, "--dtype", dtype)
     run = apt("prune", pruned, *how, *SHORT, "--effort", "fast", "-o", "whole")
@@ -486,3 +485,22 @@ def test_the_error_for_programs_is_the_same(tmp_path):
     run = ExportRun(model="zoo:llama", output=tmp_path / "x.gguf", type="q9")
     with pytest.raises(package.AptError, match="has no type 'q9'"):
         export_model(run, registry())
+
+
+def test_a_recovery_that_is_complete_is_exported(apt, pruned):
+    command = ("recover", pruned, "--kind", "layers", "--blocks", 1, "--steps", 2, "--checks", 2,
+               *SHORT[2:], "-o", "out")  # fmt: skip
+    assert apt(*command).code == 0
+    run = apt(*command, "--resume", "--export", "out.gguf")
+    assert run.code == 0, run.err
+    assert "already complete" in run.out
+    assert Path("out.gguf").is_file()
+
+
+def test_weights_in_fp64_become_f32(apt, checkpoint):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint("llama"), dtype=torch.float64)
+    shutil.copytree(checkpoint("llama"), "wide")
+    model.save_pretrained("wide")
+    run = apt("export", "wide", "-o", "out.gguf", "--json")
+    assert run.code == 0, run.err
+    assert json.loads(run.out)["type"] == "f32"

@@ -202,14 +202,26 @@ def test_damaged_configurations_are_told_by_what_is_wrong(edited, fields, said):
     assert str(caught.value).endswith("is its config.json damaged?")
 
 
+def test_a_wrong_configuration_is_not_taken_for_a_wrong_index(damaged):
+    in_several_files(damaged)
+    config = json.loads((damaged / "config.json").read_text())
+    (damaged / "config.json").write_text(json.dumps(config | {"hidden_act": "sillu"}))
+    with pytest.raises(AptError, match="'sillu' is missing or unknown; is its config.json damaged"):
+        loaded(damaged)
+
+
+def in_several_files(directory, **index):
+    name = "model-00001-of-00001.safetensors"
+    (directory / "model.safetensors").rename(directory / name)
+    names = dict.fromkeys(load_file(directory / name), name)
+    index = {"metadata": {}, "weight_map": names, **index}
+    known = {key: value for key, value in index.items() if value is not None}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(known))
+
+
 @pytest.mark.parametrize("lacking", ["weight_map", "metadata"])
 def test_an_index_that_lacks_an_entry_is_named(damaged, lacking):
-    name = "model-00001-of-00001.safetensors"
-    (damaged / "model.safetensors").rename(damaged / name)
-    names = dict.fromkeys(load_file(damaged / name), name)
-    index = {"metadata": {}, "weight_map": names}
-    del index[lacking]
-    (damaged / "model.safetensors.index.json").write_text(json.dumps(index))
+    in_several_files(damaged, **{lacking: None})
     with pytest.raises(AptError, match=rf"index\.json has no '{lacking}'"):
         loaded(damaged)
 

@@ -20,30 +20,35 @@ from tests.helpers import ROOT, TEXT
 from tests.helpers.commands import commands
 
 SMALL = ("--samples", 4, "--seqlen", 64)
-WANDA = ("prune", "zoo:llama", *SMALL, "--method", "wanda", "--pattern", "2:4", "-o", "out")
+MODEL = "MODEL"  # a random one
+WANDA = ("prune", MODEL, *SMALL, "--method", "wanda", "--pattern", "2:4", "-o", "out")
 RUN = (*WANDA, "--calibration", TEXT)
+
+
+@pytest.fixture
+def apt(apt, checkpoint):
+    return lambda *words: apt(*(checkpoint("llama") if w is MODEL else w for w in words))
 
 
 def test_each_block_is_a_line_where_nobody_sees_a_display(apt):
     run = apt(*RUN)
     blocks = [line for line in run.err.splitlines() if line.startswith("block ")]
-    assert len(blocks) == 4
+    assert len(blocks) == 3
     for number, line in enumerate(blocks, 1):
-        left = r"  [\d.]+ s left" if number < 4 else ""
-        assert re.fullmatch(rf"block {number}/4  mean error 0\.\d{{4}}{left}", line), line
+        left = r"  [\d.]+ s left" if number < 3 else ""
+        assert re.fullmatch(rf"block {number}/3  mean error 0\.\d{{4}}{left}", line), line
 
 
 def test_defaults_are_said_once_the_text_is_read(apt):
-    run = apt("prune", "zoo:llama", "--samples", 10_000, "--calibration", TEXT)
+    run = apt("prune", MODEL, "--samples", 10_000, "--calibration", TEXT)
     assert run.code == 2
     assert len(run.err.splitlines()) == 1
-    run = apt("prune", "zoo:llama", *SMALL, "--method", "wanda")
-    assert [line.endswith("(default)") for line in run.err.splitlines()] == [True] * 3 + [False] * 4
+    run = apt("prune", MODEL, *SMALL, "--method", "wanda")
+    assert [line.endswith("(default)") for line in run.err.splitlines()] == [True] * 3 + [False] * 3
 
 
-@pytest.mark.parametrize("where", ["first", "last"])
-def test_quiet_leaves_results_and_errors(apt, where):
-    run = apt("--quiet", *RUN) if where == "first" else apt(*RUN, "-q")
+def test_quiet_leaves_results_and_errors(apt):
+    run = apt("--quiet", *RUN)
     assert run.code == 0
     assert run.err == ""
     assert "zeros in the pruned sites, verified on disk" in run.out
@@ -53,7 +58,7 @@ def test_quiet_leaves_results_and_errors(apt, where):
 def test_verbose_adds_steps_and_weights(apt):
     run = apt(*RUN, "--verbose")
     assert "loading the model" in run.err
-    assert len(re.findall(r"model\.layers\.\d\.\S+  error", run.err)) == 28
+    assert len(re.findall(r"model\.layers\.\d\.\S+  error", run.err)) == 21
     assert "--quiet and --verbose are both given" in apt(*RUN, "-v", "-q").err
 
 
@@ -77,18 +82,6 @@ def test_with_json_all_progress_is_events(apt, checkpoint):
     assert {"name", "shape", "zeros", "relative_error", "seconds"} <= sites[0].keys()
     quiet = apt("prune", *run, "--pattern", "0.5", "--output", "quiet", "--quiet")
     assert not quiet.err
-
-
-@pytest.mark.parametrize(
-    "words", [("prune", "nothing", "--json"), ("eval", "zoo:llama", "--data", "nothing", "--json")]
-)
-def test_with_json_an_error_is_an_event(apt, words):
-    done = apt(*words)
-    assert done.code == 2
-    assert not done.out
-    *_, last = events(done.err)
-    assert last["event"] == "error"
-    assert "nothing" in last["text"]
 
 
 def test_a_recovery_and_a_comparison_tell_events(apt, checkpoint):
@@ -117,7 +110,7 @@ def test_a_log_file_keeps_all_that_is_said(apt):
     assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (INFO|ERROR) ", s) for s in lines)
     said = [line.split(" ", 3)[3] for line in lines]
     assert "calibration: builtin (default)" in said
-    assert sum(line.startswith("block ") for line in said) == 4
+    assert sum(line.startswith("block ") for line in said) == 3
     assert "ERROR out exists and is not empty" in lines[-1]
 
 
@@ -141,10 +134,10 @@ def test_tables_are_whole_where_they_are_piped(apt, monkeypatch):
         (("adapters",), {"adapter", "model types", "embedded", "from", "summary"}),
         (("methods",), {"method", "source", "from", "summary"}),
         (("plugins",), {"distribution", "entry point", "offers", "state"}),
-        (("inspect", "zoo:llama", *SMALL), {"model", "sites", "blocks", "needs", "adapter"}),
+        (("inspect", MODEL, *SMALL), {"model", "sites", "blocks", "needs", "adapter"}),
         ((*RUN, "--dry-run"), {"model", "sites", "blocks", "needs", "adapter"}),
         (RUN, {"output", "sparsity", "relative_layer_error", "kinds", "seconds", "scores"}),
-        (("convert", "zoo:llama", "-o", "new"), {"output", "class", "tokenizer"}),
+        (("convert", MODEL, "-o", "new"), {"output", "class", "tokenizer"}),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
@@ -158,7 +151,7 @@ def test_every_command_speaks_json(apt, words, keys):
 def test_verify_speaks_json(apt):
     apt(*RUN)
     found = json.loads(apt("verify", "out", "--json").out)
-    assert (found["sites"], found["failed"], found["zeros"] * 2) == (28, [], found["weights"])
+    assert (found["sites"], found["failed"], found["zeros"] * 2) == (21, [], found["weights"])
     run = apt("verify", "out", "--pattern", "1:4", "--json")
     assert run.code == 1
     failed = json.loads(run.out)["failed"]

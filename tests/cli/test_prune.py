@@ -25,12 +25,12 @@ def weights(model):
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-# A sparsity is for one trained model of each kind, and for random ones below.
+# A sparsity is for one trained model, and for random ones below.
 @pytest.mark.parametrize(
     ("family", "pattern"),
     [
         *((family, ("--pattern", "2:4")) for family in FAMILIES),
-        *((family, ("--sparsity", "0.5", "--per", "layer")) for family in ("opt", "mamba")),
+        ("opt", ("--sparsity", "0.5", "--per", "layer")),
     ],
     ids=str,
 )
@@ -108,13 +108,6 @@ def test_the_report_holds_what_a_rerun_needs(apt, checkpoint):
     assert site["damping"] == 0.01
     assert 0 < site["relative_error"] < 1
     assert site["tokens"] == 256
-
-
-def test_two_runs_give_the_same_bytes(apt, checkpoint):
-    for name in ("a", "b"):
-        apt("prune", checkpoint("llama"), *SMALL, "-o", name)
-    first, second = (Path(name, "model.safetensors").read_bytes() for name in ("a", "b"))
-    assert first == second
 
 
 def test_verify_finds_one_weight_too_many(apt, checkpoint):

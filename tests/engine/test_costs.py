@@ -10,6 +10,7 @@ from apt.adapter.text_config import hidden_size
 from apt.checkpoints.load import load, open_skeleton
 from apt.engine.costs import MACHINES, Machine, PlannedWork, Work, measured
 from apt.locations.model_source import find
+from apt.options import PruneOptions
 from apt.planning.plan import Selection, make_plan, read_pattern
 from apt.plugin.registry import registry
 from apt.solver import Gram, SolverOptions, Unstructured
@@ -147,3 +148,12 @@ def test_a_dry_run_counts_no_solve_where_only_blocks_are_dropped(apt):
     needs = json.loads(run.out)["needs"]
     assert needs["grams"] == 0
     assert needs["memory"] > needs["process"]
+
+
+def test_the_options_of_a_run_are_counted():
+    steps = work("default", options=PruneOptions(tuning_epochs=0, own_samples=8)).steps()
+    assert "tuning" not in steps
+    assert "own text" in steps
+    longer = work("default", options=PruneOptions(tuning_epochs=4)).steps()["tuning"]
+    usual = work("default").steps()["tuning"]
+    assert operations(longer) == pytest.approx(4 * operations(usual))

@@ -33,8 +33,10 @@ def test_samples_are_held_against_memory_by_all_processes_together():
     check_tokens(2, 2, total // 2, "cpu", 2)
 
 
-@pytest.mark.parametrize("positions", [-5, 0, 1])
-@pytest.mark.parametrize("command", ["prune", "eval", "inspect"])
+@pytest.mark.parametrize(
+    ("command", "positions"),
+    [("prune", -5), ("prune", 0), ("prune", 1), ("eval", 1), ("inspect", 1)],
+)
 def test_a_model_without_positions_is_refused(apt, edited, command, positions):
     run = apt(command, edited("llama", max_position_embeddings=positions))
     assert run.code == 2

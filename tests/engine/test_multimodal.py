@@ -82,3 +82,9 @@ def with_image(model):
     ids = [config.image_token_id] * count + list(range(8))
     pixels = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
     return model.eval()(input_ids=torch.tensor([ids]), pixel_values=pixels).logits
+
+
+def test_an_adapter_is_checked_on_a_model_for_images(multimodal, apt):
+    done = apt("check", "auto", multimodal("gemma3"))
+    assert "Traceback" not in done.err
+    assert done.code == 0, done.out

@@ -1,8 +1,7 @@
 """`apt.run`: what a command does, from a program, with the same checks and the same bytes."""
 
+import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -10,22 +9,11 @@ from pathlib import Path
 import pytest
 
 import apt as library
-from apt.events import SitePruned
+from apt.events import BlockStarted, SitePruned
 from apt.plugin.specs import EvaluatorSpec
 from tests.helpers import TEXT
 from tests.helpers.families import random_model, random_tokens
-
-KILLED = """
-import os, signal, sys
-import apt
-
-def observe(event):
-    if isinstance(event, apt.events.BlockStarted) and event.index == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-apt.run(apt.PruneRun(model=sys.argv[1], output=sys.argv[2], pattern="2:4", samples=4, seqlen=32,
-                     calibration=sys.argv[3], stream=True), observe=observe)
-"""
+from tests.helpers.processes import forked
 
 
 def files(directory):
@@ -58,12 +46,24 @@ def test_a_program_writes_what_the_command_writes(checkpoint, apt, stream):
     assert any(line.startswith("method: ") for line in lines)
 
 
+def killed_in_the_third_block(folder, model):
+    """A run in a process that is killed."""
+
+    def observe(event):
+        if isinstance(event, BlockStarted) and event.index == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.chdir(folder)
+    library.run(options(model, "out", stream=True), observe=observe)
+
+
 def test_a_killed_program_is_resumed(checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = checkpoint("llama")
-    command = [sys.executable, "-c", KILLED.replace("import apt\n", "import apt.events\n", 1)]
-    done = subprocess.run([*command, str(model), "out", str(TEXT)], check=False)
-    assert done.returncode == -signal.SIGKILL
+    program = forked.Process(target=killed_in_the_third_block, args=(tmp_path, model))
+    program.start()
+    program.join()
+    assert program.exitcode == -signal.SIGKILL
     assert not Path("out").exists()
     started = []
     again = options(model, "out", stream=True, resume=True)

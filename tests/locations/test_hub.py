@@ -45,7 +45,6 @@ def test_what_loaders_are_told():
     assert Hub().options() == {}
     asked = Hub("v1", local=True)
     assert asked.options() == {"revision": "v1", "local_files_only": True}
-    assert "revision" not in asked.without_revision().options()
 
 
 @pytest.mark.parametrize("command", ["inspect", "eval", "eval --stream", "convert -o new", "prune"])

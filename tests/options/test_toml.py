@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from apt.options import PruneRun
+from apt.options.files import read_options
+from apt.options.recover import read_amount
 from tests.helpers import TEXT
 
 SMALL = ("--samples", 4, "--seqlen", 64, "--method", "wanda", "--calibration", TEXT)
@@ -77,6 +80,7 @@ def test_options_of_two_names(apt, line, mode):
         ("pattern = 2:4", "run.toml cannot be read: "),
         ("[prune]\nsamples = 3", "no option 'prune'"),
         ("samples = -1", "samples is -1; it must be at least 0"),
+        ("error-aware = true\nlayer-wise = true", "in run.toml contradicts another line"),
         (None, "run.toml cannot be read: "),
     ],
     ids=str,
@@ -97,3 +101,14 @@ def test_another_file_is_not_written_over(apt):
     assert run.code == 2
     assert "run.toml exists; choose another file (--save-config)" in run.err
     assert Path("run.toml").read_text() == "# mine\n"
+
+
+def test_a_number_can_name_a_path(apt):
+    Path("run.toml").write_text("output = 2024\n")
+    run = apt("prune", "zoo:llama", *SMALL, "--dry-run", "--config", "run.toml", "--json")
+    assert run.code == 0, run.err
+    assert read_options(Path("run.toml"), [PruneRun])["output"] == Path("2024")
+
+
+def test_digits_can_be_grouped():
+    assert read_amount("1_000_000") == read_amount("1000000_") == 10**6

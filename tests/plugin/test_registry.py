@@ -222,6 +222,14 @@ def test_plugins_can_be_left_out(entry, disable):
         found.adapters.get("mine")
 
 
+def test_without_any_method_the_default_one_is_an_error(entry):
+    broken = entry("broken", error=True)
+    found = load_registry([broken], "broken")
+    for default in (found.default_method, found.default_shrink_method):
+        with pytest.raises(AptError, match="no .*method is installed"):
+            default()
+
+
 def test_what_a_plugin_offers(entry):
     found = load_registry(
         [entry("mine", apt_adapters=adapters("a", "b"), apt_site_pruned=lambda event: None)]

@@ -20,6 +20,7 @@ from apt.pruning.expert_weights import compensate, dense_outputs
 from apt.pruning.merging import matched
 from apt.pruning.routed_experts import RoutedExperts
 from apt.solver import ColumnGroups
+from apt.tuning.block_forward import stream_after
 from tests.helpers.mixtures import experts_of, mixture
 
 pytest.importorskip("transformers.core_model_loading", reason="transformers 4 has lists of experts")
@@ -206,7 +207,11 @@ def test_inside_a_run_the_router_chooses_among_the_others(case):
     disconnect_groups(case.block, planned, ExpertRemoval(), 0.01)
     index = case.picks()[1]
     assert not torch.isin(index, torch.tensor([0, 3, 5, 6])).any()
-    assert case.block.using(case.block.batches).unrouted
+    block = case.block.using(case.block.batches)
+    assert block.unrouted
+    batch = block.batches[0]
+    after = case.adapter.residual(block.step(batch, batch.state))
+    assert torch.equal(stream_after(block, {}, batch, batch.state), after)  # as it is tuned
 
 
 def permuted(owner, name, values, order):

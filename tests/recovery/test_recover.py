@@ -9,6 +9,7 @@ import time
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import cache
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -32,6 +33,7 @@ from apt.plugin.specs import RecoverySpec
 from apt.recovery import recorder
 from apt.recovery import recover as recovery
 from apt.recovery import training as recovery_training
+from apt.recovery.moving_masks import _exchange
 from apt.recovery.recover import NotRecoveredError
 from apt.recovery.teacher import divergence, relative_error
 from apt.recovery.trainable import Trainable, Unrecovered, next_token_loss, train_only
@@ -90,19 +92,22 @@ def test_every_kind_lowers_the_loss_and_keeps_every_zero(kind, pattern):
     assert len(training.losses) == training.steps == 8
 
 
-@pytest.mark.parametrize("family", FAMILIES.values())
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "family"), [*product(KINDS, FAMILIES.values()), ("lora", "falcon-h1")]
+)
 def test_every_family_is_recovered_in_its_own_dtype(kind, family):
     model, dense, tokens = pruned(family, "0.5", torch.bfloat16)
     before = zeros(model)
     names = [name for name, _ in model.named_modules()]
     flags = {n: (p.dtype, p.requires_grad) for n, p in model.named_parameters()}
+    model.register_buffer("scale", torch.ones(2, dtype=torch.bfloat16))
     with suppress(NotRecoveredError):  # a few steps need not help a random model
         few = replace(FEW, **LIGHT.get(kind, {}))
         library.recover(model, tokens, kind=kind, options=few, dense=dense)
     assert same_zeros(before, model)
     assert [name for name, _ in model.named_modules()] == names
     assert {n: (p.dtype, p.requires_grad) for n, p in model.named_parameters()} == flags
+    assert model.scale.dtype == torch.bfloat16
 
 
 NORMS = {"llama": "model.norm", "opt": "model.decoder.final_layer_norm",
@@ -190,6 +195,15 @@ def test_masks_that_move_keep_every_count(pattern):
 
     with pytest.raises(AptError, match="its masks cannot move"):
         library.recover(model, tokens, kind=adapters, options=moving)
+
+
+def test_a_group_without_kept_weights_keeps_its_zeros():
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0, 1, 1]], dtype=torch.bool)
+    weight = torch.arange(1.0, 9).view(1, 8).masked_fill(mask, 0)
+    before = mask.clone()
+    assert _exchange(weight, torch.ones(1, 8), mask, 4, share=1.0) == 1
+    assert torch.equal(mask[:, :4], before[:, :4])
+    assert int(mask.sum()) == int(before.sum())
 
 
 def test_masks_that_move_are_in_the_checkpoints(tmp_path):

@@ -204,3 +204,16 @@ def test_copies_and_casts_decode_by_matrices_of_their_own(packed, runs):
     wide = generated(torch.nn.Module.float(model))
     assert runs[0] == 2 * 11
     assert torch.allclose(wide, expected, atol=0.1 * float(expected.abs().max()))
+
+
+def test_what_is_changed_after_a_token_is_noticed(packed, monkeypatch):
+    model = packed("llama-biases", torch.float32)
+    generated(model)
+    for layer in model.model.layers:  # each change is one that the memory alone does not show
+        with torch.no_grad():
+            layer.input_layernorm.weight.mul_(2)
+            layer.self_attn.q_proj.bias.add_(1)
+        other = torch.nn.Linear(96, 64, bias=False)
+        layer.mlp.down_proj = other
+    found, expected = generated(model), itself(model, monkeypatch)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)

@@ -4,6 +4,7 @@ import json
 import math
 import time
 from dataclasses import replace
+from functools import cache
 from itertools import combinations
 
 import pytest
@@ -35,6 +36,7 @@ TOKENS = random_tokens(4, 24)
 DAMPED = SolverOptions(damping=0.01)
 
 
+@cache
 def sizes_of(variant, multiple=8, seconds=None):
     model = random_model(variant)
     return Sizes(model, adapter_of(model), model.config, multiple, seconds)

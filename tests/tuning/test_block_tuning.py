@@ -268,3 +268,14 @@ def test_a_block_that_cannot_be_run_in_mixed_precision_is_tuned_without(monkeypa
     report = library.prune(tiny.model("xmod"), tiny.tokens(), pattern="2:4", observe=events.append)
     assert report.sparsity == 0.5
     assert [event for event in events if isinstance(event, BlockTuned)]
+
+
+def test_a_weight_that_is_zero_stays_and_the_others_are_tuned():
+    model, events = random_model("llama"), []
+    torch.nn.init.zeros_(model.model.layers[1].mlp.down_proj.weight)
+    library.prune(
+        model, random_tokens(samples=64), pattern="2:4", options=BEST, observe=events.append
+    )
+    tuned = [event for event in events if isinstance(event, BlockTuned)]
+    assert tuned[1].after < tuned[1].before
+    assert not model.model.layers[1].mlp.down_proj.weight.any()

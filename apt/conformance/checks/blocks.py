@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from apt.adapter.text_config import text_config
 from apt.conformance.checks.promise import Fault, Faults, promise
 from apt.conformance.checks.recording import Passed, first_tensor, record
 from apt.conformance.checks.subject import Subject
@@ -25,7 +26,8 @@ def check_batches(subject: Subject) -> Faults:
         yield from wrong  # the other batches would repeat it
         return
     limit, length = subject.positions(), subject.tokens.shape[1]
-    configured = getattr(getattr(subject.model, "config", None), "max_position_embeddings", None)
+    config = text_config(getattr(subject.model, "config", None))
+    configured = getattr(config, "max_position_embeddings", None)
     if limit is not None and limit < length and limit != configured:  # rotary ones can go on
         yield "", f"the model accepts {length} tokens, but positions() is {limit}"
     for which, tokens in (subject.others() | subject.long()).items():

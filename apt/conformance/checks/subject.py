@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from apt.adapter import Adapter, Call, Site, State
+from apt.adapter.text_config import text_config
 from apt.calibration.batches import Batch, OpenBlock
 from apt.conformance.checks.recording import uncached
 from apt.conformance.oracle import Oracle, Seen
@@ -102,7 +103,8 @@ class Subject:
         Without a limit it is one token more than the positions of the configuration, if it has any:
         a table of positions ends there. It is left out if it is no longer than those of `others`.
         """
-        configured = getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
+        config = text_config(getattr(self.model, "config", None))
+        configured = getattr(config, "max_position_embeddings", None)
         unlimited = configured + 1 if isinstance(configured, int) else 0
         weights = sum(parameter.numel() for parameter in self.model.parameters())
         length = min(self.positions() or unlimited, _CHEAP // weights)

@@ -113,7 +113,7 @@ def _write(output: Path, comparison: "Comparison", rows: list[dict[str, Any]]) -
     if find_spec("matplotlib") is not None:
         from apt_lab.plots import draw_comparison
 
-        draw_comparison(rows, output / "comparison.png", overwrite=True)
+        draw_comparison(rows, output / "comparison.png")
 
 
 def _show(

@@ -5,6 +5,7 @@ code the library evaluate loads, and data sets with code. Its templates are expr
 """
 
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ def check_task_file(path: Path, *, trust_remote_code: bool) -> None:
         trust_remote_code: True if code that the file names may run.
     """
     for part in _with_included(path, set()):
-        reason = next(_code_in(_read(part)), None)
+        content, functions = _read(part)
+        reason = next(chain(functions, _code_in(content)), None)
         if reason is not None and not trust_remote_code:
             raise AptError(
                 f"{part} would run code: it has {reason}",
@@ -34,7 +36,7 @@ def check_task_file(path: Path, *, trust_remote_code: bool) -> None:
 
 def names_tasks(path: Path) -> bool:
     """True if a task file is a group, which can name tasks of the harness."""
-    contents = (_read(part) for part in _with_included(path, set()))
+    contents = (_read(part)[0] for part in _with_included(path, set()))
     return any(isinstance(node.get("task"), list) for c in contents for node in _nodes(c))
 
 
@@ -44,20 +46,26 @@ def _with_included(path: Path, seen: set[Path]) -> Iterator[Path]:
         return
     seen.add(path.resolve())
     yield path
-    for node in _nodes(_read(path)):
+    for node in _nodes(_read(path)[0]):
         included = node.get("include") or []
         for name in included if isinstance(included, list) else [included]:
             yield from _with_included(path.parent / str(name), seen)
 
 
-def _read(path: Path) -> Any:
-    """The content of a file, with a `_Function` in the place of each function."""
+def _read(path: Path) -> tuple[Any, list[str]]:
+    """The content of a file with names in the place of functions, and these functions."""
     import yaml
+
+    functions = list[str]()
 
     class Loader(yaml.SafeLoader):  # type: ignore[misc]
         pass
 
-    Loader.add_constructor("!function", lambda loader, node: _Function(str(node.value)))
+    def name_of(loader: Any, node: Any) -> str:
+        functions.append(f"!function {node.value}")
+        return str(node.value)
+
+    Loader.add_constructor("!function", name_of)
     if not path.is_file():
         raise AptError(f"the task file {path} does not exist", "", _OPTION)
     try:
@@ -69,22 +77,15 @@ def _read(path: Path) -> Any:
         raise AptError(f"{path} cannot be read: {first_line(error)}", "", _OPTION) from error
     if not isinstance(found, dict):
         raise AptError(f"{path} is not a task: its content is not a mapping", "", _OPTION)
-    return found
-
-
-class _Function(str):
-    """The name of a function of a Python file."""
+    return found, functions
 
 
 def _code_in(content: Any) -> Iterator[str]:
-    """What runs code in the content of a file."""
+    """What runs code in the content of a file, beside its functions."""
     from lm_eval.api.registry import METRIC_REGISTRY, get_metric
 
     get_metric("acc")  # fills the registry
     for node in _nodes(content):
-        for value in node.values():
-            items = value if isinstance(value, list) else [value]
-            yield from (f"!function {item}" for item in items if isinstance(item, _Function))
         yield from (f"{name}: true" for name in _SWITCHES if node.get(name))
         metric = node.get("metric")
         if isinstance(metric, str) and metric not in METRIC_REGISTRY:

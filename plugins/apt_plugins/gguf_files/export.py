@@ -48,7 +48,8 @@ def _notes(
     tensors: Sequence[Planned], kind: gguf.GGMLQuantizationType, counts: Counts
 ) -> list[str]:
     """Lines about rows that are too short for the type, and about a model's own integers."""
-    short = sum(smaller_rows(planned.shape, kind) for planned in tensors)
+    whole = (planned for planned in tensors if planned.type is gguf.GGMLQuantizationType.F16)
+    short = sum(smaller_rows(planned.shape, kind) for planned in whole)
     lines = {
         f"matrices are f16: their rows are not multiples of {kind.name}'s blocks": short,
         "matrices have the integers of the model": counts.integers,

@@ -20,7 +20,7 @@ def own_type(model: Exportable) -> Type:
     """The type of the weights: the given one, that of its integers, or that of the checkpoint."""
     if model.type is not None:
         return Type[model.type.upper()]
-    return _OF_INTEGERS[model.integers] if model.integers else _OF_DTYPE[model.dtype]
+    return _OF_INTEGERS[model.integers] if model.integers else _OF_DTYPE.get(model.dtype, Type.F32)
 
 
 def type_of(name: str, shape: Sequence[int], kind: Type) -> Type:

@@ -66,7 +66,8 @@ def write_file(writer: gguf.GGUFWriter, tensors: Sequence[Planned], kind: Type) 
         AptError: a value is too large for its type.
     """
     quantised = kind not in (Type.F32, Type.F16, Type.BF16)
-    if quantised and not has(writer, gguf.Keys.General.QUANTIZATION_VERSION):
+    version = gguf.Keys.General.QUANTIZATION_VERSION
+    if quantised and not any(version in entries for entries in writer.kv_data):
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for planned in tensors:
         writer.add_tensor_info(
@@ -88,11 +89,6 @@ def write_file(writer: gguf.GGUFWriter, tensors: Sequence[Planned], kind: Type) 
         if tensor.name != planned.name or _hash(tensor.data) != known:
             raise RuntimeError(f"{planned.name} was not written as it is")
     return counts
-
-
-def has(writer: gguf.GGUFWriter, key: str) -> bool:
-    """True if the writer has an entry."""
-    return any(key in entries for entries in writer.kv_data)
 
 
 def _data(planned: Planned, counts: Counts) -> Array:
