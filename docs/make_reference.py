@@ -244,7 +244,8 @@ def report_page() -> str:
         "`apt.Report.read(DIRECTORY)` reads the file. A number that is not finite is one of the\n"
         'strings `"NaN"`, `"Infinity"` and `"-Infinity"` in the file. `sparsity` and\n'
         "`relative_layer_error` are over all pruned sites; `options` has the options of the run\n"
-        "with all defaults filled in, by their names in `apt.PruneOptions` and at the shell.\n",
+        "with all defaults filled in, by their names in `apt.PruneOptions`, except `alpha`\n"
+        "(`input_correction`), `beta` (`drift_correction`) and `group` (`scale_group`).\n",
         "## Entries\n",
         entry(apt.Report),
         "## An entry of `sites`\n",

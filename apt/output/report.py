@@ -61,7 +61,8 @@ class Report:
         seconds: the time of the whole run.
         scores: the text, and each metric before and after pruning; empty if nothing was measured.
         ranks: the work of each process.
-        problems: the metrics that could not be measured, with the errors.
+        problems: what failed after the pruning: metrics that could not be measured, and a training
+            that had no time or did not lower the loss.
         peak_memory_bytes: the peak memory of the process, ``cpu``, and of a GPU by its kind.
         files: the SHA-256 of each file of the output, by relative path, without the report.
         created: the time at which the run began, in UTC (ISO 8601).

@@ -307,6 +307,6 @@ class CalibrationSpec(Spec):
 class CommandSpec(Spec):
     """A subcommand of ``apt-prune``.
 
-    Its target is a function for typer: parameters with types, whose defaults are ``typer.Option``
-    or ``typer.Argument``, and a docstring, which is its help.
+    Its target is a function whose parameters are classes of options of `apt.options`, and whose
+    docstring is its help. A function with parameters for typer works too.
     """
