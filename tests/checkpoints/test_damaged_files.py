@@ -2,6 +2,7 @@
 
 import json
 from contextlib import contextmanager
+from functools import cache
 
 import pytest
 import torch
@@ -64,6 +65,11 @@ FIELDS = ["hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_si
           "num_hidden_layers"]  # fmt: skip
 
 
+@cache
+def config_of(variant):
+    return random_model(variant).config.to_dict()
+
+
 @anything
 @given(
     variant=st.sampled_from(["llama", "opt", "bloom", "mamba", "mamba2"]),
@@ -75,7 +81,7 @@ FIELDS = ["hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_si
 @example(variant="llama", field="num_hidden_layers", value=2**70)
 @example(variant="bloom", field="model_type", value=None)
 def test_a_configuration_of_transformers(tmp_path, variant, field, value):
-    config = random_model(variant).config.to_dict() | {field: value}
+    config = config_of(variant) | {field: value}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with one_line():
         model = open_skeleton(find(str(tmp_path), registry()), registry())

@@ -74,7 +74,7 @@ def shortened(words):
         if word in INSTEAD:
             next(rest)
             search = word == "--minutes" and "--search" in words
-            instead = "--minutes 0.05" if (words[0], word) == ("prune", "--minutes") else (
+            instead = "--minutes 1e-6" if (words[0], word) == ("prune", "--minutes") else (
                 "--evaluations 2" if search else INSTEAD[word])  # fmt: skip
             found += instead.split()
         else:

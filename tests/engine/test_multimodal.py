@@ -12,7 +12,7 @@ from tests.helpers import ROOT, TEXT
 from tests.helpers.releases import needs
 
 pytestmark = needs("transformers", "5.20", "some types of models")
-KINDS = ["qwen3_5", "gemma3", "llava", "qwen2_5_vl", "mistral3", "mllama"]
+KINDS = ["qwen3_5", "gemma3", "llava", "qwen2_5_vl", "mllama"]
 IMAGES = {"vision_config": {"image_size": 32, "patch_size": 16}}  # of four patches
 SMALL = {"llava": IMAGES, "gemma3": {**IMAGES, "mm_tokens_per_image": 4}}
 FOR_IMAGES = ("visual", "vision", "projector", "cross_attn")

@@ -79,8 +79,7 @@ def test_layout_and_every_other_file_stay(sharded, apt):
 
 @pytest.mark.parametrize(
     ("place", "count", "effort"),
-    [("write", 1, "default"), ("write", 9, "default"), ("write", 9, "fast"),
-     ("journal", 1, "fast"), ("journal", 5, "default"), ("journal", 6, "fast"),
+    [("write", 1, "default"), ("write", 9, "fast"), ("journal", 1, "fast"), ("journal", 6, "fast"),
      ("appear", 1, "fast")],
 )  # fmt: skip
 def test_a_run_that_is_cut_short_goes_on_to_the_same_bytes(

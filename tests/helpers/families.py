@@ -55,7 +55,6 @@ CONFIGS = {
     ),
     "bloom": BloomConfig(n_layer=3, n_head=4, vocab_size=VOCABULARY, hidden_size=32, **_IDS),
     "mamba": MambaConfig(**_MAMBA),
-    "mamba-no-fp32-residual": MambaConfig(residual_in_fp32=False, **_MAMBA),
     "falcon-mamba": FalconMambaConfig(**_MAMBA),
     "mamba2": Mamba2Config(
         state_size=8, num_heads=4, head_dim=16, n_groups=2, chunk_size=8, **_SMALL, **_IDS
@@ -78,6 +77,7 @@ CONFIGS = {
 }  # fmt: skip
 # Served by the adapter of another variant; few tests use them.
 ALIKE = {
+    "mamba-no-fp32-residual": MambaConfig(residual_in_fp32=False, **_MAMBA),
     "mixtral": MixtralConfig(num_local_experts=4, **_GROUPED, **_SMALL, **_HEADS, **_IDS),
     "olmoe": OlmoeConfig(
         num_experts=4, num_experts_per_tok=2, **_GROUPED, **_SMALL, **_HEADS, **_IDS
@@ -86,7 +86,7 @@ ALIKE = {
 STACKED = int(transformers.__version__.split(".")[0]) >= 5  # experts are modules before
 if not STACKED:
     del CONFIGS["jamba"]
-SCANS = ["mamba", "mamba-no-fp32-residual", "falcon-mamba", "mamba2", "jamba", "falcon-h1"]
+SCANS = ["mamba", "falcon-mamba", "mamba2", "jamba", "falcon-h1"]
 ATTENTION = [name for name in CONFIGS if name not in SCANS]
 FAMILIES = {
     "llama": "llama-grouped-tied", "opt": "opt", "bloom": "bloom", "mamba": "mamba",

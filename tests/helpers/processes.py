@@ -10,7 +10,11 @@ import pytest
 from apt.cli import main
 
 forked = multiprocessing.get_context("forkserver")
-forked.set_forkserver_preload(["tests.helpers.families"])
+forked.set_forkserver_preload(
+    ["tests.helpers.families", "tests.helpers.processes", "apt.cli.pruning",
+     "apt_lab.benchmark.subject", "transformers.models.llama.modeling_llama",
+     "transformers.models.opt.modeling_opt"]
+)  # fmt: skip
 
 
 def _enter(folder):

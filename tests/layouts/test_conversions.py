@@ -70,8 +70,8 @@ def layout(model, shards, blocks="model.layers"):
     return layout_of(SimpleNamespace(module=model, adapter=adapter, source=source), shards)
 
 
-@pytest.fixture(params=TYPES)
-def saved(request, tmp_path):
+@pytest.fixture(params=TYPES, scope="module")
+def saved(request, tmp_path_factory):
     """A random model of a family, and the directory where transformers saved it."""
     if request.param not in CONFIG_MAPPING:
         pytest.skip("this transformers has no such family")
@@ -83,8 +83,9 @@ def saved(request, tmp_path):
     for tensor in model.state_dict().values():
         if tensor.is_floating_point():
             tensor.normal_()
-    model.save_pretrained(tmp_path)
-    return model, tmp_path
+    folder = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(folder)
+    return model, folder
 
 
 def loaded(folder):

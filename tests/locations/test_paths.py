@@ -167,8 +167,7 @@ def test_a_working_directory_that_is_gone_is_told(tmp_path):
 def test_the_folder_one_stands_in_is_not_imported_from(tmp_path):
     for name in ("torch", "typer", "pluggy"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('imported from here')")
-    for command in ("--version", "methods"):
-        done = subprocess.run(
-            [sys.executable, "-m", "apt", command], cwd=tmp_path, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
+    done = subprocess.run(
+        [sys.executable, "-m", "apt", "methods"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

@@ -128,7 +128,7 @@ def test_so_are_several_options_together(kind, name, tmp_path):
     others = strategies(kind)
     needed = {option: others.pop(option) for option in least(kind)}
 
-    @settings(max_examples=25, deadline=None)
+    @settings(max_examples=10, deadline=None)
     @given(st.fixed_dictionaries(needed, optional=others))
     def holds(values):
         check(kind, name, values, tmp_path)

@@ -23,9 +23,9 @@ def plan(apt, *arguments):
     return record
 
 
-def test_what_is_saved_repeats_the_command(apt):
+def test_what_is_saved_repeats_the_command(apt, checkpoint):
     given = (
-        *("zoo:llama", *SMALL, "--sparsity", 0.6, "--per", "row", "--skip", "*.k_proj"),
+        *(checkpoint("llama"), *SMALL, "--sparsity", 0.6, "--per", "row", "--skip", "*.k_proj"),
         *("--override", "*.q_proj=0.4", "--layer-wise", "--damping", 0.02, "-o", "out"),
     )
     first = plan(apt, *given, "--save-config", "run.toml")
@@ -59,9 +59,9 @@ def test_the_command_line_counts_more(apt):
 @pytest.mark.parametrize(
     ("line", "mode"), [("layer-wise = true", None), ("error-aware = true", True), ("", None)]
 )
-def test_options_of_two_names(apt, line, mode):
+def test_options_of_two_names(apt, checkpoint, line, mode):
     Path("run.toml").write_text(f'{line}\noutput = "out"\n')
-    assert apt("prune", "zoo:llama", *SMALL, "--config", "run.toml").code == 0
+    assert apt("prune", checkpoint("llama"), *SMALL, "--config", "run.toml").code == 0
     report = json.loads(Path("out/apt_report.json").read_text())["options"]
     assert report["error_aware"] is bool(mode)
 

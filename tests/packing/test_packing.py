@@ -472,6 +472,7 @@ def test_a_description_has_a_checksum_as_well(pruned, tmp_path):
 
 OPENS = """
 import json, os, sys, torch
+import transformers.models.llama.modeling_llama
 from transformers import AutoModelForCausalLM
 
 def show(plain, packed, *flags):

@@ -129,11 +129,10 @@ def test_the_unit_of_an_override_is_that_of_the_run(apt):
     assert set((weight == 0).sum(1).tolist()) == {58}
 
 
-@pytest.mark.parametrize("allocation", ALLOCATIONS)
-def test_overrides_without_effect_are_errors(allocation):
+def test_overrides_without_effect_are_errors():
     def prune(**selection):
         library.prune(random_model("llama"), TOKENS, pattern="0.6", method="magnitude",
-                      allocation=allocation, selection=Selection(**selection))  # fmt: skip
+                      selection=Selection(**selection))  # fmt: skip
 
     for selection in (
         {"overrides": (("*.nothing", "0.3"),)},

@@ -46,7 +46,10 @@ def prune(model, only, folder, *, aware, ordered, effort, on_disk):
     )
 
 
-@pytest.mark.parametrize("variant", CONFIGS)
+VARIANTS = ("llama", "opt-350m", "bloom", "mamba", "qwen2-moe", "jamba", "falcon-h1")
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name in CONFIGS])
 def test_the_selected_sites_are_pruned_and_nothing_else_changes(variant, tmp_path):
     @few
     @given(

@@ -161,7 +161,7 @@ def test_named_blocks_are_dropped():
     assert (small.config.num_hidden_layers, small.config.intermediate_size) == (1, 48)
 
 
-@pytest.mark.parametrize("family", ["llama", "opt", "bloom", "mamba", "mamba2", "moe"])
+@pytest.mark.parametrize("family", ["llama", "bloom", "mamba", "mamba2", "moe"])
 def test_zoo_models_shrink_generate_and_are_pruned_after(apt, family):
     result = apt("shrink", "--adapter", family, *SMALL, "-o", "small", "--eval", TEXT)
     assert result.code == 0, result.err

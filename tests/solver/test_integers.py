@@ -29,7 +29,7 @@ def to_nearest(weight, found, grid):
     return (weight / spread).round().clamp(-grid.most, grid.most) * spread
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 @given(
     seed=seeds, out=st.integers(1, 12), width=st.integers(1, 200), grid=GRIDS,
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
@@ -45,7 +45,7 @@ def test_the_result_is_integers_times_scales_and_keeps_zeros(seed, out, width, g
     assert torch.equal(decode(*again), found.to(dtype) + 0)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=12)
 @given(seed=seeds, bits=st.sampled_from([4, 8]))
 def test_a_further_pass_makes_no_row_worse(seed, bits):
     weight, matrix = pruned_problem(seed, 6, 150)

@@ -37,7 +37,7 @@ def sequential_obs(weight, matrix, window, choose):
     return weight, mask
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=12)
 @given(seeds, st.integers(1, 5), st.integers(1, 3), group_patterns)
 def test_ss_is_column_by_column_obs_for_groups(seed, out, groups, nm):
     pattern = NM(*nm)
@@ -53,7 +53,7 @@ def test_ss_is_column_by_column_obs_for_groups(seed, out, groups, nm):
     torch.testing.assert_close(found.weight, expected)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=12)
 @given(seeds, st.integers(1, 5), st.floats(0.05, 0.95), st.sampled_from([4, 5, 12]))
 def test_ss_is_column_by_column_obs_unstructured(seed, out, sparsity, window):
     pattern = Unstructured(sparsity)
@@ -76,7 +76,7 @@ def test_ss_is_column_by_column_obs_unstructured(seed, out, sparsity, window):
     torch.testing.assert_close(found.weight, expected)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=12)
 @given(seeds, st.integers(1, 5), st.integers(1, 4), group_patterns, st.sampled_from(["sm", "mm"]))
 def test_all_columns_jointly_is_the_least_squares_optimum(seed, out, groups, nm, method):
     weight, gram = problem(seed, out, groups * nm[1])
@@ -85,7 +85,7 @@ def test_all_columns_jointly_is_the_least_squares_optimum(seed, out, groups, nm,
     torch.testing.assert_close(found.weight, best, rtol=1e-6, atol=1e-8)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=12)
 @given(seeds, st.integers(1, 6), st.sampled_from([(1, 4), (2, 4), (3, 4), (2, 3)]))
 def test_a_row_of_one_group_is_the_closed_form(seed, out, nm):
     """δ = −w_P ([H⁻¹]_PP)⁻¹ [H⁻¹]_P,: and its loss ½ w_P ([H⁻¹]_PP)⁻¹ w_Pᵀ."""
@@ -104,7 +104,7 @@ def test_a_row_of_one_group_is_the_closed_form(seed, out, nm):
         torch.testing.assert_close(measured, loss)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=12)
 @given(seeds, st.integers(1, 5), group_patterns)
 def test_mask_m_of_one_group_is_the_best_of_all(seed, out, nm):
     pattern = NM(*nm)
@@ -121,7 +121,7 @@ def test_mask_m_of_one_group_is_the_best_of_all(seed, out, nm):
     torch.testing.assert_close(measured, losses.min(0).values, rtol=1e-6, atol=1e-10)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=10)
 @given(seeds, st.sampled_from(["sm", "mm"]), st.sampled_from([4, 8, 12, 16]))
 def test_blocks_of_any_size_agree_with_their_definition(seed, method, block):
     """Freeze a block's columns after the best joint update of it and all columns to the right."""

@@ -84,8 +84,9 @@ def test_more_effort_never_gives_a_worse_layer(seed, pattern):
             assert (more <= less * (1 + 1e-9)).all()
 
 
-@pytest.mark.parametrize("effort", EFFORTS)
-@pytest.mark.parametrize("pattern", ["0.5", "0.7", "2:4"])
+@pytest.mark.parametrize(
+    ("pattern", "effort"), [("0.5", "fast"), ("2:4", "default"), ("0.7", "best"), ("2:4", "best")]
+)
 def test_products_of_few_bits_find_as_good_a_mask(pattern, effort, monkeypatch):
     """On average: on one layer either of them is better by up to a percent."""
     errors, options = torch.zeros(2), SolverOptions(effort=effort)

@@ -38,8 +38,11 @@ def pruned_block(adapter, model, batches):
     return block, sites
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("llama", torch.float32), *((name, torch.bfloat16) for name in FAMILIES)],
+    ids=str,
+)
 def test_it_lowers_the_error_on_what_was_held_back(name, dtype):
     loaded, tokens, _ = zoo_model(name, samples=12, seqlen=48)
     model, adapter = loaded.module.to(dtype), loaded.adapter
@@ -192,14 +195,6 @@ def test_best_effort_tunes_every_block_and_reports_what_was_written():
         assert meets(model.get_parameter(f"{site.name}.weight"), NM(2, 4))
 
 
-def test_a_strictly_layer_wise_run_is_not_tuned():
-    events = []
-    options = replace(BEST, error_aware=False)
-    library.prune(random_model("llama"), random_tokens(samples=64), pattern="2:4", options=options,
-                  observe=events.append)  # fmt: skip
-    assert not any(isinstance(event, BlockTuned) for event in events)
-
-
 def test_a_part_of_the_samples_is_spread_over_all():
     chosen = BlockTuning(tokens=24 * 5).chosen(20, 24)
     assert chosen.nonzero().flatten().tolist() == [0, 4, 8, 12, 16]
@@ -227,7 +222,7 @@ def test_a_run_tunes_on_the_chosen_samples_and_prunes_on_all(monkeypatch):
     assert {site.tokens for site in report.sites} == {24 * 32}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ["llama", "mamba", "moe"])
 def test_tuning_in_mixed_precision_ends_where_full_precision_does(name, monkeypatch):
     loaded, tokens, _ = zoo_model(name, samples=8, seqlen=48)
     after = []
@@ -250,7 +245,13 @@ def test_tuning_in_mixed_precision_ends_where_full_precision_does(name, monkeypa
 
 @pytest.mark.parametrize(
     ("effort", "aware", "epochs"),
-    [("fast", True, None), ("default", True, 1), ("best", True, 8), ("default", False, None)],
+    [
+        ("fast", True, None),
+        ("default", True, 1),
+        ("best", True, 8),
+        ("default", False, None),
+        ("best", False, None),
+    ],
 )
 def test_more_effort_tunes_longer(effort, aware, epochs):
     options = PruneOptions(effort=effort, error_aware=aware)

@@ -49,7 +49,7 @@ def exact(adapter, block, batches, starts, site):
     return (total / inputs.square().sum(0)).sum(1, keepdim=True)
 
 
-@pytest.mark.parametrize("variant", ["llama-grouped-tied", "opt", "bloom", "mamba2"])
+@pytest.mark.parametrize("variant", ["llama-grouped-tied", "mamba2"])
 def test_the_estimate_is_that_of_the_whole_jacobian(variant):
     model, adapter, block, batches, starts, sites = prepared(variant)
     draws, told_apart = 300, 0

@@ -186,7 +186,7 @@ from apt_kernels import DenseMatrix
 def threads(): return len(list(Path("/proc/self/task").iterdir()))
 torch.set_num_threads(2)
 weight = torch.randn(4096, 4096)
-weight @ weight
+weight[:64] @ weight
 before, x = threads(), torch.randn(1, 4096)
 expected = DenseMatrix(weight).product(x)
 print(threads() - before, torch.allclose(expected, x @ weight.T, rtol=1e-3, atol=1e-2))
