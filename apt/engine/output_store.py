@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -108,14 +109,19 @@ class OutputStore(ModelStore, ABC):
         }
         return self.work.begin(inputs, resume=self.task.resume)
 
+    @cached_property
+    def _finished(self) -> Path | None:
+        """The complete output of an interrupted run; to find it reads all of its files."""
+        return self.work.done
+
     def is_done(self) -> bool:
         """True if an interrupted run had completed its output."""
-        return self.work.done is not None
+        return self._finished is not None
 
     def earlier_report(self) -> Report:
         """Publish the output of a run that was interrupted after that was complete."""
-        assert self.work.done is not None
-        report = Report.read(self.work.done)
+        assert self._finished is not None
+        report = Report.read(self._finished)
         self.ranks.wait()
         if self.ranks.first:
             self.work.finish()

@@ -323,8 +323,8 @@ def first(about):
         (lambda about: first(about).update(more=3), "is damaged"),
     ],
 )
-def test_a_damaged_description_is_one_line(apt, pruned, change, text):
-    assert apt("pack", pruned(), "-o", "packed").code == 0
+def test_a_damaged_description_is_one_line(apt, output_of, pruned, change, text):
+    shutil.copytree(output_of("pack", pruned()), "packed")
     damage("packed", change)
     for command in (("unpack", "packed", "-o", "x"), ("eval", "packed", "--data", TEXT,
                                                       "--seqlen", 16)):  # fmt: skip
@@ -338,8 +338,8 @@ def test_a_damaged_description_is_one_line(apt, pruned, change, text):
 
 
 @pytest.mark.parametrize("part", [MASK, VALUES])
-def test_a_packed_model_without_a_tensor_is_refused(apt, pruned, part):
-    assert apt("pack", pruned(), "-o", "packed").code == 0
+def test_a_packed_model_without_a_tensor_is_refused(apt, output_of, pruned, part):
+    shutil.copytree(output_of("pack", pruned()), "packed")
     tensors = load_file("packed/apt_packed.safetensors")
     del tensors[next(name for name in tensors if name.endswith(f"_{part}"))]
     save_file(tensors, "packed/apt_packed.safetensors", {"format": "pt"})
@@ -499,9 +499,11 @@ for case in json.loads(sys.argv[1]):
 """
 
 
-def test_plain_transformers_refuses_a_packed_model_or_opens_it_right(apt, pruned, tmp_path):
+def test_plain_transformers_refuses_a_packed_model_or_opens_it_right(
+    apt, output_of, pruned, tmp_path
+):
     """Each case is a process without APT, forked from one that has imported transformers."""
-    assert apt("pack", pruned(), "-o", "packed").code == 0
+    shutil.copytree(output_of("pack", pruned()), "packed")
     shutil.copytree("packed", "damaged")
     entry = Shards(Path("damaged"), "apt_packed.safetensors").entries["model.norm.weight"]
     broken = bytearray(entry.file.read_bytes())
@@ -522,10 +524,12 @@ def test_plain_transformers_refuses_a_packed_model_or_opens_it_right(apt, pruned
         assert re.match(expected, one), (case, one, found.stderr)
 
 
-def test_lm_eval_measures_a_packed_model_by_its_own_options(apt, pruned, monkeypatch, tmp_path):
+def test_lm_eval_measures_a_packed_model_by_its_own_options(
+    apt, output_of, pruned, monkeypatch, tmp_path
+):
     huggingface = pytest.importorskip("lm_eval.models.huggingface")
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    assert apt("pack", pruned(), "-o", "packed").code == 0
+    shutil.copytree(output_of("pack", pruned()), "packed")
     found = [
         huggingface.HFLM(pretrained=str(path), trust_remote_code=True, device="cpu")
         for path in (pruned(), Path("packed").resolve())
@@ -719,8 +723,8 @@ def test_a_packed_model_in_another_dtype_is_the_dense_one_in_it(apt, pruned):
 
 @pytest.mark.skipif(kernels() is None, reason="needs apt-kernels with its library")
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux says which files are in memory")
-def test_the_file_of_a_loaded_model_is_not_in_memory(apt, pruned):
-    assert apt("pack", pruned(), "-o", "packed").code == 0
+def test_the_file_of_a_loaded_model_is_not_in_memory(apt, output_of, pruned):
+    shutil.copytree(output_of("pack", pruned()), "packed")
     model = runtime.load("packed")
     assert str(Path("packed").absolute()) not in Path("/proc/self/maps").read_text()
     del model

@@ -191,6 +191,13 @@ def test_a_smaller_model_is_verified_with_the_given_adapter_and_without_selectio
         assert "its sites have no pattern; leave these options out" in run.err
 
 
+def test_own_text_alone_is_enough(apt, checkpoint):
+    given = ("--samples", 0, "--own-samples", 4, "--seqlen", 16, "--drop", 1, "--effort", "fast")
+    run = apt("shrink", checkpoint("llama"), *given, "-o", "small")
+    assert run.code == 0, run.err
+    assert apt("verify", "small").code == 0
+
+
 STREAMED = {
     "llama-grouped-tied": ["--size", "channels=32", "--size", "heads=2"],
     "mamba": ["--size", "channels=32", "--size", "states=4"],
