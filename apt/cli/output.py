@@ -58,6 +58,7 @@ def set_up(level: Level, log_file: Path | None) -> None:
     """
     global _level
     _level = level
+    out.quiet = err.quiet = not is_first_rank()
     log.handlers.clear()
     log.addHandler(logging.NullHandler())
     if log_file is None or not is_first_rank():

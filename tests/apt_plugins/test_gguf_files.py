@@ -487,9 +487,10 @@ def test_the_error_for_programs_is_the_same(tmp_path):
         export_model(run, registry())
 
 
-def test_a_recovery_that_is_complete_is_exported(apt, pruned):
-    command = ("recover", pruned, "--kind", "layers", "--blocks", 1, "--steps", 2, "--checks", 2,
-               *SHORT[2:], "-o", "out")  # fmt: skip
+def test_a_recovery_that_is_complete_is_exported(apt, original, pruned):
+    shutil.copyfile(original, "tiny.gguf")
+    command = ("recover", pruned, "--kind", "layers", "--blocks", 3, "--steps", 8, "--checks", 2,
+               "--batch", 4, "--rate", 1e-2, *SHORT[2:], "-o", "out")  # fmt: skip
     assert apt(*command).code == 0
     run = apt(*command, "--resume", "--export", "out.gguf")
     assert run.code == 0, run.err

@@ -93,8 +93,8 @@ def test_what_measures_opens_it_and_what_changes_it_does_not(apt, pruned, monkey
         refused = apt(*command)
         assert refused.code == 2
         assert "is quantised with compressed-tensors" in refused.err
-    Path("packed/apt_report.json").unlink()
-    unknown = apt("verify", "packed", "--sparsity", 0.5)
+    Path("out/apt_report.json").unlink()
+    unknown = apt("verify", "out", "--sparsity", 0.5)
     assert unknown.code == 2
     assert "is quantised with compressed-tensors, and has no report" in unknown.err
 
