@@ -28,6 +28,7 @@ def report(run: ReportRun, printing: PrintingOptions) -> None:
     from apt.files.writing import write_file
     from apt_lab.comparing.results import RESULTS
     from apt_lab.reporting.page import read_subjects, render
+    from apt_lab.reproduction import command_of
 
     compared = [directory for directory in run.directories if (directory / RESULTS).is_file()]
     models = [directory for directory in run.directories if directory not in compared]
@@ -35,7 +36,7 @@ def report(run: ReportRun, printing: PrintingOptions) -> None:
         name = "text" if run.text else "png"
         raise AptError(f"{name} is for pruned models, and none is named", "name one", (name,))
     comparisons = [_section(directory, number) for number, directory in enumerate(compared)]
-    subjects = read_subjects(models)
+    subjects = read_subjects(models, command_of)
     images = {} if run.png is None else _images(subjects, run.png, run)
     if run.text is not None:
         subjects = [

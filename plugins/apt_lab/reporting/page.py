@@ -16,7 +16,6 @@ from apt_lab.reporting.beside import Beside
 from apt_lab.reporting.charts import Bar, Line, bar_chart, line_chart
 from apt_lab.reporting.comparisons import ComparisonSection
 from apt_lab.reporting.heat import Heat, expert_of, heat
-from apt_lab.reproduction import command_of
 
 _MIB = 2**20
 _RECOVERY = " (recovery)"
@@ -229,8 +228,14 @@ def _side_by_side(subjects: Sequence[Subject]) -> list[tuple[str, str]]:
     return [(name, bar_chart(name, values, "")) for name, values in bars.items()]
 
 
-def read_subjects(directories: Sequence[Path]) -> list[Subject]:
+def read_subjects(
+    directories: Sequence[Path], command_of: Callable[[dict[str, Any]], str]
+) -> list[Subject]:
     """The models in directories with a report.
+
+    Args:
+        directories: the directories.
+        command_of: the command that reproduces the run of a report.
 
     Raises:
         AptError: a directory has no report, or the report is damaged.
