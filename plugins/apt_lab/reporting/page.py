@@ -1,7 +1,7 @@
 """One HTML page about one or several reports. It needs no network."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
