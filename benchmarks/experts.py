@@ -24,8 +24,9 @@ from torch import Tensor
 from apt.plugin.registry import registry
 from apt.solver import Gram, SolverOptions, Unstructured, full_precision, parse_pattern
 from apt.solver.admm_search import ROUNDS, _add_product
-from apt.solver.gram import positive_inverse, upper_root
+from apt.solver.gram import upper_root
 from apt.solver.patterns import NM, about_highest
+from apt.solver.scaled import positive_inverse
 from apt.solver.sparsegpt import _single
 
 METHODS = ["wanda", "ss", "admm:fast", "admm:default", "admm:best"]

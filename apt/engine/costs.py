@@ -22,7 +22,7 @@ from apt.options import Effort, MachineName, PruneOptions, SolveOptions
 from apt.planning.plan import Plan, PlannedBlock
 from apt.plugin.registry import registry
 from apt.solver.admm_search import ROUNDS
-from apt.solver.gram import NODES
+from apt.solver.scaled import NODES
 from apt.text.augmentation import Augmentation
 from apt.text.self_generated import logits_at_once
 

@@ -29,6 +29,7 @@ from apt.solver.least_squares import Joint, joint_weights
 from apt.solver.options import Effort, Solution, SolverOptions
 from apt.solver.patterns import NM, Pattern, about_highest, lowest
 from apt.solver.precision import full_precision
+from apt.solver.scaled import NODES
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def _rising(steps: int) -> tuple[float, ...]:
     return tuple(_LOWEST * (_HIGHEST / _LOWEST) ** (i / (steps - 1)) for i in range(steps))
 
 
-_FIRST = Round((1.2,) * 4, 1.8, 300)
+_FIRST = Round((NODES[1],) * 4, 1.8, 300)
 _SECOND = Round(_rising(16))
 _LONG = Round(_rising(36))
 ROUNDS: dict[Effort, tuple[Round, ...]] = {

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from apt.solver.gram import DampedGram, Gram, Scaled
+from apt.solver.gram import DampedGram, Gram
 from apt.solver.options import Solution, SolverOptions
 from apt.solver.precision import full_precision
+from apt.solver.scaled import Scaled
 
 _DIRECT = 96  # columns up to which one factorisation per row is faster than conjugate gradients
 _CHUNK = 2**25  # elements of the largest temporary: 128 MiB in fp32

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apt.solver import NM, Gram, SolverError, SolverOptions, sm
-from apt.solver.gram import NODES, Scaled, positive_inverse, upper_root
+from apt.solver.gram import upper_root
+from apt.solver.scaled import NODES, Scaled, positive_inverse
 from tests.helpers.problems import problem, seeds
 
 
