@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from apt.checkpoints.opened import Opened
     from apt.engine.machine import choose_device, read_dtype
     from apt.engine.prepare import capped
-    from apt.engine.text import check_same_vocabulary, check_vocabulary
+    from apt.engine.text import check_same_vocabulary
     from apt.locations.model_source import Source
     from apt.planning.allocation import Allocation, Unallocated, sparsity_of, unstructured
     from apt.planning.plan import Plan, PlannedBlock, PlannedSite
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from apt.shrinking.structure_choice import BlockChoice, GroupScores
     from apt.text.datasets import Split, hub_documents
     from apt.text.files import read_file
+    from apt.text.ids import check_vocabulary
 
 __all__ = [
     "Allocation", "Batch", "BlockChoice", "Checkpoint", "ExpertChoice", "Export",
@@ -60,7 +61,8 @@ _LAZY = {
     "apt.checkpoints.opened": ("Opened",),
     "apt.engine.machine": ("choose_device", "read_dtype"),
     "apt.engine.prepare": ("capped",),
-    "apt.engine.text": ("check_same_vocabulary", "check_vocabulary"),
+    "apt.engine.text": ("check_same_vocabulary",),
+    "apt.text.ids": ("check_vocabulary",),
     "apt.locations.model_source": ("Source",),
     "apt.planning.allocation": ("Allocation", "Unallocated", "sparsity_of", "unstructured"),
     "apt.planning.plan": ("Plan", "PlannedBlock", "PlannedSite"),

@@ -1,5 +1,6 @@
 """Type checks of declarations: a plugin's wrong value is an error where it is declared."""
 
+from collections.abc import Mapping
 from dataclasses import fields
 from functools import cache
 from types import NoneType, UnionType
@@ -46,14 +47,21 @@ def _fits(value: Any, kind: Any) -> bool:
         return value in get_args(kind)
     if get_origin(kind) is tuple:
         return isinstance(value, tuple) and all(_fits(item, get_args(kind)[0]) for item in value)
+    if get_origin(kind) in (Union, UnionType):
+        return any(_fits(value, one) for one in get_args(kind))
     if get_origin(kind) is not None:  # a mapping
-        return isinstance(value, get_origin(kind))
+        name, item = get_args(kind)
+        return isinstance(value, get_origin(kind)) and all(
+            _fits(key, name) and _fits(entry, item) for key, entry in value.items()
+        )
     if isinstance(value, bool):  # True is an int in Python, but no number of anything
         return kind is bool
     return isinstance(value, (int, float) if kind is float else kind)
 
 
 def _fault(value: Any, allowed: tuple[Any, ...]) -> str:
+    if isinstance(value, Mapping):
+        return _fault_in_mapping(value, allowed)
     of = next((get_args(kind)[0] for kind in allowed if get_origin(kind) is tuple), None)
     if of is None:
         return f"is {value!r}, not {' or '.join(map(_worded, allowed))}"
@@ -63,7 +71,20 @@ def _fault(value: Any, allowed: tuple[Any, ...]) -> str:
     return f"is {value!r}, not a tuple{_REMEDIES.get(type(value), '').format(value)}"
 
 
+def _fault_in_mapping(value: Mapping[Any, Any], allowed: tuple[Any, ...]) -> str:
+    for kind in (kind for kind in allowed if get_origin(kind) is Mapping):
+        name, item = get_args(kind)
+        for key, entry in value.items():
+            if not _fits(key, name):
+                return f"has the name {key!r}, not {_worded(name)}"
+            if not _fits(entry, item):
+                return f"has {entry!r} for {key}, not {_worded(item)}"
+    return f"is {value!r}, not {' or '.join(map(_worded, allowed))}"
+
+
 def _worded(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return " or ".join(map(repr, get_args(kind)))
+    if get_origin(kind) in (Union, UnionType):
+        return " or ".join(map(_worded, get_args(kind)))
     return "None" if kind is NoneType else str(getattr(kind, "__name__", kind))

@@ -6,6 +6,7 @@ of classes and packages and by their attributes, so that no library is imported.
 """
 
 from collections.abc import Iterator
+from itertools import islice
 
 from torch import Tensor, nn
 
@@ -47,6 +48,18 @@ def refuse_wrapped(model: nn.Module) -> None:
         if wrapped is not None:
             wrapper, advice = wrapped
             raise AptError(f"{name or 'the model'} is wrapped by {wrapper}", advice)
+
+
+def check_in_memory(model: nn.Module, *, streamed: bool = False) -> None:
+    """Raise `AptError` if a parameter of ``model`` has no values.
+
+    Args:
+        streamed: True if the blocks may be read later. Then only the first parameter is checked.
+    """
+    for name, parameter in islice(model.named_parameters(), 1 if streamed else None):
+        if parameter.is_meta:
+            fault = f"{name} has no values in memory"
+            raise AptError(fault, "load the whole model into memory", ("model",))
 
 
 def _of_class(module: nn.Module) -> tuple[str, str] | None:

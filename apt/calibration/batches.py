@@ -147,12 +147,6 @@ class OpenBlock:
         return OpenBlock(*own, progress, self.unrouted)
 
 
-def check_shape(tokens: Tensor) -> None:
-    """Raise `AptError` if ``tokens`` is not (samples, seqlen), or is empty."""
-    if tokens.ndim != 2 or not tokens.numel():
-        raise AptError(f"tokens have shape {tuple(tokens.shape)}", "give (samples, seqlen)")
-
-
 def check_finite(adapter: Adapter, states: Iterable[State], ranks: Ranks) -> None:
     """Raise on all ranks if one of them has a state after a block that is not finite."""
     finite = [adapter.residual(state).isfinite().all() for state in states]

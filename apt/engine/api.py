@@ -6,21 +6,30 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar, Unpack
 
-import torch
 from torch import Tensor, nn
 
 from apt.adapter import Adapter
+from apt.adapter.wrapped import check_in_memory
+from apt.arguments import checked
 from apt.checkpoints.masks import masks_of, sparsity_of
 from apt.checkpoints.smaller import smaller
 from apt.distributed.ranks import Ranks
 from apt.engine.given import GivenModel
 from apt.engine.pruning_plan import Sparsity, find_method, sparse_pruning
-from apt.engine.recover_task import check_recovery
+from apt.engine.recover_task import check_dense, check_recovery
 from apt.engine.shrink_plan import Choice, smaller_pruning
 from apt.errors import AptError, name_of
 from apt.events import Observer, TrainingObserver
 from apt.files.journal import Journal, Line
-from apt.options import Activations, PruneOptions, RecoverOptions, ShrinkOptions, check_windows
+from apt.modes import usual_modes
+from apt.options import (
+    Activations,
+    PruneOptions,
+    RecoverOptions,
+    ShrinkOptions,
+    check_seed,
+    check_windows,
+)
 from apt.output.report import Report
 from apt.planning.allocation import Allocation
 from apt.planning.plan import Selection, read_pattern
@@ -34,7 +43,7 @@ from apt.shrinking.same_function import check_same_function
 from apt.solver import Pattern
 from apt.text import datasets
 from apt.text.datasets import digest
-from apt.text.special_tokens import bos_of
+from apt.text.special_tokens import bos_of, check_tokenizer
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -56,7 +65,8 @@ class PruneArguments(TypedDict, total=False):
     observe: Observer
 
 
-@torch.inference_mode(mode=False)  # in which a copy would be of inference tensors
+@usual_modes()  # in inference mode a copy would be of inference tensors
+@checked
 def prune_copy(model: M, tokens: Tensor, **arguments: Unpack[PruneArguments]) -> tuple[M, Report]:
     """Prune a copy of a model; the model itself does not change.
 
@@ -72,6 +82,8 @@ def prune_copy(model: M, tokens: Tensor, **arguments: Unpack[PruneArguments]) ->
     return pruned, prune(pruned, tokens, **arguments)
 
 
+@usual_modes()
+@checked
 def prune(
     model: nn.Module,
     tokens: Tensor,
@@ -135,7 +147,8 @@ def prune(
     return given.pruned(tokens, job, tokenizer, known)[1]
 
 
-@torch.inference_mode(mode=False)  # in which a copy would be of inference tensors
+@usual_modes()  # in inference mode a copy would be of inference tensors
+@checked
 def shrink(
     model: nn.Module,
     tokens: Tensor,
@@ -188,6 +201,8 @@ def shrink(
     return small, report
 
 
+@usual_modes()
+@checked
 def recover(
     model: nn.Module,
     tokens: Tensor,
@@ -228,9 +243,15 @@ def recover(
     """
     options, spec, function = options or RecoverOptions(), *_kind(kind)
     check_recovery(options, spec, registry())
+    check_seed(seed)
     given = GivenModel(model, tokens, adapter)
     if spec.zeros and not sparsity_of(masks_of(model, given.adapter)):
         raise AptError("the model has no zeros", "prune it first, or use the kind layers")
+    if spec.teacher and dense is None:
+        raise AptError(f"recovery {spec.name} needs the dense model", "give it", ("dense",))
+    if spec.teacher and dense is not None:
+        check_in_memory(dense)
+        check_dense({"the dense model": dense, "the pruned one": model}, options, given.registry)
     inputs = {"kind": spec.name, "seed": seed, "options": options.record()}
     inputs |= {"model": given.weights, "tokens": digest(tokens)}
     with tempfile.TemporaryDirectory() as temporary:
@@ -275,6 +296,8 @@ def _kind(kind: str | Recovery) -> tuple[RecoverySpec, Recovery]:
     return RecoverySpec(name, "a function of the caller", ""), kind
 
 
+@usual_modes()
+@checked
 def calibration_tokens(
     tokenizer: Any,
     source: str = "builtin",
@@ -302,11 +325,14 @@ def calibration_tokens(
         AptError: an amount is out of range, or the source cannot be read or has too little text.
     """
     check_windows(samples, seqlen)
+    check_tokenizer(tokenizer)
     texts = datasets.documents(source, "calibration", registry())
     first = bos_of(tokenizer) if bos else None
     return datasets.calibration_tokens(tokenizer, texts, samples, seqlen, seed, source, first)
 
 
+@usual_modes()
+@checked
 def evaluation_tokens(
     tokenizer: Any,
     source: str = "builtin",
@@ -331,6 +357,7 @@ def evaluation_tokens(
         AptError: an amount is out of range, or the source cannot be read or has too little text.
     """
     check_windows(samples, seqlen)
+    check_tokenizer(tokenizer)
     texts = datasets.documents(source, "evaluation", registry())
     first = bos_of(tokenizer) if bos else None
     return datasets.evaluation_tokens(tokenizer, texts, samples, seqlen, source, first)

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from apt.adapter import Adapter
 from apt.adapter.recording import eval_mode
-from apt.adapter.wrapped import refuse_wrapped
-from apt.calibration.batches import check_shape
+from apt.adapter.wrapped import check_in_memory, refuse_wrapped
 from apt.distributed.ranks import Ranks
 from apt.engine.machine import activation_store
 from apt.engine.prune_model import Pruning, prune_model
@@ -18,13 +17,13 @@ from apt.engine.pruning_plan import Dense
 from apt.engine.recipes import record
 from apt.engine.reports import described
 from apt.engine.store import ModelStore
-from apt.engine.text import check_vocabulary
 from apt.errors import AptError
 from apt.events import telling
-from apt.options import Activations, StreamOptions
+from apt.options import Activations, StreamOptions, check_seed
 from apt.output.report import Report
 from apt.planning.plan import Plan
 from apt.plugin.registry import Registry, registry
+from apt.text.ids import check_ids, check_vocabulary
 from apt.text.special_tokens import bos_of, named_ids, special_ids
 
 
@@ -57,6 +56,7 @@ class GivenModel(ModelStore):
 
     def dense(self, tokens: Tensor, seed: int) -> Dense:
         """The model before it is pruned on ``tokens`` (samples, seqlen)."""
+        check_seed(seed)
         config = getattr(self.model, "config", None)
         return Dense(
             self.model, self.adapter, config, self.registry, len(tokens), seed, device=self.device
@@ -68,8 +68,8 @@ class GivenModel(ModelStore):
         """Prune the model; ``options`` are those of the report, without `apt.PruneOptions`."""
         job = replace(
             job,
-            bos=bos_of(tokenizer) if tokenizer else None,
-            special=special_ids(tokenizer) if tokenizer else named_ids(self.model),
+            bos=bos_of(tokenizer) if tokenizer is not None else None,
+            special=special_ids(tokenizer) if tokenizer is not None else named_ids(self.model),
         )
         name = getattr(getattr(self.model, "config", None), "_name_or_path", "")
         name = str(name or type(self.model).__name__)
@@ -104,8 +104,8 @@ def find_adapter(
             ("adapter",),
         )
     else:
-        known = registry.adapters
-        spec = known.get(adapter) if adapter else registry.adapter_for(_model_type(model))
+        known, kind = registry.adapters, _model_type(model)
+        spec = registry.adapter_for(kind) if adapter is None else known.get(adapter)
         name, instance = spec.name, spec.make()
     if (config := getattr(model, "config", None)) is not None:
         instance.check(config)
@@ -119,10 +119,9 @@ def _model_type(model: nn.Module) -> str:
 
 def _check_inputs(model: nn.Module, adapter: Adapter, tokens: Tensor) -> None:
     """Raise `AptError` if the model cannot be changed in place, or cannot run on the tokens."""
-    _check_weights(model)
-    check_shape(tokens)
-    if tokens.dtype not in (torch.int64, torch.int32):
-        raise AptError(f"tokens are {tokens.dtype}", "give token ids as torch.int64")
+    check_in_memory(model)
+    _check_tunable(model)
+    check_ids(tokens)
     check_vocabulary(tokens, model, "these tokens")
     _check_length(model, adapter, tokens)
 
@@ -142,11 +141,9 @@ def _check_length(model: nn.Module, adapter: Adapter, tokens: Tensor) -> None:
         ) from error
 
 
-def _check_weights(model: nn.Module) -> None:
-    """Raise if a parameter has no values, or values that cannot be written or differentiated."""
+def _check_tunable(model: nn.Module) -> None:
+    """Raise if a parameter has values that cannot be written or differentiated."""
     for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise AptError(f"{name} has no values in memory", "load the whole model into memory")
         if parameter.is_inference():
             raise AptError(
                 f"{name} is an inference tensor, which cannot be tuned",

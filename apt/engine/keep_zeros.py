@@ -7,6 +7,8 @@ from torch import nn
 from transformers import TrainerCallback
 
 from apt.adapter import Adapter
+from apt.adapter.wrapped import check_in_memory
+from apt.arguments import checked
 from apt.checkpoints.masks import masks_of
 from apt.engine.given import find_adapter
 from apt.errors import AptError
@@ -14,6 +16,7 @@ from apt.plugin.registry import registry
 from apt.recovery.kept_zeros import KeptZeros
 
 
+@checked
 def keep_zeros(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
@@ -35,6 +38,7 @@ def keep_zeros(
     Raises:
         AptError: the model has no zeros, or no adapter serves it.
     """
+    check_in_memory(model)
     masks = masks_of(model, find_adapter(adapter, model, registry())[1])
     if not masks:
         raise AptError("the model has no zeros", "prune it first")

@@ -133,7 +133,8 @@ def _allocation(
 def find_method(method: str | Method | None, registry: Registry) -> tuple[MethodSpec, Method]:
     """A method and its spec; a function has the spec of a method without options."""
     if method is None or isinstance(method, str):
-        spec = registry.methods.get(method) if method else registry.default_method()
+        known = registry.methods
+        spec = registry.default_method() if method is None else known.get(method)
         return spec, spec.load()
     name = name_of("method", method)
     return MethodSpec(name, "a function of the caller", ""), method

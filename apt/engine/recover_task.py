@@ -1,7 +1,7 @@
 """The task of ``apt-prune recover``."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -300,20 +300,43 @@ def _dense_skeleton(task: RecoverTask) -> Opened:
         if options.dense is None:
             error.add_hint("the report names this dense model: give its place", "dense")
         raise
-    sizes = [m.module.get_input_embeddings().weight.shape[0] for m in (skeleton, task.skeleton)]  # type: ignore[operator]
+    models = {f"the dense model {given}": skeleton.module, options.model: task.skeleton.module}
+    check_dense(models, options, registry)
+    return skeleton
+
+
+def check_dense(
+    models: Mapping[str, nn.Module], options: RecoverOptions, registry: Registry
+) -> None:
+    """Raise if a training cannot use the outputs of a dense model.
+
+    Args:
+        models: the dense and the pruned model, by their names in messages.
+
+    Raises:
+        AptError: the dense model is of another family, or has another vocabulary or width.
+    """
+    (given, dense), (name, model) = models.items()
+    families = [_family(one, registry) for one in (dense, model)]
+    if families[0] != families[1]:
+        raise _another_dense(f"{given} is of the family {families[0]}, and {name} of {families[1]}")
+    sizes = [one.get_input_embeddings().weight.shape[0] for one in (dense, model)]  # type: ignore[operator]
     if sizes[0] != sizes[1]:
-        raise _another_dense(
-            f"the dense model {given} has {sizes[0]} tokens, and {options.model} has {sizes[1]}"
-        )
-    widths = [hidden_size(model.config) for model in (skeleton, task.skeleton)]
+        raise _another_dense(f"{given} has {sizes[0]} tokens, and {name} has {sizes[1]}")
+    widths = [hidden_size(one.config) for one in (dense, model)]
     if options.hidden and widths[0] != widths[1]:
         raise AptError(
             f"the hidden states of {given} have {widths[0]} features, and those of "
-            f"{options.model} have {widths[1]}",
+            f"{name} have {widths[1]}",
             "name the model from which it was pruned, or use the logits alone: hidden 0",
             ("dense", "hidden"),
         )
-    return skeleton
+
+
+def _family(model: nn.Module, registry: Registry) -> str:
+    """The name of the adapter for a model's type; the type itself if there is none."""
+    kind = str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
+    return next((s.name for s in registry.adapters.specs.values() if kind in s.model_types), kind)
 
 
 def _another_dense(fault: str) -> AptError:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from apt.arguments import checked
 from apt.distributed.ranks import Ranks
 from apt.engine.export import export_output
 from apt.engine.in_memory import InMemory
@@ -16,6 +17,7 @@ from apt.engine.recover_task import prepare_recovery
 from apt.engine.streamed import Streamed
 from apt.engine.task import Task
 from apt.events import telling
+from apt.modes import usual_modes
 from apt.options import PruneRun, ReapplyRun, RecoverRun, ShrinkRun
 from apt.output.report import Report
 from apt.output.timeline import Timeline
@@ -24,6 +26,8 @@ from apt.plugin.registry import Registry, registry
 AnyRun = PruneRun | ShrinkRun | RecoverRun | ReapplyRun
 
 
+@usual_modes()
+@checked
 def run(
     options: AnyRun,
     *,

@@ -5,13 +5,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from apt.checkpoints.load import load_tokenizer
 from apt.checkpoints.opened import Opened
 from apt.errors import AptError
 from apt.plugin.registry import Registry
 from apt.text.datasets import documents, evaluation_tokens
+from apt.text.ids import check_vocabulary
 from apt.text.special_tokens import bos_of, special_ids
 
 
@@ -71,20 +72,6 @@ def read_text(
         )
         check_vocabulary(held_out, skeleton.module, options.model)
     return Text(tokenizer, tokens, held_out, bos, special_ids(tokenizer))
-
-
-def check_vocabulary(tokens: Tensor, module: nn.Module, reference: str) -> None:
-    """Raise if a token has no embedding, as far as the model says which embeddings it has."""
-    try:
-        vocabulary = module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        return
-    if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
-        raise AptError(
-            f"the tokenizer of {reference} gives ids from {int(tokens.min())} to "
-            f"{int(tokens.max())}, but the model has {vocabulary} embeddings",
-            "the tokenizer belongs to another model",
-        )
 
 
 def check_same_vocabulary(model: Opened, dense: Opened) -> None:

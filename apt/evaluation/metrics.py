@@ -7,7 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from apt.adapter.recording import eval_mode
+from apt.adapter.wrapped import check_in_memory
+from apt.arguments import checked
 from apt.evaluation.logits import parts_of_logits
+from apt.modes import usual_modes
+from apt.text.ids import check_ids, check_vocabulary
 
 _TOKENS_PER_BATCH = 2048
 
@@ -17,7 +21,9 @@ def windows_at_once(seqlen: int) -> int:
     return max(1, _TOKENS_PER_BATCH // seqlen)
 
 
+@usual_modes()
 @torch.no_grad()
+@checked
 def perplexity(model: nn.Module, tokens: Tensor) -> float:
     """The exponential of the mean negative log-likelihood of the tokens of separate windows.
 
@@ -27,6 +33,9 @@ def perplexity(model: nn.Module, tokens: Tensor) -> float:
     Args:
         model: a causal language model of transformers.
         tokens: token ids (windows, seqlen).
+
+    Raises:
+        AptError: the tokens are not ids of the model, or the model is not in memory.
     """
 
     def losses(logits: Tensor, following: Tensor) -> Tensor:
@@ -35,7 +44,9 @@ def perplexity(model: nn.Module, tokens: Tensor) -> float:
     return math.exp(min(_mean(model, tokens, losses), 700.0))
 
 
+@usual_modes()
 @torch.no_grad()
+@checked
 def accuracy(model: nn.Module, tokens: Tensor) -> float:
     """The share of tokens that the model ranks first, without the first token of each window.
 
@@ -46,7 +57,9 @@ def accuracy(model: nn.Module, tokens: Tensor) -> float:
     return _mean(model, tokens, lambda logits, following: (logits.argmax(-1) == following).sum())
 
 
+@usual_modes()
 @torch.no_grad()
+@checked
 def divergence(model: nn.Module, tokens: Tensor, dense: nn.Module) -> float:
     """The mean Kullback-Leibler divergence of the next token from the dense model's, in nats.
 
@@ -63,7 +76,9 @@ def divergence(model: nn.Module, tokens: Tensor, dense: nn.Module) -> float:
     return _mean_difference(model, tokens, dense, total)
 
 
+@usual_modes()
 @torch.no_grad()
+@checked
 def agreement(model: nn.Module, tokens: Tensor, dense: nn.Module) -> float:
     """The share of tokens after which both models rank the same next token first.
 
@@ -81,6 +96,8 @@ def _mean_difference(
     model: nn.Module, tokens: Tensor, dense: nn.Module, measure: Callable[[Tensor, Tensor], Tensor]
 ) -> float:
     """The mean of ``measure`` over tokens, of the logits (n, vocabulary) of both models."""
+    _check(model, tokens)
+    _check(dense, tokens)
     device, total, last = next(model.parameters()).device, 0.0, tokens.shape[1] - 1
     with eval_mode(model), eval_mode(dense):
         for batch in torch.split(tokens, windows_at_once(tokens.shape[1])):
@@ -90,6 +107,13 @@ def _mean_difference(
                 place += pair[0].shape[1]
                 total += float(measure(logits, expected))
     return total / (tokens.shape[0] * last)
+
+
+def _check(model: nn.Module, tokens: Tensor) -> None:
+    """Raise `AptError` if a model cannot be measured on ``tokens``."""
+    check_in_memory(model, streamed=True)
+    check_ids(tokens, least=2)
+    check_vocabulary(tokens, model, "these tokens")
 
 
 def _pairs(model: nn.Module, dense: nn.Module, batch: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -105,6 +129,7 @@ def _mean(model: nn.Module, tokens: Tensor, measure: Callable[[Tensor, Tensor], 
     Its arguments are the logits (n, vocabulary) and the tokens (n,) that follow. Only a part of the
     logits is in memory at a time, see `apt.evaluation.logits`.
     """
+    _check(model, tokens)
     device, total = next(model.parameters()).device, 0.0
     with eval_mode(model):
         for batch in torch.split(tokens, windows_at_once(tokens.shape[1])):

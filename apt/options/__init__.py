@@ -62,6 +62,7 @@ from apt.options.shared import (
     TokenizerOptions,
     UnitOptions,
     WritingOptions,
+    check_seed,
     check_windows,
 )
 from apt.options.shrink import GENERATION, Budget, Mode, ShrinkOptions, ShrinkRun
@@ -76,6 +77,6 @@ __all__ = [
     "OutputOptions", "PackRun", "PatternOptions", "Preset", "PrintingOptions", "PruneOptions",
     "PruneRun", "ReapplyRun", "RecoverOptions", "RecoverRun", "RemoteOptions", "SampleOptions",
     "ShrinkOptions", "ShrinkRun", "SolveOptions", "StreamOptions", "TokenizerOptions",
-    "UnitOptions", "UnpackRun", "VerifyRun", "WritingOptions", "check_windows", "flags_of",
-    "option", "options", "read_options", "warn_renamed", "write_options",
+    "UnitOptions", "UnpackRun", "VerifyRun", "WritingOptions", "check_seed", "check_windows",
+    "flags_of", "option", "options", "read_options", "warn_renamed", "write_options",
 ]  # fmt: skip

@@ -7,7 +7,9 @@ from typing import Any, Literal
 from apt.errors import AptError
 from apt.options.declaration import Options, option, options
 from apt.options.shared import (
+    A_TIME,
     ACCURACY,
+    MINUTES,
     OUTPUT,
     RUNNING,
     SELECTION,
@@ -207,7 +209,7 @@ class PruneRun(ModelRun, UnitOptions, PruneOptions, MaskOptions):
     minutes: float | None = option(
         "Time for the whole run: effort and samples become smaller until they fit, and what is "
         "left is spent on distillation, which keeps every zero.",
-        default=None, panel=ACCURACY, metavar="M", within="(0, ∞)",
+        default=None, panel=ACCURACY, metavar="M", within=MINUTES, meaning=A_TIME,
     )  # fmt: skip
     pack: Path | None = option(
         "Also write the model without its zeros to DIR, as apt-prune pack does.",

@@ -5,6 +5,8 @@ from typing import Any
 from apt.errors import AptError
 from apt.options.declaration import Options, option, options
 from apt.options.shared import (
+    A_TIME,
+    MINUTES,
     OUTPUT,
     RUNNING,
     TEXT,
@@ -52,7 +54,7 @@ class RecoverOptions(Options):
     )  # fmt: skip
     minutes: float | None = option(
         "Time for the training, with the outputs of the dense model, in place of --steps.",
-        default=None, panel=TRAINING, metavar="M", within="(0, ∞)",
+        default=None, panel=TRAINING, metavar="M", within=MINUTES, meaning=A_TIME,
     )  # fmt: skip
     rate: float | None = option(
         "Highest learning rate; the default depends on the kind.",

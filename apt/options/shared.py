@@ -15,6 +15,7 @@ PANELS = ("", MODEL, SIZE, TRAINING, SELECTION, TEXT, ACCURACY, RUNNING, OUTPUT)
 
 Activations = Literal["memory", "cpu", "disk"]
 MachineName = Literal["h100", "h200", "a100", "4090", "mi300x"]
+MINUTES, A_TIME = "(0, 1e6]", "it is a time in minutes, such as 30"  # two years at most
 _SEEDS = (-(2**63), 2**64 - 1)  # the range of torch's generators
 
 
@@ -143,12 +144,7 @@ class CalibrationOptions(Options):
     def check(self) -> None:
         """Raise `AptError` if an option is out of range."""
         super().check()
-        if not _SEEDS[0] <= self.seed <= _SEEDS[1]:
-            raise AptError(
-                f"seed {self.seed} is out of range",
-                "give a whole number from 0 to 2**64 - 1",
-                ("seed",),
-            )
+        check_seed(self.seed)
 
 
 @options
@@ -377,6 +373,13 @@ class IntegerOptions(Options):
                 "write for example 128, or row",
                 ("scale_group",),
             )
+
+
+def check_seed(seed: int) -> None:
+    """Raise `AptError` if a seed is out of the range of torch's generators."""
+    if not _SEEDS[0] <= seed <= _SEEDS[1]:
+        hint = "give a whole number from -2**63 to 2**64 - 1"
+        raise AptError(f"seed {seed} is out of range", hint, ("seed",))
 
 
 def check_windows(count: int | None, seqlen: int) -> None:

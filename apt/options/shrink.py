@@ -7,7 +7,7 @@ from typing import Any, Literal
 from apt.errors import AptError
 from apt.options.declaration import Options, option, options
 from apt.options.prune import ModelRun
-from apt.options.shared import ACCURACY, SIZE
+from apt.options.shared import A_TIME, ACCURACY, MINUTES, SIZE
 
 Budget = Literal["parameters", "latency"]
 Mode = Literal["width", "depth", "blocks-first", "search"]
@@ -87,7 +87,7 @@ class ShrinkOptions(Options):
     )  # fmt: skip
     minutes: float | None = option(
         "Time for --search; by default no limit.",
-        default=None, panel=SIZE, metavar="M", within="(0, ∞)",
+        default=None, panel=SIZE, metavar="M", within=MINUTES, meaning=A_TIME,
     )  # fmt: skip
 
     @property
@@ -98,6 +98,10 @@ class ShrinkOptions(Options):
     def check(self) -> None:
         """Raise `AptError` if an option is out of range, or options contradict each other."""
         super().check()
+        for kind, number in self.sizes.items():
+            if isinstance(number, float) and not 0 < number < 1:
+                hint = "give a whole number, or a share between 0 and 1"
+                raise AptError(f"size {kind}={number:g} is no share", hint, ("sizes",))
         if not self.explicit:
             return
         by_blocks = self.blocks is not None or bool(self.drop)

@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from apt.arguments import checked
 from apt.checkpoints.copies import REPORT
 from apt.devices import accelerator, peak_allocated
 from apt.distributed.ranks import Work
@@ -128,6 +129,7 @@ class Report:
         return {name: plain[name] for name in _ORDER}
 
     @classmethod
+    @checked
     def from_dict(cls, record: dict[str, Any], name: str = "the report") -> "Report":
         """The report of a record of `to_dict`.
 
@@ -152,6 +154,7 @@ class Report:
         return cls(**known)
 
     @classmethod
+    @checked
     def read(cls, directory: Path | str) -> "Report":
         """The report in ``directory``.
 

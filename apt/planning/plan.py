@@ -41,9 +41,15 @@ class Selection:
 
     def __post_init__(self) -> None:
         for name in ("only", "skip"):
-            if isinstance(globs := getattr(self, name), str):
+            globs = getattr(self, name)
+            if isinstance(globs, str):
                 fault = f"{name} is one text, '{globs}', and not a tuple of globs"
-                raise AptError(fault, f"give ('{globs}',)")
+                raise AptError(fault, f"give ('{globs}',)", (name,))
+            if not _is_list_of(globs, lambda glob: isinstance(glob, str)):
+                raise AptError(f"{name} is {globs!r}", "give a tuple of globs", (name,))
+        if not _is_list_of(self.overrides, _is_override):
+            hint = "give a tuple of pairs, such as (('*.q_proj', 0.4),)"
+            raise AptError(f"overrides is {self.overrides!r}", hint, ("overrides",))
 
     def pattern(self, name: str, default: Pattern) -> Pattern | None:
         """The pattern for the site with this full name; None if it stays dense."""
@@ -72,6 +78,14 @@ class Selection:
     def globs(self) -> list[str]:
         """All globs."""
         return [*self.only, *self.skip, *(glob for glob, _ in self.overrides)]
+
+
+def _is_list_of(value: Any, fits: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list | tuple) and all(map(fits, value))
+
+
+def _is_override(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and isinstance(value[0], str)
 
 
 def read_pattern(pattern: Pattern | str | float) -> Pattern:

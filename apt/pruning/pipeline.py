@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from apt.adapter import Adapter, State
 from apt.adapter.recording import eval_mode
-from apt.calibration.batches import TOKENS_PER_BATCH, Batch, check_finite, check_shape, enter
+from apt.calibration.batches import TOKENS_PER_BATCH, Batch, check_finite, enter
 from apt.calibration.storage import MemoryStore, Store
 from apt.distributed.ranks import Ranks
 from apt.errors import AptError
@@ -23,6 +23,7 @@ from apt.pruning.current_block import CurrentBlock, Dropped
 from apt.pruning.disconnecting import unrouted
 from apt.pruning.layer import Recipe, SiteMethod, SiteSolver
 from apt.pruning.paused_forward import can_pause
+from apt.text.ids import check_ids
 
 
 @torch.inference_mode(mode=False)  # the caller's inference mode would rule out gradients
@@ -64,7 +65,7 @@ def prune_blocks(
         AptError: the tokens have another shape, activations are not finite, a site's inputs were
             not captured, or a solve failed.
     """
-    check_shape(tokens)
+    check_ids(tokens)
     solver = SiteSolver(method, recipe or Recipe())
     storage, store = block_storage or MemoryBlocks(), store or MemoryStore()
     run = _Pruning(adapter, solver, storage, store, ranks or Ranks(), observe)

@@ -246,9 +246,9 @@ class DampedGram:
         width, generator = len(self.matrix), torch.Generator().manual_seed(0)
         exact = width <= _PROBES
         probes = (
-            torch.eye(width, device="cpu")
+            torch.eye(width, dtype=torch.float32, device="cpu")
             if exact
-            else torch.randn(width, _PROBES, generator=generator, device="cpu")
+            else torch.randn(width, _PROBES, generator=generator, dtype=torch.float32, device="cpu")
         )
         solved = torch.linalg.solve_triangular(self._root.T, probes.to(self.matrix), upper=False)
         inverse = solved.square().mean(1)  # up to a factor, which the unit determinant removes

@@ -195,7 +195,7 @@ class _GreedyRemoval:
             return alone
         blocks = self._inverse.view(len(parts[0]), size, -1, size).diagonal(dim1=0, dim2=2)
         blocks = blocks.permute(2, 0, 1).clone()
-        blocks[self.removed] = torch.eye(size).to(blocks)
+        blocks[self.removed] = torch.eye(size, dtype=blocks.dtype, device=blocks.device)
         roots, lost = torch.linalg.cholesky(blocks), parts.permute(1, 2, 0)
         solved: Tensor = torch.linalg.solve_triangular(roots, lost, upper=False)
         return solved.square().sum((1, 2))

@@ -30,7 +30,9 @@ class Scaled:
         """The largest eigenvalues (count,), about, and their eigenvectors (in, count)."""
         count = max(1, min(_OUTLIERS, len(self.matrix) // 8))
         generator = torch.Generator().manual_seed(0)
-        basis = torch.randn(len(self.matrix), count, generator=generator, device="cpu")
+        basis = torch.randn(
+            len(self.matrix), count, generator=generator, dtype=torch.float32, device="cpu"
+        )
         basis = basis.to(self.matrix)
         for _ in range(5):
             basis = torch.linalg.qr(self.matrix @ basis).Q

@@ -15,7 +15,7 @@ def generator(seed: int) -> torch.Generator:
         return torch.Generator().manual_seed(seed)
     except (OverflowError, RuntimeError, TypeError, ValueError) as error:  # depends on the release
         raise AptError(
-            f"seed {seed} is out of range", "give a whole number from 0 to 2**64 - 1"
+            f"seed {seed} is out of range", "give a whole number from -2**63 to 2**64 - 1"
         ) from error
 
 

@@ -16,8 +16,11 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin
 
 from apt.adapter.recording import eval_mode
+from apt.adapter.wrapped import check_in_memory
+from apt.arguments import checked
 from apt.devices import random_states_kept
 from apt.errors import AptError
+from apt.modes import usual_modes
 from apt.text.datasets import text_width, with_bos
 from apt.text.sampling import drawn, generator, vocabulary
 from apt.text.special_tokens import named_ids, tokens_of
@@ -41,7 +44,9 @@ def writes(model: nn.Module) -> bool:
     return isinstance(model, GenerationMixin)
 
 
+@usual_modes()
 @torch.no_grad()
+@checked
 def own_text(
     model: nn.Module,
     samples: int,
@@ -74,6 +79,10 @@ def own_text(
     if not isinstance(model, GenerationMixin):
         fault = f"{type(model).__name__} cannot generate calibration text"
         raise AptError(fault, "use 0 own samples", ("own_samples",))
+    check_in_memory(model, streamed=True)
+    if bos is not None and not 0 <= bos < vocabulary(model):
+        fault = f"bos is {bos}, and the model has {vocabulary(model)} tokens"
+        raise AptError(fault, "give a token of the model, or None", ("bos",))
     device, width = next(model.parameters()).device, text_width(seqlen, bos)
     piece = min(width, _PIECE)
     count = math.ceil(samples * width / piece)

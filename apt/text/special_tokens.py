@@ -5,8 +5,20 @@ from typing import Any
 from apt.errors import AptError
 
 
+def check_tokenizer(tokenizer: Any) -> None:
+    """Raise `AptError` if an object is no tokenizer of transformers."""
+    if not callable(tokenizer) or not hasattr(tokenizer, "bos_token_id"):
+        fault = f"tokenizer is of the class {type(tokenizer).__name__}"
+        raise AptError(fault, "give one of transformers", ("tokenizer",))
+
+
 def bos_of(tokenizer: Any) -> int | None:
-    """The token that a tokenizer does add at the beginning of every text; None if it adds none."""
+    """The token that a tokenizer does add at the beginning of every text; None if it adds none.
+
+    Raises:
+        AptError: it is no tokenizer of transformers.
+    """
+    check_tokenizer(tokenizer)
     ids, bos = tokenizer("x")["input_ids"], tokenizer.bos_token_id
     return bos if bos is not None and ids[:1] == [bos] else None
 

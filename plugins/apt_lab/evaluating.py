@@ -92,6 +92,7 @@ def evaluate(
     run = replace(run, data=run.data or "builtin")
 
     from apt.extending import load_tokenizer
+    from apt.modes import usual_modes
     from apt.text.special_tokens import bos_of
 
     skeletons = _skeletons(run, sources)
@@ -99,7 +100,7 @@ def evaluate(
     tokens = _windows(run, tokenizer, skeletons[0], notice) if measures else None
     first = bos_of(tokenizer) if run.bos else None
     status("loading the model")
-    with ExitStack() as stack:
+    with usual_modes(), ExitStack() as stack:
         models = [stack.enter_context(_runnable(skeleton, tokens, run)) for skeleton in skeletons]
         scores = {} if tokens is None else _scores(models, tokens, measures, status)
         if tasks:

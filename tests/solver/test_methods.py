@@ -75,3 +75,16 @@ def test_a_default_device_changes_nothing(name):
     with torch.device("meta"):
         found = solved(name, weight, Gram.of(inputs), NM(2, 4), SolverOptions())
     assert same(found, expected)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_a_default_dtype_changes_nothing(name, pattern):
+    weight, inputs = problem(4)
+    expected = solved(name, weight, Gram.of(inputs), pattern, SolverOptions())
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = solved(name, weight, Gram.of(inputs), pattern, SolverOptions())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert same(found, expected)

@@ -1,0 +1,37 @@
+"""Checks of token ids that a program gives, or a tokenizer."""
+
+import torch
+from torch import Tensor, nn
+
+from apt.errors import AptError
+
+
+def check_ids(tokens: Tensor, least: int = 1) -> None:
+    """Raise `AptError` unless tokens are ids (samples, seqlen), each of ``least`` at least."""
+    if tokens.ndim != 2 or not tokens.numel() or tokens.shape[1] < least:
+        hint = "give (samples, seqlen)" + f", with {least} tokens or more" * (least > 1)
+        raise _wrong(f"tokens have shape {tuple(tokens.shape)}", hint)
+    if tokens.dtype not in (torch.int64, torch.int32):
+        raise _wrong(f"tokens are {tokens.dtype}", "give token ids as torch.int64")
+    if tokens.is_meta:
+        raise _wrong("tokens have no values: they are on the device meta", "load them into memory")
+    if tokens.layout != torch.strided:
+        raise _wrong(f"tokens are of {tokens.layout}", "give a dense tensor")
+
+
+def _wrong(fault: str, hint: str) -> AptError:
+    return AptError(fault, hint, ("tokens",))
+
+
+def check_vocabulary(tokens: Tensor, module: nn.Module, reference: str) -> None:
+    """Raise if a token has no embedding, as far as the model says which embeddings it has."""
+    try:
+        vocabulary = module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return
+    if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
+        raise AptError(
+            f"the tokenizer of {reference} gives ids from {int(tokens.min())} to "
+            f"{int(tokens.max())}, but the model has {vocabulary} embeddings",
+            "the tokenizer belongs to another model",
+        )
