@@ -20,12 +20,13 @@ from apt.arguments import checked
 from apt.checkpoints.copies import REPORT
 from apt.devices import accelerator, peak_allocated
 from apt.distributed.ranks import Work
-from apt.errors import AptError, described
+from apt.errors import AptError, described, shortened
 from apt.events import SitePruned
 from apt.files.hashes import file_hashes, sha256
 from apt.files.writing import write_file
 from apt.locations.paths import portable, user_error
 from apt.output.json_values import json_value
+from apt.output.schema import fault_of
 
 _PACKAGES = ("apt-prune", "torch", "transformers", "safetensors", "tokenizers", "datasets")
 
@@ -140,8 +141,7 @@ class Report:
         Raises:
             AptError: the record has another schema, or is damaged.
         """
-        if record.get("schema") != SCHEMA:
-            raise AptError(f"{name} has schema {record.get('schema')}, not {SCHEMA}", _RESTORE)
+        _check(record, name)
         try:
             record = {name: {} for name in _ADDED} | record
             known = {entry.name: record[entry.name] for entry in fields(cls)}
@@ -274,19 +274,31 @@ def read_report(directory: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        fields: dict[str, Any] = record if isinstance(record, dict) else {}
-        if not isinstance(fields.get("skipped"), list) or not isinstance(
-            fields.get("options"), dict
-        ):
-            raise ValueError("it is not a report")
+        record: Any = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
     except OSError as error:
         raise user_error(error) or error from error
     except RecursionError as error:
         raise AptError(f"{path} is nested too deeply", _RESTORE) from error
     except ValueError as error:
         raise AptError(f"{path} is damaged: {error}", _RESTORE) from error
-    return fields
+    if not isinstance(record, dict):
+        raise AptError(f"{path} is damaged: it is not a report", _RESTORE)
+    _check(record, str(path))
+    return record
+
+
+def _refuse(constant: str) -> Any:
+    """Refuse what Python reads as a number and JSON does not know, such as ``Infinity``."""
+    raise ValueError(f"{constant} is no number in JSON")
+
+
+def _check(record: dict[str, Any], name: str) -> None:
+    """Raise `AptError` if a record has another schema, or an entry of a wrong type."""
+    if (schema := record.get("schema")) != SCHEMA and isinstance(schema, int):
+        hint = "use the version of APT that wrote it, or delete it to go on without a report"
+        raise AptError(f"{name} has schema {shortened(str(schema))}, not {SCHEMA}", hint)
+    if fault := fault_of(record):
+        raise AptError(f"{name} is damaged: {shortened(fault)}", _RESTORE)
 
 
 def listed_files(record: Mapping[str, Any]) -> dict[str, str]:
