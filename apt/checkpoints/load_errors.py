@@ -4,6 +4,7 @@ import os
 import pickle
 from collections.abc import Iterator
 from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
 
 from apt.checkpoints.safetensors_io import INDEX
@@ -34,6 +35,11 @@ def load_error(source: Source, error: Exception, hint: str) -> AptError:
         return known
     if known := _damaged_index(source, error):
         return known
+    if source.gguf is not None:
+        if missing := [name for name in ("gguf", "accelerate") if find_spec(name) is None]:
+            fault = f"to read {source.reference} needs the package {' and '.join(missing)}"
+            return AptError(fault, "pip install 'apt-prune[gguf]'")
+        hint = "get the file again: it is damaged, or of a kind that transformers does not read"
     return AptError(f"{source.reference} does not load: {described(error)}", hint)
 
 

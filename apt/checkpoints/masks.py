@@ -2,11 +2,12 @@
 
 The file has a tensor of bytes for each parameter, with 8 weights in a byte, the first one in the
 highest bit; a one means pruned. The shapes of the parameters are in its metadata, and so are the
-orders of inputs that have changed places.
+orders of inputs that have changed places, and a checksum of all of it.
 """
 
 import json
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ MASKS = "apt_masks.safetensors"
 """The name of the file beside a pruned model."""
 
 _SHAPES, _ORDERS = "shapes", "orders"
+_CHECKSUM = "sha256"  # in the metadata; early files have none
 
 Masks = dict[str, Tensor]
 """The masks (True where pruned) by the full name of a parameter, in the shape of the parameter."""
@@ -66,21 +68,37 @@ def write_masks(masks: Masks, path: Path, orders: Orders | None = None) -> None:
     described = {_SHAPES: json.dumps(shapes)}
     if orders:
         described[_ORDERS] = json.dumps({name: [*order] for name, order in orders.items()})
+    described[_CHECKSUM] = _checksum(packed, described)
     save_file(packed, path, described)
+
+
+def _checksum(packed: Mapping[str, Tensor], described: Mapping[str, str]) -> str:
+    """The SHA-256 of all masks, and of the shapes and orders in the metadata."""
+    whole = sha256()
+    for name in sorted(packed):
+        whole.update(f"{name} ".encode() + packed[name].numpy().tobytes())
+    for name in (_SHAPES, _ORDERS):
+        whole.update(described.get(name, "").encode())
+    return whole.hexdigest()
 
 
 def read_masks(path: Path) -> Masks:
     """Read a file of masks; raises `AptError` if the file is not one, or is damaged."""
     try:
         with safe_open(path, "pt") as file:
-            shapes = json.loads((file.metadata() or {})[_SHAPES])
+            if _SHAPES not in (file.metadata() or {}):
+                raise ValueError("it has tensors of another kind")
+            shapes = json.loads(file.metadata()[_SHAPES])
             names = file.keys()
             if set(names) != set(shapes):
                 raise ValueError("its shapes and tensors have different names")
-            return {name: _unpacked(file.get_tensor(name), shapes[name]) for name in names}
+            packed, described = {n: file.get_tensor(n) for n in names}, file.metadata()
+            if described.get(_CHECKSUM) not in (None, _checksum(packed, described)):
+                raise ValueError("it was changed since it was written")
+            return {name: _unpacked(packed[name], shapes[name]) for name in names}
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         fault = f"{path} is not a file of masks: {first_line(error)}"
-        raise AptError(fault, f"name a pruned model, or a file {MASKS}") from error
+        raise AptError(fault, f"name the directory of a pruned model, or a file {MASKS}") from error
 
 
 def read_orders(path: Path) -> Orders:

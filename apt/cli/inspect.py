@@ -34,7 +34,7 @@ def inspect(run: InspectRun, printing: PrintingOptions) -> None:
     plan = make_plan(skeleton.module, skeleton.adapter, pattern, selection)
     seqlen = capped(run.seqlen, skeleton, notice)
     tell_shared(plan, notice)
-    check_rounding(plan, notice)
+    check_rounding(plan, notice, quantized=True)  # a run may round the weights
     allocated = default_allocation(pattern, error_aware=True) != UNIFORM
     works = tuple(
         PlannedWork(skeleton, plan, effort, run.samples, seqlen, allocated) for effort in EFFORTS

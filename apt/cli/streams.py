@@ -2,6 +2,7 @@
 
 import codecs
 import errno
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -66,6 +67,18 @@ class _GuardedStream:
             os.close(nowhere)
 
 
+class _Closed(io.TextIOBase):
+    """A stream that the parent process has closed."""
+
+    def write(self, text: str) -> int:
+        """Fail, as a write to the closed descriptor would."""
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    def fileno(self) -> int:
+        """The stream has no descriptor."""
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+
 class _Output(_GuardedStream):
     def fault(self, error: OSError) -> None:
         raise LostOutput(error)
@@ -107,8 +120,8 @@ def _exit(lost: LostOutput) -> NoReturn:
 
 def _usable(stream: Any) -> Any:
     """An open stream that can write every character."""
-    if stream is None:  # closed by the parent process
-        return open(os.devnull, "w", encoding="utf-8")
+    if stream is None:
+        return _Closed()
     with suppress(AttributeError, ValueError, OSError):
         stream.reconfigure(errors=_in_ascii.__name__)
     return stream

@@ -129,6 +129,8 @@ def _with_export(options: R, registry: Registry, notice: Callable[[str], None]) 
     if made.export is None and made.output.suffix in suffixes:
         made = replace(made, output=made.output.with_suffix(""), export=made.output)
         notice(f"output: {made.output}, and exported {made.export}")
+    elif made.export is not None:
+        check_directory_name(made.output, registry)
     if made.export is not None:
         check_export(ExportRun(model=made.model, output=made.export), registry, ("export",))
     return made  # type: ignore[no-any-return]

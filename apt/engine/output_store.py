@@ -68,7 +68,11 @@ class OutputStore(ModelStore, ABC):
     def check_space(self) -> None:
         """Raise if the disk has not enough space; not on resuming."""
         if self.ranks.first and not self.task.resume:
-            check_space(self.work.name, self.task.space(self._written_bytes()))
+            written, output = self._written_bytes(), self.work.name
+            check_space({"output": (output, self.task.space(written))})
+            places = {name: getattr(self.task.options, name, None) for name in ("pack", "export")}
+            more = {name: (place, written) for name, place in places.items() if place is not None}
+            check_space({"output": (output, written), **more})  # no copy is larger than the output
 
     @abstractmethod
     def _written_bytes(self) -> int:

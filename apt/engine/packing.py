@@ -47,7 +47,8 @@ def pack_model(run: PackRun, registry: Registry, notice: Notice = lambda line: N
     skeleton = open_skeleton(source, registry, run.adapter)
     directory = local_directory(skeleton)
     shards = Shards(directory)
-    check_space(run.output, sum(entry.size for entry in shards.entries.values()))
+    size = sum(entry.size for entry in shards.entries.values())
+    check_space({"output": (run.output, size)})
     asked = Rounding(run.quantize, run.scale_group) if run.quantize else None
     rounding = asked or integers_of(directory)
     # Only the blocks are rounded: the language-model head is as it was trained.
@@ -89,7 +90,7 @@ def check_packed_place(run: PruneRun, inputs: list[Path]) -> None:
             "choose another directory",
             ("pack",),
         )
-    check_output(run.pack, run.overwrite, inputs)
+    check_output(run.pack, run.overwrite, inputs, "pack")
 
 
 def pack_output(run: PruneRun, registry: Registry, notice: Notice) -> Packed | None:
@@ -114,7 +115,8 @@ def unpack_model(run: UnpackRun, registry: Registry, notice: Notice = lambda lin
     directory = Path(source.location)
     check_place(run, source, (), notice)
     entries = read_entries(directory)
-    check_space(run.output, sum(4 * prod(entry.shape) for entry in entries.values()))
+    size = sum(4 * prod(entry.shape) for entry in entries.values())
+    check_space({"output": (run.output, size)})
     with whole_directory(run.output, run.overwrite) as work, write_errors(run.output):
         count = unpack(directory, work.out)
         mark_as_unpacked(work.out)

@@ -7,7 +7,9 @@ changed since, and no other.
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from apt.checkpoints.copies import REPORT
@@ -31,13 +33,16 @@ def staging_folder(output: Path) -> Path:
     return output.parent / _FOLDER.format(output.name)
 
 
-def check_output(directory: Path, overwrite: bool, inputs: Sequence[Path] = ()) -> str:
+def check_output(
+    directory: Path, overwrite: bool, inputs: Sequence[Path] = (), option: str = "output"
+) -> str:
     """Raise if an output directory cannot be used, before any work is done.
 
     Args:
         directory: the directory; a link is followed.
         overwrite: True if a directory that APT wrote may be replaced.
         inputs: files and directories that the run reads.
+        option: the option that names the directory, for messages.
 
     Returns:
         A description of the earlier result that will be replaced; empty if there is none.
@@ -47,16 +52,27 @@ def check_output(directory: Path, overwrite: bool, inputs: Sequence[Path] = ()) 
             changed since, it is or contains a protected place, it is inside an input, or it cannot
             be written.
     """
+    with _named(option):
+        try:
+            _check_links(directory)
+            target = Path(os.path.realpath(directory))
+            _check_place(directory, target, inputs)
+            _check_name(target)
+            lost = check_replaceable(target, overwrite, str(directory))
+            _check_writable(target)
+        except OSError as error:
+            raise _unusable(f"cannot write {directory}: {error.strerror}") from error
+        return lost
+
+
+@contextmanager
+def _named(option: str) -> Iterator[None]:
+    """Errors about an output name the option that gave it."""
     try:
-        _check_links(directory)
-        target = Path(os.path.realpath(directory))
-        _check_place(directory, target, inputs)
-        _check_name(target)
-        lost = check_replaceable(target, overwrite, str(directory))
-        _check_writable(target)
-    except OSError as error:
-        raise _unusable(f"cannot write {directory}: {error.strerror}") from error
-    return lost
+        yield
+    except AptError as error:
+        error.options = tuple(option if name == "output" else name for name in error.options)
+        raise
 
 
 def check_not_input(directory: Path, inputs: Sequence[Path]) -> None:
@@ -162,13 +178,24 @@ def _check_writable(target: Path) -> None:
         raise _unusable(f"cannot write in {target}: Permission denied")
 
 
-def check_space(directory: Path, needed: int) -> None:
-    """Raise if the disk of an output directory has less than ``needed`` bytes left."""
-    parent = _existing_parent(Path(os.path.realpath(directory)))
-    needed, free = needed + needed // 100 + 2**20, shutil.disk_usage(parent).free
-    if free < needed:
-        left = f"{parent} has {free / 2**20:,.0f} MiB left"
-        raise _unusable(f"{left}, but the output needs {needed / 2**20:,.0f} MiB")
+def check_space(needed: Mapping[str, tuple[Path, int]]) -> None:
+    """Raise if a disk has less space left than what will be written there needs.
+
+    Args:
+        needed: each output with the bytes that it needs, by the option that names it.
+    """
+    disks: dict[int, dict[str, tuple[Path, int]]] = defaultdict(dict)
+    for option, (place, count) in needed.items():
+        parent = _existing_parent(Path(os.path.realpath(place)))
+        disks[parent.stat().st_dev][option] = parent, count + count // 100 + 2**20
+    for outputs in disks.values():
+        parent, total = next(iter(outputs.values()))[0], sum(n for _, n in outputs.values())
+        if (free := shutil.disk_usage(parent).free) < total:
+            what = " and ".join(f"the {option}" for option in outputs)
+            verb = "need" if len(outputs) > 1 else "needs"
+            left = f"{parent} has {free / 2**20:,.0f} MiB left"
+            fault = f"{left}, but {what} {verb} {total / 2**20:,.0f} MiB"
+            raise AptError(fault, _CHOOSE_ANOTHER, outputs)
 
 
 def _existing_parent(directory: Path) -> Path:

@@ -115,7 +115,8 @@ def check_allocation(name: str, plan: Plan) -> None:
     """Raise if no site has a sparsity that the allocation could change."""
     if name != UNIFORM and not unstructured(plan):
         fault = f"allocation {name} cannot be used: n:m or overrides fix the sparsity of every site"
-        raise AptError(fault, "give a sparsity", ("sparsity",))
+        hint = "leave it out, or leave some sites to a sparsity"
+        raise AptError(fault, hint, ("allocation", "sparsity", "overrides"))
 
 
 def with_shares(plan: Plan, name: str, shares: Mapping[str, float]) -> Plan:

@@ -359,7 +359,8 @@ def _planned(
     pattern = chosen.pattern(name, default)
     if isinstance(pattern, NM | MixedNM) and width % pattern.m:
         said = f"{name} has {width} inputs, not a multiple of {pattern.m} (pattern {pattern})"
-        raise AptError(said, f"skip '*.{site.name}'", ("skip",))
+        hint = f"choose another pattern, or skip '*.{site.name}'"
+        raise AptError(said, hint, ("pattern", "skip"))
     if isinstance(pattern, Unstructured):
         pattern = pattern.counted(per)
     fixed = chosen.override(name) is not None and not isinstance(pattern, MixedNM)
@@ -416,6 +417,11 @@ def check_rounding(
         quantized: True if weights become integers, so that a sparsity of 0 has an effect.
     """
     pruned = [site for block in plan.blocks for site in block.pruned]
+    for site in pruned:
+        if removed_by(site.pattern, site.shape) == site.size:
+            fault = f"{site.name} would lose all of its {site.size:,} weights: {site.pattern} of "
+            hint = "give a smaller sparsity, or skip it"
+            raise AptError(f"{fault}them rounds to all", hint, ("sparsity", "skip"))
     whole = [site for site in pruned if not removed_by(site.pattern, site.shape)]
     if quantized:
         whole = [site for site in whole if not keeps_all(site.pattern)]
@@ -427,5 +433,6 @@ def check_rounding(
     said = f"{first.pattern} of the weights of {first.name} ({count}) rounds to none"
     if len(whole) == len(pruned) and not any(block.extras for block in plan.blocks):
         hint = "give a larger sparsity" + ", or quantize" * keeps_all(first.pattern)
-        raise AptError(f"nothing would be pruned: {said}", hint, ("sparsity",))
+        options = ("sparsity", "quantize") if keeps_all(first.pattern) else ("sparsity",)
+        raise AptError(f"nothing would be pruned: {said}", hint, options)
     notice(f"{len(whole)} of {len(pruned)} sites lose no weight: {said}")

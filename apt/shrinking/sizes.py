@@ -122,14 +122,16 @@ class Sizes:
         for kind, count in kept.items():
             if kind not in self.groups:
                 known = ", ".join(self.groups) or "no groups"
-                raise AptError(f"the model has no {kind} to remove", f"it has: {known}")
+                raise AptError(f"the model has no {kind} to remove", f"it has: {known}", ("sizes",))
             groups = self.groups[kind]
             least = max(groups.least, groups.step)
             if not least <= count <= groups.count or count % groups.step:
                 step = f", in steps of {groups.step}" if groups.step > 1 else ""
-                raise AptError(f"{kind} can be {least} to {groups.count}{step}, not {count}")
+                fault = f"{kind} can be {least} to {groups.count}{step}, not {count}"
+                raise AptError(fault, "give another number", ("sizes",))
         if not 0 < blocks <= self.blocks:
-            raise AptError(f"the number of blocks can be 1 to {self.blocks}, not {blocks}")
+            fault = f"the number of blocks can be 1 to {self.blocks}, not {blocks}"
+            raise AptError(fault, "give another number", ("blocks",))
         fewer = {kind: n for kind, n in kept.items() if n < self.groups[kind].count}
         resized(self._config, self._removed(fewer), range(blocks), self.blocks)
         return self._sized(fewer, blocks)

@@ -31,7 +31,7 @@ def wanted_sizes(
     """
     options.check()
     if options.explicit:
-        return _explicit(sizes(1), options)
+        return _explicit(sizes(1), options, notice)
     first = sizes(options.multiple_of or MULTIPLE)
     mode = options.mode or _usual_mode(first, options.keep, chooses)
     if mode == "width" and not first.groups:
@@ -115,14 +115,23 @@ def _out_of_range(keep: float, word: str, size: Size, hint: str) -> AptError:
     return AptError(said, hint, ("keep",))
 
 
-def _explicit(sizes: Sizes, options: ShrinkOptions) -> tuple[Mode, list[Size]]:
+def _explicit(
+    sizes: Sizes, options: ShrinkOptions, notice: Callable[[str], None]
+) -> tuple[Mode, list[Size]]:
     blocks = sizes.blocks if options.blocks is None else options.blocks
     if options.drop:
         blocks = sizes.blocks - len(set(options.drop))
         _check_drop(sizes, options)
     size = sizes.size(options.sizes, blocks)
+    for kind, wanted in options.sizes.items():
+        groups = sizes.groups[kind]
+        kept = size.kept.get(kind, groups.count)
+        if isinstance(wanted, float) and kept != wanted * groups.count:
+            step = f", in steps of {groups.step}" if groups.step > 1 else ""
+            notice(f"{kind}: {kept} of {groups.count}, the nearest to {wanted:g}{step}")
     if not size.kept and size.blocks == sizes.blocks:
-        raise AptError("nothing would be removed", "give smaller numbers", ("keep",))
+        given = [name for name in ("sizes", "blocks") if getattr(options, name)]
+        raise AptError("nothing would be removed", "give smaller numbers", given)
     return "width" if size.kept else "depth", [size]
 
 
