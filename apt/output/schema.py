@@ -150,8 +150,9 @@ _TRAINING = entries(
     {"best": count, "diverged": optional(count)},
 )
 _RECOVERY = entries(
-    {"training": _TRAINING, "options": entries({"kind": text})},
+    {},
     {
+        "training": _TRAINING, "options": entries({"kind": text}),
         "parameters_before": count, "rate": number, "dense_loss": optional(number), "zeros": count,
         "scores": _SCORES, "earlier": named(anything), "seconds": amount,
     },

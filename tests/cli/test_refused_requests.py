@@ -22,16 +22,8 @@ SMALL = ("--samples", 2, "--seqlen", 16, "--calibration", TEXT)
 PRUNE = ("prune", "m", *SMALL, "--method", "wanda", "-o", "out")
 SHRINK = ("shrink", "m", *SMALL, "-o", "out")
 REFUSED = [
-    (
-        (*PRUNE, "--sparsity", 0.9999999),
-        "would lose all of its 1,024 weights",
-        "--sparsity, --skip",
-    ),
-    (
-        (*PRUNE, "--sparsity", 0.99, "--per", "row"),
-        "would lose all of its 1,024",
-        "--sparsity, --skip",
-    ),
+    ((*PRUNE, "--sparsity", 0.9999999), "would lose all of", "--sparsity, --skip"),
+    ((*PRUNE, "--sparsity", 0.99, "--per", "row"), "would lose all of", "--sparsity, --skip"),
     ((*PRUNE, "--sparsity", 0), "or quantize", "--sparsity, --quantize"),
     ((*PRUNE, "--pattern", "1:1000000"), "choose another pattern, or skip", "--pattern, --skip"),
     (

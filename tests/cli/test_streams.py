@@ -40,10 +40,10 @@ def test_a_reader_that_has_gone_ends_it_without_a_word():
         assert (done.returncode, done.stderr) == (141, "")
 
 
-def test_closed_streams_are_no_fault():
-    for closed in ("1>&-", "2>&-", "1>&- 2>&-"):
-        command = f"exec {sys.executable} -m apt --help {closed}"
-        assert subprocess.run(["bash", "-c", command], stdout=subprocess.DEVNULL).returncode == 0
+@pytest.mark.parametrize(("closed", "code"), [("1>&-", 1), ("2>&-", 0), ("1>&- 2>&-", 1)])
+def test_a_closed_standard_output_is_a_fault_and_a_closed_standard_error_is_none(closed, code):
+    command = f"exec {sys.executable} -m apt --help {closed}"
+    assert subprocess.run(["bash", "-c", command], stdout=subprocess.DEVNULL).returncode == code
 
 
 def full_error():
