@@ -86,7 +86,7 @@ def _pruned(report: Report, reference: str) -> str:
     done = f"{report.sparsity:.2%} of the weights in {len(report.sites)} matrices are zero."
     done = _smaller(report) if small else done
     verb, word = ("rounded", "rounded") if rounds else ("pruned", "smaller" if small else "pruned")
-    shape = " × ".join(map(str, text["shape"]))
+    shape = " × ".join(map(str, text.get("shape", ())))
     error = report.relative_layer_error
     lines = [
         f"# {reference}, {word}",
@@ -96,10 +96,10 @@ def _pruned(report: Report, reference: str) -> str:
         "| | |",
         "| --- | --- |",
         f"| original | {reference} |",
-        *([] if small or rounds else [f"| pattern | {options['pattern']} |"]),
-        *([f"| weights | {integers}, scale group {options['group']} |"] if integers else []),
-        *([] if rounds else [f"| method | {options['method']} |"]),
-        f"| calibration | {text['source']}, {shape} tokens |",
+        *([] if small or rounds else [f"| pattern | {options.get('pattern')} |"]),
+        *([f"| weights | {integers}, scale group {options.get('group')} |"] if integers else []),
+        *([] if rounds else [f"| method | {options.get('method')} |"]),
+        *([f"| calibration | {text.get('source')}, {shape} tokens |"] if shape else []),
         *([f"| mean relative layer error | {error:.4f} |"] if report.sites else []),
         *_scores(report),
         "",

@@ -115,7 +115,7 @@ def or_empty(check: Check) -> Check:
 
 _NAMES = optional(many(text))
 _SCORES = entries({}, {"before": named(number), "after": named(number), "source": optional(text)})
-_KEPT = entries({"kept": count}, {"of": count})
+_KEPT = entries({"kept": count, "of": count})
 _OPTIONS = entries(
     {},
     {
@@ -135,9 +135,8 @@ _SITE = entries(
     {"order": optional(many(count))},
 )  # fmt: skip
 _STRUCTURE = entries(
-    {"blocks": _KEPT, "groups": named(_KEPT)},
-    {
-        "share": number, "experts": named(
+    {"blocks": _KEPT, "groups": named(_KEPT), "share": number},
+    { "experts": named(
             entries({"removed": many(count), "merged": many(row(count, count))})
         ),
         "candidates": many(
