@@ -132,7 +132,7 @@ def prune(
         "allocation": job.allocation_name, "also": list(also), "seed": seed,
         "activations": activations, **wanted.selection.record(),
     }  # fmt: skip
-    return given.pruned(tokens, job, tokenizer, known)[1]
+    return given.pruned(tokens, job, tokenizer, known, options.compute)[1]
 
 
 @torch.inference_mode(mode=False)  # in which a copy would be of inference tensors
@@ -176,15 +176,16 @@ def shrink(
             method, or the model cannot be pruned.
     """
     given = GivenModel(model, tokens, adapter, activations, ranks, observe)
+    options = options or PruneOptions()
     wish, spec, job = smaller_pruning(
-        given.dense(tokens, seed), size or ShrinkOptions(), method, options or PruneOptions()
+        given.dense(tokens, seed), size or ShrinkOptions(), method, options
     )
     known = {"shrink": wish.size_record(), "method": spec.name, "seed": seed}
     known |= {"activations": activations}
     given.model = copy.deepcopy(model)
-    plan, report = given.pruned(tokens, job, tokenizer, known)
+    plan, report = given.pruned(tokens, job, tokenizer, known, options.compute)
     small = smaller(given.model, given.adapter, plan)
-    check_same_function(given.model, small, given.adapter, plan, tokens)
+    check_same_function(given.model, small, given.adapter, plan, tokens, given.precision.compute)
     return small, report
 
 

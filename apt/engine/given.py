@@ -21,7 +21,7 @@ from apt.engine.store import ModelStore
 from apt.engine.text import check_vocabulary
 from apt.errors import AptError
 from apt.events import telling
-from apt.options import Activations, StreamOptions
+from apt.options import Activations, Compute, StreamOptions
 from apt.output.report import Report
 from apt.planning.plan import Plan
 from apt.plugin.registry import Registry, registry
@@ -55,6 +55,12 @@ class GivenModel(ModelStore):
         self.model, self.activations = model, activation_store(activations)
         self.device = str(next(model.parameters()).device)
 
+    @property
+    def _dtype(self) -> torch.dtype:
+        """The dtype of the weights: that of the first site."""
+        _, block = self.adapter.blocks(self.model)[0]
+        return self.adapter.sites(block)[0].weight(block).dtype
+
     def dense(self, tokens: Tensor, seed: int) -> Dense:
         """The model before it is pruned on ``tokens`` (samples, seqlen)."""
         config = getattr(self.model, "config", None)
@@ -63,9 +69,20 @@ class GivenModel(ModelStore):
         )
 
     def pruned(
-        self, tokens: Tensor, job: Pruning, tokenizer: Any, options: dict[str, Any]
+        self,
+        tokens: Tensor,
+        job: Pruning,
+        tokenizer: Any,
+        options: dict[str, Any],
+        compute: Compute = "auto",
     ) -> tuple[Plan, Report]:
-        """Prune the model; ``options`` are those of the report, without `apt.PruneOptions`."""
+        """Prune the model, whose tensors keep their dtypes.
+
+        Args:
+            options: the options of the report, without `apt.PruneOptions`.
+            compute: the dtype that the model computes in meanwhile.
+        """
+        self.compute_in(compute, self._dtype, self.device)
         job = replace(
             job,
             bos=bos_of(tokenizer) if tokenizer else None,
@@ -74,13 +91,17 @@ class GivenModel(ModelStore):
         name = getattr(getattr(self.model, "config", None), "_name_or_path", "")
         name = str(name or type(self.model).__name__)
         report = Report(
-            options=options | record(job.recipe, job.augmentation),
-            model=described(name, _model_type(self.model), self._name) | {"sha256": self.weights},
+            options=options | {"compute": compute} | record(job.recipe, job.augmentation),
+            model=described(name, _model_type(self.model), self._name)
+            | {"sha256": self.weights} | self.precision.record(),
             calibration={
                 "source": "", "own_samples": job.augmentation.own_samples, "bos": job.bos
             },
         )  # fmt: skip
-        plan, report = prune_model(self, tokens, job, report)
+        try:
+            plan, report = prune_model(self, tokens, job, report)
+        finally:
+            self.restore()
         return plan, report.timed(self.seconds)
 
 

@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from apt.errors import AptError
-from apt.options.declaration import Options, option, options
+from apt.options.declaration import option, options
 from apt.options.shared import (
     ACCURACY,
     OUTPUT,
     RUNNING,
     SELECTION,
     TEXT,
+    ComputeOptions,
     DtypeOptions,
     IntegerOptions,
     MaskOptions,
@@ -55,7 +56,7 @@ tokens. Own samples improve the result more than random tokens do, but cost more
 
 
 @options
-class SolveOptions(Options):
+class SolveOptions(ComputeOptions):
     """The options of the loop over blocks, for a sparse and for a smaller model."""
 
     own_samples: int | None = option(
@@ -229,6 +230,12 @@ class PruneRun(ModelRun, UnitOptions, PruneOptions, MaskOptions):
                 "memory, and changes integers",
                 hint,
                 ("minutes", given[0]),
+            )
+        if self.compute == "float16":
+            raise AptError(
+                "a training does not compute in float16: small gradients would be zero",
+                "choose float32 or bfloat16",
+                ("minutes", "compute"),
             )
         if self.samples == 0:
             raise AptError(

@@ -3,12 +3,13 @@
 from typing import Any
 
 from apt.errors import AptError
-from apt.options.declaration import Options, option, options
+from apt.options.declaration import option, options
 from apt.options.shared import (
     OUTPUT,
     RUNNING,
     TEXT,
     TRAINING,
+    ComputeOptions,
     DeviceOptions,
     MaskOptions,
     MeasuringOptions,
@@ -34,7 +35,7 @@ def read_amount(text: str) -> int | str:
 
 
 @options
-class RecoverOptions(Options):
+class RecoverOptions(ComputeOptions):
     """The options that the result of a recovery depends on, beside the text.
 
     At most one of ``steps``, ``tokens`` and ``minutes`` is given. The rate rises over the first 3 %
@@ -122,6 +123,12 @@ class RecoverOptions(Options):
     def check(self) -> None:
         """Raise `AptError` if an option is out of range, or options contradict each other."""
         super().check()
+        if self.compute == "float16":
+            raise AptError(
+                "a training does not compute in float16: small gradients would be zero",
+                "choose float32 or bfloat16",
+                ("compute",),
+            )
         given = [n for n in ("steps", "tokens", "minutes") if getattr(self, n) is not None]
         if len(given) > 1:
             raise AptError(f"{' and '.join(given)} exclude each other", "choose one", given)

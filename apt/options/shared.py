@@ -14,6 +14,7 @@ PANELS = ("", MODEL, SIZE, TRAINING, SELECTION, TEXT, ACCURACY, RUNNING, OUTPUT)
 """The headings in the help of a command, in this order; others come after the text."""
 
 Activations = Literal["memory", "cpu", "disk"]
+Compute = Literal["auto", "float32", "bfloat16", "float16"]
 MachineName = Literal["h100", "h200", "a100", "4090", "mi300x"]
 _SEEDS = (-(2**63), 2**64 - 1)  # the range of torch's generators
 
@@ -203,8 +204,21 @@ class DtypeOptions(Options):
     """Options for the dtype of the weights."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "float32, bfloat16 or float16; auto keeps the checkpoint's.", default="auto", panel=RUNNING
-    )
+        "Dtype of the weights as they are read and written: float32, bfloat16 or float16; auto "
+        "keeps the checkpoint's.",
+        default="auto", panel=RUNNING, metavar="DTYPE",
+    )  # fmt: skip
+
+
+@options
+class ComputeOptions(Options):
+    """Options for the dtype that a model computes in."""
+
+    compute: Compute = option(
+        "Dtype that the model computes in: float32, bfloat16 or float16. auto takes that of the "
+        "weights, or float32 where this machine multiplies it more slowly.",
+        default="auto", panel=RUNNING, metavar="DTYPE",
+    )  # fmt: skip
 
 
 @options

@@ -100,7 +100,7 @@ def test_activations_too_large_for_half_precision(tmp_path, tokenizer, apt):
     model.model.layers[1].mlp.down_proj.weight.data *= 2e4
     model.half().save_pretrained("half")
     tokenizer.save_pretrained("half")
-    run = apt("prune", "half", *SMALL, "-o", "out", "--layer-wise")
+    run = apt("prune", "half", *SMALL, "-o", "out", "--layer-wise", "--compute", "float16")
     assert run.code == 2
     assert "in model.layers.1:" in run.err
     assert "not finite" in run.err
