@@ -105,7 +105,6 @@ class InMemory(OutputStore):
                 shutil.copytree(changed.adapter, out / changed.adapter.name, dirs_exist_ok=True)
             report = self._record(report, out)
         self._publish()
-        ComputeDtype(self.model, self.precision.compute)
         return report
 
     def _save(self, plan: Plan | None, directory: Path) -> None:
@@ -148,6 +147,7 @@ class InMemory(OutputStore):
         if self.text.held_out is None:
             return report
         output, published = self.work.name, report.to_dict()
+        ComputeDtype(self.model, self.precision.compute)
         self._measure_after()
         if read_report(output) != published:
             fault = f"{output} was replaced by another run before its metrics were written"
