@@ -1,5 +1,6 @@
-"""The files that a source distribution and a wheel of APT are made of."""
+"""The files of a source distribution and a wheel of APT, and the ends of the declared ranges."""
 
+import re
 import shutil
 import subprocess
 import tomllib
@@ -7,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-sdist = pytest.importorskip("hatchling.builders.sdist", reason="needs hatchling")
-wheel = pytest.importorskip("hatchling.builders.wheel", reason="needs hatchling")
 ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 STRAY = [
     "notes.txt", "model.safetensors", "trl-1.16.0-py3-none-any.whl", ".ci/run", ".venv/bin/pip",
     ".mypy_cache/a.json", "dist/a.tar.gz", "out/llama/model.safetensors", "apt/a.whl", "apt/a.so",
@@ -34,16 +34,19 @@ def folder(tmp_path):
     return tmp_path
 
 
-def included(builder):
+def included(kind, folder):
+    """The paths in a distribution of that kind, which is not built."""
+    module = pytest.importorskip(f"hatchling.builders.{kind}", reason="needs hatchling")
+    builder = getattr(module, f"{kind.capitalize()}Builder")(str(folder))
     return {Path(file.distribution_path).as_posix() for file in builder.recurse_included_files()}
 
 
 def test_a_source_distribution_has_nothing_stray(folder):
-    assert included(sdist.SdistBuilder(str(folder))) == set(OWN)
+    assert included("sdist", folder) == set(OWN)
 
 
 def test_a_wheel_has_the_packages_only(folder):
-    assert included(wheel.WheelBuilder(str(folder))) == {
+    assert included("wheel", folder) == {
         "apt/__init__.py", "apt/py.typed", "apt_adapters/zoo/llama/model.safetensors",
         "apt_lab/reporting/page.html.j2", "apt_plugins/data/LICENSE.md",
     }  # fmt: skip
@@ -55,6 +58,17 @@ def test_the_source_distribution_has_all_of_the_repository_but_its_ci():
     )
     if listed.returncode:
         pytest.skip("not in a repository")
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    named = project["tool"]["hatch"]["build"]["targets"]["sdist"]["only-include"]
+    named = PROJECT["tool"]["hatch"]["build"]["targets"]["sdist"]["only-include"]
     assert sorted([*named, ".ci", ".gitignore"]) == sorted(listed.stdout.splitlines())
+
+
+def test_the_oldest_end_of_the_matrix_is_that_of_the_declared_ranges():
+    (pins,) = re.findall(r"^OLDEST = (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    least = {}
+    for line in PROJECT["project"]["dependencies"]:
+        name, version = re.match(r"([\w-]+)>=([\d.]+)", line).groups()
+        least[name] = version
+    pinned = dict(pin.split("==") for pin in pins.split())
+    assert set(pinned) == {"torch", "transformers", "datasets"}  # what the code depends on most
+    for name, version in pinned.items():
+        assert re.fullmatch(rf"{re.escape(least[name])}(\.0)*", version), name
