@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 FAMILIES = $(addprefix -e ,$(wildcard plugins/apt-*))  # as separate packages
 # Both ends of the declared ranges. On Linux PyPI has torch for CUDA, which also runs on CPUs.
-OLDEST = torch==2.6.0 transformers==4.57.1
+OLDEST = torch==2.6.0 transformers==4.57.1 datasets==3.0.0
 OLD_FAMILIES = $(addprefix -e ,$(filter-out %/apt-moe,$(wildcard plugins/apt-*)))  # it needs transformers 5
 NEWEST = --upgrade torch transformers
 # The parts of mamba_ssm that need no compiler for GPUs: its Python code, and kernels in Triton.
