@@ -23,7 +23,7 @@ _IGNORED = {
     "shrink": [
         ["--minutes", "5"], ["--evaluations", "7"], ["--width-only", "--minutes", "5"],
         ["--size", "channels=128", "--size", "channels=64"], ["--keep", "0.5", "--blocks", "2"],
-        ["--size", "channels=128", "--keep", "0.5"], ["--drop", "1", "--method", "last"],
+        ["--size", "channels=128", "--keep", "0.5"],
         ["--depth-only", "--method", "joint"], ["--metric", "accuracy"],
         ["--size", "channels=128", "--multiple-of", "64"],
     ],

@@ -205,12 +205,6 @@ def _check_fit(
             "choose a method for experts, or remove other groups too",
             ("method", "sizes"),
         )
-    if blocks and wish.drop:
-        raise AptError(
-            f"method {method.name} chooses blocks, and the blocks to drop are given",
-            "leave out one of the two",
-            ("method", "drop"),
-        )
     counted = wish.mode == "blocks-first" or wish.blocks is not None
     if blocks and not _only_blocks(wish) and not counted:
         raise AptError(

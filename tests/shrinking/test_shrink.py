@@ -297,8 +297,6 @@ BAD = {
     "exclude each other": ("--width-only", "--search"),
     "method last chooses blocks": ("--method", "last", "--width-only"),
     "method flap chooses groups": ("--method", "flap", "--depth-only"),
-    "method last chooses blocks, and the blocks to drop are given": ("--method", "last",
-                                                                     "--drop", "1"),
     "no shrink method 'jiont'; did you mean 'joint'?": ("--method", "jiont"),
     "multiple of is 0; it must be at least 1": ("--multiple-of", "0"),
     "a search needs the whole model in memory": ("--search", "--stream"),
