@@ -164,7 +164,8 @@ def shrink(
             `apt.solver.GroupChoice`, an `apt.extending.ExpertChoice`, an
             `apt.extending.GroupScores`, or, where only blocks are dropped, an
             `apt.extending.BlockChoice`.
-        options: the options that the weights depend on. ``row_importance`` has no effect.
+        options: the options that the weights depend on, without those of zeros such as
+            ``row_importance``.
         tokenizer, seed, activations, ranks, observe: as in `apt.prune`.
 
     Returns:
@@ -227,6 +228,12 @@ def recover(
             used by the kind, ``folder`` has another training, or the training did not lower the
             loss on the samples held back. The weights are then those before the training.
     """
+    if resume and folder is None:
+        raise AptError(
+            "there is no training to resume without its folder",
+            "give the folder of the interrupted training",
+            ("folder", "resume"),
+        )
     options, spec, function = options or RecoverOptions(), *_kind(kind)
     check_recovery(options, spec, registry())
     given = GivenModel(model, tokens, adapter)

@@ -15,6 +15,7 @@ from apt.distributed.ranks import Ranks
 from apt.engine.machine import activation_store
 from apt.engine.prune_model import Pruning, prune_model
 from apt.engine.pruning_plan import Dense
+from apt.engine.rank_inputs import read, running
 from apt.engine.recipes import record
 from apt.engine.reports import described
 from apt.engine.store import ModelStore
@@ -99,6 +100,7 @@ class GivenModel(ModelStore):
             },
         )  # fmt: skip
         try:
+            self.ranks.check_alike(lambda: running(report.options) | read(self, tokens))
             plan, report = prune_model(self, tokens, job, report)
         finally:
             self.restore()

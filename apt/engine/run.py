@@ -1,6 +1,7 @@
 """A whole run, from the options to a directory on disk: the same for all tasks."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from apt.distributed.ranks import Ranks
@@ -11,6 +12,7 @@ from apt.engine.output_store import OutputStore
 from apt.engine.packing import pack_output
 from apt.engine.prepare import finished_report
 from apt.engine.prune_task import prepare_pruning
+from apt.engine.rank_inputs import read, running
 from apt.engine.reapply_task import prepare_reapplying
 from apt.engine.recover_task import prepare_recovery
 from apt.engine.streamed import Streamed
@@ -97,11 +99,13 @@ def execute(
         observe = telling(observe, task.registry.site_pruned)
     timeline = Timeline(status, observe)
     store: OutputStore = (Streamed if task.stream else InMemory)(task, timeline, ranks)
+    ranks.check_alike(partial(running, task.record(), stream=task.stream))
     store.check_space()
     with store.opened():
         store.status("reading text")
         text = task.read_text(ranks)
         report = store.begin(text)
+        ranks.check_alike(partial(read, store, text.tokens))
         if store.is_done():
             return store.earlier_report()
         store.measure("before")

@@ -109,7 +109,7 @@ class Streamed(OutputStore):
         options, out = self.task.options, self.work.out
         other = self.text.tokenizer if options.tokenizer else None
         self._stored.copy(out, other, options.max_shard_size)
-        self.journal.add({"copied": checksums(out)})
+        self.journal.add({"copied": checksums(out)}, out)
 
     def _check_copy(self) -> None:
         """Compare the files of the interrupted run with their checksums."""
@@ -168,7 +168,7 @@ class Streamed(OutputStore):
             known = self.ranks.share(generate() if self.ranks.first else torch.empty(0))
         if self.ranks.first:
             save_file({"tokens": known}, place)
-            self.journal.add({"own_text": digest(known)})
+            self.journal.add({"own_text": digest(known)}, place)
         return known
 
     def measure(self, when: str) -> None:

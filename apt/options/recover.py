@@ -157,7 +157,7 @@ class RecoverRun(
     )  # fmt: skip
     dense: str | None = option(
         "The dense model, for distill; by default the one that the report names.",
-        default=None, panel=TRAINING, metavar="MODEL", place=True,
+        default=None, panel=TRAINING, metavar="MODEL", place=True, used_if="teacher",
     )  # fmt: skip
     samples: int | None = option(
         "Samples of the text at most; by default as many as the steps use, up to 10,000.",

@@ -176,7 +176,7 @@ class MeasuringOptions(CalibrationOptions):
     metrics: tuple[str, ...] = option(
         "perplexity or accuracy; with apt-prune eval --dense also divergence or "
         "agreement; repeatable.",
-        default=("perplexity",), panel=TEXT, flag="--metric", metavar="NAME",
+        default=("perplexity",), panel=TEXT, flag="--metric", metavar="NAME", needs="evaluation",
     )  # fmt: skip
 
 
@@ -379,6 +379,7 @@ class IntegerOptions(Options):
     scale_group: int | Literal["row"] = option(
         "Columns that share a scale with --quantize, or row for one scale a row.",
         default=128, panel=ACCURACY, metavar="N|row", read=read_columns, formerly="group",
+        needs="quantize",
     )  # fmt: skip
 
     def check(self) -> None:

@@ -27,6 +27,7 @@ from apt.plugin.specs import RecoverySpec
 from apt.recovery.law import enough_tokens
 from apt.recovery.moving_masks import MovingMasks
 from apt.recovery.record import Training
+from apt.recovery.recorder import checkpoint_of
 from apt.recovery.teacher import Teacher, write_teacher
 from apt.recovery.trainable import Recovery, Trainable, Unrecovered, next_token_loss, train_only
 from apt.recovery.training import TrainingPlan, is_mixed, train
@@ -209,7 +210,9 @@ def _plan(
 
     def observe(event: TrainingEvent) -> None:
         if isinstance(event, CheckpointSaved) and job.ranks.first:
-            job.journal.add({CHECKPOINT: event.step})
+            job.journal.add(
+                {CHECKPOINT: event.step}, checkpoint_of(job.folder / _STEPS, event.step)
+            )
         job.observe(event)
 
     timed = job.options.minutes is not None and job.ranks.size == 1
