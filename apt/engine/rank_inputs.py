@@ -22,5 +22,6 @@ def running(options: dict[str, Any], *, stream: bool = False) -> Line:
 
 
 def read(store: ModelStore, tokens: Tensor) -> Line:
-    """What was read: the hashes of the weights and of the tokens."""
-    return {"weights": store.weights, "tokens": digest(tokens)}
+    """What was read: the hashes of the weights and of the tokens, and the dtypes of the model."""
+    both = {"weights": store.weights, "tokens": digest(tokens)}
+    return both | store.precision.record()
