@@ -183,8 +183,14 @@ def _trained(training: RecoverTask, store: ModelStore, report: Report, closing: 
         return replace(report, problems=[*report.problems, error.message])
 
 
-def prepare_pruning(options: PruneRun | ShrinkRun, registry: Registry, notice: Notice) -> PruneTask:
+def prepare_pruning(
+    options: PruneRun | ShrinkRun, registry: Registry, notice: Notice, ranks: Ranks | None = None
+) -> PruneTask:
     """Check a pruning.
+
+    Args:
+        ranks: the processes that prune together; the first one chooses the samples for a given
+            time.
 
     Raises:
         AptError: an option does not fit the model, the machine or the disk.
@@ -207,7 +213,10 @@ def prepare_pruning(options: PruneRun | ShrinkRun, registry: Registry, notice: N
     options = replace(options, adapter=skeleton.spec.name, seqlen=seqlen)
     if isinstance(options, PruneRun) and (minutes := options.minutes) is not None:
         _, method, job = made(options, skeleton, replace(dense, notice=lambda line: None))
-        options = fitted(options, skeleton, job, method, device, notice)
+        ranks = ranks or Ranks()
+        options = ranks.share(
+            fitted(options, skeleton, job, method, device, notice) if ranks.first else options
+        )
         taken = (time.perf_counter() - started) / 60
         left = replace(options, minutes=max(minutes - taken, 0.0))
         training = training_of(left, skeleton, registry, device)

@@ -58,7 +58,7 @@ def run(
     options.check()
     if not isinstance(options, ReapplyRun):
         options = with_names(options, registry(), notice)
-    task = prepare(options, registry(), notice)
+    task = prepare(options, registry(), notice, ranks)
     report = finished_report(task) or execute(task, observe, status, ranks=ranks)
     if ranks is None or ranks.first:
         if isinstance(options, PruneRun):
@@ -69,15 +69,21 @@ def run(
 
 
 def prepare(
-    options: AnyRun, registry: Registry, notice: Callable[[str], None] = lambda line: None
+    options: AnyRun,
+    registry: Registry,
+    notice: Callable[[str], None] = lambda line: None,
+    ranks: Ranks | None = None,
 ) -> Task:
     """Check everything that can be checked before the work begins, with the names of `with_names`.
+
+    Args:
+        ranks: the processes that work together.
 
     Raises:
         AptError: an option does not fit the model, the machine or the disk.
     """
     if isinstance(options, PruneRun | ShrinkRun):
-        return prepare_pruning(options, registry, notice)
+        return prepare_pruning(options, registry, notice, ranks)
     if isinstance(options, RecoverRun):
         return prepare_recovery(options, registry, notice)
     return prepare_reapplying(options, registry, notice)

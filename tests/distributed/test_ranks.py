@@ -282,6 +282,24 @@ def test_a_rank_that_dies_ends_the_job_and_the_run_is_gone_on_with(checkpoint, t
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
 
 
+def slow_on_the_second_rank():
+    """The second rank would choose fewer samples for a given time."""
+    from apt.engine import timed_run
+    from apt.engine.costs import Machine
+
+    speed = 1e15 if os.environ["RANK"] == "0" else 1.0
+    timed_run.measured = lambda device: Machine(speed, speed, speed)
+
+
+def test_the_first_rank_chooses_the_samples_for_a_given_time(checkpoint, tmp_path):
+    words = ["prune", checkpoint("llama"), *COMMAND, "--effort", "fast", "--minutes", "0.1"]
+    words.remove("--stream")
+    codes, said = on_ranks(2, tmp_path, *words, "-o", "out", before=slow_on_the_second_rank)
+    assert codes == [0, 0], said
+    report = json.loads((tmp_path / "out" / "apt_report.json").read_text())
+    assert report["calibration"]["shape"][0] == 16
+
+
 def test_more_ranks_than_samples_are_refused(checkpoint, tmp_path):
     few = ("--samples", "2", "--effort", "fast", "-o", "out")
     codes, said = on_ranks(3, tmp_path, "prune", checkpoint("llama"), *COMMAND, *few)
