@@ -8,10 +8,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from apt.errors import AptError
 from apt.layouts.pieces import Piece
 from apt.runtime.linear import PackedLinear
 from apt.runtime.matrix import Entry
-from apt.runtime.packed_file import PARTS
+from apt.runtime.packed_file import PARTS, missing_parts
 
 
 class PlainMatrix(nn.Module):
@@ -228,8 +229,11 @@ class StoredTensors:
     """The tensors of packed files, as those of the plain checkpoint.
 
     Args:
-        files: the files, which were compared with their checksums.
+        files: the files, which were compared with their checksums; none if they are not known.
         entries: the descriptions of the packed matrices.
+
+    Raises:
+        AptError: the files lack a tensor of a packed matrix.
 
     Attributes:
         shapes: the shape of each tensor, and of each packed matrix.
@@ -245,6 +249,9 @@ class StoredTensors:
                     self._files[key] = path
                     if key not in parts:
                         self.shapes[key] = tuple(file.get_slice(key).get_shape())
+        if files and (missing := missing_parts(self._files, entries)):
+            fault = f"{Path(files[0]).parent} lacks {missing[0]}, which its config.json describes"
+            raise AptError(fault, "is the checkpoint complete?")
 
     def matrix(self, name: str, dtype: torch.dtype, device: torch.device) -> Matrix:
         """A matrix, packed if it is stored so."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from apt.devices import is_accelerator, runs_triton
 from apt.runtime.expanded import ExpandedMatrix
 from apt.runtime.matrix import FLOATS, MASK, SCALES, VALUES, Entry, bitmask, check_sizes, decode
+from apt.runtime.watched import is_plain, same
 
 _STORED = {**FLOATS, "int8": torch.int8, "int4": torch.uint8}
 FEW = 8  # vectors up to which a product reads the packed matrix; for more, it is expanded
@@ -84,7 +85,7 @@ class PackedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(entry.rows, dtype=dtype)) if bias else None
         self._dtype = dtype or FLOATS[entry.dtype]
         self.matrix: Any = None
-        self._place: torch.device | None = None  # of the tensors that the matrix was made of
+        self._made_of: dict[str, Tensor | None] = {}  # the buffers when the matrix was made
 
     def prepare(self) -> None:
         """Check the loaded tensors, and give them to the kernels if there are some.
@@ -112,8 +113,12 @@ class PackedLinear(nn.Module):
 
     def _build(self) -> None:
         """Make the matrix of the present device, and share its memory."""
+        self._make()
+        self._made_of = dict(self._buffers)
+
+    def _make(self) -> None:
         mask, values, scales = self.weight_mask, self.weight_values, self._scales
-        self._place, group = values.device, self.entry.group
+        group = self.entry.group
         if runs_triton(values.device) and (made := gpu_matrix()) is not None:
             self.matrix = made(self.in_features, mask, values, scales, group)
             return
@@ -171,7 +176,8 @@ class PackedLinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy makes a matrix of its own."""
-        return {**vars(self), "matrix": None, "_built": self.matrix is not None}
+        built = self.matrix is not None
+        return {**vars(self), "matrix": None, "_made_of": {}, "_built": built}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         built = state.pop("_built")
@@ -192,7 +198,7 @@ class PackedLinear(nn.Module):
         """Multiply (…, in) → (…, out)."""
         self._follow()
         rows = x.reshape(-1, self.in_features)
-        product = None if rows.requires_grad else self._native(rows)
+        product = None if rows.requires_grad or not is_plain() else self._native(rows)
         if product is None:
             product = self._expanded(rows)
         if self.bias is not None:
@@ -228,9 +234,14 @@ class PackedLinear(nn.Module):
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def _follow(self) -> None:
-        """Make the matrix anew if its tensors were moved one by one, as accelerate does."""
-        if self.weight_values.device != self._place:
+        """Make the matrix anew if its tensors were replaced one by one, as accelerate does."""
+        if not same(self._buffers, self._made_of):
             self._build()
+
+    def current_matrix(self) -> Any:
+        """The `matrix` of the present tensors."""
+        self._follow()
+        return self.matrix
 
     def rows(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
         """Rows ``first`` to ``last`` with their zeros, in a dtype that the kernels may not have."""

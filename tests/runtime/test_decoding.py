@@ -1,6 +1,7 @@
 """Blocks that run a token in one call of ``apt-kernels``: the outputs of the blocks themselves."""
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -17,7 +18,7 @@ from transformers import (
 import apt.runtime as runtime
 from apt.packing.directory import pack
 from apt.runtime import decoding
-from apt.runtime.decoding import Decoder, DecodingLayer
+from apt.runtime.decoding import Decoder, DecodingLayer, Family
 from apt.runtime.linear import kernels
 
 pytestmark = pytest.mark.skipif(
@@ -153,10 +154,12 @@ def test_a_block_that_computes_something_else_is_refused(packed, monkeypatch, ru
     kind = type(model.model.layers[0]).__mro__[2]
     own = kind.forward
 
+    @functools.wraps(own)
     def scaled(self, x, **named):
         return x + 0.7 * (own(self, x, **named) - x)
 
     monkeypatch.setattr(kind, "forward", scaled)
+    monkeypatch.setattr(type(model.model.layers[0]), "_family", Family(kind))
     found = generated(model)
     assert runs[0] == 2  # the comparisons
     assert torch.equal(found, itself(model, monkeypatch))

@@ -69,7 +69,7 @@ def test_a_move_that_fails_leaves_the_module_as_it_was():
 
 def test_a_module_whose_tensors_moved_one_by_one_makes_another_matrix():
     module, x = prepared(*encoded("float32", 0)), torch.randn(3, 300)
-    expected, module._place = module(x), torch.device("meta")
+    expected = module(x)
     for name, tensor in list(module._buffers.items()):
         module._buffers[name] = None if tensor is None else tensor.clone()
     before = module.matrix
