@@ -247,8 +247,9 @@ class PackedLinear(nn.Module):
         """Rows ``first`` to ``last`` with their zeros, in a dtype that the kernels may not have."""
         self._follow()
         wide = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-        dense: Tensor = self.matrix.expand(first, last, wide)
-        return dense.to(dtype)
+        with torch._C._DisableFuncTorch():  # within torch.func new tensors have no memory
+            dense: Tensor = self.matrix.expand(first, last, wide).to(dtype)
+        return dense
 
     def extra_repr(self) -> str:
         """The shape, the share of zeros and the kind of the values."""

@@ -26,8 +26,8 @@ _OTHERS = (RuntimeError, KeyError, TypeError, ValueError)
 class Watched:
     """The attributes, tensors and hooks of all modules inside of another one.
 
-    A change of an attribute is seen, as is another tensor or other memory of a parameter. A change
-    of the values of a tensor is not.
+    Another class or attribute is seen, as is another tensor or other memory of a parameter. A
+    change of the values of a tensor is not.
 
     Args:
         outer: the module around them, whose own attributes may change.
@@ -40,6 +40,7 @@ class Watched:
         self._filled = [table for table in tables if table]
         self._empty = [table for table in tables if not table]
         self._entries = [dict(table) for table in self._filled]
+        self._modules, self._kinds = inner, [type(module) for module in inner]
         # A getter takes less time than a comparison of all that torch notes in a module.
         self._own = [(_getter(module), vars(module)) for module in inner]
         self._attributes = [(get(own), len(own)) for get, own in self._own]
@@ -51,6 +52,7 @@ class Watched:
         try:
             return (
                 not any(self._empty)
+                and [*map(type, self._modules)] == self._kinds
                 and self._filled == self._entries
                 and [(get(own), len(own)) for get, own in self._own] == self._attributes
                 and [tensor.data_ptr() for tensor in self._tensors] == self._addresses
@@ -107,7 +109,7 @@ def only_captures(hook: Callable[..., Any]) -> bool:
 
 def is_capturing() -> bool:
     """True if transformers captures outputs in the present call of a model."""
-    return output_capturing is not None and output_capturing._active_collector.get() is not None
+    return output_capturing is not None and bool(output_capturing._active_collector.get())
 
 
 def is_plain() -> bool:
