@@ -253,6 +253,8 @@ def _kernel(linear: nn.Module) -> Any:
     Raises:
         ValueError: the kernels do not serve it.
     """
+    if isinstance(linear, DenseLinear):
+        return linear.kernel()
     if not isinstance(linear, PackedLinear):
         return kernels().DenseMatrix(linear.weight)
     found = linear.current_matrix()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apt.devices import is_accelerator, runs_triton
+from apt.devices import compute_dtype, is_accelerator, runs_triton
 from apt.runtime.expanded import ExpandedMatrix
 from apt.runtime.matrix import FLOATS, MASK, SCALES, VALUES, Entry, bitmask, check_sizes, decode
 from apt.runtime.watched import is_plain, same
@@ -42,6 +42,37 @@ def gpu_matrix() -> Any:
     return GpuMatrix
 
 
+def is_slow(tensor: Tensor) -> bool:
+    """True of a tensor on the processor in a dtype that it multiplies more slowly than fp32."""
+    return tensor.is_cpu and compute_dtype(tensor.dtype, tensor.device) != tensor.dtype
+
+
+def tiled_product(
+    rows: Tensor, count: int, weights: Callable[[int, int, torch.dtype], Tensor]
+) -> Tensor:
+    """Vectors (n, in) times a transposed matrix: (n, count). Few rows of the matrix are dense.
+
+    Half precision is multiplied in fp32, and the result is rounded, where the device is slow in it.
+
+    Args:
+        rows: the vectors.
+        count: the number of rows of the matrix.
+        weights: dense rows of the matrix (last − first, in) from ``first`` to ``last`` in a dtype.
+    """
+    wide = compute_dtype(rows.dtype, rows.device)
+    given, step = rows.to(wide), max(1, _tile(rows.device) // max(1, rows.shape[1]))
+    parts = []
+    for first, last in pairwise([*range(0, max(1, count), step), count]):
+        part = nn.functional.linear(given, weights(first, last, wide))
+        parts.append(part if wide == rows.dtype else part.to(rows.dtype))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _tile(device: torch.device) -> int:
+    """The number of weights that are dense at a time."""
+    return _DEVICE_TILE if is_accelerator(device) else _TILE
+
+
 def describe_kernels() -> tuple[str, str]:
     """What multiplies packed matrices on this machine, and how to have it faster."""
     native = kernels()
@@ -55,7 +86,8 @@ class PackedLinear(nn.Module):
 
     The tensors are loaded as they are stored, and `prepare` checks them. With the package
     ``apt-kernels`` a product of a few vectors reads the packed matrix, on a GPU if Triton is
-    installed. Otherwise the matrix is expanded for each product, a part of it at a time.
+    installed. Otherwise the matrix is expanded for each product, a part of it at a time, in the
+    dtype that the device multiplies faster: fp32, where bf16 is slow.
 
     Args:
         entry: the description of the matrix.
@@ -200,7 +232,7 @@ class PackedLinear(nn.Module):
         rows = x.reshape(-1, self.in_features)
         product = None if rows.requires_grad or not is_plain() else self._native(rows)
         if product is None:
-            product = self._expanded(rows)
+            product = tiled_product(rows, self.out_features, self.rows)
         if self.bias is not None:
             product = product + self.bias
         shaped: Tensor = product.view(*x.shape[:-1], self.out_features)
@@ -221,17 +253,6 @@ class PackedLinear(nn.Module):
             tiled: Tensor | None = self.matrix.tiled(rows)
             return tiled
         return None
-
-    def _expanded(self, rows: Tensor) -> Tensor:
-        """The product through dense rows of the matrix, a tile at a time."""
-        tile = _DEVICE_TILE if is_accelerator(rows.device) else _TILE
-        step = max(1, tile // max(1, self.in_features))
-        ends = [*range(0, max(1, self.out_features), step), self.out_features]
-        parts = [
-            nn.functional.linear(rows, self.rows(first, last, rows.dtype))
-            for first, last in pairwise(ends)
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def _follow(self) -> None:
         """Make the matrix anew if its tensors were replaced one by one, as accelerate does."""

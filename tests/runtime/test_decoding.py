@@ -220,3 +220,13 @@ def test_what_is_changed_after_a_token_is_noticed(packed, monkeypatch):
         layer.mlp.down_proj = other
     found, expected = generated(model), itself(model, monkeypatch)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_model_that_is_offloaded_to_the_processor_generates_the_same(packed, runs):
+    """The norms are without memory when a block begins; this was the end of the process."""
+    accelerate = pytest.importorskip("accelerate")
+    model = packed(dtype=torch.float32)
+    expected, runs[0] = generated(model), 0
+    accelerate.cpu_offload(model, execution_device="cpu")
+    torch.testing.assert_close(generated(model), expected, rtol=1e-3, atol=1e-3)
+    assert runs[0] == 0

@@ -82,7 +82,9 @@ def lora(run, *targets):
     config = peft.LoraConfig(r=4, target_modules=list(targets), init_lora_weights=False)
     peft.inject_adapter_in_model(config, run.model)
     run.model.eval()
-    return [m for m in run.model.modules() if isinstance(m, peft.tuners.tuners_utils.BaseTunerLayer)]
+    return [
+        m for m in run.model.modules() if isinstance(m, peft.tuners.tuners_utils.BaseTunerLayer)
+    ]
 
 
 @change(0)
@@ -93,6 +95,22 @@ def lora_on_queries_and_values(run):
 @change(0)
 def lora_on_the_mlp(run):
     lora(run, "down_proj")
+
+
+@change(0)
+def lora_whose_weights_come_later(run):
+    parts = lora(run, "q_proj", "v_proj")
+    weights = [part.lora_B["default"].weight for part in parts]
+    kept = [weight.data.clone() for weight in weights]
+    own, calls = run.call, []
+
+    def call(model, tokens):
+        calls.append(1)
+        for weight, later in zip(weights, kept, strict=True):  # as peft draws and trains them
+            weight.data = later if len(calls) > 2 else torch.zeros_like(later)
+        return own(model, tokens)
+
+    run.call = call
 
 
 @change(1)
@@ -330,9 +348,9 @@ def attention_of_ones_own(run):
     AttentionInterface.register("fuzzed", attention)
     run.stack.callback(ALL_ATTENTION_FUNCTIONS._global_mapping.pop, "fuzzed")
     run.model.set_attn_implementation("fuzzed")
-    run.call = lambda model, tokens: model(
-        tokens, past_key_values=run.cache, attention_mask=causal(run, tokens)
-    ).logits
+    run.call = lambda model, tokens: (
+        model(tokens, past_key_values=run.cache, attention_mask=causal(run, tokens)).logits
+    )
 
 
 def causal(run, tokens):
@@ -570,9 +588,9 @@ def gradients_that_nothing_needs(run):
 @change(2)
 def parameters_by_torch_func(run):
     changed = {"model.layers.1.input_layernorm.weight": torch.linspace(0.5, 2, 64)}
-    run.call = lambda model, tokens: torch.func.functional_call(
-        model, changed, (tokens,), {"past_key_values": run.cache}
-    ).logits
+    run.call = lambda model, tokens: (
+        torch.func.functional_call(model, changed, (tokens,), {"past_key_values": run.cache}).logits
+    )
 
 
 @change(0)
