@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import hostile_outputs
+import hostile_packed
 import hostile_requests
 from hostile_cases import GROUPS, Case
 
@@ -47,6 +48,7 @@ ALL = GROUPS | {
         hostile_outputs.files,
         hostile_outputs.packed,
         hostile_outputs.interruptions,
+        hostile_packed.parts,
     )
 }
 """All groups of cases by name."""

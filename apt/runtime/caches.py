@@ -23,13 +23,12 @@ def growing(cache: Any, index: int, dtype: torch.dtype) -> Any:
     part = cache.layers[index]
     if type(part) is not DynamicLayer or "update" in vars(part) or not part.is_initialized:
         return None
-    keys, values = part.keys, part.values
-    served = (
-        _serves(keys, dtype)
-        and _serves(values, dtype)
-        and keys.shape == values.shape
-        and (DynamicCache.update, DynamicLayer.update) == _METHODS
-    )
+    if (DynamicCache.update, DynamicLayer.update) != _METHODS:
+        return None
+    keys, values, room = part.keys, part.values, vars(part).get("apt_room")
+    if room is not None and room.gave(keys, values, dtype):
+        return part
+    served = _serves(keys, dtype) and _serves(values, dtype) and keys.shape == values.shape
     return part if served else None
 
 
@@ -54,38 +53,39 @@ def given_cache(named: Mapping[str, Any]) -> Any:
 class Room:
     """Larger tensors, in which keys and values grow without a copy of those before.
 
-    Each place is written once. So keys and values that someone took from a cache stay as they are,
-    also if the cache is cropped and continues otherwise.
+    Each place is written once: only the keys and values that were given last grow. So those that
+    someone took from a cache stay as they are, also if the cache is then cropped.
     """
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
-        self._used = keys.shape[2]
-        self._tensors = _with_more(keys), _with_more(values)
+        self._room = _with_more(keys), _with_more(values)
+        self._keys, self._values = keys, values  # that were given last
+        self._dtype = keys.dtype
 
-    def continues(self, *known: Tensor) -> bool:
-        """True if keys and values are those of this room, with all places that are written."""
-        return (
-            self._used == known[0].shape[2] < self._tensors[0].shape[2]
-            and known[0].shape[1] == self._tensors[0].shape[1]
-            and all(
-                room.data_ptr() == part.data_ptr() and room.stride() == part.stride()
-                for room, part in zip(self._tensors, known, strict=True)
-            )
-        )
+    def gave(self, keys: Tensor, values: Tensor, dtype: torch.dtype) -> bool:
+        """True if these are the last keys and values of this room, in this dtype."""
+        last = keys is self._keys and values is self._values and dtype == self._dtype
+        return last and not (keys.requires_grad or values.requires_grad)
 
-    def grown(self) -> list[Tensor]:
+    def has_place(self) -> bool:
+        """True if there is room for one more token."""
+        return self._keys.shape[2] < self._room[0].shape[2]
+
+    def grown(self) -> tuple[Tensor, Tensor]:
         """Keys and values (1, heads, length + 1, width) with one more place, to be written now."""
-        self._used += 1
-        return [room[:, :, : self._used] for room in self._tensors]
+        length = self._keys.shape[2] + 1
+        keys, values = self._room
+        self._keys, self._values = keys[:, :, :length], values[:, :, :length]
+        return self._keys, self._values
 
 
 def grow(part: Any) -> tuple[Tensor, Tensor]:
     """Keys and values (heads, length + 1, width) of a part of a cache, with one more place."""
-    room = vars(part).get("apt_room")
-    if room is None or not room.continues(part.keys, part.values):
-        room = part.apt_room = Room(part.keys, part.values)
-    part.keys, part.values = room.grown()
-    return part.keys[0], part.values[0]
+    room, keys, values = vars(part).get("apt_room"), part.keys, part.values
+    if room is None or not room.gave(keys, values, keys.dtype) or not room.has_place():
+        room = part.apt_room = Room(keys, values)
+    part.keys, part.values = keys, values = room.grown()
+    return keys[0], values[0]
 
 
 def _with_more(known: Tensor) -> Tensor:

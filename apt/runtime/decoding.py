@@ -9,6 +9,7 @@ of their classes, and nothing watches them. Otherwise the block runs itself.
 
 import sys
 from functools import lru_cache
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -32,6 +33,8 @@ _SERVED = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwe
 _LINEARS: tuple[type, ...] = (nn.Linear, DenseLinear, PackedLinear)
 _ACTIVATIONS: tuple[type, ...] = (nn.SiLU, type(ACT2FN["silu"]))
 _ATTENTION = ("sdpa", "eager")
+_REGISTERED = ALL_ATTENTION_FUNCTIONS._local_mapping, ALL_ATTENTION_FUNCTIONS._global_mapping
+_FORWARD = attrgetter("forward")
 _CHOICE = "_attn_implementation_internal"  # the choice among them in a configuration
 _FUNCTIONS = ("apply_rotary_pos_emb", "eager_attention_forward")  # of a family's module
 _GIVEN = {
@@ -57,6 +60,8 @@ class Family:
         self.attention, self.mlp, self.norm = own
         self.is_known = all(kind.forward.__module__ == block.__module__ for kind in (block, *own))
         self._classes: tuple[Any, ...] = (block, *own, *_LINEARS, *_ACTIVATIONS)
+        self._functions = [(self._names.get, name) for name in _FUNCTIONS]
+        self._functions += [(table.get, name) for table in _REGISTERED for name in _ATTENTION]
         self._made = self._methods()
 
     def is_unchanged(self) -> bool:
@@ -64,14 +69,8 @@ class Family:
         return self._methods() == self._made
 
     def _methods(self) -> list[Any]:
-        functions = [self._names.get(name) for name in _FUNCTIONS]
-        return [kind.forward for kind in self._classes] + functions + _registered()
-
-
-def _registered() -> list[Any]:
-    """The functions of attention that the kernels compute, or what was registered for them."""
-    tables = ALL_ATTENTION_FUNCTIONS._local_mapping, ALL_ATTENTION_FUNCTIONS._global_mapping
-    return [table.get(name) for table in tables for name in _ATTENTION]
+        functions = [get(name) for get, name in self._functions]
+        return [*map(_FORWARD, self._classes), *functions]
 
 
 class Decoder:
@@ -120,8 +119,9 @@ class Decoder:
         """True if the call is the block for an input and the angles of its position."""
         if type(angles) is not tuple or len(angles) != 2 or x.dtype != self._dtype:
             return False
-        if any(t.shape != self._shape or not _is_given(t, self._dtype) for t in angles):
-            return False
+        for angle in angles:
+            if angle.shape != self._shape or not _is_given(angle, self._dtype):
+                return False
         return self._config.get(_CHOICE) == self._attention and not (
             self._has_hooks and is_capturing()
         )

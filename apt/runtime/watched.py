@@ -42,8 +42,10 @@ class Watched:
         self._entries = [dict(table) for table in self._filled]
         self._modules, self._kinds = inner, [type(module) for module in inner]
         # A getter takes less time than a comparison of all that torch notes in a module.
-        self._own = [(_getter(module), vars(module)) for module in inner]
-        self._attributes = [(get(own), len(own)) for get, own in self._own]
+        self._own = [vars(module) for module in inner]
+        self._getters = [(_getter(module), vars(module)) for module in inner]
+        self._counts = [*map(len, self._own)]
+        self._attributes = [get(own) for get, own in self._getters]
         self._tensors = [t for m in inner for t in m._parameters.values() if t is not None]
         self._addresses = [_address(tensor) for tensor in self._tensors]
 
@@ -54,7 +56,8 @@ class Watched:
                 not any(self._empty)
                 and [*map(type, self._modules)] == self._kinds
                 and self._filled == self._entries
-                and [(get(own), len(own)) for get, own in self._own] == self._attributes
+                and [*map(len, self._own)] == self._counts
+                and [get(own) for get, own in self._getters] == self._attributes
                 and [tensor.data_ptr() for tensor in self._tensors] == self._addresses
             )
         except _OTHERS:
