@@ -34,6 +34,7 @@ from typing import Any
 
 import hostile_ignored
 import hostile_outputs
+import hostile_packed
 import hostile_requests
 from hostile_cases import GROUPS, Case
 
@@ -52,6 +53,7 @@ ALL = GROUPS | {
         hostile_outputs.packed,
         hostile_outputs.interruptions,
         hostile_ignored.ignored,
+        hostile_packed.parts,
     )
 }
 """All groups of cases by name."""
