@@ -711,7 +711,8 @@ def default_device(run):
 
 @change(2)
 def inference_mode(run):
-    run.stack.enter_context(torch.inference_mode())
+    with torch.enable_grad():  # which it has again at its end
+        run.stack.enter_context(torch.inference_mode())
 
 
 @change(2)
