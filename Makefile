@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 FAMILIES = $(addprefix -e ,$(wildcard plugins/apt-*))  # as separate packages
 # Both ends of the declared ranges. On Linux PyPI has torch for CUDA, which also runs on CPUs.
-OLDEST = torch==2.6.0 transformers==4.57.1
+OLDEST = torch==2.6.0 transformers==4.57.1 datasets==3.0.0
 OLD_FAMILIES = $(addprefix -e ,$(filter-out %/apt-moe,$(wildcard plugins/apt-*)))  # it needs transformers 5
 NEWEST = --upgrade torch transformers
 # The parts of mamba_ssm that need no compiler for GPUs: its Python code, and kernels in Triton.
@@ -14,10 +14,15 @@ KERNELS = causal-conv1d==1.7.0 mamba-ssm==2.3.2.post1 triton==3.7.1
 INSTALL = $(BIN)/pip install --quiet --no-compile
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: demo test lint doctor check docs benchmarks kernels device sanitize neon template matrix matrix-oldest matrix-newest clean
+.PHONY: demo demo-avx2 test lint doctor check docs benchmarks kernels device sanitize neon template matrix matrix-oldest matrix-newest clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/apt prune --adapter llama --eval builtin --output out/llama-2of4 --overwrite
+
+# The same as on a processor without AVX-512, where torch multiplies bf16 and fp16 slowly.
+demo-avx2: $(VENV)/.development
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 OMP_NUM_THREADS=1 \
+	$(BIN)/apt prune --adapter llama --eval builtin --output out/llama-2of4-avx2 --overwrite
 
 # Two processes of one thread each: for small tests they are faster than two threads.
 test: $(VENV)/.development

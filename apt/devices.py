@@ -6,7 +6,8 @@ Only this file asks what kind an accelerator is. torch names them ``cuda`` (NVID
 
 import math
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 
 _HOSTS = ("cpu", "meta")
 _WITHOUT_SOLVES = ("mps",)  # torch lacks factorisations there
-_PROBE, _PROBES = (256, 256), 8  # the shape of a product that is timed, and how often
+_REPEATED = 8  # times of a product
 
 
 def accelerator() -> str | None:
@@ -95,9 +96,10 @@ def random_state() -> Any:
 def multiplies_fast(dtype: torch.dtype, device: torch.device | str) -> bool:
     """True if a device multiplies matrices of a half precision faster than those of fp32.
 
-    A processor is asked by a product of some tenths of a millisecond, once in a process: oneDNN and
-    torch compute half precision on every processor, on many of them 2 to 250 times slower than
-    fp32, and name no list of these. Accelerators say whether they compute bf16.
+    On a processor, oneDNN is asked first: without it torch multiplies half precision 5 to 250 times
+    more slowly. What oneDNN computes with instructions for fp32 is 2 times slower; a product of
+    some tenths of a millisecond, once in a process, finds that. Accelerators say whether they
+    compute bf16.
     """
     if dtype not in (torch.bfloat16, torch.float16):
         return dtype == torch.float32
@@ -113,35 +115,47 @@ def multiplies_fast(dtype: torch.dtype, device: torch.device | str) -> bool:
 
 @cache
 def _is_faster_here(dtype: torch.dtype) -> bool:
-    """True if this processor multiplies matrices of a dtype faster than those of fp32.
+    """True if this processor multiplies matrices of a dtype faster than those of fp32."""
+    name = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    ask = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", None)  # not in every torch
+    if ask is None or not ask():
+        return False
+    with _one_thread():  # another one may have to wait for a processor
+        fp32, half = (_seconds_of_product(each, "cpu", 256) for each in (torch.float32, dtype))
+    return half < fp32
 
-    The two products take turns, and the shortest times are compared: another process that takes
-    the processor for a while does not change the answer. The ratio of the two is far from 1 on
-    every processor: above 1.6 with instructions for the dtype, below 0.5 without.
-    """
-    given = [torch.ones(_PROBE, dtype=k, device="cpu") for k in (torch.float32, dtype)]
-    seconds = [math.inf, math.inf]
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        for _ in range(_PROBES):
-            for place, matrix in enumerate(given):
-                started = time.perf_counter()
-                torch.nn.functional.linear(matrix, matrix)
-                seconds[place] = min(seconds[place], time.perf_counter() - started)
-    return seconds[1] < seconds[0]
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _seconds_of_product(dtype: torch.dtype, device: torch.device | str, size: int) -> float:
+    """The shortest of some times of a product of two square matrices of that many rows."""
+    matrix, seconds = torch.ones(size, size, dtype=dtype, device=device), math.inf
+    with torch.no_grad(), torch.autocast(matrix.device.type, enabled=False):
+        for _ in range(_REPEATED):
+            started = time.perf_counter()
+            torch.nn.functional.linear(matrix, matrix)
+            synchronize(device)
+            seconds = min(seconds, time.perf_counter() - started)
+    return seconds
+
+
+def operations_per_second(dtype: torch.dtype, device: torch.device | str) -> float:
+    """The floating-point operations of a product of matrices in a second, in some milliseconds."""
+    size = 4096 if is_accelerator(device) else 512
+    return 2.0 * size**3 / _seconds_of_product(dtype, device, size)
 
 
 def multiplies_bf16(device: torch.device | str) -> bool:
     """True if a device multiplies bf16 in hardware, several times as fast as fp32."""
     return multiplies_fast(torch.bfloat16, device)
-
-
-def compute_dtype(stored: torch.dtype, device: torch.device | str) -> torch.dtype:
-    """The dtype that a model with weights of the dtype ``stored`` runs in by default.
-
-    It is fp32 where the device multiplies the stored dtype more slowly than fp32.
-    """
-    half = stored in (torch.bfloat16, torch.float16)
-    return torch.float32 if half and not multiplies_fast(stored, device) else stored
 
 
 def runs_triton(device: torch.device | str) -> bool:

@@ -6,6 +6,7 @@ or environments. All cases have to meet the same rules:
 - the exit status is 0, 1 (a check fails), 2 (an error that the user can correct), or that of the
   signal that was sent;
 - an error is one line, without a traceback;
+- nothing that is printed has control characters;
 - no file changes except the output.
 
 ::
@@ -18,6 +19,7 @@ import argparse
 import contextlib
 import io
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -30,7 +32,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hostile_ignored
 import hostile_outputs
+import hostile_packed
 import hostile_programs
 import hostile_requests
 from hostile_cases import GROUPS, Case
@@ -39,6 +43,7 @@ from apt.cli import main as command_line
 from apt.plugin.registry import registry
 
 ROOT = Path(__file__).resolve().parent.parent
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]")
 _LONGEST = 300  # seconds that a command may take
 ALL = GROUPS | {
     function.__name__: function
@@ -50,6 +55,8 @@ ALL = GROUPS | {
         hostile_outputs.interruptions,
         hostile_programs.reports,
         hostile_programs.requests,
+        hostile_ignored.ignored,
+        hostile_packed.parts,
     )
 }
 """All groups of cases by name."""
@@ -121,6 +128,8 @@ def judge(case: Case, result: Result, before: dict[str, Any], folder: Path) -> s
     """The violated rule; empty if there is none."""
     if "Traceback" in result.err:
         return f"traceback: {result.err.strip().splitlines()[-1][:150]}"
+    if _CONTROL.search(result.out + result.err):
+        return "a control character was printed"
     if case.refused and result.code != 2:
         return f"exit status {result.code}, not 2"
     if result.code not in (0, 2, *case.may):

@@ -81,3 +81,31 @@ def test_random_states_are_as_before(machine_with, kind):
     with devices.random_states_kept():
         torch.rand(3)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_half_precision_without_onednn_is_slow_whatever_a_product_takes(monkeypatch):
+    monkeypatch.setattr(devices, "_seconds_of_product", lambda dtype, device, size: dtype.itemsize)
+    for supported in (True, False):
+        devices._is_faster_here.cache_clear()
+        monkeypatch.setattr(
+            torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda known=supported: known
+        )
+        assert devices.multiplies_fast(torch.bfloat16, "cpu") is supported
+    devices._is_faster_here.cache_clear()
+
+
+def test_half_precision_that_onednn_computes_with_slower_instructions_is_slow(monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    monkeypatch.setattr(
+        devices, "_seconds_of_product", lambda dtype, device, size: 1 / dtype.itemsize
+    )
+    devices._is_faster_here.cache_clear()
+    assert not devices.multiplies_fast(torch.bfloat16, "cpu")
+    assert devices.multiplies_fast(torch.float32, "cpu")
+    devices._is_faster_here.cache_clear()
+
+
+def test_the_speed_of_a_product_is_that_of_many_operations():
+    threads = torch.get_num_threads()
+    assert devices.operations_per_second(torch.float32, "cpu") > 1e8
+    assert torch.get_num_threads() == threads

@@ -152,7 +152,7 @@ def check_finite(adapter: Adapter, states: Iterable[State], ranks: Ranks) -> Non
     finite = [adapter.residual(state).isfinite().all() for state in states]
     if ranks.sum(bool(finite) and not torch.stack(finite).all()):  # one wait for a device
         fault = "the activations after it are not finite"
-        raise AptError(fault, "try dtype float32, or bfloat16 instead of float16", ("dtype",))
+        raise AptError(fault, "compute in float32, or in bfloat16 instead of float16", ("compute",))
 
 
 def enter(

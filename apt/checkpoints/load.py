@@ -21,6 +21,7 @@ from apt.checkpoints.load_errors import load_error, tokenizer_error
 from apt.checkpoints.opened import Opened
 from apt.checkpoints.safetensors_io import check_files
 from apt.checkpoints.stored import find_stored
+from apt.compute import ComputeDtype, compute_dtype
 from apt.errors import AptError, shortened
 from apt.locations.hub import Hub
 from apt.locations.model_source import Source
@@ -87,11 +88,18 @@ def _skeleton_module(source: Source, config: Any) -> nn.Module:
     return module.eval()
 
 
-def load(skeleton: Opened, dtype: torch.dtype | None = None, device: str = "cpu") -> Opened:
+def load(
+    skeleton: Opened,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    compute: str | None = None,
+) -> Opened:
     """Read the weights of what `open_skeleton` opened.
 
     Args:
         dtype: the dtype of the weights; None keeps that of the checkpoint's sites (fp32 for GGUF).
+        compute: the name of the dtype that the model is to compute in, or ``auto``; None leaves
+            it in the dtype of its weights. A packed or quantised model stays as it is.
 
     Raises:
         AptError: the checkpoint is damaged or incomplete, or has weights that are not finite.
@@ -119,7 +127,10 @@ def load(skeleton: Opened, dtype: torch.dtype | None = None, device: str = "cpu"
             "is the checkpoint complete and in the format of transformers?",
         )
     check_finite(module, source.reference, dtype)
-    return replace(skeleton, module=module.to(device).eval(), config=module.config)
+    loaded = replace(skeleton, module=module.to(device).eval(), config=module.config)
+    if compute is not None and quantised_with(loaded.config) is None:
+        ComputeDtype(loaded.module, compute_dtype(loaded.dtype, device, compute))
+    return loaded
 
 
 def _from_pretrained(

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from apt.checkpoints.opened import Opened
-from apt.checkpoints.parameters import read_parameter, round_parameter, write_parameters
+from apt.checkpoints.parameters import read_parameter, write_parameters
 from apt.checkpoints.safetensors_io import Shards
 from apt.checkpoints.skeletons import skeleton_module
 from apt.checkpoints.stored import pruned_of
+from apt.compute import loses, round_parameter, unrounded
 from apt.devices import is_accelerator
 from apt.errors import AptError
 from apt.layouts.pieces import Layout
@@ -80,17 +81,34 @@ class StoredBlocks:
         """Read the parameters of a block that is in memory from the checkpoint again."""
         _set_parameters(self._blocks[name], self.read(name), self._device)
 
-    def write(self, name: str, paths: Iterable[str]) -> None:
-        """Write these parameters of a block that is in memory to the checkpoint."""
-        block = self._blocks[name]
-        parameters = ((self._layout[f"{name}.{p}"], block.get_parameter(p)) for p in paths)
+    def write(self, name: str, paths: Iterable[str], source: "StoredBlocks") -> None:
+        """Write these parameters of a block that is in memory to the checkpoint.
+
+        Where the block computes in a dtype of less precision, values that have not changed are
+        those of ``source``, the blocks before.
+        """
+        parameters = (
+            (self._layout[f"{name}.{path}"], source.unrounded(f"{name}.{path}", parameter.detach()))
+            for path in paths
+            for parameter in [self._blocks[name].get_parameter(path)]
+        )
         write_parameters(parameters, self._shards)
+
+    def unrounded(self, name: str, values: Tensor) -> Tensor:
+        """The values of a parameter, see `apt.compute.unrounded`."""
+        if not loses(self.stored_dtype(name), values.dtype):
+            return values
+        return unrounded(values, read_parameter(self._layout[name], values.shape, self._shards))
 
     def round(self, name: str, paths: Iterable[str]) -> None:
         """Round these parameters of a block that is in memory to the values that `write` stores."""
         for path in paths:
-            parameter = self._blocks[name].get_parameter(path)
-            round_parameter(parameter, self._layout[f"{name}.{path}"], self._shards)
+            whole, parameter = f"{name}.{path}", self._blocks[name].get_parameter(path)
+            round_parameter(whole, parameter, self.stored_dtype(whole))
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """The dtype in which a parameter of that full name is stored."""
+        return self._shards.entries[self._layout[name][0].key].dtype
 
     def digest(self, block: PlannedBlock) -> str:
         """A checksum of the stored tensors of a block's pruned parameters."""

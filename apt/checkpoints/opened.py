@@ -1,6 +1,6 @@
 """An opened model, with its source, adapter and checkpoint."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ from torch import nn
 
 from apt.adapter import Adapter
 from apt.checkpoints.formats import Checkpoint
+from apt.compute import compute_dtype
 from apt.locations.model_source import Source
 from apt.plugin.specs import AdapterSpec
 
@@ -20,6 +21,7 @@ class Opened:
         module, config: the model and its configuration, as objects of transformers.
         spec, adapter: the adapter of its family.
         checkpoint: the reader and writer of its format; None for the format of transformers.
+        compute: the dtype that a planned run computes in; None for `dtype`.
     """
 
     source: Source
@@ -28,8 +30,24 @@ class Opened:
     spec: AdapterSpec
     adapter: Adapter
     checkpoint: Checkpoint | None = None
+    compute: torch.dtype | None = None
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights by the configuration; fp32 if it names none."""
         return getattr(self.config, "dtype", None) or torch.float32
+
+    @property
+    def runs_in(self) -> torch.dtype:
+        """The dtype that a planned run computes in."""
+        return self.compute or self.dtype
+
+    def computing(self, asked: str, device: str, dtype: torch.dtype | None = None) -> "Opened":
+        """The same model in a planned run.
+
+        Args:
+            asked: the name of the compute dtype, or ``auto``.
+            device: the device of the run.
+            dtype: the dtype that its weights are cast to; None for that of the configuration.
+        """
+        return replace(self, compute=compute_dtype(dtype or self.dtype, device, asked))

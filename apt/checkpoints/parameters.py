@@ -33,9 +33,3 @@ def write_parameters(parameters: Iterable[tuple[Sequence[Piece], Tensor]], shard
                 yield piece.key, values
 
     shards.write(tensors())
-
-
-def round_parameter(parameter: Tensor, pieces: Sequence[Piece], shards: Shards) -> None:
-    """Round a parameter, in place, to the dtype in which it is stored."""
-    stored = shards.entries[pieces[0].key].dtype
-    parameter.data.copy_(parameter.data.to(stored))

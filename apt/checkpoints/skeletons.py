@@ -1,7 +1,6 @@
 """A model without weights but with everything else that its constructor creates."""
 
 import copy
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import get_ident
@@ -10,11 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from transformers import PreTrainedModel, __version__
+from transformers import PreTrainedModel
 
 from apt.checkpoints.architecture import without_weights
-
-_WHOLE_COMPONENTS = int(__version__.split(".")[0]) < 5
+from apt.compute import fp32_names
 
 
 def skeleton_module(
@@ -41,18 +39,12 @@ def skeleton_module(
     return whole
 
 
-def _keep_fp32(module: Any, dtype: torch.dtype) -> None:
-    """Give the tensors fp32 that the class keeps in it: some only beside fp16, others always."""
-    kept = set[str]()
-    if dtype in (torch.float16, torch.bfloat16):
-        kept |= set(module._keep_in_fp32_modules_strict or ())
-    if dtype == torch.float16:
-        kept |= set(module._keep_in_fp32_modules or ())
-    if not kept:
-        return
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        if tensor.is_floating_point() and any(_names(pattern, name) for pattern in kept):
-            tensor.data = tensor.data.float()
+def _keep_fp32(module: nn.Module, dtype: torch.dtype) -> None:
+    """Give the tensors fp32 that the class keeps in it."""
+    tensors = module.state_dict(keep_vars=True)
+    for name in fp32_names(module, dtype, tensors):
+        if tensors[name].is_floating_point():
+            tensors[name].data = tensors[name].data.float()
 
 
 @torch.no_grad()
@@ -65,13 +57,6 @@ def _renew_buffers(module: nn.Module, owner: Any) -> None:
         _renew_buffers(child, child if isinstance(child, PreTrainedModel) else owner)
     if module._non_persistent_buffers_set:
         owner._init_weights(module)
-
-
-def _names(pattern: str, name: str) -> bool:
-    """True if a pattern of transformers means a tensor: version 4 compares whole components."""
-    if _WHOLE_COMPONENTS:
-        return re.search(rf"((^|\.){pattern}($|\.))", name) is not None
-    return re.search(pattern.replace("*", ".*"), name) is not None
 
 
 def skeleton_of_class(kind: Any, config: Any, like: Any) -> nn.Module:

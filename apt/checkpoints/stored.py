@@ -16,7 +16,7 @@ from apt.checkpoints.copies import OTHER_WEIGHTS, copy_files, copy_weights, side
 from apt.checkpoints.formats import find_source_file, local_copy
 from apt.checkpoints.former_names import save_tokenizer
 from apt.checkpoints.opened import Opened
-from apt.checkpoints.parameters import round_parameter, write_parameters
+from apt.checkpoints.parameters import write_parameters
 from apt.checkpoints.safetensors_io import Shards
 from apt.errors import AptError, NotStoredError
 from apt.layouts.conversions import Converted, converted
@@ -114,7 +114,7 @@ class Stored:
     layout: Layout
 
     def dtype(self, skeleton: Opened, plan: Plan | None = None) -> torch.dtype:
-        """The dtype that the model runs in: the stored dtype of its sites.
+        """The dtype of the model: the stored dtype of its sites.
 
         Other tensors, such as norms and routers, may have another one, and so may the
         configuration. If the sites, with the extras of a ``plan``, have several dtypes, it is fp32,
@@ -154,21 +154,10 @@ class Stored:
         if tokenizer is not None:
             save_tokenizer(tokenizer, target)
 
-    def rounds(self, model: nn.Module, plan: Plan) -> bool:
-        """True if a pruned parameter of a model is stored in another dtype."""
-        return any(
-            model.get_parameter(name).dtype != self.shards.entries[self.layout[name][0].key].dtype
-            for block in plan.blocks
-            for path in pruned_parameters(block)
-            for name in [f"{block.name}.{path}"]
-        )
-
-    def round(self, planned: PlannedBlock, block: nn.Module) -> None:
-        """Round the pruned parameters of a block to the values that `write` stores."""
-        for path in pruned_parameters(planned):
-            round_parameter(
-                block.get_parameter(path), self.layout[f"{planned.name}.{path}"], self.shards
-            )
+    def dtypes(self, plan: Plan) -> dict[str, torch.dtype]:
+        """The stored dtypes of the parameters that pruning changes, by their full names."""
+        names = (f"{b.name}.{path}" for b in plan.blocks for path in pruned_parameters(b))
+        return {name: self.shards.entries[self.layout[name][0].key].dtype for name in names}
 
     def write(self, model: nn.Module, plan: Plan, target: Path) -> None:
         """Write the pruned parameters of a model into a copy of the checkpoint."""

@@ -7,7 +7,7 @@ import typer
 
 from apt.cli.output import show, show_json, show_rows, table
 from apt.options import RUNNING, DeviceOptions, PrintingOptions, option, options
-from apt.plugin.registry import registry
+from apt.plugin.registry import listed, registry
 from apt.plugin.specs import AUTO
 
 
@@ -96,7 +96,8 @@ def methods(printing: PrintingOptions) -> None:
 
     The most accurate methods of prune and of shrink come first.
     """
-    installed = registry()
+    hooks = ("apt_methods", "apt_shrink_methods", "apt_allocations", "apt_recoveries")
+    installed = listed(*hooks)
     removed = {
         "columns": "shrink: groups", "groups": "shrink: groups", "experts": "shrink: experts",
         "blocks": "shrink: blocks",

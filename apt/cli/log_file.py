@@ -6,12 +6,20 @@ import re
 import sys
 from pathlib import Path
 
-from apt.cli.streams import program
+from apt.cli.streams import printable, program
 from apt.errors import AptError
 from apt.files.writing import check_file
 
 _FORMAT = "%(asctime)s %(levelname)s %(message)s"
 _FIRST = re.compile(rb"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} [A-Z]+ ")
+
+
+class _Lines(logging.Formatter):
+    """One line for each message, since a log is shown on a terminal too."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The time and the message."""
+        return printable(super().format(record))
 
 
 class _LogFile(logging.FileHandler):
@@ -23,7 +31,8 @@ class _LogFile(logging.FileHandler):
         logging.getLogger("apt.cli").removeHandler(self)
         self.stream = None  # its buffer cannot be written when it is closed either
         reason = getattr(error, "strerror", None) or error
-        print(f"{program()}: cannot write {self.baseFilename}: {reason}", file=sys.stderr)
+        fault = f"{program()}: cannot write {self.baseFilename}: {reason}"
+        print(printable(fault), file=sys.stderr)
 
 
 def open_log(path: Path) -> logging.Handler:
@@ -43,5 +52,5 @@ def open_log(path: Path) -> logging.Handler:
     if first and not _FIRST.match(first):
         raise AptError(f"{path} is not a log of APT", "choose another file", ("log_file",))
     handler = _LogFile(path, encoding="utf-8", errors="backslashreplace")
-    handler.setFormatter(logging.Formatter(_FORMAT))
+    handler.setFormatter(_Lines(_FORMAT))
     return handler

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from apt.cli.log_file import open_log
-from apt.cli.streams import program
+from apt.cli.streams import printable, program
 from apt.locations.paths import expanded
 from apt.output.json_values import json_value
 
@@ -87,13 +87,13 @@ def json_streams() -> Iterator[None]:
 def _line(line: str, event: str, fields: Mapping[str, Any]) -> str:
     """A line of text, or the event with its fields as a line of JSON."""
     if not _events:
-        return line
+        return printable(line)
     return json.dumps(json_value({"event": event, **(fields or {"text": line})}), allow_nan=False)
 
 
 def say(line: str) -> None:
     """Print a line of results."""
-    out.print(line, markup=False)
+    out.print(printable(line), markup=False)
 
 
 def notice(line: str, event: str = "notice", **fields: Any) -> None:
@@ -142,15 +142,22 @@ class _Table(Table):
     """A table whose cells are literal text: ``apt-prune[gguf]`` is not markup."""
 
     def add_row(self, *cells: str) -> None:  # type: ignore[override]
-        super().add_row(*map(Text, cells))
+        super().add_row(*map(_literal, cells))
+
+
+def _literal(text: str) -> Text:
+    return Text(printable(text))
 
 
 def table(*columns: str, title: str | None = None) -> Table:
     """A plain table. Columns whose name starts with ``>`` are right-aligned."""
-    made = _Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    heading = None if title is None else _literal(title)
+    made = _Table(
+        title=heading, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+    )
     for column in columns:
         right = column.startswith(">")
-        made.add_column(column.lstrip(">"), justify="right" if right else "left")
+        made.add_column(_literal(column.lstrip(">")), justify="right" if right else "left")
     return made
 
 

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Display
 
 from apt.cli.output import duration, err, has_live_display, notice, show_detail, show_event
+from apt.cli.streams import printable
 from apt.events import (
     BlockStarted,
     BlockTuned,
@@ -86,7 +87,7 @@ class Progress:
     def show(self, text: str) -> None:
         """Show a text and the counted work in the changing display."""
         self._display.update(
-            self._task, description=text, completed=self.done, total=self.total or None,
+            self._task, description=printable(text), completed=self.done, total=self.total or None,
             left=self.left,
         )  # fmt: skip
 

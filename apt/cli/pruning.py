@@ -58,7 +58,7 @@ def start(
         The report, on the first rank; None if nothing was pruned.
     """
     with joined(run.device) as ranks:
-        task = prepare_pruning(run, registry(), notices.append)
+        task = prepare_pruning(run, registry(), notices.append, ranks)
         if ranks.first:
             save_config(config, replace(run, method=task.method.name), task)
         if plan.dry_run:

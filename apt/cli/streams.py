@@ -4,6 +4,7 @@ import codecs
 import errno
 import io
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -12,6 +13,16 @@ from typing import Any, NoReturn
 _BROKEN_PIPE = 141  # the exit status in a shell of a program that SIGPIPE has ended
 _PLAIN = {"→": "->", "×": "x", "–": "-", "—": "-", "−": "-", "…": "...", "·": "*", "‖": "|",
           "‘": "'", "’": "'", "“": '"', "”": '"'}  # fmt: skip
+
+
+# The control characters, and those that reorder or break a line: a name that has them can clear the
+# screen, hide text or write lines of its own.
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """A line as it may be printed: names and messages of others have no effect on the terminal."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def program() -> str:

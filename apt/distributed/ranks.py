@@ -5,7 +5,8 @@ tokens are added over all ranks. The sites of a block are solved by different ra
 weight is broadcast to all. A single process is one rank; it communicates nothing.
 """
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -13,6 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from apt.files.journal import Line, check_same
+
+_SAME = "start all of them with the same options, files and versions"
 T = TypeVar("T")
 
 
@@ -108,6 +112,24 @@ class Ranks:
         source = dist.get_global_rank(self._group, owner)
         dist.broadcast_object_list(box, source, self._group, torch.device("cpu"))
         return box[0]
+
+    def check_alike(self, inputs: Callable[[], Line]) -> None:
+        """Raise on all ranks if one of them has other inputs than the first.
+
+        Ranks with other files or tokens would add up sums of different models without a word.
+
+        Args:
+            inputs: gives all that the run depends on, as values for JSON; a single rank does not
+                ask for it.
+
+        Raises:
+            AptError: the inputs differ; it names the first such rank and the entries.
+        """
+        if self.size == 1:
+            return
+        first, *others = self.gather(json.loads(json.dumps(inputs())))
+        for rank, other in enumerate(others, 1):
+            check_same(f"rank {rank} has other inputs than rank 0", first, other, _SAME)
 
     def wait(self) -> None:
         """Wait until every rank has called this."""

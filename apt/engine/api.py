@@ -144,7 +144,7 @@ def prune(
         "allocation": job.allocation_name, "also": list(also), "seed": seed,
         "activations": activations, **wanted.selection.record(),
     }  # fmt: skip
-    return given.pruned(tokens, job, tokenizer, known)[1]
+    return given.pruned(tokens, job, tokenizer, known, options.compute)[1]
 
 
 @usual_modes()  # in inference mode a copy would be of inference tensors
@@ -177,7 +177,8 @@ def shrink(
             `apt.solver.GroupChoice`, an `apt.extending.ExpertChoice`, an
             `apt.extending.GroupScores`, or, where only blocks are dropped, an
             `apt.extending.BlockChoice`.
-        options: the options that the weights depend on. ``row_importance`` has no effect.
+        options: the options that the weights depend on, without those of zeros such as
+            ``row_importance``.
         tokenizer, seed, activations, ranks, observe: as in `apt.prune`.
 
     Returns:
@@ -189,15 +190,16 @@ def shrink(
             method, or the model cannot be pruned.
     """
     given = GivenModel(model, tokens, adapter, activations, ranks, observe)
+    options = options or PruneOptions()
     wish, spec, job = smaller_pruning(
-        given.dense(tokens, seed), size or ShrinkOptions(), method, options or PruneOptions()
+        given.dense(tokens, seed), size or ShrinkOptions(), method, options
     )
     known = {"shrink": wish.size_record(), "method": spec.name, "seed": seed}
     known |= {"activations": activations}
     given.model = copy.deepcopy(model)
-    plan, report = given.pruned(tokens, job, tokenizer, known)
+    plan, report = given.pruned(tokens, job, tokenizer, known, options.compute)
     small = smaller(given.model, given.adapter, plan)
-    check_same_function(given.model, small, given.adapter, plan, tokens)
+    check_same_function(given.model, small, given.adapter, plan, tokens, given.precision.compute)
     return small, report
 
 
@@ -241,6 +243,12 @@ def recover(
             used by the kind, ``folder`` has another training, or the training did not lower the
             loss on the samples held back. The weights are then those before the training.
     """
+    if resume and folder is None:
+        raise AptError(
+            "there is no training to resume without its folder",
+            "give the folder of the interrupted training",
+            ("folder", "resume"),
+        )
     options, spec, function = options or RecoverOptions(), *_kind(kind)
     check_recovery(options, spec, registry())
     check_seed(seed)

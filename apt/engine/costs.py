@@ -172,7 +172,7 @@ class PlannedWork:
         """Text that the model generates: all weights are read for each token of a batch."""
         own, module = self.augmentation.own_samples, self.skeleton.module
         weights = sum(parameter.numel() for parameter in module.parameters())
-        batches, dtype = math.ceil(own / logits_at_once()), self.skeleton.dtype
+        batches, dtype = math.ceil(own / logits_at_once()), self.skeleton.runs_in
         return _products(2.0 * weights * own * self.seqlen, dtype) + Work(
             moved=float(weights) * dtype.itemsize * batches * self.seqlen
         )
@@ -217,7 +217,7 @@ def _block_work(run: PlannedWork, block: PlannedBlock) -> dict[str, Work]:
 
 def _forward(run: PlannedWork, block: PlannedBlock) -> Work:
     """The forward of one token."""
-    config, dtype = text_config(run.skeleton.config), run.skeleton.dtype
+    config, dtype = text_config(run.skeleton.config), run.skeleton.runs_in
     share = _picked_share(config, block)
     multiplied = sum(2.0 * s.size * (share if s.site.routed else 1) for s in block.sites)
     if getattr(config, "num_attention_heads", None):

@@ -6,6 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 
+import torch
 from torch import Tensor, nn
 
 from apt.checkpoints.offload import StoredBlocks
@@ -78,13 +79,17 @@ class DiskBlocks:
         self._target.round(name, paths)
         if not self._ranks.first:
             return
-        self._target.write(name, paths)
+        self._target.write(name, paths, self._source)
         records = {
             "sites": [asdict(each) for each in done if isinstance(each, SitePruned)],
             "experts": [asdict(each) for each in done if isinstance(each, ExpertsRemoved)],
         }
         line = {"block": name, **records, "digest": self._target.digest(planned)}
         self._journal.add(line)
+
+    def stored_dtype(self, name: str) -> torch.dtype | None:
+        """The dtype in which a parameter of that full name is stored."""
+        return self._target.stored_dtype(name)
 
     def check(self) -> None:
         """Compare the blocks that an earlier run wrote with their checksums in the journal.

@@ -129,7 +129,7 @@ def estimate(planned: Planned) -> Estimate:
     """Estimate a run of a plan."""
     skeleton, plan, seqlen = planned.skeleton, planned.plan, planned.seqlen
     on_disk, aware = planned.activations == "disk", planned.error_aware
-    bytes_each, config = skeleton.dtype.itemsize, skeleton.config
+    bytes_each, config = skeleton.runs_in.itemsize, skeleton.config
     tokens = planned.samples * seqlen
     held = skeleton.adapter.held(config, seqlen)
     waits = not on_disk and can_pause(skeleton.adapter, config, seqlen, hidden_size(config))
@@ -193,7 +193,7 @@ def _activations(block: PlannedBlock, planned: Planned, held: int) -> int:
     """
     skeleton = planned.skeleton
     last, width = max(_shared_inputs(block).values(), default=0), hidden_size(skeleton.config)
-    waiting = (2 * width + max(last, held)) * skeleton.dtype.itemsize
+    waiting = (2 * width + max(last, held)) * skeleton.runs_in.itemsize
     drift = 2 * width * _FP32 if planned.error_aware else 0
     return _kept(block, skeleton, planned.error_aware) + waiting + drift
 
@@ -201,7 +201,7 @@ def _activations(block: PlannedBlock, planned: Planned, held: int) -> int:
 def _kept(block: PlannedBlock, skeleton: Opened, error_aware: bool) -> int:
     """Bytes for each token: one stream, or two and the dense inputs."""
     stream, inputs = hidden_size(skeleton.config), sum(_shared_inputs(block).values())
-    return (2 * stream + inputs if error_aware else stream) * skeleton.dtype.itemsize
+    return (2 * stream + inputs if error_aware else stream) * skeleton.runs_in.itemsize
 
 
 def _shared_inputs(block: PlannedBlock) -> dict[str, int]:

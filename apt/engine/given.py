@@ -14,12 +14,13 @@ from apt.distributed.ranks import Ranks
 from apt.engine.machine import activation_store
 from apt.engine.prune_model import Pruning, prune_model
 from apt.engine.pruning_plan import Dense
+from apt.engine.rank_inputs import read, running
 from apt.engine.recipes import record
 from apt.engine.reports import described
 from apt.engine.store import ModelStore
 from apt.errors import AptError
 from apt.events import telling
-from apt.options import Activations, StreamOptions, check_seed
+from apt.options import Activations, Compute, StreamOptions, check_seed
 from apt.output.report import Report
 from apt.planning.plan import Plan
 from apt.plugin.registry import Registry, registry
@@ -54,6 +55,12 @@ class GivenModel(ModelStore):
         self.model, self.activations = model, activation_store(activations)
         self.device = str(next(model.parameters()).device)
 
+    @property
+    def _dtype(self) -> torch.dtype:
+        """The dtype of the weights: that of the first site."""
+        _, block = self.adapter.blocks(self.model)[0]
+        return self.adapter.sites(block)[0].weight(block).dtype
+
     def dense(self, tokens: Tensor, seed: int) -> Dense:
         """The model before it is pruned on ``tokens`` (samples, seqlen)."""
         check_seed(seed)
@@ -63,9 +70,29 @@ class GivenModel(ModelStore):
         )
 
     def pruned(
+        self,
+        tokens: Tensor,
+        job: Pruning,
+        tokenizer: Any,
+        options: dict[str, Any],
+        compute: Compute = "auto",
+    ) -> tuple[Plan, Report]:
+        """Prune the model, whose tensors keep their dtypes.
+
+        Args:
+            options: the options of the report, without `apt.PruneOptions`.
+            compute: the dtype that the model computes in meanwhile.
+        """
+        self.compute_in(compute, self._dtype, self.device)
+        try:
+            plan, report = self._pruned(tokens, job, tokenizer, options | {"compute": compute})
+        finally:
+            self.restore()
+        return plan, report.timed(self.seconds)
+
+    def _pruned(
         self, tokens: Tensor, job: Pruning, tokenizer: Any, options: dict[str, Any]
     ) -> tuple[Plan, Report]:
-        """Prune the model; ``options`` are those of the report, without `apt.PruneOptions`."""
         job = replace(
             job,
             bos=bos_of(tokenizer) if tokenizer is not None else None,
@@ -75,13 +102,14 @@ class GivenModel(ModelStore):
         name = str(name or type(self.model).__name__)
         report = Report(
             options=options | record(job.recipe, job.augmentation),
-            model=described(name, _model_type(self.model), self._name) | {"sha256": self.weights},
+            model=described(name, _model_type(self.model), self._name)
+            | {"sha256": self.weights} | self.precision.record(),
             calibration={
                 "source": "", "own_samples": job.augmentation.own_samples, "bos": job.bos
             },
         )  # fmt: skip
-        plan, report = prune_model(self, tokens, job, report)
-        return plan, report.timed(self.seconds)
+        self.ranks.check_alike(lambda: running(report.options) | read(self, tokens))
+        return prune_model(self, tokens, job, report)
 
 
 def find_adapter(

@@ -2,11 +2,12 @@
 
 import gc
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from apt.adapter.recording import eval_mode
@@ -17,18 +18,17 @@ from apt.checkpoints.opened import Opened
 from apt.checkpoints.smaller import smaller
 from apt.checkpoints.stored import Stored, find_stored, local_directory
 from apt.checkpoints.verify import failures, verify
+from apt.compute import ComputeDtype
 from apt.distributed.ranks import Ranks
 from apt.engine.machine import activation_store
 from apt.engine.output_store import OutputStore
 from apt.engine.task import Changed, Task
 from apt.engine.text import Text
 from apt.errors import AptError
-from apt.events import Done
 from apt.output.report import Report, read_report
 from apt.output.staging import write_errors
 from apt.output.timeline import Timeline
 from apt.planning.plan import Plan
-from apt.pruning.block_storage import MemoryBlocks
 from apt.shrinking.same_function import check_same_function
 
 
@@ -59,8 +59,7 @@ class InMemory(OutputStore):
         self.model = loaded.module
         if self._stored is not None and not _is_stored(self._stored, loaded):
             self._stored = None
-        if self._stored is not None and task.plan is not None:
-            self.blocks = _storage(self._stored, self.model, task.plan)
+        self._prepare(loaded.dtype)
         del loaded
         report = task.begin(self, text)
         if self._resumable:
@@ -68,6 +67,14 @@ class InMemory(OutputStore):
                 self._continues(report)
             self.journal.lines = self.ranks.share(self.journal.lines)
         return report
+
+    def _prepare(self, stored: torch.dtype) -> None:
+        """Give the model the dtype that it computes in."""
+        task, dtypes = self.task, dict[str, torch.dtype]()
+        if self._stored is not None and task.plan is not None and not task.plan.structured:
+            dtypes = self._stored.dtypes(task.plan)
+        if (asked := getattr(task.options, "compute", None)) is not None:
+            self.compute_in(asked, stored, task.device, dtypes)
 
     @contextmanager
     def _measurable(self, held_out: Tensor, when: str) -> Iterator[nn.Module]:
@@ -78,10 +85,11 @@ class InMemory(OutputStore):
         """Save the model, load the saved model, and check it. It is then the one to measure."""
         self.status("saving and verifying")
         plan, out, written = changed.plan, self.work.out, None
+        self.restore()
         if plan is not None and plan.structured:
             adapter, tokens = self.task.skeleton.adapter, self.text.tokens
             small = smaller(self.model, adapter, plan)
-            check_same_function(self.model, small, adapter, plan, tokens)
+            check_same_function(self.model, small, adapter, plan, tokens, self.precision.compute)
             self.model, self._stored = small, None
             written = fingerprint(self.model)
         with write_errors(self.work.name):
@@ -140,6 +148,7 @@ class InMemory(OutputStore):
         if self.text.held_out is None:
             return report
         output, published = self.work.name, report.to_dict()
+        ComputeDtype(self.model, self.precision.compute)
         self._measure_after()
         if not _has_report(output, published):
             fault = f"{output} was replaced by another run before its metrics were written"
@@ -155,28 +164,6 @@ def _has_report(directory: Path, record: dict[str, Any]) -> bool:
         return read_report(directory) == record
     except AptError:
         return False
-
-
-def _storage(stored: Stored, model: nn.Module, plan: Plan) -> MemoryBlocks:
-    if plan.structured or not stored.rounds(model, plan):
-        return MemoryBlocks()
-    return _RoundedBlocks(stored, plan)
-
-
-class _RoundedBlocks(MemoryBlocks):
-    """Blocks in memory that are written into a checkpoint with some weights in another dtype.
-
-    As in a streamed run, those that follow get what the stored weights of a pruned block give.
-    """
-
-    repeatable = True
-
-    def __init__(self, stored: Stored, plan: Plan) -> None:
-        self._stored, self._plan = stored, {planned.name: planned for planned in plan.blocks}
-
-    def keep(self, name: str, block: nn.Module, done: Sequence[Done]) -> None:
-        """Round the pruned weights to their dtypes in the checkpoint."""
-        self._stored.round(self._plan[name], block)
 
 
 def _is_stored(stored: Stored, model: Opened) -> bool:

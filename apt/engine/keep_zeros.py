@@ -1,6 +1,7 @@
 """Zeros that stay while a program trains a pruned model with tools that know nothing of them."""
 
-from typing import Any
+import weakref
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -33,7 +34,7 @@ def keep_zeros(
             type.
 
     Returns:
-        The zeros; ``remove()`` lets them be trained again.
+        The zeros; ``remove()``, or the end of a ``with`` statement, lets them be trained again.
 
     Raises:
         AptError: the model has no zeros, or no adapter serves it.
@@ -48,6 +49,10 @@ def keep_zeros(
 class KeepZeros(TrainerCallback):  # type: ignore[misc]
     """`keep_zeros` as a callback of transformers' Trainer, and of trainers made from it.
 
+    At the end of the training the model is as any other. The Trainer tells no callback of an
+    exception. After one, the zeros are let go by `remove`, at the end of a ``with`` statement, at
+    the beginning of another training with this callback, or with the callback.
+
     Args:
         adapter: as in `keep_zeros`.
     """
@@ -56,9 +61,23 @@ class KeepZeros(TrainerCallback):  # type: ignore[misc]
         self._adapter = adapter
         self._kept: KeptZeros | None = None
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """Let the weights be trained from now on."""
+        if self._kept is not None:
+            self._kept.remove()
+            self._kept = None
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Note the zeros of the model."""
+        self.remove()
         self._kept = keep_zeros(given["model"], adapter=self._adapter)
+        weakref.finalize(self, self._kept.remove)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Set them to zero again, whatever the optimizer did."""
@@ -67,6 +86,4 @@ class KeepZeros(TrainerCallback):  # type: ignore[misc]
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Leave the model as any other."""
-        if self._kept is not None:
-            self._kept.remove()
-            self._kept = None
+        self.remove()

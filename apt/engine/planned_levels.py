@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from apt.checkpoints.load import load
 from apt.checkpoints.offload import StoredBlocks, assemble
 from apt.checkpoints.stored import open_stored
+from apt.compute import compute_dtype
 from apt.distributed.ranks import Ranks
 from apt.engine.disk_blocks import DiskBlocks
 from apt.engine.prune_model import final_plan, with_own_text
@@ -28,14 +29,17 @@ def planned_levels(task: PruneTask, status: Callable[[str], None]) -> Plan:
 
 def _load(task: PruneTask, store: ModelStore) -> AbstractContextManager[None]:
     """Load the model; return a context in which it can run."""
-    store.model = load(task.skeleton, task.dtype or task.skeleton.dtype, task.device).module
+    dtype, compute = task.dtype or task.skeleton.dtype, task.options.compute
+    store.model = load(task.skeleton, dtype, task.device, compute).module
     return nullcontext()
 
 
 def _open_on_disk(task: PruneTask, store: ModelStore) -> AbstractContextManager[None]:
     """Load the weights outside the blocks; return a context in which the model can run."""
     stored = open_stored(task.skeleton)
-    parts, dtype = (stored.shards, stored.layout), stored.dtype(task.skeleton, task.plan)
+    parts = (stored.shards, stored.layout)
+    own = stored.dtype(task.skeleton, task.plan)
+    dtype = compute_dtype(own, task.device, task.options.compute)
     store.model = assemble(task.skeleton, *parts, task.device, dtype)
     blocks = dict(task.skeleton.adapter.blocks(store.model))
     source = StoredBlocks(*parts, blocks, task.device, cast=True)

@@ -4,9 +4,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from apt.checkpoints.architecture import quantised_with
 from apt.checkpoints.copies import links_outside
 from apt.checkpoints.load import open_skeleton
 from apt.checkpoints.opened import Opened
+from apt.engine.machine import read_dtype
 from apt.engine.opening import find_source
 from apt.engine.task import WITHOUT_EFFECT, Task
 from apt.errors import AptError
@@ -37,6 +39,17 @@ def open_model(
         kind = opened.config.model_type
         notice(f"adapter: {opened.spec.name} (default, since none is for type '{kind}' alone)")
     return opened
+
+
+def with_compute(opened: Opened, options: Any, device: str, notice: Notice) -> Opened:
+    """The model with the dtype that it is planned to compute in, which is said if it is another."""
+    dtype = read_dtype(getattr(options, "dtype", "auto")) or opened.dtype
+    planned = opened.computing(options.compute, device, dtype)
+    plain = opened.source.gguf or quantised_with(opened.config) is None
+    if plain and options.compute == "auto" and planned.compute != dtype:
+        computed, stored = (str(d).removeprefix("torch.") for d in (planned.compute, dtype))
+        notice(f"compute: {computed} (default, since {device} multiplies {stored} more slowly)")
+    return planned
 
 
 def check_place(options: Any, source: Source, texts: Sequence[str | None], notice: Notice) -> None:

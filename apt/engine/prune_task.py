@@ -19,7 +19,7 @@ from apt.engine.export import check_exportable
 from apt.engine.machine import check_tokens, choose_device, read_dtype
 from apt.engine.opening import pattern_of, selection_of
 from apt.engine.packing import check_packed_place
-from apt.engine.prepare import Notice, capped, input_paths, open_model
+from apt.engine.prepare import Notice, capped, input_paths, open_model, with_compute
 from apt.engine.prune_model import Pruning, prune_model
 from apt.engine.pruning_plan import Dense, Sparsity, find_method, sparse_pruning
 from apt.engine.recipes import record
@@ -45,9 +45,9 @@ from apt.text.datasets import calibration_tokens, digest
 
 _ORDER = (
     "model", "pattern", "output", "adapter", "method", "calibration", "evaluation", "metrics",
-    "allocation", "samples", "seqlen", "seed", "device", "dtype", "overwrite", "max_shard_size",
-    "also", "save_masks", "stream", "resume", "activations", "tokenizer", "trust_remote_code",
-    "bos", "revision", "only", "skip", "overrides", "shrink", "per",
+    "allocation", "samples", "seqlen", "seed", "device", "dtype", "compute", "overwrite",
+    "max_shard_size", "also", "save_masks", "stream", "resume", "activations", "tokenizer",
+    "trust_remote_code", "bos", "revision", "only", "skip", "overrides", "shrink", "per",
 )  # fmt: skip
 
 
@@ -118,7 +118,8 @@ class PruneTask(Task):
         return Report(
             options=self.record(),
             model=described(options.model, skeleton.config.model_type, skeleton.spec.name)
-            | {"sha256": store.weights},
+            | {"sha256": store.weights}
+            | store.precision.record(),
             calibration={
                 "source": portable(options.calibration),
                 "own_samples": self.job.augmentation.own_samples,
@@ -182,8 +183,14 @@ def _trained(training: RecoverTask, store: ModelStore, report: Report, closing: 
         return replace(report, problems=[*report.problems, error.message])
 
 
-def prepare_pruning(options: PruneRun | ShrinkRun, registry: Registry, notice: Notice) -> PruneTask:
+def prepare_pruning(
+    options: PruneRun | ShrinkRun, registry: Registry, notice: Notice, ranks: Ranks | None = None
+) -> PruneTask:
     """Check a pruning.
+
+    Args:
+        ranks: the processes that prune together; the first one chooses the samples for a given
+            time.
 
     Raises:
         AptError: an option does not fit the model, the machine or the disk.
@@ -193,6 +200,8 @@ def prepare_pruning(options: PruneRun | ShrinkRun, registry: Registry, notice: N
     texts = (options.calibration, options.evaluation, options.tokenizer)
     skeleton = open_model(options, texts, registry, notice)
     check_exportable(options, skeleton, registry)
+    device, training = choose_device(options.device), None
+    skeleton = with_compute(skeleton, options, device, notice)
     if isinstance(options, PruneRun):
         check_packed_place(options, input_paths(skeleton.source, texts))
     dense = Dense(
@@ -200,12 +209,14 @@ def prepare_pruning(options: PruneRun | ShrinkRun, registry: Registry, notice: N
         options.stream, options.device, notice,
     )  # fmt: skip
     made: Any = _sparse if isinstance(options, PruneRun) else _smaller
-    device, training = choose_device(options.device), None
     seqlen = capped(options.seqlen, skeleton, notice)
     options = replace(options, adapter=skeleton.spec.name, seqlen=seqlen)
     if isinstance(options, PruneRun) and (minutes := options.minutes) is not None:
         _, method, job = made(options, skeleton, replace(dense, notice=lambda line: None))
-        options = fitted(options, skeleton, job, method, device, notice)
+        ranks = ranks or Ranks()
+        options = ranks.share(
+            fitted(options, skeleton, job, method, device, notice) if ranks.first else options
+        )
         taken = (time.perf_counter() - started) / 60
         left = replace(options, minutes=max(minutes - taken, 0.0))
         training = training_of(left, skeleton, registry, device)
@@ -274,7 +285,7 @@ def _check_memory(task: PruneTask) -> None:
     held = (
         0
         if options.activations == "disk"
-        else hidden_size(skeleton.config) * skeleton.dtype.itemsize
+        else hidden_size(skeleton.config) * skeleton.runs_in.itemsize
     )
     ranks = whole_number("WORLD_SIZE", 1, least=1)
     samples = task.job.augmentation.written(options.samples)

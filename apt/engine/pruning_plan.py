@@ -101,6 +101,14 @@ def sparse_pruning(
     if options.permute and not any(block.permutable for block in plan.blocks):
         fault = "permute has no effect: no n:m site has inputs that can change places"
         raise AptError(fault, "leave it out", ("permute",))
+    rows = recipe.row_importance
+    if (
+        options.row_importance
+        and rows
+        and not any(rows.serves(s.site, s.pattern) for s in plan.sites)
+    ):
+        fault = "row importance has no effect: every row of every site keeps as many weights"
+        raise AptError(fault, "leave it out", ("row_importance",))
     allocation = wanted.allocation
     if allocation is None:
         aware = recipe.error_aware and method.error_aware and bool(unstructured(plan))

@@ -32,16 +32,15 @@ def recipe_of(options: SolveOptions, method: MethodSpec) -> Recipe:
         raise AptError(
             "a smaller dense model is not quantised in the same run", QUANTISE_AFTER, ("quantize",)
         )
-    aware = is_aware(options, method)
-    if not aware:
-        _check_layer_wise(options)
+    aware, tuning = is_aware(options, method), tuning_of(options, method)
+    options.check_needed({"error_aware": aware, "tuning_epochs": tuning and tuning.epochs})
     damping = _or(options.damping, DAMPING_ERROR_AWARE if aware else DAMPING)
     bits = int(sparse.quantize[3:]) if sparse.quantize else None
     return Recipe(
         SolverOptions(damping=damping, effort=options.effort, block_size=sparse.block_size),
         _targets(options, method) if aware else None,
         _row_importance(sparse.row_importance) if aware else None,
-        tuning_of(options, method),
+        tuning,
         _or(
             sparse.permute,
             aware and method.error_aware and not isinstance(method, ShrinkMethodSpec),
@@ -95,17 +94,6 @@ def record(recipe: Recipe, augmentation: Augmentation) -> dict[str, Any]:
 def _preset(options: SolveOptions, method: MethodSpec) -> Preset:
     searches = is_aware(options, method) and method.efforts
     return PRESETS[options.effort if searches else "fast"]
-
-
-def _check_layer_wise(options: SolveOptions) -> None:
-    corrections = ("input_correction", "drift_correction")
-    for name in (*corrections, "row_importance", "tuning_epochs", "permute"):
-        if getattr(options, name, None):
-            raise AptError(
-                f"{name.replace('_', ' ')} has no effect in a layer-wise run",
-                "leave it out, or make the run error-aware",
-                (name, "error_aware"),
-            )
 
 
 def _targets(options: SolveOptions, method: MethodSpec) -> Targets:

@@ -17,7 +17,7 @@ from apt.distributed.ranks import Ranks
 from apt.engine.export import check_exportable
 from apt.engine.machine import choose_device
 from apt.engine.opening import find_source
-from apt.engine.prepare import Notice, capped, open_model
+from apt.engine.prepare import Notice, capped, open_model, with_compute
 from apt.engine.reports import continued, in_order, report_beside
 from apt.engine.store import ModelStore
 from apt.engine.task import Changed, Task
@@ -45,7 +45,7 @@ _MOST_SAMPLES = 10_000
 _ADAPTER = "adapter"
 _ORDER = (
     "model", "kind", "dense", "calibration", "evaluation", "metrics", "samples", "seqlen", "seed",
-    "save_masks", "save_adapter", "adapter", "tokenizer", "device", "max_shard_size",
+    "save_masks", "save_adapter", "adapter", "tokenizer", "device", "compute", "max_shard_size",
     "trust_remote_code", "bos", "revision",
 )  # fmt: skip
 
@@ -148,7 +148,12 @@ class RecoverTask(Task):
 
     def inputs(self, store: ModelStore, text: Text, report: Report) -> Line:
         """All inputs that the result depends on."""
-        return {"options": self.record(), "model": store.weights, "text": digest(text.tokens)}
+        return {
+            "options": self.record(),
+            "model": store.weights,
+            "text": digest(text.tokens),
+            **store.precision.record(),
+        }
 
     def change(self, store: ModelStore, text: Text, report: Report) -> Changed:
         """Train the model."""
@@ -162,6 +167,7 @@ class RecoverTask(Task):
         )  # fmt: skip
         if store.ranks.first and not store.journal.values(CHECKPOINT):
             forget(store.folder)
+        store.restore()  # a training begins with the weights as they are stored
         try:
             training, masks = recover_model(store.model, text.tokens, job)
         except NotRecoveredError:
@@ -179,6 +185,7 @@ class RecoverTask(Task):
             "seconds": 0.0,
             "peak_memory_bytes": {},
             "ranks": store.ranks.size,
+            **store.precision.record(),
             "versions": versions(),
             "earlier": self.earlier.get("recovery", {}),
         }
@@ -221,6 +228,8 @@ def prepare_recovery(options: RecoverRun, registry: Registry, notice: Notice) ->
     texts = (options.calibration, options.evaluation, options.tokenizer, options.dense)
     skeleton = open_model(options, texts, registry, notice)
     check_exportable(options, skeleton, registry)
+    device = choose_device(options.device)
+    skeleton = with_compute(skeleton, options, device, notice)
     earlier = _report_beside(skeleton.source)
     if spec.zeros and earlier.get("structure"):
         raise AptError(
@@ -232,7 +241,7 @@ def prepare_recovery(options: RecoverRun, registry: Registry, notice: Notice) ->
     said = f"kind: {spec.name}" + ("" if options.kind else " (default)")
     options = replace(options, kind=spec.name, adapter=skeleton.spec.name, seqlen=seqlen)
     task = RecoverTask(
-        options=options, registry=registry, skeleton=skeleton, device=choose_device(options.device),
+        options=options, registry=registry, skeleton=skeleton, device=device,
         spec=spec, earlier=earlier,
     )  # fmt: skip
     if spec.teacher:

@@ -1,6 +1,7 @@
 """A whole run, from the options to a directory on disk: the same for all tasks."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from apt.arguments import checked
@@ -12,6 +13,7 @@ from apt.engine.output_store import OutputStore
 from apt.engine.packing import pack_output
 from apt.engine.prepare import finished_report
 from apt.engine.prune_task import prepare_pruning
+from apt.engine.rank_inputs import read, running
 from apt.engine.reapply_task import prepare_reapplying
 from apt.engine.recover_task import prepare_recovery
 from apt.engine.streamed import Streamed
@@ -60,7 +62,7 @@ def run(
     options.check()
     if not isinstance(options, ReapplyRun):
         options = with_names(options, registry(), notice)
-    task = prepare(options, registry(), notice)
+    task = prepare(options, registry(), notice, ranks)
     report = finished_report(task) or execute(task, observe, status, ranks=ranks)
     if ranks is None or ranks.first:
         if isinstance(options, PruneRun):
@@ -71,15 +73,21 @@ def run(
 
 
 def prepare(
-    options: AnyRun, registry: Registry, notice: Callable[[str], None] = lambda line: None
+    options: AnyRun,
+    registry: Registry,
+    notice: Callable[[str], None] = lambda line: None,
+    ranks: Ranks | None = None,
 ) -> Task:
     """Check everything that can be checked before the work begins, with the names of `with_names`.
+
+    Args:
+        ranks: the processes that work together.
 
     Raises:
         AptError: an option does not fit the model, the machine or the disk.
     """
     if isinstance(options, PruneRun | ShrinkRun):
-        return prepare_pruning(options, registry, notice)
+        return prepare_pruning(options, registry, notice, ranks)
     if isinstance(options, RecoverRun):
         return prepare_recovery(options, registry, notice)
     return prepare_reapplying(options, registry, notice)
@@ -101,11 +109,13 @@ def execute(
         observe = telling(observe, task.registry.site_pruned)
     timeline = Timeline(status, observe)
     store: OutputStore = (Streamed if task.stream else InMemory)(task, timeline, ranks)
+    ranks.check_alike(partial(running, task.record(), stream=task.stream))
     store.check_space()
     with store.opened():
         store.status("reading text")
         text = task.read_text(ranks)
         report = store.begin(text)
+        ranks.check_alike(partial(read, store, text.tokens))
         if store.is_done():
             return store.earlier_report()
         store.measure("before")

@@ -18,6 +18,7 @@ from apt.adapter import Site
 from apt.calibration.capture import as_rows
 from apt.checkpoints.load import load, open_skeleton
 from apt.checkpoints.safetensors_io import Shards
+from apt.compute import compute_dtype
 from apt.distributed.launch import joined
 from apt.engine.packing import pack_model
 from apt.engine.run import run
@@ -54,7 +55,7 @@ class NotThereError(Exception):
 def self_test(
     device: str, registry: Registry, status: Callable[[str], None] = lambda text: None
 ) -> Iterator[Tested]:
-    """Test solver, capture, a whole run, streaming, packed products, and two processes.
+    """Test products, solver, capture, a whole run, streaming, packed products, two processes.
 
     A test that fails does not end the others.
 
@@ -65,6 +66,7 @@ def self_test(
     with TemporaryDirectory(prefix="apt-test-") as folder:
         machine = _Machine(device, registry, Path(folder))
         for what, test in (
+            ("products of matrices", machine.products),
             ("joint weights against fp64", machine.solver),
             ("captured inputs against the CPU", machine.capture),
             ("a run, its model opened again", machine.whole_run),
@@ -94,6 +96,16 @@ class _Machine:
     device: str
     registry: Registry
     folder: Path
+
+    def products(self) -> str:
+        """The speed of each dtype, and the one that a model stored in bf16 computes in."""
+        speeds = {
+            str(dtype).removeprefix("torch."): devices.operations_per_second(dtype, self.device)
+            for dtype in (torch.float32, torch.bfloat16, torch.float16)
+        }
+        said = ", ".join(f"{name} {speed / 1e9:,.0f}" for name, speed in speeds.items())
+        taken = str(compute_dtype(torch.bfloat16, self.device)).removeprefix("torch.")
+        return f"{said} GFLOP/s; a model in bfloat16 computes in {taken}"
 
     def solver(self) -> str:
         """The exact weights for a mask, with neighbouring inputs that are nearly the same."""

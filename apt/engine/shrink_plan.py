@@ -124,7 +124,7 @@ def _resolved(
     kinds = [] if _only_blocks(wish) else [*(wish.sizes or sizes.automatic)]
     experts = [kind for kind in kinds if kind in sizes.groups and sizes.groups[kind].routed]
     if named is not None and sizes.groups.keys() >= set(kinds):  # the others are refused by name
-        _check_fit(named, wish, experts)
+        _check_fit(named, wish, experts, others=len(kinds) > len(experts))
     drops = wish.mode in ("search", "blocks-first") or wish.blocks is not None or bool(wish.drop)
     kind: Literal["groups", "experts", "blocks"] = "blocks" if not kinds else "groups"
     kind = "experts" if kinds and experts == kinds else kind
@@ -177,8 +177,15 @@ def _takes(function: Any, count: int) -> bool:
     return True
 
 
-def _check_fit(method: ShrinkMethodSpec, wish: ShrinkOptions, experts: Sequence[str]) -> None:
-    """Raise if a method chooses what is not removed."""
+def _check_fit(
+    method: ShrinkMethodSpec, wish: ShrinkOptions, experts: Sequence[str], *, others: bool = True
+) -> None:
+    """Raise if a method chooses what is not removed, so that it would not be used.
+
+    Args:
+        experts: the kinds of experts that become fewer.
+        others: False if no other groups become fewer.
+    """
     if method.chooses == "experts" and not experts:
         raise AptError(
             f"method {method.name} chooses experts, and none are removed here",
@@ -191,6 +198,12 @@ def _check_fit(method: ShrinkMethodSpec, wish: ShrinkOptions, experts: Sequence[
             f"method {method.name} chooses groups, and only blocks are dropped here",
             "choose a method for blocks",
             ("method", "depth_only"),
+        )
+    if method.chooses == "columns" and experts and not others:
+        raise AptError(
+            f"method {method.name} chooses columns of weights, and only experts are removed here",
+            "choose a method for experts, or remove other groups too",
+            ("method", "sizes"),
         )
     counted = wish.mode == "blocks-first" or wish.blocks is not None
     if blocks and not _only_blocks(wish) and not counted:

@@ -1,7 +1,7 @@
 """The place of a model while a task changes it: in memory, or with its blocks on disk."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from apt.calibration.storage import MemoryStore, Store
 from apt.checkpoints.load import fingerprint
+from apt.compute import ComputeDtype, Precision, compute_dtype
 from apt.distributed.ranks import Ranks
 from apt.files.journal import Journal
-from apt.pruning.block_storage import BlockStorage, MemoryBlocks
+from apt.pruning.block_storage import BlockStorage, MemoryBlocks, RoundedBlocks
 
 
 class ModelStore:
@@ -26,6 +27,7 @@ class ModelStore:
         activations: the store of the calibration activations between two blocks.
         journal: the journal of the run.
         folder: a folder for what a training keeps on disk.
+        precision: the dtype of the stored weights, and the dtype that the model computes in.
     """
 
     model: nn.Module
@@ -39,6 +41,8 @@ class ModelStore:
     ) -> None:
         self.ranks, self.observe, self.status = ranks or Ranks(), observe, status
         self._started = time.perf_counter()
+        self.precision = Precision(torch.float32, torch.float32)  # until `compute_in`
+        self._cast: ComputeDtype | None = None
         self.blocks: BlockStorage = MemoryBlocks()
         self.activations: Store = MemoryStore()
         self.journal = Journal()
@@ -47,6 +51,37 @@ class ModelStore:
     def weights(self) -> str:
         """The hash of the weights, before they change."""
         return fingerprint(self.model)
+
+    def compute_in(
+        self,
+        asked: str,
+        stored: torch.dtype,
+        device: str,
+        dtypes: Mapping[str, torch.dtype] | None = None,
+    ) -> None:
+        """Give the model the dtype that it computes in, until `restore`.
+
+        Args:
+            asked: the name of the dtype, or ``auto``; see `compute_dtype`.
+            stored: the dtype of the model's sites.
+            dtypes: stored dtypes, by the full names of parameters, that the model in memory does
+                not have.
+        """
+        _ = self.weights  # their hash, before they are cast
+        self.precision = Precision(stored, compute_dtype(stored, device, asked))
+        self._cast = ComputeDtype(self.model, self.precision.compute)
+        stored_dtypes = {**self._cast.stored, **(dtypes or {})}
+        if any(
+            parameter.dtype != stored_dtypes.get(name, parameter.dtype)
+            for name, parameter in self.model.named_parameters()
+        ):
+            self.blocks = RoundedBlocks(stored_dtypes)
+
+    def restore(self) -> None:
+        """Give the weights their stored dtypes again."""
+        if self._cast is not None:
+            self._cast.restore()
+            self._cast = None
 
     @property
     def seconds(self) -> float:

@@ -23,6 +23,7 @@ from apt.checkpoints.offload import StoredBlocks, assemble
 from apt.checkpoints.safetensors_io import Shards
 from apt.checkpoints.smaller import write_smaller
 from apt.checkpoints.stored import open_stored, pruned_tensors
+from apt.compute import Precision, compute_dtype
 from apt.distributed.ranks import Ranks
 from apt.engine.disk_blocks import DiskBlocks
 from apt.engine.machine import activation_store
@@ -88,6 +89,9 @@ class Streamed(OutputStore):
         self.text = text
         self.status("checking and hashing the weights")
         self._stored.check_finite()
+        stored = self._stored.dtype(self.task.skeleton, self.task.plan)
+        compute = compute_dtype(stored, self.task.device, self.task.options.compute)
+        self.precision = Precision(stored, compute)
         report = self.task.begin(self, text)
         if self.ranks.first:
             if not self._continues(report):
@@ -105,7 +109,7 @@ class Streamed(OutputStore):
         options, out = self.task.options, self.work.out
         other = self.text.tokenizer if options.tokenizer else None
         self._stored.copy(out, other, options.max_shard_size)
-        self.journal.add({"copied": checksums(out)})
+        self.journal.add({"copied": checksums(out)}, out)
 
     def _check_copy(self) -> None:
         """Compare the files of the interrupted run with their checksums."""
@@ -135,8 +139,9 @@ class Streamed(OutputStore):
         """Load the weights outside the blocks."""
         self.status("loading the weights outside the blocks")
         task, stored = self.task, self._stored
-        dtype = stored.dtype(task.skeleton, task.plan)
-        self.model = assemble(task.skeleton, stored.shards, stored.layout, task.device, dtype)
+        self.model = assemble(
+            task.skeleton, stored.shards, stored.layout, task.device, self.precision.compute
+        )
         blocks = dict(task.skeleton.adapter.blocks(self.model))
         self._dense, self._pruned = (
             StoredBlocks(shards, stored.layout, blocks, task.device, cast=True)
@@ -163,7 +168,7 @@ class Streamed(OutputStore):
             known = self.ranks.share(generate() if self.ranks.first else torch.empty(0))
         if self.ranks.first:
             save_file({"tokens": known}, place)
-            self.journal.add({"own_text": digest(known)})
+            self.journal.add({"own_text": digest(known)}, place)
         return known
 
     def measure(self, when: str) -> None:
@@ -177,7 +182,8 @@ class Streamed(OutputStore):
     def _measurable(self, held_out: Tensor, when: str) -> Iterator[nn.Module]:
         adapter = self.task.skeleton.adapter
         if self._small is not None:
-            with streamed(self._saved(self._small), held_out, self.task.device) as module:
+            small, compute = self._saved(self._small), self.precision.compute
+            with streamed(small, held_out, self.task.device, compute) as module:
                 yield module
             return
         on_disk = self._pruned if when == "after" else self._dense
@@ -224,7 +230,11 @@ class Streamed(OutputStore):
         self.status("writing the smaller model")
         self.blocks.verify(plan)
         skeleton, target = self.task.skeleton, self.work.fresh("small")
-        write_smaller(skeleton, plan, self._pruned, self._stored.layout, self.work.out, target)
+        written = StoredBlocks(
+            Shards(self.work.out), self._stored.layout,
+            dict(skeleton.adapter.blocks(self.model)), self.task.device,
+        )  # fmt: skip
+        write_smaller(skeleton, plan, written, self._stored.layout, self.work.out, target)
         open_stored(self._saved(target))
         return target
 

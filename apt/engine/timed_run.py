@@ -79,7 +79,7 @@ def training_of(
         kind="distill", adapter=options.adapter, tokenizer=options.tokenizer,
         calibration=options.calibration, bos=options.bos, seed=options.seed, seqlen=seqlen,
         rate=rate, checks=checks, minutes=options.minutes,
-        device=options.device,
+        device=options.device, compute=options.compute,
         trust_remote_code=options.trust_remote_code, revision=options.revision,
         max_shard_size=options.max_shard_size,
     )  # fmt: skip

@@ -14,16 +14,24 @@ from apt.calibration.storage import Store
 from apt.checkpoints.offload import StoredBlocks, assemble
 from apt.checkpoints.opened import Opened
 from apt.checkpoints.stored import open_stored
+from apt.compute import compute_dtype
 from apt.errors import AptError
 
 
 @contextmanager
-def streamed(skeleton: Opened, tokens: Tensor, device: str) -> Iterator[nn.Module]:
-    """A model for the windows of ``tokens`` (windows, seqlen), whose blocks are read one by one."""
+def streamed(
+    skeleton: Opened, tokens: Tensor, device: str, compute: torch.dtype | str = "auto"
+) -> Iterator[nn.Module]:
+    """A model for the windows of ``tokens`` (windows, seqlen), whose blocks are read one by one.
+
+    Args:
+        compute: the dtype that it computes in, or its name; see `apt.compute.compute_dtype`.
+    """
     stored = open_stored(skeleton)
-    dtype = stored.dtype(skeleton)
+    if isinstance(compute, str):
+        compute = compute_dtype(stored.dtype(skeleton), device, compute)
     parts = (stored.shards, stored.layout)
-    module = assemble(skeleton, *parts, device, dtype)
+    module = assemble(skeleton, *parts, device, compute)
     on_disk = StoredBlocks(*parts, dict(skeleton.adapter.blocks(module)), device, cast=True)
     with carried(module, skeleton.adapter, tokens, on_disk):
         yield module

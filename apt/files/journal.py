@@ -1,8 +1,8 @@
 """The journal of a run that can be resumed: a file of lines, each with a checksum.
 
 The first line has all that the run depends on. A line is written after the data that it describes
-are on disk. Its checksum covers all lines before it, so that a changed, added or removed line is
-detected. An incomplete last line is ignored.
+are on disk: the journal flushes them first. Its checksum covers all lines before it, so that a
+changed, added or removed line is detected. An incomplete last line is ignored.
 """
 
 import errno
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from apt.errors import AptError
+from apt.files.flushing import flush
 
 Line = dict[str, Any]
 _CHECKSUM, _INPUTS = "checksum", "fingerprint"
@@ -79,14 +80,24 @@ class Journal:
         """The checksum of the next line."""
         return hashlib.blake2b((self._last + json.dumps(line)).encode(), digest_size=16).hexdigest()
 
-    def add(self, line: Line) -> None:
-        """Write a line and flush it to disk."""
+    def add(self, line: Line, data: Path | None = None) -> None:
+        """Write a line and flush it to disk.
+
+        Args:
+            line: the line.
+            data: the file or the folder that it describes, which is flushed first; None if that is
+                on disk already, or there is none.
+        """
         if self.path is not None:
-            checksum = self._checksum(line)
+            if data is not None:
+                flush(data)
+            checksum, is_new = self._checksum(line), not self.path.exists()
             with open(_open(self.path, self._remedy), "ab") as file:
                 file.write(f"{json.dumps({**line, _CHECKSUM: checksum})}\n".encode())
                 file.flush()
                 os.fsync(file.fileno())
+            if is_new:
+                flush(self.path)
             self._last = checksum
         self.lines.append(line)
 

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from apt.errors import AptError, first_line
+from apt.files.flushing import flush_folder
 from apt.files.renaming import rename_new
 
 _CHOOSE_ANOTHER = "choose another file"
@@ -88,6 +89,7 @@ def write_file(path: Path, content: str | bytes, *, overwrite: bool = False) -> 
             os.replace(partial, path)
         else:
             rename_new(partial, path)
+        flush_folder(path.parent)
     except OSError as error:
         raise _cannot_write(path, error) from error
     finally:

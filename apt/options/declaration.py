@@ -49,6 +49,11 @@ class Option:
         within: the interval of a number, such as ``"(0, 1]"``.
         meaning: what the number is, for the error of a number outside.
         used_if: the attribute of a method's spec that is true if the method uses the option.
+        needs: the option of the same command without which it has no effect, such as
+            ``"quantize"``, or with the value that it needs, ``"mode=search"``.
+        needs_in_run: the same, of an option whose value is known once the method is, see
+            `Options.check_needed`.
+        off: what a run without this option is, for the error of one that needs it.
         read: the value of a text, or of a list of texts.
         text: the inverse of ``read``.
         formerly: the name before the option was renamed. It is accepted with a warning, and it is
@@ -69,6 +74,9 @@ class Option:
     within: str = ""
     meaning: str = ""
     used_if: str = ""
+    needs: str = ""
+    needs_in_run: str = ""
+    off: str = ""
     read: Callable[[Any], Any] | None = None
     text: Callable[[Any], Any] = str
     formerly: str = ""
@@ -277,6 +285,35 @@ class Options:
         """Raise `AptError` if an option is out of range, or options contradict each other."""
         for one in self.OPTIONS:
             one.check(getattr(self, one.name))
+        self._check_needs(vars(self), lambda declared: declared.needs)
+
+    def check_needed(self, settings: Mapping[str, Any]) -> None:
+        """Raise for an option that has no effect with the settings that a run has come to.
+
+        Args:
+            settings: the values of the options whose default depends on the method.
+
+        Raises:
+            AptError: an option that is on needs one that is off.
+        """
+        self._check_needs(settings, lambda declared: declared.needs_in_run)
+
+    def _check_needs(self, values: Mapping[str, Any], needs_of: Callable[[Option], str]) -> None:
+        known = {one.name: one for one in self.OPTIONS}
+        for one in self.OPTIONS:
+            name, _, wanted = needs_of(one.option).partition("=")
+            value = getattr(self, one.name)
+            if not name or not value or value == one.default:
+                continue
+            if values[name] == wanted if wanted else values[name]:
+                continue
+            other = known[name]
+            without = other.option.off or f"without {wanted or other.words}"
+            raise AptError(
+                f"{one.words} has no effect {without}",
+                f"leave it out, or add {wanted or other.words}",
+                (one.name, name),
+            )
 
     def check_used(self, spec: Any, known: Iterable[Any], what: str) -> None:
         """Raise for an option that a method does not use.
@@ -292,9 +329,8 @@ class Options:
         for one in self.OPTIONS:
             if getattr(self, one.name) != one.default and not _uses(spec, one):
                 others = ", ".join(other.name for other in known if _uses(other, one))
-                raise one.error(
-                    f"{what} {spec.name} does not use {one.words}", f"those that use it: {others}"
-                )
+                hint = f"those that use it: {others}" if others else "leave it out"
+                raise one.error(f"{what} {spec.name} does not use {one.words}", hint)
 
     def record(self) -> dict[str, Any]:
         """The options as values for JSON, by their names in reports."""

@@ -12,6 +12,7 @@ from apt.options.shared import (
     SELECTION,
     TEXT,
     AdapterOptions,
+    ComputeOptions,
     DtypeOptions,
     IntegerOptions,
     MachineName,
@@ -97,7 +98,9 @@ class ExportRun(AdapterOptions, RemoteOptions):
 
 
 @options
-class InspectRun(AdapterOptions, RemoteOptions, PatternOptions, SampleOptions, StreamOptions):
+class InspectRun(
+    AdapterOptions, RemoteOptions, PatternOptions, SampleOptions, StreamOptions, ComputeOptions
+):
     """The options of ``apt-prune inspect``."""
 
     samples: int = option(

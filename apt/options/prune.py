@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from apt.errors import AptError
-from apt.options.declaration import Options, option, options
+from apt.options.declaration import option, options
 from apt.options.shared import (
     A_TIME,
     ACCURACY,
@@ -14,6 +14,7 @@ from apt.options.shared import (
     RUNNING,
     SELECTION,
     TEXT,
+    ComputeOptions,
     DtypeOptions,
     IntegerOptions,
     MaskOptions,
@@ -57,7 +58,7 @@ tokens. Own samples improve the result more than random tokens do, but cost more
 
 
 @options
-class SolveOptions(Options):
+class SolveOptions(ComputeOptions):
     """The options of the loop over blocks, for a sparse and for a smaller model."""
 
     own_samples: int | None = option(
@@ -80,16 +81,19 @@ class SolveOptions(Options):
         "Each site compensates a part of the error of the sites before it, or none of it. "
         "The default depends on the method.",
         default=None, panel=ACCURACY, flag="--error-aware/--layer-wise",
+        off="in a layer-wise run",
     )  # fmt: skip
     input_correction: float | None = option(
         "Share of the error of its inputs that a site compensates. By default 0.25.",
         default=None, panel=ACCURACY, metavar="A", within="[0, 1]", formerly="alpha",
+        needs_in_run="error_aware",
         meaning="it is a share of an error, such as 0.25",
     )  # fmt: skip
     drift_correction: float | None = option(
         "Share of the drift of the residual stream that a site which writes to this stream "
         "compensates. By default 0.25.",
         default=None, panel=ACCURACY, metavar="B", within="[0, 1]", formerly="beta",
+        needs_in_run="error_aware",
         meaning="it is a share of an error, such as 0.25",
     )  # fmt: skip
     ordered: bool | None = option(
@@ -99,18 +103,19 @@ class SolveOptions(Options):
     )  # fmt: skip
     tuning_epochs: int | None = option(
         "Passes of block tuning by gradients; 0 turns it off. By effort 0, 1 or 8.",
-        default=None, panel=ACCURACY, metavar="N", within="[0, 1000]",
+        default=None, panel=ACCURACY, metavar="N", within="[0, 1000]", off="without tuning",
+        needs_in_run="error_aware",
         meaning="it is a number of passes, such as 1",
     )  # fmt: skip
     tuning_rate: float | None = option(
         "First learning rate of the tuning, as a share of a weight's size. By default 0.05, "
         "with --effort best 0.025.",
-        default=None, panel=ACCURACY, metavar="R", within="[0, 1]",
+        default=None, panel=ACCURACY, metavar="R", within="[0, 1]", needs_in_run="tuning_epochs",
         meaning="it is a share of a weight's size, such as 0.05",
     )  # fmt: skip
     tuning_tokens: int | None = option(
         "Calibration tokens for the tuning; 0 uses all. By default 12288, with --effort best all.",
-        default=None, panel=ACCURACY, metavar="N", within="[0, ∞)",
+        default=None, panel=ACCURACY, metavar="N", within="[0, ∞)", needs_in_run="tuning_epochs",
         meaning="it is a number of tokens; 0 uses all",
     )  # fmt: skip
     damping: float | None = option(
@@ -136,13 +141,15 @@ class PruneOptions(IntegerOptions, SolveOptions):
 
     row_importance: float | None = option(
         "Exponent by which more important rows keep more weights; 0 turns it off. By default 0.35.",
-        default=None, panel=ACCURACY, metavar="P", within="[0, 2]",
+        default=None, panel=ACCURACY, metavar="P", within="[0, 2]", used_if="sparse",
+        needs_in_run="error_aware",
         meaning="it is a power, such as 0.35",
     )  # fmt: skip
     permute: bool | None = option(
         "Change the order of channels and values before n:m, so that each group keeps more. By "
         "default in error-aware runs.",
-        default=None, panel=ACCURACY, flag="--permute/--no-permute",
+        default=None, panel=ACCURACY, flag="--permute/--no-permute", used_if="sparse",
+        needs_in_run="error_aware",
     )  # fmt: skip
     block_size: int | None = option(
         "Columns of one joint compensation; by default all.",
@@ -231,6 +238,12 @@ class PruneRun(ModelRun, UnitOptions, PruneOptions, MaskOptions):
                 "memory, and changes integers",
                 hint,
                 ("minutes", given[0]),
+            )
+        if self.compute == "float16":
+            raise AptError(
+                "a training does not compute in float16: small gradients would be zero",
+                "choose float32 or bfloat16",
+                ("minutes", "compute"),
             )
         if self.samples == 0:
             raise AptError(

@@ -3,7 +3,7 @@
 from typing import Any
 
 from apt.errors import AptError
-from apt.options.declaration import Options, option, options
+from apt.options.declaration import option, options
 from apt.options.shared import (
     A_TIME,
     MINUTES,
@@ -11,6 +11,7 @@ from apt.options.shared import (
     RUNNING,
     TEXT,
     TRAINING,
+    ComputeOptions,
     DeviceOptions,
     MaskOptions,
     MeasuringOptions,
@@ -36,7 +37,7 @@ def read_amount(text: str) -> int | str:
 
 
 @options
-class RecoverOptions(Options):
+class RecoverOptions(ComputeOptions):
     """The options that the result of a recovery depends on, beside the text.
 
     At most one of ``steps``, ``tokens`` and ``minutes`` is given. The rate rises over the first 3 %
@@ -124,6 +125,12 @@ class RecoverOptions(Options):
     def check(self) -> None:
         """Raise `AptError` if an option is out of range, or options contradict each other."""
         super().check()
+        if self.compute == "float16":
+            raise AptError(
+                "a training does not compute in float16: small gradients would be zero",
+                "choose float32 or bfloat16",
+                ("compute",),
+            )
         given = [n for n in ("steps", "tokens", "minutes") if getattr(self, n) is not None]
         if len(given) > 1:
             raise AptError(f"{' and '.join(given)} exclude each other", "choose one", given)
@@ -152,7 +159,7 @@ class RecoverRun(
     )  # fmt: skip
     dense: str | None = option(
         "The dense model, for distill; by default the one that the report names.",
-        default=None, panel=TRAINING, metavar="MODEL", place=True,
+        default=None, panel=TRAINING, metavar="MODEL", place=True, used_if="teacher",
     )  # fmt: skip
     samples: int | None = option(
         "Samples of the text at most; by default as many as the steps use, up to 10,000.",

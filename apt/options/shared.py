@@ -14,6 +14,7 @@ PANELS = ("", MODEL, SIZE, TRAINING, SELECTION, TEXT, ACCURACY, RUNNING, OUTPUT)
 """The headings in the help of a command, in this order; others come after the text."""
 
 Activations = Literal["memory", "cpu", "disk"]
+Compute = Literal["auto", "float32", "bfloat16", "float16"]
 MachineName = Literal["h100", "h200", "a100", "4090", "mi300x"]
 MINUTES, A_TIME = "(0, 1e6]", "it is a time in minutes, such as 30"  # two years at most
 _SEEDS = (-(2**63), 2**64 - 1)  # the range of torch's generators
@@ -171,7 +172,7 @@ class MeasuringOptions(CalibrationOptions):
     metrics: tuple[str, ...] = option(
         "perplexity or accuracy; with apt-prune eval --dense also divergence or "
         "agreement; repeatable.",
-        default=("perplexity",), panel=TEXT, flag="--metric", metavar="NAME",
+        default=("perplexity",), panel=TEXT, flag="--metric", metavar="NAME", needs="evaluation",
     )  # fmt: skip
 
 
@@ -199,8 +200,21 @@ class DtypeOptions(Options):
     """Options for the dtype of the weights."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "float32, bfloat16 or float16; auto keeps the checkpoint's.", default="auto", panel=RUNNING
-    )
+        "Dtype of the weights as they are read and written: float32, bfloat16 or float16; auto "
+        "keeps the checkpoint's.",
+        default="auto", panel=RUNNING, metavar="DTYPE",
+    )  # fmt: skip
+
+
+@options
+class ComputeOptions(Options):
+    """Options for the dtype that a model computes in."""
+
+    compute: Compute = option(
+        "Dtype that the model computes in: float32, bfloat16 or float16. auto takes that of the "
+        "weights, or float32 where this machine multiplies it more slowly.",
+        default="auto", panel=RUNNING, metavar="DTYPE",
+    )  # fmt: skip
 
 
 @options
@@ -361,6 +375,7 @@ class IntegerOptions(Options):
     scale_group: int | Literal["row"] = option(
         "Columns that share a scale with --quantize, or row for one scale a row.",
         default=128, panel=ACCURACY, metavar="N|row", read=read_columns, formerly="group",
+        needs="quantize",
     )  # fmt: skip
 
     def check(self) -> None:

@@ -39,6 +39,9 @@ def read_sizes(texts: list[str]) -> dict[str, int | float]:
         if not equals or not kind or not (share or number.isdecimal()):
             hint = "write channels=1024, or a share such as experts=0.5"
             raise AptError(f"size {text} is not KIND=N", hint, ("sizes",))
+        if kind in sizes:
+            fault = f"the number of {kind} is given twice: {sizes[kind]} and {number}"
+            raise AptError(fault, "leave one of them out", ("sizes",))
         sizes[kind] = float(number) if share else int(number)
     return sizes
 
@@ -83,11 +86,12 @@ class ShrinkOptions(Options):
     )  # fmt: skip
     evaluations: int = option(
         "Candidates that --search evaluates at most.",
-        default=120, panel=SIZE, metavar="N", within="[1, ∞)",
+        default=120, panel=SIZE, metavar="N", within="[1, ∞)", needs="mode=search",
     )  # fmt: skip
     minutes: float | None = option(
         "Time for --search; by default no limit.",
         default=None, panel=SIZE, metavar="M", within=MINUTES, meaning=A_TIME,
+        needs="mode=search",
     )  # fmt: skip
 
     @property
@@ -108,6 +112,8 @@ class ShrinkOptions(Options):
         fits = {None: True, "width": not by_blocks, "depth": not self.sizes}
         if not fits.get(self.mode, False):
             raise _not_used(f"mode '{self.mode}'", "mode")
+        if self.keep != ShrinkOptions.keep:
+            raise _not_used(f"a share of {self.keep:g}", "keep")
         if self.budget != "parameters":
             raise _not_used(f"budget '{self.budget}'", "budget")
         if self.multiple_of is not None:
@@ -132,7 +138,8 @@ class ShrinkOptions(Options):
 
 
 def _not_used(what: str, option: str) -> AptError:
-    said = f"{what} is for a share to keep, and does not fit the given blocks or groups"
+    kind = "in place of" if option == "keep" else "for a share to keep, and does not fit"
+    said = f"{what} is {kind} the given blocks or groups"
     return AptError(said, "leave it out", (option,))
 
 

@@ -47,7 +47,8 @@ class Report:
 
     Attributes:
         options: the options of the run, with defaults filled in.
-        model: ``reference``, ``type``, ``adapter``, and the ``sha256`` of the weights.
+        model: ``reference``, ``type``, ``adapter``, the ``sha256`` of the weights, their ``dtype``,
+            and the dtype that the model computed in, ``compute``.
         calibration: ``source``, ``own_samples``, ``bos``, and ``shape`` and ``sha256`` of the
             calibration tokens. Samples with random tokens are not included in these two.
         sites: the record of each pruned site.

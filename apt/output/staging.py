@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from apt.checkpoints.copies import CARD, REPORT
 from apt.checkpoints.safetensors_io import synchronise
 from apt.errors import AptError
+from apt.files.flushing import flush, flush_folder
 from apt.files.hashes import file_hashes, sha256
 from apt.files.journal import Journal, Line
 from apt.files.locking import locked
@@ -49,6 +50,7 @@ class Staging:
         self.name, self.overwrite = output, overwrite
         self.output, self.folder = Path(os.path.realpath(output)), staging_folder(output)
         self.out, self._old = self.folder / "out", self.folder / "old"
+        self._former = self.folder / "former"  # ``out`` for a moment, while another replaces it
         self.activations = self.folder / "activations"
         self.tokens = self.folder / "tokens.safetensors"
         self.journal = Journal(
@@ -65,7 +67,8 @@ class Staging:
         """
         with _removing_new_parents(self.folder), _locked(self):
             self._check_links()
-            self._restore_old()
+            _put_back(self._old, self.output)
+            _put_back(self._former, self.out)
             self.journal.read()
             shutil.rmtree(self.activations, ignore_errors=True)
             self.activations.mkdir()
@@ -133,16 +136,19 @@ class Staging:
         return folder
 
     def replace_out(self, folder: Path) -> None:
-        """Publish another folder than ``out``, from `fresh`, when it is complete."""
+        """Publish another folder than ``out``, from `fresh`, when it is complete.
+
+        At every moment one of the two is at ``out``, or is put back there by the next run.
+        """
         self._finish(folder)
-        shutil.rmtree(self.out)
-        folder.rename(self.out)
+        exchange(folder, self.out, self._former)
+        shutil.rmtree(folder, ignore_errors=True)
 
     def finish(self) -> None:
         """Publish the output of a run that can be resumed, unless that has been done."""
         done = self.done
         if done == self.output:
-            shutil.rmtree(self.folder)
+            self._remove()
             return
         if done is None:
             self._finish(self.out)
@@ -150,7 +156,7 @@ class Staging:
 
     def _finish(self, directory: Path) -> None:
         """Record a complete output, by the hash of its report, which has those of its files."""
-        self.journal.add({"finished": sha256(directory / REPORT)})
+        self.journal.add({"finished": sha256(directory / REPORT)}, directory)
 
     @property
     def done(self) -> Path | None:
@@ -173,6 +179,8 @@ class Staging:
             AptError: a file that may not be replaced was created there. The output is then moved
                 to a free name beside it, which is in the message.
         """
+        with write_errors(self.name):
+            flush(self.out)
         set_permissions(self.out)
         try:
             check_replaceable(self.output, self.overwrite, str(self.name))
@@ -183,15 +191,15 @@ class Staging:
                 self._move_to_output()
             except FileExistsError:
                 self._move_beside(f"{self.name} was created during the run")
-            shutil.rmtree(self.folder)
+        self._remove()
 
     def _move_to_output(self) -> None:
         if not self.output.exists():
             rename_new(self.out, self.output)
-            return
-        exchange(self.out, self.output, self._old)
-        self.out.rename(self._old)
-        shutil.rmtree(self._old, ignore_errors=True)
+        else:
+            exchange(self.out, self.output, self._old)
+            self.out.rename(self._old)
+        flush_folder(self.output.parent)
 
     def _move_beside(self, reason: str) -> NoReturn:
         """Move the output to the first free name beside its place, and raise."""
@@ -199,15 +207,17 @@ class Staging:
         while os.path.lexists(place := self.output.with_name(f"{self.output.name}-{number}")):
             number += 1
         rename_new(self.out, place)
-        shutil.rmtree(self.folder)
+        self._remove()
         beside = place if self.name.is_symlink() else self.name.with_name(place.name)
         raise AptError(f"{reason}, and was not replaced", f"the result is complete, in {beside}")
 
-    def _restore_old(self) -> None:
-        """Put back an old output that an earlier run had moved away when it was killed."""
-        if self._old.is_dir() and not os.path.lexists(self.output):
-            self._old.rename(self.output)
-        shutil.rmtree(self._old, ignore_errors=True)
+    def _remove(self) -> None:
+        """Delete the folder.
+
+        What cannot be deleted does no harm to a published output. A file system of a network keeps
+        the lock in the folder until it is closed, see `_locked`.
+        """
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _check_links(self) -> None:
         """Raise if the folder contains a link."""
@@ -215,6 +225,13 @@ class Staging:
             for path in (Path(parent) / name for name in (*folders, *names)):
                 if path.is_symlink() or (path.is_file() and path.stat().st_nlink > 1):
                     raise self.journal.damaged(f"{path} is a link")
+
+
+def _put_back(aside: Path, place: Path) -> None:
+    """Put back a folder that an earlier run had moved aside when it was killed; or delete it."""
+    if aside.is_dir() and not os.path.lexists(place):
+        aside.rename(place)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def resumable(output: Path) -> bool:
@@ -233,8 +250,13 @@ def _locked(work: Staging) -> Iterator[None]:
                 raise AptError(f"another run is writing {work.name}", "wait for it")
             if not _is_at(lock, place):
                 continue  # its last holder deleted it in the meantime
-            yield
-            return
+            try:
+                yield
+                return
+            finally:
+                lock.close()  # until then, NFS keeps an open file in its folder as .nfsXXXX
+                with suppress(OSError):  # it is not empty: it is kept, or of another run by now
+                    work.folder.rmdir()
 
 
 @contextmanager
@@ -303,6 +325,7 @@ def whole_file(output: Path, overwrite: bool = False) -> Iterator[Path]:
             partial.replace(output)
         else:
             rename_new(partial, output)
+        flush_folder(output.parent)
 
 
 @contextmanager

@@ -37,8 +37,8 @@ from apt.runtime.entries import (
     read_entries,
 )
 from apt.runtime.experts import are_matrices
-from apt.runtime.matrix import FLOATS, MASK, SCALES, VALUES, Entry, Parts, bound, decode, encode
-from apt.runtime.packed_file import CHECKSUMS, PARTS, checksums
+from apt.runtime.matrix import FLOATS, Entry, Parts, bound, decode, encode
+from apt.runtime.packed_file import CHECKSUMS, PARTS, checksums, missing_parts
 from apt.runtime.rounding import encode_integers, encode_rounded
 from apt.runtime.weights import check_packed_files
 from apt.solver.integers import ScaleGroup
@@ -220,12 +220,13 @@ class PackedShards(Shards):
         super().__init__(directory, SINGLE_PACKED, INDEX_PACKED)
         self._stored = stored_tensors(directory)
         self._matrices = read_entries(directory)
+        if missing := missing_parts(self.entries, self._matrices):
+            fault = f"{directory} lacks {missing[0]}, which its config.json describes"
+            raise AptError(fault, "is the checkpoint complete?")
         for name, entry in self._matrices.items():
-            for part in (MASK, VALUES, *([SCALES] if entry.group else [])):
-                if (place := self.entries.pop(f"{name}_{part}", None)) is None:
-                    fault = f"{directory} lacks {name}_{part}, which its config.json describes"
-                    raise AptError(fault, "is the checkpoint complete?")
-                self.entries[name] = replace(place, dtype=FLOATS[entry.dtype], shape=entry.shape)
+            places = [self.entries.pop(f"{name}_{part}", None) for part in PARTS]
+            place = next(place for place in places if place is not None)
+            self.entries[name] = replace(place, dtype=FLOATS[entry.dtype], shape=entry.shape)
 
     def read(self, name: str) -> Tensor:
         """Read a tensor, or expand a matrix (out, in); raises `AptError` if it is damaged."""

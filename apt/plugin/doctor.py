@@ -8,7 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from apt.devices import accelerator, name_of, total_memory
+from apt.compute import compute_dtype
+from apt.devices import accelerator, best, name_of, operations_per_second, total_memory
 from apt.errors import AptError, first_line
 from apt.plugin.registry import Registry
 from apt.plugin.specs import AdapterSpec
@@ -41,17 +42,27 @@ class Finding:
 
 
 def machine() -> list[Finding]:
-    """Processor, its bfloat16, and every GPU."""
-    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-    native = [name for name in ("amx_bf16", "avx512_bf16") if capabilities.get(name)]
+    """Processor, every GPU, and how fast the device of a run multiplies each dtype."""
     findings = [
         Finding("python", platform.python_version()),
-        Finding(
-            "processor",
-            f"{torch.get_num_threads()} threads, "
-            + (f"bfloat16 by {native[0]}" if native else "no native bfloat16: tuning is slower"),
-        ),
+        Finding("processor", f"{torch.get_num_threads()} threads"),
+        *_graphics(),
     ]
+    return [*findings, *dtypes(best())]
+
+
+def dtypes(device: str) -> Iterator[Finding]:
+    """How fast a device multiplies each dtype, and the dtype that a model of it computes in."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        name = str(dtype).removeprefix("torch.")
+        speed = f"{operations_per_second(dtype, device) / 1e9:,.0f} GFLOP/s on {device}"
+        taken = str(compute_dtype(dtype, device)).removeprefix("torch.")
+        yield Finding(name, f"{speed}; a model in {name} computes in {taken}")
+
+
+def _graphics() -> list[Finding]:
+    """Every GPU."""
+    findings: list[Finding] = []
     if (kind := accelerator()) is None:
         reason = "" if torch.version.cuda else f" (torch {torch.__version__} is built without CUDA)"
         return [*findings, Finding("GPU", f"none{reason}")]

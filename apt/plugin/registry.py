@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -328,22 +328,29 @@ def load_registry(entries: Iterable[EntryPoint], disable: str = "") -> Registry:
     )
 
 
-def _names_commands(entry: EntryPoint) -> bool:
-    """True unless the source of a plugin's module has no ``apt_commands``."""
+def _may_have(entry: EntryPoint, hooks: Collection[str]) -> bool:
+    """False if a plugin's module defines hooks by itself, and names none of these ``hooks``."""
     try:
         module = find_spec(entry.module)
-        return module is None or "apt_commands" in Path(str(module.origin)).read_text("utf-8")
+        source = "" if module is None else Path(str(module.origin)).read_text("utf-8")
     except Exception:  # of any kind: loading the module tells what is wrong
         return True
+    imports = "import *" in source or "def apt_" not in source
+    return imports or any(hook in source for hook in hooks)
+
+
+def listed(*hooks: str) -> Registry:
+    """The registry of the plugins that may implement some of the ``hooks``, for lists.
+
+    Most plugins are families, which import torch: those without the hooks are not loaded.
+    """
+    entries = (e for e in entry_points(group=hookspecs.PROJECT) if _may_have(e, hooks))
+    return load_registry(entries, os.environ.get(DISABLE, ""))
 
 
 def listed_commands() -> Catalog[CommandSpec]:
-    """The commands of ``apt-prune --help``.
-
-    Most plugins have none and import torch: a module is loaded only if its source names the hook.
-    """
-    entries = filter(_names_commands, entry_points(group=hookspecs.PROJECT))
-    return load_registry(entries, os.environ.get(DISABLE, "")).commands
+    """The commands of ``apt-prune --help``."""
+    return listed("apt_commands").commands
 
 
 @cache

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from apt.errors import AptError, described, faulty
 from apt.field_types import check_fields
@@ -161,6 +161,9 @@ class MethodSpec(Spec):
         factors: False if it factorises no Gram matrix. The predicted memory of a run is then less.
     """
 
+    sparse: ClassVar[bool] = True
+    """True if it makes zeros, and not a smaller model."""
+
     rank: int = 0
     source: str = ""
     per: Literal["row", "layer"] = "layer"
@@ -187,6 +190,8 @@ class ShrinkMethodSpec(MethodSpec):
         tuning_rate: the first learning rate of the tuning, if error-aware.
         streams: True if it calls each block about once, so that the blocks can stay on disk.
     """
+
+    sparse: ClassVar[bool] = False
 
     chooses: Literal["columns", "experts", "groups", "blocks"] = "columns"
     compensate: bool = False

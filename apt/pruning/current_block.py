@@ -17,6 +17,7 @@ from apt.calibration.dense_activations import advance_dense, stream_rows
 from apt.calibration.targets import Sums
 from apt.events import BlockTuned, Done, ExpertsRemoved, Observer, SitePruned, Working
 from apt.planning.plan import PlannedBlock, PlannedSite
+from apt.pruning.block_storage import BlockStorage
 from apt.pruning.disconnecting import disconnect_groups
 from apt.pruning.layer import SiteSolver, SolvedSite, mean_square, measured, round_site
 from apt.pruning.paused_forward import CannotPause, PausedForwards
@@ -39,7 +40,7 @@ class CurrentBlock(OpenBlock):
         pass_dropped: runs them on the dense stream.
         tuning_batches: the number of batches for tuning, which are the first ones.
         can_pause: True if forwards can pause within the block.
-        repeatable: see `BlockStorage`.
+        storage: the storage of the block.
         dense: the dense weights (out, in) of those that write to the residual stream; none without
             a dense stream, since only the drift between the streams needs them.
         scales: the factors of the rows (out, 1) of each site with row importance.
@@ -55,7 +56,7 @@ class CurrentBlock(OpenBlock):
     pass_dropped: Callable[[Sequence[Dropped]], None]
     tuning_batches: int
     can_pause: bool
-    repeatable: bool
+    storage: BlockStorage
     scales: dict[Site, Tensor] = field(default_factory=dict)
     orders: dict[str, Tensor] = field(default_factory=dict)
     propagated: bool = False
@@ -182,7 +183,7 @@ class CurrentBlock(OpenBlock):
                     stage = [entry for entry in left if entry.site.input == name]
                     left = [entry for entry in left if entry.site.input != name]
                     yield stage, sums
-                self.propagated = self.solver.recipe.tuning is None and not self.repeatable
+                self.propagated = self.solver.recipe.tuning is None and not self.storage.repeatable
                 forwards.finish(update_states=self.propagated)
         for stage in self._stages(left):
             yield stage, self._capture([entry.site for entry in stage])
@@ -251,7 +252,10 @@ class CurrentBlock(OpenBlock):
         """
         if (integers := self.solver.recipe.integers) is not None:
             for _, each in solved:
-                round_site(self.module, each, integers, self.solver.recipe.solver.damping)
+                stored = self.storage.stored_dtype(
+                    f"{self.planned.name}.{each.planned.site.parameter}"
+                )
+                round_site(self.module, each, integers, self.solver.recipe.solver.damping, stored)
             for turns in rounds:
                 self._exchange(turns)
         own = [(turn, self._record(each)) for turn, each in solved]

@@ -240,15 +240,24 @@ class SiteSolver:
 
 
 def round_site(
-    block: nn.Module, solved: SolvedSite, integers: IntegerGrid, damping: float | None
+    block: nn.Module,
+    solved: SolvedSite,
+    integers: IntegerGrid,
+    damping: float | None,
+    stored: torch.dtype | None = None,
 ) -> None:
-    """Round the kept weights of a site as written to its module."""
+    """Round the kept weights of a site as written to its module.
+
+    Args:
+        stored: the dtype in which the integers times their scales are stored; None for that of the
+            weight.
+    """
     weight = solved.planned.site.oriented(solved.planned.site.weight(block).data)
     matrix = solved.matrix / max(solved.tokens, 1)
     mean = float(matrix.diagonal().mean())
     more = mean * (damping or DAMPING) or 1.0  # some, for the sake of dead inputs
     matrix = matrix + more * torch.eye(len(matrix), device=matrix.device)
-    weight.copy_(rounded(weight.float(), matrix, integers, weight.dtype))
+    weight.copy_(rounded(weight.float(), matrix, integers, stored or weight.dtype))
 
 
 def measured(block: nn.Module, solved: SolvedSite) -> SitePruned:

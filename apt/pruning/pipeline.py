@@ -119,7 +119,7 @@ class _Pruning:
             self.adapter, module, index, batches, self.ranks, progress,
             planned=planned, dropped=dropped, solver=self.solver, observe=self.observe,
             pass_dropped=partial(self.pass_dropped, batches), tuning_batches=self.tuning_batches,
-            can_pause=self.can_pause, repeatable=self.block_storage.repeatable,
+            can_pause=self.can_pause, storage=self.block_storage,
         )  # fmt: skip
 
     def prune_opened(self, current: CurrentBlock, *, last: bool) -> list[Done]:

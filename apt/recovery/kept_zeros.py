@@ -1,16 +1,20 @@
 """The zeros of a pruned model that stay while other code trains it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 
 class KeptZeros:
     """Weights that stay zero until `remove` is called.
 
-    Their gradients are zero, so that neither clipping nor an optimizer's moments see them.
+    Their gradients are zero, so that neither clipping nor an optimizer's moments see them. A
+    parameter that is frozen now keeps its zeros too, if it is trained later. In a ``with``
+    statement `remove` is called at the end, also after an exception.
 
     Args:
         masks: the masks (True where a weight stays zero), by parameter.
@@ -23,12 +27,17 @@ class KeptZeros:
     ) -> None:
         self._masks = masks
         self._handles = [
-            parameter.register_hook(partial(Tensor.masked_fill, mask=mask, value=0))  # type: ignore[no-untyped-call]
+            _hooked(parameter, partial(Tensor.masked_fill, mask=mask, value=0))
             for parameter, mask in masks.items()
-            if parameter.requires_grad
         ]
         if optimizer is not None:
             self._handles.append(optimizer.register_step_post_hook(lambda *_: self.restore()))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -41,3 +50,12 @@ class KeptZeros:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+
+def _hooked(parameter: nn.Parameter, hook: Callable[..., Any]) -> RemovableHandle:
+    """Register a hook on the gradient of a parameter, which may be frozen."""
+    trained = parameter.requires_grad
+    parameter.requires_grad_(True)  # torch registers none on a frozen one, but keeps it there
+    handle: RemovableHandle = parameter.register_hook(hook)  # type: ignore[no-untyped-call]
+    parameter.requires_grad_(trained)
+    return handle

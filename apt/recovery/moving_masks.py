@@ -102,9 +102,8 @@ class MovingMasks:
     def move(self, step: int, optimizer: torch.optim.Optimizer) -> int:
         """Exchange weights after ``step``; the number of exchanges."""
         share, moved = share_at(step, self._steps), 0
-        for gradient in self._gradients.values():
-            if dist.is_available() and dist.is_initialized():
-                dist.all_reduce(gradient)  # so that all processes move the same weights
+        if dist.is_available() and dist.is_initialized():
+            self._add_up()
         for name, entry in self._entries:
             if (seen := self._gradients.get(entry.parameter)) is not None:
                 weight, mask = entry.view(entry.parameter), entry.view(self._masks[name])
@@ -117,6 +116,21 @@ class MovingMasks:
                     state.masked_fill_(mask, 0)
         self._gradients.clear()
         return moved
+
+    def _add_up(self) -> None:
+        """Add the gradients of all processes, so that all of them move the same weights.
+
+        They go through the parameters in the order of the model, whatever each of them has seen. A
+        process without a gradient, as of an expert that got none of its tokens, adds zeros.
+        """
+        parameters = list(dict.fromkeys(self._parameters.values()))
+        device = parameters[0].device if parameters else None
+        seen = torch.tensor([p in self._gradients for p in parameters], device=device).int()
+        dist.all_reduce(seen)
+        for parameter, count in zip(parameters, seen.tolist(), strict=True):
+            if count:
+                gradient = self._gradients.setdefault(parameter, torch.zeros_like(parameter))
+                dist.all_reduce(gradient)
 
 
 def _entries(

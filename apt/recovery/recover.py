@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from apt.adapter import Adapter
 from apt.adapter.recording import eval_mode
 from apt.checkpoints.masks import Masks, filled, masks_of
+from apt.compute import compute_dtype, computing_in
 from apt.devices import random_states_kept, synchronize
 from apt.distributed.ranks import Ranks
 from apt.errors import AptError, faulty, first_line
@@ -26,6 +27,7 @@ from apt.plugin.specs import RecoverySpec
 from apt.recovery.law import enough_tokens
 from apt.recovery.moving_masks import MovingMasks
 from apt.recovery.record import Training
+from apt.recovery.recorder import checkpoint_of
 from apt.recovery.teacher import Teacher, write_teacher
 from apt.recovery.trainable import Recovery, Trainable, Unrecovered, next_token_loss, train_only
 from apt.recovery.training import TrainingPlan, is_mixed, train
@@ -85,8 +87,8 @@ def recover_model(model: nn.Module, tokens: Tensor, job: RecoveryJob) -> tuple[T
 
     Args:
         model: the pruned model, a causal language model of transformers. Its parameters have the
-            same dtypes afterwards; the training is in fp32, or mixed with bf16 where the machine
-            multiplies that fast.
+            same dtypes afterwards; the training is in fp32, or mixed with bf16, see the option
+            ``compute``.
         tokens: samples of text (samples, seqlen), without padding.
 
     Returns:
@@ -208,7 +210,9 @@ def _plan(
 
     def observe(event: TrainingEvent) -> None:
         if isinstance(event, CheckpointSaved) and job.ranks.first:
-            job.journal.add({CHECKPOINT: event.step})
+            job.journal.add(
+                {CHECKPOINT: event.step}, checkpoint_of(job.folder / _STEPS, event.step)
+            )
         job.observe(event)
 
     timed = job.options.minutes is not None and job.ranks.size == 1
@@ -335,7 +339,7 @@ def _pace(
         given: samples (samples, seqlen) that run together.
     """
     model, device = trainable.module.to(job.device), torch.device(job.device)
-    mixed = _mixed(model, job.device)
+    mixed = _mixed(model, job)
     with nullcontext() if windows is None else windows.middle():
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=0.0)
@@ -360,10 +364,10 @@ def _pace(
     return _Pace(sample, update, forward)
 
 
-def _mixed(model: nn.Module, device: str) -> torch.autocast:
+def _mixed(model: nn.Module, job: RecoveryJob) -> torch.autocast:
     """The precision in which a model is trained: products in bf16, if that is faster."""
-    kind = torch.device(device)
-    return torch.autocast(kind.type, torch.bfloat16, is_mixed(model, kind))
+    kind = torch.device(job.device)
+    return torch.autocast(kind.type, torch.bfloat16, is_mixed(model, kind, job.options.compute))
 
 
 def _now(device: torch.device) -> float:
@@ -402,8 +406,9 @@ def _teacher(text: Tensor, held_back: Tensor, job: RecoveryJob) -> Teacher:
         def step(done: int, total: int) -> None:
             job.status(f"running the dense model: sample {done} of {total}")
 
-        mixed = _mixed(dense, job.device)
-        with eval_mode(dense), job.adapter.running(dense), mixed:
+        stored = next(dense.parameters()).dtype
+        computing = computing_in(dense, compute_dtype(stored, job.device, job.options.compute))
+        with computing, eval_mode(dense), job.adapter.running(dense), _mixed(dense, job):
             job.journal.remember(DENSE_LOSS, lambda: _loss(dense, held_back, job.device))
             write_teacher(dense, text, job.options.top, folder, step)
     job.ranks.wait()

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from apt.files.flushing import flush
+
 _FILES = ("tokens.npy", "log_probabilities.npy", "hidden.npy")
 
 
@@ -73,6 +75,7 @@ def write_teacher(
         step(index + 1, len(tokens))
     for array in arrays:
         array.flush()
+    flush(partial)
     partial.rename(folder)
 
 

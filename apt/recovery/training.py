@@ -24,7 +24,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, Traini
 from apt.devices import multiplies_bf16, random_states_kept
 from apt.errors import AptError, first_line
 from apt.events import TrainingObserver
-from apt.options import RecoverOptions
+from apt.options import Compute, RecoverOptions
 from apt.recovery.moving_masks import MovingMasks
 from apt.recovery.record import StopRule, Training
 from apt.recovery.recorder import Recorder, checkpoint_of
@@ -158,10 +158,14 @@ def _as_before(module: nn.Module) -> Iterator[None]:
             part.training = training
 
 
-def is_mixed(module: nn.Module, device: torch.device) -> bool:
-    """True if the training of a module computes in bf16: its weights are fp32, and it is faster."""
-    whole = all(p.dtype == torch.float32 for p in module.parameters())
-    return whole and multiplies_bf16(device)
+def is_mixed(module: nn.Module, device: torch.device, compute: Compute) -> bool:
+    """True if the products of a training are bf16: the weights of the module are fp32.
+
+    Args:
+        compute: the dtype that is asked for; ``auto`` for the faster one.
+    """
+    wanted = multiplies_bf16(device) if compute == "auto" else compute == "bfloat16"
+    return wanted and all(p.dtype == torch.float32 for p in module.parameters())
 
 
 class _Arguments(TrainingArguments):  # type: ignore[misc]
@@ -199,7 +203,7 @@ def _arguments(module: nn.Module, plan: TrainingPlan) -> TrainingArguments:
             **(_checkpointing() if options.checkpointing else {}),
             optim=options.optimizer,
             max_grad_norm=1.0,
-            bf16=is_mixed(module, device),
+            bf16=is_mixed(module, device, options.compute),
             use_cpu=device.type == "cpu",
             seed=plan.seed % 2**32,  # the range of numpy
             logging_steps=1,

@@ -2,77 +2,134 @@
 
 A block of LLaMA takes some 40 operations of torch for a token. In a small model these take longer
 than the products.
+
+The call takes the place of a block only if all parts of the block are known ones, run the methods
+of their classes, and nothing watches them. Otherwise the block runs itself.
 """
 
+import sys
 from functools import lru_cache
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from apt.runtime.expanded import ExpandedMatrix
+from apt.runtime.caches import given_cache, grow, growing
+from apt.runtime.dense import DenseLinear
 from apt.runtime.linear import PackedLinear, kernels
+from apt.runtime.watched import (
+    Watched,
+    hooks_of,
+    is_capturing,
+    is_plain,
+    only_captures,
+    runs_itself,
+)
 
 _SERVED = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
-_ROOM = 128  # places that are added to a full cache at least
+_LINEARS: tuple[type, ...] = (nn.Linear, DenseLinear, PackedLinear)
+_ACTIVATIONS: tuple[type, ...] = (nn.SiLU, type(ACT2FN["silu"]))
+_ATTENTION = ("sdpa", "eager")
+_REGISTERED = ALL_ATTENTION_FUNCTIONS._local_mapping, ALL_ATTENTION_FUNCTIONS._global_mapping
+_FORWARD = attrgetter("forward")
+_CHOICE = "_attn_implementation_internal"  # the choice among them in a configuration
+_FUNCTIONS = ("apply_rotary_pos_emb", "eager_attention_forward")  # of a family's module
+_GIVEN = {
+    "attention_mask", "position_ids", "cache", "past_key_values", "use_cache", "cache_position",
+    "position_embeddings", "output_attentions", "output_hidden_states", "return_dict",
+}  # fmt: skip
 _ALIKE = 0.02  # of what a block adds to its input: the largest error of the call's output
 
 
-class Decoder:
-    """The call of ``apt-kernels`` for one block, and what it was made of.
+class Family:
+    """The classes and functions of which the blocks of a family are made.
+
+    They are those of the time when the first model of the family was loaded.
 
     Args:
-        layer: the block, of a class in `_SERVED`.
+        block: the class of the blocks, one of `_SERVED`.
+    """
+
+    def __init__(self, block: Any) -> None:
+        self._names = vars(sys.modules[block.__module__])
+        prefix = block.__name__.removesuffix("DecoderLayer")
+        own = [self._names.get(f"{prefix}{part}") for part in ("Attention", "MLP", "RMSNorm")]
+        self.attention, self.mlp, self.norm = own
+        self.is_known = all(kind.forward.__module__ == block.__module__ for kind in (block, *own))
+        self._classes: tuple[Any, ...] = (block, *own, *_LINEARS, *_ACTIVATIONS)
+        self._functions = [(self._names.get, name) for name in _FUNCTIONS]
+        self._functions += [(table.get, name) for table in _REGISTERED for name in _ATTENTION]
+        self._made = self._methods()
+
+    def is_unchanged(self) -> bool:
+        """True if no method or function of the family was replaced since."""
+        return self._methods() == self._made
+
+    def _methods(self) -> list[Any]:
+        functions = [get(name) for get, name in self._functions]
+        return [*map(_FORWARD, self._classes), *functions]
+
+
+class Decoder:
+    """The call of ``apt-kernels`` for one block.
+
+    Args:
+        layer: the block.
+        family: its family.
+
+    Attributes:
+        proven: True if an output was compared with that of the block.
 
     Raises:
         ValueError: the kernels do not serve this block.
     """
 
-    def __init__(self, layer: Any) -> None:
-        attention, mlp = layer.self_attn, layer.mlp
-        linears = {n: getattr(attention, f"{n}_proj") for n in ("q", "k", "v", "o")}
-        linears |= {n: getattr(mlp, f"{n}_proj") for n in ("gate", "up", "down")}
-        norms = {"input": layer.input_layernorm, "output": layer.post_attention_layernorm}
-        norms |= {n: m for n in "qk" if (m := getattr(attention, f"{n}_norm", None)) is not None}
+    def __init__(self, layer: Any, family: Family) -> None:
+        attention = _known(layer, "self_attn", family.attention)
+        mlp = _known(layer, "mlp", family.mlp)
+        _known(mlp, "act_fn", *_ACTIVATIONS)
+        linears = {n: _known(attention, f"{n}_proj", *_LINEARS) for n in ("q", "k", "v", "o")}
+        linears |= {n: _known(mlp, f"{n}_proj", *_LINEARS) for n in ("gate", "up", "down")}
+        norms = {"input": _known(layer, "input_layernorm", family.norm)}
+        norms["output"] = _known(layer, "post_attention_layernorm", family.norm)
+        names = [n for n in "qk" if f"{n}_norm" in attention._modules]
+        norms |= {n: _known(attention, f"{n}_norm", family.norm) for n in names}
         vectors = {f"{name}_norm": norm.weight for name, norm in norms.items()}
         vectors |= {f"{n}_bias": m.bias for n, m in linears.items() if m.bias is not None}
         epsilons = {norm.variance_epsilon for norm in norms.values()}
-        if len(epsilons) > 1 or type(mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
+        self._config = vars(attention.config)
+        self._attention = self._config.get(_CHOICE)
+        if len(epsilons) > 1 or self._attention not in _ATTENTION or not family.is_known:
             raise ValueError("the block is not one of LLaMA")
-        places = [(attention, f"{n}_proj") for n in ("q", "k", "v", "o")]
-        places += [(mlp, f"{n}_proj") for n in ("gate", "up", "down")]
-        places += [(layer, f"{n}_layernorm") for n in ("input", "post_attention")]
-        places += [(attention, f"{n}_norm") for n in "qk" if n in norms]
-        parts = [(owner._modules, name, owner.get_submodule(name)) for owner, name in places]
-        self._parts = [(*part, _source(part[-1])) for part in parts]
-        self._hooks = [
-            hooks
-            for module in layer.modules()
-            if module is not layer
-            for hooks in (module._forward_hooks, module._forward_pre_hooks)
-        ]
+        if {_dtype(linear) for linear in linears.values()} != {norms["input"].weight.dtype}:
+            raise ValueError("matrices in another dtype than the norms")
+        parts = (attention, mlp, mlp.act_fn, *linears.values(), *norms.values())
+        self._has_hooks = any(hooks_of(part) for part in parts)
         self._run = kernels().Block(
             {name: _kernel(linear) for name, linear in linears.items()},
             vectors, attention.head_dim, *epsilons, attention.scaling,
         )  # fmt: skip
+        self._shape, self._dtype = (1, 1, attention.head_dim), self._run.dtype
+        self.proven = False
 
-    def is_current(self) -> bool:
-        """True if the block has the same modules, and these the same weights."""
-        return all(
-            [
-                modules[name] is part and _source(part) == source
-                for modules, name, part, source in self._parts
-            ]
+    def serves(self, x: Tensor, angles: Any) -> bool:
+        """True if the call is the block for an input and the angles of its position."""
+        if type(angles) is not tuple or len(angles) != 2 or x.dtype != self._dtype:
+            return False
+        for angle in angles:
+            if angle.shape != self._shape or not _is_given(angle, self._dtype):
+                return False
+        return self._config.get(_CHOICE) == self._attention and not (
+            self._has_hooks and is_capturing()
         )
-
-    def is_watched(self) -> bool:
-        """True if a hook waits for a part of the block."""
-        return any(self._hooks)
 
     def run(self, x: Tensor, angles: tuple[Tensor, Tensor], keys: Tensor, values: Tensor) -> Tensor:
         """The output (1, 1, hidden) of the token whose key and value are the last of the cache."""
         given = (x, *angles)
-        found: Tensor = self._run.step(*(t.reshape(-1) for t in given), keys[0], values[0])
+        found: Tensor = self._run.step(*(t.reshape(-1) for t in given), keys, values)
         return found.view(x.shape)
 
 
@@ -80,50 +137,69 @@ class DecodingLayer(nn.Module):
     """A block that runs a token after those in a cache by a `Decoder`, and all else as before.
 
     The first token runs in both ways. If the outputs differ by more than rounding, the decoder is
-    refused.
+    refused, until a part of the block changes.
     """
 
+    _family: Family
     _decoder: Decoder | None = None
-    _refused = False
+    _watched: Watched | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies make a decoder of their own."""
-        return {name: value for name, value in vars(self).items() if name != "_decoder"}
+        own = ("_decoder", "_watched")
+        return {name: value for name, value in vars(self).items() if name not in own}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _empty, (type(self).__mro__[2],), self.__getstate__()
 
     def forward(self, hidden_states: Tensor, *given: Any, **named: Any) -> Any:
         """The output of the block for ``hidden_states`` (batch, seqlen, hidden)."""
-        cached = None if given or self._refused else _cached(self, hidden_states, named)
-        if cached is None:
+        part = None if given else _cached(self, hidden_states, named)
+        decoder = None if part is None else self._current()
+        angles: Any = named.get("position_embeddings")
+        if decoder is None or not decoder.serves(hidden_states, angles):
             return super().forward(hidden_states, *given, **named)
-        decoder = self._decoder
-        if decoder is None or not decoder.is_current():
-            return self._first(hidden_states, cached, named)
-        if decoder.is_watched():
-            return super().forward(hidden_states, **named)
-        return decoder.run(hidden_states, named["position_embeddings"], *_with_room(cached))
+        if not decoder.proven:
+            return self._compared(decoder, hidden_states, part, named)
+        return decoder.run(hidden_states, angles, *grow(part))
 
-    def _first(self, x: Tensor, cached: Any, named: dict[str, Any]) -> Any:
-        """The output of a decoder, if it is that of the block itself."""
+    def _current(self) -> Decoder | None:
+        """The decoder of the block as it is now; None if the kernels do not serve it."""
+        if not self._family.is_unchanged():
+            return None
+        if self._watched is None or not self._watched.is_current():
+            try:
+                self._decoder = Decoder(self, self._family)
+            except (AttributeError, ValueError):
+                self._decoder = None
+            self._watched = Watched(self)
+        if self._decoder is not None and self._watched.need_gradients():
+            return None
+        return self._decoder
+
+    def _compared(self, decoder: Decoder, x: Tensor, part: Any, named: dict[str, Any]) -> Any:
+        """The output of the decoder, if it is that of the block itself. Else it is refused."""
         own = super().forward(x, **named)
-        cache = cached.keys, cached.values
-        last = [tensor[:, :, -1].clone() for tensor in cache]
-        try:
-            self._decoder = Decoder(self)
-            found = self._decoder.run(x, named["position_embeddings"], *cache)
-        except (AttributeError, ValueError):
-            self._refused = True
+        keys, values = part.keys[0].contiguous().clone(), part.values[0].contiguous().clone()
+        found = decoder.run(x, named["position_embeddings"], keys, values)
+        decoder.proven = (
+            isinstance(own, Tensor)
+            and _is_near(found, own, own - x)
+            and _is_near(keys[:, -1], part.keys[0, :, -1])
+            and _is_near(values[:, -1], part.values[0, :, -1])
+        )
+        if not decoder.proven:
+            self._decoder = None
             return own
-        error, added = (found - own).float().norm(), (own - x).float().norm()
-        rounding = torch.finfo(x.dtype).eps * own.float().norm()
-        if error <= _ALIKE * added + rounding:
-            return found
-        self._refused = True
-        for tensor, kept in zip(cache, last, strict=True):
-            tensor[:, :, -1] = kept
-        return own
+        part.keys, part.values = keys[None], values[None]  # as later calls with the same input
+        return found
+
+
+def _is_near(found: Tensor, own: Tensor, added: Tensor | None = None) -> bool:
+    """True if a tensor is another one up to rounding, and up to `_ALIKE` of what was added."""
+    error, size = (found - own).float().norm(), own.float().norm()
+    most = size if added is None else added.float().norm()
+    return bool(error <= _ALIKE * most + torch.finfo(own.dtype).eps * size)
 
 
 def decode_by_kernels(model: nn.Module) -> None:
@@ -139,12 +215,36 @@ def decode_by_kernels(model: nn.Module) -> None:
 @lru_cache
 def _decoding(kind: Any) -> type[nn.Module]:
     """A class of blocks with a decoder, with the name of the given one."""
-    return type(kind.__name__, (DecodingLayer, kind), {"__module__": kind.__module__})
+    own = {"__module__": kind.__module__, "_family": Family(kind)}
+    return type(kind.__name__, (DecodingLayer, kind), own)
 
 
 def _empty(kind: Any) -> nn.Module:
     """A block of this class without its parts, for a copy."""
     return _decoding(kind).__new__(_decoding(kind))
+
+
+def _known(owner: nn.Module, name: str, *kinds: Any) -> Any:
+    """A part of a block, if it is of a known class and does no more than that.
+
+    Raises:
+        ValueError: it is not.
+    """
+    part = owner._modules.get(name)
+    if (
+        part is None
+        or type(part) not in kinds
+        or part.training
+        or not runs_itself(part)
+        or not all(only_captures(hook) for hook in hooks_of(part))
+    ):
+        raise ValueError(f"{name} is not a known part of a block")
+    return part
+
+
+def _dtype(linear: Any) -> torch.dtype:
+    """The dtype of the matrix of a Linear module, which need not be expanded for it."""
+    return linear.dtype if isinstance(linear, PackedLinear) else linear.weight.dtype
 
 
 def _kernel(linear: nn.Module) -> Any:
@@ -153,59 +253,36 @@ def _kernel(linear: nn.Module) -> Any:
     Raises:
         ValueError: the kernels do not serve it.
     """
-    found = linear.matrix if isinstance(linear, PackedLinear) else None
-    if isinstance(found, ExpandedMatrix):
+    if isinstance(linear, DenseLinear):
+        return linear.kernel()
+    if not isinstance(linear, PackedLinear):
+        return kernels().DenseMatrix(linear.weight)
+    found = linear.current_matrix()
+    if not isinstance(found, kernels().Matrix):
         raise ValueError("a matrix that is expanded")
-    return found or kernels().DenseMatrix(linear.weight)
+    return found
 
 
-def _source(part: Any) -> Any:
-    """What a decoder has of a module: its matrix or weight, and its bias."""
-    weight = part.matrix if isinstance(part, PackedLinear) else _version(part.weight)
-    return weight, _version(part._parameters.get("bias"))
-
-
-def _version(tensor: Tensor | None) -> Any:
-    """The place of a tensor, and the number of its changes: a decoder copies norms and biases."""
-    if tensor is None:
-        return None
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
-
-
-def _cached(layer: Any, x: Tensor, named: dict[str, Any]) -> Any:
+def _cached(layer: Any, x: Any, named: dict[str, Any]) -> Any:
     """The keys and values of the tokens before ``x``; None if the block itself must run.
 
     The call serves one sequence on the processor, and attention to all tokens before.
     """
-    if x.shape[:2] != (1, 1) or x.device.type != "cpu" or x.requires_grad or layer.training:
+    if type(x) is not Tensor or x.shape[:2] != (1, 1) or x.ndim != 3 or layer.training:
         return None
-    if named.get("attention_mask") is not None or torch.compiler.is_compiling():
+    if not _is_given(x, x.dtype) or not named.keys() <= _GIVEN or not is_plain():
         return None
-    cache = named.get("cache", named.get("past_key_values"))
-    layers, index = getattr(cache, "layers", ()), layer.self_attn.layer_idx
-    if index >= len(layers) or type(layers[index]).__name__ != "DynamicLayer":
+    if named.get("attention_mask") is not None or named.get("output_attentions"):
         return None
-    cached = layers[index]
-    filled = cached.is_initialized and cached.keys.ndim == 4 and cached.keys.shape[2]
-    same = filled and cached.keys.dtype == cached.values.dtype == x.dtype
-    cosines = (named.get("position_embeddings") or (x,))[0]
-    return cached if same and cosines.dtype == x.dtype and len(cached.keys) == 1 else None
+    index = getattr(layer._modules.get("self_attn"), "layer_idx", None)
+    return None if index is None else growing(given_cache(named), index, x.dtype)
 
 
-def _with_room(cached: Any) -> tuple[Tensor, Tensor]:
-    """Keys and values (1, heads, length + 1, width) with a place for one more token.
-
-    They are parts of larger tensors, so that those before are not copied for each token.
-    """
-    length, room = cached.keys.shape[2], vars(cached).get("apt_room")
-    known = (cached.keys, cached.values)
-    if (
-        room is None
-        or any(r.data_ptr() != k.data_ptr() for r, k in zip(room, known, strict=True))
-        or length == room[0].shape[2]
-    ):
-        more = max(_ROOM, length // 4)
-        room = tuple(torch.cat([t, t.new_empty(*t.shape[:2], more, t.shape[3])], 2) for t in known)
-        cached.apt_room = room
-    cached.keys, cached.values = (t[:, :, : length + 1] for t in room)
-    return cached.keys, cached.values
+def _is_given(tensor: Any, dtype: torch.dtype) -> bool:
+    """True of an input in a dtype that the kernels can read."""
+    return (
+        type(tensor) is Tensor
+        and tensor.is_cpu
+        and tensor.dtype == dtype
+        and not tensor.requires_grad
+    )

@@ -5,35 +5,63 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apt.runtime.linear import FEW, kernels
+from apt.runtime.linear import FEW, is_slow, kernels, tiled_product
+from apt.runtime.watched import is_plain
 
 _WORD = 64  # columns
 _LEAST = 2**20  # weights from which on the kernels pay
 
 
 class DenseLinear(nn.Linear):
-    """A Linear in bf16 whose products of a few vectors are those of ``apt-kernels``."""
+    """A Linear in half precision that multiplies as the processor is fastest.
+
+    The products of a few vectors are those of ``apt-kernels`` in bf16. Those of many are computed
+    in fp32, and rounded, where the processor is slow in half precision.
+    """
 
     _kernel: Any = None
-    _address = 0
+    _of: tuple[int, torch.Size] | None = None  # the place and the shape of the kernel's weight
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies make a kernel of their own."""
-        return {k: v for k, v in vars(self).items() if k not in ("_kernel", "_address")}
+        return {k: v for k, v in vars(self).items() if k not in ("_kernel", "_of")}
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply (…, in) → (…, out)."""
-        rows = x.reshape(-1, self.in_features)
         trained = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
-        if len(rows) > FEW or x.dtype != torch.bfloat16 or not _serves(self) or trained:
+        if trained or x.dtype != self.weight.dtype or not is_plain():
             return super().forward(x)
-        if self._address != self.weight.data_ptr():  # the first time, and after a move
-            self._kernel = kernels().DenseMatrix(self.weight.data)
-            self._address = self.weight.data_ptr()
-        product: Tensor = self._kernel.product(rows).to(x.dtype)
+        rows = x.reshape(-1, self.in_features)
+        product = self._fast(rows)
+        if product is None:
+            return super().forward(x)
         if self.bias is not None:
             product = product + self.bias
         return product.view(*x.shape[:-1], self.out_features)
+
+    def _fast(self, rows: Tensor) -> Tensor | None:
+        """The product with vectors (n, in), without the bias; None if torch's is as fast."""
+        weight = self.weight
+        if len(rows) > FEW:
+            return tiled_product(rows, len(weight), self._rows) if is_slow(weight) else None
+        if not _serves(self):
+            return None
+        product: Tensor = self.kernel().product(rows)
+        return product.to(rows.dtype)
+
+    def _rows(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        return self.weight[first:last].to(dtype)
+
+    def kernel(self) -> Any:
+        """The matrix of ``apt-kernels`` of the present weight.
+
+        Raises:
+            ValueError: the kernels do not serve it.
+        """
+        present = self.weight.data_ptr(), self.weight.shape
+        if self._of != present:  # the first time, and after a move
+            self._kernel, self._of = kernels().DenseMatrix(self.weight.data), present
+        return self._kernel
 
 
 def _serves(linear: nn.Linear) -> bool:
@@ -50,16 +78,15 @@ def _serves(linear: nn.Linear) -> bool:
 
 
 def use_kernels(model: nn.Module) -> None:
-    """Let the Linear modules of a loaded model use the kernels where they are faster.
+    """Let the Linear modules of a loaded model multiply as the processor is fastest.
 
-    The dense weights are copied to large pages, as the packed ones were. Loading maps the whole
-    file into memory, and it stays mapped as long as one tensor refers to it.
+    With the kernels the dense weights are copied to large pages, as the packed ones were. Loading
+    maps the whole file into memory, and it stays mapped as long as one tensor refers to it.
     """
-    if (native := kernels()) is None:
-        return
-    for parameter in model.parameters():
+    native = kernels()
+    for parameter in model.parameters() if native is not None else ():
         if parameter.device.type == "cpu":
             parameter.data = native.in_large_pages(parameter.data)
     for module in model.modules():
-        if type(module) is nn.Linear and _serves(module):
+        if type(module) is nn.Linear and (_serves(module) or is_slow(module.weight)):
             module.__class__ = DenseLinear

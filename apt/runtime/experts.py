@@ -8,10 +8,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from apt.errors import AptError
 from apt.layouts.pieces import Piece
-from apt.runtime.linear import PackedLinear
+from apt.runtime.linear import FEW, PackedLinear, is_slow, tiled_product
 from apt.runtime.matrix import Entry
-from apt.runtime.packed_file import PARTS
+from apt.runtime.packed_file import PARTS, missing_parts
 
 
 class PlainMatrix(nn.Module):
@@ -162,9 +163,19 @@ class PackedExpert(_LikeTensor):
         """`torch.nn.functional.linear`, by the packed matrices if each gives some of the rows."""
         parts = self._stack.of(self._expert)
         if not all(isinstance(m, PackedLinear) and p.part and not p.order for p, m in parts):
-            return nn.functional.linear(x, self.dense(), bias)
+            return self._dense_linear(x, bias)
         product = torch.cat([cast(PackedLinear, matrix)(x) for _, matrix in parts], -1)
         return product if bias is None else product + bias
+
+    def _dense_linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The product with the matrix of the expert, which is made dense for it."""
+        whole = self.dense()
+        rows = x.reshape(-1, whole.shape[1])
+        if len(rows) <= FEW or x.dtype != whole.dtype or not is_slow(x):
+            return nn.functional.linear(x, whole, bias)
+        product = tiled_product(rows, len(whole), lambda first, last, d: whole[first:last].to(d))
+        shaped = product.view(*x.shape[:-1], len(whole))
+        return shaped if bias is None else shaped + bias
 
     @classmethod
     def __torch_function__(
@@ -228,8 +239,11 @@ class StoredTensors:
     """The tensors of packed files, as those of the plain checkpoint.
 
     Args:
-        files: the files, which were compared with their checksums.
+        files: the files, which were compared with their checksums; none if they are not known.
         entries: the descriptions of the packed matrices.
+
+    Raises:
+        AptError: the files lack a tensor of a packed matrix.
 
     Attributes:
         shapes: the shape of each tensor, and of each packed matrix.
@@ -245,6 +259,9 @@ class StoredTensors:
                     self._files[key] = path
                     if key not in parts:
                         self.shapes[key] = tuple(file.get_slice(key).get_shape())
+        if files and (missing := missing_parts(self._files, entries)):
+            fault = f"{Path(files[0]).parent} lacks {missing[0]}, which its config.json describes"
+            raise AptError(fault, "is the checkpoint complete?")
 
     def matrix(self, name: str, dtype: torch.dtype, device: torch.device) -> Matrix:
         """A matrix, packed if it is stored so."""

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from apt.compute import compute_dtype
 from apt.devices import is_accelerator, runs_triton
 from apt.runtime.expanded import ExpandedMatrix
 from apt.runtime.matrix import FLOATS, MASK, SCALES, VALUES, Entry, bitmask, check_sizes, decode
+from apt.runtime.watched import is_plain, same
 
 _STORED = {**FLOATS, "int8": torch.int8, "int4": torch.uint8}
 FEW = 8  # vectors up to which a product reads the packed matrix; for more, it is expanded
@@ -41,6 +43,37 @@ def gpu_matrix() -> Any:
     return GpuMatrix
 
 
+def is_slow(tensor: Tensor) -> bool:
+    """True of a tensor on the processor in a dtype that it multiplies more slowly than fp32."""
+    return tensor.is_cpu and compute_dtype(tensor.dtype, tensor.device) != tensor.dtype
+
+
+def tiled_product(
+    rows: Tensor, count: int, weights: Callable[[int, int, torch.dtype], Tensor]
+) -> Tensor:
+    """Vectors (n, in) times a transposed matrix: (n, count). Few rows of the matrix are dense.
+
+    Half precision is multiplied in fp32, and the result is rounded, where the device is slow in it.
+
+    Args:
+        rows: the vectors.
+        count: the number of rows of the matrix.
+        weights: dense rows of the matrix (last − first, in) from ``first`` to ``last`` in a dtype.
+    """
+    wide = compute_dtype(rows.dtype, rows.device)
+    given, step = rows.to(wide), max(1, _tile(rows.device) // max(1, rows.shape[1]))
+    parts = []
+    for first, last in pairwise([*range(0, max(1, count), step), count]):
+        part = nn.functional.linear(given, weights(first, last, wide))
+        parts.append(part if wide == rows.dtype else part.to(rows.dtype))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _tile(device: torch.device) -> int:
+    """The number of weights that are dense at a time."""
+    return _DEVICE_TILE if is_accelerator(device) else _TILE
+
+
 def describe_kernels() -> tuple[str, str]:
     """What multiplies packed matrices on this machine, and how to have it faster."""
     native = kernels()
@@ -54,7 +87,8 @@ class PackedLinear(nn.Module):
 
     The tensors are loaded as they are stored, and `prepare` checks them. With the package
     ``apt-kernels`` a product of a few vectors reads the packed matrix, on a GPU if Triton is
-    installed. Otherwise the matrix is expanded for each product, a part of it at a time.
+    installed. Otherwise the matrix is expanded for each product, a part of it at a time, in the
+    dtype that the device multiplies faster: fp32, where bf16 is slow.
 
     Args:
         entry: the description of the matrix.
@@ -84,7 +118,7 @@ class PackedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(entry.rows, dtype=dtype)) if bias else None
         self._dtype = dtype or FLOATS[entry.dtype]
         self.matrix: Any = None
-        self._place: torch.device | None = None  # of the tensors that the matrix was made of
+        self._made_of: dict[str, Tensor | None] = {}  # the buffers when the matrix was made
 
     def prepare(self) -> None:
         """Check the loaded tensors, and give them to the kernels if there are some.
@@ -112,8 +146,12 @@ class PackedLinear(nn.Module):
 
     def _build(self) -> None:
         """Make the matrix of the present device, and share its memory."""
+        self._make()
+        self._made_of = dict(self._buffers)
+
+    def _make(self) -> None:
         mask, values, scales = self.weight_mask, self.weight_values, self._scales
-        self._place, group = values.device, self.entry.group
+        group = self.entry.group
         if runs_triton(values.device) and (made := gpu_matrix()) is not None:
             self.matrix = made(self.in_features, mask, values, scales, group)
             return
@@ -171,7 +209,8 @@ class PackedLinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy makes a matrix of its own."""
-        return {**vars(self), "matrix": None, "_built": self.matrix is not None}
+        built = self.matrix is not None
+        return {**vars(self), "matrix": None, "_made_of": {}, "_built": built}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         built = state.pop("_built")
@@ -192,9 +231,9 @@ class PackedLinear(nn.Module):
         """Multiply (…, in) → (…, out)."""
         self._follow()
         rows = x.reshape(-1, self.in_features)
-        product = None if rows.requires_grad else self._native(rows)
+        product = None if rows.requires_grad or not is_plain() else self._native(rows)
         if product is None:
-            product = self._expanded(rows)
+            product = tiled_product(rows, self.out_features, self.rows)
         if self.bias is not None:
             product = product + self.bias
         shaped: Tensor = product.view(*x.shape[:-1], self.out_features)
@@ -216,28 +255,23 @@ class PackedLinear(nn.Module):
             return tiled
         return None
 
-    def _expanded(self, rows: Tensor) -> Tensor:
-        """The product through dense rows of the matrix, a tile at a time."""
-        tile = _DEVICE_TILE if is_accelerator(rows.device) else _TILE
-        step = max(1, tile // max(1, self.in_features))
-        ends = [*range(0, max(1, self.out_features), step), self.out_features]
-        parts = [
-            nn.functional.linear(rows, self.rows(first, last, rows.dtype))
-            for first, last in pairwise(ends)
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-
     def _follow(self) -> None:
-        """Make the matrix anew if its tensors were moved one by one, as accelerate does."""
-        if self.weight_values.device != self._place:
+        """Make the matrix anew if its tensors were replaced one by one, as accelerate does."""
+        if not same(self._buffers, self._made_of):
             self._build()
+
+    def current_matrix(self) -> Any:
+        """The `matrix` of the present tensors."""
+        self._follow()
+        return self.matrix
 
     def rows(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
         """Rows ``first`` to ``last`` with their zeros, in a dtype that the kernels may not have."""
         self._follow()
         wide = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-        dense: Tensor = self.matrix.expand(first, last, wide)
-        return dense.to(dtype)
+        with torch._C._DisableFuncTorch():  # within torch.func new tensors have no memory
+            dense: Tensor = self.matrix.expand(first, last, wide).to(dtype)
+        return dense
 
     def extra_repr(self) -> str:
         """The shape, the share of zeros and the kind of the values."""

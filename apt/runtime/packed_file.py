@@ -90,6 +90,21 @@ def _compare(name: str, known: str, found: str) -> None:
         raise ValueError(f"{name} differs from its checksum")
 
 
+def missing_parts(tensors: Collection[str], entries: Mapping[str, Entry]) -> list[str]:
+    """The tensors that packed matrices need and that are not among these.
+
+    Args:
+        tensors: the names of all tensors of a checkpoint.
+        entries: the descriptions of its packed matrices, by name.
+    """
+    needed = (
+        f"{name}_{part}"
+        for name, entry in entries.items()
+        for part in (MASK, VALUES, *([SCALES] if entry.group else []))
+    )
+    return [key for key in needed if key not in tensors]
+
+
 def dense_tensors(
     path: str | os.PathLike[str], matrices: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Tensor]:
@@ -103,8 +118,11 @@ def dense_tensors(
         ValueError: it is damaged.
     """
     tensors = dict(checked_tensors(path, matrices))
-    for name in matrix_names(tensors, matrices):
+    entries = {name: Entry.read(matrices[name]) for name in matrix_names(tensors, matrices)}
+    if missing := missing_parts(tensors, entries):
+        raise ValueError(f"it lacks {missing[0]}")
+    for name, entry in entries.items():
         parts = {part: tensors.pop(f"{name}_{part}", None) for part in PARTS}
         given = {part: tensor for part, tensor in parts.items() if tensor is not None}
-        tensors[name] = decode(Entry.read(matrices[name]), given)
+        tensors[name] = decode(entry, given)
     return tensors

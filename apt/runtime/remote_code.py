@@ -79,6 +79,8 @@ def _dense_state(name: str, about: Any, where: dict[str, Any]) -> dict[str, Any]
             state |= dense_tensors(str(cached_file(name, file, **where)), about["matrices"])
         except ValueError as error:
             raise OSError(f"{file} of {name} is damaged: {error}; get it again") from error
+    if missing := sorted(about["matrices"].keys() - state.keys()):
+        raise OSError(f"{name} lacks the mask of {missing[0]}; get it again")
     return state
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from apt.adapter import Adapter, Unrouted
 from apt.adapter.recording import eval_mode
+from apt.compute import computing_in
 from apt.errors import AptError
 from apt.planning.plan import Plan
 from apt.pruning.disconnecting import unrouted
@@ -19,7 +20,12 @@ _TOKENS = 64  # of one sample
 
 @torch.no_grad()
 def check_same_function(
-    model: nn.Module, small: nn.Module, adapter: Adapter, plan: Plan, tokens: Tensor
+    model: nn.Module,
+    small: nn.Module,
+    adapter: Adapter,
+    plan: Plan,
+    tokens: Tensor,
+    compute: torch.dtype,
 ) -> None:
     """Raise if the smaller model gives other logits than the model that was fitted.
 
@@ -30,18 +36,19 @@ def check_same_function(
         model: the model whose groups are disconnected; the dropped blocks are skipped.
         small: the model without these groups and blocks.
         tokens: token ids (samples, seqlen); if there are no samples, one token is repeated.
+        compute: the dtype in which both are computed.
 
     Raises:
         AptError: the logits differ by more than rounding explains.
     """
     given = tokens if len(tokens) else tokens.new_ones(1, tokens.shape[1])
     few = given[:1, :_TOKENS].to(next(model.parameters()).device)
-    with _fitted(model, adapter, plan):
+    with computing_in(model, compute), _fitted(model, adapter, plan):
         expected = _logits(model, few)
-    with eval_mode(small), adapter.running(small):
+    with computing_in(small, compute), eval_mode(small), adapter.running(small):
         found = _logits(small, few)
     difference = float((found - expected).norm() / expected.norm())
-    allowed = torch.finfo(next(small.parameters()).dtype).eps ** 0.5
+    allowed = torch.finfo(compute).eps ** 0.5
     if not difference <= allowed:
         config: Any = small.config
         raise AptError(

@@ -242,6 +242,12 @@ class _Choosing:
                     removed[name] = dict(_lowest(name, groups, structure, scores))
         except MethodError as error:
             raise faulty(f"method {method.name}", str(error), "method", "method") from error
+        if removed and not any(removed.values()):
+            raise AptError(
+                f"method {method.name} has no scores for {' and '.join(sorted(structure.kept))}",
+                "choose a method for them, or remove other groups too",
+                ("method", "sizes"),
+            )
         return removed
 
 

@@ -252,7 +252,7 @@ class DampedGram:
         )
         solved = torch.linalg.solve_triangular(self._root.T, probes.to(self.matrix), upper=False)
         inverse = solved.square().mean(1)  # up to a factor, which the unit determinant removes
-        scale = (self.matrix.diagonal() / inverse).pow(0.25)
+        scale = _fourth_root(self.matrix.diagonal(), inverse)
         scale *= (self._root.diagonal().log().mean() - scale.log().mean()).exp()
         return Scaled(scale, self.matrix / scale / scale.unsqueeze(1))
 
@@ -279,6 +279,16 @@ class DampedGram:
         raise SolverError(
             f"the Gram matrix is not positive definite, even with damping {level:g} in fp64"
         )
+
+
+def _fourth_root(above: Tensor, below: Tensor) -> Tensor:
+    """``(above / below)^¼``, also where the quotient has no normal number in this precision.
+
+    It is the fourth power of an input's size, which inputs of 1e-12 or 1e10 take out of the range.
+    """
+    quotient, limits = above / below, torch.finfo(above.dtype)
+    normal = (quotient >= limits.tiny) & (quotient <= limits.max)
+    return torch.where(normal, quotient.pow(0.25), above.pow(0.25) / below.pow(0.25))
 
 
 def _attempts(dtype: torch.dtype, damping: float) -> Iterator[tuple[torch.dtype, float]]:

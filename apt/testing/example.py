@@ -61,7 +61,8 @@ def subject(registry: Registry, adapter: str, model: str | None = None) -> Subje
         return Subject(made, module.eval(), _tokens(module), spec)
     if faults:
         raise NoSubject(faults)
-    opened = load(open_skeleton(find(model or f"zoo:{spec.name}", registry), registry, spec.name))
+    skeleton = open_skeleton(find(model or f"zoo:{spec.name}", registry), registry, spec.name)
+    opened = load(skeleton, compute="auto")
     of_family = model is None or (spec.example is None and spec.zoo is None)
     made_of_model = Subject(
         opened.adapter, opened.module, _tokens(opened.module), spec if of_family else None

@@ -91,11 +91,13 @@ def evaluate(
         sources.append(find_source(reference, run, registry()))
     run = replace(run, data=run.data or "builtin")
 
-    from apt.extending import load_tokenizer
+    from apt.engine.prepare import with_compute
+    from apt.extending import choose_device, load_tokenizer
     from apt.modes import usual_modes
     from apt.text.special_tokens import bos_of
 
-    skeletons = _skeletons(run, sources)
+    device = choose_device(run.device)
+    skeletons = [with_compute(each, run, device, notice) for each in _skeletons(run, sources)]
     tokenizer = load_tokenizer(sources[0], run.tokenizer)
     tokens = _windows(run, tokenizer, skeletons[0], notice) if measures else None
     first = bos_of(tokenizer) if run.bos else None
@@ -164,10 +166,10 @@ def _runnable(skeleton: "Opened", tokens: "Tensor | None", run: EvalRun) -> "Ite
 
     device = choose_device(run.device)
     if run.stream and tokens is not None:
-        with streamed(skeleton, tokens, device) as module:
+        with streamed(skeleton, tokens, device, run.compute) as module:
             yield module
         return
-    loaded = load(skeleton, read_dtype(run.dtype), device)
+    loaded = load(skeleton, read_dtype(run.dtype), device, run.compute)
     with loaded.adapter.running(loaded.module):
         yield loaded.module
 

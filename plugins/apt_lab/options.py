@@ -12,6 +12,7 @@ from apt.options import (
     TEXT,
     AdapterOptions,
     CalibrationOptions,
+    ComputeOptions,
     DeviceOptions,
     DtypeOptions,
     Options,
@@ -75,7 +76,13 @@ class TaskOptions(Options):
 
 @options
 class EvalRun(
-    AdapterOptions, TokenizerOptions, RemoteOptions, DeviceOptions, DtypeOptions, TaskOptions
+    AdapterOptions,
+    TokenizerOptions,
+    RemoteOptions,
+    DeviceOptions,
+    DtypeOptions,
+    ComputeOptions,
+    TaskOptions,
 ):
     """The options of ``apt-prune eval``."""
 
@@ -120,7 +127,9 @@ class EvalRun(
 
 
 @options
-class CompareRun(CalibrationOptions, SampleOptions, RemoteOptions, DeviceOptions, TaskOptions):
+class CompareRun(
+    CalibrationOptions, SampleOptions, RemoteOptions, DeviceOptions, ComputeOptions, TaskOptions
+):
     """The options of ``apt-prune compare``."""
 
     model: str = option(

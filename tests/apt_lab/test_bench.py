@@ -6,6 +6,7 @@ import shutil
 import signal
 import time
 import warnings
+from dataclasses import replace
 from multiprocessing import Pipe
 from pathlib import Path
 
@@ -142,6 +143,19 @@ def test_the_table_has_medians_ranges_and_ratios(capsys):
         "on cpu (2 threads)"
     )
     assert lines[-1] == "pruned is not faster than dense in: prefill of 8 sequences"
+
+
+def test_a_dense_model_in_a_dtype_that_this_machine_multiplies_slowly_is_said(capsys):
+    found = result("dense", 10)
+    slow = replace(found, turns=(replace(found.turns[0], dtype="bfloat16", slow=True),))
+    run = BenchRun(models=("dense",), batch=(8,))
+    show_results(run, [slow], as_json=False)
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "dense runs in bfloat16, in which transformers opens it; this processor multiplies that "
+        "more slowly than float32: see --dtype float32"
+    )
+    show_results(run, [slow], as_json=True)
+    assert json.loads(capsys.readouterr().out)["models"][0]["slow_dtype"] is True
 
 
 @pytest.mark.parametrize(

@@ -400,6 +400,38 @@ def test_what_is_not_known_with_certainty_is_left_to_the_converter(apt, tokenize
     one_line(run, *texts, "run llama.cpp's convert_hf_to_gguf.py", "model")
 
 
+@pytest.mark.parametrize(
+    ("kind", "fields", "said"),
+    [
+        ("Llama", {"hidden_act": "gelu"}, "has hidden_act 'gelu', and llama.cpp runs models of"),
+        ("Mistral", {"hidden_act": "relu"}, "of type 'mistral' with 'silu' alone"),
+        ("Qwen2", {"hidden_act": "gelu_new"}, "of type 'qwen2' with 'silu' alone"),
+        ("Qwen3", {"hidden_act": "relu"}, "of type 'qwen3' with 'silu' alone"),
+        ("Qwen3", {"attention_bias": True}, "has attention_bias True"),
+        ("Llama", {"partial_rotary_factor": 0.5}, "has partial_rotary_factor 0.5"),
+        ("Gemma2", {"hidden_activation": "gelu"}, "with 'gelu_pytorch_tanh' alone"),
+        ("Starcoder2", {"hidden_act": "gelu"}, "with 'gelu_pytorch_tanh' alone"),
+        ("Mamba", {"hidden_act": "gelu"}, "of type 'mamba' with 'silu' alone"),
+    ],
+)
+def test_a_function_that_the_file_cannot_express_is_refused(apt, tokenizer, kind, fields, said):
+    checkpoint_of(tokenizer, kind=f"{kind}Config", **fields)
+    result = apt("export", "model", "-o", "m.gguf")
+    assert result.code == 2
+    assert said in result.err
+    assert "GGUF cannot express this model" in result.err
+    assert not Path("m.gguf").exists()
+
+
+def test_scaled_frequencies_are_of_llama_alone(apt, tokenizer):
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+               "high_freq_factor": 4.0, "original_max_position_embeddings": 16}  # fmt: skip
+    checkpoint_of(tokenizer, kind="Qwen2Config", rope_scaling=scaling)
+    result = apt("export", "model", "-o", "m.gguf")
+    assert result.code == 2
+    assert "rotary frequencies of type 'llama3'" in result.err
+
+
 def test_an_unknown_tokenizer_is_left_to_the_converter(apt, tokenizer):
     checkpoint_of(tokenizer)
     place = Path("model/tokenizer.json")

@@ -27,6 +27,16 @@ def test_as_data(apt):
     assert record["plugins that failed"] == []
 
 
+@pytest.mark.parametrize(("fast", "taken"), [(True, "bfloat16"), (False, "float32")])
+def test_the_machine_has_the_speed_of_each_dtype_and_what_auto_takes(apt, monkeypatch, fast, taken):
+    monkeypatch.setattr("apt.compute.multiplies_fast", lambda dtype, device: fast)
+    machine = json.loads(apt("doctor", "--json").out)["machine"]
+    found = {entry["what"]: entry["state"] for entry in machine}
+    for name in ("float32", "bfloat16", "float16"):
+        assert "GFLOP/s on cpu" in found[name]
+    assert found["bfloat16"].endswith(f"a model in bfloat16 computes in {taken}")
+
+
 def test_what_is_missing_comes_with_its_command(monkeypatch):
     monkeypatch.setattr(doctor, "_OPTIONAL", (("nosuch", "nothing", "nosuch", "pip install x"),))
     last = list(doctor.packages())[-1]

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from apt.adapter import Extra, Site
-from apt.cli.output import show_json
-from apt.cli.progress import PruningProgress
+from apt.cli.output import notice, print_events, say, show, show_error, show_json, show_rows, table
+from apt.cli.progress import Progress, PruningProgress
 from apt.events import BlockStarted, SitePruned, Working
 from apt.output.report import Report
 from apt.output.timeline import Timeline
@@ -237,3 +238,63 @@ def test_the_time_of_pruning_begins_with_the_first_block_that_is_kept():
     for index in (1, 2):
         timeline.observe(BlockStarted("block", index, 4))
     assert [phase for phase, _ in timeline.record()["phases"]] == ["loading the model", "pruning"]
+
+
+HOSTILE = "\x1b[2Jmodel\x07\r\nverified \u202eon\x9b1A [bold]disk[/bold]"
+SHOWN = r"\x1b[2Jmodel\x07\r\nverified \u202eon\x9b1A [bold]disk[/bold]"
+
+
+def hostile_table():
+    made = table(HOSTILE, title=HOSTILE)
+    made.add_row(HOSTILE)
+    show(made)
+
+
+@pytest.mark.parametrize(
+    "printed",
+    [
+        lambda: say(HOSTILE),
+        lambda: notice(HOSTILE),
+        lambda: show_error(HOSTILE),
+        lambda: show_rows([{HOSTILE: HOSTILE}], as_json=False),
+        hostile_table,
+    ],
+    ids=["result", "notice", "error", "rows", "table"],
+)
+def test_control_characters_and_markup_of_others_are_printed_as_text(printed, capsys):
+    print_events(False)
+    printed()
+    found = "".join(capsys.readouterr())
+    assert SHOWN in found
+    assert not set(found) & set("\x1b\x07\r\x9b\u202e")
+    assert all("verified" not in line or "model" in line for line in found.splitlines())
+
+
+def test_the_changing_display_has_no_control_characters_of_others(monkeypatch):
+    progress = Progress()
+    progress.show(HOSTILE)
+    assert progress._display.tasks[0].description == SHOWN
+
+
+def test_names_in_a_report_have_no_effect_on_the_terminal(apt, tmp_path):
+    assert apt(*RUN, "--log-file", "log.txt").code == 0
+    place = Path("out/apt_report.json")
+    report = json.loads(place.read_text())
+    report["sites"][0]["name"] = HOSTILE
+    report["files"][HOSTILE] = report["files"].pop("config.json")
+    place.write_text(json.dumps(report))
+    run = apt("verify", "out", "--log-file", "log.txt")
+    assert run.code != 0
+    for text in (run.out, run.err, Path("log.txt").read_text()):
+        assert not set(text) & set("\x1b\x07\r\x9b\u202e")
+    assert SHOWN in run.out + run.err
+
+
+def test_names_in_a_checkpoint_have_no_effect_on_the_terminal(apt, checkpoint):
+    shutil.copytree(checkpoint("llama"), "model")
+    place = Path("model/config.json")
+    place.write_text(json.dumps(json.loads(place.read_text()) | {"model_type": HOSTILE}))
+    run = apt("prune", "model", *SMALL, "--pattern", "2:4", "-o", "out")
+    assert run.code == 2
+    assert not set(run.err) & set("\x1b\x07\r\x9b\u202e")
+    assert r"\x1b[2Jmodel" in run.err

@@ -8,7 +8,7 @@ from apt.conformance.outcomes import outcome, outcomes
 from apt.hookspecs import AdapterSpec
 from apt.plugin.registry import registry
 from apt.testing import CHECKS, Subject
-from tests.conformance.mutants import MUTANTS
+from tests.conformance.mutants import HARMLESS, MUTANTS
 from tests.conformance.mutants.leaks import LEAKS, ONCE, leaking, process_kept, several
 from tests.conformance.mutants.models import LLAMA, MODELS, RIGHT
 from tests.helpers.families import CONFIGS, random_model, random_tokens
@@ -47,6 +47,12 @@ def test_each_mutant_is_caught_by_a_line_that_names_the_fault_and_its_place(name
     lines = problem(mutant.check, mutant.adapter(), MODELS[mutant.model]()).splitlines()
     assert any(re.search(mutant.said, line) for line in lines), lines
     assert all(re.search(r"conformance/mutants/\w+\.py:\d+\)$", line) for line in lines), lines
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_groups_that_give_the_same_models_by_other_outputs_pass(name):
+    adapter, model = HARMLESS[name]
+    assert not problem("groups", adapter(), MODELS[model]())
 
 
 WHERE = {

@@ -170,6 +170,58 @@ def test_every_rank_goes_on_with_the_block_as_it_is_stored(first, tmp_path):
     assert torch.equal(stored.read("block")["weight"], exact.bfloat16() if first else dense)
 
 
+def with_another(kind):
+    """Let the second rank have another input of a kind, under the same name."""
+    rank = int(os.environ["RANK"])
+    place = {name: str(rank * (name == kind)) for name in ("weights", "tokens")}
+    damping = 0.02 if rank and kind == "options.damping" else 0.03
+    sys.argv[2:] = [
+        f"{place['weights']}/model", "--calibration", f"{place['tokens']}/text.txt", "--samples",
+        "4", "--seqlen", "24", "--pattern", "2:4", "--damping", str(damping), "-o", "out",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["weights", "tokens", "options.damping"])
+def test_ranks_that_differ_end_with_one_line_that_says_in_what(kind, tmp_path, tokenizer):
+    text = TEXT.read_text()
+    for rank in range(2):
+        model, folder = random_model("llama"), tmp_path / str(rank)
+        model.model.layers[2].mlp.up_proj.weight.data[0, 0] += rank
+        model.save_pretrained(folder / "model")
+        tokenizer.save_pretrained(folder / "model")
+        (folder / "text.txt").write_text(text[rank * len(text) // 2 :])
+    codes, said = on_ranks(2, tmp_path, "prune", before=partial(with_another, kind))
+    assert codes == [2, 2], said
+    lines = [line for line in said.splitlines() if "other inputs" in line]
+    expected = f"rank 1 has other inputs than rank 0: {kind} differ; start all of them with the "
+    assert all(expected in line for line in lines)
+    assert sorted(line.startswith("apt: rank 1: ") for line in lines) == [False, True]
+    assert "Traceback" not in said
+    assert not (tmp_path / "out").exists()
+
+
+def as_a_rank_of_a_program(rank, size, folder):
+    """What each process of a program does whose second rank has other tokens."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    tokens = TOKENS.flip(0) if rank else TOKENS
+    try:
+        pruned("llama-grouped-tied", "wanda", tokens, Ranks(dist.group.WORLD))
+    except apt.AptError as error:
+        Path(folder, f"said-{rank}").write_text(error.message)
+    dist.destroy_process_group()
+
+
+def test_ranks_of_a_program_with_other_tokens_are_refused(tmp_path):
+    multiprocessing.start_processes(
+        as_a_rank_of_a_program, (2, str(tmp_path)), 2, start_method=forked.get_start_method()
+    )
+    for rank in range(2):
+        said = (tmp_path / f"said-{rank}").read_text()
+        assert said == "rank 1 has other inputs than rank 0: tokens differ"
+
+
 def test_a_part_of_the_tokens_would_be_noticed():
     alone, _ = pruned("opt", "wanda")
     part, _ = pruned("opt", "wanda", TOKENS[::2])
@@ -228,6 +280,24 @@ def test_a_rank_that_dies_ends_the_job_and_the_run_is_gone_on_with(checkpoint, t
     codes, said = on_ranks(2, tmp_path, *command, "-o", "out", "--resume")
     assert codes == [0, 0], said
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
+def slow_on_the_second_rank():
+    """The second rank would choose fewer samples for a given time."""
+    from apt.engine import timed_run
+    from apt.engine.costs import Machine
+
+    speed = 1e15 if os.environ["RANK"] == "0" else 1.0
+    timed_run.measured = lambda device: Machine(speed, speed, speed)
+
+
+def test_the_first_rank_chooses_the_samples_for_a_given_time(checkpoint, tmp_path):
+    words = ["prune", checkpoint("llama"), *COMMAND, "--effort", "fast", "--minutes", "0.1"]
+    words.remove("--stream")
+    codes, said = on_ranks(2, tmp_path, *words, "-o", "out", before=slow_on_the_second_rank)
+    assert codes == [0, 0], said
+    report = json.loads((tmp_path / "out" / "apt_report.json").read_text())
+    assert report["calibration"]["shape"][0] == 16
 
 
 def test_more_ranks_than_samples_are_refused(checkpoint, tmp_path):

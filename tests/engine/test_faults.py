@@ -100,12 +100,13 @@ def test_activations_too_large_for_half_precision(tmp_path, tokenizer, apt):
     model.model.layers[1].mlp.down_proj.weight.data *= 2e4
     model.half().save_pretrained("half")
     tokenizer.save_pretrained("half")
-    run = apt("prune", "half", *SMALL, "-o", "out", "--layer-wise")
+    run = apt("prune", "half", *SMALL, "-o", "out", "--layer-wise", "--compute", "float16")
     assert run.code == 2
     assert "in model.layers.1:" in run.err
     assert "not finite" in run.err
     assert not Path("out").exists()
-    assert apt("prune", "half", *SMALL, "-o", "out", "--dtype", "float32").code == 0
+    assert "(--compute)" in run.err
+    assert apt("prune", "half", *SMALL, "-o", "out", "--compute", "float32").code == 0
 
 
 def test_a_gram_matrix_that_is_not_positive_definite_costs_damping(apt, checkpoint):

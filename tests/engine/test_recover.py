@@ -26,6 +26,7 @@ from apt.checkpoints.masks import (
     write_masks,
 )
 from apt.errors import AptError
+from apt.files.journal import Journal
 from apt.locations.model_source import find
 from apt.plugin.registry import registry
 from tests.helpers import TEXT
@@ -228,6 +229,25 @@ def test_a_killed_training_continues_with_the_same_losses(apt, pruned, tmp_path)
         assert training(tmp_path, "whole")[key] == training(tmp_path, "out")[key], key
     assert same(*(load_file(f"{name}/model.safetensors") for name in ("whole", "out")))
     assert not journal.parent.exists()
+
+
+def test_the_journal_flushes_the_checkpoints_that_it_names(apt, pruned, monkeypatch):
+    flushed, real = [], Journal.add
+
+    def add(self, line, data=None):
+        if "checkpoint" in line:
+            flushed.append((line["checkpoint"], data))
+            assert (data / "trainer_state.json").is_file()
+        real(self, line, data)
+
+    monkeypatch.setattr(Journal, "add", add)
+    pruned()
+    done = apt("recover", "pruned", *TRAIN, "--kind", "layers", "--rate", 1e-2, "-o", "out")
+    assert done.code == 0, done.err
+    assert [(step, data.name) for step, data in flushed] == [
+        (2, "checkpoint-2"),
+        (4, "checkpoint-4"),
+    ]
 
 
 def test_resuming_a_finished_recovery_changes_nothing(apt, pruned, tmp_path):

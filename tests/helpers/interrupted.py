@@ -39,8 +39,8 @@ def signalled(count, number):
     """A journal's ``add`` that sends this process a signal after its ``count``-th line."""
     original, calls = apt_journal.Journal.add, []
 
-    def add(self, line):
-        original(self, line)
+    def add(self, line, data=None):
+        original(self, line, data)
         calls.append(line)
         if len(calls) == count:
             os.kill(os.getpid(), number)

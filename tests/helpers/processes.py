@@ -33,9 +33,9 @@ def _pytest(folder, files):
 def _command(folder, arguments, environment, before):
     os.environ.update(environment)
     _enter(folder)
+    sys.argv = ["apt", *map(str, arguments)]
     if before:
         before()
-    sys.argv = ["apt", *map(str, arguments)]
     main()
 
 
@@ -61,14 +61,18 @@ def run_pytest(folder, *files):
     return process.exitcode, (folder / "said").read_text()
 
 
-def on_ranks(size, folder, *arguments):
-    """``apt`` on ranks that are told so as by torchrun: the status of each, and what they say."""
+def on_ranks(size, folder, *arguments, before=None):
+    """``apt`` on ranks that are told so as by torchrun: the status of each, and what they say.
+
+    Args:
+        before: a function that each process calls first.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     ranks = [
-        start(folder, *arguments, RANK=str(rank), LOCAL_RANK=str(rank), **shared)
+        start(folder, *arguments, before=before, RANK=str(rank), LOCAL_RANK=str(rank), **shared)
         for rank in range(size)
     ]
     for rank in ranks:

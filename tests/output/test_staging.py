@@ -1,13 +1,20 @@
 """Output directories appear whole or not at all."""
 
+import errno
 import os
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
 from apt.errors import AptError
+from apt.files import locking, renaming
+from apt.output import staging
 from apt.output.location import check_output
 from apt.output.report import Report
-from apt.output.staging import whole_directory, write_errors
+from apt.output.staging import Staging, whole_directory, write_errors
+from tests.helpers.interrupted import KilledError
 
 
 def write_and_fail(target, error):
@@ -74,3 +81,133 @@ def test_outputs_are_checked_early(tmp_path):
     (tmp_path / "full" / "weights").write_text("of a fine-tuning")
     with pytest.raises(AptError, match="was changed since APT wrote it: weights; APT never del"):
         check_output(tmp_path / "full", True)
+
+
+def cut(monkeypatch, step, *, after):
+    """Let the process be gone before or after the step of this number that changes folders.
+
+    Returns:
+        The steps so far.
+    """
+    steps = []
+
+    def wrapped(function):
+        def stepping(*given, **named):
+            steps.append(function.__name__)
+            number = len(steps)
+            if number == step and not after:
+                raise KilledError
+            result = function(*given, **named)
+            if number == step:
+                raise KilledError
+            return result
+
+        return stepping
+
+    monkeypatch.setattr(shutil, "rmtree", wrapped(shutil.rmtree))
+    monkeypatch.setattr(Path, "rename", wrapped(Path.rename))
+    monkeypatch.setattr(renaming, "_system_rename", wrapped(renaming._system_rename))
+    return steps
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+@pytest.mark.parametrize("after", [True, False])
+@pytest.mark.parametrize("step", range(1, 7))
+def test_a_result_that_replaces_out_is_whole_wherever_the_run_is_cut(
+    step, after, exchanges, tmp_path, monkeypatch
+):
+    work = Staging(tmp_path / "out")
+    with work.locked():
+        work.begin({"model": "m"})
+        (work.out / "blocks").write_text("with zeros")
+        work.journal.add({"block": "1"})
+        small = work.fresh("small")
+        (small / "weights").write_text("few")
+        Report({}, {"reference": "m"}, {}).write(small)
+        if not exchanges:
+            monkeypatch.setattr(renaming, "_system_rename", lambda *given: False)
+        with monkeypatch.context() as patch:
+            steps = cut(patch, step, after=after)
+            try:
+                work.replace_out(small)
+            except KilledError:
+                pass
+            else:
+                assert len(steps) < step
+    again = Staging(tmp_path / "out")
+    with again.locked():
+        if again.done is None:  # the blocks are there, from which the run makes it again
+            assert (again.out / "blocks").read_text() == "with zeros"
+            assert again.has_work
+        else:
+            assert again.done == again.out
+            again.finish()
+            assert (tmp_path / "out/weights").read_text() == "few"
+
+
+@pytest.fixture
+def flushed(monkeypatch):
+    """The paths that are flushed to disk, in their order."""
+    paths, real = [], os.fsync
+
+    def fsync(descriptor):
+        paths.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    return paths
+
+
+@pytest.mark.parametrize("data", ["file", "folder"])
+def test_what_a_line_describes_is_flushed_before_the_line(data, tmp_path, flushed):
+    work = Staging(tmp_path / "out")
+    with work.locked():
+        work.begin({})
+        assert flushed[-1] == str(work.folder)  # which has a new journal
+        flushed.clear()
+        inside = [work.out / "config.json", work.out / "deep", work.out / "deep/weights"]
+        inside[1].mkdir()
+        for path in (inside[0], inside[2], work.tokens):
+            path.write_text("x")
+        work.journal.add({"copied": 1}, work.out if data == "folder" else work.tokens)
+        expected = {*inside, work.out} if data == "folder" else {work.tokens}
+        assert {*flushed[:-1]} == {str(path) for path in (*expected, work.folder)}
+        assert flushed[-1].endswith("journal.jsonl")
+
+
+def test_a_published_output_and_its_name_are_on_disk(tmp_path, flushed):
+    with whole_directory(tmp_path / "out") as work:
+        (work.out / "index.json").write_text("x")
+    assert "index.json" in {Path(path).name for path in flushed[:-1]}
+    assert flushed[-1] == str(tmp_path)
+
+
+def test_a_file_system_that_keeps_an_open_lock_in_its_folder_is_no_error(tmp_path, monkeypatch):
+    """NFS renames an open file that is deleted, and deletes it when it is closed."""
+    real, kept = os.unlink, Staging(tmp_path / "out").folder / ".nfs0001"
+
+    def unlink(path, *given, **named):
+        if Path(path).name == kept.name:
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        real(path, *given, **named)
+        if Path(path).name == "lock":
+            kept.touch()
+
+    class Lock:
+        def __init__(self, file):
+            self.fileno, self._file = file.fileno, file
+
+        def close(self):
+            self._file.close()
+            real(kept)
+
+    @contextmanager
+    def locked(path):
+        with locking.locked(path) as lock:
+            yield Lock(lock)
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    monkeypatch.setattr(staging, "locked", locked)
+    with whole_directory(tmp_path / "out") as work:
+        (work.out / "a").write_text("x")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -21,10 +21,12 @@ import apt.runtime as runtime
 from apt.checkpoints.safetensors_io import INDEX, Shards
 from apt.errors import AptError
 from apt.packing.directory import PackedShards, Rounding, pack, unpack
+from apt.runtime import remote_code
 from apt.runtime.dense import DenseLinear, use_kernels
-from apt.runtime.entries import read_entries
+from apt.runtime.entries import KEY, read_config, read_entries
 from apt.runtime.linear import PackedLinear, kernels
 from apt.runtime.matrix import MASK, SCALES, VALUES, Entry, bitmask, bound, decode, encode, places
+from apt.runtime.packed_file import CHECKSUMS, checksums
 from apt.runtime.rounding import KINDS, encode_rounded
 from tests.helpers import TEXT
 from tests.helpers.releases import needs
@@ -349,6 +351,23 @@ def test_a_packed_model_without_a_tensor_is_refused(apt, output_of, pruned, part
     assert not Path("x").exists()
     with pytest.raises(AptError, match=r"lacks 1 tensors|damaged"):
         runtime.load("packed")
+
+
+@pytest.mark.parametrize("part", [MASK, VALUES, SCALES])
+@pytest.mark.parametrize(
+    "opens", [runtime.load, pytest.param(AutoModelForCausalLM.from_pretrained, marks=PLAIN)]
+)
+def test_a_matrix_without_a_part_is_named_if_the_checksums_agree(pruned, tmp_path, part, opens):
+    name = "model.layers.0.mlp.up_proj.weight"
+    pack(pruned(), [name], tmp_path, Rounding("int8", 64))
+    file, about = tmp_path / "apt_packed.safetensors", read_config(tmp_path)[KEY]["matrices"]
+    tensors = load_file(file)
+    del tensors[f"{name}_{part}"]
+    save_file(tensors, file, {"format": "pt", CHECKSUMS: checksums(tensors, about)})
+    with pytest.raises(AptError, match=f"lacks {name}_{part}, which its config.json describes"):
+        opens(tmp_path)
+    with pytest.raises((ValueError, OSError), match=f"lacks (the mask of )?{name}"):
+        remote_code._dense_state(str(tmp_path), read_config(tmp_path)[KEY], {})
 
 
 def changed(path, folder, change):

@@ -55,6 +55,16 @@ def apt_adapters():
 '''
 
 
+METHODS = """
+from apt.hookspecs import MethodSpec, hookimpl
+
+
+@hookimpl
+def apt_methods():
+    return [MethodSpec("mine", "Mine", "counting:mine")]
+"""
+
+
 @pytest.fixture
 def installed(tmp_path, monkeypatch):
     """Install a module as a distribution with an entry point of its name."""
@@ -73,7 +83,7 @@ def installed(tmp_path, monkeypatch):
     yield install
     monkeypatch.undo()
     registry.cache_clear()
-    for module in ("counting", "heavy"):
+    for module in ("counting", "counted", "heavy"):
         sys.modules.pop(module, None)
 
 
@@ -130,6 +140,19 @@ def test_the_list_imports_no_plugin_without_commands(installed, apt):
     assert "heavy" not in sys.modules
 
 
+def test_the_list_of_methods_imports_no_plugin_without_methods(installed, apt):
+    installed("heavy", HEAVY)
+    installed("counting", METHODS)
+    assert "\nmine " in apt("methods").out
+    assert "heavy" not in sys.modules
+
+
+def test_the_list_of_methods_has_those_that_a_module_imports(installed, apt, tmp_path):
+    installed("counting", "from counted import *\n")
+    (tmp_path / "site" / "counted.py").write_text(METHODS)
+    assert "\nmine " in apt("methods").out
+
+
 def test_a_broken_plugin_with_commands_is_one_warning(installed, apt):
     installed("counting", PLUGIN + "\n1 / 0\n")
     shown = apt("--help")
@@ -148,7 +171,7 @@ def test_a_plugin_cannot_take_the_name_of_a_command_of_apt(installed, apt):
     assert shown.code == 0
     assert "command 'prune' comes from apt-prune and counting 1.2; uninstall one" in shown.err
     assert apt("prune", "--help").out.startswith("Usage: apt prune")
-    refused = apt("methods")
+    refused = apt("adapters")
     assert refused.code == 2
     assert "command 'prune' comes from apt-prune and counting 1.2" in refused.err
 

@@ -1,9 +1,12 @@
 """`apt.keep_zeros` and `apt.KeepZeros`: other code trains a pruned model, and every zero stays."""
 
+import gc
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import apt
 from apt.checkpoints.masks import masks_of
@@ -72,6 +75,27 @@ def test_an_optimizer_that_moves_every_weight_needs_to_be_named(pruned):
     assert lost(before, pruned) > 0
 
 
+def test_a_parameter_that_is_frozen_at_the_call_keeps_its_zeros_when_it_is_trained(pruned):
+    before = zeros(pruned)
+    pruned.requires_grad_(False)
+    kept = apt.keep_zeros(pruned)
+    assert not any(parameter.requires_grad for parameter in pruned.parameters())
+    pruned.requires_grad_(True)
+    train(pruned, torch.optim.AdamW(pruned.parameters(), lr=1e-2))
+    assert lost(before, pruned) == 0
+    kept.remove()
+    train(pruned, torch.optim.AdamW(pruned.parameters(), lr=1e-2))
+    assert lost(before, pruned) > 0
+
+
+def test_an_exception_in_a_with_statement_lets_the_zeros_go(pruned):
+    before = zeros(pruned)
+    with pytest.raises(KeyError), apt.keep_zeros(pruned):
+        raise KeyError
+    train(pruned, torch.optim.SGD(pruned.parameters(), lr=1e-2))
+    assert lost(before, pruned) > 0
+
+
 class Samples(Dataset):
     def __len__(self):
         return 4
@@ -91,6 +115,40 @@ def test_the_callback_of_a_trainer(pruned, tmp_path, keeps):
     Trainer(pruned, arguments, train_dataset=Samples(), callbacks=callbacks).train()
     assert (lost(before, pruned) == 0) is keeps
     train(pruned, torch.optim.SGD(pruned.parameters(), lr=1e-2))  # as any other model
+    assert lost(before, pruned) > 0
+
+
+class Full(TrainerCallback):
+    """A disk that is full after a step."""
+
+    def on_step_end(self, *given, **named):
+        raise OSError("disk is full")
+
+
+def hooks(model):
+    """The number of hooks on the gradients of a model."""
+    return sum(len(p._backward_hooks or ()) for p in model.parameters())
+
+
+@pytest.mark.parametrize("how", ["with", "again", "collected"])
+def test_no_hook_of_the_callback_stays_after_an_exception(pruned, tmp_path, how):
+    before, keep = zeros(pruned), apt.KeepZeros()
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, learning_rate=1e-2, report_to=[], use_cpu=True,
+        per_device_train_batch_size=2, save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    trainer = Trainer(pruned, arguments, train_dataset=Samples(), callbacks=[keep, Full()])
+    with pytest.raises(OSError, match="disk is full"), keep if how == "with" else nullcontext():
+        trainer.train()
+    trainer.remove_callback(Full)
+    if how == "again":
+        assert hooks(pruned) == len(before)
+        trainer.train()
+    elif how == "collected":
+        del trainer, keep
+        gc.collect()
+    assert hooks(pruned) == 0
+    train(pruned, torch.optim.SGD(pruned.parameters(), lr=1e-2))
     assert lost(before, pruned) > 0
 
 

@@ -1,6 +1,7 @@
 """Blocks that run a token in one call of ``apt-kernels``: the outputs of the blocks themselves."""
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -17,7 +18,7 @@ from transformers import (
 import apt.runtime as runtime
 from apt.packing.directory import pack
 from apt.runtime import decoding
-from apt.runtime.decoding import Decoder, DecodingLayer
+from apt.runtime.decoding import Decoder, DecodingLayer, Family
 from apt.runtime.linear import kernels
 
 pytestmark = pytest.mark.skipif(
@@ -153,10 +154,12 @@ def test_a_block_that_computes_something_else_is_refused(packed, monkeypatch, ru
     kind = type(model.model.layers[0]).__mro__[2]
     own = kind.forward
 
+    @functools.wraps(own)
     def scaled(self, x, **named):
         return x + 0.7 * (own(self, x, **named) - x)
 
     monkeypatch.setattr(kind, "forward", scaled)
+    monkeypatch.setattr(type(model.model.layers[0]), "_family", Family(kind))
     found = generated(model)
     assert runs[0] == 2  # the comparisons
     assert torch.equal(found, itself(model, monkeypatch))
@@ -217,3 +220,13 @@ def test_what_is_changed_after_a_token_is_noticed(packed, monkeypatch):
         layer.mlp.down_proj = other
     found, expected = generated(model), itself(model, monkeypatch)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_model_that_is_offloaded_to_the_processor_generates_the_same(packed, runs):
+    """The norms are without memory when a block begins; this was the end of the process."""
+    accelerate = pytest.importorskip("accelerate")
+    model = packed(dtype=torch.float32)
+    expected, runs[0] = generated(model), 0
+    accelerate.cpu_offload(model, execution_device="cpu")
+    torch.testing.assert_close(generated(model), expected, rtol=1e-3, atol=1e-3)
+    assert runs[0] == 0

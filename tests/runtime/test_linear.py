@@ -1,9 +1,14 @@
 """Packed modules in memory: other tensors, failed moves, hostile descriptions."""
 
+import copy
+
 import pytest
 import torch
 
-from apt.runtime.linear import PackedLinear, kernels
+from apt.layouts.pieces import Piece
+from apt.runtime.dense import DenseLinear, use_kernels
+from apt.runtime.experts import PackedStack, PlainMatrix
+from apt.runtime.linear import FEW, PackedLinear, kernels
 from apt.runtime.matrix import SCALES, Entry, encode
 from apt.runtime.rounding import encode_rounded
 
@@ -69,7 +74,7 @@ def test_a_move_that_fails_leaves_the_module_as_it_was():
 
 def test_a_module_whose_tensors_moved_one_by_one_makes_another_matrix():
     module, x = prepared(*encoded("float32", 0)), torch.randn(3, 300)
-    expected, module._place = module(x), torch.device("meta")
+    expected = module(x)
     for name, tensor in list(module._buffers.items()):
         module._buffers[name] = None if tensor is None else tensor.clone()
     before = module.matrix
@@ -82,3 +87,68 @@ def test_numbers_that_no_matrix_has_are_refused(change):
     record = encoded("int8", 0)[0].record()
     with pytest.raises(ValueError, match="with groups of"):
         Entry.read({**record, **change})
+
+
+@pytest.fixture
+def multiplied(monkeypatch):
+    """The dtypes and numbers of weights of all products of torch, where bf16 is slow."""
+    found, own = [], torch.nn.functional.linear
+
+    def linear(x, weight, bias=None):
+        found.append((x.dtype, weight.dtype, weight.numel()))
+        return own(x, weight, bias)
+
+    monkeypatch.setattr("apt.devices._is_faster_here", lambda dtype: False)
+    monkeypatch.setattr(torch.nn.functional, "linear", linear)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["packed", "dense", "expert"])
+def test_many_vectors_multiply_in_fp32_where_half_precision_is_slow(
+    kind, dtype, multiplied, monkeypatch
+):
+    matrix = sparse(0).to(dtype)
+    if kind == "packed":
+        entry, parts = encode(matrix)
+        multiply = prepared(entry, parts)
+        multiply.bias.data = multiply.bias.data.to(dtype)
+        monkeypatch.setattr(multiply, "_native", lambda rows: None)  # as on such a processor
+    elif kind == "dense":
+        model = torch.nn.Sequential(torch.nn.Linear(300, 6, bias=False, dtype=dtype))
+        model[0].weight.data = matrix
+        use_kernels(model.requires_grad_(False))
+        assert type(model[0]) is DenseLinear
+        multiply = model[0]
+    else:
+        stack = PackedStack((1, 6, 300), dtype, [Piece("w", order=())])
+        stack.fill({"w": PlainMatrix(matrix[None])})
+        multiply = stack[0].linear
+    x = torch.randn(2, FEW, 300).to(dtype)
+    assert torch.equal(multiply(x), (x.float() @ matrix.float().T).to(dtype))
+    assert multiplied == [(torch.float32, torch.float32, 1800)]
+    assert multiply(x[:1, :3]).dtype == dtype
+    if kind != "packed":  # the kernels multiply few vectors
+        assert multiplied[1:] == [(dtype, dtype, 1800)]
+
+
+def test_the_matrix_is_dense_a_part_at_a_time_where_half_precision_is_slow(multiplied, monkeypatch):
+    monkeypatch.setattr("apt.runtime.linear._TILE", 600)
+    matrix = sparse(0).bfloat16()
+    packed, x = prepared(*encode(matrix)), torch.randn(20, 300).bfloat16()
+    packed.bias.data = packed.bias.data.bfloat16()
+    monkeypatch.setattr(packed, "_native", lambda rows: None)
+    assert torch.equal(packed(x), (x.float() @ matrix.float().T).bfloat16())
+    assert multiplied == [(torch.float32, torch.float32, 600)] * 3
+
+
+def test_a_dense_head_follows_a_weight_of_another_shape():
+    if kernels() is None:
+        pytest.skip("apt_kernels is not installed, or was without a compiler")
+    model = torch.nn.Sequential(torch.nn.Linear(1024, 1024, bias=False, dtype=torch.bfloat16))
+    use_kernels(model.requires_grad_(False))
+    head, x = model[0], torch.randn(1, 1024).bfloat16()
+    expected = head(x)
+    assert torch.equal(copy.deepcopy(head)(x), expected)
+    head.weight.data, head.out_features = head.weight.data[:10], 10  # at the same address
+    assert torch.equal(head(x), expected[:, :10])

@@ -320,6 +320,26 @@ def test_bad_input_is_refused_in_one_line(said, apt):
     assert not Path("out").exists()
 
 
+@pytest.mark.parametrize("method", ["group-wanda", "joint"])
+def test_a_method_for_columns_is_refused_where_only_experts_are_removed(method, apt):
+    sizes = ("--size", "experts=4", "--method", method)
+    result = apt("shrink", "--adapter", "moe", *sizes, *SMALL, "-o", "out")
+    assert result.code == 2
+    assert f"method {method} chooses columns of weights, and only experts are removed" in result.err
+    assert "(--method, --size)" in result.err
+    result = apt("shrink", "--adapter", "moe", *sizes, "--size", "channels=64", "--dry-run")
+    assert result.code == 0, result.err
+
+
+def test_scores_that_lack_all_kinds_that_are_removed_are_refused():
+    def unscored(model, adapter, tokens):
+        return {name: {} for name, _ in adapter.blocks(model)}
+
+    wish = ShrinkOptions(sizes={"experts": 2})
+    with pytest.raises(AptError, match="method unscored has no scores for experts"):
+        apt_package.shrink(random_model("qwen2-moe"), TOKENS, size=wish, method=unscored)
+
+
 def test_families_without_widths_say_so(apt):
     result = apt("shrink", "--adapter", "bloom", "--width-only", *SMALL, "-o", "out")
     assert result.code == 2

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from apt.plugin.registry import registry
-from apt.solver import NM, Gram, SolverError, SolverOptions, Unstructured
+from apt.solver import NM, Gram, SolverError, SolverOptions, Unstructured, relative_layer_error
 
 METHODS = sorted(registry().methods.specs)
 PATTERNS = [NM(2, 4), Unstructured(0.5)]
@@ -42,6 +42,18 @@ def test_the_layout_of_a_weight_changes_nothing_and_the_weight_stays(name, patte
         assert torch.equal(given, weight)
         assert torch.equal(gram.matrix, before)
         torch.testing.assert_close(found.weight, expected.weight, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("exponent", [-53, -40, 31, 50])  # 1e-16, 1e-12, 2e9, 1e15
+def test_inputs_of_any_size_are_solved_alike(name, exponent):
+    weight, inputs = problem(6)
+    loss = [
+        relative_layer_error(weight, found.weight, gram.matrix)
+        for gram in (Gram.of(inputs), Gram.of(inputs * 2.0**exponent))
+        if (found := solved(name, weight, gram, NM(2, 4), SolverOptions()))
+    ]
+    assert loss[1] == pytest.approx(loss[0], rel=0.1)  # dsnot's thresholds are not relative
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -88,7 +88,8 @@ def _unlike_removals(subject: Subject) -> Iterator[Fault]:
             first = (step, extra, Predictions(extra.removal))
             _, _, predictions = kinds.setdefault(extra.kind, first)
             gram = torch.stack([gram for gram, _ in reports]).sum(0)
-            predictions.compare(removals, extra, gram, max(2, _CHANNELS // len(steps)))
+            energy = sum(energy for _, energy in reports)
+            predictions.compare(removals, extra, gram, energy, max(2, _CHANNELS // len(steps)))
     for step, extra, predictions in kinds.values():
         if (wrong := predictions.fault()) is not None:
             said, method = wrong

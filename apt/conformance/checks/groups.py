@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from apt.adapter import Adapter, Groups, Site, Unrouted
 from apt.adapter.groups import disconnect, tensors_of
+from apt.adapter.text_config import text_config
 from apt.checkpoints.smaller import shrunk
 from apt.conformance.checks.promise import Fault, Faults, promise
 from apt.conformance.checks.subject import Subject
@@ -31,6 +32,7 @@ def check_groups(subject: Subject) -> Faults:
         for groups in subject.adapter.groups(block, config):
             kinds[groups.kind] = None
             faults += _misdeclared(name, block, groups, {site.name: site for site in sites})
+            faults += _misnumbered(name, groups, text_config(config))
     yield from faults
     if faults:
         return
@@ -64,6 +66,24 @@ def _misdeclared(name: str, block: nn.Module, groups: Groups, sites: dict[str, S
             yield name, f": {reader} has {said}"
     if not groups.readers and not groups.outputs:
         yield name, f": {groups.kind} have neither readers nor outputs"
+
+
+def _misnumbered(name: str, groups: Groups, config: Any) -> Faults:
+    """Fields that would have another value although all groups are kept.
+
+    The smaller model may run all the same: the field can be one on which no shape depends, or right
+    for one number of groups by chance. A field without a value has a default, which may be right.
+    """
+    for field, value in groups.fields.items():
+        known, all_kept = getattr(config, field, None), value(groups.count)
+        if isinstance(known, int | float) and not _agree(all_kept, known, groups.count):
+            said = f": {groups.kind} write {all_kept} into {field} of the configuration if all"
+            yield name, f"{said} {groups.count} are kept, but it has {known}"
+
+
+def _agree(given: int | float, known: int | float, count: int) -> bool:
+    """True if two values of a field are equal; a ratio may stand for a rounded number of groups."""
+    return given == known or (isinstance(known, float) and abs(given - known) * count < abs(known))
 
 
 def _removed(subject: Subject, kind: str) -> Faults:

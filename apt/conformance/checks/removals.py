@@ -7,7 +7,7 @@ operator whose result changes, the input of the first site that changes, and the
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,18 @@ _UNSET = ("empty", "empty_like", "empty_strided", "new_empty")
 _ROUNDING = 1e-12  # of the squared norm, below which nothing has changed
 
 
+class Change(NamedTuple):
+    """The squared norm of a change at one place, and that of what changes; 0 where nothing does."""
+
+    square: float = 0.0
+    whole: float = 0.0
+
+    @property
+    def share(self) -> float:
+        """The relative change."""
+        return self.square / self.whole if self.whole else 0.0
+
+
 class _Results(Oracle[Site]):  # type: ignore[no-untyped-call]
     """An oracle that keeps the results of operators, or finds how they differ from ``plain``.
 
@@ -31,7 +43,7 @@ class _Results(Oracle[Site]):  # type: ignore[no-untyped-call]
     def __init__(self, weights: Mapping[Site, Tensor], plain: Sequence[Tensor | None] = ()) -> None:
         super().__init__(weights)
         self.kept: list[Tensor] = []
-        self.change = 0.0
+        self.change = Change()
         self._compares, self._plain = bool(plain), iter(plain)
 
     def __torch_dispatch__(
@@ -39,7 +51,7 @@ class _Results(Oracle[Site]):  # type: ignore[no-untyped-call]
     ) -> Any:
         """Run the operator, and keep its result or measure the first change."""
         result = super().__torch_dispatch__(func, types, args, kwargs)
-        if self.change:
+        if self.change.square:
             return result
         unset = func.overloadpacket.__name__ in _UNSET
         if unset or not isinstance(result, Tensor) or not result.is_floating_point():
@@ -47,7 +59,7 @@ class _Results(Oracle[Site]):  # type: ignore[no-untyped-call]
         if not self._compares:
             self.kept.append(result.clone())
         elif (plain := next(self._plain, None)) is not None:
-            self.change = _distance(result, plain)
+            self.change = _change(result, plain)
         return result
 
 
@@ -62,16 +74,18 @@ class Removals:
         self._plain = self._run(step.state, results)
         pairs = zip(results.kept, turned.kept, strict=False)
         # Results that do not depend on the tokens are those of weights alone.
-        self._results = [one if _distance(one, other) else None for one, other in pairs]
+        self._results = [one if _change(one, other).square else None for one, other in pairs]
 
-    def changes(self, weight: Tensor, channel: int, removed: list[int], left: float = 0) -> Tensor:
-        """The squared changes when some weights of a channel are multiplied by ``left``."""
+    def changes(
+        self, weight: Tensor, channel: int, removed: list[int], left: float = 0
+    ) -> list[Change]:
+        """The changes at each place when some weights of a channel are multiplied by ``left``."""
         results = _Results(self._weights, self._results)
         with _scaled(weight, channel, removed, left):
             inputs, output = self._run(self.step.state, results)
-        inner = (_distance(*pair) for pair in zip(inputs, self._plain[0], strict=False))
-        changes = results.change, next(filter(None, inner), 0.0), _distance(output, self._plain[1])
-        return torch.tensor(changes, dtype=torch.float64)
+        inner = (_change(*pair) for pair in zip(inputs, self._plain[0], strict=False))
+        first = next((change for change in inner if change.square), Change())
+        return [results.change, first, _change(output, self._plain[1])]
 
     @torch.no_grad()
     def _run(self, state: State, results: _Results) -> tuple[list[Tensor], Tensor]:
@@ -82,12 +96,13 @@ class Removals:
         return [torch.cat(each.inputs) for each in seen], first_tensor(output)
 
 
-def _distance(one: Tensor, other: Tensor) -> float:
-    """The squared distance of two tensors; 0 if it is rounding, or if their shapes differ."""
+def _change(one: Tensor, other: Tensor) -> Change:
+    """The change from the ``other`` tensor; none if it is rounding, or if the shapes differ."""
     if one.shape != other.shape or torch.equal(one, other):
-        return 0.0
-    change = float((one.double() - other.double()).square().sum())
-    return change if change > _ROUNDING * float(other.double().square().sum()) else 0.0
+        return Change()
+    square = float((one.double() - other.double()).square().sum())
+    whole = float(other.double().square().sum())
+    return Change(square, whole) if square > _ROUNDING * whole else Change()
 
 
 def _turned(tensor: Tensor) -> Tensor:

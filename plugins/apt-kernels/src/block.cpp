@@ -8,9 +8,10 @@ namespace apt {
 
 struct Block {
     const Matrix *q, *k, *v, *o, *gate, *up, *down;
-    const float *q_bias, *k_bias, *v_bias, *o_bias;  // or null
-    const float *input_norm, *output_norm;           // (hidden): before attention, before the MLP
-    const float *q_norm, *k_norm;                    // (head_width), or null
+    // The vectors are in the memory of the model, in the dtype of its inputs, so that a change is seen.
+    const void *q_bias, *k_bias, *v_bias, *o_bias;  // or null
+    const void *input_norm, *output_norm;           // (hidden): before attention, before the MLP
+    const void *q_norm, *k_norm;                    // (head_width), or null
     int64_t hidden, heads, kv_heads, head_width;
     float epsilon, scaling;
     int32_t level;
@@ -88,26 +89,28 @@ void multiply(const Target (&targets)[count], const Input<T> &x, const Kernels &
 }
 
 template <class T>
-void normalise(const float *x, int64_t width, const float *weight, float epsilon, float *to) {
+void normalise(const float *x, int64_t width, const void *weights, float epsilon, float *to) {
+    const T *weight = static_cast<const T *>(weights);
     float sum = 0.0f;
     for (int64_t i = 0; i < width; ++i) sum += x[i] * x[i];
     const float factor = 1.0f / std::sqrt(sum / static_cast<float>(width) + epsilon);
     for (int64_t i = 0; i < width; ++i) {
-        to[i] = rounded<T>(weight[i] * rounded<T>(x[i] * factor));
+        to[i] = rounded<T>(widened(weight[i]) * rounded<T>(x[i] * factor));
     }
 }
 
 // Rounds the result of a product, and adds the bias if there is one.
 template <class T>
-void finish(float *values, int64_t count, const float *bias) {
+void finish(float *values, int64_t count, const void *biases) {
+    const T *bias = static_cast<const T *>(biases);
     for (int64_t i = 0; i < count; ++i) values[i] = rounded<T>(values[i]);
     if (!bias) return;
-    for (int64_t i = 0; i < count; ++i) values[i] = rounded<T>(values[i] + bias[i]);
+    for (int64_t i = 0; i < count; ++i) values[i] = rounded<T>(values[i] + widened(bias[i]));
 }
 
 // Normalises the heads, if there is a weight for it, and rotates them.
 template <class T>
-void place(const Block &b, float *heads, int64_t count, const float *norm, const T *cosines,
+void place(const Block &b, float *heads, int64_t count, const void *norm, const T *cosines,
            const T *sines) {
     const int64_t width = b.head_width, half = width / 2;
     std::vector<float> turned(width);

@@ -75,6 +75,7 @@ def test_a_block_is_that_of_torch(
     draw, width = torch.Generator().manual_seed(seed), 2 * half_width
     matrices, vectors = random_block(draw, 128, 192, kv_heads, share, width, more)
     matrices = {name: matrix.to(dtype) for name, matrix in matrices.items()}
+    vectors = {name: vector.to(dtype) for name, vector in vectors.items()}
     block = Block(kernels_of(matrices, level), vectors, width, EPSILON, SCALING)
     x, *angles = (torch.randn(n, generator=draw).to(dtype) for n in (128, width, width))
     caches = [
@@ -147,10 +148,19 @@ def test_what_does_not_fit_is_refused():
         Block(kernels, vectors | {"gate_bias": torch.ones(64)}, 32, EPSILON, SCALING)
     with pytest.raises(ValueError, match="without output_norm"):
         Block(kernels, {"input_norm": vectors["input_norm"]}, 32, EPSILON, SCALING)
+    with pytest.raises(ValueError, match="k_norm in torch.bfloat16 on cpu"):
+        Block(kernels, vectors | {"k_norm": torch.ones(32).bfloat16()}, 32, EPSILON, SCALING)
+    with pytest.raises(ValueError, match="q_bias in torch.float32 on meta"):
+        Block(kernels, vectors | {"q_bias": torch.ones(128, device="meta")}, 32, EPSILON, SCALING)
+    with pytest.raises(ValueError, match="a block in torch.float64"):
+        Block(kernels, {n: v.double() for n, v in vectors.items()}, 32, EPSILON, SCALING)
+    with pytest.raises(ValueError, match="matrices of the kernels for gate"):
+        Block(kernels | {"gate": matrices["gate"]}, vectors, 32, EPSILON, SCALING)
     with pytest.raises(ValueError, match="heads of"):
         Block(kernels, {n: vectors[n] for n in ("input_norm", "output_norm")}, 64 // 64, 0, 1)
     x, cosines, sines = torch.randn(64), torch.randn(32), torch.randn(32)
     keys, values = torch.randn(2, 2, 5, 32)
+    given = (x, cosines, sines, keys, values)
     for wrong in (
         (x[:63], cosines, sines, keys, values), (x.double(), cosines, sines, keys, values),
         (x, cosines[:31], sines, keys, values), (x, cosines, sines, keys, values[:, :4]),
@@ -158,6 +168,24 @@ def test_what_does_not_fit_is_refused():
         (x, cosines, sines, keys.bfloat16(), values), (x, cosines, sines, keys[0], values[0]),
         (x, cosines, sines, keys.transpose(1, 2).contiguous().transpose(1, 2), values),
         (torch.randn(128)[::2], cosines, sines, keys, values),
+        (x, cosines, sines, keys.to("meta"), values), (x.to("meta"), cosines, sines, keys, values),
+        (x, cosines.to("meta"), sines, keys, values), tuple(t.bfloat16() for t in given),
     ):  # fmt: skip
         with pytest.raises(ValueError, match="other shapes"):
             block.step(*wrong)
+
+
+def test_a_vector_that_changes_in_its_memory_is_that_of_the_next_token():
+    draw = torch.Generator().manual_seed(0)
+    matrices, vectors = random_block(draw, 64, 64, 2, 2, 32, True)
+    block = Block(kernels_of(matrices, LEVEL), vectors, 32, EPSILON, SCALING)
+    given = [torch.randn(n, generator=draw) for n in (64, 32, 32)]
+    cache = torch.randn(2, 2, 5, 32, generator=draw)
+    before = block.step(*given, *cache.clone())
+    for name in vectors:
+        vectors[name].data.mul_(2)
+        after = block.step(*given, *cache.clone())
+        assert not torch.equal(before, after), name
+        before = after
+    again = Block(kernels_of(matrices, LEVEL), vectors, 32, EPSILON, SCALING)
+    assert torch.equal(again.step(*given, *cache.clone()), before)

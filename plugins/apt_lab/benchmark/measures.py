@@ -54,12 +54,15 @@ class Turn:
         speeds: the speed of each batch.
         peak_bytes: the peak memory of the process so far (``"cpu"``) and, on a GPU, that of
             its tensors in this turn, by the kind of device, such as ``"cuda"``.
+        slow: True if a dense model multiplies in a dtype that the device multiplies more slowly
+            than fp32.
     """
 
     load_seconds: float
     dtype: str
     speeds: tuple[Speed, ...]
     peak_bytes: dict[str, int]
+    slow: bool = False
 
 
 @dataclass(frozen=True)

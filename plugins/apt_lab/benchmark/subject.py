@@ -8,9 +8,11 @@ from time import perf_counter
 
 import torch
 
+from apt.checkpoints.architecture import quantised_with
 from apt.checkpoints.formats import local_copy
 from apt.checkpoints.safetensors_io import Shards
 from apt.checkpoints.stored import local_directory
+from apt.compute import compute_dtype
 from apt.devices import forget_peak, is_accelerator, name_of, peak_allocated, synchronize
 from apt.errors import AptError, NotStoredError
 from apt.extending import Opened, Source, choose_device, load, open_skeleton, read_dtype, registry
@@ -78,11 +80,13 @@ class Subject:
         if is_accelerator(self._device):
             peak[torch.device(self._device).type] = peak_allocated(self._device)
         dtype = str(model.dtype).removeprefix("torch.")
+        dense = quantised_with(model.config) is None
+        slow = dense and compute_dtype(model.dtype, self._device) != model.dtype
         del model
         gc.collect()
         if is_accelerator(self._device):
             torch.accelerator.empty_cache()
-        return Turn(seconds, dtype, speeds, peak)
+        return Turn(seconds, dtype, speeds, peak, slow)
 
 
 def _check(skeleton: Opened) -> None:

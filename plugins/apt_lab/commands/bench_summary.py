@@ -56,8 +56,19 @@ def show_results(
         f"{counted}; {run.prompt} tokens of prompt, {run.generate} generated; on {facts.device} "
         f"({threads if facts.device == 'cpu' else facts.device_name})"
     )
-    for line in (*_without_gain(run, results), *([pays.line] if pays else [])):
+    for line in (*_slow(results), *_without_gain(run, results), *([pays.line] if pays else [])):
         say(line)
+
+
+def _slow(results: Sequence[Result]) -> Iterator[str]:
+    """A line for each model whose dtype the device multiplies slowly."""
+    for result in results:
+        if any(turn.slow for turn in result.turns):
+            yield (
+                f"{result.model} runs in {result.turns[0].dtype}, in which transformers opens it; "
+                f"this {'processor' if result.facts.device == 'cpu' else 'device'} multiplies "
+                "that more slowly than float32: see --dtype float32"
+            )
 
 
 def _without_gain(run: BenchRun, results: Sequence[Result]) -> Iterator[str]:
@@ -166,6 +177,7 @@ def _model_record(run: BenchRun, result: Result, results: Sequence[Result]) -> d
         "model": result.model,
         "parameters": result.facts.parameters,
         "dtype": result.turns[0].dtype,
+        "slow_dtype": any(turn.slow for turn in result.turns),
         "weight_bytes": result.facts.weight_bytes,
         "idle_bytes": result.facts.idle_bytes,
         "peak_memory_bytes": result.peak_bytes,

@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from apt.checkpoints.architecture import quantised_with
 from apt.checkpoints.copies import CARD
 from apt.checkpoints.load import fingerprint
 from apt.checkpoints.masks import masks_of, sparsity_of
+from apt.compute import compute_dtype, computing_in
 from apt.evaluation import kept_states
 from apt.extending import (
     Opened,
@@ -97,6 +98,7 @@ class Grid:
             self._work[f"with {name} {checksum[:12]}"] = partial(self._other, name, path)
         status("loading the model")
         self._dense: Opened = load(skeleton, None, self._device)
+        self._compute = compute_dtype(self._dense.dtype, self._device, run.compute)
 
     def _name_of(self, path: Path) -> str:
         """The name of a directory of another tool; with its path if another one has this name."""
@@ -114,6 +116,7 @@ class Grid:
             "tokens": digest(self._tokens),
             "shape": list(self._tokens.shape),
             "seed": run.seed,
+            "compute": str(self._compute).removeprefix("torch."),
             "data": {portable(name): digest(t) for name, t in self._held_out.items()},
             "windows": {portable(name): list(t.shape) for name, t in self._held_out.items()},
             "metrics": list(self._metrics),
@@ -168,7 +171,7 @@ class Grid:
             pattern=cell.pattern,
             adapter=self._dense.spec.name,
             method=cell.method,
-            options=PruneOptions(effort=cell.effort),
+            options=PruneOptions(effort=cell.effort, compute=self._run.compute),
             allocation=cell.allocation,
             tokenizer=self._tokenizer,
             seed=self._run.seed,
@@ -190,11 +193,20 @@ class Grid:
             row["sparsity"] = sparsity_of(masks_of(loaded.module, loaded.adapter))
         return row
 
+    @contextmanager
+    def _computing(self, module: nn.Module) -> Iterator[None]:
+        """While entered, a model and the dense one have the dtype that they compute in."""
+        with ExitStack() as stack:
+            for each in (module, self._dense.module):
+                if quantised_with(each.config) is None:  # others know themselves what is fast
+                    stack.enter_context(computing_in(each, self._compute))
+            yield
+
     def _scores(self, module: nn.Module) -> Row:
         """The metrics on each text and on its windows, and the answers to each task."""
         row: Row = {"scores": {}, "windows": {}}
         shared = kept_states(module) if len(self._metrics) > 1 else nullcontext()
-        with self._dense.adapter.running(module), shared:
+        with self._computing(module), self._dense.adapter.running(module), shared:
             for name, tokens in self._held_out.items():
                 scores = row["scores"][portable(name)] = {}
                 windows = row["windows"][portable(name)] = {}

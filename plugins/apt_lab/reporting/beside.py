@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from apt import Report
+from apt.checkpoints.architecture import quantised_with
 from apt.checkpoints.load import fingerprint
+from apt.compute import ComputeDtype, compute_dtype
 from apt.errors import AptError
 from apt.extending import (
     Registry,
@@ -97,6 +99,8 @@ def compare_texts(
         )
     losses = []
     for model in models:
+        if quantised_with(model.config) is None:
+            ComputeDtype(model.module, compute_dtype(model.dtype, "cpu"))
         status(f"measuring {model.source.reference}")
         with model.adapter.running(model.module):
             losses.append(token_losses(model.module, tokens))

@@ -22,7 +22,7 @@ from apt_plugins.gguf_files.vocabulary import add_vocabulary
 from apt_plugins.gguf_files.writing import Planned
 
 _FAMILIES = ("llama", "qwen2", "qwen3")
-_SCALED = "llama3"  # the scaling of rotary frequencies that is a tensor in GGUF
+_SCALED = "llama3"  # the scaling of rotary frequencies that is a tensor in GGUF, of llama alone
 _FREQUENCIES = "rope_freqs.weight"
 
 
@@ -44,7 +44,7 @@ def from_checkpoint(
         raise _unknown(model, f"{model.name} attends within a window")
     rope = rotary(config)
     scaling = str(rope.get("rope_type", rope.get("type", "default")))
-    if scaling not in ("default", _SCALED):
+    if scaling not in ("default", *([_SCALED] if architecture == "llama" else [])):
         raise _unknown(model, f"{model.name} has rotary frequencies of type '{scaling}'")
     names = tensor_names(model, architecture)
     tensors = [planned_of(model, *pair, architecture, kind) for pair in names.items()]

@@ -53,6 +53,21 @@ CHANGES: Mapping[str, Change] = {
 }  # fmt: skip
 """The architectures of GGUF that are known here."""
 
+_SILU, _GELU = ("silu", "swish"), ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")
+_WHOLE = {"partial_rotary_factor": (1,)}
+_COMPUTED: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
+    "llama": {"hidden_act": _SILU, **_WHOLE},
+    "qwen2": {"hidden_act": _SILU, **_WHOLE},
+    "qwen3": {"hidden_act": _SILU, "attention_bias": (False,), **_WHOLE},
+    "phi3": {"hidden_act": _SILU},
+    "starcoder2": {"hidden_act": _GELU, "use_bias": (True,), **_WHOLE},
+    "gemma2": {"hidden_activation": _GELU, "attention_bias": (False,)},
+    "gemma3": {"hidden_activation": _GELU, "attention_bias": (False,)},
+    "mamba": {"hidden_act": _SILU, "use_bias": (False,), "use_conv_bias": (True,)},
+}
+"""What llama.cpp computes in an architecture, whatever the configuration says: a GGUF file has no
+entry for it. Other values would run, as another function."""
+
 _MODEL_TYPES = {"llama": ("llama", "mistral"), "gemma3": ("gemma3_text",)}
 
 
@@ -60,14 +75,28 @@ def architecture_of(model: Exportable) -> str:
     """The architecture of GGUF of a model.
 
     Raises:
-        AptError: it is not known here.
+        AptError: it is not known here, or llama.cpp would compute another function.
     """
     kind = model.config.model_type
     for name in CHANGES:
         if kind in _MODEL_TYPES.get(name, (name,)):
+            _check_computed(model, name)
             return name
     known = kind.replace("_", "") in {n.replace("-", "") for n in gguf.MODEL_ARCH_NAMES.values()}
     fault = f"no GGUF is written of models of type '{kind}'"
     raise AptError(
         fault, f"{CONVERTER} {model.directory}" if known else "GGUF does not know this family"
     )
+
+
+def _check_computed(model: Exportable, architecture: str) -> None:
+    """Raise if a value of the configuration is not the one that llama.cpp computes with."""
+    rope = getattr(model.config, "rope_parameters", None)
+    known = {**(rope if isinstance(rope, dict) else {}), **model.config.to_dict()}
+    for field, values in _COMPUTED[architecture].items():
+        if (value := known.get(field)) is not None and value not in values:
+            raise AptError(
+                f"{model.name} has {field} {value!r}, and llama.cpp runs models of type "
+                f"'{model.config.model_type}' with {values[0]!r} alone",
+                "GGUF cannot express this model",
+            )

@@ -58,9 +58,16 @@ from tests.conformance.mutants.entering import (
 )
 from tests.conformance.mutants.grouping import (
     AcrossHeads,
+    AnotherField,
+    AnotherFieldOfStates,
     AnotherReader,
     ColumnsStay,
     Concatenated,
+    EarlierOutputs,
+    EarlierParts,
+    EarlierStates,
+    EntriesAsOutputs,
+    EntriesStay,
     FewExperts,
     GateForgotten,
     HalfHeads,
@@ -74,6 +81,7 @@ from tests.conformance.mutants.grouping import (
     NoSite,
     NoSuchPart,
     OneReader,
+    OneWidth,
     PartForgotten,
     ReadByNone,
     RouterForgotten,
@@ -332,6 +340,26 @@ MUTANTS: dict[str, Mutant] = {
         WrongOutputs, "groups", "without some states differs from one that does not depend on",
         "mamba",
     ),
+    "one width for any number of channels": Mutant(
+        OneWidth, "groups",
+        r"layers\.0: channels write 32 into intermediate_size .* if all 64 are kept, but it has 64",
+    ),
+    "a field on which no shape depends": Mutant(
+        AnotherField, "groups", "channels write 64 into max_position_embeddings .* but it has 128"
+    ),
+    "a field of other groups": Mutant(
+        AnotherFieldOfStates, "groups", "states write 8 into intermediate_size .* but it has 64",
+        "mamba",
+    ),
+    "states with earlier entries of the convolution": Mutant(
+        EarlierParts, "groups", "without some states differs from one that does not", "mamba2"
+    ),
+    "the same, as outputs as well": Mutant(
+        EarlierStates, "groups", "without some states differs from one that does not", "mamba2"
+    ),
+    "states without the rows for B": Mutant(
+        EntriesStay, "groups", r"states cannot be removed: .*x_proj", "mamba"
+    ),
     "heads whose norm is over all of them": Mutant(
         NormedHeads, "groups", "without some heads differs from one that does not depend", "olmo2"
     ),
@@ -370,6 +398,12 @@ MUTANTS: dict[str, Mutant] = {
     "capture is late": Mutant(Late, "in_time", "an input is captured too late"),
 }  # fmt: skip
 
+HARMLESS: dict[str, tuple[type, str]] = {
+    "rows for B as outputs": (EntriesAsOutputs, "mamba"),
+    "entries for B in the convolution as outputs": (EarlierOutputs, "mamba2"),
+}
+"""Adapters that differ from the right ones, but give the same models, with their models."""
+
 _BLIND = {  # what says nothing of a kind of extra, or the same as before
     ("conv1d", "reversed_weights"): "the windows of neighbours hold nearly the same tokens",
     ("D", "reversed_weights"): "a channel has one weight",
@@ -389,6 +423,19 @@ for _model, _base in (("mamba", MAMBA), ("mamba2", MAMBA2)):
                     effecting.misreported(_kind, _change, _base), "effects",
                     rf"mixer\.{_kind}: its effects do not predict", _model,
                 )  # fmt: skip
+        # The choice remains the same, but the report gets the errors of another product.
+        MUTANTS |= {
+            f"{_model}: Gram matrices of {_kind} ten times as large": Mutant(
+                effecting.misreported(_kind, effecting.tenfold, _base), "effects",
+                rf"mixer\.{_kind}: its effects, divided by their energy, are [\d.]+ × the relative",
+                _model,
+            ),
+            f"{_model}: a millionth of the energy of {_kind}": Mutant(
+                effecting.misreported(_kind, effecting.unchanged, _base, 1e-6), "effects",
+                rf"mixer\.{_kind}: its effects, divided by their energy, are [\d.]+e\+0[56] × the",
+                _model,
+            ),
+        }  # fmt: skip
     MUTANTS |= {
         f"{_model}: the convolution as an effect": Mutant(
             effecting.removed_otherwise("conv1d", _base), "effects",

@@ -9,8 +9,11 @@ from tests.conformance.mutants.models import MAMBA
 _OTHER = {"product": "effect", "effect": "product"}
 
 
-def misreported(kind, change, base=MAMBA):
-    """The Gram matrices of one kind of extra are changed by ``change``; it is the only kind."""
+def misreported(kind, change, base=MAMBA, energies=1.0):
+    """The Gram matrices of one kind of extra are changed by ``change``; it is the only kind.
+
+    Its energies are multiplied by ``energies``.
+    """
 
     class Misreported(base):
         def extras(self, block):
@@ -18,7 +21,7 @@ def misreported(kind, change, base=MAMBA):
 
         def effects(self, block, extras, sink):
             def changed(extra, gram, energy):
-                sink(extra, change(gram), energy)
+                sink(extra, change(gram), energy * energies)
 
             return super().effects(block, extras, changed)
 
@@ -75,3 +78,11 @@ def diagonal(gram):
 def trace(gram):
     """All weights of a channel are taken for equal."""
     return identity(gram) * gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+
+
+def tenfold(gram):
+    return 10 * gram
+
+
+def unchanged(gram):
+    return gram

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from apt.adapter import Part
-from tests.conformance.mutants.models import JAMBA, LLAMA, MAMBA, GptOss
+from tests.conformance.mutants.models import JAMBA, LLAMA, MAMBA, MAMBA2, GptOss
 
 
 def regrouped(change, kind="channels", base=LLAMA):
@@ -46,6 +46,49 @@ NoParameterOf = regrouped(
 WrongOutputs = regrouped(
     lambda groups: replace(groups, outputs=(groups.parts[2],)), "states", MAMBA
 )
+EntriesStay = regrouped(lambda groups: replace(groups, parts=groups.parts[1:]), "states", MAMBA)
+# The rows for B will do as outputs, in place of those for C: a state that nothing enters is zero.
+EntriesAsOutputs = regrouped(
+    lambda groups: replace(groups, outputs=(groups.parts[0],)), "states", MAMBA
+)
+
+
+def of_convolution(change, parts):
+    """The parts in the convolution are changed by ``change``."""
+    return tuple(change(part) if "conv1d" in part.parameter else part for part in parts)
+
+
+def earlier(groups):
+    """A part begins 2 × count earlier. With two groups of heads, those of C become those of B."""
+    return lambda part: replace(part, start=part.start - 2 * groups.count)
+
+
+EarlierParts = regrouped(
+    lambda groups: replace(groups, parts=of_convolution(earlier(groups), groups.parts)),
+    "states", MAMBA2,
+)  # fmt: skip
+EarlierStates = regrouped(
+    lambda groups: replace(
+        groups,
+        parts=of_convolution(earlier(groups), groups.parts),
+        outputs=of_convolution(earlier(groups), groups.outputs),
+    ),
+    "states", MAMBA2,
+)  # fmt: skip
+EarlierOutputs = regrouped(
+    lambda groups: replace(groups, outputs=of_convolution(earlier(groups), groups.outputs)),
+    "states", MAMBA2,
+)  # fmt: skip
+
+
+def written(kind="channels", base=LLAMA, **fields):
+    """Some fields of the configuration get other values."""
+    return regrouped(lambda groups: replace(groups, fields={**groups.fields, **fields}), kind, base)
+
+
+OneWidth = written(intermediate_size=lambda kept: 32)  # that of half of the channels
+AnotherField = written(max_position_embeddings=int)
+AnotherFieldOfStates = written("states", MAMBA, intermediate_size=int)
 
 
 NoBins = regrouped(lambda groups: replace(groups, bins=1), "heads")

@@ -18,14 +18,18 @@ class Block:
     Args:
         matrices: the matrices of the block by `apt_kernels.library.MATRICES`.
         vectors: its norms and biases by `apt_kernels.library.VECTORS`; those that it lacks are left
-            out. They are copied.
+            out. All are in bf16 or all in fp32, contiguous, on the processor. They stay in their
+            memory, so that a change of their values is seen.
         head_width: the number of channels of a head.
         epsilon: what the norms add to the variance.
         scaling: the factor of the products of queries and keys.
 
     Raises:
         RuntimeError: the library was not compiled.
-        ValueError: the shapes do not fit together.
+        ValueError: the shapes do not fit together, or a tensor has another dtype, layout or device.
+
+    Attributes:
+        dtype: the dtype of its vectors, and of the tensors of `step`.
     """
 
     def __init__(
@@ -39,7 +43,12 @@ class Block:
         if LIBRARY is None:
             raise RuntimeError("apt_kernels was installed without a compiler")
         self._matrices = dict(matrices)
-        self._vectors = {n: v.detach().float().contiguous().clone() for n, v in vectors.items()}
+        self._vectors = {name: vector.detach() for name, vector in vectors.items()}
+        if missing := [n for n in MATRICES if not isinstance(matrices.get(n), Kernel)]:
+            raise ValueError(f"a block without matrices of the kernels for {', '.join(missing)}")
+        if missing := [name for name in _NEEDED if name not in vectors]:
+            raise ValueError(f"a block without {', '.join(missing)}")
+        self.dtype = vectors[_NEEDED[0]].dtype
         self.hidden, self.head_width = matrices["q"].columns, head_width
         self.heads = matrices["q"].rows // head_width
         self.kv_heads = matrices["k"].rows // head_width
@@ -78,8 +87,10 @@ class Block:
         for name, vector in self._vectors.items():
             if vector.shape != (sizes[name],):
                 raise ValueError(f"{name} of {tuple(vector.shape)}, not of {sizes[name]}")
-        if missing := [name for name in _NEEDED if name not in self._vectors]:
-            raise ValueError(f"a block without {', '.join(missing)}")
+            if not _is_readable(vector, self.dtype):
+                raise ValueError(f"{name} in {vector.dtype} on {vector.device}")
+        if self.dtype not in (torch.bfloat16, torch.float32):
+            raise ValueError(f"a block in {self.dtype}")
         if width % 2 or not kv_heads or heads % kv_heads:
             raise ValueError(f"{heads} heads of {width} channels for {kv_heads} of keys")
 
@@ -89,7 +100,7 @@ class Block:
         """The block of the last token, whose key and value are written to the cache.
 
         Args:
-            x: the input of the block (hidden,), in bf16 or fp32, as all other tensors.
+            x: the input of the block (hidden,), in the block's dtype, as all other tensors.
             cosines, sines: the rotary embedding of its position (head_width,).
             keys, values: the cache (kv_heads, length, head_width). The last place is that of this
                 token. Only the heads may be apart from each other in memory.
@@ -98,24 +109,23 @@ class Block:
             The output of the block (hidden,).
 
         Raises:
-            ValueError: a tensor has another shape, dtype or layout.
+            ValueError: a tensor has another shape, dtype, layout or device.
         """
         assert LIBRARY is not None
-        length = keys.shape[1]
+        length = keys.shape[1] if keys.ndim == 3 else 0
         expected = (
             (x, (self.hidden,)), (cosines, (self.head_width,)), (sines, (self.head_width,)),
             (keys, (self.kv_heads, length, self.head_width)), (values, keys.shape),
         )  # fmt: skip
         rows = (self.head_width, 1)
         if (
-            not all(t.shape == shape and t.dtype == x.dtype for t, shape in expected)
+            not all(t.shape == s and t.dtype == self.dtype and t.is_cpu for t, s in expected)
             or not all(t.stride(-1) == 1 for t in (x, cosines, sines))
             or keys.stride() != values.stride()
             or keys.stride()[1:] != rows
-            or x.dtype not in (torch.bfloat16, torch.float32)
             or not length
         ):
-            raise ValueError("tensors of other shapes, dtypes or layouts than those of the block")
+            raise ValueError("tensors of other shapes, dtypes, layouts or devices than the block's")
         out = torch.empty_like(x)
         LIBRARY.apt_block(
             self._pointer, x.data_ptr(), out.data_ptr(), cosines.data_ptr(), sines.data_ptr(),
@@ -123,3 +133,8 @@ class Block:
             x.dtype == torch.bfloat16, torch.get_num_threads(),
         )  # fmt: skip
         return out
+
+
+def _is_readable(vector: Tensor, dtype: torch.dtype) -> bool:
+    """True if the library can read a vector in its memory."""
+    return vector.is_cpu and vector.dtype == dtype and vector.is_contiguous()

@@ -35,7 +35,12 @@ def in_large_pages(values: Tensor) -> Tensor:
     """A copy of ``values`` on the processor, with `BEYOND` bytes behind it that can be read.
 
     The memory of ``values`` is given back if it is that of a file, which can be read again.
+
+    Raises:
+        ValueError: they are not on the processor.
     """
+    if not values.is_cpu:
+        raise ValueError(f"values on {values.device}, not on cpu")
     size = values.nbytes
     with _turn:
         place = _reserved(-(-(size + BEYOND) // _ALIGNMENT) * _ALIGNMENT)

@@ -1,0 +1,27 @@
+"""Files and folders that are on disk, and not only in memory: they survive a power cut."""
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+
+def flush(path: Path) -> None:
+    """Flush a file, or a folder with everything in it, and its name in the folder above."""
+    inside = path.rglob("*") if path.is_dir() else ()
+    for each in (*inside, path):
+        if each.is_dir():
+            flush_folder(each)
+        elif not each.is_symlink():
+            with each.open("rb") as file:
+                os.fsync(file.fileno())
+    flush_folder(path.parent)
+
+
+def flush_folder(folder: Path) -> None:
+    """Flush the names in a folder, if its file system can."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

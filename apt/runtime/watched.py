@@ -1,0 +1,141 @@
+"""Whether the parts of a module are as they were, and whether something watches what they do."""
+
+from collections.abc import Callable, Mapping
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as modules_of_torch
+from torch.utils._device import DeviceContext
+
+try:
+    from transformers.utils import output_capturing
+except ImportError:  # transformers 4 replaces methods while it captures
+    output_capturing = None
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_TABLES = ("_parameters", "_buffers", "_modules", *_HOOKS)
+_NOTES = vars(nn.Module()).keys() - {"training", *_TABLES}  # of torch, which decide nothing
+_CALL = nn.Module.__call__
+_OTHERS = (RuntimeError, KeyError, TypeError, ValueError)
+"""The errors of a comparison with other arrays and tensors, and of attributes that are gone."""
+
+
+class Watched:
+    """The attributes, tensors and hooks of all modules inside of another one.
+
+    Another class or attribute is seen, as is another tensor or other memory of a parameter. A
+    change of the values of a tensor is not.
+
+    Args:
+        outer: the module around them, whose own attributes may change.
+        others: further tables to watch.
+    """
+
+    def __init__(self, outer: nn.Module, *others: Mapping[str, Any]) -> None:
+        inner = [module for module in outer.modules() if module is not outer]
+        tables = [outer._modules, *others, *(vars(m)[name] for m in inner for name in _TABLES)]
+        self._filled = [table for table in tables if table]
+        self._empty = [table for table in tables if not table]
+        self._entries = [dict(table) for table in self._filled]
+        self._modules, self._kinds = inner, [type(module) for module in inner]
+        # A getter takes less time than a comparison of all that torch notes in a module.
+        self._own = [vars(module) for module in inner]
+        self._getters = [(_getter(module), vars(module)) for module in inner]
+        self._counts = [*map(len, self._own)]
+        self._attributes = [get(own) for get, own in self._getters]
+        self._tensors = [t for m in inner for t in m._parameters.values() if t is not None]
+        self._addresses = [_address(tensor) for tensor in self._tensors]
+
+    def is_current(self) -> bool:
+        """True if nothing has changed."""
+        try:
+            return (
+                not any(self._empty)
+                and [*map(type, self._modules)] == self._kinds
+                and self._filled == self._entries
+                and [*map(len, self._own)] == self._counts
+                and [get(own) for get, own in self._getters] == self._attributes
+                and [tensor.data_ptr() for tensor in self._tensors] == self._addresses
+            )
+        except _OTHERS:
+            return False
+
+    def need_gradients(self) -> bool:
+        """True if products with the parameters are recorded for a backward pass."""
+        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in self._tensors)
+
+
+def same(found: Mapping[str, Any], kept: Mapping[str, Any]) -> bool:
+    """True if two tables hold the same objects, or equal ones."""
+    try:
+        return found == kept
+    except _OTHERS:
+        return False
+
+
+def _getter(module: nn.Module) -> Callable[[Mapping[str, Any]], Any]:
+    """A function that reads the attributes of a module that decide what it computes."""
+    return itemgetter(*(name for name in vars(module) if name not in _NOTES))
+
+
+def _address(tensor: Tensor) -> int:
+    """The place of a tensor in memory; 0 if it has none."""
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:
+        return 0
+
+
+def runs_itself(module: nn.Module) -> bool:
+    """True if a call of a module runs the method of its class, not one that replaced it."""
+    own = vars(module).get("forward")
+    replaced = own is not None and getattr(own, "__func__", None) is not type(module).forward
+    return not replaced and getattr(module, "_compiled_call_impl", None) is None
+
+
+def hooks_of(module: nn.Module) -> list[Callable[..., Any]]:
+    """All hooks on the calls of a module."""
+    return [hook for name in _HOOKS for hook in vars(module)[name].values()]
+
+
+def only_captures(hook: Callable[..., Any]) -> bool:
+    """True of a hook by which transformers captures outputs when it is asked to.
+
+    It stays after the first call with ``output_hidden_states=True``.
+    """
+    found = getattr(hook, "__module__", "")
+    return output_capturing is not None and found == output_capturing.__name__
+
+
+def is_capturing() -> bool:
+    """True if transformers captures outputs in the present call of a model."""
+    return output_capturing is not None and bool(output_capturing._active_collector.get())
+
+
+def is_plain() -> bool:
+    """True if products of tensors are no more than that.
+
+    False within transforms of `torch.func` and forward-mode derivatives, autocast, tracing, modes
+    that see each operation, and while hooks on all modules are registered.
+    """
+    return not (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or torch.is_autocast_enabled("cpu")
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack()
+        or (torch._C._len_torch_function_stack() and not _only_devices())
+        or modules_of_torch._has_any_global_hook()  # type: ignore[no-untyped-call]
+        or nn.Module.__call__ is not _CALL
+        or torch.compiler.is_compiling()
+    )
+
+
+def _only_devices() -> bool:
+    """True if the active modes only choose the device of new tensors."""
+    count = torch._C._len_torch_function_stack()
+    modes = [torch._C._get_function_stack_at(place) for place in range(count)]
+    return all(type(mode) is DeviceContext for mode in modes)

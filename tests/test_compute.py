@@ -1,0 +1,285 @@
+"""Storage and compute: the dtype of a checkpoint, and the dtype that its model computes in."""
+
+import copy
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import apt as library
+from apt.compute import ComputeDtype, compute_dtype, computing_in, fp32_names, rounded_to
+from apt.errors import AptError
+from tests.helpers import TEXT
+from tests.helpers.families import random_model, random_tokens
+
+WORDS = ("--samples", 4, "--seqlen", 32, "--calibration", TEXT)
+SMALL = {"samples": 4, "seqlen": 32, "calibration": str(TEXT)}
+
+
+@pytest.fixture
+def slow_half(monkeypatch):
+    """A machine that multiplies half precision more slowly than fp32."""
+    monkeypatch.setattr("apt.compute.multiplies_fast", lambda dtype, device: False)
+
+
+@pytest.fixture
+def fast_half(monkeypatch):
+    monkeypatch.setattr("apt.compute.multiplies_fast", lambda dtype, device: True)
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory, tokenizer):
+    """The directory of a random model that is stored in bf16."""
+    directory = tmp_path_factory.mktemp("half")
+    random_model("llama").bfloat16().save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def weights(directory):
+    files = sorted(Path(directory).glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def test_auto_is_fp32_where_half_precision_is_slow(slow_half):
+    assert compute_dtype(torch.bfloat16, "cpu") == torch.float32
+    assert compute_dtype(torch.float16, "cpu") == torch.float32
+    assert compute_dtype(torch.float64, "cpu") == torch.float64
+    assert compute_dtype(torch.bfloat16, "cpu", "bfloat16") == torch.bfloat16
+
+
+def test_auto_is_the_stored_dtype_where_it_is_fast(fast_half):
+    assert compute_dtype(torch.bfloat16, "cpu") == torch.bfloat16
+    assert compute_dtype(torch.float32, "cpu") == torch.float32
+    assert compute_dtype(torch.float32, "cpu", "bfloat16") == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("stored", "compute"),
+    [(torch.bfloat16, torch.float32), (torch.float16, torch.float32),
+     (torch.float32, torch.bfloat16), (torch.bfloat16, torch.float16)],
+)  # fmt: skip
+def test_tensors_that_do_not_change_come_back_bit_for_bit(stored, compute):
+    model = random_model("llama").to(stored)
+    model.register_buffer("table", torch.randn(8).to(stored))
+    model.register_buffer("positions", torch.randn(8), persistent=False)
+    before = copy.deepcopy(model.state_dict())
+    pointers = {name: id(p) for name, p in model.named_parameters()}
+    with computing_in(model, compute):
+        assert {p.dtype for p in model.parameters()} == {compute}
+        assert model.table.dtype == compute
+        assert model.positions.dtype == torch.float32
+        model(random_tokens())
+    assert {name: id(p) for name, p in model.named_parameters()} == pointers
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == before[name].dtype
+        assert torch.equal(tensor, before[name])
+
+
+def test_a_model_that_has_the_dtype_is_not_touched():
+    model = random_model("llama").bfloat16()
+    model.norm = nn.LayerNorm(4)
+    before = {name: (t.data_ptr(), t.dtype) for name, t in model.state_dict().items()}
+    with computing_in(model, torch.bfloat16):
+        assert {n: (t.data_ptr(), t.dtype) for n, t in model.state_dict().items()} == before
+
+
+def test_values_that_change_are_rounded_and_the_others_keep_their_precision():
+    model = nn.Linear(4, 4, bias=False)
+    before = model.weight.detach().clone()
+    cast = ComputeDtype(model, torch.bfloat16)
+    model.weight.data[0] = 0
+    model.weight.data[1, 1] = 3
+    cast.restore()
+    assert torch.equal(model.weight[2:], before[2:])
+    assert not model.weight[0].any()
+    assert model.weight[1, 1] == 3
+
+
+def test_tied_parameters_stay_tied_and_fp64_and_integers_keep_their_dtypes():
+    model = nn.ModuleDict(
+        {"a": nn.Linear(4, 4), "b": nn.Linear(4, 4), "c": nn.Linear(2, 2).double()}
+    )
+    model["b"].weight = model["a"].weight
+    model.register_buffer("count", torch.ones(2, dtype=torch.long))
+    with computing_in(model, torch.bfloat16):
+        assert model["b"].weight is model["a"].weight
+        assert model["a"].weight.dtype == torch.bfloat16
+        assert model["c"].weight.dtype == torch.float64
+        assert model.count.dtype == torch.long
+    assert model["b"].weight.dtype == torch.float32
+
+
+def test_what_a_class_keeps_in_fp32_is_not_cast_to_half_precision():
+    model = nn.ModuleDict({"router": nn.Linear(4, 4), "mlp": nn.Linear(4, 4)})
+    model._keep_in_fp32_modules_strict = {"router"}
+    assert fp32_names(model, torch.bfloat16, model.state_dict()) == {"router.weight", "router.bias"}
+    with computing_in(model, torch.bfloat16):
+        assert model["router"].weight.dtype == torch.float32
+        assert model["mlp"].weight.dtype == torch.bfloat16
+
+
+def test_a_value_beyond_the_range_of_the_stored_dtype_is_an_error():
+    with pytest.raises(AptError, match=r"head has values that are not finite in torch.float16"):
+        rounded_to("head", torch.tensor([1e6]), torch.float16)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["memory", "streamed"])
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_a_run_in_fp32_writes_the_stored_dtype_and_exact_zeros(half, apt, stream, quantize):
+    words = ("prune", half, *WORDS, "--pattern", "2:4", *["--stream"] * stream)
+    words += ("--quantize", quantize) if quantize else ()
+    run = apt(*words, "--compute", "float32", "-o", "out")
+    assert run.code == 0, run.err
+    assert apt("verify", "out", "--pattern", "2:4").code == 0
+    before, after = weights(half), weights("out")
+    pruned = {site.name for site in library.Report.read("out").sites}
+    for name, tensor in after.items():
+        assert tensor.dtype == torch.bfloat16
+        if name.removesuffix(".weight") in pruned:
+            assert int((tensor == 0).sum()) == tensor.numel() // 2
+        else:
+            assert torch.equal(tensor, before[name])
+    report = library.Report.read("out")
+    assert report.model["dtype"] == "bfloat16"
+    assert report.model["compute"] == "float32"
+    if quantize:  # the integers and their scales are exact in the stored dtype
+        packed = apt("pack", "out", "-o", "packed")
+        assert packed.code == 0, packed.err
+
+
+def test_a_streamed_run_in_fp32_writes_the_bytes_of_the_run_in_memory(half, apt):
+    for name, stream in (("one", ()), ("two", ("--stream",))):
+        run = apt("prune", half, *WORDS, "--compute", "float32", *stream, "-o", name)
+        assert run.code == 0, run.err
+    one, two = weights("one"), weights("two")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_slow_machine_computes_in_fp32_and_says_so(half, apt, slow_half):
+    asked = apt("prune", half, *WORDS, "--compute", "float32", "-o", "asked")
+    chosen = apt("prune", half, *WORDS, "-o", "chosen")
+    assert asked.code == chosen.code == 0, chosen.err
+    assert "compute: float32 (default, since cpu multiplies bfloat16 more slowly)" in chosen.err
+    assert "compute:" not in asked.err
+    one, two = weights("asked"), weights("chosen")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_program_prunes_as_the_command_and_its_model_keeps_dtypes_and_buffers(
+    half, apt, slow_half, tokenizer
+):
+    assert apt("prune", half, *WORDS, "--pattern", "2:4", "-o", "shell").code == 0
+    model = AutoModelForCausalLM.from_pretrained(half, dtype=torch.bfloat16)
+    buffers = {name: (id(b), b.dtype) for name, b in model.named_buffers()}
+    tokens = library.calibration_tokens(tokenizer, str(TEXT), samples=4, seqlen=32)
+    report = library.prune(model, tokens, pattern="2:4", tokenizer=tokenizer)
+    assert report.model["compute"] == "float32"
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert {name: (id(b), b.dtype) for name, b in model.named_buffers()} == buffers
+    state = model.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in weights("shell").items())
+
+
+@pytest.mark.parametrize("size", [{"keep": 0.7}, {"blocks": 2}])
+def test_a_smaller_model_is_fitted_in_fp32_and_has_its_dtype(half, slow_half, tokenizer, size):
+    model = AutoModelForCausalLM.from_pretrained(half, dtype=torch.bfloat16)
+    tokens = library.calibration_tokens(tokenizer, str(TEXT), samples=4, seqlen=32)
+    small, report = library.shrink(model, tokens, size=library.ShrinkOptions(**size))
+    assert {p.dtype for p in small.parameters()} == {torch.bfloat16}
+    assert report.model["compute"] == "float32"
+
+
+@pytest.mark.parametrize("stream", [(), ("--stream",)], ids=["memory", "streamed"])
+def test_a_smaller_model_in_bf16_of_one_in_fp32_keeps_what_was_not_solved(checkpoint, apt, stream):
+    given = checkpoint("llama")
+    run = apt("shrink", given, *WORDS, "--drop", "1", "--compute", "bfloat16", *stream, "-o", "out")
+    assert run.code == 0, run.err
+    before, after = weights(given), weights("out")
+    kept = "model.layers.0.self_attn.q_proj.weight"
+    assert after[kept].dtype == torch.float32
+    assert torch.equal(after[kept], before[kept])
+
+
+def test_a_run_in_bf16_of_a_model_in_fp32_keeps_the_bits_of_all_other_tensors(checkpoint, apt):
+    given = checkpoint("llama")
+    run = apt("prune", given, *WORDS, "--only", "*q_proj", "--compute", "bfloat16", "-o", "out")
+    assert run.code == 0, run.err
+    before, after = weights(given), weights("out")
+    for name, tensor in after.items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, before[name]) == ("q_proj" not in name)
+
+
+def test_a_given_dtype_is_written_whatever_the_model_computes_in(half, apt):
+    words = ("prune", half, *WORDS, "--dtype", "float16", "--compute", "float32", "-o", "out")
+    run = apt(*words)
+    assert run.code == 0, run.err
+    assert {tensor.dtype for tensor in weights("out").values()} == {torch.float16}
+
+
+def test_a_training_begins_with_the_stored_weights_and_writes_their_dtype(half, apt, slow_half):
+    run = apt("prune", half, *WORDS, "--pattern", "2:4", "-o", "sparse")
+    assert run.code == 0, run.err
+    run = apt(
+        "recover", "sparse", "--steps", 12, "--batch", 2, "--rate", 1e-2,
+        "--seqlen", 32, "--samples", 24, "--calibration", TEXT, "--kind", "layers", "-o", "trained",
+    )  # fmt: skip
+    assert run.code == 0, run.err
+    assert {tensor.dtype for tensor in weights("trained").values()} == {torch.bfloat16}
+    assert apt("verify", "trained", "--pattern", "2:4").code == 0
+    record = library.Report.read("trained").recovery
+    assert (record["dtype"], record["compute"]) == ("bfloat16", "float32")
+
+
+def test_a_training_does_not_compute_in_fp16(half, apt):
+    run = apt("recover", half, "--compute", "float16", "-o", "out")
+    assert run.code == 2
+    assert "a training does not compute in float16" in run.err
+    assert "(--compute)" in run.err
+    run = apt("prune", half, "--minutes", 1, "--compute", "float16", "-o", "out")
+    assert run.code == 2
+    assert "(--minutes, --compute)" in run.err
+
+
+def test_eval_and_compare_compute_in_the_given_dtype(half, apt, monkeypatch):
+    seen = []
+    plain = nn.functional.linear
+
+    def linear(inputs, weight, *rest):
+        seen.append(weight.dtype)
+        return plain(inputs, weight, *rest)
+
+    monkeypatch.setattr(nn.functional, "linear", linear)
+    words = ("--data", TEXT, "--seqlen", 32, "--compute", "float32")
+    for command in (
+        ("eval", half, "--samples", 2, *words),
+        ("eval", half, "--samples", 2, *words, "--stream"),
+        ("compare", half, *WORDS, "--data", TEXT, "--windows", 2, "--methods", "magnitude",
+         "--patterns", "2:4", "--compute", "float32", "-o", "cells"),
+    ):  # fmt: skip
+        seen.clear()
+        run = apt(*command)
+        assert run.code == 0, run.err
+        assert set(seen) == {torch.float32}, command
+
+
+def test_inspect_counts_the_memory_of_the_compute_dtype(half, apt):
+    import json
+
+    needs = partial(apt, "inspect", half, "--json", "--compute")
+    one, two = (json.loads(needs(name).out)["needs"] for name in ("bfloat16", "float32"))
+    assert two["weights"] == 2 * one["weights"]
+    assert two["activations"] > one["activations"]
+
+
+def test_a_run_with_another_compute_dtype_is_not_resumed(half, apt):
+    words = ("prune", half, *WORDS, "--stream", "-o", "out")
+    assert apt(*words, "--compute", "float32").code == 0
+    run = apt(*words, "--compute", "bfloat16", "--resume")
+    assert run.code == 2
+    assert "compute" in run.err
