@@ -29,7 +29,9 @@ def inspect(run: InspectRun, printing: PrintingOptions) -> None:
     from apt.solver.options import EFFORTS
 
     device = choose_device(run.device)
-    skeleton = open_skeleton(source, registry(), run.adapter).computing(run.compute, device)
+    skeleton = open_skeleton(source, registry(), run.adapter)
+    if run.on is None or run.compute != "auto":  # the other devices multiply all dtypes fast
+        skeleton = skeleton.computing(run.compute, device)
     selection, pattern = selection_of(run), pattern_of(run) or NM(2, 4)
     plan = make_plan(skeleton.module, skeleton.adapter, pattern, selection)
     seqlen = capped(run.seqlen, skeleton, notice)

@@ -247,7 +247,7 @@ def recover(
         raise AptError(
             "there is no training to resume without its folder",
             "give the folder of the interrupted training",
-            ("folder", "resume"),
+            ("resume",),
         )
     options, spec, function = options or RecoverOptions(), *_kind(kind)
     check_recovery(options, spec, registry())

@@ -97,9 +97,11 @@ def evaluate(
     from apt.text.special_tokens import bos_of
 
     device = choose_device(run.device)
-    skeletons = [with_compute(each, run, device, notice) for each in _skeletons(run, sources)]
+    skeletons = _skeletons(run, sources)
     tokenizer = load_tokenizer(sources[0], run.tokenizer)
     tokens = _windows(run, tokenizer, skeletons[0], notice) if measures else None
+    for each in skeletons:
+        with_compute(each, run, device, notice)  # says which dtype is taken
     first = bos_of(tokenizer) if run.bos else None
     status("loading the model")
     with usual_modes(), ExitStack() as stack:

@@ -49,5 +49,6 @@ def test_pruning_costs_perplexity_and_methods_can_be_ranked(family):
     assert errors == sorted(errors)
     pruned = copy.deepcopy(model.module)
     library.prune(pruned, tokens, pattern="2:4", options=PruneOptions(effort="fast"))
-    assert score(pruned) < scores["admm"] < scores["magnitude"]
+    assert score(pruned) < 1.01 * scores["admm"]  # in fp32 and in bf16
+    assert scores["admm"] < scores["magnitude"]
     assert scores["magnitude"] > 1.05 * dense

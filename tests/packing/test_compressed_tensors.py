@@ -16,6 +16,7 @@ from tests.helpers import TEXT
 
 RUN = ("--sparsity", 0.6, "--samples", 4, "--seqlen", 64, "--calibration", TEXT, "--effort", "fast")
 EXPORT = ("--format", "compressed-tensors")
+WINDOWS = ("--samples", 2, "--seqlen", 64, "--json")
 
 
 @settings(deadline=None, max_examples=30)
@@ -56,7 +57,7 @@ def test_a_quantised_run_opens_in_transformers_with_the_same_values(apt, pruned)
     assert about["ignore"] == ["lm_head"]
     assert torch.equal(logits("pruned"), logits("out"))
     figures = [
-        json.loads(apt("eval", name, "--samples", 2, "--seqlen", 64, "--json").out)["perplexity"]
+        json.loads(apt("eval", name, *WINDOWS, "--compute", "bfloat16").out)["perplexity"]
         for name in ("pruned", "out")
     ]
     assert figures[0] == figures[1]
@@ -88,7 +89,7 @@ def test_what_measures_opens_it_and_what_changes_it_does_not(apt, pruned, monkey
     assert run.code == 0, run.err
     *_, one, other = json.loads(run.out)["rows"]
     scores = [row["scores"][TEXT.name]["perplexity"] for row in (one, other)]
-    assert scores[0] == pytest.approx(scores[1], rel=1e-4)
+    assert scores[0] == pytest.approx(scores[1], rel=2e-3)  # products in fp32, or bf16
     for command in (("prune", "out", "-o", "x"), ("pack", "out", "-o", "x")):
         refused = apt(*command)
         assert refused.code == 2
