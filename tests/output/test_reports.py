@@ -15,7 +15,7 @@ from tests.helpers import TEXT
 
 DAMAGED = int(os.environ.get("APT_DAMAGED_REPORTS", "60"))
 SMALL = ("--samples", 2, "--seqlen", 16, "--calibration", TEXT)
-GONE = object()
+GONE = "(missing)"
 WRONG = [
     None, 0, -1, 1e308, 10**400, float("nan"), float("inf"), "x", "", [], {}, True, [None],
     {"a": None}, 2**70, [[1]], "NaN", GONE,
