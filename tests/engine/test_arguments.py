@@ -99,7 +99,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("call", "given", "said"), WRONG, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("call", "given", "said"), WRONG, ids=[case[-1][:60] for case in WRONG])
 def test_a_wrong_argument_is_named(call, given, said):
     with pytest.raises(library.AptError) as refused:
         call(**given)
