@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from apt.checkpoints.load import load_tokenizer
 from apt.checkpoints.opened import Opened
 from apt.checkpoints.parameters import read_parameter
-from apt.checkpoints.stored import Stored, open_stored
+from apt.checkpoints.stored import Stored, find_stored, open_stored
 from apt.errors import AptError, NotStoredError
 
 
@@ -46,9 +46,6 @@ class Exportable:
         integers: ``"int8"`` or ``"int4"`` if the weights of the blocks are such integers times
             scales; else None.
 
-    Raises:
-        AptError: the parameters cannot be read one by one.
-
     Attributes:
         config: the configuration, as an object of transformers.
         module: the model without weights, on the meta device.
@@ -67,16 +64,25 @@ class Exportable:
         self.module: nn.Module = opened.module
         self.name = opened.source.reference
         self._opened = opened
+
+    @cached_property
+    def _stored(self) -> Stored:
+        """The tensors; raises `AptError` if they cannot be read one by one."""
         try:
-            self._stored: Stored = open_stored(opened)
+            return open_stored(self._opened)
         except NotStoredError as error:
             fault = f"{self.name} is not exported: its tensors cannot be read one by one"
             raise AptError(fault, "write it anew, with apt-prune convert") from error
 
     @property
+    def is_stored(self) -> bool:
+        """True if the parameters can be read one by one. A run writes a model of which they can."""
+        return find_stored(self._opened) is not None
+
+    @property
     def directory(self) -> Path:
         """The local directory, with the configuration and the tokenizer."""
-        return self._stored.directory
+        return self._stored.directory if self.is_stored else Path(self._opened.source.location)
 
     @cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:

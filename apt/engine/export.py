@@ -66,22 +66,15 @@ def check_exportable(
 ) -> None:
     """Raise if the output of a run is to be exported to a format that cannot express the model.
 
-    A model that is not stored as the output will be, such as a GGUF file, is not checked.
-
     Raises:
         AptError: see `export_model`.
     """
     if run.export is None:
         return
     spec = check_export(ExportRun(model=run.model, output=run.export), registry)
-    if spec.check is None or opened.source.gguf:
-        return
-    original = _original(local_directory(opened), spec)
-    try:
-        model = Exportable(opened, original=original)
-    except AptError:
-        return
-    spec.examine(model)
+    if spec.check is not None:
+        original = None if opened.source.gguf else _original(local_directory(opened), spec)
+        spec.examine(Exportable(opened, original=original))
 
 
 def export_output(

@@ -511,6 +511,20 @@ def test_a_model_that_cannot_be_exported_is_refused_before_the_run(apt):
     assert not Path("x.gguf").exists()
 
 
+def test_a_gguf_file_of_a_family_that_is_not_written_is_refused_before_the_run(
+    apt, tmp_path, tokenizer
+):
+    config = transformers.StableLmConfig(
+        vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, intermediate_size=64, tie_word_embeddings=False,
+    )  # fmt: skip
+    write_random(tmp_path / "other.gguf", "stablelm", config, tokenizer)
+    run = apt("prune", "other.gguf", *SHORT, "-o", "x.gguf")
+    assert run.code == 2
+    assert "no GGUF is written of models of type 'stablelm'" in run.err.splitlines()[-1]
+    assert not Path("x").exists()
+
+
 def test_the_error_for_programs_is_the_same(tmp_path):
     from apt.engine.export import export_model
 

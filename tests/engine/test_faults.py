@@ -68,7 +68,7 @@ def test_a_disk_too_small_is_told_before_the_work(checkpoint, apt, small_disk):
 
 
 def test_a_disk_that_fills_up_meanwhile(checkpoint, apt, small_disk, monkeypatch):
-    monkeypatch.setattr("apt.engine.output_store.check_space", lambda directory, needed: None)
+    monkeypatch.setattr("apt.engine.output_store.check_space", lambda needed: None)
     run = apt("prune", checkpoint("llama"), *SMALL, "-o", small_disk / "out")
     assert run.code == 2
     assert "cannot write" in run.err

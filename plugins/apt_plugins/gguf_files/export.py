@@ -7,6 +7,7 @@ import gguf
 
 from apt.extending import Exportable, Exported
 from apt_plugins.gguf_files.checkpoint import from_checkpoint
+from apt_plugins.gguf_files.layouts import architecture_of
 from apt_plugins.gguf_files.number_types import own_type, smaller_rows
 from apt_plugins.gguf_files.original import from_original
 from apt_plugins.gguf_files.writing import Counts, Planned, write_file
@@ -33,7 +34,9 @@ def export(model: Exportable, target: Path) -> Exported:
 
 def check(model: Exportable) -> None:
     """Raise `AptError` if the format cannot express a model, or it is not known here."""
-    _planned(model, Path(model.name), own_type(model))
+    architecture_of(model)
+    if model.is_stored:  # else a run writes it anew, in another form
+        _planned(model, Path(model.name), own_type(model))
 
 
 def _planned(
