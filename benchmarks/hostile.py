@@ -38,6 +38,7 @@ import hostile_packed
 import hostile_programs
 import hostile_requests
 from hostile_cases import GROUPS, Case
+from transformers.utils.logging import disable_progress_bar
 
 from apt.cli import main as command_line
 from apt.plugin.registry import registry
@@ -165,6 +166,7 @@ def run(case: Case, model: Path) -> tuple[Result, str]:
 
 
 def main() -> None:
+    disable_progress_bar()  # the command line does that before it imports transformers
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=ALL, action="append")
     parser.add_argument("--verbose", action="store_true", help="show the message of every case")
