@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 MACHINES = {"as it is": {}, "AVX2": {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}}
+ROOT = Path(__file__).resolve().parent.parent
 _CODE = ("", "adapters", "plugins", "plugins/apt-kernels/src")
 Row = dict[str, Any]
 
@@ -79,19 +80,20 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def environment(machine: str, checkout: Path | None) -> dict[str, str]:
-    given = {**os.environ, **MACHINES[machine]}
-    if checkout is not None:
-        places = (str(checkout.resolve() / part) for part in _CODE)
-        given["PYTHONPATH"] = os.pathsep.join(places)
-    return given
+def environment(machine: str, checkout: Path) -> dict[str, str]:
+    """The variables with which a checkout runs as on a machine."""
+    places = (str(checkout.resolve() / part) for part in _CODE)
+    return {**os.environ, **MACHINES[machine], "PYTHONPATH": os.pathsep.join(places)}
 
 
-def called(words: list[str], env: dict[str, str], limit: float | None = None) -> Any:
-    """Run the command line; None if it was stopped."""
+def called(
+    words: list[str], env: dict[str, str], limit: float | None = None, place: Path | None = None
+) -> Any:
+    """Run the command line in a folder, whose code comes first; None if it was stopped."""
     command = [sys.executable, "-m", "apt", *words]
+    given: Any = {"env": env, "cwd": place, "timeout": limit, "capture_output": True}
     try:
-        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=limit)
+        return subprocess.run(command, text=True, **given)
     except subprocess.TimeoutExpired:
         return None
 
@@ -100,7 +102,7 @@ def prepare(folder: Path) -> None:
     """The models in bf16 and in fp32, the texts, and a pruned model to recover."""
     calibration_file(folder)
     (folder / "held.txt").write_text("\n\n".join(wiki()[1]), encoding="utf-8")
-    env = environment("as it is", None)
+    env = environment("as it is", ROOT)
     models = {"llama": "zoo:llama", "smollm2": str(smollm2())}
     made = [
         ["convert", place, "--dtype", stored, "-o", str(folder / f"{name}-{stored}")]
@@ -113,7 +115,7 @@ def prepare(folder: Path) -> None:
         for stored in ("bfloat16", "float32")
     ]  # fmt: skip
     for words in made:
-        run = called(words, env)
+        run = called(words, env, place=ROOT)
         if run.returncode:
             raise SystemExit(run.stderr)
 
@@ -145,9 +147,8 @@ def measure(
     for left in folder.glob("out*"):
         subprocess.run(["rm", "-rf", str(left)], check=True)
     started = time.perf_counter()
-    run = called(
-        words, environment(machine, options.before if code == "before" else None), options.limit
-    )
+    checkout = options.before if code == "before" else ROOT
+    run = called(words, environment(machine, checkout), options.limit, checkout)
     row: Row = {
         "command": name, "machine": machine, "stored": stored,
         "seconds": time.perf_counter() - started, "stopped": run is None,
@@ -170,9 +171,7 @@ def main() -> None:
         codes = ["this", *(["before"] if options.before else [])]
         every = product(names, options.machines.split(","), options.stored.split(","), codes)
         for case in every:
-            former = (
-                case[-1] == "before" and case[-2] != "bfloat16"
-            )  # the yardstick is of this code
+            former = case[3] == "before" and case[2] == "float32"  # the yardstick is of this code
             if case not in known and not former:
                 rows.append(measure(options, Path(place), *case))
                 save(options.json, rows, options)
