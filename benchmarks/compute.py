@@ -8,8 +8,8 @@ without AVX-512. The same command on a copy of the checkpoint in fp32 is the yar
     python benchmarks/compute.py --before ../former --rows demo,eval
 
 ``--before`` also measures the code of another checkout. The models are the embedded LLaMA and
-SmolLM2-135M-Instruct, the texts those of ``benchmarks/common.py``. A command that takes longer than
-``--limit`` seconds is stopped.
+SmolLM2-135M-Instruct, the texts those of ``benchmarks/common.py``. A command of the other checkout
+that takes longer than ``--limit`` seconds is stopped.
 """
 
 import argparse
@@ -55,7 +55,7 @@ _WIKI = ("--samples", "8", "--seqlen", "512", "--calibration", "TEXT", "--patter
 _MEASURED = ("--eval", "HELD", "--output", "OUT")
 ROWS = {
     "demo": Work(("prune", "{}", "--eval", "builtin", "--output", "OUT"), "llama"),
-    "compare": Work(("compare", "{}", "--methods", "wanda,ss", *_FEW, "--output", "OUT"), "llama"),
+    "compare": Work(("compare", "{}", "--methods", "wanda,ss", *_FEW, "--windows", "64", "--output", "OUT"), "llama"),
     "eval": Work(("eval", "{}", "--data", "HELD", "--samples", "16", "--seqlen", "512"), "smollm2"),
     "recover": Work(
         ("recover", "SPARSE", "--dense", "{}", "--steps", "40", "--samples", "160", "--seqlen",
@@ -75,7 +75,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--machines", default=",".join(MACHINES))
     parser.add_argument("--stored", default="bfloat16,float32")
     parser.add_argument("--before", type=Path, help="a checkout of another commit to measure")
-    parser.add_argument("--limit", type=float, default=240.0, help="seconds of a command at most")
+    parser.add_argument(
+        "--limit", type=float, default=240.0, help="of a command of the other checkout"
+    )
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
@@ -148,7 +150,8 @@ def measure(
         subprocess.run(["rm", "-rf", str(left)], check=True)
     started = time.perf_counter()
     checkout = options.before if code == "before" else ROOT
-    run = called(words, environment(machine, checkout), options.limit, checkout)
+    limit = options.limit if code == "before" else None
+    run = called(words, environment(machine, checkout), limit, checkout)
     row: Row = {
         "command": name, "machine": machine, "stored": stored,
         "seconds": time.perf_counter() - started, "stopped": run is None,
