@@ -55,7 +55,10 @@ _WIKI = ("--samples", "8", "--seqlen", "512", "--calibration", "TEXT", "--patter
 _MEASURED = ("--eval", "HELD", "--output", "OUT")
 ROWS = {
     "demo": Work(("prune", "{}", "--eval", "builtin", "--output", "OUT"), "llama"),
-    "compare": Work(("compare", "{}", "--methods", "wanda,ss", *_FEW, "--windows", "64", "--output", "OUT"), "llama"),
+    "compare": Work(
+        ("compare", "{}", "--methods", "wanda,ss", *_FEW, "--windows", "64", "--output", "OUT"),
+        "llama",
+    ),
     "eval": Work(("eval", "{}", "--data", "HELD", "--samples", "16", "--seqlen", "512"), "smollm2"),
     "recover": Work(
         ("recover", "SPARSE", "--dense", "{}", "--steps", "40", "--samples", "160", "--seqlen",
