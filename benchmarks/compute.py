@@ -14,6 +14,7 @@ that takes longer than ``--limit`` seconds is stopped.
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -136,9 +137,9 @@ def result(name: str, run: Any, folder: Path) -> Row:
     report = json.loads((folder / "out/apt_report.json").read_text(encoding="utf-8"))
     part = report["recovery"] if name == "recover" else report
     scores = part["scores"].get("after", {})
-    losses = part.get("training", {}).get("held_back", {})
+    losses = [loss for _, loss in part.get("training", {}).get("held_back", ())]
     return {
-        "perplexity": scores.get("perplexity", min(losses.values(), default=None)),
+        "perplexity": scores.get("perplexity", math.exp(min(losses)) if losses else None),
         "zeros": report["sparsity"],
         "peak": part["peak_memory_bytes"]["cpu"],
     }
