@@ -16,6 +16,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -150,8 +151,8 @@ def measure(
 ) -> Row:
     words = [*ROWS[name].arguments(folder, stored), "--json"]
     words += [] if name == "eval" else [] if name == "compare" else ["--overwrite"]
-    for left in folder.glob("out*"):
-        subprocess.run(["rm", "-rf", str(left)], check=True)
+    for left in (*folder.glob("out*"), *folder.glob(".out*")):  # the latter of stopped commands
+        shutil.rmtree(left)
     started = time.perf_counter()
     checkout = options.before if code == "before" else ROOT
     limit = options.limit if code == "before" else None
