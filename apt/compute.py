@@ -22,6 +22,11 @@ from apt.errors import AptError
 HALF = (torch.bfloat16, torch.float16)
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype in options and reports, such as ``bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
 def compute_dtype(
     stored: torch.dtype, device: torch.device | str, asked: str = "auto"
 ) -> torch.dtype:
@@ -50,7 +55,7 @@ class Precision:
     def record(self) -> dict[str, str]:
         """The names of both, for the report."""
         both = {"dtype": self.stored, "compute": self.compute}
-        return {name: str(dtype).removeprefix("torch.") for name, dtype in both.items()}
+        return {name: dtype_name(dtype) for name, dtype in both.items()}
 
 
 class ComputeDtype:

@@ -8,6 +8,7 @@ from apt.checkpoints.architecture import quantised_with
 from apt.checkpoints.copies import links_outside
 from apt.checkpoints.load import open_skeleton
 from apt.checkpoints.opened import Opened
+from apt.compute import dtype_name
 from apt.engine.machine import read_dtype
 from apt.engine.opening import find_source
 from apt.engine.task import WITHOUT_EFFECT, Task
@@ -47,7 +48,7 @@ def with_compute(opened: Opened, options: Any, device: str, notice: Notice) -> O
     planned = opened.computing(options.compute, device, dtype)
     plain = opened.source.gguf or quantised_with(opened.config) is None
     if plain and options.compute == "auto" and planned.compute != dtype:
-        computed, stored = (str(d).removeprefix("torch.") for d in (planned.compute, dtype))
+        computed, stored = dtype_name(planned.runs_in), dtype_name(dtype)
         notice(f"compute: {computed} (default, since {device} multiplies {stored} more slowly)")
     return planned
 

@@ -18,7 +18,7 @@ from apt.adapter import Site
 from apt.calibration.capture import as_rows
 from apt.checkpoints.load import load, open_skeleton
 from apt.checkpoints.safetensors_io import Shards
-from apt.compute import compute_dtype
+from apt.compute import compute_dtype, dtype_name
 from apt.distributed.launch import joined
 from apt.engine.packing import pack_model
 from apt.engine.run import run
@@ -100,11 +100,11 @@ class _Machine:
     def products(self) -> str:
         """The speed of each dtype, and the one that a model stored in bf16 computes in."""
         speeds = {
-            str(dtype).removeprefix("torch."): devices.operations_per_second(dtype, self.device)
+            dtype_name(dtype): devices.operations_per_second(dtype, self.device)
             for dtype in (torch.float32, torch.bfloat16, torch.float16)
         }
         said = ", ".join(f"{name} {speed / 1e9:,.0f}" for name, speed in speeds.items())
-        taken = str(compute_dtype(torch.bfloat16, self.device)).removeprefix("torch.")
+        taken = dtype_name(compute_dtype(torch.bfloat16, self.device))
         return f"{said} GFLOP/s; a model in bfloat16 computes in {taken}"
 
     def solver(self) -> str:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from apt.errors import AptError
 from apt.options.declaration import option, options
+from apt.options.recover import check_trainable
 from apt.options.shared import (
     A_TIME,
     ACCURACY,
@@ -239,12 +240,7 @@ class PruneRun(ModelRun, UnitOptions, PruneOptions, MaskOptions):
                 hint,
                 ("minutes", given[0]),
             )
-        if self.compute == "float16":
-            raise AptError(
-                "a training does not compute in float16: small gradients would be zero",
-                "choose float32 or bfloat16",
-                ("minutes", "compute"),
-            )
+        check_trainable(self.compute, ("minutes", "compute"))
         if self.samples == 0:
             raise AptError(
                 "a training needs text, and there are no samples",

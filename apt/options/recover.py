@@ -11,6 +11,7 @@ from apt.options.shared import (
     RUNNING,
     TEXT,
     TRAINING,
+    Compute,
     ComputeOptions,
     DeviceOptions,
     MaskOptions,
@@ -18,6 +19,16 @@ from apt.options.shared import (
     ModelOptions,
     OutputOptions,
 )
+
+
+def check_trainable(compute: Compute, options: tuple[str, ...]) -> None:
+    """Raise for a dtype that a training cannot compute in; ``options`` are those to name."""
+    if compute == "float16":
+        raise AptError(
+            "a training does not compute in float16: small gradients would be zero",
+            "choose float32 or bfloat16",
+            options,
+        )
 
 
 def read_amount(text: str) -> int | str:
@@ -125,12 +136,7 @@ class RecoverOptions(ComputeOptions):
     def check(self) -> None:
         """Raise `AptError` if an option is out of range, or options contradict each other."""
         super().check()
-        if self.compute == "float16":
-            raise AptError(
-                "a training does not compute in float16: small gradients would be zero",
-                "choose float32 or bfloat16",
-                ("compute",),
-            )
+        check_trainable(self.compute, ("compute",))
         given = [n for n in ("steps", "tokens", "minutes") if getattr(self, n) is not None]
         if len(given) > 1:
             raise AptError(f"{' and '.join(given)} exclude each other", "choose one", given)

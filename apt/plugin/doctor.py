@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from apt.compute import compute_dtype
+from apt.compute import compute_dtype, dtype_name
 from apt.devices import accelerator, best, name_of, operations_per_second, total_memory
 from apt.errors import AptError, first_line
 from apt.plugin.registry import Registry
@@ -54,9 +54,9 @@ def machine() -> list[Finding]:
 def dtypes(device: str) -> Iterator[Finding]:
     """How fast a device multiplies each dtype, and the dtype that a model of it computes in."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        name = str(dtype).removeprefix("torch.")
+        name = dtype_name(dtype)
         speed = f"{operations_per_second(dtype, device) / 1e9:,.0f} GFLOP/s on {device}"
-        taken = str(compute_dtype(dtype, device)).removeprefix("torch.")
+        taken = dtype_name(compute_dtype(dtype, device))
         yield Finding(name, f"{speed}; a model in {name} computes in {taken}")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apt.compute import compute_dtype
+from apt.compute import compute_dtype, dtype_name
 from apt.devices import is_accelerator, runs_triton
 from apt.runtime.expanded import ExpandedMatrix
 from apt.runtime.matrix import FLOATS, MASK, SCALES, VALUES, Entry, bitmask, check_sizes, decode
@@ -139,7 +139,7 @@ class PackedLinear(nn.Module):
     def _cast(self, dtype: torch.dtype) -> None:
         """Give the values another dtype, if they are floats and the dtype is one of the format."""
         self._dtype = dtype
-        name = str(dtype).removeprefix("torch.")
+        name = dtype_name(dtype)
         if self.entry.values in FLOATS and name in FLOATS:
             self.weight_values = self.weight_values.to(dtype)
             self.entry = replace(self.entry, dtype=name, values=name)

@@ -12,7 +12,7 @@ from apt.checkpoints.architecture import quantised_with
 from apt.checkpoints.formats import local_copy
 from apt.checkpoints.safetensors_io import Shards
 from apt.checkpoints.stored import local_directory
-from apt.compute import compute_dtype
+from apt.compute import compute_dtype, dtype_name
 from apt.devices import forget_peak, is_accelerator, name_of, peak_allocated, synchronize
 from apt.errors import AptError, NotStoredError
 from apt.extending import Opened, Source, choose_device, load, open_skeleton, read_dtype, registry
@@ -79,7 +79,7 @@ class Subject:
         peak = {"cpu": peak_memory()["cpu"]}
         if is_accelerator(self._device):
             peak[torch.device(self._device).type] = peak_allocated(self._device)
-        dtype = str(model.dtype).removeprefix("torch.")
+        dtype = dtype_name(model.dtype)
         dense = quantised_with(model.config) is None
         slow = dense and compute_dtype(model.dtype, self._device) != model.dtype
         del model

@@ -15,7 +15,7 @@ from apt.checkpoints.architecture import quantised_with
 from apt.checkpoints.copies import CARD
 from apt.checkpoints.load import fingerprint
 from apt.checkpoints.masks import masks_of, sparsity_of
-from apt.compute import compute_dtype, computing_in
+from apt.compute import compute_dtype, computing_in, dtype_name
 from apt.evaluation import kept_states
 from apt.extending import (
     Opened,
@@ -116,7 +116,7 @@ class Grid:
             "tokens": digest(self._tokens),
             "shape": list(self._tokens.shape),
             "seed": run.seed,
-            "compute": str(self._compute).removeprefix("torch."),
+            "compute": dtype_name(self._compute),
             "data": {portable(name): digest(t) for name, t in self._held_out.items()},
             "windows": {portable(name): list(t.shape) for name, t in self._held_out.items()},
             "metrics": list(self._metrics),
