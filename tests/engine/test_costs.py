@@ -15,6 +15,7 @@ from apt.planning.plan import Selection, make_plan, read_pattern
 from apt.plugin.registry import registry
 from apt.solver import Gram, SolverOptions, Unstructured
 from apt.solver.admm_search import admm
+from tests.helpers.families import STACKED
 
 LLAMA = "zoo:llama"
 
@@ -110,7 +111,10 @@ EXPERTS = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers":
     [
         ({}, ("--on", "mi300x"), "with --activations cpu"),
         ({}, ("--on", "h100"), "with --stream --activations cpu"),
-        (EXPERTS, ("--on", "4090"), "; 17.8 GiB with --stream --activations cpu --effort fast"),
+        pytest.param(
+            EXPERTS, ("--on", "4090"), "; 17.8 GiB with --stream --activations cpu --effort fast",
+            marks=pytest.mark.skipif(not STACKED, reason="its experts are modules, each a site"),
+        ),
         ({}, ("--on", "4090", "--samples", 512),
          "; even with --stream --activations cpu --effort fast"),
     ],
