@@ -4,18 +4,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
-from apt.engine.opening import find_source, with_names
+from apt.engine.opening import AnyRun, Named, find_source, with_names
 from apt.errors import AptError
 from apt.files.writing import check_file
 from apt.locations.model_source import Source
 from apt.locations.paths import expanded, kind_at
-from apt.options import PruneRun, RecoverRun, RemoteOptions, ShrinkRun
+from apt.options import RemoteOptions
 from apt.plugin.registry import registry
 
-R = TypeVar("R", bound=PruneRun | ShrinkRun | RecoverRun)
+R = TypeVar("R", bound=AnyRun)
 
 
-def opened(options: R) -> tuple[R, list[str]]:
+def opened(options: R) -> tuple[Named[R], list[str]]:
     """The options with a model, a text and an output, and notices about the defaults."""
     from apt.cli.progress import Progress
 

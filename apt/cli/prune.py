@@ -12,11 +12,9 @@ def prune(
     """
     from apt.cli.opening import opened
 
-    run, notices = opened(run)
+    named, notices = opened(run)
 
-    from apt.cli.pruning import export_result, pack_result, start
+    from apt.cli.pruning import PruningWatcher
 
-    start(run, config, plan, printing, notices)
-    if not plan.dry_run:
-        pack_result(run)  # also where the output was complete before
-        export_result(run)
+    watcher = PruningWatcher(named, config, notices, as_json=printing.as_json)
+    watcher.perform(named, dry_run=plan.dry_run)

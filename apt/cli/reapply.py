@@ -8,16 +8,19 @@ def reapply(run: ReapplyRun, printing: PrintingOptions) -> None:
 
     For example: apt-prune reapply ./pruned ./fine-tuned --output ./sparse
     """
-    from apt.cli.opening import find_model
+    from apt.cli.opening import opened
 
-    find_model(run.model, run)
+    named, _ = opened(run)
 
     from apt.cli.output import notice, say, show_json
     from apt.cli.progress import Progress
-    from apt.engine.run import run as run_task
+    from apt.distributed.ranks import Ranks
+    from apt.engine.run import Watcher, drive
 
     with Progress("reapplying the masks"):
-        done = run_task(run, notice=notice).reapplied
+        report = drive(named, Watcher(notice=notice), Ranks())
+    assert report is not None
+    done = report.reapplied
     if printing.as_json:
         names = ("weights", "share", "sparsity", "parameters", "permuted")
         show_json({"output": str(run.output), **{name: done[name] for name in names}})

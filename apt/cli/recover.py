@@ -26,8 +26,9 @@ def recover(
 
     inputs = (run.model, run.calibration, run.evaluation, run.dense)
     check_plot(picture.plot, *inputs, overwrite=run.overwrite)
-    run, notices = opened(run)
+    named, notices = opened(run)
 
-    from apt.cli.recovering import start
+    from apt.cli.recovering import RecoveryWatcher
 
-    start(run, config, picture.plot, printing, notices)
+    watcher = RecoveryWatcher(named, config, notices, picture.plot, as_json=printing.as_json)
+    watcher.perform(named)

@@ -1,59 +1,69 @@
-"""The part of ``apt-prune recover`` after its options are read."""
+"""``apt-prune recover`` as it is printed."""
 
 from pathlib import Path
+from typing import Any
 
 import typer
 
 from apt.cli.output import duration, say, show_error, show_json
-from apt.cli.progress import TrainingProgress
-from apt.cli.pruning import export_result, performed, save_config
+from apt.cli.progress import Progress, TrainingProgress
+from apt.cli.running import CommandWatcher
 from apt.cli.summary import training_line
-from apt.distributed.launch import joined
-from apt.engine.recover_task import RecoverTask, prepare_recovery
-from apt.options import ConfigOptions, PrintingOptions, RecoverRun
+from apt.engine.opening import Named
+from apt.engine.recover_task import RecoverTask
+from apt.engine.task import Task
+from apt.options import ConfigOptions
 from apt.output.report import Report
-from apt.plugin.registry import registry
 
 
-def start(
-    run: RecoverRun,
-    config: ConfigOptions,
-    plot: Path | None,
-    printing: PrintingOptions,
-    notices: list[str],
-) -> None:
-    """Train, and print a summary.
+class RecoveryWatcher(CommandWatcher):
+    """Prints a training.
 
     Args:
-        run: the options of the run, with names.
-        config: the file of options to write.
+        named, config, notices, as_json: see `CommandWatcher`.
         plot: the file of the plot; None for no plot.
-        printing: what is printed.
-        notices: lines about defaults, to be printed once the run has begun.
     """
-    with joined(run.device) as ranks:
-        task = prepare_recovery(run, registry(), notices.append)
-        if ranks.first:
-            save_config(config, run, task)
-        report = performed(task, ranks, TrainingProgress(notices), as_json=printing.as_json)
-        if not ranks.first:
-            return
-    if report is None:
-        export_result(run)
-        return
-    _show(report, task, as_json=printing.as_json)
-    training = report.recovery["training"]
-    if plot is not None:
-        from apt.cli.plots import draw_training
 
-        draw_training(training, plot, overwrite=run.overwrite)
-    export_result(run)
-    if training["diverged"] is not None:
-        show_error(
-            f"the loss diverged after {training['diverged']} steps; {run.output} has the state "
-            f"after {training['best']}: use a lower --rate"
-        )
-        raise typer.Exit(2)
+    def __init__(
+        self,
+        named: Named[Any],
+        config: ConfigOptions,
+        notices: list[str],
+        plot: Path | None,
+        *,
+        as_json: bool,
+    ) -> None:
+        super().__init__(named, config, notices, as_json=as_json)
+        self._plot = plot
+
+    def perform(self, named: Named[Any], *, dry_run: bool = False) -> None:
+        """Do the run.
+
+        Raises:
+            typer.Exit: the training diverged.
+        """
+        super().perform(named, dry_run=dry_run)
+        training = self.report.recovery["training"] if self.report else {"diverged": None}
+        if training["diverged"] is not None:
+            show_error(
+                f"the loss diverged after {training['diverged']} steps; {self.options.output} has "
+                f"the state after {training['best']}: use a lower --rate"
+            )
+            raise typer.Exit(2)
+
+    def progress(self, task: Task) -> Progress:
+        """The display of the work."""
+        return TrainingProgress(self.notices)
+
+    def written(self, task: Task, report: Report) -> None:
+        """Print the summary, and draw the loss."""
+        assert isinstance(task, RecoverTask)
+        self.report = report
+        _show(report, task, as_json=self.as_json)
+        if self._plot is not None:
+            from apt.cli.plots import draw_training
+
+            draw_training(report.recovery["training"], self._plot, overwrite=self.options.overwrite)
 
 
 def _show(report: Report, task: RecoverTask, *, as_json: bool) -> None:

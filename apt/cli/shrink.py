@@ -42,14 +42,14 @@ def shrink(
     if picture.plot is not None and run.mode != "search":
         raise AptError("plot draws the candidates of a search", "search for a size", ("mode",))
     check_plot(picture.plot, run.model, run.calibration, run.evaluation, overwrite=run.overwrite)
-    run, notices = opened(run)
+    named, notices = opened(run)
 
-    from apt.cli import pruning
+    from apt.cli.pruning import PruningWatcher
 
-    report = pruning.start(run, config, plan, printing, notices)
-    if not plan.dry_run:
-        pruning.export_result(run)
-    if picture.plot is not None and report is not None:
+    watcher = PruningWatcher(named, config, notices, as_json=printing.as_json)
+    watcher.perform(named, dry_run=plan.dry_run)
+    if picture.plot is not None and watcher.report is not None:
         from apt.cli.plots import draw_candidates
 
-        draw_candidates(report.structure["candidates"], picture.plot, overwrite=run.overwrite)
+        candidates = watcher.report.structure["candidates"]
+        draw_candidates(candidates, picture.plot, overwrite=run.overwrite)

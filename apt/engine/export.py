@@ -8,7 +8,7 @@ from apt.checkpoints.exporting import Export, Exportable, Exported
 from apt.checkpoints.load import open_skeleton
 from apt.checkpoints.opened import Opened
 from apt.checkpoints.stored import local_directory
-from apt.engine.opening import check_export, find_source
+from apt.engine.opening import Named, check_export, find_source
 from apt.engine.packing import integers_of
 from apt.engine.prepare import Notice
 from apt.errors import AptError, faulty
@@ -78,18 +78,17 @@ def check_exportable(
 
 
 def export_output(
-    run: PruneRun | ShrinkRun | RecoverRun, registry: Registry, notice: Notice
-) -> Exported | None:
-    """Export the output of a run, if the run asks for it.
+    named: Named[PruneRun | ShrinkRun | RecoverRun], registry: Registry, notice: Notice
+) -> Exported:
+    """Export the output of a run, which asks for it.
 
     If the run has read a GGUF file, for example, that is the original.
 
     Raises:
         AptError: see `export_model`; the output of the run is complete.
     """
-    if run.export is None:
-        return None
-    source = find_source(run.model, run, registry)
+    run, source = named.options, named.source
+    assert run.export is not None
     exporting = ExportRun(
         model=str(run.directory), output=run.export, adapter=run.adapter, overwrite=run.overwrite,
         trust_remote_code=run.trust_remote_code, source=source.files()[0] if source.gguf else None,

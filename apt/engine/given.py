@@ -12,7 +12,7 @@ from apt.adapter.recording import eval_mode
 from apt.adapter.wrapped import check_in_memory, refuse_wrapped
 from apt.distributed.ranks import Ranks
 from apt.engine.machine import activation_store
-from apt.engine.prune_model import Pruning, prune_model
+from apt.engine.prune_model import Pruning, decide, prune_model
 from apt.engine.pruning_plan import Dense
 from apt.engine.rank_inputs import read, running
 from apt.engine.recipes import record
@@ -109,7 +109,8 @@ class GivenModel(ModelStore):
             },
         )  # fmt: skip
         self.ranks.check_alike(lambda: running(report.options) | read(self, tokens))
-        return prune_model(self, tokens, job, report)
+        tokens, plan = decide(self, tokens, job)
+        return plan, prune_model(self, tokens, plan, job, report)
 
 
 def find_adapter(

@@ -1,10 +1,10 @@
 """The names in the options of a run: plugins, the model, the pattern. Most need no torch."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from apt.errors import AptError
 from apt.locations.hub import Hub
@@ -15,6 +15,7 @@ from apt.options import (
     ModelRun,
     PatternOptions,
     PruneRun,
+    ReapplyRun,
     RecoverRun,
     RemoteOptions,
     ShrinkRun,
@@ -26,10 +27,20 @@ if TYPE_CHECKING:
     from apt.planning.plan import Selection
     from apt.solver import Pattern
 
-R = TypeVar("R", bound=PruneRun | ShrinkRun | RecoverRun)
+AnyRun = PruneRun | ShrinkRun | RecoverRun | ReapplyRun
+R = TypeVar("R", bound=AnyRun)
+W = TypeVar("W", bound=PruneRun | ShrinkRun | RecoverRun)
 
 PER_ALLOCATION = {"block": "auto-block", "model": "auto"}
 """The allocations of the units of a sparsity that several sites share."""
+
+
+@dataclass(frozen=True)
+class Named(Generic[R]):
+    """The options of a run with the names of plugins as declared, and the place of its model."""
+
+    options: R
+    source: Source
 
 
 def find_source(reference: str, options: RemoteOptions, registry: Registry) -> Source:
@@ -86,14 +97,16 @@ def check_directory_name(output: Path, registry: Registry) -> None:
             )
 
 
-def with_names(options: R, registry: Registry, notice: Callable[[str], None]) -> R:
-    """The options with a model, a text and an output, and with the names of plugins as declared.
+def with_names(options: R, registry: Registry, notice: Callable[[str], None]) -> Named[R]:
+    """The options with a model, a text and an output, and the place of the model.
 
     ``notice`` is called with a line about each default.
 
     Raises:
         AptError: a name is unknown, or the model is not found.
     """
+    if isinstance(options, ReapplyRun):
+        return Named(options, find_source(options.model, options, registry))
     made: Any = options
 
     def choose(**values: Any) -> None:
@@ -115,10 +128,10 @@ def with_names(options: R, registry: Registry, notice: Callable[[str], None]) ->
         notice(f"calibration: {options.calibration} (default)")
     if options.output is None:
         choose(output=Path("-".join([source.name, *_suffixes(made, registry)])))
-    return _with_export(made, registry, notice)  # type: ignore[no-any-return]
+    return Named(_with_export(made, registry, notice), source)
 
 
-def _with_export(options: R, registry: Registry, notice: Callable[[str], None]) -> R:
+def _with_export(options: W, registry: Registry, notice: Callable[[str], None]) -> W:
     """The options with a directory and a file to export, if the output is named like the file.
 
     Raises:

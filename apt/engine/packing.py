@@ -93,10 +93,9 @@ def check_packed_place(run: PruneRun, inputs: list[Path]) -> None:
     check_output(run.pack, run.overwrite, inputs, "pack")
 
 
-def pack_output(run: PruneRun, registry: Registry, notice: Notice) -> Packed | None:
-    """Write the packed form of a run's output, if the run asks for it."""
-    if run.pack is None:
-        return None
+def pack_output(run: PruneRun, registry: Registry, notice: Notice) -> Packed:
+    """Write the packed form of the output of a run, which asks for it."""
+    assert run.pack is not None
     remote = run.trust_remote_code
     packing = PackRun(
         model=str(run.directory), output=run.pack, adapter=run.adapter, overwrite=run.overwrite,

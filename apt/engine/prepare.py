@@ -10,7 +10,7 @@ from apt.checkpoints.load import open_skeleton
 from apt.checkpoints.opened import Opened
 from apt.compute import dtype_name
 from apt.engine.machine import read_dtype
-from apt.engine.opening import find_source
+from apt.engine.opening import Named
 from apt.engine.task import WITHOUT_EFFECT, Task
 from apt.errors import AptError
 from apt.files.journal import check_same
@@ -27,13 +27,13 @@ Notice = Callable[[str], None]
 
 
 def open_model(
-    options: Any, texts: Sequence[str | None], registry: Registry, notice: Notice
+    named: Named[Any], texts: Sequence[str | None], registry: Registry, notice: Notice
 ) -> Opened:
     """The model of a run, without weights, after a check of the place of the output.
 
     ``texts`` are what the run reads beside the model, see `input_paths`.
     """
-    source = find_source(options.model, options, registry)
+    options, source = named.options, named.source
     check_place(options, source, texts, notice)
     opened = open_skeleton(source, registry, options.adapter)
     if options.adapter is None and opened.spec.default:

@@ -51,21 +51,29 @@ class Pruning:
         return self.allocation[0] if self.allocation else UNIFORM
 
 
+def decide(store: ModelStore, tokens: Tensor, job: Pruning) -> tuple[Tensor, Plan]:
+    """What follows from the dense model: the text that it generates, and the final plan.
+
+    Args:
+        store: the dense model.
+        tokens: calibration token ids (samples, seqlen).
+    """
+    tokens = with_own_text(store, tokens, job)
+    return tokens, final_plan(store, tokens, job)
+
+
 def prune_model(
-    store: ModelStore, tokens: Tensor, job: Pruning, report: Report
-) -> tuple[Plan, Report]:
-    """Generate text, distribute the sparsity, and prune block by block.
+    store: ModelStore, tokens: Tensor, plan: Plan, job: Pruning, report: Report
+) -> Report:
+    """Prune block by block, with the tokens and the plan of `decide`.
 
     Args:
         store: the model, pruned in place.
-        tokens: calibration token ids (samples, seqlen).
         report: the report at the beginning of the run.
 
     Returns:
-        The plan with the final patterns, and the report with the record of each site.
+        The report with the record of each site.
     """
-    tokens = with_own_text(store, tokens, job)
-    plan = final_plan(store, tokens, job)
     experts = list[ExpertsRemoved]()
 
     def observe(event: Event) -> None:
@@ -90,7 +98,7 @@ def prune_model(
         config = getattr(store.model, "config", None)
         structure = structure_record(job.structure, plan, store.model, job.adapter, config)
         structure["experts"] = removed_experts(experts)
-    return plan, replace(
+    return replace(
         report,
         calibration=report.calibration | calibration_of(tokens),
         sites=sites,

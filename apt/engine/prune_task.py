@@ -17,10 +17,10 @@ from apt.distributed.ranks import Ranks
 from apt.engine.estimate import activations_on_disk
 from apt.engine.export import check_exportable
 from apt.engine.machine import check_tokens, choose_device, read_dtype
-from apt.engine.opening import pattern_of, selection_of
+from apt.engine.opening import Named, pattern_of, selection_of
 from apt.engine.packing import check_packed_place
 from apt.engine.prepare import Notice, capped, input_paths, open_model, with_compute
-from apt.engine.prune_model import Pruning, prune_model
+from apt.engine.prune_model import Pruning, decide, prune_model
 from apt.engine.pruning_plan import Dense, Sparsity, find_method, sparse_pruning
 from apt.engine.recipes import record
 from apt.engine.recover_task import RecoverTask
@@ -138,12 +138,17 @@ class PruneTask(Task):
             "options": {k: v for k, v in report.options.items() if k not in WITHOUT_EFFECT},
         }
 
-    def change(self, store: ModelStore, text: Text, report: Report) -> Changed:
+    def decide(self, store: ModelStore, text: Text) -> tuple[Text, Plan]:
+        """The text with that of the model, and the plan with what follows from the dense model."""
+        tokens, plan = decide(store, text.tokens, self.job_on(text))
+        return replace(text, tokens=tokens), plan
+
+    def change(self, store: ModelStore, text: Text, plan: Plan | None, report: Report) -> Changed:
         """Prune the model, and train it if there is time."""
-        opening = store.seconds  # to write and to measure takes as long
-        plan, report = prune_model(store, text.tokens, self.job_on(text), report)
+        assert plan is not None
+        report = prune_model(store, text.tokens, plan, self.job_on(text), report)
         if self.training is not None:
-            report = _trained(self.training, store, report, opening)
+            report = _trained(self.training, store, report)
         save_masks = isinstance(self.options, PruneRun) and self.options.save_masks
         return Changed(report, plan, save_masks=save_masks)
 
@@ -163,28 +168,27 @@ class PruneTask(Task):
             self.job.structure.journal.clear()
 
 
-def _trained(training: RecoverTask, store: ModelStore, report: Report, closing: float) -> Report:
+def _trained(training: RecoverTask, store: ModelStore, report: Report) -> Report:
     """Train a pruned model in what is left of the time, and return the report with the record.
 
-    Args:
-        closing: the seconds that the run needs afterwards.
+    To write and to measure the model takes as long as to read it took.
     """
     assert training.options.minutes is not None
     store.status("reading text")
     text = training.read_text(store.ranks)
-    left = training.options.minutes - (store.seconds + closing) / 60
+    left = training.options.minutes - (store.seconds + store.opening) / 60
     if left <= 0:
         return replace(report, problems=[*report.problems, "no time was left for distillation"])
     training = replace(training, options=replace(training.options, minutes=left))
     store.status("distilling")
     try:
-        return training.change(store, text, report).report
+        return training.change(store, text, None, report).report
     except NotRecoveredError as error:
         return replace(report, problems=[*report.problems, error.message])
 
 
 def prepare_pruning(
-    options: PruneRun | ShrinkRun, registry: Registry, notice: Notice, ranks: Ranks | None = None
+    named: Named[PruneRun | ShrinkRun], registry: Registry, notice: Notice, ranks: Ranks
 ) -> PruneTask:
     """Check a pruning.
 
@@ -196,9 +200,10 @@ def prepare_pruning(
         AptError: an option does not fit the model, the machine or the disk.
     """
     started = time.perf_counter()
+    options: PruneRun | ShrinkRun = named.options
     options = replace(options, stream=options.stream or options.resume)
     texts = (options.calibration, options.evaluation, options.tokenizer)
-    skeleton = open_model(options, texts, registry, notice)
+    skeleton = open_model(named, texts, registry, notice)
     check_exportable(options, skeleton, registry)
     device, training = choose_device(options.device), None
     skeleton = with_compute(skeleton, options, device, notice)
@@ -213,7 +218,6 @@ def prepare_pruning(
     options = replace(options, adapter=skeleton.spec.name, seqlen=seqlen)
     if isinstance(options, PruneRun) and (minutes := options.minutes) is not None:
         _, method, job = made(options, skeleton, replace(dense, notice=lambda line: None))
-        ranks = ranks or Ranks()
         options = ranks.share(
             fitted(options, skeleton, job, method, device, notice) if ranks.first else options
         )

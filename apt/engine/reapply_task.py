@@ -18,7 +18,7 @@ from apt.checkpoints.masks import (
     sparsity_of,
 )
 from apt.distributed.ranks import Ranks
-from apt.engine.opening import find_source
+from apt.engine.opening import Named, find_source
 from apt.engine.prepare import Notice, open_model
 from apt.engine.reports import continued
 from apt.engine.store import ModelStore
@@ -28,6 +28,7 @@ from apt.errors import AptError
 from apt.locations.paths import kind_at, portable
 from apt.options import ReapplyRun
 from apt.output.report import Report, read_report
+from apt.planning.plan import Plan
 from apt.plugin.registry import Registry
 
 
@@ -51,7 +52,7 @@ class ReapplyTask(Task):
         """The report of the pruned model."""
         return self.report
 
-    def change(self, store: ModelStore, text: Text, report: Report) -> Changed:
+    def change(self, store: ModelStore, text: Text, plan: Plan | None, report: Report) -> Changed:
         """Set the masked weights to zero, after its inputs have the order of the pruned model."""
         adapter = self.skeleton.adapter
         permuted = permute_as_masked(self.masks, self.orders, store.model, adapter)
@@ -69,15 +70,15 @@ class ReapplyTask(Task):
         return Changed(replace(report, reapplied=record), masks=self.masks)
 
 
-def prepare_reapplying(options: ReapplyRun, registry: Registry, notice: Notice) -> ReapplyTask:
+def prepare_reapplying(named: Named[ReapplyRun], registry: Registry, notice: Notice) -> ReapplyTask:
     """Check the options of a reapplication, and read the masks.
 
     Raises:
         AptError: the masks cannot be read or belong to another model, or the output cannot be
             written.
     """
-    masks = options.masks
-    skeleton = open_model(options, (str(masks),), registry, notice)
+    options, masks = named.options, named.options.masks
+    skeleton = open_model(named, (str(masks),), registry, notice)
     kind = kind_at(masks)
     if kind not in ("file", "directory"):
         fault = "does not exist" if kind is None else "is neither a file nor a directory"

@@ -16,7 +16,7 @@ from apt.checkpoints.opened import Opened
 from apt.distributed.ranks import Ranks
 from apt.engine.export import check_exportable
 from apt.engine.machine import choose_device
-from apt.engine.opening import find_source
+from apt.engine.opening import Named, find_source
 from apt.engine.prepare import Notice, capped, open_model, with_compute
 from apt.engine.reports import continued, in_order, report_beside
 from apt.engine.store import ModelStore
@@ -27,6 +27,7 @@ from apt.files.journal import Line
 from apt.locations.model_source import Source
 from apt.options import RecoverOptions, RecoverRun
 from apt.output.report import Report, peak_memory, versions
+from apt.planning.plan import Plan
 from apt.plugin.registry import Registry
 from apt.plugin.specs import RecoverySpec
 from apt.recovery.recover import (
@@ -155,7 +156,7 @@ class RecoverTask(Task):
             **store.precision.record(),
         }
 
-    def change(self, store: ModelStore, text: Text, report: Report) -> Changed:
+    def change(self, store: ModelStore, text: Text, plan: Plan | None, report: Report) -> Changed:
         """Train the model."""
         options, skeleton = self.options, self.skeleton
         dense = partial(_dense_model, self) if self.spec.teacher else None
@@ -217,16 +218,17 @@ def _size(skeleton: Opened, earlier: dict[str, Any], masks: Masks) -> dict[str, 
     return {"parameters_before": before, "rate": (before - now + zeros) / before}
 
 
-def prepare_recovery(options: RecoverRun, registry: Registry, notice: Notice) -> RecoverTask:
+def prepare_recovery(named: Named[RecoverRun], registry: Registry, notice: Notice) -> RecoverTask:
     """Check the options of a recovery.
 
     Raises:
         AptError: an option does not fit the model, the machine or the disk.
     """
+    options = named.options
     spec = registry.recoveries.get(options.kind or "distill")
     check_recovery(options, spec, registry)
     texts = (options.calibration, options.evaluation, options.tokenizer, options.dense)
-    skeleton = open_model(options, texts, registry, notice)
+    skeleton = open_model(named, texts, registry, notice)
     check_exportable(options, skeleton, registry)
     device = choose_device(options.device)
     skeleton = with_compute(skeleton, options, device, notice)

@@ -1,18 +1,22 @@
-"""A whole run, from the options to a directory on disk: the same for all tasks."""
+"""The driver of a run: all its steps in their order, for commands and for programs."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from apt.arguments import checked
+from apt.checkpoints.exporting import Exported
 from apt.distributed.ranks import Ranks
+from apt.engine.estimate import Planned
 from apt.engine.export import export_output
+from apt.engine.forecast import forecast
 from apt.engine.in_memory import InMemory
-from apt.engine.opening import with_names
+from apt.engine.opening import AnyRun, Named, with_names
 from apt.engine.output_store import OutputStore
 from apt.engine.packing import pack_output
 from apt.engine.prepare import finished_report
-from apt.engine.prune_task import prepare_pruning
+from apt.engine.prune_task import PruneTask, prepare_pruning
 from apt.engine.rank_inputs import read, running
 from apt.engine.reapply_task import prepare_reapplying
 from apt.engine.recover_task import prepare_recovery
@@ -23,9 +27,48 @@ from apt.modes import usual_modes
 from apt.options import PruneRun, ReapplyRun, RecoverRun, ShrinkRun
 from apt.output.report import Report
 from apt.output.timeline import Timeline
+from apt.packing.directory import Packed
 from apt.plugin.registry import Registry, registry
 
-AnyRun = PruneRun | ShrinkRun | RecoverRun | ReapplyRun
+Work = Literal["checking", "running", "packing", "exporting"]
+
+
+class Watcher:
+    """What sees a run go on: a command prints it. Only the first rank is watched.
+
+    Args:
+        observe, status, notice: see `run`.
+    """
+
+    def __init__(
+        self,
+        observe: Callable[[Any], None] = lambda event: None,
+        status: Callable[[str], None] = lambda text: None,
+        notice: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self.observe, self.status, self.notice = observe, status, notice
+
+    def resolved(self, task: Task) -> None:
+        """All options have their values; nothing is written yet."""
+
+    def during(self, work: Work, task: Task) -> AbstractContextManager[object]:
+        """A context in which one part of the run is done, on every rank."""
+        return nullcontext()
+
+    def planned(self, planned: Planned) -> None:
+        """The end of a dry run."""
+
+    def complete(self, task: Task) -> None:
+        """An earlier run has completed the output."""
+
+    def written(self, task: Task, report: Report) -> None:
+        """The output is published and measured."""
+
+    def packed(self, packed: Packed) -> None:
+        """The packed form of the output is written."""
+
+    def exported(self, exported: Exported) -> None:
+        """The output is exported."""
 
 
 @usual_modes()
@@ -60,25 +103,94 @@ def run(
             the staging folder from which the run can be resumed.
     """
     options.check()
-    if not isinstance(options, ReapplyRun):
-        options = with_names(options, registry(), notice)
-    task = prepare(options, registry(), notice, ranks)
-    report = finished_report(task) or execute(task, observe, status, ranks=ranks)
-    if ranks is None or ranks.first:
-        if isinstance(options, PruneRun):
-            pack_output(options, task.registry, notice)
-        if not isinstance(options, ReapplyRun):
-            export_output(options, task.registry, notice)
+    named = with_names(options, registry(), notice)
+    report = drive(named, Watcher(observe, status, notice), ranks or Ranks())
+    assert report is not None
     return report
 
 
-def prepare(
-    options: AnyRun,
-    registry: Registry,
-    notice: Callable[[str], None] = lambda line: None,
-    ranks: Ranks | None = None,
+def drive(
+    named: Named[Any], watcher: Watcher, ranks: Ranks, *, dry_run: bool = False
+) -> Report | None:
+    """Do all steps of a run. Each rank calls this; only the first one writes.
+
+    Returns:
+        The report; None of a dry run.
+
+    Raises:
+        AptError: see `run`.
+    """
+    known, options = registry(), named.options
+    # 1. Resolve the options and open the model without its weights: most errors are found here.
+    task = resolve(named, known, watcher.notice, ranks)
+    if ranks.first:
+        watcher.resolved(task)
+    # 2. A dry run ends with the plan.
+    if dry_run:
+        assert isinstance(task, PruneTask)
+        with watcher.during("checking", task):
+            planned = forecast(task, watcher.status)
+        watcher.planned(planned)
+        return None
+    # 3. Change the model and write it, unless an earlier run has done that.
+    if (report := finished_report(task)) is None:
+        with watcher.during("running", task):
+            report = _change(task, watcher, ranks)
+        if ranks.first:
+            watcher.written(task, report)
+    elif ranks.first:
+        watcher.complete(task)
+    # 4. Write the other forms of the output.
+    if not ranks.first:
+        return report
+    if isinstance(options, PruneRun) and options.pack is not None:
+        with watcher.during("packing", task):
+            packed = pack_output(options, known, watcher.notice)
+        watcher.packed(packed)
+    if not isinstance(options, ReapplyRun) and options.export is not None:
+        with watcher.during("exporting", task):
+            exported = export_output(named, known, watcher.notice)
+        watcher.exported(exported)
+    return report
+
+
+def _change(task: Task, watcher: Watcher, ranks: Ranks) -> Report:
+    """Step 3 of `drive`. Every rank reads, from a place that all of them can read."""
+    observe = watcher.observe
+    if ranks.first:
+        observe = telling(observe, task.registry.site_pruned)
+    timeline = Timeline(watcher.status, observe)
+    store: OutputStore = (Streamed if task.stream else InMemory)(task, timeline, ranks)
+    ranks.check_alike(partial(running, task.record(), stream=task.stream))
+    store.check_space()
+    with store.opened():
+        # a. Read the text; open the model; continue an interrupted run, or begin anew.
+        store.status("reading text")
+        text = task.read_text(ranks)
+        report = store.begin(text)
+        ranks.check_alike(partial(read, store, text.tokens))
+        if store.is_done():
+            return store.earlier_report()
+        # b. Measure the dense model.
+        store.measure("before")
+        store.opening = store.seconds
+        # c. Plan what depends on the dense model: its text, the allocation, the structure.
+        text, plan = task.decide(store, text)
+        # d. Change the model: block by block, or by training.
+        changed = task.change(store, text, plan, report)
+        if not ranks.first:
+            return changed.report
+        # e. Write it with its report, verify it on disk, and publish the directory.
+        report = store.write(changed)
+    task.forget()
+    # f. Measure what was written, and complete the report.
+    return store.complete(report)
+
+
+def resolve(
+    named: Named[Any], registry: Registry, notice: Callable[[str], None], ranks: Ranks
 ) -> Task:
-    """Check everything that can be checked before the work begins, with the names of `with_names`.
+    """Check everything that can be checked before the work begins, and fill in all defaults.
 
     Args:
         ranks: the processes that work together.
@@ -86,42 +198,8 @@ def prepare(
     Raises:
         AptError: an option does not fit the model, the machine or the disk.
     """
-    if isinstance(options, PruneRun | ShrinkRun):
-        return prepare_pruning(options, registry, notice, ranks)
-    if isinstance(options, RecoverRun):
-        return prepare_recovery(options, registry, notice)
-    return prepare_reapplying(options, registry, notice)
-
-
-def execute(
-    task: Task,
-    observe: Callable[[Any], None],
-    status: Callable[[str], None],
-    *,
-    ranks: Ranks | None = None,
-) -> Report:
-    """Read text and model, do the task, write and verify, measure, and complete the report.
-
-    All ranks read: a streamed output must be in a place that every process can read.
-    """
-    ranks = ranks or Ranks()
-    if ranks.first:
-        observe = telling(observe, task.registry.site_pruned)
-    timeline = Timeline(status, observe)
-    store: OutputStore = (Streamed if task.stream else InMemory)(task, timeline, ranks)
-    ranks.check_alike(partial(running, task.record(), stream=task.stream))
-    store.check_space()
-    with store.opened():
-        store.status("reading text")
-        text = task.read_text(ranks)
-        report = store.begin(text)
-        ranks.check_alike(partial(read, store, text.tokens))
-        if store.is_done():
-            return store.earlier_report()
-        store.measure("before")
-        changed = task.change(store, text, report)
-        if not ranks.first:
-            return changed.report
-        report = store.write(changed)
-    task.forget()
-    return store.complete(report)
+    if isinstance(named.options, PruneRun | ShrinkRun):
+        return prepare_pruning(named, registry, notice, ranks)
+    if isinstance(named.options, RecoverRun):
+        return prepare_recovery(named, registry, notice)
+    return prepare_reapplying(named, registry, notice)

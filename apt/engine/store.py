@@ -28,6 +28,7 @@ class ModelStore:
         journal: the journal of the run.
         folder: a folder for what a training keeps on disk.
         precision: the dtype of the stored weights, and the dtype that the model computes in.
+        opening: the seconds until the model was open and measured.
     """
 
     model: nn.Module
@@ -40,7 +41,7 @@ class ModelStore:
         status: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.ranks, self.observe, self.status = ranks or Ranks(), observe, status
-        self._started = time.perf_counter()
+        self._started, self.opening = time.perf_counter(), 0.0
         self.precision = Precision(torch.float32, torch.float32)  # until `compute_in`
         self._cast: ComputeDtype | None = None
         self.blocks: BlockStorage = MemoryBlocks()

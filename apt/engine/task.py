@@ -97,8 +97,12 @@ class Task:
         """All that the result depends on, for the journal of a run that can be resumed."""
         raise NotImplementedError
 
-    def change(self, store: ModelStore, text: Text, report: Report) -> Changed:
-        """Change the model."""
+    def decide(self, store: ModelStore, text: Text) -> tuple[Text, Plan | None]:
+        """The text with samples that the model generates, and the final plan, if there is one."""
+        return text, self.plan
+
+    def change(self, store: ModelStore, text: Text, plan: Plan | None, report: Report) -> Changed:
+        """Change the model, with the text and the plan of `decide`."""
         raise NotImplementedError
 
     def finished(

@@ -352,7 +352,7 @@ def test_ctrl_c_is_130(apt, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("apt.cli.pruning.execute", interrupt)
+    monkeypatch.setattr("apt.engine.prune_task.PruneTask.read_text", interrupt)
     run = apt("prune", "zoo:llama", *SMALL)
     assert run.code == 130
     assert run.err.endswith("apt: interrupted; nothing was written\n")

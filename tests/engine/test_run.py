@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 import apt as library
+from apt.engine.opening import with_names
+from apt.engine.run import Watcher, drive
 from apt.events import BlockStarted, SitePruned
+from apt.plugin.registry import registry
 from apt.plugin.specs import EvaluatorSpec
 from tests.helpers import TEXT
 from tests.helpers.families import random_model, random_tokens
@@ -123,3 +126,57 @@ def test_a_program_meets_the_checks_of_the_shell():
         library.recover(model, tokens, kind="layers", options=library.RecoverOptions(rank=4))
     with pytest.raises(library.AptError, match="the model has 2048 embeddings"):
         library.recover(model, tokens + 1000, kind="layers")
+
+
+class Recorder(Watcher):
+    """Records what it sees of a run, by the names of its methods."""
+
+    def __init__(self):
+        self.seen = []
+        super().__init__(status=lambda text: self.seen.append("status"))
+
+    def __getattribute__(self, name):
+        if name in ("resolved", "planned", "complete", "written", "packed", "exported"):
+            return lambda *given: self.seen.append(name)
+        return super().__getattribute__(name)
+
+    def during(self, work, task):
+        self.seen.append(work)
+        return super().during(work, task)
+
+
+@pytest.mark.parametrize(
+    ("dry_run", "seen"),
+    [
+        (True, ["resolved", "checking", "planned"]),
+        (False, ["resolved", "running", "status", "written", "packing", "packed"]),
+    ],
+    ids=["dry run", "run"],
+)
+def test_watcher_sees_the_steps_in_order(checkpoint, tmp_path, monkeypatch, dry_run, seen):
+    monkeypatch.chdir(tmp_path)
+    watcher = Recorder()
+    wanted = options(checkpoint("llama"), "out", pack=Path("packed"))
+    named = with_names(wanted, registry(), watcher.notice)
+    report = drive(named, watcher, library.Ranks(), dry_run=dry_run)
+    assert list(dict.fromkeys(watcher.seen)) == seen
+    assert (report is None) is dry_run
+    assert Path("packed").exists() is Path("out").exists() is not dry_run
+
+
+class Refusing(Watcher):
+    """Ends a run before its work."""
+
+    def resolved(self, task):
+        raise library.AptError("no")
+
+
+def test_error_of_a_watcher_stops_the_run_before_anything_is_written(
+    checkpoint, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    watcher = Refusing()
+    named = with_names(options(checkpoint("llama"), "out"), registry(), watcher.notice)
+    with pytest.raises(library.AptError, match="no"):
+        drive(named, watcher, library.Ranks())
+    assert list(Path().iterdir()) == []

@@ -1,0 +1,124 @@
+"""A run as a command prints it: notices, progress, interruptions and the lines about copies."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from apt.checkpoints.copies import REPORT
+from apt.checkpoints.exporting import Exported
+from apt.cli.export import exported_line
+from apt.cli.interruptions import interrupted
+from apt.cli.output import notice, say, show_json
+from apt.cli.packing import packed_line
+from apt.cli.progress import Progress
+from apt.distributed.launch import joined
+from apt.engine.opening import Named
+from apt.engine.prepare import input_paths
+from apt.engine.prune_task import PruneTask
+from apt.engine.run import Watcher, Work, drive
+from apt.engine.task import Task
+from apt.options import ConfigOptions, write_options
+from apt.output.report import Report
+from apt.output.staging import resumable
+from apt.packing.directory import Packed
+
+
+class CommandWatcher(Watcher):
+    """Prints a run of a command.
+
+    Args:
+        named: the options of the run, with names.
+        config: the file of options to write.
+        notices: lines about defaults. They and further ones are printed once the run has begun,
+            since most errors come before.
+        as_json: print a JSON object if the output was complete already.
+    """
+
+    def __init__(
+        self, named: Named[Any], config: ConfigOptions, notices: list[str], *, as_json: bool
+    ) -> None:
+        super().__init__(self._observe, self._status, self._notice)
+        self.options, self.notices, self.as_json = named.options, notices, as_json
+        self.report: Report | None = None
+        self._config, self._begun = config, False
+        self._display: Progress
+
+    def perform(self, named: Named[Any], *, dry_run: bool = False) -> None:
+        """Do the run, together with the other processes of ``torchrun``."""
+        with joined(self.options.device) as ranks:
+            drive(named, self, ranks, dry_run=dry_run)
+
+    def progress(self, task: Task) -> Progress:
+        """The display of the work."""
+        return Progress(notices=self.notices)
+
+    def resolved(self, task: Task) -> None:
+        """Write the options of the command to the file of ``--save-config``, if it is given."""
+        run = self.options
+        if self._config.save_config is None:
+            return
+        if isinstance(task, PruneTask):
+            run = replace(run, method=task.method.name)
+        texts = (run.calibration, run.evaluation, run.tokenizer, getattr(run, "dense", None))
+        write_options(self._config.save_config, run, input_paths(task.skeleton.source, texts))
+
+    @contextmanager
+    def during(self, work: Work, task: Task) -> Iterator[None]:
+        """Show the progress; an interruption of the main work says what is left of it."""
+        self._begun = work != "checking"
+        if work != "running":
+            self._display = Progress(work)
+            with self._display:
+                yield
+            return
+        earlier, self._display = _written(self.options.output), self.progress(task)
+        try:
+            with self._display:
+                yield
+        except KeyboardInterrupt as error:
+            raise interrupted(error, _after_interruption(task, earlier)) from None
+
+    def complete(self, task: Task) -> None:
+        """Say that an earlier run has completed the output."""
+        output = str(self.options.output)
+        if self.as_json:
+            show_json({"output": output, "complete": True})
+        else:
+            say(f"{output}: already complete")
+
+    def packed(self, packed: Packed) -> None:
+        """Print the sizes of the packed form."""
+        notice(packed_line(self.options.pack, packed))
+
+    def exported(self, exported: Exported) -> None:
+        """Print the size of the exported file."""
+        notice(exported_line(self.options.export, exported))
+
+    def _observe(self, event: Any) -> None:
+        self._display.observe(event)
+
+    def _status(self, text: str) -> None:
+        self._display.status(text)
+
+    def _notice(self, line: str) -> None:
+        notice(line) if self._begun else self.notices.append(line)
+
+
+def _written(output: Path) -> int | None:
+    """The time at which the report of an output was written; None if there is none."""
+    report = output / REPORT
+    return report.stat().st_mtime_ns if report.is_file() else None
+
+
+def _after_interruption(task: Task, earlier: int | None) -> str:
+    """The state of the output after an interruption; ``earlier`` is `_written` before the run."""
+    output = task.options.output
+    if (task.stream or task.resumable) and resumable(output):
+        return "to continue, give the same command with --resume"
+    structure = task.job.structure if isinstance(task, PruneTask) else None
+    if structure is not None and structure.journal.lines:
+        return "the same command continues the search"
+    complete = _written(output) not in (None, earlier)
+    return f"{output} is complete" if complete else "nothing was written"

@@ -1,0 +1,86 @@
+"""The plan of a run with its need of memory and time, for a dry run and for ``inspect``."""
+
+from collections.abc import Callable
+
+from apt.checkpoints.load import open_skeleton
+from apt.engine.costs import PlannedWork
+from apt.engine.estimate import Planned
+from apt.engine.machine import choose_device
+from apt.engine.opening import pattern_of, selection_of
+from apt.engine.planned_levels import planned_levels
+from apt.engine.prepare import Notice, capped
+from apt.engine.prune_task import PruneTask
+from apt.engine.recipes import augmentation_of
+from apt.locations.model_source import Source
+from apt.options import InspectRun, PruneOptions, PruneRun
+from apt.output.report import peak_memory
+from apt.planning.allocation import default_allocation
+from apt.planning.plan import Plan, check_rounding, make_plan, tell_shared
+from apt.plugin.registry import Registry
+from apt.plugin.specs import UNIFORM
+from apt.solver import NM
+from apt.solver.options import EFFORTS
+
+
+def forecast(task: PruneTask, status: Callable[[str], None]) -> Planned:
+    """The plan of a checked run, with the levels that its allocation chooses."""
+    process, options = peak_memory()["cpu"], task.options  # before the model is loaded
+    plan = planned_levels(task, status)
+    return Planned(
+        task.skeleton,
+        plan,
+        task.samples,
+        options.seqlen,
+        task.device,
+        streamed=options.stream,
+        activations=options.activations,
+        own_text=bool(task.job.augmentation.own_samples),
+        error_aware=task.job.recipe.error_aware,
+        tuned=task.job.recipe.tuning is not None,
+        factors=task.method.factors,
+        works=_works(task, plan),
+        process=process,
+    )
+
+
+def _works(task: PruneTask, plan: Plan) -> tuple[PlannedWork, ...]:
+    """The work of an error-aware run of the default method; that of others is not known."""
+    options, job = task.options, task.job
+    usual = task.method.name == task.registry.default_method().name and job.recipe.error_aware
+    if not usual or not isinstance(options, PruneRun):
+        return ()
+    allocated = job.allocation is not None
+    return (
+        PlannedWork(
+            task.skeleton, plan, options.effort, options.samples, options.seqlen, allocated, options
+        ),
+    )
+
+
+def usual_forecast(run: InspectRun, source: Source, registry: Registry, notice: Notice) -> Planned:
+    """The plan of a run with default options, for a model and a pattern."""
+    device = choose_device(run.device)
+    skeleton = open_skeleton(source, registry, run.adapter)
+    if run.on is None or run.compute != "auto":  # the other devices multiply all dtypes fast
+        skeleton = skeleton.computing(run.compute, device)
+    selection, pattern = selection_of(run), pattern_of(run) or NM(2, 4)
+    plan = make_plan(skeleton.module, skeleton.adapter, pattern, selection)
+    seqlen = capped(run.seqlen, skeleton, notice)
+    tell_shared(plan, notice)
+    check_rounding(plan, notice, quantized=True)  # a run may round the weights
+    allocated = default_allocation(pattern, error_aware=True) != UNIFORM
+    works = tuple(
+        PlannedWork(skeleton, plan, effort, run.samples, seqlen, allocated) for effort in EFFORTS
+    )
+    usual = augmentation_of(PruneOptions(), registry.default_method(), run.samples)
+    return Planned(
+        skeleton,
+        plan,
+        usual.samples(run.samples, seqlen),
+        seqlen,
+        device,
+        streamed=run.stream,
+        activations=run.activations,
+        works=works,
+        on=run.on,
+    )
