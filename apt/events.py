@@ -2,7 +2,25 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
+
+Phase = Literal[
+    "reading text", "opening the model", "measuring before", "generating text", "allocation",
+    "structure", "pruning", "dense model", "training", "writing", "measuring after",
+]  # fmt: skip
+"""The phases of a run, by their names in reports. A run has some of them, one after the other."""
+
+
+class Status(Protocol):
+    """Called at the beginning of a phase, and of each part of it that is shown by itself."""
+
+    def __call__(self, phase: Phase, text: str = "") -> None:
+        """Show a step of a run.
+
+        Args:
+            phase: the phase.
+            text: what is shown; by default the name of the phase.
+        """
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,5 @@
 """The plan of a run with its need of memory and time, for a dry run and for ``inspect``."""
 
-from collections.abc import Callable
-
 from apt.checkpoints.load import open_skeleton
 from apt.engine.costs import PlannedWork
 from apt.engine.estimate import Planned
@@ -11,6 +9,7 @@ from apt.engine.planned_levels import planned_levels
 from apt.engine.prepare import Notice, capped
 from apt.engine.prune_task import PruneTask
 from apt.engine.recipes import augmentation_of
+from apt.events import Status
 from apt.locations.model_source import Source
 from apt.options import InspectRun, PruneOptions, PruneRun
 from apt.output.report import peak_memory
@@ -22,7 +21,7 @@ from apt.solver import NM
 from apt.solver.options import EFFORTS
 
 
-def forecast(task: PruneTask, status: Callable[[str], None]) -> Planned:
+def forecast(task: PruneTask, status: Status) -> Planned:
     """The plan of a checked run, with the levels that its allocation chooses."""
     process, options = peak_memory()["cpu"], task.options  # before the model is loaded
     plan = planned_levels(task, status)

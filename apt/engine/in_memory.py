@@ -51,7 +51,7 @@ class InMemory(OutputStore):
 
     def begin(self, text: Text) -> Report:
         """Load the model, and begin the report."""
-        self.status("loading the model")
+        self.status("opening the model", "loading the model")
         task, self.text = self.task, text
         if self._stored is not None:
             self._dtype = self._stored.dtype(task.skeleton, task.plan)
@@ -83,7 +83,7 @@ class InMemory(OutputStore):
 
     def write(self, changed: Changed) -> Report:
         """Save the model, load the saved model, and check it. It is then the one to measure."""
-        self.status("saving and verifying")
+        self.status("writing", "saving and verifying")
         plan, out, written = changed.plan, self.work.out, None
         self.restore()
         if plan is not None and plan.structured:

@@ -19,6 +19,7 @@ from apt.engine.store import ModelStore
 from apt.engine.task import WITHOUT_EFFECT, Changed, Task
 from apt.engine.text import Text
 from apt.errors import AptError, first_line
+from apt.events import Phase
 from apt.files.journal import Line
 from apt.locations.paths import portable
 from apt.output.card import write_card
@@ -137,9 +138,10 @@ class OutputStore(ModelStore, ABC):
         if held_out is None or when in self._scores:
             return
         scores = {}
+        phase: Phase = "measuring before" if when == "before" else "measuring after"
         with self._measurable(held_out, when) as model:
             for name in task.options.metrics:
-                self.status(f"measuring {name} {when}{task.event}")
+                self.status(phase, f"measuring {name} {when}{task.event}")
                 scores[name] = task.registry.evaluators.get(name).measure(model, held_out)
         self._scores[when] = scores
 

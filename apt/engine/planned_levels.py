@@ -1,6 +1,5 @@
 """The plan of a dry run with the sparsities that its allocation chooses."""
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 from apt.checkpoints.load import load
@@ -12,16 +11,17 @@ from apt.engine.disk_blocks import DiskBlocks
 from apt.engine.prune_model import final_plan, with_own_text
 from apt.engine.prune_task import PruneTask
 from apt.engine.store import ModelStore
+from apt.events import Status
 from apt.planning.plan import Plan
 
 
-def planned_levels(task: PruneTask, status: Callable[[str], None]) -> Plan:
+def planned_levels(task: PruneTask, status: Status) -> Plan:
     """The plan of a run; for an allocation, the text and the model are read as in the run."""
     if task.job.allocation is None:
         return task.job.plan
     status("reading text")
     text, store = task.read_text(Ranks()), ModelStore(status=status)
-    status("loading the model")
+    status("opening the model", "loading the model")
     with (_open_on_disk if task.stream else _load)(task, store):
         tokens = with_own_text(store, text.tokens, task.job_on(text))
     return final_plan(store, tokens, task.job)

@@ -1,6 +1,7 @@
 """The pruning of a model block by block, for whole runs and for programs."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -127,7 +128,7 @@ def final_plan(store: ModelStore, tokens: Tensor, job: Pruning) -> Plan:
             plan = _structured(store, tokens, job) if store.ranks.first else plan
     elif job.allocation is not None and store.ranks.first:
         name, allocation = job.allocation
-        store.status(f"distributing the sparsity ({name})")
+        store.status("allocation", f"distributing the sparsity ({name})")
         given = Unallocated(
             store.model, job.adapter, plan, tokens, store.blocks.open, job.recipe.error_aware
         )
@@ -141,7 +142,12 @@ def _structured(store: ModelStore, tokens: Tensor, job: Pruning) -> Plan:
     assert job.structure is not None
     model = store.model
     structure = job.structure.choose(
-        model, job.adapter, tokens, store.status, bos=job.bos, special=job.special
+        model,
+        job.adapter,
+        tokens,
+        partial(store.status, "structure"),
+        bos=job.bos,
+        special=job.special,
     )
     config = getattr(model, "config", None)
     plan = make_structured_plan(

@@ -180,7 +180,7 @@ def _trained(training: RecoverTask, store: ModelStore, report: Report) -> Report
     if left <= 0:
         return replace(report, problems=[*report.problems, "no time was left for distillation"])
     training = replace(training, options=replace(training.options, minutes=left))
-    store.status("distilling")
+    store.status("training", "distilling")
     try:
         return training.change(store, text, None, report).report
     except NotRecoveredError as error:

@@ -129,7 +129,7 @@ def drive(
     if dry_run:
         assert isinstance(task, PruneTask)
         with watcher.during("checking", task):
-            planned = forecast(task, watcher.status)
+            planned = forecast(task, Timeline(watcher.status, watcher.observe).status)
         watcher.planned(planned)
         return None
     # 3. Change the model and write it, unless an earlier run has done that.

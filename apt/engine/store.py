@@ -14,6 +14,7 @@ from apt.calibration.storage import MemoryStore, Store
 from apt.checkpoints.load import fingerprint
 from apt.compute import ComputeDtype, Precision, compute_dtype
 from apt.distributed.ranks import Ranks
+from apt.events import Status
 from apt.files.journal import Journal
 from apt.pruning.block_storage import BlockStorage, MemoryBlocks, RoundedBlocks
 
@@ -38,7 +39,7 @@ class ModelStore:
         self,
         ranks: Ranks | None = None,
         observe: Callable[[Any], None] = lambda event: None,
-        status: Callable[[str], None] = lambda text: None,
+        status: Status = lambda phase, text="": None,
     ) -> None:
         self.ranks, self.observe, self.status = ranks or Ranks(), observe, status
         self._started, self.opening = time.perf_counter(), 0.0
@@ -95,5 +96,5 @@ class ModelStore:
 
     def generated(self, generate: Callable[[], Tensor]) -> Tensor:
         """The samples that ``generate`` returns, which runs the model: the same on all ranks."""
-        self.status("generating calibration text")
+        self.status("generating text", "generating calibration text")
         return self.ranks.share(generate() if self.ranks.first else torch.empty(0))

@@ -87,7 +87,7 @@ class Streamed(OutputStore):
     def begin(self, text: Text) -> Report:
         """Continue from the journal or copy the checkpoint, and load the weights outside blocks."""
         self.text = text
-        self.status("checking and hashing the weights")
+        self.status("opening the model", "checking and hashing the weights")
         self._stored.check_finite()
         stored = self._stored.dtype(self.task.skeleton, self.task.plan)
         compute = compute_dtype(stored, self.task.device, self.task.options.compute)
@@ -105,7 +105,7 @@ class Streamed(OutputStore):
         return report
 
     def _copy(self) -> None:
-        self.status("copying the checkpoint")
+        self.status("opening the model", "copying the checkpoint")
         options, out = self.task.options, self.work.out
         other = self.text.tokenizer if options.tokenizer else None
         self._stored.copy(out, other, options.max_shard_size)
@@ -113,7 +113,7 @@ class Streamed(OutputStore):
 
     def _check_copy(self) -> None:
         """Compare the files of the interrupted run with their checksums."""
-        self.status("checking the files of the interrupted run")
+        self.status("opening the model", "checking the files of the interrupted run")
         pruned = pruned_tensors(self._plan, self._stored.layout)
         try:
             copied = dict(self.journal.values("copied")[0])
@@ -137,7 +137,7 @@ class Streamed(OutputStore):
 
     def _assemble(self) -> None:
         """Load the weights outside the blocks."""
-        self.status("loading the weights outside the blocks")
+        self.status("opening the model", "loading the weights outside the blocks")
         task, stored = self.task, self._stored
         self.model = assemble(
             task.skeleton, stored.shards, stored.layout, task.device, self.precision.compute
@@ -163,7 +163,7 @@ class Streamed(OutputStore):
             if known is None or digest(known) != digests[-1]:
                 raise self.journal.damaged(f"{place.name} was changed")
             return known
-        self.status("generating calibration text, block by block")
+        self.status("generating text", "generating calibration text, block by block")
         with self.readable():
             known = self.ranks.share(generate() if self.ranks.first else torch.empty(0))
         if self.ranks.first:
@@ -198,7 +198,7 @@ class Streamed(OutputStore):
             self._small = self._compact(changed.plan)
         self._measure_after()
         if self._small is None:
-            self.status("verifying")
+            self.status("writing", "verifying")
             orders = report.orders if changed.save_masks else None
             report = report.with_zeros(self._verify(changed.plan, orders))
         report = self._record(report, self._small or self.work.out)
@@ -227,7 +227,7 @@ class Streamed(OutputStore):
 
     def _compact(self, plan: Plan) -> Path:
         """Write the smaller model beside the blocks with zeros, and check that it opens."""
-        self.status("writing the smaller model")
+        self.status("writing", "writing the smaller model")
         self.blocks.verify(plan)
         skeleton, target = self.task.skeleton, self.work.fresh("small")
         written = StoredBlocks(

@@ -57,9 +57,9 @@ class Report:
         reapplied: the masks that were applied to a model that was fine-tuned elsewhere, and what
             they removed; empty if there were none.
         structure: what a smaller model keeps and lacks; empty for a sparse one.
-        timeline: the phases of the run with their first second, ``phases``, the resident memory in
-            bytes over the seconds, ``memory``, and the last second, ``end``; of the part after the
-            resumption, if the run was resumed.
+        timeline: the phases of the run (`apt.events.Phase`) with their first second, ``phases``,
+            the resident memory in bytes over the seconds, ``memory``, and the last second, ``end``;
+            of the part after the resumption, if the run was resumed.
         earlier: the report of the run that wrote the given model; empty if there is none.
         seconds: the time of the whole run.
         scores: the text, and each metric before and after pruning; empty if nothing was measured.

@@ -7,37 +7,45 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from apt.events import BlockStarted, Event, Observer
+from apt.events import BlockStarted, Phase, TrainingStep
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
-_PRUNING = "pruning"
 
 
 class Timeline:
-    """Records when each phase of a run began, and the memory at the beginning of each block."""
+    """Records when each phase of a run began, and the memory then and at the beginning of a block.
 
-    def __init__(self, status: Callable[[str], None], observe: Observer) -> None:
-        self._status, self._observe = status, observe
+    Args:
+        show: called with a text for each step outside the loops over blocks and training steps.
+        observe: called with each event.
+    """
+
+    def __init__(self, show: Callable[[str], None], observe: Callable[[Any], None]) -> None:
+        self._show, self._observe = show, observe
         self._started = time.perf_counter()
-        self._phases: list[tuple[str, float]] = []
+        self._phases: list[tuple[Phase, float]] = []
         self._memory: list[tuple[float, int]] = []
 
-    def status(self, text: str) -> None:
-        """Record the beginning of a phase."""
-        self._begin(text)
-        self._status(text)
+    def status(self, phase: Phase, text: str = "") -> None:
+        """Show a step, and record its phase if that begins with it."""
+        self._enter(phase)
+        self._show(text or phase)
 
-    def observe(self, event: Event) -> None:
+    def observe(self, event: Any) -> None:
         """Record the memory at the beginning of a block."""
-        if isinstance(event, BlockStarted):
-            if all(phase != _PRUNING for phase, _ in self._phases):  # block 0 may be dropped
-                self._begin(_PRUNING)
+        if isinstance(event, BlockStarted) and not self._enter("pruning"):
             self._sample()
+        elif isinstance(event, TrainingStep):
+            self._enter("training")
         self._observe(event)
 
-    def _begin(self, phase: str) -> None:
+    def _enter(self, phase: Phase) -> bool:
+        """True if a phase begins: it is not the last one that began."""
+        if self._phases and self._phases[-1][0] == phase:
+            return False
         self._phases.append((phase, self._now()))
         self._sample()
+        return True
 
     def _sample(self) -> None:
         self._memory.append((self._now(), resident_bytes()))

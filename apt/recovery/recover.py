@@ -20,7 +20,7 @@ from apt.compute import compute_dtype, computing_in
 from apt.devices import random_states_kept, synchronize
 from apt.distributed.ranks import Ranks
 from apt.errors import AptError, faulty, first_line
-from apt.events import CheckpointSaved, TrainingEvent, TrainingObserver
+from apt.events import CheckpointSaved, Status, TrainingEvent, TrainingObserver
 from apt.files.journal import Journal
 from apt.options import RecoverOptions
 from apt.plugin.specs import RecoverySpec
@@ -58,7 +58,7 @@ class RecoveryJob:
         dense: opens the dense model, with the tokens of the same tokenizer; None if there is none.
         journal: the journal of the training, which the first rank writes. The training continues
             from the last checkpoint that it names.
-        status: called with a text for each step outside the training.
+        status: called at each step outside the training.
         saved_adapter: the directory to which the first rank writes the trained adapter, before it
             is merged; None to write none.
     """
@@ -74,7 +74,7 @@ class RecoveryJob:
     ranks: Ranks = field(default_factory=Ranks)
     journal: Journal = field(default_factory=Journal)
     observe: TrainingObserver = lambda event: None
-    status: Callable[[str], None] = lambda text: None
+    status: Status = lambda phase, text="": None
     saved_adapter: Path | None = None
 
 
@@ -101,7 +101,7 @@ def recover_model(model: nn.Module, tokens: Tensor, job: RecoveryJob) -> tuple[T
     started, masks = time.perf_counter(), masks_of(model, job.adapter)
     text, held_back = _split(tokens, job.options, job.ranks.size)
     with _in_fp32(model), job.adapter.running(model):
-        job.status("preparing")
+        job.status("training", "preparing")
         amount = None
         if job.spec.teacher:  # the dense model runs on the samples of all steps, and no others
             with _blocks_trained(model, job.adapter):
@@ -404,7 +404,7 @@ def _teacher(text: Tensor, held_back: Tensor, job: RecoveryJob) -> Teacher:
         dense = job.dense().to(job.device)
 
         def step(done: int, total: int) -> None:
-            job.status(f"running the dense model: sample {done} of {total}")
+            job.status("dense model", f"running the dense model: sample {done} of {total}")
 
         stored = next(dense.parameters()).dtype
         computing = computing_in(dense, compute_dtype(stored, job.device, job.options.compute))

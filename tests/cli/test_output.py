@@ -12,7 +12,7 @@ import pytest
 from apt.adapter import Extra, Site
 from apt.cli.output import notice, print_events, say, show, show_error, show_json, show_rows, table
 from apt.cli.progress import Progress, PruningProgress
-from apt.events import BlockStarted, SitePruned, Working
+from apt.events import BlockStarted, SitePruned, TrainingStep, Working
 from apt.output.report import Report
 from apt.output.timeline import Timeline
 from apt.planning.plan import Plan, PlannedBlock, PlannedExtra, PlannedSite
@@ -234,10 +234,25 @@ def test_blocks_of_an_earlier_run_are_not_part_of_the_time_left(monkeypatch):
 
 def test_the_time_of_pruning_begins_with_the_first_block_that_is_kept():
     timeline = Timeline(lambda text: None, lambda event: None)
-    timeline.status("loading the model")
+    timeline.status("opening the model", "loading the model")
     for index in (1, 2):
         timeline.observe(BlockStarted("block", index, 4))
-    assert [phase for phase, _ in timeline.record()["phases"]] == ["loading the model", "pruning"]
+    assert [phase for phase, _ in timeline.record()["phases"]] == ["opening the model", "pruning"]
+
+
+def test_texts_of_one_phase_are_one_phase_of_the_report():
+    shown = []
+    timeline = Timeline(shown.append, shown.append)
+    step = TrainingStep(1, 2, 3.0, 1e-3, 0.1)
+    timeline.status("reading text")
+    for sample in range(3):
+        timeline.status("dense model", f"sample {sample}")
+    timeline.observe(step)
+    timeline.observe(step)
+    record = timeline.record()
+    assert shown == ["reading text", "sample 0", "sample 1", "sample 2", step, step]
+    assert [phase for phase, _ in record["phases"]] == ["reading text", "dense model", "training"]
+    assert len(record["memory"]) == 4  # of each phase, and of the end
 
 
 HOSTILE = "\x1b[2Jmodel\x07\r\nverified \u202eon\x9b1A [bold]disk[/bold]"
