@@ -15,7 +15,7 @@ from apt.checkpoints.masks import masks_of, sparsity_of
 from apt.checkpoints.smaller import smaller
 from apt.distributed.ranks import Ranks
 from apt.engine.given import GivenModel
-from apt.engine.pruning_plan import Sparsity, find_method, sparse_pruning
+from apt.engine.pruning_plan import sparse_pruning
 from apt.engine.recover_task import check_dense, check_recovery
 from apt.engine.shrink_plan import Choice, smaller_pruning
 from apt.errors import AptError, name_of
@@ -25,8 +25,10 @@ from apt.modes import usual_modes
 from apt.options import (
     Activations,
     PruneOptions,
+    PruneRun,
     RecoverOptions,
     ShrinkOptions,
+    ShrinkRun,
     check_seed,
     check_windows,
 )
@@ -46,6 +48,10 @@ from apt.text.datasets import digest
 from apt.text.special_tokens import bos_of, check_tokenizer
 
 M = TypeVar("M", bound=nn.Module)
+
+
+def _ignore(line: str) -> None:
+    """Ignore a notice."""
 
 
 class PruneArguments(TypedDict, total=False):
@@ -135,14 +141,16 @@ def prune(
             fit or prunes nothing, or the model cannot be pruned.
     """
     given = GivenModel(model, tokens, adapter, activations, ranks, observe)
-    wanted = Sparsity(read_pattern(pattern), selection or Selection(), also, allocation)
-    spec, function = find_method(method, given.registry)
-    dense, options = given.dense(tokens, seed), options or PruneOptions()
-    job = sparse_pruning(dense, wanted, spec, function, options)
+    pattern, selection = read_pattern(pattern), selection or Selection()
+    options = options or PruneOptions()
+    options.check()
+    check_seed(seed)
+    run = PruneRun(**vars(options) | {"samples": len(tokens), "seed": seed, "also": tuple(also)})
+    spec, job = sparse_pruning(given.opened, run, pattern, selection, method, allocation, _ignore)
     known = {
-        "pattern": str(wanted.pattern), "per": job.plan.per, "method": spec.name,
+        "pattern": str(pattern), "per": job.plan.per, "method": spec.name,
         "allocation": job.allocation_name, "also": list(also), "seed": seed,
-        "activations": activations, **wanted.selection.record(),
+        "activations": activations, **selection.record(),
     }  # fmt: skip
     return given.pruned(tokens, job, tokenizer, known, options.compute)[1]
 
@@ -190,10 +198,12 @@ def shrink(
             method, or the model cannot be pruned.
     """
     given = GivenModel(model, tokens, adapter, activations, ranks, observe)
-    options = options or PruneOptions()
-    wish, spec, job = smaller_pruning(
-        given.dense(tokens, seed), size or ShrinkOptions(), method, options
-    )
+    size, options = size or ShrinkOptions(), options or PruneOptions()
+    size.check()
+    options.check()
+    check_seed(seed)
+    run = ShrinkRun(**vars(size) | {"samples": len(tokens), "seed": seed, "device": given.device})
+    wish, spec, job = smaller_pruning(given.opened, run, options, method, _ignore)
     known = {"shrink": wish.size_record(), "method": spec.name, "seed": seed}
     known |= {"activations": activations}
     given.model = copy.deepcopy(model)

@@ -1,7 +1,6 @@
 """A model that a program passes: its checks, its adapter and its report."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,20 +9,23 @@ from torch import Tensor, nn
 from apt.adapter import Adapter
 from apt.adapter.recording import eval_mode
 from apt.adapter.wrapped import check_in_memory, refuse_wrapped
+from apt.checkpoints.opened import Opened
 from apt.distributed.ranks import Ranks
 from apt.engine.machine import activation_store
 from apt.engine.prune_model import Pruning, decide, prune_model
-from apt.engine.pruning_plan import Dense
 from apt.engine.rank_inputs import read, running
 from apt.engine.recipes import record
 from apt.engine.reports import described
 from apt.engine.store import ModelStore
+from apt.engine.text import Text
 from apt.errors import AptError
 from apt.events import telling
-from apt.options import Activations, Compute, StreamOptions, check_seed
+from apt.locations.model_source import Source
+from apt.options import Activations, Compute, StreamOptions
 from apt.output.report import Report
 from apt.planning.plan import Plan
 from apt.plugin.registry import Registry, registry
+from apt.plugin.specs import AdapterSpec
 from apt.text.ids import check_ids, check_vocabulary
 from apt.text.special_tokens import bos_of, named_ids, special_ids
 
@@ -61,13 +63,12 @@ class GivenModel(ModelStore):
         _, block = self.adapter.blocks(self.model)[0]
         return self.adapter.sites(block)[0].weight(block).dtype
 
-    def dense(self, tokens: Tensor, seed: int) -> Dense:
-        """The model before it is pruned on ``tokens`` (samples, seqlen)."""
-        check_seed(seed)
+    @property
+    def opened(self) -> Opened:
+        """The model, with the adapter that serves it."""
+        spec = AdapterSpec(self._name, "the adapter of the caller", "")
         config = getattr(self.model, "config", None)
-        return Dense(
-            self.model, self.adapter, config, self.registry, len(tokens), seed, device=self.device
-        )
+        return Opened(Source("", ""), self.model, config, spec, self.adapter)
 
     def pruned(
         self,
@@ -93,8 +94,9 @@ class GivenModel(ModelStore):
     def _pruned(
         self, tokens: Tensor, job: Pruning, tokenizer: Any, options: dict[str, Any]
     ) -> tuple[Plan, Report]:
-        job = replace(
-            job,
+        text = Text(
+            tokenizer,
+            tokens,
             bos=bos_of(tokenizer) if tokenizer is not None else None,
             special=special_ids(tokenizer) if tokenizer is not None else named_ids(self.model),
         )
@@ -105,12 +107,12 @@ class GivenModel(ModelStore):
             model=described(name, _model_type(self.model), self._name)
             | {"sha256": self.weights} | self.precision.record(),
             calibration={
-                "source": "", "own_samples": job.augmentation.own_samples, "bos": job.bos
+                "source": "", "own_samples": job.augmentation.own_samples, "bos": text.bos
             },
         )  # fmt: skip
         self.ranks.check_alike(lambda: running(report.options) | read(self, tokens))
-        tokens, plan = decide(self, tokens, job)
-        return plan, prune_model(self, tokens, plan, job, report)
+        text, plan = decide(self, text, job)
+        return plan, prune_model(self, text, plan, job, report)
 
 
 def find_adapter(

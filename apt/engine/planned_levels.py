@@ -23,8 +23,8 @@ def planned_levels(task: PruneTask, status: Status) -> Plan:
     text, store = task.read_text(Ranks()), ModelStore(status=status)
     status("opening the model", "loading the model")
     with (_open_on_disk if task.stream else _load)(task, store):
-        tokens = with_own_text(store, text.tokens, task.job_on(text))
-    return final_plan(store, tokens, task.job)
+        text = with_own_text(store, text, task.job)
+    return final_plan(store, text, task.job)
 
 
 def _load(task: PruneTask, store: ModelStore) -> AbstractContextManager[None]:

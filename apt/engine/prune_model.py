@@ -10,6 +10,7 @@ from apt.adapter import Adapter
 from apt.checkpoints.smaller import smaller_skeleton
 from apt.engine.reports import calibration_of
 from apt.engine.store import ModelStore
+from apt.engine.text import Text
 from apt.events import Event, ExpertsRemoved
 from apt.output.report import Report
 from apt.planning.allocation import Allocation, Unallocated, allocated, with_shares
@@ -32,7 +33,6 @@ class Pruning:
         allocation: the name and the function of an allocation; None keeps the plan's patterns.
         structure: the choice of the structure of a smaller model; None for a sparse one.
         seed: the seed for the text that the model generates.
-        bos: the first token of every sample; None for no such token.
     """
 
     adapter: Adapter
@@ -43,8 +43,6 @@ class Pruning:
     allocation: tuple[str, Allocation] | None = None
     structure: StructureChoice | None = None
     seed: int = 0
-    bos: int | None = None
-    special: tuple[int, ...] = ()
 
     @property
     def allocation_name(self) -> str:
@@ -52,21 +50,14 @@ class Pruning:
         return self.allocation[0] if self.allocation else UNIFORM
 
 
-def decide(store: ModelStore, tokens: Tensor, job: Pruning) -> tuple[Tensor, Plan]:
-    """What follows from the dense model: the text that it generates, and the final plan.
-
-    Args:
-        store: the dense model.
-        tokens: calibration token ids (samples, seqlen).
-    """
-    tokens = with_own_text(store, tokens, job)
-    return tokens, final_plan(store, tokens, job)
+def decide(store: ModelStore, text: Text, job: Pruning) -> tuple[Text, Plan]:
+    """What follows from the dense model: the text with that of the model, and the final plan."""
+    text = with_own_text(store, text, job)
+    return text, final_plan(store, text, job)
 
 
-def prune_model(
-    store: ModelStore, tokens: Tensor, plan: Plan, job: Pruning, report: Report
-) -> Report:
-    """Prune block by block, with the tokens and the plan of `decide`.
+def prune_model(store: ModelStore, text: Text, plan: Plan, job: Pruning, report: Report) -> Report:
+    """Prune block by block, with the text and the plan of `decide`.
 
     Args:
         store: the model, pruned in place.
@@ -86,7 +77,7 @@ def prune_model(
         store.model,
         job.adapter,
         plan,
-        job.augmentation.with_random_tokens(store.model, tokens, job.special),
+        job.augmentation.with_random_tokens(store.model, text.tokens, text.special),
         job.method,
         job.recipe,
         block_storage=store.blocks,
@@ -101,7 +92,7 @@ def prune_model(
         structure["experts"] = removed_experts(experts)
     return replace(
         report,
-        calibration=report.calibration | calibration_of(tokens),
+        calibration=report.calibration | calibration_of(text.tokens),
         sites=sites,
         skipped=plan.dense,
         ranks=store.ranks.gather(store.ranks.work),
@@ -109,46 +100,43 @@ def prune_model(
     )
 
 
-def with_own_text(store: ModelStore, tokens: Tensor, job: Pruning) -> Tensor:
-    """The given tokens (samples, seqlen) and those that the model generates."""
+def with_own_text(store: ModelStore, text: Text, job: Pruning) -> Text:
+    """A text with the samples that the model generates."""
 
     def generate() -> Tensor:
         return job.augmentation.with_own_text(
-            store.model, tokens, job.seed, bos=job.bos, special=job.special
+            store.model, text.tokens, job.seed, bos=text.bos, special=text.special
         )
 
-    return store.generated(generate) if job.augmentation.own_samples else tokens
+    own = job.augmentation.own_samples
+    return replace(text, tokens=store.generated(generate)) if own else text
 
 
-def final_plan(store: ModelStore, tokens: Tensor, job: Pruning) -> Plan:
+def final_plan(store: ModelStore, text: Text, job: Pruning) -> Plan:
     """The plan with the structure or the sparsities that follow from the dense model."""
     plan = job.plan
     if job.structure is not None:
         with store.readable():
-            plan = _structured(store, tokens, job) if store.ranks.first else plan
+            plan = _structured(store, text, job) if store.ranks.first else plan
     elif job.allocation is not None and store.ranks.first:
         name, allocation = job.allocation
         store.status("allocation", f"distributing the sparsity ({name})")
         given = Unallocated(
-            store.model, job.adapter, plan, tokens, store.blocks.open, job.recipe.error_aware
+            store.model, job.adapter, plan, text.tokens, store.blocks.open, job.recipe.error_aware
         )
         shares = store.journal.remember("shares", lambda: allocated(name, allocation, given))
         plan = with_shares(plan, name, shares)
     return store.ranks.share(plan)
 
 
-def _structured(store: ModelStore, tokens: Tensor, job: Pruning) -> Plan:
+def _structured(store: ModelStore, text: Text, job: Pruning) -> Plan:
     """The plan of a smaller model."""
     assert job.structure is not None
     model = store.model
     structure = job.structure.choose(
-        model,
-        job.adapter,
-        tokens,
-        partial(store.status, "structure"),
-        bos=job.bos,
-        special=job.special,
-    )
+        model, job.adapter, text.tokens, partial(store.status, "structure"),
+        bos=text.bos, special=text.special,
+    )  # fmt: skip
     config = getattr(model, "config", None)
     plan = make_structured_plan(
         model, job.adapter, config, structure, adjusted=job.recipe.error_aware

@@ -21,7 +21,7 @@ from apt.engine.opening import Named, pattern_of, selection_of
 from apt.engine.packing import check_packed_place
 from apt.engine.prepare import Notice, capped, input_paths, open_model, with_compute
 from apt.engine.prune_model import Pruning, decide, prune_model
-from apt.engine.pruning_plan import Dense, Sparsity, find_method, sparse_pruning
+from apt.engine.pruning_plan import sparse_pruning
 from apt.engine.recipes import record
 from apt.engine.recover_task import RecoverTask
 from apt.engine.reports import calibration_of, described, in_order, report_beside
@@ -140,21 +140,16 @@ class PruneTask(Task):
 
     def decide(self, store: ModelStore, text: Text) -> tuple[Text, Plan]:
         """The text with that of the model, and the plan with what follows from the dense model."""
-        tokens, plan = decide(store, text.tokens, self.job_on(text))
-        return replace(text, tokens=tokens), plan
+        return decide(store, text, self.job)
 
     def change(self, store: ModelStore, text: Text, plan: Plan | None, report: Report) -> Changed:
         """Prune the model, and train it if there is time."""
         assert plan is not None
-        report = prune_model(store, text.tokens, plan, self.job_on(text), report)
+        report = prune_model(store, text, plan, self.job, report)
         if self.training is not None:
             report = _trained(self.training, store, report)
         save_masks = isinstance(self.options, PruneRun) and self.options.save_masks
         return Changed(report, plan, save_masks=save_masks)
-
-    def job_on(self, text: Text) -> Pruning:
-        """The pruning on a text."""
-        return replace(self.job, bos=text.bos, special=text.special)
 
     def finished(
         self, report: Report, scores: dict[str, Any], timeline: dict[str, Any], seconds: float
@@ -209,22 +204,18 @@ def prepare_pruning(
     skeleton = with_compute(skeleton, options, device, notice)
     if isinstance(options, PruneRun):
         check_packed_place(options, input_paths(skeleton.source, texts))
-    dense = Dense(
-        skeleton.module, skeleton.adapter, skeleton.config, registry, options.samples, options.seed,
-        options.stream, options.device, notice,
-    )  # fmt: skip
     made: Any = _sparse if isinstance(options, PruneRun) else _smaller
     seqlen = capped(options.seqlen, skeleton, notice)
     options = replace(options, adapter=skeleton.spec.name, seqlen=seqlen)
     if isinstance(options, PruneRun) and (minutes := options.minutes) is not None:
-        _, method, job = made(options, skeleton, replace(dense, notice=lambda line: None))
+        _, method, job = made(options, skeleton, lambda line: None)
         options = ranks.share(
             fitted(options, skeleton, job, method, device, notice) if ranks.first else options
         )
         taken = (time.perf_counter() - started) / 60
         left = replace(options, minutes=max(minutes - taken, 0.0))
         training = training_of(left, skeleton, registry, device)
-    options, method, job = made(options, skeleton, replace(dense, samples=options.samples))
+    options, method, job = made(options, skeleton, notice)
     if options.method is None:
         notice(f"method: {method.name} (default)")
     options = replace(options, method=method.name)
@@ -240,21 +231,22 @@ def prepare_pruning(
 
 
 def _sparse(
-    options: PruneRun, skeleton: Opened, dense: Dense
+    options: PruneRun, skeleton: Opened, notice: Notice
 ) -> tuple[PruneRun, MethodSpec, Pruning]:
     """The pruning to a sparse model."""
     pattern = pattern_of(options)
     assert pattern is not None
-    spec, function = find_method(options.method, dense.registry)
-    wanted = Sparsity(pattern, selection_of(options), options.also, options.allocation)
-    job = sparse_pruning(dense, wanted, spec, function, options)
+    spec, job = sparse_pruning(
+        skeleton, options, pattern, selection_of(options), options.method, options.allocation,
+        notice,
+    )  # fmt: skip
     if skeleton.config.model_type not in skeleton.spec.model_types:
-        dense.notice(f"adapter {skeleton.spec.name}: {job.plan.outline()}")
+        notice(f"adapter {skeleton.spec.name}: {job.plan.outline()}")
     return replace(options, allocation=job.allocation_name), spec, job
 
 
 def _smaller(
-    options: ShrinkRun, skeleton: Opened, dense: Dense
+    options: ShrinkRun, skeleton: Opened, notice: Notice
 ) -> tuple[ShrinkRun, MethodSpec, Pruning]:
     """The pruning to a smaller model."""
     if skeleton.checkpoint is not None:
@@ -262,7 +254,7 @@ def _smaller(
             f"{skeleton.source.reference} is not in the format of transformers",
             "convert it first with apt-prune convert",
         )
-    options, spec, job = smaller_pruning(dense, options, options.method, options)
+    options, spec, job = smaller_pruning(skeleton, options, options, options.method, notice)
     if options.mode == "search" and job.structure is not None:
         journal = journal_beside(options.directory)
         job = replace(job, structure=replace(job.structure, journal=journal))

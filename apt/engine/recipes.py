@@ -24,9 +24,8 @@ def recipe_of(options: SolveOptions, method: MethodSpec) -> Recipe:
     """The settings for pruning blocks with a method.
 
     Raises:
-        AptError: an option is out of range, or needs an error-aware run and this is not one.
+        AptError: an option needs an error-aware run, and this is not one.
     """
-    options.check()
     sparse = options if isinstance(options, PruneOptions) else PruneOptions()
     if sparse.quantize and isinstance(method, ShrinkMethodSpec):
         raise AptError(

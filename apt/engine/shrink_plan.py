@@ -4,17 +4,19 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
+from apt.checkpoints.opened import Opened
 from apt.checkpoints.smaller import smaller_skeleton
 from apt.engine.machine import choose_device
+from apt.engine.prepare import Notice
 from apt.engine.prune_model import Pruning
-from apt.engine.pruning_plan import Dense
+from apt.engine.pruning_plan import settings
 from apt.errors import AptError, name_of
 from apt.files.journal import Journal
-from apt.options import Mode, ShrinkOptions, SolveOptions
+from apt.options import Mode, ShrinkOptions, ShrinkRun, SolveOptions
 from apt.planning.structure import make_structured_plan
-from apt.plugin.registry import Registry
+from apt.plugin.registry import registry
 from apt.plugin.specs import MethodSpec, ShrinkMethodSpec
 from apt.pruning.expert_choice import ExpertChoice, ExpertRemoval
 from apt.pruning.layer import Recipe
@@ -25,7 +27,6 @@ from apt.shrinking.structure_choice import BlockChoice, GroupScores, StructureCh
 from apt.shrinking.wanted_sizes import wanted_sizes
 from apt.solver import GroupChoice, GroupRemoval, joint_removal
 
-S = TypeVar("S", bound=ShrinkOptions)
 Choice = GroupChoice | ExpertChoice | GroupScores | BlockChoice
 """A choice of what to remove."""
 
@@ -51,30 +52,33 @@ def _only_blocks(wish: ShrinkOptions) -> bool:
 
 
 def smaller_pruning(
-    dense: Dense, wish: S, method: str | Choice | None, options: SolveOptions
-) -> tuple[S, MethodSpec, Pruning]:
+    opened: Opened,
+    wish: ShrinkRun,
+    options: SolveOptions,
+    method: str | Choice | None,
+    notice: Notice,
+) -> tuple[ShrinkRun, MethodSpec, Pruning]:
     """The pruning to a smaller model, whose structure may still change.
 
     Args:
-        wish: the options of the smaller model.
-        method: the choice of groups or of blocks, or its name; by default that of the mode.
+        wish: the options of the run, with those of the smaller model.
         options: the options that the weights depend on.
+        method: the choice of groups or of blocks, or its name; by default that of the mode.
 
     Returns:
         The options with a mode, the spec of the method, and the pruning.
 
     Raises:
-        AptError: an option is out of range, the method does not fit the mode, or no smaller model
+        AptError: the method does not fit the mode or does not use an option, or no smaller model
             meets the options.
     """
-    wish.check()
-    model, adapter, config = dense.model, dense.adapter, dense.config
-    named = _found(method, wish, dense.registry) if method else None
-    mode, sizes = _wanted(dense, wish, named)
+    model, adapter, config = opened.module, opened.adapter, opened.config
+    named = _found(method, wish) if method else None
+    mode, sizes = _wanted(opened, wish, named, notice)
     wish = wish if wish.explicit else replace(wish, mode=mode)
-    spec = _resolved(dense, wish, named)
-    recipe, augmentation = dense.settings(options, spec)
-    choice = _choice(dense, wish, spec, recipe, mode, sizes)
+    spec = _resolved(opened, wish, named)
+    recipe, augmentation = settings(opened, wish, options, spec, notice)
+    choice = _choice(wish, spec, recipe, mode, sizes)
     removal = _expert_removal(choice, wish.compensate, named=named is not None)
     recipe = replace(recipe, experts=removal)
     structure, aware = choice.provisional(model, adapter), recipe.error_aware
@@ -83,19 +87,18 @@ def smaller_pruning(
         smaller_skeleton(model, adapter, plan)  # raises if there is no such model
     job = Pruning(
         adapter, plan, _removal(choice, wish.compensate), recipe, augmentation,
-        structure=choice, seed=dense.seed,
+        structure=choice, seed=wish.seed,
     )  # fmt: skip
     return wish, spec, job
 
 
 def _wanted(
-    dense: Dense, wish: ShrinkOptions, named: ShrinkMethodSpec | None
+    opened: Opened, wish: ShrinkRun, named: ShrinkMethodSpec | None, notice: Notice
 ) -> tuple[Mode, list[Size]]:
     """What is removed, and the sizes that meet the wish."""
-    family, notice = (dense.model, dense.adapter, dense.config), dense.notice
-    seconds = None
+    family, seconds = (opened.module, opened.adapter, opened.config), None
     if wish.budget == "latency" and not wish.explicit:
-        device = choose_device(dense.device)
+        device = choose_device(wish.device)
         notice(f"latency: a block is timed on {device}, with each number of groups of each kind")
         seconds = block_times(*family, device, _PROMPT)
 
@@ -105,21 +108,19 @@ def _wanted(
     if named is not None and _chooses_experts(named) and not wish.explicit:
         _check_fit(named, wish, [] if _only_blocks(wish) else [*sizes_of(MULTIPLE).automatic])
     mode, sizes = wanted_sizes(sizes_of, wish, notice, named.chooses if named else None)
-    if dense.streams and mode in ("width", "blocks-first") and len(sizes) > 1:
+    if wish.stream and mode in ("width", "blocks-first") and len(sizes) > 1:
         notice(
             f"size: {sizes[0]}; a streamed run does not compare the {len(sizes)} possible widths"
         )
     return mode, sizes
 
 
-def _resolved(
-    dense: Dense, wish: ShrinkOptions, named: ShrinkMethodSpec | None
-) -> ShrinkMethodSpec:
+def _resolved(opened: Opened, wish: ShrinkRun, named: ShrinkMethodSpec | None) -> ShrinkMethodSpec:
     """The method that was named, or the default one of what is removed.
 
     The method is error-aware by default where blocks are dropped: the others make up for them.
     """
-    family = (dense.model, dense.adapter, dense.config)
+    family = (opened.module, opened.adapter, opened.config)
     sizes = Sizes(*family, MULTIPLE, experts=_chooses_experts(named))
     kinds = [] if _only_blocks(wish) else [*(wish.sizes or sizes.automatic)]
     experts = [kind for kind in kinds if kind in sizes.groups and sizes.groups[kind].routed]
@@ -128,7 +129,7 @@ def _resolved(
     drops = wish.mode in ("search", "blocks-first") or wish.blocks is not None or bool(wish.drop)
     kind: Literal["groups", "experts", "blocks"] = "blocks" if not kinds else "groups"
     kind = "experts" if kinds and experts == kinds else kind
-    spec = named or dense.registry.default_shrink_method(kind, streams=dense.streams)
+    spec = named or registry().default_shrink_method(kind, streams=wish.stream)
     return replace(spec, error_aware=True) if drops or not kinds else spec
 
 
@@ -148,10 +149,10 @@ class _Function(ShrinkMethodSpec):
         return self.function
 
 
-def _found(method: str | Choice, wish: ShrinkOptions, registry: Registry) -> ShrinkMethodSpec:
+def _found(method: str | Choice, wish: ShrinkOptions) -> ShrinkMethodSpec:
     """The spec of a choice. What a function chooses follows from the number of its arguments."""
     if isinstance(method, str):
-        return registry.shrink_methods.get(method)
+        return registry().shrink_methods.get(method)
     name = name_of("method", method)
     taken = [count for count in (2, 3, 4) if _takes(method, count)]
     if len(taken) != 1:
@@ -215,19 +216,14 @@ def _check_fit(
 
 
 def _choice(
-    dense: Dense,
-    wish: ShrinkOptions,
-    method: ShrinkMethodSpec,
-    recipe: Recipe,
-    mode: Mode,
-    sizes: Sequence[Size],
+    wish: ShrinkRun, method: ShrinkMethodSpec, recipe: Recipe, mode: Mode, sizes: Sequence[Size]
 ) -> StructureChoice:
     """The choice of the structure of a smaller model, from sizes that meet the wish."""
     own = "groups" if method.chooses == "columns" else method.chooses
 
     def chosen(kind: Literal["groups", "experts", "blocks"]) -> ShrinkMethodSpec:
-        default = dense.registry.default_shrink_method
-        return method if kind == own else default(kind, streams=dense.streams)
+        default = registry().default_shrink_method
+        return method if kind == own else default(kind, streams=wish.stream)
 
     return StructureChoice(
         mode,
@@ -236,10 +232,10 @@ def _choice(
         chosen("experts"),
         chosen("blocks"),
         recipe.solver,
-        whole=not dense.streams,
+        whole=not wish.stream,
         drop=tuple(wish.drop),
         search=SearchOptions(wish.evaluations, wish.minutes),
-        seed=dense.seed,
+        seed=wish.seed,
     )
 
 

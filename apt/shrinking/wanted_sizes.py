@@ -29,7 +29,6 @@ def wanted_sizes(
     Raises:
         AptError: the family has no groups, or no size is near the wish.
     """
-    options.check()
     if options.explicit:
         return _explicit(sizes(1), options, notice)
     first = sizes(options.multiple_of or MULTIPLE)
