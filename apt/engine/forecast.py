@@ -1,14 +1,16 @@
 """The plan of a run with its need of memory and time, for a dry run and for ``inspect``."""
 
 from apt.checkpoints.load import open_skeleton
+from apt.distributed.ranks import Ranks
 from apt.engine.costs import PlannedWork
 from apt.engine.estimate import Planned
+from apt.engine.in_memory import InMemory
 from apt.engine.machine import choose_device
 from apt.engine.opening import pattern_of, selection_of
-from apt.engine.planned_levels import planned_levels
 from apt.engine.prepare import Notice, capped
 from apt.engine.prune_task import PruneTask
 from apt.engine.recipes import augmentation_of
+from apt.engine.streamed import Streamed
 from apt.events import Status
 from apt.locations.model_source import Source
 from apt.options import InspectRun, PruneOptions, PruneRun
@@ -24,7 +26,7 @@ from apt.solver.options import EFFORTS
 def forecast(task: PruneTask, status: Status) -> Planned:
     """The plan of a checked run, with the levels that its allocation chooses."""
     process, options = peak_memory()["cpu"], task.options  # before the model is loaded
-    plan = planned_levels(task, status)
+    plan = _decided(task, status)
     return Planned(
         task.skeleton,
         plan,
@@ -40,6 +42,18 @@ def forecast(task: PruneTask, status: Status) -> Planned:
         works=_works(task, plan),
         process=process,
     )
+
+
+def _decided(task: PruneTask, status: Status) -> Plan:
+    """The final plan; for an allocation, the text and the model are read as in the run."""
+    if task.job.allocation is None:
+        return task.job.plan
+    status("reading text")
+    text = task.read_text(Ranks())
+    store = (Streamed if task.stream else InMemory)(task, status=status)
+    store.read()
+    store.begin(text)
+    return task.decide(store, text)[1]
 
 
 def _works(task: PruneTask, plan: Plan) -> tuple[PlannedWork, ...]:

@@ -80,7 +80,7 @@ def prune_model(store: ModelStore, text: Text, plan: Plan, job: Pruning, report:
         job.augmentation.with_random_tokens(store.model, text.tokens, text.special),
         job.method,
         job.recipe,
-        block_storage=store.blocks,
+        block_storage=store,
         store=store.activations,
         ranks=store.ranks,
         observe=observe,
@@ -122,7 +122,7 @@ def final_plan(store: ModelStore, text: Text, job: Pruning) -> Plan:
         name, allocation = job.allocation
         store.status("allocation", f"distributing the sparsity ({name})")
         given = Unallocated(
-            store.model, job.adapter, plan, text.tokens, store.blocks.open, job.recipe.error_aware
+            store.model, job.adapter, plan, text.tokens, store.open, job.recipe.error_aware
         )
         shares = store.journal.remember("shares", lambda: allocated(name, allocation, given))
         plan = with_shares(plan, name, shares)

@@ -11,16 +11,14 @@ from apt.distributed.ranks import Ranks
 from apt.engine.estimate import Planned
 from apt.engine.export import export_output
 from apt.engine.forecast import forecast
-from apt.engine.in_memory import InMemory
 from apt.engine.opening import AnyRun, Named, with_names
-from apt.engine.output_store import OutputStore
 from apt.engine.packing import pack_output
 from apt.engine.prepare import finished_report
 from apt.engine.prune_task import PruneTask, prepare_pruning
 from apt.engine.rank_inputs import read, running
 from apt.engine.reapply_task import prepare_reapplying
 from apt.engine.recover_task import prepare_recovery
-from apt.engine.streamed import Streamed
+from apt.engine.run_output import RunOutput
 from apt.engine.task import Task
 from apt.events import telling
 from apt.modes import usual_modes
@@ -160,31 +158,31 @@ def _change(task: Task, watcher: Watcher, ranks: Ranks) -> Report:
     if ranks.first:
         observe = telling(observe, task.registry.site_pruned)
     timeline = Timeline(watcher.status, observe)
-    store: OutputStore = (Streamed if task.stream else InMemory)(task, timeline, ranks)
+    output = RunOutput(task, timeline, ranks)
     ranks.check_alike(partial(running, task.record(), stream=task.stream))
-    store.check_space()
-    with store.opened():
+    output.check_space()
+    with output.opened():
         # a. Read the text; open the model; continue an interrupted run, or begin anew.
-        store.status("reading text")
+        timeline.status("reading text")
         text = task.read_text(ranks)
-        report = store.begin(text)
-        ranks.check_alike(partial(read, store, text.tokens))
-        if store.is_done():
-            return store.earlier_report()
+        report = output.begin(text)
+        ranks.check_alike(partial(read, output.store, text.tokens))
+        if output.is_done():
+            return output.earlier_report()
         # b. Measure the dense model.
-        store.measure("before")
-        store.opening = store.seconds
+        output.measure("before")
+        output.store.opening = output.store.seconds  # to write and to measure takes as long
         # c. Plan what depends on the dense model: its text, the allocation, the structure.
-        text, plan = task.decide(store, text)
+        text, plan = task.decide(output.store, text)
         # d. Change the model: block by block, or by training.
-        changed = task.change(store, text, plan, report)
+        changed = task.change(output.store, text, plan, report)
         if not ranks.first:
             return changed.report
         # e. Write it with its report, verify it on disk, and publish the directory.
-        report = store.write(changed)
+        report = output.write(changed)
     task.forget()
     # f. Measure what was written, and complete the report.
-    return store.complete(report)
+    return output.complete(report)
 
 
 def resolve(
