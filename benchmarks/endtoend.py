@@ -27,10 +27,13 @@ from apt.adapter import Site
 from apt.calibration.batches import enter
 from apt.checkpoints.opened import Opened
 from apt.engine.recipes import augmentation_of, recipe_of
+from apt.events import SitePruned
 from apt.options import PruneOptions
 from apt.output.report import peak_memory
 from apt.planning.plan import make_plan
 from apt.plugin.registry import registry
+from apt.pruning.block_store import BlockStore
+from apt.pruning.layer import BlockPruning
 from apt.pruning.pipeline import prune_blocks
 from apt.solver import Gram, parse_pattern
 
@@ -92,9 +95,10 @@ def run(
     augmentation = augmentation_of(options, spec, len(tokens))
     started = time.perf_counter()
     tokens = augmentation.with_random_tokens(pruned, augmentation.with_own_text(pruned, tokens))
-    recipe = recipe_of(options, spec)
-    sites = prune_blocks(pruned, model.adapter, plan, tokens, spec.load(), recipe)
-    return time.perf_counter() - started, sum(site.seconds for site in sites)
+    job = BlockPruning(model.adapter, plan, spec.load(), recipe_of(options, spec))
+    done = prune_blocks(BlockStore(pruned), job, tokens)
+    seconds = time.perf_counter() - started
+    return seconds, sum(site.seconds for site in done if isinstance(site, SitePruned))
 
 
 def against_limit(options: argparse.Namespace) -> Iterator[dict[str, Any]]:

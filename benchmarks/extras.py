@@ -29,6 +29,8 @@ from apt.checkpoints.opened import Opened
 from apt.evaluation.metrics import perplexity
 from apt.planning.plan import make_plan
 from apt.plugin.registry import registry
+from apt.pruning.block_store import BlockStore
+from apt.pruning.layer import BlockPruning, Recipe
 from apt.pruning.pipeline import prune_blocks
 from apt.solver import parse_pattern, sm
 from apt.text.datasets import documents
@@ -51,7 +53,8 @@ def ours(model: Opened, module: nn.Module, kind: str, sparsity: str, tokens: Ten
         replace(block, sites=tuple(replace(site, pattern=None) for site in block.sites))
         for block in plan.blocks
     ]
-    prune_blocks(module, model.adapter, replace(plan, blocks=tuple(dense)), tokens, sm)
+    plan = replace(plan, blocks=tuple(dense))
+    prune_blocks(BlockStore(module), BlockPruning(model.adapter, plan, sm, Recipe()), tokens)
 
 
 def by_score(

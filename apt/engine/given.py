@@ -1,6 +1,7 @@
 """A model that a program passes: its checks, its adapter and its report."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -112,7 +113,7 @@ class GivenModel(ModelStore):
         )  # fmt: skip
         self.ranks.check_alike(lambda: running(report.options) | read(self, tokens))
         text, plan = decide(self, text, job)
-        return plan, prune_model(self, text, plan, job, report)
+        return plan, prune_model(self, text, replace(job, plan=plan), report)
 
 
 def find_adapter(

@@ -2,22 +2,20 @@
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 from torch import Tensor
 
-from apt.adapter import Adapter
 from apt.checkpoints.smaller import smaller_skeleton
 from apt.engine.reports import calibration_of
 from apt.engine.store import ModelStore
 from apt.engine.text import Text
-from apt.events import Event, ExpertsRemoved
+from apt.events import ExpertsRemoved, SitePruned
 from apt.output.report import Report
 from apt.planning.allocation import Allocation, Unallocated, allocated, with_shares
 from apt.planning.plan import Plan
 from apt.planning.structure import make_structured_plan
 from apt.plugin.specs import UNIFORM
-from apt.pruning.layer import Recipe, SiteMethod
+from apt.pruning.layer import BlockPruning
 from apt.pruning.pipeline import prune_blocks
 from apt.shrinking.record import removed_experts, structure_record
 from apt.shrinking.structure_choice import StructureChoice
@@ -25,8 +23,8 @@ from apt.text.augmentation import Augmentation
 
 
 @dataclass(frozen=True)
-class Pruning:
-    """The adapter, plan, method and settings for pruning one model.
+class Pruning(BlockPruning):
+    """The pruning of one model: its options with all values filled in.
 
     Attributes:
         augmentation: the calibration samples beside the given ones.
@@ -35,10 +33,6 @@ class Pruning:
         seed: the seed for the text that the model generates.
     """
 
-    adapter: Adapter
-    plan: Plan
-    method: SiteMethod[Any]
-    recipe: Recipe
     augmentation: Augmentation
     allocation: tuple[str, Allocation] | None = None
     structure: StructureChoice | None = None
@@ -56,8 +50,8 @@ def decide(store: ModelStore, text: Text, job: Pruning) -> tuple[Text, Plan]:
     return text, final_plan(store, text, job)
 
 
-def prune_model(store: ModelStore, text: Text, plan: Plan, job: Pruning, report: Report) -> Report:
-    """Prune block by block, with the text and the plan of `decide`.
+def prune_model(store: ModelStore, text: Text, job: Pruning, report: Report) -> Report:
+    """Prune block by block, on the text and by the plan of `decide`.
 
     Args:
         store: the model, pruned in place.
@@ -66,35 +60,18 @@ def prune_model(store: ModelStore, text: Text, plan: Plan, job: Pruning, report:
     Returns:
         The report with the record of each site.
     """
-    experts = list[ExpertsRemoved]()
-
-    def observe(event: Event) -> None:
-        store.observe(event)
-        if isinstance(event, ExpertsRemoved):
-            experts.append(event)
-
-    sites = prune_blocks(
-        store.model,
-        job.adapter,
-        plan,
-        job.augmentation.with_random_tokens(store.model, text.tokens, text.special),
-        job.method,
-        job.recipe,
-        block_storage=store,
-        store=store.activations,
-        ranks=store.ranks,
-        observe=observe,
-    )
-    structure = {}
+    tokens = job.augmentation.with_random_tokens(store.model, text.tokens, text.special)
+    done, structure = prune_blocks(store, job, tokens), {}
     if job.structure is not None:
         config = getattr(store.model, "config", None)
-        structure = structure_record(job.structure, plan, store.model, job.adapter, config)
-        structure["experts"] = removed_experts(experts)
+        structure = structure_record(job.structure, job.plan, store.model, job.adapter, config)
+        removed = [one for one in done if isinstance(one, ExpertsRemoved)]
+        structure["experts"] = removed_experts(removed)
     return replace(
         report,
         calibration=report.calibration | calibration_of(text.tokens),
-        sites=sites,
-        skipped=plan.dense,
+        sites=[one for one in done if isinstance(one, SitePruned)],
+        skipped=job.plan.dense,
         ranks=store.ranks.gather(store.ranks.work),
         structure=structure,
     )

@@ -145,7 +145,7 @@ class PruneTask(Task):
     def change(self, store: ModelStore, text: Text, plan: Plan | None, report: Report) -> Changed:
         """Prune the model, and train it if there is time."""
         assert plan is not None
-        report = prune_model(store, text, plan, self.job, report)
+        report = prune_model(store, text, replace(self.job, plan=plan), report)
         if self.training is not None:
             report = _trained(self.training, store, report)
         save_masks = isinstance(self.options, PruneRun) and self.options.save_masks

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from apt.calibration.storage import MemoryStore, Store
 from apt.checkpoints.load import fingerprint
 from apt.compute import ComputeDtype, Precision, compute_dtype
 from apt.distributed.ranks import Ranks
@@ -27,15 +26,12 @@ class ModelStore(BlockStore):
     `apt.engine.streamed.Streamed`.
 
     Attributes:
-        model: the model.
-        activations: the store of the calibration activations between two blocks.
         journal: the journal of the run.
         folder: a folder for what a training keeps on disk.
         precision: the dtype of the stored weights, and the dtype that the model computes in.
         opening: the seconds until the model was open and measured.
     """
 
-    model: nn.Module
     folder: Path
 
     def __init__(
@@ -44,12 +40,11 @@ class ModelStore(BlockStore):
         observe: Callable[[Any], None] = lambda event: None,
         status: Status = lambda phase, text="": None,
     ) -> None:
-        super().__init__()
-        self.ranks, self.observe, self.status = ranks or Ranks(), observe, status
+        super().__init__(ranks=ranks, observe=observe)
+        self.status = status
         self._started, self.opening = time.perf_counter(), 0.0
         self.precision = Precision(torch.float32, torch.float32)  # until `compute_in`
         self._cast: ComputeDtype | None = None
-        self.activations: Store = MemoryStore()
         self.journal = Journal()
 
     @cached_property

@@ -1,12 +1,15 @@
 """The store of a model's blocks: the loop over blocks reads a block, changes it, and keeps it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
 
+from apt.calibration.storage import MemoryStore, Store
 from apt.compute import round_parameter
+from apt.distributed.ranks import Ranks
 from apt.events import Done
 
 
@@ -14,17 +17,33 @@ class BlockStore:
     """The blocks of a model in memory. A store whose blocks are elsewhere is a subclass.
 
     Args:
-        dtypes: see below; by default every parameter is stored in its dtype in memory.
+        model: the model; None if it is opened later.
+        ranks: the processes that prune together. Each of them has a store.
+        observe: called with every event.
 
     Attributes:
+        activations: the store of the activations between two blocks. If they leave the device of
+            the model, forwards cannot pause, and a block is run again for each stage of sites that
+            is solved in order.
         dtypes: the dtypes in which parameters are stored, by their full names.
         repeatable: True if the activations before a block must be bit-identical when they are
             computed again from kept blocks, as a resumed run does.
     """
 
-    def __init__(self, dtypes: Mapping[str, torch.dtype] | None = None) -> None:
-        self.dtypes: Mapping[str, torch.dtype] = dtypes or {}
-        self.repeatable = bool(dtypes)
+    model: nn.Module
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        ranks: Ranks | None = None,
+        observe: Callable[[Any], None] = lambda event: None,
+    ) -> None:
+        if model is not None:
+            self.model = model
+        self.ranks, self.observe = ranks or Ranks(), observe
+        self.activations: Store = MemoryStore()
+        self.dtypes: Mapping[str, torch.dtype] = {}
+        self.repeatable = False
 
     def open(self, name: str, block: nn.Module) -> AbstractContextManager[None]:
         """A context in which the block's dense weights are in memory."""

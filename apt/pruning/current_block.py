@@ -1,6 +1,6 @@
 """The block that is being pruned: its sites are solved in stages, tuned, rounded and measured."""
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -11,15 +11,23 @@ from torch import Tensor, nn
 
 from apt.adapter import Site
 from apt.adapter.groups import gather, tensors_of
-from apt.calibration.batches import OpenBlock, check_finite
+from apt.calibration.batches import Batch, OpenBlock, check_finite
 from apt.calibration.capture import Capture
 from apt.calibration.dense_activations import advance_dense, stream_rows
 from apt.calibration.targets import Sums
-from apt.events import BlockTuned, Done, ExpertsRemoved, Observer, SitePruned, Working
+from apt.events import BlockTuned, Done, ExpertsRemoved, SitePruned, Working
 from apt.planning.plan import PlannedBlock, PlannedSite
 from apt.pruning.block_store import BlockStore
 from apt.pruning.disconnecting import disconnect_groups
-from apt.pruning.layer import SiteSolver, SolvedSite, mean_square, measured, round_site
+from apt.pruning.layer import (
+    BlockPruning,
+    SolvedSite,
+    chosen_groups,
+    mean_square,
+    measured,
+    round_site,
+    solve_site,
+)
 from apt.pruning.paused_forward import CannotPause, PausedForwards
 from apt.pruning.permuting import permute_inputs, permuted_experts
 from apt.pruning.ssm_parameters import prune_extras
@@ -27,6 +35,20 @@ from apt.tuning.block_tuning import BlockTuning, tune_block
 
 Dropped = tuple[int, str, nn.Module]
 """The index, the name and the module of a dropped block."""
+
+
+def pass_dropped(
+    store: BlockStore, job: BlockPruning, batches: list[Batch], dropped: Sequence[Dropped]
+) -> None:
+    """Run dropped blocks on the dense stream; the pruned stream does not pass them."""
+    for index, name, module in dropped if job.recipe.error_aware else ():
+        with store.open(name, module):
+            for batch in batches:
+                assert batch.dense is not None
+                state, call = batch.dense.state, batch.calls[index]
+                batch.dense.state = job.adapter.step(module, state, call)
+                store.observe(Working(name, "running"))
+
 
 _Turn = tuple[int, SolvedSite]  # a solved site and its turn, which also determines its rank
 
@@ -37,10 +59,8 @@ class CurrentBlock(OpenBlock):
 
     Attributes:
         dropped: the dropped blocks between it and the next one that is kept.
-        pass_dropped: runs them on the dense stream.
         tuning_batches: the number of batches for tuning, which are the first ones.
         can_pause: True if forwards can pause within the block.
-        storage: the store of the block.
         dense: the dense weights (out, in) of those that write to the residual stream; none without
             a dense stream, since only the drift between the streams needs them.
         scales: the factors of the rows (out, 1) of each site with row importance.
@@ -49,21 +69,19 @@ class CurrentBlock(OpenBlock):
         propagated: True if the batches' states are already those after the block.
     """
 
+    store: BlockStore
+    job: BlockPruning
     planned: PlannedBlock
     dropped: Sequence[Dropped]
-    solver: SiteSolver
-    observe: Observer
-    pass_dropped: Callable[[Sequence[Dropped]], None]
     tuning_batches: int
     can_pause: bool
-    storage: BlockStore
     scales: dict[Site, Tensor] = field(default_factory=dict)
     orders: dict[str, Tensor] = field(default_factory=dict)
     propagated: bool = False
 
     def __post_init__(self) -> None:
         self.sites = self.adapter.sites(self.module)
-        writers = (site for site in self.sites if site.residual and self.solver.recipe.error_aware)
+        writers = (site for site in self.sites if site.residual and self.job.recipe.error_aware)
         self.dense = {s: s.oriented(s.weight(self.module).data).clone() for s in writers}
 
     def prune(self) -> list[Done]:
@@ -89,27 +107,27 @@ class CurrentBlock(OpenBlock):
                         if entry is last[entry.site.input]:
                             del sums[entry.site.input]  # with its factors, which are large
                     rounds.append(turns)
-                    if self.solver.recipe.tuning is None:
+                    if self.job.recipe.tuning is None:
                         done += self._finish(solved, rounds)
         for batch in self.batches:
             if batch.dense is not None:
                 batch.dense.inputs.clear()
                 batch.dense.gap = None
-        if self.solver.recipe.tuning is not None and self.planned.pruned:
-            self._tune(self.solver.recipe.tuning)
+        if self.job.recipe.tuning is not None and self.planned.pruned:
+            self._tune(self.job.recipe.tuning)
             done += self._finish(solved, rounds)
         self._gather()
         return done
 
     def _disconnected(self) -> Iterator[ExpertsRemoved]:
         """Disconnect the groups without readers; the records of those that are experts."""
-        recipe = self.solver.recipe
+        recipe = self.job.recipe
         for lost in self.planned.disconnected:
             damping = recipe.solver.damping
             chosen, merged = disconnect_groups(self, lost, recipe.experts, damping)
             if lost.groups.routed:
                 removed = ExpertsRemoved(self.planned.name, tuple(chosen), merged)
-                self.observe(removed)
+                self.store.observe(removed)
                 yield removed
 
     def _gather(self) -> None:
@@ -120,9 +138,9 @@ class CurrentBlock(OpenBlock):
 
     def _advance_dense_stream(self) -> dict[Site, Tensor]:
         """Run the block on the dense stream; returns the row scales of sites that use them."""
-        if not self.solver.recipe.error_aware:
+        if not self.job.recipe.error_aware:
             return {}
-        how = self.solver.recipe.row_importance
+        how = self.job.recipe.row_importance
         wanted = [e.site for e in self.planned.pruned if how and how.serves(e.site, e.pattern)]
         first = self.first_batches(how.tokens / self.ranks.size) if how and wanted else []
         starts = [batch.dense.state for batch in first if batch.dense]
@@ -137,11 +155,11 @@ class CurrentBlock(OpenBlock):
     def _bridge_gap(self) -> None:
         """Record what dropped blocks add; the last site that writes takes it over."""
         writers = [site for site in self.sites if site.residual and not site.routed]
-        if not self.dropped or not self.solver.recipe.error_aware:
+        if not self.dropped or not self.job.recipe.error_aware:
             return
         dense = [batch.dense for batch in self.batches if batch.dense is not None]
         before = [stream_rows(self.adapter, each.state).clone() for each in dense]
-        self.pass_dropped(self.dropped)
+        pass_dropped(self.store, self.job, self.batches, self.dropped)
         for each, start in zip(dense, before, strict=True):
             if writers:
                 each.gap = stream_rows(self.adapter, each.state) - start
@@ -153,15 +171,15 @@ class CurrentBlock(OpenBlock):
         for tied in planned.tied:
             last = next(entry for entry in planned.sites if entry.site.name == tied[-1])
             sums = self._capture([last.site])[last.site.input]
-            pattern = self.ranks.share(self.solver.chosen_groups(self.module, last, sums))
+            pattern = self.ranks.share(chosen_groups(self.job, self.module, last, sums))
             planned = planned.with_patterns(dict.fromkeys(tied, pattern))
         return planned
 
     def _extras(self) -> list[SitePruned]:
         """Prune the planned extras of the block."""
         planned, done = self.planned.extras, list[SitePruned]()
-        for extra in prune_extras(self, planned, self.solver.recipe.solver) if planned else ():
-            self.observe(extra)
+        for extra in prune_extras(self, planned, self.job.recipe.solver) if planned else ():
+            self.store.observe(extra)
             done.append(extra)
         return done
 
@@ -175,7 +193,7 @@ class CurrentBlock(OpenBlock):
         """
         left = list(self.planned.pruned)
         whole = not any(site.routed or site.calls > 1 for site in self.sites)
-        if self.solver.recipe.ordered and self.can_pause and whole and left:
+        if self.job.recipe.ordered and self.can_pause and whole and left:
             with suppress(CannotPause), self._paused_forwards() as forwards:
                 while (name := forwards.next_input()) is not None:
                     sums = forwards.capture(name)
@@ -183,7 +201,7 @@ class CurrentBlock(OpenBlock):
                     stage = [entry for entry in left if entry.site.input == name]
                     left = [entry for entry in left if entry.site.input != name]
                     yield stage, sums
-                self.propagated = self.solver.recipe.tuning is None and not self.storage.repeatable
+                self.propagated = self.job.recipe.tuning is None and not self.store.repeatable
                 forwards.finish(update_states=self.propagated)
         for stage in self._stages(left):
             yield stage, self._capture([entry.site for entry in stage])
@@ -191,11 +209,11 @@ class CurrentBlock(OpenBlock):
     def _paused_forwards(self) -> PausedForwards:
         """The paused forwards of all batches through the block."""
         to_capture = [entry.site for entry in self.planned.pruned]
-        return PausedForwards(self, self.sites, to_capture, self.dense, self.solver.recipe.targets)
+        return PausedForwards(self, self.sites, to_capture, self.dense, self.job.recipe.targets)
 
     def _stages(self, sites: Sequence[PlannedSite]) -> Iterable[list[PlannedSite]]:
         """The stages of ``sites``: each stage is solved from one run of the block."""
-        if not self.solver.recipe.ordered:
+        if not self.job.recipe.ordered:
             return [list(sites)] if sites else []
         by_order = sorted(sites, key=lambda entry: entry.site.order)
         return [list(stage) for _, stage in groupby(by_order, key=lambda entry: entry.site.order)]
@@ -206,7 +224,7 @@ class CurrentBlock(OpenBlock):
         earlier = {site: weight for site, weight in self.dense.items() if site.order < last}
         dense = [entry.site for entry in self.planned.sites if entry.pattern is None]
         routed = [site for site in dense if site.routed]
-        capture = Capture(self.module, sites, self.solver.recipe.targets, routed)
+        capture = Capture(self.module, sites, self.job.recipe.targets, routed)
         capture.run(self, earlier)
         for each in capture.sums.values():
             each.add_up(self.ranks)
@@ -220,11 +238,11 @@ class CurrentBlock(OpenBlock):
         for turn, entry in turns.items():
             if self.ranks.owner(turn) == self.ranks.rank:
                 given, scale = sums[entry.site.input], self.scales.get(entry.site)
-                solved = self.solver.solve(self.module, entry, given, mean=mean, scale=scale)
+                solved = solve_site(self.job, self.module, entry, given, mean=mean, scale=scale)
                 self.ranks.work.solves += 1
                 self.ranks.work.solve_seconds += solved.seconds
                 own.append((turn, solved))
-                self.observe(Working(self.planned.name, "solving"))
+                self.store.observe(Working(self.planned.name, "solving"))
         self._exchange(turns)
         return own
 
@@ -236,11 +254,11 @@ class CurrentBlock(OpenBlock):
     def _tune(self, how: BlockTuning) -> None:
         """Tune the kept weights of the block."""
         sites = [entry.site for entry in self.planned.pruned]
-        progress = partial(self.observe, Working(self.planned.name, "tuning"))
+        progress = partial(self.store.observe, Working(self.planned.name, "tuning"))
         block = self.using(self.batches[: self.tuning_batches], progress)
         tuned = tune_block(block, sites, how)
         if tuned is not None:
-            self.observe(BlockTuned(self.planned.name, tuned.before, tuned.after))
+            self.store.observe(BlockTuned(self.planned.name, tuned.before, tuned.after))
 
     def _finish(
         self, solved: list[_Turn], rounds: list[dict[int, PlannedSite]]
@@ -250,19 +268,17 @@ class CurrentBlock(OpenBlock):
         Each rank rounds and measures the sites that it solved, and the others receive their
         weights and their records.
         """
-        if (integers := self.solver.recipe.integers) is not None:
+        if (integers := self.job.recipe.integers) is not None:
             for _, each in solved:
-                stored = self.storage.dtypes.get(
-                    f"{self.planned.name}.{each.planned.site.parameter}"
-                )
-                round_site(self.module, each, integers, self.solver.recipe.solver.damping, stored)
+                stored = self.store.dtypes.get(f"{self.planned.name}.{each.planned.site.parameter}")
+                round_site(self.module, each, integers, self.job.recipe.solver.damping, stored)
             for turns in rounds:
                 self._exchange(turns)
         own = [(turn, self._record(each)) for turn, each in solved]
         gathered = [pair for part in self.ranks.gather(own) for pair in part]
         done = [site for _, site in sorted(gathered, key=itemgetter(0))]
         for site in done:
-            self.observe(site)
+            self.store.observe(site)
         solved.clear()
         rounds.clear()
         return done

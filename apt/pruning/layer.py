@@ -8,11 +8,12 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from apt.adapter import Adapter
 from apt.calibration.targets import Sums, Targets
 from apt.devices import synchronize
 from apt.errors import AptError, faulty
 from apt.events import SitePruned
-from apt.planning.plan import PlannedSite
+from apt.planning.plan import Plan, PlannedSite
 from apt.pruning.expert_choice import ExpertRemoval
 from apt.solver import (
     ColumnGroups,
@@ -110,6 +111,20 @@ class Recipe:
 
 
 @dataclass(frozen=True)
+class BlockPruning:
+    """What is done to the blocks of a model: the options of a run with all values filled in.
+
+    Attributes:
+        plan: the pattern of each site.
+    """
+
+    adapter: Adapter
+    plan: Plan
+    method: SiteMethod[Any]
+    recipe: Recipe
+
+
+@dataclass(frozen=True)
 class SolvedSite:
     """A site whose solution is written to the model, but which may still be tuned.
 
@@ -133,110 +148,113 @@ class SolvedSite:
     seconds: float
 
 
-@dataclass(frozen=True)
-class SiteSolver:
-    """The solver of sites: a method, and the options and the targets of a recipe."""
+def solve_site(
+    job: BlockPruning,
+    block: nn.Module,
+    planned: PlannedSite,
+    sums: Sums,
+    *,
+    mean: float,
+    scale: Tensor | None,
+) -> SolvedSite:
+    """Solve one site and write the solution to its weight in place.
 
-    method: SiteMethod[Any]
-    recipe: Recipe
+    Args:
+        mean: the mean square of the tokens that are added to the Gram matrix of a routed site
+            with few tokens; see `Gram.with_missing_tokens`.
+        scale: the factor of each row (out, 1) in the choice of the mask; None for equal rows.
 
-    def solve(
-        self,
-        block: nn.Module,
-        planned: PlannedSite,
-        sums: Sums,
-        *,
-        mean: float,
-        scale: Tensor | None,
-    ) -> SolvedSite:
-        """Solve one site and write the solution to its weight in place.
+    Raises:
+        AptError: the site has no solution, or none that is finite in the dtype of the weight,
+            which then stays.
+    """
+    started, scale = time.perf_counter(), torch.ones(()) if scale is None else scale
+    weight = planned.site.oriented(planned.site.weight(block).data)
+    stored, scale = weight.clone(), scale.to(weight.device)
+    dense = stored.float()
+    solution = _solution(job, planned, dense, sums, mean, scale)
+    synchronize(weight.device)
+    seconds = time.perf_counter() - started
+    _check_weight(job.method, planned, dense, solution)
+    pruned = (solution.weight / scale).add_(0.0).to(weight.dtype)  # no negative zeros
+    _check_finite(planned, pruned)
+    weight.copy_(pruned)
+    return SolvedSite(
+        planned, stored, sums.gram.matrix, sums.gram.tokens,
+        solution.mask, solution.damping, solution.residual, seconds,
+    )  # fmt: skip
 
-        Args:
-            mean: the mean square of the tokens that are added to the Gram matrix of a routed site
-                with few tokens; see `Gram.with_missing_tokens`.
-            scale: the factor of each row (out, 1) in the choice of the mask; None for equal rows.
 
-        Raises:
-            AptError: the site has no solution, or none that is finite in the dtype of the weight,
-                which then stays.
-        """
-        started, scale = time.perf_counter(), torch.ones(()) if scale is None else scale
-        weight = planned.site.oriented(planned.site.weight(block).data)
-        stored, scale = weight.clone(), scale.to(weight.device)
-        dense = stored.float()
-        solution = self._solution(planned, dense, sums, mean, scale)
-        synchronize(weight.device)
-        seconds = time.perf_counter() - started
-        self._check_weight(planned, dense, solution)
-        pruned = (solution.weight / scale).add_(0.0).to(weight.dtype)  # no negative zeros
-        _check_finite(planned, pruned)
-        weight.copy_(pruned)
-        return SolvedSite(
-            planned, stored, sums.gram.matrix, sums.gram.tokens,
-            solution.mask, solution.damping, solution.residual, seconds,
-        )  # fmt: skip
+def _check_weight(
+    method: SiteMethod[Any], planned: PlannedSite, dense: Tensor, solution: Solution
+) -> None:
+    """Raise unless the weight is finite and has its zeros; a cast could make more."""
+    assert planned.pattern is not None
+    if not solution.weight.isfinite().all():
+        said = f"{_name_of(method)} returns a weight of {planned.name} that is not finite"
+        raise AptError(said, "use more damping, or another method", ("damping", "method"))
+    if ((solution.weight != 0) & solution.mask).any():
+        raise _refused(method, f"returns a weight of {planned.name} that is not zero at its mask")
+    if keeps_all(planned.pattern):  # a sum can be zero by chance
+        return
+    unit = "groups" if isinstance(planned.pattern, ColumnGroups) else "weights"
+    if more := surplus(solution.weight, dense, planned.pattern):
+        raise _refused(
+            method,
+            f"removes {more:,} {unit} more of {planned.name} than its pattern {planned.pattern}",
+        )
+    if not meets(solution.weight, planned.pattern):
+        raise _refused(
+            method, f"removes fewer {unit} of {planned.name} than its pattern {planned.pattern}"
+        )
 
-    def _check_weight(self, planned: PlannedSite, dense: Tensor, solution: Solution) -> None:
-        """Raise unless the weight is finite and has its zeros; a cast could make more."""
-        assert planned.pattern is not None
-        if not solution.weight.isfinite().all():
-            said = f"{self._method} returns a weight of {planned.name} that is not finite"
-            raise AptError(said, "use more damping, or another method", ("damping", "method"))
-        if ((solution.weight != 0) & solution.mask).any():
-            raise self._refused(f"returns a weight of {planned.name} that is not zero at its mask")
-        if keeps_all(planned.pattern):  # a sum can be zero by chance
-            return
-        unit = "groups" if isinstance(planned.pattern, ColumnGroups) else "weights"
-        if more := surplus(solution.weight, dense, planned.pattern):
-            raise self._refused(
-                f"removes {more:,} {unit} more of {planned.name} than its pattern {planned.pattern}"
-            )
-        if not meets(solution.weight, planned.pattern):
-            raise self._refused(
-                f"removes fewer {unit} of {planned.name} than its pattern {planned.pattern}"
-            )
 
-    @property
-    def _method(self) -> str:
-        method = self.method.choose if isinstance(self.method, GroupRemoval) else self.method
-        return f"method {getattr(method, '__name__', type(method).__name__)}"
+def _name_of(method: SiteMethod[Any]) -> str:
+    function = method.choose if isinstance(method, GroupRemoval) else method
+    return f"method {getattr(function, '__name__', type(function).__name__)}"
 
-    def _refused(self, fault: str) -> AptError:
-        return faulty(self._method, fault, "method", "method")
 
-    def chosen_groups(self, block: nn.Module, planned: PlannedSite, sums: Sums) -> ColumnGroups:
-        """The pattern of a site with the groups that the method removes; the weight stays."""
-        pattern = planned.pattern
-        assert isinstance(pattern, ColumnGroups)
-        dense = planned.site.oriented(planned.site.weight(block).data).float()
-        kept = ~self._solution(planned, dense, sums, 1.0, torch.ones((), device=dense.device)).mask
-        removed = pattern.zeros(kept).nonzero().squeeze(1).tolist()
-        return replace(pattern, chosen=tuple(removed))
+def _refused(method: SiteMethod[Any], fault: str) -> AptError:
+    return faulty(_name_of(method), fault, "method", "method")
 
-    def _solution(
-        self, planned: PlannedSite, dense: Tensor, sums: Sums, mean: float, scale: Tensor
-    ) -> Solution:
-        """The solution of a site with the dense weight (out, in) in fp32, for scaled rows."""
-        assert planned.pattern is not None
-        gram = sums.gram.with_missing_tokens(mean) if planned.site.routed else sums.gram
-        try:
-            target = dense
-            options, targets = self.recipe.solver, self.recipe.targets
-            if targets is not None and not planned.site.routed:
-                damped = gram.damped(options.damping)
-                target = targets.weight(dense, planned.site, sums, damped)
-            if keeps_all(planned.pattern):
-                return solve_masked(target * scale, gram, dense == 0, options)
-            return solve_live(self.method, target * scale, gram, planned.pattern, options)
-        except MethodError as error:
-            raise self._refused(f"{error}, for {planned.name}") from error
-        except SolverError as error:
-            raise AptError(
-                f"{planned.name} cannot be pruned: {error}", f"skip '{planned.name}'", ("skip",)
-            ) from error
-        except Exception as error:
-            error.add_note(f"while {planned.name} was pruned")
-            raise
+
+def chosen_groups(
+    job: BlockPruning, block: nn.Module, planned: PlannedSite, sums: Sums
+) -> ColumnGroups:
+    """The pattern of a site with the groups that the method removes; the weight stays."""
+    pattern = planned.pattern
+    assert isinstance(pattern, ColumnGroups)
+    dense = planned.site.oriented(planned.site.weight(block).data).float()
+    whole = torch.ones((), device=dense.device)
+    kept = ~_solution(job, planned, dense, sums, 1.0, whole).mask
+    removed = pattern.zeros(kept).nonzero().squeeze(1).tolist()
+    return replace(pattern, chosen=tuple(removed))
+
+
+def _solution(
+    job: BlockPruning, planned: PlannedSite, dense: Tensor, sums: Sums, mean: float, scale: Tensor
+) -> Solution:
+    """The solution of a site with the dense weight (out, in) in fp32, for scaled rows."""
+    assert planned.pattern is not None
+    gram = sums.gram.with_missing_tokens(mean) if planned.site.routed else sums.gram
+    try:
+        target = dense
+        options, targets = job.recipe.solver, job.recipe.targets
+        if targets is not None and not planned.site.routed:
+            damped = gram.damped(options.damping)
+            target = targets.weight(dense, planned.site, sums, damped)
+        if keeps_all(planned.pattern):
+            return solve_masked(target * scale, gram, dense == 0, options)
+        return solve_live(job.method, target * scale, gram, planned.pattern, options)
+    except MethodError as error:
+        raise _refused(job.method, f"{error}, for {planned.name}") from error
+    except SolverError as error:
+        raise AptError(
+            f"{planned.name} cannot be pruned: {error}", f"skip '{planned.name}'", ("skip",)
+        ) from error
+    except Exception as error:
+        error.add_note(f"while {planned.name} was pruned")
+        raise
 
 
 def round_site(

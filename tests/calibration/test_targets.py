@@ -19,9 +19,9 @@ from apt.errors import AptError
 from apt.planning.plan import make_plan
 from apt.pruning.layer import Recipe
 from apt.pruning.paused_forward import PausedForwards
-from apt.pruning.pipeline import prune_blocks
 from apt.solver import NM, Gram, ss
 from tests.helpers.families import FAMILIES, adapter_of, random_model, random_tokens, zoo_model
+from tests.helpers.pruning import prune_blocks
 
 
 def inputs_of(model, names, tokens):

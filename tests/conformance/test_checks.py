@@ -11,10 +11,10 @@ from apt.calibration.capture import Capture
 from apt.conformance.outcomes import outcome
 from apt.planning.plan import make_plan
 from apt.plugin.registry import registry
-from apt.pruning.pipeline import prune_blocks
 from apt.solver import NM, ss
 from apt.testing import CHECKS, AdapterConformance, Subject, check_adapter
 from tests.helpers.families import CONFIGS, Twice, adapter_of, random_model, random_tokens
+from tests.helpers.pruning import prune_blocks
 
 LLAMA = registry().adapters.get("llama").load()
 TOKENS = random_tokens(2, 16)

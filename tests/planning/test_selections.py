@@ -13,10 +13,10 @@ from apt.engine.recipes import recipe_of
 from apt.options import PruneOptions
 from apt.planning.plan import Selection, make_plan
 from apt.plugin.registry import registry
-from apt.pruning.pipeline import prune_blocks
 from apt.solver import NM
 from apt.solver.patterns import meets
 from tests.helpers.families import CONFIGS, adapter_of, random_model, random_tokens
+from tests.helpers.pruning import prune_blocks
 
 PATTERN, TOKENS = NM(2, 4), random_tokens(samples=3, seqlen=12)
 few = settings(max_examples=5, deadline=None)  # of each of many variants

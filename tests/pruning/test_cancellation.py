@@ -18,11 +18,11 @@ from apt.events import BlockStarted, SitePruned, Working
 from apt.options import PruneOptions
 from apt.planning.plan import make_plan
 from apt.plugin.registry import registry
-from apt.pruning.pipeline import prune_blocks
 from apt.solver import NM, Unstructured
 from apt.solver.patterns import meets
 from apt.tuning.block_tuning import BlockTuning
 from tests.helpers.families import CONFIGS, random_model, random_tokens
+from tests.helpers.pruning import prune_blocks
 
 TOKENS, PATTERN = random_tokens(6, 12), NM(2, 4)
 VARIANTS = [name for name in ("llama", "opt", "mamba", "jamba") if name in CONFIGS]

@@ -18,10 +18,10 @@ from apt.planning.plan import Selection, make_plan
 from apt.pruning import suspended
 from apt.pruning.layer import Recipe
 from apt.pruning.paused_forward import CannotPause, PausedForwards
-from apt.pruning.pipeline import prune_blocks
 from apt.pruning.suspended import Suspended, can_preserve_handler
 from apt.solver import NM, ss
 from tests.helpers.families import CONFIGS, adapter_of, random_model, random_tokens
+from tests.helpers.pruning import prune_blocks
 
 
 def test_what_waits_goes_on_when_it_is_asked_to():

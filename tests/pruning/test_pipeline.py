@@ -15,10 +15,10 @@ from apt.planning.structure import Structure, make_structured_plan
 from apt.plugin.registry import registry
 from apt.pruning.current_block import CurrentBlock
 from apt.pruning.layer import Recipe
-from apt.pruning.pipeline import prune_blocks
 from apt.solver import NM, DampedGram, Gram, Solution, SolverOptions, Unstructured, sm, ss
 from apt.solver.patterns import meets
 from tests.helpers.families import CONFIGS, FAMILIES, adapter_of, random_model, random_tokens
+from tests.helpers.pruning import prune_blocks
 
 METHODS = list(registry().methods.specs)
 TOKENS = random_tokens(samples=6)

@@ -16,13 +16,13 @@ from apt.checkpoints.safetensors_io import Shards
 from apt.checkpoints.smaller import smaller
 from apt.planning.structure import Structure, make_structured_plan
 from apt.pruning.layer import Recipe
-from apt.pruning.pipeline import prune_blocks
 from apt.shrinking.skipping import loss_without
 from apt.solver import GroupRemoval, joint_removal
 from tests.helpers import TEXT
 from tests.helpers.families import CONFIGS, STACKED, adapter_of, random_model, random_tokens
 from tests.helpers.interrupted import PLACES, KilledError, cut, weights
 from tests.helpers.processes import on_ranks
+from tests.helpers.pruning import prune_blocks
 from tests.helpers.releases import needs
 
 SMALL = ("--samples", 4, "--seqlen", 48, "--calibration", TEXT)

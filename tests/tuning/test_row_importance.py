@@ -11,11 +11,11 @@ from apt.engine.recipes import recipe_of
 from apt.options import PruneOptions
 from apt.planning.plan import make_plan
 from apt.plugin.registry import registry
-from apt.pruning.pipeline import prune_blocks
 from apt.solver import NM, Unstructured, parse_pattern
 from apt.tuning.block_forward import stream_after
 from apt.tuning.row_importance import RowImportance
 from tests.helpers.families import random_model, random_tokens
+from tests.helpers.pruning import prune_blocks
 
 TOKENS = random_tokens(samples=2, seqlen=8)
 

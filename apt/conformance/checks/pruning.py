@@ -10,6 +10,8 @@ from torch import nn
 from apt.conformance.checks.promise import Fault, Faults, promise
 from apt.conformance.checks.subject import Subject, products
 from apt.planning.plan import make_plan
+from apt.pruning.block_store import BlockStore
+from apt.pruning.layer import BlockPruning, Recipe
 from apt.pruning.pipeline import prune_blocks
 from apt.solver import NM, Pattern, Unstructured, ss
 from apt.solver.patterns import meets
@@ -86,7 +88,9 @@ def _pruned(subject: Subject, pattern: Pattern) -> nn.Module:
     """A copy of the model, pruned layer by layer with SparseGPT."""
     model = copy.deepcopy(subject.model)
     plan = make_plan(model, subject.adapter, pattern)
-    prune_blocks(model, subject.adapter, plan, subject.tokens, ss)
+    prune_blocks(
+        BlockStore(model), BlockPruning(subject.adapter, plan, ss, Recipe()), subject.tokens
+    )
     return model
 
 
