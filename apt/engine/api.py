@@ -38,8 +38,9 @@ from apt.planning.plan import Selection, read_pattern
 from apt.plugin.registry import registry
 from apt.plugin.specs import RecoverySpec
 from apt.pruning.layer import Method
+from apt.recovery.job import RecoveryJob
 from apt.recovery.record import Training
-from apt.recovery.recover import RecoveryJob, forget, recover_model
+from apt.recovery.recover import forget, recover_model
 from apt.recovery.trainable import Recovery
 from apt.shrinking.same_function import check_same_function
 from apt.solver import Pattern

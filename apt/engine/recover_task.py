@@ -30,16 +30,8 @@ from apt.output.report import Report, peak_memory, versions
 from apt.planning.plan import Plan
 from apt.plugin.registry import Registry
 from apt.plugin.specs import RecoverySpec
-from apt.recovery.recover import (
-    BATCH,
-    CHECKPOINT,
-    DENSE_LOSS,
-    STEPS,
-    NotRecoveredError,
-    RecoveryJob,
-    forget,
-    recover_model,
-)
+from apt.recovery.job import CHECKPOINT, RecoveryJob
+from apt.recovery.recover import BATCH, DENSE_LOSS, STEPS, NotRecoveredError, forget, recover_model
 from apt.text.datasets import digest, training_tokens
 
 _MOST_SAMPLES = 10_000

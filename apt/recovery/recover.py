@@ -3,9 +3,9 @@
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,19 +18,14 @@ from apt.adapter.recording import eval_mode
 from apt.checkpoints.masks import Masks, filled, masks_of
 from apt.compute import compute_dtype, computing_in
 from apt.devices import random_states_kept, synchronize
-from apt.distributed.ranks import Ranks
 from apt.errors import AptError, faulty, first_line
-from apt.events import CheckpointSaved, Status, TrainingEvent, TrainingObserver
-from apt.files.journal import Journal
 from apt.options import RecoverOptions
-from apt.plugin.specs import RecoverySpec
-from apt.recovery.law import enough_tokens
+from apt.recovery.job import STEPS_FOLDER, Course, RecoveryJob
 from apt.recovery.moving_masks import MovingMasks
 from apt.recovery.record import Training
-from apt.recovery.recorder import checkpoint_of
 from apt.recovery.teacher import Teacher, write_teacher
-from apt.recovery.trainable import Recovery, Trainable, Unrecovered, next_token_loss, train_only
-from apt.recovery.training import TrainingPlan, is_mixed, train
+from apt.recovery.trainable import Trainable, Unrecovered, next_token_loss, train_only
+from apt.recovery.training import is_mixed, train
 from apt.recovery.windows import BlockWindows
 
 DENSE_LOSS = "dense_loss"
@@ -39,43 +34,11 @@ DENSE_LOSS = "dense_loss"
 STEPS, BATCH = 1000, 8
 """The number of steps, and of the samples of a step, if nothing else is asked for."""
 
-CHECKPOINT = "checkpoint"
-"""The key of the lines of a journal about checkpoints."""
-
 _MOST_HELD_BACK = 64
 _MEASURING = 0.1  # of a given time
 _ENOUGH_STEPS = 400  # of a given time, above which a step may have more samples
 _SLOW = 1.0  # seconds of the gradients of one sample, above which more are not timed
-_STEPS, _DENSE = "steps", "dense"  # the folders of the checkpoints and of the dense model's outputs
-
-
-@dataclass(frozen=True)
-class RecoveryJob:
-    """What a recovery needs beside the model and the text.
-
-    Attributes:
-        folder: a folder for checkpoints and for the outputs of the dense model.
-        dense: opens the dense model, with the tokens of the same tokenizer; None if there is none.
-        journal: the journal of the training, which the first rank writes. The training continues
-            from the last checkpoint that it names.
-        status: called at each step outside the training.
-        saved_adapter: the directory to which the first rank writes the trained adapter, before it
-            is merged; None to write none.
-    """
-
-    adapter: Adapter
-    spec: RecoverySpec
-    recovery: Recovery
-    options: RecoverOptions
-    folder: Path
-    dense: Callable[[], nn.Module] | None = None
-    seed: int = 0
-    device: str = "cpu"
-    ranks: Ranks = field(default_factory=Ranks)
-    journal: Journal = field(default_factory=Journal)
-    observe: TrainingObserver = lambda event: None
-    status: Status = lambda phase, text="": None
-    saved_adapter: Path | None = None
+_DENSE = "dense"  # the folder of the outputs of the dense model
 
 
 class NotRecoveredError(AptError):
@@ -110,8 +73,8 @@ def recover_model(model: nn.Module, tokens: Tensor, job: RecoveryJob) -> tuple[T
         trainable = _trainable(model, masks, text, held_back, job)
         with _undone_on_error(model, trainable, job):
             amount = amount or _amount(model, trainable, text, held_back, job, started)
-            plan = _plan(model, trainable, masks, amount, job, started)
-            training = train(trainable, masks, amount.text, amount.held_back, plan)
+            course = _planned(model, trainable, masks, amount, job, started)
+            training = train(trainable, masks, job, course)
             _check_lower(training)
         if job.saved_adapter is not None and trainable.save is not None and job.ranks.first:
             trainable.save(job.saved_adapter)
@@ -121,16 +84,6 @@ def recover_model(model: nn.Module, tokens: Tensor, job: RecoveryJob) -> tuple[T
             f"recovery {job.spec.name} filled zeros of {wrong}", "use another kind of recovery"
         )
     return training, masks
-
-
-@dataclass(frozen=True)
-class _Amount:
-    """How much is trained: the steps, their samples, all samples, and those to measure on."""
-
-    steps: int
-    batch: int
-    text: Tensor
-    held_back: Tensor
 
 
 @dataclass(frozen=True)
@@ -183,15 +136,15 @@ def _undone_on_error(model: nn.Module, trainable: Trainable, job: RecoveryJob) -
         before.unlink()
 
 
-def _plan(
+def _planned(
     model: nn.Module,
     trainable: Trainable,
     masks: Masks,
-    amount: _Amount,
+    course: Course,
     job: RecoveryJob,
     started: float,
-) -> TrainingPlan:
-    """The plan of the training, whose checkpoints are recorded in the journal of the job.
+) -> Course:
+    """The course with the masks that move, the windows of blocks, and the end.
 
     A training of one process that has a time, from ``started``, ends in time. Several processes
     could not agree on its end.
@@ -199,34 +152,20 @@ def _plan(
     Raises:
         AptError: masks shall move, and the kind of recovery trains adapters.
     """
-    steps = amount.steps
-    rules = (enough_tokens,) if job.options.tokens == "auto" else ()
-    moving = None
+    steps, moving = course.steps, None
     if job.options.move_masks:
         if not trainable.masked:
             fault = f"recovery {job.spec.name} trains adapters, and its masks cannot move"
             raise AptError(fault, "use the kind distill or layers", ("kind", "move_masks"))
         moving = MovingMasks(model, job.adapter, masks, steps)
-
-    def observe(event: TrainingEvent) -> None:
-        if isinstance(event, CheckpointSaved) and job.ranks.first:
-            job.journal.keep(
-                {CHECKPOINT: event.step}, checkpoint_of(job.folder / _STEPS, event.step)
-            )
-        job.observe(event)
-
     timed = job.options.minutes is not None and job.ranks.size == 1
-    rate = job.spec.rate if job.options.rate is None else job.options.rate
-    return TrainingPlan(
-        job.options, steps, amount.batch, rate, job.folder / _STEPS, job.seed, job.device,
-        job.ranks.share(job.journal.values(CHECKPOINT)), moving, _windows(model, steps, job), rules,
-        observe, started + 60 * (job.options.minutes or 0) if timed else None,
-    )  # fmt: skip
+    ends = started + 60 * (job.options.minutes or 0) if timed else None
+    return replace(course, moving=moving, windows=_windows(model, steps, job), ends=ends)
 
 
 def forget(folder: Path) -> None:
     """Delete the checkpoints, and the outputs of the dense model, of an earlier training."""
-    for name in (_STEPS, _DENSE, f"{_DENSE}.partial"):
+    for name in (STEPS_FOLDER, _DENSE, f"{_DENSE}.partial"):
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
@@ -263,7 +202,7 @@ def _amount(
     held_back: Tensor,
     job: RecoveryJob,
     started: float,
-) -> _Amount:
+) -> Course:
     """The steps, and the samples that they use and that are measured.
 
     The given time begins at ``started``.
@@ -288,7 +227,7 @@ def _amount(
         steps = max(1, len(text) // batch)
     else:
         steps = options.steps or STEPS
-    return _Amount(steps, batch, text[: steps * batch], held_back)
+    return Course(steps, batch, text[: steps * batch], held_back)
 
 
 def _steps_in(

@@ -7,9 +7,8 @@ This module adds the loss, the masks, and the rules by which training ends early
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,13 +22,12 @@ from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, Traini
 
 from apt.devices import multiplies_bf16, random_states_kept
 from apt.errors import AptError, first_line
-from apt.events import TrainingObserver
-from apt.options import Compute, RecoverOptions
-from apt.recovery.moving_masks import MovingMasks
-from apt.recovery.record import StopRule, Training
+from apt.options import Compute
+from apt.recovery.job import Course, RecoveryJob
+from apt.recovery.law import enough_tokens
+from apt.recovery.record import Training
 from apt.recovery.recorder import Recorder, checkpoint_of
 from apt.recovery.trainable import Trainable, next_token_loss
-from apt.recovery.windows import BlockWindows
 
 _WARM_UP = 0.03  # of the steps, as in SPP
 # transformers 5.24 calls gradient checkpointing activation checkpointing.
@@ -50,69 +48,35 @@ class Samples(Dataset[dict[str, Any]]):
         return {"input_ids": self._tokens[row], "row": row}
 
 
-@dataclass(frozen=True)
-class TrainingPlan:
-    """How long and how fast a model is trained, and where.
-
-    Attributes:
-        batch: the samples of a step, over all processes.
-        rate: the highest learning rate.
-        folder: the folder of the checkpoints.
-        known: the steps of the checkpoints in ``folder`` that were completely written. The
-            training continues from the last one.
-        moving: the masks, if they move; None if they stay.
-        windows: the windows of blocks, if blocks are trained in turn; None to train all together.
-        ends: the time of `time.perf_counter` at which the training ends; None for no such time.
-    """
-
-    options: RecoverOptions
-    steps: int
-    batch: int
-    rate: float
-    folder: Path
-    seed: int = 0
-    device: str = "cpu"
-    known: Sequence[int] = ()
-    moving: MovingMasks | None = None
-    windows: BlockWindows | None = None
-    rules: tuple[StopRule, ...] = ()
-    observe: TrainingObserver = lambda event: None
-    ends: float | None = None
-
-
 def train(
-    trainable: Trainable,
-    masks: dict[str, Tensor],
-    tokens: Tensor,
-    held_back: Tensor,
-    plan: TrainingPlan,
+    trainable: Trainable, masks: dict[str, Tensor], job: RecoveryJob, course: Course
 ) -> Training:
     """Train, and leave the best weights in the module of ``trainable``.
 
+    The training continues from the last checkpoint that the journal of the job names.
+
     Args:
         masks: the zeros to keep, by parameter; they are moved to the device of the training.
-        tokens: the training samples (samples, seqlen).
-        held_back: the samples on which the loss is measured (samples, seqlen).
 
     Raises:
         AptError: the optimizer is unknown or not installed.
     """
-    moving, windows = plan.moving, [] if plan.windows is None else [plan.windows]
-    training = Training(plan.steps, plan.batch * tokens.shape[1])
-    recorder = Recorder(training, plan.rules, plan.observe, moving, plan.ends)
-    patience = EarlyStoppingCallback(plan.options.patience)
-    written = [checkpoint_of(plan.folder, step) for step in plan.known]
-    last = next((str(path) for path in reversed(written) if path.is_dir()), None)
+    moving, windows = course.moving, [] if course.windows is None else [course.windows]
+    training = Training(course.steps, course.batch * course.text.shape[1])
+    rules = (enough_tokens,) if job.options.tokens == "auto" else ()
+    recorder = Recorder(training, rules, job.happened, moving, course.ends)
+    patience = EarlyStoppingCallback(job.options.patience)
+    last = next((str(path) for path in reversed(job.written()) if path.is_dir()), None)
     with _as_before(trainable.module), _masked_gradients(trainable, masks, recorder):
         trainer = _Trainer(
             model=trainable.module,
-            args=_arguments(trainable.module, plan),
-            train_dataset=Samples(tokens),
-            eval_dataset=Samples(held_back),
+            args=_arguments(trainable.module, job, course),
+            train_dataset=Samples(course.text),
+            eval_dataset=Samples(course.held_back),
             callbacks=[recorder, patience, *windows],
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.use(trainable, None if windows else plan.ends)
+        trainer.use(trainable, None if windows else course.ends)
         recorder.begin(trainer, last)
         patience.early_stopping_patience_counter = training.checks_since_best
         if last is not None and moving is not None:
@@ -120,7 +84,7 @@ def train(
         trainer.train(resume_from_checkpoint=last)
         recorder.end(trainer)
         if moving is not None and training.best:
-            moving.restore(checkpoint_of(plan.folder, training.best))
+            moving.restore(checkpoint_of(job.checkpoints, training.best))
     return training
 
 
@@ -177,22 +141,22 @@ class _Arguments(TrainingArguments):  # type: ignore[misc]
         return own if found.type == "cpu" else found
 
 
-def _arguments(module: nn.Module, plan: TrainingPlan) -> TrainingArguments:
+def _arguments(module: nn.Module, job: RecoveryJob, course: Course) -> TrainingArguments:
     """The arguments of the Trainer."""
-    options, steps, device = plan.options, plan.steps, torch.device(plan.device)
-    every, windows = max(1, math.ceil(steps / options.checks)), len(plan.windows or ())
+    options, steps, device = job.options, course.steps, torch.device(job.device)
+    every, windows = max(1, math.ceil(steps / options.checks)), len(course.windows or ())
     processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    share, rest = divmod(plan.batch, processes)
+    share, rest = divmod(course.batch, processes)
     if rest:
-        fault = f"a step of {plan.batch} samples cannot be divided among {processes} processes"
+        fault = f"a step of {course.batch} samples cannot be divided among {processes} processes"
         raise AptError(fault, "choose a multiple", ("batch",))
     # A divisor, so that a step has exactly its samples.
     each = max(n for n in range(1, min(share, options.micro_batch) + 1) if share % n == 0)
     try:
         made = _Arguments(
-            output_dir=str(plan.folder),
+            output_dir=str(job.checkpoints),
             max_steps=steps,
-            learning_rate=plan.rate,
+            learning_rate=job.rate,
             lr_scheduler_type="cosine_with_restarts" if windows else "cosine",
             lr_scheduler_kwargs={"num_cycles": windows} if windows else {},
             ddp_find_unused_parameters=True if windows else None,
@@ -205,7 +169,7 @@ def _arguments(module: nn.Module, plan: TrainingPlan) -> TrainingArguments:
             max_grad_norm=1.0,
             bf16=is_mixed(module, device, options.compute),
             use_cpu=device.type == "cpu",
-            seed=plan.seed % 2**32,  # the range of numpy
+            seed=job.seed % 2**32,  # the range of numpy
             logging_steps=1,
             logging_nan_inf_filter=False,  # it would hide that a training diverges
             eval_strategy="steps",
@@ -229,7 +193,7 @@ def _arguments(module: nn.Module, plan: TrainingPlan) -> TrainingArguments:
     if made.device.type == "cpu" != device.type and processes == 1:
         made.distributed_state.device = device  # accelerate knows some kinds of devices only
     if made.device.type != device.type or (made.device != device and device.index):
-        fault = f"the training runs on {made.device}, not on {plan.device}"
+        fault = f"the training runs on {made.device}, not on {job.device}"
         raise AptError(fault, "select the GPU with CUDA_VISIBLE_DEVICES", ("device",))
     made._n_gpu = min(made._n_gpu, 1)  # more would be DataParallel, with more samples in a step
     return made

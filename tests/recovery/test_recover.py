@@ -33,6 +33,7 @@ from apt.plugin.specs import RecoverySpec
 from apt.recovery import recorder
 from apt.recovery import recover as recovery
 from apt.recovery import training as recovery_training
+from apt.recovery.job import RecoveryJob
 from apt.recovery.moving_masks import _exchange
 from apt.recovery.recover import NotRecoveredError
 from apt.recovery.teacher import divergence, relative_error
@@ -514,7 +515,7 @@ def test_a_timed_training_that_is_resumed_has_the_same_steps(monkeypatch, tmp_pa
     spec = registry().recoveries.get("distill")
     options = RecoverOptions(minutes=1, batch=2)
     adapter = find_adapter(None, model, registry())[1]
-    job = recovery.RecoveryJob(adapter, spec, spec.load(), options, tmp_path)
+    job = RecoveryJob(adapter, spec, spec.load(), options, tmp_path)
     steps = []
     for pace in (recovery._Pace(0.2, 0.1, 0.1), recovery._Pace(0.1, 0.05, 0.1)):
         monkeypatch.setattr(recovery, "_pace", lambda *_, pace=pace: pace)
@@ -530,7 +531,7 @@ def test_a_timed_training_that_is_resumed_has_the_same_steps(monkeypatch, tmp_pa
 def test_in_a_short_time_a_step_has_fewer_samples(tmp_path, minutes, given, processes, batch):
     """A sample takes a second on each process, and nothing else takes any time."""
     spec = registry().recoveries.get("lora")
-    job = recovery.RecoveryJob(
+    job = RecoveryJob(
         None, spec, None, RecoverOptions(minutes=minutes, batch=given), tmp_path,
         ranks=SimpleNamespace(size=processes),
     )  # fmt: skip

@@ -1,0 +1,97 @@
+"""A recovery: its options and its surroundings, and how much it trains."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from apt.adapter import Adapter
+from apt.distributed.ranks import Ranks
+from apt.events import CheckpointSaved, Status, TrainingEvent, TrainingObserver
+from apt.files.journal import Journal
+from apt.options import RecoverOptions
+from apt.plugin.specs import RecoverySpec
+from apt.recovery.moving_masks import MovingMasks
+from apt.recovery.recorder import checkpoint_of
+from apt.recovery.trainable import Recovery
+from apt.recovery.windows import BlockWindows
+
+CHECKPOINT = "checkpoint"
+"""The key of the lines of a journal about checkpoints."""
+
+STEPS_FOLDER = "steps"
+"""The folder of the checkpoints, within that of the training."""
+
+
+@dataclass(frozen=True)
+class RecoveryJob:
+    """What a recovery needs beside the model and the text.
+
+    Attributes:
+        folder: a folder for checkpoints and for the outputs of the dense model.
+        dense: opens the dense model, with the tokens of the same tokenizer; None if there is none.
+        journal: the journal of the training, which the first rank writes. The training continues
+            from the last checkpoint that it names.
+        status: called at each step outside the training.
+        saved_adapter: the directory to which the first rank writes the trained adapter, before it
+            is merged; None to write none.
+    """
+
+    adapter: Adapter
+    spec: RecoverySpec
+    recovery: Recovery
+    options: RecoverOptions
+    folder: Path
+    dense: Callable[[], nn.Module] | None = None
+    seed: int = 0
+    device: str = "cpu"
+    ranks: Ranks = field(default_factory=Ranks)
+    journal: Journal = field(default_factory=Journal)
+    observe: TrainingObserver = lambda event: None
+    status: Status = lambda phase, text="": None
+    saved_adapter: Path | None = None
+
+    @property
+    def rate(self) -> float:
+        """The highest learning rate."""
+        return self.spec.rate if self.options.rate is None else self.options.rate
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints."""
+        return self.folder / STEPS_FOLDER
+
+    def written(self) -> list[Path]:
+        """The checkpoints that were completely written, the last one last."""
+        steps = self.ranks.share(self.journal.values(CHECKPOINT))
+        return [checkpoint_of(self.checkpoints, step) for step in steps]
+
+    def happened(self, event: TrainingEvent) -> None:
+        """Report an event of the training; a checkpoint is recorded in the journal."""
+        if isinstance(event, CheckpointSaved) and self.ranks.first:
+            place = checkpoint_of(self.checkpoints, event.step)
+            self.journal.add({CHECKPOINT: event.step}, place)
+        self.observe(event)
+
+
+@dataclass(frozen=True)
+class Course:
+    """How much is trained, and until when.
+
+    Attributes:
+        batch: the samples of a step, over all processes.
+        text: the samples to train on (samples, seqlen).
+        held_back: the samples on which the loss is measured (samples, seqlen).
+        moving: the masks, if they move; None if they stay.
+        windows: the windows of blocks, if blocks are trained in turn; None to train all together.
+        ends: the time of `time.perf_counter` at which the training ends; None for no such time.
+    """
+
+    steps: int
+    batch: int
+    text: Tensor
+    held_back: Tensor
+    moving: MovingMasks | None = None
+    windows: BlockWindows | None = None
+    ends: float | None = None
