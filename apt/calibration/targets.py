@@ -22,6 +22,7 @@ from torch import Tensor
 
 from apt.adapter import Site
 from apt.distributed.ranks import Ranks
+from apt.options import DRIFT_CORRECTION, INPUT_CORRECTION
 from apt.solver import DampedGram, Gram
 from apt.solver.precision import full_precision
 
@@ -66,8 +67,8 @@ class Targets:
         beta: β, the share of the drift of the residual stream, for weights that write to it.
     """
 
-    alpha: float = 0.25
-    beta: float = 0.25
+    alpha: float = INPUT_CORRECTION
+    beta: float = DRIFT_CORRECTION
 
     def error(self, lost: Tensor | None, drift: Tensor | None) -> Tensor:
         """The error for which a site compensates (tokens, out).

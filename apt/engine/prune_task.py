@@ -196,7 +196,6 @@ def prepare_pruning(
     """
     started = time.perf_counter()
     options: PruneRun | ShrinkRun = named.options
-    options = replace(options, stream=options.stream or options.resume)
     texts = (options.calibration, options.evaluation, options.tokenizer)
     skeleton = open_model(named, texts, registry, notice)
     check_exportable(options, skeleton, registry)
@@ -206,7 +205,8 @@ def prepare_pruning(
         check_packed_place(options, input_paths(skeleton.source, texts))
     made: Any = _sparse if isinstance(options, PruneRun) else _smaller
     seqlen = capped(options.seqlen, skeleton, notice)
-    options = replace(options, adapter=skeleton.spec.name, seqlen=seqlen)
+    streams, adapter = options.stream or options.resume, skeleton.spec.name
+    options = replace(options, stream=streams, adapter=adapter, seqlen=seqlen)
     if isinstance(options, PruneRun) and (minutes := options.minutes) is not None:
         _, method, job = made(options, skeleton, lambda line: None)
         options = ranks.share(
@@ -216,9 +216,8 @@ def prepare_pruning(
         left = replace(options, minutes=max(minutes - taken, 0.0))
         training = training_of(left, skeleton, registry, device)
     options, method, job = made(options, skeleton, notice)
-    if options.method is None:
+    if named.options.method is None:
         notice(f"method: {method.name} (default)")
-    options = replace(options, method=method.name)
     task = PruneTask(
         options=options, registry=registry, skeleton=skeleton, device=device,
         dtype=read_dtype(options.dtype), plan=None if training else _writable(skeleton, job),
@@ -242,7 +241,7 @@ def _sparse(
     )  # fmt: skip
     if skeleton.config.model_type not in skeleton.spec.model_types:
         notice(f"adapter {skeleton.spec.name}: {job.plan.outline()}")
-    return replace(options, allocation=job.allocation_name), spec, job
+    return replace(options, method=spec.name, allocation=job.allocation_name), spec, job
 
 
 def _smaller(
@@ -258,7 +257,7 @@ def _smaller(
     if options.mode == "search" and job.structure is not None:
         journal = journal_beside(options.directory)
         job = replace(job, structure=replace(job.structure, journal=journal))
-    return options, spec, job
+    return replace(options, method=spec.name), spec, job
 
 
 def _writable(skeleton: Opened, job: Pruning) -> Plan:

@@ -6,17 +6,26 @@ from typing import Any, TypeVar
 
 from apt.calibration.targets import Targets
 from apt.errors import AptError
-from apt.options import PRESETS, Preset, PruneOptions, SolveOptions
+from apt.options import (
+    DAMPING,
+    DAMPING_ERROR_AWARE,
+    DRIFT_CORRECTION,
+    INPUT_CORRECTION,
+    PRESETS,
+    ROW_IMPORTANCE,
+    SHRINK_TUNING_RATE,
+    Preset,
+    PruneOptions,
+    SolveOptions,
+)
 from apt.options.prune import QUANTISE_AFTER
 from apt.plugin.specs import MethodSpec, ShrinkMethodSpec
 from apt.pruning.layer import Recipe
 from apt.solver import IntegerGrid, SolverOptions
-from apt.solver.gram import DAMPING
 from apt.text.augmentation import Augmentation, RandomTokens
 from apt.tuning.block_tuning import BlockTuning
 from apt.tuning.row_importance import RowImportance
 
-DAMPING_ERROR_AWARE = 0.05
 T = TypeVar("T")
 
 
@@ -86,7 +95,7 @@ def record(recipe: Recipe, augmentation: Augmentation) -> dict[str, Any]:
         "damping": recipe.solver.damping,
         "block_size": recipe.solver.block_size,
         "quantize": f"int{recipe.integers.bits}" if recipe.integers else None,
-        "group": recipe.integers.group if recipe.integers else IntegerGrid.group,
+        "group": recipe.integers.group if recipe.integers else PruneOptions.scale_group,
     }
 
 
@@ -96,15 +105,15 @@ def _preset(options: SolveOptions, method: MethodSpec) -> Preset:
 
 
 def _targets(options: SolveOptions, method: MethodSpec) -> Targets:
-    base = Targets(0, 0) if isinstance(method, ShrinkMethodSpec) else Targets()
-    alpha, beta = options.input_correction, options.drift_correction
-    return Targets(_or(alpha, base.alpha), _or(beta, base.beta))
+    sparse = not isinstance(method, ShrinkMethodSpec)
+    usual = (INPUT_CORRECTION, DRIFT_CORRECTION) if sparse else (0.0, 0.0)
+    given = options.input_correction, options.drift_correction
+    return Targets(*map(_or, given, usual))
 
 
 def _row_importance(given: float | None) -> RowImportance | None:
-    base = RowImportance()
-    power = _or(given, base.power)
-    return replace(base, power=power) if power else None
+    power = _or(given, ROW_IMPORTANCE)
+    return RowImportance(power) if power else None
 
 
 def tuning_of(options: SolveOptions, method: MethodSpec) -> BlockTuning | None:
@@ -114,7 +123,7 @@ def tuning_of(options: SolveOptions, method: MethodSpec) -> BlockTuning | None:
         return None
     usual = preset if preset.tuning_epochs else PRESETS["default"]
     if isinstance(method, ShrinkMethodSpec):
-        usual = replace(usual, tuning_rate=method.tuning_rate)
+        usual = replace(usual, tuning_rate=_or(method.tuning_rate, SHRINK_TUNING_RATE))
     return BlockTuning(
         rate=_or(options.tuning_rate, usual.tuning_rate),
         epochs=epochs,

@@ -25,13 +25,13 @@ from apt.engine.text import Text, read_text
 from apt.errors import AptError, first_line
 from apt.files.journal import Line
 from apt.locations.model_source import Source
-from apt.options import RecoverOptions, RecoverRun
+from apt.options import BATCH, STEPS, RecoverOptions, RecoverRun
 from apt.output.report import Report, peak_memory, versions
 from apt.planning.plan import Plan
 from apt.plugin.registry import Registry
 from apt.plugin.specs import RecoverySpec
 from apt.recovery.job import CHECKPOINT, RecoveryJob
-from apt.recovery.recover import BATCH, DENSE_LOSS, STEPS, NotRecoveredError, forget, recover_model
+from apt.recovery.recover import DENSE_LOSS, NotRecoveredError, forget, recover_model
 from apt.text.datasets import digest, training_tokens
 
 _MOST_SAMPLES = 10_000

@@ -33,6 +33,12 @@ QUANTISE_AFTER = "quantise the result in a run of its own: prune it with a spars
 """What to do where integers exclude another option."""
 
 
+INPUT_CORRECTION = DRIFT_CORRECTION = 0.25  # of a sparse model; 0 of a smaller one
+ROW_IMPORTANCE = 0.35
+DAMPING, DAMPING_ERROR_AWARE = 0.01, 0.05
+SHRINK_TUNING_RATE = 0.03
+
+
 @dataclass(frozen=True)
 class Preset:
     """The defaults of an effort, in an error-aware run of a method with a mask search.
@@ -68,8 +74,8 @@ class SolveOptions(ComputeOptions):
         default=None, panel=TEXT, metavar="N", within="[0, ∞)",
     )  # fmt: skip
     random_tokens: float | None = option(
-        "Copies with random tokens for each sample. By default 0.25 with --effort default "
-        "in an error-aware run, else 0.",
+        "Copies with random tokens for each sample. By default "
+        f"{PRESETS['default'].random_tokens} with --effort default in an error-aware run, else 0.",
         default=None, panel=TEXT, metavar="R", within="[0, 100]",
         meaning="it is a number of copies for each sample, such as 0.25",
     )  # fmt: skip
@@ -85,14 +91,14 @@ class SolveOptions(ComputeOptions):
         off="in a layer-wise run",
     )  # fmt: skip
     input_correction: float | None = option(
-        "Share of the error of its inputs that a site compensates. By default 0.25.",
+        f"Share of the error of its inputs that a site compensates. By default {INPUT_CORRECTION}.",
         default=None, panel=ACCURACY, metavar="A", within="[0, 1]", formerly="alpha",
         needs_in_run="error_aware",
         meaning="it is a share of an error, such as 0.25",
     )  # fmt: skip
     drift_correction: float | None = option(
         "Share of the drift of the residual stream that a site which writes to this stream "
-        "compensates. By default 0.25.",
+        f"compensates. By default {DRIFT_CORRECTION}.",
         default=None, panel=ACCURACY, metavar="B", within="[0, 1]", formerly="beta",
         needs_in_run="error_aware",
         meaning="it is a share of an error, such as 0.25",
@@ -109,19 +115,20 @@ class SolveOptions(ComputeOptions):
         meaning="it is a number of passes, such as 1",
     )  # fmt: skip
     tuning_rate: float | None = option(
-        "First learning rate of the tuning, as a share of a weight's size. By default 0.05, "
-        "with --effort best 0.025.",
+        "First learning rate of the tuning, as a share of a weight's size. By default "
+        f"{PRESETS['default'].tuning_rate}, with --effort best {PRESETS['best'].tuning_rate}.",
         default=None, panel=ACCURACY, metavar="R", within="[0, 1]", needs_in_run="tuning_epochs",
         meaning="it is a share of a weight's size, such as 0.05",
     )  # fmt: skip
     tuning_tokens: int | None = option(
-        "Calibration tokens for the tuning; 0 uses all. By default 12288, with --effort best all.",
+        "Calibration tokens for the tuning; 0 uses all. By default "
+        f"{PRESETS['default'].tuning_tokens}, with --effort best all.",
         default=None, panel=ACCURACY, metavar="N", within="[0, ∞)", needs_in_run="tuning_epochs",
         meaning="it is a number of tokens; 0 uses all",
     )  # fmt: skip
     damping: float | None = option(
         "Share of the mean diagonal of the Gram matrix (Hessian) that is added to it. By "
-        "default 0.05 if error-aware, else 0.01.", default=None,
+        f"default {DAMPING_ERROR_AWARE} if error-aware, else {DAMPING}.", default=None,
         # Above this the Gram matrix has no effect, and fp32 overflows.
         panel=ACCURACY, within="[0, 1e6]",
         meaning="it is a share of the mean diagonal, such as 0.05",
@@ -141,7 +148,8 @@ class PruneOptions(IntegerOptions, SolveOptions):
     """
 
     row_importance: float | None = option(
-        "Exponent by which more important rows keep more weights; 0 turns it off. By default 0.35.",
+        "Exponent by which more important rows keep more weights; 0 turns it off. By default "
+        f"{ROW_IMPORTANCE}.",
         default=None, panel=ACCURACY, metavar="P", within="[0, 2]", used_if="sparse",
         needs_in_run="error_aware",
         meaning="it is a power, such as 0.35",

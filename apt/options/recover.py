@@ -20,6 +20,9 @@ from apt.options.shared import (
     OutputOptions,
 )
 
+STEPS, BATCH = 1000, 8
+"""The number of steps, and of the samples of a step, if nothing else is asked for."""
+
 
 def check_trainable(compute: Compute, options: tuple[str, ...]) -> None:
     """Raise for a dtype that a training cannot compute in; ``options`` are those to name."""
@@ -56,7 +59,7 @@ class RecoverOptions(ComputeOptions):
     """
 
     steps: int | None = option(
-        "Number of training steps; by default 1000.",
+        f"Number of training steps; by default {STEPS}.",
         default=None, panel=TRAINING, metavar="N", within="[1, ∞)",
     )  # fmt: skip
     tokens: int | str | None = option(
@@ -73,8 +76,8 @@ class RecoverOptions(ComputeOptions):
         default=None, panel=TRAINING, metavar="R", within="(0, ∞)",
     )  # fmt: skip
     batch: int | None = option(
-        "Samples of a step, over all processes. By default 8, and with --minutes fewer if there "
-        "would be less than 400 steps.",
+        f"Samples of a step, over all processes. By default {BATCH}, and with --minutes fewer if "
+        "there would be less than 400 steps.",
         default=None, panel=TRAINING, metavar="N", within="[1, ∞)",
     )  # fmt: skip
     micro_batch: int = option(

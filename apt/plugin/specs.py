@@ -187,7 +187,7 @@ class ShrinkMethodSpec(MethodSpec):
             least-squares weights by default.
         merges: True if removed experts are averaged into those that are kept.
         random_tokens: the copies with random tokens for each sample by default, if layer-wise.
-        tuning_rate: the first learning rate of the tuning, if error-aware.
+        tuning_rate: the first learning rate of the tuning, if error-aware; None for the usual one.
         streams: True if it calls each block about once, so that the blocks can stay on disk.
     """
 
@@ -197,7 +197,7 @@ class ShrinkMethodSpec(MethodSpec):
     compensate: bool = False
     merges: bool = False
     random_tokens: float = 0.0
-    tuning_rate: float = 0.03
+    tuning_rate: float | None = None
     streams: bool = True
 
 

@@ -71,7 +71,7 @@ class RecoveryJob:
         """Report an event of the training; a checkpoint is recorded in the journal."""
         if isinstance(event, CheckpointSaved) and self.ranks.first:
             place = checkpoint_of(self.checkpoints, event.step)
-            self.journal.add({CHECKPOINT: event.step}, place)
+            self.journal.keep({CHECKPOINT: event.step}, place)
         self.observe(event)
 
 

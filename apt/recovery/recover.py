@@ -19,7 +19,7 @@ from apt.checkpoints.masks import Masks, filled, masks_of
 from apt.compute import compute_dtype, computing_in
 from apt.devices import random_states_kept, synchronize
 from apt.errors import AptError, faulty, first_line
-from apt.options import RecoverOptions
+from apt.options import BATCH, STEPS, RecoverOptions
 from apt.recovery.job import STEPS_FOLDER, Course, RecoveryJob
 from apt.recovery.moving_masks import MovingMasks
 from apt.recovery.record import Training
@@ -30,9 +30,6 @@ from apt.recovery.windows import BlockWindows
 
 DENSE_LOSS = "dense_loss"
 """The key by which the loss of the dense model on the samples held back is remembered."""
-
-STEPS, BATCH = 1000, 8
-"""The number of steps, and of the samples of a step, if nothing else is asked for."""
 
 _MOST_HELD_BACK = 64
 _MEASURING = 0.1  # of a given time

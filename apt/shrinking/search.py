@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from apt.errors import AptError
-from apt.options import GENERATION
+from apt.options import GENERATION, ShrinkOptions
 from apt.shrinking.sizes import Size
 
 _BARREN = 10  # generations without a new candidate, after which the search ends
@@ -56,7 +56,7 @@ class SearchOptions:
             on the machine. The start is completed, and one candidate evaluated, in any case.
     """
 
-    evaluations: int = 120
+    evaluations: int = ShrinkOptions.evaluations
     minutes: float | None = None
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from apt.options import PRESETS
 from apt.text.sampling import drawn, generator, mixed, vocabulary
 from apt.text.self_generated import own_text
 
@@ -29,7 +30,7 @@ class RandomTokens:
             made. With more given text, less of the vocabulary is missing.
     """
 
-    copies: float = 0.25
+    copies: float = PRESETS["default"].random_tokens
     share: float = 0.5
     tokens: int = 4096
 

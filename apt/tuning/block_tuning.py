@@ -37,8 +37,8 @@ class BlockTuning:
     the backward pass are bf16. The error on the batches held back is measured in fp32.
     """
 
-    rate: float = 0.025
-    epochs: int = 8
+    rate: float
+    epochs: int
     held_back: float = 0.125
     tokens_per_batch: int = 1024
     tokens: int | None = None

@@ -24,6 +24,7 @@ from torch import Tensor
 from apt.adapter import Site, State
 from apt.calibration.batches import Batch, OpenBlock
 from apt.calibration.dense_activations import bounded
+from apt.options import ROW_IMPORTANCE
 from apt.solver import SitePattern, Unstructured
 from apt.tuning.block_forward import mixed_precision, stream_after
 
@@ -40,7 +41,7 @@ class RowImportance:
         tokens: the approximate number of tokens for the gradients, from the first batches.
     """
 
-    power: float = 0.35
+    power: float = ROW_IMPORTANCE
     tokens: int = 4096
 
     def serves(self, site: Site, pattern: SitePattern | None) -> bool:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from apt.errors import AptError
-from apt.options import PRESETS, CalibrationOptions, DtypeOptions
-from apt.solver import EFFORTS
+from apt.options import DAMPING, PRESETS, CalibrationOptions, DtypeOptions
+from apt.solver import EFFORTS, gram
 from apt.solver.options import Effort
 
 REFUSED = [
@@ -63,6 +63,7 @@ def test_they_are_found_without_torch():
 
 def test_the_names_are_those_of_torch_and_the_solver():
     assert tuple(PRESETS) == EFFORTS == typing.get_args(Effort)
+    assert DAMPING == gram.DAMPING
     auto, *names = DtypeOptions.OPTIONS[0].choices
     assert auto == "auto"
     assert all(isinstance(getattr(torch, name), torch.dtype) for name in names)

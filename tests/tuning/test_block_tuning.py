@@ -99,7 +99,7 @@ def test_where_nothing_is_gained_the_start_stays():
     batches = enter(adapter, model, random_tokens(samples=6), 24, with_dense=True)
     block, sites = pruned_block(adapter, model, batches)
     before = copy.deepcopy(block.state_dict())
-    tuned = tune_block(OpenBlock(adapter, block, 0, batches), sites, BlockTuning(rate=1e4))
+    tuned = tune_block(OpenBlock(adapter, block, 0, batches), sites, BlockTuning(1e4, 8))
     assert tuned is not None
     assert tuned.after == tuned.before
     for name, value in block.state_dict().items():
@@ -111,7 +111,7 @@ def test_one_batch_cannot_be_held_back():
     adapter = adapter_of(model)
     batches = enter(adapter, model, random_tokens(), with_dense=True)
     block, sites = pruned_block(adapter, model, batches)
-    assert tune_block(OpenBlock(adapter, block, 0, batches), sites, BlockTuning()) is None
+    assert tune_block(OpenBlock(adapter, block, 0, batches), sites, BlockTuning(0.025, 8)) is None
 
 
 @pytest.mark.parametrize("samples", [1, 2, 3])
@@ -143,7 +143,7 @@ def test_an_expert_without_tokens_in_a_step_stays():
     batches = [Batch(x, [Call((), {})], 16, DenseActivations(2 * x)) for x in streams]
     adapter = adapter_of(random_model("llama"))
     with torch.no_grad():
-        tuned = tune_block(OpenBlock(adapter, block, 0, batches), sites, BlockTuning(epochs=1))
+        tuned = tune_block(OpenBlock(adapter, block, 0, batches), sites, BlockTuning(0.025, 1))
     assert tuned.after < tuned.before
     same = [torch.equal(block.state_dict()[name], before[name]) for name in before]
     assert same == [False, True]
@@ -196,12 +196,12 @@ def test_best_effort_tunes_every_block_and_reports_what_was_written():
 
 
 def test_a_part_of_the_samples_is_spread_over_all():
-    chosen = BlockTuning(tokens=24 * 5).chosen(20, 24)
+    chosen = BlockTuning(0.025, 8, tokens=24 * 5).chosen(20, 24)
     assert chosen.nonzero().flatten().tolist() == [0, 4, 8, 12, 16]
-    assert BlockTuning(tokens=24 * 20).chosen(20, 24).all()
-    assert BlockTuning(tokens=None).chosen(20, 24).all()
-    assert BlockTuning(tokens=10).chosen(20, 24).sum() == 2
-    assert BlockTuning(tokens=10).chosen(1, 24).sum() == 1
+    assert BlockTuning(0.025, 8, tokens=24 * 20).chosen(20, 24).all()
+    assert BlockTuning(0.025, 8, tokens=None).chosen(20, 24).all()
+    assert BlockTuning(0.025, 8, tokens=10).chosen(20, 24).sum() == 2
+    assert BlockTuning(0.025, 8, tokens=10).chosen(1, 24).sum() == 1
 
 
 def test_a_run_tunes_on_the_chosen_samples_and_prunes_on_all(monkeypatch):
