@@ -25,7 +25,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import apt
 from apt.checkpoints.opened import Opened
-from apt.engine.costs import PlannedWork, measured
+from apt.engine.costs import Planned, measured
+from apt.options import PruneRun
 from apt.planning.plan import Selection, make_plan, read_pattern
 
 SHAPES = {  # hidden and intermediate size, heads, heads of keys and values, blocks
@@ -75,9 +76,10 @@ def predicted(model: Opened, row: Row, options: argparse.Namespace) -> Row:
     """The seconds by the shapes, and those of them that are spent in solves."""
     pattern = read_pattern(options.pattern)
     plan = make_plan(model.module, model.adapter, pattern, Selection())
-    run = PlannedWork(model, plan, row["effort"], row["samples"], options.seqlen, allocated=True)
+    sized = PruneRun(samples=row["samples"], seqlen=options.seqlen)
+    run = Planned(model, plan, sized, allocated=True)
     machine = measured("cpu")
-    steps = {step: machine.seconds(work) for step, work in run.steps().items()}
+    steps = {step: machine.seconds(work) for step, work in run.steps(row["effort"]).items()}
     return {"predicted": sum(steps.values()), "solving": sum(steps[step] for step in SOLVING)}
 
 

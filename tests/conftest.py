@@ -63,7 +63,7 @@ def _this_machine_is_measured_once():
     """Estimates of time begin with a measurement of a second."""
     known = cache(costs.measured)
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("estimate", "timed_run"):
+        for module in ("costs", "timed_run"):
             patch.setattr(f"apt.engine.{module}.measured", known)
         yield
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from apt.adapter import DecoderAdapter, Site
 from apt.cli.output import duration, say, show, show_json, size, table
-from apt.engine.estimate import Planned, estimate
+from apt.engine.costs import Planned
+from apt.engine.estimate import estimate
 from apt.options import Activations
 from apt.planning.plan import Plan
 
@@ -45,7 +46,7 @@ def _record(planned: Planned) -> dict[str, Any]:
             for entry in planned.plan.sites
         ],
         "samples": planned.samples,
-        "seqlen": planned.seqlen,
+        "seqlen": planned.options.seqlen,
         "device": planned.device,
         "needs": {**asdict(needs), "memory": needs.memory},
         "seconds": _seconds(planned),
@@ -54,12 +55,12 @@ def _record(planned: Planned) -> dict[str, Any]:
 
 def _seconds(planned: Planned) -> dict[str, dict[str, float]]:
     """The seconds of each step, by effort."""
-    if not planned.works:
+    if not planned.efforts:
         return {}
     machine = planned.machine
     return {
-        work.effort: {step: machine.seconds(part) for step, part in work.steps().items()}
-        for work in planned.works
+        effort: {step: machine.seconds(part) for step, part in planned.steps(effort).items()}
+        for effort in planned.efforts
     }
 
 
@@ -134,19 +135,20 @@ def _grouped(rows: list[_Row]) -> Iterable[tuple[tuple[str, tuple[int, int], str
 
 def _show_needs(planned: Planned) -> None:
     needs = estimate(planned)
-    disk = f", {size(needs.disk)} of disk" if planned.activations == "disk" else ""
+    disk = f", {size(needs.disk)} of disk" if planned.options.activations == "disk" else ""
     say(
-        f"calibration {planned.samples} × {planned.seqlen} tokens: about {size(needs.memory)} of "
-        f"memory (process {size(needs.process)}, weights {size(needs.weights)}, "
+        f"calibration {planned.samples} × {planned.options.seqlen} tokens: about "
+        f"{size(needs.memory)} of memory (process {size(needs.process)}, "
+        f"weights {size(needs.weights)}, "
         f"activations {size(needs.activations)}, Gram matrices {size(needs.grams)}, "
         f"working {size(needs.working)}; while it is measured, weights and "
         f"{size(needs.predicting)}){disk}"
     )
     if planned.on:
         say(f"{planned.on}: {_fit(planned, planned.machine.memory)}")
-    if planned.works:
+    if planned.efforts:
         machine = planned.machine
-        times = (f"{w.effort} {duration(w.seconds(machine))}" for w in planned.works)
+        times = (f"{e} {duration(planned.seconds(e, machine))}" for e in planned.efforts)
         where = f"on {planned.on or planned.device}"
         doubt = "" if machine.measured else " (40 % of its maker's figures; not measured)"
         say(f"time by effort, error-aware, {where}: about {', '.join(times)}{doubt}")
@@ -158,14 +160,15 @@ def _fit(planned: Planned, memory: int) -> str:
     said = f"{size(needed)} of its {size(memory)} of memory"
     if needed <= memory:
         return said
-    given, tried = planned.activations, "--stream --activations cpu --effort fast"
+    options, tried = planned.options, "--stream --activations cpu --effort fast"
     others: dict[str, tuple[bool, Activations, bool]] = {
-        "--activations cpu": (planned.streamed, "cpu", True), "--stream": (True, given, True),
+        "--activations cpu": (options.stream, "cpu", True),
+        "--stream": (True, options.activations, True),
         "--stream --activations cpu": (True, "cpu", True), tried: (True, "cpu", False),
     }  # fmt: skip
     for flags, (streamed, activations, tuned) in others.items():
-        other = replace(planned, streamed=streamed, activations=activations, tuned=tuned)
-        needed = _on_device(other)
+        changed = replace(options, stream=streamed, activations=activations)
+        needed = _on_device(replace(planned, options=changed, tuned=tuned))
         if needed <= memory:
             return f"{said}; {size(needed)} with {flags}"
     return f"{said}; even with {tried} {size(needed)}"
@@ -173,5 +176,5 @@ def _fit(planned: Planned, memory: int) -> str:
 
 def _on_device(planned: Planned) -> int:
     """The peak memory of the accelerator."""
-    kept: Activations = "memory" if planned.activations == "memory" else "disk"
-    return estimate(replace(planned, activations=kept)).on_device
+    kept: Activations = "memory" if planned.options.activations == "memory" else "disk"
+    return estimate(replace(planned, options=replace(planned.options, activations=kept))).on_device

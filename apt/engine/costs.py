@@ -11,14 +11,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from apt.adapter.experts import picked_experts
+from apt.adapter.experts import idle_parameters, picked_experts
 from apt.adapter.text_config import hidden_size, text_config
 from apt.checkpoints.opened import Opened
 from apt.devices import multiplies_bf16
 from apt.engine.recipes import augmentation_of, tuning_of
-from apt.options import Effort, MachineName, PruneOptions, SolveOptions
+from apt.options import Effort, MachineName, PruneRun, ShrinkRun
+from apt.output.report import peak_memory
 from apt.planning.plan import Plan, PlannedBlock
 from apt.plugin.registry import registry
 from apt.solver.admm_search import ROUNDS
@@ -117,69 +118,109 @@ def _seconds(call: Callable[[], Tensor], rounds: int = 8) -> float:
 
 
 @dataclass(frozen=True)
-class PlannedWork:
-    """A planned error-aware run of the default method.
+class Planned:
+    """A planned run.
 
     Attributes:
         skeleton: the model, without weights.
         plan: the pattern of each site.
-        effort: the effort, which decides on tuning, random tokens and own text.
-        samples, seqlen: the number of given samples, and the tokens of each.
+        options: the options of the run.
+        augmentation: the samples beside the given ones.
+        device: the device that the model runs on.
+        error_aware: True if the activations of the dense model are computed as well.
+        tuned: True if the blocks are tuned; not so with effort ``"fast"``.
+        factors: True if the method factorises Gram matrices.
         allocated: True if an allocation distributes the sparsity; the work is that of `auto`.
-        options: what is given for tuning, random tokens and own text.
+        efforts: those whose time is asked for; none if it is not known, since the run is not an
+            error-aware one of the default method.
+        on: the name of the accelerator that the run is planned for; None for this machine.
+        process: the bytes of this process, before an allocation loads the model.
     """
 
     skeleton: Opened
     plan: Plan
-    effort: Effort
-    samples: int
-    seqlen: int
+    options: PruneRun | ShrinkRun
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    device: str = "cpu"
+    error_aware: bool = True
+    tuned: bool = True
+    factors: bool = True
     allocated: bool = False
-    options: SolveOptions = field(default_factory=PruneOptions)
+    efforts: tuple[Effort, ...] = ()
+    on: MachineName | None = None
+    process: int = field(default_factory=lambda: peak_memory()["cpu"])
 
     @property
-    def augmentation(self) -> Augmentation:
-        """What is added to the given samples."""
-        method = registry().default_method()
-        return augmentation_of(replace(self.options, effort=self.effort), method, self.samples)
+    def machine(self) -> Machine:
+        """What the device does in a second; a device of this machine is measured."""
+        return MACHINES[self.on] if self.on else measured(self.device)
 
     @property
-    def tuned(self) -> int:
-        """The tokens of all steps of block tuning."""
-        tuning = tuning_of(replace(self.options, effort=self.effort), registry().default_method())
-        if tuning is None:
-            return 0
-        return tuning.epochs * min(self.tokens, tuning.tokens or self.tokens)
+    def parameters(self) -> int:
+        """The number of parameters of the whole model."""
+        return parameters_of(self.skeleton.module)
+
+    @property
+    def active_parameters(self) -> int:
+        """The number of parameters that a token uses: those of the experts that it is given."""
+        adapter, skeleton = self.skeleton.adapter, self.skeleton
+        if (picked := picked_experts(skeleton.config)) is None:
+            return self.parameters
+        blocks = [block for _, block in adapter.blocks(skeleton.module)]
+        idle = (idle_parameters(block, adapter.sites(block), picked) for block in blocks)
+        return self.parameters - sum(idle)
+
+    @property
+    def samples(self) -> int:
+        """The number of all calibration samples."""
+        return self.augmentation.samples(self.options.samples, self.options.seqlen)
 
     @property
     def tokens(self) -> int:
         """The number of all calibration tokens."""
-        return self.augmentation.samples(self.samples, self.seqlen) * self.seqlen
+        return self.samples * self.options.seqlen
 
-    def steps(self) -> dict[str, Work]:
-        """The work of each step that there is."""
-        found = {"own text": self._own_text()}
+    def steps(self, effort: Effort) -> dict[str, Work]:
+        """The work of each step that there is, in an error-aware run of the default method."""
+        options, method = replace(self.options, effort=effort), registry().default_method()
+        augmentation = augmentation_of(options, method, options.samples)
+        run = replace(self, options=options, augmentation=augmentation)
+        found = {"own text": _own_text(run)}
         for block in self.plan.blocks:
-            for step, work in _block_work(self, block).items():
+            for step, work in _block_work(run, block, _tuned_tokens(run)).items():
                 found[step] = found.get(step, Work()) + work
         return {step: work for step, work in found.items() if work != Work()}
 
-    def seconds(self, machine: Machine) -> float:
+    def seconds(self, effort: Effort, machine: Machine) -> float:
         """The time of all steps."""
-        return sum(machine.seconds(work) for work in self.steps().values())
-
-    def _own_text(self) -> Work:
-        """Text that the model generates: all weights are read for each token of a batch."""
-        own, module = self.augmentation.own_samples, self.skeleton.module
-        weights = sum(parameter.numel() for parameter in module.parameters())
-        batches, dtype = math.ceil(own / logits_at_once()), self.skeleton.runs_in
-        return _products(2.0 * weights * own * self.seqlen, dtype) + Work(
-            moved=float(weights) * dtype.itemsize * batches * self.seqlen
-        )
+        return sum(machine.seconds(work) for work in self.steps(effort).values())
 
 
-def _block_work(run: PlannedWork, block: PlannedBlock) -> dict[str, Work]:
-    tokens, tuned, rounds = run.tokens, run.tuned, ROUNDS[run.effort]
+def parameters_of(module: nn.Module) -> int:
+    """The number of parameters of a module."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _tuned_tokens(run: Planned) -> int:
+    """The tokens of all steps of block tuning."""
+    tuning = tuning_of(run.options, registry().default_method())
+    if tuning is None:
+        return 0
+    return tuning.epochs * min(run.tokens, tuning.tokens or run.tokens)
+
+
+def _own_text(run: Planned) -> Work:
+    """Text that the model generates: all weights are read for each token of a batch."""
+    own, seqlen = run.augmentation.own_samples, run.options.seqlen
+    weights, dtype = run.parameters, run.skeleton.runs_in
+    batches = math.ceil(own / logits_at_once())
+    return _products(2.0 * weights * own * seqlen, dtype) + Work(
+        moved=float(weights) * dtype.itemsize * batches * seqlen
+    )
+
+
+def _block_work(run: Planned, block: PlannedBlock, tuned: int) -> dict[str, Work]:
+    tokens, rounds = run.tokens, ROUNDS[run.options.effort]
     forward, passes = _forward(run, block), 4 if tuned else 3
     factored = 1 + min(len(NODES), len({p for part in rounds for p in part.penalties}))
     stepped = sum(len(part.penalties) for part in rounds)
@@ -215,13 +256,13 @@ def _block_work(run: PlannedWork, block: PlannedBlock) -> dict[str, Work]:
     return work
 
 
-def _forward(run: PlannedWork, block: PlannedBlock) -> Work:
+def _forward(run: Planned, block: PlannedBlock) -> Work:
     """The forward of one token."""
     config, dtype = text_config(run.skeleton.config), run.skeleton.runs_in
     share = _picked_share(config, block)
     multiplied = sum(2.0 * s.size * (share if s.site.routed else 1) for s in block.sites)
     if getattr(config, "num_attention_heads", None):
-        multiplied += 4.0 * run.seqlen * hidden_size(config)
+        multiplied += 4.0 * run.options.seqlen * hidden_size(config)
     moved = _BESIDE * dtype.itemsize * sum(block.inputs.values())
     return _products(multiplied, dtype) + Work(moved=moved)
 

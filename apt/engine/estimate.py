@@ -1,18 +1,13 @@
 """An estimate of the memory of a run, from shapes alone."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from torch import nn
-
-from apt.adapter.experts import idle_parameters, picked_experts
 from apt.adapter.text_config import hidden_size, text_config
 from apt.calibration.batches import TOKENS_PER_BATCH
 from apt.checkpoints.opened import Opened
-from apt.engine.costs import MACHINES, Machine, PlannedWork, measured
+from apt.engine.costs import Planned, parameters_of
 from apt.evaluation.logits import part_bytes
 from apt.evaluation.metrics import windows_at_once
-from apt.options import Activations, MachineName
-from apt.output.report import peak_memory
 from apt.planning.plan import Plan, PlannedBlock, PlannedSite
 from apt.pruning.paused_forward import can_pause
 from apt.text.sampling import vocabulary
@@ -67,75 +62,18 @@ class Estimate:
         return self.weights + max(self.activations + self.grams + self.working, self.predicting)
 
 
-@dataclass(frozen=True)
-class Planned:
-    """A planned run.
-
-    Attributes:
-        skeleton: the model, without weights.
-        plan: the pattern of each site.
-        samples, seqlen: the number of all calibration samples, and the tokens of each.
-        device: the device that the model runs on.
-        streamed: True if no more than one block is in memory at a time.
-        activations: the place of the activations. On an accelerator, there is no more than one
-            batch of them unless it is ``"memory"``.
-        own_text: True if the model generates calibration text.
-        error_aware: True if the activations of the dense model are computed as well.
-        tuned: True if the blocks are tuned; not so with effort ``"fast"``.
-        factors: True if the method factorises Gram matrices.
-        works: the work of the run with each effort that comes into question; none if it is not
-            known.
-        on: the name of the accelerator that the run is planned for; None for this machine.
-        process: the bytes of this process, before an allocation loads the model.
-    """
-
-    skeleton: Opened
-    plan: Plan
-    samples: int
-    seqlen: int
-    device: str
-    streamed: bool = False
-    activations: Activations = "memory"
-    own_text: bool = False
-    error_aware: bool = True
-    tuned: bool = True
-    factors: bool = True
-    works: tuple[PlannedWork, ...] = ()
-    on: MachineName | None = None
-    process: int = field(default_factory=lambda: peak_memory()["cpu"])
-
-    @property
-    def machine(self) -> Machine:
-        """What the device does in a second; a device of this machine is measured."""
-        return MACHINES[self.on] if self.on else measured(self.device)
-
-    @property
-    def parameters(self) -> int:
-        """The number of parameters of the whole model."""
-        return _parameters(self.skeleton.module)
-
-    @property
-    def active_parameters(self) -> int:
-        """The number of parameters that a token uses: those of the experts that it is given."""
-        adapter, skeleton = self.skeleton.adapter, self.skeleton
-        if (picked := picked_experts(skeleton.config)) is None:
-            return self.parameters
-        blocks = [block for _, block in adapter.blocks(skeleton.module)]
-        idle = (idle_parameters(block, adapter.sites(block), picked) for block in blocks)
-        return self.parameters - sum(idle)
-
-
 def estimate(planned: Planned) -> Estimate:
     """Estimate a run of a plan."""
-    skeleton, plan, seqlen = planned.skeleton, planned.plan, planned.seqlen
-    on_disk, aware = planned.activations == "disk", planned.error_aware
+    skeleton, plan, seqlen = planned.skeleton, planned.plan, planned.options.seqlen
+    on_disk, aware = planned.options.activations == "disk", planned.error_aware
+    own = planned.augmentation.own_samples
     bytes_each, config = skeleton.runs_in.itemsize, skeleton.config
-    tokens = planned.samples * seqlen
+    tokens = planned.tokens
     held = skeleton.adapter.held(config, seqlen)
     waits = not on_disk and can_pause(skeleton.adapter, config, seqlen, hidden_size(config))
     blocks = [module for _, module in skeleton.adapter.blocks(skeleton.module)]
-    parameters, in_blocks = planned.parameters, [_parameters(block) for block in blocks]
-    if planned.streamed:
+    parameters, in_blocks = planned.parameters, [parameters_of(block) for block in blocks]
+    if planned.options.stream:
         parameters += max(in_blocks) - sum(in_blocks)
     widest = max(sum(site.shape) for site in plan.sites)
     solved = max(
@@ -153,7 +91,7 @@ def estimate(planned: Planned) -> Estimate:
         + max(solved, _TUNED * in_block * planned.tuned),
         predicting=max(
             _measuring(skeleton, seqlen, (4 * widest + held) * bytes_each),
-            _generating(skeleton, len(blocks), seqlen, bytes_each) if planned.own_text else 0,
+            _generating(skeleton, len(blocks), seqlen, bytes_each) if own else 0,
         ),
     )
 
@@ -179,10 +117,6 @@ def activations_on_disk(skeleton: Opened, plan: Plan, tokens: int, *, error_awar
     kept = max(_kept(block, skeleton, error_aware) for block in plan.blocks)
     drift = hidden_size(skeleton.config) * _FP32 if error_aware else 0
     return tokens * (kept + drift)
-
-
-def _parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _activations(block: PlannedBlock, planned: Planned, held: int) -> int:

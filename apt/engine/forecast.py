@@ -2,8 +2,7 @@
 
 from apt.checkpoints.load import open_skeleton
 from apt.distributed.ranks import Ranks
-from apt.engine.costs import PlannedWork
-from apt.engine.estimate import Planned
+from apt.engine.costs import Planned
 from apt.engine.in_memory import InMemory
 from apt.engine.machine import choose_device
 from apt.engine.opening import pattern_of, selection_of
@@ -13,7 +12,7 @@ from apt.engine.recipes import augmentation_of
 from apt.engine.streamed import Streamed
 from apt.events import Status
 from apt.locations.model_source import Source
-from apt.options import InspectRun, PruneOptions, PruneRun
+from apt.options import InspectRun, PruneRun
 from apt.output.report import peak_memory
 from apt.planning.allocation import default_allocation
 from apt.planning.plan import Plan, check_rounding, make_plan, tell_shared
@@ -25,23 +24,17 @@ from apt.solver.options import EFFORTS
 
 def forecast(task: PruneTask, status: Status) -> Planned:
     """The plan of a checked run, with the levels that its allocation chooses."""
-    process, options = peak_memory()["cpu"], task.options  # before the model is loaded
+    process = peak_memory()["cpu"]  # before the model is loaded
+    options, job, recipe = task.options, task.job, task.job.recipe
     plan = _decided(task, status)
+    usual = task.method.name == task.registry.default_method().name and recipe.error_aware
     return Planned(
-        task.skeleton,
-        plan,
-        task.samples,
-        options.seqlen,
-        task.device,
-        streamed=options.stream,
-        activations=options.activations,
-        own_text=bool(task.job.augmentation.own_samples),
-        error_aware=task.job.recipe.error_aware,
-        tuned=task.job.recipe.tuning is not None,
-        factors=task.method.factors,
-        works=_works(task, plan),
+        task.skeleton, plan, options, job.augmentation, task.device,
+        error_aware=recipe.error_aware, tuned=recipe.tuning is not None,
+        factors=task.method.factors, allocated=job.allocation is not None,
+        efforts=(options.effort,) if usual and isinstance(options, PruneRun) else (),
         process=process,
-    )
+    )  # fmt: skip
 
 
 def _decided(task: PruneTask, status: Status) -> Plan:
@@ -56,20 +49,6 @@ def _decided(task: PruneTask, status: Status) -> Plan:
     return task.decide(store, text)[1]
 
 
-def _works(task: PruneTask, plan: Plan) -> tuple[PlannedWork, ...]:
-    """The work of an error-aware run of the default method; that of others is not known."""
-    options, job = task.options, task.job
-    usual = task.method.name == task.registry.default_method().name and job.recipe.error_aware
-    if not usual or not isinstance(options, PruneRun):
-        return ()
-    allocated = job.allocation is not None
-    return (
-        PlannedWork(
-            task.skeleton, plan, options.effort, options.samples, options.seqlen, allocated, options
-        ),
-    )
-
-
 def usual_forecast(run: InspectRun, source: Source, registry: Registry, notice: Notice) -> Planned:
     """The plan of a run with default options, for a model and a pattern."""
     device = choose_device(run.device)
@@ -82,18 +61,10 @@ def usual_forecast(run: InspectRun, source: Source, registry: Registry, notice: 
     tell_shared(plan, notice)
     check_rounding(plan, notice, quantized=True)  # a run may round the weights
     allocated = default_allocation(pattern, error_aware=True) != UNIFORM
-    works = tuple(
-        PlannedWork(skeleton, plan, effort, run.samples, seqlen, allocated) for effort in EFFORTS
+    options = PruneRun(
+        samples=run.samples, seqlen=seqlen, stream=run.stream, activations=run.activations
     )
-    usual = augmentation_of(PruneOptions(), registry.default_method(), run.samples)
+    usual = augmentation_of(options, registry.default_method(), run.samples)
     return Planned(
-        skeleton,
-        plan,
-        usual.samples(run.samples, seqlen),
-        seqlen,
-        device,
-        streamed=run.stream,
-        activations=run.activations,
-        works=works,
-        on=run.on,
+        skeleton, plan, options, usual, device, allocated=allocated, efforts=EFFORTS, on=run.on
     )

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from apt.arguments import checked
 from apt.checkpoints.exporting import Exported
 from apt.distributed.ranks import Ranks
-from apt.engine.estimate import Planned
+from apt.engine.costs import Planned
 from apt.engine.export import export_output
 from apt.engine.forecast import forecast
 from apt.engine.opening import AnyRun, Named, with_names

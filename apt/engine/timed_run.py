@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from apt.adapter.text_config import hidden_size
 from apt.checkpoints.opened import Opened
-from apt.engine.costs import PlannedWork, measured
+from apt.engine.costs import Planned, measured
 from apt.engine.prune_model import Pruning
 from apt.engine.recover_task import RecoverTask
 from apt.options import Effort, PruneRun, RecoverRun
@@ -40,9 +40,9 @@ def fitted(
 
     def seconds(effort: Effort, samples: int, seqlen: int) -> float:
         taken: Effort = effort if method.efforts else "fast"
+        sized = replace(options, samples=samples, seqlen=seqlen)
         allocated = job.allocation is not None
-        work = PlannedWork(skeleton, job.plan, taken, samples, seqlen, allocated, options)
-        return work.seconds(machine)
+        return Planned(skeleton, job.plan, sized, allocated=allocated).seconds(taken, machine)
 
     for effort, samples, seqlen in _choices(options, efforts=method.efforts):
         if seconds(effort, samples, seqlen) <= budget:

@@ -8,9 +8,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from apt.adapter.text_config import hidden_size
 from apt.checkpoints.load import load, open_skeleton
-from apt.engine.costs import MACHINES, Machine, PlannedWork, Work, measured
+from apt.engine.costs import MACHINES, Machine, Planned, Work, measured
 from apt.locations.model_source import find
-from apt.options import PruneOptions
+from apt.options import PruneRun
 from apt.planning.plan import Selection, make_plan, read_pattern
 from apt.plugin.registry import registry
 from apt.solver import Gram, SolverOptions, Unstructured
@@ -20,10 +20,11 @@ from tests.helpers.families import STACKED
 LLAMA = "zoo:llama"
 
 
-def work(effort="fast", samples=4, seqlen=128, model=LLAMA, **more):
+def work(effort="fast", samples=4, seqlen=128, model=LLAMA, *, allocated=False, **options):
     skeleton = open_skeleton(find(model, registry()), registry())
     plan = make_plan(skeleton.module, skeleton.adapter, read_pattern("0.5"), Selection(), "layer")
-    return PlannedWork(skeleton, plan, effort, samples, seqlen, **more)
+    run = PruneRun(effort=effort, samples=samples, seqlen=seqlen, **options)
+    return Planned(skeleton, plan, run, allocated=allocated)
 
 
 def operations(step):
@@ -39,7 +40,7 @@ def test_the_forwards_are_those_that_torch_counts():
     head = 2 * 2 * hidden_size(model.config) * model.config.vocab_size
     passes = 3  # of the effort fast
     rotary = 0.01
-    assert operations(planned.steps()["forwards"]) / passes == pytest.approx(
+    assert operations(planned.steps("fast")["forwards"]) / passes == pytest.approx(
         counter.get_total_flops() - head, rel=rotary
     )
 
@@ -52,7 +53,7 @@ def test_the_search_is_what_torch_counts():
     with FlopCounterMode(display=False) as counter:
         admm(torch.randn(site.shape), gram, Unstructured(0.5, "layer"), SolverOptions())
     product = 2 * site.size * site.shape[1]
-    steps = planned.steps()
+    steps = planned.steps("default")
     whole = sum(2 * s.size * s.shape[1] for s in planned.plan.sites)
     predicted = product / whole * (operations(steps["search"]) + operations(steps["joint solves"]))
     # torch counts neither factorisations nor triangular solves.
@@ -60,10 +61,10 @@ def test_the_search_is_what_torch_counts():
 
 
 def test_more_effort_is_more_work_and_has_more_steps():
-    found = {effort: work(effort).steps() for effort in ("fast", "default", "best")}
+    found = {effort: work().steps(effort) for effort in ("fast", "default", "best")}
     assert "tuning" not in found["fast"]
     assert "own text" in found["best"]
-    assert "allocation" in work(allocated=True).steps()
+    assert "allocation" in work(allocated=True).steps("fast")
     sums = [sum(operations(step) for step in steps.values()) for steps in found.values()]
     assert sums == sorted(sums)
 
@@ -71,7 +72,7 @@ def test_more_effort_is_more_work_and_has_more_steps():
 def test_a_token_is_given_some_of_the_experts():
     planned = work(model="zoo:moe")
     every = sum(2 * site.size for site in planned.plan.sites) * 3 * planned.tokens
-    assert operations(planned.steps()["forwards"]) < every
+    assert operations(planned.steps("fast")["forwards"]) < every
 
 
 def test_a_machine_adds_up_the_time():
@@ -91,7 +92,7 @@ def test_inspect_tells_the_time_on_another_machine(apt):
     assert list(seconds) == ["fast", "default", "best"]
     planned = work("fast", samples=128, seqlen=512, allocated=True)
     assert seconds["fast"] == pytest.approx(
-        {step: MACHINES["4090"].seconds(part) for step, part in planned.steps().items()}
+        {step: MACHINES["4090"].seconds(part) for step, part in planned.steps("fast").items()}
     )
 
 
@@ -155,9 +156,9 @@ def test_a_dry_run_counts_no_solve_where_only_blocks_are_dropped(apt):
 
 
 def test_the_options_of_a_run_are_counted():
-    steps = work("default", options=PruneOptions(tuning_epochs=0, own_samples=8)).steps()
+    steps = work(tuning_epochs=0, own_samples=8).steps("default")
     assert "tuning" not in steps
     assert "own text" in steps
-    longer = work("default", options=PruneOptions(tuning_epochs=4)).steps()["tuning"]
-    usual = work("default").steps()["tuning"]
+    longer = work(tuning_epochs=4).steps("default")["tuning"]
+    usual = work().steps("default")["tuning"]
     assert operations(longer) == pytest.approx(4 * operations(usual))

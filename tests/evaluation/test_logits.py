@@ -13,14 +13,17 @@ from transformers import (
 
 import apt.evaluation.logits
 from apt.checkpoints.load import open_skeleton
-from apt.engine.estimate import Planned, estimate
+from apt.engine.costs import Planned
+from apt.engine.estimate import estimate
 from apt.evaluation.blockwise import streamed
 from apt.evaluation.logits import kept_states, parts_of_logits
 from apt.evaluation.metrics import accuracy, agreement, divergence, perplexity
 from apt.locations.model_source import find
+from apt.options import PruneRun
 from apt.planning.plan import make_plan
 from apt.plugin.registry import registry
 from apt.solver import NM
+from apt.text.augmentation import Augmentation
 from tests.helpers.families import CONFIGS, VOCABULARY, random_model, random_tokens
 
 SAMPLES, SEQLEN = 3, 11
@@ -144,10 +147,10 @@ def test_the_estimate_counts_measuring_and_writing(monkeypatch):
     plan = make_plan(skeleton.module, skeleton.adapter, NM(2, 4))
 
     def needs(**how):
-        return estimate(Planned(skeleton, plan, 1, 32, "cpu", **how))
+        return estimate(Planned(skeleton, plan, PruneRun(samples=1, seqlen=32), **how))
 
     small = needs()
-    assert needs(own_text=True).predicting >= small.predicting
+    assert needs(augmentation=Augmentation(own_samples=1)).predicting >= small.predicting
     untuned, scored = needs(tuned=False), needs(tuned=False, factors=False)
     assert scored.working < untuned.working <= small.working
     monkeypatch.setattr("apt.engine.estimate.vocabulary", lambda model: 2**22)
