@@ -17,7 +17,7 @@ from apt.planning.structure import make_structured_plan
 from apt.plugin.specs import UNIFORM
 from apt.pruning.layer import Recipe, SiteMethod
 from apt.pruning.pipeline import prune_blocks
-from apt.shrinking.record import removed_experts, structure_record
+from apt.shrinking.record import candidate_records, removed_experts, structure_record
 from apt.shrinking.structure_choice import StructureChoice
 from apt.text.augmentation import Augmentation
 
@@ -88,7 +88,7 @@ def prune_model(
     structure = {}
     if job.structure is not None:
         config = getattr(store.model, "config", None)
-        structure = structure_record(job.structure, plan, store.model, job.adapter, config)
+        structure = structure_record(job.structure.mode, plan, store.model, job.adapter, config)
         structure["experts"] = removed_experts(experts)
     return plan, replace(
         report,
@@ -132,7 +132,7 @@ def _structured(store: ModelStore, tokens: Tensor, job: Pruning) -> Plan:
     """The plan of a smaller model."""
     assert job.structure is not None
     model = store.model
-    structure = job.structure.choose(
+    structure, scored = job.structure.choose(
         model, job.adapter, tokens, store.status, bos=job.bos, special=job.special
     )
     config = getattr(model, "config", None)
@@ -140,4 +140,4 @@ def _structured(store: ModelStore, tokens: Tensor, job: Pruning) -> Plan:
         model, job.adapter, config, structure, adjusted=job.recipe.error_aware
     )
     smaller_skeleton(model, job.adapter, plan)  # raises if transformers has no model of these sizes
-    return plan
+    return replace(plan, candidates=candidate_records(scored))

@@ -66,6 +66,7 @@ from apt.options.shared import (
     WritingOptions,
     check_seed,
     check_windows,
+    plot_option,
 )
 from apt.options.shrink import GENERATION, Budget, Mode, ShrinkOptions, ShrinkRun
 
@@ -80,5 +81,5 @@ __all__ = [
     "PruneRun", "ReapplyRun", "RecoverOptions", "RecoverRun", "RemoteOptions", "SampleOptions",
     "ShrinkOptions", "ShrinkRun", "SolveOptions", "StreamOptions", "TokenizerOptions",
     "UnitOptions", "UnpackRun", "VerifyRun", "WritingOptions", "check_seed", "check_windows",
-    "flags_of", "option", "options", "read_options", "warn_renamed", "write_options",
+    "flags_of", "option", "options", "plot_option", "read_options", "warn_renamed", "write_options",
 ]  # fmt: skip
