@@ -54,6 +54,13 @@ def test_a_run_with_other_inputs_is_another_one(place):
         opened(place).check(other)
 
 
+def test_only_work_that_is_kept_is_work_to_continue_from(place):
+    assert not opened(place).has_work
+    opened(place).keep({"block": "a"})
+    assert opened(place).has_work
+    assert opened(place).values("block") == ["a"]
+
+
 def test_an_incomplete_last_line_is_removed(place):
     whole = place.read_bytes()
     place.write_bytes(whole[:-5])
@@ -74,7 +81,10 @@ def test_a_changed_line_is_damage(place, number):
         opened(place)
 
 
-@pytest.mark.parametrize("content", [b"my notes\n", b'{"inputs": "an earlier version"}\n', b"\xff"])
+EARLIER = [b'{"inputs": "an earlier version"}\n', b'{"fingerprint": "a later one"}\n']
+
+
+@pytest.mark.parametrize("content", [b"my notes\n", *EARLIER, b"\xff"])
 def test_another_file_is_neither_read_nor_changed(tmp_path, content):
     place = tmp_path / "notes"
     place.write_bytes(content)
