@@ -12,7 +12,7 @@ from apt.checkpoints.parameters import read_parameter, write_parameters
 from apt.checkpoints.safetensors_io import Shards
 from apt.checkpoints.skeletons import skeleton_module
 from apt.checkpoints.stored import pruned_of
-from apt.compute import loses, round_parameter, unrounded
+from apt.compute import loses, unrounded
 from apt.devices import is_accelerator
 from apt.errors import AptError
 from apt.layouts.pieces import Layout
@@ -99,12 +99,6 @@ class StoredBlocks:
         if not loses(self.stored_dtype(name), values.dtype):
             return values
         return unrounded(values, read_parameter(self._layout[name], values.shape, self._shards))
-
-    def round(self, name: str, paths: Iterable[str]) -> None:
-        """Round these parameters of a block that is in memory to the values that `write` stores."""
-        for path in paths:
-            whole, parameter = f"{name}.{path}", self._blocks[name].get_parameter(path)
-            round_parameter(whole, parameter, self.stored_dtype(whole))
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """The dtype in which a parameter of that full name is stored."""

@@ -1,6 +1,7 @@
 """An exact check of the zeros in a model."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -42,6 +43,31 @@ def block_verdicts(
     for extra in planned.extras:
         weight = extra.extra.weight(block).detach()
         yield _verdict(extra.name, weight, extra.pattern, exact.get(extra.name))
+
+
+def zeros_of(
+    plan: Plan,
+    written: Callable[[str], AbstractContextManager[nn.Module]],
+    visit: Callable[[str, nn.Module], None] = lambda name, block: None,
+) -> dict[str, int]:
+    """The zeros of each site of a model that a run has written.
+
+    Args:
+        written: a context in which the block of a name, as written, is in memory.
+        visit: called with each block and its name.
+
+    Raises:
+        RuntimeError: a site does not meet its pattern.
+    """
+    zeros = dict[str, int]()
+    for planned in plan.blocks:
+        with written(planned.name) as block:
+            visit(planned.name, block)
+            verdicts = list(block_verdicts(planned, block))
+        if failed := failures(verdicts):
+            raise RuntimeError(f"{failed[0].name} on disk: {failed[0].detail}")
+        zeros |= {verdict.name: verdict.zeros for verdict in verdicts}
+    return zeros
 
 
 def _verdict(name: str, weight: Tensor, pattern: SitePattern, expected: int | None) -> Verdict:

@@ -1,17 +1,12 @@
 """The plan of a dry run with the sparsities that its allocation chooses."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 
-from apt.checkpoints.load import load
-from apt.checkpoints.offload import StoredBlocks, assemble
-from apt.checkpoints.stored import open_stored
-from apt.compute import compute_dtype
 from apt.distributed.ranks import Ranks
-from apt.engine.disk_blocks import DiskBlocks
+from apt.engine.in_memory import InMemory
 from apt.engine.prune_model import final_plan, with_own_text
 from apt.engine.prune_task import PruneTask
-from apt.engine.store import ModelStore
+from apt.engine.streamed import Streamed
 from apt.planning.plan import Plan
 
 
@@ -20,29 +15,8 @@ def planned_levels(task: PruneTask, status: Callable[[str], None]) -> Plan:
     if task.job.allocation is None:
         return task.job.plan
     status("reading text")
-    text, store = task.read_text(Ranks()), ModelStore(status=status)
-    status("loading the model")
-    with (_open_on_disk if task.stream else _load)(task, store):
-        tokens = with_own_text(store, text.tokens, task.job_on(text))
-    return final_plan(store, tokens, task.job)
-
-
-def _load(task: PruneTask, store: ModelStore) -> AbstractContextManager[None]:
-    """Load the model; return a context in which it can run."""
-    dtype, compute = task.dtype or task.skeleton.dtype, task.options.compute
-    store.model = load(task.skeleton, dtype, task.device, compute).module
-    return nullcontext()
-
-
-def _open_on_disk(task: PruneTask, store: ModelStore) -> AbstractContextManager[None]:
-    """Load the weights outside the blocks; return a context in which the model can run."""
-    stored = open_stored(task.skeleton)
-    parts = (stored.shards, stored.layout)
-    own = stored.dtype(task.skeleton, task.plan)
-    dtype = compute_dtype(own, task.device, task.options.compute)
-    store.model = assemble(task.skeleton, *parts, task.device, dtype)
-    blocks = dict(task.skeleton.adapter.blocks(store.model))
-    source = StoredBlocks(*parts, blocks, task.device, cast=True)
-    both = (source, source)
-    store.blocks = DiskBlocks(task.job.plan, *both, task.device, store.journal, store.ranks)
-    return source.read_on_call()
+    text = task.read_text(Ranks())
+    store = (Streamed if task.stream else InMemory)(task, status=status)
+    store.read()
+    store.begin(text)
+    return final_plan(store, with_own_text(store, text.tokens, task.job_on(text)), task.job)

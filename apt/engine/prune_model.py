@@ -80,7 +80,7 @@ def prune_model(
         job.augmentation.with_random_tokens(store.model, tokens, job.special),
         job.method,
         job.recipe,
-        block_storage=store.blocks,
+        block_storage=store,
         store=store.activations,
         ranks=store.ranks,
         observe=observe,
@@ -121,7 +121,7 @@ def final_plan(store: ModelStore, tokens: Tensor, job: Pruning) -> Plan:
         name, allocation = job.allocation
         store.status(f"distributing the sparsity ({name})")
         given = Unallocated(
-            store.model, job.adapter, plan, tokens, store.blocks.open, job.recipe.error_aware
+            store.model, job.adapter, plan, tokens, store.open, job.recipe.error_aware
         )
         shares = store.journal.remember("shares", lambda: allocated(name, allocation, given))
         plan = with_shares(plan, name, shares)

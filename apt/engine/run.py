@@ -7,16 +7,14 @@ from typing import Any
 from apt.arguments import checked
 from apt.distributed.ranks import Ranks
 from apt.engine.export import export_output
-from apt.engine.in_memory import InMemory
 from apt.engine.opening import with_names
-from apt.engine.output_store import OutputStore
 from apt.engine.packing import pack_output
 from apt.engine.prepare import finished_report
 from apt.engine.prune_task import prepare_pruning
 from apt.engine.rank_inputs import read, running
 from apt.engine.reapply_task import prepare_reapplying
 from apt.engine.recover_task import prepare_recovery
-from apt.engine.streamed import Streamed
+from apt.engine.run_output import RunOutput
 from apt.engine.task import Task
 from apt.events import telling
 from apt.modes import usual_modes
@@ -108,20 +106,20 @@ def execute(
     if ranks.first:
         observe = telling(observe, task.registry.site_pruned)
     timeline = Timeline(status, observe)
-    store: OutputStore = (Streamed if task.stream else InMemory)(task, timeline, ranks)
+    output = RunOutput(task, timeline, ranks)
     ranks.check_alike(partial(running, task.record(), stream=task.stream))
-    store.check_space()
-    with store.opened():
-        store.status("reading text")
+    output.check_space()
+    with output.opened():
+        timeline.status("reading text")
         text = task.read_text(ranks)
-        report = store.begin(text)
-        ranks.check_alike(partial(read, store, text.tokens))
-        if store.is_done():
-            return store.earlier_report()
-        store.measure("before")
-        changed = task.change(store, text, report)
+        report = output.begin(text)
+        ranks.check_alike(partial(read, output.store, text.tokens))
+        if output.is_done():
+            return output.earlier_report()
+        output.measure("before")
+        changed = task.change(output.store, text, report)
         if not ranks.first:
             return changed.report
-        report = store.write(changed)
+        report = output.write(changed)
     task.forget()
-    return store.complete(report)
+    return output.complete(report)

@@ -1,4 +1,4 @@
-"""The place of a model while a task changes it: in memory, or with its blocks on disk."""
+"""The model of a run: its blocks, its dtypes, and the surroundings of the run."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -15,15 +15,18 @@ from apt.checkpoints.load import fingerprint
 from apt.compute import ComputeDtype, Precision, compute_dtype
 from apt.distributed.ranks import Ranks
 from apt.files.journal import Journal
-from apt.pruning.block_storage import BlockStorage, MemoryBlocks, RoundedBlocks
+from apt.pruning.block_store import BlockStore
 
 
-class ModelStore:
-    """A model in memory, and the surroundings of a run.
+class ModelStore(BlockStore):
+    """A model, and the surroundings of a run.
+
+    Its kinds are a model that a program passes, `apt.engine.given.GivenModel`, a checkpoint that is
+    read into memory, `apt.engine.in_memory.InMemory`, and one whose blocks stay on disk,
+    `apt.engine.streamed.Streamed`.
 
     Attributes:
         model: the model.
-        blocks: the storage of its blocks.
         activations: the store of the calibration activations between two blocks.
         journal: the journal of the run.
         folder: a folder for what a training keeps on disk.
@@ -39,11 +42,11 @@ class ModelStore:
         observe: Callable[[Any], None] = lambda event: None,
         status: Callable[[str], None] = lambda text: None,
     ) -> None:
+        super().__init__()
         self.ranks, self.observe, self.status = ranks or Ranks(), observe, status
         self._started = time.perf_counter()
         self.precision = Precision(torch.float32, torch.float32)  # until `compute_in`
         self._cast: ComputeDtype | None = None
-        self.blocks: BlockStorage = MemoryBlocks()
         self.activations: Store = MemoryStore()
         self.journal = Journal()
 
@@ -70,12 +73,11 @@ class ModelStore:
         _ = self.weights  # their hash, before they are cast
         self.precision = Precision(stored, compute_dtype(stored, device, asked))
         self._cast = ComputeDtype(self.model, self.precision.compute)
-        stored_dtypes = {**self._cast.stored, **(dtypes or {})}
-        if any(
-            parameter.dtype != stored_dtypes.get(name, parameter.dtype)
+        self.dtypes = {**self._cast.stored, **(dtypes or {})}
+        self.repeatable = any(
+            parameter.dtype != self.dtypes.get(name, parameter.dtype)
             for name, parameter in self.model.named_parameters()
-        ):
-            self.blocks = RoundedBlocks(stored_dtypes)
+        )
 
     def restore(self) -> None:
         """Give the weights their stored dtypes again."""

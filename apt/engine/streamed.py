@@ -1,4 +1,4 @@
-"""A run that streams the model from disk to disk, with one block in memory at a time.
+"""A checkpoint whose blocks stay on disk, with one of them in memory at a time.
 
 The output begins as a copy of the checkpoint, and the pruned tensors are written over their own
 bytes. So shards, dtypes, metadata and all other files do not change. Dense weights are always read
@@ -6,68 +6,81 @@ from the input: an interrupted block is pruned again from the start, with the sa
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from apt.calibration.storage import DiskStore
 from apt.checkpoints.copies import check_copy, checksums, copied_size
-from apt.checkpoints.masks import MASKS, Orders, block_masks, write_masks
 from apt.checkpoints.offload import StoredBlocks, assemble
 from apt.checkpoints.safetensors_io import Shards
 from apt.checkpoints.smaller import write_smaller
-from apt.checkpoints.stored import open_stored, pruned_tensors
+from apt.checkpoints.stored import open_stored, pruned_parameters, pruned_tensors
+from apt.checkpoints.verify import zeros_of
 from apt.compute import Precision, compute_dtype
+from apt.devices import is_accelerator
 from apt.distributed.ranks import Ranks
-from apt.engine.disk_blocks import DiskBlocks
 from apt.engine.machine import activation_store
-from apt.engine.output_store import OutputStore
+from apt.engine.store import ModelStore
 from apt.engine.task import Changed, Task
 from apt.engine.text import Text
 from apt.errors import AptError, first_line
 from apt.evaluation.blockwise import carried, streamed
-from apt.output.report import Report
-from apt.output.staging import write_errors
-from apt.output.timeline import Timeline
+from apt.events import Done, ExpertsRemoved, SitePruned
+from apt.files.journal import Journal, Line
+from apt.output.report import read_site
+from apt.output.staging import Staging
 from apt.planning.plan import Plan
 from apt.text.datasets import digest
 
 _CHUNK = 2**24
+_TOKENS = "tokens.safetensors"  # the calibration text that the model has generated
+_BLOCK, _COPIED, _OWN_TEXT = "block", "copied", "own_text"  # keys of lines of the journal
 
 
-class Streamed(OutputStore):
-    """A streamed run, see `apt.engine.output_store.OutputStore`; a journal records its steps.
+class Streamed(ModelStore):
+    """A checkpoint on disk; blocks are kept in a copy of it, with a line in the journal.
 
     Raises:
         AptError: the checkpoint cannot be streamed.
     """
 
-    blocks: DiskBlocks
-
-    def __init__(self, task: Task, timeline: Timeline, ranks: Ranks) -> None:
-        super().__init__(task, timeline, ranks)
-        self._stored, where = open_stored(task.skeleton), task.options.activations
-        on_disk = where == "disk"
-        self.activations = DiskStore(self.work.activations) if on_disk else activation_store(where)
+    def __init__(
+        self,
+        task: Task,
+        ranks: Ranks | None = None,
+        observe: Callable[[Any], None] = lambda event: None,
+        status: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        super().__init__(ranks, observe, status)
+        self._task, self._stored = task, open_stored(task.skeleton)
+        self.activations = activation_store(task.options.activations)
+        stored = self._stored.dtype(task.skeleton, self._plan)
+        compute = compute_dtype(stored, task.device, task.options.compute)
+        self.precision = Precision(stored, compute)
+        self.dtypes, self.repeatable = self._stored.dtypes(self._plan), True
+        self._next = dict(itertools.pairwise(planned.name for planned in self._plan.blocks))
+        self._ahead: dict[str, Future[dict[str, Tensor]]] = {}
+        self._reader = ThreadPoolExecutor(1) if reads_ahead(task.device) else None
+        self._done: dict[str, Line] = {}
         self._dense: StoredBlocks
-        self._pruned: StoredBlocks
+        self._kept: StoredBlocks
         self._small: Path | None = None  # the directory of a smaller model
 
-    def _written_bytes(self) -> int:
-        return copied_size(self._stored.directory, self._stored.shards)
-
-    @contextmanager
-    def opened(self) -> Iterator[None]:
-        """While entered, the staging folder is locked. After an error, finished blocks are kept."""
-        resume = "correct that, then resume the run", ("resume",)
-        with write_errors(self.work.name, *resume), super().opened():
-            yield
+    @property
+    def _plan(self) -> Plan:
+        """The plan with all blocks that may be written."""
+        assert self._task.plan is not None
+        return self._task.plan
 
     @cached_property
     def weights(self) -> str:
@@ -80,76 +93,67 @@ class Streamed(OutputStore):
                     digest.update(chunk)
         return digest.hexdigest()
 
-    def readable(self) -> AbstractContextManager[None]:
-        """While entered, the dense model can run: each block is read for each of its calls."""
-        return self._dense.read_on_call()
+    def output_bytes(self) -> int:
+        """The bytes of the output."""
+        return copied_size(self._stored.directory, self._stored.shards)
 
-    def begin(self, text: Text) -> Report:
-        """Continue from the journal or copy the checkpoint, and load the weights outside blocks."""
-        self.text = text
+    def read(self) -> None:
+        """Check the weights: blocks are read when they are opened."""
         self.status("checking and hashing the weights")
         self._stored.check_finite()
-        stored = self._stored.dtype(self.task.skeleton, self.task.plan)
-        compute = compute_dtype(stored, self.task.device, self.task.options.compute)
-        self.precision = Precision(stored, compute)
-        report = self.task.begin(self, text)
-        if self.ranks.first:
-            if not self._continues(report):
-                self._copy()
-            elif not self.is_done():
-                self._check_copy()
-        self.journal.lines = self.ranks.share(self.journal.lines)
-        self._read_scores()
-        if not self.is_done():
-            self._assemble()
-        return report
 
-    def _copy(self) -> None:
+    def begin(self, text: Text, out: Path | None = None, *, resumed: bool = False) -> None:
+        """Copy the checkpoint, and load the weights outside the blocks.
+
+        Args:
+            out: an empty directory for the copy, in which blocks are kept; None if none are kept.
+            resumed: True if an interrupted run has made the copy, which is then checked.
+
+        Raises:
+            AptError: a file of the interrupted run was changed since then.
+        """
+        if out is not None:
+            if self.ranks.first and resumed:
+                self._check_copy(out)
+            elif self.ranks.first:
+                self._copy(out, text)
+            self.ranks.wait()
+        self.status("loading the weights outside the blocks")
+        stored, device = self._stored, self._task.device
+        parts = (stored.shards, stored.layout)
+        self.model = assemble(self._task.skeleton, *parts, device, self.precision.compute)
+        self._dense = self._blocks(stored.shards)
+        self._kept = self._dense if out is None else self._blocks(Shards(out))
+        self._done = {str(line[_BLOCK]): line for line in self.journal.lines if _BLOCK in line}
+        for planned in self._plan.blocks:
+            line = self._done.get(planned.name)
+            if line is not None and line.get("digest") != self._kept.digest(planned):
+                raise self.journal.damaged(f"{planned.name} was changed")
+
+    def _copy(self, out: Path, text: Text) -> None:
         self.status("copying the checkpoint")
-        options, out = self.task.options, self.work.out
-        other = self.text.tokenizer if options.tokenizer else None
+        options = self._task.options
+        other = text.tokenizer if options.tokenizer else None
         self._stored.copy(out, other, options.max_shard_size)
-        self.journal.add({"copied": checksums(out)}, out)
+        self.journal.add({_COPIED: checksums(out)}, out)
 
-    def _check_copy(self) -> None:
+    def _check_copy(self, out: Path) -> None:
         """Compare the files of the interrupted run with their checksums."""
         self.status("checking the files of the interrupted run")
         pruned = pruned_tensors(self._plan, self._stored.layout)
         try:
-            copied = dict(self.journal.values("copied")[0])
-            check_copy(self._stored.shards, self.work.out, copied, pruned)
+            copied = dict(self.journal.values(_COPIED)[0])
+            check_copy(self._stored.shards, out, copied, pruned)
         except (AptError, OSError, IndexError, TypeError, ValueError) as error:
             raise self.journal.damaged(getattr(error, "message", first_line(error))) from error
 
-    @property
-    def _plan(self) -> Plan:
-        """The plan with all blocks that may be written."""
-        assert self.task.plan is not None
-        return self.task.plan
+    def _blocks(self, shards: Shards) -> StoredBlocks:
+        blocks = dict(self._task.skeleton.adapter.blocks(self.model))
+        return StoredBlocks(shards, self._stored.layout, blocks, self._task.device, cast=True)
 
-    def _read_scores(self) -> None:
-        """Take the metrics from the journal."""
-        try:
-            for scores in self.journal.values("scores"):
-                self._scores |= scores
-        except (TypeError, ValueError) as error:
-            raise self.journal.damaged("its journal has no scores") from error
-
-    def _assemble(self) -> None:
-        """Load the weights outside the blocks."""
-        self.status("loading the weights outside the blocks")
-        task, stored = self.task, self._stored
-        self.model = assemble(
-            task.skeleton, stored.shards, stored.layout, task.device, self.precision.compute
-        )
-        blocks = dict(task.skeleton.adapter.blocks(self.model))
-        self._dense, self._pruned = (
-            StoredBlocks(shards, stored.layout, blocks, task.device, cast=True)
-            for shards in (stored.shards, Shards(self.work.out))
-        )
-        both = (self._dense, self._pruned)
-        self.blocks = DiskBlocks(self._plan, *both, task.device, self.journal, self.ranks)
-        self.blocks.check()
+    def readable(self) -> AbstractContextManager[None]:
+        """While entered, the dense model can run: each block is read for each of its calls."""
+        return self._dense.read_on_call()
 
     def generated(self, generate: Callable[[], Tensor]) -> Tensor:
         """The samples that ``generate`` returns, or those of the interrupted run.
@@ -157,8 +161,9 @@ class Streamed(OutputStore):
         Raises:
             AptError: they were changed since then.
         """
-        place, digests = self.work.tokens, self.journal.values("own_text")
+        digests = self.journal.values(_OWN_TEXT)
         if digests:
+            place = self.folder / _TOKENS
             known = self.ranks.share(_tokens_in(place) if self.ranks.first else None)
             if known is None or digest(known) != digests[-1]:
                 raise self.journal.damaged(f"{place.name} was changed")
@@ -166,77 +171,83 @@ class Streamed(OutputStore):
         self.status("generating calibration text, block by block")
         with self.readable():
             known = self.ranks.share(generate() if self.ranks.first else torch.empty(0))
-        if self.ranks.first:
-            save_file({"tokens": known}, place)
-            self.journal.add({"own_text": digest(known)}, place)
+        if self.ranks.first and self.journal.path is not None:
+            save_file({"tokens": known}, place := self.folder / _TOKENS)
+            self.journal.add({_OWN_TEXT: digest(known)}, place)
         return known
 
-    def measure(self, when: str) -> None:
-        """Measure the model, unless the interrupted run has done that, and record the result."""
-        if when not in self._scores:
-            super().measure(when)
-            if when in self._scores:
-                self.journal.add({"scores": {when: self._scores[when]}})
+    @contextmanager
+    def open(self, name: str, block: nn.Module) -> Iterator[None]:
+        """While entered, the dense block is in memory; then it is on the meta device again.
+
+        For a GPU, the next block is read in the meantime.
+        """
+        reading = self._ahead.pop(name, None)
+        self._ahead.clear()  # of a dropped block that is not opened
+        dense = reading.result() if reading else self._dense.read(name)
+        following = self._next.get(name)
+        if self._reader is not None and following is not None:
+            self._ahead[following] = self._reader.submit(self._dense.read, following)
+        with self._dense.open(name, dense):
+            yield
+
+    def kept(self, name: str) -> list[Done] | None:
+        """The records in the journal of a block; None if it is not kept yet."""
+        return records_of(self._done[name], self.journal) if name in self._done else None
+
+    def read_kept(self, name: str, block: nn.Module) -> None:
+        """Read the kept block from the copy."""
+        self._kept.restore(name)
+
+    def keep(self, name: str, block: nn.Module, done: Sequence[Done]) -> None:
+        """Write the pruned parameters, and then a line in the journal; the first rank does it.
+
+        Every rank continues with the values as stored, as a resumed run does.
+        """
+        super().keep(name, block, done)
+        if not self.ranks.first:
+            return
+        planned = next(entry for entry in self._plan.blocks if entry.name == name)
+        self._kept.write(name, pruned_parameters(planned), self._dense)
+        records = {
+            "sites": [asdict(each) for each in done if isinstance(each, SitePruned)],
+            "experts": [asdict(each) for each in done if isinstance(each, ExpertsRemoved)],
+        }
+        self.journal.keep({_BLOCK: name, **records, "digest": self._kept.digest(planned)})
+
+    def write(self, changed: Changed, work: Staging, text: Text) -> Path:
+        """The directory of the model: the copy, or that of a smaller model beside it.
+
+        The smaller model is written from the kept blocks, and it is checked that it opens.
+        """
+        if changed.plan is None or not changed.plan.structured:
+            return work.out
+        self.status("writing the smaller model")
+        zeros_of(changed.plan, self.written)
+        skeleton, layout = self._task.skeleton, self._stored.layout
+        self._small = work.fresh("small")
+        blocks = dict(skeleton.adapter.blocks(self.model))
+        written = StoredBlocks(Shards(work.out), layout, blocks, self._task.device)
+        write_smaller(skeleton, changed.plan, written, layout, work.out, self._small)
+        open_stored(self._task.open(self._small))
+        return self._small
+
+    def written(self, name: str) -> AbstractContextManager[nn.Module]:
+        """While entered, a kept block is in memory."""
+        return self._kept.open(name)
 
     @contextmanager
-    def _measurable(self, held_out: Tensor, when: str) -> Iterator[nn.Module]:
-        adapter = self.task.skeleton.adapter
+    def measurable(self, held_out: Tensor, when: str) -> Iterator[nn.Module]:
+        """While entered, the model ``"before"`` or ``"after"`` can run on these windows."""
+        skeleton, device = self._task.skeleton, self._task.device
         if self._small is not None:
-            small, compute = self._saved(self._small), self.precision.compute
-            with streamed(small, held_out, self.task.device, compute) as module:
+            small = self._task.open(self._small)
+            with streamed(small, held_out, device, self.precision.compute) as module:
                 yield module
             return
-        on_disk = self._pruned if when == "after" else self._dense
-        with carried(self.model, adapter, held_out, on_disk, self.activations):
+        on_disk = self._kept if when == "after" else self._dense
+        with carried(self.model, skeleton.adapter, held_out, on_disk, self.activations):
             yield self.model
-
-    def write(self, changed: Changed) -> Report:
-        """Measure and verify the written model, write the report, and publish the output."""
-        assert changed.plan is not None
-        report = changed.report
-        if changed.plan.structured:
-            self._small = self._compact(changed.plan)
-        self._measure_after()
-        if self._small is None:
-            self.status("verifying")
-            orders = report.orders if changed.save_masks else None
-            report = report.with_zeros(self._verify(changed.plan, orders))
-        report = self._record(report, self._small or self.work.out)
-        if self._small is not None:
-            self.work.replace_out(self._small)
-        self._publish()
-        return report
-
-    def _verify(self, plan: Plan, orders: Orders | None) -> dict[str, int]:
-        """Check the written blocks; returns the zeros by site.
-
-        Args:
-            plan: the plan.
-            orders: writes the masks, with these orders, see `write_masks`. None writes none.
-        """
-        written, adapter = dict[str, Tensor](), self.task.skeleton.adapter
-
-        def collect(name: str, block: nn.Module) -> None:
-            if orders is not None:
-                written.update(block_masks(name, block, adapter))
-
-        zeros = self.blocks.verify(plan, collect)
-        if orders is not None:
-            write_masks(written, self.work.out / MASKS, orders)
-        return zeros
-
-    def _compact(self, plan: Plan) -> Path:
-        """Write the smaller model beside the blocks with zeros, and check that it opens."""
-        self.status("writing the smaller model")
-        self.blocks.verify(plan)
-        skeleton, target = self.task.skeleton, self.work.fresh("small")
-        written = StoredBlocks(
-            Shards(self.work.out), self._stored.layout,
-            dict(skeleton.adapter.blocks(self.model)), self.task.device,
-        )  # fmt: skip
-        write_smaller(skeleton, plan, written, self._stored.layout, self.work.out, target)
-        open_stored(self._saved(target))
-        return target
 
 
 def _tokens_in(path: Path) -> Tensor | None:
@@ -245,3 +256,28 @@ def _tokens_in(path: Path) -> Tensor | None:
         return load_file(path)["tokens"]
     except (OSError, KeyError, ValueError, SafetensorError):
         return None
+
+
+def reads_ahead(device: str) -> bool:
+    """True if the next block is read while the current one is pruned.
+
+    On a CPU that would need memory for a second block and gain little: the kernel reads ahead.
+    """
+    return is_accelerator(device)
+
+
+def records_of(line: Line, journal: Journal) -> list[Done]:
+    """The records of a block in a line of a journal.
+
+    Raises:
+        AptError: the line is damaged.
+    """
+    try:
+        sites = [read_site(entry) for entry in line.get("sites", ())]
+        return [*(_experts(**entry) for entry in line.get("experts", ())), *sites]
+    except (KeyError, TypeError, ValueError) as error:
+        raise journal.damaged(first_line(error)) from error
+
+
+def _experts(name: str, experts: list[int], merged: list[tuple[int, int]]) -> ExpertsRemoved:
+    return ExpertsRemoved(name, tuple(experts), tuple((first, other) for first, other in merged))

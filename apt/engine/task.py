@@ -1,11 +1,12 @@
 """What a run does to a model: prune it, make it smaller, train it, or set weights to zero again."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
+from apt.checkpoints.load import open_skeleton
 from apt.checkpoints.masks import Masks
 from apt.checkpoints.opened import Opened
 from apt.distributed.ranks import Ranks
@@ -100,6 +101,11 @@ class Task:
     def change(self, store: ModelStore, text: Text, report: Report) -> Changed:
         """Change the model."""
         raise NotImplementedError
+
+    def open(self, written: Path) -> Opened:
+        """The changed model in a directory, without weights."""
+        source = replace(self.skeleton.source, location=str(written), gguf=None)
+        return open_skeleton(source, self.registry, self.skeleton.spec.name)
 
     def finished(
         self, report: Report, scores: dict[str, Any], timeline: dict[str, Any], seconds: float

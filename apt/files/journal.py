@@ -1,8 +1,9 @@
 """The journal of a run that can be resumed: a file of lines, each with a checksum.
 
-The first line has all that the run depends on. A line is written after the data that it describes
-are on disk: the journal flushes them first. Its checksum covers all lines before it, so that a
-changed, added or removed line is detected. An incomplete last line is ignored.
+The first line has all that the run depends on. A line of `Journal.keep` is about work from which a
+resumed run continues. A line is written after the data that it describes are on disk: the journal
+flushes them first. Its checksum covers all lines before it, so that a changed, added or removed
+line is detected. An incomplete last line is ignored.
 """
 
 import errno
@@ -18,7 +19,7 @@ from apt.errors import AptError
 from apt.files.flushing import flush
 
 Line = dict[str, Any]
-_CHECKSUM, _INPUTS = "checksum", "fingerprint"
+_CHECKSUM, _INPUTS, _KEPT = "checksum", "run_inputs", "kept"
 _HEAD = f'{{"{_INPUTS}": '.encode()
 
 
@@ -100,6 +101,15 @@ class Journal:
                 flush(self.path)
             self._last = checksum
         self.lines.append(line)
+
+    def keep(self, line: Line, data: Path | None = None) -> None:
+        """Write a line about work from which a resumed run continues, see `add`."""
+        self.add({**line, _KEPT: True}, data)
+
+    @property
+    def has_work(self) -> bool:
+        """True if there is work from which a resumed run continues."""
+        return any(_KEPT in line for line in self.lines)
 
     def clear(self) -> None:
         """Delete the file and forget its lines."""

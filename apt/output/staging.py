@@ -25,8 +25,7 @@ from apt.files.writing import check_file
 from apt.output.location import cannot_write, check_replaceable, staging_folder
 from apt.output.report import listed_files, read_report
 
-_JOURNAL = "journal.jsonl"
-_RESUMABLE = ("block", "checkpoint")  # the keys of lines about work that can be continued
+_JOURNAL, _FINISHED = "journal.jsonl", "finished"
 
 
 class Staging:
@@ -41,9 +40,8 @@ class Staging:
         name: the path of the output directory as the user gave it.
         folder: its path.
         out: the partial output, which becomes the output directory at the end.
-        activations: a folder for activations on disk, which no later run uses.
-        tokens: the calibration text that the model has generated.
-        journal: the journal of a streamed run.
+        scratch: a folder for what no later run uses.
+        journal: the journal of a run that can be resumed.
     """
 
     def __init__(self, output: Path, overwrite: bool = False) -> None:
@@ -51,8 +49,7 @@ class Staging:
         self.output, self.folder = Path(os.path.realpath(output)), staging_folder(output)
         self.out, self._old = self.folder / "out", self.folder / "old"
         self._former = self.folder / "former"  # ``out`` for a moment, while another replaces it
-        self.activations = self.folder / "activations"
-        self.tokens = self.folder / "tokens.safetensors"
+        self.scratch = self.folder / "scratch"
         self.journal = Journal(
             self.folder / _JOURNAL, f"the interrupted run of {output}",
             f"delete {self.folder} and begin again",
@@ -70,23 +67,17 @@ class Staging:
             _put_back(self._old, self.output)
             _put_back(self._former, self.out)
             self.journal.read()
-            shutil.rmtree(self.activations, ignore_errors=True)
-            self.activations.mkdir()
+            self.fresh(self.scratch.name)
             try:
                 yield
             finally:
-                unused = self.activations if self.worth_keeping else self.folder
+                unused = self.scratch if self.worth_keeping else self.folder
                 shutil.rmtree(unused, ignore_errors=True)
 
     @property
     def worth_keeping(self) -> bool:
         """True if there is work to resume from, or a result that was not moved."""
-        return self.has_work or self.complete
-
-    @property
-    def has_work(self) -> bool:
-        """True if the journal names finished blocks, or a checkpoint of a training."""
-        return any(map(self.journal.values, _RESUMABLE))
+        return self.journal.has_work or self.complete
 
     @property
     def complete(self) -> bool:
@@ -107,10 +98,10 @@ class Staging:
             AptError: the interrupted run had other inputs, or is not to be resumed; or there is a
                 complete result.
         """
-        if self.has_work and resume:
+        if self.journal.has_work and resume:
             self.journal.check(inputs or {})
             return True
-        if self.has_work:
+        if self.journal.has_work:
             raise AptError(
                 f"there is an interrupted run of {self.name}",
                 f"resume it, or delete {self.folder}",
@@ -156,7 +147,7 @@ class Staging:
 
     def _finish(self, directory: Path) -> None:
         """Record a complete output, by the hash of its report, which has those of its files."""
-        self.journal.add({"finished": sha256(directory / REPORT)}, directory)
+        self.journal.add({_FINISHED: sha256(directory / REPORT)}, directory)
 
     @property
     def done(self) -> Path | None:
@@ -164,7 +155,7 @@ class Staging:
         return next(filter(self._is_finished, (self.output, self.out)), None)
 
     def _is_finished(self, directory: Path) -> bool:
-        known = self.journal.values("finished")
+        known = self.journal.values(_FINISHED)
         if not known or not (directory / REPORT).is_file():
             return False
         if sha256(directory / REPORT) != known[-1]:

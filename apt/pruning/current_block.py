@@ -17,7 +17,7 @@ from apt.calibration.dense_activations import advance_dense, stream_rows
 from apt.calibration.targets import Sums
 from apt.events import BlockTuned, Done, ExpertsRemoved, Observer, SitePruned, Working
 from apt.planning.plan import PlannedBlock, PlannedSite
-from apt.pruning.block_storage import BlockStorage
+from apt.pruning.block_store import BlockStore
 from apt.pruning.disconnecting import disconnect_groups
 from apt.pruning.layer import SiteSolver, SolvedSite, mean_square, measured, round_site
 from apt.pruning.paused_forward import CannotPause, PausedForwards
@@ -40,7 +40,7 @@ class CurrentBlock(OpenBlock):
         pass_dropped: runs them on the dense stream.
         tuning_batches: the number of batches for tuning, which are the first ones.
         can_pause: True if forwards can pause within the block.
-        storage: the storage of the block.
+        storage: the store of the block.
         dense: the dense weights (out, in) of those that write to the residual stream; none without
             a dense stream, since only the drift between the streams needs them.
         scales: the factors of the rows (out, 1) of each site with row importance.
@@ -56,7 +56,7 @@ class CurrentBlock(OpenBlock):
     pass_dropped: Callable[[Sequence[Dropped]], None]
     tuning_batches: int
     can_pause: bool
-    storage: BlockStorage
+    storage: BlockStore
     scales: dict[Site, Tensor] = field(default_factory=dict)
     orders: dict[str, Tensor] = field(default_factory=dict)
     propagated: bool = False
@@ -252,7 +252,7 @@ class CurrentBlock(OpenBlock):
         """
         if (integers := self.solver.recipe.integers) is not None:
             for _, each in solved:
-                stored = self.storage.stored_dtype(
+                stored = self.storage.dtypes.get(
                     f"{self.planned.name}.{each.planned.site.parameter}"
                 )
                 round_site(self.module, each, integers, self.solver.recipe.solver.damping, stored)

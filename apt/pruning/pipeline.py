@@ -18,7 +18,7 @@ from apt.distributed.ranks import Ranks
 from apt.errors import AptError
 from apt.events import BlockStarted, Done, Observer, SitePruned, Working
 from apt.planning.plan import Plan, PlannedBlock
-from apt.pruning.block_storage import BlockStorage, MemoryBlocks
+from apt.pruning.block_store import BlockStore
 from apt.pruning.current_block import CurrentBlock, Dropped
 from apt.pruning.disconnecting import unrouted
 from apt.pruning.layer import Recipe, SiteMethod, SiteSolver
@@ -36,7 +36,7 @@ def prune_blocks(
     method: SiteMethod[Any],
     recipe: Recipe | None = None,
     *,
-    block_storage: BlockStorage | None = None,
+    block_storage: BlockStore | None = None,
     store: Store | None = None,
     ranks: Ranks | None = None,
     observe: Observer = lambda event: None,
@@ -54,7 +54,7 @@ def prune_blocks(
         plan: the pattern of each site, from `apt.planning.plan.make_plan`.
         tokens: calibration token ids (samples, seqlen).
         recipe: the options; the default is layer-wise.
-        block_storage: the storage of the blocks; None if all are in memory.
+        block_storage: the store of the blocks; None if all are in memory.
         store: the store of the activations between runs of blocks; None keeps them in memory. If
             they leave the model's device, forwards cannot pause, and a block is run again for each
             stage of sites that is solved in order.
@@ -67,7 +67,7 @@ def prune_blocks(
     """
     check_ids(tokens)
     solver = SiteSolver(method, recipe or Recipe())
-    storage, store = block_storage or MemoryBlocks(), store or MemoryStore()
+    storage, store = block_storage or BlockStore(), store or MemoryStore()
     run = _Pruning(adapter, solver, storage, store, ranks or Ranks(), observe)
     with eval_mode(model), adapter.running(model):
         return run.prune_all(model, plan, tokens)
@@ -77,7 +77,7 @@ def prune_blocks(
 class _Pruning:
     adapter: Adapter
     solver: SiteSolver
-    block_storage: BlockStorage
+    block_storage: BlockStore
     store: Store
     ranks: Ranks
     observe: Observer
@@ -136,7 +136,7 @@ class _Pruning:
     def prune_or_restore(self, current: CurrentBlock) -> list[Done]:
         """Prune a block, or restore it if an earlier run has pruned it."""
         name = current.planned.name
-        if (known := self.block_storage.pruned(name)) is None:
+        if (known := self.block_storage.kept(name)) is None:
             known = current.prune()
             self.block_storage.keep(name, current.module, known)
             return known
@@ -145,7 +145,7 @@ class _Pruning:
                 batch.dense.state = current.step(batch, batch.dense.state)
                 current.progress()
         self.pass_dropped(current.batches, current.dropped)
-        self.block_storage.restore(name, current.module)
+        self.block_storage.read_kept(name, current.module)
         current.unrouted = unrouted(current.module, current.planned.disconnected)
         for record in known:
             self.observe(record)

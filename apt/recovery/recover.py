@@ -210,7 +210,7 @@ def _plan(
 
     def observe(event: TrainingEvent) -> None:
         if isinstance(event, CheckpointSaved) and job.ranks.first:
-            job.journal.add(
+            job.journal.keep(
                 {CHECKPOINT: event.step}, checkpoint_of(job.folder / _STEPS, event.step)
             )
         job.observe(event)

@@ -110,7 +110,7 @@ def test_a_run_that_was_killed_leaves_no_activations_behind(command, apt, output
         cut(patch, PLACES["journal"], 4, KilledError())
         with pytest.raises(KilledError):
             apt(*command, "-o", "out")
-    activations = Path(".out.apt/activations")
+    activations = Path(".out.apt/scratch")
     assert not activations.exists()
     activations.mkdir()  # SIGKILL leaves them
     (activations / "0").write_bytes(b"activations")

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from apt.checkpoints.load import load, open_skeleton
-from apt.engine.disk_blocks import records_of
+from apt.engine.streamed import records_of
 from apt.errors import AptError
 from apt.locations.model_source import find
 from apt.output.staging import Staging
@@ -111,7 +111,7 @@ site_fields = st.dictionaries(st.sampled_from(["name", "shape", "zeros", "patter
 expert_fields = st.dictionaries(st.sampled_from(["name", "experts", "merged"]), values)
 lines = st.one_of(
     json_values,
-    st.fixed_dictionaries({"fingerprint": json_values}),
+    st.fixed_dictionaries({"run_inputs": json_values}),
     st.fixed_dictionaries(
         {
             "block": json_values,

@@ -15,21 +15,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
-from safetensors.torch import save_file
-from torch import nn
 
 import apt
-from apt.adapter import Site
 from apt.calibration.batches import check_finite
-from apt.checkpoints.offload import StoredBlocks
-from apt.checkpoints.safetensors_io import Shards
 from apt.distributed.ranks import Ranks
-from apt.engine.disk_blocks import DiskBlocks
 from apt.events import SitePruned
-from apt.layouts.pieces import Piece
-from apt.planning.plan import Plan, PlannedBlock, PlannedSite
 from apt.plugin.registry import Registry
-from apt.solver import NM
 from apt.tuning.block_tuning import BlockTuning
 from tests.helpers import TEXT
 from tests.helpers.families import CONFIGS, random_model, random_tokens
@@ -152,22 +143,6 @@ def test_only_the_first_rank_tells_the_plugins(monkeypatch):
         apt.prune(random_model("opt"), TOKENS, **how)
         assert len(told) == (18 if ranks.first else 0)
     assert sum(isinstance(event, SitePruned) for event in seen) == 2 * 18
-
-
-@pytest.mark.parametrize("first", [True, False])
-def test_every_rank_goes_on_with_the_block_as_it_is_stored(first, tmp_path):
-    """In a checkpoint of several dtypes, some are stored in fewer bits than a run has."""
-    block = nn.Linear(4, 4, bias=False)
-    exact, dense = block.weight.data.clone(), torch.zeros(4, 4, dtype=torch.bfloat16)
-    save_file({"block.weight": dense}, tmp_path / "model.safetensors")
-    layout = {"block.weight": [Piece("block.weight")]}
-    stored = StoredBlocks(Shards(tmp_path), layout, {"block": block}, "cpu")
-    site = PlannedSite("block", Site("", "weight", "x"), (4, 4), NM(2, 4))
-    journal = SimpleNamespace(lines=[], add=lambda line: None)
-    plan, ranks = Plan((PlannedBlock("block", (site,)),)), SimpleNamespace(first=first)
-    DiskBlocks(plan, stored, stored, "cpu", journal, ranks).keep("block", block, [])
-    assert torch.equal(block.weight.data, exact.bfloat16().float())
-    assert torch.equal(stored.read("block")["weight"], exact.bfloat16() if first else dense)
 
 
 def with_another(kind):

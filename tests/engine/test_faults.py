@@ -68,7 +68,7 @@ def test_a_disk_too_small_is_told_before_the_work(checkpoint, apt, small_disk):
 
 
 def test_a_disk_that_fills_up_meanwhile(checkpoint, apt, small_disk, monkeypatch):
-    monkeypatch.setattr("apt.engine.output_store.check_space", lambda needed: None)
+    monkeypatch.setattr("apt.engine.run_output.check_space", lambda needed: None)
     run = apt("prune", checkpoint("llama"), *SMALL, "-o", small_disk / "out")
     assert run.code == 2
     assert "cannot write" in run.err
@@ -163,7 +163,7 @@ def test_a_run_that_is_asked_to_end(apt, checkpoint, monkeypatch, number):
     command = ("prune", checkpoint("llama"), *SMALL, "--method", "wanda", "-o", "out")
     with monkeypatch.context() as patch:
         patch.setattr(
-            "apt.engine.output_store.write_card", lambda *arguments: os.kill(os.getpid(), number)
+            "apt.engine.run_output.write_card", lambda *arguments: os.kill(os.getpid(), number)
         )
         run = apt(*command)
     assert run.code == (143 if number == signal.SIGTERM else 130)

@@ -4,18 +4,24 @@ import errno
 import shutil
 import signal
 import threading
-from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
+from apt.checkpoints.load import open_skeleton
 from apt.checkpoints.safetensors_io import Shards
 from apt.distributed.ranks import Ranks
-from apt.engine.disk_blocks import DiskBlocks
+from apt.engine.streamed import Streamed
+from apt.engine.task import Task
+from apt.engine.text import Text
 from apt.files.journal import Journal
+from apt.locations.model_source import find
+from apt.options import PruneRun
 from apt.output.staging import Staging
+from apt.planning.plan import make_plan
+from apt.plugin.registry import registry
+from apt.solver import NM
 from tests.helpers.families import CONFIGS, FAMILIES, random_model
 from tests.helpers.interrupted import (
     PLACES,
@@ -223,7 +229,7 @@ def test_the_next_block_is_read_while_one_has_its_turn(checkpoint, apt, output_o
         return original(self, name)
 
     with monkeypatch.context() as patch:
-        patch.setattr("apt.engine.disk_blocks.reads_ahead", lambda device: True)
+        patch.setattr("apt.engine.streamed.reads_ahead", lambda device: True)
         patch.setattr(Shards, "read", read)
         cut(patch, PLACES["journal"], 5, KilledError())
         with pytest.raises(KilledError):
@@ -236,14 +242,51 @@ def test_the_next_block_is_read_while_one_has_its_turn(checkpoint, apt, output_o
     assert weights("out") == weights(whole)
 
 
-def test_a_block_that_is_read_ahead_but_never_opened_is_let_go():
+def streamed(model, ranks=None, **options):
+    """The store of a streamed run of a model to 2:4."""
+    options |= {"model": str(model), "output": Path("out"), "pattern": "2:4", "stream": True}
+    skeleton = open_skeleton(find(str(model), registry()), registry())
+    return Streamed(
+        Task(
+            options=PruneRun(**options),
+            registry=registry(), skeleton=skeleton, device="cpu",
+            plan=make_plan(skeleton.module, skeleton.adapter, NM(2, 4)),
+        ),
+        ranks,
+    )  # fmt: skip
+
+
+def test_a_block_that_is_read_ahead_but_never_opened_is_let_go(checkpoint, monkeypatch):
     """A layer-wise run opens no block that is dropped."""
-    plan = SimpleNamespace(blocks=[SimpleNamespace(name=str(index)) for index in range(5)])
-    source = SimpleNamespace(read=lambda name: {}, open=lambda name, dense: nullcontext())
-    blocks = DiskBlocks(plan, source, source, "cuda", Journal(), Ranks())
-    for name, ahead in (("0", ["1"]), ("2", ["3"]), ("3", ["4"]), ("4", [])):
-        with blocks.open(name, None):
-            assert list(blocks._ahead) == ahead
+    monkeypatch.setattr("apt.engine.streamed.reads_ahead", lambda device: True)
+    store = streamed(checkpoint("llama"))
+    store.begin(Text(None))
+    for number, ahead in ((0, ["model.layers.1"]), (2, [])):
+        with store.open(f"model.layers.{number}", store.model.model.layers[number]):
+            assert list(store._ahead) == ahead
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_every_rank_continues_with_the_block_as_it_is_stored(first, tmp_path, tokenizer):
+    """A checkpoint in bf16 that computes in fp32: the values are rounded, one rank writes them."""
+    random_model("llama", torch.bfloat16).save_pretrained(tmp_path / "half")
+    tokenizer.save_pretrained(tmp_path / "half")
+    shutil.copytree(tmp_path / "half", tmp_path / "copy")
+    rank = type("OneOfTwo", (Ranks,), {"first": first})()
+    store = streamed(tmp_path / "half", ranks=rank, compute="float32")
+    store.begin(Text(None), tmp_path / "copy")
+    name, path = "model.layers.1", "mlp.up_proj.weight"
+    block = store.model.get_submodule(name)
+    with store.open(name, block):
+        weight = block.get_parameter(path)
+        dense, exact = weight.data.clone(), weight.data / 3
+        weight.data.copy_(exact)
+        store.keep(name, block, [])
+        assert torch.equal(weight.data, exact.bfloat16().float())
+    with store.written(name):
+        kept = block.get_parameter(path).data
+        assert torch.equal(kept, exact.bfloat16().float() if first else dense)
+    assert store.journal.has_work == first
 
 
 def test_a_damaged_block_that_is_read_ahead_is_told_in_its_turn(checkpoint, apt, monkeypatch):
@@ -256,7 +299,7 @@ def test_a_damaged_block_that_is_read_ahead_is_told_in_its_turn(checkpoint, apt,
     assert result.code == 2
     assert said in result.err
     assert not Path(".out.apt").exists()
-    monkeypatch.setattr("apt.engine.disk_blocks.reads_ahead", lambda device: True)
+    monkeypatch.setattr("apt.engine.streamed.reads_ahead", lambda device: True)
     monkeypatch.setattr(
         "apt.checkpoints.stored.Stored.check_finite", lambda self: None
     )  # damaged since

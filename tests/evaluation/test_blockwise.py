@@ -81,11 +81,11 @@ def test_what_was_measured_is_not_measured_again(checkpoint, apt, monkeypatch):
         "apt.cli.progress.PruningProgress.status", lambda self, line: statuses.append(line)
     )
 
-    def failing(self, plan, visit):
+    def failing(self, changed):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("apt.engine.disk_blocks.DiskBlocks.verify", failing)
+        patch.setattr("apt.engine.run_output.RunOutput.verify", failing)
         assert apt(*command, "-o", "out").code == 130
     assert sum("measuring" in line for line in statuses) == 4
     statuses.clear()
@@ -100,7 +100,7 @@ def test_another_text_to_measure_on_is_another_run(checkpoint, apt, monkeypatch)
     command = ["prune", checkpoint("llama"), *COMMAND, "--stream", "-o", "out"]
     command[command.index("--eval") + 1] = text
     with monkeypatch.context() as patch:
-        patch.setattr("apt.engine.disk_blocks.DiskBlocks.verify", lambda *given: 1 / 0)
+        patch.setattr("apt.engine.run_output.RunOutput.verify", lambda *given: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             apt(*command)
     text.write_text(TEXT.read_text()[::-1])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from apt.engine.in_memory import InMemory
+from apt.engine.run_output import RunOutput
 from apt.errors import AptError
 from apt.files import renaming
 from apt.files.renaming import exchange, rename_new
@@ -277,14 +277,14 @@ def test_folders_that_were_made_for_nothing_are_gone_again(tmp_path):
 
 def test_a_result_that_took_the_place_meanwhile_is_left(apt, checkpoint, monkeypatch):
     """The metrics of a run are written once its output is in place, and others may replace it."""
-    measure = InMemory.measure
+    measure = RunOutput.measure
 
     def while_another_run_ends(self, when):
         if when == "after":
             Path("out/apt_report.json").write_text('{"options": {}, "skipped": []}')
         return measure(self, when)
 
-    monkeypatch.setattr(InMemory, "measure", while_another_run_ends)
+    monkeypatch.setattr(RunOutput, "measure", while_another_run_ends)
     result = apt("prune", checkpoint("llama"), *QUICK, "--eval", TEXT, "-o", "out")
     assert result.code == 2
     assert "out was replaced by another run before its metrics were written" in result.err

@@ -1,0 +1,266 @@
+"""The output of a run: staged, written, verified, measured, reported and published."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from apt.calibration.storage import DiskStore
+from apt.checkpoints.copies import CARD
+from apt.checkpoints.masks import MASKS, Masks, block_masks, filled, write_masks
+from apt.checkpoints.stored import local_directory
+from apt.checkpoints.verify import zeros_of
+from apt.distributed.ranks import Ranks
+from apt.engine.in_memory import InMemory
+from apt.engine.streamed import Streamed
+from apt.engine.task import WITHOUT_EFFECT, Changed, Task
+from apt.engine.text import Text
+from apt.errors import AptError, first_line
+from apt.files.journal import Line
+from apt.locations.paths import portable
+from apt.output.card import write_card
+from apt.output.location import check_space
+from apt.output.report import Report, read_report, versions
+from apt.output.staging import Staging, write_errors
+from apt.output.timeline import Timeline
+
+
+class MeasurementError(AptError):
+    """The model is written and verified, but a measurement of it failed.
+
+    Attributes:
+        record: the failure without the place of the model, for the report.
+    """
+
+    def __init__(self, output: Path, error: Exception) -> None:
+        cause = f"{type(error).__name__}: {first_line(error)}"
+        super().__init__(
+            f"{output} is written and verified, but measuring it failed: {cause}",
+            f"measure it with: apt-prune eval {output}",
+        )
+        self.record = f"measuring it failed: {cause}"
+        self.__cause__ = error
+
+
+class RunOutput:
+    """The output of a run that reads a checkpoint and writes a directory.
+
+    The methods are called in the order in which they stand here. Only the first rank writes.
+
+    Attributes:
+        store: the model.
+    """
+
+    def __init__(self, task: Task, timeline: Timeline, ranks: Ranks) -> None:
+        self.task, self.ranks, self._timeline = task, ranks, timeline
+        kind = Streamed if task.stream else InMemory
+        self.store: InMemory | Streamed = kind(task, ranks, timeline.observe, timeline.status)
+        self.work = Staging(task.options.output, task.options.overwrite)
+        self.store.folder = self.work.folder
+        self._resumable = task.stream or task.resumable
+        if self._resumable:
+            self.store.journal = self.work.journal
+        if getattr(task.options, "activations", None) == "disk":
+            self.store.activations = DiskStore(self.work.scratch)
+        self.text: Text
+        self._scores: dict[str, Any] = {}
+        self._problem: MeasurementError | None = None
+
+    def check_space(self) -> None:
+        """Raise if the disk has not enough space; not on resuming."""
+        if self.ranks.first and not self.task.resume:
+            written, output = self.store.output_bytes(), self.work.name
+            check_space({"output": (output, self.task.space(written))})
+            places = {name: getattr(self.task.options, name, None) for name in ("pack", "export")}
+            more = {name: (place, written) for name, place in places.items() if place is not None}
+            check_space({"output": (output, written), **more})  # no copy is larger than the output
+
+    def _errors(self) -> AbstractContextManager[None]:
+        """Turn errors of the disk into an `AptError`."""
+        if self.task.stream:
+            return write_errors(self.work.name, "correct that, then resume the run", ("resume",))
+        return write_errors(self.work.name)
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """While entered, the staging folder is locked. After an error, work is kept."""
+        work = self.work
+        with self._errors() if self.task.stream else nullcontext():
+            try:
+                with work.locked() if self.ranks.first else nullcontext():
+                    if self.ranks.first and not self._resumable:
+                        work.begin()
+                    yield
+            except AptError as error:
+                mended = "resume" in error.options or "delete" in error.hint
+                another = not set(error.options).issubset(WITHOUT_EFFECT)  # another run
+                if self._resumable and work.worth_keeping and not (mended or another):
+                    error.add_hint(self._left(), "resume")
+                raise
+
+    def _left(self) -> str:
+        """What an interrupted run leaves, in words."""
+        if self.task.stream:
+            return f"finished blocks are in {self.work.folder.name}: resume the run"
+        return "the training can be resumed"
+
+    def begin(self, text: Text) -> Report:
+        """Open the model, continue an interrupted run or begin anew, and begin the report."""
+        self.text, store, resumed = text, self.store, False
+        store.read()
+        report = self.task.begin(store, text)
+        if self._resumable:
+            resumed = self.ranks.first and self._continues(report)
+            store.journal.lines = self.ranks.share(store.journal.lines)
+            self._read_scores()
+        if not self.is_done():
+            store.begin(text, self.work.out, resumed=resumed)
+        return report
+
+    def _continues(self, report: Report) -> bool:
+        """True if there is work of an interrupted run to continue from; otherwise begin anew."""
+        inputs: Line = self.task.inputs(self.store, self.text, report) | {
+            "versions": versions(),
+            "threads": torch.get_num_threads(),
+            "ranks": self.ranks.size,
+        }
+        return self.work.begin(inputs, resume=self.task.resume)
+
+    def _read_scores(self) -> None:
+        """Take the metrics from the journal."""
+        try:
+            for scores in self.work.journal.values("scores"):
+                self._scores |= scores
+        except (TypeError, ValueError) as error:
+            raise self.work.journal.damaged("its journal has no scores") from error
+
+    @cached_property
+    def _finished(self) -> Path | None:
+        """The complete output of an interrupted run; to find it reads all of its files."""
+        return self.work.done
+
+    def is_done(self) -> bool:
+        """True if an interrupted run had completed its output."""
+        return self._finished is not None
+
+    def earlier_report(self) -> Report:
+        """Publish the output of a run that was interrupted after that was complete."""
+        assert self._finished is not None
+        report = Report.read(self._finished)
+        self.ranks.wait()
+        if self.ranks.first:
+            self.work.finish()
+        return report
+
+    def measure(self, when: str) -> None:
+        """Measure the model in its present state, unless an interrupted run has done that."""
+        task, store, held_out = self.task, self.store, self.text.held_out
+        if held_out is None or when in self._scores:
+            return
+        scores = {}
+        with store.measurable(held_out, when) as model:
+            for name in task.options.metrics:
+                store.status(f"measuring {name} {when}{task.event}")
+                scores[name] = task.registry.evaluators.get(name).measure(model, held_out)
+        self._scores[when] = scores
+        if task.stream:
+            store.journal.add({"scores": {when: scores}})
+
+    def _measure_after(self) -> None:
+        """Measure the written model, which must not be lost by a failed measurement."""
+        try:
+            self.measure("after")
+        except Exception as error:
+            self._problem = MeasurementError(self.work.name, error)
+
+    def write(self, changed: Changed) -> Report:
+        """Write the model and the report, verify the written model, and publish it.
+
+        A streamed run, which can be resumed, measures the model before that, any other one after
+        it, see `complete`.
+        """
+        work = self.work
+        directory = self.store.write(changed, work, self.text)
+        if self.task.stream:
+            self._measure_after()
+        zeros, masks = self.verify(changed)
+        report = changed.report.with_zeros(zeros)
+        with self._errors():
+            if changed.save_masks:
+                write_masks(masks, directory / MASKS, report.orders)
+            if changed.adapter is not None:
+                place = directory / changed.adapter.name
+                shutil.copytree(changed.adapter, place, dirs_exist_ok=True)
+            report = self._record(report, directory)
+        if directory != work.out:
+            work.replace_out(directory)
+        (work.finish if self._resumable else work.publish)()
+        return report
+
+    def verify(self, changed: Changed) -> tuple[dict[str, int], Masks]:
+        """Check the zeros of the written model.
+
+        Returns:
+            The zeros of each site of the plan; none of a smaller model. The masks, if they are to
+            be saved.
+        """
+        plan, masks = changed.plan, dict(changed.masks)
+        if plan is None:
+            if (wrong := filled(masks, self.store.model)) is not None:
+                raise RuntimeError(f"{wrong} on disk lost zeros")
+            return {}, masks
+        if plan.structured:
+            return {}, masks
+        if self.task.stream:
+            self.store.status("verifying")
+
+        def collect(name: str, block: nn.Module) -> None:
+            if changed.save_masks:
+                masks.update(block_masks(name, block, self.task.skeleton.adapter))
+
+        return zeros_of(plan, self.store.written, collect), masks
+
+    def _record(self, report: Report, directory: Path, changed: list[str] | None = None) -> Report:
+        """Write the model card and the report; for ``changed`` see `Report.write`."""
+        scores, held_out, skeleton = self._scores, self.text.held_out, self.task.skeleton
+        if held_out is not None and scores:
+            source = portable(str(self.task.options.evaluation))
+            scores = {"source": source, "shape": list(held_out.shape), **scores}
+        seconds = self.store.seconds
+        report = self.task.finished(report, scores, self._timeline.record(), seconds)
+        if self._problem is not None:
+            report = replace(report, problems=[*report.problems, self._problem.record])
+        write_card(directory, report, None if skeleton.source.gguf else local_directory(skeleton))
+        return report.write(directory, changed)
+
+    def complete(self, report: Report) -> Report:
+        """Measure the published model, unless that is done, and return its complete report.
+
+        Raises:
+            AptError: a measurement failed, or another run has replaced the output in the meantime.
+        """
+        if self.text.held_out is not None and not self.task.stream:
+            output, published = self.work.name, report.to_dict()
+            self._measure_after()
+            if not _has_report(output, published):
+                fault = f"{output} was replaced by another run before its metrics were written"
+                raise AptError(fault, "choose another output", ("output",))
+            with self._errors():
+                report = self._record(report, output, changed=[CARD])
+        if self._problem is not None:
+            raise self._problem
+        return report
+
+
+def _has_report(directory: Path, record: dict[str, Any]) -> bool:
+    """True if the report in a directory is ``record``."""
+    try:
+        return read_report(directory) == record
+    except AptError:
+        return False
