@@ -40,9 +40,9 @@ doctor: $(VENV)/.development
 
 check: lint test
 
-# The documents as a site in out/site.
+# The documents as a site in out/site, with the reference. `--quiet` would hide warnings from `--strict`.
 docs: $(VENV)/.development
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # All tables of docs/benchmarks.md, hours of work; an interrupted run continues.
 benchmarks: $(VENV)/.development

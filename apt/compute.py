@@ -7,7 +7,7 @@ a run, and rounded to their stored dtypes at its end.
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -16,7 +16,7 @@ from importlib.metadata import version
 import torch
 from torch import Tensor, nn
 
-from apt.devices import multiplies_fast
+from apt.devices import multiplies_bf16, multiplies_fast
 from apt.errors import AptError
 
 HALF = (torch.bfloat16, torch.float16)
@@ -43,6 +43,25 @@ def compute_dtype(
         return asked_dtype
     slow = stored in HALF and not multiplies_fast(stored, device)
     return torch.float32 if slow else stored
+
+
+def mixed_precision(weights: Iterable[Tensor], asked: str = "auto") -> torch.autocast:
+    """Autocast to bf16 for a training, enabled as `trains_in_bf16` says for the weights' device."""
+    weights = list(weights)
+    device = weights[0].device
+    return torch.autocast(device.type, torch.bfloat16, trains_in_bf16(weights, device, asked))
+
+
+def trains_in_bf16(
+    weights: Iterable[Tensor], device: torch.device | str, asked: str = "auto"
+) -> bool:
+    """True if the products of a training are bf16: the weights are fp32.
+
+    Args:
+        asked: the name of a dtype; ``auto`` means bf16 where the device multiplies it faster.
+    """
+    wanted = multiplies_bf16(device) if asked == "auto" else asked == "bfloat16"
+    return wanted and all(weight.dtype == torch.float32 for weight in weights)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +67,7 @@ class AutoAdapter(DecoderAdapter):
         self._part = ""  # the path of what runs on text alone
         self._called: set[int] = set()  # the indices of the blocks that it calls
         self._widths: dict[str, Widths] = {}  # by configuration
-        self._checked: WeakSet[nn.Module] = WeakSet()
+        self._checked = False  # the sites found; those of a copy of the model are the same
 
     def blocks(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         """The modules of the language model's ``ModuleList`` with the most parameters."""
@@ -82,7 +81,7 @@ class AutoAdapter(DecoderAdapter):
                 self._found |= self._examine(filled, path)
             called = {name: block for i, (name, block) in enumerate(every) if i in self._called}
             self._channels |= _channels_of_experts(model, called, self._found, self._pairs)
-            self._config = config
+            self._config, self._checked = config, False
         found = [entry for index, entry in enumerate(every) if index in self._called]
         self._class, self._names = type(model), [name for name, _ in found]
         return found
@@ -152,10 +151,10 @@ class AutoAdapter(DecoderAdapter):
 
     def enter(self, model: nn.Module, tokens: Tensor) -> tuple[State, list[Call]]:
         """Record every block's call; the first time, check the sites that were found."""
-        if model not in self._checked:
-            self._checked.add(model)
-            self._check_conformance(model, tokens[:2, :16])
         blocks = [block for _, block in self.blocks(model)]
+        if not self._checked:
+            self._checked = True
+            self._check_conformance(model, tokens[:2, :16])
         return record_calls(model.get_submodule(self._part), blocks, tokens)
 
     @torch.no_grad()
@@ -192,7 +191,8 @@ class AutoAdapter(DecoderAdapter):
         part, adapter = model.get_submodule(self._part), self
         if self._part:
             adapter = AutoAdapter()
-            adapter._checked.add(part)
+            adapter.blocks(part)  # finds the sites
+            adapter._checked = True
         with eval_mode(model), _explained(type(model).__name__):
             for name in _CHECKS:
                 try:

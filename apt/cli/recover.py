@@ -2,17 +2,14 @@
 
 from pathlib import Path
 
-from apt.options import OUTPUT, ConfigOptions, Options, PrintingOptions, RecoverRun, option, options
+from apt.options import ConfigOptions, Options, PrintingOptions, RecoverRun, options, plot_option
 
 
 @options
 class PlotOptions(Options):
     """Options for the picture of a training."""
 
-    plot: Path | None = option(
-        "Draw the loss into a .png, .svg or .pdf file (needs matplotlib).",
-        default=None, panel=OUTPUT, metavar="FILE", saved=False,
-    )  # fmt: skip
+    plot: Path | None = plot_option("the loss")
 
 
 def recover(

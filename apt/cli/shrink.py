@@ -4,14 +4,13 @@ from pathlib import Path
 
 from apt.errors import AptError
 from apt.options import (
-    OUTPUT,
     ConfigOptions,
     DryRunOptions,
     Options,
     PrintingOptions,
     ShrinkRun,
-    option,
     options,
+    plot_option,
 )
 
 
@@ -19,10 +18,7 @@ from apt.options import (
 class PlotOptions(Options):
     """Options for the picture of a search."""
 
-    plot: Path | None = option(
-        "Draw the candidates of --search into a .png, .svg or .pdf file (needs matplotlib).",
-        default=None, panel=OUTPUT, metavar="FILE", saved=False,
-    )  # fmt: skip
+    plot: Path | None = plot_option("the candidates of --search")
 
 
 def shrink(

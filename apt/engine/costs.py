@@ -23,7 +23,7 @@ from apt.output.report import peak_memory
 from apt.planning.plan import Plan, PlannedBlock
 from apt.plugin.registry import registry
 from apt.solver.admm_search import ROUNDS
-from apt.solver.scaled import NODES
+from apt.solver.scaled import BF16_WIDTH, NODES
 from apt.text.augmentation import Augmentation
 from apt.text.self_generated import logits_at_once
 
@@ -36,7 +36,6 @@ _TUNING = 1.5  # of the products of tuning: batches held back, small batches, ca
 _JOINT = 6  # steps of a joint solve, a mean
 _SCANS = 20  # matrices that a step of the search reads or writes beside its product
 _BESIDE = 16.0  # elements that a forward moves beside its products, for each input of a site
-_SHORT = 512  # inputs below which the search multiplies in fp32
 
 
 @dataclass(frozen=True)
@@ -226,7 +225,7 @@ def _block_work(run: Planned, block: PlannedBlock, tuned: int) -> dict[str, Work
     stepped = sum(len(part.penalties) for part in rounds)
     widths = list(block.inputs.values())
     products = [2.0 * site.size * site.shape[1] for site in block.pruned]
-    narrow = sum(p for p, s in zip(products, block.pruned, strict=True) if s.shape[1] < _SHORT)
+    narrow = sum(p for p, s in zip(products, block.pruned, strict=True) if s.shape[1] < BF16_WIDTH)
     size = sum(site.size for site in block.pruned)
     mixed = Work(bf16=forward.fp32 + forward.bf16, moved=forward.moved)
     adam = Work(moved=12 * _FP32 * size * tuned / 1024)

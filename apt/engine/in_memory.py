@@ -76,10 +76,7 @@ class InMemory(ModelStore):
         task, plan, written = self._task, changed.plan, None
         self.restore()
         if plan is not None and plan.structured:
-            adapter, compute = task.skeleton.adapter, self.precision.compute
-            small = smaller(self.model, adapter, plan)
-            check_same_function(self.model, small, adapter, plan, text.tokens, compute)
-            self.model, self._stored = small, None
+            self._shrink(plan, text.tokens)
             written = fingerprint(self.model)
         with write_errors(work.name):
             self._save(plan, work.out, text.tokenizer)
@@ -89,6 +86,13 @@ class InMemory(ModelStore):
         if written is not None and fingerprint(self.model) != written:
             raise RuntimeError("the smaller model on disk differs from that in memory")
         return work.out
+
+    def _shrink(self, plan: Plan, tokens: Tensor) -> None:
+        """Replace the model by a smaller one, which computes the same."""
+        adapter, compute = self._task.skeleton.adapter, self.precision.compute
+        small = smaller(self.model, adapter, plan)
+        check_same_function(self.model, small, adapter, plan, tokens, compute)
+        self.model, self._stored = small, None
 
     def _save(self, plan: Plan | None, directory: Path, tokenizer: Any) -> None:
         """Write the model, as a copy of its checkpoint if that is possible."""

@@ -17,7 +17,7 @@ from apt.planning.structure import make_structured_plan
 from apt.plugin.specs import UNIFORM
 from apt.pruning.layer import BlockPruning
 from apt.pruning.pipeline import prune_blocks
-from apt.shrinking.record import removed_experts, structure_record
+from apt.shrinking.record import candidate_records, removed_experts, structure_record
 from apt.shrinking.structure_choice import StructureChoice
 from apt.text.augmentation import Augmentation
 
@@ -64,7 +64,7 @@ def prune_model(store: ModelStore, text: Text, job: Pruning, report: Report) -> 
     done, structure = prune_blocks(store, job, tokens), {}
     if job.structure is not None:
         config = getattr(store.model, "config", None)
-        structure = structure_record(job.structure, job.plan, store.model, job.adapter, config)
+        structure = structure_record(job.structure.mode, job.plan, store.model, job.adapter, config)
         removed = [one for one in done if isinstance(one, ExpertsRemoved)]
         structure["experts"] = removed_experts(removed)
     return replace(
@@ -110,7 +110,7 @@ def _structured(store: ModelStore, text: Text, job: Pruning) -> Plan:
     """The plan of a smaller model."""
     assert job.structure is not None
     model = store.model
-    structure = job.structure.choose(
+    structure, scored = job.structure.choose(
         model, job.adapter, text.tokens, partial(store.status, "structure"),
         bos=text.bos, special=text.special,
     )  # fmt: skip
@@ -119,4 +119,4 @@ def _structured(store: ModelStore, text: Text, job: Pruning) -> Plan:
         model, job.adapter, config, structure, adjusted=job.recipe.error_aware
     )
     smaller_skeleton(model, job.adapter, plan)  # raises if transformers has no model of these sizes
-    return plan
+    return replace(plan, candidates=candidate_records(scored))

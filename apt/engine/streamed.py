@@ -43,6 +43,7 @@ from apt.planning.plan import Plan
 from apt.text.datasets import digest
 
 _CHUNK = 2**24
+_TOKENS = "tokens.safetensors"  # the calibration text that the model has generated
 _BLOCK, _COPIED, _OWN_TEXT = "block", "copied", "own_text"  # keys of lines of the journal
 
 
@@ -112,8 +113,10 @@ class Streamed(ModelStore):
             AptError: a file of the interrupted run was changed since then.
         """
         if out is not None:
-            if self.ranks.first:
-                self._check_copy(out) if resumed else self._copy(out, text)
+            if self.ranks.first and resumed:
+                self._check_copy(out)
+            elif self.ranks.first:
+                self._copy(out, text)
             self.ranks.wait()
         self.status("opening the model", "loading the weights outside the blocks")
         stored, device = self._stored, self._task.device
@@ -245,9 +248,6 @@ class Streamed(ModelStore):
         on_disk = self._kept if when == "after" else self._dense
         with carried(self.model, skeleton.adapter, held_out, on_disk, self.activations):
             yield self.model
-
-
-_TOKENS = "tokens.safetensors"  # the calibration text that the model has generated
 
 
 def _tokens_in(path: Path) -> Tensor | None:

@@ -19,7 +19,7 @@ from apt.errors import AptError
 from apt.files.flushing import flush
 
 Line = dict[str, Any]
-_CHECKSUM, _INPUTS, _KEPT = "checksum", "inputs", "kept"
+_CHECKSUM, _INPUTS, _KEPT = "checksum", "run_inputs", "kept"
 _HEAD = f'{{"{_INPUTS}": '.encode()
 
 

@@ -349,6 +349,14 @@ class PrintingOptions(Options):
     )  # fmt: skip
 
 
+def plot_option(drawn: str) -> Any:
+    """The option for a picture, of which ``drawn`` says what it shows."""
+    return option(
+        f"Draw {drawn} into a .png, .svg or .pdf file (needs matplotlib).",
+        default=None, panel=OUTPUT, metavar="FILE", saved=False,
+    )  # fmt: skip
+
+
 def read_columns(text: str) -> Any:
     """The value of an option for the columns that share a scale: a number, or ``row``.
 

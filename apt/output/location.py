@@ -206,4 +206,9 @@ def cannot_write(
     output: Path, error: BaseException, hint: str = "", options: Iterable[str] = ()
 ) -> AptError:
     """The error for an output that cannot be written to disk."""
-    return AptError(f"cannot write {output}: {first_line(error)}", hint, options)
+    cause = first_line(error)
+    # numpy counts the items of a short write, without an error number.
+    unnumbered = isinstance(error, OSError) and error.errno is None
+    if unnumbered and shutil.disk_usage(_existing_parent(output)).free < 2**20:
+        cause, hint = "its disk is full", hint or "free space on that disk"
+    return AptError(f"cannot write {output}: {cause}", hint, options)

@@ -220,10 +220,12 @@ class Plan:
 
     Attributes:
         shared: the names of the sites whose weight several blocks use; they stay dense.
+        candidates: the records of the structures that this one was chosen from.
     """
 
     blocks: tuple[PlannedBlock, ...]
     shared: tuple[str, ...] = ()
+    candidates: tuple[dict[str, Any], ...] = ()
 
     @property
     def sites(self) -> list[PlannedSite]:

@@ -1,6 +1,6 @@
-"""The plugin surface. A plugin is a module named by an entry point of group ``apt``.
+"""The hooks. The built-in plugins use the same ones.
 
-The built-in plugins use the same hooks. Example::
+Example:
 
     from apt.plugin.hookspecs import hookimpl
     from apt.plugin.specs import AdapterSpec

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from apt.adapter import Adapter
 from apt.adapter.recording import eval_mode
 from apt.checkpoints.masks import Masks, filled, masks_of
-from apt.compute import compute_dtype, computing_in
+from apt.compute import compute_dtype, computing_in, mixed_precision
 from apt.devices import random_states_kept, synchronize
 from apt.errors import AptError, faulty, first_line
 from apt.options import BATCH, STEPS, RecoverOptions
@@ -25,7 +25,7 @@ from apt.recovery.moving_masks import MovingMasks
 from apt.recovery.record import Training
 from apt.recovery.teacher import Teacher, write_teacher
 from apt.recovery.trainable import Trainable, Unrecovered, next_token_loss, train_only
-from apt.recovery.training import is_mixed, train
+from apt.recovery.training import train
 from apt.recovery.windows import BlockWindows
 
 DENSE_LOSS = "dense_loss"
@@ -275,7 +275,7 @@ def _pace(
         given: samples (samples, seqlen) that run together.
     """
     model, device = trainable.module.to(job.device), torch.device(job.device)
-    mixed = _mixed(model, job)
+    mixed = mixed_precision(model.parameters(), job.options.compute)
     with nullcontext() if windows is None else windows.middle():
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=0.0)
@@ -298,12 +298,6 @@ def _pace(
         next_token_loss(model, {"input_ids": given[:count]})
         forward = (_now(device) - started) / count
     return _Pace(sample, update, forward)
-
-
-def _mixed(model: nn.Module, job: RecoveryJob) -> torch.autocast:
-    """The precision in which a model is trained: products in bf16, if that is faster."""
-    kind = torch.device(job.device)
-    return torch.autocast(kind.type, torch.bfloat16, is_mixed(model, kind, job.options.compute))
 
 
 def _now(device: torch.device) -> float:
@@ -344,7 +338,12 @@ def _teacher(text: Tensor, held_back: Tensor, job: RecoveryJob) -> Teacher:
 
         stored = next(dense.parameters()).dtype
         computing = computing_in(dense, compute_dtype(stored, job.device, job.options.compute))
-        with computing, eval_mode(dense), job.adapter.running(dense), _mixed(dense, job):
+        with (
+            computing,
+            eval_mode(dense),
+            job.adapter.running(dense),
+            mixed_precision(dense.parameters(), job.options.compute),
+        ):
             job.journal.remember(DENSE_LOSS, lambda: _loss(dense, held_back, job.device))
             write_teacher(dense, text, job.options.top, folder, step)
     job.ranks.wait()

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments
 
-from apt.devices import multiplies_bf16, random_states_kept
+from apt.compute import trains_in_bf16
+from apt.devices import random_states_kept
 from apt.errors import AptError, first_line
-from apt.options import Compute
 from apt.recovery.job import Course, RecoveryJob
 from apt.recovery.law import enough_tokens
 from apt.recovery.record import Training
@@ -122,16 +122,6 @@ def _as_before(module: nn.Module) -> Iterator[None]:
             part.training = training
 
 
-def is_mixed(module: nn.Module, device: torch.device, compute: Compute) -> bool:
-    """True if the products of a training are bf16: the weights of the module are fp32.
-
-    Args:
-        compute: the dtype that is asked for; ``auto`` for the faster one.
-    """
-    wanted = multiplies_bf16(device) if compute == "auto" else compute == "bfloat16"
-    return wanted and all(p.dtype == torch.float32 for p in module.parameters())
-
-
 class _Arguments(TrainingArguments):  # type: ignore[misc]
     @property
     def device(self) -> torch.device:
@@ -167,7 +157,7 @@ def _arguments(module: nn.Module, job: RecoveryJob, course: Course) -> TrainingA
             **(_checkpointing() if options.checkpointing else {}),
             optim=options.optimizer,
             max_grad_norm=1.0,
-            bf16=is_mixed(module, device, options.compute),
+            bf16=trains_in_bf16(module.parameters(), device, options.compute),
             use_cpu=device.type == "cpu",
             seed=job.seed % 2**32,  # the range of numpy
             logging_steps=1,

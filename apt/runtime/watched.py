@@ -19,6 +19,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _TABLES = ("_parameters", "_buffers", "_modules", *_HOOKS)
 _NOTES = vars(nn.Module()).keys() - {"training", *_TABLES}  # of torch, which decide nothing
 _CALL = nn.Module.__call__
+_ON_ALL = [vars(modules_of_torch)[f"_global{name}"] for name in _HOOKS]  # hooks on all modules
 _OTHERS = (RuntimeError, KeyError, TypeError, ValueError)
 """The errors of a comparison with other arrays and tensors, and of attributes that are gone."""
 
@@ -128,7 +129,7 @@ def is_plain() -> bool:
         or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack()
         or (torch._C._len_torch_function_stack() and not _only_devices())
-        or modules_of_torch._has_any_global_hook()  # type: ignore[no-untyped-call]
+        or any(_ON_ALL)
         or nn.Module.__call__ is not _CALL
         or torch.compiler.is_compiling()
     )

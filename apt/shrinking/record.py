@@ -8,14 +8,14 @@ from torch import nn
 from apt.adapter import Adapter
 from apt.checkpoints.smaller import smaller_skeleton
 from apt.events import ExpertsRemoved
+from apt.options import Mode
 from apt.planning.plan import Plan
 from apt.shrinking.search import Scored, pareto_front
 from apt.shrinking.sizes import Sizes
-from apt.shrinking.structure_choice import StructureChoice
 
 
 def structure_record(
-    choice: StructureChoice, plan: Plan, model: nn.Module, adapter: Adapter, config: Any
+    mode: Mode, plan: Plan, model: nn.Module, adapter: Adapter, config: Any
 ) -> dict[str, Any]:
     """What a smaller model keeps and lacks, and the candidates that it was chosen from."""
     sizes = Sizes(model, adapter, config, 1)
@@ -26,14 +26,14 @@ def structure_record(
     empty = smaller_skeleton(model, adapter, plan)
     left = group_counts(empty, adapter, empty.config)
     return {
-        "mode": choice.mode,
+        "mode": mode,
         "share": size.share,
         "blocks": {"kept": size.blocks, "of": len(plan.blocks), "dropped": plan.dropped},
         "groups": {
             kind: {"kept": left.get(kind, size.kept.get(kind, groups.count)), "of": groups.count}
             for kind, groups in sizes.groups.items()
         },
-        "candidates": _candidates(choice.scored),
+        "candidates": list(plan.candidates),
     }
 
 
@@ -55,10 +55,10 @@ def group_counts(model: nn.Module, adapter: Adapter, config: Any) -> dict[str, i
     return {g.kind: g.count for block in blocks for g in adapter.groups(block, config)}
 
 
-def _candidates(scored: Sequence[Scored]) -> list[dict[str, Any]]:
+def candidate_records(scored: Sequence[Scored]) -> tuple[dict[str, Any], ...]:
     """All candidates, those of lowest loss first, and the Pareto front of cost and loss."""
     front = pareto_front(scored, lambda candidate: candidate.size.cost)
-    return [
+    return tuple(
         {
             "loss": entry.loss,
             "share": entry.candidate.size.share,
@@ -69,4 +69,4 @@ def _candidates(scored: Sequence[Scored]) -> list[dict[str, Any]]:
             "front": entry in front,
         }
         for entry in scored
-    ]
+    )

@@ -62,7 +62,6 @@ class StructureChoice:
         whole: True if the model is in memory as a whole, so that widths can be compared.
         drop: the indices of the blocks to drop; empty leaves them to the choice of blocks.
         journal: the journal of a search, with the losses that it knows already.
-        scored: the candidates that were compared, those of lowest loss first; filled by `choose`.
     """
 
     mode: Mode
@@ -76,7 +75,6 @@ class StructureChoice:
     search: SearchOptions = field(default_factory=SearchOptions)
     seed: int = 0
     journal: Journal = field(default_factory=Journal)
-    scored: list[Scored] = field(default_factory=list)
 
     @property
     def kinds(self) -> set[str]:
@@ -110,15 +108,19 @@ class StructureChoice:
         *,
         bos: int | None = None,
         special: Collection[int] | None = None,
-    ) -> Structure:
+    ) -> tuple[Structure, list[Scored]]:
         """Choose a structure.
 
         Args:
             tokens: calibration token ids (samples, seqlen).
             bos, special: the first token of every sample, and special tokens, see
                 `apt.text.self_generated.own_text`.
+
+        Returns:
+            The structure, and the candidates that were compared, those of lowest loss first.
         """
-        return _Choosing(self, model, adapter, tokens, status).structure(bos, special)
+        choosing = _Choosing(self, model, adapter, tokens, status)
+        return choosing.structure(bos, special), choosing.scored
 
 
 @dataclass
@@ -130,6 +132,7 @@ class _Choosing:
     adapter: Adapter
     tokens: Tensor
     status: Callable[[str], None]
+    scored: list[Scored] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.names = [name for name, _ in self.adapter.blocks(self.model)]
@@ -174,16 +177,16 @@ class _Choosing:
 
     def widest(self, dropped: Sequence[str]) -> Size:
         """The size of lowest loss among those of equal depth, without the ``dropped`` blocks."""
-        sizes, scored = self.choice.sizes, self.choice.scored
+        sizes = self.choice.sizes
         self.status(f"comparing {len(sizes)} widths")
         model, how = (self.model, self.adapter, self.rest), self.choice
         proxy = Proxy(*model, how.solver, how.kinds, fit_gaps=bool(dropped))
         indices = frozenset(map(self.names.index, dropped))
         for size in sizes:
             loss = proxy.loss(size.kept, dropped, self.few)
-            scored.append(Scored(Candidate(size, indices), loss))
-        scored.sort(key=lambda each: each.loss)
-        return scored[0].candidate.size
+            self.scored.append(Scored(Candidate(size, indices), loss))
+        self.scored.sort(key=lambda each: each.loss)
+        return self.scored[0].candidate.size
 
     @torch.no_grad()
     def searched(self) -> Candidate:
@@ -213,9 +216,9 @@ class _Choosing:
         self.status("search: ranking the blocks by the loss without each of them")
         ranking = sorted(range(count), key=alone)
         first = self.first()
-        scored = Search(how.sizes, ranking, loss, how.search, how.seed, first, tell, started).run()
-        how.scored.extend(scored)
-        return scored[0].candidate
+        search = Search(how.sizes, ranking, loss, how.search, how.seed, first, tell, started)
+        self.scored = search.run()
+        return self.scored[0].candidate
 
     def first(self) -> list[Candidate]:
         """Every size, without the blocks that the choice of blocks drops."""

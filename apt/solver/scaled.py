@@ -15,7 +15,7 @@ _OUTLIERS = 8  # directions in which activations are far larger than elsewhere
 
 _CACHE = 2**29  # bytes of the inverses kept for each Gram matrix: two of 11,008 inputs in bf16
 _LEAF = 128  # smaller matrices are inverted without recursion
-_BF16_WIDTH = 512  # inputs from which the speed of bf16 products outweighs their rounding errors
+BF16_WIDTH = 512  # inputs from which the speed of bf16 products outweighs their rounding errors
 
 
 class Scaled:
@@ -70,7 +70,7 @@ class Scaled:
         if penalty in self._cached:
             return self._cached[penalty]
         inverse = self._shifted_inverse(penalty).mul_(penalty)
-        wide = len(inverse) >= _BF16_WIDTH and inverse.dtype == torch.float32
+        wide = len(inverse) >= BF16_WIDTH and inverse.dtype == torch.float32
         if wide and multiplies_bf16(inverse.device):
             inverse = inverse.bfloat16()
         if len(NODES) * inverse.nbytes <= _CACHE:

@@ -1,6 +1,6 @@
 """The forward of a block as a function of its weights, for their gradients."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,7 +10,6 @@ from torch.overrides import TorchFunctionMode
 
 from apt.adapter import Adapter, Call, State
 from apt.calibration.batches import Batch, OpenBlock
-from apt.devices import multiplies_bf16
 
 
 class _Step(nn.Module):
@@ -60,10 +59,3 @@ def stream_after(
         stream: Any = functional_call(step, given, (state, batch.calls[block.index]))
     assert isinstance(stream, Tensor)
     return stream
-
-
-def mixed_precision(weights: Sequence[Tensor]) -> torch.autocast:
-    """Autocast to bf16, enabled if all weights are fp32 and the machine multiplies bf16 fast."""
-    device = weights[0].device
-    whole = all(weight.dtype == torch.float32 for weight in weights)
-    return torch.autocast(device.type, torch.bfloat16, enabled=whole and multiplies_bf16(device))

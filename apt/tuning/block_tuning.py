@@ -17,7 +17,8 @@ from torch import Tensor
 from apt.adapter import Site
 from apt.calibration.batches import Batch, OpenBlock
 from apt.calibration.dense_activations import bounded
-from apt.tuning.block_forward import mixed_precision, stream_after
+from apt.compute import mixed_precision
+from apt.tuning.block_forward import stream_after
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ class _Descent:
             float(master[mask].square().mean().nan_to_num().sqrt())
             for master, mask in zip(masters.values(), masks.values(), strict=True)
         ]
-        self._mixed = mixed_precision(list(self._parameters.values()))
+        self._mixed = mixed_precision(self._parameters.values())
         self._masks = list(masks.values())
         self._masters = [master.requires_grad_() for master in masters.values()]
         groups = [

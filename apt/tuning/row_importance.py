@@ -24,9 +24,10 @@ from torch import Tensor
 from apt.adapter import Site, State
 from apt.calibration.batches import Batch, OpenBlock
 from apt.calibration.dense_activations import bounded
+from apt.compute import mixed_precision
 from apt.options import ROW_IMPORTANCE
 from apt.solver import SitePattern, Unstructured
-from apt.tuning.block_forward import mixed_precision, stream_after
+from apt.tuning.block_forward import stream_after
 
 _LEAST = 0.01  # least importance, as a share of the mean: no row is sacrificed for others
 _LEAST_SQUARE = 1e-4  # least sum of squares of an input, as a share of the mean
@@ -67,7 +68,7 @@ class RowImportance:
         draw = torch.Generator().manual_seed(block.index * ranks.size + ranks.rank)
         rows = {site: torch.zeros((), device=sizes[site.input].device) for site in sites}
         for batch, start in zip(batches, starts, strict=True):
-            with torch.enable_grad(), mixed_precision(list(weights.values())):
+            with torch.enable_grad(), mixed_precision(weights.values()):
                 stream = stream_after(block, weights, batch, start).float()
                 signs = torch.randint(0, 2, stream.shape, generator=draw).to(stream) * 2 - 1
                 relative = signs / bounded(stream.detach().square().sum(-1, keepdim=True)).sqrt()

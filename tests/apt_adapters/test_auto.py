@@ -105,8 +105,7 @@ def test_it_finds_what_the_shipped_adapters_declare(variant):
 
 
 @pytest.mark.parametrize("name", [n for n in OTHERS if n not in ("Mixtral", "Qwen2Moe")])
-def test_it_conforms_on_families_without_an_adapter(name, monkeypatch):
-    monkeypatch.setattr(AUTO, "_check_conformance", lambda *given: None)  # for copies in the kit
+def test_it_conforms_on_families_without_an_adapter(name):
     model = of(name)
     problems = {o.name: o.problem for o in check_adapter(AUTO(), model, TOKENS)}
     assert problems == dict.fromkeys(CHECKS, "")
@@ -221,6 +220,15 @@ def test_a_capture_that_misses_something_is_found_before_anything_is_pruned(monk
     with pytest.raises(AptError, match="adapter auto does not fit: .*saw 0 of"):
         library.prune(model, TOKENS, pattern="2:4", adapter="auto")
     assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+
+
+def test_copies_of_a_checked_model_are_not_checked_and_another_model_is(monkeypatch):
+    auto, model = AUTO(), of("StableLm")
+    auto.enter(model, TOKENS)
+    monkeypatch.setattr(torch.nn.functional, "linear", unseen)  # which a check finds
+    auto.enter(copy.deepcopy(model), TOKENS)
+    with pytest.raises(AptError, match="adapter auto does not fit: .*saw 0 of"):
+        auto.enter(of("Starcoder2"), TOKENS)
 
 
 def unseen(x, weight, bias=None):

@@ -25,6 +25,7 @@ from apt.plugin.registry import registry  # noqa: E402
 from tests.helpers import TEXT  # noqa: E402
 from tests.helpers.families import CONFIGS, random_model, random_tokens  # noqa: E402
 from tests.helpers.gguf_files import checkpoint_of, entries, read, write_llama, write_random  # noqa: E402
+from tests.helpers.mounting import mounted  # noqa: E402
 
 SHORT = ("--samples", 4, "--seqlen", 24, "--calibration", TEXT)
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -354,6 +355,14 @@ def test_nothing_is_left_of_a_file_that_cannot_be_written(apt, tokenizer):
     one_line(run, "blk.1.ffn_down.weight has values beyond 65,504", "--type")
     assert sorted(path.name for path in Path().iterdir()) == ["model", "x.gguf"]
     assert Path("x.gguf").read_bytes() == TEXT.read_bytes()
+
+
+def test_a_disk_that_becomes_full_is_named(apt, original, pruned, tmp_path):
+    with mounted(tmp_path / "disk", "-o", "size=64k") as folder:
+        run = apt("export", pruned, "--source", original, "-o", folder / "small.gguf")
+        assert run.code == 2
+        assert "small.gguf: its disk is full; free space on that disk" in run.err
+        assert not any(folder.iterdir())
 
 
 def test_a_file_that_the_model_was_not_made_from_is_refused(apt, original, pruned, tokenizer):

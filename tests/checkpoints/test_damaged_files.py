@@ -111,7 +111,7 @@ site_fields = st.dictionaries(st.sampled_from(["name", "shape", "zeros", "patter
 expert_fields = st.dictionaries(st.sampled_from(["name", "experts", "merged"]), values)
 lines = st.one_of(
     json_values,
-    st.fixed_dictionaries({"inputs": json_values}),
+    st.fixed_dictionaries({"run_inputs": json_values}),
     st.fixed_dictionaries(
         {
             "block": json_values,

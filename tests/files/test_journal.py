@@ -54,6 +54,13 @@ def test_a_run_with_other_inputs_is_another_one(place):
         opened(place).check(other)
 
 
+def test_only_work_that_is_kept_is_work_to_continue_from(place):
+    assert not opened(place).has_work
+    opened(place).keep({"block": "a"})
+    assert opened(place).has_work
+    assert opened(place).values("block") == ["a"]
+
+
 def test_an_incomplete_last_line_is_removed(place):
     whole = place.read_bytes()
     place.write_bytes(whole[:-5])
@@ -68,13 +75,16 @@ def test_an_incomplete_last_line_is_removed(place):
 @pytest.mark.parametrize("number", [1, 2])
 def test_a_changed_line_is_damage(place, number):
     lines = place.read_bytes().splitlines(keepends=True)
-    lines[number - 1] = lines[number - 1].replace(b": ", b":  ", 1).replace(b"1", b"2")
+    lines[number - 1] = lines[number - 1].translate(bytes.maketrans(b"25", b"36"))  # the values
     place.write_bytes(b"".join(lines))
     with pytest.raises(AptError, match="was changed; delete it$"):
         opened(place)
 
 
-@pytest.mark.parametrize("content", [b"my notes\n", b'{"inputs": "an earlier version"}\n', b"\xff"])
+EARLIER = [b'{"inputs": "an earlier version"}\n', b'{"fingerprint": "a later one"}\n']
+
+
+@pytest.mark.parametrize("content", [b"my notes\n", *EARLIER, b"\xff"])
 def test_another_file_is_neither_read_nor_changed(tmp_path, content):
     place = tmp_path / "notes"
     place.write_bytes(content)

@@ -25,6 +25,7 @@ import apt.runtime as runtime
 from apt.packing.directory import pack
 from apt.runtime.decoding import Decoder
 from apt.runtime.linear import PackedLinear, kernels
+from tests.helpers.families import STACKED
 
 pytestmark = [
     pytest.mark.skipif(
@@ -418,15 +419,21 @@ def cache_that_is_static(run):
     run.cache = other
 
 
+def crop(cache):
+    """Remove two tokens. Transformers 4 cannot crop a cache without tokens."""
+    if cache.get_seq_length():
+        cache.crop(-2)
+
+
 @change(2)
 def cache_that_is_cropped(run):
-    run.cache.crop(-2)
+    crop(run.cache)
 
 
 @change(2)
 def cache_that_is_copied_and_cropped(run):
     other = copy.deepcopy(run.cache)
-    run.cache.crop(-2)
+    crop(run.cache)
     run.step(torch.tensor([[44]]))
     run.cache = other
 
@@ -434,7 +441,7 @@ def cache_that_is_copied_and_cropped(run):
 @change(2)
 def cache_whose_tensors_were_kept(run):
     kept = [(part.keys, part.values) for part in run.cache.layers]
-    run.cache.crop(-2)
+    crop(run.cache)
     for token in (44, 45, 46):
         run.step(torch.tensor([[token]]))
     run.cache = DynamicCache(config=run.model.config)
@@ -662,7 +669,7 @@ def hidden_states_of_one_call(run):
     run.model(PROMPT, output_hidden_states=True)
 
 
-@change(0)
+@change(0 if STACKED else 2)  # transformers 4 captures by other methods, outside of a block
 def hidden_states_of_all_calls(run):
     def call(model, tokens):
         found = model(tokens, past_key_values=run.cache, output_hidden_states=True)

@@ -264,7 +264,7 @@ def test_more_effort_tunes_longer(effort, aware, epochs):
 def test_a_block_that_cannot_be_run_in_mixed_precision_is_tuned_without(monkeypatch):
     """X-MOD writes products, which autocast makes bf16, into a tensor of fp32."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    monkeypatch.setattr("apt.tuning.block_forward.multiplies_bf16", lambda device: True)
+    monkeypatch.setattr("apt.compute.multiplies_bf16", lambda device: True)
     tiny, events = import_module("tiny"), []
     report = library.prune(tiny.model("xmod"), tiny.tokens(), pattern="2:4", observe=events.append)
     assert report.sparsity == 0.5

@@ -100,23 +100,13 @@ struct Word<FP32> {
 
 template <>
 struct Word<INT8> : Word8 {
-    Word(const uint8_t *values, uint64_t bits) {
-        bytes = expanded8(_mm512_loadu_si512(values), bits);
-    }
+    Word(const uint8_t *values, uint64_t bits) { bytes = integers<INT8>(values, bits); }
     inline Lanes lanes(int part) const { return widened_int8(quarter(part)); }
 };
 
 template <>
 struct Word<INT4> : Word8 {
-    Word(const uint8_t *values, uint64_t bits) {
-        const __m512i pairs =
-            _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(values)));
-        // The byte ab becomes the bytes b, a.
-        const __m512i spread = _mm512_or_si512(pairs, _mm512_slli_epi16(pairs, 4));
-        const __m512i halves = _mm512_and_si512(spread, _mm512_set1_epi8(15));
-        const __m512i whole = _mm512_sub_epi8(halves, _mm512_set1_epi8(8));
-        bytes = expanded8(whole, bits);
-    }
+    Word(const uint8_t *values, uint64_t bits) { bytes = integers<INT4>(values, bits); }
     inline Lanes lanes(int part) const { return widened_int8(quarter(part)); }
 };
 

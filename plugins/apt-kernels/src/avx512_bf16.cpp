@@ -51,18 +51,6 @@ void all_rows(const Matrix &m, const uint16_t *x, int64_t first, int64_t last, f
     }
 }
 
-// 64 integers in their columns.
-template <int32_t kind>
-inline __m512i integers(const uint8_t *values, uint64_t bits) {
-    if (kind == INT8) return expanded8(_mm512_loadu_si512(values), bits);
-    const __m512i pairs =
-        _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(values)));
-    // The byte ab becomes the bytes b, a.
-    const __m512i spread = _mm512_or_si512(pairs, _mm512_slli_epi16(pairs, 4));
-    const __m512i halves = _mm512_and_si512(spread, _mm512_set1_epi8(15));
-    return expanded8(_mm512_sub_epi8(halves, _mm512_set1_epi8(8)), bits);
-}
-
 // Integers times vectors in two parts of 8 bits. Sums of a group are exact: `Split` serves no wide ones.
 template <int32_t kind, int batch>
 void integer_rows(const Matrix &m, const Vectors &x, int64_t begin, int64_t first, int64_t last,
