@@ -22,7 +22,6 @@ from apt.pruning.block_store import BlockStore
 from apt.pruning.current_block import CurrentBlock, Dropped
 from apt.pruning.disconnecting import unrouted
 from apt.pruning.layer import Recipe, SiteMethod, SiteSolver
-from apt.pruning.paused_forward import can_pause
 from apt.text.ids import check_ids
 
 
@@ -45,8 +44,8 @@ def prune_blocks(
 
     Each block is run with its dense weights on the outputs of the pruned blocks before it. Its
     sites are solved from the Gram matrices of their inputs and written back, and the block is run
-    again. If the sites are solved in order, both runs are one: the forward pauses before each site
-    while its weight is solved. With error-aware targets, the activations of the dense model are
+    again. If the sites are solved in order, it is run again for each stage of them, and products of
+    the runs before are stored. With error-aware targets, the activations of the dense model are
     computed as well.
 
     Args:
@@ -56,8 +55,8 @@ def prune_blocks(
         recipe: the options; the default is layer-wise.
         block_storage: the store of the blocks; None if all are in memory.
         store: the store of the activations between runs of blocks; None keeps them in memory. If
-            they leave the model's device, forwards cannot pause, and a block is run again for each
-            stage of sites that is solved in order.
+            they leave the model's device, products are not stored either, and all of a block is run
+            again for each stage of sites that is solved in order.
         ranks: the processes that prune together; None for a single one. Each of them calls this
             function with the same arguments and ends with the same model.
 
@@ -82,16 +81,10 @@ class _Pruning:
     ranks: Ranks
     observe: Observer
     tuning_batches: int = 0  # the number of batches for tuning, which are the first ones
-    can_pause: bool = False  # True if forwards can pause within a block
 
     def prune_all(self, model: nn.Module, plan: Plan, tokens: Tensor) -> list[SitePruned]:
         modules = dict(self.adapter.blocks(model))
         batches = self.enter(model, tokens)
-        width = self.adapter.residual(batches[0].state).shape[-1]
-        config = getattr(model, "config", None)
-        self.can_pause = self.store.with_model and can_pause(
-            self.adapter, config, tokens.shape[1], width
-        )
         done: list[Done] = []
         kept = [index for index, planned in enumerate(plan.blocks) if not planned.dropped]
         blocks = [(i, name, module) for i, (name, module) in enumerate(modules.items())]
@@ -119,7 +112,7 @@ class _Pruning:
             self.adapter, module, index, batches, self.ranks, progress,
             planned=planned, dropped=dropped, solver=self.solver, observe=self.observe,
             pass_dropped=partial(self.pass_dropped, batches), tuning_batches=self.tuning_batches,
-            can_pause=self.can_pause, storage=self.block_storage,
+            stores_products=self.store.with_model, storage=self.block_storage,
         )  # fmt: skip
 
     def prune_opened(self, current: CurrentBlock, *, last: bool) -> list[Done]:
