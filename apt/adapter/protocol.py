@@ -27,10 +27,9 @@ class Adapter(Protocol):
         """The length of the longest sequence that a configuration allows; None if unlimited."""
 
     def held(self, config: Any, seqlen: int) -> int:
-        """The number of values per token that a paused forward of a block keeps in memory.
+        """The number of values per token in the attention matrices of a forward of a block.
 
-        Its inputs and the residual stream are not counted. Attention matrices are, if the forward
-        computes them.
+        0 if the forward computes none.
         """
 
     def running(self, model: nn.Module) -> AbstractContextManager[None]:
@@ -92,7 +91,5 @@ class Adapter(Protocol):
     ) -> AbstractContextManager[None]:
         """Inside the context, pass every input (..., in) of a site's weight to ``sink``.
 
-        ``sink`` must be called before the product is computed, since it may change the weight.
-        Several captures can be active at once, one per batch, while the forwards of their batches
-        alternate. The core ignores inputs that a capture reports for another batch.
+        ``sink`` must be called before the product is computed, since it may end the forward.
         """

@@ -70,6 +70,15 @@ class WeightTap(TorchFunctionMode, Generic[K]):
         self._report(*factors_of(func, args, kwargs))
         return func(*args, **kwargs)
 
+    def keys_of(self, func: Any, args: Any, kwargs: dict[str, Any]) -> set[K]:
+        """The keys of the watched weights that ``func`` multiplies with these arguments."""
+        if func not in _FACTORS:
+            return set()
+        factors: list[Any] = []
+        for factor in factors_of(func, args, kwargs):
+            factors += factor if self._is_stack(factor) else [factor]
+        return {key for key in map(self._find, factors) if key is not None}
+
     def _report(self, left: Any, right: Any) -> None:
         if self._is_stack(right):
             for rows, weight in zip(left.expand(len(right), -1, -1), right, strict=True):

@@ -1,6 +1,6 @@
 """The calibration activations between two blocks, in batches."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -61,6 +61,10 @@ class Inputs(Mapping[str, list[Tensor]]):
         """Remove all inputs."""
         self._parts.clear()
         self._owners.clear()
+
+    def keep(self, names: Collection[str]) -> None:
+        """Remove all inputs but those of these names."""
+        self._parts = {name: parts for name, parts in self._parts.items() if name in names}
 
     def permute(self, name: str, order: Tensor) -> None:
         """Put the columns of an input into an order (in,)."""

@@ -1,7 +1,7 @@
 """The capture of every weight's inputs: sums over the calibration tokens, checked for coverage."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 
 import torch
@@ -16,8 +16,8 @@ from apt.solver import Gram
 from apt.solver.precision import full_precision
 
 
-class _AllSeen(Exception):
-    """Ends a run of the block after its last watched site."""
+class _AllSeen(BaseException):
+    """Ends a run of the block after its last watched site; no ``except Exception`` stops it."""
 
 
 class Capture:
@@ -87,12 +87,20 @@ class Capture:
         }
         return sums
 
-    def run(self, block: OpenBlock, dense: Mapping[Site, Tensor] | None = None) -> None:
+    def run(
+        self,
+        block: OpenBlock,
+        dense: Mapping[Site, Tensor] | None = None,
+        passes: Iterable[BlockPass] | None = None,
+        unsolved: Collection[Site] = (),
+    ) -> None:
         """Run the block on all batches, up to the last site.
 
         Args:
             dense: the dense weights (out, in) of sites that write to the residual stream before
                 ``sites``: the change of their products is added to the drift.
+            passes: the passes of the batches, if they go on from earlier stages.
+            unsolved: the sites of this and later stages.
         """
         dense = dense or {}
         weights = {s: s.oriented(s.weight(block.module).data) for s in [*self.tokens, *dense]}
@@ -101,6 +109,8 @@ class Capture:
         def take(site: Site, inputs: Tensor) -> None:
             if passing is None:
                 raise AptError(f"{site.name} is captured after the block has run: that is too late")
+            if all(passing.done(s) for s in weights):  # the block has caught the exception
+                raise _AllSeen
             rows = as_rows(site, inputs, weights[site])
             if self.sums_up(site):
                 self.take(passing, site, rows)
@@ -113,13 +123,15 @@ class Capture:
             if all(passing.done(s) for s in weights):
                 raise _AllSeen
 
-        with block.adapter.capture(block.module, list(weights), take):
-            for batch in block.batches:
-                passing = BlockPass(batch)
+        passes = passes or map(BlockPass, block.batches)
+        for batch, current in zip(block.batches, passes, strict=True):
+            sink, watched = current.aside(take), list(weights)
+            with current.run(unsolved), block.adapter.capture(block.module, watched, sink):
+                passing = current
                 with suppress(_AllSeen):
                     block.step(batch, batch.state)
                 passing = None
-                block.progress()
+            block.progress()
         self.assert_coverage(sum(batch.tokens for batch in block.batches))
 
     def take(self, passing: BlockPass, site: Site, rows: Tensor) -> None:

@@ -1,37 +1,57 @@
 """The pass of one batch through a block, product by product."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
-from apt.adapter import Site
+from apt.adapter import Sink, Site
 from apt.calibration.batches import Batch
+from apt.calibration.stored_products import StoredProducts
 from apt.errors import AptError
 from apt.solver.precision import full_precision
 
 
 class BlockPass:
-    """The pass of one batch through a block, product by product.
+    """The pass of one batch through a block, product by product, in one or several runs.
+
+    Args:
+        products: the products of earlier runs; None if they are computed again.
 
     Attributes:
         sample: the number of tokens in each of its samples.
         drift: the drift of the residual stream (tokens, hidden) up to the current product.
-        seen: the number of tokens that each site has received so far.
+        seen: the number of tokens that each site has received so far in the run.
         parts: the number of parts in which each site has received them.
     """
 
-    def __init__(self, batch: Batch) -> None:
-        self.tokens, self.dense = batch.tokens, batch.dense
+    def __init__(self, batch: Batch, products: StoredProducts | None = None) -> None:
+        self.tokens, self.dense, self._products = batch.tokens, batch.dense, products
         self.sample = batch.sample or batch.tokens
         drift = batch.dense.drift if batch.dense is not None else None
         self.drift = drift.clone() if drift is not None else None
+        self._with_input_drift: set[Site] = set()
+        self._drifted: dict[Site, int] = defaultdict(int)  # the parts whose drift is added
+        self._restart()
+
+    def _restart(self) -> None:
         self.seen: dict[Site, int] = defaultdict(int)
         self.parts: dict[Site, int] = defaultdict(int)
         self._owners: dict[str, Site] = {}
-        self._with_input_drift: set[Site] = set()
         self._current: dict[str, list[Tensor]] = defaultdict(list)
+
+    @contextmanager
+    def run(self, unsolved: Collection[Site] = ()) -> Iterator[None]:
+        """One run of the block inside the context; see `StoredProducts.run`."""
+        with nullcontext() if self._products is None else self._products.run(unsolved):
+            yield
+        self._restart()
+
+    def aside(self, sink: Sink) -> Sink:
+        """``sink``, called beside the run; see `StoredProducts.aside`."""
+        return sink if self._products is None else self._products.aside(sink)
 
     def is_first(self, site: Site) -> bool:
         """True if ``site`` is the first site that receives its input."""
@@ -97,13 +117,17 @@ class BlockPass:
     def add_drift(self, site: Site, rows: Tensor, weight: Tensor, dense: Tensor) -> None:
         """Add to the drift the difference of the site's product between the two streams.
 
-        The part that `add_input_drift` has added already is left out.
+        The part that `add_input_drift` has added already is left out, as is a product whose
+        difference an earlier run has added.
 
         Args:
             rows: its input (tokens, in).
             weight, dense: its weight (out, in), pruned and dense.
         """
         assert self.drift is not None
+        if self.parts[site] < self._drifted[site]:
+            return
+        self._drifted[site] += 1
         drift = self.drift[self.token_slice(site, rows)]
         if site in self._with_input_drift:
             drift += (rows @ (dense - weight).T).float()

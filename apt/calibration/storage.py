@@ -21,8 +21,8 @@ class Store(Protocol):
     """A store of activations.
 
     Attributes:
-        with_model: True if all values stay on the device of the model. Only then can a batch pause
-            inside a block.
+        with_model: True if all values stay on the device of the model. Only then are products
+            stored between the runs of a block.
     """
 
     with_model: bool

@@ -9,7 +9,6 @@ from apt.engine.costs import Planned, parameters_of
 from apt.evaluation.logits import part_bytes
 from apt.evaluation.metrics import windows_at_once
 from apt.planning.plan import Plan, PlannedBlock, PlannedSite
-from apt.pruning.paused_forward import can_pause
 from apt.text.sampling import vocabulary
 from apt.text.self_generated import cached_tokens, logits_at_once
 
@@ -31,8 +30,8 @@ class Estimate:
         weights: the weights of the model; if streamed, those of its largest block and those outside
             the blocks.
         activations: the calibration activations of the pruned and the dense stream between two
-            blocks, the inputs of the dense stream within a block, and the activations of batches
-            that wait before a product.
+            blocks, the inputs of the dense stream within a block, and the products that are stored
+            between its stages.
         disk: the part of the activations that is on disk.
         grams: the Gram matrices of the largest block.
         working: the activations of one batch inside a block, and the larger of two: the solve of
@@ -70,7 +69,6 @@ def estimate(planned: Planned) -> Estimate:
     bytes_each, config = skeleton.runs_in.itemsize, skeleton.config
     tokens = planned.tokens
     held = skeleton.adapter.held(config, seqlen)
-    waits = not on_disk and can_pause(skeleton.adapter, config, seqlen, hidden_size(config))
     blocks = [module for _, module in skeleton.adapter.blocks(skeleton.module)]
     parameters, in_blocks = planned.parameters, [parameters_of(block) for block in blocks]
     if planned.options.stream:
@@ -84,7 +82,7 @@ def estimate(planned: Planned) -> Estimate:
         process=planned.process + _TEXT,
         weights=parameters * bytes_each,
         activations=(min(tokens, TOKENS_PER_BATCH) if on_disk else tokens)
-        * max(_activations(b, planned, held if waits else 0) for b in plan.blocks),
+        * max(_activations(block, planned) for block in plan.blocks),
         disk=on_disk * activations_on_disk(skeleton, plan, tokens, error_aware=aware),
         grams=max(_gram_bytes(block) for block in plan.blocks),
         working=min(tokens, TOKENS_PER_BATCH) * (4 * widest + held) * bytes_each
@@ -119,17 +117,22 @@ def activations_on_disk(skeleton: Opened, plan: Plan, tokens: int, *, error_awar
     return tokens * (kept + drift)
 
 
-def _activations(block: PlannedBlock, planned: Planned, held: int) -> int:
-    """Bytes for each token: kept activations, those of a forward that waits, and the drift.
-
-    A forward that waits before the last product holds its input, a normalised stream and the
-    residual stream. Before a product in attention the ``held`` activations may be larger.
-    """
-    skeleton = planned.skeleton
-    last, width = max(_shared_inputs(block).values(), default=0), hidden_size(skeleton.config)
-    waiting = (2 * width + max(last, held)) * skeleton.runs_in.itemsize
-    drift = 2 * width * _FP32 if planned.error_aware else 0
-    return _kept(block, skeleton, planned.error_aware) + waiting + drift
+def _activations(block: PlannedBlock, planned: Planned) -> int:
+    """Bytes for each token: kept activations, the products between two stages, and the drift."""
+    skeleton, kept = planned.skeleton, _kept(block, planned.skeleton, planned.error_aware)
+    if not planned.error_aware:
+        return kept
+    width, whole = hidden_size(skeleton.config), [e for e in block.pruned if not e.site.routed]
+    stored = 0
+    if (
+        planned.options.activations != "disk"
+    ):  # attention is stored, and the inputs that are done are not
+        stored = width + max(
+            sum(e.shape[0] for e in whole if e.site.order < order)
+            - sum({e.site.input: e.shape[1] for e in whole if e.site.order < order}.values())
+            for order in {0, *(entry.site.order for entry in whole)}
+        )
+    return kept + stored * skeleton.runs_in.itemsize + 2 * width * _FP32
 
 
 def _kept(block: PlannedBlock, skeleton: Opened, error_aware: bool) -> int:

@@ -23,8 +23,8 @@ class BlockStore:
 
     Attributes:
         activations: the store of the activations between two blocks. If they leave the device of
-            the model, forwards cannot pause, and a block is run again for each stage of sites that
-            is solved in order.
+            the model, products are not stored either, and all of a block is run again for each
+            stage of sites that is solved in order.
         dtypes: the dtypes in which parameters are stored, by their full names.
         repeatable: True if the activations before a block must be bit-identical when they are
             computed again from kept blocks, as a resumed run does.

@@ -1,7 +1,7 @@
 """The block that is being pruned: its sites are solved in stages, tuned, rounded and measured."""
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import closing, suppress
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
@@ -14,6 +14,8 @@ from apt.adapter.groups import gather, tensors_of
 from apt.calibration.batches import Batch, OpenBlock, check_finite
 from apt.calibration.capture import Capture
 from apt.calibration.dense_activations import advance_dense, stream_rows
+from apt.calibration.passing import BlockPass
+from apt.calibration.stored_products import StoredProducts
 from apt.calibration.targets import Sums
 from apt.events import BlockTuned, Done, ExpertsRemoved, SitePruned, Working
 from apt.planning.plan import PlannedBlock, PlannedSite
@@ -28,7 +30,6 @@ from apt.pruning.layer import (
     round_site,
     solve_site,
 )
-from apt.pruning.paused_forward import CannotPause, PausedForwards
 from apt.pruning.permuting import permute_inputs, permuted_experts
 from apt.pruning.ssm_parameters import prune_extras
 from apt.tuning.block_tuning import BlockTuning, tune_block
@@ -60,7 +61,6 @@ class CurrentBlock(OpenBlock):
     Attributes:
         dropped: the dropped blocks between it and the next one that is kept.
         tuning_batches: the number of batches for tuning, which are the first ones.
-        can_pause: True if forwards can pause within the block.
         dense: the dense weights (out, in) of those that write to the residual stream; none without
             a dense stream, since only the drift between the streams needs them.
         scales: the factors of the rows (out, 1) of each site with row importance.
@@ -74,7 +74,6 @@ class CurrentBlock(OpenBlock):
     planned: PlannedBlock
     dropped: Sequence[Dropped]
     tuning_batches: int
-    can_pause: bool
     scales: dict[Site, Tensor] = field(default_factory=dict)
     orders: dict[str, Tensor] = field(default_factory=dict)
     propagated: bool = False
@@ -187,45 +186,49 @@ class CurrentBlock(OpenBlock):
         """The sites in stages, each solved from one run, with the sums of their inputs.
 
         The sums are those over all ranks. Nothing else refers to them, so that those that are
-        deleted are freed. If the sites are solved in order, one paused forward per batch gives all
-        stages. It requires that inputs are not split into parts and that forwards can pause.
-        Otherwise the block is run again for each stage.
+        deleted are freed.
         """
-        left = list(self.planned.pruned)
-        whole = not any(site.routed or site.calls > 1 for site in self.sites)
-        if self.job.recipe.ordered and self.can_pause and whole and left:
-            with suppress(CannotPause), self._paused_forwards() as forwards:
-                while (name := forwards.next_input()) is not None:
-                    sums = forwards.capture(name)
-                    sums[name].add_up(self.ranks)
-                    stage = [entry for entry in left if entry.site.input == name]
-                    left = [entry for entry in left if entry.site.input != name]
-                    yield stage, sums
-                self.propagated = self.job.recipe.tuning is None and not self.store.repeatable
-                forwards.finish(update_states=self.propagated)
-        for stage in self._stages(left):
-            yield stage, self._capture([entry.site for entry in stage])
+        passes, stages = self._passes(), self._stages(self.planned.pruned)
+        self.propagated = bool(
+            passes and stages and self.job.recipe.tuning is None and not self.store.repeatable
+        )
+        for stage in stages:
+            sums = self._capture([entry.site for entry in stage], passes)
+            if stage is stages[-1] and not self.propagated:
+                passes.clear()  # before the solves, which need memory
+            yield stage, sums
+        for batch in self.batches if self.propagated else ():
+            with passes.pop(0).run():
+                batch.state = self.step(batch, batch.state)
+            self.progress()
 
-    def _paused_forwards(self) -> PausedForwards:
-        """The paused forwards of all batches through the block."""
-        to_capture = [entry.site for entry in self.planned.pruned]
-        return PausedForwards(self, self.sites, to_capture, self.dense, self.job.recipe.targets)
+    def _passes(self) -> list[BlockPass]:
+        """The passes of the batches through all stages; none if each stage has its own."""
+        if not (self.job.recipe.ordered and self.store.activations.with_model):
+            return []
+        weights = {site: site.weight(self.module).data for site in self.sites}
+        return [BlockPass(batch, StoredProducts(weights)) for batch in self.batches]
 
-    def _stages(self, sites: Sequence[PlannedSite]) -> Iterable[list[PlannedSite]]:
+    def _stages(self, sites: Sequence[PlannedSite]) -> list[list[PlannedSite]]:
         """The stages of ``sites``: each stage is solved from one run of the block."""
         if not self.job.recipe.ordered:
             return [list(sites)] if sites else []
         by_order = sorted(sites, key=lambda entry: entry.site.order)
         return [list(stage) for _, stage in groupby(by_order, key=lambda entry: entry.site.order)]
 
-    def _capture(self, sites: list[Site]) -> dict[str, Sums]:
-        """The sums of the inputs of ``sites`` over all ranks, from a separate run of the block."""
+    def _capture(self, sites: list[Site], passes: Sequence[BlockPass] = ()) -> dict[str, Sums]:
+        """The sums of the inputs of ``sites`` over all ranks, from a run of the block."""
         last = max(site.order for site in sites)
         earlier = {site: weight for site, weight in self.dense.items() if site.order < last}
         dense = [entry.site for entry in self.planned.sites if entry.pattern is None]
         routed = [site for site in dense if site.routed]
         capture = Capture(self.module, sites, self.job.recipe.targets, routed)
-        capture.run(self, earlier)
+        pruned = [entry.site for entry in self.planned.pruned]
+        capture.run(self, earlier, passes, [site for site in pruned if site.order >= last])
+        left = {site.input for site in self.sites if site.order >= last}
+        for batch in self.batches if passes else ():
+            if batch.dense is not None:
+                batch.dense.inputs.keep(left)
         for each in capture.sums.values():
             each.add_up(self.ranks)
         return capture.sums

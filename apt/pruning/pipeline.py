@@ -17,7 +17,6 @@ from apt.pruning.block_store import BlockStore
 from apt.pruning.current_block import CurrentBlock, pass_dropped
 from apt.pruning.disconnecting import unrouted
 from apt.pruning.layer import BlockPruning
-from apt.pruning.paused_forward import can_pause
 from apt.text.ids import check_ids
 
 
@@ -28,8 +27,8 @@ def prune_blocks(store: BlockStore, job: BlockPruning, tokens: Tensor) -> list[D
 
     Each block is run with its dense weights on the outputs of the pruned blocks before it. Its
     sites are solved from the Gram matrices of their inputs and written back, and the block is run
-    again. If the sites are solved in order, both runs are one: the forward pauses before each site
-    while its weight is solved. With error-aware targets, the activations of the dense model are
+    again. If the sites are solved in order, it is run again for each stage of them, and products of
+    the runs before are stored. With error-aware targets, the activations of the dense model are
     computed as well.
 
     Args:
@@ -50,7 +49,6 @@ def prune_blocks(store: BlockStore, job: BlockPruning, tokens: Tensor) -> list[D
     with eval_mode(model), adapter.running(model):
         # 1. The inputs of the first block, in batches; those for tuning come first.
         batches, tuning = _enter(store, job, tokens)
-        pauses = _can_pause(store, job, batches, tokens)
         # 2. The dense stream passes the blocks that are dropped before the first one.
         modules = dict(adapter.blocks(model))
         blocks = [(i, name, module) for i, (name, module) in enumerate(modules.items())]
@@ -68,7 +66,6 @@ def prune_blocks(store: BlockStore, job: BlockPruning, tokens: Tensor) -> list[D
                         partial(store.observe, Working(name, "running")),
                         store=store, job=job, planned=planned[index],
                         dropped=blocks[index + 1 : following], tuning_batches=tuning,
-                        can_pause=pauses,
                     ), last=index == kept[-1]
                 )  # fmt: skip
     return done
@@ -102,13 +99,6 @@ def _batches(store: BlockStore, job: BlockPruning, tokens: Tensor, size: int) ->
         job.adapter, store.model, tokens, size, with_dense=job.recipe.error_aware,
         ranks=store.ranks, store=store.activations,
     )  # fmt: skip
-
-
-def _can_pause(store: BlockStore, job: BlockPruning, batches: list[Batch], tokens: Tensor) -> bool:
-    """True if forwards can pause within a block."""
-    width = job.adapter.residual(batches[0].state).shape[-1]
-    config = getattr(store.model, "config", None)
-    return store.activations.with_model and can_pause(job.adapter, config, tokens.shape[1], width)
 
 
 def _prune_opened(current: CurrentBlock, *, last: bool) -> list[Done]:

@@ -14,11 +14,11 @@ from apt.calibration.batches import Batch, OpenBlock, enter
 from apt.calibration.capture import Capture
 from apt.calibration.dense_activations import advance_dense
 from apt.calibration.passing import BlockPass
+from apt.calibration.stored_products import StoredProducts
 from apt.calibration.targets import Targets
 from apt.errors import AptError
 from apt.planning.plan import make_plan
 from apt.pruning.layer import Recipe
-from apt.pruning.paused_forward import PausedForwards
 from apt.solver import NM, Gram, ss
 from tests.helpers.families import FAMILIES, adapter_of, random_model, random_tokens, zoo_model
 from tests.helpers.pruning import prune_blocks
@@ -108,22 +108,21 @@ def test_the_sums_are_those_of_both_streams(behind):
     assert crossed == {"attention", "mlp"}  # narrower than all that is made of them
 
 
-def test_paused_forwards_sum_the_same_as_separate_runs(behind):
+def test_stored_products_give_the_same_sums_as_separate_runs(behind):
     _, pruned, adapter, batches = behind
     block, targets, earlier = pruned.model.layers[1], Targets(0.3, 0.6), {}
-    sites = adapter.sites(block)
+    sites, opened = adapter.sites(block), OpenBlock(adapter, block, 1, batches)
     dense = {site: site.weight(block).clone() for site in sites if site.residual}
-    compared = []
-    with (
-        torch.no_grad(),
-        PausedForwards(
-            OpenBlock(adapter, block, 1, batches), sites, sites, dense, targets
-        ) as forwards,
-    ):
-        while (name := forwards.next_input()) is not None:
-            alone = Capture(block, group := [s for s in sites if s.input == name], targets)
-            sums = forwards.capture(name)[name]
-            alone.run(OpenBlock(adapter, block, 1, batches), earlier)
+    weights = {site: site.weight(block) for site in sites}
+    passes = [BlockPass(batch, StoredProducts(weights)) for batch in batches]
+    compared, left = [], list(sites)
+    with torch.no_grad():
+        for group in by_order(sites):
+            name = group[0].input
+            alone, kept = Capture(block, group, targets), Capture(block, group, targets)
+            kept.run(opened, earlier, passes, left)
+            alone.run(opened, earlier)
+            sums = kept.sums[name]
             for site in group:
                 for both in zip(
                     [sums.cross, sums.error_products.get(site)],
@@ -136,7 +135,7 @@ def test_paused_forwards_sum_the_same_as_separate_runs(behind):
                         compared.append(site.name)
                 site.weight(block).mul_(0.8)
                 earlier |= {site: dense[site]} if site.residual else {}
-        forwards.finish(update_states=False)
+                left.remove(site)
     assert set(compared) == {site.name for site in sites}
 
 

@@ -142,7 +142,7 @@ def test_a_dry_run_counts_the_memory_of_its_own_options(apt):
         needs[words] = json.loads(run.out)["needs"]
     usual, fast, layer_wise = needs.values()
     assert fast["working"] < usual["working"]
-    # One stream of 192 and a forward that waits, in place of two, the inputs and the drift.
+    # One stream of 192, in place of two, the inputs, the stored products and the drift.
     assert layer_wise["activations"] < fast["activations"] / 2
     assert {each["weights"] for each in needs.values()} == {usual["weights"]}
 

@@ -48,7 +48,7 @@ def test_fields_of_the_configuration_that_go_by_layer_follow(tiny):
 def test_kinds_that_repeat_and_sizes_by_layer_follow(tiny):
     """Recurrent Gemma begins its list of kinds again; Gemma 4 has a mapping by index.
 
-    A block of Recurrent Gemma keeps the state of a batch, so that forwards cannot pause.
+    A block of Recurrent Gemma keeps the state of a batch in an attribute.
     """
     small, _ = without_second(tiny, "recurrent_gemma")
     assert small.config.block_types == ["recurrent", "attention", "recurrent"]
