@@ -1,5 +1,7 @@
 """The plan of a run with its need of memory and time, for a dry run and for ``inspect``."""
 
+from typing import TYPE_CHECKING
+
 from apt.checkpoints.load import open_skeleton
 from apt.distributed.ranks import Ranks
 from apt.engine.costs import Planned
@@ -7,7 +9,6 @@ from apt.engine.in_memory import InMemory
 from apt.engine.machine import choose_device
 from apt.engine.opening import pattern_of, selection_of
 from apt.engine.prepare import Notice, capped
-from apt.engine.prune_task import PruneTask
 from apt.engine.recipes import augmentation_of
 from apt.engine.streamed import Streamed
 from apt.events import Status
@@ -21,8 +22,11 @@ from apt.plugin.specs import UNIFORM
 from apt.solver import NM
 from apt.solver.options import EFFORTS
 
+if TYPE_CHECKING:
+    from apt.engine.prune_task import PruneTask  # with all that a training needs
 
-def forecast(task: PruneTask, status: Status) -> Planned:
+
+def forecast(task: "PruneTask", status: Status) -> Planned:
     """The plan of a checked run, with the levels that its allocation chooses."""
     process = peak_memory()["cpu"]  # before the model is loaded
     options, job, recipe = task.options, task.job, task.job.recipe
@@ -37,7 +41,7 @@ def forecast(task: PruneTask, status: Status) -> Planned:
     )  # fmt: skip
 
 
-def _decided(task: PruneTask, status: Status) -> Plan:
+def _decided(task: "PruneTask", status: Status) -> Plan:
     """The final plan; for an allocation, the text and the model are read as in the run."""
     if task.job.allocation is None:
         return task.job.plan
