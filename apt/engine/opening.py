@@ -23,8 +23,8 @@ from apt.plugin.registry import Registry
 from apt.plugin.specs import ExportSpec
 
 if TYPE_CHECKING:
+    from apt.patterns import Pattern
     from apt.planning.plan import Selection
-    from apt.solver import Pattern
 
 R = TypeVar("R", bound=PruneRun | ShrinkRun | RecoverRun)
 
@@ -210,7 +210,6 @@ def pattern_of(options: PatternOptions) -> "Pattern | None":
         AptError: it is not a pattern.
     """
     from apt.planning.plan import read_pattern
-    from apt.solver import NM, Unstructured
 
     per = getattr(options, "per", None)
     if options.sparsity is None:
@@ -218,11 +217,9 @@ def pattern_of(options: PatternOptions) -> "Pattern | None":
     if options.mixed:
         return read_pattern(f"{options.pattern}@{options.sparsity}")
     pattern = read_pattern(options.sparsity)
-    if isinstance(pattern, NM):
+    if not pattern.allocatable:
         raise AptError(f"sparsity {options.sparsity} is a pattern", "give it so", ("pattern",))
-    if isinstance(pattern, Unstructured) and per in ("row", "layer"):
-        return Unstructured(pattern.sparsity, per)
-    return pattern
+    return pattern.counted(per) if per in ("row", "layer") else pattern
 
 
 def selection_of(options: PatternOptions) -> "Selection":
