@@ -1,5 +1,6 @@
 """The names in the options of a run: plugins, the model, the pattern. Most need no torch."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
@@ -198,7 +199,7 @@ def _suffixes(options: PruneRun | ShrinkRun | RecoverRun, registry: Registry) ->
     """The parts of the name of a directory that depend on the options."""
     if isinstance(options, PruneRun):
         pattern = str(pattern_of(options))
-        plain = pattern.replace("auto:", "auto").replace(":", "of").replace("@", "-")
+        plain = re.sub("(?<=[a-z]):", "", pattern).replace(":", "of").replace("@", "-")
         return [plain, options.method or registry.default_method().name]
     return ["recovered"] if isinstance(options, RecoverRun) else options.suffixes()
 
@@ -214,7 +215,7 @@ def pattern_of(options: PatternOptions) -> "Pattern | None":
     per = getattr(options, "per", None)
     if options.sparsity is None:
         return None if options.pattern is None else read_pattern(options.pattern)
-    if options.mixed:
+    if options.shared:
         return read_pattern(f"{options.pattern}@{options.sparsity}")
     pattern = read_pattern(options.sparsity)
     if not pattern.allocatable:

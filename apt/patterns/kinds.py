@@ -25,6 +25,7 @@ class Unstructured(Pattern):
 
     kind = "share"
     allocatable = True
+    movable = True
 
     sparsity: float
     per: Granularity | None = None
@@ -148,7 +149,7 @@ class MixedNM(Unstructured):
         m: the size of a group of consecutive input weights.
     """
 
-    kind = "auto"
+    kind = "auto:m"
     may_be_dense = True
     settled = False
 
@@ -212,6 +213,7 @@ class NM(Pattern):
     """At most ``n`` of every ``m`` consecutive input weights are kept (2:4 keeps two of four)."""
 
     kind = "n:m"
+    movable = True
 
     n: int
     m: int

@@ -15,10 +15,12 @@ class SitePattern(ABC):
     ``str(pattern)`` is its text in reports and messages.
 
     Attributes:
+        kind: the name of its `apt.hookspecs.PatternSpec`; empty for groups of columns.
         structured: True if whole columns are removed, so that the model becomes smaller.
         unit: what it counts, for messages.
     """
 
+    kind: ClassVar[str] = ""
     structured: ClassVar[bool] = False
     unit: ClassVar[str] = "weights"
 
@@ -72,12 +74,12 @@ class Pattern(SitePattern):
     """A pattern of single weights; a kind of pattern is a subclass, a frozen dataclass.
 
     Attributes:
-        kind: the name of its `apt.hookspecs.PatternSpec`.
         may_be_dense: True if an allocation may leave a site without zeros.
+        movable: True if a training may move the zeros of a row, within the groups of n:m.
     """
 
-    kind: ClassVar[str]
     may_be_dense: ClassVar[bool] = False
+    movable: ClassVar[bool] = False
 
     if TYPE_CHECKING:  # at run time a field of a dataclass could not replace it
 

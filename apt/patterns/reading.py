@@ -12,10 +12,11 @@ def read(given: object, kinds: Iterable[type[Pattern]], forms: Sequence[str] = (
     """The pattern, or that of a text or a number by the first kind that reads it.
 
     Args:
-        forms: examples of texts of further kinds, for the message.
+        forms: texts of kinds of other packages, for the message.
 
     Raises:
         ValueError: no kind reads the text, or it is out of range.
+        TypeError: a kind returns something else than a pattern.
     """
     if isinstance(given, Pattern):
         return given
@@ -26,6 +27,8 @@ def read(given: object, kinds: Iterable[type[Pattern]], forms: Sequence[str] = (
         raise ValueError(
             f"'{text}' is neither a sparsity such as 0.5 nor a pattern such as {known}"
         )
+    if not isinstance(found, Pattern):
+        raise TypeError(f"is read as {type(found).__name__}, not as an apt.solver.Pattern")
     return found
 
 

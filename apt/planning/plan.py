@@ -9,17 +9,9 @@ from typing import Any
 from torch import nn
 
 from apt.adapter import Adapter, Extra, Groups, Permutable, Site
-from apt.errors import AptError
-from apt.patterns import (
-    NM,
-    Granularity,
-    MixedNM,
-    Pattern,
-    SitePattern,
-    Unstructured,
-    keeps_all,
-    read,
-)
+from apt.errors import AptError, faulty
+from apt.patterns import Granularity, Pattern, SitePattern, keeps_all, read
+from apt.plugin.registry import registry
 from apt.solver import MAX_REMOVAL_SETS
 
 
@@ -89,10 +81,15 @@ def _is_override(value: Any) -> bool:
 
 def read_pattern(pattern: Pattern | str | float) -> Pattern:
     """The pattern, or that of a text such as ``"2:4"``; raises `AptError` if there is none."""
+    known = registry()
+    specs = known.pattern_kinds()
+    forms = [spec.form for spec in specs if not known.patterns.is_own(spec)]
     try:
-        return read(pattern, (MixedNM, NM, Unstructured))
+        return read(pattern, (spec.load() for spec in specs), forms)
     except ValueError as error:
         raise AptError(str(error)) from error
+    except TypeError as error:
+        raise faulty(f"pattern '{pattern}'", str(error), "pattern", "pattern") from error
 
 
 def _matches(name: str, globs: Sequence[str]) -> bool:
