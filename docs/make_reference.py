@@ -20,6 +20,7 @@ from apt.plugin import hookspecs as hooks
 FOLDER = Path(__file__).parent
 SPECS = (
     hookspecs.AdapterSpec, hookspecs.FormatSpec, hookspecs.ExportSpec, hookspecs.MethodSpec,
+    hookspecs.PatternSpec,
     hookspecs.ShrinkMethodSpec, hookspecs.AllocationSpec, hookspecs.RecoverySpec,
     hookspecs.CalibrationSpec, hookspecs.EvaluatorSpec, hookspecs.CommandSpec,
 )  # fmt: skip
@@ -96,8 +97,8 @@ def whole(thing: Any) -> str:
 def members(thing: type) -> Iterator[str]:
     """The public methods and properties of a class."""
     for name, value in vars(thing).items():
-        if name.startswith("_"):
-            continue
+        if name.startswith("_") or any(name in vars(base) for base in thing.__mro__[1:]):
+            continue  # the entry of the base class has it
         if isinstance(value, property | cached_property):
             function: Any = value.fget if isinstance(value, property) else value.func
             kind = _plain(inspect.formatannotation(function.__annotations__["return"]))

@@ -95,7 +95,7 @@ class Unstructured(Pattern):
         return lowest_k(scores.reshape(1, -1), count).view_as(scores)
 
     def keep_largest(self, magnitudes: Tensor) -> None:
-        """Keep those at or above `threshold`."""
+        """Keep the magnitudes at or above `threshold`."""
         magnitudes.unsqueeze(0).ge_(self.threshold(magnitudes))
 
     def threshold(self, magnitudes: Tensor) -> Tensor:
@@ -177,7 +177,7 @@ class MixedNM(Unstructured):
 
     @property
     def group(self) -> int | None:
-        """m."""
+        """The size m of a group."""
         return self.m
 
     @property
@@ -240,7 +240,7 @@ class NM(Pattern):
 
     @property
     def group(self) -> int | None:
-        """m."""
+        """The size m of a group."""
         return self.m
 
     def required(self, shape: tuple[int, int]) -> int:
@@ -279,7 +279,7 @@ class NM(Pattern):
         return lowest_of_groups(scores.reshape(-1, self.m), self.n).view_as(scores)
 
     def keep_largest(self, magnitudes: Tensor) -> None:
-        """Keep those at or above `threshold`."""
+        """Keep the magnitudes at or above `threshold`."""
         magnitudes.view(-1, self.m, magnitudes.shape[1]).ge_(self.threshold(magnitudes))
 
     def threshold(self, magnitudes: Tensor) -> Tensor:
@@ -292,7 +292,7 @@ class NM(Pattern):
         return nth_largest(list(groups.unbind(1)), self.n).unsqueeze(1)
 
     def of_channels(self) -> Pattern | None:
-        """The same."""
+        """n:m, in the groups of each channel."""
         return self
 
 
