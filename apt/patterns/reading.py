@@ -23,10 +23,9 @@ def read(given: object, kinds: Iterable[type[Pattern]], forms: Sequence[str] = (
     text = str(given).strip()
     found = next((p for kind in kinds if (p := kind.parse(text)) is not None), None)
     if found is None:
-        known = " or ".join(("2:4", *forms))
-        raise ValueError(
-            f"'{text}' is neither a sparsity such as 0.5 nor a pattern such as {known}"
-        )
+        others = "".join(f" or {form}" for form in forms)
+        fault = f"'{text}' is neither a sparsity such as 0.5 nor a pattern such as 2:4"
+        raise ValueError(fault + others)
     if not isinstance(found, Pattern):
         raise TypeError(f"is read as {type(found).__name__}, not as an apt.solver.Pattern")
     return found
