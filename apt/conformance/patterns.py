@@ -22,7 +22,8 @@ def check_pattern(pattern: Pattern, shape: tuple[int, int]) -> None:
 
     def expect(promise: str, kept: object) -> None:
         if not kept:
-            raise AssertionError(f"{pattern} of {shape[0]} × {shape[1]} weights: not {promise}")
+            rows, columns = shape
+            raise AssertionError(f"{pattern} of {rows} × {columns} weights, not kept: {promise}")
 
     def expect_mask(mask: torch.Tensor, given: Pattern, name: str) -> None:
         expect(f"{name} has the shape of the scores", mask.shape == scores.shape)
@@ -35,6 +36,7 @@ def check_pattern(pattern: Pattern, shape: tuple[int, int]) -> None:
     read = read_pattern(str(pattern))
     expect(f"its text is read as a pattern with {needed:,} zeros", read.required(shape) == needed)
     expect(f"its text is read as of the kind {pattern.kind}", read.kind == pattern.kind)
+    expect("sparsity is a share", 0 < pattern.sparsity < 1)
     expect("misfit is empty", not pattern.misfit(shape))
     expect("it removes some and not all weights", 0 < needed < scores.numel())
     expect("shortfall names what a dense weight lacks", pattern.shortfall(scores))

@@ -118,7 +118,7 @@ class Unstructured(Pattern):
         return replace(self, sparsity=count / live) if 0 < count < live else None
 
     def of_channels(self) -> Pattern | None:
-        """The share, of all channels."""
+        """The share of the weights of all channels."""
         return self.counted("layer")
 
     @property

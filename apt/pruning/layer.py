@@ -66,7 +66,8 @@ class Method(SiteMethod[Pattern], Protocol):
             weight: the weight (out, in) in fp32. It may be changed.
             gram: the Gram matrix of its inputs (in, in). It must not be changed, since sites with
                 the same input share it.
-            pattern: `apt.solver.NM`, or `apt.solver.Unstructured` with its ``per`` filled in.
+            pattern: `apt.solver.NM`, `apt.solver.Unstructured` with its ``per`` filled in, or
+                another kind if the spec of the method names it or allows all.
             options: the damping, and what the spec of the method says that it uses.
 
         Returns:

@@ -89,13 +89,15 @@ def test_a_mask_of_a_wrong_count_breaks_a_promise(added, monkeypatch):
     added()
     right = Columns.lowest
     monkeypatch.setattr(Columns, "lowest", lambda *given, **more: ~right(*given, **more))
-    with pytest.raises(AssertionError, match="first-8 of 20 × 48 weights: not the mask of lowest"):
+    with pytest.raises(
+        AssertionError, match="first-8 of 20 × 48 weights, not kept: the mask of lowest"
+    ):
         check_pattern(Columns(8), (20, 48))
 
 
 def test_a_text_that_is_read_as_another_kind_breaks_a_promise(monkeypatch):
     monkeypatch.setattr(NM, "__str__", lambda self: str(self.sparsity))
-    with pytest.raises(AssertionError, match="not its text is read as of the kind n:m"):
+    with pytest.raises(AssertionError, match="not kept: its text is read as of the kind n:m"):
         check_pattern(NM(2, 4), (20, 48))
 
 

@@ -12,6 +12,7 @@ import apt
 from apt.cli import main
 from apt.files import journal
 from apt.planning.plan import read_pattern
+from apt.solver import Gram, SolverOptions, admm, sm, solve_live, ss
 from apt.testing import check_pattern, embedded, random_tokens
 
 RUN = ("--samples", "2", "--seqlen", "48", "--effort", "fast")
@@ -93,6 +94,16 @@ def test_a_method_removes_the_exact_number_of_blocks(method):
         wanted = int(0.4 * (weight.numel() // 256) + 0.5)
         assert empty_blocks(weight, 8, 32) == wanted
         assert int((weight == 0).sum()) == site.zeros == wanted * 256
+
+
+@pytest.mark.parametrize("method", [admm, ss, sm])
+def test_inputs_that_were_always_zero_leave_the_count_exact(method):
+    draw = torch.Generator().manual_seed(0)
+    inputs = torch.randn(4, 60, 32, generator=draw)
+    inputs[..., [0, 1, 2, 9, 17]] = 0
+    weight, pattern = torch.randn(16, 32, generator=draw), Blocks(4, 8, 0.5)
+    found = solve_live(method, weight, Gram.of(inputs), pattern, SolverOptions())
+    assert int(found.mask.sum()) == empty_blocks(found.weight, 4, 8) * 32 == 8 * 32
 
 
 def test_an_allocation_gives_each_site_its_number_of_blocks(run, tmp_path):
