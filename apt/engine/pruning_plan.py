@@ -11,6 +11,7 @@ from apt.engine.prune_model import Pruning
 from apt.engine.recipes import augmentation_of, recipe_of
 from apt.errors import AptError, name_of
 from apt.options import PruneOptions, SolveOptions
+from apt.patterns import Pattern, keeps_all
 from apt.planning.allocation import (
     Allocation,
     check_allocation,
@@ -23,7 +24,6 @@ from apt.planning.plan import Plan, Selection, check_rounding, make_plan, tell_s
 from apt.plugin.registry import Registry
 from apt.plugin.specs import UNIFORM, MethodSpec, ShrinkMethodSpec
 from apt.pruning.layer import Method, Recipe
-from apt.solver import Pattern, keeps_all
 from apt.text.augmentation import Augmentation
 from apt.text.self_generated import writes
 
@@ -94,6 +94,7 @@ def sparse_pruning(
     plan = make_plan(
         dense.model, dense.adapter, wanted.pattern, wanted.selection, method.per, wanted.also
     )
+    _check_method(plan, method, dense.registry)
     tell_shared(plan, dense.notice)
     check_rounding(plan, dense.notice, recipe.integers is not None)
     if recipe.permute:
@@ -121,6 +122,21 @@ def sparse_pruning(
     )  # fmt: skip
 
 
+def _check_method(plan: Plan, method: MethodSpec, registry: Registry) -> None:
+    """Raise if a method does not prune to the pattern of a site."""
+    for site in (site for block in plan.blocks for site in block.pruned):
+        assert site.pattern is not None
+        kind = site.pattern.kind
+        if method.patterns is not None and kind not in method.patterns:
+            known = registry.methods.specs.values()
+            others = [m.name for m in known if m.patterns is None or kind in m.patterns]
+            raise AptError(
+                f"method {method.name} does not prune to {site.pattern} ({site.name})",
+                f"choose one of {', '.join(others)}" if others else "choose another pattern",
+                ("method", "pattern"),
+            )
+
+
 def _allocation(
     allocation: str | Allocation, plan: Plan, registry: Registry
 ) -> tuple[str, Allocation] | None:
@@ -145,4 +161,4 @@ def find_method(method: str | Method | None, registry: Registry) -> tuple[Method
         spec = registry.default_method() if method is None else known.get(method)
         return spec, spec.load()
     name = name_of("method", method)
-    return MethodSpec(name, "a function of the caller", ""), method
+    return MethodSpec(name, "a function of the caller", "", patterns=None), method

@@ -14,8 +14,7 @@ from apt.options import PruneOptions
 from apt.planning.plan import Selection, make_plan
 from apt.plugin.registry import registry
 from apt.pruning.pipeline import prune_blocks
-from apt.solver import NM
-from apt.solver.patterns import meets
+from apt.solver import NM, meets
 from tests.helpers.families import CONFIGS, adapter_of, random_model, random_tokens
 
 PATTERN, TOKENS = NM(2, 4), random_tokens(samples=3, seqlen=12)

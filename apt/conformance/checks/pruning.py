@@ -11,8 +11,7 @@ from apt.conformance.checks.promise import Fault, Faults, promise
 from apt.conformance.checks.subject import Subject, products
 from apt.planning.plan import make_plan
 from apt.pruning.pipeline import prune_blocks
-from apt.solver import NM, Pattern, Unstructured, ss
-from apt.solver.patterns import meets
+from apt.solver import NM, Pattern, Unstructured, meets, ss
 
 
 @promise()
