@@ -13,12 +13,13 @@ from apt.plugin.specs import (
     ExportSpec,
     FormatSpec,
     MethodSpec,
+    PatternSpec,
     RecoverySpec,
     ShrinkMethodSpec,
 )
 
 __all__ = [
     "API", "OLDEST_API", "AdapterSpec", "AllocationSpec", "CalibrationSpec", "CommandSpec",
-    "EvaluatorSpec", "ExportSpec", "FormatSpec", "MethodSpec", "RecoverySpec", "ShrinkMethodSpec",
-    "hookimpl",
+    "EvaluatorSpec", "ExportSpec", "FormatSpec", "MethodSpec", "PatternSpec", "RecoverySpec",
+    "ShrinkMethodSpec", "hookimpl",
 ]  # fmt: skip

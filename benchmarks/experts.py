@@ -22,10 +22,9 @@ from rich.table import Table
 from torch import Tensor
 
 from apt.plugin.registry import registry
-from apt.solver import Gram, SolverOptions, Unstructured, full_precision, parse_pattern
+from apt.solver import NM, Gram, SolverOptions, full_precision, parse_pattern
 from apt.solver.admm_search import ROUNDS, _add_product
 from apt.solver.gram import upper_root
-from apt.solver.patterns import NM, about_highest
 from apt.solver.scaled import positive_inverse
 from apt.solver.sparsegpt import _single
 
@@ -78,8 +77,7 @@ class Experts:
         method, _, effort = name.partition(":")
         spec = registry().methods.get(method)
         solve, pattern = spec.load(), self.pattern
-        if isinstance(pattern, Unstructured):
-            pattern = pattern.counted(spec.per)
+        pattern = pattern.counted(spec.per)
         options, scale = SolverOptions(effort=effort or "default"), OF / len(self.weights)
 
         def each(rows: slice) -> None:
@@ -137,8 +135,8 @@ class Experts:
              stacked_product),
             ("element by element", lambda i: relax(mixed[i], targets[i]),
              lambda: relax(mixed, targets)),
-            ("2:4", lambda i: about_highest(targets[i], NM(2, 4)),
-             lambda: about_highest(targets.flatten(0, 1), NM(2, 4))),
+            ("2:4", lambda i: NM(2, 4).threshold(targets[i]),
+             lambda: NM(2, 4).threshold(targets.flatten(0, 1))),
             ("sweep of a strip", lambda i: _strip(spare[i], roots[i], mixed[i]),
              lambda: _stacked_strip(spare, roots, mixed)),
         ):  # fmt: skip

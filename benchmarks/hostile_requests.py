@@ -8,8 +8,7 @@ from hostile_cases import Case
 from safetensors.torch import load_file
 
 from apt.plugin.registry import registry
-from apt.solver import parse_pattern
-from apt.solver.patterns import meets
+from apt.solver import meets, parse_pattern
 
 _RUN = ["--samples", "2", "--seqlen", "32", "--method", "magnitude", "-o", "out"]
 

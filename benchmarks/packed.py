@@ -30,7 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from apt.packing.directory import Rounding, pack
 from apt.runtime.linear import PackedLinear, kernels
 from apt.runtime.matrix import SCALES, VALUES, Entry, encode
-from apt.solver.patterns import lowest, parse_pattern
+from apt.solver import lowest, parse_pattern
 
 SHAPES = {
     "1.5b": {

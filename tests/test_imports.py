@@ -6,9 +6,10 @@ import grimp
 
 
 def test_the_solver_imports_numerical_packages_and_itself_only():
-    """With the module that asks torch about devices, which imports nothing of APT."""
+    """With the patterns, and the module that asks torch about devices: they import no more."""
     graph = grimp.build_graph("apt", include_external_packages=True)
-    solver = {"apt.solver", "apt.devices", *graph.find_descendants("apt.solver")}
+    solver = {"apt.solver", "apt.patterns", "apt.devices"}
+    solver |= graph.find_descendants("apt.solver") | graph.find_descendants("apt.patterns")
     imported = set.union(*(graph.find_modules_directly_imported_by(module) for module in solver))
     packages = {name.split(".")[0] for name in imported - solver}
     assert packages - sys.stdlib_module_names == {"torch", "numpy", "scipy"}

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from apt.adapter import Adapter
+from apt.patterns import SitePattern
 from apt.planning.plan import Plan, PlannedBlock
-from apt.solver import NM, ColumnGroups, SitePattern
-from apt.solver.patterns import meets
 
 
 @dataclass(frozen=True)
@@ -71,33 +70,10 @@ def zeros_of(
 
 
 def _verdict(name: str, weight: Tensor, pattern: SitePattern, expected: int | None) -> Verdict:
-    zeros, detail = int((weight == 0).sum()), ""
-    if not meets(weight, pattern):
-        detail = _detail(weight, pattern)
-    elif expected is not None and zeros != expected:
+    zeros, detail = int((weight == 0).sum()), pattern.shortfall(weight)
+    if not detail and expected is not None and zeros != expected:
         detail = f"{zeros:,} zeros, {expected:,} expected"
     return Verdict(name, not detail, zeros, weight.numel(), detail)
-
-
-def _detail(weight: Tensor, pattern: SitePattern) -> str:
-    if isinstance(pattern, ColumnGroups):
-        return f"too few of its {pattern.count} groups are zero: {pattern} are kept"
-    if not isinstance(pattern, NM):
-        zeros, size = (weight == 0).sum(1), weight.numel()
-        if pattern.per == "row":
-            row = int(zeros.argmin())
-            wanted = pattern.count(weight.shape[1])
-            return f"row {row} has {int(zeros[row]):,} zeros, {wanted:,} needed in each"
-        return f"{int(zeros.sum()):,} zeros, {pattern.count(size):,} needed"
-    if weight.shape[1] % pattern.m:
-        return f"its {weight.shape[1]} inputs are not a multiple of {pattern.m}"
-    kept = (weight != 0).reshape(weight.shape[0], -1, pattern.m).sum(-1)
-    row, group = (kept > pattern.n).nonzero()[0].tolist()
-    start = group * pattern.m
-    return (
-        f"row {row} keeps {int(kept[row, group])} of inputs {start} to {start + pattern.m - 1}; "
-        f"{int((kept > pattern.n).sum()):,} of {kept.numel():,} groups fail"
-    )
 
 
 def failures(verdicts: Iterable[Verdict]) -> list[Verdict]:

@@ -92,12 +92,12 @@ def adapters(printing: PrintingOptions) -> None:
 
 
 def methods(printing: PrintingOptions) -> None:
-    """List methods, allocations and kinds of recovery.
+    """List methods, patterns, allocations and kinds of recovery.
 
     The most accurate methods of prune and of shrink come first.
     """
-    hooks = ("apt_methods", "apt_shrink_methods", "apt_allocations", "apt_recoveries")
-    installed = listed(*hooks)
+    hooks = ("methods", "patterns", "shrink_methods", "allocations", "recoveries")
+    installed = listed(*(f"apt_{hook}" for hook in hooks))
     removed = {
         "columns": "shrink: groups", "groups": "shrink: groups", "experts": "shrink: experts",
         "blocks": "shrink: blocks",
@@ -114,12 +114,14 @@ def methods(printing: PrintingOptions) -> None:
     def by_use(spec: Any) -> int:
         return order.index(removed[spec.chooses])
 
-    specs: list[tuple[str, Any, Any]] = [
-        ("prune", spec, installed.methods) for spec in _ranked(installed.methods)
-    ] + [
-        (removed[spec.chooses], spec, installed.shrink_methods)
-        for spec in sorted(_ranked(installed.shrink_methods), key=by_use)
-    ]
+    specs: list[tuple[str, Any, Any]] = (
+        [("prune", spec, installed.methods) for spec in _ranked(installed.methods)]
+        + [("prune: pattern", spec, installed.patterns) for spec in installed.pattern_kinds()]
+        + [
+            (removed[spec.chooses], spec, installed.shrink_methods)
+            for spec in sorted(_ranked(installed.shrink_methods), key=by_use)
+        ]
+    )
     shared = installed.allocations
     specs += [("prune: allocation", spec, shared) for spec in shared.specs.values()]
     specs += [

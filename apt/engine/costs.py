@@ -229,7 +229,7 @@ def _block_work(run: Planned, block: PlannedBlock, tuned: int) -> dict[str, Work
     size = sum(site.size for site in block.pruned)
     mixed = Work(bf16=forward.fp32 + forward.bf16, moved=forward.moved)
     adam = Work(moved=12 * _FP32 * size * tuned / 1024)
-    whole_layer = any(getattr(site.pattern, "per", "row") != "row" for site in block.pruned)
+    whole_layer = any(s.pattern and not s.pattern.by_row for s in block.pruned)
     work = {
         "forwards": forward * (passes * tokens),
         "Gram matrices": Work(fp32=3.0 * tokens * sum(w**2 for w in widths)),

@@ -1,5 +1,6 @@
 """The names in the options of a run: plugins, the model, the pattern. Most need no torch."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -24,8 +25,8 @@ from apt.plugin.registry import Registry
 from apt.plugin.specs import ExportSpec
 
 if TYPE_CHECKING:
+    from apt.patterns import Pattern
     from apt.planning.plan import Selection
-    from apt.solver import Pattern
 
 AnyRun = PruneRun | ShrinkRun | RecoverRun | ReapplyRun
 R = TypeVar("R", bound=AnyRun)
@@ -211,7 +212,7 @@ def _suffixes(options: PruneRun | ShrinkRun | RecoverRun, registry: Registry) ->
     """The parts of the name of a directory that depend on the options."""
     if isinstance(options, PruneRun):
         pattern = str(pattern_of(options))
-        plain = pattern.replace("auto:", "auto").replace(":", "of").replace("@", "-")
+        plain = re.sub("(?<=[a-z]):", "", pattern).replace(":", "of").replace("@", "-")
         return [plain, options.method or registry.default_method().name]
     return ["recovered"] if isinstance(options, RecoverRun) else options.suffixes()
 
@@ -223,19 +224,16 @@ def pattern_of(options: PatternOptions) -> "Pattern | None":
         AptError: it is not a pattern.
     """
     from apt.planning.plan import read_pattern
-    from apt.solver import NM, Unstructured
 
     per = getattr(options, "per", None)
     if options.sparsity is None:
         return None if options.pattern is None else read_pattern(options.pattern)
-    if options.mixed:
+    if options.shared:
         return read_pattern(f"{options.pattern}@{options.sparsity}")
     pattern = read_pattern(options.sparsity)
-    if isinstance(pattern, NM):
+    if not pattern.allocatable:
         raise AptError(f"sparsity {options.sparsity} is a pattern", "give it so", ("pattern",))
-    if isinstance(pattern, Unstructured) and per in ("row", "layer"):
-        return Unstructured(pattern.sparsity, per)
-    return pattern
+    return pattern.counted(per) if per in ("row", "layer") else pattern
 
 
 def selection_of(options: PatternOptions) -> "Selection":

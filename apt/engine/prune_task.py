@@ -35,12 +35,12 @@ from apt.files.journal import Line
 from apt.locations.paths import portable
 from apt.options import PruneRun, ShrinkRun
 from apt.output.report import Report
+from apt.patterns import Pattern
 from apt.planning.plan import Plan
 from apt.planning.structure import Structure, make_structured_plan
 from apt.plugin.registry import Registry
 from apt.plugin.specs import UNIFORM, MethodSpec
 from apt.recovery.recover import NotRecoveredError
-from apt.solver import Pattern, Unstructured
 from apt.text.datasets import calibration_tokens, digest
 
 _ORDER = (
@@ -69,7 +69,7 @@ class PruneTask(Task):
     def pattern(self) -> Pattern | None:
         """The pattern of a sparse model, with the unit in which it is counted."""
         asked = pattern_of(self.options) if isinstance(self.options, PruneRun) else None
-        return asked.counted(self.method.per) if isinstance(asked, Unstructured) else asked
+        return asked and asked.counted(self.method.per)
 
     @property
     def samples(self) -> int:

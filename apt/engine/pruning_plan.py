@@ -9,6 +9,7 @@ from apt.engine.prune_model import Pruning
 from apt.engine.recipes import augmentation_of, recipe_of
 from apt.errors import AptError, name_of
 from apt.options import ModelRun, PruneOptions, PruneRun, SolveOptions
+from apt.patterns import Pattern, keeps_all
 from apt.planning.allocation import (
     Allocation,
     check_allocation,
@@ -21,7 +22,6 @@ from apt.planning.plan import Plan, Selection, check_rounding, make_plan, tell_s
 from apt.plugin.registry import registry
 from apt.plugin.specs import UNIFORM, MethodSpec, ShrinkMethodSpec
 from apt.pruning.layer import Method, Recipe
-from apt.solver import Pattern, keeps_all
 from apt.text.augmentation import Augmentation
 from apt.text.self_generated import writes
 
@@ -69,6 +69,7 @@ def sparse_pruning(
     recipe, augmentation = settings(opened, run, options, spec, notice)
     model, adapter = opened.module, opened.adapter
     plan = make_plan(model, adapter, pattern, selection, spec.per, run.also)
+    _check_method(plan, spec)
     tell_shared(plan, notice)
     check_rounding(plan, notice, recipe.integers is not None)
     if recipe.permute:
@@ -95,6 +96,21 @@ def _check_effects(options: PruneOptions, recipe: Recipe, plan: Plan) -> None:
         raise AptError(fault, "leave it out", ("row_importance",))
 
 
+def _check_method(plan: Plan, method: MethodSpec) -> None:
+    """Raise if a method does not prune to the pattern of a site."""
+    for site in (site for block in plan.blocks for site in block.pruned):
+        assert site.pattern is not None
+        kind = site.pattern.kind
+        if method.patterns is not None and kind not in method.patterns:
+            known = registry().methods.specs.values()
+            others = [m.name for m in known if m.patterns is None or kind in m.patterns]
+            raise AptError(
+                f"method {method.name} does not prune to {site.pattern} ({site.name})",
+                f"choose one of {', '.join(others)}" if others else "choose another pattern",
+                ("method", "pattern"),
+            )
+
+
 def _allocation(allocation: str | Allocation, plan: Plan) -> tuple[str, Allocation] | None:
     """The name and the function of an allocation; None if the plan's patterns are final.
 
@@ -117,4 +133,4 @@ def _method(method: str | Method | None) -> tuple[MethodSpec, Method]:
         spec = known.default_method() if method is None else known.methods.get(method)
         return spec, spec.load()
     name = name_of("method", method)
-    return MethodSpec(name, "a function of the caller", ""), method
+    return MethodSpec(name, "a function of the caller", "", patterns=None), method

@@ -27,7 +27,7 @@ from apt.files.journal import Line
 from apt.locations.model_source import Source
 from apt.options import BATCH, STEPS, RecoverOptions, RecoverRun
 from apt.output.report import Report, peak_memory, versions
-from apt.planning.plan import Plan
+from apt.planning.plan import Plan, read_pattern
 from apt.plugin.registry import Registry
 from apt.plugin.specs import RecoverySpec
 from apt.recovery.job import CHECKPOINT, RecoveryJob
@@ -231,6 +231,8 @@ def prepare_recovery(named: Named[RecoverRun], registry: Registry, notice: Notic
             "use the kind layers, distill or lora",
             ("kind",),
         )
+    if options.move_masks and not earlier.get("structure"):
+        _check_movable(earlier)
     seqlen = capped(options.seqlen, skeleton, notice)
     said = f"kind: {spec.name}" + ("" if options.kind else " (default)")
     options = replace(options, kind=spec.name, adapter=skeleton.spec.name, seqlen=seqlen)
@@ -242,6 +244,14 @@ def prepare_recovery(named: Named[RecoverRun], registry: Registry, notice: Notic
         _dense_skeleton(task)
     notice(said)
     return task
+
+
+def _check_movable(earlier: Mapping[str, Any]) -> None:
+    """Raise if the zeros of a pruned model cannot move without a loss of its pattern."""
+    for text in dict.fromkeys(str(site.get("pattern")) for site in earlier.get("sites") or ()):
+        if not read_pattern(text).movable:
+            fault = f"masks of the pattern {text} cannot move"
+            raise AptError(fault, "leave it out", ("move_masks",))
 
 
 def check_recovery(options: RecoverOptions, spec: RecoverySpec, registry: Registry) -> None:

@@ -19,6 +19,7 @@ from apt.files.hashes import changed_files
 from apt.options import VerifyRun
 from apt.output.report import listed_files, read_report
 from apt.packing.directory import PackedShards
+from apt.patterns import Granularity, Pattern, SitePattern, Unstructured
 from apt.planning.allocation import is_needed, sparsity_of, step_of, unstructured
 from apt.planning.plan import (
     Plan,
@@ -35,8 +36,6 @@ from apt.plugin.registry import Registry
 from apt.plugin.specs import UNIFORM
 from apt.runtime.entries import METHOD
 from apt.shrinking.record import group_counts
-from apt.solver import Pattern, SitePattern, Unstructured
-from apt.solver.patterns import Granularity
 
 Notice = Callable[[str], None]
 
@@ -121,9 +120,8 @@ def verify_directory(run: VerifyRun, registry: Registry, notice: Notice) -> Veri
 def _distributed(report: Mapping[str, Any], pattern: Pattern) -> bool:
     """True if a pattern is that of a run that gave each site a sparsity of its own."""
     options = _options(report) if report else {}
-    unit = getattr(pattern, "per", None)
     allocated = str(options.get("allocation") or UNIFORM) != UNIFORM
-    return allocated and unit is None and str(options.get("pattern")) == str(pattern)
+    return allocated and pattern.per is None and str(options.get("pattern")) == str(pattern)
 
 
 def _changed(directory: Path, report: Mapping[str, Any], notice: Notice) -> list[str]:
@@ -290,8 +288,7 @@ def _with_records(
 def _recorded(site: PlannedSite, record: Mapping[str, Any]) -> Pattern:
     """The pattern of a site in the report, counted as the run counted it."""
     pattern = read_pattern(str(record["pattern"]))
-    per: Granularity = getattr(site.pattern, "per", None) or "layer"
-    return pattern.counted(per) if isinstance(pattern, Unstructured) else pattern
+    return pattern.counted((site.pattern and site.pattern.per) or "layer")
 
 
 def _unlike(plan: Plan, records: Mapping[str, Any]) -> Iterator[str]:
@@ -318,8 +315,8 @@ def _selected(block: PlannedBlock, selection: Selection) -> PlannedBlock:
     def pattern(entry: PlannedSite) -> SitePattern | None:
         if entry.pattern is None or selection.pattern(entry.name, _ANY) is None:
             return None
-        chosen = selection.override(entry.name) or entry.pattern
-        return chosen.counted("layer") if isinstance(chosen, Unstructured) else chosen
+        chosen = selection.override(entry.name)
+        return entry.pattern if chosen is None else chosen.counted("layer")
 
     sites = tuple(replace(entry, pattern=pattern(entry)) for entry in block.sites)
     extras = tuple(e for e in block.extras if selection.pattern(e.name, _ANY) is not None)

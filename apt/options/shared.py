@@ -81,18 +81,19 @@ class PatternOptions(Options):
     )  # fmt: skip
 
     @property
-    def mixed(self) -> bool:
-        """True for n:m patterns with an n for each site."""
-        return self.pattern is not None and self.pattern.startswith("auto:")
+    def shared(self) -> bool:
+        """True if the pattern is NAME:SIZES, to which the sparsity adds a share: auto:8."""
+        return self.pattern is not None and self.pattern[:1].isalpha() and ":" in self.pattern
 
     def check(self) -> None:
         """Raise `AptError` if options contradict each other; see `Options.check`."""
         super().check()
-        if self.sparsity is not None and self.pattern is not None and not self.mixed:
+        if self.sparsity is not None and self.pattern is not None and not self.shared:
             raise AptError(
                 "sparsity and pattern are both given", "choose one", ("sparsity", "pattern")
             )
-        if self.mixed and self.sparsity is None and "@" not in str(self.pattern):
+        auto = str(self.pattern).startswith("auto:")
+        if auto and self.sparsity is None and "@" not in str(self.pattern):
             raise AptError(
                 f"pattern {self.pattern} needs a sparsity", "add one, such as 0.5", ("sparsity",)
             )
@@ -117,7 +118,7 @@ class UnitOptions(PatternOptions):
     def check(self) -> None:
         """Raise `AptError` if options contradict each other; see `Options.check`."""
         super().check()
-        if self.per is not None and (self.sparsity is None or self.mixed):
+        if self.per is not None and (self.sparsity is None or self.shared):
             raise AptError(
                 f"per {self.per} needs a sparsity",
                 "an n:m pattern is the same in every row: leave out the unit",

@@ -3,15 +3,15 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, cast
 
 from torch import Tensor, nn
 
 from apt.adapter import Adapter
 from apt.errors import AptError
+from apt.patterns import Pattern, Unstructured
 from apt.planning.plan import Plan, PlannedBlock, PlannedSite
 from apt.plugin.specs import AUTO, UNIFORM
-from apt.solver import MixedNM, Pattern, Unstructured
 
 _SLACK = 1e-3
 
@@ -81,13 +81,17 @@ def _unusable(name: str, fault: str) -> AptError:
 
 def unstructured(plan: Plan | PlannedBlock) -> list[PlannedSite]:
     """The sites of a plan or a block whose sparsity an allocation can change."""
-    return [s for s in plan.sites if isinstance(s.pattern, Unstructured) and not s.fixed]
+    return [s for s in plan.sites if s.pattern and s.pattern.allocatable and not s.fixed]
 
 
 def sparsity_of(site: PlannedSite) -> float:
     """The sparsity of an unstructured site."""
-    assert isinstance(site.pattern, Unstructured)
-    return site.pattern.sparsity
+    return _sparse(site).sparsity
+
+
+def _sparse(site: PlannedSite) -> Pattern:
+    """The pattern of a site that is not dense, in a plan without removed columns."""
+    return cast(Pattern, site.pattern)
 
 
 def default_allocation(pattern: Pattern, *, error_aware: bool) -> str:
@@ -102,13 +106,13 @@ def default_allocation(pattern: Pattern, *, error_aware: bool) -> str:
     """
     if not pattern.sparsity:
         return UNIFORM
-    free = isinstance(pattern, Unstructured) and pattern.per is None and error_aware
-    return AUTO if free or isinstance(pattern, MixedNM) else UNIFORM
+    free = pattern.allocatable and pattern.per is None and error_aware
+    return AUTO if free or not pattern.settled else UNIFORM
 
 
 def is_needed(name: str, plan: Plan) -> bool:
     """True if the patterns of the plan are not final."""
-    return name != UNIFORM or any(isinstance(site.pattern, MixedNM) for site in plan.sites)
+    return name != UNIFORM or any(s.pattern and not s.pattern.settled for s in plan.sites)
 
 
 def check_allocation(name: str, plan: Plan) -> None:
@@ -135,7 +139,7 @@ def with_shares(plan: Plan, name: str, shares: Mapping[str, float]) -> Plan:
     """
     sites = unstructured(plan)
     for site in sites:
-        least = -1e-9 if isinstance(site.pattern, MixedNM) else 0
+        least = -1e-9 if _sparse(site).may_be_dense else 0
         if not least < shares.get(site.name, least) < 1:
             given = f"{shares[site.name]:g}" if site.name in shares else "no value"
             raise _unusable(name, f"gives {given} as the sparsity of {site.name}")
@@ -150,15 +154,13 @@ def with_shares(plan: Plan, name: str, shares: Mapping[str, float]) -> Plan:
 
 def step_of(site: PlannedSite) -> int:
     """The number of weights in steps of which a site can lose weights."""
-    if isinstance(site.pattern, MixedNM):
-        return site.size // site.pattern.m
-    return site.shape[0] if getattr(site.pattern, "per", None) == "row" else 1
+    return _sparse(site).step(site.shape)
 
 
 def _exact(sites: Sequence[PlannedSite], shares: Mapping[str, float], total: int) -> dict[str, int]:
     """Numbers of steps near the shares, with ``total`` zeros; largest fractions are rounded up."""
     units = {site.name: step_of(site) for site in sites}
-    least = {site.name: int(not isinstance(site.pattern, MixedNM)) for site in sites}
+    least = {site.name: int(not _sparse(site).may_be_dense) for site in sites}
     most = {site.name: site.size // units[site.name] - 1 for site in sites}
     wanted = {site.name: shares[site.name] * site.size / units[site.name] for site in sites}
     counts = {name: min(max(int(steps), least[name]), most[name]) for name, steps in wanted.items()}
@@ -180,14 +182,9 @@ def _with(block: PlannedBlock, counts: Mapping[str, int]) -> PlannedBlock:
     """The block with other sparsities of the sites that have counts."""
 
     def changed(site: PlannedSite) -> PlannedSite:
-        pattern = site.pattern
         if site.name not in counts:
             return site
-        if isinstance(pattern, MixedNM):
-            return replace(site, pattern=pattern.fixed(counts[site.name]))
-        if isinstance(pattern, Unstructured):
-            share = counts[site.name] * step_of(site) / site.size
-            return replace(site, pattern=replace(pattern, sparsity=share))
-        return site
+        zeros = counts[site.name] * step_of(site)
+        return replace(site, pattern=_sparse(site).with_zeros(zeros, site.shape))
 
     return replace(block, sites=tuple(changed(site) for site in block.sites))

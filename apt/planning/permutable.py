@@ -7,7 +7,6 @@ from torch import nn
 
 from apt.adapter import Adapter, Permutable
 from apt.planning.plan import Plan, PlannedBlock
-from apt.solver import NM, MixedNM
 
 
 def with_permutable(plan: Plan, model: nn.Module, adapter: Adapter, config: Any) -> Plan:
@@ -18,7 +17,7 @@ def with_permutable(plan: Plan, model: nn.Module, adapter: Adapter, config: Any)
     modules = dict(adapter.blocks(model))
     blocks = list[PlannedBlock]()
     for planned in plan.blocks:
-        some = any(isinstance(entry.pattern, NM | MixedNM) for entry in planned.sites)
+        some = any(entry.pattern.group for entry in planned.pruned if entry.pattern)
         known = adapter.permutable(modules[planned.name], config) if some else ()
         found = tuple(each for each in known if _serves(each, planned))
         blocks.append(replace(planned, permutable=found))
@@ -31,7 +30,8 @@ def _serves(permutable: Permutable, planned: PlannedBlock) -> bool:
     sites = (entry.site for entry in planned.sites if entry.pattern is None)
     dense = {(site.parameter, site.expert) for site in sites}
     return (
-        isinstance(pattern, NM | MixedNM)
-        and permutable.size % pattern.m == 0
+        pattern is not None
+        and pattern.group is not None
+        and permutable.size % pattern.group == 0
         and not any((part.parameter, permutable.expert) in dense for part in permutable.parts)
     )

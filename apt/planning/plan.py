@@ -9,19 +9,10 @@ from typing import Any
 from torch import nn
 
 from apt.adapter import Adapter, Extra, Groups, Permutable, Site
-from apt.errors import AptError
-from apt.solver import (
-    MAX_REMOVAL_SETS,
-    NM,
-    ColumnGroups,
-    MixedNM,
-    Pattern,
-    SitePattern,
-    Unstructured,
-    keeps_all,
-    parse_pattern,
-)
-from apt.solver.patterns import Granularity
+from apt.errors import AptError, faulty
+from apt.patterns import Granularity, Pattern, SitePattern, keeps_all, read
+from apt.plugin.registry import registry
+from apt.solver import MAX_REMOVAL_SETS
 
 
 @dataclass(frozen=True)
@@ -90,12 +81,15 @@ def _is_override(value: Any) -> bool:
 
 def read_pattern(pattern: Pattern | str | float) -> Pattern:
     """The pattern, or that of a text such as ``"2:4"``; raises `AptError` if there is none."""
-    if isinstance(pattern, Pattern):
-        return pattern
+    known = registry()
+    specs = known.pattern_kinds()
+    forms = [spec.form for spec in specs if not known.patterns.is_own(spec)]
     try:
-        return parse_pattern(str(pattern))
+        return read(pattern, (spec.load() for spec in specs), forms)
     except ValueError as error:
         raise AptError(str(error)) from error
+    except TypeError as error:
+        raise faulty(f"pattern '{pattern}'", str(error), "pattern", "pattern") from error
 
 
 def _matches(name: str, globs: Sequence[str]) -> bool:
@@ -104,14 +98,7 @@ def _matches(name: str, globs: Sequence[str]) -> bool:
 
 def removed_by(pattern: SitePattern | None, shape: tuple[int, int]) -> int:
     """The number of weights that a pattern removes from a weight (out, in); 0 for None."""
-    rows, width = shape
-    if pattern is None:
-        return 0
-    if isinstance(pattern, ColumnGroups):
-        return rows * width // pattern.count * pattern.removed
-    if isinstance(pattern, NM):
-        return rows * (width // pattern.m) * (pattern.m - pattern.n)
-    return rows * pattern.count(width) if pattern.per == "row" else pattern.count(rows * width)
+    return 0 if pattern is None else pattern.required(shape)
 
 
 @dataclass(frozen=True)
@@ -251,8 +238,7 @@ class Plan:
     @property
     def per(self) -> Granularity | None:
         """The unit over which its unstructured patterns are counted; None without such patterns."""
-        patterns = (site.pattern for site in self.sites)
-        return next((p.per for p in patterns if isinstance(p, Unstructured)), None)
+        return next((s.pattern.per for s in self.sites if s.pattern and s.pattern.per), None)
 
     @property
     def structured(self) -> bool:
@@ -260,7 +246,7 @@ class Plan:
         return any(
             block.dropped
             or block.groups
-            or any(isinstance(site.pattern, ColumnGroups) for site in block.sites)
+            or any(site.pattern.structured for site in block.pruned if site.pattern)
             for block in self.blocks
         )
 
@@ -301,7 +287,7 @@ def make_plan(
         AptError: the adapter does not fit the model, a pattern does not fit a site, a glob matches
             no site, an override has no effect, no site is selected, or the model has no such extra.
     """
-    selection, per = selection or Selection(), getattr(pattern, "per", None) or per
+    selection, per = selection or Selection(), pattern.per or per
     shared = shared_sites(model, adapter)
     selection = replace(selection, skip=(*selection.skip, *shared))
     blocks = list[PlannedBlock]()
@@ -359,14 +345,13 @@ def _planned(
     out, width = site.oriented(site.weight(block)).shape
     name = f"{prefix}.{site.name}"
     pattern = chosen.pattern(name, default)
-    if isinstance(pattern, NM | MixedNM) and width % pattern.m:
-        said = f"{name} has {width} inputs, not a multiple of {pattern.m} (pattern {pattern})"
+    if pattern is None:
+        return PlannedSite(name, site, (out, width), None)
+    if misfit := pattern.misfit((out, width)):
         hint = f"choose another pattern, or skip '*.{site.name}'"
-        raise AptError(said, hint, ("pattern", "skip"))
-    if isinstance(pattern, Unstructured):
-        pattern = pattern.counted(per)
-    fixed = chosen.override(name) is not None and not isinstance(pattern, MixedNM)
-    return PlannedSite(name, site, (out, width), pattern, fixed)
+        raise AptError(f"{name} {misfit} (pattern {pattern})", hint, ("pattern", "skip"))
+    fixed = chosen.override(name) is not None and pattern.settled
+    return PlannedSite(name, site, (out, width), pattern.counted(per), fixed)
 
 
 def _planned_extra(
@@ -377,21 +362,19 @@ def _planned_extra(
     pattern = chosen.pattern(name, default)
     if pattern is None:
         return None
-    if isinstance(pattern, NM):
-        fault = ""
-        if width % pattern.m:
-            fault = f"has {width} weights per channel, not a multiple of {pattern.m} "
-            fault += f"(pattern {pattern})"
-        elif comb(pattern.m, pattern.n) > MAX_REMOVAL_SETS:
-            fault = f"cannot be pruned to {pattern}: a group has more than "
-            fault += f"{MAX_REMOVAL_SETS:,} removal sets"
-        if fault:
-            hint = f"give it a separate sparsity: '*.{extra.name}=0.5'"
-            raise AptError(f"{name} {fault}", hint, ("overrides",))
-    else:  # an allocation gives patterns to sites only, so MixedNM becomes a plain sparsity
-        mixed = isinstance(pattern, MixedNM)
-        pattern = (Unstructured(pattern.sparsity) if mixed else pattern).counted("layer")
-    return PlannedExtra(name, extra, (channels, width), pattern)
+    own, fault = pattern.of_channels(), ""
+    if own is None:
+        fault = f"cannot be pruned to {pattern}: its channels are pruned separately"
+    elif misfit := own.misfit((channels, width), "weights per channel"):
+        fault = f"{misfit} (pattern {own})"
+    elif (size := own.group) and comb(size, own.required((1, size))) > MAX_REMOVAL_SETS:
+        fault = (
+            f"cannot be pruned to {own}: a group has more than {MAX_REMOVAL_SETS:,} removal sets"
+        )
+    if own is None or fault:
+        hint = f"give it a separate sparsity: '*.{extra.name}=0.5'"
+        raise AptError(f"{name} {fault}", hint, ("overrides",))
+    return PlannedExtra(name, extra, (channels, width), own)
 
 
 def _check_extras(adapter: Adapter, model: nn.Module, also: Sequence[str]) -> None:
@@ -430,7 +413,7 @@ def check_rounding(
     if not whole:
         return
     first = whole[0]
-    row = getattr(first.pattern, "per", None) == "row"
+    row = first.pattern is not None and first.pattern.per == "row"
     count = f"{first.shape[1]:,} in each row" if row else f"{first.size:,}"
     said = f"{first.pattern} of the weights of {first.name} ({count}) rounds to none"
     if len(whole) == len(pruned) and not any(block.extras for block in plan.blocks):

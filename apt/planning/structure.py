@@ -10,8 +10,15 @@ from torch import nn
 from apt.adapter import Adapter, Groups, Site
 from apt.adapter.groups import disconnected
 from apt.errors import AptError
-from apt.planning.plan import Plan, PlannedBlock, PlannedGroups, PlannedSite, shared_sites
-from apt.solver import ColumnGroups
+from apt.patterns import ColumnGroups
+from apt.planning.plan import (
+    Plan,
+    PlannedBlock,
+    PlannedGroups,
+    PlannedSite,
+    removed_by,
+    shared_sites,
+)
 
 Removed = Mapping[str, Sequence[int]]
 """The indices of the groups that are removed from a block, by kind, or of the columns by reader."""
@@ -76,7 +83,7 @@ def _with_shared(block: PlannedBlock, shared: Collection[str]) -> PlannedBlock:
     """The block without changes of the sites that several blocks use."""
     used = [entry for entry in block.sites if entry.name in shared]
     for entry in used:
-        if isinstance(entry.pattern, ColumnGroups) and entry.pattern.removed:
+        if removed_by(entry.pattern, entry.shape):
             fault = f"{entry.name} cannot become smaller: several blocks use its weight"
             raise AptError(fault, "drop blocks instead", ("depth_only",))
     return block.with_patterns({entry.site.name: None for entry in used})

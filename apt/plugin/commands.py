@@ -31,7 +31,7 @@ MODELS = (
 MACHINE = (
     _in_cli("doctor", "Show the state of this machine, packages and plugins.", "installed"),
     _in_cli("adapters", "List the supported model families.", "installed"),
-    _in_cli("methods", "List methods, allocations and kinds of recovery.", "installed"),
+    _in_cli("methods", "List methods, patterns, allocations and kinds of recovery.", "installed"),
     _in_cli("plugins", "List the installed plugins.", "installed"),
 )
 """The commands about what is installed."""

@@ -24,6 +24,7 @@ from apt.plugin.specs import (
     ExportSpec,
     FormatSpec,
     MethodSpec,
+    PatternSpec,
     RecoverySpec,
     ShrinkMethodSpec,
 )
@@ -60,6 +61,11 @@ def apt_exports() -> Iterable[ExportSpec]:  # type: ignore[empty-body]
 @hookspec
 def apt_methods() -> Iterable[MethodSpec]:  # type: ignore[empty-body]
     """The pruning methods of this plugin."""
+
+
+@hookspec
+def apt_patterns() -> Iterable[PatternSpec]:  # type: ignore[empty-body]
+    """The kinds of patterns of this plugin."""
 
 
 @hookspec

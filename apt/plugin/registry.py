@@ -24,6 +24,7 @@ from apt.plugin.specs import (
     ExportSpec,
     FormatSpec,
     MethodSpec,
+    PatternSpec,
     RecoverySpec,
     ShrinkMethodSpec,
     Spec,
@@ -85,6 +86,10 @@ class Catalog(Generic[S]):
             raise unknown(self.kind, name, self.specs, _unavailable(self.plugins.values()))
         return by_case[name.lower()]
 
+    def is_own(self, spec: S) -> bool:
+        """True if a spec is one of APT's own."""
+        return self.origins[spec.name].distribution_name == OWN_DISTRIBUTION
+
 
 @dataclass(frozen=True)
 class Registry:
@@ -94,6 +99,7 @@ class Registry:
     formats: Catalog[FormatSpec]
     exports: Catalog[ExportSpec]
     methods: Catalog[MethodSpec]
+    patterns: Catalog[PatternSpec]
     shrink_methods: Catalog[ShrinkMethodSpec]
     allocations: Catalog[AllocationSpec]
     recoveries: Catalog[RecoverySpec]
@@ -123,6 +129,10 @@ class Registry:
                 del self.observers[name]
                 problem = f"{name}: {type(error).__name__}: {first_line(error)}"
                 warnings.warn(f"observer failed and is left out: {problem}", stacklevel=2)
+
+    def pattern_kinds(self) -> list[PatternSpec]:
+        """The kinds of patterns, those of APT first."""
+        return sorted(self.patterns.specs.values(), key=lambda spec: not self.patterns.is_own(spec))
 
     def default_method(self) -> MethodSpec:
         """The most accurate of APT's own methods, or of all methods if those are disabled.
@@ -176,7 +186,7 @@ def _most_accurate(catalog: Catalog[R], specs: Iterable[R]) -> R:
     if not known:
         fault = f"no {catalog.kind} is installed{_unavailable(catalog.plugins.values())}"
         raise AptError(fault, "install a package with one, or leave out APT_DISABLE_PLUGINS")
-    own = [s for s in known if catalog.origins[s.name].distribution_name == OWN_DISTRIBUTION]
+    own = [spec for spec in known if catalog.is_own(spec)]
     return max(own or known, key=lambda spec: spec.rank)
 
 
@@ -317,6 +327,7 @@ def load_registry(entries: Iterable[EntryPoint], disable: str = "") -> Registry:
         loader.catalog("format", hook.apt_formats, FormatSpec),
         loader.catalog("export format", hook.apt_exports, ExportSpec),
         loader.catalog("method", hook.apt_methods, MethodSpec),
+        loader.catalog("pattern", hook.apt_patterns, PatternSpec),
         loader.catalog("shrink method", hook.apt_shrink_methods, ShrinkMethodSpec),
         loader.catalog("allocation", hook.apt_allocations, AllocationSpec),
         loader.catalog("recovery", hook.apt_recoveries, RecoverySpec),

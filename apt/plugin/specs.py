@@ -159,6 +159,9 @@ class MethodSpec(Spec):
         efforts: True if it uses ``SolverOptions.effort``.
         blocks: True if it uses ``SolverOptions.block_size``.
         factors: False if it factorises no Gram matrix. The predicted memory of a run is then less.
+        patterns: the names of the kinds of patterns that it prunes to, see `PatternSpec`; by
+            default those that ship with APT. None for all: it then asks the pattern for masks, as
+            `apt.solver.lowest` does, and never for its type.
     """
 
     sparse: ClassVar[bool] = True
@@ -171,6 +174,22 @@ class MethodSpec(Spec):
     efforts: bool = False
     blocks: bool = False
     factors: bool = True
+    patterns: tuple[str, ...] | None = ("share", "n:m", "auto:m")
+
+
+@dataclass(frozen=True)
+class PatternSpec(Spec):
+    """A kind of pattern of zeros; its target is a subclass of `apt.solver.Pattern`.
+
+    Args:
+        form: a text that it reads, for messages. If a kind has sizes and a share, the text is
+            ``NAME:SIZES@SHARE``, such as ``"auto:8@0.5"``; the option ``sparsity`` may then give
+            the share.
+        source: the paper.
+    """
+
+    form: str = ""
+    source: str = ""
 
 
 @dataclass(frozen=True)

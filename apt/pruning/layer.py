@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,6 @@ from apt.solver import (
     solve_masked,
 )
 from apt.solver.gram import DAMPING
-from apt.solver.patterns import surplus
 from apt.tuning.block_tuning import BlockTuning
 from apt.tuning.row_importance import RowImportance
 
@@ -68,7 +67,8 @@ class Method(SiteMethod[Pattern], Protocol):
             weight: the weight (out, in) in fp32. It may be changed.
             gram: the Gram matrix of its inputs (in, in). It must not be changed, since sites with
                 the same input share it.
-            pattern: `apt.solver.NM`, or `apt.solver.Unstructured` with its ``per`` filled in.
+            pattern: `apt.solver.NM`, `apt.solver.Unstructured` with its ``per`` filled in, or
+                another kind if the spec of the method names it or allows all.
             options: the damping, and what the spec of the method says that it uses.
 
         Returns:
@@ -197,8 +197,8 @@ def _check_weight(
         raise _refused(method, f"returns a weight of {planned.name} that is not zero at its mask")
     if keeps_all(planned.pattern):  # a sum can be zero by chance
         return
-    unit = "groups" if isinstance(planned.pattern, ColumnGroups) else "weights"
-    if more := surplus(solution.weight, dense, planned.pattern):
+    unit = planned.pattern.unit
+    if more := planned.pattern.surplus(solution.weight, dense):
         raise _refused(
             method,
             f"removes {more:,} {unit} more of {planned.name} than its pattern {planned.pattern}",
@@ -222,8 +222,7 @@ def chosen_groups(
     job: BlockPruning, block: nn.Module, planned: PlannedSite, sums: Sums
 ) -> ColumnGroups:
     """The pattern of a site with the groups that the method removes; the weight stays."""
-    pattern = planned.pattern
-    assert isinstance(pattern, ColumnGroups)
+    pattern = cast(ColumnGroups, planned.pattern)
     dense = planned.site.oriented(planned.site.weight(block).data).float()
     whole = torch.ones((), device=dense.device)
     kept = ~_solution(job, planned, dense, sums, 1.0, whole).mask

@@ -1,6 +1,7 @@
 """Permutations before n:m: inputs change places so that each group keeps more."""
 
 from collections.abc import Iterator, Mapping
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -9,8 +10,8 @@ from apt.adapter import Permutable, Site
 from apt.adapter.groups import tensors_of
 from apt.adapter.permutations import columns_of
 from apt.calibration.batches import Batch, OpenBlock
+from apt.patterns import Pattern
 from apt.planning.plan import PlannedBlock, PlannedSite
-from apt.solver import NM
 from apt.solver.permutation import best_order
 
 
@@ -63,14 +64,14 @@ def _permuted(planned: PlannedBlock) -> Iterator[tuple[PlannedSite, Permutable]]
     """The permutable inputs of n:m sites; an allocation may have left some of them dense."""
     entries = {entry.site.name: entry for entry in planned.sites}
     for permutable in planned.permutable:
-        if isinstance(entries[permutable.reader].pattern, NM):
-            yield entries[permutable.reader], permutable
+        entry = entries[permutable.reader]
+        if entry.pattern is not None:
+            yield entry, permutable
 
 
 def _order(block: OpenBlock, permutable: Permutable, entry: PlannedSite, energy: Tensor) -> Tensor:
     """The best order of the permutable inputs of a site, by their sums of squares (in,)."""
-    assert isinstance(entry.pattern, NM)
-    pattern, size = entry.pattern, permutable.size
+    pattern, size = cast(Pattern, entry.pattern), permutable.size
     weight = entry.site.oriented(entry.site.weight(block.module).data).float()
     if not energy.any():  # an expert without tokens
         energy = torch.ones_like(energy)

@@ -5,8 +5,21 @@ A linear layer computes ``Y = X Wᵀ``. Pruning seeks ``V`` with a given zero pa
 matrix ``XᵀX`` of shape (in, in). It is independent of models, adapters and files.
 """
 
+from apt.patterns import (
+    NM,
+    ColumnGroups,
+    Granularity,
+    MixedNM,
+    Pattern,
+    SitePattern,
+    Unstructured,
+    keeps_all,
+    lowest,
+    lowest_k,
+    meets,
+    parse_pattern,
+)
 from apt.solver.admm_search import admm
-from apt.solver.column_groups import ColumnGroups
 from apt.solver.dead_inputs import solve_live
 from apt.solver.gram import DampedGram, Gram, SolverError
 from apt.solver.group_removal import (
@@ -20,19 +33,6 @@ from apt.solver.group_removal import (
 from apt.solver.integers import IntegerGrid, rounded
 from apt.solver.least_squares import Joint, joint_weights, relative_layer_error, solve_masked
 from apt.solver.options import EFFORTS, Effort, MethodError, Solution, SolverOptions, check_solution
-from apt.solver.patterns import (
-    NM,
-    Granularity,
-    MixedNM,
-    Pattern,
-    SitePattern,
-    Unstructured,
-    keeps_all,
-    lowest,
-    lowest_k,
-    meets,
-    parse_pattern,
-)
 from apt.solver.precision import full_precision
 from apt.solver.sparsegpt import MAX_REMOVAL_SETS, mm, ms, sm, ss
 

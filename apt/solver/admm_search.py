@@ -24,10 +24,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from apt.patterns import Pattern
 from apt.solver.gram import DampedGram, Gram, SolverError
 from apt.solver.least_squares import Joint, joint_weights
-from apt.solver.options import Effort, Solution, SolverOptions
-from apt.solver.patterns import NM, Pattern, about_highest, lowest
+from apt.solver.options import Effort, Solution, SolverOptions, check_fit
 from apt.solver.precision import full_precision
 from apt.solver.scaled import NODES
 
@@ -95,8 +95,7 @@ def admm(
         SolverError: the pattern does not divide the width, the effort is unknown, or the Gram
             matrix is unusable.
     """
-    if isinstance(pattern, NM) and weight.shape[1] % pattern.m:
-        raise SolverError(f"the input width {weight.shape[1]} is not a multiple of {pattern.m}")
+    check_fit(weight, pattern)
     if options.effort not in ROUNDS:
         raise SolverError(f"effort '{options.effort}' is none of {', '.join(ROUNDS)}")
     damped = gram.damped(options.damping)
@@ -142,7 +141,7 @@ def _search(
         _keep(mixed, pattern, kept, spare)
         torch.sub(mixed, kept, out=dual)
     magnitudes, start = mixed.T.contiguous().abs_(), kept.T.contiguous()
-    return lowest(magnitudes, pattern), start.div_(scaled.scale)
+    return pattern.smallest(magnitudes), start.div_(scaled.scale)
 
 
 def _add_product(target: Tensor, proximal: Tensor, spare: Tensor, out: Tensor) -> None:
@@ -156,20 +155,18 @@ def _add_product(target: Tensor, proximal: Tensor, spare: Tensor, out: Tensor) -
 def _keep(values: Tensor, pattern: Pattern, kept: Tensor, spare: Tensor) -> None:
     """Write ``values`` (in, out) to ``kept``, with zeros where the pattern prunes.
 
-    The threshold is estimated, so the count of zeros is approximate. ``spare`` (in, out) is a
+    The count of zeros is approximate, see `Pattern.keep_largest`. ``spare`` (in, out) is a
     buffer that is overwritten: to allocate a large new tensor takes longer than the computation.
     """
     magnitudes = torch.abs(values, out=spare)
-    threshold = about_highest(magnitudes, pattern)
-    size = pattern.m if isinstance(pattern, NM) else len(values)
-    magnitudes.view(-1, size, values.shape[1]).ge_(threshold)
+    pattern.keep_largest(magnitudes)
     torch.mul(values, magnitudes, out=kept)
 
 
 def _better(best: Joint, solved: Joint, pattern: Pattern) -> Joint:
     """The better of two solutions, row by row if each row on its own meets the pattern."""
     gained = solved.loss < best.loss
-    if not isinstance(pattern, NM) and pattern.per != "row":
+    if not pattern.by_row:
         return solved if float(solved.loss.sum()) < float(best.loss.sum()) else best
     rows = gained.unsqueeze(1)
     return Joint(

@@ -11,9 +11,9 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+from apt.patterns import Pattern, lowest_k
 from apt.solver.gram import DAMPING
 from apt.solver.options import Solution
-from apt.solver.patterns import NM, Pattern, Unstructured, lowest_k
 from apt.solver.precision import full_precision
 
 _EXHAUSTIVE = 8  # weights per channel up to which all sets are tried; above, sets grow greedily
@@ -90,10 +90,10 @@ class _Problem:
 
 
 def _mask(problem: _Problem, pattern: Pattern) -> Tensor:
-    if isinstance(pattern, NM):
-        sets = _sets(pattern.m, pattern.m - pattern.n, problem.weight.device)
+    if size := pattern.group:
+        sets = _sets(size, pattern.required((1, size)), problem.weight.device)
         parts = problem.parts(len(sets))
-        return torch.cat([_by_groups(part, sets, pattern.m) for part in parts])
+        return torch.cat([_by_groups(part, sets, size) for part in parts])
     return _by_sizes(problem, pattern)
 
 
@@ -126,15 +126,15 @@ def _path(problem: _Problem) -> Iterator[tuple[Tensor, Tensor]]:
         yield current, losses
 
 
-def _by_sizes(problem: _Problem, pattern: Unstructured) -> Tensor:
+def _by_sizes(problem: _Problem, pattern: Pattern) -> Tensor:
     """The mask for a share of all weights, or of the weights of each channel."""
     path = list(_path(problem))
-    if pattern.per == "row":
-        size = pattern.count(problem.width)
+    if pattern.by_row:
+        size = pattern.required((1, problem.width))
         sizes = torch.full((problem.channels,), size, device=problem.weight.device)
     else:
         rising = _hull(torch.stack([losses for _, losses in path], 1))
-        count = pattern.count(rising.numel())
+        count = pattern.required((problem.channels, problem.width))
         sizes = lowest_k(rising.reshape(1, -1), count).view_as(rising).sum(1)
     none = torch.zeros_like(path[0][0])
     sets = torch.stack([none, *(sets for sets, _ in path)])

@@ -7,14 +7,14 @@ Therefore the method solves the live inputs alone, for the rest of the count. Fo
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from apt.solver.column_groups import ColumnGroups
+from apt.patterns import Pattern, SitePattern
 from apt.solver.gram import Gram
 from apt.solver.options import Solution, SolverOptions, check_solution
-from apt.solver.patterns import NM, SitePattern, lowest, zero_counts
 
 
 def solve_live(
@@ -26,8 +26,9 @@ def solve_live(
 ) -> Solution:
     """Solve a layer so that the weights of dead inputs are pruned first; the count stays exact.
 
-    Without dead inputs, and for groups of columns, the method gets the layer as it is. If the
-    pattern prunes fewer weights than the dead inputs have, the smallest of these are pruned.
+    Without dead inputs, for groups of columns, and for a pattern that single inputs cannot be left
+    out of, the method gets the layer as it is. If the pattern prunes fewer weights than the dead
+    inputs have, the smallest of these are pruned.
 
     Args:
         method: the method.
@@ -46,17 +47,18 @@ def solve_live(
         return solution
 
     dead = gram.dead
-    if isinstance(pattern, ColumnGroups) or not bool(dead.any()) or bool(dead.all()):
+    if pattern.structured or not bool(dead.any()) or bool(dead.all()):
         return solved(weight, gram, pattern)
-    first = lowest(weight.abs().masked_fill(~dead, torch.inf), pattern)
-    if isinstance(pattern, NM):
-        return _with_zeros(solved, weight, gram, pattern, first & dead)
-    rows = 1 if pattern.per == "row" else len(weight)
-    count = pattern.count(rows * len(dead)) - rows * int(dead.sum())
-    live = rows * int((~dead).sum())
-    if not 0 < count < live:  # the method has nothing to choose
+    sparse = cast(Pattern, pattern)
+    ranks = weight.abs().masked_fill(~dead, torch.inf)
+    if sparse.group:
+        return _with_zeros(solved, weight, gram, sparse, sparse.smallest(ranks) & dead)
+    rest = sparse.rest((len(weight), len(dead)), int(dead.sum()))
+    if rest is sparse:
+        return solved(weight, gram, pattern)
+    first = sparse.smallest(ranks)
+    if rest is None:  # the method has nothing to choose
         return Solution(weight.masked_fill(first, 0), first)
-    rest = replace(pattern, sparsity=count / live)
     part = solved(weight[:, ~dead], gram.live, rest)
     pruned, mask = torch.zeros_like(weight), torch.ones_like(first)
     pruned[:, ~dead], mask[:, ~dead] = part.weight, part.mask
@@ -64,7 +66,7 @@ def solve_live(
 
 
 def _with_zeros(
-    solved: Callable[..., Solution], weight: Tensor, gram: Gram, pattern: NM, first: Tensor
+    solved: Callable[..., Solution], weight: Tensor, gram: Gram, pattern: Pattern, first: Tensor
 ) -> Solution:
     """A layer solved for n:m with zeros at ``first`` (out, in), which every score ranks lowest.
 
@@ -72,10 +74,10 @@ def _with_zeros(
     largest of these are kept instead, as they were.
     """
     solution = solved(weight.masked_fill(first, 0), gram, pattern)
-    counts, needed = zero_counts(solution.mask, pattern)
+    counts, needed = pattern.zero_counts(solution.mask)
     if bool((counts != needed).any()) or not bool((first & ~solution.mask).any()):
         return solution
     ranks = weight.abs().masked_fill(~solution.mask, torch.inf).masked_fill(first, -1)
-    mask = lowest(ranks, pattern)
+    mask = pattern.smallest(ranks)
     kept = torch.where(solution.mask, weight, solution.weight)
     return replace(solution, weight=kept.masked_fill(mask, 0), mask=mask)

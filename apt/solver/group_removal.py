@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from apt.solver.column_groups import ColumnGroups
+from apt.patterns import ColumnGroups
 from apt.solver.gram import DampedGram, Gram
 from apt.solver.options import MethodError, Solution, SolverOptions, check_tensor
 from apt.solver.precision import full_precision

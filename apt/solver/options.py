@@ -6,6 +6,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from apt.patterns import Pattern
+from apt.solver.gram import SolverError
+
 Effort = Literal["fast", "default", "best"]
 EFFORTS: tuple[Effort, ...] = ("fast", "default", "best")
 
@@ -47,6 +50,12 @@ class Solution:
     mask: Tensor
     damping: float | None = None
     residual: float | None = None
+
+
+def check_fit(weight: Tensor, pattern: Pattern) -> None:
+    """Raise `SolverError` if a weight (out, in) cannot have the pattern."""
+    if misfit := pattern.misfit((weight.shape[0], weight.shape[1])):
+        raise SolverError(f"the weight {misfit} (pattern {pattern})")
 
 
 class MethodError(TypeError):

@@ -9,27 +9,29 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from apt.solver.patterns import NM
+from apt.patterns import Pattern
 
 _ROUNDS = 2  # times that each place of a group is assigned
 
 
-def best_order(scores: Tensor, pattern: NM) -> Tensor:
+def best_order(scores: Tensor, pattern: Pattern) -> Tensor:
     """The order in which the groups of n:m keep the most of the scores.
 
     Args:
         scores: non-negative scores (rows, columns) in fp32; the number of columns is a multiple of
             ``m``.
-        pattern: the pattern.
+        pattern: n:m.
 
     Returns:
         The former index of each column (columns,).
     """
-    groups = scores.sum(0).argsort(descending=True, stable=True).view(pattern.m, -1).T.clone()
-    for place in list(range(pattern.m)) * _ROUNDS:
-        rest = groups[:, [other for other in range(pattern.m) if other != place]]
+    assert pattern.group is not None
+    size, kept = pattern.group, pattern.group - pattern.required((1, pattern.group))
+    groups = scores.sum(0).argsort(descending=True, stable=True).view(size, -1).T.clone()
+    for place in list(range(size)) * _ROUNDS:
+        rest = groups[:, [other for other in range(size) if other != place]]
         taken = groups[:, place]
-        benefit = _benefits(scores, taken, rest, pattern.n)
+        benefit = _benefits(scores, taken, rest, kept)
         _, given = linear_sum_assignment(benefit.cpu().numpy(), maximize=True)
         groups[:, place] = taken[torch.from_numpy(given).to(taken.device)]
     return groups.flatten()

@@ -29,10 +29,10 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+from apt.patterns import Pattern, lowest_k
 from apt.solver.gram import DampedGram, Gram, SolverError
 from apt.solver.least_squares import joint_weights
-from apt.solver.options import Solution, SolverOptions
-from apt.solver.patterns import NM, Pattern, Unstructured, lowest, lowest_k
+from apt.solver.options import Solution, SolverOptions, check_fit
 from apt.solver.precision import full_precision
 
 MAX_REMOVAL_SETS = 20_000
@@ -95,14 +95,12 @@ class _Sweep:
     """
 
     def __init__(self, pattern: Pattern, window: int, multiple_mask: bool, weight: Tensor) -> None:
-        self.pattern, width = pattern, weight.shape[1]
-        self.window, self.strip = window, _STRIP
+        check_fit(weight, pattern)
+        self.pattern, aligned = pattern, pattern.alignment
+        self.window, self.strip = aligned * max(1, window // aligned), _STRIP
         self.choose: Callable[[Tensor, Tensor], Tensor] | None = None
-        if isinstance(pattern, NM):
-            if width % pattern.m:
-                raise SolverError(f"the input width {width} is not a multiple of {pattern.m}")
-            self.window = self.strip = pattern.m
-            self.window *= max(1, _WINDOW // pattern.m)
+        if pattern.group:
+            self.window, self.strip = aligned * max(1, _WINDOW // aligned), aligned
             self.choose = (
                 _set_mask(pattern, weight.device) if multiple_mask else _group_mask(pattern)
             )
@@ -128,8 +126,7 @@ class _Sweep:
         coefficients = torch.empty_like(columns)
         if self.choose is None:
             scores = columns / factor.diagonal().unsqueeze(1)
-            assert isinstance(self.pattern, Unstructured)
-            mask.copy_(lowest(scores.square_().T, self.pattern, offset=offset).T)
+            mask.copy_(self.pattern.lowest(scores.square_().T, offset=offset).T)
         for start in range(0, len(columns), self.strip):
             here, rest = slice(start, start + self.strip), slice(start + self.strip, None)
             if self.choose is not None:
@@ -148,25 +145,28 @@ def _single(columns: Tensor, factor: Tensor, mask: Tensor, coefficients: Tensor)
         columns[j:].addr_(factor[j, j:], removed, alpha=-1)
 
 
-def _group_mask(pattern: NM) -> Callable[[Tensor, Tensor], Tensor]:
+def _group_mask(pattern: Pattern) -> Callable[[Tensor, Tensor], Tensor]:
     """Mask S of one group: the lowest ``w²/U_jj²``."""
+
+    removed = pattern.required((1, pattern.alignment))
 
     def choose(columns: Tensor, factor: Tensor) -> Tensor:
         scores = columns / factor.diagonal().unsqueeze(1)
-        return lowest_k(scores.square_().T, pattern.m - pattern.n).T
+        return lowest_k(scores.square_().T, removed).T
 
     return choose
 
 
-def _set_mask(pattern: NM, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+def _set_mask(pattern: Pattern, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
     """Mask M of one group: the removal set of least joint loss, of all C(m, n)."""
-    removed = pattern.m - pattern.n
-    if math.comb(pattern.m, removed) > MAX_REMOVAL_SETS:
+    size = pattern.alignment
+    removed = pattern.required((1, size))
+    if math.comb(size, removed) > MAX_REMOVAL_SETS:
         raise SolverError(
-            f"mask M would enumerate {math.comb(pattern.m, removed):,} removal sets per group "
+            f"mask M would enumerate {math.comb(size, removed):,} removal sets per group "
             f"for {pattern}; use mask S (ss or sm)"
         )
-    sets = torch.tensor(list(combinations(range(pattern.m), removed)), device=device)
+    sets = torch.tensor(list(combinations(range(size), removed)), device=device)
 
     def choose(columns: Tensor, factor: Tensor) -> Tensor:
         inverse = factor.T @ factor
@@ -190,8 +190,8 @@ def _blockwise(
     weight: Tensor, damped: DampedGram, sweep: _Sweep, block: int
 ) -> tuple[Tensor, Tensor]:
     """Compensation M by blocks of ``block`` columns; see the module's docstring."""
-    if isinstance(sweep.pattern, NM) and block % sweep.pattern.m:
-        raise SolverError(f"block size {block} is not a multiple of {sweep.pattern.m}")
+    if block % sweep.pattern.alignment:
+        raise SolverError(f"block size {block} is not a multiple of {sweep.pattern.alignment}")
     current, factor = weight.clone(), damped.factor
     mask = torch.zeros_like(weight, dtype=torch.bool)
     for start in range(0, weight.shape[1], block):

@@ -2,15 +2,16 @@
 
 In Python, call `check_adapter` or the single checks in `apt.testing.CHECKS`. Under pytest, subclass
 `AdapterConformance`. At a shell, run ``apt-prune check ADAPTER``. For tests of methods, metrics and
-so on, `embedded` returns a small trained model.
+so on, `embedded` returns a small trained model. `check_pattern` checks a pattern.
 """
 
 from apt.conformance.checks import CHECKS, Nonconformance, Subject
 from apt.conformance.checks.declared import every_kind
 from apt.conformance.outcomes import Outcome, check_adapter
+from apt.conformance.patterns import check_pattern
 from apt.testing.suite import AdapterConformance, embedded, random_tokens
 
 __all__ = [
     "CHECKS", "AdapterConformance", "Nonconformance", "Outcome", "Subject", "check_adapter",
-    "embedded", "every_kind", "random_tokens",
+    "check_pattern", "embedded", "every_kind", "random_tokens",
 ]  # fmt: skip

@@ -26,7 +26,7 @@ from apt.calibration.batches import Batch, OpenBlock
 from apt.calibration.dense_activations import bounded
 from apt.compute import mixed_precision
 from apt.options import ROW_IMPORTANCE
-from apt.solver import SitePattern, Unstructured
+from apt.patterns import SitePattern
 from apt.tuning.block_forward import stream_after
 
 _LEAST = 0.01  # least importance, as a share of the mean: no row is sacrificed for others
@@ -47,8 +47,7 @@ class RowImportance:
 
     def serves(self, site: Site, pattern: SitePattern | None) -> bool:
         """True if the mask of ``site`` depends on the weighting of rows under ``pattern``."""
-        shared_out = isinstance(pattern, Unstructured) and pattern.per != "row"
-        return shared_out and not site.routed
+        return pattern is not None and not pattern.by_row and not site.routed
 
     def scales(
         self, block: OpenBlock, starts: Sequence[State], sites: Sequence[Site]

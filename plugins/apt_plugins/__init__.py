@@ -8,6 +8,7 @@ from apt.hookspecs import (
     EvaluatorSpec,
     ExportSpec,
     MethodSpec,
+    PatternSpec,
     RecoverySpec,
     ShrinkMethodSpec,
     hookimpl,
@@ -23,22 +24,22 @@ def apt_methods() -> list[MethodSpec]:
         MethodSpec(
             "admm", "mask by over-relaxed ADMM with restarts, weights solved jointly",
             "apt.solver:admm", 100, "after arXiv 2410.15567 and 2406.07831",
-            error_aware=True, efforts=True,
+            error_aware=True, efforts=True, patterns=None,
         ),
         MethodSpec(
             "ss", "mask and weights by single removal: SparseGPT", "apt.solver:ss", 30,
-            "arXiv 2301.00774",
+            "arXiv 2301.00774", patterns=None,
         ),
         MethodSpec("sm", "SparseGPT's mask, weights solved jointly", "apt.solver:sm", 60, _APT,
-                   blocks=True),
+                   blocks=True, patterns=None),
         MethodSpec("ms", "mask of joint removal (n:m), weights column by column", "apt.solver:ms",
                    40, _APT),
         MethodSpec("mm", "mask of joint removal (n:m), weights solved jointly", "apt.solver:mm",
                    50, _APT, blocks=True),
         MethodSpec("magnitude", "the smallest |w|, no update", "apt_plugins.baselines:magnitude",
-                   10, "arXiv 1506.02626", factors=False),
+                   10, "arXiv 1506.02626", factors=False, patterns=None),
         MethodSpec("wanda", "the smallest |w|·‖x‖, no update", "apt_plugins.baselines:wanda", 20,
-                   "arXiv 2306.11695", per="row", factors=False),
+                   "arXiv 2306.11695", per="row", factors=False, patterns=None),
         MethodSpec("sparseswaps", "Wanda's mask, improved by single swaps; no update",
                    "apt_plugins.sparseswaps:sparseswaps", 25, "arXiv 2512.10922", per="row",
                    factors=False),
@@ -47,7 +48,20 @@ def apt_methods() -> list[MethodSpec]:
         MethodSpec("dsnot-exact", "DSnoT's mask, weights solved jointly",
                    "apt_plugins.dsnot:dsnot_exact", 35, "after arXiv 2310.08915", per="row"),
         MethodSpec("alps", "mask by ADMM, a few steps of joint weights", "apt_plugins.alps:alps",
-                   70, "arXiv 2406.07831"),
+                   70, "arXiv 2406.07831", patterns=None),
+    ]  # fmt: skip
+
+
+@hookimpl
+def apt_patterns() -> list[PatternSpec]:
+    """A share of the weights, and n:m."""
+    return [
+        PatternSpec("share", "a share of the weights, at any position: 0.5 or 50%",
+                    "apt.patterns:Unstructured", "0.5"),
+        PatternSpec("n:m", "n of every m consecutive inputs are kept: 2:4", "apt.patterns:NM",
+                    "2:4", "arXiv 2104.08378"),
+        PatternSpec("auto:m", "n:m with an n for each site: auto:8@0.5", "apt.patterns:MixedNM",
+                    "auto:8@0.5"),
     ]  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from apt.solver import Gram, Pattern, Solution, SolverOptions, full_precision, lowest
+from apt.solver import Gram, Pattern, Solution, SolverOptions, full_precision
 
 _PENALTY = 0.1  # the initial ρ, for a Gram matrix of unit diagonal
 _GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # (least change of the support, factor of ρ)
@@ -55,7 +55,7 @@ def _admm(dense: Tensor, unit: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor
         right = (target - dual).add_(sparse, alpha=penalty)
         free = (right @ basis).div_(eigenvalues + penalty) @ basis.T
         sparse = torch.add(free, dual, alpha=1 / penalty)
-        mask = lowest(sparse.abs(), pattern)
+        mask = pattern.smallest(sparse.abs())
         sparse.masked_fill_(mask, 0)
         dual.add_(free.sub_(sparse), alpha=penalty)
         if iteration % _INTERVAL == 0:

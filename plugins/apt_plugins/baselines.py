@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from apt.solver import Gram, Granularity, Pattern, Solution, SolverOptions, lowest
+from apt.solver import Gram, Granularity, Pattern, Solution, SolverOptions
 
 
 @torch.no_grad()
@@ -25,5 +25,5 @@ def wanda(weight: Tensor, gram: Gram, pattern: Pattern, options: SolverOptions) 
 
 
 def _prune(weight: Tensor, scores: Tensor, pattern: Pattern, per: Granularity) -> Solution:
-    mask = lowest(scores, pattern, per)
+    mask = pattern.smallest(scores, per)
     return Solution(weight.masked_fill(mask, 0), mask)

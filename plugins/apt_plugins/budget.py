@@ -22,7 +22,7 @@ from apt.calibration.batches import enter
 from apt.calibration.dense_activations import mean_squares, stream_rows
 from apt.planning.allocation import Unallocated, sparsity_of, unstructured
 from apt.planning.plan import PlannedSite
-from apt.solver import Gram, MixedNM
+from apt.solver import Gram
 from apt_plugins.site_losses import LEVELS, losses_of, pruned, site_grams
 
 _GRAM_TOKENS = 4096
@@ -94,7 +94,7 @@ def auto_block(given: Unallocated) -> dict[str, float]:
 def _spread(given: Unallocated) -> float:
     if not given.error_aware:
         return 1.0
-    mixed = any(isinstance(site.pattern, MixedNM) for site in given.plan.sites)
+    mixed = any(site.pattern and not site.pattern.settled for site in given.plan.sites)
     return _SPREAD_NM if mixed else _SPREAD
 
 

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from apt.solver import NM, Gram, Pattern, Solution, SolverOptions, joint_weights
+from apt.solver import Gram, Pattern, Solution, SolverOptions, joint_weights
 from apt_plugins.baselines import wanda
 
 CYCLES = 50
@@ -36,7 +36,7 @@ def dsnot(weight: Tensor, gram: Gram, pattern: Pattern, options: SolverOptions) 
         options: unused.
     """
     start = wanda(weight, gram, pattern, options).mask
-    mask = refined(weight, gram, start, pattern.m if isinstance(pattern, NM) else None)
+    mask = refined(weight, gram, start, pattern.group)
     return Solution(weight.masked_fill(mask, 0), mask)
 
 

@@ -59,7 +59,7 @@ class _Group:
         for site, weight, scale, before in zip(
             self.sites, self.weights, self.scales, dense, strict=True
         ):
-            mask = removed_at((before.float() * scale).square(), site.pattern, sparsity)
+            mask = removed_at((before.float() * scale).square(), site, sparsity)
             weight.copy_(torch.where(mask, before * kept, before))
 
 

@@ -6,6 +6,7 @@ The scores are squared weights in the balanced scaling, in which the default met
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,7 @@ from apt.calibration.capture import as_rows
 from apt.planning.allocation import sparsity_of
 from apt.planning.plan import PlannedSite
 from apt.pruning.layer import mean_square
-from apt.solver import NM, Gram, MixedNM, Pattern, SitePattern, Unstructured, joint_weights
-from apt.solver.patterns import lowest
+from apt.solver import Gram, Pattern, joint_weights
 
 LEVELS = 512
 """The number of levels of the sparsity."""
@@ -61,16 +61,15 @@ def losses_of(
     """
     levels = torch.linspace(0, 1, LEVELS + 1, dtype=torch.float64)
     scores = [_scores(block, planned.site, grams) for planned in sites]
-    plain = _plain_losses(scores, sites[0].pattern, levels)
+    plain = _plain_losses(scores, _pattern(sites[0]), levels)
     few = list(zip(sites, scores, strict=True))[:: max(1, len(sites) // _EXPERTS)]
     left = torch.stack([_shares_left(block, *pair, grams) for pair in few]).mean(0)
     return plain, plain * _interpolated(levels, torch.tensor([*_KNOTS, 1.0]), left)
 
 
-def _plain_losses(scores: Sequence[Tensor], pattern: SitePattern | None, levels: Tensor) -> Tensor:
-    """The sums of the scores that are removed at each level; linear between the levels of n:m."""
-    if isinstance(pattern, MixedNM):
-        knots = [k / pattern.m for k in range(pattern.m + 1)]
+def _plain_losses(scores: Sequence[Tensor], pattern: Pattern, levels: Tensor) -> Tensor:
+    """The sums of the scores that are removed at each level; linear between the knots."""
+    if (knots := pattern.knots) is not None:
         sums = [sum(_removed(score, pattern, knot) for score in scores) for knot in knots]
         return _interpolated(levels, torch.tensor(knots), torch.tensor(sums, dtype=torch.float64))
     every = sum(score.numel() for score in scores)
@@ -88,24 +87,21 @@ def _spaced(scores: Tensor, distance: int) -> Tensor:
     return scores.flatten()[::distance]
 
 
-def _removed(scores: Tensor, pattern: MixedNM, sparsity: float) -> float:
+def _removed(scores: Tensor, pattern: Pattern, sparsity: float) -> float:
     """The sum of the scores that a sparsity removes; at 0 nothing, at 1 everything."""
     if not 0 < sparsity < 1:
         return float(scores.double().sum()) * sparsity
-    return float(scores[lowest(scores, _pattern(pattern, sparsity))].double().sum())
+    return float(scores[pattern.at(sparsity).lowest(scores)].double().sum())
 
 
-def _pattern(pattern: SitePattern | None, sparsity: float) -> Pattern:
-    """The pattern of that sparsity, or the nearest n:m with some zeros."""
-    if not isinstance(pattern, MixedNM):
-        return Unstructured(sparsity)
-    pruned = min(max(round(sparsity * pattern.m), 1), pattern.m - 1)
-    return NM(pattern.m - pruned, pattern.m)
+def _pattern(site: PlannedSite) -> Pattern:
+    """The pattern of a site whose sparsity an allocation can change."""
+    return cast(Pattern, site.pattern)
 
 
-def removed_at(scores: Tensor, pattern: SitePattern | None, sparsity: float) -> Tensor:
+def removed_at(scores: Tensor, site: PlannedSite, sparsity: float) -> Tensor:
     """The mask (out, in) of the lowest scores, of that sparsity or of the nearest n:m."""
-    return lowest(scores, _pattern(pattern, sparsity))
+    return _pattern(site).at(sparsity).lowest(scores)
 
 
 def _shares_left(
@@ -117,7 +113,7 @@ def _shares_left(
     rows = torch.linspace(0, len(weight) - 1, min(_ROWS, len(weight))).long().to(weight.device)
     left = []
     for knot in _KNOTS:
-        mask = lowest(scores, _pattern(planned.pattern, knot))[rows]
+        mask = removed_at(scores, planned, knot)[rows]
         removed = weight[rows] * mask
         plain = float(((removed @ damped.matrix) * removed).sum()) / 2
         solved = float(joint_weights(weight[rows], damped, mask).loss.sum())
@@ -150,7 +146,7 @@ def pruned(
             weight = planned.site.oriented(planned.site.weight(block).data)
             kept.append((weight, weight.clone()))
             scores = _scores(block, planned.site, grams)
-            weight.masked_fill_(removed_at(scores, planned.pattern, sparsity_of(planned)), 0)
+            weight.masked_fill_(removed_at(scores, planned, sparsity_of(planned)), 0)
         yield
     finally:
         for weight, dense in kept:

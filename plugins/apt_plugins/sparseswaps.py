@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from apt.solver import NM, Gram, Pattern, Solution, SolverOptions, full_precision
+from apt.solver import Gram, Pattern, Solution, SolverOptions, full_precision
 from apt_plugins.baselines import wanda
 
 MAX_SWAPS = 100
@@ -40,8 +40,7 @@ def sparseswaps(weight: Tensor, gram: Gram, pattern: Pattern, options: SolverOpt
     """
     mask = wanda(weight, gram, pattern, options).mask
     matrix = gram.matrix / max(gram.tokens, 1)
-    group = pattern.m if isinstance(pattern, NM) else weight.shape[1]
-    refine(weight.to(matrix.dtype), matrix, mask, group)
+    refine(weight.to(matrix.dtype), matrix, mask, pattern.group or weight.shape[1])
     return Solution(weight.masked_fill(mask, 0), mask)
 
 

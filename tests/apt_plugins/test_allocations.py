@@ -16,8 +16,7 @@ from apt.errors import AptError
 from apt.planning.allocation import Unallocated, with_shares
 from apt.planning.plan import Plan, PlannedBlock, PlannedSite, Selection, make_plan
 from apt.plugin.registry import registry
-from apt.solver import NM, MixedNM, Unstructured
-from apt.solver.patterns import lowest_k
+from apt.solver import NM, MixedNM, Unstructured, lowest_k
 from tests.helpers.families import FAMILIES, adapter_of, random_model, random_tokens, zoo_model
 
 TOKENS = random_tokens(samples=6)

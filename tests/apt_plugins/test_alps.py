@@ -10,11 +10,11 @@ from apt.solver import (
     SolverError,
     SolverOptions,
     Unstructured,
+    meets,
     parse_pattern,
     relative_layer_error,
     ss,
 )
-from apt.solver.patterns import meets
 from tests.helpers.problems import least_squares, problem, quadratic_loss
 
 PATTERNS = ["1:4", "2:4", "3:4", "0.5", "0.7"]

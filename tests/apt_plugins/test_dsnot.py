@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import apt as library
-from apt.solver import NM, Gram, SolverOptions, Unstructured
-from apt.solver.patterns import meets
+from apt.solver import NM, Gram, SolverOptions, Unstructured, meets
 from tests.helpers.families import FAMILIES, random_model, random_tokens
 from tests.helpers.problems import quadratic_loss, seeds
 

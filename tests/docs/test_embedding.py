@@ -126,7 +126,7 @@ def test_a_sparsity_may_be_a_number_and_a_pattern_a_text():
 @pytest.mark.parametrize(
     ("pattern", "selection", "message"),
     [
-        (None, {}, "pattern is None; give an object of the class Unstructured"),
+        (None, {}, "pattern is None; give an object of the class Pattern"),
         (1.5, {}, "outside [0, 1)"),
         ("0.5", {"overrides": (("*.fc1", "5:4"),)}, "5:4"),
         ("0.5", {"skip": "*.fc1"}, "skip is one text, '*.fc1', and not a tuple of globs; give ('*"),

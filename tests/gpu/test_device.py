@@ -18,8 +18,18 @@ from apt import devices
 from apt.distributed.ranks import Ranks
 from apt.plugin.registry import registry
 from apt.recovery.recover import NotRecoveredError
-from apt.solver import NM, Gram, SolverOptions, Unstructured, admm, mm, relative_layer_error, sm, ss
-from apt.solver.patterns import meets
+from apt.solver import (
+    NM,
+    Gram,
+    SolverOptions,
+    Unstructured,
+    admm,
+    meets,
+    mm,
+    relative_layer_error,
+    sm,
+    ss,
+)
 from tests.helpers.families import FAMILIES, random_model, random_tokens
 from tests.helpers.problems import problem
 

@@ -10,8 +10,7 @@ from apt_adapters.processor import without_kernels
 import apt as library
 from apt.adapter import DecoderAdapter
 from apt.conformance.oracle import Oracle
-from apt.solver import NM
-from apt.solver.patterns import meets
+from apt.solver import NM, meets
 from tests.helpers.families import adapter_of, random_model, random_tokens
 
 if not torch.cuda.is_available():

@@ -13,8 +13,7 @@ import apt as library
 from apt.conformance.outcomes import outcome
 from apt.evaluation.metrics import perplexity
 from apt.plugin.registry import registry
-from apt.solver import NM
-from apt.solver.patterns import meets
+from apt.solver import NM, meets
 from apt.testing import CHECKS, Subject
 from tests.helpers.families import random_tokens
 

@@ -13,8 +13,7 @@ from apt.engine.recipes import recipe_of
 from apt.options import PruneOptions
 from apt.planning.plan import Selection, make_plan
 from apt.plugin.registry import registry
-from apt.solver import NM
-from apt.solver.patterns import meets
+from apt.solver import NM, meets
 from tests.helpers.families import CONFIGS, adapter_of, random_model, random_tokens
 from tests.helpers.pruning import prune_blocks
 

@@ -18,8 +18,7 @@ from apt.events import BlockStarted, SitePruned, Working
 from apt.options import PruneOptions
 from apt.planning.plan import make_plan
 from apt.plugin.registry import registry
-from apt.solver import NM, Unstructured
-from apt.solver.patterns import meets
+from apt.solver import NM, Unstructured, meets
 from apt.tuning.block_tuning import BlockTuning
 from tests.helpers.families import CONFIGS, random_model, random_tokens
 from tests.helpers.pruning import prune_blocks

@@ -15,8 +15,7 @@ from apt.planning.structure import Structure, make_structured_plan
 from apt.plugin.registry import registry
 from apt.pruning.current_block import CurrentBlock
 from apt.pruning.layer import Recipe
-from apt.solver import NM, DampedGram, Gram, Solution, SolverOptions, Unstructured, sm, ss
-from apt.solver.patterns import meets
+from apt.solver import NM, DampedGram, Gram, Solution, SolverOptions, Unstructured, meets, sm, ss
 from tests.helpers.families import CONFIGS, FAMILIES, adapter_of, random_model, random_tokens
 from tests.helpers.pruning import prune_blocks
 

@@ -16,8 +16,7 @@ from apt.evaluation.metrics import perplexity
 from apt.events import SitePruned
 from apt.planning.plan import Selection, make_plan
 from apt.pruning.ssm_parameters import prune_extras
-from apt.solver import NM, SolverOptions, Unstructured
-from apt.solver.patterns import meets
+from apt.solver import NM, SolverOptions, Unstructured, meets
 from tests.helpers.families import CONFIGS, adapter_of, random_model, random_tokens, zoo_model
 from tests.helpers.releases import EXTRAS
 

@@ -7,9 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apt.solver import NM, Unstructured, channels
+from apt.solver import NM, Unstructured, channels, meets
 from apt.solver.channels import prune_channels
-from apt.solver.patterns import meets
 
 
 def problem(seed, channels, width):

@@ -5,8 +5,7 @@ import torch
 
 import apt as library
 from apt.plugin.registry import registry
-from apt.solver import NM, Gram, Solution, SolverOptions, Unstructured, solve_live
-from apt.solver.patterns import lowest, surplus, zero_counts
+from apt.solver import NM, Gram, Solution, SolverOptions, Unstructured, lowest, solve_live
 from tests.helpers.families import random_model, random_tokens
 
 METHODS = sorted(registry().methods.specs)
@@ -35,13 +34,13 @@ def method(name):
 def test_no_dead_weight_is_kept_in_place_of_a_live_one(name, pattern):
     weight, gram = layer()
     found = solve_live(method(name), weight, gram, pattern, SolverOptions())
-    counts, needed = zero_counts(found.mask, pattern)
+    counts, needed = pattern.zero_counts(found.mask)
     assert (counts == needed).all()
-    assert not surplus(found.weight, weight, pattern)
+    assert not pattern.surplus(found.weight, weight)
     assert not found.weight[found.mask].any()
     dead = gram.dead.expand_as(weight)
-    there, _ = zero_counts(dead, pattern)
-    gone, _ = zero_counts(found.mask & dead, pattern)
+    there, _ = pattern.zero_counts(dead)
+    gone, _ = pattern.zero_counts(found.mask & dead)
     assert torch.equal(gone, there.clamp_max(needed))
     spared = dead & ~found.mask
     torch.testing.assert_close(found.weight[spared], weight[spared])

@@ -5,8 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apt.solver import NM, Gram, SolverError, SolverOptions, Unstructured, mm, ms, sm, ss
-from apt.solver.patterns import meets
+from apt.solver import NM, Gram, SolverError, SolverOptions, Unstructured, meets, mm, ms, sm, ss
 from tests.helpers.problems import (
     group_patterns,
     least_squares,
@@ -188,7 +187,7 @@ def test_half_precision_weights_are_solved_in_fp32():
 
 def test_a_width_that_does_not_divide_is_refused():
     weight, gram = problem(0, 2, 6)
-    with pytest.raises(SolverError, match="width 6 is not a multiple of 4"):
+    with pytest.raises(SolverError, match="6 inputs, not a multiple of 4"):
         ss(weight, gram, NM(2, 4), SolverOptions())
 
 

@@ -15,11 +15,12 @@ from apt.solver import (
     SolverOptions,
     Unstructured,
     admm,
+    lowest,
+    meets,
     parse_pattern,
     relative_layer_error,
     sm,
 )
-from apt.solver.patterns import lowest, meets
 from tests.helpers.problems import (
     group_patterns,
     least_squares,

@@ -17,7 +17,7 @@ from apt.engine.recipes import recipe_of
 from apt.events import BlockTuned
 from apt.options import PruneOptions
 from apt.plugin.registry import registry
-from apt.solver.patterns import NM, meets
+from apt.solver import NM, meets
 from apt.tuning import block_forward
 from apt.tuning.block_tuning import BlockTuning, tune_block
 from tests.helpers import ROOT

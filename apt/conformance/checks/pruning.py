@@ -13,8 +13,7 @@ from apt.planning.plan import make_plan
 from apt.pruning.block_store import BlockStore
 from apt.pruning.layer import BlockPruning, Recipe
 from apt.pruning.pipeline import prune_blocks
-from apt.solver import NM, Pattern, Unstructured, ss
-from apt.solver.patterns import meets
+from apt.solver import NM, Pattern, Unstructured, meets, ss
 
 
 @promise()

@@ -8,7 +8,6 @@ from apt.extending import registry
 from apt.options import Effort, PruneOptions
 from apt.planning.allocation import default_allocation
 from apt.planning.plan import read_pattern
-from apt.solver import Unstructured
 
 
 @dataclass(frozen=True)
@@ -69,6 +68,6 @@ def _cell(text: str, pattern: str) -> Cell:
         raise AptError(f"{text}: {error.message}", error.hint) from error
     plain = default_allocation(wanted, error_aware=spec.error_aware)
     chosen = registry().allocations.get(allocation).name if allocation else plain
-    if not isinstance(wanted, Unstructured):
+    if not wanted.allocatable:
         chosen = plain
     return Cell(spec.name, options.effort, chosen, str(wanted))

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from apt.patterns.protocol import SitePattern
+
 
 @dataclass(frozen=True)
-class ColumnGroups:
+class ColumnGroups(SitePattern):
     """Consecutive groups of columns, of which a number is kept.
 
     Args:
@@ -23,6 +25,9 @@ class ColumnGroups:
         ValueError: nothing is kept, the bins cannot be equal, or ``chosen`` are not ``count −
             kept`` different groups, as many from each bin.
     """
+
+    structured = True
+    unit = "groups"
 
     count: int
     kept: int
@@ -80,9 +85,20 @@ class ColumnGroups:
         empty: Tensor = (weight == 0).all(0).view(self.count, -1).all(1)
         return empty
 
-    def met_by(self, weight: Tensor) -> bool:
-        """True if every bin of ``weight`` (out, in) has enough groups of zeros."""
+    def required(self, shape: tuple[int, int]) -> int:
+        """The weights of the removed groups."""
+        return shape[0] * shape[1] // self.count * self.removed
+
+    def shortfall(self, weight: Tensor) -> str:
+        """The number of groups, if some bin of ``weight`` (out, in) has too few of zeros."""
+        fault = f"too few of its {self.count} groups are zero: {self} are kept"
         if weight.shape[1] % self.count:
-            return False
+            return fault
         empty = self.zeros(weight).view(self.bins, -1).sum(1)
-        return bool((empty >= self.removed // self.bins).all())
+        return "" if bool((empty >= self.removed // self.bins).all()) else fault
+
+    def surplus(self, weight: Tensor, dense: Tensor) -> int:
+        """The number of groups that are zero beyond the pattern, but not in ``dense``."""
+        gone = self.zeros(weight) & ~self.zeros(dense)
+        counts = gone.view(self.bins, -1).sum(1)
+        return int((counts - self.removed // self.bins).clamp_min(0).sum())

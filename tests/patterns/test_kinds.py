@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apt.solver import NM, Unstructured, parse_pattern
-from apt.solver.patterns import MixedNM, _nth_largest, about_highest, lowest, lowest_k
+from apt.patterns import NM, MixedNM, Unstructured, lowest, lowest_k, parse_pattern
+from apt.patterns.selection import nth_largest, stride
 from tests.helpers.problems import seeds
 
 LONG = 100_003
@@ -32,10 +32,8 @@ def test_a_long_row_is_selected_exactly(name, share):
 
 def test_a_misleading_sample_is_noticed():
     """What the sample happens to look at is large, all else small."""
-    from apt.solver.patterns import _stride
-
     scores = torch.rand(LONG)
-    scores[:: _stride(LONG)] += 10
+    scores[:: stride(LONG)] += 10
     mask = lowest_k(scores[None], LONG // 2)[0]
     assert int(mask.sum()) == LONG // 2
     assert scores[mask].max() <= scores[~mask].min()
@@ -46,7 +44,7 @@ def test_the_nth_largest_of_a_group(m):
     values = torch.randn(m, 50, generator=torch.Generator().manual_seed(m))
     ordered = values.sort(0, descending=True).values
     for n in range(1, m):
-        assert torch.equal(_nth_largest(list(values), n), ordered[n - 1])
+        assert torch.equal(nth_largest(list(values), n), ordered[n - 1])
 
 
 @settings(deadline=None, max_examples=20)
@@ -65,7 +63,7 @@ def test_groups_with_equal_scores_are_selected_exactly(seed, pattern):
 def test_thresholds_of_groups_are_exact(seed, pattern):
     n, m = pattern
     values = torch.rand(6 * m, 5, generator=torch.Generator().manual_seed(seed))
-    kept = values.view(-1, m, 5) >= about_highest(values, NM(n, m))
+    kept = values.view(-1, m, 5) >= NM(n, m).threshold(values)
     assert (kept.sum(1) == n).all()
 
 
@@ -73,13 +71,13 @@ def test_thresholds_of_groups_are_exact(seed, pattern):
 @given(seeds, st.floats(0.1, 0.9))
 def test_thresholds_of_a_layer_are_near(seed, sparsity):
     values = torch.rand(300, 400, generator=torch.Generator().manual_seed(seed))
-    kept = (values >= about_highest(values, Unstructured(sparsity))).float().mean()
+    kept = (values >= Unstructured(sparsity).threshold(values)).float().mean()
     assert float(kept) == pytest.approx(1 - sparsity, abs=0.03)
 
 
 def test_thresholds_of_rows_are_exact_where_rows_are_short():
     values = torch.rand(40, 7)
-    kept = values.view(1, 40, 7) >= about_highest(values, Unstructured(0.3, "row"))
+    kept = values.view(1, 40, 7) >= Unstructured(0.3, "row").threshold(values)
     assert (kept[0].sum(0) == 28).all()
 
 
@@ -108,7 +106,7 @@ def test_the_count_is_exact_where_most_scores_are_nan():
 def test_numpy_selects_what_torch_does(monkeypatch, pattern, levels):
     scores = torch.rand(24, 64, generator=torch.Generator().manual_seed(0))
     scores = (scores * levels).floor() if levels else scores
-    found = [lowest(scores, pattern), about_highest(scores, pattern)]
-    monkeypatch.setattr("apt.solver.patterns._selects_in_numpy", lambda values: False)
+    found = [lowest(scores, pattern), pattern.threshold(scores)]
+    monkeypatch.setattr("apt.patterns.selection.selects_in_numpy", lambda values: False)
     assert torch.equal(found[0], lowest(scores, pattern))
-    assert torch.equal(found[1], about_highest(scores, pattern))
+    assert torch.equal(found[1], pattern.threshold(scores))
