@@ -60,6 +60,7 @@ def added(entry, monkeypatch):
         monkeypatch.setattr("apt.planning.plan.registry", lambda: found)
         monkeypatch.setattr("apt.engine.api.registry", lambda: found)
         monkeypatch.setattr("apt.engine.given.registry", lambda: found)
+        monkeypatch.setattr("apt.engine.pruning_plan.registry", lambda: found)
         return found
 
     return add
