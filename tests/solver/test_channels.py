@@ -1,4 +1,4 @@
-"""Channel by channel: the best sets, held against trying everything."""
+"""`prune_channels` against the enumeration of all removal sets."""
 
 from itertools import combinations, product
 
@@ -21,7 +21,7 @@ def problem(seed, channels, width):
 
 
 def loss_of(weight, gram, removed, compensated):
-    """What is lost in one channel, from first principles."""
+    """The loss and the weights of one channel without ``removed``, by direct solution."""
     pruned = weight.clone()
     pruned[removed] = 0
     kept = [j for j in range(len(weight)) if j not in removed]
@@ -37,7 +37,7 @@ def total(weight, gram, solution):
 
 @settings(max_examples=12, deadline=None)
 @given(st.integers(0, 10**6), st.booleans(), st.sampled_from([NM(2, 4), NM(1, 4), NM(1, 2)]))
-def test_groups_are_the_best_there_are(seed, compensated, pattern):
+def test_n_m_mask_of_channels_has_the_least_loss(seed, compensated, pattern):
     weight, gram = problem(seed, 3, pattern.m)
     found = prune_channels(weight, gram, pattern, compensated=compensated, damping=0.0)
     assert meets(found.weight, pattern)
@@ -51,7 +51,7 @@ def test_groups_are_the_best_there_are(seed, compensated, pattern):
 
 
 @pytest.mark.parametrize("compensated", [False, True])
-def test_a_few_channels_at_a_time_give_the_same(compensated, monkeypatch):
+def test_chunks_of_channels_give_the_same_solution(compensated, monkeypatch):
     weight, gram = problem(4, 5, 8)
     whole = prune_channels(weight, gram, NM(2, 4), compensated=compensated)
     monkeypatch.setattr(channels, "_CHUNK", 1)
@@ -62,7 +62,7 @@ def test_a_few_channels_at_a_time_give_the_same(compensated, monkeypatch):
 
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 10**6), st.booleans())
-def test_sizes_are_shared_out_as_well_as_can_be_where_losses_are_convex(seed, compensated):
+def test_set_sizes_are_optimal_for_convex_losses(seed, compensated):
     weight, gram = problem(seed, 3, 3)
     found = prune_channels(weight, gram, Unstructured(4 / 9), compensated=compensated, damping=0.0)
     assert int(found.mask.sum()) == 4
@@ -84,13 +84,13 @@ def test_sizes_are_shared_out_as_well_as_can_be_where_losses_are_convex(seed, co
     assert total(weight, gram, found) >= best * (1 - 1e-6)
 
 
-def test_every_row_may_be_asked_for_the_same():
+def test_share_per_row_prunes_the_same_number_in_each_channel():
     weight, gram = problem(0, 5, 4)
     found = prune_channels(weight, gram, Unstructured(0.5, "row"))
     assert found.mask.sum(1).tolist() == [2] * 5
 
 
-def test_long_channels_grow_their_sets_better_than_by_magnitude():
+def test_greedy_sets_of_long_channels_lose_less_than_diagonal_scores():
     weight, gram = problem(1, 6, 16)
     found = prune_channels(weight, gram, Unstructured(0.5), compensated=False)
     assert int(found.mask.sum()) == 48
@@ -102,7 +102,7 @@ def test_long_channels_grow_their_sets_better_than_by_magnitude():
     assert total(weight, gram, found) < float(torch.einsum("ck,ckl,cl->", lost, gram, lost))
 
 
-def test_dead_channels_are_pruned_first_and_nothing_breaks():
+def test_dead_channels_are_pruned_first_with_finite_weights():
     weight, gram = problem(2, 4, 4)
     gram[1] = 0
     found = prune_channels(weight, gram, Unstructured(0.25))
@@ -110,7 +110,7 @@ def test_dead_channels_are_pruned_first_and_nothing_breaks():
     assert found.weight.isfinite().all()
 
 
-def test_one_weight_a_channel_is_a_ranking():
+def test_channels_of_one_weight_are_ranked_by_loss():
     weight, gram = problem(3, 10, 1)
     found = prune_channels(weight, gram, Unstructured(0.3))
     losses = (weight.square() * gram[:, :, 0]).view(-1)

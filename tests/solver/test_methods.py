@@ -1,4 +1,4 @@
-"""Every registered method: what it does with the weight it is given, and how."""
+"""All registered methods: independence of layout, dtype, device and size of the inputs."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def same(found, expected):
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("out", [1, 5])
-def test_the_layout_of_a_weight_changes_nothing_and_the_weight_stays(name, pattern, out):
+def test_transposed_layout_gives_the_same_solution_and_no_write(name, pattern, out):
     weight, inputs = problem(out)
     gram = Gram.of(inputs)
     for options in OPTIONS:
@@ -46,7 +46,7 @@ def test_the_layout_of_a_weight_changes_nothing_and_the_weight_stays(name, patte
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("exponent", [-53, -40, 31, 50])  # 1e-16, 1e-12, 2e9, 1e15
-def test_inputs_of_any_size_are_solved_alike(name, exponent):
+def test_relative_error_does_not_depend_on_the_size_of_inputs(name, exponent):
     weight, inputs = problem(6)
     loss = [
         relative_layer_error(weight, found.weight, gram.matrix)
@@ -58,7 +58,7 @@ def test_inputs_of_any_size_are_solved_alike(name, exponent):
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_gradients_and_autocast_change_nothing(name, pattern):
+def test_gradients_and_autocast_do_not_change_the_solution(name, pattern):
     weight, inputs = problem(6)
     expected = solved(name, weight, Gram.of(inputs), pattern, SolverOptions())
     parameter = nn.Parameter(weight.clone())
@@ -72,7 +72,7 @@ def test_gradients_and_autocast_change_nothing(name, pattern):
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "magnitude"])
-def test_inputs_that_are_not_finite_are_an_error(name):
+def test_inputs_that_are_not_finite_raise_solver_error(name):
     weight, inputs = problem(4)
     inputs[3, 5] = torch.nan
     with pytest.raises(SolverError, match="not finite"):
@@ -80,7 +80,7 @@ def test_inputs_that_are_not_finite_are_an_error(name):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_default_device_changes_nothing(name):
+def test_default_device_does_not_change_the_solution(name):
     weight, inputs = problem(4)
     gram = Gram.of(inputs)
     expected = solved(name, weight, gram, NM(2, 4), SolverOptions())
@@ -91,7 +91,7 @@ def test_a_default_device_changes_nothing(name):
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_a_default_dtype_changes_nothing(name, pattern):
+def test_default_dtype_does_not_change_the_solution(name, pattern):
     weight, inputs = problem(4)
     expected = solved(name, weight, Gram.of(inputs), pattern, SolverOptions())
     torch.set_default_dtype(torch.float64)
