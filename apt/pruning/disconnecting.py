@@ -1,7 +1,8 @@
 """The removal of groups without readers: states of a scan, and experts.
 
-No matrix multiplies the outputs of these groups. So they are chosen by what the block loses. Inside
-a block that is pruned, the outputs of removed groups are zero, and its router does not choose them.
+No matrix multiplies the outputs of these groups. So groups are chosen by the change of the block's
+output. While the block is pruned, the outputs of removed groups are zero, and its router does not
+choose removed experts.
 """
 
 from collections.abc import Iterable, Sequence
@@ -26,32 +27,33 @@ _TOKENS = 2048
 
 
 def disconnect_groups(
-    block: OpenBlock, planned: PlannedGroups, how: ExpertRemoval, damping: float | None
+    block: OpenBlock, planned: PlannedGroups, removal: ExpertRemoval, damping: float | None
 ) -> tuple[Sequence[int], tuple[tuple[int, int], ...]]:
     """Choose groups, and set their outputs to zero; see `ExpertRemoval` for experts.
 
     Returns:
-        The indices of the groups, and those that were merged, each with the one that has them.
+        The indices of the removed groups, and pairs of a removed expert and the kept expert that it
+        was merged into.
     """
     groups, chosen, merged = planned.groups, planned.chosen, tuple[tuple[int, int], ...]()
-    experts = _readable(block, groups, how) if groups.routed else None
-    if chosen is None and experts is not None and how.choose is not None:
-        chosen = _chosen(experts, planned, how.choose)
-    chosen = tuple(block.ranks.share(chosen or _by_effect(block, planned)))
-    targets = dense_outputs(block, groups) if experts is not None and how.compensate else []
-    if experts is not None and how.merge:
+    routed = _routed_experts(block, groups, removal) if groups.routed else None
+    if chosen is None and routed is not None and removal.choose is not None:
+        chosen = _chosen_experts(routed, planned, removal.choose)
+    chosen = tuple(block.ranks.share(chosen or _groups_of_least_effect(block, planned)))
+    targets = dense_outputs(block, groups) if routed is not None and removal.compensate else []
+    if routed is not None and removal.merge:
         removed = ColumnGroups(groups.count, planned.kept, groups.bins).mask(chosen)
-        merged = merge_experts(block.module, block.adapter, groups, experts, removed)
-    del experts  # the outputs are large
+        merged = merge_experts(block.module, block.adapter, groups, routed, removed)
+    del routed  # the outputs are large
     disconnect(tensors_of(block.module), groups, chosen)
-    block.unrouted = {**block.unrouted, **unrouted(block.module, [planned])}
+    block.unrouted = {**block.unrouted, **unrouted_experts(block.module, [planned])}
     if targets:
         kept = set(range(groups.count)) - set(chosen)
         compensate(block, groups, kept, targets, damping)
     return chosen, merged
 
 
-def unrouted(block: nn.Module, removed: Iterable[PlannedGroups]) -> dict[Tensor, Tensor]:
+def unrouted_experts(block: nn.Module, removed: Iterable[PlannedGroups]) -> dict[Tensor, Tensor]:
     """The masks (experts,) of experts whose outputs are zero, by the weights of their routers."""
     tensors, masks = tensors_of(block), dict[Tensor, Tensor]()
     for planned in removed:
@@ -63,19 +65,21 @@ def unrouted(block: nn.Module, removed: Iterable[PlannedGroups]) -> dict[Tensor,
     return masks
 
 
-def _readable(block: OpenBlock, groups: Groups, how: ExpertRemoval) -> RoutedExperts | None:
-    """The experts on calibration tokens; None if only the effect of each can be known."""
-    if how.choose is None:
+def _routed_experts(
+    block: OpenBlock, groups: Groups, removal: ExpertRemoval
+) -> RoutedExperts | None:
+    """The experts on calibration tokens; None if they are chosen by their effects alone."""
+    if removal.choose is None:
         return None
     try:
         return RoutedExperts(block, groups)
     except AptError as error:
-        if how.named:
+        if removal.named:
             raise AptError(error.message, "leave the method out", ("method",)) from error
         return None
 
 
-def _chosen(
+def _chosen_experts(
     experts: RoutedExperts, planned: PlannedGroups, choose: ExpertChoice
 ) -> tuple[int, ...]:
     """The experts that a choice removes."""
@@ -89,20 +93,20 @@ def _chosen(
     return tuple(mask.nonzero().squeeze(1).tolist())
 
 
-def _by_effect(block: OpenBlock, planned: PlannedGroups) -> tuple[int, ...]:
-    """The groups without which the block's output changes least, each by itself."""
+def _groups_of_least_effect(block: OpenBlock, planned: PlannedGroups) -> tuple[int, ...]:
+    """The groups whose removal, each by itself, changes the block's output least."""
     groups = planned.groups
     losses = torch.zeros(groups.count)
     parameters = {path: p.detach() for path, p in block.module.named_parameters()}
     for batch in block.first_batches(_TOKENS):
-        whole = stream_after(block, {}, batch, batch.state).float()
+        stream = stream_after(block, {}, batch, batch.state).float()
         for group in range(groups.count):
             paths = {part.path(group) for part in groups.outputs}
-            without = {path: parameters[path].clone() for path in paths}
-            disconnect(without, groups, [group])
-            changed = stream_after(block, without, batch, batch.state).float()
-            size = whole.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
-            losses[group] += float(((whole - changed).square().sum(-1) / size).sum())
+            disconnected_outputs = {path: parameters[path].clone() for path in paths}
+            disconnect(disconnected_outputs, groups, [group])
+            changed_stream = stream_after(block, disconnected_outputs, batch, batch.state).float()
+            squares = stream.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+            losses[group] += float(((stream - changed_stream).square().sum(-1) / squares).sum())
             block.progress()
     block.ranks.add(losses)
     pattern = ColumnGroups(groups.count, planned.kept, groups.bins)

@@ -12,7 +12,7 @@ from apt.adapter.recording import eval_mode
 from apt.compute import computing_in
 from apt.errors import AptError
 from apt.planning.plan import Plan
-from apt.pruning.disconnecting import unrouted
+from apt.pruning.disconnecting import unrouted_experts
 from apt.shrinking.skipping import skipping
 
 _TOKENS = 64  # of one sample
@@ -65,7 +65,7 @@ def _fitted(model: nn.Module, adapter: Adapter, plan: Plan) -> Iterator[None]:
     """While entered, the model runs without what a plan removes."""
     modules, masks = dict(adapter.blocks(model)), dict[Tensor, Tensor]()
     for block in plan.blocks:
-        masks |= unrouted(modules[block.name], block.disconnected)
+        masks |= unrouted_experts(modules[block.name], block.disconnected)
     with (
         eval_mode(model),
         adapter.running(model),

@@ -1,4 +1,4 @@
-"""Beyond the Linears: convolution, decays and skip of state-space mixers, on request."""
+"""Extras: the convolution, the decays and the skip of state-space mixers."""
 
 import copy
 import json
@@ -28,7 +28,7 @@ pytestmark = EXTRAS
 
 @torch.no_grad()
 def first_block(model, adapter):
-    """The first block with extras, and what flows into it."""
+    """The first block with extras, its index, and the batch before it."""
     state, calls = adapter.enter(model, TOKENS)
     for index, (name, block) in enumerate(adapter.blocks(model)):
         if adapter.extras(block):
@@ -39,7 +39,7 @@ def first_block(model, adapter):
 
 @torch.no_grad()
 def read_by_out_proj(adapter, block, index, batch):
-    """What the mixer's last weight multiplies."""
+    """The inputs of the mixer's last weight."""
     seen = []
     site = next(
         s for s in adapter.sites(block) if s.name.endswith(("mixer.out_proj", "mamba.out_proj"))
@@ -52,7 +52,7 @@ def read_by_out_proj(adapter, block, index, batch):
 @torch.no_grad()
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("kind", ["A_log", "D"])
-def test_effects_are_what_removing_a_channel_changes(variant, kind):
+def test_effects_predict_the_change_by_a_removed_entry(variant, kind):
     model = random_model(variant)
     adapter = adapter_of(model)
     _, block, index, batch = first_block(model, adapter)
@@ -82,7 +82,7 @@ def test_effects_are_what_removing_a_channel_changes(variant, kind):
 
 
 @torch.no_grad()
-def test_several_entries_of_a_channel_change_what_their_gram_matrix_says():
+def test_gram_matrix_predicts_the_change_by_several_removed_entries():
     model = random_model("mamba")
     adapter = adapter_of(model)
     _, block, index, batch = first_block(model, adapter)
@@ -100,7 +100,7 @@ def test_several_entries_of_a_channel_change_what_their_gram_matrix_says():
 
 
 @torch.no_grad()
-def test_the_convolution_multiplies_its_last_inputs():
+def test_gram_matrix_of_the_convolution_is_that_of_its_windows():
     model = random_model("mamba")
     adapter = adapter_of(model)
     _, block, index, batch = first_block(model, adapter)
@@ -117,7 +117,7 @@ def test_the_convolution_multiplies_its_last_inputs():
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_they_are_pruned_and_reported_beside_the_sites(variant):
+def test_extras_are_pruned_and_reported(variant):
     model = random_model(variant)
     before = copy.deepcopy(model.state_dict())
     module = __import__(type(model).__module__, fromlist=["_"])
@@ -141,7 +141,7 @@ def test_they_are_pruned_and_reported_beside_the_sites(variant):
         assert not torch.equal(parameter, before[name])
 
 
-def test_each_batch_of_their_run_is_told():
+def test_an_event_follows_each_batch_of_the_run_for_extras():
     events = []
     how = {"pattern": "0.5", "method": "wanda", "also": ["conv1d"], "observe": events.append}
     library.prune(random_model("mamba2"), TOKENS, **how)
@@ -150,7 +150,7 @@ def test_each_batch_of_their_run_is_told():
     assert [event.doing for event in events[1:first]] == ["running"]
 
 
-def test_the_convolution_takes_patterns_and_what_does_not_fit_is_told():
+def test_convolution_takes_n_m_and_misfits_are_refused():
     model = random_model("mamba")
     library.prune(model, TOKENS, pattern="2:4", also=["conv1d", "A_log"], method="sm")
     for _, parameter in model.named_parameters():
@@ -165,7 +165,7 @@ def test_the_convolution_takes_patterns_and_what_does_not_fit_is_told():
         library.prune(random_model("llama"), TOKENS, pattern="0.5", also=["conv1d"])
 
 
-def test_effects_that_are_not_handed_over_are_an_error():
+def test_missing_effects_are_an_error():
     model = random_model("mamba")
     adapter = adapter_of(model)
     _, block, index, batch = first_block(model, adapter)
@@ -179,7 +179,7 @@ def test_effects_that_are_not_handed_over_are_an_error():
         )
 
 
-def test_half_of_the_decays_cost_less_than_by_magnitude_and_hardly_anything():
+def test_pruning_half_of_the_decays_costs_less_than_1_percent():
     model, tokens, held_out = zoo_model("mamba", 12, 64)
     dense, pruned, naive = model.module, copy.deepcopy(model.module), copy.deepcopy(model.module)
     every = Selection(overrides=(("*_proj", Unstructured(1e-12)),))
@@ -193,7 +193,7 @@ def test_half_of_the_decays_cost_less_than_by_magnitude_and_hardly_anything():
     assert scores[1] < 1.01 * scores[0] < scores[2]
 
 
-def test_from_the_shell(apt, checkpoint):
+def test_command_prunes_extras_and_verify_accepts_them(apt, checkpoint):
     result = apt(
         "prune", checkpoint("mamba"), "--sparsity", "0.5", "--also", "A_log", "--also", "conv1d",
         "--samples", 2, "--seqlen", 32, "--output", "out", "--effort", "fast", "--override",
@@ -210,7 +210,7 @@ def test_from_the_shell(apt, checkpoint):
     assert apt("prune", "zoo:llama", "--also", "conv1d", "--sparsity", "0.5").code == 2
 
 
-def test_more_removal_sets_than_can_be_tried_are_refused_before_the_run():
+def test_too_many_removal_sets_of_extras_are_refused():
     config = copy.deepcopy(CONFIGS["mamba"])
     config.state_size = 32
     model = AutoModelForCausalLM.from_config(config)
