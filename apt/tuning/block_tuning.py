@@ -86,25 +86,25 @@ def tune_block(block: OpenBlock, sites: Sequence[Site], options: BlockTuning) ->
     """
     ranks, batches = block.ranks, block.batches
     count = round(ranks.sum(len(batches)))
-    held_out = max(1, round(options.held_back * count))
-    if count <= held_out:
+    held_back = max(1, round(options.held_back * count))
+    if count <= held_back:
         return None
-    first_held_out = len(ranks.mine(range(count - held_out)))
+    first_held_back = len(ranks.mine(range(count - held_back)))
     descent = _Descent(block, sites)
-    before = lowest = descent.error(batches[first_held_out:], held_out)
+    before = lowest = descent.error(batches[first_held_back:], held_back)
     for group in descent.adam.param_groups:
         group["lr"] *= options.rate * math.sqrt(before)
-    steps = options.epochs * (count - held_out)
+    steps = options.epochs * (count - held_back)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         descent.adam, lambda n: (1 + math.cos(math.pi * min(n / steps, 1))) / 2
     )
     for _ in range(options.epochs):
-        for turn in range(count - held_out):
+        for turn in range(count - held_back):
             index, owner = turn // ranks.size, ranks.owner(turn)
             descent.descend(batches[index] if owner == ranks.rank else None, owner)
             schedule.step()
             block.progress()
-        error = descent.error(batches[first_held_out:], held_out)
+        error = descent.error(batches[first_held_back:], held_back)
         if error < lowest:
             lowest = error
             descent.write()

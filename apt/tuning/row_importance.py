@@ -29,7 +29,7 @@ from apt.options import ROW_IMPORTANCE
 from apt.patterns import SitePattern
 from apt.tuning.block_forward import stream_after
 
-_LEAST = 0.01  # least importance, as a share of the mean: no row loses all of its weights
+_LEAST = 0.01  # least importance, as a share of the mean: a small one would prune whole rows
 _LEAST_SQUARE = 1e-4  # least sum of squares of an input, as a share of the mean
 
 
