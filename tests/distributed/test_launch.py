@@ -22,7 +22,7 @@ from apt.errors import AptError
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
-def test_nonsense_of_the_environment_is_named(monkeypatch, variables, said):
+def test_invalid_environment_variables_are_refused(monkeypatch, variables, said):
     for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
@@ -31,7 +31,7 @@ def test_nonsense_of_the_environment_is_named(monkeypatch, variables, said):
         pass
 
 
-def test_more_ranks_than_accelerators_need_the_cpu(monkeypatch):
+def test_more_ranks_than_accelerators_are_refused_except_on_the_cpu(monkeypatch):
     monkeypatch.setattr(launch, "best", lambda: "xpu")
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_RANK", "1")
