@@ -9,8 +9,10 @@ from apt.patterns.kinds import NM, MixedNM, Unstructured
 from apt.patterns.protocol import Granularity, Pattern, SitePattern
 from apt.patterns.reading import keeps_all, lowest, meets, parse_pattern, read
 from apt.patterns.selection import lowest_k
+from apt.patterns.target_form import COLUMNS, IntegerGrid, ScaleGroup, TargetForm
 
 __all__ = [
-    "NM", "ColumnGroups", "Granularity", "MixedNM", "Pattern", "SitePattern", "Unstructured",
-    "keeps_all", "lowest", "lowest_k", "meets", "parse_pattern", "read",
+    "COLUMNS", "NM", "ColumnGroups", "Granularity", "IntegerGrid", "MixedNM", "Pattern",
+    "ScaleGroup", "SitePattern", "TargetForm", "Unstructured", "keeps_all", "lowest", "lowest_k",
+    "meets", "parse_pattern", "read",
 ]  # fmt: skip

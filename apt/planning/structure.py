@@ -10,7 +10,7 @@ from torch import nn
 from apt.adapter import Adapter, Groups, Site
 from apt.adapter.groups import disconnected
 from apt.errors import AptError
-from apt.patterns import ColumnGroups
+from apt.patterns import ColumnGroups, TargetForm
 from apt.planning.plan import (
     Plan,
     PlannedBlock,
@@ -117,8 +117,9 @@ def _planned(
     for site in adapter.sites(block):
         rows, width = site.oriented(site.weight(block)).shape
         rest = ColumnGroups(1, 1) if adjusted and not site.routed else None
-        kept = patterns.get(site.name, rest)
-        planned.append(PlannedSite(f"{name}.{site.name}", site, (rows, width), kept))
+        pattern = patterns.get(site.name, rest)
+        form = None if pattern is None else TargetForm(pattern)
+        planned.append(PlannedSite(f"{name}.{site.name}", site, (rows, width), form))
     return PlannedBlock(name, tuple(planned), groups=tuple(smaller), tied=tuple(tied))
 
 
