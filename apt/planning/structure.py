@@ -117,8 +117,8 @@ def _planned(
     for site in adapter.sites(block):
         rows, width = site.oriented(site.weight(block)).shape
         rest = ColumnGroups(1, 1) if adjusted and not site.routed else None
-        pattern = patterns.get(site.name, rest)
-        form = None if pattern is None else TargetForm(pattern)
+        columns = patterns.get(site.name, rest)
+        form = None if columns is None else TargetForm(columns)
         planned.append(PlannedSite(f"{name}.{site.name}", site, (rows, width), form))
     return PlannedBlock(name, tuple(planned), groups=tuple(smaller), tied=tuple(tied))
 
