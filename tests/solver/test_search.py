@@ -91,7 +91,7 @@ def test_more_effort_never_gives_a_worse_layer(seed, pattern):
 def test_products_of_few_bits_find_as_good_a_mask(pattern, effort, monkeypatch):
     """On average: on one layer either of them is better by up to a percent."""
     errors, options = torch.zeros(2), SolverOptions(effort=effort)
-    monkeypatch.setattr("apt.solver.scaled._BF16_WIDTH", 256)
+    monkeypatch.setattr("apt.solver.scaled.BF16_WIDTH", 256)
     for seed in range(13, 17):
         weight, exact = problem(seed, 96, 256, tokens=1024)
         for few in (False, True):
