@@ -104,7 +104,7 @@ class GivenModel(ModelStore):
         name = getattr(getattr(self.model, "config", None), "_name_or_path", "")
         name = str(name or type(self.model).__name__)
         report = Report(
-            options=options | record(job.recipe, job.augmentation),
+            options=options | record(job.recipe, job.augmentation, job.plan.grid),
             model=described(name, _model_type(self.model), self._name)
             | {"sha256": self.weights} | self.precision.record(),
             calibration={

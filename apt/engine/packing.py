@@ -25,10 +25,10 @@ from apt.packing.directory import (
     pack,
     unpack,
 )
+from apt.patterns import COLUMNS
 from apt.plugin.registry import Registry
 from apt.runtime.entries import is_packed, read_entries
 from apt.runtime.rounding import KINDS
-from apt.solver.integers import COLUMNS
 
 
 def pack_model(run: PackRun, registry: Registry, notice: Notice = lambda line: None) -> Packed:

@@ -81,7 +81,7 @@ class PruneTask(Task):
         known: dict[str, Any] = {"per": self.job.plan.per}
         if isinstance(self.options, PruneRun):
             known |= {"pattern": str(self.pattern)} | selection_of(self.options).record()
-        chosen = record(self.job.recipe, self.job.augmentation)
+        chosen = record(self.job.recipe, self.job.augmentation, self.job.plan.grid)
         return in_order(self.options.record() | known | chosen, (*_ORDER, *chosen))
 
     def space(self, written: int) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 from apt.checkpoints.opened import Opened
 from apt.engine.prepare import Notice
 from apt.engine.prune_model import Pruning
-from apt.engine.recipes import augmentation_of, recipe_of
+from apt.engine.recipes import augmentation_of, grid_of, recipe_of
 from apt.errors import AptError, name_of
 from apt.options import ModelRun, PruneOptions, PruneRun, SolveOptions
 from apt.patterns import Pattern, keeps_all
@@ -68,10 +68,11 @@ def sparse_pruning(
         options = replace(run, tuning_epochs=epochs, random_tokens=copies)
     recipe, augmentation = settings(opened, run, options, spec, notice)
     model, adapter = opened.module, opened.adapter
-    plan = make_plan(model, adapter, pattern, selection, spec.per, run.also)
+    grid = grid_of(run)
+    plan = make_plan(model, adapter, pattern, selection, spec.per, run.also, grid)
     _check_method(plan, spec)
     tell_shared(plan, notice)
-    check_rounding(plan, notice, recipe.integers is not None)
+    check_rounding(plan, notice, grid is not None)
     if recipe.permute:
         plan = with_permutable(plan, model, adapter, opened.config)
     _check_effects(run, recipe, plan)

@@ -19,9 +19,10 @@ from apt.options import (
     SolveOptions,
 )
 from apt.options.prune import QUANTISE_AFTER
+from apt.patterns import IntegerGrid
 from apt.plugin.specs import MethodSpec, ShrinkMethodSpec
 from apt.pruning.layer import Recipe
-from apt.solver import IntegerGrid, SolverOptions
+from apt.solver import SolverOptions
 from apt.text.augmentation import Augmentation, RandomTokens
 from apt.tuning.block_tuning import BlockTuning
 from apt.tuning.row_importance import RowImportance
@@ -43,7 +44,6 @@ def recipe_of(options: SolveOptions, method: MethodSpec) -> Recipe:
     aware, tuning = is_aware(options, method), tuning_of(options, method)
     options.check_needed({"error_aware": aware, "tuning_epochs": tuning and tuning.epochs})
     damping = _or(options.damping, DAMPING_ERROR_AWARE if aware else DAMPING)
-    bits = int(sparse.quantize[3:]) if sparse.quantize else None
     return Recipe(
         SolverOptions(damping=damping, effort=options.effort, block_size=sparse.block_size),
         _targets(options, method) if aware else None,
@@ -54,7 +54,6 @@ def recipe_of(options: SolveOptions, method: MethodSpec) -> Recipe:
             aware and method.error_aware and not isinstance(method, ShrinkMethodSpec),
         ),
         _or(options.ordered, aware),
-        IntegerGrid(bits, sparse.scale_group) if bits else None,
     )
 
 
@@ -75,7 +74,13 @@ def is_aware(options: SolveOptions, method: MethodSpec) -> bool:
     return _or(options.error_aware, method.error_aware)
 
 
-def record(recipe: Recipe, augmentation: Augmentation) -> dict[str, Any]:
+def grid_of(options: PruneOptions) -> IntegerGrid | None:
+    """The grid that the kept weights are rounded to; None for no rounding."""
+    kind = options.quantize
+    return IntegerGrid(int(kind.removeprefix("int")), options.scale_group) if kind else None
+
+
+def record(recipe: Recipe, augmentation: Augmentation, grid: IntegerGrid | None) -> dict[str, Any]:
     """The options of a run with all defaults filled in, by their names in reports."""
     targets, tuned = recipe.targets, recipe.tuning
     random = augmentation.random_tokens
@@ -94,8 +99,8 @@ def record(recipe: Recipe, augmentation: Augmentation) -> dict[str, Any]:
         "own_samples": augmentation.own_samples,
         "damping": recipe.solver.damping,
         "block_size": recipe.solver.block_size,
-        "quantize": f"int{recipe.integers.bits}" if recipe.integers else None,
-        "group": recipe.integers.group if recipe.integers else PruneOptions.scale_group,
+        "quantize": f"int{grid.bits}" if grid else None,
+        "group": grid.group if grid else PruneOptions.scale_group,
     }
 
 

@@ -318,7 +318,7 @@ def _selected(block: PlannedBlock, selection: Selection) -> PlannedBlock:
         chosen = selection.override(entry.name)
         return entry.pattern if chosen is None else chosen.counted("layer")
 
-    sites = tuple(replace(entry, pattern=pattern(entry)) for entry in block.sites)
+    sites = tuple(entry.with_pattern(pattern(entry)) for entry in block.sites)
     extras = tuple(e for e in block.extras if selection.pattern(e.name, _ANY) is not None)
     return replace(block, sites=sites, extras=extras)
 

@@ -24,9 +24,9 @@ from apt.packing.directory import (
     relative_error,
     rewrite,
 )
+from apt.patterns import ScaleGroup
 from apt.runtime.entries import KEY, read_config
 from apt.runtime.rounding import BITS, exact_integers, nearest_integers
-from apt.solver.integers import ScaleGroup
 
 _PARTS = _PACKED, _SCALE, _SHAPE = "weight_packed", "weight_scale", "weight_shape"
 

@@ -25,6 +25,7 @@ from apt.checkpoints.opened import Opened
 from apt.checkpoints.safetensors_io import Shards, synchronise, write_files
 from apt.errors import AptError, first_line
 from apt.layouts.pieces import Layout
+from apt.patterns import ScaleGroup
 from apt.runtime.entries import (
     INDEX_PACKED,
     KEY,
@@ -41,7 +42,6 @@ from apt.runtime.matrix import FLOATS, Entry, Parts, bound, decode, encode
 from apt.runtime.packed_file import CHECKSUMS, PARTS, checksums, missing_parts
 from apt.runtime.rounding import encode_integers, encode_rounded
 from apt.runtime.weights import check_packed_files
-from apt.solver.integers import ScaleGroup
 
 _CONFIG = "config.json"
 _CODE = {

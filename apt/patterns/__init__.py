@@ -8,8 +8,10 @@ from apt.patterns.column_groups import ColumnGroups
 from apt.patterns.kinds import NM, MixedNM, Unstructured, parse_pattern, read
 from apt.patterns.protocol import Granularity, Pattern, SitePattern, keeps_all, lowest, meets
 from apt.patterns.selection import lowest_k
+from apt.patterns.target_form import COLUMNS, IntegerGrid, ScaleGroup, TargetForm
 
 __all__ = [
-    "NM", "ColumnGroups", "Granularity", "MixedNM", "Pattern", "SitePattern", "Unstructured",
-    "keeps_all", "lowest", "lowest_k", "meets", "parse_pattern", "read",
+    "COLUMNS", "NM", "ColumnGroups", "Granularity", "IntegerGrid", "MixedNM", "Pattern",
+    "ScaleGroup", "SitePattern", "TargetForm", "Unstructured", "keeps_all", "lowest", "lowest_k",
+    "meets", "parse_pattern", "read",
 ]  # fmt: skip

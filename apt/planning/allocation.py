@@ -192,6 +192,6 @@ def _with_counts(block: PlannedBlock, counts: Mapping[str, int]) -> PlannedBlock
         if site.name not in counts:
             return site
         zeros = counts[site.name] * step_of(site)
-        return replace(site, pattern=_pattern_of(site).with_zeros(zeros, site.shape))
+        return site.with_pattern(_pattern_of(site).with_zeros(zeros, site.shape))
 
     return replace(block, sites=tuple(changed(site) for site in block.sites))

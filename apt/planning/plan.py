@@ -10,7 +10,7 @@ from torch import nn
 
 from apt.adapter import Adapter, Extra, Groups, Permutable, Site
 from apt.errors import AptError, faulty
-from apt.patterns import Granularity, Pattern, SitePattern, keeps_all, read
+from apt.patterns import Granularity, IntegerGrid, Pattern, SitePattern, TargetForm, keeps_all, read
 from apt.plugin.registry import registry
 from apt.solver import MAX_REMOVAL_SETS
 
@@ -103,26 +103,41 @@ def removed_by(pattern: SitePattern | None, shape: tuple[int, int]) -> int:
 
 @dataclass(frozen=True)
 class PlannedSite:
-    """A site and its pattern.
+    """A site and its target form.
 
     Attributes:
         name: its full name.
         site: the site.
         shape: (out, in).
-        pattern: its pattern; None if it stays dense.
+        form: what the run makes of its weight; None if the weight stays as it is.
         fixed: True if an override gives the pattern, which no allocation changes.
     """
 
     name: str
     site: Site
     shape: tuple[int, int]
-    pattern: SitePattern | None
+    form: TargetForm | None
     fixed: bool = False
+
+    @property
+    def pattern(self) -> SitePattern | None:
+        """Its pattern; None if it stays dense."""
+        return None if self.form is None else self.form.pattern
+
+    @property
+    def grid(self) -> IntegerGrid | None:
+        """The grid of its kept weights; None if they are not rounded."""
+        return None if self.form is None else self.form.grid
 
     @property
     def size(self) -> int:
         """The number of weights."""
         return self.shape[0] * self.shape[1]
+
+    def with_pattern(self, pattern: SitePattern | None) -> "PlannedSite":
+        """The site with another pattern and the same grid; it stays as it is for None."""
+        form = None if pattern is None else TargetForm(pattern, self.grid)
+        return replace(self, form=form)
 
 
 @dataclass(frozen=True)
@@ -195,7 +210,7 @@ class PlannedBlock:
         return replace(
             self,
             sites=tuple(
-                replace(entry, pattern=patterns.get(entry.site.name, entry.pattern))
+                entry.with_pattern(patterns.get(entry.site.name, entry.pattern))
                 for entry in self.sites
             ),
         )
@@ -241,6 +256,11 @@ class Plan:
         return next((s.pattern.per for s in self.sites if s.pattern and s.pattern.per), None)
 
     @property
+    def grid(self) -> IntegerGrid | None:
+        """The grid that its sites are rounded to; None if no site is rounded."""
+        return next((site.grid for site in self.sites if site.grid), None)
+
+    @property
     def structured(self) -> bool:
         """True if groups of columns or whole blocks are removed."""
         return any(
@@ -273,6 +293,7 @@ def make_plan(
     selection: Selection | None = None,
     per: Granularity = "layer",
     also: Sequence[str] = (),
+    grid: IntegerGrid | None = None,
 ) -> Plan:
     """Plan a run; the model may be a skeleton.
 
@@ -282,6 +303,8 @@ def make_plan(
         per: the unit over which unstructured patterns are counted, those of overrides too, unless
             ``pattern`` has one of its own.
         also: the kinds of extras to prune in addition to the sites.
+        grid: the grid that the kept weights of every selected site are rounded to; None for no
+            rounding.
 
     Raises:
         AptError: the adapter does not fit the model, a pattern does not fit a site, a glob matches
@@ -293,7 +316,8 @@ def make_plan(
     blocks = list[PlannedBlock]()
     for name, block in adapter.blocks(model):
         sites = [
-            _planned(block, site, name, selection, pattern, per) for site in adapter.sites(block)
+            _planned(block, site, name, selection, pattern, per, grid)
+            for site in adapter.sites(block)
         ]
         some = [extra for extra in adapter.extras(block) if extra.kind in also]
         extras = [_planned_extra(block, extra, name, selection, pattern) for extra in some]
@@ -340,7 +364,13 @@ def shared_sites(model: nn.Module, adapter: Adapter) -> tuple[str, ...]:
 
 
 def _planned(
-    block: nn.Module, site: Site, prefix: str, chosen: Selection, default: Pattern, per: Granularity
+    block: nn.Module,
+    site: Site,
+    prefix: str,
+    chosen: Selection,
+    default: Pattern,
+    per: Granularity,
+    grid: IntegerGrid | None,
 ) -> PlannedSite:
     out, width = site.oriented(site.weight(block)).shape
     name = f"{prefix}.{site.name}"
@@ -351,7 +381,7 @@ def _planned(
         hint = f"choose another pattern, or skip '*.{site.name}'"
         raise AptError(f"{name} {misfit} (pattern {pattern})", hint, ("pattern", "skip"))
     fixed = chosen.override(name) is not None and pattern.settled
-    return PlannedSite(name, site, (out, width), pattern.counted(per), fixed)
+    return PlannedSite(name, site, (out, width), TargetForm(pattern.counted(per), grid), fixed)
 
 
 def _planned_extra(

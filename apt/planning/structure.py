@@ -10,7 +10,7 @@ from torch import nn
 from apt.adapter import Adapter, Groups, Site
 from apt.adapter.groups import disconnected
 from apt.errors import AptError
-from apt.patterns import ColumnGroups
+from apt.patterns import ColumnGroups, TargetForm
 from apt.planning.plan import (
     Plan,
     PlannedBlock,
@@ -117,8 +117,9 @@ def _planned(
     for site in adapter.sites(block):
         rows, width = site.oriented(site.weight(block)).shape
         unchanged = ColumnGroups(1, 1) if adjusted and not site.routed else None
-        site_pattern = patterns.get(site.name, unchanged)
-        planned.append(PlannedSite(f"{name}.{site.name}", site, (rows, width), site_pattern))
+        columns = patterns.get(site.name, unchanged)
+        form = None if columns is None else TargetForm(columns)
+        planned.append(PlannedSite(f"{name}.{site.name}", site, (rows, width), form))
     return PlannedBlock(name, tuple(planned), groups=tuple(smaller), tied=tuple(tied))
 
 

@@ -266,15 +266,15 @@ class CurrentBlock(OpenBlock):
     def _finish(
         self, solved: list[_Turn], rounds: list[dict[int, PlannedSite]]
     ) -> list[SitePruned]:
-        """Round the solved sites if the recipe says so, and measure them. Both lists are emptied.
+        """Round the solved sites that have a grid, and measure all. Both lists are emptied.
 
         Each rank rounds and measures the sites that it solved, and the others receive their
         weights and their records.
         """
-        if (integers := self.job.recipe.integers) is not None:
+        if any(entry.grid for entry in self.planned.pruned):
             for _, each in solved:
                 stored = self.store.dtypes.get(f"{self.planned.name}.{each.planned.site.parameter}")
-                round_site(self.module, each, integers, self.job.recipe.solver.damping, stored)
+                round_site(self.module, each, self.job.recipe.solver.damping, stored)
             for turns in rounds:
                 self._exchange(turns)
         own = [(turn, self._record(each)) for turn, each in solved]

@@ -19,7 +19,6 @@ from apt.solver import (
     ColumnGroups,
     Gram,
     GroupRemoval,
-    IntegerGrid,
     MethodError,
     Pattern,
     SitePattern,
@@ -90,8 +89,6 @@ class Recipe:
         permute: True to change the places of inputs of n:m sites before they are pruned.
         ordered: True to solve the sites of a block in their order of execution, each on the outputs
             of the pruned sites before it (true-sequential).
-        integers: the integers that kept weights are rounded to, after the tuning of their block;
-            None for no rounding.
         experts: the removal of experts, in a plan that removes some.
     """
 
@@ -101,7 +98,6 @@ class Recipe:
     tuning: BlockTuning | None = None
     permute: bool = False
     ordered: bool = False
-    integers: IntegerGrid | None = None
     experts: ExpertRemoval = field(default_factory=ExpertRemoval)
 
     @property
@@ -257,24 +253,22 @@ def _solution(
 
 
 def round_site(
-    block: nn.Module,
-    solved: SolvedSite,
-    integers: IntegerGrid,
-    damping: float | None,
-    stored: torch.dtype | None = None,
+    block: nn.Module, solved: SolvedSite, damping: float | None, stored: torch.dtype | None = None
 ) -> None:
-    """Round the kept weights of a site as written to its module.
+    """Round the kept weights of a site, as written to its module, if its target form has a grid.
 
     Args:
         stored: the dtype in which the integers times their scales are stored; None for that of the
             weight.
     """
+    if (grid := solved.planned.grid) is None:
+        return
     weight = solved.planned.site.oriented(solved.planned.site.weight(block).data)
     matrix = solved.matrix / max(solved.tokens, 1)
     mean = float(matrix.diagonal().mean())
     more = mean * (damping or DAMPING) or 1.0  # some, for the sake of dead inputs
     matrix = matrix + more * torch.eye(len(matrix), device=matrix.device)
-    weight.copy_(rounded(weight.float(), matrix, integers, stored or weight.dtype))
+    weight.copy_(rounded(weight.float(), matrix, grid, stored or weight.dtype))
 
 
 def measured(block: nn.Module, solved: SolvedSite) -> SitePruned:

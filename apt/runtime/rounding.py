@@ -6,8 +6,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from apt.patterns import IntegerGrid, ScaleGroup
 from apt.runtime.matrix import MASK, SCALES, VALUES, Entry, Parts, encode
-from apt.solver.integers import IntegerGrid, ScaleGroup, scales_of
+from apt.solver.integers import scales_of
 
 BITS = {"int8": 8, "int4": 4}
 KINDS = {kind: IntegerGrid(bits).most for kind, bits in BITS.items()}

@@ -9,6 +9,7 @@ from apt.patterns import (
     NM,
     ColumnGroups,
     Granularity,
+    IntegerGrid,
     MixedNM,
     Pattern,
     SitePattern,
@@ -30,7 +31,7 @@ from apt.solver.group_removal import (
     removal_loss,
     removal_order,
 )
-from apt.solver.integers import IntegerGrid, rounded
+from apt.solver.integers import rounded
 from apt.solver.least_squares import Joint, joint_weights, relative_layer_error, solve_masked
 from apt.solver.options import EFFORTS, Effort, MethodError, Solution, SolverOptions, check_solution
 from apt.solver.precision import full_precision

@@ -1,49 +1,16 @@
 """The rounding of kept weights to integers: later columns compensate for earlier errors."""
 
 import math
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from apt.patterns import IntegerGrid
 from apt.solver.precision import full_precision
-
-ScaleGroup = int | Literal["row"]
-"""A number of columns that share a scale, or a whole row."""
-
-COLUMNS = 64
-"""Groups are multiples of this number, as the kernels for packed matrices need them."""
 
 _SHRINK = torch.linspace(1, 0.6, 17).tolist()  # factors of the scale that are tried
 _CHUNK = 2**17  # weights whose scales are searched at a time: they stay in the cache
 _BLOCK = 128  # columns between two updates of the gradient of all columns
-
-
-@dataclass(frozen=True)
-class IntegerGrid:
-    """Integers around 0, with a scale for each group of columns of a row.
-
-    Args:
-        bits: 8 or 4.
-        group: the number of columns that share a scale, or ``"row"`` for all.
-    """
-
-    bits: int
-    group: ScaleGroup = 128
-
-    def columns(self, width: int) -> int:
-        """The number of columns that share a scale in a weight of ``width`` columns.
-
-        It is at most the width, rounded up to a multiple of `COLUMNS`.
-        """
-        padded = max(1, math.ceil(width / COLUMNS)) * COLUMNS
-        return padded if self.group == "row" else min(self.group, padded)
-
-    @property
-    def most(self) -> int:
-        """The largest integer."""
-        return int(2 ** (self.bits - 1)) - 1
 
 
 @full_precision()

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import apt as library
 from apt.errors import AptError
+from apt.patterns import TargetForm
 from apt.planning.allocation import Unallocated, with_shares
 from apt.planning.plan import Plan, PlannedBlock, PlannedSite, Selection, make_plan
 from apt.plugin.registry import registry
@@ -139,7 +140,8 @@ def test_the_total_is_exact_for_any_shares(data):
     sizes = data.draw(st.lists(st.tuples(st.integers(1, 9), st.integers(5, 40)), min_size=1))
     per = data.draw(st.sampled_from(["row", "layer"]))
     sites = tuple(
-        PlannedSite(str(i), None, shape, Unstructured(0.5, per)) for i, shape in enumerate(sizes)
+        PlannedSite(str(i), None, shape, TargetForm(Unstructured(0.5, per)))
+        for i, shape in enumerate(sizes)
     )
     plan = Plan((PlannedBlock("block", sites),))
     shift = data.draw(st.lists(st.floats(-0.3, 0.3), min_size=len(sizes), max_size=len(sizes)))

@@ -15,6 +15,7 @@ from apt.cli.progress import Progress, PruningProgress
 from apt.events import BlockStarted, SitePruned, TrainingStep, Working
 from apt.output.report import Report
 from apt.output.timeline import Timeline
+from apt.patterns import TargetForm
 from apt.planning.plan import Plan, PlannedBlock, PlannedExtra, PlannedSite
 from apt.solver import NM
 from tests.helpers import ROOT, TEXT
@@ -215,7 +216,7 @@ def test_blocks_of_an_earlier_run_are_not_part_of_the_time_left(monkeypatch):
     """Two of four blocks are restored within a second, and the third takes 100 seconds."""
     seconds = [0]
     monkeypatch.setattr("apt.cli.progress.time.perf_counter", lambda: seconds[0])
-    site = PlannedSite("q", Site("q", "q.weight", "x"), (4, 8), NM(2, 4))
+    site = PlannedSite("q", Site("q", "q.weight", "x"), (4, 8), TargetForm(NM(2, 4)))
     extra = PlannedExtra("conv1d", Extra("conv1d", "conv1d", "conv1d.weight"), (8, 4), NM(2, 4))
     progress = PruningProgress(Plan((PlannedBlock("block", (site,), (extra,)),) * 4), [])
     pruned = [
