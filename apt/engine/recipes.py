@@ -34,7 +34,7 @@ def recipe_of(options: SolveOptions, method: MethodSpec) -> Recipe:
     """The settings for pruning blocks with a method.
 
     Raises:
-        AptError: an option needs an error-aware run, and this is not one.
+        AptError: an option needs an error-aware run, and the run is layer-wise.
     """
     sparse = options if isinstance(options, PruneOptions) else PruneOptions()
     if sparse.quantize and isinstance(method, ShrinkMethodSpec):

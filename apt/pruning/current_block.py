@@ -56,17 +56,16 @@ _Turn = tuple[int, SolvedSite]  # a solved site and its turn, which also determi
 
 @dataclass(kw_only=True)
 class CurrentBlock(OpenBlock):
-    """The block that is being pruned, with everything that its solves need.
+    """The block that is being pruned, with all inputs of its solves.
 
     Attributes:
-        dropped: the dropped blocks between it and the next one that is kept.
-        tuning_batches: the number of batches for tuning, which are the first ones.
-        dense: the dense weights (out, in) of those that write to the residual stream; none without
-            a dense stream, since only the drift between the streams needs them.
+        dropped: the dropped blocks between this block and the next kept block.
+        tuning_batches: the number of the first batches, which are for tuning.
+        dense: the dense weights (out, in) of the sites that write to the residual stream; empty
+            without a dense stream, since only the drift between the streams needs them.
         scales: the factors of the rows (out, 1) of each site with row importance.
-        orders: the former column of each column, by the full name of a site whose inputs have
-            changed places.
-        propagated: True if the batches' states are already those after the block.
+        orders: the former index of each column, by the full name of a site with permuted inputs.
+        propagated: True if the states of the batches are already the states after the block.
     """
 
     store: BlockStore
@@ -86,8 +85,7 @@ class CurrentBlock(OpenBlock):
     def prune(self) -> list[Done]:
         """Prune the block: groups without readers, its extras, then its sites; then tune it.
 
-        The outputs that it is tuned towards are those of the dense model before the next block that
-        is not dropped.
+        The target of the tuning is the dense stream before the next kept block.
         """
         self.scales = self._advance_dense_stream()
         self._bridge_gap()
@@ -119,7 +117,7 @@ class CurrentBlock(OpenBlock):
         return done
 
     def _disconnected(self) -> Iterator[ExpertsRemoved]:
-        """Disconnect the groups without readers; the records of those that are experts."""
+        """Disconnect the groups without readers; yields the records of removed experts."""
         recipe = self.job.recipe
         for lost in self.planned.disconnected:
             damping = recipe.solver.damping
@@ -130,13 +128,13 @@ class CurrentBlock(OpenBlock):
                 yield removed
 
     def _gather(self) -> None:
-        """Move the channels that each reader has lost behind its others; see `gather`."""
+        """Move the removed channels of each reader behind its kept channels; see `gather`."""
         for groups in (entry.groups for entry in self.planned.groups if entry.groups.apart):
             readers = [site for site in self.sites if site.name in groups.readers]
             gather(tensors_of(self.module), groups, readers)
 
     def _advance_dense_stream(self) -> dict[Site, Tensor]:
-        """Run the block on the dense stream; returns the row scales of sites that use them."""
+        """Run the block on the dense stream; returns the scales of rows by their importance."""
         if not self.job.recipe.error_aware:
             return {}
         how = self.job.recipe.row_importance
@@ -152,7 +150,7 @@ class CurrentBlock(OpenBlock):
         return how.scales(self.using(first), starts, wanted)
 
     def _bridge_gap(self) -> None:
-        """Record what dropped blocks add; the last site that writes takes it over."""
+        """Record the sum that dropped blocks add, to which the last writing site is fitted."""
         writers = [site for site in self.sites if site.residual and not site.routed]
         if not self.dropped or not self.job.recipe.error_aware:
             return
@@ -165,7 +163,7 @@ class CurrentBlock(OpenBlock):
                 each.gap_input = max(writers, key=lambda site: site.order).input
 
     def _with_tied_groups(self) -> PlannedBlock:
-        """The planned block, with a choice of the groups that several sites lose together."""
+        """The planned block, with chosen groups for sites that lose the same groups."""
         planned = self.planned
         for tied in planned.tied:
             last = next(entry for entry in planned.sites if entry.site.name == tied[-1])
@@ -183,10 +181,9 @@ class CurrentBlock(OpenBlock):
         return done
 
     def _captured(self) -> Generator[tuple[list[PlannedSite], dict[str, Sums]]]:
-        """The sites in stages, each solved from one run, with the sums of their inputs.
+        """The stages of sites, with the sums of their inputs over all ranks, from one run each.
 
-        The sums are those over all ranks. Nothing else refers to them, so that those that are
-        deleted are freed.
+        Nothing else refers to the sums, so that deleted sums are freed.
         """
         passes, stages = self._passes(), self._stages(self.planned.pruned)
         self.propagated = bool(
@@ -203,7 +200,7 @@ class CurrentBlock(OpenBlock):
             self.progress()
 
     def _passes(self) -> list[BlockPass]:
-        """The passes of the batches through all stages; none if each stage has its own."""
+        """The passes of the batches through all stages; empty if each stage has separate passes."""
         if not (self.job.recipe.ordered and self.store.activations.with_model):
             return []
         weights = {site: site.weight(self.module).data for site in self.sites}
@@ -236,7 +233,7 @@ class CurrentBlock(OpenBlock):
     def _solve_round(
         self, turns: dict[int, PlannedSite], sums: dict[str, Sums], mean: float
     ) -> list[_Turn]:
-        """Solve this rank's site of a round, and receive the weights of the other ranks' sites."""
+        """Solve the site of this rank in a round, and receive the weights of the other sites."""
         own = []
         for turn, entry in turns.items():
             if self.ranks.owner(turn) == self.ranks.rank:
@@ -250,7 +247,7 @@ class CurrentBlock(OpenBlock):
         return own
 
     def _exchange(self, turns: dict[int, PlannedSite]) -> None:
-        """Send the weights of a round that this rank has written, and receive the others."""
+        """Send the weights of a round that this rank has solved, and receive the other weights."""
         for turn, entry in turns.items():
             self.ranks.send(entry.site.weight(self.module).data, self.ranks.owner(turn))
 
@@ -268,8 +265,8 @@ class CurrentBlock(OpenBlock):
     ) -> list[SitePruned]:
         """Round the solved sites that have a grid, and measure all. Both lists are emptied.
 
-        Each rank rounds and measures the sites that it solved, and the others receive their
-        weights and their records.
+        Each rank rounds and measures the sites that it solved. The other ranks receive the weights
+        and the records of these sites.
         """
         if any(entry.grid for entry in self.planned.pruned):
             for _, each in solved:
