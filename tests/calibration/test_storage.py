@@ -25,13 +25,13 @@ def test_disk_store_returns_equal_tensors_and_containers(tmp_path, dtype):
     given = {"a": [tensor, (tensor.transpose(0, 2), None)], "b": Pair(tensor[:, 1], torch.empty(0))}
     held = store.put(given)
     assert len(list(tmp_path.iterdir())) == 3
-    found = store.get(held)
-    assert torch.equal(found["a"][0], tensor)
-    assert torch.equal(found["a"][1][0], tensor.transpose(0, 2))
-    assert found["a"][1][1] is None
-    assert isinstance(found["b"], Pair)
-    assert torch.equal(found["b"].left, tensor[:, 1])
-    assert found["b"].right.shape == (0,)
+    result = store.get(held)
+    assert torch.equal(result["a"][0], tensor)
+    assert torch.equal(result["a"][1][0], tensor.transpose(0, 2))
+    assert result["a"][1][1] is None
+    assert isinstance(result["b"], Pair)
+    assert torch.equal(result["b"].left, tensor[:, 1])
+    assert result["b"].right.shape == (0,)
 
 
 def test_write_to_a_read_tensor_does_not_change_the_file(tmp_path):
@@ -45,12 +45,12 @@ def test_file_is_deleted_with_its_last_reference(tmp_path):
     batch = Batch(torch.ones(5), [], 5, DenseActivations(torch.zeros(5), DiskStore(tmp_path)))
     batch.dense.inputs.record(Site("s", "s", "x"), torch.ones(1, 3))
     assert len(list(tmp_path.iterdir())) == 2
-    found = batch.dense.inputs["x"][0]
+    result = batch.dense.inputs["x"][0]
     batch.dense.state = torch.full((5,), 2.0)
     batch.dense.inputs.clear()
     gc.collect()
     assert len(list(tmp_path.iterdir())) == 1
-    assert torch.equal(found, torch.ones(1, 3)), "what is still read"
+    assert torch.equal(result, torch.ones(1, 3)), "what is still read"
     del batch
     gc.collect()
     assert not list(tmp_path.iterdir())
@@ -58,15 +58,15 @@ def test_file_is_deleted_with_its_last_reference(tmp_path):
 
 def test_missing_files_are_ignored_on_deletion(tmp_path, monkeypatch):
     """After an error, the folder is removed before the last reference to an activation."""
-    folder, said = tmp_path / "activations", []
+    folder, messages = tmp_path / "activations", []
     folder.mkdir()
     held = DiskStore(folder).put(torch.ones(3))
     shutil.rmtree(folder)
-    monkeypatch.setattr("sys.unraisablehook", said.append)
-    monkeypatch.setattr("sys.excepthook", lambda *error: said.append(error))
+    monkeypatch.setattr("sys.unraisablehook", messages.append)
+    monkeypatch.setattr("sys.excepthook", lambda *error: messages.append(error))
     del held
     gc.collect()
-    assert not said
+    assert not messages
 
 
 def test_disk_store_has_one_file_per_stream_and_batch(tmp_path):
@@ -136,15 +136,15 @@ def test_full_disk_ends_the_run_with_one_line(command, apt, output_of, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [(["--activations", "disk"], "stream the run as well (--activations, --stream)"),
      (["--activations", "tape", "--stream"], "is not one of memory, cpu, disk (--activations)")],
 )  # fmt: skip
-def test_invalid_places_of_activations_are_refused(options, said, checkpoint, apt):
+def test_invalid_places_of_activations_are_refused(options, message, checkpoint, apt):
     for command in (("prune", "-o", "out"), ("inspect",)):
         result = apt(*command, checkpoint("llama"), *options)
         assert result.code == 2
-        assert said in result.err
+        assert message in result.err
         assert not list(Path().iterdir())
 
 

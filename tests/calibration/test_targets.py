@@ -102,8 +102,8 @@ def test_sums_equal_the_sums_of_inputs_of_two_models(behind):
         torch.testing.assert_close(own.gram.matrix, weighted.T @ x, rtol=1e-3, atol=1e-4)
         damped = own.gram.damped(0.01)
         expected = weight + damped.solve(error.T @ weighted / len(x))
-        found = targets.weight(weight, site, own, damped)
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+        result = targets.weight(weight, site, own, damped)
+        torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-4)
     crossed = {name for name, own in sums.items() if own.cross is not None}
     assert crossed == {"attention", "mlp"}  # narrower than all that is made of them
 
@@ -149,11 +149,11 @@ def test_target_solves_its_normal_equations():
     site = Site("out", "out.weight", "x", residual=True)
     sums = Sums(Gram.of(pruned), (dense - pruned).T @ pruned, {site: 0.6 * drift.T @ pruned})
     damped = sums.gram.damped(0.01)
-    found = Targets(0.3, 0.6).weight(weight, site, sums, damped)
+    result = Targets(0.3, 0.6).weight(weight, site, sums, damped)
     wanted = pruned @ weight.T + 0.3 * (dense - pruned) @ weight.T + 0.6 * drift
     ridge = damped.matrix - pruned.T @ pruned / 80
     expected = (wanted.T @ pruned / 80 + weight @ ridge) @ torch.linalg.inv(damped.matrix)
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(result, expected)
     nothing = Sums(sums.gram, sums.cross, {site: torch.zeros_like(weight)})
     assert Targets(0, 0).weight(weight, site, nothing, damped) is weight
 

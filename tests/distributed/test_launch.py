@@ -9,7 +9,7 @@ from apt.errors import AptError
 
 
 @pytest.mark.parametrize(
-    ("variables", "said"),
+    ("variables", "message"),
     [
         ({"WORLD_SIZE": "x"}, "WORLD_SIZE is 'x', not a whole number from 1 up"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0', not a whole number from 1 up"),
@@ -22,12 +22,12 @@ from apt.errors import AptError
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
-def test_invalid_environment_variables_are_refused(monkeypatch, variables, said):
+def test_invalid_environment_variables_are_refused(monkeypatch, variables, message):
     for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(AptError, match=said), joined():
+    with pytest.raises(AptError, match=message), joined():
         pass
 
 

@@ -165,13 +165,13 @@ def test_ranks_with_different_inputs_end_with_one_line(kind, tmp_path, tokenizer
         model.save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")
         (folder / "text.txt").write_text(text[rank * len(text) // 2 :])
-    codes, said = on_ranks(2, tmp_path, "prune", before=partial(with_another, kind))
-    assert codes == [2, 2], said
-    lines = [line for line in said.splitlines() if "other inputs" in line]
+    codes, output = on_ranks(2, tmp_path, "prune", before=partial(with_another, kind))
+    assert codes == [2, 2], output
+    lines = [line for line in output.splitlines() if "other inputs" in line]
     expected = f"rank 1 has other inputs than rank 0: {kind} differ; start all of them with the "
     assert all(expected in line for line in lines)
     assert sorted(line.startswith("apt: rank 1: ") for line in lines) == [False, True]
-    assert "Traceback" not in said
+    assert "Traceback" not in output
     assert not (tmp_path / "out").exists()
 
 
@@ -193,8 +193,8 @@ def test_library_refuses_ranks_with_other_tokens(tmp_path):
         as_a_rank_of_a_program, (2, str(tmp_path)), 2, start_method=forked.get_start_method()
     )
     for rank in range(2):
-        said = (tmp_path / f"said-{rank}").read_text()
-        assert said == "rank 1 has other inputs than rank 0: tokens differ"
+        message = (tmp_path / f"said-{rank}").read_text()
+        assert message == "rank 1 has other inputs than rank 0: tokens differ"
 
 
 def test_half_of_the_tokens_gives_another_mask():
@@ -223,20 +223,20 @@ def torchrun(folder, *command):
 def children(process):
     """The processes that ``torchrun`` started, by rank."""
     path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    found = {}
+    result = {}
     for pid in path.read_text().split():
         environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
         ranks = [line for line in environment if line.startswith(b"RANK=")]
-        found |= {int(line[5:]): int(pid) for line in ranks}
-    return found
+        result |= {int(line[5:]): int(pid) for line in ranks}
+    return result
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks' processes in /proc")
 def test_killed_rank_ends_the_job_and_resume_completes_it(checkpoint, tmp_path, apt):
     command = ("prune", str(checkpoint("llama")), *COMMAND)
-    codes, said = on_ranks(2, tmp_path, *command, "-o", "whole")
-    assert codes == [0, 0], said
-    assert said.count("verified on disk") == 1
+    codes, output = on_ranks(2, tmp_path, *command, "-o", "whole")
+    assert codes == [0, 0], output
+    assert output.count("verified on disk") == 1
     report = json.loads((tmp_path / "whole" / "apt_report.json").read_text())
     assert [part["solves"] for part in report["ranks"]] == [11, 10]
 
@@ -244,16 +244,16 @@ def test_killed_rank_ends_the_job_and_resume_completes_it(checkpoint, tmp_path, 
     while cut.poll() is None and not (journal.is_file() and journal.read_text().count("\n") > 2):
         time.sleep(0.01)
     os.kill(children(cut)[1], signal.SIGKILL)
-    said, _ = cut.communicate()
+    output, _ = cut.communicate()
     assert cut.returncode != 0
-    assert "Signal 9 (SIGKILL) received by PID" in said
+    assert "Signal 9 (SIGKILL) received by PID" in output
     assert not (tmp_path / "out").exists()
 
     alone = apt(*command, "-o", "out", "--resume")
     assert alone.code == 2
     assert ": ranks differ" in alone.err
-    codes, said = on_ranks(2, tmp_path, *command, "-o", "out", "--resume")
-    assert codes == [0, 0], said
+    codes, output = on_ranks(2, tmp_path, *command, "-o", "out", "--resume")
+    assert codes == [0, 0], output
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
 
 
@@ -269,16 +269,16 @@ def slow_on_the_second_rank():
 def test_first_rank_chooses_the_samples_for_a_given_time(checkpoint, tmp_path):
     words = ["prune", checkpoint("llama"), *COMMAND, "--effort", "fast", "--minutes", "0.1"]
     words.remove("--stream")
-    codes, said = on_ranks(2, tmp_path, *words, "-o", "out", before=slow_on_the_second_rank)
-    assert codes == [0, 0], said
+    codes, output = on_ranks(2, tmp_path, *words, "-o", "out", before=slow_on_the_second_rank)
+    assert codes == [0, 0], output
     report = json.loads((tmp_path / "out" / "apt_report.json").read_text())
     assert report["calibration"]["shape"][0] == 16
 
 
 def test_more_ranks_than_samples_are_refused(checkpoint, tmp_path):
     few = ("--samples", "2", "--effort", "fast", "-o", "out")
-    codes, said = on_ranks(3, tmp_path, "prune", checkpoint("llama"), *COMMAND, *few)
+    codes, output = on_ranks(3, tmp_path, "prune", checkpoint("llama"), *COMMAND, *few)
     assert codes == [2, 2, 2]
-    assert "too few samples: some of 3 ranks have none; give more samples" in said
-    assert "Traceback" not in said
+    assert "too few samples: some of 3 ranks have none; give more samples" in output
+    assert "Traceback" not in output
     assert not (tmp_path / "out").exists()

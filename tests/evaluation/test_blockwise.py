@@ -113,9 +113,9 @@ def test_streamed_eval_gives_the_same_perplexity(checkpoint, apt):
     model = checkpoint("opt")
     command = ("eval", model, "--data", TEXT, "--samples", 4, "--seqlen", 24, "--json")
     known = json.loads(apt(*command).out)
-    found = json.loads(apt(*command, "--stream").out)
-    assert found.pop("perplexity") == pytest.approx(known.pop("perplexity"), rel=1e-5)
-    assert found == known
+    result = json.loads(apt(*command, "--stream").out)
+    assert result.pop("perplexity") == pytest.approx(known.pop("perplexity"), rel=1e-5)
+    assert result == known
 
 
 def test_eval_refuses_to_stream_unsuitable_models(apt, tmp_path, checkpoint):

@@ -79,9 +79,9 @@ def test_logits_that_fit_are_one_identical_part():
 @pytest.mark.parametrize("measure", [perplexity, accuracy])
 def test_metrics_do_not_depend_on_the_size_of_parts(measure, monkeypatch):
     model = random_model("llama")
-    found = measure(model, TOKENS)
+    result = measure(model, TOKENS)
     monkeypatch.setattr("apt.evaluation.logits.PART", 2**40)
-    assert found == pytest.approx(measure(model, TOKENS), rel=1e-5)
+    assert result == pytest.approx(measure(model, TOKENS), rel=1e-5)
 
 
 class Headless(torch.nn.Module):
@@ -131,9 +131,9 @@ def test_streamed_model_is_measured_in_parts(variant, checkpoint, monkeypatch):
         module.get_output_embeddings().register_forward_hook(
             lambda head, args, logits: heads.append(logits.shape[1])
         )
-        found = perplexity(module, TOKENS)
+        result = perplexity(module, TOKENS)
     assert max(heads) == 2
-    assert found == pytest.approx(perplexity(random_model(variant), TOKENS), rel=1e-5)
+    assert result == pytest.approx(perplexity(random_model(variant), TOKENS), rel=1e-5)
 
 
 def test_part_bytes_is_bounded():
@@ -167,8 +167,8 @@ def test_metrics_share_one_run_of_the_body():
     metrics = (perplexity, accuracy), (divergence, agreement)
     alone = [m(model, tokens) for m in metrics[0]] + [m(model, tokens, dense) for m in metrics[1]]
     runs = []
-    for name, found in (("model", model), ("dense", dense)):
-        found.model.layers[0].register_forward_hook(lambda *_, n=name: runs.append(n))
+    for name, result in (("model", model), ("dense", dense)):
+        result.model.layers[0].register_forward_hook(lambda *_, n=name: runs.append(n))
     with kept_states(dense), kept_states(model):
         shared = [m(model, tokens) for m in metrics[0]]
         shared += [m(model, tokens, dense) for m in metrics[1]]

@@ -106,7 +106,7 @@ def test_count_is_exact_if_most_scores_are_nan():
 def test_numpy_and_torch_select_the_same_mask(monkeypatch, pattern, levels):
     scores = torch.rand(24, 64, generator=torch.Generator().manual_seed(0))
     scores = (scores * levels).floor() if levels else scores
-    found = [lowest(scores, pattern), pattern.threshold(scores)]
+    result = [lowest(scores, pattern), pattern.threshold(scores)]
     monkeypatch.setattr("apt.patterns.selection.selects_in_numpy", lambda values: False)
-    assert torch.equal(found[0], lowest(scores, pattern))
-    assert torch.equal(found[1], pattern.threshold(scores))
+    assert torch.equal(result[0], lowest(scores, pattern))
+    assert torch.equal(result[1], pattern.threshold(scores))

@@ -56,12 +56,12 @@ def added(entry, monkeypatch):
     def add(target="tests.patterns.test_protocol:Columns", methods=()):
         spec = PatternSpec("first", "the first columns", target, "first-8")
         hooks = {"apt_patterns": lambda: [spec], "apt_methods": lambda: methods}
-        found = load_registry([*entry_points(group="apt"), entry("columns", **hooks)])
-        monkeypatch.setattr("apt.planning.plan.registry", lambda: found)
-        monkeypatch.setattr("apt.engine.api.registry", lambda: found)
-        monkeypatch.setattr("apt.engine.given.registry", lambda: found)
-        monkeypatch.setattr("apt.engine.pruning_plan.registry", lambda: found)
-        return found
+        result = load_registry([*entry_points(group="apt"), entry("columns", **hooks)])
+        monkeypatch.setattr("apt.planning.plan.registry", lambda: result)
+        monkeypatch.setattr("apt.engine.api.registry", lambda: result)
+        monkeypatch.setattr("apt.engine.given.registry", lambda: result)
+        monkeypatch.setattr("apt.engine.pruning_plan.registry", lambda: result)
+        return result
 
     return add
 

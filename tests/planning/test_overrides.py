@@ -60,9 +60,9 @@ def test_verify_finds_a_pattern_other_than_the_override(apt, checkpoint, allocat
     site = next(s for s in record["sites"] if s["kind"] == "mlp.down_proj")
     site["pattern"] = "0.42"  # as of a run that ignored the override
     path.write_text(json.dumps(record))
-    found = apt("verify", "out")
-    assert found.code == 1
-    assert f"{site['name']}: 0.3 was asked for, and the report has 0.42" in found.out
+    result = apt("verify", "out")
+    assert result.code == 1
+    assert f"{site['name']}: 0.3 was asked for, and the report has 0.42" in result.out
 
 
 def test_verify_finds_an_allocation_with_too_few_zeros(apt, checkpoint):
@@ -73,9 +73,9 @@ def test_verify_finds_an_allocation_with_too_few_zeros(apt, checkpoint):
     record = json.loads(path.read_text())
     record["options"]["pattern"] = "0.7"
     path.write_text(json.dumps(record))
-    found = apt("verify", "out")
-    assert found.code == 1
-    assert "were asked for" in found.out
+    result = apt("verify", "out")
+    assert result.code == 1
+    assert "were asked for" in result.out
 
 
 def test_verify_accepts_sites_that_an_allocation_left_dense(apt):
@@ -96,9 +96,9 @@ def test_report_with_wrong_types_is_refused_in_one_line(apt, checkpoint, output_
     record = json.loads(path.read_text())
     record["options"] |= change
     path.write_text(json.dumps(record))
-    found = apt("verify", "out")
-    assert found.code in (1, 2)
-    assert "Traceback" not in found.err
+    result = apt("verify", "out")
+    assert result.code in (1, 2)
+    assert "Traceback" not in result.err
 
 
 def test_verify_refuses_too_many_zeros_unless_at_least(apt, checkpoint, output_of):
@@ -108,10 +108,10 @@ def test_verify_refuses_too_many_zeros_unless_at_least(apt, checkpoint, output_o
     tensors[f"{name}.weight"][:40] = 0
     save_file(tensors, "out/model.safetensors", {"format": "pt"})
     for pattern in ((), ("--sparsity", 0.5)):
-        found = apt("verify", "out", *pattern)
-        assert found.code == 1
-        assert f"{name}: " in found.out
-        assert "expected" in found.out
+        result = apt("verify", "out", *pattern)
+        assert result.code == 1
+        assert f"{name}: " in result.out
+        assert "expected" in result.out
     Path("out/apt_report.json").unlink()
     assert apt("verify", "out", "--sparsity", 0.5).code == 1
     assert apt("verify", "out", "--sparsity", 0.5, "--at-least").code == 0
@@ -173,10 +173,10 @@ def one_more(weight, gram, pattern, options):
     """A method that removes one weight more than its mask shows."""
     from apt.solver import ss
 
-    found = ss(weight, gram, pattern, options)
-    place = found.weight.flatten().nonzero()[0]
-    found.weight.view(-1)[place] = 0
-    return found
+    result = ss(weight, gram, pattern, options)
+    place = result.weight.flatten().nonzero()[0]
+    result.weight.view(-1)[place] = 0
+    return result
 
 
 @pytest.mark.parametrize("method", [greedy, one_more])

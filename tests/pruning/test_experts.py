@@ -56,13 +56,13 @@ class Case:
 
     def picks(self):
         """The experts' inputs, each pick of each token, and the streams after the block."""
-        found, after = [], []
+        result, after = [], []
         for batch in self.block.batches:
-            with routings(self.owner, found.append):
+            with routings(self.owner, result.append):
                 after.append(self.block.step(batch, batch.state).reshape(-1, 16))
-        rows = torch.cat([routing.inputs for routing in found])
-        index = torch.cat([routing.index for routing in found])
-        weights = torch.cat([routing.weights for routing in found])
+        rows = torch.cat([routing.inputs for routing in result])
+        index = torch.cat([routing.index for routing in result])
+        weights = torch.cat([routing.weights for routing in result])
         return rows, index, weights, torch.cat(after)
 
     def output(self, expert, row):
@@ -109,15 +109,15 @@ def losses_by_hand(case, kept):
     """The loss of the rerouted block for each mask of experts that keeps ``kept`` of them."""
     experts = RoutedExperts(case.block, case.groups)
     dense = experts.output(experts.routing)
-    found = {}
+    result = {}
     for left in itertools.combinations(range(8), kept):
         mask = torch.ones(8, dtype=torch.bool)
         mask[list(left)] = False
         per_bin = mask.view(case.groups.bins, -1).sum(1)
         if len(set(per_bin.tolist())) == 1:
             lost = dense - experts.output(experts.rerouted(mask))
-            found[tuple(mask.tolist())] = float((lost.square().sum(1) / experts.sizes).sum())
-    return found
+            result[tuple(mask.tolist())] = float((lost.square().sum(1) / experts.sizes).sum())
+    return result
 
 
 def test_joint_choice_is_among_the_best_5_percent(case):
@@ -157,18 +157,18 @@ def inputs_by_hand(case, kept, targets):
     sites = {s.expert: s for s in case.adapter.sites(case.module) if "down" in s.parameter}
     rows, factors = [], []
     for target in targets:
-        seen, found = {}, []
+        seen, result = {}, []
 
         def keep(site, values, seen=seen):
             seen[site.expert] = values
 
         watched = [sites[expert] for expert in kept]
-        with case.adapter.capture(case.module, watched, keep), routings(case.owner, found.append):
+        with case.adapter.capture(case.module, watched, keep), routings(case.owner, result.append):
             case.block.step(target.batch, target.batch.state)
         factor = torch.zeros(len(target.total), len(kept))
         row = torch.zeros(*factor.shape, 12)
         for place, expert in enumerate(kept):
-            tokens, weights = found[0].tokens_of(expert)
+            tokens, weights = result[0].tokens_of(expert)
             factor[tokens, place] = weights
             row[tokens, place] = seen[expert]
         factors.append(factor / target.scale)

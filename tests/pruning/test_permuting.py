@@ -42,9 +42,9 @@ def test_kept_weights_equal_the_dense_weights_in_the_reported_order(variant):
         model, TOKENS, pattern="2:4", method="wanda", options=UNCHANGED
     )
     dense = permuted(model, report)
-    for (name, found), expected in zip(pruned.named_parameters(), dense.parameters(), strict=True):
-        kept = found != 0
-        assert torch.equal(found[kept], expected[kept]), name
+    for (name, result), expected in zip(pruned.named_parameters(), dense.parameters(), strict=True):
+        kept = result != 0
+        assert torch.equal(result[kept], expected[kept]), name
     with torch.no_grad():
         logits = dense(TOKENS).logits
         torch.testing.assert_close(logits, model(TOKENS).logits, rtol=0, atol=1e-4)
@@ -94,13 +94,13 @@ def test_sites_of_mixed_n_m_are_permuted():
 
 
 @pytest.mark.parametrize(
-    ("pattern", "aware", "said"),
+    ("pattern", "aware", "message"),
     [
         ("2:4", False, "permute has no effect in a layer-wise run"),
         ("0.5", None, "permute has no effect: no n:m site has inputs that can change places"),
     ],
 )
-def test_permute_without_effect_is_refused(pattern, aware, said):
+def test_permute_without_effect_is_refused(pattern, aware, message):
     options = PruneOptions(permute=True, error_aware=aware)
-    with pytest.raises(library.AptError, match=said):
+    with pytest.raises(library.AptError, match=message):
         library.prune(random_model("llama"), TOKENS, pattern=pattern, options=options)

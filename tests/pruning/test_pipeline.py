@@ -106,7 +106,7 @@ def test_next_block_is_solved_on_outputs_of_the_pruned_block():
 
 
 def test_ordered_sites_are_solved_on_outputs_of_pruned_sites():
-    tokens, found = random_tokens(), {}
+    tokens, result = random_tokens(), {}
     for ordered in (False, True):
         model = random_model("opt")
         adapter = adapter_of(model)
@@ -114,7 +114,7 @@ def test_ordered_sites_are_solved_on_outputs_of_pruned_sites():
         plan = make_plan(model, adapter, NM(2, 4))
 
         def spy(weight, gram, pattern, options, ordered=ordered):
-            found.setdefault(ordered, []).append(gram.matrix.clone())
+            result.setdefault(ordered, []).append(gram.matrix.clone())
             return ss(weight, gram, pattern, options)
 
         prune_blocks(model, adapter, plan, tokens, spy, Recipe(ordered=ordered))
@@ -125,9 +125,9 @@ def test_ordered_sites_are_solved_on_outputs_of_pruned_sites():
         )
         model(tokens)
         handle.remove()
-        same = torch.allclose(found[ordered][-1], Gram.of(inputs[0]).matrix, rtol=1e-4)
+        same = torch.allclose(result[ordered][-1], Gram.of(inputs[0]).matrix, rtol=1e-4)
         assert same == ordered
-    assert torch.equal(found[False][0], found[True][0])
+    assert torch.equal(result[False][0], result[True][0])
 
 
 def test_overrides_and_skip_set_the_pattern_of_sites():
@@ -270,7 +270,7 @@ def test_sm_has_lower_errors_than_ss_in_the_first_block():
 
 
 def test_weight_shared_by_two_blocks_stays_dense():
-    model, said = random_model("llama"), []
+    model, messages = random_model("llama"), []
     layers = model.model.layers
     layers[2].mlp.up_proj.weight = layers[0].mlp.up_proj.weight
     names = tuple(f"model.layers.{index}.mlp.up_proj" for index in (0, 2))
@@ -279,8 +279,8 @@ def test_weight_shared_by_two_blocks_stays_dense():
         plan = make_plan(model, adapter_of(model), NM(2, 4), selection)
         assert plan.shared == names
         assert set(names) <= set(plan.dense)
-    tell_shared(plan, said.append)
-    assert said == [f"left dense: 2 sites, whose weights several blocks use ({names[0]}, …)"]
+    tell_shared(plan, messages.append)
+    assert messages == [f"left dense: 2 sites, whose weights several blocks use ({names[0]}, …)"]
     before = layers[0].mlp.up_proj.weight.clone()
     report = library.prune(model, TOKENS, pattern="2:4")
     assert torch.equal(layers[0].mlp.up_proj.weight, before)
@@ -318,8 +318,8 @@ def test_solution_that_is_not_finite_is_not_written():
     dense = copy.deepcopy(model.state_dict())
 
     def overflowing(weight, gram, pattern, options):
-        found = ss(weight, gram, pattern, options)
-        return Solution(found.weight / 0, found.mask)
+        result = ss(weight, gram, pattern, options)
+        return Solution(result.weight / 0, result.mask)
 
     plan = make_plan(model, adapter_of(model), NM(2, 4))
     with pytest.raises(AptError, match="method overflowing .*q_proj that is not finite"):

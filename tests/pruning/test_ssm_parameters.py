@@ -58,10 +58,12 @@ def test_effects_predict_the_change_by_a_removed_entry(variant, kind):
     _, block, index, batch = first_block(model, adapter)
     extra = next(e for e in adapter.extras(block) if e.kind == kind)
     extra.weight(block).data.normal_(0.5, 0.5)  # as made, the first decay is what a zero stands for
-    found = {}
-    with adapter.effects(block, [extra], lambda e, gram, energy: found.update({e: (gram, energy)})):
+    result = {}
+    with adapter.effects(
+        block, [extra], lambda e, gram, energy: result.update({e: (gram, energy)})
+    ):
         adapter.step(block, batch.state, batch.calls[index])
-    gram, energy = found[extra]
+    gram, energy = result[extra]
     dense = read_by_out_proj(adapter, block, index, batch)
     normed = variant == "mamba2"  # the norm's own size is taken as it is: a small change is needed
     gated = variant != "falcon-h1"
@@ -87,15 +89,15 @@ def test_gram_matrix_predicts_the_change_by_several_removed_entries():
     adapter = adapter_of(model)
     _, block, index, batch = first_block(model, adapter)
     extra = next(e for e in adapter.extras(block) if e.kind == "A_log")
-    found = []
-    with adapter.effects(block, [extra], lambda e, gram, energy: found.append(gram)):
+    result = []
+    with adapter.effects(block, [extra], lambda e, gram, energy: result.append(gram)):
         adapter.step(block, batch.state, batch.calls[index])
     dense = read_by_out_proj(adapter, block, index, batch)
     removed = torch.tensor([1, 4, 6])
     changed = copy.deepcopy(block)
     extra.weight(changed).data[5, removed] = 0
     change = read_by_out_proj(adapter, changed, index, batch) - dense
-    told = float(found[0][5][removed][:, removed].sum())
+    told = float(result[0][5][removed][:, removed].sum())
     assert told == pytest.approx(float(change.square().sum()), rel=1e-3)
 
 
@@ -105,15 +107,15 @@ def test_gram_matrix_of_the_convolution_is_that_of_its_windows():
     adapter = adapter_of(model)
     _, block, index, batch = first_block(model, adapter)
     extra = next(e for e in adapter.extras(block) if e.kind == "conv1d")
-    found = []
-    with adapter.effects(block, [extra], lambda e, gram, energy: found.append(gram)):
+    result = []
+    with adapter.effects(block, [extra], lambda e, gram, energy: result.append(gram)):
         adapter.step(block, batch.state, batch.calls[index])
     projected = block.mixer.in_proj(block.norm(batch.state)).transpose(1, 2)
     x = projected.chunk(2, 1)[0].double()
     width = block.mixer.conv1d.weight.shape[-1]
     rows = F.pad(x, (width - 1, 0)).unfold(2, width, 1)  # (batch, channels, length, width)
     rows = rows.transpose(0, 1).flatten(1, 2)
-    torch.testing.assert_close(found[0], rows.mT @ rows, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(result[0], rows.mT @ rows, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -121,7 +121,7 @@ def with_a_warning(mlp, forward, state):
 )  # fmt: skip
 def test_unusual_forward_gives_the_same_bytes_with_stored_products(unusual, monkeypatch):
     monkeypatch.setattr(apt.pruning.pipeline, "TOKENS_PER_BATCH", 64)
-    found, settings = [], []
+    result, settings = [], []
 
     def solve(*args, **options):
         settings.append((torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()))
@@ -132,9 +132,9 @@ def test_unusual_forward_gives_the_same_bytes_with_stored_products(unusual, monk
         for layer in model.model.layers:
             mlp, own = layer.mlp, layer.mlp.forward
             mlp.forward = lambda state, mlp=mlp, own=own: unusual(mlp, own, state)
-        found.append(pruned(model, store, method=solve))
-    for name, value in found[1].items():
-        assert torch.equal(found[0][name], value), name
+        result.append(pruned(model, store, method=solve))
+    for name, value in result[1].items():
+        assert torch.equal(result[0][name], value), name
     assert set(settings) == {(False, False)}
 
 
@@ -201,10 +201,10 @@ def test_dense_inputs_are_freed_after_their_sites_are_solved(monkeypatch):
 
     keep = Inputs.keep
 
-    def watched(found, names):
+    def watched(result, names):
         nonlocal inputs
-        inputs = found
-        keep(found, names)
+        inputs = result
+        keep(result, names)
 
     inputs = None
     monkeypatch.setattr(Inputs, "keep", watched)

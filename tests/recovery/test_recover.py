@@ -260,8 +260,8 @@ def test_only_the_current_window_has_moments():
         loss_of = next_token_loss(model, {"input_ids": random_tokens()})
         loss_of.backward()
         optimizer.step()
-        found = {n for n, p in model.model.layers.named_parameters() if p in optimizer.state}
-        assert "".join(sorted({name.partition(".")[0] for name in found})) == expected
+        result = {n for n, p in model.model.layers.named_parameters() if p in optimizer.state}
+        assert "".join(sorted({name.partition(".")[0] for name in result})) == expected
 
 
 def test_resumed_training_of_windows_has_the_same_losses(tmp_path):
@@ -536,8 +536,8 @@ def test_short_time_gives_fewer_samples_per_step(tmp_path, minutes, given, proce
         ranks=SimpleNamespace(size=processes),
     )  # fmt: skip
     pace = recovery._Pace(1.0, 0.0, 1e-9)
-    steps, _, found = recovery._steps_in(60 * minutes, pace, 4, job)
-    assert found == batch
+    steps, _, result = recovery._steps_in(60 * minutes, pace, 4, job)
+    assert result == batch
     assert steps == pytest.approx(60 * minutes * processes / batch, abs=1.1)
 
 

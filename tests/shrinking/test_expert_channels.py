@@ -59,10 +59,10 @@ def test_scores_of_methods_choose_the_small_channels_of_each_expert(method):
             owner.down_proj[expert, others] *= 1e-3
     size = ShrinkOptions(sizes={"expert-channels": 8}, compensate=False)
     small, _ = library.shrink(model, TOKENS, size=size, method=method, adapter="auto")
-    narrow, found = small.model.layers[0].mlp.experts, []
-    with torch.no_grad(), routings(owner, found.append):
+    narrow, result = small.model.layers[0].mlp.experts, []
+    with torch.no_grad(), routings(owner, result.append):
         model(TOKENS)
-    with_tokens = found[0].index.unique()
+    with_tokens = result[0].index.unique()
     assert len(with_tokens) > 2
     for expert in with_tokens:
         kept = large[expert]
@@ -114,8 +114,8 @@ def test_killed_streamed_run_resumes_to_the_same_bytes(apt, monkeypatch, capsys)
     sizes = ("--size", "expert-channels=0.75", "--size", "experts=12")
     check_equal(*streamed(apt, monkeypatch, ("shrink", "zoo:moe", *sizes, *SMALL)))
     assert apt("verify", "streamed").code == 0
-    found = json.loads(apt("inspect", "streamed", "--json").out)
-    assert (found["groups"]["experts"], found["groups"]["expert-channels"]) == (12, 48)
+    result = json.loads(apt("inspect", "streamed", "--json").out)
+    assert (result["groups"]["experts"], result["groups"]["expert-channels"]) == (12, 48)
     model = AutoModelForCausalLM.from_pretrained("streamed")
     assert not capsys.readouterr().err
     tokenizer = AutoTokenizer.from_pretrained("streamed")
@@ -162,9 +162,9 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("said", BAD)
-def test_bad_input_is_refused_in_one_line(said, apt):
-    result = apt("shrink", "zoo:moe", "--size", BAD[said], *SMALL, "-o", "out")
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input_is_refused_in_one_line(message, apt):
+    result = apt("shrink", "zoo:moe", "--size", BAD[message], *SMALL, "-o", "out")
     assert result.code == 2
-    assert said in result.err.splitlines()[-1]
+    assert message in result.err.splitlines()[-1]
     assert not Path("out").exists()

@@ -62,14 +62,14 @@ def test_killed_streamed_run_resumes_to_the_same_bytes(apt, monkeypatch):
 
 def check_record(apt):
     """Check that the reports and the page have the removed and merged experts of each block."""
-    found, other = (
+    result, other = (
         json.loads(Path(f"{name}/apt_report.json").read_text())["structure"]["experts"]
         for name in ("whole", "streamed")
     )
-    assert found == other
+    assert result == other
     assert apt("report", "streamed", "-o", "page.html").code == 0
     page, small = Path("page.html").read_text(), tensors("streamed")
-    for block, entry in found.items():
+    for block, entry in result.items():
         dense = tensors(ZOO)[f"{block}.mlp.gate.weight"]
         left = [e for e in range(16) if e not in entry["removed"]]
         assert torch.equal(small[f"{block}.mlp.gate.weight"], dense[left])
@@ -129,11 +129,11 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("said", WRONG)
-def test_invalid_choice_of_experts_is_refused(said):
-    choose, size = WRONG[said], ShrinkOptions(sizes={"experts": 6})
+@pytest.mark.parametrize("message", WRONG)
+def test_invalid_choice_of_experts_is_refused(message):
+    choose, size = WRONG[message], ShrinkOptions(sizes={"experts": 6})
     choose.__name__ = "none_of_them"
-    with pytest.raises(AptError, match=said):
+    with pytest.raises(AptError, match=message):
         apt_package.shrink(mixture("qwen2_moe"), TOKENS, size=size, method=choose)
 
 
@@ -179,9 +179,9 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("said", BAD)
-def test_bad_input_is_refused_in_one_line(said, apt):
-    result = apt("shrink", *BAD[said], *SMALL, "-o", "out")
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input_is_refused_in_one_line(message, apt):
+    result = apt("shrink", *BAD[message], *SMALL, "-o", "out")
     assert result.code == 2
-    assert said in result.err.splitlines()[-1]
+    assert message in result.err.splitlines()[-1]
     assert not Path("out").exists()

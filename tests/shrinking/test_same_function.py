@@ -58,8 +58,8 @@ def test_cyclic_kinds_and_per_layer_sizes_are_resized(tiny):
     assert kinds == ["recurrent", "attention", "recurrent", "recurrent"]
     sizes = {1: {"head_dim": 16}, 3: {"head_dim": 32}}
     mapped = tiny.config("gemma4_text", per_layer_config=sizes)
-    found = resized(mapped, (), [0, 2, 3], 4).to_dict()["per_layer_config"]
-    assert {int(index): each for index, each in found.items()} == {2: sizes[3]}
+    result = resized(mapped, (), [0, 2, 3], 4).to_dict()["per_layer_config"]
+    assert {int(index): each for index, each in result.items()} == {2: sizes[3]}
 
 
 def test_text_part_of_a_multimodal_configuration_is_resized(tiny):

@@ -47,15 +47,15 @@ def sizes_of(variant, multiple=8, seconds=None):
 @given(keep=st.floats(0.3, 0.95))
 def test_nearest_sizes_are_sorted_by_distance(variant, keep):
     sizes = sizes_of(variant, 1)
-    found = sizes.nearest_sizes(keep, range(1, sizes.blocks + 1), width=True)
-    assert [abs(s.cost - keep) for s in found] == pytest.approx(
-        sorted(abs(s.cost - keep) for s in found), abs=1e-6
+    result = sizes.nearest_sizes(keep, range(1, sizes.blocks + 1), width=True)
+    assert [abs(s.cost - keep) for s in result] == pytest.approx(
+        sorted(abs(s.cost - keep) for s in result), abs=1e-6
     )
-    for size in found[:3]:
+    for size in result[:3]:
         assert sizes.size(size.kept, size.blocks).share == pytest.approx(size.share)
     costs = [size.cost for size in sizes.smaller_sizes(range(1, sizes.blocks + 1), width=True)]
     assert costs == sorted(costs)
-    assert costs[0] <= found[0].cost <= costs[-1] < 1
+    assert costs[0] <= result[0].cost <= costs[-1] < 1
 
 
 def test_cost_of_a_latency_budget_is_time():
@@ -65,10 +65,10 @@ def test_cost_of_a_latency_budget_is_time():
         return times.get(tuple(kept.items()), 4.0)
 
     sizes = sizes_of("opt", 32, seconds)
-    found = sizes.nearest_sizes(0.75, [sizes.blocks], width=True)
-    assert [dict(size.kept) for size in found] == [{"channels": 32}]
-    assert found[0].cost == 0.75
-    assert found[0].share != 0.75
+    result = sizes.nearest_sizes(0.75, [sizes.blocks], width=True)
+    assert [dict(size.kept) for size in result] == [{"channels": 32}]
+    assert result[0].cost == 0.75
+    assert result[0].share != 0.75
 
 
 def test_latencies_of_kinds_add_up_and_keep_the_random_state(monkeypatch):
@@ -102,22 +102,22 @@ def llama_sizes(**fields):
 
 
 def test_smaller_multiple_is_used_only_if_needed():
-    skeleton, said = open_skeleton(find("zoo:opt", registry()), registry()), []
+    skeleton, messages = open_skeleton(find("zoo:opt", registry()), registry()), []
 
     def sizes(multiple):
         return Sizes(skeleton.module, skeleton.adapter, skeleton.config, multiple)
 
     wish = ShrinkOptions(keep=0.8)
-    mode, found = wanted_sizes(sizes, wish, said.append)
+    mode, result = wanted_sizes(sizes, wish, messages.append)
     assert mode == "width"
-    assert abs(found[0].cost - 0.8) <= TOLERANCE
-    assert "multiple of channels: 8, since no multiple of 64 comes near" in said
-    assert "mode: width (default)" in said
-    assert found[0].kept["channels"] % 8 == 0
-    wanted_sizes(sizes, replace(wish, multiple_of=128, mode="width"), said.append)
-    assert said[-1].startswith("keep: ")
+    assert abs(result[0].cost - 0.8) <= TOLERANCE
+    assert "multiple of channels: 8, since no multiple of 64 comes near" in messages
+    assert "mode: width (default)" in messages
+    assert result[0].kept["channels"] % 8 == 0
+    wanted_sizes(sizes, replace(wish, multiple_of=128, mode="width"), messages.append)
+    assert messages[-1].startswith("keep: ")
     with pytest.raises(AptError, match="no model keeps 90.00%"):
-        wanted_sizes(sizes, ShrinkOptions(keep=0.9, mode="depth"), said.append)
+        wanted_sizes(sizes, ShrinkOptions(keep=0.9, mode="depth"), messages.append)
 
 
 @pytest.mark.parametrize(
@@ -140,8 +140,8 @@ def test_default_mode_depends_on_depth_share_and_method(layers, wish, chooses, m
     sizes = llama_sizes(hidden_size=64, intermediate_size=256, num_hidden_layers=layers,
                         num_attention_heads=4)  # fmt: skip
     wish = ShrinkOptions(multiple_of=8, **wish)
-    found, near = wanted_sizes(sizes, wish, lambda line: None, chooses)
-    assert found == mode
+    result, near = wanted_sizes(sizes, wish, lambda line: None, chooses)
+    assert result == mode
     assert {size.blocks for size in near} == {blocks}
     whole = {"width": False, "blocks-first": False, "depth": True}[mode]
     assert {not size.kept for size in near} == {whole}
@@ -151,18 +151,18 @@ def test_default_mode_depends_on_depth_share_and_method(layers, wish, chooses, m
 
 def test_sizes_of_smollm2_meet_the_share():
     """SmolLM2-135M: 22.5 blocks of 30 are three quarters."""
-    sizes, said = (
+    sizes, messages = (
         llama_sizes(hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
                     num_attention_heads=9, num_key_value_heads=3),
         [],
     )  # fmt: skip
-    mode, found = wanted_sizes(sizes, ShrinkOptions(keep=0.75), said.append)
+    mode, result = wanted_sizes(sizes, ShrinkOptions(keep=0.75), messages.append)
     assert mode == "blocks-first"
-    kept = [(size.blocks, dict(size.kept), round(size.share, 4)) for size in found]
+    kept = [(size.blocks, dict(size.kept), round(size.share, 4)) for size in result]
     assert kept == [(24, {"channels": 1408}, 0.75)]  # and not 6 heads, whose share is the same
-    mode, found = wanted_sizes(sizes, ShrinkOptions(keep=0.75, mode="depth"), said.append)
-    assert [(size.blocks, dict(size.kept)) for size in found] == [(23, {})]
-    assert said[-1] == "keep: 76.67%, the nearest to 75.00%: 23 blocks"
+    mode, result = wanted_sizes(sizes, ShrinkOptions(keep=0.75, mode="depth"), messages.append)
+    assert [(size.blocks, dict(size.kept)) for size in result] == [(23, {})]
+    assert messages[-1] == "keep: 76.67%, the nearest to 75.00%: 23 blocks"
 
 
 def a_size(blocks, kept=()):
@@ -185,12 +185,12 @@ def test_search_finds_the_best_candidate_despite_the_ranking():
         for dropped in combinations(range(10), 10 - size.blocks)
     )
     search = Search(SIZES, range(10), bowl, SearchOptions(evaluations=150), seed=1)
-    found = search.run()
-    assert bowl(found[0].candidate) == best == 1
-    assert [scored.loss for scored in found] == sorted(scored.loss for scored in found)
-    keys = [scored.candidate.key for scored in found]
+    result = search.run()
+    assert bowl(result[0].candidate) == best == 1
+    assert [scored.loss for scored in result] == sorted(scored.loss for scored in result)
+    keys = [scored.candidate.key for scored in result]
     assert len(set(keys)) == len(keys) <= 150
-    for scored in found:
+    for scored in result:
         assert len(scored.candidate.dropped) == 10 - scored.candidate.size.blocks
     first = [Candidate(size, frozenset(range(10 - size.blocks))).key for size in SIZES]
     assert set(first) <= set(keys)
@@ -380,8 +380,8 @@ def test_llm_pruner_scores_equal_the_formulas_of_its_paper():
         expected["-mix"] += (first - second / 2).abs().sum(across)
     for variant, scores in expected.items():
         choice = registry().shrink_methods.get(f"llm-pruner{variant}").load()
-        found = choice(model, adapter, TOKENS)[name]["channels"]
-        assert torch.allclose(found, scores, rtol=1e-4, atol=1e-8), variant
+        result = choice(model, adapter, TOKENS)[name]["channels"]
+        assert torch.allclose(result, scores, rtol=1e-4, atol=1e-8), variant
     assert len({tuple(scores.argsort().tolist()) for scores in expected.values()}) >= 3
     assert all(p.requires_grad for p in model.parameters())
 
@@ -444,14 +444,14 @@ def test_search_command_reports_and_plots_candidates(apt, checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (("--plot", "x.png"), "plot draws the candidates of a search"),
         (("--search", "--plot", "x.gif"), "is not a .png, .svg or .pdf file"),
         (("--search", "--plot", "none/x.png"), "its folder does not exist"),
     ],
 )
-def test_invalid_plot_options_are_refused(arguments, said, apt):
+def test_invalid_plot_options_are_refused(arguments, message, apt):
     result = apt("shrink", "--adapter", "llama", *arguments, "-o", "out")
     assert result.code == 2
-    assert said in result.err
+    assert message in result.err

@@ -267,8 +267,8 @@ def test_two_ranks_give_about_the_model_of_one_process(variant, checkpoint, tmp_
     sizes = {"llama-grouped-tied": ("heads=2", "channels=32"), "mamba": ("channels=32", "states=4")}
     given = [word for size in sizes[variant] for word in ("--size", size)]
     command = ("shrink", checkpoint(variant), *SMALL, *given, "--effort", "fast", "--blocks", 2)
-    codes, said = on_ranks(2, tmp_path, *command, "-o", "together")
-    assert codes == [0, 0], said
+    codes, output = on_ranks(2, tmp_path, *command, "-o", "together")
+    assert codes == [0, 0], output
     assert apt(*command, "-o", "alone").code == 0
     together, alone = Shards(tmp_path / "together"), Shards(tmp_path / "alone")
     shapes = [{n: e.shape for n, e in shards.entries.items()} for shards in (together, alone)]
@@ -312,11 +312,11 @@ BAD = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("said", BAD)
-def test_bad_input_is_refused_in_one_line(said, apt):
-    result = apt("shrink", "--adapter", "llama", *BAD[said], *SMALL, "-o", "out")
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input_is_refused_in_one_line(message, apt):
+    result = apt("shrink", "--adapter", "llama", *BAD[message], *SMALL, "-o", "out")
     assert result.code == 2
-    assert said in result.err.splitlines()[-1]
+    assert message in result.err.splitlines()[-1]
     assert not Path("out").exists()
 
 
@@ -382,8 +382,8 @@ def test_streamed_run_names_its_width(options, apt):
     wish = ("--width-only", "--keep", "0.5", "--multiple-of", "8")
     result = apt("shrink", "--adapter", "llama", *wish, *SMALL, "--dry-run", *options)
     assert result.code == 0, result.err
-    said = "size: 4 blocks, 168 channels; a streamed run does not compare the 4 possible widths"
-    assert (said in result.err) == bool(options)
+    message = "size: 4 blocks, 168 channels; a streamed run does not compare the 4 possible widths"
+    assert (message in result.err) == bool(options)
 
 
 def test_parameter_of_two_kinds_loses_groups_of_both():
@@ -391,9 +391,9 @@ def test_parameter_of_two_kinds_loses_groups_of_both():
     adapter = adapter_of(model)
     _, block = adapter.blocks(model)[0]
     channels, states = adapter.groups(block, model.config)
-    found = without(dict(block.named_parameters()), [(channels, [0]), (states, [1, 2])])
+    result = without(dict(block.named_parameters()), [(channels, [0]), (states, [1, 2])])
     whole = block.get_parameter("mixer.A_log").shape
-    assert found["mixer.A_log"].shape == (whole[0] - 1, whole[1] - 2)
+    assert result["mixer.A_log"].shape == (whole[0] - 1, whole[1] - 2)
 
 
 def test_site_with_groups_of_two_kinds_is_refused():

@@ -35,9 +35,9 @@ def loss(weight, damped, solution):
 
 
 def mask(width, *indices):
-    found = torch.zeros(width, dtype=torch.bool)
-    found[list(indices)] = True
-    return found
+    result = torch.zeros(width, dtype=torch.bool)
+    result[list(indices)] = True
+    return result
 
 
 @settings(deadline=None, max_examples=12)
@@ -66,10 +66,10 @@ def test_single_removal_has_the_least_loss(count):
     for seed in range(8):
         weight, gram = problem(seed)
         damped, groups = gram.damped(0.01), ColumnGroups(count, count - 1)
-        found = remove_groups(weight, gram, groups, OPTIONS).mask[0]
+        result = remove_groups(weight, gram, groups, OPTIONS).mask[0]
         masks = [groups.columns(mask(count, index), 12) for index in range(count)]
         best = min(masks, key=lambda gone: removal_loss(weight, damped, gone))
-        assert torch.equal(found, best)
+        assert torch.equal(result, best)
 
 
 def test_several_removals_are_near_optimal_and_beat_removal_by_score():
@@ -78,11 +78,11 @@ def test_several_removals_are_near_optimal_and_beat_removal_by_score():
     for seed in range(8):
         weight, gram = problem(seed)
         damped = gram.damped(0.01)
-        found = remove_groups(weight, gram, ColumnGroups(12, 7), OPTIONS).mask[0]
+        result = remove_groups(weight, gram, ColumnGroups(12, 7), OPTIONS).mask[0]
         every = [removal_loss(weight, damped, mask(12, *s)) for s in combinations(range(12), 5)]
         scores = weight.square().sum(0) * damped.matrix.diagonal()
         lowest = mask(12, *scores.topk(5, largest=False).indices.tolist())
-        greedy = removal_loss(weight, damped, found)
+        greedy = removal_loss(weight, damped, result)
         shares.append(greedy / min(every))
         by_score.append(removal_loss(weight, damped, lowest) / greedy)
     assert max(shares) < 1.5
@@ -92,16 +92,16 @@ def test_several_removals_are_near_optimal_and_beat_removal_by_score():
 
 def test_each_bin_loses_the_same_number_of_groups():
     weight, gram = problem(0)
-    found = remove_groups(weight, gram, ColumnGroups(6, 3, bins=3), OPTIONS).mask[0]
-    assert found.view(3, 2, 2).all(2).sum(1).tolist() == [1, 1, 1]
-    assert int(found.sum()) == 6
+    result = remove_groups(weight, gram, ColumnGroups(6, 3, bins=3), OPTIONS).mask[0]
+    assert result.view(3, 2, 2).all(2).sum(1).tolist() == [1, 1, 1]
+    assert int(result.sum()) == 6
 
 
 def test_count_is_exact_if_a_step_removes_several_groups():
     weight, gram = problem(3, out=4, width=600, tokens=900)
-    found = remove_groups(weight.float(), gram, ColumnGroups(600, 71), OPTIONS)
-    assert int(found.mask[0].sum()) == 529
-    assert not found.weight[found.mask].any()
+    result = remove_groups(weight.float(), gram, ColumnGroups(600, 71), OPTIONS)
+    assert int(result.mask[0].sum()) == 529
+    assert not result.weight[result.mask].any()
 
 
 @pytest.mark.parametrize(("count", "kept", "bins"), [(4, 0, 1), (4, 5, 1), (4, 2, 3), (6, 3, 2)])

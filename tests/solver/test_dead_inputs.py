@@ -33,17 +33,17 @@ def method(name):
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_weights_of_dead_inputs_are_pruned_before_live_ones(name, pattern):
     weight, gram = layer()
-    found = solve_live(method(name), weight, gram, pattern, SolverOptions())
-    counts, needed = pattern.zero_counts(found.mask)
+    result = solve_live(method(name), weight, gram, pattern, SolverOptions())
+    counts, needed = pattern.zero_counts(result.mask)
     assert (counts == needed).all()
-    assert not pattern.surplus(found.weight, weight)
-    assert not found.weight[found.mask].any()
+    assert not pattern.surplus(result.weight, weight)
+    assert not result.weight[result.mask].any()
     dead = gram.dead.expand_as(weight)
     there, _ = pattern.zero_counts(dead)
-    gone, _ = pattern.zero_counts(found.mask & dead)
+    gone, _ = pattern.zero_counts(result.mask & dead)
     assert torch.equal(gone, there.clamp_max(needed))
-    spared = dead & ~found.mask
-    torch.testing.assert_close(found.weight[spared], weight[spared])
+    spared = dead & ~result.mask
+    torch.testing.assert_close(result.weight[spared], weight[spared])
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -54,18 +54,18 @@ def test_live_inputs_are_solved_without_the_dead_inputs(name):
         size = int(live.sum()) * (1 if per == "row" else 12)
         rest = Unstructured(left / size, per)
         alone = method(name)(weight[:, live], gram.live, rest, SolverOptions())
-        found = solve_live(method(name), weight, gram, Unstructured(0.5, per), SolverOptions())
-        assert torch.equal(found.weight[:, live], alone.weight)
-        assert (found.damping, found.residual) == (alone.damping, alone.residual)
+        result = solve_live(method(name), weight, gram, Unstructured(0.5, per), SolverOptions())
+        assert torch.equal(result.weight[:, live], alone.weight)
+        assert (result.damping, result.residual) == (alone.damping, alone.residual)
 
 
 def test_smallest_dead_weights_are_pruned_without_a_call_of_the_method():
     weight, gram = layer()
     for pattern in (Unstructured(0.1, "layer"), Unstructured(0.1, "row")):
-        found = solve_live(None, weight, gram, pattern, SolverOptions())
+        result = solve_live(None, weight, gram, pattern, SolverOptions())
         expected = lowest(weight.abs() + 100 * ~gram.dead, pattern)
-        assert torch.equal(found.mask, expected)
-        assert torch.equal(found.weight, weight.masked_fill(expected, 0))
+        assert torch.equal(result.mask, expected)
+        assert torch.equal(result.weight, weight.masked_fill(expected, 0))
 
 
 def test_layers_with_no_or_only_dead_inputs_reach_the_method_unchanged():
@@ -90,12 +90,12 @@ def test_n_m_mask_that_ignores_the_weights_is_corrected():
     def careless(weight, gram, pattern, options):
         return Solution((weight * 2).masked_fill(last, 0), last.clone())
 
-    found = solve_live(careless, weight, gram, NM(2, 4), SolverOptions())
-    first = found.mask[:, :4]  # three dead inputs
+    result = solve_live(careless, weight, gram, NM(2, 4), SolverOptions())
+    first = result.mask[:, :4]  # three dead inputs
     assert torch.equal(first, lowest(weight[:, :4].abs() + 100 * ~gram.dead[:4], NM(2, 4)))
-    assert found.mask[:, 8:10].all()
-    assert torch.equal(found.weight[:, 10:12], weight[:, 10:12])  # kept instead, as they were
-    assert torch.equal(found.weight[:, 4:8], 2 * weight[:, 4:8].masked_fill(last[:, 4:8], 0))
+    assert result.mask[:, 8:10].all()
+    assert torch.equal(result.weight[:, 10:12], weight[:, 10:12])  # kept instead, as they were
+    assert torch.equal(result.weight[:, 4:8], 2 * weight[:, 4:8].masked_fill(last[:, 4:8], 0))
 
 
 @pytest.mark.parametrize("name", ["admm", "ss", "magnitude"])

@@ -43,10 +43,10 @@ def test_bf16_inputs_are_summed_in_fp32():
 
 def test_damping_is_a_share_of_the_mean_diagonal():
     inputs = torch.randn(100, 5, dtype=torch.float64)
-    found = Gram.of(inputs).damped(0.1).matrix
+    result = Gram.of(inputs).damped(0.1).matrix
     mean = inputs.T @ inputs / 100
     expected = mean + 0.1 * mean.diagonal().mean() * torch.eye(5, dtype=torch.float64)
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(result, expected)
 
 
 def test_damping_increases_until_the_factorisation_succeeds():
@@ -102,11 +102,11 @@ def test_matmul_precision_medium_does_not_change_the_solution():
     plain = sm(weight, Gram.of(inputs), NM(2, 4), SolverOptions())
     torch.set_float32_matmul_precision("medium")
     try:
-        found = sm(weight, Gram.of(inputs), NM(2, 4), SolverOptions())
+        result = sm(weight, Gram.of(inputs), NM(2, 4), SolverOptions())
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision("highest")
-    assert torch.equal(plain.weight, found.weight)
+    assert torch.equal(plain.weight, result.weight)
 
 
 @settings(deadline=None, max_examples=20)
@@ -141,10 +141,10 @@ def test_two_inverses_give_the_operators_of_all_penalties(penalty):
     scaled = Scaled(torch.ones(300), (rotation * values) @ rotation.T)
     for _ in range(2):  # of the second pass no matrix is inverted
         *_, operator = scaled.proximals([0.6, 1.2, penalty])
-        found = ((rotation.T @ operator) * rotation.T).sum(1)
+        result = ((rotation.T @ operator) * rotation.T).sum(1)
         exact = penalty / (values + penalty)
         least = 1e-6 if penalty in NODES else 0.007
-        assert float((found - exact).abs().max()) < least
+        assert float((result - exact).abs().max()) < least
         scaled.matrix.fill_(torch.nan)
 
 
@@ -202,11 +202,11 @@ def test_live_is_the_gram_matrix_of_the_live_inputs():
     gram = Gram.of(inputs)
     live = ~gram.dead
     assert live.logical_not().nonzero().flatten().tolist() == [1, 5]
-    others, found = Gram.of(inputs[..., live]), gram.live
-    assert gram.live is found  # sites that share an input factorise it once
+    others, result = Gram.of(inputs[..., live]), gram.live
+    assert gram.live is result  # sites that share an input factorise it once
     for name in ("matrix", "total", "variance"):
-        torch.testing.assert_close(getattr(found, name), getattr(others, name))
-    assert (found.tokens, found.sample) == (24, 6)
+        torch.testing.assert_close(getattr(result, name), getattr(others, name))
+    assert (result.tokens, result.sample) == (24, 6)
     gram.add(torch.ones(1, 8, dtype=torch.float64))
     assert gram.live.width == 8
 

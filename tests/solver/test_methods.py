@@ -24,8 +24,8 @@ def solved(name, weight, gram, pattern, options):
     return registry().methods.get(name).load()(weight, gram, pattern, options)
 
 
-def same(found, expected):
-    return torch.equal(found.weight, expected.weight) and torch.equal(found.mask, expected.mask)
+def same(result, expected):
+    return torch.equal(result.weight, expected.weight) and torch.equal(result.mask, expected.mask)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -38,10 +38,10 @@ def test_transposed_layout_gives_the_same_solution_and_no_write(name, pattern, o
         expected = solved(name, weight.clone(), gram, pattern, options)
         given = weight.T.contiguous().T  # as the weight of a Conv1D is stored
         before = gram.matrix.clone()
-        found = solved(name, given, gram, pattern, options)
+        result = solved(name, given, gram, pattern, options)
         assert torch.equal(given, weight)
         assert torch.equal(gram.matrix, before)
-        torch.testing.assert_close(found.weight, expected.weight, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(result.weight, expected.weight, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -49,9 +49,9 @@ def test_transposed_layout_gives_the_same_solution_and_no_write(name, pattern, o
 def test_relative_error_does_not_depend_on_the_size_of_inputs(name, exponent):
     weight, inputs = problem(6)
     loss = [
-        relative_layer_error(weight, found.weight, gram.matrix)
+        relative_layer_error(weight, result.weight, gram.matrix)
         for gram in (Gram.of(inputs), Gram.of(inputs * 2.0**exponent))
-        if (found := solved(name, weight, gram, NM(2, 4), SolverOptions()))
+        if (result := solved(name, weight, gram, NM(2, 4), SolverOptions()))
     ]
     assert loss[1] == pytest.approx(loss[0], rel=0.1)  # dsnot's thresholds are not relative
 
@@ -64,9 +64,9 @@ def test_gradients_and_autocast_do_not_change_the_solution(name, pattern):
     parameter = nn.Parameter(weight.clone())
     with torch.autocast("cpu", torch.bfloat16):
         gram = Gram.of(inputs.requires_grad_())
-        found = solved(name, parameter, gram, pattern, SolverOptions())
-    assert same(found, expected)
-    assert not found.weight.requires_grad
+        result = solved(name, parameter, gram, pattern, SolverOptions())
+    assert same(result, expected)
+    assert not result.weight.requires_grad
     assert not gram.matrix.requires_grad
     assert torch.equal(parameter, weight)
 
@@ -85,8 +85,8 @@ def test_default_device_does_not_change_the_solution(name):
     gram = Gram.of(inputs)
     expected = solved(name, weight, gram, NM(2, 4), SolverOptions())
     with torch.device("meta"):
-        found = solved(name, weight, Gram.of(inputs), NM(2, 4), SolverOptions())
-    assert same(found, expected)
+        result = solved(name, weight, Gram.of(inputs), NM(2, 4), SolverOptions())
+    assert same(result, expected)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -96,7 +96,7 @@ def test_default_dtype_does_not_change_the_solution(name, pattern):
     expected = solved(name, weight, Gram.of(inputs), pattern, SolverOptions())
     torch.set_default_dtype(torch.float64)
     try:
-        found = solved(name, weight, Gram.of(inputs), pattern, SolverOptions())
+        result = solved(name, weight, Gram.of(inputs), pattern, SolverOptions())
     finally:
         torch.set_default_dtype(torch.float32)
-    assert same(found, expected)
+    assert same(result, expected)

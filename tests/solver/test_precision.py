@@ -36,7 +36,7 @@ def as_at_the_start():
 
 def knobs():
     """All settings as read from torch; "an error" if the older and the newer setting disagree."""
-    found = {place: get(*place) for place in PLACES} if get else {}
+    result = {place: get(*place) for place in PLACES} if get else {}
     readings = {
         "older": torch.get_float32_matmul_precision,
         "cuda": lambda: torch.backends.cuda.matmul.allow_tf32,
@@ -44,22 +44,22 @@ def knobs():
     }
     for name, read in readings.items():
         try:
-            found[name] = read()
+            result[name] = read()
         except RuntimeError:
-            found[name] = "an error"
-    return found
+            result[name] = "an error"
+    return result
 
 
 def everything():
     """All settings, and their values after changes of the settings that others inherit."""
-    found = [knobs()]
+    result = [knobs()]
     for backend in BACKENDS if get else ():
         for value in ("tf32", "ieee"):
             before = _own_of(backend)
             put(backend, "all", value)
-            found.append(knobs())
+            result.append(knobs())
             put(backend, "all", before)
-    return found
+    return result
 
 
 def _own_of(backend):

@@ -62,8 +62,8 @@ def test_effort_fast_has_a_lower_error_than_sm(pattern):
     weight, gram = problem(11, 96, 128, tokens=1024)
     wanted = parse_pattern(pattern)
     options = SolverOptions(effort="fast")
-    found = error(weight, gram, admm(weight, gram, wanted, options))
-    assert found < 0.97 * error(weight, gram, sm(weight, gram, wanted, options))
+    result = error(weight, gram, admm(weight, gram, wanted, options))
+    assert result < 0.97 * error(weight, gram, sm(weight, gram, wanted, options))
 
 
 @settings(deadline=None, max_examples=10)
@@ -125,7 +125,7 @@ def test_effort_best_halves_the_excess_loss_of_sm():
     weight, gram = problem(12, 40, 12)
     matrix = gram.damped(0.01).matrix
     solution = admm(weight, gram, NM(2, 4), SolverOptions(effort="best"))
-    found = quadratic_loss(weight, solution.weight, matrix)
+    result = quadratic_loss(weight, solution.weight, matrix)
     groups = removal_sets(4, 2)
     masks = torch.stack(
         [torch.cat([a, b, c]) for a in groups for b in groups for c in groups]
@@ -136,9 +136,9 @@ def test_effort_best_halves_the_excess_loss_of_sm():
         pruned = weight[:, mask]
         joint = torch.linalg.inv(inverse[mask][:, mask])
         best = torch.minimum(best, 0.5 * ((pruned @ joint) * pruned).sum(1))
-    assert (found >= best * (1 - 1e-9)).all()
+    assert (result >= best * (1 - 1e-9)).all()
     sequential = quadratic_loss(weight, sm(weight, gram, NM(2, 4), SolverOptions()).weight, matrix)
-    excess, reference = (float((loss - best).sum()) for loss in (found, sequential))
+    excess, reference = (float((loss - best).sum()) for loss in (result, sequential))
     assert excess < 0.5 * reference
 
 
@@ -164,6 +164,6 @@ def test_unknown_effort_raises_solver_error():
 @pytest.mark.parametrize("effort", EFFORTS)
 def test_tolerance_applies_to_every_effort(effort):
     weight, gram = problem(5, 6, 128)
-    found = admm(weight, gram, NM(2, 4), SolverOptions(effort=effort, tolerance=1e-12))
-    exact = least_squares(weight, gram.damped(0.01).matrix, found.mask)
-    torch.testing.assert_close(found.weight, exact, rtol=1e-4, atol=1e-4)
+    result = admm(weight, gram, NM(2, 4), SolverOptions(effort=effort, tolerance=1e-12))
+    exact = least_squares(weight, gram.damped(0.01).matrix, result.mask)
+    torch.testing.assert_close(result.weight, exact, rtol=1e-4, atol=1e-4)

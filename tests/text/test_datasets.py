@@ -88,10 +88,10 @@ def test_unknown_sources_are_refused_by_name(source, message):
 
 @pytest.mark.parametrize("name", ["abisee/cnn_dailymail:3.0.0", "someone/text-v1.5"])
 def test_names_of_hub_data_sets_may_have_dots(name, monkeypatch):
-    def found(name, config, split):
+    def result(name, config, split):
         return iter([f"{name} {config}"])
 
-    monkeypatch.setattr("apt.text.datasets.hub_documents", found)
+    monkeypatch.setattr("apt.text.datasets.hub_documents", result)
     repository, _, config = name.partition(":")
     expected = [f"{repository} {config or None}"]
     assert list(documents(name, "calibration", registry())) == expected
@@ -106,8 +106,8 @@ def test_hub_documents_reads_the_split_for_each_use(tmp_path):
             rows = [{"text": f"{split} {text}", "url": "x"} for text in TEXTS]
             files[split] = str(write(tmp_path / split / name, rows))
         for split, part in (("calibration", "train"), ("evaluation", "validation")):
-            found = list(hub_documents(kind, None, split, files=files))
-            assert found == [f"{part} {text}" for text in TEXTS]
+            result = list(hub_documents(kind, None, split, files=files))
+            assert result == [f"{part} {text}" for text in TEXTS]
 
 
 def test_data_set_without_the_split_is_refused(tmp_path):

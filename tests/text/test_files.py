@@ -91,18 +91,18 @@ def _bomb(path, suffix):
 
 
 @pytest.mark.parametrize(
-    ("suffix", "said"),
+    ("suffix", "message"),
     [
         (".txt.gz", "a paragraph has more than 2,097,152 characters"),
         (".jsonl.gz", "line 1 has more than 2,097,152 characters"),
         (".parquet", "row 1 has more than 2,097,152 characters"),
     ],
 )
-def test_decompression_bombs_are_refused(tmp_path, monkeypatch, suffix, said):
+def test_decompression_bombs_are_refused(tmp_path, monkeypatch, suffix, message):
     monkeypatch.setattr(textfiles, "_LONGEST", 2**21)  # of 2**26
     path = tmp_path / f"bomb{suffix}"
     _bomb(path, suffix)
-    with pytest.raises(AptError, match=said):
+    with pytest.raises(AptError, match=message):
         list(read_file(path))
 
 

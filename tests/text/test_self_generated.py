@@ -66,11 +66,11 @@ def test_pruning_on_own_text_beats_pruning_on_noise():
     dense, _, held_out = zoo_model("llama", samples=32, seqlen=128)
     own = library.own_text(dense.module, 32, 128)
     noise = torch.randint(2048, (32, 128), generator=torch.Generator().manual_seed(0))
-    found = []
+    result = []
     for tokens in (own, noise):
         pruned, _ = library.prune_copy(dense.module, tokens, pattern="1:4", method="ss")
-        found.append(perplexity(pruned, held_out))
-    assert perplexity(dense.module, held_out) < found[0] < 0.9 * found[1]
+        result.append(perplexity(pruned, held_out))
+    assert perplexity(dense.module, held_out) < result[0] < 0.9 * result[1]
 
 
 @pytest.mark.parametrize(
@@ -116,16 +116,16 @@ def test_mixed_samples_have_the_device_and_dtype_of_the_given_samples():
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (("--own-samples", -1), "own samples is -1; it must be at least 0"),
         (("--samples", 0), "use at least one sample or one own sample (--samples, --own-samples)"),
     ],
 )
-def test_invalid_numbers_of_samples_are_refused(options, said, apt, command):
+def test_invalid_numbers_of_samples_are_refused(options, message, apt, command):
     result = apt(*command, *options, "-o", "out")
     assert result.code == 2
-    assert said in result.err
+    assert message in result.err
     assert not Path("out").exists()
 
 

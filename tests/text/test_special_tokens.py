@@ -61,10 +61,10 @@ def test_windows_are_the_bos_token_and_consecutive_text(around, tokenizer, begin
     texts, reader = [TEXT.read_text()], beginning(around)
     text = tokenize(tokenizer, texts)
     assert torch.equal(tokenize(reader, texts), text)
-    found = evaluation_tokens(reader, texts, 5, SEQLEN, "x", bos_of(reader))
-    assert found.shape == (5, SEQLEN)
-    assert (found[:, 0] == BOS).all()
-    assert torch.equal(found[:, 1:].flatten(), text[: 5 * (SEQLEN - 1)])
+    result = evaluation_tokens(reader, texts, 5, SEQLEN, "x", bos_of(reader))
+    assert result.shape == (5, SEQLEN)
+    assert (result[:, 0] == BOS).all()
+    assert torch.equal(result[:, 1:].flatten(), text[: 5 * (SEQLEN - 1)])
     everything = evaluation_tokens(reader, texts, None, SEQLEN, "x", BOS)
     assert len(everything) == len(text) // (SEQLEN - 1)
     sampled = calibration_tokens(reader, texts, 4, SEQLEN, 0, "x", BOS)
@@ -86,12 +86,12 @@ def test_perplexity_with_bos_counts_the_text_tokens_alone(tokenizer, beginning):
     """The reference is the cross-entropy of the same text after the BOS token."""
     model = random_model("llama")
     reader, texts = beginning(), [TEXT.read_text()]
-    found = evaluation_tokens(reader, texts, 3, SEQLEN, "x", BOS)
+    result = evaluation_tokens(reader, texts, 3, SEQLEN, "x", BOS)
     targets = tokenize(tokenizer, texts)[: 3 * (SEQLEN - 1)].view(3, SEQLEN - 1)
     with torch.no_grad():
         logits = model(torch.cat([torch.full((3, 1), BOS), targets], 1)).logits[:, :-1]
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
-    assert perplexity(model, found) == pytest.approx(float(loss.exp()), rel=1e-5)
+    assert perplexity(model, result) == pytest.approx(float(loss.exp()), rel=1e-5)
 
 
 def noting(seen):

@@ -75,13 +75,13 @@ def test_outlier_token_does_not_outweigh_other_tokens():
     @torch.no_grad()
     def error():
         """The mean relative error of all tokens except the first."""
-        found = [
+        result = [
             (adapter.residual(opened.step(batch, batch.state)) - dense).square().sum(-1)
             / dense.square().sum(-1)
             for batch in batches
             for dense in [adapter.residual(batch.dense.state)]
         ]
-        return float(torch.cat(found)[:, 1:].mean())
+        return float(torch.cat(result)[:, 1:].mean())
 
     for batch in batches:
         state = batch.state.clone()
@@ -166,7 +166,7 @@ def test_slices_of_a_stack_share_one_gradient(monkeypatch):
     block, state = Stack(), torch.randn(1, 16, 8)
     batch = Batch(state, [Call((), {})], 16)
     opened = OpenBlock(adapter_of(random_model("llama")), block, 0, [batch])
-    found = []
+    result = []
     for index in (block_forward._is_one, lambda index: False):
         monkeypatch.setattr(block_forward, "_is_one", index)
         stream = block_forward.stream_after(opened, {"weight": block.weight}, batch, state)
@@ -175,11 +175,11 @@ def test_slices_of_a_stack_share_one_gradient(monkeypatch):
             step = steps.pop()
             names.add(step.name())
             steps += [before for before, _ in step.next_functions if before]
-        found.append((torch.autograd.grad(stream.square().sum(), block.weight)[0], names))
-    assert torch.equal(found[0][0], found[1][0])
-    assert "UnbindBackward0" in found[0][1]
-    assert not {"SelectBackward0", "IndexBackward0"} & found[0][1]
-    assert {"SelectBackward0", "IndexBackward0"} & found[1][1]
+        result.append((torch.autograd.grad(stream.square().sum(), block.weight)[0], names))
+    assert torch.equal(result[0][0], result[1][0])
+    assert "UnbindBackward0" in result[0][1]
+    assert not {"SelectBackward0", "IndexBackward0"} & result[0][1]
+    assert {"SelectBackward0", "IndexBackward0"} & result[1][1]
 
 
 def test_effort_best_tunes_every_block_and_keeps_the_pattern():

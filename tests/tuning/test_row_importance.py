@@ -55,14 +55,14 @@ def test_estimated_importance_equals_the_exact_jacobian(variant):
     draws, varied_sites = 300, 0
     with adapter.running(model):
         opened = OpenBlock(adapter, block, 1, batches * draws)
-        found = RowImportance(power=2).scales(opened, starts * draws, sites)
+        result = RowImportance(power=2).scales(opened, starts * draws, sites)
         for site in sites:
             expected = exact(adapter, block, batches, starts, site)
             scale = (expected / expected.mean()).clamp_min(0.01)
-            torch.testing.assert_close(found[site], scale, rtol=0.25, atol=0.05)
+            torch.testing.assert_close(result[site], scale, rtol=0.25, atol=0.05)
             if scale.std() > 0.1:
                 varied_sites += 1
-                assert torch.corrcoef(torch.cat([found[site], scale], 1).T)[0, 1] > 0.98
+                assert torch.corrcoef(torch.cat([result[site], scale], 1).T)[0, 1] > 0.98
     assert varied_sites
 
 
