@@ -16,8 +16,8 @@ gguf = pytest.importorskip("gguf", reason="the extra [gguf] is not installed")
 pytest.importorskip("accelerate", reason="the extra [gguf] is not installed")
 
 from apt_plugins.gguf_files.layouts import CHANGES  # noqa: E402
-from apt_plugins.gguf_files.own_integers import as_q4_0  # noqa: E402
 from apt_plugins.gguf_files.vocabulary import name_of_steps  # noqa: E402
+from apt_plugins.gguf_files.writing import as_q4_0  # noqa: E402
 
 import apt as package  # noqa: E402
 from apt.options import ExportRun  # noqa: E402
