@@ -49,7 +49,8 @@ def _state_space(name: str, values: Array, config: Any) -> Array:
 
 CHANGES: Mapping[str, Change] = {
     "llama": _rotary_pairs, "qwen2": _identity, "qwen3": _identity, "phi3": _identity,
-    "starcoder2": _identity, "gemma2": _norms_from_one, "gemma3": _norms_from_one, "mamba": _state_space,
+    "starcoder2": _identity, "gemma2": _norms_from_one, "gemma3": _norms_from_one,
+    "mamba": _state_space,
 }  # fmt: skip
 """The conversions of the supported architectures of GGUF."""
 
