@@ -7,15 +7,15 @@ from apt.planning.plan import read_pattern
 
 
 def check_pattern(pattern: Pattern, shape: tuple[int, int]) -> None:
-    """Check that a pattern keeps what its protocol promises, on random scores.
+    """Check that a pattern keeps the promises of its protocol, on random scores.
 
     Args:
         pattern: the pattern; its kind is that of an installed plugin.
-        shape: the shape (out, in) of a weight that it fits, with several windows of its
-            `apt.solver.Pattern.alignment`, and of which it removes a part.
+        shape: the shape (out, in) of a weight that the pattern fits and of which it removes a part,
+            with several windows of its `apt.solver.Pattern.alignment`.
 
     Raises:
-        AssertionError: it does not; the message names the promise.
+        AssertionError: a promise is broken; the message names it.
     """
     draw = torch.Generator().manual_seed(0)
     scores, needed = torch.rand(shape, generator=draw) + 0.1, pattern.required(shape)

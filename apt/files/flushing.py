@@ -8,11 +8,11 @@ from pathlib import Path
 def flush(path: Path) -> None:
     """Flush a file, or a folder with everything in it, and its name in the folder above."""
     inside = path.rglob("*") if path.is_dir() else ()
-    for each in (*inside, path):
-        if each.is_dir():
-            flush_folder(each)
-        elif not each.is_symlink():
-            with each.open("rb") as file:
+    for item in (*inside, path):
+        if item.is_dir():
+            flush_folder(item)
+        elif not item.is_symlink():
+            with item.open("rb") as file:
                 os.fsync(file.fileno())
     flush_folder(path.parent)
 

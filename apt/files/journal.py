@@ -128,15 +128,15 @@ class Journal:
 
     def check(self, inputs: Line) -> None:
         """Raise if the journal is that of a run with other inputs."""
-        known = self.lines[0].get(_INPUTS)
-        if not isinstance(known, dict):
+        recorded = self.lines[0].get(_INPUTS)
+        if not isinstance(recorded, dict):
             raise self.damaged(f"{self.path} has no {_INPUTS}")
         hint = f"resume with the same options and inputs, or {self._remedy}"
-        check_same(f"{self._run} is another run", known, inputs, hint)
+        check_same(f"{self._run} is another run", recorded, inputs, hint)
 
-    def damaged(self, how: str) -> AptError:
+    def damaged(self, change: str) -> AptError:
         """The error for what was changed since the interruption."""
-        return AptError(f"{self._run} is damaged: {how}", self._remedy)
+        return AptError(f"{self._run} is damaged: {change}", self._remedy)
 
     def values(self, key: str) -> list[Any]:
         """What the lines have by a key, the oldest first."""
@@ -144,16 +144,16 @@ class Journal:
 
     def remember(self, key: str, compute: Callable[[], Any]) -> Any:
         """A result of plain values; if no line has it by this key, compute it and add it."""
-        if not (known := self.values(key)):
-            known = [compute()]
-            self.add({key: known[0]})
-        return known[-1]
+        if not (results := self.values(key)):
+            results = [compute()]
+            self.add({key: results[0]})
+        return results[-1]
 
 
 def check_same(
-    fault: str,
-    known: Line,
-    now: Line,
+    message: str,
+    recorded: Line,
+    current: Line,
     hint: str,
     options: tuple[str, ...] = (),
     ignored: Collection[str] = (),
@@ -161,20 +161,20 @@ def check_same(
     """Raise if what a run depends on differs from what another one depended on.
 
     Args:
-        fault: the error, to which the names of the entries that differ are added.
-        known, now: what the runs depend on; ``known`` was read from JSON.
+        message: the error, to which the names of the entries that differ are added.
+        recorded, current: what the runs depend on; ``recorded`` was read from JSON.
         hint, options: the advice, see `AptError`.
         ignored: the entries that may differ.
     """
-    other = sorted(_differences(known, json.loads(json.dumps(now))))
-    if other := [name for name in other if name.partition(".")[0] not in ignored]:
-        raise AptError(f"{fault}: {', '.join(other)} differ", hint, options)
+    names = sorted(_differences(recorded, json.loads(json.dumps(current))))
+    if names := [name for name in names if name.partition(".")[0] not in ignored]:
+        raise AptError(f"{message}: {', '.join(names)} differ", hint, options)
 
 
-def _differences(known: Line, now: Line, prefix: str = "") -> Iterator[str]:
+def _differences(recorded: Line, current: Line, prefix: str = "") -> Iterator[str]:
     """The dotted names of the entries that differ."""
-    for key in {**known, **now}:
-        left, right = known.get(key), now.get(key)
+    for key in {**recorded, **current}:
+        left, right = recorded.get(key), current.get(key)
         if isinstance(left, dict) and isinstance(right, dict):
             yield from _differences(left, right, f"{prefix}{key}.")
         elif left != right:

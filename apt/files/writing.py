@@ -38,12 +38,12 @@ def check_file(
             a link, a file that may not be replaced, or something else.
     """
     try:
-        fault, hint = _fault(path, overwrite, inputs)
+        problem, hint = _fault(path, overwrite, inputs)
     except (OSError, ValueError) as error:
         raise _cannot_write(path, error, options) from error
-    if fault:
-        more = ("overwrite",) if hint.startswith("overwrite") else ()
-        raise AptError(f"{path} {fault}", hint, (*options, *more))
+    if problem:
+        extra = ("overwrite",) if hint.startswith("overwrite") else ()
+        raise AptError(f"{path} {problem}", hint, (*options, *extra))
 
 
 def _fault(path: Path, overwrite: bool | None, inputs: Sequence[Path]) -> tuple[str, str]:
@@ -52,7 +52,7 @@ def _fault(path: Path, overwrite: bool | None, inputs: Sequence[Path]) -> tuple[
     if not folder.is_dir():
         return "cannot be written: its folder does not exist", "create it first"
     real = Path(os.path.realpath(folder)) / path.name
-    for place in (Path(os.path.realpath(given)) for given in inputs):
+    for place in (Path(os.path.realpath(given_path)) for given_path in inputs):
         if real == place or place in real.parents:
             return f"is inside an input of the run, {place}", _CHOOSE_ANOTHER
     if not os.access(folder, os.W_OK | os.X_OK):

@@ -95,17 +95,17 @@ def converted(module: nn.Module, stored: Shapes) -> dict[str, Converted]:
     state = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     if get_model_conversion_mapping is None:
         return _by_name(state, f"{getattr(module, 'base_model_prefix', '')}.", stored)
-    found = dict[str, Converted]()
+    conversions = dict[str, Converted]()
     for name, (converter, values) in _collected(module, state, stored).items():
         try:
-            made = _applied(converter, name, values, state)
+            results = _applied(converter, name, values, state)
         except _NotFollowedError as error:
             names = {name, *_targets(converter, name)}
-            made = dict.fromkeys(names, Converted(fault=str(error)))
-        for target, result in made.items():
-            twice = Converted(fault="it comes from several tensors")
-            found[target] = twice if target in found else result
-    return found
+            results = dict.fromkeys(names, Converted(fault=str(error)))
+        for target, result in results.items():
+            duplicate = Converted(fault="it comes from several tensors")
+            conversions[target] = duplicate if target in conversions else result
+    return conversions
 
 
 def _by_name(state: Shapes, prefix: str, stored: Shapes) -> dict[str, Converted]:
@@ -125,16 +125,16 @@ def _collected(module: Any, state: Shapes, stored: Shapes) -> dict[str, tuple[An
     renamings = [entry for entry in mapping if not isinstance(entry, WeightConverter)]
     owners = {pattern: entry for entry in converters for pattern in entry.source_patterns}
     prefix = getattr(module, "base_model_prefix", "")
-    exists = dict.fromkeys(state, True)  # transformers asks whether a name gives None
-    found = dict[str, tuple[Any, _Values]]()
+    present = dict.fromkeys(state, True)  # transformers asks whether a name gives None
+    collected = dict[str, tuple[Any, _Values]]()
     for key in sorted(stored, key=dot_natural_key):
-        name, pattern = rename_source_key(key, renamings, converters, prefix, exists)
+        name, pattern = rename_source_key(key, renamings, converters, prefix, present)
         if name not in state and key in state:
-            name, pattern = rename_source_key(key, [], [], prefix, exists)
+            name, pattern = rename_source_key(key, [], [], prefix, present)
         if name in state:
-            _, values = found.setdefault(name, (owners.get(pattern), {}))
+            _, values = collected.setdefault(name, (owners.get(pattern), {}))
             values.setdefault(pattern or key, []).append(_stored(key, stored[key]))
-    return found
+    return collected
 
 
 def _stored(key: str, shape: tuple[int, ...]) -> _Value:
@@ -174,41 +174,41 @@ def _targets(converter: Any, name: str) -> list[str]:
 
 def _single(values: _Values) -> _Value:
     """The only tensor."""
-    given = [value for several in values.values() for value in several]
-    if len(given) != 1:
+    tensors = [value for matched in values.values() for value in matched]
+    if len(tensors) != 1:
         raise _NotFollowedError("it comes from several tensors")
-    return given[0]
+    return tensors[0]
 
 
 def _stacked(operation: Any, values: _Values, converter: Any, shapes: Any) -> _Values:
     """Each list of tensors as one tensor with a new dimension."""
-    stacked: _Values = {}
-    for pattern, several in values.items():
+    results: _Values = {}
+    for pattern, tensors in values.items():
         name = converter.target_patterns[0] if len(values) == 1 else pattern
         boxes = tuple(
-            replace(box, axes=(*box.axes[: operation.dim], new, *box.axes[operation.dim :]))
-            for index, value in enumerate(several)
-            for new in [_Axis(range(index, index + 1), None, range(1))]
+            replace(box, axes=(*box.axes[: operation.dim], axis, *box.axes[operation.dim :]))
+            for index, value in enumerate(tensors)
+            for axis in [_Axis(range(index, index + 1), None, range(1))]
             for box in value.boxes
         )
-        shape = list(_common([value.shape for value in several]))
-        shape.insert(operation.dim, len(several))
-        stacked[name] = [_Value(tuple(shape), boxes)]
-    return stacked
+        shape = list(_common([value.shape for value in tensors]))
+        shape.insert(operation.dim, len(tensors))
+        results[name] = [_Value(tuple(shape), boxes)]
+    return results
 
 
 def _joined(operation: Any, values: _Values, converter: Any, shapes: Any) -> _Values:
     """All tensors one after another along a dimension, in the order of the patterns."""
     dim = operation.dim
-    several = [v for pattern in converter.source_patterns for v in values.get(pattern, ())]
-    rest = _common([(*v.shape[:dim], *v.shape[dim + 1 :]) for v in several])
-    starts = list(accumulate((value.shape[dim] for value in several), initial=0))
+    tensors = [v for pattern in converter.source_patterns for v in values.get(pattern, ())]
+    other_dims = _common([(*v.shape[:dim], *v.shape[dim + 1 :]) for v in tensors])
+    starts = list(accumulate((value.shape[dim] for value in tensors), initial=0))
     boxes = tuple(
         box.having(dim, box.axes[dim].moved(start))
-        for start, value in zip(starts, several, strict=False)
+        for start, value in zip(starts, tensors, strict=False)
         for box in value.boxes
     )
-    joined = _Value((*rest[:dim], starts[-1], *rest[dim:]), boxes)
+    joined = _Value((*other_dims[:dim], starts[-1], *other_dims[dim:]), boxes)
     return {converter.target_patterns[0]: [joined]}
 
 
@@ -228,12 +228,12 @@ def _split(operation: Any, values: _Values, converter: Any, shapes: Any) -> _Val
 
 
 def _cut(value: _Value, dim: int, sizes: Sequence[int], converter: Any) -> _Values:
-    edges = list(accumulate(sizes, initial=0))
-    if edges[-1] != value.shape[dim]:
+    bounds = list(accumulate(sizes, initial=0))
+    if bounds[-1] != value.shape[dim]:
         raise _NotFollowedError("its parts have other sizes in the model")
     return {
         pattern: [_Value((*value.shape[:dim], stop - start, *value.shape[dim + 1 :]), boxes)]
-        for pattern, (start, stop) in zip(converter.target_patterns, pairwise(edges), strict=True)
+        for pattern, (start, stop) in zip(converter.target_patterns, pairwise(bounds), strict=True)
         for boxes in [tuple(_inside(value.boxes, dim, start, stop))]
     }
 
@@ -272,8 +272,8 @@ def _uninterleaved(operation: Any, values: _Values, converter: Any, shapes: Any)
             axis = box.axes[dim].at(slice((odd - place.start) % 2, None, 2))
             if axis.place and axis.place.step == 2:
                 first = odd * half + axis.place.start // 2
-                every = range(first, first + len(axis.place))
-                boxes.append(box.having(dim, replace(axis, place=every)))
+                target = range(first, first + len(axis.place))
+                boxes.append(box.having(dim, replace(axis, place=target)))
     return {converter.target_patterns[0]: [_Value(value.shape, tuple(boxes))]}
 
 
@@ -304,9 +304,9 @@ def _result(value: _Value) -> Converted:
 
 def _piece(box: _Box, shape: tuple[int, ...]) -> Piece:
     """The piece of a parameter of some shape."""
-    inside = [(axis.dim, axis.source) for axis in box.axes if axis.dim is not None]
-    order = tuple(dim for dim, _ in inside)
-    sources = [source for _, source in sorted(inside, key=lambda entry: entry[0])]
+    stored_axes = [(axis.dim, axis.source) for axis in box.axes if axis.dim is not None]
+    order = tuple(dim for dim, _ in stored_axes)
+    sources = [source for _, source in sorted(stored_axes, key=lambda entry: entry[0])]
     of = tuple(map(_slice, sources))
     part = tuple(_slice(axis.place) if axis.dim is not None else axis.place[0] for axis in box.axes)
     return Piece(

@@ -29,10 +29,10 @@ class Piece:
         """True if the stored tensor is the parameter itself."""
         return not (self.part or self.of or self.order)
 
-    def taken(self, stored: Tensor) -> Tensor:
+    def values(self, stored: Tensor) -> Tensor:
         """The part of the parameter, of the stored tensor."""
-        taken = stored[self.of]
-        return taken.permute(self.order) if self.order else taken
+        values = stored[self.of]
+        return values.permute(self.order) if self.order else values
 
     def given(self, parameter: Tensor) -> Tensor:
         """The part of the stored tensor, of the parameter."""

@@ -76,8 +76,8 @@ def find(
     if source.on_hub:
         return replace(source, hub=hub.or_local())
     if hub.revision is not None:
-        fault = f"a revision is for models of the hub, and {reference} is on this machine"
-        raise AptError(fault, "leave it out", ("revision",))
+        message = f"a revision is for models of the hub, and {reference} is on this machine"
+        raise AptError(message, "leave it out", ("revision",))
     return source
 
 

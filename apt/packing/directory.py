@@ -106,8 +106,8 @@ def linear_tensors(skeleton: Opened, layout: Layout, *, blocks: bool = False) ->
         layout: the tensors of its parameters.
         blocks: True to leave out modules outside the blocks, such as the language-model head.
     """
-    inside = tuple(f"{name}." for name, _ in skeleton.adapter.blocks(skeleton.module))
-    shared = Counter(
+    prefixes = tuple(f"{name}." for name, _ in skeleton.adapter.blocks(skeleton.module))
+    users = Counter(
         map(id, dict(skeleton.module.named_parameters(remove_duplicate=False)).values())
     )
     return {
@@ -117,8 +117,8 @@ def linear_tensors(skeleton: Opened, layout: Layout, *, blocks: bool = False) ->
         if isinstance(module, nn.Linear)
         and type(module).forward is nn.Linear.forward
         and [piece.whole for piece in pieces] == [True]
-        and shared[id(module.weight)] == 1
-        and (not blocks or name.startswith(inside))
+        and users[id(module.weight)] == 1
+        and (not blocks or name.startswith(prefixes))
     }
 
 
@@ -148,8 +148,8 @@ def pack(
     config = read_config(directory)
     if not names:
         owners = "a torch.nn.Linear module of its own, or to stacked experts"
-        fault = f"no weight of {directory} belongs to {owners}"
-        raise AptError(fault, "other modules, such as Conv1D, cannot be packed")
+        message = f"no weight of {directory} belongs to {owners}"
+        raise AptError(message, "other modules, such as Conv1D, cannot be packed")
     shards, entries = Shards(directory), dict[str, Entry]()
 
     def packed(name: str, tensor: Tensor) -> dict[str, Tensor]:
@@ -168,15 +168,17 @@ def pack(
 
     rewrite(shards, target, packed, _PACKED, described)
     if not entries:
-        fault = f"no matrix of {directory} has so many zeros that packing makes it smaller"
-        raise AptError(fault, "name a pruned model")
+        message = f"no matrix of {directory} has so many zeros that packing makes it smaller"
+        raise AptError(message, "name a pruned model")
     weights = SINGLE_PACKED if len(shards.files) == 1 else INDEX_PACKED
     stacks = any(len(entry.shape) > 2 for entry in entries.values())
     version = WITH_STACKS if stacks else VERSION
-    about = {"quant_method": METHOD, "version": version, "weights": weights}
-    code = {} if config.get(_AUTO_MAP) else {_AUTO_MAP: OWN_CODE}  # a model may have its own
-    finish(directory, target, {**config, **code, KEY: {**about, "matrices": described()}})
-    if code:
+    description = {"quant_method": METHOD, "version": version, "weights": weights}
+    code_entry = {} if config.get(_AUTO_MAP) else {_AUTO_MAP: OWN_CODE}  # a model may have its own
+    finish(
+        directory, target, {**config, **code_entry, KEY: {**description, "matrices": described()}}
+    )
+    if code_entry:
         _write_code(target)
     error = relative_error(_verified(shards, PackedShards(target), entries, rounding))
     sizes = {name: entry.size for name, entry in stored_tensors(target).entries.items()}
@@ -188,11 +190,11 @@ def pack(
 
 def _encoded(tensor: Tensor, rounding: Rounding | None) -> tuple[Entry, Parts]:
     """A matrix, or a stack as one matrix of all its rows."""
-    matrix, found = tensor.flatten(0, -2), None
+    matrix, rounded = tensor.flatten(0, -2), None
     if rounding is not None:
-        encoded = encode_integers if rounding.exact else encode_rounded
-        found = encoded(matrix, rounding.kind, rounding.scale_group)
-    entry, parts = found or encode(matrix)
+        encode_function = encode_integers if rounding.exact else encode_rounded
+        rounded = encode_function(matrix, rounding.kind, rounding.scale_group)
+    entry, parts = rounded or encode(matrix)
     return replace(entry, shape=tuple(tensor.shape)), parts
 
 
@@ -203,9 +205,9 @@ def unpack(directory: Path, target: Path) -> int:
     shards.check()
 
     rewrite(shards, target, lambda name, tensor: {name: tensor}, _MODEL)
-    without = [KEY, *([_AUTO_MAP] if config.get(_AUTO_MAP) == OWN_CODE else [])]
-    plain = {key: value for key, value in config.items() if key not in without}
-    finish(directory, target, plain, [f"{name}.py" for name in _CODE.values()])
+    dropped = [KEY, *([_AUTO_MAP] if config.get(_AUTO_MAP) == OWN_CODE else [])]
+    dense_config = {key: value for key, value in config.items() if key not in dropped}
+    finish(directory, target, dense_config, [f"{name}.py" for name in _CODE.values()])
     written = Shards(target)
     for name in entries:
         if not _same(written.read(name), shards.read(name)):
@@ -221,21 +223,21 @@ class PackedShards(Shards):
         self._stored = stored_tensors(directory)
         self._matrices = read_entries(directory)
         if missing := missing_parts(self.entries, self._matrices):
-            fault = f"{directory} lacks {missing[0]}, which its config.json describes"
-            raise AptError(fault, "is the checkpoint complete?")
+            message = f"{directory} lacks {missing[0]}, which its config.json describes"
+            raise AptError(message, "is the checkpoint complete?")
         for name, entry in self._matrices.items():
-            places = [self.entries.pop(f"{name}_{part}", None) for part in PARTS]
-            place = next(place for place in places if place is not None)
-            self.entries[name] = replace(place, dtype=FLOATS[entry.dtype], shape=entry.shape)
+            parts_on_disk = [self.entries.pop(f"{name}_{part}", None) for part in PARTS]
+            first_part = next(first_part for first_part in parts_on_disk if first_part is not None)
+            self.entries[name] = replace(first_part, dtype=FLOATS[entry.dtype], shape=entry.shape)
 
     def read(self, name: str) -> Tensor:
         """Read a tensor, or expand a matrix (out, in); raises `AptError` if it is damaged."""
         if name not in self._matrices:
             return super().read(name)
         parts = {part: f"{name}_{part}" for part in PARTS}
-        given = {part: self._stored.read(k) for part, k in parts.items() if k in self._stored}
+        stored = {part: self._stored.read(k) for part, k in parts.items() if k in self._stored}
         try:
-            return decode(self._matrices[name], given)
+            return decode(self._matrices[name], stored)
         except (KeyError, ValueError) as error:
             raise AptError(
                 f"{name} is damaged: {first_line(error)}", "pack the model again"
@@ -269,15 +271,15 @@ def rewrite(
 
     def parts() -> Iterator[tuple[Parts, dict[str, str] | None]]:
         for path in shards.files:
-            made: Parts = {}
+            tensors: Parts = {}
             for name, entry in shards.entries.items():
                 if entry.file == path:
-                    made |= change(name, shards.read(name))
+                    tensors |= change(name, shards.read(name))
             with safe_open(path, "pt") as file:
                 metadata = {k: v for k, v in (file.metadata() or {}).items() if k != CHECKSUMS}
             if described is not None:
-                metadata[CHECKSUMS] = checksums(made, described())
-            yield made, metadata or None
+                metadata[CHECKSUMS] = checksums(tensors, described())
+            yield tensors, metadata or None
 
     write_files(target, parts(), len(shards.files), stem, shards.about)
 
@@ -286,8 +288,8 @@ def finish(
     directory: Path, target: Path, config: Mapping[str, Any], without: Collection[str] = ()
 ) -> None:
     """Copy all files beside the weights but some, and write the configuration."""
-    copied = (path for path in side_files(directory) if path.name not in without)
-    copy_files(copied, directory, target)
+    files = (path for path in side_files(directory) if path.name not in without)
+    copy_files(files, directory, target)
     text = json.dumps(config, indent=2) + "\n"
     (target / _CONFIG).write_text(text, encoding="utf-8")
     synchronise(target / _CONFIG)
@@ -297,18 +299,18 @@ def _write_code(target: Path) -> None:
     """Copy the modules that open the model where APT is not installed."""
     for module, name in _CODE.items():
         text = resources.files(runtime).joinpath(f"{module}.py").read_text(encoding="utf-8")
-        for other, there in _CODE.items():
-            text = text.replace(f"from apt.runtime.{other} import", f"from .{there} import")
+        for other, copy_name in _CODE.items():
+            text = text.replace(f"from apt.runtime.{other} import", f"from .{copy_name} import")
         (target / f"{name}.py").write_text(text, encoding="utf-8")
 
 
 def relative_error(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
     """The squared errors relative to the original squares, in fp64: 1e30² is beyond fp32."""
-    lost = whole = 0.0
+    error = norm = 0.0
     for matrix, original in pairs:
-        lost += float((matrix.double() - original.double()).square().sum())
-        whole += float(original.double().square().sum())
-    return lost / whole if whole else 0.0
+        error += float((matrix.double() - original.double()).square().sum())
+        norm += float(original.double().square().sum())
+    return error / norm if norm else 0.0
 
 
 def _verified(

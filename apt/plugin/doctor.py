@@ -56,8 +56,8 @@ def dtypes(device: str) -> Iterator[Finding]:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         name = dtype_name(dtype)
         speed = f"{operations_per_second(dtype, device) / 1e9:,.0f} GFLOP/s on {device}"
-        taken = dtype_name(compute_dtype(dtype, device))
-        yield Finding(name, f"{speed}; a model in {name} computes in {taken}")
+        compute = dtype_name(compute_dtype(dtype, device))
+        yield Finding(name, f"{speed}; a model in {name} computes in {compute}")
 
 
 def _graphics() -> list[Finding]:
@@ -89,15 +89,15 @@ def packages() -> Iterator[Finding]:
 def try_import(distribution: str, module: str) -> Finding | None:
     """The version of a package and any error on import; None if it is not installed."""
     try:
-        installed = version(distribution)
+        version_ = version(distribution)
     except PackageNotFoundError:
         return None
     try:
         import_module(module)
     except Exception as error:
         problem = f"{type(error).__name__}: {first_line(error)}"
-        return Finding(distribution, f"{installed}, does not import: {problem}", broken=True)
-    return Finding(distribution, installed)
+        return Finding(distribution, f"{version_}, does not import: {problem}", broken=True)
+    return Finding(distribution, version_)
 
 
 def plugins(registry: Registry) -> Iterator[Finding]:

@@ -81,7 +81,7 @@ class Catalog(Generic[S]):
 
     def get(self, name: str) -> S:
         """The spec of that name, upper or lower case; an `AptError` suggests the closest name."""
-        by_case = {known.lower(): spec for known, spec in self.specs.items()}
+        by_case = {spec_name.lower(): spec for spec_name, spec in self.specs.items()}
         if name.lower() not in by_case:
             raise unknown(self.kind, name, self.specs, _unavailable(self.plugins.values()))
         return by_case[name.lower()]
@@ -150,10 +150,10 @@ class Registry:
             kind: what it chooses.
             streams: True if the blocks stay on disk.
         """
-        chosen = {"blocks": ("blocks",), "experts": ("experts",), "groups": ("columns", "groups")}
+        choices = {"blocks": ("blocks",), "experts": ("experts",), "groups": ("columns", "groups")}
         specs = self.shrink_methods.specs.values()
-        known = [s for s in specs if s.chooses in chosen[kind] and s.streams >= streams]
-        return _most_accurate(self.shrink_methods, known)
+        candidates = [s for s in specs if s.chooses in choices[kind] and s.streams >= streams]
+        return _most_accurate(self.shrink_methods, candidates)
 
     def adapter_for(self, model_type: str) -> AdapterSpec:
         """The only adapter that claims ``model_type``; if there is none, the default one.
@@ -161,19 +161,19 @@ class Registry:
         Raises:
             AptError: there is none of either, or several.
         """
-        known = self.adapters.specs.values()
-        claims = [spec for spec in known if model_type in spec.model_types]
-        claims = claims or [spec for spec in known if spec.default]
-        if len(claims) == 1:
-            return claims[0]
-        if not claims:
-            supported = ", ".join(sorted(kind for spec in known for kind in spec.model_types))
+        specs = self.adapters.specs.values()
+        matching = [spec for spec in specs if model_type in spec.model_types]
+        matching = matching or [spec for spec in specs if spec.default]
+        if len(matching) == 1:
+            return matching[0]
+        if not matching:
+            supported = ", ".join(sorted(kind for spec in specs for kind in spec.model_types))
             raise AptError(
                 f"no adapter serves models of type '{model_type}'",
                 f"install a package with one; supported: {supported}",
                 ("adapter",),
             )
-        names = " and ".join(f"'{spec.name}'" for spec in claims)
+        names = " and ".join(f"'{spec.name}'" for spec in matching)
         raise AptError(f"adapters {names} all serve '{model_type}'", "choose one", ("adapter",))
 
 
@@ -182,12 +182,12 @@ R = TypeVar("R", bound=MethodSpec)
 
 def _most_accurate(catalog: Catalog[R], specs: Iterable[R]) -> R:
     """The spec with the highest rank among those of APT; among all if it has none."""
-    known = list(specs)
-    if not known:
-        fault = f"no {catalog.kind} is installed{_unavailable(catalog.plugins.values())}"
-        raise AptError(fault, "install a package with one, or leave out APT_DISABLE_PLUGINS")
-    own = [spec for spec in known if catalog.is_own(spec)]
-    return max(own or known, key=lambda spec: spec.rank)
+    candidates = list(specs)
+    if not candidates:
+        message = f"no {catalog.kind} is installed{_unavailable(catalog.plugins.values())}"
+        raise AptError(message, "install a package with one, or leave out APT_DISABLE_PLUGINS")
+    apt_specs = [spec for spec in candidates if catalog.is_own(spec)]
+    return max(apt_specs or candidates, key=lambda spec: spec.rank)
 
 
 class _Loader:
@@ -231,37 +231,37 @@ class _Loader:
     def unknown_hook(self, error: pluggy.PluginValidationError) -> str:
         """The line for a hook that does not exist, with the distribution that implements it."""
         key = self.manager.get_name(error.plugin) or ""
-        said = first_line(error).partition(" in plugin ")[0]
-        return f"plugin {self.plugins[key].distribution}: {said}"
+        message = first_line(error).partition(" in plugin ")[0]
+        return f"plugin {self.plugins[key].distribution}: {message}"
 
     def catalog(
-        self, kind: str, hook: pluggy.HookCaller, of: type[S], own: Iterable[S] = ()
+        self, kind: str, hook: pluggy.HookCaller, spec_type: type[S], core_specs: Iterable[S] = ()
     ) -> Catalog[S]:
         """Call ``hook`` on every plugin and collect the specs. A duplicate name is an error.
 
         Names that differ in upper and lower case only are duplicates, as `Catalog.get` ignores it.
-        ``own`` are APT's own specs that do not come from a plugin.
+        ``core_specs`` are APT's own specs that do not come from a plugin.
         """
-        specs: dict[str, S] = {spec.name: spec for spec in own}
+        specs: dict[str, S] = {spec.name: spec for spec in core_specs}
         origins = dict.fromkeys(specs, _CORE)
         names = {name.lower(): name for name in specs}
         for implementation in hook.get_hookimpls():
             origin = self.plugins[implementation.plugin_name]
-            for spec in self._call(implementation, of):
-                known = names.setdefault(spec.name.lower(), spec.name)
-                if known in specs:
-                    pair = (origins[known], origin)
-                    both = " and ".join(sorted({plugin.distribution for plugin in pair}))
-                    raise AptError(f"{kind} '{spec.name}' comes from {both}", "uninstall one")
+            for spec in self._call(implementation, spec_type):
+                first_name = names.setdefault(spec.name.lower(), spec.name)
+                if first_name in specs:
+                    pair = (origins[first_name], origin)
+                    distributions = " and ".join(sorted({plugin.distribution for plugin in pair}))
+                    raise AptError(f"{kind} '{spec.name}' comes from {distributions}", "uninstall one")
                 specs[spec.name], origins[spec.name] = spec, origin
         return Catalog(kind, specs, origins, self.plugins)
 
-    def _call(self, implementation: pluggy.HookImpl, of: type[S]) -> list[S]:
+    def _call(self, implementation: pluggy.HookImpl, spec_type: type[S]) -> list[S]:
         try:
             declared: Iterable[S] = implementation.function()  # type: ignore[assignment]
             specs = list(declared)
-            if wrong := [spec for spec in specs if not isinstance(spec, of)]:
-                raise TypeError(f"{wrong[0]!r} is not of type {of.__name__}")
+            if invalid := [spec for spec in specs if not isinstance(spec, spec_type)]:
+                raise TypeError(f"{invalid[0]!r} is not of type {spec_type.__name__}")
         except KeyboardInterrupt:
             raise
         except BaseException as error:

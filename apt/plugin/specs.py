@@ -39,11 +39,11 @@ class Spec:
             return resolve_name(self.target)
 
     @contextmanager
-    def loading(self, what: str = "") -> Iterator[None]:
+    def loading(self, item: str = "") -> Iterator[None]:
         """Convert an exception of the plugin's code to an `AptError` of one line.
 
         Args:
-            what: what is loaded; by default the target.
+            item: what is loaded; by default the target.
         """
         try:
             yield
@@ -51,7 +51,7 @@ class Spec:
             raise
         except BaseException as error:  # of any kind, as those of `apt.plugin.registry`
             raise AptError(
-                f"{what or self.target} of '{self.name}' does not load: {described(error)}",
+                f"{item or self.target} of '{self.name}' does not load: {described(error)}",
                 "reinstall or upgrade its package",
             ) from error
 
@@ -84,9 +84,9 @@ class AdapterSpec(Spec):
         Raises:
             AptError: the class cannot be imported, or its constructor raises an exception.
         """
-        kind = self.load()
+        adapter_class = self.load()
         with self.loading():
-            return kind()
+            return adapter_class()
 
     def examine(self) -> Any:
         """Call the doctor function."""
@@ -295,8 +295,8 @@ class EvaluatorSpec(Spec):
         try:
             return float(value)
         except (TypeError, ValueError) as error:
-            fault = f"returns {type(value).__name__}, not a number"
-            raise faulty(f"metric {self.name}", fault, "metric", "metrics") from error
+            message = f"returns {type(value).__name__}, not a number"
+            raise faulty(f"metric {self.name}", message, "metric", "metrics") from error
 
 
 @dataclass(frozen=True)
@@ -319,11 +319,11 @@ class CalibrationSpec(Spec):
             AptError: the source does not load, or has something other than strings.
         """
         texts = self.load()(split)
-        known = isinstance(texts, Iterable) and not isinstance(texts, str)
-        for document in texts if known else [texts]:
-            if not known or not isinstance(document, str):
-                fault = f"gives {type(document).__name__} in place of documents"
-                raise faulty(f"data set '{self.name}'", fault, "text")
+        iterable = isinstance(texts, Iterable) and not isinstance(texts, str)
+        for document in texts if iterable else [texts]:
+            if not iterable or not isinstance(document, str):
+                message = f"gives {type(document).__name__} in place of documents"
+                raise faulty(f"data set '{self.name}'", message, "text")
             yield document
 
 

@@ -20,34 +20,34 @@ def growing(cache: Any, index: int, dtype: torch.dtype) -> Any:
         return None
     if not 0 <= index < len(cache.layers):
         return None
-    part = cache.layers[index]
-    if type(part) is not DynamicLayer or "update" in vars(part) or not part.is_initialized:
+    layer = cache.layers[index]
+    if type(layer) is not DynamicLayer or "update" in vars(layer) or not layer.is_initialized:
         return None
     if (DynamicCache.update, DynamicLayer.update) != _METHODS:
         return None
-    keys, values, room = part.keys, part.values, vars(part).get("apt_room")
-    if room is not None and room.gave(keys, values, dtype):
-        return part
-    served = _serves(keys, dtype) and _serves(values, dtype) and keys.shape == values.shape
-    return part if served else None
+    keys, values, reserve = layer.keys, layer.values, vars(layer).get("apt_room")
+    if reserve is not None and reserve.gave(keys, values, dtype):
+        return layer
+    supported = _serves(keys, dtype) and _serves(values, dtype) and keys.shape == values.shape
+    return layer if supported else None
 
 
-def _serves(cached: Any, dtype: torch.dtype) -> bool:
+def _serves(tensor: Any, dtype: torch.dtype) -> bool:
     """True of keys or values (1, heads, length, width) that the kernels can read."""
     return bool(
-        type(cached) is Tensor
-        and cached.is_cpu
-        and cached.dtype == dtype
-        and cached.ndim == 4
-        and len(cached) == 1
-        and cached.numel()
-        and not cached.requires_grad
+        type(tensor) is Tensor
+        and tensor.is_cpu
+        and tensor.dtype == dtype
+        and tensor.ndim == 4
+        and len(tensor) == 1
+        and tensor.numel()
+        and not tensor.requires_grad
     )
 
 
-def given_cache(named: Mapping[str, Any]) -> Any:
+def given_cache(arguments: Mapping[str, Any]) -> Any:
     """The cache among the arguments of a block, by its name in old and new transformers."""
-    return named.get("cache", named.get("past_key_values"))
+    return arguments.get("cache", arguments.get("past_key_values"))
 
 
 class Room:
@@ -64,8 +64,8 @@ class Room:
 
     def gave(self, keys: Tensor, values: Tensor, dtype: torch.dtype) -> bool:
         """True if these are the last keys and values of this room, in this dtype."""
-        last = keys is self._keys and values is self._values and dtype == self._dtype
-        return last and not (keys.requires_grad or values.requires_grad)
+        same_tensors = keys is self._keys and values is self._values and dtype == self._dtype
+        return same_tensors and not (keys.requires_grad or values.requires_grad)
 
     def has_place(self) -> bool:
         """True if there is room for one more token."""
@@ -79,18 +79,18 @@ class Room:
         return self._keys, self._values
 
 
-def grow(part: Any) -> tuple[Tensor, Tensor]:
+def grow(layer: Any) -> tuple[Tensor, Tensor]:
     """Keys and values (heads, length + 1, width) of a part of a cache, with one more place."""
-    room, keys, values = vars(part).get("apt_room"), part.keys, part.values
-    if room is None or not room.gave(keys, values, keys.dtype) or not room.has_place():
-        room = part.apt_room = Room(keys, values)
-    part.keys, part.values = keys, values = room.grown()
+    reserve, keys, values = vars(layer).get("apt_room"), layer.keys, layer.values
+    if reserve is None or not reserve.gave(keys, values, keys.dtype) or not reserve.has_place():
+        reserve = layer.apt_room = Room(keys, values)
+    layer.keys, layer.values = keys, values = reserve.grown()
     return keys[0], values[0]
 
 
-def _with_more(known: Tensor) -> Tensor:
+def _with_more(tensor: Tensor) -> Tensor:
     """A copy of keys or values with room for more."""
-    _, heads, length, width = known.shape
-    room = known.new_empty(1, heads, length + max(_ROOM, length // 4), width)
-    room[:, :, :length] = known
-    return room
+    _, heads, length, width = tensor.shape
+    larger = tensor.new_empty(1, heads, length + max(_ROOM, length // 4), width)
+    larger[:, :, :length] = tensor
+    return larger

@@ -56,10 +56,10 @@ class Family:
     def __init__(self, block: Any) -> None:
         self._names = vars(sys.modules[block.__module__])
         prefix = block.__name__.removesuffix("DecoderLayer")
-        own = [self._names.get(f"{prefix}{part}") for part in ("Attention", "MLP", "RMSNorm")]
-        self.attention, self.mlp, self.norm = own
-        self.is_known = all(kind.forward.__module__ == block.__module__ for kind in (block, *own))
-        self._classes: tuple[Any, ...] = (block, *own, *_LINEARS, *_ACTIVATIONS)
+        parts = [self._names.get(f"{prefix}{part}") for part in ("Attention", "MLP", "RMSNorm")]
+        self.attention, self.mlp, self.norm = parts
+        self.is_known = all(kind.forward.__module__ == block.__module__ for kind in (block, *parts))
+        self._classes: tuple[Any, ...] = (block, *parts, *_LINEARS, *_ACTIVATIONS)
         self._functions = [(self._names.get, name) for name in _FUNCTIONS]
         self._functions += [(table.get, name) for table in _REGISTERED for name in _ATTENTION]
         self._made = self._methods()
@@ -128,9 +128,9 @@ class Decoder:
 
     def run(self, x: Tensor, angles: tuple[Tensor, Tensor], keys: Tensor, values: Tensor) -> Tensor:
         """The output (1, 1, hidden) of the token whose key and value are the last of the cache."""
-        given = (x, *angles)
-        found: Tensor = self._run.step(*(t.reshape(-1) for t in given), keys, values)
-        return found.view(x.shape)
+        inputs = (x, *angles)
+        output: Tensor = self._run.step(*(t.reshape(-1) for t in inputs), keys, values)
+        return output.view(x.shape)
 
 
 class DecodingLayer(nn.Module):
@@ -146,22 +146,22 @@ class DecodingLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies make a decoder of their own."""
-        own = ("_decoder", "_watched")
-        return {name: value for name, value in vars(self).items() if name not in own}
+        rebuilt = ("_decoder", "_watched")
+        return {name: value for name, value in vars(self).items() if name not in rebuilt}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _empty, (type(self).__mro__[2],), self.__getstate__()
 
-    def forward(self, hidden_states: Tensor, *given: Any, **named: Any) -> Any:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The output of the block for ``hidden_states`` (batch, seqlen, hidden)."""
-        part = None if given else _cached(self, hidden_states, named)
-        decoder = None if part is None else self._current()
-        angles: Any = named.get("position_embeddings")
+        cache = None if args else _cached(self, hidden_states, kwargs)
+        decoder = None if cache is None else self._current()
+        angles: Any = kwargs.get("position_embeddings")
         if decoder is None or not decoder.serves(hidden_states, angles):
-            return super().forward(hidden_states, *given, **named)
+            return super().forward(hidden_states, *args, **kwargs)
         if not decoder.proven:
-            return self._compared(decoder, hidden_states, part, named)
-        return decoder.run(hidden_states, angles, *grow(part))
+            return self._compared(decoder, hidden_states, cache, kwargs)
+        return decoder.run(hidden_states, angles, *grow(cache))
 
     def _current(self) -> Decoder | None:
         """The decoder of the block as it is now; None if the kernels do not serve it."""
@@ -177,29 +177,29 @@ class DecodingLayer(nn.Module):
             return None
         return self._decoder
 
-    def _compared(self, decoder: Decoder, x: Tensor, part: Any, named: dict[str, Any]) -> Any:
+    def _compared(self, decoder: Decoder, x: Tensor, cache: Any, kwargs: dict[str, Any]) -> Any:
         """The output of the decoder, if it is that of the block itself. Else it is refused."""
-        own = super().forward(x, **named)
-        keys, values = part.keys[0].contiguous().clone(), part.values[0].contiguous().clone()
-        found = decoder.run(x, named["position_embeddings"], keys, values)
+        expected = super().forward(x, **kwargs)
+        keys, values = cache.keys[0].contiguous().clone(), cache.values[0].contiguous().clone()
+        output = decoder.run(x, kwargs["position_embeddings"], keys, values)
         decoder.proven = (
-            isinstance(own, Tensor)
-            and _is_near(found, own, own - x)
-            and _is_near(keys[:, -1], part.keys[0, :, -1])
-            and _is_near(values[:, -1], part.values[0, :, -1])
+            isinstance(expected, Tensor)
+            and _is_near(output, expected, expected - x)
+            and _is_near(keys[:, -1], cache.keys[0, :, -1])
+            and _is_near(values[:, -1], cache.values[0, :, -1])
         )
         if not decoder.proven:
             self._decoder = None
-            return own
-        part.keys, part.values = keys[None], values[None]  # as later calls with the same input
-        return found
+            return expected
+        cache.keys, cache.values = keys[None], values[None]  # as later calls with the same input
+        return output
 
 
-def _is_near(found: Tensor, own: Tensor, added: Tensor | None = None) -> bool:
+def _is_near(tensor: Tensor, expected: Tensor, added: Tensor | None = None) -> bool:
     """True if a tensor is another one up to rounding, and up to `_ALIKE` of what was added."""
-    error, size = (found - own).float().norm(), own.float().norm()
-    most = size if added is None else added.float().norm()
-    return bool(error <= _ALIKE * most + torch.finfo(own.dtype).eps * size)
+    error, size = (tensor - expected).float().norm(), expected.float().norm()
+    size_ = size if added is None else added.float().norm()
+    return bool(error <= _ALIKE * size_ + torch.finfo(expected.dtype).eps * size)
 
 
 def decode_by_kernels(model: nn.Module) -> None:
@@ -207,24 +207,24 @@ def decode_by_kernels(model: nn.Module) -> None:
     if getattr(kernels(), "Block", None) is None:
         return
     for module in model.modules():
-        kind: Any = type(module)
-        if kind.__name__ in _SERVED and kind.__module__.startswith("transformers."):
-            module.__class__ = _decoding(kind)
+        block_class: Any = type(module)
+        if block_class.__name__ in _SERVED and block_class.__module__.startswith("transformers."):
+            module.__class__ = _decoding(block_class)
 
 
 @lru_cache
-def _decoding(kind: Any) -> type[nn.Module]:
+def _decoding(block_class: Any) -> type[nn.Module]:
     """A class of blocks with a decoder, with the name of the given one."""
-    own = {"__module__": kind.__module__, "_family": Family(kind)}
-    return type(kind.__name__, (DecodingLayer, kind), own)
+    namespace = {"__module__": block_class.__module__, "_family": Family(block_class)}
+    return type(block_class.__name__, (DecodingLayer, block_class), namespace)
 
 
-def _empty(kind: Any) -> nn.Module:
+def _empty(block_class: Any) -> nn.Module:
     """A block of this class without its parts, for a copy."""
-    return _decoding(kind).__new__(_decoding(kind))
+    return _decoding(block_class).__new__(_decoding(block_class))
 
 
-def _known(owner: nn.Module, name: str, *kinds: Any) -> Any:
+def _known(owner: nn.Module, name: str, *classes: Any) -> Any:
     """A part of a block, if it is of a known class and does no more than that.
 
     Raises:
@@ -233,7 +233,7 @@ def _known(owner: nn.Module, name: str, *kinds: Any) -> Any:
     part = owner._modules.get(name)
     if (
         part is None
-        or type(part) not in kinds
+        or type(part) not in classes
         or part.training
         or not runs_itself(part)
         or not all(only_captures(hook) for hook in hooks_of(part))
@@ -257,25 +257,25 @@ def _kernel(linear: nn.Module) -> Any:
         return linear.kernel()
     if not isinstance(linear, PackedLinear):
         return kernels().DenseMatrix(linear.weight)
-    found = linear.current_matrix()
-    if not isinstance(found, kernels().Matrix):
+    matrix = linear.current_matrix()
+    if not isinstance(matrix, kernels().Matrix):
         raise ValueError("a matrix that is expanded")
-    return found
+    return matrix
 
 
-def _cached(layer: Any, x: Any, named: dict[str, Any]) -> Any:
+def _cached(layer: Any, x: Any, kwargs: dict[str, Any]) -> Any:
     """The keys and values of the tokens before ``x``; None if the block itself must run.
 
     The call serves one sequence on the processor, and attention to all tokens before.
     """
     if type(x) is not Tensor or x.shape[:2] != (1, 1) or x.ndim != 3 or layer.training:
         return None
-    if not _is_given(x, x.dtype) or not named.keys() <= _GIVEN or not is_plain():
+    if not _is_given(x, x.dtype) or not kwargs.keys() <= _GIVEN or not is_plain():
         return None
-    if named.get("attention_mask") is not None or named.get("output_attentions"):
+    if kwargs.get("attention_mask") is not None or kwargs.get("output_attentions"):
         return None
     index = getattr(layer._modules.get("self_attn"), "layer_idx", None)
-    return None if index is None else growing(given_cache(named), index, x.dtype)
+    return None if index is None else growing(given_cache(kwargs), index, x.dtype)
 
 
 def _is_given(tensor: Any, dtype: torch.dtype) -> bool:

@@ -28,8 +28,8 @@ class DenseLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply (…, in) → (…, out)."""
-        trained = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
-        if trained or x.dtype != self.weight.dtype or not is_plain():
+        needs_gradient = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
+        if needs_gradient or x.dtype != self.weight.dtype or not is_plain():
             return super().forward(x)
         rows = x.reshape(-1, self.in_features)
         product = self._fast(rows)
@@ -58,9 +58,9 @@ class DenseLinear(nn.Linear):
         Raises:
             ValueError: the kernels do not serve it.
         """
-        present = self.weight.data_ptr(), self.weight.shape
-        if self._of != present:  # the first time, and after a move
-            self._kernel, self._of = kernels().DenseMatrix(self.weight.data), present
+        key = self.weight.data_ptr(), self.weight.shape
+        if self._of != key:  # the first time, and after a move
+            self._kernel, self._of = kernels().DenseMatrix(self.weight.data), key
         return self._kernel
 
 
@@ -83,10 +83,10 @@ def use_kernels(model: nn.Module) -> None:
     With the kernels the dense weights are copied to large pages, as the packed ones were. Loading
     maps the whole file into memory, and it stays mapped as long as one tensor refers to it.
     """
-    native = kernels()
-    for parameter in model.parameters() if native is not None else ():
+    kernels_ = kernels()
+    for parameter in model.parameters() if kernels_ is not None else ():
         if parameter.device.type == "cpu":
-            parameter.data = native.in_large_pages(parameter.data)
+            parameter.data = kernels_.in_large_pages(parameter.data)
     for module in model.modules():
         if type(module) is nn.Linear and (_serves(module) or is_slow(module.weight)):
             module.__class__ = DenseLinear

@@ -35,39 +35,39 @@ def read_config(directory: Path) -> dict[str, Any]:
     try:
         return dict(json.loads((directory / "config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        fault = f"{directory / 'config.json'} cannot be read: {first_line(error)}"
-        raise AptError(fault, "get the model again") from error
+        message = f"{directory / 'config.json'} cannot be read: {first_line(error)}"
+        raise AptError(message, "get the model again") from error
 
 
 def is_packed(directory: Path) -> bool:
     """True if a directory has a packed checkpoint, of any version."""
     try:
-        about = read_config(directory).get(KEY)
+        description = read_config(directory).get(KEY)
     except AptError:
         return False
-    return isinstance(about, dict) and about.get("quant_method") == METHOD
+    return isinstance(description, dict) and description.get("quant_method") == METHOD
 
 
 def read_entries(directory: Path) -> dict[str, Entry]:
     """The descriptions of packed matrices by name; raises `AptError` if not packed, or newer."""
-    about = read_config(directory).get(KEY)
-    if not isinstance(about, dict) or about.get("quant_method") != METHOD:
+    description = read_config(directory).get(KEY)
+    if not isinstance(description, dict) or description.get("quant_method") != METHOD:
         raise AptError(f"{directory} is not packed", "name a directory that apt-prune pack wrote")
-    return described_entries(about, str(directory))
+    return described_entries(description, str(directory))
 
 
-def described_entries(about: Mapping[str, Any], where: str) -> dict[str, Entry]:
+def described_entries(description: Mapping[str, Any], location: str) -> dict[str, Entry]:
     """The descriptions in a ``quantization_config``; raises `AptError` if newer or damaged."""
-    version = about.get("version")
+    version = description.get("version")
     if version not in (VERSION, WITH_STACKS):
-        older = isinstance(version, int) and version < VERSION
-        fault = (
-            f"{where} has version {version} of the packed format, and this APT reads {VERSION} and "
+        is_older = isinstance(version, int) and version < VERSION
+        message = (
+            f"{location} has version {version} of the packed format, and this APT reads {VERSION} and "
             f"{WITH_STACKS}"
         )
-        raise AptError(fault, "pack the pruned model again" if older else "install a newer APT")
+        raise AptError(message, "pack the pruned model again" if is_older else "install a newer APT")
     try:
-        return {name: Entry.read(record) for name, record in about["matrices"].items()}
+        return {name: Entry.read(record) for name, record in description["matrices"].items()}
     except (KeyError, AttributeError, TypeError, ValueError) as error:
-        fault = f"the description of the packed matrices in {where} is damaged: {first_line(error)}"
-        raise AptError(fault, "pack the model again") from error
+        message = f"the description of the packed matrices in {location} is damaged: {first_line(error)}"
+        raise AptError(message, "pack the model again") from error

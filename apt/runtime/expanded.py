@@ -30,11 +30,11 @@ class ExpandedMatrix:
         if self._scales is None:
             return self._values[start:end]
         if self._entry.values == "int8":
-            whole = self._values[start:end].to(torch.int32)
+            integers = self._values[start:end].to(torch.int32)
         else:
             pairs = self._values[start // 2 : -(-end // 2)].to(torch.int32)
             halves = torch.stack([pairs & 15, pairs >> 4], 1).reshape(-1)
-            whole = halves[start % 2 : start % 2 + end - start] - 8
+            integers = halves[start % 2 : start % 2 + end - start] - 8
         rows, columns = kept.nonzero(as_tuple=True)
         scales = self._scales[rows + first, columns // self._entry.group]
-        return whole.float() * scales.float()
+        return integers.float() * scales.float()

@@ -151,13 +151,13 @@ class PackedExpert(_LikeTensor):
 
     def _rows(self, piece: Piece, matrix: Matrix) -> Tensor:
         """What a piece has of the matrix."""
-        turned = bool(piece.order) and piece.order[-2] > piece.order[-1]
+        transposed = bool(piece.order) and piece.order[-2] > piece.order[-1]
         if piece.part:
             rows = matrix.rows(0, _rows_of(matrix), self.dtype)
         else:
-            count, expert = self.shape[1] if turned else self.shape[0], self._expert
+            count, expert = self.shape[1] if transposed else self.shape[0], self._expert
             rows = matrix.rows(expert * count, (expert + 1) * count, self.dtype)
-        return rows.T if turned else rows
+        return rows.T if transposed else rows
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`torch.nn.functional.linear`, by the packed matrices if each gives some of the rows."""
@@ -169,13 +169,13 @@ class PackedExpert(_LikeTensor):
 
     def _dense_linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The product with the matrix of the expert, which is made dense for it."""
-        whole = self.dense()
-        rows = x.reshape(-1, whole.shape[1])
-        if len(rows) <= FEW or x.dtype != whole.dtype or not is_slow(x):
-            return nn.functional.linear(x, whole, bias)
-        product = tiled_product(rows, len(whole), lambda first, last, d: whole[first:last].to(d))
-        shaped = product.view(*x.shape[:-1], len(whole))
-        return shaped if bias is None else shaped + bias
+        matrix = self.dense()
+        rows = x.reshape(-1, matrix.shape[1])
+        if len(rows) <= FEW or x.dtype != matrix.dtype or not is_slow(x):
+            return nn.functional.linear(x, matrix, bias)
+        product = tiled_product(rows, len(matrix), lambda first, last, d: matrix[first:last].to(d))
+        output = product.view(*x.shape[:-1], len(matrix))
+        return output if bias is None else output + bias
 
     @classmethod
     def __torch_function__(
@@ -260,8 +260,8 @@ class StoredTensors:
                     if key not in parts:
                         self.shapes[key] = tuple(file.get_slice(key).get_shape())
         if files and (missing := missing_parts(self._files, entries)):
-            fault = f"{Path(files[0]).parent} lacks {missing[0]}, which its config.json describes"
-            raise AptError(fault, "is the checkpoint complete?")
+            message = f"{Path(files[0]).parent} lacks {missing[0]}, which its config.json describes"
+            raise AptError(message, "is the checkpoint complete?")
 
     def matrix(self, name: str, dtype: torch.dtype, device: torch.device) -> Matrix:
         """A matrix, packed if it is stored so."""

@@ -60,12 +60,12 @@ def tiled_product(
         count: the number of rows of the matrix.
         weights: dense rows of the matrix (last − first, in) from ``first`` to ``last`` in a dtype.
     """
-    wide = compute_dtype(rows.dtype, rows.device)
-    given, step = rows.to(wide), max(1, _tile(rows.device) // max(1, rows.shape[1]))
+    dtype = compute_dtype(rows.dtype, rows.device)
+    inputs, step = rows.to(dtype), max(1, _tile(rows.device) // max(1, rows.shape[1]))
     parts = []
     for first, last in pairwise([*range(0, max(1, count), step), count]):
-        part = nn.functional.linear(given, weights(first, last, wide))
-        parts.append(part if wide == rows.dtype else part.to(rows.dtype))
+        part = nn.functional.linear(inputs, weights(first, last, dtype))
+        parts.append(part if dtype == rows.dtype else part.to(rows.dtype))
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
@@ -76,10 +76,10 @@ def _tile(device: torch.device) -> int:
 
 def describe_kernels() -> tuple[str, str]:
     """What multiplies packed matrices on this machine, and how to have it faster."""
-    native = kernels()
-    if native is None:
+    package = kernels()
+    if package is None:
         return "torch, which expands a matrix for each product", "pip install ./plugins/apt-kernels"
-    return f"apt-kernels {native.__version__}, {native.LEVEL}", ""
+    return f"apt-kernels {package.__version__}, {package.LEVEL}", ""
 
 
 class PackedLinear(nn.Module):
@@ -152,14 +152,14 @@ class PackedLinear(nn.Module):
     def _make(self) -> None:
         mask, values, scales = self.weight_mask, self.weight_values, self._scales
         group = self.entry.group
-        if runs_triton(values.device) and (made := gpu_matrix()) is not None:
-            self.matrix = made(self.in_features, mask, values, scales, group)
+        if runs_triton(values.device) and (matrix_class := gpu_matrix()) is not None:
+            self.matrix = matrix_class(self.in_features, mask, values, scales, group)
             return
-        native = kernels() if values.device.type == "cpu" else None
-        if native is None or group % _COLUMNS:
+        package = kernels() if values.device.type == "cpu" else None
+        if package is None or group % _COLUMNS:
             self.matrix = ExpandedMatrix(self.entry, mask, values, scales)
             return
-        self.matrix = native.Matrix(self.in_features, mask, values, scales, group)
+        self.matrix = package.Matrix(self.in_features, mask, values, scales, group)
         self.weight_mask = self.matrix.mask
         if self.entry.values != "int4":  # the kernels have them in another order
             self.weight_values = self.matrix.values
@@ -184,14 +184,14 @@ class PackedLinear(nn.Module):
         if self.matrix is None:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
             return self
-        like = fn(torch.empty(0, dtype=self._dtype, device=self.weight_values.device))
-        moved = {k: None if t is None else t.to(like.device) for k, t in self._buffers.items()}
+        example = fn(torch.empty(0, dtype=self._dtype, device=self.weight_values.device))
+        buffers = {k: None if t is None else t.to(example.device) for k, t in self._buffers.items()}
         self._buffers.clear()
         try:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         finally:
-            self._buffers.update(moved)
-        self._cast(like.dtype)
+            self._buffers.update(buffers)
+        self._cast(example.dtype)
         self._build()
         return self
 
@@ -209,13 +209,13 @@ class PackedLinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy makes a matrix of its own."""
-        built = self.matrix is not None
-        return {**vars(self), "matrix": None, "_made_of": {}, "_built": built}
+        is_built = self.matrix is not None
+        return {**vars(self), "matrix": None, "_made_of": {}, "_built": is_built}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        built = state.pop("_built")
+        is_built = state.pop("_built")
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if built:
+        if is_built:
             self._build()
 
     @property
@@ -236,8 +236,8 @@ class PackedLinear(nn.Module):
             product = tiled_product(rows, self.out_features, self.rows)
         if self.bias is not None:
             product = product + self.bias
-        shaped: Tensor = product.view(*x.shape[:-1], self.out_features)
-        return shaped
+        output: Tensor = product.view(*x.shape[:-1], self.out_features)
+        return output
 
     def _native(self, rows: Tensor) -> Tensor | None:
         """The product by the kernels; None if torch's is faster for so many vectors.
@@ -268,9 +268,9 @@ class PackedLinear(nn.Module):
     def rows(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
         """Rows ``first`` to ``last`` with their zeros, in a dtype that the kernels may not have."""
         self._follow()
-        wide = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        kernel_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
         with torch._C._DisableFuncTorch():  # within torch.func new tensors have no memory
-            dense: Tensor = self.matrix.expand(first, last, wide).to(dtype)
+            dense: Tensor = self.matrix.expand(first, last, kernel_dtype).to(dtype)
         return dense
 
     def extra_repr(self) -> str:

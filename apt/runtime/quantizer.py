@@ -77,8 +77,8 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         self._stacks = dict[str, PackedStack]()
         used = {
             key
-            for name, made in converted(model, self._stored.shapes).items()
-            for key in self._put(model, name, made)
+            for name, conversion in converted(model, self._stored.shapes).items()
+            for key in self._put(model, name, conversion)
         }
         base = getattr(model, "base_model_prefix", "")
         headless = bool(base) and not hasattr(model, base)
@@ -92,18 +92,18 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         if self._stacks:
             prepare_for_stacks(model)
 
-    def _put(self, model: nn.Module, name: str, made: Converted) -> list[str]:
+    def _put(self, model: nn.Module, name: str, conversion: Converted) -> list[str]:
         """Put a packed module in the place of a parameter; returns the packed matrices of it."""
-        keys = [piece.key for piece in made.pieces if piece.key in self._entries]
-        path, _, own = name.rpartition(".")
+        keys = [piece.key for piece in conversion.pieces if piece.key in self._entries]
+        path, _, parameter_name = name.rpartition(".")
         owner = model.get_submodule(path)
-        parameter = dict(owner.named_parameters(recurse=False)).get(own)
-        if not keys or parameter is None or parameter.shape != made.shape:
+        parameter = dict(owner.named_parameters(recurse=False)).get(parameter_name)
+        if not keys or parameter is None or parameter.shape != conversion.shape:
             return []
-        if isinstance(owner, nn.Linear) and own == "weight":
+        if isinstance(owner, nn.Linear) and parameter_name == "weight":
             _replace(model, path, owner, self._entries[keys[0]])
-        elif len(made.shape) == 3 and are_matrices(made.pieces):
-            self._stacks[name] = put_stack(owner, own, made.pieces)
+        elif len(conversion.shape) == 3 and are_matrices(conversion.pieces):
+            self._stacks[name] = put_stack(owner, parameter_name, conversion.pieces)
         else:
             return []
         return keys

@@ -35,9 +35,9 @@ class Watched:
         others: further tables to watch.
     """
 
-    def __init__(self, outer: nn.Module, *others: Mapping[str, Any]) -> None:
+    def __init__(self, outer: nn.Module, *more_tables: Mapping[str, Any]) -> None:
         inner = [module for module in outer.modules() if module is not outer]
-        tables = [outer._modules, *others, *(vars(m)[name] for m in inner for name in _TABLES)]
+        tables = [outer._modules, *more_tables, *(vars(m)[name] for m in inner for name in _TABLES)]
         self._filled = [table for table in tables if table]
         self._empty = [table for table in tables if not table]
         self._entries = [dict(table) for table in self._filled]
@@ -46,7 +46,7 @@ class Watched:
         self._own = [vars(module) for module in inner]
         self._getters = [(_getter(module), vars(module)) for module in inner]
         self._counts = [*map(len, self._own)]
-        self._attributes = [get(own) for get, own in self._getters]
+        self._attributes = [get(attributes) for get, attributes in self._getters]
         self._tensors = [t for m in inner for t in m._parameters.values() if t is not None]
         self._addresses = [_address(tensor) for tensor in self._tensors]
 
@@ -69,10 +69,10 @@ class Watched:
         return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in self._tensors)
 
 
-def same(found: Mapping[str, Any], kept: Mapping[str, Any]) -> bool:
+def same(table: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """True if two tables hold the same objects, or equal ones."""
     try:
-        return found == kept
+        return table == other
     except _OTHERS:
         return False
 
@@ -92,8 +92,8 @@ def _address(tensor: Tensor) -> int:
 
 def runs_itself(module: nn.Module) -> bool:
     """True if a call of a module runs the method of its class, not one that replaced it."""
-    own = vars(module).get("forward")
-    replaced = own is not None and getattr(own, "__func__", None) is not type(module).forward
+    forward = vars(module).get("forward")
+    replaced = forward is not None and getattr(forward, "__func__", None) is not type(module).forward
     return not replaced and getattr(module, "_compiled_call_impl", None) is None
 
 
@@ -107,8 +107,8 @@ def only_captures(hook: Callable[..., Any]) -> bool:
 
     It stays after the first call with ``output_hidden_states=True``.
     """
-    found = getattr(hook, "__module__", "")
-    return output_capturing is not None and found == output_capturing.__name__
+    module = getattr(hook, "__module__", "")
+    return output_capturing is not None and module == output_capturing.__name__
 
 
 def is_capturing() -> bool:

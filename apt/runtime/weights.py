@@ -18,9 +18,9 @@ def with_weights(config: Any) -> Any:
 
     transformers looks for the weights there, and the code beside them is not used.
     """
-    named = without_own_code(copy.deepcopy(config))
-    named.transformers_weights = _weights(named)
-    return named
+    copied = without_own_code(copy.deepcopy(config))
+    copied.transformers_weights = _weights(copied)
+    return copied
 
 
 def without_own_code(config: Any) -> Any:
@@ -30,15 +30,15 @@ def without_own_code(config: Any) -> Any:
     """
     if (getattr(config, "auto_map", None) or {}) == OWN_CODE:
         del config.auto_map
-    if (about := getattr(config, "apt_packed", None)) is not None:
-        setattr(config, KEY, about)
+    if (description := getattr(config, "apt_packed", None)) is not None:
+        setattr(config, KEY, description)
         del config.apt_packed
     return config
 
 
 def _weights(config: Any) -> str:
-    about = getattr(config, KEY)
-    return str(about["weights"] if isinstance(about, Mapping) else about.weights)
+    description = getattr(config, KEY)
+    return str(description["weights"] if isinstance(description, Mapping) else description.weights)
 
 
 def check_packed_files(

@@ -1,4 +1,4 @@
-"""Checks that an adapter changes nothing in the model and the process, even after an exception."""
+"""Checks that an adapter leaves model and process unchanged, also after an exception."""
 
 import copy
 from collections.abc import Iterator
@@ -32,10 +32,10 @@ def check_running(subject: Subject) -> Faults:
     if _swallows(adapter.running(model)):
         yield "", "running swallows an exception"
     yield from _left("running", before, model, " when an exception ends it")
-    whole = copy.deepcopy(model).float()  # kernels differ more in other dtypes
-    logits = subject.logits(whole)
-    with adapter.running(whole):
-        within = subject.logits(whole)
+    copied = copy.deepcopy(model).float()  # kernels differ more in other dtypes
+    logits = subject.logits(copied)
+    with adapter.running(copied):
+        within = subject.logits(copied)
     if not near(within, logits):
         yield "", "the model gives other logits within running"
 
@@ -88,8 +88,8 @@ def check_repeat(subject: Subject) -> Faults:
         before = _tensors_in([step.state, step.call])
         first = first_tensor(subject.step(step)).clone()
         if _tensors_in([step.state, step.call]) != before:
-            said = ": a step changes its state or its call: does the call have a cache?"
-            yield Fault(step.name, said, "enter")
+            message = ": a step changes its state or its call: does the call have a cache?"
+            yield Fault(step.name, message, "enter")
             continue
         if not same(first_tensor(subject.step(step)), first):
             yield step.name, ": a step gives another result the second time"
@@ -97,13 +97,13 @@ def check_repeat(subject: Subject) -> Faults:
 
 def _swallows(context: AbstractContextManager[None]) -> bool:
     """True if an exception that ends the context does not reach the caller."""
-    through = False
+    raised = False
     try:
         with context:
             raise StopError
     except StopError:
-        through = True
-    return not through
+        raised = True
+    return not raised
 
 
 def _left(method: str, before: Any, model: nn.Module, when: str = "") -> Iterator[Fault]:
