@@ -176,7 +176,7 @@ def _stored_parts(
                     piece = _moved(stored, path, removals)
                     first = piece.part[0] if piece.part else 0
                     if not isinstance(first, int) or first < len(values):  # else a removed expert
-                        tensors[piece.key] = piece.given(values).contiguous()
+                        tensors[piece.key] = piece.to_stored(values).contiguous()
         yield tensors
 
 

@@ -34,8 +34,8 @@ def layout_of(skeleton: Opened, shards: Shards) -> Layout:
     layout, problems = dict[str, Sequence[Piece]](), dict[str, str]()
     state, conversions = skeleton.module.state_dict(), converted(skeleton.module, shards.shapes)
     for name, conversion in conversions.items():
-        if conversion.fault:
-            problems[name] = f": {conversion.fault}"
+        if conversion.problem:
+            problems[name] = f": {conversion.problem}"
         else:
             _check_stored(name, state[name], conversion, shards)
             layout[name] = conversion.pieces
@@ -105,7 +105,7 @@ def read_parameter(pieces: Sequence[Piece], shape: Sequence[int], shards: Shards
         return shards.read_finite(pieces[0].key)
     parameter = torch.empty(*shape, dtype=shards.entries[pieces[0].key].dtype)
     for piece in pieces:
-        parameter[piece.part] = piece.taken(shards.read_finite(piece.key))
+        parameter[piece.part] = piece.from_stored(shards.read_finite(piece.key))
     return parameter
 
 
@@ -115,7 +115,7 @@ def write_parameters(parameters: Iterable[tuple[Sequence[Piece], Tensor]], shard
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for pieces, parameter in parameters:
             for piece in pieces:
-                values = piece.given(parameter.detach())
+                values = piece.to_stored(parameter.detach())
                 if piece.of:  # the rest of the stored tensor stays
                     stored = shards.read(piece.key)
                     stored[piece.of] = values.to(stored)
@@ -160,7 +160,7 @@ class Stored:
         return all(
             torch.equal(
                 parameter[piece.part].cpu(),
-                piece.taken(self.shards.read(piece.key)).to(parameter.dtype),
+                piece.from_stored(self.shards.read(piece.key)).to(parameter.dtype),
             )
             for name in names
             for parameter in [model.get_parameter(name).data]

@@ -1,4 +1,4 @@
-"""Files and folders that are on disk, and not only in memory: they survive a power cut."""
+"""Flushing of files and folders to disk, so that they survive a power cut."""
 
 import os
 from contextlib import suppress

@@ -1,4 +1,4 @@
-"""Locks of files. The system releases the lock of a process that ends, however it ends."""
+"""Locks of files. The system releases the lock of a process that ends in any way."""
 
 import fcntl
 import os

@@ -36,7 +36,7 @@ def exchange(first: Path, second: Path, spare: Path) -> None:
     Args:
         first, second: the directories.
         spare: an unused name on the same file system. If the system has no exchange, ``second``
-            has this name for a moment.
+            gets this name for a moment.
     """
     if _system_rename(first, second, _EXCHANGE):
         return

@@ -30,7 +30,7 @@ class Hub:
         }
 
     def or_local(self) -> "Hub":
-        """The same settings, or, if the hub does not answer, those for earlier downloads only."""
+        """The settings, restricted to earlier downloads if the hub does not answer."""
         return self if reachable() else replace(self, local=True)
 
 

@@ -1,7 +1,7 @@
 """Dense checkpoints of integers in the format ``pack-quantized`` of compressed-tensors.
 
 vLLM and transformers open them (W4A16 and W8A16). The package compressed-tensors is not needed to
-write them. Zeros stay zeros, but take as many bits as all other integers.
+write them. Zeros stay zeros, but need as many bits as other integers.
 """
 
 from collections.abc import Iterator, Mapping
@@ -100,7 +100,7 @@ def _integers(name: str, tensor: Tensor, rounding: Rounding) -> tuple[Tensor, Te
 
 
 def packed(integers: Tensor, bits: int) -> Tensor:
-    """Integers (out, in) of 4 or 8 bits, made positive, in int32 (out, words), lowest first."""
+    """Integers (out, in) of 4 or 8 bits plus an offset, in int32 (out, words), lowest first."""
     values = (integers.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8)
     padded: Tensor = nn.functional.pad(values, (0, -values.shape[1] % (32 // bits)))
     if bits == 4:

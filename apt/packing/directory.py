@@ -1,10 +1,10 @@
 """Directories of packed checkpoints: written, checked and unpacked, file by file.
 
 ``config.json`` describes the packed matrices under ``quantization_config``, where transformers
-looks for the way in which weights are stored. All other tensors and files are those of the
-checkpoint. The files of the weights have other names than those of transformers, which would take
-them for the weights of the model; beside them lies the code that opens them where APT is not
-installed. docs/packed-format.md specifies the format.
+looks for the format of the weights. All other tensors and files are the same as in the checkpoint.
+The files of weights have other names than in plain checkpoints, so that transformers does not load
+them as plain weights. The directory also has the code that opens the model without APT.
+docs/packed-format.md specifies the format.
 """
 
 import json
@@ -49,23 +49,24 @@ _CODE = {
     "matrix": "apt_packed_matrix",
     "remote_code": "apt_packed",
 }
-"""The modules of `apt.runtime` that are copied beside the weights, with their names there."""
+"""The modules of `apt.runtime` that are copied into the directory, with the names of the copies."""
 OWN_CODE_FILE = f"{_CODE['remote_code']}.py"
 """The file of the class that `apt.runtime.entries.OWN_CODE` names."""
 _AUTO_MAP = "auto_map"
 Change = Callable[[str, Tensor], dict[str, Tensor]]
-"""A function from a tensor and its name to the tensors that take its place."""
+"""A function from the name of a tensor and the tensor to the tensors that replace it."""
 _MODEL, _PACKED = "model", SINGLE_PACKED.partition(".")[0]
-"""The beginnings of the names of files of weights."""
+"""The stems of the names of files of weights."""
 
 
 @dataclass(frozen=True)
 class Packed:
-    """What packing made of a checkpoint.
+    """The sizes of a packed checkpoint.
 
     Attributes:
-        dense_bytes, packed_bytes: the bytes of their tensors before and after.
-        bound_bytes: the least bytes: the entropy of the masks, the values and the scales.
+        matrices: the number of packed matrices.
+        dense_bytes, packed_bytes: the bytes of the tensors of these matrices before and after.
+        bound_bytes: the lower bound: the entropy of the masks, the values and the scales.
         total_bytes: the bytes of all tensors of the packed checkpoint.
         relative_error: the squared rounding errors of the packed matrices, relative to the squares
             of their weights; 0 without rounding.
@@ -86,8 +87,8 @@ class Rounding:
     Args:
         kind: ``int8`` or ``int4``.
         scale_group: the number of columns that share a scale, or a whole row.
-        exact: True to use integers only for matrices that consist of integers times scales, which
-            `apt.PruneOptions.quantize` makes; all others keep their values.
+        exact: True to use integers only for matrices that consist of integers times scales, as
+            `apt.PruneOptions.quantize` makes them; all other matrices keep their values.
     """
 
     kind: str
@@ -96,10 +97,11 @@ class Rounding:
 
 
 def linear_tensors(skeleton: Opened, layout: Layout, *, blocks: bool = False) -> dict[str, str]:
-    """The Linear modules by the tensors of their weights.
+    """The names of the Linear modules by the tensors of their weights.
 
-    Left out are modules that share their weight with an embedding, since only dense weights can be
-    tied, and those of a class that does more than multiply, such as Llama 4's router.
+    Two kinds of modules are left out: modules that share their weight with an embedding, since only
+    dense weights can be tied, and modules of subclasses with another forward, such as Llama 4's
+    router.
 
     Args:
         skeleton: the model, without weights.
@@ -123,7 +125,7 @@ def linear_tensors(skeleton: Opened, layout: Layout, *, blocks: bool = False) ->
 
 
 def expert_tensors(skeleton: Opened, layout: Layout) -> set[str]:
-    """The tensors of stacked experts: that of each expert, or the stack as it is."""
+    """The stored tensors of stacked experts: one for each expert, or one for the stack."""
     stacks = {
         f"{name}.{site.parameter}"
         for name, block in skeleton.adapter.blocks(skeleton.module)
@@ -136,7 +138,7 @@ def expert_tensors(skeleton: Opened, layout: Layout) -> set[str]:
 def pack(
     directory: Path, names: Collection[str], target: Path, rounding: Rounding | None = None
 ) -> Packed:
-    """Write a checkpoint without the zeros of some matrices, where that needs fewer bytes.
+    """Write a checkpoint in which matrices are packed if that needs fewer bytes.
 
     Args:
         target: an empty directory.
@@ -189,7 +191,7 @@ def pack(
 
 
 def _encoded(tensor: Tensor, rounding: Rounding | None) -> tuple[Entry, Parts]:
-    """A matrix, or a stack as one matrix of all its rows."""
+    """A packed matrix; a stack is packed as one matrix of all its rows."""
     matrix, rounded = tensor.flatten(0, -2), None
     if rounding is not None:
         encode_function = encode_integers if rounding.exact else encode_rounded
@@ -216,7 +218,7 @@ def unpack(directory: Path, target: Path) -> int:
 
 
 class PackedShards(Shards):
-    """The tensors of a packed directory as those of the plain checkpoint: matrices have zeros."""
+    """The tensors of a packed directory, expanded to the tensors of the plain checkpoint."""
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory, SINGLE_PACKED, INDEX_PACKED)
@@ -250,7 +252,7 @@ class PackedShards(Shards):
 
 
 def stored_tensors(directory: Path) -> Shards:
-    """The tensors of a packed directory as they are stored."""
+    """The tensors of a packed directory in their packed form."""
     return Shards(directory, SINGLE_PACKED, INDEX_PACKED)
 
 
@@ -266,7 +268,8 @@ def rewrite(
     Args:
         change: called with each tensor.
         stem: the beginning of the names of the files.
-        described: the descriptions of the packed matrices so far, for files with checksums.
+        described: returns the descriptions of the matrices packed so far, for files with checksums;
+            None for files without checksums.
     """
 
     def parts() -> Iterator[tuple[Parts, dict[str, str] | None]]:
@@ -287,7 +290,7 @@ def rewrite(
 def finish(
     directory: Path, target: Path, config: Mapping[str, Any], without: Collection[str] = ()
 ) -> None:
-    """Copy all files beside the weights but some, and write the configuration."""
+    """Copy the side files except those named in ``without``, and write the configuration."""
     files = (path for path in side_files(directory) if path.name not in without)
     copy_files(files, directory, target)
     text = json.dumps(config, indent=2) + "\n"
@@ -296,7 +299,7 @@ def finish(
 
 
 def _write_code(target: Path) -> None:
-    """Copy the modules that open the model where APT is not installed."""
+    """Copy the modules that open the model without APT."""
     for module, name in _CODE.items():
         text = resources.files(runtime).joinpath(f"{module}.py").read_text(encoding="utf-8")
         for other, copy_name in _CODE.items():
@@ -316,15 +319,15 @@ def relative_error(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
 def _verified(
     shards: Shards, written: PackedShards, entries: Mapping[str, Entry], rounding: Rounding | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each matrix on disk, and the original that it must fit.
+    """Each matrix on disk and its original, after a check.
 
-    Without rounding they are equal byte for byte, but for negative zeros. With rounding the matrix
-    on disk is the one that was computed, and has the same zeros or more.
+    Without rounding, the two must be equal byte for byte, except for negative zeros. With rounding,
+    the matrix on disk must be the rounded original.
     """
     for name in entries:
         matrix = written.read(name)
         original = shards.read(name)
-        original.masked_fill_(original == 0, 0)  # which makes negative zeros positive
+        original.masked_fill_(original == 0, 0)  # makes negative zeros positive
         lossless = rounding is None or rounding.exact
         expected = original if lossless else decode(*_encoded(original, rounding))
         if not _same(matrix, expected):

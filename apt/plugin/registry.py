@@ -46,8 +46,8 @@ class Plugin:
     Attributes:
         distribution: the distribution that declares it, with its version.
         name, module: the entry point.
-        problem: the error in loading it or a part of it; empty if there is none.
-        disabled: True if `DISABLE` names it.
+        problem: the error on loading the plugin or a part of it; empty without an error.
+        disabled: True if `DISABLE` names the plugin.
     """
 
     distribution: str
@@ -63,11 +63,11 @@ class Plugin:
 
     @property
     def key(self) -> str:
-        """The key that it is registered by."""
+        """The key of the plugin in the registry."""
         return f"{self.distribution}:{self.name}"
 
 
-_CORE = Plugin(OWN_DISTRIBUTION, "", "apt")  # no entry point
+_CORE = Plugin(OWN_DISTRIBUTION, "", "apt")  # has no entry point
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Catalog(Generic[S]):
     plugins: Mapping[str, Plugin]
 
     def get(self, name: str) -> S:
-        """The spec of that name, upper or lower case; an `AptError` suggests the closest name."""
+        """The spec of a name in any case; the `AptError` for an unknown name suggests another."""
         by_case = {spec_name.lower(): spec for spec_name, spec in self.specs.items()}
         if name.lower() not in by_case:
             raise unknown(self.kind, name, self.specs, _unavailable(self.plugins.values()))
@@ -121,7 +121,7 @@ class Registry:
         return names + ["an observer"] * (plugin.key in self.observers)
 
     def site_pruned(self, event: Any) -> None:
-        """Call every observer. One that raises is reported in a warning and not called again."""
+        """Call every observer. One that raises causes a warning, and is not called again."""
         for name, observer in list(self.observers.items()):
             try:
                 observer.function(*[event for _ in observer.argnames])
@@ -156,10 +156,10 @@ class Registry:
         return _most_accurate(self.shrink_methods, candidates)
 
     def adapter_for(self, model_type: str) -> AdapterSpec:
-        """The only adapter that claims ``model_type``; if there is none, the default one.
+        """The only adapter that claims ``model_type``; without one, the default adapter.
 
         Raises:
-            AptError: there is none of either, or several.
+            AptError: several adapters claim the type; or none does, and there is no default.
         """
         specs = self.adapters.specs.values()
         matching = [spec for spec in specs if model_type in spec.model_types]
@@ -181,7 +181,7 @@ R = TypeVar("R", bound=MethodSpec)
 
 
 def _most_accurate(catalog: Catalog[R], specs: Iterable[R]) -> R:
-    """The spec with the highest rank among those of APT; among all if it has none."""
+    """The spec of APT with the highest rank; without specs of APT, the one of all specs."""
     candidates = list(specs)
     if not candidates:
         message = f"no {catalog.kind} is installed{_unavailable(catalog.plugins.values())}"
@@ -252,7 +252,9 @@ class _Loader:
                 if first_name in specs:
                     pair = (origins[first_name], origin)
                     distributions = " and ".join(sorted({plugin.distribution for plugin in pair}))
-                    raise AptError(f"{kind} '{spec.name}' comes from {distributions}", "uninstall one")
+                    raise AptError(
+                        f"{kind} '{spec.name}' comes from {distributions}", "uninstall one"
+                    )
                 specs[spec.name], origins[spec.name] = spec, origin
         return Catalog(kind, specs, origins, self.plugins)
 
@@ -340,11 +342,11 @@ def load_registry(entries: Iterable[EntryPoint], disable: str = "") -> Registry:
 
 
 def _may_have(entry: EntryPoint, hooks: Collection[str]) -> bool:
-    """False if a plugin's module defines hooks by itself, and names none of these ``hooks``."""
+    """False if the source of a plugin's module defines hooks, but names none of ``hooks``."""
     try:
         module = find_spec(entry.module)
         source = "" if module is None else Path(str(module.origin)).read_text("utf-8")
-    except Exception:  # of any kind: loading the module tells what is wrong
+    except Exception:  # of any kind: loading the module reports it
         return True
     imports = "import *" in source or "def apt_" not in source
     return imports or any(hook in source for hook in hooks)
@@ -353,7 +355,7 @@ def _may_have(entry: EntryPoint, hooks: Collection[str]) -> bool:
 def listed(*hooks: str) -> Registry:
     """The registry of the plugins that may implement some of the ``hooks``, for lists.
 
-    Most plugins are families, which import torch: those without the hooks are not loaded.
+    Most plugins are families, which import torch. Plugins without the hooks are not loaded.
     """
     entries = (e for e in entry_points(group=hookspecs.PROJECT) if _may_have(e, hooks))
     return load_registry(entries, os.environ.get(DISABLE, ""))

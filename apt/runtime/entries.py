@@ -12,10 +12,10 @@ METHOD = "apt_packed"
 """The value of ``quant_method`` in ``config.json``."""
 
 VERSION, WITH_STACKS = 2, 3
-"""The versions of the format: that of matrices alone, and that of stacks of matrices too."""
+"""The versions of the format: for matrices only, and for stacks of matrices too."""
 
 SINGLE_PACKED = "apt_packed.safetensors"
-"""The file of the weights. Plain transformers must not take it for weights of the model."""
+"""The file of the weights. Plain transformers must not find it under its own names."""
 
 INDEX_PACKED = f"{SINGLE_PACKED}.index.json"
 """The index of several files of weights."""
@@ -24,7 +24,7 @@ OWN_CODE = {
     "AutoConfig": "apt_packed.PlainConfig",
     "AutoModelForCausalLM": "apt_packed.PackedModel",
 }
-"""The entry ``auto_map`` of ``config.json``: the code beside the weights that opens the model."""
+"""The entry ``auto_map`` of ``config.json``: the classes in the copied code that open the model."""
 
 KEY = "quantization_config"
 """The place of the description in ``config.json``."""
@@ -62,12 +62,16 @@ def described_entries(description: Mapping[str, Any], location: str) -> dict[str
     if version not in (VERSION, WITH_STACKS):
         is_older = isinstance(version, int) and version < VERSION
         message = (
-            f"{location} has version {version} of the packed format, and this APT reads {VERSION} and "
-            f"{WITH_STACKS}"
+            f"{location} has version {version} of the packed format, and this APT reads {VERSION} "
+            f"and {WITH_STACKS}"
         )
-        raise AptError(message, "pack the pruned model again" if is_older else "install a newer APT")
+        raise AptError(
+            message, "pack the pruned model again" if is_older else "install a newer APT"
+        )
     try:
         return {name: Entry.read(record) for name, record in description["matrices"].items()}
     except (KeyError, AttributeError, TypeError, ValueError) as error:
-        message = f"the description of the packed matrices in {location} is damaged: {first_line(error)}"
+        message = (
+            f"the description of the packed matrices in {location} is damaged: {first_line(error)}"
+        )
         raise AptError(message, "pack the model again") from error

@@ -14,11 +14,11 @@ def load(directory: Path | str, **options: Any) -> nn.Module:
     """Open a directory that ``apt-prune pack`` wrote, as a model of transformers.
 
     The weights stay packed in memory. ``generate``, pipelines and tools work with the model as with
-    any other one. It cannot be trained or saved.
+    any other model. It cannot be trained or saved.
 
     Args:
         directory: the directory.
-        options: further arguments of ``from_pretrained``. The dtype is by default that of the
+        options: further arguments of ``from_pretrained``. The default dtype is the dtype of the
             checkpoint.
 
     Raises:
@@ -28,7 +28,7 @@ def load(directory: Path | str, **options: Any) -> nn.Module:
 
     import apt.runtime.quantizer  # noqa: F401  # registers the format with transformers
 
-    read_entries(Path(directory))  # a clear error for what is not packed
+    read_entries(Path(directory))  # a clear error if the directory is not packed
     arguments = {"dtype": "auto", **options, "output_loading_info": True}
     try:
         if "config" not in arguments:

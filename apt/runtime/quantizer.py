@@ -1,4 +1,4 @@
-"""The packed format as a way of storing weights that transformers knows."""
+"""The packed format as a quantisation method of transformers."""
 
 from typing import Any
 
@@ -53,14 +53,14 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 @register_quantizer(METHOD)
 class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Puts packed modules in the place of Linear modules, and checks what is loaded into them."""
+    """Replaces Linear modules by packed ones, and checks the tensors that are loaded into them."""
 
     requires_calibration = True
 
     def update_attn_implementation(self, config: Any) -> Any:
         """The configuration with the name of the file of the weights.
 
-        This hook is the one that gets the configuration before the files are looked for.
+        transformers calls this hook before it looks for the files.
         """
         if getattr(config, "transformers_weights", None) is None:
             config.transformers_weights = self.quantization_config.weights
@@ -84,7 +84,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         headless = bool(base) and not hasattr(model, base)
         for name in self._entries.keys() - used:
             if headless and not name.startswith(f"{base}."):
-                continue  # a module of the head, which AutoModel leaves out
+                continue  # a module of the head, which AutoModel does not build
             raise AptError(
                 f"the configuration describes {name}, which the model does not have in this shape",
                 "pack the model again",
@@ -93,7 +93,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
             prepare_for_stacks(model)
 
     def _put(self, model: nn.Module, name: str, conversion: Converted) -> list[str]:
-        """Put a packed module in the place of a parameter; returns the packed matrices of it."""
+        """Replace a parameter by a packed module; returns the names of its packed matrices."""
         keys = [piece.key for piece in conversion.pieces if piece.key in self._entries]
         path, _, parameter_name = name.rpartition(".")
         owner = model.get_submodule(path)
@@ -123,7 +123,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
                     ) from error
         use_kernels(model)
         decode_by_kernels(model)
-        # It cannot be trained, and products that record gradients do not use the kernels.
+        # The model cannot be trained, and products that record gradients do not use the kernels.
         return model.requires_grad_(False)
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
@@ -137,7 +137,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 def _replace(model: nn.Module, path: str, linear: nn.Linear, entry: Entry) -> None:
-    """Put a packed module in the place of a Linear one, on the same device."""
+    """Replace a Linear module by a packed one, on the same device."""
     parent, _, name = path.rpartition(".")
     with torch.device(linear.weight.device):
         packed = PackedLinear(entry, bias=linear.bias is not None, dtype=linear.weight.dtype)

@@ -16,7 +16,7 @@ from apt_lab.benchmark.generation import prompts, speed
 from apt_lab.benchmark.measures import Facts, Result, Speed, Turn, ratios, spread
 from apt_lab.benchmark.rounds import _order, fitted
 from apt_lab.benchmark.worker import Fault, Turns, fault, serve
-from apt_lab.commands.bench_summary import PaysFrom, show_results
+from apt_lab.commands.bench import PaysFrom, show_results
 from apt_lab.options import BenchRun
 
 from apt.errors import AptError

