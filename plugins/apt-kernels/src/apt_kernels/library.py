@@ -65,10 +65,10 @@ def _load() -> ctypes.CDLL | None:
 
 
 def torch_openmp() -> int | None:
-    """The address of ``GOMP_parallel`` in torch's OpenMP runtime; None if it has none.
+    """The address of ``GOMP_parallel`` in torch's OpenMP runtime; None without this function.
 
-    GNU's runtime has this function, as have those of LLVM and Intel on Linux. The symbol is looked
-    up in the libraries that torch's own library is linked to, not in those of the process.
+    The runtimes of GNU, LLVM and Intel have this function on Linux. The symbol is searched in the
+    libraries to which torch's own library is linked, not in all libraries of the process.
     """
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:

@@ -26,7 +26,7 @@ class Kernel:
         group: the number of columns that share a scale.
 
     Attributes:
-        fields: the matrix as the library has it.
+        fields: the matrix in the form of the library.
         level: the number of the instruction set.
     """
 
@@ -190,7 +190,7 @@ class DenseMatrix(Kernel):
 
     Raises:
         RuntimeError: the library was not compiled.
-        ValueError: the kernels do not serve this matrix.
+        ValueError: the kernels do not support this matrix.
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -201,19 +201,19 @@ class DenseMatrix(Kernel):
         if columns % _WORD or not served or weight.device.type != "cpu":
             raise ValueError(f"a matrix of {rows} × {columns} in {weight.dtype} on {weight.device}")
         mask = torch.full((1, columns // 8), 255, dtype=torch.uint8)
-        # Of whole words without zeros the kernels read every byte and none behind them.
+        # In words without zeros the kernels read every byte of the row, and none after its end.
         offsets = torch.arange(rows) * (columns * weight.element_size())
         super().__init__(columns, mask, weight.detach().view(-1), offsets)
 
 
 def _address(values: Tensor) -> int:
-    """The place of values in memory, which torch does not say if there are none."""
+    """The address of values in memory; torch's ``data_ptr`` is 0 for an empty tensor."""
     start = values.untyped_storage().data_ptr()
     return start + values.storage_offset() * values.element_size()
 
 
 def _whole_words(mask: Tensor, words: int) -> Tensor:
-    """The bitmask with rows of whole words, without a copy if it is so already."""
+    """The bitmask with rows of complete words; copied only if necessary."""
     if mask.shape[1] == 8 * words and mask.is_contiguous() and mask.data_ptr() % 8 == 0:
         return mask
     whole = torch.zeros(mask.shape[0], 8 * words, dtype=torch.uint8)
@@ -222,7 +222,7 @@ def _whole_words(mask: Tensor, words: int) -> Tensor:
 
 
 def _realigned(values: Tensor, mask: Tensor, size: int) -> Tensor:
-    """4-bit integers, so that those of each word of the mask begin at a whole byte."""
+    """4-bit integers, moved so that the values of each word of the mask begin at a byte."""
     words = mask.view(torch.int64).reshape(-1)
     counts = _ones(mask).view(-1, 8).sum(1)
     assert len(counts) == len(words)
